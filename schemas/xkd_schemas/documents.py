@@ -1,0 +1,113 @@
+"""A document is one canonical string cut into segments; words and phrases are intervals over it.
+
+All intervals are half open and count Unicode code points of `text`. Template text (role
+markers, system prompts, blank lines between turns) is never part of `text`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from xkd_schemas.errors import BadData
+
+DOCUMENTS_VERSION = 1  # bump on any change to DOCUMENTS, and add tests/golden/documents_v<N>.txt
+
+Interval = tuple[int, int]
+
+INTERVALS = pa.large_list(pa.field("item", pa.list_(pa.field("item", pa.int32(), nullable=False), 2), nullable=False))
+"""Arrow type of [K, 2] int32 intervals; `column.flatten().flatten()` is one zero-copy buffer."""
+
+
+def flat_list(kind: pa.DataType) -> pa.DataType:
+    """Arrow type of a flat list column without nulls and with 64-bit offsets."""
+    return pa.large_list(pa.field("item", kind, nullable=False))
+
+
+DOCUMENTS = pa.schema(
+    [
+        pa.field("doc_id", pa.string(), nullable=False),  # 16 hex digits of the content, equal texts share it
+        pa.field("source", pa.string(), nullable=False),  # file or data set as named on the command line
+        pa.field("line", pa.int64(), nullable=False),  # row in that source, first is 1
+        pa.field("text", pa.large_string(), nullable=False),
+        pa.field("segments", INTERVALS, nullable=False),  # [G, 2] characters, adjacent, covering the text
+        pa.field("roles", flat_list(pa.string()), nullable=False),  # [G]
+        pa.field("targets", flat_list(pa.bool_()), nullable=False),  # [G] True: the student is trained on it
+        pa.field("words", INTERVALS, nullable=False),  # [K, 2] characters, sorted, disjoint
+        pa.field("phrases", INTERVALS, nullable=False),  # [P, 2] characters, sorted by (start, -end)
+        pa.field("labels", flat_list(pa.string()), nullable=False),  # [P] "NP" or "VP"
+    ],
+    metadata={b"xkd_table": b"documents", b"xkd_schema": str(DOCUMENTS_VERSION).encode()},
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """A stretch of text by one role; borders between segments are token borders in every model."""
+
+    role: str
+    """system, user, assistant, tool, prompt, instruction, input, response or text."""
+    start: int
+    end: int
+    target: bool
+    """True where the student learns to produce the text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """Canonical text, its segments, and where it came from."""
+
+    text: str
+    segments: tuple[Segment, ...]
+    source: str
+    line: int
+
+    @property
+    def doc_id(self) -> str:
+        """16 hex digits that depend on text and segments only."""
+        content = [self.text, [[s.role, s.start, s.end, s.target] for s in self.segments]]
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spans:
+    """Words and phrases of one document, as character intervals."""
+
+    words: tuple[Interval, ...]
+    phrases: tuple[Interval, ...]
+    labels: tuple[str, ...]
+    """NP or VP, one for each phrase."""
+
+
+def document_of(parts: Iterable[tuple[str, str, bool]], *, source: str, line: int) -> Document:
+    """Join (role, text, is target) parts into a document; empty parts are left out.
+
+    >>> document_of([("prompt", "Hi?", False), ("response", "Yes", True)], source="a", line=1).segments[1].start
+    3
+    """
+    segments: list[Segment] = []
+    texts: list[str] = []
+    at = 0
+    for role, text, target in parts:
+        if text:
+            segments.append(Segment(role=role, start=at, end=at + len(text), target=target))
+            texts.append(text)
+            at += len(text)
+    return Document(text="".join(texts), segments=tuple(segments), source=source, line=line)
+
+
+def checked_spans(document: Document, spans: Spans) -> Spans:
+    """Return `spans` unchanged, or raise BadData where one leaves its text or crosses a segment border."""
+    borders = {s.start for s in document.segments}
+    for name, intervals in (("word", spans.words), ("phrase", spans.phrases)):
+        for start, end in intervals:
+            if not 0 <= start < end <= len(document.text):
+                raise BadData(
+                    f"{document.source}:{document.line}: {name} [{start}, {end}) is not inside the text of "
+                    f"{len(document.text)} characters"
+                )
+            if any(start < border < end for border in borders):
+                raise BadData(f"{document.source}:{document.line}: {name} [{start}, {end}) crosses a segment border")
+    return spans

@@ -1,0 +1,181 @@
+"""plan.json, commits/NNNNN.json and manifest.json: what a table is made of and how far it got.
+
+A table folder holds an immutable plan (what will be made), one commit record for each finished
+unit (what was made), and a manifest once all units are there. A unit is done exactly when its
+commit record exists and its shard has the size and digest the record names.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xkd_schemas.errors import BadData, InputMissing, Mismatch
+from xkd_schemas.files import SAFE_NAME
+
+FORMAT = 1
+"""Version of these three files; a reader refuses a larger `min_reader`."""
+
+Json = Any
+Name = Annotated[str, Field(pattern=f"^{SAFE_NAME.pattern}$")]
+Spec = dict[str, Json]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Unit(_Record):
+    """One shard to be made: `rows` input rows of `source` from `first` (0 is the first row)."""
+
+    source: str
+    first: int
+    rows: int
+
+
+class RecordBatch(_Record):
+    """Where a record batch lies in its shard, in bytes, and what its bytes hash to."""
+
+    offset: int
+    length: int
+    rows: int
+    xxh3: str
+
+
+class Reject(_Record):
+    """The file of one unit that lists the rows it could not use."""
+
+    file: Name
+    rows: int
+    sha256: str
+    reasons: dict[str, int]
+
+
+class Commit(_Record):
+    """One finished unit."""
+
+    unit: int
+    file: Name
+    rows: int
+    size: int
+    """Bytes."""
+    sha256: str
+    frame_xxh3: str
+    """xxh3 of the bytes before the first and after the last record batch."""
+    batches: tuple[RecordBatch, ...]
+    rejects: Reject | None = None
+    counts: dict[str, int] = {}
+    """Named totals over the unit's rows: tokens, words, cut documents, rows by status, ..."""
+    sums: dict[str, float] = {}
+    """Named sums that constants are made from."""
+
+
+class Plan(_Record):
+    """What a table will be. Written once, never changed."""
+
+    format: int = FORMAT
+    min_reader: int = FORMAT
+    table: str
+    """documents, teachers/NAME or students/NAME."""
+    spec: Spec
+    """Everything the bytes depend on; operational settings are not in it."""
+    units: tuple[Unit, ...]
+
+
+class Manifest(_Record):
+    """A finished table."""
+
+    format: int = FORMAT
+    min_reader: int = FORMAT
+    table: str
+    spec: Spec
+    spec_id: str
+    commits: tuple[Commit, ...]
+    constants: dict[str, Json] = {}
+    """Measured once over the whole table: sizes of the model, standard deviations, ..."""
+    files: dict[Name, str] = {}
+    """sha256 of the other files of the folder that belong to the table."""
+    root: str
+    """sha256 over spec, commits, constants and files: names this table's content."""
+
+    @property
+    def rows(self) -> int:
+        """Documents in the table."""
+        return sum(c.rows for c in self.commits)
+
+    def count(self, name: str) -> int:
+        """Sum of one named count over all units."""
+        return sum(c.counts.get(name, 0) for c in self.commits)
+
+
+def canonical(value: Json) -> bytes:
+    """JSON with sorted keys, no blanks and no NaN: equal values give equal bytes."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.encode()
+
+
+def digest(value: Json) -> str:
+    """Hex sha256 of the canonical JSON."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], files: dict[str, str]) -> Manifest:
+    """The manifest of a table whose units are all committed."""
+    content = [plan.table, plan.spec, [c.model_dump(mode="json") for c in commits], constants, files]
+    return Manifest(
+        table=plan.table, spec=plan.spec, spec_id=digest(plan.spec), commits=commits, constants=constants,
+        files=files, root=digest(content),
+    )  # fmt: skip
+
+
+def to_json(record: BaseModel) -> bytes:
+    """Indented JSON with a final newline, the same bytes for the same record."""
+    return (json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+
+
+M = TypeVar("M", Plan, Commit, Manifest)
+
+
+def read_record(path: Path, kind: type[M]) -> M:
+    """Read plan, commit or manifest; InputMissing, BadData or Mismatch says what is wrong with it."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputMissing(f"{path} is not there", next="run the xkd-cache command that makes this table") from None
+    try:
+        data = json.loads(content)
+        newest = int(data.get("min_reader", 0)) if kind is not Commit else 0
+        if newest > FORMAT:
+            raise Mismatch(f"{path}: format {newest}, this program reads up to {FORMAT}", next="upgrade xkd-toolkit")
+        return kind.model_validate(data)
+    except (ValueError, ValidationError, AttributeError, RecursionError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise BadData(f"{path} cannot be read as {kind.__name__.lower()}: {line}", next="xkd-cache verify") from error
+
+
+def differences(ours: Spec, theirs: Spec, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted field, our value, their value) for every leaf that differs."""
+    found: list[tuple[str, str, str]] = []
+    for key in sorted(set(ours) | set(theirs)):
+        a, b = ours.get(key, "absent"), theirs.get(key, "absent")
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((prefix + key, _short(a), _short(b)))
+    return found
+
+
+def _short(value: Json) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def refuse_differences(where: Path, ours: Spec, theirs: Spec, *, advice: str) -> None:
+    """Raise Mismatch that names every differing field with both values, or do nothing."""
+    rows = differences(ours, theirs)
+    if rows:
+        listed = "; ".join(f"{field}: cache has {theirs_}, this run has {ours_}" for field, ours_, theirs_ in rows[:6])
+        more = f" (and {len(rows) - 6} more)" if len(rows) > 6 else ""
+        raise Mismatch(f"{where} was made for something else: {listed}{more}", kept="the cache as it is", next=advice)

@@ -1,0 +1,89 @@
+"""How one model's tokens of a document are written down: columns, token kinds, and which positions predict.
+
+Shape legend for this file
+    T tokens of one row, template included    R kept rows    N predicted targets    K aligned spans
+    W words    P phrases
+Token ranges are half open indices into the row's own T tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from xkd_schemas.documents import INTERVALS, flat_list
+
+STUDENTS_VERSION = 1  # bump on any change to STUDENTS, and add tests/golden/students_v<N>.txt
+
+TEMPLATE: Final = 0
+"""A token of the template or a start token: no interval, (-1, -1), and in no loss."""
+CONTENT: Final = 1
+"""A token of the text; its interval leaves out the blanks glued to its front."""
+END: Final = 2
+"""The end-of-turn token after a segment; its interval is empty and stands at the segment's end."""
+
+OK: Final = "ok"
+"""`status` of a row that can be used; any other value is the reason why the row has no tokens."""
+
+Int32s = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
+
+TOKEN_FIELDS: Final = (
+    pa.field("doc_id", pa.string(), nullable=False),
+    pa.field("status", pa.string(), nullable=False),  # "ok", or why the row has no tokens
+    pa.field("num_chars", pa.int32(), nullable=False),  # the text is read up to here; less than its length if cut
+    pa.field("token_ids", flat_list(pa.int32()), nullable=False),  # [T]
+    pa.field("token_spans", INTERVALS, nullable=False),  # [T, 2] characters, (-1, -1) for template tokens
+    pa.field("token_kinds", flat_list(pa.uint8()), nullable=False),  # [T] TEMPLATE, CONTENT or END
+    pa.field("targets", flat_list(pa.bool_()), nullable=False),  # [T] True: a loss may ask for this token
+)
+
+STUDENTS = pa.schema(
+    [
+        *TOKEN_FIELDS,
+        pa.field("student_spans", INTERVALS, nullable=False),  # [K, 2] ranges of this table's tokens
+        pa.field("teacher_spans", INTERVALS, nullable=False),  # [K, 2] ranges of the teacher table's tokens
+        pa.field("word_tokens", INTERVALS, nullable=False),  # [W, 2] ranges, start == end for a word without token
+        pa.field("phrase_tokens", INTERVALS, nullable=False),  # [P, 2]
+    ],
+    metadata={b"xkd_table": b"students", b"xkd_schema": str(STUDENTS_VERSION).encode()},
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """One document as one model reads it. A row that cannot be used has `status` != "ok" and T = 0."""
+
+    status: str
+    num_chars: int
+    """Characters of the text that were encoded."""
+    ids: Int32s
+    """[T]"""
+    spans: Int32s
+    """[T, 2] characters."""
+    kinds: npt.NDArray[np.uint8]
+    """[T]"""
+    targets: Bools
+    """[T]"""
+
+
+def predictors(targets_T: Bools) -> npt.NDArray[np.int64]:
+    """Positions whose state predicts a target: t - 1 for every target t > 0, [N], ascending.
+
+    >>> predictors(np.array([False, False, True, True]))
+    array([1, 2])
+    """
+    return np.flatnonzero(targets_T[1:])
+
+
+def kept_rows(targets_T: Bools) -> npt.NDArray[np.int64]:
+    """Positions whose last hidden state is stored: every target and the one before each run, [R], ascending.
+
+    >>> kept_rows(np.array([False, False, True, True, False]))
+    array([1, 2, 3])
+    """
+    keep_T = targets_T.copy()
+    keep_T[:-1] |= targets_T[1:]
+    return np.flatnonzero(keep_T)

@@ -1,0 +1,1 @@
+"""Cache in, student out: measures signals, computes the losses, and trains. Never imports the offline stage."""
