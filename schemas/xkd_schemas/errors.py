@@ -11,6 +11,7 @@ XkdError
     NonFinite      76  a loss or gradient is not finite
     Refused        77  refused by the security rules
     Mismatch       78  made for another teacher, tokenizer, parser, corpus or schema
+    Interrupted   130  Ctrl-C
 """
 
 from typing import ClassVar
@@ -99,3 +100,9 @@ class Mismatch(XkdError):
     """Two things that must be the same are not; the message shows both."""
 
     exit_code = 78
+
+
+class Interrupted(XkdError):
+    """Ctrl-C or SIGINT."""
+
+    exit_code = 130

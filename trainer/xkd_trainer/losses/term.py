@@ -26,7 +26,7 @@ class LossTerm:
 
 
 def term(total: Tensor, count: Tensor) -> LossTerm:
-    """The term of scalar `total`, and of scalar `count` (any dtype) cut from the graph and brought to `total`'s dtype."""
+    """The term of two scalars; `count` (any dtype) is cut from the graph and brought to `total`'s dtype."""
     return LossTerm(total=total, count=count.detach().to(total.dtype))
 
 

@@ -1,0 +1,56 @@
+"""Rows of different lengths in flat Arrow lists, and back as numpy views without a copy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+
+def column_of(rows: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Build a column from one value per row; numpy rows of a list column are joined into one flat buffer.
+
+    Args:
+        rows: Plain values for a scalar column; arrays [n] or [n, width] for a list column.
+        kind: Type of the column: a scalar, `large_list<scalar>` or `large_list<fixed_size_list<scalar>>`.
+    """
+    if not pa.types.is_large_list(kind):
+        return pa.array(rows, kind)
+    item = kind.value_type
+    offsets = pa.array(np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]), pa.int64())
+    if pa.types.is_fixed_size_list(item):
+        flat = _joined([np.ascontiguousarray(row).reshape(-1) for row in rows], item.value_type)
+        return pa.LargeListArray.from_arrays(offsets, pa.FixedSizeListArray.from_arrays(flat, type=item), type=kind)
+    if pa.types.is_string(item):
+        return pa.LargeListArray.from_arrays(offsets, pa.array([v for row in rows for v in row], item), type=kind)
+    return pa.LargeListArray.from_arrays(offsets, _joined(list(rows), item), type=kind)
+
+
+def _joined(rows: list[npt.NDArray[Any]], item: pa.DataType) -> pa.Array:
+    dtype = item.to_pandas_dtype()
+    flat = np.concatenate([np.asarray(row, dtype=dtype) for row in rows]) if rows else np.empty(0, dtype)
+    return pa.array(flat, item)
+
+
+def batch_of(schema: pa.Schema, columns: dict[str, Sequence[Any]]) -> pa.RecordBatch:
+    """A record batch with exactly the columns of `schema`."""
+    arrays = [column_of(columns[field.name], field.type) for field in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def row_of(batch: pa.RecordBatch, name: str, row: int) -> Any:
+    """Row `row` of a column: a Python value, a list of strings, or a numpy view [n] or [n, width]."""
+    column = batch.column(name)
+    if not pa.types.is_large_list(column.type):
+        return column[row].as_py()
+    first, last = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
+    values = column.values
+    if pa.types.is_fixed_size_list(values.type):
+        width = values.type.list_size
+        flat = values.values.slice(first * width, (last - first) * width)
+        return flat.to_numpy(zero_copy_only=True).reshape(-1, width)
+    part = values.slice(first, last - first)
+    if pa.types.is_boolean(part.type):
+        return part.to_numpy(zero_copy_only=False)
+    return part.to_pylist() if pa.types.is_string(part.type) else part.to_numpy(zero_copy_only=True)

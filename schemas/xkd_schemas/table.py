@@ -1,0 +1,146 @@
+"""Read a sealed table: memory-mapped shards, opened when first needed, every byte checked when first touched."""
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from xkd_schemas.errors import BadData, Mismatch
+from xkd_schemas.files import inside, xxh3_of
+from xkd_schemas.manifest import Commit, Manifest, RecordBatch, digest, read_record
+from xkd_schemas.ragged import row_of
+
+
+class Row:
+    """One document of one table; columns are read on demand as views into the mapped shard."""
+
+    __slots__ = ("_batch", "_row")
+
+    def __init__(self, batch: pa.RecordBatch, row: int) -> None:
+        self._batch = batch
+        self._row = row
+
+    def __getitem__(self, column: str) -> Any:
+        return row_of(self._batch, column, self._row)
+
+
+class Shard:
+    """One Arrow IPC file whose size and digests are those of its commit record."""
+
+    def __init__(self, path: Path, commit: Commit) -> None:
+        try:
+            with path.open("rb") as stream:
+                size = stream.seek(0, 2)
+                if size != commit.size:
+                    raise BadData(f"{path} has {size} bytes, its record says {commit.size}", next=_AGAIN)
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise BadData(f"{path} is missing", next=_AGAIN) from None
+        self.path = path
+        self.commit = commit
+        self._bytes = memoryview(self._map)
+        if xxh3_of(_frame(self._bytes, commit.batches)) != commit.frame_xxh3:
+            raise BadData(f"{path} is corrupt: header or footer does not match its digest", next=_AGAIN)
+        try:
+            self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
+        except pa.ArrowInvalid as error:
+            raise BadData(f"{path} is not an Arrow IPC file: {error}", next=_AGAIN) from error
+        self._batches: dict[int, pa.RecordBatch] = {}
+        self._ends = np.cumsum([b.rows for b in commit.batches], dtype=np.int64)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema as the file holds it."""
+        return self._file.schema
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        """Record batch `number`, after its bytes were compared with their digest once."""
+        if number not in self._batches:
+            record = self.commit.batches[number]
+            if xxh3_of(self._bytes[record.offset : record.offset + record.length]) != record.xxh3:
+                first = int(self._ends[number]) - record.rows
+                raise BadData(
+                    f"{self.path} is corrupt: record batch {number} (rows {first} to {first + record.rows - 1}) "
+                    "does not match its digest",
+                    next=_AGAIN,
+                )
+            self._batches[number] = self._file.get_batch(number)
+        return self._batches[number]
+
+    def row(self, row: int) -> Row:
+        """Row `row` of this shard."""
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        first = int(self._ends[number]) - self.commit.batches[number].rows
+        return Row(self.batch(number), row - first)
+
+
+_AGAIN = "run the same xkd-cache command again: it makes only what is missing or damaged"
+
+
+def _frame(data: memoryview, batches: tuple[RecordBatch, ...]) -> bytes:
+    """All bytes of the file that lie in no record batch."""
+    if not batches:
+        return bytes(data)
+    end = batches[-1].offset + batches[-1].length
+    return bytes(data[: batches[0].offset]) + bytes(data[end:])
+
+
+class Table:
+    """A sealed table of a cache.
+
+    Args:
+        root: The cache folder.
+        name: "documents", "teachers/NAME" or "students/NAME".
+
+    Raises:
+        InputMissing: There is no manifest.
+        BadData: The manifest does not match its own digest.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.name = name
+        self.folder = inside(root, *name.split("/"))
+        self.manifest = read_record(self.folder / "manifest.json", Manifest)
+        m = self.manifest
+        content = [m.table, m.spec, [c.model_dump(mode="json") for c in m.commits], m.constants, m.files]
+        if m.table != name or digest(content) != m.root or digest(m.spec) != m.spec_id:
+            raise BadData(f"{self.folder / 'manifest.json'} does not match its own digest", next=_AGAIN)
+        self._ends = np.cumsum([c.rows for c in m.commits], dtype=np.int64)
+        self._shards: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def shard(self, number: int) -> Shard:
+        """Shard of unit `number`, opened and checked once."""
+        if number not in self._shards:
+            commit = self.manifest.commits[number]
+            shard = Shard(inside(self.folder, commit.file), commit)
+            first = next(iter(self._shards.values()), shard)
+            mark = (shard.schema.metadata or {}).get(b"unit")
+            if mark != str(number).encode():
+                raise BadData(f"{shard.path} holds unit {(mark or b'?').decode()}, expected {number}", next=_AGAIN)
+            if not shard.schema.equals(first.schema):
+                raise Mismatch(f"{shard.path} has another schema than {first.path.name}", next=_AGAIN)
+            self._shards[number] = shard
+        return self._shards[number]
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index` of the table, in the order of the plan."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        unit = int(np.searchsorted(self._ends, index, side="right"))
+        return self.shard(unit).row(index - (int(self._ends[unit]) - self.manifest.commits[unit].rows))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+
+def names_in(root: Path, kind: str) -> list[str]:
+    """Names of the sealed tables below `root/kind`, sorted."""
+    folder = root / kind
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path.name for path in found if (path / "manifest.json").is_file())

@@ -1,0 +1,112 @@
+"""What can be kept of a teacher: the names of the signals, their columns and their shapes.
+
+Shape legend for this file
+    T tokens    R kept rows (targets and the position before each run)    N predicted targets
+    K words or phrases of the document    D teacher width
+A column is named like the signal: `hidden_last`, `centrality@22`, `span_geometry@15:word`. Layers are
+Hugging Face indices: 0 is the embedding output, l the output of block l, the last one is final-normed.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import pyarrow as pa
+
+from xkd_schemas.documents import flat_list
+from xkd_schemas.errors import UsageError
+from xkd_schemas.tokens import TOKEN_FIELDS
+
+TEACHERS_VERSION = 1  # bump on any change here, and add tests/golden/teachers_v<N>.txt
+
+Dtype = Literal["bf16", "float16", "float32", "int32"]
+Unit = Literal["word", "phrase"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How one kind of signal is stored."""
+
+    dtype: Dtype
+    per: Literal["T", "R", "N", "K", "K(K-1)/2"]
+    """What the first dimension of a row counts."""
+    wide: bool
+    """True where each of those is a vector of D numbers."""
+    layer: bool = False
+    unit: bool = False
+
+
+KINDS: Final[dict[str, Kind]] = {
+    "hidden_last": Kind("bf16", "R", wide=True),  # final-normed, so that the head applies directly
+    "attention_last": Kind("float32", "T", wide=False),  # last token's row in the last block, heads summed, sum 1
+    "centrality": Kind("float32", "T", wide=False, layer=True),  # MTA eq. 5-7
+    "span_mass": Kind("float32", "K", wide=False, layer=True, unit=True),  # sum of centrality inside the span
+    "span_vectors": Kind("bf16", "K", wide=True, layer=True, unit=True),  # MTA eq. 8
+    "span_geometry": Kind("float16", "K(K-1)/2", wide=False, layer=True, unit=True),  # cosines, upper triangle
+    "entropy": Kind("float32", "N", wide=False),  # nats, temperature 1
+    "argmax": Kind("int32", "N", wide=False),
+    "logsumexp": Kind("float32", "N", wide=False),
+}
+
+_PATTERN = re.compile(r"([a-z_]+)(?:@(\d+))?(?::(word|phrase))?")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Signal:
+    """One thing that is kept of the teacher, at one layer and for one kind of span where it has them."""
+
+    name: str
+    layer: int | None = None
+    unit: str | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """How it is stored."""
+        return KINDS[self.name]
+
+    @property
+    def column(self) -> str:
+        """Name of its column.
+
+        >>> Signal("span_mass", 15, "word").column
+        'span_mass@15:word'
+        """
+        layer = "" if self.layer is None else f"@{self.layer}"
+        return f"{self.name}{layer}" + ("" if self.unit is None else f":{self.unit}")
+
+
+def signal_named(column: str) -> Signal:
+    """The signal of a column name; UsageError lists the known ones.
+
+    >>> signal_named("centrality@22").layer
+    22
+    """
+    match = _PATTERN.fullmatch(column)
+    kind = KINDS.get(match[1]) if match else None
+    if match is None or kind is None or (match[2] is not None) != kind.layer or (match[3] is not None) != kind.unit:
+        known = ", ".join(
+            name + ("@LAYER" if k.layer else "") + (":word|:phrase" if k.unit else "") for name, k in KINDS.items()
+        )
+        raise UsageError(f"signal {column!r} is not known", next=f"use one of: {known}")
+    return Signal(match[1], int(match[2]) if match[2] else None, match[3])
+
+
+_ARROW: Final[dict[Dtype, pa.DataType]] = {
+    "bf16": pa.uint16(),  # Arrow has no bfloat16: the bits, viewed back without a copy
+    "float16": pa.float16(),
+    "float32": pa.float32(),
+    "int32": pa.int32(),
+}
+
+
+def teacher_schema(signals: Iterable[Signal], width: int) -> pa.Schema:
+    """Arrow schema of a teacher table: tokens, then one column for each signal in sorted order."""
+    fields = list(TOKEN_FIELDS)
+    for signal in sorted(set(signals), key=lambda s: s.column):
+        item = _ARROW[signal.kind.dtype]
+        if signal.kind.wide:
+            item = pa.list_(pa.field("item", item, nullable=False), width)
+        codec = {b"codec": signal.kind.dtype.encode(), b"per": signal.kind.per.encode()}
+        fields.append(pa.field(signal.column, flat_list(item), nullable=False, metadata=codec))
+    return pa.schema(fields, metadata={b"xkd_table": b"teachers", b"xkd_schema": str(TEACHERS_VERSION).encode()})

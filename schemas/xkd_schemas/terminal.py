@@ -1,0 +1,109 @@
+"""How both commands speak: one-line errors with exit codes, progress with an ETA, plain lines off a terminal."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.text import Text
+
+from xkd_schemas.errors import Interrupted, OutOfMemory, XkdError
+
+CONTROLS = dict.fromkeys([*range(32), 127, *range(128, 160), *range(8234, 8239), *range(8294, 8298)])
+"""Characters that could steer a terminal or reorder a line; dropped from anything we print."""
+
+
+def say(line: str) -> None:
+    """Print one line on standard output, as it is: no markup, no control characters, no wrapping."""
+    sys.stdout.write(line.translate(CONTROLS) + "\n")
+    sys.stdout.flush()
+
+
+def warn(line: str) -> None:
+    """Print one line on standard error."""
+    Console(stderr=True, soft_wrap=True).print(Text(f"warning: {line.translate(CONTROLS)}", style="yellow"))
+
+
+def say_json(value: object) -> None:
+    """Print one JSON object on standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=True, sort_keys=True) + "\n")
+    sys.stdout.flush()
+
+
+def run(command: str, app: Callable[[], object]) -> None:
+    """Run a typer app and leave with an exit code of errors.py; one line, never a traceback, for a user's mistake."""
+    try:
+        app()
+    except XkdError as error:
+        _leave(command, error)
+    except KeyboardInterrupt:
+        _leave(command, Interrupted("interrupted", kept=_KEPT, next="run the same command again to go on"))
+    except MemoryError:
+        _leave(command, OutOfMemory("out of memory", kept=_KEPT, next="use smaller batches"))
+
+
+_KEPT = "everything that was committed or saved so far"
+
+
+def _leave(command: str, error: XkdError) -> None:
+    if os.environ.get("XKD_DEBUG"):
+        traceback.print_exc()
+    if "--json" in sys.argv:
+        kind = type(error).__name__
+        parts = {"code": error.exit_code, "kind": kind, "what": error.what, "kept": error.kept, "next": error.next}
+        say_json({"error": parts})
+    sys.stderr.write(f"{command}: {str(error).translate(CONTROLS)}\n")
+    sys.stderr.flush()
+    raise SystemExit(error.exit_code)
+
+
+class Progress:
+    """Steps done, rate and time left: one rewritten line on a terminal, a plain line every `every` seconds elsewhere.
+
+    The time is only shown; nothing that is written to a cache or a checkpoint depends on it.
+    """
+
+    def __init__(self, label: str, total: int, *, quiet: bool = False, every: float = 15.0) -> None:
+        self.label = label
+        self.total = total
+        self.done = 0
+        self._quiet = quiet
+        self._every = every
+        self._start = self._shown = time.monotonic()
+        self._tty = sys.stderr.isatty()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count `steps` more and show them if it is time to."""
+        self.done += steps
+        now = time.monotonic()
+        if self._quiet or (not self._tty and now - self._shown < self._every):
+            return
+        if self._tty and now - self._shown < 0.1 and self.done < self.total:
+            return
+        self._shown = now
+        elapsed = now - self._start
+        left = elapsed / self.done * (self.total - self.done) if self.done else 0.0
+        line = f"{self.label}: {self.done}/{self.total}, {_clock(elapsed)} gone, {_clock(left)} left" + (
+            f", {note}" if note else ""
+        )
+        sys.stderr.write(f"\r\x1b[K{line}" if self._tty else f"{line}\n")
+        sys.stderr.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        if self._tty and not self._quiet:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
