@@ -5,6 +5,8 @@ a chat template. Nothing is read from disk or from a network.
 """
 
 import functools
+import itertools
+import json
 
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -40,7 +42,7 @@ SENTENCES = (
 
 def corpus() -> list[str]:
     """Training text: every sentence, and sentences glued together so that blanks and newlines are learned too."""
-    pairs = [f"{a}\n\n{b}  {a[::-1]}" for a, b in zip(SENTENCES, SENTENCES[1:], strict=False)]
+    pairs = [f"{a}\n\n{b}  {a[::-1]}" for a, b in itertools.pairwise(SENTENCES)]
     return [*SENTENCES, *pairs] * 4
 
 
@@ -65,7 +67,8 @@ def _sentencepiece() -> Tokenizer:
     trained.pre_tokenizer = pre_tokenizers.Split(Regex("(?=▁)"), behavior="isolated")
     common = [text for text in corpus() if text.isascii()]  # so that byte tokens are needed for the rest
     specials = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trained.train_from_iterator(common, trainers.BpeTrainer(vocab_size=900, special_tokens=specials, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=specials, show_progress=False)
+    trained.train_from_iterator(common, trainer)
     vocabulary = trained.get_vocab()
     merges = _merges(trained)
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -81,8 +84,6 @@ def _sentencepiece() -> Tokenizer:
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
@@ -146,12 +147,15 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 NASTY_PIECES = (
     "the", "lamp", "Harbour", "area(12, 3)", "x", "3.50", "naïve", "e\u0301", "Å", "ﬁ", "½", "①", "東京", "夜", "漢",
-    "我们", "السلام", "كيف", "שלום", "\u200f", "\u202e", "🙂", "👩‍👩‍👧", "🇩🇪", "👍🏽", "❤️", "\u200d", "\u0301", "\x00", "\x07",
-    " ", "  ", "     ", "\t", "\n", "\r\n", "\n\n", "\u00a0", "\u3000", "\u2028", "▁", "<s>", "</s>", "한국어", "ẞ", "İ",
+    "我们", "السلام", "كيف", "שלום", "\u200f", "\u202e", "🙂", "👩‍👩‍👧", "🇩🇪", "👍🏽", "❤️", "\u200d", "\u0301",
+    "\x00", "\x07",
+    " ", "  ", "     ", "\t", "\n", "\r\n", "\n\n", "\u00a0", "\u3000", "\u2028", "▁", "<s>", "</s>", "한국어", "ẞ",
+    "İ",
     "𝒳", "\U000e0061", "…", "'s", "--",
 )  # fmt: skip
 
 nasty_text = st.lists(
-    st.one_of(st.sampled_from(NASTY_PIECES), st.text(st.characters(exclude_categories=("Cs",)), max_size=3)), max_size=14
+    st.one_of(st.sampled_from(NASTY_PIECES), st.text(st.characters(exclude_categories=("Cs",)), max_size=3)),
+    max_size=14,
 ).map("".join)
 """Text of emoji with joiners, combining marks, CJK, right-to-left, controls, NUL and runs of blanks."""

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from xkd_trainer.signals import at_least_float32 as at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,6 +14,7 @@ class LossTerm:
     The step adds `total` and `count` over all micro-batches and ranks and divides once. A loss
     that returned its own mean would weigh a short micro-batch like a long one.
 
+    >>> import torch
     >>> halves = [LossTerm(total=torch.tensor(3.0), count=torch.tensor(1.0)),
     ...           LossTerm(total=torch.tensor(1.0), count=torch.tensor(3.0))]
     >>> float(sum(h.total for h in halves) / sum(h.count for h in halves))
@@ -28,8 +30,3 @@ class LossTerm:
 def term(total: Tensor, count: Tensor) -> LossTerm:
     """The term of two scalars; `count` (any dtype) is cut from the graph and brought to `total`'s dtype."""
     return LossTerm(total=total, count=count.detach().to(total.dtype))
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """`values` (any float dtype) in float32, or unchanged if it is float64: the dtype all losses compute in."""
-    return values if values.dtype == torch.float64 else values.float()

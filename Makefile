@@ -1,0 +1,69 @@
+# Needs make and Python 3.11 or newer with venv. Every target uses .venv, never the shell's own environment.
+# Ray workers inherit their launcher: programs are called as .venv/bin/..., not through a tool that wraps them.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN   ?= runs/demo.toml
+TORCH ?= torch==2.13.0
+CHECK := build/wheel-check
+# One thread a process: tests run several processes, and torch with more threads than free cores crawls.
+ONE   := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+
+.PHONY: help install lint types layers test demo preprocess bench wheel clean
+
+help:                   ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-11s %s\n", $$1, $$2}'
+
+install: $(STAMP)       ## .venv with the tested versions; TORCH="torch==2.13.0 --index-url URL" chooses a build
+
+$(BIN)/python:
+	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	    echo "$$python -m venv $(VENV)"; exec "$$python" -m venv $(VENV); \
+	done; \
+	echo "error: no Python >= 3.11 with venv and pip found. Next: install one, then make install PYTHON=/path/to/python3.11" >&2; \
+	exit 1
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' hatchling -c constraints.txt
+	@touch $@
+
+lint: install           ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install          ## mypy --strict over the three packages and the demo's scripts
+	$(BIN)/mypy
+	$(BIN)/mypy data/*.py
+
+layers: install         ## who may import whom
+	$(BIN)/lint-imports
+
+test: lint types layers ## all checks, tests and docstring examples
+	$(ONE) $(BIN)/python -m pytest --doctest-modules tests schemas trainer pipeline
+
+demo: install           ## teacher to distilled student on the demo's text
+	$(BIN)/python data/demo_assets.py --out demo
+	$(BIN)/python data/demo.py
+
+preprocess: install     ## documents, teacher and align for RUN=runs/demo.toml
+	$(BIN)/xkd-cache preprocess $(RUN)
+
+bench: install          ## the measurements of the README
+	$(BIN)/python -m benchmarks
+
+wheel: install          ## sdist, wheel from it, and proof that the wheel works without the checkout
+	rm -rf dist $(CHECK)
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(CHECK) dist/*.whl
+	cd $(CHECK) && export PYTHONPATH="$$PWD" && \
+	    "$(abspath $(BIN)/python)" -c 'import pathlib, xkd_schemas, xkd_trainer, xkd_pipeline; \
+	        [pathlib.Path(m.__path__[0]).relative_to(pathlib.Path.cwd()) for m in (xkd_schemas, xkd_trainer, xkd_pipeline)]' && \
+	    ./bin/xkd-cache --help >/dev/null && ./bin/xkd-train --help >/dev/null
+	@echo "wheel works: $$(ls dist/*.whl)"
+
+clean:                  ## what tools left behind; keeps .venv, demo, cache and out
+	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +

@@ -1,0 +1,148 @@
+"""Stage 3: a student's tokens beside the teacher's. CPU only, minutes, once for each student tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xkd_pipeline.build import Built, build
+from xkd_pipeline.columns import documents_units, token_columns, token_counts
+from xkd_pipeline.documents import document_at
+from xkd_pipeline.encode import Encoder, load_tokenizer
+from xkd_pipeline.run import Make, Workers
+from xkd_pipeline.shard import Totals, write_shard
+from xkd_pipeline.store import Store
+from xkd_schemas.alignment import align, token_ranges
+from xkd_schemas.files import sha256_of
+from xkd_schemas.manifest import Commit
+from xkd_schemas.table import Row, Table
+from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION, Int32s, Tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentSettings:
+    """How the student reads a document."""
+
+    tokenizer: str
+    template: str = "none"
+    max_tokens: int = 1024
+
+    def encoder(self) -> Encoder:
+        """Load the tokenizer."""
+        return Encoder(tokenizer=load_tokenizer(self.tokenizer), template=self.template, max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignStage:
+    """Tokenizes and aligns the documents of one unit."""
+
+    root: Path
+    folder: Path
+    teacher: str
+    settings: StudentSettings
+
+    def load(self) -> Make:
+        """Load the tokenizer once."""
+        encoder = self.settings.encoder()
+        documents, teachers = Table(self.root, "documents"), Table(self.root, self.teacher)
+
+        def make(unit: int) -> Commit:
+            size = documents.manifest.commits[unit].rows
+            rows = [documents.shard(unit).row(i) for i in range(size)]
+            teacher = [tokens_at(teachers.shard(unit).row(i)) for i in range(size)]
+            columns, totals = align_rows(encoder, rows, teacher)
+            totals.counts.update(token_counts(documents, unit, columns.pop("tokens")))
+            return write_shard(self.folder, unit, STUDENTS, columns, totals=totals)
+
+        return make
+
+
+def tokens_at(row: Row) -> Tokens:
+    """The tokens of one row of a teacher or student table."""
+    return Tokens(
+        status=row["status"],
+        num_chars=row["num_chars"],
+        ids=row["token_ids"],
+        spans=row["token_spans"],
+        kinds=row["token_kinds"],
+        targets=row["targets"],
+    )
+
+
+def align_rows(encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens]) -> tuple[dict[str, Any], Totals]:
+    """Columns of the students table, with the tokens themselves under "tokens", and totals.
+
+    A document the teacher could not read has the status `teacher:REASON` and no tokens.
+    """
+    limits = [t.num_chars if t.status == OK else None for t in teacher]
+    encoded = encoder.encode_batch([document_at(row) for row in rows], limits)
+    tokens = [
+        s if t.status == OK else _without(s, f"teacher:{t.status}") for s, t in zip(encoded, teacher, strict=True)
+    ]
+    aligned = [
+        align(s, t, row["segments"][:, 1]) if s.status == OK else (_NONE, _NONE)
+        for s, t, row in zip(tokens, teacher, rows, strict=True)
+    ]
+    columns: dict[str, Any] = {
+        "doc_id": [row["doc_id"] for row in rows],
+        **token_columns(tokens),
+        "student_spans": [s for s, _ in aligned],
+        "teacher_spans": [t for _, t in aligned],
+        "word_tokens": [token_ranges(s, row["words"]) for s, row in zip(tokens, rows, strict=True)],
+        "phrase_tokens": [token_ranges(s, row["phrases"]) for s, row in zip(tokens, rows, strict=True)],
+        "tokens": tokens,
+    }
+    exact = [((s[:, 1] - s[:, 0] == 1) & (t[:, 1] - t[:, 0] == 1)) for s, t in aligned]
+    counts = {
+        "spans": sum(len(s) for s, _ in aligned),
+        "exact_pairs": sum(int(e.sum()) for e in exact),
+        "aligned_tokens": sum(int((s[:, 1] - s[:, 0]).sum()) for s, _ in aligned),
+        "cut_below_teacher": sum(
+            s.status == OK and s.num_chars < t.num_chars for s, t in zip(tokens, teacher, strict=True)
+        ),
+    }
+    return columns, Totals(counts=counts)
+
+
+_NONE: Int32s = np.zeros((0, 2), np.int32)
+
+
+def _without(tokens: Tokens, status: str) -> Tokens:
+    return Tokens(
+        status=status,
+        num_chars=tokens.num_chars,
+        ids=tokens.ids[:0],
+        spans=tokens.spans[:0],
+        kinds=tokens.kinds[:0],
+        targets=tokens.targets[:0],
+    )
+
+
+def make_students(root: Path, name: str, teacher: str, settings: StudentSettings, workers: Workers) -> Built:
+    """Make the table students/NAME, aligned with teachers/TEACHER.
+
+    Raises:
+        InputMissing: The teacher table is not finished, or the tokenizer is not there.
+        Mismatch: students/NAME was begun with other settings.
+    """
+    documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
+    encoder = settings.encoder()
+    spec = {
+        "schema": STUDENTS_VERSION,
+        "documents": documents.manifest.root,
+        "teacher": teacher,
+        "teacher_root": teachers.manifest.root,
+        "encoder": encoder.identity(),
+    }
+    store = Store(root, f"students/{name}", spec, documents_units(documents))
+    stage = AlignStage(root=root, folder=store.folder, teacher=f"teachers/{teacher}", settings=settings)
+
+    def finish(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
+        folder = store.folder / "tokenizer"
+        encoder.tokenizer.save_pretrained(folder)
+        constants = {"template": settings.template, "vocab_size": len(encoder.tokenizer), "teacher": teacher}
+        return constants, {"tokenizer.json": sha256_of(folder / "tokenizer.json")}
+
+    return build(store, stage, lambda missing: iter(missing), workers, finish=finish)

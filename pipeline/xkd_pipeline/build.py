@@ -1,0 +1,73 @@
+"""Make one table: what is there is kept, what is missing is made, and the whole is sealed."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xkd_pipeline.run import Stage, Workers, run_units
+from xkd_pipeline.store import Store
+from xkd_schemas.manifest import Commit, Manifest
+from xkd_schemas.terminal import Progress
+
+Finish = Callable[[Sequence[Commit]], tuple[dict[str, Any], dict[str, str]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """A sealed table, and how much of it was made by this run."""
+
+    manifest: Manifest
+    made: int
+    """Units made now."""
+    kept: int
+    """Units that were there already."""
+
+
+def nothing(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
+    """No constants and no further files."""
+    return {}, {}
+
+
+def build(
+    store: Store,
+    stage: Stage,
+    jobs: Callable[[Sequence[int]], Iterable[Any]],
+    workers: Workers,
+    *,
+    watch: Callable[[Sequence[Commit]], None] = lambda _commits: None,
+    finish: Finish = nothing,
+) -> Built:
+    """Make the units that are not there yet, then seal.
+
+    Args:
+        store: The table, opened.
+        stage: What makes a unit.
+        jobs: Gives the jobs for the missing units, lazily and in order.
+        workers: Where they run.
+        watch: Sees all records after each new one; raises to stop, e.g. on too many rejects.
+        finish: Turns all records into the manifest's constants and further files (name -> sha256).
+    """
+    done = store.commits()
+    kept = len(done)
+    missing = [unit for unit in range(len(store.plan.units)) if unit not in done]
+    watch(list(done.values()))
+    manifest = store.manifest() if not missing else None
+    if manifest is not None and list(manifest.commits) == [done[unit] for unit in sorted(done)]:
+        return Built(manifest=manifest, made=0, kept=kept)
+    if missing:
+        with Progress(store.plan.table, len(missing)) as progress:
+
+            def take(commit: Commit) -> None:
+                store.commit(commit)
+                done[commit.unit] = commit
+                progress.advance(note=_note(commit))
+                watch(list(done.values()))
+
+            run_units(stage, jobs(missing), workers, take)
+    constants, files = finish([done[unit] for unit in sorted(done)])
+    return Built(manifest=store.seal(done, constants, files), made=len(missing), kept=kept)
+
+
+def _note(commit: Commit) -> str:
+    tokens = commit.counts.get("tokens")
+    return f"{commit.rows} documents" + (f", {tokens} tokens" if tokens else "") + " in the last unit"

@@ -1,0 +1,83 @@
+"""The teacher's forward passes over one unit: which documents run together, and what is kept of each."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from xkd_pipeline.measure import Reading, padded, signals_of
+from xkd_schemas.errors import BadData
+from xkd_schemas.teacher import Signal
+from xkd_trainer.attention import install
+from xkd_trainer.forward import run
+from xkd_trainer.head import head_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSettings:
+    """What the bytes of a teacher table depend on, apart from the documents."""
+
+    model: str
+    template: str = "chat"
+    max_tokens: int = 1024
+    """A longer document is cut at a word border."""
+    dtype: str = "bfloat16"
+    batch_tokens: int = 4096
+    """Tokens of a forward pass, padding included; a longer document runs alone."""
+    pad_multiple: int = 8
+    threads: int = 1
+    """CPU threads of one worker: results depend on it in the last bits, so it is part of the plan."""
+
+
+def batches_of(lengths: Sequence[int], batch_tokens: int, multiple: int) -> Iterator[list[int]]:
+    """Documents with tokens, longest first, cut so that padded batches stay within `batch_tokens`.
+
+    >>> list(batches_of([3, 0, 9, 8], batch_tokens=32, multiple=8))
+    [[2, 3], [0]]
+    """
+    order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: (-lengths[i], i))
+    batch: list[int] = []
+    width = 0
+    for index in order:
+        if (batch and (len(batch) + 1) * width > batch_tokens) or (batch and lengths[index] <= width // 2):
+            yield batch
+            batch = []
+        if not batch:
+            width = -(-lengths[index] // multiple) * multiple
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def capture(
+    model: PreTrainedModel, readings: Sequence[Reading], wanted: Sequence[Signal], settings: TeacherSettings
+) -> list[dict[str, Any]]:
+    """Column name -> array for every reading; a reading without tokens gets empty ones.
+
+    Raises:
+        BadData: The teacher's states are not finite.
+    """
+    width = model.get_input_embeddings().weight.shape[1]
+    empty = {s.column: np.zeros((0, width) if s.kind.wide else 0) for s in wanted}
+    captured: list[dict[str, Any]] = [empty] * len(readings)
+    layers = sorted({s.layer for s in wanted if s.layer is not None})
+    attention = any(s.name == "attention_last" for s in wanted)
+    if attention:
+        install(model)
+    head = head_of(model)
+    lengths = [len(r.tokens.ids) for r in readings]
+    for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):
+        batch = [readings[i] for i in indices]
+        ids_BL, valid_BL = (t.to(model.device) for t in padded(batch, settings.pad_multiple))
+        states = run(model, ids_BL, valid_BL, layers=layers, attention=attention)
+        if not bool(torch.isfinite(states.last_BLD[valid_BL]).all()):
+            raise BadData(
+                f"the teacher's hidden states are not finite in {settings.dtype}", next="capture with --dtype float32"
+            )
+        for index, row in zip(indices, signals_of(batch, states, valid_BL, head, wanted), strict=True):
+            captured[index] = row
+    return captured

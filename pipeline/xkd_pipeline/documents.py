@@ -1,0 +1,178 @@
+"""Stage 1: corpus rows become documents with words and phrases."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from xkd_pipeline.build import Built, build
+from xkd_pipeline.corpus import RawRow, Source, read_documents
+from xkd_pipeline.run import Make, Workers
+from xkd_pipeline.shard import Totals, write_shard
+from xkd_pipeline.spans import Parser, ParserSettings, parser_for
+from xkd_pipeline.store import Store
+from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Segment, Spans, checked_spans
+from xkd_schemas.errors import BadData
+from xkd_schemas.manifest import Commit, Unit
+from xkd_schemas.table import Row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentsJob:
+    """The raw rows of one unit."""
+
+    unit: int
+    source: str
+    form: str
+    columns: dict[str, str]
+    rows: list[RawRow]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentsStage:
+    """Reads, parses and writes one unit."""
+
+    folder: Path
+    parser: ParserSettings
+    max_chars: int
+
+    def load(self) -> Make:
+        """Load the parser once."""
+        parser = parser_for(self.parser)
+        return lambda job: self._make(parser, job)
+
+    def _make(self, parser: Parser, job: DocumentsJob) -> Commit:
+        documents, rejects = read_documents(
+            job.source, job.form, job.columns, job.rows, max_chars=self.max_chars
+        )  # fmt: skip
+        found = [checked_spans(d, s) for d, s in zip(documents, parser.parse(documents), strict=True)]
+        counts = {
+            "rows": len(job.rows),
+            "characters": sum(len(d.text) for d in documents),
+            "words": sum(len(s.words) for s in found),
+            "phrases": sum(len(s.phrases) for s in found),
+        }
+        counts.update({f"parser:{reason}": number for reason, number in sorted(parser.notes.items())})
+        parser.notes.clear()
+        columns = columns_of(documents, found)
+        return write_shard(
+            self.folder,
+            job.unit,
+            DOCUMENTS,
+            columns,
+            rejects=[asdict(r) for r in rejects],
+            totals=Totals(counts=counts),
+        )
+
+
+def columns_of(documents: Sequence[Document], spans: Sequence[Spans]) -> dict[str, list[object]]:
+    """Columns of the documents table, one value per document."""
+    return {
+        "doc_id": [d.doc_id for d in documents],
+        "source": [d.source for d in documents],
+        "line": [d.line for d in documents],
+        "text": [d.text for d in documents],
+        "segments": [[(s.start, s.end) for s in d.segments] for d in documents],
+        "roles": [[s.role for s in d.segments] for d in documents],
+        "targets": [[s.target for s in d.segments] for d in documents],
+        "words": [s.words for s in spans],
+        "phrases": [s.phrases for s in spans],
+        "labels": [s.labels for s in spans],
+    }
+
+
+def document_at(row: Row) -> Document:
+    """The document of one row of the documents table."""
+    segments = tuple(
+        Segment(role=role, start=int(start), end=int(end), target=bool(target))
+        for (start, end), role, target in zip(row["segments"], row["roles"], row["targets"], strict=True)
+    )
+    return Document(text=row["text"], segments=segments, source=row["source"], line=row["line"])
+
+
+def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]:
+    """Cut every source into units by input rows, so that no worker count can change a shard."""
+    return tuple(
+        Unit(source=source.name, first=first, rows=min(rows_per_shard, source.num_rows - first))
+        for source in sources
+        for first in range(0, source.num_rows, rows_per_shard)
+    )
+
+
+def _jobs(sources: Sequence[Source], units: Sequence[Unit], missing: Iterable[int]) -> Iterator[DocumentsJob]:
+    """Jobs in order; each source is read forward once, from the first row that is needed."""
+    wanted = sorted(missing)
+    by_name = {source.name: source for source in sources}
+    current: tuple[str, int, Iterator[RawRow]] | None = None
+    for number in wanted:
+        unit = units[number]
+        if current is None or current[0] != unit.source:
+            current = (unit.source, unit.first, by_name[unit.source].rows(unit.first))
+        name, at, stream = current
+        rows = list(islice(stream, unit.first - at + unit.rows))[unit.first - at :]
+        current = (name, unit.first + unit.rows, stream)
+        source = by_name[name]
+        yield DocumentsJob(
+            unit=number, source=Path(source.name).name, form=source.form, columns=dict(source.columns), rows=rows
+        )
+
+
+def make_documents(
+    root: Path, sources: Sequence[Source], parser: ParserSettings, limits: "Limits", workers: Workers
+) -> Built:
+    """Make the documents table.
+
+    Raises:
+        BadData: More rows than `limits.max_reject` cannot be used, or none can.
+        Mismatch: The folder holds documents of another corpus or parser.
+    """
+    units = units_of(sources, limits.rows_per_shard)
+    total = sum(s.num_rows for s in sources)
+    if total == 0:
+        raise BadData("the corpus has no rows", next="check the paths and the form of the rows")
+    spec = {
+        "schema": DOCUMENTS_VERSION,
+        "corpus": [
+            {"name": Path(s.name).name, "sha256": s.digest, "form": s.form, "columns": dict(s.columns)}
+            for s in sources
+        ],
+        "parser": parser_for(parser).identity(),
+        "max_chars": limits.max_chars,
+        "rows_per_shard": limits.rows_per_shard,
+    }
+    store = Store(root, "documents", spec, units)
+    stage = DocumentsStage(folder=store.folder, parser=parser, max_chars=limits.max_chars)
+
+    def watch(commits: Sequence[Commit]) -> None:
+        rejected = sum(c.rejects.rows for c in commits if c.rejects)
+        if rejected > limits.max_reject * total:
+            raise BadData(
+                f"{rejected} of {total} rows cannot be used ({_reasons(commits)}), more than --max-reject "
+                f"{limits.max_reject:g} allows; they are listed in {store.folder / 'rejects'}",
+                kept="every finished shard",
+                next=f"mend the corpus, or accept them with --max-reject {min(1.0, 1.1 * rejected / total):.2g}",
+            )
+        if len(commits) == len(units) and sum(c.rows for c in commits) == 0:
+            raise BadData(f"no usable row in {total} ({_reasons(commits)})", next="check the form of the rows")
+
+    return build(store, stage, lambda missing: _jobs(sources, units, missing), workers, watch=watch)
+
+
+def _reasons(commits: Iterable[Commit]) -> str:
+    found: dict[str, int] = {}
+    for commit in commits:
+        for reason, number in (commit.rejects.reasons if commit.rejects else {}).items():
+            found[reason] = found.get(reason, 0) + number
+    return ", ".join(f"{reason} {number}" for reason, number in sorted(found.items())) or "no reason recorded"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Sizes of the documents stage."""
+
+    rows_per_shard: int = 512
+    """Input rows of a unit."""
+    max_chars: int = 1_000_000
+    """A longer text is rejected."""
+    max_reject: float = 0.01
+    """Share of the corpus's rows that may be rejected before the run stops."""

@@ -1,0 +1,135 @@
+"""From one batch of teacher states to the columns of each document.
+
+Shape legend for this file
+    B documents    L tokens of the longest    T tokens of one document    R kept rows    N predictions
+    K words or phrases    D width    V vocabulary
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xkd_schemas.teacher import Signal
+from xkd_schemas.tokens import Int32s, Tokens, kept_rows, predictors
+from xkd_trainer.forward import States
+from xkd_trainer.head import Head
+from xkd_trainer.signals import centrality, cosine_matrix, pack_triangle, pool_spans, prediction_stats
+
+LOGIT_BYTES = 64 * 2**20
+"""Logits are made for so many bytes of positions at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """One document as the teacher tokenized it, with its words and phrases as token ranges."""
+
+    tokens: Tokens
+    ranges: dict[str, Int32s]
+    """"word" and "phrase" -> [K, 2]."""
+
+
+def padded(readings: Sequence[Reading], multiple: int) -> tuple[Tensor, Tensor]:
+    """Token ids and validity, [B, L] with L a multiple of `multiple`, padded on the right with 0."""
+    longest = max(len(r.tokens.ids) for r in readings)
+    length = -(-longest // multiple) * multiple
+    ids_BL = torch.zeros(len(readings), length, dtype=torch.int64)
+    valid_BL = torch.zeros(len(readings), length, dtype=torch.bool)
+    for row, reading in enumerate(readings):
+        count = len(reading.tokens.ids)
+        ids_BL[row, :count] = torch.from_numpy(reading.tokens.ids.astype(np.int64))
+        valid_BL[row, :count] = True
+    return ids_BL, valid_BL
+
+
+def bf16_bits(values: Tensor) -> Any:
+    """The bits of bfloat16 numbers as a uint16 array."""
+    return values.to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy().view(np.uint16)
+
+
+def signals_of(
+    readings: Sequence[Reading], states: States, valid_BL: Tensor, head: Head, wanted: Sequence[Signal]
+) -> list[dict[str, Any]]:
+    """One dict (column name -> array) for each document of the batch."""
+    rows: list[dict[str, Any]] = [{} for _ in readings]
+    _per_token(readings, states, wanted, rows)
+    _predictions(readings, states, head, wanted, rows)
+    for layer in sorted({s.layer for s in wanted if s.layer is not None}):
+        _layer(readings, states.layers[layer], valid_BL, [s for s in wanted if s.layer == layer], rows)
+    return rows
+
+
+def _per_token(
+    readings: Sequence[Reading], states: States, wanted: Sequence[Signal], rows: list[dict[str, Any]]
+) -> None:
+    names = {s.name for s in wanted}
+    for number, reading in enumerate(readings):
+        if "hidden_last" in names:
+            keep_R = torch.from_numpy(kept_rows(reading.tokens.targets)).to(states.last_BLD.device)
+            rows[number]["hidden_last"] = bf16_bits(states.last_BLD[number, keep_R])
+        if "attention_last" in names:
+            assert states.attention_BL is not None
+            rows[number]["attention_last"] = states.attention_BL[number, : len(reading.tokens.ids)].cpu().numpy()
+
+
+def _predictions(
+    readings: Sequence[Reading], states: States, head: Head, wanted: Sequence[Signal], rows: list[dict[str, Any]]
+) -> None:
+    names = {s.name for s in wanted} & {"entropy", "argmax", "logsumexp"}
+    if not names:
+        return
+    positions = [predictors(r.tokens.targets) for r in readings]
+    hidden_ND = torch.cat([states.last_BLD[i, torch.from_numpy(p)] for i, p in enumerate(positions)])
+    step = max(1, LOGIT_BYTES // (4 * head.weight_VD.shape[0]))
+    parts = [prediction_stats(head(chunk_ND)) for chunk_ND in hidden_ND.split(step)]
+    stats = {
+        name: torch.cat([part[place] for part in parts]).cpu().numpy() if parts else np.empty(0, np.float32)
+        for place, name in enumerate(("entropy", "argmax", "logsumexp"))
+    }
+    ends = np.cumsum([len(p) for p in positions])
+    for number, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        for name in names:
+            rows[number][name] = stats[name][first:end]
+
+
+def _layer(
+    readings: Sequence[Reading],
+    hidden_BLD: Tensor,
+    valid_BL: Tensor,
+    wanted: Sequence[Signal],
+    rows: list[dict[str, Any]],
+) -> None:
+    weights_BL = centrality(hidden_BLD, valid_BL)
+    for signal in wanted:
+        if signal.name == "centrality":
+            for number, reading in enumerate(readings):
+                rows[number][signal.column] = weights_BL[number, : len(reading.tokens.ids)].cpu().numpy()
+    for unit in sorted({s.unit for s in wanted if s.unit is not None}):
+        ranges_BK2 = _padded_ranges([r.ranges[unit] for r in readings]).to(hidden_BLD.device)
+        vectors_BKD, mass_BK = pool_spans(hidden_BLD, weights_BL, ranges_BK2)
+        for signal in (s for s in wanted if s.unit == unit):
+            for number, reading in enumerate(readings):
+                spans = len(reading.ranges[unit])
+                rows[number][signal.column] = _span_signal(
+                    signal, vectors_BKD[number, :spans], mass_BK[number, :spans]
+                )
+
+
+def _padded_ranges(ranges: Sequence[Int32s]) -> Tensor:
+    most = max(1, *(len(r) for r in ranges))
+    padded_BK2 = torch.zeros(len(ranges), most, 2, dtype=torch.int64)
+    for row, one in enumerate(ranges):
+        padded_BK2[row, : len(one)] = torch.from_numpy(np.asarray(one, dtype=np.int64).reshape(-1, 2))
+    return padded_BK2
+
+
+def _span_signal(signal: Signal, vectors_KD: Tensor, mass_K: Tensor) -> Any:
+    if signal.name == "span_mass":
+        return mass_K.cpu().numpy()
+    if signal.name == "span_vectors":
+        return bf16_bits(vectors_KD)
+    cosines_KK = cosine_matrix(vectors_KD[None].float())[0]
+    return pack_triangle(cosines_KK).to(torch.float16).cpu().numpy()

@@ -1,0 +1,233 @@
+"""Rows of a corpus to documents, or to the reason why a row is rejected.
+
+Pure: no file is opened here, so the same rows give the same documents in any process. Every row
+becomes exactly one document or one RejectedRow.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import orjson
+
+from xkd_pipeline.forms import Form, form_named
+from xkd_pipeline.lines import LongLine
+from xkd_schemas.documents import Document, document_of
+
+MAX_CHARS: Final = 1_000_000
+"""Characters of the longest document that is taken."""
+DETAIL_CHARS: Final = 200
+"""Characters of a rejected row that are kept."""
+
+BAD_JSON: Final = "bad_json"
+BAD_TYPE: Final = "bad_type"
+MISSING_FIELD: Final = "missing_field"
+LONE_SURROGATE: Final = "lone_surrogate"
+BAD_UTF8: Final = "bad_utf8"
+BLANK: Final = "blank"
+EMPTY: Final = "empty"
+NO_TARGET: Final = "no_target"
+BAD_ROLE: Final = "bad_role"
+TOO_LONG: Final = "too_long"
+LINE_TOO_LONG: Final = "line_too_long"
+
+CHAT_ROLES: Final = {"system": False, "user": False, "assistant": True, "tool": False}
+"""Roles of a chat message, and whether the student learns to produce them."""
+CALLS: Final = ("tool_calls", "function_call")
+"""Keys of a message whose content is not text; leaving them out would change what was said."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+Part = tuple[str, str, bool]
+"""(role, text, is target)"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawRow:
+    """One row of a source, not yet looked at."""
+
+    line: int
+    """Row in the source, first is 1; of a JSONL file the line, of a folder counted through its files."""
+    content: bytes | LongLine | dict[str, object]
+    """One JSONL line without its end, a line too long to hold, or a row of a table. Of a table row
+    with text that is not UTF-8: the bytes of that text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RejectedRow:
+    """One row that became no document, and why."""
+
+    source: str
+    line: int
+    reason: str
+    """A code: one of the constants of this module."""
+    detail: str
+    """What is wrong and how the row begins: at most 200 characters of printable ASCII."""
+    sha256: str
+    """Of the row's bytes; of a table row, of its JSON with sorted keys."""
+
+
+class RowRejected(ValueError):
+    """Why one row becomes no document."""
+
+    def __init__(self, reason: str, what: str) -> None:
+        super().__init__(what)
+        self.reason = reason
+        self.what = what
+
+
+def read_documents(
+    source: str, form: str, columns: Mapping[str, str], rows: Sequence[RawRow], *, max_chars: int = MAX_CHARS
+) -> tuple[list[Document], list[RejectedRow]]:
+    """Documents and rejected rows, both in the order of `rows`; together as many as there are rows.
+
+    Args:
+        source: The name that documents and rejects carry.
+        form: A key of FORMS.
+        columns: Field to column; a field that is not there is read from the column of its own name.
+        rows: Any stretch of the source; results do not depend on how it is cut.
+        max_chars: Characters above which a document is rejected as too_long.
+
+    Raises:
+        UsageError: the form is not known.
+    """
+    kind = form_named(form)
+    names = {field.name: columns.get(field.name, field.name) for field in kind.fields}
+    documents: list[Document] = []
+    rejected: list[RejectedRow] = []
+    for row in rows:
+        try:
+            parts = list(_parts_of(kind, names, _object_of(row.content)))
+            documents.append(_document(parts, source=source, line=row.line, max_chars=max_chars))
+        except RowRejected as why:
+            rejected.append(_rejected(source, row, why))
+    return documents, rejected
+
+
+def parsed_row(content: bytes | LongLine | dict[str, object]) -> dict[str, object] | None:
+    """The row as an object, or None where it is none: for looking at the first rows of a source."""
+    try:
+        return _object_of(content)
+    except RowRejected:
+        return None
+
+
+def _object_of(content: bytes | LongLine | dict[str, object]) -> dict[str, object]:
+    if isinstance(content, dict):
+        return content
+    if isinstance(content, LongLine):
+        raise RowRejected(LINE_TOO_LONG, f"a line of {content.num_bytes} bytes")
+    if not content.strip():
+        raise RowRejected(BLANK, "a blank line between rows")
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise _json_error(content, error) from None
+    if not isinstance(value, dict):
+        raise RowRejected(BAD_TYPE, f"the row is {_kind(value)}, not an object")
+    return value
+
+
+def _json_error(content: bytes, error: orjson.JSONDecodeError) -> RowRejected:
+    """Tell broken UTF-8 and half surrogate pairs from other broken JSON."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as not_text:
+        return RowRejected(BAD_UTF8, f"byte {not_text.start} is not UTF-8")
+    try:
+        orjson.loads(_SURROGATE.sub(rb"\\ufffd", content))
+    except orjson.JSONDecodeError:
+        return RowRejected(BAD_JSON, str(error))
+    return RowRejected(LONE_SURROGATE, str(error))
+
+
+def _parts_of(form: Form, columns: Mapping[str, str], row: Mapping[str, object]) -> Iterator[Part]:
+    for field in form.fields:
+        column = columns[field.name]
+        value = row.get(column)
+        if value is None:
+            if field.required:
+                raise RowRejected(MISSING_FIELD, f'field "{column}" is {"null" if column in row else "missing"}')
+        elif field.role:
+            yield field.role, _text(value, f'field "{column}"'), field.target
+        else:
+            yield from _turns(value, column)
+
+
+def _turns(value: object, column: str) -> Iterator[Part]:
+    if not isinstance(value, list):
+        raise RowRejected(BAD_TYPE, f'field "{column}" is {_kind(value)}, not a list')
+    for at, message in enumerate(value):
+        where = f'"{column}"[{at}]'
+        if not isinstance(message, dict):
+            raise RowRejected(BAD_TYPE, f"{where} is {_kind(message)}, not an object")
+        for key in ("role", "content"):
+            if key not in message:
+                raise RowRejected(MISSING_FIELD, f'{where} has no "{key}"')
+        for key in CALLS:
+            if message.get(key):
+                raise RowRejected(BAD_TYPE, f'{where} has "{key}", which is not text')
+        role = _text(message["role"], f"the role of {where}")
+        if role not in CHAT_ROLES:
+            raise RowRejected(BAD_ROLE, f'{where} has the role "{role[:40]}"')
+        yield role, _content(message["content"], where), CHAT_ROLES[role]
+
+
+def _content(value: object, where: str) -> str:
+    """A string, or a list of text parts, joined."""
+    if not isinstance(value, list):
+        return _text(value, f"the content of {where}")
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else _kind(part)
+        if kind != "text":
+            raise RowRejected(BAD_TYPE, f"the content of {where} has a part of type {str(kind)[:40]}")
+        texts.append(_text(part.get("text"), f"a text part of {where}"))
+    return "".join(texts)
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise RowRejected(BAD_TYPE, f"{what} is {_kind(value)}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowRejected(LONE_SURROGATE, f"{what} has half a surrogate pair at character {error.start}") from None
+    return value
+
+
+def _kind(value: object) -> str:
+    kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    kinds |= {list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def _document(parts: Sequence[Part], *, source: str, line: int, max_chars: int) -> Document:
+    num_chars = sum(len(text) for _, text, _ in parts)
+    if num_chars > max_chars:
+        raise RowRejected(TOO_LONG, f"{num_chars} characters, the limit is {max_chars}")
+    if not any(text.strip() for _, text, _ in parts):
+        raise RowRejected(EMPTY, "no text")
+    if not any(target and text.strip() for _, text, target in parts):
+        raise RowRejected(NO_TARGET, "nothing to learn: no text in a response")
+    return document_of(parts, source=source, line=line)
+
+
+def _rejected(source: str, row: RawRow, why: RowRejected) -> RejectedRow:
+    content = row.content
+    if isinstance(content, LongLine):
+        head, sha256 = content.head, content.sha256
+    else:
+        bytes_ = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=str).encode()
+        head, sha256 = bytes_[:DETAIL_CHARS], hashlib.sha256(bytes_).hexdigest()
+    start = head[:DETAIL_CHARS].decode("utf-8", "backslashreplace")
+    detail = _escaped(f"{why.what}: {start}" if start else why.what)[:DETAIL_CHARS]
+    return RejectedRow(source=source, line=row.line, reason=why.reason, detail=detail, sha256=sha256)
+
+
+def _escaped(text: str) -> str:
+    """Printable ASCII: everything else, controls included, as a backslash escape."""
+    return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,139 @@
+"""Stage 2: the teacher reads every document once, and what the losses need is kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from xkd_pipeline.build import Built, build
+from xkd_pipeline.capture import TeacherSettings, capture
+from xkd_pipeline.columns import documents_units, token_columns, token_counts
+from xkd_pipeline.documents import document_at
+from xkd_pipeline.encode import Encoder, load_tokenizer
+from xkd_pipeline.measure import Reading
+from xkd_pipeline.run import Make, Workers
+from xkd_pipeline.shard import Totals, write_shard
+from xkd_pipeline.store import Store
+from xkd_pipeline.teacher_files import constants_of, export, moments, std_of, weights_identity
+from xkd_schemas.alignment import token_ranges
+from xkd_schemas.manifest import Commit
+from xkd_schemas.table import Table
+from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, teacher_schema
+from xkd_trainer.head import check_head
+from xkd_trainer.models import dtype_named, load_model
+
+CAPTURE_VERSION: Final = 1
+"""Bump when the same settings would give other bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherStage:
+    """Runs the teacher over the documents of one unit."""
+
+    root: Path
+    folder: Path
+    settings: TeacherSettings
+    signals: tuple[str, ...]
+
+    def load(self) -> Make:
+        """Load tokenizer and model once."""
+        torch.set_num_threads(self.settings.threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = _teacher(self.settings).to(device)
+        encoder = encoder_of(self.settings)
+        documents = Table(self.root, "documents")
+        wanted = [signal_named(column) for column in self.signals]
+        schema = teacher_schema(wanted, model.get_input_embeddings().weight.shape[1])
+
+        def make(unit: int) -> Commit:
+            torch.set_num_threads(self.settings.threads)
+            readings = _read(documents, unit, encoder)
+            captured = capture(model, readings, wanted, self.settings)
+            tokens = [r.tokens for r in readings]
+            columns = {
+                "doc_id": [documents.shard(unit).row(i)["doc_id"] for i in range(len(tokens))],
+                **token_columns(tokens),
+                **{s.column: [row[s.column] for row in captured] for s in wanted},
+            }
+            totals = Totals(counts=token_counts(documents, unit, tokens), sums=moments(tokens, captured, model))
+            return write_shard(self.folder, unit, schema, columns, totals=totals)
+
+        return make
+
+
+_loaded: dict[TeacherSettings, PreTrainedModel] = {}
+
+
+def _teacher(settings: TeacherSettings) -> PreTrainedModel:
+    """The teacher, loaded once in this process."""
+    if settings not in _loaded:
+        _loaded.clear()
+        model = load_model(settings.model, dtype=dtype_named(settings.dtype))
+        check_head(model)
+        _loaded[settings] = model.requires_grad_(False)
+    return _loaded[settings]
+
+
+def encoder_of(settings: TeacherSettings) -> Encoder:
+    """How the teacher reads a document."""
+    return Encoder(
+        tokenizer=load_tokenizer(settings.model), template=settings.template, max_tokens=settings.max_tokens
+    )  # fmt: skip
+
+
+def _read(documents: Table, unit: int, encoder: Encoder) -> list[Reading]:
+    rows = [documents.shard(unit).row(i) for i in range(documents.manifest.commits[unit].rows)]
+    encoded = encoder.encode_batch([document_at(row) for row in rows])
+    return [
+        Reading(
+            tokens=tokens,
+            ranges={"word": token_ranges(tokens, row["words"]), "phrase": token_ranges(tokens, row["phrases"])},
+        )
+        for row, tokens in zip(rows, encoded, strict=True)
+    ]
+
+
+def make_teacher(
+    root: Path, name: str, settings: TeacherSettings, signals: Sequence[Signal], workers: Workers
+) -> Built:
+    """Run the teacher over the documents and make the table teachers/NAME.
+
+    Raises:
+        InputMissing: The documents table is not finished, or the model is not there.
+        Mismatch: teachers/NAME was begun with other settings.
+        UsageError: The model or the template cannot do what is asked.
+    """
+    documents = Table(root, "documents")
+    model = _teacher(settings)
+    columns = tuple(sorted(s.column for s in set(signals)))
+    spec = {
+        "schema": TEACHERS_VERSION,
+        "capture": CAPTURE_VERSION,
+        "documents": documents.manifest.root,
+        "weights": weights_identity(settings.model),
+        "encoder": encoder_of(settings).identity(),
+        "signals": list(columns),
+        "dtype": settings.dtype,
+        "batch_tokens": settings.batch_tokens,
+        "pad_multiple": settings.pad_multiple,
+        "threads": settings.threads,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "transformers": ".".join(transformers.__version__.split(".")[:2]),
+    }
+    store = Store(root, f"teachers/{name}", spec, documents_units(documents))
+    stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns)
+    constants = constants_of(model)
+
+    def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
+        files = export(_teacher(settings), settings.model, store.folder)
+        measured = {"hidden_std": std_of(commits, "hidden"), "embedding_std": std_of(commits, "embedding")}
+        return {**constants, **measured, "template": settings.template}, files
+
+    if workers.count:
+        del model
+        _loaded.clear()
+    return build(store, stage, lambda missing: iter(missing), workers, finish=finish)

@@ -1,0 +1,198 @@
+"""The run file: one TOML that says what is cached and what is trained. Unknown keys are errors.
+
+`--set teacher.dtype=float32` overrides one value; flags of a command override both.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xkd_schemas.errors import InputMissing, UsageError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DocumentsSection(_Section):
+    """What is read and how it is parsed."""
+
+    corpus: tuple[str, ...] = ()
+    """Files, folders or data set names."""
+    form: Literal["auto", "prompt_response", "alpaca", "messages", "text"] = "auto"
+    columns: dict[str, str] = {}
+    """Our field name -> the corpus's column name."""
+    parser: Literal["spacy", "benepar"] = "spacy"
+    spacy_model: str = "en_core_web_sm"
+    """spaCy pipeline: an installed package or a folder."""
+    parser_model: str | None = None
+    """Folder of the benepar model."""
+    max_words: int | None = Field(default=None, ge=0)
+    """Longest phrase in words, 0 for no limit; None is the parser's default."""
+    drop_contained: bool | None = None
+    """Drop phrases inside other phrases; None is the parser's default."""
+    rows_per_shard: int = Field(default=512, ge=1)
+    max_chars: int = Field(default=1_000_000, ge=1)
+    max_reject: float = Field(default=0.01, ge=0, le=1)
+    """Share of rows that may be unusable before the run stops."""
+
+
+class TeacherSection(_Section):
+    """Which teacher runs, and what is kept of it."""
+
+    model: str = ""
+    name: str = ""
+    """Name of its table; empty for the model's own name."""
+    template: Literal["none", "alpaca", "chat"] = "chat"
+    max_tokens: int = Field(default=1024, ge=8)
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    batch_tokens: int = Field(default=4096, ge=8)
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of one worker."""
+    losses: tuple[str, ...] = ("mta", "sra", "dwa")
+    """Losses whose signals are kept."""
+    word_layers: tuple[int, ...] = ()
+    """Teacher layers read on words; empty for half of the depth."""
+    phrase_layers: tuple[int, ...] = ()
+    """Teacher layers read on phrases; empty for three quarters of the depth and the last."""
+
+
+class StudentSection(_Section):
+    """Which student learns."""
+
+    model: str = ""
+    """Folder, hub name, or `new:FAMILY,layers=4,width=256`."""
+    tokenizer: str = ""
+    """Folder or hub name; empty for the model's own."""
+    name: str = ""
+    """Name of its table; empty for the tokenizer's own name."""
+    template: Literal["none", "alpaca", "chat"] = "none"
+    max_tokens: int = Field(default=1024, ge=8)
+
+
+class TrainSection(_Section):
+    """How the student is trained."""
+
+    out: str = ""
+    loss: str = "ce=1"
+    """Comma-separated NAME=WEIGHT; ce is cross-entropy on the corpus's own responses."""
+    epochs: float = Field(default=3.0, gt=0)
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps; 0 means `epochs` decides."""
+    batch_size: int = Field(default=16, ge=1)
+    """Documents of an optimizer step, over all processes."""
+    micro_batch_size: int = Field(default=0, ge=0)
+    """Documents of one forward pass on one process; 0 means the whole share of the step."""
+    lr: float = Field(default=5e-4, gt=0)
+    projector_lr: float = Field(default=1e-3, gt=0)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """The cosine ends at this share of the learning rate."""
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Not applied to biases and norms."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    seed: int = Field(default=0, ge=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 leaves torch's choice."""
+    log_every: int = Field(default=10, ge=1)
+    save_every: int = Field(default=0, ge=0)
+    """Checkpoint every so many steps; 0 only at the end."""
+
+
+class RunFile(_Section):
+    """Everything one experiment needs."""
+
+    cache: str = "cache"
+    workers: int = Field(default=0, ge=0)
+    """Ray actors; 0 works in this process. Changes no byte."""
+    documents: DocumentsSection = DocumentsSection()
+    teacher: TeacherSection = TeacherSection()
+    student: StudentSection = StudentSection()
+    train: TrainSection = TrainSection()
+    losses: dict[str, dict[str, Any]] = {}
+    """Settings of single losses, checked by the loss: `[losses.mta] hid = "off"`."""
+
+
+def load_runfile(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:
+    """Read a run file and apply `section.key=value` overrides; without a path, defaults and overrides only.
+
+    Raises:
+        InputMissing: The file is not there or not TOML.
+        UsageError: A key or value is wrong; the message names it and suggests the nearest known key.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputMissing(f"run file {path}: {error.strerror}", next="give the path of a .toml file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputMissing(f"run file {path} is not TOML: {error}") from None
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return RunFile.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(_explain(str(path or "--set"), error)) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"--set {override}: expected section.key=value")
+    *sections, key = dotted.strip().split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise UsageError(f"--set {override}: {section} is not a section")
+    data[key] = toml_value(text.strip())
+
+
+def toml_value(text: str) -> Any:
+    """A TOML value; what is not one is taken as a plain string.
+
+    >>> toml_value("0.5"), toml_value("chat")
+    (0.5, 'chat')
+    """
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(where: str, error: ValidationError) -> str:
+    first = error.errors()[0]
+    dotted = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), _known(first["loc"][:-1]), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(_known(first['loc'][:-1]))}"
+        return f"{where}: {dotted!r} is not a key{hint}"
+    return f"{where}: {dotted}: {first['msg']}, found {first['input']!r}"
+
+
+def _known(path: Sequence[int | str]) -> list[str]:
+    model: Any = RunFile
+    for part in path:
+        field = model.model_fields.get(str(part))
+        model = field.annotation if field is not None else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)
+
+
+def settings_error(loss: str, error: ValidationError, fields: Mapping[str, Any]) -> UsageError:
+    """One line for settings of a loss that do not fit."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, list(fields), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+        return UsageError(f"losses.{loss}: {key!r} is not a setting; {hint}")
+    choices = get_args(fields[key].annotation) if key in fields else ()
+    known = f" (one of {', '.join(map(str, choices))})" if choices else ""
+    return UsageError(f"losses.{loss}.{key}: {first['msg']}{known}, found {first['input']!r}")

@@ -1,0 +1,117 @@
+"""Which classes of two vocabularies are the same text, so that two heads can be compared on them.
+
+A token string is written in one of four styles, found from the vocabulary as a whole: the style
+whose mark starts most tokens, plain if no token has one.
+
+    style          mark  what a token string means as bytes
+    byte-level     Ġ     each character is one byte by GPT-2's table (Ġ is the blank, Ċ the line end);
+                         a string with a character outside that table (an added token) is its UTF-8
+    SentencePiece  ▁     ▁ is the blank, <0x41> is the byte 41, the rest is its UTF-8
+    WordPiece      ##    ##x is x; x that starts with a letter or digit starts a word: a blank and x;
+                         anything else ([CLS], a comma) is its UTF-8
+    plain                its UTF-8
+
+Special tokens are compared like all others: </s> is shared if both vocabularies have it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xkd_schemas.errors import UsageError
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's character for each byte, inverted: a printable Latin-1 byte is itself, the others follow from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    moved = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(moved)}
+
+
+BYTES_OF_CHARACTERS = _byte_alphabet()
+
+
+def _byte_level(token: str) -> bytes:
+    if all(character in BYTES_OF_CHARACTERS for character in token):
+        return bytes(BYTES_OF_CHARACTERS[character] for character in token)
+    return _plain(token)
+
+
+def _sentencepiece(token: str) -> bytes:
+    byte = BYTE_TOKEN.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else _plain(token.replace("▁", " "))
+
+
+def _wordpiece(token: str) -> bytes:
+    if token.startswith("##") and len(token) > 2:
+        return _plain(token[2:])
+    return _plain(" " + token if token[:1].isalnum() else token)
+
+
+def _plain(token: str) -> bytes:
+    return token.encode("utf-8", "surrogatepass")
+
+
+MARKS: Mapping[str, Callable[[str], bytes]] = {"Ġ": _byte_level, "▁": _sentencepiece, "##": _wordpiece}
+"""Mark of a style -> the bytes of a token in it; on equal counts the first listed wins."""
+
+
+def _reading(vocabulary: Mapping[str, int]) -> Callable[[str], bytes]:
+    """How this vocabulary's strings are read."""
+    marked = {mark: sum(token.startswith(mark) for token in vocabulary) for mark in MARKS}
+    mark = max(marked, key=marked.__getitem__)
+    return MARKS[mark] if marked[mark] else _plain
+
+
+def _ids_by_bytes(vocabulary: Mapping[str, int]) -> dict[bytes, int]:
+    """One id for each byte string: of several, a token of ordinary text before a byte token, then the lowest id."""
+    read = _reading(vocabulary)
+    found: dict[bytes, tuple[bool, int]] = {}
+    for token, number in vocabulary.items():
+        candidate = (read is _sentencepiece and BYTE_TOKEN.fullmatch(token) is not None, number)
+        text = read(token)
+        found[text] = min(candidate, found.get(text, candidate))
+    return {text: number for text, (_, number) in found.items()}
+
+
+def shared_vocabulary(
+    student_vocab: Mapping[str, int], teacher_vocab: Mapping[str, int], mode: Literal["mapped", "exact"]
+) -> tuple[Tensor, Tensor]:
+    """Pairs of ids that are the same text: student ids [V] ascending, and the teacher id of each [V], int64.
+
+    No id of either side occurs twice, and the pairs do not depend on the order of the mappings.
+
+    >>> student, teacher = {"a": 0, "Ġthe": 1, "Ċ": 2}, {"<0x0A>": 7, "▁the": 8, "a": 9}
+    >>> shared_vocabulary(student, teacher, "mapped")
+    (tensor([0, 1, 2]), tensor([9, 8, 7]))
+    >>> shared_vocabulary(student, teacher, "exact")
+    (tensor([0]), tensor([9]))
+
+    Args:
+        student_vocab: Token string -> id, as `tokenizer.get_vocab()` gives it.
+        teacher_vocab: The same of the teacher.
+        mode: mapped: equal bytes, as the module says. exact: equal token strings, as SRA's code does
+            (arXiv 2605.01205): between a byte-level and a SentencePiece vocabulary that shares no
+            token that starts a word.
+
+    Raises:
+        UsageError: the vocabularies share nothing.
+    """
+    if mode == "mapped":
+        student, teacher = _ids_by_bytes(student_vocab), _ids_by_bytes(teacher_vocab)
+        pairs = [(number, teacher[text]) for text, number in student.items() if text in teacher]
+    else:
+        pairs = [(number, teacher_vocab[token]) for token, number in student_vocab.items() if token in teacher_vocab]
+    pairs.sort()
+    if not pairs:
+        raise UsageError(
+            f"sra: vocabularies of {len(student_vocab)} and {len(teacher_vocab)} tokens share none ({mode})",
+            next="set sra.shared_vocab to the other value, or use a loss that needs no shared classes",
+        )
+    ids_V2 = torch.tensor(pairs, dtype=torch.int64)
+    return ids_V2[:, 0].contiguous(), ids_V2[:, 1].contiguous()

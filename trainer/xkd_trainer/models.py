@@ -1,0 +1,165 @@
+"""Load causal language models from a folder, a hub name or a GGUF file; refuse what could run foreign code."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from xkd_schemas.errors import InputMissing, Refused, UsageError
+
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+DTYPES: Final[dict[str, torch.dtype]] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+_SUSPECT: Final = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_code"})
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The torch dtype; UsageError lists the known names."""
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is not known", next=f"use one of: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _suspects(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        return (_SUSPECT & value.keys()).union(*(_suspects(v) for v in value.values()))
+    return set().union(*(_suspects(v) for v in value)) if isinstance(value, list) else set()
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a local model whose configuration asks for code of its own.
+
+    Raises:
+        Refused: A configuration file names remote code or a private attention implementation.
+        InputMissing: A configuration file is not JSON.
+    """
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found = _suspects(json.loads(path.read_bytes()))
+        except ValueError as error:
+            raise InputMissing(f"{path} is not JSON: {error}") from error
+        if found:
+            raise Refused(
+                f"{path} has {', '.join(sorted(found))}, which can run code that came with the model",
+                next="use a model of a built-in architecture, or remove the key after reading what it does",
+            )
+
+
+def short(error: BaseException) -> str:
+    """First sentence of a library's long error message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def split_gguf(name: str) -> tuple[str, str | None]:
+    """`folder/file.gguf` as (folder, file); any other name as (name, None)."""
+    path = Path(name)
+    return (str(path.parent), path.name) if path.suffix == ".gguf" else (name, None)
+
+
+def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model in evaluation mode, from safetensors or GGUF.
+
+    Args:
+        name: A local folder, a `.gguf` file, or a name on the hub.
+        dtype: Of the weights.
+
+    Raises:
+        InputMissing: There is no such folder, file or hub name, or it cannot be reached.
+        UsageError: It is there but no causal language model that this transformers knows.
+        Refused: It wants to run code of its own, or has only pickled weights.
+    """
+    folder, gguf = split_gguf(name)
+    if gguf is not None and not Path(name).is_file():
+        raise InputMissing(f"model {name} is not there", next="give the path of a .gguf file")
+    if Path(folder).is_dir():
+        check_config(Path(folder))
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if gguf is not None:
+        from transformers import GgufConfig
+
+        options = {"dtype": dtype, "gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except OSError as error:
+        raise _missing(name, folder, error) from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
+    return model.eval()
+
+
+def _missing(name: str, folder: str, error: OSError) -> InputMissing | Refused:
+    if Path(folder).is_dir() and "safetensors" in str(error):
+        return Refused(
+            f"model {name} has no safetensors weights; pickled weights are not opened",
+            next="convert it: from_pretrained(...).save_pretrained(..., safe_serialization=True) on a trusted machine",
+        )
+    return InputMissing(
+        f"model {name} is neither a model folder here nor a name the hub answers for: {short(error)}",
+        next="give a folder with config.json and model.safetensors, a .gguf file, or a hub name with a network",
+    )
+
+
+def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> PreTrainedModel:
+    """A fresh model from `FAMILY,key=value,...`, with random weights from torch's current seed.
+
+    Args:
+        spec: e.g. "llama,layers=4,width=256". Families are transformers' model types. `layers`, `width`, `heads`
+            and `inner` (feed-forward width) are translated; other keys are configuration names.
+        vocab_size: Rows of the embedding table.
+        special: bos_token_id, eos_token_id and pad_token_id of the student's tokenizer.
+
+    Raises:
+        UsageError: The family or a key is not known, or the numbers do not fit together.
+    """
+    family, *pairs = [part.strip() for part in spec.split(",")]
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(
+                f"--student new:{spec}: {pair!r} is not key=value", next="e.g. new:llama,layers=4,width=256"
+            )
+        given[key.strip()] = _number(value.strip())
+    width = int(given.pop("width", 256))
+    heads = int(given.pop("heads", max(1, width // 64)))
+    sizes = {
+        "num_hidden_layers": int(given.pop("layers", 4)),
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(given.pop("kv_heads", heads)),
+        "intermediate_size": int(given.pop("inner", 4 * width)),
+    }
+    try:
+        known = AutoConfig.for_model(family)
+        names = {alias: getattr(type(known), "attribute_map", {}).get(alias, alias) for alias in sizes}
+        usable = {names[alias]: value for alias, value in sizes.items() if hasattr(known, names[alias])}
+        unknown = [key for key in given if not hasattr(known, key)]
+        if unknown:
+            raise ValueError(f"{family} has no setting {unknown[0]!r}")
+        settings = {"tie_word_embeddings": True, **usable, **given, **special, "vocab_size": vocab_size}
+        config = AutoConfig.for_model(family, **settings)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"--student new:{spec}: {short(error)}", next="e.g. new:llama,layers=4,width=256 or new:gpt2,layers=4"
+        ) from error
+    return model
+
+
+def _number(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,206 @@
+"""What is measured on a forward pass, by the same lines on the teacher at capture and on the student in training.
+
+Token weights, span vectors, the cosines between them, the entropy of a prediction, the attention
+row of the last token. Pure functions of tensors: no model, no cache, no loss. All compute in
+float32, or in float64 where the input is; call them outside an autocast context. Whether gradient
+flows is up to the caller, except where a docstring says otherwise.
+
+What a padded position holds, NaN included, changes no result and no gradient.
+
+Shape legend for this file
+    B documents    L tokens    R some of the L rows    D width    K spans    H heads    N positions    V classes
+"""
+
+import torch
+from torch import Tensor
+
+from xkd_schemas.errors import BadData
+
+CHUNK_ELEMENTS = 1 << 24
+"""Elements of the largest temporary that `centrality` and `prediction_stats` hold (64 MB in float32)."""
+
+STD_FLOOR = 1e-5
+"""Added to the standard deviation in eq. 5 of MTA, as the authors' code does."""
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """`values` (any float dtype) in float32, or unchanged if it is float64: what signals and losses compute in."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+    """How much the other tokens of a document attend to each token (MTA, arXiv 2605.01374, eq. 5-7).
+
+    H_t is divided by its standard deviation over the width (unbiased, plus 1e-5, mean not removed);
+    A_st = H_s . H_t / sqrt(D), without s = t and without padded t; w_t is the mean over the
+    document's tokens s of softmax_t(A_st). No parameter and no attention map of the model is used.
+    The authors' code lets padded rows s into that mean; here they are left out, so that a weight
+    depends on no other document of the batch.
+
+    Equal tokens share the weight, and two tokens can only look at each other:
+
+    >>> centrality(torch.tensor([[[1.0, 3.0], [1.0, 3.0], [1.0, 3.0], [9.0, 9.0]]]), torch.tensor([[1, 1, 1, 0]]) > 0)
+    tensor([[0.3333, 0.3333, 0.3333, 0.0000]])
+
+    Args:
+        hidden_BLD: Hidden states, any float dtype, D at least 2.
+        valid_BL: Bool, True for tokens of the document.
+
+    Returns:
+        [B, L], at least 0; sums to 1 over each document with a token; 0 where not valid; 1 for a token
+        that is alone. Memory beyond the result is that of CHUNK_ELEMENTS scores, and of all [B, L, L]
+        scores where gradient is asked for.
+    """
+    hidden_BLD = torch.where(valid_BL.unsqueeze(-1), at_least_float32(hidden_BLD), 0.0)
+    unit_BLD = hidden_BLD / (_std(hidden_BLD) + STD_FLOOR)
+    batch, length, width = unit_BLD.shape
+    alone_B11 = (valid_BL.sum(-1) <= 1)[:, None, None]  # no other token to look at: softmax over nothing
+    position_L = torch.arange(length, device=hidden_BLD.device)
+    weights_BL = torch.zeros_like(valid_BL, dtype=hidden_BLD.dtype)
+    step = max(1, CHUNK_ELEMENTS // max(1, batch * length))
+    for first in range(0, length, step):
+        row_R = position_L[first : first + step]
+        itself_RL = position_L == row_R[:, None]
+        scores_BRL = unit_BLD[:, first : first + step] @ unit_BLD.mT * width**-0.5
+        masked_BRL = (itself_RL | ~valid_BL[:, None, :]) & ~alone_B11
+        attended_BRL = scores_BRL.masked_fill(masked_BRL, -torch.inf).softmax(-1)
+        looks_BR = (valid_BL[:, first : first + step] & ~alone_B11[:, 0]).to(attended_BRL.dtype)
+        weights_BL = weights_BL + (looks_BR[:, None, :] @ attended_BRL).squeeze(1)
+    weights_BL = weights_BL / valid_BL.sum(-1, keepdim=True).clamp_min(1)
+    return torch.where(alone_B11[:, 0], valid_BL.to(weights_BL.dtype), weights_BL)
+
+
+def _std(hidden_BLD: Tensor) -> Tensor:
+    """Unbiased standard deviation over the width, [B, L, 1]; its gradient is 0, not NaN, where it is 0."""
+    variance_BL1 = hidden_BLD.var(-1, keepdim=True)
+    varies_BL1 = variance_BL1 > 0
+    return torch.where(varies_BL1, torch.where(varies_BL1, variance_BL1, 1.0).sqrt(), 0.0)
+
+
+def pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean of each span's tokens, and its weight (MTA eq. 8-9; C_k and m_k of SRA, arXiv 2605.01205).
+
+    SRA's code divides by max(mass, 1e-5); here a span of small mass keeps the length of its vector.
+
+    >>> hidden = torch.tensor([[[2.0, 0.0], [0.0, 4.0], [8.0, 8.0]]])
+    >>> pool_spans(hidden, torch.tensor([[0.75, 0.25, 0.0]]), torch.tensor([[[0, 2], [0, 0]]]))
+    (tensor([[[1.5000, 1.0000],
+             [0.0000, 0.0000]]]), tensor([[1., 0.]]))
+
+    Args:
+        hidden_BLD: Hidden states, any float dtype.
+        weights_BL: Token weights, at least 0; ones for the plain mean.
+        spans_BK2: Half-open token ranges, int; (0, 0) for padding. They may overlap.
+
+    Returns:
+        Vectors [B, K, D], zero where the span is empty or its mass is 0; masses [B, K].
+    """
+    position_L = torch.arange(hidden_BLD.shape[1], device=hidden_BLD.device)
+    member_BKL = (position_L >= spans_BK2[..., :1]) & (position_L < spans_BK2[..., 1:])
+    covered_BL = member_BKL.any(1)
+    hidden_BLD = torch.where(covered_BL.unsqueeze(-1), at_least_float32(hidden_BLD), 0.0)
+    weights_BKL = torch.where(member_BKL, weights_BL.to(hidden_BLD.dtype)[:, None, :], 0.0)
+    mass_BK = weights_BKL.sum(-1)
+    divisor_BK = torch.where(mass_BK > 0, mass_BK, 1.0)
+    return (weights_BKL / divisor_BK.unsqueeze(-1)) @ hidden_BLD, mass_BK
+
+
+def cosine_matrix(vectors_BKD: Tensor) -> Tensor:
+    """Cosines between all span vectors of a document, [B, K, K].
+
+    The diagonal is exactly 1 and has no gradient. A zero vector has cosine 0 and gradient 0 with all others.
+
+    >>> cosine_matrix(torch.tensor([[[3.0, 4.0], [8.0, 6.0], [0.0, 0.0]]]))
+    tensor([[[1.0000, 0.9600, 0.0000],
+             [0.9600, 1.0000, 0.0000],
+             [0.0000, 0.0000, 1.0000]]])
+    """
+    unit_BKD = unit_vectors(vectors_BKD)
+    same_KK = torch.eye(unit_BKD.shape[1], dtype=torch.bool, device=unit_BKD.device)
+    return torch.where(same_KK, 1.0, unit_BKD @ unit_BKD.mT)
+
+
+def unit_vectors(vectors_BKD: Tensor) -> Tensor:
+    """Each vector divided by its length; a zero vector stays zero and gets gradient 0. Any leading shape."""
+    vectors_BKD = at_least_float32(vectors_BKD)
+    square_BK1 = (vectors_BKD * vectors_BKD).sum(-1, keepdim=True)
+    nonzero_BK1 = square_BK1 > 0
+    scale_BK1 = torch.where(nonzero_BK1, torch.where(nonzero_BK1, square_BK1, 1.0).rsqrt(), 0.0)
+    return vectors_BKD * scale_BK1
+
+
+def pack_triangle(cosines_KK: Tensor) -> Tensor:
+    """The entries above the diagonal, row by row: [K (K - 1) / 2]. The rest of the matrix follows from them.
+
+    >>> pack_triangle(torch.tensor([[1.0, 0.1, 0.2], [0.1, 1.0, 0.3], [0.2, 0.3, 1.0]]))
+    tensor([0.1000, 0.2000, 0.3000])
+    """
+    rows, columns = torch.triu_indices(len(cosines_KK), len(cosines_KK), offset=1, device=cosines_KK.device)
+    return cosines_KK[rows, columns]
+
+
+def unpack_triangle(packed: Tensor, K: int) -> Tensor:
+    """The symmetric [K, K] matrix with ones on the diagonal whose `pack_triangle` is `packed`, in its dtype.
+
+    >>> unpack_triangle(torch.tensor([0.5]), 2)
+    tensor([[1.0000, 0.5000],
+            [0.5000, 1.0000]])
+
+    Raises:
+        BadData: `packed` is not [K (K - 1) / 2].
+    """
+    if packed.shape != (K * (K - 1) // 2,):
+        raise BadData(
+            f"span geometry: {tuple(packed.shape)} cosines do not fit {K} spans, which need {K * (K - 1) // 2}",
+            next="xkd-cache verify",
+        )
+    matrix_KK = torch.eye(K, dtype=packed.dtype, device=packed.device)
+    rows, columns = torch.triu_indices(K, K, offset=1, device=packed.device)
+    matrix_KK[rows, columns] = packed
+    matrix_KK[columns, rows] = packed
+    return matrix_KK
+
+
+@torch.no_grad()
+def prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How sure a model is at each position, and of what. Never has gradient.
+
+    >>> prediction_stats(torch.tensor([[0.0, 0.0, 0.0, 0.0], [-torch.inf, -torch.inf, 5.0, -torch.inf]]))
+    (tensor([1.3863, 0.0000]), tensor([0, 2]), tensor([1.3863, 5.0000]))
+
+    Args:
+        logits_NV: Any float dtype; -inf is a class that cannot be, +inf and NaN give NaN.
+
+    Returns:
+        Entropy [N] in nats at temperature 1; the class of the largest logit [N], int64, the first of
+        equals; log of the sum of exp(logits) [N]. Rows are read in chunks of CHUNK_ELEMENTS.
+    """
+    entropy_N = logits_NV.new_empty(len(logits_NV), dtype=at_least_float32(logits_NV[:0]).dtype)
+    argmax_N = logits_NV.new_empty(len(logits_NV), dtype=torch.int64)
+    logsumexp_N = torch.empty_like(entropy_N)
+    step = max(1, CHUNK_ELEMENTS // logits_NV.shape[-1])
+    for first in range(0, len(logits_NV), step):
+        rows = slice(first, first + step)
+        chunk_NV = at_least_float32(logits_NV[rows])
+        entropy_N[rows] = torch.special.entr(chunk_NV.softmax(-1)).sum(-1)
+        argmax_N[rows] = chunk_NV.argmax(-1)
+        logsumexp_N[rows] = chunk_NV.logsumexp(-1)
+    return entropy_N, argmax_N, logsumexp_N
+
+
+def normalised_row(attention_row_BHL: Tensor, valid_BL: Tensor) -> Tensor:
+    """Token weights from one attention row: heads summed, then divided by the sum over the document (SRA, a_t).
+
+    Args:
+        attention_row_BHL: What the last valid token of each document attends to, prompt included.
+        valid_BL: Bool, True for tokens of the document.
+
+    Returns:
+        [B, L], 0 where not valid; all 0 for a document without a token or without any attention.
+
+    >>> normalised_row(torch.tensor([[[0.5, 0.5, 9.0], [0.1, 0.9, 9.0]]]), torch.tensor([[True, True, False]]))
+    tensor([[0.3000, 0.7000, 0.0000]])
+    """
+    weights_BL = torch.where(valid_BL, at_least_float32(attention_row_BHL).sum(1), 0.0)
+    sum_B1 = weights_BL.sum(-1, keepdim=True)
+    return weights_BL / torch.where(sum_B1 > 0, sum_B1, 1.0)
