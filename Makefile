@@ -13,7 +13,7 @@ ONE   := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 .PHONY: help install lint types layers test demo preprocess bench wheel clean
 
 help:                   ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-11s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk '{name = $$1; sub(/^[a-z]*: /, ""); sub(/:/, "", name); printf "make %-11s %s\n", name, $$0}'
 
 install: $(STAMP)       ## .venv with the tested versions; TORCH="torch==2.13.0 --index-url URL" chooses a build
 

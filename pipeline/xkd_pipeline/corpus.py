@@ -6,6 +6,7 @@ to go on where a file has changed since it was counted.
 """
 
 import hashlib
+import json
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xkd_pipeline.forms import AUTO, FORMS, check_fields, choose_form
-from xkd_pipeline.lines import read_chunks
-from xkd_pipeline.parts import SUFFIXES, Content, Part, count_file, exactly, file_rows
+from xkd_pipeline.parts import FOLDER_SUFFIXES, SUFFIXES, Content, Part, count_file, exactly, file_rows
 from xkd_pipeline.rows import RawRow, RejectedRow, parsed_row, read_documents
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 
@@ -73,8 +73,9 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
     """Count and fingerprint a source in one pass and find the form of its rows.
 
     Args:
-        name: A file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow), a folder of such files, a folder
-            that `datasets` saved, or NAME or NAME:SPLIT of a data set on the hub (split train if not said).
+        name: A file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow), a folder of such files
+            (read in the order of their names; what `datasets` saves is one), or NAME or NAME:SPLIT of a data
+            set on the hub (split train if not said).
         form: A key of FORMS, or "auto": the first form whose required fields the first rows have.
         columns: Field to column, for rows that name their fields otherwise; may be empty.
 
@@ -120,30 +121,36 @@ def _located(name: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
 def _in_folder(folder: Path) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(p.parent.name for p in folder.glob("*/state.json"))
-        raise UsageError(f"{folder} holds the splits {', '.join(splits)}", next=f"name one: {folder}/{splits[0]}")
+        raise UsageError(f"{folder} holds several splits: {', '.join(splits)}", next=f"name one, as {folder}/train")
     files, num_irregular, num_others = _walk(folder)
+    saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    if saved:
+        _check_complete(folder, files)
     whole = hashlib.sha256()
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        for file in files:
-            own = hashlib.sha256()
-            for chunk in read_chunks(file):
-                own.update(chunk)
-            whole.update(f"{file.relative_to(folder)}\0{own.hexdigest()}\n".encode())
-        part = Part(path=str(folder), kind="saved", num_rows=len(_saved(folder)))
-        return (part,), whole.hexdigest(), ("saved by datasets",)
     parts = []
     for file in files:
         own = hashlib.sha256()
         parts.append(count_file(file, own))
         whole.update(f"{file.relative_to(folder)}\0{own.hexdigest()}\n".encode())
-    if not parts:
-        raise InputMissing(f"{folder} holds no file that ends in {' '.join(SUFFIXES)}", next="check the path")
+    if not parts and not saved:
+        raise InputMissing(f"{folder} holds no file that ends in {' '.join(FOLDER_SUFFIXES)}", next="check the path")
     remarks = [f"{len(parts)} file{'s' * (len(parts) > 1)}"]
     if num_irregular:
         remarks.append(f"{num_irregular} links, pipes or devices left out")
     if num_others:
         remarks.append(f"{num_others} other files left out")
     return tuple(parts), whole.hexdigest(), tuple(remarks)
+
+
+def _check_complete(folder: Path, files: Sequence[Path]) -> None:
+    """Raise InputMissing where a folder saved by `datasets` lacks a file that its state.json lists."""
+    try:
+        listed = [str(entry["filename"]) for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BadData(f"{folder}/state.json cannot be read: {error}", next="save the data set again") from error
+    missing = sorted(set(listed) - {file.name for file in files})
+    if missing:
+        raise InputMissing(f"{folder} lacks {', '.join(missing[:3])}", next="copy or save the data set again")
 
 
 def _walk(folder: Path) -> tuple[list[Path], int, int]:
@@ -155,7 +162,7 @@ def _walk(folder: Path) -> tuple[list[Path], int, int]:
             continue
         if not stat.S_ISREG(mode):
             num_irregular += 1
-        elif path.name.endswith(SUFFIXES) and not path.name.startswith("."):
+        elif path.name.endswith(FOLDER_SUFFIXES) and not path.name.startswith("."):
             files.append(path)
         else:
             num_others += 1
@@ -181,16 +188,8 @@ def _from_hub(name: str, dataset: str, split: str) -> Any:
         ) from error
     except ValueError as error:
         raise UsageError(f"{name}: {' '.join(str(error).split())[:200]}", next="name the split: NAME:SPLIT") from error
-
-
-def _saved(folder: Path) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise BadData(f"{folder} cannot be read as a saved data set: {line}", next="save it again") from error
+    except datasets.exceptions.DatasetsError as error:
+        raise BadData(f"{name}: {' '.join(str(error).split())[:200]}", next="look at the data set's page") from error
 
 
 def _sample(parts: Sequence[Part], digest: str) -> list[dict[str, object]]:
@@ -201,23 +200,18 @@ def _sample(parts: Sequence[Part], digest: str) -> list[dict[str, object]]:
 
 
 def _part_rows(part: Part, first: int, columns: Sequence[str] | None, digest: str) -> Iterator[Content]:
-    if part.kind in ("lines", "table"):
-        rows = file_rows(part, first=first, columns=columns)
-    else:
-        rows = _dataset_rows(part, first, digest)
-    return exactly(part, rows, first)
+    if part.kind == "hub":
+        return exactly(part, _hub_rows(part, first, digest), first)
+    return exactly(part, file_rows(part, first=first, columns=columns), first)
 
 
-def _dataset_rows(part: Part, first: int, digest: str) -> Iterator[Content]:
-    if part.kind == "saved":
-        rows = _saved(Path(part.path))
-    else:
-        name, split = part.path.split(":", 1)
-        rows = _from_hub(part.path, name, split)
-        if rows._fingerprint != digest:
-            raise Mismatch(
-                f"{part.path}: the data set was {digest} and is {rows._fingerprint} now",
-                next="run again from the start, in a new cache",
-            )
+def _hub_rows(part: Part, first: int, digest: str) -> Iterator[Content]:
+    name, split = part.path.split(":", 1)
+    rows = _from_hub(part.path, name, split)
+    if rows._fingerprint != digest:
+        raise Mismatch(
+            f"{part.path}: the data set was {digest} and is {rows._fingerprint} now",
+            next="run again from the start, in a new cache",
+        )
     for at in range(first, len(rows)):
         yield dict(rows[at])

@@ -85,6 +85,7 @@ def count_fitting(form: Form, columns: Mapping[str, str], rows: Sequence[Mapping
 
 
 def check_fields(form: str, columns: Mapping[str, str]) -> None:
+    """Raise UsageError where the form is not known or a mapped field is none of its fields."""
     forms = FORMS.values() if form == AUTO else [form_named(form)]
     known = list(dict.fromkeys(field.name for f in forms for field in f.fields))
     for field in columns:
@@ -95,7 +96,17 @@ def check_fields(form: str, columns: Mapping[str, str]) -> None:
 def choose_form(
     name: str, form: str, columns: Mapping[str, str], sample: Sequence[Mapping[str, object]]
 ) -> tuple[str, dict[str, str], tuple[str, ...]]:
-    """(form, resolved columns, remarks)"""
+    """(form, resolved columns, remarks): the form that most of the sampled rows fit, of equals the first in FORMS.
+
+    Args:
+        name: What the source is called in an error.
+        form: A key of FORMS, or AUTO.
+        columns: Field to column as mapped by the user; a form without one of these fields is left aside.
+        sample: The first readable rows of the source; may be empty.
+
+    Raises:
+        UsageError: no sampled row fits, or no form has all mapped fields.
+    """
     candidates = [
         key for key, f in FORMS.items() if form in (AUTO, key) and set(columns) <= {field.name for field in f.fields}
     ]
@@ -106,7 +117,7 @@ def choose_form(
         chosen = candidates[0] if form != AUTO or columns else "text"
         return chosen, resolved[chosen], ("no readable row to tell the form by",) if form == AUTO else ()
     fitting = {key: count_fitting(FORMS[key], resolved[key], sample) for key in candidates}
-    chosen = max(candidates, key=lambda key: fitting[key])  # of equals the first in FORMS
+    chosen = max(candidates, key=lambda key: fitting[key])
     if not fitting[chosen]:
         present = ", ".join(sorted({key for row in sample for key in row})[:20])
         raise UsageError(

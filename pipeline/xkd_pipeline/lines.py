@@ -163,9 +163,11 @@ class _Collector:
             self.pieces.append(piece)
             if self.num_bytes > self.limit:
                 self.digest = hashlib.sha256()
+                head = b""
                 for held in self.pieces:
                     self.digest.update(held)
-                self.pieces = [b"".join(self.pieces)[:HEAD_BYTES]]
+                    head += held[: HEAD_BYTES - len(head)]
+                self.pieces = [head]
         else:
             self.digest.update(piece)
 
@@ -180,6 +182,8 @@ class _Collector:
 
 def split_lines(chunks: Iterator[bytes], *, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, Line]]:
     r"""(byte offset, line) for every line, without its `\n`; bytes after the last `\n` are a line too.
+
+    A line of more than `limit` bytes (at least HEAD_BYTES) comes as a LongLine.
 
     >>> list(split_lines(iter([b"a\r", b"\nbc", b"d"])))
     [(0, b'a\r'), (3, b'bcd')]

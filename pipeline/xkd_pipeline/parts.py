@@ -18,14 +18,10 @@ MARK_EVERY: Final = 4096
 """Rows between two remembered places of a plain JSONL file."""
 COMPRESSED: Final = (".gz", ".zst")
 TABLES: Final = (".parquet", ".arrow")
-SUFFIXES: Final = (
-    ".jsonl",
-    ".ndjson",
-    ".json",
-    *(f"{s}{c}" for s in (".jsonl", ".json") for c in COMPRESSED),
-    *TABLES,
-)
+SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz", ".json.zst", *TABLES)
 """File endings that can be read."""
+FOLDER_SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", *TABLES)
+"""Those that are taken from a folder, where a .json is something else more often than rows."""
 
 Content = bytes | LongLine | dict[str, object]
 
@@ -35,9 +31,9 @@ class Part:
     """One file of a source, or one data set."""
 
     path: str
-    """File, folder saved by `datasets`, or NAME:SPLIT of a data set on the hub."""
+    """File, or NAME:SPLIT of a data set on the hub."""
     kind: str
-    """lines, table, saved or hub."""
+    """lines, table or hub."""
     num_rows: int
     state: tuple[int, int] = (0, 0)
     """Size in bytes and time of change in nanoseconds when it was counted; of a file only."""

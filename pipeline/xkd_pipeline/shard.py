@@ -17,6 +17,7 @@ import xxhash
 from xkd_schemas.files import disk_errors, sync_folder, write_beside, xxh3_of
 from xkd_schemas.manifest import Commit, RecordBatch, Reject
 from xkd_schemas.ragged import batch_of
+from xkd_schemas.tokens import OK
 
 ROWS_PER_BATCH = 32
 """Rows of a record batch: the piece that is checked and mapped at once."""
@@ -129,6 +130,7 @@ def write_shard(
         rejects=_write_rejects(folder / "rejects", unit, rejects),
         counts=totals.counts if totals else {},
         sums=totals.sums if totals else {},
+        unusable=tuple(i for i, status in enumerate(columns.get("status", ())) if status != OK),
     )
 
 

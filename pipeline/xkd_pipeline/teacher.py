@@ -1,6 +1,6 @@
 """Stage 2: the teacher reads every document once, and what the losses need is kept."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,9 +20,11 @@ from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_pipeline.teacher_files import constants_of, export, moments, std_of, weights_identity
 from xkd_schemas.alignment import token_ranges
+from xkd_schemas.errors import UsageError
 from xkd_schemas.manifest import Commit
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, teacher_schema
+from xkd_trainer.forward import num_layers
 from xkd_trainer.head import check_head
 from xkd_trainer.models import dtype_named, load_model
 
@@ -97,10 +99,34 @@ def _read(documents: Table, unit: int, encoder: Encoder) -> list[Reading]:
     ]
 
 
+def teacher_layers(
+    num_layers: int, word_layers: Sequence[int] = (), phrase_layers: Sequence[int] = ()
+) -> tuple[tuple[int, str], ...]:
+    """(layer, unit) pairs to read spans at; by default words at half of the depth, phrases at 3/4 and at the top.
+
+    This is phi(l) = floor(l N_T / N_S) of MTA for the last three of four quarters of any student: the
+    teacher's layers are chosen before a student is known.
+
+    >>> teacher_layers(30)
+    ((15, 'word'), (22, 'phrase'), (30, 'phrase'))
+
+    Raises:
+        UsageError: A layer does not exist.
+    """
+    words = tuple(word_layers) or (max(1, num_layers * 2 // 4),)
+    phrases = tuple(phrase_layers) or (max(1, num_layers * 3 // 4), num_layers)
+    for layer in (*words, *phrases):
+        if not 1 <= layer <= num_layers:
+            raise UsageError(f"layer {layer} does not exist: the teacher has layers 1 to {num_layers}")
+    return tuple(sorted({(layer, "word") for layer in words} | {(layer, "phrase") for layer in phrases}))
+
+
 def make_teacher(
-    root: Path, name: str, settings: TeacherSettings, signals: Sequence[Signal], workers: Workers
+    root: Path, name: str, settings: TeacherSettings, signals: Callable[[int], Sequence[Signal]], workers: Workers
 ) -> Built:
     """Run the teacher over the documents and make the table teachers/NAME.
+
+    `signals` is asked once, with the teacher's number of layers.
 
     Raises:
         InputMissing: The documents table is not finished, or the model is not there.
@@ -109,7 +135,7 @@ def make_teacher(
     """
     documents = Table(root, "documents")
     model = _teacher(settings)
-    columns = tuple(sorted(s.column for s in set(signals)))
+    columns = tuple(sorted({s.column for s in signals(num_layers(model))}))
     spec = {
         "schema": TEACHERS_VERSION,
         "capture": CAPTURE_VERSION,

@@ -70,6 +70,8 @@ class Commit(_Record):
     """Named totals over the unit's rows: tokens, words, cut documents, rows by status, ..."""
     sums: dict[str, float] = {}
     """Named sums that constants are made from."""
+    unusable: tuple[int, ...] = ()
+    """Rows of the unit whose `status` is not "ok"."""
 
 
 class Plan(_Record):

@@ -37,8 +37,9 @@ class FastTokenizer(Protocol):
 def encode_texts(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[tuple[Int32s, Int32s]]:
     """Token ids [T] and character offsets [T, 2] of each text, both int32, without any special token.
 
-    Text that looks like a special token ("</s>") is encoded as the characters it is made of: what stands in a
-    document never ends a turn. Nothing is truncated or padded, whatever the tokenizer file asks for.
+    Text that looks like a special token ("</s>") is encoded as the characters it is made of, so that what stands in a
+    document never ends a turn (a unigram vocabulary may still hold the string as an ordinary piece). Nothing is
+    truncated or padded, whatever the tokenizer file asks for.
 
     Raises:
         UsageError: The tokenizer is a slow one, without offsets.
@@ -82,13 +83,13 @@ def identity(tokenizer: FastTokenizer) -> dict[str, str]:
     Raises:
         UsageError: The tokenizer is a slow one, without offsets.
     """
+    encoded = encode_texts(tokenizer, PROBES)
     added = [
         [int(token_id), str(token.content), *(bool(getattr(token, flag, False)) for flag in _FLAGS)]
         for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
     ]
     named = {name: [str(getattr(tokenizer, name)), getattr(tokenizer, f"{name}_id")] for name in NAMED_TOKENS}
     template = tokenizer.chat_template
-    encoded = encode_texts(tokenizer, PROBES)
     by_itself = [int(token_id) for token_id in tokenizer("x", verbose=False)["input_ids"]]
     return {
         "vocabulary": digest(sorted(tokenizer.get_vocab().items())),

@@ -93,8 +93,10 @@ def last_row(
     sinks = options.get("s_aux")
     if sinks is not None:
         sinks_BH1 = sinks.float().view(1, heads, 1).expand(size_B, heads, 1)
-        return torch.cat([scores_BHL, sinks_BH1], dim=-1).softmax(dim=-1)[..., :-1]
-    return scores_BHL.softmax(dim=-1)
+        with_sinks: Tensor = torch.cat([scores_BHL, sinks_BH1], dim=-1).softmax(dim=-1)
+        return with_sinks[..., :-1]
+    weights_BHL: Tensor = scores_BHL.softmax(dim=-1)
+    return weights_BHL
 
 
 def install(model: PreTrainedModel) -> None:

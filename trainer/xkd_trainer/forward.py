@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,6 +30,13 @@ class States:
     """Hugging Face index -> [B, L, D]; the last index is `last_BLD` itself."""
     attention_BL: Tensor | None
     """Last valid token's attention in the last block, heads summed, rows sum to 1; float32, no gradient."""
+
+    def as_float32(self) -> "States":
+        """The same in float32, which signals and losses compute in; itself where it is already."""
+        if self.last_BLD.dtype == torch.float32:
+            return self
+        layers = {layer: states_BLD.float() for layer, states_BLD in self.layers.items()}
+        return States(last_BLD=self.last_BLD.float(), layers=layers, attention_BL=self.attention_BL)
 
 
 def num_layers(model: PreTrainedModel) -> int:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from xkd_schemas.errors import InputMissing, Refused, UsageError
+from xkd_schemas.tokenizers import encode_texts
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 DTYPES: Final[dict[str, torch.dtype]] = {
@@ -27,9 +28,10 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def _suspects(value: Any) -> set[str]:
-    if isinstance(value, dict):
-        return (_SUSPECT & value.keys()).union(*(_suspects(v) for v in value.values()))
-    return set().union(*(_suspects(v) for v in value)) if isinstance(value, list) else set()
+    """Keys that ask for foreign code, at any depth."""
+    found = set(_SUSPECT & value.keys()) if isinstance(value, dict) else set()
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return found.union(*(_suspects(v) for v in inner))
 
 
 def check_config(folder: Path) -> None:
@@ -109,6 +111,49 @@ def _missing(name: str, folder: str, error: OSError) -> InputMissing | Refused:
         f"model {name} is neither a model folder here nor a name the hub answers for: {short(error)}",
         next="give a folder with config.json and model.safetensors, a .gguf file, or a hub name with a network",
     )
+
+
+def load_tokenizer(name: str) -> Any:
+    """A fast tokenizer from a folder, from FOLDER/FILE.gguf, or by its name on the Hugging Face hub.
+
+    Raises:
+        InputMissing: Nothing of that name, or the folder holds no tokenizer that can be read.
+        Refused: The tokenizer brings its own code.
+        UsageError: It is a slow tokenizer, without character offsets.
+    """
+    path = Path(name)
+    gguf = path.suffix == ".gguf"
+    folder = path.parent if gguf else path
+    looks_local = gguf or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if (gguf and not path.is_file()) or (looks_local and not folder.is_dir()):
+        raise InputMissing(f"{name} is not there", next="name a model folder, FOLDER/FILE.gguf or a hub model")
+    if folder.is_dir():
+        check_config(folder)
+    _readable_json(folder / "tokenizer.json")
+    options = {"gguf_file": path.name} if gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise Refused(
+                f"{name}: this tokenizer runs code of its own", next="use a tokenizer with a tokenizer.json"
+            ) from error
+        place = "in this folder" if folder.is_dir() else "here or on the hub"
+        first_line = next(iter(str(error).splitlines()), "")[:160]
+        raise InputMissing(
+            f"{name}: no tokenizer {place} that can be read ({first_line})", next="check the name and the connection"
+        ) from error
+    encode_texts(tokenizer, [""])
+    return tokenizer
+
+
+def _readable_json(path: Path) -> None:
+    """Refuse half a tokenizer.json here, because the tokenizers library raises a bare Exception for it."""
+    if path.is_file():
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            raise InputMissing(f"{path} is not JSON: {error}", next="copy the model folder again") from error
 
 
 def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> PreTrainedModel:

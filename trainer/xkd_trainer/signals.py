@@ -72,7 +72,8 @@ def centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
 
 def _std(hidden_BLD: Tensor) -> Tensor:
     """Unbiased standard deviation over the width, [B, L, 1]; its gradient is 0, not NaN, where it is 0."""
-    variance_BL1 = hidden_BLD.var(-1, keepdim=True)
+    centred_BLD = hidden_BLD - hidden_BLD.mean(-1, keepdim=True)
+    variance_BL1 = centred_BLD.square().sum(-1, keepdim=True) / (hidden_BLD.shape[-1] - 1)
     varies_BL1 = variance_BL1 > 0
     return torch.where(varies_BL1, torch.where(varies_BL1, variance_BL1, 1.0).sqrt(), 0.0)
 
@@ -123,7 +124,7 @@ def cosine_matrix(vectors_BKD: Tensor) -> Tensor:
 def unit_vectors(vectors_BKD: Tensor) -> Tensor:
     """Each vector divided by its length; a zero vector stays zero and gets gradient 0. Any leading shape."""
     vectors_BKD = at_least_float32(vectors_BKD)
-    square_BK1 = (vectors_BKD * vectors_BKD).sum(-1, keepdim=True)
+    square_BK1 = vectors_BKD.square().sum(-1, keepdim=True)
     nonzero_BK1 = square_BK1 > 0
     scale_BK1 = torch.where(nonzero_BK1, torch.where(nonzero_BK1, square_BK1, 1.0).rsqrt(), 0.0)
     return vectors_BKD * scale_BK1

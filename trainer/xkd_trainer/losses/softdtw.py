@@ -12,26 +12,22 @@ Shape legend for this file
 import functools
 import importlib.util
 import math
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from xkd_trainer.losses.softdtw_torch import inside_lengths, torch_soft_dtw
 from xkd_trainer.losses.term import at_least_float32
-
-_CELLS_WORTH_A_THREAD = 1 << 17
 
 
 def soft_dtw(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, gamma: float) -> Tensor:
     """Soft minimum, over all alignments of the first tokens of each pair, of the summed cost.
 
     R_ij = C_ij + softmin(R_{i-1,j}, R_{i,j-1}, R_{i-1,j-1}) with softmin(a) = -gamma log sum exp(-a / gamma), R_00 = 0
-    and R_0j = R_i0 = inf; the value is R at the two lengths (arXiv 1703.01541, algorithm 1; arXiv 2602.21669, eq. 20-22).
+    and R_0j = R_i0 = inf; the value is R at the two lengths (arXiv 1703.01541, algorithm 1; DWA-KD eq. 17-25).
 
     Two by two tokens and no cost: three alignments, the soft minimum of three zeros is -log 3.
 
@@ -52,7 +48,9 @@ def soft_dtw(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Ten
         ValueError: gamma is not a positive number, shapes do not fit, or (on CPU) a length is out of range.
     """
     _check(cost_BST, student_lengths_B, teacher_lengths_B, gamma)
-    value_B: Tensor = _SoftDtw.apply(at_least_float32(cost_BST), student_lengths_B, teacher_lengths_B, gamma)
+    value_B: Tensor = _SoftDtw.apply(  # type: ignore[no-untyped-call]
+        at_least_float32(cost_BST), student_lengths_B, teacher_lengths_B, gamma
+    )
     return value_B.to(cost_BST.dtype)
 
 
@@ -65,7 +63,7 @@ def soft_dtw_divergence(
     *,
     gamma: float,
 ) -> Tensor:
-    """nDTW(X, Y) = s(X, Y) - (s(X, X) + s(Y, Y)) / 2, DWA-KD eq. 23 (Blondel et al., arXiv 2010.08354).
+    """nDTW(X, Y) = s(X, Y) - (s(X, X) + s(Y, Y)) / 2, DWA-KD eq. 17-25 (Blondel et al., arXiv 2010.08354).
 
     It is 0 for equal sequences. With costs that are not a suitable kernel's, cosine among them, it can be slightly
     negative; it is not clamped. A band belongs on the cross cost only.
@@ -85,7 +83,7 @@ def soft_dtw_divergence(
 
 
 def cosine_cost(x_BSE: Tensor, y_BTE: Tensor) -> Tensor:
-    """C_ij = 1 - cos(x_i, y_j), DWA-KD section 3; [B, S, T] in float32, or float64 where the inputs are.
+    """C_ij = 1 - cos(x_i, y_j), DWA-KD eq. 9-10; [B, S, T] in float32, or float64 where the inputs are.
 
     A zero vector has cosine 0 with everything, and a finite gradient.
 
@@ -106,11 +104,11 @@ def band_penalty(  # noqa: PLR0913 - the four numbers of the paper's Table 5 kee
     centre_mix: float = 0.7,
     penalty: float = 1.0,
 ) -> Tensor:
-    """What the adaptive soft band of DWA-KD adds to the cross cost (eq. 17-19, Table 5).
+    """What the adaptive soft band of DWA-KD adds to the cross cost (eq. 17-25, Table 5).
 
-    With i and j counted from 1 (the paper; the authors' code counts from 0, which moves the mixed centre by at most one
-    token): centre c_i = a sum_j j A_ij + (1 - a) i T / S, entropy H_i = -sum_j A_ij log A_ij, half width b + beta H_i,
-    and `penalty` wherever |j - c_i| exceeds it. S and T are the two lengths of the pair.
+    With i and j counted from 1 (the paper; the authors' code counts from 0, which moves the mixed centre by less than
+    max(1, T / S) tokens): centre c_i = a sum_j j A_ij + (1 - a) i T / S, entropy H_i = -sum_j A_ij log A_ij, half
+    width b + beta H_i, and `penalty` wherever |j - c_i| exceeds it. S and T are the two lengths of the pair.
 
     One student token that attends to the first of three: c = 0.5 * 1 + 0.5 * 1 * 3 / 1 = 2, half width 0.5.
 
@@ -131,7 +129,7 @@ def band_penalty(  # noqa: PLR0913 - the four numbers of the paper's Table 5 kee
     Returns:
         [B, S, T] of 0 and `penalty`, float32 or float64, no gradient; 0 outside the lengths.
     """
-    inside_BST = _inside(attention_BST, student_lengths_B, teacher_lengths_B)
+    inside_BST = inside_lengths(attention_BST, student_lengths_B, teacher_lengths_B)
     attention_BST = torch.where(inside_BST, at_least_float32(attention_BST.detach()), 0.0)
     diagonal_BS1, column_T = _diagonal(attention_BST, student_lengths_B, teacher_lengths_B)
     attended_BS1 = (attention_BST * column_T).sum(-1, keepdim=True)
@@ -144,8 +142,8 @@ def band_penalty(  # noqa: PLR0913 - the four numbers of the paper's Table 5 kee
 def hard_band(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, width: float) -> Tensor:
     """Sakoe-Chiba band around the diagonal of each pair: +inf outside, 0 inside; an option the paper does not have.
 
-    With i and j counted from 1 a cell is inside where |j - i T / S| <= max(width, T / S): corrected for the slope, so
-    that the two corners and a path between them are inside for any pair of lengths.
+    With i and j counted from 1 a cell is inside where |j - i T / S| <= max(width, T / S, 1): corrected for the slope,
+    so that the two corners and a path between them are inside for any pair of lengths.
 
     >>> hard_band(torch.zeros(1, 3, 3), torch.tensor([3]), torch.tensor([3]), width=1.0)
     tensor([[[0., 0., inf],
@@ -164,9 +162,9 @@ def hard_band(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Te
     like_BST = at_least_float32(like_BST.detach())
     diagonal_BS1, column_T = _diagonal(like_BST, student_lengths_B, teacher_lengths_B)
     slope_B = teacher_lengths_B.to(like_BST.dtype) / student_lengths_B.clamp_min(1)
-    reach_B11 = slope_B.clamp_min(width)[:, None, None]
+    reach_B11 = slope_B.clamp_min(max(width, 1.0))[:, None, None]
     outside_BST = (column_T - diagonal_BS1).abs() > reach_B11 * (1.0 + 1e-6)  # the corner itself is at `slope`
-    outside_BST = outside_BST & _inside(like_BST, student_lengths_B, teacher_lengths_B)
+    outside_BST = outside_BST & inside_lengths(like_BST, student_lengths_B, teacher_lengths_B)
     return torch.zeros_like(like_BST).masked_fill(outside_BST, math.inf)
 
 
@@ -174,13 +172,6 @@ def _unit(x: Tensor) -> Tensor:
     """Vectors of length 1 along the last axis; a zero vector stays and takes part in the gradient as it is."""
     square = (x * x).sum(-1, keepdim=True)
     return x * torch.where(square > 0, square, 1.0).rsqrt()
-
-
-def _inside(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> Tensor:
-    """True inside both lengths, [B, S, T]."""
-    row_S = torch.arange(like_BST.shape[1], device=like_BST.device)
-    column_T = torch.arange(like_BST.shape[2], device=like_BST.device)
-    return (row_S < student_lengths_B[:, None])[:, :, None] & (column_T < teacher_lengths_B[:, None])[:, None, :]
 
 
 def _diagonal(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,13 +203,13 @@ class _SoftDtw(torch.autograd.Function):
         """Run the backend of the device."""
         kernels = _kernels() if cost_BST.device.type == "cpu" else None
         asked = bool(ctx.needs_input_grad[0])
-        done = None if kernels is None else _numba_batch(kernels, cost_BST, student_B, teacher_B, gamma, asked)
-        value_B, gradient_BST = done if done is not None else torch_soft_dtw(cost_BST, student_B, teacher_B, gamma)
+        done = kernels and kernels.numba_soft_dtw(cost_BST, student_B, teacher_B, gamma, gradient=asked)
+        value_B, gradient_BST = done or torch_soft_dtw(cost_BST, student_B, teacher_B, gamma)
         ctx.save_for_backward(gradient_BST)
         return value_B.to(cost_BST.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream_B: Tensor) -> tuple[Tensor, None, None, None]:
         """Upstream gradient times expected alignment; exactly 0 where the alignment is."""
         (gradient_BST,) = ctx.saved_tensors
@@ -230,4 +221,4 @@ def _kernels() -> ModuleType | None:
     """The compiled kernels, or None where numba is not installed; imported at the first use."""
     if importlib.util.find_spec("numba") is None:
         return None
-    return importlib.import_module("xkd_trainer.losses.softdtw_numba")
+    return importlib.import_module("xkd_trainer.losses.softdtw_cpu")

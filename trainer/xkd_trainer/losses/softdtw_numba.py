@@ -1,13 +1,13 @@
 """CPU kernels of soft-DTW: value and gradient of a batch of pairs, without exp or log in the chain of cells.
 
 A cell holds Z = exp(-R / gamma) as mantissa * 2**exponent, so the recursion of Cuturi and Blondel (arXiv 1703.01541)
-is two additions and one multiplication and its range is that of the exponent. The share of each predecessor in the sum
-is kept, and the same call pushes the gradient back through the shares: three floats of memory a cell, for one pair at
-a time. Everything runs along anti-diagonals, whose cells do not depend on each other and fill vector registers. What is
-far off the path is cut to zero before it becomes a denormal number, on which processors are many times slower.
+is two additions and one multiplication and its range is that of the exponent. The share of each predecessor in the
+sum is kept, and the same call pushes the gradient back through the shares: three floats of memory a cell, for one pair
+at a time. Everything runs along anti-diagonals, whose cells do not depend on each other and fill vector registers.
+What is far off the path is cut to zero before it becomes a denormal number, on which processors are many times slower.
 
-Imports numba: `softdtw` imports this module only where numba is installed. Each float type is compiled at its first use
-in a process, in two to four seconds.
+Imports numba: `softdtw` imports this module only where numba is installed. Each float type is compiled at its first
+use in a process, in two to four seconds.
 
 Shape legend for this file
     B pairs    S student tokens    T teacher tokens    D anti-diagonals, S + T - 1    K cells of one anti-diagonal
@@ -50,9 +50,7 @@ class Width:
     """Degree of the polynomial for 2**x."""
 
 
-SINGLE: Final = Width(
-    real=np.float32, integer=np.int32, mantissa_bits=23, bias=127, faint=60, limit=1 << 27, terms=7
-)
+SINGLE: Final = Width(real=np.float32, integer=np.int32, mantissa_bits=23, bias=127, faint=60, limit=1 << 27, terms=7)
 DOUBLE: Final = Width(
     real=np.float64, integer=np.int64, mantissa_bits=52, bias=1023, faint=400, limit=1 << 50, terms=14
 )
@@ -271,10 +269,10 @@ def _batch(width: Width) -> Any:
 SINGLE_BATCH: Final = _batch(SINGLE)
 """(cost [B, S, T], student lengths [B], teacher lengths [B], gamma, (values [B], gradient [B, S, T], status [B])).
 
-Costs and gradient are C-contiguous float32, values float64, lengths and status int64. The three outputs come in as zeros
-and are filled; pairs with a length of 0 and cells outside the lengths are left alone. A gradient of size 0 is not
-computed. Lengths are not checked here. A cost of +inf forbids its cell; a pair with no path has the value +inf. Values and
-gradient of a pair whose status is not FINE are not set.
+Costs and gradient are C-contiguous float32, values float64, lengths and status int64. The three outputs come in as
+zeros and are filled; pairs with a length of 0 and cells outside the lengths are left alone. A gradient of size 0 is
+not computed. Lengths are not checked here. A cost of +inf forbids its cell; a pair with no path has the value +inf.
+Values and gradient of a pair whose status is not FINE mean nothing.
 """
 DOUBLE_BATCH: Final = _batch(DOUBLE)
 """The same with float64 costs and gradient."""

@@ -102,7 +102,7 @@ def geometric(student_BKD: Tensor, teacher_BKD: Tensor, omega_BK: Tensor, valid_
 
     Two spans at right angles in the student, parallel in the teacher, differ by 1:
 
-    >>> geometric(torch.eye(2)[None], torch.ones(1, 2, 5), torch.tensor([[0.5, 0.5]]), torch.tensor([[True, True]]))
+    >>> geometric(torch.eye(2)[None], torch.ones(1, 2, 4), torch.tensor([[0.5, 0.5]]), torch.tensor([[True, True]]))
     LossTerm(total=tensor(1.), count=tensor(1.))
 
     Args and gradient as in `weighted_cosine`.

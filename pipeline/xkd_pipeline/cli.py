@@ -1,0 +1,226 @@
+"""xkd-cache: parse the command line, call a stage, say what it did."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xkd_pipeline.run import Workers
+from xkd_pipeline.stages import Outcome, align_stage, documents_stage, only_teacher, teacher_stage
+from xkd_pipeline.stages import preprocess as run_all
+from xkd_schemas.errors import InputMissing
+from xkd_schemas.runfile import RunFile, load_runfile
+from xkd_schemas.table import names_in
+from xkd_schemas.terminal import run as run_app
+from xkd_schemas.terminal import say, say_json
+
+app = typer.Typer(
+    name="xkd-cache",
+    help="Run a teacher once and keep what distillation needs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=True,
+)
+
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of the run file; repeatable.")]
+WorkersOption = Annotated[int | None, typer.Option(min=0, help="Ray actors; 0 works in this process.")]
+GpusOption = Annotated[float, typer.Option(min=0, help="GPUs of each actor.")]
+AddressOption = Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.")]
+
+
+def _run_of(path: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> RunFile:
+    """Run file, then --set, then the flags that were given."""
+    given = [f"{key}={_toml(value)}" for key, value in flags.items() if value not in (None, [], "")]
+    return load_runfile(path, [*(sets or []), *given])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _workers(run: RunFile, gpus: float, address: str | None) -> Workers:
+    return Workers(count=run.workers, gpus=gpus, address=address)
+
+
+def _tell(outcome: Outcome, as_json: bool) -> None:
+    if as_json:
+        say_json(outcome.values)
+    else:
+        say(outcome.line)
+
+
+@app.command()
+def documents(
+    corpus: Annotated[list[str], typer.Argument(help="Files, folders or data set names.")],
+    out: Annotated[Path, typer.Option(help="Cache folder.")] = Path("cache"),
+    form: Annotated[str | None, typer.Option(help="auto, prompt_response, alpaca, messages or text.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN of the corpus; repeatable.")] = None,
+    parser: Annotated[str | None, typer.Option(help="spacy or benepar.")] = None,
+    spacy_model: Annotated[str | None, typer.Option(help="spaCy pipeline: package or folder.")] = None,
+    parser_model: Annotated[str | None, typer.Option(help="Folder of the benepar model.")] = None,
+    max_words: Annotated[int | None, typer.Option(help="Longest phrase in words, 0 for any.")] = None,
+    drop_contained: Annotated[bool | None, typer.Option(help="Drop phrases inside other phrases.")] = None,
+    max_reject: Annotated[float | None, typer.Option(help="Share of rows that may be unusable.")] = None,
+    workers: WorkersOption = None,
+    ray_address: AddressOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a corpus and find its words and phrases.
+
+    Example: xkd-cache documents train.jsonl --out cache/ --column prompt=question --workers 2
+    """
+    flags = {
+        "documents.corpus": corpus, "cache": str(out), "documents.form": form, "documents.parser": parser,
+        "documents.spacy_model": spacy_model, "documents.parser_model": parser_model,
+        "documents.max_words": max_words, "documents.drop_contained": drop_contained,
+        "documents.max_reject": max_reject, "workers": workers,
+    }  # fmt: skip
+    for pair in column or []:
+        field, _, name = pair.partition("=")
+        flags[f"documents.columns.{field}"] = name
+    run = _run_of(None, sets, flags)
+    _tell(documents_stage(run, _workers(run, 0.0, ray_address)), as_json)
+
+
+@app.command()
+def teacher(
+    cache: CacheArgument,
+    model: Annotated[str, typer.Option(help="Folder, .gguf file or hub name of the teacher.")],
+    losses: Annotated[str, typer.Option("--for", help="Losses whose signals are kept.")] = "mta,sra,dwa",
+    name: Annotated[str | None, typer.Option(help="Name of the teacher's table.")] = None,
+    template: Annotated[str | None, typer.Option(help="chat, alpaca or none.")] = None,
+    word_layers: Annotated[str | None, typer.Option(help="Teacher layers read on words, e.g. 15.")] = None,
+    phrase_layers: Annotated[str | None, typer.Option(help="Teacher layers read on phrases, e.g. 22,30.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a forward pass.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of one worker.")] = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = 0.0,
+    ray_address: AddressOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the teacher over the documents, once.
+
+    Example: xkd-cache teacher cache/ --model models/teacher --for mta,sra,dwa
+    """
+    flags = {
+        "cache": str(cache), "teacher.model": model, "teacher.losses": _names(losses), "teacher.name": name,
+        "teacher.template": template, "teacher.word_layers": _numbers(word_layers),
+        "teacher.phrase_layers": _numbers(phrase_layers), "teacher.max_tokens": max_tokens, "teacher.dtype": dtype,
+        "teacher.batch_tokens": batch_tokens, "teacher.threads": threads, "workers": workers,
+    }  # fmt: skip
+    run = _run_of(None, sets, flags)
+    _tell(teacher_stage(run, _workers(run, gpus_per_worker, ray_address)), as_json)
+
+
+@app.command()
+def align(
+    cache: CacheArgument,
+    student: Annotated[str, typer.Option(help="Folder or hub name of the student or of its tokenizer.")],
+    teacher: Annotated[str, typer.Option(help="Name of the teacher's table, if there are several.")] = "",
+    name: Annotated[str | None, typer.Option(help="Name of the student's table.")] = None,
+    template: Annotated[str | None, typer.Option(help="none, alpaca or chat.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
+    workers: WorkersOption = None,
+    ray_address: AddressOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put a student's tokens beside the teacher's. CPU only.
+
+    Example: xkd-cache align cache/ --student models/student --template chat
+    """
+    flags = {
+        "cache": str(cache), "student.tokenizer": student, "student.name": name, "student.template": template,
+        "student.max_tokens": max_tokens, "workers": workers,
+    }  # fmt: skip
+    run = _run_of(None, sets, flags)
+    _tell(align_stage(run, _workers(run, 0.0, ray_address), teacher=teacher), as_json)
+
+
+@app.command()
+def preprocess(
+    run_file: Annotated[Path, typer.Argument(help="Run file (TOML).")],
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = 0.0,
+    ray_address: AddressOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Documents, teacher and align for a run file; what is there is reused.
+
+    Example: xkd-cache preprocess runs/demo.toml --workers 2
+    """
+    run = _run_of(run_file, sets, {"workers": workers})
+    outcomes = run_all(run, _workers(run, gpus_per_worker, ray_address))
+    if as_json:
+        say_json({"stages": [outcome.values for outcome in outcomes]})
+
+
+@app.command()
+def show(
+    cache: CacheArgument,
+    doc: Annotated[str, typer.Argument(help="doc_id (or its beginning), or a row number.")],
+    student: Annotated[str, typer.Option(help="Name of the student's table.")] = "",
+    teacher: Annotated[str, typer.Option(help="Name of the teacher's table.")] = "",
+    width: Annotated[int, typer.Option(min=20, help="Columns of the drawing; 0 fits the terminal.")] = 100,
+) -> None:
+    """Draw a document: its phrases in brackets and both tokenizations under each other.
+
+    Example: xkd-cache show cache/ 0
+    """
+    from xkd_pipeline.drawing import draw
+
+    if not cache.is_dir():
+        raise InputMissing(f"cache {cache} is not a folder", next="make one with xkd-cache documents")
+    students = names_in(cache, "students")
+    name = teacher or (only_teacher(cache) if names_in(cache, "teachers") else "")
+    for line in draw(cache, doc, teacher=name, student=student or (students[0] if students else ""), width=width):
+        say(line)
+
+
+@app.command()
+def status(cache: CacheArgument, as_json: JsonOption = False) -> None:
+    """Say which tables are finished and what they hold.
+
+    Example: xkd-cache status cache/
+    """
+    from xkd_pipeline.progress import table_states
+
+    if not cache.is_dir():
+        raise InputMissing(f"cache {cache} is not a folder", next="make one with xkd-cache documents")
+    states = table_states(cache)
+    if as_json:
+        say_json({"tables": states})
+        return
+    for state in states:
+        done = "finished" if state["sealed"] else f"{state['done']} of {state['units']} shards done"
+        say(f"{state['table']}: {done}, {state['documents']} documents, {state['bytes'] / 1e6:.1f} MB")
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of layer numbers like 22,30") from None
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_app("xkd-cache", app)

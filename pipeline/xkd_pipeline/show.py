@@ -1,0 +1,257 @@
+"""A document drawn for a terminal: its phrases in brackets, and two models' tokens over each other.
+
+    [NP The old lamp] [VP was lit]
+
+    teacher  The│old  │lamp│was│lit
+             =   ~     =    =   =
+    student  The│o│ld │lamp│was│lit
+
+A pure function from arrays to a string. Nothing of the text reaches the terminal raw that could move its cursor or
+turn its writing direction: control, format and bidirectional characters are shown escaped, blanks as signs. Widths
+are terminal cells, so that East Asian text and emoji stay in their columns.
+"""
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from rich.cells import cell_len
+
+from xkd_schemas.documents import Document, Interval, Spans
+from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Int32s, Tokens
+
+SIGNS: Final = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+"""What stands for a blank in a token."""
+END_SIGN: Final = "∎"
+EXACT: Final = "="
+"""Under a pair of one token each."""
+MANY: Final = "~"
+"""Under a span of several tokens on one side."""
+ALONE: Final = " "
+"""Under tokens that are in no aligned span."""
+
+_SKIN_TONES: Final = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
+_JOIN: Final = "│"
+_TITLES: Final = ("teacher", "", "student")
+_MARGIN: Final = 9
+
+
+def visible(text: str) -> str:
+    """The text with nothing in it that a terminal obeys; blanks and all else stay.
+
+    Control, format, surrogate, private and unassigned characters, line separators and combining marks without a base
+    are written as their code point; joiners inside emoji too, as terminals disagree on them.
+
+    >>> visible("a\\x1b[0m\\u202eb")
+    'a\\\\x1b[0m\\\\u202eb'
+    """
+    shown = []
+    for at, char in enumerate(text):
+        category = unicodedata.category(char)
+        joins = category[0] == "M" or char in _SKIN_TONES
+        loose = joins and (at == 0 or text[at - 1].isspace())
+        escape = category[0] == "C" or category in {"Zl", "Zp"} or loose
+        shown.append(_escaped(char) if escape else char)
+    return "".join(shown)
+
+
+def _escaped(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def signed(text: str) -> str:
+    """`visible`, with blanks as signs: for a single token.
+
+    >>> signed(" a\\n")
+    '·a⏎'
+    """
+    return visible("".join(SIGNS.get(char, "␣" if unicodedata.category(char) == "Zs" else char) for char in text))
+
+
+def bracketed(text: str, phrases: Sequence[Interval], labels: Sequence[str]) -> str:
+    """The text with [NP ...] round its phrases.
+
+    A phrase that overlaps another without lying inside it is numbered at both of its brackets, "[2:VP" and "2]".
+
+    >>> bracketed("the lamp", [(0, 8)], ["NP"])
+    '[NP the lamp]'
+    """
+    crossing = [any(_cross(one, other) for other in phrases) for one in phrases]
+    opened: dict[int, list[tuple[int, str]]] = {}
+    closed: dict[int, list[tuple[int, str]]] = {}
+    for number, ((start, end), label, numbered) in enumerate(zip(phrases, labels, crossing, strict=True), start=1):
+        opened.setdefault(start, []).append((-end, f"[{number}:{label} " if numbered else f"[{label} "))
+        closed.setdefault(end, []).append((-start, f" {number}]" if numbered else "]"))
+    places = sorted({0, len(text), *opened, *closed})
+    out = []
+    for at, following in zip(places, [*places[1:], len(text)], strict=True):
+        out += [bracket for _, bracket in sorted(closed.get(at, []), key=lambda pair: pair[0])]
+        out += [bracket for _, bracket in sorted(opened.get(at, []), key=lambda pair: pair[0])]
+        out.append(text[at:following])
+    return "".join(out)
+
+
+def _cross(one: Interval, other: Interval) -> bool:
+    return one[0] < other[0] < one[1] < other[1] or other[0] < one[0] < other[1] < one[1]
+
+
+def render(
+    document: Document,
+    spans: Spans,
+    student: Tokens | None,
+    teacher: Tokens,
+    aligned: tuple[Int32s, Int32s] | None = None,
+    width: int = 100,
+) -> str:
+    """The whole drawing, lines of at most `width` cells (40 at least), each segment under its role.
+
+    Args:
+        document: What was encoded.
+        spans: Its phrases.
+        student: None draws the teacher's tokens alone.
+        teacher: The other row.
+        aligned: Token ranges (student [K, 2], teacher [K, 2]) as `align` gives them; needed with a student.
+        width: Of the terminal, in cells.
+    """
+    width = max(width, 40)
+    lines = wrapped(f"{document.doc_id}  {visible(document.source)}:{document.line}", width)
+    for segment in document.segments:
+        inside = [n for n, (start, end) in enumerate(spans.phrases) if segment.start <= start and end <= segment.end]
+        phrases = [(spans.phrases[n][0] - segment.start, spans.phrases[n][1] - segment.start) for n in inside]
+        text = bracketed(document.text[segment.start : segment.end], phrases, [spans.labels[n] for n in inside])
+        lines += ["", f"{segment.role}{' (target)' if segment.target else ''}"]
+        lines += [part for line in text.split("\n") for part in wrapped(visible(line), width)]
+    lines += ["", *(part for note in _notes(document, student, teacher) for part in wrapped(note, width)), ""]
+    return "\n".join([*lines, *_drawn(_columns(document, student, teacher, aligned), width, student is not None)])
+
+
+def _notes(document: Document, student: Tokens | None, teacher: Tokens) -> list[str]:
+    notes = []
+    for title, tokens in (("teacher", teacher), ("student", student)):
+        if tokens is not None and tokens.status != OK:
+            notes.append(f"{title}: no tokens ({visible(tokens.status)})")
+        elif tokens is not None:
+            cut = f", cut at character {tokens.num_chars}" if tokens.num_chars < len(document.text) else ""
+            glue = int((tokens.kinds == TEMPLATE).sum())
+            notes.append(f"{title}: {len(tokens.ids)} tokens, {glue} of the template (not drawn){cut}")
+    return [*notes, f"{EXACT} one token each   {MANY} several   {END_SIGN} end of turn"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One aligned span, or the tokens between two."""
+
+    teacher: str
+    student: str
+    mark: str
+
+
+def _columns(
+    document: Document, student: Tokens | None, teacher: Tokens, aligned: tuple[Int32s, Int32s] | None
+) -> list[_Column]:
+    if student is None or aligned is None:
+        return [
+            _Column(text, "", ALONE) for n in range(len(teacher.ids)) if (text := _texts(document, teacher, n, n + 1))
+        ]
+    columns = []
+    ours = theirs = 0
+    for (first, end), (teacher_first, teacher_end) in zip(aligned[0].tolist(), aligned[1].tolist(), strict=True):
+        columns.append(_between(document, student, (ours, first), teacher, (theirs, teacher_first)))
+        exact = end - first == teacher_end - teacher_first == 1
+        columns.append(
+            _Column(
+                _texts(document, teacher, teacher_first, teacher_end), _texts(document, student, first, end),
+                EXACT if exact else MANY,
+            )
+        )  # fmt: skip
+        ours, theirs = end, teacher_end
+    columns.append(_between(document, student, (ours, len(student.ids)), teacher, (theirs, len(teacher.ids))))
+    return [column for column in columns if column.teacher or column.student]
+
+
+def _between(
+    document: Document, student: Tokens, ours: tuple[int, int], teacher: Tokens, theirs: tuple[int, int]
+) -> _Column:
+    return _Column(_texts(document, teacher, *theirs), _texts(document, student, *ours), ALONE)
+
+
+def _texts(document: Document, tokens: Tokens, first: int, end: int) -> str:
+    """The characters of the tokens in the range, template tokens left out."""
+    shown = []
+    for kind, (start, stop) in zip(tokens.kinds[first:end].tolist(), tokens.spans[first:end].tolist(), strict=True):
+        if kind == CONTENT:
+            shown.append(signed(document.text[start:stop]) or "∅")
+        elif kind == END:
+            shown.append(END_SIGN)
+    return _JOIN.join(shown)
+
+
+def _drawn(columns: Iterable[_Column], width: int, both: bool) -> list[str]:
+    """Groups of lines: teacher over marks over student; columns that do not fit are folded."""
+    room = width - _MARGIN
+    lines: list[str] = []
+    rows: tuple[list[str], list[str], list[str]] = ([], [], [])
+    used = 0
+    for column in (part for whole in columns for part in _folded(whole, room - 1)):
+        size = max(cell_len(column.teacher), cell_len(column.student), 1)
+        if used and used + size + 1 > room:
+            lines += _group(rows, both)
+            rows, used = ([], [], []), 0
+        for row, cell in zip(rows, (column.teacher, column.mark, column.student), strict=True):
+            row.append(cell + " " * (size - cell_len(cell)))
+        used += size + 1
+    return lines + _group(rows, both)
+
+
+def _group(rows: tuple[list[str], list[str], list[str]], both: bool) -> list[str]:
+    if not rows[0]:
+        return []
+    joints = (_JOIN, " ", _JOIN)
+    drawn = [
+        f"{title:<{_MARGIN}}{joint.join(row)}".rstrip()
+        for title, row, joint in zip(_TITLES, rows, joints, strict=True)
+    ]
+    return [*drawn, ""] if both else [drawn[0], ""]
+
+
+def _folded(column: _Column, room: int) -> list[_Column]:
+    """The column in parts of at most `room` cells; only the first has the mark."""
+    above, below = chopped(column.teacher, room), chopped(column.student, room)
+    size = max(len(above), len(below))
+    above, below = above + [""] * (size - len(above)), below + [""] * (size - len(below))
+    return [_Column(a, b, column.mark if n == 0 else ALONE) for n, (a, b) in enumerate(zip(above, below, strict=True))]
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` cells, broken at blanks where there are some; [""] for an empty text.
+
+    >>> wrapped("the old lamp", 8)
+    ['the old', 'lamp']
+    """
+    lines, line = [], ""
+    for word in text.split(" "):
+        longer = f"{line} {word}" if line else word
+        if cell_len(longer) <= width:
+            line = longer
+            continue
+        lines += [line] if line else []
+        *full, line = chopped(word, width)
+        lines += full
+    return [*lines, line]
+
+
+def chopped(word: str, width: int) -> list[str]:
+    """Parts of at most `width` cells, at least one; nothing is lost, also not what has no width of its own.
+
+    >>> chopped("漢字x", 4)
+    ['漢字', 'x']
+    """
+    parts, part = [], ""
+    for char in word:
+        if part and cell_len(part + char) > width:
+            parts.append(part)
+            part = ""
+        part += char
+    return [*parts, part]

@@ -1,0 +1,172 @@
+"""The three stages as a run file asks for them, and one line about each result."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xkd_pipeline.align import StudentSettings, make_students
+from xkd_pipeline.build import Built
+from xkd_pipeline.capture import TeacherSettings
+from xkd_pipeline.corpus import open_source
+from xkd_pipeline.documents import Limits, make_documents
+from xkd_pipeline.run import Workers
+from xkd_pipeline.spans import ParserSettings
+from xkd_pipeline.store import locked
+from xkd_pipeline.teacher import make_teacher, teacher_layers
+from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.runfile import RunFile
+from xkd_schemas.table import Table, names_in
+from xkd_schemas.teacher import Signal
+from xkd_schemas.terminal import say
+from xkd_trainer.methods import loss_named
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one stage did, for people and for --json."""
+
+    line: str
+    values: dict[str, Any]
+
+
+def documents_stage(run: RunFile, workers: Workers) -> Outcome:
+    """Read and parse the corpus."""
+    d = run.documents
+    if not d.corpus:
+        raise UsageError("no corpus is named", next="xkd-cache documents FILE... --out cache/")
+    sources = [open_source(name, form=d.form, columns=d.columns) for name in d.corpus]
+    for source in sources:
+        say(source.describe())
+    given = {"max_words": d.max_words, "drop_contained": d.drop_contained}
+    parser = ParserSettings(
+        kind=d.parser,
+        model=d.spacy_model,
+        benepar_model=d.parser_model,
+        **{key: value for key, value in given.items() if value is not None},
+    )
+    limits = Limits(rows_per_shard=d.rows_per_shard, max_chars=d.max_chars, max_reject=d.max_reject)
+    root = Path(run.cache)
+    with locked(root):
+        built = make_documents(root, sources, parser, limits, workers)
+    m = built.manifest
+    rejected = sum(c.rejects.rows for c in m.commits if c.rejects)
+    notes = {n for c in m.commits for n in c.counts if n.startswith("parser:")}
+    extra = "".join(f", {n.removeprefix('parser:')} {m.count(n)}" for n in sorted(notes))
+    return _outcome(
+        built,
+        f"{m.rows} documents, {m.count('words')} words, {m.count('phrases')} phrases, {rejected} rows rejected{extra}",
+        {"words": m.count("words"), "phrases": m.count("phrases"), "rejected": rejected},
+    )
+
+
+def signals_for(run: RunFile, num_layers: int) -> list[Signal]:
+    """The signals that the named losses declare, plus the teacher's own choice, which evaluation compares with."""
+    t = run.teacher
+    levels = teacher_layers(num_layers, t.word_layers, t.phrase_layers)
+    wanted = {Signal("argmax")}
+    for name in t.losses:
+        declaration = loss_named(name)
+        wanted.update(declaration.needs(declaration.parse(run.losses.get(name, {})), levels))
+    return sorted(wanted, key=lambda s: s.column)
+
+
+def teacher_stage(run: RunFile, workers: Workers) -> Outcome:
+    """Run the teacher over the documents."""
+    t = run.teacher
+    if not t.model:
+        raise UsageError("no teacher is named", next="xkd-cache teacher CACHE --model FOLDER --for mta,sra,dwa")
+    settings = TeacherSettings(
+        model=t.model,
+        template=t.template,
+        max_tokens=t.max_tokens,
+        dtype=t.dtype,
+        batch_tokens=t.batch_tokens,
+        threads=t.threads,
+    )
+    for name in t.losses:
+        loss_named(name)
+    root = Path(run.cache)
+    Table(root, "documents")
+    with locked(root):
+        built = make_teacher(root, t.name or plain_name(t.model), settings, lambda n: signals_for(run, n), workers)
+    m = built.manifest
+    size = sum(c.size for c in m.commits)
+    tokens = m.count("tokens")
+    kept = ", ".join(m.spec["signals"])
+    line = (
+        f"{tokens} tokens, {size / 1e6:.1f} MB ({size / max(1, tokens):.0f} bytes a token), kept: {kept}{_unusable(m)}"
+    )
+    return _outcome(built, line, {"tokens": tokens, "bytes": size, "signals": list(m.spec["signals"])})
+
+
+def align_stage(run: RunFile, workers: Workers, *, teacher: str = "") -> Outcome:
+    """Tokenize and align for one student."""
+    s = run.student
+    tokenizer = s.tokenizer or ("" if s.model.startswith("new:") else s.model)
+    if not tokenizer:
+        raise UsageError("no student tokenizer is named", next="xkd-cache align CACHE --student FOLDER")
+    root = Path(run.cache)
+    settings = StudentSettings(tokenizer=tokenizer, template=s.template, max_tokens=s.max_tokens)
+    with locked(root):
+        built = make_students(
+            root, s.name or plain_name(tokenizer), teacher or run.teacher.name or only_teacher(root), settings, workers
+        )
+    m = built.manifest
+    targets, exact, spans = m.count("targets"), m.count("exact_pairs"), m.count("spans")
+    values = {"tokens": m.count("tokens"), "targets": targets, "spans": spans, "exact_pairs": exact}
+    line = (
+        f"{values['tokens']} student tokens, {spans} aligned spans, "
+        f"{100 * exact / max(1, spans):.1f} % of them one token to one{_unusable(m)}"
+    )
+    return _outcome(built, line, values)
+
+
+def _outcome(built: Built, line: str, values: dict[str, Any]) -> Outcome:
+    m = built.manifest
+    made = f"{built.made} shards made, {built.kept} reused" if built.made else f"all {built.kept} shards reused"
+    common = {"table": m.table, "documents": m.rows, "made": built.made, "reused": built.kept, "root": m.root}
+    return Outcome(line=f"{m.table}: {line}; {made}", values={**common, **values})
+
+
+def _unusable(manifest: Any) -> str:
+    names = sorted({n for c in manifest.commits for n in c.counts if n.startswith("status:") and n != "status:ok"})
+    parts = [f"{manifest.count(n)} {n.removeprefix('status:')}" for n in names]
+    parts += [f"{manifest.count('cut')} cut to fit"] if manifest.count("cut") else []
+    return f"; documents not used or cut: {', '.join(parts)}" if parts else ""
+
+
+def plain_name(model: str) -> str:
+    """A table name made of a path or hub name.
+
+    >>> plain_name("models/SmolLM2-135M/")
+    'SmolLM2-135M'
+    """
+    last = [part for part in model.replace("\\", "/").split("/") if part][-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".gguf")).strip("-._") or "model"
+
+
+def only_teacher(root: Path) -> str:
+    """The teacher of a cache that has one.
+
+    Raises:
+        InputMissing: There is none yet.
+        UsageError: There are several; name one.
+    """
+    names = names_in(root, "teachers")
+    if not names:
+        raise InputMissing(f"{root} has no finished teacher table", next=f"xkd-cache teacher {root} --model MODEL")
+    if len(names) > 1:
+        raise UsageError(f"{root} has teachers {', '.join(names)}", next="choose one with --teacher NAME")
+    return names[0]
+
+
+def preprocess(run: RunFile, workers: Workers) -> list[Outcome]:
+    """All three stages, in order; what is there is reused."""
+    outcomes: list[Outcome] = []
+    stages: Sequence[Any] = (documents_stage, teacher_stage, align_stage)
+    for stage in stages:
+        outcomes.append(stage(run, workers))
+        say(outcomes[-1].line)
+    return outcomes

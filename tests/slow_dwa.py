@@ -1,0 +1,133 @@
+"""DWA-KD and soft-DTW as loops over the papers' equations, in Python floats: the definition that tests compare with.
+
+Positions count from 1 in the comments, as in the papers, and from 0 in the code.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+Matrix = Sequence[Sequence[float]]
+Row = Sequence[float]
+
+
+def alignments(rows: int, columns: int) -> Iterator[list[tuple[int, int]]]:
+    """Every monotone path from the first cell to the last by steps right, down and diagonal."""
+
+    def walk(path: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        i, j = path[-1]
+        if (i, j) == (rows - 1, columns - 1):
+            yield path
+        for a, b in ((i + 1, j), (i, j + 1), (i + 1, j + 1)):
+            if a < rows and b < columns:
+                yield from walk([*path, (a, b)])
+
+    yield from walk([(0, 0)])
+
+
+def soft_dtw_by_paths(cost: Matrix, gamma: float) -> tuple[float, list[list[float]]]:
+    """Soft minimum over every path, and how often a path drawn by exp(-cost / gamma) visits each cell."""
+    paths = list(alignments(len(cost), len(cost[0])))
+    totals = [sum(cost[i][j] for i, j in path) for path in paths]
+    least = min(totals)
+    shares = [math.exp((least - total) / gamma) for total in totals]
+    visits = [[0.0] * len(cost[0]) for _ in cost]
+    for path, share in zip(paths, shares, strict=True):
+        for i, j in path:
+            visits[i][j] += share / sum(shares)
+    return least - gamma * math.log(sum(shares)), visits
+
+
+def softmin(values: Row, gamma: float) -> float:
+    """-gamma log sum exp(-a / gamma), with infinities."""
+    least = min(values)
+    if math.isinf(least):
+        return least
+    return least - gamma * math.log(sum(math.exp((least - value) / gamma) for value in values))
+
+
+def soft_dtw(cost: Matrix, gamma: float) -> tuple[float, list[list[float]]]:
+    """Value, and gradient by the recursion of Cuturi and Blondel on R and C (their algorithms 1 and 2)."""
+    rows, columns = len(cost), len(cost[0]) if cost else 0
+    if not rows or not columns:
+        return 0.0, [[0.0] * columns for _ in cost]
+    r = [[math.inf] * (columns + 1) for _ in range(rows + 1)]
+    r[0][0] = 0.0
+    for i in range(1, rows + 1):
+        for j in range(1, columns + 1):
+            r[i][j] = cost[i - 1][j - 1] + softmin((r[i - 1][j], r[i][j - 1], r[i - 1][j - 1]), gamma)
+    e = [[0.0] * (columns + 2) for _ in range(rows + 2)]
+    e[rows][columns] = 1.0
+    for i in range(rows, 0, -1):
+        for j in range(columns, 0, -1):
+            for a, b in ((i + 1, j), (i, j + 1), (i + 1, j + 1)):
+                if a <= rows and b <= columns and not math.isinf(r[a][b]) and not math.isinf(r[i][j]):
+                    e[i][j] += e[a][b] * math.exp((r[a][b] - r[i][j] - cost[a - 1][b - 1]) / gamma)
+    return r[rows][columns], [row[1:-1] for row in e[1:-1]]
+
+
+def cosine(x: Row, y: Row) -> float:
+    """Cosine; 0 where a vector is zero."""
+    lengths = math.sqrt(sum(a * a for a in x)) * math.sqrt(sum(b * b for b in y))
+    return sum(a * b for a, b in zip(x, y, strict=True)) / lengths if lengths else 0.0
+
+
+def cosine_cost(x: Matrix, y: Matrix) -> list[list[float]]:
+    """1 - cos of every pair."""
+    return [[1.0 - cosine(a, b) for b in y] for a in x]
+
+
+def band(attention: Matrix, width: float, beta: float, mix: float, penalty: float) -> list[list[float]]:
+    """lambda where |j - c_i| > b + beta H_i, positions from 1."""
+    rows, columns = len(attention), len(attention[0])
+    out = []
+    for i, row in enumerate(attention, start=1):
+        centre = mix * sum(j * a for j, a in enumerate(row, start=1)) + (1 - mix) * i * columns / rows
+        entropy = -sum(a * math.log(a) for a in row if a > 0)
+        out.append([penalty if abs(j - centre) > width + beta * entropy else 0.0 for j in range(1, columns + 1)])
+    return out
+
+
+def softmax(row: Row) -> list[float]:
+    """exp over sum of exp."""
+    most = max(row)
+    parts = [math.exp(x - most) for x in row]
+    return [part / sum(parts) for part in parts]
+
+
+def entropy(logits: Row) -> float:
+    """Nats, at temperature 1."""
+    return -sum(p * math.log(p) for p in softmax(logits) if p > 0)
+
+
+def forward_kl(teacher: Row, student: Row, temperature: float) -> float:
+    """KL(teacher || student) of softened logits."""
+    p, q = (softmax([x / temperature for x in logits]) for logits in (teacher, student))
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def cross_entropy(logits: Row, target: int) -> float:
+    """-log p(target)."""
+    return -math.log(softmax(logits)[target])
+
+
+def student_weights(entropies: Row, gates: Row, order: str) -> list[float]:
+    """Eq. 11-12 for one document, scaled before or after the gate."""
+    products = [h * g for h, g in zip(entropies, gates, strict=True)]
+    scaled = products if order == "gate_before" else list(entropies)
+    total = sum(scaled)
+    if total == 0:
+        return [0.0] * len(scaled)
+    scaled = [x * len(scaled) / total for x in scaled]
+    return scaled if order == "gate_before" else [x * g for x, g in zip(scaled, gates, strict=True)]
+
+
+def teacher_weights(entropies: Row, vocab_size: int) -> list[float]:
+    """Eq. 14 for one document."""
+    raw = [min(1.0, max(0.0, 1.0 - h / math.log(vocab_size))) for h in entropies]
+    return [x * len(raw) / sum(raw) for x in raw] if sum(raw) else [0.0] * len(raw)
+
+
+def attention(query: Matrix, key: Matrix) -> list[list[float]]:
+    """softmax over keys of Q K^T / sqrt(width)."""
+    scale = math.sqrt(len(query[0]))
+    return [softmax([sum(a * b for a, b in zip(q, k, strict=True)) / scale for k in key]) for q in query]

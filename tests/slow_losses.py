@@ -1,0 +1,224 @@
+"""The equations of CE, MTA and SRA as loops over plain floats, and ragged batches to hold the fast code against them.
+
+One document at a time, no padding, no tensors: slow enough to be obviously right.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Vector = Sequence[float]
+
+
+# Ragged batches
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def lengths(seed: int, low: int = 0, high: int = 6) -> list[int]:
+    """One to four document lengths."""
+    g = generator(seed)
+    count = int(torch.randint(1, 5, (), generator=g))
+    return torch.randint(low, high + 1, (count,), generator=g).tolist()
+
+
+def ragged(seed: int, sizes: Sequence[int], *shape: int) -> list[Tensor]:
+    """A float64 [size, *shape] for each size."""
+    g = generator(seed)
+    return [torch.randn(size, *shape, generator=g, dtype=torch.float64) for size in sizes]
+
+
+def masses(seed: int, sizes: Sequence[int]) -> list[Tensor]:
+    """Positive float64 [size] for each size."""
+    return [values.exp() / 10 for values in ragged(seed, sizes)]
+
+
+def padded(documents: Sequence[Tensor], fill: float = 0.0, length: int | None = None) -> Tensor:
+    """[B, K, ...] with `fill` after each document's own rows."""
+    longest = max((len(d) for d in documents), default=0) if length is None else length
+    out = torch.full((len(documents), longest, *documents[0].shape[1:]), fill, dtype=documents[0].dtype)
+    for row, document in enumerate(documents):
+        out[row, : len(document)] = document
+    return out
+
+
+def padded_square(matrices: Sequence[Tensor], fill: float = 0.0) -> Tensor:
+    """[B, K, K] with `fill` outside each document's own square."""
+    longest = max(len(m) for m in matrices)
+    out = torch.full((len(matrices), longest, longest), fill, dtype=matrices[0].dtype)
+    for row, matrix in enumerate(matrices):
+        out[row, : len(matrix), : len(matrix)] = matrix
+    return out
+
+
+def mask(sizes: Sequence[int]) -> Tensor:
+    """Bool [B, K]."""
+    return torch.arange(max(sizes, default=0)) < torch.tensor(list(sizes))[:, None]
+
+
+def with_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient of a scalar function."""
+    at = at.detach().clone().requires_grad_()
+    value = loss(at)
+    (gradient,) = torch.autograd.grad(value, at)
+    return value.detach(), gradient
+
+
+def assert_same_bits(left: Tensor, right: Tensor) -> None:
+    torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=False)
+
+
+# Vectors
+
+
+def dot(a: Vector, b: Vector) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+
+def cosine(a: Vector, b: Vector) -> float:
+    size = math.sqrt(dot(a, a)) * math.sqrt(dot(b, b))
+    return dot(a, b) / size if size else 0.0
+
+
+def softmax(scores: Vector) -> list[float]:
+    peak = max(scores)
+    powers = [math.exp(s - peak) for s in scores]
+    return [p / math.fsum(powers) for p in powers]
+
+
+# Signals
+
+
+def centrality(hidden: Sequence[Vector]) -> list[float]:
+    """MTA eq. 5-7 for one document."""
+    if len(hidden) == 1:
+        return [1.0]
+    width = len(hidden[0]) if len(hidden) else 0
+    unit = []
+    for h in hidden:
+        mean = math.fsum(h) / width
+        std = math.sqrt(math.fsum((x - mean) ** 2 for x in h) / (width - 1))
+        unit.append([x / (std + 1e-5) for x in h])
+    weights = [0.0] * len(hidden)
+    for s in range(len(hidden)):
+        others = [t for t in range(len(hidden)) if t != s]
+        attended = softmax([dot(unit[s], unit[t]) / math.sqrt(width) for t in others])
+        for t, a in zip(others, attended, strict=True):
+            weights[t] += a / len(hidden)
+    return weights
+
+
+def pool(hidden: Sequence[Vector], weights: Vector, start: int, end: int) -> tuple[list[float], float]:
+    """MTA eq. 8 for one span: vector and mass."""
+    width = len(hidden[0])
+    mass = math.fsum(weights[t] for t in range(start, end))
+    if mass == 0:
+        return [0.0] * width, 0.0
+    return [math.fsum(weights[t] * hidden[t][d] for t in range(start, end)) / mass for d in range(width)], mass
+
+
+# MTA
+
+
+def dsa(documents: Sequence[tuple[Sequence[Vector], Sequence[Vector], Vector]]) -> tuple[float, float]:
+    """(student cosines, teacher cosines, omega) of each document -> weighted sum of squares, sum of weights."""
+    total = count = 0.0
+    for student, teacher, omega in documents:
+        for i in range(len(omega)):
+            for j in range(len(omega)):
+                if i != j:
+                    total += omega[i] * omega[j] * (student[i][j] - teacher[i][j]) ** 2
+                    count += omega[i] * omega[j]
+    return total, count
+
+
+def hid(documents: Sequence[tuple[Sequence[Vector], Sequence[Vector], Vector]]) -> tuple[float, float]:
+    """(projected student, teacher, weights) of each document -> weighted sum of 1 - cos, sum of weights."""
+    total = count = 0.0
+    for student, teacher, weights in documents:
+        for s, t, w in zip(student, teacher, weights, strict=True):
+            total += w * (1 - cosine(s, t))
+            count += w
+    return total, count
+
+
+# SRA
+
+
+def omega(mass: Vector, p: float) -> list[float]:
+    powers = [m**p for m in mass]
+    return [x / math.fsum(powers) for x in powers]
+
+
+def weighted_cosine(documents: Sequence[tuple[Sequence[Vector], Sequence[Vector], Vector]]) -> tuple[float, float]:
+    """(projected student, teacher, omega) of each document -> sum, documents with a span."""
+    total, _ = hid(documents)
+    return total, sum(1.0 for _, _, w in documents if len(w))
+
+
+def geometric(documents: Sequence[tuple[Sequence[Vector], Sequence[Vector], Vector]]) -> tuple[float, float]:
+    """(student, teacher, omega) of each document -> sum, documents with a span."""
+    total = 0.0
+    for student, teacher, weights in documents:
+        pairs = [(i, j) for i in range(len(weights)) for j in range(len(weights)) if i != j]
+        norm = math.fsum(weights[i] * weights[j] for i, j in pairs)
+        for i, j in pairs:
+            gap = cosine(student[i], student[j]) - cosine(teacher[i], teacher[j])
+            total += weights[i] * weights[j] / norm * gap**2
+    return total, sum(1.0 for _, _, w in documents if len(w))
+
+
+def kl(p: Vector, q: Vector) -> float:
+    return math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def span_logits(
+    documents: Sequence[tuple[Sequence[Vector], Sequence[Vector]]], tau: float, mean: bool
+) -> tuple[float, float]:
+    """(student logits, teacher logits) of each document -> sum, documents with a span."""
+    total = 0.0
+    for student, teacher in documents:
+        values = [
+            kl(softmax([x / tau for x in t]), softmax([x / tau for x in s]))
+            for s, t in zip(student, teacher, strict=True)
+        ]
+        if values:
+            total += math.fsum(values) / (len(values) if mean else 1)
+    return total, sum(1.0 for s, _ in documents if len(s))
+
+
+# Distributions
+
+
+def tail_share(p: Vector, q: Vector, alpha: float) -> float:
+    """The weight of reverse KL in the adaptive divergence."""
+    running, tail, everything = 0.0, 0.0, 0.0
+    for a, b in sorted(zip(p, q, strict=True)):
+        running += a
+        everything += abs(a - b)
+        if running <= alpha:
+            tail += abs(a - b)
+    return tail / everything if everything else 0.5
+
+
+def divergence(student: Vector, teacher: Vector, kind: str, tau: float, skew: float, alpha: float) -> float:
+    q, p = softmax([x / tau for x in student]), softmax([x / tau for x in teacher])
+    middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    share = tail_share(p, q, alpha)
+    return {
+        "forward_kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "js": (kl(p, middle) + kl(q, middle)) / 2,
+        "skewed_forward_kl": kl(p, [skew * a + (1 - skew) * b for a, b in zip(p, q, strict=True)]),
+        "skewed_reverse_kl": kl(q, [(1 - skew) * a + skew * b for a, b in zip(p, q, strict=True)]),
+        "adaptive_kl": (1 - share) * kl(p, q) + share * kl(q, p),
+    }[kind]
+
+
+def cross_entropy(logits: Sequence[Vector], targets: Sequence[int], valid: Sequence[bool]) -> tuple[float, float]:
+    chosen = [-math.log(softmax(z)[y]) for z, y, v in zip(logits, targets, valid, strict=True) if v]
+    return math.fsum(chosen), float(len(chosen))

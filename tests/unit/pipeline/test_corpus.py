@@ -1,0 +1,357 @@
+import gzip
+import json
+import os
+import pickle
+import socket
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from xkd_pipeline import parts, tables
+from xkd_pipeline.corpus import RawRow, Source, open_source, read_documents
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError, XkdError
+from xkd_schemas.files import sha256_of
+
+ROWS = [{"prompt": f"question {n}?", "response": f"answer {n}"} for n in range(23)]
+
+
+def jsonl(rows: list) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def write(folder: Path, kind: str, rows: list) -> Path:
+    path = folder / f"rows{kind}"
+    table = pa.Table.from_pylist(rows)
+    if kind == ".jsonl":
+        path.write_bytes(jsonl(rows))
+    elif kind == ".jsonl.gz":
+        path.write_bytes(gzip.compress(jsonl(rows)))
+    elif kind == ".jsonl.zst":
+        path.write_bytes(zstandard.ZstdCompressor().compress(jsonl(rows)))
+    elif kind == ".parquet":
+        pq.write_table(table, path, row_group_size=5)
+    elif kind == "-file.arrow":
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=5)
+    elif kind == "-stream.arrow":
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=5)
+    elif kind == "-saved":
+        datasets.Dataset.from_list(rows).save_to_disk(path, num_shards=2)
+    return path
+
+
+KINDS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", "-file.arrow", "-stream.arrow", "-saved"]
+
+
+def objects(source: Source, first: int = 0) -> list[tuple[int, object]]:
+    return [
+        (row.line, json.loads(row.content) if isinstance(row.content, bytes) else row.content)
+        for row in source.rows(first)
+    ]
+
+
+def opened(path: Path, content: bytes, **options: object) -> Source:
+    path.write_bytes(content)
+    return open_source(str(path), **{"columns": {}, **options})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_gives_the_same_rows_from_any_row_on(tmp_path: Path, kind: str) -> None:
+    source = open_source(str(write(tmp_path, kind, ROWS)), columns={})
+
+    assert (source.num_rows, source.form) == (23, "prompt_response")
+    numbered = list(enumerate(ROWS, 1))
+    assert all(objects(source, first) == numbered[first:] for first in range(25))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_source_has_no_rows(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind, ROWS)
+    if "jsonl" in kind:
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(b"")
+    elif kind != "-saved":
+        schema = pa.schema([("text", pa.string())])
+        pq.write_table(schema.empty_table(), path) if kind == ".parquet" else pa.ipc.new_file(path, schema).close()
+    else:
+        path = tmp_path / "none"
+        datasets.Dataset.from_dict({"text": []}).save_to_disk(path)
+
+    source = open_source(str(path), columns={})
+
+    assert (source.num_rows, list(source.rows())) == (0, [])
+
+
+def test_marks_lead_to_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "MARK_EVERY", 4)
+    source = opened(tmp_path / "rows.jsonl", b"\xef\xbb\xbf" + jsonl(ROWS))
+
+    assert len(source.parts[0].marks) == 6
+    assert all(objects(source, first) == list(enumerate(ROWS, 1))[first:] for first in range(24))
+
+
+def test_a_source_survives_the_way_to_another_process(tmp_path: Path) -> None:
+    source = open_source(str(write(tmp_path, ".jsonl", ROWS)), columns={})
+
+    assert list(pickle.loads(pickle.dumps(source)).rows()) == list(source.rows())
+
+
+def test_the_digest_of_a_file_is_its_sha256(tmp_path: Path) -> None:
+    for kind in (".jsonl", ".jsonl.gz", ".parquet"):
+        path = write(tmp_path, kind, ROWS)
+        assert open_source(str(path), columns={}).digest == sha256_of(path)
+
+
+def test_blank_lines_are_rows_only_before_the_last_row(tmp_path: Path) -> None:
+    source = opened(tmp_path / "rows.jsonl", b'{"text": "a"}\n\n \n{"text": "b"}\n\n\r\n  \n')
+
+    documents, rejected = read_documents("r", source.form, source.columns, list(source.rows()), max_chars=9)
+
+    assert source.num_rows == 4
+    assert [(d.line, d.text) for d in documents] == [(1, "a"), (4, "b")]
+    assert [(r.line, r.reason) for r in rejected] == [(2, "blank"), (3, "blank")]
+
+
+def test_carriage_returns_and_a_byte_order_mark_are_dropped_and_told(tmp_path: Path) -> None:
+    source = opened(tmp_path / "rows.jsonl", b'\xef\xbb\xbf{"text": "a\\r"}\r\n{"text": "b"}\r\n')
+
+    documents, rejected = read_documents("r", source.form, source.columns, list(source.rows()), max_chars=9)
+
+    assert [d.text for d in documents] == ["a\r", "b"]
+    assert rejected == []
+    assert source.describe().endswith("; 1 byte order mark dropped")
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        (
+            {"instruction": "a", "prompt": "b", "input": "c", "output": "d"},
+            "Alpaca/Dolly (instruction, input, output)",
+        ),
+        (
+            {"instruction": "a", "context": "b", "response": "c", "category": "qa"},
+            "Alpaca/Dolly (instruction, input=context, output=response)",
+        ),
+        ({"prompt": "a", "response": "b"}, "prompt and response (prompt, response)"),
+        ({"prompt": "a", "completion": "b"}, "prompt and response (prompt, response=completion)"),
+        (
+            {"messages": [], "prompt": "a", "response": "b"},
+            "chat messages (messages); the rows also fit prompt_response",
+        ),
+        ({"text": "a", "id": 1}, "plain text (text)"),
+    ],
+)
+def test_the_form_is_found_and_shown(tmp_path: Path, row: dict, shown: str) -> None:
+    source = opened(tmp_path / "train.jsonl", jsonl([row]))
+
+    assert source.describe() == f"{tmp_path}/train.jsonl: 1 rows, {shown}"
+
+
+def test_rows_of_several_forms_are_told(tmp_path: Path) -> None:
+    source = opened(tmp_path / "a.jsonl", jsonl([*ROWS, {"text": "x"}]))
+
+    assert source.form == "prompt_response"
+    assert source.describe().endswith("; 23 of the first 24 readable rows fit; the rows also fit text")
+
+
+def test_mapped_columns_settle_the_form(tmp_path: Path) -> None:
+    content = jsonl([{"question": "a", "answer": "b", "text": "c"}])
+
+    source = opened(tmp_path / "a.jsonl", content, columns={"prompt": "question", "response": "answer"})
+
+    assert source.form == "prompt_response"
+    assert source.columns == {"prompt": "question", "response": "answer"}
+
+
+def test_rows_that_fit_nothing_name_their_columns(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no row fits any form; the rows have answer, question\. Next: say which"):
+        opened(tmp_path / "a.jsonl", jsonl([{"question": "a", "answer": "b"}]))
+    with pytest.raises(UsageError, match="no row fits alpaca"):
+        opened(tmp_path / "a.jsonl", jsonl(ROWS), form="alpaca")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "sharegpt"}, "form 'sharegpt' is not known"),
+        ({"columns": {"question": "prompt"}}, "'question' is not a field"),
+        ({"columns": {"prompt": "a", "output": "b"}}, "no form has all of prompt, output"),
+        ({"columns": {"text": "a"}, "form": "alpaca"}, "'text' is not a field"),
+    ],
+)
+def test_wrong_options_are_usage_errors(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        opened(tmp_path / "a.jsonl", jsonl(ROWS), **options)
+
+
+def test_a_source_without_any_readable_row_is_all_rejects(tmp_path: Path) -> None:
+    source = opened(tmp_path / "a.jsonl", b"{\n[1]\nnull\n")
+
+    documents, rejected = read_documents("a", source.form, source.columns, list(source.rows()), max_chars=9)
+
+    assert (documents, len(rejected), source.num_rows) == ([], 3, 3)
+    assert "no readable row to tell the form by" in source.describe()
+
+
+def test_a_folder_is_read_in_the_order_of_names_and_links_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "corpus" / "b").mkdir(parents=True)
+    folder = tmp_path / "corpus"
+    (folder / "b" / "2.jsonl").write_bytes(jsonl(ROWS[9:]))
+    pq.write_table(pa.Table.from_pylist(ROWS[:9]), folder / "a.parquet")
+    (folder / "notes.md").write_text("no rows")
+    (tmp_path / "secret.jsonl").write_bytes(jsonl(ROWS))
+    (folder / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    os.mkfifo(folder / "pipe.jsonl")
+
+    source = open_source(str(folder), columns={})
+
+    assert objects(source) == list(enumerate(ROWS, 1))
+    assert all(objects(source, first) == list(enumerate(ROWS, 1))[first:] for first in (5, 9, 12, 22, 23))
+    assert source.describe().endswith("; 2 files; 2 links, pipes or devices left out; 1 other files left out")
+    before = source.digest
+    (folder / "a.parquet").rename(folder / "aa.parquet")
+    assert open_source(str(folder), columns={}).digest != before
+
+
+def test_a_saved_data_set_without_one_of_its_files_is_not_a_shorter_one(tmp_path: Path) -> None:
+    path = write(tmp_path, "-saved", ROWS)
+    (path / "data-00001-of-00002.arrow").unlink()
+
+    with pytest.raises(InputMissing, match=r"lacks data-00001-of-00002\.arrow"):
+        open_source(str(path), columns={})
+
+
+def test_several_splits_must_be_told_apart(tmp_path: Path) -> None:
+    split = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / "d")
+
+    with pytest.raises(UsageError, match=r"holds several splits: test, train\. Next: name one"):
+        open_source(str(tmp_path / "d"), columns={})
+    assert open_source(str(tmp_path / "d" / "train"), columns={}).num_rows == 23
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_a_file_that_changed_after_counting_is_refused(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind, ROWS)
+    source = open_source(str(path), columns={})
+    write(tmp_path, kind, ROWS[:-1])
+
+    with pytest.raises(Mismatch, match="was changed after it was counted"):
+        list(source.rows())
+    path.unlink()
+    with pytest.raises(InputMissing, match="put the file back"):
+        list(source.rows())
+
+
+def test_what_is_not_a_regular_readable_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "empty").mkdir()
+
+    for name in ("gone.jsonl", "pipe.jsonl", "loop.jsonl", "empty", "gone.jsonl/rows.jsonl"):
+        with pytest.raises(InputMissing, match=name):
+            open_source(str(tmp_path / name), columns={})
+    with pytest.raises(UsageError, match="ending says no format"):
+        opened(tmp_path / "rows.csv", b"a,b\n")
+
+
+def test_a_json_list_is_answered_with_the_command_that_cuts_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"jq -c '\.\[\]' rows\.json"):
+        opened(tmp_path / "rows.json", json.dumps(ROWS).encode())
+
+
+def test_an_arrow_stream_that_was_cut_off_is_bad_data(tmp_path: Path) -> None:
+    whole = write(tmp_path, "-stream.arrow", ROWS).read_bytes()
+    start = whole[:-8]  # a reader takes this for a complete table
+
+    with pytest.raises(BadData, match="has no end"):
+        opened(tmp_path / "cut.arrow", start)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), kind=st.sampled_from([".parquet", "-file.arrow", "-stream.arrow"]))
+def test_a_damaged_table_gives_its_rows_or_an_error_that_names_it(
+    tmp_path: Path, data: st.DataObject, kind: str
+) -> None:
+    whole = write(tmp_path, kind, ROWS).read_bytes()
+    cut = data.draw(st.integers(0, len(whole) - 1))
+
+    with pytest.raises(XkdError, match="damaged"):
+        opened(tmp_path / f"damaged.{kind.split('.')[1]}", whole[:cut])
+
+
+def test_text_that_is_not_utf8_in_a_table_costs_only_its_own_row(tmp_path: Path) -> None:
+    good = pa.array([b"one", b"\xff\xfe", b"three"], pa.binary())
+    broken = pa.StringArray.from_buffers(3, good.buffers()[1], good.buffers()[2])
+    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+
+    source = open_source(str(tmp_path / "a.parquet"), columns={})
+    documents, rejected = read_documents("a", source.form, source.columns, list(source.rows()), max_chars=9)
+
+    assert [d.text for d in documents] == ["one", "three"]
+    assert [(r.line, r.reason) for r in rejected] == [(2, "bad_utf8")]
+
+
+def test_only_the_needed_columns_of_a_table_are_read(tmp_path: Path) -> None:
+    rows = [{"text": "a", "pixels": list(range(99))}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    source = open_source(str(tmp_path / "a.parquet"), columns={})
+
+    assert list(source.rows()) == [RawRow(line=1, content={"text": "a"})]
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub_says_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'no/such' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+
+    with pytest.raises(InputMissing, match=r"no/such:dev: there is no such file or folder here, and the hub .* reach"):
+        open_source("no/such:dev", columns={})
+
+
+def test_a_data_set_from_the_hub_is_read_by_its_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = {"a/b": datasets.Dataset.from_list(ROWS)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: stored[name] if split == "train" else None)
+    source = open_source("a/b", columns={})
+
+    assert objects(source, 20) == list(enumerate(ROWS, 1))[20:]
+    assert source.digest == stored["a/b"]._fingerprint
+    assert "split train from the hub" in source.describe()
+    stored["a/b"] = datasets.Dataset.from_list(ROWS[1:])
+    with pytest.raises(Mismatch, match="the data set was"):
+        list(source.rows())
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.lists(st.binary(max_size=12) | st.sampled_from([b"\n", b'{"text": "a"}', b"\r\n"]), max_size=12))
+def test_captured_and_rejected_add_up_for_any_bytes(tmp_path: Path, content: list[bytes]) -> None:
+    source = opened(tmp_path / "any.jsonl", b"".join(content))
+
+    documents, rejected = read_documents("a", source.form, source.columns, list(source.rows()), max_chars=99)
+
+    assert len(documents) + len(rejected) == source.num_rows
+
+
+def test_no_corpus_file_opens_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, ".jsonl", ROWS)
+    monkeypatch.setattr(socket, "socket", None)
+
+    assert open_source(str(path), columns={}).num_rows == 23
+
+
+def test_batches_of_a_table_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "BATCH_ROWS", 3)
+
+    for kind in (".parquet", "-file.arrow"):
+        source = open_source(str(write(tmp_path, kind, ROWS)), columns={})
+        assert all(objects(source, first) == list(enumerate(ROWS, 1))[first:] for first in range(24))

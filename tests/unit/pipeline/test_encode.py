@@ -1,0 +1,398 @@
+"""What four kinds of tokenizer make of hostile text, alone and in pairs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers, processors
+
+import four_tokenizers
+from xkd_pipeline import encode
+from xkd_pipeline.encode import REASONS, Encoder, load_tokenizer
+from xkd_pipeline.intervals import BORDER_REACH, blanks, content_intervals
+from xkd_schemas.alignment import align, token_ranges
+from xkd_schemas.documents import Document, document_of
+from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
+
+PAIRS = [(a, b) for a in four_tokenizers.KINDS for b in four_tokenizers.KINDS]
+
+
+def encoder_of(kind: str, *, template: str = "none", max_tokens: int = 10_000) -> Encoder:
+    return Encoder(tokenizer=four_tokenizers.tokenizer_of(kind), template=template, max_tokens=max_tokens)
+
+
+def question(prompt: str, response: str) -> Document:
+    return document_of([("prompt", prompt, False), ("response", response, True)], source="q.jsonl", line=3)
+
+
+documents = st.one_of(
+    st.builds(question, four_tokenizers.nasty_text, four_tokenizers.nasty_text),
+    st.builds(lambda t: document_of([("text", t, True)], source="t", line=1), four_tokenizers.nasty_text),
+    st.builds(
+        lambda texts: document_of(
+            [(("user", "assistant")[i % 2], t, i % 2 == 1) for i, t in enumerate(texts)], source="m", line=1
+        ),
+        st.lists(four_tokenizers.nasty_text, max_size=4),
+    ),
+)
+
+
+def solid(text: str, start: int, end: int) -> set[int]:
+    """Places of the characters that are not blank."""
+    return {at for at in range(start, end) if not text[at].isspace()}
+
+
+def check(document: Document, tokens: Tokens) -> None:
+    """What every row that can be used promises."""
+    text, content = document.text, tokens.spans[tokens.kinds == CONTENT]
+    assert len(tokens.ids) == len(tokens.spans) == len(tokens.kinds) == len(tokens.targets)
+    assert (np.diff(content, axis=0) >= 0).all()
+    assert (content[:, 0] <= content[:, 1]).all()
+    assert (tokens.spans[tokens.kinds == TEMPLATE] == -1).all()
+    covered: set[int] = set()
+    for start, end in content.tolist():
+        assert 0 <= start <= end <= tokens.num_chars <= len(text)
+        assert any(s.start <= start and end <= s.end for s in document.segments)
+        assert not text[start:end] or not text[start].isspace() or text[start:end].isspace()
+        covered |= set(range(start, end))
+    assert solid(text, 0, tokens.num_chars) <= covered
+    ends = tokens.spans[tokens.kinds == END]
+    assert ends.tolist() == [[s.end, s.end] for s in document.segments if s.target and s.end <= tokens.num_chars]
+    targets = [s for s in document.segments if s.target]
+    for at in np.flatnonzero(tokens.targets):
+        start, end = tokens.spans[at].tolist()
+        assert tokens.kinds[at] != TEMPLATE
+        assert any(s.start <= start and end <= s.end for s in targets)
+    assert not tokens.targets[0]
+    assert tokens.targets.any()
+    assert tokens.kinds[-1] != TEMPLATE
+
+
+@pytest.mark.parametrize("kind", four_tokenizers.KINDS)
+@settings(deadline=None, max_examples=120)
+@given(document=documents)
+def test_intervals_are_monotone_in_their_segment_and_cover_the_text_or_a_reason_says_why(
+    kind: str, document: Document
+) -> None:
+    tokens = encoder_of(kind).encode(document)
+
+    if tokens.status == OK:
+        check(document, tokens)
+        assert tokens.num_chars == len(document.text)
+    else:
+        assert tokens.status in REASONS
+        assert len(tokens.ids) == len(tokens.spans) == len(tokens.kinds) == len(tokens.targets) == 0
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+@settings(deadline=None, max_examples=100)
+@given(document=documents)
+def test_tokenizers_without_a_normaliser_take_every_text(kind: str, document: Document) -> None:
+    tokens = encoder_of(kind).encode(document)
+
+    assert tokens.status == (OK if any(s.target for s in document.segments) else "no_target")
+
+
+@pytest.mark.parametrize(("student_kind", "teacher_kind"), PAIRS)
+@settings(deadline=None, max_examples=40)
+@given(document=documents)
+def test_aligned_spans_of_every_pair_cover_the_same_characters(
+    student_kind: str, teacher_kind: str, document: Document
+) -> None:
+    student, teacher = encoder_of(student_kind).encode(document), encoder_of(teacher_kind).encode(document)
+
+    ours, theirs = align(student, teacher, np.array([s.end for s in document.segments]))
+
+    assert ours.shape == theirs.shape
+    for spans in (ours, theirs):
+        assert (spans[:, 0] < spans[:, 1]).all()
+        assert (spans[1:, 0] >= spans[:-1, 1]).all()
+    for a, b in zip(ours.tolist(), theirs.tolist(), strict=True):
+        assert set(student.kinds[slice(*a)].tolist()) == set(teacher.kinds[slice(*b)].tolist())
+        assert characters(document, student, *a) == characters(document, teacher, *b)
+    if student.status == teacher.status == OK:
+        assert int((student.kinds == END).sum()) == int((student.kinds[ours[:, 0]] == END).sum())
+        if student_kind == teacher_kind:
+            assert characters_of_all(document, student, ours) == solid(document.text, 0, len(document.text))
+
+
+def characters(document: Document, tokens: Tokens, first: int, end: int) -> set[int]:
+    covered = {at for start, stop in tokens.spans[first:end].tolist() for at in range(start, stop)}
+    return {at for at in covered if not document.text[at].isspace()}
+
+
+def characters_of_all(document: Document, tokens: Tokens, spans: np.ndarray) -> set[int]:
+    return set().union(*(characters(document, tokens, *span) for span in spans.tolist()))
+
+
+@pytest.mark.parametrize("kind", four_tokenizers.KINDS)
+@settings(deadline=None, max_examples=80)
+@given(document=documents, max_tokens=st.integers(2, 30))
+def test_a_cut_row_fits_and_is_what_encoding_up_to_the_cut_gives(
+    kind: str, document: Document, max_tokens: int
+) -> None:
+    whole = encoder_of(kind).encode(document)
+    tokens = encoder_of(kind, max_tokens=max_tokens).encode(document)
+
+    assert len(tokens.ids) <= max_tokens
+    if tokens.status == OK:
+        check(document, tokens)
+        again = encoder_of(kind).encode(document, tokens.num_chars)
+        for name in ("ids", "spans", "kinds", "targets"):
+            assert getattr(again, name).tolist() == getattr(tokens, name).tolist()
+        assert again.num_chars == tokens.num_chars
+    if whole.status == OK and len(whole.ids) <= max_tokens:
+        assert tokens.num_chars == whole.num_chars
+
+
+@pytest.mark.parametrize("kind", four_tokenizers.KINDS)
+@settings(deadline=None, max_examples=60)
+@given(document=documents, share=st.floats(0, 1))
+def test_encoding_up_to_a_character_is_encoding_the_text_that_ends_there(
+    kind: str, document: Document, share: float
+) -> None:
+    num_chars = int(share * len(document.text))
+    shorter = document_of(
+        [(s.role, document.text[s.start : min(s.end, num_chars)], s.target) for s in document.segments
+         if s.start < num_chars], source="s", line=1,
+    )  # fmt: skip
+
+    part, own = encoder_of(kind).encode(document, num_chars), encoder_of(kind).encode(shorter)
+
+    if OK == part.status == own.status:
+        finished = all(s.end <= num_chars for s in document.segments if s.target and s.start < num_chars)
+        length = len(own.ids) if finished else len(own.ids) - 1  # without the end token
+        assert part.ids.tolist() == own.ids[:length].tolist()
+        assert part.spans.tolist() == own.spans[:length].tolist()
+        assert part.targets.tolist() == own.targets[:length].tolist()
+    assert part.num_chars == num_chars
+
+
+@settings(deadline=None, max_examples=40)
+@given(several=st.lists(documents, max_size=5), data=st.data())
+def test_a_batch_gives_what_its_documents_give_alone(several: list[Document], data: st.DataObject) -> None:
+    encoder = encoder_of("sentencepiece", max_tokens=25)
+    limits = [data.draw(st.one_of(st.none(), st.integers(0, len(d.text) + 2))) for d in several]
+
+    rows = encoder.encode_batch(several, limits)
+
+    for document, limit, row in zip(several, limits, rows, strict=True):
+        alone = encoder.encode(document, limit)
+        assert (row.status, row.num_chars) == (alone.status, alone.num_chars)
+        assert row.ids.tolist() == alone.ids.tolist()
+        assert row.spans.tolist() == alone.spans.tolist()
+
+
+def test_a_start_token_a_prompt_a_response_and_an_end_token() -> None:
+    tokenizer = four_tokenizers.tokenizer_of("sentencepiece")  # puts <s> before every text by itself
+    tokens = encoder_of("sentencepiece").encode(question("Who?", "A keeper."))
+
+    assert tokenizer.convert_ids_to_tokens(tokens.ids[[0, -1]].tolist()) == ["<s>", "</s>"]
+    assert tokens.kinds[[0, 1, -1]].tolist() == [TEMPLATE, CONTENT, END]
+    assert tokens.spans[-1].tolist() == [13, 13]
+    assert tokens.targets.tolist() == [bool(start >= 4) for start in tokens.spans[:, 0]]
+
+
+def test_a_text_that_is_a_target_from_its_first_token_gets_a_start_token() -> None:
+    tokens = encoder_of("byte_level").encode(document_of([("text", "lamp", True)], source="t", line=1))
+    other = encoder_of("byte_level").encode(question("lamp", "lamp"))
+
+    assert tokens.kinds[0] == TEMPLATE
+    assert tokens.ids[0] == four_tokenizers.tokenizer_of("byte_level").bos_token_id
+    assert other.kinds[0] == CONTENT
+
+
+def test_blanks_glued_to_the_front_are_left_out_and_tokens_of_blanks_keep_them() -> None:
+    text = "the lamp  on\n\nthe wall"
+    tokens = encoder_of("byte_level").encode(document_of([("text", text, True)], source="t", line=1))
+
+    pieces = [text[start:end] for start, end in tokens.spans[tokens.kinds == CONTENT].tolist()]
+
+    assert "".join(pieces) == text.replace("the lamp", "thelamp").replace("  on", " on").replace("the wall", "thewall")
+    assert {" ", "\n"} <= set(pieces)
+    assert not any(piece[0].isspace() and not piece.isspace() for piece in pieces)
+
+
+def test_words_find_their_tokens() -> None:
+    text = "the lamp on the wall"
+    tokens = encoder_of("unigram").encode(document_of([("text", text, True)], source="t", line=1))
+
+    ranges = token_ranges(tokens, np.array([(0, 3), (4, 8), (9, 11), (12, 15), (16, 20)], np.int32))
+
+    for (first, end), word in zip(ranges.tolist(), text.split(), strict=True):
+        assert text[tokens.spans[first, 0] : tokens.spans[end - 1, 1]] == word
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "reason"),
+    [
+        ("wordpiece", "a\u0000b", "uncovered_characters"),
+        ("wordpiece", "e\u0301", "uncovered_characters"),
+        ("unigram", "e\u0301a", "uncovered_characters"),
+        ("byte_level", "", "no_target"),
+        ("byte_level", "\ud800", "lone_surrogate"),
+    ],
+)
+def test_the_reason_is_the_right_one(kind: str, text: str, reason: str) -> None:
+    tokens = encoder_of(kind).encode(question("Hello", text))
+
+    assert tokens.status == reason
+    assert len(tokens.ids) == 0
+
+
+def test_a_lone_surrogate_spoils_no_other_document_of_the_batch() -> None:
+    rows = encoder_of("byte_level").encode_batch([question("a", "\udfff"), question("a", "b")])
+
+    assert [row.status for row in rows] == ["lone_surrogate", OK]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "status"),
+    [
+        ([(0, 2), (2, 5)], OK),
+        ([(0, 3), (2, 5)], OK),
+        ([(0, 2), (2, 6)], "outside_text"),
+        ([(-1, 2), (2, 5)], "outside_text"),
+        ([(0, 2), (5, 2)], "outside_text"),
+        ([(2, 5), (0, 5)], "offsets_not_monotone"),
+        ([(0, 5), (2, 4)], "offsets_not_monotone"),
+        ([(0, 2), (4, 5)], "uncovered_characters"),
+        ([(1, 2), (2, 5)], "uncovered_characters"),
+        ([(0, 2), (2, 4)], "uncovered_characters"),
+        ([], "uncovered_characters"),
+    ],
+)
+def test_offsets_that_lie_are_found(offsets: list[tuple[int, int]], status: str) -> None:
+    document = document_of([("text", "abxcd", True)], source="t", line=1)
+    pairs = np.array(offsets, np.int32).reshape(-1, 2)
+
+    assert content_intervals(document, 5, [(np.zeros(len(pairs), np.int32), pairs)])[1] == status
+
+
+def test_an_interval_trimmed_to_nothing_gets_its_blanks_back() -> None:
+    document = document_of([("text", "a  b  ", True)], source="t", line=1)
+    trimmed = np.array([(0, 1), (3, 3), (3, 4), (6, 6)], np.int32)
+
+    spans, status = content_intervals(document, 6, [(np.zeros(4, np.int32), trimmed)])
+
+    assert (spans.tolist(), status) == ([[0, 1], [1, 3], [3, 4], [4, 6]], OK)
+
+
+def test_a_token_for_nothing_stays_empty_or_shares_the_last_interval_of_its_segment() -> None:
+    document = question("ab", "cd")
+    offsets = [np.array([(0, 0), (0, 2), (2, 2)], np.int32), np.array([(0, 0), (0, 2)], np.int32)]
+
+    spans, status = content_intervals(document, 4, [(np.zeros(len(pairs), np.int32), pairs) for pairs in offsets])
+
+    assert (spans.tolist(), status) == ([[0, 0], [0, 2], [0, 2], [2, 2], [2, 4]], OK)
+
+
+def test_a_byte_level_tokenizer_that_trims_its_offsets_gives_the_same_intervals() -> None:
+    trimming = four_tokenizers.fresh("byte_level")
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    document = question("the lamp  on   the\n\n wall ", " a \n b  ")
+
+    ours = Encoder(tokenizer=trimming, template="none", max_tokens=100).encode(document)
+
+    assert ours.spans.tolist() == encoder_of("byte_level").encode(document).spans.tolist()
+
+
+def test_a_metaspace_tokenizer_without_a_prefix_still_aligns() -> None:
+    plain = four_tokenizers.fresh("unigram")
+    plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    document = question("the lamp", " on the wall ")
+
+    tokens = Encoder(tokenizer=plain, template="none", max_tokens=100).encode(document)
+
+    check(document, tokens)
+
+
+def test_a_cut_is_made_behind_a_word() -> None:
+    text = "the old lamp on the harbour wall was lit every evening"
+    document = document_of([("text", text, True)], source="t", line=1)
+
+    for max_tokens in range(4, 30):
+        tokens = encoder_of("byte_level", max_tokens=max_tokens).encode(document)
+        if tokens.num_chars < len(text):
+            assert text[tokens.num_chars] == " "
+            assert text[tokens.num_chars - 1] != " "
+            assert END not in tokens.kinds.tolist()
+
+
+def test_a_text_without_blanks_is_cut_behind_a_whole_token() -> None:
+    text = "東読夜河字静走漢" * 60
+    document = document_of([("text", text, True)], source="t", line=1)
+
+    tokens = encoder_of("byte_level", max_tokens=300).encode(document)
+
+    assert tokens.status == OK
+    assert 0 < tokens.num_chars < len(text)
+    assert 290 <= len(tokens.ids) <= 300
+
+
+def test_a_word_border_out_of_reach_is_not_used() -> None:
+    text = "lamp " + "漢" * (BORDER_REACH + 400)
+    document = document_of([("text", text, True)], source="t", line=1)
+
+    assert encoder_of("sentencepiece", max_tokens=BORDER_REACH * 3 + 60).encode(document).num_chars > BORDER_REACH
+    assert encoder_of("sentencepiece", max_tokens=60).encode(document).num_chars == 4
+
+
+def test_a_prompt_that_fills_the_row_leaves_no_target() -> None:
+    document = question("the old lamp on the harbour wall " * 10, "was lit")
+
+    assert encoder_of("byte_level", max_tokens=40).encode(document).status == "no_target_after_cut"
+    assert encoder_of("byte_level").encode(document, 10).status == "no_target_after_cut"
+
+
+def test_blanks_are_the_white_space_of_python() -> None:
+    every = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+
+    assert blanks(every).tolist() == [char.isspace() for char in every]
+
+
+def test_identity_names_template_and_length() -> None:
+    found = encoder_of("unigram", max_tokens=77).identity()
+
+    assert found.keys() == {"tokenizer", "template", "max_tokens"}
+    assert (found["template"], found["max_tokens"]) == ("none", 77)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_wrong_settings_are_refused_in_one_line() -> None:
+    tokenizer = four_tokenizers.fresh("byte_level")
+
+    with pytest.raises(UsageError, match=r"template 'alpacca' is not known.*none, alpaca, chat"):
+        Encoder(tokenizer=tokenizer, template="alpacca", max_tokens=10)
+    with pytest.raises(UsageError, match=r"max_tokens is 1,"):
+        Encoder(tokenizer=tokenizer, template="none", max_tokens=1)
+    tokenizer.eos_token = None
+    with pytest.raises(UsageError, match=r"has no end token"):
+        Encoder(tokenizer=tokenizer, template="none", max_tokens=10)
+
+
+def test_a_saved_tokenizer_loads_and_is_the_same(tmp_path: Path) -> None:
+    tokenizer = four_tokenizers.fresh("unigram")
+    tokenizer.save_pretrained(tmp_path)
+
+    loaded = load_tokenizer(str(tmp_path))
+
+    assert encode.identity(loaded) == encode.identity(tokenizer)
+
+
+def test_a_tokenizer_that_is_not_there_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "tokenizer.json").write_text('{"version": "1.0", "mod')
+
+    for name in (tmp_path / "nowhere", tmp_path / "x.gguf", tmp_path / "empty", tmp_path / "half", "nobody/nothing"):
+        with pytest.raises(InputMissing) as caught:
+            load_tokenizer(str(name))
+        assert str(name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500

@@ -1,0 +1,198 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xkd_pipeline.forms import FORMS
+from xkd_pipeline.lines import LongLine
+from xkd_pipeline.rows import RawRow, RejectedRow, read_documents
+from xkd_schemas.documents import Document
+from xkd_schemas.errors import UsageError
+
+
+def read(form: str, *contents: object, max_chars: int = 1000) -> tuple[list[Document], list[RejectedRow]]:
+    rows = [
+        RawRow(line=n, content=c if isinstance(c, bytes | LongLine) else json.dumps(c).encode())
+        for n, c in enumerate(contents, 1)
+    ]
+    return read_documents("a.jsonl", form, {}, rows, max_chars=max_chars)
+
+
+def reason_of(form: str, content: object, **options: int) -> str:
+    documents, rejected = read(form, content, **options)
+    assert documents == []
+    assert len(rejected) == 1
+    return rejected[0].reason
+
+
+def parts(document: Document) -> list[tuple[str, str, bool]]:
+    return [(s.role, document.text[s.start : s.end], s.target) for s in document.segments]
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "wanted"),
+    [
+        (
+            "prompt_response",
+            {"prompt": "Hi?", "response": "Yes"},
+            [("prompt", "Hi?", False), ("response", "Yes", True)],
+        ),
+        (
+            "alpaca",
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            [("instruction", "Add.", False), ("input", "1 2", False), ("response", "3", True)],
+        ),
+        (
+            "alpaca",
+            {"instruction": "Say hi.", "input": None, "output": "Hi."},
+            [("instruction", "Say hi.", False), ("response", "Hi.", True)],
+        ),
+        (
+            "alpaca",
+            {"instruction": "Go.", "output": "No."},
+            [("instruction", "Go.", False), ("response", "No.", True)],
+        ),
+        ("text", {"text": " kept as it is \n"}, [("text", " kept as it is \n", True)]),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "system", "content": "Be kind."},
+                    {"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]},
+                    {"role": "assistant", "content": "C", "tool_calls": None},
+                    {"role": "tool", "content": "D"},
+                ]
+            },
+            [("system", "Be kind.", False), ("user", "AB", False), ("assistant", "C", True), ("tool", "D", False)],
+        ),
+    ],
+)
+def test_each_form_becomes_its_segments(form: str, row: dict, wanted: list) -> None:
+    (document,), rejected = read(form, row)
+
+    assert rejected == []
+    assert parts(document) == wanted
+    assert (document.source, document.line) == ("a.jsonl", 1)
+
+
+def test_a_mapped_column_is_read_in_place_of_the_field() -> None:
+    rows = [RawRow(line=7, content={"question": "Why?", "response": "So."})]
+
+    (document,), _ = read_documents("a", "prompt_response", {"prompt": "question"}, rows, max_chars=99)
+
+    assert document.text == "Why?So."
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "bad_json"),
+        (b'{"text": NaN}', "bad_json"),
+        (b'{"text": "a\x00"}', "bad_json"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "bad_json"),
+        (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "bad_json"),
+        (b"\xef\xbb\xbf{}", "bad_json"),
+        (b'{"text": "\xff"}', "bad_utf8"),
+        (b'{"text": "\xed\xa0\x80"}', "bad_utf8"),
+        (b'{"text": "\\ud800"}', "lone_surrogate"),
+        (b'{"text": "\\udc00\\ud800 \\uD83D\\uDE00"}', "lone_surrogate"),
+        (b'{"text": "\\ud800" oops}', "bad_json"),
+        (b"", "blank"),
+        (b"  \t", "blank"),
+        (b"[1, 2]", "bad_type"),
+        (b'"text"', "bad_type"),
+        (b"null", "bad_type"),
+        ({}, "missing_field"),
+        ({"text": None}, "missing_field"),
+        ({"text": 3}, "bad_type"),
+        ({"text": ["a"]}, "bad_type"),
+        ({"text": ""}, "empty"),
+        ({"text": " \n\t"}, "empty"),
+        ({"text": "x" * 1001}, "too_long"),
+        (LongLine(num_bytes=70_000_000, sha256="ab", head=b"x" * 256), "line_too_long"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_rejected_for_its_reason(content: object, reason: str) -> None:
+    assert reason_of("text", content) == reason
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("hello", "bad_type"),
+        (["hello"], "bad_type"),
+        ([{"role": "user"}], "missing_field"),
+        ([{"content": "x"}], "missing_field"),
+        ([{"role": "robot", "content": "x"}], "bad_role"),
+        ([{"role": 3, "content": "x"}], "bad_type"),
+        ([{"role": "assistant", "content": None}], "bad_type"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}], "bad_type"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}], "bad_type"),
+        ([{"role": "user", "content": ["x"]}], "bad_type"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "bad_type"),
+        ([], "empty"),
+        ([{"role": "user", "content": "x"}], "no_target"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}], "no_target"),
+    ],
+)
+def test_a_chat_that_cannot_be_used_is_rejected_for_its_reason(messages: object, reason: str) -> None:
+    assert reason_of("messages", {"messages": messages}) == reason
+
+
+def test_an_empty_response_is_nothing_to_learn() -> None:
+    assert reason_of("prompt_response", {"prompt": "Hi?", "response": ""}) == "no_target"
+
+
+def test_a_table_row_with_half_a_surrogate_pair_is_rejected() -> None:
+    _, (rejected,) = read_documents("a", "text", {}, [RawRow(line=1, content={"text": "\ud800"})], max_chars=9)
+
+    assert rejected.reason == "lone_surrogate"
+
+
+def test_nul_and_other_controls_in_escapes_are_kept() -> None:
+    (document,), _ = read("text", b'{"text": "a\\u0000b\\u2028c\\u0085"}')
+
+    assert document.text == "a\0b\u2028c\x85"
+
+
+def test_a_reject_shows_what_is_wrong_in_printable_ascii() -> None:
+    content = '{"text": "\u202e\x1b[2J</script>", "n": '.encode() + b"\xff" * 300
+
+    _, (rejected,) = read("text", content)
+
+    assert len(rejected.detail) <= 200
+    assert all(" " <= c <= "~" for c in rejected.detail)
+    assert rejected.detail.startswith("byte ")
+    assert "\\u202e" in rejected.detail
+
+
+def test_an_unknown_form_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"form 'sharegpt' is not known.*messages, alpaca, prompt_response, text"):
+        read("sharegpt", {})
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=6) | st.sampled_from(["user", "assistant", "text"]),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), v),
+    max_leaves=6,
+)
+FIELDS = sorted({field.name for form in FORMS.values() for field in form.fields})
+ROWS = (
+    st.binary(max_size=40)
+    | st.dictionaries(st.sampled_from(FIELDS), VALUES)
+    | st.dictionaries(st.sampled_from(FIELDS), VALUES).map(lambda row: json.dumps(row).encode())
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(form=st.sampled_from(sorted(FORMS)), contents=st.lists(ROWS, max_size=8), cut=st.integers(0, 8))
+def test_every_row_is_a_document_or_a_reject_however_the_rows_are_cut(form: str, contents: list, cut: int) -> None:
+    rows = [RawRow(line=n, content=c) for n, c in enumerate(contents, 1)]
+
+    documents, rejected = read_documents("a", form, {}, rows, max_chars=12)
+
+    assert sorted([d.line for d in documents] + [r.line for r in rejected]) == [row.line for row in rows]
+    assert all("".join(text for _, text, _ in parts(d)) == d.text for d in documents)
+    halves = [read_documents("a", form, {}, half, max_chars=12) for half in (rows[:cut], rows[cut:])]
+    assert (documents, rejected) == (halves[0][0] + halves[1][0], halves[0][1] + halves[1][1])

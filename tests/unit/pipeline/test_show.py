@@ -1,0 +1,149 @@
+"""The drawing: columns that line up, every token in it, and nothing a terminal obeys."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+import four_tokenizers
+from xkd_pipeline.encode import Encoder
+from xkd_pipeline.show import bracketed, render, signed, visible, wrapped
+from xkd_schemas.alignment import align
+from xkd_schemas.documents import Document, Spans, document_of
+from xkd_schemas.tokens import CONTENT
+
+NO_SPANS = Spans(words=(), phrases=(), labels=())
+
+
+def drawn(document: Document, spans: Spans = NO_SPANS, *, width: int = 80, kinds=("byte_level", "unigram")) -> str:
+    student, teacher = (
+        Encoder(tokenizer=four_tokenizers.tokenizer_of(kind), template="none", max_tokens=1000).encode(document)
+        for kind in kinds
+    )
+    aligned = align(student, teacher, np.array([s.end for s in document.segments]))
+    return render(document, spans, student, teacher, aligned, width)
+
+
+def lamp() -> Document:
+    return document_of([("prompt", "Who lit it?", False), ("response", "The old lamp", True)], source="d", line=1)
+
+
+def test_phrases_are_in_brackets_under_their_role() -> None:
+    spans = Spans(words=(), phrases=((0, 3), (4, 11), (11, 23)), labels=("NP", "VP", "NP"))
+
+    lines = drawn(lamp(), spans).splitlines()
+
+    assert lines[lines.index("prompt") + 1] == "[NP Who] [VP lit it?]"
+    assert lines[lines.index("response (target)") + 1] == "[NP The old lamp]"
+
+
+def test_teacher_and_student_stand_over_each_other_with_marks_between() -> None:
+    lines = drawn(lamp(), kinds=("byte_level", "byte_level")).splitlines()
+
+    teacher = next(n for n, line in enumerate(lines) if line.startswith("teacher  "))
+    above, marks, below = lines[teacher : teacher + 3]
+    assert above.removeprefix("teacher") == below.removeprefix("student")
+    assert set(marks) == {" ", "="}
+    assert above.count("│") + 1 == marks.count("=")
+    assert above.endswith("∎")
+
+
+def test_a_span_of_several_tokens_has_its_own_mark() -> None:
+    document = document_of([("text", "🙂 ok", True)], source="d", line=1)
+
+    lines = drawn(document, kinds=("sentencepiece", "unigram")).splitlines()
+
+    assert [line.split() for line in lines if line.strip() and set(line) <= set(" =~")] == [["~", "~", "="]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=four_tokenizers.nasty_text, width=st.integers(40, 90))
+def test_no_line_is_wider_than_the_terminal_and_none_can_command_it(text: str, width: int) -> None:
+    picture = drawn(document_of([("text", text, True)], source="a\x1b]0;b", line=1), width=width)
+
+    for line in picture.split("\n"):
+        assert cell_len(line) <= width
+        assert not any(unicodedata.category(char) in {"Cc", "Cf", "Zl", "Zp", "Cs"} for char in line)
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=four_tokenizers.nasty_text)
+def test_every_token_is_drawn(text: str) -> None:
+    document = document_of([("text", text, True)], source="d", line=1)
+    teacher = Encoder(
+        tokenizer=four_tokenizers.tokenizer_of("sentencepiece"), template="none", max_tokens=1000
+    ).encode(document)
+
+    picture = render(document, NO_SPANS, None, teacher, width=100)
+
+    body = "".join(line.removeprefix("teacher  ") for line in picture.split("\n") if line.startswith("teacher  "))
+    expected = [signed(text[s:e]) for s, e in teacher.spans[teacher.kinds == CONTENT].tolist()]
+    assert body.replace("│", "").replace("∎", "") == "".join(expected).replace("│", "").replace("∎", "")
+
+
+def test_east_asian_text_and_emoji_keep_the_columns() -> None:
+    document = document_of([("text", "東京の夜 ok 🙂 静か fine", True)], source="d", line=1)
+
+    lines = drawn(document, kinds=("byte_level", "sentencepiece")).splitlines()
+
+    start = next(n for n, line in enumerate(lines) if line.startswith("teacher  "))
+    above, below = lines[start], lines[start + 2]
+    places = [[cell_len(line[:at]) for at, char in enumerate(line) if char == "│"] for line in (above, below)]
+    marks = [at for at, char in enumerate(lines[start + 1]) if char in "=~"]
+    assert {at - 1 for at in marks[1:]} <= set(places[0]) & set(places[1])
+
+
+def test_a_row_without_tokens_says_why() -> None:
+    document = document_of([("text", "a\x00b", True)], source="d", line=1)
+
+    picture = drawn(document, kinds=("byte_level", "wordpiece"))
+
+    assert "teacher: no tokens (uncovered_characters)" in picture
+    assert "a\\x00b" in picture
+
+
+def test_a_cut_is_said() -> None:
+    document = document_of([("text", "the lamp on the wall " * 9, True)], source="d", line=1)
+    teacher = Encoder(tokenizer=four_tokenizers.tokenizer_of("byte_level"), template="none", max_tokens=20).encode(
+        document
+    )
+
+    assert f"cut at character {teacher.num_chars}" in render(document, NO_SPANS, None, teacher)
+
+
+@pytest.mark.parametrize(
+    ("phrases", "labels", "expected"),
+    [
+        ([], [], "a b c d"),
+        ([(0, 3), (4, 7)], ["NP", "VP"], "[NP a b] [VP c d]"),
+        ([(0, 7), (2, 5), (4, 5)], ["VP", "NP", "NP"], "[VP a [NP b [NP c]] d]"),
+        ([(0, 3), (0, 1)], ["NP", "NP"], "[NP [NP a] b] c d"),
+        ([(0, 5), (2, 7)], ["NP", "VP"], "[1:NP a [2:VP b c 1] d 2]"),
+        ([(0, 1), (1, 3)], ["NP", "VP"], "[NP a][VP  b] c d"),
+    ],
+)
+def test_brackets_nest_and_crossing_ones_are_numbered(
+    phrases: list[tuple[int, int]], labels: list[str], expected: str
+) -> None:
+    assert bracketed("a b c d", phrases, labels) == expected
+
+
+@settings(deadline=None, max_examples=100)
+@given(four_tokenizers.nasty_text)
+def test_what_is_shown_can_be_told_apart(text: str) -> None:
+    assert len(visible(text)) >= len(text)
+    assert "\x1b" not in visible(text)
+    assert not any(char.isspace() for char in signed(text))
+
+
+@settings(deadline=None, max_examples=100)
+@given(four_tokenizers.nasty_text, st.integers(10, 40))
+def test_wrapping_loses_nothing_but_blanks(text: str, width: int) -> None:
+    shown = visible(text)
+    lines = wrapped(shown, width)
+
+    assert all(cell_len(line) <= width for line in lines)
+    assert "".join(lines).replace(" ", "") == shown.replace(" ", "")

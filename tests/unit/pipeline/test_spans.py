@@ -1,0 +1,92 @@
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from xkd_pipeline.phrases import cut_pieces, joined_spans, select_phrases, trim, verb_groups
+from xkd_pipeline.spans import PARSERS, ParserSettings
+
+LETTERS = {"AUX": "A", "ADV": "D", "VERB": "V", "NOUN": "n"}
+
+
+@given(st.lists(st.sampled_from(sorted(LETTERS)), max_size=12))
+def test_verb_groups_are_all_matches_that_lie_in_no_other(tags: list[str]) -> None:
+    word = "".join(LETTERS[tag] for tag in tags)
+    every = [(i, j) for i in range(len(word)) for j in range(i + 1, len(word) + 1)]
+    matches = [(i, j) for i, j in every if re.fullmatch("A*D*V+D*", word[i:j])]
+    maximal = [(i, j) for i, j in matches if not any(a <= i and j <= b and (a, b) != (i, j) for a, b in matches)]
+
+    assert list(verb_groups(tags)) == maximal
+
+
+def test_verb_groups_take_linear_time() -> None:
+    tags = ["ADV"] * 200_000 + ["VERB", "ADV"] * 100_000
+
+    assert sum(1 for _ in verb_groups(tags)) == 100_000
+
+
+PHRASES = st.lists(
+    st.tuples(st.integers(0, 12), st.integers(1, 8), st.sampled_from(["NP", "VP"])).map(
+        lambda p: (p[0], p[0] + p[1], p[2])
+    ),
+    max_size=12,
+)
+
+
+@given(found=PHRASES, max_words=st.integers(0, 4), drop_contained=st.booleans())
+def test_the_kept_phrases_are_those_of_the_obvious_definition(
+    found: list[tuple[int, int, str]], max_words: int, drop_contained: bool
+) -> None:
+    words = [(i, i + 1) for i in range(0, 20, 2)]
+    notes: Counter[str] = Counter()
+
+    kept = select_phrases(found, words, max_words=max_words, drop_contained=drop_contained, notes=notes)
+
+    sizes = {p: sum(p[0] <= a and b <= p[1] for a, b in words) for p in found}
+    fitting = {p for p in found if sizes[p] and (not max_words or sizes[p] <= max_words)}
+    single = {p for p in fitting if p[2] == "NP" or (p[0], p[1], "NP") not in fitting}
+    if drop_contained:
+        single = {p for p in single if not any(q[0] <= p[0] and p[1] <= q[1] and q[:2] != p[:2] for q in single)}
+    assert kept == sorted(single, key=lambda p: (p[0], -p[1]))
+    assert notes["phrase_too_long"] == sum(bool(max_words) and sizes[p] > max_words for p in found)
+
+
+@given(st.text(alphabet="a \n\u3000", max_size=12), st.integers(0, 12), st.integers(0, 12))
+def test_trimmed_intervals_hold_the_stripped_text(text: str, a: int, b: int) -> None:
+    start, end = sorted((min(a, len(text)), min(b, len(text))))
+
+    at, to = trim(text, start, end)
+
+    assert text[at:to] == text[start:end].strip()
+    assert start <= at <= to <= end
+
+
+@given(st.text(alphabet="ab \n", max_size=60), st.integers(1, 9))
+def test_pieces_cover_the_text_and_end_after_a_blank_where_there_is_one(text: str, limit: int) -> None:
+    pieces = list(cut_pieces(text, limit))
+
+    assert "".join(text[start:end] for start, end in pieces) == text
+    assert all(0 < end - start <= limit for start, end in pieces)
+    for start, end in pieces[:-1]:
+        assert text[end - 1].isspace() or not any(c.isspace() for c in text[start:end])
+
+
+def test_pieces_are_joined_at_their_offsets() -> None:
+    spans = joined_spans([(0, [(0, 3)], [(0, 3, "NP")]), (10, [(1, 2)], [(1, 2, "VP")])])
+
+    assert spans.words == ((0, 3), (11, 12))
+    assert (spans.phrases, spans.labels) == (((0, 3), (11, 12)), ("NP", "VP"))
+
+
+def test_settings_say_what_they_do_not_know() -> None:
+    with pytest.raises(ValidationError, match="max_word"):
+        ParserSettings(max_word=3)
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        ParserSettings(max_words=-1)
+    assert set(PARSERS) == {"spacy", "benepar"}
+    assert ParserSettings().drops_contained
+    assert not ParserSettings(kind="benepar").drops_contained
+    assert ParserSettings(kind="benepar", drop_contained=True).drops_contained

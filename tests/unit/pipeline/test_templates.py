@@ -1,0 +1,190 @@
+"""Templates put glue round segments, never into them."""
+
+import numpy as np
+import pytest
+
+import four_tokenizers
+from xkd_pipeline.encode import Encoder
+from xkd_pipeline.templates import layout
+from xkd_schemas.documents import Document, document_of
+from xkd_schemas.errors import UsageError
+from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
+
+
+def document(*roles_and_texts: tuple[str, str]) -> Document:
+    targets = {"assistant", "response", "text"}
+    return document_of([(role, text, role in targets) for role, text in roles_and_texts], source="d.jsonl", line=7)
+
+
+def written_out(template: str, doc: Document, tokenizer: object) -> str:
+    """The whole sequence as text."""
+    return "".join(
+        piece.glue
+        if piece.segment < 0
+        else doc.text[doc.segments[piece.segment].start : doc.segments[piece.segment].end]
+        for piece in layout(template, doc, tokenizer)
+    )
+
+
+def decoded(tokens: Tokens, *kinds: int) -> str:
+    tokenizer = four_tokenizers.chat_tokenizer()
+    return str(tokenizer.decode(tokens.ids[np.isin(tokens.kinds, kinds)].tolist()))
+
+
+def test_none_is_nothing_but_the_segments() -> None:
+    doc = document(("prompt", "Who lit it?"), ("response", "Nobody."))
+
+    assert written_out("none", doc, None) == doc.text
+
+
+def test_alpaca_is_the_published_prompt() -> None:
+    doc = document(("instruction", "Name it."), ("response", "A lamp."))
+
+    assert written_out("alpaca", doc, None) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName it.\n\n### Response:\nA lamp."
+    )
+
+
+def test_alpaca_with_an_input_says_so() -> None:
+    doc = document(("instruction", "Name it."), ("input", "a light"), ("response", "A lamp."))
+
+    assert written_out("alpaca", doc, None) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName it.\n\n### Input:\na light\n\n### Response:\nA lamp."
+    )
+
+
+def test_chat_is_what_the_tokenizers_template_renders() -> None:
+    tokenizer = four_tokenizers.chat_tokenizer()
+    turns = [
+        ("system", "Be short."),
+        ("user", "Who?"),
+        ("assistant", "The keeper."),
+        ("user", "Why?"),
+        ("assistant", "x"),
+    ]
+    messages = [{"role": role, "content": text} for role, text in turns]
+
+    assert written_out("chat", document(*turns), tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_instruction_and_input_are_one_user_message() -> None:
+    doc = document(("instruction", "Name it."), ("input", "a light"), ("response", "A lamp."))
+
+    assert written_out("chat", doc, four_tokenizers.chat_tokenizer()) == (
+        "<|im_start|>user\nName it.\n\na light<|im_end|>\n<|im_start|>assistant\nA lamp.<|im_end|>\n"
+    )
+
+
+def test_the_templates_own_end_token_ends_a_target_and_what_follows_the_last_is_left_out() -> None:
+    tokenizer = four_tokenizers.chat_tokenizer()
+    doc = document(("user", "Who?"), ("assistant", "The keeper."), ("user", "Why?"), ("assistant", "Duty."))
+
+    tokens = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200).encode(doc)
+
+    assert tokens.status == OK
+    assert decoded(tokens, CONTENT) == doc.text
+    assert decoded(tokens, END) == "<|im_end|><|im_end|>"
+    assert decoded(tokens, TEMPLATE) == (
+        "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokens.kinds[-1] == END
+    assert tokens.spans[tokens.kinds == END].tolist() == [[15, 15], [24, 24]]
+    whole = tokenizer.apply_chat_template(
+        [{"role": s.role, "content": doc.text[s.start : s.end]} for s in doc.segments], tokenize=False
+    )
+    assert decoded(tokens, TEMPLATE, CONTENT, END) + "\n" == whole
+
+
+def test_a_template_without_an_end_token_gets_eos() -> None:
+    tokenizer = four_tokenizers.fresh("byte_level")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    doc = document(("user", "Who?"), ("assistant", "Him."), ("user", "Why?"), ("assistant", "Duty."))
+
+    tokens = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200).encode(doc)
+
+    assert tokens.ids[tokens.kinds == END].tolist() == [tokenizer.eos_token_id] * 2
+    assert tokenizer.decode(tokens.ids.tolist()) == "user: Who?\nassistant: Him.</s>\nuser: Why?\nassistant: Duty.</s>"
+
+
+def test_text_that_looks_like_a_turn_stays_text() -> None:
+    tokenizer = four_tokenizers.chat_tokenizer()
+    doc = document(("user", "say <|im_end|>"), ("assistant", "<|im_end|>"))
+
+    tokens = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200).encode(doc)
+
+    special = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert special not in tokens.ids[tokens.kinds == CONTENT].tolist()
+    assert (tokens.ids == special).sum() == 2
+
+
+def test_the_same_text_has_the_same_intervals_under_every_template() -> None:
+    doc = document(("prompt", "Who lit the lamp?"), ("response", "Nobody knew."))
+    rows = [
+        Encoder(tokenizer=four_tokenizers.chat_tokenizer(), template=name, max_tokens=300).encode(doc)
+        for name in ("none", "alpaca", "chat")
+    ]
+
+    assert len({str(row.spans[row.kinds != TEMPLATE].tolist()) for row in rows}) == 1
+    assert len({str(row.spans[row.targets].tolist()) for row in rows}) == 1
+
+
+def test_a_cut_row_keeps_no_glue_behind_the_cut() -> None:
+    doc = document(("user", "Who?"), ("assistant", "The old keeper, I think."), ("user", "Why?"), ("assistant", "x"))
+    encoder = Encoder(tokenizer=four_tokenizers.chat_tokenizer(), template="chat", max_tokens=200)
+    full = len(encoder.encode(doc).ids)
+
+    for max_tokens in range(2, full):
+        tokens = Encoder(tokenizer=encoder.tokenizer, template="chat", max_tokens=max_tokens).encode(doc)
+        assert len(tokens.ids) <= max_tokens
+        assert not len(tokens.ids) or tokens.kinds[-1] != TEMPLATE
+
+
+def test_todays_date_in_a_template_is_not_todays() -> None:
+    tokenizer = four_tokenizers.fresh("byte_level")
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+    assert written_out("chat", document(("user", "a"), ("assistant", "b")), tokenizer) == "2025-01-01 ab"
+
+
+@pytest.mark.parametrize(
+    "chat_template",
+    [
+        "{{ messages[0]['content'] }}",
+        "{% for m in messages|reverse %}{{ m['content'] }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}",
+        "{% for m in messages %}{{ m['content']|upper }}{% endfor %}",
+    ],
+)
+def test_a_template_that_loses_turns_is_refused_by_name(chat_template: str) -> None:
+    tokenizer = four_tokenizers.fresh("byte_level")
+    tokenizer.chat_template = chat_template
+
+    with pytest.raises(UsageError, match=r"d\.jsonl:7: the chat template of .* does not show each turn once"):
+        layout("chat", document(("user", "a"), ("assistant", "b")), tokenizer)
+
+
+def test_a_template_that_refuses_the_turns_is_quoted() -> None:
+    tokenizer = four_tokenizers.fresh("byte_level")
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+
+    with pytest.raises(UsageError, match=r"d\.jsonl:7: .* refuses the turns system, user: System role not supported"):
+        layout("chat", document(("system", "a"), ("user", "b")), tokenizer)
+
+
+def test_a_tokenizer_without_a_chat_template_is_told_what_to_type() -> None:
+    with pytest.raises(UsageError, match=r"has no chat template\. Next: --template none or --template alpaca"):
+        layout("chat", document(("user", "a")), four_tokenizers.tokenizer_of("byte_level"))
+
+
+@pytest.mark.parametrize("name", ["chat", "alpaca"])
+def test_plain_text_is_refused_by_templates_with_turns(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"d\.jsonl:7: plain text has no turns, the {name} .*Next: --template none"):
+        layout(name, document(("text", "Once.")), four_tokenizers.chat_tokenizer())
+
+
+def test_alpaca_refuses_a_conversation() -> None:
+    with pytest.raises(UsageError, match=r"found user, assistant\. Next: --template chat"):
+        layout("alpaca", document(("user", "a"), ("assistant", "b")), None)

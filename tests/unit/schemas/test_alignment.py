@@ -1,0 +1,253 @@
+"""Boundaries, aligned spans and token ranges against their definitions written out the slow way."""
+
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xkd_schemas import alignment
+from xkd_schemas.alignment import align, common_boundaries, exact_pairs, grouped_spans, token_ranges
+from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
+
+FAR = 2**31 - 1
+
+
+def as_spans(pairs: list[tuple[int, int]]) -> np.ndarray:
+    return np.array(pairs, dtype=np.int32).reshape(-1, 2)
+
+
+@st.composite
+def tokenisation(draw, size: int = 12) -> np.ndarray:
+    """Intervals over `size` characters: starts and ends never decrease, some overlap, some repeat, some are empty."""
+    count = draw(st.integers(0, 10))
+    starts = sorted(draw(st.lists(st.integers(0, size), min_size=count, max_size=count)))
+    ends = sorted(draw(st.lists(st.integers(0, size), min_size=count, max_size=count)))
+    return as_spans([(s, max(s, e)) for s, e in zip(starts, ends, strict=True)])
+
+
+any_spans = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), max_size=9).map(
+    lambda pairs: as_spans([(start, start + length) for start, length in pairs])
+)
+"""Intervals in no order at all, which no tokenizer should give."""
+
+
+def boundaries_by_definition(spans: np.ndarray) -> list[tuple[int, int]]:
+    """(count, character) wherever no token of the first `count` ends behind the start of a later one."""
+    found = []
+    for count in range(1, len(spans) + 1):
+        char = max(int(end) for _, end in spans[:count])
+        if all(start >= char for start, _ in spans[count:]):
+            found.append((count, char))
+    return found
+
+
+def common_by_definition(student: np.ndarray, teacher: np.ndarray) -> list[list[int]]:
+    pairs = []
+    ours, theirs = boundaries_by_definition(student), boundaries_by_definition(teacher)
+    for char in sorted({c for _, c in ours} & {c for _, c in theirs}):
+        pairs += zip([i for i, c in ours if c == char], [j for j, c in theirs if c == char], strict=False)
+    return [list(pair) for pair in pairs]
+
+
+@pytest.fixture(params=["compiled", "numpy", "loop"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every way the merge can run."""
+    if request.param == "numpy":
+        monkeypatch.setattr(alignment, "merge", lambda: alignment.merge_numpy)
+    if request.param == "loop":
+        monkeypatch.setattr(alignment, "merge", lambda: merge_in_plain_python)
+    return str(request.param)
+
+
+def merge_in_plain_python(student, student_first, teacher, teacher_first, limit):
+    ours, our_first = alignment.boundaries_loop(student, student_first, limit)
+    theirs, their_first = alignment.boundaries_loop(teacher, teacher_first, limit)
+    return alignment.pair_loop(ours, our_first, student_first, theirs, their_first, teacher_first)
+
+
+PATHS = {"compiled": alignment.merge(), "numpy": alignment.merge_numpy, "loop": merge_in_plain_python}
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.one_of(tokenisation(), any_spans), st.one_of(tokenisation(), any_spans))
+def test_boundaries_are_the_ones_of_the_definition(student: np.ndarray, teacher: np.ndarray) -> None:
+    pairs = common_boundaries(student, teacher)
+
+    assert pairs.dtype == np.int32
+    assert pairs.tolist() == common_by_definition(student, teacher)
+    assert (np.diff(pairs, axis=0) > 0).all()
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(tokenisation(), tokenisation()), max_size=4), st.integers(0, 13))
+def test_every_path_gives_the_same_spans_for_many_groups(
+    groups: list[tuple[np.ndarray, np.ndarray]], limit: int
+) -> None:
+    student, teacher = (np.concatenate([as_spans([]), *(g[side] for g in groups)]) for side in (0, 1))
+    student_first, teacher_first = (np.cumsum([0, *(len(g[side]) for g in groups)]) for side in (0, 1))
+
+    found = {
+        name: merge(student, student_first, teacher, teacher_first, limit).tolist() for name, merge in PATHS.items()
+    }
+
+    expected = []
+    for (ours, theirs), s, t in zip(groups, student_first, teacher_first, strict=False):
+        pairs = [p for p in common_by_definition(ours, theirs) if ours[: p[0], 1].max() <= limit]
+        expected += [
+            [s + i, s + i_end, t + j, t + j_end]
+            for (i, j), (i_end, j_end) in zip([[0, 0], *pairs], pairs, strict=False)
+        ]
+    assert found == dict.fromkeys(PATHS, expected)
+
+
+def test_a_group_does_not_leak_into_the_next() -> None:
+    student, teacher = as_spans([(0, 2), (2, 5), (5, 9)]), as_spans([(0, 2), (2, 4), (5, 9)])
+
+    spans = grouped_spans(student, np.array([0, 2, 3]), teacher, np.array([0, 2, 3]))
+
+    assert spans.tolist() == [[0, 1, 0, 1], [2, 3, 2, 3]]
+
+
+def test_no_boundary_stands_inside_a_character() -> None:
+    emoji_in_four_pieces = as_spans([(0, 1), (1, 2), (1, 2), (1, 2), (1, 2), (2, 3)])
+    emoji_in_two = as_spans([(0, 1), (1, 2), (1, 2), (2, 3)])
+
+    assert common_boundaries(emoji_in_four_pieces, emoji_in_two).tolist() == [[1, 1], [5, 3], [6, 4]]
+
+
+def test_a_token_over_the_end_of_one_character_and_the_next_closes_the_border_between_them() -> None:
+    across = as_spans([(0, 1), (0, 2), (2, 3)])
+    whole = as_spans([(0, 1), (1, 2), (2, 3)])
+
+    assert common_boundaries(across, whole).tolist() == [[2, 2], [3, 3]]
+
+
+def test_empty_intervals_at_one_character_pair_first_with_first() -> None:
+    two_empty = as_spans([(0, 1), (1, 1), (1, 1), (1, 2)])
+    one_empty = as_spans([(0, 1), (1, 1), (1, 2)])
+
+    assert common_boundaries(two_empty, one_empty).tolist() == [[1, 1], [2, 2], [4, 3]]
+
+
+def test_nothing_aligns_with_nothing(path: str) -> None:
+    some, none = as_spans([(0, 1)]), as_spans([])
+
+    assert common_boundaries(some, none).shape == (0, 2)
+    assert common_boundaries(none, some).shape == (0, 2)
+    assert common_boundaries(none, none).shape == (0, 2)
+
+
+def test_read_only_and_strided_arrays_are_taken(path: str) -> None:
+    wide = np.zeros((3, 4), dtype=np.int32)
+    wide[:, 1] = [1, 2, 3]
+    wide[:, 0] = [0, 1, 2]
+    fixed = as_spans([(0, 1), (1, 3)])
+    fixed.setflags(write=False)
+
+    assert common_boundaries(wide[:, :2], fixed).tolist() == [[1, 1], [3, 2]]
+
+
+def test_without_numba_the_numpy_merge_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+
+    assert alignment.merge.__wrapped__() is alignment.merge_numpy
+
+
+def row(*tokens: tuple[int, int, int], num_chars: int = 100, targets: bool = True) -> Tokens:
+    """Tokens from (kind, start, end)."""
+    kinds = np.array([kind for kind, _, _ in tokens], dtype=np.uint8)
+    return Tokens(
+        status=OK,
+        num_chars=num_chars,
+        ids=np.arange(len(tokens), dtype=np.int32),
+        spans=as_spans([(start, end) for _, start, end in tokens]),
+        kinds=kinds,
+        targets=np.full(len(tokens), targets) & (kinds != TEMPLATE),
+    )
+
+
+GLUE = (TEMPLATE, -1, -1)
+
+
+def test_spans_skip_template_tokens_and_pair_the_end_tokens() -> None:
+    student = row(GLUE, (CONTENT, 0, 2), (CONTENT, 2, 5), GLUE, GLUE, (CONTENT, 5, 9), (END, 9, 9))
+    teacher = row((CONTENT, 0, 5), (CONTENT, 5, 7), (CONTENT, 7, 9), (END, 9, 9))
+
+    ours, theirs = align(student, teacher, np.array([5, 9]))
+
+    assert ours.tolist() == [[1, 3], [5, 6], [6, 7]]
+    assert theirs.tolist() == [[0, 1], [1, 3], [3, 4]]
+    assert exact_pairs(ours, theirs).tolist() == [[6, 3]]
+
+
+def test_an_end_token_that_only_one_model_has_is_in_no_span() -> None:
+    student = row((CONTENT, 0, 5), (END, 5, 5), (CONTENT, 5, 9), (END, 9, 9))
+    teacher = row((CONTENT, 0, 5), (CONTENT, 5, 9), (END, 9, 9))
+
+    ours, theirs = align(student, teacher, np.array([5, 9]))
+
+    assert ours.tolist() == [[0, 1], [2, 3], [3, 4]]
+    assert theirs.tolist() == [[0, 1], [1, 2], [2, 3]]
+
+
+def test_no_span_reaches_behind_the_shorter_models_cut() -> None:
+    student = row((CONTENT, 0, 3), (CONTENT, 3, 6), (CONTENT, 6, 9), (END, 9, 9))
+    teacher = row((CONTENT, 0, 3), (CONTENT, 3, 5), num_chars=5)
+
+    ours, theirs = align(student, teacher, np.array([9]))
+
+    assert (ours.tolist(), theirs.tolist()) == ([[0, 1]], [[0, 1]])
+
+
+def test_a_row_that_cannot_be_used_aligns_with_nothing() -> None:
+    ours, theirs = align(row(), row((CONTENT, 0, 3), (END, 3, 3)), np.array([3]))
+
+    assert ours.shape == theirs.shape == (0, 2)
+    assert ours.dtype == theirs.dtype == np.int32
+
+
+def test_an_empty_token_at_a_border_belongs_to_what_follows() -> None:
+    student = row((CONTENT, 0, 3), (CONTENT, 3, 3), (CONTENT, 3, 6))
+    teacher = row((CONTENT, 0, 3), (CONTENT, 3, 6))
+
+    ours, theirs = align(student, teacher, np.array([3, 6]))
+
+    assert (ours.tolist(), theirs.tolist()) == ([[0, 1], [1, 3]], [[0, 1], [1, 2]])
+
+
+@settings(deadline=None, max_examples=200)
+@given(tokenisation(), st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=6), st.data())
+def test_token_ranges_hold_exactly_the_tokens_inside(
+    spans: np.ndarray, words: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    glue = data.draw(st.lists(st.booleans(), min_size=len(spans), max_size=len(spans)))
+    tokens = row(*(t for g, s in zip(glue, spans.tolist(), strict=True) for t in ([GLUE] * g + [(CONTENT, *s)])))
+    intervals = as_spans([(min(word), max(word)) for word in words])
+
+    ranges = token_ranges(tokens, intervals)
+
+    assert ranges.dtype == np.int32
+    assert ranges.shape == (len(words), 2)
+    for (first, end), (low, high) in zip(ranges.tolist(), intervals.tolist(), strict=True):
+        inside = [
+            t for t, (kind, (s, e)) in enumerate(zip(tokens.kinds, tokens.spans.tolist(), strict=True))
+            if kind == CONTENT and s < e and low <= s and e <= high
+        ]  # fmt: skip
+        assert 0 <= first <= end <= len(tokens.ids)
+        if inside:
+            assert (first, end) == (inside[0], inside[-1] + 1)
+        else:
+            assert first == end
+
+
+def test_a_blank_in_front_of_a_word_does_not_keep_its_token_out() -> None:
+    tokens = row((CONTENT, 0, 3), (CONTENT, 4, 7), (CONTENT, 7, 9))  # "the lamp's" with the blank left out
+
+    assert token_ranges(tokens, as_spans([(0, 3), (4, 9), (5, 9), (5, 6)])).tolist() == [
+        [0, 1],
+        [1, 3],
+        [2, 3],
+        [2, 2],
+    ]

@@ -1,0 +1,115 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slow_losses as slow
+from xkd_schemas.errors import UsageError
+from xkd_trainer.losses.divergence import DIVERGENCES, divergence
+
+KINDS = list(DIVERGENCES)
+SEEDS = st.integers(0, 2**31)
+
+
+def logits(seed: int, n: int = 4, v: int = 7, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    student, teacher = slow.ragged(seed, [n, n], v)
+    return student * scale, teacher * scale
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, tau=st.floats(0.5, 4.0), skew=st.floats(0.05, 0.95), alpha=st.floats(0.1, 0.9))
+def test_equals_the_sum_over_classes(kind: str, seed: int, tau: float, skew: float, alpha: float) -> None:
+    student, teacher = logits(seed)
+
+    found = divergence(student, teacher, kind, temperature=tau, skew=skew, adaptive_alpha=alpha)
+
+    expected = [
+        slow.divergence(s, t, kind, tau, skew, alpha) for s, t in zip(student.tolist(), teacher.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "adaptive_kl"])
+def test_gradient_is_the_derivative_in_both_arguments(kind: str) -> None:
+    student, teacher = (x.requires_grad_() for x in logits(1))
+
+    assert torch.autograd.gradcheck(lambda s, t: divergence(s, t, kind, temperature=2.0), (student, teacher))
+
+
+def test_adaptive_shares_have_no_gradient() -> None:
+    student, teacher = logits(2, n=6, scale=1.0)
+    rows = zip(student.softmax(-1).tolist(), teacher.softmax(-1).tolist(), strict=True)
+    share = torch.tensor([[slow.tail_share(p, q, 0.5)] for q, p in rows], dtype=torch.float64)
+
+    def gradient(kind: str) -> torch.Tensor:
+        return slow.with_gradient(lambda s: divergence(s, teacher, kind, temperature=1.0).sum(), student)[1]
+
+    torch.testing.assert_close(
+        gradient("adaptive_kl"), (1 - share) * gradient("forward_kl") + share * gradient("reverse_kl")
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_distributions_are_at_distance_zero_with_finite_gradient(kind: str) -> None:
+    student, _ = logits(3)
+
+    value, gradient = slow.with_gradient(
+        lambda s: divergence(s, student + 5.0, kind, temperature=2.0).abs().sum(), student
+    )
+
+    assert float(value) < 1e-12
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_certain_opposite_predictions_are_finite(kind: str) -> None:
+    student = torch.tensor([[3e4, -3e4, 0.0]])
+
+    value, gradient = slow.with_gradient(lambda s: divergence(s, -student, kind, temperature=1.0).sum(), student)
+
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_logits_are_compared_in_float32(kind: str) -> None:
+    student, teacher = (x.bfloat16() for x in logits(4))
+
+    found = divergence(student, teacher, kind, temperature=2.0)
+
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, divergence(student.float(), teacher.float(), kind, temperature=2.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_positions_give_no_values(kind: str) -> None:
+    assert divergence(torch.zeros(0, 5), torch.zeros(0, 5), kind, temperature=1.0).shape == (0,)
+
+
+def test_js_is_symmetric_and_below_log_two() -> None:
+    student, teacher = logits(5, scale=30.0)
+
+    there = divergence(student, teacher, "js", temperature=1.0)
+
+    torch.testing.assert_close(there, divergence(teacher, student, "js", temperature=1.0))
+    assert (there <= 0.6931472).all()
+
+
+def test_an_unknown_kind_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"'kl' is not a divergence\. Known: forward_kl, .*adaptive_kl"):
+        divergence(torch.zeros(1, 2), torch.zeros(1, 2), "kl", temperature=1.0)  # type: ignore[arg-type]
+
+
+BAD = [
+    {"temperature": 0.0},
+    {"temperature": float("nan")},
+    {"temperature": 1.0, "skew": 1.0},
+    {"temperature": 1.0, "adaptive_alpha": 0.0},
+]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_number_out_of_range_is_named(bad: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=r"(temperature|skew) is "):
+        divergence(torch.zeros(1, 2), torch.zeros(1, 2), "js", **bad)

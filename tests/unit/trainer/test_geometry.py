@@ -1,0 +1,66 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slow_losses as slow
+from xkd_trainer.losses.geometry import cosine_distance, pair_disagreement, pair_weights
+
+SEEDS = st.integers(0, 2**31)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS)
+def test_cosine_distance_equals_the_loops(seed: int) -> None:
+    first, second = slow.ragged(seed, [5, 5], 3)
+
+    found = cosine_distance(first[None], second[None])[0]
+
+    expected = [1 - slow.cosine(a, b) for a, b in zip(first.tolist(), second.tolist(), strict=True)]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_cosine_distance_has_the_right_gradient_and_none_at_a_zero_vector() -> None:
+    first, second = slow.ragged(1, [4, 4], 3)
+
+    assert torch.autograd.gradcheck(cosine_distance, (first[None].requires_grad_(), second[None].requires_grad_()))
+
+    value, gradient = slow.with_gradient(lambda x: cosine_distance(x, second[None]).sum(), torch.zeros(1, 4, 3))
+    assert value == 4
+    assert (gradient == 0).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS)
+def test_pairs_weigh_by_both_ends_never_with_themselves_or_with_padding(seed: int) -> None:
+    sizes = slow.lengths(seed, low=0, high=4)
+    omegas = slow.masses(seed, sizes)
+
+    found = pair_weights(slow.padded(omegas, fill=torch.nan), slow.mask(sizes))
+
+    for row, omega in enumerate(omegas):
+        for i in range(found.shape[1]):
+            for j in range(found.shape[1]):
+                inside = i != j and i < len(omega) and j < len(omega)
+                assert float(found[row, i, j]) == (float(omega[i] * omega[j]) if inside else 0.0)
+
+
+def test_two_spans_of_very_different_weight_keep_the_weight_of_their_pair() -> None:
+    weights = pair_weights(torch.tensor([[1.0, 1e-12]]), torch.tensor([[True, True]]))
+
+    torch.testing.assert_close(weights.sum(), torch.tensor(2e-12))
+
+
+def test_disagreement_reads_only_valid_rows_and_columns() -> None:
+    sizes = [3, 1, 0]
+    student, teacher = ([m @ m.T for m in slow.ragged(seed, sizes, 3)] for seed in (2, 3))
+    valid = slow.mask(sizes)
+    weights = pair_weights(torch.ones(3, 3, dtype=torch.float64), valid)
+
+    clean = pair_disagreement(slow.padded_square(student), slow.padded_square(teacher), weights, valid)
+    dirty = pair_disagreement(
+        slow.padded_square(student, fill=torch.nan), slow.padded_square(teacher, fill=4.0), weights, valid
+    )
+
+    slow.assert_same_bits(clean, dirty)
+    total, _ = slow.dsa([(s.tolist(), t.tolist(), [1.0] * len(s)) for s, t in zip(student, teacher, strict=True)])
+    torch.testing.assert_close(clean.sum(), torch.tensor(total, dtype=torch.float64))

@@ -1,0 +1,208 @@
+import math
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+import slow_dwa as slow
+from xkd_trainer.losses import head
+from xkd_trainer.losses.divergence import Kind, divergence
+from xkd_trainer.losses.head import Comparison, LazyLogits, head_cross_entropy, head_divergence, head_statistics
+
+KINDS = get_args(Kind)
+
+
+@pytest.fixture(params=[1, 3, 1000])
+def positions_per_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(head, "CHUNK_BYTES", 7 * 8 * request.param)
+    return int(request.param)
+
+
+def random_logits(seed: int, num: int = 5, width: int = 4, classes: int = 7, *, grad: bool = False) -> LazyLogits:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
+
+    return LazyLogits(hidden=draw(num, width), weight=draw(classes, width), bias=draw(classes))
+
+
+def leaves(logits: LazyLogits) -> tuple[Tensor, Tensor, Tensor]:
+    assert logits.bias is not None
+    return logits.hidden, logits.weight, logits.bias
+
+
+@pytest.mark.usefixtures("positions_per_chunk")
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_and_every_gradient_are_those_of_the_plain_form(kind: Kind) -> None:
+    student, teacher = random_logits(0, grad=True), random_logits(1, width=3)
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+    how = Comparison(kind=kind, temperature=1.7, skew=0.2, adaptive_alpha=0.6)
+
+    chunked = head_divergence(student, teacher, weights, how)
+    plain = (
+        weights * divergence(student.dense(), teacher.dense(), kind, temperature=1.7, skew=0.2, adaptive_alpha=0.6)
+    ).sum()
+
+    torch.testing.assert_close(chunked, plain, atol=1e-10, rtol=0)
+    for got, expected in zip(
+        torch.autograd.grad(3.0 * chunked, leaves(student)),
+        torch.autograd.grad(3.0 * plain, leaves(student)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.usefixtures("positions_per_chunk")
+def test_cross_entropy_and_its_gradients_are_those_of_the_plain_form() -> None:
+    logits, target = random_logits(0, grad=True), torch.tensor([0, 6, 3, 3, 1])
+
+    chunked = head_cross_entropy(logits, target)
+    plain = torch.nn.functional.cross_entropy(logits.dense(), target, reduction="sum")
+
+    torch.testing.assert_close(chunked, plain, atol=1e-10, rtol=0)
+    for got, expected in zip(
+        torch.autograd.grad(chunked, leaves(logits)), torch.autograd.grad(plain, leaves(logits)), strict=True
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+def test_values_agree_with_loops_over_the_equations() -> None:
+    student, teacher = random_logits(0), random_logits(1)
+    rows = list(zip(student.dense().tolist(), teacher.dense().tolist(), strict=True))
+    weights = torch.arange(5, dtype=torch.float64)
+
+    kl = head_divergence(student, teacher, weights, Comparison(kind="forward_kl", temperature=2.0))
+    ce = head_cross_entropy(student, torch.tensor([1, 2, 3, 4, 5]))
+    entropy, peak = head_statistics(student, torch.ones(5, dtype=torch.bool))
+
+    assert kl.item() == pytest.approx(sum(n * slow.forward_kl(t, s, 2.0) for n, (s, t) in enumerate(rows)))
+    assert ce.item() == pytest.approx(sum(slow.cross_entropy(s, n + 1) for n, (s, _) in enumerate(rows)))
+    assert entropy.tolist() == pytest.approx([slow.entropy(s) for s, _ in rows])
+    assert peak.tolist() == pytest.approx([max(slow.softmax(s)) for s, _ in rows])
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "js", "skewed_reverse_kl"])
+def test_gradcheck_passes_for_states_head_and_bias(kind: Kind) -> None:
+    teacher, how = random_logits(1), Comparison(kind=kind, temperature=2.0)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return head_divergence(LazyLogits(hidden=hidden, weight=weight, bias=bias), teacher, None, how)
+
+    assert torch.autograd.gradcheck(loss, leaves(random_logits(0, grad=True)))
+
+
+def test_gradcheck_passes_for_cross_entropy() -> None:
+    target = torch.tensor([0, 6, 3, 3, 1])
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return head_cross_entropy(LazyLogits(hidden=hidden, weight=weight, bias=bias), target)
+
+    assert torch.autograd.gradcheck(loss, leaves(random_logits(0, grad=True)))
+
+
+def test_nothing_reaches_the_teacher_or_the_weights_and_a_detached_head_stays_as_it_is() -> None:
+    student, teacher = random_logits(0, grad=True), random_logits(1, grad=True)
+    weights = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    fixed = LazyLogits(hidden=student.hidden, weight=student.weight.detach())
+
+    head_divergence(fixed, teacher, weights, Comparison(kind="forward_kl", temperature=1.0)).backward()
+
+    assert student.hidden.grad is not None
+    constants = (student.weight, weights, *leaves(teacher))
+    assert [x.grad for x in constants] == [None] * len(constants)
+    assert not any(x.requires_grad for x in leaves(student.detached()))
+    assert not head_statistics(student, torch.ones(5, dtype=torch.bool)).entropy.requires_grad
+
+
+def test_a_second_backward_gives_the_same_gradient() -> None:
+    student, teacher = random_logits(0, grad=True), random_logits(1)
+    loss = head_divergence(student, teacher, None, Comparison(kind="forward_kl", temperature=1.0))
+
+    first, second = (torch.autograd.grad(2.0 * loss, leaves(student), retain_graph=True) for _ in range(2))
+
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_logits_have_no_divergence_and_no_gradient(kind: Kind) -> None:
+    student = random_logits(0, grad=True)
+
+    loss = head_divergence(student, student, None, Comparison(kind=kind, temperature=2.0))
+
+    assert abs(loss.item()) < 1e-14
+    assert max(float(g.abs().max()) for g in torch.autograd.grad(loss, leaves(student))) < 1e-15
+
+
+def test_float32_is_within_a_hundred_thousandth_of_float64_and_low_precision_heads_give_float32_sums() -> None:
+    student, teacher, how = random_logits(0), random_logits(1), Comparison(kind="forward_kl", temperature=2.0)
+
+    def brought(logits: LazyLogits, states: torch.dtype, heads: torch.dtype) -> LazyLogits:
+        hidden, weight, bias = leaves(logits)
+        return LazyLogits(hidden=hidden.to(states).requires_grad_(), weight=weight.to(heads), bias=bias.to(heads))
+
+    exact = head_divergence(student, teacher, None, how)
+    for states, heads, close in (
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.bfloat16, 0.2),
+        (torch.float32, torch.bfloat16, 0.2),
+        (torch.bfloat16, torch.float32, 0.2),
+    ):
+        low = brought(student, states, heads)
+        loss = head_divergence(low, brought(teacher, states, heads), None, how)
+        (gradient,) = torch.autograd.grad(loss, low.hidden)
+        assert (loss.dtype, gradient.dtype) == (torch.float32, states)
+        assert loss.item() == pytest.approx(exact.item(), abs=close)
+
+
+def test_no_positions_and_extreme_logits_are_finite() -> None:
+    none = random_logits(0, num=0, grad=True)
+    loss = head_divergence(none, random_logits(1, num=0), None, Comparison(kind="js", temperature=1.0))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert head_cross_entropy(none, torch.zeros(0, dtype=torch.int64)).item() == 0.0
+    assert head_statistics(none, torch.zeros(0, dtype=torch.bool)).entropy.shape == (0,)
+
+    sure = LazyLogits(
+        hidden=torch.full((1, 1), 300.0, requires_grad=True), weight=torch.tensor([[1.0], [-1.0], [0.0]])
+    )
+    other = LazyLogits(hidden=torch.full((1, 1), 300.0), weight=torch.tensor([[-1.0], [1.0], [0.0]]))
+    loss = head_divergence(sure, other, None, Comparison(kind="forward_kl", temperature=1.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(600.0)
+    assert sure.hidden.grad is not None
+    assert sure.hidden.grad.isfinite().all()
+    entropy, peak = head_statistics(sure, torch.tensor([True]))
+    assert (entropy.item(), peak.item()) == (0.0, 1.0)
+
+
+def test_statistics_are_zero_where_not_valid_and_read_nothing_there() -> None:
+    logits, valid = random_logits(0, num=6), torch.tensor([[True, False, True], [False, True, True]])
+    grid = LazyLogits(hidden=logits.hidden.view(2, 3, 4).clone(), weight=logits.weight)
+    before = head_statistics(grid, valid)
+    grid.hidden[~valid] = math.nan
+
+    after = head_statistics(grid, valid)
+
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a, b)
+        assert not a[~valid].any()
+
+
+def test_the_logits_of_all_positions_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    dense = LazyLogits.dense
+
+    def watched(self: LazyLogits) -> Tensor:
+        seen.append(self.hidden.shape[0])
+        return dense(self)
+
+    monkeypatch.setattr(LazyLogits, "dense", watched)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 64 * 4 * 10)
+    student = LazyLogits(hidden=torch.randn(95, 8), weight=torch.randn(64, 8))
+
+    head_divergence(student, student, None, Comparison(kind="forward_kl", temperature=1.0))
+
+    assert max(seen) == 10
+    assert sum(seen) == 2 * 95

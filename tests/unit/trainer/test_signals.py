@@ -1,0 +1,239 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import slow_losses as slow
+from xkd_schemas.errors import BadData
+from xkd_trainer import signals
+from xkd_trainer.signals import (
+    centrality,
+    cosine_matrix,
+    normalised_row,
+    pack_triangle,
+    pool_spans,
+    prediction_stats,
+    unpack_triangle,
+)
+
+SEEDS = st.integers(0, 2**31)
+D = 5
+
+
+def spans_of(seed: int, sizes: list[int], count: int = 4) -> list[Tensor]:
+    """Up to `count` ranges in each document, some empty, some overlapping."""
+    g = slow.generator(seed)
+    out = []
+    for size in sizes:
+        k = int(torch.randint(0, count + 1, (), generator=g))
+        out.append(torch.randint(0, size + 1, (k, 2), generator=g).sort(-1).values)
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS)
+def test_centrality_equals_the_loops_on_each_document(seed: int) -> None:
+    sizes = slow.lengths(seed)
+    documents = slow.ragged(seed, sizes, D)
+
+    found = centrality(slow.padded(documents, fill=3.0), slow.mask(sizes))
+
+    for weights, document, size in zip(found, documents, sizes, strict=True):
+        expected = torch.tensor(slow.centrality(document.tolist()), dtype=torch.float64)
+        torch.testing.assert_close(weights[:size], expected, rtol=1e-9, atol=1e-9)
+        assert (weights[size:] == 0).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS)
+def test_centrality_sums_to_one_over_each_document_that_has_a_token(seed: int) -> None:
+    sizes = slow.lengths(seed)
+    weights = centrality(slow.padded(slow.ragged(seed, sizes, D)) * 20, slow.mask(sizes))
+
+    expected = torch.tensor([float(size > 0) for size in sizes], dtype=torch.float64)
+    torch.testing.assert_close(weights.sum(-1), expected)
+
+
+@pytest.mark.parametrize("elements", [1, 7, 40])
+def test_centrality_does_not_depend_on_the_chunk(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [6, 1, 0, 4]
+    hidden, valid = slow.padded(slow.ragged(3, sizes, D)), slow.mask(sizes)
+    whole = centrality(hidden, valid)
+
+    monkeypatch.setattr(signals, "CHUNK_ELEMENTS", elements)
+
+    torch.testing.assert_close(centrality(hidden, valid), whole)
+
+
+def test_centrality_works_with_padding_on_the_left() -> None:
+    (document,) = slow.ragged(4, [4], D)
+    left = torch.cat([torch.full((1, 2, D), 9.0, dtype=torch.float64), document[None]], 1)
+
+    found = centrality(left, torch.tensor([[False, False, True, True, True, True]]))
+
+    torch.testing.assert_close(found[:, 2:], centrality(document[None], torch.ones(1, 4, dtype=torch.bool)))
+
+
+def test_padding_content_changes_no_bit_of_weights_vectors_and_gradient() -> None:
+    sizes = [4, 1, 0, 6]
+    documents, valid = slow.ragged(5, sizes, D), slow.mask(sizes)
+    spans = slow.padded(spans_of(6, sizes))
+
+    def loss(hidden: Tensor) -> Tensor:
+        weights = centrality(hidden, valid)
+        vectors, mass = pool_spans(hidden, weights, spans)
+        return (cosine_matrix(vectors)[..., 0] ** 2).sum() + vectors.sin().sum() + (mass**2).sum()
+
+    value, gradient = slow.with_gradient(loss, slow.padded(documents))
+
+    for fill in (1e6, torch.nan, torch.inf):
+        other_value, other_gradient = slow.with_gradient(loss, slow.padded(documents, fill=fill))
+        slow.assert_same_bits(value, other_value)
+        slow.assert_same_bits(gradient, other_gradient)
+    assert (gradient[~valid] == 0).all()
+    assert (gradient[valid] != 0).any()
+
+
+def test_gradients_of_signals_are_the_derivatives() -> None:
+    sizes = [4, 1, 3]
+    hidden, valid = slow.padded(slow.ragged(7, sizes, D)).requires_grad_(), slow.mask(sizes)
+    spans = torch.tensor([[[0, 2], [1, 4], [0, 0]], [[0, 1], [0, 1], [1, 1]], [[0, 3], [2, 3], [0, 1]]])
+    weights = slow.padded(slow.masses(8, sizes)).requires_grad_()
+
+    assert torch.autograd.gradcheck(lambda h: centrality(h, valid), hidden)
+    assert torch.autograd.gradcheck(lambda h, w: pool_spans(h, w, spans), (hidden, weights))
+    assert torch.autograd.gradcheck(cosine_matrix, slow.ragged(9, [2, 2, 2], 4, D)[0].requires_grad_())
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        torch.zeros(2, 3, D),
+        torch.ones(2, 3, D),
+        torch.ones(2, 3, D) * torch.arange(D),
+        torch.zeros(0, 3, D),
+        torch.zeros(2, 0, D),
+        torch.full((2, 3, D), 1e4) * torch.tensor([1.0, -1, 1, -1, 1]),
+    ],
+    ids=["zero", "constant", "identical", "no-documents", "no-tokens", "large"],
+)
+def test_degenerate_states_are_finite_in_value_and_gradient(hidden: Tensor) -> None:
+    valid = torch.ones(hidden.shape[:2], dtype=torch.bool)
+    spans = torch.tensor([[0, 2], [1, 3], [0, 0]]).expand(len(hidden), 3, 2)
+
+    def loss(h: Tensor) -> Tensor:
+        vectors, mass = pool_spans(h, centrality(h, valid), spans)
+        return cosine_matrix(vectors).sum() + mass.sum() + vectors.sum()
+
+    value, gradient = slow.with_gradient(loss, hidden)
+
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS)
+def test_pooling_equals_the_loops_on_each_span(seed: int) -> None:
+    sizes = slow.lengths(seed)
+    documents, weights, spans = slow.ragged(seed, sizes, D), slow.masses(seed + 1, sizes), spans_of(seed + 2, sizes)
+
+    vectors, mass = pool_spans(slow.padded(documents, fill=5.0), slow.padded(weights, fill=7.0), slow.padded(spans))
+
+    for row, (document, weight, ranges) in enumerate(zip(documents, weights, spans, strict=True)):
+        for k, (start, end) in enumerate(ranges.tolist()):
+            if start == end:
+                assert (vectors[row, k] == 0).all()
+                assert mass[row, k] == 0
+                continue
+            vector, total = slow.pool(document.tolist(), weight.tolist(), start, end)
+            torch.testing.assert_close(vectors[row, k], torch.tensor(vector, dtype=torch.float64))
+            torch.testing.assert_close(mass[row, k], torch.tensor(total, dtype=torch.float64))
+        assert (vectors[row, len(ranges) :] == 0).all()
+
+
+def test_a_span_without_mass_is_a_zero_vector_and_a_tiny_mass_is_not() -> None:
+    hidden = torch.tensor([[[2.0, 4.0], [6.0, 8.0]]])
+
+    vectors, mass = pool_spans(hidden, torch.tensor([[0.0, 1e-30]]), torch.tensor([[[0, 1], [1, 2]]]))
+
+    assert vectors.tolist() == [[[0.0, 0.0], [6.0, 8.0]]]
+    assert mass.tolist()[0][0] == 0
+
+
+def test_half_precision_is_pooled_in_float32() -> None:
+    hidden = torch.randn(1, 300, D, generator=slow.generator(9)).bfloat16()
+    weights = torch.full((1, 300), 1 / 300, dtype=torch.bfloat16)
+
+    vectors, mass = pool_spans(hidden, weights, torch.tensor([[[0, 300]]]))
+
+    assert vectors.dtype == mass.dtype == torch.float32
+    torch.testing.assert_close(vectors[0, 0], hidden.float().mean(1)[0])
+    assert centrality(hidden, torch.ones(1, 300, dtype=torch.bool)).dtype == torch.float32
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, k=st.integers(0, 6))
+def test_cosine_matrix_equals_the_loops_and_its_diagonal_is_one(seed: int, k: int) -> None:
+    (vectors,) = slow.ragged(seed, [k], D)
+    vectors[k // 2 :][:1] = 0
+
+    found = cosine_matrix(vectors[None])[0]
+
+    rows = vectors.tolist()
+    expected = [[1.0 if i == j else slow.cosine(rows[i], rows[j]) for j in range(k)] for i in range(k)]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64).reshape(k, k))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, k=st.integers(0, 7))
+def test_triangle_packs_row_by_row_and_unpacks_to_the_same_matrix(seed: int, k: int) -> None:
+    (vectors,) = slow.ragged(seed, [k], D)
+    matrix = cosine_matrix(vectors[None])[0]
+
+    packed = pack_triangle(matrix)
+
+    assert packed.tolist() == [float(matrix[i, j]) for i in range(k) for j in range(i + 1, k)]
+    slow.assert_same_bits(unpack_triangle(packed, k), matrix.triu() + matrix.triu(1).T)
+    assert unpack_triangle(packed.half(), k).dtype == torch.float16
+
+
+def test_a_triangle_of_the_wrong_size_is_refused() -> None:
+    with pytest.raises(BadData, match=r"\(4,\) cosines do not fit 3 spans, which need 3"):
+        unpack_triangle(torch.zeros(4), 3)
+
+
+@pytest.mark.parametrize("elements", [1, 20, 1 << 24])
+def test_prediction_stats_equal_the_loops_whatever_the_chunk(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "CHUNK_ELEMENTS", elements)
+    (logits,) = slow.ragged(11, [9], 7)
+
+    entropy, argmax, logsumexp = prediction_stats((logits * 5).float())
+
+    for n, row in enumerate((logits * 5).float().tolist()):
+        p = slow.softmax(row)
+        assert float(entropy[n]) == pytest.approx(slow.kl(p, [1.0] * 7) * -1, abs=1e-6)
+        assert int(argmax[n]) == row.index(max(row))
+        assert float(logsumexp[n]) == pytest.approx(max(row) - float(torch.tensor(max(p)).log()), abs=1e-5)
+    assert (entropy.dtype, argmax.dtype, logsumexp.dtype) == (torch.float32, torch.int64, torch.float32)
+
+
+def test_prediction_stats_take_the_first_of_equal_logits_and_have_no_gradient() -> None:
+    entropy, argmax, _ = prediction_stats(torch.zeros(3, 4, requires_grad=True))
+
+    assert argmax.tolist() == [0, 0, 0]
+    assert not entropy.requires_grad
+    assert [len(x) for x in prediction_stats(torch.zeros(0, 4))] == [0, 0, 0]
+
+
+def test_a_row_of_attention_is_summed_over_heads_and_normalised_over_the_document() -> None:
+    row = torch.rand(3, 2, 5, generator=slow.generator(12))
+    valid = slow.mask([5, 3, 0])
+    row[1, :, 3:] = torch.nan
+
+    found = normalised_row(row, valid)
+
+    torch.testing.assert_close(found[0], row[0].sum(0) / row[0].sum())
+    torch.testing.assert_close(found[1, :3], row[1, :, :3].sum(0) / row[1, :, :3].sum())
+    assert (found[1, 3:] == 0).all()
+    assert (found[2] == 0).all()

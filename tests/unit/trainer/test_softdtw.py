@@ -1,0 +1,369 @@
+import importlib.util
+import math
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import slow_dwa as slow
+from xkd_trainer.losses import softdtw
+from xkd_trainer.losses.softdtw import (
+    band_penalty,
+    cosine_cost,
+    hard_band,
+    soft_dtw,
+    soft_dtw_divergence,
+)
+from xkd_trainer.losses.softdtw_torch import torch_soft_dtw
+
+needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+BACKENDS = [pytest.param("numba", marks=needs_numba), "torch"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(softdtw, "_kernels", lambda: None)
+    return str(request.param)
+
+
+def random_batch(seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Costs [B, S, T] in float64 and two ragged lengths, zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs, rows, columns = (int(torch.randint(1, high, (), generator=generator)) for high in (5, 12, 12))
+    cost = scale * torch.randn(pairs, rows, columns, generator=generator, dtype=torch.float64)
+    lengths = [torch.randint(0, size + 1, (pairs,), generator=generator) for size in (rows, columns)]
+    return cost, lengths[0], lengths[1]
+
+
+def value_and_gradient(cost: Tensor, rows: Tensor, columns: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    cost = cost.detach().clone().requires_grad_()
+    value = soft_dtw(cost, rows, columns, gamma=gamma)
+    value.sum().backward()
+    assert cost.grad is not None
+    return value.detach(), cost.grad
+
+
+def lengths_of(cost: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.full(cost.shape[:1], cost.shape[1]), torch.full(cost.shape[:1], cost.shape[2])
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("gamma", [0.01, 1.0, 5.0])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (3, 4), (4, 4)])
+def test_value_and_gradient_are_those_of_all_paths_listed(shape: tuple[int, int], gamma: float) -> None:
+    cost = torch.randn(1, *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    value, gradient = value_and_gradient(cost, *lengths_of(cost), gamma)
+
+    expected_value, expected_gradient = slow.soft_dtw_by_paths(cost[0].tolist(), gamma)
+    assert value.item() == pytest.approx(expected_value, abs=1e-12)
+    torch.testing.assert_close(gradient[0], torch.tensor(expected_gradient, dtype=torch.float64), atol=1e-11, rtol=0)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("seed", range(8))
+def test_ragged_batches_agree_with_the_recursion_in_loops(seed: int, scale: float) -> None:
+    cost, rows, columns = random_batch(seed, scale)
+
+    value, gradient = value_and_gradient(cost, rows, columns, 0.7)
+
+    for b, (s, t) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+        expected_value, expected_gradient = slow.soft_dtw(cost[b, :s, :t].tolist(), 0.7)
+        assert value[b].item() == pytest.approx(expected_value, abs=1e-10)
+        if s and t:
+            torch.testing.assert_close(
+                gradient[b, :s, :t], torch.tensor(expected_gradient, dtype=torch.float64), atol=1e-9, rtol=0
+            )
+        assert not gradient[b, s:].any()
+        assert not gradient[b, :, t:].any()
+
+
+@needs_numba
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), gamma=st.sampled_from([0.01, 0.5, 2.0, 50.0]), scale=st.sampled_from([0.01, 1, 1e3])
+)
+def test_both_backends_agree_in_both_precisions(seed: int, gamma: float, scale: float) -> None:
+    cost, rows, columns = random_batch(seed, scale)
+    expected_value, expected_gradient = torch_soft_dtw(cost, rows, columns, gamma)
+    value, gradient = value_and_gradient(cost, rows, columns, gamma)
+    single_value, single_gradient = value_and_gradient(cost.float(), rows, columns, gamma)
+    exact_value, exact_gradient = torch_soft_dtw(cost.float(), rows, columns, gamma)
+
+    torch.testing.assert_close(value, expected_value, atol=1e-9 * gamma, rtol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-9, rtol=0)
+    torch.testing.assert_close(single_value, exact_value.float(), atol=1e-5 * gamma, rtol=1e-6)
+    torch.testing.assert_close(single_gradient, exact_gradient, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("backend")
+def test_gradcheck_passes_in_float64_on_ragged_pairs() -> None:
+    cost = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    rows, columns = torch.tensor([5, 2, 0]), torch.tensor([3, 4, 4])
+
+    assert torch.autograd.gradcheck(lambda c: soft_dtw(c, rows, columns, gamma=0.5), cost)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cells_outside_the_lengths_change_no_bit(dtype: torch.dtype) -> None:
+    cost = torch.rand(2, 9, 8, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    rows, columns = torch.tensor([4, 9]), torch.tensor([8, 3])
+    changed = cost.clone()
+    for filling in (1e30, math.nan, -math.inf):
+        changed[0, 4:], changed[1, :, 3:] = filling, filling
+
+        before, after = (value_and_gradient(c, rows, columns, 0.3) for c in (cost, changed))
+
+        assert torch.equal(before[0], after[0])
+        assert torch.equal(before[1], after[1])
+    alone = value_and_gradient(cost[:1, :4], rows[:1], columns[:1], 0.3)
+    torch.testing.assert_close(alone[0], before[0][:1])
+    torch.testing.assert_close(alone[1], before[1][:1, :4])
+
+
+@pytest.mark.usefixtures("backend")
+def test_value_has_the_dtype_of_the_cost_and_bfloat16_is_worked_in_float32() -> None:
+    cost = torch.rand(2, 20, 20, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        value, gradient = value_and_gradient(cost.to(dtype), *lengths_of(cost), 1.0)
+        assert (value.dtype, gradient.dtype) == (dtype, dtype)
+        expected = soft_dtw(cost.double(), *lengths_of(cost), gamma=1.0)
+        torch.testing.assert_close(value.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_pair_without_tokens_is_zero_with_zero_gradient() -> None:
+    cost = torch.rand(3, 4, 5)
+
+    value, gradient = value_and_gradient(cost, torch.tensor([0, 4, 0]), torch.tensor([5, 0, 0]), 1.0)
+
+    assert not value.any()
+    assert not gradient.any()
+    for shape in ((0, 3, 3), (2, 0, 3), (2, 3, 0)):
+        empty = torch.zeros(shape)
+        assert soft_dtw(empty, *lengths_of(empty), gamma=1.0).tolist() == [0.0] * shape[0]
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_cost_of_infinity_forbids_its_cell() -> None:
+    cost = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    walled = cost + hard_band(cost, *lengths_of(cost), width=1.0)
+
+    value, gradient = value_and_gradient(walled, *lengths_of(cost), 0.5)
+
+    expected_value, expected_gradient = slow.soft_dtw(walled[0].tolist(), 0.5)
+    assert value.item() == pytest.approx(expected_value)
+    torch.testing.assert_close(gradient[0], torch.tensor(expected_gradient, dtype=torch.float64))
+    assert not gradient[walled.isinf()].any()
+
+
+@pytest.mark.usefixtures("backend")
+def test_no_way_through_is_infinite_and_nothing_else_is_touched() -> None:
+    cost = torch.rand(2, 6, 6)
+    cost[0, 3] = math.inf
+
+    value, gradient = value_and_gradient(cost, *lengths_of(cost), 0.5)
+
+    assert value[0] == math.inf
+    assert value[1].isfinite()
+    assert not gradient.isnan().any()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cost_that_is_no_number_shows_in_value_and_gradient_of_its_pair_only(bad: float, dtype: torch.dtype) -> None:
+    cost = torch.rand(2, 6, 6, dtype=dtype)
+    cost[0, 2, 3] = bad
+    rows, columns = torch.tensor([5, 6]), torch.tensor([6, 6])
+
+    value, gradient = value_and_gradient(cost, rows, columns, 0.5)
+
+    assert value.isnan().tolist() == [True, False]
+    assert gradient[0, :5].isnan().all()
+    assert not gradient[0, 5:].any()
+    assert gradient[1].isfinite().all()
+
+
+@needs_numba
+@pytest.mark.parametrize("scale", [1e6, 1e9, 1e18])
+def test_costs_beyond_the_kernels_exponents_are_still_exact(scale: float) -> None:
+    cost = scale * torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(5))
+
+    value, gradient = value_and_gradient(cost, *lengths_of(cost), 0.01)
+
+    expected_value, expected_gradient = torch_soft_dtw(cost.double(), *lengths_of(cost), 0.01)
+    torch.testing.assert_close(value.double(), expected_value, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=1e-5)
+
+
+@needs_numba
+def test_float32_gradient_is_within_a_hundred_thousandth_of_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 256, 64, generator=generator), torch.randn(2, 256, 64, generator=generator)
+    for cost, gamma in ((torch.rand(2, 256, 256, generator=generator), 0.01), (torch.cdist(x, y) ** 2, 1.0)):
+        _, single = value_and_gradient(cost, *lengths_of(cost), gamma)
+        _, double = value_and_gradient(cost.double(), *lengths_of(cost), gamma)
+
+        assert (single.double() - double).abs().max() < 1e-5
+
+
+@needs_numba
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = torch.rand(5, 300, 200, generator=torch.Generator().manual_seed(0))
+    one = value_and_gradient(cost, *lengths_of(cost), 1.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+    several = value_and_gradient(cost, *lengths_of(cost), 1.0)
+
+    assert torch.equal(one[0], several[0])
+    assert torch.equal(one[1], several[1])
+
+
+@needs_numba
+def test_realistic_costs_take_no_longer_than_uniform_ones() -> None:
+    """Far off the path the gradient would be a denormal number, which is tens of times slower."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4, 256, 256, generator=generator), torch.randn(4, 256, 256, generator=generator)
+    uniform, realistic = torch.rand(4, 256, 256, generator=generator), torch.cdist(x, y) ** 2 / 16
+
+    def seconds(cost: Tensor) -> float:
+        start = time.process_time()
+        value_and_gradient(cost, *lengths_of(cost), 1.0)
+        return time.process_time() - start
+
+    seconds(uniform)
+    pairs = [(seconds(uniform), seconds(realistic)) for _ in range(9)]
+    assert min(b for _, b in pairs) < 2.0 * min(a for a, _ in pairs)
+
+
+def test_the_upstream_gradient_scales_each_pair() -> None:
+    cost = torch.rand(2, 5, 5, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        (soft_dtw(cost, *lengths_of(cost), gamma=1.0) * torch.tensor([2.0, -3.0])).sum(), cost
+    )
+    _, plain = value_and_gradient(cost, *lengths_of(cost), 1.0)
+
+    torch.testing.assert_close(gradient, plain * torch.tensor([2.0, -3.0])[:, None, None])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c, n: soft_dtw(c, n, n, gamma=0.0), "gamma is 0.0"),
+        (lambda c, n: soft_dtw(c, n, n, gamma=math.nan), "gamma is nan"),
+        (lambda c, n: soft_dtw(c[0], n, n, gamma=1.0), r"has to be float \[B, S, T\]"),
+        (lambda c, n: soft_dtw(c.long(), n, n, gamma=1.0), "torch.int64"),
+        (lambda c, n: soft_dtw(c, n[:1], n, gamma=1.0), "student lengths are"),
+        (lambda c, n: soft_dtw(c, n, n.float(), gamma=1.0), "teacher lengths are torch.float32"),
+        (lambda c, n: soft_dtw(c, n + 9, n, gamma=1.0), r"a student length is not in 0\.\.3"),
+        (lambda c, n: soft_dtw(c, n, n - 9, gamma=1.0), r"a teacher length is not in 0\.\.4"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(call: Callable[[Tensor, Tensor], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(2, 3, 4), torch.tensor([1, 2]))
+
+
+def test_divergence_of_a_sequence_with_itself_is_zero_with_zero_gradient() -> None:
+    x = torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([7, 3])
+    cost = cosine_cost(x, x)
+
+    value = soft_dtw_divergence(cost, cost, cost, lengths, lengths, gamma=2.0)
+    value.sum().backward()
+
+    assert value.tolist() == [0.0, 0.0]
+    assert x.grad is not None
+    assert x.grad.abs().max() < 1e-15
+
+
+def test_divergence_is_the_cross_value_less_half_the_own_ones_and_may_be_negative() -> None:
+    cost, rows, columns = torch.rand(3, 5, 6), torch.tensor([5, 3, 0]), torch.tensor([4, 6, 6])
+    own_x, own_y = torch.rand(3, 5, 5), torch.rand(3, 6, 6)
+
+    value = soft_dtw_divergence(cost, own_x, own_y, rows, columns, gamma=0.5)
+
+    for b, (s, t) in enumerate(((5, 4), (3, 6))):
+        cross, x, y = (
+            slow.soft_dtw(c.tolist(), 0.5)[0] for c in (cost[b, :s, :t], own_x[b, :s, :s], own_y[b, :t, :t])
+        )
+        assert value[b].item() == pytest.approx(cross - (x + y) / 2, abs=1e-5)
+    assert value[2] == 0.0
+    low = soft_dtw_divergence(
+        torch.zeros(1, 2, 2), torch.ones(1, 2, 2), torch.ones(1, 2, 2), *[torch.tensor([2])] * 2, gamma=1.0
+    )
+    assert low.item() < 0.0
+
+
+def test_cosine_cost_agrees_with_the_definition_and_a_zero_vector_is_orthogonal_to_all() -> None:
+    x, y = torch.randn(1, 4, 3, dtype=torch.float64), torch.randn(1, 5, 3, dtype=torch.float64)
+    x[0, 2] = 0.0
+
+    expected = torch.tensor(slow.cosine_cost(x[0].tolist(), y[0].tolist()), dtype=torch.float64)
+
+    torch.testing.assert_close(cosine_cost(x, y)[0], expected)
+    assert (cosine_cost(x, y)[0, 2] == 1.0).all()
+
+
+def test_cosine_cost_has_a_finite_and_right_gradient() -> None:
+    x = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(1, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(cosine_cost, (x, y))
+
+    for tiny in (0.0, 1e-30):
+        zero = torch.full((1, 3, 2), tiny, requires_grad=True)
+        cosine_cost(zero, y.float()).sum().backward()
+        assert zero.grad is not None
+        assert zero.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_soft_band_agrees_with_the_equations(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    attention = torch.zeros(3, 12, 15, dtype=torch.float64)
+    lengths = (torch.randint(1, 13, (3,), generator=generator), torch.randint(1, 16, (3,), generator=generator))
+    for b, (s, t) in enumerate(zip(*(x.tolist() for x in lengths), strict=True)):
+        attention[b, :s, :t] = (3.0 * torch.randn(s, t, generator=generator, dtype=torch.float64)).softmax(-1)
+
+    got = band_penalty(attention, *lengths, width=1.0, beta=0.7, centre_mix=0.6, penalty=2.5)
+
+    for b, (s, t) in enumerate(zip(*(x.tolist() for x in lengths), strict=True)):
+        expected = torch.zeros(12, 15, dtype=torch.float64)
+        expected[:s, :t] = torch.tensor(slow.band(attention[b, :s, :t].tolist(), 1.0, 0.7, 0.6, 2.5))
+        assert torch.equal(got[b], expected)
+    assert int((got > 0).sum()) > 0
+
+
+def test_nothing_flows_back_through_the_band_and_its_padding_is_not_read() -> None:
+    attention = torch.rand(1, 4, 5, requires_grad=True)
+    changed = attention.detach().clone()
+    changed[:, 3:], changed[:, :, 4:] = math.nan, math.nan
+    lengths = torch.tensor([3]), torch.tensor([4])
+
+    assert not band_penalty(attention, *lengths, width=0.5).requires_grad
+    assert torch.equal(band_penalty(attention, *lengths, width=0.5), band_penalty(changed, *lengths, width=0.5))
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), width=st.sampled_from([0.0, 1.0, 3.5]))
+def test_a_path_runs_inside_the_hard_band_whatever_the_lengths(rows: int, columns: int, width: float) -> None:
+    cost = torch.zeros(1, 40, 40)
+    lengths = torch.tensor([rows]), torch.tensor([columns])
+
+    banded = hard_band(cost, *lengths, width=width)
+
+    assert soft_dtw(cost + banded, *lengths, gamma=1.0).isfinite().all()
+    assert banded[0, 0, 0] == 0.0
+    assert not banded[0, rows:].any()
+    assert not banded[0, :, columns:].any()
+    if rows == columns and width == 1.0:
+        assert int((banded[0] == 0.0).sum()) == 40 * 40 - (rows * rows - (3 * rows - 2))

@@ -1,0 +1,109 @@
+"""One micro-batch: the student's tokens, and what the cache knows of the same documents.
+
+Shape legend, here and wherever a Batch is used
+    B documents    S student tokens    N student predictions    R kept teacher rows    M teacher predictions
+    K aligned spans of the response    E exact pairs    U words or phrases    D teacher width
+Every [.., 2] holds half-open ranges. Padding is on the right: id 0, range (0, 0), mask False.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Level:
+    """Words or phrases of one teacher layer."""
+
+    layer: int
+    """Teacher layer, Hugging Face index."""
+    unit: str
+    """word or phrase."""
+    student_BU2: Tensor
+    """Student tokens of each span, int64."""
+    valid_BU: Tensor
+    """Bool: the span has tokens on both sides and the settings want it."""
+    in_phrase_BU: Tensor
+    """Bool: the span lies inside a phrase (always True for phrases)."""
+    in_target_BU: Tensor
+    """Bool: the span lies in a target segment."""
+    mass_BU: Tensor
+    """Teacher's centrality inside the span, float32."""
+    cosines_BUU: Tensor | None
+    """Cosines between the teacher's span vectors, float32, diagonal 1."""
+    vectors_BUD: Tensor | None
+    """The teacher's span vectors, bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """See the legend of this module. What no loss asked for is None."""
+
+    rows: tuple[int, ...]
+    """Rows of the cache, for error messages."""
+    student_ids_BS: Tensor
+    student_valid_BS: Tensor
+    predict_BN: Tensor
+    """Student positions whose state predicts a target, int64."""
+    target_BN: Tensor
+    """The ids they predict, int64."""
+    predict_valid_BN: Tensor
+    span_student_BK2: Tensor
+    """Aligned spans as ranges of S."""
+    span_teacher_BK2: Tensor
+    """The same spans as ranges of R."""
+    span_valid_BK: Tensor
+    pairs_BE2: Tensor
+    """Exact pairs as (index into N, index into M)."""
+    pair_valid_BE: Tensor
+    teacher_valid_BR: Tensor
+    teacher_predict_BM: Tensor
+    """Teacher rows (of R) whose state predicts a target, int64."""
+    teacher_input_BM: Tensor
+    """Ids at those rows."""
+    teacher_target_BM: Tensor
+    """Ids they predict."""
+    teacher_predict_valid_BM: Tensor
+    teacher_hidden_BRD: Tensor | None = None
+    """Last hidden states, final-normed, bfloat16."""
+    teacher_attention_BR: Tensor | None = None
+    """Last token's attention at the kept rows, float32."""
+    teacher_entropy_BM: Tensor | None = None
+    """Nats, float32."""
+    teacher_argmax_BM: Tensor | None = None
+    levels: tuple[Level, ...] = ()
+
+    @property
+    def num_predictions(self) -> Tensor:
+        """Valid student predictions, scalar."""
+        return self.predict_valid_BN.sum()
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with all tensors on `device`."""
+        moved = {f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
+        return Batch(**moved)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Level):
+        return Level(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    if isinstance(value, tuple) and value and isinstance(value[0], Level):
+        return tuple(_moved(v, device) for v in value)
+    return value
+
+
+def gather_rows(states_BLD: Tensor, index_BN: Tensor) -> Tensor:
+    """states_BLD[b, index_BN[b, n]], [B, N, D]."""
+    return states_BLD.gather(1, index_BN.unsqueeze(-1).expand(-1, -1, states_BLD.shape[-1]))
+
+
+def blank(batch: Batch) -> Batch:
+    """The same batch with nothing valid in it but its tokens: every count and every loss is 0."""
+    names = ("predict_valid_BN", "span_valid_BK", "pair_valid_BE", "teacher_predict_valid_BM")
+    masks: dict[str, Any] = {name: torch.zeros_like(getattr(batch, name)) for name in names}
+    levels = tuple(replace(level, valid_BU=torch.zeros_like(level.valid_BU)) for level in batch.levels)
+    return replace(batch, levels=levels, **masks)

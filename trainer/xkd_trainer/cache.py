@@ -1,0 +1,184 @@
+"""The cache as the trainer sees it: three tables joined by row number, fingerprints checked, heads read once."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from torch import Tensor
+
+from xkd_schemas.documents import DOCUMENTS_VERSION
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
+from xkd_schemas.files import inside, sha256_of
+from xkd_schemas.manifest import refuse_differences
+from xkd_schemas.table import Table, names_in
+from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Signal, signal_named
+from xkd_schemas.tokens import STUDENTS_VERSION
+from xkd_trainer.head import Head
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSizes:
+    """What is known of the teacher without its weights."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    hidden_std: float
+    """Standard deviation of the states that predict targets: N(x) of DWA-KD."""
+    embedding_std: float
+
+
+class Cache:
+    """Documents, one teacher and one student tokenization, row by row.
+
+    Raises:
+        InputMissing: The folder or a table is not there.
+        Mismatch: The tables were not made from each other, or by a newer program.
+        UsageError: Several tables could be meant and none was named.
+    """
+
+    def __init__(self, root: Path, *, student: str) -> None:
+        if not root.is_dir():
+            raise InputMissing(f"cache {root} is not a folder", next="make one with xkd-cache documents")
+        self.root = root
+        self.documents = Table(root, "documents")
+        self.students = Table(root, f"students/{student}")
+        self.teacher_name = str(self.students.manifest.spec["teacher"])
+        self.teachers = Table(root, f"teachers/{self.teacher_name}")
+        self._check_origin(student)
+
+    def _check_origin(self, student: str) -> None:
+        documents, teachers = self.documents.manifest.root, self.teachers.manifest.root
+        made_from = {"documents": documents, "teacher_root": teachers, "teacher documents": documents}
+        spec = self.students.manifest.spec
+        found = {
+            "documents": spec["documents"],
+            "teacher_root": spec["teacher_root"],
+            "teacher documents": self.teachers.manifest.spec["documents"],
+        }
+        again = f"xkd-cache align {self.root} --student ... --name {student}-2"
+        refuse_differences(self.students.folder, made_from, found, advice=again)
+        versions = {"documents": DOCUMENTS_VERSION, "teachers": TEACHERS_VERSION, "students": STUDENTS_VERSION}
+        stored = {name: getattr(self, name).manifest.spec["schema"] for name in versions}
+        refuse_differences(self.root, versions, stored, advice="use the xkd-toolkit version that wrote the cache")
+
+    @cached_property
+    def usable(self) -> npt.NDArray[np.int64]:
+        """Rows that the student can be trained on, ascending."""
+        first, bad = 0, []
+        for commit in self.students.manifest.commits:
+            bad += [first + row for row in commit.unusable]
+            first += commit.rows
+        return np.setdiff1d(np.arange(first, dtype=np.int64), np.array(bad, dtype=np.int64), assume_unique=True)
+
+    @cached_property
+    def signals(self) -> tuple[Signal, ...]:
+        """What is stored of the teacher."""
+        return tuple(signal_named(column) for column in self.teachers.manifest.spec["signals"])
+
+    @property
+    def sizes(self) -> TeacherSizes:
+        """Sizes and constants of the teacher."""
+        c = self.teachers.manifest.constants
+        return TeacherSizes(
+            name=self.teacher_name,
+            num_layers=int(c["num_layers"]),
+            hidden_size=int(c["hidden_size"]),
+            vocab_size=int(c["vocab_size"]),
+            hidden_std=float(c["hidden_std"]),
+            embedding_std=float(c["embedding_std"]),
+        )
+
+    def require(self, loss: str, needed: tuple[Signal, ...]) -> None:
+        """UsageError that names what `loss` needs and the cache lacks, with the command that adds it."""
+        missing = sorted({s.column for s in needed} - {s.column for s in self.signals})
+        if missing:
+            raise UsageError(
+                f"{loss} needs {', '.join(missing)}, which {self.teachers.folder} does not hold "
+                f"(it holds {', '.join(s.column for s in self.signals)})",
+                next=f"xkd-cache teacher {self.root} --model M --for {loss} --name {self.teacher_name}-2, then align",
+            )
+
+    def check_tokenizer(self, identity: dict[str, str]) -> None:
+        """Mismatch where the student's tokenizer is not the one the cache was aligned for."""
+        stored: dict[str, Any] = self.students.manifest.spec["encoder"]
+        theirs = {key: stored.get(key, "absent") for key in identity}
+        refuse_differences(
+            self.students.folder, identity, theirs, advice=f"xkd-cache align {self.root} --student YOUR_STUDENT"
+        )
+
+    def head(self) -> Head:
+        """The teacher's head, as stored."""
+        c = self.teachers.manifest.constants
+        tensors = self._tensors("head.safetensors")
+        return Head(
+            weight_VD=tensors["weight"],
+            bias_V=tensors.get("bias"),
+            scale=float(c["logit_scale"]),
+            softcap=None if c["softcap"] is None else float(c["softcap"]),
+        )
+
+    def embeddings(self) -> Tensor:
+        """The teacher's input embeddings, [V, D], as stored."""
+        tied = bool(self.teachers.manifest.constants["tied"])
+        return self._tensors("head.safetensors" if tied else "embeddings.safetensors")["weight"]
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        path = inside(self.teachers.folder, name)
+        wanted = self.teachers.manifest.files.get(name)
+        try:
+            if sha256_of(path) != wanted:
+                raise BadData(f"{path} does not match its digest", next="run xkd-cache teacher again")
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except OSError as error:
+            raise BadData(f"{path}: {error.strerror}", next="run xkd-cache teacher again") from error
+
+    def same_document(self, row: int) -> None:
+        """BadData where the three tables do not hold the same document at `row`."""
+        ids = {table.name: table[row]["doc_id"] for table in (self.documents, self.teachers, self.students)}
+        if len(set(ids.values())) != 1:
+            raise BadData(f"{self.root}: row {row} is another document in each table: {json.dumps(ids)}")
+
+
+def find_student(root: Path, identity: dict[str, str], name: str) -> str:
+    """The student table to use: the one named, or the only one made with this tokenizer.
+
+    Raises:
+        InputMissing: There is no student table at all.
+        Mismatch: None was made with this tokenizer.
+        UsageError: Several were; name one.
+    """
+    names = names_in(root, "students")
+    if name:
+        if name not in names:
+            raise InputMissing(f"{root} has no students table {name!r}; it has {', '.join(names) or 'none'}")
+        return name
+    if not names:
+        raise InputMissing(f"{root} has no finished students table", next=f"xkd-cache align {root} --student ...")
+    fitting = []
+    for candidate in names:
+        encoder = Table(root, f"students/{candidate}").manifest.spec["encoder"]
+        if all(encoder.get(key) == value for key, value in identity.items()):
+            fitting.append(candidate)
+    if not fitting:
+        raise Mismatch(
+            f"{root} was not aligned for this student's tokenizer (it knows {', '.join(names)})",
+            kept="the cache as it is",
+            next=f"xkd-cache align {root} --student YOUR_STUDENT",
+        )
+    if len(fitting) > 1:
+        raise UsageError(f"{', '.join(fitting)} all fit this student", next="choose one with --student-table NAME")
+    return fitting[0]
+
+
+def layers_of(signals: tuple[Signal, ...]) -> list[tuple[int, str]]:
+    """(layer, unit) of the span signals that are stored, lowest layer first."""
+    found = {(s.layer, s.unit) for s in signals if KINDS[s.name].unit}
+    return sorted((layer, unit) for layer, unit in found if layer is not None and unit is not None)

@@ -1,0 +1,129 @@
+"""xkd-train: parse the command line, train or evaluate, say what happened."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xkd_schemas.runfile import load_runfile
+from xkd_schemas.terminal import run as run_app
+from xkd_schemas.terminal import say, say_json
+
+app = typer.Typer(
+    name="xkd-train",
+    help="Train students from a cache of xkd-cache; the teacher is not needed.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (int, float)):
+        return str(value)
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+@app.callback(invoke_without_command=True)
+def train(
+    context: typer.Context,
+    run: Annotated[Path | None, typer.Option(help="Run file (TOML); flags override it.")] = None,
+    shards: Annotated[Path | None, typer.Option(help="Cache folder.")] = None,
+    student: Annotated[str | None, typer.Option(help="Folder, hub name, or new:llama,layers=4,width=256.")] = None,
+    student_tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, where the student has none.")] = None,
+    student_table: Annotated[str, typer.Option(help="Student table, if several fit.")] = "",
+    loss: Annotated[str | None, typer.Option(help="NAME=WEIGHT,...: ce, mta, sra, dwa; ce is 1 unless given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the trained student.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the cache.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Documents of a step over all processes.")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Documents of a forward pass.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of the student.")] = None,
+    projector_lr: Annotated[float | None, typer.Option(help="Peak learning rate of the projectors.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of order, new weights and dropout.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Checkpoint every so many steps.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE; repeatable.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a student from a cache.
+
+    Example: xkd-train --shards cache/ --student new:llama,layers=4,width=256 --student-tokenizer models/tok
+    --loss mta=2,sra=1,dwa=0.5 --out out/student
+    """
+    if context.invoked_subcommand is not None:
+        return
+    flags = {
+        "cache": shards, "student.model": student, "student.tokenizer": student_tokenizer, "train.loss": loss,
+        "train.out": out, "train.epochs": epochs, "train.steps": steps, "train.batch_size": batch_size,
+        "train.micro_batch_size": micro_batch_size, "train.lr": lr, "train.projector_lr": projector_lr,
+        "train.seed": seed, "train.save_every": save_every, "train.threads": threads,
+    }  # fmt: skip
+    given = [f"{key}={_toml(value)}" for key, value in flags.items() if value is not None]
+    settings = load_runfile(run, [*(sets or []), *given])
+    from xkd_trainer.loop import describe
+    from xkd_trainer.loop import train as train_student
+
+    trained = train_student(settings, student_table=student_table, quiet=as_json)
+    if as_json:
+        say_json({"out": str(trained.out), "steps": trained.steps, "terms": trained.terms})
+    else:
+        describe(trained)
+
+
+@app.command("eval")
+def evaluate(
+    student: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
+    data: Annotated[Path, typer.Option(help="Held-out rows, JSONL.")],
+    template: Annotated[str, typer.Option(help="none, alpaca or chat.")] = "none",
+    shards: Annotated[
+        Path | None, typer.Option(help="Cache of the same rows: adds agreement with the teacher.")
+    ] = None,
+    rouge: Annotated[bool, typer.Option(help="Also generate responses and score them.")] = True,
+    seeds: Annotated[str, typer.Option(help="Seeds of the sampled responses.")] = "10,20,30,40,50",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 128,
+    limit: Annotated[int, typer.Option(min=0, help="Rows to generate for; 0 for all.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Bits per byte, ROUGE-L and agreement with the teacher on held-out rows.
+
+    Example: xkd-train eval out/student --data held.jsonl
+    """
+    from xkd_trainer.evaluate import Request, evaluate_student
+
+    request = Request(
+        student=student, data=data, template=template, shards=shards, rouge=rouge,
+        seeds=tuple(int(s) for s in seeds.split(",")), max_new_tokens=max_new_tokens, limit=limit,
+    )  # fmt: skip
+    result = evaluate_student(request)
+    if as_json:
+        say_json(result)
+    else:
+        for name, value in result.items():
+            say(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+@app.command()
+def losses(as_json: JsonOption = False) -> None:
+    """List the losses: what each needs from the cache, its settings, and its source.
+
+    Example: xkd-train losses
+    """
+    from xkd_trainer.methods import LOSSES
+    from xkd_trainer.methods.declaration import describe_loss
+
+    described = {name: describe_loss(declaration) for name, declaration in LOSSES.items()}
+    if as_json:
+        say_json(described)
+        return
+    for name, parts in described.items():
+        say(f"{name}: {parts['source']}")
+        say(f"  needs: {', '.join(parts['needs']) or 'nothing of the teacher'}")
+        for setting, default in parts["settings"].items():
+            say(f"  {name}.{setting} = {default}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_app("xkd-train", app)

@@ -1,0 +1,98 @@
+"""Student and losses as one module, so that wrappers for several devices see every parameter in one forward.
+
+Shape legend: see batch.py.
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from xkd_trainer.attention import install
+from xkd_trainer.batch import Batch
+from xkd_trainer.forward import States, run
+from xkd_trainer.head import head_of
+from xkd_trainer.methods.declaration import Loss, StudentPass
+
+
+class Distiller(nn.Module):
+    """Runs the student on a batch and returns what every loss makes of it.
+
+    Args:
+        student: A causal language model.
+        losses: Built losses by name.
+        weights: Factor of each loss, as in `--loss NAME=WEIGHT`.
+    """
+
+    def __init__(
+        self, student: PreTrainedModel, losses: Mapping[str, nn.Module], weights: Mapping[str, float]
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.losses = nn.ModuleDict(losses)
+        self.weights = dict(weights)
+        built = [self.loss(name) for name in losses]
+        self._layers = sorted({layer for loss in built for layer in loss.layers})
+        self._attention = any(loss.attention for loss in built)
+        if self._attention:
+            install(student)
+
+    def loss(self, name: str) -> Loss:
+        """A loss by name, typed as what it is."""
+        return cast(Loss, self.losses[name])
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Count of every term, named LOSS.TERM, from the batch alone."""
+        return {f"{name}.{term}": n for name in self.losses for term, n in self.loss(name).counts(batch).items()}
+
+    def forward(self, batch: Batch, denominators: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch.
+
+        Args:
+            batch: On the student's device.
+            denominators: Count of every term over the whole optimizer step.
+            step: The optimizer step, for warm-ups and annealing.
+
+        Returns:
+            The micro-batch's share of the step's loss (scalar with gradient), and each term's share of its own mean,
+            unweighted and without gradient.
+        """
+        states = run(
+            self.student, batch.student_ids_BS, batch.student_valid_BS, layers=self._layers, attention=self._attention
+        )
+        with torch.autocast(device_type=states.last_BLD.device.type, enabled=False):
+            return self._losses(batch, states.as_float32(), denominators, step)
+
+    def _losses(
+        self, batch: Batch, states: States, denominators: Mapping[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        embeddings_Vd = self.student.get_input_embeddings().weight
+        passed = StudentPass(batch, states, head_of(self.student), embeddings_Vd)
+        total = states.last_BLD.sum() * 0.0  # keeps every parameter in the graph when no document qualifies
+        parts: dict[str, Tensor] = {}
+        for name in self.losses:
+            loss = self.loss(name)
+            factors = loss.weights(step)
+            for term, value in loss(batch, passed, step).items():
+                mean = value.total / denominators[f"{name}.{term}"].to(value.total.dtype).clamp_min(TINY)
+                total = total + self.weights[name] * factors[term] * mean
+                parts[f"{name}.{term}"] = mean.detach().float()
+        return total, parts
+
+    def parameter_groups(self, *, lr: float, projector_lr: float, weight_decay: float) -> list[dict[str, object]]:
+        """AdamW groups: student with and without decay, and projectors with their own learning rate."""
+        student = [p for p in self.student.parameters() if p.requires_grad]
+        projectors = [p for p in self.losses.parameters() if p.requires_grad]
+        groups: list[dict[str, object]] = [
+            {"params": [p for p in student if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in student if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+        ]
+        if projectors:
+            groups.append({"params": projectors, "lr": projector_lr, "weight_decay": 0.0})
+        return groups
+
+
+TINY = torch.finfo(torch.float32).tiny
+"""Smallest denominator: a term that nothing qualified for has total 0 and stays 0."""

@@ -1,0 +1,45 @@
+"""The finished student: a folder that AutoModelForCausalLM and AutoTokenizer load, and where it came from."""
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from xkd_schemas.files import disk_errors, replace
+
+PROVENANCE = "xkd.json"
+
+
+def export_student(out: Path, student: PreTrainedModel, tokenizer: Any, fingerprint: Mapping[str, Any]) -> None:
+    """Save weights (safetensors), configuration, tokenizer, and last `xkd.json`, the mark of a finished folder."""
+    with disk_errors(out):
+        student.generation_config.eos_token_id = tokenizer.eos_token_id
+        student.generation_config.pad_token_id = (
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
+        student.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    provenance = {
+        "run": dict(fingerprint),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    replace(out / PROVENANCE, (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
+
+
+def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """True where `out` holds the finished student of exactly this run."""
+    path = out / PROVENANCE
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(stored.get("run") == json.loads(json.dumps(dict(fingerprint))))

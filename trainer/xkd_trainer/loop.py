@@ -1,0 +1,256 @@
+"""The training loop: batches from the cache, terms divided once per step, AdamW, checkpoints, one metrics file."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from xkd_schemas.errors import Mismatch, NonFinite, UsageError
+from xkd_schemas.manifest import refuse_differences
+from xkd_schemas.runfile import RunFile, TrainSection
+from xkd_schemas.terminal import Progress, say, warn
+from xkd_trainer.batch import Batch, blank
+from xkd_trainer.checkpoint import Snapshot, newest, save
+from xkd_trainer.export import export_student, is_finished
+from xkd_trainer.metrics import Metrics
+from xkd_trainer.order import Order
+from xkd_trainer.setup import Ready, set_up
+from xkd_trainer.stream import batch_of, prefetched
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How a run ended."""
+
+    out: Path
+    steps: int
+    resumed_at: int
+    """Step of the checkpoint it went on from; `steps` if there was nothing left to do."""
+    terms: dict[str, float]
+    """Means over the last logged stretch of steps."""
+
+
+def learning_rate(step: int, total: int, train: TrainSection) -> float:
+    """Factor of the learning rates at optimizer step `step` (0 is the first): linear warm-up, then a cosine.
+
+    >>> [round(learning_rate(s, 10, TrainSection(warmup_ratio=0.2)), 2) for s in (0, 1, 2, 9)]
+    [0.5, 1.0, 1.0, 0.04]
+    """
+    warm = math.ceil(train.warmup_ratio * total)
+    if step < warm:
+        return (step + 1) / warm
+    share = (step - warm) / max(1, total - warm)
+    return train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def train(run: RunFile, *, student_table: str = "", quiet: bool = False) -> Trained:
+    """Train a student from a cache, or go on where the same command stopped.
+
+    Raises:
+        UsageError, InputMissing, Mismatch: Something does not fit; nothing was changed.
+        NonFinite: A loss or gradient is NaN or infinite; the weights of the last checkpoint are untouched.
+        BadData: The cache is corrupt.
+    """
+    if not run.train.out:
+        raise UsageError("no output folder is named", next="--out FOLDER")
+    if run.train.threads:
+        torch.set_num_threads(run.train.threads)
+    ready = set_up(run, student_table)
+    order = Order(size=len(ready.cache.usable), batch_size=run.train.batch_size, seed=run.train.seed)
+    if order.size == 0:
+        raise UsageError(f"{run.cache} has no usable document for this student")
+    total = run.train.steps or max(1, round(run.train.epochs * order.steps_per_epoch))
+    fingerprint = _fingerprint(run, ready, total)
+    out = Path(run.train.out)
+    if is_finished(out, fingerprint):
+        return Trained(out=out, steps=total, resumed_at=total, terms={})
+    return _Run(run, ready, order, total, fingerprint, quiet).go()
+
+
+def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
+    train = run.train.model_dump(exclude={"out", "threads", "log_every", "save_every"})
+    return {
+        "cache": ready.cache.students.manifest.root,
+        "student": run.student.model,
+        "losses": {name: dict(values) for name, values in sorted(run.losses.items())},
+        "steps": total,
+        "train": train,
+    }
+
+
+class _Run:
+    """The state of one run."""
+
+    def __init__(
+        self, run: RunFile, ready: Ready, order: Order, total: int, fingerprint: dict[str, Any], quiet: bool
+    ) -> None:
+        self.settings, self.ready, self.order, self.total = run.train, ready, order, total
+        self.fingerprint, self.quiet = fingerprint, quiet
+        self.out = Path(run.train.out)
+        precision = run.train.mixed_precision
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+        self.distiller = ready.distiller
+        groups = self.distiller.parameter_groups(
+            lr=run.train.lr, projector_lr=run.train.projector_lr, weight_decay=run.train.weight_decay
+        )
+        self.optimizer: Any = torch.optim.AdamW(groups)
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.start = self._resume()
+        self.module, self.optimizer = self.accelerator.prepare(self.distiller, self.optimizer)
+
+    def _resume(self) -> int:
+        snapshot, skipped = newest(self.out)
+        for line in skipped:
+            warn(line)
+        if snapshot is None:
+            if (self.out / "model.safetensors").exists():
+                raise Mismatch(f"{self.out} holds a student of another run", next="choose another --out")
+            torch.manual_seed(self.settings.seed + 2)
+            return 0
+        refuse_differences(
+            self.out, self.fingerprint, dict(snapshot.fingerprint), advice="choose another --out, or the same settings"
+        )
+        self.distiller.student.load_state_dict(snapshot.student, strict=False)  # tied weights are stored once
+        self.distiller.losses.load_state_dict(snapshot.projectors)
+        self.optimizer.load_state_dict(dict(snapshot.optimizer))
+        torch.set_rng_state(snapshot.random)
+        return snapshot.step
+
+    def _micro_batches(self, step: int) -> list[Batch]:
+        """This process's micro-batches of a step; every process gets the same number, blank ones if need be."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        shares = [self.order.share(step, r, world, self.settings.micro_batch_size) for r in range(world)]
+        usable, cache, wanted = self.ready.cache.usable, self.ready.cache, self.ready.wanted
+        batches = [batch_of(cache, usable[rows].tolist(), wanted) for rows in shares[rank]]
+        while len(batches) < max(len(share) for share in shares):
+            batches.append(blank(batch_of(cache, usable[shares[0][0]].tolist(), wanted)))
+        return batches
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        for step in range(self.start, self.total):
+            yield self._micro_batches(step)
+
+    def go(self) -> Trained:
+        """Run all remaining steps, save, and export the student."""
+        metrics = Metrics(self.out, resumed_step=self.start)
+        self.module.train()
+        seen = _Window()
+        last: dict[str, float] = {}
+        with Progress("train", self.total - self.start, quiet=self.quiet) as progress:
+            for step, batches in enumerate(prefetched(self._steps), start=self.start):
+                terms, counts, norm = self._step(step, [b.to(self.accelerator.device) for b in batches])
+                seen.add(terms, counts)
+                if (step + 1) % self.settings.log_every == 0 or step + 1 == self.total:
+                    last = seen.means()
+                    metrics.write(step=step + 1, grad_norm=norm, lr=self._lr(), **last, **seen.totals())
+                    seen = _Window()
+                    progress.advance(0, f"loss {last['loss']:.4f}")
+                if self.settings.save_every and (step + 1) % self.settings.save_every == 0:
+                    self._save(step + 1)
+                progress.advance(1, f"loss {last['loss']:.4f}" if last else "")
+        if self.accelerator.is_main_process:
+            if self.settings.save_every:
+                self._save(self.total)
+            export_student(self.out, self.distiller.student, self.ready.tokenizer, self.fingerprint)
+        return Trained(out=self.out, steps=self.total, resumed_at=self.start, terms=last)
+
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _step(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], dict[str, float], float]:
+        """One optimizer step; means of the terms, their counts, and the gradient's norm before clipping."""
+        factor = learning_rate(step, self.total, self.settings)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        denominators = self._denominators(batches)
+        parts: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            share, terms = self._backward(batch, denominators, step, last=number + 1 == len(batches))
+            for name, value in {"loss": share, **terms}.items():
+                parts[name] = parts[name] + value if name in parts else value
+        means = self.accelerator.reduce(parts, reduction="sum")
+        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm))
+        values = {name: float(value) for name, value in means.items()}
+        self._refuse_non_finite(step, values, norm, batches)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return values, {name: float(n) for name, n in denominators.items()}, norm
+
+    def _denominators(self, batches: list[Batch]) -> dict[str, Tensor]:
+        counts: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, count in self.distiller.counts(batch).items():
+                count = count.detach().double()
+                counts[name] = counts[name] + count if name in counts else count
+        reduced: dict[str, Tensor] = self.accelerator.reduce(counts, reduction="sum")
+        return reduced
+
+    def _backward(
+        self, batch: Batch, denominators: dict[str, Tensor], step: int, *, last: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradient of one micro-batch. Wrappers average over processes, hence the factor."""
+        if last:
+            loss, terms = self.module(batch, denominators, step)
+            self.accelerator.backward(loss * self.accelerator.num_processes)
+        else:
+            with self.accelerator.no_sync(self.module):
+                loss, terms = self.module(batch, denominators, step)
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+        return loss.detach().float(), terms
+
+    def _refuse_non_finite(self, step: int, values: dict[str, float], norm: float, batches: list[Batch]) -> None:
+        bad = [name for name, value in {**values, "gradient norm": norm}.items() if not math.isfinite(value)]
+        if bad:
+            rows = [row for batch in batches for row in batch.rows]
+            raise NonFinite(
+                f"step {step + 1}: {', '.join(bad)} not finite on cache rows {rows[:8]}{'...' if rows[8:] else ''}",
+                kept=f"everything in {self.out} as of the last checkpoint; no update was made",
+                next="lower --lr, raise train.warmup_ratio, or set train.mixed_precision=no",
+            )
+
+    def _save(self, step: int) -> None:
+        snapshot = Snapshot(
+            step=step,
+            student=self.distiller.student.state_dict(),
+            projectors=self.distiller.losses.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            random=torch.get_rng_state(),
+            fingerprint=self.fingerprint,
+        )
+        save(self.out, snapshot)
+
+
+class _Window:
+    """Means of the terms and totals of their counts since the last logged line."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, terms: dict[str, float], counts: dict[str, float]) -> None:
+        self.steps += 1
+        for sums, values in ((self.sums, terms), (self.counts, counts)):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.steps for name, value in self.sums.items()}
+
+    def totals(self) -> dict[str, float]:
+        return {f"{name}.count": round(value, 6) for name, value in self.counts.items()}
+
+
+def describe(trained: Trained) -> None:
+    """Say how a run ended."""
+    if trained.resumed_at == trained.steps:
+        say(f"{trained.out}: already trained for {trained.steps} steps with these settings, nothing to do")
+        return
+    resumed = f" (resumed at step {trained.resumed_at})" if trained.resumed_at else ""
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in sorted(trained.terms.items()))
+    say(f"{trained.out}: trained for {trained.steps} steps{resumed}; {terms}")

@@ -1,0 +1,95 @@
+"""The options of DWA-KD (arXiv 2602.21669), each with what the paper prints and what the authors' code does."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from xkd_trainer.losses.divergence import Kind
+from xkd_trainer.losses.head import Comparison
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Steps = Annotated[int, Field(ge=0)]
+
+
+class DwaSettings(BaseModel):
+    """Options of DWA-KD. The paper prints the band's numbers and the temperature; the rest is from the scripts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ce: Weight = 0.5
+    """Weight of the student's own cross-entropy, l_CE. Scripts: 0.5."""
+    kd: Weight = 0.5
+    """Weight of the token level, eq. 16: student space, teacher space and projected cross-entropy. Scripts: 0.5."""
+    dtw: Weight = 0.2
+    """Weight of the sequence level, eq. 17-25: embeddings and last states. Scripts: 0.2."""
+    temperature: Positive = 2.0
+    """Divides the logits of both divergences; no factor of its square. Paper and code: 2."""
+    student_divergence: Kind = "forward_kl"
+    """Paper eq. 13: forward KL. The code's scripts: skewed_reverse_kl (GPT-2), adaptive_kl (TinyLLaMA, OPT)."""
+    teacher_divergence: Kind = "forward_kl"
+    """Paper eq. 15 and code: forward KL."""
+    skew: Share = 0.1
+    """Read by the skewed kinds. Scripts: 0.1."""
+    adaptive_alpha: Share = 0.5
+    """Read by adaptive_kl. Scripts: 0.5."""
+    entropy_weights: bool = True
+    """Weigh tokens by entropy, eq. 12 and 14. Off: 1 for every token, in both spaces."""
+    gate: bool = True
+    """Multiply the student's weight by the peak of the projected teacher, eq. 11. Off: entropy alone."""
+    student_weight: Literal["gate_before", "gate_after"] = "gate_before"
+    """gate_before: H g scaled to sum to the number of tokens (paper). gate_after: H scaled, then times g (code)."""
+    gate_warmup_steps: Steps = 0
+    """The gate is off in the first so many optimiser steps. Scripts: 0."""
+    gamma: Positive = 2.0
+    """Smoothing of soft-DTW at step 0, in units of the cosine cost. Scripts: 2; 1 for OPT-2.7B."""
+    gamma_end: Positive = 0.8
+    """Smoothing after `gamma_steps`. Scripts: 0.8."""
+    gamma_steps: Steps = 0
+    """Optimiser steps of the linear way from gamma to gamma_end. 0, as in the scripts: stay at gamma."""
+    dtw_divergence: bool = True
+    """nDTW (paper and code). Off: the cross term alone."""
+    dtw_warmup_steps: Steps = 0
+    """The sequence level is off in the first so many optimiser steps. Scripts: 0."""
+    band: Literal["soft", "hard", "none"] = "soft"
+    """soft: adaptive band from the cross-model attention (paper and code). hard: Sakoe-Chiba. none: all cells free."""
+    band_width: Weight = 5.0
+    """b of the soft band, or half width of the hard one; teacher tokens. Paper Table 5: 5."""
+    band_beta: Weight = 2.0
+    """Teacher tokens the soft band widens by for each nat of attention entropy. Paper Table 5: 2."""
+    band_centre_mix: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """a: share of the attention, against the diagonal, in the soft band's centre. Paper Table 5: 0.7."""
+    band_penalty: Weight = 1.0
+    """Added to the cost outside the soft band. Paper Table 5: 1."""
+    band_warmup_steps: Steps = 0
+    """The band is off in the first so many optimiser steps. Scripts: 0."""
+
+    @property
+    def student_space(self) -> Comparison:
+        """The divergence of eq. 13."""
+        return self._comparison(self.student_divergence)
+
+    @property
+    def teacher_space(self) -> Comparison:
+        """The divergence of eq. 15."""
+        return self._comparison(self.teacher_divergence)
+
+    def _comparison(self, kind: Kind) -> Comparison:
+        return Comparison(kind=kind, temperature=self.temperature, skew=self.skew, adaptive_alpha=self.adaptive_alpha)
+
+    def gamma_at(self, step: int) -> float:
+        """Smoothing at an optimiser step, counted from 0."""
+        return anneal(step, self.gamma, self.gamma_end, self.gamma_steps)
+
+
+def anneal(step: int, start: float, end: float, steps: int) -> float:
+    """Linear from `start` at step 0 to `end` at step `steps`, then `end`; always `start` where `steps` is 0.
+
+    >>> [anneal(step, 2.0, 0.8, 4) for step in (0, 2, 4, 9)], anneal(9, 2.0, 0.8, 0)
+    ([2.0, 1.4, 0.8, 0.8], 2.0)
+    """
+    if steps == 0:
+        return start
+    share = min(step / steps, 1.0)
+    return (1.0 - share) * start + share * end

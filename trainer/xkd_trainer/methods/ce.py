@@ -1,0 +1,51 @@
+"""Cross-entropy with the corpus's own responses: plain fine-tuning, the base of everything else."""
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from xkd_trainer.batch import Batch
+from xkd_trainer.losses.head import head_cross_entropy
+from xkd_trainer.losses.term import LossTerm, term
+from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
+
+
+class CeSettings(BaseModel):
+    """There is nothing to set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CrossEntropy(nn.Module):
+    """One term, `ce`: nats per predicted target."""
+
+    layers: tuple[int, ...] = ()
+    attention = False
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """Factor 1."""
+        return {"ce": 1.0}
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Predicted targets."""
+        return {"ce": batch.num_predictions}
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+        """-log p(target) over the valid predictions."""
+        valid_BN = batch.predict_valid_BN
+        total = head_cross_entropy(student.logits.at(valid_BN), batch.target_BN[valid_BN])
+        return {"ce": term(total, batch.num_predictions)}
+
+
+def _build(_settings: CeSettings, _context: Context) -> CrossEntropy:
+    return CrossEntropy()
+
+
+CE = Declaration(
+    name="ce",
+    source="maximum likelihood; no teacher",
+    settings=CeSettings,
+    needs=lambda _settings, _levels: (),
+    build=_build,
+)

@@ -1,0 +1,157 @@
+"""What a loss says about itself: settings, the teacher signals it needs, and how it is built.
+
+Capture, the size of the cache, the trainer and the error messages all read this one declaration.
+
+Shape legend: see batch.py; d is the student's width, V its vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor, nn
+
+from xkd_schemas.errors import UsageError
+from xkd_schemas.runfile import settings_error
+from xkd_schemas.teacher import Signal
+from xkd_trainer.batch import Batch, gather_rows
+from xkd_trainer.forward import States
+from xkd_trainer.head import Head
+from xkd_trainer.losses.head import LazyLogits
+from xkd_trainer.losses.term import LossTerm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a loss may know when it is built. Teacher weights are constants: no gradient, not saved."""
+
+    student_layers: int
+    student_width: int
+    student_vocab: Mapping[str, int]
+    """Token string -> id."""
+    teacher_layers: int
+    teacher_width: int
+    teacher_vocab: Mapping[str, int]
+    teacher_vocab_size: int
+    hidden_std: float
+    embedding_std: float
+    levels: tuple[tuple[int, str], ...]
+    """(teacher layer, word or phrase) pairs in the cache, lowest layer first."""
+    teacher_head: Callable[[], Head]
+    """Reads the teacher's head; call it only if the loss uses it."""
+    teacher_embeddings: Callable[[], Tensor]
+
+    def student_layer(self, teacher_layer: int) -> int:
+        """The student layer at the same relative depth, at least 1.
+
+        This is phi(l) = floor(l N_T / N_S) of MTA read backwards, because the teacher's layers were
+        chosen before the student was known.
+        """
+        return max(1, round(teacher_layer * self.student_layers / self.teacher_layers))
+
+
+class StudentPass:
+    """The student's forward pass over one batch, as losses see it."""
+
+    def __init__(self, batch: Batch, states: States, head: Head, embeddings_Vd: Tensor) -> None:
+        self.batch = batch
+        self.states = states
+        self.head = head
+        self.embeddings_Vd = embeddings_Vd
+
+    @cached_property
+    def predict_hidden_BNd(self) -> Tensor:
+        """Final-normed states that predict the targets; garbage where not valid."""
+        return gather_rows(self.states.last_BLD, self.batch.predict_BN)
+
+    @property
+    def logits(self) -> LazyLogits:
+        """Logits of the predictions, [B, N] positions, not made yet; the head learns from them.
+
+        Raises:
+            UsageError: The student's head does more than a matrix product.
+        """
+        head = constant_head(self.head, "this student", convert=False)
+        return LazyLogits(hidden=self.predict_hidden_BNd, weight=head.weight_VD, bias=head.bias_V)
+
+
+class Loss(Protocol):
+    """A built loss: an nn.Module whose parameters are its projectors."""
+
+    layers: tuple[int, ...]
+    """Student layers whose states it reads."""
+    attention: bool
+    """Whether it reads the student's last attention row."""
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """Factor of each term at an optimizer step."""
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """The `count` of each term, from the batch alone, so that a step can be divided before it is run."""
+
+    def __call__(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+        """The terms of one micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Declaration:
+    """One loss of the registry."""
+
+    name: str
+    source: str
+    """Paper and sections."""
+    settings: type[BaseModel]
+    needs: Callable[[Any, tuple[tuple[int, str], ...]], tuple[Signal, ...]]
+    """From settings and (layer, unit) pairs to the signals that must be cached."""
+    build: Callable[[Any, Context], nn.Module]
+    """The module; it satisfies `Loss`."""
+    default_weight: float = 1.0
+    """Used by `--loss NAME` without a number."""
+
+    def parse(self, values: Mapping[str, Any]) -> BaseModel:
+        """Settings from the run file; UsageError names what does not fit."""
+        try:
+            return self.settings.model_validate(dict(values))
+        except ValidationError as error:
+            raise settings_error(self.name, error, self.settings.model_fields) from None
+
+
+def constant_head(head: Head, who: str, *, convert: bool = True) -> Head:
+    """A head that is a plain matrix product: a scale is folded into it, a soft cap refused.
+
+    With `convert`, the result is a constant in float32 on a CPU, whose bfloat16 products are slow.
+    """
+    if head.softcap is not None:
+        raise UsageError(f"{who} cannot use a head with soft-capped logits (cap {head.softcap})")
+    weight_VD, bias_V = head.weight_VD, head.bias_V
+    if head.scale != 1.0:
+        weight_VD, bias_V = weight_VD * head.scale, None if bias_V is None else bias_V * head.scale
+    if convert:
+        weight_VD = weight_VD.detach().float() if weight_VD.device.type == "cpu" else weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach().to(weight_VD.dtype)
+    return Head(weight_VD=weight_VD, bias_V=bias_V)
+
+
+def uniform_weights(valid: Tensor) -> Tensor:
+    """1 where valid, float32."""
+    return valid.to(torch.float32)
+
+
+def describe_loss(declaration: Declaration) -> dict[str, Any]:
+    """Source, needs (with example layers) and defaults of a loss."""
+    settings = declaration.settings()
+    needs = declaration.needs(settings, ((1, "word"), (2, "phrase")))
+    return {
+        "source": declaration.source,
+        "needs": sorted({_pattern(signal) for signal in needs}),
+        "weight": declaration.default_weight,
+        "settings": {name: getattr(settings, name) for name in declaration.settings.model_fields},
+    }
+
+
+def _pattern(signal: Signal) -> str:
+    """A signal without its layer and unit."""
+    return signal.name + ("@LAYER" if signal.layer is not None else "") + (":UNIT" if signal.unit is not None else "")

@@ -1,0 +1,170 @@
+"""DWA-KD wired to the cache: cross-model attention, both spaces, and soft-DTW on embeddings and last states.
+
+Shape legend: see batch.py; d is the student's width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from xkd_schemas.teacher import Signal
+from xkd_trainer.batch import Batch, gather_rows
+from xkd_trainer.losses.cma import align_scores, attend
+from xkd_trainer.losses.dwa import (
+    DwaSettings,
+    band,
+    projected_cross_entropy,
+    sequence_term,
+    student_space,
+    student_weights,
+    teacher_space,
+    teacher_weights,
+)
+from xkd_trainer.losses.head import LazyLogits, head_statistics
+from xkd_trainer.losses.term import LossTerm
+from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, constant_head, uniform_weights
+
+_KD = ("projected_ce", "student_space", "teacher_space")
+_DTW = ("dtw_embeddings", "dtw_states")
+
+
+def needs(settings: DwaSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
+    """Last states and entropies; heads and embeddings are always in the cache."""
+    return (Signal("hidden_last"), *((Signal("entropy"),) if settings.entropy_weights else ()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Teacher:
+    """The teacher's side of one batch, float32, gathered at its predictions."""
+
+    hidden_BMD: Tensor
+    target_BMD: Tensor
+    """Embeddings of the ids that are predicted."""
+    input_BMD: Tensor
+    """Embeddings of the ids at the predicting positions."""
+
+
+class Dwa(nn.Module):
+    """Terms `projected_ce`, `student_space`, `teacher_space`, `dtw_embeddings` and `dtw_states`.
+
+    All are sums divided by the number of the student's predictions. Projectors are those of the
+    authors' configuration: single linear layers with bias.
+    """
+
+    layers: tuple[int, ...] = ()
+    attention = False
+
+    def __init__(self, settings: DwaSettings, context: Context) -> None:
+        super().__init__()
+        self.settings = settings
+        self.hidden_std, self.embedding_std = context.hidden_std, context.embedding_std
+        self.teacher_vocab_size = context.teacher_vocab_size
+        d, wide = context.student_width, context.teacher_width
+        self.t2s = nn.Linear(wide, d)
+        self.s2t = nn.Linear(d, wide)
+        self.query = nn.Linear(2 * d, 2 * wide)
+        self.embed_t2s = nn.Linear(wide, d)
+        head = constant_head(context.teacher_head(), "dwa")
+        self.head_VD: Tensor
+        self.head_bias_V: Tensor | None
+        self.embeddings_VD: Tensor
+        self.register_buffer("head_VD", head.weight_VD, persistent=False)
+        self.register_buffer("head_bias_V", head.bias_V, persistent=False)
+        self.register_buffer("embeddings_VD", context.teacher_embeddings(), persistent=False)
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """Script values; soft-DTW joins after its warm-up."""
+        dtw = self.settings.dtw if step >= self.settings.dtw_warmup_steps else 0.0
+        return dict.fromkeys(_KD, self.settings.kd) | dict.fromkeys(_DTW, dtw)
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Student predictions."""
+        return dict.fromkeys((*_KD, *_DTW), batch.num_predictions)
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+        """Eq. 7-25."""
+        teacher = self._teacher(batch)
+        s_valid_BN, t_valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
+        target_BNd = student.embeddings_Vd[batch.target_BN]
+        scores_BNM = self._scores(batch, student, teacher, target_BNd)
+        values_BMD = teacher.hidden_BMD / self.hidden_std + teacher.target_BMD / self.embedding_std
+        to_student_BNM = attend(scores_BNM, "teacher")
+        mixed_BNd = to_student_BNM @ self.t2s(values_BMD)
+        mixed_BMD = attend(scores_BNM, "student") @ self.s2t(student.predict_hidden_BNd)
+        own = student.logits
+        head_bias = None if own.bias is None else own.bias.detach()
+        projected = LazyLogits(hidden=mixed_BNd, weight=own.weight.detach(), bias=head_bias)
+        teacher_logits = LazyLogits(hidden=teacher.hidden_BMD, weight=self.head_VD, bias=self.head_bias_V)
+        s_weights_BN, t_weights_BM = self._weights(batch, own, projected, step)
+        terms = {
+            "projected_ce": projected_cross_entropy(projected, batch.target_BN, s_valid_BN),
+            "student_space": student_space(own, projected, s_weights_BN, s_valid_BN, self.settings),
+            "teacher_space": teacher_space(
+                replace(teacher_logits, hidden=mixed_BMD), teacher_logits, t_weights_BM, t_valid_BM, self.settings,
+                count=batch.num_predictions,
+            ),
+        }  # fmt: skip
+        return terms | self._sequences(batch, student, teacher, target_BNd, to_student_BNM, step)
+
+    def _teacher(self, batch: Batch) -> _Teacher:
+        assert batch.teacher_hidden_BRD is not None
+        return _Teacher(
+            hidden_BMD=gather_rows(batch.teacher_hidden_BRD, batch.teacher_predict_BM).float(),
+            target_BMD=self.embeddings_VD[batch.teacher_target_BM].float(),
+            input_BMD=self.embeddings_VD[batch.teacher_input_BM].float(),
+        )
+
+    def _scores(self, batch: Batch, student: StudentPass, teacher: _Teacher, target_BNd: Tensor) -> Tensor:
+        """Cross-model attention scores of DSKD-CMA; the student's embeddings are constants here."""
+        input_ids_BN = batch.student_ids_BS.gather(1, batch.predict_BN)
+        inputs_BNd = student.embeddings_Vd[input_ids_BN]
+        query_BNK = self.query(torch.cat([inputs_BNd, target_BNd], dim=-1).detach())
+        key_BMK = torch.cat([teacher.input_BMD, teacher.target_BMD], dim=-1) / self.embedding_std
+        return align_scores(query_BNK, key_BMK, batch.predict_valid_BN, batch.teacher_predict_valid_BM)
+
+    def _weights(self, batch: Batch, own: LazyLogits, projected: LazyLogits, step: int) -> tuple[Tensor, Tensor]:
+        s, s_valid_BN, t_valid_BM = self.settings, batch.predict_valid_BN, batch.teacher_predict_valid_BM
+        ones_BN = uniform_weights(s_valid_BN)
+        gated = s.gate and step >= s.gate_warmup_steps
+        entropy_BN = head_statistics(own, s_valid_BN).entropy if s.entropy_weights else ones_BN
+        gate_BN = head_statistics(projected, s_valid_BN).peak if gated else ones_BN
+        student_BN = student_weights(entropy_BN, gate_BN, s_valid_BN, s.student_weight)
+        if not s.entropy_weights:
+            return (student_BN if gated else ones_BN), uniform_weights(t_valid_BM)
+        assert batch.teacher_entropy_BM is not None
+        return student_BN, teacher_weights(batch.teacher_entropy_BM, self.teacher_vocab_size, t_valid_BM)
+
+    def _sequences(
+        self,
+        batch: Batch,
+        student: StudentPass,
+        teacher: _Teacher,
+        target_BNd: Tensor,
+        attention_BNM: Tensor,
+        step: int,
+    ) -> dict[str, LossTerm]:
+        """Soft-DTW on target embeddings and on last states (eq. 17-25)."""
+        s = self.settings
+        lengths = batch.predict_valid_BN.sum(-1), batch.teacher_predict_valid_BM.sum(-1)
+        penalty_BNM = None if step < s.band_warmup_steps else band(attention_BNM.detach(), *lengths, s)
+        pairs = {
+            "dtw_embeddings": (target_BNd, self.embed_t2s(teacher.target_BMD)),
+            "dtw_states": (student.predict_hidden_BNd, self.t2s(teacher.hidden_BMD)),
+        }
+        return {
+            name: sequence_term(
+                x_BNd, y_BMd, penalty_BNM, *lengths, gamma=s.gamma_at(step), divergence=s.dtw_divergence
+            )
+            for name, (x_BNd, y_BMd) in pairs.items()
+        }  # fmt: skip
+
+
+DWA = Declaration(
+    name="dwa",
+    source="DWA-KD, arXiv 2602.21669, eq. 7-25, on DSKD-CMA, arXiv 2406.17328",
+    settings=DwaSettings,
+    needs=needs,
+    build=Dwa,
+)

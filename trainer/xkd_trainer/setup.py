@@ -1,0 +1,130 @@
+"""From a run file to what a run needs: cache, student, losses. What can be refused is refused here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from xkd_schemas.errors import UsageError
+from xkd_schemas.runfile import RunFile
+from xkd_schemas.teacher import Signal
+from xkd_schemas.tokenizers import identity
+from xkd_trainer.cache import Cache, find_student, layers_of
+from xkd_trainer.distiller import Distiller
+from xkd_trainer.forward import num_layers
+from xkd_trainer.methods import loss_named
+from xkd_trainer.methods.declaration import Context
+from xkd_trainer.models import load_model, load_tokenizer, new_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """Everything checked and loaded; nothing trained yet."""
+
+    cache: Cache
+    tokenizer: Any
+    distiller: Distiller
+    wanted: frozenset[Signal]
+    """Signals that batches carry."""
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """`mta=2,sra,dwa=0.5` as factors; a loss without a number gets its default, and ce is 1 unless it is given.
+
+    >>> parse_weights("mta=2,ce=0.5")
+    {'mta': 2.0, 'ce': 0.5}
+
+    Raises:
+        UsageError: A loss is not known, twice there, or its factor is no finite number from 0 on.
+    """
+    weights: dict[str, float] = {}
+    for part in (p.strip() for p in text.split(",") if p.strip()):
+        name, equals, number = part.partition("=")
+        declaration = loss_named(name.strip())
+        try:
+            value = float(number) if equals else declaration.default_weight
+        except ValueError:
+            value = -1.0
+        if not 0.0 <= value < float("inf") or name.strip() in weights:
+            raise UsageError(
+                f"--loss {text}: {part!r} is not NAME=WEIGHT, once for each loss", next="e.g. mta=2,sra=1"
+            )
+        weights[name.strip()] = value
+    weights.setdefault("ce", 1.0)
+    return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+def student_of(run: RunFile, tokenizer: Any) -> PreTrainedModel:
+    """The student: loaded, or made new with the run's seed.
+
+    Raises:
+        UsageError: Its embedding table has no row for some token of the tokenizer.
+    """
+    name = run.student.model
+    if name.startswith("new:"):
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        torch.manual_seed(run.train.seed)
+        return new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
+    model = load_model(name, dtype=torch.float32)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UsageError(
+            f"student {name} has {rows} embeddings, its tokenizer {len(tokenizer)} tokens",
+            next="use the tokenizer the model was trained with",
+        )
+    return model
+
+
+def set_up(run: RunFile, student_table: str) -> Ready:
+    """Check and load everything.
+
+    Raises:
+        XkdError: Whatever is wrong with names, settings, fingerprints or signals, before anything is trained.
+    """
+    if not run.student.model:
+        raise UsageError("no student is named", next="--student FOLDER, a hub name, or new:llama,layers=4,width=256")
+    if run.student.model.startswith("new:") and not run.student.tokenizer:
+        raise UsageError("a new student needs a tokenizer", next="--student-tokenizer FOLDER")
+    weights = parse_weights(run.train.loss)
+    settings = {name: loss_named(name).parse(run.losses.get(name, {})) for name in weights}
+    unused = sorted(set(run.losses) - set(weights))
+    for name in unused:
+        loss_named(name).parse(run.losses[name])
+    tokenizer = load_tokenizer(run.student.tokenizer or run.student.model)
+    fingerprint = identity(tokenizer)
+    root = Path(run.cache)
+    cache = Cache(root, student=find_student(root, fingerprint, student_table))
+    cache.check_tokenizer(fingerprint)
+    levels = tuple(layers_of(cache.signals))
+    needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
+    for name, signals in needs.items():
+        cache.require(f"loss {name}", signals)
+    student = student_of(run, tokenizer)
+    context = context_of(cache, student, tokenizer, levels)
+    torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
+    losses: Mapping[str, nn.Module] = {name: loss_named(name).build(settings[name], context) for name in weights}
+    wanted = frozenset(signal for signals in needs.values() for signal in signals)
+    return Ready(cache=cache, tokenizer=tokenizer, distiller=Distiller(student, losses, weights), wanted=wanted)
+
+
+def context_of(cache: Cache, student: PreTrainedModel, tokenizer: Any, levels: tuple[tuple[int, str], ...]) -> Context:
+    """What losses may know of both models."""
+    sizes = cache.sizes
+    return Context(
+        student_layers=num_layers(student),
+        student_width=int(student.get_input_embeddings().weight.shape[1]),
+        student_vocab=tokenizer.get_vocab(),
+        teacher_layers=sizes.num_layers,
+        teacher_width=sizes.hidden_size,
+        teacher_vocab=load_tokenizer(str(cache.teachers.folder / "tokenizer")).get_vocab(),
+        teacher_vocab_size=sizes.vocab_size,
+        hidden_std=sizes.hidden_std,
+        embedding_std=sizes.embedding_std,
+        levels=levels,
+        teacher_head=cache.head,
+        teacher_embeddings=cache.embeddings,
+    )

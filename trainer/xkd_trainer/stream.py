@@ -1,0 +1,234 @@
+"""Rows of the cache as padded batches, made in a thread while the model computes.
+
+Shape legend: see batch.py. T counts all tokens of one teacher row.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from xkd_schemas.errors import BadData
+from xkd_schemas.table import Row
+from xkd_schemas.teacher import Signal
+from xkd_schemas.tokens import kept_rows, predictors
+from xkd_trainer.batch import Batch, Level
+from xkd_trainer.cache import Cache, layers_of
+from xkd_trainer.signals import unpack_triangle
+
+Array = npt.NDArray[Any]
+
+
+def batch_of(cache: Cache, rows: Sequence[int], wanted: frozenset[Signal]) -> Batch:
+    """The batch of some rows of the cache, with the signals that were asked for.
+
+    Raises:
+        BadData: A shard is corrupt, or the tables disagree about a row.
+    """
+    samples = [_sample(cache, int(row), wanted) for row in rows]
+    names = samples[0].keys()
+    data: dict[str, Any] = {name: pad([s[name] for s in samples]) for name in names if not name.startswith("level ")}
+    levels = tuple(
+        _level(layer, unit, samples, wanted)
+        for layer, unit in layers_of(tuple(wanted))
+    )  # fmt: skip
+    return Batch(rows=tuple(int(r) for r in rows), levels=levels, **data)
+
+
+def pad(arrays: Sequence[Array]) -> Tensor:
+    """Stack arrays [n, ...] of different n into [B, max n (at least 1), ...], zeros after each one's end.
+
+    uint16 arrays are the bits of bfloat16 numbers and come out as such.
+    """
+    most = max(1, *(len(a) for a in arrays))
+    stacked = np.zeros((len(arrays), most, *arrays[0].shape[1:]), arrays[0].dtype)
+    for row, array in enumerate(arrays):
+        stacked[row, : len(array)] = array
+    if stacked.dtype == np.uint16:
+        return torch.from_numpy(stacked.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(stacked)
+
+
+def _sample(cache: Cache, row: int, wanted: frozenset[Signal]) -> dict[str, Array]:
+    """Arrays of one row, named like the fields of Batch."""
+    cache.same_document(row)
+    document, teacher, student = cache.documents[row], cache.teachers[row], cache.students[row]
+    sample = _student_arrays(student)
+    sample |= _teacher_arrays(teacher, {s.name for s in wanted})
+    sample |= _alignment_arrays(student, teacher, row)
+    if any(s.kind.unit for s in wanted):
+        sample |= _level_arrays(document, student, teacher, wanted)
+    return sample
+
+
+def _true(count: int) -> Array:
+    return np.ones(count, np.bool_)
+
+
+def _student_arrays(student: Row) -> dict[str, Array]:
+    ids = student["token_ids"].astype(np.int64)
+    predict = predictors(student["targets"])
+    return {
+        "student_ids_BS": ids,
+        "student_valid_BS": _true(len(ids)),
+        "predict_BN": predict,
+        "target_BN": ids[predict + 1],
+        "predict_valid_BN": _true(len(predict)),
+    }
+
+
+def _teacher_arrays(teacher: Row, names: set[str]) -> dict[str, Array]:
+    ids, targets = teacher["token_ids"].astype(np.int64), teacher["targets"]
+    kept, predict = kept_rows(targets), predictors(targets)
+    arrays = {
+        "teacher_valid_BR": _true(len(kept)),
+        "teacher_predict_BM": np.searchsorted(kept, predict).astype(np.int64),
+        "teacher_input_BM": ids[predict],
+        "teacher_target_BM": ids[predict + 1],
+        "teacher_predict_valid_BM": _true(len(predict)),
+    }
+    if "hidden_last" in names:
+        arrays["teacher_hidden_BRD"] = teacher["hidden_last"]
+    if "attention_last" in names:
+        arrays["teacher_attention_BR"] = teacher["attention_last"][kept]
+    if "entropy" in names:
+        arrays["teacher_entropy_BM"] = teacher["entropy"]
+    if "argmax" in names:
+        arrays["teacher_argmax_BM"] = teacher["argmax"].astype(np.int64)
+    return arrays
+
+
+def _alignment_arrays(student: Row, teacher: Row, row: int) -> dict[str, Array]:
+    """Aligned spans inside the targets, and exact pairs of predictions."""
+    s_KR, t_KR = student["student_spans"].astype(np.int64), student["teacher_spans"].astype(np.int64)
+    s_target, t_target = student["targets"], teacher["targets"]
+    if len(t_KR) and (t_KR[:, 1].max() > len(t_target) or s_KR[:, 1].max() > len(s_target)):
+        raise BadData(f"row {row}: an aligned span lies outside the tokens of its document")
+    inside = s_target[s_KR[:, 0]] & t_target[t_KR[:, 0]]
+    s_KR, t_KR = s_KR[inside], t_KR[inside]
+    kept = kept_rows(t_target)
+    first = np.searchsorted(kept, t_KR[:, 0]).astype(np.int64)
+    exact = (s_KR[:, 1] - s_KR[:, 0] == 1) & (t_KR[:, 1] - t_KR[:, 0] == 1) & (s_KR[:, 0] > 0) & (t_KR[:, 0] > 0)
+    pairs = np.stack(
+        [
+            np.searchsorted(predictors(s_target), s_KR[exact, 0] - 1),
+            np.searchsorted(predictors(t_target), t_KR[exact, 0] - 1),
+        ],
+        axis=1,
+    ).astype(np.int64)
+    return {
+        "span_student_BK2": s_KR,
+        "span_teacher_BK2": np.stack([first, first + t_KR[:, 1] - t_KR[:, 0]], axis=1),
+        "span_valid_BK": _true(len(s_KR)),
+        "pairs_BE2": pairs,
+        "pair_valid_BE": _true(len(pairs)),
+    }
+
+
+def _level_arrays(document: Row, student: Row, teacher: Row, wanted: frozenset[Signal]) -> dict[str, Array]:
+    arrays: dict[str, Array] = {}
+    phrases = document["phrases"]
+    for unit, column in (("word", "words"), ("phrase", "phrases")):
+        spans = document[column]
+        ranges = student["word_tokens" if unit == "word" else "phrase_tokens"].astype(np.int64)
+        arrays[f"level {unit} student"] = ranges
+        arrays[f"level {unit} seen"] = ranges[:, 1] > ranges[:, 0]
+        arrays[f"level {unit} in_phrase"] = inside_any(spans, phrases) if unit == "word" else _true(len(spans))
+        targets = document["segments"][np.asarray(document["targets"], np.bool_)]
+        arrays[f"level {unit} in_target"] = inside_any(spans, targets)
+    for signal in wanted:
+        if signal.kind.unit:
+            arrays[f"level {signal.column}"] = teacher[signal.column]
+    return arrays
+
+
+def inside_any(spans: Array, outer: Array) -> Array:
+    """Which of `spans` [U, 2] lie inside one of `outer` [P, 2], [U] bool.
+
+    >>> inside_any(np.array([[0, 2], [3, 5]]), np.array([[0, 4]]))
+    array([ True, False])
+    """
+    if len(outer) == 0 or len(spans) == 0:
+        return np.zeros(len(spans), np.bool_)
+    starts, ends = outer[:, 0], np.maximum.accumulate(outer[np.argsort(outer[:, 0], kind="stable")][:, 1])
+    place = np.searchsorted(np.sort(starts), spans[:, 0], side="right") - 1
+    return np.asarray((place >= 0) & (ends[np.maximum(place, 0)] >= spans[:, 1]))
+
+
+def _level(layer: int, unit: str, samples: Sequence[dict[str, Array]], wanted: frozenset[Signal]) -> Level:
+    def column(name: str) -> str:
+        return f"level {Signal(name, layer, unit).column}"
+
+    def stacked(name: str) -> Tensor:
+        return pad([s[f"level {unit} {name}"] for s in samples])
+
+    cosines = vectors = None
+    if Signal("span_geometry", layer, unit) in wanted:
+        most = max(1, *(len(s[f"level {unit} seen"]) for s in samples))
+        cosines = torch.zeros(len(samples), most, most)
+        for number, sample in enumerate(samples):
+            count = len(sample[f"level {unit} seen"])
+            packed = torch.from_numpy(sample[column("span_geometry")].astype(np.float32))
+            cosines[number, :count, :count] = unpack_triangle(packed, count)
+    if Signal("span_vectors", layer, unit) in wanted:
+        vectors = pad([s[column("span_vectors")] for s in samples])
+    mass_BU = pad([s[column("span_mass")] for s in samples])
+    return Level(
+        layer=layer,
+        unit=unit,
+        student_BU2=stacked("student"),
+        valid_BU=stacked("seen") & (mass_BU > 0),  # a span the teacher has no token in has no mass
+        in_phrase_BU=stacked("in_phrase"),
+        in_target_BU=stacked("in_target"),
+        mass_BU=mass_BU,
+        cosines_BUU=cosines,
+        vectors_BUD=vectors,
+    )
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: BaseException
+
+
+def prefetched(make: Callable[[], Iterator[T]], depth: int = 2) -> Iterator[T]:
+    """The items of `make()`, produced in a thread at most `depth` ahead; its errors are raised here."""
+    items: queue.Queue[T | _Failed | None] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(item: T | _Failed | None) -> None:
+        while not stop.is_set():
+            try:
+                return items.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in make():
+                put(item)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(_Failed(error))
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        while (item := items.get()) is not None:
+            if isinstance(item, _Failed):
+                raise item.error
+            yield item
+    finally:
+        stop.set()
+        thread.join()
