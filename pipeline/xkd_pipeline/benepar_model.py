@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -79,12 +80,12 @@ def load_model(path: Path) -> Any:
     import torch
     from benepar.parse_chart import ChartParser
 
-    # torch names this error after a module that nothing here imports
-    not_weights = vars(torch.serialization)["pickle"].UnpicklingError
+    # what torch raises for a file that is no list of tensors; the class lives in a module that nothing here imports
+    not_tensors = (vars(torch.serialization)["pickle"].UnpicklingError, EOFError, struct.error)
     try:
         with special_tokens_answered():
             return ChartParser.from_trained(str(path)).eval()
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, not_weights) as error:
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, *not_tensors) as error:
         line = " ".join(str(error).split())[:200]
         raise BadData(f"{path} cannot be loaded as a benepar model: {line}", next="copy it again") from error
 

@@ -149,7 +149,7 @@ class Encoder:
         for piece in pieces:
             if piece.segment < 0:
                 ids = self._glue(piece.glue)
-                if frames and frames[-1].end >= 0 and not before and ids and ids[0] in self._enders():
+                if frames and frames[-1].end >= 0 and ids and ids[0] in self._enders():
                     frames[-1] = Frame(before=frames[-1].before, end=ids.pop(0))
                 before += ids
                 continue

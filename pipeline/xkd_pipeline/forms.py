@@ -122,7 +122,7 @@ def choose_form(
         present = ", ".join(sorted({key for row in sample for key in row})[:20])
         raise UsageError(
             f"{name}: no row fits {form if form != AUTO else 'any form'}; the rows have {present}",
-            next="say which column is which, as --columns prompt=question,response=answer",
+            next="say which column is which, as --column prompt=question --column response=answer",
         )
     remarks = []
     if fitting[chosen] < len(sample):

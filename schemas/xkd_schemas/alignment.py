@@ -91,15 +91,16 @@ def align(student: Tokens, teacher: Tokens, segment_ends: Int32s) -> tuple[Int32
     spans_K4 = grouped_spans(
         student.spans[student_at_S], student_first, teacher.spans[teacher_at_T], teacher_first, limit
     )
-    student_K2 = np.stack([student_at_S[spans_K4[:, 0]], student_at_S[spans_K4[:, 1] - 1] + 1], axis=1)
-    teacher_K2 = np.stack([teacher_at_T[spans_K4[:, 2]], teacher_at_T[spans_K4[:, 3] - 1] + 1], axis=1)
-    student_ends_E2, teacher_ends_E2 = _end_pairs(student, teacher, limit)
-    if len(student_ends_E2):
-        student_K2 = np.concatenate([student_K2, student_ends_E2])
-        teacher_K2 = np.concatenate([teacher_K2, teacher_ends_E2])
-        order_K = np.argsort(student_K2[:, 0], kind="stable")
-        student_K2, teacher_K2 = student_K2[order_K], teacher_K2[order_K]
-    return student_K2.astype(np.int32), teacher_K2.astype(np.int32)
+    size, ends_E2 = len(spans_K4), _end_pairs(student, teacher, limit)
+    aligned_K4 = np.empty((size + len(ends_E2), 4), dtype=np.int32)
+    aligned_K4[:size, 0] = student_at_S[spans_K4[:, 0]]
+    aligned_K4[:size, 1] = student_at_S[spans_K4[:, 1] - 1] + 1
+    aligned_K4[:size, 2] = teacher_at_T[spans_K4[:, 2]]
+    aligned_K4[:size, 3] = teacher_at_T[spans_K4[:, 3] - 1] + 1
+    aligned_K4[size:, 0::2] = ends_E2
+    aligned_K4[size:, 1::2] = ends_E2 + 1
+    aligned_K4 = aligned_K4[np.argsort(aligned_K4[:, 0], kind="stable")]
+    return aligned_K4[:, :2], aligned_K4[:, 2:]
 
 
 def exact_pairs(student_spans: Int32s, teacher_spans: Int32s) -> Int32s:
@@ -135,21 +136,24 @@ def token_ranges(tokens: Tokens, intervals_K2: Int32s) -> Int32s:
 
 
 def _content(tokens: Tokens, segment_ends: Int32s) -> tuple[Int64s, Int64s]:
-    """Indices [S] of the content tokens, and where each segment's begin among them [G + 1]."""
+    """Indices [S] of the content tokens, and where each segment's begin among them [G + 1].
+
+    A token belongs to the segment it starts in; an empty interval at a border to the segment behind the border.
+    """
     at_S = np.flatnonzero(tokens.kinds == CONTENT)
-    segment_S = np.searchsorted(segment_ends, tokens.spans[at_S, 0], side="right")
-    segment_S = np.minimum(segment_S, max(len(segment_ends) - 1, 0))
-    return at_S, np.searchsorted(segment_S, np.arange(len(segment_ends) + 1))
+    first = np.zeros(len(segment_ends) + 1, dtype=np.int64)
+    first[1:-1] = np.searchsorted(tokens.spans[at_S, 0], segment_ends[:-1], side="left")
+    first[-1] = len(at_S) if len(segment_ends) else 0
+    return at_S, first
 
 
-def _end_pairs(student: Tokens, teacher: Tokens, limit: int) -> tuple[Int64s, Int64s]:
-    """One-token ranges [E, 2] of the end tokens that both models have at the same character."""
-    student_at, teacher_at = np.flatnonzero(student.kinds == END), np.flatnonzero(teacher.kinds == END)
-    chars, ours, theirs = np.intersect1d(
-        student.spans[student_at, 1], teacher.spans[teacher_at, 1], assume_unique=True, return_indices=True
+def _end_pairs(student: Tokens, teacher: Tokens, limit: int) -> Int32s:
+    """Indices [E, 2] of the end tokens that both models have at the same character."""
+    ours, theirs = (
+        {int(row.spans[at, 1]): int(at) for at in np.flatnonzero(row.kinds == END)} for row in (student, teacher)
     )
-    student_E, teacher_E = student_at[ours][chars <= limit], teacher_at[theirs][chars <= limit]
-    return np.stack([student_E, student_E + 1], axis=1), np.stack([teacher_E, teacher_E + 1], axis=1)
+    pairs = [(at, theirs[char]) for char, at in ours.items() if char in theirs and char <= limit]
+    return np.array(pairs, dtype=np.int32).reshape(-1, 2)
 
 
 @functools.cache

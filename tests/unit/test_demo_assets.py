@@ -1,5 +1,6 @@
 """What data/demo_assets.py makes, checked on small archives built here: no network, no model."""
 
+import doctest
 import importlib.util
 import io
 import json
@@ -89,11 +90,12 @@ def test_dialogues_pair_neighbours_and_answer_lists_pair_with_their_question(tmp
 def test_prose_rows_are_neighbouring_passages_of_one_chapter_without_legal_text(tmp_path: Path) -> None:
     chapters = [" ".join(f"{name}{i} " + "word " * 18 + "end." for i in range(9)) for name in ("x", "y")]
 
-    rows = text.prose_rows(novel(tmp_path / "s.tar.gz", *chapters))
+    rows, counts = text.prose_rows(novel(tmp_path / "s.tar.gz", *chapters))
 
     assert [p.removeprefix(text.CONTINUE).split()[0] for p, _ in rows] == ["x0", "x4", "y0", "y4"]
     assert [r.split()[0] for _, r in rows] == ["x2", "x6", "y2", "y6"]
     assert all(side.endswith("end.") and "Legal" not in side for row in rows for side in row)
+    assert list(counts.values()) == [40]  # words of x8 and y8
 
 
 @given(st.lists(st.tuples(st.text("aAb ?", max_size=4), st.text("xyz", max_size=3)), max_size=60), st.randoms())
@@ -107,6 +109,10 @@ def test_no_prompt_and_no_answer_is_on_both_sides_and_no_row_is_lost_uncounted(r
     assert {r for _, r in train}.isdisjoint(r for _, r in held)
     assert len(train) + len(held) + sum(dropped.values()) == len(rows)
     assert text.split(again) == (train, held, dropped)
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(text) == doctest.TestResults(failed=0, attempted=2)
 
 
 def test_about_a_tenth_is_held_out() -> None:

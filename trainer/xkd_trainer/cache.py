@@ -107,7 +107,7 @@ class Cache:
 
     def check_tokenizer(self, identity: dict[str, str]) -> None:
         """Mismatch where the student's tokenizer is not the one the cache was aligned for."""
-        stored: dict[str, Any] = self.students.manifest.spec["encoder"]
+        stored: dict[str, Any] = self.students.manifest.spec["encoder"]["tokenizer"]
         theirs = {key: stored.get(key, "absent") for key in identity}
         refuse_differences(
             self.students.folder, identity, theirs, advice=f"xkd-cache align {self.root} --student YOUR_STUDENT"
@@ -164,7 +164,7 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
         raise InputMissing(f"{root} has no finished students table", next=f"xkd-cache align {root} --student ...")
     fitting = []
     for candidate in names:
-        encoder = Table(root, f"students/{candidate}").manifest.spec["encoder"]
+        encoder = Table(root, f"students/{candidate}").manifest.spec["encoder"]["tokenizer"]
         if all(encoder.get(key) == value for key, value in identity.items()):
             fitting.append(candidate)
     if not fitting:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from xkd_schemas.errors import BadData
 
-CHUNK_ELEMENTS = 1 << 24
-"""Elements of the largest temporary that `centrality` and `prediction_stats` hold (64 MB in float32)."""
+CHUNK_ELEMENTS = 1 << 22
+"""Elements of each temporary of `centrality` and `prediction_stats`, 16 MB in float32 (64 MB was twice as slow)."""
 
 STD_FLOOR = 1e-5
 """Added to the standard deviation in eq. 5 of MTA, as the authors' code does."""
@@ -183,9 +183,12 @@ def prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for first in range(0, len(logits_NV), step):
         rows = slice(first, first + step)
         chunk_NV = at_least_float32(logits_NV[rows])
-        entropy_N[rows] = torch.special.entr(chunk_NV.softmax(-1)).sum(-1)
-        argmax_N[rows] = chunk_NV.argmax(-1)
-        logsumexp_N[rows] = chunk_NV.logsumexp(-1)
+        log_p_NV = chunk_NV.log_softmax(-1)
+        best_N1 = chunk_NV.argmax(-1, keepdim=True)
+        argmax_N[rows] = best_N1.squeeze(-1)
+        logsumexp_N[rows] = (chunk_NV.gather(-1, best_N1) - log_p_NV.gather(-1, best_N1)).squeeze(-1)
+        surprise_NV = log_p_NV.neg().clamp_max_(torch.finfo(log_p_NV.dtype).max)  # 0 * max is 0, 0 * inf is NaN
+        entropy_N[rows] = torch.linalg.vecdot(log_p_NV.exp_(), surprise_NV)
     return entropy_N, argmax_N, logsumexp_N
 
 

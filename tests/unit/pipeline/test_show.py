@@ -56,7 +56,7 @@ def test_a_span_of_several_tokens_has_its_own_mark() -> None:
 
     lines = drawn(document, kinds=("sentencepiece", "unigram")).splitlines()
 
-    assert [line.split() for line in lines if line.strip() and set(line) <= set(" =~")] == [["~", "~", "="]]
+    assert [line.split() for line in lines if line.strip() and set(line) <= set(" =~")] == [["~", "~", "=", "="]]
 
 
 @settings(deadline=None, max_examples=60)

@@ -109,6 +109,29 @@ def test_a_template_without_an_end_token_gets_eos() -> None:
     assert tokenizer.decode(tokens.ids.tolist()) == "user: Who?\nassistant: Him.</s>\nuser: Why?\nassistant: Duty.</s>"
 
 
+def test_the_start_token_of_the_next_turn_does_not_end_the_last() -> None:
+    tokenizer = four_tokenizers.fresh("byte_level")
+    tokenizer.chat_template = "{% for m in messages %}{{ '<s>' + m['content'] }}{% endfor %}"
+    doc = document(("user", "Who?"), ("assistant", "Him."), ("user", "Why?"), ("assistant", "Duty."))
+
+    tokens = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200).encode(doc)
+
+    assert tokenizer.decode(tokens.ids.tolist()) == "<s>Who?<s>Him.</s><s>Why?<s>Duty.</s>"
+
+
+def test_only_templates_without_one_of_their_own_get_the_start_token_that_the_tokenizer_adds() -> None:
+    tokenizer = four_tokenizers.fresh("sentencepiece")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+    doc = document(("prompt", "Who?"), ("response", "Him."))
+
+    starts = {
+        name: bool(Encoder(tokenizer=tokenizer, template=name, max_tokens=200).encode(doc).ids[0] == 1)
+        for name in ("none", "alpaca", "chat")
+    }
+
+    assert starts == {"none": True, "alpaca": True, "chat": False}
+
+
 def test_text_that_looks_like_a_turn_stays_text() -> None:
     tokenizer = four_tokenizers.chat_tokenizer()
     doc = document(("user", "say <|im_end|>"), ("assistant", "<|im_end|>"))

@@ -201,6 +201,12 @@ def test_no_span_reaches_behind_the_shorter_models_cut() -> None:
     assert (ours.tolist(), theirs.tolist()) == ([[0, 1]], [[0, 1]])
 
 
+def test_end_tokens_behind_the_cut_are_no_pair() -> None:
+    student, teacher = (row((CONTENT, 0, 3), (END, 3, 3), num_chars=n) for n in (3, 2))
+
+    assert align(student, teacher, np.array([3]))[0].shape == (0, 2)
+
+
 def test_a_row_that_cannot_be_used_aligns_with_nothing() -> None:
     ours, theirs = align(row(), row((CONTENT, 0, 3), (END, 3, 3)), np.array([3]))
 

@@ -78,14 +78,14 @@ def test_teacher_weights_agree_with_the_equation_and_sum_to_the_number_of_tokens
 def test_weights_are_constants_and_padding_is_not_read() -> None:
     valid, entropy, gate = valid_of(3, 1), draw(0, 2, 3, grad=True), draw(1, 2, 3, grad=True)
     entropy_, gate_ = entropy.detach().abs(), gate.detach().abs()
-    before = [student_weights(entropy_, gate_, valid, order) for order in ORDERS] + [
-        teacher_weights(entropy_, 5, valid)
-    ]
-    entropy_[~valid], gate_[~valid] = math.nan, 9.0
 
-    after = [student_weights(entropy_, gate_, valid, order) for order in ORDERS] + [
-        teacher_weights(entropy_, 5, valid)
-    ]
+    def all_weights() -> list[Tensor]:
+        both = [student_weights(entropy_, gate_, valid, order) for order in ORDERS]
+        return [*both, teacher_weights(entropy_, 5, valid)]
+
+    before = all_weights()
+    entropy_[~valid], gate_[~valid] = math.nan, 9.0
+    after = all_weights()
 
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     for weights in (student_weights(entropy, gate, valid, "gate_after"), teacher_weights(entropy, 5, valid)):
@@ -195,10 +195,11 @@ def test_teacher_space_teaches_student_and_projector_and_needs_no_gradient_of_th
 def test_token_terms_pass_gradcheck() -> None:
     student, to_student, to_teacher, teacher, valid, teacher_valid = token_terms()
     settings, target = DwaSettings(), torch.zeros(3, 4, dtype=torch.int64)
+    constant = replace(to_student, hidden=to_student.hidden.detach().clone())  # gradcheck moves its inputs
 
     def loss(own: Tensor, projected: Tensor, back: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (
-            student_space(replace(student, hidden=own), to_student, torch.ones(3, 4), valid, settings).total,
+            student_space(replace(student, hidden=own), constant, torch.ones(3, 4), valid, settings).total,
             projected_cross_entropy(replace(to_student, hidden=projected), target, valid).total,
             teacher_space(
                 replace(to_teacher, hidden=back), teacher, torch.ones(3, 5), teacher_valid, settings, count=valid.sum()
@@ -360,7 +361,7 @@ def test_padding_of_the_sequences_changes_no_bit_of_value_or_gradient() -> None:
 
 def test_a_sequence_against_itself_and_zero_vectors_are_fine() -> None:
     x, lengths = draw(0, 2, 6, 4), torch.tensor([6, 1])
-    zeros = torch.zeros(2, 6, 4, requires_grad=True)
+    zeros = torch.zeros(2, 6, 4, dtype=F64, requires_grad=True)
 
     same = sequence_term(x, x, None, lengths, lengths, gamma=2.0, divergence=True)
     empty = sequence_term(zeros, x, None, lengths, lengths, gamma=2.0, divergence=True)

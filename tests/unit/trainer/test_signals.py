@@ -226,6 +226,14 @@ def test_prediction_stats_take_the_first_of_equal_logits_and_have_no_gradient() 
     assert [len(x) for x in prediction_stats(torch.zeros(0, 4))] == [0, 0, 0]
 
 
+def test_a_class_that_cannot_be_adds_nothing_to_the_entropy() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.5]])
+
+    with_impossible = prediction_stats(torch.cat([logits, torch.full((1, 2), -torch.inf)], -1))
+
+    torch.testing.assert_close(with_impossible, prediction_stats(logits))
+
+
 def test_a_row_of_attention_is_summed_over_heads_and_normalised_over_the_document() -> None:
     row = torch.rand(3, 2, 5, generator=slow.generator(12))
     valid = slow.mask([5, 3, 0])

@@ -206,6 +206,28 @@ def test_costs_beyond_the_kernels_exponents_are_still_exact(scale: float) -> Non
 
 
 @needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_costs_stay_with_the_compiled_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softdtw, "torch_soft_dtw", lambda *_: pytest.fail("the slow backend was used"))
+    cost = torch.full((1, 20, 30), 1e6, dtype=dtype)
+
+    assert soft_dtw(cost, *lengths_of(cost), gamma=0.01).item() == pytest.approx(30e6, rel=1e-6)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_gradient_is_a_denormal_number(dtype: torch.dtype) -> None:
+    """Far off the path it would be one, and processors are tens of times slower on them."""
+    generator = torch.Generator().manual_seed(0)
+    cost = torch.rand(1, 256, 256, generator=generator, dtype=dtype) * 3.0
+
+    _, gradient = value_and_gradient(cost, *lengths_of(cost), 0.2)
+
+    assert (gradient[gradient != 0].min() >= torch.finfo(dtype).tiny).all()
+    assert (gradient == 0).any()
+
+
+@needs_numba
 def test_float32_gradient_is_within_a_hundred_thousandth_of_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 256, 64, generator=generator), torch.randn(2, 256, 64, generator=generator)
@@ -230,7 +252,6 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_numba
 def test_realistic_costs_take_no_longer_than_uniform_ones() -> None:
-    """Far off the path the gradient would be a denormal number, which is tens of times slower."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(4, 256, 256, generator=generator), torch.randn(4, 256, 256, generator=generator)
     uniform, realistic = torch.rand(4, 256, 256, generator=generator), torch.cdist(x, y) ** 2 / 16

@@ -10,6 +10,7 @@ only, gathered by mask and padded. Deviations from the authors' code, an option 
 * band positions count from 1, as in the paper; the code counts from 0.
 
 Every term is a sum over tokens, to be divided by the number of the student's response tokens in the whole step.
+Call all of it outside an autocast context: costs, softmaxes and weights are meant to be float32 or better.
 
 Shape legend for this file
     B documents    N student predictions    M teacher predictions    D width    V classes

@@ -5,9 +5,10 @@ made for a few tokens at a time, and the gradient of that chunk is taken at once
 not grow with the number of tokens, and nothing is computed twice. Nothing here knows models, batches or papers.
 
 Shape legend for this file
-    N positions    D width of the states    V classes    C positions of one chunk
+    N positions    D width of the states    V classes    C positions of one chunk    P positions of a part of it
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from xkd_trainer.losses.divergence import Kind, divergence
 from xkd_trainer.losses.term import at_least_float32
 
 CHUNK_BYTES = 32 << 20
-"""Size of one chunk of logits; a divergence holds two, the student's and the teacher's, and two temporaries."""
+"""Size of one chunk of logits; a divergence holds two, the student's and the teacher's, and about two temporaries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,24 +158,33 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
         return loss_C, log_q_CV.exp_().sub_(p_CV).div_(how.temperature)
 
     def other(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf_CV = logits_CV.requires_grad_()
-            loss_C = divergence(
-                leaf_CV, constant.at(rows).dense(), how.kind, temperature=how.temperature,
-                skew=how.skew, adaptive_alpha=how.adaptive_alpha,
-            )  # fmt: skip
-            (slope_CV,) = torch.autograd.grad(loss_C.sum(), leaf_CV)
-        return loss_C.detach(), slope_CV
+        teacher_CV = constant.at(rows).dense()
+        losses = []
+        for part in _slices(logits_CV.shape[0], math.ceil(logits_CV.shape[0] / 8)):  # a dozen temporaries of this size
+            leaf_PV = logits_CV[part].detach().requires_grad_()
+            with torch.enable_grad():
+                loss_P = divergence(
+                    leaf_PV, teacher_CV[part], how.kind, temperature=how.temperature,
+                    skew=how.skew, adaptive_alpha=how.adaptive_alpha,
+                )  # fmt: skip
+                (slope_PV,) = torch.autograd.grad(loss_P.sum(), leaf_PV)
+            logits_CV[part] = slope_PV
+            losses.append(loss_P.detach())
+        return torch.cat(losses), logits_CV
 
     return _weighted_sum(student, weights_N, forward_kl if how.kind == "forward_kl" else other)
+
+
+def _slices(num: int, size: int) -> Iterator[slice]:
+    """0 to `num` in ranges of at most `size`."""
+    for first in range(0, num, size):
+        yield slice(first, min(first + size, num))
 
 
 def _chunks(logits: LazyLogits) -> Iterator[slice]:
     """Ranges of positions whose logits take at most CHUNK_BYTES, one position at least."""
     row_bytes = logits.weight.shape[0] * max(4, logits.weight.dtype.itemsize)
-    size = max(1, CHUNK_BYTES // max(1, row_bytes))
-    for first in range(0, logits.hidden.shape[0], size):
-        yield slice(first, min(first + size, logits.hidden.shape[0]))
+    return _slices(logits.hidden.shape[0], max(1, CHUNK_BYTES // max(1, row_bytes)))
 
 
 def _scattered(parts: list[Tensor], valid: Tensor, logits: LazyLogits) -> Tensor:

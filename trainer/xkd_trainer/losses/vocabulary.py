@@ -68,15 +68,33 @@ def _reading(vocabulary: Mapping[str, int]) -> Callable[[str], bytes]:
     return MARKS[mark] if marked[mark] else _plain
 
 
-def _ids_by_bytes(vocabulary: Mapping[str, int]) -> dict[bytes, int]:
+def _ids_by_bytes(vocabulary: Mapping[str, int], read: Callable[[str], bytes]) -> dict[bytes, int]:
     """One id for each byte string: of several, a token of ordinary text before a byte token, then the lowest id."""
-    read = _reading(vocabulary)
     found: dict[bytes, tuple[bool, int]] = {}
     for token, number in vocabulary.items():
         candidate = (read is _sentencepiece and BYTE_TOKEN.fullmatch(token) is not None, number)
         text = read(token)
         found[text] = min(candidate, found.get(text, candidate))
     return {text: number for text, (_, number) in found.items()}
+
+
+def _same_bytes(student_vocab: Mapping[str, int], teacher_vocab: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Pairs of ids of equal bytes; in one style equal strings first, so that a vocabulary shares all with itself."""
+    read_student, read_teacher = _reading(student_vocab), _reading(teacher_vocab)
+    pairs: list[tuple[int, int]] = []
+    if read_student is read_teacher:
+        pairs = _same_strings(student_vocab, teacher_vocab)
+        equal = student_vocab.keys() & teacher_vocab.keys()
+        student_vocab = {token: number for token, number in student_vocab.items() if token not in equal}
+        teacher_vocab = {token: number for token, number in teacher_vocab.items() if token not in equal}
+    student = _ids_by_bytes(student_vocab, read_student)
+    teacher = _ids_by_bytes(teacher_vocab, read_teacher)
+    return pairs + [(number, teacher[text]) for text, number in student.items() if text in teacher]
+
+
+def _same_strings(student_vocab: Mapping[str, int], teacher_vocab: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Pairs of ids of equal token strings."""
+    return [(number, teacher_vocab[token]) for token, number in student_vocab.items() if token in teacher_vocab]
 
 
 def shared_vocabulary(
@@ -95,19 +113,14 @@ def shared_vocabulary(
     Args:
         student_vocab: Token string -> id, as `tokenizer.get_vocab()` gives it.
         teacher_vocab: The same of the teacher.
-        mode: mapped: equal bytes, as the module says. exact: equal token strings, as SRA's code does
-            (arXiv 2605.01205): between a byte-level and a SentencePiece vocabulary that shares no
-            token that starts a word.
+        mode: mapped: equal bytes, as the module says; two vocabularies of one style pair equal strings first.
+            exact: equal token strings, as SRA's code does (arXiv 2605.01205): a byte-level and a
+            SentencePiece vocabulary then share no token that starts a word.
 
     Raises:
         UsageError: the vocabularies share nothing.
     """
-    if mode == "mapped":
-        student, teacher = _ids_by_bytes(student_vocab), _ids_by_bytes(teacher_vocab)
-        pairs = [(number, teacher[text]) for text, number in student.items() if text in teacher]
-    else:
-        pairs = [(number, teacher_vocab[token]) for token, number in student_vocab.items() if token in teacher_vocab]
-    pairs.sort()
+    pairs = sorted((_same_bytes if mode == "mapped" else _same_strings)(student_vocab, teacher_vocab))
     if not pairs:
         raise UsageError(
             f"sra: vocabularies of {len(student_vocab)} and {len(teacher_vocab)} tokens share none ({mode})",

