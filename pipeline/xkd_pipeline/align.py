@@ -52,8 +52,8 @@ class AlignStage:
             size = documents.manifest.commits[unit].rows
             rows = [documents.shard(unit).row(i) for i in range(size)]
             teacher = [tokens_at(teachers.shard(unit).row(i)) for i in range(size)]
-            columns, totals = align_rows(encoder, rows, teacher)
-            totals.counts.update(token_counts(documents, unit, columns.pop("tokens")))
+            tokens, columns, counts = align_rows(encoder, rows, teacher)
+            totals = Totals(counts=counts | token_counts(documents, unit, tokens))
             return write_shard(self.folder, unit, STUDENTS, columns, totals=totals)
 
         return make
@@ -71,8 +71,10 @@ def tokens_at(row: Row) -> Tokens:
     )
 
 
-def align_rows(encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens]) -> tuple[dict[str, Any], Totals]:
-    """Columns of the students table, with the tokens themselves under "tokens", and totals.
+def align_rows(
+    encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens]
+) -> tuple[list[Tokens], dict[str, Any], dict[str, int]]:
+    """The student's tokens, the columns of the students table, and what the alignment counts.
 
     A document the teacher could not read has the status `teacher:REASON` and no tokens.
     """
@@ -92,7 +94,6 @@ def align_rows(encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens])
         "teacher_spans": [t for _, t in aligned],
         "word_tokens": [token_ranges(s, row["words"]) for s, row in zip(tokens, rows, strict=True)],
         "phrase_tokens": [token_ranges(s, row["phrases"]) for s, row in zip(tokens, rows, strict=True)],
-        "tokens": tokens,
     }
     exact = [((s[:, 1] - s[:, 0] == 1) & (t[:, 1] - t[:, 0] == 1)) for s, t in aligned]
     counts = {
@@ -103,7 +104,7 @@ def align_rows(encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens])
             s.status == OK and s.num_chars < t.num_chars for s, t in zip(tokens, teacher, strict=True)
         ),
     }
-    return columns, Totals(counts=counts)
+    return tokens, columns, counts
 
 
 _NONE: Int32s = np.zeros((0, 2), np.int32)

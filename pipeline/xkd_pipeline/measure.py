@@ -84,7 +84,7 @@ def _predictions(
     positions = [predictors(r.tokens.targets) for r in readings]
     hidden_ND = torch.cat([states.last_BLD[i, torch.from_numpy(p)] for i, p in enumerate(positions)])
     step = max(1, LOGIT_BYTES // (4 * head.weight_VD.shape[0]))
-    parts = [prediction_stats(head(chunk_ND)) for chunk_ND in hidden_ND.split(step)]
+    parts = [prediction_stats(head(chunk_ND)) for chunk_ND in torch.split(hidden_ND, step)]
     stats = {
         name: torch.cat([part[place] for part in parts]).cpu().numpy() if parts else np.empty(0, np.float32)
         for place, name in enumerate(("entropy", "argmax", "logsumexp"))

@@ -163,7 +163,7 @@ def _columns(
         columns.append(
             _Column(
                 _texts(document, teacher, teacher_first, teacher_end), _texts(document, student, first, end),
-                EXACT,
+                EXACT if exact else MANY,
             )
         )  # fmt: skip
         ours, theirs = end, teacher_end

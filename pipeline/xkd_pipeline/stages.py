@@ -39,12 +39,12 @@ def documents_stage(run: RunFile, workers: Workers) -> Outcome:
     sources = [open_source(name, form=d.form, columns=d.columns) for name in d.corpus]
     for source in sources:
         say(source.describe())
-    given = {"max_words": d.max_words, "drop_contained": d.drop_contained}
     parser = ParserSettings(
         kind=d.parser,
         model=d.spacy_model,
         benepar_model=d.parser_model,
-        **{key: value for key, value in given.items() if value is not None},
+        max_words=d.max_words,
+        drop_contained=d.drop_contained,
     )
     limits = Limits(rows_per_shard=d.rows_per_shard, max_chars=d.max_chars, max_reject=d.max_reject)
     root = Path(run.cache)

@@ -31,8 +31,8 @@ class DocumentsSection(_Section):
     """spaCy pipeline: an installed package or a folder."""
     parser_model: str | None = None
     """Folder of the benepar model."""
-    max_words: int | None = Field(default=None, ge=0)
-    """Longest phrase in words, 0 for no limit; None is the parser's default."""
+    max_words: int = Field(default=12, ge=0)
+    """Longest phrase in words, 0 for no limit."""
     drop_contained: bool | None = None
     """Drop phrases inside other phrases; None is the parser's default."""
     rows_per_shard: int = Field(default=512, ge=1)

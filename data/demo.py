@@ -1,0 +1,126 @@
+"""The demo behind `make demo`: one teacher pass, two students of equal size and steps, one table.
+
+Run after data/demo_assets.py. Every step is a command that you could type; it is printed, timed, and skipped by the
+command itself where its result is there already.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BIN = Path(sys.executable).parent
+RUN = Path("runs/demo.toml")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished command."""
+
+    title: str
+    seconds: float
+    result: dict[str, Any]
+    reused: bool
+
+
+def main() -> None:
+    """Run all steps, print the table, write demo/report.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    steps = [
+        _step("cache of the training rows", ["xkd-cache", "preprocess", str(RUN)], _made),
+        _step("cache of the held-out rows", ["xkd-cache", "preprocess", str(RUN), *_held(out)], _made),
+    ]
+    students = {"without teacher": "ce=1", "with teacher": _distilled_loss()}
+    rows: dict[str, dict[str, Any]] = {"teacher": _evaluate(out, "teacher", out / "teacher", steps)}
+    for name, loss in students.items():
+        folder = out / f"student-{name.replace(' ', '-')}-{arguments.seed}"
+        command = ["xkd-train", "--run", str(RUN), "--loss", loss, "--out", str(folder), "--seed", str(arguments.seed)]
+        steps.append(_step(f"train the student {name}", command, lambda r: not r["terms"]))
+        rows[name] = _evaluate(out, f"student {name}", folder, steps)
+    table = _table(rows)
+    student = out / f"student-with-teacher-{arguments.seed}"
+    (out / "report.md").write_text(_report(table, steps, student), encoding="utf-8")
+    print(f"\n{table}\nstudent: {student}\nreport:  {out / 'report.md'}")
+
+
+def _distilled_loss() -> str:
+    import tomllib
+
+    return str(tomllib.loads(RUN.read_text())["train"]["loss"])
+
+
+def _held(out: Path) -> list[str]:
+    """The same run on the held-out rows, with nothing kept but what agreement needs."""
+    sets = [f"cache={out}/held-cache", f'documents.corpus=["{out}/held.jsonl"]', "teacher.losses=[]"]
+    return [part for setting in sets for part in ("--set", setting)]
+
+
+def _step(title: str, command: list[str], reused: Any) -> Step:
+    """Run one command with --json; its progress goes to the terminal."""
+    print(f"\n== {title}\n   $ {' '.join(command)}", flush=True)
+    start = time.monotonic()
+    done = subprocess.run([BIN / command[0], *command[1:], "--json"], stdout=subprocess.PIPE, text=True, check=False)
+    seconds = time.monotonic() - start
+    *lines, last = done.stdout.strip().splitlines() or [""]
+    for line in lines:
+        print(f"   {line}")
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    result = json.loads(last)
+    step = Step(title, seconds, result, bool(reused(result)))
+    print(f"   {seconds:.0f} s{', reused what was there' if step.reused else ''}", flush=True)
+    return step
+
+
+def _made(result: dict[str, Any]) -> bool:
+    return all(stage["made"] == 0 for stage in result["stages"])
+
+
+def _evaluate(out: Path, name: str, folder: Path, steps: list[Step]) -> dict[str, Any]:
+    """Evaluation of one model on the held-out rows; kept beside the model and reused while the model is the same."""
+    command = ["xkd-train", "eval", str(folder), "--data", str(out / "held.jsonl"), "--template", "chat"]
+    command += ["--no-rouge"] if name == "teacher" else ["--shards", str(out / "held-cache"), *_ROUGE]
+    kept = out / f"eval-{folder.name}.json"
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    if kept.exists() and (stored := json.loads(kept.read_text()))["stamp"] == stamp:
+        steps.append(Step(f"evaluate the {name}", 0.0, stored["result"], True))
+        print(f"\n== evaluate the {name}\n   {kept}: reused what was there")
+        return dict(stored["result"])
+    steps.append(_step(f"evaluate the {name}", command, lambda _: False))
+    kept.write_text(json.dumps({"stamp": stamp, "result": steps[-1].result}))
+    return steps[-1].result
+
+
+_ROUGE = ["--seeds", "10", "--limit", "48", "--max-new-tokens", "48"]
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> str:
+    head = "| | bits per byte | agrees with the teacher | ROUGE-L |\n|---|---|---|---|\n"
+    lines = []
+    for name, row in rows.items():
+        label = "teacher" if name == "teacher" else f"student {name}"
+        agreement = f"{row['agreement']:.1f} %" if "agreement" in row else ""
+        rouge = f"{row['rouge_l']:.1f}" if "rouge_l" in row else ""
+        lines.append(f"| {label} | {row['bits_per_byte']:.3f} | {agreement} | {rouge} |\n")
+    return head + "".join(lines)
+
+
+def _report(table: str, steps: list[Step], student: Path) -> str:
+    times = "".join(f"| {step.title} | {step.seconds:.0f} s{' (reused)' if step.reused else ''} |\n" for step in steps)
+    return (
+        f"# Demo\n\nHeld-out rows, settings of {RUN}.\n\n{table}\n| step | time |\n|---|---|\n{times}\n"
+        f"The student with teacher is in `{student}`:\n"
+        f"`AutoModelForCausalLM.from_pretrained({str(student)!r})`.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
