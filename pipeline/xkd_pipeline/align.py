@@ -10,15 +10,16 @@ import numpy as np
 from xkd_pipeline.build import Built, build
 from xkd_pipeline.columns import documents_units, token_columns, token_counts
 from xkd_pipeline.documents import document_at
-from xkd_pipeline.encode import Encoder, load_tokenizer
 from xkd_pipeline.run import Make, Workers
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_schemas.alignment import align, token_ranges
+from xkd_schemas.encode import Encoder
 from xkd_schemas.files import sha256_of
 from xkd_schemas.manifest import Commit
 from xkd_schemas.table import Row, Table
 from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION, Int32s, Tokens
+from xkd_trainer.models import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

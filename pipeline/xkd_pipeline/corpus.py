@@ -15,10 +15,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.forms import AUTO, FORMS, check_fields, choose_form
-from xkd_pipeline.parts import FOLDER_SUFFIXES, SUFFIXES, Content, Part, count_file, exactly, file_rows
-from xkd_pipeline.rows import RawRow, RejectedRow, parsed_row, read_documents
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
+from xkd_schemas.forms import AUTO, FORMS, check_fields, choose_form
+from xkd_schemas.parts import FOLDER_SUFFIXES, SUFFIXES, Content, Part, count_file, exactly, file_rows
+from xkd_schemas.rows import RawRow, RejectedRow, parsed_row, read_documents
 
 __all__ = ["RawRow", "RejectedRow", "Source", "open_source", "read_documents"]
 

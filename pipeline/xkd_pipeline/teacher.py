@@ -13,20 +13,20 @@ from xkd_pipeline.build import Built, build
 from xkd_pipeline.capture import TeacherSettings, capture
 from xkd_pipeline.columns import documents_units, token_columns, token_counts
 from xkd_pipeline.documents import document_at
-from xkd_pipeline.encode import Encoder, load_tokenizer
 from xkd_pipeline.measure import Reading
 from xkd_pipeline.run import Make, Workers
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_pipeline.teacher_files import constants_of, export, moments, std_of, weights_identity
 from xkd_schemas.alignment import token_ranges
+from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import UsageError
 from xkd_schemas.manifest import Commit
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, teacher_schema
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import check_head
-from xkd_trainer.models import dtype_named, load_model
+from xkd_trainer.models import dtype_named, load_model, load_tokenizer
 
 CAPTURE_VERSION: Final = 1
 """Bump when the same settings would give other bytes."""

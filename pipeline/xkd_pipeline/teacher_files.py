@@ -11,13 +11,12 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from xkd_pipeline.encode import load_tokenizer
 from xkd_schemas.files import sha256_of, sync_folder, write_beside
 from xkd_schemas.manifest import Commit
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import head_of
-from xkd_trainer.models import split_gguf
+from xkd_trainer.models import load_tokenizer, split_gguf
 
 
 def weights_identity(name: str) -> dict[str, str]:

@@ -194,9 +194,16 @@ def generate(
             ids_BL[row, longest - count :] = torch.from_numpy(prompts[index].astype(np.int64))
             seen_BL[row, longest - count :] = 1
         output = model.generate(
-            input_ids=ids_BL.to(model.device), attention_mask=seen_BL.to(model.device), do_sample=True, temperature=1.0,
-            top_p=1.0, top_k=0, max_new_tokens=max_new_tokens, pad_token_id=filler, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
+            input_ids=ids_BL.to(model.device),
+            attention_mask=seen_BL.to(model.device),
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=filler,
+            eos_token_id=tokenizer.eos_token_id,
+        )
         for index, row_ids in zip(group, output[:, longest:].tolist(), strict=True):
             said[index] = tokenizer.decode(row_ids, skip_special_tokens=True)
     return said

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from xkd_schemas.errors import InputMissing, Refused, UsageError
 from xkd_schemas.tokenizers import encode_texts
@@ -90,6 +91,7 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         from transformers import GgufConfig
 
         options = {"dtype": dtype, "gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+    disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_pipeline.forms import FORMS
-from xkd_pipeline.lines import LongLine
-from xkd_pipeline.rows import RawRow, RejectedRow, read_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError
+from xkd_schemas.forms import FORMS
+from xkd_schemas.lines import LongLine
+from xkd_schemas.rows import RawRow, RejectedRow, read_documents
 
 
 def read(form: str, *contents: object, max_chars: int = 1000) -> tuple[list[Document], list[RejectedRow]]:

@@ -12,18 +12,16 @@ Shape legend for this file
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from xkd_pipeline.intervals import Encoding, content_intervals, cut_point
-from xkd_pipeline.templates import Layout, layout, template_named
 from xkd_schemas.documents import Document
-from xkd_schemas.errors import InputMissing, Refused, UsageError
+from xkd_schemas.errors import UsageError
+from xkd_schemas.intervals import Encoding, content_intervals, cut_point
+from xkd_schemas.templates import Layout, layout, template_named
 from xkd_schemas.tokenizers import encode_texts, identity, name_of
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Int32s, Tokens
 
@@ -226,44 +224,3 @@ def _assemble(
     return Tokens(
         status=status, num_chars=num_chars, ids=np.concatenate(ids), spans=spans_T2, kinds=kinds_T, targets=targets_T
     )
-
-
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """A fast tokenizer from a folder, from FOLDER/FILE.gguf, or by its name on the Hugging Face hub.
-
-    Raises:
-        InputMissing: Nothing of that name, or the folder holds no tokenizer that can be read.
-        Refused: The tokenizer brings its own code and `trust_remote_code` is False.
-        UsageError: It is a slow tokenizer, without character offsets.
-    """
-    from transformers import AutoTokenizer  # seconds to import, and only this function needs it
-
-    path = Path(name)
-    gguf = path.suffix == ".gguf"
-    folder = path.parent if gguf else path
-    looks_local = gguf or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if (gguf and not path.is_file()) or (looks_local and not folder.is_dir()):
-        raise InputMissing(f"{name} is not there", next="name a model folder, FOLDER/FILE.gguf or a hub model")
-    _readable_json(folder / "tokenizer.json")
-    options = {"gguf_file": path.name} if gguf else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise Refused(f"{name}: this tokenizer runs code of its own", next="--trust-remote-code") from error
-        place = "in this folder" if folder.is_dir() else "here or on the hub"
-        first_line = next(iter(str(error).splitlines()), "")[:160]
-        raise InputMissing(
-            f"{name}: no tokenizer {place} that can be read ({first_line})", next="check the name and the connection"
-        ) from error
-    encode_texts(tokenizer, [""])
-    return tokenizer
-
-
-def _readable_json(path: Path) -> None:
-    """Refuse half a tokenizer.json here, because the tokenizers library raises a bare Exception for it."""
-    if path.is_file():
-        try:
-            json.loads(path.read_bytes())
-        except ValueError as error:
-            raise InputMissing(f"{path} is not JSON: {error}", next="copy the model folder again") from error

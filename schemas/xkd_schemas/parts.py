@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from xkd_pipeline.lines import BOM, Hash, Line, LongLine, expand, read_chunks, split_lines, trimmed
-from xkd_pipeline.tables import count_table_rows, table_rows
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
+from xkd_schemas.lines import BOM, Hash, Line, LongLine, expand, read_chunks, split_lines, trimmed
+from xkd_schemas.tables import count_table_rows, table_rows
 
 MARK_EVERY: Final = 4096
 """Rows between two remembered places of a plain JSONL file."""

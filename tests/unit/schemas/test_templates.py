@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import four_tokenizers
-from xkd_pipeline.encode import Encoder
-from xkd_pipeline.templates import layout
 from xkd_schemas.documents import Document, document_of
+from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import UsageError
+from xkd_schemas.templates import layout
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
 
 

@@ -13,9 +13,9 @@ from typing import Final
 
 import orjson
 
-from xkd_pipeline.forms import Form, form_named
-from xkd_pipeline.lines import LongLine
 from xkd_schemas.documents import Document, document_of
+from xkd_schemas.forms import Form, form_named
+from xkd_schemas.lines import LongLine
 
 MAX_CHARS: Final = 1_000_000
 """Characters of the longest document that is taken."""
