@@ -35,8 +35,8 @@ class TeacherSettings:
 def batches_of(lengths: Sequence[int], batch_tokens: int, multiple: int) -> Iterator[list[int]]:
     """Documents with tokens, longest first, cut so that padded batches stay within `batch_tokens`.
 
-    >>> list(batches_of([3, 0, 9, 8], batch_tokens=32, multiple=8))
-    [[2, 3], [0]]
+    >>> list(batches_of([3, 0, 16, 15, 14], batch_tokens=32, multiple=8))
+    [[2, 3], [4], [0]]
     """
     order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: (-lengths[i], i))
     batch: list[int] = []
