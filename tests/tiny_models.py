@@ -3,6 +3,7 @@
 Weights are random and large enough that attention and predictions are far from uniform. Nothing comes from a network.
 """
 
+import atexit
 import functools
 import json
 import shutil
@@ -163,8 +164,6 @@ def tiny_cache() -> Tiny:
 
 @functools.cache
 def _session_folder() -> Path:
-    import atexit
-
     folder = Path(tempfile.mkdtemp(prefix="xkd-tiny-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

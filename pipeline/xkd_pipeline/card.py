@@ -7,8 +7,11 @@ from xkd_schemas.manifest import Manifest, read_record
 
 def readme(root: Path) -> str:
     """Text of the card for the tables that are sealed below `root`."""
-    found = sorted(root.glob("documents/manifest.json")) + sorted(root.glob("*s/*/manifest.json"))
-    manifests = [read_record(path, Manifest) for path in found]
+    manifests = [
+        read_record(path, Manifest)
+        for pattern in ("documents", "students/*", "teachers/*")
+        for path in sorted(root.glob(f"{pattern}/manifest.json"))
+    ]
     configs = "".join(
         f"- config_name: {m.table.replace('/', '-')}\n  data_files: {m.table}/*.arrow\n"
         + ("  default: true\n" if m.table == "documents" else "")

@@ -1,5 +1,6 @@
 """xkd-cache: parse the command line, call a stage, say what it did."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,14 @@ def _workers(run: RunFile, gpus: float, address: str | None) -> Workers:
     return Workers(count=run.workers, gpus=gpus, address=address)
 
 
+def _echo(as_json: bool) -> Callable[[str], None]:
+    return _silent if as_json else say
+
+
+def _silent(_line: str) -> None:
+    """With --json, standard output holds one object and nothing else."""
+
+
 def _tell(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         say_json(outcome.values)
@@ -89,7 +98,7 @@ def documents(
         field, _, name = pair.partition("=")
         flags[f"documents.columns.{field}"] = name
     run = _run_of(None, sets, flags)
-    _tell(documents_stage(run, _workers(run, 0.0, ray_address)), as_json)
+    _tell(documents_stage(run, _workers(run, 0.0, ray_address), _echo(as_json)), as_json)
 
 
 @app.command()
@@ -164,7 +173,7 @@ def preprocess(
     Example: xkd-cache preprocess runs/demo.toml --workers 2
     """
     run = _run_of(run_file, sets, {"workers": workers})
-    outcomes = run_all(run, _workers(run, gpus_per_worker, ray_address))
+    outcomes = run_all(run, _workers(run, gpus_per_worker, ray_address), _echo(as_json))
     if as_json:
         say_json({"stages": [outcome.values for outcome in outcomes]})
 

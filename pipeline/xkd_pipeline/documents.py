@@ -91,30 +91,28 @@ def document_at(row: Row) -> Document:
 
 
 def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]:
-    """Cut every source into units by input rows, so that no worker count can change a shard."""
+    """Cut every source into units by input rows, so that no worker count can change a shard; folders are not named."""
     return tuple(
-        Unit(source=source.name, first=first, rows=min(rows_per_shard, source.num_rows - first))
+        Unit(source=Path(source.name).name, first=first, rows=min(rows_per_shard, source.num_rows - first))
         for source in sources
         for first in range(0, source.num_rows, rows_per_shard)
     )
 
 
-def _jobs(sources: Sequence[Source], units: Sequence[Unit], missing: Iterable[int]) -> Iterator[DocumentsJob]:
+def _jobs(sources: Sequence[Source], rows_per_shard: int, missing: Iterable[int]) -> Iterator[DocumentsJob]:
     """Jobs in order; each source is read forward once, from the first row that is needed."""
-    wanted = sorted(missing)
-    by_name = {source.name: source for source in sources}
-    current: tuple[str, int, Iterator[RawRow]] | None = None
-    for number in wanted:
-        unit = units[number]
-        if current is None or current[0] != unit.source:
-            current = (unit.source, unit.first, by_name[unit.source].rows(unit.first))
-        name, at, stream = current
+    units = units_of(sources, rows_per_shard)
+    owners = [number for number, source in enumerate(sources) for _ in units_of([source], rows_per_shard)]
+    current: tuple[int, int, Iterator[RawRow]] | None = None
+    for number in sorted(missing):
+        unit, owner = units[number], owners[number]
+        source = sources[owner]
+        if current is None or current[0] != owner:
+            current = (owner, unit.first, source.rows(unit.first))
+        _, at, stream = current
         rows = list(islice(stream, unit.first - at + unit.rows))[unit.first - at :]
-        current = (name, unit.first + unit.rows, stream)
-        source = by_name[name]
-        yield DocumentsJob(
-            unit=number, source=Path(source.name).name, form=source.form, columns=dict(source.columns), rows=rows
-        )
+        current = (owner, unit.first + unit.rows, stream)
+        yield DocumentsJob(unit=number, source=unit.source, form=source.form, columns=dict(source.columns), rows=rows)
 
 
 def make_documents(
@@ -155,7 +153,7 @@ def make_documents(
         if len(commits) == len(units) and sum(c.rows for c in commits) == 0:
             raise BadData(f"no usable row in {total} ({_reasons(commits)})", next="check the form of the rows")
 
-    return build(store, stage, lambda missing: _jobs(sources, units, missing), workers, watch=watch)
+    return build(store, stage, lambda missing: _jobs(sources, limits.rows_per_shard, missing), workers, watch=watch)
 
 
 def _reasons(commits: Iterable[Commit]) -> str:

@@ -9,7 +9,8 @@ from xkd_schemas.manifest import Commit, Plan, read_record
 def table_states(root: Path) -> list[dict[str, Any]]:
     """One dict per table that was begun: table, units, done, documents, bytes, sealed."""
     states = []
-    for plan_path in [*sorted(root.glob("documents/plan.json")), *sorted(root.glob("*s/*/plan.json"))]:
+    patterns = ("documents", "students/*", "teachers/*")
+    for plan_path in (path for pattern in patterns for path in sorted(root.glob(f"{pattern}/plan.json"))):
         plan = read_record(plan_path, Plan)
         commits = [read_record(path, Commit) for path in sorted((plan_path.parent / "commits").glob("[0-9]*.json"))]
         states.append(

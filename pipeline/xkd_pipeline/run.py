@@ -54,12 +54,15 @@ def run_units(stage: Stage, jobs: Iterable[Any], workers: Workers, done: Callabl
 
 
 class _Actor:
-    """The loaded stage, and nothing else."""
+    """The loaded stage, and nothing else. Loaded with the first job, so that an error in it arrives as itself."""
 
     def __init__(self, stage: Stage) -> None:
-        self._make = stage.load()
+        self._stage = stage
+        self._make: Make | None = None
 
     def make(self, job: Any) -> Commit:
+        if self._make is None:
+            self._make = self._stage.load()
         return self._make(job)
 
 

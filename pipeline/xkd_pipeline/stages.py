@@ -1,7 +1,7 @@
 """The three stages as a run file asks for them, and one line about each result."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,14 @@ class Outcome:
     values: dict[str, Any]
 
 
-def documents_stage(run: RunFile, workers: Workers) -> Outcome:
-    """Read and parse the corpus."""
+def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
+    """Read and parse the corpus; `echo` is told at once what each source was taken for."""
     d = run.documents
     if not d.corpus:
         raise UsageError("no corpus is named", next="xkd-cache documents FILE... --out cache/")
     sources = [open_source(name, form=d.form, columns=d.columns) for name in d.corpus]
     for source in sources:
-        say(source.describe())
+        echo(source.describe())
     parser = ParserSettings(
         kind=d.parser,
         model=d.spacy_model,
@@ -57,7 +57,12 @@ def documents_stage(run: RunFile, workers: Workers) -> Outcome:
     return _outcome(
         built,
         f"{m.rows} documents, {m.count('words')} words, {m.count('phrases')} phrases, {rejected} rows rejected{extra}",
-        {"words": m.count("words"), "phrases": m.count("phrases"), "rejected": rejected},
+        {
+            "sources": [source.describe() for source in sources],
+            "words": m.count("words"),
+            "phrases": m.count("phrases"),
+            "rejected": rejected,
+        },
     )
 
 
@@ -162,11 +167,11 @@ def only_teacher(root: Path) -> str:
     return names[0]
 
 
-def preprocess(run: RunFile, workers: Workers) -> list[Outcome]:
-    """All three stages, in order; what is there is reused."""
-    outcomes: list[Outcome] = []
-    stages: Sequence[Any] = (documents_stage, teacher_stage, align_stage)
-    for stage in stages:
+def preprocess(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> list[Outcome]:
+    """All three stages, in order; what is there is reused. `echo` is told about each as it ends."""
+    outcomes = [documents_stage(run, workers, echo)]
+    echo(outcomes[-1].line)
+    for stage in (teacher_stage, align_stage):
         outcomes.append(stage(run, workers))
-        say(outcomes[-1].line)
+        echo(outcomes[-1].line)
     return outcomes

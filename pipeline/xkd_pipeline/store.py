@@ -16,7 +16,18 @@ from typing import Any
 from xkd_pipeline.card import readme
 from xkd_schemas.errors import BadData, Busy, DiskFailed
 from xkd_schemas.files import disk_errors, inside, put_if_absent, replace, sha256_of
-from xkd_schemas.manifest import Commit, Manifest, Plan, Spec, Unit, read_record, refuse_differences, sealed, to_json
+from xkd_schemas.manifest import (
+    Commit,
+    Manifest,
+    Plan,
+    Spec,
+    Unit,
+    is_whole,
+    read_record,
+    refuse_differences,
+    sealed,
+    to_json,
+)
 
 
 @contextlib.contextmanager
@@ -100,9 +111,20 @@ class Store:
         put_if_absent(self.folder / "commits" / f"{record.unit:05d}.json", to_json(record))
 
     def manifest(self) -> Manifest | None:
-        """The sealed manifest, if all its shards are still there and whole."""
+        """The sealed manifest; None where it or a file it names is missing or damaged and must be made again."""
         path = self.folder / "manifest.json"
-        return read_record(path, Manifest) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            manifest = read_record(path, Manifest)
+        except BadData:
+            return None
+        whole = is_whole(manifest) and all(self._holds(name, digest) for name, digest in manifest.files.items())
+        return manifest if whole else None
+
+    def _holds(self, name: str, digest: str) -> bool:
+        places = (inside(self.folder, name), inside(self.folder, "tokenizer", name))
+        return any(path.is_file() and sha256_of(path) == digest for path in places)
 
     def seal(self, commits: dict[int, Commit], constants: dict[str, Any], files: dict[str, str]) -> Manifest:
         """Write the manifest once all units are done, and remove files that no record names."""

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from xkd_schemas.errors import BadData, InputMissing, Mismatch
 from xkd_schemas.files import SAFE_NAME
@@ -132,6 +132,13 @@ def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], 
     )  # fmt: skip
 
 
+def is_whole(manifest: Manifest) -> bool:
+    """True where the manifest matches the digests it carries."""
+    m = manifest
+    content = [m.table, m.spec, [c.model_dump(mode="json") for c in m.commits], m.constants, m.files]
+    return digest(content) == m.root and digest(m.spec) == m.spec_id
+
+
 def to_json(record: BaseModel) -> bytes:
     """Indented JSON with a final newline, the same bytes for the same record."""
     return (json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
@@ -144,17 +151,23 @@ def read_record(path: Path, kind: type[M]) -> M:
     """Read plan, commit or manifest; InputMissing, BadData or Mismatch says what is wrong with it."""
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputMissing(f"{path} is not there", next="run the xkd-cache command that makes this table") from None
+    except OSError as error:
+        what = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise InputMissing(f"{path} {what}", next=_MAKE) from None
     try:
         data = json.loads(content)
+        canonical(data)  # refuses what is no JSON: NaN and infinite numbers
         newest = int(data.get("min_reader", 0)) if kind is not Commit else 0
         if newest > FORMAT:
             raise Mismatch(f"{path}: format {newest}, this program reads up to {FORMAT}", next="upgrade xkd-toolkit")
         return kind.model_validate(data)
-    except (ValueError, ValidationError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # ValidationError is a ValueError
         line = " ".join(str(error).split())[:200]
-        raise BadData(f"{path} cannot be read as {kind.__name__.lower()}: {line}", next="xkd-cache verify") from error
+        advice = f"delete {path.parent} and {_MAKE}" if kind is Plan else _MAKE
+        raise BadData(f"{path} cannot be read as {kind.__name__.lower()}: {line}", next=advice) from error
+
+
+_MAKE = "run the xkd-cache command that makes this table"
 
 
 def differences(ours: Spec, theirs: Spec, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -132,24 +132,24 @@ def load_runfile(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:
         except OSError as error:
             raise InputMissing(f"run file {path}: {error.strerror}", next="give the path of a .toml file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputMissing(f"run file {path} is not TOML: {error}") from None
+            raise InputMissing(f"run file {path} is not TOML: {error}", next="mend that line") from None
     for override in overrides:
         _apply(data, override)
     try:
         return RunFile.model_validate(data)
     except ValidationError as error:
-        raise UsageError(_explain(str(path or "--set"), error)) from None
+        raise _explained(str(path or "--set"), error) from None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals:
-        raise UsageError(f"--set {override}: expected section.key=value")
+        raise UsageError(f"--set {override}: no '='", next="write --set section.key=value")
     *sections, key = dotted.strip().split(".")
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise UsageError(f"--set {override}: {section} is not a section")
+            raise UsageError(f"--set {override}: {section} is not a section", next="write --set section.key=value")
     data[key] = toml_value(text.strip())
 
 
@@ -165,14 +165,14 @@ def toml_value(text: str) -> Any:
         return text
 
 
-def _explain(where: str, error: ValidationError) -> str:
+def _explained(where: str, error: ValidationError) -> UsageError:
     first = error.errors()[0]
     dotted = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), _known(first["loc"][:-1]), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(_known(first['loc'][:-1]))}"
-        return f"{where}: {dotted!r} is not a key{hint}"
-    return f"{where}: {dotted}: {first['msg']}, found {first['input']!r}"
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(_known(first['loc'][:-1]))}"
+        return UsageError(f"{where}: {dotted!r} is not a key", next=hint)
+    return UsageError(f"{where}: {dotted}: {first['msg']}, found {first['input']!r}", next=f"change {dotted}")
 
 
 def _known(path: Sequence[int | str]) -> list[str]:
@@ -192,7 +192,7 @@ def settings_error(loss: str, error: ValidationError, fields: Mapping[str, Any])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, list(fields), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-        return UsageError(f"losses.{loss}: {key!r} is not a setting; {hint}")
+        return UsageError(f"losses.{loss}: {key!r} is not a setting", next=hint)
     choices = get_args(fields[key].annotation) if key in fields else ()
     known = f" (one of {', '.join(map(str, choices))})" if choices else ""
-    return UsageError(f"losses.{loss}.{key}: {first['msg']}{known}, found {first['input']!r}")
+    return UsageError(f"losses.{loss}.{key}: {first['msg']}{known}, found {first['input']!r}", next=f"change {key}")

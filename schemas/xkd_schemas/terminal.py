@@ -42,9 +42,17 @@ def run(command: str, app: Callable[[], object]) -> None:
     except XkdError as error:
         _leave(command, error)
     except KeyboardInterrupt:
-        _leave(command, Interrupted("interrupted", kept=_KEPT, next="run the same command again to go on"))
+        _leave(command, _interrupted())
+    except SystemExit as leaving:  # typer turns Ctrl-C into a silent exit
+        if leaving.code != Interrupted.exit_code:
+            raise
+        _leave(command, _interrupted())
     except MemoryError:
         _leave(command, OutOfMemory("out of memory", kept=_KEPT, next="use smaller batches"))
+
+
+def _interrupted() -> Interrupted:
+    return Interrupted("interrupted", kept=_KEPT, next="run the same command again to go on")
 
 
 _KEPT = "everything that was committed or saved so far"

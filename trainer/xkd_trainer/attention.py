@@ -111,5 +111,5 @@ def install(model: PreTrainedModel) -> None:
     except ValueError as error:
         raise UsageError(
             f"the attention of {type(model).__name__} cannot be read: {error}",
-            next="use weights that need no attention map: --set sra.weights=centrality",
+            next="use weights that need no attention map: --set losses.sra.weights=uniform",
         ) from error

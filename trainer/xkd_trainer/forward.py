@@ -106,7 +106,7 @@ def run(
         if count - 1 not in heard.rows:
             raise UsageError(
                 f"{type(model).__name__} has no attention map in its last block",
-                next="use weights that need none: --set sra.weights=centrality",
+                next="use weights that need none: --set losses.sra.weights=uniform",
             )
         row_BL = normalised_row(heard.rows[count - 1], valid_BL)
     return States(last_BLD=last_BLD, layers=kept, attention_BL=row_BL)

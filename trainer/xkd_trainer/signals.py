@@ -153,7 +153,7 @@ def unpack_triangle(packed: Tensor, K: int) -> Tensor:
     if packed.shape != (K * (K - 1) // 2,):
         raise BadData(
             f"span geometry: {tuple(packed.shape)} cosines do not fit {K} spans, which need {K * (K - 1) // 2}",
-            next="xkd-cache verify",
+            next="delete the teacher's table, then run xkd-cache teacher and align again",
         )
     matrix_KK = torch.eye(K, dtype=packed.dtype, device=packed.device)
     rows, columns = torch.triu_indices(K, K, offset=1, device=packed.device)

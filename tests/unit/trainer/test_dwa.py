@@ -378,7 +378,7 @@ def test_a_sequence_against_itself_and_zero_vectors_are_fine() -> None:
 def test_defaults_are_those_of_the_paper_and_the_scripts() -> None:
     s = DwaSettings()
 
-    assert (s.ce, s.kd, s.dtw, s.temperature, s.gamma, s.gamma_steps) == (0.5, 0.5, 0.2, 2.0, 2.0, 0)
+    assert (s.kd, s.dtw, s.temperature, s.gamma, s.gamma_steps) == (0.5, 0.2, 2.0, 2.0, 0)
     assert (s.band, s.band_width, s.band_beta, s.band_centre_mix, s.band_penalty) == ("soft", 5.0, 2.0, 0.7, 1.0)
     assert (s.student_space.kind, s.teacher_space.kind, s.student_weight) == (
         "forward_kl",

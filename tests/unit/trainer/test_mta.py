@@ -6,8 +6,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import slow_losses as slow
-from xkd_schemas.errors import UsageError
-from xkd_trainer.losses.mta import MtaSettings, dsa, hid, span_weights, strided_layers
+from xkd_trainer.losses.mta import MtaSettings, dsa, hid, span_weights
 from xkd_trainer.losses.term import LossTerm
 from xkd_trainer.signals import centrality, cosine_matrix, pool_spans
 
@@ -250,38 +249,6 @@ def test_span_weights_are_equation_9_in_each_document(seed: int) -> None:
 
 def test_documents_without_mass_weigh_nothing() -> None:
     assert (span_weights(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)) == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("settings", "blocks", "pairs"),
-    [
-        ({}, (12, 48), ((6, 24), (9, 36), (12, 48))),
-        ({"num_layers": 6, "stride": 2}, (24, 24), tuple((n, n) for n in range(14, 25, 2))),
-        ({"num_layers": 5, "stride": 2}, (24, 32), ((16, 21), (18, 24), (20, 26), (22, 29), (24, 32))),
-        ({"student_layers": (2, 4), "teacher_layers": (5, 9)}, (4, 12), ((2, 5), (4, 9))),
-        ({"num_layers": 2}, (2, 2), ((1, 1), (2, 2))),
-    ],
-)
-def test_layers_are_those_of_the_paper(settings: dict, blocks: tuple[int, int], pairs: tuple) -> None:
-    assert strided_layers(MtaSettings(**settings), *blocks) == pairs
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_layers": 3}, r"student layers \[0, 1, 2\] are not ascending blocks from 1 to 2"),
-        ({"student_layers": (1, 2), "teacher_layers": (1,)}, r"2 student layers and 1 teacher layers"),
-        ({"student_layers": (2, 1)}, r"student layers \[2, 1\] are not ascending"),
-        ({"student_layers": (1, 2), "teacher_layers": (1, 9)}, r"teacher layers \[1, 9\] .* from 1 to 4"),
-        ({"teacher_layers": (1,), "num_layers": 1}, None),
-    ],
-)
-def test_layers_that_cannot_be_are_refused(settings: dict, message: str | None) -> None:
-    if message is None:
-        assert strided_layers(MtaSettings(**settings), 2, 4) == ((2, 1),)
-        return
-    with pytest.raises(UsageError, match=message):
-        strided_layers(MtaSettings(**settings), 2, 4)
 
 
 def test_settings_refuse_unknown_keys_and_values() -> None:

@@ -18,8 +18,6 @@ class DwaSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ce: Weight = 0.5
-    """Weight of the student's own cross-entropy, l_CE. Scripts: 0.5."""
     kd: Weight = 0.5
     """Weight of the token level, eq. 16: student space, teacher space and projected cross-entropy. Scripts: 0.5."""
     dtw: Weight = 0.2

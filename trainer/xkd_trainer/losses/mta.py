@@ -17,7 +17,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.geometry import cosine_distance, pair_disagreement, pair_weights
 from xkd_trainer.losses.term import LossTerm, at_least_float32, term
 
@@ -31,17 +30,15 @@ class MtaSettings(BaseModel):
     """Weight of DSA. Paper: 2 for GPT-2 and Qwen1.5, 3 for OPT; 0 turns it off."""
     lambda_hid: float = Field(default=0.2, ge=0)
     """Weight of Hid. Paper: 0.2, and 0.3 for OPT. The code has one weight, w (DSA + Hid / 10); 0 turns it off."""
-    student_pooling: Literal["own", "teacher", "uniform"] = "own"
+    student_pooling: Literal["own", "uniform"] = "own"
     """Token weights that pool the student's spans (eq. 8 leaves it open).
 
-    own: centrality of the student's own states, without gradient (the code). teacher: the teacher's
-    weights, only where both have the same tokens. uniform: plain mean.
+    own: centrality of the student's own states, without gradient (the code). uniform: plain mean.
     """
-    hid: Literal["spans", "token", "off"] = "spans"
-    """Vectors that Hid compares. token: eq. 13 and the code, only where both have the same tokens.
+    hid: Literal["spans", "off"] = "spans"
+    """Vectors that Hid compares. spans: span vectors, weighted by the teacher's span weights; works across tokenizers.
 
-    spans: the same on span vectors, weighted by the teacher's span weights; works across tokenizers.
-    The authors' cross-tokenizer code drops Hid (off).
+    Eq. 13 and the code compare tokens, which needs one tokenizer. The authors' cross-tokenizer code drops Hid (off).
     """
     hid_layers: Literal["mean", "sum"] = "mean"
     """Over the picked layers. sum: eq. 13. mean: the code; lambda_hid then means the same for any number of layers."""
@@ -49,50 +46,10 @@ class MtaSettings(BaseModel):
     """Words of the word-level layer. all: the paper's text. in_phrases: the code, only words inside a kept phrase."""
     spans_over: Literal["all", "response"] = "all"
     """all: prompt and response, as paper and code do. response: spans of target segments only."""
-    span_weights: Literal["centrality", "entropy", "uniform"] = "centrality"
-    """Teacher token weights whose sum weighs a span. centrality: eq. 5-7, 9.
-
-    entropy: 1 - H / log V of the teacher's prediction, a later flag of the code. uniform: each span 1
-    (the paper's ablation "no weights").
-    """
+    span_weights: Literal["centrality", "uniform"] = "centrality"
+    """Teacher token weights whose sum weighs a span. centrality: eq. 5-7, 9. uniform: each span 1 ("no weights")."""
     student_layers: tuple[int, ...] = ()
-    """Student blocks, 1 is the first, ascending; the first is word-level. Empty: `strided_layers`."""
-    teacher_layers: tuple[int, ...] = ()
-    """Teacher blocks, one for each of student_layers. Empty: floor(l N_T / N_S), which is the paper's rule.
-
-    The authors' OPT script has 20 23 26 29 32 where the rule gives 21 24 26 29 32.
-    """
-    num_layers: int = Field(default=3, ge=1)
-    """How many layers `strided_layers` picks. Paper: 3 is best on GPT-2; the scripts have 3, 6 and 5."""
-    stride: int = Field(default=0, ge=0)
-    """Blocks between picked student layers. Scripts: 3 for GPT-2, 2 for Qwen1.5 and OPT. 0: a quarter of all."""
-
-
-def strided_layers(settings: MtaSettings, student_blocks: int, teacher_blocks: int) -> tuple[tuple[int, int], ...]:
-    """(student block, teacher block) pairs, ascending, 1 is the first block; the first pair is word-level.
-
-    >>> strided_layers(MtaSettings(), 12, 48)
-    ((6, 24), (9, 36), (12, 48))
-
-    Raises:
-        UsageError: a listed block does not exist, the lists do not match, or the stride leaves the model.
-    """
-    stride = settings.stride or max(1, student_blocks // 4)
-    strided = range(student_blocks - stride * (settings.num_layers - 1), student_blocks + 1, stride)
-    student = settings.student_layers or tuple(strided)
-    teacher = settings.teacher_layers or tuple(layer * teacher_blocks // student_blocks for layer in student)
-    if len(student) != len(teacher):
-        raise UsageError(
-            f"mta: {len(student)} student layers and {len(teacher)} teacher layers",
-            next="give student_layers and teacher_layers the same length",
-        )
-    for name, layers, blocks in (("student", student, student_blocks), ("teacher", teacher, teacher_blocks)):
-        if min(layers) < 1 or max(layers) > blocks or list(layers) != sorted(set(layers)):
-            raise UsageError(
-                f"mta: {name} layers {list(layers)} are not ascending blocks from 1 to {blocks}",
-                next=f"set mta.{name}_layers, or a smaller mta.num_layers or mta.stride",
-            )
-    return tuple(zip(student, teacher, strict=True))
+    """Student blocks (1 is the first), one for each cached level, lowest first. Empty: those at the same depth."""
 
 
 def span_weights(mass_BK: Tensor, valid_BK: Tensor) -> Tensor:

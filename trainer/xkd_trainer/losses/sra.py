@@ -1,8 +1,9 @@
 """SRA, Span Representation Alignment (arXiv 2605.01205): pieces of text both models cut out, as centres of mass.
 
-L = alpha L_CE + (1 - alpha) (cos L_cos + geo L_Geo + L_KD). L_cos pulls each projected student
-span vector to the teacher's, L_Geo compares the cosines between span vectors, L_KD compares what
-the two heads predict from the span vectors, on the classes both vocabularies have.
+L = alpha L_CE + (1 - alpha) (cos L_cos + geo L_Geo + L_KD); the code's alpha 0.5 is `--loss ce=0.5,sra=0.5`.
+L_cos pulls each projected student span vector to the teacher's, L_Geo compares the cosines between
+span vectors, L_KD compares what the two heads predict from the span vectors, on the classes both
+vocabularies have.
 
 Shape legend for this file
     B documents    K spans    D width    V classes in both vocabularies    N valid spans of all documents
@@ -26,8 +27,6 @@ class SraSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    alpha: float = Field(default=0.5, ge=0, le=1)
-    """Share of cross-entropy. Code: 0.5; scripts for larger students 0.6 to 0.75."""
     cos: float = Field(default=1.0, ge=0)
     """Weight of L_cos. First code: 1, the first author's later code: 2."""
     geo: float = Field(default=50.0, ge=0)
@@ -36,14 +35,12 @@ class SraSettings(BaseModel):
     """Temperature of L_KD. Code: 2, and 4 for OPT. No tau squared in front, as in the code."""
     p: float = Field(default=1.0, ge=0)
     """Power of a span's mass in its loss weight. Code: 1. 0: every span alike."""
-    weights: Literal["attention", "centrality", "uniform"] = "attention"
+    weights: Literal["attention", "uniform"] = "attention"
     """Token weights a_t. attention: what the last valid token attends to, heads summed (paper).
 
     The code's first versions took the last row of the padded batch, and fell back to uniform
-    without a word where the model gave no attention maps. centrality: eq. 5-7 of MTA.
+    without a word where the model gave no attention maps.
     """
-    spans: Literal["aligned", "phrase", "word"] = "aligned"
-    """aligned: text between common token ends of both models, response only (paper). phrase, word: parsed spans."""
     kd: Literal["sum", "mean"] = "sum"
     """L_KD over the spans of a document. sum: the code, so it grows with the response. mean: does not."""
     weighted_pooling: bool = True

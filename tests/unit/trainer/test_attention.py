@@ -1,0 +1,132 @@
+"""The listener's one row against transformers' eager attention maps, and against a loop for what they do not have."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import tiny_models as tiny
+from xkd_schemas.errors import UsageError
+from xkd_trainer.attention import install, last_row, listen
+
+LENGTHS = (9, 1, 4, 7)
+MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
+
+
+def eager_last_rows(model: PreTrainedModel, ids_BL: Tensor, lengths: Sequence[int], block: int) -> list[Tensor]:
+    """[H, length] of each document, run alone, without padding."""
+    model.set_attn_implementation("eager")
+    rows = []
+    for ids_L, length in zip(ids_BL, lengths, strict=True):
+        maps = model(input_ids=ids_L[None, :length], output_attentions=True).attentions
+        rows.append(maps[block][0, :, length - 1])
+    return rows
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("block", [0, 1])
+@torch.no_grad()
+def test_the_row_of_a_padded_batch_is_the_eager_row_of_each_document(family: str, block: int) -> None:
+    model = MODELS[family]("byte_level")
+    ids_BL, valid_BL = tiny.ids_and_valid(LENGTHS, 500)
+    expected = eager_last_rows(model, ids_BL, LENGTHS, block)
+    install(model)
+
+    with listen(frozenset([block]), valid_BL.sum(1) - 1) as heard:
+        model.base_model(input_ids=ids_BL, use_cache=False)
+
+    row_BHL = heard.rows[block]
+    assert row_BHL.dtype == torch.float32
+    assert max(float(row.std()) for row in expected if row.shape[-1] > 1) > 0.02, "too uniform to tell anything"
+    for row, (want_HL, length) in enumerate(zip(expected, LENGTHS, strict=True)):
+        torch.testing.assert_close(row_BHL[row, :, :length], want_HL, rtol=1e-4, atol=1e-6)
+        assert float(row_BHL[row, :, length:].abs().sum()) == 0.0
+
+
+@torch.no_grad()
+def test_the_rows_are_the_same_where_an_attention_mask_is_given() -> None:
+    model = tiny.llama("byte_level")
+    ids_BL, valid_BL = tiny.ids_and_valid(LENGTHS, 500)
+    expected = eager_last_rows(model, ids_BL, LENGTHS, 1)
+    install(model)
+
+    with listen(frozenset([1]), valid_BL.sum(1) - 1) as heard:
+        model.base_model(input_ids=ids_BL, attention_mask=valid_BL.long(), use_cache=False)
+
+    for row, (want_HL, length) in enumerate(zip(expected, LENGTHS, strict=True)):
+        torch.testing.assert_close(heard.rows[1][row, :, :length], want_HL, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.no_grad()
+def test_listening_changes_no_output_and_only_the_named_blocks_are_heard(family: str) -> None:
+    model = MODELS[family]("byte_level")
+    ids_BL, valid_BL = tiny.ids_and_valid(LENGTHS, 500)
+    model.set_attn_implementation("sdpa")
+    before = model(input_ids=ids_BL).logits
+    install(model)
+
+    with listen(frozenset([1]), valid_BL.sum(1) - 1) as heard:
+        during = model(input_ids=ids_BL).logits
+    model(input_ids=ids_BL)
+
+    assert torch.equal(before, during)
+    assert set(heard.rows) == {1}
+
+
+def slow_row(query: Tensor, key: Tensor, last: int, *, window: int | None, sinks: Tensor | None) -> list[list[float]]:
+    """One document: for each query head the softmax over the tokens it sees, sinks in the denominator."""
+    heads, _, width = query.shape
+    groups = heads // key.shape[0]
+    out = []
+    for head in range(heads):
+        seen = [t for t in range(last + 1) if window is None or t > last - window]
+        scores = {t: float(query[head, last] @ key[head // groups, t]) / math.sqrt(width) for t in seen}
+        total = math.fsum(math.exp(s) for s in scores.values())
+        total += math.exp(float(sinks[head])) if sinks is not None else 0.0
+        out.append([math.exp(scores[t]) / total if t in scores else 0.0 for t in range(key.shape[1])])
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_windows_and_sinks_equal_the_loop(window: int | None, with_sinks: bool) -> None:
+    torch.manual_seed(3)
+    query_BHLE, key_BKLE = torch.randn(3, 4, 6, 5), torch.randn(3, 2, 6, 5)
+    last_B, sinks_H = torch.tensor([5, 0, 3]), torch.randn(4) if with_sinks else None
+
+    row_BHL = last_row(query_BHLE, key_BKLE, last_B, None, {"sliding_window": window, "s_aux": sinks_H})
+
+    for b, last in enumerate(last_B.tolist()):
+        want = slow_row(query_BHLE[b], key_BKLE[b], last, window=window, sinks=sinks_H)
+        torch.testing.assert_close(row_BHL[b], torch.tensor(want), rtol=1e-4, atol=1e-6)
+
+
+def test_the_scale_of_the_call_is_used_and_a_mask_is_obeyed_in_both_of_its_forms() -> None:
+    torch.manual_seed(4)
+    query_BHLE, key_BKLE, last_B = torch.randn(2, 2, 4, 3), torch.randn(2, 2, 4, 3), torch.tensor([3, 2])
+    attends_B1LL = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
+    attends_B1LL[0, 0, 3, 1] = False
+    added_B1LL = torch.where(attends_B1LL, 0.0, -torch.inf)
+
+    by_bool = last_row(query_BHLE, key_BKLE, last_B, attends_B1LL, {"scaling": 2.0})
+    by_sum = last_row(query_BHLE, key_BKLE, last_B, added_B1LL, {"scaling": 2.0})
+
+    want_HL = (2.0 * torch.einsum("he,hle->hl", query_BHLE[0, :, 3], key_BKLE[0]))[:, [0, 2, 3]].softmax(-1)
+    torch.testing.assert_close(by_bool[0][:, [0, 2, 3]], want_HL)
+    assert by_bool[0, :, 1].abs().sum() == 0
+    torch.testing.assert_close(by_sum, by_bool)
+
+
+def test_a_model_that_caps_attention_scores_is_refused_with_a_way_out() -> None:
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+
+    with pytest.raises(UsageError, match=r"caps attention scores at 50.*--set losses\.sra\.weights=uniform"):
+        install(model)
