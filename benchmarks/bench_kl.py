@@ -1,0 +1,74 @@
+"""KL over a vocabulary of 152,000 in both spaces of DWA-KD: memory beyond the inputs and CPU time, against plain torch.
+
+Every form runs in a process of its own: python -m benchmarks.bench_kl SPACE FORM T V D.
+
+Shape legend for this file
+    T tokens    V classes    D width
+"""
+
+import json
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Options, forget_peak, in_subprocess, peak_bytes
+from benchmarks.rows import Result, cost, memory
+from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
+
+SPACES = ("student", "teacher")
+FORMS = ("plain", "ours")
+TEMPERATURE = 2.0
+
+
+def run(options: Options) -> list[Result]:
+    """T=512, V=151,936, D=256: states and head of the student learn, then states alone under the teacher's head."""
+    size = (options.size(512, 64), options.size(151_936, 4_096), options.size(256, 32))
+    results: list[Result] = []
+    for space in SPACES:
+        best = {form: {"cpu": float("inf"), "peak": float("inf")} for form in FORMS}
+        for _ in range(1 if options.quick else 3):
+            for form in FORMS:
+                found = in_subprocess("benchmarks.bench_kl", space, form, *size)
+                best[form] = {key: min(best[form][key], found[key]) for key in best[form]}
+        ours, plain = best["ours"], best["plain"]
+        what = f"{space} space, T={size[0]} V={size[1]}"
+        results.append(memory(f"{what}: memory beyond the inputs / plain", ours["peak"], plain["peak"], bar=1 / 8))
+        results.append(cost(f"{what}: CPU time / plain", ours["cpu"], plain["cpu"], bar=1.25))
+    return results
+
+
+def inputs(space: str, size: tuple[int, int, int]) -> tuple[LazyLogits, LazyLogits]:
+    """Student and teacher side of one space. In the student space both read with the student's head."""
+    tokens, classes, width = size
+    generator = torch.Generator().manual_seed(0)
+    head_VD = torch.randn(classes, width, generator=generator) * 0.05
+    hidden_TD, constant_TD = (torch.randn(tokens, width, generator=generator) for _ in range(2))
+    head_VD.requires_grad_(space == "student")
+    student = LazyLogits(hidden=hidden_TD.requires_grad_(), weight=head_VD)
+    return student, LazyLogits(hidden=constant_TD, weight=head_VD.detach())
+
+
+def loss_of(form: str, student: LazyLogits, teacher: LazyLogits) -> Tensor:
+    """Sum over tokens of KL(teacher || student) at the temperature."""
+    if form == "ours":
+        return head_divergence(student, teacher, None, Comparison(kind="forward_kl", temperature=TEMPERATURE))
+    log_p_TV = (teacher.dense() / TEMPERATURE).log_softmax(-1)
+    return F.kl_div((student.dense() / TEMPERATURE).log_softmax(-1), log_p_TV, log_target=True, reduction="sum")
+
+
+def main(space: str, form: str, tokens: str, classes: str, width: str) -> None:
+    """Measure one form and print it."""
+    torch.set_num_threads(1)
+    warm = inputs(space, (2, 8, 4))
+    loss_of(form, *warm).backward()
+    student, teacher = inputs(space, (int(tokens), int(classes), int(width)))
+    before, start = forget_peak(), time.process_time()
+    loss_of(form, student, teacher).backward()
+    print(json.dumps({"cpu": time.process_time() - start, "peak": peak_bytes() - before}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,168 @@
+"""New models from a line of settings, and models that must not be loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_models as tiny
+from xkd_schemas.errors import InputMissing, Refused, UsageError
+from xkd_trainer.forward import num_layers
+from xkd_trainer.models import dtype_named, load_model, load_tokenizer, new_model, split_gguf
+
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_new_model_has_the_sizes_that_were_asked_for(family: str) -> None:
+    model = new_model(f"{family},layers=3,width=32,heads=4,inner=48", vocab_size=101, special=SPECIAL)
+
+    config = model.config
+    assert num_layers(model) == 3
+    assert tuple(model.get_input_embeddings().weight.shape) == (101, 32)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert config.num_attention_heads == 4
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 3)
+    shapes = {tuple(p.shape) for p in model.parameters()}
+    assert shapes & {(48, 32), (32, 48)}, f"no feed-forward of width 48 in {sorted(shapes)}"
+
+
+def test_a_new_llama_takes_fewer_key_heads_and_an_untied_head() -> None:
+    model = new_model("llama,width=32,heads=4,kv_heads=2,tie_word_embeddings=false", vocab_size=50, special=SPECIAL)
+
+    assert model.config.num_key_value_heads == 2
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+
+
+def test_the_same_seed_gives_the_same_new_model() -> None:
+    def made(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return new_model("llama,layers=1,width=8,heads=2", vocab_size=20, special=SPECIAL).lm_head.weight
+
+    assert torch.equal(made(1), made(1))
+    assert not torch.equal(made(1), made(2))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("lama,layers=2", r"--student new:lama,layers=2: .*lama"),
+        ("llama,depth=2", r"llama has no setting 'depth'"),
+        ("llama,layers", r"'layers' is not key=value"),
+        ("llama,width=10,heads=4", r"--student new:llama,width=10,heads=4: "),
+        ("gpt2,width=10,heads=4", r"--student new:gpt2,width=10,heads=4: "),
+        ("llama,layers=many", r"--student new:llama,layers=many: "),
+        ("llama,layers=0", r"--student new:llama,layers=0: "),
+    ],
+)
+def test_settings_that_make_no_model_are_refused_in_one_line(spec: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        new_model(spec, vocab_size=20, special=SPECIAL)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_model_comes_back_in_the_asked_for_type_and_in_evaluation_mode(tmp_path: Path) -> None:
+    model = tiny.llama("byte_level")
+    folder = tiny.saved(model, "byte_level", tmp_path / "model")
+
+    loaded = load_model(str(folder), dtype=torch.bfloat16)
+
+    assert not loaded.training
+    assert loaded.dtype == torch.bfloat16
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("name", ["./nowhere/model", "/nowhere/at/all", "nowhere/model.gguf"])
+def test_a_path_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(InputMissing, match=name.replace(".", r"\.")) as caught:
+        load_model(name, dtype=torch.float32)
+    assert caught.value.exit_code == 66
+    with pytest.raises(InputMissing, match="is not there"):
+        load_tokenizer(name)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+    with pytest.raises(Refused, match=r"no safetensors weights; pickled weights are not opened") as caught:
+        load_model(str(folder), dtype=torch.float32)
+    assert caught.value.exit_code == 77
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_that_asks_for_its_own_code_is_refused(tmp_path: Path, file: str, nested: bool) -> None:
+    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
+    settings = json.loads((folder / file).read_text())
+    asks = {"auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoTokenizer": "evil.Tokenizer"}}
+    (folder / file).write_text(json.dumps({**settings, "text_config": [asks]} if nested else {**settings, **asks}))
+
+    for load in (lambda: load_model(str(folder), dtype=torch.float32), lambda: load_tokenizer(str(folder))):
+        with pytest.raises(Refused, match=rf"{file} has auto_map, which can run code") as caught:
+            load()
+        assert caught.value.exit_code == 77
+
+
+@pytest.mark.parametrize("content", ["{", "\x00", '{"model_type": "llama"'])
+def test_a_config_that_is_not_json_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+
+    with pytest.raises(InputMissing, match=r"config\.json is not JSON"):
+        load_model(str(tmp_path), dtype=torch.float32)
+
+
+def test_a_folder_without_a_known_model_is_an_error_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_family"}')
+
+    with pytest.raises((UsageError, InputMissing), match=r"no_such_family|cannot be loaded") as caught:
+        load_model(str(tmp_path), dtype=torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "bits"])
+def test_damaged_weights_are_an_error_of_one_line(tmp_path: Path, damage: str) -> None:
+    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    broken = {"half": content[: len(content) // 2], "empty": b"", "bits": b"\xff" * 64 + content[64:]}
+    weights.write_bytes(broken[damage])
+
+    with pytest.raises((UsageError, InputMissing, Refused), match=str(folder)) as caught:
+        load_model(str(folder), dtype=torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_tokenizer_and_half_a_tokenizer_are_named(tmp_path: Path) -> None:
+    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
+    half = folder / "tokenizer.json"
+    half.write_bytes(half.read_bytes()[:1000])
+    with pytest.raises(InputMissing, match=r"tokenizer\.json is not JSON"):
+        load_tokenizer(str(folder))
+
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputMissing, match=r"no tokenizer in this folder"):
+        load_tokenizer(str(folder))
+
+
+def test_names_of_types_and_files() -> None:
+    assert dtype_named("bfloat16") == torch.bfloat16
+    with pytest.raises(UsageError, match=r"dtype 'int8' is not known.*bfloat16, float16, float32"):
+        dtype_named("int8")
+    assert split_gguf("a/b.gguf") == ("a", "b.gguf")
+    assert split_gguf("a/b") == ("a/b", None)
+
+
+def test_loading_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    load_model(str(folder), dtype=torch.float32)
+    load_tokenizer(str(folder))
+
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    shutil.rmtree(folder)
