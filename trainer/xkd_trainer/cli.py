@@ -76,7 +76,7 @@ def train(
 def evaluate(
     student: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
     data: Annotated[Path, typer.Option(help="Held-out rows, JSONL.")],
-    template: Annotated[str, typer.Option(help="none, alpaca or chat.")] = "none",
+    template: Annotated[str | None, typer.Option(help="none, alpaca or chat; as trained unless given.")] = None,
     shards: Annotated[
         Path | None, typer.Option(help="Cache of the same rows: adds agreement with the teacher.")
     ] = None,

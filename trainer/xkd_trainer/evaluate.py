@@ -24,6 +24,7 @@ from xkd_schemas.tokenizers import identity
 from xkd_schemas.tokens import CONTENT, OK, Tokens, predictors
 from xkd_trainer.batch import Batch
 from xkd_trainer.cache import Cache, find_student
+from xkd_trainer.export import template_of
 from xkd_trainer.forward import run
 from xkd_trainer.head import head_of
 from xkd_trainer.losses.vocabulary import shared_vocabulary
@@ -40,7 +41,8 @@ class Request:
 
     student: Path | str
     data: Path
-    template: str = "none"
+    template: str | None = None
+    """none, alpaca or chat; None is the one the student was trained with."""
     shards: Path | None = None
     """A cache of the same rows; adds agreement with its teacher."""
     rouge: bool = True
@@ -55,7 +57,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     """Measure a model on held-out rows.
 
     Returns:
-        documents, unusable, bytes, bits_per_byte; with `shards` agreement and agreement_pairs; with
+        documents, unusable, template, bytes, bits_per_byte; with `shards` agreement and agreement_pairs; with
         `rouge` rouge_l (mean over seeds, in percent) and rouge_l_std.
 
     Raises:
@@ -67,12 +69,18 @@ def evaluate_student(request: Request) -> dict[str, Any]:
         model = model.to("cuda")
     tokenizer = load_tokenizer(name)
     documents, unusable = held_out_documents(request.data)
-    encoder = Encoder(tokenizer=tokenizer, template=request.template, max_tokens=request.max_tokens)
+    template = request.template or template_of(Path(name))
+    encoder = Encoder(tokenizer=tokenizer, template=template, max_tokens=request.max_tokens)
     pairs = [(d, t) for d, t in zip(documents, encoder.encode_batch(documents), strict=True) if t.status == OK]
     unusable += len(documents) - len(pairs)
     if not pairs:
         raise BadData(f"{request.data}: no row can be used", next="check the form of the rows")
-    result: dict[str, Any] = {"documents": len(pairs), "unusable": unusable, **bits_per_byte(model, pairs)}
+    result: dict[str, Any] = {
+        "documents": len(pairs),
+        "unusable": unusable,
+        "template": template,
+        **bits_per_byte(model, pairs),
+    }
     if request.shards is not None:
         result |= agreement(model, tokenizer, request.shards)
     if request.rouge:

@@ -43,3 +43,12 @@ def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
     except (OSError, ValueError):
         return False
     return bool(stored.get("run") == json.loads(json.dumps(dict(fingerprint))))
+
+
+def template_of(folder: Path) -> str:
+    """The template a student was trained with; "none" for a folder that was not made here."""
+    try:
+        run = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, KeyError):
+        return "none"
+    return str(run.get("template", "none"))

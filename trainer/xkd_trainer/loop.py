@@ -77,6 +77,7 @@ def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
     return {
         "cache": ready.cache.students.manifest.root,
         "student": run.student.model,
+        "template": ready.cache.students.manifest.constants["template"],
         "losses": {name: dict(values) for name, values in sorted(run.losses.items())},
         "steps": total,
         "train": train,

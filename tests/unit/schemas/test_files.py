@@ -1,0 +1,124 @@
+"""The door to the disk: whole or not at all, and never outside the folder."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from xkd_schemas.errors import DiskFailed, Refused
+from xkd_schemas.files import disk_errors, inside, put_if_absent, replace, sha256_of, write_beside, xxh3_of
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../x", "/etc", ".hidden", "a\0b", "a b", "x" * 129, "a\n"])
+def test_a_name_that_is_not_plain_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(Refused, match="is not a plain file name"):
+        inside(tmp_path, "fine", name)
+
+
+def test_a_plain_name_leads_below_the_root(tmp_path: Path) -> None:
+    assert inside(tmp_path, "teachers", "SmolLM2-135M", "00001-ab.arrow") == (
+        tmp_path / "teachers" / "SmolLM2-135M" / "00001-ab.arrow"
+    )
+
+
+@pytest.mark.parametrize("link", ["folder", "file"])
+def test_a_symbolic_link_is_refused_wherever_it_leads(tmp_path: Path, link: str) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_bytes(b"")
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "link").symlink_to(tmp_path / "real" / "file")
+    names = ("folder", "file") if link == "folder" else ("real", "link")
+
+    with pytest.raises(Refused, match=f"{'folder' if link == 'folder' else 'link'} is a symbolic link"):
+        inside(tmp_path, *names)
+
+
+def test_of_many_writers_of_one_record_one_wins_and_its_content_stays(tmp_path: Path) -> None:
+    target, wins, start = tmp_path / "commits" / "00000.json", [], threading.Barrier(8)
+
+    def write(number: int) -> None:
+        start.wait()
+        if put_if_absent(target, b"%d" % number * 1000):
+            wins.append(number)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(wins) == 1
+    assert target.read_bytes() == b"%d" % wins[0] * 1000
+    assert os.listdir(target.parent) == ["00000.json"]
+
+
+def test_a_reader_of_a_replaced_file_sees_one_of_its_contents_whole(tmp_path: Path) -> None:
+    target, contents = tmp_path / "m", {bytes([65 + n]) * 200_000 for n in range(4)}
+    replace(target, b"A" * 200_000)
+    writer = threading.Thread(target=lambda: [replace(target, c) for _ in range(5) for c in sorted(contents)])
+
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        seen.add(target.read_bytes())
+    writer.join()
+
+    assert seen <= contents
+    assert target.read_bytes() == b"D" * 200_000
+
+
+@pytest.mark.parametrize("write", [replace, put_if_absent])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch, write) -> None:
+    target = tmp_path / "m"
+    if write is replace:
+        target.write_bytes(b"old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFailed, match="m: No space left on device. Kept: everything committed before"):
+        write(target, b"new")
+
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"m": b"old"} if write is replace else {})
+
+
+def test_what_is_written_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    real = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, (tmp_path / "m").exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    replace(tmp_path / "m", b"x")
+
+    (first, named), (second, _) = synced
+    assert first.startswith(".tmp-")
+    assert not named
+    assert second == tmp_path.name
+
+
+def test_an_interrupted_write_leaves_no_temporary_file(tmp_path: Path) -> None:
+    def interrupted(_stream: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_beside(tmp_path, interrupted)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_trouble_with_the_disk_becomes_a_disk_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mine"), disk_errors(tmp_path):
+        raise ValueError("mine")
+
+
+def test_digests_are_those_of_the_public_algorithms(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+
+    assert sha256_of(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert xxh3_of(b"abc") == xxh3_of(memoryview(b"abc")) == "78af5f94892f3950"
