@@ -14,7 +14,7 @@ from torch import Tensor
 from xkd_schemas.documents import DOCUMENTS_VERSION
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import inside, sha256_of
-from xkd_schemas.manifest import refuse_differences
+from xkd_schemas.manifest import differences, refuse_differences
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Signal, signal_named
 from xkd_schemas.tokens import STUDENTS_VERSION
@@ -100,7 +100,7 @@ class Cache:
         missing = sorted({s.column for s in needed} - {s.column for s in self.signals})
         if missing:
             raise UsageError(
-                f"{loss} needs {', '.join(missing)}, which {self.teachers.folder} does not hold "
+                f"loss {loss} needs {', '.join(missing)}, which {self.teachers.folder} does not hold "
                 f"(it holds {', '.join(s.column for s in self.signals)})",
                 next=f"xkd-cache teacher {self.root} --model M --for {loss} --name {self.teacher_name}-2, then align",
             )
@@ -162,14 +162,19 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
         return name
     if not names:
         raise InputMissing(f"{root} has no finished students table", next=f"xkd-cache align {root} --student ...")
-    fitting = []
+    differing: dict[str, str] = {}
     for candidate in names:
-        encoder = Table(root, f"students/{candidate}").manifest.spec["encoder"]["tokenizer"]
-        if all(encoder.get(key) == value for key, value in identity.items()):
-            fitting.append(candidate)
+        stored = Table(root, f"students/{candidate}").manifest.spec["encoder"]["tokenizer"]
+        theirs = {key: stored.get(key, "absent") for key in identity}
+        differing[candidate] = "; ".join(
+            f"{field}: cache has {cached}, this run has {ours}"
+            for field, ours, cached in differences(identity, theirs)
+        )
+    fitting = [candidate for candidate, text in differing.items() if not text]
     if not fitting:
+        listed = " | ".join(f"{candidate}: {text}" for candidate, text in differing.items())
         raise Mismatch(
-            f"{root} was not aligned for this student's tokenizer (it knows {', '.join(names)})",
+            f"{root} was not aligned for this student's tokenizer ({listed})",
             kept="the cache as it is",
             next=f"xkd-cache align {root} --student YOUR_STUDENT",
         )

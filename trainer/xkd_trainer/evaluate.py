@@ -58,7 +58,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
 
     Returns:
         documents, unusable, template, bytes, bits_per_byte; with `shards` agreement and agreement_pairs; with
-        `rouge` rouge_l (mean over seeds, in percent) and rouge_l_std.
+        `rouge` rouge_l (mean over seeds, in percent), rouge_l_std and rouge_l_max (the best seed).
 
     Raises:
         InputMissing, UsageError, BadData: A model, file or cache cannot be used.
@@ -166,7 +166,7 @@ def rouge_l(
 ) -> dict[str, float]:
     """ROUGE-L F1 (rouge-score, with stemming) of sampled responses to the first target, in percent.
 
-    Temperature 1, top-p 1, one run per seed; mean and standard deviation over seeds. Prompts are
+    Temperature 1, top-p 1, one run per seed; mean, standard deviation and largest over seeds. Prompts are
     padded on the left, so that every response starts right after its prompt.
     """
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
@@ -180,14 +180,20 @@ def rouge_l(
         responses = generate(model, tokenizer, prompts, seed=seed, max_new_tokens=request.max_new_tokens)
         scores = [scorer.score(r, said)["rougeL"].fmeasure for r, said in zip(references, responses, strict=True)]
         means.append(100.0 * float(np.mean(scores)))
-    return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means))}
+    return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means)), "rouge_l_max": max(means)}
 
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Any], *, seed: int, max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    *,
+    seed: int,
+    max_new_tokens: int,
+    sample: bool = True,
 ) -> list[str]:
-    """One sampled response for each prompt (arrays of token ids), in order."""
+    """One sampled response for each prompt (arrays of token ids), in order; the likeliest one without `sample`."""
     torch.manual_seed(seed)
     random.seed(seed)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -204,10 +210,7 @@ def generate(
         output = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=seen_BL.to(model.device),
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
+            **({"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0} if sample else {"do_sample": False}),
             max_new_tokens=max_new_tokens,
             pad_token_id=filler,
             eos_token_id=tokenizer.eos_token_id,

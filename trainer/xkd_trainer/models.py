@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
 from xkd_schemas.errors import InputMissing, Refused, UsageError
 from xkd_schemas.tokenizers import encode_texts
@@ -63,6 +66,13 @@ def short(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+def _quiet() -> None:
+    """No progress bars and warnings of the libraries between our lines; what matters is raised."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+
+
 def split_gguf(name: str) -> tuple[str, str | None]:
     """`folder/file.gguf` as (folder, file); any other name as (name, None)."""
     path = Path(name)
@@ -91,14 +101,18 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         from transformers import GgufConfig
 
         options = {"dtype": dtype, "gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
-    disable_progress_bar()
+    _quiet()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     except OSError as error:
         raise _missing(name, folder, error) from error
-    except (ValueError, KeyError, RuntimeError) as error:
+    except SafetensorError as error:
+        raise InputMissing(
+            f"model {name}: broken weights: {short(error)}", next="copy the model folder again"
+        ) from error
+    except (ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
     return model.eval()
 
@@ -133,6 +147,7 @@ def load_tokenizer(name: str) -> Any:
         check_config(folder)
     _readable_json(folder / "tokenizer.json")
     options = {"gguf_file": path.name} if gguf else {}
+    _quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -171,42 +186,50 @@ def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> 
         UsageError: The family or a key is not known, or the numbers do not fit together.
     """
     family, *pairs = [part.strip() for part in spec.split(",")]
-    given: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UsageError(
-                f"--student new:{spec}: {pair!r} is not key=value", next="e.g. new:llama,layers=4,width=256"
-            )
-        given[key.strip()] = _number(value.strip())
-    width = int(given.pop("width", 256))
-    heads = int(given.pop("heads", max(1, width // 64)))
-    sizes = {
-        "num_hidden_layers": int(given.pop("layers", 4)),
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(given.pop("kv_heads", heads)),
-        "intermediate_size": int(given.pop("inner", 4 * width)),
-    }
     try:
-        known = AutoConfig.for_model(family)
-        names = {alias: getattr(type(known), "attribute_map", {}).get(alias, alias) for alias in sizes}
-        usable = {names[alias]: value for alias, value in sizes.items() if hasattr(known, names[alias])}
-        unknown = [key for key in given if not hasattr(known, key)]
-        if unknown:
-            raise ValueError(f"{family} has no setting {unknown[0]!r}")
-        settings = {"tie_word_embeddings": True, **usable, **given, **special, "vocab_size": vocab_size}
-        config = AutoConfig.for_model(family, **settings)
+        config = _config(family, dict(_pair(pair) for pair in pairs), {**special, "vocab_size": vocab_size})
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         raise UsageError(
-            f"--student new:{spec}: {short(error)}", next="e.g. new:llama,layers=4,width=256 or new:gpt2,layers=4"
+            f"--student new:{spec}: {short(error.__cause__ or error)}",
+            next="e.g. new:llama,layers=4,width=256 or new:gpt2,layers=4",
         ) from error
     return model
 
 
-def _number(text: str) -> Any:
+def _pair(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} is not key=value")
     try:
-        return json.loads(text)
+        return key.strip(), json.loads(value)
     except ValueError:
-        return text
+        return key.strip(), value.strip()
+
+
+_SIZES: Final = {
+    "layers": ("num_hidden_layers",),
+    "width": ("hidden_size",),
+    "heads": ("num_attention_heads",),
+    "kv_heads": ("num_key_value_heads",),
+    "inner": ("intermediate_size", "n_inner"),
+}
+"""Our short names -> what configurations call them."""
+
+
+def _config(family: str, given: dict[str, Any], fixed: dict[str, Any]) -> Any:
+    """The configuration; ValueError for a key that the family does not have or a size that is no number from 1 on."""
+    known = AutoConfig.for_model(family)
+    for key in given:
+        if not any(hasattr(known, name) for name in _SIZES.get(key, (key,))):
+            raise ValueError(f"{family} has no setting {key!r}")
+    sizes = {key: value for key, value in given.items() if key in _SIZES}
+    for key, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key}={value} is not a number from 1 on")
+    width = sizes.get("width", 256)
+    heads = sizes.get("heads", max(1, width // 64))
+    sizes = {"layers": 4, "width": width, "heads": heads, "kv_heads": heads, "inner": 4 * width} | sizes
+    named = {name: value for key, value in sizes.items() for name in _SIZES[key] if hasattr(known, name)}
+    others = {key: value for key, value in given.items() if key not in _SIZES}
+    return AutoConfig.for_model(family, **{"tie_word_embeddings": True, **named, **others, **fixed})

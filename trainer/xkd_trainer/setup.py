@@ -102,7 +102,7 @@ def set_up(run: RunFile, student_table: str) -> Ready:
     levels = tuple(layers_of(cache.signals))
     needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
     for name, signals in needs.items():
-        cache.require(f"loss {name}", signals)
+        cache.require(name, signals)
     student = student_of(run, tokenizer)
     context = context_of(cache, student, tokenizer, levels)
     torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made

@@ -1,0 +1,62 @@
+"""Held-out rows: the same forms and the same rejects as a corpus."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+import small_cache
+from xkd_schemas.errors import BadData, InputMissing, UsageError
+from xkd_schemas.held import held_out_documents
+
+ROWS = [{"prompt": "Who?", "response": "The keeper."}, {"prompt": "Where?", "response": "At home."}]
+
+
+def test_rows_come_in_order_and_unusable_ones_are_counted(tmp_path: Path) -> None:
+    path = small_cache.write_rows(tmp_path / "dev.jsonl", [ROWS[0], "{broken", {"prompt": "x"}, ROWS[1]])
+
+    documents, rejected = held_out_documents(path)
+
+    assert [(d.text, d.line, d.source) for d in documents] == [
+        ("Who?The keeper.", 1, "dev.jsonl"),
+        ("Where?At home.", 4, "dev.jsonl"),
+    ]
+    assert rejected == 2
+
+
+def test_a_compressed_file_gives_the_same_documents(tmp_path: Path) -> None:
+    plain = small_cache.write_rows(tmp_path / "dev.jsonl", ROWS)
+    (tmp_path / "dev.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+
+    packed, _ = held_out_documents(tmp_path / "dev.jsonl.gz")
+
+    assert [d.doc_id for d in packed] == [d.doc_id for d in held_out_documents(plain)[0]]
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "folder.jsonl", "rows.csv"])
+def test_what_is_no_file_of_rows_is_missing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "rows.csv").write_text("a,b\n")
+
+    with pytest.raises(InputMissing, match=rf"held-out rows .*{name}: no such file of rows. Next: name one of .jsonl"):
+        held_out_documents(tmp_path / name)
+
+
+def test_an_empty_file_is_bad_data(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match=r"dev.jsonl has no rows"):
+        held_out_documents(small_cache.write_rows(tmp_path / "dev.jsonl", []))
+
+
+def test_rows_of_no_form_are_refused_with_their_columns(tmp_path: Path) -> None:
+    path = small_cache.write_rows(tmp_path / "dev.jsonl", [{"q": "a", "a": "b"}])
+
+    with pytest.raises(UsageError, match="no row fits any form; the rows have a, q"):
+        held_out_documents(path)
+
+
+def test_a_broken_archive_is_bad_data(tmp_path: Path) -> None:
+    (tmp_path / "dev.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS[0]).encode() * 50)[:-12])
+
+    with pytest.raises(BadData, match="gzip file ends in the middle"):
+        held_out_documents(tmp_path / "dev.jsonl.gz")

@@ -1,0 +1,174 @@
+"""Plan, commit and manifest: read back as written, or refused with an exit code, whatever is in the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from xkd_schemas.errors import BadData, InputMissing, Mismatch
+from xkd_schemas.manifest import (
+    Commit,
+    Manifest,
+    Plan,
+    Unit,
+    canonical,
+    differences,
+    digest,
+    is_whole,
+    read_record,
+    refuse_differences,
+    sealed,
+    to_json,
+)
+
+PLAN = Plan(table="documents", spec={"a": {"b": 1}}, units=(Unit(source="x.jsonl", first=0, rows=3),))
+COMMIT = Commit(unit=0, file="00000-ab.arrow", rows=3, size=9, sha256="0", frame_xxh3="1", batches=())
+MANIFEST = sealed(PLAN, (COMMIT,), {"std": 0.5}, {"head.safetensors": "0"})
+RECORDS = {"plan": PLAN, "commit": COMMIT, "manifest": MANIFEST}
+
+
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
+def test_a_record_reads_back_as_written(tmp_path: Path, record: Any) -> None:
+    (tmp_path / "r").write_bytes(to_json(record))
+
+    assert read_record(tmp_path / "r", type(record)) == record
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_record_is_read_or_refused_and_never_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
+    record = data.draw(st.sampled_from(list(RECORDS.values())))
+    content = bytearray(to_json(record))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        kind = data.draw(st.sampled_from(("cut", "byte", "insert")))
+        if kind == "cut":
+            content = content[:at] or bytearray(b"\0")
+        elif kind == "byte":
+            content[at] = data.draw(st.integers(0, 255))
+        else:
+            content[at:at] = data.draw(st.binary(max_size=8))
+    path = tmp_path / "r"
+    path.write_bytes(content)
+
+    try:
+        read = read_record(path, type(record))
+    except (BadData, Mismatch) as error:
+        assert str(path) in str(error)
+        assert error.next
+    else:
+        assert not isinstance(read, Manifest) or read == record or not is_whole(read)
+
+
+ODD = [
+    b"", b"\0" * 64, b"{}", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"min_reader": null}',
+    b'{"min_reader": []}', b'{"min_reader": 1e999}', b'{"min_reader": "x"}', b'{"min_reader": ' + b"9" * 5000 + b"}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ODD, ids=lambda content: repr(content[:24]))
+@pytest.mark.parametrize("kind", [Plan, Commit, Manifest])
+def test_what_is_no_record_is_bad_data(tmp_path: Path, content: bytes, kind: Any) -> None:
+    (tmp_path / "r.json").write_bytes(content)
+
+    with pytest.raises(BadData, match=f"r.json cannot be read as {kind.__name__.lower()}"):
+        read_record(tmp_path / "r.json", kind)
+
+
+def test_numbers_that_are_no_json_are_bad_data(tmp_path: Path) -> None:
+    for number in (b"NaN", b"Infinity", b"1e999"):
+        (tmp_path / "r").write_bytes(to_json(MANIFEST).replace(b"0.5", number))
+        with pytest.raises(BadData, match="cannot be read as manifest"):
+            read_record(tmp_path / "r", Manifest)
+
+
+def test_a_field_that_is_not_known_is_bad_data(tmp_path: Path) -> None:
+    (tmp_path / "r").write_text(json.dumps({**json.loads(to_json(COMMIT)), "extra": 1}))
+
+    with pytest.raises(BadData, match="extra"):
+        read_record(tmp_path / "r", Commit)
+
+
+@pytest.mark.parametrize("name", ["../x.arrow", "a/b.arrow", "/x.arrow", ".x", ""])
+def test_a_record_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "r").write_text(json.dumps({**json.loads(to_json(COMMIT)), "file": name}))
+
+    with pytest.raises(BadData, match="file"):
+        read_record(tmp_path / "r", Commit)
+
+
+def test_a_missing_record_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match=r"manifest.json is not there. Next: run the xkd-cache command"):
+        read_record(tmp_path / "manifest.json", Manifest)
+
+
+def test_a_folder_in_place_of_a_record_is_missing_input(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").mkdir()
+
+    with pytest.raises(InputMissing, match="plan.json cannot be read: Is a directory"):
+        read_record(tmp_path / "plan.json", Plan)
+
+
+def test_a_newer_format_asks_for_an_upgrade(tmp_path: Path) -> None:
+    (tmp_path / "r").write_bytes(to_json(PLAN.model_copy(update={"min_reader": 2})))
+
+    with pytest.raises(Mismatch, match=r"r: format 2, this program reads up to 1. Next: upgrade xkd-toolkit"):
+        read_record(tmp_path / "r", Plan)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"table": "x"}, {"spec": {"a": 2}}, {"commits": ()}, {"constants": {"std": 0.25}}, {"files": {}},
+        {"spec_id": "0"}, {"root": "0"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_covers_everything_it_says(change: dict[str, Any]) -> None:
+    assert is_whole(MANIFEST)
+    assert not is_whole(MANIFEST.model_copy(update=change))
+
+
+def test_equal_values_have_one_canonical_form() -> None:
+    assert canonical({"b": [1, 2.5], "a": "é"}) == canonical(dict([("a", "é"), ("b", [1, 2.5])]))
+    assert canonical({"b": [1, 2.5], "a": "é"}) == b'{"a":"\\u00e9","b":[1,2.5]}'
+    assert digest({"a": 1}) != digest({"a": "1"})
+
+
+def test_a_manifest_counts_over_its_units() -> None:
+    commits = tuple(COMMIT.model_copy(update={"unit": n, "counts": {"tokens": 10 + n}}) for n in range(3))
+    manifest = sealed(PLAN, commits, {}, {})
+
+    assert (manifest.rows, manifest.count("tokens"), manifest.count("none")) == (9, 33, 0)
+
+
+def test_every_differing_field_is_listed_with_both_values(tmp_path: Path) -> None:
+    ours = {"dtype": "float32", "weights": {"a": "1", "b": "2"}, "same": 1, "signals": ["x"]}
+    theirs = {"dtype": "bfloat16", "weights": {"a": "1", "b": "3"}, "same": 1, "extra": True}
+
+    assert differences(ours, theirs) == [
+        ("dtype", "float32", "bfloat16"),
+        ("extra", "absent", "true"),
+        ("signals", '["x"]', "absent"),
+        ("weights.b", "2", "3"),
+    ]
+    with pytest.raises(Mismatch) as caught:
+        refuse_differences(tmp_path, ours, theirs, advice="say so")
+    assert "dtype: cache has bfloat16, this run has float32; extra: cache has true, this run has absent" in str(
+        caught.value
+    )
+    assert str(caught.value).endswith("Kept: the cache as it is. Next: say so")
+
+
+def test_equal_specs_are_not_refused(tmp_path: Path) -> None:
+    refuse_differences(tmp_path, {"a": {"b": [1]}}, {"a": {"b": [1]}}, advice="")
+
+
+def test_a_long_list_of_differences_is_cut_and_counted(tmp_path: Path) -> None:
+    with pytest.raises(Mismatch, match=r"f5: cache has 1{57}\.\.\., this run has 0 \(and 4 more\)"):
+        refuse_differences(
+            tmp_path, {f"f{n}": 0 for n in range(10)}, {f"f{n}": "1" * 80 for n in range(10)}, advice=""
+        )

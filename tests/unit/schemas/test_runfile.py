@@ -1,0 +1,96 @@
+"""The run file: what stands in it is what runs, and a slip of the pen is named."""
+
+from pathlib import Path
+
+import pytest
+
+from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.runfile import RunFile, load_runfile
+
+TEXT = """
+cache = "c"
+[documents]
+corpus = ["a.jsonl", "b.jsonl"]
+columns = {prompt = "question"}
+[teacher]
+word_layers = [3, 4]
+[losses.mta]
+hid = "off"
+"""
+
+
+def written(tmp_path: Path, text: str = TEXT) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_values_of_the_file_are_read_and_the_rest_is_default(tmp_path: Path) -> None:
+    run = load_runfile(written(tmp_path))
+
+    assert run.cache == "c"
+    assert run.documents.corpus == ("a.jsonl", "b.jsonl")
+    assert run.documents.columns == {"prompt": "question"}
+    assert run.teacher.word_layers == (3, 4)
+    assert run.losses == {"mta": {"hid": "off"}}
+    assert run.teacher.dtype == RunFile().teacher.dtype == "bfloat16"
+
+
+def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
+    sets = ["teacher.word_layers=[7]", "workers=1", "workers=2", "losses.sra.p=0.5", "teacher.model=a b/c", "train.lr=1e-3"]
+    run = load_runfile(written(tmp_path), sets)
+
+    assert (run.teacher.word_layers, run.workers, run.teacher.model, run.train.lr) == ((7,), 2, "a b/c", 1e-3)
+    assert run.losses == {"mta": {"hid": "off"}, "sra": {"p": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("teacher.modell=x", "--set: 'teacher.modell' is not a key. Next: did you mean 'model'?"),
+        ("techer.model=x", "--set: 'techer' is not a key. Next: did you mean 'teacher'?"),
+        ("zzz=1", "--set: 'zzz' is not a key. Next: use one of: cache, workers, documents, teacher, student, train"),
+        ("documents.qqqq=1", "--set: 'documents.qqqq' is not a key. Next: use one of: corpus, form, columns"),
+        ("workers", "--set workers: no '='. Next: write --set section.key=value"),
+        ("workers.x.y=1", "is not a section|is not a key|workers: Input"),
+        ("cache.x=1", "cache: Input should be a valid string, found {'x': 1}"),
+        ("teacher.dtype=int8", "teacher.dtype: Input should be 'bfloat16', 'float16' or 'float32', found 'int8'"),
+        ("documents.max_reject=2", "documents.max_reject: Input should be less than or equal to 1, found 2"),
+        ("workers=-1", "workers: Input should be greater than or equal to 0, found -1"),
+        ("workers=two", "workers: Input should be a valid integer.*found 'two'"),
+        ("=1", "'' is not a key"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_what_to_type(override: str, sentence: str) -> None:
+    pattern = sentence if "|" in sentence or ".*" in sentence else sentence.replace("?", r"\?")
+
+    with pytest.raises(UsageError, match=pattern) as caught:
+        load_runfile(None, [override])
+    assert caught.value.next
+
+
+def test_a_value_cannot_be_a_section_of_another_override() -> None:
+    with pytest.raises(UsageError, match=r"--set workers.x=1: workers is not a section. Next: write"):
+        load_runfile(None, ["workers=1", "workers.x=1"])
+
+
+def test_the_error_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"run.toml: 'documents.corups' is not a key. Next: did you mean 'corpus'"):
+        load_runfile(written(tmp_path, "[documents]\ncorups = []"))
+
+
+@pytest.mark.parametrize("content", [b"a = ", b"\xff", b"[x\n", b"a = 1\na = 2"])
+def test_what_is_not_toml_is_unreadable_input(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.toml").write_bytes(content)
+
+    with pytest.raises(InputMissing, match="run.toml is not TOML"):
+        load_runfile(tmp_path / "run.toml")
+
+
+def test_a_run_file_that_is_not_there_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match=r"run.toml: No such file or directory. Next: give the path of a .toml file"):
+        load_runfile(tmp_path / "run.toml")
+
+
+def test_the_demo_run_file_of_this_repository_is_valid() -> None:
+    assert load_runfile(Path(__file__).parents[3] / "runs" / "demo.toml").documents.corpus

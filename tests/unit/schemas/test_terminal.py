@@ -1,0 +1,146 @@
+"""How the commands speak: one line, the right exit code, and nothing that steers a terminal."""
+
+import io
+import json
+import sys
+import time
+
+import pytest
+import typer
+
+from xkd_schemas.errors import BadData, Mismatch
+from xkd_schemas.terminal import Progress, run, say, say_json, warn
+
+
+def raising(error: BaseException):
+    def app() -> None:
+        raise error
+
+    return app
+
+
+def left(capsys, app) -> tuple[object, str, str]:
+    """(exit code, stdout, stderr) of an app that leaves."""
+    with pytest.raises(SystemExit) as caught:
+        run("xkd-cache", app)
+    return (caught.value.code, *capsys.readouterr())
+
+
+def test_a_users_mistake_is_one_line_on_stderr_and_its_exit_code(capsys) -> None:
+    code, out, err = left(capsys, raising(BadData("x.arrow is corrupt", kept="the rest", next="run again")))
+
+    assert (code, out, err) == (65, "", "xkd-cache: x.arrow is corrupt. Kept: the rest. Next: run again\n")
+
+
+def test_memory_and_ctrl_c_have_codes_of_their_own_and_say_what_was_kept(capsys) -> None:
+    for error, expected in ((MemoryError(), 71), (KeyboardInterrupt(), 130)):
+        code, _, err = left(capsys, raising(error))
+
+        assert code == expected
+        assert err.count("\n") == 1
+        assert "Kept: everything that was committed or saved so far. Next: " in err
+
+
+def test_ctrl_c_inside_a_typer_app_is_not_silent(capsys, monkeypatch) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["xkd-cache"])
+    code, _, err = left(capsys, app)
+
+    assert (code, err.startswith("xkd-cache: interrupted. Kept: ")) == (130, True)
+
+
+def test_other_exit_codes_and_our_own_bugs_pass_through(capsys) -> None:
+    assert left(capsys, raising(SystemExit(2))) == (2, "", "")
+    with pytest.raises(ZeroDivisionError):
+        run("xkd-cache", raising(ZeroDivisionError()))
+
+
+def test_an_app_that_returns_is_done(capsys) -> None:
+    run("xkd-cache", lambda: None)
+
+    assert capsys.readouterr() == ("", "")
+
+
+def test_with_json_the_error_is_an_object_too(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["xkd-cache", "align", "--json"])
+    code, out, err = left(capsys, raising(Mismatch("a\nb", next="c")))
+
+    assert json.loads(out) == {"error": {"code": 78, "kind": "Mismatch", "what": "a\nb", "kept": "", "next": "c"}}
+    assert (code, err) == (78, "xkd-cache: a b. Next: c\n")
+
+
+def test_the_traceback_is_there_for_who_asks(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("XKD_DEBUG", "1")
+    _, _, err = left(capsys, raising(BadData("x")))
+
+    assert "Traceback" in err
+    assert err.endswith("xkd-cache: x.\n")
+
+
+def test_nothing_printed_can_steer_a_terminal(capsys) -> None:
+    nasty = "a\x1b[31m\r\n\x07\x9b\u202eb[bold]\x7f"
+    say(nasty)
+    warn(nasty)
+    left_code, _, _ = 0, say_json({"x": nasty}), None
+    out, err = capsys.readouterr()
+    line, as_json = out.splitlines()
+
+    assert left_code == 0
+    assert line == "a[31mb[bold]"
+    assert err == "warning: a[31mb[bold]\n"
+    assert as_json.isascii()
+    assert json.loads(as_json) == {"x": nasty}
+    assert left(capsys, raising(BadData(nasty)))[2] == "xkd-cache: a[31m b[bold].\n"
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Screen(io.StringIO):
+    def __init__(self, tty: bool) -> None:
+        super().__init__()
+        self.tty = tty
+
+    def isatty(self) -> bool:
+        return self.tty
+
+
+def progressed(monkeypatch, *, tty: bool, seconds: float, quiet: bool = False) -> str:
+    clock, screen = Clock(), Screen(tty)
+    monkeypatch.setattr(time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with Progress("teachers/T", 10, quiet=quiet) as progress:
+        for _ in range(4):
+            clock.now += seconds
+            progress.advance(note="4 documents")
+    return screen.getvalue()
+
+
+def test_off_a_terminal_progress_is_a_plain_line_now_and_then(monkeypatch) -> None:
+    assert progressed(monkeypatch, tty=False, seconds=10).splitlines() == [
+        "teachers/T: 2/10, 0:20 gone, 1:20 left, 4 documents",
+        "teachers/T: 4/10, 0:40 gone, 1:00 left, 4 documents",
+    ]
+    assert progressed(monkeypatch, tty=False, seconds=1) == ""
+
+
+def test_on_a_terminal_one_line_is_rewritten_and_cleared_at_the_end(monkeypatch) -> None:
+    shown = progressed(monkeypatch, tty=True, seconds=1000)
+
+    assert "\n" not in shown
+    assert shown.split("\r\x1b[K")[4:] == ["teachers/T: 4/10, 1:06:40 gone, 1:40:00 left, 4 documents", ""]
+
+
+def test_progress_is_quiet_when_asked(monkeypatch) -> None:
+    assert progressed(monkeypatch, tty=True, seconds=100, quiet=True) == ""

@@ -1,0 +1,287 @@
+"""Bits per byte, agreement and ROUGE-L against plain loops over tokens."""
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+import tiny_models as tiny
+from four_tokenizers import tokenizer_of, wrapped
+from xkd_pipeline.run import Workers
+from xkd_pipeline.stages import align_stage
+from xkd_schemas.documents import Document
+from xkd_schemas.encode import Encoder
+from xkd_schemas.errors import BadData, InputMissing, UsageError
+from xkd_schemas.held import held_out_documents
+from xkd_schemas.tokens import CONTENT, Tokens
+from xkd_trainer import evaluate
+from xkd_trainer.cache import Cache
+from xkd_trainer.evaluate import Request, agreement, bits_per_byte, evaluate_student, generate, rouge_l
+from xkd_trainer.losses.vocabulary import shared_vocabulary
+
+HELD = (
+    ("Who lit the lamp?", "A fisherman lit it."),
+    ("Is it late?", "Yes."),
+    ("What is on the table?", "The naïve café 🇩🇪 has a long wall, 東京."),
+    ("", "Nobody knew."),
+)
+
+Pairs = list[tuple[Document, Tokens]]
+
+
+def held_file(folder: Path, pairs: Sequence[tuple[str, str]] = HELD) -> Path:
+    return tiny.corpus_file(folder, pairs)
+
+
+def encoded(tokenizer: Any, folder: Path) -> Pairs:
+    documents, _ = held_out_documents(held_file(folder))
+    encoder = Encoder(tokenizer=tokenizer, template="none", max_tokens=512)
+    return list(zip(documents, encoder.encode_batch(documents), strict=True))
+
+
+@torch.no_grad()
+def slow_bits(model: PreTrainedModel, pairs: Pairs) -> float:
+    """One document at a time, one token at a time, from the model's own logits."""
+    bits, size = [], 0
+    for document, tokens in pairs:
+        logits_LV = model(input_ids=torch.tensor(tokens.ids.tolist())[None]).logits[0].double()
+        for t in range(1, len(tokens.ids)):
+            if tokens.targets[t] and tokens.kinds[t] == CONTENT:
+                scores = logits_LV[t - 1].tolist()
+                top = max(scores)
+                log_sum = top + math.log(math.fsum(math.exp(s - top) for s in scores))
+                bits.append((log_sum - scores[tokens.ids[t]]) / math.log(2))
+        for segment in document.segments:
+            if segment.target:
+                size += len(document.text[segment.start : segment.end].encode("utf-8"))
+    return math.fsum(bits) / size
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "sentencepiece"), ("gpt2", "unigram")])
+def test_bits_per_byte_equal_a_loop_over_tokens_with_the_models_own_logits(
+    tmp_path: Path, family: str, kind: str
+) -> None:
+    model = {"llama": tiny.llama, "gpt2": tiny.gpt2}[family](kind)
+    pairs = encoded(tokenizer_of(kind), tmp_path)
+
+    found = bits_per_byte(model, pairs)
+
+    assert found["bits_per_byte"] == pytest.approx(slow_bits(model, pairs), rel=1e-5)
+    assert found["bytes"] == sum(len(response.encode()) for _, response in HELD)
+
+
+def test_bits_per_byte_do_not_depend_on_which_documents_share_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pairs = tiny.llama("sentencepiece"), encoded(tokenizer_of("sentencepiece"), tmp_path)
+    together = bits_per_byte(model, pairs)["bits_per_byte"]
+
+    for size in (1, 2, 3):
+        monkeypatch.setattr(evaluate, "BATCH", size)
+        assert bits_per_byte(model, pairs[::-1])["bits_per_byte"] == pytest.approx(together, rel=1e-6)
+
+
+def test_a_text_cut_to_the_models_length_counts_only_the_bytes_that_were_read() -> None:
+    documents = [_document("Why? ", "The old lamp on the wall and the old lamp on the harbour wall.")]
+    encoder = Encoder(tokenizer=tokenizer_of("sentencepiece"), template="none", max_tokens=14)
+    pairs = list(zip(documents, encoder.encode_batch(documents), strict=True))
+    end = pairs[0][1].num_chars
+
+    found = bits_per_byte(tiny.llama("sentencepiece"), pairs)
+
+    assert 5 < end < len(documents[0].text)
+    assert found["bytes"] == len(documents[0].text[5:end].encode())
+
+
+def _document(prompt: str, response: str) -> Document:
+    from xkd_schemas.documents import document_of
+
+    return document_of([("prompt", prompt, False), ("response", response, True)], source="here", line=1)
+
+
+def permuted(kind: str) -> tuple[Any, dict[int, int]]:
+    """The same tokenizer with other ids, and old id -> new id."""
+    content = json.loads(tokenizer_of(kind).backend_tokenizer.to_str())
+    fixed = {token["id"] for token in content["added_tokens"]}
+    ids = [i for i in content["model"]["vocab"].values() if i not in fixed]
+    moved = dict(zip(ids, ids[::-1], strict=True)) | {i: i for i in fixed}
+    content["model"]["vocab"] = {token: moved[i] for token, i in content["model"]["vocab"].items()}
+    return wrapped(Tokenizer.from_str(json.dumps(content))), moved
+
+
+def test_the_same_model_with_other_token_numbers_has_the_same_bits_per_byte(tmp_path: Path) -> None:
+    model, twin = tiny.llama("sentencepiece"), tiny.llama("sentencepiece")
+    tokenizer, moved = permuted("sentencepiece")
+    with torch.no_grad():
+        for old, new in moved.items():
+            twin.get_input_embeddings().weight[new] = model.get_input_embeddings().weight[old]
+
+    one = bits_per_byte(model, encoded(tokenizer_of("sentencepiece"), tmp_path))
+    other = bits_per_byte(twin, encoded(tokenizer, tmp_path))
+
+    assert not torch.equal(twin.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert other["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_a_model_that_knows_nothing_pays_log2_of_its_vocabulary_for_each_token(tmp_path: Path, kind: str) -> None:
+    model = tiny.llama(kind, tied=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    pairs = [(d, t) for d, t in encoded(tokenizer_of(kind), tmp_path) if d.segments[0].end]
+
+    found = bits_per_byte(model, pairs)
+
+    tokens = sum(int((t.targets & (t.kinds == CONTENT)).sum()) for _, t in pairs)
+    expected = tokens * math.log2(len(tokenizer_of(kind))) / found["bytes"]
+    assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def slow_agreement(model: PreTrainedModel, cache: Cache, translated: dict[int, int]) -> tuple[int, int]:
+    same = total = 0
+    for row in cache.usable.tolist():
+        student, teacher = cache.students[row], cache.teachers[row]
+        logits_LV = model(input_ids=torch.tensor(student["token_ids"].tolist())[None]).logits[0]
+        predicted = [t for t in range(1, len(teacher["targets"])) if teacher["targets"][t]]
+        for (s, s_end), (t, t_end) in zip(
+            student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True
+        ):
+            if s_end - s == 1 and t_end - t == 1 and s and t and student["targets"][s] and teacher["targets"][t]:
+                total += 1
+                said = int(teacher["argmax"][predicted.index(t)])
+                same += translated.get(said) == int(logits_LV[s - 1].argmax())
+    return same, total
+
+
+def test_agreement_equals_a_loop_over_the_exact_pairs() -> None:
+    made = tiny.tiny_cache()
+    cache = Cache(made.cache, student="student")
+    tokenizer = tokenizer_of(tiny.STUDENT_TOKENIZER)
+    ours, theirs = shared_vocabulary(tokenizer.get_vocab(), tokenizer_of(tiny.TEACHER_TOKENIZER).get_vocab(), "mapped")
+    translated = dict(zip(theirs.tolist(), ours.tolist(), strict=True))
+    said = Counter(int(i) for row in cache.usable.tolist() for i in cache.teachers[row]["argmax"])
+    often = next(i for i, _ in said.most_common() if i in translated)
+    model = tiny.llama(tiny.STUDENT_TOKENIZER, seed=2)
+    with torch.no_grad():  # a student that says the teacher's most frequent word at every other place
+        model.get_output_embeddings().weight[translated[often]] *= 40
+
+    found = agreement(model, tokenizer, made.cache)
+
+    same, total = slow_agreement(model, cache, translated)
+    assert 0 < same < total
+    assert found == {"agreement": pytest.approx(100 * same / total), "agreement_pairs": total}
+
+
+def test_a_teacher_agrees_with_itself_everywhere(tmp_path: Path) -> None:
+    made = tiny.tiny_cache()
+    root = Path(shutil.copytree(made.cache, tmp_path / "cache"))
+    run = made.run(cache=str(root), student__model=str(made.teacher), student__name="self")
+    align_stage(run, Workers(count=0))
+    teacher = tiny.llama(tiny.TEACHER_TOKENIZER, seed=1, layers=4, width=32, tied=False)
+
+    found = agreement(teacher, tokenizer_of(tiny.TEACHER_TOKENIZER), root)
+
+    cache = Cache(root, student="self")
+    whole = sum(_whole_characters(cache.students[row]) for row in cache.usable.tolist())
+    assert found == {"agreement": 100.0, "agreement_pairs": whole}
+
+
+def _whole_characters(row: Any) -> int:
+    """Targets that are no pieces of one character."""
+    spans = [tuple(span) for span, target in zip(row["token_spans"].tolist(), row["targets"], strict=True) if target]
+    return sum(spans.count(span) == 1 for span in spans)
+
+
+def greedy(model: PreTrainedModel, tokenizer: Any, prompt: list[int], count: int) -> str:
+    """Argmax after argmax, without padding and without a cache of keys."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+    return str(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_padding_on_the_left_changes_no_response(family: str) -> None:
+    tokenizer = tokenizer_of("sentencepiece")
+    model = {"llama": tiny.llama, "gpt2": tiny.gpt2}[family]("sentencepiece")
+    prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in ("The lamp", "Who?", "On the long river")]
+    assert len({len(prompt) for prompt in prompts}) == 3
+
+    said = generate(model, tokenizer, prompts, seed=0, max_new_tokens=8, sample=False)
+
+    assert said == [greedy(model, tokenizer, prompt.tolist(), 8) for prompt in prompts]
+    assert len(set(said)) == 3
+
+
+def test_sampled_responses_depend_on_the_seed_alone() -> None:
+    tokenizer, model = tokenizer_of("sentencepiece"), tiny.llama("sentencepiece")
+    prompts = [np.array(tokenizer("Who lit it?")["input_ids"], np.int32)] * 2
+
+    one, again, other = (generate(model, tokenizer, prompts, seed=s, max_new_tokens=8) for s in (1, 1, 2))
+
+    assert one == again != other
+
+
+def test_rouge_l_is_the_mean_deviation_and_best_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = encoded(tokenizer_of("sentencepiece"), tmp_path)
+    references = [response for _, response in HELD]
+    said = {1: references, 2: ["…"] * len(HELD), 3: references[:2] + ["…"] * 2}
+    monkeypatch.setattr(evaluate, "generate", lambda *_, seed, **__: said[seed])
+    request = Request(student="x", data=Path("x"), seeds=(1, 2, 3))
+
+    found = rouge_l(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), pairs, request)
+
+    assert found["rouge_l"] == pytest.approx(50.0)
+    assert found["rouge_l_std"] == pytest.approx(math.sqrt((50**2 + 50**2) / 3))
+    assert found["rouge_l_max"] == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
+def test_a_folder_is_measured_from_rows_to_numbers_also_without_prompts(tmp_path: Path, kind: str) -> None:
+    folder = tiny.saved(tiny.llama(kind), kind, tmp_path / "model")
+    request = Request(student=folder, data=held_file(tmp_path), seeds=(1, 2), max_new_tokens=4)
+
+    found = evaluate_student(request)
+
+    assert (found["documents"], found["unusable"], found["template"]) == (4, 0, "none")
+    assert found["bits_per_byte"] > 0
+    assert 0 <= found["rouge_l"] <= found["rouge_l_max"] <= 100
+    assert "agreement" not in found
+
+
+def test_rows_that_cannot_be_used_are_counted_and_only_unusable_rows_are_an_error(tmp_path: Path) -> None:
+    folder = tiny.saved(tiny.llama("sentencepiece"), "sentencepiece", tmp_path / "model")
+    data = held_file(tmp_path, [*HELD[:2], ("What?", "")])
+    request = Request(student=folder, data=data, rouge=False)
+    found = evaluate_student(request)
+    assert (found["documents"], found["unusable"]) == (2, 1)
+
+    held_file(tmp_path, [("What?", "")])
+    with pytest.raises(BadData, match=r"corpus\.jsonl: no row can be used|no row"):
+        evaluate_student(request)
+
+
+def test_a_missing_file_and_a_cache_without_the_teachers_choice_are_named(tmp_path: Path) -> None:
+    folder = tiny.saved(tiny.llama("sentencepiece"), "sentencepiece", tmp_path / "model")
+    with pytest.raises(InputMissing, match=r"nowhere\.jsonl"):
+        evaluate_student(Request(student=folder, data=tmp_path / "nowhere.jsonl"))
+
+    cache = tiny.tiny_cache().cache
+    plain = Cache(cache, student="student")
+    object.__setattr__(plain, "signals", tuple(s for s in plain.signals if s.name != "argmax"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError, match="holds no argmax of the teacher"):
+        patch.setattr(evaluate, "Cache", lambda *_, **__: plain)
+        agreement(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), cache)

@@ -1,0 +1,408 @@
+"""Batches against arrays recomputed from the tables by plain loops; tables that disagree; the reading thread."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tiny_models import Tiny, tiny_cache
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
+from xkd_schemas.manifest import Manifest, Plan, read_record, sealed, to_json
+from xkd_schemas.teacher import Signal, signal_named
+from xkd_trainer.batch import Batch, Level, blank, gather_rows
+from xkd_trainer.cache import Cache, find_student
+from xkd_trainer.stream import batch_of, inside_any, pad, prefetched
+
+WANTED = frozenset(
+    signal_named(column)
+    for column in (
+        "hidden_last", "attention_last", "entropy", "argmax", "span_mass@2:word", "span_geometry@2:word",
+        "span_vectors@2:word", "span_mass@3:phrase", "span_geometry@3:phrase", "span_vectors@4:phrase",
+        "span_mass@4:phrase",
+    )
+)  # fmt: skip
+ROWS = (3, 19, 0, 11)
+
+
+@pytest.fixture(scope="module")
+def cache() -> Cache:
+    return Cache(tiny_cache().cache, student="student")
+
+
+@pytest.fixture(scope="module")
+def batch(cache: Cache) -> Batch:
+    return batch_of(cache, ROWS, WANTED)
+
+
+def predicted(targets: Any) -> list[int]:
+    """Positions that predict a target."""
+    return [t - 1 for t in range(1, len(targets)) if targets[t]]
+
+
+def kept(targets: Any) -> list[int]:
+    """Positions whose state is stored."""
+    return [t for t in range(len(targets)) if targets[t] or (t + 1 < len(targets) and targets[t + 1])]
+
+
+def valid_part(values: Tensor, valid: Tensor, row: int) -> list[Any]:
+    """One row's valid entries, and a check that they come first."""
+    count = int(valid[row].sum())
+    assert valid[row].tolist() == [True] * count + [False] * (valid.shape[1] - count)
+    return values[row, :count].tolist()
+
+
+def test_tokens_and_predictions_of_both_models_are_those_of_the_tables(cache: Cache, batch: Batch) -> None:
+    for place, row in enumerate(ROWS):
+        s_ids, s_targets = cache.students[row]["token_ids"].tolist(), cache.students[row]["targets"].tolist()
+        t_ids, t_targets = cache.teachers[row]["token_ids"].tolist(), cache.teachers[row]["targets"].tolist()
+        predict, t_predict, t_kept = predicted(s_targets), predicted(t_targets), kept(t_targets)
+        assert len(predict) > 0
+        valid_BN, valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
+
+        assert valid_part(batch.student_ids_BS, batch.student_valid_BS, place) == s_ids
+        assert valid_part(batch.predict_BN, valid_BN, place) == predict
+        assert valid_part(batch.target_BN, valid_BN, place) == [s_ids[p + 1] for p in predict]
+        assert valid_part(batch.teacher_target_BM, valid_BM, place) == [t_ids[p + 1] for p in t_predict]
+        assert valid_part(batch.teacher_input_BM, valid_BM, place) == [t_ids[p] for p in t_predict]
+        assert [t_kept[r] for r in valid_part(batch.teacher_predict_BM, valid_BM, place)] == t_predict
+        assert int(batch.teacher_valid_BR[place].sum()) == len(t_kept)
+    assert batch.rows == ROWS
+
+
+def test_hidden_states_keep_every_bit_of_bfloat16_and_scalars_stand_at_their_rows(cache: Cache, batch: Batch) -> None:
+    assert batch.teacher_hidden_BRD is not None
+    assert batch.teacher_attention_BR is not None
+    assert batch.teacher_entropy_BM is not None
+    assert batch.teacher_argmax_BM is not None
+    assert batch.teacher_hidden_BRD.dtype == torch.bfloat16
+    for place, row in enumerate(ROWS):
+        teacher, valid_BM = cache.teachers[row], batch.teacher_predict_valid_BM
+        rows = len(kept(teacher["targets"]))
+        bits = np.asarray(teacher["hidden_last"]).astype(np.uint32) << 16
+        exact = torch.from_numpy(bits.view(np.float32).copy())
+        assert torch.equal(batch.teacher_hidden_BRD[place, :rows].float(), exact)
+        assert batch.teacher_hidden_BRD[place, rows:].abs().sum() == 0
+        attention = [teacher["attention_last"][t] for t in kept(teacher["targets"])]
+        assert valid_part(batch.teacher_attention_BR, batch.teacher_valid_BR, place) == attention
+        assert valid_part(batch.teacher_entropy_BM, valid_BM, place) == teacher["entropy"].tolist()
+        assert valid_part(batch.teacher_argmax_BM, valid_BM, place) == teacher["argmax"].tolist()
+
+
+def test_aligned_spans_lie_in_the_response_and_cover_the_same_characters_in_both(cache: Cache, batch: Batch) -> None:
+    seen = 0
+    for place, row in enumerate(ROWS):
+        student, teacher = cache.students[row], cache.teachers[row]
+        t_kept = kept(teacher["targets"])
+        expected = [
+            (tuple(s), tuple(t))
+            for s, t in zip(student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True)
+            if student["targets"][s[0]] and teacher["targets"][t[0]]
+        ]
+        found_s = valid_part(batch.span_student_BK2, batch.span_valid_BK, place)
+        found_t = valid_part(batch.span_teacher_BK2, batch.span_valid_BK, place)
+        assert [tuple(s) for s in found_s] == [s for s, _ in expected]
+        assert [(t_kept[first], t_kept[end - 1] + 1) for first, end in found_t] == [t for _, t in expected]
+        for (s_first, s_end), (t_first, t_end) in expected:
+            s_chars = {c for a, b in student["token_spans"][s_first:s_end].tolist() for c in range(a, b)}
+            t_chars = {c for a, b in teacher["token_spans"][t_first:t_end].tolist() for c in range(a, b)}
+            text = cache.documents[row]["text"]
+            assert all(text[c].isspace() for c in s_chars ^ t_chars)
+            seen += len(s_chars & t_chars)
+    assert seen > 100
+
+
+def test_exact_pairs_predict_the_same_characters_with_one_token_each(cache: Cache, batch: Batch) -> None:
+    seen = 0
+    for place, row in enumerate(ROWS):
+        student, teacher = cache.students[row], cache.teachers[row]
+        predict, t_predict = predicted(student["targets"]), predicted(teacher["targets"])
+        expected = [
+            [predict.index(s[0] - 1), t_predict.index(t[0] - 1)]
+            for s, t in zip(student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True)
+            if s[1] - s[0] == t[1] - t[0] == 1 and student["targets"][s[0]] and teacher["targets"][t[0]]
+        ]
+        found = valid_part(batch.pairs_BE2, batch.pair_valid_BE, place)
+        assert found == expected
+        for n, m in found:
+            s_span, t_span = student["token_spans"][predict[n] + 1], teacher["token_spans"][t_predict[m] + 1]
+            assert s_span.tolist() == t_span.tolist()
+            seen += 1
+    assert seen > 10
+
+
+def level_named(batch: Batch, layer: int) -> Level:
+    return next(level for level in batch.levels if level.layer == layer)
+
+
+@pytest.mark.parametrize(("layer", "unit"), [(2, "word"), (3, "phrase"), (4, "phrase")])
+def test_levels_are_those_of_the_tables(cache: Cache, batch: Batch, layer: int, unit: str) -> None:
+    level = level_named(batch, layer)
+    assert [(lv.layer, lv.unit) for lv in batch.levels] == [(2, "word"), (3, "phrase"), (4, "phrase")]
+    assert level.unit == unit
+    assert (level.cosines_BUU is None) == (layer == 4)
+    assert (level.vectors_BUD is None) == (layer == 3)
+    inside_phrase = outside_phrase = inside_target = outside_target = 0
+    for place, row in enumerate(ROWS):
+        document, student, teacher = cache.documents[row], cache.students[row], cache.teachers[row]
+        spans, phrases = document[f"{unit}s"].tolist(), document["phrases"].tolist()
+        targets = [s for s, wanted in zip(document["segments"].tolist(), document["targets"], strict=True) if wanted]
+        ranges, mass = student[f"{unit}_tokens"].tolist(), teacher[f"span_mass@{layer}:{unit}"].tolist()
+        for u, ((start, end), (first, last)) in enumerate(zip(spans, ranges, strict=True)):
+            in_phrase = unit == "phrase" or any(a <= start and end <= b for a, b in phrases)
+            in_target = any(a <= start and end <= b for a, b in targets)
+            assert level.student_BU2[place, u].tolist() == [first, last]
+            assert bool(level.valid_BU[place, u]) == (last > first and mass[u] > 0)
+            assert float(level.mass_BU[place, u]) == mass[u]
+            assert bool(level.in_phrase_BU[place, u]) == in_phrase
+            assert bool(level.in_target_BU[place, u]) == in_target
+            inside_phrase, outside_phrase = inside_phrase + in_phrase, outside_phrase + (not in_phrase)
+            inside_target, outside_target = inside_target + in_target, outside_target + (not in_target)
+        assert not level.valid_BU[place, len(spans) :].any()
+        if level.cosines_BUU is not None:
+            packed = iter(teacher[f"span_geometry@{layer}:{unit}"].tolist())
+            for i in range(len(spans)):
+                assert float(level.cosines_BUU[place, i, i]) == 1.0
+                for j in range(i + 1, len(spans)):
+                    value = next(packed)
+                    assert float(level.cosines_BUU[place, i, j]) == float(level.cosines_BUU[place, j, i]) == value
+    assert inside_phrase > 5
+    assert inside_target > 5
+    assert outside_target > 3
+    assert outside_phrase > 5 or unit == "phrase"
+
+
+def test_signals_that_nobody_asked_for_are_not_read(cache: Cache) -> None:
+    batch = batch_of(cache, ROWS, frozenset({Signal("entropy")}))
+
+    assert batch.teacher_hidden_BRD is batch.teacher_attention_BR is batch.teacher_argmax_BM is None
+    assert batch.levels == ()
+    assert batch.teacher_entropy_BM is not None
+
+
+def test_a_row_is_the_same_alone_and_among_others(cache: Cache, batch: Batch) -> None:
+    alone = batch_of(cache, ROWS[1:2], WANTED)
+
+    for name in ("student_ids_BS", "predict_BN", "teacher_hidden_BRD", "pairs_BE2", "span_teacher_BK2"):
+        one, many = getattr(alone, name)[0], getattr(batch, name)[1]
+        assert torch.equal(one, many[: len(one)]), name
+        assert many[len(one) :].float().abs().sum() == 0, name
+
+
+@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=4), dtype=st.sampled_from(["i8", "f4", "u2", "?"]))
+def test_padding_puts_zeros_after_each_array(sizes: list[int], dtype: str) -> None:
+    arrays = [np.arange(1, 2 * n + 1).reshape(n, 2).astype(dtype) for n in sizes]
+
+    stacked = pad(arrays)
+
+    assert stacked.shape == (len(sizes), max(1, *sizes, 0), 2)
+    for row, array in enumerate(arrays):
+        values = stacked[row].view(torch.int16) if dtype == "u2" else stacked[row]
+        assert values[: len(array)].tolist() == array.tolist()
+        assert not values[len(array) :].any()
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)).map(lambda p: (p[0], p[0] + p[1])), max_size=6)
+
+
+@given(spans=SPANS, outer=SPANS)
+def test_inside_any_equals_the_loops(spans: list[tuple[int, int]], outer: list[tuple[int, int]]) -> None:
+    def array(pairs: list[tuple[int, int]]) -> Any:
+        return np.array(pairs, dtype=np.int32).reshape(-1, 2)
+
+    found = inside_any(array(spans), array(outer))
+
+    assert found.tolist() == [any(a <= start and end <= b for a, b in outer) for start, end in spans]
+
+
+def test_a_blank_batch_has_its_tokens_and_nothing_valid(batch: Batch) -> None:
+    nothing = blank(batch)
+
+    assert torch.equal(nothing.student_ids_BS, batch.student_ids_BS)
+    assert int(nothing.num_predictions) == 0
+    assert not any(
+        mask.any() for mask in (nothing.span_valid_BK, nothing.pair_valid_BE, nothing.teacher_predict_valid_BM)
+    )
+    assert not any(level.valid_BU.any() for level in nothing.levels)
+    assert batch.predict_valid_BN.any()
+
+
+def test_moving_a_batch_moves_every_tensor(batch: Batch) -> None:
+    moved = batch.to(torch.device("meta"))
+
+    tensors = [v for v in (getattr(moved, name) for name in Batch.__slots__) if isinstance(v, Tensor)]
+    tensors += [
+        v for level in moved.levels for v in (getattr(level, n) for n in Level.__slots__) if isinstance(v, Tensor)
+    ]
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert len(tensors) > 30
+    assert moved.rows == ROWS
+
+
+def test_gathered_rows_are_the_indexed_ones() -> None:
+    states_BLD, index_BN = torch.randn(2, 4, 3), torch.tensor([[3, 0], [1, 1]])
+
+    assert torch.equal(gather_rows(states_BLD, index_BN), torch.stack([states_BLD[b, index_BN[b]] for b in range(2)]))
+
+
+# Caches that do not fit together
+
+
+def copied(tmp_path: Path) -> Tiny:
+    tiny = Tiny(tmp_path)
+    shutil.copytree(tiny_cache().cache, tiny.cache)
+    return tiny
+
+
+def reseal(cache: Path, table: str, **changed: Any) -> None:
+    """Give a table another spec or order of shards, with a manifest that matches itself."""
+    folder = cache / table
+    manifest, plan = read_record(folder / "manifest.json", Manifest), read_record(folder / "plan.json", Plan)
+    spec = {**manifest.spec, **changed}
+    made = sealed(plan.model_copy(update={"spec": spec}), manifest.commits, manifest.constants, manifest.files)
+    (folder / "manifest.json").write_bytes(to_json(made))
+
+
+def test_tables_that_hold_other_documents_in_a_row_are_bad_data(cache: Cache) -> None:
+    other = Cache(tiny_cache().cache, student="student")
+    real = other.teachers
+
+    class Shifted:
+        name = real.name
+
+        def __getitem__(self, row: int) -> Any:
+            return real[row + 1]
+
+    other.teachers = Shifted()  # type: ignore[assignment]
+    with pytest.raises(BadData, match=r"row 3 is another document in each table.*teachers/teacher"):
+        batch_of(other, [3], WANTED)
+    assert batch_of(cache, [3], WANTED).rows == (3,)
+
+
+def test_a_teacher_that_was_made_again_is_a_mismatch_that_names_both(tmp_path: Path) -> None:
+    tiny = copied(tmp_path)
+    reseal(tiny.cache, "teachers/teacher", dtype="bfloat16")
+
+    with pytest.raises(Mismatch, match=r"teacher_root: cache has [0-9a-f]+.*this run has [0-9a-f]+.*xkd-cache align"):
+        Cache(tiny.cache, student="student")
+
+
+def test_tables_of_other_documents_are_a_mismatch(tmp_path: Path) -> None:
+    tiny = copied(tmp_path)
+    reseal(tiny.cache, "documents", max_chars=7)
+
+    with pytest.raises(Mismatch, match=r"documents: cache has .*teacher documents: cache has"):
+        Cache(tiny.cache, student="student")
+
+
+def test_a_cache_of_another_schema_is_a_mismatch(tmp_path: Path) -> None:
+    tiny = copied(tmp_path)
+    reseal(tiny.cache, "students/student", schema=99)
+
+    with pytest.raises(Mismatch, match=r"students: cache has 99, this run has 1.*xkd-toolkit version"):
+        Cache(tiny.cache, student="student")
+
+
+def test_a_flipped_bit_in_head_or_shard_is_bad_data(tmp_path: Path) -> None:
+    tiny = copied(tmp_path)
+    for name in ("head.safetensors", "embeddings.safetensors"):
+        path = tiny.cache / "teachers/teacher" / name
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+    shard = next((tiny.cache / "teachers/teacher").glob("00000-*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    cache = Cache(tiny.cache, student="student")
+
+    with pytest.raises(BadData, match=r"head\.safetensors does not match its digest"):
+        cache.head()
+    with pytest.raises(BadData, match=r"embeddings\.safetensors does not match its digest"):
+        cache.embeddings()
+    with pytest.raises(BadData, match=r"00000-[0-9a-f]+\.arrow is corrupt"):
+        batch_of(cache, [0], WANTED)
+
+
+def test_missing_folders_and_tables_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match=r"cache .*nowhere is not a folder"):
+        Cache(tmp_path / "nowhere", student="student")
+    tiny = copied(tmp_path)
+    with pytest.raises(InputMissing, match=r"has no students table 'other'; it has student"):
+        find_student(tiny.cache, {}, "other")
+    shutil.rmtree(tiny.cache / "students")
+    with pytest.raises(InputMissing, match=r"has no finished students table.*xkd-cache align"):
+        find_student(tiny.cache, {}, "")
+
+
+def test_the_student_table_is_found_by_its_tokenizer_and_two_that_fit_must_be_named(tmp_path: Path) -> None:
+    tiny = copied(tmp_path)
+    stored = json.loads((tiny.cache / "students/student/plan.json").read_text())["spec"]["encoder"]["tokenizer"]
+
+    assert find_student(tiny.cache, stored, "") == "student"
+    with pytest.raises(Mismatch, match=r"probe: cache has .*this run has other"):
+        find_student(tiny.cache, {**stored, "probe": "other"}, "")
+    shutil.copytree(tiny.cache / "students/student", tiny.cache / "students/twin")
+    for record in ("plan.json", "manifest.json"):
+        path = tiny.cache / "students/twin" / record
+        path.write_text(path.read_text().replace('"table": "students/student"', '"table": "students/twin"'))
+    reseal(tiny.cache, "students/twin")
+    with pytest.raises(UsageError, match=r"student, twin all fit this student.*--student-table NAME"):
+        find_student(tiny.cache, stored, "")
+
+
+# The thread
+
+
+def test_items_come_in_order_and_no_more_than_the_depth_ahead() -> None:
+    made: list[int] = []
+
+    def produce() -> Iterator[int]:
+        for item in range(20):
+            made.append(item)
+            yield item
+
+    taken = []
+    for item in prefetched(produce, depth=2):
+        taken.append(item)
+        assert len(made) <= len(taken) + 3
+
+    assert taken == list(range(20))
+
+
+def test_an_error_of_the_producer_is_raised_after_the_items_before_it() -> None:
+    def produce() -> Iterator[int]:
+        yield 1
+        raise BadData("row 7 is gone")
+
+    taken = []
+    with pytest.raises(BadData, match="row 7 is gone"):
+        for item in prefetched(produce):
+            taken.append(item)
+
+    assert taken == [1]
+    assert_no_thread_is_left()
+
+
+def test_a_consumer_that_stops_early_stops_the_thread() -> None:
+    def produce() -> Iterator[int]:
+        yield from iter(int, 1)  # zeros, for ever
+
+    stream = prefetched(produce)
+    assert next(stream) == 0
+    stream.close()  # type: ignore[attr-defined]
+
+    assert_no_thread_is_left()
+
+
+def assert_no_thread_is_left() -> None:
+    left = [t for t in threading.enumerate() if "produce" in t.name]
+    assert left == []
