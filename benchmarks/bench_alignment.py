@@ -1,78 +1,92 @@
-"""A student's token intervals and their alignment with the teacher's tokens, against tokenising the same text."""
+"""Offsets, intervals, templates and alignment for a student, against the tokenizer alone.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+The tokenizer alone is `encode_batch` of the tokenizers library on the same segments: nothing is read out of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
-from benchmarks.assets import Assets, assets_of
 from benchmarks.measure import Options, interleaved
-from benchmarks.rows import Result, cost
+from benchmarks.pair import pair_of
+from benchmarks.rows import Row as Figures
+from benchmarks.rows import cost
 from xkd_pipeline.align import StudentSettings, align_rows, tokens_at
+from xkd_pipeline.capture import TeacherSettings
 from xkd_pipeline.documents import document_at
-from xkd_schemas.alignment import align
-from xkd_schemas.documents import Document
+from xkd_pipeline.teacher import encoder_of
 from xkd_schemas.encode import Encoder
-from xkd_schemas.table import Row, Table
-from xkd_schemas.tokens import OK, Int32s, Tokens
+from xkd_schemas.table import Row, Table, names_in
+from xkd_schemas.tokens import OK, Tokens
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """Documents that both models can read."""
-
-    encoder: Encoder
-    rows: Sequence[Row]
-    documents: Sequence[Document]
-    teacher: Sequence[Tokens]
-
-
-def run(options: Options) -> list[Result]:
-    """Documents spread over the whole cache."""
-    work = work_of(assets_of(options, layers=4), documents=options.size(512, 8))
-    calls: dict[str, Callable[[], object]] = {
-        "tokenise": lambda: tokenised(work),
-        "align": lambda: aligned(work),
-        "stage": lambda: align_rows(work.encoder, work.rows, work.teacher),
-    }
-    seconds = interleaved(calls, options.repeats)
-    tokens = sum(len(ids) for ids in tokenised(work))
-    what = f"{len(work.documents)} documents, {tokens} tokens"
-    alone = seconds["tokenise"]
+def run(options: Options) -> list[Figures]:
+    """The cache's documents, and documents of about 4,000 characters glued from them."""
+    pair = pair_of(options)
+    documents = Table(pair.cache, "documents")
+    teachers = Table(pair.cache, f"teachers/{names_in(pair.cache, 'teachers')[0]}")
+    number = min(len(documents), options.size(512, 16))
+    rows, tokens = [documents[i] for i in range(number)], [tokens_at(teachers[i]) for i in range(number)]
+    long = glued(rows, 4_000)
+    reader = encoder_of(TeacherSettings(model=pair.teacher, template=pair.template, max_tokens=100_000))
+    read = reader.encode_batch([document_at(row) for row in long])
+    settings = StudentSettings(tokenizer=pair.tokenizer, template=pair.template, max_tokens=100_000)
     return [
-        cost(f"{what}: intervals and alignment / tokenising", seconds["align"] - alone, alone, bar=0.2),
-        cost(f"{what}: the align stage without its file, tokenising left out / tokenising",
-             seconds["stage"] - alone, alone),
-    ]  # fmt: skip
+        _measured(f"{len(r)} documents of {_mean(r)} characters", settings.encoder(), r, t, options.repeats)
+        for r, t in ((rows, tokens), (long, read))
+    ]
 
 
-def work_of(assets: Assets, documents: int) -> Work:
-    """The only student of the cache, and some documents."""
-    (folder,) = (assets.cache / "students").iterdir()
-    spec = Table(assets.cache, f"students/{folder.name}").manifest.spec
-    settings = StudentSettings(tokenizer=str(assets.tokenizer), template=spec["encoder"]["template"])
-    teachers, table = Table(assets.cache, f"teachers/{spec['teacher']}"), Table(assets.cache, "documents")
-    chosen = np.linspace(0, len(table) - 1, min(documents, len(table))).astype(int).tolist()
-    usable = [i for i in chosen if teachers[i]["status"] == OK]
-    rows = [table[i] for i in usable]
-    return Work(
-        encoder=settings.encoder(),
-        rows=rows,
-        documents=[document_at(row) for row in rows],
-        teacher=[tokens_at(teachers[i]) for i in usable],
+def glued(rows: Sequence[Row], characters: int) -> list[Row]:
+    """Documents of one prompt and one response, each made of those of some rows; the last one may be short."""
+    groups: list[list[Row]] = [[]]
+    for row in rows:
+        if sum(len(r["text"]) for r in groups[-1]) >= characters:
+            groups.append([])
+        groups[-1].append(row)
+    return [cast(Row, _joined(group)) for group in groups if group]
+
+
+def _joined(rows: Sequence[Row]) -> Mapping[str, Any]:
+    texts: dict[bool, str] = {False: "", True: ""}
+    for row in rows:
+        for (start, end), target in zip(row["segments"], row["targets"], strict=True):
+            texts[bool(target)] += row["text"][start:end] + " "
+    text, border = texts[False] + texts[True], len(texts[False])
+    inside, at = {"words": [], "phrases": []}, {False: 0, True: border}  # type: dict[str, list[Any]], dict[bool, int]
+    for row in rows:
+        for (start, end), target in zip(row["segments"], row["targets"], strict=True):
+            move = at[bool(target)] - start
+            for name, found in inside.items():
+                found += [(a + move, b + move) for a, b in row[name] if start <= a and b <= end]
+            at[bool(target)] += end - start + 1
+    spans = {name: np.array(sorted(found), np.int32).reshape(-1, 2) for name, found in inside.items()}
+    segments = np.array([[0, border], [border, len(text)]], np.int32)
+    roles = {"roles": ["prompt", "response"], "targets": [False, True]}
+    return {"doc_id": "", "source": "", "line": 1, "text": text, "segments": segments, **roles, **spans}
+
+
+def texts_of(rows: Sequence[Row]) -> list[str]:
+    """Every segment of every row, as the encoder hands them to the tokenizer."""
+    return [row["text"][start:end] for row in rows for start, end in row["segments"]]
+
+
+def _measured(what: str, encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens], repeats: int) -> Figures:
+    texts = texts_of(rows)
+    tokenizer = encoder.tokenizer.backend_tokenizer
+    aligned = align_rows(encoder, rows, teacher)[0]
+    assert all(t.status == OK for t in aligned), "a document that is not encoded costs nothing"
+    seconds = interleaved(
+        {
+            "ours": lambda: align_rows(encoder, rows, teacher),
+            "tokenizer": lambda: tokenizer.encode_batch(texts, add_special_tokens=False),
+        },
+        repeats,
     )
+    extra = seconds["ours"] - seconds["tokenizer"]
+    return cost(f"{what}: all that align adds / the tokenizer alone", extra, seconds["tokenizer"], bar=0.2)
 
 
-def tokenised(work: Work) -> list[list[int]]:
-    """Ids of every segment from the tokenizer's own library, offsets not asked for."""
-    texts = [d.text[s.start : s.end] for d in work.documents for s in d.segments]
-    backend = work.encoder.tokenizer.backend_tokenizer
-    return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
-
-
-def aligned(work: Work) -> list[tuple[Int32s, Int32s]]:
-    """Our tokens of every document, and the spans they share with the teacher's."""
-    limits = [t.num_chars for t in work.teacher]
-    encoded = work.encoder.encode_batch(work.documents, limits)
-    ends = [np.array([s.end for s in d.segments]) for d in work.documents]
-    return [align(s, t, e) for s, t, e in zip(encoded, work.teacher, ends, strict=True)]
+def _mean(rows: Sequence[Row]) -> int:
+    return round(sum(len(row["text"]) for row in rows) / max(1, len(rows)))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from four_tokenizers import tokenizer_of
+from four_tokenizers import fresh as fresh
+from four_tokenizers import tokenizer_of as tokenizer_of
 from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_schemas.runfile import RunFile

@@ -53,6 +53,7 @@ def build(
     watch(list(done.values()))
     manifest = store.manifest() if not missing else None
     if manifest is not None and list(manifest.commits) == [done[unit] for unit in sorted(done)]:
+        store.describe()
         return Built(manifest=manifest, made=0, kept=kept)
     if missing:
         with Progress(store.plan.table, len(missing)) as progress:

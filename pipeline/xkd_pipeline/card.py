@@ -1,17 +1,19 @@
 """The README.md inside a cache: what it holds, and the lines that let `datasets.load_dataset` open it."""
 
+import contextlib
 from pathlib import Path
 
+from xkd_schemas.errors import BadData
 from xkd_schemas.manifest import Manifest, read_record
 
 
 def readme(root: Path) -> str:
-    """Text of the card for the tables that are sealed below `root`."""
-    manifests = [
-        read_record(path, Manifest)
-        for pattern in ("documents", "students/*", "teachers/*")
-        for path in sorted(root.glob(f"{pattern}/manifest.json"))
-    ]
+    """Text of the card for the tables that are sealed below `root`; one whose manifest is damaged is left out."""
+    manifests: list[Manifest] = []
+    for pattern in ("documents", "students/*", "teachers/*"):
+        for path in sorted(root.glob(f"{pattern}/manifest.json")):
+            with contextlib.suppress(BadData):
+                manifests.append(read_record(path, Manifest))
     configs = "".join(
         f"- config_name: {m.table.replace('/', '-')}\n  data_files: {m.table}/*.arrow\n"
         + ("  default: true\n" if m.table == "documents" else "")

@@ -9,8 +9,8 @@ import typer
 from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, only_teacher, teacher_stage
 from xkd_pipeline.stages import preprocess as run_all
-from xkd_schemas.errors import InputMissing
-from xkd_schemas.runfile import RunFile, load_runfile
+from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.runfile import RunFile, load_runfile, toml_text
 from xkd_schemas.table import names_in
 from xkd_schemas.terminal import run as run_app
 from xkd_schemas.terminal import say, say_json
@@ -34,18 +34,8 @@ CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.")]
 
 def _run_of(path: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> RunFile:
     """Run file, then --set, then the flags that were given."""
-    given = [f"{key}={_toml(value)}" for key, value in flags.items() if value not in (None, [], "")]
+    given = [f"{key}={toml_text(value)}" for key, value in flags.items() if value not in (None, [], "")]
     return load_runfile(path, [*(sets or []), *given])
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _workers(run: RunFile, gpus: float, address: str | None) -> Workers:
@@ -96,6 +86,8 @@ def documents(
     }  # fmt: skip
     for pair in column or []:
         field, _, name = pair.partition("=")
+        if not (field and name):
+            raise UsageError(f"--column {pair}: expected FIELD=COLUMN", next="e.g. --column prompt=question")
         flags[f"documents.columns.{field}"] = name
     run = _run_of(None, sets, flags)
     _tell(documents_stage(run, _workers(run, 0.0, ray_address), _echo(as_json)), as_json)

@@ -5,6 +5,7 @@ The same function runs either way, so the bytes are the same.
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -115,11 +116,12 @@ def _on_ray(stage: Stage, jobs: Iterator[Any], workers: Workers) -> Iterator[Com
             raise cause from None
         raise
     except RayError as error:
-        reason = str(error).splitlines()[0]
+        reason = _COLOUR.sub("", next(iter(str(error).splitlines()), type(error).__name__))
         raise WorkersGone(f"the Ray workers are gone: {reason}", kept=_KEPT, next=_AGAIN) from error
     finally:
         ray.shutdown()
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _KEPT = "every committed unit"
 _AGAIN = "run the same command again to go on"

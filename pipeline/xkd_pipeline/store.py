@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xkd_pipeline.card import readme
-from xkd_schemas.errors import BadData, Busy, DiskFailed
+from xkd_schemas.errors import BadData, Busy, DiskFailed, InputMissing
 from xkd_schemas.files import disk_errors, inside, put_if_absent, replace, sha256_of
 from xkd_schemas.manifest import (
     Commit,
@@ -132,8 +132,15 @@ class Store:
         manifest = sealed(self.plan, ordered, constants, files)
         self._sweep(ordered)
         replace(self.folder / "manifest.json", to_json(manifest))
-        _write_root_files(self.root)
+        self.describe()
         return manifest
+
+    def describe(self) -> None:
+        """Bring README.md and SHA256SUMS of the cache up to date; the last run may have died before it could."""
+        with disk_errors(self.root):
+            for path in self.root.glob(".tmp-*"):
+                path.unlink(missing_ok=True)
+        _write_root_files(self.root)
 
     def _sweep(self, commits: tuple[Commit, ...]) -> None:
         shards = {c.file for c in commits}
@@ -152,7 +159,7 @@ class Store:
 
 def _write_root_files(root: Path) -> None:
     """README.md, so that `load_dataset(root)` works, and SHA256SUMS for `sha256sum -c`."""
-    replace(root / "README.md", readme(root).encode())
+    _update(root / "README.md", readme(root).encode())
     skip = {"LOCK", "SHA256SUMS"}
     lines = []
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
@@ -160,15 +167,19 @@ def _write_root_files(root: Path) -> None:
         if relative.name in skip or relative.name.startswith(".tmp-") or "quarantine" in relative.parts:
             continue
         lines.append(f"{_sum(root, path)}  {relative.as_posix()}\n")
-    replace(root / "SHA256SUMS", "".join(lines).encode())
+    _update(root / "SHA256SUMS", "".join(lines).encode())
+
+
+def _update(path: Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        replace(path, content)
 
 
 def _sum(root: Path, path: Path) -> str:
     """sha256 of a file; a shard's stands in its name's record already and is not read again."""
     if path.suffix == ".arrow":
-        record = path.parent / "commits" / f"{path.name[:5]}.json"
-        if record.exists():
-            commit = read_record(record, Commit)
+        with contextlib.suppress(InputMissing, BadData):  # hashed below
+            commit = read_record(path.parent / "commits" / f"{path.name[:5]}.json", Commit)
             if commit.file == path.name:
                 return commit.sha256
     try:

@@ -171,10 +171,15 @@ _MAKE = "run the xkd-cache command that makes this table"
 
 
 def differences(ours: Spec, theirs: Spec, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted field, our value, their value) for every leaf that differs."""
+    """(dotted field, our value, their value) for every leaf that differs; of two lists, what only one of them has."""
     found: list[tuple[str, str, str]] = []
     for key in sorted(set(ours) | set(theirs)):
         a, b = ours.get(key, "absent"), theirs.get(key, "absent")
+        if isinstance(a, list) and isinstance(b, list):
+            if len(a) == len(b) and all(isinstance(item, dict) for item in a + b):
+                a, b = ({str(at): item for at, item in enumerate(items)} for items in (a, b))
+            elif any(item not in b for item in a) or any(item not in a for item in b):
+                a, b = [item for item in a if item not in b], [item for item in b if item not in a]
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:

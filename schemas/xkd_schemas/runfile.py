@@ -4,6 +4,7 @@
 """
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -163,6 +164,18 @@ def toml_value(text: str) -> Any:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def toml_text(value: Any) -> str:
+    """A value of a flag as TOML text; `toml_value` gives it back, whatever characters a path may hold.
+
+    >>> toml_text(["a b", 2, True])
+    '["a b", 2, true]'
+    """
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml_text(item) for item in value) + "]"
+    plain = value if isinstance(value, (bool, int, float)) else str(value)
+    return json.dumps(plain, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
 
 
 def _explained(where: str, error: ValidationError) -> UsageError:

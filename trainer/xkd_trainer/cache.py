@@ -44,8 +44,7 @@ class Cache:
     """
 
     def __init__(self, root: Path, *, student: str) -> None:
-        if not root.is_dir():
-            raise InputMissing(f"cache {root} is not a folder", next="make one with xkd-cache documents")
+        _is_there(root)
         self.root = root
         self.documents = Table(root, "documents")
         self.students = Table(root, f"students/{student}")
@@ -147,6 +146,11 @@ class Cache:
             raise BadData(f"{self.root}: row {row} is another document in each table: {json.dumps(ids)}")
 
 
+def _is_there(root: Path) -> None:
+    if not root.is_dir():
+        raise InputMissing(f"cache {root} is not a folder", next="make one with xkd-cache documents")
+
+
 def find_student(root: Path, identity: dict[str, str], name: str) -> str:
     """The student table to use: the one named, or the only one made with this tokenizer.
 
@@ -155,6 +159,7 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
         Mismatch: None was made with this tokenizer.
         UsageError: Several were; name one.
     """
+    _is_there(root)
     names = names_in(root, "students")
     if name:
         if name not in names:

@@ -1,28 +1,22 @@
 """xkd-train: parse the command line, train or evaluate, say what happened."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from xkd_schemas.runfile import load_runfile
+from xkd_schemas.errors import UsageError
+from xkd_schemas.runfile import load_runfile, toml_text
 from xkd_schemas.terminal import run as run_app
 from xkd_schemas.terminal import say, say_json
 
 app = typer.Typer(
     name="xkd-train",
-    help="Train students from a cache of xkd-cache; the teacher is not needed.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, (int, float)):
-        return str(value)
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 @app.callback(invoke_without_command=True)
@@ -47,7 +41,7 @@ def train(
     sets: Annotated[list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE; repeatable.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a student from a cache.
+    """Train a student from a cache of xkd-cache; the teacher is not needed.
 
     Example: xkd-train --shards cache/ --student new:llama,layers=4,width=256 --student-tokenizer models/tok
     --loss mta=2,sra=1,dwa=0.5 --out out/student
@@ -60,7 +54,7 @@ def train(
         "train.micro_batch_size": micro_batch_size, "train.lr": lr, "train.projector_lr": projector_lr,
         "train.seed": seed, "train.save_every": save_every, "train.threads": threads,
     }  # fmt: skip
-    given = [f"{key}={_toml(value)}" for key, value in flags.items() if value is not None]
+    given = [f"{key}={toml_text(value)}" for key, value in flags.items() if value is not None]
     settings = load_runfile(run, [*(sets or []), *given])
     from xkd_trainer.loop import describe
     from xkd_trainer.loop import train as train_student
@@ -94,7 +88,7 @@ def evaluate(
 
     request = Request(
         student=student, data=data, template=template, shards=shards, rouge=rouge,
-        seeds=tuple(int(s) for s in seeds.split(",")), max_new_tokens=max_new_tokens, limit=limit,
+        seeds=_seeds(seeds), max_new_tokens=max_new_tokens, limit=limit,
     )  # fmt: skip
     result = evaluate_student(request)
     if as_json:
@@ -102,6 +96,14 @@ def evaluate(
     else:
         for name, value in result.items():
             say(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """`10,20` as numbers; UsageError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) < 2**64 for part in parts):
+        raise UsageError(f"--seeds {text!r}: not a list of whole numbers", next="e.g. --seeds 10,20,30")
+    return tuple(int(part) for part in parts)
 
 
 @app.command()

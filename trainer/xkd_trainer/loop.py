@@ -138,23 +138,25 @@ class _Run:
 
     def go(self) -> Trained:
         """Run all remaining steps, save, and export the student."""
-        metrics = Metrics(self.out, resumed_step=self.start)
+        main = self.accelerator.is_main_process
+        metrics = Metrics(self.out, resumed_step=self.start) if main else None
         self.module.train()
         seen = _Window()
         last: dict[str, float] = {}
-        with Progress("train", self.total - self.start, quiet=self.quiet) as progress:
+        with Progress("train", self.total - self.start, quiet=self.quiet or not main) as progress:
             for step, batches in enumerate(prefetched(self._steps), start=self.start):
                 terms, counts, norm = self._step(step, [b.to(self.accelerator.device) for b in batches])
                 seen.add(terms, counts)
                 if (step + 1) % self.settings.log_every == 0 or step + 1 == self.total:
                     last = seen.means()
-                    metrics.write(step=step + 1, grad_norm=norm, lr=self._lr(), **last, **seen.totals())
+                    if metrics is not None:
+                        metrics.write(step=step + 1, grad_norm=norm, lr=self._lr(), **last, **seen.totals())
                     seen = _Window()
                     progress.advance(0, f"loss {last['loss']:.4f}")
-                if self.settings.save_every and (step + 1) % self.settings.save_every == 0:
+                if main and self.settings.save_every and (step + 1) % self.settings.save_every == 0:
                     self._save(step + 1)
                 progress.advance(1, f"loss {last['loss']:.4f}" if last else "")
-        if self.accelerator.is_main_process:
+        if main:
             if self.settings.save_every:
                 self._save(self.total)
             export_student(self.out, self.distiller.student, self.ready.tokenizer, self.fingerprint)

@@ -70,7 +70,7 @@ def _quiet() -> None:
     """No progress bars and warnings of the libraries between our lines; what matters is raised."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def split_gguf(name: str) -> tuple[str, str | None]:
@@ -96,6 +96,8 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         raise InputMissing(f"model {name} is not there", next="give the path of a .gguf file")
     if Path(folder).is_dir():
         check_config(Path(folder))
+        if gguf is None and not (Path(folder) / "config.json").is_file():
+            raise InputMissing(f"model {name}: the folder has no config.json", next="give a folder that holds a model")
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if gguf is not None:
         from transformers import GgufConfig

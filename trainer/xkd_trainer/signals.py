@@ -51,6 +51,21 @@ def centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         that is alone. Memory beyond the result is that of CHUNK_ELEMENTS scores, and of all [B, L, L]
         scores where gradient is asked for.
     """
+    num = _documents_at_once(hidden_BLD, hidden_BLD.shape[1])
+    blocks = zip(torch.split(hidden_BLD, num), torch.split(valid_BL, num), strict=True)
+    return torch.cat([_centrality(hidden, valid) for hidden, valid in blocks])
+
+
+def _documents_at_once(hidden_BLD: Tensor, columns: int) -> int:
+    """Documents whose states, and whose [L, columns] numbers, are at most CHUNK_ELEMENTS; one at least.
+
+    Copies of that size are made in memory that is warm already; a copy of a large batch costs as much as its products.
+    """
+    return max(1, CHUNK_ELEMENTS // max(1, hidden_BLD.shape[1] * max(columns, hidden_BLD.shape[2])))
+
+
+def _centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+    """`centrality` of a few documents."""
     hidden_BLD = torch.where(valid_BL.unsqueeze(-1), at_least_float32(hidden_BLD), 0.0)
     unit_BLD = hidden_BLD / (_std(hidden_BLD) + STD_FLOOR)
     batch, length, width = unit_BLD.shape
@@ -96,6 +111,14 @@ def pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tup
     Returns:
         Vectors [B, K, D], zero where the span is empty or its mass is 0; masses [B, K].
     """
+    num = _documents_at_once(hidden_BLD, spans_BK2.shape[1])
+    blocks = zip(*(torch.split(t, num) for t in (hidden_BLD, weights_BL, spans_BK2)), strict=True)
+    vectors, masses = zip(*(_pool_spans(*block) for block in blocks), strict=True)
+    return torch.cat(vectors), torch.cat(masses)
+
+
+def _pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tuple[Tensor, Tensor]:
+    """`pool_spans` of a few documents."""
     position_L = torch.arange(hidden_BLD.shape[1], device=hidden_BLD.device)
     member_BKL = (position_L >= spans_BK2[..., :1]) & (position_L < spans_BK2[..., 1:])
     covered_BL = member_BKL.any(1)

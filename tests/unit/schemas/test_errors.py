@@ -29,7 +29,12 @@ def test_an_error_survives_the_way_back_from_a_worker(kind: type[XkdError]) -> N
     error = pickle.loads(pickle.dumps(kind("x is broken", kept="y", next="z")))
 
     assert type(error) is kind
-    assert (error.what, error.kept, error.next, str(error)) == ("x is broken", "y", "z", "x is broken. Kept: y. Next: z")
+    assert (error.what, error.kept, error.next, str(error)) == (
+        "x is broken",
+        "y",
+        "z",
+        "x is broken. Kept: y. Next: z",
+    )
 
 
 def test_an_error_is_one_line_whatever_it_quotes() -> None:

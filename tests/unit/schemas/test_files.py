@@ -51,7 +51,7 @@ def test_of_many_writers_of_one_record_one_wins_and_its_content_stays(tmp_path: 
 
     assert len(wins) == 1
     assert target.read_bytes() == b"%d" % wins[0] * 1000
-    assert os.listdir(target.parent) == ["00000.json"]
+    assert [path.name for path in target.parent.iterdir()] == ["00000.json"]
 
 
 def test_a_reader_of_a_replaced_file_sees_one_of_its_contents_whole(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskFailed, match="m: No space left on device. Kept: everything committed before"):
+    with pytest.raises(DiskFailed, match=r"m: No space left on device\. Kept: everything committed before"):
         write(target, b"new")
 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"m": b"old"} if write is replace else {})
@@ -90,7 +90,7 @@ def test_what_is_written_is_on_disk_before_it_has_its_name(tmp_path: Path, monke
     real = os.fsync
 
     def watched(descriptor: int) -> None:
-        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, (tmp_path / "m").exists()))
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, (tmp_path / "m").exists()))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", watched)

@@ -37,7 +37,14 @@ def test_values_of_the_file_are_read_and_the_rest_is_default(tmp_path: Path) -> 
 
 
 def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
-    sets = ["teacher.word_layers=[7]", "workers=1", "workers=2", "losses.sra.p=0.5", "teacher.model=a b/c", "train.lr=1e-3"]
+    sets = [
+        "teacher.word_layers=[7]",
+        "workers=1",
+        "workers=2",
+        "losses.sra.p=0.5",
+        "teacher.model=a b/c",
+        "train.lr=1e-3",
+    ]
     run = load_runfile(written(tmp_path), sets)
 
     assert (run.teacher.word_layers, run.workers, run.teacher.model, run.train.lr) == ((7,), 2, "a b/c", 1e-3)
@@ -52,20 +59,18 @@ def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: P
         ("zzz=1", "--set: 'zzz' is not a key. Next: use one of: cache, workers, documents, teacher, student, train"),
         ("documents.qqqq=1", "--set: 'documents.qqqq' is not a key. Next: use one of: corpus, form, columns"),
         ("workers", "--set workers: no '='. Next: write --set section.key=value"),
-        ("workers.x.y=1", "is not a section|is not a key|workers: Input"),
         ("cache.x=1", "cache: Input should be a valid string, found {'x': 1}"),
         ("teacher.dtype=int8", "teacher.dtype: Input should be 'bfloat16', 'float16' or 'float32', found 'int8'"),
         ("documents.max_reject=2", "documents.max_reject: Input should be less than or equal to 1, found 2"),
         ("workers=-1", "workers: Input should be greater than or equal to 0, found -1"),
-        ("workers=two", "workers: Input should be a valid integer.*found 'two'"),
+        ("workers=two", "workers: Input should be a valid integer, unable to parse string as an integer, found 'two'"),
         ("=1", "'' is not a key"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_to_type(override: str, sentence: str) -> None:
-    pattern = sentence if "|" in sentence or ".*" in sentence else sentence.replace("?", r"\?")
-
-    with pytest.raises(UsageError, match=pattern) as caught:
+    with pytest.raises(UsageError) as caught:
         load_runfile(None, [override])
+    assert sentence in str(caught.value)
     assert caught.value.next
 
 
@@ -83,12 +88,14 @@ def test_the_error_names_the_file(tmp_path: Path) -> None:
 def test_what_is_not_toml_is_unreadable_input(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.toml").write_bytes(content)
 
-    with pytest.raises(InputMissing, match="run.toml is not TOML"):
+    with pytest.raises(InputMissing, match=r"run.toml is not TOML"):
         load_runfile(tmp_path / "run.toml")
 
 
 def test_a_run_file_that_is_not_there_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(InputMissing, match=r"run.toml: No such file or directory. Next: give the path of a .toml file"):
+    with pytest.raises(
+        InputMissing, match=r"run.toml: No such file or directory. Next: give the path of a .toml file"
+    ):
         load_runfile(tmp_path / "run.toml")
 
 

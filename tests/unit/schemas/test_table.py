@@ -126,7 +126,7 @@ def test_every_flipped_byte_of_a_shard_is_found(tmp_path: Path, monkeypatch) -> 
         damaged = bytearray(whole)
         damaged[at] ^= 1 << at % 8
         path.write_bytes(damaged)
-        with pytest.raises(BadData, match="is corrupt: (header or footer|record batch)") as caught:
+        with pytest.raises(BadData, match=r"is corrupt: (header or footer|record batch)") as caught:
             read_all(Shard(path, commit))
         found["record batch" if "record batch" in str(caught.value) else "header or footer"] += 1
 
@@ -144,7 +144,9 @@ def test_a_damaged_batch_is_named_with_its_rows_and_the_others_are_still_read(tm
 
     assert opened.row(31)["doc_id"] == "d31"
     assert opened.row(64)["doc_id"] == "d64"
-    with pytest.raises(BadData, match=r"record batch 1 \(rows 32 to 63\) does not match its digest. Next: run the same"):
+    with pytest.raises(
+        BadData, match=r"record batch 1 \(rows 32 to 63\) does not match its digest. Next: run the same"
+    ):
         opened.row(32)
 
 
@@ -227,7 +229,7 @@ def test_an_edited_manifest_does_not_match_its_digest(tmp_path: Path) -> None:
     content["constants"]["hidden_std"] = 1.0
     path.write_text(json.dumps(content))
 
-    with pytest.raises(BadData, match="manifest.json does not match its own digest"):
+    with pytest.raises(BadData, match=r"manifest.json does not match its own digest"):
         Table(tmp_path / "cache", "teachers/T")
 
 
@@ -240,7 +242,7 @@ def test_the_manifest_of_one_table_does_not_pass_for_another(tmp_path: Path) -> 
 
 
 def test_a_table_that_is_not_sealed_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(InputMissing, match="manifest.json is not there"):
+    with pytest.raises(InputMissing, match=r"manifest.json is not there"):
         Table(tmp_path, "documents")
 
 

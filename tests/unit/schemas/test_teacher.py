@@ -28,11 +28,14 @@ def test_a_column_name_says_the_whole_signal(signal: Signal) -> None:
     "column",
     [
         "", "hidden", "hidden_last@3", "centrality", "centrality@", "centrality@x", "centrality@-1", "span_mass@3",
-        "span_mass:word", "span_mass@3:token", "entropy:word", "entropy@1", " entropy", "entropy\n", "span_mass@3:word:word",
+        "span_mass:word", "span_mass@3:token", "entropy:word", "entropy@1", " entropy", "entropy\n",
+        "span_mass@3:word:word",
     ],
 )  # fmt: skip
 def test_a_name_that_is_no_signal_is_refused_and_the_known_ones_listed(column: str) -> None:
-    with pytest.raises(UsageError, match=r"is not known. Next: use one of: hidden_last, .*span_mass@LAYER:word\|:phrase"):
+    with pytest.raises(
+        UsageError, match=r"is not known. Next: use one of: hidden_last, .*span_mass@LAYER:word\|:phrase"
+    ):
         signal_named(column)
 
 

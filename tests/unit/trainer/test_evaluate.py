@@ -197,9 +197,9 @@ def test_a_teacher_agrees_with_itself_everywhere(tmp_path: Path) -> None:
 
 
 def _whole_characters(row: Any) -> int:
-    """Targets that are no pieces of one character."""
-    spans = [tuple(span) for span, target in zip(row["token_spans"].tolist(), row["targets"], strict=True) if target]
-    return sum(spans.count(span) == 1 for span in spans)
+    """Targets that share no character with another token."""
+    spans = [span for span, target in zip(row["token_spans"].tolist(), row["targets"], strict=True) if target]
+    return sum(sum((a < end and start < b) or (start, end) == (a, b) for a, b in spans) == 1 for start, end in spans)
 
 
 def greedy(model: PreTrainedModel, tokenizer: Any, prompt: list[int], count: int) -> str:
@@ -274,14 +274,28 @@ def test_rows_that_cannot_be_used_are_counted_and_only_unusable_rows_are_an_erro
         evaluate_student(request)
 
 
-def test_a_missing_file_and_a_cache_without_the_teachers_choice_are_named(tmp_path: Path) -> None:
+def test_text_without_any_prompt_is_measured_too(tmp_path: Path) -> None:
+    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
+    data = tmp_path / "held.jsonl"
+    data.write_text("".join(json.dumps({"text": response}) + "\n" for _, response in HELD), encoding="utf-8")
+
+    found = evaluate_student(Request(student=folder, data=data, seeds=(1,), max_new_tokens=4))
+
+    assert found["documents"] == 4
+    assert found["bits_per_byte"] > 0
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     folder = tiny.saved(tiny.llama("sentencepiece"), "sentencepiece", tmp_path / "model")
     with pytest.raises(InputMissing, match=r"nowhere\.jsonl"):
         evaluate_student(Request(student=folder, data=tmp_path / "nowhere.jsonl"))
 
-    cache = tiny.tiny_cache().cache
-    plain = Cache(cache, student="student")
-    object.__setattr__(plain, "signals", tuple(s for s in plain.signals if s.name != "argmax"))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError, match="holds no argmax of the teacher"):
-        patch.setattr(evaluate, "Cache", lambda *_, **__: plain)
-        agreement(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), cache)
+
+def test_a_cache_without_the_teachers_choices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny.tiny_cache()
+    cache = Cache(made.cache, student="student")
+    cache.__dict__["signals"] = tuple(s for s in cache.signals if s.name != "argmax")
+    monkeypatch.setattr(evaluate, "Cache", lambda *_, **__: cache)
+
+    with pytest.raises(UsageError, match="holds no argmax of the teacher"):
+        agreement(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), made.cache)

@@ -25,7 +25,10 @@ def needs(settings: MtaSettings, levels: tuple[tuple[int, str], ...]) -> tuple[S
         UsageError: No level is there to be read.
     """
     if not levels:
-        raise UsageError("mta needs words or phrases of some teacher layer, and none is cached")
+        raise UsageError(
+            "loss mta needs span_mass of words or phrases of some teacher layer, and none is cached",
+            next="xkd-cache teacher CACHE --model M --for mta,sra,dwa --name NEW, then align",
+        )
     names = ["span_mass"]
     names += ["span_geometry"] if settings.lambda_dsa > 0 else []
     names += ["span_vectors"] if settings.hid == "spans" and settings.lambda_hid > 0 else []

@@ -1,0 +1,186 @@
+"""The two models and the cache that benchmarks run on: the demo's, or random ones of the same shape made on the spot.
+
+What is made here needs no download: text is the standard library's docstrings, tokenizers are trained on it, words and
+phrases are runs of words, weights are random. Speed does not depend on what a model knows.
+"""
+
+import ast
+import itertools
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.measure import Options
+from xkd_pipeline.align import StudentSettings, make_students
+from xkd_pipeline.capture import TeacherSettings
+from xkd_pipeline.documents import columns_of
+from xkd_pipeline.run import Workers
+from xkd_pipeline.shard import write_shard
+from xkd_pipeline.store import Store
+from xkd_pipeline.teacher import make_teacher, teacher_layers
+from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, document_of
+from xkd_schemas.manifest import Unit
+from xkd_schemas.runfile import RunFile
+from xkd_schemas.table import Table, names_in
+from xkd_schemas.teacher import Signal
+from xkd_trainer.methods import LOSSES
+
+METHODS = ("mta", "sra", "dwa")
+TEMPLATE = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Where everything lies, and what it is."""
+
+    teacher: str
+    student: str
+    """A folder, or new:FAMILY,..."""
+    tokenizer: str
+    cache: Path
+    template: str
+
+    def run_file(self, loss: str, *, out: Path = Path(), steps: int = 1, batch_size: int = 16) -> RunFile:
+        """A run that trains this student from this cache."""
+        train = {"loss": loss, "out": str(out), "steps": steps, "batch_size": batch_size, "threads": 1}
+        student = {"model": self.student, "tokenizer": self.tokenizer, "template": self.template}
+        return RunFile.model_validate({"cache": str(self.cache), "student": student, "train": train})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Sizes of a pair that is made here; the defaults are the demo's."""
+
+    documents: int = 96
+    characters: int = 400
+    """Longest document."""
+    teacher_layers: int = 30
+    teacher_width: int = 576
+    student_layers: int = 4
+    student_width: int = 256
+    teacher_classes: int = 49_152
+    student_classes: int = 4_096
+
+    def small(self) -> "Shape":
+        """For --quick."""
+        return Shape(
+            documents=24, characters=200, teacher_layers=4, teacher_width=64, student_layers=4, student_width=64,
+            teacher_classes=2_000, student_classes=1_000,
+        )  # fmt: skip
+
+
+def wanted_signals(num_layers: int) -> list[Signal]:
+    """What the three methods and evaluation need of a teacher."""
+    levels = teacher_layers(num_layers)
+    needed = {s for name in METHODS for s in LOSSES[name].needs(LOSSES[name].parse({}), levels)}
+    return sorted(needed | {Signal("argmax")}, key=lambda s: s.column)
+
+
+def pair_of(options: Options, shape: Shape | None = None) -> Pair:
+    """The demo's pair, or one of that shape made in the scratch folder; a given shape is always made."""
+    if options.demo is not None and shape is None:
+        demo = options.demo
+        (student,) = names_in(demo / "cache", "students")
+        encoder = Table(demo / "cache", f"students/{student}").manifest.spec["encoder"]
+        return Pair(
+            teacher=str(demo / "teacher"), student="new:llama,layers=4,width=256", tokenizer=str(demo / "tokenizer"),
+            cache=demo / "cache", template=encoder["template"],
+        )  # fmt: skip
+    shape = shape or Shape()
+    return made(options.scratch / "pair", shape.small() if options.quick else shape)
+
+
+def made(folder: Path, shape: Shape) -> Pair:
+    """Random teacher and student with tokenizers of different kinds, and the cache of both."""
+    documents = list(itertools.islice(_documents(shape.characters), shape.documents))
+    texts = [d.text for d in documents]
+    teacher, student = folder / "teacher", folder / "student"
+    disable_progress_bar()
+    torch.manual_seed(0)
+    _save(teacher, _byte_level(texts, min(shape.teacher_classes, 2_000)), shape.teacher_layers, shape.teacher_width,
+          shape.teacher_classes)  # fmt: skip
+    _save(student, _unigram(texts, min(shape.student_classes, 1_000)), shape.student_layers, shape.student_width,
+          shape.student_classes)  # fmt: skip
+    cache, alone = folder / "cache", Workers()
+    _documents_table(cache, documents)
+    settings = TeacherSettings(model=str(teacher), template=TEMPLATE)
+    make_teacher(cache, "teacher", settings, wanted_signals, alone)
+    make_students(cache, "student", "teacher", StudentSettings(tokenizer=str(student), template=TEMPLATE), alone)
+    return Pair(teacher=str(teacher), student=str(student), tokenizer=str(student), cache=cache, template=TEMPLATE)
+
+
+def _documents(characters: int) -> Iterator[Document]:
+    """Docstrings of the standard library, cut: the first third is the prompt, the rest the response."""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
+        for text in filter(None, map(ast.get_docstring, nodes)):
+            if len(text) >= characters // 2:
+                text = text[:characters]
+                third = len(text) // 3
+                parts = [("prompt", text[:third], False), ("response", text[third:], True)]
+                yield document_of(parts, source=path.name, line=1)
+
+
+def _spans(document: Document) -> Spans:
+    """Words, and as phrases every second pair of neighbouring words of a segment."""
+    found = [
+        [(m.start() + s.start, m.end() + s.start) for m in re.finditer(r"\w+", document.text[s.start : s.end])]
+        for s in document.segments
+    ]
+    phrases = [(a[0], b[1]) for words in found for a, b in zip(words[::3], words[1::3], strict=False)]
+    words = tuple(word for words in found for word in words)
+    return Spans(words=words, phrases=tuple(phrases), labels=("NP",) * len(phrases))
+
+
+def _documents_table(cache: Path, documents: Sequence[Document]) -> None:
+    units = (Unit(source="standard library", first=0, rows=len(documents)),)
+    store = Store(cache, "documents", {"schema": DOCUMENTS_VERSION}, units)
+    columns = columns_of(documents, [_spans(d) for d in documents])
+    commit = write_shard(store.folder, 0, DOCUMENTS, columns)
+    store.commit(commit)
+    store.seal({0: commit}, {}, {})
+
+
+def _save(folder: Path, tokenizer: Tokenizer, layers: int, width: int, classes: int) -> None:
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=classes, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64), num_key_value_heads=max(1, width // 64), tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+SPECIALS = ["<unk>", "<s>", "</s>", "<pad>"]
+
+
+def _byte_level(texts: Sequence[str], size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=SPECIALS, show_progress=False, initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _unigram(texts: Sequence[str], size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False, max_piece_length=8
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

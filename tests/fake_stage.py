@@ -1,0 +1,92 @@
+"""A stage that needs no model and no parser, for tests of what runs stages and keeps their results.
+
+Unit n has n % 3 + 1 rows; the last unit has a reject. Set `trouble` to make it fail. The module can be imported by
+Ray workers, which is why it is not inside a test.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from xkd_pipeline.build import Built, build
+from xkd_pipeline.run import Make, Workers
+from xkd_pipeline.shard import Totals, write_shard
+from xkd_pipeline.store import Store
+from xkd_schemas.documents import flat_list
+from xkd_schemas.errors import BadData
+from xkd_schemas.manifest import Commit, Unit
+
+SCHEMA = pa.schema(
+    [
+        pa.field("doc_id", pa.string(), nullable=False),
+        pa.field("values", flat_list(pa.float32()), nullable=False),
+    ]
+)
+UNITS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeStage:
+    """Makes a unit from its number."""
+
+    folder: Path
+    trouble: str = ""
+    """"" none; error, bug, load: raises; kill: kills its process once; die: each time; hang: sleeps."""
+    at: int = 2
+    """The unit it happens at."""
+
+    def load(self) -> Make:
+        if self.trouble == "load":
+            raise BadData("the parser is broken", kept="k", next="mend it")
+        return self.make
+
+    def make(self, unit: int) -> Commit:
+        if unit == self.at:
+            self._fail()
+        rows = unit % 3 + 1
+        columns = {
+            "doc_id": [f"u{unit}r{row}" for row in range(rows)],
+            "values": [np.arange(unit + row, dtype=np.float32) for row in range(rows)],
+        }
+        rejects = [{"reason": "blank", "line": 9}] if unit == UNITS - 1 else []
+        return write_shard(self.folder, unit, SCHEMA, columns, rejects=rejects, totals=Totals(counts={"rows": rows}))
+
+    def _fail(self) -> None:
+        if self.trouble == "error":
+            raise BadData(f"unit {self.at} is broken", kept="k", next="mend it")
+        if self.trouble == "bug":
+            raise ZeroDivisionError("ours")
+        if self.trouble == "interrupt":
+            raise KeyboardInterrupt
+        if self.trouble == "hang":
+            time.sleep(600)
+        mark = self.folder.parents[1] / "killed"
+        if self.trouble == "die" or (self.trouble == "kill" and not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def opened(root: Path, *, spec: dict[str, Any] | None = None, units: int = UNITS) -> Store:
+    """The table "documents" of `root`, for the fake stage."""
+    listed = tuple(Unit(source="x", first=3 * n, rows=3) for n in range(units))
+    return Store(root, "documents", spec or {"seed": 1, "parser": {"name": "a"}}, listed)
+
+
+def build_all(
+    root: Path, workers: Workers | None = None, *, trouble: str = "", order: Sequence[int] | None = None, **more: Any
+) -> Built:
+    """Build the whole table; `order` is the order in which missing units are made."""
+    store = opened(root)
+    stage = FakeStage(folder=store.folder, trouble=trouble)
+
+    def jobs(missing: Sequence[int]) -> list[int]:
+        return [unit for unit in order if unit in missing] if order else list(missing)
+
+    return build(store, stage, jobs, workers or Workers(), **more)

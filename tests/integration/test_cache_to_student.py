@@ -1,0 +1,193 @@
+"""From a cache to a student on machines that lack things: the teacher, the offline stack, a second process, memory."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny_models as tiny
+from xkd_trainer.loop import train
+
+ALL = "ce=1,mta=1,sra=0.2,dwa=0.5"
+
+BLOCKED = """
+import sys
+for name in ("ray", "spacy", "benepar", "datasets", "xkd_pipeline"):
+    sys.modules[name] = None
+from xkd_trainer.cli import main
+sys.argv = ["xkd-train", *sys.argv[1:]]
+main()
+"""
+
+LOAD = """
+import sys
+for name in ("xkd_trainer", "xkd_schemas", "xkd_pipeline"):
+    sys.modules[name] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
+folder, to = sys.argv[1:]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+ids = tokenizer("The old keeper lit the lamp.", return_tensors="pt")["input_ids"]
+said = model.generate(ids, max_new_tokens=5, do_sample=False)
+save_file({"ids": ids, "said": said, "logits": model(ids).logits.detach()}, to)
+"""
+
+
+def python(code: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    """A Python without network."""
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **offline, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process: "subprocess.Popen[str]") -> str:
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    return out
+
+
+def flags(root: Path, out: Path, **changed: Any) -> list[str]:
+    """A run of xkd-train on the cache in `root`; what it does not say is as in `settings_like_flags`."""
+    given = {"shards": root / "cache", "student": root / "student", "loss": ALL, "out": out, "steps": 4, **changed}
+    given = {"batch_size": 5, "lr": 1e-4, "projector_lr": 1e-4, **given}
+    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def settings_like_flags(out: Path) -> Any:
+    run = tiny.tiny_cache().run(out=str(out), loss=ALL, steps=4, batch_size=5, lr=1e-4, projector_lr=1e-4)
+    return run.model_copy(update={"train": run.train.model_copy(update={"log_every": 1, "warmup_ratio": 0.05})})
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student trained in this process, where everything is there."""
+    out = tmp_path_factory.mktemp("reference") / "student"
+    train(settings_like_flags(out), quiet=True)
+    return out
+
+
+def assert_weights(out: Path, expected: Path, atol: float) -> None:
+    found, wanted = load_file(out / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=atol, msg=name)
+
+
+def moved(out: Path) -> float:
+    start, end = (load_file(f / "model.safetensors") for f in (tiny.tiny_cache().student, out))
+    return max(float((end[name] - start[name]).abs().max()) for name in start)
+
+
+def test_training_needs_no_teacher_folder_no_corpus_and_no_offline_stack(tmp_path: Path, reference: Path) -> None:
+    root = tmp_path / "elsewhere"
+    shutil.copytree(tiny.tiny_cache().cache, root / "cache")  # without teacher/ and corpus.jsonl
+    shutil.copytree(tiny.tiny_cache().student, root / "student")
+    away = tiny.tiny_cache().teacher.rename(tmp_path / "teacher-is-away")
+    try:
+        out = finished(python(BLOCKED, *flags(root, tmp_path / "out"), "--set", "train.log_every=1", "--json"))
+    finally:
+        away.rename(tiny.tiny_cache().teacher)
+
+    told = json.loads(out)
+    assert told["steps"] == 4
+    assert told["terms"].keys() >= {"loss", "ce.ce", "sra.kd", "dwa.dtw_states", "mta.dsa@2:word"}
+    assert_weights(tmp_path / "out", reference, atol=0)
+    assert moved(reference) > 1e-5
+
+
+def test_the_student_loads_in_a_program_that_has_only_transformers(tmp_path: Path, reference: Path) -> None:
+    finished(python(LOAD, str(reference), str(tmp_path / "said.safetensors")))
+
+    said = load_file(tmp_path / "said.safetensors")
+    model = tiny.llama("sentencepiece")
+    model.load_state_dict(load_file(reference / "model.safetensors"), strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(said["logits"], model(said["ids"]).logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(said["said"], model.generate(said["ids"], max_new_tokens=5, do_sample=False))
+
+
+def port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def ranks(world: int, *arguments: str) -> None:
+    """The same command in `world` processes that find each other, as accelerate launch starts them."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "WORLD_SIZE": str(world)}
+    common |= {"LOCAL_WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        python(BLOCKED, *arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)
+    ]  # fmt: skip
+    for process in processes:
+        finished(process)
+
+
+def lines(out: Path) -> list[Mapping[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_the_student_that_one_trains(tmp_path: Path, reference: Path) -> None:
+    """Five documents a step, cut into micro-batches of two: one process has a batch more than the other."""
+    changed = {"micro_batch_size": 2, "save_every": 2}
+    extra = ("--set", "train.log_every=1")
+
+    ranks(2, *flags(tiny.tiny_cache().root, tmp_path / "two", **changed), *extra)
+
+    for found, expected in zip(lines(tmp_path / "two"), lines(reference), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert_weights(tmp_path / "two", reference, atol=2e-5)
+    assert moved(reference) > 2e-4
+    assert sorted(p.name for p in (tmp_path / "two/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from xkd_trainer.cache import Cache
+from xkd_trainer.stream import batch_of
+root, rows = Path(sys.argv[1]), int(sys.argv[2])
+cache = Cache(root, student="student")
+wanted = frozenset(cache.signals)
+digest = 0.0
+batch_of(cache, [0, 1], wanted)
+start = tracked = 0
+import tracemalloc
+tracemalloc.start()
+for first in range(0, rows, 8):
+    batch = batch_of(cache, [(first + i) % 24 + 24 * ((first + i) // 24) for i in range(8)], wanted)
+    if first < 24:
+        digest += float(batch.teacher_hidden_BRD.float().abs().sum()) + float(batch.student_ids_BS.sum())
+print(tracemalloc.get_traced_memory()[1], digest)
+"""
+
+
+def test_reading_four_times_the_rows_takes_no_more_memory(tmp_path: Path) -> None:
+    """The same documents, written four times over: the batches are equal and Python's peak does not grow."""
+    big = tiny.made(tmp_path / "big", pairs=tiny.PAIRS * 4)
+    small = tiny.tiny_cache()
+
+    peaks, digests = [], []
+    for cache, rows in ((small.cache, 24), (big.cache, 96)):
+        peak, digest = finished(python(MEMORY, str(cache), str(rows))).split()
+        peaks.append(int(peak))
+        digests.append(float(digest))
+
+    assert digests[0] == pytest.approx(digests[1], rel=1e-6)
+    assert peaks[1] < 1.3 * peaks[0] + 50_000

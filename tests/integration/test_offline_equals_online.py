@@ -1,0 +1,143 @@
+"""The terms of every loss from the cache against the same terms from the live teacher in float32.
+
+What lies between is what the cache rounds: last states and span vectors to bfloat16, cosines to float16.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import tiny_models as tiny
+from xkd_schemas.alignment import token_ranges
+from xkd_schemas.tokens import Tokens
+from xkd_trainer.batch import Batch, Level
+from xkd_trainer.cache import Cache
+from xkd_trainer.models import load_model
+from xkd_trainer.setup import Ready, set_up
+from xkd_trainer.signals import centrality, cosine_matrix, pool_spans
+from xkd_trainer.stream import batch_of, pad
+
+ROWS = (0, 3, 7, 17, 19)
+LOSSES = "ce,mta,sra,dwa"
+
+
+@pytest.fixture(scope="module")
+def ready() -> Ready:
+    torch.manual_seed(0)
+    return set_up(tiny.tiny_cache().run(loss=LOSSES), "")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> PreTrainedModel:
+    model = load_model(str(tiny.tiny_cache().teacher), dtype=torch.float32)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def tokens_of(row: Any) -> Tokens:
+    return Tokens(
+        status=row["status"], num_chars=row["num_chars"], ids=row["token_ids"], spans=row["token_spans"],
+        kinds=row["token_kinds"], targets=row["targets"],
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
+    """The same batch with everything of the teacher measured now, each document alone, nothing rounded."""
+    hidden, attention, entropy = [], [], []
+    levels: list[list[tuple[Tensor, Tensor]]] = [[] for _ in batch.levels]
+    for row in batch.rows:
+        tokens, document = tokens_of(cache.teachers[row]), cache.documents[row]
+        targets = tokens.targets
+        keep = [t for t in range(len(targets)) if targets[t] or (t + 1 < len(targets) and targets[t + 1])]
+        predict = [t - 1 for t in range(1, len(targets)) if targets[t]]
+        output = teacher(
+            input_ids=torch.tensor(tokens.ids.tolist())[None], output_hidden_states=True, output_attentions=True
+        )
+        hidden.append(output.hidden_states[-1][0, keep].numpy())
+        row_L = output.attentions[-1][0, :, -1].sum(0)
+        attention.append((row_L / row_L.sum())[keep].numpy())
+        entropy.append(torch.distributions.Categorical(logits=output.logits[0, predict]).entropy().numpy())
+        for found, level in zip(levels, batch.levels, strict=True):
+            spans = document["words" if level.unit == "word" else "phrases"]
+            ranges_1K2 = torch.from_numpy(token_ranges(tokens, spans).astype(np.int64))[None]
+            states_1LD = output.hidden_states[level.layer]
+            weights_1L = centrality(states_1LD, torch.ones_like(states_1LD[..., 0], dtype=torch.bool))
+            vectors_1KD, mass_1K = pool_spans(states_1LD, weights_1L, ranges_1K2)
+            found.append((vectors_1KD[0], mass_1K[0]))
+    return replace(
+        batch, teacher_hidden_BRD=pad(hidden), teacher_attention_BR=pad(attention), teacher_entropy_BM=pad(entropy),
+        levels=tuple(_live_level(level, found) for level, found in zip(batch.levels, levels, strict=True)),
+    )  # fmt: skip
+
+
+def _live_level(level: Level, found: list[tuple[Tensor, Tensor]]) -> Level:
+    vectors_BUD, mass_BU = pad([v.numpy() for v, _ in found]), pad([m.numpy() for _, m in found])
+    return replace(level, vectors_BUD=vectors_BUD, mass_BU=mass_BU, cosines_BUU=cosine_matrix(vectors_BUD))
+
+
+@torch.no_grad()
+def terms_of(ready: Ready, batch: Batch) -> dict[str, float]:
+    _, parts = ready.distiller(batch, ready.distiller.counts(batch), 0)
+    return {name: float(value) for name, value in parts.items()}
+
+
+def test_every_term_from_the_cache_is_the_one_from_the_live_teacher(ready: Ready, teacher: PreTrainedModel) -> None:
+    batch = batch_of(ready.cache, ROWS, ready.wanted)
+
+    cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, teacher))
+
+    losses = {name.split(".")[0] for name in cached}
+    assert losses == {"ce", "mta", "sra", "dwa"}
+    for name, value in online.items():
+        assert abs(value) > 1e-3, f"{name} is too small to be compared"
+        assert cached[name] == pytest.approx(value, rel=0.01), name
+
+
+def test_the_comparison_would_see_another_teacher(ready: Ready) -> None:
+    batch = batch_of(ready.cache, ROWS, ready.wanted)
+    other = tiny.llama(tiny.TEACHER_TOKENIZER, seed=5, layers=4, width=32, tied=False)
+    other.set_attn_implementation("eager")
+
+    cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, other))
+
+    moved = {name for name in online if cached[name] != pytest.approx(online[name], rel=0.01)}
+    assert {"mta.dsa@2:word", "mta.dsa@3:phrase", "sra.geo", "dwa.student_space", "dwa.dtw_states"} <= moved
+
+
+def test_logits_from_the_stored_head_and_states_are_the_teachers(ready: Ready, teacher: PreTrainedModel) -> None:
+    head = ready.cache.head()
+    for row in ROWS:
+        stored = ready.cache.teachers[row]
+        targets = stored["targets"]
+        keep = [t for t in range(len(targets)) if targets[t] or (t + 1 < len(targets) and targets[t + 1])]
+        with torch.no_grad():
+            expected_RV = teacher(input_ids=torch.tensor(stored["token_ids"].tolist())[None]).logits[0, keep]
+            found_RV = head(pad([stored["hidden_last"]])[0].float())
+
+        spread = float(expected_RV.std())
+        assert float((found_RV - expected_RV).abs().max()) < 0.02 * spread * 4
+        both = torch.stack([found_RV, expected_RV]).log_softmax(-1)
+        assert float((both[1].exp() * (both[1] - both[0])).sum(-1).max()) < 1e-3
+
+
+def test_the_stored_embeddings_and_constants_are_the_teachers(ready: Ready, teacher: PreTrainedModel) -> None:
+    torch.testing.assert_close(
+        ready.cache.embeddings().float(), teacher.get_input_embeddings().weight.detach(), rtol=0.01, atol=0
+    )
+    states, embedded = [], []
+    for row in ready.cache.usable.tolist():
+        stored = ready.cache.teachers[row]
+        predict = [t - 1 for t in range(1, len(stored["targets"])) if stored["targets"][t]]
+        ids = torch.tensor(stored["token_ids"].tolist())
+        with torch.no_grad():
+            states.append(teacher.base_model(input_ids=ids[None]).last_hidden_state[0, predict])
+            embedded.append(teacher.get_input_embeddings()(ids[[t + 1 for t in predict]]))
+
+    assert ready.cache.sizes.hidden_std == pytest.approx(float(torch.cat(states).std()), rel=0.01)
+    assert ready.cache.sizes.embedding_std == pytest.approx(float(torch.cat(embedded).std()), rel=0.01)

@@ -1,0 +1,220 @@
+"""The students table: the student's own tokens, and beside them what the alignment functions say."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import small_cache
+from small_cache import made
+from xkd_pipeline.align import tokens_at
+from xkd_pipeline.documents import document_at
+from xkd_pipeline.stages import Outcome, align_stage, teacher_stage
+from xkd_schemas.alignment import align, exact_pairs, token_ranges
+from xkd_schemas.encode import Encoder
+from xkd_schemas.errors import InputMissing, Mismatch, UsageError
+from xkd_schemas.table import Row, Table
+
+
+def stage(cache: Path, *, teacher: str = "T", **student: object) -> Outcome:
+    settings = {"tokenizer": str(made() / "student"), **student}
+    run = small_cache.run_file(cache, student=settings)
+    return align_stage(run, small_cache.IN_PROCESS, teacher=teacher)
+
+
+def short_teacher(cache: Path, max_tokens: int) -> None:
+    """A second teacher table S, of a teacher that reads few tokens."""
+    settings = {"model": str(made() / "teacher"), "name": "short", "max_tokens": max_tokens, "losses": ["dwa"]}
+    teacher_stage(small_cache.run_file(cache, teacher=settings), small_cache.IN_PROCESS)
+
+
+def joined(cache: Path, teacher: str = "T", student: str = "S") -> list[tuple[Row, Row, Row]]:
+    tables = ("documents", f"teachers/{teacher}", f"students/{student}")
+    return list(zip(*(Table(cache, name) for name in tables), strict=True))
+
+
+def test_every_row_is_the_students_encoding_and_its_alignment_with_the_teacher() -> None:
+    encoder = Encoder(tokenizer=AutoTokenizer.from_pretrained(made() / "student"), template="none", max_tokens=1024)
+    rows = joined(made() / "cache")
+
+    assert len(rows) == 12
+    for document, taught, row in rows:
+        tokens = encoder.encode(document_at(document))
+        ours, theirs = align(tokens, tokens_at(taught), document["segments"][:, 1])
+        assert row["doc_id"] == document["doc_id"]
+        assert row["status"] == "ok"
+        for column, expected in (
+            ("token_ids", tokens.ids), ("token_spans", tokens.spans), ("token_kinds", tokens.kinds),
+            ("targets", tokens.targets), ("student_spans", ours), ("teacher_spans", theirs),
+            ("word_tokens", token_ranges(tokens, document["words"])),
+            ("phrase_tokens", token_ranges(tokens, document["phrases"])),
+        ):  # fmt: skip
+            np.testing.assert_array_equal(row[column], expected, err_msg=column)
+
+
+def test_aligned_spans_cover_the_same_characters_on_both_sides() -> None:
+    """Against the text itself, without the alignment's code: an aligned pair spells one stretch of it."""
+    for document, taught, row in joined(made() / "cache"):
+        text = document["text"]
+        assert len(row["student_spans"]) == len(row["teacher_spans"]) > 0
+        for ours, theirs in zip(row["student_spans"], row["teacher_spans"], strict=True):
+            a, b = (side["token_spans"][first:end] for side, (first, end) in ((row, ours), (taught, theirs)))
+            assert a[-1, 1] == b[-1, 1]
+            assert text[a[0, 0] : a[-1, 1]].strip() == text[b[0, 0] : b[-1, 1]].strip()
+
+
+def test_the_outcome_counts_tokens_spans_and_exact_pairs() -> None:
+    outcome = stage(made() / "cache")
+    rows = [row for _, _, row in joined(made() / "cache")]
+
+    spans = sum(len(row["student_spans"]) for row in rows)
+    exact = sum(len(exact_pairs(row["student_spans"], row["teacher_spans"])) for row in rows)
+    assert outcome.values["spans"] == spans
+    assert outcome.values["exact_pairs"] == exact > 0
+    assert outcome.values["tokens"] == sum(len(row["token_ids"]) for row in rows)
+    assert outcome.values["targets"] == sum(int(row["targets"].sum()) for row in rows)
+    assert f"{spans} aligned spans, {100 * exact / spans:.1f} % of them one token to one" in outcome.line
+    aligned = sum(int(np.diff(row["student_spans"], axis=1).sum()) for row in rows)
+    assert Table(made() / "cache", "students/S").manifest.count("aligned_tokens") == aligned
+
+
+def test_a_document_that_the_teacher_could_not_read_says_so_and_has_no_tokens(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    short_teacher(cache, 8)
+
+    outcome = stage(cache, teacher="short", name="unread")
+
+    for document, _, row in joined(cache, "short", "unread"):
+        assert row["status"] == "teacher:no_target_after_cut"
+        for column in ("token_ids", "token_spans", "token_kinds", "targets", "student_spans", "teacher_spans"):
+            assert len(row[column]) == 0, column
+        assert row["word_tokens"].tolist() == [[0, 0]] * len(document["words"])
+        assert row["phrase_tokens"].tolist() == [[0, 0]] * len(document["phrases"])
+    assert "12 teacher:no_target_after_cut" in outcome.line
+    assert outcome.values["spans"] == outcome.values["tokens"] == 0
+
+
+def test_the_student_reads_no_further_than_the_teacher_did(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    short_teacher(cache, 36)
+
+    stage(cache, teacher="short", name="cut")
+
+    cut = 0
+    for document, taught, row in joined(cache, "short", "cut"):
+        if taught["status"] != "ok":
+            assert row["status"] == f"teacher:{taught['status']}"
+            continue
+        assert row["num_chars"] <= taught["num_chars"]
+        assert row["token_spans"].max() <= taught["num_chars"]
+        cut += taught["num_chars"] < len(document["text"])
+    assert cut
+    assert Table(cache, "students/cut").manifest.count("cut") >= cut
+
+
+def test_a_shorter_student_is_cut_at_a_word_and_aligned_up_to_there(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+
+    outcome = stage(cache, name="short", max_tokens=50)
+
+    below = 0
+    for document, taught, row in joined(cache, student="short"):
+        if row["status"] != "ok":
+            continue
+        assert len(row["token_ids"]) <= 50
+        text, end = document["text"], row["num_chars"]
+        if end < len(text):
+            below += 1
+            assert not (text[end - 1].isalnum() and text[end].isalnum())
+        last = row["teacher_spans"][-1, 1] - 1
+        assert taught["token_spans"][last, 1] <= end
+    assert below
+    assert Table(cache, "students/short").manifest.count("cut_below_teacher") == below
+    assert f"{below} cut to fit" in outcome.line
+
+
+def test_the_students_template_stands_round_the_same_content(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+
+    stage(cache, name="alpaca", template="alpaca")
+
+    for (_, _, plain), (_, _, dressed) in zip(joined(cache), joined(cache, student="alpaca"), strict=True):
+        assert len(dressed["token_ids"]) > len(plain["token_ids"])
+        inside = dressed["token_spans"][:, 0] >= 0
+        content = plain["token_spans"][:, 0] >= 0
+        np.testing.assert_array_equal(dressed["token_spans"][inside], plain["token_spans"][content])
+        np.testing.assert_array_equal(dressed["teacher_spans"], plain["teacher_spans"])
+
+
+def test_tokenizer_and_constants_stand_beside_the_table() -> None:
+    table = Table(made() / "cache", "students/S")
+    tokenizer = AutoTokenizer.from_pretrained(table.folder / "tokenizer")
+
+    assert table.manifest.constants == {"template": "none", "vocab_size": len(tokenizer), "teacher": "T"}
+    text = "The old keeper lit the lamp 🙂."
+    assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(made() / "student")(text)["input_ids"]
+    assert table.manifest.spec["teacher_root"] == Table(made() / "cache", "teachers/T").manifest.root
+
+
+def test_running_again_changes_no_byte_and_a_lost_shard_comes_back_the_same(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = small_cache.files_of(cache)
+
+    assert stage(cache).values["made"] == 0
+    next((cache / "students" / "S").glob("00000-*.arrow")).unlink()
+    assert stage(cache).values["made"] == 1
+    assert small_cache.files_of(cache) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"template": "alpaca"}, r"encoder\.template: cache has none, this run has alpaca"),
+        ({"max_tokens": 512}, r"encoder\.max_tokens: cache has 1024, this run has 512"),
+        ({"tokenizer": "teacher"}, r"encoder\.tokenizer\.\w+: cache has .*, this run has"),
+    ],
+)
+def test_the_same_table_with_other_settings_is_refused_by_field(changed: dict[str, object], said: str) -> None:
+    if "tokenizer" in changed:
+        changed = {"tokenizer": str(made() / "teacher")}
+
+    with pytest.raises(Mismatch, match=said):
+        stage(made() / "cache", **changed)
+
+
+def test_a_table_made_for_another_teacher_is_refused(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    short_teacher(cache, 36)
+
+    with pytest.raises(Mismatch, match="teacher: cache has T, this run has short"):
+        stage(cache, teacher="short")
+
+
+def test_without_a_teacher_table_the_way_to_make_one_is_shown(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    shutil.rmtree(cache / "teachers")
+    run = small_cache.run_file(cache, teacher={"name": ""}, student={"tokenizer": str(made() / "student")})
+
+    with pytest.raises(InputMissing, match=r"no finished teacher table.*xkd-cache teacher .* --model MODEL"):
+        align_stage(run, small_cache.IN_PROCESS)
+
+
+def test_a_teacher_that_is_not_there_is_named() -> None:
+    with pytest.raises(InputMissing, match=r"teachers/nobody/manifest\.json is not there"):
+        stage(made() / "cache", teacher="nobody", name="X")
+
+
+def test_no_student_and_no_tokenizer_are_said_apart(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no student tokenizer is named.*--student FOLDER"):
+        stage(made() / "cache", tokenizer="")
+    with pytest.raises(UsageError, match="no student tokenizer is named"):
+        stage(made() / "cache", tokenizer="", model="new:llama,layers=2")
+    with pytest.raises(InputMissing, match="no-such"):
+        stage(made() / "cache", tokenizer=str(tmp_path / "no-such"), name="X")
+
+
+def test_a_template_that_the_tokenizer_lacks_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"chat.*template"):
+        stage(made() / "cache", template="chat", name="X")

@@ -1,0 +1,225 @@
+"""What is captured equals a plain computation on transformers' own hidden states and eager attention maps."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import small_cache
+from xkd_pipeline.capture import TeacherSettings, batches_of, capture
+from xkd_pipeline.measure import Reading
+from xkd_schemas.errors import BadData
+from xkd_schemas.teacher import Signal
+from xkd_schemas.tokens import CONTENT, Tokens
+
+SETTINGS = TeacherSettings(model="", dtype="float32", batch_tokens=64)
+WANTED = (
+    Signal("hidden_last"), Signal("attention_last"), Signal("entropy"), Signal("argmax"), Signal("logsumexp"),
+    *(Signal("centrality", layer) for layer in (1, 3)),
+    *(
+        Signal(name, layer, unit)
+        for name in ("span_mass", "span_vectors", "span_geometry")
+        for layer, unit in ((1, "word"), (3, "phrase"))
+    ),
+)  # fmt: skip
+SPANS = [[0, 1], [1, 2], [2, 5], [1, 6], [3, 3]]
+
+
+def reading(length: int, seed: int, *, targets: slice = slice(3, None), vocab: int = 500) -> Reading:
+    """A document of random tokens with spans that overlap, have one token, or none."""
+    ids = np.random.default_rng(seed).integers(4, vocab, length).astype(np.int32)
+    is_target = np.zeros(length, np.bool_)
+    is_target[targets] = True
+    tokens = Tokens(
+        status="ok", num_chars=length, ids=ids, spans=np.stack([np.arange(length), np.arange(1, length + 1)], 1),
+        kinds=np.full(length, CONTENT, np.uint8), targets=is_target,
+    )  # fmt: skip
+    inside = np.array([s for s in SPANS if s[1] <= length], np.int32).reshape(-1, 2)
+    return Reading(tokens=tokens, ranges={"word": inside, "phrase": inside[::-1].copy()})
+
+
+def empty() -> Reading:
+    one = reading(1, 0)
+    t = one.tokens
+    none = replace(t, status="bad", ids=t.ids[:0], spans=t.spans[:0], kinds=t.kinds[:0], targets=t.targets[:0])
+    return Reading(tokens=none, ranges={unit: np.zeros((2, 2), np.int32) for unit in ("word", "phrase")})
+
+
+READINGS = (reading(7, 1), reading(19, 2, targets=slice(5, 9)), reading(12, 3), reading(2, 4, targets=slice(1, 2)))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("teachers")
+    return {"llama": small_cache.llama(root / "llama"), "gpt2": small_cache.gpt2(root / "gpt2")}
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest, folders: dict[str, Path]) -> PreTrainedModel:
+    return loaded(folders[request.param])
+
+
+@pytest.fixture(scope="module")
+def eager(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights with the attention whose maps transformers shows."""
+    twin = type(model)(model.config.__class__.from_dict(model.config.to_dict())).eval()
+    twin.load_state_dict(model.state_dict())
+    twin.set_attn_implementation("eager")
+    return twin
+
+
+def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def plain(model: PreTrainedModel, one: Reading) -> Any:
+    ids_1L = torch.from_numpy(one.tokens.ids.astype(np.int64))[None]
+    return model(ids_1L, output_hidden_states=True, output_attentions=True)
+
+
+def bf16(bits: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(torch.bfloat16).float()
+
+
+def slow_centrality(hidden_LD: torch.Tensor) -> list[float]:
+    """MTA eq. 5 to 7, one token at a time."""
+    rows = [h / (h.std() + 1e-5) for h in hidden_LD.double()]
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    for s, ours in enumerate(rows):
+        others = [t for t in range(len(rows)) if t != s]
+        scores = torch.stack([ours @ rows[t] / len(ours) ** 0.5 for t in others]).softmax(0)
+        total[others] += scores
+    return (total / len(rows)).tolist()
+
+
+def slow_spans(hidden_LD: torch.Tensor, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mass [K] and weighted mean [K, D] of each span."""
+    weights = torch.tensor(slow_centrality(hidden_LD), dtype=torch.float64)
+    masses, vectors = [], []
+    for first, end in ranges:
+        mass = weights[first:end].sum()
+        masses.append(float(mass))
+        mean = (weights[first:end, None] * hidden_LD[first:end].double()).sum(0) / mass if end > first else None
+        vectors.append(np.zeros(hidden_LD.shape[1]) if mean is None else mean.numpy())
+    return np.array(masses), np.array(vectors)
+
+
+def test_hidden_last_is_the_normed_state_of_targets_and_of_the_position_before(model, eager) -> None:
+    for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
+        first, last = np.flatnonzero(one.tokens.targets)[[0, -1]]
+        expected_RD = plain(eager, one).hidden_states[-1][0, first - 1 : last + 1]
+        torch.testing.assert_close(bf16(row["hidden_last"]), expected_RD, rtol=2**-7, atol=1e-3)
+
+
+def test_the_attention_row_is_the_last_tokens_in_the_last_block_summed_over_heads(model, eager) -> None:
+    for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
+        expected_L = plain(eager, one).attentions[-1][0, :, -1].sum(0)
+        np.testing.assert_allclose(row["attention_last"], expected_L / expected_L.sum(), rtol=1e-4, atol=1e-6)
+        assert row["attention_last"].dtype == np.float32
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_centrality_is_that_of_hidden_states_of_the_named_layer(model, eager, layer: int) -> None:
+    for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
+        expected_L = slow_centrality(plain(eager, one).hidden_states[layer][0])
+        np.testing.assert_allclose(row[f"centrality@{layer}"], expected_L, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layer", "unit"), [(1, "word"), (3, "phrase")])
+def test_span_signals_are_those_of_the_named_layer_and_unit(model, eager, layer: int, unit: str) -> None:
+    for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
+        mass_K, vectors_KD = slow_spans(plain(eager, one).hidden_states[layer][0], one.ranges[unit])
+        np.testing.assert_allclose(row[f"span_mass@{layer}:{unit}"], mass_K, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(bf16(row[f"span_vectors@{layer}:{unit}"]), vectors_KD, rtol=2**-7, atol=1e-3)
+        expected = []
+        for i in range(len(mass_K)):
+            for j in range(i + 1, len(mass_K)):
+                size = np.linalg.norm(vectors_KD[i]) * np.linalg.norm(vectors_KD[j])
+                expected.append(vectors_KD[i] @ vectors_KD[j] / size if size else 0.0)
+        found = row[f"span_geometry@{layer}:{unit}"]
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(found, np.array(expected), atol=2e-3)
+
+
+def test_entropy_argmax_and_logsumexp_are_those_of_the_models_own_logits_before_each_target(model, eager) -> None:
+    for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
+        logits_NV = plain(eager, one).logits[0, np.flatnonzero(one.tokens.targets) - 1].double()
+        p_NV = logits_NV.softmax(-1)
+        np.testing.assert_allclose(row["entropy"], -(p_NV * p_NV.log()).sum(-1), rtol=1e-4)
+        assert row["argmax"].tolist() == logits_NV.argmax(-1).tolist()
+        np.testing.assert_allclose(row["logsumexp"], logits_NV.logsumexp(-1), rtol=1e-5)
+
+
+def test_a_document_has_the_same_signals_alone_and_padded_in_a_batch(model) -> None:
+    together = capture(model, READINGS, WANTED, replace(SETTINGS, batch_tokens=4096, pad_multiple=32))
+    for one, row in zip(READINGS, together, strict=True):
+        (alone,) = capture(model, [one], WANTED, replace(SETTINGS, pad_multiple=1))
+        assert row.keys() == alone.keys()
+        for column, values in row.items():
+            a, b = (bf16(v) if v.dtype == np.uint16 else torch.from_numpy(v) for v in (values, alone[column]))
+            close = {np.uint16: 2**-7, np.float16: 2e-3}.get(values.dtype.type, 1e-4)
+            torch.testing.assert_close(a, b, rtol=close, atol=1e-3 if close > 1e-4 else 1e-6, msg=column)
+
+
+def test_a_document_without_tokens_has_empty_rows_and_disturbs_no_other(model) -> None:
+    expected = capture(model, READINGS[:2], WANTED, SETTINGS)
+
+    first, nothing, second = capture(model, [READINGS[0], empty(), READINGS[1]], WANTED, SETTINGS)
+
+    assert set(nothing) == {s.column for s in WANTED}
+    assert all(len(values) == 0 for values in nothing.values())
+    assert nothing["hidden_last"].shape == nothing["span_vectors@1:word"].shape == (0, 32)
+    for ours, theirs in zip((first, second), expected, strict=True):
+        for column in ours:
+            np.testing.assert_array_equal(ours[column], theirs[column])
+
+
+def test_a_document_without_a_target_keeps_its_spans_and_no_prediction(model) -> None:
+    (row,) = capture(model, [reading(6, 7, targets=slice(0, 0))], WANTED, SETTINGS)
+
+    assert row["hidden_last"].shape == (0, 32)
+    assert len(row["entropy"]) == len(row["argmax"]) == 0
+    assert len(row["span_mass@1:word"]) == 5
+
+
+def test_only_what_is_wanted_is_captured(model) -> None:
+    (row,) = capture(model, READINGS[:1], [Signal("argmax"), Signal("span_mass", 2, "word")], SETTINGS)
+
+    assert set(row) == {"argmax", "span_mass@2:word"}
+
+
+def test_a_bfloat16_teacher_gives_the_signals_of_its_float32_twin_roughly(folders) -> None:
+    half = loaded(folders["llama"], torch.bfloat16)
+
+    row = capture(half, READINGS, WANTED, SETTINGS)[1]
+    exact = capture(loaded(folders["llama"]), READINGS, WANTED, SETTINGS)[1]
+
+    np.testing.assert_allclose(row["centrality@1"], exact["centrality@1"], atol=0.02)
+    np.testing.assert_allclose(row["entropy"], exact["entropy"], atol=0.1)
+    assert row["attention_last"].sum() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_teacher_whose_states_are_not_finite_is_refused(folders) -> None:
+    broken = loaded(folders["llama"])
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[READINGS[0].tokens.ids[-1]] = torch.nan
+
+    with pytest.raises(BadData, match=r"hidden states are not finite in float32.*--dtype float32"):
+        capture(broken, READINGS[:1], WANTED, SETTINGS)
+
+
+def test_batches_hold_every_document_with_tokens_once_within_the_budget() -> None:
+    lengths = [0, 5, 31, 2, 64, 8, 8, 200, 1]
+
+    batches = list(batches_of(lengths, batch_tokens=64, multiple=8))
+
+    assert sorted(i for batch in batches for i in batch) == [1, 2, 3, 4, 5, 6, 7, 8]
+    for batch in batches:
+        width = -(-max(lengths[i] for i in batch) // 8) * 8
+        assert len(batch) * width <= 64 or len(batch) == 1
+    assert [7] in batches

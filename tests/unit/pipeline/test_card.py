@@ -1,0 +1,97 @@
+"""A cache as programs see it that know nothing of us: datasets, sha256sum, and a list of what is there."""
+
+import subprocess
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import small_cache
+from xkd_pipeline.progress import table_states
+from xkd_schemas.table import Table
+
+CONFIGS = ("documents", "students/S", "teachers/T")
+
+
+@pytest.fixture(scope="module")
+def cache() -> Path:
+    return small_cache.made() / "cache"
+
+
+@pytest.mark.parametrize("name", [None, *CONFIGS])
+def test_datasets_opens_every_table_by_name_and_the_documents_by_default(
+    tmp_path: Path, cache: Path, name: str | None
+) -> None:
+    from datasets import load_dataset
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        loaded = load_dataset(
+            str(cache), name.replace("/", "-") if name else None, split="train", cache_dir=str(tmp_path)
+        )
+    table = Table(cache, name or "documents")
+
+    assert loaded["doc_id"][:] == [row["doc_id"] for row in table]
+    assert loaded.column_names == table.shard(0).schema.names
+    for column in table.shard(0).schema.names:
+        for ours, theirs in zip((row[column] for row in table), loaded[column], strict=True):
+            assert np.array_equal(ours, np.reshape(theirs, np.shape(ours)))
+
+
+def check_sums(cache: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=cache, capture_output=True, text=True)
+
+
+def test_sha256sum_passes_over_every_file_that_belongs_to_the_cache(cache: Path) -> None:
+    done = check_sums(cache)
+    checked = {line.removesuffix(": OK") for line in done.stdout.splitlines()}
+
+    assert done.returncode == 0, done.stderr
+    assert checked == set(small_cache.files_of(cache)) - {"SHA256SUMS"}
+
+
+@pytest.mark.parametrize("pattern", ["documents/00001-*.arrow", "teachers/T/head.safetensors", "README.md"])
+def test_sha256sum_finds_a_flipped_bit(tmp_path: Path, pattern: str) -> None:
+    copy = small_cache.copied(tmp_path)
+    (path,) = copy.glob(pattern)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+    done = check_sums(copy)
+
+    assert done.returncode == 1
+    failed = [line for line in done.stdout.splitlines() if not line.endswith(": OK")]
+    assert failed == [f"{path.relative_to(copy)}: FAILED"]
+
+
+def test_the_card_says_how_large_every_table_is(cache: Path) -> None:
+    card = (cache / "README.md").read_text(encoding="utf-8")
+
+    for name in CONFIGS:
+        table = Table(cache, name)
+        size = sum(path.stat().st_size for path in (cache / name).glob("*.arrow"))
+        assert f"| {name} | 12 | 3 | {size:,} | `{table.manifest.root[:16]}` |\n" in card
+
+
+def test_every_table_that_was_begun_is_listed_with_how_far_it_is(tmp_path: Path) -> None:
+    copy = small_cache.copied(tmp_path)
+    (copy / "students" / "S" / "manifest.json").unlink()
+    (copy / "students" / "S" / "commits" / "00002.json").unlink()
+    (copy / "other").mkdir()
+
+    states = table_states(copy)
+
+    assert [(s["table"], s["units"], s["done"], s["documents"], s["sealed"]) for s in states] == [
+        ("documents", 3, 3, 12, True),
+        ("students/S", 3, 2, 8, False),
+        ("teachers/T", 3, 3, 12, True),
+    ]
+    for state, name in zip(states, CONFIGS, strict=True):
+        shards = sorted((copy / name).glob("*.arrow"))[: state["done"]]
+        assert state["bytes"] == sum(path.stat().st_size for path in shards)
+
+
+def test_a_folder_without_tables_lists_none(tmp_path: Path) -> None:
+    assert table_states(tmp_path) == []

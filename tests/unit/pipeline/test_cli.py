@@ -1,0 +1,492 @@
+"""xkd-cache as typed: what it prints, its one-line errors and exit codes, and Ctrl-C."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import typer
+
+import small_cache
+import xkd_trainer.cli
+from small_cache import SPACY, corpus_rows, made, write_rows
+from xkd_pipeline import cli
+from xkd_schemas.table import Table
+
+Said = tuple[int, str, str]
+Cache = Callable[..., Said]
+
+
+@pytest.fixture
+def xkd_cache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cache:
+    """Run `xkd-cache ARGUMENTS` in this process, without a hub: (exit code, standard output, standard error)."""
+    return runner("xkd-cache", cli.main, monkeypatch, capsys)
+
+
+@pytest.fixture
+def xkd_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cache:
+    return runner("xkd-train", xkd_trainer.cli.main, monkeypatch, capsys)
+
+
+def runner(
+    name: str, main: Callable[[], None], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Cache:
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def typed(*arguments: object) -> Said:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        code = caught.value.code
+        return (int(code or 0), *capsys.readouterr())
+
+    return typed
+
+
+def refused(said: Said, code: int, *parts: str) -> None:
+    """One line on standard error that has these parts, and this exit code."""
+    found, out, err = said
+    assert (found, out.count("Traceback"), err.count("\n")) == (code, 0, 1), err
+    for part in parts:
+        assert part in err
+    assert "Next: " in err
+
+
+def commands() -> list[str]:
+    return sorted(typer.main.get_command(cli.app).commands)
+
+
+def test_the_commands_are_the_promised_ones() -> None:
+    assert {"documents", "teacher", "align", "preprocess", "show", "status"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_has_help_with_an_example_of_itself(xkd_cache: Cache, command: str) -> None:
+    code, out, err = xkd_cache(command, "--help")
+
+    assert (code, err) == (0, "")
+    assert f"Example: xkd-cache {command} " in " ".join(out.split())
+    assert f"xkd-cache {command} " in out.splitlines()[0]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", corpus_rows(6))
+
+
+def test_the_three_commands_make_the_tables_and_say_so(xkd_cache: Cache, corpus: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    code, out, _ = xkd_cache("documents", corpus, "--out", cache, "--spacy-model", SPACY)
+    assert code == 0
+    form, result = out.splitlines()
+    assert form == f"{corpus}: 6 rows, prompt and response (prompt, response)"
+    assert result.startswith("documents: 6 documents, ")
+
+    flags = ["--for", "sra,dwa", "--name", "A", "--dtype", "float32", "--max-tokens", 99, "--template", "none"]
+    code, out, _ = xkd_cache("teacher", cache, "--model", made() / "teacher", *flags)
+    assert (code, out.count("\n")) == (0, 1)
+    assert out.startswith("teachers/A: ")
+
+    code, out, _ = xkd_cache("align", cache, "--student", made() / "student", "--name", "B", "--template", "alpaca")
+    assert (code, out.count("\n")) == (0, 1)
+    assert out.startswith("students/B: ")
+
+    spec = Table(cache, "teachers/A").manifest.spec
+    assert (spec["dtype"], spec["encoder"]["max_tokens"], spec["encoder"]["template"]) == ("float32", 99, "none")
+    assert "span_mass" not in str(spec["signals"])
+    assert Table(cache, "students/B").manifest.constants["template"] == "alpaca"
+
+
+def test_tables_are_named_after_the_folders_unless_told(xkd_cache: Cache, corpus: Path, tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    shutil.rmtree(cache / "students")
+
+    assert xkd_cache("align", cache, "--student", f"{made() / 'student'}/")[0] == 0
+
+    assert [path.name for path in (cache / "students").iterdir()] == ["student"]
+
+
+def test_layers_are_lists_of_numbers(xkd_cache: Cache, tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    layers = ["--word-layers", "1", "--phrase-layers", "2,4", "--name", "L"]
+
+    assert xkd_cache("teacher", cache, "--model", made() / "teacher", "--dtype", "float32", *layers)[0] == 0
+
+    signals = Table(cache, "teachers/L").manifest.spec["signals"]
+    assert {s.partition("@")[2] for s in signals if s.startswith("span_mass")} == {"1:word", "2:phrase", "4:phrase"}
+    code, _, err = xkd_cache("teacher", cache, "--model", made() / "teacher", "--word-layers", "one")
+    assert code == 2
+    assert "'one' is not a list of layer numbers like 22,30" in err
+
+
+def test_columns_of_the_corpus_are_named_by_flag(xkd_cache: Cache, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"frage": "Who?", "antwort": "Nobody."}])
+    flags = ["--column", "prompt=frage", "--column", "response=antwort", "--spacy-model", SPACY]
+
+    code, out, _ = xkd_cache("documents", rows, "--out", tmp_path / "cache", *flags)
+
+    assert code == 0
+    assert "(prompt=frage, response=antwort)" in out
+    assert Table(tmp_path / "cache", "documents")[0]["text"] == "Who?Nobody."
+
+
+@pytest.mark.parametrize("column", ["prompt", "prompt=", "=frage"])
+def test_a_column_that_is_no_pair_is_refused(xkd_cache: Cache, corpus: Path, tmp_path: Path, column: str) -> None:
+    said = xkd_cache("documents", corpus, "--out", tmp_path / "cache", "--column", column)
+
+    refused(said, 2, f"--column {column}: expected FIELD=COLUMN")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["a \"b\" \\ 'c'.jsonl", "é 🙂.jsonl", "tab\tnew\nline\x7f.jsonl", "a=b,[c].jsonl"])
+def test_a_path_may_hold_any_character(xkd_cache: Cache, tmp_path: Path, name: str) -> None:
+    rows = write_rows(tmp_path / name, corpus_rows(1))
+
+    code, _, err = xkd_cache("documents", rows, "--out", tmp_path / "cache", "--spacy-model", SPACY)
+
+    assert (code, err) == (0, "")
+    assert len(Table(tmp_path / "cache", "documents")) == 1
+
+
+def run_toml(folder: Path, corpus: Path) -> Path:
+    path = folder / "run.toml"
+    path.write_text(
+        f'cache = "{folder / "cache"}"\n[documents]\ncorpus = ["{corpus}"]\nspacy_model = "{SPACY}"\n'
+        f'[teacher]\nmodel = "{made() / "teacher"}"\ndtype = "float32"\n'
+        f'[student]\ntokenizer = "{made() / "student"}"\n'
+    )
+    return path
+
+
+def test_preprocess_runs_the_three_stages_of_a_run_file_and_reuses_them(
+    xkd_cache: Cache, corpus: Path, tmp_path: Path
+) -> None:
+    run = run_toml(tmp_path, corpus)
+
+    code, out, _ = xkd_cache("preprocess", run)
+    assert code == 0
+    assert [line.split(":")[0] for line in out.splitlines()[1:]] == [
+        "documents",
+        "teachers/teacher",
+        "students/student",
+    ]
+    before = small_cache.files_of(tmp_path / "cache")
+
+    code, out, _ = xkd_cache("preprocess", run, "--json")
+    assert code == 0
+    assert [stage["made"] for stage in json.loads(out)["stages"]] == [0, 0, 0]
+    assert small_cache.files_of(tmp_path / "cache") == before
+
+
+def test_a_set_value_beats_the_run_file(xkd_cache: Cache, corpus: Path, tmp_path: Path) -> None:
+    run = run_toml(tmp_path, corpus)
+
+    assert xkd_cache("preprocess", run, "--set", "documents.rows_per_shard=2", "--set", "teacher.name=N")[0] == 0
+
+    assert len(Table(tmp_path / "cache", "teachers/N").manifest.commits) == 3
+
+
+def test_json_is_one_object_of_every_command(xkd_cache: Cache, corpus: Path, tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    typed = {
+        "documents": ["documents", corpus, "--out", tmp_path / "other", "--spacy-model", SPACY],
+        "teacher": ["teacher", cache, "--model", made() / "teacher", "--name", "J", "--dtype", "float32"],
+        "align": ["align", cache, "--student", made() / "student", "--teacher", "T", "--name", "J"],
+        "status": ["status", cache],
+    }
+    said = {}
+    for command, arguments in typed.items():
+        code, out, _ = xkd_cache(*arguments, "--json")
+        assert (code, out.count("\n")) == (0, 1), command
+        said[command] = json.loads(out)
+
+    assert said["documents"]["sources"] == [f"{corpus}: 6 rows, prompt and response (prompt, response)"]
+    assert (said["documents"]["table"], said["documents"]["documents"]) == ("documents", 6)
+    assert said["teacher"]["root"] == Table(cache, "teachers/J").manifest.root
+    assert said["align"]["spans"] > said["align"]["exact_pairs"] > 0
+    names = [table["table"] for table in said["status"]["tables"]]
+    assert names == ["documents", "students/J", "students/S", "teachers/J", "teachers/T"]
+    assert all(table["sealed"] and table["done"] == table["units"] == 3 for table in said["status"]["tables"])
+
+
+def test_json_of_an_error_is_one_object_too(xkd_cache: Cache, tmp_path: Path) -> None:
+    code, out, err = xkd_cache("documents", tmp_path / "nope.jsonl", "--json")
+
+    error = json.loads(out)["error"]
+    assert (code, error["code"], error["kind"]) == (66, 66, "InputMissing")
+    assert "nope.jsonl" in error["what"]
+    assert err.count("\n") == 1
+
+
+def test_status_says_how_far_each_table_is(xkd_cache: Cache, tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    (cache / "teachers" / "T" / "manifest.json").unlink()
+    (cache / "teachers" / "T" / "commits" / "00002.json").unlink()
+
+    code, out, _ = xkd_cache("status", cache)
+
+    assert code == 0
+    assert "documents: finished, 12 documents, " in out
+    assert "teachers/T: 2 of 3 shards done, 8 documents, " in out
+
+
+def test_show_draws_a_document(xkd_cache: Cache) -> None:
+    code, out, _ = xkd_cache("show", made() / "cache", 0, "--width", 60)
+
+    assert code == 0
+    assert "[NP The old keeper]" in out
+    assert {"teacher", "student"} <= {line.split(" ")[0] for line in out.splitlines()}
+    assert max(len(line) for line in out.splitlines()) <= 60
+
+
+BAD_DOCUMENTS = {
+    "a wrong path": (["nope.jsonl"], 66, ["nope.jsonl: No such file or directory", "check the path"]),
+    "a wrong ending": (["notes.txt"], 2, ["notes.txt: the ending says no format", ".jsonl"]),
+    "a broken gzip": (["broken.jsonl.gz"], 65, ["broken.jsonl.gz"]),
+    "a broken parquet": (["broken.parquet"], 65, ["broken.parquet"]),
+    "a pipe": (["pipe.jsonl"], 66, ["pipe.jsonl is not a regular file"]),
+    "an empty folder": (["folder"], 66, ["folder holds no file"]),
+    "a data set that no hub gives": (["no/such-data"], 66, ["no/such-data", "check the path"]),
+    "no row": (["empty.jsonl", "--form", "text"], 65, ["the corpus has no rows"]),
+    "no usable row": (["blank.jsonl", "--max-reject", "1"], 65, ["no usable row in 2 (no_target 2)"]),
+    "too many rejects": (["half.jsonl"], 65, ["1 of 2 rows cannot be used", "--max-reject"]),
+    "rows of no form": (["strange.jsonl"], 2, ["strange.jsonl", "--column"]),
+    "an unknown form": (["rows.jsonl", "--form", "csv"], 2, ["documents.form", "'csv'"]),
+    "an unknown field": (["rows.jsonl", "--column", "promt=prompt"], 2, ["promt", "prompt"]),
+    "a missing pipeline": (
+        ["rows.jsonl", "--spacy-model", "no_pipe"],
+        66,
+        ["'no_pipe' is not installed", "--spacy-model"],
+    ),
+    "benepar without model": (["rows.jsonl", "--parser", "benepar"], 66, ["benepar", "--parser-model"]),
+    "an unknown parser": (["rows.jsonl", "--parser", "stanza"], 2, ["documents.parser", "'stanza'"]),
+    "an unknown key": (
+        ["rows.jsonl", "--set", "documents.spacy_modle=x"],
+        2,
+        ["'documents.spacy_modle' is not a key", "'spacy_model'"],
+    ),
+    "an unknown section": (["rows.jsonl", "--set", "document.form=text"], 2, ["'document'", "'documents'"]),
+    "a cache that is a file": (["rows.jsonl", "--out", "empty.jsonl"], 74, ["empty.jsonl"]),
+}
+
+
+@pytest.fixture
+def odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of the bad inputs."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", corpus_rows(2))
+    write_rows(tmp_path / "blank.jsonl", [{"prompt": "q", "response": " "}] * 2)
+    write_rows(tmp_path / "half.jsonl", [*corpus_rows(1), "{"])
+    write_rows(tmp_path / "strange.jsonl", [{"frage": "Who?"}])
+    for name in ("empty.jsonl", "notes.txt"):
+        (tmp_path / name).write_text("")
+    for name in ("broken.jsonl.gz", "broken.parquet"):
+        (tmp_path / name).write_bytes(b"\x1f\x8bnothing of the kind")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    return tmp_path
+
+
+@pytest.mark.parametrize("bad", BAD_DOCUMENTS)
+def test_bad_input_of_documents_is_one_line(xkd_cache: Cache, odd_files: Path, bad: str) -> None:
+    arguments, code, parts = BAD_DOCUMENTS[bad]
+    spacy = [] if "--spacy-model" in arguments else ["--spacy-model", SPACY]
+
+    refused(xkd_cache("documents", *arguments, *spacy), code, *parts)
+
+
+def test_a_folder_without_any_column_named_so_lists_what_there_is(xkd_cache: Cache, odd_files: Path) -> None:
+    _, _, err = xkd_cache("documents", "strange.jsonl", "--spacy-model", SPACY)
+
+    assert "frage" in err
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "parts"),
+    [
+        ("no-such-model-anywhere", 66, ["model no-such-model-anywhere", "give a folder"]),
+        ("/no/such/folder", 66, ["/no/such/folder"]),
+        ("missing.gguf", 66, ["missing.gguf"]),
+        ("folder", 66, ["model folder: the folder has no config.json"]),
+    ],
+)
+def test_an_unknown_model_is_one_line(
+    xkd_cache: Cache, odd_files: Path, model: str, code: int, parts: list[str]
+) -> None:
+    refused(xkd_cache("teacher", made() / "cache", "--model", model, "--name", "X"), code, *parts)
+
+
+def test_models_that_want_their_own_code_or_have_half_a_config_are_refused(xkd_cache: Cache, odd_files: Path) -> None:
+    shutil.copytree(made() / "teacher", odd_files / "own")
+    config = json.loads((odd_files / "own" / "config.json").read_text())
+    (odd_files / "own" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}))
+    refused(xkd_cache("teacher", made() / "cache", "--model", "own", "--name", "X"), 77, "own/config.json", "auto_map")
+
+    (odd_files / "own" / "config.json").write_text("{")
+    said = xkd_cache("teacher", made() / "cache", "--model", "own", "--name", "X")
+    assert (said[0], said[2].count("\n"), "own/config.json is not JSON" in said[2]) == (66, 1, True)
+
+
+def test_other_bad_input_of_teacher_is_one_line(xkd_cache: Cache, odd_files: Path) -> None:
+    model = ["--model", made() / "teacher"]
+    cache = made() / "cache"
+
+    refused(xkd_cache("teacher", "nowhere", *model), 66, "nowhere/documents/manifest.json is not there")
+    refused(xkd_cache("teacher", cache, *model, "--for", "mta,sar"), 2, "'sar' is not a loss", "sra")
+    refused(xkd_cache("teacher", cache, *model, "--name", "T", "--dtype", "bfloat16"), 78, "dtype", "--name")
+    refused(xkd_cache("teacher", cache, *model, "--name", "../T"), 77, "'..' is not a plain file name")
+    code, _, err = xkd_cache("teacher", cache, *model, "--name", "X", "--phrase-layers", "9")
+    assert (code, err.count("\n"), "layer 9 does not exist: the teacher has layers 1 to 4" in err) == (2, 1, True)
+    code, _, err = xkd_cache("teacher", cache, *model, "--dtype", "int3")
+    assert (code, err.count("\n"), "teacher.dtype" in err) == (2, 1, True)
+
+
+def test_a_template_that_the_tokenizer_lacks_is_one_line(xkd_cache: Cache) -> None:
+    said = xkd_cache("align", made() / "cache", "--student", made() / "student", "--template", "chat", "--name", "X")
+
+    refused(said, 2, "template", "none")
+
+
+def test_bad_input_of_align_show_and_status_is_one_line(xkd_cache: Cache, odd_files: Path) -> None:
+    cache = made() / "cache"
+
+    refused(xkd_cache("align", cache, "--student", "./no-student"), 66, "no-student")
+    refused(xkd_cache("align", cache, "--student", made() / "student", "--teacher", "Q"), 66, "teachers/Q")
+    refused(xkd_cache("show", cache, "zzz"), 66, "no document 'zzz' among 12")
+    refused(xkd_cache("show", cache, 0, "--student", "Q"), 66, "students/Q")
+    refused(xkd_cache("show", "nowhere", 0), 66, "nowhere is not a folder", "xkd-cache documents")
+    refused(xkd_cache("status", "nowhere"), 66, "nowhere is not a folder", "xkd-cache documents")
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("[documents]\nspacy_modle = 'x'\n", 2, "'documents.spacy_modle' is not a key"),
+        ("[teacher]\nmax_tokens = 'many'\n", 2, "teacher.max_tokens"),
+        ("[losses.mta]\nhidden = 'off'\n", 2, "hidden"),
+        ("cache = ", 66, "is not TOML"),
+    ],
+)
+def test_a_bad_run_file_is_one_line(xkd_cache: Cache, odd_files: Path, text: str, code: int, said: str) -> None:
+    head = "" if code == 66 else f'documents.corpus = ["rows.jsonl"]\nteacher.model = "{made() / "teacher"}"\n'
+    head = head if "[losses" in text else ""
+    text = f'documents.spacy_model = "{SPACY}"\n{head}{text}' if head else text
+    (odd_files / "run.toml").write_text(text)
+
+    found, _, err = xkd_cache("preprocess", "run.toml")
+
+    assert (found, err.count("\n")) == (code, 1), err
+    assert said in err
+
+
+def test_a_missing_run_file_is_one_line(xkd_cache: Cache, odd_files: Path) -> None:
+    refused(xkd_cache("preprocess", "no.toml"), 66, "run file no.toml: No such file or directory")
+
+
+def test_training_on_a_signal_that_is_not_cached_shows_how_to_add_it(
+    xkd_cache: Cache, xkd_train: Cache, tmp_path: Path
+) -> None:
+    cache = small_cache.copied(tmp_path)
+    shutil.rmtree(cache / "students")
+    shutil.rmtree(cache / "teachers")
+    teacher = ["--model", made() / "teacher", "--for", "dwa", "--name", "few", "--dtype", "float32"]
+    assert xkd_cache("teacher", cache, *teacher)[0] == 0
+    assert xkd_cache("align", cache, "--student", made() / "student")[0] == 0
+    student = ["--student", "new:llama,layers=1,width=16,heads=2", "--student-tokenizer", made() / "student"]
+
+    for loss in ("mta", "sra"):
+        said = xkd_train("--shards", cache, *student, "--loss", f"{loss}=1", "--out", tmp_path / "out", "--steps", 1)
+        refused(said, 2, loss, "xkd-cache teacher", f"{loss}")
+
+
+def test_training_with_a_tokenizer_that_the_cache_does_not_know_shows_how_to_add_it(
+    xkd_train: Cache, tmp_path: Path
+) -> None:
+    student = ["--student", "new:llama,layers=1,width=16,heads=2", "--student-tokenizer", made() / "teacher"]
+
+    said = xkd_train("--shards", made() / "cache", *student, "--out", tmp_path / "out", "--steps", 1)
+
+    assert said[0] in (66, 78)
+    refused(said, said[0], "xkd-cache align")
+
+
+SLOW = """
+import sys, time
+from xkd_pipeline import cli, store
+commit = store.Store.commit
+def slowly(self, record):
+    commit(self, record)
+    time.sleep(0.25)
+store.Store.commit = slowly
+sys.argv[0] = "xkd-cache"
+cli.main()
+"""
+"""xkd-cache that takes a breath behind every shard, so that a signal finds it at work."""
+
+
+def begun(arguments: list[object], commits: Path) -> subprocess.Popen[str]:
+    """The command in a process of its own, once it has two commit records."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for _ in range(6000):
+        if process.poll() is not None or len(list(commits.glob("[0-9]*.json"))) >= 2:
+            return process
+        time.sleep(0.01)
+    process.kill()
+    raise AssertionError("no shard was finished in a minute")
+
+
+def test_ctrl_c_keeps_every_finished_shard_and_the_same_command_goes_on_to_the_same_bytes(
+    xkd_cache: Cache, tmp_path: Path
+) -> None:
+    corpus, cache = write_rows(tmp_path / "rows.jsonl", corpus_rows(10)), tmp_path / "cache"
+    units = ["--set", "documents.rows_per_shard=1", "--spacy-model", SPACY]
+    assert xkd_cache("documents", corpus, "--out", cache, *units)[0] == 0
+    shutil.copytree(cache, tmp_path / "undisturbed")
+    flags = ["--model", made() / "teacher", "--name", "T", "--dtype", "float32"]
+
+    process = begun(["teacher", cache, *flags], cache / "teachers" / "T" / "commits")
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130, err
+    assert "Traceback" not in out + err
+    assert err.splitlines()[-1].startswith("xkd-cache: interrupted. Kept: everything that was committed")
+    assert err.splitlines()[-1].endswith("Next: run the same command again to go on")
+    shards = {p.name: p.read_bytes() for p in (cache / "teachers" / "T" / "commits").iterdir()}
+    assert 2 <= len(shards) < 10
+    assert not (cache / "teachers" / "T" / "manifest.json").exists()
+
+    code, out, _ = xkd_cache("teacher", cache, *flags, "--json")
+    assert code == 0
+    assert (json.loads(out)["reused"], json.loads(out)["made"]) == (len(shards), 10 - len(shards))
+    assert xkd_cache("teacher", tmp_path / "undisturbed", *flags)[0] == 0
+    assert small_cache.files_of(cache) == small_cache.files_of(tmp_path / "undisturbed")
+
+
+def test_a_second_writer_is_told_who_has_the_cache(xkd_cache: Cache, tmp_path: Path) -> None:
+    corpus, cache = write_rows(tmp_path / "rows.jsonl", corpus_rows(8)), tmp_path / "cache"
+    arguments = ["documents", corpus, "--out", cache, "--set", "documents.rows_per_shard=1", "--spacy-model", SPACY]
+    process = begun(arguments, cache / "documents" / "commits")
+    try:
+        said = xkd_cache(*arguments)
+    finally:
+        process.kill()
+        process.communicate()
+
+    refused(said, 75, f"{cache} is being written by pid {process.pid} on ")
+    assert xkd_cache(*arguments)[0] == 0  # the lock died with its holder

@@ -1,0 +1,198 @@
+"""From corpus rows to the documents table: nothing is lost in silence, and the table is the same however made."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, run_file, write_rows
+from xkd_pipeline.corpus import open_source
+from xkd_pipeline.documents import document_at, units_of
+from xkd_pipeline.spans import ParserSettings, parser_for
+from xkd_pipeline.stages import Outcome, documents_stage
+from xkd_schemas.errors import BadData, InputMissing, Mismatch
+from xkd_schemas.manifest import Unit
+from xkd_schemas.rows import RawRow, read_documents
+from xkd_schemas.table import Table
+
+
+def silent(_line: str) -> None:
+    """Takes what the stage would print."""
+
+
+def build(root: Path, corpora: Sequence[Path | str], **changed: Any) -> Outcome:
+    sections = {"documents": {"corpus": [str(path) for path in corpora], "rows_per_shard": 3, **changed}}
+    sections["documents.columns"] = sections["documents"].pop("columns", {})
+    return documents_stage(run_file(root, **sections), IN_PROCESS, silent)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """10 rows, of which the 2nd is no JSON and the 8th has no response."""
+    rows: list[Any] = corpus_rows(10)
+    rows[1], rows[7] = '{"prompt": ', {"prompt": "And?"}
+    return write_rows(tmp_path / "rows.jsonl", rows)
+
+
+def test_the_table_holds_what_reader_and_parser_find_in_each_row(tmp_path: Path, corpus: Path) -> None:
+    build(tmp_path / "c", [corpus], max_reject=1)
+    table = Table(tmp_path / "c", "documents")
+
+    raw = [RawRow(line=n, content=line) for n, line in enumerate(corpus.read_bytes().splitlines(), start=1)]
+    source = open_source(str(corpus), columns={})
+    documents, _ = read_documents("rows.jsonl", source.form, source.columns, raw)
+    spans = parser_for(ParserSettings(model=SPACY)).parse(documents)
+    assert [document_at(row) for row in table] == documents
+    assert [row["doc_id"] for row in table] == [d.doc_id for d in documents]
+    for row, found in zip(table, spans, strict=True):
+        assert row["words"].tolist() == [list(word) for word in found.words]
+        assert row["phrases"].tolist() == [list(phrase) for phrase in found.phrases]
+        assert tuple(row["labels"]) == found.labels
+    assert table.manifest.count("words") == sum(len(s.words) for s in spans)
+    assert table.manifest.count("phrases") == sum(len(s.phrases) for s in spans)
+    assert table.manifest.count("characters") == sum(len(d.text) for d in documents)
+
+
+def test_rejected_rows_are_counted_and_listed_with_file_line_and_reason(tmp_path: Path, corpus: Path) -> None:
+    outcome = build(tmp_path / "c", [corpus], max_reject=0.2)
+
+    listed = [json.loads(x) for f in sorted((tmp_path / "c/documents/rejects").glob("*")) for x in f.open()]
+    assert [(r["source"], r["line"], r["reason"]) for r in listed] == [
+        ("rows.jsonl", 2, "bad_json"),
+        ("rows.jsonl", 8, "missing_field"),
+    ]
+    assert all(r["detail"] for r in listed)
+    assert "8 documents" in outcome.line
+    assert "2 rows rejected" in outcome.line
+    assert (outcome.values["documents"], outcome.values["rejected"]) == (8, 2)
+
+
+def test_too_many_rejects_stop_the_run_and_a_higher_limit_goes_on_from_there(tmp_path: Path, corpus: Path) -> None:
+    build(tmp_path / "undisturbed", [corpus], max_reject=0.2)
+    with pytest.raises(BadData) as caught:
+        build(tmp_path / "c", [corpus], max_reject=0.1)
+    message = str(caught.value)
+    assert "2 of 10 rows cannot be used (bad_json 1, missing_field 1), more than --max-reject 0.1 allows" in message
+    assert message.endswith("Kept: every finished shard. Next: mend the corpus, or accept them with --max-reject 0.22")
+
+    outcome = build(tmp_path / "c", [corpus], max_reject=0.22)
+
+    assert (outcome.values["made"], outcome.values["reused"]) == (1, 3)
+    assert files_of(tmp_path / "c") == files_of(tmp_path / "undisturbed")
+
+
+def test_a_finished_table_with_more_rejects_than_a_stricter_run_allows_is_refused(
+    tmp_path: Path, corpus: Path
+) -> None:
+    build(tmp_path / "c", [corpus], max_reject=0.2)
+
+    with pytest.raises(BadData, match="more than --max-reject 0 allows"):
+        build(tmp_path / "c", [corpus], max_reject=0)
+
+
+@pytest.mark.parametrize("rows", [["{broken", "x"], [{"prompt": "a", "response": " "}]])
+def test_a_corpus_without_a_usable_row_is_bad_data_whatever_is_allowed(tmp_path: Path, rows: list[Any]) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+
+    for _ in range(2):  # the second time from what the first has kept
+        with pytest.raises(BadData, match=rf"no usable row in {len(rows)} \(\w+ {len(rows)}\)"):
+            build(tmp_path / "c", [path], max_reject=1, form="prompt_response")
+
+
+def test_a_corpus_without_rows_is_bad_data(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match=r"the corpus has no rows. Next: check the paths"):
+        build(tmp_path / "c", [write_rows(tmp_path / "rows.jsonl", [])])
+
+
+def test_a_corpus_may_be_named_twice(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", corpus_rows(7))
+
+    build(tmp_path / "c", [path, path])
+
+    lines = [row["line"] for row in Table(tmp_path / "c", "documents")]
+    assert lines == [*range(1, 8), *range(1, 8)]
+
+
+def test_two_files_of_one_name_are_both_read(tmp_path: Path) -> None:
+    for n, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "rows.jsonl", corpus_rows(5)[2 * n : 2 * n + 2])
+
+    build(tmp_path / "c", [tmp_path / "a/rows.jsonl", tmp_path / "b/rows.jsonl"])
+
+    texts = [row["text"] for row in Table(tmp_path / "c", "documents")]
+    assert texts == [row["prompt"] + row["response"] for row in corpus_rows(4)]
+
+
+def test_from_which_folder_a_corpus_is_named_does_not_matter(tmp_path: Path, monkeypatch) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", corpus_rows(5))
+    build(tmp_path / "c", [path])
+    monkeypatch.chdir(tmp_path)
+
+    outcome = build(tmp_path / "c", ["rows.jsonl"])
+
+    assert outcome.values["made"] == 0
+    assert all(str(tmp_path).encode() not in content for content in files_of(tmp_path / "c").values())
+
+
+def test_units_missing_in_the_middle_are_read_from_the_right_rows(tmp_path: Path) -> None:
+    paths = [write_rows(tmp_path / f"{n}.jsonl", corpus_rows(8 + n)) for n in range(2)]
+    build(tmp_path / "c", paths)
+    before = files_of(tmp_path / "c")
+    for unit in (1, 3, 5):
+        (tmp_path / f"c/documents/commits/{unit:05d}.json").unlink()
+
+    outcome = build(tmp_path / "c", paths)
+
+    assert (outcome.values["made"], outcome.values["reused"]) == (3, 3)
+    assert files_of(tmp_path / "c") == before
+
+
+def test_units_are_cut_by_input_rows_and_end_with_their_source(tmp_path: Path) -> None:
+    sources = [open_source(str(write_rows(tmp_path / f"{n}.jsonl", corpus_rows(n))), columns={}) for n in (4, 3)]
+
+    assert units_of(sources, 3) == (
+        Unit(source="4.jsonl", first=0, rows=3),
+        Unit(source="4.jsonl", first=3, rows=1),
+        Unit(source="3.jsonl", first=0, rows=3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"max_words": 5}, "parser.max_words: cache has 12, this run has 5"),
+        ({"drop_contained": False}, "parser.drop_contained: cache has True, this run has False"),
+        ({"rows_per_shard": 4}, "rows_per_shard: cache has 3, this run has 4"),
+        ({"max_chars": 9000}, "max_chars: cache has 1000000, this run has 9000"),
+        ({"columns": {"response": "prompt"}}, "corpus.0.columns.response: cache has response, this run has prompt"),
+    ],
+)
+def test_other_settings_are_refused_and_named(tmp_path: Path, changed: dict[str, Any], field: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", corpus_rows(4))
+    build(tmp_path / "c", [path])
+
+    with pytest.raises(Mismatch) as caught:
+        build(tmp_path / "c", [path], **changed)
+    assert field in str(caught.value)
+
+
+def test_another_content_of_the_corpus_is_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", corpus_rows(4))
+    build(tmp_path / "c", [path])
+    write_rows(path, [*corpus_rows(3), {"prompt": "x", "response": "y"}])
+
+    with pytest.raises(Mismatch, match=r"corpus\.0\.sha256: cache has [0-9a-f]{57}"):
+        build(tmp_path / "c", [path])
+
+
+def test_a_parser_that_is_not_installed_is_missing_before_anything_is_written(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", corpus_rows(4))
+
+    with pytest.raises(
+        InputMissing, match=r"spaCy pipeline 'xx_none' is not installed. Next: python -m spacy download"
+    ):
+        build(tmp_path / "c", [path], spacy_model="xx_none")
+    assert files_of(tmp_path / "c") == {}

@@ -1,0 +1,42 @@
+"""Units in this process; Ray itself is in tests/integration/test_ray.py."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fake_stage import FakeStage
+from xkd_pipeline.run import Workers, run_units
+from xkd_schemas.errors import BadData, Refused
+from xkd_schemas.manifest import Commit
+
+
+def test_in_process_each_unit_is_handed_over_before_the_next_job_is_asked_for(tmp_path: Path) -> None:
+    log: list[str] = []
+
+    def jobs() -> Iterator[int]:
+        for unit in (3, 0, 1):
+            log.append(f"job {unit}")
+            yield unit
+
+    run_units(FakeStage(folder=tmp_path), jobs(), Workers(), lambda commit: log.append(f"done {commit.unit}"))
+
+    assert log == ["job 3", "done 3", "job 0", "done 0", "job 1", "done 1"]
+
+
+def test_what_was_handed_over_before_an_error_stays(tmp_path: Path) -> None:
+    done: list[Commit] = []
+
+    with pytest.raises(BadData, match="unit 2 is broken"):
+        run_units(FakeStage(folder=tmp_path, trouble="error"), [0, 1, 2, 3], Workers(), done.append)
+
+    assert [commit.unit for commit in done] == [0, 1]
+
+
+def test_a_cluster_in_the_environment_is_not_joined_unless_asked_for(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+
+    with pytest.raises(Refused, match=r"RAY_ADDRESS is set to 10\.0\.0\.1:6379.*Next: pass --ray-address, or unset"):
+        run_units(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
+
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,327 @@
+"""A table on its way: what counts as done, what is made again, and who may write."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fake_stage import UNITS, build_all, opened
+from small_cache import files_of
+from xkd_pipeline.progress import table_states
+from xkd_pipeline.store import locked
+from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch, Refused, XkdError
+from xkd_schemas.manifest import Commit, is_whole
+from xkd_schemas.table import Table
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> dict[str, bytes]:
+    build_all(tmp_path / "undisturbed")
+    return files_of(tmp_path / "undisturbed")
+
+
+def test_a_table_is_built_once_and_then_reused(tmp_path: Path) -> None:
+    first, second = build_all(tmp_path), build_all(tmp_path)
+
+    assert (first.made, first.kept, second.made, second.kept) == (UNITS, 0, 0, UNITS)
+    assert second.manifest == first.manifest
+    assert is_whole(first.manifest)
+    assert [row["doc_id"] for row in Table(tmp_path, "documents")] == [
+        f"u{unit}r{row}" for unit in range(UNITS) for row in range(unit % 3 + 1)
+    ]
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(UNITS)))
+def test_the_order_in_which_units_are_finished_changes_no_byte(
+    tmp_path: Path, undisturbed: dict[str, bytes], order: list[int]
+) -> None:
+    root = tmp_path / "-".join(map(str, order))
+
+    build_all(root, order=order)
+
+    assert files_of(root) == undisturbed
+
+
+@pytest.mark.parametrize("trouble", ["error", "bug", "interrupt"])
+def test_a_run_that_breaks_off_keeps_its_units_and_the_next_makes_only_the_others(
+    tmp_path: Path, undisturbed: dict[str, bytes], trouble: str
+) -> None:
+    root = tmp_path / "t"
+    with pytest.raises((BadData, ZeroDivisionError, KeyboardInterrupt)):
+        build_all(root, trouble=trouble)
+    assert not (root / "documents" / "manifest.json").exists()
+
+    built = build_all(root)
+
+    assert (built.made, built.kept) == (3, 2)
+    assert files_of(root) == undisturbed
+
+
+def test_a_watcher_that_stops_the_run_stops_it_after_the_commit(tmp_path: Path) -> None:
+    def watch(commits: Sequence[Commit]) -> None:
+        if len(commits) == 3:
+            raise BadData("too many rejects")
+
+    with pytest.raises(BadData, match="too many rejects"):
+        build_all(tmp_path, watch=watch)
+
+    assert sorted(opened(tmp_path).commits()) == [0, 1, 2]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "shard flipped": lambda f: flip(next(f.glob("00001-*.arrow"))),
+    "shard cut": lambda f: os.truncate(next(f.glob("00001-*.arrow")), 100),
+    "shard empty": lambda f: os.truncate(next(f.glob("00001-*.arrow")), 0),
+    "shard missing": lambda f: next(f.glob("00001-*.arrow")).unlink(),
+    "shard swapped": lambda f: shutil.copy(next(f.glob("00002-*.arrow")), next(f.glob("00001-*.arrow"))),
+    "record flipped": lambda f: flip(f / "commits" / "00001.json"),
+    "record empty": lambda f: os.truncate(f / "commits" / "00001.json", 0),
+    "record cut": lambda f: os.truncate(f / "commits" / "00001.json", 300),
+    "record missing": lambda f: (f / "commits" / "00001.json").unlink(),
+    "record of another unit": lambda f: shutil.copy(f / "commits" / "00002.json", f / "commits" / "00001.json"),
+    "rejects flipped": lambda f: flip(next((f / "rejects").glob("*"))),
+    "rejects missing": lambda f: next((f / "rejects").glob("*")).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_damaged_unit_is_set_aside_and_only_it_is_made_again(
+    tmp_path: Path, undisturbed: dict[str, bytes], damage: str, sealed: bool
+) -> None:
+    root = tmp_path / "t"
+    build_all(root)
+    if not sealed:
+        (root / "documents" / "manifest.json").unlink()
+    DAMAGES[damage](root / "documents")
+
+    built = build_all(root)
+
+    assert (built.made, built.kept) == (1, UNITS - 1)
+    assert files_of(root) == undisturbed
+    if damage != "record missing":
+        assert list((root / "documents" / "quarantine").glob("0000[14]*.json"))
+
+
+SEALS: dict[str, Callable[[Path], object]] = {
+    "flipped": flip,
+    "cut": lambda path: os.truncate(path, 50),
+    "empty": lambda path: os.truncate(path, 0),
+    "no object": lambda path: path.write_bytes(b"null"),
+    "missing": lambda path: path.unlink(),
+    "edited": lambda path: path.write_bytes(path.read_bytes().replace(b'"std": 0.5', b'"std": 0.25')),
+}
+
+
+@pytest.mark.parametrize("damage", SEALS)
+def test_a_damaged_manifest_is_sealed_again_from_the_records(tmp_path: Path, damage: str) -> None:
+    build_all(tmp_path, finish=lambda _commits: ({"std": 0.5}, {}))
+    before = files_of(tmp_path)
+    SEALS[damage](tmp_path / "documents" / "manifest.json")
+    assert damage in ("edited", "missing") or files_of(tmp_path) != before
+
+    built = build_all(tmp_path, finish=lambda _commits: ({"std": 0.5}, {}))
+
+    assert (built.made, built.kept) == (0, UNITS)
+    assert files_of(tmp_path) == before
+
+
+def test_a_damaged_further_file_of_the_table_is_made_again(tmp_path: Path) -> None:
+    def finish(_commits: Sequence[Commit]) -> tuple[dict[str, object], dict[str, str]]:
+        (tmp_path / "documents" / "head.bin").write_bytes(b"abc")
+        return {}, {"head.bin": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+
+    build_all(tmp_path, finish=finish)
+    before = files_of(tmp_path)
+    for damage in (lambda path: path.write_bytes(b"abd"), lambda path: path.unlink()):
+        damage(tmp_path / "documents" / "head.bin")
+
+        build_all(tmp_path, finish=finish)
+
+        assert files_of(tmp_path) == before
+
+
+def test_files_no_record_names_are_swept_away_at_the_seal(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    root = tmp_path / "t"
+    folder = root / "documents"
+    (folder / "rejects").mkdir(parents=True)
+    (folder / "commits").mkdir()
+    for name in ("00001-0123456789ab.arrow", ".tmp-9-ab", "commits/.tmp-9-ab", "rejects/00000-ab.jsonl"):
+        (folder / name).write_bytes(b"of a worker that died")
+
+    build_all(root)
+
+    assert files_of(root) == undisturbed
+
+
+def test_a_linked_shard_is_refused(tmp_path: Path) -> None:
+    build_all(tmp_path)
+    shard = next((tmp_path / "documents").glob("00001-*.arrow"))
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(Refused, match="is a symbolic link"):
+        build_all(tmp_path)
+
+
+def test_an_empty_plan_without_records_is_written_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    root = tmp_path / "t"
+    (root / "documents").mkdir(parents=True)
+    (root / "documents" / "plan.json").touch()
+
+    build_all(root)
+
+    assert files_of(root) == undisturbed
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "no object"])
+def test_a_damaged_plan_with_records_is_bad_data_and_never_a_mismatch(tmp_path: Path, damage: str) -> None:
+    build_all(tmp_path)
+    SEALS[damage](tmp_path / "documents" / "plan.json")
+
+    with pytest.raises(BadData, match=r"plan.json cannot be read as plan: .* Next: delete .*documents and run"):
+        opened(tmp_path)
+
+
+def test_a_missing_plan_with_records_is_missing_input(tmp_path: Path) -> None:
+    build_all(tmp_path)
+    (tmp_path / "documents" / "plan.json").unlink()
+
+    with pytest.raises(InputMissing, match=r"plan.json is not there"):
+        opened(tmp_path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.one_of(st.binary(min_size=1, max_size=80), st.sampled_from([b"{}", b'{"table": 1}', b"[[]]"])))
+def test_no_content_of_a_plan_gives_a_traceback(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "documents").mkdir(exist_ok=True)
+    (tmp_path / "documents" / "plan.json").write_bytes(content)
+
+    with pytest.raises(XkdError):
+        opened(tmp_path)
+
+
+def test_another_spec_is_a_mismatch_that_lists_the_fields_with_both_values(tmp_path: Path) -> None:
+    build_all(tmp_path)
+    before = files_of(tmp_path)
+
+    with pytest.raises(Mismatch) as caught:
+        opened(tmp_path, spec={"seed": 2, "parser": {"name": "b"}})
+
+    assert "parser.name: cache has a, this run has b; seed: cache has 1, this run has 2" in str(caught.value)
+    assert "Next: repeat the first command's settings, or write to a new folder than" in str(caught.value)
+    assert files_of(tmp_path) == before
+
+
+def test_other_units_are_bad_data(tmp_path: Path) -> None:
+    build_all(tmp_path)
+
+    with pytest.raises(BadData, match="lists other units than this corpus gives"):
+        opened(tmp_path, units=UNITS + 1)
+
+
+def test_how_far_a_table_is_can_be_read_before_it_is_sealed(tmp_path: Path) -> None:
+    with pytest.raises(BadData):
+        build_all(tmp_path, trouble="error")
+    begun = table_states(tmp_path)
+    build_all(tmp_path)
+    (done,) = table_states(tmp_path)
+
+    assert [(s["table"], s["units"], s["done"], s["documents"], s["sealed"]) for s in begun] == [
+        ("documents", UNITS, 2, 3, False)
+    ]
+    assert (done["done"], done["documents"], done["sealed"]) == (UNITS, 9, True)
+    assert done["bytes"] == sum(p.stat().st_size for p in (tmp_path / "documents").glob("*.arrow"))
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from xkd_pipeline.store import locked
+from xkd_schemas.errors import Busy
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with locked(Path(sys.argv[1])):
+        print("held", flush=True)
+        sys.stdin.readline()
+except Busy:
+    print("busy", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def holders(root: Path, count: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that wait for a line, then try to take the lock, say how it went, and keep it until the next line."""
+    command = [sys.executable, "-c", HOLDER, str(root)]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
+    ]
+    try:
+        for process in running:
+            assert line_from(process) == "ready"
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def line_from(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_a_second_writer_is_told_who_has_the_cache_until_that_process_dies(tmp_path: Path) -> None:
+    with holders(tmp_path, 1) as (holder,):
+        go(holder)
+        assert line_from(holder) == "held"
+        with (
+            pytest.raises(Busy, match=rf"is being written by pid {holder.pid} on .*Next: wait for it") as caught,
+            locked(tmp_path),
+        ):
+            pass
+        assert caught.value.exit_code == 75
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+
+        with locked(tmp_path):
+            assert f"pid {os.getpid()} on" in (tmp_path / "LOCK").read_text()
+
+
+def test_of_many_writers_at_once_one_has_the_cache(tmp_path: Path) -> None:
+    with holders(tmp_path, 4) as writers:
+        for writer in writers:
+            go(writer)
+
+        assert sorted(map(line_from, writers)) == ["busy", "busy", "busy", "held"]
+
+
+def test_the_lock_is_free_after_an_error_and_its_file_stays(tmp_path: Path) -> None:
+    with pytest.raises(BadData), locked(tmp_path):
+        raise BadData("x")
+
+    with locked(tmp_path):
+        pass
+    assert (tmp_path / "LOCK").exists()

@@ -1,0 +1,285 @@
+"""The teacher table: what stands beside it, its constants, and what it refuses to be mixed with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import small_cache
+from small_cache import made
+from xkd_pipeline.capture import capture
+from xkd_pipeline.documents import document_at
+from xkd_pipeline.measure import Reading
+from xkd_pipeline.stages import Outcome, signals_for, teacher_stage
+from xkd_pipeline.teacher import TeacherSettings, encoder_of, teacher_layers
+from xkd_schemas.alignment import token_ranges
+from xkd_schemas.encode import Encoder
+from xkd_schemas.errors import InputMissing, Mismatch, UsageError
+from xkd_schemas.files import sha256_of
+from xkd_schemas.table import Table
+from xkd_schemas.teacher import signal_named
+from xkd_schemas.tokens import kept_rows
+
+
+def stage(cache: Path, **teacher: object) -> Outcome:
+    settings = {"model": str(made() / "teacher"), **teacher}
+    return teacher_stage(small_cache.run_file(cache, teacher=settings), small_cache.IN_PROCESS)
+
+
+def made_table() -> Table:
+    return Table(made() / "cache", "teachers/T")
+
+
+def model_in(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def bf16(bits: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)
+
+
+def test_every_row_has_the_teachers_own_tokens_and_the_captured_columns() -> None:
+    documents, teacher = Table(made() / "cache", "documents"), made_table()
+    folder = made() / "teacher"
+    settings = TeacherSettings(model=str(folder), dtype="float32", batch_tokens=256)
+    encoder = Encoder(tokenizer=AutoTokenizer.from_pretrained(folder), template="chat", max_tokens=1024)
+    tokens = encoder.encode_batch([document_at(row) for row in documents])
+    readings = [
+        Reading(tokens=t, ranges={"word": token_ranges(t, row["words"]), "phrase": token_ranges(t, row["phrases"])})
+        for t, row in zip(tokens, documents, strict=True)
+    ]
+    wanted = [signal_named(column) for column in teacher.manifest.spec["signals"]]
+    expected = []
+    for unit in range(3):
+        expected += capture(model_in(folder), readings[4 * unit : 4 * unit + 4], wanted, settings)
+
+    assert len(wanted) > 6
+    for document, row, t, columns in zip(documents, teacher, tokens, expected, strict=True):
+        assert row["doc_id"] == document["doc_id"]
+        assert (row["status"], row["num_chars"]) == ("ok", len(document["text"]))
+        np.testing.assert_array_equal(row["token_ids"], t.ids)
+        np.testing.assert_array_equal(row["token_spans"], t.spans)
+        np.testing.assert_array_equal(row["targets"], t.targets)
+        for column, values in columns.items():
+            np.testing.assert_array_equal(row[column], values, err_msg=column)
+        assert len(row["hidden_last"]) == len(kept_rows(t.targets))
+
+
+def test_head_embeddings_and_tokenizer_of_an_untied_teacher_stand_beside_the_table() -> None:
+    table, model = made_table(), model_in(made() / "teacher")
+
+    torch.testing.assert_close(load_file(table.folder / "head.safetensors")["weight"], model.lm_head.weight.data)
+    embeddings = load_file(table.folder / "embeddings.safetensors")["weight"]
+    torch.testing.assert_close(embeddings, model.get_input_embeddings().weight.data)
+    assert not torch.equal(embeddings, model.lm_head.weight)
+    assert table.manifest.files == {
+        name: sha256_of(table.folder / name) for name in ("head.safetensors", "embeddings.safetensors")
+    }
+    tokenizer = AutoTokenizer.from_pretrained(table.folder / "tokenizer")
+    text = "The old keeper lit the lamp 🙂."
+    assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(made() / "teacher")(text)["input_ids"]
+
+
+def test_a_tied_teacher_has_no_second_copy_of_its_table(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+
+    stage(cache, model=str(small_cache.gpt2(tmp_path / "gpt2")), name="G")
+
+    table = Table(cache, "teachers/G")
+    assert set(table.manifest.files) == {"head.safetensors"}
+    assert not (table.folder / "embeddings.safetensors").exists()
+    assert table.manifest.constants["tied"] is True
+    assert table.manifest.constants["architecture"] == "GPT2LMHeadModel"
+    assert table.manifest.constants["num_layers"] == 3
+
+
+def test_the_constants_say_what_the_teacher_is() -> None:
+    found = made_table().manifest.constants
+
+    expected = {
+        "architecture": "LlamaForCausalLM", "num_layers": 4, "hidden_size": 32, "logit_scale": 1.0, "softcap": None,
+        "tied": False, "template": "chat",
+        "vocab_size": len(AutoTokenizer.from_pretrained(made() / "teacher")),
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+    assert set(found) == {*expected, "hidden_std", "embedding_std"}
+
+
+def test_standard_deviations_are_those_over_all_targets_of_the_corpus() -> None:
+    table, model = made_table(), model_in(made() / "teacher")
+    states, embedded = [], []
+    for row in table:
+        at = np.flatnonzero(row["targets"])
+        kept = kept_rows(row["targets"]).tolist()
+        states.append(bf16(row["hidden_last"])[[kept.index(t - 1) for t in at]].double())
+        embedded.append(model.get_input_embeddings().weight.detach()[row["token_ids"][at].astype(np.int64)].double())
+
+    for name, values in (("hidden_std", states), ("embedding_std", embedded)):
+        expected = float(torch.cat(values).flatten().std(correction=0))
+        assert table.manifest.constants[name] == pytest.approx(expected, rel=1e-9), name
+
+
+def test_the_outcome_counts_tokens_and_bytes() -> None:
+    outcome = stage(made() / "cache")
+    table = made_table()
+
+    tokens = sum(len(row["token_ids"]) for row in table)
+    size = sum(path.stat().st_size for path in table.folder.glob("*.arrow"))
+    assert (outcome.values["tokens"], outcome.values["bytes"], outcome.values["documents"]) == (tokens, size, 12)
+    assert outcome.line.startswith(f"teachers/T: {tokens} tokens, ")
+    assert f"({size / tokens:.0f} bytes a token), kept: argmax, attention_last, " in outcome.line
+    assert (outcome.values["made"], outcome.values["reused"]) == (0, 3)
+
+
+def test_running_again_changes_no_byte(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = small_cache.files_of(cache)
+
+    assert stage(cache).values["made"] == 0
+    assert small_cache.files_of(cache) == before
+
+
+def test_a_removed_shard_is_made_again_with_the_same_bytes(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = small_cache.files_of(cache)
+    next((cache / "teachers" / "T").glob("00001-*.arrow")).unlink()
+
+    again = stage(cache)
+
+    assert (again.values["made"], again.values["reused"]) == (1, 2)
+    assert small_cache.files_of(cache) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"dtype": "bfloat16"}, "dtype: cache has float32, this run has bfloat16"),
+        ({"template": "none"}, r"encoder\.template: cache has chat, this run has none"),
+        ({"max_tokens": 64}, r"encoder\.max_tokens: cache has 1024, this run has 64"),
+        ({"batch_tokens": 512}, "batch_tokens: cache has 256, this run has 512"),
+        ({"losses": ["sra"]}, "signals: cache has .*, this run has"),
+        ({"phrase_layers": [2, 4]}, "signals: cache has .*, this run has"),
+    ],
+)
+def test_the_same_table_with_other_settings_is_refused_by_field(changed: dict[str, object], said: str) -> None:
+    with pytest.raises(Mismatch, match=f"{said}.*give this one another --name"):
+        stage(made() / "cache", **changed)
+
+
+def test_other_weights_in_the_same_folder_are_refused_by_file(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    other = tmp_path / "teacher"
+    shutil.copytree(made() / "teacher", other)
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(Mismatch, match=r"weights\.model\.safetensors: cache has [0-9a-f]+"):
+        stage(cache, model=str(other))
+
+
+def test_the_path_of_the_same_teacher_is_not_part_of_the_plan(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    moved = shutil.copytree(made() / "teacher", tmp_path / "elsewhere")
+
+    assert stage(cache, model=str(moved)).values["made"] == 0
+
+
+def test_several_teachers_live_side_by_side(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = made_table().manifest.root
+
+    stage(cache, name="short", losses=["dwa"], max_tokens=24)
+
+    assert Table(cache, "teachers/T").manifest.root == before
+    assert "span_mass" not in " ".join(Table(cache, "teachers/short").manifest.spec["signals"])
+
+
+def test_a_document_too_long_for_the_teacher_is_cut_at_a_word_and_counted(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+
+    outcome = stage(cache, name="short", max_tokens=36)
+
+    rows = list(zip(Table(cache, "documents"), Table(cache, "teachers/short"), strict=True))
+    cut = [(d["text"], t) for d, t in rows if t["status"] == "ok" and t["num_chars"] < len(d["text"])]
+    unusable = [t for _, t in rows if t["status"] != "ok"]
+    assert cut
+    assert f"{len(cut)} cut to fit" in outcome.line
+    for text, row in cut:
+        assert len(row["token_ids"]) <= 36
+        assert not (text[row["num_chars"] - 1].isalnum() and text[row["num_chars"]].isalnum())
+    for row in unusable:
+        assert row["status"] == "no_target_after_cut"
+        assert len(row["token_ids"]) == len(row["hidden_last"]) == len(row["argmax"]) == 0
+    assert not unusable or f"{len(unusable)} no_target_after_cut" in outcome.line
+
+
+def test_documents_without_tokens_are_rows_with_a_status_and_counted(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+
+    outcome = stage(cache, name="tiny", max_tokens=8)
+
+    table = Table(cache, "teachers/tiny")
+    assert {row["status"] for row in table} == {"no_target_after_cut"}
+    assert "12 no_target_after_cut" in outcome.line
+    assert sum(len(c.unusable) for c in table.manifest.commits) == 12
+
+
+def test_missing_documents_are_missing_before_the_model_is_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match=r"documents/manifest\.json is not there"):
+        stage(tmp_path / "cache", model=str(tmp_path / "no-model"))
+
+
+def test_no_model_and_unknown_losses_are_usage_errors(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no teacher is named.*xkd-cache teacher"):
+        stage(tmp_path, model="")
+    with pytest.raises(UsageError, match=r"'mtta' is not a loss.*mta, sra, dwa"):
+        stage(tmp_path, losses=["mtta"])
+
+
+def test_a_template_that_the_tokenizer_lacks_is_a_usage_error(tmp_path: Path) -> None:
+    bare = shutil.copytree(made() / "teacher", tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+
+    with pytest.raises(UsageError, match=r"chat.*template"):
+        stage(small_cache.copied(tmp_path), model=str(bare), name="bare")
+
+
+def test_default_layers_are_half_three_quarters_and_the_top() -> None:
+    assert teacher_layers(4) == ((2, "word"), (3, "phrase"), (4, "phrase"))
+    assert teacher_layers(1) == ((1, "phrase"), (1, "word"))
+    assert teacher_layers(12, [3], [6, 9]) == ((3, "word"), (6, "phrase"), (9, "phrase"))
+
+
+@pytest.mark.parametrize("layer", [0, 5, -1])
+def test_a_layer_that_does_not_exist_is_refused_with_the_range(layer: int) -> None:
+    with pytest.raises(UsageError, match=f"layer {layer} does not exist: the teacher has layers 1 to 4"):
+        teacher_layers(4, [], [layer])
+
+
+def test_a_loss_keeps_its_own_signals_and_the_teachers_choice(tmp_path: Path) -> None:
+    names = {
+        loss: {s.name for s in signals_for(small_cache.run_file(tmp_path, teacher={"losses": [loss]}), 4)}
+        for loss in ("mta", "sra", "dwa")
+    }
+
+    assert {"span_mass", "span_geometry", "argmax"} <= names["mta"]
+    assert {"hidden_last", "attention_last", "argmax"} <= names["sra"]
+    assert {"hidden_last", "entropy", "argmax"} <= names["dwa"]
+    assert "span_geometry" not in names["sra"] | names["dwa"]
+    assert "attention_last" not in names["mta"]
+
+
+def test_the_teachers_tokens_take_template_and_length_from_the_settings() -> None:
+    settings = TeacherSettings(model=str(made() / "teacher"), template="alpaca", max_tokens=77)
+
+    identity = encoder_of(settings).identity()
+
+    assert (identity["template"], identity["max_tokens"]) == ("alpaca", 77)
+    json.dumps(identity)

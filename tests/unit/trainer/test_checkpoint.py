@@ -1,0 +1,201 @@
+"""What a run leaves on disk while it goes on: checkpoints, metrics, the finished folder."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny_models as tiny
+from xkd_schemas.errors import DiskFailed
+from xkd_trainer.attention import install
+from xkd_trainer.checkpoint import KEPT, Snapshot, newest, save
+from xkd_trainer.export import export_student, is_finished
+from xkd_trainer.metrics import Metrics
+
+FINGERPRINT = {"train": {"seed": 1}, "steps": 8}
+
+
+def snapshot(step: int, *, tied: bool = True) -> Snapshot:
+    """A model after one optimizer step."""
+    model, projector = tiny.llama("byte_level", seed=step, tied=tied), torch.nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW([*model.parameters(), *projector.parameters()], lr=1e-3)
+    model(input_ids=torch.arange(8)[None]).logits.square().mean().backward()
+    optimizer.step()
+    return Snapshot(
+        step=step,
+        student=model.state_dict(),
+        projectors=projector.state_dict(),
+        optimizer=optimizer.state_dict(),
+        random=torch.Generator().manual_seed(step).get_state(),
+        fingerprint=FINGERPRINT,
+    )
+
+
+def assert_equal(found: Any, expected: Any, path: str = "") -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), path
+        assert found.dtype == expected.dtype, path
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key in expected:
+            assert_equal(found[key], expected[key], f"{path}/{key}")
+    else:
+        assert found == (list(expected) if isinstance(expected, tuple) else expected), path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path, tied: bool) -> None:
+    wrote = snapshot(3, tied=tied)
+
+    save(tmp_path, wrote)
+    read, skipped = newest(tmp_path)
+
+    assert skipped == []
+    assert read is not None
+    assert read.step == 3
+    assert dict(read.fingerprint) == FINGERPRINT
+    assert_equal(read.random, wrote.random)
+    assert_equal(dict(read.projectors), dict(wrote.projectors))
+    assert_equal(dict(read.optimizer)["state"], dict(wrote.optimizer)["state"])
+    for group, expected in zip(read.optimizer["param_groups"], wrote.optimizer["param_groups"], strict=True):
+        assert_equal(group, expected)
+    other = tiny.llama("byte_level", seed=99, tied=tied)
+    other.load_state_dict(dict(read.student), strict=False)
+    assert_equal(dict(other.state_dict()), dict(wrote.student))
+    assert ("lm_head.weight" in read.student and "model.embed_tokens.weight" in read.student) != tied
+
+
+def test_only_the_newest_stay_and_no_file_is_a_pickle(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 9):
+        save(tmp_path, snapshot(step))
+
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert folders == ["step-00000009", "step-00000010"][:KEPT]
+    read, _ = newest(tmp_path)
+    assert read is not None
+    assert read.step == 10
+    names = {path.name for path in (tmp_path / "checkpoints/step-00000010").iterdir()}
+    assert names == {
+        "student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "file", ["student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"]
+)
+@pytest.mark.parametrize("damage", ["flip", "half", "empty", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path, file: str, damage: str) -> None:
+    save(tmp_path, snapshot(4))
+    path = save(tmp_path, snapshot(6)) / file
+    content = path.read_bytes()
+    middle = len(content) // 2
+    broken = content[:middle] + bytes([content[middle] ^ 0x40]) + content[middle + 1 :]
+    path.write_bytes({"flip": broken, "half": content[:middle], "empty": b"", "gone": b""}[damage])
+    if damage == "gone":
+        path.unlink()
+
+    read, skipped = newest(tmp_path)
+
+    assert read is not None
+    assert read.step == 4
+    if file == "COMPLETE" and damage == "gone":
+        assert skipped == []  # as after a kill between writing and renaming
+    else:
+        assert len(skipped) == 1
+        assert "step-00000006 is damaged and was passed over" in skipped[0]
+
+
+def test_no_checkpoint_and_a_torn_one_are_no_snapshot(tmp_path: Path) -> None:
+    assert newest(tmp_path) == (None, [])
+    save(tmp_path, snapshot(1)).rename(tmp_path / "checkpoints/.tmp-step-00000001-77")
+    assert newest(tmp_path) == (None, [])
+    save(tmp_path, snapshot(2))
+    shutil.rmtree(tmp_path / "checkpoints/.tmp-step-00000001-77")
+    assert newest(tmp_path)[0] is not None
+
+
+def test_a_step_that_is_saved_again_replaces_the_first(tmp_path: Path) -> None:
+    save(tmp_path, snapshot(5))
+    second = snapshot(5, tied=False)
+
+    save(tmp_path, second)
+
+    read, _ = newest(tmp_path)
+    assert read is not None
+    assert_equal(dict(read.student), dict(second.student))
+
+
+def test_a_disk_that_cannot_be_written_is_said_and_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, snapshot(1))
+    (tmp_path / "out").write_text("a file")
+
+    with pytest.raises(DiskFailed, match=r"step-00000002.*Kept: everything committed before") as caught:
+        save(tmp_path / "out", snapshot(2))
+    assert caught.value.exit_code == 74
+    assert newest(tmp_path)[0] is not None
+
+
+# metrics.jsonl
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_are_appended_and_a_resumed_run_drops_what_it_does_again(tmp_path: Path) -> None:
+    first = Metrics(tmp_path, resumed_step=0)
+    for step in (2, 4, 6):
+        first.write(step=step, loss=1.0 / step)
+    with first.path.open("a") as stream:
+        stream.write('{"step": 8, "lo')  # killed while writing
+
+    resumed = Metrics(tmp_path, resumed_step=4)
+    resumed.write(step=6, loss=0.5)
+
+    assert lines(resumed.path) == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 6, "loss": 0.5}]
+
+
+def test_a_run_from_the_start_begins_a_new_file(tmp_path: Path) -> None:
+    Metrics(tmp_path, resumed_step=0).write(step=1)
+
+    again = Metrics(tmp_path, resumed_step=0)
+
+    assert again.path.read_text() == ""
+
+
+# The finished folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_finished_folder_loads_with_transformers_and_says_the_same(tmp_path: Path, tied: bool) -> None:
+    student, tokenizer = tiny.llama("sentencepiece", seed=3, tied=tied), tiny.tokenizer_of("sentencepiece")
+    ids_BL, _ = tiny.ids_and_valid((9,), 500)
+    install(student)  # SRA swaps the attention; the folder must not ask for it
+    expected = student(input_ids=ids_BL).logits
+
+    export_student(tmp_path, student, tokenizer, FINGERPRINT)
+
+    loaded, words = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert torch.equal(loaded.eval()(input_ids=ids_BL).logits, expected)
+    assert words("Who lit the lamp?")["input_ids"] == tokenizer("Who lit the lamp?")["input_ids"]
+    assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert "xkd" not in (tmp_path / "config.json").read_text()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_folder_is_finished_for_exactly_its_own_run(tmp_path: Path) -> None:
+    assert not is_finished(tmp_path, FINGERPRINT)
+    export_student(tmp_path, tiny.llama("sentencepiece"), tiny.tokenizer_of("sentencepiece"), FINGERPRINT)
+
+    assert is_finished(tmp_path, FINGERPRINT)
+    assert not is_finished(tmp_path, {**FINGERPRINT, "steps": 9})
+    stored = json.loads((tmp_path / "xkd.json").read_text())
+    assert stored["run"] == FINGERPRINT
+    assert set(stored["versions"]) == {"torch", "transformers", "python"}
+    (tmp_path / "xkd.json").write_text("{")
+    assert not is_finished(tmp_path, FINGERPRINT)

@@ -1,0 +1,230 @@
+"""xkd-train as it is typed: help, a run file with flags over it, JSON, and one line with an exit code for mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import tiny_models as tiny
+from xkd_trainer.cli import main
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class XkdTrain:
+    """Runs the command in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> Ended:
+        self._monkeypatch.setattr(sys, "argv", ["xkd-train", *map(str, arguments)])
+        self._capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = int(left.code or 0)
+        printed = self._capsys.readouterr()
+        return Ended(code, printed.out, printed.err)
+
+
+@pytest.fixture
+def xkd_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> XkdTrain:
+    return XkdTrain(monkeypatch, capsys)
+
+
+def flags(out: Path, *more: object) -> list[object]:
+    made = tiny.tiny_cache()
+    return ["--shards", made.cache, "--student", made.student, "--out", out, "--steps", 1, "--batch-size", 4, *more]
+
+
+def one_line(ended: Ended, code: int, *parts: str) -> None:
+    """An error of one line on stderr, nothing on stdout, and no traceback."""
+    assert ended.code == code, ended
+    assert ended.out == ""
+    lines = ended.err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("xkd-train: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        ((), "Example: xkd-train --shards cache/"),
+        (("eval",), "Example: xkd-train eval out/student --data held.jsonl"),
+        (("losses",), "Example: xkd-train losses"),
+    ],
+)
+def test_help_shows_an_example(xkd_train: XkdTrain, command: Sequence[str], example: str) -> None:
+    ended = xkd_train(*command, "--help")
+
+    assert ended.code == 0
+    assert example in " ".join(ended.out.split())
+
+
+def test_help_names_every_command_and_flag_of_training(xkd_train: XkdTrain) -> None:
+    text = xkd_train("--help").out
+
+    for word in ("--run", "--shards", "--student", "--loss", "--out", "--set", "--json", "eval", "losses"):
+        assert word in text
+
+
+def test_losses_are_listed_with_what_they_need_and_their_settings(xkd_train: XkdTrain) -> None:
+    shown, listed = xkd_train("losses"), xkd_train("losses", "--json")
+
+    described = json.loads(listed.out)
+    assert set(described) == {"ce", "mta", "sra", "dwa"}
+    assert described["ce"]["needs"] == []
+    assert described["sra"]["needs"] == ["attention_last", "hidden_last"]
+    assert described["mta"]["settings"]["lambda_dsa"] == 2.0
+    for line in ("dwa: DWA-KD, arXiv 2602.21669", "needs: entropy, hidden_last", "sra.geo = 50.0"):
+        assert line in shown.out
+
+
+def test_training_says_where_the_student_is_and_a_second_time_that_there_is_nothing_to_do(
+    xkd_train: XkdTrain, tmp_path: Path
+) -> None:
+    first, second = (xkd_train(*flags(tmp_path / "out", "--loss", "sra=1")) for _ in range(2))
+
+    assert (first.code, second.code) == (0, 0)
+    assert f"{tmp_path / 'out'}: trained for 1 steps" in first.out
+    assert "sra.geo" in first.out
+    assert "already trained for 1 steps with these settings, nothing to do" in second.out
+
+
+def test_json_is_one_object_on_standard_output(xkd_train: XkdTrain, tmp_path: Path) -> None:
+    ended = xkd_train(*flags(tmp_path / "out", "--json"))
+
+    result = json.loads(ended.out)
+    assert ended.out.count("\n") == 1
+    assert result["steps"] == 1
+    assert result["out"] == str(tmp_path / "out")
+    assert set(result["terms"]) == {"loss", "ce.ce"}
+
+
+def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Path) -> None:
+    made = tiny.tiny_cache()
+    runfile = tmp_path / "run.toml"
+    runfile.write_text(
+        f'cache = "{made.cache}"\n[student]\nmodel = "{made.student}"\n'
+        f'[train]\nout = "{tmp_path / "file"}"\nsteps = 3\nbatch_size = 4\nloss = "sra"\nlog_every = 1\n'
+        "[losses.sra]\ngeo = 0.0\n"
+    )
+
+    ended = xkd_train(
+        "--run", runfile, "--out", tmp_path / "flag", "--steps", 2, "--set", "losses.sra.cos=0.25",
+        "--set", "train.lr=1e-9", "--set", "train.projector_lr=1e-9", "--set", "train.steps=1",
+    )  # fmt: skip
+
+    assert ended.code == 0, ended.err
+    assert not (tmp_path / "file").exists()
+    lines = [json.loads(line) for line in (tmp_path / "flag" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2, "a flag wins over --set, and both over the file"
+    for line in lines:  # default weight of sra is 0.5; geo is off as the file says, cos is what --set says
+        assert line["loss"] == pytest.approx(line["ce.ce"] + 0.5 * (0.25 * line["sra.cos"] + line["sra.kd"]), rel=1e-5)
+        assert line["lr"] <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (["--out", "o"], 2, ["no student is named", "Next: --student"]),
+        (["--shards", "nowhere", "--student", "STUDENT", "--out", "o"], 66, ["cache nowhere is not a folder"]),
+        (["--shards", "CACHE", "--student", "./nowhere", "--out", "o"], 66, ["./nowhere"]),
+        (["--shards", "CACHE", "--student", "STUDENT"], 2, ["no output folder is named", "--out FOLDER"]),
+        (["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--loss", "mtta"], 2, ["'mtta' is not a loss"]),
+        (["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--loss", "mta=x"], 2, ["'mta=x' is not NAME"]),
+        (["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--batch-size", "0"], 2, ["train.batch_size"]),
+        (["--set", "train.batchsize=3"], 2, ["'train.batchsize' is not a key", "did you mean 'batch_size'"]),
+        (["--set", "train"], 2, ["--set train: no '='"]),
+        (["--run", "nowhere.toml"], 66, ["run file nowhere.toml"]),
+        (["--shards", "CACHE", "--student", "new:llama,layers=1", "--out", "o"], 2, ["--student-tokenizer"]),
+        (["--shards", "CACHE", "--student", "TEACHER", "--out", "o"], 78, ["was not aligned", "xkd-cache align"]),
+        (["eval", "nowhere/at/all", "--data", "CORPUS"], 66, ["nowhere/at/all"]),
+        (["eval", "STUDENT", "--data", "nowhere.jsonl"], 66, ["nowhere.jsonl"]),
+        (["eval", "STUDENT", "--data", "CORPUS", "--template", "chatt"], 2, ["template 'chatt' is not known"]),
+        (["eval", "STUDENT", "--data", "CORPUS", "--seeds", "1,x"], 2, ["--seeds"]),
+        (["eval", "STUDENT", "--data", "CORPUS", "--seeds", ""], 2, ["--seeds"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_exit_code(
+    xkd_train: XkdTrain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    parts: list[str],
+) -> None:
+    made = tiny.tiny_cache()
+    places = {"CACHE": made.cache, "STUDENT": made.student, "TEACHER": made.teacher, "CORPUS": made.corpus}
+    monkeypatch.chdir(tmp_path)
+
+    ended = xkd_train(*(places.get(word, word) for word in arguments))
+
+    one_line(ended, code, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_json_a_mistake_is_also_an_object(xkd_train: XkdTrain, tmp_path: Path) -> None:
+    ended = xkd_train("--shards", tmp_path / "nowhere", "--student", tiny.tiny_cache().student, "--out", "o", "--json")
+
+    error = json.loads(ended.out)["error"]
+    assert ended.code == error["code"] == 66
+    assert error["kind"] == "InputMissing"
+    assert "nowhere is not a folder" in error["what"]
+    assert error["next"] == "make one with xkd-cache documents"
+
+
+def test_a_flag_that_does_not_exist_is_a_usage_error(xkd_train: XkdTrain) -> None:
+    ended = xkd_train("--nonsense")
+
+    assert ended.code == 2
+    assert "--nonsense" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_eval_prints_numbers_and_json(xkd_train: XkdTrain) -> None:
+    made = tiny.tiny_cache()
+    arguments = ["eval", made.student, "--data", made.corpus, "--shards", made.cache]
+
+    shown = xkd_train(*arguments, "--no-rouge")
+    listed = xkd_train(*arguments, "--seeds", "1", "--limit", 2, "--max-new-tokens", 4, "--json")
+
+    result = json.loads(listed.out)
+    assert result["documents"] == len(tiny.PAIRS)
+    assert f"bits_per_byte: {result['bits_per_byte']:.4f}" in shown.out
+    assert f"agreement: {result['agreement']:.4f}" in shown.out
+    assert "rouge_l" not in shown.out
+    assert 0 <= result["rouge_l"] <= 100
+
+
+def test_the_installed_command_answers_without_loading_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['xkd-train', '--help']\n"
+        "from xkd_trainer.cli import main\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False, timeout=120
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert "Train a student from a cache" in ended.stdout

@@ -1,0 +1,344 @@
+"""The training loop on the tiny cache: it learns, resumes bit for bit, stops at NaN, and does nothing twice."""
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import tiny_models as tiny
+from xkd_schemas.errors import BadData, Mismatch, NonFinite, UsageError
+from xkd_schemas.runfile import RunFile, TrainSection
+from xkd_trainer import loop
+from xkd_trainer.batch import Batch
+from xkd_trainer.checkpoint import newest
+from xkd_trainer.loop import learning_rate, train
+from xkd_trainer.order import Order
+from xkd_trainer.stream import batch_of
+
+ALL = "ce=1,mta=1,sra=0.2,dwa=0.5"
+
+
+@pytest.fixture(autouse=True)
+def _other_precisions_may_follow() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(out: Path, **changed: Any) -> RunFile:
+    return tiny.tiny_cache().run(out=str(out), **changed)
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """The same weights and the same metrics, bit for bit."""
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+    assert metrics(first) == metrics(second)
+
+
+@pytest.mark.parametrize("loss", ["ce", "ce=0,mta=1", "ce=0,sra=1", "ce=0,dwa=1", ALL])
+def test_the_loss_falls(tmp_path: Path, loss: str) -> None:
+    trained = train(run(tmp_path, loss=loss, steps=10, batch_size=24, lr=5e-3, projector_lr=5e-3), quiet=True)
+
+    values = [line["loss"] for line in metrics(tmp_path)]
+    assert len(values) == trained.steps == 10
+    assert values[-1] < 0.95 * values[0]
+    assert sum(b < a for a, b in itertools.pairwise(values)) >= 7
+    assert trained.terms["loss"] == values[-1]
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_the_logged_terms(tmp_path: Path) -> None:
+    train(run(tmp_path, loss="ce=0.5,sra=2", steps=2, losses={"sra": {"geo": 10.0}}), quiet=True)
+
+    for line in metrics(tmp_path):
+        terms = 0.5 * line["ce.ce"] + 2 * (line["sra.cos"] + 10 * line["sra.geo"] + line["sra.kd"])
+        assert line["loss"] == pytest.approx(terms, rel=1e-5)
+        assert line["sra.cos.count"] == 6
+        assert line["ce.ce.count"] > 6
+        assert line["grad_norm"] > 0
+
+
+def test_logged_lines_are_means_over_the_steps_since_the_last(tmp_path: Path) -> None:
+    train(run(tmp_path / "each", steps=5), quiet=True)
+    train(run(tmp_path / "pairs", steps=5, log_every=2), quiet=True)
+
+    each, pairs = metrics(tmp_path / "each"), metrics(tmp_path / "pairs")
+    assert [line["step"] for line in pairs] == [2, 4, 5]
+    assert pairs[0]["loss"] == pytest.approx((each[0]["loss"] + each[1]["loss"]) / 2)
+    assert pairs[1]["ce.ce.count"] == each[2]["ce.ce.count"] + each[3]["ce.ce.count"]
+    assert pairs[2]["loss"] == pytest.approx(each[4]["loss"])
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_micro_batches_make_the_same_steps(tmp_path: Path, micro: int) -> None:
+    train(run(tmp_path / "whole", loss=ALL, steps=2), quiet=True)
+    train(run(tmp_path / "cut", loss=ALL, steps=2, micro_batch_size=micro), quiet=True)
+
+    for whole, cut in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True):
+        assert cut == pytest.approx(whole, rel=1e-3)
+
+
+# The schedule
+
+
+def test_the_rate_warms_up_linearly_and_falls_as_a_cosine_to_its_floor() -> None:
+    settings = TrainSection(warmup_ratio=0.25, min_lr_ratio=0.1)
+
+    found = [learning_rate(step, 12, settings) for step in range(12)]
+
+    expected = [(s + 1) / 3 for s in range(3)]
+    expected += [0.1 + 0.9 * (1 + math.cos(math.pi * s / 9)) / 2 for s in range(9)]
+    assert found == pytest.approx(expected)
+    assert learning_rate(0, 1, TrainSection(warmup_ratio=0.0)) == 1.0
+
+
+def test_the_rate_of_each_step_is_the_logged_one_and_epochs_count_the_corpus(tmp_path: Path) -> None:
+    size = len(tiny.PAIRS)
+    changed = {"steps": 0, "epochs": 1.5, "batch_size": 7, "lr": 2e-3, "warmup_ratio": 0.5}
+
+    train(run(tmp_path, **changed), quiet=True)
+
+    total = round(1.5 * math.ceil(size / 7))
+    settings = TrainSection(warmup_ratio=0.5)
+    assert [line["lr"] for line in metrics(tmp_path)] == pytest.approx(
+        [2e-3 * learning_rate(step, total, settings) for step in range(total)]
+    )
+
+
+def test_gradients_are_clipped_before_the_update_and_logged_before_clipping(tmp_path: Path) -> None:
+    start = load_file(tiny.tiny_cache().student / "model.safetensors")
+    train(run(tmp_path / "free", steps=1, weight_decay=0.0), quiet=True)
+    train(run(tmp_path / "tight", steps=1, weight_decay=0.0, max_grad_norm=1e-12), quiet=True)
+
+    def moved(out: Path) -> float:
+        return max(float((w - start[n]).abs().max()) for n, w in weights(out).items())
+
+    assert moved(tmp_path / "tight") < 1e-3 * moved(tmp_path / "free")
+    assert metrics(tmp_path / "tight")[0]["grad_norm"] == metrics(tmp_path / "free")[0]["grad_norm"] > 0.1
+
+
+def test_mixed_precision_trains_about_the_same(tmp_path: Path) -> None:
+    train(run(tmp_path / "full", loss=ALL, steps=2), quiet=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(run(tmp_path / "half", loss=ALL, steps=2, mixed_precision="bf16"), quiet=True)
+
+    for full, half in zip(metrics(tmp_path / "full"), metrics(tmp_path / "half"), strict=True):
+        assert half["loss"] == pytest.approx(full["loss"], rel=0.02)
+        assert half["loss"] != full["loss"]
+    assert {w.dtype for w in weights(tmp_path / "half").values()} == {torch.float32}
+
+
+# Stopping and going on
+
+
+def failing_after(calls: int, error: Exception) -> Callable[..., Batch]:
+    """batch_of that works so many times."""
+    made = 0
+
+    def make(*given: Any) -> Batch:
+        nonlocal made
+        made += 1
+        if made > calls:
+            raise error
+        return batch_of(*given)
+
+    return make
+
+
+def new() -> dict[str, str]:
+    """A fresh student with dropout: random numbers must go on, too."""
+    tokenizer = str(tiny.tiny_cache().student)
+    return {"student__model": "new:gpt2,layers=2,width=16,heads=2", "student__tokenizer": tokenizer}
+
+
+@functools.cache
+def eight_steps() -> Path:
+    """A run of 8 steps that nothing disturbed."""
+    out = tiny.tiny_cache().root / "eight"
+    train(run(out, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
+    return out
+
+
+def stopped_after(out: Path, monkeypatch: pytest.MonkeyPatch, batches: int) -> int:
+    """The same run, ended by an error; the step of its newest checkpoint."""
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "batch_of", failing_after(batches, BadData("a shard is gone")))
+        with pytest.raises(BadData, match="a shard is gone"):
+            train(run(out, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
+    snapshot, _ = newest(out)
+    return 0 if snapshot is None else snapshot.step
+
+
+def test_dropout_is_on_so_that_the_next_tests_mean_something(tmp_path: Path) -> None:
+    model = tiny.gpt2("sentencepiece")
+    assert model.config.resid_pdrop == 0.0
+    with_dropout = json.loads((eight_steps() / "config.json").read_text())
+    assert with_dropout["resid_pdrop"] == 0.1
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = stopped_after(tmp_path, monkeypatch, batches=5)
+    assert step == 4
+    assert not (tmp_path / "model.safetensors").exists()
+
+    trained = train(run(tmp_path, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
+
+    assert trained.resumed_at == 4
+    assert_same_run(tmp_path, eight_steps())
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stopped_after(tmp_path, monkeypatch, batches=1) == 0
+
+    trained = train(run(tmp_path, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
+
+    assert trained.resumed_at == 0
+    assert_same_run(tmp_path, eight_steps())
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stopped_after(tmp_path, monkeypatch, batches=7) == 6
+    damaged = tmp_path / "checkpoints/step-00000006/optimizer.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+
+    trained = train(run(tmp_path, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
+
+    assert trained.resumed_at == 4
+    error = " ".join(capsys.readouterr().err.split())
+    assert "warning:" in error
+    assert "step-00000006 is damaged and was passed over" in error
+    assert_same_run(tmp_path, eight_steps())
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"lr": 1e-3}, "train.lr"),
+        ({"seed": 5}, "train.seed"),
+        ({"steps": 9}, "steps"),
+        ({"batch_size": 5}, "train.batch_size"),
+        ({"loss": "ce"}, "train.loss"),
+        ({"losses": {"sra": {"geo": 1.0}}}, "losses.sra"),
+    ],
+)
+def test_other_settings_do_not_go_on_from_a_checkpoint(changed: dict[str, Any], field: str) -> None:
+    settings = {"loss": ALL, "steps": 8, "save_every": 2, **new(), **changed}
+
+    with pytest.raises(Mismatch, match=rf"{field}.*: cache has .*, this run has .*choose another --out") as caught:
+        train(run(eight_steps(), **settings), quiet=True)
+    assert caught.value.exit_code == 78
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_finished_run_is_not_done_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(eight_steps())
+
+    trained = train(run(eight_steps(), loss=ALL, steps=8, save_every=4, log_every=3, **new()), quiet=True)
+    loop.describe(trained)
+
+    assert trained.resumed_at == trained.steps == 8
+    assert contents(eight_steps()) == before
+    assert "already trained for 8 steps with these settings, nothing to do" in capsys.readouterr().out
+
+
+def test_a_folder_with_the_student_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    train(run(tmp_path, steps=1), quiet=True)
+    before = contents(tmp_path)
+
+    with pytest.raises(Mismatch, match=r"holds a student of another run.*choose another --out"):
+        train(run(tmp_path, steps=2), quiet=True)
+    assert contents(tmp_path) == before
+
+
+# What is not finite
+
+
+def with_nan(rows_of_step: Sequence[int]) -> Callable[..., Batch]:
+    """batch_of whose teacher states are NaN in the batch of just these rows."""
+
+    def make(cache: Any, rows: Sequence[int], wanted: Any) -> Batch:
+        batch = batch_of(cache, rows, wanted)
+        if list(rows) != list(rows_of_step):
+            return batch
+        assert batch.teacher_hidden_BRD is not None
+        return replace(batch, teacher_hidden_BRD=torch.full_like(batch.teacher_hidden_BRD, math.nan))
+
+    return make
+
+
+def test_a_term_that_is_not_finite_stops_the_run_before_the_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Order(size=len(tiny.PAIRS), batch_size=6, seed=0).step(2).tolist()
+    monkeypatch.setattr(loop, "batch_of", with_nan(rows))
+    updated: list[dict[str, torch.Tensor]] = []
+    real = loop._Run._step
+
+    def watched(self: Any, *given: Any) -> Any:
+        updated.append({n: p.detach().clone() for n, p in self.distiller.named_parameters()})
+        try:
+            return real(self, *given)
+        except NonFinite:
+            updated.append({n: p.detach().clone() for n, p in self.distiller.named_parameters()})
+            raise
+
+    monkeypatch.setattr(loop._Run, "_step", watched)
+    settings = run(tmp_path, loss="ce,sra", steps=4, save_every=1)
+    with pytest.raises(NonFinite) as caught:
+        train(settings, quiet=True)
+
+    text = str(caught.value)
+    assert caught.value.exit_code == 76
+    assert text.startswith("step 3: ")
+    assert "sra.cos" in text
+    assert "gradient norm" in text
+    assert "ce.ce" not in text
+    assert f"not finite on cache rows {rows}" in text
+    assert "\n" not in text
+    assert all(torch.equal(updated[-1][n], updated[-2][n]) for n in updated[-1])
+    snapshot, _ = newest(tmp_path)
+    assert snapshot is not None
+    assert snapshot.step == 2
+    assert not (tmp_path / "model.safetensors").exists()
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
+
+
+def test_a_rate_that_is_much_too_high_ends_in_the_same_error(tmp_path: Path) -> None:
+    with pytest.raises(NonFinite, match=r"step \d: .*not finite.*lower --lr"):
+        train(run(tmp_path, steps=6, lr=1e20), quiet=True)
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no output folder is named. Next: --out FOLDER"):
+        train(tiny.tiny_cache().run(), quiet=True)

@@ -1,0 +1,674 @@
+"""Every loss wired to the cache: its terms against loops over single documents, its counts, gradients and refusals."""
+
+import functools
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import slow_dwa
+import slow_losses as slow
+import tiny_models as tiny
+from xkd_pipeline.run import Workers
+from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_schemas.errors import InputMissing, Mismatch, UsageError
+from xkd_trainer.batch import Batch, Level, blank
+from xkd_trainer.distiller import Distiller
+from xkd_trainer.losses.term import LossTerm
+from xkd_trainer.losses.vocabulary import shared_vocabulary
+from xkd_trainer.methods import LOSSES, loss_named
+from xkd_trainer.methods.declaration import describe_loss
+from xkd_trainer.setup import Ready, parse_weights, set_up
+from xkd_trainer.stream import batch_of
+
+ROWS = (3, 19, 0, 11)
+ALL = ("ce", "mta", "sra", "dwa")
+TERMS = {
+    "ce": ["ce"],
+    "mta": [f"{t}@{level}" for level in ("2:word", "3:phrase", "4:phrase") for t in ("dsa", "hid")],
+    "sra": ["cos", "geo", "kd"],
+    "dwa": ["projected_ce", "student_space", "teacher_space", "dtw_embeddings", "dtw_states"],
+}
+
+
+@functools.cache
+def student_folder(tied: bool) -> str:
+    if tied:
+        return str(tiny.tiny_cache().student)
+    folder = tiny.tiny_cache().root / "untied"
+    return str(tiny.saved(tiny.llama("sentencepiece", seed=5, tied=False), "sentencepiece", folder))
+
+
+def ready(loss: str, *, tied: bool = True, **settings: Any) -> tuple[Ready, Batch]:
+    """A loss built on the tiny cache, alone, and a batch for it."""
+    run = tiny.tiny_cache().run(
+        loss=f"ce=0,{loss}=1" if loss != "ce" else "ce", losses={loss: settings}, student__model=student_folder(tied)
+    )
+    made = set_up(run, "")
+    return made, batch_of(made.cache, ROWS, made.wanted)
+
+
+def ones(distiller: Distiller, batch: Batch) -> dict[str, Tensor]:
+    """Denominators of 1, so that parts are totals."""
+    return {name: torch.ones((), dtype=torch.float64) for name in distiller.counts(batch)}
+
+
+def terms_of(distiller: Distiller, batch: Batch, step: int = 0) -> dict[str, LossTerm]:
+    """All terms as the losses return them, named LOSS.TERM."""
+    found: dict[str, LossTerm] = {}
+
+    def spy(name: str, value: Mapping[str, LossTerm]) -> None:
+        found.update({f"{name}.{term}": v for term, v in value.items()})
+
+    handles = [
+        module.register_forward_hook(lambda _m, _i, out, name=name: spy(name, out))
+        for name, module in distiller.losses.items()
+    ]
+    distiller(batch, ones(distiller, batch), step)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def totals(terms: Mapping[str, LossTerm]) -> dict[str, float]:
+    return {name: float(t.total.detach()) for name, t in terms.items()}
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_counts_from_the_batch_alone_are_the_counts_of_the_terms(loss: str) -> None:
+    made, batch = ready(loss)
+
+    counts, terms = made.distiller.counts(batch), terms_of(made.distiller, batch)
+
+    assert sorted(counts) == sorted(terms) == sorted(f"{loss}.{t}" for t in TERMS[loss])
+    for name, value in terms.items():
+        torch.testing.assert_close(counts[name].double(), value.count.double(), msg=name)
+        assert float(value.count) > 0, name
+        assert float(value.total.detach()) > 0, name
+    assert set(made.distiller.loss(loss).weights(0)) == set(TERMS[loss])
+
+
+# Terms against loops, one document at a time and without padding
+
+
+class Alone:
+    """One document of the batch: what transformers makes of the student's tokens, and the tables' own rows."""
+
+    def __init__(self, made: Ready, row: int) -> None:
+        self.document, self.teacher, self.student = (
+            table[row] for table in (made.cache.documents, made.cache.teachers, made.cache.students)
+        )
+        model = tiny.llama("sentencepiece", seed=2)
+        model.set_attn_implementation("eager")
+        self.ids = self.student["token_ids"].tolist()
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor([self.ids]), output_hidden_states=True, output_attentions=True)
+        self.logits = out.logits[0]
+        self.layers = [states[0].tolist() for states in out.hidden_states]
+        attention = out.attentions[-1][0, :, -1].sum(0)
+        self.attention = (attention / attention.sum()).tolist()
+        self.head = model.get_output_embeddings().weight.detach()
+        self.embeddings = model.get_input_embeddings().weight.detach()
+        s, t = self.student["targets"], self.teacher["targets"]
+        self.predict = [p for p in range(len(s) - 1) if s[p + 1]]
+        self.teacher_predict = [p for p in range(len(t) - 1) if t[p + 1]]
+        self.kept = [p for p in range(len(t)) if t[p] or (p + 1 < len(t) and t[p + 1])]
+
+    def hidden(self) -> list[list[float]]:
+        """The teacher's last states at its kept rows."""
+        bits = torch.from_numpy(self.teacher["hidden_last"].astype("int32")) << 16
+        return bits.view(torch.float32).tolist()
+
+
+def alone(made: Ready) -> list[Alone]:
+    return [Alone(made, row) for row in ROWS]
+
+
+def assert_term(found: LossTerm, total: float, count: float) -> None:
+    assert float(found.total.detach()) == pytest.approx(total, rel=2e-4, abs=1e-6)
+    assert float(found.count) == pytest.approx(count, rel=1e-5)
+
+
+def test_cross_entropy_is_that_of_the_models_own_logits() -> None:
+    made, batch = ready("ce")
+
+    found = terms_of(made.distiller, batch)["ce.ce"]
+
+    rows = [(d.logits[p].tolist(), d.ids[p + 1]) for d in alone(made) for p in d.predict]
+    total, count = slow.cross_entropy([z for z, _ in rows], [y for _, y in rows], [True] * len(rows))
+    assert_term(found, total, count)
+
+
+def mta_document(made: Ready, d: Alone, teacher_layer: int, unit: str, layer: int, projector: Any) -> Any:
+    """(student cosines, teacher cosines, omega) and (projected, teacher vectors, omega) over the valid spans."""
+    ranges, mass = d.student[f"{unit}_tokens"].tolist(), d.teacher[f"span_mass@{teacher_layer}:{unit}"].tolist()
+    valid = [u for u, (a, b) in enumerate(ranges) if b > a and mass[u] > 0]
+    weights = slow.centrality(d.layers[layer])
+    vectors = [slow.pool(d.layers[layer], weights, *ranges[u])[0] for u in valid]
+    packed, count = d.teacher[f"span_geometry@{teacher_layer}:{unit}"].tolist(), len(ranges)
+    place = {pair: n for n, pair in enumerate((i, j) for i in range(count) for j in range(i + 1, count))}
+    own = [[slow.cosine(a, b) for b in vectors] for a in vectors]
+    theirs = [[1.0 if i == j else packed[place[min(i, j), max(i, j)]] for j in valid] for i in valid]
+    omega = [mass[u] / math.fsum(mass[v] for v in valid) for u in valid]
+    bits = torch.from_numpy(d.teacher[f"span_vectors@{teacher_layer}:{unit}"].astype("int32")) << 16
+    wanted = bits.view(torch.float32).tolist()
+    projected = projector(torch.tensor(vectors)).tolist() if vectors else []
+    return (own, theirs, omega), (projected, [wanted[u] for u in valid], omega)
+
+
+@pytest.mark.parametrize(("teacher_layer", "unit", "layer"), [(2, "word", 1), (3, "phrase", 2), (4, "phrase", 2)])
+@torch.no_grad()
+def test_mta_is_the_loops_over_spans_of_single_documents(teacher_layer: int, unit: str, layer: int) -> None:
+    made, batch = ready("mta")
+    key = f"{teacher_layer}:{unit}"
+    projector = made.distiller.losses["mta"].projectors[key]
+
+    found = terms_of(made.distiller, batch)
+
+    both = [mta_document(made, d, teacher_layer, unit, layer, projector) for d in alone(made)]
+    assert_term(found[f"mta.dsa@{key}"], *slow.dsa([dsa for dsa, _ in both]))
+    assert_term(found[f"mta.hid@{key}"], *slow.hid([hid for _, hid in both]))
+
+
+def sra_document(made: Ready, d: Alone) -> tuple[Any, Any, list[float]]:
+    """Student and teacher vectors of the aligned spans in the response, and the loss weights."""
+    hidden, attention = d.hidden(), d.teacher["attention_last"].tolist()
+    at = {position: place for place, position in enumerate(d.kept)}
+    student, teacher, mass = [], [], []
+    for (a, b), (x, y) in zip(d.student["student_spans"].tolist(), d.student["teacher_spans"].tolist(), strict=True):
+        if d.student["targets"][a]:
+            student.append(slow.pool(d.layers[-1], d.attention, a, b)[0])
+            rows = [attention[t] for t in range(x, y)]
+            vector, weight = slow.pool([hidden[at[t]] for t in range(x, y)], rows, 0, y - x)
+            teacher.append(vector)
+            mass.append(weight)
+    return student, teacher, slow.omega(mass, 1.0)
+
+
+@torch.no_grad()
+def test_sra_is_the_loops_over_aligned_spans_of_single_documents() -> None:
+    made, batch = ready("sra")
+    projector = made.distiller.losses["sra"].projector
+
+    found = terms_of(made.distiller, batch)
+
+    parts = [(d, *sra_document(made, d)) for d in alone(made)]
+    projected = [(projector(torch.tensor(s)).tolist(), t, w) for _, s, t, w in parts]
+    assert_term(found["sra.cos"], *slow.weighted_cosine(projected))
+    assert_term(found["sra.geo"], *slow.geometric([(s, t, w) for _, s, t, w in parts]))
+    vocabularies = [tiny.tokenizer_of(kind).get_vocab() for kind in ("sentencepiece", "byte_level")]
+    own, theirs = shared_vocabulary(*vocabularies, "mapped")
+    head = made.cache.head().weight_VD
+    logits = [
+        ((torch.tensor(s) @ d.head[own].T).tolist(), (torch.tensor(t) @ head[theirs].T).tolist())
+        for d, s, t, _ in parts
+    ]
+    assert_term(found["sra.kd"], *slow.span_logits(logits, 2.0, mean=False))
+
+
+def dwa_document(made: Ready, d: Alone) -> dict[str, float]:
+    """The five totals of one document, eq. 7-25 with N(x) of the cache's constants."""
+    m, sizes = made.distiller.losses["dwa"], made.cache.sizes
+    table, head = made.cache.embeddings().float(), made.cache.head().weight_VD.float()
+    t_ids, rows = d.teacher["token_ids"].tolist(), {p: n for n, p in enumerate(d.kept)}
+    hidden = torch.tensor(d.hidden())[[rows[p] for p in d.teacher_predict]]
+    t_in, t_out = table[[t_ids[p] for p in d.teacher_predict]], table[[t_ids[p + 1] for p in d.teacher_predict]]
+    s_in, s_out = d.embeddings[[d.ids[p] for p in d.predict]], d.embeddings[[d.ids[p + 1] for p in d.predict]]
+    states = torch.tensor(d.layers[-1])[d.predict]
+    query, key = m.query(torch.cat([s_in, s_out], 1)), torch.cat([t_in, t_out], 1) / sizes.embedding_std
+    a = slow_dwa.attention(query.tolist(), key.tolist())
+    back = slow_dwa.attention(key.tolist(), query.tolist())
+    mixed = torch.tensor(a) @ m.t2s(hidden / sizes.hidden_std + t_out / sizes.embedding_std)
+    mixed_back = torch.tensor(back) @ m.s2t(states)
+    projected, own = (mixed @ d.head.T).tolist(), (states @ d.head.T).tolist()
+    theirs, projected_back = (hidden @ head.T).tolist(), (mixed_back @ head.T).tolist()
+    gates = [max(slow_dwa.softmax(z)) for z in projected]
+    w_s = slow_dwa.student_weights([slow_dwa.entropy(z) for z in own], gates, "gate_before")
+    w_t = slow_dwa.teacher_weights(d.teacher["entropy"].tolist(), sizes.vocab_size)
+    penalty = slow_dwa.band(a, 5.0, 2.0, 0.7, 1.0)
+
+    def divergence(x: Tensor, y: Tensor) -> float:
+        cross = slow_dwa.cosine_cost(x.tolist(), y.tolist())
+        cross = [[c + p for c, p in zip(cs, ps, strict=True)] for cs, ps in zip(cross, penalty, strict=True)]
+        within = [slow_dwa.soft_dtw(slow_dwa.cosine_cost(z.tolist(), z.tolist()), 2.0)[0] for z in (x, y)]
+        return slow_dwa.soft_dtw(cross, 2.0)[0] - 0.5 * sum(within)
+
+    return {
+        "projected_ce": sum(
+            slow_dwa.cross_entropy(z, d.ids[p + 1]) for z, p in zip(projected, d.predict, strict=True)
+        ),
+        "student_space": sum(
+            w * slow_dwa.forward_kl(p, q, 2.0) for w, p, q in zip(w_s, projected, own, strict=True)
+        ),
+        "teacher_space": sum(
+            w * slow_dwa.forward_kl(p, q, 2.0) for w, p, q in zip(w_t, theirs, projected_back, strict=True)
+        ),
+        "dtw_embeddings": divergence(s_out, m.embed_t2s(t_out)),
+        "dtw_states": divergence(states, m.t2s(hidden)),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def test_dwa_is_the_loops_over_predictions_of_single_documents() -> None:
+    made, batch = ready("dwa")
+
+    found = terms_of(made.distiller, batch)
+
+    documents = alone(made)
+    totals = [dwa_document(made, d) for d in documents]
+    count = sum(len(d.predict) for d in documents)
+    for name in TERMS["dwa"]:
+        assert_term(found[f"dwa.{name}"], sum(t[name] for t in totals), count)
+
+
+# Gradients
+
+REACHES = {
+    "ce.ce": {"body", "head", "embeddings"},
+    "mta.dsa@2:word": {"body", "embeddings"},
+    "mta.hid@2:word": {"body", "embeddings", "mta.projectors.2:word"},
+    "mta.dsa@4:phrase": {"body", "embeddings"},
+    "mta.hid@4:phrase": {"body", "embeddings", "mta.projectors.4:phrase"},
+    "sra.cos": {"body", "embeddings", "sra.projector"},
+    "sra.geo": {"body", "embeddings"},
+    "sra.kd": {"body", "head", "embeddings"},
+    "dwa.projected_ce": {"dwa.t2s", "dwa.query"},
+    "dwa.student_space": {"body", "head", "embeddings"},
+    "dwa.teacher_space": {"body", "embeddings", "dwa.s2t", "dwa.query"},
+    "dwa.dtw_embeddings": {"embeddings", "dwa.embed_t2s"},
+    "dwa.dtw_states": {"body", "embeddings", "dwa.t2s"},
+}
+"""What learns from each term: METHODS 1.5, 2.3 and 3.4."""
+
+
+def reached(distiller: Distiller) -> set[str]:
+    """Groups of parameters with a gradient that is not 0."""
+    found = set()
+    for name, parameter in distiller.named_parameters():
+        if parameter.grad is not None and parameter.grad.abs().sum() > 0:
+            group = "head" if "lm_head" in name else "embeddings" if "embed_tokens" in name else "body"
+            found.add(name.removeprefix("losses.").rpartition(".")[0] if name.startswith("losses.") else group)
+    return found
+
+
+@pytest.mark.parametrize("name", REACHES)
+def test_each_term_teaches_what_the_paper_lets_it_teach_and_nothing_else(name: str) -> None:
+    loss, _, term = name.partition(".")
+    made, batch = ready(loss, tied=False)
+    found: dict[str, LossTerm] = {}
+    made.distiller.losses[loss].register_forward_hook(lambda _m, _i, out: found.update(out))
+    made.distiller(batch, ones(made.distiller, batch), 0)
+
+    found[term].total.backward()
+
+    assert reached(made.distiller) == REACHES[name]
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_nothing_of_the_teacher_is_a_parameter_or_saved(loss: str) -> None:
+    made, _ = ready(loss)
+
+    assert set(made.distiller.losses.state_dict()) == {n for n, _ in made.distiller.losses.named_parameters()}
+    assert not any(b.requires_grad for b in made.distiller.losses.buffers())
+
+
+def gradients(distiller: Distiller, batches: Sequence[Batch], counts: Mapping[str, Tensor], step: int = 0) -> Any:
+    """Loss and gradients, summed over micro-batches."""
+    distiller.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in batches:
+        loss, _ = distiller(batch, counts, step)
+        loss.backward()
+        total += float(loss.detach())
+    return total, {
+        name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in distiller.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("loss", ALL)
+def test_micro_batches_give_the_gradient_of_the_whole_step(loss: str, size: int) -> None:
+    made, whole = ready(loss)
+    cut = [batch_of(made.cache, ROWS[i : i + size], made.wanted) for i in range(0, len(ROWS), size)]
+    counts = made.distiller.counts(whole)
+
+    expected, one = gradients(made.distiller, [whole], counts)
+    found, many = gradients(made.distiller, cut, counts)
+
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert sum(float(g.abs().sum()) for g in one.values()) > 0
+    for name in one:
+        scale = max(1.0, float(one[name].abs().max()))
+        torch.testing.assert_close(many[name] / scale, one[name] / scale, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_a_blank_batch_adds_exactly_nothing(loss: str) -> None:
+    made, batch = ready(loss)
+
+    counts = made.distiller.counts(blank(batch))
+    total, slopes = gradients(made.distiller, [blank(batch)], made.distiller.counts(batch))
+
+    assert {name: float(n) for name, n in counts.items()} == dict.fromkeys(counts, 0.0)
+    assert total == 0.0
+    assert all(float(g.abs().max()) == 0.0 for g in slopes.values())
+    assert gradients(made.distiller, [blank(batch)], counts)[0] == 0.0  # nor where the whole step is blank
+
+
+def poisoned(batch: Batch) -> Batch:
+    """The same batch with other values wherever nothing is valid."""
+
+    def fill(values: Tensor | None, valid: Tensor, with_: float) -> Any:
+        if values is None:
+            return None
+        mask = valid.reshape(*valid.shape, *[1] * (values.ndim - valid.ndim))
+        return values.masked_fill(~mask, with_)
+
+    def level(one: Level) -> Level:
+        both = one.valid_BU[:, :, None] & one.valid_BU[:, None, :]
+        return replace(
+            one,
+            mass_BU=fill(one.mass_BU, one.valid_BU, 7.0),
+            cosines_BUU=fill(one.cosines_BUU, both, 0.3),
+            vectors_BUD=fill(one.vectors_BUD, one.valid_BU, 5.0),
+        )
+
+    s, n, m, r = (
+        batch.student_valid_BS, batch.predict_valid_BN, batch.teacher_predict_valid_BM, batch.teacher_valid_BR
+    )  # fmt: skip
+    return replace(
+        batch,
+        student_ids_BS=fill(batch.student_ids_BS, s, 77),
+        predict_BN=fill(batch.predict_BN, n, 2),
+        target_BN=fill(batch.target_BN, n, 55),
+        teacher_predict_BM=fill(batch.teacher_predict_BM, m, 1),
+        teacher_input_BM=fill(batch.teacher_input_BM, m, 44),
+        teacher_target_BM=fill(batch.teacher_target_BM, m, 33),
+        teacher_hidden_BRD=fill(batch.teacher_hidden_BRD, r, math.nan),
+        teacher_attention_BR=fill(batch.teacher_attention_BR, r, math.nan),
+        teacher_entropy_BM=fill(batch.teacher_entropy_BM, m, math.nan),
+        levels=tuple(level(one) for one in batch.levels),
+    )
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_what_stands_at_padding_changes_no_bit_of_loss_or_gradient(loss: str) -> None:
+    made, batch = ready(loss)
+    assert not batch.student_valid_BS.all()
+    assert not batch.teacher_predict_valid_BM.all()
+    counts = made.distiller.counts(batch)
+
+    clean, slopes = gradients(made.distiller, [batch], counts)
+    dirty, others = gradients(made.distiller, [poisoned(batch)], counts)
+
+    assert dirty == clean
+    assert {name: float(n) for name, n in made.distiller.counts(poisoned(batch)).items()} == {
+        name: float(n) for name, n in counts.items()
+    }
+    for name, slope in slopes.items():
+        assert torch.equal(slope, others[name]), name
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_the_prompt_of_one_document_changes_no_term_of_another(loss: str) -> None:
+    made, batch = ready(loss)
+    changed = batch.student_ids_BS.clone()
+    changed[1, 1:3] = torch.tensor([300, 301])
+    only_first = {
+        name: torch.cat([getattr(batch, name)[:1], torch.zeros_like(getattr(batch, name)[1:])])
+        for name in ("predict_valid_BN", "span_valid_BK", "teacher_predict_valid_BM")
+    }
+    levels = tuple(
+        replace(lv, valid_BU=torch.cat([lv.valid_BU[:1], torch.zeros_like(lv.valid_BU[1:])])) for lv in batch.levels
+    )
+    first = replace(batch, levels=levels, **only_first)
+
+    before = terms_of(made.distiller, first)
+    after = terms_of(made.distiller, replace(first, student_ids_BS=changed))
+
+    assert totals(before) == totals(after)
+    assert next(iter(totals(before).values())) > 0
+
+
+# Settings
+
+
+def total_of(loss: str, step: int = 0, **settings: Any) -> dict[str, float]:
+    made, batch = ready(loss, **settings)
+    factors = made.distiller.loss(loss).weights(step)
+    found = totals(terms_of(made.distiller, batch, step))
+    return {term: found[f"{loss}.{term}"] * factor for term, factor in factors.items()}
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        ("mta", {"student_pooling": "uniform"}),
+        ("mta", {"word_spans": "in_phrases"}),
+        ("mta", {"spans_over": "response"}),
+        ("mta", {"span_weights": "uniform"}),
+        ("mta", {"hid_layers": "sum"}),
+        ("mta", {"lambda_dsa": 1.0}),
+        ("mta", {"student_layers": [1, 1, 2]}),
+        ("sra", {"weights": "uniform"}),
+        ("sra", {"kd": "mean"}),
+        ("sra", {"weighted_pooling": False}),
+        ("sra", {"weighted_loss": False}),
+        ("sra", {"shared_vocab": "exact"}),
+        ("sra", {"tau": 4.0}),
+        ("sra", {"p": 2.0}),
+        ("sra", {"geo": 10.0}),
+        ("dwa", {"entropy_weights": False}),
+        ("dwa", {"gate": False}),
+        ("dwa", {"student_weight": "gate_after"}),
+        ("dwa", {"student_divergence": "reverse_kl"}),
+        ("dwa", {"teacher_divergence": "js"}),
+        ("dwa", {"temperature": 1.0}),
+        ("dwa", {"gamma": 1.0}),
+        ("dwa", {"dtw_divergence": False}),
+        ("dwa", {"band": "none"}),
+        ("dwa", {"band": "hard", "band_width": 1.0}),
+        ("dwa", {"band_warmup_steps": 3}),
+        ("dwa", {"gate_warmup_steps": 3}),
+        ("dwa", {"dtw_warmup_steps": 3}),
+        ("dwa", {"kd": 1.0}),
+    ],
+)
+@torch.no_grad()
+def test_every_setting_changes_something(loss: str, settings: dict[str, Any]) -> None:
+    changed, default = total_of(loss, **settings), total_of(loss)
+
+    assert changed != default
+    assert all(math.isfinite(value) for value in changed.values())
+
+
+@torch.no_grad()
+def test_warm_ups_end_at_their_step() -> None:
+    settings = {"band_warmup_steps": 3, "gate_warmup_steps": 3, "dtw_warmup_steps": 3}
+
+    assert total_of("dwa", step=3, **settings) == total_of("dwa")
+    assert total_of("dwa", step=2, **settings)["dtw_states"] == 0.0
+    assert total_of("dwa", step=4, gamma_steps=4)["dtw_states"] == pytest.approx(
+        total_of("dwa", gamma=0.8)["dtw_states"], rel=1e-6
+    )
+
+
+def test_a_loss_that_is_off_has_no_term_no_projector_and_asks_for_no_signal() -> None:
+    made, batch = ready("mta", lambda_hid=0.0)
+
+    assert sorted(terms_of(made.distiller, batch)) == sorted(f"mta.{t}" for t in TERMS["mta"] if t.startswith("dsa"))
+    assert list(made.distiller.losses.parameters()) == []
+    assert {s.name for s in made.wanted} == {"span_mass", "span_geometry"}
+    assert {s.name for s in ready("mta", hid="off")[0].wanted} == {"span_mass", "span_geometry"}
+    assert {s.name for s in ready("mta", lambda_dsa=0.0)[0].wanted} == {"span_mass", "span_vectors"}
+    assert {s.name for s in ready("sra", weights="uniform")[0].wanted} == {"hidden_last"}
+    assert {s.name for s in ready("dwa", entropy_weights=False)[0].wanted} == {"hidden_last"}
+
+
+def test_described_needs_are_the_declared_ones() -> None:
+    described = {name: describe_loss(declaration) for name, declaration in LOSSES.items()}
+
+    assert described["ce"]["needs"] == []
+    assert described["mta"]["needs"] == ["span_geometry@LAYER:UNIT", "span_mass@LAYER:UNIT", "span_vectors@LAYER:UNIT"]
+    assert described["sra"]["needs"] == ["attention_last", "hidden_last"]
+    assert described["dwa"]["needs"] == ["entropy", "hidden_last"]
+    assert described["dwa"]["settings"]["gamma"] == 2.0
+
+
+# Refusals
+
+
+def refused(**changed: Any) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        set_up(tiny.tiny_cache().run(**changed), "")
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"loss": "mtaa=1"}, "'mtaa' is not a loss. Next: use one of: ce, mta, sra, dwa"),
+        ({"loss": "mta=-1"}, "'mta=-1' is not NAME=WEIGHT"),
+        ({"loss": "mta=nan"}, "'mta=nan' is not NAME=WEIGHT"),
+        ({"loss": "mta=much"}, "'mta=much' is not NAME=WEIGHT"),
+        ({"loss": "mta=1,mta=2"}, "'mta=2' is not NAME=WEIGHT, once for each loss"),
+        ({"loss": "sra", "losses": {"sra": {"taw": 3}}}, "losses.sra: 'taw' is not a setting. Next: did you mean"),
+        ({"loss": "sra", "losses": {"sra": {"kd": "most"}}}, "losses.sra.kd: "),
+        ({"loss": "ce", "losses": {"sra": {"taw": 3}}}, "losses.sra: 'taw' is not a setting"),
+        ({"loss": "ce", "losses": {"sar": {}}}, "'sar' is not a loss"),
+        ({"loss": "mta", "losses": {"mta": {"student_layers": [1]}}}, "mta.student_layers has 1 layers, the cache"),
+        ({"student__model": ""}, "no student is named"),
+        ({"student__model": "new:llama"}, "a new student needs a tokenizer"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_trained(changed: dict[str, Any], message: str) -> None:
+    assert message in str(refused(**changed))
+
+
+def test_a_student_layer_that_does_not_exist_is_refused() -> None:
+    made, batch = ready("mta", student_layers=[1, 2, 9])
+
+    with pytest.raises(UsageError, match=r"layer 9 does not exist: LlamaForCausalLM has layers 1 to 2"):
+        made.distiller(batch, ones(made.distiller, batch), 0)
+
+
+@functools.cache
+def cache_for_sra() -> tiny.Tiny:
+    """The documents of the tiny cache with a teacher that was captured for SRA only."""
+    small = tiny.Tiny(tiny.tiny_cache().root / "for-sra")
+    shutil.copytree(tiny.tiny_cache().cache / "documents", small.cache / "documents")
+    run = tiny.tiny_cache().run(cache=str(small.cache), teacher__losses=("sra",))
+    teacher_stage(run, Workers(count=0))
+    align_stage(run, Workers(count=0))
+    return small
+
+
+@pytest.mark.parametrize(
+    ("loss", "missing", "command"),
+    [
+        ("dwa", "loss dwa needs entropy, which", r"xkd-cache teacher .*/cache --model M --for dwa --name teacher-2"),
+        ("mta", "loss mta needs span_mass", r"xkd-cache teacher .* --model M --for mta"),
+    ],
+)
+def test_a_signal_that_is_not_cached_is_named_with_the_command_that_adds_it(
+    loss: str, missing: str, command: str
+) -> None:
+    run = tiny.tiny_cache().run(cache=str(cache_for_sra().cache), loss=loss)
+
+    with pytest.raises(UsageError, match=command) as caught:
+        set_up(run, "")
+
+    assert missing in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert set_up(run.model_copy(update={"train": run.train.model_copy(update={"loss": "sra"})}), "").wanted
+
+
+def test_another_tokenizer_is_a_mismatch_that_names_the_fields(tmp_path: Path) -> None:
+    folder = tiny.saved(tiny.llama("unigram"), "unigram", tmp_path / "student")
+
+    for table in ("", "student"):
+        with pytest.raises(Mismatch, match=r"vocabulary: cache has [0-9a-f]+.*xkd-cache align") as caught:
+            set_up(tiny.tiny_cache().run(student__model=str(folder)), table)
+        assert "probe: cache has" in str(caught.value)
+        assert caught.value.exit_code == 78
+
+
+def test_a_tokenizer_with_another_end_token_alone_is_a_mismatch(tmp_path: Path) -> None:
+    tokenizer = tiny.fresh("sentencepiece")
+    tokenizer.eos_token = "<pad>"
+    tiny.llama("sentencepiece").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    with pytest.raises(Mismatch, match=r"student: special_tokens: cache has"):
+        set_up(tiny.tiny_cache().run(student__model=str(tmp_path)), "")
+
+
+def test_a_student_with_fewer_embeddings_than_tokens_is_refused(tmp_path: Path) -> None:
+    tiny.saved(tiny.llama("unigram"), "sentencepiece", tmp_path)
+
+    run = tiny.tiny_cache().run(student__model=str(tmp_path))
+    with pytest.raises(UsageError, match=r"has \d+ embeddings, its tokenizer \d+ tokens"):
+        set_up(run, "")
+
+
+def test_a_cache_that_is_not_there_is_missing() -> None:
+    with pytest.raises(InputMissing, match=r"nowhere"):
+        set_up(tiny.tiny_cache().run(cache="nowhere/at/all"), "")
+
+
+def test_weights_that_are_zero_turn_a_loss_off_and_ce_is_one_unless_given() -> None:
+    assert parse_weights("mta=0,sra") == {"sra": LOSSES["sra"].default_weight, "ce": 1.0}
+    assert parse_weights("ce=0.25, dwa = 2".replace(" = ", "=")) == {"ce": 0.25, "dwa": 2.0}
+    assert loss_named("mta") is LOSSES["mta"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_new_student_takes_part_in_every_loss(family: str) -> None:
+    run = tiny.tiny_cache().run(
+        loss="mta,sra,dwa",
+        student__model=f"new:{family},layers=3,width=16,heads=2",
+        student__tokenizer=str(tiny.tiny_cache().student),
+    )
+    made = set_up(run, "")
+    batch = batch_of(made.cache, ROWS, made.wanted)
+
+    loss, parts = made.distiller(batch, made.distiller.counts(batch), 0)
+    loss.backward()
+
+    expected = 0.0
+    for name, mean in parts.items():
+        owner, _, term = name.partition(".")
+        expected += made.distiller.weights[owner] * made.distiller.loss(owner).weights(0)[term] * float(mean)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert all(p.grad is not None for p in made.distiller.parameters())
+
+
+def test_projectors_do_not_depend_on_how_the_student_was_made() -> None:
+    def projector(**changed: Any) -> Tensor:
+        return set_up(tiny.tiny_cache().run(loss="sra", **changed), "").distiller.losses["sra"].projector.weight
+
+    new = {"student__model": "new:llama,layers=1,width=16,heads=2", "student__tokenizer": student_folder(True)}
+    assert torch.equal(projector(), projector(**new))
+    assert torch.equal(projector(**new), projector(**new))
+    assert not torch.equal(projector(), projector(seed=1))
+
+
+def test_groups_decay_matrices_and_give_projectors_their_own_rate() -> None:
+    made, _ = ready("dwa")
+
+    matrices, vectors, projectors = made.distiller.parameter_groups(lr=0.1, projector_lr=0.2, weight_decay=0.3)
+
+    assert (matrices["lr"], matrices["weight_decay"]) == (0.1, 0.3)
+    assert (vectors["lr"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert (projectors["lr"], projectors["weight_decay"]) == (0.2, 0.0)
+    grouped = [p for group in (matrices, vectors, projectors) for p in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in made.distiller.parameters()}
+    assert len(grouped) == len({id(p) for p in grouped})
+    assert all(p.ndim < 2 for p in vectors["params"])
