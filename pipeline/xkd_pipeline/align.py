@@ -5,20 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from xkd_pipeline.build import Built, build
 from xkd_pipeline.columns import documents_units, token_columns, token_counts
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.run import Make, Workers
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
-from xkd_schemas.alignment import align, token_ranges
+from xkd_schemas.alignment_batch import align_all, token_ranges_all
 from xkd_schemas.encode import Encoder
 from xkd_schemas.files import sha256_of
 from xkd_schemas.manifest import Commit
 from xkd_schemas.table import Row, Table
-from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION, Int32s, Tokens
+from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION, Tokens
 from xkd_trainer.models import load_tokenizer
 
 
@@ -84,17 +82,14 @@ def align_rows(
     tokens = [
         s if t.status == OK else _without(s, f"teacher:{t.status}") for s, t in zip(encoded, teacher, strict=True)
     ]
-    aligned = [
-        align(s, t, row["segments"][:, 1]) if s.status == OK else (_NONE, _NONE)
-        for s, t, row in zip(tokens, teacher, rows, strict=True)
-    ]
+    aligned = align_all(tokens, teacher, [row["segments"][:, 1] for row in rows])
     columns: dict[str, Any] = {
         "doc_id": [row["doc_id"] for row in rows],
         **token_columns(tokens),
         "student_spans": [s for s, _ in aligned],
         "teacher_spans": [t for _, t in aligned],
-        "word_tokens": [token_ranges(s, row["words"]) for s, row in zip(tokens, rows, strict=True)],
-        "phrase_tokens": [token_ranges(s, row["phrases"]) for s, row in zip(tokens, rows, strict=True)],
+        "word_tokens": token_ranges_all(tokens, [row["words"] for row in rows]),
+        "phrase_tokens": token_ranges_all(tokens, [row["phrases"] for row in rows]),
     }
     exact = [((s[:, 1] - s[:, 0] == 1) & (t[:, 1] - t[:, 0] == 1)) for s, t in aligned]
     counts = {
@@ -106,9 +101,6 @@ def align_rows(
         ),
     }
     return tokens, columns, counts
-
-
-_NONE: Int32s = np.zeros((0, 2), np.int32)
 
 
 def _without(tokens: Tokens, status: str) -> Tokens:

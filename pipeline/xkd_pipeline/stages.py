@@ -148,8 +148,8 @@ def plain_name(model: str) -> str:
     >>> plain_name("models/SmolLM2-135M/")
     'SmolLM2-135M'
     """
-    last = [part for part in model.replace("\\", "/").split("/") if part][-1]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".gguf")).strip("-._") or "model"
+    last = model.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".gguf")).strip("-._")[:128] or "model"
 
 
 def only_teacher(root: Path) -> str:

@@ -18,7 +18,7 @@ from xkd_pipeline.run import Make, Workers
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_pipeline.teacher_files import constants_of, export, moments, std_of, weights_identity
-from xkd_schemas.alignment import token_ranges
+from xkd_schemas.alignment_batch import token_ranges_all
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import UsageError
 from xkd_schemas.manifest import Commit
@@ -90,12 +90,11 @@ def encoder_of(settings: TeacherSettings) -> Encoder:
 def _read(documents: Table, unit: int, encoder: Encoder) -> list[Reading]:
     rows = [documents.shard(unit).row(i) for i in range(documents.manifest.commits[unit].rows)]
     encoded = encoder.encode_batch([document_at(row) for row in rows])
+    words = token_ranges_all(encoded, [row["words"] for row in rows])
+    phrases = token_ranges_all(encoded, [row["phrases"] for row in rows])
     return [
-        Reading(
-            tokens=tokens,
-            ranges={"word": token_ranges(tokens, row["words"]), "phrase": token_ranges(tokens, row["phrases"])},
-        )
-        for row, tokens in zip(rows, encoded, strict=True)
+        Reading(tokens=tokens, ranges={"word": word, "phrase": phrase})
+        for tokens, word, phrase in zip(encoded, words, phrases, strict=True)
     ]
 
 

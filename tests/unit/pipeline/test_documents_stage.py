@@ -58,7 +58,8 @@ def test_the_table_holds_what_reader_and_parser_find_in_each_row(tmp_path: Path,
 def test_rejected_rows_are_counted_and_listed_with_file_line_and_reason(tmp_path: Path, corpus: Path) -> None:
     outcome = build(tmp_path / "c", [corpus], max_reject=0.2)
 
-    listed = [json.loads(x) for f in sorted((tmp_path / "c/documents/rejects").glob("*")) for x in f.open()]
+    files = sorted((tmp_path / "c/documents/rejects").iterdir())
+    listed = [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
     assert [(r["source"], r["line"], r["reason"]) for r in listed] == [
         ("rows.jsonl", 2, "bad_json"),
         ("rows.jsonl", 8, "missing_field"),

@@ -217,8 +217,9 @@ def greedy(model: PreTrainedModel, tokenizer: Any, prompt: list[int], count: int
 def test_padding_on_the_left_changes_no_response(family: str) -> None:
     tokenizer = tokenizer_of("sentencepiece")
     model = {"llama": tiny.llama, "gpt2": tiny.gpt2}[family]("sentencepiece")
-    prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in ("The lamp", "Who?", "On the long river")]
+    prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in ("On the long river", "Who?", "The")]
     assert len({len(prompt) for prompt in prompts}) == 3
+    assert len(prompts[0]) > len(prompts[2])
 
     said = generate(model, tokenizer, prompts, seed=0, max_new_tokens=8, sample=False)
 
@@ -268,6 +269,10 @@ def test_rows_that_cannot_be_used_are_counted_and_only_unusable_rows_are_an_erro
     request = Request(student=folder, data=data, rouge=False)
     found = evaluate_student(request)
     assert (found["documents"], found["unusable"]) == (2, 1)
+
+    held_file(tmp_path, [("Yes?", "No."), ("The old lamp on the harbour wall. " * 4, "Yes.")])
+    found = evaluate_student(Request(student=folder, data=data, rouge=False, max_tokens=20))  # the prompt fills it
+    assert (found["documents"], found["unusable"]) == (1, 1)
 
     held_file(tmp_path, [("What?", "")])
     with pytest.raises(BadData, match=r"corpus\.jsonl: no row can be used|no row"):
