@@ -25,7 +25,7 @@ def run(options: Options) -> list[Result]:
     settings = TeacherSettings(model=pair.teacher, template=pair.template)
     ours, bare = (load_model(pair.teacher, dtype=dtype_named(settings.dtype)) for _ in range(2))
     documents = Table(pair.cache, "documents")
-    rows = [documents[i] for i in range(min(len(documents), options.size(96, 16)))]
+    rows = [documents[i] for i in range(min(len(documents), options.size(32, 16)))]
     readings = readings_of(rows, encoder_of(settings))
     wanted = wanted_signals(num_layers(ours))
     seconds = interleaved(
@@ -34,7 +34,7 @@ def run(options: Options) -> list[Result]:
             "base": lambda: forward_loop(bare.base_model, readings, settings),
             "head": lambda: forward_loop(bare, readings, settings),
         },
-        2 if options.quick else 4,
+        2 if options.quick else 3,
     )
     what = f"capture of {len(readings)} documents for mta, sra, dwa"
     return [

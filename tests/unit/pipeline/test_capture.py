@@ -49,7 +49,14 @@ def empty() -> Reading:
     return Reading(tokens=none, ranges={unit: np.zeros((2, 2), np.int32) for unit in ("word", "phrase")})
 
 
-READINGS = (reading(7, 1), reading(19, 2, targets=slice(5, 9)), reading(12, 3), reading(2, 4, targets=slice(1, 2)))
+READINGS = (
+    reading(14, 1),
+    reading(19, 2, targets=slice(5, 9)),
+    reading(2, 4, targets=slice(1, 2)),
+    reading(17, 3),
+    reading(13, 5),
+)
+"""Of lengths that share batches: four of them within 96 tokens, or two and two within 64."""
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +163,10 @@ def test_entropy_argmax_and_logsumexp_are_those_of_the_models_own_logits_before_
 
 
 def test_a_document_has_the_same_signals_alone_and_padded_in_a_batch(model) -> None:
-    together = capture(model, READINGS, WANTED, replace(SETTINGS, batch_tokens=4096, pad_multiple=32))
+    large = replace(SETTINGS, batch_tokens=4096)
+    lengths = [len(one.tokens.ids) for one in READINGS]
+    assert [len(batch) for batch in batches_of(lengths, large.batch_tokens, large.pad_multiple)] == [4, 1]
+    together = capture(model, READINGS, WANTED, large)
     for one, row in zip(READINGS, together, strict=True):
         (alone,) = capture(model, [one], WANTED, replace(SETTINGS, pad_multiple=1))
         assert row.keys() == alone.keys()
@@ -214,12 +224,13 @@ def test_a_teacher_whose_states_are_not_finite_is_refused(folders) -> None:
 
 
 def test_batches_hold_every_document_with_tokens_once_within_the_budget() -> None:
-    lengths = [0, 5, 31, 2, 64, 8, 8, 200, 1]
+    lengths = [0, 30, 31, 29, 64, 8, 8, 200, 1, 32]
 
     batches = list(batches_of(lengths, batch_tokens=64, multiple=8))
 
-    assert sorted(i for batch in batches for i in batch) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert sorted(i for batch in batches for i in batch) == list(range(1, 10))
     for batch in batches:
         width = -(-max(lengths[i] for i in batch) // 8) * 8
         assert len(batch) * width <= 64 or len(batch) == 1
     assert [7] in batches
+    assert sorted(len(batch) for batch in batches) == [1, 1, 1, 2, 2, 2]

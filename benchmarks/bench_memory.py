@@ -1,0 +1,86 @@
+"""Peak memory of training on a cache and on one eight times as large: it should follow the batch, not the cache.
+
+Training runs in a process of its own: python -m benchmarks.bench_memory CACHE STUDENT TOKENIZER TEMPLATE OUT.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.measure import Options, in_subprocess, peak_bytes
+from benchmarks.pair import Pair, pair_of
+from benchmarks.rows import Result, memory
+from xkd_pipeline.shard import Totals, write_shard
+from xkd_pipeline.store import Store
+from xkd_schemas.manifest import Commit, Unit
+from xkd_schemas.table import Table, names_in
+from xkd_trainer.loop import train
+
+TIMES = 8
+STEPS = 3
+ALL = "ce=1,mta=0.1,sra=0.03,dwa=0.5"
+
+
+def run(options: Options) -> list[Result]:
+    """Three steps of sixteen documents on one shard, and on eight copies of it."""
+    pair = pair_of(options)
+    caches = {times: repeated(pair.cache, options.scratch / f"cache-{times}", times) for times in (1, TIMES)}
+    sizes = {times: sum(p.stat().st_size for p in cache.rglob("*.arrow")) for times, cache in caches.items()}
+    peaks: dict[int, float] = {}
+    for times, cache in caches.items():
+        out = options.scratch / f"out-{times}"
+        found = [
+            in_subprocess("benchmarks.bench_memory", cache, pair.student, pair.tokenizer, pair.template, f"{out}-{n}")
+            for n in range(options.size(2, 1))
+        ]
+        peaks[times] = min(f["peak"] for f in found)
+    mib = {times: size / 2**20 for times, size in sizes.items()}
+    what = f"peak of {STEPS} steps on a cache of {mib[TIMES]:.0f} MiB / on one of {mib[1]:.0f} MiB"
+    return [memory(what, peaks[TIMES], peaks[1], bar=1.1)]
+
+
+def repeated(source: Path, target: Path, times: int) -> Path:
+    """A cache whose shards are copies of the first shard of another one's."""
+    roots = {"documents": _repeat(source, target, "documents", times, {})}
+    for kind in ("teachers", "students"):
+        name = names_in(source, kind)[0]
+        changed = {"documents": roots["documents"]}
+        if kind == "students":
+            changed["teacher_root"] = roots["teachers"]
+        roots[kind] = _repeat(source, target, f"{kind}/{name}", times, changed)
+    return target
+
+
+def _repeat(source: Path, target: Path, name: str, times: int, changed: dict[str, str]) -> str:
+    """Write one table; its root."""
+    old = Table(source, name)
+    rows = old.manifest.commits[0].rows
+    units = tuple(Unit(source="copies", first=rows * n, rows=rows) for n in range(times))
+    store = Store(target, name, {**old.manifest.spec, **changed}, units)
+    shard = old.shard(0)
+    columns = {f.name: [shard.row(i)[f.name] for i in range(rows)] for f in shard.schema}
+    totals = Totals(counts=old.manifest.commits[0].counts)
+    commits: dict[int, Commit] = {}
+    for unit in range(times):
+        commits[unit] = write_shard(store.folder, unit, shard.schema, columns, totals=totals)
+        store.commit(commits[unit])
+    for path in old.folder.iterdir():
+        if path.name == "tokenizer":
+            shutil.copytree(path, store.folder / path.name)
+        elif path.suffix == ".safetensors":
+            shutil.copy(path, store.folder / path.name)
+    return store.seal(commits, old.manifest.constants, old.manifest.files).root
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train and print the peak."""
+    cache, student, tokenizer, template, out = arguments
+    pair = Pair(teacher="", student=student, tokenizer=tokenizer, cache=Path(cache), template=template)
+    train(pair.run_file(ALL, out=Path(out), steps=STEPS), quiet=True)
+    print(json.dumps({"peak": peak_bytes()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,103 @@
+"""A training step with all three methods, against the step with cross-entropy alone and what nobody can leave out.
+
+What it cannot leave out are three products with a full head: the projected teacher read with the student's head and the
+projected student with the teacher's, both there and back, and the teacher's own logits.
+
+Shape legend for this file
+    P predictions    V classes    D width
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Options, interleaved
+from benchmarks.pair import Pair, Shape, pair_of
+from benchmarks.rows import Result, cost
+from xkd_trainer.batch import Batch
+from xkd_trainer.losses.head import CHUNK_BYTES
+from xkd_trainer.methods.declaration import constant_head
+from xkd_trainer.setup import Ready, set_up
+from xkd_trainer.stream import batch_of
+
+ALL = "ce=1,mta=0.1,sra=0.03,dwa=0.5"
+LATE = 1_000_000
+"""An optimizer step behind every warm-up: all terms are on."""
+LARGE = Shape(
+    documents=8, characters=400, teacher_layers=4, teacher_width=512, student_layers=4, student_width=256,
+    teacher_classes=151_936, student_classes=151_936,
+)  # fmt: skip
+
+
+def run(options: Options) -> list[Result]:
+    """On the demo pair, and on one with two heads of 152,000 classes."""
+    small = _measured("demo pair" if options.demo else "pair of the demo's shape", pair_of(options), options)
+    large_options = Options(quick=options.quick, demo=None, scratch=options.scratch / "large", repeats=2)
+    large = _measured("V=152k, random models", pair_of(large_options, LARGE), large_options)
+    return [*small, *large]
+
+
+class Step:
+    """One optimizer step of a run on one batch of its cache, as the loop does it, repeated on demand."""
+
+    def __init__(self, pair: Pair, loss: str, documents: int) -> None:
+        torch.set_num_threads(1)
+        self.ready: Ready = set_up(pair.run_file(loss, out=Path("unused")), "")
+        self.rows = self.ready.cache.usable[:documents].tolist()
+        self.batch: Batch = self.read()
+        self._optimizer = torch.optim.AdamW(
+            self.ready.distiller.parameter_groups(lr=1e-5, projector_lr=1e-5, weight_decay=0.0)  # type: ignore[arg-type]
+        )
+
+    def read(self) -> Batch:
+        """The batch out of the cache, which the loop does in a thread."""
+        return batch_of(self.ready.cache, self.rows, self.ready.wanted)
+
+    def __call__(self) -> float:
+        """Forward, backward, update; the loss."""
+        distiller = self.ready.distiller
+        loss, _ = distiller(self.batch, {n: c.double() for n, c in distiller.counts(self.batch).items()}, LATE)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(distiller.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+
+def unavoidable(step: Step) -> Callable[[], None]:
+    """The three extra products of a step, on random states, chunk by chunk as the losses make them."""
+    student_VD = step.ready.distiller.student.get_output_embeddings().weight.detach()
+    teacher_VD = constant_head(step.ready.cache.head(), "benchmark").weight_VD
+    students, teachers = int(step.batch.predict_valid_BN.sum()), int(step.batch.teacher_predict_valid_BM.sum())
+    there = [torch.randn(n, w.shape[1]) for n, w in ((students, student_VD), (teachers, teacher_VD))]
+
+    def products() -> None:
+        there_and_back(there[0], student_VD)
+        there_and_back(there[1], teacher_VD)
+        there_and_back(there[1], teacher_VD, back=False)
+
+    return products
+
+
+@torch.no_grad()
+def there_and_back(hidden_PD: Tensor, weight_VD: Tensor, *, back: bool = True) -> None:
+    """Logits, and from numbers of their shape the gradient of the states."""
+    for chunk_PD in hidden_PD.split(max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))):
+        logits_PV = chunk_PD @ weight_VD.T
+        if back:
+            logits_PV @ weight_VD
+
+
+def _measured(name: str, pair: Pair, options: Options) -> list[Result]:
+    documents = options.size(8, 4)
+    full, plain = (Step(pair, loss, documents) for loss in (ALL, "ce=1"))
+    calls = {"full": full, "plain": plain, "products": unavoidable(full), "read": full.read}
+    seconds = interleaved(calls, min(options.repeats, 4))
+    base = seconds["plain"] + seconds["products"]
+    return [
+        cost(f"{name}: step with ce+mta+sra+dwa / with ce alone", seconds["full"], seconds["plain"]),
+        cost(f"{name}: the same / ce alone and three head products", seconds["full"], base, bar=1.4),
+        cost(f"{name}: reading its batch in the thread / step with ce alone", seconds["read"], seconds["plain"]),
+    ]
