@@ -1,11 +1,11 @@
 """Many documents at once give what each gives alone."""
 
-import four_tokenizers
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import four_tokenizers
 from xkd_schemas import alignment_batch
 from xkd_schemas.alignment import align, token_ranges
 from xkd_schemas.alignment_batch import align_all, token_ranges_all
