@@ -1,5 +1,6 @@
 """CPU time of interleaved calls, peak memory of this process, and measurements in a process of their own."""
 
+import contextlib
 import json
 import os
 import resource
@@ -62,10 +63,8 @@ def peak_bytes() -> int:
 
 def forget_peak() -> int:
     """Let the peak start again from what is held now, where the system can; returns where it starts."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     return peak_bytes()
 
 
