@@ -1,4 +1,4 @@
-"""KL over a vocabulary of 152,000 in both spaces of DWA-KD: memory beyond the inputs and CPU time, against torch.
+"""KL over 152,000 classes in both spaces of DWA-KD: memory beyond the inputs and CPU time, against plain torch.
 
 Every form runs in a process of its own: python -m benchmarks.bench_kl SPACE FORM T V D.
 

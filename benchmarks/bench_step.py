@@ -1,7 +1,7 @@
 """A training step with all three methods, against the step with cross-entropy alone and what nobody can leave out.
 
-What it cannot leave out: three products with a full head, the projected teacher read with the student's head and the
-projected student with the teacher's, both there and back, and the teacher's own logits.
+What it cannot leave out are three products with a full head: the projected teacher read with the student's head and
+the projected student with the teacher's, both there and back, and the teacher's own logits.
 
 Shape legend for this file
     P predictions    V classes    D width

@@ -21,9 +21,11 @@ class Row:
     at_least: bool = False
     """The ratio must reach the bar; otherwise it must not pass it."""
     ours: float
+    """The numerator."""
     theirs: float
+    """The denominator."""
     unit: str
-    """Of `ours` and `theirs`."""
+    """Of both."""
 
     @property
     def met(self) -> bool | None:

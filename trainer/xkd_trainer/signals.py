@@ -48,8 +48,8 @@ def centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
 
     Returns:
         [B, L], at least 0; sums to 1 over each document with a token; 0 where not valid; 1 for a token
-        that is alone. Memory beyond the result is that of CHUNK_ELEMENTS scores, and of all [B, L, L]
-        scores where gradient is asked for.
+        that is alone. Documents are taken a few at a time: memory beyond the result is that of CHUNK_ELEMENTS
+        states and scores, and of all [B, L, L] scores where gradient is asked for.
     """
     num = _documents_at_once(hidden_BLD, hidden_BLD.shape[1])
     blocks = zip(torch.split(hidden_BLD, num), torch.split(valid_BL, num), strict=True)

@@ -25,6 +25,14 @@ def test_rows_come_in_order_and_unusable_ones_are_counted(tmp_path: Path) -> Non
     assert rejected == 2
 
 
+def test_blank_lines_at_the_end_are_no_rows(tmp_path: Path) -> None:
+    path = small_cache.write_rows(tmp_path / "dev.jsonl", [*ROWS, "", "  ", ""])
+
+    documents, rejected = held_out_documents(path)
+
+    assert (len(documents), rejected) == (2, 0)
+
+
 def test_a_compressed_file_gives_the_same_documents(tmp_path: Path) -> None:
     plain = small_cache.write_rows(tmp_path / "dev.jsonl", ROWS)
     (tmp_path / "dev.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))

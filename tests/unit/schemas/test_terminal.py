@@ -83,7 +83,7 @@ def test_the_traceback_is_there_for_who_asks(capsys, monkeypatch) -> None:
 
 
 def test_nothing_printed_can_steer_a_terminal(capsys) -> None:
-    nasty = "a\x1b[31m\r\n\x07\x9b\u202eb[bold]\x7f"
+    nasty = "a\x1b[31m\r\n\x07\x80\x9b\x9f\u202a\u202e\u2066\u2069b[bold]\x7f\x00"
     say(nasty)
     warn(nasty)
     say_json({"x": nasty})
