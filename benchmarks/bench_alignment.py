@@ -16,6 +16,7 @@ from xkd_pipeline.align import StudentSettings, align_rows, tokens_at
 from xkd_pipeline.capture import TeacherSettings
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.teacher import encoder_of
+from xkd_schemas.alignment_batch import align_all, token_ranges_all
 from xkd_schemas.encode import Encoder
 from xkd_schemas.table import Row, Table, names_in
 from xkd_schemas.tokens import OK, Tokens
@@ -33,8 +34,11 @@ def run(options: Options) -> list[Figures]:
     read = reader.encode_batch([document_at(row) for row in long])
     settings = StudentSettings(tokenizer=pair.tokenizer, template=pair.template, max_tokens=100_000)
     return [
-        _measured(f"{len(r)} documents of {_mean(r)} characters", settings.encoder(), r, t, options.repeats)
+        figures
         for r, t in ((rows, tokens), (long, read))
+        for figures in _measured(
+            f"{len(r)} documents of {_mean(r)} characters", (settings.encoder(), reader), r, t, options.repeats
+        )
     ]
 
 
@@ -72,8 +76,13 @@ def texts_of(rows: Sequence[Row]) -> list[str]:
     return [row["text"][start:end] for row in rows for start, end in row["segments"]]
 
 
-def _measured(what: str, encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens], repeats: int) -> Figures:
-    texts = texts_of(rows)
+def _measured(
+    what: str, encoders: tuple[Encoder, Encoder], rows: Sequence[Row], teacher: Sequence[Tokens], repeats: int
+) -> list[Figures]:
+    """What the comparison of two tokenizations costs against making both, and all that `align` adds to a tokenizer."""
+    encoder, reader = encoders
+    texts, documents = texts_of(rows), [document_at(row) for row in rows]
+    ends, words, phrases = ([row[name] for row in rows] for name in ("segments", "words", "phrases"))
     tokenizer = encoder.tokenizer.backend_tokenizer
     aligned = align_rows(encoder, rows, teacher)[0]
     assert all(t.status == OK for t in aligned), "a document that is not encoded costs nothing"
@@ -81,11 +90,18 @@ def _measured(what: str, encoder: Encoder, rows: Sequence[Row], teacher: Sequenc
         {
             "ours": lambda: align_rows(encoder, rows, teacher),
             "tokenizer": lambda: tokenizer.encode_batch(texts, add_special_tokens=False),
+            "both": lambda: (reader.encode_batch(documents), encoder.encode_batch(documents)),
+            "alignment": lambda: align_all(aligned, teacher, [s[:, 1] for s in ends]),
+            "ranges": lambda: (token_ranges_all(aligned, words), token_ranges_all(aligned, phrases)),
         },
         repeats,
     )
     extra = seconds["ours"] - seconds["tokenizer"]
-    return cost(f"{what}: all that align adds / the tokenizer alone", extra, seconds["tokenizer"], bar=0.2)
+    return [
+        cost(f"{what}: alignment / both tokenizations with offsets", seconds["alignment"], seconds["both"], bar=0.2),
+        cost(f"{what}: word and phrase ranges / the same", seconds["ranges"], seconds["both"]),
+        cost(f"{what}: all that the align stage adds / the bare tokenizer", extra, seconds["tokenizer"], bar=0.2),
+    ]
 
 
 def _mean(rows: Sequence[Row]) -> int:
