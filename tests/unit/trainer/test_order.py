@@ -73,6 +73,7 @@ def test_each_epoch_sees_every_document_once(size: int, batch_size: int, seed: i
 
     steps = [order.step(first + s) for s in range(order.steps_per_epoch)]
 
+    assert np.array_equal(np.concatenate(steps), permuted(np.arange(size), size, seed=seed, epoch=epoch))
     assert sorted(np.concatenate(steps).tolist()) == list(range(size))
     assert all(0 < len(step) <= batch_size for step in steps)
 
