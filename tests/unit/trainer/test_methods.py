@@ -214,23 +214,23 @@ def test_sra_is_the_loops_over_aligned_spans_of_single_documents() -> None:
 
 def dwa_document(made: Ready, d: Alone) -> dict[str, float]:
     """The five totals of one document, eq. 7-25 with N(x) of the cache's constants."""
-    m, sizes = made.distiller.losses["dwa"], made.cache.sizes
+    m = made.distiller.losses["dwa"]
     table, head = made.cache.embeddings().float(), made.cache.head().weight_VD.float()
     t_ids, rows = d.teacher["token_ids"].tolist(), {p: n for n, p in enumerate(d.kept)}
     hidden = torch.tensor(d.hidden())[[rows[p] for p in d.teacher_predict]]
     t_in, t_out = table[[t_ids[p] for p in d.teacher_predict]], table[[t_ids[p + 1] for p in d.teacher_predict]]
     s_in, s_out = d.embeddings[[d.ids[p] for p in d.predict]], d.embeddings[[d.ids[p + 1] for p in d.predict]]
     states = torch.tensor(d.layers[-1])[d.predict]
-    query, key = m.query(torch.cat([s_in, s_out], 1)), torch.cat([t_in, t_out], 1) / sizes.embedding_std
+    query, key = m.query(torch.cat([s_in, s_out], 1)), torch.cat([t_in, t_out], 1) / m.embedding_std
     a = slow_dwa.attention(query.tolist(), key.tolist())
     back = slow_dwa.attention(key.tolist(), query.tolist())
-    mixed = torch.tensor(a) @ m.t2s(hidden / sizes.hidden_std + t_out / sizes.embedding_std)
+    mixed = torch.tensor(a) @ m.t2s(hidden / m.hidden_std + t_out / m.embedding_std)
     mixed_back = torch.tensor(back) @ m.s2t(states)
     projected, own = (mixed @ d.head.T).tolist(), (states @ d.head.T).tolist()
     theirs, projected_back = (hidden @ head.T).tolist(), (mixed_back @ head.T).tolist()
     gates = [max(slow_dwa.softmax(z)) for z in projected]
     w_s = slow_dwa.student_weights([slow_dwa.entropy(z) for z in own], gates, "gate_before")
-    w_t = slow_dwa.teacher_weights(d.teacher["entropy"].tolist(), sizes.vocab_size)
+    w_t = slow_dwa.teacher_weights(d.teacher["entropy"].tolist(), made.cache.sizes.vocab_size)
     penalty = slow_dwa.band(a, 5.0, 2.0, 0.7, 1.0)
 
     def divergence(x: Tensor, y: Tensor) -> float:
@@ -257,6 +257,9 @@ def dwa_document(made: Ready, d: Alone) -> dict[str, float]:
 @torch.no_grad()
 def test_dwa_is_the_loops_over_predictions_of_single_documents() -> None:
     made, batch = ready("dwa")
+    module, sizes = made.distiller.losses["dwa"], made.cache.sizes
+    assert (module.hidden_std, module.embedding_std) == (sizes.hidden_std, sizes.embedding_std)
+    module.hidden_std, module.embedding_std = 3.0, 0.5  # those of the tiny teacher are too near to 1
 
     found = terms_of(made.distiller, batch)
 
@@ -308,6 +311,17 @@ def test_each_term_teaches_what_the_paper_lets_it_teach_and_nothing_else(name: s
     found[term].total.backward()
 
     assert reached(made.distiller) == REACHES[name]
+
+
+def test_the_weights_that_pool_the_students_spans_are_constants() -> None:
+    """MTA eq. 8 with w detached, as in the authors' code."""
+    made, batch = ready("mta")
+    hidden_BSd = torch.randn(*batch.student_ids_BS.shape, 16, requires_grad=True)
+
+    weights_BS = made.distiller.losses["mta"]._token_weights(hidden_BSd, batch.student_valid_BS)
+
+    assert not weights_BS.requires_grad
+    torch.testing.assert_close(weights_BS.sum(1), torch.ones(len(ROWS)))
 
 
 @pytest.mark.parametrize("loss", ALL)

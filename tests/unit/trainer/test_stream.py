@@ -18,6 +18,7 @@ from tiny_models import Tiny, tiny_cache
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.manifest import Manifest, Plan, read_record, sealed, to_json
 from xkd_schemas.teacher import Signal, signal_named
+from xkd_trainer import stream
 from xkd_trainer.batch import Batch, Level, blank, gather_rows
 from xkd_trainer.cache import Cache, find_student
 from xkd_trainer.stream import batch_of, inside_any, pad, prefetched
@@ -253,6 +254,47 @@ def test_gathered_rows_are_the_indexed_ones() -> None:
     assert torch.equal(gather_rows(states_BLD, index_BN), torch.stack([states_BLD[b, index_BN[b]] for b in range(2)]))
 
 
+# Rows that no tiny document has
+
+
+def aligned(student_spans: list[Any], teacher_spans: list[Any]) -> dict[str, Any]:
+    """Four tokens on both sides, all targets."""
+
+    def side(name: str, spans: list[Any]) -> Any:
+        return {name: np.array(spans, np.int32).reshape(-1, 2), "targets": np.ones(4, np.bool_)}
+
+    student = side("student_spans", student_spans) | side("teacher_spans", teacher_spans)
+    return stream._alignment_arrays(student, {"targets": np.ones(4, np.bool_)}, 7)
+
+
+def test_a_first_token_that_nothing_predicts_is_a_span_and_no_pair() -> None:
+    found = aligned([(0, 1), (1, 2), (2, 4)], [(0, 1), (1, 2), (2, 3)])
+
+    assert found["span_student_BK2"].tolist() == [[0, 1], [1, 2], [2, 4]]
+    assert found["pairs_BE2"].tolist() == [[0, 0]]
+    assert aligned([(0, 1)], [(1, 2)])["pairs_BE2"].tolist() == []
+    assert aligned([(1, 2)], [(0, 1)])["pairs_BE2"].tolist() == []
+
+
+@pytest.mark.parametrize(("student", "teacher"), [((3, 5), (0, 1)), ((0, 1), (4, 5))])
+def test_a_span_outside_its_tokens_is_bad_data(student: Any, teacher: Any) -> None:
+    with pytest.raises(BadData, match=r"row 7: an aligned span lies outside the tokens of its document"):
+        aligned([student], [teacher])
+
+
+def test_a_span_without_a_token_on_one_side_is_not_valid() -> None:
+    signal = Signal("span_mass", 2, "word")
+    ranges = np.array([[0, 1], [1, 1], [1, 2]])
+    sample = {"student": ranges, "seen": ranges[:, 1] > ranges[:, 0]}
+    sample |= {"in_phrase": np.ones(3, np.bool_), "in_target": np.ones(3, np.bool_)}
+    arrays = {f"level word {name}": values for name, values in sample.items()}
+    arrays["level span_mass@2:word"] = np.array([0.5, 0.5, 0.0], np.float32)
+
+    level = stream._level(2, "word", [arrays], frozenset({signal}))
+
+    assert level.valid_BU.tolist() == [[True, False, False]]
+
+
 # Caches that do not fit together
 
 
@@ -383,10 +425,10 @@ def test_an_error_of_the_producer_is_raised_after_the_items_before_it() -> None:
         yield 1
         raise BadData("row 7 is gone")
 
-    stream = prefetched(produce)
-    assert next(stream) == 1
+    items = prefetched(produce)
+    assert next(items) == 1
     with pytest.raises(BadData, match="row 7 is gone"):
-        next(stream)
+        next(items)
 
     assert_no_thread_is_left()
 
@@ -395,9 +437,9 @@ def test_a_consumer_that_stops_early_stops_the_thread() -> None:
     def produce() -> Iterator[int]:
         yield from iter(int, 1)  # zeros, for ever
 
-    stream = prefetched(produce)
-    assert next(stream) == 0
-    stream.close()  # type: ignore[attr-defined]
+    items = prefetched(produce)
+    assert next(items) == 0
+    items.close()  # type: ignore[attr-defined]
 
     assert_no_thread_is_left()
 
