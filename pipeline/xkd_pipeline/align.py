@@ -130,6 +130,7 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSettings
         "teacher_root": teachers.manifest.root,
         "encoder": encoder.identity(),
     }
+    encoder.encode(document_at(documents[0]))  # refuses a template that does not fit before anything is begun
     store = Store(root, f"students/{name}", spec, documents_units(documents))
     stage = AlignStage(root=root, folder=store.folder, teacher=f"teachers/{teacher}", settings=settings)
 

@@ -149,6 +149,7 @@ def make_teacher(
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
     }
+    encoder_of(settings).encode(document_at(documents[0]))  # refuses a misfit template before anything is begun
     store = Store(root, f"teachers/{name}", spec, documents_units(documents))
     stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns)
     constants = constants_of(model)
