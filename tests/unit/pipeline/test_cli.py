@@ -429,6 +429,8 @@ def slowly(self, record):
     time.sleep(0.25)
 store.Store.commit = slowly
 sys.argv[0] = "xkd-cache"
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 cli.main()
 """
 """xkd-cache that takes a breath behind every shard, so that a signal finds it at work."""
