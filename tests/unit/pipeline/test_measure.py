@@ -61,8 +61,9 @@ def test_pieces_of_logits_give_the_same_predictions_as_the_whole(monkeypatch: py
         for column, values in theirs.items():
             assert len(values) == count
             np.testing.assert_allclose(ours[column], values, rtol=1e-6)
-    expected_NV = head(hidden_BLD[0, :3])
-    assert whole[0]["argmax"].tolist() == expected_NV.argmax(-1).tolist()
+    for row, before_ND in zip(whole, (hidden_BLD[0, :3], hidden_BLD[1, :1]), strict=True):
+        np.testing.assert_allclose(row["logsumexp"], head(before_ND).logsumexp(-1), rtol=1e-5)
+        assert row["argmax"].tolist() == head(before_ND).argmax(-1).tolist()
 
 
 def test_the_geometry_is_the_upper_triangle_row_by_row() -> None:
