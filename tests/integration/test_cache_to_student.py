@@ -64,12 +64,12 @@ def finished(process: "subprocess.Popen[str]") -> str:
 def flags(root: Path, out: Path, **changed: Any) -> list[str]:
     """A run of xkd-train on the cache in `root`; what it does not say is as in `settings_like_flags`."""
     given = {"shards": root / "cache", "student": root / "student", "loss": ALL, "out": out, "steps": 4, **changed}
-    given = {"batch_size": 5, "lr": 1e-4, "projector_lr": 1e-4, **given}
+    given = {"batch_size": 23, "lr": 1e-4, "projector_lr": 1e-4, **given}
     return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def settings_like_flags(out: Path) -> Any:
-    run = tiny.tiny_cache().run(out=str(out), loss=ALL, steps=4, batch_size=5, lr=1e-4, projector_lr=1e-4)
+    run = tiny.tiny_cache().run(out=str(out), loss=ALL, steps=4, batch_size=23, lr=1e-4, projector_lr=1e-4)
     return run.model_copy(update={"train": run.train.model_copy(update={"log_every": 1, "warmup_ratio": 0.05})})
 
 
@@ -143,8 +143,8 @@ def lines(out: Path) -> list[Mapping[str, float]]:
 
 
 def test_two_processes_train_the_student_that_one_trains(tmp_path: Path, reference: Path) -> None:
-    """Five documents a step, cut into micro-batches of two: one process has a batch more than the other."""
-    changed = {"micro_batch_size": 2, "save_every": 2}
+    """Steps of 23 documents and of one, of which the second process has none."""
+    changed = {"micro_batch_size": 8, "save_every": 2}
     extra = ("--set", "train.log_every=1")
 
     ranks(2, *flags(tiny.tiny_cache().root, tmp_path / "two", **changed), *extra)

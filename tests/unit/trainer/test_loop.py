@@ -135,6 +135,13 @@ def test_gradients_are_clipped_before_the_update_and_logged_before_clipping(tmp_
     assert metrics(tmp_path / "tight")[0]["grad_norm"] == metrics(tmp_path / "free")[0]["grad_norm"] > 0.1
 
 
+def test_each_step_starts_from_no_gradient(tmp_path: Path) -> None:
+    train(run(tmp_path, loss=ALL, steps=3, batch_size=24, lr=1e-12, projector_lr=1e-12), quiet=True)
+
+    norms = [line["grad_norm"] for line in metrics(tmp_path)]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-3)
+
+
 def test_mixed_precision_trains_about_the_same(tmp_path: Path) -> None:
     train(run(tmp_path / "full", loss=ALL, steps=2), quiet=True)
     AcceleratorState._reset_state(reset_partial_state=True)
