@@ -112,10 +112,10 @@ def losses(as_json: JsonOption = False) -> None:
 
     Example: xkd-train losses
     """
-    from xkd_trainer.methods import LOSSES
+    from xkd_trainer.methods import loss_named, loss_names
     from xkd_trainer.methods.declaration import describe_loss
 
-    described = {name: describe_loss(declaration) for name, declaration in LOSSES.items()}
+    described = {name: describe_loss(loss_named(name)) for name in loss_names()}
     if as_json:
         say_json(described)
         return

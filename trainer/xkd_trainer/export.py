@@ -13,10 +13,13 @@ from transformers import PreTrainedModel
 from xkd_schemas.files import disk_errors, replace
 
 PROVENANCE = "xkd.json"
+UNFINISHED = "xkd-unfinished.json"
+"""Names the run while its student is being saved."""
 
 
 def export_student(out: Path, student: PreTrainedModel, tokenizer: Any, fingerprint: Mapping[str, Any]) -> None:
     """Save weights (safetensors), configuration, tokenizer, and last `xkd.json`, the mark of a finished folder."""
+    replace(out / UNFINISHED, json.dumps({"run": dict(fingerprint)}).encode())
     with disk_errors(out):
         student.generation_config.eos_token_id = tokenizer.eos_token_id
         student.generation_config.pad_token_id = (
@@ -33,11 +36,21 @@ def export_student(out: Path, student: PreTrainedModel, tokenizer: Any, fingerpr
         },
     }
     replace(out / PROVENANCE, (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
+    with disk_errors(out):
+        (out / UNFINISHED).unlink()
 
 
 def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
     """True where `out` holds the finished student of exactly this run."""
-    path = out / PROVENANCE
+    return _names_run(out / PROVENANCE, fingerprint)
+
+
+def was_exporting(out: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """True where exactly this run was stopped while it saved its student to `out`."""
+    return _names_run(out / UNFINISHED, fingerprint)
+
+
+def _names_run(path: Path, fingerprint: Mapping[str, Any]) -> bool:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

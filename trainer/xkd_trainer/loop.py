@@ -16,7 +16,7 @@ from xkd_schemas.runfile import RunFile, TrainSection
 from xkd_schemas.terminal import Progress, say, warn
 from xkd_trainer.batch import Batch, blank
 from xkd_trainer.checkpoint import Snapshot, newest, save
-from xkd_trainer.export import export_student, is_finished
+from xkd_trainer.export import export_student, is_finished, was_exporting
 from xkd_trainer.metrics import Metrics
 from xkd_trainer.order import Order
 from xkd_trainer.setup import Ready, set_up
@@ -109,7 +109,7 @@ class _Run:
         for line in skipped:
             warn(line)
         if snapshot is None:
-            if (self.out / "model.safetensors").exists():
+            if (self.out / "model.safetensors").exists() and not was_exporting(self.out, self.fingerprint):
                 raise Mismatch(f"{self.out} holds a student of another run", next="choose another --out")
             torch.manual_seed(self.settings.seed + 2)
             return 0
@@ -149,6 +149,8 @@ class _Run:
                 seen.add(terms, counts)
                 if (step + 1) % self.settings.log_every == 0 or step + 1 == self.total:
                     last = seen.means()
+                    if main and (idle := seen.idle()):
+                        warn(f"step {step + 1}: nothing qualified for {', '.join(idle)} since the last logged step")
                     if metrics is not None:
                         metrics.write(step=step + 1, grad_norm=norm, lr=self._lr(), **last, **seen.totals())
                     seen = _Window()
@@ -244,6 +246,10 @@ class _Window:
 
     def means(self) -> dict[str, float]:
         return {name: value / self.steps for name, value in self.sums.items()}
+
+    def idle(self) -> list[str]:
+        """Terms that nothing qualified for."""
+        return sorted(name for name, count in self.counts.items() if count == 0)
 
     def totals(self) -> dict[str, float]:
         return {f"{name}.count": round(value, 6) for name, value in self.counts.items()}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
 
 import tiny_models as tiny
 from xkd_schemas.errors import BadData, Mismatch, NonFinite, UsageError
@@ -286,6 +287,39 @@ def test_a_folder_with_the_student_of_another_run_is_left_alone(tmp_path: Path) 
     with pytest.raises(Mismatch, match=r"holds a student of another run.*choose another --out"):
         train(run(tmp_path, steps=2), quiet=True)
     assert contents(tmp_path) == before
+
+
+def test_a_run_stopped_while_saving_its_student_finishes_when_it_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(run(tmp_path, steps=1), quiet=True)
+    assert (tmp_path / "model.safetensors").exists()
+
+    with pytest.raises(Mismatch, match="holds a student of another run"):
+        train(run(tmp_path, steps=2), quiet=True)
+    assert train(run(tmp_path, steps=1), quiet=True).steps == 1
+    assert not list(tmp_path.glob("*unfinished*"))
+
+
+def test_terms_that_nothing_qualified_for_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(cache: Any, rows: Sequence[int], wanted: Any) -> Batch:
+        batch = batch_of(cache, rows, wanted)
+        return replace(batch, span_valid_BK=torch.zeros_like(batch.span_valid_BK))
+
+    monkeypatch.setattr(loop, "batch_of", nothing)
+    train(run(tmp_path, loss="sra", steps=2, log_every=2), quiet=True)
+
+    said = capsys.readouterr().err
+    assert "step 2: nothing qualified for sra.cos, sra.geo, sra.kd since the last logged step" in said
+    assert "ce.ce" not in said
 
 
 # What is not finite
