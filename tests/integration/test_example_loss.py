@@ -1,0 +1,68 @@
+"""docs/adding-a-loss.md: the example is installed as a package, listed, captured for, and trained with."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import small_cache
+from xkd_trainer.losses.term import LossTerm
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "example-loss"
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, *command, "--target", folder, EXAMPLE], check=True, capture_output=True)
+    return folder
+
+
+def xkd(site: Path, *command: str | Path) -> str:
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([BIN / command[0], *command[1:]], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_is_listed_with_its_settings_and_needs(installed: Path) -> None:
+    listed = json.loads(xkd(installed, "xkd-train", "losses", "--json"))
+
+    assert listed["sureness"]["needs"] == ["entropy"]
+    assert listed["sureness"]["settings"] == {"scale": 1.0}
+    assert "ce" in listed
+
+
+def test_capture_stores_what_it_needs_and_a_student_is_trained(installed: Path, tmp_path: Path) -> None:
+    made = small_cache.made()
+    cache = small_cache.copied(tmp_path)
+    student = small_cache.gpt2(tmp_path / "gpt2")
+    teacher = ["--model", made / "teacher", "--for", "sureness", "--name", "sure", "--dtype", "float32"]
+    xkd(installed, "xkd-cache", "teacher", cache, *teacher)
+    xkd(installed, "xkd-cache", "align", cache, "--student", student, "--teacher", "sure", "--name", "G")
+    loss = ["--loss", "ce=0,sureness=1", "--set", "losses.sureness.scale=2", "--steps", "12", "--lr", "2e-3"]
+    xkd(installed, "xkd-train", "--shards", cache, "--student", student, "--student-table", "G", *loss,
+        "--set", "train.log_every=1", "--out", tmp_path / "out")  # fmt: skip
+
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    assert all(line["sureness.entropy.count"] > 0 for line in lines)
+    assert lines[-1]["sureness.entropy"] < 0.5 * lines[0]["sureness.entropy"]
+
+
+def test_its_gradient_is_that_of_the_plain_formula(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(installed)
+    from xkd_sureness import squared_gaps
+
+    student_E = torch.tensor([0.3, 2.0, 1.5], dtype=torch.float64, requires_grad=True)
+    made: LossTerm = squared_gaps(student_E, torch.tensor([0.1, 2.5, 1.5], dtype=torch.float64), 0.5)
+
+    assert torch.allclose(made.total, torch.tensor((0.2**2 + 0.5**2) / 0.25, dtype=torch.float64))
+    made.total.backward()
+    assert torch.allclose(student_E.grad, torch.tensor([1.6, -4.0, 0.0], dtype=torch.float64))
