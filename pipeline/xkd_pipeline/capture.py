@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from xkd_pipeline.measure import Reading, padded, signals_of
+from xkd_schemas.codecs import PLAIN
 from xkd_schemas.errors import BadData
 from xkd_schemas.teacher import Signal
 from xkd_trainer.attention import install
@@ -25,6 +26,8 @@ class TeacherSettings:
     max_tokens: int = 1024
     """A longer document is cut at a word border."""
     dtype: str = "bfloat16"
+    codec: str = PLAIN
+    """How wide signals are stored; see xkd_schemas.codecs."""
     batch_tokens: int = 4096
     """Tokens of a forward pass, padding included; a longer document runs alone."""
     pad_multiple: int = 8
@@ -62,7 +65,7 @@ def capture(
         BadData: The teacher's states are not finite.
     """
     width = model.get_input_embeddings().weight.shape[1]
-    empty = {s.column: np.zeros((0, width) if s.kind.wide else 0) for s in wanted}
+    empty = {s.column: np.zeros((0, width), np.uint16) if s.kind.wide else np.zeros(0) for s in wanted}
     captured: list[dict[str, Any]] = [empty] * len(readings)
     layers = sorted({s.layer for s in wanted if s.layer is not None})
     attention = any(s.name == "attention_last" for s in wanted)

@@ -104,6 +104,7 @@ def teacher(
     phrase_layers: Annotated[str | None, typer.Option(help="Teacher layers read on phrases, e.g. 22,30.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    codec: Annotated[str | None, typer.Option(help="bf16, bf16-planes (exact) or int8.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a forward pass.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one worker.")] = None,
     workers: WorkersOption = None,
@@ -120,6 +121,7 @@ def teacher(
         "cache": str(cache), "teacher.model": model, "teacher.losses": _names(losses), "teacher.name": name,
         "teacher.template": template, "teacher.word_layers": _numbers(word_layers),
         "teacher.phrase_layers": _numbers(phrase_layers), "teacher.max_tokens": max_tokens, "teacher.dtype": dtype,
+        "teacher.codec": codec,
         "teacher.batch_tokens": batch_tokens, "teacher.threads": threads, "workers": workers,
     }  # fmt: skip
     run = _run_of(None, sets, flags)
@@ -209,6 +211,22 @@ def status(cache: CacheArgument, as_json: JsonOption = False) -> None:
     for state in states:
         done = "finished" if state["sealed"] else f"{state['done']} of {state['units']} shards done"
         say(f"{state['table']}: {done}, {state['documents']} documents, {state['bytes'] / 1e6:.1f} MB")
+
+
+@app.command()
+def report(
+    cache: CacheArgument,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    as_json: JsonOption = False,
+) -> None:
+    """Write one offline HTML page about a cache: contents, provenance, alignment, rejects, worst documents.
+
+    Example: xkd-cache report cache/ --out report.html
+    """
+    from xkd_pipeline.report_page import write_report
+
+    values = write_report(cache, out)
+    _tell(Outcome(line=f"report: {out}, {values['tables']} tables", values=values), as_json)
 
 
 def _names(text: str) -> list[str]:

@@ -87,6 +87,7 @@ def teacher_stage(run: RunFile, workers: Workers) -> Outcome:
         template=t.template,
         max_tokens=t.max_tokens,
         dtype=t.dtype,
+        codec=t.codec,
         batch_tokens=t.batch_tokens,
         threads=t.threads,
     )
@@ -100,10 +101,10 @@ def teacher_stage(run: RunFile, workers: Workers) -> Outcome:
     size = sum(c.size for c in m.commits)
     tokens = m.count("tokens")
     kept = ", ".join(m.spec["signals"])
-    line = (
-        f"{tokens} tokens, {size / 1e6:.1f} MB ({size / max(1, tokens):.0f} bytes a token), kept: {kept}{_unusable(m)}"
-    )
-    return _outcome(built, line, {"tokens": tokens, "bytes": size, "signals": list(m.spec["signals"])})
+    line = f"{tokens} tokens, {size / 1e6:.1f} MB ({size / max(1, tokens):.0f} bytes a token), kept: {kept}"
+    line += _codec_error(m) + _unusable(m)
+    values = {"tokens": tokens, "bytes": size, "signals": list(m.spec["signals"])}
+    return _outcome(built, line, values | {"codec_error": m.constants.get("codec_error", {})})
 
 
 def align_stage(run: RunFile, workers: Workers, *, teacher: str = "") -> Outcome:
@@ -133,6 +134,16 @@ def _outcome(built: Built, line: str, values: dict[str, Any]) -> Outcome:
     made = f"{built.made} shards made, {built.kept} reused" if built.made else f"all {built.kept} shards reused"
     common = {"table": m.table, "documents": m.rows, "made": built.made, "reused": built.kept, "root": m.root}
     return Outcome(line=f"{m.table}: {line}; {made}", values={**common, **values})
+
+
+def _codec_error(manifest: Any) -> str:
+    """What the codec cost, in words; nothing where signals are stored as they are."""
+    error = manifest.constants.get("codec_error")
+    if not error:
+        return ""
+    worst = max((value for name, value in error.items() if name != "kl_nats"), default=0.0)
+    kl = f", next-token KL {error['kl_nats']:.2g} nats" if "kl_nats" in error else ""
+    return f"; codec {manifest.spec['codec']}: largest relative error {worst:.2g}{kl}"
 
 
 def _unusable(manifest: Any) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from xkd_pipeline.build import Built, build
 from xkd_pipeline.capture import TeacherSettings, capture
+from xkd_pipeline.coded import codec_error, coded
 from xkd_pipeline.columns import documents_units, token_columns, token_counts
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.measure import Reading
@@ -19,13 +20,14 @@ from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_pipeline.teacher_files import constants_of, export, moments, std_of, weights_identity
 from xkd_schemas.alignment_batch import token_ranges_all
+from xkd_schemas.codecs import PLAIN
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import UsageError
 from xkd_schemas.manifest import Commit
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, teacher_schema
 from xkd_trainer.forward import num_layers
-from xkd_trainer.head import check_head
+from xkd_trainer.head import check_head, head_of
 from xkd_trainer.models import dtype_named, load_model, load_tokenizer
 
 CAPTURE_VERSION: Final = 1
@@ -49,20 +51,24 @@ class TeacherStage:
         encoder = encoder_of(self.settings)
         documents = Table(self.root, "documents")
         wanted = [signal_named(column) for column in self.signals]
-        schema = teacher_schema(wanted, model.get_input_embeddings().weight.shape[1])
+        schema = teacher_schema(wanted, model.get_input_embeddings().weight.shape[1], self.settings.codec)
+        head = head_of(model)
 
         def make(unit: int) -> Commit:
             torch.set_num_threads(self.settings.threads)
             readings = _read(documents, unit, encoder)
             captured = capture(model, readings, wanted, self.settings)
             tokens = [r.tokens for r in readings]
+            stored = coded(captured, wanted, self.settings.codec, head)
             columns = {
                 "doc_id": [documents.shard(unit).row(i)["doc_id"] for i in range(len(tokens))],
                 **token_columns(tokens),
-                **{s.column: [row[s.column] for row in captured] for s in wanted},
+                **stored.columns,
             }
-            totals = Totals(counts=token_counts(documents, unit, tokens), sums=moments(tokens, captured, model))
-            return write_shard(self.folder, unit, schema, columns, totals=totals)
+            sums = moments(tokens, captured, model) | stored.sums
+            totals = Totals(counts=token_counts(documents, unit, tokens), sums=sums)
+            marked = schema.with_metadata({**schema.metadata, **stored.metadata})
+            return write_shard(self.folder, unit, marked, columns, totals=totals)
 
         return make
 
@@ -143,6 +149,7 @@ def make_teacher(
         "encoder": encoder_of(settings).identity(),
         "signals": list(columns),
         "dtype": settings.dtype,
+        "codec": settings.codec,
         "batch_tokens": settings.batch_tokens,
         "pad_multiple": settings.pad_multiple,
         "threads": settings.threads,
@@ -156,7 +163,12 @@ def make_teacher(
 
     def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
         files = export(_teacher(settings), settings.model, store.folder)
-        measured = {"hidden_std": std_of(commits, "hidden"), "embedding_std": std_of(commits, "embedding")}
+        measured: dict[str, Any] = {
+            "hidden_std": std_of(commits, "hidden"),
+            "embedding_std": std_of(commits, "embedding"),
+        }
+        if settings.codec != PLAIN:
+            measured["codec_error"] = codec_error(commits)
         return {**constants, **measured, "template": settings.template}, files
 
     if workers.count:

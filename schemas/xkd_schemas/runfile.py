@@ -51,6 +51,8 @@ class TeacherSection(_Section):
     template: Literal["none", "alpaca", "chat"] = "chat"
     max_tokens: int = Field(default=1024, ge=8)
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    codec: Literal["bf16", "bf16-planes", "int8"] = "bf16"
+    """How states and span vectors are stored; bf16-planes is exact and smaller, int8 half the size."""
     batch_tokens: int = Field(default=4096, ge=8)
     threads: int = Field(default=1, ge=1)
     """CPU threads of one worker."""

@@ -1,29 +1,40 @@
 """Read a sealed table: memory-mapped shards, opened when first needed, every byte checked when first touched."""
 
+import functools
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from xkd_schemas.codecs import CODECS, PLAIN, Codec
 from xkd_schemas.errors import BadData, Mismatch
 from xkd_schemas.files import inside, xxh3_of
 from xkd_schemas.manifest import Commit, Manifest, RecordBatch, is_whole, read_record
 from xkd_schemas.ragged import row_of
 
+Decoder = Callable[[Callable[[str], Any]], Any]
+"""Given a reader of stored columns, the values of one coded column."""
+
 
 class Row:
     """One document of one table; columns are read on demand as views into the mapped shard."""
 
-    __slots__ = ("_batch", "_row")
+    __slots__ = ("_batch", "_decoders", "_row")
 
-    def __init__(self, batch: pa.RecordBatch, row: int) -> None:
+    def __init__(self, batch: pa.RecordBatch, row: int, decoders: Mapping[str, Decoder] | None = None) -> None:
         self._batch = batch
         self._row = row
+        self._decoders = decoders or {}
 
     def __getitem__(self, column: str) -> Any:
+        decoder = self._decoders.get(column)
+        return self.stored(column) if decoder is None else decoder(self.stored)
+
+    def stored(self, column: str) -> Any:
+        """The column as it lies in the shard, before a codec has read it."""
         return row_of(self._batch, column, self._row)
 
 
@@ -49,6 +60,7 @@ class Shard:
         except pa.ArrowInvalid as error:
             raise BadData(f"{path} is not an Arrow IPC file: {error}", next=_AGAIN) from error
         self._batches: dict[int, pa.RecordBatch] = {}
+        self._decoders = _decoders(path, self._file.schema)
         self._ends = np.cumsum([b.rows for b in commit.batches], dtype=np.int64)
 
     @property
@@ -74,7 +86,26 @@ class Shard:
         """Row `row` of this shard."""
         number = int(np.searchsorted(self._ends, row, side="right"))
         first = int(self._ends[number]) - self.commit.batches[number].rows
-        return Row(self.batch(number), row - first)
+        return Row(self.batch(number), row - first, self._decoders)
+
+
+def _decoders(path: Path, schema: pa.Schema) -> dict[str, Decoder]:
+    """The coded columns of a shard; columns stored as they are have no decoder."""
+    found: dict[str, Decoder] = {}
+    for field in schema:
+        name = (field.metadata or {}).get(b"codec", b"").decode()
+        if name in CODECS and name != PLAIN:
+            found[field.name] = functools.partial(_decoded, path, CODECS[name], field.name, schema.metadata or {})
+    return found
+
+
+def _decoded(
+    path: Path, codec: Codec, column: str, metadata: Mapping[bytes, bytes], read: Callable[[str], Any]
+) -> Any:
+    try:
+        return codec.decode(column, read, metadata)
+    except BadData as error:
+        raise BadData(f"{path}: {error}", next=_AGAIN) from error
 
 
 _AGAIN = "run the same xkd-cache command again: it makes only what is missing or damaged"

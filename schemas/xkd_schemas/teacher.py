@@ -14,6 +14,7 @@ from typing import Final, Literal
 
 import pyarrow as pa
 
+from xkd_schemas.codecs import CODECS, PLAIN
 from xkd_schemas.documents import flat_list
 from xkd_schemas.errors import UsageError
 from xkd_schemas.tokens import TOKEN_FIELDS
@@ -100,13 +101,18 @@ _ARROW: Final[dict[Dtype, pa.DataType]] = {
 }
 
 
-def teacher_schema(signals: Iterable[Signal], width: int) -> pa.Schema:
-    """Arrow schema of a teacher table: tokens, then one column for each signal in sorted order."""
+def teacher_schema(signals: Iterable[Signal], width: int, codec: str = PLAIN) -> pa.Schema:
+    """Arrow schema of a teacher table: tokens, then the columns of each signal in sorted order.
+
+    `codec` (see codecs.py) is that of the wide bfloat16 signals.
+    """
     fields = list(TOKEN_FIELDS)
     for signal in sorted(set(signals), key=lambda s: s.column):
-        item = _ARROW[signal.kind.dtype]
         if signal.kind.wide:
-            item = pa.list_(pa.field("item", item, nullable=False), width)
-        codec = {b"codec": signal.kind.dtype.encode(), b"per": signal.kind.per.encode()}
-        fields.append(pa.field(signal.column, flat_list(item), nullable=False, metadata=codec))
+            columns, written = CODECS[codec].fields(signal.column, width), codec
+        else:
+            columns, written = [(signal.column, flat_list(_ARROW[signal.kind.dtype]))], str(signal.kind.dtype)
+        for name, kind in columns:
+            about = {b"codec": written.encode(), b"per": signal.kind.per.encode()} if name == signal.column else None
+            fields.append(pa.field(name, kind, nullable=False, metadata=about))
     return pa.schema(fields, metadata={b"xkd_table": b"teachers", b"xkd_schema": str(TEACHERS_VERSION).encode()})

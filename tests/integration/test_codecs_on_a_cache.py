@@ -1,0 +1,109 @@
+"""A teacher captured with each codec: what is read back, what the manifest says it cost, and the loss it gives."""
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import small_cache
+from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_schemas.codecs import numbers_of
+from xkd_schemas.errors import Mismatch
+from xkd_schemas.manifest import Manifest, read_record
+from xkd_schemas.table import Table
+
+
+@functools.cache
+def captured() -> Path:
+    """The small cache with one more teacher and student table for each codec that changes bytes."""
+    made = small_cache.made()
+    cache = Path(shutil.copytree(made / "cache", Path(tempfile.mkdtemp(prefix="xkd-codecs-")) / "cache"))
+    for codec in ("bf16-planes", "int8"):
+        run = run_with(cache, codec)
+        teacher_stage(run, small_cache.IN_PROCESS)
+        align_stage(run, small_cache.IN_PROCESS, teacher=codec)
+    return cache
+
+
+def run_with(cache: Path, name: str, codec: str = "") -> Any:
+    made = small_cache.made()
+    settings = {"model": str(made / "teacher"), "name": name, "codec": codec or name}
+    return small_cache.run_file(
+        cache, teacher=settings, student={"tokenizer": str(made / "student"), "name": f"S-{name}"}
+    )
+
+
+def tables() -> tuple[Table, Table, Table]:
+    return tuple(Table(captured(), f"teachers/{name}") for name in ("T", "bf16-planes", "int8"))  # type: ignore[return-value]
+
+
+def wide(table: Table) -> list[str]:
+    return [c for c in table.manifest.spec["signals"] if c.startswith(("hidden", "span_vectors"))]
+
+
+def test_planes_give_the_same_bits_in_every_row_and_column() -> None:
+    plain, planes, _ = tables()
+    assert wide(plain)
+    for row in range(len(plain)):
+        for column in wide(plain):
+            assert np.array_equal(plain[row][column], planes[row][column]), (row, column)
+    assert set(planes.manifest.constants["codec_error"].values()) == {0.0}
+
+
+def test_int8_errs_as_much_as_the_manifest_says() -> None:
+    plain, _, coded = tables()
+    error = coded.manifest.constants["codec_error"]
+    for column in wide(plain):
+        lost = kept = 0.0
+        for row in range(len(plain)):
+            exact, got = (numbers_of(t[row][column]).astype(float) for t in (plain, coded))
+            lost, kept = lost + np.square(exact - got).sum(), kept + np.square(exact).sum()
+        assert 0 < error[column] < 0.03
+        assert error[column] == pytest.approx(np.sqrt(lost / kept), rel=1e-9)
+    assert 0 < error["kl_nats"] < 1e-3
+
+
+def test_int8_tables_are_smaller_and_say_what_they_are() -> None:
+    plain, planes, coded = tables()
+    sizes = [sum(c.size for c in t.manifest.commits) for t in (plain, planes, coded)]
+    assert sizes[2] < sizes[0]
+    assert [t.manifest.spec["codec"] for t in (plain, planes, coded)] == ["bf16", "bf16-planes", "int8"]
+
+
+def test_the_rest_of_the_row_is_the_same_under_every_codec() -> None:
+    plain, *others = tables()
+    narrow = [c for c in (*plain.manifest.spec["signals"], "token_ids", "targets") if c not in wide(plain)]
+    for other in others:
+        for row in range(len(plain)):
+            for column in narrow:
+                assert np.array_equal(plain[row][column], other[row][column]), (row, column)
+
+
+def test_a_table_begun_with_another_codec_is_refused_by_name() -> None:
+    with pytest.raises(Mismatch, match="codec: cache has int8, this run has bf16"):
+        teacher_stage(run_with(captured(), "int8", codec="bf16"), small_cache.IN_PROCESS)
+
+
+def test_losses_from_int8_are_close_to_those_from_bf16(tmp_path: Path) -> None:
+    from xkd_trainer.loop import train
+
+    tokenizer = small_cache.made() / "student"
+    terms = {}
+    for table in ("S", "S-bf16-planes", "S-int8"):
+        run = small_cache.run_file(
+            captured(), student={"model": "new:llama,layers=2,width=16", "tokenizer": str(tokenizer)},
+            train={"loss": "ce=1,mta=1,sra=0.1,dwa=0.5", "steps": 1, "batch_size": 12, "out": str(tmp_path / table)},
+        )  # fmt: skip
+        terms[table] = train(run, student_table=table, quiet=True).terms
+    assert terms["S-bf16-planes"] == terms["S"]
+    for name, value in terms["S"].items():
+        assert terms["S-int8"][name] == pytest.approx(value, rel=0.02, abs=1e-3), name
+
+
+def test_the_manifest_without_a_codec_has_no_error() -> None:
+    manifest = read_record(captured() / "teachers" / "T" / "manifest.json", Manifest)
+    assert "codec_error" not in manifest.constants

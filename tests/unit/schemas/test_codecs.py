@@ -1,0 +1,107 @@
+"""Codecs: exact where they say so, bounded where they do not, and nothing silent in between."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xkd_schemas.codecs import CODECS, Bits, Encoded, bits_of, numbers_of, squared_error
+from xkd_schemas.errors import BadData
+from xkd_schemas.ragged import batch_of, row_of
+
+ROWS = st.tuples(st.integers(1, 9), st.lists(st.integers(0, 6), max_size=5), st.integers(0, 2**32 - 1))
+
+
+def finite_rows(width: int, lengths: list[int], seed: int) -> list[Bits]:
+    """bfloat16 of very different channels; some channels constant, some a thousand times the others."""
+    rng = np.random.default_rng(seed)
+    spread = rng.choice([0.0, 0.01, 1.0, 1000.0], width)
+    centre = rng.choice([0.0, -3.0, 500.0], width)
+    return [bits_of((rng.standard_normal((n, width)) * spread + centre).astype(np.float32)) for n in lengths]
+
+
+def stored(name: str, rows: list[Bits], width: int) -> list[Bits]:
+    """Written as Arrow and read back."""
+    codec = CODECS[name]
+    encoded = codec.encode("h", rows)
+    schema = pa.schema([pa.field(n, kind, nullable=False) for n, kind in codec.fields("h", width)])
+    batch = batch_of(schema, encoded.columns)
+    return [codec.decode("h", lambda n, i=i: row_of(batch, n, i), encoded.metadata) for i in range(len(rows))]
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16-planes"])
+@given(ROWS)
+@settings(max_examples=60, deadline=None)
+def test_lossless_codecs_keep_every_bit(name: str, shape: tuple[int, list[int], int]) -> None:
+    width, lengths, seed = shape
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(0, 2**16, (n, width), dtype=np.uint16) for n in lengths]  # NaN, infinity, denormals too
+    for row, again in zip(rows, stored(name, rows, width), strict=True):
+        assert again.dtype == np.uint16
+        assert np.array_equal(row, again)
+
+
+@given(ROWS)
+@settings(max_examples=60, deadline=None)
+def test_int8_is_within_half_a_step_of_its_channel_and_token(shape: tuple[int, list[int], int]) -> None:
+    width, lengths, seed = shape
+    rows = finite_rows(width, lengths, seed)
+    every = np.concatenate([numbers_of(r) for r in rows]) if rows else np.zeros((0, width), np.float32)
+    spread = every.std(0) if len(every) else np.zeros(width)
+    for row, again in zip(rows, stored("int8", rows, width), strict=True):
+        exact, got = numbers_of(row).astype(float), numbers_of(again).astype(float)
+        if not len(exact):
+            continue
+        reach = np.max(np.abs(exact - every.mean(0)) / np.where(spread > 0, spread, 1.0), -1, keepdims=True)
+        step = reach / 127 * np.where(spread > 0, spread, 1.0)
+        assert np.all(np.abs(exact - got) <= 0.51 * step + 0.005 * np.abs(exact) + 1e-5)
+
+
+def test_int8_beats_one_scale_a_token_where_a_channel_is_large() -> None:
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((400, 64)).astype(np.float32)
+    states[:, 3] += 300.0
+    rows = [bits_of(states)]
+    scale = np.abs(states).max(-1, keepdims=True) / 127
+    plain = [bits_of(np.rint(states / scale) * scale)]
+    quiet = np.delete(np.arange(64), 3)
+
+    lost, _ = squared_error([rows[0][:, quiet]], [stored("int8", rows, 64)[0][:, quiet]])
+    lost_plain, _ = squared_error([rows[0][:, quiet]], [plain[0][:, quiet]])
+    assert lost < lost_plain / 1000
+
+
+def test_planes_are_smaller_on_states_as_models_make_them() -> None:
+    rng = np.random.default_rng(0)
+    rows = [bits_of(rng.standard_normal((200, 256)).astype(np.float32)) for _ in range(4)]
+    columns = CODECS["bf16-planes"].encode("h", rows).columns
+    size = sum(np.asarray(part).nbytes for column in columns.values() for part in column)
+    assert size < 0.72 * sum(row.nbytes for row in rows)
+
+
+def damaged(encoded: Encoded, column: str, value: object) -> dict[str, object]:
+    return {name: rows[0] for name, rows in encoded.columns.items()} | {column: value}
+
+
+def test_parts_that_do_not_fit_are_named() -> None:
+    row = bits_of(np.ones((3, 4), np.float32))
+    planes, whole = CODECS["bf16-planes"], CODECS["int8"]
+    made = planes.encode("h", [row])
+    for bad in (np.zeros(0, np.uint8), np.frombuffer(b"no zstd at all", np.uint8)):
+        with pytest.raises(BadData, match=r"column h: (its exponents cannot be unpacked|\d+ exponents)"):
+            planes.decode("h", damaged(made, "h.exponents", bad).__getitem__, made.metadata)
+    made = whole.encode("h", [row])
+    with pytest.raises(BadData, match="lacks its centre or spread"):
+        whole.decode("h", damaged(made, "h", row).__getitem__, {})
+    with pytest.raises(BadData, match="2 scales"):
+        whole.decode("h", damaged(made, "h.scale", np.ones(2, np.float32)).__getitem__, made.metadata)
+
+
+def test_rounding_to_bfloat16_is_that_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(1)
+    values = (rng.standard_normal(10_000) * 10.0 ** rng.integers(-30, 30, 10_000)).astype(np.float32)
+    values[:3] = 0.0, -0.0, 1.00390625  # half between two
+    theirs = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(bits_of(values), theirs)
