@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xkd_pipeline import cli_look
 from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, only_teacher, teacher_stage
 from xkd_pipeline.stages import preprocess as run_all
@@ -227,6 +228,9 @@ def report(
 
     values = write_report(cache, out)
     _tell(Outcome(line=f"report: {out}, {values['tables']} tables", values=values), as_json)
+
+
+app.command()(cli_look.plan)
 
 
 def _names(text: str) -> list[str]:

@@ -1,0 +1,224 @@
+"""What a cache will need before it is made: bytes, shards, memory, time. Reads a sample and a model's config only.
+
+Sizes are counted, not guessed: the sample is parsed and tokenized as the run would do it, and `size` knows what an
+Arrow file makes of that. What is not in the sample is taken to be like it.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from xkd_pipeline.align import StudentSettings, align_rows
+from xkd_pipeline.budget import way_down
+from xkd_pipeline.columns import token_columns
+from xkd_pipeline.documents import columns_of, units_of
+from xkd_pipeline.empty_model import Sizes, bytes_per_number, sizes_of
+from xkd_pipeline.measure import LOGIT_BYTES
+from xkd_pipeline.sample import Sample, read_sample, reasons
+from xkd_pipeline.shard import ROWS_PER_BATCH
+from xkd_pipeline.size import Counts, body_bytes, counts_of, overhead, signal_bytes
+from xkd_pipeline.spans import ParserSettings, parser_for
+from xkd_pipeline.stages import signals_for
+from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
+from xkd_schemas.encode import Encoder
+from xkd_schemas.runfile import RunFile
+from xkd_schemas.teacher import teacher_schema
+from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, Tokens
+from xkd_trainer.models import load_tokenizer
+
+LIBRARIES: Final = 600 * 2**20
+"""Resident bytes of Python with torch and transformers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """A sample as the teacher reads it."""
+
+    sample: Sample
+    spans: tuple[Spans, ...]
+    tokens: tuple[Tokens, ...]
+    rows_per_shard: int
+
+    @cached_property
+    def counts(self) -> list[Counts]:
+        """What the signals are counted in, one for each document."""
+        pairs = zip(self.tokens, self.spans, strict=True)
+        return [counts_of(tokens, len(spans.words), len(spans.phrases)) for tokens, spans in pairs]
+
+    @cached_property
+    def columns(self) -> dict[str, list[Any]]:
+        """Columns of the documents table, intervals as arrays."""
+        found: dict[str, list[Any]] = columns_of(self.sample.documents, self.spans)
+        for name in ("segments", "words", "phrases"):
+            found[name] = [np.array(pairs, np.int32).reshape(-1, 2) for pairs in found[name]]
+        return found
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a full record batch."""
+        return min(ROWS_PER_BATCH, self.rows_per_shard)
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Shards and record batches of one table."""
+        units = units_of(self.sample.sources, self.rows_per_shard)
+        usable = len(self.sample.documents) / self.sample.rows
+        return len(units), sum(-(-round(unit.rows * usable) // ROWS_PER_BATCH) for unit in units)
+
+    def of_corpus(self, number: float) -> int:
+        """A number of the sample for the whole corpus."""
+        return round(number * self.sample.scale)
+
+
+def look_at(run: RunFile, wanted: int) -> Look:
+    """Read, parse and tokenize a sample of at most `wanted` rows; raises as those do."""
+    sample = read_sample(run, wanted)
+    t = run.teacher
+    encoder = Encoder(tokenizer=load_tokenizer(t.model), template=t.template, max_tokens=t.max_tokens)
+    d = run.documents
+    settings = ParserSettings(
+        kind=d.parser, model=d.spacy_model, benepar_model=d.parser_model, max_words=d.max_words,
+        drop_contained=d.drop_contained,
+    )  # fmt: skip
+    parsed = parser_for(settings).parse(sample.documents)
+    spans = tuple(checked_spans(d, s) for d, s in zip(sample.documents, parsed, strict=True))
+    tokens = tuple(encoder.encode_batch(sample.documents))
+    return Look(sample=sample, spans=spans, tokens=tokens, rows_per_shard=run.documents.rows_per_shard)
+
+
+def teacher_parts(run: RunFile, look: Look, model: Sizes) -> dict[str, int]:
+    """Bytes of the corpus's teacher table by column; "tokens" are the shared columns, "frames" all the rest."""
+    signals = signals_for(run, model.layers)
+    schema = teacher_schema(signals, model.width)
+    found = {
+        signal.column: look.of_corpus(signal_bytes(schema.field(signal.column), signal, look.counts, look.batch_rows))
+        for signal in signals
+    }
+    shared = {"doc_id": look.columns["doc_id"], **token_columns(look.tokens)}
+    found["tokens"] = look.of_corpus(body_bytes(pa.schema(TOKEN_FIELDS), shared, look.batch_rows))
+    return {**found, "frames": overhead(schema, *look.shape)}
+
+
+def table_bytes(schema: pa.Schema, columns: dict[str, list[Any]], look: Look) -> int:
+    """Bytes of the corpus's table with these columns of the sample."""
+    return look.of_corpus(body_bytes(schema, columns, look.batch_rows)) + overhead(schema, *look.shape)
+
+
+def student_bytes(run: RunFile, look: Look) -> int | None:
+    """Bytes of the students table; None without a student."""
+    s = run.student
+    name = s.tokenizer or ("" if s.model.startswith("new:") else s.model)
+    if not name:
+        return None
+    encoder = StudentSettings(tokenizer=name, template=s.template, max_tokens=s.max_tokens).encoder()
+    names = list(look.columns)
+    rows: Sequence[Any] = [dict(zip(names, row, strict=True)) for row in zip(*look.columns.values(), strict=True)]
+    return table_bytes(STUDENTS, align_rows(encoder, rows, look.tokens)[1], look)
+
+
+def memory_parts(run: RunFile, look: Look, model: Sizes, teacher: int) -> dict[str, int]:
+    """Estimated peak of one worker of the teacher stage, in bytes."""
+    layers = len({s.layer for s in signals_for(run, model.layers) if s.layer is not None})
+    size = bytes_per_number(run.teacher.dtype)
+    longest = max((c.tokens for c in look.counts), default=0)
+    tokens = max(run.teacher.batch_tokens, longest)
+    return {
+        "libraries": LIBRARIES,
+        "weights": model.weights * size,
+        "states": tokens * (model.width * (size * 8 + 8 * layers) + size * 3 * model.inner + 4 * longest),
+        "logits": 3 * LOGIT_BYTES,
+        "shard": 3 * teacher // max(1, look.shape[0]),
+    }
+
+
+def naive_bytes(tokens: int, layers: int, width: int, classes: int) -> int:
+    """bfloat16 states of so many layers and full bfloat16 logits of so many tokens.
+
+    >>> naive_bytes(1, layers=4, width=4096, classes=152_000)
+    336768
+    """
+    return tokens * 2 * (layers * width + classes)
+
+
+def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | None) -> dict[str, Any]:
+    """Everything `xkd-cache plan` says, as numbers.
+
+    Args:
+        run: Corpus, parser, teacher, losses, and a student if its table is to be counted.
+        sample: Rows to read at most.
+        budget: Bytes that the whole cache may take.
+        rate: Tokens a second of the teacher; None if not known.
+    """
+    model = sizes_of(run.teacher.model)
+    signals_for(run, model.layers)  # refuses an unknown loss or layer before anything is read
+    look = look_at(run, sample)
+    parts = teacher_parts(run, look, model)
+    teacher = sum(parts.values())
+    tokens = look.of_corpus(sum(c.tokens for c in look.counts))
+    fixed = {
+        "documents": table_bytes(DOCUMENTS, look.columns, look),
+        "students": student_bytes(run, look),
+        "files": model.file_numbers * bytes_per_number(run.teacher.dtype),
+    }
+    others = sum(size or 0 for size in fixed.values())
+    layers = sorted({s.layer for s in signals_for(run, model.layers) if s.layer is not None})
+    naive = naive_bytes(tokens, len(layers), model.width, model.classes)
+    memory = memory_parts(run, look, model, teacher)
+    free = shutil.disk_usage(_standing(Path(run.cache))).free
+
+    def size_of(smaller: RunFile) -> int:
+        return others + sum(teacher_parts(smaller, look, model).values())
+
+    steps = [] if budget is None else [step for step, _ in way_down(run, model.layers, size_of, budget)]
+    return {
+        "corpus": [source.describe() for source in look.sample.sources],
+        "rows": look.sample.corpus_rows,
+        "sample": _sample_values(look),
+        "model": {name: getattr(model, name) for name in ("architecture", "layers", "width", "classes", "weights")},
+        "dtype": run.teacher.dtype,
+        "tokens": tokens,
+        "targets": look.of_corpus(sum(c.targets for c in look.counts)),
+        "words": look.of_corpus(sum(len(s.words) for s in look.spans)),
+        "phrases": look.of_corpus(sum(len(s.phrases) for s in look.spans)),
+        "columns": [{"column": n, "bytes": b, "bytes_per_token": b / max(1, tokens)} for n, b in parts.items()],
+        "teacher_bytes": teacher,
+        "bytes_per_token": teacher / max(1, tokens),
+        **{f"{name}_bytes": size for name, size in fixed.items()},
+        "bytes": teacher + others,
+        "free": free,
+        "shards": look.shape[0],
+        "shard_bytes": teacher // max(1, look.shape[0]),
+        "memory": memory,
+        "memory_bytes": sum(memory.values()),
+        "seconds": tokens / rate if rate else None,
+        "rate": rate,
+        "naive": {"layers": layers, "bytes": naive, "share": teacher / naive if naive else None},
+        "budget": budget,
+        "steps": steps,
+    }
+
+
+def _sample_values(look: Look) -> dict[str, Any]:
+    cut = sum(
+        t.status == OK and t.num_chars < len(d.text) for t, d in zip(look.tokens, look.sample.documents, strict=True)
+    )
+    return {
+        "rows": look.sample.rows,
+        "documents": len(look.sample.documents),
+        "rejected": len(look.sample.rejected),
+        "reasons": reasons(look.sample.rejected),
+        "unusable": sum(t.status != OK for t in look.tokens),
+        "cut": cut,
+    }
+
+
+def _standing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())

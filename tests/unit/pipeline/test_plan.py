@@ -1,0 +1,236 @@
+"""The plan against the cache that is then made, and what it says in words."""
+
+import json
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import small_cache
+from small_cache import SPACY, corpus_rows, made, run_file, write_rows
+from xkd_pipeline import budget, size
+from xkd_pipeline.cli_look import plan as command
+from xkd_pipeline.empty_model import empty_model, sizes_of
+from xkd_pipeline.plan import make_plan
+from xkd_pipeline.plan_lines import plan_lines
+from xkd_pipeline.sample import evenly
+from xkd_schemas.errors import UsageError
+from xkd_schemas.ragged import column_of
+from xkd_schemas.runfile import RunFile
+from xkd_schemas.table import Table
+from xkd_schemas.teacher import KINDS, Kind
+from xkd_trainer.models import load_model
+
+
+def small_run(**sections: dict[str, object]) -> RunFile:
+    folder = made()
+    return run_file(
+        folder / "cache",
+        documents={"corpus": [str(folder / "corpus.jsonl")]} | sections.get("documents", {}),
+        teacher={"model": str(folder / "teacher")} | sections.get("teacher", {}),
+        student={"tokenizer": str(folder / "student")},
+    )
+
+
+def planned(run: RunFile, **options: Any) -> dict[str, Any]:
+    return make_plan(run, **{"sample": 256, "budget": None, "rate": None} | options)
+
+
+def stored(table: str) -> int:
+    return sum(commit.size for commit in Table(made() / "cache", table).manifest.commits)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    return planned(small_run())
+
+
+def test_the_plan_is_the_size_of_the_shards_that_are_made(whole: dict[str, Any]) -> None:
+    for key, table in (
+        ("teacher_bytes", "teachers/T"),
+        ("documents_bytes", "documents"),
+        ("students_bytes", "students/S"),
+    ):
+        assert whole[key] == pytest.approx(stored(table), rel=0.002), table
+    manifest = Table(made() / "cache", "teachers/T").manifest
+    assert whole["tokens"] == manifest.count("tokens")
+    assert whole["shards"] == len(manifest.commits)
+    folder = made() / "cache" / "teachers" / "T"
+    files = sum((folder / f"{name}.safetensors").stat().st_size for name in ("head", "embeddings"))
+    assert whole["files_bytes"] == pytest.approx(files, rel=0.002)
+
+
+def test_a_part_of_the_rows_tells_the_whole_within_five_percent(tmp_path: Path) -> None:
+    corpus = write_rows(tmp_path / "many.jsonl", corpus_rows(200))
+    run = small_run(documents={"corpus": [str(corpus)], "rows_per_shard": 512})
+
+    part, all_rows = planned(run, sample=80), planned(run, sample=1000)
+
+    assert (part["sample"]["rows"], all_rows["sample"]["rows"], all_rows["shards"]) == (80, 200, 1)
+    assert part["teacher_bytes"] != all_rows["teacher_bytes"]
+    for key in ("teacher_bytes", "documents_bytes", "students_bytes", "tokens", "words"):
+        assert part[key] == pytest.approx(all_rows[key], rel=0.05), key
+
+
+def test_bytes_of_each_column_are_those_of_the_made_column(whole: dict[str, Any]) -> None:
+    columns = {column["column"]: column["bytes"] for column in whole["columns"]}
+    table = Table(made() / "cache", "teachers/T")
+    for name in ("hidden_last", "span_geometry@2:word", "span_vectors@3:phrase", "argmax"):
+        batches = [table.shard(number).batch(0).column(name) for number in range(3)]
+        real = sum(size.padded(b.size) for array in batches for b in array.buffers() if b is not None)
+        assert columns[name] == pytest.approx(real, abs=64 * 3), name
+    assert sum(columns.values()) == whole["teacher_bytes"]
+
+
+def test_no_weight_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = made() / "teacher"
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+
+    found = planned(small_run(teacher={"model": str(tmp_path)}))
+
+    assert found["teacher_bytes"] == planned(small_run())["teacher_bytes"]
+    assert all(p.device.type == "meta" for p in empty_model(str(tmp_path)).parameters())
+
+
+@pytest.mark.parametrize("make", [small_cache.llama, small_cache.gpt2])
+def test_sizes_from_the_configuration_are_those_of_the_loaded_model(make: Any, tmp_path: Path) -> None:
+    name = str(make(tmp_path / "model"))
+    model = load_model(name, dtype=torch.float32)
+
+    sizes = sizes_of(name)
+
+    assert sizes.weights == sum(p.numel() for p in model.parameters())
+    assert (sizes.classes, sizes.width) == tuple(model.get_output_embeddings().weight.shape)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert sizes.file_numbers == sizes.classes * sizes.width * (1 if tied else 2)
+
+
+def test_every_kind_of_signal_can_be_counted() -> None:
+    assert set(get_args(get_type_hints(Kind)["per"])) <= size.PER.keys()
+    assert {kind.per for kind in KINDS.values()} <= size.PER.keys()
+
+
+@given(numbers=st.lists(st.integers(0, 9), min_size=1, max_size=12), width=st.integers(0, 5), rows=st.integers(1, 5))
+def test_columns_are_counted_as_arrow_writes_them(numbers: list[int], width: int, rows: int) -> None:
+    item = pa.list_(pa.field("item", pa.uint16(), nullable=False), width) if width else pa.float32()
+    kind = pa.large_list(pa.field("item", item, nullable=False))
+    real = 0
+    for first in range(0, len(numbers), rows):
+        part = [np.zeros((n, width) if width else n) for n in numbers[first : first + rows]]
+        batch = pa.RecordBatch.from_arrays([column_of(part, kind)], ["x"])
+        real += pa.ipc.read_message(batch.serialize()).body.size
+
+    assert size.column_bytes(kind, numbers, rows) == real
+
+
+def test_a_codec_or_type_that_is_not_known_is_refused() -> None:
+    with pytest.raises(UsageError, match="does not know the size"):
+        size.bits_of(pa.string())
+
+
+# budget
+
+
+def test_a_budget_goes_down_step_by_step_until_it_fits() -> None:
+    free = planned(small_run())
+    others = free["bytes"] - free["teacher_bytes"]
+
+    found = planned(small_run(), budget=free["bytes"] - 1)["steps"]
+    assert [(step["flags"], step["fits"]) for step in found] == [("--set losses.mta.hid=off", True)]
+
+    every = planned(small_run(), budget=others)["steps"]
+    assert [step["flags"] for step in every] == [
+        "--set losses.mta.hid=off", "--phrase-layers 4", "--for sra,dwa", "teacher.losses = []"
+    ]  # fmt: skip
+    sizes = [free["bytes"], *(step["bytes"] for step in every)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert not any(step["fits"] for step in every)
+    assert planned(small_run(), budget=free["bytes"])["steps"] == []
+
+
+def test_a_step_is_as_big_as_the_plan_with_its_flags() -> None:
+    steps = planned(small_run(), budget=0)["steps"]
+    run = small_run()
+    mta = run.model_copy(update={"losses": {"mta": {"hid": "off"}}})
+
+    assert steps[0]["bytes"] == planned(mta)["bytes"]
+    assert steps[2]["bytes"] == planned(small_run(teacher={"losses": ["sra", "dwa"]}))["bytes"]
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1e9"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no size"):
+        budget.bytes_named(text)
+
+
+# words
+
+
+def test_unknown_time_says_how_to_measure_and_a_rate_gives_it(whole: dict[str, Any]) -> None:
+    assert "time: not known" in "\n".join(plan_lines(whole))
+
+    timed = planned(small_run(), rate=float(whole["tokens"]) / 3661)
+
+    assert "time: 1:01:01 at" in "\n".join(plan_lines(timed))
+
+
+def test_states_and_logits_of_the_picked_layers_are_what_is_compared_with(whole: dict[str, Any]) -> None:
+    naive = whole["naive"]
+
+    assert naive["layers"] == [2, 3, 4]
+    assert naive["bytes"] == whole["tokens"] * 2 * (3 * 32 + whole["model"]["classes"])
+    assert naive["share"] == pytest.approx(whole["teacher_bytes"] / naive["bytes"])
+
+
+def test_rejected_rows_are_counted_and_shown(tmp_path: Path) -> None:
+    corpus = write_rows(tmp_path / "half.jsonl", [*corpus_rows(3), "{"])
+
+    found = planned(small_run(documents={"corpus": [str(corpus)]}))
+
+    assert found["sample"]["rejected"] == 1
+    assert "1 rejected (bad_json 1)" in "\n".join(plan_lines(found))
+
+
+def test_what_a_corpus_is_called_cannot_steer_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_rows(tmp_path / "a\x1b[31m.jsonl", corpus_rows(2))
+    command(corpus=[str(corpus)], model=str(made() / "teacher"), spacy_model=SPACY, sample=2)
+
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "needed: " in out
+
+
+def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = [str(made() / "corpus.jsonl")]
+    command(corpus=corpus, model=str(made() / "teacher"), spacy_model=SPACY, sample=4, losses="dwa", budget="1MB",
+            as_json=True)  # fmt: skip
+
+    found = json.loads(capsys.readouterr().out)
+    assert [c["column"] for c in found["columns"]] == ["argmax", "entropy", "hidden_last", "tokens", "frames"]
+    assert (found["budget"], found["students_bytes"], found["dtype"]) == (10**6, None, "bfloat16")
+
+
+def test_a_missing_model_or_corpus_or_loss_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no teacher is named"):
+        command(corpus=["x.jsonl"], sample=2)
+    with pytest.raises(UsageError, match="'sar' is not a loss"):
+        command(corpus=["nowhere.jsonl"], model=str(made() / "teacher"), losses="sar", sample=2)
+    with pytest.raises(UsageError, match="no corpus is named"):
+        command(model=str(made() / "teacher"), sample=2)
+
+
+@given(total=st.integers(1, 60), wanted=st.integers(1, 60))
+def test_a_sample_is_spread_and_has_no_row_twice(total: int, wanted: int) -> None:
+    chosen = list(evenly(total, wanted))
+
+    assert len(set(chosen)) == len(chosen) == min(total, wanted)
+    assert all(
+        number * total // len(chosen) <= at < (number + 1) * total // len(chosen) for number, at in enumerate(chosen)
+    )
