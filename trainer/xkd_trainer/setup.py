@@ -16,6 +16,7 @@ from xkd_schemas.tokenizers import identity
 from xkd_trainer.cache import Cache, find_student, layers_of
 from xkd_trainer.distiller import Distiller
 from xkd_trainer.forward import num_layers
+from xkd_trainer.head import head_of
 from xkd_trainer.methods import loss_named
 from xkd_trainer.methods.declaration import Context
 from xkd_trainer.models import load_model, load_tokenizer, new_model
@@ -114,6 +115,7 @@ def set_up(run: RunFile, student_table: str) -> Ready:
 def context_of(cache: Cache, student: PreTrainedModel, tokenizer: Any, levels: tuple[tuple[int, str], ...]) -> Context:
     """What losses may know of both models."""
     sizes = cache.sizes
+    ours, theirs = (table.manifest.spec["encoder"]["tokenizer"] for table in (cache.students, cache.teachers))
     return Context(
         student_layers=num_layers(student),
         student_width=int(student.get_input_embeddings().weight.shape[1]),
@@ -127,4 +129,6 @@ def context_of(cache: Cache, student: PreTrainedModel, tokenizer: Any, levels: t
         levels=levels,
         teacher_head=cache.head,
         teacher_embeddings=cache.embeddings,
+        student_head=lambda: head_of(student),
+        tokenizer_differences=tuple(key for key in ("vocabulary", "probe") if ours[key] != theirs[key]),
     )

@@ -1,7 +1,8 @@
 """DWA-KD: dual-space entropy weighting and time-warped alignment between two tokenizers.
 
-arXiv 2602.21669, on top of DSKD's cross-model attention (`cma`). All functions are pure and take response tokens
-only, gathered by mask and padded. Deviations from the authors' code, an option of the settings where both make sense:
+arXiv 2602.21669, on top of DSKD's cross-model attention (`cma`) and its two spaces (`dskd`). All functions are pure
+and take response tokens only, gathered by mask and padded.
+Deviations from the authors' code, an option of the settings where both make sense:
 
 * soft-DTW reads the response tokens; the code slices the first ones of the whole sequence, which are the prompt;
 * weights are scaled after the gate, as the paper's text says; the code scales before it (`student_weight`);
@@ -21,9 +22,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from xkd_trainer.losses.dskd import projected_cross_entropy as projected_cross_entropy
+from xkd_trainer.losses.dskd import student_space as student_space
+from xkd_trainer.losses.dskd import teacher_space as teacher_space
 from xkd_trainer.losses.dwa_settings import DwaSettings as DwaSettings
 from xkd_trainer.losses.dwa_settings import anneal as anneal
-from xkd_trainer.losses.head import LazyLogits, head_cross_entropy, head_divergence
 from xkd_trainer.losses.softdtw import band_penalty, cosine_cost, hard_band, soft_dtw, soft_dtw_divergence
 from xkd_trainer.losses.term import LossTerm, at_least_float32, term
 
@@ -73,77 +76,6 @@ def teacher_weights(entropy_BM: Tensor, vocab_size: int, valid_BM: Tensor) -> Te
     entropy_BM = at_least_float32(entropy_BM.detach())
     most = torch.tensor(float(vocab_size), dtype=entropy_BM.dtype, device=entropy_BM.device).log()
     return _shared_out((1.0 - entropy_BM / most).clamp(0.0, 1.0), valid_BM)
-
-
-def projected_cross_entropy(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> LossTerm:
-    """Cross-entropy of the projected teacher, read with the student's head, against the student's targets (eq. 16).
-
-    Unweighted. The gradient goes to the projected states: this is what trains the projectors. DSKD holds the student's
-    head fixed here: pass it detached.
-
-    >>> logits = LazyLogits(hidden=torch.zeros(1, 2, 3), weight=torch.zeros(4, 3))
-    >>> projected_cross_entropy(logits, torch.tensor([[1, 2]]), torch.tensor([[True, False]])).total
-    tensor(1.3863)
-
-    Args:
-        projected: States [B, N, D].
-        target_BN: int64 student token ids; any value at invalid positions.
-        valid_BN: Bool.
-    """
-    return term(head_cross_entropy(projected.at(valid_BN), target_BN[valid_BN]), valid_BN.sum())
-
-
-def student_space(
-    student: LazyLogits, projected_teacher: LazyLogits, weights_BN: Tensor, valid_BN: Tensor, settings: DwaSettings
-) -> LossTerm:
-    """L_stu: weighted divergence of the student from the projected teacher, over the student's vocabulary (eq. 13).
-
-    >>> same = LazyLogits(hidden=torch.ones(1, 2, 3), weight=torch.eye(3))
-    >>> student_space(same, same, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), DwaSettings())
-    LossTerm(total=tensor(0.), count=tensor(2.))
-
-    Args:
-        student: States [B, N, D] and the student's own head; both learn unless detached by the caller.
-        projected_teacher: States [B, N, D] and the student's head. Detached here: nothing reaches the projectors.
-        weights_BN: From `student_weights`, a constant; ones where entropy weights and gate are off.
-        valid_BN: Bool.
-        settings: Divergence and temperature.
-    """
-    total = head_divergence(
-        student.at(valid_BN), projected_teacher.at(valid_BN), weights_BN[valid_BN], settings.student_space
-    )
-    return term(total, valid_BN.sum())
-
-
-def teacher_space(
-    projected_student: LazyLogits,
-    teacher: LazyLogits,
-    weights_BM: Tensor,
-    valid_BM: Tensor,
-    settings: DwaSettings,
-    *,
-    count: Tensor,
-) -> LossTerm:
-    """L_tea: weighted divergence of the projected student from the teacher, over the teacher's vocabulary (eq. 15).
-
-    A sum over the teacher's tokens that is divided by the number of the student's, like every other term.
-
-    >>> same, valid = LazyLogits(hidden=torch.ones(1, 2, 3), weight=torch.eye(3)), torch.ones(1, 2, dtype=torch.bool)
-    >>> teacher_space(same, same, torch.ones(1, 2), valid, DwaSettings(), count=torch.tensor(5))
-    LossTerm(total=tensor(0.), count=tensor(5.))
-
-    Args:
-        projected_student: States [B, M, D] and the teacher's head; the gradient reaches projector and student.
-        teacher: States [B, M, D] and the teacher's head, constants.
-        weights_BM: From `teacher_weights`, a constant; ones where entropy weights are off.
-        valid_BM: Bool.
-        settings: Divergence and temperature.
-        count: Scalar, the number of valid student predictions.
-    """
-    total = head_divergence(
-        projected_student.at(valid_BM), teacher.at(valid_BM), weights_BM[valid_BM], settings.teacher_space
-    )
-    return term(total, count)
 
 
 def band(

@@ -2,36 +2,24 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from xkd_trainer.losses.divergence import Kind
-from xkd_trainer.losses.head import Comparison
+from xkd_trainer.losses.dskd import DualSpaceSettings, Positive
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, lt=1)]
 Steps = Annotated[int, Field(ge=0)]
 
 
-class DwaSettings(BaseModel):
+class DwaSettings(DualSpaceSettings):
     """Options of DWA-KD. The paper prints the band's numbers and the temperature; the rest is from the scripts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kd: Weight = 0.5
     """Weight of the token level, eq. 16: student space, teacher space and projected cross-entropy. Scripts: 0.5."""
     dtw: Weight = 0.2
     """Weight of the sequence level, eq. 17-25: embeddings and last states. Scripts: 0.2."""
-    temperature: Positive = 2.0
-    """Divides the logits of both divergences; no factor of its square. Paper and code: 2."""
     student_divergence: Kind = "forward_kl"
     """Paper eq. 13: forward KL. The code's scripts: skewed_reverse_kl (GPT-2), adaptive_kl (TinyLLaMA, OPT)."""
-    teacher_divergence: Kind = "forward_kl"
-    """Paper eq. 15 and code: forward KL."""
-    skew: Share = 0.1
-    """Read by the skewed kinds. Scripts: 0.1."""
-    adaptive_alpha: Share = 0.5
-    """Read by adaptive_kl. Scripts: 0.5."""
     entropy_weights: bool = True
     """Weigh tokens by entropy, eq. 12 and 14. Off: 1 for every token, in both spaces."""
     gate: bool = True
@@ -62,19 +50,6 @@ class DwaSettings(BaseModel):
     """Added to the cost outside the soft band. Paper Table 5: 1."""
     band_warmup_steps: Steps = 0
     """The band is off in the first so many optimiser steps. Scripts: 0."""
-
-    @property
-    def student_space(self) -> Comparison:
-        """The divergence of eq. 13."""
-        return self._comparison(self.student_divergence)
-
-    @property
-    def teacher_space(self) -> Comparison:
-        """The divergence of eq. 15."""
-        return self._comparison(self.teacher_divergence)
-
-    def _comparison(self, kind: Kind) -> Comparison:
-        return Comparison(kind=kind, temperature=self.temperature, skew=self.skew, adaptive_alpha=self.adaptive_alpha)
 
     def gamma_at(self, step: int) -> float:
         """Smoothing at an optimiser step, counted from 0."""

@@ -101,6 +101,29 @@ def head_statistics(logits: LazyLogits, valid: Tensor) -> Statistics:
     return Statistics(_scattered(entropy_N, valid, logits).clamp_min(0.0), _scattered(peak_N, valid, logits))
 
 
+def head_argmax(logits: LazyLogits, valid: Tensor) -> Tensor:
+    """The class of the largest logit at valid positions, the first of equals; -1 elsewhere.
+
+    >>> logits = LazyLogits(hidden=torch.eye(2), weight=torch.eye(2))
+    >>> head_argmax(logits, torch.tensor([False, True]))
+    tensor([-1,  1])
+
+    Args:
+        logits: States [..., D].
+        valid: Bool [...]; the states elsewhere are not read.
+
+    Returns:
+        int64, of the shape of `valid`, without gradient.
+    """
+    chosen = logits.detached().at(valid)
+    out = torch.full(valid.shape, -1, dtype=torch.int64, device=valid.device)
+    with torch.no_grad():
+        parts = [chosen.at(rows).dense().argmax(-1) for rows in _chunks(chosen)]
+    if parts:
+        out[valid] = torch.cat(parts)
+    return out
+
+
 def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
     """Sum over positions of -log p(target).
 

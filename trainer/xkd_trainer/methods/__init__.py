@@ -10,11 +10,12 @@ from xkd_schemas.errors import UsageError
 from xkd_trainer.methods import plugins
 from xkd_trainer.methods.ce import CE
 from xkd_trainer.methods.declaration import Declaration
+from xkd_trainer.methods.dskd import DSKD, DSKD_CMA
 from xkd_trainer.methods.dwa import DWA
 from xkd_trainer.methods.mta import MTA
 from xkd_trainer.methods.sra import SRA
 
-LOSSES: Mapping[str, Declaration] = {d.name: d for d in (CE, MTA, SRA, DWA)}
+LOSSES: Mapping[str, Declaration] = {d.name: d for d in (CE, MTA, SRA, DWA, DSKD, DSKD_CMA)}
 """The losses that come with XKD."""
 
 

@@ -43,6 +43,10 @@ class Context:
     teacher_head: Callable[[], Head]
     """Reads the teacher's head; call it only if the loss uses it."""
     teacher_embeddings: Callable[[], Tensor]
+    student_head: Callable[[], Head]
+    """The student's own, sharing its weights; they are those before training."""
+    tokenizer_differences: tuple[str, ...]
+    """Of vocabulary and probe (see `xkd_schemas.tokenizers.identity`), those that differ between the two models."""
 
     def student_layer(self, teacher_layer: int) -> int:
         """The student layer at the same relative depth, at least 1.

@@ -4,14 +4,12 @@ Shape legend: see batch.py; d is the student's width.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from xkd_schemas.teacher import Signal
-from xkd_trainer.batch import Batch, gather_rows
-from xkd_trainer.losses.cma import align_scores, attend
+from xkd_trainer.batch import Batch
+from xkd_trainer.losses.cma import attend
 from xkd_trainer.losses.dwa import (
     DwaSettings,
     band,
@@ -24,7 +22,14 @@ from xkd_trainer.losses.dwa import (
 )
 from xkd_trainer.losses.head import LazyLogits, head_statistics
 from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, constant_head, uniform_weights
+from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, uniform_weights
+from xkd_trainer.methods.dual_space import (
+    Teacher,
+    TeacherHead,
+    attention_scores,
+    teacher_side,
+    with_fixed_head,
+)
 
 _KD = ("projected_ce", "student_space", "teacher_space")
 _DTW = ("dtw_embeddings", "dtw_states")
@@ -33,17 +38,6 @@ _DTW = ("dtw_embeddings", "dtw_states")
 def needs(settings: DwaSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
     """Last states and entropies; heads and embeddings are always in the cache."""
     return (Signal("hidden_last"), *((Signal("entropy"),) if settings.entropy_weights else ()))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Teacher:
-    """The teacher's side of one batch, float32, gathered at its predictions."""
-
-    hidden_BMD: Tensor
-    target_BMD: Tensor
-    """Embeddings of the ids that are predicted."""
-    input_BMD: Tensor
-    """Embeddings of the ids at the predicting positions."""
 
 
 class Dwa(nn.Module):
@@ -66,12 +60,8 @@ class Dwa(nn.Module):
         self.s2t = nn.Linear(d, wide)
         self.query = nn.Linear(2 * d, 2 * wide)
         self.embed_t2s = nn.Linear(wide, d)
-        head = constant_head(context.teacher_head(), "dwa")
-        self.head_VD: Tensor
-        self.head_bias_V: Tensor | None
+        self.head = TeacherHead(context, "dwa")
         self.embeddings_VD: Tensor
-        self.register_buffer("head_VD", head.weight_VD, persistent=False)
-        self.register_buffer("head_bias_V", head.bias_V, persistent=False)
         self.register_buffer("embeddings_VD", context.teacher_embeddings(), persistent=False)
 
     def weights(self, step: int) -> Mapping[str, float]:
@@ -85,44 +75,23 @@ class Dwa(nn.Module):
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Eq. 7-25."""
-        teacher = self._teacher(batch)
+        teacher = teacher_side(batch, self.embeddings_VD)
         s_valid_BN, t_valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
-        target_BNd = student.embeddings_Vd[batch.target_BN]
-        scores_BNM = self._scores(batch, student, teacher, target_BNd)
-        values_BMD = teacher.hidden_BMD / self.hidden_std + teacher.target_BMD / self.embedding_std
+        scores_BNM = attention_scores(batch, student, teacher, self.query, self.embedding_std)
         to_student_BNM = attend(scores_BNM, "teacher")
-        mixed_BNd = to_student_BNM @ self.t2s(values_BMD)
+        mixed_BNd = to_student_BNM @ self.t2s(teacher.values_BMD(self.hidden_std, self.embedding_std))
         mixed_BMD = attend(scores_BNM, "student") @ self.s2t(student.predict_hidden_BNd)
-        own = student.logits
-        head_bias = None if own.bias is None else own.bias.detach()
-        projected = LazyLogits(hidden=mixed_BNd, weight=own.weight.detach(), bias=head_bias)
-        teacher_logits = LazyLogits(hidden=teacher.hidden_BMD, weight=self.head_VD, bias=self.head_bias_V)
+        own, projected = student.logits, with_fixed_head(student, mixed_BNd)
         s_weights_BN, t_weights_BM = self._weights(batch, own, projected, step)
         terms = {
             "projected_ce": projected_cross_entropy(projected, batch.target_BN, s_valid_BN),
             "student_space": student_space(own, projected, s_weights_BN, s_valid_BN, self.settings),
             "teacher_space": teacher_space(
-                replace(teacher_logits, hidden=mixed_BMD), teacher_logits, t_weights_BM, t_valid_BM, self.settings,
+                self.head(mixed_BMD), self.head(teacher.hidden_BMD), t_weights_BM, t_valid_BM, self.settings,
                 count=batch.num_predictions,
             ),
         }  # fmt: skip
-        return terms | self._sequences(batch, student, teacher, target_BNd, to_student_BNM, step)
-
-    def _teacher(self, batch: Batch) -> _Teacher:
-        assert batch.teacher_hidden_BRD is not None
-        return _Teacher(
-            hidden_BMD=gather_rows(batch.teacher_hidden_BRD, batch.teacher_predict_BM).float(),
-            target_BMD=self.embeddings_VD[batch.teacher_target_BM].float(),
-            input_BMD=self.embeddings_VD[batch.teacher_input_BM].float(),
-        )
-
-    def _scores(self, batch: Batch, student: StudentPass, teacher: _Teacher, target_BNd: Tensor) -> Tensor:
-        """Cross-model attention scores of DSKD-CMA; the student's embeddings are constants here."""
-        input_ids_BN = batch.student_ids_BS.gather(1, batch.predict_BN)
-        inputs_BNd = student.embeddings_Vd[input_ids_BN]
-        query_BNK = self.query(torch.cat([inputs_BNd, target_BNd], dim=-1).detach())
-        key_BMK = torch.cat([teacher.input_BMD, teacher.target_BMD], dim=-1) / self.embedding_std
-        return align_scores(query_BNK, key_BMK, batch.predict_valid_BN, batch.teacher_predict_valid_BM)
+        return terms | self._sequences(batch, student, teacher, to_student_BNM, step)
 
     def _weights(self, batch: Batch, own: LazyLogits, projected: LazyLogits, step: int) -> tuple[Tensor, Tensor]:
         s, s_valid_BN, t_valid_BM = self.settings, batch.predict_valid_BN, batch.teacher_predict_valid_BM
@@ -140,8 +109,7 @@ class Dwa(nn.Module):
         self,
         batch: Batch,
         student: StudentPass,
-        teacher: _Teacher,
-        target_BNd: Tensor,
+        teacher: Teacher,
         attention_BNM: Tensor,
         step: int,
     ) -> dict[str, LossTerm]:
@@ -150,7 +118,7 @@ class Dwa(nn.Module):
         lengths = batch.predict_valid_BN.sum(-1), batch.teacher_predict_valid_BM.sum(-1)
         penalty_BNM = None if step < s.band_warmup_steps else band(attention_BNM.detach(), *lengths, s)
         pairs = {
-            "dtw_embeddings": (target_BNd, self.embed_t2s(teacher.target_BMD)),
+            "dtw_embeddings": (student.embeddings_Vd[batch.target_BN], self.embed_t2s(teacher.target_BMD)),
             "dtw_states": (student.predict_hidden_BNd, self.t2s(teacher.hidden_BMD)),
         }
         return {

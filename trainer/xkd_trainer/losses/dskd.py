@@ -1,0 +1,169 @@
+"""DSKD: distillation in two spaces, the student's and the teacher's, through two learned projections.
+
+arXiv 2406.17328, and the base of DWA-KD. The teacher's states are projected to the student's width and read with the
+student's head; the student's are projected to the teacher's width and read with the teacher's head. So each divergence
+compares two distributions over one vocabulary. Which teacher state belongs to which student state is settled before:
+by position where both models have one tokenizer, by cross-model attention (`cma`) where they do not.
+
+All functions are pure and take response tokens only. Every term is a sum over tokens, to be divided by the number of
+the student's response tokens in the whole step. Divergences divide logits by the temperature and have no factor of
+its square (as the authors' code).
+
+Shape legend for this file
+    B documents    N student predictions    M teacher predictions    D width    V classes
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from xkd_trainer.losses.divergence import Kind
+from xkd_trainer.losses.head import Comparison, LazyLogits, head_argmax, head_cross_entropy, head_divergence
+from xkd_trainer.losses.term import LossTerm, term
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class DualSpaceSettings(BaseModel):
+    """How the two distributions are compared, in each space."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: Positive = 2.0
+    """Divides the logits of both divergences; no factor of its square. Papers and code: 2."""
+    student_divergence: Kind = "forward_kl"
+    """Student against projected teacher. DSKD's scripts: forward_kl; its code knows all six."""
+    teacher_divergence: Kind = "forward_kl"
+    """Projected student against teacher. Always forward_kl in the code of DSKD and DWA-KD."""
+    skew: Share = 0.1
+    """Read by the skewed kinds. Scripts: 0.1."""
+    adaptive_alpha: Share = 0.5
+    """Read by adaptive_kl. Scripts: 0.5."""
+
+    @property
+    def student_space(self) -> Comparison:
+        """The divergence of the student's space."""
+        return self._comparison(self.student_divergence)
+
+    @property
+    def teacher_space(self) -> Comparison:
+        """The divergence of the teacher's space."""
+        return self._comparison(self.teacher_divergence)
+
+    def _comparison(self, kind: Kind) -> Comparison:
+        return Comparison(kind=kind, temperature=self.temperature, skew=self.skew, adaptive_alpha=self.adaptive_alpha)
+
+
+class DskdSettings(DualSpaceSettings):
+    """Options of DSKD for one tokenizer."""
+
+
+class DskdCmaSettings(DualSpaceSettings):
+    """Options of DSKD with cross-model attention."""
+
+    correct_only: bool = True
+    """Compare in the student's space only where the projected teacher predicts the text's next token (the code)."""
+
+
+def projected_cross_entropy(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> LossTerm:
+    """Cross-entropy of the projected teacher, read with the student's head, against the student's targets.
+
+    Unweighted; eq. 16 of DWA-KD. The gradient goes to the projected states: this is what trains the projectors. DSKD
+    holds the student's head fixed here: pass it detached.
+
+    >>> import torch
+    >>> logits = LazyLogits(hidden=torch.zeros(1, 2, 3), weight=torch.zeros(4, 3))
+    >>> projected_cross_entropy(logits, torch.tensor([[1, 2]]), torch.tensor([[True, False]])).total
+    tensor(1.3863)
+
+    Args:
+        projected: States [B, N, D].
+        target_BN: int64 student token ids; any value at invalid positions.
+        valid_BN: Bool.
+    """
+    return term(head_cross_entropy(projected.at(valid_BN), target_BN[valid_BN]), valid_BN.sum())
+
+
+def correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
+    """Where the likeliest class of the projected teacher is the target: DSKD-CMA's mask of the student's space.
+
+    Two classes, states (1, 0) and (0, 1): the classes 0 and 1 are predicted.
+
+    >>> import torch
+    >>> logits = LazyLogits(hidden=torch.eye(2)[None], weight=torch.eye(2))
+    >>> correct(logits, torch.tensor([[0, 0]]), torch.tensor([[True, True]]))
+    tensor([[ True, False]])
+
+    Args:
+        projected: States [B, N, D].
+        target_BN: int64 classes; any value at invalid positions.
+        valid_BN: Bool; states elsewhere are not read.
+
+    Returns:
+        [B, N] bool, False at invalid positions. Of equal logits the first class counts.
+    """
+    return valid_BN & (head_argmax(projected, valid_BN) == target_BN)
+
+
+def student_space(
+    student: LazyLogits,
+    projected_teacher: LazyLogits,
+    weights_BN: Tensor,
+    valid_BN: Tensor,
+    settings: DualSpaceSettings,
+) -> LossTerm:
+    """L_stu: weighted divergence of the student from the projected teacher, over the student's vocabulary.
+
+    Eq. 13 of DWA-KD; in DSKD the weight is 1, and in DSKD-CMA 0 where the projected teacher is wrong (`correct`).
+
+    >>> import torch
+    >>> same = LazyLogits(hidden=torch.ones(1, 2, 3), weight=torch.eye(3))
+    >>> student_space(same, same, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), DskdSettings())
+    LossTerm(total=tensor(0.), count=tensor(2.))
+
+    Args:
+        student: States [B, N, D] and the student's own head; both learn unless detached by the caller.
+        projected_teacher: States [B, N, D] and the student's head. Detached here: nothing reaches the projectors.
+        weights_BN: A constant, such as ones.
+        valid_BN: Bool.
+        settings: Divergence and temperature.
+    """
+    total = head_divergence(
+        student.at(valid_BN), projected_teacher.at(valid_BN), weights_BN[valid_BN], settings.student_space
+    )
+    return term(total, valid_BN.sum())
+
+
+def teacher_space(
+    projected_student: LazyLogits,
+    teacher: LazyLogits,
+    weights_BM: Tensor,
+    valid_BM: Tensor,
+    settings: DualSpaceSettings,
+    *,
+    count: Tensor,
+) -> LossTerm:
+    """L_tea: weighted divergence of the projected student from the teacher, over the teacher's vocabulary.
+
+    Eq. 15 of DWA-KD; in DSKD the weight is 1. A sum over the teacher's tokens that is divided by the number of the
+    student's, like every other term.
+
+    >>> import torch
+    >>> same, valid = LazyLogits(hidden=torch.ones(1, 2, 3), weight=torch.eye(3)), torch.ones(1, 2, dtype=torch.bool)
+    >>> teacher_space(same, same, torch.ones(1, 2), valid, DskdSettings(), count=torch.tensor(5))
+    LossTerm(total=tensor(0.), count=tensor(5.))
+
+    Args:
+        projected_student: States [B, M, D] and the teacher's head; the gradient reaches projector and student.
+        teacher: States [B, M, D] and the teacher's head, constants.
+        weights_BM: A constant, such as ones.
+        valid_BM: Bool.
+        settings: Divergence and temperature.
+        count: Scalar, the number of valid student predictions.
+    """
+    total = head_divergence(
+        projected_student.at(valid_BM), teacher.at(valid_BM), weights_BM[valid_BM], settings.teacher_space
+    )
+    return term(total, count)
