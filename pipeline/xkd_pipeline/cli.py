@@ -231,6 +231,7 @@ def report(
 
 
 app.command()(cli_look.plan)
+app.command()(cli_look.pair)
 
 
 def _names(text: str) -> list[str]:

@@ -73,3 +73,44 @@ def plan(  # noqa: PLR0913 - one parameter for each flag
         return
     for line in plan_lines(found):
         say(line)
+
+
+def pair(  # noqa: PLR0913 - one parameter for each flag
+    teacher: Annotated[str, typer.Argument(help="Folder, .gguf file or hub name of the teacher or its tokenizer.")],
+    student: Annotated[str, typer.Argument(help="Folder or hub name of the student or its tokenizer.")],
+    corpus: Annotated[list[str], typer.Argument(help="Files, folders or data set names.")],
+    sample: SampleOption = 256,
+    worst: Annotated[int, typer.Option(min=0, help="Least aligned documents to draw.")] = 2,
+    width: Annotated[int, typer.Option(min=40, help="Columns of a drawing.")] = 100,
+    form: FormOption = None,
+    template: Annotated[str | None, typer.Option(help="Of the student: none, alpaca or chat.")] = None,
+    teacher_template: Annotated[str, typer.Option(help="Of the teacher: none, alpaca or chat.")] = "none",
+    max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how well two tokenizers go together on some text. Before any capture; loads no model.
+
+    Example: xkd-cache pair models/teacher models/student train.jsonl
+    """
+    from xkd_pipeline.pair import compare
+    from xkd_pipeline.pair_lines import pair_lines
+    from xkd_pipeline.sample import read_sample
+    from xkd_schemas.encode import Encoder
+    from xkd_trainer.models import load_tokenizer
+
+    flags = {
+        "documents.corpus": corpus, "documents.form": form, "student.template": template,
+        "teacher.template": teacher_template, "teacher.max_tokens": max_tokens, "student.max_tokens": max_tokens,
+    }  # fmt: skip
+    run = _run_of(None, sets, flags)
+    theirs, ours = (
+        Encoder(tokenizer=load_tokenizer(name), template=section.template, max_tokens=section.max_tokens)
+        for name, section in ((teacher, run.teacher), (student, run.student))
+    )
+    found = compare(theirs, ours, read_sample(run, sample), worst=worst, width=width)
+    if as_json:
+        say_json(found)
+        return
+    for line in pair_lines(found):
+        say(line)

@@ -1,0 +1,148 @@
+"""Two tokenizers compared: figures against counts made by hand, and what a terminal is shown."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, normalizers
+
+import four_tokenizers
+from small_cache import corpus_rows, made, run_file, write_rows
+from xkd_pipeline.cli_look import pair as command
+from xkd_pipeline.pair import compare, normaliser_of, special_differences, vocabularies
+from xkd_pipeline.pair_lines import pair_lines
+from xkd_pipeline.sample import read_sample
+from xkd_schemas.encode import Encoder
+from xkd_schemas.errors import InputMissing
+from xkd_schemas.table import Table
+
+
+def encoder(kind: str, max_tokens: int = 1000) -> Encoder:
+    return Encoder(tokenizer=four_tokenizers.tokenizer_of(kind), template="none", max_tokens=max_tokens)
+
+
+def compared(
+    tmp_path: Path, rows: Sequence[object], teacher: Encoder, student: Encoder, *, worst: int = 1
+) -> dict[str, Any]:
+    corpus = write_rows(tmp_path / "rows.jsonl", rows)
+    sample = read_sample(run_file(tmp_path / "c", documents={"corpus": [str(corpus)]}), 100)
+    return compare(teacher, student, sample, worst=worst, width=80)
+
+
+def test_a_tokenizer_goes_with_itself_perfectly(tmp_path: Path) -> None:
+    one = encoder("byte_level")
+
+    found = compared(tmp_path, corpus_rows(4), one, one)
+
+    size = len(one.tokenizer.get_vocab())
+    assert found["vocabulary"] == {"teacher": size, "student": size, "shared": size, "same_strings": size}
+    assert (found["exact_share"], list(found["span_lengths"])) == (1.0, ["1:1"])
+    assert found["special_tokens"] == []
+    assert found["fertility"]["teacher"] == found["fertility"]["student"]
+    assert found["worst"][0]["exact_share"] == 1.0
+
+
+def test_spans_and_exact_pairs_are_those_of_the_cache(tmp_path: Path) -> None:
+    teacher = Encoder(
+        tokenizer=four_tokenizers.chat_tokenizer(), template="chat", max_tokens=1024
+    )  # fmt: skip
+
+    found = compared(tmp_path, corpus_rows(12), teacher, encoder("unigram"))
+
+    manifest = Table(made() / "cache", "students/S").manifest
+    assert (found["spans"], found["exact_pairs"]) == (manifest.count("spans"), manifest.count("exact_pairs"))
+    assert found["spans"] == sum(found["span_lengths"].values())
+    assert 0 < found["exact_share"] < 1
+
+
+def test_fertility_is_content_tokens_over_words_and_characters(tmp_path: Path) -> None:
+    found = compared(tmp_path, [{"prompt": "ab cd", "response": " ef"}], encoder("byte_level"), encoder("unigram"))
+
+    tokens = len(four_tokenizers.tokenizer_of("byte_level")("ab cd", add_special_tokens=False)["input_ids"])
+    tokens += len(four_tokenizers.tokenizer_of("byte_level")(" ef", add_special_tokens=False)["input_ids"])
+    assert found["fertility"]["teacher"] == {
+        "tokens": tokens, "per_word": pytest.approx(tokens / 3), "per_character": pytest.approx(tokens / 8)
+    }  # fmt: skip
+
+
+def test_vocabularies_without_a_common_token_share_none() -> None:
+    assert vocabularies({"a": 0}, {"b": 0, "c": 1}) == {"teacher": 2, "student": 1, "shared": 0, "same_strings": 0}
+
+
+def test_special_tokens_that_differ_are_named() -> None:
+    one = four_tokenizers.tokenizer_of("byte_level")
+    other = copy.deepcopy(one)
+    other.eos_token = "<other>"
+
+    (found,) = [d for d in special_differences(one, other) if d["token"] == "eos_token"]
+
+    assert found == {"token": "eos_token", "teacher": one.eos_token, "student": "<other>"}
+
+
+def test_normalisers_are_named_in_order() -> None:
+    tokenizer = copy.deepcopy(four_tokenizers.tokenizer_of("byte_level"))
+    assert normaliser_of(tokenizer) == "none"
+
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex("x+"), "y")]
+    )
+    assert normaliser_of(tokenizer) == 'NFKC, Lowercase, Replace {"Regex": "x+"} by "y"'
+
+
+def test_a_document_that_one_side_cannot_use_is_counted_with_its_reason(tmp_path: Path) -> None:
+    rows = [*corpus_rows(2), {"prompt": "word " * 60, "response": "Yes."}, "{"]
+
+    found = compared(tmp_path, rows, encoder("byte_level", max_tokens=40), encoder("unigram"))
+
+    assert found["unusable"]["teacher"]["no_target_after_cut"]["documents"] == 1
+    assert found["aligned_documents"] == 2
+    assert found["sample"]["rejected"] == 1
+    lines = "\n".join(pair_lines(found))
+    assert "teacher cannot use 1 documents (no_target_after_cut)" in lines
+    assert "1 rejected (bad_json 1)" in lines
+
+
+def test_the_least_aligned_document_is_drawn_with_both_tokenizations(tmp_path: Path) -> None:
+    rows = corpus_rows(6)
+
+    found = compared(tmp_path, rows, encoder("byte_level"), encoder("unigram"), worst=6)
+
+    shares = [document["exact_share"] for document in found["worst"]]
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1]
+    (alone,) = compared(tmp_path, [rows[found["worst"][0]["line"] - 1]], encoder("byte_level"), encoder("unigram"))[
+        "worst"
+    ]
+    assert alone["exact_share"] == shares[0]
+    drawn = found["worst"][0]["drawing"]
+    assert any(line.startswith("teacher  ") for line in drawn)
+    assert any(line.startswith("student  ") for line in drawn)
+
+
+def test_hostile_text_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "a\x1b[2Jb\u202e", "response": "c\x07d"}, *corpus_rows(1)]
+    corpus = write_rows(tmp_path / "rows\x1b[31m.jsonl", rows)
+
+    command(str(made() / "teacher"), str(made() / "student"), [str(corpus)], sample=9, worst=9, width=80)
+
+    out = capsys.readouterr().out
+    assert "least aligned" in out
+    assert not set(out) & {"\x1b", "\u202e", "\x07"}
+
+
+def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = [str(made() / "corpus.jsonl")]
+
+    command(str(made() / "teacher"), str(made() / "student"), corpus, sample=5, worst=1, width=80, as_json=True)
+
+    found = json.loads(capsys.readouterr().out)
+    assert (found["sample"]["documents"], len(found["worst"])) == (5, 1)
+
+
+def test_a_tokenizer_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputMissing, match="nowhere"):
+        command("./nowhere", str(made() / "student"), [str(made() / "corpus.jsonl")], sample=5)
