@@ -23,6 +23,8 @@ class Level:
     """word or phrase."""
     student_BU2: Tensor
     """Student tokens of each span, int64."""
+    teacher_BU2: Tensor
+    """The same spans as ranges of the kept teacher rows, int64; (0, 0) where the span lies in no target."""
     valid_BU: Tensor
     """Bool: the span has tokens on both sides and the settings want it."""
     in_phrase_BU: Tensor

@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from xkd_schemas.alignment import token_ranges
 from xkd_schemas.errors import BadData
 from xkd_schemas.table import Row
 from xkd_schemas.teacher import Signal
-from xkd_schemas.tokens import kept_rows, predictors
+from xkd_schemas.tokens import OK, Tokens, kept_rows, predictors
 from xkd_trainer.batch import Batch, Level
 from xkd_trainer.cache import Cache, layers_of
 from xkd_trainer.signals import unpack_triangle
@@ -138,6 +139,7 @@ def _level_arrays(document: Row, student: Row, teacher: Row, wanted: frozenset[S
         spans = document[column]
         ranges = student["word_tokens" if unit == "word" else "phrase_tokens"].astype(np.int64)
         arrays[f"level {unit} student"] = ranges
+        arrays[f"level {unit} teacher"] = _kept_ranges(teacher, spans)
         arrays[f"level {unit} seen"] = ranges[:, 1] > ranges[:, 0]
         arrays[f"level {unit} in_phrase"] = inside_any(spans, phrases) if unit == "word" else _true(len(spans))
         targets = document["segments"][np.asarray(document["targets"], np.bool_)]
@@ -146,6 +148,22 @@ def _level_arrays(document: Row, student: Row, teacher: Row, wanted: frozenset[S
         if signal.kind.unit:
             arrays[f"level {signal.column}"] = teacher[signal.column]
     return arrays
+
+
+def _tokens(row: Row) -> Tokens:
+    return Tokens(
+        status=OK, num_chars=row["num_chars"], ids=row["token_ids"], spans=row["token_spans"],
+        kinds=row["token_kinds"], targets=row["targets"],
+    )  # fmt: skip
+
+
+def _kept_ranges(teacher: Row, spans: Array) -> Array:
+    """Words or phrases as ranges of the kept teacher rows, [U, 2]; (0, 0) for those not whole in a target."""
+    targets = teacher["targets"]
+    ranges = token_ranges(_tokens(teacher), spans).astype(np.int64)
+    whole = (ranges[:, 1] > ranges[:, 0]) & np.append(targets, False)[ranges[:, 0]]
+    first = np.searchsorted(kept_rows(targets), ranges[:, 0])
+    return np.where(whole[:, None], np.stack([first, first + ranges[:, 1] - ranges[:, 0]], axis=1), 0)
 
 
 def inside_any(spans: Array, outer: Array) -> Array:
@@ -183,6 +201,7 @@ def _level(layer: int, unit: str, samples: Sequence[dict[str, Array]], wanted: f
         layer=layer,
         unit=unit,
         student_BU2=stacked("student"),
+        teacher_BU2=stacked("teacher"),
         valid_BU=stacked("seen") & (mass_BU > 0),  # a span the teacher has no token in has no mass
         in_phrase_BU=stacked("in_phrase"),
         in_target_BU=stacked("in_target"),

@@ -176,12 +176,26 @@ def test_mta_is_the_loops_over_spans_of_single_documents(teacher_layer: int, uni
     assert_term(found[f"mta.hid@{key}"], *slow.hid([hid for _, hid in both]))
 
 
-def sra_document(made: Ready, d: Alone) -> tuple[Any, Any, list[float]]:
-    """Student and teacher vectors of the aligned spans in the response, and the loss weights."""
+def linguistic_spans(d: Alone, unit: str) -> list[tuple[list[int], list[int]]]:
+    """Words or phrases with tokens of both models in them, as token ranges of student and teacher."""
+    found = []
+    intervals, kinds = d.teacher["token_spans"].tolist(), d.teacher["token_kinds"].tolist()
+    for (start, end), own in zip(
+        d.document[f"{unit}s"].tolist(), d.student[f"{unit}_tokens"].tolist(), strict=True
+    ):  # fmt: skip
+        inside = [t for t, (a, b) in enumerate(intervals) if kinds[t] == 1 and a < b and a >= start and b <= end]
+        if own[1] > own[0] and inside:
+            found.append((own, [inside[0], inside[-1] + 1]))
+    return found
+
+
+def sra_document(made: Ready, d: Alone, unit: str = "aligned") -> tuple[Any, Any, list[float]]:
+    """Student and teacher vectors of the spans in the response, and the loss weights."""
     hidden, attention = d.hidden(), d.teacher["attention_last"].tolist()
     at = {position: place for place, position in enumerate(d.kept)}
     student, teacher, mass = [], [], []
-    for (a, b), (x, y) in zip(d.student["student_spans"].tolist(), d.student["teacher_spans"].tolist(), strict=True):
+    spans = list(zip(d.student["student_spans"].tolist(), d.student["teacher_spans"].tolist(), strict=True))
+    for (a, b), (x, y) in spans if unit == "aligned" else linguistic_spans(d, unit):
         if d.student["targets"][a]:
             student.append(slow.pool(d.layers[-1], d.attention, a, b)[0])
             rows = [attention[t] for t in range(x, y)]
@@ -191,14 +205,16 @@ def sra_document(made: Ready, d: Alone) -> tuple[Any, Any, list[float]]:
     return student, teacher, slow.omega(mass, 1.0)
 
 
+@pytest.mark.parametrize("unit", ["aligned", "word", "phrase"])
 @torch.no_grad()
-def test_sra_is_the_loops_over_aligned_spans_of_single_documents() -> None:
-    made, batch = ready("sra")
+def test_sra_is_the_loops_over_spans_of_single_documents(unit: str) -> None:
+    made, batch = ready("sra", spans=unit)
     projector = made.distiller.losses["sra"].projector
 
     found = terms_of(made.distiller, batch)
 
-    parts = [(d, *sra_document(made, d)) for d in alone(made)]
+    parts = [(d, *sra_document(made, d, unit)) for d in alone(made)]
+    parts = [part for part in parts if part[1]]
     projected = [(projector(torch.tensor(s)).tolist(), t, w) for _, s, t, w in parts]
     assert_term(found["sra.cos"], *slow.weighted_cosine(projected))
     assert_term(found["sra.geo"], *slow.geometric([(s, t, w) for _, s, t, w in parts]))
@@ -478,6 +494,8 @@ def total_of(loss: str, step: int = 0, **settings: Any) -> dict[str, float]:
         ("sra", {"tau": 4.0}),
         ("sra", {"p": 2.0}),
         ("sra", {"geo": 10.0}),
+        ("sra", {"spans": "word"}),
+        ("sra", {"spans": "phrase"}),
         ("dwa", {"entropy_weights": False}),
         ("dwa", {"gate": False}),
         ("dwa", {"student_weight": "gate_after"}),
@@ -522,6 +540,9 @@ def test_a_loss_that_is_off_has_no_term_no_projector_and_asks_for_no_signal() ->
     assert {s.name for s in ready("mta", hid="off")[0].wanted} == {"span_mass", "span_geometry"}
     assert {s.name for s in ready("mta", lambda_dsa=0.0)[0].wanted} == {"span_mass", "span_vectors"}
     assert {s.name for s in ready("sra", weights="uniform")[0].wanted} == {"hidden_last"}
+    assert {s.column for s in ready("sra", spans="phrase")[0].wanted} == {
+        "attention_last", "hidden_last", "span_mass@3:phrase",
+    }  # fmt: skip
     assert {s.name for s in ready("dwa", entropy_weights=False)[0].wanted} == {"hidden_last"}
 
 

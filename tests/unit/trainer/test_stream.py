@@ -285,7 +285,7 @@ def test_a_span_outside_its_tokens_is_bad_data(student: Any, teacher: Any) -> No
 def test_a_span_without_a_token_on_one_side_is_not_valid() -> None:
     signal = Signal("span_mass", 2, "word")
     ranges = np.array([[0, 1], [1, 1], [1, 2]])
-    sample = {"student": ranges, "seen": ranges[:, 1] > ranges[:, 0]}
+    sample = {"student": ranges, "teacher": ranges, "seen": ranges[:, 1] > ranges[:, 0]}
     sample |= {"in_phrase": np.ones(3, np.bool_), "in_target": np.ones(3, np.bool_)}
     arrays = {f"level word {name}": values for name, values in sample.items()}
     arrays["level span_mass@2:word"] = np.array([0.5, 0.5, 0.0], np.float32)

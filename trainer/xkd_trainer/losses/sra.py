@@ -27,6 +27,9 @@ class SraSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    spans: Literal["aligned", "word", "phrase"] = "aligned"
+    """Pieces that are compared. aligned: between common ends of tokens (paper and code). word, phrase: linguistic
+    spans of the response; phrases may overlap."""
     cos: float = Field(default=1.0, ge=0)
     """Weight of L_cos. First code: 1, the first author's later code: 2."""
     geo: float = Field(default=50.0, ge=0)

@@ -4,9 +4,11 @@ Shape legend: see batch.py; d is the student's width, V the shared vocabulary.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from xkd_schemas.errors import UsageError
 from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch
 from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
@@ -23,9 +25,34 @@ from xkd_trainer.signals import pool_spans
 
 
 def needs(settings: SraSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
-    """Last states, and the attention row that weighs them."""
+    """Last states, the attention row that weighs them, and for words or phrases some level that has them.
+
+    Raises:
+        UsageError: Words or phrases are wanted and none are cached.
+    """
     weights = (Signal("attention_last"),) if settings.weights == "attention" else ()
-    return (Signal("hidden_last"), *weights)
+    return (Signal("hidden_last"), *weights, *_span_level(settings, levels))
+
+
+def _span_level(settings: SraSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
+    """The signal that brings the wanted words or phrases into the batch."""
+    if settings.spans == "aligned":
+        return ()
+    found = [layer for layer, unit in levels if unit == settings.spans]
+    if not found:
+        raise UsageError(
+            f"sra.spans={settings.spans} needs span_mass of some teacher layer on {settings.spans}s, none is cached",
+            next="xkd-cache teacher CACHE --model M --for mta,sra --name NEW, then align",
+        )
+    return (Signal("span_mass", found[0], settings.spans),)
+
+
+class _Spans(NamedTuple):
+    """Ranges of student tokens and of kept teacher rows, [B, K, 2], and which count."""
+
+    student_BK2: Tensor
+    teacher_BK2: Tensor
+    valid_BK: Tensor
 
 
 class Sra(nn.Module):
@@ -57,21 +84,30 @@ class Sra(nn.Module):
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Documents with an aligned span."""
-        return dict.fromkeys(("cos", "geo", "kd"), batch.span_valid_BK.any(-1).sum())
+        return dict.fromkeys(("cos", "geo", "kd"), self._spans(batch).valid_BK.any(-1).sum())
+
+    def _spans(self, batch: Batch) -> _Spans:
+        """The pieces of the response that are compared."""
+        if self.settings.spans == "aligned":
+            return _Spans(batch.span_student_BK2, batch.span_teacher_BK2, batch.span_valid_BK)
+        level = next(level for level in batch.levels if level.unit == self.settings.spans)
+        whole_BK = level.teacher_BU2[..., 1] > level.teacher_BU2[..., 0]
+        return _Spans(level.student_BU2, level.teacher_BU2, level.valid_BU & level.in_target_BU & whole_BK)
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """The three terms of section 2.3."""
         s = self.settings
-        valid_BK = batch.span_valid_BK
+        spans = self._spans(batch)
+        valid_BK = spans.valid_BK
         assert batch.teacher_hidden_BRD is not None
         teacher_BRD = batch.teacher_hidden_BRD.float()
-        student_BKd, _ = pool_spans(student.states.last_BLD, self._student_weights(student), batch.span_student_BK2)
-        teacher_BKD, mass_BK = pool_spans(teacher_BRD, self._teacher_weights(batch), batch.span_teacher_BK2)
+        student_BKd, _ = pool_spans(student.states.last_BLD, self._student_weights(student), spans.student_BK2)
+        teacher_BKD, mass_BK = pool_spans(teacher_BRD, self._teacher_weights(batch), spans.teacher_BK2)
         if not s.weighted_pooling:
             student_BKd, _ = pool_spans(
-                student.states.last_BLD, uniform_weights(batch.student_valid_BS), batch.span_student_BK2
+                student.states.last_BLD, uniform_weights(batch.student_valid_BS), spans.student_BK2
             )
-            teacher_BKD, _ = pool_spans(teacher_BRD, uniform_weights(batch.teacher_valid_BR), batch.span_teacher_BK2)
+            teacher_BKD, _ = pool_spans(teacher_BRD, uniform_weights(batch.teacher_valid_BR), spans.teacher_BK2)
         omega_BK = span_omega(mass_BK, valid_BK, s.p, s.weighted_loss)
         return {
             "cos": weighted_cosine(self.projector(student_BKd), teacher_BKD, omega_BK, valid_BK),

@@ -1,0 +1,74 @@
+"""Every loss of the registry: captured for, aligned for two tokenizers, and trained with for a few steps."""
+
+import functools
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import small_cache
+from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_schemas.errors import UsageError
+from xkd_schemas.runfile import RunFile
+from xkd_trainer.loop import train
+from xkd_trainer.methods import LOSSES
+
+OTHER, SAME = "S-all", "T-all"
+"""Student tables: another tokenizer than the teacher's, and the teacher's own."""
+
+
+NEEDS_ONE_TOKENIZER = ("kl", "fdd", "dskd")
+
+
+@functools.cache
+def cache() -> Path:
+    """The small cache with a teacher table that holds what all losses need."""
+    made = small_cache.made()
+    folder = Path(shutil.copytree(made / "cache", Path(tempfile.mkdtemp(prefix="xkd-all-")) / "cache"))
+    teacher = {"model": str(made / "teacher"), "name": "all", "losses": list(LOSSES)}
+    for name, tokenizer, template in ((OTHER, made / "student", "none"), (SAME, made / "teacher", "chat")):
+        student = {"tokenizer": str(tokenizer), "name": name, "template": template}
+        run = small_cache.run_file(folder, teacher=teacher, student=student)
+        teacher_stage(run, small_cache.IN_PROCESS)
+        align_stage(run, small_cache.IN_PROCESS, teacher="all")
+    return folder
+
+
+def run_of(table: str, loss: str, out: Path) -> RunFile:
+    tokenizer = small_cache.made() / ("student" if table == OTHER else "teacher")
+    return small_cache.run_file(
+        cache(),
+        student={"model": "new:llama,layers=4,width=32", "tokenizer": str(tokenizer)},
+        train={
+            "loss": f"ce=0,{loss}=1" if loss != "ce" else "ce", "steps": 6, "batch_size": 12, "out": str(out),
+            "lr": 5e-3, "projector_lr": 5e-3, "log_every": 1,
+        },
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_a_loss_falls_from_the_cache(loss: str, tmp_path: Path) -> None:
+    if loss in NEEDS_ONE_TOKENIZER:
+        with pytest.raises(UsageError, match="tokenizer"):
+            train(run_of(OTHER, loss, tmp_path), student_table=OTHER, quiet=True)
+        table = SAME
+    else:
+        table = OTHER
+    train(run_of(table, loss, tmp_path), student_table=table, quiet=True)
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    terms = [name for name in lines[0] if name.startswith(f"{loss}.") and not name.endswith(".count")]
+    assert terms
+    for line in lines:
+        assert all(math.isfinite(line[name]) for name in terms)
+        assert all(line[f"{name}.count"] > 0 for name in terms)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_a_loss_trains_a_student_with_the_teachers_tokenizer_too(loss: str, tmp_path: Path) -> None:
+    trained = train(run_of(SAME, loss, tmp_path), student_table=SAME, quiet=True)
+    assert all(math.isfinite(value) for value in trained.terms.values())
