@@ -13,7 +13,7 @@ from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_schemas.alignment_batch import align_all, token_ranges_all
 from xkd_schemas.encode import Encoder
-from xkd_schemas.files import sha256_of
+from xkd_schemas.files import saved_folder, sha256_of
 from xkd_schemas.manifest import Commit
 from xkd_schemas.table import Row, Table
 from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION, Tokens
@@ -136,8 +136,8 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSettings
 
     def finish(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
         folder = store.folder / "tokenizer"
-        encoder.tokenizer.save_pretrained(folder)
+        names = saved_folder(folder, encoder.tokenizer.save_pretrained)
         constants = {"template": settings.template, "vocab_size": len(encoder.tokenizer), "teacher": teacher}
-        return constants, {"tokenizer.json": sha256_of(folder / "tokenizer.json")}
+        return constants, {name: sha256_of(folder / name) for name in names}
 
     return build(store, stage, lambda missing: iter(missing), workers, finish=finish)

@@ -14,7 +14,7 @@ from typing import IO, Any
 import pyarrow as pa
 import xxhash
 
-from xkd_schemas.files import disk_errors, sync_folder, write_beside, xxh3_of
+from xkd_schemas.files import disk_errors, rename, sync_folder, write_beside, xxh3_of
 from xkd_schemas.manifest import Commit, RecordBatch, Reject
 from xkd_schemas.ragged import batch_of
 from xkd_schemas.tokens import OK
@@ -106,11 +106,11 @@ def write_shard(
                 spans.append((before, sink.position - before, batch.num_rows))
 
     with disk_errors(folder):
-        temporary = write_beside(folder, write)
+        temporary = write_beside(folder, write, "shard")
         data = memoryview(temporary.read_bytes())
         sha256 = hashlib.sha256(data).hexdigest()
         name = f"{unit:05d}-{sha256[:12]}.arrow"
-        temporary.rename(folder / name)
+        rename(temporary, folder / name)
         sync_folder(folder)
     start = spans[0][0] if spans else len(data)
     end = spans[-1][0] + spans[-1][1] if spans else len(data)
@@ -141,7 +141,7 @@ def _write_rejects(folder: Path, unit: int, rejects: Sequence[Mapping[str, Any]]
     sha256 = hashlib.sha256(content).hexdigest()
     name = f"{unit:05d}-{sha256[:12]}.jsonl"
     with disk_errors(folder):
-        write_beside(folder, lambda stream: _write_all(stream, content)).rename(folder / name)
+        rename(write_beside(folder, lambda stream: _write_all(stream, content), "rejects"), folder / name)
         sync_folder(folder)
     reasons: dict[str, int] = {}
     for reject in rejects:

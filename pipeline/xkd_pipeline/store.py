@@ -15,7 +15,17 @@ from typing import Any
 
 from xkd_pipeline.card import readme
 from xkd_schemas.errors import BadData, Busy, DiskFailed, InputMissing
-from xkd_schemas.files import disk_errors, inside, put_if_absent, replace, sha256_of
+from xkd_schemas.files import (
+    disk_errors,
+    inside,
+    lock_file,
+    make_folder,
+    put_if_absent,
+    remove,
+    rename,
+    replace,
+    sha256_of,
+)
 from xkd_schemas.manifest import (
     Commit,
     Manifest,
@@ -33,9 +43,7 @@ from xkd_schemas.manifest import (
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Hold the cache for writing; Busy names the process that has it. Freed by the system when we die."""
-    with disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = lock_file(root / "LOCK")
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,10 +109,10 @@ class Store:
     def _quarantine(self, record: Path) -> None:
         with disk_errors(record):
             folder = self.folder / "quarantine"
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
             for path in [record, *self.folder.glob(f"{record.stem}-*.arrow"), self.folder / "manifest.json"]:
                 if path.exists():
-                    path.rename(folder / path.name)
+                    rename(path, folder / path.name)
 
     def commit(self, record: Commit) -> None:
         """Make one finished unit count."""
@@ -139,7 +147,7 @@ class Store:
         """Bring README.md and SHA256SUMS of the cache up to date; the last run may have died before it could."""
         with disk_errors(self.root):
             for path in self.root.glob(".tmp-*"):
-                path.unlink(missing_ok=True)
+                remove(path)
         _write_root_files(self.root)
 
     def _sweep(self, commits: tuple[Commit, ...]) -> None:
@@ -148,13 +156,13 @@ class Store:
         with disk_errors(self.folder):
             for path in self.folder.glob("[0-9]*.arrow"):
                 if path.name not in shards:
-                    path.unlink()
+                    remove(path)
             for path in (self.folder / "rejects").glob("*.jsonl"):
                 if path.name not in rejects:
-                    path.unlink()
+                    remove(path)
             for folder in (self.folder, self.folder / "commits", self.folder / "rejects"):
                 for path in folder.glob(".tmp-*"):
-                    path.unlink(missing_ok=True)
+                    remove(path)
 
 
 def _write_root_files(root: Path) -> None:

@@ -1,7 +1,7 @@
 """What is kept of a teacher once, beside its table: identity, head, embeddings, tokenizer, constants."""
 
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from xkd_schemas.files import sha256_of, sync_folder, write_beside
+from xkd_schemas.files import saved, saved_folder, sha256_of
 from xkd_schemas.manifest import Commit
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
 from xkd_trainer.forward import num_layers
@@ -52,14 +52,11 @@ def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:
     if embeddings is not head.weight_VD:
         files["embeddings.safetensors"] = {"weight": embeddings}
     for file, content in files.items():
-        temporary = write_beside(folder, lambda stream: None)
-        save_file({k: v.detach().cpu().contiguous() for k, v in content.items()}, temporary)
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(folder / file)
-    load_tokenizer(name).save_pretrained(folder / "tokenizer")
-    sync_folder(folder)
-    return {file: sha256_of(folder / file) for file in files}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in content.items()}
+        saved(folder / file, partial(save_file, tensors))
+    names = saved_folder(folder / "tokenizer", load_tokenizer(name).save_pretrained)
+    kept = [folder / file for file in files] + [folder / "tokenizer" / file for file in names]
+    return {path.name: sha256_of(path) for path in kept}
 
 
 def moments(tokens: Sequence[Tokens], captured: Sequence[dict[str, Any]], model: PreTrainedModel) -> dict[str, float]:
