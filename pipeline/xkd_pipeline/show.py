@@ -124,7 +124,7 @@ def render(
         lines += ["", f"{segment.role}{' (target)' if segment.target else ''}"]
         lines += [part for line in text.split("\n") for part in wrapped(visible(line), width)]
     lines += ["", *(part for note in _notes(document, student, teacher) for part in wrapped(note, width)), ""]
-    return "\n".join([*lines, *_drawn(_columns(document, student, teacher, aligned), width, student is not None)])
+    return "\n".join([*lines, *_drawn(columns_of(document, student, teacher, aligned), width, student is not None)])
 
 
 def _notes(document: Document, student: Tokens | None, teacher: Tokens) -> list[str]:
@@ -140,7 +140,7 @@ def _notes(document: Document, student: Tokens | None, teacher: Tokens) -> list[
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
+class Column:
     """One aligned span, or the tokens between two."""
 
     teacher: str
@@ -148,12 +148,13 @@ class _Column:
     mark: str
 
 
-def _columns(
+def columns_of(
     document: Document, student: Tokens | None, teacher: Tokens, aligned: tuple[Int32s, Int32s] | None
-) -> list[_Column]:
+) -> list[Column]:
+    """The drawing column by column: aligned spans and what lies between them; arguments as `render` takes them."""
     if student is None or aligned is None:
         return [
-            _Column(text, "", ALONE) for n in range(len(teacher.ids)) if (text := _texts(document, teacher, n, n + 1))
+            Column(text, "", ALONE) for n in range(len(teacher.ids)) if (text := _texts(document, teacher, n, n + 1))
         ]
     columns = []
     ours = theirs = 0
@@ -161,7 +162,7 @@ def _columns(
         columns.append(_between(document, student, (ours, first), teacher, (theirs, teacher_first)))
         exact = end - first == teacher_end - teacher_first == 1
         columns.append(
-            _Column(
+            Column(
                 _texts(document, teacher, teacher_first, teacher_end), _texts(document, student, first, end),
                 EXACT if exact else MANY,
             )
@@ -173,8 +174,8 @@ def _columns(
 
 def _between(
     document: Document, student: Tokens, ours: tuple[int, int], teacher: Tokens, theirs: tuple[int, int]
-) -> _Column:
-    return _Column(_texts(document, teacher, *theirs), _texts(document, student, *ours), ALONE)
+) -> Column:
+    return Column(_texts(document, teacher, *theirs), _texts(document, student, *ours), ALONE)
 
 
 def _texts(document: Document, tokens: Tokens, first: int, end: int) -> str:
@@ -188,7 +189,7 @@ def _texts(document: Document, tokens: Tokens, first: int, end: int) -> str:
     return _JOIN.join(shown)
 
 
-def _drawn(columns: Iterable[_Column], width: int, both: bool) -> list[str]:
+def _drawn(columns: Iterable[Column], width: int, both: bool) -> list[str]:
     """Groups of lines: teacher over marks over student; columns that do not fit are folded."""
     room = width - _MARGIN
     lines: list[str] = []
@@ -216,12 +217,12 @@ def _group(rows: tuple[list[str], list[str], list[str]], both: bool) -> list[str
     return [*drawn, ""] if both else [drawn[0], ""]
 
 
-def _folded(column: _Column, room: int) -> list[_Column]:
+def _folded(column: Column, room: int) -> list[Column]:
     """The column in parts of at most `room` cells; only the first has the mark."""
     above, below = chopped(column.teacher, room), chopped(column.student, room)
     size = max(len(above), len(below))
     above, below = above + [""] * (size - len(above)), below + [""] * (size - len(below))
-    return [_Column(a, b, column.mark if n == 0 else ALONE) for n, (a, b) in enumerate(zip(above, below, strict=True))]
+    return [Column(a, b, column.mark if n == 0 else ALONE) for n, (a, b) in enumerate(zip(above, below, strict=True))]
 
 
 def wrapped(text: str, width: int) -> list[str]:
