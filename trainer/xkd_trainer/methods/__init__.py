@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from xkd_schemas.errors import UsageError
 from xkd_trainer.methods import plugins
+from xkd_trainer.methods.alm import ALM
 from xkd_trainer.methods.ce import CE
 from xkd_trainer.methods.declaration import Declaration
 from xkd_trainer.methods.dskd import DSKD, DSKD_CMA
@@ -15,7 +16,7 @@ from xkd_trainer.methods.dwa import DWA
 from xkd_trainer.methods.mta import MTA
 from xkd_trainer.methods.sra import SRA
 
-LOSSES: Mapping[str, Declaration] = {d.name: d for d in (CE, MTA, SRA, DWA, DSKD, DSKD_CMA)}
+LOSSES: Mapping[str, Declaration] = {d.name: d for d in (CE, MTA, SRA, DWA, DSKD, DSKD_CMA, ALM)}
 """The losses that come with XKD."""
 
 

@@ -1,0 +1,338 @@
+"""ALM: chunks and their losses against loops, gradients, padding, cuts, degenerate input, and the wired loss."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import slow_chunks as slow
+import slow_losses as tools
+import tiny_models as tiny
+from xkd_trainer.batch import Batch, blank
+from xkd_trainer.losses.alm import (
+    AlmSettings,
+    binarised_divergence,
+    chunk_log_likelihoods,
+    likelihood_matching,
+    log_complement,
+)
+from xkd_trainer.losses.head import LazyLogits
+from xkd_trainer.losses.head_targets import head_log_probabilities
+from xkd_trainer.methods import LOSSES
+from xkd_trainer.methods.alm import ALM
+from xkd_trainer.setup import Ready, set_up
+from xkd_trainer.stream import batch_of
+
+KINDS = ("kl", "reverse_kl", "tv", "kl_limit")
+SEEDS = st.integers(0, 2**31)
+ROWS = (3, 19, 0, 11)
+
+
+class Side:
+    """One model's ragged random side: places with a prediction, their log-probabilities, and chunks of places."""
+
+    def __init__(self, seed: int, chunks: list[int]) -> None:
+        """`chunks` is the number of chunks of each document."""
+        g = tools.generator(seed)
+        self.places, self.values, self.ranges = [], [], []
+        for count in chunks:
+            place, ranges = 1, []
+            for _ in range(count):
+                size, gap = torch.randint(1, 4, (), generator=g).item(), torch.randint(0, 2, (), generator=g).item()
+                ranges.append((place + gap, place + gap + size))
+                place += gap + size
+            kept = [p for p in range(1, place + 1) if torch.rand((), generator=g) > 0.1]
+            self.places.append(torch.tensor(kept, dtype=torch.int64))
+            self.values.append(-torch.rand(len(kept), generator=g, dtype=torch.float64) * 5)
+            self.ranges.append(ranges)
+
+    def log_p_of(self, row: int) -> dict[int, float]:
+        return dict(zip(self.places[row].tolist(), self.values[row].tolist(), strict=True))
+
+    def tensors(self, fill: float = 0.0, place: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values, places, predicted, ranges."""
+        ranges = [torch.tensor(r, dtype=torch.int64).reshape(-1, 2) for r in self.ranges]
+        predicted = tools.mask([len(p) for p in self.places])
+        return tools.padded(self.values, fill), tools.padded(self.places, place), predicted, tools.padded(ranges, 0)
+
+
+def compared(student: Side, teacher: Side, values_BN: Tensor | None = None, fill: float = 0.0, **given: Any) -> Any:
+    """The loss of two sides, with `values_BN` as the student's log-probabilities."""
+    how = AlmSettings(**given)
+    valid = tools.mask([len(r) for r in student.ranges])
+    own, s_place, s_predicted, s_range = student.tensors(fill, 2 if fill else 0)
+    other, t_place, t_predicted, t_range = teacher.tensors(fill, 2 if fill else 0)
+    s, s_whole = chunk_log_likelihoods(own if values_BN is None else values_BN, s_place, s_predicted, s_range, valid)
+    t, t_whole = chunk_log_likelihoods(other, t_place, t_predicted, t_range, valid)
+    weight = (t_range[..., 1] - t_range[..., 0]) if how.average == "tokens" else torch.ones_like(t)
+    return likelihood_matching(s, t, weight, s_whole & t_whole, how)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=SEEDS, kind=st.sampled_from(KINDS), tau=st.sampled_from([1.0, 3.0, 100.0]), scaled=st.booleans(),
+    average=st.sampled_from(["chunks", "tokens"]),
+)  # fmt: skip
+def test_loss_equals_the_loops_over_chunks(seed: int, kind: str, tau: float, scaled: bool, average: str) -> None:
+    chunks = tools.lengths(seed)
+    student, teacher = Side(seed, chunks), Side(seed + 1, chunks)
+
+    found = compared(student, teacher, divergence=kind, temperature=tau, scaled=scaled, average=average)
+
+    documents = [
+        (student.log_p_of(b), teacher.log_p_of(b), student.ranges[b], teacher.ranges[b]) for b in range(len(chunks))
+    ]
+    total, count = slow.alm(documents, divergence=kind, tau=tau, scaled=scaled, average=average)
+    assert float(found.total) == pytest.approx(total, rel=1e-7, abs=1e-10)
+    assert float(found.count) == count
+    assert not found.count.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tau", [1.0, 100.0])
+def test_loss_has_the_right_gradient_for_the_student_only(kind: str, tau: float) -> None:
+    student, teacher = Side(3, [3, 1, 2]), Side(4, [3, 1, 2])
+    values = student.tensors()[0]
+
+    def loss(values_BN: Tensor) -> Tensor:
+        return compared(student, teacher, values_BN, divergence=kind, temperature=tau).total
+
+    assert torch.autograd.gradcheck(loss, values.requires_grad_())
+    a = torch.tensor([-1.0], requires_grad=True)
+    assert not binarised_divergence(torch.tensor([-2.0]), a, AlmSettings(divergence=kind)).requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_padding_holds_changes_no_bit(kind: str) -> None:
+    student, teacher = Side(5, [3, 0, 2]), Side(6, [3, 0, 2])
+
+    def run(fill: float) -> tuple[Tensor, Tensor]:
+        return tools.with_gradient(
+            lambda v: compared(student, teacher, v, fill, divergence=kind).total, student.tensors(fill)[0]
+        )
+
+    value, gradient = run(0.0)
+    for fill in (1e9, math.nan, -math.inf):
+        tools.assert_same_bits(value, run(fill)[0])
+        tools.assert_same_bits(gradient, run(fill)[1])
+    assert value > 0
+    assert (gradient[~student.tensors()[2]] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("student", [0.0, -1e-8, -1.0, -1e4])
+@pytest.mark.parametrize("teacher", [0.0, -1e-8, -1.0, -1e4])
+@pytest.mark.parametrize("tau", [0.5, 100.0])
+def test_certain_and_impossible_chunks_have_a_finite_loss_and_gradient(
+    kind: str, dtype: torch.dtype, student: float, teacher: float, tau: float
+) -> None:
+    how = AlmSettings(divergence=kind, temperature=tau)
+
+    value, gradient = tools.with_gradient(
+        lambda s: binarised_divergence(s, torch.tensor([teacher], dtype=dtype), how).sum(),
+        torch.tensor([student], dtype=dtype),
+    )
+
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    assert value >= -1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_that_is_its_own_student_costs_exactly_nothing(kind: str) -> None:
+    side = Side(7, [4, 2])
+
+    value, gradient = tools.with_gradient(lambda v: compared(side, side, v, divergence=kind).total, side.tensors()[0])
+
+    assert value == 0
+    assert gradient.abs().max() < 1e-9
+
+
+def test_high_temperatures_approach_the_limit() -> None:
+    a, b = torch.tensor([-2.0, -0.1, -9.0]).double(), torch.tensor([-1.0, -3.0, -8.0]).double()
+    limit = binarised_divergence(b, a, AlmSettings(divergence="kl_limit"))
+
+    rough, fine = (
+        (binarised_divergence(b, a, AlmSettings(temperature=tau)) - limit).abs().max() for tau in (10.0, 100.0)
+    )
+
+    assert fine < rough / 5
+    assert fine < 0.01 * limit.max()
+
+
+def test_log_complement_keeps_its_digits_on_both_sides_of_a_half() -> None:
+    x = torch.tensor([-1e-12, -1e-3, -0.69, -0.7, -20.0, -300.0], dtype=torch.float64)
+
+    found = log_complement(x).tolist()
+
+    assert found == pytest.approx([math.log(-math.expm1(v)) if v > -30 else -math.exp(v) for v in x.tolist()])
+
+
+# Log-probabilities in chunks
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 2, 100])
+@pytest.mark.parametrize("bias", [True, False])
+def test_log_probabilities_are_those_of_dense_logits(
+    rows_per_chunk: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xkd_trainer.losses.head_targets.CHUNK_BYTES", rows_per_chunk * 6 * 8)
+    g = tools.generator(1)
+    hidden, weight, offset = (torch.randn(*shape, generator=g).double() for shape in ((5, 3), (6, 3), (6,)))
+    target = torch.tensor([0, 5, 2, 2, 1])
+    inputs = [x.requires_grad_() for x in ((hidden, weight, offset) if bias else (hidden, weight))]
+
+    def found(*given: Tensor) -> Tensor:
+        return head_log_probabilities(LazyLogits(hidden=given[0], weight=given[1], bias=(*given, None)[2]), target)
+
+    rows = LazyLogits(hidden=hidden, weight=weight, bias=offset if bias else None).dense().tolist()
+    expected = [slow.log_softmax(row)[int(y)] for row, y in zip(rows, target, strict=True)]
+    assert found(*inputs).tolist() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(found, inputs)
+
+
+def test_log_probabilities_of_no_position_are_none() -> None:
+    weight = torch.ones(4, 3, requires_grad=True)
+    found = head_log_probabilities(LazyLogits(hidden=torch.zeros(0, 3), weight=weight), torch.zeros(0).long())
+
+    found.sum().backward()
+
+    assert found.shape == (0,)
+    assert (weight.grad == 0).all()
+
+
+# The wired loss
+
+
+def ready(**changed: Any) -> tuple[Ready, Batch]:
+    made = set_up(tiny.tiny_cache().run(loss="ce=0,alm=1", losses={"alm": changed}), "")
+    return made, batch_of(made.cache, ROWS, made.wanted)
+
+
+def run(made: Ready, batches: list[Batch], counts: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a step of several micro-batches."""
+    made.distiller.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss, _ = made.distiller(batch, counts, 0)
+        loss.backward()
+        total += float(loss.detach())
+    return total, {n: p.grad.clone() for n, p in made.distiller.named_parameters() if p.grad is not None}
+
+
+def test_it_is_registered_and_asks_for_the_last_states_only() -> None:
+    made, _ = ready()
+
+    assert LOSSES["alm"] is ALM
+    assert {s.name for s in made.wanted} == {"hidden_last"}
+    assert list(made.distiller.losses.parameters()) == []
+
+
+@torch.no_grad()
+def test_the_wired_loss_is_the_loops_over_single_documents() -> None:
+    made, batch = ready()
+    model = made.distiller.student
+    head = made.cache.head().weight_VD.float()
+    documents = []
+    for row in ROWS:
+        teacher, student = made.cache.teachers[row], made.cache.students[row]
+        ids, t_ids = student["token_ids"].tolist(), teacher["token_ids"].tolist()
+        s_rows = model(input_ids=torch.tensor([ids])).logits[0].tolist()
+        hidden = (torch.from_numpy(teacher["hidden_last"].astype("int32")) << 16).view(torch.float32)
+        t = teacher["targets"]
+        kept = [p for p in range(len(t)) if t[p] or (p + 1 < len(t) and t[p + 1])]
+        t_rows = (hidden @ head.T).tolist()
+        s_log_p = {p: slow.log_softmax(s_rows[p - 1])[ids[p]] for p in range(1, len(ids)) if student["targets"][p]}
+        t_log_p = {
+            p: slow.log_softmax(t_rows[kept.index(p - 1)])[t_ids[p]]
+            for p in range(1, len(t_ids))
+            if teacher["targets"][p]
+        }
+        chunks = (
+            [tuple(r) for r in student["student_spans"].tolist()],
+            [tuple(r) for r in student["teacher_spans"].tolist()],
+        )
+        documents.append((s_log_p, t_log_p, *chunks))
+
+    loss, _ = made.distiller(batch, made.distiller.counts(batch), 0)
+
+    total, count = slow.alm(documents)
+    assert float(made.distiller.counts(batch)["alm.alm"]) == count > 20
+    assert float(loss) == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("average", ["chunks", "tokens"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_add_up(average: str, size: int) -> None:
+    made, whole = ready(average=average)
+    cut = [batch_of(made.cache, ROWS[n : n + size], made.wanted) for n in range(0, len(ROWS), size)]
+    counts = made.distiller.counts(whole)
+
+    expected, one = run(made, [whole], counts)
+    found, many = run(made, cut, counts)
+
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, slope in one.items():
+        torch.testing.assert_close(many[name], slope, rtol=1e-4, atol=1e-5, msg=name)
+    assert one["student.model.embed_tokens.weight"].abs().sum() > 0
+
+
+def test_padding_and_a_blank_batch_change_and_add_nothing() -> None:
+    made, batch = ready()
+    counts = made.distiller.counts(batch)
+    m, r = batch.teacher_predict_valid_BM, batch.teacher_valid_BR
+    assert not m.all()
+    dirty = replace(
+        batch,
+        student_ids_BS=batch.student_ids_BS.masked_fill(~batch.student_valid_BS, 77),
+        predict_BN=batch.predict_BN.masked_fill(~batch.predict_valid_BN, 2),
+        target_BN=batch.target_BN.masked_fill(~batch.predict_valid_BN, 55),
+        teacher_predict_BM=batch.teacher_predict_BM.masked_fill(~m, 1),
+        teacher_target_BM=batch.teacher_target_BM.masked_fill(~m, 33),
+        teacher_hidden_BRD=batch.teacher_hidden_BRD.masked_fill(~r[..., None], math.nan),
+    )
+
+    value, slopes = run(made, [batch], counts)
+    other, others = run(made, [dirty], counts)
+    nothing, zeros = run(made, [blank(batch)], counts)
+
+    assert other == value > 0
+    assert all(torch.equal(slope, others[name]) for name, slope in slopes.items())
+    assert nothing == 0.0
+    assert all(float(slope.abs().max()) == 0.0 for slope in zeros.values())
+    assert float(made.distiller.counts(blank(batch))["alm.alm"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"divergence": kind} for kind in KINDS[1:]] + [{"temperature": 1.0}, {"scaled": False}, {"average": "tokens"}],
+)
+@torch.no_grad()
+def test_every_setting_changes_something(changed: dict[str, Any]) -> None:
+    (made, batch), (other, _) = ready(**changed), ready()
+
+    values = [float(d(batch, d.counts(batch), 0)[0]) for d in (made.distiller, other.distiller)]
+
+    assert values[0] != pytest.approx(values[1], rel=1e-3)
+    assert all(math.isfinite(v) for v in values)
+
+
+def test_a_few_steps_bring_the_likelihoods_nearer() -> None:
+    made, batch = ready()
+    optimizer = torch.optim.AdamW(made.distiller.parameters(), lr=0.01)
+    counts, losses = made.distiller.counts(batch), []
+
+    for step in range(8):
+        loss, _ = made.distiller(batch, counts, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+
+    assert losses[-1] < 0.8 * losses[0]
