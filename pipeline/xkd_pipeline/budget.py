@@ -39,6 +39,15 @@ class Step:
     """From the run and the teacher's number of layers to the smaller run; None where it changes nothing."""
 
 
+def _coded(codec: str, *instead_of: str) -> Callable[[RunFile, int], RunFile | None]:
+    def change(run: RunFile, _layers: int) -> RunFile | None:
+        if run.teacher.codec not in instead_of:
+            return None
+        return run.model_copy(update={"teacher": run.teacher.model_copy(update={"codec": codec})})
+
+    return change
+
+
 def _without_hid(run: RunFile, _layers: int) -> RunFile | None:
     mta = run.losses.get("mta", {})
     if "mta" not in run.teacher.losses or mta.get("hid") == "off":
@@ -63,6 +72,9 @@ def _without(*names: str) -> Callable[[RunFile, int], RunFile | None]:
 
 
 STEPS: Final = (
+    Step(flags="--codec bf16-planes", change=_coded("bf16-planes", "bf16"), cost="nothing is lost; reading unpacks"),
+    Step(flags="--codec int8", change=_coded("int8", "bf16", "bf16-planes"),
+         cost="states rounded to 255 steps; the manifest's codec_error says how much that is on your data"),
     Step(flags="--set losses.mta.hid=off", change=_without_hid,
          cost="MTA loses its Hid term (span vectors); its geometry term DSA stays exact"),
     Step(flags="--phrase-layers TOP", change=_top_phrases,

@@ -44,6 +44,8 @@ def plan(  # noqa: PLR0913 - one parameter for each flag
     word_layers: Annotated[str | None, typer.Option(help="Teacher layers read on words, e.g. 15.")] = None,
     phrase_layers: Annotated[str | None, typer.Option(help="Teacher layers read on phrases, e.g. 22,30.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    codec: Annotated[str | None, typer.Option(help="bf16, bf16-planes (exact) or int8.")] = None,
     spacy_model: Annotated[str | None, typer.Option(help="spaCy pipeline: package or folder.")] = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
@@ -61,7 +63,7 @@ def plan(  # noqa: PLR0913 - one parameter for each flag
         "cache": str(out) if out else None, "teacher.model": model, "teacher.losses": _list(losses, str),
         "teacher.template": template, "teacher.word_layers": _list(word_layers, int),
         "teacher.phrase_layers": _list(phrase_layers, int), "teacher.max_tokens": max_tokens,
-        "student.tokenizer": student,
+        "teacher.dtype": dtype, "teacher.codec": codec, "student.tokenizer": student,
     }  # fmt: skip
     run = _run_of(run_file, sets, flags)
     if not run.teacher.model:

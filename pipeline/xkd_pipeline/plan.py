@@ -22,7 +22,7 @@ from xkd_pipeline.empty_model import Sizes, bytes_per_number, sizes_of
 from xkd_pipeline.measure import LOGIT_BYTES
 from xkd_pipeline.sample import Sample, read_sample, reasons
 from xkd_pipeline.shard import ROWS_PER_BATCH
-from xkd_pipeline.size import Counts, body_bytes, counts_of, overhead, signal_bytes
+from xkd_pipeline.size import Counts, body_bytes, counts_of, overhead, signal_bytes, written
 from xkd_pipeline.spans import ParserSettings, parser_for
 from xkd_pipeline.stages import signals_for
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
@@ -95,11 +95,14 @@ def look_at(run: RunFile, wanted: int) -> Look:
 def teacher_parts(run: RunFile, look: Look, model: Sizes) -> dict[str, int]:
     """Bytes of the corpus's teacher table by column; "tokens" are the shared columns, "frames" all the rest."""
     signals = signals_for(run, model.layers)
-    schema = teacher_schema(signals, model.width)
+    codec = run.teacher.codec
     found = {
-        signal.column: look.of_corpus(signal_bytes(schema.field(signal.column), signal, look.counts, look.batch_rows))
+        signal.column: look.of_corpus(signal_bytes(signal, model.width, codec, look.counts, look.batch_rows))
         for signal in signals
     }
+    schema = teacher_schema(signals, model.width, codec)
+    added = {key: text for s in signals for key, text in written(s, model.width, codec, 1)[1].items()}
+    schema = schema.with_metadata({**schema.metadata, **added})
     shared = {"doc_id": look.columns["doc_id"], **token_columns(look.tokens)}
     found["tokens"] = look.of_corpus(body_bytes(pa.schema(TOKEN_FIELDS), shared, look.batch_rows))
     return {**found, "frames": overhead(schema, *look.shape)}
@@ -182,6 +185,7 @@ def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | No
         "sample": _sample_values(look),
         "model": {name: getattr(model, name) for name in ("architecture", "layers", "width", "classes", "weights")},
         "dtype": run.teacher.dtype,
+        "codec": run.teacher.codec,
         "tokens": tokens,
         "targets": look.of_corpus(sum(c.targets for c in look.counts)),
         "words": look.of_corpus(sum(len(s.words) for s in look.spans)),

@@ -23,7 +23,7 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     yield from plan["corpus"]
     yield from _what_was_read(plan)
     yield ""
-    yield f"{'kept of the teacher':<28}{'bytes a token':>14}{'corpus':>12}"
+    yield f"{'kept, codec ' + plan['codec']:<28}{'bytes a token':>14}{'corpus':>12}"
     for column in plan["columns"]:
         yield f"{column['column']:<28}{column['bytes_per_token']:>14.1f}{shown(column['bytes']):>12}"
     yield f"{'teachers/':<28}{plan['bytes_per_token']:>14.1f}{shown(plan['teacher_bytes']):>12}"

@@ -1,8 +1,8 @@
 """How many bytes a table takes on disk, from what its rows hold and without making it.
 
 An Arrow file is a frame (schema, footer), and for every record batch a header whose size depends on the schema only
-and a body of buffers, each padded to PAD bytes. All of it can be counted beforehand, so a plan is no guess: where the
-whole corpus was looked at, it is the size of the shards to the byte.
+and a body of buffers, each padded to PAD bytes. All of it can be counted beforehand; only what a codec compresses is
+estimated, by trying it on made-up states.
 
 Legend for this file
     T tokens    R kept rows    N predicted targets    K words or phrases of a document (see xkd_schemas.teacher)
@@ -16,9 +16,10 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from xkd_schemas.codecs import CODECS, bits_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import batch_of
-from xkd_schemas.teacher import Signal
+from xkd_schemas.teacher import Signal, teacher_schema
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
 
 PAD: Final = 8
@@ -89,17 +90,17 @@ def padded(size: int) -> int:
     return -(-size // PAD) * PAD
 
 
-def bits_of(kind: pa.DataType) -> int:
+def width_of(kind: pa.DataType) -> int:
     """Bits of one value of a fixed size.
 
-    >>> bits_of(pa.list_(pa.uint16(), 4096))
+    >>> width_of(pa.list_(pa.uint16(), 4096))
     65536
 
     Raises:
         UsageError: It has no fixed size.
     """
     if pa.types.is_fixed_size_list(kind):
-        return int(kind.list_size) * bits_of(kind.value_type)
+        return int(kind.list_size) * width_of(kind.value_type)
     try:
         return int(kind.bit_width)
     except ValueError:
@@ -114,7 +115,7 @@ def column_bytes(kind: pa.DataType, numbers: Sequence[int], rows_per_batch: int)
 
     Two batches: 3 offsets and 3 numbers (24 + 16 bytes), then 2 offsets and 2 numbers (16 + 8).
     """
-    bits = bits_of(kind.value_type)
+    bits = width_of(kind.value_type)
     sizes = np.asarray(numbers, np.int64)
     total = 0
     for first in range(0, len(sizes), rows_per_batch):
@@ -159,18 +160,30 @@ def overhead(schema: pa.Schema, shards: int, batches: int) -> int:
     return shards * frame_bytes(schema) + batches * (header_bytes(schema) + BLOCK_BYTES)
 
 
-SHARES: Final[Mapping[str, float]] = {"bf16": 1.0, "float16": 1.0, "float32": 1.0, "int32": 1.0}
-"""Codec (as the column's metadata names it) -> what it writes, as a share of the values' own bytes."""
+def written(signal: Signal, width: int, codec: str, vectors: int) -> tuple[dict[str, float], dict[bytes, bytes]]:
+    """Values for each number of `number_of` in every column of a signal, and what its codec adds to the metadata.
+
+    A codec is asked by encoding made-up states, of `vectors` vectors a document as the corpus has them: what it
+    compresses depends on the numbers, and the exponents of states are spread about as those of a normal draw.
+    """
+    if not signal.kind.wide:
+        return {signal.column: 1.0}, {}
+    states = np.random.default_rng(0).standard_normal((max(1, vectors), width)).astype(np.float32)
+    encoded = CODECS[codec].encode(signal.column, [bits_of(states)])
+    shares = {name: len(rows[0]) / len(states) for name, rows in encoded.columns.items()}
+    return shares, encoded.metadata
 
 
-def signal_bytes(field: pa.Field, signal: Signal, counts: Sequence[Counts], rows_per_batch: int) -> int:
-    """Bytes of one signal's column in the teacher table of these documents.
+def signal_bytes(signal: Signal, width: int, codec: str, counts: Sequence[Counts], rows_per_batch: int) -> int:
+    """Bytes of one signal's columns in the teacher table of these documents.
 
     Raises:
-        UsageError: The column has a codec or a type that this module does not know.
+        UsageError: A column has a type that this module does not know.
     """
-    codec = (field.metadata or {}).get(b"codec", b"").decode()
-    if codec not in SHARES:
-        raise UsageError(f"the plan does not know the codec {codec!r} of {signal.column}")
     numbers = [number_of(signal, one) for one in counts]
-    return round(SHARES[codec] * column_bytes(field.type, numbers, rows_per_batch))
+    schema = teacher_schema([signal], width, codec)
+    shares, _ = written(signal, width, codec, sum(numbers) // max(1, sum(n > 0 for n in numbers)))
+    return sum(
+        column_bytes(schema.field(name).type, [round(share * n) for n in numbers], rows_per_batch)
+        for name, share in shares.items()
+    )

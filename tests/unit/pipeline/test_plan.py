@@ -19,6 +19,8 @@ from xkd_pipeline.empty_model import empty_model, sizes_of
 from xkd_pipeline.plan import make_plan
 from xkd_pipeline.plan_lines import plan_lines
 from xkd_pipeline.sample import evenly
+from xkd_pipeline.stages import documents_stage, teacher_stage
+from xkd_schemas.codecs import CODECS, PLAIN
 from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import column_of
 from xkd_schemas.runfile import RunFile
@@ -65,6 +67,23 @@ def test_the_plan_is_the_size_of_the_shards_that_are_made(whole: dict[str, Any])
     assert whole["files_bytes"] == pytest.approx(files, rel=0.002)
 
 
+@pytest.mark.parametrize("codec", [name for name in CODECS if name != PLAIN])
+def test_the_plan_is_within_five_percent_of_the_shards_of_every_codec(codec: str, tmp_path: Path) -> None:
+    corpus = write_rows(tmp_path / "many.jsonl", corpus_rows(60))
+    sections: dict[str, Any] = {
+        "documents": {"corpus": [str(corpus)], "rows_per_shard": 32},
+        "teacher": {"model": str(made() / "teacher"), "codec": codec, "losses": ["dwa"]},
+    }
+    run = run_file(tmp_path / "cache", **sections)
+    documents_stage(run, small_cache.IN_PROCESS)
+    teacher_stage(run, small_cache.IN_PROCESS)
+
+    found = planned(run)
+
+    real = sum(commit.size for commit in Table(tmp_path / "cache", "teachers/T").manifest.commits)
+    assert found["teacher_bytes"] == pytest.approx(real, rel=0.05)
+
+
 def test_a_part_of_the_rows_tells_the_whole_within_five_percent(tmp_path: Path) -> None:
     corpus = write_rows(tmp_path / "many.jsonl", corpus_rows(200))
     run = small_run(documents={"corpus": [str(corpus)], "rows_per_shard": 512})
@@ -87,7 +106,7 @@ def test_bytes_of_each_column_are_those_of_the_made_column(whole: dict[str, Any]
     assert sum(columns.values()) == whole["teacher_bytes"]
 
 
-def test_no_weight_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_weight_is_read(whole: dict[str, Any], tmp_path: Path) -> None:
     source = made() / "teacher"
     for file in source.iterdir():
         if file.suffix != ".safetensors":
@@ -95,7 +114,7 @@ def test_no_weight_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
     found = planned(small_run(teacher={"model": str(tmp_path)}))
 
-    assert found["teacher_bytes"] == planned(small_run())["teacher_bytes"]
+    assert found["teacher_bytes"] == whole["teacher_bytes"]
     assert all(p.device.type == "meta" for p in empty_model(str(tmp_path)).parameters())
 
 
@@ -132,36 +151,47 @@ def test_columns_are_counted_as_arrow_writes_them(numbers: list[int], width: int
 
 def test_a_codec_or_type_that_is_not_known_is_refused() -> None:
     with pytest.raises(UsageError, match="does not know the size"):
-        size.bits_of(pa.string())
+        size.width_of(pa.string())
 
 
 # budget
 
 
-def test_a_budget_goes_down_step_by_step_until_it_fits() -> None:
-    free = planned(small_run())
-    others = free["bytes"] - free["teacher_bytes"]
+@pytest.fixture(scope="module")
+def steps() -> list[dict[str, Any]]:
+    """All ways down of the small run."""
+    found: list[dict[str, Any]] = planned(small_run(), budget=0)["steps"]
+    return found
 
-    found = planned(small_run(), budget=free["bytes"] - 1)["steps"]
-    assert [(step["flags"], step["fits"]) for step in found] == [("--set losses.mta.hid=off", True)]
 
-    every = planned(small_run(), budget=others)["steps"]
-    assert [step["flags"] for step in every] == [
-        "--set losses.mta.hid=off", "--phrase-layers 4", "--for sra,dwa", "teacher.losses = []"
+def test_a_budget_goes_down_step_by_step_until_it_fits(whole: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    assert [step["flags"] for step in steps] == [
+        "--codec bf16-planes", "--set losses.mta.hid=off", "--phrase-layers 4", "--for sra,dwa", "teacher.losses = []"
     ]  # fmt: skip
-    sizes = [free["bytes"], *(step["bytes"] for step in every)]
-    assert sizes == sorted(sizes, reverse=True)
-    assert not any(step["fits"] for step in every)
-    assert planned(small_run(), budget=free["bytes"])["steps"] == []
+    sizes = [whole["bytes"], *(step["bytes"] for step in steps)]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert not any(step["fits"] for step in steps)
+
+    found = planned(small_run(), budget=steps[1]["bytes"])["steps"]
+    assert [step["fits"] for step in found] == [False, True]
+    assert planned(small_run(), budget=whole["bytes"])["steps"] == []
 
 
-def test_a_step_is_as_big_as_the_plan_with_its_flags() -> None:
-    steps = planned(small_run(), budget=0)["steps"]
-    run = small_run()
-    mta = run.model_copy(update={"losses": {"mta": {"hid": "off"}}})
+def test_int8_is_a_step_where_its_scales_weigh_less_than_it_saves(tmp_path: Path) -> None:
+    corpus = write_rows(tmp_path / "many.jsonl", corpus_rows(100))
 
-    assert steps[0]["bytes"] == planned(mta)["bytes"]
-    assert steps[2]["bytes"] == planned(small_run(teacher={"losses": ["sra", "dwa"]}))["bytes"]
+    found = planned(small_run(documents={"corpus": [str(corpus)], "rows_per_shard": 512}), budget=0)
+
+    assert [step["flags"] for step in found["steps"]][:2] == ["--codec bf16-planes", "--codec int8"]
+
+
+def test_a_step_is_as_big_as_the_plan_with_its_flags(steps: list[dict[str, Any]]) -> None:
+    coded = small_run(teacher={"codec": "bf16-planes"})
+    mta = coded.model_copy(update={"losses": {"mta": {"hid": "off"}}})
+
+    assert steps[0]["bytes"] == planned(coded)["bytes"]
+    assert steps[1]["bytes"] == planned(mta)["bytes"]
+    assert steps[3]["bytes"] == planned(small_run(teacher={"codec": "bf16-planes", "losses": ["sra", "dwa"]}))["bytes"]
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1e9"])
