@@ -21,6 +21,7 @@ from benchmarks import (
     bench_kl,
     bench_memory,
     bench_signals,
+    bench_size,
     bench_softdtw,
     bench_step,
     measure,
@@ -324,6 +325,29 @@ def test_gluing_stops_at_the_wanted_length_and_loses_no_document(pair: Pair) -> 
     assert len(long) > 2
     assert all(400 <= len(row["text"]) < 400 + 200 + 6 for row in long[:-1])
     assert sum(len(row["words"]) for row in long) == sum(len(row["words"]) for row in rows)
+
+
+# size
+
+
+def test_bytes_a_token_are_those_of_the_written_shards_and_of_the_naive_cache(pair: Pair) -> None:
+    row = bench_size.by_a_run(pair, Shape().small())
+
+    shards = list((pair.cache / "teachers" / "four").glob("*.arrow"))
+    teacher = Table(pair.cache, "teachers/four")
+    tokens = sum(len(r["token_ids"]) for r in teacher)
+    assert row.ours == sum(path.stat().st_size for path in shards) / tokens
+    assert row.theirs == 2 * (4 * 64 + 2_000)
+    assert len({s.layer for s in bench_size.signals(4) if s.layer}) == 4
+
+
+def test_the_arithmetic_at_the_shape_of_the_run_is_what_the_run_wrote(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = bench_size.by_a_run(pair, Shape().small())
+    monkeypatch.setattr(bench_size, "WIDTH", 64)
+
+    assert bench_size.by_arithmetic(pair).ours == pytest.approx(real.ours, rel=0.06)  # without headers and footers
 
 
 # memory
