@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xkd_pipeline import cli_look
+from xkd_pipeline import cli_look, cli_share
 from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, only_teacher, teacher_stage
 from xkd_pipeline.stages import preprocess as run_all
@@ -230,6 +230,9 @@ def report(
     _tell(Outcome(line=f"report: {out}, {values['tables']} tables", values=values), as_json)
 
 
+app.command()(cli_share.export)
+app.command()(cli_share.publish)
+app.command()(cli_share.fetch)
 app.command()(cli_look.plan)
 app.command()(cli_look.pair)
 

@@ -15,6 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
+from xkd_pipeline.remote import is_url, local_copy, shown
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.forms import AUTO, FORMS, check_fields, choose_form
 from xkd_schemas.parts import FOLDER_SUFFIXES, SUFFIXES, Content, Part, count_file, exactly, file_rows
@@ -74,7 +75,8 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
 
     Args:
         name: A file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow), a folder of such files
-            (read in the order of their names; what `datasets` saves is one), or NAME or NAME:SPLIT of a data
+            (read in the order of their names; what `datasets` saves is one), the address of such a file
+            (s3://, https://, whatever fsspec knows; copied here first), or NAME or NAME:SPLIT of a data
             set on the hub (split train if not said).
         form: A key of FORMS, or "auto": the first form whose required fields the first rows have.
         columns: Field to column, for rows that name their fields otherwise; may be empty.
@@ -93,13 +95,15 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
     if boms:
         remarks = (*remarks, f"{boms} byte order mark{'s' * (boms > 1)} dropped")
     return Source(
-        name=name, form=chosen, columns=resolved, num_rows=sum(part.num_rows for part in parts), digest=digest,
-        parts=parts, remarks=(*fit, *remarks),
+        name=shown(name) if is_url(name) else name, form=chosen, columns=resolved,
+        num_rows=sum(part.num_rows for part in parts), digest=digest, parts=parts, remarks=(*fit, *remarks),
     )  # fmt: skip
 
 
 def _located(name: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
     """(parts, digest, remarks)"""
+    if is_url(name):
+        return _at_address(name)
     path = Path(name).expanduser()
     try:
         mode = path.stat().st_mode
@@ -116,6 +120,14 @@ def _located(name: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
         raise UsageError(f"{name}: the ending says no format", next=f"use one of {' '.join(SUFFIXES)}")
     digest = hashlib.sha256()
     return (count_file(path, digest),), digest.hexdigest(), ()
+
+
+def _at_address(url: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
+    if not shown(url).endswith(SUFFIXES):
+        raise UsageError(f"{shown(url)}: the ending says no format", next=f"use one of {' '.join(SUFFIXES)}")
+    digest = hashlib.sha256()
+    part = count_file(local_copy(url), digest)
+    return (part,), digest.hexdigest(), (f"{part.state[0]} bytes copied here while this command runs",)
 
 
 def _in_folder(folder: Path) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:

@@ -31,10 +31,15 @@ def histogram(counts: Sequence[tuple[int, int, int]], title: str) -> str:
     """Touching bars over whole numbers, one for each (first, last, how many)."""
     alt = _altair()
     rows = [{"first": first - 0.5, "end": last + 0.5, "count": count} for first, last, count in counts]
-    chart = alt.Chart(alt.Data(values=rows), width=320, height=120).mark_bar(binSpacing=1)
+    chart = alt.Chart(alt.Data(values=rows), width=400, height=120).mark_bar(binSpacing=1)
     return _svg(
         chart.encode(
-            x=alt.X("first:Q", title=title, axis=alt.Axis(grid=False, tickMinStep=1), scale=alt.Scale(zero=False)),
+            x=alt.X(
+                "first:Q",
+                title=title,
+                axis=alt.Axis(grid=False, tickMinStep=1),
+                scale=alt.Scale(zero=False, nice=False),
+            ),
             x2="end:Q",
             y2=alt.datum(0),
             y=alt.Y("count:Q", title=None, axis=alt.Axis(format="~s", tickCount=4, tickMinStep=1)),

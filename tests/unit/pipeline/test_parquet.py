@@ -1,0 +1,77 @@
+"""Parquet files of a cache: the same values, bf16 documented, nothing overwritten and nothing half done."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import small_cache
+from small_cache import made
+from xkd_pipeline.parquet import export_parquet
+from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.table import Table
+
+TABLES = ("documents", "teachers/T", "students/S")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("parquet") / "out"
+    export_parquet(made() / "cache", out)
+    return out
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_column_has_the_values_of_the_cache(exported: Path, name: str) -> None:
+    table = Table(made() / "cache", name)
+    shards = [table.shard(unit) for unit in range(len(table.manifest.commits))]
+    ours = pa.Table.from_batches([s.batch(n) for s in shards for n in range(len(s.commit.batches))])
+    theirs = pa.concat_tables([pq.read_table(path) for path in sorted((exported / name).glob("*.parquet"))])
+
+    assert theirs.column_names == ours.column_names
+    for column in ours.column_names:
+        assert theirs.column(column).to_pylist() == ours.column(column).to_pylist()
+    assert json.loads((exported / name / "manifest.json").read_text())["root"] == table.manifest.root
+
+
+def test_the_metadata_turns_bf16_bits_into_the_numbers_of_the_states(exported: Path) -> None:
+    table = pq.read_table(exported / "teachers" / "T" / "00000.parquet")
+    about = json.loads(table.schema.metadata[b"xkd_bf16"])
+
+    assert set(about["columns"]) == {
+        "hidden_last",
+        "span_vectors@2:word",
+        "span_vectors@3:phrase",
+        "span_vectors@4:phrase",
+    }
+    bits = table.column("hidden_last").combine_chunks().flatten().flatten().to_numpy()
+    numbers = (bits.astype(np.uint32) << 16).view(np.float32)
+    assert np.isfinite(numbers).all()
+    assert numbers.std() == pytest.approx(
+        Table(made() / "cache", "teachers/T").manifest.constants["hidden_std"], rel=0.2
+    )
+    assert b"xkd_bf16" not in pq.read_schema(exported / "documents" / "00000.parquet").metadata
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+
+    with pytest.raises(UsageError, match="is there and not empty"):
+        export_parquet(made() / "cache", tmp_path / "out")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_a_damaged_shard_leaves_nothing_behind(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    shard = max((cache / "teachers" / "T").glob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+    with pytest.raises(BadData, match="corrupt"):
+        export_parquet(cache, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
