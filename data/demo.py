@@ -45,10 +45,13 @@ def main() -> None:
         command = ["xkd-train", "--run", str(RUN), "--loss", loss, "--out", str(folder), "--seed", str(arguments.seed)]
         steps.append(_step(f"train the student {name}", command, lambda r: not r["terms"]))
         rows[name] = _evaluate(out, f"student {name}", folder, steps)
+    page = out / "report.html"
+    draw = ["xkd-cache", "report", str(out / "cache"), "--out", str(page)]
+    steps.append(_step("report of the cache", draw, lambda _: False))
     table = _table(rows)
     student = out / f"student-with-teacher-{arguments.seed}"
     (out / "report.md").write_text(_report(table, steps, student), encoding="utf-8")
-    print(f"\n{table}\nstudent: {student}\nreport:  {out / 'report.md'}")
+    print(f"\n{table}\nstudent: {student}\nreport:  {out / 'report.md'}\ncache:   {page}")
 
 
 def _distilled_loss() -> str:
