@@ -7,12 +7,13 @@ import time
 import traceback
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
-from xkd_schemas.errors import Interrupted, OutOfMemory, XkdError
+from xkd_schemas.errors import Interrupted, OutOfMemory, UsageError, XkdError
 
 CONTROLS = dict.fromkeys([*range(32), 127, *range(128, 160), *range(8234, 8239), *range(8294, 8298)])
 """Characters that could steer a terminal or reorder a line; dropped from anything we print."""
@@ -35,20 +36,42 @@ def say_json(value: object) -> None:
     sys.stdout.flush()
 
 
-def run(command: str, app: Callable[[], object]) -> None:
+def run(command: str, app: Callable[..., object]) -> None:
     """Run a typer app and leave with an exit code of errors.py; one line, never a traceback, for a user's mistake."""
     try:
-        app()
+        code = app(standalone_mode=False)  # typer hands its own errors to us
+    except _MISUSE as error:
+        _leave(command, _misuse(command, error))
+    except typer.Abort:
+        _leave(command, _interrupted())
     except XkdError as error:
         _leave(command, error)
     except KeyboardInterrupt:
         _leave(command, _interrupted())
-    except SystemExit as leaving:  # typer turns Ctrl-C into a silent exit
+    except SystemExit as leaving:
         if leaving.code != Interrupted.exit_code:
             raise
         _leave(command, _interrupted())
     except MemoryError:
         _leave(command, OutOfMemory("out of memory", kept=_KEPT, next="use smaller batches"))
+    else:
+        if code == Interrupted.exit_code:  # how typer reports Ctrl-C
+            _leave(command, _interrupted())
+        raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _misuse(command: str, error: Any) -> UsageError:
+    """What typer says of a command line, as one of ours."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        raise SystemExit(UsageError.exit_code)
+    said = " ".join(error.format_message().split()).rstrip(".")
+    return UsageError(said, next=f"{context.command_path if context else command} --help")
+
+
+_MISUSE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""Base of what typer raises for a command line; which package it lives in differs between its versions."""
 
 
 def _interrupted() -> Interrupted:

@@ -13,7 +13,7 @@ from xkd_schemas.terminal import Progress, run, say, say_json, warn
 
 
 def raising(error: BaseException):
-    def app() -> None:
+    def app(**_: object) -> None:
         raise error
 
     return app
@@ -51,7 +51,41 @@ def test_ctrl_c_inside_a_typer_app_is_not_silent(capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["xkd-cache"])
     code, _, err = left(capsys, app)
 
-    assert (code, err.startswith("xkd-cache: interrupted. Kept: ")) == (130, True)
+    assert (code, err.strip().startswith("xkd-cache: interrupted. Kept: ")) == (130, True)
+
+
+def test_what_typer_refuses_is_one_line_too_and_json_where_asked(capsys, monkeypatch) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def work(count: int, deep: bool = False) -> None:
+        raise AssertionError
+
+    for words, said in (
+        (["x"], "Invalid value for 'count'"),
+        ([], "Missing argument 'count'"),
+        (["1", "--depp"], "No such option: --depp"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["xkd-cache", *words])
+        code, out, err = left(capsys, app)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert said in err
+        assert "Next: " in err
+        assert "--help" in err
+    monkeypatch.setattr(sys, "argv", ["xkd-cache", "--json"])
+    code, out, _ = left(capsys, app)
+    assert (code, json.loads(out)["error"]["code"]) == (2, 2)
+
+
+def test_an_app_that_leaves_with_a_code_leaves_with_it(capsys, monkeypatch) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        raise typer.Exit(7)
+
+    monkeypatch.setattr(sys, "argv", ["xkd-cache"])
+    assert left(capsys, app) == (7, "", "")
 
 
 def test_other_exit_codes_and_our_own_bugs_pass_through(capsys) -> None:
@@ -61,9 +95,7 @@ def test_other_exit_codes_and_our_own_bugs_pass_through(capsys) -> None:
 
 
 def test_an_app_that_returns_is_done(capsys) -> None:
-    run("xkd-cache", lambda: None)
-
-    assert capsys.readouterr() == ("", "")
+    assert left(capsys, lambda **_: None) == (0, "", "")
 
 
 def test_with_json_the_error_is_an_object_too(capsys, monkeypatch) -> None:
