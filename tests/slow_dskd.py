@@ -4,6 +4,7 @@ A matrix is a list of rows; a head is a list of one row for each class.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 
 import slow_losses
@@ -14,7 +15,7 @@ Matrix = Sequence[Row]
 
 def dot(a: Row, b: Row) -> float:
     """Sum of products."""
-    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+    return sum(map(operator.mul, a, b))
 
 
 def linear(rows: Matrix, weight: Matrix, bias: Row | None = None) -> list[list[float]]:

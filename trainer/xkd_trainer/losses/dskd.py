@@ -126,12 +126,13 @@ def student_space(
     Args:
         student: States [B, N, D] and the student's own head; both learn unless detached by the caller.
         projected_teacher: States [B, N, D] and the student's head. Detached here: nothing reaches the projectors.
-        weights_BN: A constant, such as ones.
+        weights_BN: A constant, such as ones. Where it is 0 nothing is computed, and the token is counted.
         valid_BN: Bool.
         settings: Divergence and temperature.
     """
+    chosen_BN = valid_BN & (weights_BN != 0)
     total = head_divergence(
-        student.at(valid_BN), projected_teacher.at(valid_BN), weights_BN[valid_BN], settings.student_space
+        student.at(chosen_BN), projected_teacher.at(chosen_BN), weights_BN[chosen_BN], settings.student_space
     )
     return term(total, valid_BN.sum())
 

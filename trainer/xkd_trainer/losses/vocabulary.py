@@ -68,6 +68,16 @@ def _reading(vocabulary: Mapping[str, int]) -> Callable[[str], bytes]:
     return MARKS[mark] if marked[mark] else _plain
 
 
+def token_bytes(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
+    """What each token is as bytes, by id.
+
+    >>> token_bytes({"Ġthe": 0, "Ċ": 1})
+    {0: b' the', 1: b'\\n'}
+    """
+    read = _reading(vocabulary)
+    return {number: read(token) for token, number in vocabulary.items()}
+
+
 def _ids_by_bytes(vocabulary: Mapping[str, int], read: Callable[[str], bytes]) -> dict[bytes, int]:
     """One id for each byte string: of several, a token of ordinary text before a byte token, then the lowest id."""
     found: dict[bytes, tuple[bool, int]] = {}
@@ -123,8 +133,8 @@ def shared_vocabulary(
     pairs = sorted((_same_bytes if mode == "mapped" else _same_strings)(student_vocab, teacher_vocab))
     if not pairs:
         raise UsageError(
-            f"sra: vocabularies of {len(student_vocab)} and {len(teacher_vocab)} tokens share none ({mode})",
-            next="set sra.shared_vocab to the other value, or use a loss that needs no shared classes",
+            f"vocabularies of {len(student_vocab)} and {len(teacher_vocab)} tokens share none ({mode})",
+            next="set shared_vocab of the loss to the other value, or use a loss that needs no shared classes",
         )
     ids_V2 = torch.tensor(pairs, dtype=torch.int64)
     return ids_V2[:, 0].contiguous(), ids_V2[:, 1].contiguous()

@@ -36,6 +36,12 @@ def teacher_states(batch: Batch) -> Tensor:
     return gather_rows(batch.teacher_hidden_BRD, batch.teacher_predict_BM).float()
 
 
+def own_at(student: StudentPass, index_BE: Tensor) -> LazyLogits:
+    """The student's logits at some of its predictions, [B, E] positions; the head learns from them."""
+    own = student.logits
+    return replace(own, hidden=gather_rows(own.hidden, index_BE))
+
+
 def with_fixed_head(student: StudentPass, hidden_BNd: Tensor) -> LazyLogits:
     """States of the student's width read with the student's head, which learns nothing from it."""
     return replace(student.logits.detached(), hidden=hidden_BNd)

@@ -1,0 +1,146 @@
+"""DSKDv2: the projections that make two heads agree, and the labels that cross from one vocabulary to the other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+import tiny_models as tiny
+from slow_losses import ragged
+from xkd_trainer.losses.dskd import correct, student_space, teacher_space
+from xkd_trainer.losses.dskd_v2 import DskdV2Settings, equal_logits, label_table, pseudo_inverse
+from xkd_trainer.losses.head import LazyLogits, head_divergence
+from xkd_trainer.methods.dual_space import teacher_states
+from xkd_trainer.setup import set_up
+from xkd_trainer.stream import batch_of
+
+F64 = torch.float64
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 12), width=st.integers(1, 6), rank=st.integers(1, 6))
+def test_the_inverse_is_the_one_by_singular_values_whatever_the_rank(
+    seed: int, rows: int, width: int, rank: int
+) -> None:
+    left, right = ragged(seed, [rows], rank)[0], ragged(seed + 1, [rank], width)[0]
+    matrix = left @ right
+
+    torch.testing.assert_close(
+        pseudo_inverse(matrix), torch.linalg.pinv(matrix, rtol=1e-6), rtol=1e-5, atol=1e-6 / float(matrix.norm())
+    )
+
+
+def test_the_inverse_of_nothing_is_nothing_and_half_precision_comes_out_in_float32() -> None:
+    assert torch.equal(pseudo_inverse(torch.zeros(5, 3)), torch.zeros(3, 5))
+    assert pseudo_inverse(torch.eye(3, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_mapped_states_give_the_wanted_logits_where_the_head_can_say_them() -> None:
+    (student,), (teacher,) = ragged(0, [9], 6), ragged(1, [9], 6)
+    teacher = student @ ragged(2, [6], 4)[0]  # a head whose logits the student's head can give
+    hidden = ragged(3, [5], 4)[0]
+
+    mapped = hidden @ equal_logits(pseudo_inverse(student), teacher).T
+
+    torch.testing.assert_close(mapped @ student.T, hidden @ teacher.T)
+
+
+def test_mapped_states_are_the_least_squares_solution_elsewhere() -> None:
+    (student,), (teacher,), (hidden,) = ragged(4, [9], 3), ragged(5, [9], 6), ragged(6, [2], 6)
+
+    mapped = hidden @ equal_logits(pseudo_inverse(student), teacher).T
+
+    best = torch.linalg.lstsq(student, (hidden @ teacher.T).T).solution.T
+    torch.testing.assert_close(mapped, best)
+
+
+def test_one_head_on_both_sides_makes_both_spaces_one() -> None:
+    (head,), states = ragged(7, [11], 5), ragged(8, [2, 3], 5)
+    map_DD = equal_logits(pseudo_inverse(head), head)
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    own = LazyLogits(hidden=states[1][None], weight=head)
+    projected = LazyLogits(hidden=own.hidden @ map_DD.T, weight=head)
+
+    torch.testing.assert_close(projected.dense(), own.dense())
+    label = own.dense().argmax(-1)
+    assert correct(projected, label, valid).all()
+    ones = torch.ones(1, 3, dtype=F64)
+    assert float(student_space(own, projected, ones, valid, DskdV2Settings()).total) == pytest.approx(0, abs=1e-12)
+    term = teacher_space(projected, own, ones, valid, DskdV2Settings(), count=valid.sum())
+    assert float(term.total) == pytest.approx(0, abs=1e-12)
+
+
+def test_labels_of_classes_that_are_not_shared_are_minus_one() -> None:
+    table = label_table(torch.tensor([0, 5]), torch.tensor([3, 1]), 4)
+
+    assert table.tolist() == [-1, 5, -1, 0]
+
+
+@pytest.mark.parametrize("wrong", [{"shared_vocab": "same"}, {"agreement": 2}, {"correct_only": True}])
+def test_settings_refuse_what_is_not_theirs(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        DskdV2Settings.model_validate(wrong)
+
+
+# Wired to a cache
+
+
+def made(student: str = "", **settings: Any) -> Any:
+    run = tiny.tiny_cache().run(
+        loss="ce=0,dskd_v2", losses={"dskd_v2": settings}, student__model=student or str(tiny.tiny_cache().student)
+    )
+    ready = set_up(run, "")
+    return ready, batch_of(ready.cache, (3, 19, 0, 11), ready.wanted)
+
+
+def test_the_projection_starts_at_the_students_own_head() -> None:
+    ready, _ = made()
+    module, head = ready.distiller.losses["dskd_v2"], ready.distiller.student.get_output_embeddings().weight.detach()
+    teacher_ids = [int((module.labels_V == v).nonzero()) for v in module.student_ids_K]
+
+    expected = torch.linalg.pinv(head[module.student_ids_K].double()) @ module.head.weight_VD[teacher_ids].double()
+
+    torch.testing.assert_close(module.t2s.weight.detach(), expected.float(), rtol=1e-4, atol=1e-5)
+    assert [n for n, _ in module.named_parameters()] == ["t2s.weight"]
+
+
+def test_the_way_back_follows_the_students_head_as_it_is_now(tmp_path: Path) -> None:
+    untied = tiny.saved(tiny.llama("sentencepiece", seed=6, tied=False), "sentencepiece", tmp_path)
+    ready, batch = made(str(untied))
+    distiller = ready.distiller
+    found: dict[str, Any] = {}
+    distiller.losses["dskd_v2"].register_forward_hook(lambda _m, _i, out: found.update(out))
+
+    def teacher_space_now() -> float:
+        distiller(batch, distiller.counts(batch), 0)
+        return float(found["teacher_space"].total.detach())
+
+    before = teacher_space_now()
+    with torch.no_grad():
+        distiller.student.get_output_embeddings().weight *= 0.0
+    after = teacher_space_now()
+
+    assert teacher_space_now() == after != before
+    module = distiller.losses["dskd_v2"]
+    hidden_BMD = teacher_states(batch)
+    uniform = torch.zeros_like(hidden_BMD[0, :1])
+    expected = 0.0
+    for b, e in batch.pair_valid_BE.nonzero().tolist():
+        theirs = module.head(hidden_BMD[b, batch.pairs_BE2[b, e, 1]][None])
+        expected += float(head_divergence(module.head(uniform), theirs, None, DskdV2Settings().teacher_space))
+    assert after == pytest.approx(expected, rel=1e-5)
+
+
+def test_exact_shares_fewer_classes_and_no_agreement_compares_all() -> None:
+    (mapped, batch), (exact, _), (everything, _) = made(), made(shared_vocab="exact"), made(agreement=False)
+
+    assert len(exact.distiller.losses["dskd_v2"].student_ids_K) < len(mapped.distiller.losses["dskd_v2"].student_ids_K)
+    shares = [
+        float(r.distiller(batch, r.distiller.counts(batch), 0)[1]["dskd_v2.student_space"])
+        for r in (mapped, everything)
+    ]
+    assert shares[0] < shares[1]
