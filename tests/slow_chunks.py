@@ -56,3 +56,63 @@ def alm(
                 total += weight * binarised(s, t, divergence, tau, scaled)
                 count += weight
     return total, count
+
+
+# MinED
+
+
+def edit_distance(a: bytes, b: bytes) -> int:
+    """By the definition's table."""
+    table = [[max(i, j) for j in range(len(b) + 1)] for i in range(len(a) + 1)]
+    for i in range(1, len(a) + 1):
+        for j in range(1, len(b) + 1):
+            table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1, table[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
+    return table[-1][-1]
+
+
+def nearest(query: bytes, texts: Sequence[bytes]) -> int:
+    """Index of the nearest text; ties by difference of lengths, then the shorter, then the first."""
+
+    def key(index: int) -> tuple[int, int, bool, int]:
+        text = texts[index]
+        return edit_distance(query, text), abs(len(text) - len(query)), len(text) > len(query), index
+
+    return min(range(len(texts)), key=key)
+
+
+def partners(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[int]:
+    """Time warping: the teacher tokens beside each student token; -1 unless it is one."""
+    if not student or not teacher:
+        return [-1] * len(student)
+    cost: dict[tuple[int, int], float] = {}
+    for i, t in enumerate(teacher):
+        for j, s in enumerate(student):
+            before = [cost.get(c, math.inf) for c in ((i - 1, j - 1), (i - 1, j), (i, j - 1))]
+            cost[i, j] = edit_distance(s, t) + (0 if (i, j) == (0, 0) else min(before))
+    beside: list[list[int]] = [[] for _ in student]
+    i, j = len(teacher) - 1, len(student) - 1
+    while True:
+        beside[j].append(i)
+        if (i, j) == (0, 0):
+            break
+        i, j = min(((i - 1, j - 1), (i - 1, j), (i, j - 1)), key=lambda c: cost.get(c, math.inf))
+    return [found[0] if len(found) == 1 else -1 for found in beside]
+
+
+def softened(logits: Sequence[float], tau: float) -> list[float]:
+    return log_softmax([z / tau for z in logits])
+
+
+def mined(
+    positions: Sequence[tuple[Sequence[float], Sequence[float] | None, int]], to_teacher: Sequence[int], tau: float
+) -> tuple[float, float]:
+    """Total and count. A position: student logits, the partner's logits in its own vocabulary or None, gold id."""
+    total = 0.0
+    for student, teacher, gold in positions:
+        log_q = softened(student, tau)
+        if teacher is None:
+            total -= log_q[gold]
+        else:
+            log_p = softened([-1e5 if t < 0 else teacher[t] for t in to_teacher], tau)
+            total += math.fsum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
+    return total, float(len(positions))

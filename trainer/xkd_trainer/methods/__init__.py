@@ -14,10 +14,11 @@ from xkd_trainer.methods.declaration import Declaration
 from xkd_trainer.methods.dskd import DSKD, DSKD_CMA
 from xkd_trainer.methods.dskd_v2 import DSKD_V2
 from xkd_trainer.methods.dwa import DWA
+from xkd_trainer.methods.mined import MINED
 from xkd_trainer.methods.mta import MTA
 from xkd_trainer.methods.sra import SRA
 
-LOSSES: Mapping[str, Declaration] = {d.name: d for d in (CE, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM)}
+LOSSES: Mapping[str, Declaration] = {d.name: d for d in (CE, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED)}
 """The losses that come with XKD."""
 
 

@@ -1,0 +1,115 @@
+"""MinED (FuseLLM, arXiv 2401.10491): the teacher's logits in the student's vocabulary, where their tokens match.
+
+Tokens are matched in each document by time warping over edit distances, classes by least edit distance; both are in
+`mined_alignment`. Where a student position has one partner and both read the same token there, the student learns the
+partner's distribution, elsewhere the token that follows:
+    L = sum_n usable_n KL(P_n || Q_n) + (1 - usable_n) (-log Q_n(gold)),    P, Q at temperature tau
+The paper adds cross-entropy, half and half: `--loss ce=0.5,mined=0.5`.
+
+Shape legend for this file
+    B documents    N student predictions    M teacher predictions    V the student's classes    D teacher width
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from xkd_trainer.losses.head import Comparison, LazyLogits, head_cross_entropy, head_divergence
+from xkd_trainer.losses.term import LossTerm, term
+
+UNMAPPED = -1e5
+"""Logit of a student class that no teacher class stands for, as in DSKD's code; its exponential is exactly 0."""
+
+
+class MinedSettings(BaseModel):
+    """Options of MinED."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(default=2.0, gt=0)
+    """tau, for the one-hot positions too. DSKD's code: 2. No tau squared in front, as in that code."""
+    vocabulary: Literal["nearest", "exact"] = "nearest"
+    """Which teacher class stands for a student class. nearest: least edit distance, so every class has one (paper).
+
+    exact: only a token of equal text, blanks aside; the other classes get probability 0.
+    """
+
+
+def usable_positions(
+    partner_BN: Tensor, student_input_BN: Tensor, teacher_input_BM: Tensor, to_student_V: Tensor
+) -> Tensor:
+    """Where a student position has one partner whose input token maps to the student's, bool [B, N].
+
+    >>> partner, student, teacher = torch.tensor([[0, -1, 1]]), torch.tensor([[4, 5, 6]]), torch.tensor([[0, 1]])
+    >>> usable_positions(partner, student, teacher, torch.tensor([4, 5]))
+    tensor([[ True, False, False]])
+
+    Args:
+        partner_BN: `mined_alignment.partners`.
+        student_input_BN: Ids at the predicting positions.
+        teacher_input_BM: The teacher's.
+        to_student_V: `mined_alignment.vocabulary_map` from the teacher's ids to the student's.
+    """
+    theirs_BN = teacher_input_BM.gather(1, partner_BN.clamp_min(0))
+    return (partner_BN >= 0) & (to_student_V[theirs_BN] == student_input_BN)
+
+
+def carried_head(weight_VD: Tensor, bias_V: Tensor | None, to_teacher_V: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The teacher's head with one row for each of the student's `size` classes, and its bias.
+
+    >>> carried_head(torch.tensor([[1.0], [2.0]]), None, torch.tensor([1, -1]), 3)
+    (tensor([[2.],
+            [0.],
+            [0.]]), tensor([      0., -100000., -100000.]))
+
+    Args:
+        weight_VD: The teacher's head.
+        bias_V: Its bias, or None.
+        to_teacher_V: The teacher's id for the student's ids 0, 1, ...; -1 where there is none.
+        size: Rows of the student's head; those beyond `to_teacher_V` have no teacher class.
+    """
+    to_teacher_V = to_teacher_V[:size]
+    known = torch.nonzero(to_teacher_V >= 0)[:, 0]
+    chosen = to_teacher_V[known]
+    head_VD = weight_VD.new_zeros(size, weight_VD.shape[1])
+    logit_V = weight_VD.new_full((size,), UNMAPPED)
+    head_VD[known] = weight_VD[chosen]
+    logit_V[known] = 0.0 if bias_V is None else bias_V[chosen]
+    return head_VD, logit_V
+
+
+def mined_divergence(
+    student: LazyLogits,
+    teacher: LazyLogits,
+    target_BN: Tensor,
+    usable_BN: Tensor,
+    valid_BN: Tensor,
+    temperature: float,
+) -> LossTerm:
+    """L of the module, summed; the count is the number of predictions.
+
+    A usable position, where P = (3/4, 1/4) and Q is uniform, and one that only has its gold token: 0.1308 + log 2.
+
+    >>> student = LazyLogits(hidden=torch.zeros(1, 2, 1), weight=torch.ones(2, 1))
+    >>> teacher = LazyLogits(hidden=torch.ones(1, 2, 1), weight=torch.tensor([[1.0986123], [0.0]]))
+    >>> yes, target = torch.tensor([[True, True]]), torch.tensor([[0, 1]])
+    >>> mined_divergence(student, teacher, target, torch.tensor([[True, False]]), yes, 1.0)
+    LossTerm(total=tensor(0.8240), count=tensor(2.))
+
+    Args:
+        student: States [B, N, .], with gradient.
+        teacher: The partners' states [B, N, D] with a head over the student's classes; a constant.
+        target_BN: The student's gold ids.
+        usable_BN: `usable_positions`.
+        valid_BN: Bool, False for padding.
+        temperature: Divides all logits.
+    """
+    usable_BN, gold_BN = usable_BN & valid_BN, valid_BN & ~usable_BN
+    how = Comparison(kind="forward_kl", temperature=temperature)
+    matched = head_divergence(student.at(usable_BN), teacher.at(usable_BN), None, how)
+    bias = None if student.bias is None else student.bias / temperature
+    softened = replace(student, hidden=student.hidden / temperature, bias=bias)
+    return term(matched + head_cross_entropy(softened.at(gold_BN), target_BN[gold_BN]), valid_BN.sum())
