@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xkd_pipeline import cli_look, cli_share
+from xkd_pipeline import cli_care, cli_look, cli_share
 from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, only_teacher, teacher_stage
 from xkd_pipeline.stages import preprocess as run_all
@@ -211,7 +211,8 @@ def status(cache: CacheArgument, as_json: JsonOption = False) -> None:
         return
     for state in states:
         done = "finished" if state["sealed"] else f"{state['done']} of {state['units']} shards done"
-        say(f"{state['table']}: {done}, {state['documents']} documents, {state['bytes'] / 1e6:.1f} MB")
+        notes = "".join(f", {state[key]} {key}" for key in ("unreadable", "quarantined", "leftovers") if state[key])
+        say(f"{state['table']}: {done}, {state['documents']} documents, {state['bytes'] / 1e6:.1f} MB{notes}")
 
 
 @app.command()
@@ -235,6 +236,9 @@ app.command()(cli_share.publish)
 app.command()(cli_share.fetch)
 app.command()(cli_look.plan)
 app.command()(cli_look.pair)
+app.command()(cli_care.verify)
+app.command()(cli_care.repair)
+app.command()(cli_care.gc)
 
 
 def _names(text: str) -> list[str]:

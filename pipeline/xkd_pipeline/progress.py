@@ -1,26 +1,45 @@
 """How far the tables of a cache are, from plans and commit records alone: no shard is opened."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from xkd_schemas.errors import BadData
 from xkd_schemas.manifest import Commit, Plan, read_record
 
 
 def table_states(root: Path) -> list[dict[str, Any]]:
-    """One dict per table that was begun: table, units, done, documents, bytes, sealed."""
-    states = []
+    """One dict per table that was begun: table, units, done, documents, bytes, sealed.
+
+    `unreadable` counts plans and records that are damaged, `quarantined` and `leftovers` what `gc` would look at.
+    """
     patterns = ("documents", "students/*", "teachers/*")
-    for plan_path in (path for pattern in patterns for path in sorted(root.glob(f"{pattern}/plan.json"))):
-        plan = read_record(plan_path, Plan)
-        commits = [read_record(path, Commit) for path in sorted((plan_path.parent / "commits").glob("[0-9]*.json"))]
-        states.append(
-            {
-                "table": plan.table,
-                "units": len(plan.units),
-                "done": len(commits),
-                "documents": sum(c.rows for c in commits),
-                "bytes": sum(c.size for c in commits),
-                "sealed": (plan_path.parent / "manifest.json").exists(),
-            }
-        )
-    return states
+    plans = [path for pattern in patterns for path in sorted(root.glob(f"{pattern}/plan.json"))]
+    return [_state(root, path) for path in plans]
+
+
+def _state(root: Path, path: Path) -> dict[str, Any]:
+    folder = path.parent
+    records = sorted((folder / "commits").glob("[0-9]*.json"))
+    commits = [commit for record in records if (commit := _whole(record, Commit)) is not None]
+    plan = _whole(path, Plan)
+    return {
+        "table": folder.relative_to(root).as_posix(),
+        "units": len(plan.units) if plan else len(records),
+        "done": len(commits),
+        "documents": sum(c.rows for c in commits),
+        "bytes": sum(c.size for c in commits),
+        "sealed": (folder / "manifest.json").exists(),
+        "unreadable": len(records) - len(commits) + (plan is None),
+        "quarantined": len(list((folder / "quarantine").glob("*"))),
+        "leftovers": len(list(folder.rglob(".tmp-*"))),
+    }
+
+
+R = TypeVar("R", Plan, Commit)
+
+
+def _whole(path: Path, kind: type[R]) -> R | None:
+    try:
+        return read_record(path, kind)
+    except BadData:
+        return None

@@ -47,7 +47,7 @@ class TeacherStage:
         """Load tokenizer and model once."""
         torch.set_num_threads(self.settings.threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = _teacher(self.settings).to(device)
+        model = teacher_of(self.settings).to(device)
         encoder = encoder_of(self.settings)
         documents = Table(self.root, "documents")
         wanted = [signal_named(column) for column in self.signals]
@@ -76,7 +76,7 @@ class TeacherStage:
 _loaded: dict[TeacherSettings, PreTrainedModel] = {}
 
 
-def _teacher(settings: TeacherSettings) -> PreTrainedModel:
+def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
     """The teacher, loaded once in this process."""
     if settings not in _loaded:
         _loaded.clear()
@@ -139,7 +139,7 @@ def make_teacher(
         UsageError: The model or the template cannot do what is asked.
     """
     documents = Table(root, "documents")
-    model = _teacher(settings)
+    model = teacher_of(settings)
     columns = tuple(sorted({s.column for s in signals(num_layers(model))}))
     spec = {
         "schema": TEACHERS_VERSION,
@@ -162,7 +162,7 @@ def make_teacher(
     constants = constants_of(model)
 
     def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
-        files = export(_teacher(settings), settings.model, store.folder)
+        files = export(teacher_of(settings), settings.model, store.folder)
         measured: dict[str, Any] = {
             "hidden_std": std_of(commits, "hidden"),
             "embedding_std": std_of(commits, "embedding"),

@@ -1,0 +1,100 @@
+"""The commands that look after a finished cache: verify, repair, gc. cli.py registers them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.terminal import say, say_json
+
+CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def verify(
+    cache: CacheArgument,
+    level: Annotated[str, typer.Option(help="quick, full or deep.")] = "full",
+    recompute: Annotated[int, typer.Option(min=0, help="Rows to compare with the live teacher.")] = 0,
+    model: Annotated[str, typer.Option(help="The teacher, for --recompute.")] = "",
+    teacher: Annotated[str, typer.Option(help="Name of the teacher's table, if there are several.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Check every file of a cache; each bad unit is named with its reason, and the exit code is 65.
+
+    Example: xkd-cache verify cache/ --level deep
+    """
+    from xkd_pipeline.verify import as_dict
+    from xkd_pipeline.verify import verify as check
+
+    if recompute and not model:
+        raise UsageError("--recompute needs the teacher", next="add --model FOLDER")
+    bad, rows, skipped = check(cache, level), 0, list[str]()
+    if recompute and not bad:
+        from xkd_pipeline.recompute import recompute as compare
+        from xkd_pipeline.stages import only_teacher
+
+        bad, rows, skipped = compare(cache, f"teachers/{teacher or only_teacher(cache)}", model, recompute)
+    if as_json:
+        say_json(as_dict(bad, level, rows) | {"not_compared": skipped})
+        raise typer.Exit(BadData.exit_code if bad else 0)
+    for one in bad:
+        say(one.line)
+    if skipped:
+        say(f"not compared, their codec is not bit by bit: {', '.join(skipped)}")
+    if bad:
+        raise BadData(f"{len(bad)} things are wrong with {cache}", next=f"xkd-cache repair {cache}")
+    say(f"{cache} is whole ({level}{f', {rows} rows recomputed' if rows else ''})")
+
+
+def repair(
+    cache: CacheArgument,
+    workers: Annotated[int, typer.Option(min=0, help="Ray actors; 0 works in this process.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the bad units again and no other; what needs the corpus or the teacher is printed as a command.
+
+    Example: xkd-cache repair cache/
+    """
+    from dataclasses import asdict
+
+    from xkd_pipeline.mend import repair as mend
+    from xkd_pipeline.run import Workers
+
+    done = mend(cache, Workers(count=workers))
+    if as_json:
+        found = {"bad": [asdict(b) for b in done.bad], "left": [asdict(b) for b in done.left]}
+        say_json(found | {"made": done.made, "commands": done.commands})
+        raise typer.Exit(BadData.exit_code if done.left else 0)
+    for one in done.bad:
+        say(one.line)
+    for name, units in done.made.items():
+        say(f"{name}: {units} units made again")
+    for command in done.commands:
+        say(f"to run: {command}")
+    if done.left:
+        raise BadData(f"{len(done.left)} things are still wrong with {cache}", next="run what is listed above")
+    say(f"{cache} is whole")
+
+
+def gc(
+    cache: CacheArgument,
+    older_than: Annotated[float, typer.Option(min=0, help="Hours that quarantined files are kept.")] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what nothing refers to: loose shards, leftovers of writers that died, old quarantine.
+
+    Example: xkd-cache gc cache/ --dry-run
+    """
+    from xkd_pipeline.mend import collect
+
+    found = collect(cache, older_than=older_than, dry_run=dry_run)
+    size = sum(one.size for one in found)
+    if as_json:
+        files = [{"file": str(f.file.relative_to(cache)), "bytes": f.size, "why": f.why} for f in found]
+        say_json({"files": files, "bytes": size, "removed": not dry_run})
+        return
+    for one in found:
+        say(f"{one.file.relative_to(cache)}: {one.size} bytes, {one.why}")
+    say(f"{'would free' if dry_run else 'freed'} {size / 1e6:.1f} MB in {len(found)} files")

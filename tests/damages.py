@@ -1,0 +1,76 @@
+"""Ways to damage a cache, and what its readers say to it; for tests and for fault_table.py."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from xkd_pipeline.verify import verify
+from xkd_schemas.errors import XkdError
+from xkd_schemas.table import Table
+
+
+def targets(cache: Path) -> list[Path]:
+    """Every file whose bytes matter; LOCK holds nothing."""
+    return sorted(p for p in cache.rglob("*") if p.is_file() and p.name != "LOCK" and "quarantine" not in p.parts)
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    """`content` with one bit turned."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def read_all(cache: Path) -> None:
+    """What a trainer reads: every column of every row of every table."""
+    for name in ("documents", *(f"{p.parent.name}/{p.name}" for p in sorted(cache.glob("[ts]*/*")) if p.is_dir())):
+        table = Table(cache, name)
+        for at in range(len(table)):
+            for column in table.shard(0).schema.names:
+                table[at][column]
+
+
+def outcome(check: Callable[[], object]) -> str:
+    """found, silent, or crash: what a check says to damage."""
+    try:
+        return "found" if check() else "silent"
+    except XkdError:
+        return "found"
+    except Exception as error:
+        return f"crash: {type(error).__name__}: {error}"
+
+
+def flips(cache: Path, count: int, seed: int) -> dict[str, int]:
+    """Turn `count` single bits, one at a time, files drawn first; how many were found, silent or crashed.
+
+    The reader may read through a flip in a file that it does not use, so it is asked only for no crash.
+    """
+    chance = random.Random(seed)
+    files = [path for path in targets(cache) if path.stat().st_size]
+    counts: dict[str, int] = {}
+    for number in range(count):
+        path = chance.choice(files)
+        content = path.read_bytes()
+        path.write_bytes(flipped(content, chance.randrange(8 * len(content))))
+        try:
+            results = {outcome(lambda: verify(cache, "full"))}
+            if number % 10 == 0:
+                results |= {said for said in [outcome(lambda: read_all(cache))] if said.startswith("crash")}
+        finally:
+            path.write_bytes(content)
+        for result in results:
+            counts[result] = counts.get(result, 0) + 1
+    return counts
+
+
+def cuts(cache: Path, step: int) -> dict[str, int]:
+    """Cut every file at every `step` bytes, and lengthen it by one; how many were found, silent or crashed."""
+    counts: dict[str, int] = {}
+    for path in targets(cache):
+        content = path.read_bytes()
+        for damaged in (*(content[:end] for end in range(0, len(content), step)), content + b"\0"):
+            path.write_bytes(damaged)
+            result = outcome(lambda: verify(cache, "full"))
+            counts[result] = counts.get(result, 0) + 1
+        path.write_bytes(content)
+    return counts

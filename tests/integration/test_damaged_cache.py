@@ -1,0 +1,208 @@
+"""Flipped bits, cuts, swapped, missing, doubled and hostile files: each is found by name, none ends in a traceback."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import small_cache
+from damages import cuts, flips
+from small_cache import files_of
+from xkd_pipeline.mend import collect, repair
+from xkd_pipeline.run import Workers
+from xkd_pipeline.store import Store, locked
+from xkd_pipeline.verify import verify
+from xkd_schemas.errors import Mismatch, Refused
+from xkd_schemas.manifest import Commit, Manifest, Plan, read_record, sealed, to_json
+from xkd_schemas.table import Table
+
+ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
+SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
+TABLES = ("documents", "teachers/T", "students/S")
+
+
+def shards(cache: Path, table: str) -> list[Path]:
+    return sorted((cache / table).glob("0*.arrow"))
+
+
+def test_no_flipped_bit_is_silent_and_none_crashes(tmp_path: Path) -> None:
+    count = 20 * ROUNDS
+    assert flips(small_cache.copied(tmp_path), count, SEED) == {"found": count}
+
+
+def test_no_cut_file_is_silent_and_none_crashes(tmp_path: Path) -> None:
+    assert set(cuts(small_cache.copied(tmp_path), 12 * 4096 // ROUNDS)) == {"found"}
+
+
+def swap(cache: Path, table: str) -> None:
+    first, second, *_ = shards(cache, table)
+    spare = cache / "spare"
+    first.rename(spare)
+    second.rename(first)
+    spare.rename(second)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path, str], object], set[int]]] = {
+    "swapped": (swap, {0, 1}),
+    "missing": (lambda c, t: shards(c, t)[1].unlink(), {1}),
+    "doubled": (lambda c, t: shutil.copy(shards(c, t)[0], shards(c, t)[1]), {1}),
+    "no record": (lambda c, t: (c / t / "commits/00002.json").unlink(), {2}),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_bad_unit_is_named(tmp_path: Path, damage: str, table: str) -> None:
+    cache = small_cache.copied(tmp_path)
+    change, units = DAMAGES[damage]
+    change(cache, table)
+    assert {one.unit for one in verify(cache, "full") if one.table == table} == units
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_student_table_is_repaired_from_the_cache_alone(tmp_path: Path, damage: str) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = files_of(cache)
+    change, units = DAMAGES[damage]
+    change(cache, "students/S")
+
+    done = repair(cache, Workers())
+
+    assert done.made == {"students/S": len(units)}
+    assert (done.left, done.commands) == ([], [])
+    assert files_of(cache) == before
+
+
+def test_repair_of_a_teacher_gives_the_command_and_leaves_the_files(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    swap(cache, "teachers/T")
+    before = files_of(cache)
+    done = repair(cache, Workers())
+    assert [command.split()[:3] for command in done.commands] == [["xkd-cache", "teacher", str(cache)]]
+    assert done.left
+    assert files_of(cache) == before
+
+
+def resealed(cache: Path, table: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest as someone would who can compute digests."""
+    folder = cache / table
+    old = read_record(folder / "manifest.json", Manifest)
+    data = old.model_dump(mode="json")
+    change(data)
+    commits = tuple(Commit.model_validate(record) for record in data["commits"])
+    plan = Plan(table=table, spec=data["spec"], units=read_record(folder / "plan.json", Plan).units)
+    (folder / "manifest.json").write_bytes(to_json(sealed(plan, commits, data["constants"], data["files"])))
+
+
+@pytest.mark.parametrize("name", ["../documents.arrow", "/etc/passwd", "a/b.arrow", "..", ".hidden", "nul\0.arrow"])
+def test_a_manifest_that_names_a_file_outside_is_not_followed(tmp_path: Path, name: str) -> None:
+    cache = small_cache.copied(tmp_path)
+    text = (cache / "documents/manifest.json").read_text()
+    content = text.replace(json.dumps(shards(cache, "documents")[0].name), json.dumps(name))
+    assert content != text
+    (cache / "documents/manifest.json").write_text(content)
+    found = verify(cache, "full")
+    assert "documents/manifest.json" in {one.file for one in found}
+
+
+def test_names_that_leave_the_folder_are_refused_when_opened(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    sums = (cache / "SHA256SUMS").read_text()
+    for name in ("../x", "/etc/passwd"):
+        (cache / "SHA256SUMS").write_text(sums + f"{'0' * 64}  {name}\n")
+        with pytest.raises(Refused) as caught:
+            verify(cache, "quick")
+        assert caught.value.exit_code == 77
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_link_in_place_of_a_shard_is_refused(tmp_path: Path, table: str) -> None:
+    cache = small_cache.copied(tmp_path)
+    shard = shards(cache, table)[0]
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    for check in (lambda: verify(cache, "quick"), lambda: Table(cache, table)[0]):
+        with pytest.raises(Refused) as caught:
+            check()
+        assert caught.value.exit_code == 77
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, dict | list) and value:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, (*path, key))
+    else:
+        yield path
+
+
+def changed(value: Any) -> Any:
+    return value + 1 if isinstance(value, int) and not isinstance(value, bool) else f"other than {value}"
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_field_of_the_fingerprint_is_refused_by_name(tmp_path: Path, table: str) -> None:
+    cache = small_cache.copied(tmp_path)
+    plan = read_record(cache / table / "plan.json", Plan)
+    fields = list(leaves(plan.spec))
+    assert len(fields) >= 8
+    for path in fields:
+        spec = copy.deepcopy(plan.spec)
+        inner = spec
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = changed(inner[path[-1]])
+        with pytest.raises(Mismatch) as caught:
+            Store(cache, table, spec, plan.units)
+        assert caught.value.exit_code == 78
+        names = [key for key in path if isinstance(key, str)]
+        assert ".".join(names) in str(caught.value).replace(".0.", "."), path
+        assert str(inner[path[-1]])[:30] in str(caught.value), path
+
+
+def test_a_second_writer_is_told_to_wait(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    program = "from xkd_pipeline.cli import main; main()"
+    with locked(cache):
+        second = subprocess.run(
+            [sys.executable, "-c", program, "gc", str(cache)], capture_output=True, text=True, timeout=60
+        )
+    assert second.returncode == 75
+    assert str(os.getpid()) in second.stderr
+
+
+def test_deep_finds_what_has_the_right_digests_and_the_wrong_sense(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    assert verify(cache, "deep") == []
+    resealed(cache, "students/S", lambda data: data["constants"].update(vocab_size=3))
+    assert any("a token id is not below 3" in one.reason for one in _deep(cache, "students/S"))
+    resealed(cache, "documents", lambda data: data["commits"][1]["counts"].update(words=1))
+    assert any("counts 1 words" in one.reason for one in _deep(cache, "documents"))
+
+
+def _deep(cache: Path, table: str) -> list[Any]:
+    from xkd_pipeline.deep import deep
+
+    return list(deep(cache, table))
+
+
+def test_gc_removes_what_nothing_names_and_no_more(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = files_of(cache)
+    loose = [cache / "documents/00001-000000000000.arrow", cache / ".tmp-1-ab", cache / "teachers/T/quarantine/x"]
+    for path in loose:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"loose")
+    assert collect(cache, older_than=24, dry_run=False) == []
+    for path in loose:
+        os.utime(path, (0, 0))
+    assert {one.file for one in collect(cache, older_than=24, dry_run=True)} == set(loose)
+    assert sum(one.size for one in collect(cache, older_than=24, dry_run=False)) == 15
+    assert files_of(cache) == before
+    assert not any(path.exists() for path in loose)
