@@ -2,10 +2,10 @@
 
 Shape legend for this file
     B documents    L tokens of the longest    T tokens of one document    R kept rows    N predictions
-    K words or phrases    D width    V vocabulary
+    K words or phrases    D width    V vocabulary    k largest logits of a prediction
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,21 +78,27 @@ def _per_token(
 def _predictions(
     readings: Sequence[Reading], states: States, head: Head, wanted: Sequence[Signal], rows: list[dict[str, Any]]
 ) -> None:
-    names = {s.name for s in wanted} & {"entropy", "argmax", "logsumexp"}
-    if not names:
+    columns = [s.column for s in wanted if s.kind.per == "N"]
+    if not columns:
         return
+    tops = {s.top for s in wanted if s.top is not None}
     positions = [predictors(r.tokens.targets) for r in readings]
     hidden_ND = torch.cat([states.last_BLD[i, torch.from_numpy(p)] for i, p in enumerate(positions)])
     step = max(1, LOGIT_BYTES // (4 * head.weight_VD.shape[0]))
-    parts = [prediction_stats(head(chunk_ND)) for chunk_ND in torch.split(hidden_ND, step)]
-    stats = {
-        name: torch.cat([part[place] for part in parts]).cpu().numpy() if parts else np.empty(0, np.float32)
-        for place, name in enumerate(("entropy", "argmax", "logsumexp"))
-    }
+    parts = [_of_logits(head(chunk_ND), tops) for chunk_ND in torch.split(hidden_ND, step)]
+    stats = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in columns}
     ends = np.cumsum([len(p) for p in positions])
     for number, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        for name in names:
+        for name in columns:
             rows[number][name] = stats[name][first:end]
+
+
+def _of_logits(logits_NV: Tensor, tops: Iterable[int]) -> dict[str, Tensor]:
+    """Every column that is made of logits; those of the k largest are [N, k], the largest first."""
+    found = dict(zip(("entropy", "argmax", "logsumexp"), prediction_stats(logits_NV), strict=True))
+    for top in tops:
+        found[f"topk_logits#{top}"], found[f"topk_ids#{top}"] = logits_NV.float().topk(top, dim=-1)
+    return found
 
 
 def _layer(

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def signals_for(run: RunFile, num_layers: int) -> list[Signal]:
     for name in t.losses:
         declaration = loss_named(name)
         wanted.update(declaration.needs(declaration.parse(run.losses.get(name, {})), levels))
-    return sorted(wanted, key=lambda s: s.column)
+    return sorted((replace(s, top=t.topk) if s.kind.top else s for s in wanted), key=lambda s: s.column)
 
 
 def teacher_stage(run: RunFile, workers: Workers) -> Outcome:

@@ -140,7 +140,14 @@ def make_teacher(
     """
     documents = Table(root, "documents")
     model = teacher_of(settings)
-    columns = tuple(sorted({s.column for s in signals(num_layers(model))}))
+    wanted = signals(num_layers(model))
+    vocab_size = head_of(model).weight_VD.shape[0]
+    for signal in wanted:
+        if signal.top is not None and signal.top > vocab_size:
+            raise UsageError(
+                f"topk is {signal.top}, {settings.model} has {vocab_size} classes", next=f"--topk {vocab_size} at most"
+            )
+    columns = tuple(sorted({s.column for s in wanted}))
     spec = {
         "schema": TEACHERS_VERSION,
         "capture": CAPTURE_VERSION,

@@ -54,6 +54,8 @@ class TeacherSection(_Section):
     codec: Literal["bf16", "bf16-planes", "int8"] = "bf16"
     """How states and span vectors are stored; bf16-planes is exact and smaller, int8 half the size."""
     batch_tokens: int = Field(default=4096, ge=8)
+    topk: int = Field(default=64, ge=1)
+    """Classes kept of each prediction, where a loss needs the largest logits."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of one worker."""
     losses: tuple[str, ...] = ("mta", "sra", "dwa")

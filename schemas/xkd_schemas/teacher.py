@@ -2,8 +2,8 @@
 
 Shape legend for this file
     T tokens    R kept rows (targets and the position before each run)    N predicted targets
-    K words or phrases of the document    D teacher width
-A column is named like the signal: `hidden_last`, `centrality@22`, `span_geometry@15:word`. Layers are
+    K words or phrases of the document    D teacher width    k classes kept of each prediction
+A column is named like the signal: `hidden_last`, `centrality@22`, `span_geometry@15:word`, `topk_ids#64`. Layers are
 Hugging Face indices: 0 is the embedding output, l the output of block l, the last one is final-normed.
 """
 
@@ -36,6 +36,8 @@ class Kind:
     """True where each of those is a vector of D numbers."""
     layer: bool = False
     unit: bool = False
+    top: bool = False
+    """True where each of those is k numbers, k being the signal's `top`."""
 
 
 KINDS: Final[dict[str, Kind]] = {
@@ -48,9 +50,11 @@ KINDS: Final[dict[str, Kind]] = {
     "entropy": Kind("float32", "N", wide=False),  # nats, temperature 1
     "argmax": Kind("int32", "N", wide=False),
     "logsumexp": Kind("float32", "N", wide=False),
+    "topk_ids": Kind("int32", "N", wide=False, top=True),  # classes of the k largest logits, the largest first
+    "topk_logits": Kind("float32", "N", wide=False, top=True),  # their logits; minus logsumexp: log-probabilities
 }
 
-_PATTERN = re.compile(r"([a-z_]+)(?:@(\d+))?(?::(word|phrase))?")
+_PATTERN = re.compile(r"([a-z_]+)(?:@(\d+))?(?::(word|phrase))?(?:#([1-9]\d*))?")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -60,6 +64,8 @@ class Signal:
     name: str
     layer: int | None = None
     unit: str | None = None
+    top: int | None = None
+    """k of the top-k signals; None where a loss needs one and takes the k of the cache."""
 
     @property
     def kind(self) -> Kind:
@@ -74,7 +80,8 @@ class Signal:
         'span_mass@15:word'
         """
         layer = "" if self.layer is None else f"@{self.layer}"
-        return f"{self.name}{layer}" + ("" if self.unit is None else f":{self.unit}")
+        unit = "" if self.unit is None else f":{self.unit}"
+        return f"{self.name}{layer}{unit}" + ("" if self.top is None else f"#{self.top}")
 
 
 def signal_named(column: str) -> Signal:
@@ -85,12 +92,13 @@ def signal_named(column: str) -> Signal:
     """
     match = _PATTERN.fullmatch(column)
     kind = KINDS.get(match[1]) if match else None
-    if match is None or kind is None or (match[2] is not None) != kind.layer or (match[3] is not None) != kind.unit:
+    if match is None or kind is None or [match[n] is not None for n in (2, 3, 4)] != [kind.layer, kind.unit, kind.top]:
         known = ", ".join(
-            name + ("@LAYER" if k.layer else "") + (":word|:phrase" if k.unit else "") for name, k in KINDS.items()
+            name + ("@LAYER" if k.layer else "") + (":word|:phrase" if k.unit else "") + ("#K" if k.top else "")
+            for name, k in KINDS.items()
         )
         raise UsageError(f"signal {column!r} is not known", next=f"use one of: {known}")
-    return Signal(match[1], int(match[2]) if match[2] else None, match[3])
+    return Signal(match[1], int(match[2]) if match[2] else None, match[3], int(match[4]) if match[4] else None)
 
 
 _ARROW: Final[dict[Dtype, pa.DataType]] = {
@@ -111,7 +119,10 @@ def teacher_schema(signals: Iterable[Signal], width: int, codec: str = PLAIN) ->
         if signal.kind.wide:
             columns, written = CODECS[codec].fields(signal.column, width), codec
         else:
-            columns, written = [(signal.column, flat_list(_ARROW[signal.kind.dtype]))], str(signal.kind.dtype)
+            item = _ARROW[signal.kind.dtype]
+            if signal.top is not None:
+                item = pa.list_(pa.field("item", item, nullable=False), signal.top)
+            columns, written = [(signal.column, flat_list(item))], str(signal.kind.dtype)
         for name, kind in columns:
             about = {b"codec": written.encode(), b"per": signal.kind.per.encode()} if name == signal.column else None
             fields.append(pa.field(name, kind, nullable=False, metadata=about))

@@ -75,6 +75,12 @@ class Batch:
     teacher_entropy_BM: Tensor | None = None
     """Nats, float32."""
     teacher_argmax_BM: Tensor | None = None
+    teacher_logsumexp_BM: Tensor | None = None
+    """Of the teacher's logits, float32."""
+    teacher_topk_logits_BMK: Tensor | None = None
+    """The k largest logits, the largest first, float32; K is k here."""
+    teacher_topk_ids_BMK: Tensor | None = None
+    """Their classes, int64."""
     levels: tuple[Level, ...] = ()
 
     @property

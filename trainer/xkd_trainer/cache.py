@@ -1,7 +1,7 @@
 """The cache as the trainer sees it: three tables joined by row number, fingerprints checked, heads read once."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class Cache:
 
     def require(self, loss: str, needed: tuple[Signal, ...]) -> None:
         """UsageError that names what `loss` needs and the cache lacks, with the command that adds it."""
-        missing = sorted({s.column for s in needed} - {s.column for s in self.signals})
+        missing = sorted({s.column for s in needed} - {replace(s, top=None).column for s in self.signals})
         if missing:
             raise UsageError(
                 f"loss {loss} needs {', '.join(missing)}, which {self.teachers.folder} does not hold "

@@ -5,7 +5,7 @@ Shape legend: see batch.py. T counts all tokens of one teacher row.
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -61,7 +61,8 @@ def _sample(cache: Cache, row: int, wanted: frozenset[Signal]) -> dict[str, Arra
     cache.same_document(row)
     document, teacher, student = cache.documents[row], cache.teachers[row], cache.students[row]
     sample = _student_arrays(student)
-    sample |= _teacher_arrays(teacher, {s.name for s in wanted})
+    stored = {s.name: s.column for s in cache.signals if s.kind.top}
+    sample |= _teacher_arrays(teacher, {s.name: stored.get(s.name, s.column) for s in wanted})
     sample |= _alignment_arrays(student, teacher, row)
     if any(s.kind.unit for s in wanted):
         sample |= _level_arrays(document, student, teacher, wanted)
@@ -84,7 +85,8 @@ def _student_arrays(student: Row) -> dict[str, Array]:
     }
 
 
-def _teacher_arrays(teacher: Row, names: set[str]) -> dict[str, Array]:
+def _teacher_arrays(teacher: Row, names: Mapping[str, str]) -> dict[str, Array]:
+    """What one row of the teacher's table gives; `names` are the wanted signals, each with its column."""
     ids, targets = teacher["token_ids"].astype(np.int64), teacher["targets"]
     kept, predict = kept_rows(targets), predictors(targets)
     arrays = {
@@ -102,6 +104,12 @@ def _teacher_arrays(teacher: Row, names: set[str]) -> dict[str, Array]:
         arrays["teacher_entropy_BM"] = teacher["entropy"]
     if "argmax" in names:
         arrays["teacher_argmax_BM"] = teacher["argmax"].astype(np.int64)
+    if "logsumexp" in names:
+        arrays["teacher_logsumexp_BM"] = teacher["logsumexp"]
+    if "topk_logits" in names:
+        arrays["teacher_topk_logits_BMK"] = teacher[names["topk_logits"]]
+    if "topk_ids" in names:
+        arrays["teacher_topk_ids_BMK"] = teacher[names["topk_ids"]].astype(np.int64)
     return arrays
 
 

@@ -10,7 +10,9 @@ from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Signal, teacher_schema
 from xkd_schemas.tokens import STUDENTS, STUDENTS_VERSION
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-EVERY = [Signal(name, 3 if k.layer else None, "word" if k.unit else None) for name, k in KINDS.items()]
+EVERY = [
+    Signal(name, 3 if k.layer else None, "word" if k.unit else None, 4 if k.top else None) for name, k in KINDS.items()
+]
 SCHEMAS = {
     f"documents_v{DOCUMENTS_VERSION}": DOCUMENTS,
     f"students_v{STUDENTS_VERSION}": STUDENTS,

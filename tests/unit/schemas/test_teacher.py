@@ -15,6 +15,7 @@ signals = st.sampled_from(sorted(KINDS)).flatmap(
         st.just(name),
         st.integers(0, 200) if KINDS[name].layer else st.none(),
         st.sampled_from(("word", "phrase")) if KINDS[name].unit else st.none(),
+        st.integers(1, 10**6) if KINDS[name].top else st.none(),
     )
 )
 
@@ -29,7 +30,7 @@ def test_a_column_name_says_the_whole_signal(signal: Signal) -> None:
     [
         "", "hidden", "hidden_last@3", "centrality", "centrality@", "centrality@x", "centrality@-1", "span_mass@3",
         "span_mass:word", "span_mass@3:token", "entropy:word", "entropy@1", " entropy", "entropy\n",
-        "span_mass@3:word:word",
+        "span_mass@3:word:word", "topk_ids", "topk_ids#", "topk_ids#0", "topk_ids#x", "entropy#4", "topk_ids@3#4",
     ],
 )  # fmt: skip
 def test_a_name_that_is_no_signal_is_refused_and_the_known_ones_listed(column: str) -> None:

@@ -146,7 +146,7 @@ def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
         slope_CV = logits_CV.exp_()
         return loss_C, slope_CV.scatter_add_(-1, target_C1, -torch.ones_like(loss_C)[:, None])
 
-    return _weighted_sum(logits, None, pointwise)
+    return weighted_sum(logits, None, pointwise)
 
 
 def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor | None, how: Comparison) -> Tensor:
@@ -195,7 +195,7 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
             losses.append(loss_P.detach())
         return torch.cat(losses), logits_CV
 
-    return _weighted_sum(student, weights_N, forward_kl if how.kind == "forward_kl" else other)
+    return weighted_sum(student, weights_N, forward_kl if how.kind == "forward_kl" else other)
 
 
 def _slices(num: int, size: int) -> Iterator[slice]:
@@ -218,7 +218,7 @@ def _scattered(parts: list[Tensor], valid: Tensor, logits: LazyLogits) -> Tensor
     return out
 
 
-def _weighted_sum(logits: LazyLogits, weights_N: Tensor | None, pointwise: Pointwise) -> Tensor:
+def weighted_sum(logits: LazyLogits, weights_N: Tensor | None, pointwise: Pointwise) -> Tensor:
     """Sum of weight times pointwise loss, with the gradient taken chunk by chunk."""
     if weights_N is None:
         weights_N = torch.ones(logits.hidden.shape[0], device=logits.hidden.device)

@@ -17,8 +17,9 @@ from xkd_trainer.methods.dwa import DWA
 from xkd_trainer.methods.mined import MINED
 from xkd_trainer.methods.mta import MTA
 from xkd_trainer.methods.sra import SRA
+from xkd_trainer.methods.uld import ULD
 
-LOSSES: Mapping[str, Declaration] = {d.name: d for d in (CE, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED)}
+LOSSES: Mapping[str, Declaration] = {d.name: d for d in (CE, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED, ULD)}
 """The losses that come with XKD."""
 
 
