@@ -133,8 +133,8 @@ def shared_vocabulary(
     pairs = sorted((_same_bytes if mode == "mapped" else _same_strings)(student_vocab, teacher_vocab))
     if not pairs:
         raise UsageError(
-            f"sra: vocabularies of {len(student_vocab)} and {len(teacher_vocab)} tokens share none ({mode})",
-            next="set sra.shared_vocab to the other value, or use a loss that needs no shared classes",
+            f"vocabularies of {len(student_vocab)} and {len(teacher_vocab)} tokens share none ({mode})",
+            next="set shared_vocab of the loss to the other value, or use a loss that needs no shared classes",
         )
     ids_V2 = torch.tensor(pairs, dtype=torch.int64)
     return ids_V2[:, 0].contiguous(), ids_V2[:, 1].contiguous()
