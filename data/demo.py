@@ -35,6 +35,10 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     steps = [
+        _step("compare the tokenizers on 128 rows", _pair(out), lambda _: False, _goes_together),
+        _step(
+            "plan the cache from 128 rows", ["xkd-cache", "plan", "--run", str(RUN), *_FEW], lambda _: False, _needs
+        ),
         _step("cache of the training rows", ["xkd-cache", "preprocess", str(RUN)], _made),
         _step("cache of the held-out rows", ["xkd-cache", "preprocess", str(RUN), *_held(out)], _made),
     ]
@@ -67,8 +71,33 @@ def _held(out: Path) -> list[str]:
     return [part for setting in sets for part in ("--set", setting)]
 
 
-def _step(title: str, command: list[str], reused: Any) -> Step:
-    """Run one command with --json; its progress goes to the terminal."""
+_FEW = ["--sample", "128"]
+
+
+def _pair(out: Path) -> list[str]:
+    corpus = str(out / "train.jsonl")
+    return ["xkd-cache", "pair", str(out / "teacher"), str(out / "tokenizer"), corpus, *_FEW, "--worst", "0"]
+
+
+def _goes_together(result: dict[str, Any]) -> str:
+    shared, tokens = result["vocabulary"], result["fertility"]
+    return (
+        f"{shared['shared']} of the student's {shared['student']} tokens are tokens of the teacher; "
+        f"{tokens['teacher']['per_word']:.2f} and {tokens['student']['per_word']:.2f} tokens a word; "
+        f"{100 * result['exact_share']:.1f} % of {result['spans']} aligned spans are one token to one"
+    )
+
+
+def _needs(result: dict[str, Any]) -> str:
+    return (
+        f"{result['tokens']} tokens, give or take {100 * result['give_or_take']:.0f} %: {result['bytes'] / 1e6:.1f} MB with head and embeddings, "
+        f"{result['bytes_per_token']:.0f} bytes a token: {result['naive']['share']:.3f} of states and full logits; "
+        f"{result['shards']} shards, {result['memory_bytes'] / 1e9:.1f} GB of memory a worker"
+    )
+
+
+def _step(title: str, command: list[str], reused: Any, said: Any = None) -> Step:
+    """Run one command with --json; its progress goes to the terminal, and then what `said` makes of its result."""
     print(f"\n== {title}\n   $ {' '.join(command)}", flush=True)
     start = time.monotonic()
     done = subprocess.run([BIN / command[0], *command[1:], "--json"], stdout=subprocess.PIPE, text=True, check=False)
@@ -80,6 +109,8 @@ def _step(title: str, command: list[str], reused: Any) -> Step:
         raise SystemExit(done.returncode)
     result = json.loads(last)
     step = Step(title, seconds, result, bool(reused(result)))
+    if said:
+        print(f"   {said(result)}")
     print(f"   {seconds:.0f} s{', reused what was there' if step.reused else ''}", flush=True)
     return step
 

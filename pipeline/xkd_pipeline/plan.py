@@ -149,6 +149,19 @@ def naive_bytes(tokens: int, layers: int, width: int, classes: int) -> int:
     return tokens * 2 * (layers * width + classes)
 
 
+def give_or_take(values: Sequence[int], scale: float) -> float:
+    """Two standard errors of a total that is estimated from these values, as a share of it; 0 if nothing is left out.
+
+    >>> give_or_take([1, 3, 1, 3], scale=1.0), round(give_or_take([1, 3, 1, 3], scale=100.0), 2)
+    (0.0, 0.57)
+    """
+    mean = float(np.mean(values)) if len(values) else 0.0
+    if mean == 0.0 or len(values) < 2:
+        return 0.0
+    error = float(np.std(values, ddof=1)) * float(np.sqrt((1 - 1 / scale) / len(values)))
+    return 2 * error / mean
+
+
 def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | None) -> dict[str, Any]:
     """Everything `xkd-cache plan` says, as numbers.
 
@@ -187,6 +200,7 @@ def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | No
         "dtype": run.teacher.dtype,
         "codec": run.teacher.codec,
         "tokens": tokens,
+        "give_or_take": give_or_take([c.tokens for c in look.counts], look.sample.scale),
         "targets": look.of_corpus(sum(c.targets for c in look.counts)),
         "words": look.of_corpus(sum(len(s.words) for s in look.spans)),
         "phrases": look.of_corpus(sum(len(s.phrases) for s in look.spans)),

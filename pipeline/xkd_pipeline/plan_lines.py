@@ -47,7 +47,9 @@ def _what_was_read(plan: dict[str, Any]) -> Iterator[str]:
         f"teacher: {model['architecture']}, {model['layers']} layers, width {model['width']}, {model['classes']} "
         f"classes, {model['weights'] / 1e6:.1f} M weights in {plan['dtype']}; its configuration was read, no weight"
     )
-    of = "in the corpus" if sample["rows"] == plan["rows"] else "in the corpus if all of it is like the sample"
+    of = "in the corpus"
+    if sample["rows"] < plan["rows"]:
+        of += f", give or take {100 * plan['give_or_take']:.0f} % as this sample varies (a larger --sample is closer)"
     yield (
         f"{plan['tokens']} tokens, {plan['targets']} of them predicted, {plan['words']} words, "
         f"{plan['phrases']} phrases {of}"
