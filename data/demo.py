@@ -90,7 +90,8 @@ def _goes_together(result: dict[str, Any]) -> str:
 
 def _needs(result: dict[str, Any]) -> str:
     return (
-        f"{result['tokens']} tokens, give or take {100 * result['give_or_take']:.0f} %: {result['bytes'] / 1e6:.1f} MB with head and embeddings, "
+        f"{result['tokens']} tokens, give or take {100 * result['give_or_take']:.0f} %: "
+        f"{result['bytes'] / 1e6:.1f} MB with head and embeddings, "
         f"{result['bytes_per_token']:.0f} bytes a token: {result['naive']['share']:.3f} of states and full logits; "
         f"{result['shards']} shards, {result['memory_bytes'] / 1e9:.1f} GB of memory a worker"
     )

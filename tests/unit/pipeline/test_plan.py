@@ -92,6 +92,9 @@ def test_a_part_of_the_rows_tells_the_whole_within_five_percent(tmp_path: Path) 
 
     assert (part["sample"]["rows"], all_rows["sample"]["rows"], all_rows["shards"]) == (80, 200, 1)
     assert part["teacher_bytes"] != all_rows["teacher_bytes"]
+    assert part["give_or_take"] > all_rows["give_or_take"] == 0.0
+    assert "give or take" in "\n".join(plan_lines(part))
+    assert "give or take" not in "\n".join(plan_lines(all_rows))
     for key in ("teacher_bytes", "documents_bytes", "students_bytes", "tokens", "words"):
         assert part[key] == pytest.approx(all_rows[key], rel=0.05), key
 
