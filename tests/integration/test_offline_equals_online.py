@@ -3,7 +3,9 @@
 What lies between is what the cache rounds: last states and span vectors to bfloat16, cosines to float16.
 """
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tiny_models as tiny
+from xkd_pipeline.run import Workers
+from xkd_pipeline.stages import align_stage
 from xkd_schemas.alignment import token_ranges
 from xkd_schemas.tokens import Tokens
 from xkd_trainer.batch import Batch, Level
@@ -23,13 +27,26 @@ from xkd_trainer.signals import centrality, cosine_matrix, pool_spans
 from xkd_trainer.stream import batch_of, pad
 
 ROWS = (0, 3, 7, 17, 19)
-LOSSES = "ce,mta,sra,dwa"
+LOSSES = "ce,mta,sra,dwa,dskd_cma,dskd_v2"
+EVERYWHERE = {"dskd_cma": {"correct_only": False}, "dskd_v2": {"agreement": False}}
+"""Random models are hardly ever right or of one mind; these settings compare all the same."""
 
 
 @pytest.fixture(scope="module")
 def ready() -> Ready:
     torch.manual_seed(0)
-    return set_up(tiny.tiny_cache().run(loss=LOSSES), "")
+    return set_up(tiny.tiny_cache().run(loss=LOSSES, losses=EVERYWHERE), "")
+
+
+@pytest.fixture(scope="module")
+def one_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    """A student with the teacher's tokenizer, for the loss that needs one."""
+    folder, kind = tmp_path_factory.mktemp("one-tokenizer"), tiny.TEACHER_TOKENIZER
+    student = tiny.saved(tiny.llama(kind, seed=2), kind, folder / "student")
+    cache = Path(shutil.copytree(tiny.tiny_cache().cache, folder / "cache"))
+    run = tiny.tiny_cache().run(cache=str(cache), loss="ce=0,dskd", student__model=str(student), student__name="same")
+    align_stage(run, Workers(count=0))
+    return set_up(run, "")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +66,7 @@ def tokens_of(row: Any) -> Tokens:
 @torch.no_grad()
 def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
     """The same batch with everything of the teacher measured now, each document alone, nothing rounded."""
-    hidden, attention, entropy = [], [], []
+    hidden, attention, entropy, argmax = [], [], [], []
     levels: list[list[tuple[Tensor, Tensor]]] = [[] for _ in batch.levels]
     for row in batch.rows:
         tokens, document = tokens_of(cache.teachers[row]), cache.documents[row]
@@ -63,6 +80,7 @@ def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
         row_L = output.attentions[-1][0, :, -1].sum(0)
         attention.append((row_L / row_L.sum())[keep].numpy())
         entropy.append(torch.distributions.Categorical(logits=output.logits[0, predict]).entropy().numpy())
+        argmax.append(output.logits[0, predict].argmax(-1).numpy())
         for found, level in zip(levels, batch.levels, strict=True):
             spans = document["words" if level.unit == "word" else "phrases"]
             ranges_1K2 = torch.from_numpy(token_ranges(tokens, spans).astype(np.int64))[None]
@@ -72,6 +90,7 @@ def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
             found.append((vectors_1KD[0], mass_1K[0]))
     return replace(
         batch, teacher_hidden_BRD=pad(hidden), teacher_attention_BR=pad(attention), teacher_entropy_BM=pad(entropy),
+        teacher_argmax_BM=pad(argmax),
         levels=tuple(_live_level(level, found) for level, found in zip(batch.levels, levels, strict=True)),
     )  # fmt: skip
 
@@ -94,6 +113,9 @@ def test_every_signal_of_a_batch_is_the_live_one_but_for_its_rounding(ready: Rea
     close(batch.teacher_hidden_BRD, online.teacher_hidden_BRD, rtol=2**-8, atol=1e-4)
     close(batch.teacher_attention_BR, online.teacher_attention_BR, rtol=1e-3, atol=1e-6)
     close(batch.teacher_entropy_BM, online.teacher_entropy_BM, rtol=1e-4, atol=1e-5)
+    assert batch.teacher_argmax_BM is not None
+    assert online.teacher_argmax_BM is not None
+    assert torch.equal(batch.teacher_argmax_BM, online.teacher_argmax_BM)
     for stored, now in zip(batch.levels, online.levels, strict=True):
         close(stored.mass_BU, now.mass_BU, rtol=1e-3, atol=1e-6)
         close(stored.vectors_BUD, now.vectors_BUD, rtol=2**-8, atol=1e-4)
@@ -115,10 +137,23 @@ def test_every_term_from_the_cache_is_the_one_from_the_live_teacher(ready: Ready
     cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, teacher))
 
     losses = {name.split(".")[0] for name in cached}
-    assert losses == {"ce", "mta", "sra", "dwa"}
+    assert losses == set(LOSSES.split(","))
+    same_terms(cached, online)
+
+
+def same_terms(cached: dict[str, float], online: dict[str, float]) -> None:
     for name, value in online.items():
         assert abs(value) > 1e-3, f"{name} is too small to be compared"
         assert cached[name] == pytest.approx(value, rel=0.01), name
+
+
+def test_so_is_every_term_of_the_loss_for_one_tokenizer(one_tokenizer: Ready, teacher: PreTrainedModel) -> None:
+    batch = batch_of(one_tokenizer.cache, ROWS, one_tokenizer.wanted)
+
+    cached = terms_of(one_tokenizer, batch)
+
+    assert sorted(cached) == ["dskd.projected_ce", "dskd.student_space", "dskd.teacher_space"]
+    same_terms(cached, terms_of(one_tokenizer, live(batch, one_tokenizer.cache, teacher)))
 
 
 def test_the_comparison_would_see_another_teacher(ready: Ready) -> None:
@@ -130,6 +165,7 @@ def test_the_comparison_would_see_another_teacher(ready: Ready) -> None:
 
     moved = {name for name in online if cached[name] != pytest.approx(online[name], rel=0.01)}
     assert {"mta.dsa@2:word", "mta.dsa@3:phrase", "sra.geo", "dwa.student_space", "dwa.dtw_states"} <= moved
+    assert {"dskd_cma.teacher_space", "dskd_v2.projected_ce", "dskd_v2.teacher_space"} <= moved
 
 
 def test_logits_from_the_stored_head_and_states_are_the_teachers(ready: Ready, teacher: PreTrainedModel) -> None:
