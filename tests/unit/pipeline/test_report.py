@@ -211,3 +211,18 @@ def test_a_histogram_holds_every_size_once_in_few_bars() -> None:
 def test_a_document_without_spans_is_the_worst() -> None:
     one = np.ones(0, dtype=np.int64)
     assert exact_shares(one, one, np.array([0, 0])).tolist() == [0.0, 0.0]
+
+
+def test_two_students_of_one_teacher_are_both_drawn(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    run = small_cache.run_file(
+        cache,
+        documents={"corpus": [str(made() / "corpus.jsonl")]},
+        student={"name": "S2", "tokenizer": str(made() / "teacher"), "template": "chat"},
+    )
+    small_cache.align_stage(run, small_cache.IN_PROCESS)
+    _, page = written(cache, tmp_path)
+
+    assert page.text.count("The worst 12 documents") == 2
+    assert "S2 beside T" in page.text
+    assert {a.student: a.worst[0][0] for a in gather(cache).alignments}["S2"] == 1.0, "the same tokenizer"
