@@ -1,0 +1,128 @@
+"""verify, repair and gc as commands, and rows against the live teacher."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import small_cache
+from xkd_pipeline.cli import app
+from xkd_pipeline.progress import table_states
+from xkd_pipeline.recompute import recompute
+from xkd_pipeline.verify import verify
+from xkd_schemas import faults, files
+from xkd_schemas.errors import BadData, DiskFailed, InputMissing, Mismatch, UsageError
+
+
+def asked(*words: object) -> tuple[int, dict[str, object]]:
+    result = CliRunner().invoke(app, [*map(str, words), "--json"])
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_a_whole_cache_is_whole_at_every_level() -> None:
+    for level in ("quick", "full", "deep"):
+        code, said = asked("verify", small_cache.made() / "cache", "--level", level)
+        assert (code, said["bad"], said["whole"]) == (0, [], True)
+
+
+def test_a_damaged_shard_is_exit_65_and_named(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    shard = sorted((cache / "teachers/T").glob("00001-*.arrow"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    assert verify(cache, "quick") == []
+
+    code, said = asked("verify", cache)
+
+    assert code == 65
+    assert [(b["table"], b["unit"]) for b in said["bad"]] == [("teachers/T", 1)]
+    result = CliRunner().invoke(app, ["verify", str(cache)])
+    assert isinstance(result.exception, BadData)
+    assert shard.name in result.stdout
+
+
+def test_a_table_that_is_not_finished_is_reported(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    (cache / "students/S/manifest.json").unlink()
+    assert any("not finished, 3 of 3" in one.reason for one in verify(cache, "quick"))
+
+
+def test_what_is_no_cache_or_no_level_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing):
+        verify(tmp_path / "nothing")
+    with pytest.raises(UsageError):
+        verify(small_cache.made() / "cache", "shallow")
+
+
+def test_rows_agree_with_the_live_teacher() -> None:
+    made = small_cache.made()
+    assert recompute(made / "cache", "teachers/T", str(made / "teacher"), 5) == ([], 5, [])
+
+
+def test_rows_that_do_not_agree_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = small_cache.made()
+    monkeypatch.setattr("xkd_pipeline.recompute.capture", _shifted)
+    bad, rows, _ = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2)
+    assert rows == 2
+    assert any(one.unit == 0 and "hidden_last differs by" in one.reason for one in bad)
+
+
+def _shifted(*given: object) -> list[dict[str, object]]:
+    from xkd_pipeline.capture import capture
+
+    (row,) = capture(*given)
+    return [row | {"hidden_last": row["hidden_last"][::-1]}]
+
+
+def test_another_teacher_is_refused(tmp_path: Path) -> None:
+    other = small_cache.llama(tmp_path / "other", seed=1)
+    with pytest.raises(Mismatch, match=r"weights\.model\.safetensors"):
+        recompute(small_cache.made() / "cache", "teachers/T", str(other), 1)
+
+
+def test_status_counts_what_is_damaged_or_left(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    (cache / "documents/commits/00001.json").write_bytes(b"{")
+    (cache / "documents/.tmp-1-aa").write_bytes(b"")
+    state = next(state for state in table_states(cache) if state["table"] == "documents")
+    assert (state["done"], state["unreadable"], state["leftovers"]) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("text", ["x", "*:1", "*:one:EIO", ":1:EIO", "*:1:NOSUCH"])
+def test_a_fault_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="POINT:N:ACTION"):
+        faults.fault_of(text)
+
+
+def test_a_fault_hits_its_point_once_or_from_then_on(tmp_path: Path) -> None:
+    with faults.injected("commit.write:2:ENOSPC"):
+        assert [_fails(tmp_path / "commits" / f"{n}.json") for n in range(4)] == [False, True, False, False]
+    with faults.injected("*.fsync:2:EIO+"):
+        assert [_fails(tmp_path / f"{n}") for n in range(4)] == [False, True, True, True]
+    assert sorted(p.name for p in tmp_path.glob("[0-9]*")) == ["0"]
+
+
+def _fails(path: Path) -> bool:
+    try:
+        files.replace(path, b"x" * 100)
+    except DiskFailed:
+        return True
+    return False
+
+
+def test_no_other_module_of_the_pipeline_writes_files() -> None:
+    folder = Path(__file__).parents[3] / "pipeline" / "xkd_pipeline"
+    calls = (".write_bytes(", ".write_text(", "os.rename", "os.replace", "os.link", "os.fsync", ".rename(", ".unlink(")
+    found = {
+        (path.name, call)
+        for path in folder.glob("*.py")
+        for call in calls
+        if call in path.read_text() and path.name not in OTHER_OUTPUT
+    }
+    assert found == set()
+
+
+OTHER_OUTPUT = {"parquet.py"}
+"""Writes an export, not a cache."""
