@@ -29,7 +29,7 @@ from xkd_pipeline.run import Make, Workers
 from xkd_pipeline.shard import write_shard
 from xkd_pipeline.store import locked
 from xkd_schemas import faults, files
-from xkd_schemas.errors import Busy, DiskFailed
+from xkd_schemas.errors import BadData, Busy, DiskFailed
 from xkd_schemas.manifest import Commit
 
 STEP = 64 * 1024
@@ -77,7 +77,10 @@ def disturbed(folder: Path, action: str, rounds: int, chance: random.Random, *, 
 
         assert os.WIFSIGNALED(forked(job)), f"{text} killed nothing"
         known = int(finished_file(root).read_text()) if finished_file(root).exists() else 0
-        lost += work(root).kept < known
+        try:
+            lost += work(root).kept < known
+        except BadData:
+            lost += 1
         differing += files_of(root) != whole
     return f"{lost} lost a finished unit, {differing} folders differ"
 
