@@ -93,7 +93,7 @@ def head_statistics(logits: LazyLogits, valid: Tensor) -> Statistics:
     chosen = logits.detached().at(valid)
     entropy_N, peak_N = [], []
     with torch.no_grad():
-        for rows in _chunks(chosen):
+        for rows in chunks(chosen):
             log_p_CV = chosen.at(rows).dense()
             log_p_CV -= log_p_CV.logsumexp(-1, keepdim=True)
             peak_N.append(log_p_CV.amax(-1).exp())
@@ -118,7 +118,7 @@ def head_argmax(logits: LazyLogits, valid: Tensor) -> Tensor:
     chosen = logits.detached().at(valid)
     out = torch.full(valid.shape, -1, dtype=torch.int64, device=valid.device)
     with torch.no_grad():
-        parts = [chosen.at(rows).dense().argmax(-1) for rows in _chunks(chosen)]
+        parts = [chosen.at(rows).dense().argmax(-1) for rows in chunks(chosen)]
     if parts:
         out[valid] = torch.cat(parts)
     return out
@@ -204,7 +204,7 @@ def _slices(num: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, num))
 
 
-def _chunks(logits: LazyLogits) -> Iterator[slice]:
+def chunks(logits: LazyLogits) -> Iterator[slice]:
     """Ranges of positions whose logits take at most CHUNK_BYTES, one position at least."""
     row_bytes = logits.weight.shape[0] * max(4, logits.weight.dtype.itemsize)
     return _slices(logits.hidden.shape[0], max(1, CHUNK_BYTES // max(1, row_bytes)))
@@ -242,7 +242,7 @@ class _WeightedSum(torch.autograd.Function):
         hidden_slope = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
         weight_slope = wide_VD.new_zeros(weight_VD.shape) if ctx.needs_input_grad[1] else None
         bias_slope = wide_VD.new_zeros(bias_V.shape) if bias_V is not None and ctx.needs_input_grad[2] else None
-        for rows in _chunks(logits):
+        for rows in chunks(logits):
             loss_C, slope_CV = pointwise(rows, logits.at(rows).dense())
             total += (loss_C * weights_N[rows]).sum()
             slope_CV *= weights_N[rows, None]

@@ -1,0 +1,292 @@
+"""MultiLevelOT against loops over single documents, its gradients, and some steps of it from a cache."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import slow_ot
+import tiny_models as tiny
+from slow_losses import generator, mask, padded
+from xkd_trainer.batch import Batch, blank
+from xkd_trainer.head import Head
+from xkd_trainer.loop import train
+from xkd_trainer.losses import head as head_module
+from xkd_trainer.losses.head import LazyLogits
+from xkd_trainer.losses.multilevelot import (
+    MultiLevelOtSettings,
+    chosen_probabilities,
+    class_mass,
+    greedy_match,
+    position_distance,
+    scaled,
+    sequence_distance,
+    word_cross_entropy,
+)
+from xkd_trainer.losses.term import LossTerm
+from xkd_trainer.methods.multilevelot import MultiLevelOt
+from xkd_trainer.setup import Ready, set_up
+from xkd_trainer.stream import batch_of
+
+ROWS = (3, 19, 0, 11)
+TERMS = ("l1", "word", "sequence")
+
+
+class Fake:
+    """A built loss on float64 heads, with ragged documents of random states: what `forward` reads and no more."""
+
+    def __init__(
+        self, seed: int, sizes: Sequence[tuple[int, int]], vocabularies: tuple[int, int], **settings: Any
+    ) -> None:
+        g = generator(seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        self.student = [random(n, 3) for n, _ in sizes]
+        self.teacher = [random(m, 3) for _, m in sizes]
+        self.student_head, self.teacher_head = 2 * random(vocabularies[0], 3), 2 * random(vocabularies[1], 3)
+        self.loss = MultiLevelOt.__new__(MultiLevelOt)
+        nn.Module.__init__(self.loss)
+        self.loss.settings = MultiLevelOtSettings(**settings)
+        self.sizes = sizes
+
+    def expected(self, **settings: Any) -> dict[str, list[float]]:
+        documents = [
+            ((s @ self.student_head.T).tolist(), (t @ self.teacher_head.T).tolist())
+            for s, t in zip(self.student, self.teacher, strict=True)
+        ]
+        return slow_ot.multilevelot(documents, **settings)
+
+    def terms(self, hidden_BPD: Tensor | None = None, weight_VD: Tensor | None = None) -> dict[str, LossTerm]:
+        """The wiring of `MultiLevelOt.forward` on these states."""
+        valid_BP = mask([min(n, m) for n, m in self.sizes])
+        most = valid_BP.shape[1]
+        own = padded([s[:most] for s in self.student], math.nan, most) if hidden_BPD is None else hidden_BPD
+        theirs = padded([t[:most] for t in self.teacher], math.nan, most)
+        head = self.student_head if weight_VD is None else weight_VD
+        return self.loss.levels(
+            LazyLogits(hidden=own[valid_BP], weight=head),
+            LazyLogits(hidden=theirs[valid_BP], weight=self.teacher_head),
+            valid_BP,
+        )
+
+
+documents = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4)
+choices = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from((1.0, 2.0)),
+        "classes": st.integers(1, 12),
+        "order": st.sampled_from(("document", "batch")),
+        "match": st.sampled_from(("rank", "greedy")),
+        "word_target": st.sampled_from(("teacher", "student")),
+        "epsilon": st.sampled_from((0.1, 0.5)),
+        "rounds": st.integers(1, 4),
+    }
+)
+
+
+@given(st.integers(0, 2**31), documents, st.integers(2, 9), st.integers(2, 9), choices)
+def test_ragged_batches_are_the_loops_over_single_documents(
+    seed: int, sizes: list[tuple[int, int]], student_classes: int, teacher_classes: int, settings: dict[str, Any]
+) -> None:
+    fake = Fake(seed, sizes, (student_classes, teacher_classes), **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_module, "CHUNK_BYTES", 150)
+        found = fake.terms()
+
+    expected = fake.expected(**settings)
+    for name in TERMS:
+        total, count = expected[name]
+        assert float(found[name].total) == pytest.approx(total, abs=1e-6), name
+        assert float(found[name].count) == count, name
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("match", ["rank", "greedy"])
+def test_gradients_by_states_and_head_are_numerically_right(name: str, match: str) -> None:
+    fake = Fake(5, [(3, 2), (2, 4)], (6, 5), match=match, classes=4)
+    hidden = padded([s[:2] for s in fake.student]).requires_grad_()
+    weight = fake.student_head.clone().requires_grad_()
+
+    assert torch.autograd.gradcheck(lambda h, w: fake.terms(h, w)[name].total, (hidden, weight))
+
+
+def test_two_equal_models_have_no_distance_at_any_position() -> None:
+    fake = Fake(1, [(4, 4), (2, 2)], (7, 7))
+    fake.teacher, fake.teacher_head = fake.student, fake.student_head
+
+    assert float(fake.terms()["l1"].total) == 0.0
+
+
+@pytest.mark.parametrize("match", ["rank", "greedy"])
+def test_classes_in_another_order_are_no_difference(match: str) -> None:
+    fake = Fake(1, [(4, 4), (2, 2)], (7, 7), match=match)
+    fake.teacher, fake.teacher_head = fake.student, fake.student_head[torch.tensor([3, 1, 6, 0, 2, 5, 4])]
+
+    assert float(fake.terms()["l1"].total) < 1e-12
+
+
+def test_greedy_matching_never_costs_more_than_the_rank_for_its_first_class() -> None:
+    g = generator(2)
+    student, teacher = (torch.rand(3, 4, 6, generator=g) for _ in range(2))
+
+    matched = greedy_match(student, teacher)
+
+    before, after = ((p - teacher).abs().sum(1)[:, 0] for p in (student, matched))
+    assert bool((after <= before).all())
+    assert torch.equal(matched.sort(-1).values, student.sort(-1).values)
+
+
+def test_the_cross_entropy_is_least_where_both_are_equal_with_the_teacher_as_target() -> None:
+    teacher = torch.tensor([[[0.7, 0.2, 0.1]]], dtype=torch.float64)
+    student = teacher.clone().requires_grad_()
+    valid = torch.tensor([[True]])
+
+    for target, still in (("teacher", True), ("student", False)):
+        (slope,) = torch.autograd.grad(word_cross_entropy(student, teacher, valid, target).total, student)
+        assert (float(slope.abs().max()) < 1e-12) == still
+
+
+def test_equal_logits_and_a_document_without_pairs_are_finite() -> None:
+    hidden = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.ones(5, 3, dtype=torch.float64, requires_grad=True)
+    logits = LazyLogits(hidden=hidden, weight=weight)
+
+    chosen = chosen_probabilities(logits, torch.tensor([[0, 1], [2, 3]]), 1.0)
+    chosen.sum().backward()
+
+    torch.testing.assert_close(chosen, torch.full((2, 2), 0.2, dtype=torch.float64))
+    assert bool(torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all())
+    assert bool(torch.isfinite(scaled(torch.tensor([[1e4, -1e4, 0.0]]), 1.0)).all())
+    assert class_mass(logits, torch.tensor([0, 0]), 2, 1.0)[1].abs().sum() == 0.0
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    p = torch.rand(2, 3, 4)
+    for one in (
+        position_distance(p, p, none),
+        word_cross_entropy(p, p, none, "teacher"),
+        sequence_distance(p, p, none, 0.1, 10),
+    ):
+        assert (float(one.total), float(one.count)) == (0.0, 0.0)
+
+
+def test_the_same_model_standardised_is_the_same_at_any_scale_of_its_logits() -> None:
+    logits = torch.randn(2, 30, generator=generator(0), dtype=torch.float64)
+
+    torch.testing.assert_close(scaled(logits, 1.0), scaled(7 * logits, 1.0), rtol=1e-3, atol=1e-3)
+
+
+# Wired to the cache
+
+
+def ready(**settings: Any) -> tuple[Ready, Batch]:
+    made = set_up(tiny.tiny_cache().run(loss="ce=0,multilevelot=1", losses={"multilevelot": settings}), "")
+    return made, batch_of(made.cache, ROWS, made.wanted)
+
+
+def gradients(made: Ready, batches: Sequence[Batch], counts: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    made.distiller.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss, _ = made.distiller(batch, counts, 0)
+        loss.backward()
+        total += float(loss.detach())
+    return total, {n: p.grad.clone() for n, p in made.distiller.named_parameters() if p.grad is not None}
+
+
+def head_of_cache(made: Ready) -> Head:
+    return made.cache.head()
+
+
+@torch.no_grad()
+def test_the_terms_are_the_loops_over_predictions_of_single_documents() -> None:
+    made, batch = ready(classes=20)
+    model = tiny.llama("sentencepiece", seed=2)
+    pairs = []
+    for row in ROWS:
+        student, teacher = made.cache.students[row], made.cache.teachers[row]
+        own = model(input_ids=torch.tensor([student["token_ids"].tolist()])).logits[0]
+        states = (torch.from_numpy(teacher["hidden_last"].astype("int32")) << 16).view(torch.float32)
+        t = teacher["targets"]
+        kept = [p for p in range(len(t)) if t[p] or (p + 1 < len(t) and t[p + 1])]
+        predict = [i for i, p in enumerate(kept) if p + 1 < len(t) and t[p + 1]]
+        positions = [p for p in range(len(student["targets"]) - 1) if student["targets"][p + 1]]
+        theirs = states[predict] @ head_of_cache(made).weight_VD.float().T
+        pairs.append((own[positions].tolist(), theirs.tolist()))
+    ones = {f"multilevelot.{name}": torch.ones(()) for name in TERMS}
+
+    _, found = made.distiller(batch, ones, 0)
+
+    expected, counts = slow_ot.multilevelot(pairs, classes=20), made.distiller.counts(batch)
+    for name in TERMS:
+        assert float(found[f"multilevelot.{name}"]) == pytest.approx(expected[name][0], rel=1e-3), name
+        assert float(counts[f"multilevelot.{name}"]) == expected[name][1], name
+
+
+@pytest.mark.parametrize("match", ["rank", "greedy"])
+def test_micro_batches_add_up_and_blank_ones_add_nothing(match: str) -> None:
+    made, whole = ready(match=match)
+    counts = made.distiller.counts(whole)
+    cut = [batch_of(made.cache, [row], made.wanted) for row in ROWS]
+
+    expected, one = gradients(made, [whole], counts)
+    found, many = gradients(made, [*cut, blank(whole)], counts)
+
+    assert expected > 0
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name in one:
+        scale = max(1.0, float(one[name].abs().max()))
+        torch.testing.assert_close(many[name] / scale, one[name] / scale, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_official_order_of_a_batch_makes_documents_depend_on_each_other() -> None:
+    """The deviation: with order = batch the cut into micro-batches is part of the loss, so it is not the default."""
+    made, whole = ready(order="batch", classes=20)
+    counts = made.distiller.counts(whole)
+    cut = [batch_of(made.cache, [row], made.wanted) for row in ROWS]
+
+    assert gradients(made, cut, counts)[0] != pytest.approx(gradients(made, [whole], counts)[0], rel=1e-4)
+
+
+def test_padding_changes_no_bit() -> None:
+    made, batch = ready()
+    counts = made.distiller.counts(batch)
+    n, m, r = batch.predict_valid_BN, batch.teacher_predict_valid_BM, batch.teacher_valid_BR
+    dirty = replace(
+        batch,
+        student_ids_BS=batch.student_ids_BS.masked_fill(~batch.student_valid_BS, 77),
+        predict_BN=batch.predict_BN.masked_fill(~n, 2),
+        teacher_predict_BM=batch.teacher_predict_BM.masked_fill(~m, 1),
+        teacher_hidden_BRD=batch.teacher_hidden_BRD.masked_fill(~r[..., None], math.nan),
+    )
+    assert not n.all()
+    assert not m.all()
+
+    clean, slopes = gradients(made, [batch], counts)
+    found, others = gradients(made, [dirty], counts)
+
+    assert found == clean
+    assert all(torch.equal(slopes[name], others[name]) for name in slopes)
+
+
+def test_a_student_learns_from_it(tmp_path: Path) -> None:
+    made, _ = ready()
+    batch = batch_of(made.cache, tuple(range(12)), made.wanted)
+    counts = made.distiller.counts(batch)
+    run = tiny.tiny_cache().run(loss="ce=0,multilevelot=1", out=str(tmp_path / "out"), steps=8, lr=1e-2)
+
+    trained = train(run, student_table="", quiet=True)
+
+    assert trained.steps == 8
+    after = set_up(tiny.tiny_cache().run(loss="ce=0,multilevelot=1", student__model=str(trained.out)), "")
+    with torch.no_grad():
+        before, now = (float(d.distiller(batch, counts, 0)[0]) for d in (made, after))
+    assert now < before

@@ -1,0 +1,197 @@
+"""MultiLevelOT (arXiv 2412.14528): the likeliest classes of a whole response compared in one common order.
+
+ULD sorts every position by itself, so a class may stand in another place at each. Here classes are ordered once, by
+their probability summed over a response, and the first k of each model are paired by rank (or greedily, by distance).
+On these p^S, p^T [n, k] of the n positions paired by shift,
+
+    L = (1/n) sum_n || p^S_n - p^T_n ||_1  -  0.1 (1/n) sum_n softmax(p^T_n) . log softmax(p^S_n)  +  0.0001 <P, W>
+
+where W_ij = || softmax(p^S_i / 2) - softmax(p^T_j / 2) ||_1 and P is exp(-W / 0.1) after ten Sinkhorn rounds. Logits
+are divided by their standard deviation over the classes first, so that two models' scales agree.
+
+The total of the official code is CE + 1.5 L: `--loss ce=1,multilevelot=1.5`.
+
+Shape legend for this file
+    B documents    P paired positions of the longest    N pairs of all documents    D width    V classes
+    k chosen classes    C positions of one chunk
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from xkd_trainer.losses.head import LazyLogits, chunks
+from xkd_trainer.losses.term import LossTerm, at_least_float32, term
+
+STD_FLOOR = 1e-4
+"""Added to the standard deviation of the logits, as in the official code."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class MultiLevelOtSettings(BaseModel):
+    """Options of MultiLevelOT; official is the authors' code, port another group's copy of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: Positive = 1.0
+    """Divides the scaled logits of both models. Official: 1, port: 2."""
+    classes: Annotated[int, Field(ge=1)] = 50
+    """k, the classes of each model that are compared. Official: 50."""
+    order: Literal["document", "batch"] = "document"
+    """Over what probabilities are summed to order the classes. Official: the batch, and then a document's loss depends
+    on the other documents of its micro-batch, so that micro-batches no longer add up. Ours: each document."""
+    match: Literal["rank", "greedy"] = "rank"
+    """rank: the n-th class of one with the n-th of the other (official, f = 1). greedy (f = 2): each class of the
+    teacher, in order, takes the nearest class of the student that is left among its k."""
+    l1: Weight = 1.0
+    """Weight of the distance at each position. Official: 1."""
+    word: Weight = 0.1
+    """Weight of the cross-entropy. Official: 0.1."""
+    word_target: Literal["teacher", "student"] = "teacher"
+    """Who gives the weights of the cross-entropy: teacher, as its signature says, or student, as the official code
+    calls it, with the two arguments exchanged."""
+    sequence: Weight = 1e-4
+    """Weight of the Sinkhorn distance. Official: 0.1 times 0.001, summed over the batch; ours: a mean."""
+    epsilon: Positive = 0.1
+    """Divides the cost W in the exponent. Official: 0.1."""
+    rounds: Annotated[int, Field(ge=1)] = 10
+    """Sinkhorn rounds, rows and then columns. Official: 10."""
+
+
+def scaled(logits_NV: Tensor, temperature: float) -> Tensor:
+    """Logits over their standard deviation (unbiased, plus 1e-4, mean not removed) and the temperature.
+
+    >>> scaled(torch.tensor([[0.0, 2.0, 4.0]]), 1.0).round(decimals=3)
+    tensor([[0., 1., 2.]])
+
+    Equal logits have standard deviation 0, whose gradient is taken as 0.
+    """
+    logits_NV = at_least_float32(logits_NV)
+    centred_NV = logits_NV - logits_NV.mean(-1, keepdim=True)
+    variance_N1 = centred_NV.square().sum(-1, keepdim=True) / max(1, logits_NV.shape[-1] - 1)
+    varies_N1 = variance_N1 > 0
+    std_N1 = torch.where(varies_N1, torch.where(varies_N1, variance_N1, 1.0).sqrt(), 0.0)
+    return logits_NV / (std_N1 + STD_FLOOR) / temperature
+
+
+@torch.no_grad()
+def class_mass(logits: LazyLogits, document_N: Tensor, num_documents: int, temperature: float) -> Tensor:
+    """Probability of each class summed over the positions of a document, [B, V], without gradient."""
+    mass_BV = at_least_float32(logits.weight).new_zeros(num_documents, logits.weight.shape[0])
+    constant = logits.detached()
+    for rows in chunks(logits):
+        member_BC = F.one_hot(document_N[rows], num_documents).T.to(mass_BV.dtype)
+        mass_BV += member_BC @ scaled(constant.at(rows).dense(), temperature).softmax(-1)
+    return mass_BV
+
+
+def class_order(mass_BV: Tensor, classes: int, order: Literal["document", "batch"]) -> Tensor:
+    """The `classes` likeliest classes (or all, if fewer), the likeliest first, ties by number; [B, k] int64.
+
+    >>> class_order(torch.tensor([[0.1, 0.5, 0.4], [0.9, 0.0, 0.1]]), 2, "document")
+    tensor([[1, 2],
+            [0, 2]])
+    >>> class_order(torch.tensor([[0.1, 0.5, 0.4], [0.9, 0.0, 0.1]]), 2, "batch")
+    tensor([[0, 1],
+            [0, 1]])
+    """
+    if order == "batch":
+        mass_BV = mass_BV.sum(0, keepdim=True).expand_as(mass_BV)
+    return torch.sort(mass_BV, dim=-1, descending=True, stable=True).indices[:, :classes]
+
+
+def chosen_probabilities(logits: LazyLogits, ids_Nk: Tensor, temperature: float) -> Tensor:
+    """Probabilities of some classes at each position, of `scaled` logits over all classes.
+
+    Logits are made in chunks, and made again in the backward pass: none are kept.
+
+    Args:
+        logits: States [N, D].
+        ids_Nk: int64 classes.
+        temperature: See `scaled`.
+
+    Returns:
+        [N, k] with gradient by states, and by weight and bias where they require one.
+    """
+
+    def one(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_Ck: Tensor) -> Tensor:
+        dense_CV = LazyLogits(hidden=hidden_CD, weight=weight_VD, bias=bias_V).dense()
+        return scaled(dense_CV, temperature).softmax(-1).gather(-1, ids_Ck)
+
+    parts = [
+        checkpoint(one, logits.hidden[rows], logits.weight, logits.bias, ids_Nk[rows], use_reentrant=False)
+        for rows in chunks(logits)
+    ]
+    return torch.cat(parts) if parts else at_least_float32(logits.weight.detach()).new_zeros(ids_Nk.shape)
+
+
+def greedy_match(student_BPk: Tensor, teacher_BPk: Tensor) -> Tensor:
+    """The student's classes in another order: each of the teacher's, in turn, takes the nearest that is left.
+
+    Distances are sums over positions of | p^S - p^T |; positions that are not valid must be 0 in both. The choice has
+    no gradient. Equal distances go to the class that comes first.
+
+    >>> greedy_match(torch.tensor([[[0.6, 0.3, 0.1]]]), torch.tensor([[[0.25, 0.6, 0.15]]]))
+    tensor([[[0.3000, 0.6000, 0.1000]]])
+    """
+    distance_Bkk = torch.cdist(teacher_BPk.detach().mT, student_BPk.detach().mT, p=1.0)
+    taken = []
+    for place in range(distance_Bkk.shape[1]):
+        nearest_B1 = distance_Bkk[:, place].argmin(-1, keepdim=True)
+        distance_Bkk.scatter_(2, nearest_B1[:, None].expand(-1, distance_Bkk.shape[1], 1), torch.inf)
+        taken.append(nearest_B1)
+    index_B1k = torch.cat(taken, dim=-1)[:, None]
+    return student_BPk.gather(-1, index_B1k.expand_as(student_BPk))
+
+
+def position_distance(student_BPk: Tensor, teacher_BPk: Tensor, valid_BP: Tensor) -> LossTerm:
+    """(1/n) sum_n || p^S_n - p^T_n ||_1 of each document, summed; the count is the number of documents with a pair.
+
+    >>> position_distance(torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[0.7, 0.3]]]), torch.tensor([[True]]))
+    LossTerm(total=tensor(0.4000), count=tensor(1.))
+    """
+    gap_BP = torch.where(valid_BP, (student_BPk - teacher_BPk.detach()).abs().sum(-1), 0.0)
+    return term((gap_BP.sum(-1) / valid_BP.sum(-1).clamp_min(1)).sum(), valid_BP.any(-1).sum())
+
+
+def word_cross_entropy(
+    student_BPk: Tensor, teacher_BPk: Tensor, valid_BP: Tensor, target: Literal["teacher", "student"]
+) -> LossTerm:
+    """- sum softmax(p^T) log softmax(p^S) over the k classes, or with the two exchanged; a sum over pairs.
+
+    Not 0 where both are equal: it is at least the entropy of softmax(p^T).
+
+    >>> word_cross_entropy(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.tensor([[True]]), "teacher")
+    LossTerm(total=tensor(0.6931), count=tensor(1.))
+    """
+    weights, scored = (
+        (teacher_BPk.detach(), student_BPk) if target == "teacher" else (student_BPk, teacher_BPk.detach())
+    )
+    entropy_BP = -torch.linalg.vecdot(weights.softmax(-1), scored.log_softmax(-1))
+    return term(torch.where(valid_BP, entropy_BP, 0.0).sum(), valid_BP.sum())
+
+
+def sequence_distance(
+    student_BPk: Tensor, teacher_BPk: Tensor, valid_BP: Tensor, epsilon: float, rounds: int
+) -> LossTerm:
+    """<P, W> between the positions of a document, summed; the count is the number of documents with a pair.
+
+    P is blurred by epsilon, so this is not 0 where both sequences are equal, unless there is one position.
+
+    >>> sequence_distance(torch.zeros(1, 1, 2), torch.tensor([[[9.0, -9.0]]]), torch.tensor([[True]]), 0.1, 10)
+    LossTerm(total=tensor(0.9998), count=tensor(1.))
+    """
+    cost_BPP = torch.cdist((student_BPk / 2).softmax(-1), (teacher_BPk.detach() / 2).softmax(-1), p=1.0)
+    both_BPP = valid_BP[:, :, None] & valid_BP[:, None, :]
+    plan_BPP = torch.where(both_BPP, (-cost_BPP / epsilon).exp(), 0.0)
+    for _ in range(rounds):
+        for axis in (2, 1):
+            sums = plan_BPP.sum(axis, keepdim=True)
+            plan_BPP = plan_BPP / torch.where(sums > 0, sums, 1.0)
+    return term((plan_BPP * torch.where(both_BPP, cost_BPP, 0.0)).sum(), valid_BP.any(-1).sum())
