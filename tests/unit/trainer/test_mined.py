@@ -19,7 +19,7 @@ from xkd_trainer.batch import Batch, blank
 from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.mined import carried_head, mined_divergence, usable_positions
 from xkd_trainer.losses.mined_alignment import packed, partners, token_texts, vocabulary_map
-from xkd_trainer.losses.mined_numba import edit_distance, nearest
+from xkd_trainer.losses.mined_numba import nearest, token_costs
 from xkd_trainer.losses.vocabulary import token_bytes
 from xkd_trainer.methods import LOSSES
 from xkd_trainer.methods.mined import MINED
@@ -31,20 +31,17 @@ WORDS = st.text("abAé", max_size=6).map(lambda text: text.encode())
 LONG = st.text("ab", min_size=55, max_size=75).map(lambda text: text.encode())
 
 
-def as_array(text: bytes) -> Any:
-    return np.frombuffer(text, np.uint8)
-
-
 # Distances and the nearest string
 
 
-@settings(max_examples=150, deadline=None)
-@given(a=WORDS | LONG, b=WORDS | LONG)
-def test_edit_distance_is_that_of_the_table(a: bytes, b: bytes) -> None:
-    places = np.zeros(256, np.uint64)
+@settings(max_examples=100, deadline=None)
+@given(student=st.lists(WORDS | LONG, max_size=3), teacher=st.lists(WORDS | LONG, max_size=3))
+def test_edit_distances_are_those_of_the_table(student: list[bytes], teacher: list[bytes]) -> None:
+    cost = np.zeros((len(teacher), len(student)), np.int64)
 
-    assert edit_distance(as_array(a), as_array(b), places) == slow.edit_distance(a, b)
-    assert not places.any()
+    token_costs(packed(student), np.arange(len(student)), packed(teacher), np.arange(len(teacher)), cost)
+
+    assert cost.tolist() == [[slow.edit_distance(a, b) for b in student] for a in teacher]
 
 
 @settings(max_examples=100, deadline=None)

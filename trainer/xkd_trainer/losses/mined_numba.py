@@ -1,7 +1,7 @@
 """CPU kernels of MinED: edit distances of byte strings, the nearest string of a vocabulary, and the token alignment.
 
-Distances are Levenshtein's over bytes, by the bit-parallel columns of Myers (1999) in Hyyro's form where the shorter
-string has at most 64 bytes, else by rows. Imports numba: `mined_alignment` is imported only where it is needed.
+Distances are Levenshtein's over bytes, by the bit-parallel columns of Myers (1999) in Hyyro's form where the first
+string has 1 to 64 bytes, else by rows. Imports numba: `mined_alignment` is imported only where it is needed.
 
 Shape legend for this file
     B documents    N student tokens    M teacher tokens
@@ -68,21 +68,6 @@ def _rows(a: Any, b: Any) -> int:
             corner = row[j + 1]
             row[j + 1] = min(changed, min(corner, row[j]) + 1)
     return int(row[len(b)])
-
-
-@_compiled
-def edit_distance(a: Any, b: Any, places: Any) -> int:
-    """Insertions, deletions and changes that make b of a. `places` is uint64 [256] of zeros, and is so afterwards."""
-    if len(a) > len(b):
-        a, b = b, a
-    if len(a) == 0:
-        return len(b)
-    if len(a) > _WORD:
-        return int(_rows(a, b))
-    _fill(a, places)
-    distance = _columns(len(a), b, places)
-    _clear(a, places)
-    return int(distance)
 
 
 @_compiled
@@ -167,15 +152,21 @@ def nearest(queries: Any, texts: Any, first_of: Any, out: Any) -> None:
 
 
 @_compiled
-def _costs(student: Any, student_ids: Any, teacher: Any, teacher_ids: Any, cost: Any) -> None:
+def token_costs(student: Any, student_ids: Any, teacher: Any, teacher_ids: Any, cost: Any) -> None:
     """Edit distance of each teacher token (rows) and each student token (columns)."""
     s_text, s_at = student
     t_text, t_at = teacher
     places = np.zeros(256, np.uint64)
     for i in range(len(teacher_ids)):
         a = t_text[t_at[teacher_ids[i]] : t_at[teacher_ids[i] + 1]]
+        short = 0 < len(a) <= _WORD
+        if short:
+            _fill(a, places)
         for j in range(len(student_ids)):
-            cost[i, j] = edit_distance(a, s_text[s_at[student_ids[j]] : s_at[student_ids[j] + 1]], places)
+            b = s_text[s_at[student_ids[j]] : s_at[student_ids[j] + 1]]
+            cost[i, j] = _columns(len(a), b, places) if short else _rows(a, b)
+        if short:
+            _clear(a, places)
 
 
 @_compiled
@@ -231,6 +222,6 @@ def partners_of_batch(student: Any, teacher: Any, match: Any) -> None:
         n, m = s_lengths[b], t_lengths[b]
         if n > 0 and m > 0:
             cost = np.empty((m, n), np.int64)
-            _costs(s_texts, s_ids[b, :n], t_texts, t_ids[b, :m], cost)
+            token_costs(s_texts, s_ids[b, :n], t_texts, t_ids[b, :m], cost)
             _accumulate(cost)
             _only_partners(cost, match[b, :n])
