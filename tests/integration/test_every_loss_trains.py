@@ -21,8 +21,6 @@ OTHER, SAME = "S-all", "T-all"
 
 
 NEEDS_ONE_TOKENIZER = ("kl", "fdd", "dskd")
-GENTLE = {"dskd_v2": 1e-3}
-"""Its projection is solved from the student's head, which must not run away from it in a handful of steps."""
 
 
 @functools.cache
@@ -46,7 +44,7 @@ def run_of(table: str, loss: str, out: Path) -> RunFile:
         student={"model": "new:llama,layers=4,width=32", "tokenizer": str(tokenizer)},
         train={
             "loss": f"ce=0,{loss}=1" if loss != "ce" else "ce", "steps": 6, "batch_size": 12, "out": str(out),
-            "lr": GENTLE.get(loss, 5e-3), "projector_lr": 5e-3, "log_every": 1,
+            "lr": 1e-3, "projector_lr": 1e-3, "log_every": 1,
         },
     )  # fmt: skip
 
@@ -67,7 +65,7 @@ def test_a_loss_falls_from_the_cache(loss: str, tmp_path: Path) -> None:
     for line in lines:
         assert all(math.isfinite(line[name]) for name in terms)
         assert all(line[f"{name}.count"] > 0 for name in terms)
-    assert min(line["loss"] for line in lines[1:]) < lines[0]["loss"]
+    assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
