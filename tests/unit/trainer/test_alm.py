@@ -267,6 +267,22 @@ def test_the_wired_loss_is_the_loops_over_single_documents() -> None:
     assert float(loss) == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("side", ["predict_valid_BN", "teacher_predict_valid_BM"])
+def test_a_chunk_that_one_model_does_not_predict_whole_is_not_counted(side: str) -> None:
+    made, batch = ready()
+    valid = getattr(batch, side).clone()
+    valid[0, 1] = False
+    found: dict[str, Any] = {}
+    made.distiller.losses["alm"].register_forward_hook(lambda _m, _i, out: found.update(out))
+
+    before = float(made.distiller.counts(batch)["alm.alm"])
+    less = replace(batch, **{side: valid})
+    counts = made.distiller.counts(less)
+    made.distiller(less, counts, 0)
+
+    assert float(counts["alm.alm"]) == float(found["alm"].count) == before - 1
+
+
 @pytest.mark.parametrize("average", ["chunks", "tokens"])
 @pytest.mark.parametrize("size", [1, 3])
 def test_micro_batches_add_up(average: str, size: int) -> None:
