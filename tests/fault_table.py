@@ -108,7 +108,7 @@ def disk_full(folder: Path, _rounds: int, _chance: random.Random) -> str:
     big(folder / "undisturbed")
     whole, point = files_of(folder / "undisturbed"), folder / "disk"
     point.mkdir()
-    refused = differing = 0
+    refused = differing = size = 0
     for size in range(STEP, 64 * STEP, STEP):
         made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", point], capture_output=True)
         if made.returncode:
@@ -126,7 +126,7 @@ def disk_full(folder: Path, _rounds: int, _chance: random.Random) -> str:
             subprocess.run(["umount", point], check=True)
         if fits:
             break
-    return f"{refused} sizes refused with exit 74, {differing} folders differ after room was made"
+    return f"{size // STEP} sizes, {refused} refused with exit 74, {differing} folders differ after room was made"
 
 
 def races(folder: Path, rounds: int, _chance: random.Random) -> str:

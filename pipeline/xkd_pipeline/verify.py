@@ -172,7 +172,7 @@ def _root_files(root: Path, level: str) -> Iterator[Bad]:
     add = _adder(root, "")
     sums = root / "SHA256SUMS"
     try:
-        lines = sums.read_text(encoding="utf-8").splitlines()
+        lines = sums.read_bytes().decode().split("\n")  # and at nothing else that ends a line
     except FileNotFoundError:
         yield add(sums, "missing")
         return
@@ -180,6 +180,8 @@ def _root_files(root: Path, level: str) -> Iterator[Bad]:
         yield add(sums, f"cannot be read: {error}")
         return
     listed, known = set(), _shards(root)
+    if lines.pop():
+        yield add(sums, "does not end with a line's end")
     for line in lines:
         digest, _, name = line.partition("  ")
         if not name:

@@ -7,15 +7,20 @@ full numbers.
 import errno
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import small_cache
 from fake_stage import build_all
 from small_cache import files_of
 from xkd_pipeline.build import Built
+from xkd_pipeline.stages import align_stage, documents_stage
 from xkd_pipeline.store import locked
 from xkd_schemas import faults, files
 from xkd_schemas.errors import DiskFailed, XkdError
@@ -121,3 +126,58 @@ def test_a_power_cut_loses_nothing_that_was_committed(tmp_path: Path) -> None:
 
 def test_the_simulated_power_cut_finds_a_program_that_does_not_fsync(tmp_path: Path) -> None:
     assert bad_after_cuts(tmp_path, 2 * ROUNDS, synced=False) > ROUNDS // 2
+
+
+def begun(tmp_path: Path, name: str) -> Path:
+    """A cache that has a teacher's table and neither documents nor a student."""
+    root = Path(shutil.copytree(small_cache.made() / "cache", tmp_path / name))
+    for part in ("documents", "students"):
+        shutil.rmtree(root / part)
+    for file in ("README.md", "SHA256SUMS"):
+        (root / file).unlink()
+    return root
+
+
+def documents_and_align(root: Path) -> None:
+    source = small_cache.made()
+    run = small_cache.run_file(
+        root,
+        documents={"corpus": [str(source / "corpus.jsonl")]},
+        student={"tokenizer": str(source / "student")},
+    )
+    documents_stage(run, small_cache.IN_PROCESS)
+    align_stage(run, small_cache.IN_PROCESS)
+
+
+def test_a_disk_error_anywhere_in_documents_and_align_leaves_nothing_behind(tmp_path: Path) -> None:
+    undisturbed = files_of(small_cache.made() / "cache")
+    with faults.injected("*:0:count") as fault:
+        documents_and_align(begun(tmp_path, "undisturbed"))
+    assert files_of(tmp_path / "undisturbed") == undisturbed
+    assert {"shard.fsync", "tokenizer.rename", "sums.rename"} <= set(fault.points)
+    chance = random.Random(SEED)
+    for number in sorted(chance.sample(range(1, fault.seen + 1), max(3, ROUNDS // 2))):
+        root = begun(tmp_path, f"{number}")
+        with faults.injected(f"*:{number}:{('ENOSPC', 'EIO')[number % 2]}"), pytest.raises(DiskFailed):
+            documents_and_align(root)
+        documents_and_align(root)
+        assert files_of(root) == undisturbed, fault.points[number - 1]
+
+
+def test_a_full_disk_is_exit_74_on_the_command_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    cache, undisturbed = small_cache.copied(tmp_path), files_of(small_cache.made() / "cache")
+    shutil.rmtree(cache / "students")
+    program = "from xkd_pipeline.cli import main; main()"
+    student = str(small_cache.made() / "student")
+    command = [sys.executable, "-c", program, "align", str(cache), "--student", student, "--name", "S"]
+
+    def ran(**more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=120)
+
+    failed = ran(XKD_FAULT="commit.write:2:ENOSPC")
+    assert failed.returncode == 74, failed.stderr
+    assert "Kept: everything committed before" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert len(list((cache / "students/S/commits").glob("0*.json"))) == 1
+    assert ran().returncode == 0
+    assert files_of(cache) == undisturbed
