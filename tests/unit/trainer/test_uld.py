@@ -24,6 +24,8 @@ from xkd_trainer.loop import train
 from xkd_trainer.losses import head as head_module
 from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.uld import head_sorted_l1, sorted_l1, sorted_teacher, topk_teacher
+from xkd_trainer.methods import loss_named
+from xkd_trainer.methods.declaration import describe_loss
 from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
 
@@ -222,13 +224,29 @@ def test_the_cache_of_the_k_largest_says_its_k_and_stays_within_the_bound() -> N
     assert table.manifest.spec["signals"] == ["argmax", "logsumexp", "topk_logits#7"]
 
     batch, full = (batch_of(m.cache, ROWS, m.wanted) for m in (made, exact))
-    one = {"uld.l1": torch.ones(())}
-    found, expected = value(made, batch, one), value(exact, full, one)
+    found = value(made, batch, {"uld.approximate_l1": torch.ones(())})
+    expected = value(exact, full, {"uld.l1": torch.ones(())})
 
     known = (batch.teacher_topk_logits_BMK - batch.teacher_logsumexp_BM[..., None]).exp().sum(-1)
     tail = float((1.0 - known)[batch.teacher_predict_valid_BM].sum())
     assert 0 < abs(found - expected) <= tail
     assert tail > 0.1
+
+
+def test_the_approximation_is_called_one_wherever_terms_and_losses_are_listed() -> None:
+    made = ready(topk_cache(), teacher="topk")
+
+    assert list(made.distiller.counts(batch_of(made.cache, ROWS, made.wanted))) == ["uld.approximate_l1"]
+    assert "teacher = topk is an approximation" in describe_loss(loss_named("uld"))["source"]
+
+
+def test_more_classes_than_the_teacher_has_are_refused_before_anything_is_made() -> None:
+    t = topk_cache()
+    run = t.run(losses={"uld": {"teacher": "topk"}}, teacher__losses=["uld"], teacher__topk=10**6, teacher__name="big")
+
+    with pytest.raises(UsageError, match=r"topk is 1000000, .* has \d+ classes. Next: --topk \d+ at most"):
+        teacher_stage(run, Workers(count=0))
+    assert not (t.cache / "teachers" / "big").exists()
 
 
 def test_a_cache_without_the_k_largest_is_refused_by_name() -> None:

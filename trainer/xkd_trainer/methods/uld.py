@@ -24,7 +24,10 @@ def needs(settings: UldSettings, levels: tuple[tuple[int, str], ...]) -> tuple[S
 
 
 class Uld(nn.Module):
-    """Term `l1`: a mean over pairs, or over documents with a pair. Nothing is learned beside the student."""
+    """Term `l1`: a mean over pairs, or over documents with a pair. Nothing is learned beside the student.
+
+    From the k largest probabilities it is called `approximate_l1`, in the log and on the terminal.
+    """
 
     layers: tuple[int, ...] = ()
     attention = False
@@ -32,6 +35,7 @@ class Uld(nn.Module):
     def __init__(self, settings: UldSettings, context: Context) -> None:
         super().__init__()
         self.settings = settings
+        self.term = "l1" if settings.teacher == "exact" else "approximate_l1"
         self.teacher_weight_VD: Tensor | None
         self.teacher_bias_V: Tensor | None
         head = constant_head(context.teacher_head(), "uld") if settings.teacher == "exact" else None
@@ -40,12 +44,12 @@ class Uld(nn.Module):
 
     def weights(self, step: int) -> Mapping[str, float]:
         """L_ULD alone; cross-entropy is a loss of its own."""
-        return {"l1": 1.0}
+        return {self.term: 1.0}
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Pairs, or documents with one."""
         paired_BP = paired(batch)
-        return {"l1": paired_BP.sum() if self.settings.mean == "tokens" else paired_BP.any(-1).sum()}
+        return {self.term: paired_BP.sum() if self.settings.mean == "tokens" else paired_BP.any(-1).sum()}
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Sum over all pairs."""
@@ -56,7 +60,7 @@ class Uld(nn.Module):
         total = head_sorted_l1(
             student_logits(student, paired_BP), self._teacher(batch, paired_BP), weights_N, self.settings.temperature
         )
-        return {"l1": term(total, self.counts(batch)["l1"])}
+        return {self.term: term(total, self.counts(batch)[self.term])}
 
     def _teacher(self, batch: Batch, paired_BP: Tensor) -> SortedTeacher:
         if self.teacher_weight_VD is not None:
