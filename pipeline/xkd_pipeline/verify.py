@@ -189,15 +189,23 @@ def _root_files(root: Path, level: str) -> Iterator[Bad]:
             continue
         path = inside(root, *name.split("/"))
         listed.add(path)
-        if not path.is_file():
-            yield add(sums, f"names {name}, which is missing")
-        elif path in known and known[path] != digest:
-            yield add(sums, f"gives {name} another digest than its manifest")
-        elif level != "quick" and path not in known and sha256_of(path) != digest:
-            yield add(path, "does not match SHA256SUMS")
+        if fault := _listed(path, name, digest, known, level):
+            yield add(path if fault == _OTHER else sums, fault)
     for path in _expected(root):
         if path not in listed:
             yield add(sums, f"does not name {path.relative_to(root).as_posix()}")
+
+
+_OTHER: Final = "does not match SHA256SUMS"
+
+
+def _listed(path: Path, name: str, digest: str, known: dict[Path, str], level: str) -> str:
+    """What is wrong with one line of SHA256SUMS, or ""."""
+    if not path.is_file():
+        return f"names {name}, which is missing"
+    if path in known:
+        return f"gives {name} another digest than its manifest" if known[path] != digest else ""
+    return _OTHER if level != "quick" and sha256_of(path) != digest else ""
 
 
 def _shards(root: Path) -> dict[Path, str]:

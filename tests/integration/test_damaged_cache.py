@@ -40,9 +40,12 @@ def test_no_flipped_bit_is_silent_and_none_crashes(tmp_path: Path) -> None:
 def test_a_list_of_digests_with_another_line_end_is_found(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     content = (cache / "SHA256SUMS").read_bytes()
-    for changed in (content.replace(b"\n", b"\x0b", 1), content[:-1] + b"\x0b", content[:-1]):
+    for changed in (content[:-1] + b"\x0b", content[:-1]):
         (cache / "SHA256SUMS").write_bytes(changed)
         assert {one.file for one in verify(cache, "quick")} == {"SHA256SUMS"}
+    (cache / "SHA256SUMS").write_bytes(content.replace(b"\n", b"\x0b", 1))
+    with pytest.raises(Refused, match="not a plain file name"):
+        verify(cache, "quick")
 
 
 def test_no_cut_file_is_silent_and_none_crashes(tmp_path: Path) -> None:
