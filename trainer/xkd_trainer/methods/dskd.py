@@ -5,10 +5,8 @@ Shape legend: see batch.py; d is the student's width.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch
 from xkd_trainer.losses.cma import attend
@@ -30,6 +28,7 @@ from xkd_trainer.methods.dual_space import (
     teacher_states,
     with_fixed_head,
 )
+from xkd_trainer.methods.one_tokenizer import refuse_other_predictions, refuse_two_tokenizers
 
 _TERMS = ("projected_ce", "student_space", "teacher_space")
 
@@ -47,12 +46,7 @@ class Dskd(nn.Module):
 
     def __init__(self, settings: DskdSettings, context: Context) -> None:
         super().__init__()
-        if context.tokenizer_differences:
-            raise UsageError(
-                f"loss dskd needs one tokenizer on both sides, and {' and '.join(context.tokenizer_differences)} of "
-                "the student's and the teacher's differ",
-                next="use dskd_cma or dskd_v2 in --loss",
-            )
+        refuse_two_tokenizers("dskd", context)
         self.settings = settings
         self.t2s = nn.Linear(context.teacher_width, context.student_width)
         self.s2t = nn.Linear(context.student_width, context.teacher_width)
@@ -68,12 +62,7 @@ class Dskd(nn.Module):
         Raises:
             BadData: A document has not the same number of predictions in both models.
         """
-        if not torch.equal(batch.predict_valid_BN, batch.teacher_predict_valid_BM):
-            raise BadData(
-                f"loss dskd: one of the rows {', '.join(map(str, batch.rows))} has responses of different length in "
-                "the student's and the teacher's table, though both have one tokenizer",
-                next="use dskd_cma or dskd_v2 in --loss",
-            )
+        refuse_other_predictions("dskd", batch)
         return dict.fromkeys(_TERMS, batch.num_predictions)
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:

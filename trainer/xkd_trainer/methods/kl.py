@@ -1,0 +1,92 @@
+"""The divergence between both next-token distributions, for a student with the teacher's tokenizer.
+
+Forward and reverse KL, Jensen-Shannon, the skewed kinds of DistiLLM (arXiv 2402.03898; SKL and SRKL with skew 0.1) and
+the adaptive one (arXiv 2404.02657), each a sum over predictions divided by their number. Responses are the corpus's:
+DistiLLM's branch on responses that the student generates needs a live teacher and does not fit a cache.
+
+Shape legend: see batch.py; V classes of both heads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from xkd_schemas.teacher import Signal
+from xkd_trainer.batch import Batch
+from xkd_trainer.losses.divergence import Kind
+from xkd_trainer.losses.dskd import Positive, Share
+from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
+from xkd_trainer.losses.term import LossTerm, term
+from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
+from xkd_trainer.methods.dual_space import TeacherHead, teacher_states
+from xkd_trainer.methods.one_tokenizer import refuse_other_predictions, refuse_two_tokenizers
+
+
+class KlSettings(BaseModel):
+    """Which divergence, and how soft."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    divergence: Kind = "forward_kl"
+    """DistiLLM: skewed_reverse_kl or skewed_forward_kl."""
+    temperature: Positive = 1.0
+    """Divides both logits; no factor of its square. DistiLLM: 1; DSKD's baselines: 2."""
+    skew: Share = 0.1
+    """Read by the skewed kinds. DistiLLM: 0.1."""
+    adaptive_alpha: Share = 0.5
+    """Read by adaptive_kl."""
+
+
+class Kl(nn.Module):
+    """One term, `kl`, per prediction of the student."""
+
+    layers: tuple[int, ...] = ()
+    attention = False
+
+    def __init__(self, settings: KlSettings, context: Context) -> None:
+        super().__init__()
+        refuse_two_tokenizers("kl", context)
+        self.how = Comparison(
+            kind=settings.divergence, temperature=settings.temperature, skew=settings.skew,
+            adaptive_alpha=settings.adaptive_alpha,
+        )  # fmt: skip
+        self.head = TeacherHead(context, "kl")
+        self.classes = max(context.student_vocab.values()) + 1
+        """Ids of the tokenizer; heads may have rows beyond them, and not the same number."""
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """Factor 1."""
+        return {"kl": 1.0}
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Predictions.
+
+        Raises:
+            BadData: A document has not the same number of predictions in both models.
+        """
+        refuse_other_predictions("kl", batch)
+        return {"kl": batch.num_predictions}
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+        """Divergence at every valid prediction, over the tokenizer's ids."""
+        valid_BN = batch.predict_valid_BN
+        own = first_classes(student.logits, self.classes).at(valid_BN)
+        theirs = first_classes(self.head(teacher_states(batch)), self.classes).at(valid_BN)
+        return {"kl": term(head_divergence(own, theirs, None, self.how), batch.num_predictions)}
+
+
+def first_classes(logits: LazyLogits, classes: int) -> LazyLogits:
+    """The logits of the first `classes` classes."""
+    bias_V = None if logits.bias is None else logits.bias[:classes]
+    return replace(logits, weight=logits.weight[:classes], bias=bias_V)
+
+
+KL = Declaration(
+    name="kl",
+    source="forward and reverse KL, JS; DistiLLM, arXiv 2402.03898, off-policy; AKL, arXiv 2404.02657",
+    settings=KlSettings,
+    needs=lambda _settings, _levels: (Signal("hidden_last"),),
+    build=Kl,
+)
