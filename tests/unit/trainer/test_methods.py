@@ -587,11 +587,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(changed: dict[s
     assert message in str(refused(**changed))
 
 
-def test_a_student_layer_that_does_not_exist_is_refused() -> None:
-    made, batch = ready("mta", student_layers=[1, 2, 9])
-
-    with pytest.raises(UsageError, match=r"layer 9 does not exist: LlamaForCausalLM has layers 1 to 2"):
-        made.distiller(batch, ones(made.distiller, batch), 0)
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_student_layer_that_does_not_exist_is_refused_at_setup(layer: int) -> None:
+    with pytest.raises(UsageError, match=f"layer {layer} does not exist, the student has layers 1 to 2"):
+        ready("mta", student_layers=[1, 2, layer])
 
 
 @functools.cache

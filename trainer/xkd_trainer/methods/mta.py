@@ -48,6 +48,12 @@ class Mta(nn.Module):
                 f"mta.student_layers has {len(settings.student_layers)} layers, the cache has {len(context.levels)} "
                 f"levels ({', '.join(f'{layer}:{unit}' for layer, unit in context.levels)})"
             )
+        missing = [layer for layer in settings.student_layers if not 1 <= layer <= context.student_layers]
+        if missing:
+            raise UsageError(
+                f"mta.student_layers: layer {missing[0]} does not exist, the student has layers 1 to "
+                f"{context.student_layers}"
+            )
         chosen = settings.student_layers or tuple(context.student_layer(layer) for layer, _ in context.levels)
         self.student_layer = {_key(*level): layer for level, layer in zip(context.levels, chosen, strict=True)}
         self.layers = tuple(sorted(set(chosen)))
