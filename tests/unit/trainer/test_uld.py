@@ -26,6 +26,7 @@ from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.uld import head_sorted_l1, sorted_l1, sorted_teacher, topk_teacher
 from xkd_trainer.methods import loss_named
 from xkd_trainer.methods.declaration import describe_loss
+from xkd_trainer.methods.shift import paired
 from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
 
@@ -194,6 +195,18 @@ def test_micro_batches_add_up_and_blank_ones_add_nothing(settings: dict[str, str
     for name in one:
         scale = max(1.0, float(one[name].abs().max()))
         torch.testing.assert_close(many[name] / scale, one[name] / scale, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("short", ["predict_valid_BN", "teacher_predict_valid_BM"])
+def test_a_pair_needs_a_prediction_of_both_models(short: str) -> None:
+    made = ready(tiny.tiny_cache())
+    batch = batch_of(made.cache, ROWS, made.wanted)
+    cut = getattr(batch, short).clone()
+    cut[:, 2:] = False
+
+    found = paired(replace(batch, **{short: cut}))
+
+    assert found.sum(-1).tolist() == [2] * len(ROWS)
 
 
 def test_padding_changes_no_bit() -> None:
