@@ -27,7 +27,9 @@ def train(
     student: Annotated[str | None, typer.Option(help="Folder, hub name, or new:llama,layers=4,width=256.")] = None,
     student_tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, where the student has none.")] = None,
     student_table: Annotated[str, typer.Option(help="Student table, if several fit.")] = "",
-    loss: Annotated[str | None, typer.Option(help="NAME=WEIGHT,... of xkd-train losses; ce is 1 unless given.")] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="NAME=WEIGHT,...; see xkd-train losses. ce is 1 unless given.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the trained student.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the cache.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides epochs.")] = None,

@@ -22,6 +22,9 @@ CHUNK_ELEMENTS = 1 << 22
 STD_FLOOR = 1e-5
 """Added to the standard deviation in eq. 5 of MTA, as the authors' code does."""
 
+CANCELS = 1e-2
+"""Share of the mean square below which a variance is not taken as a difference: it would lose two digits."""
+
 
 def at_least_float32(values: Tensor) -> Tensor:
     """`values` (any float dtype) in float32, or unchanged if it is float64: what signals and losses compute in."""
@@ -66,9 +69,9 @@ def _documents_at_once(hidden_BLD: Tensor, columns: int) -> int:
 
 def _centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
     """`centrality` of a few documents."""
-    hidden_BLD = torch.where(valid_BL.unsqueeze(-1), at_least_float32(hidden_BLD), 0.0)
-    unit_BLD = hidden_BLD / (_std(hidden_BLD) + STD_FLOOR)
-    batch, length, width = unit_BLD.shape
+    hidden_BLD = _zeroed(at_least_float32(hidden_BLD), valid_BL)
+    batch, length, width = hidden_BLD.shape
+    scale_BL1 = 1.0 / ((_std(hidden_BLD) + STD_FLOOR) * width**0.25)  # for scores: they are smaller than states
     alone_B11 = (valid_BL.sum(-1) <= 1)[:, None, None]  # no other token to look at: softmax over nothing
     position_L = torch.arange(length, device=hidden_BLD.device)
     weights_BL = torch.zeros_like(valid_BL, dtype=hidden_BLD.dtype)
@@ -76,7 +79,8 @@ def _centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
     for first in range(0, length, step):
         row_R = position_L[first : first + step]
         itself_RL = position_L == row_R[:, None]
-        scores_BRL = unit_BLD[:, first : first + step] @ unit_BLD.mT * width**-0.5
+        products_BRL = hidden_BLD[:, first : first + step] @ hidden_BLD.mT
+        scores_BRL = products_BRL * scale_BL1[:, first : first + step] * scale_BL1.mT
         masked_BRL = (itself_RL | ~valid_BL[:, None, :]) & ~alone_B11
         attended_BRL = scores_BRL.masked_fill(masked_BRL, -torch.inf).softmax(-1)
         looks_BR = (valid_BL[:, first : first + step] & ~alone_B11[:, 0]).to(attended_BRL.dtype)
@@ -85,12 +89,34 @@ def _centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
     return torch.where(alone_B11[:, 0], valid_BL.to(weights_BL.dtype), weights_BL)
 
 
+def _zeroed(hidden_BLD: Tensor, keep_BL: Tensor) -> Tensor:
+    """Zeros where not kept; the states themselves where all are finite, as their weight there is 0 anyway."""
+    if bool(hidden_BLD.detach().sum().isfinite()):
+        return hidden_BLD
+    return torch.where(keep_BL.unsqueeze(-1), hidden_BLD, 0.0)
+
+
 def _std(hidden_BLD: Tensor) -> Tensor:
     """Unbiased standard deviation over the width, [B, L, 1]; its gradient is 0, not NaN, where it is 0."""
-    centred_BLD = hidden_BLD - hidden_BLD.mean(-1, keepdim=True)
-    variance_BL1 = centred_BLD.square().sum(-1, keepdim=True) / (hidden_BLD.shape[-1] - 1)
+    variance_BL1 = _variance(hidden_BLD).unsqueeze(-1)
     varies_BL1 = variance_BL1 > 0
     return torch.where(varies_BL1, torch.where(varies_BL1, variance_BL1, 1.0).sqrt(), 0.0)
+
+
+def _variance(hidden_BLD: Tensor) -> Tensor:
+    """Unbiased variance over the width, [B, L]: mean square less squared mean, without a copy of the states.
+
+    Where that would cancel, in rows whose mean is large beside their spread, the mean is taken off first.
+    """
+    width = hidden_BLD.shape[-1]
+    mean_BL = hidden_BLD.mean(-1)
+    square_BL = torch.linalg.vecdot(hidden_BLD, hidden_BLD) / width
+    variance_BL = (square_BL - mean_BL.square()) * (width / (width - 1))
+    cancels_BL = variance_BL < CANCELS * square_BL
+    if not bool(cancels_BL.any()):
+        return variance_BL
+    centred_ND = hidden_BLD[cancels_BL] - mean_BL[cancels_BL].unsqueeze(-1)
+    return variance_BL.masked_scatter(cancels_BL, torch.linalg.vecdot(centred_ND, centred_ND) / (width - 1))
 
 
 def pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +148,7 @@ def _pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tu
     position_L = torch.arange(hidden_BLD.shape[1], device=hidden_BLD.device)
     member_BKL = (position_L >= spans_BK2[..., :1]) & (position_L < spans_BK2[..., 1:])
     covered_BL = member_BKL.any(1)
-    hidden_BLD = torch.where(covered_BL.unsqueeze(-1), at_least_float32(hidden_BLD), 0.0)
+    hidden_BLD = _zeroed(at_least_float32(hidden_BLD), covered_BL)
     weights_BKL = torch.where(member_BKL, weights_BL.to(hidden_BLD.dtype)[:, None, :], 0.0)
     mass_BK = weights_BKL.sum(-1)
     divisor_BK = torch.where(mass_BK > 0, mass_BK, 1.0)

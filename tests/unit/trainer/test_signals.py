@@ -8,6 +8,7 @@ import slow_losses as slow
 from xkd_schemas.errors import BadData
 from xkd_trainer import signals
 from xkd_trainer.signals import (
+    _variance,
     centrality,
     cosine_matrix,
     normalised_row,
@@ -245,3 +246,21 @@ def test_a_row_of_attention_is_summed_over_heads_and_normalised_over_the_documen
     torch.testing.assert_close(found[1, :3], row[1, :, :3].sum(0) / row[1, :, :3].sum())
     assert (found[1, 3:] == 0).all()
     assert (found[2] == 0).all()
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 30.0, 1000.0])
+def test_centrality_in_float32_is_that_of_float64_where_the_mean_is_large(mean: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    noise_BLD = torch.randn(2, 9, 64, generator=generator)
+    hidden_BLD = (noise_BLD + mean * (torch.arange(9) % 2)[None, :, None]).float()
+    valid_BL = torch.arange(9) < torch.tensor([[9], [5]])
+
+    found = centrality(hidden_BLD, valid_BL)
+
+    torch.testing.assert_close(found.double(), centrality(hidden_BLD.double(), valid_BL), rtol=5e-3, atol=1e-4)
+
+
+def test_a_row_of_one_number_has_no_spread_also_beside_others() -> None:
+    hidden_LD = torch.cat([torch.full((1, 8), 7.0), torch.randn(3, 8, generator=torch.Generator().manual_seed(1))])
+    assert _variance(hidden_LD)[0] == 0
+    torch.testing.assert_close(_variance(hidden_LD), hidden_LD.var(-1), rtol=1e-5, atol=1e-6)
