@@ -111,7 +111,7 @@ def _variance(hidden_BLD: Tensor) -> Tensor:
     width = hidden_BLD.shape[-1]
     mean_BL = hidden_BLD.mean(-1)
     square_BL = torch.linalg.vecdot(hidden_BLD, hidden_BLD) / width
-    variance_BL = (square_BL - mean_BL.square()) * (width / (width - 1))
+    variance_BL: Tensor = (square_BL - mean_BL.square()) * (width / (width - 1))
     cancels_BL = variance_BL < CANCELS * square_BL
     if not bool(cancels_BL.any()):
         return variance_BL
