@@ -42,10 +42,11 @@ def run(options: Options) -> list[Result]:
 
 
 def repeated(source: Path, target: Path, times: int) -> Path:
-    """A cache whose shards are copies of the first shard of another one's."""
+    """A cache of copies of the first shard of another one's: of its first student, and of that one's teacher."""
     roots = {"documents": _repeat(source, target, "documents", times, {})}
-    for kind in ("teachers", "students"):
-        name = names_in(source, kind)[0]
+    student = names_in(source, "students")[0]
+    teacher = Table(source, f"students/{student}").manifest.spec["teacher"]
+    for kind, name in (("teachers", teacher), ("students", student)):
         changed = {"documents": roots["documents"]}
         if kind == "students":
             changed["teacher_root"] = roots["teachers"]

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from xkd_trainer.losses.divergence import Kind, divergence
 from xkd_trainer.losses.term import at_least_float32
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 20 << 20
 """Size of one chunk of logits; a divergence holds two, the student's and the teacher's, and about two temporaries."""
 
 
