@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from xkd_pipeline.verify import Bad, opened
+from xkd_schemas.codecs import CODECS
 from xkd_schemas.documents import DOCUMENTS
 from xkd_schemas.manifest import Commit
 from xkd_schemas.table import Row, Table
@@ -114,7 +115,7 @@ def _signals(row: Row, document: Row, schema: pa.Schema) -> str:
 
 
 def _values(name: str, values: Any, codec: str) -> str:
-    if codec == "bf16" and ((values & BF16_EXPONENT) == BF16_EXPONENT).any():
+    if codec in CODECS and ((values & BF16_EXPONENT) == BF16_EXPONENT).any():
         return f"{name} is not finite"
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         return f"{name} is not finite"

@@ -125,6 +125,10 @@ class Int8:
             return Encoded({column: [], f"{column}.scale": []}, {})
         values = [numbers_of(row) for row in rows]
         every = np.concatenate(values, dtype=np.float32)
+        if not np.isfinite(every).all():
+            raise BadData(
+                f"column {column} is not finite, which int8 cannot store", next="capture with --codec bf16-planes"
+            )
         width = every.shape[1]
         centre = every.mean(0, dtype=np.float64).astype(np.float32) if len(every) else np.zeros(width, np.float32)
         spread = every.std(0, dtype=np.float64).astype(np.float32) if len(every) else np.ones(width, np.float32)

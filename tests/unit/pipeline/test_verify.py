@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import small_cache
 from xkd_pipeline.cli import app
+from xkd_pipeline.deep import _values
 from xkd_pipeline.progress import table_states
 from xkd_pipeline.recompute import recompute
 from xkd_pipeline.verify import verify
@@ -126,3 +128,11 @@ def test_no_other_module_of_the_pipeline_writes_files() -> None:
 
 OTHER_OUTPUT = {"parquet.py", "remote.py"}
 """An export and a copy that was fetched; neither is a cache being made."""
+
+
+@pytest.mark.parametrize("codec", ["bf16", "bf16-planes", "int8"])
+def test_states_that_are_not_finite_are_found_under_every_codec(codec: str) -> None:
+    one = np.full((2, 3), 0x3F80, np.uint16)
+    assert _values("hidden_last", one, codec) == ""
+    one[1, 2] = 0x7F80
+    assert _values("hidden_last", one, codec) == "hidden_last is not finite"

@@ -98,6 +98,13 @@ def test_parts_that_do_not_fit_are_named() -> None:
         whole.decode("h", damaged(made, "h.scale", np.ones(2, np.float32)).__getitem__, made.metadata)
 
 
+def test_int8_refuses_what_is_not_finite() -> None:
+    row = bits_of(np.ones((3, 4), np.float32))
+    row[1, 2] = 0x7F80
+    with pytest.raises(BadData, match=r"column h is not finite, which int8 cannot store.*Next: capture with"):
+        CODECS["int8"].encode("h", [row])
+
+
 def test_rounding_to_bfloat16_is_that_of_torch() -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(1)
