@@ -3,7 +3,7 @@
 import functools
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import slow_dskd as slow
 import tiny_models as tiny
+from one_step import gradients
 from slow_losses import mask, padded, ragged
 from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage, teacher_stage
@@ -405,17 +406,6 @@ def test_each_term_teaches_what_the_paper_lets_it_teach_and_nothing_else(name: s
             inner = parameter_name.removeprefix("losses.")
             found.add(kind if inner == parameter_name else inner.rpartition(".")[0])
     assert found == REACHES[name]
-
-
-def gradients(distiller: Distiller, batches: Sequence[Batch], counts: Mapping[str, Tensor]) -> tuple[float, Any]:
-    """Loss and gradients, summed over micro-batches."""
-    distiller.zero_grad(set_to_none=True)
-    total = 0.0
-    for batch in batches:
-        loss, _ = distiller(batch, counts, 0)
-        loss.backward()
-        total += float(loss.detach())
-    return total, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in distiller.named_parameters()}
 
 
 @pytest.mark.parametrize("loss", STUDENTS)

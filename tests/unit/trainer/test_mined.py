@@ -14,6 +14,7 @@ from torch import Tensor
 import slow_chunks as slow
 import slow_losses as tools
 import tiny_models as tiny
+from one_step import gradients
 from xkd_schemas.errors import UsageError
 from xkd_trainer.batch import Batch, blank
 from xkd_trainer.losses.head import LazyLogits
@@ -266,17 +267,6 @@ def ready(**changed: Any) -> tuple[Ready, Batch]:
     return made, batch_of(made.cache, ROWS, made.wanted)
 
 
-def run(made: Ready, batches: list[Batch], counts: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of a step of several micro-batches."""
-    made.distiller.zero_grad()
-    total = 0.0
-    for batch in batches:
-        loss, _ = made.distiller(batch, counts, 0)
-        loss.backward()
-        total += float(loss.detach())
-    return total, {n: p.grad.clone() for n, p in made.distiller.named_parameters() if p.grad is not None}
-
-
 def test_it_is_registered_and_asks_for_the_last_states_only() -> None:
     made, _ = ready()
 
@@ -324,8 +314,8 @@ def test_micro_batches_add_up(size: int) -> None:
     cut = [batch_of(made.cache, ROWS[n : n + size], made.wanted) for n in range(0, len(ROWS), size)]
     counts = made.distiller.counts(whole)
 
-    expected, one = run(made, [whole], counts)
-    found, many = run(made, cut, counts)
+    expected, one = gradients(made.distiller, [whole], counts)
+    found, many = gradients(made.distiller, cut, counts)
 
     assert found == pytest.approx(expected, rel=1e-5)
     for name, slope in one.items():
@@ -349,9 +339,9 @@ def test_padding_and_a_blank_batch_change_and_add_nothing() -> None:
         teacher_hidden_BRD=batch.teacher_hidden_BRD.masked_fill(~batch.teacher_valid_BR[..., None], math.nan),
     )
 
-    value, slopes = run(made, [batch], counts)
-    other, others = run(made, [dirty], counts)
-    nothing, zeros = run(made, [blank(batch)], counts)
+    value, slopes = gradients(made.distiller, [batch], counts)
+    other, others = gradients(made.distiller, [dirty], counts)
+    nothing, zeros = gradients(made.distiller, [blank(batch)], counts)
 
     assert other == value > 0
     assert all(torch.equal(slope, others[name]) for name, slope in slopes.items())

@@ -1,7 +1,7 @@
 """MultiLevelOT against loops over single documents, its gradients, and some steps of it from a cache."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import slow_ot
 import tiny_models as tiny
+from one_step import gradients
 from slow_losses import generator, mask, padded
 from xkd_trainer.batch import Batch, blank
 from xkd_trainer.head import Head
@@ -192,16 +193,6 @@ def ready(**settings: Any) -> tuple[Ready, Batch]:
     return made, batch_of(made.cache, ROWS, made.wanted)
 
 
-def gradients(made: Ready, batches: Sequence[Batch], counts: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    made.distiller.zero_grad()
-    total = 0.0
-    for batch in batches:
-        loss, _ = made.distiller(batch, counts, 0)
-        loss.backward()
-        total += float(loss.detach())
-    return total, {n: p.grad.clone() for n, p in made.distiller.named_parameters() if p.grad is not None}
-
-
 def head_of_cache(made: Ready) -> Head:
     return made.cache.head()
 
@@ -237,8 +228,8 @@ def test_micro_batches_add_up_and_blank_ones_add_nothing(match: str) -> None:
     counts = made.distiller.counts(whole)
     cut = [batch_of(made.cache, [row], made.wanted) for row in ROWS]
 
-    expected, one = gradients(made, [whole], counts)
-    found, many = gradients(made, [*cut, blank(whole)], counts)
+    expected, one = gradients(made.distiller, [whole], counts)
+    found, many = gradients(made.distiller, [*cut, blank(whole)], counts)
 
     assert expected > 0
     assert found == pytest.approx(expected, rel=1e-5)
@@ -253,7 +244,9 @@ def test_the_official_order_of_a_batch_makes_documents_depend_on_each_other() ->
     counts = made.distiller.counts(whole)
     cut = [batch_of(made.cache, [row], made.wanted) for row in ROWS]
 
-    assert gradients(made, cut, counts)[0] != pytest.approx(gradients(made, [whole], counts)[0], rel=1e-4)
+    assert gradients(made.distiller, cut, counts)[0] != pytest.approx(
+        gradients(made.distiller, [whole], counts)[0], rel=1e-4
+    )
 
 
 def test_padding_changes_no_bit() -> None:
@@ -270,8 +263,8 @@ def test_padding_changes_no_bit() -> None:
     assert not n.all()
     assert not m.all()
 
-    clean, slopes = gradients(made, [batch], counts)
-    found, others = gradients(made, [dirty], counts)
+    clean, slopes = gradients(made.distiller, [batch], counts)
+    found, others = gradients(made.distiller, [dirty], counts)
 
     assert found == clean
     assert all(torch.equal(slopes[name], others[name]) for name in slopes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import slow_ot
 import tiny_models as tiny
+from one_step import gradients
 from slow_losses import generator
 from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage, teacher_stage
@@ -170,16 +171,6 @@ def value(made: Ready, batch: Any, counts: Any) -> float:
     return float(made.distiller(batch, counts, 0)[0])
 
 
-def gradients(made: Ready, batches: Any, counts: Any) -> tuple[float, dict[str, Tensor]]:
-    made.distiller.zero_grad()
-    total = 0.0
-    for batch in batches:
-        loss, _ = made.distiller(batch, counts, 0)
-        loss.backward()
-        total += float(loss.detach())
-    return total, {n: p.grad.clone() for n, p in made.distiller.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("settings", [{}, {"mean": "documents"}, {"teacher": "topk"}])
 def test_micro_batches_add_up_and_blank_ones_add_nothing(settings: dict[str, str]) -> None:
     made = ready(topk_cache() if "teacher" in settings else tiny.tiny_cache(), **settings)
@@ -187,8 +178,8 @@ def test_micro_batches_add_up_and_blank_ones_add_nothing(settings: dict[str, str
     counts = made.distiller.counts(whole)
     cut = [batch_of(made.cache, [row], made.wanted) for row in ROWS]
 
-    expected, one = gradients(made, [whole], counts)
-    found, many = gradients(made, [*cut, blank(whole)], counts)
+    expected, one = gradients(made.distiller, [whole], counts)
+    found, many = gradients(made.distiller, [*cut, blank(whole)], counts)
 
     assert expected > 0
     assert found == pytest.approx(expected, rel=1e-5)
@@ -224,8 +215,8 @@ def test_padding_changes_no_bit() -> None:
     assert not n.all()
     assert not m.all()
 
-    clean, slopes = gradients(made, [batch], counts)
-    found, others = gradients(made, [dirty], counts)
+    clean, slopes = gradients(made.distiller, [batch], counts)
+    found, others = gradients(made.distiller, [dirty], counts)
 
     assert found == clean
     assert all(torch.equal(slopes[name], others[name]) for name in slopes)
