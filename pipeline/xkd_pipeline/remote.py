@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from xkd_pipeline.parquet import refuse_full
-from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, UsageError
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, UsageError, XkdError
 from xkd_schemas.files import disk_errors, inside, sha256_of, sync_folder
 from xkd_schemas.manifest import Manifest, is_whole, read_record
 from xkd_schemas.table import names_in
@@ -133,6 +133,8 @@ def fetch(url: str, folder: Path) -> dict[str, Any]:
 
 def _fetched(files: Any, base: str, folder: Path, url: str) -> int:
     with _remote_errors(url):
+        if not files.exists(f"{base}/{SUMS}"):
+            raise InputMissing(f"{shown(url)} holds no {SUMS}, so no published cache", next="check the address")
         if files.size(f"{base}/{SUMS}") > MAX_SUMS_BYTES:
             raise Refused(f"{shown(url)}/{SUMS} is larger than {MAX_SUMS_BYTES} bytes", next="look at the address")
     _download(files, f"{base}/{SUMS}", folder / SUMS, url)
@@ -206,8 +208,11 @@ def _store(url: str) -> tuple[Any, str]:
 def _remote_errors(url: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        line = " ".join(str(error.strerror or error).split())[:160].replace(url, shown(url))
+    except XkdError:
+        raise
+    except Exception as error:  # stores raise what their own libraries raise
+        said = getattr(error, "strerror", None) or error
+        line = " ".join(str(said).split())[:160].replace(url, shown(url))
         raise InputMissing(f"{shown(url)}: {line or type(error).__name__}", next="check address and access") from error
 
 

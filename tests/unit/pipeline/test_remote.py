@@ -137,6 +137,23 @@ def test_addresses_that_give_nothing_say_so(url: str, kind: type[XkdError], matc
         open_source(url, columns={})
 
 
+def test_an_address_without_a_cache_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match="memory://bucket/cache holds no SHA256SUMS, so no published cache"):
+        fetch(URL, tmp_path / "back")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_stores_own_library_raises_is_one_line(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no credentials\nfound")
+
+    monkeypatch.setattr(type(store), "exists", refused)
+    with pytest.raises(InputMissing, match="memory://bucket/cache: no credentials found"):
+        fetch(URL, tmp_path / "back")
+
+
 def test_no_password_is_shown() -> None:
     with pytest.raises(XkdError) as caught:
         open_source("nosuch://me:secret@host/b.jsonl?token=hidden", columns={})
