@@ -17,13 +17,19 @@ from torch import Tensor
 from xkd_schemas.errors import BadData
 
 CHUNK_ELEMENTS = 1 << 22
-"""Elements of each temporary of `centrality` and `prediction_stats`, 16 MB in float32 (64 MB was twice as slow)."""
+"""Elements of each temporary of `centrality` and `pool_spans`, 16 MB in float32 (64 MB was twice as slow)."""
+
+STATS_ELEMENTS = 1 << 18
+"""Elements of each temporary of `prediction_stats`, 1 MB in float32, which the cache holds (16 MB: thrice the time)."""
 
 STD_FLOOR = 1e-5
 """Added to the standard deviation in eq. 5 of MTA, as the authors' code does."""
 
 CANCELS = 1e-2
 """Share of the mean square below which a variance is not taken as a difference: it would lose two digits."""
+
+LOWEST = {torch.float32: -80.0, torch.float64: -700.0}
+"""A class this far below the likeliest counts as this far: exp makes slow denormals, and 0 of -inf, further down."""
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -215,7 +221,9 @@ def unpack_triangle(packed: Tensor, K: int) -> Tensor:
 def prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How sure a model is at each position, and of what. Never has gradient.
 
-    >>> prediction_stats(torch.tensor([[0.0, 0.0, 0.0, 0.0], [-torch.inf, -torch.inf, 5.0, -torch.inf]]))
+    >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [-torch.inf, -torch.inf, 5.0, -torch.inf]])
+    >>> entropy, argmax, logsumexp = prediction_stats(logits)
+    >>> entropy.round(decimals=4), argmax, logsumexp
     (tensor([1.3863, 0.0000]), tensor([0, 2]), tensor([1.3863, 5.0000]))
 
     Args:
@@ -223,21 +231,22 @@ def prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         Entropy [N] in nats at temperature 1; the class of the largest logit [N], int64, the first of
-        equals; log of the sum of exp(logits) [N]. Rows are read in chunks of CHUNK_ELEMENTS.
+        equals; log of the sum of exp(logits) [N]. Rows are read in chunks of STATS_ELEMENTS.
     """
     entropy_N = logits_NV.new_empty(len(logits_NV), dtype=at_least_float32(logits_NV[:0]).dtype)
     argmax_N = logits_NV.new_empty(len(logits_NV), dtype=torch.int64)
     logsumexp_N = torch.empty_like(entropy_N)
-    step = max(1, CHUNK_ELEMENTS // logits_NV.shape[-1])
+    step = max(1, STATS_ELEMENTS // logits_NV.shape[-1])
     for first in range(0, len(logits_NV), step):
         rows = slice(first, first + step)
         chunk_NV = at_least_float32(logits_NV[rows])
-        log_p_NV = chunk_NV.log_softmax(-1)
-        best_N1 = chunk_NV.argmax(-1, keepdim=True)
+        top_N1, best_N1 = chunk_NV.max(-1, keepdim=True)  # the first of equals; argmax is three times slower
+        below_NV = (chunk_NV - top_N1).clamp_min_(LOWEST[chunk_NV.dtype])
+        odds_NV = below_NV.exp()
+        sum_N = odds_NV.sum(-1)
         argmax_N[rows] = best_N1.squeeze(-1)
-        logsumexp_N[rows] = (chunk_NV.gather(-1, best_N1) - log_p_NV.gather(-1, best_N1)).squeeze(-1)
-        surprise_NV = log_p_NV.neg().clamp_max_(torch.finfo(log_p_NV.dtype).max)  # 0 * max is 0, 0 * inf is NaN
-        entropy_N[rows] = torch.linalg.vecdot(log_p_NV.exp_(), surprise_NV)
+        logsumexp_N[rows] = top_N1.squeeze(-1) + sum_N.log()
+        entropy_N[rows] = sum_N.log() - torch.linalg.vecdot(odds_NV, below_NV) / sum_N
     return entropy_N, argmax_N, logsumexp_N
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -206,7 +208,7 @@ def test_a_triangle_of_the_wrong_size_is_refused() -> None:
 
 @pytest.mark.parametrize("elements", [1, 20, 1 << 24])
 def test_prediction_stats_equal_the_loops_whatever_the_chunk(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(signals, "STATS_ELEMENTS", elements)
     (logits,) = slow.ragged(11, [9], 7)
 
     entropy, argmax, logsumexp = prediction_stats((logits * 5).float())
@@ -264,3 +266,15 @@ def test_a_row_of_one_number_has_no_spread_also_beside_others() -> None:
     hidden_LD = torch.cat([torch.full((1, 8), 7.0), torch.randn(3, 8, generator=torch.Generator().manual_seed(1))])
     assert _variance(hidden_LD)[0] == 0
     torch.testing.assert_close(_variance(hidden_LD), hidden_LD.var(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_classes_far_below_the_likeliest_change_nothing_and_equals_give_the_first() -> None:
+    logits = torch.tensor([[3.0, 3.0, -90.0, -2000.0, -torch.inf]])
+    entropy, argmax, logsumexp = prediction_stats(logits)
+    assert float(entropy[0]) == pytest.approx(math.log(2), rel=1e-6)
+    assert int(argmax[0]) == 0
+    assert float(logsumexp[0]) == pytest.approx(3 + math.log(2), rel=1e-6)
+    for broken in (math.nan, math.inf):
+        entropy, _, logsumexp = prediction_stats(torch.tensor([[1.0, broken, 0.0]]))
+        assert entropy.isnan().all()
+        assert logsumexp.isnan().all()
