@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = 1 << 22
 """Elements of each temporary of `centrality` and `pool_spans`, 16 MB in float32 (64 MB was twice as slow)."""
 
 STATS_ELEMENTS = 1 << 18
-"""Elements of each temporary of `prediction_stats`, 1 MB in float32, which the cache holds (16 MB: thrice the time)."""
+"""Elements of each temporary of `prediction_stats`, 1 MB in float32, which the cache holds (16 MB took thrice)."""
 
 STD_FLOOR = 1e-5
 """Added to the standard deviation in eq. 5 of MTA, as the authors' code does."""
