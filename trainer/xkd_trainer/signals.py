@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = 1 << 22
 """Elements of each temporary of `centrality` and `pool_spans`, 16 MB in float32 (64 MB was twice as slow)."""
 
 STATS_ELEMENTS = 1 << 18
-"""Elements of each temporary of `prediction_stats`, 1 MB in float32, which the cache holds (16 MB took thrice)."""
+"""Elements of each temporary of `prediction_stats` on a CPU, 1 MB in float32 for its cache (16 MB took thrice)."""
 
 STD_FLOOR = 1e-5
 """Added to the standard deviation in eq. 5 of MTA, as the authors' code does."""
@@ -231,12 +231,13 @@ def prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         Entropy [N] in nats at temperature 1; the class of the largest logit [N], int64, the first of
-        equals; log of the sum of exp(logits) [N]. Rows are read in chunks of STATS_ELEMENTS.
+        equals; log of the sum of exp(logits) [N]. Rows are read in chunks of STATS_ELEMENTS (on a CPU).
     """
     entropy_N = logits_NV.new_empty(len(logits_NV), dtype=at_least_float32(logits_NV[:0]).dtype)
     argmax_N = logits_NV.new_empty(len(logits_NV), dtype=torch.int64)
     logsumexp_N = torch.empty_like(entropy_N)
-    step = max(1, STATS_ELEMENTS // logits_NV.shape[-1])
+    elements = STATS_ELEMENTS if logits_NV.device.type == "cpu" else CHUNK_ELEMENTS
+    step = max(1, elements // logits_NV.shape[-1])
     for first in range(0, len(logits_NV), step):
         rows = slice(first, first + step)
         chunk_NV = at_least_float32(logits_NV[rows])

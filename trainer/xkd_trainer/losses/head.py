@@ -24,6 +24,9 @@ from xkd_trainer.losses.term import at_least_float32
 CHUNK_BYTES = 20 << 20
 """Size of one chunk of logits; a divergence holds two, the student's and the teacher's, and about two temporaries."""
 
+PART_ELEMENTS = 1 << 18
+"""Numbers of a chunk that softmaxes and their like are taken of at a time; products take the whole chunk."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LazyLogits:
@@ -94,10 +97,12 @@ def head_statistics(logits: LazyLogits, valid: Tensor) -> Statistics:
     entropy_N, peak_N = [], []
     with torch.no_grad():
         for rows in chunks(chosen):
-            log_p_CV = chosen.at(rows).dense()
-            log_p_CV -= log_p_CV.logsumexp(-1, keepdim=True)
-            peak_N.append(log_p_CV.amax(-1).exp())
-            entropy_N.append(-torch.linalg.vecdot(log_p_CV.exp(), log_p_CV))
+            logits_CV = chosen.at(rows).dense()
+            for part in _parts(logits_CV):
+                log_p_PV = logits_CV[part]
+                log_p_PV -= log_p_PV.logsumexp(-1, keepdim=True)
+                peak_N.append(log_p_PV.amax(-1).exp())
+                entropy_N.append(-torch.linalg.vecdot(log_p_PV.exp(), log_p_PV))
     return Statistics(_scattered(entropy_N, valid, logits).clamp_min(0.0), _scattered(peak_N, valid, logits))
 
 
@@ -141,10 +146,13 @@ def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
 
     def pointwise(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
         target_C1 = target_N[rows, None]
-        logits_CV -= logits_CV.logsumexp(-1, keepdim=True)
-        loss_C = -logits_CV.gather(-1, target_C1)[:, 0]
-        slope_CV = logits_CV.exp_()
-        return loss_C, slope_CV.scatter_add_(-1, target_C1, -torch.ones_like(loss_C)[:, None])
+        losses = []
+        for part in _parts(logits_CV):
+            log_q_PV, target_P1 = logits_CV[part], target_C1[part]
+            log_q_PV -= log_q_PV.logsumexp(-1, keepdim=True)
+            losses.append(-log_q_PV.gather(-1, target_P1)[:, 0])
+            log_q_PV.exp_().scatter_add_(-1, target_P1, -torch.ones_like(losses[-1])[:, None])
+        return torch.cat(losses), logits_CV
 
     return weighted_sum(logits, None, pointwise)
 
@@ -173,12 +181,15 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
     constant = teacher.detached()
 
     def forward_kl(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-        log_p_CV, log_q_CV = constant.at(rows).dense().div_(how.temperature), logits_CV.div_(how.temperature)
-        log_p_CV -= log_p_CV.logsumexp(-1, keepdim=True)
-        log_q_CV -= log_q_CV.logsumexp(-1, keepdim=True)
-        p_CV = log_p_CV.exp()
-        loss_C = torch.linalg.vecdot(p_CV, log_p_CV.sub_(log_q_CV))
-        return loss_C, log_q_CV.exp_().sub_(p_CV).div_(how.temperature)
+        teacher_CV, losses = constant.at(rows).dense(), []
+        for part in _parts(logits_CV):
+            log_p_PV, log_q_PV = teacher_CV[part].div_(how.temperature), logits_CV[part].div_(how.temperature)
+            log_p_PV -= log_p_PV.logsumexp(-1, keepdim=True)
+            log_q_PV -= log_q_PV.logsumexp(-1, keepdim=True)
+            p_PV = log_p_PV.exp()
+            losses.append(torch.linalg.vecdot(p_PV, log_p_PV.sub_(log_q_PV)))
+            log_q_PV.exp_().sub_(p_PV).div_(how.temperature)
+        return torch.cat(losses), logits_CV
 
     def other(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
         teacher_CV = constant.at(rows).dense()
@@ -196,6 +207,12 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
         return torch.cat(losses), logits_CV
 
     return weighted_sum(student, weights_N, forward_kl if how.kind == "forward_kl" else other)
+
+
+def _parts(logits_CV: Tensor) -> Iterator[slice]:
+    """On a CPU, ranges of rows small enough for its cache; elsewhere all rows, as every piece is a kernel's launch."""
+    rows, classes = logits_CV.shape
+    return _slices(rows, max(1, PART_ELEMENTS // max(1, classes)) if logits_CV.device.type == "cpu" else max(1, rows))
 
 
 def _slices(num: int, size: int) -> Iterator[slice]:
