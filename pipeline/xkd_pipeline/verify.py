@@ -221,6 +221,8 @@ def _shards(root: Path) -> dict[Path, str]:
 def _expected(root: Path) -> Iterator[Path]:
     for name in tables_of(root):
         folder = root / name
+        if not (folder / "manifest.json").exists():
+            continue  # begun, and told of with its table: only what is finished is listed
         yield from (path for path in (folder / "plan.json", folder / "manifest.json") if path.is_file())
         yield from sorted((folder / "commits").glob("[0-9]*.json"))
         yield from sorted(path for path in (folder / "tokenizer").glob("*") if path.is_file())

@@ -51,6 +51,17 @@ def test_a_table_that_is_not_finished_is_reported(tmp_path: Path) -> None:
     assert any("not finished, 3 of 3" in one.reason for one in verify(cache, "quick"))
 
 
+def test_a_table_that_was_only_begun_is_one_line(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    begun = cache / "students" / "begun"
+    (begun / "commits").mkdir(parents=True)
+    for name in ("plan.json", "commits/00000.json"):
+        (begun / name).write_bytes((cache / "students/S" / name).read_bytes())
+    assert [one.reason for one in verify(cache, "quick")] == [
+        "not there: the table is not finished, 1 of 3 units are",
+    ]
+
+
 def test_what_is_no_cache_or_no_level_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputMissing):
         verify(tmp_path / "nothing")
