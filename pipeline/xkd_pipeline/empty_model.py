@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import head_of
-from xkd_trainer.models import check_config, dtype_named, short, split_gguf
+from xkd_trainer.models import check_config, dtype_named, short, split_gguf, tell_of_hub
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +48,7 @@ def empty_model(name: str) -> PreTrainedModel:
         if gguf is None and not (Path(folder) / "config.json").is_file():
             raise InputMissing(f"model {name}: the folder has no config.json", next="give a folder that holds a model")
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
+    tell_of_hub(folder)
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")

@@ -30,6 +30,12 @@ def warn(line: str) -> None:
     Console(stderr=True, soft_wrap=True).print(Text(f"warning: {line.translate(CONTROLS)}", style="yellow"))
 
 
+def note(line: str) -> None:
+    """Print one line on standard error about what is going on, so that a wait is not silent."""
+    sys.stderr.write(line.translate(CONTROLS) + "\n")
+    sys.stderr.flush()
+
+
 def say_json(value: object) -> None:
     """Print one JSON object on standard output."""
     sys.stdout.write(json.dumps(value, ensure_ascii=True, sort_keys=True) + "\n")

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from xkd_schemas.errors import InputMissing, Refused, UsageError
+from xkd_schemas.terminal import note
 from xkd_schemas.tokenizers import encode_texts
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -79,6 +80,12 @@ def split_gguf(name: str) -> tuple[str, str | None]:
     return (str(path.parent), path.name) if path.suffix == ".gguf" else (name, None)
 
 
+def tell_of_hub(folder: str) -> None:
+    """Say that a name is looked up on the hub: without a network that takes a while, and then fails."""
+    if not Path(folder).exists():
+        note(f"{folder}: no such folder here, asking the Hugging Face hub")
+
+
 def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """A causal language model in evaluation mode, from safetensors or GGUF.
 
@@ -104,6 +111,7 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
 
         options = {"dtype": dtype, "gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
     _quiet()
+    tell_of_hub(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -150,6 +158,7 @@ def load_tokenizer(name: str) -> Any:
     _readable_json(folder / "tokenizer.json")
     options = {"gguf_file": path.name} if gguf else {}
     _quiet()
+    tell_of_hub(str(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

@@ -10,7 +10,7 @@ import torch
 import tiny_models as tiny
 from xkd_schemas.errors import InputMissing, Refused, UsageError
 from xkd_trainer.forward import num_layers
-from xkd_trainer.models import dtype_named, load_model, load_tokenizer, new_model, split_gguf
+from xkd_trainer.models import dtype_named, load_model, load_tokenizer, new_model, split_gguf, tell_of_hub
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
@@ -166,3 +166,12 @@ def test_loading_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
 
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     shutil.rmtree(folder)
+
+
+def test_a_name_that_is_no_folder_is_said_before_the_hub_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tell_of_hub(str(tmp_path))
+    assert capsys.readouterr().err == ""
+    tell_of_hub("someone/some-model\x1b[31m")
+    assert capsys.readouterr().err == "someone/some-model[31m: no such folder here, asking the Hugging Face hub\n"
