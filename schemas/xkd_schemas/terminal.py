@@ -31,9 +31,13 @@ def warn(line: str) -> None:
 
 
 def note(line: str) -> None:
-    """Print one line on standard error about what is going on, so that a wait is not silent."""
-    sys.stderr.write(line.translate(CONTROLS) + "\n")
-    sys.stderr.flush()
+    """Print one line on a terminal about what is going on, so that a wait is not silent; nothing elsewhere.
+
+    Standard error of a script stays what it is: nothing, or the one line of an error.
+    """
+    if sys.stderr.isatty():
+        sys.stderr.write(line.translate(CONTROLS) + "\n")
+        sys.stderr.flush()
 
 
 def say_json(value: object) -> None:

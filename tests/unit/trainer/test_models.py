@@ -168,9 +168,12 @@ def test_loading_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     shutil.rmtree(folder)
 
 
-def test_a_name_that_is_no_folder_is_said_before_the_hub_is_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_name_that_is_no_folder_is_said_on_a_terminal_before_the_hub_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tell_of_hub("someone/some-model")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     tell_of_hub(str(tmp_path))
     assert capsys.readouterr().err == ""
     tell_of_hub("someone/some-model\x1b[31m")
