@@ -3,20 +3,23 @@
 A table folder holds an immutable plan (what will be made), one commit record for each finished
 unit (what was made), and a manifest once all units are there. A unit is done exactly when its
 commit record exists and its shard has the size and digest the record names.
+
+A table that was added to (additions.py) has a manifest over all its units, which names the states it was in before.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from xkd_schemas.errors import BadData, InputMissing, Mismatch
 from xkd_schemas.files import SAFE_NAME
 
-FORMAT = 1
-"""Version of these three files; a reader refuses a larger `min_reader`."""
+FORMAT = 2
+"""Version of these three files; a reader refuses a larger `min_reader`. 1 is written where nothing was added."""
 
 Json = Any
 Name = Annotated[str, Field(pattern=f"^{SAFE_NAME.pattern}$")]
@@ -74,11 +77,39 @@ class Commit(_Record):
     """Rows of the unit whose `status` is not "ok"."""
 
 
-class Plan(_Record):
+class Generation(_Record):
+    """A finished state that a table was in before more was added to it."""
+
+    units: int
+    """Units it had."""
+    commits: str
+    """Digest of their records."""
+    root: str
+    """Root of its manifest: what tables that were made from it name."""
+
+
+class _Growing(_Record):
+    format: int = 1
+    min_reader: int = 1
+    earlier: tuple[Generation, ...] = ()
+    """Finished states before this one, the first one first; not written where there are none."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
+        data: dict[str, Json] = handler(self)
+        if not self.earlier:
+            del data["earlier"]
+        return data
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First unit of each addition."""
+        return tuple(state.units for state in self.earlier)
+
+
+class Plan(_Growing):
     """What a table will be. Written once, never changed."""
 
-    format: int = FORMAT
-    min_reader: int = FORMAT
     table: str
     """documents, teachers/NAME or students/NAME."""
     spec: Spec
@@ -86,11 +117,9 @@ class Plan(_Record):
     units: tuple[Unit, ...]
 
 
-class Manifest(_Record):
+class Manifest(_Growing):
     """A finished table."""
 
-    format: int = FORMAT
-    min_reader: int = FORMAT
     table: str
     spec: Spec
     spec_id: str
@@ -100,7 +129,7 @@ class Manifest(_Record):
     files: dict[Name, str] = {}
     """sha256 of the other files of the folder that belong to the table."""
     root: str
-    """sha256 over spec, commits, constants and files: names this table's content."""
+    """sha256 over spec, commits, constants, files and earlier states: names this table's content."""
 
     @property
     def rows(self) -> int:
@@ -110,6 +139,11 @@ class Manifest(_Record):
     def count(self, name: str) -> int:
         """Sum of one named count over all units."""
         return sum(c.counts.get(name, 0) for c in self.commits)
+
+    @property
+    def roots(self) -> dict[str, int]:
+        """Root of every state of the table, this one last, with the units that it has."""
+        return {state.root: state.units for state in self.earlier} | {self.root: len(self.commits)}
 
 
 def canonical(value: Json) -> bytes:
@@ -123,20 +157,39 @@ def digest(value: Json) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
+def commits_digest(commits: Sequence[Commit]) -> str:
+    """What names some records in order."""
+    return digest([c.model_dump(mode="json") for c in commits])
+
+
 def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], files: dict[str, str]) -> Manifest:
-    """The manifest of a table whose units are all committed."""
-    content = [plan.table, plan.spec, [c.model_dump(mode="json") for c in commits], constants, files]
-    return Manifest(
-        table=plan.table, spec=plan.spec, spec_id=digest(plan.spec), commits=commits, constants=constants,
-        files=files, root=digest(content),
+    """The manifest of a table whose units are all committed.
+
+    An earlier state whose units were made again, and came out with other bytes, gets another root.
+    """
+    earlier = []
+    for state in plan.earlier:
+        now = commits_digest(commits[: state.units])
+        root = state.root if now == state.commits else digest([state.root, now])
+        earlier.append(Generation(units=state.units, commits=now, root=root))
+    manifest = Manifest(
+        format=plan.format, min_reader=plan.min_reader, table=plan.table, spec=plan.spec, spec_id=digest(plan.spec),
+        commits=commits, constants=constants, files=files, earlier=tuple(earlier), root="",
     )  # fmt: skip
+    return manifest.model_copy(update={"root": _root(manifest)})
+
+
+def _root(m: Manifest) -> str:
+    content = [m.table, m.spec, [c.model_dump(mode="json") for c in m.commits], m.constants, m.files]
+    return digest([*content, [state.model_dump(mode="json") for state in m.earlier]] if m.earlier else content)
 
 
 def is_whole(manifest: Manifest) -> bool:
     """True where the manifest matches the digests it carries."""
     m = manifest
-    content = [m.table, m.spec, [c.model_dump(mode="json") for c in m.commits], m.constants, m.files]
-    return digest(content) == m.root and digest(m.spec) == m.spec_id
+    states = all(commits_digest(m.commits[: state.units]) == state.commits for state in m.earlier)
+    version = FORMAT if m.earlier else 1
+    return states and m.format == m.min_reader == version and _root(m) == m.root and digest(m.spec) == m.spec_id
 
 
 def to_json(record: BaseModel) -> bytes:
@@ -157,9 +210,9 @@ def read_record(path: Path, kind: type[M]) -> M:
     try:
         data = json.loads(content)
         canonical(data)  # refuses what is no JSON: NaN and infinite numbers
-        newest = int(data.get("min_reader", 0)) if kind is not Commit else 0
-        if newest > FORMAT:
-            raise Mismatch(f"{path}: format {newest}, this program reads up to {FORMAT}", next="upgrade xkd-toolkit")
+        needed = int(data.get("min_reader", 0)) if kind is not Commit else 0
+        if needed > FORMAT:
+            raise Mismatch(f"{path}: format {needed}, this program reads up to {FORMAT}", next="upgrade xkd-toolkit")
         return kind.model_validate(data)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # ValidationError is a ValueError
         line = " ".join(str(error).split())[:200]

@@ -4,11 +4,12 @@ import functools
 import mmap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
+from xkd_schemas.additions import part_of
 from xkd_schemas.codecs import CODECS, PLAIN, Codec
 from xkd_schemas.errors import BadData, Mismatch
 from xkd_schemas.files import inside, xxh3_of
@@ -143,11 +144,16 @@ class Table:
     def __len__(self) -> int:
         return self.manifest.rows
 
+    def path(self, number: int) -> Path:
+        """Where the shard of unit `number` lies."""
+        part = part_of(self.folder, self.manifest.starts, number)
+        return inside(self.folder, *part.relative_to(self.folder).parts, self.manifest.commits[number].file)
+
     def shard(self, number: int) -> Shard:
         """Shard of unit `number`, opened and checked once."""
         if number not in self._shards:
             commit = self.manifest.commits[number]
-            shard = Shard(inside(self.folder, commit.file), commit)
+            shard = Shard(self.path(number), commit)
             first = next(iter(self._shards.values()), shard)
             mark = (shard.schema.metadata or {}).get(b"unit")
             if mark != str(number).encode():
@@ -166,6 +172,16 @@ class Table:
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
+
+
+TABLES: Final = ("documents", "teachers/*", "signals/*", "students/*")
+"""Patterns of table folders below a cache, each after those that it is made from."""
+
+
+def sealed_tables(root: Path) -> list[str]:
+    """Every finished table of a cache, documents first; documents stands in it even where it is not there."""
+    kinds = [pattern.partition("/")[0] for pattern in TABLES[1:]]
+    return [TABLES[0], *(f"{kind}/{name}" for kind in kinds for name in names_in(root, kind))]
 
 
 def names_in(root: Path, kind: str) -> list[str]:

@@ -111,9 +111,9 @@ def test_a_folder_in_place_of_a_record_is_missing_input(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_asks_for_an_upgrade(tmp_path: Path) -> None:
-    (tmp_path / "r").write_bytes(to_json(PLAN.model_copy(update={"min_reader": 2})))
+    (tmp_path / "r").write_bytes(to_json(PLAN.model_copy(update={"min_reader": 3})))
 
-    with pytest.raises(Mismatch, match=r"r: format 2, this program reads up to 1. Next: upgrade xkd-toolkit"):
+    with pytest.raises(Mismatch, match=r"r: format 3, this program reads up to 2. Next: upgrade xkd-toolkit"):
         read_record(tmp_path / "r", Plan)
 
 
