@@ -67,16 +67,17 @@ def capture(
     width = model.get_input_embeddings().weight.shape[1]
     empty = {s.column: np.zeros((0, width), np.uint16) if s.kind.wide else np.zeros(0) for s in wanted}
     captured: list[dict[str, Any]] = [empty] * len(readings)
-    layers = sorted({s.layer for s in wanted if s.layer is not None})
+    layers = sorted({s.layer for s in wanted if s.layer is not None and s.name != "attention"})
     attention = any(s.name == "attention_last" for s in wanted)
-    if attention:
+    attention_layers = sorted({s.layer for s in wanted if s.layer is not None and s.name == "attention"})
+    if attention or attention_layers:
         install(model)
     head = head_of(model)
     lengths = [len(r.tokens.ids) for r in readings]
     for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):
         batch = [readings[i] for i in indices]
         ids_BL, valid_BL = (t.to(model.device) for t in padded(batch, settings.pad_multiple))
-        states = run(model, ids_BL, valid_BL, layers=layers, attention=attention)
+        states = run(model, ids_BL, valid_BL, layers=layers, attention=attention, attention_layers=attention_layers)
         if not bool(torch.isfinite(states.last_BLD[valid_BL]).all()):
             raise BadData(
                 f"the teacher's hidden states are not finite in {settings.dtype}", next="capture with --dtype float32"

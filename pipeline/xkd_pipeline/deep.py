@@ -20,6 +20,8 @@ from xkd_schemas.table import Row, Table
 from xkd_schemas.tokens import CONTENT, END, OK, STUDENTS, TEMPLATE, kept_rows, predictors
 
 BF16_EXPONENT = 0x7F80
+PER_TOKEN = ("attention_last", "attention", "centrality")
+"""Signals that are weights of a document's tokens: none below 0, their sum 1."""
 
 
 def deep(root: Path, name: str) -> Iterator[Bad]:
@@ -120,9 +122,9 @@ def _values(name: str, values: Any, codec: str) -> str:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         return f"{name} is not finite"
     kind = name.partition("@")[0]
-    if kind in ("attention_last", "centrality", "span_mass", "entropy") and len(values) and values.min() < -1e-4:
+    if kind in (*PER_TOKEN, "span_mass", "entropy") and len(values) and values.min() < -1e-4:
         return f"{name} is negative"
-    if kind in ("attention_last", "centrality") and len(values) and abs(float(values.sum()) - 1) > 1e-2:
+    if kind in PER_TOKEN and len(values) and abs(float(values.sum()) - 1) > 1e-2:
         return f"{name} adds up to {float(values.sum()):.4f}"
     if kind == "span_geometry" and len(values) and np.abs(values.astype(np.float32)).max() > 1.01:
         return f"{name} has a cosine outside [-1, 1]"

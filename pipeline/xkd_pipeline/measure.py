@@ -58,7 +58,10 @@ def signals_of(
     _per_token(readings, states, wanted, rows)
     _predictions(readings, states, head, wanted, rows)
     for layer in sorted({s.layer for s in wanted if s.layer is not None}):
-        _layer(readings, states.layers[layer], valid_BL, [s for s in wanted if s.layer == layer], rows)
+        here = [s for s in wanted if s.layer == layer]
+        _tokens_of_layer(readings, states, here, rows)
+        if weighted := [s for s in here if s.name == "centrality" or s.kind.unit]:
+            _layer(readings, states.layers[layer], valid_BL, weighted, rows)
     return rows
 
 
@@ -99,6 +102,19 @@ def _of_logits(logits_NV: Tensor, tops: Iterable[int]) -> dict[str, Tensor]:
     for top in tops:
         found[f"topk_logits#{top}"], found[f"topk_ids#{top}"] = logits_NV.float().topk(top, dim=-1)
     return found
+
+
+def _tokens_of_layer(
+    readings: Sequence[Reading], states: States, wanted: Sequence[Signal], rows: list[dict[str, Any]]
+) -> None:
+    """What is kept of every token of a layer just as the pass left it."""
+    for signal in wanted:
+        for number, reading in enumerate(readings):
+            count = len(reading.tokens.ids)
+            if signal.name == "hidden" and signal.layer is not None:
+                rows[number][signal.column] = bf16_bits(states.layers[signal.layer][number, :count])
+            elif signal.name == "attention" and signal.layer is not None:
+                rows[number][signal.column] = states.attention_layers[signal.layer][number, :count].cpu().numpy()
 
 
 def _layer(

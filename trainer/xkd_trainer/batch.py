@@ -2,7 +2,7 @@
 
 Shape legend, here and wherever a Batch is used
     B documents    S student tokens    N student predictions    R kept teacher rows    M teacher predictions
-    K aligned spans of the response    E exact pairs    U words or phrases    D teacher width
+    K aligned spans of the response    E exact pairs    U words or phrases    D teacher width    T teacher tokens
 Every [.., 2] holds half-open ranges. Padding is on the right: id 0, range (0, 0), mask False.
 """
 
@@ -37,6 +37,20 @@ class Level:
     """Cosines between the teacher's span vectors, float32, diagonal 1."""
     vectors_BUD: Tensor | None
     """The teacher's span vectors, bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenStates:
+    """What the cache holds of all tokens of one teacher layer; what no loss asked for is None."""
+
+    layer: int
+    """Teacher layer, Hugging Face index."""
+    hidden_BTD: Tensor | None
+    """Output of the block, bfloat16; final-normed if it is the last one."""
+    attention_BT: Tensor | None
+    """Last token's attention in the block, heads summed, rows sum to 1, float32."""
+    centrality_BT: Tensor | None
+    """MTA eq. 5-7, float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +95,13 @@ class Batch:
     """The k largest logits, the largest first, float32; K is k here."""
     teacher_topk_ids_BMK: Tensor | None = None
     """Their classes, int64."""
+    teacher_ids_BT: Tensor | None = None
+    """All of the teacher's tokens, int64; this and the next two are there where some `TokenStates` are."""
+    teacher_valid_BT: Tensor | None = None
+    teacher_kept_BR: Tensor | None = None
+    """Places of the kept rows among T, int64."""
+    token_states: tuple[TokenStates, ...] = ()
+    """Lowest layer first."""
     levels: tuple[Level, ...] = ()
 
     @property
@@ -93,13 +114,17 @@ class Batch:
         moved = {f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
         return Batch(**moved)
 
+    def states(self, layer: int) -> TokenStates:
+        """Of one teacher layer that some loss asked for."""
+        return next(states for states in self.token_states if states.layer == layer)
+
 
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, Level):
-        return Level(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
-    if isinstance(value, tuple) and value and isinstance(value[0], Level):
+    if isinstance(value, Level | TokenStates):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    if isinstance(value, tuple):
         return tuple(_moved(v, device) for v in value)
     return value
 

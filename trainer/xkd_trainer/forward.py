@@ -7,8 +7,8 @@ Shape legend for this file
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,13 +30,15 @@ class States:
     """Hugging Face index -> [B, L, D]; the last index is `last_BLD` itself."""
     attention_BL: Tensor | None
     """Last valid token's attention in the last block, heads summed, rows sum to 1; float32, no gradient."""
+    attention_layers: Mapping[int, Tensor] = field(default_factory=dict)
+    """Hugging Face index -> the same of other blocks."""
 
     def as_float32(self) -> "States":
         """The same in float32, which signals and losses compute in; itself where it is already."""
         if self.last_BLD.dtype == torch.float32:
             return self
         layers = {layer: states_BLD.float() for layer, states_BLD in self.layers.items()}
-        return States(last_BLD=self.last_BLD.float(), layers=layers, attention_BL=self.attention_BL)
+        return replace(self, last_BLD=self.last_BLD.float(), layers=layers)
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -71,7 +73,13 @@ def _hooked(model: PreTrainedModel, layers: Sequence[int], into: dict[int, Tenso
 
 
 def run(
-    model: PreTrainedModel, ids_BL: Tensor, valid_BL: Tensor, *, layers: Sequence[int] = (), attention: bool = False
+    model: PreTrainedModel,
+    ids_BL: Tensor,
+    valid_BL: Tensor,
+    *,
+    layers: Sequence[int] = (),
+    attention: bool = False,
+    attention_layers: Sequence[int] = (),
 ) -> States:
     """Run the base model without its head.
 
@@ -83,30 +91,34 @@ def run(
         ids_BL: Token ids, int64.
         valid_BL: Bool, True at tokens; each row is a run of True and then False.
         layers: Hugging Face indices 1..number of blocks.
-        attention: Also keep the last token's attention row.
+        attention: Also keep the last token's attention row in the last block.
+        attention_layers: Also keep that row in these blocks, Hugging Face indices; a model as for `attention`.
 
     Raises:
         UsageError: A layer does not exist, or the model showed no attention.
     """
     count = num_layers(model)
-    for layer in layers:
+    for layer in (*layers, *attention_layers):
         if not 1 <= layer <= count:
             raise UsageError(f"layer {layer} does not exist: {type(model).__name__} has layers 1 to {count}")
     kept: dict[int, Tensor] = {}
     last_B = valid_BL.sum(dim=1).sub(1).clamp_min(0)
     inner = sorted({layer for layer in layers if layer != count})
-    wanted = frozenset([count - 1]) if attention else frozenset()
-    with _hooked(model, inner, kept), listen(wanted, last_B) as heard:
+    wanted = sorted({*attention_layers, count} if attention else {*attention_layers})
+    with _hooked(model, inner, kept), listen(frozenset(layer - 1 for layer in wanted), last_B) as heard:
         output = model.base_model(input_ids=ids_BL, use_cache=False)
     last_BLD: Tensor = output.last_hidden_state
     if count in layers:
         kept[count] = last_BLD
-    row_BL: Tensor | None = None
-    if attention:
-        if count - 1 not in heard.rows:
+    rows: dict[int, Tensor] = {}
+    for layer in wanted:
+        if layer - 1 not in heard.rows:
+            which = "its last block" if layer == count else f"block {layer}"
             raise UsageError(
-                f"{type(model).__name__} has no attention map in its last block",
+                f"{type(model).__name__} has no attention map in {which}",
                 next="use weights that need none: --set losses.sra.weights=uniform",
             )
-        row_BL = normalised_row(heard.rows[count - 1], valid_BL)
-    return States(last_BLD=last_BLD, layers=kept, attention_BL=row_BL)
+        rows[layer] = normalised_row(heard.rows[layer - 1], valid_BL)
+    return States(
+        last_BLD=last_BLD, layers=kept, attention_BL=rows[count] if attention else None, attention_layers=rows
+    )

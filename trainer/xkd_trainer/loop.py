@@ -19,8 +19,9 @@ from xkd_trainer.checkpoint import Snapshot, newest, save
 from xkd_trainer.export import export_student, is_finished, was_exporting
 from xkd_trainer.metrics import Metrics
 from xkd_trainer.order import Order
+from xkd_trainer.prefetch import prefetched
 from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of, prefetched
+from xkd_trainer.stream import batch_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,10 @@
-"""Rows of the cache as padded batches, made in a thread while the model computes.
+"""Rows of the cache as padded batches.
 
 Shape legend: see batch.py. T counts all tokens of one teacher row.
 """
 
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +14,9 @@ from torch import Tensor
 from xkd_schemas.alignment import token_ranges
 from xkd_schemas.errors import BadData
 from xkd_schemas.table import Row
-from xkd_schemas.teacher import Signal
+from xkd_schemas.teacher import KINDS, Signal
 from xkd_schemas.tokens import OK, Tokens, kept_rows, predictors
-from xkd_trainer.batch import Batch, Level
+from xkd_trainer.batch import Batch, Level, TokenStates
 from xkd_trainer.cache import Cache, layers_of
 from xkd_trainer.signals import unpack_triangle
 
@@ -33,13 +30,9 @@ def batch_of(cache: Cache, rows: Sequence[int], wanted: frozenset[Signal]) -> Ba
         BadData: A shard is corrupt, or the tables disagree about a row.
     """
     samples = [_sample(cache, int(row), wanted) for row in rows]
-    names = samples[0].keys()
-    data: dict[str, Any] = {name: pad([s[name] for s in samples]) for name in names if not name.startswith("level ")}
-    levels = tuple(
-        _level(layer, unit, samples, wanted)
-        for layer, unit in layers_of(tuple(wanted))
-    )  # fmt: skip
-    return Batch(rows=tuple(int(r) for r in rows), levels=levels, **data)
+    data: dict[str, Any] = {name: pad([s[name] for s in samples]) for name in samples[0] if " " not in name}
+    levels = tuple(_level(layer, unit, samples, wanted) for layer, unit in layers_of(tuple(wanted)))
+    return Batch(rows=tuple(int(r) for r in rows), levels=levels, token_states=_token_states(samples, wanted), **data)
 
 
 def pad(arrays: Sequence[Array]) -> Tensor:
@@ -57,12 +50,17 @@ def pad(arrays: Sequence[Array]) -> Tensor:
 
 
 def _sample(cache: Cache, row: int, wanted: frozenset[Signal]) -> dict[str, Array]:
-    """Arrays of one row, named like the fields of Batch."""
+    """Arrays of one row, named like the fields of Batch; names with a blank are of a Level or TokenStates."""
     cache.same_document(row)
     document, teacher, student = cache.documents[row], cache.teachers[row], cache.students[row]
     sample = _student_arrays(student)
     stored = {s.name: s.column for s in cache.signals if s.kind.top}
-    sample |= _teacher_arrays(teacher, {s.name: stored.get(s.name, s.column) for s in wanted})
+    sample |= _teacher_arrays(teacher)
+    for signal in wanted:
+        if signal.name in _FIELDS:
+            sample |= _signal_array(teacher, signal.name, stored.get(signal.name, signal.column))
+    if states := [s for s in wanted if s.name in _TOKEN_FIELDS]:
+        sample |= _token_arrays(teacher, states)
     sample |= _alignment_arrays(student, teacher, row)
     if any(s.kind.unit for s in wanted):
         sample |= _level_arrays(document, student, teacher, wanted)
@@ -85,32 +83,59 @@ def _student_arrays(student: Row) -> dict[str, Array]:
     }
 
 
-def _teacher_arrays(teacher: Row, names: Mapping[str, str]) -> dict[str, Array]:
-    """What one row of the teacher's table gives; `names` are the wanted signals, each with its column."""
+def _teacher_arrays(teacher: Row) -> dict[str, Array]:
+    """What one row of the teacher's table gives whatever the losses."""
     ids, targets = teacher["token_ids"].astype(np.int64), teacher["targets"]
     kept, predict = kept_rows(targets), predictors(targets)
-    arrays = {
+    return {
         "teacher_valid_BR": _true(len(kept)),
         "teacher_predict_BM": np.searchsorted(kept, predict).astype(np.int64),
         "teacher_input_BM": ids[predict],
         "teacher_target_BM": ids[predict + 1],
         "teacher_predict_valid_BM": _true(len(predict)),
     }
-    if "hidden_last" in names:
-        arrays["teacher_hidden_BRD"] = teacher["hidden_last"]
-    if "attention_last" in names:
-        arrays["teacher_attention_BR"] = teacher["attention_last"][kept]
-    if "entropy" in names:
-        arrays["teacher_entropy_BM"] = teacher["entropy"]
-    if "argmax" in names:
-        arrays["teacher_argmax_BM"] = teacher["argmax"].astype(np.int64)
-    if "logsumexp" in names:
-        arrays["teacher_logsumexp_BM"] = teacher["logsumexp"]
-    if "topk_logits" in names:
-        arrays["teacher_topk_logits_BMK"] = teacher[names["topk_logits"]]
-    if "topk_ids" in names:
-        arrays["teacher_topk_ids_BMK"] = teacher[names["topk_ids"]].astype(np.int64)
-    return arrays
+
+
+_FIELDS: Final = {
+    "hidden_last": "teacher_hidden_BRD",
+    "attention_last": "teacher_attention_BR",
+    "entropy": "teacher_entropy_BM",
+    "argmax": "teacher_argmax_BM",
+    "logsumexp": "teacher_logsumexp_BM",
+    "topk_logits": "teacher_topk_logits_BMK",
+    "topk_ids": "teacher_topk_ids_BMK",
+}
+"""Signals without a layer, and the field of Batch that each is."""
+
+
+def _signal_array(teacher: Row, name: str, column: str) -> dict[str, Array]:
+    """One such signal of one row; numbers of classes as int64, what is kept of all tokens at the kept rows."""
+    values = teacher[column]
+    if KINDS[name].per == "T":
+        values = values[kept_rows(teacher["targets"])]
+    return {_FIELDS[name]: values.astype(np.int64) if values.dtype == np.int32 else values}
+
+
+_TOKEN_FIELDS: Final = {"hidden": "hidden_BTD", "attention": "attention_BT", "centrality": "centrality_BT"}
+"""Signals of all tokens of a layer, and the field of TokenStates that each is."""
+
+
+def _token_arrays(teacher: Row, wanted: Sequence[Signal]) -> dict[str, Array]:
+    """All tokens of one row, and the signals of them."""
+    ids = teacher["token_ids"].astype(np.int64)
+    kept = kept_rows(teacher["targets"])
+    arrays = {"teacher_ids_BT": ids, "teacher_valid_BT": _true(len(ids)), "teacher_kept_BR": kept}
+    return arrays | {f"tokens {signal.column}": teacher[signal.column] for signal in wanted}
+
+
+def _token_states(samples: Sequence[dict[str, Array]], wanted: frozenset[Signal]) -> tuple[TokenStates, ...]:
+    def stacked(name: str, layer: int) -> Tensor | None:
+        signal = Signal(name, layer)
+        return pad([s[f"tokens {signal.column}"] for s in samples]) if signal in wanted else None
+
+    layers = sorted({s.layer for s in wanted if s.name in _TOKEN_FIELDS and s.layer is not None})
+    fields = {layer: {field: stacked(name, layer) for name, field in _TOKEN_FIELDS.items()} for layer in layers}
+    return tuple(TokenStates(layer=layer, **found) for layer, found in fields.items())
 
 
 def _alignment_arrays(student: Row, teacher: Row, row: int) -> dict[str, Array]:
@@ -217,45 +242,3 @@ def _level(layer: int, unit: str, samples: Sequence[dict[str, Array]], wanted: f
         cosines_BUU=cosines,
         vectors_BUD=vectors,
     )
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Failed:
-    error: BaseException
-
-
-def prefetched(make: Callable[[], Iterator[T]], depth: int = 2) -> Iterator[T]:
-    """The items of `make()`, produced in a thread at most `depth` ahead; its errors are raised here."""
-    items: queue.Queue[T | _Failed | None] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(item: T | _Failed | None) -> None:
-        while not stop.is_set():
-            try:
-                return items.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for item in make():
-                put(item)
-                if stop.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(_Failed(error))
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        while (item := items.get()) is not None:
-            if isinstance(item, _Failed):
-                raise item.error
-            yield item
-    finally:
-        stop.set()
-        thread.join()
