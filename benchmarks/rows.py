@@ -56,6 +56,13 @@ def memory(what: str, ours: float, theirs: float, *, bar: float) -> Row:
     return Row(what=what, ratio=ours / theirs, bar=bar, ours=ours / 2**20, theirs=theirs / 2**20, unit="MiB")
 
 
+def speed(what: str, ours: float, theirs: float, *, bar: float | None = None) -> Row:
+    """A row of two speeds in bytes a second: how many times theirs ours is."""
+    return Row(
+        what=what, ratio=ours / theirs, bar=bar, at_least=True, ours=ours / 1e9, theirs=theirs / 1e9, unit="GB/s"
+    )
+
+
 def table(results: Sequence[Result]) -> str:
     """Aligned lines for people.
 
