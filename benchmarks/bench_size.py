@@ -21,6 +21,7 @@ from xkd_schemas.codecs import PLAIN
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import Signal
 from xkd_trainer.methods import LOSSES
+from xkd_trainer.methods.declaration import Levels
 
 WIDTH, CLASSES = 4096, 152_000
 SHARE = 1 / 10
@@ -28,10 +29,11 @@ TOKEN_BYTES = 13.125
 """Id, interval, kind and target of a token: what a teacher table has beside its signals."""
 
 
-def levels_of(num_layers: int) -> tuple[tuple[int, str], ...]:
+def levels_of(num_layers: int) -> Levels:
     """Four layers: words in the middle, phrases at a quarter, three quarters and the top."""
     quarter = num_layers // 4
-    return ((quarter, "phrase"), (2 * quarter, "word"), (3 * quarter, "phrase"), (num_layers, "phrase"))
+    pairs = ((quarter, "phrase"), (2 * quarter, "word"), (3 * quarter, "phrase"), (num_layers, "phrase"))
+    return Levels(pairs, num_layers=num_layers, states=())
 
 
 def signals(num_layers: int) -> list[Signal]:

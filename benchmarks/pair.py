@@ -31,6 +31,7 @@ from xkd_schemas.runfile import RunFile
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import Signal
 from xkd_trainer.methods import LOSSES
+from xkd_trainer.methods.declaration import Levels
 
 METHODS = ("mta", "sra", "dwa")
 TEMPLATE = "none"
@@ -78,7 +79,7 @@ class Shape:
 
 def wanted_signals(num_layers: int) -> list[Signal]:
     """What the three methods and evaluation need of a teacher."""
-    levels = teacher_layers(num_layers)
+    levels = Levels(teacher_layers(num_layers), num_layers=num_layers, states=())
     needed = {s for name in METHODS for s in LOSSES[name].needs(LOSSES[name].parse({}), levels)}
     return sorted(needed | {Signal("argmax")}, key=lambda s: s.column)
 

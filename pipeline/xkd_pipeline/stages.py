@@ -21,6 +21,7 @@ from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import Signal
 from xkd_schemas.terminal import say
 from xkd_trainer.methods import loss_named
+from xkd_trainer.methods.declaration import Levels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +70,8 @@ def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] 
 def signals_for(run: RunFile, num_layers: int) -> list[Signal]:
     """The signals that the named losses declare, plus the teacher's own choice, which evaluation compares with."""
     t = run.teacher
-    levels = teacher_layers(num_layers, t.word_layers, t.phrase_layers)
+    pairs = teacher_layers(num_layers, t.word_layers, t.phrase_layers)
+    levels = Levels(pairs, num_layers=num_layers, states=[layer for layer, _ in pairs])
     wanted = {Signal("argmax")}
     for name in t.losses:
         declaration = loss_named(name)

@@ -81,6 +81,11 @@ class Cache:
         """What is stored of the teacher."""
         return tuple(signal_named(column) for column in self.teachers.manifest.spec["signals"])
 
+    def same_tokens(self) -> tuple[int, int]:
+        """How many usable rows have the same token ids in both tables, and how many usable rows there are."""
+        equal = [np.array_equal(self.students[r]["token_ids"], self.teachers[r]["token_ids"]) for r in self.usable]
+        return sum(equal), len(equal)
+
     @property
     def sizes(self) -> TeacherSizes:
         """Sizes and constants of the teacher."""

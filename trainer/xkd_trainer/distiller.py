@@ -60,8 +60,9 @@ class Distiller(nn.Module):
             unweighted and without gradient.
         """
         states = run(
-            self.student, batch.student_ids_BS, batch.student_valid_BS, layers=self._layers, attention=self._attention
-        )
+            self.student, batch.student_ids_BS, batch.student_valid_BS, layers=self._layers,
+            attention=self._attention, attention_layers=self._layers if self._attention else (),
+        )  # fmt: skip
         with torch.autocast(device_type=states.last_BLD.device.type, enabled=False):
             return self._losses(batch, states.as_float32(), denominators, step)
 

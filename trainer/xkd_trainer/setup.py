@@ -18,7 +18,7 @@ from xkd_trainer.distiller import Distiller
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import head_of
 from xkd_trainer.methods import loss_named
-from xkd_trainer.methods.declaration import Context
+from xkd_trainer.methods.declaration import Context, Levels
 from xkd_trainer.models import load_model, load_tokenizer, new_model
 
 
@@ -100,7 +100,7 @@ def set_up(run: RunFile, student_table: str) -> Ready:
     root = Path(run.cache)
     cache = Cache(root, student=find_student(root, fingerprint, student_table))
     cache.check_tokenizer(fingerprint)
-    levels = tuple(layers_of(cache.signals))
+    levels = levels_of(cache)
     needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
     for name, signals in needs.items():
         cache.require(name, signals)
@@ -112,7 +112,13 @@ def set_up(run: RunFile, student_table: str) -> Ready:
     return Ready(cache=cache, tokenizer=tokenizer, distiller=Distiller(student, losses, weights), wanted=wanted)
 
 
-def context_of(cache: Cache, student: PreTrainedModel, tokenizer: Any, levels: tuple[tuple[int, str], ...]) -> Context:
+def levels_of(cache: Cache) -> Levels:
+    """What is in the cache of the teacher's layers."""
+    states = [s.layer for s in cache.signals if s.name == "hidden" and s.layer is not None]
+    return Levels(layers_of(cache.signals), num_layers=cache.sizes.num_layers, states=states)
+
+
+def context_of(cache: Cache, student: PreTrainedModel, tokenizer: Any, levels: Levels) -> Context:
     """What losses may know of both models."""
     sizes = cache.sizes
     ours, theirs = (table.manifest.spec["encoder"]["tokenizer"] for table in (cache.students, cache.teachers))
@@ -131,4 +137,5 @@ def context_of(cache: Cache, student: PreTrainedModel, tokenizer: Any, levels: t
         teacher_embeddings=cache.embeddings,
         student_head=lambda: head_of(student),
         tokenizer_differences=tuple(key for key in ("vocabulary", "probe") if ours[key] != theirs[key]),
+        same_tokens=cache.same_tokens,
     )

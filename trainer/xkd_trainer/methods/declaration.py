@@ -5,7 +5,7 @@ Capture, the size of the cache, the trainer and the error messages all read this
 Shape legend: see batch.py; d is the student's width, V its vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -24,6 +24,31 @@ from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.term import LossTerm
 
 
+class Levels(tuple[tuple[int, str], ...]):
+    """(teacher layer, word or phrase) pairs, lowest layer first, and what else is known of the teacher's layers.
+
+    At capture the pairs are those that are going to be read; in training, those that are in the cache.
+    """
+
+    num_layers: int
+    """Of the teacher."""
+    states: tuple[int, ...]
+    """Layers, ascending, whose tokens' states are in the cache; at capture those of the pairs. Never the last one,
+    whose states are `hidden_last`."""
+
+    def __new__(cls, pairs: Iterable[tuple[int, str]], *, num_layers: int, states: Iterable[int]) -> "Levels":
+        """Levels of a teacher.
+
+        >>> levels = Levels([(15, "word"), (30, "phrase")], num_layers=30, states=[15, 30])
+        >>> levels[0], levels.states
+        ((15, 'word'), (15,))
+        """
+        levels = super().__new__(cls, pairs)
+        levels.num_layers = num_layers
+        levels.states = tuple(sorted(set(states) - {num_layers}))
+        return levels
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a loss may know when it is built. Teacher weights are constants: no gradient, not saved."""
@@ -38,8 +63,8 @@ class Context:
     teacher_vocab_size: int
     hidden_std: float
     embedding_std: float
-    levels: tuple[tuple[int, str], ...]
-    """(teacher layer, word or phrase) pairs in the cache, lowest layer first."""
+    levels: Levels
+    """What is in the cache."""
     teacher_head: Callable[[], Head]
     """Reads the teacher's head; call it only if the loss uses it."""
     teacher_embeddings: Callable[[], Tensor]
@@ -47,6 +72,9 @@ class Context:
     """The student's own, sharing its weights; they are those before training."""
     tokenizer_differences: tuple[str, ...]
     """Of vocabulary and probe (see `xkd_schemas.tokenizers.identity`), those that differ between the two models."""
+    same_tokens: Callable[[], tuple[int, int]]
+    """Documents whose tokens, template included, are the same ids in both tables, and documents that were looked at.
+    Reads both tables; call it only if the loss uses it."""
 
     def student_layer(self, teacher_layer: int) -> int:
         """The student layer at the same relative depth, at least 1.
@@ -88,7 +116,7 @@ class Loss(Protocol):
     layers: tuple[int, ...]
     """Student layers whose states it reads."""
     attention: bool
-    """Whether it reads the student's last attention row."""
+    """Whether it reads the student's last attention row, in the last block and in those of `layers`."""
 
     def weights(self, step: int) -> Mapping[str, float]:
         """Factor of each term at an optimizer step."""
@@ -108,8 +136,8 @@ class Declaration:
     source: str
     """Paper and sections."""
     settings: type[BaseModel]
-    needs: Callable[[Any, tuple[tuple[int, str], ...]], tuple[Signal, ...]]
-    """From settings and (layer, unit) pairs to the signals that must be cached."""
+    needs: Callable[[Any, Levels], tuple[Signal, ...]]
+    """From settings and the (layer, unit) pairs to the signals that must be cached."""
     build: Callable[[Any, Context], nn.Module]
     """The module; it satisfies `Loss`."""
     default_weight: float = 1.0
@@ -147,7 +175,7 @@ def uniform_weights(valid: Tensor) -> Tensor:
 def describe_loss(declaration: Declaration) -> dict[str, Any]:
     """Source, needs (with example layers) and defaults of a loss."""
     settings = declaration.settings()
-    needs = declaration.needs(settings, ((1, "word"), (2, "phrase")))
+    needs = declaration.needs(settings, Levels([(1, "word"), (2, "phrase")], num_layers=2, states=[1]))
     return {
         "source": declaration.source,
         "needs": sorted({_pattern(signal) for signal in needs}),
