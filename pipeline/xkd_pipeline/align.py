@@ -1,18 +1,21 @@
 """Stage 3: a student's tokens beside the teacher's. CPU only, minutes, once for each student tokenizer."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xkd_pipeline.build import Built, build
-from xkd_pipeline.columns import documents_units, token_columns, token_counts
+from xkd_pipeline.columns import documents_at, token_columns, token_counts
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.run import Make, Workers
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
+from xkd_schemas.additions import part_of, plans_of
 from xkd_schemas.alignment_batch import align_all, token_ranges_all
 from xkd_schemas.encode import Encoder
+from xkd_schemas.errors import BadData, InputMissing
 from xkd_schemas.files import saved_folder, sha256_of
 from xkd_schemas.manifest import Commit
 from xkd_schemas.table import Row, Table
@@ -39,6 +42,8 @@ class AlignStage:
 
     root: Path
     folder: Path
+    starts: tuple[int, ...]
+    """First unit of each addition."""
     teacher: str
     settings: StudentSettings
 
@@ -53,7 +58,7 @@ class AlignStage:
             teacher = [tokens_at(teachers.shard(unit).row(i)) for i in range(size)]
             tokens, columns, counts = align_rows(encoder, rows, teacher)
             totals = Totals(counts=counts | token_counts(documents, unit, tokens))
-            return write_shard(self.folder, unit, STUDENTS, columns, totals=totals)
+            return write_shard(part_of(self.folder, self.starts, unit), unit, STUDENTS, columns, totals=totals)
 
         return make
 
@@ -114,8 +119,10 @@ def _without(tokens: Tokens, status: str) -> Tokens:
     )
 
 
-def make_students(root: Path, name: str, teacher: str, settings: StudentSettings, workers: Workers) -> Built:
-    """Make the table students/NAME, aligned with teachers/TEACHER.
+def make_students(
+    root: Path, name: str, teacher: str, settings: StudentSettings, workers: Workers, *, more: bool = False
+) -> Built:
+    """Make the table students/NAME, aligned with teachers/TEACHER; with `more`, go on where the teacher now ends.
 
     Raises:
         InputMissing: The teacher table is not finished, or the tokenizer is not there.
@@ -123,16 +130,26 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSettings
     """
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
     encoder = settings.encoder()
+    teacher_root = _teacher_root(root / "students" / name, teachers, more)
+    units = teachers.manifest.roots[teacher_root]
+    root_then = next((r for r, size in documents.manifest.roots.items() if size == units), documents.manifest.root)
+    basis = documents_at(documents, root_then)
     spec = {
         "schema": STUDENTS_VERSION,
-        "documents": documents.manifest.root,
+        "documents": basis.root,
         "teacher": teacher,
-        "teacher_root": teachers.manifest.root,
+        "teacher_root": teacher_root,
         "encoder": encoder.identity(),
     }
     encoder.encode(document_at(documents[0]))  # refuses a template that does not fit before anything is begun
-    store = Store(root, f"students/{name}", spec, documents_units(documents))
-    stage = AlignStage(root=root, folder=store.folder, teacher=f"teachers/{teacher}", settings=settings)
+    store = Store(root, f"students/{name}", spec, basis.units, more=more)
+    stage = AlignStage(
+        root=root,
+        folder=store.folder,
+        starts=store.plan.starts,
+        teacher=f"teachers/{teacher}",
+        settings=settings,
+    )
 
     def finish(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
         folder = store.folder / "tokenizer"
@@ -141,3 +158,13 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSettings
         return constants, {name: sha256_of(folder / name) for name in names}
 
     return build(store, stage, lambda missing: iter(missing), workers, finish=finish)
+
+
+def _teacher_root(table: Path, teachers: Table, more: bool) -> str:
+    """The state of the teacher's table that a student's table was begun from; the last one for new and for `more`."""
+    if not more:
+        with contextlib.suppress(InputMissing, BadData):  # a new table, or one whose plan is reported elsewhere
+            root = str(plans_of(table)[-1].spec["teacher_root"])
+            if root in teachers.manifest.roots:
+                return root
+    return teachers.manifest.root

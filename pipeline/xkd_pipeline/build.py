@@ -49,10 +49,10 @@ def build(
     """
     done = store.commits()
     kept = len(done)
-    missing = [unit for unit in range(len(store.plan.units)) if unit not in done]
+    missing = [unit for unit in range(store.asked) if unit not in done]
     watch(list(done.values()))
     manifest = store.manifest() if not missing else None
-    if manifest is not None and list(manifest.commits) == [done[unit] for unit in sorted(done)]:
+    if manifest is not None and store.is_all(manifest, done):
         store.describe()
         return Built(manifest=manifest, made=0, kept=kept)
     if missing:
@@ -65,6 +65,7 @@ def build(
                 watch(list(done.values()))
 
             run_units(stage, jobs(missing), workers, take)
+    store.refuse_gaps(done)
     constants, files = finish([done[unit] for unit in sorted(done)])
     return Built(manifest=store.seal(done, constants, files), made=len(missing), kept=kept)
 

@@ -1,21 +1,24 @@
-"""The README.md inside a cache: what it holds, and the lines that let `datasets.load_dataset` open it."""
+"""README.md and SHA256SUMS of a cache: what it holds, the lines that let `load_dataset` open it, and every digest."""
 
 import contextlib
 from pathlib import Path
 
-from xkd_schemas.errors import BadData
-from xkd_schemas.manifest import Manifest, read_record
+from xkd_schemas.additions import ADDED
+from xkd_schemas.errors import BadData, DiskFailed, InputMissing
+from xkd_schemas.files import replace, sha256_of
+from xkd_schemas.manifest import Commit, Manifest, read_record
+from xkd_schemas.table import TABLES
 
 
 def readme(root: Path) -> str:
     """Text of the card for the tables that are sealed below `root`; one whose manifest is damaged is left out."""
     manifests: list[Manifest] = []
-    for pattern in ("documents", "students/*", "teachers/*"):
+    for pattern in TABLES:
         for path in sorted(root.glob(f"{pattern}/manifest.json")):
             with contextlib.suppress(BadData):
                 manifests.append(read_record(path, Manifest))
     configs = "".join(
-        f"- config_name: {m.table.replace('/', '-')}\n  data_files: {m.table}/*.arrow\n"
+        f"- config_name: {m.table.replace('/', '-')}\n  data_files: {_files(m)}\n"
         + ("  default: true\n" if m.table == "documents" else "")
         for m in manifests
     )
@@ -30,3 +33,40 @@ def readme(root: Path) -> str:
         "`sha256sum -c SHA256SUMS` checks every file. `load_dataset(FOLDER, CONFIG)` of Hugging Face datasets\n"
         "opens a table; `xkd-train --shards FOLDER` trains from it. Each table's settings are in its plan.json.\n"
     )
+
+
+def _files(manifest: Manifest) -> str:
+    """Patterns of a table's shards: its own and those of each finished addition."""
+    added = [f"{manifest.table}/{ADDED}/{number + 1}/*.arrow" for number in range(len(manifest.earlier))]
+    return f"[{', '.join([f'{manifest.table}/*.arrow', *added])}]" if added else f"{manifest.table}/*.arrow"
+
+
+def write_root_files(root: Path) -> None:
+    """README.md, so that `load_dataset(root)` works, and SHA256SUMS for `sha256sum -c`."""
+    _update(root / "README.md", readme(root).encode())
+    skip = {"LOCK", "SHA256SUMS"}
+    lines = []
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        relative = path.relative_to(root)
+        if relative.name in skip or relative.name.startswith(".tmp-") or "quarantine" in relative.parts:
+            continue
+        lines.append(f"{_sum(root, path)}  {relative.as_posix()}\n")
+    _update(root / "SHA256SUMS", "".join(lines).encode())
+
+
+def _update(path: Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        replace(path, content)
+
+
+def _sum(root: Path, path: Path) -> str:
+    """sha256 of a file; a shard's stands in its name's record already and is not read again."""
+    if path.suffix == ".arrow":
+        with contextlib.suppress(InputMissing, BadData):  # hashed below
+            commit = read_record(path.parent / "commits" / f"{path.name[:5]}.json", Commit)
+            if commit.file == path.name:
+                return commit.sha256
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise DiskFailed(f"{path.relative_to(root)}: {error.strerror}") from error

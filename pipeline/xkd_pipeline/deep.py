@@ -28,7 +28,7 @@ def deep(root: Path, name: str) -> Iterator[Bad]:
     """What is wrong with the rows of one table whose bytes are what they were when written."""
     table = opened(root, name)
     for number, commit in enumerate(table.manifest.commits):
-        file = (table.folder / commit.file).relative_to(root).as_posix()
+        file = table.path(number).relative_to(root).as_posix()
         for reason in _unit(root, table, number, commit):
             yield Bad(table=name, unit=number, file=file, reason=reason)
 

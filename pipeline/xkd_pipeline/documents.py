@@ -11,9 +11,10 @@ from xkd_pipeline.run import Make, Workers
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.spans import Parser, ParserSettings, parser_for
 from xkd_pipeline.store import Store
+from xkd_schemas.additions import part_of
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Segment, Spans, checked_spans
 from xkd_schemas.errors import BadData
-from xkd_schemas.manifest import Commit, Unit
+from xkd_schemas.manifest import Commit, Plan, Unit
 from xkd_schemas.table import Row
 
 
@@ -33,6 +34,8 @@ class DocumentsStage:
     """Reads, parses and writes one unit."""
 
     folder: Path
+    starts: tuple[int, ...]
+    """First unit of each addition."""
     parser: ParserSettings
     max_chars: int
 
@@ -56,7 +59,7 @@ class DocumentsStage:
         parser.notes.clear()
         columns = columns_of(documents, found)
         return write_shard(
-            self.folder,
+            part_of(self.folder, self.starts, job.unit),
             job.unit,
             DOCUMENTS,
             columns,
@@ -99,13 +102,18 @@ def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]
     )
 
 
-def _jobs(sources: Sequence[Source], rows_per_shard: int, missing: Iterable[int]) -> Iterator[DocumentsJob]:
-    """Jobs in order; each source is read forward once, from the first row that is needed."""
+def jobs_of(
+    sources: Sequence[Source], rows_per_shard: int, missing: Iterable[int], *, before: int = 0
+) -> Iterator[DocumentsJob]:
+    """Jobs in order; each source is read forward once, from the first row that is needed.
+
+    `before` units stand in front of the first one of `sources`.
+    """
     units = units_of(sources, rows_per_shard)
     owners = [number for number, source in enumerate(sources) for _ in units_of([source], rows_per_shard)]
     current: tuple[int, int, Iterator[RawRow]] | None = None
     for number in sorted(missing):
-        unit, owner = units[number], owners[number]
+        unit, owner = units[number - before], owners[number - before]
         source = sources[owner]
         if current is None or current[0] != owner:
             current = (owner, unit.first, source.rows(unit.first))
@@ -116,44 +124,63 @@ def _jobs(sources: Sequence[Source], rows_per_shard: int, missing: Iterable[int]
 
 
 def make_documents(
-    root: Path, sources: Sequence[Source], parser: ParserSettings, limits: "Limits", workers: Workers
+    root: Path,
+    sources: Sequence[Source],
+    parser: ParserSettings,
+    limits: "Limits",
+    workers: Workers,
+    *,
+    behind: Plan | None = None,
 ) -> Built:
-    """Make the documents table.
+    """Make the documents table, or with `behind` add to the finished table that has this plan.
 
     Raises:
         BadData: More rows than `limits.max_reject` cannot be used, or none can.
         Mismatch: The folder holds documents of another corpus or parser.
     """
-    units = units_of(sources, limits.rows_per_shard)
+    before = behind.units if behind else ()
+    units = (*before, *units_of(sources, limits.rows_per_shard))
     total = sum(s.num_rows for s in sources)
     if total == 0:
         raise BadData("the corpus has no rows", next="check the paths and the form of the rows")
     spec = {
         "schema": DOCUMENTS_VERSION,
-        "corpus": [
-            {"name": Path(s.name).name, "sha256": s.digest, "form": s.form, "columns": dict(s.columns)}
-            for s in sources
-        ],
+        "corpus": [*(behind.spec["corpus"] if behind else ()), *corpus_spec(sources)],
         "parser": parser_for(parser).identity(),
         "max_chars": limits.max_chars,
         "rows_per_shard": limits.rows_per_shard,
     }
-    store = Store(root, "documents", spec, units)
-    stage = DocumentsStage(folder=store.folder, parser=parser, max_chars=limits.max_chars)
+    store = Store(root, "documents", spec, units, more=behind is not None)
+    stage = DocumentsStage(
+        folder=store.folder, starts=store.plan.starts, parser=parser, max_chars=limits.max_chars
+    )  # fmt: skip
 
     def watch(commits: Sequence[Commit]) -> None:
-        rejected = sum(c.rejects.rows for c in commits if c.rejects)
+        ours = [c for c in commits if len(before) <= c.unit < len(units)]
+        rejected = sum(c.rejects.rows for c in ours if c.rejects)
         if rejected > limits.max_reject * total:
             raise BadData(
-                f"{rejected} of {total} rows cannot be used ({_reasons(commits)}), more than --max-reject "
-                f"{limits.max_reject:g} allows; they are listed in {store.folder / 'rejects'}",
+                f"{rejected} of {total} rows cannot be used ({_reasons(ours)}), more than --max-reject "
+                f"{limits.max_reject:g} allows; they are listed in {store.part(len(before)) / 'rejects'}",
                 kept="every finished shard",
                 next=f"mend the corpus, or accept them with --max-reject {min(1.0, 1.1 * rejected / total):.2g}",
             )
-        if len(commits) == len(units) and sum(c.rows for c in commits) == 0:
-            raise BadData(f"no usable row in {total} ({_reasons(commits)})", next="check the form of the rows")
+        if len(ours) == len(units) - len(before) and sum(c.rows for c in ours) == 0:
+            raise BadData(f"no usable row in {total} ({_reasons(ours)})", next="check the form of the rows")
 
-    return build(store, stage, lambda missing: _jobs(sources, limits.rows_per_shard, missing), workers, watch=watch)
+    def jobs(missing: Sequence[int]) -> Iterator[DocumentsJob]:
+        if missing and missing[0] < len(before):
+            raise BadData(f"{store.folder}: unit {missing[0]} is damaged", next=f"xkd-cache repair {root}")
+        return jobs_of(sources, limits.rows_per_shard, missing, before=len(before))
+
+    return build(store, stage, jobs, workers, watch=watch)
+
+
+def corpus_spec(sources: Sequence[Source]) -> list[dict[str, object]]:
+    """What a plan says of its sources."""
+    return [
+        {"name": Path(s.name).name, "sha256": s.digest, "form": s.form, "columns": dict(s.columns)} for s in sources
+    ]
 
 
 def _reasons(commits: Iterable[Commit]) -> str:

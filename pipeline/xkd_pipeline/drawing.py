@@ -53,9 +53,19 @@ def draw(root: Path, doc: str, *, teacher: str, student: str, width: int) -> lis
     if not teacher:
         text = bracketed(document.text, spans.phrases, spans.labels)
         return [f"{document.doc_id}  {document.source}:{document.line}", *map(visible, text.split("\n"))]
-    taught = tokens_at(Table(root, f"teachers/{teacher}")[number])
+    taught = tokens_at(_row(root, f"teachers/{teacher}", number))
     if not student:
         return render(document, spans, None, taught, None, columns).split("\n")
-    learned = Table(root, f"students/{student}")[number]
+    learned = _row(root, f"students/{student}", number)
     aligned = (learned["student_spans"], learned["teacher_spans"])
     return render(document, spans, tokens_at(learned), taught, aligned, columns).split("\n")
+
+
+def _row(root: Path, name: str, number: int) -> Row:
+    table = Table(root, name)
+    if number >= len(table):
+        raise InputMissing(
+            f"{table.folder} ends before document {number}, which was added later",
+            next=f"xkd-cache add {root}",
+        )
+    return table[number]

@@ -12,6 +12,7 @@ from xkd_pipeline.align import StudentSettings, make_students
 from xkd_pipeline.run import Workers
 from xkd_pipeline.store import Store, locked
 from xkd_pipeline.verify import Bad, tables_of, units_by_table, verify
+from xkd_schemas.additions import parts_of, plans_of, records_of
 from xkd_schemas.errors import BadData, InputMissing, XkdError
 from xkd_schemas.files import disk_errors, inside, remove, sync_folder
 from xkd_schemas.manifest import Commit, Manifest, Plan, read_record
@@ -61,7 +62,7 @@ def _plan(root: Path, name: str) -> Plan | None:
     """The plan, or the same things out of the sealed manifest; None where neither can be read."""
     folder = inside(root, *name.split("/"))
     with suppress(BadData, InputMissing):
-        return read_record(folder / "plan.json", Plan)
+        return plans_of(folder)[-1]
     return None
 
 
@@ -123,14 +124,14 @@ def spare(root: Path, *, older_than: float, now: float | None = None) -> list[Sp
     moment = time.time() if now is None else now
     found: list[Spare] = []
     for folder in (root, *(inside(root, *name.split("/")) for name in tables_of(root))):
-        for part in (folder, folder / "commits", folder / "rejects", folder / "tokenizer"):
-            found += _listed(part.glob(".tmp-*"), "left by a writer that died", moment - YOUNG_SECONDS)
+        for part in (*parts_of(folder), folder / "tokenizer"):
+            for place in (part, part / "commits", part / "rejects"):
+                found += _listed(place.glob(".tmp-*"), "left by a writer that died", moment - YOUNG_SECONDS)
         found += _listed((folder / "quarantine").glob("*"), "quarantined", moment - 3600 * older_than)
         named = _referenced(folder) if folder != root else None
         if named is not None:
-            loose = [
-                p for p in (*folder.glob("*.arrow"), *(folder / "rejects").glob("*.jsonl")) if p.name not in named
-            ]
+            files = [p for part in parts_of(folder) for p in (*part.glob("*.arrow"), *part.glob("rejects/*.jsonl"))]
+            loose = [p for p in files if p.name not in named]
             found += _listed(loose, "no record names it", moment - YOUNG_SECONDS)
     return found
 
@@ -148,7 +149,7 @@ def _listed(paths: Any, why: str, before: float) -> list[Spare]:
 def _referenced(folder: Path) -> set[str] | None:
     records: list[Commit] = []
     try:
-        records += [read_record(path, Commit) for path in (folder / "commits").glob("[0-9]*.json")]
+        records += [read_record(path, Commit) for path in records_of(folder)]
         if (folder / "manifest.json").exists():
             records += read_record(folder / "manifest.json", Manifest).commits
     except (BadData, InputMissing):

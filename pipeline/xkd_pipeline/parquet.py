@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_schemas.files import disk_errors, inside, sync_folder, write_beside
+from xkd_schemas.files import disk_errors, sync_folder, write_beside
 from xkd_schemas.manifest import to_json
-from xkd_schemas.table import Shard, Table, names_in
+from xkd_schemas.table import Shard, Table, sealed_tables
 
 BF16: Final = "uint16 bits of bfloat16: the float32 whose upper 16 bits they are and whose lower 16 bits are 0"
 
@@ -33,8 +33,7 @@ def export_parquet(root: Path, out: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise InputMissing(f"cache {root} is not a folder", next="make one with xkd-cache documents")
     refuse_full(out)
-    names = ["documents", *(f"{kind}/{name}" for kind in ("teachers", "students") for name in names_in(root, kind))]
-    tables = [Table(root, name) for name in names]
+    tables = [Table(root, name) for name in sealed_tables(root)]
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.parent / f".tmp-{os.getpid()}-{out.name}"
@@ -63,7 +62,7 @@ def _write_table(table: Table, out: Path) -> int:
     folder.mkdir(parents=True)
     size = 0
     for unit, commit in enumerate(table.manifest.commits):
-        shard = Shard(inside(table.folder, commit.file), commit)
+        shard = Shard(table.path(unit), commit)
         schema = documented(shard.schema)
         batches = [shard.batch(number) for number in range(len(commit.batches))]
         temporary = write_beside(

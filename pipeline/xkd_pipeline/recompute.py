@@ -86,5 +86,5 @@ def _numbers(values: Any, codec: str) -> Any:
 def _bad(table: Table, at: int, root: Path, reason: str) -> Bad:
     ends = np.cumsum([c.rows for c in table.manifest.commits])
     unit = int(np.searchsorted(ends, at, side="right"))
-    file = (table.folder / table.manifest.commits[unit].file).relative_to(root).as_posix()
+    file = table.path(unit).relative_to(root).as_posix()
     return Bad(table=table.name, unit=unit, file=file, reason=f"row {at} ({table[at]['doc_id']}): {reason}")

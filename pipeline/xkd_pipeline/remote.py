@@ -19,7 +19,7 @@ from xkd_pipeline.parquet import refuse_full
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, UsageError, XkdError
 from xkd_schemas.files import disk_errors, inside, sha256_of, sync_folder
 from xkd_schemas.manifest import Manifest, is_whole, read_record
-from xkd_schemas.table import names_in
+from xkd_schemas.table import sealed_tables
 
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://.+", re.DOTALL)
 _LINE: Final = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -151,8 +151,7 @@ def _fetched(files: Any, base: str, folder: Path, url: str) -> int:
 
 def _check_sealed(root: Path) -> None:
     """Raise InputMissing or BadData where a table of the cache is not whole."""
-    names = ["documents", *(f"{kind}/{name}" for kind in ("teachers", "students") for name in names_in(root, kind))]
-    for name in names:
+    for name in sealed_tables(root):
         path = inside(root, *name.split("/"), "manifest.json")
         if not is_whole(read_record(path, Manifest)):
             raise BadData(f"{path} does not match its own digest", next="run the command that made the cache again")

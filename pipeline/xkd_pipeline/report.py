@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from xkd_pipeline.progress import table_states
 from xkd_pipeline.report_data import Alignment, Histogram, Int64s, Kept, Report, Sizes, Summary
 from xkd_schemas.errors import BadData, InputMissing
 from xkd_schemas.files import inside
-from xkd_schemas.manifest import Commit, Manifest
-from xkd_schemas.table import Shard, Table, names_in
+from xkd_schemas.manifest import Manifest
+from xkd_schemas.table import Shard, Table, sealed_tables
 from xkd_schemas.tokens import OK, TOKEN_FIELDS
 
 WORST: Final = 20
@@ -43,14 +44,11 @@ def gather(root: Path) -> Report:
     """
     if not root.is_dir():
         raise InputMissing(f"cache {root} is not a folder", next="make one with xkd-cache documents")
-    names = [f"teachers/{n}" for n in names_in(root, "teachers")] + [
-        f"students/{n}" for n in names_in(root, "students")
-    ]
-    documents = Table(root, "documents")
-    tables = [documents, *(Table(root, name) for name in names)]
+    tables = [Table(root, name) for name in sealed_tables(root)]
+    documents = tables[0]
     histograms, kept, alignments = _document_sizes(documents), [], []
     for table in tables[1:]:
-        if table.name.startswith("teachers/"):
+        if table.name.startswith(("teachers/", "signals/")):
             kept.append(_kept(table, histograms))
         else:
             alignments.append(_alignment(table, histograms))
@@ -70,7 +68,7 @@ def batches(table: Table, units: Iterator[int] | range | None = None) -> Iterato
     firsts = np.cumsum([0, *(c.rows for c in table.manifest.commits)])
     for unit in range(len(table.manifest.commits)) if units is None else units:
         commit = table.manifest.commits[unit]
-        shard, at = Shard(inside(table.folder, commit.file), commit), int(firsts[unit])
+        shard, at = Shard(table.path(unit), commit), int(firsts[unit])
         for number, record in enumerate(commit.batches):
             yield at, shard.batch(number)
             at += record.rows
@@ -107,7 +105,8 @@ def _kept(table: Table, histograms: list[Histogram]) -> Kept:
     units = sorted({int(u) for u in np.linspace(0, shards - 1, min(shards, SAMPLED_SHARDS)).round()}) if shards else []
     tokens, found = Sizes(), Counter[str]()
     for _, batch in batches(table, iter(units)):
-        tokens.add(_lengths(batch, "token_ids"))
+        if "token_ids" in batch.schema.names:
+            tokens.add(_lengths(batch, "token_ids"))
         signals = {f.name for f in batch.schema if f.metadata and b"per" in f.metadata}
         for name in batch.schema.names:
             found[_signal(name, signals)] += batch.column(name).nbytes
@@ -201,10 +200,9 @@ def _reasons(manifest: Manifest) -> tuple[tuple[str, int], ...]:
 
 
 def _rejects(documents: Table) -> Iterator[dict[str, str]]:
-    commits: Iterator[Commit] = (c for c in documents.manifest.commits if c.rejects is not None)
-    for commit in commits:
+    for commit in documents.manifest.commits:
         if commit.rejects is not None:
-            path = inside(documents.folder, "rejects", commit.rejects.file)
+            path = inside(documents.path(commit.unit).parent, "rejects", commit.rejects.file)
             try:
                 with path.open("rb") as stream:
                     lines = list(islice(stream, MAX_REJECTS))
@@ -235,6 +233,8 @@ def _speed(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
 
 
 def _unfinished(root: Path) -> tuple[str, ...]:
-    begun = (p.parent for pattern in ("documents", "*/*") for p in sorted(root.glob(f"{pattern}/plan.json")))
-    names = [folder.relative_to(root).as_posix() for folder in begun if not (folder / "manifest.json").exists()]
-    return tuple(f"{name} is not finished and is left out" for name in names)
+    names = [state["table"] for state in table_states(root) if not state["sealed"]]
+    return tuple(
+        f"{'what was added to ' * (root / name / 'manifest.json').exists()}{name} is not finished and is left out"
+        for name in names
+    )

@@ -9,12 +9,13 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from xkd_pipeline.card import readme
-from xkd_schemas.errors import BadData, Busy, DiskFailed, InputMissing
+from xkd_pipeline.card import write_root_files
+from xkd_schemas.additions import ADDED, part_of, parts_of, plans_of, records_of
+from xkd_schemas.errors import BadData, Busy, Mismatch
 from xkd_schemas.files import (
     disk_errors,
     inside,
@@ -27,11 +28,14 @@ from xkd_schemas.files import (
     sha256_of,
 )
 from xkd_schemas.manifest import (
+    FORMAT,
     Commit,
+    Generation,
     Manifest,
     Plan,
     Spec,
     Unit,
+    commits_digest,
     is_whole,
     read_record,
     refuse_differences,
@@ -60,29 +64,59 @@ def locked(root: Path) -> Iterator[None]:
 class Store:
     """A table's folder: `Store(root, "documents", spec, units)` opens it or begins it.
 
+    `plan` is always that of the whole table, additions included; `asked` are the units that were asked for, which are
+    fewer where the command that began a table is run again after more was added to it. With `more`, a finished table
+    gets an addition of the units behind its own.
+
     Raises:
         Mismatch: The folder was begun with another spec; every differing field is named.
     """
 
-    def __init__(self, root: Path, table: str, spec: Spec, units: tuple[Unit, ...]) -> None:
+    def __init__(self, root: Path, table: str, spec: Spec, units: tuple[Unit, ...], *, more: bool = False) -> None:
         self.root = root
         self.folder = inside(root, *table.split("/"))
         plan = Plan(table=table, spec=json.loads(json.dumps(spec)), units=units)
         path = self.folder / "plan.json"
-        if (not path.exists() or path.stat().st_size == 0) and not self._records():
+        if (not path.exists() or path.stat().st_size == 0) and not records_of(self.folder):
             replace(path, to_json(plan))
-        self.plan = read_record(path, Plan)
+        plans = plans_of(self.folder)
+        if more and not any(_same(plan, old) for old in plans):
+            plans.append(self._added(plan, plans[-1]))
+        self.plan, self.asked = plans[-1], len(units)
+        if any(_same(plan, old) for old in plans):
+            return
         advice = f"repeat the first command's settings, or write to a new folder than {root}"
         if table != "documents":
             advice = (
                 f"repeat the first command's settings, or give this one another --name (now {table.split('/')[-1]})"
             )
         refuse_differences(self.folder, plan.spec, self.plan.spec, advice=advice)
-        if plan.units != self.plan.units:
-            raise BadData(f"{path} lists other units than this corpus gives", next=advice)
+        raise BadData(f"{path} lists other units than this corpus gives", next=advice)
 
-    def _records(self) -> list[Path]:
-        return sorted((self.folder / "commits").glob("[0-9]*.json"))
+    def _added(self, plan: Plan, last: Plan) -> Plan:
+        """Begin an addition that makes `last` into `plan`."""
+        number = len(last.earlier) + 1
+        fixed = [{k: v for k, v in spec.items() if k not in GROWING} for spec in (plan.spec, last.spec)]
+        refuse_differences(self.folder, *fixed, advice="use the weights, tokenizer and parser of the first time")
+        sealed_now = self.manifest()
+        if sealed_now is None or len(sealed_now.commits) != len(last.units):
+            begun = f"addition {number - 1}" if last.earlier else "the table"
+            raise Mismatch(
+                f"{self.folder}: {begun} is not finished, or damaged",
+                kept="what is finished of it",
+                next=f"repeat the command that began it; xkd-cache verify {self.root} says what is wrong",
+            )
+        if plan.units[: len(last.units)] != last.units or len(plan.units) == len(last.units):
+            raise BadData(f"{self.folder}: what is to be added does not come after what is there")
+        state = Generation(
+            units=len(last.units), commits=commits_digest(sealed_now.commits), root=sealed_now.root,
+            constants=sealed_now.constants,
+        )  # fmt: skip
+        grown = plan.model_copy(
+            update={"format": FORMAT, "min_reader": FORMAT, "earlier": (*last.earlier, state)}
+        )  # fmt: skip
+        put_if_absent(self.folder / ADDED / str(number) / "plan.json", to_json(grown))
+        return grown
 
     def commits(self) -> dict[int, Commit]:
         """Units that are done: the record is whole and its shard has the right size and digest.
@@ -90,33 +124,36 @@ class Store:
         What does not verify is moved to quarantine/ and will be made again.
         """
         done: dict[int, Commit] = {}
-        for path in self._records():
+        for path in records_of(self.folder):
             try:
                 commit = read_record(path, Commit)
-                shard = inside(self.folder, commit.file)
-                whole = shard.is_file() and shard.stat().st_size == commit.size and sha256_of(shard) == commit.sha256
-                if commit.rejects is not None:
-                    rejects = inside(self.folder, "rejects", commit.rejects.file)
-                    whole = whole and rejects.is_file() and sha256_of(rejects) == commit.rejects.sha256
+                part = self.part(commit.unit)
+                whole = path.parent.parent == part and path.name == f"{commit.unit:05d}.json"
+                whole = whole and commit.unit < len(self.plan.units) and holds(part, commit)
             except BadData:
                 whole = False
-            if whole and path.name == f"{commit.unit:05d}.json" and commit.unit < len(self.plan.units):
+            if whole:
                 done[commit.unit] = commit
             else:
                 self._quarantine(path)
         return done
 
+    def part(self, unit: int) -> Path:
+        """The folder of a unit's record and shard."""
+        return part_of(self.folder, self.plan.starts, unit)
+
     def _quarantine(self, record: Path) -> None:
         with disk_errors(record):
             folder = self.folder / "quarantine"
             make_folder(folder)
-            for path in [record, *self.folder.glob(f"{record.stem}-*.arrow"), self.folder / "manifest.json"]:
+            shards = record.parent.parent.glob(f"{record.stem}-*.arrow")
+            for path in [record, *shards, self.folder / "manifest.json"]:
                 if path.exists():
                     rename(path, folder / path.name)
 
     def commit(self, record: Commit) -> None:
         """Make one finished unit count."""
-        put_if_absent(self.folder / "commits" / f"{record.unit:05d}.json", to_json(record))
+        put_if_absent(self.part(record.unit) / "commits" / f"{record.unit:05d}.json", to_json(record))
 
     def manifest(self) -> Manifest | None:
         """The sealed manifest; None where it or a file it names is missing or damaged and must be made again."""
@@ -134,6 +171,20 @@ class Store:
         places = (inside(self.folder, name), inside(self.folder, "tokenizer", name))
         return any(path.is_file() and sha256_of(path) == digest for path in places)
 
+    def is_all(self, manifest: Manifest, done: Mapping[int, Commit]) -> bool:
+        """Whether a manifest names what was asked for, every unit of it being done."""
+        return len(manifest.commits) >= self.asked and all(done.get(c.unit) == c for c in manifest.commits)
+
+    def refuse_gaps(self, done: Mapping[int, Commit]) -> None:
+        """Raise Mismatch where a unit of an addition is not done that this command was not asked for."""
+        gaps = [unit for unit in range(len(self.plan.units)) if unit not in done]
+        if gaps:
+            raise Mismatch(
+                f"{self.folder}: unit {gaps[0]} belongs to what was added, and this command does not make it",
+                kept="every finished unit",
+                next=f"repeat the xkd-cache add command that began it, or xkd-cache repair {self.root}",
+            )
+
     def seal(self, commits: dict[int, Commit], constants: dict[str, Any], files: dict[str, str]) -> Manifest:
         """Write the manifest once all units are done, and remove files that no record names."""
         ordered = tuple(commits[unit] for unit in range(len(self.plan.units)))
@@ -148,49 +199,34 @@ class Store:
         with disk_errors(self.root):
             for path in self.root.glob(".tmp-*"):
                 remove(path)
-        _write_root_files(self.root)
+        write_root_files(self.root)
 
     def _sweep(self, commits: tuple[Commit, ...]) -> None:
         shards = {c.file for c in commits}
         rejects = {c.rejects.file for c in commits if c.rejects is not None}
         with disk_errors(self.folder):
-            for path in self.folder.glob("[0-9]*.arrow"):
-                if path.name not in shards:
-                    remove(path)
-            for path in (self.folder / "rejects").glob("*.jsonl"):
-                if path.name not in rejects:
-                    remove(path)
-            for folder in (self.folder, self.folder / "commits", self.folder / "rejects"):
-                for path in folder.glob(".tmp-*"):
+            for part in parts_of(self.folder):
+                loose = [path for path in part.glob("[0-9]*.arrow") if path.name not in shards]
+                loose += [path for path in (part / "rejects").glob("*.jsonl") if path.name not in rejects]
+                for folder in (part, part / "commits", part / "rejects"):
+                    loose += folder.glob(".tmp-*")
+                for path in loose:
                     remove(path)
 
 
-def _write_root_files(root: Path) -> None:
-    """README.md, so that `load_dataset(root)` works, and SHA256SUMS for `sha256sum -c`."""
-    _update(root / "README.md", readme(root).encode())
-    skip = {"LOCK", "SHA256SUMS"}
-    lines = []
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        relative = path.relative_to(root)
-        if relative.name in skip or relative.name.startswith(".tmp-") or "quarantine" in relative.parts:
-            continue
-        lines.append(f"{_sum(root, path)}  {relative.as_posix()}\n")
-    _update(root / "SHA256SUMS", "".join(lines).encode())
+GROWING: Final = ("corpus", "documents", "teacher_root")
+"""What of a spec is another after an addition."""
 
 
-def _update(path: Path, content: bytes) -> None:
-    if not path.is_file() or path.read_bytes() != content:
-        replace(path, content)
+def _same(one: Plan, other: Plan) -> bool:
+    return one.spec == other.spec and one.units == other.units
 
 
-def _sum(root: Path, path: Path) -> str:
-    """sha256 of a file; a shard's stands in its name's record already and is not read again."""
-    if path.suffix == ".arrow":
-        with contextlib.suppress(InputMissing, BadData):  # hashed below
-            commit = read_record(path.parent / "commits" / f"{path.name[:5]}.json", Commit)
-            if commit.file == path.name:
-                return commit.sha256
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise DiskFailed(f"{path.relative_to(root)}: {error.strerror}") from error
+def holds(part: Path, commit: Commit) -> bool:
+    """Whether the shard and the rejects that a record names are there and what it says."""
+    shard = inside(part, commit.file)
+    whole = shard.is_file() and shard.stat().st_size == commit.size and sha256_of(shard) == commit.sha256
+    if commit.rejects is not None:
+        rejects = inside(part, "rejects", commit.rejects.file)
+        whole = whole and rejects.is_file() and sha256_of(rejects) == commit.rejects.sha256
+    return whole

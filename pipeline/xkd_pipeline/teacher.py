@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from xkd_pipeline.build import Built, build
 from xkd_pipeline.capture import TeacherSettings, capture
 from xkd_pipeline.coded import codec_error, coded
-from xkd_pipeline.columns import documents_units, token_columns, token_counts
+from xkd_pipeline.columns import basis_of, token_columns, token_counts
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.measure import Reading
 from xkd_pipeline.run import Make, Workers
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_pipeline.teacher_files import constants_of, export, moments, std_of, weights_identity
+from xkd_schemas.additions import part_of
 from xkd_schemas.alignment_batch import token_ranges_all
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.encode import Encoder
@@ -40,6 +41,8 @@ class TeacherStage:
 
     root: Path
     folder: Path
+    starts: tuple[int, ...]
+    """First unit of each addition."""
     settings: TeacherSettings
     signals: tuple[str, ...]
 
@@ -68,7 +71,7 @@ class TeacherStage:
             sums = moments(tokens, captured, model) | stored.sums
             totals = Totals(counts=token_counts(documents, unit, tokens), sums=sums)
             marked = schema.with_metadata({**schema.metadata, **stored.metadata})
-            return write_shard(self.folder, unit, marked, columns, totals=totals)
+            return write_shard(part_of(self.folder, self.starts, unit), unit, marked, columns, totals=totals)
 
         return make
 
@@ -127,11 +130,18 @@ def teacher_layers(
 
 
 def make_teacher(
-    root: Path, name: str, settings: TeacherSettings, signals: Callable[[int], Sequence[Signal]], workers: Workers
+    root: Path,
+    name: str,
+    settings: TeacherSettings,
+    signals: Callable[[int], Sequence[Signal]],
+    workers: Workers,
+    *,
+    more: bool = False,
 ) -> Built:
     """Run the teacher over the documents and make the table teachers/NAME.
 
-    `signals` is asked once, with the teacher's number of layers.
+    `signals` is asked once, with the teacher's number of layers. With `more`, a finished table goes on over the
+    documents that were added since.
 
     Raises:
         InputMissing: The documents table is not finished, or the model is not there.
@@ -148,10 +158,11 @@ def make_teacher(
                 f"topk is {signal.top}, {settings.model} has {vocab_size} classes", next=f"--topk {vocab_size} at most"
             )
     columns = tuple(sorted({s.column for s in wanted}))
+    basis = basis_of(root / "teachers" / name, documents, more=more)
     spec = {
         "schema": TEACHERS_VERSION,
         "capture": CAPTURE_VERSION,
-        "documents": documents.manifest.root,
+        "documents": basis.root,
         "weights": weights_identity(settings.model),
         "encoder": encoder_of(settings).identity(),
         "signals": list(columns),
@@ -164,8 +175,10 @@ def make_teacher(
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
     }
     encoder_of(settings).encode(document_at(documents[0]))  # refuses a misfit template before anything is begun
-    store = Store(root, f"teachers/{name}", spec, documents_units(documents))
-    stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns)
+    store = Store(root, f"teachers/{name}", spec, basis.units, more=more)
+    stage = TeacherStage(
+        root=root, folder=store.folder, starts=store.plan.starts, settings=settings, signals=columns
+    )  # fmt: skip
     constants = constants_of(model)
 
     def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -86,6 +86,8 @@ class Generation(_Record):
     """Digest of their records."""
     root: str
     """Root of its manifest: what tables that were made from it name."""
+    constants: dict[str, Json]
+    """What was measured over it."""
 
 
 class _Growing(_Record):
@@ -145,6 +147,10 @@ class Manifest(_Growing):
         """Root of every state of the table, this one last, with the units that it has."""
         return {state.root: state.units for state in self.earlier} | {self.root: len(self.commits)}
 
+    def constants_at(self, root: str) -> dict[str, Json]:
+        """The constants of the state with that root; the last one's where no earlier state has it."""
+        return next((state.constants for state in self.earlier if state.root == root), self.constants)
+
 
 def canonical(value: Json) -> bytes:
     """JSON with sorted keys, no blanks and no NaN: equal values give equal bytes."""
@@ -171,7 +177,7 @@ def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], 
     for state in plan.earlier:
         now = commits_digest(commits[: state.units])
         root = state.root if now == state.commits else digest([state.root, now])
-        earlier.append(Generation(units=state.units, commits=now, root=root))
+        earlier.append(state.model_copy(update={"commits": now, "root": root}))
     manifest = Manifest(
         format=plan.format, min_reader=plan.min_reader, table=plan.table, spec=plan.spec, spec_id=digest(plan.spec),
         commits=commits, constants=constants, files=files, earlier=tuple(earlier), root="",

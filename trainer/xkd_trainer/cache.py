@@ -14,7 +14,7 @@ from torch import Tensor
 from xkd_schemas.documents import DOCUMENTS_VERSION
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import inside, sha256_of
-from xkd_schemas.manifest import differences, refuse_differences
+from xkd_schemas.manifest import Manifest, differences, refuse_differences
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Signal, signal_named
 from xkd_schemas.tokens import STUDENTS_VERSION
@@ -53,13 +53,16 @@ class Cache:
         self._check_origin(student)
 
     def _check_origin(self, student: str) -> None:
-        documents, teachers = self.documents.manifest.root, self.teachers.manifest.root
-        made_from = {"documents": documents, "teacher_root": teachers, "teacher documents": documents}
-        spec = self.students.manifest.spec
+        documents, teachers, spec = self.documents.manifest, self.teachers.manifest, self.students.manifest.spec
         found = {
             "documents": spec["documents"],
             "teacher_root": spec["teacher_root"],
-            "teacher documents": self.teachers.manifest.spec["documents"],
+            "teacher documents": teachers.spec["documents"],
+        }
+        made_from = {
+            "documents": _state(documents, spec["documents"]),
+            "teacher_root": _state(teachers, spec["teacher_root"]),
+            "teacher documents": _state(documents, teachers.spec["documents"]),
         }
         again = f"xkd-cache align {self.root} --student ... --name {student}-2"
         refuse_differences(self.students.folder, made_from, found, advice=again)
@@ -89,7 +92,7 @@ class Cache:
     @property
     def sizes(self) -> TeacherSizes:
         """Sizes and constants of the teacher."""
-        c = self.teachers.manifest.constants
+        c = self.teachers.manifest.constants_at(self.students.manifest.spec["teacher_root"])
         return TeacherSizes(
             name=self.teacher_name,
             num_layers=int(c["num_layers"]),
@@ -98,6 +101,11 @@ class Cache:
             hidden_std=float(c["hidden_std"]),
             embedding_std=float(c["embedding_std"]),
         )
+
+    @property
+    def not_used(self) -> int:
+        """Documents that were added to the cache after the student's table was made."""
+        return len(self.documents) - len(self.students)
 
     def require(self, loss: str, needed: tuple[Signal, ...]) -> None:
         """UsageError that names what `loss` needs and the cache lacks, with the command that adds it."""
@@ -149,6 +157,11 @@ class Cache:
         ids = {table.name: table[row]["doc_id"] for table in (self.documents, self.teachers, self.students)}
         if len(set(ids.values())) != 1:
             raise BadData(f"{self.root}: row {row} is another document in each table: {json.dumps(ids)}")
+
+
+def _state(manifest: Manifest, root: str) -> str:
+    """`root` where the table is, or once was, in that state; its last root where it never was."""
+    return root if root in manifest.roots else manifest.root
 
 
 def _is_there(root: Path) -> None:

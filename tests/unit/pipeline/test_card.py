@@ -85,11 +85,11 @@ def test_every_table_that_was_begun_is_listed_with_how_far_it_is(tmp_path: Path)
 
     assert [(s["table"], s["units"], s["done"], s["documents"], s["sealed"]) for s in states] == [
         ("documents", 3, 3, 12, True),
-        ("students/S", 3, 2, 8, False),
         ("teachers/T", 3, 3, 12, True),
+        ("students/S", 3, 2, 8, False),
     ]
-    for state, name in zip(states, CONFIGS, strict=True):
-        shards = sorted((copy / name).glob("*.arrow"))[: state["done"]]
+    for state in states:
+        shards = sorted((copy / state["table"]).glob("*.arrow"))[: state["done"]]
         assert state["bytes"] == sum(path.stat().st_size for path in shards)
 
 
