@@ -1,5 +1,5 @@
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -190,19 +190,23 @@ def test_statistics_are_zero_where_not_valid_and_read_nothing_there() -> None:
         assert not a[~valid].any()
 
 
-def test_the_logits_of_all_positions_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_logits_of_all_positions_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch, *, learns: bool) -> None:
     seen: list[int] = []
-    dense = LazyLogits.dense
 
-    def watched(self: LazyLogits) -> Tensor:
-        seen.append(self.hidden.shape[0])
-        return dense(self)
+    def watched(number: int, make: Any) -> Any:
+        def made(*arguments: Any) -> Tensor:
+            seen.append(arguments[number].hidden.shape[0])
+            return make(*arguments)
 
-    monkeypatch.setattr(LazyLogits, "dense", watched)
+        return made
+
+    monkeypatch.setattr(LazyLogits, "dense", watched(0, LazyLogits.dense))
+    monkeypatch.setattr(head.Chunk, "of", watched(1, head.Chunk.of))
     monkeypatch.setattr(head, "CHUNK_BYTES", 64 * 4 * 10)
-    student = LazyLogits(hidden=torch.randn(95, 8), weight=torch.randn(64, 8))
+    student = LazyLogits(hidden=torch.randn(95, 8), weight=torch.randn(64, 8, requires_grad=learns))
 
     head_divergence(student, student, None, Comparison(kind="forward_kl", temperature=1.0))
 
-    assert max(seen) == 10
+    assert max(seen) == (10 if learns else 10 * head.WIDER)
     assert sum(seen) == 2 * 95

@@ -5,27 +5,28 @@ made for a few tokens at a time, and the gradient of that chunk is taken at once
 not grow with the number of tokens, and nothing is computed twice. Nothing here knows models, batches or papers.
 
 Shape legend for this file
-    N positions    D width of the states    V classes    C positions of one chunk    P positions of a part of it
+    N positions    D width of the states    V classes    C positions of one chunk
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from xkd_trainer.losses.divergence import Kind, divergence
+from xkd_trainer.losses.at_once import Made, made_at_once
+from xkd_trainer.losses.head_rows import Comparison as Comparison
+from xkd_trainer.losses.head_rows import Statistics as Statistics
+from xkd_trainer.losses.head_rows import cross_entropy_rows, divergence_rows, parts, slices, statistics_rows
 from xkd_trainer.losses.term import at_least_float32
 
-CHUNK_BYTES = 20 << 20
-"""Size of one chunk of logits; a divergence holds two, the student's and the teacher's, and about two temporaries."""
+CHUNK_BYTES = 16 << 20
+"""Size of one chunk of logits where the head learns: its gradient is memory enough. A divergence holds two chunks."""
 
-PART_ELEMENTS = 1 << 18
-"""Numbers of a chunk that softmaxes and their like are taken of at a time; products take the whole chunk."""
+WIDER = 3
+"""How many times as much where the head is a constant: large products cost less a position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,23 +57,19 @@ class LazyLogits:
         return at_least_float32(F.linear(self.hidden.to(self.weight.dtype), self.weight, self.bias))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """Which divergence, with its numbers; see `divergence.divergence`."""
+class Chunk:
+    """Memory for the logits of a chunk, used again for the next: fresh pages cost as much as a product."""
 
-    kind: Kind
-    temperature: float
-    skew: float = 0.1
-    adaptive_alpha: float = 0.5
+    def __init__(self, rows: int, logits: LazyLogits) -> None:
+        self._wide_CV = at_least_float32(logits.weight.new_empty(0)).new_empty(rows, logits.weight.shape[0])
 
-
-class Statistics(NamedTuple):
-    """What the logits say at each position, at temperature 1, without gradient."""
-
-    entropy: Tensor
-    """[...] nats, at least 0."""
-    peak: Tensor
-    """[...] probability of the likeliest class."""
+    def of(self, logits: LazyLogits) -> Tensor:
+        """Like `dense`, of at most so many rows [C, D]; valid until the next call."""
+        out_CV = self._wide_CV[: logits.hidden.shape[0]]
+        if logits.weight.dtype != out_CV.dtype:
+            return out_CV.copy_(F.linear(logits.hidden.to(logits.weight.dtype), logits.weight, logits.bias))
+        torch.mm(logits.hidden.to(out_CV.dtype), logits.weight.T, out=out_CV)
+        return out_CV if logits.bias is None else out_CV.add_(logits.bias)
 
 
 Pointwise = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
@@ -98,12 +95,11 @@ def head_statistics(logits: LazyLogits, valid: Tensor) -> Statistics:
     with torch.no_grad():
         for rows in chunks(chosen):
             logits_CV = chosen.at(rows).dense()
-            for part in _parts(logits_CV):
-                log_p_PV = logits_CV[part]
-                log_p_PV -= log_p_PV.logsumexp(-1, keepdim=True)
-                peak_N.append(log_p_PV.amax(-1).exp())
-                entropy_N.append(-torch.linalg.vecdot(log_p_PV.exp(), log_p_PV))
-    return Statistics(_scattered(entropy_N, valid, logits).clamp_min(0.0), _scattered(peak_N, valid, logits))
+            for part in parts(logits_CV):
+                found = statistics_rows(logits_CV[part])
+                entropy_N.append(found.entropy)
+                peak_N.append(found.peak)
+    return Statistics(_scattered(entropy_N, valid, logits), _scattered(peak_N, valid, logits))
 
 
 def head_argmax(logits: LazyLogits, valid: Tensor) -> Tensor:
@@ -144,14 +140,11 @@ def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
         Scalar with gradient by states, and by weight and bias where they require one. 0 where N is 0.
     """
 
+    one = at_least_float32(logits.weight.new_ones(()))
+
     def pointwise(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-        target_C1 = target_N[rows, None]
-        losses = []
-        for part in _parts(logits_CV):
-            log_q_PV, target_P1 = logits_CV[part], target_C1[part]
-            log_q_PV -= log_q_PV.logsumexp(-1, keepdim=True)
-            losses.append(-log_q_PV.gather(-1, target_P1)[:, 0])
-            log_q_PV.exp_().scatter_add_(-1, target_P1, -torch.ones_like(losses[-1])[:, None])
+        target_C = target_N[rows]
+        losses = [cross_entropy_rows(logits_CV[part], target_C[part], one) for part in parts(logits_CV)]
         return torch.cat(losses), logits_CV
 
     return weighted_sum(logits, None, pointwise)
@@ -180,51 +173,27 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
     """
     constant = teacher.detached()
 
-    def forward_kl(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    def pointwise(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
         teacher_CV, losses = constant.at(rows).dense(), []
-        for part in _parts(logits_CV):
-            log_p_PV, log_q_PV = teacher_CV[part].div_(how.temperature), logits_CV[part].div_(how.temperature)
-            log_p_PV -= log_p_PV.logsumexp(-1, keepdim=True)
-            log_q_PV -= log_q_PV.logsumexp(-1, keepdim=True)
-            p_PV = log_p_PV.exp()
-            losses.append(torch.linalg.vecdot(p_PV, log_p_PV.sub_(log_q_PV)))
-            log_q_PV.exp_().sub_(p_PV).div_(how.temperature)
+        for part in parts(logits_CV):
+            one_P1 = torch.ones_like(logits_CV[part, :1])
+            loss_P, logits_CV[part] = divergence_rows(logits_CV[part], teacher_CV[part], one_P1, how)
+            losses.append(loss_P)
         return torch.cat(losses), logits_CV
 
-    def other(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-        teacher_CV = constant.at(rows).dense()
-        losses = []
-        for part in _slices(logits_CV.shape[0], math.ceil(logits_CV.shape[0] / 8)):  # a dozen temporaries of this size
-            leaf_PV = logits_CV[part].detach().requires_grad_()
-            with torch.enable_grad():
-                loss_P = divergence(
-                    leaf_PV, teacher_CV[part], how.kind, temperature=how.temperature,
-                    skew=how.skew, adaptive_alpha=how.adaptive_alpha,
-                )  # fmt: skip
-                (slope_PV,) = torch.autograd.grad(loss_P.sum(), leaf_PV)
-            logits_CV[part] = slope_PV
-            losses.append(loss_P.detach())
-        return torch.cat(losses), logits_CV
-
-    return weighted_sum(student, weights_N, forward_kl if how.kind == "forward_kl" else other)
-
-
-def _parts(logits_CV: Tensor) -> Iterator[slice]:
-    """On a CPU, ranges of rows small enough for its cache; elsewhere all rows, as every piece is a kernel's launch."""
-    rows, classes = logits_CV.shape
-    return _slices(rows, max(1, PART_ELEMENTS // max(1, classes)) if logits_CV.device.type == "cpu" else max(1, rows))
-
-
-def _slices(num: int, size: int) -> Iterator[slice]:
-    """0 to `num` in ranges of at most `size`."""
-    for first in range(0, num, size):
-        yield slice(first, min(first + size, num))
+    return weighted_sum(student, weights_N, pointwise)
 
 
 def chunks(logits: LazyLogits) -> Iterator[slice]:
-    """Ranges of positions whose logits take at most CHUNK_BYTES, one position at least."""
+    """Ranges of positions that are worked on at a time."""
+    return slices(0, logits.hidden.shape[0], max(1, rows_at_once(logits)))
+
+
+def rows_at_once(logits: LazyLogits) -> int:
+    """Positions of a chunk, one at least where there is one."""
     row_bytes = logits.weight.shape[0] * max(4, logits.weight.dtype.itemsize)
-    return _slices(logits.hidden.shape[0], max(1, CHUNK_BYTES // max(1, row_bytes)))
+    chunk_bytes = CHUNK_BYTES if logits.weight.requires_grad else WIDER * CHUNK_BYTES
+    return min(max(1, chunk_bytes // max(1, row_bytes)), logits.hidden.shape[0])
 
 
 def _scattered(parts: list[Tensor], valid: Tensor, logits: LazyLogits) -> Tensor:
@@ -239,49 +208,46 @@ def weighted_sum(logits: LazyLogits, weights_N: Tensor | None, pointwise: Pointw
     """Sum of weight times pointwise loss, with the gradient taken chunk by chunk."""
     if weights_N is None:
         weights_N = torch.ones(logits.hidden.shape[0], device=logits.hidden.device)
-    total: Tensor = _WeightedSum.apply(  # type: ignore[no-untyped-call]
-        logits.hidden, logits.weight, logits.bias, weights_N.detach(), pointwise
-    )
-    return total
+    constant_N = at_least_float32(weights_N.detach())
+
+    def make(wanted: Sequence[bool], inputs: Sequence[Any]) -> Made:
+        given = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
+        slopes = HeadSlopes(given, wanted)
+        total = at_least_float32(given.weight.new_zeros(()))
+        chunk = Chunk(rows_at_once(given), given)
+        for rows in chunks(given):
+            loss_C, slope_CV = pointwise(rows, chunk.of(given.at(rows)))
+            total += (loss_C * constant_N[rows]).sum()
+            slope_CV *= constant_N[rows, None]
+            slopes.add(rows, slope_CV)
+        return total, total.new_zeros(0), slopes.by_input()
+
+    return made_at_once(make, logits.hidden, logits.weight, logits.bias)[0]
 
 
-class _WeightedSum(torch.autograd.Function):
-    """Loss and gradients in one pass over the chunks; backward multiplies them by the upstream scalar."""
+class HeadSlopes:
+    """Gradients of a sum by states, head and bias, from those by the logits of one chunk after another."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weights_N: Tensor, pointwise: Pointwise
-    ) -> Tensor:
-        """Walk over the chunks."""
-        logits = LazyLogits(hidden=hidden_ND, weight=weight_VD, bias=bias_V)
-        wide_VD = at_least_float32(weight_VD.new_empty(0))
-        total, weights_N = wide_VD.new_zeros(()), weights_N.to(wide_VD.dtype)
-        hidden_slope = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        weight_slope = wide_VD.new_zeros(weight_VD.shape) if ctx.needs_input_grad[1] else None
-        bias_slope = wide_VD.new_zeros(bias_V.shape) if bias_V is not None and ctx.needs_input_grad[2] else None
-        for rows in chunks(logits):
-            loss_C, slope_CV = pointwise(rows, logits.at(rows).dense())
-            total += (loss_C * weights_N[rows]).sum()
-            slope_CV *= weights_N[rows, None]
-            if hidden_slope is not None:
-                hidden_slope[rows] = (slope_CV.to(weight_VD.dtype) @ weight_VD).to(hidden_ND.dtype)
-            if weight_slope is not None:
-                weight_slope.addmm_(slope_CV.T, hidden_ND[rows].to(wide_VD.dtype))
-            if bias_slope is not None:
-                bias_slope += slope_CV.sum(0)
-        ctx.save_for_backward(hidden_slope, weight_slope, bias_slope)
-        ctx.head_dtype = weight_VD.dtype
-        return total
+    def __init__(self, logits: LazyLogits, wanted: Sequence[bool]) -> None:
+        wide = at_least_float32(logits.weight.new_empty(0))
+        self._logits = logits
+        self.hidden_ND = torch.zeros_like(logits.hidden) if wanted[0] else None
+        self.weight_VD = wide.new_empty(logits.weight.shape) if wanted[1] else None
+        self.bias_V = wide.new_zeros(logits.bias.shape) if logits.bias is not None and wanted[2] else None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward pass has stored."""
-        hidden_slope, weight_slope, bias_slope = ctx.saved_tensors
-        return (
-            None if hidden_slope is None else hidden_slope * upstream.to(hidden_slope.dtype),
-            None if weight_slope is None else (weight_slope * upstream).to(ctx.head_dtype),
-            None if bias_slope is None else (bias_slope * upstream).to(ctx.head_dtype),
-            None,
-            None,
-        )
+    def add(self, rows: slice, slope_CV: Tensor) -> None:
+        """The positions of a chunk; every position once, the first ones first."""
+        hidden_ND, weight_VD = self._logits.hidden, self._logits.weight
+        if self.hidden_ND is not None:
+            self.hidden_ND[rows] = (slope_CV.to(weight_VD.dtype) @ weight_VD).to(hidden_ND.dtype)
+        if self.weight_VD is not None:
+            beta = 0 if rows.start == 0 else 1  # the first chunk overwrites
+            self.weight_VD.addmm_(slope_CV.T, hidden_ND[rows].to(slope_CV.dtype), beta=beta)
+        if self.bias_V is not None:
+            self.bias_V += slope_CV.sum(0)
+
+    def by_input(self) -> list[Tensor | None]:
+        """By states, weight and bias."""
+        if self.weight_VD is not None and not len(self._logits.hidden):
+            self.weight_VD.zero_()
+        return [self.hidden_ND, self.weight_VD, self.bias_V]
