@@ -20,7 +20,7 @@ OTHER, SAME = "S-all", "T-all"
 """Student tables: another tokenizer than the teacher's, and the teacher's own."""
 
 
-NEEDS_ONE_TOKENIZER = ("kl", "dskd")
+NEEDS_ONE_TOKENIZER = ("kl", "dskd", "fdd")
 
 
 FOR_PRETRAINED = ("dskd_v2",)

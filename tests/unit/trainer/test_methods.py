@@ -15,10 +15,11 @@ from torch import Tensor
 import slow_dwa
 import slow_losses as slow
 import tiny_models as tiny
+from poison import poisoned
 from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
-from xkd_trainer.batch import Batch, Level, blank
+from xkd_trainer.batch import Batch, blank
 from xkd_trainer.distiller import Distiller
 from xkd_trainer.losses.term import LossTerm
 from xkd_trainer.losses.vocabulary import shared_vocabulary
@@ -389,42 +390,6 @@ def test_a_blank_batch_adds_exactly_nothing(loss: str) -> None:
     assert total == 0.0
     assert all(float(g.abs().max()) == 0.0 for g in slopes.values())
     assert gradients(made.distiller, [blank(batch)], counts)[0] == 0.0  # nor where the whole step is blank
-
-
-def poisoned(batch: Batch) -> Batch:
-    """The same batch with other values wherever nothing is valid."""
-
-    def fill(values: Tensor | None, valid: Tensor, with_: float) -> Any:
-        if values is None:
-            return None
-        mask = valid.reshape(*valid.shape, *[1] * (values.ndim - valid.ndim))
-        return values.masked_fill(~mask, with_)
-
-    def level(one: Level) -> Level:
-        both = one.valid_BU[:, :, None] & one.valid_BU[:, None, :]
-        return replace(
-            one,
-            mass_BU=fill(one.mass_BU, one.valid_BU, 7.0),
-            cosines_BUU=fill(one.cosines_BUU, both, 0.3),
-            vectors_BUD=fill(one.vectors_BUD, one.valid_BU, 5.0),
-        )
-
-    s, n, m, r = (
-        batch.student_valid_BS, batch.predict_valid_BN, batch.teacher_predict_valid_BM, batch.teacher_valid_BR
-    )  # fmt: skip
-    return replace(
-        batch,
-        student_ids_BS=fill(batch.student_ids_BS, s, 77),
-        predict_BN=fill(batch.predict_BN, n, 2),
-        target_BN=fill(batch.target_BN, n, 55),
-        teacher_predict_BM=fill(batch.teacher_predict_BM, m, 1),
-        teacher_input_BM=fill(batch.teacher_input_BM, m, 44),
-        teacher_target_BM=fill(batch.teacher_target_BM, m, 33),
-        teacher_hidden_BRD=fill(batch.teacher_hidden_BRD, r, math.nan),
-        teacher_attention_BR=fill(batch.teacher_attention_BR, r, math.nan),
-        teacher_entropy_BM=fill(batch.teacher_entropy_BM, m, math.nan),
-        levels=tuple(level(one) for one in batch.levels),
-    )
 
 
 @pytest.mark.parametrize("loss", ALL)

@@ -14,6 +14,7 @@ from xkd_trainer.methods.declaration import Declaration
 from xkd_trainer.methods.dskd import DSKD, DSKD_CMA
 from xkd_trainer.methods.dskd_v2 import DSKD_V2
 from xkd_trainer.methods.dwa import DWA
+from xkd_trainer.methods.fdd import FDD
 from xkd_trainer.methods.kl import KL
 from xkd_trainer.methods.mined import MINED
 from xkd_trainer.methods.mta import MTA
@@ -22,7 +23,7 @@ from xkd_trainer.methods.sra import SRA
 from xkd_trainer.methods.uld import ULD
 
 LOSSES: Mapping[str, Declaration] = {
-    d.name: d for d in (CE, KL, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT)
+    d.name: d for d in (CE, KL, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT)
 }
 """The losses that come with XKD."""
 

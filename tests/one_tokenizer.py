@@ -1,0 +1,115 @@
+"""The tiny cache once more, with every layered signal of its teacher, and students of one tokenizer and of another.
+
+`ready(loss, ...)` is that loss built alone on it, with a batch. The teacher has 4 layers of width 32, students have as
+many layers as asked for, width 16; words are read in layer 2, phrases in layers 3 and 4.
+"""
+
+import functools
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tiny_models as tiny
+from xkd_pipeline.capture import TeacherSettings
+from xkd_pipeline.run import Workers
+from xkd_pipeline.stages import align_stage
+from xkd_pipeline.teacher import make_teacher
+from xkd_schemas.teacher import Signal
+from xkd_trainer.batch import Batch
+from xkd_trainer.distiller import Distiller
+from xkd_trainer.losses.term import LossTerm
+from xkd_trainer.setup import Ready, set_up
+from xkd_trainer.stream import batch_of
+
+ROWS = (3, 19, 0, 11)
+LAYERS = (1, 2, 3, 4)
+LEVELS = ((2, "word"), (3, "phrase"), (4, "phrase"))
+SIGNALS = (
+    *(Signal(name) for name in ("hidden_last", "attention_last", "entropy", "argmax")),
+    *(Signal(name, layer) for name in ("hidden", "attention", "centrality") for layer in LAYERS),
+    *(Signal(name, *level) for name in ("span_mass", "span_geometry", "span_vectors") for level in LEVELS),
+)
+SAME, OTHER = "same", "other"
+"""Student tables: with the teacher's tokenizer, and with another one."""
+
+
+@functools.cache
+def cache() -> Path:
+    """Documents of the tiny cache, its teacher with all signals, and both student tables."""
+    small = tiny.tiny_cache()
+    folder = small.root / "one-tokenizer"
+    shutil.copytree(small.cache / "documents", folder / "documents")
+    settings = TeacherSettings(model=str(small.teacher), template="none", dtype="float32", batch_tokens=256)
+    make_teacher(folder, "teacher", settings, lambda _: SIGNALS, Workers(count=0))
+    for name in (SAME, OTHER):
+        align_stage(small.run(cache=str(folder), student__model=student(name), student__name=name), Workers(count=0))
+    return folder
+
+
+@functools.cache
+def student(table: str, depth: int = 4) -> str:
+    """A student with a tokenizer of that table."""
+    kind = tiny.TEACHER_TOKENIZER if table == SAME else tiny.STUDENT_TOKENIZER
+    folder = tiny.tiny_cache().root / f"student-{table}-{depth}"
+    return str(tiny.saved(tiny.llama(kind, seed=2, layers=depth, tied=False), kind, folder))
+
+
+def ready(
+    loss: str, *, table: str = SAME, depth: int = 4, model: str = "", more: str = "", **settings: Any
+) -> tuple[Ready, Batch]:
+    """A loss built alone (or with `more` others), and a batch for it."""
+    run = tiny.tiny_cache().run(
+        cache=str(cache()), loss=f"ce=0,{loss}=1{more}", losses={loss: settings},
+        student__model=model or student(table, depth),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = set_up(run, table)
+    return made, batch_of(made.cache, ROWS, made.wanted)
+
+
+def terms_of(distiller: Distiller, batch: Batch) -> dict[str, LossTerm]:
+    """The terms of the only loss."""
+    found: dict[str, LossTerm] = {}
+    (name,) = distiller.losses
+    handle = distiller.losses[name].register_forward_hook(lambda _m, _i, out: found.update(out))
+    ones: Mapping[str, Tensor] = {name: torch.ones(()) for name in distiller.counts(batch)}
+    distiller(batch, ones, 0)
+    handle.remove()
+    return found
+
+
+def means(made: Ready, batch: Batch) -> dict[str, float]:
+    """Every term divided by its count."""
+    return {name: float((t.total / t.count).detach()) for name, t in terms_of(made.distiller, batch).items()}
+
+
+def numbers(column: Any) -> Tensor:
+    """A column of bfloat16 bits as float32."""
+    return (torch.from_numpy(column.astype("int32")) << 16).view(torch.float32)
+
+
+@torch.no_grad()
+def states_of(made: Ready, row: int) -> list[Tensor]:
+    """The student's states of one document without padding, Hugging Face indices."""
+    ids = torch.tensor([made.cache.students[row]["token_ids"].tolist()])
+    out = made.distiller.student(input_ids=ids, output_hidden_states=True)
+    return [states[0] for states in out.hidden_states]
+
+
+def only(batch: Batch, place: int) -> Batch:
+    """The batch with no prediction, span or level valid but those of one document."""
+
+    def mask(values: Tensor) -> Tensor:
+        kept = torch.zeros_like(values)
+        kept[place] = values[place]
+        return kept
+
+    names = ("predict_valid_BN", "span_valid_BK", "pair_valid_BE", "teacher_predict_valid_BM")
+    masks: dict[str, Any] = {name: mask(getattr(batch, name)) for name in names}
+    levels = tuple(replace(level, valid_BU=mask(level.valid_BU)) for level in batch.levels)
+    return replace(batch, levels=levels, **masks)

@@ -1,0 +1,252 @@
+"""FDD: its equations against loops, and wired to a cache of one tokenizer."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+
+import one_tokenizer as one
+import slow_fdd as slow
+import tiny_models as tiny
+from one_step import gradients
+from poison import poisoned
+from xkd_schemas.errors import BadData, UsageError
+from xkd_trainer.batch import blank
+from xkd_trainer.losses import fdd
+from xkd_trainer.losses.fdd import FddSettings, derivative
+from xkd_trainer.losses.head import LazyLogits
+from xkd_trainer.methods.declaration import Levels
+from xkd_trainer.methods.fdd import needs
+from xkd_trainer.stream import batch_of
+
+F64 = torch.float64
+TERMS = ("final", "trajectory", "derivative")
+
+
+def drawn(seed: int, num: int, layers: int, width: int, classes: int, *, bias: bool = True) -> LazyLogits:
+    g = torch.Generator().manual_seed(seed)
+    return LazyLogits(
+        hidden=torch.randn(num, layers, width, generator=g, dtype=F64),
+        weight=torch.randn(classes, width, generator=g, dtype=F64),
+        bias=torch.randn(classes, generator=g, dtype=F64) if bias else None,
+    )
+
+
+# The equation
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31), num=st.integers(0, 5), layers=st.integers(2, 4), tau=st.sampled_from([0.5, 1.0, 2.0])
+)
+def test_the_derivative_is_the_loops_over_predictions_and_layers(seed: int, num: int, layers: int, tau: float) -> None:
+    student, teacher = drawn(seed, num, layers, 3, 7), drawn(seed + 1, num, layers, 5, 7)
+
+    found = derivative(student, teacher, tau)
+
+    both = zip(teacher.dense().tolist(), student.dense().tolist(), strict=True)
+    assert float(found) == pytest.approx(math.fsum(slow.derivative(t, s, tau) for t, s in both), rel=1e-9, abs=1e-12)
+
+
+def test_the_derivative_has_the_right_gradient_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = drawn(1, 4, 3, 3, 6), drawn(2, 4, 3, 5, 6)
+    leaves = [t.requires_grad_() for t in (student.hidden, student.weight, student.bias) if t is not None]
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return derivative(LazyLogits(hidden=hidden, weight=weight, bias=bias), teacher, 2.0)
+
+    assert torch.autograd.gradcheck(loss, leaves)
+    whole = loss(*leaves)
+    slopes = torch.autograd.grad(whole, leaves)
+    monkeypatch.setattr(fdd, "CHUNK_BYTES", 1)
+    assert torch.autograd.gradcheck(loss, leaves)
+    torch.testing.assert_close(loss(*leaves), whole)
+    torch.testing.assert_close(torch.autograd.grad(loss(*leaves), leaves), slopes)
+
+
+def test_the_teacher_gets_no_gradient() -> None:
+    student, teacher = drawn(1, 4, 3, 3, 6), drawn(2, 4, 3, 5, 6)
+    for t in (student.hidden, teacher.hidden, teacher.weight):
+        t.requires_grad_()
+
+    derivative(student, teacher, 1.0).backward()
+
+    assert student.hidden.grad is not None
+    assert teacher.hidden.grad is None
+    assert teacher.weight.grad is None
+
+
+@hypothesis_settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_the_derivative_is_zero_for_the_teacher_and_does_not_see_a_constant_added_to_logits(seed: int) -> None:
+    teacher, student = drawn(seed, 3, 3, 4, 6), drawn(seed + 1, 3, 3, 4, 6)
+
+    assert float(derivative(teacher, teacher, 1.0)) == pytest.approx(0.0, abs=1e-12)
+    shifted = replace(student, bias=student.bias + 5.0 if student.bias is not None else None)
+    torch.testing.assert_close(derivative(shifted, teacher, 1.0), derivative(student, teacher, 1.0))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4])
+def test_layers_that_are_all_alike_are_finite_and_have_no_gradient(value: float) -> None:
+    teacher = drawn(3, 2, 3, 4, 6)
+    hidden = torch.full((2, 3, 4), value, dtype=F64, requires_grad=True)
+
+    found = derivative(replace(teacher, hidden=hidden), teacher, 1.0)
+    found.backward()
+
+    assert float(found.detach()) == pytest.approx(2.0)
+    assert hidden.grad is not None
+    assert (hidden.grad == 0).all()
+    assert float(derivative(drawn(1, 0, 2, 4, 6), drawn(2, 0, 2, 4, 6), 1.0)) == 0.0
+
+
+# Wired to a cache
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 2.0}, {"layers": [2, 4]}, {"layers": [1, 3]}])
+def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any]) -> None:
+    made, batch = one.ready("fdd", **settings)
+    tau, picked = settings.get("temperature", 1.0), settings.get("layers", [1, 2, 3, 4])
+    heads = made.distiller.student.get_output_embeddings().weight.detach(), made.cache.head().weight_VD
+    classes = len(tiny.tokenizer_of(tiny.TEACHER_TOKENIZER))
+    totals, count = dict.fromkeys(TERMS, 0.0), 0
+    for row in one.ROWS:
+        teacher, states = made.cache.teachers[row], one.states_of(made, row)
+        targets = teacher["targets"].tolist()
+        predict = [t for t in range(len(targets) - 1) if targets[t + 1]]
+        kept = [t for t in range(len(targets)) if targets[t] or (t + 1 < len(targets) and targets[t + 1])]
+        last = one.numbers(teacher["hidden_last"])[[kept.index(t) for t in predict]]
+        theirs = {layer: one.numbers(teacher[f"hidden@{layer}"])[predict] for layer in (1, 2, 3)} | {4: last}
+        mine = {layer: states[layer][predict] for layer in (1, 2, 3, 4)}
+        s, t = (
+            {layer: (x.double() @ head.double().T)[:, :classes].div(tau).log_softmax(-1) for layer, x in side.items()}
+            for head, side in zip(heads, (mine, theirs), strict=True)
+        )
+        for n in range(len(predict)):
+            kl = {layer: float((t[layer][n].exp() * (t[layer][n] - s[layer][n])).sum()) for layer in t}
+            totals["final"] += kl[4]
+            totals["trajectory"] += sum(kl[layer] for layer in picked) / len(picked)
+            changes = [[side[b][n] - side[a][n] for a, b in pairwise(picked)] for side in (s, t)]
+            cosines = [float(torch.cosine_similarity(x, y, dim=0)) for x, y in zip(*changes, strict=True)]
+            totals["derivative"] += 1 - sum(cosines) / len(cosines)
+            count += 1
+
+    found = one.terms_of(made.distiller, batch)
+
+    assert sorted(found) == sorted(TERMS)
+    for name, term in found.items():
+        assert float(term.total.detach()) == pytest.approx(totals[name], rel=2e-4), name
+        assert float(term.count) == count > 20
+        assert float(made.distiller.counts(batch)[f"fdd.{name}"]) == count
+
+
+def test_a_teacher_as_its_own_student_is_at_distance_zero_up_to_the_cache() -> None:
+    made, batch = one.ready("fdd", model=str(tiny.tiny_cache().teacher))
+
+    found = one.means(made, batch)
+
+    other = one.means(*one.ready("fdd"))
+    for name, value in found.items():
+        assert abs(value) < 1e-3 < other[name], name
+
+
+def test_each_term_teaches_the_layers_it_reads_and_the_head() -> None:
+    made, batch = one.ready("fdd", layers=[1, 2], student_layers=[1, 3])
+    body = made.distiller.student.base_model.layers
+    for name, deepest in (("final", 4), ("trajectory", 3), ("derivative", 3)):
+        made.distiller.zero_grad(set_to_none=True)
+        one.terms_of(made.distiller, batch)[name].total.backward()
+        reached = [any(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters()) for block in body]
+        assert reached == [layer <= deepest for layer in (1, 2, 3, 4)], name
+        assert made.distiller.student.get_output_embeddings().weight.grad.abs().sum() > 0
+    assert list(made.distiller.losses.parameters()) == []
+
+
+def test_micro_batches_add_up_and_a_blank_one_adds_nothing() -> None:
+    made, whole = one.ready("fdd")
+    cut = [batch_of(made.cache, one.ROWS[i : i + 2], made.wanted) for i in (0, 2)]
+    counts = made.distiller.counts(whole)
+
+    expected, at_once = gradients(made.distiller, [whole], counts)
+    found, many = gradients(made.distiller, [*cut, blank(whole)], counts)
+
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name in at_once:
+        scale = max(1.0, float(at_once[name].abs().max()))
+        torch.testing.assert_close(many[name] / scale, at_once[name] / scale, rtol=1e-4, atol=1e-5, msg=name)
+    assert gradients(made.distiller, [blank(whole)], counts)[0] == 0.0
+    assert all(float(n) == 0 for n in made.distiller.counts(blank(whole)).values())
+
+
+def test_what_stands_at_padding_and_at_other_tokens_changes_no_bit_of_loss_or_gradient() -> None:
+    made, batch = one.ready("fdd")
+    counts = made.distiller.counts(batch)
+    clean, slopes = gradients(made.distiller, [batch], counts)
+    assert batch.teacher_kept_BR is not None
+    places_BM = batch.teacher_kept_BR.gather(1, batch.teacher_predict_BM)
+    counted = torch.zeros_like(batch.teacher_ids_BT).scatter_add(1, places_BM, batch.teacher_predict_valid_BM.long())
+    prompts = tuple(
+        replace(s, hidden_BTD=s.hidden_BTD.masked_fill(counted[..., None] == 0, math.nan)) for s in batch.token_states
+    )
+
+    for changed in (poisoned(batch), replace(batch, token_states=prompts)):
+        dirty, others = gradients(made.distiller, [changed], counts)
+        assert dirty == clean
+        for name, slope in slopes.items():
+            assert torch.equal(slope, others[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "terms"),
+    [
+        ({"layers": [4]}, ["final", "trajectory"]),
+        ({"final": 0.0}, ["derivative", "trajectory"]),
+        ({"trajectory": 0.0, "derivative": 0.0}, ["final"]),
+    ],
+)
+def test_a_part_without_weight_or_without_a_second_layer_is_no_term(settings: dict[str, Any], terms: Any) -> None:
+    made, batch = one.ready("fdd", **settings)
+
+    assert sorted(one.terms_of(made.distiller, batch)) == sorted(made.distiller.loss("fdd").weights(0)) == terms
+    assert sorted(made.distiller.counts(batch)) == [f"fdd.{name}" for name in terms]
+
+
+def test_needs_are_the_last_states_and_those_of_the_picked_layers_below() -> None:
+    levels = Levels([(15, "word"), (30, "phrase")], num_layers=30, states=[15, 22, 30])
+
+    assert [s.column for s in needs(FddSettings(), levels)] == ["hidden_last", "hidden@15", "hidden@22"]
+    assert [s.column for s in needs(FddSettings(layers=(30, 7)), levels)] == ["hidden_last", "hidden@7"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [5]}, r"fdd.layers: layer 5 does not exist, the teacher has layers 1 to 4|needs hidden@5"),
+        ({"layers": [2, 4], "student_layers": [1]}, r"fdd.student_layers has 1 layers for the teacher's 2, 4"),
+        ({"layers": [2], "student_layers": [5]}, r"layer 5 does not exist, the student has layers 1 to 4"),
+        ({"layers": [2, 4], "student_layers": [3, 3]}, r"read a layer twice .*3 beside 2, 3 beside 4\). Next: --set"),
+        ({"final": 0.0, "trajectory": 0.0, "layers": [3]}, r"loss fdd has no term left"),
+        ({"table": one.OTHER}, r"loss fdd needs one tokenizer on both sides"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_trained(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        one.ready("fdd", **settings)
+
+
+def test_a_student_too_shallow_for_the_layers_is_refused_and_a_document_of_other_length_too() -> None:
+    with pytest.raises(UsageError, match=r"fdd would read a layer twice .*Next: --set losses.fdd.layers"):
+        one.ready("fdd", depth=2)
+    made, batch = one.ready("fdd")
+    with pytest.raises(BadData, match="responses of different length"):
+        made.distiller.counts(replace(batch, teacher_predict_valid_BM=~batch.teacher_predict_valid_BM))
+    with pytest.raises(ValidationError):
+        FddSettings(layers=(0,))

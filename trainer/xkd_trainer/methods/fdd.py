@@ -1,0 +1,122 @@
+"""FDD wired to the cache: which layers, and both models' states there at the positions that predict.
+
+Shape legend: see batch.py; P picked layers, N predictions of all documents, d the student's width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from xkd_schemas.errors import UsageError
+from xkd_schemas.teacher import Signal
+from xkd_trainer.batch import Batch, gather_rows
+from xkd_trainer.losses.fdd import FddSettings, derivative
+from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
+from xkd_trainer.losses.term import LossTerm, term
+from xkd_trainer.methods.declaration import Context, Declaration, Levels, StudentPass
+from xkd_trainer.methods.dual_space import TeacherHead, teacher_states
+from xkd_trainer.methods.kl import first_classes
+from xkd_trainer.methods.layers import paired_layers
+from xkd_trainer.methods.one_tokenizer import refuse_other_predictions, refuse_two_tokenizers
+
+
+def picked(settings: FddSettings, levels: Levels) -> tuple[int, ...]:
+    """Teacher layers, lowest first; see `FddSettings.layers`."""
+    return tuple(sorted(settings.layers)) or (*levels.states, levels.num_layers)
+
+
+def needs(settings: FddSettings, levels: Levels) -> tuple[Signal, ...]:
+    """Last states, and those of the picked layers below."""
+    inner = [layer for layer in picked(settings, levels) if layer != levels.num_layers]
+    return (Signal("hidden_last"), *(Signal("hidden", layer) for layer in inner))
+
+
+class Fdd(nn.Module):
+    """Terms `final`, `trajectory` and `derivative`, those that have a weight; each per prediction."""
+
+    attention = False
+
+    def __init__(self, settings: FddSettings, context: Context) -> None:
+        super().__init__()
+        refuse_two_tokenizers("fdd", context)
+        self.settings = settings
+        self.last = context.teacher_layers
+        self.student_last = context.student_layers
+        self.pairs = paired_layers("fdd", picked(settings, context.levels), settings.student_layers, context)
+        self.layers = tuple(sorted(student for _, student in self.pairs))
+        factors = {
+            "final": settings.final,
+            "trajectory": settings.trajectory,
+            "derivative": settings.derivative if len(self.pairs) > 1 else 0.0,
+        }
+        self.factors = {name: factor for name, factor in factors.items() if factor > 0}
+        if not self.factors:
+            raise UsageError("loss fdd has no term left: all its weights are 0, or one layer has no derivative")
+        self.how = Comparison(kind="forward_kl", temperature=settings.temperature)
+        self.head = TeacherHead(context, "fdd")
+        self.classes = max(context.student_vocab.values()) + 1
+        """Ids of the tokenizer; heads may have rows beyond them, and not the same number."""
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """Those of the settings."""
+        return self.factors
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Predictions.
+
+        Raises:
+            BadData: A document has not the same number of predictions in both models.
+        """
+        refuse_other_predictions("fdd", batch)
+        return dict.fromkeys(self.factors, batch.num_predictions)
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+        """Both models' states, read with their heads, layer by layer."""
+        sums: dict[str, Tensor] = {}
+        layers = [self._layer(batch, student, *pair) for pair in self.pairs]
+        if "final" in self.factors or ("trajectory" in self.factors and self._ends_with_the_last()):
+            sums["final"] = head_divergence(*self._layer(batch, student, self.last, self.student_last), None, self.how)
+        if "trajectory" in self.factors:
+            inner = layers[:-1] if self._ends_with_the_last() else layers
+            parts = [head_divergence(*pair, None, self.how) for pair in inner]
+            parts += [sums["final"]] if self._ends_with_the_last() else []
+            sums["trajectory"] = torch.stack(parts).mean(0)
+        if "derivative" in self.factors:
+            own, theirs = (_stacked(side) for side in zip(*layers, strict=True))
+            sums["derivative"] = derivative(own, theirs, self.how.temperature)
+        return {name: term(sums[name], batch.num_predictions) for name in self.factors}
+
+    def _ends_with_the_last(self) -> bool:
+        return self.pairs[-1] == (self.last, self.student_last)
+
+    def _layer(
+        self, batch: Batch, student: StudentPass, teacher_layer: int, student_layer: int
+    ) -> tuple[LazyLogits, LazyLogits]:
+        """Student's and teacher's logits of one layer at all valid predictions, not made yet."""
+        valid_BN, own = batch.predict_valid_BN, student.logits
+        if student_layer != self.student_last:
+            own = replace(own, hidden=gather_rows(student.states.layers[student_layer], batch.predict_BN))
+        if teacher_layer == self.last:
+            theirs = self.head(teacher_states(batch))
+        else:
+            hidden_BTD, kept_BR = batch.states(teacher_layer).hidden_BTD, batch.teacher_kept_BR
+            assert hidden_BTD is not None
+            assert kept_BR is not None
+            theirs = self.head(gather_rows(hidden_BTD, kept_BR.gather(1, batch.teacher_predict_BM)).float())
+        return first_classes(own, self.classes).at(valid_BN), first_classes(theirs, self.classes).at(valid_BN)
+
+
+def _stacked(layers: tuple[LazyLogits, ...]) -> LazyLogits:
+    """One head's logits of several layers, states [N, P, D]."""
+    return replace(layers[0], hidden=torch.stack([logits.hidden for logits in layers], dim=1))
+
+
+FDD = Declaration(
+    name="fdd",
+    source="FDD, as the base loss of MTA, arXiv 2605.01374",
+    settings=FddSettings,
+    needs=needs,
+    build=Fdd,
+)
