@@ -7,7 +7,7 @@ Shape legend for this file
     T tokens of one document    R kept rows    D width
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -96,7 +96,7 @@ def _table(
     name: str,
     spec: dict[str, Any],
     schema: Any,
-    columns: dict[str, Sequence[Any]],
+    columns: Mapping[str, Sequence[Any]],
     units: tuple[Unit, ...],
 ) -> Manifest:
     store = Store(root, name, spec, units)

@@ -7,9 +7,12 @@ commit record exists and its shard has the size and digest the record names.
 A table that was added to (additions.py) has a manifest over all its units, which names the states it was in before.
 """
 
+import contextlib
+import gc
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -193,9 +196,10 @@ def _root(m: Manifest) -> str:
 def is_whole(manifest: Manifest) -> bool:
     """True where the manifest matches the digests it carries."""
     m = manifest
-    states = all(commits_digest(m.commits[: state.units]) == state.commits for state in m.earlier)
     version = FORMAT if m.earlier else 1
-    return states and m.format == m.min_reader == version and _root(m) == m.root and digest(m.spec) == m.spec_id
+    with _collecting_nothing():
+        states = all(commits_digest(m.commits[: state.units]) == state.commits for state in m.earlier)
+        return states and m.format == m.min_reader == version and _root(m) == m.root and digest(m.spec) == m.spec_id
 
 
 def to_json(record: BaseModel) -> bytes:
@@ -214,16 +218,40 @@ def read_record(path: Path, kind: type[M]) -> M:
         what = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         raise InputMissing(f"{path} {what}", next=_MAKE) from None
     try:
-        data = json.loads(content)
-        canonical(data)  # refuses what is no JSON: NaN and infinite numbers
-        needed = int(data.get("min_reader", 0)) if kind is not Commit else 0
-        if needed > FORMAT:
-            raise Mismatch(f"{path}: format {needed}, this program reads up to {FORMAT}", next="upgrade xkd-toolkit")
-        return kind.model_validate(data)
+        with _collecting_nothing():
+            return _parsed(path, content, kind)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # ValidationError is a ValueError
         line = " ".join(str(error).split())[:200]
         advice = f"delete {path.parent} and {_MAKE}" if kind is Plan else _MAKE
         raise BadData(f"{path} cannot be read as {kind.__name__.lower()}: {line}", next=advice) from error
+
+
+def _parsed(path: Path, content: bytes, kind: type[M]) -> M:
+    data = json.loads(content, parse_constant=_finite, parse_float=_finite)
+    needed = int(data.get("min_reader", 0)) if kind is not Commit else 0
+    if needed > FORMAT:
+        raise Mismatch(f"{path}: format {needed}, this program reads up to {FORMAT}", next="upgrade xkd-toolkit")
+    return kind.model_validate(data)
+
+
+def _finite(text: str) -> float:
+    """A number of a record; NaN and infinite ones are no JSON."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no JSON number")
+    return value
+
+
+@contextlib.contextmanager
+def _collecting_nothing() -> Iterator[None]:
+    """Without the cyclic collector: records hold no cycles, and every few hundred it would walk the whole program."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 _MAKE = "run the xkd-cache command that makes this table"

@@ -14,7 +14,8 @@ from torch import Tensor
 from xkd_schemas.documents import DOCUMENTS_VERSION
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import inside, sha256_of
-from xkd_schemas.manifest import Manifest, differences, refuse_differences
+from xkd_schemas.joined import JoinedTable
+from xkd_schemas.manifest import Manifest, Plan, differences, read_record, refuse_differences
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Signal, signal_named
 from xkd_schemas.tokens import STUDENTS_VERSION
@@ -49,7 +50,9 @@ class Cache:
         self.documents = Table(root, "documents")
         self.students = Table(root, f"students/{student}")
         self.teacher_name = str(self.students.manifest.spec["teacher"])
-        self.teachers = Table(root, f"teachers/{self.teacher_name}")
+        self.beside, self.short = _beside(root, self.teacher_name, len(self.students.manifest.commits))
+        teacher = f"teachers/{self.teacher_name}"
+        self.teachers = JoinedTable(root, teacher, self.beside) if self.beside else Table(root, teacher)
         self._check_origin(student)
 
     def _check_origin(self, student: str) -> None:
@@ -64,6 +67,11 @@ class Cache:
             "teacher_root": _state(teachers, spec["teacher_root"]),
             "teacher documents": _state(documents, teachers.spec["documents"]),
         }
+        for table in self.beside:
+            other = table.manifest.spec
+            found |= {f"{table.name} {key}": other[key] for key in ("documents", "weights", "encoder")}
+            made_from |= {f"{table.name} {key}": teachers.spec[key] for key in ("weights", "encoder")}
+            made_from[f"{table.name} documents"] = _state(documents, other["documents"])
         again = f"xkd-cache align {self.root} --student ... --name {student}-2"
         refuse_differences(self.students.folder, made_from, found, advice=again)
         versions = {"documents": DOCUMENTS_VERSION, "teachers": TEACHERS_VERSION, "students": STUDENTS_VERSION}
@@ -82,7 +90,8 @@ class Cache:
     @cached_property
     def signals(self) -> tuple[Signal, ...]:
         """What is stored of the teacher."""
-        return tuple(signal_named(column) for column in self.teachers.manifest.spec["signals"])
+        tables = (self.teachers, *self.beside)
+        return tuple(signal_named(column) for table in tables for column in table.manifest.spec["signals"])
 
     def same_tokens(self) -> tuple[int, int]:
         """How many usable rows have the same token ids in both tables, and how many usable rows there are."""
@@ -93,6 +102,11 @@ class Cache:
     def sizes(self) -> TeacherSizes:
         """Sizes and constants of the teacher."""
         c = self.teachers.manifest.constants_at(self.students.manifest.spec["teacher_root"])
+        for table in self.beside:
+            if "hidden_std" in table.manifest.constants:
+                units = len(self.students.manifest.commits)
+                now = next((root for root, size in table.manifest.roots.items() if size == units), "")
+                c = c | {"hidden_std": table.manifest.constants_at(now)["hidden_std"]}
         return TeacherSizes(
             name=self.teacher_name,
             num_layers=int(c["num_layers"]),
@@ -114,8 +128,14 @@ class Cache:
             raise UsageError(
                 f"loss {loss} needs {', '.join(missing)}, which {self.teachers.folder} does not hold "
                 f"(it holds {', '.join(s.column for s in self.signals)})",
-                next=f"xkd-cache teacher {self.root} --model M --for {loss} --name {self.teacher_name}-2, then align",
+                next=self._adding(loss, missing),
             )
+
+    def _adding(self, loss: str, missing: Sequence[str]) -> str:
+        """The command that adds the signals of a loss."""
+        if any(column in missing for table in self.short for column in table.manifest.spec["signals"]):
+            return f"xkd-cache add {self.root} --model PATH_OF_{self.teacher_name}, which takes them to the last document"
+        return f"xkd-cache add {self.root} --to {self.teacher_name} --model PATH_OF_{self.teacher_name} --for {loss}"
 
     def check_tokenizer(self, identity: dict[str, str]) -> None:
         """Mismatch where the student's tokenizer is not the one the cache was aligned for."""
@@ -159,6 +179,14 @@ class Cache:
             raise BadData(f"{self.root}: row {row} is another document in each table: {json.dumps(ids)}")
 
 
+def _beside(root: Path, teacher: str, units: int) -> tuple[list[Table], list[Table]]:
+    """Tables of further signals of a teacher: those that reach as far as the student's, and those that do not."""
+    tables = [Table(root, f"signals/{name}") for name in names_in(root, "signals")]
+    ours = [table for table in tables if table.manifest.spec["teacher"] == teacher]
+    enough = [table for table in ours if len(table.manifest.commits) >= units]
+    return enough, [table for table in ours if table not in enough]
+
+
 def _state(manifest: Manifest, root: str) -> str:
     """`root` where the table is, or once was, in that state; its last root where it never was."""
     return root if root in manifest.roots else manifest.root
@@ -187,7 +215,8 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
         raise InputMissing(f"{root} has no finished students table", next=f"xkd-cache align {root} --student ...")
     differing: dict[str, str] = {}
     for candidate in names:
-        stored = Table(root, f"students/{candidate}").manifest.spec["encoder"]["tokenizer"]
+        plan = read_record(inside(root, "students", candidate, "plan.json"), Plan)  # as the manifest, and shorter
+        stored = plan.spec["encoder"]["tokenizer"]
         theirs = {key: stored.get(key, "absent") for key in identity}
         differing[candidate] = "; ".join(
             f"{field}: cache has {cached}, this run has {ours}"

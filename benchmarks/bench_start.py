@@ -1,0 +1,89 @@
+"""How soon training asks for its first batch on a cache of very many shards, in seconds of CPU from the command on.
+
+The command is xkd-train itself, in a process of its own that notes the first shard it opens: nothing is opened before
+a batch is asked for (which a test holds it to). Importing torch and the models of transformers takes longer than the
+bar by itself, so it is a row of its own. python -m benchmarks.bench_start CACHE STUDENT TOKENIZER TEMPLATE OUT
+"""
+
+import importlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench_memory import repeated
+from benchmarks.measure import Options, in_subprocess
+from benchmarks.pair import Pair, Shape, pair_of
+from benchmarks.rows import Result, Row, cost
+
+SHARDS = 10_000
+SECONDS = 2.0
+TINY = Shape(
+    documents=2, characters=80, teacher_layers=4, teacher_width=64, student_layers=4, student_width=64,
+    teacher_classes=2_000, student_classes=1_000,
+)  # fmt: skip
+
+
+def run(options: Options) -> list[Result]:
+    """On ten thousand shards and on one. Making them takes a minute."""
+    pair = pair_of(options, TINY)
+    shards = options.size(SHARDS, 40)
+    caches = {1: pair.cache, shards: repeated(pair.cache, options.scratch / "many", shards)}
+    found = {number: _fastest(pair, cache, options.size(3, 1)) for number, cache in caches.items()}
+    many, one = (found[number]["first"] - found[number]["imports"] for number in (shards, 1))
+    what = f"start of training on {shards} shards"
+    return [
+        Row(what=f"{what}, seconds after the imports", ratio=many, bar=SECONDS, ours=many, theirs=1.0, unit="s"),
+        cost(f"{what} after the imports / on one shard", many, one),
+        cost(f"{what} from the command on / importing torch and transformers", found[shards]["first"],
+             found[shards]["imports"]),
+    ]  # fmt: skip
+
+
+def _fastest(pair: Pair, cache: Path, times: int) -> dict[str, Any]:
+    runs = []
+    for _ in range(times):
+        with tempfile.TemporaryDirectory(dir=cache.parent) as out:
+            given = (cache, pair.student, pair.tokenizer, pair.template, Path(out) / "student")
+            runs.append(in_subprocess("benchmarks.bench_start", *given))
+    return min(runs, key=lambda run: float(run["first"] - run["imports"]))
+
+
+LIBRARIES = (
+    "torch", "accelerate", "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run xkd-train for one step; print when it had its imports, when it opened a shard, and all that it opened."""
+    for module in LIBRARIES:
+        importlib.import_module(module)
+    imports, opened, first = time.process_time(), [], []
+
+    def watch(event: str, details: tuple[Any, ...]) -> None:
+        if event == "open" and str(details[0]).endswith(".arrow"):
+            first.append(time.process_time())
+            opened.append(Path(str(details[0])).relative_to(cache).as_posix())
+
+    sys.addaudithook(watch)
+    from xkd_trainer.cli import main as command
+
+    cache, student, tokenizer, template, out = arguments
+    settings = (f"student.template={template}", "train.batch_size=2", "train.threads=1")
+    sys.argv = [
+        "xkd-train", "--shards", cache, "--student", student, "--student-tokenizer", tokenizer, "--out", out,
+        "--loss", "ce=1,dwa=1", "--steps", "1", *(word for one in settings for word in ("--set", one)),
+    ]  # fmt: skip
+    try:
+        command()
+    except SystemExit as end:
+        if end.code:
+            raise
+    print(json.dumps({"imports": imports, "first": first[0], "opened": opened}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
