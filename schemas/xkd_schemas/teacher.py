@@ -129,3 +129,10 @@ def teacher_schema(signals: Iterable[Signal], width: int, codec: str = PLAIN) ->
             about = {b"codec": written.encode(), b"per": signal.kind.per.encode()} if name == signal.column else None
             fields.append(pa.field(name, kind, nullable=False, metadata=about))
     return pa.schema(fields, metadata={b"xkd_table": b"teachers", b"xkd_schema": str(TEACHERS_VERSION).encode()})
+
+
+def signals_schema(schema: pa.Schema) -> pa.Schema:
+    """The schema of a table of signals beside a teacher's: doc_id and the columns of the signals, no tokens."""
+    tokens = {field.name for field in TOKEN_FIELDS[1:]}
+    kept = [field for field in schema if field.name not in tokens]
+    return pa.schema(kept, metadata={**(schema.metadata or {}), b"xkd_table": b"signals"})
