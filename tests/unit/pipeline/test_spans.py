@@ -74,6 +74,17 @@ def test_pieces_cover_the_text_and_end_after_a_blank_where_there_is_one(text: st
         assert text[end - 1].isspace() or not any(c.isspace() for c in text[start:end])
 
 
+@given(st.text(alphabet="ab \n", max_size=60), st.integers(1, 9), st.integers(1, 9))
+def test_no_piece_holds_a_longer_run_without_blanks_than_asked_for(text: str, limit: int, run: int) -> None:
+    pieces = list(cut_pieces(text, limit, run))
+
+    assert "".join(text[start:end] for start, end in pieces) == text
+    assert all(len(word) <= min(run, limit) for start, end in pieces for word in text[start:end].split())
+    whole = {end for _, end in cut_pieces(text, limit)}
+    assert whole <= {end for _, end in pieces}
+    assert pieces == list(cut_pieces(text, limit)) or any(len(word) > run for word in text.split())
+
+
 def test_pieces_are_joined_at_their_offsets() -> None:
     spans = joined_spans([(0, [(0, 3)], [(0, 3, "NP")]), (10, [(1, 2)], [(1, 2, "VP")])])
 
