@@ -1,0 +1,131 @@
+"""Classes drawn from a prediction: right on average, k of them, the same for the same document.
+
+Shape legend for this file
+    N predictions    V classes    k drawn classes    G values of a random number
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from xkd_pipeline import draws
+from xkd_pipeline.draws import drawn, uniforms
+from xkd_schemas.sampled import TOTAL, fault_of, unpacked
+
+
+def estimates(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> Tensor:
+    """The distributions that the drawn classes stand for, [N, V]."""
+    classes_Nk, weights_Nk = map(torch.from_numpy, unpacked(drawn(logits_NV, uniforms_N2, k).entries_Nk))
+    return torch.zeros(logits_NV.shape, dtype=torch.float64).scatter_(-1, classes_Nk, weights_Nk.double())
+
+
+def grid(count: int, second: float) -> Tensor:
+    """The middles of `count` equal parts of [0, 1), with one second number for all."""
+    u_G = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return torch.stack([u_G, torch.full_like(u_G, second)], dim=-1)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_the_draw_is_right_on_average_over_both_random_numbers(k: int, scale: float) -> None:
+    logits_V = scale * torch.randn(11, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    places = 2000
+    first = grid(places, 0.0)[:, 0]
+    second = (torch.arange(places) * 0.6180339887498949 % 1.0).double()  # even too, and unlike the first
+
+    mean_V = estimates(logits_V.expand(places, -1), torch.stack([first, second], dim=-1), k).mean(0)
+
+    torch.testing.assert_close(mean_V, logits_V.softmax(-1), rtol=0, atol=3e-3)
+
+
+def test_it_is_right_on_average_over_documents() -> None:
+    logits_V = 2 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    documents = [uniforms(np.array([n, n + 1], np.int32), 20) for n in range(400)]
+    found_GV = estimates(logits_V.expand(8000, -1), torch.from_numpy(np.concatenate(documents)), 6)
+
+    expected_V = logits_V.double().softmax(-1)
+
+    five_sigma_V = 5 * found_GV.std(0) / 8000**0.5 + 1e-5
+    assert ((found_GV.mean(0) - expected_V).abs() < five_sigma_V).all()
+
+
+def test_as_many_draws_as_classes_give_the_distribution_to_the_rounding_of_shares() -> None:
+    logits_NV = torch.randn(20, 7, generator=torch.Generator().manual_seed(1))
+    u_N2 = torch.rand(20, 2, generator=torch.Generator().manual_seed(2))
+
+    torch.testing.assert_close(estimates(logits_NV, u_N2, 7), logits_NV.double().softmax(-1), rtol=0, atol=1.0 / TOTAL)
+
+
+@pytest.mark.parametrize("k", [4, 16, 64])
+def test_the_error_is_the_one_reported_and_below_that_of_the_papers_draw_with_replacement(k: int) -> None:
+    logits_NV = 3 * torch.randn(300, 2000, generator=torch.Generator().manual_seed(3))
+    p_NV = logits_NV.double().softmax(-1)
+    u_N2 = torch.rand(300, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    draw = drawn(logits_NV, u_N2, k)
+    lost_N = (estimates(logits_NV, u_N2, k) - p_NV).square().sum(-1)
+
+    np.testing.assert_allclose(draw.lost_N, lost_N, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(draw.kept_N, p_NV.square().sum(-1), rtol=1e-5)
+    with_replacement = float(((p_NV - p_NV.square()) / k).sum())  # the variance of k draws, exactly
+    assert float(lost_N.sum()) < 0.9 * with_replacement
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 30).flatmap(lambda v: st.tuples(st.just(v), st.integers(1, v))),
+    st.sampled_from([0.0, 0.01, 1.0, 10.0, 80.0]),
+    st.integers(0, 2**31),
+)
+def test_whatever_the_distribution_k_ascending_classes_share_all_of_it(
+    sizes: tuple[int, int], scale: float, seed: int
+) -> None:
+    classes, k = sizes
+    generator = torch.Generator().manual_seed(seed)
+    logits_NV = scale * torch.randn(5, classes, generator=generator)
+
+    draw = drawn(logits_NV, torch.rand(5, 2, generator=generator), k)
+
+    assert draw.entries_Nk.shape == (5, k)
+    assert fault_of(draw.entries_Nk, classes) == ""
+    assert np.isfinite(draw.lost_N).all()
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_a_class_that_cannot_be_is_drawn_with_share_0_only(u: float) -> None:
+    logits_NV = torch.tensor([[0.0, -torch.inf, -torch.inf, 0.0], [-torch.inf, -torch.inf, 5.0, -torch.inf]])
+
+    found_NV = estimates(logits_NV, torch.full((2, 2), u, dtype=torch.float64), 3)
+
+    torch.testing.assert_close(found_NV, logits_NV.double().softmax(-1), rtol=0, atol=1.0 / TOTAL)
+    assert found_NV[torch.isinf(logits_NV)].abs().max() == 0.0
+
+
+def test_a_row_is_drawn_alike_alone_and_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draws, "ELEMENTS", 7 * 500)
+    logits_NV = 3 * torch.randn(40, 500, generator=torch.Generator().manual_seed(5))
+    u_N2 = torch.rand(40, 2, generator=torch.Generator().manual_seed(6))
+
+    whole = drawn(logits_NV, u_N2, 12).entries_Nk
+
+    alone = [drawn(logits_NV[i : i + 1], u_N2[i : i + 1], 12).entries_Nk for i in range(40)]
+    np.testing.assert_array_equal(whole, np.concatenate(alone))
+
+
+def test_no_prediction_gives_no_entry() -> None:
+    assert drawn(torch.zeros(0, 9), torch.zeros(0, 2), 4).entries_Nk.shape == (0, 4)
+
+
+def test_random_numbers_are_those_of_the_document_for_good() -> None:
+    first, second = uniforms(np.array([1, 2, 3], np.int32), 500), uniforms(np.array([1, 2, 4], np.int32), 500)
+
+    assert first[:2].tolist() == [[0.9217346151762534, 0.653027093431018], [0.581312661183809, 0.5363832065411938]]
+    assert not np.isclose(first, second).any(1).all()
+    np.testing.assert_array_equal(first, uniforms(np.array([1, 2, 3], np.int64).astype(np.int32), 500))
+    assert first.min() >= 0.0
+    assert first.max() < 1.0
+    assert abs(float(first.mean()) - 0.5) < 0.05
+    assert abs(float(np.corrcoef(first.T)[0, 1])) < 0.15
