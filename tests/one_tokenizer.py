@@ -34,8 +34,8 @@ SIGNALS = (
     *(Signal(name, layer) for name in ("hidden", "attention", "centrality") for layer in LAYERS),
     *(Signal(name, *level) for name in ("span_mass", "span_geometry", "span_vectors") for level in LEVELS),
 )
-SAME, OTHER = "same", "other"
-"""Student tables: with the teacher's tokenizer, and with another one."""
+SAME, OTHER, FRAMED = "same", "other", "framed"
+"""Student tables: with the teacher's tokenizer, with another one, and with the teacher's but another template."""
 
 
 @functools.cache
@@ -46,25 +46,26 @@ def cache() -> Path:
     shutil.copytree(small.cache / "documents", folder / "documents")
     settings = TeacherSettings(model=str(small.teacher), template="none", dtype="float32", batch_tokens=256)
     make_teacher(folder, "teacher", settings, lambda _: SIGNALS, Workers(count=0))
-    for name in (SAME, OTHER):
-        align_stage(small.run(cache=str(folder), student__model=student(name), student__name=name), Workers(count=0))
+    for name, template in ((SAME, "none"), (OTHER, "none"), (FRAMED, "alpaca")):
+        own = {"student__model": student(name), "student__name": name, "student__template": template}
+        align_stage(small.run(cache=str(folder), **own), Workers(count=0))
     return folder
 
 
 @functools.cache
 def student(table: str, depth: int = 4) -> str:
     """A student with a tokenizer of that table."""
-    kind = tiny.TEACHER_TOKENIZER if table == SAME else tiny.STUDENT_TOKENIZER
+    kind = tiny.STUDENT_TOKENIZER if table == OTHER else tiny.TEACHER_TOKENIZER
     folder = tiny.tiny_cache().root / f"student-{table}-{depth}"
     return str(tiny.saved(tiny.llama(kind, seed=2, layers=depth, tied=False), kind, folder))
 
 
 def ready(
-    loss: str, *, table: str = SAME, depth: int = 4, model: str = "", more: str = "", **settings: Any
+    loss: str, *, table: str = SAME, depth: int = 4, model: str = "", more: str = "", ce: float = 0, **settings: Any
 ) -> tuple[Ready, Batch]:
     """A loss built alone (or with `more` others), and a batch for it."""
     run = tiny.tiny_cache().run(
-        cache=str(cache()), loss=f"ce=0,{loss}=1{more}", losses={loss: settings},
+        cache=str(cache()), loss=f"ce={ce},{loss}=1{more}", losses={loss: settings},
         student__model=model or student(table, depth),
     )  # fmt: skip
     torch.manual_seed(0)

@@ -8,9 +8,10 @@ Where the paper and the authors' code differ, the settings below say so. One mor
 code keeps a span that has no token on one side, as a zero vector; here the caller marks it not valid.
 
 Shape legend for this file
-    B documents    K spans, or tokens for Hid on tokens    D teacher width
+    B documents    K spans, or tokens for Hid on tokens    L tokens    M predictions    D teacher width
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -30,15 +31,18 @@ class MtaSettings(BaseModel):
     """Weight of DSA. Paper: 2 for GPT-2 and Qwen1.5, 3 for OPT; 0 turns it off."""
     lambda_hid: float = Field(default=0.2, ge=0)
     """Weight of Hid. Paper: 0.2, and 0.3 for OPT. The code has one weight, w (DSA + Hid / 10); 0 turns it off."""
-    student_pooling: Literal["own", "uniform"] = "own"
+    student_pooling: Literal["own", "teacher", "uniform"] = "own"
     """Token weights that pool the student's spans (eq. 8 leaves it open).
 
-    own: centrality of the student's own states, without gradient (the code). uniform: plain mean.
+    own: centrality of the student's own states, without gradient (the code). teacher: the teacher's, for documents
+    that both models read as the same ids; others are left out and counted. uniform: plain mean.
     """
-    hid: Literal["spans", "off"] = "spans"
+    hid: Literal["spans", "token", "off"] = "spans"
     """Vectors that Hid compares. spans: span vectors, weighted by the teacher's span weights; works across tokenizers.
 
-    Eq. 13 and the code compare tokens, which needs one tokenizer. The authors' cross-tokenizer code drops Hid (off).
+    token: states of the tokens that spans cover, weighted by the teacher's token weights (eq. 13 and the code), for
+    documents that both models read as the same ids; others are left out and counted. off: no Hid, as in the authors'
+    cross-tokenizer code.
     """
     hid_layers: Literal["mean", "sum"] = "mean"
     """Over the picked layers. sum: eq. 13. mean: the code; lambda_hid then means the same for any number of layers."""
@@ -46,10 +50,74 @@ class MtaSettings(BaseModel):
     """Words of the word-level layer. all: the paper's text. in_phrases: the code, only words inside a kept phrase."""
     spans_over: Literal["all", "response"] = "all"
     """all: prompt and response, as paper and code do. response: spans of target segments only."""
-    span_weights: Literal["centrality", "uniform"] = "centrality"
-    """Teacher token weights whose sum weighs a span. centrality: eq. 5-7, 9. uniform: each span 1 ("no weights")."""
+    span_weights: Literal["centrality", "entropy", "uniform"] = "centrality"
+    """Teacher token weights: their sum weighs a span, and they weigh the tokens of hid=token; they do not pool.
+
+    centrality: eq. 5-7, 9. entropy: 1 - H_t / log V (an option of the code), known where the teacher predicts a token
+    of the response and 0 elsewhere, so that spans of the prompt take no part. uniform: each span, and each token, 1
+    ("no weights" of the ablation).
+    """
+    pick: Literal["cached", "strided"] = "cached"
+    """Layers. cached: every cached level, beside the student layer at the same depth. strided (the paper): student
+    layers from the top down, the lowest on words, the others on phrases, each beside phi(l) = floor(l N_T / N_S)."""
+    num_layers: int = Field(default=3, ge=1)
+    """Student layers that strided picks; 3 was the paper's best on GPT-2."""
+    stride: int = Field(default=0, ge=0)
+    """Distance of the layers that strided picks. 0: the student's depth over num_layers + 1, so that the lowest of
+    three lies in the middle."""
     student_layers: tuple[int, ...] = ()
-    """Student blocks (1 is the first), one for each cached level, lowest first. Empty: those at the same depth."""
+    """Student blocks (1 is the first), lowest first: one for each cached level, or those that strided takes. Empty:
+    as `pick` says."""
+
+
+def strided_layers(student_layers: int, num: int, stride: int) -> tuple[int, ...]:
+    """Student layers from the top down, `stride` apart, in ascending order; those below 1 are not left out.
+
+    >>> strided_layers(12, 3, 0), strided_layers(24, 6, 2)
+    ((6, 9, 12), (14, 16, 18, 20, 22, 24))
+    """
+    step = stride or max(1, student_layers // (num + 1))
+    return tuple(student_layers - step * n for n in reversed(range(num)))
+
+
+def phi(layer: int, student_layers: int, teacher_layers: int) -> int:
+    """The teacher layer beside a student layer: floor(l N_T / N_S), at least 1.
+
+    >>> [phi(layer, 12, 48) for layer in (6, 9, 12)]
+    [24, 36, 48]
+    """
+    return max(1, layer * teacher_layers // student_layers)
+
+
+def sureness(entropy: Tensor, classes: int) -> Tensor:
+    """1 - H / log V, from 0 for a teacher that knows nothing to 1 for one that is sure; any shape, nats.
+
+    >>> sureness(torch.tensor([0.0, math.log(2.0), math.log(4.0)]), classes=4)
+    tensor([1.0000, 0.5000, 0.0000])
+    """
+    return (1.0 - entropy / math.log(classes)).clamp(0.0, 1.0)
+
+
+def covered(spans_BK2: Tensor, valid_BK: Tensor, length: int) -> Tensor:
+    """Tokens that lie in some valid span, bool [B, L]: M_l of eq. 13.
+
+    >>> covered(torch.tensor([[[0, 2], [1, 3], [4, 5]]]), torch.tensor([[True, True, False]]), 5)
+    tensor([[ True,  True,  True, False, False]])
+    """
+    place_L = torch.arange(length, device=spans_BK2.device)
+    inside_BKL = (place_L >= spans_BK2[..., :1]) & (place_L < spans_BK2[..., 1:])
+    return (inside_BKL & valid_BK.unsqueeze(-1)).any(1)
+
+
+def range_sums(weights_BL: Tensor, spans_BK2: Tensor) -> Tensor:
+    """Sum of the weights inside each half-open range, [B, K]; 0 for an empty one.
+
+    >>> range_sums(torch.tensor([[0.5, 0.25, 0.125]]), torch.tensor([[[0, 2], [1, 3], [0, 0]]]))
+    tensor([[0.7500, 0.3750, 0.0000]])
+    """
+    place_L = torch.arange(weights_BL.shape[1], device=spans_BK2.device)
+    inside_BKL = (place_L >= spans_BK2[..., :1]) & (place_L < spans_BK2[..., 1:])
+    return torch.where(inside_BKL, weights_BL.unsqueeze(1), 0.0).sum(-1)
 
 
 def span_weights(mass_BK: Tensor, valid_BK: Tensor) -> Tensor:

@@ -1,0 +1,319 @@
+"""MTA's options that compare token with token, weigh by entropy, or pick layers, on a cache of one tokenizer."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import one_tokenizer as one
+import slow_losses as slow
+import tiny_models as tiny
+from one_step import gradients
+from poison import poisoned
+from xkd_schemas.errors import UsageError
+from xkd_trainer.batch import Batch, blank
+from xkd_trainer.losses.mta import MtaSettings, covered, phi, range_sums, strided_layers
+from xkd_trainer.methods.declaration import Levels
+from xkd_trainer.methods.mta import needs
+from xkd_trainer.setup import Ready
+from xkd_trainer.stream import batch_of
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"hid": "token"},
+    {"hid": "token", "span_weights": "entropy"},
+    {"hid": "token", "span_weights": "uniform", "spans_over": "response"},
+    {"student_pooling": "teacher"},
+    {"span_weights": "entropy"},
+    {"hid": "token", "student_pooling": "teacher", "word_spans": "in_phrases"},
+)
+KEYS = ["2:word", "3:phrase", "4:phrase"]
+
+
+# Pure parts
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), length=st.integers(1, 7))
+def test_covered_tokens_and_sums_in_ranges_are_the_loops(seed: int, length: int) -> None:
+    sizes, g = slow.lengths(seed), slow.generator(seed)
+    spans = torch.randint(0, length + 1, (len(sizes), max(sizes), 2), generator=g)
+    weights, valid = torch.rand(len(sizes), length, generator=g, dtype=torch.float64), slow.mask(sizes)
+
+    inside, sums = covered(spans, valid, length), range_sums(weights, spans)
+
+    for b, size in enumerate(sizes):
+        tokens = {t for first, end in spans[b, :size].tolist() for t in range(first, end)}
+        assert inside[b].tolist() == [t in tokens for t in range(length)]
+        for k, (first, end) in enumerate(spans[b].tolist()):
+            expected = math.fsum(weights[b, t].item() for t in range(first, end))
+            assert float(sums[b, k]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("depths", "num", "stride", "student", "teacher"),
+    [
+        ((12, 48), 3, 0, (6, 9, 12), (24, 36, 48)),
+        ((24, 24), 6, 2, (14, 16, 18, 20, 22, 24), (14, 16, 18, 20, 22, 24)),
+        ((24, 32), 5, 2, (16, 18, 20, 22, 24), (21, 24, 26, 29, 32)),
+    ],
+)
+def test_strided_layers_are_those_of_the_papers_three_pairs(
+    depths: tuple[int, int], num: int, stride: int, student: Any, teacher: Any
+) -> None:
+    picked = strided_layers(depths[0], num, stride)
+
+    assert picked == student
+    assert tuple(phi(layer, *depths) for layer in picked) == teacher
+
+
+# Against loops over single documents
+
+
+def weights_of(made: Ready, row: int, layer: int, how: str) -> list[float]:
+    """The teacher's weight of each of its tokens."""
+    teacher = made.cache.teachers[row]
+    targets, vocab = teacher["targets"].tolist(), made.cache.sizes.vocab_size
+    if how == "centrality":
+        return list(map(float, teacher[f"centrality@{layer}"]))
+    if how == "uniform":
+        return [1.0] * len(targets)
+    entropy = iter(teacher["entropy"].tolist())
+    return [
+        1 - next(entropy) / math.log(vocab) if t + 1 < len(targets) and targets[t + 1] else 0.0
+        for t in range(len(targets))
+    ]
+
+
+def document(made: Ready, row: int, key: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the loops need of one document at one level."""
+    layer, unit = int(key.split(":")[0]), key.split(":")[1]
+    teacher, student, text = (t[row] for t in (made.cache.teachers, made.cache.students, made.cache.documents))
+    how, own = settings.get("span_weights", "centrality"), settings.get("student_pooling", "own")
+    states = one.states_of(made, row)[layer].tolist()
+    weights = weights_of(made, row, layer, how)
+    ranges = student[f"{unit}_tokens"].tolist()
+    targets = teacher["targets"].tolist()
+    phrases = [range(a, b) for a, b in text["phrases"].tolist()]
+    spans = []
+    for (a, b), (x, y) in zip(ranges, text[f"{unit}s"].tolist(), strict=True):
+        in_phrase = any(p.start <= x and y <= p.stop for p in phrases)
+        if b == a or (settings.get("word_spans") == "in_phrases" and unit == "word" and not in_phrase):
+            continue
+        if settings.get("spans_over") == "response" and not targets[a]:
+            continue
+        mass = 1.0 if how == "uniform" else math.fsum(weights[a:b]) if how == "centrality" or targets[a] else 0.0
+        if mass > 0:
+            spans.append(((a, b), mass, len(spans)))
+    chosen = [s for s, _, _ in spans]
+    pooling = weights_of(made, row, layer, "centrality") if own == "teacher" else slow.centrality(states)
+    vectors = [slow.pool(states, pooling, a, b)[0] for a, b in chosen]
+    theirs = one.numbers(teacher[f"hidden@{layer}"]).tolist()
+    central = weights_of(made, row, layer, "centrality")
+    wide = [slow.pool(theirs, central, a, b)[0] for a, b in chosen]
+    tokens = sorted({t for a, b in chosen for t in range(a, b)})
+    return {
+        "omega": slow.omega([m for _, m, _ in spans], 1.0),
+        "cosines": [[[slow.cosine(u, v) for v in side] for u in side] for side in (vectors, wide)],
+        "vectors": (vectors, wide),
+        "tokens": ([states[t] for t in tokens], [theirs[t] for t in tokens]),
+        "token omega": slow.omega([weights[t] for t in tokens], 1.0),
+    }
+
+
+@pytest.mark.parametrize("settings", OPTIONS)
+@torch.no_grad()
+def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any]) -> None:
+    made, batch = one.ready("mta", **settings)
+    by_token = settings.get("hid") == "token"
+
+    found = one.terms_of(made.distiller, batch)
+
+    for key in KEYS:
+        documents = [document(made, row, key, settings) for row in one.ROWS]
+        total, count = slow.dsa([(*d["cosines"], d["omega"]) for d in documents])
+        assert float(found[f"dsa@{key}"].total) == pytest.approx(total, rel=5e-3, abs=1e-6), key
+        assert float(found[f"dsa@{key}"].count) == pytest.approx(count, rel=1e-4)
+        projector = made.distiller.losses["mta"].projectors[key]
+        of, omega = ("tokens", "token omega") if by_token else ("vectors", "omega")
+        compared = [
+            (projector(torch.tensor(d[of][0])).tolist() if d[of][0] else [], d[of][1], d[omega]) for d in documents
+        ]
+        total, count = slow.hid(compared)
+        assert count > 0
+        assert float(found[f"hid@{key}"].total) == pytest.approx(total, rel=5e-3), key
+        assert float(found[f"hid@{key}"].count) == pytest.approx(count, rel=1e-4)
+    if by_token or "student_pooling" in settings:
+        assert (float(found["same_tokens"].total), float(found["same_tokens"].count)) == (4.0, 4.0)
+
+
+@pytest.mark.parametrize("settings", OPTIONS)
+def test_counts_come_from_the_batch_alone_and_every_term_has_a_factor(settings: dict[str, Any]) -> None:
+    made, batch = one.ready("mta", **settings)
+
+    counts, terms = made.distiller.counts(batch), one.terms_of(made.distiller, batch)
+
+    assert sorted(counts) == sorted(f"mta.{name}" for name in terms)
+    for name, term in terms.items():
+        torch.testing.assert_close(counts[f"mta.{name}"].double(), term.count.double(), msg=name)
+    assert set(made.distiller.loss("mta").weights(0)) == set(terms)
+    assert made.distiller.loss("mta").weights(0).get("same_tokens", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("settings", OPTIONS)
+def test_padding_micro_batches_and_blank_batches(settings: dict[str, Any]) -> None:
+    made, whole = one.ready("mta", **settings)
+    counts = made.distiller.counts(whole)
+    clean, slopes = gradients(made.distiller, [whole], counts)
+    assert sum(float(g.abs().sum()) for g in slopes.values()) > 0
+
+    dirty, others = gradients(made.distiller, [poisoned(whole)], counts)
+    assert dirty == clean
+    for name, slope in slopes.items():
+        assert torch.equal(slope, others[name]), name
+
+    cut = [batch_of(made.cache, one.ROWS[i : i + 2], made.wanted) for i in (0, 2)]
+    found, many = gradients(made.distiller, [*cut, blank(whole)], counts)
+    assert found == pytest.approx(clean, rel=1e-5)
+    for name, slope in slopes.items():
+        scale = max(1.0, float(slope.abs().max()))
+        torch.testing.assert_close(many[name] / scale, slope / scale, rtol=1e-4, atol=1e-5, msg=name)
+
+    nothing, none = gradients(made.distiller, [blank(whole)], counts)
+    assert nothing == 0.0
+    assert all(float(g.abs().max()) == 0.0 for g in none.values())
+    assert all(float(n) == 0 for n in made.distiller.counts(blank(whole)).values())
+
+
+# Documents that the two models read as other ids
+
+
+@pytest.mark.parametrize("settings", [{"hid": "token"}, {"student_pooling": "teacher"}])
+def test_a_document_with_other_ids_is_left_out_and_counted(settings: dict[str, Any]) -> None:
+    made, batch = one.ready("mta", **settings)
+    assert batch.teacher_ids_BT is not None
+    ids_BT = batch.teacher_ids_BT.clone()
+    ids_BT[1, 2] += 1
+
+    def changed(batch: Batch) -> dict[str, float]:
+        found = one.terms_of(made.distiller, batch)
+        assert float(found["same_tokens"].count) == float(made.distiller.counts(batch)["mta.same_tokens"])
+        return {name: float(t.total.detach()) for name, t in found.items()}
+
+    found = changed(replace(batch, teacher_ids_BT=ids_BT))
+
+    without = [one.only(batch, place) for place in (0, 2, 3)]
+    alone = [changed(b) for b in without]
+    kind = "hid" if settings.get("hid") else "dsa"
+    for key in KEYS:
+        assert found[f"{kind}@{key}"] == pytest.approx(sum(a[f"{kind}@{key}"] for a in alone), rel=1e-5)
+    assert found["same_tokens"] == 3.0
+
+
+def test_a_student_that_reads_no_document_as_the_teacher_does_is_refused() -> None:
+    for settings, instead in (
+        ({"hid": "token"}, "losses.mta.hid=spans"), ({"student_pooling": "teacher"}, "losses.mta.student_pooling=own")
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=rf"needs one tokenizer on both sides.*Next: --set {instead}"):
+            one.ready("mta", table=one.OTHER, **settings)
+        with pytest.raises(UsageError, match=rf"none of the \d+ is: the two tables have other templates.*{instead}"):
+            one.ready("mta", table=one.FRAMED, **settings)
+    made, batch = one.ready("mta", table=one.FRAMED, span_weights="entropy")
+    assert all(value > 0 for value in one.means(made, batch).values())
+
+
+# Identities
+
+
+@torch.no_grad()
+def test_the_teacher_as_its_own_student_has_no_loss_up_to_the_cache() -> None:
+    for settings in OPTIONS:
+        made, batch = one.ready("mta", model=str(tiny.tiny_cache().teacher), **settings)
+        for projector in made.distiller.losses["mta"].projectors.values():
+            projector.weight.copy_(torch.eye(len(projector.weight)))
+            projector.bias.zero_()
+
+        for name, value in one.means(made, batch).items():
+            assert value < 1e-4 or name == "same_tokens", (settings, name)
+
+
+def test_spans_of_the_prompt_take_no_part_with_entropy() -> None:
+    made, batch = one.ready("mta", span_weights="entropy")
+    found = one.means(made, batch)
+
+    levels = tuple(replace(lv, valid_BU=lv.valid_BU & lv.in_target_BU) for lv in batch.levels)
+    response = one.means(made, replace(batch, levels=levels))
+
+    assert found == response
+    assert one.means(*one.ready("mta", span_weights="centrality")) != found
+
+
+# Layers
+
+
+def test_strided_picks_layers_by_phi_and_reads_no_other_level() -> None:
+    made, batch = one.ready("mta", pick="strided")
+    assert made.distiller.losses["mta"].student_layer == {"2:word": 2, "3:phrase": 3, "4:phrase": 4}
+    made, batch = one.ready("mta", pick="strided", num_layers=2, stride=2)
+    assert made.distiller.losses["mta"].student_layer == {"2:word": 2, "4:phrase": 4}
+    assert sorted(one.terms_of(made.distiller, batch)) == ["dsa@2:word", "dsa@4:phrase", "hid@2:word", "hid@4:phrase"]
+    made, _ = one.ready("mta", pick="strided", student_layers=[1, 2], depth=2)
+    assert made.distiller.losses["mta"].student_layer == {"2:word": 1, "4:phrase": 2}
+    assert made.distiller.loss("mta").layers == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"num_layers": 4},
+            r"cache lacks 1:word, 2:phrase. Next: .* --word-layers 1 --phrase-layers 2,3,4 --name",
+        ),
+        (
+            {"num_layers": 1},
+            r"beside 4:word of the teacher, and the cache lacks 4:word. Next: .*--word-layers 4 --n",
+        ),
+        ({"num_layers": 5}, r"5 layers do not fit a student of 4. Next: --set losses.mta.num_layers=N"),
+        ({"student_layers": [5]}, r"layer 5 does not exist, the student has layers 1 to 4"),
+        ({"student_layers": [2, 4, 4]}, r"stand beside teacher layers 2, 4, 4, one of them twice"),
+    ],
+)
+def test_layers_that_cannot_be_picked_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        one.ready("mta", pick="strided", **settings)
+
+
+def test_needs_are_those_of_the_options() -> None:
+    levels = Levels([(2, "word"), (4, "phrase")], num_layers=4, states=[])
+
+    def columns(**settings: Any) -> set[str]:
+        return {s.column for s in needs(MtaSettings(**settings), levels)} - {"span_mass@2:word", "span_mass@4:phrase"}
+
+    geometry = {"span_geometry@2:word", "span_geometry@4:phrase"}
+    assert columns(lambda_hid=0) == geometry
+    assert columns(hid="token") == geometry | {"hidden@2", "hidden@4", "centrality@2", "centrality@4"}
+    assert columns(hid="token", span_weights="uniform", lambda_dsa=0) == {"hidden@2", "hidden@4"}
+    assert columns(hid="token", span_weights="entropy") == geometry | {"hidden@2", "hidden@4", "entropy"}
+    assert columns(hid="token", lambda_hid=0) == geometry
+    assert columns(student_pooling="teacher", hid="off") == geometry | {"centrality@2", "centrality@4"}
+
+
+# A plug-in on any other loss
+
+
+@pytest.mark.parametrize("base", ["ce", "kl", "fdd", "dskd", "dskd_cma", "dskd_v2", "sra", "dwa", "alm"])
+@torch.no_grad()
+def test_mta_adds_to_any_other_loss(base: str) -> None:
+    def parts(**more: Any) -> dict[str, float]:
+        made, batch = one.ready("mta", **more)
+        return {n: float(v) for n, v in made.distiller(batch, made.distiller.counts(batch), 0)[1].items()}
+
+    both, alone = parts(**({"ce": 1} if base == "ce" else {"more": f",{base}=1"})), parts()
+
+    assert {name.partition(".")[0] for name in both} == {"mta", base}
+    for name, value in alone.items():
+        assert both[name] == pytest.approx(value, rel=1e-5), name
