@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from xkd_pipeline import cli_care, cli_look, cli_share
+from xkd_pipeline import cli_add, cli_care, cli_look, cli_share
 from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, only_teacher, teacher_stage
 from xkd_pipeline.stages import preprocess as run_all
-from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.errors import InputMissing
 from xkd_schemas.runfile import RunFile, load_runfile, toml_text
 from xkd_schemas.table import names_in
 from xkd_schemas.terminal import run as run_app
@@ -85,11 +85,7 @@ def documents(
         "documents.max_words": max_words, "documents.drop_contained": drop_contained,
         "documents.max_reject": max_reject, "workers": workers,
     }  # fmt: skip
-    for pair in column or []:
-        field, _, name = pair.partition("=")
-        if not (field and name):
-            raise UsageError(f"--column {pair}: expected FIELD=COLUMN", next="e.g. --column prompt=question")
-        flags[f"documents.columns.{field}"] = name
+    flags |= {f"documents.columns.{field}": name for field, name in cli_add.columns_of(column or []).items()}
     run = _run_of(None, sets, flags)
     _tell(documents_stage(run, _workers(run, 0.0, ray_address), _echo(as_json)), as_json)
 
@@ -232,6 +228,7 @@ def report(
     _tell(Outcome(line=f"report: {out}, {values['tables']} tables", values=values), as_json)
 
 
+app.command()(cli_add.add)
 app.command()(cli_share.export)
 app.command()(cli_share.publish)
 app.command()(cli_share.fetch)

@@ -47,17 +47,25 @@ def _unit(root: Path, table: Table, number: int, commit: Commit) -> Iterator[str
         return
     rows = [shard.row(i) for i in range(commit.rows)]
     documents = rows if table.name == "documents" else _beside(root, "documents", number)
-    teachers = _beside(root, f"teachers/{table.manifest.spec['teacher']}", number) if "students/" in table.name else []
+    teacher = table.manifest.spec.get("teacher")
+    teachers = _beside(root, f"teachers/{teacher}", number) if teacher else documents
     for at, row in enumerate(rows):
-        document = documents[at]
-        fault = _document(row) if table.name == "documents" else _tokens(row, document, table)
-        if not fault and table.name.startswith("teachers/"):
-            fault = _signals(row, document, shard.schema)
-        if not fault and teachers:
-            fault = _aligned(row, teachers[at], document)
-        if fault:
+        if fault := _row(table, row, teachers[at], documents[at], shard.schema):
             yield f"row {at} ({row['doc_id']}): {fault}"
-    yield from _counts(table, commit, rows)
+    if not table.name.startswith("signals/"):
+        yield from _counts(table, commit, rows)
+
+
+def _row(table: Table, row: Row, teacher: Row, document: Row, schema: pa.Schema) -> str:
+    """What is wrong with one row; `teacher` counts only for tables that are made from a teacher's."""
+    kind = table.name.partition("/")[0]
+    if kind == "documents":
+        return _document(row)
+    if kind == "signals":
+        return _further(row, teacher, document, schema)
+    return _tokens(row, document, table) or (
+        _signals(row, row["targets"], document, schema) if kind == "teachers" else _aligned(row, teacher, document)
+    )
 
 
 def _beside(root: Path, name: str, number: int) -> list[Row]:
@@ -99,8 +107,14 @@ def _tokens(row: Row, document: Row, table: Table) -> str:
     return _ranges("token spans", spans_T2[kinds_T != TEMPLATE], row["num_chars"])
 
 
-def _signals(row: Row, document: Row, schema: pa.Schema) -> str:
-    targets_T = row["targets"]
+def _further(row: Row, teacher: Row, document: Row, schema: pa.Schema) -> str:
+    """What is wrong with signals beside a teacher's row."""
+    if row["doc_id"] != teacher["doc_id"]:
+        return f"the teacher table has {teacher['doc_id']} here"
+    return _signals(row, teacher["targets"], document, schema)
+
+
+def _signals(row: Row, targets_T: Any, document: Row, schema: pa.Schema) -> str:
     lengths = {"T": len(targets_T), "R": len(kept_rows(targets_T)), "N": len(predictors(targets_T))}
     for field in schema:
         metadata = field.metadata or {}

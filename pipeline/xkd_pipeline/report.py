@@ -57,7 +57,7 @@ def gather(root: Path) -> Report:
         name=root.resolve().name, tables=tuple(map(_summary, manifests)), kept=tuple(kept),
         histograms=tuple(h for h in histograms if h.bars), alignments=tuple(alignments),
         reasons=_reasons(documents.manifest), rejects=tuple(islice(_rejects(documents), MAX_REJECTS)),
-        cuts=tuple(cut for m in manifests for cut in _cuts(m)),
+        cuts=tuple(cut for m in manifests if not m.table.startswith("signals/") for cut in _cuts(m)),
         codec_errors=tuple(found for m in manifests for found in _codec_errors(m)),
         speed=tuple(found for m in manifests for found in _speed(m)), remarks=_unfinished(root),
     )  # fmt: skip

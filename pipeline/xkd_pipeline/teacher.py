@@ -24,9 +24,9 @@ from xkd_schemas.alignment_batch import token_ranges_all
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import UsageError
-from xkd_schemas.manifest import Commit
+from xkd_schemas.manifest import Commit, Spec
 from xkd_schemas.table import Table
-from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, teacher_schema
+from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import check_head, head_of
 from xkd_trainer.models import dtype_named, load_model, load_tokenizer
@@ -45,6 +45,8 @@ class TeacherStage:
     """First unit of each addition."""
     settings: TeacherSettings
     signals: tuple[str, ...]
+    tokens: bool = True
+    """False: only doc_id and the signals, beside a table that has the tokens."""
 
     def load(self) -> Make:
         """Load tokenizer and model once."""
@@ -55,6 +57,7 @@ class TeacherStage:
         documents = Table(self.root, "documents")
         wanted = [signal_named(column) for column in self.signals]
         schema = teacher_schema(wanted, model.get_input_embeddings().weight.shape[1], self.settings.codec)
+        schema = schema if self.tokens else signals_schema(schema)
         head = head_of(model)
 
         def make(unit: int) -> Commit:
@@ -87,6 +90,11 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
         check_head(model)
         _loaded[settings] = model.requires_grad_(False)
     return _loaded[settings]
+
+
+def forget_teacher() -> None:
+    """Free the memory of the loaded teacher, which the workers load for themselves."""
+    _loaded.clear()
 
 
 def encoder_of(settings: TeacherSettings) -> Encoder:
@@ -129,6 +137,49 @@ def teacher_layers(
     return tuple(sorted({(layer, "word") for layer in words} | {(layer, "phrase") for layer in phrases}))
 
 
+def teacher_settings(spec: Spec, model: str) -> TeacherSettings:
+    """How the table with this spec was captured, by the same teacher at `model`."""
+    return TeacherSettings(
+        model=model,
+        template=spec["encoder"]["template"],
+        max_tokens=spec["encoder"]["max_tokens"],
+        dtype=spec["dtype"],
+        codec=spec["codec"],
+        batch_tokens=spec["batch_tokens"],
+        pad_multiple=spec["pad_multiple"],
+        threads=spec["threads"],
+    )
+
+
+def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: str) -> dict[str, Any]:
+    """What the bytes of these columns depend on; `documents` is the root of the documents' state."""
+    return {
+        "schema": TEACHERS_VERSION,
+        "capture": CAPTURE_VERSION,
+        "documents": documents,
+        "weights": weights_identity(settings.model),
+        "encoder": encoder_of(settings).identity(),
+        "signals": list(columns),
+        "dtype": settings.dtype,
+        "codec": settings.codec,
+        "batch_tokens": settings.batch_tokens,
+        "pad_multiple": settings.pad_multiple,
+        "threads": settings.threads,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "transformers": ".".join(transformers.__version__.split(".")[:2]),
+    }
+
+
+def check_top(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> None:
+    """Raise UsageError where more classes are to be kept of a prediction than there are."""
+    vocab_size = head_of(model).weight_VD.shape[0]
+    for signal in wanted:
+        if signal.top is not None and signal.top > vocab_size:
+            raise UsageError(
+                f"topk is {signal.top}, {name} has {vocab_size} classes", next=f"--topk {vocab_size} at most"
+            )
+
+
 def make_teacher(
     root: Path,
     name: str,
@@ -151,29 +202,10 @@ def make_teacher(
     documents = Table(root, "documents")
     model = teacher_of(settings)
     wanted = signals(num_layers(model))
-    vocab_size = head_of(model).weight_VD.shape[0]
-    for signal in wanted:
-        if signal.top is not None and signal.top > vocab_size:
-            raise UsageError(
-                f"topk is {signal.top}, {settings.model} has {vocab_size} classes", next=f"--topk {vocab_size} at most"
-            )
+    check_top(wanted, model, settings.model)
     columns = tuple(sorted({s.column for s in wanted}))
     basis = basis_of(root / "teachers" / name, documents, more=more)
-    spec = {
-        "schema": TEACHERS_VERSION,
-        "capture": CAPTURE_VERSION,
-        "documents": basis.root,
-        "weights": weights_identity(settings.model),
-        "encoder": encoder_of(settings).identity(),
-        "signals": list(columns),
-        "dtype": settings.dtype,
-        "codec": settings.codec,
-        "batch_tokens": settings.batch_tokens,
-        "pad_multiple": settings.pad_multiple,
-        "threads": settings.threads,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "transformers": ".".join(transformers.__version__.split(".")[:2]),
-    }
+    spec = teacher_spec(settings, columns, basis.root)
     encoder_of(settings).encode(document_at(documents[0]))  # refuses a misfit template before anything is begun
     store = Store(root, f"teachers/{name}", spec, basis.units, more=more)
     stage = TeacherStage(
@@ -193,5 +225,5 @@ def make_teacher(
 
     if workers.count:
         del model
-        _loaded.clear()
+        forget_teacher()
     return build(store, stage, lambda missing: iter(missing), workers, finish=finish)

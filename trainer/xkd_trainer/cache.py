@@ -1,6 +1,7 @@
 """The cache as the trainer sees it: three tables joined by row number, fingerprints checked, heads read once."""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -121,6 +122,13 @@ class Cache:
         """Documents that were added to the cache after the student's table was made."""
         return len(self.documents) - len(self.students)
 
+    def identity(self, wanted: Iterable[Signal]) -> str | list[str]:
+        """What names the rows and signals of a run: the student's root, and those of further tables it reads."""
+        columns = {replace(signal, top=None).column for signal in wanted}
+        read = [t for t in self.beside if any(_plain(c) in columns for c in t.manifest.spec["signals"])]
+        root = self.students.manifest.root
+        return [root, *(table.manifest.root for table in read)] if read else root
+
     def require(self, loss: str, needed: tuple[Signal, ...]) -> None:
         """UsageError that names what `loss` needs and the cache lacks, with the command that adds it."""
         missing = sorted({s.column for s in needed} - {replace(s, top=None).column for s in self.signals})
@@ -132,10 +140,11 @@ class Cache:
             )
 
     def _adding(self, loss: str, missing: Sequence[str]) -> str:
-        """The command that adds the signals of a loss."""
-        if any(column in missing for table in self.short for column in table.manifest.spec["signals"]):
-            return f"xkd-cache add {self.root} --model PATH_OF_{self.teacher_name}, which takes them to the last document"
-        return f"xkd-cache add {self.root} --to {self.teacher_name} --model PATH_OF_{self.teacher_name} --for {loss}"
+        """The command that adds the signals of a loss, or takes those that end too early to the last document."""
+        command = f"xkd-cache add {self.root} --model PATH_OF_{self.teacher_name}"
+        if any(_plain(column) in missing for table in self.short for column in table.manifest.spec["signals"]):
+            return command
+        return f"{command} --to {self.teacher_name} --for {loss}"
 
     def check_tokenizer(self, identity: dict[str, str]) -> None:
         """Mismatch where the student's tokenizer is not the one the cache was aligned for."""
@@ -177,6 +186,10 @@ class Cache:
         ids = {table.name: table[row]["doc_id"] for table in (self.documents, self.teachers, self.students)}
         if len(set(ids.values())) != 1:
             raise BadData(f"{self.root}: row {row} is another document in each table: {json.dumps(ids)}")
+
+
+def _plain(column: str) -> str:
+    return replace(signal_named(column), top=None).column
 
 
 def _beside(root: Path, teacher: str, units: int) -> tuple[list[Table], list[Table]]:

@@ -76,7 +76,7 @@ def train(run: RunFile, *, student_table: str = "", quiet: bool = False) -> Trai
 def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
     train = run.train.model_dump(exclude={"out", "threads", "log_every", "save_every"})
     return {
-        "cache": ready.cache.students.manifest.root,
+        "cache": ready.cache.identity(ready.wanted),
         "student": run.student.model,
         "template": ready.cache.students.manifest.constants["template"],
         "losses": {name: dict(values) for name, values in sorted(run.losses.items())},

@@ -572,7 +572,7 @@ def cache_for_sra() -> tiny.Tiny:
 @pytest.mark.parametrize(
     ("loss", "missing", "command"),
     [
-        ("dwa", "loss dwa needs entropy, which", r"xkd-cache teacher .*/cache --model M --for dwa --name teacher-2"),
+        ("dwa", "loss dwa needs entropy, which", r"xkd-cache add .*/cache --model PATH_OF_teacher .*--for dwa"),
         ("mta", "loss mta needs span_mass", r"xkd-cache teacher .* --model M --for mta"),
     ],
 )

@@ -42,7 +42,7 @@ def _span_level(settings: SraSettings, levels: tuple[tuple[int, str], ...]) -> t
     if not found:
         raise UsageError(
             f"sra.spans={settings.spans} needs span_mass of some teacher layer on {settings.spans}s, none is cached",
-            next="xkd-cache teacher CACHE --model M --for mta,sra --name NEW, then align",
+            next="xkd-cache add CACHE --model M --for mta,sra",
         )
     return (Signal("span_mass", found[0], settings.spans),)
 
