@@ -14,6 +14,7 @@ from xkd_trainer.attention import install
 from xkd_trainer.batch import Batch
 from xkd_trainer.forward import States, run
 from xkd_trainer.head import head_of
+from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.methods.declaration import Loss, StudentPass
 
 
@@ -73,13 +74,24 @@ class Distiller(nn.Module):
         passed = StudentPass(batch, states, head_of(self.student), embeddings_Vd)
         total = states.last_BLD.sum() * 0.0  # keeps every parameter in the graph when no document qualifies
         parts: dict[str, Tensor] = {}
+        planned: dict[str, tuple[Planned, Tensor]] = {}
         for name in self.losses:
             loss = self.loss(name)
             factors = loss.weights(step)
             for term, value in loss(batch, passed, step).items():
-                mean = value.total / denominators[f"{name}.{term}"].to(value.total.dtype).clamp_min(TINY)
-                total = total + self.weights[name] * factors[term] * mean
-                parts[f"{name}.{term}"] = mean.detach().float()
+                key, factor = f"{name}.{term}", self.weights[name] * factors[term]
+                count = denominators[key].to(total.dtype)
+                share = torch.where(count > 0, count.clamp_min(TINY).reciprocal(), 0.0)
+                parts[key] = share
+                if isinstance(value, Planned):
+                    planned[key] = value, factor * share
+                else:
+                    total = total + factor * share * value.total
+                    parts[key] = (share * value.total).detach().float()
+        if planned:
+            joint, sums = passed.plan.run([p for p, _ in planned.values()], [f for _, f in planned.values()])
+            total = total + joint
+            parts |= {key: parts[key] * value for key, value in zip(planned, sums, strict=True)}
         return total, parts
 
     def parameter_groups(self, *, lr: float, projector_lr: float, weight_decay: float) -> list[dict[str, object]]:
@@ -96,4 +108,4 @@ class Distiller(nn.Module):
 
 
 TINY = torch.finfo(torch.float32).tiny
-"""Smallest denominator: a term that nothing qualified for has total 0 and stays 0."""
+"""Smallest denominator that is not 0."""

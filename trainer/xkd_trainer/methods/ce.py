@@ -6,8 +6,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from xkd_trainer.batch import Batch
-from xkd_trainer.losses.head import head_cross_entropy
-from xkd_trainer.losses.term import LossTerm, term
+from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
 
 
@@ -31,11 +30,9 @@ class CrossEntropy(nn.Module):
         """Predicted targets."""
         return {"ce": batch.num_predictions}
 
-    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, Planned]:
         """-log p(target) over the valid predictions."""
-        valid_BN = batch.predict_valid_BN
-        total = head_cross_entropy(student.logits.at(valid_BN), batch.target_BN[valid_BN])
-        return {"ce": term(total, batch.num_predictions)}
+        return {"ce": student.plan.cross_entropy()}
 
 
 def _build(_settings: CeSettings, _context: Context) -> CrossEntropy:

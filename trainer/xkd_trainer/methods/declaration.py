@@ -21,6 +21,7 @@ from xkd_trainer.batch import Batch, gather_rows
 from xkd_trainer.forward import States
 from xkd_trainer.head import Head
 from xkd_trainer.losses.head import LazyLogits
+from xkd_trainer.losses.head_plan import HeadPlan, Planned
 from xkd_trainer.losses.term import LossTerm
 
 
@@ -109,6 +110,11 @@ class StudentPass:
         head = constant_head(self.head, "this student", convert=False)
         return LazyLogits(hidden=self.predict_hidden_BNd, weight=head.weight_VD, bias=head.bias_V)
 
+    @cached_property
+    def plan(self) -> HeadPlan:
+        """What the step's losses want of those logits; what a loss asks of it costs least when others ask as well."""
+        return HeadPlan(own=self.logits, target_BN=self.batch.target_BN, valid_BN=self.batch.predict_valid_BN)
+
 
 class Loss(Protocol):
     """A built loss: an nn.Module whose parameters are its projectors."""
@@ -124,8 +130,8 @@ class Loss(Protocol):
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """The `count` of each term, from the batch alone, so that a step can be divided before it is run."""
 
-    def __call__(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
-        """The terms of one micro-batch."""
+    def __call__(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm | Planned]:
+        """The terms of one micro-batch; those that `student.plan` promised are run together by the caller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,14 +13,13 @@ from xkd_trainer.losses.cma import attend
 from xkd_trainer.losses.dwa import (
     DwaSettings,
     band,
-    projected_cross_entropy,
     sequence_term,
-    student_space,
     student_weights,
     teacher_space,
     teacher_weights,
 )
-from xkd_trainer.losses.head import LazyLogits, head_statistics
+from xkd_trainer.losses.head_pass import Weigh
+from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.losses.term import LossTerm
 from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, uniform_weights
 from xkd_trainer.methods.dual_space import (
@@ -73,37 +72,46 @@ class Dwa(nn.Module):
         """Student predictions."""
         return dict.fromkeys((*_KD, *_DTW), batch.num_predictions)
 
-    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm | Planned]:
         """Eq. 7-25."""
         teacher = teacher_side(batch, self.embeddings_VD)
-        s_valid_BN, t_valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
         scores_BNM = attention_scores(batch, student, teacher, self.query, self.embedding_std)
         to_student_BNM = attend(scores_BNM, "teacher")
         mixed_BNd = to_student_BNM @ self.t2s(teacher.values_BMD(self.hidden_std, self.embedding_std))
         mixed_BMD = attend(scores_BNM, "student") @ self.s2t(student.predict_hidden_BNd)
-        own, projected = student.logits, with_fixed_head(student, mixed_BNd)
-        s_weights_BN, t_weights_BM = self._weights(batch, own, projected, step)
-        terms = {
-            "projected_ce": projected_cross_entropy(projected, batch.target_BN, s_valid_BN),
-            "student_space": student_space(own, projected, s_weights_BN, s_valid_BN, self.settings),
+        projected = with_fixed_head(student, mixed_BNd)
+        terms: dict[str, LossTerm | Planned] = {
+            "projected_ce": student.plan.cross_entropy(projected),
+            "student_space": student.plan.divergence(
+                projected, self.settings.student_space, weigh=self._weigh_student(step)
+            ),
             "teacher_space": teacher_space(
-                self.head(mixed_BMD), self.head(teacher.hidden_BMD), t_weights_BM, t_valid_BM, self.settings,
-                count=batch.num_predictions,
+                self.head(mixed_BMD), self.head(teacher.hidden_BMD), self._teacher_weights(batch),
+                batch.teacher_predict_valid_BM, self.settings, count=batch.num_predictions,
             ),
         }  # fmt: skip
         return terms | self._sequences(batch, student, teacher, to_student_BNM, step)
 
-    def _weights(self, batch: Batch, own: LazyLogits, projected: LazyLogits, step: int) -> tuple[Tensor, Tensor]:
-        s, s_valid_BN, t_valid_BM = self.settings, batch.predict_valid_BN, batch.teacher_predict_valid_BM
-        ones_BN = uniform_weights(s_valid_BN)
+    def _weigh_student(self, step: int) -> Weigh | None:
+        """Eq. 11-12 for some documents, from the student's entropies and the peaks of the projected teacher."""
+        s = self.settings
         gated = s.gate and step >= s.gate_warmup_steps
-        entropy_BN = head_statistics(own, s_valid_BN).entropy if s.entropy_weights else ones_BN
-        gate_BN = head_statistics(projected, s_valid_BN).peak if gated else ones_BN
-        student_BN = student_weights(entropy_BN, gate_BN, s_valid_BN, s.student_weight)
-        if not s.entropy_weights:
-            return (student_BN if gated else ones_BN), uniform_weights(t_valid_BM)
+
+        def weigh(entropy_BN: Tensor, peak_BN: Tensor, valid_BN: Tensor) -> Tensor:
+            ones_BN = uniform_weights(valid_BN)
+            return student_weights(
+                entropy_BN if s.entropy_weights else ones_BN, peak_BN if gated else ones_BN, valid_BN, s.student_weight
+            )
+
+        return weigh if gated or s.entropy_weights else None
+
+    def _teacher_weights(self, batch: Batch) -> Tensor:
+        """Eq. 14."""
+        valid_BM = batch.teacher_predict_valid_BM
+        if not self.settings.entropy_weights:
+            return uniform_weights(valid_BM)
         assert batch.teacher_entropy_BM is not None
-        return student_BN, teacher_weights(batch.teacher_entropy_BM, self.teacher_vocab_size, t_valid_BM)
+        return teacher_weights(batch.teacher_entropy_BM, self.teacher_vocab_size, valid_BM)
 
     def _sequences(
         self,

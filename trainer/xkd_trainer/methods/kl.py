@@ -17,8 +17,8 @@ from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch
 from xkd_trainer.losses.divergence import Kind
 from xkd_trainer.losses.dskd import Positive, Share
-from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
-from xkd_trainer.losses.term import LossTerm, term
+from xkd_trainer.losses.head import Comparison, LazyLogits
+from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
 from xkd_trainer.methods.dual_space import TeacherHead, teacher_states
 from xkd_trainer.methods.one_tokenizer import refuse_other_predictions, refuse_two_tokenizers
@@ -69,12 +69,10 @@ class Kl(nn.Module):
         refuse_other_predictions("kl", batch)
         return {"kl": batch.num_predictions}
 
-    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, Planned]:
         """Divergence at every valid prediction, over the tokenizer's ids."""
-        valid_BN = batch.predict_valid_BN
-        own = first_classes(student.logits, self.classes).at(valid_BN)
-        theirs = first_classes(self.head(teacher_states(batch)), self.classes).at(valid_BN)
-        return {"kl": term(head_divergence(own, theirs, None, self.how), batch.num_predictions)}
+        theirs = self.head(teacher_states(batch))
+        return {"kl": student.plan.divergence(theirs, self.how, classes=self.classes)}
 
 
 def first_classes(logits: LazyLogits, classes: int) -> LazyLogits:

@@ -1,0 +1,225 @@
+"""The order of work of `head_plan`: documents, chunks of their positions, parts of a chunk, products.
+
+For a chunk, the logits of the student and of each other side are made in memory that is used again. Small parts of it,
+in a CPU's cache, become gradients where the logits were; then each side has one product with its head, and the
+student's head one with the states.
+
+Weights may be scaled within a document, so its statistics come first. Documents are taken a few at a time, as many as
+fit a chunk, and their logits are made once. A document that fits no chunk is read twice: its logits are made chunk by
+chunk for the statistics, and again for the gradients.
+
+Shape legend for this file
+    B documents    N positions of a document    M valid positions of all documents    C positions of a chunk
+    D width    V classes    K sums
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xkd_trainer.losses.at_once import Made, made_at_once
+from xkd_trainer.losses.head import Chunk, HeadSlopes, LazyLogits
+from xkd_trainer.losses.head_rows import (
+    Comparison,
+    cross_entropy_rows,
+    divergence_rows,
+    parts,
+    slices,
+    statistics_rows,
+)
+from xkd_trainer.losses.term import at_least_float32
+
+PASS_BYTES = 96 << 20
+"""Size of one chunk of one side's logits; products of fewer positions are slower, as they read the head as often."""
+
+Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(entropy of the student [B, N], peak of the other side [B, N], valid [B, N]) of some documents -> weights [B, N].
+
+Both at temperature 1, without gradient, 0 where not valid. A document's weights may depend on that document alone.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Divergence:
+    """Of the student from a side."""
+
+    number: int
+    """Of the sum."""
+    how: Comparison
+    weigh: Weigh | None
+    classes: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Side:
+    """Other logits at the student's positions [M, E], and the sums they take part in."""
+
+    logits: LazyLogits
+    cross_entropies: Sequence[int]
+    """Numbers of the sums."""
+    divergences: Sequence[Divergence]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """Documents whose statistics are taken together, and their positions in chunks; more than one for one document."""
+
+    documents: slice
+    chunks: list[slice]
+
+
+def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
+    """Consecutive documents of at most `size` positions together, or one that is longer.
+
+    >>> [(u.documents, u.chunks) for u in units([2, 0, 1, 5], 3)]
+    [(slice(0, 3, None), [slice(0, 3, None)]), (slice(3, 4, None), [slice(3, 6, None), slice(6, 8, None)])]
+    """
+    first = last = start = end = 0
+    for length in lengths:
+        if last > first and end - start + length > size:
+            yield Unit(documents=slice(first, last), chunks=list(slices(start, end, size)))
+            first, start = last, end
+        last, end = last + 1, end + length
+    if end > start:
+        yield Unit(documents=slice(first, last), chunks=list(slices(start, end, size)))
+
+
+def joint_sum(
+    own: LazyLogits,
+    target_M: Tensor,
+    valid_BN: Tensor,
+    own_terms: Sequence[int],
+    sides: Sequence[Side],
+    factors_K: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Sum over k of factor times sum k, and the sums.
+
+    Args:
+        own: The student's, [M, D].
+        target_M: int64.
+        valid_BN: Bool, True at the M positions.
+        own_terms: Sums that are the cross-entropy of `own`.
+        sides: Every other sum is in one of them.
+        factors_K: Constants.
+
+    Returns:
+        Scalar with gradient by the states and head of `own`, and by the states of every side with a cross-entropy;
+        [K] without.
+    """
+
+    def make(wanted: Sequence[bool], inputs: Sequence[Any]) -> Made:
+        given = [
+            replace(side, logits=replace(side.logits.detached(), hidden=hidden_MD))
+            for side, hidden_MD in zip(sides, inputs[3:], strict=True)
+        ]
+        mine = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
+        return _Pass(mine, given, wanted, target_M, own_terms, factors_K).run(valid_BN)
+
+    return made_at_once(make, own.hidden, own.weight, own.bias, *(side.logits.hidden for side in sides))
+
+
+class _Pass:
+    """The work of one call."""
+
+    def __init__(
+        self,
+        own: LazyLogits,
+        sides: Sequence[Side],
+        wanted: Sequence[bool],
+        target_M: Tensor,
+        own_terms: Sequence[int],
+        factors_K: Tensor,
+    ) -> None:
+        self.sides, self.target_M, self.own_terms = sides, target_M, own_terms
+        compared = [d for side in sides for d in side.divergences]
+        self.weighed = [(number, d) for number, side in enumerate(sides) for d in side.divergences if d.weigh]
+        self.logits = [own, *(side.logits for side in sides)]
+        self.needs_own = bool(own_terms or compared)
+        wide = at_least_float32(own.weight.new_empty(0))
+        self.factors_K = factors_K.to(wide)
+        self.sums_K = torch.zeros_like(self.factors_K)
+        self.weights = {d.number: wide.new_ones(len(target_M), 1) for d in compared}
+        self.slopes = [HeadSlopes(own, wanted[:3] if self.needs_own else (False,) * 3)]
+        for side, learns in zip(sides, wanted[3:], strict=True):
+            self.slopes.append(HeadSlopes(side.logits, (learns and bool(side.cross_entropies), False, False)))
+
+    def run(self, valid_BN: Tensor) -> Made:
+        """Unit by unit."""
+        widest = max(logits.weight.shape[0] * max(4, logits.weight.dtype.itemsize) for logits in self.logits)
+        size = max(1, PASS_BYTES // max(1, widest))
+        lengths = valid_BN.sum(-1).tolist() if self.weighed else [len(self.target_M)]
+        plan = list(units(lengths, size))
+        most = max((chunk.stop - chunk.start for unit in plan for chunk in unit.chunks), default=0)
+        memory = [Chunk(most if number or self.needs_own else 0, logits) for number, logits in enumerate(self.logits)]
+        for unit in plan:
+            made: list[Tensor] = []
+            if self.weighed:
+                found = []
+                for chunk in unit.chunks:
+                    made = self._made(chunk, memory)
+                    found.append(self._statistics(made))
+                self._weigh(unit, valid_BN[unit.documents], torch.cat(found, dim=-1))
+            for chunk in unit.chunks:
+                if not self.weighed or len(unit.chunks) > 1:
+                    made = self._made(chunk, memory)
+                for part in parts(made[-1]):
+                    self._into_slopes(
+                        slice(chunk.start + part.start, chunk.start + part.stop), [m[part] for m in made]
+                    )
+                for slopes, slope_CV in zip(self.slopes, made, strict=True):
+                    slopes.add(chunk, slope_CV)
+        by_input = [*self.slopes[0].by_input(), *(slopes.hidden_ND for slopes in self.slopes[1:])]
+        return self.factors_K @ self.sums_K, self.sums_K, by_input
+
+    def _made(self, chunk: slice, memory: Sequence[Chunk]) -> list[Tensor]:
+        """Logits of the student and of every side, [C, V] each; of the student none if nobody reads them."""
+        nothing = slice(0, 0)
+        rows = [chunk if self.needs_own else nothing, *[chunk] * len(self.sides)]
+        return [m.of(logits.at(r)) for m, logits, r in zip(memory, self.logits, rows, strict=True)]
+
+    def _statistics(self, made: Sequence[Tensor]) -> Tensor:
+        """[1 + sides, C]: entropies of the student, and peaks of the sides, 0 where no weights read them."""
+        seen = made[0].new_zeros(len(made), len(made[0]))
+        for part in parts(made[0]):
+            seen[0, part] = statistics_rows(made[0][part]).entropy
+            for number in {number for number, _ in self.weighed}:
+                seen[1 + number, part] = statistics_rows(made[1 + number][part]).peak
+        return seen
+
+    def _weigh(self, unit: Unit, valid_BN: Tensor, seen: Tensor) -> None:
+        """Fill in the weights of a unit's positions."""
+        entropy_BN, *peaks = (
+            values_C.new_zeros(valid_BN.shape).masked_scatter(valid_BN, values_C) for values_C in seen
+        )
+        rows = slice(unit.chunks[0].start, unit.chunks[-1].stop)
+        for number, divergence in self.weighed:
+            weights_BN = divergence.weigh(entropy_BN, peaks[number], valid_BN)
+            self.weights[divergence.number][rows, 0] = weights_BN[valid_BN].to(self.factors_K.dtype)
+
+    def _into_slopes(self, rows: slice, made: Sequence[Tensor]) -> None:
+        """Add a part to the sums; its logits become their factor times the gradient."""
+        own_PV, target_P, slopes = made[0], self.target_M[rows], []
+        for side, other_PV in zip(self.sides, made[1:], strict=True):
+            for d in side.divergences:
+                weights_P1 = self.weights[d.number][rows]
+                loss_P, slope_PV = divergence_rows(
+                    own_PV[:, : d.classes], other_PV[:, : d.classes], weights_P1 * self.factors_K[d.number], d.how
+                )
+                self.sums_K[d.number] += loss_P @ weights_P1[:, 0]
+                slopes.append(slope_PV)
+            if side.cross_entropies:
+                self._cross_entropy(other_PV, target_P, side.cross_entropies)
+        if self.own_terms:
+            self._cross_entropy(own_PV, target_P, self.own_terms)
+        else:
+            own_PV.zero_()
+        for slope_PV in slopes:
+            own_PV[:, : slope_PV.shape[1]] += slope_PV
+
+    def _cross_entropy(self, logits_PV: Tensor, target_P: Tensor, numbers: Sequence[int]) -> None:
+        """One cross-entropy, in all the sums that want it."""
+        chosen = list(numbers)
+        self.sums_K[chosen] += cross_entropy_rows(logits_PV, target_P, self.factors_K[chosen].sum()).sum()

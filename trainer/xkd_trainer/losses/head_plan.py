@@ -1,0 +1,138 @@
+"""One pass over the student's logits for all losses of a step that read them.
+
+Each loss says what it wants: the cross-entropy of the student's logits, that of other logits at the same positions, a
+divergence between the two. The pass makes the logits once, adds the gradients by them, and takes one product for the
+states and one for the head. It returns one scalar, so every wish comes with the factor it has in the step.
+
+A divergence may weigh positions by what a whole document's logits say; `head_pass` has the order of work. Nothing here
+knows models, batches or papers, and a loss that knows nothing of this file does as it did.
+
+Shape legend for this file
+    B documents    N positions    D width of the student's states    V classes    K wishes
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xkd_trainer.losses.head import LazyLogits
+from xkd_trainer.losses.head_pass import Divergence, Side, Weigh, joint_sum
+from xkd_trainer.losses.head_rows import Comparison
+from xkd_trainer.losses.term import at_least_float32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Wish:
+    """One sum over the valid positions."""
+
+    other: LazyLogits | None
+    """Logits at the same positions; None: the wish is about the student's own alone."""
+    how: Comparison | None = None
+    """The divergence of the student from `other`; None: a cross-entropy."""
+    weigh: Weigh | None = None
+    classes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Planned:
+    """What a loss returns instead of a `LossTerm`: the same two scalars, the first of them made when it is asked for.
+
+    Whoever runs several at once calls `HeadPlan.run` instead.
+    """
+
+    plan: "HeadPlan"
+    wish: Wish
+
+    @property
+    def total(self) -> Tensor:
+        """The sum, with gradient; a pass of its own."""
+        return self.plan.run([self], [torch.ones(())])[0]
+
+    @property
+    def count(self) -> Tensor:
+        """Number of valid positions, scalar without gradient in the dtype of `total`."""
+        return self.plan.valid_BN.sum().to(at_least_float32(self.plan.own.weight.detach()[:0]).dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class HeadPlan:
+    """The student's logits of one batch, and where they are to be read.
+
+    Two classes alike, one of two positions valid; the step wants three times the cross-entropy:
+
+    >>> own = LazyLogits(hidden=torch.zeros(1, 2, 3), weight=torch.zeros(2, 3))
+    >>> plan = HeadPlan(own=own, target_BN=torch.tensor([[1, 1]]), valid_BN=torch.tensor([[True, False]]))
+    >>> wanted = plan.cross_entropy()
+    >>> wanted.total, wanted.count, plan.run([wanted], [torch.tensor(3.0)])
+    (tensor(0.6931), tensor(1.), (tensor(2.0794), [tensor(0.6931)]))
+    """
+
+    own: LazyLogits
+    """States [B, N, D]; states and head learn unless they are constants."""
+    target_BN: Tensor
+    """int64 classes; any value where not valid."""
+    valid_BN: Tensor
+    """Bool; states elsewhere are not read, here and in `other`."""
+
+    def cross_entropy(self, other: LazyLogits | None = None) -> Planned:
+        """Sum of -log p(target) under the student's own logits, or under other ones.
+
+        Args:
+            other: States [B, N, E], which learn, and a head of the student's classes, which does not.
+        """
+        return Planned(plan=self, wish=Wish(other=other))
+
+    def divergence(
+        self, other: LazyLogits, how: Comparison, *, weigh: Weigh | None = None, classes: int | None = None
+    ) -> Planned:
+        """Sum of weight times divergence of the student from other logits, which get no gradient.
+
+        Args:
+            other: States [B, N, E] and a head. The same object as in `cross_entropy` shares its logits.
+            how: Kind and numbers.
+            weigh: Weights of the positions of some documents; None: 1 everywhere. See `head_pass.Weigh`.
+            classes: Compare the first so many classes, which both heads have; None: all, and they are the same.
+        """
+        return Planned(plan=self, wish=Wish(other=other, how=how, weigh=weigh, classes=classes))
+
+    def run(self, wanted: Sequence[Planned], factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """All at once.
+
+        Args:
+            wanted: Of this plan, in any order.
+            factors: Scalars without gradient, one for each.
+
+        Returns:
+            The sum of factor times total, with gradient; and the totals, without.
+        """
+        if not wanted:
+            return at_least_float32(self.own.weight.detach()[:0]).new_zeros(()), []
+        wishes = [planned.wish for planned in wanted]
+        total, sums_K = joint_sum(
+            self.own.at(self.valid_BN), self.target_BN[self.valid_BN], self.valid_BN,
+            [k for k, wish in enumerate(wishes) if wish.other is None], self._sides(wishes),
+            torch.stack([factor.detach() for factor in factors]),
+        )  # fmt: skip
+        return total, list(sums_K)
+
+    def _sides(self, wishes: Sequence[Wish]) -> list[Side]:
+        """The wishes about one and the same object together."""
+        others = {id(wish.other): wish.other for wish in wishes if wish.other is not None}
+        sides = []
+        for other in others.values():
+            mine = [(number, wish) for number, wish in enumerate(wishes) if wish.other is other]
+            divergences = [
+                Divergence(number=number, how=wish.how, weigh=wish.weigh, classes=wish.classes)
+                for number, wish in mine
+                if wish.how is not None
+            ]
+            sides.append(
+                Side(
+                    logits=other.at(self.valid_BN),
+                    cross_entropies=[number for number, wish in mine if wish.how is None],
+                    divergences=divergences,
+                )
+            )
+        return sides
