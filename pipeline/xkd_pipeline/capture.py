@@ -1,5 +1,6 @@
 """The teacher's forward passes over one unit: which documents run together, and what is kept of each."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from xkd_schemas.teacher import Signal
 from xkd_trainer.attention import install
 from xkd_trainer.forward import run
 from xkd_trainer.head import head_of
+from xkd_trainer.models import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,12 @@ def batches_of(lengths: Sequence[int], batch_tokens: int, multiple: int) -> Iter
         yield batch
 
 
+@functools.lru_cache(maxsize=2)
+def classes_of(model: str) -> int:
+    """One more than the highest id of its tokenizer: rows of a head beyond it are padding."""
+    return int(max(load_tokenizer(model).get_vocab().values())) + 1
+
+
 @torch.inference_mode()
 def capture(
     model: PreTrainedModel, readings: Sequence[Reading], wanted: Sequence[Signal], settings: TeacherSettings
@@ -68,6 +76,7 @@ def capture(
     empty = {s.column: np.zeros((0, width), np.uint16) if s.kind.wide else np.zeros(0) for s in wanted}
     captured: list[dict[str, Any]] = [empty] * len(readings)
     layers = sorted({s.layer for s in wanted if s.layer is not None and s.name != "attention"})
+    classes = classes_of(settings.model) if any(s.kind.drawn for s in wanted) else None
     attention = any(s.name == "attention_last" for s in wanted)
     attention_layers = sorted({s.layer for s in wanted if s.layer is not None and s.name == "attention"})
     if attention or attention_layers:
@@ -82,6 +91,7 @@ def capture(
             raise BadData(
                 f"the teacher's hidden states are not finite in {settings.dtype}", next="capture with --dtype float32"
             )
-        for index, row in zip(indices, signals_of(batch, states, valid_BL, head, wanted), strict=True):
+        found = signals_of(batch, states, valid_BL, head, wanted, classes)
+        for index, row in zip(indices, found, strict=True):
             captured[index] = row
     return captured

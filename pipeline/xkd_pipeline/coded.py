@@ -30,6 +30,8 @@ def coded(captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signal], codec
     made = Coded(columns={}, metadata={}, sums={})
     for signal in wanted:
         rows = [row[signal.column] for row in captured]
+        if signal.kind.drawn:
+            made.sums.update(_drawn_error(signal.column, captured))
         if not signal.kind.wide or codec == PLAIN:
             made.columns[signal.column] = rows
             continue
@@ -46,6 +48,13 @@ def coded(captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signal], codec
         if signal.name == "hidden_last" and rows:
             made.sums.update(_divergence(rows, again, head))
     return made
+
+
+def _drawn_error(column: str, captured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Squared error of all draws of the unit, and the squares of the probabilities that they stand for."""
+    empty = np.zeros(0)
+    return {f"codec:{column}:{part}": float(sum(row.get(f"{column}.{part}", empty).sum() for row in captured))
+            for part in ("lost", "kept")}  # fmt: skip
 
 
 def _divergence(rows: Sequence[Bits], again: Sequence[Bits], head: Head) -> dict[str, float]:

@@ -5,7 +5,7 @@ Shape legend for this file
     K words or phrases    D width    V vocabulary    k largest logits of a prediction
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xkd_pipeline.draws import drawn, uniforms
 from xkd_schemas.teacher import Signal
 from xkd_schemas.tokens import Int32s, Tokens, kept_rows, predictors
 from xkd_trainer.forward import States
@@ -51,12 +52,21 @@ def bf16_bits(values: Tensor) -> Any:
 
 
 def signals_of(
-    readings: Sequence[Reading], states: States, valid_BL: Tensor, head: Head, wanted: Sequence[Signal]
+    readings: Sequence[Reading],
+    states: States,
+    valid_BL: Tensor,
+    head: Head,
+    wanted: Sequence[Signal],
+    classes: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One dict (column name -> array) for each document of the batch."""
+    """One dict (column name -> array) for each document of the batch.
+
+    A drawn signal also has COLUMN.lost and COLUMN.kept, the squared error of each prediction and what it is a part of.
+    Draws are from the first `classes` rows of the head; None is all.
+    """
     rows: list[dict[str, Any]] = [{} for _ in readings]
     _per_token(readings, states, wanted, rows)
-    _predictions(readings, states, head, wanted, rows)
+    _predictions(readings, states, head, wanted, rows, classes)
     for layer in sorted({s.layer for s in wanted if s.layer is not None}):
         here = [s for s in wanted if s.layer == layer]
         _tokens_of_layer(readings, states, here, rows)
@@ -79,28 +89,41 @@ def _per_token(
 
 
 def _predictions(
-    readings: Sequence[Reading], states: States, head: Head, wanted: Sequence[Signal], rows: list[dict[str, Any]]
+    readings: Sequence[Reading],
+    states: States,
+    head: Head,
+    wanted: Sequence[Signal],
+    rows: list[dict[str, Any]],
+    classes: int | None,
 ) -> None:
-    columns = [s.column for s in wanted if s.kind.per == "N"]
-    if not columns:
+    signals = [s for s in wanted if s.kind.per == "N"]
+    if not signals:
         return
-    tops = {s.top for s in wanted if s.top is not None}
     positions = [predictors(r.tokens.targets) for r in readings]
     hidden_ND = torch.cat([states.last_BLD[i, torch.from_numpy(p)] for i, p in enumerate(positions)])
+    random_N2 = np.concatenate([uniforms(r.tokens.ids, len(p)) for r, p in zip(readings, positions, strict=True)])
     step = max(1, LOGIT_BYTES // (4 * head.weight_VD.shape[0]))
-    parts = [_of_logits(head(chunk_ND), tops) for chunk_ND in torch.split(hidden_ND, step)]
-    stats = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in columns}
+    chunks = zip(torch.split(hidden_ND, step), torch.split(torch.from_numpy(random_N2), step), strict=True)
+    parts = [_of_logits(head(chunk_ND), random_C2, signals, classes) for chunk_ND, random_C2 in chunks]
+    stats = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     ends = np.cumsum([len(p) for p in positions])
     for number, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        for name in columns:
-            rows[number][name] = stats[name][first:end]
+        for name, values in stats.items():
+            rows[number][name] = values[first:end]
 
 
-def _of_logits(logits_NV: Tensor, tops: Iterable[int]) -> dict[str, Tensor]:
+def _of_logits(logits_NV: Tensor, random_N2: Tensor, wanted: Sequence[Signal], classes: int | None) -> dict[str, Any]:
     """Every column that is made of logits; those of the k largest are [N, k], the largest first."""
-    found = dict(zip(("entropy", "argmax", "logsumexp"), prediction_stats(logits_NV), strict=True))
-    for top in tops:
-        found[f"topk_logits#{top}"], found[f"topk_ids#{top}"] = logits_NV.float().topk(top, dim=-1)
+    of_all = dict(zip(("entropy", "argmax", "logsumexp"), prediction_stats(logits_NV), strict=True))
+    found: dict[str, Any] = {s.column: of_all[s.name].cpu().numpy() for s in wanted if s.name in of_all}
+    for top in {s.top for s in wanted if s.top is not None and not s.kind.drawn}:
+        logits_Nk, ids_Nk = logits_NV.float().topk(top, dim=-1)
+        found |= {f"topk_logits#{top}": logits_Nk.cpu().numpy(), f"topk_ids#{top}": ids_Nk.cpu().numpy()}
+    for signal in wanted:
+        if signal.top is not None and signal.kind.drawn:
+            draw = drawn(logits_NV[:, :classes], random_N2, signal.top)
+            found[signal.column] = draw.entries_Nk
+            found |= {f"{signal.column}.lost": draw.lost_N, f"{signal.column}.kept": draw.kept_N}
     return found
 
 

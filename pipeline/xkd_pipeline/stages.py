@@ -76,7 +76,8 @@ def signals_for(run: RunFile, num_layers: int) -> list[Signal]:
     for name in t.losses:
         declaration = loss_named(name)
         wanted.update(declaration.needs(declaration.parse(run.losses.get(name, {})), levels))
-    return sorted((replace(s, top=t.topk) if s.kind.top else s for s in wanted), key=lambda s: s.column)
+    numbered = (replace(s, top=t.samples if s.kind.drawn else t.topk) if s.kind.top else s for s in wanted)
+    return sorted(numbered, key=lambda s: s.column)
 
 
 def teacher_stage(run: RunFile, workers: Workers) -> Outcome:

@@ -56,6 +56,8 @@ class TeacherSection(_Section):
     batch_tokens: int = Field(default=4096, ge=8)
     topk: int = Field(default=64, ge=1)
     """Classes kept of each prediction, where a loss needs the largest logits."""
+    samples: int = Field(default=16, ge=1)
+    """Classes drawn of each prediction, where a loss needs a sample of the distribution."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of one worker."""
     losses: tuple[str, ...] = ("mta", "sra", "dwa")

@@ -38,6 +38,8 @@ class Kind:
     unit: bool = False
     top: bool = False
     """True where each of those is k numbers, k being the signal's `top`."""
+    drawn: bool = False
+    """True where those k are drawn, not the largest."""
 
 
 KINDS: Final[dict[str, Kind]] = {
@@ -54,6 +56,7 @@ KINDS: Final[dict[str, Kind]] = {
     "logsumexp": Kind("float32", "N", wide=False),
     "topk_ids": Kind("int32", "N", wide=False, top=True),  # classes of the k largest logits, the largest first
     "topk_logits": Kind("float32", "N", wide=False, top=True),  # their logits; minus logsumexp: log-probabilities
+    "sampled": Kind("int32", "N", wide=False, top=True, drawn=True),  # k drawn classes and their shares, sampled.py
 }
 
 _PATTERN = re.compile(r"([a-z_]+)(?:@(\d+))?(?::(word|phrase))?(?:#([1-9]\d*))?")
@@ -67,7 +70,7 @@ class Signal:
     layer: int | None = None
     unit: str | None = None
     top: int | None = None
-    """k of the top-k signals; None where a loss needs one and takes the k of the cache."""
+    """k of the top-k and drawn signals; None where a loss needs one and takes the k of the cache."""
 
     @property
     def kind(self) -> Kind:

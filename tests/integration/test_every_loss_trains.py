@@ -20,7 +20,7 @@ OTHER, SAME = "S-all", "T-all"
 """Student tables: another tokenizer than the teacher's, and the teacher's own."""
 
 
-NEEDS_ONE_TOKENIZER = ("kl", "dskd", "fdd")
+NEEDS_ONE_TOKENIZER = ("kl", "rskd", "dskd", "fdd")
 
 
 FOR_PRETRAINED = ("dskd_v2",)

@@ -95,6 +95,10 @@ class Batch:
     """The k largest logits, the largest first, float32; K is k here."""
     teacher_topk_ids_BMK: Tensor | None = None
     """Their classes, int64."""
+    teacher_sampled_ids_BMK: Tensor | None = None
+    """K classes drawn of each prediction, int64, ascending."""
+    teacher_sampled_weights_BMK: Tensor | None = None
+    """What each stands for of the teacher's distribution, float32; they add up to 1."""
     teacher_ids_BT: Tensor | None = None
     """All of the teacher's tokens, int64; this and the next two are there where some `TokenStates` are."""
     teacher_valid_BT: Tensor | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xkd_schemas.alignment import token_ranges
 from xkd_schemas.errors import BadData
+from xkd_schemas.sampled import unpacked
 from xkd_schemas.table import Row
 from xkd_schemas.teacher import KINDS, Signal
 from xkd_schemas.tokens import OK, Tokens, kept_rows, predictors
@@ -104,8 +105,9 @@ _FIELDS: Final = {
     "logsumexp": "teacher_logsumexp_BM",
     "topk_logits": "teacher_topk_logits_BMK",
     "topk_ids": "teacher_topk_ids_BMK",
+    "sampled": "teacher_sampled_ids_BMK",
 }
-"""Signals without a layer, and the field of Batch that each is."""
+"""Signals without a layer, and the field of Batch that each is; `sampled` is two."""
 
 
 def _signal_array(teacher: Row, name: str, column: str) -> dict[str, Array]:
@@ -113,6 +115,9 @@ def _signal_array(teacher: Row, name: str, column: str) -> dict[str, Array]:
     values = teacher[column]
     if KINDS[name].per == "T":
         values = values[kept_rows(teacher["targets"])]
+    if name == "sampled":
+        ids, weights = unpacked(values)
+        return {_FIELDS[name]: ids, "teacher_sampled_weights_BMK": weights}
     return {_FIELDS[name]: values.astype(np.int64) if values.dtype == np.int32 else values}
 
 
@@ -169,8 +174,9 @@ def _level_arrays(document: Row, student: Row, teacher: Row, wanted: frozenset[S
     arrays: dict[str, Array] = {}
     phrases = document["phrases"]
     for unit, column in (("word", "words"), ("phrase", "phrases")):
-        spans = document[column]
-        ranges = student["word_tokens" if unit == "word" else "phrase_tokens"].astype(np.int64)
+        kept = [len(teacher[s.column]) for s in wanted if s.unit == unit and s.name == "span_mass"]
+        spans = document[column][: min(kept, default=None)]  # those that the teacher has read
+        ranges = student[f"{unit}_tokens"][: len(spans)].astype(np.int64)
         arrays[f"level {unit} student"] = ranges
         arrays[f"level {unit} teacher"] = _kept_ranges(teacher, spans)
         arrays[f"level {unit} seen"] = ranges[:, 1] > ranges[:, 0]

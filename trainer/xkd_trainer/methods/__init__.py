@@ -19,11 +19,12 @@ from xkd_trainer.methods.kl import KL
 from xkd_trainer.methods.mined import MINED
 from xkd_trainer.methods.mta import MTA
 from xkd_trainer.methods.multilevelot import MULTILEVELOT
+from xkd_trainer.methods.rskd import RSKD
 from xkd_trainer.methods.sra import SRA
 from xkd_trainer.methods.uld import ULD
 
 LOSSES: Mapping[str, Declaration] = {
-    d.name: d for d in (CE, KL, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT)
+    d.name: d for d in (CE, KL, RSKD, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT)
 }
 """The losses that come with XKD."""
 

@@ -1,0 +1,145 @@
+"""Forward KL from drawn classes: the formula, its gradient, and that it is the full one's on average.
+
+Shape legend for this file
+    N positions    D width    V classes    k drawn classes
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from xkd_pipeline.draws import drawn, uniforms
+from xkd_schemas.sampled import unpacked
+from xkd_trainer.losses import head
+from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
+from xkd_trainer.losses.sampled import head_sampled_kl, sampled_kl
+
+
+def some(positions: int = 5, classes: int = 9, k: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Student logits, ids, weights that add up to 1, entropies; float64."""
+    generator = torch.Generator().manual_seed(classes + k)
+    logits_NV = torch.randn(positions, classes, generator=generator, dtype=torch.float64)
+    ids_Nk = torch.rand(positions, classes, generator=generator).argsort(-1)[:, :k].sort(-1).values
+    weights_Nk = torch.rand(positions, k, generator=generator, dtype=torch.float64)
+    entropy_N = torch.rand(positions, generator=generator, dtype=torch.float64)
+    return logits_NV, ids_Nk, weights_Nk / weights_Nk.sum(-1, keepdim=True), entropy_N
+
+
+def draws_of(teacher_NV: Tensor, seed: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Drawn classes, their weights, and the entropies of a teacher with these logits."""
+    random_N2 = torch.from_numpy(uniforms(np.array([seed], np.int32), len(teacher_NV)))
+    ids_Nk, weights_Nk = map(torch.from_numpy, unpacked(drawn(teacher_NV, random_N2, k).entries_Nk))
+    return ids_Nk, weights_Nk, torch.distributions.Categorical(logits=teacher_NV).entropy()
+
+
+def test_it_is_the_sum_over_drawn_classes() -> None:
+    logits_NV, ids_Nk, weights_Nk, entropy_N = some()
+
+    slow = []
+    for logits, ids, weights, entropy in zip(
+        logits_NV.tolist(), ids_Nk.tolist(), weights_Nk.tolist(), entropy_N.tolist(), strict=True
+    ):
+        total = math.fsum(math.exp(z) for z in logits)
+        slow.append(-math.fsum(w * math.log(math.exp(logits[i]) / total) for i, w in zip(ids, weights, strict=True)))
+        slow[-1] -= entropy
+
+    torch.testing.assert_close(sampled_kl(logits_NV, ids_Nk, weights_Nk, entropy_N), torch.tensor(slow).double())
+    student = LazyLogits(hidden=logits_NV, weight=torch.eye(9, dtype=torch.float64))
+    assert float(head_sampled_kl(student, ids_Nk, weights_Nk, entropy_N)) == pytest.approx(math.fsum(slow), rel=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_in_float64(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CHUNK_BYTES", 2 * 7 * 8)
+    _, ids_Nk, weights_Nk, entropy_N = some(positions=5, classes=7)
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight_VD = torch.randn(7, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias_V = torch.randn(7, generator=generator, dtype=torch.float64, requires_grad=True) if bias else None
+
+    def loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        return head_sampled_kl(
+            LazyLogits(hidden=hidden_ND, weight=weight_VD, bias=bias_V), ids_Nk, weights_Nk, entropy_N
+        )
+
+    assert torch.autograd.gradcheck(loss, (hidden_ND, weight_VD, bias_V))
+    plain = sampled_kl(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V), ids_Nk, weights_Nk, entropy_N).sum()
+    torch.testing.assert_close(loss(hidden_ND, weight_VD, bias_V), plain)
+
+
+def test_weights_that_do_not_add_up_to_1_have_their_own_gradient() -> None:
+    logits_NV, ids_Nk, weights_Nk, entropy_N = some()
+    student_NV = logits_NV.clone().requires_grad_()
+
+    student = LazyLogits(hidden=student_NV, weight=torch.eye(9, dtype=torch.float64))
+    (ours,) = torch.autograd.grad(head_sampled_kl(student, ids_Nk, 3 * weights_Nk, entropy_N), student_NV)
+    (plain,) = torch.autograd.grad(sampled_kl(student_NV, ids_Nk, 3 * weights_Nk, entropy_N).sum(), student_NV)
+
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_value_and_gradient_are_those_of_the_full_kl_on_average(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    teacher_NV, weight_VD = 2 * torch.randn(6, 40, generator=generator), torch.randn(40, 8, generator=generator)
+    hidden_ND = torch.randn(6, 8, generator=generator, requires_grad=True)
+    student = LazyLogits(hidden=hidden_ND, weight=weight_VD)
+    teacher = LazyLogits(hidden=teacher_NV, weight=torch.eye(40))
+    full = head_divergence(student, teacher, None, Comparison(kind="forward_kl", temperature=1.0))
+    (expected_ND,) = torch.autograd.grad(full, hidden_ND)
+
+    values, slopes = [], []
+    for seed in range(300):
+        value = head_sampled_kl(student, *draws_of(teacher_NV, seed, k))
+        values.append(value.detach())
+        slopes.append(torch.autograd.grad(value, hidden_ND)[0])
+
+    for found, expected in ((torch.stack(values), full.detach()), (torch.stack(slopes), expected_ND)):
+        standard_error = found.std(0) / 300**0.5
+        assert ((found.mean(0) - expected).abs() < 5 * standard_error + 1e-5).all()
+        assert (found.std(0) > 0).all()
+    gap, noise = torch.stack(slopes).mean(0) - expected_ND, torch.stack(slopes)[0] - expected_ND
+    assert float(gap.norm()) < 0.2 * float(noise.norm())
+
+
+def test_a_draw_of_all_classes_is_the_full_kl_but_for_the_rounding_of_shares() -> None:
+    generator = torch.Generator().manual_seed(3)
+    teacher_NV, hidden_ND = torch.randn(6, 20, generator=generator), torch.randn(6, 20, generator=generator)
+    student = LazyLogits(hidden=hidden_ND.requires_grad_(), weight=torch.eye(20))
+    teacher = LazyLogits(hidden=teacher_NV, weight=torch.eye(20))
+
+    full = head_divergence(student, teacher, None, Comparison(kind="forward_kl", temperature=1.0))
+    ours = head_sampled_kl(student, *draws_of(teacher_NV, 0, 20))
+
+    assert float(ours.detach()) == pytest.approx(float(full.detach()), rel=2e-3)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, hidden_ND)[0], torch.autograd.grad(full, hidden_ND)[0], rtol=0, atol=1 / 4095
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_computes_in_float32_and_far_classes_stay_finite(dtype: torch.dtype) -> None:
+    logits_NV = torch.tensor([[0.0, -300.0, 300.0]], dtype=dtype, requires_grad=True)
+    student = LazyLogits(hidden=logits_NV, weight=torch.eye(3, dtype=dtype))
+
+    total = head_sampled_kl(student, torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]), torch.tensor([0.1]))
+    total.backward()
+
+    assert total.dtype == torch.float32
+    assert float(total.detach()) == pytest.approx(450 - 0.1, rel=1e-2)
+    assert logits_NV.grad is not None
+    assert logits_NV.grad.tolist() == [[-0.5, -0.5, 1.0]]
+
+
+def test_no_position_is_0_with_gradient() -> None:
+    hidden_ND = torch.zeros(0, 3, requires_grad=True)
+    total = head_sampled_kl(
+        LazyLogits(hidden=hidden_ND, weight=torch.eye(3)), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2),
+        torch.zeros(0),
+    )  # fmt: skip
+    total.backward()
+    assert float(total.detach()) == 0.0
+    assert hidden_ND.grad is not None
