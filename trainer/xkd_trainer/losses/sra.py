@@ -9,12 +9,14 @@ Shape legend for this file
     B documents    K spans    D width    V classes in both vocabularies    N valid spans of all documents
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.divergence import divergence
 from xkd_trainer.losses.geometry import cosine_distance, pair_disagreement, pair_weights
 from xkd_trainer.losses.term import LossTerm, at_least_float32, term
@@ -30,6 +32,13 @@ class SraSettings(BaseModel):
     spans: Literal["aligned", "word", "phrase"] = "aligned"
     """Pieces that are compared. aligned: between common ends of tokens (paper and code). word, phrase: linguistic
     spans of the response; phrases may overlap."""
+    layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Teacher layers that L_cos compares besides the last one, which is always among them. Paper: the last alone;
+    later scripts: three, two apart. L_Geo and L_KD read the last."""
+    student_layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Student blocks, one for each of `layers` below the last, lowest first. Empty: those at the same depth."""
+    beta: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Weight of each layer in L_cos, lowest first, the last one included; divided by their sum. Empty: all alike."""
     cos: float = Field(default=1.0, ge=0)
     """Weight of L_cos. First code: 1, the first author's later code: 2."""
     geo: float = Field(default=50.0, ge=0)
@@ -38,8 +47,9 @@ class SraSettings(BaseModel):
     """Temperature of L_KD. Code: 2, and 4 for OPT. No tau squared in front, as in the code."""
     p: float = Field(default=1.0, ge=0)
     """Power of a span's mass in its loss weight. Code: 1. 0: every span alike."""
-    weights: Literal["attention", "uniform"] = "attention"
-    """Token weights a_t. attention: what the last valid token attends to, heads summed (paper).
+    weights: Literal["attention", "centrality", "uniform"] = "attention"
+    """Token weights a_t of each layer. attention: what the last valid token attends to in that block, heads summed
+    (paper). centrality: eq. 5-7 of MTA, arXiv 2605.01374, which needs no attention map.
 
     The code's first versions took the last row of the padded batch, and fell back to uniform
     without a word where the model gave no attention maps.
@@ -52,6 +62,24 @@ class SraSettings(BaseModel):
     """True: spans weigh in L_cos and L_Geo by the teacher's mass (the paper's WSL). False: all alike."""
     shared_vocab: Literal["mapped", "exact"] = "mapped"
     """Which classes count as shared, see `vocabulary.shared_vocabulary`. exact: equal strings (the code)."""
+
+
+def layer_shares(beta: Sequence[float], count: int) -> tuple[float, ...]:
+    """The weights of `count` layers divided by their sum; all alike where none are given.
+
+    >>> layer_shares((1.0, 3.0), 2), layer_shares((), 2)
+    ((0.25, 0.75), (0.5, 0.5))
+
+    Raises:
+        UsageError: There are not as many as layers, or all are 0.
+    """
+    given = tuple(beta) or (1.0,) * count
+    if len(given) != count or not sum(given) > 0:
+        raise UsageError(
+            f"sra.beta has {len(given)} weights, with sum {sum(given):g}, for {count} layers",
+            next="give one for each of sra.layers and one for the last layer, lowest first, not all 0",
+        )
+    return tuple(share / sum(given) for share in given)
 
 
 def span_omega(mass_BK: Tensor, valid_BK: Tensor, p: float, weighted: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""SRA wired to the cache: centres of mass of the aligned spans in both models, last layer.
+"""SRA wired to the cache: centres of mass of the aligned spans in both models, in the last layer and chosen others.
 
 Shape legend: see batch.py; d is the student's width, V the shared vocabulary.
 """
@@ -6,32 +6,45 @@ Shape legend: see batch.py; d is the student's width, V the shared vocabulary.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from xkd_schemas.errors import UsageError
 from xkd_schemas.teacher import Signal
-from xkd_trainer.batch import Batch
+from xkd_trainer.batch import Batch, gather_rows
 from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
 from xkd_trainer.losses.sra import (
     SraSettings,
     geometric,
+    layer_shares,
     shared_vocabulary,
     span_omega,
     weighted_cosine,
 )
 from xkd_trainer.losses.term import LossTerm, term
-from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, constant_head, uniform_weights
-from xkd_trainer.signals import pool_spans
+from xkd_trainer.methods.declaration import Context, Declaration, Levels, StudentPass, constant_head, uniform_weights
+from xkd_trainer.methods.layers import paired_layers
+from xkd_trainer.signals import centrality, pool_spans
 
 
-def needs(settings: SraSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
-    """Last states, the attention row that weighs them, and for words or phrases some level that has them.
+def needs(settings: SraSettings, levels: Levels) -> tuple[Signal, ...]:
+    """States of the last and the chosen layers, what weighs them, and for words or phrases some level that has them.
 
     Raises:
         UsageError: Words or phrases are wanted and none are cached.
     """
-    weights = (Signal("attention_last"),) if settings.weights == "attention" else ()
-    return (Signal("hidden_last"), *weights, *_span_level(settings, levels))
+    inner = inner_layers(settings, levels.num_layers)
+    found = [Signal("hidden_last"), *(Signal("hidden", layer) for layer in inner)]
+    if settings.weights == "attention":
+        found += [Signal("attention_last"), *(Signal("attention", layer) for layer in inner)]
+    if settings.weights == "centrality":
+        found += [Signal("centrality", layer) for layer in (*inner, levels.num_layers)]
+    return (*found, *_span_level(settings, levels))
+
+
+def inner_layers(settings: SraSettings, last: int) -> tuple[int, ...]:
+    """The chosen teacher layers below the last one, lowest first."""
+    return tuple(sorted(layer for layer in settings.layers if layer != last))
 
 
 def _span_level(settings: SraSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
@@ -55,17 +68,38 @@ class _Spans(NamedTuple):
     valid_BK: Tensor
 
 
-class Sra(nn.Module):
-    """Terms `cos`, `geo` and `kd`; each is a mean over documents with an aligned span."""
+class _Pooled(NamedTuple):
+    """Span vectors of both models at one layer, and the loss weights of the spans."""
 
-    layers: tuple[int, ...] = ()
+    student_BKd: Tensor
+    teacher_BKD: Tensor
+    omega_BK: Tensor
+
+
+class Sra(nn.Module):
+    """Terms `cos`, `geo` and `kd`; each is a mean over documents with an aligned span.
+
+    With several layers, `cos@L` for each teacher layer L in place of `cos`.
+    """
 
     def __init__(self, settings: SraSettings, context: Context) -> None:
         super().__init__()
         self.settings = settings
         self.attention = settings.weights == "attention"
-        self.projector = nn.Linear(context.student_width, context.teacher_width, bias=False)
-        nn.init.xavier_uniform_(self.projector.weight)
+        last, inner = context.teacher_layers, inner_layers(settings, context.teacher_layers)
+        if settings.student_layers and len(settings.student_layers) != len(inner):
+            raise UsageError(
+                f"sra.student_layers has {len(settings.student_layers)} layers, sra.layers has {len(inner)} below the "
+                f"last ({last})"
+            )
+        ours = (*settings.student_layers, context.student_layers) if settings.student_layers else ()
+        self.inner = paired_layers("sra", (*inner, last), ours, context)[:-1]
+        self.layers = tuple(layer for _, layer in self.inner)
+        self.last = last
+        shares = layer_shares(settings.beta, len(self.inner) + 1)
+        self.shares = dict(zip((*inner, last), shares, strict=True))
+        self.projector = _projector(context)
+        self.inner_projectors = nn.ModuleDict({str(layer): _projector(context) for layer, _ in self.inner})
         student_ids_V, teacher_ids_V = shared_vocabulary(
             context.student_vocab, context.teacher_vocab, settings.shared_vocab
         )
@@ -80,11 +114,15 @@ class Sra(nn.Module):
 
     def weights(self, step: int) -> Mapping[str, float]:
         """L_HS + L_KD of the paper; cross-entropy is a loss of its own."""
-        return {"cos": self.settings.cos, "geo": self.settings.geo, "kd": 1.0}
+        cosines = {self._cos(layer): self.settings.cos * share for layer, share in self.shares.items()}
+        return cosines | {"geo": self.settings.geo, "kd": 1.0}
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Documents with an aligned span."""
-        return dict.fromkeys(("cos", "geo", "kd"), self._spans(batch).valid_BK.any(-1).sum())
+        return dict.fromkeys(self.weights(0), self._spans(batch).valid_BK.any(-1).sum())
+
+    def _cos(self, layer: int) -> str:
+        return f"cos@{layer}" if self.inner else "cos"
 
     def _spans(self, batch: Batch) -> _Spans:
         """The pieces of the response that are compared."""
@@ -95,38 +133,66 @@ class Sra(nn.Module):
         return _Spans(level.student_BU2, level.teacher_BU2, level.valid_BU & level.in_target_BU & whole_BK)
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
-        """The three terms of section 2.3."""
-        s = self.settings
+        """The three terms of section 2.3, the first at every layer."""
         spans = self._spans(batch)
-        valid_BK = spans.valid_BK
-        assert batch.teacher_hidden_BRD is not None
-        teacher_BRD = batch.teacher_hidden_BRD.float()
-        student_BKd, _ = pool_spans(student.states.last_BLD, self._student_weights(student), spans.student_BK2)
-        teacher_BKD, mass_BK = pool_spans(teacher_BRD, self._teacher_weights(batch), spans.teacher_BK2)
-        if not s.weighted_pooling:
-            student_BKd, _ = pool_spans(
-                student.states.last_BLD, uniform_weights(batch.student_valid_BS), spans.student_BK2
-            )
-            teacher_BKD, _ = pool_spans(teacher_BRD, uniform_weights(batch.teacher_valid_BR), spans.teacher_BK2)
-        omega_BK = span_omega(mass_BK, valid_BK, s.p, s.weighted_loss)
-        return {
-            "cos": weighted_cosine(self.projector(student_BKd), teacher_BKD, omega_BK, valid_BK),
-            "geo": geometric(student_BKd, teacher_BKD, omega_BK, valid_BK),
-            "kd": self._kd(student, student_BKd, teacher_BKD, valid_BK),
+        last = self._pooled(batch, student, spans, self.last, student.states.last_BLD)
+        terms = {
+            self._cos(self.last): self._cosine(self.projector, last, spans),
+            "geo": geometric(last.student_BKd, last.teacher_BKD, last.omega_BK, spans.valid_BK),
+            "kd": self._kd(student, last.student_BKd, last.teacher_BKD, spans.valid_BK),
         }
+        for teacher_layer, student_layer in self.inner:
+            pooled = self._pooled(batch, student, spans, teacher_layer, student.states.layers[student_layer])
+            projector = self.inner_projectors[str(teacher_layer)]
+            terms[self._cos(teacher_layer)] = self._cosine(projector, pooled, spans)
+        return terms
 
-    def _student_weights(self, student: StudentPass) -> Tensor:
+    def _cosine(self, projector: nn.Module, pooled: _Pooled, spans: _Spans) -> LossTerm:
+        return weighted_cosine(projector(pooled.student_BKd), pooled.teacher_BKD, pooled.omega_BK, spans.valid_BK)
+
+    def _pooled(self, batch: Batch, student: StudentPass, spans: _Spans, layer: int, hidden_BSd: Tensor) -> _Pooled:
+        """Section 2.2 at one teacher layer and the student's states beside it."""
+        teacher_BRD = self._teacher_states(batch, layer).float()
+        weights_BS = self._student_weights(student, layer, hidden_BSd)
+        student_BKd, _ = pool_spans(hidden_BSd, weights_BS, spans.student_BK2)
+        teacher_BKD, mass_BK = pool_spans(teacher_BRD, self._teacher_weights(batch, layer), spans.teacher_BK2)
+        if not self.settings.weighted_pooling:
+            student_BKd, _ = pool_spans(hidden_BSd, uniform_weights(batch.student_valid_BS), spans.student_BK2)
+            teacher_BKD, _ = pool_spans(teacher_BRD, uniform_weights(batch.teacher_valid_BR), spans.teacher_BK2)
+        omega_BK = span_omega(mass_BK, spans.valid_BK, self.settings.p, self.settings.weighted_loss)
+        return _Pooled(student_BKd, teacher_BKD, omega_BK)
+
+    def _student_weights(self, student: StudentPass, layer: int, hidden_BSd: Tensor) -> Tensor:
+        """a_t of the student beside a teacher layer."""
         valid_BS = student.batch.student_valid_BS
-        if self.settings.weights == "attention":
-            assert student.states.attention_BL is not None
-            return student.states.attention_BL
-        return uniform_weights(valid_BS)
+        if self.settings.weights == "uniform":
+            return uniform_weights(valid_BS)
+        if self.settings.weights == "centrality":
+            with torch.no_grad():
+                return centrality(hidden_BSd, valid_BS)
+        row_BS = student.states.attention_BL
+        if layer != self.last:
+            row_BS = student.states.attention_layers[dict(self.inner)[layer]]
+        assert row_BS is not None
+        return row_BS
 
-    def _teacher_weights(self, batch: Batch) -> Tensor:
-        if self.settings.weights == "attention":
+    def _teacher_states(self, batch: Batch, layer: int) -> Tensor:
+        """The teacher's states of a layer at the kept rows, [B, R, D]."""
+        if layer == self.last:
+            assert batch.teacher_hidden_BRD is not None
+            return batch.teacher_hidden_BRD
+        return _at_kept_rows(batch, batch.states(layer).hidden_BTD)
+
+    def _teacher_weights(self, batch: Batch, layer: int) -> Tensor:
+        """a_t of the teacher at the kept rows, [B, R]."""
+        if self.settings.weights == "uniform":
+            return uniform_weights(batch.teacher_valid_BR)
+        if self.settings.weights == "centrality":
+            return _at_kept_rows(batch, batch.states(layer).centrality_BT)
+        if layer == self.last:
             assert batch.teacher_attention_BR is not None
             return batch.teacher_attention_BR
-        return uniform_weights(batch.teacher_valid_BR)
+        return _at_kept_rows(batch, batch.states(layer).attention_BT)
 
     def _kd(self, student: StudentPass, student_BKd: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -> LossTerm:
         """KL between what both heads make of the span vectors, on the shared classes (2.3c)."""
@@ -143,6 +209,22 @@ class Sra(nn.Module):
             Comparison(kind="forward_kl", temperature=self.settings.tau),
         )
         return term(total, valid_BK.any(-1).sum())
+
+
+def _projector(context: Context) -> nn.Linear:
+    """W_l of L_cos: no bias, Xavier."""
+    projector = nn.Linear(context.student_width, context.teacher_width, bias=False)
+    nn.init.xavier_uniform_(projector.weight)
+    return projector
+
+
+def _at_kept_rows(batch: Batch, values_BT: Tensor | None) -> Tensor:
+    """What the cache has of all tokens, [B, T] or [B, T, D], at the kept rows."""
+    assert values_BT is not None
+    assert batch.teacher_kept_BR is not None
+    if values_BT.ndim == 3:
+        return gather_rows(values_BT, batch.teacher_kept_BR)
+    return values_BT.gather(1, batch.teacher_kept_BR)
 
 
 SRA = Declaration(

@@ -1,0 +1,190 @@
+"""SRA in several layers and with centrality: against loops over single documents, and what must not matter."""
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import one_tokenizer as one
+import slow_losses as slow
+import tiny_models as tiny
+from one_step import gradients
+from poison import poisoned
+from xkd_schemas.errors import UsageError
+from xkd_trainer.batch import blank
+from xkd_trainer.losses.sra import SraSettings, layer_shares
+from xkd_trainer.methods.declaration import Levels
+from xkd_trainer.methods.sra import needs
+from xkd_trainer.setup import Ready
+from xkd_trainer.stream import batch_of
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"layers": [2, 3], "beta": [1, 2, 5]},
+    {"layers": [1, 4], "student_layers": [3], "weights": "centrality", "spans": "phrase"},
+    {"weights": "centrality"},
+    {"layers": [3], "weights": "uniform", "weighted_pooling": False, "weighted_loss": False, "spans": "word"},
+)
+BESIDE = {2: {2: 2, 3: 3, 4: 4}, 1: {1: 3, 4: 4}, 3: {3: 3, 4: 4}, 4: {4: 4}}
+
+
+def student_weights(made: Ready, row: int, layer: int, how: str) -> list[float]:
+    """a_t of the student at one of its layers, from transformers' own attention maps."""
+    if how == "centrality":
+        return slow.centrality(one.states_of(made, row)[layer].tolist())
+    ids = torch.tensor([made.cache.students[row]["token_ids"].tolist()])
+    if how == "uniform":
+        return [1.0] * ids.shape[1]
+    model = made.distiller.student
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    row_L = model(input_ids=ids, output_attentions=True).attentions[layer - 1][0, :, -1].sum(0)
+    model.set_attn_implementation(before)
+    return (row_L / row_L.sum()).tolist()
+
+
+def spans_of(made: Ready, row: int, unit: str) -> list[tuple[list[int], list[int]]]:
+    """Ranges of student and teacher tokens of the response."""
+    student, teacher, text = (t[row] for t in (made.cache.students, made.cache.teachers, made.cache.documents))
+    if unit == "aligned":
+        both = zip(student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True)
+        return [(s, t) for s, t in both if student["targets"][s[0]]]
+    found = []
+    places, kinds = teacher["token_spans"].tolist(), teacher["token_kinds"].tolist()
+    for (start, end), own in zip(text[f"{unit}s"].tolist(), student[f"{unit}_tokens"].tolist(), strict=True):
+        inside = [t for t, (a, b) in enumerate(places) if kinds[t] == 1 and a < b and a >= start and b <= end]
+        if own[1] > own[0] and inside and student["targets"][own[0]]:
+            found.append((own, [inside[0], inside[-1] + 1]))
+    return found
+
+
+def document(made: Ready, row: int, layer: int, beside: int, settings: dict[str, Any]) -> Any:
+    """Student and teacher span vectors of one document at one layer, and the loss weights."""
+    how, teacher = settings.get("weights", "attention"), made.cache.teachers[row]
+    theirs_T = {
+        "attention": lambda: teacher[f"attention@{layer}"].tolist(),
+        "centrality": lambda: teacher[f"centrality@{layer}"].tolist(),
+        "uniform": lambda: [1.0] * len(teacher["token_ids"]),
+    }[how]()
+    own_S = student_weights(made, row, beside, how)
+    states, hidden = one.states_of(made, row)[beside].tolist(), one.numbers(teacher[f"hidden@{layer}"]).tolist()
+    student, vectors, mass = [], [], []
+    for (a, b), (x, y) in spans_of(made, row, settings.get("spans", "aligned")):
+        student.append(slow.pool(states, own_S, a, b)[0])
+        vector, weight = slow.pool(hidden, theirs_T, x, y)
+        vectors.append(vector)
+        mass.append(weight if settings.get("weighted_loss", True) else 1.0)
+    return student, vectors, slow.omega(mass, 1.0)
+
+
+@pytest.mark.parametrize("table", [one.SAME, one.OTHER])
+@pytest.mark.parametrize("settings", OPTIONS)
+@torch.no_grad()
+def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any], table: str) -> None:
+    made, batch = one.ready("sra", table=table, **settings)
+    module = made.distiller.losses["sra"]
+    layers = BESIDE[min(settings.get("layers", [4]))]
+
+    found = one.terms_of(made.distiller, batch)
+
+    names = {layer: f"cos@{layer}" if len(layers) > 1 else "cos" for layer in layers}
+    assert sorted(found) == sorted([*names.values(), "geo", "kd"])
+    for layer, beside in layers.items():
+        documents = [document(made, row, layer, beside, settings) for row in one.ROWS]
+        documents = [d for d in documents if d[0]]
+        projector = module.projector if layer == 4 else module.inner_projectors[str(layer)]
+        projected = [(projector(torch.tensor(s)).tolist(), t, w) for s, t, w in documents]
+        total, count = slow.weighted_cosine(projected)
+        assert float(found[names[layer]].total) == pytest.approx(total, rel=5e-3), layer
+        assert float(found[names[layer]].count) == count > 0
+        if layer == 4:
+            assert float(found["geo"].total) == pytest.approx(slow.geometric(documents)[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("settings", OPTIONS)
+def test_padding_micro_batches_blank_batches_and_counts(settings: dict[str, Any]) -> None:
+    made, whole = one.ready("sra", table=one.OTHER, **settings)
+    counts = made.distiller.counts(whole)
+    for name, term in one.terms_of(made.distiller, whole).items():
+        assert float(counts[f"sra.{name}"]) == float(term.count) > 0
+    assert {f"sra.{name}" for name in made.distiller.loss("sra").weights(0)} == set(counts)
+    clean, slopes = gradients(made.distiller, [whole], counts)
+
+    dirty, others = gradients(made.distiller, [poisoned(whole)], counts)
+    assert dirty == clean
+    for name, slope in slopes.items():
+        assert torch.equal(slope, others[name]), name
+
+    cut = [batch_of(made.cache, one.ROWS[i : i + 2], made.wanted) for i in (0, 2)]
+    found, many = gradients(made.distiller, [*cut, blank(whole)], counts)
+    assert found == pytest.approx(clean, rel=1e-5)
+    for name, slope in slopes.items():
+        scale = max(1.0, float(slope.abs().max()))
+        torch.testing.assert_close(many[name] / scale, slope / scale, rtol=1e-4, atol=1e-5, msg=name)
+    assert gradients(made.distiller, [blank(whole)], counts)[0] == 0.0
+
+
+@torch.no_grad()
+def test_the_teacher_as_its_own_student_has_no_loss_up_to_the_cache() -> None:
+    for settings in OPTIONS:
+        settings = settings if "student_layers" not in settings else {**settings, "student_layers": [1]}
+        made, batch = one.ready("sra", model=str(tiny.tiny_cache().teacher), **settings)
+        module = made.distiller.losses["sra"]
+        for projector in (module.projector, *module.inner_projectors.values()):
+            projector.weight.copy_(torch.eye(len(projector.weight)))
+
+        for name, value in one.means(made, batch).items():
+            assert value < 2e-3, (settings, name)
+
+
+def test_each_layers_cosine_teaches_that_layer_and_its_own_projector() -> None:
+    made, batch = one.ready("sra", layers=[2, 3])
+    body = made.distiller.student.base_model.layers
+    for layer in (2, 3, 4):
+        made.distiller.zero_grad(set_to_none=True)
+        one.terms_of(made.distiller, batch)[f"cos@{layer}"].total.backward()
+        reached = [any(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters()) for block in body]
+        assert reached == [number <= layer for number in (1, 2, 3, 4)]
+        with_slope = {n for n, p in made.distiller.losses.named_parameters() if p.grad is not None}
+        assert with_slope == {"sra.projector.weight" if layer == 4 else f"sra.inner_projectors.{layer}.weight"}
+
+
+def test_beta_shares_the_weight_of_the_cosines() -> None:
+    made, _ = one.ready("sra", layers=[2, 3], beta=[1, 2, 5], cos=2.0)
+
+    expected = {"cos@2": 0.25, "cos@3": 0.5, "cos@4": 1.25, "geo": 50.0, "kd": 1.0}
+    assert made.distiller.loss("sra").weights(0) == pytest.approx(expected)
+    assert one.ready("sra")[0].distiller.loss("sra").weights(0) == {"cos": 1.0, "geo": 50.0, "kd": 1.0}
+    assert layer_shares((), 4) == (0.25,) * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [2], "beta": [1]}, r"sra.beta has 1 weights, with sum 1, for 2 layers. Next: give one for each"),
+        ({"layers": [2], "beta": [0, 0]}, r"sra.beta has 2 weights, with sum 0, for 2 layers"),
+        (
+            {"layers": [2, 3], "student_layers": [1]},
+            r"sra.student_layers has 1 layers, sra.layers has 2 below the",
+        ),
+        ({"layers": [2], "student_layers": [4]}, r"sra would read a layer twice .*4 beside 2, 4 beside 4"),
+        ({"layers": [9]}, r"loss sra needs .*hidden@9"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        one.ready("sra", **settings)
+
+
+def test_needs_are_those_of_the_layers_and_the_weights() -> None:
+    levels = Levels([(2, "word"), (4, "phrase")], num_layers=4, states=[])
+
+    def columns(**settings: Any) -> set[str]:
+        return {s.column for s in needs(SraSettings(**settings), levels)} - {"hidden_last"}
+
+    assert columns() == {"attention_last"}
+    assert columns(layers=(4, 2)) == {"attention_last", "attention@2", "hidden@2"}
+    assert columns(layers=(2,), weights="centrality") == {"hidden@2", "centrality@2", "centrality@4"}
+    assert columns(weights="uniform", layers=(3,)) == {"hidden@3"}
+    with pytest.raises(ValidationError):
+        SraSettings(beta=(-1.0,))
