@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from xkd_schemas.errors import BadData
+from xkd_schemas.ragged import Columns
 from xkd_schemas.table import Shard, Table
 
 
@@ -17,6 +18,7 @@ class JoinedShard(Shard):
         self._shards = (first, *others)
         self._ends = first._ends
         self._batches: dict[int, pa.RecordBatch] = {}
+        self._columns: dict[int, Columns] = {}
         self._decoders = {name: decode for shard in self._shards[::-1] for name, decode in shard._decoders.items()}
         fields = {field.name: field for shard in self._shards[::-1] for field in shard.schema}
         own = [field.name for field in first.schema]

@@ -1,6 +1,6 @@
 """Rows of different lengths in flat Arrow lists, and back as numpy views without a copy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,18 +39,38 @@ def batch_of(schema: pa.Schema, columns: dict[str, Sequence[Any]]) -> pa.RecordB
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
+class Columns:
+    """Columns of a record batch, each made ready when first read, so that a row of it is no more than a slice."""
+
+    __slots__ = ("_batch", "_readers")
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._batch = batch
+        self._readers: dict[str, Callable[[int], Any]] = {}
+
+    def row(self, name: str, row: int) -> Any:
+        """Row `row` of a column: a Python value, a list of strings, or a numpy view [n] or [n, width]."""
+        reader = self._readers.get(name)
+        if reader is None:
+            reader = self._readers[name] = _reader(self._batch.column(name))
+        return reader(row)
+
+
 def row_of(batch: pa.RecordBatch, name: str, row: int) -> Any:
-    """Row `row` of a column: a Python value, a list of strings, or a numpy view [n] or [n, width]."""
-    column = batch.column(name)
+    """One row of a column, as `Columns` gives it."""
+    return Columns(batch).row(name, row)
+
+
+def _reader(column: pa.Array) -> Callable[[int], Any]:
     if not pa.types.is_large_list(column.type):
-        return column[row].as_py()
-    first, last = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
-    values = column.values
+        return lambda row: column[row].as_py()
+    offsets, values = column.offsets.to_numpy().tolist(), column.values
+    if pa.types.is_string(values.type):
+        return lambda row: values.slice(offsets[row], offsets[row + 1] - offsets[row]).to_pylist()
     if pa.types.is_fixed_size_list(values.type):
-        width = values.type.list_size
-        flat = values.values.slice(first * width, (last - first) * width)
-        return flat.to_numpy(zero_copy_only=True).reshape(-1, width)
-    part = values.slice(first, last - first)
-    if pa.types.is_boolean(part.type):
-        return part.to_numpy(zero_copy_only=False)
-    return part.to_pylist() if pa.types.is_string(part.type) else part.to_numpy(zero_copy_only=True)
+        rows_NW = values.values.to_numpy(zero_copy_only=True).reshape(-1, values.type.list_size)
+        return lambda row: rows_NW[offsets[row] : offsets[row + 1]]
+    packed = pa.types.is_boolean(values.type)  # bits in Arrow: the one kind that is copied
+    flat = values.to_numpy(zero_copy_only=not packed)
+    flat.flags.writeable = False
+    return lambda row: flat[offsets[row] : offsets[row + 1]]

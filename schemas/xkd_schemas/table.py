@@ -2,11 +2,12 @@
 
 import functools
 import mmap
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 
 from xkd_schemas.additions import part_of
@@ -14,7 +15,7 @@ from xkd_schemas.codecs import CODECS, PLAIN, Codec
 from xkd_schemas.errors import BadData, Mismatch
 from xkd_schemas.files import inside, xxh3_of
 from xkd_schemas.manifest import Commit, Manifest, RecordBatch, is_whole, read_record
-from xkd_schemas.ragged import row_of
+from xkd_schemas.ragged import Columns
 
 Decoder = Callable[[Callable[[str], Any]], Any]
 """Given a reader of stored columns, the values of one coded column."""
@@ -23,12 +24,12 @@ Decoder = Callable[[Callable[[str], Any]], Any]
 class Row:
     """One document of one table; columns are read on demand as views into the mapped shard."""
 
-    __slots__ = ("_batch", "_decoders", "_row")
+    __slots__ = ("_columns", "_decoders", "_row")
 
-    def __init__(self, batch: pa.RecordBatch, row: int, decoders: Mapping[str, Decoder] | None = None) -> None:
-        self._batch = batch
+    def __init__(self, columns: Columns, row: int, decoders: Mapping[str, Decoder]) -> None:
+        self._columns = columns
         self._row = row
-        self._decoders = decoders or {}
+        self._decoders = decoders
 
     def __getitem__(self, column: str) -> Any:
         decoder = self._decoders.get(column)
@@ -36,7 +37,7 @@ class Row:
 
     def stored(self, column: str) -> Any:
         """The column as it lies in the shard, before a codec has read it."""
-        return row_of(self._batch, column, self._row)
+        return self._columns.row(column, self._row)
 
 
 class Shard:
@@ -61,8 +62,9 @@ class Shard:
         except pa.ArrowInvalid as error:
             raise BadData(f"{path} is not an Arrow IPC file: {error}", next=_AGAIN) from error
         self._batches: dict[int, pa.RecordBatch] = {}
+        self._columns: dict[int, Columns] = {}
         self._decoders = _decoders(path, self._file.schema)
-        self._ends = np.cumsum([b.rows for b in commit.batches], dtype=np.int64)
+        self._ends = list(accumulate(b.rows for b in commit.batches))
 
     @property
     def schema(self) -> pa.Schema:
@@ -74,7 +76,7 @@ class Shard:
         if number not in self._batches:
             record = self.commit.batches[number]
             if xxh3_of(self._bytes[record.offset : record.offset + record.length]) != record.xxh3:
-                first = int(self._ends[number]) - record.rows
+                first = self._ends[number] - record.rows
                 raise BadData(
                     f"{self.path} is corrupt: record batch {number} (rows {first} to {first + record.rows - 1}) "
                     "does not match its digest",
@@ -85,9 +87,11 @@ class Shard:
 
     def row(self, row: int) -> Row:
         """Row `row` of this shard."""
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        first = int(self._ends[number]) - self.commit.batches[number].rows
-        return Row(self.batch(number), row - first, self._decoders)
+        number = bisect_right(self._ends, row)
+        if number not in self._columns:
+            self._columns[number] = Columns(self.batch(number))
+        first = self._ends[number] - self.commit.batches[number].rows
+        return Row(self._columns[number], row - first, self._decoders)
 
 
 def _decoders(path: Path, schema: pa.Schema) -> dict[str, Decoder]:
@@ -138,11 +142,11 @@ class Table:
         self.manifest = read_record(self.folder / "manifest.json", Manifest)
         if self.manifest.table != name or not is_whole(self.manifest):
             raise BadData(f"{self.folder / 'manifest.json'} does not match its own digest", next=_AGAIN)
-        self._ends = np.cumsum([c.rows for c in self.manifest.commits], dtype=np.int64)
+        self._ends = list(accumulate(c.rows for c in self.manifest.commits))
         self._shards: dict[int, Shard] = {}
 
     def __len__(self) -> int:
-        return self.manifest.rows
+        return self._ends[-1] if self._ends else 0
 
     def path(self, number: int) -> Path:
         """Where the shard of unit `number` lies."""
@@ -167,8 +171,8 @@ class Table:
         """Row `index` of the table, in the order of the plan."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        unit = int(np.searchsorted(self._ends, index, side="right"))
-        return self.shard(unit).row(index - (int(self._ends[unit]) - self.manifest.commits[unit].rows))
+        unit = bisect_right(self._ends, index)
+        return self.shard(unit).row(index - (self._ends[unit] - self.manifest.commits[unit].rows))
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))

@@ -98,6 +98,7 @@ def test_numbers_are_views_into_the_batch_and_cannot_be_written() -> None:
 
     assert any(low <= view.ctypes.data < high for low, high in buffers)
     assert not view.flags.writeable
+    assert not row_of(batch, "flags", 3).flags.writeable  # shared by all readers of the batch, though a copy of bits
 
 
 def test_a_table_gives_every_row_of_every_shard_in_order(tmp_path: Path) -> None:
