@@ -37,6 +37,7 @@ class Distiller(nn.Module):
         built = [self.loss(name) for name in losses]
         self._layers = sorted({layer for loss in built for layer in loss.layers})
         self._attention = any(loss.attention for loss in built)
+        self._attention_layers = sorted({layer for loss in built if loss.attention for layer in loss.layers})
         if self._attention:
             install(student)
 
@@ -62,7 +63,7 @@ class Distiller(nn.Module):
         """
         states = run(
             self.student, batch.student_ids_BS, batch.student_valid_BS, layers=self._layers,
-            attention=self._attention, attention_layers=self._layers if self._attention else (),
+            attention=self._attention, attention_layers=self._attention_layers,
         )  # fmt: skip
         with torch.autocast(device_type=states.last_BLD.device.type, enabled=False):
             return self._losses(batch, states.as_float32(), denominators, step)
