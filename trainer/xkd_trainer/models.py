@@ -172,6 +172,8 @@ def load_tokenizer(name: str) -> Any:
             f"{name}: no tokenizer {place} that can be read ({first_line})", next="check the name and the connection"
         ) from error
     encode_texts(tokenizer, [""])
+    if "local_files_only" in tokenizer.init_kwargs:  # saved with it, and otherwise True where HF_HUB_OFFLINE is set
+        tokenizer.init_kwargs["local_files_only"] = False
     return tokenizer
 
 

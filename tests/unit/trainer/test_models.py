@@ -1,7 +1,10 @@
 """New models from a line of settings, and models that must not be loaded."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,3 +181,15 @@ def test_a_name_that_is_no_folder_is_said_on_a_terminal_before_the_hub_is_asked(
     assert capsys.readouterr().err == ""
     tell_of_hub("someone/some-model\x1b[31m")
     assert capsys.readouterr().err == "someone/some-model[31m: no such folder here, asking the Hugging Face hub\n"
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_saved_tokenizer_does_not_depend_on_being_offline(offline: str, tmp_path: Path) -> None:
+    tiny.tokenizer_of("unigram").save_pretrained(tmp_path / "t")
+    code = "import sys, xkd_trainer.models as m; m.load_tokenizer(sys.argv[1]).save_pretrained(sys.argv[2])"
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "t", tmp_path / "saved"],
+        env=os.environ | {"HF_HUB_OFFLINE": offline}, check=True,
+    )  # fmt: skip
+
+    assert not json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text()).get("local_files_only")
