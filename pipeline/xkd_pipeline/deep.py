@@ -17,7 +17,7 @@ from xkd_schemas.codecs import CODECS
 from xkd_schemas.documents import DOCUMENTS
 from xkd_schemas.manifest import Commit
 from xkd_schemas.table import Row, Table
-from xkd_schemas.tokens import CONTENT, END, OK, STUDENTS, TEMPLATE, kept_rows, predictors
+from xkd_schemas.tokens import CONTENT, END, OK, STUDENTS, TEMPLATE, kept_rows, predictors, spans_read
 
 BF16_EXPONENT = 0x7F80
 PER_TOKEN = ("attention_last", "attention", "centrality")
@@ -64,7 +64,7 @@ def _row(table: Table, row: Row, teacher: Row, document: Row, schema: pa.Schema)
     if kind == "signals":
         return _further(row, teacher, document, schema)
     return _tokens(row, document, table) or (
-        _signals(row, row["targets"], document, schema) if kind == "teachers" else _aligned(row, teacher, document)
+        _signals(row, row, document, schema) if kind == "teachers" else _aligned(row, teacher, document)
     )
 
 
@@ -111,17 +111,21 @@ def _further(row: Row, teacher: Row, document: Row, schema: pa.Schema) -> str:
     """What is wrong with signals beside a teacher's row."""
     if row["doc_id"] != teacher["doc_id"]:
         return f"the teacher table has {teacher['doc_id']} here"
-    return _signals(row, teacher["targets"], document, schema)
+    return _signals(row, teacher, document, schema)
 
 
-def _signals(row: Row, targets_T: Any, document: Row, schema: pa.Schema) -> str:
+def _signals(row: Row, tokens: Row, document: Row, schema: pa.Schema) -> str:
+    targets_T = tokens["targets"]
+    read = (
+        {n: len(spans_read(document[n], tokens["num_chars"])) for n in ("words", "phrases")} if len(targets_T) else {}
+    )
     lengths = {"T": len(targets_T), "R": len(kept_rows(targets_T)), "N": len(predictors(targets_T))}
     for field in schema:
         metadata = field.metadata or {}
         if b"per" not in metadata:
             continue
         values, per = row[field.name], metadata[b"per"].decode()
-        spans = len(document["words" if field.name.endswith(":word") else "phrases"]) if lengths["T"] else 0
+        spans = read.get("words" if field.name.endswith(":word") else "phrases", 0)
         wanted = (lengths | {"K": spans, "K(K-1)/2": spans * (spans - 1) // 2}).get(per)
         if wanted is not None and len(values) != wanted:
             return f"{field.name} has {len(values)} entries for {wanted}"

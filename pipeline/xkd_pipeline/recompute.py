@@ -15,7 +15,7 @@ from xkd_schemas.alignment_batch import token_ranges_all
 from xkd_schemas.manifest import refuse_differences
 from xkd_schemas.table import Row, Table
 from xkd_schemas.teacher import signal_named
-from xkd_schemas.tokens import OK
+from xkd_schemas.tokens import OK, spans_read
 
 TOLERANCE: Final = {"bf16": 0.06, "float16": 0.02, "float32": 0.06, "int32": 0.0}
 """Largest |a - b| / |b| of a row's column: bfloat16 results move by so much with batch mates and threads."""
@@ -62,7 +62,10 @@ def recompute(root: Path, name: str, model: str, rows: int) -> tuple[list[Bad], 
 
 def _reading(row: Row, encoder: Any) -> Reading:
     tokens = encoder.encode_batch([document_at(row)])
-    ranges = {unit: token_ranges_all(tokens, [row[f"{unit}s"]])[0] for unit in ("word", "phrase")}
+    ranges = {
+        unit: token_ranges_all(tokens, [spans_read(row[f"{unit}s"], tokens[0].num_chars)])[0]
+        for unit in ("word", "phrase")
+    }
     return Reading(tokens=tokens[0], ranges=ranges)
 
 

@@ -27,11 +27,12 @@ from xkd_schemas.errors import UsageError
 from xkd_schemas.manifest import Commit, Spec
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
+from xkd_schemas.tokens import spans_read
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import check_head, head_of
 from xkd_trainer.models import dtype_named, load_model, load_tokenizer
 
-CAPTURE_VERSION: Final = 2
+CAPTURE_VERSION: Final = 3
 """Bump when the same settings would give other bytes."""
 
 
@@ -107,8 +108,10 @@ def encoder_of(settings: TeacherSettings) -> Encoder:
 def _read(documents: Table, unit: int, encoder: Encoder) -> list[Reading]:
     rows = [documents.shard(unit).row(i) for i in range(documents.manifest.commits[unit].rows)]
     encoded = encoder.encode_batch([document_at(row) for row in rows])
-    words = token_ranges_all(encoded, [row["words"] for row in rows])
-    phrases = token_ranges_all(encoded, [row["phrases"] for row in rows])
+    words, phrases = (
+        token_ranges_all(encoded, [spans_read(r[name], t.num_chars) for r, t in zip(rows, encoded, strict=True)])
+        for name in ("words", "phrases")
+    )
     return [
         Reading(tokens=tokens, ranges={"word": word, "phrase": phrase})
         for tokens, word, phrase in zip(encoded, words, phrases, strict=True)

@@ -69,6 +69,18 @@ class Tokens:
     """[T]"""
 
 
+def spans_read(intervals_K2: Int32s, num_chars: int) -> Int32s:
+    """The words or phrases that begin before `num_chars`: a prefix, since they are sorted by their start.
+
+    Signals of spans are kept of these alone: of a long document that is cut, the spans behind the cut have no token,
+    and cosines between all of them would fill a disk.
+
+    >>> spans_read(np.array([[0, 3], [4, 9], [10, 12]]), 10).tolist()
+    [[0, 3], [4, 9]]
+    """
+    return intervals_K2[: int(np.searchsorted(intervals_K2[:, 0], num_chars))]
+
+
 def predictors(targets_T: Bools) -> npt.NDArray[np.int64]:
     """Positions whose state predicts a target: t - 1 for every target t > 0, [N], ascending.
 
