@@ -22,9 +22,10 @@ from xkd_schemas.tokens import Tokens
 from xkd_trainer.batch import Batch, Level
 from xkd_trainer.cache import Cache
 from xkd_trainer.models import load_model
+from xkd_trainer.padding import pad
 from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.signals import centrality, cosine_matrix, pool_spans
-from xkd_trainer.stream import batch_of, pad
+from xkd_trainer.stream import batch_of
 
 ROWS = (0, 3, 7, 17, 19)
 LOSSES = "ce,mta,sra,dwa,dskd_cma,dskd_v2"

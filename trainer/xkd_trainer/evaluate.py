@@ -29,7 +29,8 @@ from xkd_trainer.forward import run
 from xkd_trainer.head import head_of
 from xkd_trainer.losses.vocabulary import shared_vocabulary
 from xkd_trainer.models import load_model, load_tokenizer
-from xkd_trainer.stream import batch_of, pad
+from xkd_trainer.padding import pad
+from xkd_trainer.stream import batch_of
 
 BATCH = 16
 """Documents of one forward pass."""

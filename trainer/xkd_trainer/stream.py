@@ -19,6 +19,7 @@ from xkd_schemas.teacher import KINDS, Signal
 from xkd_schemas.tokens import OK, Tokens, kept_rows, predictors
 from xkd_trainer.batch import Batch, Level, TokenStates
 from xkd_trainer.cache import Cache, layers_of
+from xkd_trainer.padding import pad
 from xkd_trainer.signals import unpack_triangle
 
 Array = npt.NDArray[Any]
@@ -34,20 +35,6 @@ def batch_of(cache: Cache, rows: Sequence[int], wanted: frozenset[Signal]) -> Ba
     data: dict[str, Any] = {name: pad([s[name] for s in samples]) for name in samples[0] if " " not in name}
     levels = tuple(_level(layer, unit, samples, wanted) for layer, unit in layers_of(tuple(wanted)))
     return Batch(rows=tuple(int(r) for r in rows), levels=levels, token_states=_token_states(samples, wanted), **data)
-
-
-def pad(arrays: Sequence[Array]) -> Tensor:
-    """Stack arrays [n, ...] of different n into [B, max n (at least 1), ...], zeros after each one's end.
-
-    uint16 arrays are the bits of bfloat16 numbers and come out as such.
-    """
-    most = max(1, *(len(a) for a in arrays))
-    stacked = np.zeros((len(arrays), most, *arrays[0].shape[1:]), arrays[0].dtype)
-    for row, array in enumerate(arrays):
-        stacked[row, : len(array)] = array
-    if stacked.dtype == np.uint16:
-        return torch.from_numpy(stacked.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(stacked)
 
 
 def _sample(cache: Cache, row: int, wanted: frozenset[Signal]) -> dict[str, Array]:

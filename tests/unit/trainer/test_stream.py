@@ -21,8 +21,9 @@ from xkd_schemas.teacher import Signal, signal_named
 from xkd_trainer import stream
 from xkd_trainer.batch import Batch, Level, blank, gather_rows
 from xkd_trainer.cache import Cache, find_student
+from xkd_trainer.padding import pad
 from xkd_trainer.prefetch import prefetched
-from xkd_trainer.stream import batch_of, inside_any, pad
+from xkd_trainer.stream import batch_of, inside_any
 
 WANTED = frozenset(
     signal_named(column)

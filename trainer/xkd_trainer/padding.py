@@ -1,0 +1,83 @@
+"""Arrays of different lengths as one padded tensor, large ones in memory that is used again.
+
+A new page of memory costs more than the copy that fills it, so the memory of a large tensor is kept when the tensor is
+gone. Gone means that nothing refers to its storage any more, views and what autograd saved included: a batch that
+somebody still holds is never written to, however many are made after it.
+
+Shape legend for this file
+    B arrays    N entries of the longest
+"""
+
+import math
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+
+LARGE: Final = 2**18
+"""Bytes from which on memory is kept; what is smaller the allocator keeps by itself."""
+
+
+class Buffers:
+    """Memory lent to tensors and taken back when they are gone; safe in several threads."""
+
+    def __init__(self) -> None:
+        self._free: list[Array] = []
+        self._returned: deque[Array] = deque()
+        self._lock = threading.Lock()
+
+    def lend(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """An array of this shape with anything in it, whose memory comes back when it and its tensors are gone."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = self._taken(size)
+        lent: Array = np.ndarray(shape, dtype, buffer=memory)
+        weakref.finalize(lent, self._back, memory).atexit = False
+        return lent
+
+    def _taken(self, size: int) -> Array:
+        """The smallest free memory that is large enough; else new, in place of the largest that is too small."""
+        with self._lock:
+            while self._returned:
+                self._free.append(self._returned.popleft())
+            self._free.sort(key=len)
+            for place, memory in enumerate(self._free):
+                if len(memory) >= size:
+                    return self._free.pop(place)
+            if self._free:
+                self._free.pop()
+        return np.empty(size + size // 8, np.uint8)
+
+    def _back(self, memory: Array) -> None:
+        self._returned.append(memory)  # at any moment of any thread, also in the middle of `_taken`: hence no lock
+
+
+_buffers: Final = Buffers()
+
+
+def pad(arrays: Sequence[Array]) -> Tensor:
+    """Stack arrays [n, ...] of different n into [B, max n (at least 1), ...], zeros after each one's end.
+
+    uint16 arrays are the bits of bfloat16 numbers and come out as such.
+
+    >>> pad([np.array([1, 2]), np.array([3])])
+    tensor([[1, 2],
+            [3, 0]])
+    """
+    most = max(1, *(len(a) for a in arrays))
+    shape, dtype = (len(arrays), most, *arrays[0].shape[1:]), arrays[0].dtype
+    stored = np.dtype(np.int16) if dtype == np.uint16 else dtype  # torch has the bits of bfloat16 as int16
+    large = math.prod(shape) * dtype.itemsize >= LARGE
+    stacked_BN: Array = _buffers.lend(shape, stored) if large else np.empty(shape, stored)
+    for row, array in enumerate(arrays):
+        stacked_BN[row, : len(array)] = array.view(stored) if dtype == np.uint16 else array
+        stacked_BN[row, len(array) :] = 0
+    padded = torch.from_numpy(stacked_BN)
+    return padded.view(torch.bfloat16) if dtype == np.uint16 else padded
