@@ -79,7 +79,7 @@ def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
     """
     first = last = start = end = 0
     for length in lengths:
-        if last > first and end - start + length > size:
+        if end > start and end - start + length > size:
             yield Unit(documents=slice(first, last), chunks=list(slices(start, end, size)))
             first, start = last, end
         last, end = last + 1, end + length
@@ -135,7 +135,9 @@ class _Pass:
     ) -> None:
         self.sides, self.target_M, self.own_terms = sides, target_M, own_terms
         compared = [d for side in sides for d in side.divergences]
-        self.weighed = [(number, d) for number, side in enumerate(sides) for d in side.divergences if d.weigh]
+        self.weighed = [
+            (number, d.number, d.weigh) for number, side in enumerate(sides) for d in side.divergences if d.weigh
+        ]
         self.logits = [own, *(side.logits for side in sides)]
         self.needs_own = bool(own_terms or compared)
         wide = at_least_float32(own.weight.new_empty(0))
@@ -185,7 +187,7 @@ class _Pass:
         seen = made[0].new_zeros(len(made), len(made[0]))
         for part in parts(made[0]):
             seen[0, part] = statistics_rows(made[0][part]).entropy
-            for number in {number for number, _ in self.weighed}:
+            for number in {number for number, _, _ in self.weighed}:
                 seen[1 + number, part] = statistics_rows(made[1 + number][part]).peak
         return seen
 
@@ -195,9 +197,9 @@ class _Pass:
             values_C.new_zeros(valid_BN.shape).masked_scatter(valid_BN, values_C) for values_C in seen
         )
         rows = slice(unit.chunks[0].start, unit.chunks[-1].stop)
-        for number, divergence in self.weighed:
-            weights_BN = divergence.weigh(entropy_BN, peaks[number], valid_BN)
-            self.weights[divergence.number][rows, 0] = weights_BN[valid_BN].to(self.factors_K.dtype)
+        for side, number, weigh in self.weighed:
+            weights_BN = weigh(entropy_BN, peaks[side], valid_BN)
+            self.weights[number][rows, 0] = weights_BN[valid_BN].to(self.factors_K.dtype)
 
     def _into_slopes(self, rows: slice, made: Sequence[Tensor]) -> None:
         """Add a part to the sums; its logits become their factor times the gradient."""

@@ -1,0 +1,317 @@
+"""One pass for all that losses want of the student's logits, against loops, plain autograd and passes of their own."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import slow_dwa as slow
+from xkd_trainer.losses import head_pass
+from xkd_trainer.losses.divergence import Kind, divergence
+from xkd_trainer.losses.dwa import student_weights
+from xkd_trainer.losses.head import Chunk, LazyLogits
+from xkd_trainer.losses.head_plan import HeadPlan, Planned
+from xkd_trainer.losses.head_rows import Comparison
+
+F64 = torch.float64
+CLASSES = 7
+HOW = Comparison(kind="forward_kl", temperature=1.7, skew=0.2, adaptive_alpha=0.6)
+FACTORS = torch.tensor([0.5, 1.5, 3.0, 0.25], dtype=F64)
+
+
+def draw(seed: int, *shape: int, grad: bool = False) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).requires_grad_(grad)
+
+
+def weigh(entropy_BN: Tensor, peak_BN: Tensor, valid_BN: Tensor) -> Tensor:
+    return student_weights(entropy_BN, peak_BN, valid_BN, "gate_before")
+
+
+class Case:
+    """A student, a projected teacher in its space, and a teacher whose head has two more classes."""
+
+    def __init__(self, lengths: Sequence[int], seed: int = 0, how: Comparison = HOW) -> None:
+        shape = len(lengths), max(lengths, default=0)
+        self.valid = torch.arange(shape[1]) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+        self.target = torch.randint(0, CLASSES, shape, generator=torch.Generator().manual_seed(seed))
+        weight, bias = draw(seed + 1, CLASSES, 4, grad=True), draw(seed + 2, CLASSES, grad=True)
+        self.own = LazyLogits(hidden=draw(seed + 3, *shape, 4, grad=True), weight=weight, bias=bias)
+        self.projected = replace(self.own.detached(), hidden=draw(seed + 4, *shape, 4, grad=True))
+        self.teacher = LazyLogits(hidden=draw(seed + 5, *shape, 3, grad=True), weight=draw(seed + 6, CLASSES + 2, 3))
+        self.how = how
+        self.plan = HeadPlan(own=self.own, target_BN=self.target, valid_BN=self.valid)
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        assert self.own.bias is not None
+        return self.own.hidden, self.own.weight, self.own.bias, self.projected.hidden
+
+    def wanted(self) -> list[Planned]:
+        return [
+            self.plan.cross_entropy(),
+            self.plan.cross_entropy(self.projected),
+            self.plan.divergence(self.projected, self.how, weigh=weigh),
+            self.plan.divergence(self.teacher, self.how, classes=CLASSES - 1),
+        ]
+
+    def joint(self) -> tuple[Tensor, list[Tensor]]:
+        return self.plan.run(self.wanted(), list(FACTORS))
+
+    def plain(self) -> tuple[Tensor, list[Tensor]]:
+        """The same with all logits at once and torch's own gradients."""
+        v, how = self.valid, self.how
+        own, projected = self.own.dense()[v], self.projected.dense()[v]
+        entropy, peak = (torch.zeros(v.shape, dtype=F64) for _ in range(2))
+        entropy[v] = -(own.detach().softmax(-1) * own.detach().log_softmax(-1)).sum(-1)
+        peak[v] = projected.detach().softmax(-1).amax(-1)
+        cross = torch.nn.functional.cross_entropy
+
+        def compared(student: Tensor, teacher: Tensor) -> Tensor:
+            return divergence(
+                student, teacher.detach(), how.kind, temperature=how.temperature, skew=how.skew,
+                adaptive_alpha=how.adaptive_alpha,
+            )  # fmt: skip
+
+        few = slice(0, CLASSES - 1)
+        sums = [
+            cross(own, self.target[v], reduction="sum"),
+            cross(projected, self.target[v], reduction="sum"),
+            (weigh(entropy, peak, v)[v] * compared(own, projected)).sum(),
+            compared(own[:, few], self.teacher.dense()[v][:, few]).sum(),
+        ]
+        total: Tensor = (FACTORS * torch.stack(sums)).sum()
+        return total, sums
+
+
+@pytest.fixture(params=[1, 3, 1000])
+def positions_per_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(head_pass, "PASS_BYTES", (CLASSES + 2) * 8 * request.param)
+    return int(request.param)
+
+
+def assert_same(case: Case, first: Callable[[], Tensor], second: Callable[[], Tensor]) -> None:
+    a, b = first(), second()
+    torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+    gradients = (torch.autograd.grad(3.0 * x, case.leaves) for x in (a, b))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.usefixtures("positions_per_chunk")
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_value_and_every_gradient_are_those_of_the_plain_form(kind: Kind) -> None:
+    case = Case([3, 1, 0, 4, 2], how=replace(HOW, kind=kind))
+
+    assert_same(case, lambda: case.joint()[0], lambda: case.plain()[0])
+    torch.testing.assert_close(torch.stack(case.joint()[1]), torch.stack(case.plain()[1]), atol=1e-10, rtol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    seed=st.integers(0, 1000),
+    positions=st.integers(1, 12),
+)
+def test_ragged_documents_in_chunks_of_any_size(lengths: list[int], seed: int, positions: int) -> None:
+    case = Case(lengths, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_pass, "PASS_BYTES", (CLASSES + 2) * 8 * positions)
+        assert_same(case, lambda: case.joint()[0], lambda: case.plain()[0])
+
+
+def test_sums_agree_with_loops_over_the_equations() -> None:
+    case = Case([3, 1, 4])
+    expected = [0.0] * 3
+    for b, valid_N in enumerate(case.valid):
+        places = torch.nonzero(valid_N)[:, 0].tolist()
+        own = [case.own.dense()[b, n].tolist() for n in places]
+        projected = [case.projected.dense()[b, n].tolist() for n in places]
+        gates = [max(slow.softmax(row)) for row in projected]
+        weights = slow.student_weights([slow.entropy(row) for row in own], gates, "gate_before")
+        for n, s, t, w in zip(places, own, projected, weights, strict=True):
+            expected[0] += slow.cross_entropy(s, int(case.target[b, n]))
+            expected[1] += slow.cross_entropy(t, int(case.target[b, n]))
+            expected[2] += w * slow.forward_kl(t, s, 1.7)
+
+    assert [float(value) for value in case.joint()[1][:3]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", [k for k in get_args(Kind) if k != "adaptive_kl"])  # it stops gradients of its own
+def test_gradcheck_passes_for_states_head_bias_and_projected_states(kind: Kind) -> None:
+    case = Case([2, 3], how=replace(HOW, kind=kind))
+    fixed = torch.rand(2, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
+    constant = LazyLogits(hidden=draw(8, 2, 3, 4), weight=draw(9, CLASSES, 4))
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, projected: Tensor) -> Tensor:
+        own = LazyLogits(hidden=hidden, weight=weight, bias=bias)
+        plan = HeadPlan(own=own, target_BN=case.target, valid_BN=case.valid)
+        other = LazyLogits(hidden=projected, weight=constant.weight)
+        wanted = [
+            plan.cross_entropy(),
+            plan.cross_entropy(other),
+            plan.divergence(constant, case.how, weigh=lambda _e, _p, _v: fixed),
+        ]
+        return plan.run(wanted, list(FACTORS[:3]))[0]
+
+    assert torch.autograd.gradcheck(loss, case.leaves)
+
+
+@pytest.mark.usefixtures("positions_per_chunk")
+def test_a_term_alone_is_its_share_of_the_joint_pass() -> None:
+    case = Case([3, 1, 4])
+    assert_same(
+        case,
+        lambda: case.joint()[0],
+        lambda: (FACTORS * torch.stack([planned.total for planned in case.wanted()])).sum(),
+    )
+    assert [float(planned.count) for planned in case.wanted()] == [8.0] * 4
+
+
+def test_a_term_alone_reaches_what_it_may_and_nothing_else() -> None:
+    case = Case([3, 1])
+    reached = []
+    for planned in case.wanted():
+        found = torch.autograd.grad(planned.total, (*case.leaves, case.teacher.hidden), allow_unused=True)
+        reached.append([g is not None and bool(g.any()) for g in found])
+
+    own, projected = [True, True, True, False, False], [False, False, False, True, False]
+    assert reached == [own, projected, own, own]
+
+
+def test_wishes_for_the_same_sum_add_up() -> None:
+    case = Case([3, 2])
+    once, twice = [case.plan.cross_entropy()], [case.plan.cross_entropy() for _ in range(2)]
+    assert_same(
+        case,
+        lambda: case.plan.run([*twice, case.plan.cross_entropy(case.projected)], [FACTORS[0]] * 3)[0],
+        lambda: case.plan.run([*once, case.plan.cross_entropy(case.projected)], [2 * FACTORS[0], FACTORS[0]])[0],
+    )
+
+
+def test_what_stands_at_padding_and_how_much_of_it_changes_no_bit() -> None:
+    clean, dirty = Case([3, 1, 2]), Case([3, 1, 2])
+
+    def padded(x: Tensor, fill: float) -> Tensor:
+        x = torch.where(dirty.valid[..., None] if x.ndim == 3 else dirty.valid, x.detach(), fill)
+        more = x.new_full((x.shape[0], 2, *x.shape[2:]), fill)
+        return torch.cat([x, more.to(x.dtype)], dim=1)
+
+    for name in ("own", "projected", "teacher"):
+        logits = getattr(dirty, name)
+        hidden = padded(logits.hidden, math.nan).requires_grad_()
+        setattr(dirty, name, replace(logits, hidden=hidden))
+    target = padded(dirty.target, -7)
+    dirty.valid = torch.cat([dirty.valid, torch.zeros(3, 2, dtype=torch.bool)], dim=1)
+    dirty.plan = HeadPlan(own=dirty.own, target_BN=target, valid_BN=dirty.valid)
+
+    pairs = []
+    for case in (clean, dirty):
+        total, sums = case.joint()
+        states, head, bias, projected = torch.autograd.grad(total, case.leaves)
+        assert not states[~case.valid].any()
+        pairs.append([total, *sums, states[case.valid], head, bias, projected[case.valid]])
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+
+def test_documents_in_two_passes_add_up_to_one() -> None:
+    whole = Case([3, 1, 2, 4])
+
+    def some(rows: slice) -> Tensor:
+        cut = lambda logits: replace(logits, hidden=logits.hidden[rows])  # noqa: E731
+        plan = HeadPlan(own=cut(whole.own), target_BN=whole.target[rows], valid_BN=whole.valid[rows])
+        projected = cut(whole.projected)
+        wanted = [
+            plan.cross_entropy(),
+            plan.cross_entropy(projected),
+            plan.divergence(projected, HOW, weigh=weigh),
+            plan.divergence(cut(whole.teacher), HOW, classes=CLASSES - 1),
+        ]
+        return plan.run(wanted, list(FACTORS))[0]
+
+    assert_same(whole, lambda: whole.joint()[0], lambda: some(slice(0, 1)) + some(slice(1, 4)))
+
+
+@pytest.mark.parametrize(("positions", "times"), [(4, 1), (2, 2)])
+def test_logits_are_made_once_where_documents_fit_and_twice_where_not(
+    monkeypatch: pytest.MonkeyPatch, positions: int, times: int
+) -> None:
+    made: list[int] = []
+    of = Chunk.of
+
+    def watched(self: Chunk, logits: LazyLogits) -> Tensor:
+        made.append(logits.hidden.shape[0])
+        return of(self, logits)
+
+    monkeypatch.setattr(Chunk, "of", watched)
+    monkeypatch.setattr(head_pass, "PASS_BYTES", CLASSES * 8 * positions)
+    case = Case([4, 3, 4])
+
+    case.plan.run(case.wanted()[:3], list(FACTORS[:3]))
+
+    assert max(made) == positions
+    assert sum(made) == times * 2 * 11
+    made.clear()
+    assert case.wanted()[1].total.requires_grad
+    assert sum(made) == 11, "the student's own logits are not read by the projected teacher's cross-entropy"
+
+
+def test_a_second_backward_gives_the_same_gradient_and_a_second_derivative_is_refused() -> None:
+    case = Case([2, 3])
+    total, _ = case.joint()
+
+    first, second = (torch.autograd.grad(2.0 * total, case.leaves, retain_graph=True) for _ in range(2))
+
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    (slope,) = torch.autograd.grad(case.joint()[0].square(), case.own.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"not have been used|once_differentiable"):
+        torch.autograd.grad(slope.sum(), case.own.hidden)
+
+
+def test_a_constant_head_and_constant_states_get_no_gradient() -> None:
+    case = Case([2, 3])
+    fixed = replace(case.own, weight=case.own.weight.detach(), bias=None)
+    plan = HeadPlan(own=fixed, target_BN=case.target, valid_BN=case.valid)
+    wanted = [plan.cross_entropy(), plan.cross_entropy(case.projected.detached())]
+
+    plan.run(wanted, list(FACTORS[:2]))[0].backward()
+
+    assert case.own.hidden.grad is not None
+    assert [x.grad for x in case.leaves[1:]] == [None] * 3
+
+
+@pytest.mark.parametrize("lengths", [[0, 0], [1], [0, 1]])
+def test_next_to_nothing_is_finite(lengths: list[int]) -> None:
+    case = Case(lengths)
+    total, sums = case.joint()
+    found: list[Any] = [total, *sums, *torch.autograd.grad(total, case.leaves)]
+    assert all(bool(x.isfinite().all()) for x in found)
+    assert (float(total.detach()) == 0.0) == (sum(lengths) == 0)
+    assert case.plan.run([], []) == (torch.zeros((), dtype=F64), [])
+
+
+def test_a_head_in_bfloat16_gives_float32_sums_near_those_of_float32() -> None:
+    case = Case([3, 4])
+
+    def brought(logits: LazyLogits, dtype: torch.dtype) -> LazyLogits:
+        bias = None if logits.bias is None else logits.bias.detach().to(dtype)
+        hidden = logits.hidden.detach().float().requires_grad_()
+        return LazyLogits(hidden=hidden, weight=logits.weight.detach().to(dtype).requires_grad_(), bias=bias)
+
+    values = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        own, projected = brought(case.own, dtype), brought(case.projected, dtype)
+        plan = HeadPlan(own=own, target_BN=case.target, valid_BN=case.valid)
+        wanted = [plan.cross_entropy(), plan.divergence(projected, HOW, weigh=weigh), plan.cross_entropy(projected)]
+        total, sums = plan.run(wanted, list(FACTORS[:3]))
+        total.backward()  # type: ignore[no-untyped-call]
+        assert own.weight.grad is not None
+        assert own.hidden.grad is not None
+        assert (total.dtype, own.weight.grad.dtype, own.hidden.grad.dtype) == (torch.float32, dtype, torch.float32)
+        values[dtype] = torch.stack(sums)
+    torch.testing.assert_close(values[torch.bfloat16], values[torch.float32], rtol=0.05, atol=0.05)
