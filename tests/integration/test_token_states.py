@@ -1,0 +1,181 @@
+"""States, attention rows and centrality of every token of a layer: from capture through every tool to a batch."""
+
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import one_tokenizer as one
+import small_cache
+import tiny_models as tiny
+from xkd_pipeline.cli import app
+from xkd_pipeline.deep import _values
+from xkd_pipeline.plan import make_plan
+from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_schemas.codecs import CODECS, PLAIN
+from xkd_schemas.runfile import RunFile
+from xkd_schemas.table import Table
+from xkd_schemas.teacher import Signal
+from xkd_trainer.batch import blank
+from xkd_trainer.cache import Cache
+from xkd_trainer.setup import set_up
+from xkd_trainer.stream import batch_of
+
+SETTINGS: dict[str, Any] = {
+    "losses.mta": {"hid": "token", "student_pooling": "teacher"},
+    "losses.sra": {"layers": [2, 3]},
+    "losses.fdd": {"layers": [1, 2, 4]},
+}
+COLUMNS = {
+    "attention@2", "attention@3", "centrality@2", "centrality@3", "centrality@4", "hidden@1", "hidden@2", "hidden@3",
+    "hidden@4",
+}  # fmt: skip
+
+
+def run_with(cache: Path, codec: str) -> RunFile:
+    made = small_cache.made()
+    return small_cache.run_file(
+        cache,
+        documents={"corpus": [str(made / "corpus.jsonl")]},
+        teacher={
+            "model": str(made / "teacher"), "name": f"T-{codec}", "codec": codec, "losses": ["mta", "sra", "fdd"],
+        },
+        student={"model": str(made / "teacher"), "name": f"S-{codec}", "template": "chat"},
+        train={"loss": "mta,sra,fdd"},
+        **SETTINGS,
+    )  # fmt: skip
+
+
+@functools.cache
+def captured() -> Path:
+    """The small documents with a teacher table of three losses that read layers, under each codec."""
+    folder = Path(tempfile.mkdtemp(prefix="xkd-layers-")) / "cache"
+    shutil.copytree(small_cache.made() / "cache" / "documents", folder / "documents")
+    for codec in CODECS:
+        teacher_stage(run_with(folder, codec), small_cache.IN_PROCESS)
+        align_stage(run_with(folder, codec), small_cache.IN_PROCESS, teacher=f"T-{codec}")
+    return folder
+
+
+def asked(*words: object) -> tuple[int, dict[str, Any]]:
+    result = CliRunner().invoke(app, [*map(str, words), "--json"])
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_what_is_kept_of_a_layer_is_what_transformers_gives_for_the_document_alone() -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.tiny_cache().teacher, attn_implementation="eager")
+    table = Table(one.cache(), "teachers/teacher")
+    for row in (table[r] for r in one.ROWS):
+        ids = torch.tensor([row["token_ids"].tolist()])
+        with torch.no_grad():
+            out = model(input_ids=ids, output_hidden_states=True, output_attentions=True)
+        for layer in one.LAYERS:
+            expected_TD = out.hidden_states[layer][0]
+            torch.testing.assert_close(one.numbers(row[f"hidden@{layer}"]), expected_TD, rtol=2**-7, atol=1e-3)
+            row_T = out.attentions[layer - 1][0, :, -1].sum(0)
+            np.testing.assert_allclose(row[f"attention@{layer}"], row_T / row_T.sum(), rtol=1e-3, atol=1e-6)
+            assert len(row[f"centrality@{layer}"]) == ids.shape[1]
+
+
+def test_a_batch_has_them_at_the_tokens_of_the_table_and_padded_with_zeros() -> None:
+    cache = Cache(one.cache(), student=one.SAME)
+    batch = batch_of(cache, one.ROWS, frozenset(one.SIGNALS))
+
+    assert [states.layer for states in batch.token_states] == list(one.LAYERS)
+    assert batch.teacher_ids_BT is not None
+    assert batch.teacher_valid_BT is not None
+    assert batch.teacher_kept_BR is not None
+    for place, row in enumerate(one.ROWS):
+        teacher = cache.teachers[row]
+        count, targets = len(teacher["token_ids"]), teacher["targets"].tolist()
+        kept = [t for t in range(count) if targets[t] or (t + 1 < count and targets[t + 1])]
+        assert batch.teacher_ids_BT[place, :count].tolist() == teacher["token_ids"].tolist()
+        assert batch.teacher_valid_BT[place].tolist() == [t < count for t in range(batch.teacher_ids_BT.shape[1])]
+        assert batch.teacher_kept_BR[place, : len(kept)].tolist() == kept
+        for layer in one.LAYERS:
+            states = batch.states(layer)
+            for name, values in (
+                ("hidden", states.hidden_BTD),
+                ("attention", states.attention_BT),
+                ("centrality", states.centrality_BT),
+            ):
+                assert values is not None
+                column = teacher[f"{name}@{layer}"]
+                stored = one.numbers(column) if name == "hidden" else torch.from_numpy(np.array(column))
+                assert torch.equal(values[place, :count].float(), stored)
+                assert values[place, count:].abs().sum() == 0
+    assert {t.device.type for s in batch.to(torch.device("meta")).token_states for t in (s.hidden_BTD,)} == {"meta"}
+    assert blank(batch).token_states is batch.token_states
+
+
+def test_a_batch_for_other_losses_has_none_of_it() -> None:
+    cache = Cache(one.cache(), student=one.SAME)
+
+    batch = batch_of(cache, one.ROWS, frozenset({Signal("hidden_last"), Signal("centrality", 2)}))
+
+    assert [(s.layer, s.hidden_BTD, s.attention_BT) for s in batch.token_states] == [(2, None, None)]
+    assert batch_of(cache, one.ROWS, frozenset({Signal("hidden_last")})).teacher_ids_BT is None
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_tool_knows_the_columns_under_every_codec(codec: str, tmp_path: Path) -> None:
+    folder, name = captured(), f"teachers/T-{codec}"
+    table = Table(folder, name)
+    assert set(table.manifest.spec["signals"]) >= COLUMNS
+
+    plan = make_plan(run_with(folder, codec), sample=256, budget=None, rate=None)
+    assert {c["column"] for c in plan["columns"]} >= COLUMNS
+    assert plan["teacher_bytes"] == pytest.approx(sum(c.size for c in table.manifest.commits), rel=0.05)
+    error = table.manifest.constants.get("codec_error", {})
+    wide = {c for c in table.manifest.spec["signals"] if c.startswith(("hidden", "span_vectors"))}
+    assert set(error) - {"kl_nats"} == (wide if codec != PLAIN else set())
+    assert all(value < 0.02 for value in error.values())
+
+    code, said = asked("verify", folder, "--level", "deep")
+    assert (code, said["bad"]) == (0, [])
+    model = small_cache.made() / "teacher"
+    code, said = asked("verify", folder, "--recompute", 2, "--model", model, "--teacher", f"T-{codec}")
+    assert (code, said["bad"], said["recomputed"]) == (0, [], 2)
+    page, files = tmp_path / "r.html", tmp_path / "parquet"
+    assert CliRunner().invoke(app, ["report", str(folder), "--out", str(page)]).exit_code == 0
+    assert "hidden@2" in page.read_text()
+    assert CliRunner().invoke(app, ["export", str(folder), "--parquet", str(files)]).exit_code == 0
+    file = next((files / name).rglob("*.parquet"))
+    assert {c for c in pq.read_schema(file).names if c.partition("#")[0] in COLUMNS} >= COLUMNS
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS if c != PLAIN])
+@torch.no_grad()
+def test_losses_that_read_layers_are_nearly_the_same_from_every_codec(codec: str) -> None:
+    def means(codec: str) -> dict[str, float]:
+        torch.manual_seed(0)
+        made = set_up(run_with(captured(), codec), f"S-{codec}")
+        batch = batch_of(made.cache, (0, 5, 7), made.wanted)
+        return {n: float(v) for n, v in made.distiller(batch, made.distiller.counts(batch), 0)[1].items()}
+
+    plain, coded = means(PLAIN), means(codec)
+
+    for name, value in plain.items():
+        assert coded[name] == pytest.approx(value, rel=0 if codec == "bf16-planes" else 0.05, abs=1e-3), name
+
+
+@pytest.mark.parametrize("column", ["hidden@2", "attention@2", "centrality@3"])
+def test_deep_verification_sees_what_cannot_be(column: str) -> None:
+    values = np.array(Table(captured(), f"teachers/T-{PLAIN}")[0][column])
+    codec = "bf16" if column == "hidden@2" else "float32"
+    assert _values(column, values, codec) == ""
+
+    wrong = values.copy()
+    wrong[1] = 0x7FC0 if column == "hidden@2" else -0.5
+    assert _values(column, wrong, codec).startswith(f"{column} is ")
+    if column != "hidden@2":
+        assert f"{column} adds up to" in _values(column, values * 2, codec)
