@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from xkd_pipeline.build import Built, build
-from xkd_pipeline.run import Make, Workers
+from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_schemas.documents import flat_list
 from xkd_schemas.errors import BadData
-from xkd_schemas.manifest import Commit, Unit
+from xkd_schemas.manifest import Care, Commit, Unit
 
 SCHEMA = pa.schema(
     [
@@ -38,7 +38,8 @@ class FakeStage:
 
     folder: Path
     trouble: str = ""
-    """"" none; error, bug, load: raises; kill: kills its process once; die: each time; hang: sleeps."""
+    """"" none; error, bug, load: raises; kill: kills its process once; die: each time; hang: sleeps;
+    stop: stops its process; poison: dies of row 1; memory: needs batches of at most 2; starved: of none."""
     at: int = 2
     """The unit it happens at."""
 
@@ -47,18 +48,33 @@ class FakeStage:
             raise BadData("the parser is broken", kept="k", next="mend it")
         return self.make
 
-    def make(self, unit: int) -> Commit:
+    def rows(self, unit: int) -> int:
+        return unit % 3 + 1
+
+    def batch(self, _unit: int) -> int:
+        return 8
+
+    def paths(self) -> tuple[Path, ...]:
+        return local_paths(self.folder)
+
+    def make(self, unit: int, care: Care = AS_PLANNED) -> Commit:
         if unit == self.at:
-            self._fail()
-        rows = unit % 3 + 1
+            self._fail(care)
+        rows = [row for row in range(self.rows(unit)) if row not in care.lost]
         columns = {
-            "doc_id": [f"u{unit}r{row}" for row in range(rows)],
-            "values": [np.arange(unit + row, dtype=np.float32) for row in range(rows)],
+            "doc_id": [f"u{unit}r{row}" for row in rows],
+            "values": [np.arange(unit + row, dtype=np.float32) for row in rows],
         }
         rejects = [{"reason": "blank", "line": 9}] if unit == UNITS - 1 else []
-        return write_shard(self.folder, unit, SCHEMA, columns, rejects=rejects, totals=Totals(counts={"rows": rows}))
+        rejects += [{"reason": "worker_killed", "line": row} for row in care.lost]
+        counts = {"rows": len(rows)}
+        return write_shard(self.folder, unit, SCHEMA, columns, rejects=rejects, totals=Totals(counts=counts))
 
-    def _fail(self) -> None:
+    def _fail(self, care: Care) -> None:
+        if self.trouble == "starved" or (self.trouble == "memory" and not 0 < care.batch <= 2):
+            raise MemoryError("no memory for 9 GiB")
+        if self.trouble == "poison" and 1 not in care.lost:
+            os._exit(9)
         if self.trouble == "error":
             raise BadData(f"unit {self.at} is broken", kept="k", next="mend it")
         if self.trouble == "bug":
@@ -68,6 +84,9 @@ class FakeStage:
         if self.trouble == "hang":
             time.sleep(600)
         mark = self.folder.parents[1] / "killed"
+        if self.trouble == "stop" and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
         if self.trouble == "die" or (self.trouble == "kill" and not mark.exists()):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -25,12 +25,12 @@ from damages import cuts, flips
 from fake_stage import SCHEMA, UNITS, FakeStage, build_all, opened
 from small_cache import copied, files_of
 from xkd_pipeline.build import Built, build
-from xkd_pipeline.run import Make, Workers
+from xkd_pipeline.run import AS_PLANNED, Make, Workers
 from xkd_pipeline.shard import write_shard
 from xkd_pipeline.store import locked
 from xkd_schemas import faults, files
 from xkd_schemas.errors import BadData, Busy, DiskFailed
-from xkd_schemas.manifest import Commit
+from xkd_schemas.manifest import Care, Commit
 
 STEP = 64 * 1024
 
@@ -92,7 +92,7 @@ class BigStage(FakeStage):
     def load(self) -> Make:
         return self.make
 
-    def make(self, unit: int) -> Commit:
+    def make(self, unit: int, _care: Care = AS_PLANNED) -> Commit:
         columns = {"doc_id": [f"u{unit}"], "values": [np.arange(24 * 1024, dtype=np.float32) + unit]}
         return write_shard(self.folder, unit, SCHEMA, columns)
 

@@ -1,15 +1,15 @@
 """Stage 3: a student's tokens beside the teacher's. CPU only, minutes, once for each student tokenizer."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xkd_pipeline.build import Built, build
-from xkd_pipeline.columns import documents_at, token_columns, token_counts
+from xkd_pipeline.columns import documents_at, encoded_but, token_columns, token_counts
 from xkd_pipeline.documents import document_at
-from xkd_pipeline.run import Make, Workers
+from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_schemas.additions import part_of, plans_of
@@ -17,7 +17,7 @@ from xkd_schemas.alignment_batch import align_all, token_ranges_all
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import BadData, InputMissing
 from xkd_schemas.files import saved_folder, sha256_of
-from xkd_schemas.manifest import Commit
+from xkd_schemas.manifest import Care, Commit
 from xkd_schemas.table import Row, Table
 from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION, Tokens
 from xkd_trainer.models import load_tokenizer
@@ -52,15 +52,43 @@ class AlignStage:
         encoder = self.settings.encoder()
         documents, teachers = Table(self.root, "documents"), Table(self.root, self.teacher)
 
-        def make(unit: int) -> Commit:
+        def make(unit: int, care: Care = AS_PLANNED) -> Commit:
             size = documents.manifest.commits[unit].rows
             rows = [documents.shard(unit).row(i) for i in range(size)]
             teacher = [tokens_at(teachers.shard(unit).row(i)) for i in range(size)]
-            tokens, columns, counts = align_rows(encoder, rows, teacher)
+            tokens, columns, counts = _in_batches(encoder, rows, teacher, care)
             totals = Totals(counts=counts | token_counts(documents, unit, tokens))
             return write_shard(part_of(self.folder, self.starts, unit), unit, STUDENTS, columns, totals=totals)
 
         return make
+
+    def rows(self, unit: int) -> int:
+        """Documents of a unit."""
+        return Table(self.root, "documents").manifest.commits[unit].rows
+
+    def batch(self, unit: int) -> int:
+        """Documents encoded and aligned at once; rows do not depend on it."""
+        return self.rows(unit)
+
+    def paths(self) -> tuple[Path, ...]:
+        """The table's folder, the two tables it is made from, and the tokenizer."""
+        folders = (self.folder, self.root / "documents", self.root / self.teacher)
+        return local_paths(*folders, self.settings.tokenizer)
+
+
+Aligned = tuple[list[Tokens], dict[str, Any], dict[str, int]]
+
+
+def _in_batches(encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens], care: Care) -> Aligned:
+    """`align_rows` of `care.batch` rows at a time."""
+    size = care.batch or max(1, len(rows))
+    parts: list[Aligned] = []
+    for at in range(0, max(1, len(rows)), size):
+        lost = {row - at for row in care.lost}
+        parts.append(align_rows(encoder, rows[at : at + size], teacher[at : at + size], lost))
+    tokens = [row for part, _, _ in parts for row in part]
+    columns = {name: [row for _, part, _ in parts for row in part[name]] for name in parts[0][1]}
+    return tokens, columns, {name: sum(part[name] for _, _, part in parts) for name in parts[0][2]}
 
 
 def tokens_at(row: Row) -> Tokens:
@@ -76,14 +104,14 @@ def tokens_at(row: Row) -> Tokens:
 
 
 def align_rows(
-    encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens]
-) -> tuple[list[Tokens], dict[str, Any], dict[str, int]]:
+    encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens], lost: Collection[int] = ()
+) -> Aligned:
     """The student's tokens, the columns of the students table, and what the alignment counts.
 
-    A document the teacher could not read has the status `teacher:REASON` and no tokens.
+    A document the teacher could not read has the status `teacher:REASON` and no tokens; rows of `lost` are not read.
     """
     limits = [t.num_chars if t.status == OK else None for t in teacher]
-    encoded = encoder.encode_batch([document_at(row) for row in rows], limits)
+    encoded = encoded_but(encoder, [document_at(row) for row in rows], lost, limits)
     tokens = [
         s if t.status == OK else _without(s, f"teacher:{t.status}") for s, t in zip(encoded, teacher, strict=True)
     ]

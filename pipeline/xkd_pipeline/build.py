@@ -64,7 +64,7 @@ def build(
                 progress.advance(note=_note(commit))
                 watch(list(done.values()))
 
-            run_units(stage, jobs(missing), workers, take)
+            run_units(stage, jobs(missing), workers, take, store.cares(missing))
     store.refuse_gaps(done)
     constants, files = finish([done[unit] for unit in sorted(done)])
     return Built(manifest=store.seal(done, constants, files), made=len(missing), kept=kept)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,11 @@ from xkd_trainer.attention import install
 from xkd_trainer.forward import run
 from xkd_trainer.head import head_of
 from xkd_trainer.models import load_tokenizer
+
+
+def this_device() -> str:
+    """What a model runs on in this process: cuda or cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +40,8 @@ class TeacherSettings:
     pad_multiple: int = 8
     threads: int = 1
     """CPU threads of one worker: results depend on it in the last bits, so it is part of the plan."""
+    device: str = field(default_factory=this_device)
+    """Where the workers run it; this process may have none of these."""
 
 
 def batches_of(lengths: Sequence[int], batch_tokens: int, multiple: int) -> Iterator[list[int]]:

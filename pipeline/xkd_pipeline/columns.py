@@ -1,14 +1,17 @@
 """Columns and counts that the teacher and student tables share."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xkd_schemas.additions import plans_of
+from xkd_schemas.documents import Document
+from xkd_schemas.encode import Encoder, unusable
 from xkd_schemas.errors import BadData, InputMissing
 from xkd_schemas.manifest import Unit
+from xkd_schemas.rows import WORKER_KILLED
 from xkd_schemas.table import Table
 from xkd_schemas.tokens import OK, Tokens
 
@@ -35,6 +38,22 @@ def documents_at(documents: Table, root: str) -> Basis:
     units, roots = plans_of(documents.folder)[-1].units, documents.manifest.roots
     known = root if root in roots else documents.manifest.root
     return Basis(root=known, units=units[: roots[known]])
+
+
+def encoded_but(
+    encoder: Encoder,
+    documents: Sequence[Document],
+    lost: Collection[int],
+    limits: Sequence[int | None] | None = None,
+) -> list[Tokens]:
+    """`encoder.encode_batch`; the tokenizer does not see the rows of `lost`, whose status is worker_killed."""
+    kept = [at for at in range(len(documents)) if at not in lost]
+    found = encoder.encode_batch([documents[at] for at in kept], limits and [limits[at] for at in kept])
+    tokens = dict(zip(kept, found, strict=True))
+    return [
+        tokens[at] if at in tokens else unusable(WORKER_KILLED, len(document.text))
+        for at, document in enumerate(documents)
+    ]
 
 
 def token_columns(tokens: Sequence[Tokens]) -> dict[str, list[Any]]:

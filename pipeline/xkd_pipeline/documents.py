@@ -4,17 +4,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Final
 
 from xkd_pipeline.build import Built, build
 from xkd_pipeline.corpus import RawRow, Source, read_documents
-from xkd_pipeline.run import Make, Workers
+from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.spans import Parser, ParserSettings, parser_for
 from xkd_pipeline.store import Store
 from xkd_schemas.additions import part_of
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Segment, Spans, checked_spans
 from xkd_schemas.errors import BadData
-from xkd_schemas.manifest import Commit, Plan, Unit
+from xkd_schemas.manifest import Care, Commit, Plan, Unit
+from xkd_schemas.rows import WORKER_KILLED, rejected_row
 from xkd_schemas.table import Row
 
 
@@ -42,13 +44,28 @@ class DocumentsStage:
     def load(self) -> Make:
         """Load the parser once."""
         parser = parser_for(self.parser)
-        return lambda job: self._make(parser, job)
+        return lambda job, care=AS_PLANNED: self._make(parser, job, care)
 
-    def _make(self, parser: Parser, job: DocumentsJob) -> Commit:
-        documents, rejects = read_documents(
-            job.source, job.form, job.columns, job.rows, max_chars=self.max_chars
-        )  # fmt: skip
-        found = [checked_spans(d, s) for d, s in zip(documents, parser.parse(documents), strict=True)]
+    def rows(self, job: DocumentsJob) -> int:
+        """Rows of a unit."""
+        return len(job.rows)
+
+    def batch(self, job: DocumentsJob) -> int:
+        """Documents handed to the parser at once; spans do not depend on it."""
+        return len(job.rows)
+
+    def paths(self) -> tuple[Path, ...]:
+        """The table's folder and the parser's files."""
+        return local_paths(self.folder, self.parser.model, self.parser.benepar_model)
+
+    def _make(self, parser: Parser, job: DocumentsJob, care: Care) -> Commit:
+        rows = [row for at, row in enumerate(job.rows) if at not in care.lost]
+        documents, rejects = read_documents(job.source, job.form, job.columns, rows, max_chars=self.max_chars)
+        killers = (rejected_row(job.source, job.rows[at], WORKER_KILLED, _KILLS) for at in care.lost)
+        rejects = sorted([*rejects, *killers], key=lambda reject: reject.line)
+        size = care.batch or max(1, len(documents))
+        parsed = [s for at in range(0, len(documents), size) for s in parser.parse(documents[at : at + size])]
+        found = [checked_spans(d, s) for d, s in zip(documents, parsed, strict=True)]
         counts = {
             "rows": len(job.rows),
             "characters": sum(len(d.text) for d in documents),
@@ -66,6 +83,9 @@ class DocumentsStage:
             rejects=[asdict(r) for r in rejects],
             totals=Totals(counts=counts),
         )
+
+
+_KILLS: Final = "ends the process that reads or parses it, every time"
 
 
 def columns_of(documents: Sequence[Document], spans: Sequence[Spans]) -> dict[str, list[object]]:

@@ -1,20 +1,28 @@
-"""Where units are made: in this process, or by actors on Ray. The only module that imports ray.
+"""Where units are made: in this process, or by worker processes on Ray.
 
 A stage is a picklable bag of settings; `load()` gives a function from a job to a commit record.
 The same function runs either way, so the bytes are the same.
 """
 
-import os
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Final, Protocol
 
-from xkd_schemas.errors import Refused, WorkersGone, XkdError
-from xkd_schemas.manifest import Commit
+from xkd_schemas.errors import OutOfMemory, XkdError
+from xkd_schemas.manifest import Care, Commit
+from xkd_schemas.terminal import warn
 
-Make = Callable[[Any], Commit]
+AS_PLANNED: Final = Care()
+KEPT: Final = "every committed unit"
+AGAIN: Final = "run the same command again to go on"
+
+
+class Make(Protocol):
+    """Makes one unit."""
+
+    def __call__(self, job: Any, care: Care = AS_PLANNED, /) -> Commit:
+        """Write the shard of `job`, leaving out `care.lost` rows and in batches of `care.batch`; its record."""
 
 
 class Stage(Protocol):
@@ -23,105 +31,114 @@ class Stage(Protocol):
     def load(self) -> Make:
         """Load models and parsers, and return the function that makes one unit."""
 
+    def rows(self, job: Any) -> int:
+        """Rows of a unit, which are tried apart when it kills its worker."""
+
+    def batch(self, job: Any) -> int:
+        """Size of a batch as planned, which is halved when memory runs out: tokens or documents."""
+
+    def paths(self) -> tuple[Path, ...]:
+        """Folder that shards are written to, then what else is read: every machine of a cluster must have them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workers:
     """How units are run; nothing here changes a byte of the result."""
 
     count: int = 0
-    """Actors; 0 makes the units in this process."""
+    """Ray actors; 0 makes the units in this process."""
     gpus: float = 0.0
     """GPUs of each actor."""
     address: str | None = None
     """Ray cluster to join; None starts one on this machine's loopback."""
-    stall_seconds: float = 1800.0
-    """Give up when no unit finishes for this long."""
+    stall_seconds: float | None = None
+    """A unit that takes longer is taken for hung; None: five times the median, see schedule.py."""
 
 
-def run_units(stage: Stage, jobs: Iterable[Any], workers: Workers, done: Callable[[Commit], None]) -> None:
+def run_units(
+    stage: Stage,
+    jobs: Iterable[Any],
+    workers: Workers,
+    done: Callable[[Commit], None],
+    cares: Mapping[int, Care] | None = None,
+) -> None:
     """Make every job and hand each record to `done` as soon as it is there, in any order.
+
+    `cares` are units that are known to need care: they are made so from the start.
 
     Raises:
         WorkersGone: Workers died or hung more often than they are restarted; what was handed over stays.
+        OutOfMemory: Not even one document of a unit fits.
         XkdError: What a stage raised, as it raised it.
     """
+    known = cares or {}
     if workers.count == 0:
         make = stage.load()
         for job in jobs:
-            done(make(job))
+            done(_made(make, stage, job, known.get(unit_of(job), AS_PLANNED)))
         return
-    for record in _on_ray(stage, iter(jobs), workers):
-        done(record)
+    from xkd_pipeline.cluster import RayPool
+    from xkd_pipeline.schedule import Schedule
+
+    with RayPool(stage, workers) as pool:
+        Schedule(pool, stage, jobs, workers, known).run(done)
 
 
-class _Actor:
-    """The loaded stage, and nothing else. Loaded with the first job, so that an error in it arrives as itself."""
-
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-        self._make: Make | None = None
-
-    def make(self, job: Any) -> Commit:
-        if self._make is None:
-            self._make = self._stage.load()
-        return self._make(job)
+def local_paths(*names: str | Path | None) -> tuple[Path, ...]:
+    """Those of `names` that are files or folders of this machine, absolute; hub names are not."""
+    return tuple(Path(name).absolute() for name in names if name and Path(name).exists())
 
 
-def _start(ray: Any, workers: Workers) -> None:
-    if workers.address is None and os.environ.get("RAY_ADDRESS"):
-        raise Refused(
-            f"RAY_ADDRESS is set to {os.environ['RAY_ADDRESS']}, and a cluster is only joined when asked for",
-            next="pass --ray-address, or unset RAY_ADDRESS",
+def unit_of(job: Any) -> int:
+    """Number of the unit that a job makes; a job may be just that number."""
+    return int(getattr(job, "unit", job))
+
+
+def recorded(commit: Commit, care: Care) -> Commit:
+    """The record, with how it was made where that was not as planned."""
+    return commit.model_copy(update={"care": care}) if care else commit
+
+
+def _made(make: Make, stage: Stage, job: Any, care: Care) -> Commit:
+    while True:
+        try:
+            return recorded(make(job, care), care)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = first_line(error)
+        care = smaller(stage, job, care, reason)  # out of the handler, whose traceback holds on to the memory
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out: Python's, Arrow's and numpy's, torch's on any device.
+
+    >>> out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."))
+    True
+    """
+    if isinstance(error, MemoryError):
+        return True
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return any(words in said for words in ("out of memory", "can't allocate memory", "cublas_status_alloc_failed"))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one short line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def smaller(stage: Stage, job: Any, care: Care, reason: str, kind: type[XkdError] = OutOfMemory) -> Care:
+    """The same with batches half as large; says so on standard error.
+
+    Raises:
+        XkdError: Of `kind`, where a batch is one document already.
+    """
+    unit, batch = unit_of(job), (care.batch or stage.batch(job)) // 2
+    if batch == 0:
+        raise kind(
+            f"unit {unit}: one document at a time does not go either: {reason}",
+            kept=KEPT,
+            next="free memory, use a machine with more, or cut documents shorter (--max-tokens); then run this again",
         )
-    if workers.address is not None:
-        ray.init(address=workers.address, log_to_driver=False)
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(
-        num_cpus=workers.count,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=256 * 2**20,
-    )
-
-
-def _on_ray(stage: Stage, jobs: Iterator[Any], workers: Workers) -> Iterator[Commit]:
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    _start(ray, workers)
-    try:
-        kind = ray.remote(num_cpus=1, num_gpus=workers.gpus, max_restarts=3, max_task_retries=3)(_Actor)
-        idle = [kind.remote(stage) for _ in range(workers.count)]
-        running: dict[Any, Any] = {}
-        last = time.monotonic()
-        while True:
-            while idle and (job := next(jobs, None)) is not None:
-                actor = idle.pop()
-                running[actor.make.remote(job)] = actor
-            if not running:
-                return
-            ready, _ = ray.wait(list(running), timeout=5.0)
-            if not ready and time.monotonic() - last > workers.stall_seconds:
-                raise WorkersGone(f"no unit finished for {workers.stall_seconds:.0f} s", kept=_KEPT, next=_AGAIN)
-            for reference in ready:
-                last = time.monotonic()
-                idle.append(running.pop(reference))
-                yield ray.get(reference)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, XkdError):
-            raise cause from None
-        raise
-    except RayError as error:
-        reason = _COLOUR.sub("", next(iter(str(error).splitlines()), type(error).__name__))
-        raise WorkersGone(f"the Ray workers are gone: {reason}", kept=_KEPT, next=_AGAIN) from error
-    finally:
-        ray.shutdown()
-
-
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_KEPT = "every committed unit"
-_AGAIN = "run the same command again to go on"
+    warn(f"unit {unit}: {reason}; tried again in batches of {batch}")
+    return care.model_copy(update={"batch": batch})

@@ -26,8 +26,8 @@ from xkd_pipeline.teacher import (
 from xkd_pipeline.teacher_files import std_of
 from xkd_schemas.additions import plans_of
 from xkd_schemas.codecs import PLAIN
-from xkd_schemas.errors import UsageError
-from xkd_schemas.manifest import Commit, refuse_differences
+from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.manifest import Care, Commit, refuse_differences
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import Signal, signal_named
 from xkd_trainer.forward import num_layers
@@ -85,7 +85,19 @@ def make_signals(root: Path, beside: Beside, workers: Workers, *, more: bool = F
     if workers.count:
         del model
         forget_teacher()
-    return build(store, stage, lambda missing: iter(missing), workers, finish=finish)
+    units = teachers.manifest.commits
+    store.known_cares |= {c.unit: Care(lost=c.care.lost) for c in units if c.care is not None and c.care.lost}
+
+    def watch(commits: Sequence[Commit]) -> None:
+        for one in commits:
+            more = set(one.care.lost if one.care else ()) - set(units[one.unit].unusable)
+            if more:
+                raise BadData(
+                    f"unit {one.unit}: row {min(more)} kills its worker here, and {teachers.name} holds it",
+                    next=f"delete {store.folder}; measure these signals in a new teacher table, with another --name",
+                )
+
+    return build(store, stage, lambda missing: iter(missing), workers, watch=watch, finish=finish)
 
 
 def add_signals(

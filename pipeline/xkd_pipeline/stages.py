@@ -8,7 +8,7 @@ from typing import Any
 
 from xkd_pipeline.align import StudentSettings, make_students
 from xkd_pipeline.build import Built
-from xkd_pipeline.capture import TeacherSettings
+from xkd_pipeline.capture import TeacherSettings, this_device
 from xkd_pipeline.corpus import open_source
 from xkd_pipeline.documents import Limits, make_documents
 from xkd_pipeline.run import Workers
@@ -93,6 +93,7 @@ def teacher_stage(run: RunFile, workers: Workers) -> Outcome:
         codec=t.codec,
         batch_tokens=t.batch_tokens,
         threads=t.threads,
+        device="cuda" if workers.gpus else this_device(),
     )
     for name in t.losses:
         loss_named(name)
@@ -135,7 +136,13 @@ def align_stage(run: RunFile, workers: Workers, *, teacher: str = "") -> Outcome
 def _outcome(built: Built, line: str, values: dict[str, Any]) -> Outcome:
     m = built.manifest
     made = f"{built.made} shards made, {built.kept} reused" if built.made else f"all {built.kept} shards reused"
-    common = {"table": m.table, "documents": m.rows, "made": built.made, "reused": built.kept, "root": m.root}
+    smaller = [c.care.batch for c in m.commits if c.care and c.care.batch]
+    if smaller:
+        made += f"; {len(smaller)} for want of memory in batches down to {min(smaller)}"
+    common = {
+        "table": m.table, "documents": m.rows, "made": built.made, "reused": built.kept, "root": m.root,
+        "smaller_batches": len(smaller),
+    }  # fmt: skip
     return Outcome(line=f"{m.table}: {line}; {made}", values={**common, **values})
 
 
@@ -183,9 +190,10 @@ def only_teacher(root: Path) -> str:
 
 def preprocess(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> list[Outcome]:
     """All three stages, in order; what is there is reused. `echo` is told about each as it ends."""
-    outcomes = [documents_stage(run, workers, echo)]
+    without = replace(workers, gpus=0.0)
+    outcomes = [documents_stage(run, without, echo)]
     echo(outcomes[-1].line)
-    for stage in (teacher_stage, align_stage):
-        outcomes.append(stage(run, workers))
+    for stage, needed in ((teacher_stage, workers), (align_stage, without)):
+        outcomes.append(stage(run, needed))
         echo(outcomes[-1].line)
     return outcomes

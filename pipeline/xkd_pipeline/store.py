@@ -9,13 +9,13 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from xkd_pipeline.card import write_root_files
 from xkd_schemas.additions import ADDED, part_of, parts_of, plans_of, records_of
-from xkd_schemas.errors import BadData, Busy, Mismatch
+from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch
 from xkd_schemas.files import (
     disk_errors,
     inside,
@@ -29,6 +29,7 @@ from xkd_schemas.files import (
 )
 from xkd_schemas.manifest import (
     FORMAT,
+    Care,
     Commit,
     Generation,
     Manifest,
@@ -83,6 +84,7 @@ class Store:
         if more and not any(_same(plan, old) for old in plans):
             plans.append(self._added(plan, plans[-1]))
         self.plan, self.asked = plans[-1], len(units)
+        self.known_cares: dict[int, Care] = {}
         if any(_same(plan, old) for old in plans):
             return
         advice = f"repeat the first command's settings, or write to a new folder than {root}"
@@ -150,6 +152,16 @@ class Store:
             for path in [record, *shards, self.folder / "manifest.json"]:
                 if path.exists():
                     rename(path, folder / path.name)
+
+    def cares(self, units: Iterable[int]) -> dict[int, Care]:
+        """Units that are known to need care: `known_cares`, and what records in quarantine say of how they were made."""
+        found = dict(self.known_cares)
+        for unit in units:
+            with contextlib.suppress(BadData, InputMissing):
+                record = read_record(self.folder / "quarantine" / f"{unit:05d}.json", Commit)
+                if record.care is not None and record.unit == unit:
+                    found[unit] = record.care
+        return found
 
     def commit(self, record: Commit) -> None:
         """Make one finished unit count."""

@@ -1,7 +1,8 @@
 """Stage 2: the teacher reads every document once, and what the losses need is kept."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +13,10 @@ from transformers import PreTrainedModel
 from xkd_pipeline.build import Built, build
 from xkd_pipeline.capture import TeacherSettings, capture
 from xkd_pipeline.coded import codec_error, coded
-from xkd_pipeline.columns import basis_of, token_columns, token_counts
+from xkd_pipeline.columns import basis_of, encoded_but, token_columns, token_counts
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.measure import Reading
-from xkd_pipeline.run import Make, Workers
+from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_pipeline.teacher_files import constants_of, export, moments, std_of, weights_identity
@@ -23,8 +24,8 @@ from xkd_schemas.additions import part_of
 from xkd_schemas.alignment_batch import token_ranges_all
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.encode import Encoder
-from xkd_schemas.errors import UsageError
-from xkd_schemas.manifest import Commit, Spec
+from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.manifest import Care, Commit, Spec
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_schemas.tokens import spans_read
@@ -52,7 +53,12 @@ class TeacherStage:
     def load(self) -> Make:
         """Load tokenizer and model once."""
         torch.set_num_threads(self.settings.threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = self.settings.device
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputMissing(
+                f"no GPU to be seen on {socket.gethostname()}, and the teacher is to run on one",
+                next="give each worker one with --gpus-per-worker 1, or look at CUDA_VISIBLE_DEVICES there",
+            )
         model = teacher_of(self.settings).to(device)
         encoder = encoder_of(self.settings)
         documents = Table(self.root, "documents")
@@ -61,10 +67,14 @@ class TeacherStage:
         schema = schema if self.tokens else signals_schema(schema)
         head = head_of(model)
 
-        def make(unit: int) -> Commit:
+        def make(unit: int, care: Care = AS_PLANNED) -> Commit:
             torch.set_num_threads(self.settings.threads)
-            readings = _read(documents, unit, encoder)
-            captured = capture(model, readings, wanted, self.settings)
+            settings = self.settings
+            if care.batch:
+                torch.cuda.empty_cache()
+                settings = replace(settings, batch_tokens=care.batch)
+            readings = _read(documents, unit, encoder, care.lost)
+            captured = capture(model, readings, wanted, settings)
             tokens = [r.tokens for r in readings]
             stored = coded(captured, wanted, self.settings.codec, head)
             columns = {
@@ -78,6 +88,18 @@ class TeacherStage:
             return write_shard(part_of(self.folder, self.starts, unit), unit, marked, columns, totals=totals)
 
         return make
+
+    def rows(self, unit: int) -> int:
+        """Documents of a unit."""
+        return Table(self.root, "documents").manifest.commits[unit].rows
+
+    def batch(self, _unit: int) -> int:
+        """Tokens of a forward pass; the last bits of a result depend on it."""
+        return self.settings.batch_tokens
+
+    def paths(self) -> tuple[Path, ...]:
+        """The table's folder, the documents, and the model."""
+        return local_paths(self.folder, self.root / "documents", self.settings.model)
 
 
 _loaded: dict[TeacherSettings, PreTrainedModel] = {}
@@ -105,9 +127,9 @@ def encoder_of(settings: TeacherSettings) -> Encoder:
     )  # fmt: skip
 
 
-def _read(documents: Table, unit: int, encoder: Encoder) -> list[Reading]:
+def _read(documents: Table, unit: int, encoder: Encoder, lost: Collection[int]) -> list[Reading]:
     rows = [documents.shard(unit).row(i) for i in range(documents.manifest.commits[unit].rows)]
-    encoded = encoder.encode_batch([document_at(row) for row in rows])
+    encoded = encoded_but(encoder, [document_at(row) for row in rows], lost)
     words, phrases = (
         token_ranges_all(encoded, [spans_read(r[name], t.num_chars) for r, t in zip(rows, encoded, strict=True)])
         for name in ("words", "phrases")
@@ -151,6 +173,7 @@ def teacher_settings(spec: Spec, model: str) -> TeacherSettings:
         batch_tokens=spec["batch_tokens"],
         pad_multiple=spec["pad_multiple"],
         threads=spec["threads"],
+        device=spec["device"],
     )
 
 
@@ -168,7 +191,7 @@ def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: s
         "batch_tokens": settings.batch_tokens,
         "pad_multiple": settings.pad_multiple,
         "threads": settings.threads,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": settings.device,
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
     }
 

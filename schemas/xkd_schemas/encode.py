@@ -21,6 +21,7 @@ import numpy as np
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError
 from xkd_schemas.intervals import Encoding, content_intervals, cut_point
+from xkd_schemas.rows import WORKER_KILLED
 from xkd_schemas.templates import Layout, layout, template_named
 from xkd_schemas.tokenizers import encode_texts, identity, name_of
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Int32s, Tokens
@@ -31,6 +32,7 @@ REASONS: Final = {
     "offsets_not_monotone": "a token starts or ends before the one in front of it",
     "uncovered_characters": "the tokenizer drops characters that are not blank",
     "no_target": "no segment of the document is a target, or the targets give no token",
+    WORKER_KILLED: "a process that worked on the document died, every time",
     "no_target_after_cut": "cut to the longest length, the text has no target left",
 }
 """Every `status` but "ok", with what it means."""
@@ -104,7 +106,7 @@ class Encoder:
         rows = []
         for document, num_chars, ok in zip(documents, wanted, usable, strict=True):
             encodings = list(itertools.islice(encoded, _num_segments(document, num_chars) if ok else 0))
-            rows.append(self._row(document, num_chars, encodings) if ok else _unusable("lone_surrogate", num_chars))
+            rows.append(self._row(document, num_chars, encodings) if ok else unusable("lone_surrogate", num_chars))
         return rows
 
     def _segments(self, documents: Sequence[Document], limits: Sequence[int]) -> list[Encoding]:
@@ -128,9 +130,9 @@ class Encoder:
                 break
             tokens = _assemble(document, num_chars, self._segments([document], [num_chars]), frames, start)
         if tokens.status != OK:
-            return _unusable(tokens.status, num_chars)
+            return unusable(tokens.status, num_chars)
         if num_chars <= first_target or not tokens.targets.any():
-            return _unusable("no_target_after_cut" if num_chars < len(document.text) else "no_target", num_chars)
+            return unusable("no_target_after_cut" if num_chars < len(document.text) else "no_target", num_chars)
         return tokens
 
     def _framed(self, document: Document) -> tuple[Frame, ...]:
@@ -192,7 +194,8 @@ def _num_segments(document: Document, num_chars: int) -> int:
     return sum(segment.start < num_chars for segment in document.segments)
 
 
-def _unusable(status: str, num_chars: int) -> Tokens:
+def unusable(status: str, num_chars: int) -> Tokens:
+    """A row without tokens; `status` says why."""
     return Tokens(
         status=status, num_chars=num_chars, ids=np.zeros(0, np.int32), spans=np.zeros((0, 2), np.int32),
         kinds=np.zeros(0, np.uint8), targets=np.zeros(0, np.bool_),

@@ -59,6 +59,18 @@ class Reject(_Record):
     reasons: dict[str, int]
 
 
+class Care(_Record):
+    """How a unit was made that could not be made as planned; as it stands, as planned."""
+
+    lost: tuple[int, ...] = ()
+    """Rows of the unit left out, ascending: each of them killed every process that worked on it."""
+    batch: int = 0
+    """Size of a batch after memory ran out: tokens of a forward pass, or documents of a call. 0: the plan's."""
+
+    def __bool__(self) -> bool:
+        return bool(self.lost or self.batch)
+
+
 class Commit(_Record):
     """One finished unit."""
 
@@ -78,6 +90,15 @@ class Commit(_Record):
     """Named sums that constants are made from."""
     unusable: tuple[int, ...] = ()
     """Rows of the unit whose `status` is not "ok"."""
+    care: Care | None = None
+    """What differed from the plan; not written where nothing did."""
+
+    @model_serializer(mode="wrap")
+    def _without_care(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
+        data: dict[str, Json] = handler(self)
+        if self.care is None:
+            del data["care"]
+        return data
 
 
 class Generation(_Record):

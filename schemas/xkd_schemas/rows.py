@@ -33,6 +33,8 @@ NO_TARGET: Final = "no_target"
 BAD_ROLE: Final = "bad_role"
 TOO_LONG: Final = "too_long"
 LINE_TOO_LONG: Final = "line_too_long"
+WORKER_KILLED: Final = "worker_killed"
+"""Not found by looking at the row: a process that worked on it died, every time."""
 
 CHAT_ROLES: Final = {"system": False, "user": False, "assistant": True, "tool": False}
 """Roles of a chat message, and whether the student learns to produce them."""
@@ -103,7 +105,7 @@ def read_documents(
             parts = list(_parts_of(kind, names, _object_of(row.content)))
             documents.append(_document(parts, source=source, line=row.line, max_chars=max_chars))
         except RowRejected as why:
-            rejected.append(_rejected(source, row, why))
+            rejected.append(rejected_row(source, row, why.reason, why.what))
     return documents, rejected
 
 
@@ -216,7 +218,8 @@ def _document(parts: Sequence[Part], *, source: str, line: int, max_chars: int) 
     return document_of(parts, source=source, line=line)
 
 
-def _rejected(source: str, row: RawRow, why: RowRejected) -> RejectedRow:
+def rejected_row(source: str, row: RawRow, reason: str, what: str) -> RejectedRow:
+    """The entry of a row that becomes no document; `what` says in words what is wrong with it."""
     content = row.content
     if isinstance(content, LongLine):
         head, sha256 = content.head, content.sha256
@@ -224,8 +227,8 @@ def _rejected(source: str, row: RawRow, why: RowRejected) -> RejectedRow:
         bytes_ = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=str).encode()
         head, sha256 = bytes_[:DETAIL_CHARS], hashlib.sha256(bytes_).hexdigest()
     start = head[:DETAIL_CHARS].decode("utf-8", "backslashreplace")
-    detail = _escaped(f"{why.what}: {start}" if start else why.what)[:DETAIL_CHARS]
-    return RejectedRow(source=source, line=row.line, reason=why.reason, detail=detail, sha256=sha256)
+    detail = _escaped(f"{what}: {start}" if start else what)[:DETAIL_CHARS]
+    return RejectedRow(source=source, line=row.line, reason=reason, detail=detail, sha256=sha256)
 
 
 def _escaped(text: str) -> str:

@@ -1,0 +1,184 @@
+"""What is tried again, how often, and when it is given up; with a pool and a clock that are made up."""
+
+from collections import deque
+from collections.abc import Callable, Hashable
+from pathlib import Path
+
+import pytest
+
+from xkd_pipeline.run import Workers
+from xkd_pipeline.schedule import FIRST_SECONDS, SHORTEST_SECONDS, Died, Exhausted, Ready, Report, Schedule
+from xkd_schemas.errors import OutOfMemory, WorkersGone
+from xkd_schemas.manifest import Care, Commit
+
+ROWS = 8
+
+
+class Stage:
+    def rows(self, _job: int) -> int:
+        return ROWS
+
+    def batch(self, _job: int) -> int:
+        return 4
+
+    def load(self):
+        raise NotImplementedError
+
+    def paths(self) -> tuple[Path, ...]:
+        return ()
+
+
+def made(unit: int) -> Commit:
+    return Commit(unit=unit, file=f"{unit}.arrow", rows=1, size=1, sha256="0", frame_xxh3="0", batches=())
+
+
+class FakePool:
+    """`fate(unit, care, tries so far)` says what becomes of a unit; None: nothing, for ever. A wait takes 60 s."""
+
+    def __init__(
+        self, fate: Callable[[int, Care, int], object], starts: Callable[[int], object] | None = None
+    ) -> None:
+        self.fate, self.starts = fate, starts or (lambda _number: Ready())
+        self.given: list[tuple[int, Care]] = []
+        self.killed: list[Hashable] = []
+        self.started = 0
+        self.now = 0.0
+        self._reports: deque[Report] = deque()
+
+    def start(self) -> Hashable:
+        self.started += 1
+        if (what := self.starts(self.started)) is not None:
+            self._reports.append((self.started, what))
+        return self.started
+
+    def give(self, worker: Hashable, job: int, care: Care) -> None:
+        tries = sum(unit == job for unit, _ in self.given)
+        self.given.append((job, care))
+        if (what := self.fate(job, care, tries)) is not None:
+            self._reports.append((worker, what))
+
+    def reports(self, _seconds: float) -> list[Report]:
+        if self._reports:
+            return [self._reports.popleft()]
+        self.now += 60.0
+        return []
+
+    def kill(self, worker: Hashable) -> None:
+        self.killed.append(worker)
+
+
+def ran(pool: FakePool, jobs: range, *, count: int = 2, stall: float | None = None, cares=None) -> list[Commit]:
+    done: list[Commit] = []
+    workers = Workers(count=count, stall_seconds=stall)
+    Schedule(pool, Stage(), jobs, workers, cares, clock=lambda: pool.now).run(done.append)
+    return sorted(done, key=lambda commit: commit.unit)
+
+
+def test_every_unit_is_made_once_and_no_more_workers_are_started_than_there_is_work() -> None:
+    pool = FakePool(lambda unit, _care, _tries: made(unit))
+
+    assert ran(pool, range(2), count=9) == [made(0), made(1)]
+    assert (pool.started, len(pool.given)) == (2, 2)
+
+
+def test_a_unit_whose_worker_dies_is_given_to_a_fresh_one() -> None:
+    pool = FakePool(lambda unit, _care, tries: Died("kill") if (unit, tries) in ((1, 0), (1, 1)) else made(unit))
+
+    assert ran(pool, range(4)) == [made(unit) for unit in range(4)]
+    assert pool.started == 4
+
+
+def test_rows_that_kill_are_found_left_out_and_written_into_the_record() -> None:
+    def fate(unit: int, care: Care, _tries: int) -> object:
+        return Died("exit 9") if unit == 1 and not {2, 5} <= set(care.lost) else made(unit)
+
+    done = ran(FakePool(fate), range(3))
+
+    assert [commit.care for commit in done] == [None, Care(lost=(2, 5)), None]
+
+
+def test_a_unit_that_needed_care_before_is_made_with_it_at_once() -> None:
+    pool = FakePool(lambda unit, _care, _tries: made(unit))
+    care = Care(lost=(3,), batch=2)
+
+    assert [commit.care for commit in ran(pool, range(2), cares={1: care})] == [None, care]
+    assert (1, care) in pool.given
+
+
+def test_rows_that_kill_together_are_made_in_smaller_batches() -> None:
+    def fate(unit: int, care: Care, _tries: int) -> object:
+        return Died("killed") if len(care.lost) == 0 and care.batch != 1 else made(unit)
+
+    assert [commit.care for commit in ran(FakePool(fate), range(1))] == [Care(batch=1)]
+
+
+def test_a_unit_that_kills_in_any_size_is_named() -> None:
+    with pytest.raises(
+        WorkersGone, match=r"unit 0: one document at a time.*rows kill their worker together"
+    ) as caught:
+        ran(FakePool(lambda _unit, care, _tries: made(0) if care.lost else Died("killed")), range(1))
+    assert caught.value.exit_code == 69
+
+
+def test_where_every_row_kills_the_rows_are_not_to_blame(monkeypatch) -> None:
+    monkeypatch.setattr("xkd_pipeline.schedule.MOST_LOST", 4)
+    with pytest.raises(WorkersGone, match="unit 0: more than 4 rows kill their worker"):
+        ran(FakePool(lambda unit, _care, _tries: Died("kill") if unit == 0 else made(unit)), range(2))
+
+
+@pytest.mark.parametrize("death", [Exhausted("no memory"), Died("low on memory", for_memory=True)])
+def test_a_unit_out_of_memory_is_made_in_smaller_batches_and_the_record_says_so(death: object) -> None:
+    pool = FakePool(lambda unit, care, _tries: death if unit == 0 and care.batch != 1 else made(unit))
+
+    assert [commit.care for commit in ran(pool, range(2))] == [Care(batch=1), None]
+
+
+def test_out_of_memory_with_one_document_ends_the_run() -> None:
+    with pytest.raises(OutOfMemory, match="unit 0: one document at a time does not go either: no memory") as caught:
+        ran(FakePool(lambda _unit, _care, _tries: Exhausted("no memory")), range(1))
+    assert caught.value.exit_code == 71
+
+
+def test_a_silent_worker_is_killed_and_its_unit_tried_again() -> None:
+    pool = FakePool(lambda unit, _care, tries: None if (unit, tries) == (1, 0) else made(unit))
+
+    assert ran(pool, range(3), stall=100.0) == [made(unit) for unit in range(3)]
+    assert len(pool.killed) == 1
+
+
+def test_a_unit_that_hangs_three_workers_is_named() -> None:
+    pool = FakePool(lambda _unit, _care, _tries: None)
+
+    with pytest.raises(WorkersGone, match="unit 0 was not finished within 100 s, 3 times") as caught:
+        ran(pool, range(1), stall=100.0)
+    assert caught.value.exit_code == 69
+    assert (pool.started, len(pool.killed)) == (3, 3)
+
+
+def test_how_long_a_unit_may_take_is_learnt_from_the_others() -> None:
+    pool = FakePool(lambda unit, _care, tries: None if (unit, tries) == (3, 0) else made(unit))
+    ran(pool, range(4), count=1)
+    assert SHORTEST_SECONDS < pool.now < 2 * SHORTEST_SECONDS
+
+    first = FakePool(lambda unit, _care, tries: None if tries == 0 else made(unit))
+    ran(first, range(1), count=1)
+    assert FIRST_SECONDS < first.now < FIRST_SECONDS + 120
+
+
+@pytest.mark.parametrize("what", [Died("no such library"), None])
+def test_workers_that_never_start_end_the_run(what: object) -> None:
+    pool = FakePool(lambda unit, _care, _tries: made(unit), starts=lambda _number: what)
+
+    with pytest.raises(WorkersGone, match="no worker starts, 3 in a row ended in loading"):
+        ran(pool, range(4), count=1)
+    assert pool.started == 3
+
+
+def test_a_worker_that_cannot_be_replaced_is_done_without() -> None:
+    pool = FakePool(
+        lambda unit, _care, tries: Died("node lost") if (unit, tries) == (0, 0) else made(unit),
+        starts=lambda number: Ready() if number < 3 else Died("no room"),
+    )
+
+    assert ran(pool, range(6)) == [made(unit) for unit in range(6)]
+    assert pool.started <= 5
