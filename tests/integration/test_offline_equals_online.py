@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import one_tokenizer as one
 import tiny_models as tiny
 from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage
 from xkd_schemas.alignment import token_ranges
 from xkd_schemas.tokens import Tokens
-from xkd_trainer.batch import Batch, Level
+from xkd_trainer.batch import Batch, Level, TokenStates
 from xkd_trainer.cache import Cache
 from xkd_trainer.models import load_model
 from xkd_trainer.padding import pad
@@ -69,6 +70,7 @@ def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
     """The same batch with everything of the teacher measured now, each document alone, nothing rounded."""
     hidden, attention, entropy, argmax = [], [], [], []
     levels: list[list[tuple[Tensor, Tensor]]] = [[] for _ in batch.levels]
+    layers: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in batch.token_states]
     for row in batch.rows:
         tokens, document = tokens_of(cache.teachers[row]), cache.documents[row]
         targets = tokens.targets
@@ -82,6 +84,11 @@ def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
         attention.append((row_L / row_L.sum())[keep].numpy())
         entropy.append(torch.distributions.Categorical(logits=output.logits[0, predict]).entropy().numpy())
         argmax.append(output.logits[0, predict].argmax(-1).numpy())
+        for kept, states in zip(layers, batch.token_states, strict=True):
+            states_1TD = output.hidden_states[states.layer]
+            row_T = output.attentions[states.layer - 1][0, :, -1].sum(0)
+            weights_1T = centrality(states_1TD, torch.ones_like(states_1TD[..., 0], dtype=torch.bool))
+            kept.append((states_1TD[0], row_T / row_T.sum(), weights_1T[0]))
         for found, level in zip(levels, batch.levels, strict=True):
             spans = document["words" if level.unit == "word" else "phrases"]
             ranges_1K2 = torch.from_numpy(token_ranges(tokens, spans).astype(np.int64))[None]
@@ -93,12 +100,20 @@ def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
         batch, teacher_hidden_BRD=pad(hidden), teacher_attention_BR=pad(attention), teacher_entropy_BM=pad(entropy),
         teacher_argmax_BM=pad(argmax),
         levels=tuple(_live_level(level, found) for level, found in zip(batch.levels, levels, strict=True)),
+        token_states=tuple(
+            _live_states(states, kept) for states, kept in zip(batch.token_states, layers, strict=True)
+        ),
     )  # fmt: skip
 
 
 def _live_level(level: Level, found: list[tuple[Tensor, Tensor]]) -> Level:
     vectors_BUD, mass_BU = pad([v.numpy() for v, _ in found]), pad([m.numpy() for _, m in found])
     return replace(level, vectors_BUD=vectors_BUD, mass_BU=mass_BU, cosines_BUU=cosine_matrix(vectors_BUD))
+
+
+def _live_states(states: TokenStates, kept: list[tuple[Tensor, Tensor, Tensor]]) -> TokenStates:
+    hidden_BTD, attention_BT, centrality_BT = (pad([v.numpy() for v in side]) for side in zip(*kept, strict=True))
+    return replace(states, hidden_BTD=hidden_BTD, attention_BT=attention_BT, centrality_BT=centrality_BT)
 
 
 @torch.no_grad()
@@ -155,6 +170,29 @@ def test_so_is_every_term_of_the_loss_for_one_tokenizer(one_tokenizer: Ready, te
 
     assert sorted(cached) == ["dskd.projected_ce", "dskd.student_space", "dskd.teacher_space"]
     same_terms(cached, terms_of(one_tokenizer, live(batch, one_tokenizer.cache, teacher)))
+
+
+READS_LAYERS: dict[str, dict[str, Any]] = {
+    "mta": {"hid": "token", "student_pooling": "teacher", "span_weights": "entropy"},
+    "sra": {"layers": [2, 3]},
+    "fdd": {"layers": [1, 2, 4]},
+}
+
+
+@pytest.mark.parametrize("loss", READS_LAYERS)
+def test_so_is_every_term_of_the_losses_that_read_layers(loss: str, teacher: PreTrainedModel) -> None:
+    ready, _ = one.ready(loss, **READS_LAYERS[loss])
+    batch = batch_of(ready.cache, ROWS, ready.wanted)
+
+    cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, teacher))
+    strange = tiny.llama(tiny.TEACHER_TOKENIZER, seed=5, layers=4, width=32, tied=False)
+    strange.set_attn_implementation("eager")
+    others = terms_of(ready, live(batch, ready.cache, strange))
+
+    assert len(cached) >= 3
+    same_terms(cached, online)
+    moved = {name for name in cached if cached[name] != pytest.approx(others[name], rel=0.01)}
+    assert {"mta": {"mta.hid@2:word"}, "sra": {"sra.cos@2"}, "fdd": {"fdd.trajectory"}}[loss] <= moved
 
 
 def test_the_comparison_would_see_another_teacher(ready: Ready) -> None:
