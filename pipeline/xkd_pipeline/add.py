@@ -21,7 +21,7 @@ from xkd_pipeline.store import locked
 from xkd_pipeline.teacher import make_teacher, teacher_settings
 from xkd_pipeline.teacher_files import weights_identity
 from xkd_schemas.additions import plans_of
-from xkd_schemas.errors import UsageError
+from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.manifest import Manifest, Plan, Spec, differences
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import signal_named
@@ -107,6 +107,13 @@ def parser_of(spec: Spec) -> ParserSettings:
     )
 
 
+def parser_with(root: Path, spacy_model: str | None, parser_model: str | None) -> ParserSettings | None:
+    """The settings in the documents' plan with the models that are named; None where none is."""
+    named = {"model": spacy_model, "benepar_model": parser_model}
+    named = {key: value for key, value in named.items() if value is not None}
+    return parser_of(plans_of(root / "documents")[-1].spec).model_copy(update=named) if named else None
+
+
 def student_settings(folder: Path, spec: Spec) -> StudentSettings:
     """How the students' table in `folder` was made, from its own copy of the tokenizer."""
     encoder = spec["encoder"]
@@ -177,7 +184,7 @@ def again(root: Path, table: str, model: str, workers: Workers, *, more: bool = 
 def models_by_table(root: Path, models: Sequence[str]) -> dict[str, str]:
     """Name of each teacher's table to the one of `models` whose weights it was made with."""
     found: dict[str, str] = {}
-    specs = {name: plans_of(root / "teachers" / name)[-1].spec for name in names_in(root, "teachers")}
+    specs = {path.name: _spec(root, path) for path in sorted((root / "teachers").glob("*")) if path.is_dir()}
     for model in models:
         weights = weights_identity(model)
         fitting = [name for name, spec in specs.items() if spec["weights"] == weights]
@@ -192,6 +199,13 @@ def models_by_table(root: Path, models: Sequence[str]) -> dict[str, str]:
             )
         found |= dict.fromkeys(fitting, model)
     return found
+
+
+def _spec(root: Path, folder: Path) -> Spec:
+    try:
+        return plans_of(folder)[-1].spec
+    except (BadData, InputMissing):  # both say the same
+        return Table(root, folder.relative_to(root).as_posix()).manifest.spec
 
 
 def _teacher(root: Path, signals: str) -> str:

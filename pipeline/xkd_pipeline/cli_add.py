@@ -59,12 +59,12 @@ def add(
         given = [f"{key}={toml_text(value)}" for key, value in asked.items() if value is not None]
         _signals(common, to, load_runfile(None, given), _parts(signals), codec)
         return
-    from xkd_pipeline.add import More
+    from xkd_pipeline.add import More, parser_with
     from xkd_pipeline.corpus import open_source
 
     columns = columns_of(column or [])
     sources = [open_source(name, form=form, columns=columns) for name in documents or []]
-    _documents(common, sources, More(parser=_parser(cache, spacy_model, parser_model), max_reject=max_reject))
+    _documents(common, sources, More(parser=parser_with(cache, spacy_model, parser_model), max_reject=max_reject))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,18 +118,6 @@ def _signals(common: _Common, to: str, run: RunFile, columns: list[str], codec: 
         say_json(values)
     else:
         say(line)
-
-
-def _parser(cache: Path, spacy_model: str | None, parser_model: str | None) -> Any:
-    """The settings in the plan, with the models that were named; None where none was."""
-    if spacy_model is None and parser_model is None:
-        return None
-    from xkd_pipeline.add import parser_of
-    from xkd_schemas.table import Table
-
-    settings = parser_of(Table(cache, "documents").manifest.spec)
-    named = {"model": spacy_model, "benepar_model": parser_model}
-    return settings.model_copy(update={key: value for key, value in named.items() if value is not None})
 
 
 def columns_of(pairs: list[str]) -> dict[str, str]:

@@ -49,19 +49,27 @@ def verify(
 
 def repair(
     cache: CacheArgument,
+    corpus: Annotated[list[str] | None, typer.Option(help="What the bad documents were read from.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="The teacher of bad teachers' units; repeatable.")] = None,
+    spacy_model: Annotated[str | None, typer.Option(help="spaCy pipeline of the documents.")] = None,
+    parser_model: Annotated[str | None, typer.Option(help="Folder of the benepar model.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray actors; 0 works in this process.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the bad units again and no other; what needs the corpus or the teacher is printed as a command.
+    """Make the bad units again and no other; without the corpus or teacher they need, print the command to type.
 
-    Example: xkd-cache repair cache/
+    Example: xkd-cache repair cache/ --corpus train.jsonl --model models/teacher
     """
     from dataclasses import asdict
 
+    from xkd_pipeline.add import parser_with
+    from xkd_pipeline.mend import Means
     from xkd_pipeline.mend import repair as mend
     from xkd_pipeline.run import Workers
 
-    done = mend(cache, Workers(count=workers))
+    parser = parser_with(cache, spacy_model, parser_model)
+    means = Means(corpus=tuple(corpus or ()), models=tuple(model or ()), parser=parser)
+    done = mend(cache, Workers(count=workers), means)
     if as_json:
         found = {"bad": [asdict(b) for b in done.bad], "left": [asdict(b) for b in done.left]}
         say_json(found | {"made": done.made, "commands": done.commands})
@@ -87,7 +95,7 @@ def gc(
 
     Example: xkd-cache gc cache/ --dry-run
     """
-    from xkd_pipeline.mend import collect
+    from xkd_pipeline.clear import collect
 
     found = collect(cache, older_than=older_than, dry_run=dry_run)
     size = sum(one.size for one in found)

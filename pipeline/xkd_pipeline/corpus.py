@@ -21,7 +21,7 @@ from xkd_schemas.forms import AUTO, FORMS, check_fields, choose_form
 from xkd_schemas.parts import FOLDER_SUFFIXES, SUFFIXES, Content, Part, count_file, exactly, file_rows
 from xkd_schemas.rows import RawRow, RejectedRow, parsed_row, read_documents
 
-__all__ = ["RawRow", "RejectedRow", "Source", "open_source", "read_documents"]
+__all__ = ["RawRow", "RejectedRow", "Source", "digest_of", "open_source", "read_documents"]
 
 SAMPLE_ROWS: Final = 64
 """Rows that the form is looked up in."""
@@ -98,6 +98,15 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
         name=shown(name) if is_url(name) else name, form=chosen, columns=resolved,
         num_rows=sum(part.num_rows for part in parts), digest=digest, parts=parts, remarks=(*fit, *remarks),
     )  # fmt: skip
+
+
+def digest_of(name: str) -> str:
+    """What `Source.digest` of this source would be, whatever the form of its rows.
+
+    Raises:
+        InputMissing, UsageError, BadData, Refused: as `open_source`.
+    """
+    return _located(name)[1]
 
 
 def _located(name: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:

@@ -1,24 +1,36 @@
-"""Repair a cache (make only its bad units again) and clear away what nothing refers to."""
+"""Repair a cache: make its bad units again and no other, from the cache, the corpus and the teacher."""
 
 import shlex
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
 
-from xkd_pipeline.align import StudentSettings, make_students
+from xkd_pipeline.add import again, models_by_table, parser_of
+from xkd_pipeline.card import write_root_files
+from xkd_pipeline.columns import documents_at
+from xkd_pipeline.corpus import Source, digest_of, open_source
+from xkd_pipeline.documents import remake_documents
 from xkd_pipeline.run import Workers
-from xkd_pipeline.store import Store, locked
-from xkd_pipeline.verify import Bad, tables_of, units_by_table, verify
-from xkd_schemas.additions import parts_of, plans_of, records_of
-from xkd_schemas.errors import BadData, InputMissing, XkdError
-from xkd_schemas.files import disk_errors, inside, remove, sync_folder
-from xkd_schemas.manifest import Commit, Manifest, Plan, read_record
+from xkd_pipeline.spans import ParserSettings
+from xkd_pipeline.store import locked
+from xkd_pipeline.verify import Bad, units_by_table, verify
+from xkd_schemas.additions import plans_of
+from xkd_schemas.errors import BadData, InputMissing, UsageError, XkdError
+from xkd_schemas.files import inside, replace
+from xkd_schemas.manifest import Plan, to_json
+from xkd_schemas.table import Table
 
-YOUNG_SECONDS: Final = 60.0
-"""A file that no record names may still belong to a writer that is dying; younger ones are left."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Means:
+    """What units are made from that the cache does not hold."""
+
+    corpus: tuple[str, ...] = ()
+    """Files or data sets that were read; only those of the bad units are needed."""
+    models: tuple[str, ...] = ()
+    """Teachers."""
+    parser: ParserSettings | None = None
+    """None: as far as the documents' plan tells."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,151 +41,111 @@ class Repaired:
     made: dict[str, int]
     """Table -> units made again; 0 where only other files were put right."""
     commands: list[str]
-    """What to type for what needs the corpus or the teacher."""
+    """What to type, after the CAPITALS are replaced, for what needs the corpus or the teacher."""
     left: list[Bad]
     """What is still wrong."""
 
 
-def repair(root: Path, workers: Workers) -> Repaired:
-    """Quarantine the bad units and make them again, from what the cache itself holds.
+def repair(root: Path, workers: Workers, means: Means | None = None) -> Repaired:
+    """Quarantine the bad units and make them again, each table with the settings in its plan.
 
-    A student's table is made from its own tokenizer/ and the two tables before it. Documents need the corpus and a
-    teacher's table needs the teacher: for these the command is returned, which makes the same bad units and no other.
+    A student's table is made from its own tokenizer/ and the two tables before it; documents need the corpus, and a
+    teacher's tables the teacher. Where these are not given, the command is returned that makes the same units.
+
+    Raises:
+        UsageError: A model or corpus was given that this cache was not made from.
     """
+    given = means or Means()
     bad = verify(root, "full")
     made: dict[str, int] = {}
     commands: list[str] = []
+    models = models_by_table(root, given.models) if given.models else {}
     for name, units in units_by_table(bad).items():
-        command = _command(root, name)
-        if name.startswith("students/") and not commands and command:
-            try:
-                made[name] = _again(root, name, units, workers)
-                continue
-            except XkdError as error:
-                command = f"{command}   # {error.what}"
-        commands.append(command or f"xkd-cache verify {shlex.quote(str(root))}   # {name}: its plan cannot be read")
+        if name.startswith("students/") and commands:
+            continue  # what it is made from is bad
+        try:
+            with locked(root):
+                made[name] = _mended(root, name, units, workers, (given, models))
+        except _Wanting as wanting:
+            commands.append(wanting.command)
+        except XkdError as error:
+            if given.corpus or given.models:
+                raise
+            commands.append(f"xkd-cache verify {shlex.quote(str(root))}   # {name}: {error.what}")
     if bad and not commands:
         with locked(root):
-            _store(root, tables_of(root)[0]).describe()
+            write_root_files(root)
     return Repaired(bad=bad, made=made, commands=commands, left=verify(root, "full") if bad else [])
 
 
-def _plan(root: Path, name: str) -> Plan | None:
-    """The plan, or the same things out of the sealed manifest; None where neither can be read."""
-    folder = inside(root, *name.split("/"))
-    with suppress(BadData, InputMissing):
-        return plans_of(folder)[-1]
-    return None
+class _Wanting(Exception):
+    """Something is needed that was not given."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
 
 
-def _store(root: Path, name: str) -> Store:
+def _mended(root: Path, name: str, units: set[int], workers: Workers, given: tuple[Means, dict[str, str]]) -> int:
+    """Make the bad units of a table; how many were made."""
+    means, models = given
+    cache = shlex.quote(str(root))
     plan = _plan(root, name)
-    if plan is None:
-        raise BadData(f"{root / name}/plan.json cannot be read", next=f"delete {root / name} and make it again")
-    return Store(root, name, plan.spec, plan.units)
-
-
-def _again(root: Path, name: str, units: set[int], workers: Workers) -> int:
-    """Make a student's bad units from the cache; how many were made."""
-    store = _store(root, name)
-    encoder: dict[str, Any] = store.plan.spec["encoder"]
-    settings = StudentSettings(
-        tokenizer=str(store.folder / "tokenizer"), template=encoder["template"], max_tokens=encoder["max_tokens"]
-    )
-    with locked(root):
-        return make_students(root, name.partition("/")[2], store.plan.spec["teacher"], settings, workers).made
-
-
-def _command(root: Path, name: str) -> str:
-    """The command that makes this table, with its stored settings; CAPITALS stand for paths that no cache holds."""
-    plan = _plan(root, name)
-    if plan is None:
-        return ""
-    s, cache, table = plan.spec, str(root), name.partition("/")[2]
     if name == "documents":
-        corpus = [f"PATH_OF/{c['name']}" for c in s["corpus"]]
-        parts = ["xkd-cache", "documents", *corpus, "--out", cache, "--set", f"documents.max_chars={s['max_chars']}"]
-        parts += ["--set", f"documents.rows_per_shard={s['rows_per_shard']}"]
-        for form in {c["form"] for c in s["corpus"]}:
-            parts += ["--form", form]
-    elif name.startswith("teachers/"):
-        parts = ["xkd-cache", "teacher", cache, "--model", "PATH_OF_TEACHER", "--name", table]
-        parts += ["--template", s["encoder"]["template"], "--max-tokens", str(s["encoder"]["max_tokens"])]
-        parts += ["--dtype", s["dtype"], "--batch-tokens", str(s["batch_tokens"]), "--threads", str(s["threads"])]
-    else:
-        parts = ["xkd-cache", "align", cache, "--student", "PATH_OF_STUDENT", "--teacher", s["teacher"]]
-        parts += ["--name", table, "--template", s["encoder"]["template"]]
-        parts += ["--max-tokens", str(s["encoder"]["max_tokens"])]
-    return shlex.join(parts)
+        if not means.corpus and units:
+            wanted = sorted({plan.units[unit].source for unit in units if unit < len(plan.units)})
+            paths = " ".join(f"--corpus {shlex.quote(f'PATH_OF/{source}')}" for source in wanted)
+            raise _Wanting(f"xkd-cache repair {cache} {paths}")
+        parser = means.parser or parser_of(plan.spec)
+        return remake_documents(root, plan, sources_of(plan, means.corpus), parser, workers).made
+    teacher = name.partition("/")[2] if name.startswith("teachers/") else str(plan.spec["teacher"])
+    if not name.startswith("students/") and teacher not in models:
+        raise _Wanting(f"xkd-cache repair {cache} --model PATH_OF_{teacher}")
+    return again(root, name, models.get(teacher, ""), workers).made
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spare:
-    """A file that nothing refers to."""
+def sources_of(plan: Plan, names: Sequence[str]) -> list[tuple[int, Source]]:
+    """(first unit, source) of each source of a documents plan that is named, in order.
 
-    file: Path
-    size: int
-    why: str
-
-
-def spare(root: Path, *, older_than: float, now: float | None = None) -> list[Spare]:
-    """Unreferenced shards and rejects, leftovers of writers that died, and quarantine older than `older_than` hours.
-
-    A table whose records cannot all be read keeps every shard: what they name is not known.
+    Raises:
+        UsageError: One of them is not what the documents were made from.
     """
-    moment = time.time() if now is None else now
-    found: list[Spare] = []
-    for folder in (root, *(inside(root, *name.split("/")) for name in tables_of(root))):
-        for part in (*parts_of(folder), folder / "tokenizer"):
-            for place in (part, part / "commits", part / "rejects"):
-                found += _listed(place.glob(".tmp-*"), "left by a writer that died", moment - YOUNG_SECONDS)
-        found += _listed((folder / "quarantine").glob("*"), "quarantined", moment - 3600 * older_than)
-        named = _referenced(folder) if folder != root else None
-        if named is not None:
-            files = [p for part in parts_of(folder) for p in (*part.glob("*.arrow"), *part.glob("rejects/*.jsonl"))]
-            loose = [p for p in files if p.name not in named]
-            found += _listed(loose, "no record names it", moment - YOUNG_SECONDS)
+    digests = {digest_of(name): name for name in names}
+    found = [
+        (first, open_source(digests[entry["sha256"]], form=entry["form"], columns=entry["columns"]))
+        for entry, first in zip(plan.spec["corpus"], _places(plan), strict=True)
+        if entry["sha256"] in digests
+    ]
+    strange = [name for digest, name in digests.items() if digest not in {source.digest for _, source in found}]
+    if strange:
+        listed = ", ".join(entry["name"] for entry in plan.spec["corpus"])
+        raise UsageError(
+            f"{', '.join(strange)}: not what the documents were made from, or changed since",
+            next=f"name the files as they were then: {listed}",
+        )
     return found
 
 
-def _listed(paths: Any, why: str, before: float) -> list[Spare]:
-    found = []
-    for path in sorted(paths):
-        for file in sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path]:
-            status = file.lstat()
-            if status.st_mtime <= before and not file.is_dir():
-                found.append(Spare(file=file, size=status.st_size, why=why))
-    return found
+def _places(plan: Plan) -> list[int]:
+    """First unit of each source of a documents plan; a source without rows has none, and the next one's is given."""
+    starts = [number for number, unit in enumerate(plan.units) if unit.first == 0]
+    places, at = [], 0
+    for entry in plan.spec["corpus"]:
+        here = starts[at] if at < len(starts) else len(plan.units)
+        places.append(here)
+        at += here < len(plan.units) and plan.units[here].source == entry["name"]
+    return places
 
 
-def _referenced(folder: Path) -> set[str] | None:
-    records: list[Commit] = []
+def _plan(root: Path, name: str) -> Plan:
+    """The table's plan; where it cannot be read, it is written again from the manifest and the documents' plan."""
+    folder = inside(root, *name.split("/"))
     try:
-        records += [read_record(path, Commit) for path in records_of(folder)]
-        if (folder / "manifest.json").exists():
-            records += read_record(folder / "manifest.json", Manifest).commits
+        return plans_of(folder)[-1]
     except (BadData, InputMissing):
-        return None
-    return {r.file for r in records} | {r.rejects.file for r in records if r.rejects is not None}
-
-
-def collect(root: Path, *, older_than: float, dry_run: bool) -> list[Spare]:
-    """Remove what is spare, holding the lock; with `dry_run` only say what would go."""
-    if dry_run:
-        return spare(root, older_than=older_than)
-    with locked(root):
-        found = spare(root, older_than=older_than)
-        _remove(found)
-    return found
-
-
-def _remove(found: Sequence[Spare]) -> None:
-    for one in found:
-        with disk_errors(one.file):
-            remove(one.file)
-    for folder in {one.file.parent for one in found}:
-        with disk_errors(folder):
-            if folder.name.startswith(".tmp-") and not any(folder.iterdir()):
-                folder.rmdir()
-            else:
-                sync_folder(folder)
+        manifest = Table(root, name).manifest
+        if manifest.earlier or "documents" not in manifest.spec:
+            raise
+        units = documents_at(Table(root, "documents"), manifest.spec["documents"]).units
+        plan = Plan(table=name, spec=manifest.spec, units=units)
+        replace(folder / "plan.json", to_json(plan))
+        return plan

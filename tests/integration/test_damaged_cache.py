@@ -15,7 +15,8 @@ import pytest
 import small_cache
 from damages import cuts, flips
 from small_cache import files_of
-from xkd_pipeline.mend import collect, repair
+from xkd_pipeline.clear import collect
+from xkd_pipeline.mend import repair
 from xkd_pipeline.run import Workers
 from xkd_pipeline.store import Store, locked
 from xkd_pipeline.verify import verify
@@ -96,7 +97,7 @@ def test_repair_of_a_teacher_gives_the_command_and_leaves_the_files(tmp_path: Pa
     swap(cache, "teachers/T")
     before = files_of(cache)
     done = repair(cache, Workers())
-    assert [command.split()[:3] for command in done.commands] == [["xkd-cache", "teacher", str(cache)]]
+    assert [command.split()[:3] for command in done.commands] == [["xkd-cache", "repair", str(cache)]]
     assert done.left
     assert files_of(cache) == before
 

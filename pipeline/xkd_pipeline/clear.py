@@ -1,0 +1,89 @@
+"""Clear away what nothing in a cache refers to."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from xkd_pipeline.store import locked
+from xkd_pipeline.verify import tables_of
+from xkd_schemas.additions import parts_of, records_of
+from xkd_schemas.errors import BadData, InputMissing
+from xkd_schemas.files import disk_errors, inside, remove, sync_folder
+from xkd_schemas.manifest import Commit, Manifest, read_record
+
+YOUNG_SECONDS: Final = 60.0
+"""A file that no record names may still belong to a writer that is dying; younger ones are left."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spare:
+    """A file that nothing refers to."""
+
+    file: Path
+    size: int
+    why: str
+
+
+def spare(root: Path, *, older_than: float, now: float | None = None) -> list[Spare]:
+    """Unreferenced shards and rejects, leftovers of writers that died, and quarantine older than `older_than` hours.
+
+    A table whose records cannot all be read keeps every shard: what they name is not known.
+    """
+    moment = time.time() if now is None else now
+    found: list[Spare] = []
+    for folder in (root, *(inside(root, *name.split("/")) for name in tables_of(root))):
+        for part in (*parts_of(folder), folder / "tokenizer"):
+            for place in (part, part / "commits", part / "rejects"):
+                found += _listed(place.glob(".tmp-*"), "left by a writer that died", moment - YOUNG_SECONDS)
+        found += _listed((folder / "quarantine").glob("*"), "quarantined", moment - 3600 * older_than)
+        named = _referenced(folder) if folder != root else None
+        if named is not None:
+            files = [p for part in parts_of(folder) for p in (*part.glob("*.arrow"), *part.glob("rejects/*.jsonl"))]
+            loose = [p for p in files if p.name not in named]
+            found += _listed(loose, "no record names it", moment - YOUNG_SECONDS)
+    return found
+
+
+def _listed(paths: Any, why: str, before: float) -> list[Spare]:
+    found = []
+    for path in sorted(paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path]:
+            status = file.lstat()
+            if status.st_mtime <= before and not file.is_dir():
+                found.append(Spare(file=file, size=status.st_size, why=why))
+    return found
+
+
+def _referenced(folder: Path) -> set[str] | None:
+    records: list[Commit] = []
+    try:
+        records += [read_record(path, Commit) for path in records_of(folder)]
+        if (folder / "manifest.json").exists():
+            records += read_record(folder / "manifest.json", Manifest).commits
+    except (BadData, InputMissing):
+        return None
+    return {r.file for r in records} | {r.rejects.file for r in records if r.rejects is not None}
+
+
+def collect(root: Path, *, older_than: float, dry_run: bool) -> list[Spare]:
+    """Remove what is spare, holding the lock; with `dry_run` only say what would go."""
+    if dry_run:
+        return spare(root, older_than=older_than)
+    with locked(root):
+        found = spare(root, older_than=older_than)
+        _remove(found)
+    return found
+
+
+def _remove(found: Sequence[Spare]) -> None:
+    for one in found:
+        with disk_errors(one.file):
+            remove(one.file)
+    for folder in {one.file.parent for one in found}:
+        with disk_errors(folder):
+            if folder.name.startswith(".tmp-") and not any(folder.iterdir()):
+                folder.rmdir()
+            else:
+                sync_folder(folder)

@@ -1,0 +1,115 @@
+"""repair makes the bad units again from what it is given, and says what to type where something is missing."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import small_cache
+from small_cache import IN_PROCESS, files_of
+from xkd_pipeline.mend import Means, repair
+from xkd_pipeline.spans import ParserSettings
+from xkd_schemas.errors import Mismatch, UsageError
+
+PARSER = ParserSettings(model=small_cache.SPACY)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def shard(cache: Path, table: str, unit: int) -> Path:
+    return next((cache / table).glob(f"{unit:05d}-*.arrow"))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
+    "documents": (lambda c: flip(shard(c, "documents", 1)), {"documents": 1}),
+    "a teacher": (lambda c: flip(shard(c, "teachers/T", 2)), {"teachers/T": 1}),
+    "all three": (
+        lambda c: [shard(c, t, 1).unlink() for t in ("documents", "teachers/T", "students/S")],
+        {"documents": 1, "teachers/T": 1, "students/S": 1},
+    ),
+    "the head": (lambda c: flip(c / "teachers/T/head.safetensors"), {"teachers/T": 0}),
+    "the plan of a teacher": (lambda c: (c / "teachers/T/plan.json").write_text("{"), {"teachers/T": 0}),
+    "the manifest of the documents": (lambda c: (c / "documents/manifest.json").unlink(), {"documents": 0}),
+}
+
+
+def means() -> Means:
+    made = small_cache.made()
+    return Means(corpus=(str(made / "corpus.jsonl"),), models=(str(made / "teacher"),), parser=PARSER)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_bad_is_made_again_and_nothing_else(tmp_path: Path, damage: str) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = files_of(cache)
+    change, made = DAMAGES[damage]
+    change(cache)
+
+    done = repair(cache, IN_PROCESS, means())
+
+    assert (done.made, done.commands, done.left) == (made, [], [])
+    assert files_of(cache) == before
+
+
+def test_the_printed_commands_work_when_their_capitals_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from xkd_pipeline.cli import app
+
+    cache = small_cache.copied(tmp_path)
+    before = files_of(cache)
+    DAMAGES["all three"][0](cache)
+    made = small_cache.made()
+
+    printed = []
+    for _ in range(3):
+        commands = repair(cache, IN_PROCESS).commands
+        printed += commands
+        for command in commands[:1]:
+            typed = command.replace("PATH_OF/corpus.jsonl", str(made / "corpus.jsonl"))
+            words = shlex.split(typed.replace("PATH_OF_T", str(made / "teacher")))
+            app([*words[1:], "--json", "--spacy-model", small_cache.SPACY], standalone_mode=False)
+    capsys.readouterr()
+
+    assert any("--corpus" in command for command in printed)
+    assert any("--model" in command for command in printed)
+    assert repair(cache, IN_PROCESS).bad == []
+    assert files_of(cache) == before
+
+
+def test_only_the_file_of_the_bad_unit_is_needed_and_others_are_refused(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    flip(shard(cache, "documents", 0))
+    other = small_cache.write_rows(tmp_path / "other.jsonl", small_cache.corpus_rows(3))
+
+    with pytest.raises(UsageError, match=r"other.jsonl: not what the documents were made from"):
+        repair(cache, IN_PROCESS, Means(corpus=(str(other),), parser=PARSER))
+    with pytest.raises(UsageError, match=r"none of the teachers of .*model.safetensors"):
+        repair(cache, IN_PROCESS, Means(models=(str(small_cache.llama(tmp_path / "llama", seed=9)),)))
+
+
+def test_another_parser_makes_no_unit(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    flip(shard(cache, "documents", 0))
+    parser = ParserSettings(model=small_cache.SPACY, max_words=3)
+
+    with pytest.raises(Mismatch, match=r"parser.max_words: cache has 12, this run has 3"):
+        repair(cache, IN_PROCESS, Means(corpus=means().corpus, parser=parser))
+
+
+def test_a_student_is_made_again_when_its_teacher_is_whole(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = files_of(cache)
+    shutil.rmtree(cache / "students/S/commits")
+    plan = json.loads((cache / "students/S/plan.json").read_text())
+    (cache / "students/S/plan.json").write_text(json.dumps(plan)[:-1])
+
+    assert repair(cache, IN_PROCESS).left == []
+    assert files_of(cache) == before
