@@ -96,6 +96,11 @@ def kept_rows(targets_T: Bools) -> npt.NDArray[np.int64]:
     >>> kept_rows(np.array([False, False, True, True, False]))
     array([1, 2, 3])
     """
+    return np.flatnonzero(kept_mask(targets_T))
+
+
+def kept_mask(targets_T: Bools) -> Bools:
+    """The same positions as a mask, [T]."""
     keep_T = targets_T.copy()
     keep_T[:-1] |= targets_T[1:]
-    return np.flatnonzero(keep_T)
+    return keep_T

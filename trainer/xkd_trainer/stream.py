@@ -16,7 +16,7 @@ from xkd_schemas.errors import BadData
 from xkd_schemas.sampled import unpacked
 from xkd_schemas.table import Row
 from xkd_schemas.teacher import KINDS, Signal
-from xkd_schemas.tokens import OK, Tokens, kept_rows, predictors
+from xkd_schemas.tokens import OK, Tokens, kept_mask, kept_rows, predictors
 from xkd_trainer.batch import Batch, Level, TokenStates
 from xkd_trainer.cache import Cache, layers_of
 from xkd_trainer.padding import pad
@@ -74,10 +74,10 @@ def _student_arrays(student: Row) -> dict[str, Array]:
 def _teacher_arrays(teacher: Row) -> dict[str, Array]:
     """What one row of the teacher's table gives whatever the losses."""
     ids, targets = teacher["token_ids"].astype(np.int64), teacher["targets"]
-    kept, predict = kept_rows(targets), predictors(targets)
+    kept_T, predict = kept_mask(targets), predictors(targets)
     return {
-        "teacher_valid_BR": _true(len(kept)),
-        "teacher_predict_BM": np.searchsorted(kept, predict).astype(np.int64),
+        "teacher_valid_BR": _true(int(np.count_nonzero(kept_T))),
+        "teacher_predict_BM": _before(kept_T)[predict],
         "teacher_input_BM": ids[predict],
         "teacher_target_BM": ids[predict + 1],
         "teacher_predict_valid_BM": _true(len(predict)),
@@ -137,24 +137,31 @@ def _alignment_arrays(student: Row, teacher: Row, row: int) -> dict[str, Array]:
     if len(t_KR) and (t_KR[:, 1].max() > len(t_target) or s_KR[:, 1].max() > len(s_target)):
         raise BadData(f"row {row}: an aligned span lies outside the tokens of its document")
     inside = s_target[s_KR[:, 0]] & t_target[t_KR[:, 0]]
-    s_KR, t_KR = s_KR[inside], t_KR[inside]
-    kept = kept_rows(t_target)
-    first = np.searchsorted(kept, t_KR[:, 0]).astype(np.int64)
-    exact = (s_KR[:, 1] - s_KR[:, 0] == 1) & (t_KR[:, 1] - t_KR[:, 0] == 1) & (s_KR[:, 0] > 0) & (t_KR[:, 0] > 0)
-    pairs = np.stack(
-        [
-            np.searchsorted(predictors(s_target), s_KR[exact, 0] - 1),
-            np.searchsorted(predictors(t_target), t_KR[exact, 0] - 1),
-        ],
-        axis=1,
-    ).astype(np.int64)
+    if not inside.all():
+        s_KR, t_KR = s_KR[inside], t_KR[inside]
+    s_first, t_first = s_KR[:, 0], t_KR[:, 0]
+    s_size, t_size = s_KR[:, 1] - s_first, t_KR[:, 1] - t_first
+    teacher_K2 = np.empty_like(t_KR)
+    teacher_K2[:, 0] = _before(kept_mask(t_target))[t_first]
+    np.add(teacher_K2[:, 0], t_size, out=teacher_K2[:, 1])
+    exact = (s_size == 1) & (t_size == 1) & (s_first > 0) & (t_first > 0)
+    pairs_E2 = np.empty((int(np.count_nonzero(exact)), 2), np.int64)
+    pairs_E2[:, 0] = _before(s_target[1:])[s_first[exact] - 1]
+    pairs_E2[:, 1] = _before(t_target[1:])[t_first[exact] - 1]
     return {
         "span_student_BK2": s_KR,
-        "span_teacher_BK2": np.stack([first, first + t_KR[:, 1] - t_KR[:, 0]], axis=1),
+        "span_teacher_BK2": teacher_K2,
         "span_valid_BK": _true(len(s_KR)),
-        "pairs_BE2": pairs,
-        "pair_valid_BE": _true(len(pairs)),
+        "pairs_BE2": pairs_E2,
+        "pair_valid_BE": _true(len(pairs_E2)),
     }
+
+
+def _before(mask_T: Array) -> Array:
+    """How many True stand before each position, [T] int64: the place of a True among them."""
+    count_T: Array = np.cumsum(mask_T)
+    count_T -= mask_T
+    return count_T
 
 
 def _level_arrays(document: Row, student: Row, teacher: Row, wanted: frozenset[Signal]) -> dict[str, Array]:
