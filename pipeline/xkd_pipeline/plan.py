@@ -29,7 +29,7 @@ from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
 from xkd_schemas.encode import Encoder
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.teacher import teacher_schema
-from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, Tokens
+from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, Tokens, spans_read
 from xkd_trainer.models import load_tokenizer
 
 LIBRARIES: Final = 600 * 2**20
@@ -48,8 +48,11 @@ class Look:
     @cached_property
     def counts(self) -> list[Counts]:
         """What the signals are counted in, one for each document."""
-        pairs = zip(self.tokens, self.spans, strict=True)
-        return [counts_of(tokens, len(spans.words), len(spans.phrases)) for tokens, spans in pairs]
+        both = zip(self.columns["words"], self.columns["phrases"], strict=True)
+        read = (
+            [len(spans_read(spans, t.num_chars)) for spans in pair] for t, pair in zip(self.tokens, both, strict=True)
+        )
+        return [counts_of(t, *numbers) for t, numbers in zip(self.tokens, read, strict=True)]
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
