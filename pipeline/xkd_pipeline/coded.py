@@ -30,8 +30,7 @@ def coded(captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signal], codec
     made = Coded(columns={}, metadata={}, sums={})
     for signal in wanted:
         rows = [row[signal.column] for row in captured]
-        if signal.kind.drawn:
-            made.sums.update(_drawn_error(signal.column, captured))
+        made.sums.update(_lost_at_capture(signal.column, captured))
         if not signal.kind.wide or codec == PLAIN:
             made.columns[signal.column] = rows
             continue
@@ -50,11 +49,11 @@ def coded(captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signal], codec
     return made
 
 
-def _drawn_error(column: str, captured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Squared error of all draws of the unit, and the squares of the probabilities that they stand for."""
-    empty = np.zeros(0)
-    return {f"codec:{column}:{part}": float(sum(row.get(f"{column}.{part}", empty).sum() for row in captured))
-            for part in ("lost", "kept")}  # fmt: skip
+def _lost_at_capture(column: str, captured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Squared error that capture itself made and noted beside the column, and what it is a part of; {} for none."""
+    noted = [row for row in captured if f"{column}.lost" in row]
+    sums = {part: sum(float(np.sum(row[f"{column}.{part}"])) for row in noted) for part in ("lost", "kept")}
+    return {f"codec:{column}:{part}": value for part, value in sums.items()} if noted else {}
 
 
 def _divergence(rows: Sequence[Bits], again: Sequence[Bits], head: Head) -> dict[str, float]:

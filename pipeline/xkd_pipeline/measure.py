@@ -61,7 +61,7 @@ def signals_of(
 ) -> list[dict[str, Any]]:
     """One dict (column name -> array) for each document of the batch.
 
-    A drawn signal also has COLUMN.lost and COLUMN.kept, the squared error of each prediction and what it is a part of.
+    Drawn classes and rounded cosines also have COLUMN.lost and COLUMN.kept: squared error, and what it is a part of.
     Draws are from the first `classes` rows of the head; None is all.
     """
     rows: list[dict[str, Any]] = [{} for _ in readings]
@@ -158,9 +158,7 @@ def _layer(
         for signal in (s for s in wanted if s.unit == unit):
             for number, reading in enumerate(readings):
                 spans = len(reading.ranges[unit])
-                rows[number][signal.column] = _span_signal(
-                    signal, vectors_BKD[number, :spans], mass_BK[number, :spans]
-                )
+                rows[number] |= _span_signal(signal, vectors_BKD[number, :spans], mass_BK[number, :spans])
 
 
 def _padded_ranges(ranges: Sequence[Int32s]) -> Tensor:
@@ -171,10 +169,12 @@ def _padded_ranges(ranges: Sequence[Int32s]) -> Tensor:
     return padded_BK2
 
 
-def _span_signal(signal: Signal, vectors_KD: Tensor, mass_K: Tensor) -> Any:
+def _span_signal(signal: Signal, vectors_KD: Tensor, mass_K: Tensor) -> dict[str, Any]:
     if signal.name == "span_mass":
-        return mass_K.cpu().numpy()
+        return {signal.column: mass_K.cpu().numpy()}
     if signal.name == "span_vectors":
-        return bf16_bits(vectors_KD)
-    cosines_KK = cosine_matrix(vectors_KD[None].float())[0]
-    return pack_triangle(cosines_KK).to(torch.float16).cpu().numpy()
+        return {signal.column: bf16_bits(vectors_KD)}
+    exact = pack_triangle(cosine_matrix(vectors_KD[None].float())[0]).cpu().numpy()
+    stored = exact.astype(np.float16)
+    lost, kept = (np.square(values, dtype=np.float64).sum() for values in (exact - stored, exact))
+    return {signal.column: stored, f"{signal.column}.lost": lost, f"{signal.column}.kept": kept}

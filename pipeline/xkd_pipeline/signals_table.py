@@ -25,7 +25,6 @@ from xkd_pipeline.teacher import (
 )
 from xkd_pipeline.teacher_files import std_of
 from xkd_schemas.additions import plans_of
-from xkd_schemas.codecs import PLAIN
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.manifest import Care, Commit, refuse_differences
 from xkd_schemas.table import Table, names_in
@@ -78,8 +77,8 @@ def make_signals(root: Path, beside: Beside, workers: Workers, *, more: bool = F
         measured: dict[str, Any] = {"teacher": teacher}
         if "hidden_last" in columns:
             measured["hidden_std"] = std_of(commits, "hidden")
-        if settings.codec != PLAIN:
-            measured["codec_error"] = codec_error(commits)
+        if error := codec_error(commits):
+            measured["codec_error"] = error
         return measured, {}
 
     if workers.count:

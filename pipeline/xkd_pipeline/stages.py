@@ -147,13 +147,12 @@ def _outcome(built: Built, line: str, values: dict[str, Any]) -> Outcome:
 
 
 def _codec_error(manifest: Any) -> str:
-    """What the codec cost, in words; nothing where signals are stored as they are."""
-    error = manifest.constants.get("codec_error")
-    if not error:
-        return ""
-    worst = max((value for name, value in error.items() if name != "kl_nats"), default=0.0)
-    kl = f", next-token KL {error['kl_nats']:.2g} nats" if "kl_nats" in error else ""
-    return f"; codec {manifest.spec['codec']}: largest relative error {worst:.2g}{kl}"
+    """What the codec, rounding and draws cost, in words; nothing where signals are stored as they are."""
+    error = dict(manifest.constants.get("codec_error", {}))
+    draws = {name: error.pop(name) for name in list(error) if name.startswith("sampled#")}
+    kl = f", next-token KL {error.pop('kl_nats'):.2g} nats" if "kl_nats" in error else ""
+    said = f"; codec {manifest.spec['codec']}: largest relative error {max(error.values()):.2g}{kl}" if error else ""
+    return said + "".join(f"; {name}: off by {value:.2g}, right on average" for name, value in draws.items())
 
 
 def _unusable(manifest: Any) -> str:

@@ -22,10 +22,10 @@ from xkd_pipeline.store import Store
 from xkd_pipeline.teacher_files import constants_of, export, moments, std_of, weights_identity
 from xkd_schemas.additions import part_of
 from xkd_schemas.alignment_batch import token_ranges_all
-from xkd_schemas.codecs import PLAIN
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.manifest import Care, Commit, Spec
+from xkd_schemas.sampled import MOST_CLASSES
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_schemas.tokens import spans_read
@@ -197,12 +197,18 @@ def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: s
 
 
 def check_top(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> None:
-    """Raise UsageError where more classes are to be kept of a prediction than there are."""
+    """Raise UsageError where more classes are to be kept than there are, or drawn ones have too large numbers."""
     vocab_size = head_of(model).weight_VD.shape[0]
     for signal in wanted:
+        flag = "samples" if signal.kind.drawn else "topk"
         if signal.top is not None and signal.top > vocab_size:
             raise UsageError(
-                f"topk is {signal.top}, {name} has {vocab_size} classes", next=f"--topk {vocab_size} at most"
+                f"{flag} is {signal.top}, {name} has {vocab_size} classes", next=f"--{flag} {vocab_size} at most"
+            )
+        if signal.kind.drawn and vocab_size > MOST_CLASSES:
+            raise UsageError(
+                f"{name} has {vocab_size} classes; {signal.column} can hold numbers of {MOST_CLASSES}",
+                next="use a loss that needs hidden_last, such as kl",
             )
 
 
@@ -245,8 +251,8 @@ def make_teacher(
             "hidden_std": std_of(commits, "hidden"),
             "embedding_std": std_of(commits, "embedding"),
         }
-        if settings.codec != PLAIN:
-            measured["codec_error"] = codec_error(commits)
+        if error := codec_error(commits):
+            measured["codec_error"] = error
         return {**constants, **measured, "template": settings.template}, files
 
     if workers.count:

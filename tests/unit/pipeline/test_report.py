@@ -178,9 +178,11 @@ def test_a_cache_of_documents_alone_has_a_report(tmp_path: Path) -> None:
 def test_codec_errors_are_shown_where_they_were_measured(tmp_path: Path) -> None:
     manifest = Table(made() / "cache", "teachers/T").manifest
     coded = manifest.model_copy(update={"constants": {"codec_error": {"hidden_last": 0.0123}}})
+    plain = manifest.model_copy(update={"constants": {}})
 
     assert list(reports._codec_errors(coded)) == [("teachers/T", "hidden_last", 0.0123)]
-    assert list(reports._codec_errors(manifest)) == []
+    assert {signal.partition("@")[0] for _, signal, _ in reports._codec_errors(manifest)} == {"span_geometry"}
+    assert list(reports._codec_errors(plain)) == []
 
 
 def test_no_cache_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
