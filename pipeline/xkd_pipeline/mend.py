@@ -1,15 +1,16 @@
 """Repair a cache: make its bad units again and no other, from the cache, the corpus and the teacher."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from xkd_pipeline.add import again, models_by_table, parser_of
 from xkd_pipeline.card import write_root_files
 from xkd_pipeline.columns import documents_at
 from xkd_pipeline.corpus import Source, digest_of, open_source
-from xkd_pipeline.documents import remake_documents
+from xkd_pipeline.documents import remake_documents, units_of
 from xkd_pipeline.run import Workers
 from xkd_pipeline.spans import ParserSettings
 from xkd_pipeline.store import locked
@@ -89,12 +90,10 @@ def _mended(root: Path, name: str, units: set[int], workers: Workers, given: tup
     """Make the bad units of a table; how many were made."""
     means, models = given
     cache = shlex.quote(str(root))
-    plan = _plan(root, name)
+    plan = _plan(root, name, means.corpus)
     if name == "documents":
         if not means.corpus and units:
-            wanted = sorted({plan.units[unit].source for unit in units if unit < len(plan.units)})
-            paths = " ".join(f"--corpus {shlex.quote(f'PATH_OF/{source}')}" for source in wanted)
-            raise _Wanting(f"xkd-cache repair {cache} {paths}")
+            raise _wanting_corpus(root, {plan.units[unit].source for unit in units if unit < len(plan.units)})
         parser = means.parser or parser_of(plan.spec)
         return remake_documents(root, plan, sources_of(plan, means.corpus), parser, workers).made
     teacher = name.partition("/")[2] if name.startswith("teachers/") else str(plan.spec["teacher"])
@@ -103,26 +102,36 @@ def _mended(root: Path, name: str, units: set[int], workers: Workers, given: tup
     return again(root, name, models.get(teacher, ""), workers).made
 
 
+def _wanting_corpus(root: Path, names: set[str]) -> _Wanting:
+    paths = " ".join(f"--corpus {shlex.quote(f'PATH_OF/{name}')}" for name in sorted(names))
+    return _Wanting(f"xkd-cache repair {shlex.quote(str(root))} {paths}")
+
+
 def sources_of(plan: Plan, names: Sequence[str]) -> list[tuple[int, Source]]:
     """(first unit, source) of each source of a documents plan that is named, in order.
 
     Raises:
         UsageError: One of them is not what the documents were made from.
     """
+    opened = _opened(plan.spec["corpus"], names)
+    return [(first, s) for first, s in zip(_places(plan), opened, strict=True) if s is not None]
+
+
+def _opened(corpus: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Source | None]:
+    """The source of each entry of a plan's corpus; None where it is not named."""
     digests = {digest_of(name): name for name in names}
-    found = [
-        (first, open_source(digests[entry["sha256"]], form=entry["form"], columns=entry["columns"]))
-        for entry, first in zip(plan.spec["corpus"], _places(plan), strict=True)
-        if entry["sha256"] in digests
-    ]
-    strange = [name for digest, name in digests.items() if digest not in {source.digest for _, source in found}]
+    strange = [name for digest, name in digests.items() if digest not in {entry["sha256"] for entry in corpus}]
     if strange:
-        listed = ", ".join(entry["name"] for entry in plan.spec["corpus"])
         raise UsageError(
             f"{', '.join(strange)}: not what the documents were made from, or changed since",
-            next=f"name the files as they were then: {listed}",
+            next=f"name the files as they were then: {', '.join(entry['name'] for entry in corpus)}",
         )
-    return found
+    return [
+        open_source(digests[entry["sha256"]], form=entry["form"], columns=entry["columns"])
+        if entry["sha256"] in digests
+        else None
+        for entry in corpus
+    ]
 
 
 def _places(plan: Plan) -> list[int]:
@@ -136,16 +145,22 @@ def _places(plan: Plan) -> list[int]:
     return places
 
 
-def _plan(root: Path, name: str) -> Plan:
-    """The table's plan; where it cannot be read, it is written again from the manifest and the documents' plan."""
+def _plan(root: Path, name: str, corpus: Sequence[str]) -> Plan:
+    """The table's plan; one that cannot be read is written again from the manifest and what the table is made of."""
     folder = inside(root, *name.split("/"))
     try:
         return plans_of(folder)[-1]
     except (BadData, InputMissing):
         manifest = Table(root, name).manifest
-        if manifest.earlier or "documents" not in manifest.spec:
+        if manifest.earlier:
             raise
-        units = documents_at(Table(root, "documents"), manifest.spec["documents"]).units
+        if name == "documents":
+            sources = [source for source in _opened(manifest.spec["corpus"], corpus) if source is not None]
+            if len(sources) < len(manifest.spec["corpus"]):
+                raise _wanting_corpus(root, {entry["name"] for entry in manifest.spec["corpus"]}) from None
+            units = units_of(sources, manifest.spec["rows_per_shard"])
+        else:
+            units = documents_at(Table(root, "documents"), manifest.spec["documents"]).units
         plan = Plan(table=name, spec=manifest.spec, units=units)
         replace(folder / "plan.json", to_json(plan))
         return plan

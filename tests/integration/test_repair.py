@@ -36,6 +36,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     ),
     "the head": (lambda c: flip(c / "teachers/T/head.safetensors"), {"teachers/T": 0}),
     "the plan of a teacher": (lambda c: (c / "teachers/T/plan.json").write_text("{"), {"teachers/T": 0}),
+    "the plan of the documents": (lambda c: (c / "documents/plan.json").unlink(), {"documents": 0}),
     "the manifest of the documents": (lambda c: (c / "documents/manifest.json").unlink(), {"documents": 0}),
 }
 
@@ -82,6 +83,13 @@ def test_the_printed_commands_work_when_their_capitals_are_replaced(
     assert any("--model" in command for command in printed)
     assert repair(cache, IN_PROCESS).bad == []
     assert files_of(cache) == before
+
+
+def test_a_lost_plan_of_the_documents_asks_for_the_whole_corpus(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    (cache / "documents/plan.json").write_bytes(b"")
+
+    assert repair(cache, IN_PROCESS).commands == [f"xkd-cache repair {cache} --corpus PATH_OF/corpus.jsonl"]
 
 
 def test_only_the_file_of_the_bad_unit_is_needed_and_others_are_refused(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ def train(
     student: Annotated[str | None, typer.Option(help="Folder, hub name, or new:llama,layers=4,width=256.")] = None,
     student_tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, where the student has none.")] = None,
     student_table: Annotated[str, typer.Option(help="Student table, if several fit.")] = "",
+    on_missing: Annotated[
+        str, typer.Option(help="Where the cache does not know the student's tokenizer: fail, or align it now.")
+    ] = "fail",
     loss: Annotated[
         str | None, typer.Option(help="NAME=WEIGHT,...; see xkd-train losses. ce is 1 unless given.")
     ] = None,
@@ -61,7 +64,7 @@ def train(
     from xkd_trainer.loop import describe
     from xkd_trainer.loop import train as train_student
 
-    trained = train_student(settings, student_table=student_table, quiet=as_json)
+    trained = train_student(settings, student_table=student_table, on_missing=on_missing, quiet=as_json)
     if as_json:
         say_json({"out": str(trained.out), "steps": trained.steps, "terms": trained.terms})
     else:

@@ -49,7 +49,7 @@ def learning_rate(step: int, total: int, train: TrainSection) -> float:
     return train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def train(run: RunFile, *, student_table: str = "", quiet: bool = False) -> Trained:
+def train(run: RunFile, *, student_table: str = "", on_missing: str = "fail", quiet: bool = False) -> Trained:
     """Train a student from a cache, or go on where the same command stopped.
 
     Raises:
@@ -61,7 +61,7 @@ def train(run: RunFile, *, student_table: str = "", quiet: bool = False) -> Trai
         raise UsageError("no output folder is named", next="--out FOLDER")
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
-    ready = set_up(run, student_table)
+    ready = set_up(run, student_table, on_missing=on_missing, quiet=quiet)
     order = Order(size=len(ready.cache.usable), batch_size=run.train.batch_size, seed=run.train.seed)
     if order.size == 0:
         raise UsageError(f"{run.cache} has no usable document for this student")

@@ -14,12 +14,13 @@ from xkd_schemas.runfile import RunFile
 from xkd_schemas.teacher import Signal
 from xkd_schemas.terminal import warn
 from xkd_schemas.tokenizers import identity
-from xkd_trainer.cache import Cache, find_student, layers_of
+from xkd_trainer.cache import Cache, layers_of
 from xkd_trainer.distiller import Distiller
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import head_of
 from xkd_trainer.methods import loss_named
 from xkd_trainer.methods.declaration import Context, Levels
+from xkd_trainer.missing import student_table as find_table
 from xkd_trainer.models import load_model, load_tokenizer, new_model
 
 
@@ -81,8 +82,8 @@ def student_of(run: RunFile, tokenizer: Any) -> PreTrainedModel:
     return model
 
 
-def set_up(run: RunFile, student_table: str) -> Ready:
-    """Check and load everything.
+def set_up(run: RunFile, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
+    """Check and load everything; `on_missing` says what to do where the student's table is not there (missing.py).
 
     Raises:
         XkdError: Whatever is wrong with names, settings, fingerprints or signals, before anything is trained.
@@ -99,7 +100,7 @@ def set_up(run: RunFile, student_table: str) -> Ready:
     tokenizer = load_tokenizer(run.student.tokenizer or run.student.model)
     fingerprint = identity(tokenizer)
     root = Path(run.cache)
-    cache = Cache(root, student=find_student(root, fingerprint, student_table))
+    cache = Cache(root, student=find_table(run, fingerprint, student_table, on_missing=on_missing, quiet=quiet))
     cache.check_tokenizer(fingerprint)
     if cache.not_used:
         warn(f"{cache.not_used} documents that were added to {root} are not used: xkd-cache add {root} takes them in")

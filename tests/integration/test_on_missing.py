@@ -1,0 +1,119 @@
+"""A student whose tokenizer the cache does not know: a command is printed, or run; a missing signal is never made."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import four_tokenizers
+import small_cache
+from small_cache import IN_PROCESS, files_of, run_file
+from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_schemas.errors import InputMissing, Mismatch, UsageError
+from xkd_schemas.runfile import RunFile
+from xkd_schemas.table import Table
+from xkd_trainer import missing
+from xkd_trainer.setup import set_up
+
+
+def run_with(cache: Path, folder: Path, loss: str = "sra=1") -> RunFile:
+    """A student with a tokenizer that no table of the cache was made with."""
+    four_tokenizers.tokenizer_of("sentencepiece").save_pretrained(folder / "pieces")
+    return run_file(
+        cache,
+        student={
+            "model": "new:llama,layers=2,width=16,heads=2", "tokenizer": str(folder / "pieces"), "name": "pieces",
+            "max_tokens": 300,
+        },
+        train={"loss": loss},
+    )  # fmt: skip
+
+
+def test_without_a_table_the_command_is_printed_and_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from xkd_pipeline.cli import app
+
+    cache = small_cache.copied(tmp_path)
+    run = run_with(cache, tmp_path)
+    with pytest.raises(Mismatch, match=r"xkd-cache align .*--max-tokens 300.*--on-missing align") as caught:
+        set_up(run, "")
+
+    app(shlex.split(caught.value.next.split("   ")[0])[1:], standalone_mode=False)
+    capsys.readouterr()
+
+    assert set_up(run, "").cache.students.name == "students/pieces"
+
+
+def test_align_makes_the_table_and_shows_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = files_of(cache)
+    run = run_with(cache, tmp_path)
+
+    ready = set_up(run, "", on_missing="align")
+
+    assert ready.cache.students.name == "students/pieces"
+    assert capsys.readouterr().out.startswith("students/pieces: ")
+    after = files_of(cache)
+    assert {name for name in before if before[name] != after[name]} == {"README.md", "SHA256SUMS"}
+    assert Table(cache, "students/pieces").manifest.spec["encoder"]["max_tokens"] == 300
+    assert set_up(run, "", on_missing="align", quiet=True).cache.students.name == "students/pieces"
+    assert capsys.readouterr().out == ""
+
+
+def test_what_align_cannot_do_is_one_line_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = small_cache.copied(tmp_path)
+    run = run_with(cache, tmp_path)
+
+    with pytest.raises(UsageError, match=r"--on-missing often: not known"):
+        set_up(run, "", on_missing="often")
+    other = run.model_copy(update={"student": run.student.model_copy(update={"name": "S"})})
+    with pytest.raises(InputMissing, match=r"aligning ended with exit code 78.*xkd-cache align"):
+        set_up(other, "", on_missing="align")
+    assert "was made for something else" in capfd.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"several processes .*once, before training: xkd-cache align"):
+        set_up(run, "", on_missing="align")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(missing.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputMissing, match=r"pip install 'xkd-toolkit\[pipeline\]', then xkd-cache align"):
+        set_up(run, "", on_missing="align")
+    assert not (cache / "students/pieces").exists()
+
+
+def test_a_cache_without_a_teacher_is_not_aligned(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "nothing", tmp_path)
+
+    with pytest.raises(InputMissing, match=r"is not a folder"):
+        set_up(run, "", on_missing="align")
+
+
+def test_a_missing_signal_is_refused_with_the_command_that_adds_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from xkd_pipeline.cli import app
+
+    cache, made = small_cache.copied(tmp_path), small_cache.made()
+    for kind in ("teachers", "students"):
+        shutil.rmtree(cache / kind)
+    student = {"model": "new:llama,layers=2,width=16,heads=2", "tokenizer": str(made / "student")}
+    teacher = {"model": str(made / "teacher"), "losses": ["alm"]}
+    run = run_file(cache, teacher=teacher, student=student, train={"loss": "dwa=1"})
+    for stage in (teacher_stage, align_stage):
+        stage(run, IN_PROCESS)
+    capsys.readouterr()
+    before = files_of(cache)
+    with pytest.raises(UsageError, match=r"loss dwa needs entropy, .*xkd-cache add .*--for dwa") as caught:
+        set_up(run, "", on_missing="align")
+    assert files_of(cache) == before
+
+    typed = caught.value.next.replace("PATH_OF_T", str(small_cache.made() / "teacher"))
+    app([*shlex.split(typed)[1:], "--json"], standalone_mode=False)
+
+    said = json.loads(capsys.readouterr().out)
+    assert (said["table"], said["signals"], said["made"]) == ("signals/T.1", ["entropy"], 3)
+    assert set_up(run, "").cache.beside[0].name == "signals/T.1"
+    after = files_of(cache)
+    assert {name for name in before if before[name] != after[name]} == {"README.md", "SHA256SUMS"}
