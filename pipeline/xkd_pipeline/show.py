@@ -12,6 +12,7 @@ are terminal cells, so that East Asian text and emoji stay in their columns.
 """
 
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -78,7 +79,7 @@ def bracketed(text: str, phrases: Sequence[Interval], labels: Sequence[str]) -> 
     >>> bracketed("the lamp", [(0, 8)], ["NP"])
     '[NP the lamp]'
     """
-    crossing = [any(_cross(one, other) for other in phrases) for one in phrases]
+    crossing = _crossing(phrases)
     opened: dict[int, list[tuple[int, str]]] = {}
     closed: dict[int, list[tuple[int, str]]] = {}
     for number, ((start, end), label, numbered) in enumerate(zip(phrases, labels, crossing, strict=True), start=1):
@@ -93,8 +94,20 @@ def bracketed(text: str, phrases: Sequence[Interval], labels: Sequence[str]) -> 
     return "".join(out)
 
 
-def _cross(one: Interval, other: Interval) -> bool:
-    return one[0] < other[0] < one[1] < other[1] or other[0] < one[0] < other[1] < one[1]
+def _crossing(phrases: Sequence[Interval]) -> list[bool]:
+    """Which phrases overlap another without one lying inside the other.
+
+    >>> _crossing([(0, 4), (2, 6), (4, 6), (7, 9)])
+    [True, True, False, False]
+    """
+    by_start, by_end = sorted(phrases), sorted((end, start) for start, end in phrases)
+    last = max((end for _, end in phrases), default=0)
+    found = []
+    for start, end in phrases:
+        begun = by_start[bisect_right(by_start, (start, last)) : bisect_left(by_start, (end, 0))]
+        ended = by_end[bisect_right(by_end, (start, last)) : bisect_left(by_end, (end, 0))]
+        found.append(any(other > end for _, other in begun) or any(other < start for _, other in ended))
+    return found
 
 
 def render(

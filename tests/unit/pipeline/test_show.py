@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 import four_tokenizers
-from xkd_pipeline.show import bracketed, render, signed, visible, wrapped
+from xkd_pipeline.show import _crossing, bracketed, render, signed, visible, wrapped
 from xkd_schemas.alignment import align
 from xkd_schemas.documents import Document, Spans, document_of
 from xkd_schemas.encode import Encoder
@@ -147,3 +147,14 @@ def test_wrapping_loses_nothing_but_blanks(text: str, width: int) -> None:
 
     assert all(cell_len(line) <= width for line in lines)
     assert "".join(lines).replace(" ", "") == shown.replace(" ", "")
+
+
+pairs = st.tuples(st.integers(0, 12), st.integers(1, 6)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+
+
+@given(st.lists(pairs, max_size=12))
+def test_phrases_that_cross_are_those_that_overlap_and_do_not_nest(phrases: list[tuple[int, int]]) -> None:
+    def cross(one: tuple[int, int], other: tuple[int, int]) -> bool:
+        return one[0] < other[0] < one[1] < other[1] or other[0] < one[0] < other[1] < one[1]
+
+    assert _crossing(phrases) == [any(cross(one, other) for other in phrases) for one in phrases]
