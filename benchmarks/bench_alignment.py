@@ -1,6 +1,8 @@
 """Offsets, intervals, templates and alignment for a student, against the tokenizer alone.
 
-The tokenizer alone is `encode_batch` of the tokenizers library on the same segments: nothing is read out of it.
+The tokenizer alone is `encode_batch` of the tokenizers library on the same segments: nothing is read out of it. The
+bar of 0.2 is for offsets and alignment against the tokenization of both models; the whole align stage against the
+student's tokenizer is held to it too. Alignment alone is the merge of the two models' intervals, in tokens a second.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,35 +11,43 @@ from typing import Any, cast
 import numpy as np
 
 from benchmarks.measure import Options, interleaved
-from benchmarks.pair import pair_of
+from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Row as Figures
 from benchmarks.rows import cost
-from xkd_pipeline.align import StudentSettings, align_rows, tokens_at
+from xkd_pipeline.align import StudentSettings, align_rows
 from xkd_pipeline.capture import TeacherSettings
-from xkd_pipeline.documents import document_at
+from xkd_pipeline.shard import write_shard
 from xkd_pipeline.teacher import encoder_of
-from xkd_schemas.alignment_batch import align_all, token_ranges_all
+from xkd_pipeline.whole_units import DocumentRows, documents_of, tokens_of
+from xkd_schemas.alignment import grouped_spans
+from xkd_schemas.alignment_batch import align_all, content_of, token_ranges_all
+from xkd_schemas.blocks import Int64s, TokenBlock
 from xkd_schemas.encode import Encoder
+from xkd_schemas.flat import Lists
 from xkd_schemas.table import Row, Table, names_in
-from xkd_schemas.tokens import OK, Tokens
+from xkd_schemas.tokens import OK, STUDENTS, Int32s
 
 
 def run(options: Options) -> list[Figures]:
     """The cache's documents, and documents of about 4,000 characters glued from them."""
     pair = pair_of(options)
     documents = Table(pair.cache, "documents")
-    teachers = Table(pair.cache, f"teachers/{names_in(pair.cache, 'teachers')[0]}")
     number = min(len(documents), options.size(512, 16))
-    rows, tokens = [documents[i] for i in range(number)], [tokens_at(teachers[i]) for i in range(number)]
-    long = glued(rows, 4_000)
+    rows = [documents[i] for i in range(number)]
     reader = encoder_of(TeacherSettings(model=pair.teacher, template=pair.template, max_tokens=100_000))
-    read = reader.encode_batch([document_at(row) for row in long])
     settings = StudentSettings(tokenizer=pair.tokenizer, template=pair.template, max_tokens=100_000)
     return [
+        _files(options, pair, settings.encoder()),
+        *_rows(options, settings.encoder(), reader, rows),
+    ]
+
+
+def _rows(options: Options, encoder: Encoder, reader: Encoder, rows: Sequence[Row]) -> list[Figures]:
+    return [
         figures
-        for r, t in ((rows, tokens), (long, read))
+        for some in (rows, glued(rows, 4_000))
         for figures in _measured(
-            f"{len(r)} documents of {_mean(r)} characters", (settings.encoder(), reader), r, t, options.repeats
+            f"{len(some)} documents of {_mean(some)} characters", encoder, reader, some, options.repeats
         )
     ]
 
@@ -76,32 +86,74 @@ def texts_of(rows: Sequence[Row]) -> list[str]:
     return [row["text"][start:end] for row in rows for start, end in row["segments"]]
 
 
-def _measured(
-    what: str, encoders: tuple[Encoder, Encoder], rows: Sequence[Row], teacher: Sequence[Tokens], repeats: int
-) -> list[Figures]:
-    """What the comparison of two tokenizations costs against making both, and all that `align` adds to a tokenizer."""
-    encoder, reader = encoders
-    texts, documents = texts_of(rows), [document_at(row) for row in rows]
-    ends, words, phrases = ([row[name] for row in rows] for name in ("segments", "words", "phrases"))
-    tokenizer = encoder.tokenizer.backend_tokenizer
+def _measured(what: str, encoder: Encoder, reader: Encoder, some: Sequence[Row], repeats: int) -> list[Figures]:
+    """What alignment costs against the tokenizers, and how fast it is alone."""
+    texts, rows = texts_of(some), DocumentRows.of(some)
+    teacher = reader.encode_batch(rows.block)
     aligned = align_rows(encoder, rows, teacher)[0]
-    assert all(t.status == OK for t in aligned), "a document that is not encoded costs nothing"
+    assert set(aligned.statuses) == {OK}, "a document that is not encoded costs nothing"
+    ends = Lists(rows.block.segments.values[:, 1], rows.block.segments.first)
+    tokenizers = [e.tokenizer.backend_tokenizer for e in (encoder, reader)]
+    merged = [*intervals_of(aligned, ends), *intervals_of(teacher, ends)]
     seconds = interleaved(
         {
-            "ours": lambda: align_rows(encoder, rows, teacher),
-            "tokenizer": lambda: tokenizer.encode_batch(texts, add_special_tokens=False),
-            "both": lambda: (reader.encode_batch(documents), encoder.encode_batch(documents)),
-            "alignment": lambda: align_all(aligned, teacher, [s[:, 1] for s in ends]),
-            "ranges": lambda: (token_ranges_all(aligned, words), token_ranges_all(aligned, phrases)),
+            "stage": lambda: align_rows(encoder, rows, teacher),
+            "student": lambda: tokenizers[0].encode_batch(texts, add_special_tokens=False),
+            "teacher": lambda: tokenizers[1].encode_batch(texts, add_special_tokens=False),
+            "both": lambda: (reader.encode_batch(rows.block), encoder.encode_batch(rows.block)),
+            "alignment": lambda: align_all(aligned, teacher, ends),
+            "ranges": lambda: (token_ranges_all(aligned, rows.words), token_ranges_all(aligned, rows.phrases)),
+            "merge": lambda: grouped_spans(*merged),
+            "search": lambda: np.searchsorted(merged[2][:, 1], merged[0][:, 1]),
         },
         repeats,
     )
-    extra = seconds["ours"] - seconds["tokenizer"]
+    bare, stage = seconds["student"] + seconds["teacher"], seconds["stage"] - seconds["student"]
+    offsets = seconds["both"] + seconds["alignment"] - bare
     return [
-        cost(f"{what}: alignment / both tokenizations with offsets", seconds["alignment"], seconds["both"], bar=0.2),
+        cost(f"{what}: offsets of both models and alignment / both bare tokenizers", offsets, bare, bar=0.2),
+        cost(f"{what}: all that the align stage adds / the bare tokenizer", stage, seconds["student"], bar=0.2),
+        cost(f"{what}: alignment / both tokenizations with offsets", seconds["alignment"], seconds["both"]),
         cost(f"{what}: word and phrase ranges / the same", seconds["ranges"], seconds["both"]),
-        cost(f"{what}: all that the align stage adds / the bare tokenizer", extra, seconds["tokenizer"], bar=0.2),
+        speed(f"{what}: tokens aligned a second", len(merged[0]) + len(merged[2]), seconds["merge"]),
+        cost(f"{what}: that alignment / numpy's searchsorted of the same ends", seconds["merge"], seconds["search"]),
     ]
+
+
+def _files(options: Options, pair: Pair, encoder: Encoder) -> Figures:
+    """What is left of the stage: columns of one unit read from two mapped shards, and its own shard written."""
+    documents, name = Table(pair.cache, "documents"), names_in(pair.cache, "teachers")[0]
+    shards = documents.shard(0), Table(pair.cache, f"teachers/{name}").shard(0)
+    rows, teacher = documents_of(shards[0]), tokens_of(shards[1])
+    columns = align_rows(encoder, rows, teacher)[1]
+    texts = [text[start:end] for text, spans in zip(rows.block.texts, rows.block.segments, strict=True)
+             for start, end in spans.tolist()]  # fmt: skip
+    tokenizer = encoder.tokenizer.backend_tokenizer
+    seconds = interleaved(
+        {
+            "read": lambda: (documents_of(shards[0]), tokens_of(shards[1])),
+            "write": lambda: write_shard(options.scratch, 0, STUDENTS, columns),
+            "bare": lambda: tokenizer.encode_batch(texts, add_special_tokens=False),
+        },
+        options.repeats,
+    )
+    what = f"a unit of {len(texts)} segments: reading two shards and writing one / the bare tokenizer"
+    return cost(what, seconds["read"] + seconds["write"], seconds["bare"])
+
+
+def intervals_of(tokens: TokenBlock, ends: Lists) -> tuple[Int32s, Int64s]:
+    """Intervals [S, 2] of the content tokens of all documents, and where each document's segments begin [G + 1]."""
+    at_S, first = content_of(tokens, ends)
+    return tokens.spans[at_S], first
+
+
+def speed(what: str, tokens: int, seconds: float) -> Figures:
+    """Million tokens a second of this core: the one bar that is no ratio, beside which a ratio is printed."""
+    millions = tokens / 1e6
+    return Figures(
+        what=what, ratio=millions / seconds, bar=100, at_least=True, ours=millions, theirs=seconds,
+        unit="million tokens, s",
+    )  # fmt: skip
 
 
 def _mean(rows: Sequence[Row]) -> int:

@@ -6,17 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xkd_pipeline.build import Built, build
 from xkd_pipeline.columns import documents_at, encoded_but, token_columns, token_counts
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
+from xkd_pipeline.whole_units import DocumentRows, documents_of, tokens_of
 from xkd_schemas.additions import part_of, plans_of
 from xkd_schemas.alignment_batch import align_all, token_ranges_all
+from xkd_schemas.blocks import TokenBlock
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import BadData, InputMissing
 from xkd_schemas.files import saved_folder, sha256_of
+from xkd_schemas.flat import Lists
 from xkd_schemas.manifest import Care, Commit
 from xkd_schemas.table import Row, Table
 from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION, Tokens
@@ -53,11 +58,9 @@ class AlignStage:
         documents, teachers = Table(self.root, "documents"), Table(self.root, self.teacher)
 
         def make(unit: int, care: Care = AS_PLANNED) -> Commit:
-            size = documents.manifest.commits[unit].rows
-            rows = [documents.shard(unit).row(i) for i in range(size)]
-            teacher = [tokens_at(teachers.shard(unit).row(i)) for i in range(size)]
+            rows, teacher = documents_of(documents.shard(unit)), tokens_of(teachers.shard(unit))
             tokens, columns, counts = _in_batches(encoder, rows, teacher, care)
-            totals = Totals(counts=counts | token_counts(documents, unit, tokens))
+            totals = Totals(counts=counts | token_counts(rows.block.texts, tokens))
             return write_shard(part_of(self.folder, self.starts, unit), unit, STUDENTS, columns, totals=totals)
 
         return make
@@ -76,19 +79,21 @@ class AlignStage:
         return local_paths(*folders, self.settings.tokenizer)
 
 
-Aligned = tuple[list[Tokens], dict[str, Any], dict[str, int]]
+Aligned = tuple[TokenBlock, dict[str, Any], dict[str, int]]
 
 
-def _in_batches(encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens], care: Care) -> Aligned:
+def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBlock, care: Care) -> Aligned:
     """`align_rows` of `care.batch` rows at a time."""
-    size = care.batch or max(1, len(rows))
+    if not 0 < care.batch < len(teacher):
+        return align_rows(encoder, rows, teacher, care.lost)
     parts: list[Aligned] = []
-    for at in range(0, max(1, len(rows)), size):
+    for at in range(0, len(teacher), care.batch):
+        end = min(at + care.batch, len(teacher))
         lost = {row - at for row in care.lost}
-        parts.append(align_rows(encoder, rows[at : at + size], teacher[at : at + size], lost))
-    tokens = [row for part, _, _ in parts for row in part]
+        parts.append(align_rows(encoder, rows.part(at, end), TokenBlock.of(teacher[at:end]), lost))
     columns = {name: [row for _, part, _ in parts for row in part[name]] for name in parts[0][1]}
-    return tokens, columns, {name: sum(part[name] for _, _, part in parts) for name in parts[0][2]}
+    counts = {name: sum(part[name] for _, _, part in parts) for name in parts[0][2]}
+    return TokenBlock.of(row for part, _, _ in parts for row in part), columns, counts
 
 
 def tokens_at(row: Row) -> Tokens:
@@ -103,48 +108,35 @@ def tokens_at(row: Row) -> Tokens:
     )
 
 
-def align_rows(
-    encoder: Encoder, rows: Sequence[Row], teacher: Sequence[Tokens], lost: Collection[int] = ()
-) -> Aligned:
+def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBlock, lost: Collection[int] = ()) -> Aligned:
     """The student's tokens, the columns of the students table, and what the alignment counts.
 
     A document the teacher could not read has the status `teacher:REASON` and no tokens; rows of `lost` are not read.
     """
-    limits = [t.num_chars if t.status == OK else None for t in teacher]
-    encoded = encoded_but(encoder, [document_at(row) for row in rows], lost, limits)
-    tokens = [
-        s if t.status == OK else _without(s, f"teacher:{t.status}") for s, t in zip(encoded, teacher, strict=True)
-    ]
-    aligned = align_all(tokens, teacher, [row["segments"][:, 1] for row in rows])
+    read = [status == OK for status in teacher.statuses]
+    limits = [n if ok else None for n, ok in zip(teacher.num_chars.tolist(), read, strict=True)]
+    encoded = encoded_but(encoder, rows.block, lost, limits)
+    said = zip(encoded.statuses, teacher.statuses, read, strict=True)
+    tokens = encoded.marked([ours if ok else f"teacher:{theirs}" for ours, theirs, ok in said], np.array(read, bool))
+    ends = Lists(rows.block.segments.values[:, 1], rows.block.segments.first)
+    student_spans, teacher_spans = align_all(tokens, teacher, ends)
     columns: dict[str, Any] = {
-        "doc_id": [row["doc_id"] for row in rows],
+        "doc_id": rows.doc_ids,
         **token_columns(tokens),
-        "student_spans": [s for s, _ in aligned],
-        "teacher_spans": [t for _, t in aligned],
-        "word_tokens": token_ranges_all(tokens, [row["words"] for row in rows]),
-        "phrase_tokens": token_ranges_all(tokens, [row["phrases"] for row in rows]),
+        "student_spans": student_spans,
+        "teacher_spans": teacher_spans,
+        "word_tokens": token_ranges_all(tokens, rows.words),
+        "phrase_tokens": token_ranges_all(tokens, rows.phrases),
     }
-    exact = [((s[:, 1] - s[:, 0] == 1) & (t[:, 1] - t[:, 0] == 1)) for s, t in aligned]
+    student_sizes, teacher_sizes = (s.values[:, 1] - s.values[:, 0] for s in (student_spans, teacher_spans))
+    usable = np.array([status == OK for status in tokens.statuses], bool)
     counts = {
-        "spans": sum(len(s) for s, _ in aligned),
-        "exact_pairs": sum(int(e.sum()) for e in exact),
-        "aligned_tokens": sum(int((s[:, 1] - s[:, 0]).sum()) for s, _ in aligned),
-        "cut_below_teacher": sum(
-            s.status == OK and s.num_chars < t.num_chars for s, t in zip(tokens, teacher, strict=True)
-        ),
+        "spans": len(student_spans.values),
+        "exact_pairs": int(((student_sizes == 1) & (teacher_sizes == 1)).sum()),
+        "aligned_tokens": int(student_sizes.sum()),
+        "cut_below_teacher": int((usable & (tokens.num_chars < teacher.num_chars)).sum()),
     }
     return tokens, columns, counts
-
-
-def _without(tokens: Tokens, status: str) -> Tokens:
-    return Tokens(
-        status=status,
-        num_chars=tokens.num_chars,
-        ids=tokens.ids[:0],
-        spans=tokens.spans[:0],
-        kinds=tokens.kinds[:0],
-        targets=tokens.targets[:0],
-    )
 
 
 def make_students(

@@ -29,7 +29,7 @@ def _list(text: str | None, of: type) -> list[Any] | None:
         raise UsageError(f"{text!r} is not a list of layer numbers", next="e.g. 22,30") from None
 
 
-def plan(  # noqa: PLR0913 - one parameter for each flag
+def plan(
     corpus: Annotated[list[str] | None, typer.Argument(help="Files, folders or data set names.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the teacher.")] = None,
     losses: Annotated[str | None, typer.Option("--for", help="Losses whose signals are kept.")] = None,
@@ -77,7 +77,7 @@ def plan(  # noqa: PLR0913 - one parameter for each flag
         say(line)
 
 
-def pair(  # noqa: PLR0913 - one parameter for each flag
+def pair(
     teacher: Annotated[str, typer.Argument(help="Folder, .gguf file or hub name of the teacher or its tokenizer.")],
     student: Annotated[str, typer.Argument(help="Folder or hub name of the student or its tokenizer.")],
     corpus: Annotated[list[str], typer.Argument(help="Files, folders or data set names.")],

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from xkd_schemas.additions import plans_of
-from xkd_schemas.documents import Document
+from xkd_schemas.blocks import DocumentBlock, TokenBlock
 from xkd_schemas.encode import Encoder, unusable
 from xkd_schemas.errors import BadData, InputMissing
 from xkd_schemas.manifest import Unit
 from xkd_schemas.rows import WORKER_KILLED
 from xkd_schemas.table import Table
-from xkd_schemas.tokens import OK, Tokens
+from xkd_schemas.tokens import OK
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,41 +41,39 @@ def documents_at(documents: Table, root: str) -> Basis:
 
 
 def encoded_but(
-    encoder: Encoder,
-    documents: Sequence[Document],
-    lost: Collection[int],
-    limits: Sequence[int | None] | None = None,
-) -> list[Tokens]:
+    encoder: Encoder, block: DocumentBlock, lost: Collection[int], limits: Sequence[int | None] | None = None
+) -> TokenBlock:
     """`encoder.encode_batch`; the tokenizer does not see the rows of `lost`, whose status is worker_killed."""
-    kept = [at for at in range(len(documents)) if at not in lost]
-    found = encoder.encode_batch([documents[at] for at in kept], limits and [limits[at] for at in kept])
+    if not lost:
+        return encoder.encode_batch(block, limits)
+    kept = [at for at in range(len(block)) if at not in lost]
+    found = encoder.encode_batch(block.taken(kept), limits and [limits[at] for at in kept])
     tokens = dict(zip(kept, found, strict=True))
-    return [
-        tokens[at] if at in tokens else unusable(WORKER_KILLED, len(document.text))
-        for at, document in enumerate(documents)
-    ]
+    return TokenBlock.of(
+        tokens[at] if at in tokens else unusable(WORKER_KILLED, len(text)) for at, text in enumerate(block.texts)
+    )
 
 
-def token_columns(tokens: Sequence[Tokens]) -> dict[str, list[Any]]:
+def token_columns(tokens: TokenBlock) -> dict[str, Any]:
     """The columns that teacher and student tables share, without doc_id."""
     return {
-        "status": [t.status for t in tokens],
-        "num_chars": [t.num_chars for t in tokens],
-        "token_ids": [t.ids for t in tokens],
-        "token_spans": [t.spans for t in tokens],
-        "token_kinds": [t.kinds for t in tokens],
-        "targets": [t.targets for t in tokens],
+        "status": tokens.statuses,
+        "num_chars": tokens.num_chars,
+        "token_ids": tokens.lists(tokens.ids),
+        "token_spans": tokens.lists(tokens.spans),
+        "token_kinds": tokens.lists(tokens.kinds),
+        "targets": tokens.lists(tokens.targets),
     }
 
 
-def token_counts(documents: Table, unit: int, tokens: Sequence[Tokens]) -> dict[str, int]:
+def token_counts(texts: Sequence[str], tokens: TokenBlock) -> dict[str, int]:
     """Totals over one unit: tokens, targets, cut documents, and documents by status."""
-    lengths = [len(documents.shard(unit).row(i)["text"]) for i in range(len(tokens))]
+    lengths = zip(tokens.statuses, tokens.num_chars.tolist(), texts, strict=True)
     counts = {
-        "tokens": sum(len(t.ids) for t in tokens),
-        "targets": sum(int(t.targets.sum()) for t in tokens),
-        "cut": sum(t.status == OK and t.num_chars < n for t, n in zip(tokens, lengths, strict=True)),
+        "tokens": len(tokens.ids),
+        "targets": int(tokens.targets.sum()),
+        "cut": sum(status == OK and num_chars < len(text) for status, num_chars, text in lengths),
     }
-    for t in tokens:
-        counts[f"status:{t.status}"] = counts.get(f"status:{t.status}", 0) + 1
+    for status in tokens.statuses:
+        counts[f"status:{status}"] = counts.get(f"status:{status}", 0) + 1
     return dict(sorted(counts.items()))

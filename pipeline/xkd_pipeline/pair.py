@@ -107,7 +107,8 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
     documents = sample.documents
     theirs = teacher.encode_batch(documents)
     ours = student.encode_batch(documents, [t.num_chars if t.status == OK else None for t in theirs])
-    aligned = align_all(ours, theirs, [np.array([s.end for s in d.segments], np.int32) for d in documents])
+    ends = [np.array([s.end for s in d.segments], np.int32) for d in documents]
+    aligned = list(zip(*align_all(ours, theirs, ends), strict=True))
     usable = [i for i, (s, t) in enumerate(zip(ours, theirs, strict=True)) if s.status == OK and t.status == OK]
     shares = {i: exact_share(aligned[i], ours[i]) for i in usable}
     lengths = span_lengths([aligned[i] for i in usable])

@@ -25,11 +25,13 @@ from xkd_pipeline.shard import ROWS_PER_BATCH
 from xkd_pipeline.size import Counts, body_bytes, counts_of, overhead, signal_bytes, written
 from xkd_pipeline.spans import ParserSettings, parser_for
 from xkd_pipeline.stages import signals_for
+from xkd_pipeline.whole_units import DocumentRows
+from xkd_schemas.blocks import TokenBlock
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
 from xkd_schemas.encode import Encoder
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.teacher import teacher_schema
-from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, Tokens, spans_read
+from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, spans_read
 from xkd_trainer.models import load_tokenizer
 
 LIBRARIES: Final = 600 * 2**20
@@ -42,7 +44,7 @@ class Look:
 
     sample: Sample
     spans: tuple[Spans, ...]
-    tokens: tuple[Tokens, ...]
+    tokens: TokenBlock
     rows_per_shard: int
 
     @cached_property
@@ -91,7 +93,7 @@ def look_at(run: RunFile, wanted: int) -> Look:
     )  # fmt: skip
     parsed = parser_for(settings).parse(sample.documents)
     spans = tuple(checked_spans(d, s) for d, s in zip(sample.documents, parsed, strict=True))
-    tokens = tuple(encoder.encode_batch(sample.documents))
+    tokens = encoder.encode_batch(sample.documents)
     return Look(sample=sample, spans=spans, tokens=tokens, rows_per_shard=run.documents.rows_per_shard)
 
 
@@ -125,7 +127,7 @@ def student_bytes(run: RunFile, look: Look) -> int | None:
     encoder = StudentSettings(tokenizer=name, template=s.template, max_tokens=s.max_tokens).encoder()
     names = list(look.columns)
     rows: Sequence[Any] = [dict(zip(names, row, strict=True)) for row in zip(*look.columns.values(), strict=True)]
-    return table_bytes(STUDENTS, align_rows(encoder, rows, look.tokens)[1], look)
+    return table_bytes(STUDENTS, align_rows(encoder, DocumentRows.of(rows), look.tokens)[1], look)
 
 
 def memory_parts(run: RunFile, look: Look, model: Sizes, teacher: int) -> dict[str, int]:

@@ -20,8 +20,10 @@ from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_pipeline.teacher_files import constants_of, export, moments, std_of, weights_identity
+from xkd_pipeline.whole_units import DocumentRows, documents_of
 from xkd_schemas.additions import part_of
 from xkd_schemas.alignment_batch import token_ranges_all
+from xkd_schemas.blocks import TokenBlock
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.manifest import Care, Commit, Spec
@@ -73,17 +75,17 @@ class TeacherStage:
             if care.batch:
                 torch.cuda.empty_cache()
                 settings = replace(settings, batch_tokens=care.batch)
-            readings = _read(documents, unit, encoder, care.lost)
+            rows = documents_of(documents.shard(unit))
+            tokens, readings = _read(rows, encoder, care.lost)
             captured = capture(model, readings, wanted, settings)
-            tokens = [r.tokens for r in readings]
             stored = coded(captured, wanted, self.settings.codec, head)
             columns = {
-                "doc_id": [documents.shard(unit).row(i)["doc_id"] for i in range(len(tokens))],
+                "doc_id": rows.doc_ids,
                 **token_columns(tokens),
                 **stored.columns,
             }
             sums = moments(tokens, captured, model) | stored.sums
-            totals = Totals(counts=token_counts(documents, unit, tokens), sums=sums)
+            totals = Totals(counts=token_counts(rows.block.texts, tokens), sums=sums)
             marked = schema.with_metadata({**schema.metadata, **stored.metadata})
             return write_shard(part_of(self.folder, self.starts, unit), unit, marked, columns, totals=totals)
 
@@ -127,14 +129,13 @@ def encoder_of(settings: TeacherSettings) -> Encoder:
     )  # fmt: skip
 
 
-def _read(documents: Table, unit: int, encoder: Encoder, lost: Collection[int]) -> list[Reading]:
-    rows = [documents.shard(unit).row(i) for i in range(documents.manifest.commits[unit].rows)]
-    encoded = encoded_but(encoder, [document_at(row) for row in rows], lost)
+def _read(rows: DocumentRows, encoder: Encoder, lost: Collection[int]) -> tuple[TokenBlock, list[Reading]]:
+    encoded = encoded_but(encoder, rows.block, lost)
     words, phrases = (
-        token_ranges_all(encoded, [spans_read(r[name], t.num_chars) for r, t in zip(rows, encoded, strict=True)])
-        for name in ("words", "phrases")
+        token_ranges_all(encoded, [spans_read(s, n) for s, n in zip(spans, encoded.num_chars.tolist(), strict=True)])
+        for spans in (rows.words, rows.phrases)
     )
-    return [
+    return encoded, [
         Reading(tokens=tokens, ranges={"word": word, "phrase": phrase})
         for tokens, word, phrase in zip(encoded, words, phrases, strict=True)
     ]

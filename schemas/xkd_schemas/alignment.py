@@ -24,7 +24,7 @@ import numpy.typing as npt
 from xkd_schemas.tokens import CONTENT, END, Int32s, Tokens
 
 Int64s = npt.NDArray[np.int64]
-Merge = Callable[[Int32s, Int64s, Int32s, Int64s, int], Int32s]
+Merge = Callable[[Int32s, Int64s, Int32s, Int64s, Int64s], Int32s]
 
 _FAR: Final = np.iinfo(np.int32).max
 
@@ -52,7 +52,11 @@ def common_boundaries(student_spans: Int32s, teacher_spans: Int32s) -> Int32s:
 
 
 def grouped_spans(
-    student_spans: Int32s, student_first: Int64s, teacher_spans: Int32s, teacher_first: Int64s, limit: int = _FAR
+    student_spans: Int32s,
+    student_first: Int64s,
+    teacher_spans: Int32s,
+    teacher_first: Int64s,
+    limits: Int32s | Int64s | int = _FAR,
 ) -> Int32s:
     """Aligned spans of many groups of tokens (documents, segments) in one call, [K, 4] int32.
 
@@ -65,11 +69,12 @@ def grouped_spans(
         student_first: [G + 1] int64; group g holds tokens student_first[g] to student_first[g + 1].
         teacher_spans: Character intervals [T, 2] int32.
         teacher_first: [G + 1] int64.
-        limit: Boundaries behind this character do not count.
+        limits: [G] or one for all; boundaries of the group behind this character do not count.
     """
     return merge()(
         np.ascontiguousarray(student_spans, dtype=np.int32).reshape(-1, 2), student_first,
-        np.ascontiguousarray(teacher_spans, dtype=np.int32).reshape(-1, 2), teacher_first, limit,
+        np.ascontiguousarray(teacher_spans, dtype=np.int32).reshape(-1, 2), teacher_first,
+        np.broadcast_to(np.asarray(limits, np.int64), len(student_first) - 1).copy(),
     )  # fmt: skip
 
 
@@ -164,73 +169,74 @@ def merge() -> Merge:
     except ModuleNotFoundError:
         return merge_numpy
     table = numba.types.Array(numba.int32, 2, "C", readonly=True)
-    first = numba.types.Array(numba.int64, 1, "C", readonly=True)
-    boundaries = numba.njit([(table, first, numba.int64)], nogil=True)(boundaries_loop)
-    pair = numba.njit([(table, first, first, table, first, first)], nogil=True)(pair_loop)
-
-    def compiled(
-        student_spans: Int32s, student_first: Int64s, teacher_spans: Int32s, teacher_first: Int64s, limit: int
-    ) -> Int32s:
-        ours, our_first = boundaries(student_spans, student_first, limit)
-        theirs, their_first = boundaries(teacher_spans, teacher_first, limit)
-        spans_K4: Int32s = pair(ours, our_first, student_first, theirs, their_first, teacher_first)
-        return spans_K4
-
+    numbers = numba.types.Array(numba.int64, 1, "C", readonly=True)
+    group = numba.njit(nogil=True)(group_loop)
+    compiled: Merge = numba.njit([(table, numbers, table, numbers, numbers)], nogil=True)(merge_loop(group))
     return compiled
 
 
-def boundaries_loop(spans_S2: Int32s, first: Int64s, limit: int) -> tuple[Int32s, Int64s]:
-    """Boundaries of every group, as a plain loop for Numba: rows [index behind the token, character], rows' firsts.
+def group_loop(spans_S2: Int32s, first: int, end: int, limit: int, out: Int32s) -> int:
+    """Boundaries of tokens `first` to `end`, as a plain loop for Numba: writes [index behind the token, character].
 
-    A token's end is a boundary until a later token of the group starts before it.
+    A token's end is a boundary until a later token of the group starts before it. Returns how many there are.
     """
-    out = np.empty((len(spans_S2), 2), dtype=np.int32)
-    out_first = np.zeros(len(first), dtype=np.int64)
-    size = 0
-    for g in range(len(first) - 1):
-        char = -1
-        for n in range(first[g], first[g + 1]):
-            start = spans_S2[n, 0]
-            while size > out_first[g] and out[size - 1, 1] > start:
-                size -= 1
-            char = max(char, spans_S2[n, 1])
-            if char <= limit:
-                out[size, 0], out[size, 1] = n + 1, char
-                size += 1
-        out_first[g + 1] = size
-    return out[:size], out_first
+    size, char = 0, -1
+    for n in range(first, end):
+        start = spans_S2[n, 0]
+        while size > 0 and out[size - 1, 1] > start:
+            size -= 1
+        char = max(char, spans_S2[n, 1])
+        if char <= limit:
+            out[size, 0], out[size, 1] = n + 1, char
+            size += 1
+    return size
 
 
-def pair_loop(
-    ours: Int32s, our_first: Int64s, student_first: Int64s, theirs: Int32s, their_first: Int64s, teacher_first: Int64s
-) -> Int32s:
-    """Pair the boundaries of each group that stand at one character, as a plain loop for Numba: spans [K, 4]."""
-    out = np.empty((min(len(ours), len(theirs)), 4), dtype=np.int32)
-    k = 0
-    for g in range(len(student_first) - 1):
-        student_from, teacher_from = student_first[g], teacher_first[g]
-        i, j = our_first[g], their_first[g]
-        while i < our_first[g + 1] and j < their_first[g + 1]:
-            ahead = ours[i, 1] - theirs[j, 1]
-            if ahead == 0:
-                out[k, 0], out[k, 1] = student_from, ours[i, 0]
-                out[k, 2], out[k, 3] = teacher_from, theirs[j, 0]
-                student_from, teacher_from = ours[i, 0], theirs[j, 0]
-                k += 1
-            i += ahead <= 0
-            j += ahead >= 0
-    return out[:k]
+def merge_loop(group: Callable[[Int32s, int, int, int, Int32s], int]) -> Merge:
+    """`grouped_spans` as a plain loop for Numba, given `group_loop` or what Numba made of it.
+
+    The boundaries of one group at a time lie in two small arrays that are used again, since touching fresh memory
+    costs more than the merge.
+    """
+
+    def merged(
+        student_spans: Int32s, student_first: Int64s, teacher_spans: Int32s, teacher_first: Int64s, limits: Int64s
+    ) -> Int32s:
+        student_most, teacher_most = 0, 0
+        for g in range(len(student_first) - 1):
+            student_most = max(student_most, student_first[g + 1] - student_first[g])
+            teacher_most = max(teacher_most, teacher_first[g + 1] - teacher_first[g])
+        ours, theirs = np.empty((student_most, 2), np.int32), np.empty((teacher_most, 2), np.int32)
+        out = np.empty((min(len(student_spans), len(teacher_spans)), 4), dtype=np.int32)
+        k = 0
+        for g in range(len(student_first) - 1):
+            student_from, teacher_from = student_first[g], teacher_first[g]
+            our_size = group(student_spans, student_from, student_first[g + 1], limits[g], ours)
+            their_size = group(teacher_spans, teacher_from, teacher_first[g + 1], limits[g], theirs)
+            i, j = 0, 0
+            while i < our_size and j < their_size:
+                ahead = ours[i, 1] - theirs[j, 1]
+                if ahead == 0:
+                    out[k, 0], out[k, 1] = student_from, ours[i, 0]
+                    out[k, 2], out[k, 3] = teacher_from, theirs[j, 0]
+                    student_from, teacher_from = ours[i, 0], theirs[j, 0]
+                    k += 1
+                i += ahead <= 0
+                j += ahead >= 0
+        return out[:k]
+
+    return merged
 
 
 def merge_numpy(
-    student_spans: Int32s, student_first: Int64s, teacher_spans: Int32s, teacher_first: Int64s, limit: int
+    student_spans: Int32s, student_first: Int64s, teacher_spans: Int32s, teacher_first: Int64s, limits: Int64s
 ) -> Int32s:
     """`grouped_spans` in numpy, one group at a time."""
     found = [np.empty((0, 4), dtype=np.int32)]
     for g in range(len(student_first) - 1):
         s, t = student_first[g], teacher_first[g]
-        student_keys, student_counts = _boundary_keys(student_spans[s : student_first[g + 1]], limit)
-        teacher_keys, teacher_counts = _boundary_keys(teacher_spans[t : teacher_first[g + 1]], limit)
+        student_keys, student_counts = _boundary_keys(student_spans[s : student_first[g + 1]], int(limits[g]))
+        teacher_keys, teacher_counts = _boundary_keys(teacher_spans[t : teacher_first[g + 1]], int(limits[g]))
         _, ours, theirs = np.intersect1d(student_keys, teacher_keys, assume_unique=True, return_indices=True)
         student_ends, teacher_ends = s + student_counts[ours], t + teacher_counts[theirs]
         if len(ours):

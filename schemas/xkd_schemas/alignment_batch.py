@@ -1,125 +1,118 @@
-"""Alignment of many documents in one call: they are laid end to end on one line of characters.
+"""Alignment of many documents in one call, on the flat arrays of their blocks.
 
-numpy's cost per call is that of aligning a few hundred tokens, so a unit of short documents is joined, aligned as one
-document, and cut apart again. The result is that of `alignment`, document by document; a test compares them.
+numpy's cost per call is that of aligning a few hundred tokens, so a unit of short documents is aligned at once. The
+result is that of `alignment`, document by document; a test compares them. A place is a document's number and a
+character of its own text in one int64, so that places of all documents stand in one order.
 
 Shape legend for this file
-    T tokens of all documents    K spans or intervals of one document    G segments of one document
+    R documents    S, T student and teacher tokens of all documents    G segments    K spans or intervals
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from xkd_schemas.alignment import align, token_ranges
-from xkd_schemas.tokens import CONTENT, END, OK, Int32s, Tokens
-
-MOST_CHARS: Final = 2**30
-"""Characters that one line may have, so that int32 holds them."""
+from xkd_schemas.alignment import grouped_spans
+from xkd_schemas.blocks import TokenBlock
+from xkd_schemas.flat import Lists
+from xkd_schemas.tokens import CONTENT, END, Int32s, Tokens
 
 Int64s = npt.NDArray[np.int64]
-_NONE: Final = np.zeros((0, 2), np.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """Documents laid end to end."""
-
-    tokens: Tokens
-    first: Int64s
-    """Where each document's tokens begin, and the end of the last: [documents + 1]."""
-
-
-def _bases(num_chars: Sequence[int]) -> Int64s:
-    """First character of each document on the line; one character is left free between two."""
-    return np.concatenate([[0], np.cumsum(np.asarray(num_chars, np.int64) + 1)])
-
-
-def _joined(rows: Sequence[Tokens], bases: Int64s) -> _Line:
-    counts = [len(row.ids) for row in rows]
-    kinds = np.concatenate([row.kinds for row in rows])
-    spans = np.concatenate([row.spans for row in rows])
-    on_text = (kinds == CONTENT) | (kinds == END)
-    spans = np.where(on_text[:, None], spans + np.repeat(bases[: len(rows)], counts)[:, None], -1).astype(np.int32)
-    joined = Tokens(
-        status=OK, num_chars=int(bases[len(rows)]), ids=np.zeros(0, np.int32), spans=spans, kinds=kinds,
-        targets=np.zeros(0, np.bool_),
-    )  # fmt: skip
-    return _Line(joined, np.concatenate([[0], np.cumsum(counts)]))
-
-
-def _blocks(sizes: Sequence[int]) -> list[list[int]]:
-    """Consecutive documents whose characters fit on one line."""
-    blocks: list[list[int]] = [[]]
-    total = 0
-    for index, size in enumerate(sizes):
-        if total + size + 1 > MOST_CHARS and blocks[-1]:
-            blocks.append([])
-            total = 0
-        blocks[-1].append(index)
-        total += size + 1
-    return [block for block in blocks if block]
 
 
 def align_all(
     students: Sequence[Tokens], teachers: Sequence[Tokens], segment_ends: Sequence[Int32s]
-) -> list[tuple[Int32s, Int32s]]:
-    """`alignment.align` of every document, in order.
+) -> tuple[Lists, Lists]:
+    """`alignment.align` of every document: student and teacher token ranges, both [R rows of [K, 2]] int32.
 
     Args:
-        students: One row per document.
+        students: One row per document, or their TokenBlock.
         teachers: The other model's rows.
-        segment_ends: [G] characters at which each document's segments end.
+        segment_ends: [G] characters at which each document's segments end, or their Lists.
     """
-    aligned: list[tuple[Int32s, Int32s]] = [(_NONE, _NONE)] * len(students)
-    plain = []
-    for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        if student.status == OK and teacher.status == OK:
-            if student.num_chars == teacher.num_chars:
-                plain.append(index)
-            else:  # cut at two places: the shorter one limits both, which a shared line cannot say
-                aligned[index] = align(student, teacher, segment_ends[index])
-    for block in _blocks([students[i].num_chars for i in plain]):
-        chosen = [plain[i] for i in block]
-        bases = _bases([students[i].num_chars for i in chosen])
-        ours, theirs = _joined([students[i] for i in chosen], bases), _joined([teachers[i] for i in chosen], bases)
-        # a segment that goes on behind the cut ends at the cut, so that it stays on its own document's stretch
-        ends = [
-            np.minimum(segment_ends[i], students[i].num_chars) + base for i, base in zip(chosen, bases, strict=False)
-        ]
-        student_K2, teacher_K2 = align(ours.tokens, theirs.tokens, np.concatenate(ends).astype(np.int32))
-        borders = np.searchsorted(student_K2[:, 0], ours.first)
-        for place, index in enumerate(chosen):
-            part = slice(borders[place], borders[place + 1])
-            shifts = ours.first[place], theirs.first[place]
-            aligned[index] = (_shifted(student_K2[part], shifts[0]), _shifted(teacher_K2[part], shifts[1]))
-    return aligned
+    ours, theirs = TokenBlock.of(students), TokenBlock.of(teachers)
+    ends = Lists.of(segment_ends, np.int32)
+    limit_R = np.minimum(ours.num_chars, theirs.num_chars)
+    student_at_S, student_first = content_of(ours, ends)
+    teacher_at_T, teacher_first = content_of(theirs, ends)
+    spans_K4 = grouped_spans(
+        ours.spans[student_at_S], student_first, theirs.spans[teacher_at_T], teacher_first,
+        np.repeat(limit_R, ends.counts),
+    )  # fmt: skip
+    size, ends_E2 = len(spans_K4), _end_pairs(ours, theirs, limit_R)
+    aligned_K4 = np.empty((size + len(ends_E2), 4), dtype=np.int64)
+    aligned_K4[:size, 0] = student_at_S[spans_K4[:, 0]]
+    aligned_K4[:size, 1] = student_at_S[spans_K4[:, 1] - 1] + 1
+    aligned_K4[:size, 2] = teacher_at_T[spans_K4[:, 2]]
+    aligned_K4[:size, 3] = teacher_at_T[spans_K4[:, 3] - 1] + 1
+    aligned_K4[size:, 0::2] = ends_E2
+    aligned_K4[size:, 1::2] = ends_E2 + 1
+    aligned_K4 = aligned_K4[np.argsort(aligned_K4[:, 0], kind="stable")]
+    first = np.searchsorted(aligned_K4[:, 0], ours.first)
+    return tuple(
+        Lists((part_K2 - np.repeat(block.first[:-1], np.diff(first))[:, None]).astype(np.int32), first)
+        for part_K2, block in ((aligned_K4[:, :2], ours), (aligned_K4[:, 2:], theirs))
+    )  # type: ignore[return-value]
 
 
-def token_ranges_all(rows: Sequence[Tokens], intervals: Sequence[Int32s]) -> list[Int32s]:
-    """`alignment.token_ranges` of every document, in order.
+def token_ranges_all(rows: Sequence[Tokens], intervals: Sequence[Int32s]) -> Lists:
+    """`alignment.token_ranges` of every document, in order: [R rows of [K, 2]] int32.
 
     Args:
-        rows: One per document; a row without tokens gives empty ranges.
-        intervals: Character intervals [K, 2] of each document.
+        rows: One per document, or their TokenBlock; a row without tokens gives empty ranges.
+        intervals: Character intervals [K, 2] of each document, or their Lists.
     """
-    found: list[Int32s] = []
-    sizes = [max(row.num_chars, int(np.max(spans, initial=0))) for row, spans in zip(rows, intervals, strict=True)]
-    for block in _blocks(sizes):
-        bases = _bases([sizes[i] for i in block])
-        line = _joined([rows[i] for i in block], bases)
-        counts = [len(intervals[i]) for i in block]
-        shifted = np.concatenate([intervals[i] for i in block]) + np.repeat(bases[:-1], counts)[:, None]
-        ranges_K2 = token_ranges(line.tokens, shifted.astype(np.int32)).astype(np.int64)
-        ranges_K2 = np.clip(
-            ranges_K2 - np.repeat(line.first[:-1], counts)[:, None], 0, np.repeat(np.diff(line.first), counts)[:, None]
-        )
-        found += [part.astype(np.int32) for part in np.split(ranges_K2, np.cumsum(counts)[:-1])]
-    return found
+    block, wanted = TokenBlock.of(rows), Lists.of(intervals, np.int32, 2)
+    at_S = np.flatnonzero((block.kinds == CONTENT) & (block.spans[:, 1] > block.spans[:, 0]))
+    document_S = _documents(block.first)[at_S]
+    document_K = _documents(wanted.first)
+    values_K2 = wanted.values[wanted.first[0] : wanted.first[-1]]
+    starts_S, ends_S = (_places(document_S, block.spans[at_S, side]) for side in (0, 1))
+    first_K = np.searchsorted(starts_S, _places(document_K, values_K2[:, 0]), side="left")
+    behind_K = np.searchsorted(ends_S, _places(document_K, values_K2[:, 1]), side="right")
+    low_K, high_K = block.first[document_K], block.first[document_K + 1]
+    token_first_K = np.clip(np.append(at_S, len(block.kinds))[first_K], low_K, high_K)
+    token_end_K = np.clip(np.append(0, at_S + 1)[behind_K], token_first_K, high_K)
+    ranges_K2 = np.stack([token_first_K - low_K, token_end_K - low_K], axis=1).astype(np.int32)
+    return Lists(ranges_K2, wanted.first - wanted.first[0])
 
 
-def _shifted(ranges_K2: Int32s, by: int) -> Int32s:
-    return (ranges_K2 - by).astype(np.int32)
+def _documents(first: Int64s) -> Int64s:
+    """The row of each value."""
+    return np.repeat(np.arange(len(first) - 1), np.diff(first))
+
+
+def _places(documents: Int64s, characters: Int32s) -> Int64s:
+    return (documents << 32) + characters
+
+
+def content_of(block: TokenBlock, ends: Lists) -> tuple[Int64s, Int64s]:
+    """Indices [S] of the content tokens, and where each segment's begin among them [G + 1].
+
+    A token belongs to the segment it starts in; an empty interval at a border to the segment behind the border.
+    """
+    at_S = np.flatnonzero(block.kinds == CONTENT)
+    places_S = _places(_documents(block.first)[at_S], block.spans[at_S, 0])
+    borders_G = _places(_documents(ends.first), ends.values[ends.first[0] : ends.first[-1]])
+    last = ends.first[1:][ends.counts > 0] - ends.first[0] - 1
+    borders_G[last] = ((borders_G[last] >> 32) + 1) << 32
+    return at_S, np.append(0, np.searchsorted(places_S, borders_G, side="left"))
+
+
+def _end_pairs(ours: TokenBlock, theirs: TokenBlock, limit_R: Int32s) -> Int64s:
+    """Indices [E, 2] of the end tokens that both models have at the same character."""
+    (our_E, ours_E), (their_E, theirs_E) = (_last_ends(block) for block in (ours, theirs))
+    at_E = np.minimum(np.searchsorted(theirs_E, ours_E), max(0, len(theirs_E) - 1))
+    if not len(theirs_E):
+        return np.zeros((0, 2), np.int64)
+    kept_E = (theirs_E[at_E] == ours_E) & ((ours_E & 0xFFFFFFFF) <= limit_R[ours_E >> 32])
+    return np.stack([our_E[kept_E], their_E[at_E[kept_E]]], axis=1)
+
+
+def _last_ends(block: TokenBlock) -> tuple[Int64s, Int64s]:
+    """Indices of the end tokens and their places, ascending; of several at one place the last."""
+    at_E = np.flatnonzero(block.kinds == END)
+    places_E = _places(_documents(block.first)[at_E], block.spans[at_E, 1])
+    last_E = np.append(places_E[1:] != places_E[:-1], True)[: len(places_E)]
+    return at_E[last_E], places_E[last_E]

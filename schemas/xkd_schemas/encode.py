@@ -8,23 +8,28 @@ What a tokenizer does to a text may be beyond repair (a normaliser that drops ch
 a document gets no tokens and a reason from REASONS; it is never half used and never raises.
 
 Shape legend for this file
-    T tokens of the row
+    R documents    G segments of all documents    T tokens of a row
 """
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 
+from xkd_schemas.assemble import Frame, assembled
+from xkd_schemas.blocks import DocumentBlock, Int64s, TokenBlock, pieces_of
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError
-from xkd_schemas.intervals import Encoding, content_intervals, cut_point
+from xkd_schemas.intervals import cut_point
 from xkd_schemas.rows import WORKER_KILLED
 from xkd_schemas.templates import Layout, layout, template_named
 from xkd_schemas.tokenizers import encode_texts, identity, name_of
-from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Int32s, Tokens
+from xkd_schemas.tokens import OK, Bools, Int32s, Tokens
+
+MOST_CHARS: Final = 2**20
+"""Characters that are encoded at once, of more than one document; results do not depend on it."""
 
 REASONS: Final = {
     "lone_surrogate": "the text holds half of a surrogate pair, which no tokenizer takes",
@@ -36,16 +41,6 @@ REASONS: Final = {
     "no_target_after_cut": "cut to the longest length, the text has no target left",
 }
 """Every `status` but "ok", with what it means."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Frame:
-    """What stands round one segment."""
-
-    before: Int32s
-    """Ids of the template tokens in front of it."""
-    end: int
-    """Id of the end token behind it, -1 for a segment that is not a target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,44 +91,56 @@ class Encoder:
         """
         return self.encode_batch([document], None if num_chars is None else [num_chars])[0]
 
-    def encode_batch(self, documents: Sequence[Document], limits: Sequence[int | None] | None = None) -> list[Tokens]:
-        """`encode` of many documents with one call of the tokenizer; `limits` are their `num_chars`."""
-        wanted = [len(document.text) for document in documents]
+    def encode_batch(
+        self, documents: Sequence[Document] | DocumentBlock, limits: Sequence[int | None] | None = None
+    ) -> TokenBlock:
+        """`encode` of many documents, some thousand tokens at once; `limits` are their `num_chars`."""
+        block = documents if isinstance(documents, DocumentBlock) else DocumentBlock.of(documents)
+        wanted = [len(text) for text in block.texts]
         if limits is not None:
             wanted = [n if limit is None else min(n, limit) for n, limit in zip(wanted, limits, strict=True)]
-        usable = [_is_unicode(document.text) for document in documents]
-        encoded = iter(self._segments(documents, [n if ok else 0 for n, ok in zip(wanted, usable, strict=True)]))
-        rows = []
-        for document, num_chars, ok in zip(documents, wanted, usable, strict=True):
-            encodings = list(itertools.islice(encoded, _num_segments(document, num_chars) if ok else 0))
-            rows.append(self._row(document, num_chars, encodings) if ok else unusable("lone_surrogate", num_chars))
-        return rows
-
-    def _segments(self, documents: Sequence[Document], limits: Sequence[int]) -> list[Encoding]:
-        """Ids and offsets of all segments of all documents, each read up to its document's limit."""
-        texts = [
-            document.text[segment.start : min(segment.end, limit)]
-            for document, limit in zip(documents, limits, strict=True)
-            for segment in document.segments[: _num_segments(document, limit)]
+        parts = [
+            self._encoded(block.part(first, end), np.array(wanted[first:end], np.int32))
+            for first, end in pieces_of(wanted, MOST_CHARS)
         ]
-        return encode_texts(self.tokenizer, texts)
+        return parts[0] if len(parts) == 1 else TokenBlock.of(row for part in parts for row in part)
 
-    def _row(self, document: Document, num_chars: int, encodings: Sequence[Encoding]) -> Tokens:
-        """Put the row together; while it is too long, cut the text and encode it again."""
-        frames = self._framed(document)
-        start = self._start_id()
-        first_target = min((s.start for s in document.segments if s.target), default=len(document.text))
-        tokens = _assemble(document, num_chars, encodings, frames, start)
-        while len(tokens.ids) > self.max_tokens:
-            num_chars = cut_point(document.text, tokens, self.max_tokens)
-            if num_chars <= first_target:
-                break
-            tokens = _assemble(document, num_chars, self._segments([document], [num_chars]), frames, start)
-        if tokens.status != OK:
-            return unusable(tokens.status, num_chars)
-        if num_chars <= first_target or not tokens.targets.any():
-            return unusable("no_target_after_cut" if num_chars < len(document.text) else "no_target", num_chars)
-        return tokens
+    def _encoded(self, block: DocumentBlock, num_chars: Int32s) -> TokenBlock:
+        """One stretch of documents; rows that are too long are cut and encoded again until they fit."""
+        unicode_R = np.array([_is_unicode(text) for text in block.texts], np.bool_)
+        first_target_R = _first_targets(block)
+        rows = self._assembled(block, np.where(unicode_R, num_chars, 0))
+        rows = replace(rows, num_chars=num_chars.copy())
+        again: dict[int, Tokens] = {}
+        long = np.flatnonzero(np.diff(rows.first) > self.max_tokens).tolist()
+        while long:
+            for n in long:
+                rows.num_chars[n] = cut_point(block.texts[n], again.get(n, rows[n]), self.max_tokens)
+            long = [n for n in long if rows.num_chars[n] > first_target_R[n]]
+            cut = self._assembled(block.taken(long), rows.num_chars[long])
+            again |= zip(long, cut, strict=True)
+            long = [n for n, row in zip(long, cut, strict=True) if len(row.ids) > self.max_tokens]
+        if again:
+            rows = TokenBlock.of(
+                replace(again.get(n, row), num_chars=int(rows.num_chars[n])) for n, row in enumerate(rows)
+            )
+        return _judged(block, rows, unicode_R, first_target_R)
+
+    def _assembled(self, block: DocumentBlock, num_chars: Int32s) -> TokenBlock:
+        """The texts up to `num_chars` in their frames; `statuses` are the faults of the intervals."""
+        return assembled(block, num_chars, self.tokenizer, self._frames_of(block), self._start_id())
+
+    def _frames_of(self, block: DocumentBlock) -> list[tuple[Frame, ...]]:
+        """The frames of every document, looked up once for those with the same roles."""
+        codes = (2 * block.roles_G + block.targets_G).astype(np.int32).tobytes()
+        found: dict[bytes, tuple[Frame, ...]] = {}
+        frames = []
+        for n, (start, end) in enumerate(itertools.pairwise((4 * block.segments.first).tolist())):
+            key = codes[start:end]
+            if key not in found:
+                found[key] = self._framed(block.document(n))
+            frames.append(found[key])
+        return frames
 
     def _framed(self, document: Document) -> tuple[Frame, ...]:
         """The frame of every segment; the same for all documents with the same roles."""
@@ -189,9 +196,29 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _num_segments(document: Document, num_chars: int) -> int:
-    """Segments that begin before that character: a prefix."""
-    return sum(segment.start < num_chars for segment in document.segments)
+def _first_targets(block: DocumentBlock) -> Int64s:
+    """Where the first target of each document begins; its length if it has none."""
+    first_R = np.array([len(text) for text in block.texts], np.int64)
+    targets = np.flatnonzero(block.targets_G)[::-1]  # backwards, so that the first of a document stays
+    documents = np.searchsorted(block.segments.first, targets, side="right") - 1
+    first_R[documents] = block.segments.values[targets, 0]
+    return first_R
+
+
+def _judged(block: DocumentBlock, rows: TokenBlock, unicode_R: Bools, first_target_R: Int64s) -> TokenBlock:
+    """Rows that cannot be used lose their tokens and get their reason."""
+    idle_R = (rows.num_chars <= first_target_R) | (rows.counted(rows.targets) == 0)
+    statuses = [
+        "lone_surrogate" if not unicode
+        else status if status != OK
+        else OK if not idle
+        else "no_target_after_cut" if num_chars < len(text)
+        else "no_target"
+        for unicode, status, idle, num_chars, text in zip(
+            unicode_R.tolist(), rows.statuses, idle_R.tolist(), rows.num_chars.tolist(), block.texts, strict=True
+        )
+    ]  # fmt: skip
+    return rows.marked(statuses, np.array([status == OK for status in statuses], np.bool_))
 
 
 def unusable(status: str, num_chars: int) -> Tokens:
@@ -200,30 +227,3 @@ def unusable(status: str, num_chars: int) -> Tokens:
         status=status, num_chars=num_chars, ids=np.zeros(0, np.int32), spans=np.zeros((0, 2), np.int32),
         kinds=np.zeros(0, np.uint8), targets=np.zeros(0, np.bool_),
     )  # fmt: skip
-
-
-def _assemble(
-    document: Document, num_chars: int, encodings: Sequence[Encoding], frames: Sequence[Frame], start_id: int
-) -> Tokens:
-    """The row of the text up to `num_chars`; `status` is the fault of its intervals, if there is one.
-
-    A start token is put in front where nothing else stands before the first target token to predict it from.
-    """
-    ids, counts, kinds, targets, ends = [np.zeros(0, np.int32)], [0], [TEMPLATE], [False], []
-    for segment, frame, encoding in zip(document.segments, frames, encodings, strict=False):
-        has_end = frame.end >= 0 and segment.end <= num_chars
-        ids += [frame.before, encoding[0], np.full(int(has_end), frame.end, np.int32)]
-        counts += [len(frame.before), len(encoding[0]), int(has_end)]
-        kinds += [TEMPLATE, CONTENT, END]
-        targets += [False, segment.target, segment.target]
-        ends += [segment.end] * has_end
-    if next((target for count, target in zip(counts, targets, strict=True) if count), False):
-        ids[0], counts[0] = np.full(1, start_id, np.int32), 1
-    kinds_T = np.repeat(np.array(kinds, np.uint8), counts)
-    spans_T2 = np.full((len(kinds_T), 2), -1, np.int32)
-    spans_T2[kinds_T == CONTENT], status = content_intervals(document, num_chars, encodings)
-    spans_T2[kinds_T == END] = np.array(ends, np.int32)[:, None]
-    targets_T = np.repeat(np.array(targets, np.bool_), counts)
-    return Tokens(
-        status=status, num_chars=num_chars, ids=np.concatenate(ids), spans=spans_T2, kinds=kinds_T, targets=targets_T
-    )

@@ -1,67 +1,112 @@
 """Where a model's tokens stand in the text: from a tokenizer's offsets to checked character intervals, and to a cut.
 
 A tokenizer's offsets need care: blanks are glued to the front of tokens, pieces of one character repeat its offsets,
-a normaliser may drop characters, trim a token to nothing or go back. Everything here is arrays in, arrays out.
+a normaliser may drop characters, trim a token to nothing or go back. Everything here is arrays in, arrays out, for
+many documents at once: they are laid end to end on one line of characters, a blank between two.
 
 Shape legend for this file
-    C content tokens    T tokens of the row    L characters of the text
+    R documents    G encoded segments    C content tokens    T tokens of a row    L characters of the line
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from xkd_schemas.documents import Document
-from xkd_schemas.tokens import CONTENT, OK, Int32s, Tokens
+from xkd_schemas.flat import firsts
+from xkd_schemas.tokens import CONTENT, OK, Bools, Int32s, Tokens
 
 BORDER_REACH: Final = 200
 """How many characters a cut goes back to find the end of a word; then it is made behind the last whole token."""
 
-Encoding = tuple[Int32s, Int32s]
-"""Ids [C] and offsets [C, 2] in characters of one segment, both int32."""
+Int64s = npt.NDArray[np.int64]
 
 
-def content_intervals(document: Document, num_chars: int, encodings: Sequence[Encoding]) -> tuple[Int32s, str]:
-    """Intervals [C, 2] int32 of the content tokens in the document's characters, and "ok" or what is wrong with them.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Read:
+    """What of a block of documents a tokenizer was given, and the offsets it gave back."""
 
-    Good intervals stay in their segment and in front of `num_chars`, their starts and ends never decrease, and every
+    texts: Sequence[str]
+    """[R], each up to the character where it was cut."""
+    document_G: Int64s
+    """Which document each encoded segment is of; ascending."""
+    segments_G2: Int32s
+    """Its characters in its document, up to the cut."""
+    offsets_C2: Int32s
+    """Characters of the token's own segment."""
+    first: Int64s
+    """[G + 1]; segment g has the tokens first[g] to first[g + 1]."""
+
+
+def content_intervals(read: Read) -> tuple[Int32s, list[str]]:
+    """Intervals [C, 2] int32 in the characters of each token's document; "ok" or what is wrong with each document [R].
+
+    Good intervals stay in their segment and in front of the cut, their starts and ends never decrease, and every
     character that is not blank lies in one. Blanks in front of a token are left out; a token of blanks keeps them.
-
-    Args:
-        document: Its first segments are what was encoded.
-        num_chars: The text was read up to here.
-        encodings: One for each segment that begins before `num_chars`.
     """
-    counts = [len(ids) for ids, _ in encodings]
-    read = document.segments[: len(encodings)]
-    low_C = np.repeat(np.array([segment.start for segment in read], np.int32), counts)
-    high_C = np.repeat(np.array([min(segment.end, num_chars) for segment in read], np.int32), counts)
-    spans_C2 = np.concatenate([np.zeros((0, 2), np.int32), *(offsets for _, offsets in encodings)]) + low_C[:, None]
+    base_R = firsts([len(text) + 1 for text in read.texts])
+    count_G = np.diff(read.first)
+    document_C = np.repeat(read.document_G, count_G)
+    base_C = base_R[document_C].astype(np.int32)
+    low_C = np.repeat(read.segments_G2[:, 0], count_G) + base_C
+    high_C = np.repeat(read.segments_G2[:, 1], count_G) + base_C
+    spans_C2 = read.offsets_C2 + low_C[:, None]
     start_C, end_C = spans_C2[:, 0], spans_C2[:, 1]
-    if ((start_C < low_C) | (end_C > high_C) | (end_C < start_C)).any():
-        return np.clip(spans_C2, low_C[:, None], high_C[:, None]), "outside_text"
-    solid_L = ~blanks(document.text[:num_chars])
-    solid_before = np.concatenate([[0], np.cumsum(solid_L)])  # [L + 1]
-    first_solid_C = np.append(np.flatnonzero(solid_L), num_chars)[solid_before[start_C]]
-    spans_C2[:, 0] = np.where(first_solid_C < end_C, first_solid_C, start_C)
-    if (start_C == end_C).any():
-        _widen(spans_C2, low_C, high_C, solid_before)
-    if (np.diff(spans_C2, axis=0) < 0).any():
-        return spans_C2, "offsets_not_monotone"
-    skipped = solid_before[np.append(start_C, num_chars)] - solid_before[np.append(0, end_C)]
-    return spans_C2, "uncovered_characters" if (skipped > 0).any() else OK
+    outside_R = np.zeros(len(read.texts), np.bool_)
+    outside_R[document_C[(start_C < low_C) | (end_C > high_C) | (end_C < start_C)]] = True
+    inside_C = ~outside_R[document_C]
+    if outside_R.any():
+        np.clip(spans_C2, low_C[:, None], high_C[:, None], out=spans_C2)
+    solid_L = ~blanks(" ".join(read.texts))
+    solid_before = firsts(solid_L).astype(np.int32)  # [L + 1]
+    first_solid_C = np.append(np.flatnonzero(solid_L), len(solid_L))[solid_before[start_C]]
+    spans_C2[:, 0] = np.where((first_solid_C < end_C) & inside_C, first_solid_C, start_C)
+    empty_C = (start_C == end_C) & inside_C
+    if empty_C.any():
+        _widen(spans_C2, np.flatnonzero(empty_C), low_C, high_C, solid_before)
+    first_R = np.searchsorted(document_C, np.arange(len(read.texts) + 1))
+    backward_R = _documents(document_C[1:][(np.diff(spans_C2, axis=0) < 0).any(axis=1) & (np.diff(document_C) == 0)],
+                            len(read.texts))  # fmt: skip
+    holes_R = _holes(spans_C2, first_R, base_R, solid_before)
+    statuses = [
+        "outside_text" if outside else "offsets_not_monotone" if backward else "uncovered_characters" if hole else OK
+        for outside, backward, hole in zip(outside_R.tolist(), backward_R.tolist(), holes_R.tolist(), strict=True)
+    ]
+    spans_C2 -= base_C[:, None]
+    return spans_C2, statuses
 
 
-def _widen(spans_C2: Int32s, low_C: Int32s, high_C: Int32s, solid_before: Int32s) -> None:
+def _documents(numbers: Int64s, size: int) -> Bools:
+    """Which of `size` documents are named."""
+    named = np.zeros(size, np.bool_)
+    named[numbers] = True
+    return named
+
+
+def _holes(spans_C2: Int32s, first_R: Int64s, base_R: Int64s, solid_before: Int32s) -> Bools:
+    """In which documents a character that is no blank lies between two tokens, before the first or behind the last."""
+    size = len(base_R) - 1
+    has_R = np.diff(first_R) > 0
+    from_C = np.append(np.int32(0), spans_C2[:-1, 1])
+    from_C[first_R[:-1][has_R]] = base_R[:-1][has_R]
+    skipped_C = solid_before[spans_C2[:, 0]] > solid_before[from_C] if len(spans_C2) else np.zeros(0, np.bool_)
+    last_R = base_R[:-1].copy()
+    last_R[has_R] = spans_C2[first_R[1:][has_R] - 1, 1]
+    tail_R = solid_before[base_R[1:] - 1] > solid_before[last_R]
+    numbers = np.searchsorted(first_R, np.flatnonzero(skipped_C), side="right") - 1
+    return _documents(numbers, size) | tail_R
+
+
+def _widen(spans_C2: Int32s, empty: Int64s, low_C: Int32s, high_C: Int32s, solid_before: Int32s) -> None:
     """Give tokens with an empty interval characters, in place, where there are some they can stand for.
 
     Some byte-level tokenizers trim a token of blanks to nothing: it gets the blanks between it and the token before.
     One that stands for nothing (a lone "▁") stays empty in front of what follows, and at its segment's end shares
     the interval of the token before, so that an empty interval never stands on the wrong side of a segment border.
     """
-    for n in np.flatnonzero(spans_C2[:, 0] == spans_C2[:, 1]):
+    for n in empty:
         follows = n > 0 and low_C[n - 1] == low_C[n]
         at, before = spans_C2[n, 0], spans_C2[n - 1, 1] if follows else low_C[n]
         if before < at and solid_before[before] == solid_before[at]:

@@ -7,17 +7,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from xkd_schemas.flat import Lists
+
 
 def column_of(rows: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """Build a column from one value per row; numpy rows of a list column are joined into one flat buffer.
 
     Args:
-        rows: Plain values for a scalar column; arrays [n] or [n, width] for a list column.
+        rows: Plain values for a scalar column; for a list column Lists, or arrays [n] or [n, width].
         kind: Type of the column: a scalar, `large_list<scalar>` or `large_list<fixed_size_list<scalar>>`.
     """
     if not pa.types.is_large_list(kind):
         return pa.array(rows, kind)
     item = kind.value_type
+    if isinstance(rows, Lists):
+        return _flat_column(rows, kind)
     offsets = pa.array(np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]), pa.int64())
     if pa.types.is_fixed_size_list(item):
         flat = _joined([np.ascontiguousarray(row).reshape(-1) for row in rows], item.value_type)
@@ -25,6 +29,17 @@ def column_of(rows: Sequence[Any], kind: pa.DataType) -> pa.Array:
     if pa.types.is_string(item):
         return pa.LargeListArray.from_arrays(offsets, pa.array([v for row in rows for v in row], item), type=kind)
     return pa.LargeListArray.from_arrays(offsets, _joined(list(rows), item), type=kind)
+
+
+def _flat_column(rows: Lists, kind: pa.DataType) -> pa.Array:
+    """The column of Lists whose values are numbers, without touching a row."""
+    item = kind.value_type
+    part = rows.values[rows.first[0] : rows.first[-1]].reshape(-1)
+    offsets = pa.array(rows.first - rows.first[0], pa.int64())
+    if not pa.types.is_fixed_size_list(item):
+        return pa.LargeListArray.from_arrays(offsets, _joined([part], item), type=kind)
+    values = pa.FixedSizeListArray.from_arrays(_joined([part], item.value_type), type=item)
+    return pa.LargeListArray.from_arrays(offsets, values, type=kind)
 
 
 def _joined(rows: list[npt.NDArray[Any]], item: pa.DataType) -> pa.Array:

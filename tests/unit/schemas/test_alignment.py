@@ -61,11 +61,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-def merge_in_plain_python(student, student_first, teacher, teacher_first, limit):
-    ours, our_first = alignment.boundaries_loop(student, student_first, limit)
-    theirs, their_first = alignment.boundaries_loop(teacher, teacher_first, limit)
-    return alignment.pair_loop(ours, our_first, student_first, theirs, their_first, teacher_first)
-
+merge_in_plain_python = alignment.merge_loop(alignment.group_loop)
 
 PATHS = {"compiled": alignment.merge(), "numpy": alignment.merge_numpy, "loop": merge_in_plain_python}
 
@@ -81,19 +77,18 @@ def test_boundaries_are_the_ones_of_the_definition(student: np.ndarray, teacher:
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.tuples(tokenisation(), tokenisation()), max_size=4), st.integers(0, 13))
-def test_every_path_gives_the_same_spans_for_many_groups(
-    groups: list[tuple[np.ndarray, np.ndarray]], limit: int
-) -> None:
+@given(st.lists(st.tuples(tokenisation(), tokenisation(), st.integers(0, 13)), max_size=4))
+def test_every_path_gives_the_same_spans_for_many_groups(groups: list[tuple[np.ndarray, np.ndarray, int]]) -> None:
     student, teacher = (np.concatenate([as_spans([]), *(g[side] for g in groups)]) for side in (0, 1))
     student_first, teacher_first = (np.cumsum([0, *(len(g[side]) for g in groups)]) for side in (0, 1))
 
+    limits = np.array([limit for _, _, limit in groups], np.int64)
     found = {
-        name: merge(student, student_first, teacher, teacher_first, limit).tolist() for name, merge in PATHS.items()
+        name: merge(student, student_first, teacher, teacher_first, limits).tolist() for name, merge in PATHS.items()
     }
 
     expected = []
-    for (ours, theirs), s, t in zip(groups, student_first, teacher_first, strict=False):
+    for (ours, theirs, limit), s, t in zip(groups, student_first, teacher_first, strict=False):
         pairs = [p for p in common_by_definition(ours, theirs) if ours[: p[0], 1].max() <= limit]
         expected += [
             [s + i, s + i_end, t + j, t + j_end]

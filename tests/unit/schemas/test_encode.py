@@ -15,7 +15,8 @@ from xkd_schemas.alignment import align, token_ranges
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.encode import REASONS, Encoder
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_schemas.intervals import BORDER_REACH, blanks, content_intervals
+from xkd_schemas.flat import firsts
+from xkd_schemas.intervals import BORDER_REACH, Read, blanks, content_intervals
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
 from xkd_trainer.models import load_tokenizer
 
@@ -251,6 +252,20 @@ def test_a_lone_surrogate_spoils_no_other_document_of_the_batch() -> None:
     assert [row.status for row in rows] == ["lone_surrogate", OK]
 
 
+def intervals_of(document: Document, offsets: list[np.ndarray]) -> tuple[np.ndarray, str]:
+    """Between a document that lies wrong in every way and an empty one, so that neither touches the other."""
+    segments = [(s.start, s.end) for s in document.segments]
+    read = Read(
+        texts=["ab", document.text, ""], document_G=np.array([0, *(1 for _ in segments)]),
+        segments_G2=np.array([(0, 2), *segments], np.int32),
+        offsets_C2=np.concatenate([np.array([(5, 9), (1, 0)], np.int32), *offsets]),
+        first=firsts([2, *map(len, offsets)]),
+    )  # fmt: skip
+    spans, statuses = content_intervals(read)
+    assert statuses[0::2] == ["outside_text", OK]
+    return spans[2:], statuses[1]
+
+
 @pytest.mark.parametrize(
     ("offsets", "status"),
     [
@@ -271,14 +286,14 @@ def test_offsets_that_lie_are_found(offsets: list[tuple[int, int]], status: str)
     document = document_of([("text", "abxcd", True)], source="t", line=1)
     pairs = np.array(offsets, np.int32).reshape(-1, 2)
 
-    assert content_intervals(document, 5, [(np.zeros(len(pairs), np.int32), pairs)])[1] == status
+    assert intervals_of(document, [pairs])[1] == status
 
 
 def test_an_interval_trimmed_to_nothing_gets_its_blanks_back() -> None:
     document = document_of([("text", "a  b  ", True)], source="t", line=1)
     trimmed = np.array([(0, 1), (3, 3), (3, 4), (6, 6)], np.int32)
 
-    spans, status = content_intervals(document, 6, [(np.zeros(4, np.int32), trimmed)])
+    spans, status = intervals_of(document, [trimmed])
 
     assert (spans.tolist(), status) == ([[0, 1], [1, 3], [3, 4], [4, 6]], OK)
 
@@ -287,7 +302,7 @@ def test_a_token_for_nothing_stays_empty_or_shares_the_last_interval_of_its_segm
     document = question("ab", "cd")
     offsets = [np.array([(0, 0), (0, 2), (2, 2)], np.int32), np.array([(0, 0), (0, 2)], np.int32)]
 
-    spans, status = content_intervals(document, 4, [(np.zeros(len(pairs), np.int32), pairs) for pairs in offsets])
+    spans, status = intervals_of(document, offsets)
 
     assert (spans.tolist(), status) == ([[0, 0], [0, 2], [0, 2], [2, 2], [2, 4]], OK)
 

@@ -106,7 +106,7 @@ def test_the_probes_are_many_and_never_change() -> None:
 def test_what_looks_like_a_special_token_is_text(kind: str) -> None:
     tokenizer = four_tokenizers.tokenizer_of(kind)
 
-    ((ids, _),) = encode_texts(tokenizer, ["a</s>b"])
+    ids = encode_texts(tokenizer, ["a</s>b"]).ids
 
     assert tokenizer.eos_token_id not in ids.tolist()
 
@@ -116,12 +116,12 @@ def test_texts_are_never_truncated_or_padded() -> None:
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=50)
 
-    (long, _), (empty, offsets) = encode_texts(tokenizer, ["the lamp on the harbour wall", ""])
+    encoded = encode_texts(tokenizer, ["the lamp on the harbour wall", ""])
 
-    assert len(long) > 5
-    assert empty.shape == (0,)
-    assert offsets.shape == (0, 2)
-    assert offsets.dtype == np.int32
+    assert encoded.first.tolist() == [0, len(encoded.ids), len(encoded.ids)]
+    assert len(encoded.ids) > 5
+    assert encoded.offsets.shape == (len(encoded.ids), 2)
+    assert encoded.ids.dtype == encoded.offsets.dtype == np.int32
 
 
 def test_a_slow_tokenizer_is_refused_by_name() -> None:

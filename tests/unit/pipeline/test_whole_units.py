@@ -1,0 +1,122 @@
+"""A unit read at once is its rows, and tokens made at once are the ones made document by document."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import four_tokenizers
+import hostile_text
+from small_cache import made
+from xkd_pipeline.align import align_rows, tokens_at
+from xkd_pipeline.documents import document_at
+from xkd_pipeline.whole_units import DocumentRows, documents_of, tokens_of
+from xkd_schemas import encode
+from xkd_schemas.alignment import align, token_ranges
+from xkd_schemas.blocks import DocumentBlock
+from xkd_schemas.documents import Document, document_of
+from xkd_schemas.encode import Encoder
+from xkd_schemas.flat import Lists
+from xkd_schemas.table import Table
+from xkd_schemas.tokens import OK
+
+PAIRS = [(a, b) for a in four_tokenizers.KINDS for b in four_tokenizers.KINDS]
+
+documents = st.builds(
+    lambda prompt, response: document_of(
+        [("prompt", prompt, False), ("response", response, True)], source="s", line=1
+    ),
+    hostile_text.hostile_texts,
+    hostile_text.hostile_texts,
+)
+
+
+def test_a_unit_of_documents_is_its_rows() -> None:
+    table = Table(made() / "cache", "documents")
+    for unit, commit in enumerate(table.manifest.commits):
+        shard = table.shard(unit)
+        whole, rows = documents_of(shard), [shard.row(i) for i in range(commit.rows)]
+
+        assert [whole.block.document(n) for n in range(len(rows))] == [document_at(row) for row in rows]
+        assert list(whole.doc_ids) == [row["doc_id"] for row in rows]
+        for name, found in (("words", whole.words), ("phrases", whole.phrases)):
+            assert [span.tolist() for span in found] == [row[name].tolist() for row in rows]
+
+
+@pytest.mark.parametrize("name", ["teachers/T", "students/S"])
+def test_a_unit_of_tokens_is_its_rows(name: str) -> None:
+    table = Table(made() / "cache", name)
+    for unit, commit in enumerate(table.manifest.commits):
+        shard = table.shard(unit)
+        whole = tokens_of(shard)
+
+        assert len(whole) == commit.rows
+        for n in range(commit.rows):
+            ours, theirs = whole[n], tokens_at(shard.row(n))
+            assert (ours.status, ours.num_chars) == (theirs.status, theirs.num_chars)
+            for field in ("ids", "spans", "kinds", "targets"):
+                np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field))
+
+
+def encoder_of(kind: str, max_tokens: int) -> Encoder:
+    return Encoder(tokenizer=four_tokenizers.tokenizer_of(kind), template="none", max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize(("student_kind", "teacher_kind"), PAIRS)
+@settings(deadline=None, max_examples=12)
+@given(several=st.lists(documents, min_size=1, max_size=5), longest=st.sampled_from([20, 10_000]))
+def test_hostile_rows_aligned_at_once_are_those_aligned_alone(
+    student_kind: str, teacher_kind: str, several: list[Document], longest: int
+) -> None:
+    words = [[(at, min(at + 3, len(d.text))) for at in range(0, len(d.text), 2)] for d in several]
+    found = Lists.of(words, np.int32, 2)
+    rows = DocumentRows(doc_ids=["d"] * len(several), block=DocumentBlock.of(several), words=found, phrases=found)
+    teacher = encoder_of(teacher_kind, 60).encode_batch(several)
+
+    tokens, columns, _ = align_rows(encoder_of(student_kind, longest), rows, teacher)
+
+    for n, document in enumerate(several):
+        limit = teacher[n].num_chars if teacher[n].status == OK else None
+        alone = encoder_of(student_kind, longest).encode(document, limit)
+        if teacher[n].status != OK:
+            assert columns["status"][n] == f"teacher:{teacher[n].status}"
+            assert len(tokens[n].ids) == len(columns["student_spans"][n]) == 0
+            continue
+        assert (tokens[n].status, tokens[n].num_chars) == (alone.status, alone.num_chars)
+        np.testing.assert_array_equal(columns["token_ids"][n], alone.ids)
+        np.testing.assert_array_equal(columns["token_spans"][n], alone.spans)
+        np.testing.assert_array_equal(columns["word_tokens"][n], token_ranges(alone, found[n]))
+        if alone.status == OK:
+            ours, theirs = align(alone, teacher[n], np.array([s.end for s in document.segments], np.int32))
+            np.testing.assert_array_equal(columns["student_spans"][n], ours)
+            np.testing.assert_array_equal(columns["teacher_spans"][n], theirs)
+
+
+def test_results_do_not_depend_on_how_much_is_encoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [document_at(row) for row in Table(made() / "cache", "documents")]
+    at_once = encoder_of("unigram", 40).encode_batch(rows)
+
+    monkeypatch.setattr(encode, "MOST_CHARS", 300)
+
+    for whole, part in zip(at_once, encoder_of("unigram", 40).encode_batch(rows), strict=True):
+        assert (whole.status, whole.num_chars) == (part.status, part.num_chars)
+        np.testing.assert_array_equal(whole.ids, part.ids)
+        np.testing.assert_array_equal(whole.spans, part.spans)
+
+
+def test_a_damaged_batch_is_not_read(tmp_path: Path) -> None:
+    import small_cache
+    from xkd_schemas.errors import BadData
+
+    cache = small_cache.copied(tmp_path)
+    table = Table(cache, "documents")
+    commit = table.manifest.commits[0]
+    path = table.path(0)
+    data = bytearray(path.read_bytes())
+    data[commit.batches[0].offset + commit.batches[0].length - 9] ^= 1
+    path.write_bytes(data)
+
+    with pytest.raises(BadData, match="does not match its digest"):
+        documents_of(Table(cache, "documents").shard(0))

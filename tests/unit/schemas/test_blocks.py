@@ -1,0 +1,104 @@
+"""Blocks and Lists give back what was put into them, row by row and as columns."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xkd_schemas.blocks import DocumentBlock, TokenBlock, pieces_of
+from xkd_schemas.documents import INTERVALS, Document, document_of, flat_list
+from xkd_schemas.flat import Lists
+from xkd_schemas.ragged import column_of
+from xkd_schemas.tokens import OK, Tokens
+
+ROWS = st.lists(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=4), max_size=6)
+PARTS = st.tuples(st.sampled_from(["user", "assistant", "text"]), st.text(max_size=3), st.booleans())
+DOCUMENTS = st.lists(st.lists(PARTS, max_size=4), max_size=5)
+
+
+def tokens(size: int, status: str = OK) -> Tokens:
+    numbers = np.arange(size, dtype=np.int32)
+    return Tokens(
+        status=status, num_chars=2 * size, ids=numbers, spans=np.stack([numbers, numbers + 1], axis=1),
+        kinds=(numbers % 3).astype(np.uint8), targets=numbers % 2 == 0,
+    )  # fmt: skip
+
+
+def plain(row: Tokens) -> tuple[object, ...]:
+    return row.status, row.num_chars, *(a.tolist() for a in (row.ids, row.spans, row.kinds, row.targets))
+
+
+def documents_of(parts: list[list[tuple[str, str, bool]]]) -> list[Document]:
+    return [document_of(p, source="s", line=n) for n, p in enumerate(parts)]
+
+
+@given(rows=ROWS, cut=st.slices(6))
+def test_lists_and_their_slices_are_their_rows(rows: list[list[tuple[int, int]]], cut: slice) -> None:
+    lists, cut = Lists.of(rows, np.int32, 2), slice(cut.start, cut.stop)
+
+    assert [row.tolist() for row in lists] == [[list(pair) for pair in row] for row in rows]
+    assert [row.tolist() for row in lists[cut]] == [row.tolist() for row in list(lists)[cut]]
+    assert lists.counts.tolist() == [len(row) for row in rows]
+
+
+@given(rows=ROWS, cut=st.integers(0, 6))
+def test_a_column_of_lists_is_the_column_of_their_rows_to_the_byte(
+    rows: list[list[tuple[int, int]]], cut: int
+) -> None:
+    for kind, width in ((INTERVALS, 2), (flat_list(pa.bool_()), 0), (flat_list(pa.uint8()), 0)):
+        dtype = np.int32 if width else kind.value_type.to_pandas_dtype()
+        arrays = [np.array(row if width else [a for a, _ in row], dtype) for row in rows]
+        arrays = [a.reshape(-1, width) if width else a for a in arrays]
+        columns = [column_of(given[cut:], kind) for given in (arrays, Lists.of(arrays, dtype, width))]
+        whole, flat = (pa.RecordBatch.from_arrays([column], ["x"]).serialize().to_pybytes() for column in columns)
+        assert whole == flat
+
+
+def test_a_row_behind_the_last_or_in_front_of_the_first_is_not_there() -> None:
+    lists, block = Lists.of([[1], [2, 3]], np.int32), TokenBlock.of([tokens(1), tokens(2)])
+
+    assert (lists[-1].tolist(), block[-2].ids.tolist()) == ([2, 3], [0])
+    for rows in (lists, block):
+        for index in (2, -3):
+            with pytest.raises(IndexError):
+                rows[index]
+
+
+@given(parts=DOCUMENTS, first=st.integers(0, 5), size=st.integers(0, 5))
+def test_documents_come_out_of_a_block_and_of_its_parts(
+    parts: list[list[tuple[str, str, bool]]], first: int, size: int
+) -> None:
+    documents = documents_of(parts)
+    first, end = min(first, len(documents)), min(first + size, len(documents))
+    block = DocumentBlock.of(documents)
+
+    assert [block.document(n) for n in range(len(block))] == documents
+    part = block.part(first, end)
+    assert [part.document(n) for n in range(len(part))] == documents[first:end]
+    taken = block.taken(range(first, end))
+    assert [taken.document(n) for n in range(len(taken))] == documents[first:end]
+
+
+@given(sizes=st.lists(st.integers(0, 5), max_size=5), data=st.data())
+def test_tokens_come_out_of_a_block_and_an_unusable_row_has_none(sizes: list[int], data: st.DataObject) -> None:
+    rows = [tokens(n) for n in sizes]
+    usable = np.array(data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes))), bool)
+    block = TokenBlock.of(rows)
+    statuses = [OK if fine else "no_target" for fine in usable]
+
+    assert [plain(row) for row in block] == [plain(row) for row in block[:]] == [plain(row) for row in rows]
+    assert block.counted(block.targets).tolist() == [int(row.targets.sum()) for row in rows]
+    marked = block.marked(statuses, usable)
+    assert [row.status for row in marked] == statuses
+    for row, old, fine in zip(marked, rows, usable, strict=True):
+        assert plain(row)[1:] == (plain(old) if fine else (OK, old.num_chars, *plain(tokens(0))[2:]))[1:]
+    assert TokenBlock.of(marked) is marked
+
+
+@given(sizes=st.lists(st.integers(0, 9), max_size=8), most=st.integers(0, 12))
+def test_stretches_cover_the_rows_and_are_no_larger_than_they_may(sizes: list[int], most: int) -> None:
+    found = pieces_of(sizes, most)
+
+    assert [n for first, end in found for n in range(first, end)] == list(range(len(sizes)))
+    assert all(end == first + 1 or sum(sizes[first:end]) <= most for first, end in found)
