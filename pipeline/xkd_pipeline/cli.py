@@ -103,6 +103,7 @@ def teacher(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
     codec: Annotated[str | None, typer.Option(help="bf16, bf16-planes (exact) or int8.")] = None,
     topk: Annotated[int | None, typer.Option(min=1, help="Classes kept of a prediction, for topk signals.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Classes drawn of a prediction, for rskd.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a forward pass.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one worker.")] = None,
     workers: WorkersOption = None,
@@ -119,7 +120,7 @@ def teacher(
         "cache": str(cache), "teacher.model": model, "teacher.losses": _names(losses), "teacher.name": name,
         "teacher.template": template, "teacher.word_layers": _numbers(word_layers),
         "teacher.phrase_layers": _numbers(phrase_layers), "teacher.max_tokens": max_tokens, "teacher.dtype": dtype,
-        "teacher.codec": codec, "teacher.topk": topk,
+        "teacher.codec": codec, "teacher.topk": topk, "teacher.samples": samples,
         "teacher.batch_tokens": batch_tokens, "teacher.threads": threads, "workers": workers,
     }  # fmt: skip
     run = _run_of(None, sets, flags)

@@ -22,6 +22,7 @@ def add(
     word_layers: Annotated[str | None, typer.Option(help="Teacher layers read on words, for --for.")] = None,
     phrase_layers: Annotated[str | None, typer.Option(help="Teacher layers read on phrases, for --for.")] = None,
     topk: Annotated[int | None, typer.Option(min=1, help="Classes kept of a prediction, for --for.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Classes drawn of a prediction, for --for.")] = None,
     codec: Annotated[str, typer.Option(help="Of new signals; the teacher's table's own unless given.")] = "",
     form: Annotated[str, typer.Option(help="Form of new rows, as for documents.")] = "auto",
     column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN of new rows; repeatable.")] = None,
@@ -53,7 +54,8 @@ def add(
         if documents:
             raise UsageError("--documents and signals are added one after the other", next="run add twice")
         asked = {
-            "teacher.losses": _parts(losses), "teacher.topk": topk, "teacher.word_layers": _layers(word_layers),
+            "teacher.losses": _parts(losses), "teacher.topk": topk, "teacher.samples": samples,
+            "teacher.word_layers": _layers(word_layers),
             "teacher.phrase_layers": _layers(phrase_layers), "teacher.codec": codec or None,
         }  # fmt: skip
         given = [f"{key}={toml_text(value)}" for key, value in asked.items() if value is not None]

@@ -41,7 +41,7 @@ def verify(
     for one in bad:
         say(one.line)
     if skipped:
-        say(f"not compared, their codec is not bit by bit: {', '.join(skipped)}")
+        say(f"not compared, they need not be the same bit by bit: {', '.join(skipped)}")
     if bad:
         raise BadData(f"{len(bad)} things are wrong with {cache}", next=f"xkd-cache repair {cache}")
     say(f"{cache} is whole ({level}{f', {rows} rows recomputed' if rows else ''})")

@@ -16,6 +16,7 @@ from xkd_pipeline.verify import Bad, opened
 from xkd_schemas.codecs import CODECS
 from xkd_schemas.documents import DOCUMENTS
 from xkd_schemas.manifest import Commit
+from xkd_schemas.sampled import fault_of
 from xkd_schemas.table import Row, Table
 from xkd_schemas.tokens import CONTENT, END, OK, STUDENTS, TEMPLATE, kept_rows, predictors, spans_read
 
@@ -49,8 +50,10 @@ def _unit(root: Path, table: Table, number: int, commit: Commit) -> Iterator[str
     documents = rows if table.name == "documents" else _beside(root, "documents", number)
     teacher = table.manifest.spec.get("teacher")
     teachers = _beside(root, f"teachers/{teacher}", number) if teacher else documents
+    classes = _classes(root, table)
     for at, row in enumerate(rows):
-        if fault := _row(table, row, teachers[at], documents[at], shard.schema):
+        fault = _row(table, row, teachers[at], documents[at], shard.schema) or _drawn(row, shard.schema, classes)
+        if fault:
             yield f"row {at} ({row['doc_id']}): {fault}"
     if not table.name.startswith("signals/"):
         yield from _counts(table, commit, rows)
@@ -66,6 +69,20 @@ def _row(table: Table, row: Row, teacher: Row, document: Row, schema: pa.Schema)
     return _tokens(row, document, table) or (
         _signals(row, row, document, schema) if kind == "teachers" else _aligned(row, teacher, document)
     )
+
+
+def _classes(root: Path, table: Table) -> int:
+    """Rows of the teacher's head, for tables that have something of it; 0 for others."""
+    kind, _, name = table.name.partition("/")
+    teacher = {"teachers": name, "signals": table.manifest.spec.get("teacher")}.get(kind)
+    return int(opened(root, f"teachers/{teacher}").manifest.constants["vocab_size"]) if teacher else 0
+
+
+def _drawn(row: Row, schema: pa.Schema, classes: int) -> str:
+    """What is wrong with drawn classes and their shares."""
+    columns = [name for name in schema.names if name.startswith("sampled#")]
+    faults = ((name, fault_of(row[name], classes)) for name in columns)
+    return next((f"{name}: {fault}" for name, fault in faults if fault), "")
 
 
 def _beside(root: Path, name: str, number: int) -> list[Row]:
@@ -144,7 +161,7 @@ def _values(name: str, values: Any, codec: str) -> str:
         return f"{name} is negative"
     if kind in PER_TOKEN and len(values) and abs(float(values.sum()) - 1) > 1e-2:
         return f"{name} adds up to {float(values.sum()):.4f}"
-    if kind == "span_geometry" and len(values) and np.abs(values.astype(np.float32)).max() > 1.01:
+    if kind == "span_geometry" and len(values) and np.abs(values).max() > 1:
         return f"{name} has a cosine outside [-1, 1]"
     return ""
 
