@@ -1,7 +1,8 @@
 """The trainer's reader against a memory copy of the same states, and against readers of other projects.
 
 Everybody puts the states of eight documents at a time into a padded batch: the trainer's own `batch_of` with all that
-it makes beside them (tokens, alignment, masks), the others with the states alone into a tensor that is reused.
+it makes beside them (tokens, alignment, masks), the others with the states alone into a tensor that is reused, and the
+zeros after them: what "memory" is does the same from arrays in memory. A bare copy without the zeros has a row too.
 
 Shape legend for this file
     R kept rows of one document    B documents of a batch    D width
@@ -27,8 +28,8 @@ from xkd_trainer.cache import Cache
 from xkd_trainer.stream import batch_of
 
 BATCH = 8
-States = npt.NDArray[np.uint16]
-ReadOne = Callable[[int], Tensor]
+States = npt.NDArray[np.int16]
+ReadOne = Callable[[int], States]
 
 
 def run(options: Options) -> list[Result]:
@@ -39,15 +40,16 @@ def run(options: Options) -> list[Result]:
     in_order = np.arange(len(states))
     orders = {"sequential": in_order, "shuffled": np.random.default_rng(2).permutation(in_order)}
     readers, results = peers(states, options.scratch)
-    target_BRD = torch.zeros(BATCH, max(map(len, states)), sizes.width, dtype=torch.int16)
+    target_BRD = np.zeros((BATCH, max(map(len, states)), sizes.width), np.int16)
     cache = Cache(options.scratch / "cache", student="made")
     calls: dict[str, Callable[[], object]] = {
         "first touch": lambda: read_all(Cache(options.scratch / "cache", student="made"), in_order)
     }
     for name, order in orders.items():
-        calls |= {f"ours {name}": lambda order=order: read_all(cache, order)}  # type: ignore[misc]
+        calls |= {f"bare copy {name}": functools.partial(copy_all, readers["memory"], order, target_BRD)}
+        calls |= {f"ours {name}": functools.partial(read_all, cache, order)}
         for peer, read in readers.items():
-            calls |= {f"{peer} {name}": lambda order=order, read=read: copy_all(read, order, target_BRD)}  # type: ignore[misc]
+            calls |= {f"{peer} {name}": functools.partial(pad_all, read, order, target_BRD)}
     seconds = interleaved(calls, options.repeats)
     size = sum(s.nbytes for s in states)
 
@@ -56,12 +58,14 @@ def run(options: Options) -> list[Result]:
 
     bars = {"sequential": 0.60, "shuffled": 0.55}
     rows: list[Result] = [
-        row(f"{name} reader / memory copy of the same states", f"ours {name}", f"memory {name}", bars[name])
+        row(f"{name} reader / memory copy of the same padded states", f"ours {name}", f"memory {name}", bars[name])
         for name in orders
     ]
-    rows.append(
-        row("reader that checks every digest on the way / memory copy", "first touch", "memory sequential", None)
-    )
+    others = {
+        "reader that opens the cache and checks every digest / memory copy": ("first touch", "memory sequential"),
+        "shuffled reader / bare copy without the zeros": ("ours shuffled", "bare copy shuffled"),
+    }
+    rows += [row(what, *names, None) for what, names in others.items()]
     rows += [
         row(f"shuffled reader / {peer}", "ours shuffled", f"{peer} shuffled", PEER_BARS[peer])
         for peer in readers
@@ -83,21 +87,31 @@ def read_all(cache: Cache, order: Any) -> None:
         batch_of(cache, rows, frozenset({HIDDEN}))
 
 
-def copy_all(read: ReadOne, order: Any, target_BRD: Tensor) -> None:
-    """Every document once into the reused batch."""
+def copy_all(read: ReadOne, order: Any, target_BRD: States) -> None:
+    """Every document once into the reused batch, and nothing else."""
     for rows in batches(order):
         for place, row in enumerate(rows):
             states_RD = read(row)
-            target_BRD[place, : len(states_RD)].copy_(states_RD)
+            target_BRD[place, : len(states_RD)] = states_RD
+
+
+def pad_all(read: ReadOne, order: Any, target_BRD: States) -> None:
+    """Every document once into the reused batch, which is left as it must be: zeros after each document."""
+    for rows in batches(order):
+        found = [read(row) for row in rows]
+        longest = max(map(len, found))
+        for place, states_RD in enumerate(found):
+            target_BRD[place, : len(states_RD)] = states_RD
+            target_BRD[place, len(states_RD) : longest] = 0
 
 
 PEER_BARS = {"datasets, torch format": 5.0, "datasets, torch format of int16": None, "MDS bytes": 1.8, "litdata": 1.3}
 
 
-def peers(states: Sequence[States], scratch: Path) -> tuple[dict[str, ReadOne], list[Result]]:
+def peers(states: Sequence[npt.NDArray[np.uint16]], scratch: Path) -> tuple[dict[str, ReadOne], list[Result]]:
     """Readers of one document's states by name, and rows for those that are not installed."""
     tensors = [torch.from_numpy(one.view(np.int16)) for one in states]
-    found: dict[str, ReadOne] = {"memory": tensors.__getitem__}
+    found: dict[str, ReadOne] = {"memory": [one.view(np.int16) for one in states].__getitem__}
     missing: list[Result] = []
     for name, package, make in (
         ("datasets, torch format", "datasets", of_datasets),
@@ -134,7 +148,7 @@ def of_datasets(tensors: Sequence[Tensor], folder: Path, dtype: torch.dtype | No
         made.save_to_disk(str(folder))
     width, options = tensors[0].shape[1], {} if dtype is None else {"dtype": dtype}
     saved = datasets.load_from_disk(str(folder)).with_format("torch", **options)
-    return lambda row: saved[row]["states"].view(-1, width)
+    return lambda row: saved[row]["states"].numpy().reshape(-1, width)
 
 
 def of_mds(tensors: Sequence[Tensor], folder: Path) -> ReadOne:
@@ -146,7 +160,7 @@ def of_mds(tensors: Sequence[Tensor], folder: Path) -> ReadOne:
             writer.write({"states": tensor.numpy().tobytes()})
     saved = StreamingDataset(local=str(folder), batch_size=1)
     width = tensors[0].shape[1]
-    return lambda row: torch.frombuffer(saved[row]["states"], dtype=torch.int16).view(-1, width)
+    return lambda row: np.frombuffer(saved[row]["states"], np.int16).reshape(-1, width)
 
 
 def of_litdata(tensors: Sequence[Tensor], folder: Path) -> ReadOne:
@@ -161,4 +175,4 @@ def of_litdata(tensors: Sequence[Tensor], folder: Path) -> ReadOne:
     writer.done()
     writer.merge(1)
     saved = StreamingDataset(str(folder))
-    return lambda row: saved[row]
+    return lambda row: saved[row].numpy()
