@@ -117,17 +117,22 @@ def made(folder: Path, shape: Shape) -> Pair:
     return Pair(teacher=str(teacher), student=str(student), tokenizer=str(student), cache=cache, template=TEMPLATE)
 
 
-def _documents(characters: int) -> Iterator[Document]:
-    """Docstrings of the standard library, cut: the first third is the prompt, the rest the response."""
+def texts_of(characters: int) -> Iterator[str]:
+    """Docstrings of the standard library, cut; those of less than half the length are left out."""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
         for text in filter(None, map(ast.get_docstring, nodes)):
             if len(text) >= characters // 2:
-                text = text[:characters]
-                third = len(text) // 3
-                parts = [("prompt", text[:third], False), ("response", text[third:], True)]
-                yield document_of(parts, source=path.name, line=1)
+                yield text[:characters]
+
+
+def _documents(characters: int) -> Iterator[Document]:
+    """The first third of each text is the prompt, the rest the response."""
+    for number, text in enumerate(texts_of(characters), start=1):
+        third = len(text) // 3
+        parts = [("prompt", text[:third], False), ("response", text[third:], True)]
+        yield document_of(parts, source="standard library", line=number)
 
 
 def _spans(document: Document) -> Spans:
