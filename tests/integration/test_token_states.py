@@ -137,7 +137,8 @@ def test_every_tool_knows_the_columns_under_every_codec(codec: str, tmp_path: Pa
     assert plan["teacher_bytes"] == pytest.approx(sum(c.size for c in table.manifest.commits), rel=0.05)
     error = table.manifest.constants.get("codec_error", {})
     wide = {c for c in table.manifest.spec["signals"] if c.startswith(("hidden", "span_vectors"))}
-    assert set(error) - {"kl_nats"} == (wide if codec != PLAIN else set())
+    rounded = {c for c in table.manifest.spec["signals"] if c.startswith("span_geometry")}
+    assert set(error) - {"kl_nats"} - rounded == (wide if codec != PLAIN else set())
     assert all(value < 0.02 for value in error.values())
 
     code, said = asked("verify", folder, "--level", "deep")
