@@ -20,9 +20,6 @@ OTHER, SAME = "S-all", "T-all"
 """Student tables: another tokenizer than the teacher's, and the teacher's own."""
 
 
-NEEDS_ONE_TOKENIZER = ("kl", "rskd", "dskd", "fdd")
-
-
 FOR_PRETRAINED = ("dskd_v2",)
 """Its projection is solved from the student's head; a new head moves away from it, and the sum may rise at first."""
 
@@ -55,7 +52,7 @@ def run_of(table: str, loss: str, out: Path) -> RunFile:
 
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_a_loss_falls_from_the_cache(loss: str, tmp_path: Path) -> None:
-    if loss in NEEDS_ONE_TOKENIZER:
+    if LOSSES[loss].one_tokenizer:
         with pytest.raises(UsageError, match="tokenizer"):
             train(run_of(OTHER, loss, tmp_path), student_table=OTHER, quiet=True)
         table = SAME

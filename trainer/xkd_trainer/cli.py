@@ -127,6 +127,10 @@ def losses(as_json: JsonOption = False) -> None:
     for name, parts in described.items():
         say(f"{name}: {parts['source']}")
         say(f"  needs: {', '.join(parts['needs']) or 'nothing of the teacher'}")
+        for setting, signals in parts["more"].items():
+            say(f"    with {name}.{setting} also: {', '.join(signals)}")
+        if parts["one_tokenizer"]:
+            say("  for one tokenizer: the student's must be the teacher's")
         for setting, default in parts["settings"].items():
             say(f"  {name}.{setting} = {default}")
 

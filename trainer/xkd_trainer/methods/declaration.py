@@ -5,10 +5,10 @@ Capture, the size of the cache, the trainer and the error messages all read this
 Shape legend: see batch.py; d is the student's width, V its vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -148,6 +148,8 @@ class Declaration:
     """The module; it satisfies `Loss`."""
     default_weight: float = 1.0
     """Used by `--loss NAME` without a number."""
+    one_tokenizer: bool = False
+    """Whether it compares token with token, so that student and teacher must have the same tokenizer."""
 
     def parse(self, values: Mapping[str, Any]) -> BaseModel:
         """Settings from the run file; UsageError names what does not fit."""
@@ -179,15 +181,33 @@ def uniform_weights(valid: Tensor) -> Tensor:
 
 
 def describe_loss(declaration: Declaration) -> dict[str, Any]:
-    """Source, needs (with example layers) and defaults of a loss."""
+    """Source, needs (with example layers), what single settings need besides, and defaults of a loss."""
     settings = declaration.settings()
-    needs = declaration.needs(settings, Levels([(1, "word"), (2, "phrase")], num_layers=2, states=[1]))
+    needs = _needs(declaration, {})
+    more = {f"{name}={value}": _needs(declaration, {name: value}) - needs for name, value in _choices(declaration)}
     return {
         "source": declaration.source,
-        "needs": sorted({_pattern(signal) for signal in needs}),
+        "one_tokenizer": declaration.one_tokenizer,
+        "needs": sorted(needs),
+        "more": {setting: sorted(signals) for setting, signals in more.items() if signals},
         "weight": declaration.default_weight,
         "settings": {name: getattr(settings, name) for name in declaration.settings.model_fields},
     }
+
+
+def _needs(declaration: Declaration, values: Mapping[str, Any]) -> set[str]:
+    """Patterns of the signals that a loss needs with some settings, at a teacher of two layers."""
+    levels = Levels([(1, "word"), (2, "phrase")], num_layers=2, states=[1])
+    return {_pattern(signal) for signal in declaration.needs(declaration.parse(values), levels)}
+
+
+def _choices(declaration: Declaration) -> Iterator[tuple[str, Any]]:
+    """Every setting that is one of several names or a list of teacher layers, with each of its values."""
+    for name, field in declaration.settings.model_fields.items():
+        if get_origin(field.annotation) is Literal:
+            yield from ((name, value) for value in get_args(field.annotation))
+        elif name == "layers":
+            yield name, [1]
 
 
 def _pattern(signal: Signal) -> str:

@@ -138,6 +138,7 @@ DSKD = Declaration(
     needs=needs,
     build=Dskd,
     default_weight=0.5,
+    one_tokenizer=True,
 )
 
 DSKD_CMA = Declaration(

@@ -119,4 +119,5 @@ FDD = Declaration(
     settings=FddSettings,
     needs=needs,
     build=Fdd,
+    one_tokenizer=True,
 )

@@ -87,4 +87,5 @@ KL = Declaration(
     settings=KlSettings,
     needs=lambda _settings, _levels: (Signal("hidden_last"),),
     build=Kl,
+    one_tokenizer=True,
 )

@@ -86,4 +86,5 @@ RSKD = Declaration(
     settings=RskdSettings,
     needs=lambda _settings, _levels: (Signal("sampled"), Signal("entropy")),
     build=Rskd,
+    one_tokenizer=True,
 )

@@ -1,0 +1,80 @@
+"""Every loss trains the demo's student from one cache of the demo's teacher: real weights, real tokenizers, real text.
+
+The assets are those of `python data/demo_assets.py --out demo`; XKD_DEMO names another folder that has them. Without
+them these tests are skipped: random models stand in for them in test_every_loss_trains.
+"""
+
+import json
+import math
+import os
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+import small_cache
+from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
+from xkd_schemas.runfile import RunFile
+from xkd_trainer.loop import train
+from xkd_trainer.methods import LOSSES
+
+DEMO = Path(os.environ.get("XKD_DEMO") or Path(__file__).parents[2] / "demo")
+ASSETS = ("teacher/model.safetensors", "tokenizer/tokenizer.json", "train.jsonl")
+pytestmark = pytest.mark.skipif(
+    not all((DEMO / name).exists() for name in ASSETS), reason="no demo assets: python data/demo_assets.py --out demo"
+)
+
+ROWS, STEPS = 4, 3
+OTHER, SAME = "bpe-4k", "smollm2-own"
+"""Student tables: with the demo's tokenizer, and with the teacher's own."""
+TOKENIZERS = {OTHER: "tokenizer", SAME: "teacher"}
+
+
+def run_of(cache: Path, corpus: Path, table: str, out: str = "", loss: str = "ce") -> RunFile:
+    return small_cache.run_file(
+        cache,
+        documents={"corpus": [str(corpus)], "rows_per_shard": 64},
+        teacher={
+            "model": str(DEMO / "teacher"), "name": "smollm2", "dtype": "bfloat16", "losses": list(LOSSES),
+            "batch_tokens": 1024,
+        },
+        student={
+            "model": "new:llama,layers=4,width=128", "tokenizer": str(DEMO / TOKENIZERS[table]), "name": table,
+            "template": "chat",
+        },
+        train={
+            "loss": f"ce=0,{loss}" if loss != "ce" else "ce", "steps": STEPS, "batch_size": ROWS, "out": out,
+            "lr": 1e-4, "projector_lr": 1e-4, "log_every": 1,
+        },
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all losses need of the teacher, on a few short rows of the demo's text."""
+    folder = tmp_path_factory.mktemp("demo-pair")
+    corpus = folder / "rows.jsonl"
+    with (DEMO / "train.jsonl").open(encoding="utf-8") as lines:
+        corpus.write_text("".join(islice((line for line in lines if 150 < len(line) < 200), ROWS)), encoding="utf-8")
+    for number, table in enumerate(TOKENIZERS):
+        run = run_of(folder / "cache", corpus, table)
+        for stage in (documents_stage, teacher_stage, align_stage)[2 * min(number, 1) :]:
+            stage(run, small_cache.IN_PROCESS)
+    return folder / "cache"
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_a_loss_trains_the_demos_student_from_the_cache(loss: str, cache: Path, tmp_path: Path) -> None:
+    table = SAME if LOSSES[loss].one_tokenizer else OTHER
+
+    train(run_of(cache, cache, table, str(tmp_path / "out"), loss), student_table=table, quiet=True)
+
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(tmp_path / "out")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    terms = [name for name in lines[0] if name.startswith(f"{loss}.") and not name.endswith(".count")]
+    assert terms
+    for line in lines:
+        assert all(math.isfinite(line[name]) and line[f"{name}.count"] > 0 for name in terms)
+    assert lines[-1]["loss"] < lines[0]["loss"]
