@@ -15,6 +15,7 @@ from xkd_pipeline.run import Workers
 from xkd_pipeline.spans import ParserSettings
 from xkd_pipeline.store import locked
 from xkd_pipeline.teacher import make_teacher, teacher_layers
+from xkd_schemas.codecs import PLAIN
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.table import Table, names_in
@@ -147,11 +148,12 @@ def _outcome(built: Built, line: str, values: dict[str, Any]) -> Outcome:
 
 
 def _codec_error(manifest: Any) -> str:
-    """What the codec, rounding and draws cost, in words; nothing where signals are stored as they are."""
+    """What the codec and drawn classes cost, in words; nothing where signals are stored as they are."""
     error = dict(manifest.constants.get("codec_error", {}))
     draws = {name: error.pop(name) for name in list(error) if name.startswith("sampled#")}
     kl = f", next-token KL {error.pop('kl_nats'):.2g} nats" if "kl_nats" in error else ""
-    said = f"; codec {manifest.spec['codec']}: largest relative error {max(error.values()):.2g}{kl}" if error else ""
+    coded = error and manifest.spec["codec"] != PLAIN
+    said = f"; codec {manifest.spec['codec']}: largest relative error {max(error.values()):.2g}{kl}" if coded else ""
     return said + "".join(f"; {name}: off by {value:.2g}, right on average" for name, value in draws.items())
 
 

@@ -1,0 +1,176 @@
+"""Drawn classes through every tool: plan, capture, verify, report, export, add; and what is refused."""
+
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import small_cache
+from xkd_pipeline import capture as capturing
+from xkd_pipeline import teacher as teachers
+from xkd_pipeline.cli import app
+from xkd_pipeline.deep import _drawn, _values
+from xkd_pipeline.plan import make_plan
+from xkd_pipeline.stages import documents_stage, teacher_stage
+from xkd_pipeline.teacher import check_top
+from xkd_schemas.errors import UsageError
+from xkd_schemas.runfile import RunFile
+from xkd_schemas.table import Table
+from xkd_schemas.teacher import Signal
+from xkd_trainer.cache import Cache
+from xkd_trainer.models import load_model
+
+K = 5
+COLUMN = f"sampled#{K}"
+
+
+def run_with(cache: Path, **teacher: Any) -> RunFile:
+    made = small_cache.made()
+    given = {"model": str(made / "teacher"), "name": "drawn", "losses": ["rskd"], "samples": K} | teacher
+    return small_cache.run_file(
+        cache, documents={"corpus": [str(cache.parent / "many.jsonl")], "rows_per_shard": 32}, teacher=given
+    )
+
+
+@functools.cache
+def captured() -> Path:
+    """A cache of 40 documents with drawn classes, and what its capture said."""
+    folder = Path(tempfile.mkdtemp(prefix="xkd-drawn-")) / "cache"
+    small_cache.write_rows(folder.parent / "many.jsonl", small_cache.corpus_rows(40))
+    documents_stage(run_with(folder), small_cache.IN_PROCESS)
+    outcome = teacher_stage(run_with(folder), small_cache.IN_PROCESS)
+    (folder.parent / "said.txt").write_text(outcome.line)
+    return folder
+
+
+def asked(*words: object) -> tuple[int, dict[str, Any]]:
+    result = CliRunner().invoke(app, [*map(str, words), "--json"])
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_the_plan_is_within_five_percent_of_the_shards() -> None:
+    plan = make_plan(run_with(captured()), sample=256, budget=None, rate=None)
+    commits = Table(captured(), "teachers/drawn").manifest.commits
+
+    assert plan["teacher_bytes"] == pytest.approx(sum(c.size for c in commits), rel=0.05)
+    column = next(c for c in plan["columns"] if c["column"] == COLUMN)
+    targets = sum(c.counts["targets"] for c in commits)
+    assert column["bytes"] == pytest.approx(4 * K * targets, rel=0.02, abs=9 * 40)
+
+
+def test_every_tool_knows_the_column(tmp_path: Path) -> None:
+    code, said = asked("verify", captured(), "--level", "deep")
+    assert (code, said["bad"]) == (0, [])
+    model = small_cache.made() / "teacher"
+    code, said = asked("verify", captured(), "--recompute", 3, "--model", model)
+    assert (code, said["bad"], said["not_compared"]) == (0, [], [COLUMN])
+    page, files = tmp_path / "r.html", tmp_path / "parquet"
+    assert CliRunner().invoke(app, ["report", str(captured()), "--out", str(page)]).exit_code == 0
+    assert page.read_text().count(COLUMN) >= 2
+    assert CliRunner().invoke(app, ["export", str(captured()), "--parquet", str(files)]).exit_code == 0
+    table = Table(captured(), "teachers/drawn")
+    stored = pq.read_table(sorted((files / "teachers/drawn").rglob("*.parquet"))[0])[COLUMN]
+    for number in (0, 7):
+        assert stored[number].as_py() == table[number][COLUMN].tolist()
+
+
+def test_capture_says_how_far_off_the_draws_are() -> None:
+    error = Table(captured(), "teachers/drawn").manifest.constants["codec_error"][COLUMN]
+    said = (captured().parent / "said.txt").read_text()
+    assert f"{COLUMN}: off by {error:.2g}, right on average" in said
+    assert "codec" not in said
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(captured() / "documents", folder / "documents")
+
+    teacher_stage(run_with(folder), small_cache.IN_PROCESS)
+
+    ours, theirs = (small_cache.files_of(root / "teachers") for root in (folder, captured()))
+    assert ours == theirs
+
+
+def test_more_draws_can_be_added_beside_the_table(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(captured(), folder)
+
+    code, said = asked("add", folder, "--model", small_cache.made() / "teacher", "--signals", "sampled#9,topk_ids#3")
+
+    assert code == 0, said
+    (name,) = (path.name for path in (folder / "signals").iterdir())
+    beside, table = Table(folder, f"signals/{name}"), Table(folder, "teachers/drawn")
+    assert set(beside.manifest.constants["codec_error"]) == {"sampled#9"}
+    assert beside.manifest.constants["codec_error"]["sampled#9"] < table.manifest.constants["codec_error"][COLUMN]
+    assert all(len(a["sampled#9"]) == len(b[COLUMN]) for a, b in zip(beside, table, strict=True))
+    code, said = asked("verify", folder, "--level", "deep")
+    assert (code, said["bad"]) == (0, [])
+
+
+def test_deep_verification_sees_what_cannot_be() -> None:
+    table = Table(captured(), "teachers/drawn")
+    schema, entries = table.shard(0).schema, np.array(table[0][COLUMN])
+    assert _drawn({COLUMN: entries}, schema, 10**5) == ""
+
+    wrong = entries.copy()
+    wrong[1, 0] += 1
+    assert _drawn({COLUMN: wrong}, schema, 10**5) == f"{COLUMN}: shares add up to 4096, not to 4095"
+    assert "not ascending" in _drawn({COLUMN: entries[:, ::-1]}, schema, 10**5)
+    assert "a class is not from 0 to 2" in _drawn({COLUMN: entries}, schema, 3)
+
+
+def test_deep_verification_sees_a_cosine_beyond_1() -> None:
+    fine = np.array([1.0, -1.0, 0.5], np.float16)
+    assert _values("span_geometry@2:word", fine, "float16") == ""
+    assert "outside" in _values("span_geometry@2:word", np.nextafter(fine, np.float16(2)), "float16")
+
+
+def test_only_ids_of_the_tokenizer_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(captured() / "documents", folder / "documents")
+    monkeypatch.setattr(capturing, "classes_of", lambda model: 50)
+
+    teacher_stage(run_with(folder), small_cache.IN_PROCESS)
+
+    drawn = [row[COLUMN] // 4096 for row in Table(folder, "teachers/drawn")]
+    assert max(entries.max() for entries in drawn) == 49
+
+
+def test_too_many_draws_and_too_many_classes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_with(captured(), samples=10**6, name="big")
+    with pytest.raises(UsageError, match=r"samples is 1000000, .* has \d+ classes. Next: --samples \d+ at most"):
+        teacher_stage(run, small_cache.IN_PROCESS)
+    monkeypatch.setattr(teachers, "MOST_CLASSES", 100)
+    with pytest.raises(UsageError, match=r"has \d+ classes; sampled#5 can hold numbers of 100. Next: use a loss that"):
+        check_top(
+            [Signal("sampled", top=5)], load_model(str(small_cache.made() / "teacher"), dtype=torch.float32), "T"
+        )
+
+
+def test_a_cache_without_draws_says_how_to_get_them() -> None:
+    cache = Cache(small_cache.made() / "cache", student="S")
+    with pytest.raises(UsageError, match=r"loss rskd needs sampled, which .*--for rskd"):
+        cache.require("rskd", (Signal("sampled"), Signal("entropy")))
+
+
+def test_a_budget_goes_from_kl_to_draws_and_to_fewer_of_them() -> None:
+    run = run_with(captured(), losses=["kl", "mta"], samples=16)
+
+    steps = make_plan(run, sample=256, budget=0, rate=None)["steps"]
+
+    flags = [step["flags"] for step in steps]
+    assert flags[:4] == ["--codec bf16-planes", "--codec int8", "--for rskd,mta", "--set teacher.samples=8"]
+    assert "right on average" in steps[2]["cost"]
+    smaller = run.model_copy(update={"teacher": run.teacher.model_copy(
+        update={"codec": "int8", "losses": ("rskd", "mta"), "samples": 8})})  # fmt: skip
+    assert steps[3]["bytes"] == make_plan(smaller, sample=256, budget=None, rate=None)["bytes"]
+    softer = run.model_copy(update={"losses": {"kl": {"temperature": 2.0}}})
+    assert not any("rskd" in s["flags"] for s in make_plan(softer, sample=256, budget=0, rate=None)["steps"])
