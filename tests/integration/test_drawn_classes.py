@@ -117,14 +117,19 @@ def test_more_draws_can_be_added_beside_the_table(tmp_path: Path) -> None:
 
 def test_deep_verification_sees_what_cannot_be() -> None:
     table = Table(captured(), "teachers/drawn")
-    schema, entries = table.shard(0).schema, np.array(table[0][COLUMN])
-    assert _drawn({COLUMN: entries}, schema, 10**5) == ""
+    schema = table.shard(0).schema
+    entries: Any = np.array(table[0][COLUMN])
+
+    def fault(entries: Any, classes: int = 10**5) -> str:
+        row: Any = {COLUMN: entries}
+        return _drawn(row, schema, classes)
 
     wrong = entries.copy()
     wrong[1, 0] += 1
-    assert _drawn({COLUMN: wrong}, schema, 10**5) == f"{COLUMN}: shares add up to 4096, not to 4095"
-    assert "not ascending" in _drawn({COLUMN: entries[:, ::-1]}, schema, 10**5)
-    assert "a class is not from 0 to 2" in _drawn({COLUMN: entries}, schema, 3)
+    assert fault(entries) == ""
+    assert fault(wrong) == f"{COLUMN}: shares add up to 4096, not to 4095"
+    assert "not ascending" in fault(entries[:, ::-1])
+    assert "a class is not from 0 to 2" in fault(entries, classes=3)
 
 
 def test_deep_verification_sees_a_cosine_beyond_1() -> None:
@@ -162,15 +167,15 @@ def test_a_cache_without_draws_says_how_to_get_them() -> None:
 
 
 def test_a_budget_goes_from_kl_to_draws_and_to_fewer_of_them() -> None:
-    run = run_with(captured(), losses=["kl", "mta"], samples=16)
+    def flags_of(run: RunFile) -> list[str]:
+        return [step["flags"] for step in make_plan(run, sample=256, budget=0, rate=None)["steps"]]
 
+    run = run_with(captured(), losses=["kl", "mta"], samples=4)
     steps = make_plan(run, sample=256, budget=0, rate=None)["steps"]
-
-    flags = [step["flags"] for step in steps]
-    assert flags[:4] == ["--codec bf16-planes", "--codec int8", "--for rskd,mta", "--set teacher.samples=8"]
+    assert flags_of(run)[:3] == ["--codec bf16-planes", "--codec int8", "--for rskd,mta"]
     assert "right on average" in steps[2]["cost"]
-    smaller = run.model_copy(update={"teacher": run.teacher.model_copy(
-        update={"codec": "int8", "losses": ("rskd", "mta"), "samples": 8})})  # fmt: skip
-    assert steps[3]["bytes"] == make_plan(smaller, sample=256, budget=None, rate=None)["bytes"]
+    smaller = run_with(captured(), losses=["rskd", "mta"], samples=4, codec="int8")
+    assert steps[2]["bytes"] == make_plan(smaller, sample=256, budget=None, rate=None)["bytes"]
+    assert flags_of(run_with(captured(), losses=["rskd"], samples=16))[0] == "--set teacher.samples=8"
     softer = run.model_copy(update={"losses": {"kl": {"temperature": 2.0}}})
-    assert not any("rskd" in s["flags"] for s in make_plan(softer, sample=256, budget=0, rate=None)["steps"])
+    assert not any("rskd" in flags for flags in flags_of(softer))
