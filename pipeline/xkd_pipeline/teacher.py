@@ -35,7 +35,7 @@ from xkd_trainer.forward import num_layers
 from xkd_trainer.head import check_head, head_of
 from xkd_trainer.models import dtype_named, load_model, load_tokenizer
 
-CAPTURE_VERSION: Final = 3
+CAPTURE_VERSION: Final = 4
 """Bump when the same settings would give other bytes."""
 
 

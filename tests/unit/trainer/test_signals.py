@@ -208,10 +208,10 @@ def test_a_triangle_of_the_wrong_size_is_refused() -> None:
 
 @pytest.mark.parametrize("elements", [1, 20, 1 << 24])
 def test_prediction_stats_equal_the_loops_whatever_the_chunk(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "STATS_ELEMENTS", elements)
+    monkeypatch.setattr(signals, "CHUNK_ELEMENTS", elements)
     (logits,) = slow.ragged(11, [9], 7)
 
-    entropy, argmax, logsumexp = prediction_stats((logits * 5).float())
+    entropy, argmax, logsumexp = signals._prediction_stats((logits * 5).float())
 
     for n, row in enumerate((logits * 5).float().tolist()):
         p = slow.softmax(row)
