@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from xkd_pipeline import cli_add, cli_care, cli_look, cli_share
-from xkd_pipeline.run import Workers
+from xkd_pipeline.run import Workers, asked_workers
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, only_teacher, teacher_stage
 from xkd_pipeline.stages import preprocess as run_all
 from xkd_schemas.errors import InputMissing
@@ -27,6 +27,9 @@ app = typer.Typer(
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of the run file; repeatable.")]
 WorkersOption = Annotated[int | None, typer.Option(min=0, help="Ray actors; 0 works in this process.")]
+StallOption = Annotated[
+    float | None, typer.Option(min=1, help="Seconds after which a unit hangs; 5 times the median, 300 at least.")
+]
 GpusOption = Annotated[float, typer.Option(min=0, help="GPUs of each actor.")]
 AddressOption = Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -39,8 +42,8 @@ def _run_of(path: Path | None, sets: list[str] | None, flags: dict[str, Any]) ->
     return load_runfile(path, [*(sets or []), *given])
 
 
-def _workers(run: RunFile, gpus: float, address: str | None) -> Workers:
-    return Workers(count=run.workers, gpus=gpus, address=address)
+def _workers(run: RunFile, gpus: float, address: str | None, stall: float | None) -> Workers:
+    return asked_workers(Workers(count=run.workers, gpus=gpus, address=address, stall_seconds=stall))
 
 
 def _echo(as_json: bool) -> Callable[[str], None]:
@@ -72,6 +75,7 @@ def documents(
     max_reject: Annotated[float | None, typer.Option(help="Share of rows that may be unusable.")] = None,
     workers: WorkersOption = None,
     ray_address: AddressOption = None,
+    stall_timeout: StallOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -87,7 +91,7 @@ def documents(
     }  # fmt: skip
     flags |= {f"documents.columns.{field}": name for field, name in cli_add.columns_of(column or []).items()}
     run = _run_of(None, sets, flags)
-    _tell(documents_stage(run, _workers(run, 0.0, ray_address), _echo(as_json)), as_json)
+    _tell(documents_stage(run, _workers(run, 0.0, ray_address, stall_timeout), _echo(as_json)), as_json)
 
 
 @app.command()
@@ -109,6 +113,7 @@ def teacher(
     workers: WorkersOption = None,
     gpus_per_worker: GpusOption = 0.0,
     ray_address: AddressOption = None,
+    stall_timeout: StallOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -124,7 +129,7 @@ def teacher(
         "teacher.batch_tokens": batch_tokens, "teacher.threads": threads, "workers": workers,
     }  # fmt: skip
     run = _run_of(None, sets, flags)
-    _tell(teacher_stage(run, _workers(run, gpus_per_worker, ray_address)), as_json)
+    _tell(teacher_stage(run, _workers(run, gpus_per_worker, ray_address, stall_timeout)), as_json)
 
 
 @app.command()
@@ -137,6 +142,7 @@ def align(
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
     workers: WorkersOption = None,
     ray_address: AddressOption = None,
+    stall_timeout: StallOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -149,7 +155,7 @@ def align(
         "student.max_tokens": max_tokens, "workers": workers,
     }  # fmt: skip
     run = _run_of(None, sets, flags)
-    _tell(align_stage(run, _workers(run, 0.0, ray_address), teacher=teacher), as_json)
+    _tell(align_stage(run, _workers(run, 0.0, ray_address, stall_timeout), teacher=teacher), as_json)
 
 
 @app.command()
@@ -158,6 +164,7 @@ def preprocess(
     workers: WorkersOption = None,
     gpus_per_worker: GpusOption = 0.0,
     ray_address: AddressOption = None,
+    stall_timeout: StallOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -166,7 +173,7 @@ def preprocess(
     Example: xkd-cache preprocess runs/demo.toml --workers 2
     """
     run = _run_of(run_file, sets, {"workers": workers})
-    outcomes = run_all(run, _workers(run, gpus_per_worker, ray_address), _echo(as_json))
+    outcomes = run_all(run, _workers(run, gpus_per_worker, ray_address, stall_timeout), _echo(as_json))
     if as_json:
         say_json({"stages": [outcome.values for outcome in outcomes]})
 

@@ -40,14 +40,14 @@ def add(
 
     Example: xkd-cache add cache/ --model models/teacher --for dskd
     """
-    from xkd_pipeline.run import Workers
+    from xkd_pipeline.run import Workers, asked_workers
 
     if not cache.is_dir():
         raise InputMissing(f"cache {cache} is not a folder", next="make one with xkd-cache documents")
     common = _Common(
         cache=cache,
         models=model or [],
-        workers=Workers(count=workers, gpus=gpus_per_worker, address=ray_address),
+        workers=asked_workers(Workers(count=workers, gpus=gpus_per_worker, address=ray_address)),
         as_json=as_json,
     )
     if losses is not None or signals is not None:

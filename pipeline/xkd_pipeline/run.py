@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from xkd_schemas.errors import OutOfMemory, XkdError
+from xkd_schemas.errors import OutOfMemory, UsageError, XkdError
 from xkd_schemas.manifest import Care, Commit
 from xkd_schemas.terminal import warn
 
@@ -53,6 +53,20 @@ class Workers:
     """Ray cluster to join; None starts one on this machine's loopback."""
     stall_seconds: float | None = None
     """A unit that takes longer is taken for hung; None: five times the median, see schedule.py."""
+
+
+def asked_workers(workers: Workers) -> Workers:
+    """The same.
+
+    Raises:
+        UsageError: What is asked of workers is asked without any.
+    """
+    if workers.count == 0 and (workers.address is not None or workers.gpus or workers.stall_seconds is not None):
+        raise UsageError(
+            "--ray-address, --gpus-per-worker and --stall-timeout are about Ray's workers, and there are none",
+            next="add --workers N",
+        )
+    return workers
 
 
 def run_units(

@@ -12,6 +12,7 @@ XkdError
     Refused        77  refused by the security rules
     Mismatch       78  made for another teacher, tokenizer, parser, corpus or schema
     Interrupted   130  Ctrl-C
+    Terminated    143  asked to end by SIGTERM
 """
 
 from typing import ClassVar
@@ -106,3 +107,9 @@ class Interrupted(XkdError):
     """Ctrl-C or SIGINT."""
 
     exit_code = 130
+
+
+class Terminated(XkdError):
+    """SIGTERM, as a scheduler or a system that shuts down sends it."""
+
+    exit_code = 143

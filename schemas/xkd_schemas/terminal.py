@@ -2,18 +2,19 @@
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from xkd_schemas.errors import Interrupted, OutOfMemory, UsageError, XkdError
+from xkd_schemas.errors import Interrupted, OutOfMemory, Terminated, UsageError, XkdError
 
 CONTROLS = dict.fromkeys([*range(32), 127, *range(128, 160), *range(8234, 8239), *range(8294, 8298)])
 """Characters that could steer a terminal or reorder a line; dropped from anything we print."""
@@ -47,7 +48,11 @@ def say_json(value: object) -> None:
 
 
 def run(command: str, app: Callable[..., object]) -> None:
-    """Run a typer app and leave with an exit code of errors.py; one line, never a traceback, for a user's mistake."""
+    """Run a typer app and leave with an exit code of errors.py; one line, never a traceback, for a user's mistake.
+
+    SIGTERM ends it as Ctrl-C does, cleaning up; a second one ends it at once.
+    """
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)  # typer hands its own errors to us
     except _MISUSE as error:
@@ -68,6 +73,13 @@ def run(command: str, app: Callable[..., object]) -> None:
         if code == Interrupted.exit_code:  # how typer reports Ctrl-C
             _leave(command, _interrupted())
         raise SystemExit(code if isinstance(code, int) else 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise Terminated("terminated", kept=_KEPT, next="run the same command again to go on")
 
 
 def _misuse(command: str, error: Any) -> UsageError:

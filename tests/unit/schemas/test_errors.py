@@ -9,7 +9,7 @@ from xkd_schemas.errors import XkdError
 
 CODES = {
     "UsageError": 2, "BadData": 65, "InputMissing": 66, "WorkersGone": 69, "OutOfMemory": 71, "DiskFailed": 74,
-    "Busy": 75, "NonFinite": 76, "Refused": 77, "Mismatch": 78, "Interrupted": 130,
+    "Busy": 75, "NonFinite": 76, "Refused": 77, "Mismatch": 78, "Interrupted": 130, "Terminated": 143,
 }  # fmt: skip
 KINDS = XkdError.__subclasses__()
 

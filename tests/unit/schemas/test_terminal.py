@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import sys
 import time
 
@@ -39,6 +41,24 @@ def test_memory_and_ctrl_c_have_codes_of_their_own_and_say_what_was_kept(capsys)
         assert code == expected
         assert err.count("\n") == 1
         assert "Kept: everything that was committed or saved so far. Next: " in err
+
+
+def test_sigterm_cleans_up_says_what_was_kept_and_leaves_with_143(capsys) -> None:
+    cleaned = []
+
+    def work(**_options: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            cleaned.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    code, _, err = left(capsys, work)
+
+    assert (code, err.count("\n"), err.startswith("xkd-cache: terminated. Kept: ")) == (143, 1, True)
+    assert cleaned == [signal.SIG_DFL], "a second one would end it at once"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ctrl_c_inside_a_typer_app_is_not_silent(capsys, monkeypatch) -> None:

@@ -1,0 +1,151 @@
+"""Ray started on this machine's loopback, or a cluster joined; with cluster.py the only module that imports ray."""
+
+import importlib
+import os
+import re
+import secrets
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from xkd_pipeline.run import Workers, first_line
+from xkd_schemas.errors import Refused, UsageError, WorkersGone
+from xkd_schemas.terminal import warn
+
+SHIPPED: Final = ("xkd_schemas", "xkd_trainer", "xkd_pipeline")
+"""Our packages, sent to every worker of a cluster."""
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+def doors(ray: Any) -> list[tuple[str, str, int]]:
+    """Name, address and port of the processes without which nothing goes on: the head's, and this machine's own."""
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    ours = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    return [
+        ("head", host.strip("[]"), int(port)),
+        ("node manager", ours["NodeManagerAddress"], int(ours["NodeManagerPort"])),
+    ]
+
+
+def start(workers: Workers) -> Path | None:
+    """Start or join a cluster; the private folder of one that was started."""
+    with handlers_kept():  # Ray puts its own in their place
+        if workers.address is None:
+            return _start_here(workers.count)
+        _join(workers.address)
+        return None
+
+
+@contextmanager
+def handlers_kept(*, default: bool = False) -> Iterator[None]:
+    """Put back the handlers of signals at the end, and until then, if `default`, the system's in their place."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number in SIGNALS if default else ():
+            signal.signal(number, signal.SIG_DFL)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _start_here(count: int) -> Path:
+    if os.environ.get("RAY_ADDRESS"):
+        raise Refused(
+            f"RAY_ADDRESS is set to {os.environ['RAY_ADDRESS']}, and a cluster is only joined when asked for",
+            next="pass --ray-address, or unset RAY_ADDRESS",
+        )
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        raise Refused(
+            f"RAY_AUTH_MODE is {os.environ['RAY_AUTH_MODE']}: any process of this machine could run code as you",
+            next="unset RAY_AUTH_MODE",
+        )
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # never written to a file
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # then it is loopback, elsewhere too
+    import ray
+
+    folder = Path(tempfile.mkdtemp(prefix="xkd-ray-", dir=_short_folder()))
+    ray.init(
+        num_cpus=count,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(folder),
+        object_store_memory=256 * 2**20,
+        **_quiet(),
+    )
+    address = ray.get_runtime_context().gcs_address
+    if not address.startswith(("127.", "[::1]")):
+        warn(f"Ray listens on {address}, which other machines may reach; they need a token that only this run knows")
+    return folder
+
+
+def _short_folder() -> str:
+    """Where temporary files go; the sockets that Ray makes there have names of 107 characters at most."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) < 20 else "/tmp"
+
+
+def _join(address: str) -> None:
+    if "://" in address:
+        raise UsageError(f"--ray-address {address}: not the address of a cluster", next="give HOST:PORT, or auto")
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if "RAY_AUTH_TOKEN" not in os.environ and token.is_file() and token.stat().st_mode & 0o077:
+        warn(f"{token}: others on this machine can read the cluster's token; chmod 600 it")
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    modules = [str(Path(str(importlib.import_module(name).__file__)).parent) for name in SHIPPED]
+    try:
+        ray.init(address=address, runtime_env={"py_modules": modules}, **_quiet())
+    except AuthenticationError as error:
+        raise Refused(
+            f"the Ray cluster at {address} does not take our token: {said(error)}",
+            next="set RAY_AUTH_TOKEN_PATH to a copy of the head's token file that only you can read",
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise WorkersGone(
+            f"no Ray cluster at {address}: {first_line(error)}",
+            next="start it (docs/cluster.md), on this machine too, and check the address",
+        ) from error
+
+
+def _quiet() -> dict[str, Any]:
+    """Settings that keep Ray off our standard output, which may be one JSON object."""
+    import ray._private.worker as worker
+
+    worker.print_to_stdstream = lambda *_args, **_kwargs: None
+    return {"log_to_driver": False, "logging_level": "error"}
+
+
+def refuse_too_small(ray: Any, workers: Workers) -> None:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= workers.gpus for node in nodes):
+        most = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
+        raise UsageError(
+            f"no machine has room for a worker of 1 CPU and {workers.gpus:g} GPUs; the largest has "
+            f"{most.get('CPU', 0):g} CPUs and {most.get('GPU', 0):g} GPUs",
+            next="ask for fewer with --gpus-per-worker, or start Ray's nodes with --num-cpus and --num-gpus",
+        )
+
+
+_COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def said(error: BaseException) -> str:
+    """The telling line of what Ray says of a death."""
+    lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
+    telling = next((line for line in lines if line.startswith("The actor is dead because")), "")
+    plain = (lines or [type(error).__name__])["creation task" in str(error) and -1]  # there, the cause is last
+    line = telling.removeprefix("The actor is dead because ") or plain
+    return line.partition(" Worker exit type")[0].rstrip(".")[:160]
