@@ -21,6 +21,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import ray_kills
 from damages import cuts, flips
 from fake_stage import SCHEMA, UNITS, FakeStage, build_all, opened
 from small_cache import copied, files_of
@@ -175,6 +176,7 @@ def table(seed: int) -> dict[str, tuple[int, str, Callable[[Path, int, random.Ra
         "full": (64, "disk full at every 64 KiB", disk_full),
         "races": (50, "two writers at once", races),
         "truncate": (512, "every file cut at every N bytes", all_cuts),
+        "ray": (24, "SIGKILL of a worker, the driver, the raylet or the GCS of a run on Ray", ray_kills.disturbed),
         "flips": (10_000, "single bits flipped in all files of a cache", all_flips),
     }
 

@@ -6,7 +6,6 @@ Ray's own restarts and retries are off: schedule.py counts tries by unit, which 
 
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Hashable
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from xkd_pipeline.place import Place, versions
-from xkd_pipeline.ray_start import doors, handlers_kept, refuse_too_small, said, start
+from xkd_pipeline.ray_start import doors, handlers_kept, no_answer, refuse_too_small, said, start
 from xkd_pipeline.run import AGAIN, KEPT, Make, Stage, Workers, first_line, out_of_memory
 from xkd_pipeline.schedule import Died, Exhausted, Ready, Report
 from xkd_schemas.errors import WorkersGone, XkdError
@@ -134,11 +133,9 @@ class RayPool:
     def _refuse_silence(self) -> None:
         """Raise WorkersGone where Ray's own processes do not answer: Ray itself would wait for a minute and exit."""
         for name, host, port in self._doors:
-            try:
-                socket.create_connection((host, port), timeout=5.0).close()
-            except OSError as error:
+            if silence := no_answer(host, port):
                 raise WorkersGone(
-                    f"the Ray cluster is gone: its {name} at {host}:{port} does not answer: {error.strerror or error}",
+                    f"the Ray cluster is gone: its {name} at {host}:{port} does not answer: {silence}",
                     kept=KEPT,
                     next=AGAIN,
-                ) from None
+                )

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -99,6 +100,9 @@ def _short_folder() -> str:
 def _join(address: str) -> None:
     if "://" in address:
         raise UsageError(f"--ray-address {address}: not the address of a cluster", next="give HOST:PORT, or auto")
+    host, colon, port = address.rpartition(":")
+    if colon and (silence := no_answer(host, int(port) if port.isdigit() else 0)):  # Ray would try for minutes
+        raise WorkersGone(f"no Ray cluster at {address}: {silence}", next=_START_ONE)
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     if "RAY_AUTH_TOKEN" not in os.environ and token.is_file() and token.stat().st_mode & 0o077:
         warn(f"{token}: others on this machine can read the cluster's token; chmod 600 it")
@@ -114,10 +118,19 @@ def _join(address: str) -> None:
             next="set RAY_AUTH_TOKEN_PATH to a copy of the head's token file that only you can read",
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise WorkersGone(
-            f"no Ray cluster at {address}: {first_line(error)}",
-            next="start it (docs/cluster.md), on this machine too, and check the address",
-        ) from error
+        raise WorkersGone(f"no Ray cluster at {address}: {first_line(error)}", next=_START_ONE) from error
+
+
+_START_ONE: Final = "start it (docs/cluster.md), on this machine too, and check the address"
+
+
+def no_answer(host: str, port: int) -> str:
+    """Why nothing answers there; "" where something does."""
+    try:
+        socket.create_connection((host, port), timeout=5.0).close()
+    except OSError as error:
+        return str(error.strerror or error)
+    return ""
 
 
 def _quiet() -> dict[str, Any]:
@@ -129,6 +142,7 @@ def _quiet() -> dict[str, Any]:
 
 
 def refuse_too_small(ray: Any, workers: Workers) -> None:
+    """Raise UsageError where no machine has what one worker asks for: Ray would wait for one for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= workers.gpus for node in nodes):
         most = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 import fake_stage
-import small_cache
 from fake_stage import UNITS, FakeStage, build_all
-from small_cache import IN_PROCESS, files_of, run_file
+from small_cache import files_of
 from xkd_pipeline.run import Workers, run_units
-from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_schemas.errors import BadData
 from xkd_schemas.manifest import Care, Commit
 
@@ -97,20 +95,3 @@ def test_a_stopped_worker_is_killed_and_its_unit_made_by_another(
 
     assert (tmp_path / "killed").exists()
     assert files_of(tmp_path / "t") == undisturbed
-
-
-def test_parser_and_teacher_make_the_same_cache_on_ray_as_in_process(tmp_path: Path) -> None:
-    source = small_cache.made()
-    run = run_file(
-        tmp_path / "cache",
-        documents={"corpus": [str(source / "corpus.jsonl")]},
-        teacher={"model": str(source / "teacher")},
-        student={"tokenizer": str(source / "student")},
-    )
-
-    documents_stage(run, Workers(count=1))
-    teacher_stage(run, Workers(count=1))
-    align_stage(run, IN_PROCESS)
-
-    assert files_of(tmp_path / "cache") == files_of(source / "cache")
-    assert not documents_stage(run, IN_PROCESS).values["made"]

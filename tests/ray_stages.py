@@ -1,0 +1,93 @@
+"""Stages for tests of Ray, which workers can import: real ones that are slow or die, and one that says where it is."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import xkd_pipeline
+from fake_stage import FakeStage
+from xkd_pipeline import documents, shard, teacher
+from xkd_pipeline.align import AlignStage
+from xkd_pipeline.documents import DocumentsStage
+from xkd_pipeline.run import AS_PLANNED, Make
+from xkd_pipeline.teacher import TeacherStage
+from xkd_schemas.manifest import Care, Commit
+
+SECONDS = 0.7
+POISON = "2. What does the code print?"
+"""The prompt of one document of small_cache."""
+
+
+def _slow_writes() -> None:
+    """In this process, a shard is written whole and then waits for its name."""
+    rename = shard.rename
+
+    def late(source: Path, target: Path) -> None:
+        time.sleep(SECONDS)
+        rename(source, target)
+
+    shard.rename = late
+
+
+class SlowDocuments(DocumentsStage):
+    def load(self) -> Make:
+        _slow_writes()
+        return super().load()
+
+
+class SlowTeacher(TeacherStage):
+    def load(self) -> Make:
+        _slow_writes()
+        return super().load()
+
+
+class SlowAlign(AlignStage):
+    def load(self) -> Make:
+        _slow_writes()
+        return super().load()
+
+
+class PoisonedDocuments(DocumentsStage):
+    """Its parser dies of one document."""
+
+    def load(self) -> Make:
+        parser_for = documents.parser_for
+
+        def deadly(settings: Any) -> Any:
+            parser = parser_for(settings)
+            parse = parser.parse
+            parser.parse = lambda docs: os._exit(9) if any(POISON in d.text for d in docs) else parse(docs)
+            return parser
+
+        documents.parser_for = deadly
+        return super().load()
+
+
+class PoisonedTeacher(TeacherStage):
+    """Its tokenizer dies of one document."""
+
+    def load(self) -> Make:
+        encoder_of = teacher.encoder_of
+
+        class Deadly:
+            def __init__(self, encoder: Any) -> None:
+                self._encoder = encoder
+
+            def encode_batch(self, docs: Any, limits: Any = None) -> Any:
+                if any(POISON in d.text for d in docs):
+                    os._exit(9)
+                return self._encoder.encode_batch(docs, limits)
+
+        teacher.encoder_of = lambda settings: Deadly(encoder_of(settings))
+        return super().load()
+
+
+class Telling(FakeStage):
+    """Puts into the record which GPUs a worker was given and where our code came from, as names of counts."""
+
+    def make(self, unit: int, care: Care = AS_PLANNED) -> Commit:
+        time.sleep(SECONDS)
+        commit = super().make(unit, care)
+        told = {f"gpu {os.environ.get('CUDA_VISIBLE_DEVICES')}": 1, f"code {xkd_pipeline.__file__}": 1}
+        return commit.model_copy(update={"counts": told})
