@@ -18,7 +18,20 @@ for _name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ[_name] = "1"  # CPU time of a spinning thread is no work
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-NAMES: Final = ("capture", "alignment", "step", "memory", "softdtw", "kl", "signals", "size", "reader", "start", "commands")
+NAMES: Final = (
+    "capture",
+    "alignment",
+    "step",
+    "memory",
+    "softdtw",
+    "kl",
+    "signals",
+    "size",
+    "small",
+    "reader",
+    "start",
+    "commands",
+)
 """Modules bench_NAME of this package; each has run(Options) -> list of results."""
 PARTS: Final = ("teacher", "tokenizer", "cache")
 

@@ -71,43 +71,42 @@ def drawn(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> Draw:
 
 
 def _drawn(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> tuple[npt.NDArray[np.int32], Tensor, Tensor]:
-    p_NV = at_least_float32(logits_NV).softmax(-1).double()
-    p_NV /= p_NV.sum(-1, keepdim=True)
-    u_N2 = uniforms_N2.to(p_NV)
+    p_NV = at_least_float32(logits_NV).softmax(-1)
+    u_N2 = uniforms_N2.to(p_NV.device, torch.float64)
     classes_Nk, weights_Nk = _threshold_sample(p_NV, u_N2[:, :1], k)
     order_Nk = classes_Nk.argsort(-1)
     classes_Nk, weights_Nk = classes_Nk.gather(-1, order_Nk), weights_Nk.gather(-1, order_Nk)
     shares_Nk = _whole_shares(weights_Nk, u_N2[:, 1:])
-    kept_N = p_NV.square().sum(-1)
+    kept_N = torch.linalg.vecdot(p_NV, p_NV).double()
     stored_Nk = shares_Nk.double() / TOTAL
     lost_N = kept_N + (stored_Nk.square() - 2 * stored_Nk * p_NV.gather(-1, classes_Nk)).sum(-1)
     return packed(classes_Nk.cpu().numpy(), shares_Nk.cpu().numpy()), lost_N.clamp_min(0.0).cpu(), kept_N.cpu()
 
 
 def _threshold_sample(p_NV: Tensor, u_N1: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """k classes of each row and their weights, which add up to 1.
+    """k classes of each row and their float64 weights, which add up to 1 if the row does.
 
     The h likeliest are kept; the rest is drawn at k - h even steps along its running sum, from where u says. h is the
     least number for which no step is shorter than a class, so no class is drawn twice.
     """
     top_Nk, likeliest_Nk = p_NV.topk(k, dim=-1)
-    place_k = torch.arange(k, device=p_NV.device)
     rest_NV = p_NV.scatter(-1, likeliest_Nk, 0.0)
-    above_Nk = top_Nk.flip(-1).cumsum(-1).flip(-1)  # not 1 less a running sum, which would cancel
-    rest_Nk = rest_NV.sum(-1, keepdim=True) + above_Nk
-    fits_Nk = (k - place_k) * top_Nk <= rest_Nk
+    above_Nk = top_Nk.double().flip(-1).cumsum(-1).flip(-1)  # not 1 less a running sum, which would cancel
+    rest_Nk = rest_NV.sum(-1, keepdim=True).double() + above_Nk
+    place_k = torch.arange(k, device=p_NV.device)
+    fits_Nk = (k - place_k) * top_Nk.double() <= rest_Nk
     fits_Nk[:, -1] = True
     h_N1 = fits_Nk.int().argmax(-1, keepdim=True)
     kept_Nk = place_k < h_N1
-    tail_NV = rest_NV.scatter_(-1, likeliest_Nk, torch.where(kept_Nk, 0.0, top_Nk)).cumsum_(-1)
+    rest_NV.scatter_(-1, likeliest_Nk, torch.where(kept_Nk, 0.0, top_Nk))
+    tail_NV = rest_NV.cumsum_(-1)
     rest_N1 = tail_NV[:, -1:].contiguous()
-    step_N1 = rest_N1 / (k - h_N1)
-    points_Nk = ((place_k - h_N1 + u_N1) * step_N1).clamp_min(0.0)
+    step_N1 = rest_N1.double() / (k - h_N1)
+    points_Nk = ((place_k - h_N1 + u_N1) * step_N1).clamp_min(0.0).to(tail_NV.dtype)
     last_N1 = torch.searchsorted(tail_NV, rest_N1)
     found_Nk = torch.minimum(torch.searchsorted(tail_NV, points_Nk, right=True), last_N1)
-    from_top_Nk = kept_Nk | (rest_N1 <= 0)
-    classes_Nk = torch.where(from_top_Nk, likeliest_Nk, found_Nk)
-    return classes_Nk, torch.where(kept_Nk, top_Nk, step_N1.expand_as(top_Nk))
+    classes_Nk = torch.where(kept_Nk | (rest_N1 <= 0), likeliest_Nk, found_Nk)
+    return classes_Nk, torch.where(kept_Nk, top_Nk.double(), step_N1)
 
 
 def _whole_shares(weights_Nk: Tensor, u_N1: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def test_too_many_draws_and_too_many_classes_are_refused(monkeypatch: pytest.Mon
 
 def test_a_cache_without_draws_says_how_to_get_them() -> None:
     cache = Cache(small_cache.made() / "cache", student="S")
-    with pytest.raises(UsageError, match=r"loss rskd needs sampled, which .*--for rskd"):
+    with pytest.raises(UsageError, match=r"loss rskd needs sampled, which .*xkd-cache add"):
         cache.require("rskd", (Signal("sampled"), Signal("entropy")))
 
 
