@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ import numpy as np
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import nasty_run
 import ray_kills
+import real_stages
 from damages import cuts, flips
 from fake_stage import SCHEMA, UNITS, FakeStage, build_all, opened
 from small_cache import copied, files_of
@@ -156,6 +159,24 @@ def races(folder: Path, rounds: int, _chance: random.Random) -> str:
     return f"{winners.get(1, 0)} with one winner and exit 75 for the other, lock free after its holder's death"
 
 
+def shown(found: Counter[str]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in found.items())
+
+
+def real_kills(folder: Path, rounds: int, chance: random.Random) -> str:
+    real_stages.warm()
+    return shown(real_stages.kills(folder, rounds, chance))
+
+
+def cuts_of_stages(folder: Path, rounds: int, chance: random.Random, *, synced: bool = True) -> Counter[str]:
+    real_stages.warm()
+    return real_stages.cuts(folder, rounds, chance, synced=synced)
+
+
+def nasty(folder: Path, rounds: int, chance: random.Random) -> str:
+    return shown(nasty_run.through(folder, rounds, chance.randrange(2**30)))
+
+
 def table(seed: int) -> dict[str, tuple[int, str, Callable[[Path, int, random.Random], str]]]:
     """Row -> (full number, what is done, how)."""
 
@@ -178,6 +199,14 @@ def table(seed: int) -> dict[str, tuple[int, str, Callable[[Path, int, random.Ra
         "truncate": (512, "every file cut at every N bytes", all_cuts),
         "ray": (24, "SIGKILL of a worker, the driver, the raylet or the GCS of a run on Ray", ray_kills.disturbed),
         "flips": (10_000, "single bits flipped in all files of a cache", all_flips),
+        "real-kills": (200, "SIGKILL of documents, teacher and align, by timer and at a drawn operation", real_kills),
+        "real-cuts": (40, "power cut in documents, teacher and align", lambda f, n, c: shown(cuts_of_stages(f, n, c))),
+        "real-control": (
+            40,
+            "the same with fsync stubbed out; must lose",
+            lambda f, n, c: shown(cuts_of_stages(f, n, c, synced=False)),
+        ),
+        "nasty": (10_000, "nasty rows through documents, teacher, align twice, verify and report", nasty),
     }
 
 
