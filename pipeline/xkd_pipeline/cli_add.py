@@ -32,6 +32,7 @@ def add(
     workers: Annotated[int, typer.Option(min=0, help="Ray actors; 0 works in this process.")] = 0,
     gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each actor.")] = 0.0,
     ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="losses.NAME.KEY=VALUE, for --for.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Add documents, or signals of a teacher, to a finished cache; no shard that is there is touched.
@@ -59,7 +60,7 @@ def add(
             "teacher.phrase_layers": _layers(phrase_layers), "teacher.codec": codec or None,
         }  # fmt: skip
         given = [f"{key}={toml_text(value)}" for key, value in asked.items() if value is not None]
-        _signals(common, to, load_runfile(None, given), _parts(signals), codec)
+        _signals(common, to, load_runfile(None, [*(sets or []), *given]), _parts(signals), codec)
         return
     from xkd_pipeline.add import More, parser_with
     from xkd_pipeline.corpus import open_source

@@ -105,7 +105,7 @@ def test_a_missing_signal_is_refused_with_the_command_that_adds_it(
         stage(run, IN_PROCESS)
     capsys.readouterr()
     before = files_of(cache)
-    with pytest.raises(UsageError, match=r"loss dwa needs entropy, .*xkd-cache add .*--for dwa") as caught:
+    with pytest.raises(UsageError, match=r"loss dwa needs entropy, .*xkd-cache add .*--signals entropy") as caught:
         set_up(run, "", on_missing="align")
     assert files_of(cache) == before
 

@@ -136,15 +136,16 @@ class Cache:
             raise UsageError(
                 f"loss {loss} needs {', '.join(missing)}, which {self.teachers.folder} does not hold "
                 f"(it holds {', '.join(s.column for s in self.signals)})",
-                next=self._adding(loss, missing),
+                next=self._adding(missing),
             )
 
-    def _adding(self, loss: str, missing: Sequence[str]) -> str:
-        """The command that adds the signals of a loss, or takes those that end too early to the last document."""
+    def _adding(self, missing: Sequence[str]) -> str:
+        """The command that adds signals, or takes those that end too early to the last document."""
         command = f"xkd-cache add {self.root} --model PATH_OF_{self.teacher_name}"
         if any(_plain(column) in missing for table in self.short for column in table.manifest.spec["signals"]):
             return command
-        return f"{command} --to {self.teacher_name} --for {loss}"
+        columns = [f"{column}#64" if KINDS[column.partition("@")[0]].top else column for column in missing]
+        return f"{command} --to {self.teacher_name} --signals {','.join(columns)}"
 
     def check_tokenizer(self, identity: dict[str, str]) -> None:
         """Mismatch where the student's tokenizer is not the one the cache was aligned for."""
@@ -170,16 +171,19 @@ class Cache:
         tied = bool(self.teachers.manifest.constants["tied"])
         return self._tensors("head.safetensors" if tied else "embeddings.safetensors")["weight"]
 
+    def _mending(self) -> str:
+        return f"xkd-cache repair {self.root} --model PATH_OF_{self.teacher_name}"
+
     def _tensors(self, name: str) -> dict[str, Tensor]:
         path = inside(self.teachers.folder, name)
         wanted = self.teachers.manifest.files.get(name)
         try:
             if sha256_of(path) != wanted:
-                raise BadData(f"{path} does not match its digest", next="run xkd-cache teacher again")
+                raise BadData(f"{path} does not match its digest", next=self._mending())
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         except OSError as error:
-            raise BadData(f"{path}: {error.strerror}", next="run xkd-cache teacher again") from error
+            raise BadData(f"{path}: {error.strerror}", next=self._mending()) from error
 
     def same_document(self, row: int) -> None:
         """BadData where the three tables do not hold the same document at `row`."""

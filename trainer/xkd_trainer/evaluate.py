@@ -131,7 +131,9 @@ def agreement(model: PreTrainedModel, tokenizer: Any, shards: Path) -> dict[str,
     cache = Cache(shards, student=find_student(shards, identity(tokenizer), ""))
     argmax = tuple(s for s in cache.signals if s.name == "argmax")
     if not argmax:
-        raise UsageError(f"{shards} holds no argmax of the teacher", next="capture it with xkd-cache teacher")
+        raise UsageError(
+            f"{shards} holds no argmax of the teacher", next=f"xkd-cache add {shards} --model TEACHER --signals argmax"
+        )
     teacher_tokenizer = load_tokenizer(str(cache.teachers.folder / "tokenizer"))
     student_ids, teacher_ids = shared_vocabulary(tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), "mapped")
     size = max(cache.sizes.vocab_size, len(teacher_tokenizer))

@@ -572,8 +572,12 @@ def cache_for_sra() -> tiny.Tiny:
 @pytest.mark.parametrize(
     ("loss", "missing", "command"),
     [
-        ("dwa", "loss dwa needs entropy, which", r"xkd-cache add .*/cache --model PATH_OF_teacher .*--for dwa"),
-        ("mta", "loss mta needs span_mass", r"xkd-cache teacher .* --model M --for mta"),
+        (
+            "dwa",
+            "loss dwa needs entropy, which",
+            r"xkd-cache add .*/cache --model PATH_OF_teacher .*--signals ent",
+        ),
+        ("mta", "loss mta needs span_mass", r"xkd-cache add CACHE --model M --for mta"),
     ],
 )
 def test_a_signal_that_is_not_cached_is_named_with_the_command_that_adds_it(

@@ -29,7 +29,7 @@ def needs(settings: MtaSettings, levels: Levels) -> tuple[Signal, ...]:
     if not levels:
         raise UsageError(
             "loss mta needs span_mass of words or phrases of some teacher layer, and none is cached",
-            next="xkd-cache teacher CACHE --model M --for mta,sra,dwa --name NEW, then align",
+            next="xkd-cache add CACHE --model M --for mta",
         )
     names = ["span_mass"]
     names += ["span_geometry"] if settings.lambda_dsa > 0 else []

@@ -56,6 +56,6 @@ def _strided(settings: MtaSettings, context: Context) -> Picked:
             f"mta.pick=strided puts student layers {', '.join(map(str, chosen))} beside "
             f"{', '.join(f'{layer}:{unit}' for layer, unit in levels)} of the teacher, and the cache lacks "
             f"{', '.join(missing)}",
-            next=f"xkd-cache teacher CACHE --model M --for mta {flags} --name NEW, then align",
+            next=f"xkd-cache add CACHE --model M --for mta {flags}",
         )
     return tuple(zip(levels, chosen, strict=True))
