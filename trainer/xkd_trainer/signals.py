@@ -210,11 +210,9 @@ def unpack_triangle(packed: Tensor, K: int) -> Tensor:
             f"span geometry: {tuple(packed.shape)} cosines do not fit {K} spans, which need {K * (K - 1) // 2}",
             next="delete the teacher's table, then run xkd-cache teacher and align again",
         )
-    matrix_KK = torch.eye(K, dtype=packed.dtype, device=packed.device)
-    rows, columns = torch.triu_indices(K, K, offset=1, device=packed.device)
-    matrix_KK[rows, columns] = packed
-    matrix_KK[columns, rows] = packed
-    return matrix_KK
+    above_KK = torch.ones(K, K, dtype=torch.bool, device=packed.device).triu_(1)
+    upper_KK = torch.zeros(K, K, dtype=packed.dtype, device=packed.device).masked_scatter_(above_KK, packed)
+    return (upper_KK + upper_KK.mT).fill_diagonal_(1)
 
 
 @torch.no_grad()
