@@ -30,6 +30,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"student_pooling": "teacher"},
     {"span_weights": "entropy"},
     {"hid": "token", "student_pooling": "teacher", "word_spans": "in_phrases"},
+    {"student_pooling": "teacher", "student_layers": [2, 3, 3]},
 )
 KEYS = ["2:word", "3:phrase", "4:phrase"]
 
@@ -94,7 +95,8 @@ def document(made: Ready, row: int, key: str, settings: dict[str, Any]) -> dict[
     layer, unit = int(key.split(":")[0]), key.split(":")[1]
     teacher, student, text = (t[row] for t in (made.cache.teachers, made.cache.students, made.cache.documents))
     how, own = settings.get("span_weights", "centrality"), settings.get("student_pooling", "own")
-    states = one.states_of(made, row)[layer].tolist()
+    beside = dict(zip(KEYS, settings.get("student_layers", [2, 3, 4]), strict=True))[key]
+    states = one.states_of(made, row)[beside].tolist()
     weights = weights_of(made, row, layer, how)
     ranges = student[f"{unit}_tokens"].tolist()
     targets = teacher["targets"].tolist()
@@ -196,22 +198,25 @@ def test_padding_micro_batches_and_blank_batches(settings: dict[str, Any]) -> No
 def test_a_document_with_other_ids_is_left_out_and_counted(settings: dict[str, Any]) -> None:
     made, batch = one.ready("mta", **settings)
     assert batch.teacher_ids_BT is not None
-    ids_BT = batch.teacher_ids_BT.clone()
+    ids_BT, valid_BT = batch.teacher_ids_BT.clone(), batch.teacher_valid_BT.clone()
     ids_BT[1, 2] += 1
+    lengths = valid_BT.sum(1).tolist()
+    longer = min((0, 2, 3), key=lengths.__getitem__)  # the teacher has a token more
+    valid_BT[longer, lengths[longer]] = True
 
     def changed(batch: Batch) -> dict[str, float]:
         found = one.terms_of(made.distiller, batch)
         assert float(found["same_tokens"].count) == float(made.distiller.counts(batch)["mta.same_tokens"])
         return {name: float(t.total.detach()) for name, t in found.items()}
 
-    found = changed(replace(batch, teacher_ids_BT=ids_BT))
+    found = changed(replace(batch, teacher_ids_BT=ids_BT, teacher_valid_BT=valid_BT))
 
-    without = [one.only(batch, place) for place in (0, 2, 3)]
+    without = [one.only(batch, place) for place in {0, 2, 3} - {longer}]
     alone = [changed(b) for b in without]
     kind = "hid" if settings.get("hid") else "dsa"
     for key in KEYS:
         assert found[f"{kind}@{key}"] == pytest.approx(sum(a[f"{kind}@{key}"] for a in alone), rel=1e-5)
-    assert found["same_tokens"] == 3.0
+    assert found["same_tokens"] == 2.0
 
 
 def test_a_student_that_reads_no_document_as_the_teacher_does_is_refused() -> None:
@@ -231,7 +236,7 @@ def test_a_student_that_reads_no_document_as_the_teacher_does_is_refused() -> No
 
 @torch.no_grad()
 def test_the_teacher_as_its_own_student_has_no_loss_up_to_the_cache() -> None:
-    for settings in OPTIONS:
+    for settings in (options for options in OPTIONS if "student_layers" not in options):
         made, batch = one.ready("mta", model=str(tiny.tiny_cache().teacher), **settings)
         for projector in made.distiller.losses["mta"].projectors.values():
             projector.weight.copy_(torch.eye(len(projector.weight)))
@@ -271,11 +276,11 @@ def test_strided_picks_layers_by_phi_and_reads_no_other_level() -> None:
     [
         (
             {"num_layers": 4},
-            r"cache lacks 1:word, 2:phrase. Next: .* --word-layers 1 --phrase-layers 2,3,4 --name",
+            r"cache lacks 1:word, 2:phrase. Next: .* --word-layers 1 --phrase-layers 2,3,4",
         ),
         (
             {"num_layers": 1},
-            r"beside 4:word of the teacher, and the cache lacks 4:word. Next: .*--word-layers 4 --n",
+            r"beside 4:word of the teacher, and the cache lacks 4:word. Next: .*--word-layers 4",
         ),
         ({"num_layers": 5}, r"5 layers do not fit a student of 4. Next: --set losses.mta.num_layers=N"),
         ({"student_layers": [5]}, r"layer 5 does not exist, the student has layers 1 to 4"),

@@ -161,7 +161,7 @@ class Mta(nn.Module):
     def _tokens(self, batch: Batch, level: Level) -> tuple[Tensor, Tensor]:
         """Tokens that take part in hid=token, bool [B, S], and their weight in the document."""
         length = batch.student_valid_BS.shape[1]
-        valid_BS = covered(level.student_BU2, self._spans(batch, level)[0], length) & batch.student_valid_BS
+        valid_BS = covered(level.student_BU2, self._spans(batch, level)[0], length)
         valid_BS = valid_BS & same_tokens(batch).unsqueeze(-1)
         if self.settings.span_weights == "uniform":
             weights_BS = uniform_weights(valid_BS)
