@@ -41,13 +41,13 @@ def fetch(
     folder: Annotated[Path, typer.Argument(help="New folder for the cache.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a published cache to a new folder and check every file.
+    """Copy a published cache to a new folder and check every file; run again after a break, it goes on.
 
     Example: xkd-cache fetch s3://bucket/cache cache/
     """
-    from xkd_pipeline import remote
+    from xkd_pipeline.fetch import fetch as bring
 
-    _tell(remote.fetch(url, folder), "{bytes} bytes in {cache}, every digest right", as_json)
+    _tell(bring(url, folder), "{bytes} bytes in {cache}, every digest right, {kept} files were there", as_json)
 
 
 def _tell(values: dict[str, Any], line: str, as_json: bool) -> None:

@@ -1,23 +1,22 @@
 """The only door to fsspec: corpora, and sealed caches, at any address it knows (s3://, gs://, https://, memory://).
 
 A remote store has no fsync, link or lock, so nothing is ever made there: a cache is published when it is sealed, its
-manifests last, and is fetched into a new folder that gets its name when every file has the digest in SHA256SUMS.
+manifests last; fetch.py brings it back.
 """
 
 import atexit
 import contextlib
 import functools
-import os
+import hashlib
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import IO, Any, Final
 
-from xkd_pipeline.parquet import refuse_full
-from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, UsageError, XkdError
-from xkd_schemas.files import disk_errors, inside, sha256_of, sync_folder
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError, XkdError
+from xkd_schemas.files import disk_errors, inside, kind_of, rename, sha256_of, sync_folder, write_beside
 from xkd_schemas.manifest import Manifest, is_whole, read_record
 from xkd_schemas.table import sealed_tables
 
@@ -60,13 +59,13 @@ def local_copy(url: str) -> Path:
 @functools.cache
 def _copied(url: str) -> Path:
     name = PurePosixPath(shown(url)).name
-    files, path = _store(url)
-    with _remote_errors(url):
+    files, path = store_of(url)
+    with remote_errors(url):
         if not files.isfile(path):
             raise InputMissing(f"{shown(url)} is not a file there", next="name one file, with its ending")
     folder = Path(tempfile.mkdtemp(prefix="xkd-corpus-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    _download(files, path, folder / name, url)
+    downloaded(files, path, folder / name, url)
     return folder / name
 
 
@@ -81,9 +80,9 @@ def publish(root: Path, url: str) -> dict[str, Any]:
     if not is_url(url):
         raise UsageError(f"{url} is not an address", next="e.g. s3://bucket/cache or file:///mnt/share/cache")
     sums = _sums(root)
-    files, path = _store(url)
+    files, path = store_of(url)
     base = path.rstrip("/")
-    with _remote_errors(url):
+    with remote_errors(url):
         if files.exists(f"{base}/{SUMS}"):
             theirs = files.cat_file(f"{base}/{SUMS}")
             if theirs != (root / SUMS).read_bytes():
@@ -100,56 +99,7 @@ def publish(root: Path, url: str) -> dict[str, Any]:
     return {"url": shown(url), "files": len(sums) + 1, "bytes": sum((root / name).stat().st_size for name in sums)}
 
 
-def fetch(url: str, folder: Path) -> dict[str, Any]:
-    """Copy a published cache to a new folder; it has its name only when every digest was right.
-
-    Raises:
-        InputMissing: No published cache at the address.
-        UsageError: `folder` is there and not empty.
-        Refused: A name in the list leaves the folder.
-        BadData: A file is not what the list says.
-    """
-    if not is_url(url):
-        raise UsageError(f"{url} is not an address", next="e.g. s3://bucket/cache")
-    refuse_full(folder)
-    files, path = _store(url)
-    base = path.rstrip("/")
-    with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-fetch-", dir=folder.parent))
-        temporary.chmod(0o755)
-    try:
-        size = _fetched(files, base, temporary, url)
-        with disk_errors(folder):
-            if folder.is_dir():
-                folder.rmdir()
-            temporary.rename(folder)
-            sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return {"cache": str(folder), "bytes": size}
-
-
-def _fetched(files: Any, base: str, folder: Path, url: str) -> int:
-    with _remote_errors(url):
-        if not files.exists(f"{base}/{SUMS}"):
-            raise InputMissing(f"{shown(url)} holds no {SUMS}, so no published cache", next="check the address")
-        if files.size(f"{base}/{SUMS}") > MAX_SUMS_BYTES:
-            raise Refused(f"{shown(url)}/{SUMS} is larger than {MAX_SUMS_BYTES} bytes", next="look at the address")
-    _download(files, f"{base}/{SUMS}", folder / SUMS, url)
-    size = 0
-    for name, digest in parsed_sums((folder / SUMS).read_bytes(), shown(url)).items():
-        target = inside(folder, *name.split("/"))
-        _download(files, f"{base}/{name}", target, url)
-        if sha256_of(target) != digest:
-            raise BadData(f"{shown(url)}/{name} is not what {SUMS} says", next="fetch again, or publish it again")
-        size += target.stat().st_size
-    _check_sealed(folder)
-    return size
-
-
-def _check_sealed(root: Path) -> None:
+def check_sealed(root: Path) -> None:
     """Raise InputMissing or BadData where a table of the cache is not whole."""
     for name in sealed_tables(root):
         path = inside(root, *name.split("/"), "manifest.json")
@@ -160,7 +110,7 @@ def _check_sealed(root: Path) -> None:
 def _sums(root: Path) -> dict[str, str]:
     if not root.is_dir():
         raise InputMissing(f"cache {root} is not a folder", next="make one with xkd-cache documents")
-    _check_sealed(root)
+    check_sealed(root)
     begun = [p.parent for p in root.glob("*/*/plan.json") if not (p.parent / "manifest.json").is_file()]
     if begun:
         raise UsageError(f"{begun[0]} is not finished", next="finish or delete it, then publish")
@@ -187,7 +137,7 @@ def parsed_sums(content: bytes, where: str) -> dict[str, str]:
     return found
 
 
-def _store(url: str) -> tuple[Any, str]:
+def store_of(url: str) -> tuple[Any, str]:
     """(file system, path in it)"""
     import fsspec
 
@@ -204,7 +154,8 @@ def _store(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _remote_errors(url: str) -> Iterator[None]:
+def remote_errors(url: str) -> Iterator[None]:
+    """Turn whatever a store's own library raises into InputMissing, one line without secrets."""
     try:
         yield
     except XkdError:
@@ -215,22 +166,26 @@ def _remote_errors(url: str) -> Iterator[None]:
         raise InputMissing(f"{shown(url)}: {line or type(error).__name__}", next="check address and access") from error
 
 
-def _download(files: Any, path: str, target: Path, url: str) -> None:
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stream = target.open("xb")
-    with stream:
-        with _remote_errors(url), files.open(path, "rb") as source:
+def downloaded(files: Any, path: str, target: Path, url: str) -> str:
+    """Copy one file to `target`, where it appears whole and durable; sha256 of its bytes."""
+    digest = hashlib.sha256()
+
+    def write(stream: IO[bytes]) -> None:
+        with remote_errors(url), files.open(path, "rb") as source:
             while chunk := source.read(COPY_BYTES):
+                digest.update(chunk)
                 with disk_errors(target):
                     stream.write(chunk)
-        with disk_errors(target):
-            stream.flush()
-            os.fsync(stream.fileno())
+
+    with disk_errors(target):
+        temporary = write_beside(target.parent, write, kind_of(target))
+        rename(temporary, target)
+        sync_folder(target.parent)
+    return digest.hexdigest()
 
 
 def _upload(files: Any, source: Path, path: str, url: str) -> None:
-    with _remote_errors(url):
+    with remote_errors(url):
         files.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         with source.open("rb") as stream, files.open(path, "wb") as target:
             shutil.copyfileobj(stream, target, COPY_BYTES)

@@ -22,10 +22,11 @@ from small_cache import IN_PROCESS, corpus_rows, files_of, run_file, write_rows
 from xkd_pipeline.add import Added, More, take_in
 from xkd_pipeline.clear import collect
 from xkd_pipeline.corpus import open_source
+from xkd_pipeline.fetch import fetch
 from xkd_pipeline.mend import Means, repair
 from xkd_pipeline.parquet import export_parquet
 from xkd_pipeline.progress import table_states
-from xkd_pipeline.remote import fetch, publish
+from xkd_pipeline.remote import publish
 from xkd_pipeline.report_page import write_report
 from xkd_pipeline.signals_table import add_signals
 from xkd_pipeline.spans import ParserSettings

@@ -1,5 +1,7 @@
 """Corpora and caches at addresses, with a store in memory; what arrives wrong is refused, and nothing half is left."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,11 @@ import pytest
 import small_cache
 from small_cache import made
 from xkd_pipeline.corpus import open_source
-from xkd_pipeline.remote import fetch, is_url, parsed_sums, publish
-from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, UsageError, XkdError
+from xkd_pipeline.fetch import fetch
+from xkd_pipeline.remote import is_url, parsed_sums, publish
+from xkd_pipeline.store import locked
+from xkd_schemas import faults, files
+from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch, Refused, UsageError, XkdError
 from xkd_schemas.table import Table
 
 URL = "memory://bucket/cache"
@@ -75,13 +80,63 @@ def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path, store: Any) -> Non
     for path in [p for p in list(store.store) if not p.endswith("SHA256SUMS")][::4]:
         good = store.cat_file(path)
         store.pipe_file(path, bytes([good[0] ^ 1]) + good[1:])
-        with pytest.raises(BadData, match="is not what SHA256SUMS says"):
+        with pytest.raises(BadData, match=r"is not what SHA256SUMS says.*Kept: what arrived whole"):
             fetch(URL, tmp_path / "back")
+        shutil.rmtree(tmp_path / ".back.fetching")
         store.pipe_file(path, good)
     store.rm_file("/bucket/cache/documents/plan.json")
     with pytest.raises(InputMissing, match="bucket/cache"):
         fetch(URL, tmp_path / "back")
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_fetch_that_lost_its_connection_goes_on_with_what_arrived(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(made() / "cache", URL)
+    whole, opened, plain = small_cache.files_of(made() / "cache"), list[str](), type(store)._open
+
+    def breaking(self: Any, path: str, *args: Any, **rest: Any) -> Any:
+        opened.append(path)
+        if len(opened) == 12:
+            raise ConnectionResetError("gone")
+        return plain(self, path, *args, **rest)
+
+    monkeypatch.setattr(type(store), "_open", breaking)
+    with pytest.raises(InputMissing, match=r"gone.*the same command goes on"):
+        fetch(URL, tmp_path / "back")
+    (tmp_path / ".back.fetching" / "stray").write_bytes(b"of another cache")
+    arrived = next((tmp_path / ".back.fetching/documents").glob("*.arrow"))
+    arrived.write_bytes(arrived.read_bytes()[:-1])
+
+    assert fetch(URL, tmp_path / "back")["kept"] == 10
+    assert small_cache.files_of(tmp_path / "back") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["back"]
+
+
+def test_two_fetches_to_one_folder_are_told_apart(tmp_path: Path) -> None:
+    publish(made() / "cache", URL)
+    with locked(tmp_path / ".back.fetching"), pytest.raises(Busy):
+        fetch(URL, tmp_path / "back")
+
+
+@pytest.mark.parametrize("action", ["kill", "cut"])
+def test_a_fetch_that_dies_at_any_moment_is_whole_the_next_time(tmp_path: Path, action: str) -> None:
+    publish(made() / "cache", URL)
+    whole = small_cache.files_of(made() / "cache")
+    with faults.injected("*:0:count") as fault:
+        fetch(URL, tmp_path / "undisturbed")
+    for at in range(1, fault.seen + 1, 1 + fault.seen // 12):
+        folder = tmp_path / f"{at}"
+        child = os.fork()
+        if child == 0:
+            with faults.injected(f"*:{at}:{action}"):
+                fetch(URL, folder)
+            os._exit(0)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        if not folder.exists():
+            fetch(URL, folder)
+        assert small_cache.files_of(folder) == whole, fault.points[at - 1]
 
 
 @pytest.mark.parametrize("name", ["../out", "/etc/x", "a/../../out", "a//b", ".hidden", "a\\b", "a/./b", "x" * 200])
@@ -90,7 +145,7 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, store: Any, na
 
     with pytest.raises(Refused, match="is not a plain file name"):
         fetch(URL, tmp_path / "deep" / "back")
-    assert [p.name for p in tmp_path.rglob("*")] == ["deep"]
+    assert list(tmp_path.rglob("*")) == []
 
 
 @pytest.mark.parametrize("content", [b"no digest\n", b"0" * 64 + b" one\n", (b"0" * 64 + b"  one\n") * 2])
@@ -164,3 +219,18 @@ def test_no_password_is_shown() -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "C:\\x.jsonl", "owner/name:train", "/a//b.jsonl", "x:y"])
 def test_paths_are_no_addresses(name: str) -> None:
     assert not is_url(name)
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_a_finished_fetch_survives_a_power_cut_because_it_syncs(
+    tmp_path: Path, synced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(made() / "cache", URL)
+    if not synced:
+        monkeypatch.setattr(files, "_fsync", lambda descriptor: None)
+    with faults.injected("*:0:cut") as fault:
+        fetch(URL, tmp_path / "back")
+        assert fault.journal is not None
+        fault.journal.cut(None)
+    back = small_cache.files_of(tmp_path / "back") if (tmp_path / "back").is_dir() else {}
+    assert (back == small_cache.files_of(made() / "cache")) is synced
