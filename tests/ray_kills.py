@@ -50,6 +50,12 @@ def work(name: str, cache: Path, source: Path, workers: Workers) -> int:
     return int(stage(run_of(cache, source), workers).values["reused"])
 
 
+def without(cache: Path, name: str) -> Path:
+    """The cache, after what a stage makes is taken out of it."""
+    shutil.rmtree(cache / PARTS[name])
+    return cache
+
+
 def started(name: str, cache: Path, source: Path) -> subprocess.Popen[bytes]:
     """A driver as a process of its own group."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -125,8 +131,7 @@ def disturbed(folder: Path, rounds: int, chance: random.Random) -> str:
     seen: Counter[str] = Counter()
     for number in range(rounds):
         target, name = TARGETS[number % len(TARGETS)], tuple(PARTS)[number // len(TARGETS) % len(PARTS)]
-        cache = Path(shutil.copytree(source / "cache", folder / f"cache{number}"))
-        shutil.rmtree(cache / PARTS[name])
+        cache = without(Path(shutil.copytree(source / "cache", folder / f"cache{number}")), name)
         status, said = killed_once(cache, source, name, target, chance)
         committed = len(list((cache / PARTS[name]).rglob("commits/0*.json")))
         if status not in EXITS[target] or "Traceback" in said:

@@ -74,10 +74,10 @@ class PoisonedTeacher(TeacherStage):
             def __init__(self, encoder: Any) -> None:
                 self._encoder = encoder
 
-            def encode_batch(self, docs: Any, limits: Any = None) -> Any:
-                if any(POISON in d.text for d in docs):
+            def encode_batch(self, block: Any, limits: Any = None) -> Any:
+                if any(POISON in text for text in block.texts):
                     os._exit(9)
-                return self._encoder.encode_batch(docs, limits)
+                return self._encoder.encode_batch(block, limits)
 
         teacher.encoder_of = lambda settings: Deadly(encoder_of(settings))
         return super().load()

@@ -1,17 +1,27 @@
-"""Units on Ray: the same bytes as in this process, through kills and errors."""
+"""Units on Ray: the same bytes as in this process, through kills and errors, on a cluster of three nodes.
+
+The nodes are started here and joined by their address; test_ray_here.py has what is started for one run.
+"""
 
 import gc
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fake_stage
+import small_cache
 from fake_stage import UNITS, FakeStage, build_all
+from ray_stages import SlowAlign, Telling
 from small_cache import files_of
 from xkd_pipeline.run import Workers, run_units
-from xkd_schemas.errors import BadData
+from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_pipeline.store import Store
+from xkd_schemas.errors import BadData, UsageError, WorkersGone
 from xkd_schemas.manifest import Care, Commit
 
 pytestmark = [
@@ -21,16 +31,28 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_cluster_from_outside(monkeypatch) -> Iterator[None]:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    paths = (
-        str(Path(fake_stage.__file__).parent),
-        os.environ.get("PYTHONPATH"),
-    )  # for the workers
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-    yield
-    gc.collect()  # what Ray left, before a test of another module is blamed for it
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head and two nodes with one CPU each; the last has two GPUs, if Ray may be believed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        paths = (str(Path(fake_stage.__file__).parent), os.environ.get("PYTHONPATH"))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
+        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # keeps it on loopback
+        for name, value in settings.items():
+            patch.setenv(name, os.environ.get(name, value))
+        from ray.cluster_utils import Cluster
+
+        node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=node)
+        del node["include_dashboard"]
+        made.add_node(**node, wait=False)
+        made.add_node(**node | {"num_cpus": 2}, num_gpus=2, wait=False)
+        made.wait_for_nodes()
+        yield made
+        made.shutdown()
+        gc.collect()
 
 
 @pytest.fixture
@@ -39,17 +61,10 @@ def undisturbed(tmp_path: Path) -> dict[str, bytes]:
     return files_of(tmp_path / "undisturbed")
 
 
-def test_one_worker_makes_the_same_bytes(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    built = build_all(tmp_path / "t", Workers(count=1))
-
-    assert (built.made, built.kept) == (UNITS, 0)
-    assert files_of(tmp_path / "t") == undisturbed
-
-
 def test_of_two_workers_one_killed_in_a_unit_is_replaced_and_the_bytes_are_the_same(
-    tmp_path: Path, undisturbed: dict[str, bytes]
+    cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    built = build_all(tmp_path / "t", Workers(count=2), trouble="kill")
+    built = build_all(tmp_path / "t", Workers(address=cluster.address, count=2), trouble="kill")
 
     assert built.made == UNITS
     assert (tmp_path / "killed").exists()
@@ -57,9 +72,9 @@ def test_of_two_workers_one_killed_in_a_unit_is_replaced_and_the_bytes_are_the_s
 
 
 def test_a_row_that_kills_its_worker_each_time_is_found_and_the_rest_is_kept(
-    tmp_path: Path, undisturbed: dict[str, bytes]
+    cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    built = build_all(tmp_path / "t", Workers(count=1), trouble="poison")
+    built = build_all(tmp_path / "t", Workers(address=cluster.address, count=1), trouble="poison")
 
     commits = built.manifest.commits
     assert [c.care for c in commits] == [None, None, Care(lost=(1,)), None, None]
@@ -71,27 +86,94 @@ def test_a_row_that_kills_its_worker_each_time_is_found_and_the_rest_is_kept(
     }  # fmt: skip
 
 
-def test_a_unit_out_of_memory_is_made_in_smaller_batches_by_the_worker_it_has(tmp_path: Path) -> None:
+def test_a_unit_out_of_memory_is_made_in_smaller_batches_by_the_worker_it_has(cluster: Any, tmp_path: Path) -> None:
     done: list[Commit] = []
 
-    run_units(FakeStage(folder=tmp_path, trouble="memory", at=1), [0, 1], Workers(count=1), done.append)
+    run_units(
+        FakeStage(folder=tmp_path, trouble="memory", at=1),
+        [0, 1],
+        Workers(address=cluster.address, count=1),
+        done.append,
+    )
 
     assert [(commit.unit, commit.care) for commit in done] == [(0, None), (1, Care(batch=2))]
 
 
 @pytest.mark.parametrize(("trouble", "sentence"), [("error", "unit 2 is broken"), ("load", "the parser is broken")])
-def test_an_error_a_stage_raises_arrives_as_itself(tmp_path: Path, trouble: str, sentence: str) -> None:
+def test_an_error_a_stage_raises_arrives_as_itself(cluster: Any, tmp_path: Path, trouble: str, sentence: str) -> None:
     with pytest.raises(BadData) as caught:
-        build_all(tmp_path, Workers(count=1), trouble=trouble)
+        build_all(tmp_path, Workers(address=cluster.address, count=1), trouble=trouble)
 
     assert type(caught.value) is BadData
     assert str(caught.value) == f"{sentence}. Kept: k. Next: mend it"
 
 
 def test_a_stopped_worker_is_killed_and_its_unit_made_by_another(
-    tmp_path: Path, undisturbed: dict[str, bytes]
+    cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    build_all(tmp_path / "t", Workers(count=1, stall_seconds=8.0), trouble="stop")
+    build_all(tmp_path / "t", Workers(address=cluster.address, count=1, stall_seconds=8.0), trouble="stop")
 
     assert (tmp_path / "killed").exists()
     assert files_of(tmp_path / "t") == undisturbed
+
+
+def test_the_teacher_makes_the_same_table_on_several_nodes_as_in_process(cluster: Any, tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    shutil.rmtree(cache / "teachers")
+    run = small_cache.run_file(cache, teacher={"model": str(small_cache.made() / "teacher")})
+
+    assert teacher_stage(run, Workers(count=2, address=cluster.address)).values["made"] == 3
+
+    assert files_of(cache) == files_of(small_cache.made() / "cache")
+
+
+def test_each_worker_gets_its_gpu_and_runs_the_code_that_was_shipped(cluster: Any, tmp_path: Path) -> None:
+    done: list[Commit] = []
+
+    run_units(Telling(folder=tmp_path), range(4), Workers(count=2, gpus=1.0, address=cluster.address), done.append)
+
+    told = {name for commit in done for name in commit.counts}
+    assert {name for name in told if name.startswith("gpu ")} == {"gpu 0", "gpu 1"}
+    code = [name for name in told if name.startswith("code ")]
+    assert code
+    assert all("runtime_resources" in name for name in code)
+
+
+def test_more_gpus_than_any_node_has_are_refused_at_once(cluster: Any, tmp_path: Path) -> None:
+    workers = Workers(count=1, gpus=3.0, address=cluster.address)
+
+    with pytest.raises(UsageError, match="no machine has room for a worker of 1 CPU and 3 GPUs"):
+        run_units(Telling(folder=tmp_path), [0], workers, lambda _commit: None)
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "sentence"),
+    [
+        ("ray://127.0.0.1:10001", UsageError, "not the address of a cluster. Next: give HOST:PORT"),
+        ("127.0.0.1:9", WorkersGone, "no Ray cluster at 127.0.0.1:9"),
+    ],
+)
+def test_an_address_without_a_cluster_is_one_line(tmp_path: Path, address: str, kind: type, sentence: str) -> None:
+    with pytest.raises(kind, match=sentence):
+        run_units(Telling(folder=tmp_path), [0], Workers(count=1, address=address), lambda _commit: None)
+
+
+def test_a_node_that_goes_in_the_middle_costs_time_and_no_byte(cluster: Any, tmp_path: Path, monkeypatch) -> None:
+    cache = small_cache.copied(tmp_path)
+    shutil.rmtree(cache / "students")
+    run = small_cache.run_file(cache, student={"tokenizer": str(small_cache.made() / "student")})
+    commit, gone = Store.commit, []
+
+    def committed(store: Store, record: Commit) -> None:
+        commit(store, record)
+        if not gone:
+            gone.append(cluster.list_all_nodes()[1])
+            cluster.remove_node(gone[0], allow_graceful=False)
+
+    monkeypatch.setattr(Store, "commit", committed)
+    monkeypatch.setattr("xkd_pipeline.align.AlignStage", SlowAlign)
+
+    align_stage(run, Workers(count=3, address=cluster.address))
+
+    assert len(gone) == 1
+    assert files_of(cache) == files_of(small_cache.made() / "cache")

@@ -1,0 +1,96 @@
+"""Ray started for one run: nobody else can reach it, and it, the driver or a signal may end it at any time."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import fake_stage
+import ray_kills
+import small_cache
+from fake_stage import UNITS, build_all
+from ray_kills import children, killed_once, named, started, until_made, work
+from small_cache import IN_PROCESS, files_of
+from xkd_pipeline.run import Workers
+from xkd_schemas.errors import Refused
+
+SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def begun(tmp_path: Path) -> Path:
+    """A cache without its student."""
+    return ray_kills.without(small_cache.copied(tmp_path), "align")
+
+
+def test_a_run_of_its_own_makes_the_same_bytes_listens_on_loopback_only_and_leaves_nothing(
+    tmp_path: Path, monkeypatch, capfd
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    paths = (str(Path(fake_stage.__file__).parent), os.environ.get("PYTHONPATH"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    build_all(tmp_path / "undisturbed")
+    heard, niceness, handler = set(), set(), signal.getsignal(signal.SIGTERM)
+
+    def listening(_commits: object) -> None:
+        for process in psutil.Process().children(recursive=True):
+            niceness.add(process.nice())
+            heard.update(c.laddr.ip.removeprefix("::ffff:") for c in process.net_connections() if c.status == "LISTEN")
+
+    built = build_all(tmp_path / "t", Workers(count=1), watch=listening)
+
+    assert (built.made, built.kept) == (UNITS, 0)
+    assert files_of(tmp_path / "t") == files_of(tmp_path / "undisturbed")
+    assert heard == {"127.0.0.1"}
+    assert niceness == {psutil.Process().nice()}
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert [p.name() for p in psutil.Process().children(recursive=True) if "ray" in p.name()] == []
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("target", ["driver", "raylet", "gcs_server"])
+def test_what_ray_runs_on_is_killed_and_the_same_command_goes_on(tmp_path: Path, target: str) -> None:
+    cache, made = begun(tmp_path), small_cache.made()
+
+    status, said = killed_once(cache, made, "align", target, random.Random(SEED))
+
+    assert status in ray_kills.EXITS[target]
+    if status == 69:
+        assert "the Ray cluster is gone" in said
+        assert "Kept: every committed unit. Next: run the same command again to go on" in said
+    assert "Traceback" not in said
+    work("align", cache, made, IN_PROCESS)
+    assert files_of(cache) == files_of(made / "cache")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_within_seconds_and_leaves_no_process(tmp_path: Path, number: int, code: int) -> None:
+    cache, made = begun(tmp_path), small_cache.made()
+    driver = started("align", cache, made)
+    until_made(cache, "students", driver)
+    family = children(driver)
+    start = time.monotonic()
+
+    driver.send_signal(number)
+    _, said = driver.communicate(timeout=60)
+
+    assert (driver.returncode, said.decode().count("\n")) == (code, 1)
+    assert time.monotonic() - start < 30
+    assert named(family, "ray") == []
+    work("align", cache, made, IN_PROCESS)
+    assert files_of(cache) == files_of(made / "cache")
+
+
+def test_a_cluster_without_authentication_is_not_started(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+    with pytest.raises(Refused, match="RAY_AUTH_MODE is disabled: any process of this machine could run code as you"):
+        build_all(tmp_path, Workers(count=1))

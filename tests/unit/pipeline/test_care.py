@@ -1,0 +1,169 @@
+"""Units that cannot be made as planned: rows left out, smaller batches, and what record, line and table say of it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import small_cache
+from small_cache import IN_PROCESS, files_of, run_file
+from xkd_pipeline.run import Workers, asked_workers
+from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
+from xkd_pipeline.store import Store
+from xkd_pipeline.verify import verify
+from xkd_schemas.errors import BadData, OutOfMemory, UsageError
+from xkd_schemas.manifest import Care, Commit, read_record
+from xkd_schemas.runfile import RunFile
+from xkd_schemas.table import Table
+
+CARE = {1: Care(lost=(2,), batch=1)}
+
+
+def begun(tmp_path: Path, *parts: str, **documents: object) -> tuple[Path, RunFile]:
+    """A finished cache without these tables."""
+    cache, made = small_cache.copied(tmp_path), small_cache.made()
+    for part in parts:
+        shutil.rmtree(cache / part)
+    return cache, run_file(
+        cache,
+        documents={"corpus": [str(made / "corpus.jsonl")], **documents},
+        teacher={"model": str(made / "teacher")},
+        student={"tokenizer": str(made / "student")},
+    )
+
+
+def needing(monkeypatch: pytest.MonkeyPatch, cares: dict[int, Care]) -> None:
+    small_cache.made()  # before anything is patched
+    monkeypatch.setattr(Store, "cares", lambda _store, _units: cares)
+
+
+def records(folder: Path) -> list[Commit]:
+    return [read_record(path, Commit) for path in sorted((folder / "commits").glob("*.json"))]
+
+
+def test_a_row_that_kills_the_parser_is_a_reject_and_counts_as_one(tmp_path: Path, monkeypatch) -> None:
+    needing(monkeypatch, CARE)
+    cache, run = begun(tmp_path, "documents", "teachers", "students", max_reject=0.1)
+
+    said = documents_stage(run, IN_PROCESS, lambda _line: None)
+
+    (file,) = (cache / "documents/rejects").glob("*.jsonl")
+    assert '"line": 7, "reason": "worker_killed"' in file.read_text()
+    assert "ends the process that reads or parses it, every time" in file.read_text()
+    assert "11 documents" in said.line
+    assert "1 rows rejected" in said.line
+    assert "1 for want of memory in batches down to 1" in said.line
+    assert [record.care for record in records(cache / "documents")] == [None, CARE[1], None]
+    assert verify(cache, "deep") == []
+
+    _, run = begun(tmp_path / "strict", "documents", "teachers", "students")
+    with pytest.raises(BadData, match=r"1 of 12 rows cannot be used \(worker_killed 1\), more than --max-reject 0.01"):
+        documents_stage(run, IN_PROCESS, lambda _line: None)
+
+
+def test_a_document_that_kills_the_teacher_is_a_row_without_tokens_and_the_student_knows(
+    tmp_path: Path, monkeypatch
+) -> None:
+    needing(monkeypatch, CARE)
+    cache, run = begun(tmp_path, "teachers", "students")
+
+    said = teacher_stage(run, IN_PROCESS)
+    monkeypatch.undo()
+    align_stage(run, IN_PROCESS)
+
+    teacher, student = Table(cache, "teachers/T"), Table(cache, "students/S")
+    assert [row["status"] for row in (teacher[6], teacher[5], student[6])] == [
+        "worker_killed", "ok", "teacher:worker_killed"
+    ]  # fmt: skip
+    assert (len(teacher[6]["token_ids"]), len(teacher[5]["token_ids"]) > 0) == (0, True)
+    assert "documents not used or cut: 1 worker_killed" in said.line
+    assert records(cache / "teachers/T")[1].unusable == (2,)
+    assert verify(cache, "deep") == []
+
+
+def test_a_document_that_kills_the_aligner_is_a_row_without_tokens(tmp_path: Path, monkeypatch) -> None:
+    needing(monkeypatch, CARE)
+    cache, run = begun(tmp_path, "students")
+
+    align_stage(run, IN_PROCESS)
+
+    ours, theirs = Table(cache, "students/S"), Table(small_cache.made() / "cache", "students/S")
+    assert ours[6]["status"] == "worker_killed"
+    for at in (4, 5, 7, 11):
+        assert all((ours[at][name] == theirs[at][name]) is True or (ours[at][name] == theirs[at][name]).all()
+                   for name in ours.shard(0).schema.names)  # fmt: skip
+    assert verify(cache, "deep") == []
+
+
+def test_documents_and_students_are_the_same_in_any_batches(tmp_path: Path, monkeypatch) -> None:
+    needing(monkeypatch, {unit: Care(batch=batch) for unit, batch in enumerate((1, 2, 3))})
+    cache, run = begun(tmp_path, "documents", "students")
+
+    documents_stage(run, IN_PROCESS, lambda _line: None)
+    align_stage(run, IN_PROCESS)
+
+    whole = files_of(small_cache.made() / "cache")
+    assert {n for n, content in files_of(cache).items() if n.endswith(".arrow") and whole.get(n) != content} == set()
+
+
+def test_a_unit_that_needed_care_is_made_so_again_after_damage(tmp_path: Path, monkeypatch) -> None:
+    needing(monkeypatch, CARE)
+    cache, run = begun(tmp_path, "teachers", "students")
+    teacher_stage(run, IN_PROCESS)
+    monkeypatch.undo()
+    before = files_of(cache)
+    (shard,) = (cache / "teachers/T").glob("00001-*.arrow")
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+    assert teacher_stage(run, IN_PROCESS).values["made"] == 1
+
+    assert files_of(cache) == before
+
+
+def hungry(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Let the teacher run out of memory with batches of more tokens."""
+    from xkd_pipeline import teacher
+
+    small_cache.made()
+    capture = teacher.capture
+
+    def measured(model, readings, wanted, settings):
+        if settings.batch_tokens > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+        return capture(model, readings, wanted, settings)
+
+    monkeypatch.setattr(teacher, "capture", measured)
+
+
+def test_memory_that_runs_out_in_this_process_is_answered_by_smaller_batches(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    hungry(monkeypatch, 100)
+    cache, run = begun(tmp_path, "teachers", "students")
+
+    said = teacher_stage(run, IN_PROCESS)
+
+    assert [record.care for record in records(cache / "teachers/T")] == 3 * [Care(batch=64)]
+    assert said.values["smaller_batches"] == 3
+    assert "3 for want of memory in batches down to 64" in said.line
+    assert (
+        "unit 0: CUDA out of memory. Tried to allocate 9.00 GiB; tried again in batches of 64"
+        in capsys.readouterr().err
+    )
+    assert verify(cache, "deep") == []
+
+
+def test_one_document_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch) -> None:
+    hungry(monkeypatch, 0)
+    _, run = begun(tmp_path, "teachers", "students")
+
+    with pytest.raises(OutOfMemory, match=r"unit 0: one document at a time does not go either: CUDA out of memory"):
+        teacher_stage(run, IN_PROCESS)
+
+
+def test_what_is_asked_of_workers_without_any_is_refused() -> None:
+    assert asked_workers(Workers(count=2, gpus=1.0)).count == 2
+    for workers in (Workers(gpus=1.0), Workers(address="127.0.0.1:6379"), Workers(stall_seconds=9.0)):
+        with pytest.raises(UsageError, match=r"there are none\. Next: add --workers N"):
+            asked_workers(workers)
