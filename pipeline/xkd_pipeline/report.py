@@ -59,7 +59,7 @@ def gather(root: Path) -> Report:
         reasons=_reasons(documents.manifest), rejects=tuple(islice(_rejects(documents), MAX_REJECTS)),
         cuts=tuple(cut for m in manifests if not m.table.startswith("signals/") for cut in _cuts(m)),
         codec_errors=tuple(found for m in manifests for found in _codec_errors(m)),
-        speed=tuple(found for m in manifests for found in _speed(m)), remarks=_unfinished(root),
+        remarks=_unfinished(root),
     )  # fmt: skip
 
 
@@ -224,12 +224,6 @@ def _codec_errors(manifest: Manifest) -> Iterator[tuple[str, str, float]]:
     errors = manifest.constants.get("codec_error")
     for signal, error in sorted(errors.items()) if isinstance(errors, dict) else ():
         yield manifest.table, str(signal), float(error)
-
-
-def _speed(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
-    recorded = manifest.constants.get("speed")
-    for name, value in sorted(recorded.items()) if isinstance(recorded, dict) else ():
-        yield manifest.table, str(name), str(value)
 
 
 def _unfinished(root: Path) -> tuple[str, ...]:

@@ -77,7 +77,6 @@ class Report:
     """(table, what happened to the documents, how many)"""
     codec_errors: tuple[tuple[str, str, float], ...]
     """(table, signal, error)"""
-    speed: tuple[tuple[str, str, str], ...]
     remarks: tuple[str, ...] = ()
 
 
