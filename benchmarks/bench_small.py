@@ -19,7 +19,7 @@ from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Result, Row, cost
 from xkd_pipeline.draws import drawn
 from xkd_pipeline.shard import ROWS_PER_BATCH
-from xkd_pipeline.size import signal_bytes
+from xkd_pipeline.size import Counts, signal_bytes
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.teacher import Signal
 from xkd_trainer.cache import Cache
@@ -106,9 +106,10 @@ def speed(logits_NV: Tensor, repeats: int) -> Row:
 
 
 def sizes(pair: Pair) -> list[Row]:
-    """By the plan's arithmetic at width 4096, on the pair's documents."""
+    """By the plan's arithmetic at width 4096, on the pair's documents and on one of 512 tokens with 159 phrases."""
     counts = counted(pair)
     tokens = sum(c.tokens for c in counts)
+    long = Counts(tokens=512, kept=512, targets=511, spans={"word": 0, "phrase": 159})
 
     def bytes_of(*signals: Signal) -> float:
         return sum(signal_bytes(s, WIDTH, PLAIN, counts, ROWS_PER_BATCH) for s in signals) / tokens
@@ -116,15 +117,21 @@ def sizes(pair: Pair) -> list[Row]:
     def of_levels(name: str) -> float:
         return bytes_of(*(Signal(name, *level) for level in levels_of(32)))
 
+    def of_long(name: str) -> float:
+        return sum(signal_bytes(Signal(name, n, "phrase"), WIDTH, PLAIN, [long], 1) for n in range(4)) / long.tokens
+
     draws = bytes_of(Signal("sampled", top=DRAWS[1]), Signal("entropy"))
     state, geometry = bytes_of(Signal("hidden_last")), of_levels("span_geometry")
     at = f"D={WIDTH}, V={CLASSES // 1000}k"
+    long_ratio = of_long("span_geometry") / of_long("span_vectors")
     vectors, states = of_levels("span_vectors"), 2.0 * WIDTH * len(levels_of(32))
     return [
         Row(what=f"{DRAWS[1]} drawn classes and entropy / last states, {at}", ratio=draws / state, ours=draws,
             theirs=state, unit="bytes a token"),
         Row(what=f"cosines of four layers' spans / their vectors, {at}", ratio=geometry / vectors, ours=geometry,
             theirs=vectors, unit="bytes a token"),
+        Row(what="cosines of 159 phrases of 512 tokens, four layers / their vectors", ratio=long_ratio,
+            ours=of_long("span_geometry"), theirs=of_long("span_vectors"), unit="bytes a token"),
         Row(what=f"cosines of four layers' spans / states of those layers, {at}", ratio=geometry / states,
             ours=geometry, theirs=states, unit="bytes a token"),
     ]  # fmt: skip
