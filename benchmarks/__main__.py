@@ -21,6 +21,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 NAMES: Final = (
     "capture",
     "alignment",
+    "spacy",
     "step",
     "memory",
     "softdtw",

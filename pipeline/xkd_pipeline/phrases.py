@@ -38,6 +38,16 @@ def trim(text: str, start: int, end: int) -> Interval:
     return start, max(start, end - (len(piece) - len(piece.rstrip())))
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def word_in(token: str) -> Interval | None:
+    """Where in a token its word stands, without blanks at its ends; None where it is no word.
+
+    >>> word_in("cat "), word_in("...")
+    ((0, 3), None)
+    """
+    return trim(token, 0, len(token)) if is_word(token) else None
+
+
 def verb_groups(tags: Sequence[str]) -> Iterator[Interval]:
     """Maximal matches of AUX* ADV* VERB+ ADV* over universal part-of-speech tags, as token ranges, in order.
 

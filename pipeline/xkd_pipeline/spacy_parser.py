@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.phrases import Phrase, cut_pieces, is_word, joined_spans, select_phrases, trim, verb_groups
+from xkd_pipeline.phrases import Phrase, cut_pieces, joined_spans, select_phrases, trim, verb_groups, word_in
+from xkd_pipeline.spacy_ruler import RULER, quick_ruler
 from xkd_pipeline.spans import DEFAULT_PIPELINE, ParserSettings, probe
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.errors import InputMissing, UsageError
@@ -87,9 +88,8 @@ def document_pieces(document: Document, limit: int) -> Iterator[Interval]:
 
 def words_of(doc: Any) -> list[Interval]:
     """Intervals of a spaCy Doc's tokens that are words, [K], sorted and disjoint."""
-    found = ((token.idx, token.text) for token in doc if is_word(token.text))
-    spans = ((*trim(text, 0, len(text)), at) for at, text in found)
-    return [(at + start, at + end) for start, end, at in spans]
+    found = ((token.idx, word_in(token.text)) for token in doc)
+    return [(at + word[0], at + word[1]) for at, word in found if word is not None]
 
 
 class SpacyParser:
@@ -103,6 +103,10 @@ class SpacyParser:
         if missing or self.nlp.vocab.get_noun_chunks is None:
             what = f"no {' and no '.join(missing)}" if missing else "no noun chunks for its language"
             raise UsageError(f"the spaCy pipeline '{settings.model}' has {what}", next=f"use {DEFAULT_PIPELINE}")
+        self._rule = quick_ruler(self.nlp)
+        if self._rule is not None:
+            self.nlp.disable_pipe(RULER)
+        self._verbal = {self.nlp.vocab.strings[tag]: tag for tag in ("AUX", "ADV", "VERB")}
         self.max_piece_chars = min(MAX_PIECE_CHARS, int(self.nlp.max_length))
 
     def parse(self, documents: Sequence[Document]) -> list[Spans]:
@@ -116,9 +120,11 @@ class SpacyParser:
             return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in pieces]
 
     def _piece(self, doc: Any) -> tuple[list[Interval], list[Phrase]]:
+        if self._rule is not None:
+            self._rule(doc)
         words, text = words_of(doc), doc.text
         ranges = [(chunk.start, chunk.end, "NP") for chunk in doc.noun_chunks]
-        ranges += [(start, end, "VP") for start, end in verb_groups([token.pos_ for token in doc])]
+        ranges += [(start, end, "VP") for start, end in verb_groups(self._tags(doc))]
         found = [
             (*trim(text, doc[start].idx, doc[end - 1].idx + len(doc[end - 1])), label) for start, end, label in ranges
         ]
@@ -127,6 +133,10 @@ class SpacyParser:
             found, words, max_words=settings.max_words, drop_contained=settings.drops_contained, notes=self.notes
         )
         return words, kept
+
+    def _tags(self, doc: Any) -> list[str]:
+        """Universal part of speech of each token, as far as verb groups need it."""
+        return [self._verbal.get(pos, "") for pos in doc.to_array("POS").tolist()]
 
     def identity(self) -> dict[str, str]:
         """Everything the spans depend on, with a probe of what is found in fixed texts."""
