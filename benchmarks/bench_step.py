@@ -17,12 +17,15 @@ from benchmarks.measure import Options, interleaved
 from benchmarks.pair import Pair, Shape, pair_of
 from benchmarks.rows import Result, cost
 from xkd_trainer.batch import Batch
-from xkd_trainer.losses.head import CHUNK_BYTES
+from xkd_trainer.losses.head_plan import PASS_BYTES
+from xkd_trainer.losses.lazy_logits import CHUNK_BYTES, WIDER
 from xkd_trainer.methods.declaration import constant_head
 from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
 
 ALL = "ce=1,mta=0.1,sra=0.03,dwa=0.5"
+CHUNKS = (WIDER * CHUNK_BYTES, PASS_BYTES)
+"""Sizes of a chunk of logits that the losses use; the unavoidable products are made in the faster one."""
 LATE = 1_000_000
 """An optimizer step behind every warm-up: all terms are on."""
 LARGE = Shape(
@@ -66,36 +69,39 @@ class Step:
         return float(loss.detach())
 
 
-def unavoidable(step: Step) -> Callable[[], None]:
-    """The three extra products of a step, on random states, chunk by chunk as the losses make them."""
+def unavoidable(step: Step, chunk_bytes: int) -> Callable[[], None]:
+    """The three extra products of a step on random states, in chunks whose logits take that much, in memory kept."""
     student_VD = step.ready.distiller.student.get_output_embeddings().weight.detach()
     teacher_VD = constant_head(step.ready.cache.head(), "benchmark").weight_VD
     students, teachers = int(step.batch.predict_valid_BN.sum()), int(step.batch.teacher_predict_valid_BM.sum())
     there = [torch.randn(n, w.shape[1]) for n, w in ((students, student_VD), (teachers, teacher_VD))]
 
     def products() -> None:
-        there_and_back(there[0], student_VD)
-        there_and_back(there[1], teacher_VD)
-        there_and_back(there[1], teacher_VD, back=False)
+        there_and_back(there[0], student_VD, chunk_bytes)
+        there_and_back(there[1], teacher_VD, chunk_bytes)
+        there_and_back(there[1], teacher_VD, chunk_bytes, back=False)
 
     return products
 
 
 @torch.no_grad()
-def there_and_back(hidden_PD: Tensor, weight_VD: Tensor, *, back: bool = True) -> None:
+def there_and_back(hidden_PD: Tensor, weight_VD: Tensor, chunk_bytes: int, *, back: bool = True) -> None:
     """Logits, and from numbers of their shape the gradient of the states."""
-    for chunk_PD in hidden_PD.split(max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))):
-        logits_PV = chunk_PD @ weight_VD.T
+    rows = min(len(hidden_PD), max(1, chunk_bytes // (4 * weight_VD.shape[0])))
+    logits_PV = torch.empty(rows, weight_VD.shape[0])
+    for chunk_PD in hidden_PD.split(rows):
+        torch.mm(chunk_PD, weight_VD.T, out=logits_PV[: len(chunk_PD)])
         if back:
-            logits_PV @ weight_VD
+            logits_PV[: len(chunk_PD)] @ weight_VD
 
 
 def _measured(name: str, pair: Pair, options: Options) -> list[Result]:
     documents = options.size(8, 4)
     full, plain = (Step(pair, loss, documents) for loss in (ALL, "ce=1"))
-    calls = {"full": full, "plain": plain, "products": unavoidable(full), "read": full.read}
+    calls: dict[str, Callable[[], object]] = {"full": full, "plain": plain, "read": full.read}
+    calls |= {f"products {size}": unavoidable(full, size) for size in CHUNKS}
     seconds = interleaved(calls, min(options.repeats, 4))
-    base = seconds["plain"] + seconds["products"]
+    base = seconds["plain"] + min(seconds[f"products {size}"] for size in CHUNKS)
     return [
         cost(f"{name}: step with ce+mta+sra+dwa / with ce alone", seconds["full"], seconds["plain"]),
         cost(f"{name}: the same / ce alone and three head products", seconds["full"], base, bar=1.4),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import slow_dwa as slow
-from xkd_trainer.losses import head
+from xkd_trainer.losses import lazy_logits
 from xkd_trainer.losses.divergence import Kind, divergence
 from xkd_trainer.losses.head import Comparison, LazyLogits, head_cross_entropy, head_divergence, head_statistics
 
@@ -15,7 +15,7 @@ KINDS = get_args(Kind)
 
 @pytest.fixture(params=[1, 3, 1000])
 def positions_per_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(head, "CHUNK_BYTES", 7 * 8 * request.param)
+    monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", 7 * 8 * request.param)
     return int(request.param)
 
 
@@ -201,12 +201,11 @@ def test_the_logits_of_all_positions_are_never_held_at_once(monkeypatch: pytest.
 
         return made
 
-    monkeypatch.setattr(LazyLogits, "dense", watched(0, LazyLogits.dense))
-    monkeypatch.setattr(head.Chunk, "of", watched(1, head.Chunk.of))
-    monkeypatch.setattr(head, "CHUNK_BYTES", 64 * 4 * 10)
+    monkeypatch.setattr(lazy_logits.Chunk, "of", watched(1, lazy_logits.Chunk.of))
+    monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", 64 * 4 * 10)
     student = LazyLogits(hidden=torch.randn(95, 8), weight=torch.randn(64, 8, requires_grad=learns))
 
     head_divergence(student, student, None, Comparison(kind="forward_kl", temperature=1.0))
 
-    assert max(seen) == (10 if learns else 10 * head.WIDER)
+    assert max(seen) == (10 if learns else 10 * lazy_logits.WIDER)
     assert sum(seen) == 2 * 95

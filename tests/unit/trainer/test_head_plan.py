@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import slow_dwa as slow
-from xkd_trainer.losses import head_pass
+from xkd_trainer.losses import head_plan
 from xkd_trainer.losses.divergence import Kind, divergence
 from xkd_trainer.losses.dwa import student_weights
-from xkd_trainer.losses.head import Chunk, LazyLogits
 from xkd_trainer.losses.head_plan import HeadPlan, Planned
 from xkd_trainer.losses.head_rows import Comparison
+from xkd_trainer.losses.lazy_logits import Chunk, LazyLogits
 
 F64 = torch.float64
 CLASSES = 7
@@ -91,7 +91,7 @@ class Case:
 
 @pytest.fixture(params=[1, 3, 1000])
 def positions_per_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(head_pass, "PASS_BYTES", (CLASSES + 2) * 8 * request.param)
+    monkeypatch.setattr(head_plan, "PASS_BYTES", CLASSES * 8 * request.param)
     return int(request.param)
 
 
@@ -121,7 +121,7 @@ def test_value_and_every_gradient_are_those_of_the_plain_form(kind: Kind) -> Non
 def test_ragged_documents_in_chunks_of_any_size(lengths: list[int], seed: int, positions: int) -> None:
     case = Case(lengths, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_pass, "PASS_BYTES", (CLASSES + 2) * 8 * positions)
+        patch.setattr(head_plan, "PASS_BYTES", CLASSES * 8 * positions)
         assert_same(case, lambda: case.joint()[0], lambda: case.plain()[0])
 
 
@@ -249,7 +249,7 @@ def test_logits_are_made_once_where_documents_fit_and_twice_where_not(
         return of(self, logits)
 
     monkeypatch.setattr(Chunk, "of", watched)
-    monkeypatch.setattr(head_pass, "PASS_BYTES", CLASSES * 8 * positions)
+    monkeypatch.setattr(head_plan, "PASS_BYTES", CLASSES * 8 * positions)
     case = Case([4, 3, 4])
 
     case.plan.run(case.wanted()[:3], list(FACTORS[:3]))

@@ -19,7 +19,7 @@ from slow_losses import generator, mask, padded
 from xkd_trainer.batch import Batch, blank
 from xkd_trainer.head import Head
 from xkd_trainer.loop import train
-from xkd_trainer.losses import head as head_module
+from xkd_trainer.losses import lazy_logits
 from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.multilevelot import (
     MultiLevelOtSettings,
@@ -101,7 +101,7 @@ def test_ragged_batches_are_the_loops_over_single_documents(
     fake = Fake(seed, sizes, (student_classes, teacher_classes), **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_module, "CHUNK_BYTES", 150)
+        patch.setattr(lazy_logits, "CHUNK_BYTES", 150)
         found = fake.terms()
 
     expected = fake.expected(**settings)

@@ -22,7 +22,7 @@ from xkd_schemas.errors import UsageError
 from xkd_schemas.table import Table
 from xkd_trainer.batch import blank
 from xkd_trainer.loop import train
-from xkd_trainer.losses import head as head_module
+from xkd_trainer.losses import lazy_logits
 from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.uld import head_sorted_l1, sorted_l1, sorted_teacher, topk_teacher
 from xkd_trainer.methods import loss_named
@@ -50,7 +50,7 @@ def test_the_sum_in_chunks_is_the_loop_over_sorted_classes(
     weights = torch.rand(positions, generator=generator(seed), dtype=torch.float64)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_module, "CHUNK_BYTES", 150)
+        patch.setattr(lazy_logits, "CHUNK_BYTES", 150)
         found = head_sorted_l1(student, sorted_teacher(teacher, temperature), weights, temperature)
 
     rows = zip(student.dense().tolist(), teacher.dense().tolist(), weights.tolist(), strict=True)

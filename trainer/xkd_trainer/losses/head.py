@@ -8,69 +8,21 @@ Shape legend for this file
     N positions    D width of the states    V classes    C positions of one chunk
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xkd_trainer.losses.at_once import Made, made_at_once
+from xkd_trainer.losses.head_pass import Divergence, Side, Sums, joint_sum
 from xkd_trainer.losses.head_rows import Comparison as Comparison
+from xkd_trainer.losses.head_rows import Scratch, parts, statistics_rows
 from xkd_trainer.losses.head_rows import Statistics as Statistics
-from xkd_trainer.losses.head_rows import cross_entropy_rows, divergence_rows, parts, slices, statistics_rows
+from xkd_trainer.losses.lazy_logits import CHUNK_BYTES as CHUNK_BYTES
+from xkd_trainer.losses.lazy_logits import Chunk, HeadSlopes, chunks, rows_at_once
+from xkd_trainer.losses.lazy_logits import LazyLogits as LazyLogits
 from xkd_trainer.losses.term import at_least_float32
-
-CHUNK_BYTES = 16 << 20
-"""Size of one chunk of logits where the head learns: its gradient is memory enough. A divergence holds two chunks."""
-
-WIDER = 3
-"""How many times as much where the head is a constant: large products cost less a position."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LazyLogits:
-    """Logits as what they are made of: hidden @ weight.T + bias, in the dtype of the head, then in float32 or better.
-
-    The states are brought to the head's dtype, so a head kept in bfloat16 gives logits with eight bits of mantissa.
-    """
-
-    hidden: Tensor
-    """[..., D], finite. Post-final-norm states, or states projected into this head's space."""
-    weight: Tensor
-    """[V, D]. A constant unless it requires a gradient; detach it where the loss holds it fixed."""
-    bias: Tensor | None = None
-    """[V], or None."""
-
-    def detached(self) -> "LazyLogits":
-        """The same logits without gradient."""
-        bias = None if self.bias is None else self.bias.detach()
-        return LazyLogits(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
-
-    def at(self, chosen: Tensor | slice) -> "LazyLogits":
-        """The logits at some positions: a bool mask over the leading axes, or a slice of the first; [N, D] inside."""
-        return replace(self, hidden=self.hidden[chosen])
-
-    def dense(self) -> Tensor:
-        """[..., V] logits, float32, or float64 where the head is."""
-        return at_least_float32(F.linear(self.hidden.to(self.weight.dtype), self.weight, self.bias))
-
-
-class Chunk:
-    """Memory for the logits of a chunk, used again for the next: fresh pages cost as much as a product."""
-
-    def __init__(self, rows: int, logits: LazyLogits) -> None:
-        self._wide_CV = at_least_float32(logits.weight.new_empty(0)).new_empty(rows, logits.weight.shape[0])
-
-    def of(self, logits: LazyLogits) -> Tensor:
-        """Like `dense`, of at most so many rows [C, D]; valid until the next call."""
-        out_CV = self._wide_CV[: logits.hidden.shape[0]]
-        if logits.weight.dtype != out_CV.dtype:
-            return out_CV.copy_(F.linear(logits.hidden.to(logits.weight.dtype), logits.weight, logits.bias))
-        torch.mm(logits.hidden.to(out_CV.dtype), logits.weight.T, out=out_CV)
-        return out_CV if logits.bias is None else out_CV.add_(logits.bias)
-
 
 Pointwise = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """(positions, their logits [C, V], which may be overwritten) -> (loss [C], its gradient by the logits [C, V])."""
@@ -91,12 +43,12 @@ def head_statistics(logits: LazyLogits, valid: Tensor) -> Statistics:
         Both of the shape of `valid`, float32, or float64 where the head is.
     """
     chosen = logits.detached().at(valid)
-    entropy_N, peak_N = [], []
+    entropy_N, peak_N, scratch = [], [], Scratch()
     with torch.no_grad():
         for rows in chunks(chosen):
             logits_CV = chosen.at(rows).dense()
             for part in parts(logits_CV):
-                found = statistics_rows(logits_CV[part])
+                found = statistics_rows(logits_CV[part], scratch)
                 entropy_N.append(found.entropy)
                 peak_N.append(found.peak)
     return Statistics(_scattered(entropy_N, valid, logits), _scattered(peak_N, valid, logits))
@@ -140,14 +92,9 @@ def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
         Scalar with gradient by states, and by weight and bias where they require one. 0 where N is 0.
     """
 
-    one = at_least_float32(logits.weight.new_ones(()))
-
-    def pointwise(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-        target_C = target_N[rows]
-        losses = [cross_entropy_rows(logits_CV[part], target_C[part], one) for part in parts(logits_CV)]
-        return torch.cat(losses), logits_CV
-
-    return weighted_sum(logits, None, pointwise)
+    everywhere = torch.ones_like(target_N, dtype=torch.bool)
+    wanted = Sums(factors_K=_one(logits), own_terms=[0])
+    return joint_sum(logits, target_N, everywhere, wanted, rows_at_once(logits))[0]
 
 
 def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor | None, how: Comparison) -> Tensor:
@@ -171,29 +118,16 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
     Returns:
         Scalar with gradient by the student's states, and by its head where that requires one. 0 where N is 0.
     """
-    constant = teacher.detached()
-
-    def pointwise(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-        teacher_CV, losses = constant.at(rows).dense(), []
-        for part in parts(logits_CV):
-            one_P1 = torch.ones_like(logits_CV[part, :1])
-            loss_P, logits_CV[part] = divergence_rows(logits_CV[part], teacher_CV[part], one_P1, how)
-            losses.append(loss_P)
-        return torch.cat(losses), logits_CV
-
-    return weighted_sum(student, weights_N, pointwise)
+    weights_N1 = None if weights_N is None else weights_N.detach()[:, None]
+    compared = Divergence(number=0, how=how, weights_M1=weights_N1)
+    wanted = Sums(factors_K=_one(student), sides=[Side(logits=teacher.detached(), divergences=[compared])])
+    nowhere_N = torch.zeros(student.hidden.shape[0], dtype=torch.int64, device=student.hidden.device)
+    return joint_sum(student, nowhere_N, nowhere_N == 0, wanted, rows_at_once(student))[0]
 
 
-def chunks(logits: LazyLogits) -> Iterator[slice]:
-    """Ranges of positions that are worked on at a time."""
-    return slices(0, logits.hidden.shape[0], max(1, rows_at_once(logits)))
-
-
-def rows_at_once(logits: LazyLogits) -> int:
-    """Positions of a chunk, one at least where there is one."""
-    row_bytes = logits.weight.shape[0] * max(4, logits.weight.dtype.itemsize)
-    chunk_bytes = CHUNK_BYTES if logits.weight.requires_grad else WIDER * CHUNK_BYTES
-    return min(max(1, chunk_bytes // max(1, row_bytes)), logits.hidden.shape[0])
+def _one(logits: LazyLogits) -> Tensor:
+    """The factor of a single sum, [1]."""
+    return at_least_float32(logits.weight.detach().new_ones(1))
 
 
 def _scattered(parts: list[Tensor], valid: Tensor, logits: LazyLogits) -> Tensor:
@@ -223,31 +157,3 @@ def weighted_sum(logits: LazyLogits, weights_N: Tensor | None, pointwise: Pointw
         return total, total.new_zeros(0), slopes.by_input()
 
     return made_at_once(make, logits.hidden, logits.weight, logits.bias)[0]
-
-
-class HeadSlopes:
-    """Gradients of a sum by states, head and bias, from those by the logits of one chunk after another."""
-
-    def __init__(self, logits: LazyLogits, wanted: Sequence[bool]) -> None:
-        wide = at_least_float32(logits.weight.new_empty(0))
-        self._logits = logits
-        self.hidden_ND = torch.zeros_like(logits.hidden) if wanted[0] else None
-        self.weight_VD = wide.new_empty(logits.weight.shape) if wanted[1] else None
-        self.bias_V = wide.new_zeros(logits.bias.shape) if logits.bias is not None and wanted[2] else None
-
-    def add(self, rows: slice, slope_CV: Tensor) -> None:
-        """The positions of a chunk; every position once, the first ones first."""
-        hidden_ND, weight_VD = self._logits.hidden, self._logits.weight
-        if self.hidden_ND is not None:
-            self.hidden_ND[rows] = (slope_CV.to(weight_VD.dtype) @ weight_VD).to(hidden_ND.dtype)
-        if self.weight_VD is not None:
-            beta = 0 if rows.start == 0 else 1  # the first chunk overwrites
-            self.weight_VD.addmm_(slope_CV.T, hidden_ND[rows].to(slope_CV.dtype), beta=beta)
-        if self.bias_V is not None:
-            self.bias_V += slope_CV.sum(0)
-
-    def by_input(self) -> list[Tensor | None]:
-        """By states, weight and bias."""
-        if self.weight_VD is not None and not len(self._logits.hidden):
-            self.weight_VD.zero_()
-        return [self.hidden_ND, self.weight_VD, self.bias_V]

@@ -21,19 +21,17 @@ import torch
 from torch import Tensor
 
 from xkd_trainer.losses.at_once import Made, made_at_once
-from xkd_trainer.losses.head import Chunk, HeadSlopes, LazyLogits
 from xkd_trainer.losses.head_rows import (
     Comparison,
+    Scratch,
     cross_entropy_rows,
     divergence_rows,
     parts,
     slices,
     statistics_rows,
 )
+from xkd_trainer.losses.lazy_logits import Chunk, HeadSlopes, LazyLogits
 from xkd_trainer.losses.term import at_least_float32
-
-PASS_BYTES = 96 << 20
-"""Size of one chunk of one side's logits; products of fewer positions are slower, as they read the head as often."""
 
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(entropy of the student [B, N], peak of the other side [B, N], valid [B, N]) of some documents -> weights [B, N].
@@ -49,8 +47,10 @@ class Divergence:
     number: int
     """Of the sum."""
     how: Comparison
-    weigh: Weigh | None
-    classes: int | None
+    weigh: Weigh | None = None
+    weights_M1: Tensor | None = None
+    """Constants instead of `weigh`, [M, 1]; without both, 1."""
+    classes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +58,21 @@ class Side:
     """Other logits at the student's positions [M, E], and the sums they take part in."""
 
     logits: LazyLogits
-    cross_entropies: Sequence[int]
+    divergences: Sequence[Divergence] = ()
+    cross_entropies: Sequence[int] = ()
     """Numbers of the sums."""
-    divergences: Sequence[Divergence]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sums:
+    """What a pass adds up."""
+
+    factors_K: Tensor
+    """Of each sum in the scalar that is returned; constants."""
+    own_terms: Sequence[int] = ()
+    """Sums that are the cross-entropy of the student's own logits."""
+    sides: Sequence[Side] = ()
+    """Every other sum is in one of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,71 +99,57 @@ def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
         yield Unit(documents=slice(first, last), chunks=list(slices(start, end, size)))
 
 
-def joint_sum(
-    own: LazyLogits,
-    target_M: Tensor,
-    valid_BN: Tensor,
-    own_terms: Sequence[int],
-    sides: Sequence[Side],
-    factors_K: Tensor,
-) -> tuple[Tensor, Tensor]:
+def joint_sum(own: LazyLogits, target_M: Tensor, valid_BN: Tensor, wanted: Sums, size: int) -> tuple[Tensor, Tensor]:
     """Sum over k of factor times sum k, and the sums.
 
     Args:
         own: The student's, [M, D].
-        target_M: int64.
-        valid_BN: Bool, True at the M positions.
-        own_terms: Sums that are the cross-entropy of `own`.
-        sides: Every other sum is in one of them.
-        factors_K: Constants.
+        target_M: int64; read for cross-entropies.
+        valid_BN: Bool, True at the M positions; any leading shape where nothing is weighed by documents.
+        wanted: The sums.
+        size: Positions of a chunk, at least 1.
 
     Returns:
         Scalar with gradient by the states and head of `own`, and by the states of every side with a cross-entropy;
         [K] without.
     """
 
-    def make(wanted: Sequence[bool], inputs: Sequence[Any]) -> Made:
-        given = [
+    def make(learns: Sequence[bool], inputs: Sequence[Any]) -> Made:
+        sides = [
             replace(side, logits=replace(side.logits.detached(), hidden=hidden_MD))
-            for side, hidden_MD in zip(sides, inputs[3:], strict=True)
+            for side, hidden_MD in zip(wanted.sides, inputs[3:], strict=True)
         ]
-        mine = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
-        return _Pass(mine, given, wanted, target_M, own_terms, factors_K).run(valid_BN)
+        given = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
+        return _Pass(given, target_M, replace(wanted, sides=sides), learns).run(valid_BN, size)
 
-    return made_at_once(make, own.hidden, own.weight, own.bias, *(side.logits.hidden for side in sides))
+    return made_at_once(make, own.hidden, own.weight, own.bias, *(side.logits.hidden for side in wanted.sides))
 
 
 class _Pass:
     """The work of one call."""
 
-    def __init__(
-        self,
-        own: LazyLogits,
-        sides: Sequence[Side],
-        wanted: Sequence[bool],
-        target_M: Tensor,
-        own_terms: Sequence[int],
-        factors_K: Tensor,
-    ) -> None:
-        self.sides, self.target_M, self.own_terms = sides, target_M, own_terms
-        compared = [d for side in sides for d in side.divergences]
+    def __init__(self, own: LazyLogits, target_M: Tensor, wanted: Sums, learns: Sequence[bool]) -> None:
+        self.target_M, self.own_terms, self.sides = target_M, wanted.own_terms, wanted.sides
+        compared = [d for side in self.sides for d in side.divergences]
         self.weighed = [
-            (number, d.number, d.weigh) for number, side in enumerate(sides) for d in side.divergences if d.weigh
+            (number, d.number, d.weigh) for number, side in enumerate(self.sides) for d in side.divergences if d.weigh
         ]
-        self.logits = [own, *(side.logits for side in sides)]
-        self.needs_own = bool(own_terms or compared)
+        self.logits = [own, *(side.logits for side in self.sides)]
+        self.scratch = Scratch()
+        self.needs_own = bool(self.own_terms or compared)
+        self.in_place = not self.own_terms and len(compared) == 1 and compared[0].classes in (None, len(own.weight))
         wide = at_least_float32(own.weight.new_empty(0))
-        self.factors_K = factors_K.to(wide)
+        self.factors_K = wanted.factors_K.detach().to(wide)
         self.sums_K = torch.zeros_like(self.factors_K)
-        self.weights = {d.number: wide.new_ones(len(target_M), 1) for d in compared}
-        self.slopes = [HeadSlopes(own, wanted[:3] if self.needs_own else (False,) * 3)]
-        for side, learns in zip(sides, wanted[3:], strict=True):
-            self.slopes.append(HeadSlopes(side.logits, (learns and bool(side.cross_entropies), False, False)))
+        ones_M1 = wide.new_ones(len(target_M), 1)
+        self.weights = {d.number: ones_M1 if d.weights_M1 is None else d.weights_M1.to(wide) for d in compared}
+        self.weights |= {number: wide.new_empty(len(target_M), 1) for _, number, _ in self.weighed}
+        self.slopes = [HeadSlopes(own, learns[:3] if self.needs_own else (False,) * 3)]
+        for side, side_learns in zip(self.sides, learns[3:], strict=True):
+            self.slopes.append(HeadSlopes(side.logits, (side_learns and bool(side.cross_entropies), False, False)))
 
-    def run(self, valid_BN: Tensor) -> Made:
+    def run(self, valid_BN: Tensor, size: int) -> Made:
         """Unit by unit."""
-        widest = max(logits.weight.shape[0] * max(4, logits.weight.dtype.itemsize) for logits in self.logits)
-        size = max(1, PASS_BYTES // max(1, widest))
         lengths = valid_BN.sum(-1).tolist() if self.weighed else [len(self.target_M)]
         plan = list(units(lengths, size))
         most = max((chunk.stop - chunk.start for unit in plan for chunk in unit.chunks), default=0)
@@ -186,9 +184,9 @@ class _Pass:
         """[1 + sides, C]: entropies of the student, and peaks of the sides, 0 where no weights read them."""
         seen = made[0].new_zeros(len(made), len(made[0]))
         for part in parts(made[0]):
-            seen[0, part] = statistics_rows(made[0][part]).entropy
+            seen[0, part] = statistics_rows(made[0][part], self.scratch).entropy
             for number in {number for number, _, _ in self.weighed}:
-                seen[1 + number, part] = statistics_rows(made[1 + number][part]).peak
+                seen[1 + number, part] = statistics_rows(made[1 + number][part], self.scratch).peak
         return seen
 
     def _weigh(self, unit: Unit, valid_BN: Tensor, seen: Tensor) -> None:
@@ -203,17 +201,24 @@ class _Pass:
 
     def _into_slopes(self, rows: slice, made: Sequence[Tensor]) -> None:
         """Add a part to the sums; its logits become their factor times the gradient."""
-        own_PV, target_P, slopes = made[0], self.target_M[rows], []
+        own_PV, target_P = made[0], self.target_M[rows]
+        slopes: list[Tensor] = []
         for side, other_PV in zip(self.sides, made[1:], strict=True):
             for d in side.divergences:
-                weights_P1 = self.weights[d.number][rows]
-                loss_P, slope_PV = divergence_rows(
-                    own_PV[:, : d.classes], other_PV[:, : d.classes], weights_P1 * self.factors_K[d.number], d.how
+                student_PV, teacher_PV, weights_P1 = (
+                    own_PV[:, : d.classes],
+                    other_PV[:, : d.classes],
+                    self.weights[d.number][rows],
                 )
+                into_PV = own_PV if self.in_place else self.scratch.like(student_PV, 3 + len(slopes))
+                factor_P1 = weights_P1 * self.factors_K[d.number]
+                loss_P = divergence_rows(student_PV, teacher_PV, factor_P1, d.how, self.scratch, into_PV)
                 self.sums_K[d.number] += loss_P @ weights_P1[:, 0]
-                slopes.append(slope_PV)
+                slopes.append(into_PV)
             if side.cross_entropies:
                 self._cross_entropy(other_PV, target_P, side.cross_entropies)
+        if self.in_place:
+            return
         if self.own_terms:
             self._cross_entropy(own_PV, target_P, self.own_terms)
         else:

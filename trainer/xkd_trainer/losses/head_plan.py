@@ -17,10 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xkd_trainer.losses.head import LazyLogits
-from xkd_trainer.losses.head_pass import Divergence, Side, Weigh, joint_sum
+from xkd_trainer.losses.head_pass import Divergence, Side, Sums, Weigh, joint_sum
 from xkd_trainer.losses.head_rows import Comparison
+from xkd_trainer.losses.lazy_logits import LazyLogits
 from xkd_trainer.losses.term import at_least_float32
+
+PASS_BYTES = 96 << 20
+"""Size of one chunk of the student's logits; products of fewer positions are slower: each reads the head once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -110,11 +113,13 @@ class HeadPlan:
         if not wanted:
             return at_least_float32(self.own.weight.detach()[:0]).new_zeros(()), []
         wishes = [planned.wish for planned in wanted]
-        total, sums_K = joint_sum(
-            self.own.at(self.valid_BN), self.target_BN[self.valid_BN], self.valid_BN,
-            [k for k, wish in enumerate(wishes) if wish.other is None], self._sides(wishes),
-            torch.stack([factor.detach() for factor in factors]),
-        )  # fmt: skip
+        sums = Sums(
+            factors_K=torch.stack([factor.detach() for factor in factors]),
+            own_terms=[k for k, wish in enumerate(wishes) if wish.other is None],
+            sides=self._sides(wishes),
+        )
+        size = max(1, PASS_BYTES // max(1, self.own.row_bytes))
+        total, sums_K = joint_sum(self.own.at(self.valid_BN), self.target_BN[self.valid_BN], self.valid_BN, sums, size)
         return total, list(sums_K)
 
     def _sides(self, wishes: Sequence[Wish]) -> list[Side]:

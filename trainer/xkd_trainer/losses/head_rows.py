@@ -43,6 +43,29 @@ class Statistics(NamedTuple):
     """[...] probability of the likeliest class."""
 
 
+class Scratch:
+    """Memory for temporaries of one part after another: on a CPU, fresh pages cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+
+    def like(self, logits_PV: Tensor, number: int) -> Tensor:
+        """Numbers of the same shape, dtype and device, not set; the ones of the same number are overwritten."""
+        kept = self._kept.get(number)
+        if kept is None or kept.numel() < logits_PV.numel():
+            kept = self._kept[number] = logits_PV.new_empty(logits_PV.numel())
+        return kept[: logits_PV.numel()].view(logits_PV.shape)
+
+
+def dots(a_PV: Tensor, b_PV: Tensor) -> Tensor:
+    """[P] products of rows, without a temporary of their size.
+
+    >>> dots(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
+    tensor([11.])
+    """
+    return torch.bmm(a_PV[:, None], b_PV[:, :, None])[:, 0, 0]
+
+
 def slices(first: int, last: int, size: int) -> Iterator[slice]:
     """The range in pieces of at most `size`.
 
@@ -61,16 +84,16 @@ def parts(logits_CV: Tensor) -> Iterator[slice]:
     return slices(0, rows, max(1, size))
 
 
-def statistics_rows(logits_PV: Tensor) -> Statistics:
+def statistics_rows(logits_PV: Tensor, scratch: Scratch) -> Statistics:
     """Entropy and peak of each row.
 
-    >>> statistics_rows(torch.zeros(1, 4))
+    >>> statistics_rows(torch.zeros(1, 4), Scratch())
     Statistics(entropy=tensor([1.3863]), peak=tensor([0.2500]))
     """
-    below_PV = logits_PV - logits_PV.amax(-1, keepdim=True)
-    odds_PV = below_PV.exp()
+    below_PV = torch.sub(logits_PV, logits_PV.amax(-1, keepdim=True), out=scratch.like(logits_PV, 0))
+    odds_PV = torch.exp(below_PV, out=scratch.like(logits_PV, 1))
     sum_P = odds_PV.sum(-1)
-    entropy_P = sum_P.log() - torch.linalg.vecdot(odds_PV, below_PV) / sum_P
+    entropy_P = sum_P.log() - dots(odds_PV, below_PV) / sum_P
     return Statistics(entropy_P.clamp_min(0.0), sum_P.reciprocal())
 
 
@@ -91,16 +114,26 @@ def cross_entropy_rows(logits_PV: Tensor, target_P: Tensor, factor: Tensor) -> T
 
 
 def divergence_rows(
-    student_PV: Tensor, teacher_PV: Tensor, factor_P1: Tensor, how: Comparison
-) -> tuple[Tensor, Tensor]:
-    """The divergence of each row [P], and `factor` times its gradient by the student's logits [P, V].
+    student_PV: Tensor, teacher_PV: Tensor, factor_P1: Tensor, how: Comparison, scratch: Scratch, into_PV: Tensor
+) -> Tensor:
+    """The divergence of each row; `factor` times its gradient by the student's logits goes to `into`.
 
     >>> student, teacher, one = torch.zeros(1, 2), torch.tensor([[1.0986123, 0.0]]), torch.ones(1, 1)
-    >>> divergence_rows(student, teacher, one, Comparison(kind="forward_kl", temperature=1.0))
-    (tensor([0.1308]), tensor([[-0.2500,  0.2500]]))
+    >>> divergence_rows(student, teacher, one, Comparison(kind="forward_kl", temperature=1.0), Scratch(), student)
+    tensor([0.1308])
+    >>> student
+    tensor([[-0.2500,  0.2500]])
+
+    Args:
+        student_PV: Logits.
+        teacher_PV: Logits; left as they are.
+        factor_P1: Constants.
+        how: Kind and numbers.
+        scratch: For temporaries, numbers 0 to 2.
+        into_PV: Of the same shape; may be `student_PV` itself.
     """
     if how.kind == "forward_kl":
-        return _forward_kl_rows(student_PV, teacher_PV, factor_P1, how.temperature)
+        return _forward_kl_rows(student_PV, teacher_PV, factor_P1 / how.temperature, how.temperature, scratch, into_PV)
     leaf_PV = student_PV.detach().requires_grad_()
     with torch.enable_grad():
         loss_P = divergence(
@@ -108,18 +141,20 @@ def divergence_rows(
             skew=how.skew, adaptive_alpha=how.adaptive_alpha,
         )  # fmt: skip
         (slope_PV,) = torch.autograd.grad(loss_P, leaf_PV, grad_outputs=factor_P1[:, 0].to(loss_P.dtype))
-    return loss_P.detach(), slope_PV
+    into_PV.copy_(slope_PV)
+    return loss_P.detach()
 
 
 def _forward_kl_rows(
-    student_PV: Tensor, teacher_PV: Tensor, factor_P1: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """KL(p || q) as sum p (log p - log q), and (q - p) / temperature."""
-    q_PV = (student_PV - student_PV.amax(-1, keepdim=True)).div_(temperature)
-    gap_PV = (teacher_PV - teacher_PV.amax(-1, keepdim=True)).div_(temperature)
-    p_PV = gap_PV.exp()
+    student_PV: Tensor, teacher_PV: Tensor, share_P1: Tensor, temperature: float, scratch: Scratch, into_PV: Tensor
+) -> Tensor:
+    """KL(p || q) as sum p (log p - log q); its gradient is (q - p) / temperature."""
+    q_PV, gap_PV, p_PV = (scratch.like(student_PV, number) for number in range(3))
+    torch.sub(student_PV, student_PV.amax(-1, keepdim=True), out=q_PV).div_(temperature)
+    torch.sub(teacher_PV, teacher_PV.amax(-1, keepdim=True), out=gap_PV).div_(temperature)
+    torch.exp(gap_PV, out=p_PV)
     gap_PV -= q_PV
     p_sum_P1, q_sum_P1 = p_PV.sum(-1, keepdim=True), q_PV.exp_().sum(-1, keepdim=True)
-    loss_P1 = torch.linalg.vecdot(p_PV, gap_PV)[:, None] / p_sum_P1 + q_sum_P1.log() - p_sum_P1.log()
-    share_P1 = factor_P1 / temperature
-    return loss_P1[:, 0], q_PV.mul_(share_P1 / q_sum_P1).addcmul_(p_PV, share_P1 / p_sum_P1, value=-1.0)
+    loss_P1 = dots(p_PV, gap_PV)[:, None] / p_sum_P1 + q_sum_P1.log() - p_sum_P1.log()
+    torch.mul(q_PV, share_P1 / q_sum_P1, out=into_PV).addcmul_(p_PV, share_P1 / p_sum_P1, value=-1.0)
+    return loss_P1[:, 0]
