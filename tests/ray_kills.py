@@ -87,7 +87,7 @@ def named(processes: list[psutil.Process], target: str) -> list[psutil.Process]:
     return found
 
 
-def until_made(cache: Path, part: str, driver: subprocess.Popen[bytes], seconds: float = 120.0) -> None:
+def until_made(cache: Path, part: str, driver: subprocess.Popen[bytes], seconds: float = 180.0) -> None:
     """Wait for the first file of a shard, so that a unit is being made."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and driver.poll() is None:

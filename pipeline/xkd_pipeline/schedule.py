@@ -25,7 +25,7 @@ TRIES: Final = 3
 MOST_LOST: Final = 16
 """Rows of one unit that may be left out at once; if more kill their worker, something else is wrong."""
 FIRST_SECONDS: Final = 1800.0
-"""How long a worker may load, and a unit take while none has finished."""
+"""How long a worker may load at least, and a unit take while none has finished."""
 SHORTEST_SECONDS: Final = 300.0
 MEDIANS: Final = 5
 
@@ -234,7 +234,7 @@ class Schedule:
             warn(f"unit {task.unit}: no word for {limit:g} s; its worker is killed, try {task.hangs + 1} of {TRIES}")
             self._queue.appendleft(task)
         for worker, since in list(self._loading.items()):
-            if now - since > (self._stall or FIRST_SECONDS):
+            if now - since > max(FIRST_SECONDS, self._stall or 0.0):
                 del self._loading[worker]
                 self._pool.kill(worker)
                 self._not_started("no word from it")
