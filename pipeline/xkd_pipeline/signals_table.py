@@ -114,7 +114,8 @@ def add_signals(
     """
     with locked(root):
         spec = Table(root, f"teachers/{teacher}").manifest.spec
-        settings = replace(teacher_settings(spec, model), codec=codec or spec["codec"])
+        settings = teacher_settings(spec, model)
+        settings = replace(settings, codec=codec or settings.codec)
         name, left = missing_signals(root, teacher, wanted(num_layers(teacher_of(settings))))
         if not left:
             return None

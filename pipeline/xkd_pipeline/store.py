@@ -88,6 +88,7 @@ class Store:
         if any(_same(plan, old) for old in plans):
             return
         advice = f"repeat the first command's settings, or write to a new folder than {root}"
+        advice += f"; more documents: xkd-cache add {root} --documents FILE" * (table == "documents")
         if table != "documents":
             advice = (
                 f"repeat the first command's settings, or give this one another --name (now {table.split('/')[-1]})"
@@ -99,14 +100,15 @@ class Store:
         """Begin an addition that makes `last` into `plan`."""
         number = len(last.earlier) + 1
         fixed = [{k: v for k, v in spec.items() if k not in GROWING} for spec in (plan.spec, last.spec)]
-        refuse_differences(self.folder, *fixed, advice="use the weights, tokenizer and parser of the first time")
+        refuse_differences(self.folder, *fixed, advice=_AS_BEFORE)
         sealed_now = self.manifest()
-        if sealed_now is None or len(sealed_now.commits) != len(last.units):
-            begun = f"addition {number - 1}" if last.earlier else "the table"
+        if sealed_now is None:
+            raise BadData(f"{self.folder} is damaged or not finished", next=f"xkd-cache repair {self.root}")
+        if len(sealed_now.commits) != len(last.units):
             raise Mismatch(
-                f"{self.folder}: {begun} is not finished, or damaged",
+                f"{self.folder}: addition {number - 1} is not finished",
                 kept="what is finished of it",
-                next=f"repeat the command that began it; xkd-cache verify {self.root} says what is wrong",
+                next=f"repeat the command that began it, or drop it: rm -r {self.folder / ADDED / str(number - 1)}",
             )
         if plan.units[: len(last.units)] != last.units or len(plan.units) == len(last.units):
             raise BadData(f"{self.folder}: what is to be added does not come after what is there")
@@ -226,6 +228,7 @@ class Store:
                     remove(path)
 
 
+_AS_BEFORE: Final = "use the weights, tokenizer, parser and xkd-toolkit of the first time, or make a new cache"
 GROWING: Final = ("corpus", "documents", "teacher_root")
 """What of a spec is another after an addition."""
 

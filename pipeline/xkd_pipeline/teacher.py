@@ -164,17 +164,11 @@ def teacher_layers(
 
 
 def teacher_settings(spec: Spec, model: str) -> TeacherSettings:
-    """How the table with this spec was captured, by the same teacher at `model`."""
+    """How the table with this spec was captured, by the same teacher at `model`; what an old spec lacks is as now."""
+    kept = ("dtype", "codec", "batch_tokens", "pad_multiple", "threads", "device")
+    how = {key: spec[key] for key in kept if key in spec}
     return TeacherSettings(
-        model=model,
-        template=spec["encoder"]["template"],
-        max_tokens=spec["encoder"]["max_tokens"],
-        dtype=spec["dtype"],
-        codec=spec["codec"],
-        batch_tokens=spec["batch_tokens"],
-        pad_multiple=spec["pad_multiple"],
-        threads=spec["threads"],
-        device=spec["device"],
+        model=model, template=spec["encoder"]["template"], max_tokens=spec["encoder"]["max_tokens"], **how
     )
 
 

@@ -17,8 +17,9 @@ from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import inside, sha256_of
 from xkd_schemas.joined import JoinedTable
 from xkd_schemas.manifest import Manifest, Plan, differences, read_record, refuse_differences
+from xkd_schemas.runfile import TeacherSection
 from xkd_schemas.table import Table, names_in
-from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Signal, signal_named
+from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Kind, Signal, signal_named
 from xkd_schemas.tokens import STUDENTS_VERSION
 from xkd_trainer.head import Head
 
@@ -92,7 +93,8 @@ class Cache:
     def signals(self) -> tuple[Signal, ...]:
         """What is stored of the teacher."""
         tables = (self.teachers, *self.beside)
-        return tuple(signal_named(column) for table in tables for column in table.manifest.spec["signals"])
+        found = [signal_named(column) for table in tables for column in table.manifest.spec["signals"]]
+        return tuple(sorted(found, key=lambda signal: signal.top or 0))  # readers take the last: the most classes
 
     def same_tokens(self) -> tuple[int, int]:
         """How many usable rows have the same token ids in both tables, and how many usable rows there are."""
@@ -144,7 +146,7 @@ class Cache:
         command = f"xkd-cache add {self.root} --model PATH_OF_{self.teacher_name}"
         if any(_plain(column) in missing for table in self.short for column in table.manifest.spec["signals"]):
             return command
-        columns = [f"{column}#64" if KINDS[column.partition("@")[0]].top else column for column in missing]
+        columns = [column + _usual_number(KINDS[column.partition("@")[0]]) for column in missing]
         return f"{command} --to {self.teacher_name} --signals {','.join(columns)}"
 
     def check_tokenizer(self, identity: dict[str, str]) -> None:
@@ -207,6 +209,12 @@ def _beside(root: Path, teacher: str, units: int) -> tuple[list[Table], list[Tab
 def _state(manifest: Manifest, root: str) -> str:
     """`root` where the table is, or once was, in that state; its last root where it never was."""
     return root if root in manifest.roots else manifest.root
+
+
+def _usual_number(kind: Kind) -> str:
+    """How many classes are kept of a prediction where nobody says it."""
+    usual = TeacherSection()
+    return f"#{usual.samples if kind.drawn else usual.topk}" if kind.top else ""
 
 
 def _is_there(root: Path) -> None:
