@@ -192,10 +192,12 @@ def saved(target: Path, save: Callable[[Path], object]) -> None:
 def saved_folder(target: Path, save: Callable[[Path], object]) -> list[str]:
     """Let a library write files into an empty folder, then put each into `target`; their names, sorted.
 
-    A name that the library did not write this time is left as it is.
+    A name that the library did not write this time is left as it is. There must be one writer at a time.
     """
     with disk_errors(target):
         make_folder(target)
+        for left in target.glob(".tmp-*"):  # by a writer that died
+            shutil.rmtree(left)
         work = _temporary_in(target)
         work.mkdir()
         try:

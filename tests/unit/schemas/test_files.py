@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from xkd_schemas import faults
 from xkd_schemas.errors import DiskFailed, Refused
-from xkd_schemas.files import disk_errors, inside, put_if_absent, replace, sha256_of, write_beside, xxh3_of
+from xkd_schemas.files import (
+    disk_errors,
+    inside,
+    put_if_absent,
+    replace,
+    saved_folder,
+    sha256_of,
+    write_beside,
+    xxh3_of,
+)
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../x", "/etc", ".hidden", "a\0b", "a b", "x" * 129, "a\n"])
@@ -122,3 +132,20 @@ def test_digests_are_those_of_the_public_algorithms(tmp_path: Path) -> None:
 
     assert sha256_of(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert xxh3_of(b"abc") == xxh3_of(memoryview(b"abc")) == "78af5f94892f3950"
+
+
+def test_a_folder_that_a_dying_writer_left_half_saved_is_cleared_by_the_next(tmp_path: Path) -> None:
+    def save(folder: Path) -> None:
+        for name in ("a.json", "b.json"):
+            (folder / name).write_text(name)
+
+    with faults.injected("*:0:count") as fault:
+        saved_folder(tmp_path / "undisturbed", save)
+    for at in range(1, fault.seen + 1):
+        child = os.fork()
+        if child == 0:
+            with faults.injected(f"*:{at}:kill"):
+                saved_folder(tmp_path / f"{at}", save)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        saved_folder(tmp_path / f"{at}", save)
+        assert sorted(path.name for path in (tmp_path / f"{at}").iterdir()) == ["a.json", "b.json"]
