@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from xkd_schemas.errors import BadData
 from xkd_schemas.ragged import Columns
-from xkd_schemas.table import Shard, Table
+from xkd_schemas.table import OPEN_SHARDS, Shard, Table
 
 
 class JoinedShard(Shard):
@@ -69,4 +69,6 @@ class JoinedTable(Table):
         if number not in self._joined:
             others = [table.shard(number) for table in self._others]
             self._joined[number] = JoinedShard(super().shard(number), others)
+            if len(self._joined) > OPEN_SHARDS:
+                del self._joined[next(iter(self._joined))]
         return self._joined[number]

@@ -3,7 +3,8 @@
 import functools
 import mmap
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,9 @@ from xkd_schemas.errors import BadData, Mismatch
 from xkd_schemas.files import inside, xxh3_of
 from xkd_schemas.manifest import Commit, Manifest, RecordBatch, is_whole, read_record
 from xkd_schemas.ragged import Columns
+
+OPEN_SHARDS: Final = 128
+"""Shards of a table that are open at once: each takes a file descriptor, of which a process often has 1024."""
 
 Decoder = Callable[[Callable[[str], Any]], Any]
 """Given a reader of stored columns, the values of one coded column."""
@@ -41,9 +45,12 @@ class Row:
 
 
 class Shard:
-    """One Arrow IPC file whose size and digests are those of its commit record."""
+    """One Arrow IPC file whose size and digests are those of its commit record.
 
-    def __init__(self, path: Path, commit: Commit) -> None:
+    `checked` are the record batches whose bytes were compared before, when the file was open the last time.
+    """
+
+    def __init__(self, path: Path, commit: Commit, checked: Iterable[int] = ()) -> None:
         try:
             with path.open("rb") as stream:
                 size = stream.seek(0, 2)
@@ -54,12 +61,13 @@ class Shard:
             raise BadData(f"{path} is missing", next=_AGAIN) from None
         self.path = path
         self.commit = commit
+        self.checked = set(checked)
         self._bytes = memoryview(self._map)
         if xxh3_of(_frame(self._bytes, commit.batches)) != commit.frame_xxh3:
             raise BadData(f"{path} is corrupt: header or footer does not match its digest", next=_AGAIN)
         try:
             self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             raise BadData(f"{path} is not an Arrow IPC file: {error}", next=_AGAIN) from error
         self._batches: dict[int, pa.RecordBatch] = {}
         self._columns: dict[int, Columns] = {}
@@ -75,14 +83,19 @@ class Shard:
         """Record batch `number`, after its bytes were compared with their digest once."""
         if number not in self._batches:
             record = self.commit.batches[number]
-            if xxh3_of(self._bytes[record.offset : record.offset + record.length]) != record.xxh3:
+            data = self._bytes[record.offset : record.offset + record.length]
+            if number not in self.checked and xxh3_of(data) != record.xxh3:
                 first = self._ends[number] - record.rows
                 raise BadData(
                     f"{self.path} is corrupt: record batch {number} (rows {first} to {first + record.rows - 1}) "
                     "does not match its digest",
                     next=_AGAIN,
                 )
-            self._batches[number] = self._file.get_batch(number)
+            self.checked.add(number)
+            try:
+                self._batches[number] = self._file.get_batch(number)
+            except (pa.ArrowException, OSError) as error:
+                raise BadData(f"{self.path}: record batch {number} cannot be read: {error}", next=_AGAIN) from error
         return self._batches[number]
 
     def row(self, row: int) -> Row:
@@ -143,7 +156,9 @@ class Table:
         if self.manifest.table != name or not is_whole(self.manifest):
             raise BadData(f"{self.folder / 'manifest.json'} does not match its own digest", next=_AGAIN)
         self._ends = list(accumulate(c.rows for c in self.manifest.commits))
-        self._shards: dict[int, Shard] = {}
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._checked: dict[int, set[int]] = {}
+        self._first: tuple[str, pa.Schema] | None = None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -154,18 +169,22 @@ class Table:
         return inside(self.folder, *part.relative_to(self.folder).parts, self.manifest.commits[number].file)
 
     def shard(self, number: int) -> Shard:
-        """Shard of unit `number`, opened and checked once."""
-        if number not in self._shards:
-            commit = self.manifest.commits[number]
-            shard = Shard(self.path(number), commit)
-            first = next(iter(self._shards.values()), shard)
-            mark = (shard.schema.metadata or {}).get(b"unit")
-            if mark != str(number).encode():
-                raise BadData(f"{shard.path} holds unit {(mark or b'?').decode()}, expected {number}", next=_AGAIN)
-            if not shard.schema.equals(first.schema):
-                raise Mismatch(f"{shard.path} has another schema than {first.path.name}", next=_AGAIN)
-            self._shards[number] = shard
-        return self._shards[number]
+        """Shard of unit `number`, checked once; OPEN_SHARDS stay open, those used last."""
+        if number in self._shards:
+            self._shards.move_to_end(number)
+            return self._shards[number]
+        shard = Shard(self.path(number), self.manifest.commits[number], self._checked.get(number, ()))
+        mark = (shard.schema.metadata or {}).get(b"unit")
+        if mark != str(number).encode():
+            raise BadData(f"{shard.path} holds unit {(mark or b'?').decode()}, expected {number}", next=_AGAIN)
+        name, schema = self._first = self._first or (shard.path.name, shard.schema)
+        if not shard.schema.equals(schema):
+            raise Mismatch(f"{shard.path} has another schema than {name}", next=_AGAIN)
+        self._shards[number] = shard
+        if len(self._shards) > OPEN_SHARDS:
+            oldest, left = self._shards.popitem(last=False)
+            self._checked[oldest] = left.checked
+        return shard
 
     def __getitem__(self, index: int) -> Row:
         """Row `index` of the table, in the order of the plan."""

@@ -1,5 +1,6 @@
 """Ragged columns, shards and sealed tables: what was written is read, and nothing that was damaged is."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import small_cache
 from xkd_pipeline import shard
 from xkd_pipeline.shard import write_shard
+from xkd_schemas import table as table_module
 from xkd_schemas.documents import INTERVALS, flat_list
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, XkdError
 from xkd_schemas.manifest import Commit, Manifest, Plan, Unit, read_record, sealed, to_json
@@ -265,3 +267,46 @@ def test_what_a_sealed_manifest_claims_beyond_its_shard_is_no_traceback(tmp_path
         except XkdError:
             continue
         assert "sha256" in changes  # identity, not looked at while reading: the xxh3 of every byte is
+
+
+def open_files(root: Path) -> int:
+    """Descriptors of this process that are files below `root`."""
+    links = list(Path("/proc/self/fd").iterdir())
+    return sum(link.exists() and str(link.readlink()).startswith(str(root)) for link in links)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted in /proc")
+def test_a_few_shards_are_open_at_once_and_every_batch_is_hashed_once(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(table_module, "OPEN_SHARDS", 3)
+    monkeypatch.setattr(shard, "ROWS_PER_BATCH", 2)
+    hashed: list[bool] = []
+    digest = table_module.xxh3_of
+    table, wanted = sealed_table(tmp_path, (4, 2, 3, 5, 1, 4, 4)), columns(23)
+    monkeypatch.setattr(
+        table_module, "xxh3_of", lambda data: hashed.append(isinstance(data, memoryview)) or digest(data)
+    )
+    order = [int(n) for n in np.random.default_rng(0).permutation(23)] * 3
+
+    rows = [table[index] for index in order[:30]]  # held: what was closed is still read
+    assert all(table[index]["doc_id"] == wanted["doc_id"][index] for index in order)
+
+    assert all(row["values"].tolist() == wanted["values"][at].tolist() for row, at in zip(rows, order, strict=False))
+    assert sum(hashed) == sum(len(c.batches) for c in table.manifest.commits)  # frames are hashed as bytes
+    assert len(hashed) > 2 * sum(hashed)  # and again whenever a shard is opened again
+    del rows
+    gc.collect()
+    assert max(open_files(tmp_path) for index in order if table[index]["doc_id"]) == 3
+
+
+def test_a_shard_that_was_damaged_after_it_was_closed_is_found_when_it_is_opened_again(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(table_module, "OPEN_SHARDS", 1)
+    table = sealed_table(tmp_path, (3, 3))
+    path = table.path(0)
+    assert table[0]["doc_id"] == "d0"
+    assert table[3]["doc_id"] == "d3"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    with pytest.raises(BadData, match="header or footer does not match"):
+        table[1]
