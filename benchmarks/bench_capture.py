@@ -38,7 +38,7 @@ def run(options: Options) -> list[Result]:
     )
     what = f"capture of {len(readings)} documents for mta, sra, dwa"
     return [
-        cost(f"{what} / bare forward loop", seconds["capture"], seconds["base"], bar=1.25),
+        cost(f"{what} / bare forward loop", seconds["capture"], seconds["base"], bar=1.15),
         cost(f"{what} / bare loop with the head on every token", seconds["capture"], seconds["head"]),
     ]
 
