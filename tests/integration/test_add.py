@@ -19,7 +19,7 @@ import torch
 
 import small_cache
 from small_cache import IN_PROCESS, corpus_rows, files_of, run_file, write_rows
-from xkd_pipeline.add import Added, More, take_in
+from xkd_pipeline.add import Added, More, again, take_in
 from xkd_pipeline.clear import collect
 from xkd_pipeline.corpus import open_source
 from xkd_pipeline.fetch import fetch
@@ -199,6 +199,28 @@ def test_without_the_teacher_the_command_is_printed_and_the_old_rows_are_trained
     assert [len(Table(cache, name).manifest.starts) for name in TABLES] == [2, 1, 1]
     assert Cache(cache, student="S").not_used == 0
     assert verify(cache, "deep") == []
+
+
+def test_between_two_tables_of_an_addition_everything_is_as_it_was_before(tmp_path: Path) -> None:
+    cache, made = small_cache.copied(tmp_path), small_cache.made()
+    grown(cache, more_rows())
+    run = run_file(cache, teacher={"model": str(teacher())}, student={"tokenizer": str(made / "student")})
+    assert [stage(run, IN_PROCESS).values["made"] for stage in (teacher_stage, align_stage)] == [0, 0]
+    before = Cache(made / "cache", student="S")
+    wanted = frozenset({Signal("hidden_last"), Signal("entropy")})
+
+    assert again(cache, "teachers/T", str(teacher()), IN_PROCESS, more=True).made == 2
+
+    assert align_stage(run, IN_PROCESS).values["made"] == 0
+    between = Cache(cache, student="S")
+    assert len(between.teachers) == 19
+    assert between.teachers.manifest.constants["hidden_std"] != old_std()
+    assert (between.sizes, between.usable.tolist()) == (before.sizes, before.usable.tolist())
+    assert between.identity(wanted) == before.identity(wanted)
+    ours, theirs = (batch_of(one, [0, 7, 11], wanted) for one in (between, before))
+    assert ours.teacher_hidden_BRD is not None
+    assert theirs.teacher_hidden_BRD is not None
+    assert torch.equal(ours.teacher_hidden_BRD, theirs.teacher_hidden_BRD)
 
 
 def old_std() -> float:
