@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import small_cache
 from xkd_pipeline import capture as capturing
+from xkd_pipeline import deep
 from xkd_pipeline import teacher as teachers
 from xkd_pipeline.cli import app
 from xkd_pipeline.deep import _drawn, _values
@@ -132,6 +133,15 @@ def test_deep_verification_sees_what_cannot_be() -> None:
     assert "a class is not from 0 to 2" in fault(entries, classes=3)
 
 
+def test_deep_verification_looks_at_drawn_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deep, "fault_of", lambda entries, classes: f"{entries.shape[1]} of {classes > 300}")
+
+    reasons = list(deep.reasons_of(captured(), Table(captured(), "teachers/drawn"), 1))
+
+    assert len(reasons) == 8
+    assert f"{COLUMN}: {K} of True" in reasons[0]
+
+
 def test_deep_verification_sees_a_cosine_beyond_1() -> None:
     fine = np.array([1.0, -1.0, 0.5], np.float16)
     assert _values("span_geometry@2:word", fine, "float16") == ""
@@ -162,7 +172,7 @@ def test_too_many_draws_and_too_many_classes_are_refused(monkeypatch: pytest.Mon
 
 def test_a_cache_without_draws_says_how_to_get_them() -> None:
     cache = Cache(small_cache.made() / "cache", student="S")
-    with pytest.raises(UsageError, match=r"loss rskd needs sampled, which .*xkd-cache add"):
+    with pytest.raises(UsageError, match=r"loss rskd needs sampled, which .*xkd-cache add .*--signals sampled#16"):
         cache.require("rskd", (Signal("sampled"), Signal("entropy")))
 
 

@@ -104,6 +104,27 @@ def test_a_class_that_cannot_be_is_drawn_with_share_0_only(u: float) -> None:
     assert found_NV[torch.isinf(logits_NV)].abs().max() == 0.0
 
 
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_ends_of_the_running_sum_are_classes_that_can_be(u: float) -> None:
+    logits_NV = torch.zeros(1, 20)
+    logits_NV[:, :3] = logits_NV[:, 17:] = -torch.inf
+
+    found_NV = estimates(logits_NV, torch.full((1, 2), u, dtype=torch.float64), 4)
+
+    assert found_NV[torch.isinf(logits_NV)].abs().max() == 0.0
+    assert (found_NV > 0.2).sum() == 4
+
+
+def test_shares_are_right_on_average_to_the_last_digit_and_always_add_up() -> None:
+    weights_Nk = torch.tensor([[0.30002, 0.5, 0.19993, 0.00005]], dtype=torch.float64).expand(1000, -1)
+    u_N1 = grid(1000, 0.0)[:, :1]
+
+    shares_Nk = draws._whole_shares(weights_Nk, u_N1)
+
+    assert shares_Nk.sum(-1).unique().tolist() == [TOTAL]
+    torch.testing.assert_close(shares_Nk.double().mean(0), TOTAL * weights_Nk[0], rtol=0, atol=2e-3)
+
+
 def test_a_row_is_drawn_alike_alone_and_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draws, "ELEMENTS", 7 * 500)
     logits_NV = 3 * torch.randn(40, 500, generator=torch.Generator().manual_seed(5))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xkd_pipeline.draws import drawn, uniforms
 from xkd_schemas.sampled import unpacked
-from xkd_trainer.losses import head
+from xkd_trainer.losses import lazy_logits
 from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
 from xkd_trainer.losses.sampled import head_sampled_kl, sampled_kl
 
@@ -53,7 +53,7 @@ def test_it_is_the_sum_over_drawn_classes() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_in_float64(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "CHUNK_BYTES", 2 * 7 * 8)
+    monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", 2 * 7 * 8)
     _, ids_Nk, weights_Nk, entropy_N = some(positions=5, classes=7)
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
