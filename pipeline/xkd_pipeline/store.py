@@ -156,7 +156,7 @@ class Store:
                     rename(path, folder / path.name)
 
     def cares(self, units: Iterable[int]) -> dict[int, Care]:
-        """Units that are known to need care: `known_cares`, and what records in quarantine say of how they were made."""
+        """Units that are known to need care: `known_cares`, and what quarantined records say of how they were made."""
         found = dict(self.known_cares)
         for unit in units:
             with contextlib.suppress(BadData, InputMissing):

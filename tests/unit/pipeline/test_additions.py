@@ -166,7 +166,8 @@ def test_an_unfinished_addition_is_told_of_and_nothing_else_can_be_added(tmp_pat
     ]
     (state,) = table_states(tmp_path)
     assert (state["sealed"], state["units"], state["done"], state["additions"]) == (False, UNITS + 2, UNITS + 1, 1)
-    with pytest.raises(Mismatch, match=r"addition 1 is not finished.* repeat the command that began it, or drop it: rm -r .*added/1"):
+    refusal = r"addition 1 is not finished.* repeat the command that began it, or drop it: rm -r .*added/1"
+    with pytest.raises(Mismatch, match=refusal):
         grown_to(tmp_path, UNITS + 4, "something else")
     assert build_all(tmp_path).made == 0, "the first command goes on with what is finished"
     work(tmp_path)
@@ -216,14 +217,11 @@ def test_a_record_in_another_part_does_not_count(tmp_path: Path) -> None:
     work(tmp_path)
     added = tmp_path / "documents/added/1"
     name = records_of(tmp_path / "documents")[-1].name
-    shard = next(added.glob(f"{name[:5]}-*.arrow"))
-    (added / "commits" / name).rename(tmp_path / "documents/commits" / name)
-    shard.rename(tmp_path / "documents" / shard.name)
     before = files_of(tmp_path)
+    (added / "commits" / name).rename(tmp_path / "documents/commits" / name)
 
     assert grown_to(tmp_path, UNITS + 2).made == 1
-    assert files_of(tmp_path) != before
-    assert verify(tmp_path, "full") == []
+    assert files_of(tmp_path) == before
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
