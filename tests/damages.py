@@ -1,11 +1,14 @@
 """Ways to damage a cache, and what its readers say to it; for tests and for fault_table.py."""
 
+import hashlib
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 from xkd_pipeline.verify import verify
 from xkd_schemas.errors import XkdError
+from xkd_schemas.files import xxh3_of
+from xkd_schemas.manifest import Manifest, Plan, read_record, sealed, to_json
 from xkd_schemas.table import Table
 
 
@@ -74,3 +77,22 @@ def cuts(cache: Path, step: int) -> dict[str, int]:
             counts[result] = counts.get(result, 0) + 1
         path.write_bytes(content)
     return counts
+
+
+def resigned(cache: Path, table: str, unit: int, content: bytes) -> Path:
+    """Put `content` in place of a shard of the same size, with every digest of the table made right."""
+    folder = cache / table
+    plan, manifest = read_record(folder / "plan.json", Plan), read_record(folder / "manifest.json", Manifest)
+    old, sha256 = manifest.commits[unit], hashlib.sha256(content).hexdigest()
+    batches = tuple(
+        b.model_copy(update={"xxh3": xxh3_of(content[b.offset : b.offset + b.length])}) for b in old.batches
+    )
+    frame = content[: old.batches[0].offset] + content[old.batches[-1].offset + old.batches[-1].length :]
+    new = {"file": f"{unit:05d}-{sha256[:12]}.arrow", "sha256": sha256, "batches": batches}
+    commit = old.model_copy(update={**new, "frame_xxh3": xxh3_of(frame), "size": len(content)})
+    (folder / old.file).unlink()
+    (folder / commit.file).write_bytes(content)
+    (folder / f"commits/{unit:05d}.json").write_bytes(to_json(commit))
+    commits = (*manifest.commits[:unit], commit, *manifest.commits[unit + 1 :])
+    (folder / "manifest.json").write_bytes(to_json(sealed(plan, commits, manifest.constants, manifest.files)))
+    return folder / commit.file

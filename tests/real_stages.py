@@ -152,7 +152,7 @@ def kills(folder: Path, rounds: int, chance: random.Random) -> Counter[str]:
             found["kills"] += code == -signal.SIGKILL
         found["hung"] += code is None
         found["failed"] += code not in (0, None)
-        found["differ"] += files_of(cache) != whole.files
+        found["differ"] += _differs(cache, whole)
         shutil.rmtree(cache)
     return found
 
@@ -178,9 +178,18 @@ def cuts(folder: Path, rounds: int, chance: random.Random, *, synced: bool = Tru
         found["cuts"] += 1
         found["lost"] += not all(is_there(cache, line) for line in told(cache))
         found["failed"] += finish(cache) != 0
-        found["differ"] += files_of(cache) != whole.files
+        found["differ"] += _differs(cache, whole)
         shutil.rmtree(cache, ignore_errors=True)
     return found
+
+
+def _differs(cache: Path, whole: Undisturbed) -> bool:
+    """True, and the names on standard error, where a folder is not that of the undisturbed run."""
+    left = files_of(cache)
+    names = sorted(n for n in left.keys() | whole.files.keys() if left.get(n) != whole.files.get(n))
+    if names:
+        sys.stderr.write(f"{cache.name} differs in {', '.join(names)}\n")
+    return bool(names)
 
 
 def told(cache: Path) -> list[str]:

@@ -6,6 +6,7 @@ deep    what the bytes mean: see deep.py
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -61,15 +62,12 @@ def verify(root: Path, level: str = "full") -> list[Bad]:
     """
     if level not in LEVELS:
         raise UsageError(f"level {level!r} is not known", next=f"use one of: {', '.join(LEVELS)}")
-    bad: list[Bad] = []
-    for name in tables_of(root):
-        found = list(_table(root, name, level))
-        if level == "deep" and not found:
-            from xkd_pipeline.deep import deep
+    found = {name: list(_table(root, name, level)) for name in tables_of(root)}
+    if level == "deep":
+        from xkd_pipeline.deep_child import guarded
 
-            found = list(deep(root, name))
-        bad += found
-    return bad + list(_root_files(root, level))
+        found |= guarded(root, [name for name, bad in found.items() if not bad])
+    return [*itertools.chain.from_iterable(found.values()), *_root_files(root, level)]
 
 
 def _table(root: Path, name: str, level: str) -> Iterator[Bad]:
