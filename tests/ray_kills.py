@@ -57,14 +57,19 @@ def without(cache: Path, name: str) -> Path:
 
 
 def started(name: str, cache: Path, source: Path) -> subprocess.Popen[bytes]:
-    """A driver as a process of its own group."""
+    """A driver as a process of its own group; what it says goes to a file, as Ray's agents would hold on to a pipe."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    return subprocess.Popen(
-        [sys.executable, __file__, name, str(cache), str(source)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    with said_of(cache).open("wb") as said:
+        return subprocess.Popen(
+            [sys.executable, __file__, name, str(cache), str(source)],
+            env=environment, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True,
+        )  # fmt: skip
+
+
+def said_of(cache: Path) -> Path:
+    return cache.with_suffix(".said")
 
 
 def children(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -94,8 +99,7 @@ def until_made(cache: Path, part: str, driver: subprocess.Popen[bytes], seconds:
         if list((cache / part).rglob(".tmp-*")):
             return
         time.sleep(0.01)
-    said = driver.stderr.read() if driver.stderr and driver.poll() is not None else b""
-    raise AssertionError(f"{part}: no unit was begun: {said.decode(errors='replace')[-500:]}")
+    raise AssertionError(f"{part}: no unit was begun: {said_of(cache).read_text()[-500:]}")
 
 
 def killed_once(cache: Path, source: Path, name: str, target: str, chance: random.Random) -> tuple[int, str]:
@@ -115,8 +119,7 @@ def killed_once(cache: Path, source: Path, name: str, target: str, chance: rando
         if target == "driver":
             driver.wait(timeout=30)
             work(name, cache, source, IN_PROCESS)
-        _, said = driver.communicate(timeout=180)
-        return driver.returncode, said.decode(errors="replace")
+        return driver.wait(timeout=180), said_of(cache).read_text(errors="replace")
     finally:
         for process in [*family, *children(driver)]:
             process.kill() if process.is_running() else None

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def run(command: str, app: Callable[..., object]) -> None:
 
     SIGTERM ends it as Ctrl-C does, cleaning up; a second one ends it at once.
     """
+    _terminated.clear()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)  # typer hands its own errors to us
@@ -78,8 +80,10 @@ def run(command: str, app: Callable[..., object]) -> None:
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:
+    """As Ctrl-C, which libraries in C know how to hand on; of other exceptions Ray makes a SystemError."""
     signal.signal(number, signal.SIG_DFL)
-    raise Terminated("terminated", kept=_KEPT, next="run the same command again to go on")
+    _terminated.set()
+    raise KeyboardInterrupt
 
 
 def _misuse(command: str, error: Any) -> UsageError:
@@ -96,8 +100,12 @@ _MISUSE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__
 """Base of what typer raises for a command line; which package it lives in differs between its versions."""
 
 
-def _interrupted() -> Interrupted:
-    return Interrupted("interrupted", kept=_KEPT, next="run the same command again to go on")
+def _interrupted() -> XkdError:
+    kind = Terminated if _terminated.is_set() else Interrupted
+    return kind(kind.__name__.lower(), kept=_KEPT, next="run the same command again to go on")
+
+
+_terminated = threading.Event()
 
 
 _KEPT = "everything that was committed or saved so far"
