@@ -47,6 +47,17 @@ def with_fixed_head(student: StudentPass, hidden_BNd: Tensor) -> LazyLogits:
     return replace(student.logits.detached(), hidden=hidden_BNd)
 
 
+def at_valid(layer: nn.Module, x_BND: Tensor, valid_BN: Tensor) -> Tensor:
+    """The layer's output at valid positions and 0 elsewhere: a ragged batch is mostly padding.
+
+    >>> at_valid(nn.Identity(), torch.ones(1, 2, 1), torch.tensor([[True, False]]))
+    tensor([[[1.],
+             [0.]]])
+    """
+    found_PE: Tensor = layer(x_BND[valid_BN])
+    return found_PE.new_zeros(*valid_BN.shape, found_PE.shape[-1]).masked_scatter(valid_BN[..., None], found_PE)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Teacher:
     """The teacher's side of one batch, float32, gathered at its predictions."""
@@ -80,6 +91,6 @@ def attention_scores(
     """
     input_ids_BN = batch.student_ids_BS.gather(1, batch.predict_BN)
     embedded_BNd = [student.embeddings_Vd[ids_BN] for ids_BN in (input_ids_BN, batch.target_BN)]
-    query_BNK = query(torch.cat(embedded_BNd, dim=-1).detach())
+    query_BNK = at_valid(query, torch.cat(embedded_BNd, dim=-1).detach(), batch.predict_valid_BN)
     key_BMK = torch.cat([teacher.input_BMD, teacher.target_BMD], dim=-1) / embedding_std
     return align_scores(query_BNK, key_BMK, batch.predict_valid_BN, batch.teacher_predict_valid_BM)

@@ -25,6 +25,7 @@ from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, u
 from xkd_trainer.methods.dual_space import (
     Teacher,
     TeacherHead,
+    at_valid,
     attention_scores,
     teacher_side,
     with_fixed_head,
@@ -77,8 +78,10 @@ class Dwa(nn.Module):
         teacher = teacher_side(batch, self.embeddings_VD)
         scores_BNM = attention_scores(batch, student, teacher, self.query, self.embedding_std)
         to_student_BNM = attend(scores_BNM, "teacher")
-        mixed_BNd = to_student_BNM @ self.t2s(teacher.values_BMD(self.hidden_std, self.embedding_std))
-        mixed_BMD = attend(scores_BNM, "student") @ self.s2t(student.predict_hidden_BNd)
+        values_BMD = teacher.values_BMD(self.hidden_std, self.embedding_std)
+        mixed_BNd = to_student_BNM @ at_valid(self.t2s, values_BMD, batch.teacher_predict_valid_BM)
+        student_BND = at_valid(self.s2t, student.predict_hidden_BNd, batch.predict_valid_BN)
+        mixed_BMD = attend(scores_BNM, "student") @ student_BND
         projected = with_fixed_head(student, mixed_BNd)
         terms: dict[str, LossTerm | Planned] = {
             "projected_ce": student.plan.cross_entropy(projected),
@@ -122,12 +125,15 @@ class Dwa(nn.Module):
         step: int,
     ) -> dict[str, LossTerm]:
         """Soft-DTW on target embeddings and on last states (eq. 17-25)."""
-        s = self.settings
-        lengths = batch.predict_valid_BN.sum(-1), batch.teacher_predict_valid_BM.sum(-1)
+        s, valid_BM = self.settings, batch.teacher_predict_valid_BM
+        lengths = batch.predict_valid_BN.sum(-1), valid_BM.sum(-1)
         penalty_BNM = None if step < s.band_warmup_steps else band(attention_BNM.detach(), *lengths, s)
         pairs = {
-            "dtw_embeddings": (student.embeddings_Vd[batch.target_BN], self.embed_t2s(teacher.target_BMD)),
-            "dtw_states": (student.predict_hidden_BNd, self.t2s(teacher.hidden_BMD)),
+            "dtw_embeddings": (
+                student.embeddings_Vd[batch.target_BN],
+                at_valid(self.embed_t2s, teacher.target_BMD, valid_BM),
+            ),
+            "dtw_states": (student.predict_hidden_BNd, at_valid(self.t2s, teacher.hidden_BMD, valid_BM)),
         }
         return {
             name: sequence_term(
