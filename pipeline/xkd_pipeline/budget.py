@@ -57,6 +57,13 @@ def _without_hid(run: RunFile, _layers: int) -> RunFile | None:
     return run.model_copy(update={"losses": {**run.losses, "mta": {**mta, "hid": "off"}}})
 
 
+def _hid_of_spans(run: RunFile, _layers: int) -> RunFile | None:
+    mta = run.losses.get("mta", {})
+    if "mta" not in run.teacher.losses or mta.get("hid") != "token":
+        return None
+    return run.model_copy(update={"losses": {**run.losses, "mta": {**mta, "hid": "spans"}}})
+
+
 def _top_phrases(run: RunFile, layers: int) -> RunFile | None:
     if "mta" not in run.teacher.losses or tuple(run.teacher.phrase_layers) == (layers,):
         return None
@@ -97,6 +104,9 @@ STEPS: Final = (
          "the teacher's probabilities with 16 of them; the manifest's codec_error says how much on your data"),
     Step(flags="--set teacher.samples=8", change=_fewer_draws,
          cost="rskd stays right on average; a prediction's error grows to about 0.35 of the probabilities"),
+    Step(flags="--set losses.mta.hid=spans", change=_hid_of_spans,
+         cost="MTA's Hid compares span vectors, not the states of tokens; its geometry term DSA stays exact"),
+    Step(flags="--for LOSSES", change=_without("fdd"), cost="no FDD; the other losses stay exact"),
     Step(flags="--set losses.mta.hid=off", change=_without_hid,
          cost="MTA loses its Hid term (span vectors); its geometry term DSA stays exact"),
     Step(flags="--phrase-layers TOP", change=_top_phrases,
