@@ -32,7 +32,7 @@ PARTS = {"documents": "documents", "teacher": "teachers", "align": "students"}
 SLOW = {"documents": documents, "teacher": teacher, "align": align}
 NAMES = {"documents": "DocumentsStage", "teacher": "TeacherStage", "align": "AlignStage"}
 EXITS = {"worker": {0}, "driver": {-signal.SIGKILL}, "raylet": {0, 69}, "gcs_server": {0, 69}}
-"""A cluster may be killed when the last unit is made already."""
+"""What is running goes on for a while without them, and may be all there is."""
 
 
 def run_of(cache: Path, source: Path) -> RunFile:
@@ -111,7 +111,7 @@ def killed_once(cache: Path, source: Path, name: str, target: str, chance: rando
     family: list[psutil.Process] = []
     try:
         until_made(cache, PARTS[name], driver)
-        time.sleep(chance.uniform(0.0, 2 * SECONDS))
+        time.sleep(chance.uniform(0.0, SECONDS))
         family = children(driver)
         victims = named(family, target) if target != "driver" else [psutil.Process(driver.pid)]
         if victims:

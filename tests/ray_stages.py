@@ -14,7 +14,7 @@ from xkd_pipeline.run import AS_PLANNED, Make
 from xkd_pipeline.teacher import TeacherStage
 from xkd_schemas.manifest import Care, Commit
 
-SECONDS = 0.7
+SECONDS = 2.0
 POISON = "2. What does the code print?"
 """The prompt of one document of small_cache."""
 

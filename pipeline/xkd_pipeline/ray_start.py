@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import tempfile
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.run import Workers, first_line
+from xkd_pipeline.run import AGAIN, KEPT, Workers, first_line
 from xkd_schemas.errors import Refused, UsageError, WorkersGone
 from xkd_schemas.terminal import warn
 
@@ -75,16 +76,23 @@ def _start_here(count: int) -> Path:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # then it is loopback, elsewhere too
     import ray
+    from ray.exceptions import RayError
 
     folder = Path(tempfile.mkdtemp(prefix="xkd-ray-", dir=_short_folder()))
-    ray.init(
-        num_cpus=count,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(folder),
-        object_store_memory=256 * 2**20,
-        **_quiet(),
-    )
+    try:
+        ray.init(
+            num_cpus=count,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder),
+            object_store_memory=256 * 2**20,
+            **_quiet(),
+        )
+    except (RuntimeError, OSError, RayError) as error:  # TimeoutError and ConnectionError among them
+        shutil.rmtree(folder, ignore_errors=True)
+        raise WorkersGone(
+            f"Ray did not start on this machine: {first_line(error)}", kept=KEPT, next=f"{AGAIN}, or use --workers 0"
+        ) from error
     address = ray.get_runtime_context().gcs_address
     if not address.startswith(("127.", "[::1]")):
         warn(f"Ray listens on {address}, which other machines may reach; they need a token that only this run knows")

@@ -7,7 +7,7 @@ import pytest
 
 from fake_stage import FakeStage
 from xkd_pipeline.run import Workers, run_units
-from xkd_schemas.errors import BadData, Refused
+from xkd_schemas.errors import BadData, Refused, WorkersGone
 from xkd_schemas.manifest import Commit
 
 
@@ -40,3 +40,19 @@ def test_a_cluster_in_the_environment_is_not_joined_unless_asked_for(tmp_path: P
         run_units(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ray_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_worker_niceness", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.setenv(name, "token" if name == "RAY_AUTH_MODE" else "0")  # what the run sets ends with the test
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    import ray
+
+    def init(**_settings: object) -> None:
+        raise RuntimeError("Timed out waiting for file gcs_server_port")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(WorkersGone, match="Ray did not start on this machine: Timed out waiting for file") as caught:
+        run_units(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
+    assert caught.value.exit_code == 69
