@@ -33,7 +33,7 @@ from xkd_pipeline.spans import ParserSettings
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.verify import verify
 from xkd_schemas import faults
-from xkd_schemas.errors import Mismatch, UsageError
+from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import Signal, signal_named
 from xkd_trainer.cache import Cache
@@ -165,6 +165,29 @@ def test_the_commands_that_made_the_cache_change_nothing_in_the_union(tmp_path: 
         assert stage(run, IN_PROCESS).values["made"] == 0
     assert grown(cache, more_rows(), teacher()).built.keys() == {"documents"}
     assert files_of(cache) == files_of(union())
+
+
+def test_the_first_command_with_all_the_files_is_the_union_too(tmp_path: Path) -> None:
+    cache, made = copied(tmp_path), small_cache.made()
+    corpora = {"corpus": [str(made / "corpus.jsonl"), str(more_rows())]}
+
+    assert documents_stage(run_file(cache, documents=corpora), IN_PROCESS).values["made"] == 0
+    assert files_of(cache) == files_of(union())
+
+
+def test_a_command_line_that_asks_for_two_things_or_half_of_one_is_a_usage_error(tmp_path: Path) -> None:
+    from xkd_pipeline.cli import app
+
+    for words, message in (
+        (["--documents", "more.jsonl", "--for", "dwa"], "one after the other"),
+        (["--signals", "entropy"], "read from one teacher"),
+        (["--signals", "entropies", "--model", str(teacher())], "signal 'entropies' is not known"),
+        (["--for", "dwa", "--model", str(teacher()), "--set", "teacher.topk=0"], "topk"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            app(["add", str(union()), *words], standalone_mode=False)
+    with pytest.raises(InputMissing, match=r"is not a folder"):
+        app(["add", str(tmp_path / "nothing")], standalone_mode=False)
 
 
 def test_repair_makes_added_units_from_the_added_file(tmp_path: Path) -> None:
