@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import small_cache
+from slow_losses import tail_share
 from xkd_pipeline.stages import align_stage
 from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.batch import Batch, blank
-from xkd_trainer.losses.divergence import DIVERGENCES
+from xkd_trainer.forward import States, run
+from xkd_trainer.head import Head, head_of
+from xkd_trainer.losses.divergence import DIVERGENCES, Kind
 from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.term import LossTerm
 from xkd_trainer.methods.declaration import StudentPass
@@ -46,17 +50,14 @@ def other_student() -> Path:
 
 def ready(student: Path, table: str = "same", **settings: Any) -> Ready:
     train = {"loss": "ce=0,kl=1", "out": "unused"}
-    run = small_cache.run_file(
+    run_file = small_cache.run_file(
         cache(), student={"model": str(student), "name": table}, train=train, **{"losses.kl": settings}
     )
-    return set_up(run, table)
+    return set_up(run_file, table)
 
 
 def term_of(made: Ready, batch: Batch) -> LossTerm:
     """The loss's one term, of the student's own states."""
-    from xkd_trainer.forward import run
-    from xkd_trainer.head import head_of
-
     student = made.distiller.student
     states = run(student, batch.student_ids_BS, batch.student_valid_BS)
     passed = StudentPass(batch, states, head_of(student), student.get_input_embeddings().weight)
@@ -73,10 +74,11 @@ def slow(kind: str, p: Sequence[float], q: Sequence[float]) -> float:
         "js": lambda: 0.5 * kl(p, mixed(0.5)) + 0.5 * kl(q, mixed(0.5)),
         "skewed_forward_kl": lambda: kl(p, mixed(0.1)),
         "skewed_reverse_kl": lambda: kl(q, mixed(0.9)),
+        "adaptive_kl": lambda: (1 - tail_share(p, q, 0.5)) * kl(p, q) + tail_share(p, q, 0.5) * kl(q, p),
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", [k for k in DIVERGENCES if k != "adaptive_kl"])
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @torch.no_grad()
 def test_the_term_is_the_loops_over_single_documents(kind: str) -> None:
     made = ready(other_student(), divergence=kind, temperature=2.0)
@@ -100,6 +102,23 @@ def test_the_term_is_the_loops_over_single_documents(kind: str) -> None:
     found = term_of(made, batch_of(made.cache, ROWS, made.wanted))
     assert float(found.total) == pytest.approx(total, rel=1e-4)
     assert int(found.count) == count > 10
+
+
+@pytest.mark.parametrize("kind", [k for k in DIVERGENCES if k != "adaptive_kl"])  # its shares stop gradients
+def test_gradcheck_passes_for_states_and_head(kind: Kind) -> None:
+    made = ready(other_student(), divergence=kind, temperature=2.0)
+    batch, model = batch_of(made.cache, [5], made.wanted), made.distiller.student
+    loss = made.distiller.losses["kl"].double()
+    hidden_BSd = run(model, batch.student_ids_BS, batch.student_valid_BS).last_BLD.detach().double()
+    weight_Vd = head_of(model).weight_VD.detach().double()
+
+    def total(hidden_BSd: Tensor, weight_Vd: Tensor) -> Tensor:
+        states = States(last_BLD=hidden_BSd, layers={}, attention_BL=None)
+        found = loss(batch, StudentPass(batch, states, Head(weight_VD=weight_Vd), weight_Vd), 0)
+        value: Tensor = found["kl"].total
+        return value
+
+    assert torch.autograd.gradcheck(total, (hidden_BSd.requires_grad_(), weight_Vd.requires_grad_()), fast_mode=True)
 
 
 @torch.no_grad()
@@ -135,12 +154,12 @@ def test_classes_beyond_the_tokenizer_take_no_part() -> None:
 
 
 def test_two_tokenizers_and_other_lengths_are_refused(tmp_path: Path) -> None:
-    run = small_cache.run_file(
+    run_file = small_cache.run_file(
         cache(), student={"model": "new:llama,layers=1,width=16", "tokenizer": str(small_cache.made() / "student")},
         train={"loss": "kl"},
     )  # fmt: skip
     with pytest.raises(UsageError, match=r"loss kl needs one tokenizer on both sides.*Next: use dskd_cma"):
-        set_up(run, "S")
+        set_up(run_file, "S")
     made = ready(other_student())
     batch = batch_of(made.cache, ROWS, made.wanted)
     with pytest.raises(BadData, match=r"loss kl: one of the rows 0, 5, 2 has responses of different length"):
