@@ -26,6 +26,8 @@ SUMS: Final = "SHA256SUMS"
 MAX_SUMS_BYTES: Final = 256 << 20
 """A larger list of files is refused."""
 COPY_BYTES: Final = 4 << 20
+OBJECT_STORES: Final = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"))
+"""They have no folders; asked for one, some would make a bucket of a mistyped name."""
 
 
 def is_url(name: str) -> bool:
@@ -186,6 +188,7 @@ def downloaded(files: Any, path: str, target: Path, url: str) -> str:
 
 def _upload(files: Any, source: Path, path: str, url: str) -> None:
     with remote_errors(url):
-        files.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        if not OBJECT_STORES & set([files.protocol] if isinstance(files.protocol, str) else files.protocol):
+            files.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         with source.open("rb") as stream, files.open(path, "wb") as target:
             shutil.copyfileobj(stream, target, COPY_BYTES)
