@@ -170,4 +170,4 @@ def said(error: BaseException) -> str:
     telling = next((line for line in lines if line.startswith("The actor is dead because")), "")
     plain = (lines or [type(error).__name__])["creation task" in str(error) and -1]  # there, the cause is last
     line = telling.removeprefix("The actor is dead because ") or plain
-    return line.partition(" Worker exit type")[0].rstrip(".")[:160]
+    return line.partition(". ")[0].rstrip(".")[:160]

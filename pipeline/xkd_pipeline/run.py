@@ -87,7 +87,7 @@ def run_units(
     """
     known = cares or {}
     if workers.count == 0:
-        make = stage.load()
+        make = _loaded(stage)
         for job in jobs:
             done(_made(make, stage, job, known.get(unit_of(job), AS_PLANNED)))
         return
@@ -111,6 +111,18 @@ def unit_of(job: Any) -> int:
 def recorded(commit: Commit, care: Care) -> Commit:
     """The record, with how it was made where that was not as planned."""
     return commit.model_copy(update={"care": care}) if care else commit
+
+
+def _loaded(stage: Stage) -> Make:
+    try:
+        return stage.load()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = first_line(error)
+    raise OutOfMemory(
+        f"out of memory while loading: {reason}", kept=KEPT, next="use a smaller model, or a machine with more"
+    )
 
 
 def _made(make: Make, stage: Stage, job: Any, care: Care) -> Commit:

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from xkd_pipeline.run import AGAIN, AS_PLANNED, KEPT, Stage, Workers, recorded, smaller, unit_of
 from xkd_pipeline.split import Search, culprits
-from xkd_schemas.errors import WorkersGone
+from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
 from xkd_schemas.manifest import Care, Commit
 from xkd_schemas.terminal import warn
 
@@ -28,6 +28,9 @@ FIRST_SECONDS: Final = 1800.0
 """How long a worker may load at least, and a unit take while none has finished."""
 SHORTEST_SECONDS: Final = 300.0
 MEDIANS: Final = 5
+
+
+_SILENT: Final = "no word from it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +152,17 @@ class Schedule:
             self._idle.append(worker)
             self._bad_starts = 0
         else:
-            self._not_started(what.reason if isinstance(what, Died | Exhausted) else "no word from it")
+            memory = isinstance(what, Exhausted) or (isinstance(what, Died) and what.for_memory)
+            reason = what.reason if isinstance(what, Died | Exhausted) else _SILENT
+            self._not_started(reason, OutOfMemory if memory else WorkersGone)
 
-    def _not_started(self, reason: str) -> None:
+    def _not_started(self, reason: str, kind: type[XkdError] = WorkersGone) -> None:
         self._bad_starts += 1
         if self._bad_starts < TRIES:
             return
         self._count, self._bad_starts = self._count - 1, 0
         if self._count == 0 or not (self._busy or self._idle):
-            raise WorkersGone(f"no worker starts, {TRIES} in a row ended in loading: {reason}", kept=KEPT, next=AGAIN)
+            raise kind(f"no worker starts, {TRIES} in a row ended in loading: {reason}", kept=KEPT, next=AGAIN)
         warn(f"{TRIES} workers in a row did not start: {reason}; going on with {self._count}")
 
     def _heard(self, worker: Hashable, what: object, done: Callable[[Commit], None]) -> None:
@@ -237,7 +242,7 @@ class Schedule:
             if now - since > max(FIRST_SECONDS, self._stall or 0.0):
                 del self._loading[worker]
                 self._pool.kill(worker)
-                self._not_started("no word from it")
+                self._not_started(_SILENT)
 
     def _limit(self) -> float:
         if self._stall is not None:

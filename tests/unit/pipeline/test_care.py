@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import small_cache
+from fake_stage import FakeStage
 from small_cache import IN_PROCESS, files_of, run_file
-from xkd_pipeline.run import Workers, asked_workers
+from xkd_pipeline.run import Make, Workers, asked_workers, run_units
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.store import Store
 from xkd_pipeline.verify import verify
@@ -160,6 +161,15 @@ def test_one_document_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch
 
     with pytest.raises(OutOfMemory, match=r"unit 0: one document at a time does not go either: CUDA out of memory"):
         teacher_stage(run, IN_PROCESS)
+
+
+def test_a_model_that_does_not_fit_is_out_of_memory_and_no_traceback(tmp_path: Path) -> None:
+    class Huge(FakeStage):
+        def load(self) -> Make:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(OutOfMemory, match="out of memory while loading: .*DefaultCPUAllocator"):
+        run_units(Huge(folder=tmp_path), [0], IN_PROCESS, lambda _commit: None)
 
 
 def test_what_is_asked_of_workers_without_any_is_refused() -> None:

@@ -174,6 +174,12 @@ def test_workers_that_never_start_end_the_run(what: object) -> None:
     assert pool.started == 3
 
 
+@pytest.mark.parametrize("what", [Died("low on memory", for_memory=True), Exhausted("no memory for 9 GiB")])
+def test_workers_that_have_no_memory_to_load_end_the_run_as_out_of_memory(what: object) -> None:
+    with pytest.raises(OutOfMemory, match="3 in a row ended in loading"):
+        ran(FakePool(lambda unit, _care, _tries: made(unit), starts=lambda _number: what), range(2), count=1)
+
+
 def test_a_worker_that_cannot_be_replaced_is_done_without() -> None:
     pool = FakePool(
         lambda unit, _care, tries: Died("node lost") if (unit, tries) == (0, 0) else made(unit),
