@@ -1,14 +1,20 @@
 """Units in this process; Ray itself is in tests/integration/test_ray.py."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fake_stage import FakeStage
+from xkd_pipeline import cli, stages
 from xkd_pipeline.run import Workers, run_units
+from xkd_pipeline.stages import Outcome
 from xkd_schemas.errors import BadData, Refused, WorkersGone
 from xkd_schemas.manifest import Commit
+
+DEMO = Path(__file__).parents[3] / "runs" / "demo.toml"
 
 
 def test_in_process_each_unit_is_handed_over_before_the_next_job_is_asked_for(tmp_path: Path) -> None:
@@ -56,3 +62,26 @@ def test_ray_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch) -> Non
     with pytest.raises(WorkersGone, match="Ray did not start on this machine: Timed out waiting for file") as caught:
         run_units(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
     assert caught.value.exit_code == 69
+
+
+def test_what_the_flags_say_of_workers_reaches_the_stage_and_gpus_only_the_teacher(monkeypatch) -> None:
+    told: dict[str, Workers] = {}
+
+    def stage(name: str):
+        def work(_run: object, workers: Workers, *_more: object, **_others: object) -> Outcome:
+            told[name] = workers
+            return Outcome(line=name, values={})
+
+        return work
+
+    for name in ("documents", "teacher", "align"):
+        monkeypatch.setattr(stages, f"{name}_stage", stage(name))
+    monkeypatch.setattr(cli, "teacher_stage", stage("alone"))
+    flags = ["--workers", "2", "--gpus-per-worker", "0.5", "--ray-address", "head:6379", "--stall-timeout", "9"]
+    whole = Workers(count=2, gpus=0.5, address="head:6379", stall_seconds=9.0)
+
+    for command in (["teacher", "cache", "--model", "m"], ["preprocess", str(DEMO)]):
+        assert CliRunner().invoke(cli.app, [*command, *flags]).exit_code == 0
+
+    without = replace(whole, gpus=0.0)
+    assert told == {"alone": whole, "documents": without, "teacher": whole, "align": without}
