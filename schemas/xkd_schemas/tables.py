@@ -26,11 +26,17 @@ STREAM_END: Final = b"\xff\xff\xff\xff\0\0\0\0"
 def _errors_named(path: Path) -> Iterator[None]:
     try:
         yield
-    except pa.ArrowException as error:
-        line = " ".join(str(error).split())[:200]
-        raise BadData(f"{path} cannot be read as a table: {line}", next="copy or download it again") from error
+    except (pa.ArrowException, UnicodeError) as error:  # names in a header that are not UTF-8
+        raise _broken(path, error) from error
     except OSError as error:
+        if error.errno is None:  # Arrow's own, about the content
+            raise _broken(path, error) from error
         raise InputMissing(f"{path}: {error.strerror or error}", next="check the path and its permissions") from error
+
+
+def _broken(path: Path, error: Exception) -> BadData:
+    line = " ".join(str(error).split())[:200]
+    return BadData(f"{path} cannot be read as a table: {line}", next="copy or download it again")
 
 
 def table_rows(
@@ -99,12 +105,18 @@ def _objects(batch: pa.RecordBatch) -> Iterator[dict[str, object] | bytes]:
     for at in range(0, batch.num_rows, BATCH_ROWS):
         piece = batch.slice(at, BATCH_ROWS)
         try:
+            piece.validate(full=True)  # offsets that leave the data would be read all the same
             yield from piece.to_pylist()
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, pa.ArrowInvalid):
             yield from map(_object, (piece.slice(i, 1) for i in range(piece.num_rows)))
 
 
 def _object(row: pa.RecordBatch) -> dict[str, object] | bytes:
+    try:
+        row.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
     try:
         (value,) = row.to_pylist()
     except UnicodeDecodeError as error:
