@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from xkd_trainer.losses.head import LazyLogits, chunks
+from xkd_trainer.losses.lazy_logits import LazyLogits, chunks
 from xkd_trainer.losses.term import LossTerm, at_least_float32, term
 
 STD_FLOOR = 1e-4
