@@ -1,8 +1,7 @@
 """Alignment of many documents in one call, on the flat arrays of their blocks.
 
 numpy's cost per call is that of aligning a few hundred tokens, so a unit of short documents is aligned at once. The
-result is that of `alignment`, document by document; a test compares them. A place is a document's number and a
-character of its own text in one int64, so that places of all documents stand in one order.
+result is that of `alignment`, document by document; a test compares them.
 
 Shape legend for this file
     R documents    S, T student and teacher tokens of all documents    G segments    K spans or intervals
@@ -14,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from xkd_schemas.alignment import grouped_spans
-from xkd_schemas.blocks import TokenBlock
+from xkd_schemas.blocks import Line, TokenBlock
 from xkd_schemas.flat import Lists
-from xkd_schemas.tokens import CONTENT, END, Int32s, Tokens
+from xkd_schemas.tokens import END, Int32s, Tokens
 
 Int64s = npt.NDArray[np.int64]
 
@@ -64,13 +63,14 @@ def token_ranges_all(rows: Sequence[Tokens], intervals: Sequence[Int32s]) -> Lis
         intervals: Character intervals [K, 2] of each document, or their Lists.
     """
     block, wanted = TokenBlock.of(rows), Lists.of(intervals, np.int32, 2)
-    at_S = np.flatnonzero((block.kinds == CONTENT) & (block.spans[:, 1] > block.spans[:, 0]))
-    document_S = _documents(block.first)[at_S]
+    line = block.line
+    solid_S = line.end_S > line.start_S
+    whole = bool(solid_S.all())
+    at_S, start_S, end_S = (part if whole else part[solid_S] for part in line[1:])
     document_K = _documents(wanted.first)
     values_K2 = wanted.values[wanted.first[0] : wanted.first[-1]]
-    starts_S, ends_S = (_places(document_S, block.spans[at_S, side]) for side in (0, 1))
-    first_K = np.searchsorted(starts_S, _places(document_K, values_K2[:, 0]), side="left")
-    behind_K = np.searchsorted(ends_S, _places(document_K, values_K2[:, 1]), side="right")
+    first_K = np.searchsorted(start_S, _on_line(line, document_K, values_K2[:, 0]), side="left")
+    behind_K = np.searchsorted(end_S, _on_line(line, document_K, values_K2[:, 1]), side="right")
     low_K, high_K = block.first[document_K], block.first[document_K + 1]
     token_first_K = np.clip(np.append(at_S, len(block.kinds))[first_K], low_K, high_K)
     token_end_K = np.clip(np.append(0, at_S + 1)[behind_K], token_first_K, high_K)
@@ -83,8 +83,10 @@ def _documents(first: Int64s) -> Int64s:
     return np.repeat(np.arange(len(first) - 1), np.diff(first))
 
 
-def _places(documents: Int64s, characters: Int32s) -> Int64s:
-    return (documents << 32) + characters
+def _on_line(line: Line, documents: Int64s, characters: Int32s) -> Int32s | Int64s:
+    """Characters of documents as places on the line; those behind a document's cut stand between it and the next."""
+    places: Int32s | Int64s = np.minimum(line.base_R[documents] + characters, line.base_R[documents + 1])
+    return places
 
 
 def content_of(block: TokenBlock, ends: Lists) -> tuple[Int64s, Int64s]:
@@ -92,12 +94,15 @@ def content_of(block: TokenBlock, ends: Lists) -> tuple[Int64s, Int64s]:
 
     A token belongs to the segment it starts in; an empty interval at a border to the segment behind the border.
     """
-    at_S = np.flatnonzero(block.kinds == CONTENT)
-    places_S = _places(_documents(block.first)[at_S], block.spans[at_S, 0])
-    borders_G = _places(_documents(ends.first), ends.values[ends.first[0] : ends.first[-1]])
-    last = ends.first[1:][ends.counts > 0] - ends.first[0] - 1
-    borders_G[last] = ((borders_G[last] >> 32) + 1) << 32
-    return at_S, np.append(0, np.searchsorted(places_S, borders_G, side="left"))
+    borders_G = _on_line(block.line, _documents(ends.first), ends.values[ends.first[0] : ends.first[-1]])
+    last_R = np.flatnonzero(ends.counts)
+    borders_G[ends.first[last_R + 1] - ends.first[0] - 1] = block.line.base_R[last_R + 1]
+    return block.line.at_S, np.append(0, np.searchsorted(block.line.start_S, borders_G, side="left"))
+
+
+def _places(documents: Int64s, characters: Int32s) -> Int64s:
+    """A document's number and a character of its text in one number."""
+    return (documents << 32) + characters
 
 
 def _end_pairs(ours: TokenBlock, theirs: TokenBlock, limit_R: Int32s) -> Int64s:

@@ -4,7 +4,7 @@ Shape legend for this file
     R documents    G segments that are read    P pieces: three of each segment    T tokens of all rows
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from xkd_schemas.blocks import DocumentBlock, Int64s, TokenBlock
 from xkd_schemas.flat import firsts
 from xkd_schemas.intervals import Read, content_intervals
-from xkd_schemas.tokenizers import FastTokenizer, encode_texts
+from xkd_schemas.tokenizers import Encoded
 from xkd_schemas.tokens import CONTENT, END, TEMPLATE, Bools, Int32s
 
 
@@ -29,7 +29,7 @@ class Frame:
 def assembled(
     block: DocumentBlock,
     num_chars: Int32s,
-    tokenizer: FastTokenizer,
+    encode: Callable[[Sequence[str]], Encoded],
     frames: Sequence[Sequence[Frame]],
     start_id: int,
 ) -> TokenBlock:
@@ -40,7 +40,7 @@ def assembled(
     Args:
         block: Documents whose texts, up to `num_chars`, are valid Unicode.
         num_chars: [R] int32
-        tokenizer: A fast one.
+        encode: Ids and offsets of texts.
         frames: One for each segment of each document.
         start_id: The start token.
     """
@@ -48,7 +48,7 @@ def assembled(
     start_G, stop_G = block.segments.values[segment_G].T
     ends_G = np.minimum(stop_G, num_chars[document_G])
     places = zip(document_G.tolist(), start_G.tolist(), ends_G.tolist(), strict=True)
-    encoded = encode_texts(tokenizer, [block.texts[d][start:end] for d, start, end in places])
+    encoded = encode([block.texts[d][start:end] for d, start, end in places])
     spans_C2, statuses = content_intervals(
         Read(
             texts=[text[:n] for text, n in zip(block.texts, num_chars.tolist(), strict=True)],

@@ -7,17 +7,18 @@ Shape legend for this file
     R documents    G segments of all documents    T tokens of all documents
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from xkd_schemas.documents import Document, Segment
 from xkd_schemas.flat import Lists, firsts
-from xkd_schemas.tokens import Bools, Int32s, Tokens
+from xkd_schemas.tokens import CONTENT, Bools, Int32s, Tokens
 
 Int64s = npt.NDArray[np.int64]
 
@@ -87,7 +88,18 @@ class DocumentBlock:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Line(NamedTuple):
+    """Content tokens of all documents on one line of characters, a character left free between two documents."""
+
+    base_R: Int64s
+    """Where each document begins on the line, and where the next one would: [R + 1]."""
+    at_S: Int64s
+    """Which tokens they are."""
+    start_S: Int32s | Int64s
+    end_S: Int32s | Int64s
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TokenBlock(Sequence[Tokens]):
     """Many documents as one model reads them; row r is `Tokens`, of views into the flat arrays."""
 
@@ -140,6 +152,16 @@ class TokenBlock(Sequence[Tokens]):
             status=self.statuses[number], num_chars=int(self.num_chars[number]), ids=self.ids[own],
             spans=self.spans[own], kinds=self.kinds[own], targets=self.targets[own],
         )  # fmt: skip
+
+    @functools.cached_property
+    def line(self) -> Line:
+        """Where the content tokens stand, all documents in one order."""
+        base_R = firsts(self.num_chars.astype(np.int64) + 1)
+        base_R = base_R.astype(np.int32) if base_R[-1] < np.iinfo(np.int32).max else base_R
+        at_S = np.flatnonzero(self.kinds == CONTENT)
+        spans_S2 = self.spans if len(at_S) == len(self.spans) else self.spans[at_S]
+        base_S = np.repeat(base_R[:-1], np.diff(np.searchsorted(at_S, self.first)))
+        return Line(base_R, at_S, spans_S2[:, 0] + base_S, spans_S2[:, 1] + base_S)
 
     def lists(self, values_T: npt.NDArray[np.generic]) -> Lists:
         """One of the flat arrays, or another value for each token, as rows."""

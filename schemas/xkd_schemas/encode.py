@@ -11,6 +11,7 @@ Shape legend for this file
     R documents    G segments of all documents    T tokens of a row
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError
 from xkd_schemas.intervals import cut_point
 from xkd_schemas.rows import WORKER_KILLED
+from xkd_schemas.surfaces import Surfaces
 from xkd_schemas.templates import Layout, layout, template_named
 from xkd_schemas.tokenizers import encode_texts, identity, name_of
 from xkd_schemas.tokens import OK, Bools, Int32s, Tokens
@@ -71,6 +73,10 @@ class Encoder:
                 f"{name_of(self.tokenizer)}: this tokenizer has no end token (eos)",
                 next="name eos_token in its config",
             )
+
+    @functools.cached_property
+    def _surfaces(self) -> Surfaces:
+        return Surfaces(self.tokenizer)
 
     def identity(self) -> dict[str, Any]:
         """What the tokens depend on, for a plan: the tokenizer's identity, the template's name, the length."""
@@ -128,7 +134,7 @@ class Encoder:
 
     def _assembled(self, block: DocumentBlock, num_chars: Int32s) -> TokenBlock:
         """The texts up to `num_chars` in their frames; `statuses` are the faults of the intervals."""
-        return assembled(block, num_chars, self.tokenizer, self._frames_of(block), self._start_id())
+        return assembled(block, num_chars, self._surfaces.encode, self._frames_of(block), self._start_id())
 
     def _frames_of(self, block: DocumentBlock) -> list[tuple[Frame, ...]]:
         """The frames of every document, looked up once for those with the same roles."""

@@ -46,46 +46,47 @@ def content_intervals(read: Read) -> tuple[Int32s, list[str]]:
     Good intervals stay in their segment and in front of the cut, their starts and ends never decrease, and every
     character that is not blank lies in one. Blanks in front of a token are left out; a token of blanks keeps them.
     """
-    base_R = firsts([len(text) + 1 for text in read.texts])
+    base_R = firsts([len(text) + 1 for text in read.texts]).astype(np.int32)
     count_G = np.diff(read.first)
+    low_G2 = read.segments_G2 + base_R[read.document_G][:, None]
+    low_C, high_C = np.repeat(low_G2[:, 0], count_G), np.repeat(low_G2[:, 1], count_G)
+    start_C, end_C = read.offsets_C2[:, 0] + low_C, read.offsets_C2[:, 1] + low_C
     document_C = np.repeat(read.document_G, count_G)
-    base_C = base_R[document_C].astype(np.int32)
-    low_C = np.repeat(read.segments_G2[:, 0], count_G) + base_C
-    high_C = np.repeat(read.segments_G2[:, 1], count_G) + base_C
-    spans_C2 = read.offsets_C2 + low_C[:, None]
-    start_C, end_C = spans_C2[:, 0], spans_C2[:, 1]
-    outside_R = np.zeros(len(read.texts), np.bool_)
-    outside_R[document_C[(start_C < low_C) | (end_C > high_C) | (end_C < start_C)]] = True
-    inside_C = ~outside_R[document_C]
+    outside_R = _named(document_C[(start_C < low_C) | (end_C > high_C) | (end_C < start_C)], len(read.texts))
     if outside_R.any():
-        np.clip(spans_C2, low_C[:, None], high_C[:, None], out=spans_C2)
+        np.clip(start_C, low_C, high_C, out=start_C)
+        np.clip(end_C, low_C, high_C, out=end_C)
     solid_L = ~blanks(" ".join(read.texts))
-    solid_before = firsts(solid_L).astype(np.int32)  # [L + 1]
-    first_solid_C = np.append(np.flatnonzero(solid_L), len(solid_L))[solid_before[start_C]]
-    spans_C2[:, 0] = np.where((first_solid_C < end_C) & inside_C, first_solid_C, start_C)
-    empty_C = (start_C == end_C) & inside_C
-    if empty_C.any():
-        _widen(spans_C2, np.flatnonzero(empty_C), low_C, high_C, solid_before)
-    first_R = np.searchsorted(document_C, np.arange(len(read.texts) + 1))
-    backward_R = _documents(document_C[1:][(np.diff(spans_C2, axis=0) < 0).any(axis=1) & (np.diff(document_C) == 0)],
-                            len(read.texts))  # fmt: skip
+    solid_before = np.zeros(len(solid_L) + 1, np.int32)
+    np.cumsum(solid_L, out=solid_before[1:])
+    first_solid_C = np.append(np.flatnonzero(solid_L), len(solid_L)).astype(np.int32)[solid_before[start_C]]
+    kept_C = first_solid_C >= end_C
+    if outside_R.any():
+        kept_C |= outside_R[document_C]
+    spans_C2 = np.stack([np.where(kept_C, start_C, first_solid_C), end_C], axis=1)
+    empty = np.flatnonzero(spans_C2[:, 0] == end_C)
+    if len(empty):
+        _widen(spans_C2, empty[~outside_R[document_C[empty]]], low_C, high_C, solid_before)
+    backward_C = (spans_C2[1:, 0] < spans_C2[:-1, 0]) | (spans_C2[1:, 1] < spans_C2[:-1, 1])  # never between documents
+    backward_R = _named(document_C[1:][backward_C], len(read.texts))
+    first_R = read.first[np.searchsorted(read.document_G, np.arange(len(read.texts) + 1))]
     holes_R = _holes(spans_C2, first_R, base_R, solid_before)
     statuses = [
         "outside_text" if outside else "offsets_not_monotone" if backward else "uncovered_characters" if hole else OK
         for outside, backward, hole in zip(outside_R.tolist(), backward_R.tolist(), holes_R.tolist(), strict=True)
     ]
-    spans_C2 -= base_C[:, None]
+    spans_C2 -= np.repeat(base_R[:-1], np.diff(first_R))[:, None]
     return spans_C2, statuses
 
 
-def _documents(numbers: Int64s, size: int) -> Bools:
+def _named(numbers: Int64s, size: int) -> Bools:
     """Which of `size` documents are named."""
     named = np.zeros(size, np.bool_)
     named[numbers] = True
     return named
 
 
-def _holes(spans_C2: Int32s, first_R: Int64s, base_R: Int64s, solid_before: Int32s) -> Bools:
+def _holes(spans_C2: Int32s, first_R: Int64s, base_R: Int32s, solid_before: Int32s) -> Bools:
     """In which documents a character that is no blank lies between two tokens, before the first or behind the last."""
     size = len(base_R) - 1
     has_R = np.diff(first_R) > 0
@@ -96,7 +97,7 @@ def _holes(spans_C2: Int32s, first_R: Int64s, base_R: Int64s, solid_before: Int3
     last_R[has_R] = spans_C2[first_R[1:][has_R] - 1, 1]
     tail_R = solid_before[base_R[1:] - 1] > solid_before[last_R]
     numbers = np.searchsorted(first_R, np.flatnonzero(skipped_C), side="right") - 1
-    return _documents(numbers, size) | tail_R
+    return _named(numbers, size) | tail_R
 
 
 def _widen(spans_C2: Int32s, empty: Int64s, low_C: Int32s, high_C: Int32s, solid_before: Int32s) -> None:
@@ -125,6 +126,8 @@ def blanks(text: str) -> npt.NDArray[np.bool_]:
     >>> blanks("a b").tolist()
     [False, True, False]
     """
+    if text.isascii():
+        return _IS_BLANK[np.frombuffer(text.encode(), dtype=np.uint8)]
     codes_L = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     return _IS_BLANK[np.minimum(codes_L, _LAST_BLANK + 1)]
 

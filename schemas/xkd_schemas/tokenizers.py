@@ -65,8 +65,7 @@ def encode_texts(tokenizer: FastTokenizer, texts: Sequence[str]) -> Encoded:
             f"{name_of(tokenizer)}: this tokenizer gives no character offsets (it is a slow, pure-Python one)",
             next="use a model whose folder has a tokenizer.json",
         )
-    backend = _plain(tokenizer.backend_tokenizer)
-    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+    encodings = plain_backend(tokenizer).encode_batch(list(texts), add_special_tokens=False)
     ids = [encoding.ids for encoding in encodings]
     first = firsts([len(found) for found in ids])
     size, chain = int(first[-1]), itertools.chain.from_iterable
@@ -78,8 +77,9 @@ def encode_texts(tokenizer: FastTokenizer, texts: Sequence[str]) -> Encoded:
     )
 
 
-def _plain(backend: Any) -> Any:
+def plain_backend(tokenizer: FastTokenizer) -> Any:
     """The tokenizer of the tokenizers library, set to neither truncate nor pad nor know special tokens in a text."""
+    backend = tokenizer.backend_tokenizer
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xkd_schemas.blocks import DocumentBlock, TokenBlock, pieces_of
@@ -33,6 +33,7 @@ def documents_of(parts: list[list[tuple[str, str, bool]]]) -> list[Document]:
     return [document_of(p, source="s", line=n) for n, p in enumerate(parts)]
 
 
+@settings(deadline=None)
 @given(rows=ROWS, cut=st.slices(6))
 def test_lists_and_their_slices_are_their_rows(rows: list[list[tuple[int, int]]], cut: slice) -> None:
     lists, cut = Lists.of(rows, np.int32, 2), slice(cut.start, cut.stop)
@@ -42,6 +43,7 @@ def test_lists_and_their_slices_are_their_rows(rows: list[list[tuple[int, int]]]
     assert lists.counts.tolist() == [len(row) for row in rows]
 
 
+@settings(deadline=None)
 @given(rows=ROWS, cut=st.integers(0, 6))
 def test_a_column_of_lists_is_the_column_of_their_rows_to_the_byte(
     rows: list[list[tuple[int, int]]], cut: int
@@ -65,6 +67,7 @@ def test_a_row_behind_the_last_or_in_front_of_the_first_is_not_there() -> None:
                 rows[index]
 
 
+@settings(deadline=None)
 @given(parts=DOCUMENTS, first=st.integers(0, 5), size=st.integers(0, 5))
 def test_documents_come_out_of_a_block_and_of_its_parts(
     parts: list[list[tuple[str, str, bool]]], first: int, size: int
@@ -80,6 +83,7 @@ def test_documents_come_out_of_a_block_and_of_its_parts(
     assert [taken.document(n) for n in range(len(taken))] == documents[first:end]
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 5), max_size=5), data=st.data())
 def test_tokens_come_out_of_a_block_and_an_unusable_row_has_none(sizes: list[int], data: st.DataObject) -> None:
     rows = [tokens(n) for n in sizes]
@@ -96,6 +100,7 @@ def test_tokens_come_out_of_a_block_and_an_unusable_row_has_none(sizes: list[int
     assert TokenBlock.of(marked) is marked
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 9), max_size=8), most=st.integers(0, 12))
 def test_stretches_cover_the_rows_and_are_no_larger_than_they_may(sizes: list[int], most: int) -> None:
     found = pieces_of(sizes, most)
