@@ -1,5 +1,6 @@
 """Stage 2: the teacher reads every document once, and what the losses need is kept."""
 
+import os
 import socket
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -104,12 +105,17 @@ class TeacherStage:
         return local_paths(self.folder, self.root / "documents", self.settings.model)
 
 
+KEPT_PRODUCTS: Final = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""How many compiled products torch keeps on a CPU, by shape; of its 1024 only those of one batch are used again."""
+
 _loaded: dict[TeacherSettings, PreTrainedModel] = {}
 
 
 def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
     """The teacher, loaded once in this process."""
     if settings not in _loaded:
+        for variable in KEPT_PRODUCTS:
+            os.environ.setdefault(variable, "16")
         _loaded.clear()
         model = load_model(settings.model, dtype=dtype_named(settings.dtype))
         check_head(model)
