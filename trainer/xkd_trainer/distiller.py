@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from xkd_trainer.attention import install
 from xkd_trainer.batch import Batch
-from xkd_trainer.forward import States, run
+from xkd_trainer.forward import run
 from xkd_trainer.head import head_of
 from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.methods.declaration import Loss, StudentPass
@@ -61,19 +61,22 @@ class Distiller(nn.Module):
             The micro-batch's share of the step's loss (scalar with gradient), and each term's share of its own mean,
             unweighted and without gradient.
         """
-        states = run(
-            self.student, batch.student_ids_BS, batch.student_valid_BS, layers=self._layers,
-            attention=self._attention, attention_layers=self._attention_layers,
-        )  # fmt: skip
+        embedded: list[Tensor] = []
+        table = self.student.get_input_embeddings()
+        with table.register_forward_hook(lambda _module, _inputs, output: embedded.append(output)):
+            states = run(
+                self.student, batch.student_ids_BS, batch.student_valid_BS, layers=self._layers,
+                attention=self._attention, attention_layers=self._attention_layers,
+            )  # fmt: skip
         with torch.autocast(device_type=states.last_BLD.device.type, enabled=False):
-            return self._losses(batch, states.as_float32(), denominators, step)
+            states = states.as_float32()
+            passed = StudentPass(batch, states, head_of(self.student), table.weight, embedded[0] if embedded else None)
+            return self._losses(batch, passed, denominators, step)
 
     def _losses(
-        self, batch: Batch, states: States, denominators: Mapping[str, Tensor], step: int
+        self, batch: Batch, passed: StudentPass, denominators: Mapping[str, Tensor], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        embeddings_Vd = self.student.get_input_embeddings().weight
-        passed = StudentPass(batch, states, head_of(self.student), embeddings_Vd)
-        total = states.last_BLD.sum() * 0.0  # keeps every parameter in the graph when no document qualifies
+        total = passed.states.last_BLD.sum() * 0.0  # keeps every parameter in the graph when no document qualifies
         parts: dict[str, Tensor] = {}
         planned: dict[str, tuple[Planned, Tensor]] = {}
         for name in self.losses:

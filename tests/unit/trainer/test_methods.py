@@ -21,10 +21,12 @@ from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_trainer.batch import Batch, blank
 from xkd_trainer.distiller import Distiller
+from xkd_trainer.forward import run
+from xkd_trainer.head import head_of
 from xkd_trainer.losses.term import LossTerm
 from xkd_trainer.losses.vocabulary import shared_vocabulary
 from xkd_trainer.methods import LOSSES, loss_named
-from xkd_trainer.methods.declaration import describe_loss
+from xkd_trainer.methods.declaration import StudentPass, describe_loss
 from xkd_trainer.setup import Ready, parse_weights, set_up
 from xkd_trainer.stream import batch_of
 
@@ -360,6 +362,40 @@ def gradients(distiller: Distiller, batches: Sequence[Batch], counts: Mapping[st
     return total, {
         name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in distiller.named_parameters()
     }
+
+
+def test_losses_together_have_the_gradient_of_each_alone() -> None:
+    weights = {"ce": 0.7, "mta": 2.0, "sra": 0.5, "dwa": 1.5}
+    spec = ",".join(f"{name}={weight}" for name, weight in weights.items())
+    made = set_up(tiny.tiny_cache().run(loss=spec, losses={}, student__model=student_folder(True)), "")
+    batch = batch_of(made.cache, ROWS, made.wanted)
+    counts = made.distiller.counts(batch)
+    expected, together = gradients(made.distiller, [batch], counts)
+
+    total, alone = 0.0, {name: torch.zeros_like(g) for name, g in together.items()}
+    for name in weights:
+        made.distiller.weights = dict.fromkeys(weights, 0.0) | {name: weights[name]}
+        value, found = gradients(made.distiller, [batch], counts)
+        total += value
+        alone = {key: alone[key] + g for key, g in found.items()}
+
+    assert total == pytest.approx(expected, rel=1e-5)
+    for key, g in together.items():
+        scale = max(1.0, float(g.abs().max()))
+        torch.testing.assert_close(alone[key] / scale, g / scale, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_what_the_model_looked_up_are_the_embeddings_of_the_targets() -> None:
+    made, batch = ready("dwa")
+    table_Vd = made.distiller.student.get_input_embeddings().weight
+    states = run(made.distiller.student, batch.student_ids_BS, batch.student_valid_BS)
+    looked_up_BSd = table_Vd[batch.student_ids_BS]
+    found, expected = (
+        StudentPass(batch, states, head_of(made.distiller.student), table_Vd, embedded).target_embeddings_BNd
+        for embedded in (looked_up_BSd, None)
+    )
+    valid_BN = batch.predict_valid_BN
+    assert torch.equal(found[valid_BN], expected[valid_BN])
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -89,8 +89,11 @@ class Context:
 class StudentPass:
     """The student's forward pass over one batch, as losses see it."""
 
-    def __init__(self, batch: Batch, states: States, head: Head, embeddings_Vd: Tensor) -> None:
+    def __init__(
+        self, batch: Batch, states: States, head: Head, embeddings_Vd: Tensor, embedded_BSd: Tensor | None = None
+    ) -> None:
         self.batch = batch
+        self._embedded_BSd = embedded_BSd
         self.states = states
         self.head = head
         self.embeddings_Vd = embeddings_Vd
@@ -99,6 +102,18 @@ class StudentPass:
     def predict_hidden_BNd(self) -> Tensor:
         """Final-normed states that predict the targets; garbage where not valid."""
         return gather_rows(self.states.last_BLD, self.batch.predict_BN)
+
+    @cached_property
+    def target_embeddings_BNd(self) -> Tensor:
+        """Input embeddings of the targets, float32, with gradient; garbage where not valid.
+
+        Those that the model has looked up, where it has: the table then gets one gradient, not two of its own size.
+        A model that scales what it looks up scales these.
+        """
+        if self._embedded_BSd is None:
+            return self.embeddings_Vd[self.batch.target_BN].float()
+        last = self._embedded_BSd.shape[1] - 1
+        return gather_rows(self._embedded_BSd, (self.batch.predict_BN + 1).clamp_max(last)).float()
 
     @property
     def logits(self) -> LazyLogits:

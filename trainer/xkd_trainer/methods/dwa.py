@@ -130,7 +130,7 @@ class Dwa(nn.Module):
         penalty_BNM = None if step < s.band_warmup_steps else band(attention_BNM.detach(), *lengths, s)
         pairs = {
             "dtw_embeddings": (
-                student.embeddings_Vd[batch.target_BN],
+                student.target_embeddings_BNd,
                 at_valid(self.embed_t2s, teacher.target_BMD, valid_BM),
             ),
             "dtw_states": (student.predict_hidden_BNd, at_valid(self.t2s, teacher.hidden_BMD, valid_BM)),
