@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
@@ -224,8 +224,18 @@ def is_whole(manifest: Manifest) -> bool:
 
 
 def to_json(record: BaseModel) -> bytes:
-    """Indented JSON with a final newline, the same bytes for the same record."""
-    return (json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+    """Indented JSON with a final newline, the same bytes for the same record.
+
+    A commit carries the sha256 of the rest: until the table is sealed, nothing else vouches for its numbers.
+    """
+    data = record.model_dump(mode="json")
+    if isinstance(record, Commit):
+        data[OWN] = digest(data)
+    return (json.dumps(data, sort_keys=True, indent=1) + "\n").encode()
+
+
+OWN: Final = "digest"
+"""Field of a commit's file that the record itself does not have."""
 
 
 M = TypeVar("M", Plan, Commit, Manifest)
@@ -252,7 +262,11 @@ def _parsed(path: Path, content: bytes, kind: type[M]) -> M:
     needed = int(data.get("min_reader", 0)) if kind is not Commit else 0
     if needed > FORMAT:
         raise Mismatch(f"{path}: format {needed}, this program reads up to {FORMAT}", next="upgrade xkd-toolkit")
-    return kind.model_validate(data)
+    own = data.pop(OWN, None) if kind is Commit else None  # none in caches of before
+    record = kind.model_validate(data)
+    if own is not None and own != digest(data):
+        raise ValueError("it does not match its own digest")
+    return record
 
 
 def _finite(text: str) -> float:

@@ -84,7 +84,9 @@ def test_numbers_that_are_no_json_are_bad_data(tmp_path: Path) -> None:
 
 
 def test_a_field_that_is_not_known_is_bad_data(tmp_path: Path) -> None:
-    (tmp_path / "r").write_text(json.dumps({**json.loads(to_json(COMMIT)), "extra": 1}))
+    data = {**json.loads(to_json(COMMIT)), "extra": 1}
+    data.pop("digest")
+    (tmp_path / "r").write_text(json.dumps(data))
 
     with pytest.raises(BadData, match="extra"):
         read_record(tmp_path / "r", Commit)
@@ -185,3 +187,18 @@ def test_a_long_list_of_differences_is_cut_and_counted(tmp_path: Path) -> None:
         refuse_differences(
             tmp_path, {f"f{n}": 0 for n in range(10)}, {f"f{n}": "1" * 80 for n in range(10)}, advice=""
         )
+
+
+def test_a_changed_number_in_a_commit_is_found_before_there_is_a_manifest(tmp_path: Path) -> None:
+    content = to_json(COMMIT)
+    (tmp_path / "r").write_bytes(content)
+    assert read_record(tmp_path / "r", Commit) == COMMIT
+    for at in [i for i, byte in enumerate(content) if chr(byte).isdigit()]:
+        changed = bytearray(content)
+        changed[at] = ord("1") if changed[at] != ord("1") else ord("2")
+        (tmp_path / "r").write_bytes(changed)
+        with pytest.raises(BadData):
+            read_record(tmp_path / "r", Commit)
+    without = {key: value for key, value in json.loads(content).items() if key != "digest"}
+    (tmp_path / "r").write_text(json.dumps(without))
+    assert read_record(tmp_path / "r", Commit) == COMMIT
