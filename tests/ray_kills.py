@@ -93,10 +93,10 @@ def named(processes: list[psutil.Process], target: str) -> list[psutil.Process]:
 
 
 def until_made(cache: Path, part: str, driver: subprocess.Popen[bytes], seconds: float = 180.0) -> None:
-    """Wait for the first file of a shard, so that a unit is being made."""
+    """Wait for the first file of a shard, which is not the plan's own, so that a unit is being made."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and driver.poll() is None:
-        if list((cache / part).rglob(".tmp-*")):
+        if any((path.parent / "plan.json").exists() for path in (cache / part).rglob(".tmp-*")):
             return
         time.sleep(0.01)
     raise AssertionError(f"{part}: no unit was begun: {said_of(cache).read_text()[-500:]}")
@@ -148,9 +148,7 @@ def disturbed(folder: Path, rounds: int, chance: random.Random) -> str:
             path.unlink()
         seen["differ"] += files_of(cache) != whole
     exits = ", ".join(f"{count} {name}" for name, count in sorted(seen.items()) if name.startswith("exit"))
-    bad = (
-        f"{seen['other exits']} unexpected exits, {seen['lost']} lost a finished unit, {seen['differ']} folders differ"
-    )
+    bad = f"{seen['other']} unexpected exits, {seen['lost']} lost a finished unit, {seen['differ']} folders differ"
     return f"{exits}; {bad}; {seen['loose']} temporary files of dying writers left for gc"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from xkd_pipeline.place import Place, versions
-from xkd_pipeline.ray_start import doors, handlers_kept, no_answer, refuse_too_small, said, start
+from xkd_pipeline.ray_start import doors, end, handlers_kept, no_answer, refuse_too_small, said, start
 from xkd_pipeline.run import AGAIN, KEPT, Make, Stage, Workers, first_line, out_of_memory
 from xkd_pipeline.schedule import Died, Exhausted, Ready, Report
 from xkd_schemas.errors import WorkersGone, XkdError
@@ -80,7 +80,7 @@ class RayPool:
                 remove(self._mark)
         if "ray" in sys.modules:
             with handlers_kept(default=True):  # a second signal does not wait
-                sys.modules["ray"].shutdown()
+                end(sys.modules["ray"])
         if self._folder is not None and not os.environ.get("XKD_DEBUG"):
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """Ray started on this machine's loopback, or a cluster joined; with cluster.py the only module that imports ray."""
 
+import atexit
 import importlib
 import os
 import re
@@ -43,6 +44,19 @@ def start(workers: Workers) -> Path | None:
         return None
 
 
+END_SECONDS: Final = 20.0
+"""A Ray whose head is gone may wait for it for a minute and then end this process with its own exit status."""
+
+
+def end(ray: Any) -> None:
+    """Shut Ray down; where it does not come back in time it is left to die with this process."""
+    closing = threading.Thread(target=ray.shutdown, daemon=True)
+    closing.start()
+    closing.join(END_SECONDS)
+    if closing.is_alive():
+        atexit.unregister(ray.shutdown)
+
+
 @contextmanager
 def handlers_kept(*, default: bool = False) -> Iterator[None]:
     """Put back the handlers of signals at the end, and until then, if `default`, the system's in their place."""
@@ -76,7 +90,6 @@ def _start_here(count: int) -> Path:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # then it is loopback, elsewhere too
     import ray
-    from ray.exceptions import RayError
 
     folder = Path(tempfile.mkdtemp(prefix="xkd-ray-", dir=_short_folder()))
     try:
@@ -88,7 +101,7 @@ def _start_here(count: int) -> Path:
             object_store_memory=256 * 2**20,
             **_quiet(),
         )
-    except (RuntimeError, OSError, RayError) as error:  # TimeoutError and ConnectionError among them
+    except Exception as error:  # Ray raises just that where its processes do not come up
         shutil.rmtree(folder, ignore_errors=True)
         raise WorkersGone(
             f"Ray did not start on this machine: {first_line(error)}", kept=KEPT, next=f"{AGAIN}, or use --workers 0"
