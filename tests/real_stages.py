@@ -128,8 +128,9 @@ def undisturbed(folder: Path) -> Undisturbed:
     start = time.monotonic()
     assert finish(folder / "undisturbed") == 0
     seconds = time.monotonic() - start
-    whole = files_of(folder / "undisturbed")
-    assert whole == files_of(folder / "counted")
+    whole, counted = files_of(folder / "undisturbed"), files_of(folder / "counted")
+    differing = [name for name in whole.keys() | counted.keys() if whole.get(name) != counted.get(name)]
+    assert not differing, differing
     return Undisturbed(files=whole, seconds=seconds, operations=fault.seen)
 
 

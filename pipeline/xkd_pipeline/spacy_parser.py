@@ -104,8 +104,7 @@ class SpacyParser:
             what = f"no {' and no '.join(missing)}" if missing else "no noun chunks for its language"
             raise UsageError(f"the spaCy pipeline '{settings.model}' has {what}", next=f"use {DEFAULT_PIPELINE}")
         self._rule = quick_ruler(self.nlp)
-        if self._rule is not None:
-            self.nlp.disable_pipe(RULER)
+        self._replaced = [] if self._rule is None else [RULER]
         self._verbal = {self.nlp.vocab.strings[tag]: tag for tag in ("AUX", "ADV", "VERB")}
         self.max_piece_chars = min(MAX_PIECE_CHARS, int(self.nlp.max_length))
 
@@ -116,8 +115,12 @@ class SpacyParser:
         self.notes["segment_cut"] += sum(len(p) - len(d.segments) for d, p in zip(documents, pieces, strict=True))
         self.notes += Counter()  # leaves out zeros
         with self.nlp.memory_zone():  # else each new word stays in spaCy's vocabulary for good
-            parsed = map(self._piece, self.nlp.pipe(texts, batch_size=self.settings.batch_size))
+            parsed = map(self._piece, self._docs(texts))
             return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in pieces]
+
+    def _docs(self, texts: list[str]) -> Iterator[Any]:
+        parsed: Iterator[Any] = self.nlp.pipe(texts, batch_size=self.settings.batch_size, disable=self._replaced)
+        return parsed
 
     def _piece(self, doc: Any) -> tuple[list[Interval], list[Phrase]]:
         if self._rule is not None:

@@ -1,5 +1,6 @@
 """A teacher's table and the tables of signals beside it, read as one: their record batches lie side by side."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,7 @@ class JoinedShard(Shard):
         self.path, self.commit = first.path, first.commit
         self._shards = (first, *others)
         self._ends = first._ends
-        self._batches: dict[int, pa.RecordBatch] = {}
-        self._columns: dict[int, Columns] = {}
+        self._columns: OrderedDict[int, Columns] = OrderedDict()
         self._decoders = {name: decode for shard in self._shards[::-1] for name, decode in shard._decoders.items()}
         fields = {field.name: field for shard in self._shards[::-1] for field in shard.schema}
         own = [field.name for field in first.schema]
@@ -38,18 +38,16 @@ class JoinedShard(Shard):
         Raises:
             BadData: A batch is corrupt, or the tables hold other documents there.
         """
-        if number not in self._batches:
-            batches = [shard.batch(number) for shard in self._shards]
-            for shard, batch in zip(self._shards[1:], batches[1:], strict=True):
-                if not batch.column("doc_id").equals(batches[0].column("doc_id")):
-                    raise BadData(
-                        f"{shard.path}: record batch {number} holds other documents than {self.path}",
-                        next=f"delete {shard.path.parent} and add its signals again",
-                    )
-            columns = {name: batch.column(name) for batch in batches[::-1] for name in batch.schema.names}
-            arrays = [columns[name] for name in self._joined.names]
-            self._batches[number] = pa.RecordBatch.from_arrays(arrays, schema=self._joined)
-        return self._batches[number]
+        batches = [shard.batch(number) for shard in self._shards]
+        for shard, batch in zip(self._shards[1:], batches[1:], strict=True):
+            if not batch.column("doc_id").equals(batches[0].column("doc_id")):
+                raise BadData(
+                    f"{shard.path}: record batch {number} holds other documents than {self.path}",
+                    next=f"delete {shard.path.parent} and add its signals again",
+                )
+        columns = {name: batch.column(name) for batch in batches[::-1] for name in batch.schema.names}
+        arrays = [columns[name] for name in self._joined.names]
+        return pa.RecordBatch.from_arrays(arrays, schema=self._joined)
 
 
 class JoinedTable(Table):

@@ -21,6 +21,9 @@ from xkd_schemas.ragged import Columns
 OPEN_SHARDS: Final = 128
 """Shards of a table that are open at once: each takes a file descriptor, of which a process often has 1024."""
 
+READY_BATCHES: Final = 16
+"""Record batches of an open shard whose columns stay ready: Python objects of some KB each, whatever their rows."""
+
 Decoder = Callable[[Callable[[str], Any]], Any]
 """Given a reader of stored columns, the values of one coded column."""
 
@@ -69,8 +72,7 @@ class Shard:
             self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
         except (pa.ArrowException, OSError) as error:
             raise BadData(f"{path} is not an Arrow IPC file: {error}", next=_AGAIN) from error
-        self._batches: dict[int, pa.RecordBatch] = {}
-        self._columns: dict[int, Columns] = {}
+        self._columns: OrderedDict[int, Columns] = OrderedDict()
         self._decoders = _decoders(path, self._file.schema)
         self._ends = list(accumulate(b.rows for b in commit.batches))
 
@@ -81,28 +83,30 @@ class Shard:
 
     def batch(self, number: int) -> pa.RecordBatch:
         """Record batch `number`, after its bytes were compared with their digest once."""
-        if number not in self._batches:
-            record = self.commit.batches[number]
-            data = self._bytes[record.offset : record.offset + record.length]
-            if number not in self.checked and xxh3_of(data) != record.xxh3:
-                first = self._ends[number] - record.rows
-                raise BadData(
-                    f"{self.path} is corrupt: record batch {number} (rows {first} to {first + record.rows - 1}) "
-                    "does not match its digest",
-                    next=_AGAIN,
-                )
-            self.checked.add(number)
-            try:
-                self._batches[number] = self._file.get_batch(number)
-            except (pa.ArrowException, OSError) as error:
-                raise BadData(f"{self.path}: record batch {number} cannot be read: {error}", next=_AGAIN) from error
-        return self._batches[number]
+        record = self.commit.batches[number]
+        data = self._bytes[record.offset : record.offset + record.length]
+        if number not in self.checked and xxh3_of(data) != record.xxh3:
+            first = self._ends[number] - record.rows
+            raise BadData(
+                f"{self.path} is corrupt: record batch {number} (rows {first} to {first + record.rows - 1}) "
+                "does not match its digest",
+                next=_AGAIN,
+            )
+        self.checked.add(number)
+        try:
+            return self._file.get_batch(number)
+        except (pa.ArrowException, OSError) as error:
+            raise BadData(f"{self.path}: record batch {number} cannot be read: {error}", next=_AGAIN) from error
 
     def row(self, row: int) -> Row:
         """Row `row` of this shard."""
         number = bisect_right(self._ends, row)
-        if number not in self._columns:
+        if number in self._columns:
+            self._columns.move_to_end(number)
+        else:
             self._columns[number] = Columns(self.batch(number))
+            if len(self._columns) > READY_BATCHES:
+                self._columns.popitem(last=False)
         first = self._ends[number] - self.commit.batches[number].rows
         return Row(self._columns[number], row - first, self._decoders)
 

@@ -310,3 +310,14 @@ def test_a_shard_that_was_damaged_after_it_was_closed_is_found_when_it_is_opened
 
     with pytest.raises(BadData, match="header or footer does not match"):
         table[1]
+
+
+def test_columns_stay_ready_for_few_record_batches_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_module, "READY_BATCHES", 2)
+    monkeypatch.setattr(shard, "ROWS_PER_BATCH", 2)
+    opened = sealed_table(tmp_path, (20,)).shard(0)
+    first = opened.row(0)
+    for row in (*range(20), *range(20)):
+        assert opened.row(row)["doc_id"] == opened.batch(row // 2).column("doc_id")[row % 2].as_py()
+    assert len(opened._columns) == 2
+    assert first["doc_id"] == opened.row(0)["doc_id"]
