@@ -162,7 +162,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored by what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background
     main()
