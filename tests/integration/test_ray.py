@@ -40,6 +40,7 @@ def cluster() -> Iterator[Any]:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # keeps it on loopback
+        os.environ.setdefault("RAY_AUTH_TOKEN", settings["RAY_AUTH_TOKEN"])  # Ray reads it once in a process
         for name, value in settings.items():
             patch.setenv(name, os.environ.get(name, value))
         from ray.cluster_utils import Cluster
