@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
-from xkd_trainer.batch import Batch
+from poison import poisoned
+from xkd_trainer.batch import Batch, blank
 from xkd_trainer.distiller import Distiller
 
 
@@ -20,3 +22,33 @@ def gradients(
         loss.backward()
         total += float(loss.detach())
     return total, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in distiller.named_parameters()}
+
+
+def assert_padding_and_cuts_change_nothing(
+    distiller: Distiller, whole: Batch, parts: Sequence[Batch], counts: Mapping[str, Tensor]
+) -> None:
+    """What stands in padding changes no bit; `parts` of the batch, and one without documents, add up to it.
+
+    Args:
+        distiller: Its losses.
+        whole: A batch.
+        parts: The same documents, in several batches.
+        counts: Denominators of the whole.
+    """
+    clean, slopes = gradients(distiller, [whole], counts)
+    assert sum(float(slope.abs().sum()) for slope in slopes.values()) > 0
+
+    dirty, others = gradients(distiller, [poisoned(whole)], counts)
+    assert dirty == clean
+    for name, slope in slopes.items():
+        assert torch.equal(slope, others[name]), name
+
+    found, many = gradients(distiller, [*parts, blank(whole)], counts)
+    assert found == pytest.approx(clean, rel=1e-5)
+    for name, slope in slopes.items():
+        scale = max(1.0, float(slope.abs().max()))
+        torch.testing.assert_close(many[name] / scale, slope / scale, rtol=1e-4, atol=1e-5, msg=name)
+
+    nothing, none = gradients(distiller, [blank(whole)], counts)
+    assert nothing == 0.0
+    assert all(float(slope.abs().max()) == 0.0 for slope in none.values())

@@ -1,12 +1,12 @@
 """xkd-cache: parse the command line, call a stage, say what it did."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from xkd_pipeline import cli_add, cli_care, cli_look, cli_share
+from xkd_pipeline.cli_options import columns_of, echo_for, names_of, numbers_of
 from xkd_pipeline.run import Workers, asked_workers
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, only_teacher, teacher_stage
 from xkd_pipeline.stages import preprocess as run_all
@@ -46,14 +46,6 @@ def _workers(run: RunFile, gpus: float, address: str | None, stall: float | None
     return asked_workers(Workers(count=run.workers, gpus=gpus, address=address, stall_seconds=stall))
 
 
-def _echo(as_json: bool) -> Callable[[str], None]:
-    return _silent if as_json else say
-
-
-def _silent(_line: str) -> None:
-    """With --json, standard output holds one object and nothing else."""
-
-
 def _tell(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         say_json(outcome.values)
@@ -89,9 +81,9 @@ def documents(
         "documents.max_words": max_words, "documents.drop_contained": drop_contained,
         "documents.max_reject": max_reject, "workers": workers,
     }  # fmt: skip
-    flags |= {f"documents.columns.{field}": name for field, name in cli_add.columns_of(column or []).items()}
+    flags |= {f"documents.columns.{field}": name for field, name in columns_of(column or []).items()}
     run = _run_of(None, sets, flags)
-    _tell(documents_stage(run, _workers(run, 0.0, ray_address, stall_timeout), _echo(as_json)), as_json)
+    _tell(documents_stage(run, _workers(run, 0.0, ray_address, stall_timeout), echo_for(as_json)), as_json)
 
 
 @app.command()
@@ -122,9 +114,9 @@ def teacher(
     Example: xkd-cache teacher cache/ --model models/teacher --for mta,sra,dwa
     """
     flags = {
-        "cache": str(cache), "teacher.model": model, "teacher.losses": _names(losses), "teacher.name": name,
-        "teacher.template": template, "teacher.word_layers": _numbers(word_layers),
-        "teacher.phrase_layers": _numbers(phrase_layers), "teacher.max_tokens": max_tokens, "teacher.dtype": dtype,
+        "cache": str(cache), "teacher.model": model, "teacher.losses": names_of(losses), "teacher.name": name,
+        "teacher.template": template, "teacher.word_layers": numbers_of(word_layers),
+        "teacher.phrase_layers": numbers_of(phrase_layers), "teacher.max_tokens": max_tokens, "teacher.dtype": dtype,
         "teacher.codec": codec, "teacher.topk": topk, "teacher.samples": samples,
         "teacher.batch_tokens": batch_tokens, "teacher.threads": threads, "workers": workers,
     }  # fmt: skip
@@ -173,7 +165,7 @@ def preprocess(
     Example: xkd-cache preprocess runs/demo.toml --workers 2
     """
     run = _run_of(run_file, sets, {"workers": workers})
-    outcomes = run_all(run, _workers(run, gpus_per_worker, ray_address, stall_timeout), _echo(as_json))
+    outcomes = run_all(run, _workers(run, gpus_per_worker, ray_address, stall_timeout), echo_for(as_json))
     if as_json:
         say_json({"stages": [outcome.values for outcome in outcomes]})
 
@@ -245,17 +237,6 @@ app.command()(cli_look.pair)
 app.command()(cli_care.verify)
 app.command()(cli_care.repair)
 app.command()(cli_care.gc)
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of layer numbers like 22,30") from None
 
 
 def main() -> None:

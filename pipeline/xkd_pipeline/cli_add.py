@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xkd_pipeline.cli_options import columns_of, echo_for, names_of, numbers_of
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.runfile import RunFile, load_runfile, toml_text
 from xkd_schemas.teacher import Signal
@@ -55,12 +56,12 @@ def add(
         if documents:
             raise UsageError("--documents and signals are added one after the other", next="run add twice")
         asked = {
-            "teacher.losses": _parts(losses), "teacher.topk": topk, "teacher.samples": samples,
-            "teacher.word_layers": _layers(word_layers),
-            "teacher.phrase_layers": _layers(phrase_layers), "teacher.codec": codec or None,
+            "teacher.losses": names_of(losses), "teacher.topk": topk, "teacher.samples": samples,
+            "teacher.word_layers": numbers_of(word_layers),
+            "teacher.phrase_layers": numbers_of(phrase_layers), "teacher.codec": codec or None,
         }  # fmt: skip
         given = [f"{key}={toml_text(value)}" for key, value in asked.items() if value is not None]
-        _signals(common, to, load_runfile(None, [*(sets or []), *given]), _parts(signals), codec)
+        _signals(common, to, load_runfile(None, [*(sets or []), *given]), names_of(signals), codec)
         return
     from xkd_pipeline.add import More, parser_with
     from xkd_pipeline.corpus import open_source
@@ -81,7 +82,7 @@ class _Common:
 def _documents(common: _Common, sources: list[Any], more: Any) -> None:
     from xkd_pipeline.add import take_in
 
-    echo = _silent if common.as_json else say
+    echo = echo_for(common.as_json)
     for source in sources:
         echo(source.describe())
     added = take_in(common.cache, sources, more, common.models, common.workers, echo)
@@ -121,33 +122,3 @@ def _signals(common: _Common, to: str, run: RunFile, columns: list[str], codec: 
         say_json(values)
     else:
         say(line)
-
-
-def columns_of(pairs: list[str]) -> dict[str, str]:
-    """`--column FIELD=COLUMN` as a dict.
-
-    >>> columns_of(["prompt=question"])
-    {'prompt': 'question'}
-    """
-    found: dict[str, str] = {}
-    for pair in pairs:
-        field, _, name = pair.partition("=")
-        if not (field and name):
-            raise UsageError(f"--column {pair}: expected FIELD=COLUMN", next="e.g. --column prompt=question")
-        found[field] = name
-    return found
-
-
-def _parts(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _layers(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(part) for part in _parts(text)]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of layer numbers like 22,30") from None
-
-
-def _silent(_line: str) -> None:
-    """With --json, standard output holds one object and nothing else."""

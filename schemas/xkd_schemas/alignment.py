@@ -96,16 +96,30 @@ def align(student: Tokens, teacher: Tokens, segment_ends: Int32s) -> tuple[Int32
     spans_K4 = grouped_spans(
         student.spans[student_at_S], student_first, teacher.spans[teacher_at_T], teacher_first, limit
     )
-    size, ends_E2 = len(spans_K4), _end_pairs(student, teacher, limit)
-    aligned_K4 = np.empty((size + len(ends_E2), 4), dtype=np.int32)
+    ends_E2 = _end_pairs(student, teacher, limit)
+    aligned_K4 = in_rows(spans_K4, ends_E2, student_at_S, teacher_at_T).astype(np.int32)
+    return aligned_K4[:, :2], aligned_K4[:, 2:]
+
+
+def in_rows(spans_K4: Int32s, ends_E2: Int32s | Int64s, student_at_S: Int64s, teacher_at_T: Int64s) -> Int64s:
+    """Aligned spans as ranges of all tokens, sorted: spans of content tokens, and pairs of end tokens, [K + E, 4].
+
+    Args:
+        spans_K4: As `grouped_spans` gives them, counting content tokens.
+        ends_E2: Indices of the end tokens that are a span of one token on each side.
+        student_at_S: Index of each content token of the student among all its tokens.
+        teacher_at_T: The same of the teacher.
+    """
+    size = len(spans_K4)
+    aligned_K4 = np.empty((size + len(ends_E2), 4), dtype=np.int64)
     aligned_K4[:size, 0] = student_at_S[spans_K4[:, 0]]
     aligned_K4[:size, 1] = student_at_S[spans_K4[:, 1] - 1] + 1
     aligned_K4[:size, 2] = teacher_at_T[spans_K4[:, 2]]
     aligned_K4[:size, 3] = teacher_at_T[spans_K4[:, 3] - 1] + 1
     aligned_K4[size:, 0::2] = ends_E2
     aligned_K4[size:, 1::2] = ends_E2 + 1
-    aligned_K4 = aligned_K4[np.argsort(aligned_K4[:, 0], kind="stable")]
-    return aligned_K4[:, :2], aligned_K4[:, 2:]
+    ordered_K4: Int64s = aligned_K4[np.argsort(aligned_K4[:, 0], kind="stable")]
+    return ordered_K4
 
 
 def exact_pairs(student_spans: Int32s, teacher_spans: Int32s) -> Int32s:

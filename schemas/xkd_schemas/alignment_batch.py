@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from xkd_schemas.alignment import grouped_spans
+from xkd_schemas.alignment import grouped_spans, in_rows
 from xkd_schemas.blocks import Line, TokenBlock
 from xkd_schemas.flat import Lists
 from xkd_schemas.tokens import END, Int32s, Tokens
@@ -39,15 +39,7 @@ def align_all(
         ours.spans[student_at_S], student_first, theirs.spans[teacher_at_T], teacher_first,
         np.repeat(limit_R, ends.counts),
     )  # fmt: skip
-    size, ends_E2 = len(spans_K4), _end_pairs(ours, theirs, limit_R)
-    aligned_K4 = np.empty((size + len(ends_E2), 4), dtype=np.int64)
-    aligned_K4[:size, 0] = student_at_S[spans_K4[:, 0]]
-    aligned_K4[:size, 1] = student_at_S[spans_K4[:, 1] - 1] + 1
-    aligned_K4[:size, 2] = teacher_at_T[spans_K4[:, 2]]
-    aligned_K4[:size, 3] = teacher_at_T[spans_K4[:, 3] - 1] + 1
-    aligned_K4[size:, 0::2] = ends_E2
-    aligned_K4[size:, 1::2] = ends_E2 + 1
-    aligned_K4 = aligned_K4[np.argsort(aligned_K4[:, 0], kind="stable")]
+    aligned_K4 = in_rows(spans_K4, _end_pairs(ours, theirs, limit_R), student_at_S, teacher_at_T)
     first = np.searchsorted(aligned_K4[:, 0], ours.first)
     return tuple(
         Lists((part_K2 - np.repeat(block.first[:-1], np.diff(first))[:, None]).astype(np.int32), first)

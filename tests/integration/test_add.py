@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 import small_cache
+from forked import in_a_copy
 from small_cache import IN_PROCESS, corpus_rows, files_of, run_file, write_rows
 from xkd_pipeline.add import Added, More, again, take_in
 from xkd_pipeline.clear import collect
@@ -265,19 +265,6 @@ def test_what_cannot_be_added_is_refused_before_anything_is_begun(tmp_path: Path
             More(parser=ParserSettings(model=small_cache.SPACY, max_words=4)), [], IN_PROCESS, lambda _line: None,
         )  # fmt: skip
     assert files_of(cache) == before
-
-
-def in_a_copy(job: Callable[[], object]) -> int:
-    """Fork and do it; the exit status as os.waitpid gives it."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            job()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(child, 0)[1]
 
 
 def test_a_killed_addition_goes_on_and_the_old_rows_are_readable_throughout(tmp_path: Path) -> None:

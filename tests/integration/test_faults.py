@@ -11,13 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import small_cache
 from fake_stage import build_all
+from forked import in_a_copy
 from small_cache import files_of
 from xkd_pipeline.build import Built
 from xkd_pipeline.stages import align_stage, documents_stage
@@ -46,21 +46,6 @@ def counted(root: Path) -> list[str]:
     with faults.injected("*:0:count") as fault:
         work(root)
     return fault.points
-
-
-def in_a_copy(job: Callable[[], object]) -> int:
-    """Fork and do it; the exit status as os.waitpid gives it."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            job()
-            code = 0
-        except DiskFailed:
-            code = 74
-        finally:
-            os._exit(code)
-    return os.waitpid(child, 0)[1]
 
 
 def dying(root: Path, fault: str, *, seed: str = "", synced: bool = True) -> None:

@@ -10,13 +10,13 @@ Shape legend for this file
     N positions    V classes    P numbers of a piece    L lanes
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from xkd_trainer.compiled import compiled
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,12 +33,7 @@ TERMS: Final = tuple(np.float32(1.0 / f) for f in (5040.0, 720.0, 120.0, 24.0, 6
 """Of the exponential's series, the highest power first: exact to float32 between -ln 2 / 2 and ln 2 / 2."""
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compile on first use, without the GIL and without numba's cache on disk, which is a pickle."""
-    return numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
-
-
-@_compiled
+@compiled
 def _widened(bits_P: Any, factor: Any, value_P: Any) -> None:
     """The float32 numbers of these bits."""
     value_bits_P = value_P.view(np.int32)
@@ -46,7 +41,7 @@ def _widened(bits_P: Any, factor: Any, value_P: Any) -> None:
         value_bits_P[p] = np.int32(bits_P[p]) * factor
 
 
-@_compiled
+@compiled
 def _largest(bits_V: Any, factor: Any, value_P: Any, top_L: Any) -> Any:
     """The largest number; NaN counts as none."""
     top_L[:] = -np.inf
@@ -61,7 +56,7 @@ def _largest(bits_V: Any, factor: Any, value_P: Any, top_L: Any) -> Any:
     return top_L.max()
 
 
-@_compiled
+@compiled
 def _place(bits_V: Any, factor: Any, top: Any, value_P: Any) -> int:
     """Where the first number equal to `top` stands, or -1."""
     for first in range(0, len(bits_V), PIECE):
@@ -77,7 +72,7 @@ def _place(bits_V: Any, factor: Any, top: Any, value_P: Any) -> int:
     return -1
 
 
-@_compiled
+@compiled
 def _exponentials(size: int, top: Any, value_P: Any, odds_P: Any, power_P: Any) -> None:
     """value - top, FLOOR at least, in place of each value, and its exponential; zeros after `size`."""
     odds_bits_P = odds_P.view(np.int32)
@@ -101,7 +96,7 @@ def _exponentials(size: int, top: Any, value_P: Any, odds_P: Any, power_P: Any) 
     odds_P[size:] = np.float32(0.0)
 
 
-@_compiled
+@compiled
 def _add(value_P: Any, odds_P: Any, part_2L: Any, sums_2L: Any) -> None:
     """Add the exponentials, and their products with what they are of, to the sums of each lane."""
     part_2L[:] = np.float32(0.0)
@@ -115,7 +110,7 @@ def _add(value_P: Any, odds_P: Any, part_2L: Any, sums_2L: Any) -> None:
         sums_2L[1, lane] += dot_L[lane]
 
 
-@_compiled
+@compiled
 def _fill(bits_NV: Any, factor: Any, entropy_N: Any, argmax_N: Any, logsumexp_N: Any) -> None:
     """Every row's entropy, class of the largest logit and logsumexp; `factor` makes bits of float32 of the bits."""
     value_P, odds_P, power_P = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fake_stage import UNITS, FakeStage, build_all
+from forked import in_a_copy
 from small_cache import files_of
 from xkd_pipeline.build import Built, build
 from xkd_pipeline.clear import spare
@@ -87,19 +87,6 @@ def test_a_reader_that_knows_no_additions_asks_for_an_upgrade(tmp_path: Path, mo
 
 def work(root: Path) -> None:
     grown_to(root, UNITS + 2)
-
-
-def in_a_copy(job: Callable[[], object]) -> int:
-    """Fork and do it; the exit status as os.waitpid gives it."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            job()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(child, 0)[1]
 
 
 def points(root: Path) -> list[str]:

@@ -25,7 +25,7 @@ from xkd_trainer.losses.divergence import DIVERGENCES, Kind
 from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.term import LossTerm
 from xkd_trainer.methods.declaration import StudentPass
-from xkd_trainer.methods.kl import first_classes
+from xkd_trainer.methods.one_tokenizer import first_classes
 from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
 

@@ -8,35 +8,30 @@ Shape legend for this file
 Strings come as one array of bytes and the half-open ranges between its offsets.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
+
+from xkd_trainer.compiled import compiled
 
 _WORD = 64
 _ONE, _NONE, _ALL = np.uint64(1), np.uint64(0), np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compile on first use, without the GIL and without numba's cache on disk, which is a pickle."""
-    return numba.njit(nogil=True, error_model="numpy")(function)
-
-
-@_compiled
+@compiled
 def _fill(pattern: Any, places: Any) -> None:
     """Set the bits of the places at which each byte stands in the pattern."""
     for k in range(len(pattern)):
         places[pattern[k]] |= _ONE << np.uint64(k)
 
 
-@_compiled
+@compiled
 def _clear(pattern: Any, places: Any) -> None:
     for k in range(len(pattern)):
         places[pattern[k]] = _NONE
 
 
-@_compiled
+@compiled
 def _columns(size: int, text: Any, places: Any) -> int:
     """Distance between the pattern of 1 to 64 bytes that `places` was filled with, and a text."""
     rising, falling, top = _ALL, _NONE, _ONE << np.uint64(size - 1)
@@ -57,7 +52,7 @@ def _columns(size: int, text: Any, places: Any) -> int:
     return distance
 
 
-@_compiled
+@compiled
 def _rows(a: Any, b: Any) -> int:
     """The same by dynamic programming, for strings of any length."""
     row = np.arange(len(b) + 1)
@@ -70,7 +65,7 @@ def _rows(a: Any, b: Any) -> int:
     return int(row[len(b)])
 
 
-@_compiled
+@compiled
 def _classes(text: Any) -> Any:
     """Bits of the bytes that occur, modulo 64."""
     bits = _NONE
@@ -79,7 +74,7 @@ def _classes(text: Any) -> Any:
     return bits
 
 
-@_compiled
+@compiled
 def _num_bits(x: Any) -> int:
     x = x - ((x >> _ONE) & np.uint64(0x5555555555555555))
     x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
@@ -87,7 +82,7 @@ def _num_bits(x: Any) -> int:
     return int((x * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@_compiled
+@compiled
 def _better(query: Any, own: Any, best: Any, among: Any, targets: Any) -> Any:
     """The nearest of the texts `among[0]` to `among[1]` if it is nearer than `best` (distance, index), else `best`.
 
@@ -107,7 +102,7 @@ def _better(query: Any, own: Any, best: Any, among: Any, targets: Any) -> Any:
     return distance, index
 
 
-@_compiled
+@compiled
 def _search(query: Any, own: Any, first_of: Any, targets: Any) -> int:
     """Index of the nearest text, lengths tried outwards from the query's own."""
     size, longest = len(query), len(first_of) - 2
@@ -122,7 +117,7 @@ def _search(query: Any, own: Any, first_of: Any, targets: Any) -> int:
     return int(best[1])
 
 
-@_compiled
+@compiled
 def nearest(queries: Any, texts: Any, first_of: Any, out: Any) -> None:
     """For each query, the index of the text of least distance, written to `out` int64.
 
@@ -151,7 +146,7 @@ def nearest(queries: Any, texts: Any, first_of: Any, out: Any) -> None:
             _clear(query, places)
 
 
-@_compiled
+@compiled
 def token_costs(student: Any, student_ids: Any, teacher: Any, teacher_ids: Any, cost: Any) -> None:
     """Edit distance of each teacher token (rows) and each student token (columns)."""
     s_text, s_at = student
@@ -169,7 +164,7 @@ def token_costs(student: Any, student_ids: Any, teacher: Any, teacher_ids: Any, 
             _clear(a, places)
 
 
-@_compiled
+@compiled
 def _accumulate(cost: Any) -> None:
     """In each cell the least sum of a path from the first cell, in place."""
     rows, columns = cost.shape
@@ -182,7 +177,7 @@ def _accumulate(cost: Any) -> None:
             cost[i, j] += min(cost[i - 1, j - 1], min(cost[i - 1, j], cost[i, j - 1]))
 
 
-@_compiled
+@compiled
 def _step(sums: Any, i: int, j: int) -> tuple[int, int]:
     """The cell before (i, j) on the cheapest path: in both directions first, then along the rows."""
     if i == 0:
@@ -194,7 +189,7 @@ def _step(sums: Any, i: int, j: int) -> tuple[int, int]:
     return (i - 1, j) if sums[i - 1, j] <= sums[i, j - 1] else (i, j - 1)
 
 
-@_compiled
+@compiled
 def _only_partners(sums: Any, match: Any) -> None:
     """Walk the cheapest path back, and write the row of each column that has exactly one; -1 to the others."""
     i, j = sums.shape[0] - 1, sums.shape[1] - 1
@@ -207,7 +202,7 @@ def _only_partners(sums: Any, match: Any) -> None:
     match[several] = -1
 
 
-@_compiled
+@compiled
 def partners_of_batch(student: Any, teacher: Any, match: Any) -> None:
     """Time warping of each document's token strings: the teacher token that alone stands beside each student token.
 

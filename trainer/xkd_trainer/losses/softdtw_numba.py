@@ -15,7 +15,6 @@ Scratch arrays have 3 rows, one for each of the last three anti-diagonals, and a
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,6 +22,8 @@ import numba
 import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
+
+from xkd_trainer.compiled import compiled
 
 FINE: Final = 0
 TOO_LARGE: Final = 1
@@ -78,17 +79,12 @@ def _float_of(_context: Any, value: Any) -> Any:
     return real(value), emit
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compile on first use, without the GIL and without numba's cache on disk, which is a pickle."""
-    return numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
-
-
 def _power_of_two(width: Width) -> Any:
     """2**fraction for |fraction| <= 1/2: the Taylor polynomial in fraction * ln 2."""
     one, ln2 = width.real(1), width.real(math.log(2.0))
     inverses = tuple(width.real(1.0 / n) for n in range(width.terms, 0, -1))
 
-    @_compiled
+    @compiled
     def power_of_two(fraction: Any) -> Any:
         x = fraction * ln2
         value = one
@@ -107,13 +103,13 @@ def _advance(width: Width) -> Any:
     never, forbidden = integer(-4 * width.limit), float(-width.limit)
     real, power_of_two = width.real, _power_of_two(width)
 
-    @_compiled
+    @compiled
     def shrink(exponent: Any, largest: Any) -> Any:
         difference = integer(exponent - largest)
         power = _float_of(integer(integer(max(difference, dropped) + bias) << shift))
         return power if difference > dropped else zero
 
-    @_compiled
+    @compiled
     def advance(step: Any, near: Any, far: Any, out: Any, shares: Any) -> None:
         near_m, near_e = near
         far_m, far_e = far
@@ -137,13 +133,13 @@ def _advance(width: Width) -> Any:
     return advance
 
 
-@_compiled
+@compiled
 def _cells(diagonal: int, student_length: int, teacher_length: int) -> tuple[int, int]:
     """Half-open range of the rows that an anti-diagonal crosses."""
     return max(0, diagonal - teacher_length + 1), min(student_length, diagonal + 1)
 
 
-@_compiled
+@compiled
 def _odd_cells(step: Any, limit: float, forbidden: float) -> int:
     """Give forbidden cells (cost +inf) their mark; the status of the anti-diagonal."""
     status = FINE
@@ -157,14 +153,14 @@ def _odd_cells(step: Any, limit: float, forbidden: float) -> int:
     return status
 
 
-@_compiled
+@compiled
 def _steps(cost: Any, diagonal: int, low: int, scale: float, step: Any) -> None:
     """-cost / (gamma ln 2), float64, of the cells (low + k, diagonal - low - k)."""
     for k in range(step.size):
         step[k] = -scale * cost[low + k, diagonal - low - k]
 
 
-@_compiled
+@compiled
 def _num_odd(step: Any, limit: float) -> int:
     """How many steps are not finite or beyond `limit`."""
     count = 0
@@ -178,7 +174,7 @@ def _forward(width: Width) -> Any:
     advance, one, zero = _advance(width), width.real(1), width.integer(0)
     never, limit, forbidden = width.integer(-4 * width.limit), float(width.limit), float(-2 * width.limit)
 
-    @_compiled
+    @compiled
     def forward(cost: Any, scale: float, mantissa: Any, exponent: Any, step: Any, shares: Any) -> tuple[float, int]:
         rows, columns = cost.shape
         bound = limit / (rows + columns)
@@ -211,14 +207,14 @@ def _backward(width: Width) -> Any:
     """The kernel that writes the expected alignment of one pair, its gradient by the costs, from its shares."""
     flushed, zero, one = width.real(2.0**-width.faint), width.real(0), width.real(1)
 
-    @_compiled
+    @compiled
     def pull(near: Any, far: Any, out: Any, shares: Any) -> None:
         left_share, up_share, corner_share = shares
         for k in range(out.size):
             value = near[k] * left_share[k] + near[k + 1] * up_share[k] + far[k] * corner_share[k]
             out[k] = value if value > flushed else zero
 
-    @_compiled
+    @compiled
     def backward(shares: Any, mass: Any, gradient: Any) -> None:
         rows, columns = gradient.shape
         mass[:] = 0
@@ -247,7 +243,7 @@ def _batch(width: Width) -> Any:
     """The kernel for a batch of pairs: see `SINGLE_BATCH`."""
     forward, backward, real, integer = _forward(width), _backward(width), width.real, width.integer
 
-    @_compiled
+    @compiled
     def batch(cost: Any, student_lengths: Any, teacher_lengths: Any, gamma: float, out: Any) -> None:
         values, gradient, status = out
         rows, columns = cost.shape[1:]

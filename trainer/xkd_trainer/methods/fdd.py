@@ -17,9 +17,8 @@ from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
 from xkd_trainer.losses.term import LossTerm, term
 from xkd_trainer.methods.declaration import Context, Declaration, Levels, StudentPass
 from xkd_trainer.methods.dual_space import TeacherHead, teacher_states
-from xkd_trainer.methods.kl import first_classes
 from xkd_trainer.methods.layers import paired_layers
-from xkd_trainer.methods.one_tokenizer import refuse_other_predictions, refuse_two_tokenizers
+from xkd_trainer.methods.one_tokenizer import first_classes, refuse_other_predictions, refuse_two_tokenizers
 
 
 def picked(settings: FddSettings, levels: Levels) -> tuple[int, ...]:

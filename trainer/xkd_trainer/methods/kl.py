@@ -8,7 +8,6 @@ Shape legend: see batch.py; V classes of both heads.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch
 from xkd_trainer.losses.divergence import Kind
 from xkd_trainer.losses.dskd import Positive, Share
-from xkd_trainer.losses.head import Comparison, LazyLogits
+from xkd_trainer.losses.head import Comparison
 from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
 from xkd_trainer.methods.dual_space import TeacherHead, teacher_states
@@ -73,12 +72,6 @@ class Kl(nn.Module):
         """Divergence at every valid prediction, over the tokenizer's ids."""
         theirs = self.head(teacher_states(batch))
         return {"kl": student.plan.divergence(theirs, self.how, classes=self.classes)}
-
-
-def first_classes(logits: LazyLogits, classes: int) -> LazyLogits:
-    """The logits of the first `classes` classes."""
-    bias_V = None if logits.bias is None else logits.bias[:classes]
-    return replace(logits, weight=logits.weight[:classes], bias=bias_V)
 
 
 KL = Declaration(

@@ -3,12 +3,15 @@
 Shape legend: see batch.py.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.batch import Batch
+from xkd_trainer.losses.lazy_logits import LazyLogits
 from xkd_trainer.methods.declaration import Context
 
 
@@ -67,3 +70,9 @@ def fitted(values_BT: Tensor, length: int) -> Tensor:
     missing = max(0, length - values_BT.shape[1])
     padding = [0, 0] * (values_BT.ndim - 2) + [0, missing]
     return F.pad(values_BT[:, :length], padding)
+
+
+def first_classes(logits: LazyLogits, classes: int) -> LazyLogits:
+    """The logits of the first `classes` classes: the tokenizer's ids, where a head has rows beyond them."""
+    bias_V = None if logits.bias is None else logits.bias[:classes]
+    return replace(logits, weight=logits.weight[:classes], bias=bias_V)

@@ -7,7 +7,6 @@ Shape legend: see batch.py; K here is the number of drawn classes.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -15,11 +14,10 @@ from torch import Tensor, nn
 from xkd_schemas.errors import BadData
 from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch
-from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.sampled import head_sampled_kl
 from xkd_trainer.losses.term import LossTerm, term
 from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
-from xkd_trainer.methods.one_tokenizer import refuse_other_predictions, refuse_two_tokenizers
+from xkd_trainer.methods.one_tokenizer import first_classes, refuse_other_predictions, refuse_two_tokenizers
 
 
 class RskdSettings(BaseModel):
@@ -69,15 +67,10 @@ class Rskd(nn.Module):
         assert batch.teacher_entropy_BM is not None
         valid_BN = batch.predict_valid_BN
         total = head_sampled_kl(
-            _first_classes(student.logits, self.classes).at(valid_BN), batch.teacher_sampled_ids_BMK[valid_BN],
+            first_classes(student.logits, self.classes).at(valid_BN), batch.teacher_sampled_ids_BMK[valid_BN],
             batch.teacher_sampled_weights_BMK[valid_BN], batch.teacher_entropy_BM[valid_BN],
         )  # fmt: skip
         return {"sampled_kl": term(total, batch.num_predictions)}
-
-
-def _first_classes(logits: LazyLogits, classes: int) -> LazyLogits:
-    bias_V = None if logits.bias is None else logits.bias[:classes]
-    return replace(logits, weight=logits.weight[:classes], bias=bias_V)
 
 
 RSKD = Declaration(

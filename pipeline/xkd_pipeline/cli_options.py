@@ -1,0 +1,48 @@
+"""What several commands read out of their flags, and how they speak while they work."""
+
+from collections.abc import Callable
+
+import typer
+
+from xkd_schemas.errors import UsageError
+from xkd_schemas.terminal import say
+
+
+def columns_of(pairs: list[str]) -> dict[str, str]:
+    """`--column FIELD=COLUMN` as a dict.
+
+    >>> columns_of(["prompt=question"])
+    {'prompt': 'question'}
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        field, _, name = pair.partition("=")
+        if not (field and name):
+            raise UsageError(f"--column {pair}: expected FIELD=COLUMN", next="e.g. --column prompt=question")
+        found[field] = name
+    return found
+
+
+def names_of(text: str | None) -> list[str]:
+    """The parts of `a,b`.
+
+    >>> names_of("mta, sra,")
+    ['mta', 'sra']
+    """
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def numbers_of(text: str | None) -> list[int] | None:
+    """The layers of `22,30`; None where none were given."""
+    try:
+        return None if text is None else [int(part) for part in names_of(text)]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of layer numbers like 22,30") from None
+
+
+def echo_for(as_json: bool) -> Callable[[str], None]:
+    """Where lines go while a command works: with --json, standard output holds one object and nothing else."""
+    return _silent if as_json else say
+
+
+def _silent(_line: str) -> None: ...
