@@ -26,6 +26,8 @@ from xkd_schemas.manifest import Manifest, Plan, Spec, differences
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import signal_named
 
+KINDS = ("teachers", "signals", "students")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Added:
@@ -132,6 +134,8 @@ def go_on(root: Path, models: Sequence[str], workers: Workers, echo: Callable[[s
     """
     added = Added()
     given = models_by_table(root, models)
+    for table in unfinished(root):
+        echo(f"{table}: begun and never finished, so nothing is added to it")
     for name in names_in(root, "teachers"):
         beside = [f"signals/{n}" for n in names_in(root, "signals") if _teacher(root, n) == name]
         for table in (f"teachers/{name}", *beside):
@@ -145,6 +149,12 @@ def go_on(root: Path, models: Sequence[str], workers: Workers, echo: Callable[[s
         if _is_late(root, f"students/{name}"):
             added.built[f"students/{name}"] = _went_on(root, f"students/{name}", "", workers, echo)
     return added
+
+
+def unfinished(root: Path) -> list[str]:
+    """Tables below the documents that have a plan and no manifest."""
+    begun = {kind: {path.parent.name for path in (root / kind).glob("*/plan.json")} for kind in KINDS}
+    return [f"{kind}/{name}" for kind in KINDS for name in sorted(begun[kind] - set(names_in(root, kind)))]
 
 
 def _went_on(root: Path, table: str, model: str, workers: Workers, echo: Callable[[str], None]) -> Built:

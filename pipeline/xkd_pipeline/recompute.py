@@ -1,5 +1,6 @@
 """Rows of a teacher table against the live teacher: does it still say what is stored?"""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from xkd_pipeline.teacher_files import weights_identity
 from xkd_pipeline.verify import Bad, opened
 from xkd_schemas.alignment_batch import token_ranges_all
 from xkd_schemas.manifest import refuse_differences
-from xkd_schemas.table import Row, Table
+from xkd_schemas.table import Row, Table, names_in
 from xkd_schemas.teacher import signal_named
 from xkd_schemas.tokens import OK, spans_read
 
@@ -25,6 +26,8 @@ TIES: Final = 0.05
 
 def recompute(root: Path, name: str, model: str, rows: int) -> tuple[list[Bad], int, list[str]]:
     """Run the teacher over `rows` documents spread over the table and compare every column with what is stored.
+
+    The columns of tables that were added beside it (signals/NAME) are compared as well.
 
     Returns:
         What differs, how many rows were compared, and the columns that cannot be compared: those of some codecs, and
@@ -46,9 +49,10 @@ def recompute(root: Path, name: str, model: str, rows: int) -> tuple[list[Bad], 
     refuse_differences(table.folder, ours, stored, advice="name the teacher that the table was made with")
     usable = [i for i in range(len(table)) if table[i]["status"] == OK]
     chosen = [usable[i] for i in np.linspace(0, len(usable) - 1, min(rows, len(usable))).round().astype(int)]
-    fields = {f.name: (f.metadata or {}).get(b"codec", b"").decode() for f in table.shard(0).schema}
-    columns = [c for c in spec["signals"] if fields.get(c) in TOLERANCE and not signal_named(c).kind.drawn]
-    wanted = [signal_named(column) for column in columns]
+    others = [opened(root, f"signals/{other}") for other in names_in(root, "signals")]
+    beside = [other for other in others if f"teachers/{other.manifest.spec['teacher']}" == name]
+    compared = [_Compared(one) for one in (table, *beside)]
+    wanted = sorted({signal_named(column) for one in compared for column in one.columns}, key=lambda s: s.column)
     bad = []
     for at in chosen:
         reading = _reading(documents[at], encoder)
@@ -56,9 +60,27 @@ def recompute(root: Path, name: str, model: str, rows: int) -> tuple[list[Bad], 
             bad.append(_bad(table, at, root, "the teacher's tokenizer gives other tokens"))
             continue
         (found,) = capture(teacher_of(settings), [reading], wanted, settings)
-        reasons = (_differs(c, found[c], table[at][c], fields[c]) for c in columns)
-        bad += [_bad(table, at, root, reason) for reason in reasons if reason]
-    return bad, len(chosen), [column for column in spec["signals"] if column not in columns]
+        for one in compared:
+            bad += [_bad(one.table, at, root, reason) for reason in one.reasons(found, at)]
+    return bad, len(chosen), [column for one in compared for column in one.skipped]
+
+
+class _Compared:
+    """A table and those of its columns that can be compared."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self._stored_as = {f.name: (f.metadata or {}).get(b"codec", b"").decode() for f in table.shard(0).schema}
+        signals: list[str] = table.manifest.spec["signals"]
+        self.columns = [c for c in signals if self._stored_as.get(c) in TOLERANCE and not signal_named(c).kind.drawn]
+        self.skipped = [c for c in signals if c not in self.columns]
+
+    def reasons(self, found: Mapping[str, Any], at: int) -> Iterator[str]:
+        """What of row `at` is not as it was found; nothing where the table does not reach so far."""
+        if at < len(self.table):
+            stored = self.table[at]
+            reasons = (_differs(c, found[c], stored[c], self._stored_as[c]) for c in self.columns)
+            yield from filter(None, reasons)
 
 
 def _reading(row: Row, encoder: Any) -> Reading:

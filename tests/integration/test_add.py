@@ -11,6 +11,7 @@ import signal
 import subprocess
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ import small_cache
 from forked import in_a_copy
 from small_cache import IN_PROCESS, corpus_rows, files_of, run_file, write_rows
 from xkd_pipeline.add import Added, More, again, take_in
+from xkd_pipeline.capture import capture
 from xkd_pipeline.clear import collect
 from xkd_pipeline.corpus import open_source
 from xkd_pipeline.fetch import fetch
 from xkd_pipeline.mend import Means, repair
 from xkd_pipeline.parquet import export_parquet
 from xkd_pipeline.progress import table_states
+from xkd_pipeline.recompute import recompute
 from xkd_pipeline.remote import publish
 from xkd_pipeline.report_page import write_report
 from xkd_pipeline.signals_table import add_signals
@@ -291,7 +294,14 @@ def test_a_killed_addition_goes_on_and_the_old_rows_are_readable_throughout(tmp_
         assert files_of(cache) == files_of(union()), f"killed at {number} of {count}"
 
 
-def test_signals_beside_a_teacher_are_read_as_if_they_had_been_captured_with_it(tmp_path: Path) -> None:
+def entropy_doubled(*given: Any) -> list[dict[str, Any]]:
+    (row,) = capture(*given)
+    return [row | {"entropy": 2 * row["entropy"]}]
+
+
+def test_signals_beside_a_teacher_are_read_as_if_they_had_been_captured_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = small_cache.copied(tmp_path)
     for kind in ("teachers", "students"):
         shutil.rmtree(cache / kind)
@@ -310,6 +320,12 @@ def test_signals_beside_a_teacher_are_read_as_if_they_had_been_captured_with_it(
     after = files_of(cache)
     assert {name for name in before if before[name] != after[name]} == {"README.md", "SHA256SUMS"}
     assert "token_ids" not in Table(cache, "signals/T.1").shard(0).schema.names
+    assert recompute(cache, "teachers/T", str(teacher()), 4) == ([], 4, ["hidden_last"])
+    with monkeypatch.context() as patch:
+        patch.setattr("xkd_pipeline.recompute.capture", entropy_doubled)
+        bad, _, _ = recompute(cache, "teachers/T", str(teacher()), 1)
+    assert [(one.table, one.unit) for one in bad] == [("signals/T.1", 0)]
+    assert "entropy differs by 1.000" in bad[0].reason
     whole = Table(small_cache.made() / "cache", "teachers/T")
     joined = Cache(cache, student="S")
     for row in range(12):
@@ -350,3 +366,15 @@ def test_signals_of_another_teacher_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Mismatch, match=r"weights.model.safetensors: cache has"):
         add_signals(cache, "T", str(other), lambda _layers: [Signal("hidden", 2)], "", IN_PROCESS)
     assert files_of(cache) == before
+
+
+def test_a_teacher_that_was_begun_and_never_finished_is_named(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    shutil.copytree(cache / "teachers/T", cache / "teachers/U")
+    (cache / "teachers/U/manifest.json").unlink()
+    told: list[str] = []
+
+    take_in(cache, [open_source(str(more_rows()), columns={})], MORE, [str(teacher())], IN_PROCESS, told.append)
+
+    assert "teachers/U: begun and never finished, so nothing is added to it" in told
+    assert not (cache / "teachers/U/added").exists()
