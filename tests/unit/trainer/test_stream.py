@@ -17,6 +17,7 @@ from torch import Tensor
 from tiny_models import Tiny, tiny_cache
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.manifest import Manifest, Plan, read_record, sealed, to_json
+from xkd_schemas.table import Table
 from xkd_schemas.teacher import Signal, signal_named
 from xkd_trainer import stream
 from xkd_trainer.batch import Batch, Level, blank, gather_rows
@@ -449,3 +450,45 @@ def test_a_consumer_that_stops_early_stops_the_thread() -> None:
 def assert_no_thread_is_left() -> None:
     left = [t for t in threading.enumerate() if "produce" in t.name]
     assert left == []
+
+
+@pytest.mark.parametrize("field", ["vocabulary", "special_tokens", "chat_template", "probe"])
+def test_every_field_of_a_tokenizers_identity_is_refused_by_name_with_both_values(cache: Cache, field: str) -> None:
+    stored: dict[str, str] = cache.students.manifest.spec["encoder"]["tokenizer"]
+    assert field in stored
+    assert len(stored) == 4
+
+    cache.check_tokenizer(stored)
+    with pytest.raises(Mismatch, match=rf"{field}: cache has {stored[field][:50]}.*, this run has other.*xkd-cache align"):
+        cache.check_tokenizer(stored | {field: "other"})
+
+
+@pytest.mark.parametrize(
+    ("table", "field", "named"),
+    [
+        ("students/student", "documents", "documents"),
+        ("students/student", "teacher_root", "teacher_root"),
+        ("teachers/teacher", "documents", "teacher documents"),
+        ("documents", "schema", "documents"),
+        ("teachers/teacher", "schema", "teachers"),
+        ("students/student", "schema", "students"),
+    ],
+)
+def test_every_tie_between_the_tables_is_refused_by_name(tmp_path: Path, table: str, field: str, named: str) -> None:
+    """Tables are sealed again and tied to each other anew, so that one tie alone is wrong."""
+    tiny = copied(tmp_path)
+    other = 99 if field == "schema" else "other"
+    reseal(tiny.cache, table, **{field: other})
+    roots = {name: Table(tiny.cache, name).manifest.root for name in ("documents", "teachers/teacher")}
+    if table == "documents":
+        reseal(tiny.cache, "teachers/teacher", documents=roots["documents"])
+        roots["teachers/teacher"] = Table(tiny.cache, "teachers/teacher").manifest.root
+    if table != "students/student":
+        reseal(
+            tiny.cache, "students/student", documents=roots["documents"], teacher_root=roots["teachers/teacher"]
+        )  # fmt: skip
+
+    with pytest.raises(Mismatch) as caught:
+        Cache(tiny.cache, student="student")
+    assert f"{named}: cache has" in str(caught.value)
+    assert str(caught.value).count("cache has") == 1
