@@ -459,7 +459,9 @@ def test_every_field_of_a_tokenizers_identity_is_refused_by_name_with_both_value
     assert len(stored) == 4
 
     cache.check_tokenizer(stored)
-    with pytest.raises(Mismatch, match=rf"{field}: cache has {stored[field][:50]}.*, this run has other.*xkd-cache align"):
+    with pytest.raises(
+        Mismatch, match=rf"{field}: cache has {stored[field][:50]}.*, this run has other.*xkd-cache align"
+    ):
         cache.check_tokenizer(stored | {field: "other"})
 
 
