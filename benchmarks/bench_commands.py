@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import Options, in_subprocess, peak_bytes
+from benchmarks.measure import Options, in_subprocess, peak_bytes, peak_of_children
 from benchmarks.pair import Pair, Shape, made, texts_of
 from benchmarks.rows import Result, memory
 
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
     except SystemExit as end:
         if end.code:
             raise
-    print(json.dumps({"peak": peak_bytes()}))
+    print(json.dumps({"peak": max(peak_bytes(), peak_of_children())}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ Shape legend for this file
     P predictions    V classes    D width
 """
 
+import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,9 +103,17 @@ def _measured(name: str, pair: Pair, options: Options) -> list[Result]:
     calls: dict[str, Callable[[], object]] = {"full": full, "plain": plain, "read": full.read}
     calls |= {f"products {size}": unavoidable(full, size) for size in CHUNKS}
     seconds = interleaved(calls, min(options.repeats, 4))
+    wall = interleaved({str(n): functools.partial(_with_threads, full, n) for n in (1, 2)}, 3, clock=time.perf_counter)
     base = seconds["plain"] + min(seconds[f"products {size}"] for size in CHUNKS)
     return [
         cost(f"{name}: step with ce+mta+sra+dwa / with ce alone", seconds["full"], seconds["plain"]),
         cost(f"{name}: the same / ce alone and three head products", seconds["full"], base, bar=1.4),
         cost(f"{name}: reading its batch in the thread / step with ce alone", seconds["read"], seconds["plain"]),
+        cost(f"{name}: the full step with two threads / with one, on the clock", wall["2"], wall["1"]),
     ]
+
+
+def _with_threads(step: Step, threads: int) -> None:
+    torch.set_num_threads(threads)
+    step()
+    torch.set_num_threads(1)

@@ -30,8 +30,10 @@ class Options:
         return quick if self.quick else full
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of CPU time of each call: the least of `repeats` rounds, after one round that does not count.
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, float]:
+    """Seconds of CPU time, or of `clock`, of each call: the least of `repeats` rounds, after one that does not count.
 
     A round runs every call once, so that a slow minute of the machine hits them all.
     """
@@ -40,9 +42,9 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(repeats):
         for name, call in calls.items():
-            start = time.process_time()
+            start = clock()
             call()
-            best[name] = min(best[name], time.process_time() - start)
+            best[name] = min(best[name], clock() - start)
     return best
 
 
@@ -55,10 +57,15 @@ def resident_bytes(field: str = "VmRSS") -> int:
 
 
 def peak_bytes() -> int:
-    """Most memory this process has held, or since `forget_peak`."""
+    """Most memory this process has held, or since `forget_peak`; see `peak_of_children` for others."""
     if Path("/proc/self/status").exists():
         return resident_bytes("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_of_children() -> int:
+    """Most memory that one process held which this one started and waited for."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_peak() -> int:

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xkd_trainer.losses.divergence import divergence
-from xkd_trainer.losses.head_rows import Comparison, Scratch, cross_entropy_rows, divergence_rows, statistics_rows
+from xkd_trainer.losses.head_rows import (
+    Comparison,
+    Scratch,
+    cross_entropy_rows,
+    divergence_rows,
+    parts,
+    statistics_rows,
+)
 
 ROUNDING = 2.0**-23
 shapes = st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3, 17, 64, 1025]), st.sampled_from([0.0, 1.0, 30.0, 1e4]))
@@ -77,3 +84,18 @@ def test_a_class_that_the_student_rules_out_costs_what_it_is_worth() -> None:
 
     assert loss_P.tolist() == pytest.approx([1.5e4])
     assert student_PV.tolist() == [[0.5, -0.5]]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(0, 7), (1, 7), (40, 30_000), (3, 2_000_000)])
+def test_parts_cover_every_row_once_and_threads_share_larger_ones(threads: int, shape: tuple[int, int]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ranges = list(parts(torch.empty(shape)))
+    finally:
+        torch.set_num_threads(before)
+
+    assert [row for r in ranges for row in range(r.start, r.stop)] == list(range(shape[0]))
+    if shape == (40, 30_000):
+        assert max(r.stop - r.start for r in ranges) == (2 if threads == 1 else 34)

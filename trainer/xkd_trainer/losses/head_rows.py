@@ -24,6 +24,9 @@ PART_ELEMENTS = 1 << 16
 One long row took 0.65 of the time a row that five of them did: what is subtracted from a row is then a scalar.
 """
 
+SHARED_ELEMENTS = 1 << 20
+"""The same where threads share the work: each of a part's small steps costs some 50 microseconds of meeting."""
+
 PARTS_OFF_CPU = 8
 """Parts of a chunk where every piece is a kernel's launch: few, but fewer temporaries than the whole chunk."""
 
@@ -75,7 +78,8 @@ def parts(logits_CV: Tensor) -> Iterator[slice]:
     """Ranges of the rows of a chunk that are worked on at a time."""
     rows, classes = logits_CV.shape
     on_cpu = logits_CV.device.type == "cpu"
-    size = PART_ELEMENTS // max(1, classes) if on_cpu else math.ceil(rows / PARTS_OFF_CPU)
+    elements = PART_ELEMENTS if torch.get_num_threads() == 1 else SHARED_ELEMENTS
+    size = elements // max(1, classes) if on_cpu else math.ceil(rows / PARTS_OFF_CPU)
     return slices(0, rows, max(1, size))
 
 
