@@ -31,12 +31,13 @@ class Options:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
+    calls: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] | None = None
 ) -> dict[str, float]:
-    """Seconds of CPU time, or of `clock`, of each call: the least of `repeats` rounds, after one that does not count.
+    """Seconds of CPU time, or of another `clock`, of each call: the least of `repeats` rounds, after one that does not count.
 
     A round runs every call once, so that a slow minute of the machine hits them all.
     """
+    clock = clock or time.process_time
     for call in calls.values():
         call()
     best = dict.fromkeys(calls, float("inf"))
