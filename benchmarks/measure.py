@@ -33,7 +33,7 @@ class Options:
 def interleaved(
     calls: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] | None = None
 ) -> dict[str, float]:
-    """Seconds of CPU time, or of another `clock`, of each call: the least of `repeats` rounds, after one that does not count.
+    """Seconds of CPU time, or of another `clock`, of each call: the least of `repeats`, after one that does not count.
 
     A round runs every call once, so that a slow minute of the machine hits them all.
     """
