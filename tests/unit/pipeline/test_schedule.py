@@ -188,3 +188,11 @@ def test_a_worker_that_cannot_be_replaced_is_done_without() -> None:
 
     assert ran(pool, range(6)) == [made(unit) for unit in range(6)]
     assert pool.started <= 5
+
+
+def test_a_unit_is_given_to_three_workers_before_its_rows_are_tried_apart() -> None:
+    pool = FakePool(lambda unit, care, _tries: made(unit) if 2 in care.lost else Died("exit 9"))
+
+    assert [commit.care for commit in ran(pool, range(1), count=1)] == [Care(lost=(2,))]
+    assert [care.lost for _, care in pool.given[:4]] == [(), (), (), pool.given[3][1].lost]
+    assert pool.given[3][1].lost != ()

@@ -18,6 +18,7 @@ from xkd_pipeline.shard import write_shard
 from xkd_schemas import table as table_module
 from xkd_schemas.documents import INTERVALS, flat_list
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, XkdError
+from xkd_schemas.joined import JoinedShard
 from xkd_schemas.manifest import Commit, Manifest, Plan, Unit, read_record, sealed, to_json
 from xkd_schemas.ragged import batch_of, row_of
 from xkd_schemas.table import Shard, Table, names_in
@@ -321,3 +322,11 @@ def test_columns_stay_ready_for_few_record_batches_only(tmp_path: Path, monkeypa
         assert opened.row(row)["doc_id"] == opened.batch(row // 2).column("doc_id")[row % 2].as_py()
     assert len(opened._columns) == 2
     assert first["doc_id"] == opened.row(0)["doc_id"]
+
+
+def test_tables_beside_each_other_hold_the_same_documents_or_are_refused(tmp_path: Path) -> None:
+    ours, theirs = sealed_table(tmp_path / "a", (4,)).shard(0), sealed_table(tmp_path / "b", (3, 4)).shard(1)
+
+    assert JoinedShard(ours, [ours]).row(2)["doc_id"] == ours.row(2)["doc_id"]
+    with pytest.raises(BadData, match=r"record batch 0 holds other documents than .*a/documents/00000"):
+        JoinedShard(ours, [theirs]).row(2)
