@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import small_cache
+from one_step import assert_padding_and_cuts_change_nothing
 from slow_losses import tail_share
 from xkd_pipeline.stages import align_stage
 from xkd_schemas.errors import BadData, UsageError
@@ -130,7 +131,7 @@ def test_a_teacher_as_its_own_student_is_at_distance_zero_up_to_the_cache() -> N
 
 
 @torch.no_grad()
-def test_documents_add_up_and_padding_does_not_count() -> None:
+def test_documents_add_up_and_a_blank_batch_adds_nothing() -> None:
     made = ready(other_student())
     together = term_of(made, batch_of(made.cache, ROWS, made.wanted))
     alone = [term_of(made, batch_of(made.cache, [row], made.wanted)) for row in ROWS]
@@ -139,12 +140,12 @@ def test_documents_add_up_and_padding_does_not_count() -> None:
     nothing = term_of(made, blank(batch_of(made.cache, ROWS, made.wanted)))
     assert (float(nothing.total), float(nothing.count)) == (0.0, 0.0)
 
-    batch = batch_of(made.cache, ROWS, made.wanted)
-    hidden_BRD = batch.teacher_hidden_BRD.clone()
-    hidden_BRD[~batch.teacher_valid_BR] = 77.0
-    ids_BS = torch.where(batch.student_valid_BS, batch.student_ids_BS, 3)
-    poisoned = term_of(made, replace(batch, teacher_hidden_BRD=hidden_BRD, student_ids_BS=ids_BS))
-    assert torch.equal(poisoned.total, together.total)
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_padding_and_micro_batches_change_neither_value_nor_gradient(kind: str) -> None:
+    made = ready(other_student(), divergence=kind)
+    whole, *parts = (batch_of(made.cache, rows, made.wanted) for rows in (ROWS, ROWS[:1], ROWS[1:]))
+    assert_padding_and_cuts_change_nothing(made.distiller, whole, parts, made.distiller.counts(whole))
 
 
 def test_classes_beyond_the_tokenizer_take_no_part() -> None:

@@ -53,6 +53,7 @@ def of_the_teacher(batch: Batch, value: float) -> Batch:
     """The batch with `value` in the teacher's states and weights of all tokens that are not kept for the response."""
     if batch.teacher_kept_BR is None:
         return batch
+    assert batch.teacher_ids_BT is not None
     kept_BT = torch.zeros_like(batch.teacher_ids_BT).scatter_add(
         1, batch.teacher_kept_BR, batch.teacher_valid_BR.long()
     )
