@@ -23,9 +23,11 @@ from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
 
 ROWS = (0, 3, 7, 17, 19)
-LOSSES = "ce,mta,sra,dwa,dskd_cma,dskd_v2"
+LOSSES = "ce,mta,sra,dwa,dskd_cma,dskd_v2,alm,mined,uld,multilevelot"
 EVERYWHERE = {"dskd_cma": {"correct_only": False}, "dskd_v2": {"agreement": False}}
 """Random models are hardly ever right or of one mind; these settings compare all the same."""
+WITHIN = {"mined.mined": 1e-4}
+"""Mostly the corpus's own tokens: another teacher changes it by less than a hundredth."""
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +38,13 @@ def ready() -> Ready:
 
 @pytest.fixture(scope="module")
 def one_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Ready:
-    """A student with the teacher's tokenizer, for the loss that needs one."""
+    """A student with the teacher's tokenizer, for losses that need one."""
     folder, kind = tmp_path_factory.mktemp("one-tokenizer"), tiny.TEACHER_TOKENIZER
     student = tiny.saved(tiny.llama(kind, seed=2), kind, folder / "student")
     cache = Path(shutil.copytree(tiny.tiny_cache().cache, folder / "cache"))
-    run = tiny.tiny_cache().run(cache=str(cache), loss="ce=0,dskd", student__model=str(student), student__name="same")
+    run = tiny.tiny_cache().run(
+        cache=str(cache), loss="ce=0,dskd,kl", student__model=str(student), student__name="same"
+    )
     align_stage(run, Workers(count=0))
     return set_up(run, "")
 
@@ -90,15 +94,15 @@ def test_every_term_from_the_cache_is_the_one_from_the_live_teacher(ready: Ready
 def same_terms(cached: dict[str, float], online: dict[str, float]) -> None:
     for name, value in online.items():
         assert abs(value) > 1e-3, f"{name} is too small to be compared"
-        assert cached[name] == pytest.approx(value, rel=0.01), name
+        assert cached[name] == pytest.approx(value, rel=WITHIN.get(name, 0.01)), name
 
 
-def test_so_is_every_term_of_the_loss_for_one_tokenizer(one_tokenizer: Ready, teacher: PreTrainedModel) -> None:
+def test_so_is_every_term_of_the_losses_for_one_tokenizer(one_tokenizer: Ready, teacher: PreTrainedModel) -> None:
     batch = batch_of(one_tokenizer.cache, ROWS, one_tokenizer.wanted)
 
     cached = terms_of(one_tokenizer, batch)
 
-    assert sorted(cached) == ["dskd.projected_ce", "dskd.student_space", "dskd.teacher_space"]
+    assert sorted(cached) == ["dskd.projected_ce", "dskd.student_space", "dskd.teacher_space", "kl.kl"]
     same_terms(cached, terms_of(one_tokenizer, live(batch, one_tokenizer.cache, teacher)))
 
 
@@ -132,9 +136,10 @@ def test_the_comparison_would_see_another_teacher(ready: Ready) -> None:
 
     cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, other))
 
-    moved = {name for name in online if cached[name] != pytest.approx(online[name], rel=0.01)}
+    moved = {name for name in online if cached[name] != pytest.approx(online[name], rel=WITHIN.get(name, 0.01))}
     assert {"mta.dsa@2:word", "mta.dsa@3:phrase", "sra.geo", "dwa.student_space", "dwa.dtw_states"} <= moved
     assert {"dskd_cma.teacher_space", "dskd_v2.projected_ce", "dskd_v2.teacher_space"} <= moved
+    assert {"alm.alm", "uld.l1", "mined.mined", "multilevelot.sequence"} <= moved
 
 
 def test_logits_from_the_stored_head_and_states_are_the_teachers(ready: Ready, teacher: PreTrainedModel) -> None:
