@@ -318,7 +318,7 @@ def test_terms_that_nothing_qualified_for_are_named(
     train(run(tmp_path, loss="sra", steps=2, log_every=2), quiet=True)
 
     said = capsys.readouterr().err
-    assert "step 2: nothing qualified for sra.cos, sra.geo, sra.kd since the last logged step" in said
+    assert "step 2: nothing qualified for sra.cos, sra.geo, sra.kd, sra.spans since the last logged step" in said
     assert "ce.ce" not in said
 
 

@@ -34,8 +34,8 @@ ROWS = (3, 19, 0, 11)
 ALL = ("ce", "mta", "sra", "dwa")
 TERMS = {
     "ce": ["ce"],
-    "mta": [f"{t}@{level}" for level in ("2:word", "3:phrase", "4:phrase") for t in ("dsa", "hid")],
-    "sra": ["cos", "geo", "kd"],
+    "mta": [f"{t}@{level}" for level in ("2:word", "3:phrase", "4:phrase") for t in ("dsa", "hid", "spans")],
+    "sra": ["cos", "geo", "kd", "spans"],
     "dwa": ["projected_ce", "student_space", "teacher_space", "dtw_embeddings", "dtw_states"],
 }
 
@@ -177,6 +177,8 @@ def test_mta_is_the_loops_over_spans_of_single_documents(teacher_layer: int, uni
     both = [mta_document(made, d, teacher_layer, unit, layer, projector) for d in alone(made)]
     assert_term(found[f"mta.dsa@{key}"], *slow.dsa([dsa for dsa, _ in both]))
     assert_term(found[f"mta.hid@{key}"], *slow.hid([hid for _, hid in both]))
+    spans = [len(omega) for (_, _, omega), _ in both if omega]
+    assert_term(found[f"mta.spans@{key}"], sum(spans), len(spans))
 
 
 def linguistic_spans(d: Alone, unit: str) -> list[tuple[list[int], list[int]]]:
@@ -229,6 +231,7 @@ def test_sra_is_the_loops_over_spans_of_single_documents(unit: str) -> None:
         for d, s, t, _ in parts
     ]
     assert_term(found["sra.kd"], *slow.span_logits(logits, 2.0, mean=False))
+    assert_term(found["sra.spans"], sum(len(s) for _, s, _, _ in parts), len(parts))
 
 
 def dwa_document(made: Ready, d: Alone) -> dict[str, float]:
@@ -535,7 +538,7 @@ def test_warm_ups_end_at_their_step() -> None:
 def test_a_loss_that_is_off_has_no_term_no_projector_and_asks_for_no_signal() -> None:
     made, batch = ready("mta", lambda_hid=0.0)
 
-    assert sorted(terms_of(made.distiller, batch)) == sorted(f"mta.{t}" for t in TERMS["mta"] if t.startswith("dsa"))
+    assert sorted(terms_of(made.distiller, batch)) == sorted(f"mta.{t}" for t in TERMS["mta"] if "hid" not in t)
     assert list(made.distiller.losses.parameters()) == []
     assert {s.name for s in made.wanted} == {"span_mass", "span_geometry"}
     assert {s.name for s in ready("mta", hid="off")[0].wanted} == {"span_mass", "span_geometry"}

@@ -226,7 +226,7 @@ def test_the_teacher_as_its_own_student_has_no_loss_up_to_the_cache() -> None:
             projector.bias.zero_()
 
         for name, value in one.means(made, batch).items():
-            assert value < 1e-4 or name == "same_tokens", (settings, name)
+            assert value < 1e-4 or name == "same_tokens" or name.startswith("spans@"), (settings, name)
 
 
 def test_spans_of_the_prompt_take_no_part_with_entropy() -> None:
@@ -248,7 +248,9 @@ def test_strided_picks_layers_by_phi_and_reads_no_other_level() -> None:
     assert made.distiller.losses["mta"].student_layer == {"2:word": 2, "3:phrase": 3, "4:phrase": 4}
     made, batch = one.ready("mta", pick="strided", num_layers=2, stride=2)
     assert made.distiller.losses["mta"].student_layer == {"2:word": 2, "4:phrase": 4}
-    assert sorted(one.terms_of(made.distiller, batch)) == ["dsa@2:word", "dsa@4:phrase", "hid@2:word", "hid@4:phrase"]
+    assert sorted(one.terms_of(made.distiller, batch)) == [
+        f"{term}@{level}" for term in ("dsa", "hid", "spans") for level in ("2:word", "4:phrase")
+    ]
     made, _ = one.ready("mta", pick="strided", student_layers=[1, 2], depth=2)
     assert made.distiller.losses["mta"].student_layer == {"2:word": 1, "4:phrase": 2}
     assert made.distiller.loss("mta").layers == (1, 2)

@@ -51,8 +51,9 @@ def _hid(settings: MtaSettings, on: str) -> bool:
 class Mta(nn.Module):
     """Terms `dsa@L:unit` and `hid@L:unit` for every picked level L (a teacher layer).
 
-    Where tokens are compared with tokens, also `same_tokens`, without weight: the share of documents with spans that
-    both models read as the same ids.
+    Beside them `spans@L:unit`, without weight: the number of spans they rest on, per document that has any. Where
+    tokens are compared with tokens, also `same_tokens`, without weight: the share of documents with spans that both
+    models read as the same ids.
     """
 
     attention = False
@@ -81,10 +82,11 @@ class Mta(nn.Module):
         hid_factor = self.settings.lambda_hid / (count if self.settings.hid_layers == "mean" else 1)
         factors = {f"dsa@{key}": self.settings.lambda_dsa / count for key in self.student_layer if self.has_dsa}
         factors |= {f"hid@{key}": hid_factor for key in self.student_layer if self.has_hid}
+        factors |= {f"spans@{key}": 0.0 for key in self.student_layer}
         return factors | ({"same_tokens": 0.0} if self.by_token else {})
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Weight of the pairs, and weight of the spans or tokens: 1 for every document that has any."""
+        """Weight of pairs, weight of spans or tokens (1 for every document that has any), and such documents."""
         found: dict[str, Tensor] = {}
         for level in self._levels(batch):
             valid_BU, omega_BU = self._spans(batch, level)
@@ -94,6 +96,7 @@ class Mta(nn.Module):
                 found[f"hid@{_key_of(level)}"] = self._tokens(batch, level)[1].sum()
             elif self.has_hid:
                 found[f"hid@{_key_of(level)}"] = omega_BU.sum()
+            found[f"spans@{_key_of(level)}"] = valid_BU.any(-1).sum()
         return found | ({"same_tokens": self._with_spans(batch).sum()} if self.by_token else {})
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
@@ -117,6 +120,7 @@ class Mta(nn.Module):
                 assert level.vectors_BUD is not None
                 projected_BUD = self.projectors[key](vectors_BUd)
                 terms[f"hid@{key}"] = hid(projected_BUD, level.vectors_BUD.float(), omega_BU, valid_BU)
+            terms[f"spans@{key}"] = term(valid_BU.sum().float(), valid_BU.any(-1).sum())
         if self.by_token:
             with_spans_B = self._with_spans(batch)
             terms["same_tokens"] = term((same_tokens(batch) & with_spans_B).sum().float(), with_spans_B.sum())

@@ -79,7 +79,8 @@ class _Pooled(NamedTuple):
 class Sra(nn.Module):
     """Terms `cos`, `geo` and `kd`; each is a mean over documents with an aligned span.
 
-    With several layers, `cos@L` for each teacher layer L in place of `cos`.
+    With several layers, `cos@L` for each teacher layer L in place of `cos`. Beside them `spans`, without weight: how
+    many spans such a document has.
     """
 
     def __init__(self, settings: SraSettings, context: Context) -> None:
@@ -115,7 +116,7 @@ class Sra(nn.Module):
     def weights(self, step: int) -> Mapping[str, float]:
         """L_HS + L_KD of the paper; cross-entropy is a loss of its own."""
         cosines = {self._cos(layer): self.settings.cos * share for layer, share in self.shares.items()}
-        return cosines | {"geo": self.settings.geo, "kd": 1.0}
+        return cosines | {"geo": self.settings.geo, "kd": 1.0, "spans": 0.0}
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Documents with an aligned span."""
@@ -140,6 +141,7 @@ class Sra(nn.Module):
             self._cos(self.last): self._cosine(self.projector, last, spans),
             "geo": geometric(last.student_BKd, last.teacher_BKD, last.omega_BK, spans.valid_BK),
             "kd": self._kd(student, last.student_BKd, last.teacher_BKD, spans.valid_BK),
+            "spans": term(spans.valid_BK.sum().float(), spans.valid_BK.any(-1).sum()),
         }
         for teacher_layer, student_layer in self.inner:
             pooled = self._pooled(batch, student, spans, teacher_layer, student.states.layers[student_layer])
