@@ -25,6 +25,9 @@ BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 STD_FLOOR = 1e-5
 """Added to the standard deviation in eq. 5 of MTA, as the authors' code does."""
 
+SHORTEST = 1e-12
+"""A vector shorter than this counts as zero: the slope of a length below 1e-13 is beyond float32."""
+
 CANCELS = 1e-2
 """Share of the mean square below which a variance is not taken as a difference: it would lose two digits."""
 
@@ -177,10 +180,10 @@ def cosine_matrix(vectors_BKD: Tensor) -> Tensor:
 
 
 def unit_vectors(vectors_BKD: Tensor) -> Tensor:
-    """Each vector divided by its length; a zero vector stays zero and gets gradient 0. Any leading shape."""
+    """Each vector divided by its length; one shorter than SHORTEST becomes 0, with gradient 0. Any leading shape."""
     vectors_BKD = at_least_float32(vectors_BKD)
     square_BK1 = vectors_BKD.square().sum(-1, keepdim=True)
-    nonzero_BK1 = square_BK1 > 0
+    nonzero_BK1 = square_BK1 > SHORTEST**2
     scale_BK1 = torch.where(nonzero_BK1, torch.where(nonzero_BK1, square_BK1, 1.0).rsqrt(), 0.0)
     return vectors_BKD * scale_BK1
 

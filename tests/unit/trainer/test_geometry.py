@@ -1,9 +1,13 @@
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slow_losses as slow
 from xkd_trainer.losses.geometry import cosine_distance, pair_disagreement, pair_weights
+from xkd_trainer.signals import cosine_matrix
 
 SEEDS = st.integers(0, 2**31)
 
@@ -27,6 +31,19 @@ def test_cosine_distance_has_the_right_gradient_and_none_at_a_zero_vector() -> N
     value, gradient = slow.with_gradient(lambda x: cosine_distance(x, second[None]).sum(), torch.zeros(1, 4, 3))
     assert value == 4
     assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("length", [1e-10, 1e-13, 1e-20, 1e-30, 1e-44])
+@pytest.mark.parametrize("loss", [cosine_distance, lambda a, b: cosine_matrix(torch.cat([a, b], dim=1))])
+def test_vectors_of_next_to_no_length_have_a_finite_gradient(loss: Any, length: float) -> None:
+    first, second = (d.float()[None] for d in slow.ragged(1, [4, 4], 3))
+
+    value, gradient = slow.with_gradient(lambda x: loss(x, second).sum(), length * first)
+
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    if length >= 1e-10:
+        torch.testing.assert_close(value, loss(first, second).sum())
 
 
 @settings(max_examples=20, deadline=None)

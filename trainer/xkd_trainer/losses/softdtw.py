@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from xkd_trainer.losses.softdtw_torch import inside_lengths, torch_soft_dtw
 from xkd_trainer.losses.term import at_least_float32
+from xkd_trainer.signals import SHORTEST
 
 
 def soft_dtw(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, gamma: float) -> Tensor:
@@ -169,9 +170,9 @@ def hard_band(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Te
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Vectors of length 1 along the last axis; a zero vector stays and takes part in the gradient as it is."""
+    """Vectors of length 1 along the last axis; one of no length stays and takes part in the gradient as it is."""
     square = (x * x).sum(-1, keepdim=True)
-    return x * torch.where(square > 0, square, 1.0).rsqrt()
+    return x * torch.where(square > SHORTEST**2, square, 1.0).rsqrt()
 
 
 def _diagonal(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> tuple[Tensor, Tensor]:
