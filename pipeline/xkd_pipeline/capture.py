@@ -13,7 +13,6 @@ from xkd_pipeline.measure import Reading, padded, signals_of
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.errors import BadData
 from xkd_schemas.teacher import Signal
-from xkd_trainer.attention import install
 from xkd_trainer.forward import run
 from xkd_trainer.head import head_of
 from xkd_trainer.models import load_tokenizer
@@ -70,6 +69,13 @@ def classes_of(model: str) -> int:
     return int(max(load_tokenizer(model).get_vocab().values())) + 1
 
 
+def reads_of(wanted: Sequence[Signal]) -> tuple[list[int], bool, list[int]]:
+    """Layers whose states the signals read, whether they read the last attention row, and the layers of other rows."""
+    layers = sorted({s.layer for s in wanted if s.layer is not None and s.name != "attention"})
+    rows = sorted({s.layer for s in wanted if s.layer is not None and s.name == "attention"})
+    return layers, any(s.name == "attention_last" for s in wanted), rows
+
+
 @torch.inference_mode()
 def capture(
     model: PreTrainedModel, readings: Sequence[Reading], wanted: Sequence[Signal], settings: TeacherSettings
@@ -82,12 +88,8 @@ def capture(
     width = model.get_input_embeddings().weight.shape[1]
     empty = {s.column: np.zeros((0, width), np.uint16) if s.kind.wide else np.zeros(0) for s in wanted}
     captured: list[dict[str, Any]] = [empty] * len(readings)
-    layers = sorted({s.layer for s in wanted if s.layer is not None and s.name != "attention"})
+    layers, attention, attention_layers = reads_of(wanted)
     classes = classes_of(settings.model) if any(s.kind.drawn for s in wanted) else None
-    attention = any(s.name == "attention_last" for s in wanted)
-    attention_layers = sorted({s.layer for s in wanted if s.layer is not None and s.name == "attention"})
-    if attention or attention_layers:
-        install(model)
     head = head_of(model)
     lengths = [len(r.tokens.ids) for r in readings]
     for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):

@@ -17,7 +17,7 @@ from xkd_pipeline.run import Workers
 from xkd_pipeline.store import Store, locked
 from xkd_pipeline.teacher import (
     TeacherStage,
-    check_top,
+    check_wanted,
     forget_teacher,
     teacher_of,
     teacher_settings,
@@ -59,7 +59,7 @@ def make_signals(root: Path, beside: Beside, workers: Workers, *, more: bool = F
     name, teacher, settings = beside.name, beside.teacher, beside.settings
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
     model = teacher_of(settings)
-    check_top(beside.signals, model, settings.model)
+    check_wanted(beside.signals, model, settings.model)
     columns = tuple(sorted({s.column for s in beside.signals}))
     begun = (root / "signals" / name / "plan.json").exists() and not more
     follow = documents_at(documents, teachers.manifest.spec["documents"])

@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from xkd_pipeline.build import Built, build
-from xkd_pipeline.capture import TeacherSettings, capture
+from xkd_pipeline.capture import TeacherSettings, capture, reads_of
 from xkd_pipeline.coded import codec_error, coded
 from xkd_pipeline.columns import basis_of, encoded_but, token_columns, token_counts
 from xkd_pipeline.documents import document_at
@@ -32,8 +32,8 @@ from xkd_schemas.sampled import MOST_CLASSES
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_schemas.tokens import spans_read
-from xkd_trainer.forward import num_layers
-from xkd_trainer.head import check_head, head_of
+from xkd_trainer.forward import num_layers, rehearse
+from xkd_trainer.head import check_model, head_of
 from xkd_trainer.models import dtype_named, load_model, load_tokenizer
 
 CAPTURE_VERSION: Final = 4
@@ -118,7 +118,7 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
             os.environ.setdefault(variable, "16")
         _loaded.clear()
         model = load_model(settings.model, dtype=dtype_named(settings.dtype))
-        check_head(model)
+        check_model(model)
         _loaded[settings] = model.requires_grad_(False)
     return _loaded[settings]
 
@@ -197,6 +197,13 @@ def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: s
     }
 
 
+def check_wanted(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> None:
+    """Raise UsageError where the model cannot give a signal: layers, attention or classes that it does not have."""
+    check_top(wanted, model, name)
+    layers, attention, rows = reads_of(wanted)
+    rehearse(model, layers=layers, attention=attention, attention_layers=rows)
+
+
 def check_top(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> None:
     """Raise UsageError where more classes are to be kept than there are, or drawn ones have too large numbers."""
     vocab_size = head_of(model).weight_VD.shape[0]
@@ -235,7 +242,7 @@ def make_teacher(
     documents = Table(root, "documents")
     model = teacher_of(settings)
     wanted = signals(num_layers(model))
-    check_top(wanted, model, settings.model)
+    check_wanted(wanted, model, settings.model)
     columns = tuple(sorted({s.column for s in wanted}))
     basis = basis_of(root / "teachers" / name, documents, more=more)
     spec = teacher_spec(settings, columns, basis.root)

@@ -1,27 +1,35 @@
-"""One row of one attention map, taken while the model runs its fast attention as always.
+"""One row of one attention map, taken while the model runs its attention as always.
 
-transformers lets a model's attention function be chosen by name. Ours passes every call on to
-sdpa; for the layers somebody listens to, it also computes the softmax row of the last valid
-token from query and key. No full map is ever made and no model code is touched.
+transformers looks a model's attention function up by name at each call. While somebody listens, the names lead
+to ours, which call the function that was there and so change no output. From sdpa, the softmax row of the last
+valid token is computed of query and key: no full map is made. A family that sdpa does not serve (capped scores,
+GPT-OSS) runs its own eager function, and the row is copied from its map. No model or configuration is touched.
 
 Shape legend for this file
     B documents    L tokens    H query heads    K key/value heads    G = H / K    E head width
 """
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from xkd_schemas.errors import UsageError
+from xkd_trainer.anatomy import backbone, evaluating, num_layers, tokens_of_any
 
-IMPLEMENTATION: Final = "xkd_sdpa"
+UNIFORM: Final = "use weights that need no attention map: --set losses.sra.weights=uniform"
+
+TINY: Final = torch.finfo(torch.float32).tiny
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass
@@ -31,33 +39,79 @@ class LastRows:
     layers: frozenset[int]
     last_B: Tensor
     """Position of each document's last valid token, int64."""
+    sdpa: Attention = sdpa_attention_forward
+    """What the name led to before."""
     rows: dict[int, Tensor] = field(default_factory=dict)
+    several: set[int] = field(default_factory=set)
+    """Layers that attended more than once, so that no row is the layer's."""
+    wrong: dict[int, float] | None = None
+    """Where it is asked for: how far a row times the values is from what the attention returned, by layer."""
 
-
-_listening: list[LastRows] = []
+    def keep(self, layer: int, row_BHL: Tensor, value_BKLE: Tensor, output_BLHE: Tensor) -> None:
+        """Keep a block's row; values and output are those of the call it was taken from."""
+        if layer in self.rows:
+            self.several.add(layer)
+        self.rows[layer] = row_BHL.detach()
+        if self.wrong is not None:
+            value_BHLE = value_BKLE.repeat_interleave(row_BHL.shape[1] // value_BKLE.shape[1], dim=1).float()
+            ours_BHE = torch.einsum("bhl,bhle->bhe", row_BHL, value_BHLE)
+            theirs_BHE = output_BLHE[torch.arange(len(output_BLHE), device=self.last_B.device), self.last_B].float()
+            self.wrong[layer] = float((ours_BHE - theirs_BHE).abs().max() / theirs_BHE.abs().max().clamp_min(TINY))
 
 
 @contextlib.contextmanager
 def listen(layers: frozenset[int], last_B: Tensor) -> Iterator[LastRows]:
     """Collect the last token's attention row of some blocks from the forward passes inside the context."""
     heard = LastRows(layers=layers, last_B=last_B)
-    _listening.append(heard)
-    try:
+    with contextlib.ExitStack() as names:
+        if layers:
+            heard.sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            names.enter_context(_named("sdpa", partial(_sdpa, heard)))
+            names.enter_context(_named("eager", partial(_eager, heard)))
         yield heard
+
+
+@contextlib.contextmanager
+def _named(name: str, function: Attention) -> Iterator[None]:
+    """Let a name lead to another function for a while; "eager" leads nowhere, which stands for the family's own."""
+    before = ALL_ATTENTION_FUNCTIONS.get(name)
+    ALL_ATTENTION_FUNCTIONS[name] = function
+    try:
+        yield
     finally:
-        _listening.remove(heard)
+        del ALL_ATTENTION_FUNCTIONS[name]
+        if ALL_ATTENTION_FUNCTIONS.get(name) is not before:
+            ALL_ATTENTION_FUNCTIONS[name] = before
 
 
-def _attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    for heard in _listening:
-        layer = getattr(module, "layer_idx", None)
-        if layer in heard.layers:
-            heard.rows[layer] = last_row(query, key, heard.last_B, attention_mask, options)
-    result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
-        module, query, key, value, attention_mask, **options
-    )
+def _sdpa(
+    heard: LastRows, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, **options: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """sdpa; the row from query and key."""
+    result = heard.sdpa(module, query, key, value, attention_mask, **options)
+    layer = getattr(module, "layer_idx", None)
+    if layer in heard.layers:
+        heard.keep(layer, last_row(query, key, heard.last_B, attention_mask, options), value, result[0])
+    return result
+
+
+def _eager(
+    heard: LastRows, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, **options: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The family's own function; the row from its map, without dropout."""
+    own: Attention = sys.modules[type(module).__module__].eager_attention_forward
+    result = own(module, query, key, value, attention_mask, **options)
+    layer = getattr(module, "layer_idx", None)
+    if layer in heard.layers:
+        output, map_BHLL = result
+        if options.get("dropout"):
+            with torch.no_grad():
+                output, map_BHLL = own(module, query, key, value, attention_mask, **{**options, "dropout": 0.0})
+        assert map_BHLL is not None
+        rows_B = torch.arange(len(query), device=query.device)
+        heard.keep(layer, map_BHLL[rows_B, :, heard.last_B].float(), value, output)
     return result
 
 
@@ -72,7 +126,8 @@ def last_row(
         key_BKLE: Keys after position encoding.
         last_B: Position of the last valid token.
         mask: What the attention function was given: None (causal), bool (True attends) or additive.
-        options: The other arguments of the call; `scaling`, `sliding_window` and `s_aux` (attention sinks) count.
+        options: The other arguments of the call; `scaling`, `sliding_window`, `position_bias` (added to the scores,
+            [B or 1, H, L, L]) and `s_aux` (attention sinks) count.
     """
     size_B, heads, length, width = query_BHLE.shape
     groups = heads // key_BKLE.shape[1]
@@ -81,6 +136,9 @@ def last_row(
     scaling = options.get("scaling")
     scores_BHL = torch.einsum("bkge,bkle->bkgl", query_BKGE, key_BKLE.float()).reshape(size_B, heads, length)
     scores_BHL = scores_BHL * (width**-0.5 if scaling is None else scaling)
+    bias = options.get("position_bias")
+    if bias is not None:
+        scores_BHL = scores_BHL + bias.expand(size_B, -1, -1, -1)[rows_B, :, last_B, :length].float()
     position_L = torch.arange(length, device=last_B.device)
     seen_BL = position_L <= last_B[:, None]
     window = options.get("sliding_window")
@@ -99,17 +157,23 @@ def last_row(
     return weights_BHL
 
 
-def install(model: PreTrainedModel) -> None:
-    """Let `model` run sdpa through our listener; UsageError where its attention cannot be swapped."""
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    softcap = getattr(model.config, "attn_logit_softcapping", None)
-    try:
-        if softcap is not None:
-            raise ValueError(f"it caps attention scores at {softcap}, which sdpa cannot")
-        model.set_attn_implementation(IMPLEMENTATION)
-    except ValueError as error:
-        raise UsageError(
-            f"the attention of {type(model).__name__} cannot be read: {error}",
-            next="use weights that need no attention map: --set losses.sra.weights=uniform",
-        ) from error
+@torch.no_grad()
+def check_attention(model: PreTrainedModel) -> None:
+    """Compare every block's row, times the values, with what its attention made of eight tokens.
+
+    Raises:
+        UsageError: They differ: the family does something to scores or maps that a row does not tell.
+    """
+    ids_BL = tokens_of_any(model)
+    last_B = torch.full((1,), ids_BL.shape[1] - 1, device=ids_BL.device)
+    with evaluating(model), listen(frozenset(range(num_layers(model))), last_B) as heard:
+        heard.wrong = {}
+        backbone(model)(input_ids=ids_BL, use_cache=False)
+    share = 1e-3 if model.dtype == torch.float32 else 0.05
+    for layer, off in heard.wrong.items():
+        if not off <= share:
+            raise UsageError(
+                f"the attention of {type(model).__name__} cannot be read: block {layer + 1} returns something else "
+                f"than its map times its values (off by {off:.3g})",
+                next=UNIFORM,
+            )

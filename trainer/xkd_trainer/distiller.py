@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from xkd_trainer.attention import install
 from xkd_trainer.batch import Batch
-from xkd_trainer.forward import run
+from xkd_trainer.forward import rehearse, run
 from xkd_trainer.head import head_of
 from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.methods.declaration import Loss, StudentPass
@@ -38,8 +37,7 @@ class Distiller(nn.Module):
         self._layers = sorted({layer for loss in built for layer in loss.layers})
         self._attention = any(loss.attention for loss in built)
         self._attention_layers = sorted({layer for loss in built if loss.attention for layer in loss.layers})
-        if self._attention:
-            install(student)
+        rehearse(student, layers=self._layers, attention=self._attention, attention_layers=self._attention_layers)
 
     def loss(self, name: str) -> Loss:
         """A loss by name, typed as what it is."""
@@ -63,7 +61,13 @@ class Distiller(nn.Module):
         """
         embedded: list[Tensor] = []
         table = self.student.get_input_embeddings()
-        with table.register_forward_hook(lambda _module, _inputs, output: embedded.append(output)):
+        plain = type(table).forward is nn.Embedding.forward  # others scale what they look up (Gemma)
+
+        def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            if plain:
+                embedded.append(output)
+
+        with table.register_forward_hook(keep):
             states = run(
                 self.student, batch.student_ids_BS, batch.student_valid_BS, layers=self._layers,
                 attention=self._attention, attention_layers=self._attention_layers,

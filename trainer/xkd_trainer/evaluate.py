@@ -26,7 +26,7 @@ from xkd_trainer.batch import Batch
 from xkd_trainer.cache import Cache, find_student
 from xkd_trainer.export import template_of
 from xkd_trainer.forward import run
-from xkd_trainer.head import head_of
+from xkd_trainer.head import check_model, head_of
 from xkd_trainer.losses.vocabulary import shared_vocabulary
 from xkd_trainer.models import load_model, load_tokenizer
 from xkd_trainer.padding import pad
@@ -66,6 +66,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     """
     name = str(request.student)
     model = load_model(name, dtype=torch.float32)
+    check_model(model)
     if torch.cuda.is_available():
         model = model.to("cuda")
     tokenizer = load_tokenizer(name)

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from xkd_schemas.errors import UsageError
-from xkd_trainer.attention import listen
+from xkd_trainer.anatomy import LAST_STATES_ONLY, backbone, evaluating, tokens_of_any
+from xkd_trainer.anatomy import blocks_of as blocks_of
+from xkd_trainer.anatomy import num_layers as num_layers
+from xkd_trainer.attention import UNIFORM, check_attention, listen
 from xkd_trainer.signals import normalised_row
 
 
@@ -41,18 +44,14 @@ class States:
         return replace(self, last_BLD=self.last_BLD.float(), layers=layers)
 
 
-def num_layers(model: PreTrainedModel) -> int:
-    """Number of blocks."""
-    return int(model.config.get_text_config().num_hidden_layers)
-
-
-def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of the model's blocks; UsageError if no list of the configured length is found."""
-    count = num_layers(model)
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UsageError(f"{type(model).__name__}: found no list of {count} blocks to read layers from")
+def _check_states(model: PreTrainedModel, layer: int, found: Tensor | None, last_BLD: Tensor) -> None:
+    """Projectors and columns are made for the shape of the last states; in OPT-350m and Gemma 3n blocks differ."""
+    if found is None or found.shape != last_BLD.shape:
+        what = "no states" if found is None else f"states of shape {tuple(found.shape)}"
+        raise UsageError(
+            f"{type(model).__name__}: block {layer} gives {what} where its last states are {tuple(last_BLD.shape)}",
+            next=LAST_STATES_ONLY,
+        )
 
 
 @contextlib.contextmanager
@@ -62,7 +61,7 @@ def _hooked(model: PreTrainedModel, layers: Sequence[int], into: dict[int, Tenso
     for layer in layers:
 
         def keep(_module: nn.Module, _inputs: Any, output: Any, layer: int = layer) -> None:
-            into[layer] = output[0] if isinstance(output, tuple) else output
+            into[layer] = output[0] if isinstance(output, tuple | list) else output
 
         handles.append(blocks[layer - 1].register_forward_hook(keep))
     try:
@@ -87,15 +86,15 @@ def run(
     no attention mask is passed and the fastest causal kernel is used; states at padding are garbage.
 
     Args:
-        model: A causal language model; with `attention`, one that went through `attention.install`.
+        model: A causal language model.
         ids_BL: Token ids, int64.
         valid_BL: Bool, True at tokens; each row is a run of True and then False.
         layers: Hugging Face indices 1..number of blocks.
         attention: Also keep the last token's attention row in the last block.
-        attention_layers: Also keep that row in these blocks, Hugging Face indices; a model as for `attention`.
+        attention_layers: Also keep that row in these blocks, Hugging Face indices.
 
     Raises:
-        UsageError: A layer does not exist, or the model showed no attention.
+        UsageError: A layer does not exist or its states are not like the last ones, or the model showed no attention.
     """
     count = num_layers(model)
     for layer in (*layers, *attention_layers):
@@ -106,19 +105,62 @@ def run(
     inner = sorted({layer for layer in layers if layer != count})
     wanted = sorted({*attention_layers, count} if attention else {*attention_layers})
     with _hooked(model, inner, kept), listen(frozenset(layer - 1 for layer in wanted), last_B) as heard:
-        output = model.base_model(input_ids=ids_BL, use_cache=False)
+        output = backbone(model)(input_ids=ids_BL, use_cache=False)
     last_BLD: Tensor = output.last_hidden_state
+    for layer in inner:
+        _check_states(model, layer, kept.get(layer), last_BLD)
     if count in layers:
         kept[count] = last_BLD
     rows: dict[int, Tensor] = {}
     for layer in wanted:
-        if layer - 1 not in heard.rows:
+        if layer - 1 not in heard.rows or layer - 1 in heard.several:
             which = "its last block" if layer == count else f"block {layer}"
-            raise UsageError(
-                f"{type(model).__name__} has no attention map in {which}",
-                next="use weights that need none: --set losses.sra.weights=uniform",
-            )
+            what = "no attention map" if layer - 1 not in heard.rows else "several attention maps"
+            raise UsageError(f"{type(model).__name__} shows {what} in {which}", next=UNIFORM)
         rows[layer] = normalised_row(heard.rows[layer - 1], valid_BL)
     return States(
         last_BLD=last_BLD, layers=kept, attention_BL=rows[count] if attention else None, attention_layers=rows
     )
+
+
+def rehearse(
+    model: PreTrainedModel,
+    *,
+    layers: Sequence[int] = (),
+    attention: bool = False,
+    attention_layers: Sequence[int] = (),
+) -> None:
+    """`run` on eight tokens: what a model cannot give is refused before there is work to lose.
+
+    Raises:
+        UsageError: As `run` and `check_attention`.
+    """
+    if attention or attention_layers:
+        check_attention(model)
+    ids_BL = tokens_of_any(model)
+    with torch.no_grad(), evaluating(model):
+        run(
+            model, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), layers=layers, attention=attention,
+            attention_layers=attention_layers,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Change the last four of eight tokens and compare the states of the first four.
+
+    Raises:
+        UsageError: They differ: padding would change states, and a student would see what it is to predict.
+    """
+    first_BL = tokens_of_any(model)
+    second_BL = torch.cat([first_BL[:, :4], first_BL[:, 4:].flip(1)], dim=1)
+    ids_BL = torch.cat([first_BL, second_BL])
+    states_BLD = run(model, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool)).last_BLD[:, :4]
+    worst = float((states_BLD[0] - states_BLD[1]).abs().max())
+    share = 1e-3 if states_BLD.dtype == torch.float32 else 0.05
+    if not worst <= share * float(states_BLD.abs().max()):
+        raise UsageError(
+            f"{type(model).__name__}: its states depend on tokens that come later (by {worst:.3g}), so it is "
+            "no causal language model",
+            next="use a causal one; of the BERT family, those whose config.json says is_decoder",
+        )

@@ -11,6 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xkd_schemas.errors import UsageError
+from xkd_trainer.anatomy import backbone, evaluating, tokens_of_any
+from xkd_trainer.forward import check_causal
+from xkd_trainer.models import short
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +49,26 @@ def head_of(model: PreTrainedModel) -> Head:
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = getattr(config, "logits_scaling", None)
+    caps = (
+        getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    )
     return Head(
         weight_VD=linear.weight,
         bias_V=getattr(linear, "bias", None),
         scale=scale / float(divisor) if divisor else scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=next((float(cap) for cap in caps if cap is not None), None),
     )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a teacher or student that is no causal model under a linear head; two passes over eight tokens.
+
+    Raises:
+        UsageError: As `check_head` and `check_causal`.
+    """
+    with evaluating(model):
+        check_head(model)
+        check_causal(model)
 
 
 @torch.no_grad()
@@ -59,14 +76,25 @@ def check_head(model: PreTrainedModel) -> None:
     """Compare `head_of(model)` on the base model's states with the model's own logits on eight tokens.
 
     Raises:
-        UsageError: They differ, so that logits made from cached states would not be the teacher's.
+        UsageError: They differ, so that logits made from states would not be the model's; or it cannot be run.
     """
-    config = model.config.get_text_config()
-    ids_BL = torch.arange(8, device=model.device)[None] % int(config.vocab_size)
-    states_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-    ours, theirs = head_of(model)(states_BLD).float(), model(input_ids=ids_BL, use_cache=False).logits.float()
-    worst = float((ours - theirs).abs().max())
-    if not worst <= 0.02 * float(theirs.abs().max()):
+    ids_BL, head = tokens_of_any(model), head_of(model)
+    try:
+        states_BLD = backbone(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
+        theirs = model(input_ids=ids_BL, use_cache=False).logits.float()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UsageError(f"{type(model).__name__} cannot be run on token ids alone: {short(error)}") from error
+    embedded = model.get_input_embeddings().weight.shape[1]
+    if not states_BLD.shape[-1] == head.weight_VD.shape[1] == embedded:
+        raise UsageError(
+            f"{type(model).__name__}: its last states are {states_BLD.shape[-1]} wide, its head takes "
+            f"{head.weight_VD.shape[1]} and its embeddings are {embedded}; all must be the same"
+        )
+    worst = float((head(states_BLD).float() - theirs).abs().max())
+    share = 1e-4 if states_BLD.dtype == torch.float32 else 0.02
+    if not worst <= share * float(theirs.abs().max()):
         raise UsageError(
             f"{type(model).__name__}: its logits are no linear head on its last states (off by {worst:.3g}), "
             "so they cannot be rebuilt from a cache"

@@ -17,7 +17,7 @@ from xkd_schemas.tokenizers import identity
 from xkd_trainer.cache import Cache, layers_of
 from xkd_trainer.distiller import Distiller
 from xkd_trainer.forward import num_layers
-from xkd_trainer.head import head_of
+from xkd_trainer.head import check_model, head_of
 from xkd_trainer.methods import loss_named
 from xkd_trainer.methods.declaration import Context, Levels
 from xkd_trainer.missing import student_table as find_table
@@ -65,14 +65,18 @@ def student_of(run: RunFile, tokenizer: Any) -> PreTrainedModel:
     """The student: loaded, or made new with the run's seed.
 
     Raises:
-        UsageError: Its embedding table has no row for some token of the tokenizer.
+        UsageError: Its embedding table has no row for some token of the tokenizer, or it is no causal model under a
+            linear head.
     """
     name = run.student.model
     if name.startswith("new:"):
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         torch.manual_seed(run.train.seed)
-        return new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
+        new = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
+        check_model(new)
+        return new
     model = load_model(name, dtype=torch.float32)
+    check_model(model)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UsageError(

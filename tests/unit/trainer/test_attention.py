@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny_models as tiny
 from xkd_schemas.errors import UsageError
-from xkd_trainer.attention import install, last_row, listen
+from xkd_trainer.attention import check_attention, last_row, listen
 
 LENGTHS = (9, 1, 4, 7)
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
@@ -33,7 +36,7 @@ def test_the_row_of_a_padded_batch_is_the_eager_row_of_each_document(family: str
     model = MODELS[family]("byte_level")
     ids_BL, valid_BL = tiny.ids_and_valid(LENGTHS, 500)
     expected = eager_last_rows(model, ids_BL, LENGTHS, block)
-    install(model)
+    model.set_attn_implementation("sdpa")
 
     with listen(frozenset([block]), valid_BL.sum(1) - 1) as heard:
         model.base_model(input_ids=ids_BL, use_cache=False)
@@ -51,7 +54,7 @@ def test_the_rows_are_the_same_where_an_attention_mask_is_given() -> None:
     model = tiny.llama("byte_level")
     ids_BL, valid_BL = tiny.ids_and_valid(LENGTHS, 500)
     expected = eager_last_rows(model, ids_BL, LENGTHS, 1)
-    install(model)
+    model.set_attn_implementation("sdpa")
 
     with listen(frozenset([1]), valid_BL.sum(1) - 1) as heard:
         model.base_model(input_ids=ids_BL, attention_mask=valid_BL.long(), use_cache=False)
@@ -67,7 +70,6 @@ def test_listening_changes_no_output_and_only_the_named_blocks_are_heard(family:
     ids_BL, valid_BL = tiny.ids_and_valid(LENGTHS, 500)
     model.set_attn_implementation("sdpa")
     before = model(input_ids=ids_BL).logits
-    install(model)
 
     with listen(frozenset([1]), valid_BL.sum(1) - 1) as heard:
         during = model(input_ids=ids_BL).logits
@@ -75,6 +77,9 @@ def test_listening_changes_no_output_and_only_the_named_blocks_are_heard(family:
 
     assert torch.equal(before, during)
     assert set(heard.rows) == {1}
+    assert model.config._attn_implementation == "sdpa"
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    assert ALL_ATTENTION_FUNCTIONS.get("eager") is None
 
 
 def slow_row(query: Tensor, key: Tensor, last: int, *, window: int | None, sinks: Tensor | None) -> list[list[float]]:
@@ -121,12 +126,40 @@ def test_the_scale_of_the_call_is_used_and_a_mask_is_obeyed_in_both_of_its_forms
     torch.testing.assert_close(by_sum, by_bool)
 
 
-def test_a_model_that_caps_attention_scores_is_refused_with_a_way_out() -> None:
-    config = AutoConfig.for_model(
-        "gemma2", vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=4,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+def test_a_bias_of_the_call_is_added_to_the_scores() -> None:
+    torch.manual_seed(5)
+    query_BHLE, key_BKLE, last_B = torch.randn(2, 2, 4, 3), torch.randn(2, 2, 4, 3), torch.tensor([3, 1])
+    bias_1HLL = torch.randn(1, 2, 4, 4)
 
-    with pytest.raises(UsageError, match=r"caps attention scores at 50.*--set losses\.sra\.weights=uniform"):
-        install(model)
+    row_BHL = last_row(query_BHLE, key_BKLE, last_B, None, {"scaling": 0.5, "position_bias": bias_1HLL})
+
+    scores_HL = 0.5 * torch.einsum("he,hle->hl", query_BHLE[1, :, 1], key_BKLE[1]) + bias_1HLL[0, :, 1]
+    torch.testing.assert_close(row_BHL[1, :, :2], scores_HL[:, :2].softmax(-1))
+
+
+@torch.no_grad()
+def test_two_listeners_at_once_hear_the_same_and_the_names_lead_back_afterwards() -> None:
+    model = tiny.llama("byte_level")
+    ids_BL, valid_BL = tiny.ids_and_valid(LENGTHS, 500)
+    last_B = valid_BL.sum(1) - 1
+
+    with listen(frozenset([0, 1]), last_B) as outer, listen(frozenset([1]), last_B) as inner:
+        model.base_model(input_ids=ids_BL, use_cache=False)
+
+    assert (set(outer.rows), set(inner.rows)) == ({0, 1}, {1})
+    assert torch.equal(outer.rows[1], inner.rows[1])
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+def test_an_attention_that_is_more_than_its_map_times_its_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.llama("byte_level").train()
+    check_attention(model)
+    assert model.training
+
+    def scaled(*given: Any, **options: Any) -> tuple[Tensor, None]:
+        output, _ = sdpa_attention_forward(*given, **options)
+        return output * 1.05, None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", scaled)
+    with pytest.raises(UsageError, match=r"block 1 returns something else.*off by 0\.0\d+.*sra\.weights=uniform"):
+        check_attention(model)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_models as tiny
 from xkd_schemas.errors import DiskFailed
-from xkd_trainer.attention import install
 from xkd_trainer.checkpoint import KEPT, Snapshot, newest, save
 from xkd_trainer.export import export_student, is_finished
+from xkd_trainer.forward import run
 from xkd_trainer.metrics import Metrics
 
 FINGERPRINT = {"train": {"seed": 1}, "steps": 8}
@@ -173,8 +173,8 @@ def test_a_run_from_the_start_begins_a_new_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_finished_folder_loads_with_transformers_and_says_the_same(tmp_path: Path, tied: bool) -> None:
     student, tokenizer = tiny.llama("sentencepiece", seed=3, tied=tied), tiny.tokenizer_of("sentencepiece")
-    ids_BL, _ = tiny.ids_and_valid((9,), 500)
-    install(student)  # SRA swaps the attention; the folder must not ask for it
+    ids_BL, valid_BL = tiny.ids_and_valid((9,), 500)
+    run(student, ids_BL, valid_BL, attention=True)  # as SRA does; the folder must not ask for it
     expected = student(input_ids=ids_BL).logits
     student.generation_config.eos_token_id, student.generation_config.pad_token_id = 7, 8  # of a base model
 

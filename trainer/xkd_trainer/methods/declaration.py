@@ -107,8 +107,8 @@ class StudentPass:
     def target_embeddings_BNd(self) -> Tensor:
         """Input embeddings of the targets, float32, with gradient; garbage where not valid.
 
-        Those that the model has looked up, where it has: the table then gets one gradient, not two of its own size.
-        A model that scales what it looks up scales these.
+        They are rows of the table, without the factor that Gemma and others put on what they look up. Where the model
+        has looked up plain rows these are taken: the table then gets one gradient, not two of its own size.
         """
         if self._embedded_BSd is None:
             return self.embeddings_Vd[self.batch.target_BN].float()
