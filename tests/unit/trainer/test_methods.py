@@ -211,9 +211,10 @@ def sra_document(made: Ready, d: Alone, unit: str = "aligned") -> tuple[Any, Any
 
 
 @pytest.mark.parametrize("unit", ["aligned", "word", "phrase"])
+@pytest.mark.parametrize(("tau", "kd", "shared"), [(2.0, "sum", "mapped"), (4.0, "mean", "exact")])
 @torch.no_grad()
-def test_sra_is_the_loops_over_spans_of_single_documents(unit: str) -> None:
-    made, batch = ready("sra", spans=unit)
+def test_sra_is_the_loops_over_spans_of_single_documents(unit: str, tau: float, kd: str, shared: Any) -> None:
+    made, batch = ready("sra", spans=unit, tau=tau, kd=kd, shared_vocab=shared)
     projector = made.distiller.losses["sra"].projector
 
     found = terms_of(made.distiller, batch)
@@ -224,19 +225,20 @@ def test_sra_is_the_loops_over_spans_of_single_documents(unit: str) -> None:
     assert_term(found["sra.cos"], *slow.weighted_cosine(projected))
     assert_term(found["sra.geo"], *slow.geometric([(s, t, w) for _, s, t, w in parts]))
     vocabularies = [tiny.tokenizer_of(kind).get_vocab() for kind in ("sentencepiece", "byte_level")]
-    own, theirs = shared_vocabulary(*vocabularies, "mapped")
+    own, theirs = shared_vocabulary(*vocabularies, shared)
     head = made.cache.head().weight_VD
     logits = [
         ((torch.tensor(s) @ d.head[own].T).tolist(), (torch.tensor(t) @ head[theirs].T).tolist())
         for d, s, t, _ in parts
     ]
-    assert_term(found["sra.kd"], *slow.span_logits(logits, 2.0, mean=False))
+    assert_term(found["sra.kd"], *slow.span_logits(logits, tau, mean=kd == "mean"))
     assert_term(found["sra.spans"], sum(len(s) for _, s, _, _ in parts), len(parts))
 
 
 def dwa_document(made: Ready, d: Alone) -> dict[str, float]:
     """The five totals of one document, eq. 7-25 with N(x) of the cache's constants."""
     m = made.distiller.losses["dwa"]
+    s = m.settings
     table, head = made.cache.embeddings().float(), made.cache.head().weight_VD.float()
     t_ids, rows = d.teacher["token_ids"].tolist(), {p: n for n, p in enumerate(d.kept)}
     hidden = torch.tensor(d.hidden())[[rows[p] for p in d.teacher_predict]]
@@ -250,42 +252,62 @@ def dwa_document(made: Ready, d: Alone) -> dict[str, float]:
     mixed_back = torch.tensor(back) @ m.s2t(states)
     projected, own = (mixed @ d.head.T).tolist(), (states @ d.head.T).tolist()
     theirs, projected_back = (hidden @ head.T).tolist(), (mixed_back @ head.T).tolist()
-    gates = [max(slow_dwa.softmax(z)) for z in projected]
-    w_s = slow_dwa.student_weights([slow_dwa.entropy(z) for z in own], gates, "gate_before")
-    w_t = slow_dwa.teacher_weights(d.teacher["entropy"].tolist(), made.cache.sizes.vocab_size)
-    penalty = slow_dwa.band(a, 5.0, 2.0, 0.7, 1.0)
+    gates = [max(slow_dwa.softmax(z)) if s.gate else 1.0 for z in projected]
+    entropies = [slow_dwa.entropy(z) if s.entropy_weights else 1.0 for z in own]
+    w_s, w_t = slow_dwa.student_weights(entropies, gates, s.student_weight), [1.0] * len(theirs)
+    if s.entropy_weights:
+        w_t = slow_dwa.teacher_weights(d.teacher["entropy"].tolist(), made.cache.sizes.vocab_size)
+    penalty = slow_dwa.band(a, s.band_width, s.band_beta, s.band_centre_mix, s.band_penalty)
 
     def divergence(x: Tensor, y: Tensor) -> float:
         cross = slow_dwa.cosine_cost(x.tolist(), y.tolist())
-        cross = [[c + p for c, p in zip(cs, ps, strict=True)] for cs, ps in zip(cross, penalty, strict=True)]
-        within = [slow_dwa.soft_dtw(slow_dwa.cosine_cost(z.tolist(), z.tolist()), 2.0)[0] for z in (x, y)]
-        return slow_dwa.soft_dtw(cross, 2.0)[0] - 0.5 * sum(within)
+        if s.band == "soft":
+            cross = [[c + p for c, p in zip(cs, ps, strict=True)] for cs, ps in zip(cross, penalty, strict=True)]
+        within = [slow_dwa.soft_dtw(slow_dwa.cosine_cost(z.tolist(), z.tolist()), s.gamma)[0] for z in (x, y)]
+        return slow_dwa.soft_dtw(cross, s.gamma)[0] - (0.5 * sum(within) if s.dtw_divergence else 0.0)
+
+    def compared(student: Any, teacher: Any, kind: str) -> float:
+        return slow.divergence(student, teacher, kind, s.temperature, s.skew, s.adaptive_alpha)
 
     return {
         "projected_ce": sum(
             slow_dwa.cross_entropy(z, d.ids[p + 1]) for z, p in zip(projected, d.predict, strict=True)
         ),
         "student_space": sum(
-            w * slow_dwa.forward_kl(p, q, 2.0) for w, p, q in zip(w_s, projected, own, strict=True)
+            w * compared(q, p, s.student_divergence) for w, p, q in zip(w_s, projected, own, strict=True)
         ),
         "teacher_space": sum(
-            w * slow_dwa.forward_kl(p, q, 2.0) for w, p, q in zip(w_t, theirs, projected_back, strict=True)
+            w * compared(q, p, s.teacher_divergence) for w, p, q in zip(w_t, theirs, projected_back, strict=True)
         ),
         "dtw_embeddings": divergence(s_out, m.embed_t2s(t_out)),
         "dtw_states": divergence(states, m.t2s(hidden)),
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gate": False, "student_divergence": "skewed_reverse_kl", "skew": 0.3, "band": "none"},
+        {"student_weight": "gate_after", "student_divergence": "adaptive_kl", "adaptive_alpha": 0.4, "gamma": 0.7},
+        {"entropy_weights": False, "teacher_divergence": "js", "temperature": 1.5, "dtw_divergence": False},
+        {"entropy_weights": False, "gate": False, "student_divergence": "reverse_kl",
+         "teacher_divergence": "reverse_kl", "band_width": 1.0, "band_beta": 0.1, "band_centre_mix": 0.4,
+         "band_penalty": 0.6},
+    ],
+)  # fmt: skip
 @torch.no_grad()
-def test_dwa_is_the_loops_over_predictions_of_single_documents() -> None:
-    made, batch = ready("dwa")
+def test_dwa_is_the_loops_over_predictions_of_single_documents(settings: dict[str, Any]) -> None:
+    made, batch = ready("dwa", **settings)
+    rows = ROWS[:2] if settings else ROWS
+    batch = batch_of(made.cache, rows, made.wanted)
     module, sizes = made.distiller.losses["dwa"], made.cache.sizes
     assert (module.hidden_std, module.embedding_std) == (sizes.hidden_std, sizes.embedding_std)
     module.hidden_std, module.embedding_std = 3.0, 0.5  # those of the tiny teacher are too near to 1
 
     found = terms_of(made.distiller, batch)
 
-    documents = alone(made)
+    documents = [Alone(made, row) for row in rows]
     totals = [dwa_document(made, d) for d in documents]
     count = sum(len(d.predict) for d in documents)
     for name in TERMS["dwa"]:

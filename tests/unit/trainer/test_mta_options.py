@@ -30,8 +30,11 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"span_weights": "entropy"},
     {"hid": "token", "student_pooling": "teacher", "word_spans": "in_phrases"},
     {"student_pooling": "teacher", "student_layers": [2, 3, 3]},
+    {"student_pooling": "uniform", "span_weights": "uniform"},
+    {"word_spans": "in_phrases", "spans_over": "response"},
 )
 KEYS = ["2:word", "3:phrase", "4:phrase"]
+POOLS = {"teacher": "centrality", "uniform": "uniform"}
 
 
 # Pure parts
@@ -111,7 +114,7 @@ def document(made: Ready, row: int, key: str, settings: dict[str, Any]) -> dict[
         if mass > 0:
             spans.append(((a, b), mass, len(spans)))
     chosen = [s for s, _, _ in spans]
-    pooling = weights_of(made, row, layer, "centrality") if own == "teacher" else slow.centrality(states)
+    pooling = slow.centrality(states) if own == "own" else weights_of(made, row, layer, POOLS[own])
     vectors = [slow.pool(states, pooling, a, b)[0] for a, b in chosen]
     theirs = one.numbers(teacher[f"hidden@{layer}"]).tolist()
     central = weights_of(made, row, layer, "centrality")
@@ -148,7 +151,7 @@ def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any])
         assert count > 0
         assert float(found[f"hid@{key}"].total) == pytest.approx(total, rel=5e-3), key
         assert float(found[f"hid@{key}"].count) == pytest.approx(count, rel=1e-4)
-    if by_token or "student_pooling" in settings:
+    if by_token or settings.get("student_pooling") == "teacher":
         assert (float(found["same_tokens"].total), float(found["same_tokens"].count)) == (4.0, 4.0)
 
 
@@ -172,6 +175,17 @@ def test_padding_micro_batches_and_blank_batches(settings: dict[str, Any]) -> No
     parts = [batch_of(made.cache, one.ROWS[i : i + 2], made.wanted) for i in (0, 2)]
     assert_padding_and_cuts_change_nothing(made.distiller, whole, parts, counts)
     assert all(float(n) == 0 for n in made.distiller.counts(blank(whole)).values())
+
+
+def test_dsa_is_averaged_over_levels_and_hid_too_unless_it_is_summed() -> None:
+    """Eq. 10 and 14, and eq. 13 as printed."""
+    given = {"lambda_dsa": 3.0, "lambda_hid": 0.6}
+    mean, summed = (
+        one.ready("mta", hid_layers=how, **given)[0].distiller.loss("mta").weights(0) for how in ("mean", "sum")
+    )
+
+    assert mean == pytest.approx({f"{t}@{k}": w for t, w in (("dsa", 1), ("hid", 0.2), ("spans", 0)) for k in KEYS})
+    assert summed == pytest.approx({f"{t}@{k}": w for t, w in (("dsa", 1), ("hid", 0.6), ("spans", 0)) for k in KEYS})
 
 
 # Documents that the two models read as other ids
@@ -219,7 +233,9 @@ def test_a_student_that_reads_no_document_as_the_teacher_does_is_refused() -> No
 
 @torch.no_grad()
 def test_the_teacher_as_its_own_student_has_no_loss_up_to_the_cache() -> None:
-    for settings in (options for options in OPTIONS if "student_layers" not in options):
+    for settings in OPTIONS:
+        if "student_layers" in settings or settings.get("student_pooling") == "uniform":
+            continue  # others beside it, or pooled by other weights than the cached vectors
         made, batch = one.ready("mta", model=str(tiny.tiny_cache().teacher), **settings)
         for projector in made.distiller.losses["mta"].projectors.values():
             projector.weight.copy_(torch.eye(len(projector.weight)))

@@ -1,5 +1,6 @@
 """SRA in several layers and with centrality: against loops over single documents, and what must not matter."""
 
+import math
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"layers": [1, 4], "student_layers": [3], "weights": "centrality", "spans": "phrase"},
     {"weights": "centrality"},
     {"layers": [3], "weights": "uniform", "weighted_pooling": False, "weighted_loss": False, "spans": "word"},
+    {"weighted_pooling": False, "p": 2.0},
+    {"weighted_loss": False},
 )
 BESIDE = {2: {2: 2, 3: 3, 4: 4}, 1: {1: 3, 4: 4}, 3: {3: 3, 4: 4}, 4: {4: 4}}
 
@@ -68,11 +71,11 @@ def document(made: Ready, row: int, layer: int, beside: int, settings: dict[str,
     states, hidden = one.states_of(made, row)[beside].tolist(), one.numbers(teacher[f"hidden@{layer}"]).tolist()
     student, vectors, mass = [], [], []
     for (a, b), (x, y) in spans_of(made, row, settings.get("spans", "aligned")):
-        student.append(slow.pool(states, own_S, a, b)[0])
-        vector, weight = slow.pool(hidden, theirs_T, x, y)
-        vectors.append(vector)
-        mass.append(weight if settings.get("weighted_loss", True) else 1.0)
-    return student, vectors, slow.omega(mass, 1.0)
+        weighted = settings.get("weighted_pooling", True)
+        student.append(slow.pool(states, own_S if weighted else [1.0] * len(states), a, b)[0])
+        vectors.append(slow.pool(hidden, theirs_T if weighted else [1.0] * len(hidden), x, y)[0])
+        mass.append(math.fsum(theirs_T[x:y]) if settings.get("weighted_loss", True) else 1.0)
+    return student, vectors, slow.omega(mass, settings.get("p", 1.0))
 
 
 @pytest.mark.parametrize("table", [one.SAME, one.OTHER])
