@@ -93,10 +93,10 @@ def named(processes: list[psutil.Process], target: str) -> list[psutil.Process]:
 
 
 def until_made(cache: Path, part: str, driver: subprocess.Popen[bytes], seconds: float = 180.0) -> None:
-    """Wait for the first file of a shard, which is not the plan's own, so that a unit is being made."""
+    """Wait for the first file of a shard, so that a unit is being made; a plan's is gone when the plan is there."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and driver.poll() is None:
-        if any((path.parent / "plan.json").exists() for path in (cache / part).rglob(".tmp-*")):
+        if any(any(plan.parent.glob(".tmp-*")) for plan in list((cache / part).rglob("plan.json"))):
             return
         time.sleep(0.01)
     raise AssertionError(f"{part}: no unit was begun: {said_of(cache).read_text()[-500:]}")
@@ -120,6 +120,25 @@ def killed_once(cache: Path, source: Path, name: str, target: str, chance: rando
             driver.wait(timeout=30)
             work(name, cache, source, IN_PROCESS)
         return driver.wait(timeout=180), said_of(cache).read_text(errors="replace")
+    finally:
+        for process in [*family, *children(driver)]:
+            process.kill() if process.is_running() else None
+        driver.kill()
+        psutil.wait_procs(family, timeout=10)
+
+
+def killed_in_start(cache: Path, source: Path, target: str, seconds: float) -> tuple[int, str]:
+    """The same, after the target was killed so long after it came up, when Ray is not ready yet."""
+    driver = started("align", cache, source)
+    family: list[psutil.Process] = []
+    try:
+        while driver.poll() is None and not named(children(driver), target):
+            time.sleep(0.01)
+        time.sleep(seconds)
+        family = children(driver)
+        for victim in named(family, target):
+            victim.kill()
+        return driver.wait(timeout=120), said_of(cache).read_text(errors="replace")
     finally:
         for process in [*family, *children(driver)]:
             process.kill() if process.is_running() else None

@@ -8,12 +8,13 @@ import os
 import shutil
 import sys
 from collections.abc import Hashable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from xkd_pipeline.place import Place, versions
-from xkd_pipeline.ray_start import doors, end, handlers_kept, no_answer, refuse_too_small, said, start
+from xkd_pipeline.ray_start import doors, end, handlers_kept, no_answer, private_folder, refuse_too_small, said, start
+from xkd_pipeline.ray_watch import Family, attended
 from xkd_pipeline.run import AGAIN, KEPT, Make, Stage, Workers, first_line, out_of_memory
 from xkd_pipeline.schedule import Died, Exhausted, Ready, Report
 from xkd_schemas.errors import WorkersGone, XkdError
@@ -50,17 +51,22 @@ class RayPool:
         self._open: dict[Any, Hashable] = {}
         self._folder: Path | None = None
         self._mark: Path | None = None
+        self._family = Family()
+        host, colon, port = (workers.address or "").rpartition(":")
+        self._doors = [("head", host, int(port))] if colon and port.isdigit() else []
 
     def __enter__(self) -> Self:
         try:
-            self._enter()
+            self._folder = private_folder(self._workers)
+            with self._attended():
+                self._enter()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def _enter(self) -> None:
-        self._folder = start(self._workers)
+        start(self._workers, self._folder)
         import ray
 
         self._ray = ray
@@ -75,19 +81,28 @@ class RayPool:
         self._kind = ray.remote(**options)(_Actor)
 
     def __exit__(self, *_raised: object) -> None:
-        if self._mark is not None:
-            with suppress(OSError):
-                remove(self._mark)
         if "ray" in sys.modules:
             with handlers_kept(default=True):  # a second signal does not wait
                 end(sys.modules["ray"])
+        self._tidy()
+
+    def _tidy(self) -> None:
+        self._family.kill()
+        if self._mark is not None:
+            with suppress(OSError):
+                remove(self._mark)
         if self._folder is not None and not os.environ.get("XKD_DEBUG"):
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _attended(self) -> AbstractContextManager[None]:
+        """For calls of Ray that wait for its head."""
+        return attended(self._family.gone if self._folder is not None else self._silence, _cluster_gone, self._tidy)
+
     def start(self) -> Hashable:
         """Start a worker; it loads the stage."""
-        worker = self._kind.remote(self._stage)
-        self._open[worker.ready.remote(self._place)] = worker
+        with self._attended():
+            worker = self._kind.remote(self._stage)
+            self._open[worker.ready.remote(self._place)] = worker
         return worker  # type: ignore[no-any-return]
 
     def give(self, worker: Any, job: Any, care: Care) -> None:
@@ -132,10 +147,13 @@ class RayPool:
 
     def _refuse_silence(self) -> None:
         """Raise WorkersGone where Ray's own processes do not answer: Ray itself would wait for a minute and exit."""
-        for name, host, port in self._doors:
-            if silence := no_answer(host, port):
-                raise WorkersGone(
-                    f"the Ray cluster is gone: its {name} at {host}:{port} does not answer: {silence}",
-                    kept=KEPT,
-                    next=AGAIN,
-                )
+        if silence := self._silence():
+            raise _cluster_gone(silence)
+
+    def _silence(self) -> str:
+        silences = ((name, host, port, no_answer(host, port)) for name, host, port in self._doors)
+        return next((f"its {n} at {h}:{p} does not answer: {silence}" for n, h, p, silence in silences if silence), "")
+
+
+def _cluster_gone(reason: str) -> WorkersGone:
+    return WorkersGone(f"the Ray cluster is gone: {reason}", kept=KEPT, next=AGAIN)

@@ -5,7 +5,6 @@ import importlib
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import tempfile
@@ -35,13 +34,18 @@ def doors(ray: Any) -> list[tuple[str, str, int]]:
     ]
 
 
-def start(workers: Workers) -> Path | None:
-    """Start or join a cluster; the private folder of one that was started."""
+def start(workers: Workers, folder: Path | None) -> None:
+    """Start a cluster, whose files lie in `folder`, or join the one that `workers` names."""
     with handlers_kept():  # Ray puts its own in their place
-        if workers.address is None:
-            return _start_here(workers.count)
-        _join(workers.address)
-        return None
+        if folder is not None:
+            _start_here(workers.count, folder)
+        elif workers.address is not None:
+            _join(workers.address)
+
+
+def private_folder(workers: Workers) -> Path | None:
+    """A new folder for a cluster that is to be started; None where one is joined."""
+    return None if workers.address is not None else Path(tempfile.mkdtemp(prefix="xkd-ray-", dir=_short_folder()))
 
 
 END_SECONDS: Final = 20.0
@@ -73,7 +77,7 @@ def handlers_kept(*, default: bool = False) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _start_here(count: int) -> Path:
+def _start_here(count: int, folder: Path) -> None:
     if os.environ.get("RAY_ADDRESS"):
         raise Refused(
             f"RAY_ADDRESS is set to {os.environ['RAY_ADDRESS']}, and a cluster is only joined when asked for",
@@ -91,7 +95,6 @@ def _start_here(count: int) -> Path:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # then it is loopback, elsewhere too
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="xkd-ray-", dir=_short_folder()))
     try:
         ray.init(
             num_cpus=count,
@@ -102,14 +105,12 @@ def _start_here(count: int) -> Path:
             **_quiet(),
         )
     except Exception as error:  # Ray raises just that where its processes do not come up
-        shutil.rmtree(folder, ignore_errors=True)
         raise WorkersGone(
             f"Ray did not start on this machine: {first_line(error)}", kept=KEPT, next=f"{AGAIN}, or use --workers 0"
         ) from error
     address = ray.get_runtime_context().gcs_address
     if not address.startswith(("127.", "[::1]")):
         warn(f"Ray listens on {address}, which other machines may reach; they need a token that only this run knows")
-    return folder
 
 
 def _short_folder() -> str:

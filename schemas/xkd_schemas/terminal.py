@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -114,13 +115,18 @@ _KEPT = "everything that was committed or saved so far"
 def _leave(command: str, error: XkdError) -> None:
     if os.environ.get("XKD_DEBUG"):
         traceback.print_exc()
+    tell(error, command)
+    raise SystemExit(error.exit_code)
+
+
+def tell(error: XkdError, command: str = "") -> None:
+    """Print what went wrong as every command does; `command` is by default the name of the program that runs."""
     if "--json" in sys.argv:
         kind = type(error).__name__
         parts = {"code": error.exit_code, "kind": kind, "what": error.what, "kept": error.kept, "next": error.next}
         say_json({"error": parts})
-    sys.stderr.write(f"{command}: {str(error).translate(CONTROLS)}\n")
+    sys.stderr.write(f"{command or Path(sys.argv[0]).stem}: {str(error).translate(CONTROLS)}\n")
     sys.stderr.flush()
-    raise SystemExit(error.exit_code)
 
 
 class Progress:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -77,6 +78,24 @@ def test_what_ray_runs_on_is_killed_and_the_same_command_goes_on(tmp_path: Path,
         assert "the Ray cluster is gone" in said
         assert "Kept: every committed unit. Next: run the same command again to go on" in said
     assert "Traceback" not in said
+    work("align", cache, made, IN_PROCESS)
+    assert files_of(cache) == files_of(made / "cache")
+
+
+def test_a_head_that_dies_while_ray_starts_ends_the_run_at_once_with_its_own_status(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Ray itself waits for a minute, and then ends the process with status 1."""
+    cache, made = begun(tmp_path), small_cache.made()
+
+    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:  # sockets lie there
+        monkeypatch.setenv("TMPDIR", short)
+        status, said = ray_kills.killed_in_start(cache, made, "gcs_server", 0.3)
+        left = list(Path(short).iterdir())
+
+    assert status == 69
+    assert "the Ray cluster is gone: its gcs_server died. Kept: every committed unit" in said
+    assert left == []
     work("align", cache, made, IN_PROCESS)
     assert files_of(cache) == files_of(made / "cache")
 
