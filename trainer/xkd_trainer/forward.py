@@ -104,6 +104,8 @@ def run(
     last_B = valid_BL.sum(dim=1).sub(1).clamp_min(0)
     inner = sorted({layer for layer in layers if layer != count})
     wanted = sorted({*attention_layers, count} if attention else {*attention_layers})
+    if wanted:
+        blocks_of(model)  # a family that counts otherwise would give another block's row
     with _hooked(model, inner, kept), listen(frozenset(layer - 1 for layer in wanted), last_B) as heard:
         output = backbone(model)(input_ids=ids_BL, use_cache=False)
     last_BLD: Tensor = output.last_hidden_state

@@ -85,7 +85,9 @@ def check_head(model: PreTrainedModel) -> None:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise UsageError(f"{type(model).__name__} cannot be run on token ids alone: {short(error)}") from error
+        raise UsageError(
+            f"{type(model).__name__} does not run on token ids alone, or its sizes do not fit together: {short(error)}"
+        ) from error
     embedded = model.get_input_embeddings().weight.shape[1]
     if not states_BLD.shape[-1] == head.weight_VD.shape[1] == embedded:
         raise UsageError(

@@ -22,6 +22,11 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+UNBUILDABLE: Final = (
+    ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError, ZeroDivisionError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What transformers' families raise for a configuration that they can make no model of."""
 _SUSPECT: Final = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_code"})
 
 
@@ -122,7 +127,7 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         raise InputMissing(
             f"model {name}: broken weights: {short(error)}", next="copy the model folder again"
         ) from error
-    except (ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+    except UNBUILDABLE as error:
         raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
     return model.eval()
 
@@ -190,8 +195,9 @@ def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> 
     """A fresh model from `FAMILY,key=value,...`, with random weights from torch's current seed.
 
     Args:
-        spec: e.g. "llama,layers=4,width=256". Families are transformers' model types. `layers`, `width`, `heads`
-            and `inner` (feed-forward width) are translated; other keys are configuration names.
+        spec: e.g. "llama,layers=4,width=256". Families are transformers' model types. `layers`, `width`, `heads`,
+            `kv_heads` and `inner` (feed-forward width) are translated; other keys are configuration names, and what
+            is not given is as the family has it (`head_dim` of Qwen 3 and Gemma, experts).
         vocab_size: Rows of the embedding table.
         special: bos_token_id, eos_token_id and pad_token_id of the student's tokenizer.
 
@@ -202,7 +208,7 @@ def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> 
     try:
         config = _config(family, dict(_pair(pair) for pair in pairs), {**special, "vocab_size": vocab_size})
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+    except UNBUILDABLE as error:
         raise UsageError(
             f"--student new:{spec}: {short(error.__cause__ or error)}",
             next="e.g. new:llama,layers=4,width=256 or new:gpt2,layers=4",
@@ -225,7 +231,7 @@ _SIZES: Final = {
     "width": ("hidden_size",),
     "heads": ("num_attention_heads",),
     "kv_heads": ("num_key_value_heads",),
-    "inner": ("intermediate_size", "n_inner"),
+    "inner": ("intermediate_size", "n_inner", "ffn_dim"),
 }
 """Our short names -> what configurations call them."""
 

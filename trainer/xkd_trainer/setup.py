@@ -19,7 +19,7 @@ from xkd_trainer.distiller import Distiller
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import check_model, head_of
 from xkd_trainer.methods import loss_named
-from xkd_trainer.methods.declaration import Context, Levels
+from xkd_trainer.methods.declaration import Context, Levels, constant_head
 from xkd_trainer.missing import student_table as find_table
 from xkd_trainer.models import load_model, load_tokenizer, new_model
 
@@ -66,23 +66,27 @@ def student_of(run: RunFile, tokenizer: Any) -> PreTrainedModel:
 
     Raises:
         UsageError: Its embedding table has no row for some token of the tokenizer, or it is no causal model under a
-            linear head.
+            plain linear head.
     """
     name = run.student.model
     if name.startswith("new:"):
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         torch.manual_seed(run.train.seed)
         new = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
-        check_model(new)
-        return new
-    model = load_model(name, dtype=torch.float32)
-    check_model(model)
+        return _checked(new, name)
+    model = _checked(load_model(name, dtype=torch.float32), name)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UsageError(
             f"student {name} has {rows} embeddings, its tokenizer {len(tokenizer)} tokens",
             next="use the tokenizer the model was trained with",
         )
+    return model
+
+
+def _checked(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    check_model(model)
+    constant_head(head_of(model), f"student {name}", convert=False)
     return model
 
 

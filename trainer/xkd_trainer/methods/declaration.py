@@ -180,7 +180,10 @@ def constant_head(head: Head, who: str, *, convert: bool = True) -> Head:
     With `convert`, the result is a constant in float32 on a CPU, whose bfloat16 products are slow.
     """
     if head.softcap is not None:
-        raise UsageError(f"{who} cannot use a head with soft-capped logits (cap {head.softcap})")
+        raise UsageError(
+            f"{who} cannot use a head with soft-capped logits (cap {head.softcap})",
+            next="take a model without a cap, such as Gemma 1 or 3",
+        )
     weight_VD, bias_V = head.weight_VD, head.bias_V
     if head.scale != 1.0:
         weight_VD, bias_V = weight_VD * head.scale, None if bias_V is None else bias_V * head.scale
