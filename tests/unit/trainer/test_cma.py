@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import slow_dwa as slow
 from xkd_trainer.losses.cma import MASKED, align_scores, attend
@@ -16,14 +18,21 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
     return query, key, student, teacher
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_both_directions_agree_with_loops(seed: int) -> None:
-    query, key, student, teacher = batch(seed)
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4),
+)
+def test_both_directions_agree_with_loops(seed: int, sizes: list[tuple[int, int]]) -> None:
+    student, teacher = (torch.arange(max(side)) < torch.tensor(side)[:, None] for side in zip(*sizes, strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    query, key = (
+        torch.randn(*valid.shape, 6, generator=generator, dtype=torch.float64) for valid in (student, teacher)
+    )
 
     scores = align_scores(query, key, student, teacher)
 
-    for b in range(3):
-        n, m = int(student[b].sum()), int(teacher[b].sum())
+    for b, (n, m) in enumerate(sizes):
         forth = slow.attention(query[b, :n].tolist(), key[b, :m].tolist())
         back = slow.attention(key[b, :m].tolist(), query[b, :n].tolist())
         torch.testing.assert_close(attend(scores, "teacher")[b, :n, :m], torch.tensor(forth, dtype=torch.float64))

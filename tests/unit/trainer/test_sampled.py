@@ -9,6 +9,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from xkd_pipeline.draws import drawn, uniforms
@@ -18,9 +20,9 @@ from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
 from xkd_trainer.losses.sampled import head_sampled_kl, sampled_kl
 
 
-def some(positions: int = 5, classes: int = 9, k: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def some(positions: int = 5, classes: int = 9, k: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Student logits, ids, weights that add up to 1, entropies; float64."""
-    generator = torch.Generator().manual_seed(classes + k)
+    generator = torch.Generator().manual_seed(seed + classes + k)
     logits_NV = torch.randn(positions, classes, generator=generator, dtype=torch.float64)
     ids_Nk = torch.rand(positions, classes, generator=generator).argsort(-1)[:, :k].sort(-1).values
     weights_Nk = torch.rand(positions, k, generator=generator, dtype=torch.float64)
@@ -35,8 +37,12 @@ def draws_of(teacher_NV: Tensor, seed: int, k: int) -> tuple[Tensor, Tensor, Ten
     return ids_Nk, weights_Nk, torch.distributions.Categorical(logits=teacher_NV).entropy()
 
 
-def test_it_is_the_sum_over_drawn_classes() -> None:
-    logits_NV, ids_Nk, weights_Nk, entropy_N = some()
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31), positions=st.integers(0, 6), classes=st.integers(2, 9), k=st.integers(1, 9)
+)  # fmt: skip
+def test_it_is_the_sum_over_drawn_classes(seed: int, positions: int, classes: int, k: int) -> None:
+    logits_NV, ids_Nk, weights_Nk, entropy_N = some(positions, classes, min(k, classes), seed)
 
     slow = []
     for logits, ids, weights, entropy in zip(
@@ -47,8 +53,9 @@ def test_it_is_the_sum_over_drawn_classes() -> None:
         slow[-1] -= entropy
 
     torch.testing.assert_close(sampled_kl(logits_NV, ids_Nk, weights_Nk, entropy_N), torch.tensor(slow).double())
-    student = LazyLogits(hidden=logits_NV, weight=torch.eye(9, dtype=torch.float64))
-    assert float(head_sampled_kl(student, ids_Nk, weights_Nk, entropy_N)) == pytest.approx(math.fsum(slow), rel=1e-12)
+    student = LazyLogits(hidden=logits_NV, weight=torch.eye(classes, dtype=torch.float64))
+    summed = head_sampled_kl(student, ids_Nk, weights_Nk, entropy_N)
+    assert float(summed) == pytest.approx(math.fsum(slow), rel=1e-10, abs=1e-10)
 
 
 @pytest.mark.parametrize("bias", [False, True])
