@@ -546,6 +546,17 @@ def test_every_setting_changes_something(loss: str, settings: dict[str, Any]) ->
     assert all(math.isfinite(value) for value in changed.values())
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_number_of_the_settings_may_be_infinite_or_none_at_all(loss: str) -> None:
+    defaults = LOSSES[loss].parse({})
+    numbers = [name for name, value in defaults if isinstance(value, float)]
+    for name in numbers:
+        for value in (math.inf, -math.inf, math.nan):
+            with pytest.raises(UsageError, match=name):
+                LOSSES[loss].parse({name: value})
+    assert numbers or loss in ("ce", "rskd", "uld")
+
+
 @torch.no_grad()
 def test_warm_ups_end_at_their_step() -> None:
     settings = {"band_warmup_steps": 3, "gate_warmup_steps": 3, "dtw_warmup_steps": 3}

@@ -34,7 +34,7 @@ class AlmSettings(BaseModel):
 
     The authors' cross-entropy is kl plus a constant of the teacher.
     """
-    temperature: float = Field(default=100.0, gt=0)
+    temperature: float = Field(default=100.0, gt=0, allow_inf_nan=False)
     """tau. Code: 100. kl_limit does not read it."""
     scaled: bool = True
     """Multiply by tau, so that alm keeps its size against ce when tau changes. Code: False."""

@@ -36,13 +36,13 @@ class FddSettings(BaseModel):
     those whose states are in the cache; the last layer is always one of them."""
     student_layers: tuple[Layer, ...] = ()
     """Student blocks, one for each picked layer. Empty: those at the same depth."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """tau: divides all logits; no factor of its square."""
-    final: float = Field(default=1.0, ge=0)
+    final: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Weight of L_final; 0 turns it off."""
-    trajectory: float = Field(default=1.0, ge=0)
+    trajectory: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Weight of L_trajectory; 0 turns it off."""
-    derivative: float = Field(default=1.0, ge=0)
+    derivative: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Weight of L_derivative; 0 turns it off."""
 
 

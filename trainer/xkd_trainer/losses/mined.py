@@ -29,7 +29,7 @@ class MinedSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    temperature: float = Field(default=2.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """tau, for the one-hot positions too. DSKD's code: 2. No tau squared in front, as in that code."""
     vocabulary: Literal["nearest", "exact"] = "nearest"
     """Which teacher class stands for a student class. nearest: least edit distance, so every class has one (paper).

@@ -27,9 +27,9 @@ class MtaSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lambda_dsa: float = Field(default=2.0, ge=0)
+    lambda_dsa: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     """Weight of DSA. Paper: 2 for GPT-2 and Qwen1.5, 3 for OPT; 0 turns it off."""
-    lambda_hid: float = Field(default=0.2, ge=0)
+    lambda_hid: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     """Weight of Hid. Paper: 0.2, and 0.3 for OPT. The code has one weight, w (DSA + Hid / 10); 0 turns it off."""
     student_pooling: Literal["own", "teacher", "uniform"] = "own"
     """Token weights that pool the student's spans (eq. 8 leaves it open).

@@ -37,15 +37,15 @@ class SraSettings(BaseModel):
     later scripts: three, two apart. L_Geo and L_KD read the last."""
     student_layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Student blocks, one for each of `layers` below the last, lowest first. Empty: those at the same depth."""
-    beta: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    beta: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
     """Weight of each layer in L_cos, lowest first, the last one included; divided by their sum. Empty: all alike."""
-    cos: float = Field(default=1.0, ge=0)
+    cos: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Weight of L_cos. First code: 1, the first author's later code: 2."""
-    geo: float = Field(default=50.0, ge=0)
+    geo: float = Field(default=50.0, ge=0, allow_inf_nan=False)
     """Weight of L_Geo. Code: 50; scripts for TinyLLaMA and OPT: 10."""
-    tau: float = Field(default=2.0, gt=0)
+    tau: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """Temperature of L_KD. Code: 2, and 4 for OPT. No tau squared in front, as in the code."""
-    p: float = Field(default=1.0, ge=0)
+    p: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Power of a span's mass in its loss weight. Code: 1. 0: every span alike."""
     weights: Literal["attention", "centrality", "uniform"] = "attention"
     """Token weights a_t of each layer. attention: what the last valid token attends to in that block, heads summed
