@@ -34,6 +34,10 @@ ROWS, STEPS = 4, 2
 OTHER, SAME = "bpe-4k", "smollm2-own"
 """Student tables: with the demo's tokenizer, and with the teacher's own."""
 TOKENIZERS = {OTHER: "tokenizer", SAME: "teacher"}
+EVERYWHERE: dict[str, dict[str, object]] = {
+    "losses.dskd_cma": {"correct_only": False}, "losses.dskd_v2": {"agreement": False}
+}  # fmt: skip
+"""For losses side by side: a new student is never right or of one mind, and 0 is not compared with 0."""
 
 
 def run_of(cache: Path, corpus: Path, table: str, out: str = "", loss: str = "ce") -> RunFile:
@@ -52,6 +56,7 @@ def run_of(cache: Path, corpus: Path, table: str, out: str = "", loss: str = "ce
             "loss": f"ce=0,{loss}" if loss != "ce" else "ce", "steps": STEPS, "batch_size": ROWS, "out": out,
             "lr": 1e-4, "projector_lr": 1e-4, "log_every": 1,
         },
+        **(EVERYWHERE if loss.count(",") else {}),
     )  # fmt: skip
 
 
@@ -98,4 +103,5 @@ def test_every_term_from_the_cache_is_the_one_from_the_live_teacher(table: str, 
 
     assert {name.partition(".")[0] for name in cached} >= set(losses) - {"ce"}
     for name, value in online.items():
-        assert cached[name] == pytest.approx(value, rel=0.01, abs=1e-3), name
+        assert value > 1e-3, name
+        assert cached[name] == pytest.approx(value, rel=0.01), name
