@@ -368,6 +368,35 @@ def test_the_weights_that_pool_the_students_spans_are_constants() -> None:
     torch.testing.assert_close(weights_BS.sum(1), torch.ones(len(ROWS)))
 
 
+d, D = 16, 32
+"""Widths of the tiny student and teacher."""
+LINEAR = {
+    "mta": {f"projectors.{level}": (D, d, True) for level in ("2:word", "3:phrase", "4:phrase")},
+    "sra": {"projector": (D, d, False)},
+    "dwa": {"t2s": (d, D, True), "s2t": (D, d, True), "query": (2 * D, 2 * d, True), "embed_t2s": (d, D, True)},
+    "dskd_cma": {"t2s": (d, D, True), "s2t": (D, d, True), "query": (2 * D, 2 * d, True)},
+    "dskd_v2": {"t2s": (d, D, False)},
+}
+"""Width out, width in, bias: METHODS 1.5, 2.3, 3.5, 4.2 and 4.3."""
+
+
+@pytest.mark.parametrize("loss", LINEAR)
+def test_projectors_are_single_linear_layers_of_the_papers_shapes(loss: str) -> None:
+    module = ready(loss)[0].distiller.losses[loss]
+
+    expected = {f"{name}.weight": (out, into) for name, (out, into, _) in LINEAR[loss].items()}
+    expected |= {f"{name}.bias": (out,) for name, (out, _, bias) in LINEAR[loss].items() if bias}
+    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == expected
+
+
+def test_the_projector_of_sra_starts_by_xaviers_uniform_rule() -> None:
+    weight_Dd = ready("sra")[0].distiller.losses["sra"].projector.weight.detach()
+
+    bound = math.sqrt(6 / (d + D))
+    assert 0.95 * bound < float(weight_Dd.abs().max()) <= bound
+    assert float(weight_Dd.std()) == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
 @pytest.mark.parametrize("loss", ALL)
 def test_nothing_of_the_teacher_is_a_parameter_or_saved(loss: str) -> None:
     made, _ = ready(loss)
