@@ -59,22 +59,23 @@ class Distiller(nn.Module):
             The micro-batch's share of the step's loss (scalar with gradient), and each term's share of its own mean,
             unweighted and without gradient.
         """
-        embedded: list[Tensor] = []
+        looked_up: list[tuple[Tensor, int]] = []
         table = self.student.get_input_embeddings()
         plain = type(table).forward is nn.Embedding.forward  # others scale what they look up (Gemma)
 
         def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             if plain:
-                embedded.append(output)
+                looked_up.append((output, output._version))
 
         with table.register_forward_hook(keep):
             states = run(
                 self.student, batch.student_ids_BS, batch.student_valid_BS, layers=self._layers,
                 attention=self._attention, attention_layers=self._attention_layers,
             )  # fmt: skip
+        embedded = next((rows for rows, version in looked_up if rows._version == version), None)  # CTRL writes in them
         with torch.autocast(device_type=states.last_BLD.device.type, enabled=False):
             states = states.as_float32()
-            passed = StudentPass(batch, states, head_of(self.student), table.weight, embedded[0] if embedded else None)
+            passed = StudentPass(batch, states, head_of(self.student), table.weight, embedded)
             return self._losses(batch, passed, denominators, step)
 
     def _losses(

@@ -44,24 +44,41 @@ class States:
         return replace(self, last_BLD=self.last_BLD.float(), layers=layers)
 
 
-def _check_states(model: PreTrainedModel, layer: int, found: Tensor | None, last_BLD: Tensor) -> None:
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """What a block returned."""
+
+    states: Tensor
+    version: int
+    """torch's count of writes into it by then; tensors of inference mode have none."""
+
+    def is_as_returned(self) -> bool:
+        """Whether nobody wrote into the states since."""
+        return self.states.is_inference() or self.states._version == self.version
+
+
+def _checked(model: PreTrainedModel, layer: int, found: _Output | None, last_BLD: Tensor) -> Tensor:
     """Projectors and columns are made for the shape of the last states; in OPT-350m and Gemma 3n blocks differ."""
-    if found is None or found.shape != last_BLD.shape:
-        what = "no states" if found is None else f"states of shape {tuple(found.shape)}"
-        raise UsageError(
-            f"{type(model).__name__}: block {layer} gives {what} where its last states are {tuple(last_BLD.shape)}",
-            next=LAST_STATES_ONLY,
-        )
+    if found is not None and found.states.shape == last_BLD.shape and found.is_as_returned():
+        return found.states
+    what = f"states of shape {tuple(found.states.shape)}" if found else "no states"
+    if found is not None and not found.is_as_returned():
+        what = "states that a later block writes into"
+    raise UsageError(
+        f"{type(model).__name__}: block {layer} gives {what} where its last states are {tuple(last_BLD.shape)}",
+        next=LAST_STATES_ONLY,
+    )
 
 
 @contextlib.contextmanager
-def _hooked(model: PreTrainedModel, layers: Sequence[int], into: dict[int, Tensor]) -> Iterator[None]:
+def _hooked(model: PreTrainedModel, layers: Sequence[int], into: dict[int, _Output]) -> Iterator[None]:
     blocks = blocks_of(model) if layers else nn.ModuleList()
     handles = []
     for layer in layers:
 
         def keep(_module: nn.Module, _inputs: Any, output: Any, layer: int = layer) -> None:
-            into[layer] = output[0] if isinstance(output, tuple | list) else output
+            states = output[0] if isinstance(output, tuple | list) else output
+            into[layer] = _Output(states, 0 if states.is_inference() else states._version)
 
         handles.append(blocks[layer - 1].register_forward_hook(keep))
     try:
@@ -100,17 +117,16 @@ def run(
     for layer in (*layers, *attention_layers):
         if not 1 <= layer <= count:
             raise UsageError(f"layer {layer} does not exist: {type(model).__name__} has layers 1 to {count}")
-    kept: dict[int, Tensor] = {}
+    outputs: dict[int, _Output] = {}
     last_B = valid_BL.sum(dim=1).sub(1).clamp_min(0)
     inner = sorted({layer for layer in layers if layer != count})
     wanted = sorted({*attention_layers, count} if attention else {*attention_layers})
     if wanted:
         blocks_of(model)  # a family that counts otherwise would give another block's row
-    with _hooked(model, inner, kept), listen(frozenset(layer - 1 for layer in wanted), last_B) as heard:
+    with _hooked(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), last_B) as heard:
         output = backbone(model)(input_ids=ids_BL, use_cache=False)
     last_BLD: Tensor = output.last_hidden_state
-    for layer in inner:
-        _check_states(model, layer, kept.get(layer), last_BLD)
+    kept = {layer: _checked(model, layer, outputs.get(layer), last_BLD) for layer in inner}
     if count in layers:
         kept[count] = last_BLD
     rows: dict[int, Tensor] = {}

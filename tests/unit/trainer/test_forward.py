@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
 import tiny_models as tiny
@@ -70,6 +71,25 @@ def test_the_attention_row_sums_to_one_over_the_tokens_of_each_document() -> Non
 def test_a_layer_that_does_not_exist_is_refused(layer: int) -> None:
     with pytest.raises(UsageError, match=rf"layer {layer} does not exist: LlamaForCausalLM has layers 1 to 2"):
         run(tiny.llama("byte_level"), *tiny.ids_and_valid((3,), 500), layers=(layer,))
+
+
+def test_states_that_a_later_block_writes_into_are_refused() -> None:
+    model = tiny.llama("byte_level")
+    blocks_of(model)[1].register_forward_pre_hook(lambda _module, given: (given[0].mul_(2.0), *given[1:]))
+
+    with torch.no_grad(), pytest.raises(UsageError, match=r"block 1 gives states that a later block writes into"):
+        run(model, *tiny.ids_and_valid((3,), 500), layers=(1,))
+
+
+def test_a_list_inside_a_block_is_never_taken_for_the_blocks() -> None:
+    model = tiny.llama("byte_level", layers=3)
+    model.model.layers[0].experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(2)])
+    model.config.num_hidden_layers = 2
+
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM: found no list of 2 blocks"):
+        run(model, *tiny.ids_and_valid((3,), 500), layers=(1,))
+    with pytest.raises(UsageError, match=r"found no list of 2 blocks"):
+        run(model, *tiny.ids_and_valid((3,), 500), attention=True)
 
 
 def test_a_family_whose_attention_is_not_looked_up_by_name_shows_none_and_never_a_uniform_row() -> None:

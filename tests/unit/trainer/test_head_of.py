@@ -83,6 +83,32 @@ def test_a_model_whose_logits_are_no_linear_head_is_refused() -> None:
         check_head(model)
 
 
+class Capped(nn.Linear):
+    """A head with a cap that no configuration tells: far above these logits, it changes them by a hundredth."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(states)
+        cap = 6.0 * float(logits.abs().max())
+        return cap * (logits / cap).tanh()
+
+
+def test_a_small_difference_of_the_logits_is_noticed() -> None:
+    model = of_family("llama", tie_word_embeddings=False)
+    capped = Capped(16, 40, bias=False)
+    capped.weight = model.get_output_embeddings().weight
+    model.set_output_embeddings(capped)
+
+    with pytest.raises(UsageError, match=r"no linear head on its last states \(off by 0\.0"):
+        check_head(model)
+
+
+def test_the_cap_of_recurrent_gemma_is_read_by_the_name_it_has_there() -> None:
+    model = of_family("recurrent_gemma", block_types=["attention"], attention_window_size=4, lru_width=16)
+
+    assert head_of(model).softcap == 30.0
+    check_head(model)
+
+
 def test_a_model_without_a_head_is_refused() -> None:
     with pytest.raises(UsageError, match=r"LlamaModel has no linear language-model head"):
         head_of(tiny.llama("byte_level").base_model)

@@ -1,0 +1,199 @@
+"""Tiny random models of causal families, and what is to be had of each: `python -m tests.families` prints Markdown.
+
+test_families.py measures every entry; the table of docs/families.md is this one.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY: Final = 500
+
+SIZES: Final[Mapping[str, Any]] = {
+    "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 32,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48,
+    "n_inner": 48, "ffn_dim": 48, "ffn_hidden_size": 48, "max_position_embeddings": 128, "sliding_window": 4,
+    "window_size": 4, "attention_window_size": 4, "lru_width": 32, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 2, "topk_group": 1,
+    "shared_expert_intermediate_size": 24, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY, "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 8,
+    "mamba_d_head": 8, "mamba_n_groups": 1, "hidden_dropout": 0.0, "attention_dropout": 0.0, "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dropout": 0.0, "activation_dropout": 0.0, "attn_pdrop_prob": 0.0,
+}  # fmt: skip
+"""What a family has of these is set, so that a document of 14 tokens is longer than every window."""
+
+ALL: Final = (-1,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model type with its settings, and what is expected of it."""
+
+    kind: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    outer: Mapping[str, Any] | None = None
+    """Of a model that has its text model's settings in `text_config`: the others."""
+    inner: bool = True
+    """Whether states of inner layers can be read."""
+    shift: int = 0
+    """transformers' own list of hidden states begins so many blocks late."""
+    rows: tuple[int, ...] = ALL
+    """Blocks with an attention row that can be read, from 1; the last one counts for SRA's default."""
+    refused: str = ""
+    """Words of the refusal, as teacher and as student."""
+    capped: bool = False
+    """Soft-capped logits: no student, and no teacher of SRA and DWA."""
+
+    def tiny(self, vocabulary: int) -> PretrainedConfig:
+        """The configuration."""
+        shape = AutoConfig.for_model(self.kind).get_text_config()
+        settings = {key: value for key, value in SIZES.items() if _is_number(shape, key)} | dict(self.config)
+        settings |= {key: vocabulary for key in ("vocab_size", "vocab_size_per_layer_input") if key in settings}
+        if self.outer is not None:
+            return AutoConfig.for_model(self.kind, text_config=settings, **self.outer)
+        return AutoConfig.for_model(self.kind, **settings)
+
+    def tells_last_row(self) -> bool:
+        """Whether the last block shows an attention row."""
+        return self.rows == ALL or self.config.get("num_hidden_layers", SIZES["num_hidden_layers"]) in self.rows
+
+    def made(self, vocabulary: int = VOCABULARY) -> PreTrainedModel:
+        """The model, float32, with weights large enough that attention and predictions are far from uniform."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.tiny(vocabulary))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.02))
+        return model.eval()
+
+
+def _is_number(config: PretrainedConfig, key: str) -> bool:
+    """Whether a configuration has a number of that name that can be set; some vary from layer to layer."""
+    if isinstance(getattr(type(config), key, None), property):
+        return False
+    try:
+        return isinstance(getattr(config, key, None), int | float)
+    except RuntimeError:
+        return False
+
+
+def _plain(*kinds: str) -> dict[str, Family]:
+    return {kind: Family(kind=kind) for kind in kinds}
+
+
+_MLA: Final = {"head_dim": 4, "num_key_value_heads": 4}
+_LINEAR: Final = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+                  "linear_value_head_dim": 8, "num_hidden_layers": 4}  # fmt: skip
+_MAMBAS: Final = {"layer_types": ["mamba", "mamba", "attention"], "num_key_value_heads": 2}
+_SHARED_KEYS: Final = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    **_plain(
+        "gpt2", "gpt_bigcode", "gpt_neox", "ctrl", "opt", "biogpt", "llama", "mistral", "ministral3", "mixtral",
+        "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma3_text", "phi", "phi3", "phimoe", "stablelm",
+        "starcoder2", "persimmon", "olmo", "olmo2", "olmo3", "olmoe", "granite", "granitemoe", "cohere", "cohere2",
+        "smollm3", "glm", "glm4", "ernie4_5", "seed_oss", "helium", "exaone4", "arcee", "gpt_oss",
+        "llama4_text", "minimax_m2", "bitnet",
+    ),
+    "opt, norms after": Family(kind="opt", config={"do_layer_norm_before": False}),
+    "opt, narrow embeddings (350m)": Family(
+        kind="opt", config={"word_embed_proj_dim": 16, "do_layer_norm_before": False}, inner=False
+    ),
+    "qwen2, windows from layer 2": Family(kind="qwen2", config={"use_sliding_window": True, "max_window_layers": 1}),
+    "nemotron": Family(kind="nemotron", config={"num_key_value_heads": 2, "head_dim": 8}),
+    "deepseek_v2": Family(kind="deepseek_v2", config={**_MLA, "num_experts_per_tok": 2}),
+    "deepseek_v3": Family(kind="deepseek_v3", config=_MLA),
+    "minicpm3": Family(kind="minicpm3", config=_MLA),
+    "gemma3, with images": Family(
+        kind="gemma3",
+        outer={"vision_config": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 14,
+                                 "intermediate_size": 16, "patch_size": 14}, "mm_tokens_per_image": 1},
+    ),
+    "gemma2": Family(kind="gemma2", capped=True),
+    "gemma3n_text": Family(
+        kind="gemma3n_text", config={**_SHARED_KEYS, "activation_sparsity_pattern": None, "laurel_rank": 4},
+        inner=False, capped=True,
+    ),
+    "gemma4_text": Family(kind="gemma4_text", config={**_SHARED_KEYS, "head_dim": 8, "global_head_dim": 8,
+                                                      "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "nanochat": Family(kind="nanochat", capped=True),
+    "falcon": Family(kind="falcon", rows=()),
+    "falcon, alibi": Family(kind="falcon", config={"alibi": True}, rows=()),
+    "falcon, grouped keys": Family(
+        kind="falcon", config={"new_decoder_architecture": True, "num_kv_heads": 2}, rows=()
+    ),
+    "bloom": Family(kind="bloom", rows=()),
+    "mpt": Family(kind="mpt", rows=()),
+    "gpt_neo": Family(kind="gpt_neo", config={"attention_types": [[["global", "local"], 2]], "num_hidden_layers": 4},
+                      rows=()),
+    "gptj": Family(kind="gptj", config={"rotary_dim": 4}, rows=()),
+    "codegen": Family(kind="codegen", config={"rotary_dim": 4}, rows=()),
+    "xglm": Family(kind="xglm", rows=()),
+    "openai-gpt": Family(kind="openai-gpt", rows=()),
+    "diffllama": Family(kind="diffllama", rows=()),
+    "mamba": Family(kind="mamba", shift=1, rows=()),
+    "mamba2": Family(kind="mamba2", config={"num_heads": 8, "head_dim": 8, "n_groups": 1}, shift=1, rows=()),
+    "falcon_mamba": Family(kind="falcon_mamba", shift=1, rows=()),
+    "rwkv": Family(kind="rwkv", shift=1, rows=()),
+    "recurrent_gemma": Family(
+        kind="recurrent_gemma", config={"block_types": ["recurrent", "recurrent", "attention"]}, rows=(3,), capped=True
+    ),
+    "bamba": Family(kind="bamba", config={"attn_layer_indices": [2]}, rows=(3,)),
+    "jamba": Family(kind="jamba", config={"attn_layer_offset": 2, "attn_layer_period": 3}, rows=(3,)),
+    "granitemoehybrid": Family(kind="granitemoehybrid", config=_MAMBAS, rows=(3,)),
+    "lfm2": Family(kind="lfm2", config={"layer_types": ["conv", "full_attention", "full_attention"]}, rows=(2, 3)),
+    "qwen3_next": Family(kind="qwen3_next", config=_LINEAR, rows=(4,)),
+    "qwen3_5_text": Family(kind="qwen3_5_text", config=_LINEAR, rows=(4,)),
+    "bert": Family(kind="bert", refused="no linear head on its last states"),
+    "roberta": Family(kind="roberta", refused="no linear head on its last states"),
+    "modernbert-decoder": Family(kind="modernbert-decoder", refused="no linear head on its last states"),
+    "electra": Family(kind="electra", refused="its head takes 128"),
+    "bert-generation": Family(kind="bert-generation", refused="depend on tokens that come later"),
+    "bert-generation, is_decoder": Family(kind="bert-generation", config={"is_decoder": True}),
+    "xlm": Family(kind="xlm", refused="depend on tokens that come later"),
+    "reformer": Family(
+        kind="reformer",
+        config={
+            "is_decoder": True, "num_attention_heads": 2, "attention_head_size": 16, "axial_pos_embds_dim": [16, 16],
+            "axial_pos_shape": [8, 8], "max_position_embeddings": 64, "attn_layers": ["local", "local"],
+        },
+        refused="its last states are 64 wide",
+    ),
+}  # fmt: skip
+"""By the name that the table gives it."""
+
+HERE: Final = {name: family for name, family in FAMILIES.items() if family.kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+"""Those that this transformers ships."""
+
+
+def row_of(name: str, family: Family) -> str:
+    """One line of the table."""
+    if family.refused:
+        return f"| {name} | refused: {family.refused} | | |"
+    rows = "every block" if family.rows == ALL else ", ".join(map(str, family.rows)) or "refused"
+    states = "every block" if family.inner else "last"
+    student = "refused: soft-capped head" if family.capped else "yes"
+    if not family.capped and not family.rows:
+        student = "yes, SRA with `weights=uniform`"
+    if not family.capped and not family.inner:
+        student = "yes, with losses of the last states"
+    return f"| {name} | {states} | {rows} | {student} |"
+
+
+def table() -> str:
+    """The Markdown table."""
+    head = "| family | states | attention row | as student |\n|---|---|---|---|\n"
+    return head + "\n".join(row_of(*item) for item in FAMILIES.items()) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

@@ -1,0 +1,228 @@
+"""What the trainer reads of every family of families.py, against transformers' own states and eager attention maps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import tiny_models as tiny
+from families import ALL, HERE, VOCABULARY, Family, table
+from xkd_schemas.errors import UsageError
+from xkd_trainer.batch import Batch
+from xkd_trainer.distiller import Distiller
+from xkd_trainer.forward import blocks_of, num_layers, rehearse, run
+from xkd_trainer.head import check_model, head_of
+from xkd_trainer.methods.declaration import StudentPass
+from xkd_trainer.models import load_model, new_model
+from xkd_trainer.setup import Ready, set_up
+from xkd_trainer.stream import batch_of
+
+LENGTHS = (9, 1, 6, 14)
+UNIFORM = r"Next: use weights that need no attention map: --set losses\.sra\.weights=uniform"
+
+
+def those(which: Callable[[Family], object]) -> pytest.MarkDecorator:
+    """The families of this transformers for which it is so, by name."""
+    return pytest.mark.parametrize("name", [name for name, family in HERE.items() if which(family)])
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return tiny.ids_and_valid(LENGTHS, VOCABULARY)
+
+
+def close(found: Tensor, expected: Tensor, what: str) -> None:
+    """Equal within rounding of numbers as large as the largest."""
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0.0, atol=1e-4, msg=what)
+
+
+@those(lambda f: not f.refused)
+@torch.no_grad()
+def test_a_saved_teacher_has_the_states_and_logits_of_each_document_alone(name: str, tmp_path: Path) -> None:
+    family, (ids_BL, valid_BL) = HERE[name], batch()
+    family.made().save_pretrained(tmp_path)
+    model, alone = load_model(str(tmp_path), dtype=torch.float32), family.made()
+    alone.set_attn_implementation("eager")
+    check_model(model)
+    count = num_layers(model)
+
+    states = run(model, ids_BL, valid_BL, layers=range(1, count + 1) if family.inner else ())
+
+    for row, length in enumerate(LENGTHS):
+        one = alone(input_ids=ids_BL[row : row + 1, :length], output_hidden_states=True, use_cache=False)
+        for layer, found in states.layers.items():
+            index = layer if layer == count else layer - family.shift
+            close(found[row, :length], one.hidden_states[index][0], f"layer {layer} of document {row}")
+        close(head_of(model)(states.last_BLD[row, :length]), one.logits[0], f"logits of document {row}")
+
+
+@those(lambda f: f.rows and not f.refused)
+@torch.no_grad()
+def test_attention_rows_are_those_of_the_eager_maps_and_listening_changes_no_bit(name: str) -> None:
+    family, (ids_BL, valid_BL) = HERE[name], batch()
+    model, alone = family.made(), family.made()
+    alone.set_attn_implementation("eager")
+    count = num_layers(model)
+    layers = tuple(range(1, count + 1)) if family.rows == ALL else family.rows
+
+    before, names = run(model, ids_BL, valid_BL).last_BLD, dict(ALL_ATTENTION_FUNCTIONS)
+
+    rehearse(model, attention=count in layers, attention_layers=layers)
+    states = run(model, ids_BL, valid_BL, attention_layers=layers)
+
+    assert torch.equal(before[valid_BL], states.last_BLD[valid_BL])
+    assert dict(ALL_ATTENTION_FUNCTIONS) == names
+    for row, length in enumerate(LENGTHS):
+        maps = alone(input_ids=ids_BL[row : row + 1, :length], output_attentions=True, use_cache=False).attentions
+        maps = maps if len(maps) == len(layers) else [maps[layer - 1] for layer in layers]
+        for layer, map_1HLL in zip(layers, maps, strict=True):
+            row_L = map_1HLL[0, :, length - 1].sum(0)
+            found = states.attention_layers[layer][row]
+            torch.testing.assert_close(found[:length], row_L / row_L.sum(), rtol=0.0, atol=1e-5, msg=f"block {layer}")
+            assert float(found[length:].abs().sum()) == 0.0
+    for layer in set(range(1, count + 1)) - set(layers):
+        with pytest.raises(UsageError, match=rf"no attention map in (block {layer}|its last block)\. {UNIFORM}"):
+            run(model, ids_BL, valid_BL, attention_layers=(layer,))
+
+
+@those(lambda f: not f.rows)
+def test_a_family_that_shows_no_attention_says_so_in_one_line_before_anything_runs(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"(no|several) attention maps? in its last block\. {UNIFORM}") as caught:
+        rehearse(HERE[name].made(), attention=True)
+
+    assert "\n" not in str(caught.value)
+
+
+@those(lambda f: not f.inner)
+def test_inner_layers_of_another_shape_are_refused(name: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"block 1 gives states of shape .* Next: use losses that read no inner layer"
+    ):
+        rehearse(HERE[name].made(), layers=(1,))
+
+
+@those(lambda f: f.refused)
+def test_what_is_no_causal_model_under_a_linear_head_is_refused(name: str) -> None:
+    model = HERE[name].made().train()
+
+    with pytest.raises(UsageError, match=HERE[name].refused) as caught:
+        check_model(model)
+
+    assert "\n" not in str(caught.value)
+    assert model.training
+
+
+# Students
+
+
+@those(lambda f: not f.refused and not f.capped)
+def test_a_student_learns_from_ce_mta_sra_and_dwa_and_comes_back_from_disk(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = HERE[name]
+    passes = seen_by_losses(monkeypatch)
+    made = distiller(family, "ce,mta,sra,dwa" if family.inner else "ce,sra,dwa", tmp_path / "student")
+    model, one = made.distiller.student, batch_of(made.cache, (3, 19, 0), made.wanted)
+
+    loss, _ = made.distiller(one, made.distiller.counts(one), 0)
+    loss.backward()
+
+    slopes = [p.grad for p in model.parameters() if p.grad is not None]
+    assert torch.isfinite(loss)
+    assert all(bool(torch.isfinite(slope).all()) for slope in slopes)
+    assert sum(bool(slope.abs().sum() > 0) for slope in slopes) > 0.6 * len(slopes) > 10
+    table_Vd = model.get_input_embeddings().weight
+    assert table_Vd.grad is not None
+    assert float(table_Vd.grad.abs().sum()) > 0
+    rows_BNd, valid_BN = passes[0].target_embeddings_BNd, one.predict_valid_BN
+    assert torch.equal(rows_BNd[valid_BN], table_Vd[one.target_BN][valid_BN])
+
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    model.eval().save_pretrained(tmp_path / "trained")
+    again = load_model(str(tmp_path / "trained"), dtype=torch.float32)
+    ids_BL, valid_BL = batch()
+    close(logits(again, ids_BL, valid_BL), logits(model, ids_BL, valid_BL), "logits")
+
+
+def seen_by_losses(monkeypatch: pytest.MonkeyPatch) -> list[StudentPass]:
+    """What losses are given from now on."""
+    seen: list[StudentPass] = []
+    plain = Distiller._losses
+
+    def watched(self: Distiller, one: Batch, passed: StudentPass, *rest: Any) -> Any:
+        seen.append(passed)
+        return plain(self, one, passed, *rest)
+
+    monkeypatch.setattr(Distiller, "_losses", watched)
+    return seen
+
+
+def distiller(family: Family, loss: str, folder: Path) -> Ready:
+    """A student of the family on the session's cache; SRA's weights are uniform where it shows no last row."""
+    family.made(len(tiny.tokenizer_of(tiny.STUDENT_TOKENIZER))).save_pretrained(folder)
+    sra = {} if family.tells_last_row() else {"weights": "uniform"}
+    made = tiny.tiny_cache().run(
+        loss=loss, losses={"sra": sra}, student__model=str(folder), student__tokenizer=str(tiny.tiny_cache().student)
+    )
+    return set_up(made, "")
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids_BL: Tensor, valid_BL: Tensor) -> Tensor:
+    return head_of(model)(run(model, ids_BL, valid_BL).last_BLD[valid_BL])
+
+
+@those(lambda f: f.capped)
+def test_a_student_with_a_soft_capped_head_is_refused_before_anything_runs(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"student .* cannot use a head with soft-capped logits \(cap \d"):
+        distiller(HERE[name], "ce", tmp_path)
+
+
+NEW = (
+    "gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "gpt_neox", "stablelm",
+    "starcoder2", "olmo2", "granite", "cohere2", "smollm3", "bloom", "mpt", "falcon", "xglm", "gpt_bigcode",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_a_new_student_of_a_family_has_the_sizes_asked_for_and_passes_the_checks(kind: str) -> None:
+    special: dict[str, int | None] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    model = new_model(f"{kind},layers=2,width=32,heads=4", vocab_size=101, special=special)
+
+    check_model(model)
+
+    assert len(blocks_of(model)) == num_layers(model) == 2
+    assert tuple(model.get_input_embeddings().weight.shape) == (101, 32)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("bert,layers=2,width=32", "no linear head on its last states"),
+        ("gptj,layers=2,width=32,heads=4", "its sizes do not fit together"),
+        ("gemma2,layers=2,width=32", "soft-capped logits"),
+        ("reformer,layers=2", "is_decoder=True"),
+        ("prophetnet,layers=2", "num_decoder_layers"),
+        ("marian,layers=2,width=32,heads=4", "found no list of 2 blocks"),
+    ],
+)
+def test_new_students_that_cannot_be_used_are_refused_in_one_line(spec: str, message: str) -> None:
+    run_file = tiny.tiny_cache().run(
+        loss="ce,sra", student__model=f"new:{spec}", student__tokenizer=str(tiny.tiny_cache().student)
+    )
+
+    with pytest.raises(UsageError, match=message) as caught:
+        set_up(run_file, "")
+
+    assert "\n" not in str(caught.value)
+
+
+def test_the_table_of_the_docs_is_the_one_that_is_tested() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "families.md").read_text(encoding="utf-8")
+
+    assert table() in text
