@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -135,6 +135,25 @@ def test_a_bias_of_the_call_is_added_to_the_scores() -> None:
 
     scores_HL = 0.5 * torch.einsum("he,hle->hl", query_BHLE[1, :, 1], key_BKLE[1]) + bias_1HLL[0, :, 1]
     torch.testing.assert_close(row_BHL[1, :, :2], scores_HL[:, :2].softmax(-1))
+
+
+@torch.no_grad()
+def test_dropout_of_an_eager_map_is_not_in_its_row_and_stays_in_the_output() -> None:
+    config = Gemma2Config(
+        vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, attention_dropout=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, (ids_BL, valid_BL) = Gemma2ForCausalLM(config), tiny.ids_and_valid(LENGTHS, 40)
+
+    def heard(training: bool) -> tuple[Tensor, Tensor]:
+        with listen(frozenset([0]), valid_BL.sum(1) - 1) as rows:
+            output = model.train(training).base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        return rows.rows[0], output
+
+    (row_BHL, dropped_BLD), (expected_BHL, whole_BLD) = heard(training=True), heard(training=False)
+    assert torch.equal(row_BHL, expected_BHL)
+    assert not torch.allclose(dropped_BLD, whole_BLD)
 
 
 @torch.no_grad()
