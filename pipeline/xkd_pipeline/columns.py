@@ -66,14 +66,21 @@ def token_columns(tokens: TokenBlock) -> dict[str, Any]:
     }
 
 
+def extended_counts(tokens: TokenBlock) -> dict[str, int]:
+    """Tokens with characters that a normaliser merged, swapped or deleted, and the documents these are in."""
+    return {"extended": int(tokens.extended.sum()), "extended_documents": int((tokens.extended > 0).sum())}
+
+
 def token_counts(texts: Sequence[str], tokens: TokenBlock) -> dict[str, int]:
-    """Totals over one unit: tokens, targets, cut documents, and documents by status."""
+    """Totals over one unit: tokens, targets, cut documents, documents by status, and extended intervals if any."""
     lengths = zip(tokens.statuses, tokens.num_chars.tolist(), texts, strict=True)
     counts = {
         "tokens": len(tokens.ids),
         "targets": int(tokens.targets.sum()),
         "cut": sum(status == OK and num_chars < len(text) for status, num_chars, text in lengths),
     }
+    if tokens.extended.any():
+        counts |= extended_counts(tokens)
     for status in tokens.statuses:
         counts[f"status:{status}"] = counts.get(f"status:{status}", 0) + 1
     return dict(sorted(counts.items()))

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from xkd_pipeline.columns import extended_counts
 from xkd_pipeline.sample import Sample, reasons
 from xkd_pipeline.show import render
 from xkd_schemas.alignment_batch import align_all
@@ -124,6 +125,7 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
         "special_tokens": special_differences(teacher.tokenizer, student.tokenizer),
         "normaliser": {"teacher": normaliser_of(teacher.tokenizer), "student": normaliser_of(student.tokenizer)},
         "fertility": {"teacher": fertility(theirs, documents), "student": fertility(ours, documents)},
+        "extended": {"teacher": extended_counts(theirs), "student": extended_counts(ours)},
         "unusable": {"teacher": _reasons(theirs), "student": _reasons(ours)},
         "cut": {"teacher": _cut(theirs, documents), "student": _cut(ours, documents)},
         "aligned_documents": len(usable),

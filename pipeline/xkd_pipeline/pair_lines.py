@@ -27,6 +27,12 @@ def pair_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"{token['token']}: teacher {token['teacher']!r}, student {token['student']!r}"
     if not found["special_tokens"]:
         yield "special tokens: the same strings"
+    for side, other in found["extended"].items():
+        if other["extended"]:
+            yield (
+                f"{side}: extended intervals: {other['extended']} tokens of {other['extended_documents']} documents, "
+                "over what its normaliser merges, swaps or deletes"
+            )
     for side, faults in found["unusable"].items():
         for status, fault in faults.items():
             yield f"{side} cannot use {fault['documents']} documents ({status}): {fault['means']}"

@@ -213,6 +213,7 @@ def _rejects(documents: Table) -> Iterator[dict[str, str]]:
 
 def _cuts(manifest: Manifest) -> Iterator[tuple[str, str, int]]:
     titles = {"cut": "cut at the longest length", "cut_below_teacher": "cut before the teacher's cut"}
+    titles |= {"extended": "tokens with extended intervals", "extended_documents": "documents with such tokens"}
     for name in sorted({name for c in manifest.commits for name in c.counts}):
         if name.startswith("status:") and name != f"status:{OK}":
             yield manifest.table, f"without tokens: {name.removeprefix('status:')}", manifest.count(name)

@@ -107,8 +107,8 @@ def teacher_stage(run: RunFile, workers: Workers) -> Outcome:
     tokens = m.count("tokens")
     kept = ", ".join(m.spec["signals"])
     line = f"{tokens} tokens, {size / 1e6:.1f} MB ({size / max(1, tokens):.0f} bytes a token), kept: {kept}"
-    line += _codec_error(m) + _unusable(m)
-    values = {"tokens": tokens, "bytes": size, "signals": list(m.spec["signals"])}
+    line += _codec_error(m) + _extended(m) + _unusable(m)
+    values = {"tokens": tokens, "bytes": size, "signals": list(m.spec["signals"]), "extended": m.count("extended")}
     return _outcome(built, line, values | {"codec_error": m.constants.get("codec_error", {})})
 
 
@@ -127,9 +127,10 @@ def align_stage(run: RunFile, workers: Workers, *, teacher: str = "") -> Outcome
     m = built.manifest
     targets, exact, spans = m.count("targets"), m.count("exact_pairs"), m.count("spans")
     values = {"tokens": m.count("tokens"), "targets": targets, "spans": spans, "exact_pairs": exact}
+    values["extended"] = m.count("extended")
     line = (
         f"{values['tokens']} student tokens, {spans} aligned spans, "
-        f"{100 * exact / max(1, spans):.1f} % of them one token to one{_unusable(m)}"
+        f"{100 * exact / max(1, spans):.1f} % of them one token to one{_extended(m)}{_unusable(m)}"
     )
     return _outcome(built, line, values)
 
@@ -155,6 +156,11 @@ def _codec_error(manifest: Any) -> str:
     coded = error and manifest.spec["codec"] != PLAIN
     said = f"; codec {manifest.spec['codec']}: largest relative error {max(error.values()):.2g}{kl}" if coded else ""
     return said + "".join(f"; {name}: off by {value:.2g}, right on average" for name, value in draws.items())
+
+
+def _extended(manifest: Any) -> str:
+    tokens, documents = manifest.count("extended"), manifest.count("extended_documents")
+    return f"; extended intervals: {tokens} tokens of {documents} documents" if tokens else ""
 
 
 def _unusable(manifest: Any) -> str:

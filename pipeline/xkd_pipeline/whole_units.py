@@ -82,6 +82,7 @@ def tokens_of(shard: Shard) -> TokenBlock:
         spans=_lists(columns["token_spans"]).values,
         kinds=_lists(columns["token_kinds"]).values,
         targets=_lists(columns["targets"]).values,
+        extended=np.zeros(len(ids), np.int32),
     )
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from xkd_schemas.blocks import DocumentBlock, Int64s, TokenBlock
+from xkd_schemas.explained import explained
 from xkd_schemas.flat import firsts
-from xkd_schemas.intervals import Read, content_intervals
+from xkd_schemas.intervals import Read
+from xkd_schemas.normalised import Normalised
 from xkd_schemas.tokenizers import Encoded
 from xkd_schemas.tokens import CONTENT, END, TEMPLATE, Bools, Int32s
 
@@ -30,6 +32,7 @@ def assembled(
     block: DocumentBlock,
     num_chars: Int32s,
     encode: Callable[[Sequence[str]], Encoded],
+    normalised: Normalised,
     frames: Sequence[Sequence[Frame]],
     start_id: int,
 ) -> TokenBlock:
@@ -41,6 +44,7 @@ def assembled(
         block: Documents whose texts, up to `num_chars`, are valid Unicode.
         num_chars: [R] int32
         encode: Ids and offsets of texts.
+        normalised: Of the tokenizer that encodes.
         frames: One for each segment of each document.
         start_id: The start token.
     """
@@ -49,13 +53,11 @@ def assembled(
     ends_G = np.minimum(stop_G, num_chars[document_G])
     places = zip(document_G.tolist(), start_G.tolist(), ends_G.tolist(), strict=True)
     encoded = encode([block.texts[d][start:end] for d, start, end in places])
-    spans_C2, statuses = content_intervals(
-        Read(
-            texts=[text[:n] for text, n in zip(block.texts, num_chars.tolist(), strict=True)],
-            document_G=document_G, segments_G2=np.stack([start_G, ends_G], axis=1), offsets_C2=encoded.offsets,
-            first=encoded.first,
-        )
+    read = Read(
+        texts=[text[:n] for text, n in zip(block.texts, num_chars.tolist(), strict=True)], document_G=document_G,
+        segments_G2=np.stack([start_G, ends_G], axis=1), offsets_C2=encoded.offsets, first=encoded.first,
     )  # fmt: skip
+    intervals = explained(read, encoded.ids, normalised)
     numbers = np.bincount(document_G, minlength=len(block)).tolist()
     framed = [frame for own, n in zip(frames, numbers, strict=True) for frame in own[:n]]
     before = [frame.before for frame in framed]
@@ -76,12 +78,13 @@ def assembled(
     ids_T[kinds_T == CONTENT] = encoded.ids
     ids_T[kinds_T == END] = end_G[has_end_G]
     spans_T2 = np.full((len(kinds_T), 2), -1, np.int32)
-    spans_T2[kinds_T == CONTENT] = spans_C2
+    spans_T2[kinds_T == CONTENT] = intervals.spans_C2
     spans_T2[kinds_T == END] = stop_G[has_end_G, None]
     targets_P = np.stack([np.zeros_like(target_G), target_G, target_G], axis=1).reshape(-1)
     return TokenBlock(
-        statuses=statuses, num_chars=num_chars, first=firsts(_sums(counts_G3.sum(axis=1), document_G, len(block))),
-        ids=ids_T, spans=spans_T2, kinds=kinds_T, targets=np.repeat(targets_P, counts_P),
+        statuses=intervals.statuses, extended=intervals.extended_R, num_chars=num_chars, ids=ids_T, spans=spans_T2,
+        first=firsts(_sums(counts_G3.sum(axis=1), document_G, len(block))), kinds=kinds_T,
+        targets=np.repeat(targets_P, counts_P),
     )  # fmt: skip
 
 

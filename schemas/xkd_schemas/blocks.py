@@ -116,6 +116,8 @@ class TokenBlock(Sequence[Tokens]):
     """[T]"""
     targets: Bools
     """[T]"""
+    extended: Int32s
+    """[R] as `Tokens.extended`."""
 
     @staticmethod
     def of(rows: Iterable[Tokens]) -> "TokenBlock":
@@ -131,6 +133,7 @@ class TokenBlock(Sequence[Tokens]):
             spans=np.concatenate([np.zeros((0, 2), np.int32), *(row.spans for row in rows)]),
             kinds=np.concatenate([np.zeros(0, np.uint8), *(row.kinds for row in rows)]),
             targets=np.concatenate([np.zeros(0, np.bool_), *(row.targets for row in rows)]),
+            extended=np.array([row.extended for row in rows], np.int32),
         )
 
     def __len__(self) -> int:
@@ -151,6 +154,7 @@ class TokenBlock(Sequence[Tokens]):
         return Tokens(
             status=self.statuses[number], num_chars=int(self.num_chars[number]), ids=self.ids[own],
             spans=self.spans[own], kinds=self.kinds[own], targets=self.targets[own],
+            extended=int(self.extended[number]),
         )  # fmt: skip
 
     @functools.cached_property
@@ -176,13 +180,14 @@ class TokenBlock(Sequence[Tokens]):
         if usable_R.all():
             return TokenBlock(
                 statuses=statuses, num_chars=self.num_chars, first=self.first, ids=self.ids, spans=self.spans,
-                kinds=self.kinds, targets=self.targets,
+                kinds=self.kinds, targets=self.targets, extended=self.extended,
             )  # fmt: skip
         counts = np.diff(self.first)
         keep_T = np.repeat(usable_R, counts)
         return TokenBlock(
             statuses=statuses, num_chars=self.num_chars, first=firsts(counts * usable_R), ids=self.ids[keep_T],
             spans=self.spans[keep_T], kinds=self.kinds[keep_T], targets=self.targets[keep_T],
+            extended=self.extended * usable_R,
         )  # fmt: skip
 
 

@@ -4,8 +4,10 @@ Segments are encoded one by one, so segment borders are token borders in every m
 interval leaves out the blanks glued to a token's front ("Ġw", "▁w"); a token of blanks only keeps them. Pieces of one
 character share its interval, and so does a lone "▁" that a tokenizer puts before a first character.
 
-What a tokenizer does to a text may be beyond repair (a normaliser that drops characters, offsets that go back). Such
-a document gets no tokens and a reason from REASONS; it is never half used and never raises.
+Characters that a normaliser merges, swaps or deletes are given to the tokens they became part of or stood beside
+(`explained`), and such tokens are counted. What a tokenizer does to a text may still be beyond repair (a segment
+without tokens, offsets that go back). Such a document gets no tokens and a reason from REASONS; it is never half used
+and never raises.
 
 Shape legend for this file
     R documents    G segments of all documents    T tokens of a row
@@ -24,6 +26,7 @@ from xkd_schemas.blocks import DocumentBlock, Int64s, TokenBlock, pieces_of
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError
 from xkd_schemas.intervals import cut_point
+from xkd_schemas.normalised import Normalised
 from xkd_schemas.rows import WORKER_KILLED
 from xkd_schemas.surfaces import Surfaces
 from xkd_schemas.templates import Layout, layout, template_named
@@ -37,7 +40,7 @@ REASONS: Final = {
     "lone_surrogate": "the text holds half of a surrogate pair, which no tokenizer takes",
     "outside_text": "a token's interval leaves its segment or is turned round",
     "offsets_not_monotone": "a token starts or ends before the one in front of it",
-    "uncovered_characters": "the tokenizer drops characters that are not blank",
+    "uncovered_characters": "characters that are not blank are in no token, and its normaliser does not tell why",
     "no_target": "no segment of the document is a target, or the targets give no token",
     WORKER_KILLED: "a process that worked on the document died, every time",
     "no_target_after_cut": "cut to the longest length, the text has no target left",
@@ -77,6 +80,10 @@ class Encoder:
     @functools.cached_property
     def _surfaces(self) -> Surfaces:
         return Surfaces(self.tokenizer)
+
+    @functools.cached_property
+    def _normalised(self) -> Normalised:
+        return Normalised(self.tokenizer)
 
     def identity(self) -> dict[str, Any]:
         """What the tokens depend on, for a plan: the tokenizer's identity, the template's name, the length."""
@@ -134,7 +141,8 @@ class Encoder:
 
     def _assembled(self, block: DocumentBlock, num_chars: Int32s) -> TokenBlock:
         """The texts up to `num_chars` in their frames; `statuses` are the faults of the intervals."""
-        return assembled(block, num_chars, self._surfaces.encode, self._frames_of(block), self._start_id())
+        encode, frames = self._surfaces.encode, self._frames_of(block)
+        return assembled(block, num_chars, encode, self._normalised, frames, self._start_id())
 
     def _frames_of(self, block: DocumentBlock) -> list[tuple[Frame, ...]]:
         """The frames of every document, looked up once for those with the same roles."""

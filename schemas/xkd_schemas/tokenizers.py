@@ -65,7 +65,12 @@ def encode_texts(tokenizer: FastTokenizer, texts: Sequence[str]) -> Encoded:
             f"{name_of(tokenizer)}: this tokenizer gives no character offsets (it is a slow, pure-Python one)",
             next="use a model whose folder has a tokenizer.json",
         )
-    encodings = plain_backend(tokenizer).encode_batch(list(texts), add_special_tokens=False)
+    return encoded_by(plain_backend(tokenizer), texts)
+
+
+def encoded_by(backend: Any, texts: Sequence[str]) -> Encoded:
+    """`encode_texts` by a tokenizer of the tokenizers library, set by `plain`."""
+    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
     ids = [encoding.ids for encoding in encodings]
     first = firsts([len(found) for found in ids])
     size, chain = int(first[-1]), itertools.chain.from_iterable
@@ -79,7 +84,11 @@ def encode_texts(tokenizer: FastTokenizer, texts: Sequence[str]) -> Encoded:
 
 def plain_backend(tokenizer: FastTokenizer) -> Any:
     """The tokenizer of the tokenizers library, set to neither truncate nor pad nor know special tokens in a text."""
-    backend = tokenizer.backend_tokenizer
+    return plain(tokenizer.backend_tokenizer)
+
+
+def plain(backend: Any) -> Any:
+    """The same tokenizer of the tokenizers library, set so."""
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:

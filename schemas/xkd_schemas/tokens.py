@@ -67,6 +67,8 @@ class Tokens:
     """[T]"""
     targets: Bools
     """[T]"""
+    extended: int = 0
+    """Tokens with characters that the tokenizer's normaliser merged, swapped or deleted; counted, not stored."""
 
 
 def spans_read(intervals_K2: Int32s, num_chars: int) -> Int32s:

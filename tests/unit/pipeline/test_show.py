@@ -97,12 +97,12 @@ def test_east_asian_text_and_emoji_keep_the_columns() -> None:
 
 
 def test_a_row_without_tokens_says_why() -> None:
-    document = document_of([("text", "a\x00b", True)], source="d", line=1)
+    document = document_of([("text", "\x00\x07", True)], source="d", line=1)
 
     picture = drawn(document, kinds=("byte_level", "wordpiece"))
 
     assert "teacher: no tokens (uncovered_characters)" in picture
-    assert "a\\x00b" in picture
+    assert "\\x00\\x07" in picture
 
 
 def test_a_cut_is_said() -> None:

@@ -1,0 +1,78 @@
+"""Where a normaliser may swap or drop marks, so that offsets that cover a text stand at the wrong ones.
+
+Canonical order sorts the marks behind a letter by their class (Unicode Standard, section 3.11, D108 to D109); the
+offsets of the tokenizers library stay in the old order. A mark that merges with the last letter of what was a ligature
+takes that letter's place in its offsets. And its SentencePiece normaliser looks up a letter with its marks as one
+string, takes the longest beginning that it knows for all of it, and is one off after what it deletes.
+
+Shape legend for this file
+    N texts    L characters of all texts
+"""
+
+import functools
+import unicodedata
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from xkd_schemas.flat import firsts
+from xkd_schemas.tokens import Bools
+
+LAST_CODE: Final = 0x1FFFF
+"""Characters behind it are no marks and end in none."""
+
+
+class Classes(NamedTuple):
+    """What is looked up for each character up to LAST_CODE."""
+
+    first: npt.NDArray[np.uint8]
+    """Combining class of the first character of its compatibility decomposition; 0 for what is no mark."""
+    last: npt.NDArray[np.uint8]
+    """Of the last character."""
+    follows: Bools
+    """It may join the character before it or vanish behind it."""
+    changes: Bools
+    """NFKC or folding its case changes it."""
+
+
+@functools.cache
+def classes() -> Classes:
+    """The tables, made once in a process."""
+    size = LAST_CODE + 1
+    found = Classes(np.zeros(size, np.uint8), np.zeros(size, np.uint8), np.zeros(size, bool), np.zeros(size, bool))
+    for code in range(size):
+        char = chr(code)
+        parts = unicodedata.normalize("NFKD", char) if unicodedata.decomposition(char) else char
+        found.first[code], found.last[code] = unicodedata.combining(parts[0]), unicodedata.combining(parts[-1])
+        joins = unicodedata.category(char)[0] in "MC" or found.first[code] > 0
+        found.follows[code] = joins and not char.isspace()
+        found.changes[code] = char.casefold() != char or unicodedata.normalize("NFKC", char) != char
+    return found
+
+
+def doubtful(texts: Sequence[str], *, deep: bool) -> Bools:
+    """In which texts [N] marks stand that a normaliser may swap, or merge unseen with a part of what is before them.
+
+    Args:
+        texts: Valid Unicode.
+        deep: The normaliser takes apart what is only compatible, such as a ligature, or looks strings up in a map.
+
+    >>> [doubtful(["e\\u0301", "q\\u0301\\u0323", "\\ufb01\\u0300"], deep=deep).tolist() for deep in (False, True)]
+    [[False, True, False], [False, True, True]]
+    """
+    found = np.zeros(len(texts), np.bool_)
+    numbers = [n for n, text in enumerate(texts) if not text.isascii()]
+    if not numbers:
+        return found
+    codes_L = np.frombuffer("\n".join([texts[n] for n in numbers]).encode("utf-32-le"), np.uint32)
+    known = classes()
+    at = np.flatnonzero((known.follows if deep else known.first).take(codes_L, mode="clip"))
+    code, before = (np.minimum(codes_L[places], LAST_CODE) for places in (at, np.maximum(at - 1, 0)))
+    bad = (known.first[code] > 0) & (known.last[before] > known.first[code])
+    if deep:
+        bad |= known.changes[before]
+    ends = firsts([len(texts[n]) + 1 for n in numbers])[1:]
+    found[np.array(numbers)[np.searchsorted(ends, at[bad], side="right")]] = True
+    return found

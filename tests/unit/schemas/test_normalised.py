@@ -1,0 +1,273 @@
+"""Intervals behind normalisers stand for what the token says, whatever form the text is in."""
+
+import itertools
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import NormalizedString, Regex, normalizers
+
+import four_tokenizers
+from hostile_text import hostile_texts
+from normalising_tokenizers import NORMALISING, denormal_texts, normalising
+from xkd_schemas.alignment import align
+from xkd_schemas.documents import Document, document_of
+from xkd_schemas.encode import Encoder
+from xkd_schemas.explained import explained
+from xkd_schemas.intervals import Read, content_intervals
+from xkd_schemas.normalised import LONGEST_PART, REACHES, Known, Normalised
+from xkd_schemas.surfaces import BYTE_OF
+from xkd_schemas.tokenizers import Encoded, encode_texts, encoded_by
+from xkd_schemas.tokens import CONTENT, OK, Tokens
+
+
+def encoder_of(kind: str) -> Encoder:
+    return Encoder(tokenizer=normalising(kind), template="none", max_tokens=100_000)
+
+
+def lone(text: str) -> Document:
+    return document_of([("text", text, True)], source="t", line=1)
+
+
+def groups(tokens: Tokens) -> list[tuple[int, int, list[int]]]:
+    """Characters and ids of the content tokens, those that share a character together."""
+    found: list[tuple[int, int, list[int]]] = []
+    at = tokens.kinds == CONTENT
+    for (start, end), number in zip(tokens.spans[at].tolist(), tokens.ids[at].tolist(), strict=True):
+        if found and start < found[-1][1]:
+            first, last, ids = found.pop()
+            found.append((min(first, start), max(last, end), [*ids, number]))
+        else:
+            found.append((start, end, [number]))
+    return found
+
+
+def spelled(kind: str, ids: list[int]) -> str | None:
+    """What these tokens say, by the vocabulary; None where one says nothing certain."""
+    tokens = normalising(kind).convert_ids_to_tokens(ids)
+    if "<unk>" in tokens:
+        return None
+    if kind in ("qwen", "nfd", "bytes"):
+        return bytes(BYTE_OF[c] for token in tokens for c in token).decode()
+    if kind in ("bert", "cased"):
+        return "".join(token.removeprefix("##") for token in tokens)
+    parts = [bytes([int(t[3:5], 16)]) if len(t) == 6 and t.startswith("<0x") else t.encode() for t in tokens]
+    return b"".join(parts).decode().replace("▁", " ")
+
+
+def said(kind: str, text: str) -> str:
+    """The text as the tokenizer's normaliser writes it."""
+    written = str(normalising(kind).backend_tokenizer.normalizer.normalize_str(text))
+    return bytes(BYTE_OF[c] for c in written).decode() if kind == "bytes" else written.replace("▁", " ")
+
+
+def solid(text: str) -> str:
+    return "".join(text.replace("▁", " ").split())
+
+
+@pytest.mark.parametrize("kind", NORMALISING)
+@settings(deadline=None, max_examples=70)
+@given(text=st.one_of(denormal_texts, hostile_texts))
+def test_intervals_are_in_order_cover_the_text_and_say_what_their_tokens_say(kind: str, text: str) -> None:
+    tokens = encoder_of(kind).encode(lone(text))
+
+    if tokens.status != OK:
+        return
+    spans = tokens.spans[tokens.kinds == CONTENT]
+    assert (np.diff(spans, axis=0) >= 0).all()
+    assert (spans >= 0).all()
+    assert (spans[:, 0] <= spans[:, 1]).all()
+    assert (spans <= len(text)).all()
+    covered = {at for start, end in spans.tolist() for at in range(start, end)}
+    assert all(char.isspace() or at in covered for at, char in enumerate(text))
+    for start, end, ids in groups(tokens):
+        own = spelled(kind, ids)
+        if own is not None:
+            assert solid(own) == solid(said(kind, text[start:end])), (start, end, ids)
+
+
+@pytest.mark.parametrize("kind", ["qwen", "nfkc", "prepended", "t5"])
+@settings(deadline=None, max_examples=40)
+@given(text=denormal_texts)
+def test_a_boundary_shared_with_a_tokenizer_that_changes_nothing_cuts_nothing_that_was_merged(
+    kind: str, text: str
+) -> None:
+    """The parts on both sides of it are normalised as the whole is."""
+    plain = Encoder(tokenizer=four_tokenizers.tokenizer_of("byte_level"), template="none", max_tokens=100_000)
+    document = lone(text)
+    changed, raw = encoder_of(kind).encode(document), plain.encode(document)
+
+    ours, _ = align(changed, raw, np.array([len(text)], np.int32))
+
+    normalise = normalising(kind).backend_tokenizer.normalizer.normalize_str
+    for end in changed.spans[ours[changed.kinds[ours[:, 0]] == CONTENT][:, 1] - 1, 1].tolist():
+        apart = normalise(text[:end]) + normalise(text[end:])
+        assert solid(apart) == solid(normalise(text)), end
+
+
+@pytest.mark.parametrize("kind", NORMALISING)
+@settings(deadline=None, max_examples=25)
+@given(texts=st.lists(st.one_of(denormal_texts, hostile_texts), max_size=6))
+def test_what_the_library_gets_right_stays_as_it_is(kind: str, texts: list[str]) -> None:
+    encoded = encode_texts(normalising(kind), texts)
+    places = np.array([(0, len(text)) for text in texts], np.int32).reshape(-1, 2)
+    read = Read(
+        texts=texts, document_G=np.arange(len(texts)), segments_G2=places, offsets_C2=encoded.offsets,
+        first=encoded.first,
+    )  # fmt: skip
+    normalised = Normalised(normalising(kind))
+
+    spans, statuses, extended = explained(read, encoded.ids, normalised)
+
+    library, before = content_intervals(read)
+    for n, (start, end) in enumerate(itertools.pairwise(encoded.first.tolist())):
+        own, was = spans[start:end], library[start:end]
+        if before[n] == OK and not normalised.doubtful([texts[n]])[0]:
+            assert (statuses[n], extended[n], own.tolist()) == (OK, 0, was.tolist())
+        assert extended[n] == (own != was).any(axis=1).sum()
+        assert statuses[n] in (OK, before[n])
+
+
+@pytest.mark.parametrize("kind", ["qwen", "nfkc", "bytes", "prepended", "t5"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tiếng Việt, được nhiều người dùng",
+        "La fête a été très réussie",
+        "한국어를 공부합니다",
+        "ガギグ パピプ",
+        "мой чай, ёлка",
+    ],
+)
+def test_decomposed_text_gives_the_tokens_of_the_composed_and_their_characters(kind: str, text: str) -> None:
+    """Every character's decomposition stands where the character stood."""
+    parts = [unicodedata.normalize("NFD", char) for char in text]
+    at = np.cumsum([0, *map(len, parts)])
+
+    composed, decomposed = (encoder_of(kind).encode(lone(t)) for t in (text, "".join(parts)))
+
+    if kind == "t5":  # whose map knows nothing of three characters that are one
+        assert decomposed.status == OK
+        return
+    assert composed.extended == 0 < decomposed.extended
+    assert decomposed.ids.tolist() == composed.ids.tolist()
+    content = composed.kinds == CONTENT
+    assert decomposed.spans[content].tolist() == at[composed.spans[content]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "spans"),
+    [
+        ("bert", "th\u200be", [(0, 4)]),
+        ("bert", "the \u200blamp", [(0, 3), (4, 9)]),
+        ("bert", "the\u200b lamp", [(0, 4), (5, 9)]),
+        ("bert", "the \u200b\u200c lamp", [(0, 6), (7, 11)]),
+        ("bert", "\u200b \u200b lamp", [(0, 8)]),
+        ("bert", "lamp, \ufeff", [(0, 4), (4, 7)]),
+        ("bert", "\u0301lamp\u0301\u0301,", [(0, 7), (7, 8)]),
+        ("albert", "the a\u0301", [(0, 3), (3, 4), (4, 6)]),
+    ],
+)
+def test_what_vanishes_joins_what_it_touches(kind: str, text: str, spans: list[tuple[int, int]]) -> None:
+    tokens = encoder_of(kind).encode(lone(text))
+
+    assert [(start, end) for start, end, _ in groups(tokens)] == spans
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert", "t5"])
+def test_a_segment_of_which_nothing_is_left_is_rejected_as_before(kind: str) -> None:
+    gone = "\x07" if kind == "t5" else "\u0301"
+    document = document_of([("prompt", gone, False), ("response", "the lamp", True)], source="t", line=1)
+
+    tokens = encoder_of(kind).encode(document)
+
+    assert (tokens.status, len(tokens.ids), tokens.extended) == ("uncovered_characters", 0, 0)
+
+
+def with_normaliser(normaliser: object) -> Encoder:
+    tokenizer = four_tokenizers.fresh("byte_level")
+    tokenizer.backend_tokenizer.normalizer = normaliser
+    return Encoder(tokenizer=tokenizer, template="none", max_tokens=100_000)
+
+
+class Dropping:
+    """A normaliser written in Python, which the library cannot write down."""
+
+    def normalize(self, text: NormalizedString) -> None:
+        text.filter(lambda char: char != "x")
+
+
+def test_a_normaliser_written_in_python_is_not_explained() -> None:
+    encoder = with_normaliser(normalizers.Normalizer.custom(Dropping()))
+
+    assert encoder.encode(lone("a x b")).status == "uncovered_characters"
+    assert encoder.encode(lone("a b")).status == OK
+
+
+@pytest.mark.parametrize(("size", "status"), [(LONGEST_PART - 1, OK), (LONGEST_PART + 1, "uncovered_characters")])
+def test_text_that_is_merged_over_long_stretches_is_not_explained(size: int, status: str) -> None:
+    marks = ("\u0301\u0323" * LONGEST_PART)[: size - 1]
+
+    tokens = encoder_of("qwen").encode(lone(f"a e{marks} a"))
+
+    assert tokens.status == status
+    assert status != OK or [2, 2 + size] in tokens.spans.tolist()
+
+
+def test_text_normalised_by_what_stands_far_away_is_not_explained() -> None:
+    far = max(REACHES) + 1
+    encoder = with_normaliser(normalizers.Replace(Regex(f"x(?=.{{{far}}}!)"), ""))
+
+    assert encoder.encode(lone("ax" + far * "-" + "!")).status == "uncovered_characters"
+    assert encoder.encode(lone("ax" + far * "-" + "?")).status == OK
+
+
+def test_a_tokenizer_that_cuts_the_normalised_text_otherwise_is_not_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one with dropout does."""
+    encoder = encoder_of("qwen")
+    assert encoder.encode(lone("e\u0301")).status == OK
+
+    def other(backend: object, texts: list[str]) -> Encoded:
+        found = encoded_by(backend, texts)
+        return found._replace(ids=found.ids + 1)
+
+    monkeypatch.setattr("xkd_schemas.normalised.encoded_by", other)
+
+    assert encoder.encode(lone("e\u0301")).status == "uncovered_characters"
+
+
+def test_a_bad_document_changes_no_other_of_its_batch_and_segments_keep_their_places() -> None:
+    texts = ["the lamp", "e\u0301 a\u0323", "\u0301\u0323", "it was", ""]
+    documents = [
+        document_of([("prompt", "Ａ\u200b", False), ("response", t, True)], source="t", line=1) for t in texts
+    ]
+    encoder = encoder_of("bert")
+
+    for row, document in zip(encoder.encode_batch(documents), documents, strict=True):
+        alone = encoder.encode(document)
+        assert (row.status, row.extended, row.spans.tolist()) == (alone.status, alone.extended, alone.spans.tolist())
+
+
+def test_what_is_known_of_short_strings_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xkd_schemas.normalised.MOST_KNOWN", 3)
+    asked: list[str] = []
+    known = Known(lambda key: asked.append(key) or key.upper())
+
+    assert [known[key] for key in "abcabcd"] == list("ABCABCD")
+    assert asked == list("abcd")
+    assert list(known) == ["d"]
+
+
+@settings(deadline=None, max_examples=40)
+@given(text=denormal_texts, limit=st.integers(0, 12))
+def test_a_cut_text_is_the_text_up_to_the_cut(text: str, limit: int) -> None:
+    encoder = encoder_of("qwen")
+    limit = min(limit, len(text))
+
+    part, own = encoder.encode(lone(text), limit), encoder.encode(lone(text[:limit]))
+
+    content = part.kinds == CONTENT
+    assert part.spans[content].tolist() == own.spans[own.kinds == CONTENT].tolist()
+    assert part.extended == own.extended
