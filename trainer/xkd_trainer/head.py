@@ -28,8 +28,8 @@ class Head:
     """Logits become softcap * tanh(logits / softcap) (Gemma 2 and later)."""
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] in the states' dtype."""
-        logits_NV = torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
+        """Logits [N, V] in the weight's dtype; states of some families (Mamba) are float32 under any weights."""
+        logits_NV = torch.nn.functional.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:

@@ -117,6 +117,17 @@ def test_what_is_no_causal_model_under_a_linear_head_is_refused(name: str) -> No
     assert model.training
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gemma2", "gpt_oss", "granite", "bloom", "mamba", "recurrent_gemma"]
+)
+def test_rounding_of_half_precision_is_no_reason_to_refuse_a_model(name: str, dtype: torch.dtype) -> None:
+    model = HERE[name].made().to(dtype)
+
+    check_model(model)
+    rehearse(model, layers=(1, 3), attention=HERE[name].tells_last_row())
+
+
 # Students
 
 
