@@ -4,7 +4,7 @@ What it cannot leave out are three products with a full head: the projected teac
 the projected student with the teacher's, both there and back, and the teacher's own logits.
 
 Shape legend for this file
-    P predictions    V classes    D width
+    P predictions    C predictions of a chunk    V classes    D width
 """
 
 import functools
@@ -76,25 +76,29 @@ def unavoidable(step: Step, chunk_bytes: int) -> Callable[[], None]:
     student_VD = step.ready.distiller.student.get_output_embeddings().weight.detach()
     teacher_VD = constant_head(step.ready.cache.head(), "benchmark").weight_VD
     students, teachers = int(step.batch.predict_valid_BN.sum()), int(step.batch.teacher_predict_valid_BM.sum())
-    there = [torch.randn(n, w.shape[1]) for n, w in ((students, student_VD), (teachers, teacher_VD))]
+    sides = [(torch.randn(n, w.shape[1]), w) for n, w in ((students, student_VD), (teachers, teacher_VD))]
+    kept = [torch.empty(rows_at_once(*side, chunk_bytes), len(side[1])) for side in sides]
 
     def products() -> None:
-        there_and_back(there[0], student_VD, chunk_bytes)
-        there_and_back(there[1], teacher_VD, chunk_bytes)
-        there_and_back(there[1], teacher_VD, chunk_bytes, back=False)
+        there_and_back(*sides[0], kept[0])
+        there_and_back(*sides[1], kept[1])
+        there_and_back(*sides[1], kept[1], back=False)
 
     return products
 
 
+def rows_at_once(hidden_PD: Tensor, weight_VD: Tensor, chunk_bytes: int) -> int:
+    """Positions of a chunk of logits."""
+    return min(len(hidden_PD), max(1, chunk_bytes // (4 * len(weight_VD))))
+
+
 @torch.no_grad()
-def there_and_back(hidden_PD: Tensor, weight_VD: Tensor, chunk_bytes: int, *, back: bool = True) -> None:
+def there_and_back(hidden_PD: Tensor, weight_VD: Tensor, logits_CV: Tensor, *, back: bool = True) -> None:
     """Logits, and from numbers of their shape the gradient of the states."""
-    rows = min(len(hidden_PD), max(1, chunk_bytes // (4 * weight_VD.shape[0])))
-    logits_PV = torch.empty(rows, weight_VD.shape[0])
-    for chunk_PD in hidden_PD.split(rows):
-        torch.mm(chunk_PD, weight_VD.T, out=logits_PV[: len(chunk_PD)])
+    for chunk_PD in hidden_PD.split(len(logits_CV)):
+        torch.mm(chunk_PD, weight_VD.T, out=logits_CV[: len(chunk_PD)])
         if back:
-            logits_PV[: len(chunk_PD)] @ weight_VD
+            logits_CV[: len(chunk_PD)] @ weight_VD
 
 
 def _measured(name: str, pair: Pair, options: Options) -> list[Result]:

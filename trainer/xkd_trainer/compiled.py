@@ -1,9 +1,12 @@
-"""How our CPU kernels are compiled."""
+"""How our CPU kernels are compiled, how they read the bits of a float, and how their rows are shared out."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
+from numba.core import types
+from numba.extending import intrinsic
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -12,3 +15,48 @@ def compiled(function: Callable[..., Any]) -> Any:
     A product and a sum may become one instruction, which rounds once; no other liberty is taken with floats.
     """
     return numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+
+
+def compiled_sums(function: Callable[..., Any]) -> Any:
+    """`compiled`, and a sum may be taken in any order, as many numbers at a time as a vector register holds.
+
+    So the last bit differs between kinds of processors, never between two runs on one. Not for what a cache keeps.
+    """
+    return numba.njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})(function)
+
+
+def among_threads(work: Callable[[slice], None], rows: int, threads: int) -> None:
+    """Call `work` on consecutive ranges that cover the rows, one range for each thread.
+
+    >>> among_threads(print, 5, 1)
+    slice(0, 5, None)
+    """
+    step = max(1, -(-rows // max(1, threads)))
+    parts = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+    if len(parts) == 1:
+        work(parts[0])
+    elif parts:
+        with ThreadPoolExecutor(len(parts)) as pool:
+            list(pool.map(work, parts))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def bits_of(_context: Any, value: Any) -> Any:
+    """In a kernel: the bits of a float as a signed integer of the same size."""
+    integer = types.int32 if value == types.float32 else types.int64
+
+    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(integer))
+
+    return integer(value), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def float_of(_context: Any, value: Any) -> Any:
+    """In a kernel: the float with these bits, the inverse of `bits_of`."""
+    real = types.float32 if value == types.int32 else types.float64
+
+    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(real))
+
+    return real(value), emit

@@ -10,13 +10,12 @@ Shape legend for this file
     N positions    V classes    P numbers of a piece    L lanes
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from xkd_trainer.compiled import compiled
+from xkd_trainer.compiled import among_threads, compiled
 
 Floats = npt.NDArray[np.float64]
 
@@ -153,11 +152,5 @@ def stats_of_bits(bits_NV: npt.NDArray[Any], threads: int = 1) -> tuple[Floats, 
     def fill(rows: slice) -> None:
         _fill(bits_NV[rows], factor, entropy_N[rows], argmax_N[rows], logsumexp_N[rows])
 
-    step = -(-len(bits_NV) // threads) or 1
-    parts = [slice(first, first + step) for first in range(0, len(bits_NV), step)]
-    if len(parts) == 1:
-        fill(parts[0])
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(fill, parts))
+    among_threads(fill, len(bits_NV), threads)
     return entropy_N, argmax_N, logsumexp_N

@@ -1,18 +1,22 @@
 """Rows of float32 logits against the equations in float64."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xkd_trainer.losses.divergence import divergence
+from xkd_trainer.losses.divergence import Kind, divergence
 from xkd_trainer.losses.head_rows import (
+    PART_ELEMENTS,
     Comparison,
     Scratch,
     cross_entropy_rows,
     divergence_rows,
     parts,
+    scratch_for,
     statistics_rows,
 )
 
@@ -86,16 +90,99 @@ def test_a_class_that_the_student_rules_out_costs_what_it_is_worth() -> None:
     assert student_PV.tolist() == [[0.5, -0.5]]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("target", [-1, 3])
+def test_a_target_that_is_no_class_is_refused(target: int) -> None:
+    with pytest.raises(IndexError, match="not one of the 3 classes"):
+        cross_entropy_rows(torch.zeros(1, 3), torch.tensor([target]), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("what", ["nan", "inf"])
+def test_numbers_that_are_none_are_not_hidden(what: str) -> None:
+    logits_PV = torch.zeros(2, 3000)
+    logits_PV[1, 2000] = float(what)
+    how = Comparison(kind="forward_kl", temperature=2.0)
+
+    entropy_P, _ = statistics_rows(logits_PV, Scratch())
+    kl_P = divergence_rows(logits_PV, logits_PV.clone(), torch.ones(2, 1), how, Scratch(), torch.empty_like(logits_PV))
+    loss_P = cross_entropy_rows(logits_PV.clone(), torch.tensor([0, 0]), torch.tensor(1.0))
+
+    for found_P in (entropy_P, kl_P, loss_P):
+        assert found_P.isfinite().tolist() == [True, False]
+
+
+@settings(max_examples=20, deadline=None)
+@given(shape=shapes, seed=st.integers(0, 99))
+def test_threads_and_memory_used_before_change_no_bit(shape: tuple[int, int, float], seed: int) -> None:
+    student_PV, teacher_PV = drawn(shape, seed), drawn(shape, seed + 100)
+    how, ones_P1 = Comparison(kind="forward_kl", temperature=2.0), torch.ones(shape[0], 1)
+    used, before = Scratch(), torch.get_num_threads()
+    divergence_rows(torch.ones(7, 2000), torch.zeros(7, 2000), torch.ones(7, 1), how, used, torch.empty(7, 2000))
+
+    found = []
+    for threads, scratch in ((1, Scratch()), (2, used)):
+        torch.set_num_threads(threads)
+        into_PV, ce_PV = torch.empty_like(student_PV), student_PV.clone()
+        kl_P = divergence_rows(student_PV, teacher_PV, ones_P1, how, scratch, into_PV)
+        ce_P = cross_entropy_rows(ce_PV, torch.zeros(shape[0], dtype=torch.int64), torch.tensor(1.0))
+        found.append((kl_P, into_PV, ce_P, ce_PV, *statistics_rows(student_PV, scratch)))
+    torch.set_num_threads(before)
+
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_rows_of_a_wider_matrix_are_worked_as_they_lie() -> None:
+    wide_PW, teacher_PV = drawn((5, 1030, 1.0), 0), drawn((5, 1025, 1.0), 1)
+    student_PV, how = wide_PW[:, 3:1028], Comparison(kind="forward_kl", temperature=2.0)
+    whole_PV, kept_PW, ones_P1 = student_PV.clone(), wide_PW.clone(), torch.ones(5, 1)
+    expected = statistics_rows(whole_PV, Scratch())
+
+    found = statistics_rows(student_PV, Scratch())
+    kl_P = divergence_rows(student_PV, teacher_PV, ones_P1, how, Scratch(), student_PV)
+
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(kl_P, divergence_rows(whole_PV, teacher_PV, ones_P1, how, Scratch(), whole_PV))
+    assert torch.equal(student_PV, whole_PV)
+    assert torch.equal(wide_PW[:, :3], kept_PW[:, :3])
+    assert torch.equal(wide_PW[:, 1028:], kept_PW[:, 1028:])
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "adaptive_kl"])
+def test_a_divergence_taken_in_steps_is_the_whole_one(kind: Kind) -> None:
+    student_PV, teacher_PV = drawn((3, 40_000, 1.0), 0), drawn((3, 40_000, 1.0), 1)
+    how, before, found = Comparison(kind=kind, temperature=2.0), torch.get_num_threads(), []
+
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        into_PV = torch.empty_like(student_PV)
+        found.append((divergence_rows(student_PV, teacher_PV, torch.ones(3, 1), how, Scratch(), into_PV), into_PV))
+    torch.set_num_threads(before)
+
+    for steps, whole in zip(*found, strict=True):
+        torch.testing.assert_close(steps, whole)
+
+
 @pytest.mark.parametrize("shape", [(0, 7), (1, 7), (40, 30_000), (3, 2_000_000)])
-def test_parts_cover_every_row_once_and_threads_share_larger_ones(threads: int, shape: tuple[int, int]) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        ranges = list(parts(torch.empty(shape)))
-    finally:
-        torch.set_num_threads(before)
+def test_parts_cover_every_row_once_and_stay_small(shape: tuple[int, int]) -> None:
+    ranges = list(parts(torch.empty(shape)))
 
     assert [row for r in ranges for row in range(r.start, r.stop)] == list(range(shape[0]))
+    assert all(r.stop - r.start == 1 or (r.stop - r.start) * shape[1] <= PART_ELEMENTS for r in ranges)
     if shape == (40, 30_000):
-        assert max(r.stop - r.start for r in ranges) == (2 if threads == 1 else 34)
+        assert len(ranges) == 2
+
+
+def test_memory_is_used_again_by_a_later_pass_of_the_same_thread_and_no_other() -> None:
+    like = torch.empty(0)
+    with torch.inference_mode():
+        first = scratch_for(like).of("a", (2, 3), like)
+    first += 1.0  # memory made in that mode would refuse
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(scratch_for(like).of("a", (2, 3), like)))
+    thread.start()
+    thread.join()
+
+    again = scratch_for(like).of("a", (3, 2), like)
+    wide = scratch_for(like).of("a", (3, 2), like.double())
+
+    assert again.data_ptr() == first.data_ptr() != found[0].data_ptr()
+    assert wide.dtype == torch.float64

@@ -31,14 +31,14 @@ def align_scores(query_BNK: Tensor, key_BMK: Tensor, student_valid_BN: Tensor, t
             the projector learns from here; that is the caller's business.
         key_BMK: N([E^T(y_j); E^T(y_j+1)]), the teacher's, constant.
         student_valid_BN: Bool.
-        teacher_valid_BM: Bool. Vectors of invalid tokens are not read, on either side.
+        teacher_valid_BM: Bool. Vectors of invalid tokens are finite, on either side, and change nothing.
 
     Returns:
         [B, N, M], float32, or float64 where the inputs are.
     """
-    query_BNK = torch.where(student_valid_BN[:, :, None], at_least_float32(query_BNK), 0.0)
-    key_BMK = torch.where(teacher_valid_BM[:, :, None], at_least_float32(key_BMK), 0.0)
-    scores_BNM = query_BNK @ key_BMK.transpose(1, 2) / math.sqrt(query_BNK.shape[-1])
+    scores_BNM = (
+        at_least_float32(query_BNK) @ at_least_float32(key_BMK).transpose(1, 2) / math.sqrt(query_BNK.shape[-1])
+    )
     return torch.where(student_valid_BN[:, :, None] & teacher_valid_BM[:, None, :], scores_BNM, MASKED)
 
 

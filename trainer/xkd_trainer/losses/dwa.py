@@ -27,7 +27,14 @@ from xkd_trainer.losses.dskd import student_space as student_space
 from xkd_trainer.losses.dskd import teacher_space as teacher_space
 from xkd_trainer.losses.dwa_settings import DwaSettings as DwaSettings
 from xkd_trainer.losses.dwa_settings import anneal as anneal
-from xkd_trainer.losses.softdtw import band_penalty, cosine_cost, hard_band, soft_dtw, soft_dtw_divergence
+from xkd_trainer.losses.softdtw import (
+    band_penalty,
+    cosine_cost,
+    cosine_costs,
+    hard_band,
+    soft_dtw,
+    soft_dtw_divergence,
+)
 from xkd_trainer.losses.term import LossTerm, at_least_float32, term
 
 
@@ -136,15 +143,14 @@ def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, 
     """
     x_BND = _cut(student_BND, student_lengths_B)
     y_BMD = _cut(projected_teacher_BMD, teacher_lengths_B)
-    cross_BNM = cosine_cost(x_BND, y_BMD)
-    if band_BNM is not None:
-        cross_BNM = cross_BNM + band_BNM.detach()
+    penalty = 0.0 if band_BNM is None else band_BNM.detach()
     if divergence:
+        cross_BNM, student_BNN, teacher_BMM = cosine_costs(x_BND, y_BMD)
         value_B = soft_dtw_divergence(
-            cross_BNM, cosine_cost(x_BND, x_BND), cosine_cost(y_BMD, y_BMD), student_lengths_B, teacher_lengths_B,
-            gamma=gamma,
-        )  # fmt: skip
+            cross_BNM + penalty, student_BNN, teacher_BMM, student_lengths_B, teacher_lengths_B, gamma=gamma
+        )
     else:
+        cross_BNM = cosine_cost(x_BND, y_BMD) + penalty
         value_B = soft_dtw(cross_BNM, student_lengths_B, teacher_lengths_B, gamma=gamma)
     return term(value_B.sum(), student_lengths_B.sum())
 

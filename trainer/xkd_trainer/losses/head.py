@@ -17,8 +17,8 @@ from torch import Tensor
 from xkd_trainer.losses.at_once import Made, made_at_once
 from xkd_trainer.losses.head_pass import Divergence, Side, Sums, joint_sum
 from xkd_trainer.losses.head_rows import Comparison as Comparison
-from xkd_trainer.losses.head_rows import Scratch, parts, statistics_rows
 from xkd_trainer.losses.head_rows import Statistics as Statistics
+from xkd_trainer.losses.head_rows import parts, scratch_for, statistics_rows
 from xkd_trainer.losses.lazy_logits import CHUNK_BYTES as CHUNK_BYTES
 from xkd_trainer.losses.lazy_logits import Chunk, HeadSlopes, chunks, rows_at_once
 from xkd_trainer.losses.lazy_logits import LazyLogits as LazyLogits
@@ -43,7 +43,7 @@ def head_statistics(logits: LazyLogits, valid: Tensor) -> Statistics:
         Both of the shape of `valid`, float32, or float64 where the head is.
     """
     chosen = logits.detached().at(valid)
-    entropy_N, peak_N, scratch = [], [], Scratch()
+    entropy_N, peak_N, scratch = [], [], scratch_for(chosen.weight)
     with torch.no_grad():
         for rows in chunks(chosen):
             logits_CV = chosen.at(rows).dense()
@@ -148,7 +148,7 @@ def weighted_sum(logits: LazyLogits, weights_N: Tensor | None, pointwise: Pointw
         given = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
         slopes = HeadSlopes(given, wanted)
         total = at_least_float32(given.weight.new_zeros(()))
-        chunk = Chunk(rows_at_once(given), given)
+        chunk = Chunk(rows_at_once(given), given, scratch_for(given.weight))
         for rows in chunks(given):
             loss_C, slope_CV = pointwise(rows, chunk.of(given.at(rows)))
             total += (loss_C * constant_N[rows]).sum()

@@ -23,10 +23,10 @@ from torch import Tensor
 from xkd_trainer.losses.at_once import Made, made_at_once
 from xkd_trainer.losses.head_rows import (
     Comparison,
-    Scratch,
     cross_entropy_rows,
     divergence_rows,
     parts,
+    scratch_for,
     slices,
     statistics_rows,
 )
@@ -135,7 +135,7 @@ class _Pass:
             (number, d.number, d.weigh) for number, side in enumerate(self.sides) for d in side.divergences if d.weigh
         ]
         self.logits = [own, *(side.logits for side in self.sides)]
-        self.scratch = Scratch()
+        self.scratch = scratch_for(own.weight)
         self.needs_own = bool(self.own_terms or compared)
         self.in_place = not self.own_terms and len(compared) == 1 and compared[0].classes in (None, len(own.weight))
         wide = at_least_float32(own.weight.new_empty(0))
@@ -153,7 +153,10 @@ class _Pass:
         lengths = valid_BN.sum(-1).tolist() if self.weighed else [len(self.target_M)]
         plan = list(units(lengths, size))
         most = max((chunk.stop - chunk.start for unit in plan for chunk in unit.chunks), default=0)
-        memory = [Chunk(most if number or self.needs_own else 0, logits) for number, logits in enumerate(self.logits)]
+        memory = [
+            Chunk(most if number or self.needs_own else 0, logits, self.scratch, number)
+            for number, logits in enumerate(self.logits)
+        ]
         for unit in plan:
             made: list[Tensor] = []
             if self.weighed:

@@ -1,7 +1,7 @@
 """Softmaxes, cross-entropies and divergences of a few rows of logits, with their gradients by the logits.
 
-On a CPU the rows are few enough to stay in its cache, so that a pass over them costs little beside the product that
-made them. Every exponential is taken once, of numbers at most 0. Products are summed in two passes, one in place: a
+float32 on a CPU is worked by the kernels of `rows_numba`, where there is one for the divergence; everything else by
+torch. Every exponential is taken once, of numbers at most 0. Products are summed in two passes, one in place: a
 batched product of single rows takes ten times as long.
 
 Shape legend for this file
@@ -9,7 +9,8 @@ Shape legend for this file
 """
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,14 +19,15 @@ from torch import Tensor
 
 from xkd_trainer.losses.divergence import Kind, divergence
 
-PART_ELEMENTS = 1 << 16
+PART_ELEMENTS = 1 << 20
 """Numbers of a chunk that softmaxes and their like are taken of at a time, or one row; products take the whole chunk.
 
-One long row took 0.65 of the time a row that five of them did: what is subtracted from a row is then a scalar.
+A call of a kernel costs some 30 microseconds where its numbers have filled the caches: with parts of 2**16, that is
+half the time of a row of 49,000.
 """
 
-SHARED_ELEMENTS = 1 << 20
-"""The same where threads share the work: each of a part's small steps costs some 50 microseconds of meeting."""
+STEP_ELEMENTS = 1 << 16
+"""The same for what one thread does in many of torch's steps: few enough to stay in the cache between them."""
 
 PARTS_OFF_CPU = 8
 """Parts of a chunk where every piece is a kernel's launch: few, but fewer temporaries than the whole chunk."""
@@ -51,17 +53,45 @@ class Statistics(NamedTuple):
 
 
 class Scratch:
-    """Memory for temporaries of one part after another: on a CPU, fresh pages cost more than what is done in them."""
+    """Memory for temporaries, used again for the next: on a CPU, fresh pages cost more than what is done in them."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[object, Tensor] = {}
 
-    def like(self, logits_PV: Tensor, number: int) -> Tensor:
-        """Numbers of the same shape, dtype and device, not set; the ones of the same number are overwritten."""
-        kept = self._kept.get(number)
-        if kept is None or kept.numel() < logits_PV.numel():
-            kept = self._kept[number] = logits_PV.new_empty(logits_PV.numel())
-        return kept[: logits_PV.numel()].view(logits_PV.shape)
+    def of(self, name: object, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Numbers that are not set, in the dtype and on the device of `like`; those of the same name are overwritten.
+
+        >>> scratch, like = Scratch(), torch.empty(0)
+        >>> scratch.of("a", (2, 3), like).data_ptr() == scratch.of("a", (2, 2), like).data_ptr()
+        True
+        """
+        size = math.prod(shape)
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < size or (kept.dtype, kept.device) != (like.dtype, like.device):
+            with torch.inference_mode(mode=False):  # what is made in that mode cannot be written to outside it
+                kept = self._kept[name] = like.new_empty(size)
+        return kept[:size].view(*shape)
+
+    def like(self, logits_PV: Tensor, name: object) -> Tensor:
+        """`of` that shape."""
+        return self.of(name, logits_PV.shape, logits_PV)
+
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_kept = _Kept()
+
+
+def scratch_for(logits: Tensor) -> Scratch:
+    """Memory for one pass over logits on that device, which must not be asked for again before the pass is done.
+
+    On a CPU this thread's own, which stays for the next step: a chunk or two of logits, that is up to some 300 MB.
+    Other devices have an allocator that keeps memory.
+    """
+    return _kept.scratch if logits.device.type == "cpu" else Scratch()
 
 
 def slices(first: int, last: int, size: int) -> Iterator[slice]:
@@ -78,9 +108,13 @@ def parts(logits_CV: Tensor) -> Iterator[slice]:
     """Ranges of the rows of a chunk that are worked on at a time."""
     rows, classes = logits_CV.shape
     on_cpu = logits_CV.device.type == "cpu"
-    elements = PART_ELEMENTS if torch.get_num_threads() == 1 else SHARED_ELEMENTS
-    size = elements // max(1, classes) if on_cpu else math.ceil(rows / PARTS_OFF_CPU)
+    size = PART_ELEMENTS // max(1, classes) if on_cpu else math.ceil(rows / PARTS_OFF_CPU)
     return slices(0, rows, max(1, size))
+
+
+def _has_kernel(*logits_PV: Tensor) -> bool:
+    """Whether `rows_numba` takes these."""
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in logits_PV)
 
 
 def statistics_rows(logits_PV: Tensor, scratch: Scratch) -> Statistics:
@@ -89,6 +123,10 @@ def statistics_rows(logits_PV: Tensor, scratch: Scratch) -> Statistics:
     >>> statistics_rows(torch.zeros(1, 4), Scratch())
     Statistics(entropy=tensor([1.3863]), peak=tensor([0.2500]))
     """
+    if _has_kernel(logits_PV):
+        from xkd_trainer.losses.rows_numba import statistics
+
+        return Statistics(*map(torch.from_numpy, statistics(logits_PV.numpy(), torch.get_num_threads())))
     below_PV = torch.sub(logits_PV, logits_PV.amax(-1, keepdim=True), out=scratch.like(logits_PV, 0))
     odds_PV = torch.exp(below_PV, out=scratch.like(logits_PV, 1))
     sum_P = odds_PV.sum(-1)
@@ -103,6 +141,11 @@ def cross_entropy_rows(logits_PV: Tensor, target_P: Tensor, factor: Tensor) -> T
     >>> cross_entropy_rows(logits, torch.tensor([1]), torch.tensor(4.0)), logits
     (tensor([1.3863]), tensor([[ 1., -3.,  1.,  1.]]))
     """
+    if _has_kernel(logits_PV):
+        from xkd_trainer.losses.rows_numba import cross_entropy
+
+        threads = torch.get_num_threads()
+        return torch.from_numpy(cross_entropy(logits_PV.numpy(), target_P.numpy(), float(factor), threads))
     target_P1 = target_P[:, None]
     logits_PV -= logits_PV.amax(-1, keepdim=True)
     below_P1 = logits_PV.gather(-1, target_P1)
@@ -133,6 +176,17 @@ def divergence_rows(
     """
     if how.kind == "forward_kl":
         return _forward_kl_rows(student_PV, teacher_PV, factor_P1 / how.temperature, how.temperature, scratch, into_PV)
+    rows, classes = student_PV.shape
+    alone = student_PV.device.type == "cpu" and torch.get_num_threads() == 1
+    steps = slices(0, rows, max(1, STEP_ELEMENTS // max(1, classes) if alone else rows))
+    losses = [_divergence_step(student_PV[r], teacher_PV[r], factor_P1[r], how, into_PV[r]) for r in steps]
+    return torch.cat(losses) if losses else factor_P1[:, 0]
+
+
+def _divergence_step(
+    student_PV: Tensor, teacher_PV: Tensor, factor_P1: Tensor, how: Comparison, into_PV: Tensor
+) -> Tensor:
+    """`divergence_rows` of any kind, by torch's own gradient."""
     leaf_PV = student_PV.detach().requires_grad_()
     with torch.enable_grad():
         loss_P = divergence(
@@ -148,6 +202,16 @@ def _forward_kl_rows(
     student_PV: Tensor, teacher_PV: Tensor, share_P1: Tensor, temperature: float, scratch: Scratch, into_PV: Tensor
 ) -> Tensor:
     """KL(p || q) as sum p (log p - log q); its gradient is (q - p) / temperature."""
+    if _has_kernel(student_PV, teacher_PV, into_PV):
+        from xkd_trainer.losses.rows_numba import forward_kl
+
+        rows, classes = student_PV.shape
+        odds_P2V = scratch.of(0, (rows, 2, classes), student_PV)
+        loss_P = forward_kl(
+            student_PV.numpy(), teacher_PV.numpy(), share_P1[:, 0].numpy(), temperature,
+            into_PV=into_PV.numpy(), odds_P2V=odds_P2V.numpy(), threads=torch.get_num_threads(),
+        )  # fmt: skip
+        return torch.from_numpy(loss_P)
     q_PV, gap_PV, p_PV = (scratch.like(student_PV, number) for number in range(3))
     torch.sub(student_PV, student_PV.amax(-1, keepdim=True), out=q_PV).mul_(1.0 / temperature)
     torch.sub(teacher_PV, teacher_PV.amax(-1, keepdim=True), out=gap_PV).mul_(1.0 / temperature)

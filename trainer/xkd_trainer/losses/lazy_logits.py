@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xkd_trainer.losses.head_rows import slices
+from xkd_trainer.losses.head_rows import Scratch, slices
 from xkd_trainer.losses.term import at_least_float32
 
 CHUNK_BYTES = 16 << 20
@@ -59,8 +59,10 @@ class LazyLogits:
 class Chunk:
     """Memory for the logits of a chunk, used again for the next: fresh pages cost as much as a product."""
 
-    def __init__(self, rows: int, logits: LazyLogits) -> None:
-        self._wide_CV = at_least_float32(logits.weight.new_empty(0)).new_empty(rows, logits.weight.shape[0])
+    def __init__(self, rows: int, logits: LazyLogits, scratch: Scratch, number: int = 0) -> None:
+        """At most so many rows; chunks of one pass have numbers of their own."""
+        wide = at_least_float32(logits.weight.detach()[:0])
+        self._wide_CV = scratch.of(("chunk", number), (rows, logits.weight.shape[0]), wide)
 
     def of(self, logits: LazyLogits) -> Tensor:
         """Like `dense`, of at most so many rows [C, D]; valid until the next call."""

@@ -92,7 +92,17 @@ def cosine_cost(x_BSE: Tensor, y_BTE: Tensor) -> Tensor:
     tensor([[[0., 1.],
              [1., 1.]]])
     """
-    return 1.0 - _unit(at_least_float32(x_BSE)) @ _unit(at_least_float32(y_BTE)).transpose(1, 2)
+    return _unit_cost(_unit(at_least_float32(x_BSE)), _unit(at_least_float32(y_BTE)))
+
+
+def cosine_costs(x_BSE: Tensor, y_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`cosine_cost` of x with y, x with x and y with y, as a divergence wants them; vectors are measured once.
+
+    >>> [cost.tolist() for cost in cosine_costs(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]]))]
+    [[[[1.0]]], [[[0.0]]], [[[0.0]]]]
+    """
+    x_BSE, y_BTE = _unit(at_least_float32(x_BSE)), _unit(at_least_float32(y_BTE))
+    return _unit_cost(x_BSE, y_BTE), _unit_cost(x_BSE, x_BSE), _unit_cost(y_BTE, y_BTE)
 
 
 def band_penalty(  # noqa: PLR0913 - the four numbers of the paper's Table 5 keep their own names
@@ -167,6 +177,10 @@ def hard_band(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Te
     outside_BST = (column_T - diagonal_BS1).abs() > reach_B11 * (1.0 + 1e-6)  # the corner itself is at `slope`
     outside_BST = outside_BST & inside_lengths(like_BST, student_lengths_B, teacher_lengths_B)
     return torch.zeros_like(like_BST).masked_fill(outside_BST, math.inf)
+
+
+def _unit_cost(x_BSE: Tensor, y_BTE: Tensor) -> Tensor:
+    return 1.0 - x_BSE @ y_BTE.transpose(1, 2)
 
 
 def _unit(x: Tensor) -> Tensor:

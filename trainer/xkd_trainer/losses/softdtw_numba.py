@@ -20,10 +20,8 @@ from typing import Any, Final
 
 import numba
 import numpy as np
-from numba.core import types
-from numba.extending import intrinsic
 
-from xkd_trainer.compiled import compiled
+from xkd_trainer.compiled import bits_of, compiled, float_of
 
 FINE: Final = 0
 TOO_LARGE: Final = 1
@@ -57,28 +55,6 @@ DOUBLE: Final = Width(
 )
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _bits_of(_context: Any, value: Any) -> Any:
-    """The bits of a float as a signed integer of the same size."""
-    integer = types.int32 if value == types.float32 else types.int64
-
-    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(integer))
-
-    return integer(value), emit
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _float_of(_context: Any, value: Any) -> Any:
-    """The float with these bits: the inverse of `_bits_of`."""
-    real = types.float32 if value == types.int32 else types.float64
-
-    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(real))
-
-    return real(value), emit
-
-
 def _power_of_two(width: Width) -> Any:
     """2**fraction for |fraction| <= 1/2: the Taylor polynomial in fraction * ln 2."""
     one, ln2 = width.real(1), width.real(math.log(2.0))
@@ -106,7 +82,7 @@ def _advance(width: Width) -> Any:
     @compiled
     def shrink(exponent: Any, largest: Any) -> Any:
         difference = integer(exponent - largest)
-        power = _float_of(integer(integer(max(difference, dropped) + bias) << shift))
+        power = float_of(integer(integer(max(difference, dropped) + bias) << shift))
         return power if difference > dropped else zero
 
     @compiled
@@ -125,9 +101,9 @@ def _advance(width: Width) -> Any:
             inverse = one / total if total > zero else zero
             left_share[k], up_share[k], corner_share[k] = left * inverse, up * inverse, corner * inverse
             whole = math.floor(step[k] + 0.5)
-            bits = _bits_of(total * power_of_two(real(step[k] - whole)))
+            bits = bits_of(total * power_of_two(real(step[k] - whole)))
             alive = total > zero and step[k] > forbidden
-            out_m[k] = _float_of(integer((bits & fraction_mask) | one_bits)) if alive else zero
+            out_m[k] = float_of(integer((bits & fraction_mask) | one_bits)) if alive else zero
             out_e[k] = integer(largest + integer(whole) + integer(bits >> shift) - bias) if alive else never
 
     return advance

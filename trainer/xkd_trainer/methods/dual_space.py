@@ -54,8 +54,10 @@ def at_valid(layer: nn.Module, x_BND: Tensor, valid_BN: Tensor) -> Tensor:
     tensor([[[1.],
              [0.]]])
     """
-    found_PE: Tensor = layer(x_BND[valid_BN])
-    return found_PE.new_zeros(*valid_BN.shape, found_PE.shape[-1]).masked_scatter(valid_BN[..., None], found_PE)
+    rows_P = valid_BN.flatten().nonzero()[:, 0]
+    found_PE: Tensor = layer(x_BND.flatten(0, 1)[rows_P])
+    size_E = found_PE.shape[-1]
+    return found_PE.new_zeros(valid_BN.numel(), size_E).index_copy(0, rows_P, found_PE).unflatten(0, valid_BN.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
