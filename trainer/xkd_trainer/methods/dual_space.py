@@ -56,8 +56,8 @@ def at_valid(layer: nn.Module, x_BND: Tensor, valid_BN: Tensor) -> Tensor:
     """
     rows_P = valid_BN.flatten().nonzero()[:, 0]
     found_PE: Tensor = layer(x_BND.flatten(0, 1)[rows_P])
-    size_E = found_PE.shape[-1]
-    return found_PE.new_zeros(valid_BN.numel(), size_E).index_copy(0, rows_P, found_PE).unflatten(0, valid_BN.shape)
+    out_QE = found_PE.new_zeros(valid_BN.numel(), found_PE.shape[-1]).index_copy(0, rows_P, found_PE)
+    return out_QE.view(*valid_BN.shape, -1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
