@@ -37,6 +37,7 @@ from xkd_schemas.manifest import (
     Spec,
     Unit,
     commits_digest,
+    is_damaged,
     is_whole,
     read_record,
     refuse_differences,
@@ -78,7 +79,8 @@ class Store:
         self.folder = inside(root, *table.split("/"))
         plan = Plan(table=table, spec=json.loads(json.dumps(spec)), units=units)
         path = self.folder / "plan.json"
-        if (not path.exists() or path.stat().st_size == 0) and not records_of(self.folder):
+        none = not path.exists() or path.stat().st_size == 0
+        if not records_of(self.folder) if none else is_damaged(path, plan):
             replace(path, to_json(plan))
         plans = plans_of(self.folder)
         if more and not any(_same(plan, old) for old in plans):

@@ -226,16 +226,17 @@ def is_whole(manifest: Manifest) -> bool:
 def to_json(record: BaseModel) -> bytes:
     """Indented JSON with a final newline, the same bytes for the same record.
 
-    A commit carries the sha256 of the rest: until the table is sealed, nothing else vouches for its numbers.
+    Plan and commit carry the sha256 of the rest: until the table is sealed, nothing else vouches for them, and
+    afterwards it tells a damaged plan from one that was made for something else.
     """
     data = record.model_dump(mode="json")
-    if isinstance(record, Commit):
+    if isinstance(record, Commit | Plan):
         data[OWN] = digest(data)
     return (json.dumps(data, sort_keys=True, indent=1) + "\n").encode()
 
 
 OWN: Final = "digest"
-"""Field of a commit's file that the record itself does not have."""
+"""Field of a plan's and a commit's file that the record itself does not have."""
 
 
 M = TypeVar("M", Plan, Commit, Manifest)
@@ -253,20 +254,35 @@ def read_record(path: Path, kind: type[M]) -> M:
             return _parsed(path, content, kind)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # ValidationError is a ValueError
         line = " ".join(str(error).split())[:200]
-        advice = f"delete {path.parent} and {_MAKE}" if kind is Plan else _MAKE
+        advice = _MAKE
+        if kind is Plan:
+            known = (path.parent / "manifest.json").exists()
+            advice = "xkd-cache repair CACHE" if known else f"{_MAKE}; if it says this too, delete {path.parent}"
         raise BadData(f"{path} cannot be read as {kind.__name__.lower()}: {line}", next=advice) from error
 
 
 def _parsed(path: Path, content: bytes, kind: type[M]) -> M:
     data = json.loads(content, parse_constant=_finite, parse_float=_finite)
-    needed = int(data.get("min_reader", 0)) if kind is not Commit else 0
+    own = data.pop(OWN, None) if kind is not Manifest else None  # none in caches of before
+    whole = own is None or own == digest(data)
+    needed = int(data.get("min_reader", 0)) if kind is not Commit and whole else 0
     if needed > FORMAT:
         raise Mismatch(f"{path}: format {needed}, this program reads up to {FORMAT}", next="upgrade xkd-toolkit")
-    own = data.pop(OWN, None) if kind is Commit else None  # none in caches of before
     record = kind.model_validate(data)
-    if own is not None and own != digest(data):
+    if not whole:
         raise ValueError("it does not match its own digest")
     return record
+
+
+def is_damaged(path: Path, plan: Plan) -> bool:
+    """Whether a plan's file cannot be read and was once that of `plan`: it holds its digest, which is
+    its second line, or all that comes after."""
+    try:
+        read_record(path, Plan)
+        return False
+    except BadData:
+        found, meant = (content.split(b"\n") for content in (path.read_bytes(), to_json(plan)))
+    return digest(plan.model_dump(mode="json")).encode() in b"\n".join(found) or found[2:] == meant[2:]
 
 
 def _finite(text: str) -> float:

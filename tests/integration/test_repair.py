@@ -37,6 +37,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "the head": (lambda c: flip(c / "teachers/T/head.safetensors"), {"teachers/T": 0}),
     "the plan of a teacher": (lambda c: (c / "teachers/T/plan.json").write_text("{"), {"teachers/T": 0}),
     "the plan of the documents": (lambda c: (c / "documents/plan.json").unlink(), {"documents": 0}),
+    "a bit of the plan of a teacher": (lambda c: flip(c / "teachers/T/plan.json"), {"teachers/T": 0}),
+    "a bit of the plan of a student": (lambda c: flip(c / "students/S/plan.json"), {"students/S": 0}),
+    "a bit of the plan of the documents": (lambda c: flip(c / "documents/plan.json"), {"documents": 0}),
     "the manifest of the documents": (lambda c: (c / "documents/manifest.json").unlink(), {"documents": 0}),
 }
 

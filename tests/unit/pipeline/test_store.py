@@ -1,6 +1,7 @@
 """A table on its way: what counts as done, what is made again, and who may write."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from small_cache import files_of
 from xkd_pipeline.progress import table_states
 from xkd_pipeline.store import locked
 from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch, Refused, XkdError
-from xkd_schemas.manifest import Commit, is_whole
+from xkd_schemas.manifest import Commit, Plan, is_whole, read_record
 from xkd_schemas.table import Table
 
 
@@ -189,13 +190,76 @@ def test_an_empty_plan_without_records_is_written_again(tmp_path: Path, undistur
     assert files_of(root) == undisturbed
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "no object"])
-def test_a_damaged_plan_with_records_is_bad_data_and_never_a_mismatch(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["empty", "no object"])
+def test_a_plan_of_which_nothing_is_left_is_bad_data_and_never_a_mismatch(tmp_path: Path, damage: str) -> None:
     build_all(tmp_path)
     SEALS[damage](tmp_path / "documents" / "plan.json")
 
-    with pytest.raises(BadData, match=r"plan.json cannot be read as plan: .* Next: delete .*documents and run"):
+    with pytest.raises(BadData, match=r"plan.json cannot be read as plan: .* Next: xkd-cache repair"):
         opened(tmp_path)
+    (tmp_path / "documents" / "manifest.json").unlink()
+    with pytest.raises(BadData, match=r"plan.json cannot be read as plan: .* Next: run the xkd-cache command"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_the_command_that_wrote_a_plan_puts_it_right_when_it_is_damaged_and_loses_no_unit(
+    tmp_path: Path, undisturbed: dict[str, bytes], sealed: bool
+) -> None:
+    root = tmp_path / "t"
+    if sealed:
+        build_all(root)
+    else:
+        with pytest.raises(BadData):
+            build_all(root, trouble="error")
+    plan = root / "documents" / "plan.json"
+    whole = plan.read_bytes()
+    kept = len(list(plan.parent.glob("commits/*.json")))
+    for at in range(0, len(whole), 5):
+        plan.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1 :])
+        assert _of(plan) in (BadData, None), at
+        opened(root)
+        assert plan.read_bytes() == whole
+    plan.write_bytes(whole[: len(whole) // 2])
+
+    built = build_all(root)
+
+    assert built.kept == kept
+    assert files_of(root) == undisturbed
+
+
+def _of(plan: Path) -> type[XkdError] | None:
+    """What reading the plan ends with."""
+    try:
+        read_record(plan, Plan)
+    except XkdError as error:
+        return type(error)
+    return None
+
+
+def test_a_damaged_plan_of_something_else_is_not_written_over(tmp_path: Path) -> None:
+    build_all(tmp_path)
+    plan = tmp_path / "documents" / "plan.json"
+    plan.write_bytes(plan.read_bytes()[:-20])
+    damaged = plan.read_bytes()
+
+    with pytest.raises(BadData, match="cannot be read as plan"):
+        opened(tmp_path, spec={"seed": 2, "parser": {"name": "b"}})
+
+    assert plan.read_bytes() == damaged
+
+
+def test_a_plan_written_before_plans_had_digests_is_read(tmp_path: Path) -> None:
+    build_all(tmp_path)
+    plan = tmp_path / "documents" / "plan.json"
+    data = json.loads(plan.read_bytes())
+    del data["digest"]
+    plan.write_bytes((json.dumps(data, sort_keys=True, indent=1) + "\n").encode())
+    before = files_of(tmp_path)
+
+    assert build_all(tmp_path).kept == UNITS
+    changed = {name for name, content in files_of(tmp_path).items() if before[name] != content}
+    assert changed == {"SHA256SUMS"}
 
 
 def test_a_missing_plan_with_records_is_missing_input(tmp_path: Path) -> None:
