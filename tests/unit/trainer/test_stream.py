@@ -396,9 +396,9 @@ def test_the_student_table_is_found_by_its_tokenizer_and_two_that_fit_must_be_na
     with pytest.raises(Mismatch, match=r"probe: cache has .*this run has other"):
         find_student(tiny.cache, {**stored, "probe": "other"}, "")
     shutil.copytree(tiny.cache / "students/student", tiny.cache / "students/twin")
-    for record in ("plan.json", "manifest.json"):
+    for record, kind in (("plan.json", Plan), ("manifest.json", Manifest)):
         path = tiny.cache / "students/twin" / record
-        path.write_text(path.read_text().replace('"table": "students/student"', '"table": "students/twin"'))
+        path.write_bytes(to_json(read_record(path, kind).model_copy(update={"table": "students/twin"})))
     reseal(tiny.cache, "students/twin")
     with pytest.raises(UsageError, match=r"student, twin all fit this student.*--student-table NAME"):
         find_student(tiny.cache, stored, "")
