@@ -37,6 +37,7 @@ def fetch(url: str, folder: Path) -> dict[str, Any]:
         UsageError: `folder` is there and not empty.
         Refused: A name in the list leaves the folder.
         BadData: A file is not what the list says.
+        DiskFailed: The disk is full or fails.
         Busy: Another process fetches to the same folder.
     """
     if not is_url(url):
@@ -49,12 +50,13 @@ def fetch(url: str, folder: Path) -> dict[str, Any]:
     with locked(partial):
         try:
             size, kept = _filled(url, sums, partial)
+            with disk_errors(partial):
+                remove(partial / LOCK)
+                sync_folder(partial)
         except XkdError as error:
-            error.kept = error.kept or f"what arrived whole, in {partial}; the same command goes on"
+            error.kept = f"what arrived whole, in {partial}; the same command goes on"
             raise
         with disk_errors(folder):
-            remove(partial / LOCK)
-            sync_folder(partial)
             if folder.is_dir():
                 folder.rmdir()
             rename(partial, folder)

@@ -16,7 +16,7 @@ from xkd_pipeline.fetch import fetch
 from xkd_pipeline.remote import is_url, parsed_sums, publish
 from xkd_pipeline.store import locked
 from xkd_schemas import faults, files
-from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch, Refused, UsageError, XkdError
+from xkd_schemas.errors import BadData, Busy, DiskFailed, InputMissing, Mismatch, Refused, UsageError, XkdError
 from xkd_schemas.table import Table
 
 URL = "memory://bucket/cache"
@@ -136,6 +136,26 @@ def test_a_fetch_that_dies_at_any_moment_is_whole_the_next_time(tmp_path: Path, 
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         if not folder.exists():
             fetch(URL, folder)
+        assert small_cache.files_of(folder) == whole, fault.points[at - 1]
+
+
+@pytest.mark.parametrize("action", ["ENOSPC", "ENOSPC+", "EIO"])
+def test_a_fetch_on_a_full_disk_loses_nothing_and_goes_on_when_there_is_room(tmp_path: Path, action: str) -> None:
+    publish(made() / "cache", URL)
+    whole = small_cache.files_of(made() / "cache")
+    with faults.injected("*:0:count") as fault:
+        fetch(URL, tmp_path / "undisturbed")
+    for at in range(1, fault.seen + 1, 1 + fault.seen // 24):
+        folder, partial = tmp_path / f"{at}", tmp_path / f".{at}.fetching"
+        with faults.injected(f"*:{at}:{action}"), pytest.raises(DiskFailed) as caught:
+            fetch(URL, folder)
+        assert caught.value.exit_code == 74
+        if not folder.exists():
+            others = ("LOCK", "SHA256SUMS", ".tmp-")
+            arrived = [p for p in partial.rglob("*") if p.is_file() and not p.name.startswith(others)]
+            if arrived and fault.points[at - 1 :] != fault.points[-2:]:  # the last rename is all that is left
+                assert f"what arrived whole, in {partial}; the same command goes on" in caught.value.kept
+            assert fetch(URL, folder)["kept"] == len(arrived), fault.points[at - 1]
         assert small_cache.files_of(folder) == whole, fault.points[at - 1]
 
 
