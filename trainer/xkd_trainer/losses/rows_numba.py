@@ -133,13 +133,12 @@ def _gap_sums(student_C: Any, teacher_C: Any, tops: Any, coldness: Any, q_C: Any
 
 @compiled
 def _forward_kl(  # noqa: PLR0913 - as `forward_kl`
-    student: Any, teacher: Any, share_P: Any, coldness: Any, into: Any, odds_P2V: Any, loss_P: Any
+    student: Any, teacher: Any, share_P: Any, coldness: Any, into: Any, odds_2V: Any, loss_P: Any
 ) -> None:
     """The exponentials have memory of their own: a loop that may write where it reads is not vectorised."""
-    classes = odds_P2V.shape[2]
+    q_V, p_V, classes = odds_2V[0], odds_2V[1], odds_2V.shape[1]
     for n in range(len(loss_P)):
         student_V, teacher_V, into_V = _row(student, n, classes), _row(teacher, n, classes), _row(into, n, classes)
-        q_V, p_V = odds_P2V[n, 0], odds_P2V[n, 1]
         tops = _largest(student_V), _largest(teacher_V)
         q_sum, p_sum, dot = 0.0, 0.0, 0.0
         for first in range(0, len(student_V), PIECE):
@@ -238,14 +237,14 @@ def forward_kl(  # noqa: PLR0913 - two sides, their weights, and the memory they
         share_P: Constants.
         temperature: Divides both.
         into_PV: May be `student_PV` itself.
-        odds_P2V: Memory for exponentials, apart from all others.
+        odds_P2V: Memory for exponentials, apart from all others; each thread uses that of its first row.
         threads: Among which rows are divided; changes no result.
     """
     loss_P, coldness = np.empty(len(student_PV), np.float32), np.float32(1.0 / temperature)
 
     def work(r: slice) -> None:
         flat = _flat(student_PV[r]), _flat(teacher_PV[r]), _flat(into_PV[r])
-        _forward_kl(flat[0], flat[1], share_P[r], coldness, flat[2], odds_P2V[r], loss_P[r])
+        _forward_kl(flat[0], flat[1], share_P[r], coldness, flat[2], odds_P2V[r.start], loss_P[r])
 
     among_threads(work, len(student_PV), threads)
     return loss_P
