@@ -20,6 +20,10 @@ import numpy.typing as npt
 from xkd_schemas.flat import firsts
 from xkd_schemas.tokens import Bools
 
+LETTERS: Final = frozenset("\u0e33\u0eb3\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
+"""Vowels and skin tones that are one sign with what is before them, but no marks by their category."""
+LINE_BLANKS: Final = "\t\n\f\r"
+"""Controls that every normaliser takes for blanks."""
 LAST_CODE: Final = 0x1FFFF
 """Characters behind it are no marks and end in none."""
 
@@ -46,8 +50,8 @@ def classes() -> Classes:
         char = chr(code)
         parts = unicodedata.normalize("NFKD", char) if unicodedata.decomposition(char) else char
         found.first[code], found.last[code] = unicodedata.combining(parts[0]), unicodedata.combining(parts[-1])
-        joins = unicodedata.category(char)[0] in "MC" or found.first[code] > 0
-        found.follows[code] = joins and not char.isspace()
+        joins = unicodedata.category(char)[0] in "MC" or found.first[code] > 0 or char in LETTERS
+        found.follows[code] = joins and char not in LINE_BLANKS
         found.changes[code] = char.casefold() != char or unicodedata.normalize("NFKC", char) != char
     return found
 

@@ -13,27 +13,22 @@ Shape legend for this file
 import functools
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from xkd_schemas.flat import firsts
 from xkd_schemas.intervals import blanks
 from xkd_schemas.marks import doubtful
+from xkd_schemas.parts import Cut, Parts
 from xkd_schemas.tokenizers import Encoded, FastTokenizer, encoded_by, plain, plain_backend
 from xkd_schemas.tokens import Bools, Int32s
 
-REACHES: Final = (1, 2, 4, 8, 16)
-"""Characters to the left and right of a cut that must be normalised alike together and apart: more where fewer do not
-give the normalised text."""
-LONGEST_PART: Final = 64
-"""Characters; text that is only normalised in longer stretches is not explained."""
-MOST_KNOWN: Final = 100_000
-"""Short strings whose normalised form is remembered."""
 ENDS: Final = frozenset({"Strip", "Prepend"})
-"""Normalisers that do to the ends of a text what they do not inside: they merge nothing and stay in the tokenizer."""
+"""Normalisers that do to the ends of a text what they do not inside; they merge nothing."""
+BLANKS: Final = " \t\n\r▁"
+"""What is taken from the ends."""
 DEEP: Final = frozenset({"NFKC", "NFKD", "Precompiled"})
 """Normalisers that take more apart than canonical forms do."""
 BARE: Final[Mapping[str, Any]] = {
@@ -43,7 +38,6 @@ BARE: Final[Mapping[str, Any]] = {
 """A tokenizer that does nothing, as JSON."""
 
 Int64s = npt.NDArray[np.int64]
-Normalise = Callable[[str], str]
 
 
 class Normalised:
@@ -75,28 +69,51 @@ class Normalised:
             texts: Valid Unicode.
             encoded: Their ids and offsets as the tokenizer gave them.
         """
-        normal = [self._parts.normalise(text) for text in texts]
-        again = encoded_by(self._rest, normal)
+        read = [self._backend.normalizer.normalize_str(text) for text in texts]
+        again = encoded_by(self._rest, read)
         found = encoded.offsets.copy()
         own, other = (itertools.pairwise(e.first.tolist()) for e in (encoded, again))
-        for text, form, mine, theirs in zip(texts, normal, own, other, strict=True):
-            same = np.array_equal(encoded.ids[slice(*mine)], again.ids[slice(*theirs)])
-            parts = self._parts.of(text, form) if same else None
-            if parts is not None:
-                found[slice(*mine)] = in_text(text, parts, again.offsets[slice(*theirs)])
+        for text, form, mine, theirs in zip(texts, read, own, other, strict=True):
+            if np.array_equal(encoded.ids[slice(*mine)], again.ids[slice(*theirs)]):
+                offsets_C2 = self._through(text, form, again.offsets[slice(*theirs)])
+                found[slice(*mine)] = encoded.offsets[slice(*mine)] if offsets_C2 is None else offsets_C2
         return found
 
+    def _through(self, text: str, form: str, offsets_C2: Int32s) -> Int32s | None:
+        """Offsets in the normalised text as offsets in the text; None if it is not explained."""
+        normal = self._parts.normalise(text) if self._ends else form
+        place = placed(form, normal, "".join(step.get("prepend", "") for step in self._ends))
+        parts = None if place is None else self._parts.of(text, normal)
+        if place is None or parts is None:
+            return None
+        start_C, end_C = offsets_C2.T
+        inside_C2 = np.stack([np.maximum(start_C + place, 0), np.maximum(end_C + place, np.minimum(end_C, 1))], axis=1)
+        return in_text(text, parts, inside_C2)
+
     @functools.cached_property
-    def _parts(self) -> "Parts":
+    def _parts(self) -> Parts:
         return Parts(_normaliser(type(self._backend), self._inside).normalize_str)
 
     @functools.cached_property
     def _rest(self) -> Any:
-        """The tokenizer without what is done inside a text."""
-        kind = type(self._backend)
-        rest = kind.from_str(self._backend.to_str())
-        rest.normalizer = _normaliser(kind, self._ends) if self._ends else None
+        """The tokenizer without a normaliser."""
+        rest = type(self._backend).from_str(self._backend.to_str())
+        rest.normalizer = None
         return plain(rest)
+
+
+def placed(form: str, normal: str, prefix: str) -> int | None:
+    """How far a form lies behind a normalised text of which blanks at the ends were taken and a prefix was given.
+
+    >>> placed("▁the lamp", " the lamp  ", "▁"), placed("the", " the", ""), placed("the", "then", "")
+    (0, 1, None)
+    """
+    given = len(prefix) if prefix and form.startswith(prefix) else 0
+    for taken in (0, len(normal) - len(normal.lstrip(BLANKS))):
+        end = taken + len(form) - given
+        if normal[taken:end] == form[given:] and not normal[end:].strip(BLANKS):
+            return taken - given
+    return None
 
 
 def _steps(normaliser: Any) -> list[Mapping[str, Any]]:
@@ -122,7 +139,7 @@ def _normaliser(kind: Any, steps: Sequence[Mapping[str, Any]]) -> Any:
     return kind.from_str(json.dumps(described)).normalizer
 
 
-def in_text(text: str, parts: "Cut", offsets_C2: Int32s) -> Int32s:
+def in_text(text: str, parts: Cut, offsets_C2: Int32s) -> Int32s:
     """Offsets in the normalised text as offsets in the text, [C, 2] int32: those of all parts that a token touches.
 
     Args:
@@ -144,89 +161,31 @@ def in_text(text: str, parts: "Cut", offsets_C2: Int32s) -> Int32s:
     normal = np.append(parts.normal_P[kept], parts.normal_P[-1])
     from_C = np.searchsorted(normal, offsets_C2[:, 0], side="right") - 1
     to_C = np.searchsorted(normal, offsets_C2[:, 1], side="left") - 1
-    found_C2 = np.stack([starts[from_C], np.maximum(ends[to_C], starts[from_C])], axis=1)
+    start_C, end_C = starts[from_C], np.maximum(ends[to_C], starts[from_C])
     if parts.blank_P.any():
-        _join(found_C2, text, np.repeat(parts.blank_P, np.diff(parts.first_P)))
-    return found_C2.astype(np.int32)
+        _join(start_C, end_C, text, np.repeat(parts.blank_P, np.diff(parts.first_P)))
+    return np.stack([start_C, end_C], axis=1).astype(np.int32)
 
 
-def _join(found_C2: Int64s, text: str, gone_L: Bools) -> None:
+def _join(start_C: Int64s, end_C: Int64s, text: str, gone_L: Bools) -> None:
     """Give characters that vanished, where no token has them, to the token that they touch, in place.
 
     That is the one before them, or behind a blank the one after them. Between blanks they go to the last token before
     them, or to the first.
     """
     steps = np.zeros(len(text) + 1, np.int64)
-    np.add.at(steps, found_C2[:, 0], 1)
-    np.add.at(steps, found_C2[:, 1], -1)
+    np.add.at(steps, start_C, 1)
+    np.add.at(steps, end_C, -1)
     blank_L = blanks(text)
     lost_L = gone_L & ~blank_L & (np.cumsum(steps[:-1]) == 0)
     borders = np.flatnonzero(np.diff(lost_L, prepend=False, append=False))
     for start, end in borders.reshape(-1, 2).tolist():
-        behind = int(np.searchsorted(found_C2[:, 1], start, side="right"))
-        if behind < len(found_C2) and found_C2[behind, 0] <= start:  # it took what came before this as well
+        behind = int(np.searchsorted(end_C, start, side="right"))
+        if behind < len(start_C) and start_C[behind] <= start:  # it took what came before this as well
             continue
         follows = start > 0 and not blank_L[start - 1]
         touches = end < len(text) and not blank_L[end]
-        if behind and (follows or not touches or behind == len(found_C2)):
-            found_C2[found_C2[:, 1] == found_C2[behind - 1, 1], 1] = end
+        if behind and (follows or not touches or behind == len(start_C)):
+            end_C[np.searchsorted(end_C, end_C[behind - 1]) : behind] = end
         else:
-            found_C2[found_C2[:, 0] == found_C2[behind, 0], 0] = start
-
-
-class Cut(NamedTuple):
-    """The parts of a text, and what became of them."""
-
-    first_P: Int64s
-    """[P + 1] where each part begins in the text, and the end of the last."""
-    normal_P: Int64s
-    """[P + 1] the same in the normalised text."""
-    blank_P: Bools
-    """[P] nothing of it is left, or only blanks."""
-
-
-class Parts:
-    """Cuts texts into the smallest parts that a normaliser treats on their own."""
-
-    def __init__(self, normalise: Normalise) -> None:
-        self.normalise = normalise
-        self._form = Known(normalise)
-        self._apart = Known(self._is_apart)
-
-    def of(self, text: str, normal: str) -> Cut | None:
-        """The parts of a text and its normalised form; None if it is not explained.
-
-        >>> import unicodedata
-        >>> parts = Parts(lambda text: unicodedata.normalize("NFKC", text))
-        >>> [part.tolist() for part in parts.of("e\\u0301 \\ufb01", "\\u00e9 fi")]
-        [[0, 2, 3, 4], [0, 1, 2, 4], [False, True, False]]
-        """
-        cuts: Sequence[int] = range(1, len(text))
-        for reach in REACHES:
-            sides = ((text[max(0, at - reach) : at], text[at : at + reach]) for at in cuts)
-            cuts = list(itertools.compress(cuts, map(self._apart.__getitem__, sides)))
-            pieces = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
-            if max(len(piece.strip()) for piece in pieces) > LONGEST_PART:
-                return None
-            forms = [self._form[piece] for piece in pieces]
-            if "".join(forms) == normal:
-                blank_P = np.array([not form or form.isspace() for form in forms], np.bool_)
-                return Cut(firsts([len(piece) for piece in pieces]), firsts([len(form) for form in forms]), blank_P)
-        return None
-
-    def _is_apart(self, sides: tuple[str, str]) -> bool:
-        left, right = sides
-        return bool(self._form[left + right] == self._form[left] + self._form[right])
-
-
-class Known(dict[Any, Any]):
-    """What a function gave for short strings; forgotten when it is too much."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self._function = function
-
-    def __missing__(self, key: Any) -> Any:
-        if len(self) >= MOST_KNOWN:
-            self.clear()
-        value = self[key] = self._function(key)
-        return value
+            start_C[behind : np.searchsorted(start_C, start_C[behind], side="right")] = start

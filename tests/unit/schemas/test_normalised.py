@@ -17,7 +17,8 @@ from xkd_schemas.documents import Document, document_of
 from xkd_schemas.encode import Encoder
 from xkd_schemas.explained import explained
 from xkd_schemas.intervals import Read, content_intervals
-from xkd_schemas.normalised import LONGEST_PART, REACHES, Known, Normalised
+from xkd_schemas.normalised import Normalised
+from xkd_schemas.parts import LONGEST_PART, REACHES, Known
 from xkd_schemas.surfaces import BYTE_OF
 from xkd_schemas.tokenizers import Encoded, encode_texts, encoded_by
 from xkd_schemas.tokens import CONTENT, OK, Tokens
@@ -69,7 +70,7 @@ def solid(text: str) -> str:
 
 @pytest.mark.parametrize("kind", NORMALISING)
 @settings(deadline=None, max_examples=70)
-@given(text=st.one_of(denormal_texts, hostile_texts))
+@given(text=st.one_of(denormal_texts, hostile_texts).filter(lambda text: "<0x" not in text))
 def test_intervals_are_in_order_cover_the_text_and_say_what_their_tokens_say(kind: str, text: str) -> None:
     tokens = encoder_of(kind).encode(lone(text))
 
@@ -85,10 +86,13 @@ def test_intervals_are_in_order_cover_the_text_and_say_what_their_tokens_say(kin
     for start, end, ids in groups(tokens):
         own = spelled(kind, ids)
         if own is not None:
-            assert solid(own) == solid(said(kind, text[start:end])), (start, end, ids)
+            glued = len(
+                text[:start].rstrip()
+            )  # blanks in front are not in the interval, but may be normalised with it
+            assert solid(own) in {solid(said(kind, text[at:end])) for at in (start, glued)}, (start, end, ids)
 
 
-@pytest.mark.parametrize("kind", ["qwen", "nfkc", "prepended", "t5"])
+@pytest.mark.parametrize("kind", ["qwen", "nfkc", "prepended", "folded"])
 @settings(deadline=None, max_examples=40)
 @given(text=denormal_texts)
 def test_a_boundary_shared_with_a_tokenizer_that_changes_nothing_cuts_nothing_that_was_merged(
@@ -167,6 +171,8 @@ def test_decomposed_text_gives_the_tokens_of_the_composed_and_their_characters(k
         ("bert", "\u200b \u200b lamp", [(0, 8)]),
         ("bert", "lamp, \ufeff", [(0, 4), (4, 7)]),
         ("bert", "\u0301lamp\u0301\u0301,", [(0, 7), (7, 8)]),
+        ("t5", "the \u200b\n", [(0, 5)]),
+        ("t5", "\uff41\u0301\x07  ", [(0, 3)]),
         ("albert", "the a\u0301", [(0, 3), (3, 4), (4, 6)]),
     ],
 )
@@ -251,7 +257,7 @@ def test_a_bad_document_changes_no_other_of_its_batch_and_segments_keep_their_pl
 
 
 def test_what_is_known_of_short_strings_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xkd_schemas.normalised.MOST_KNOWN", 3)
+    monkeypatch.setattr("xkd_schemas.parts.MOST_KNOWN", 3)
     asked: list[str] = []
     known = Known(lambda key: asked.append(key) or key.upper())
 
