@@ -13,8 +13,10 @@ Shape legend for this file
     D width    V classes    K sums
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -89,14 +91,12 @@ def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
     >>> [(u.documents, u.chunks) for u in units([2, 0, 1, 5], 3)]
     [(slice(0, 3, None), [slice(0, 3, None)]), (slice(3, 4, None), [slice(3, 6, None), slice(6, 8, None)])]
     """
-    first = last = start = end = 0
-    for length in lengths:
-        if end > start and end - start + length > size:
-            yield Unit(documents=slice(first, last), chunks=list(slices(start, end, size)))
-            first, start = last, end
-        last, end = last + 1, end + length
-    if end > start:
-        yield Unit(documents=slice(first, last), chunks=list(slices(start, end, size)))
+    ends, first = [0, *accumulate(lengths)], 0
+    while ends[first] < ends[-1]:
+        start = ends[first]
+        last = max(bisect_right(ends, start + size) - 1, bisect_right(ends, start))
+        yield Unit(documents=slice(first, last), chunks=list(slices(start, ends[last], size)))
+        first = last
 
 
 def joint_sum(own: LazyLogits, target_M: Tensor, valid_BN: Tensor, wanted: Sums, size: int) -> tuple[Tensor, Tensor]:
