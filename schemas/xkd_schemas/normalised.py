@@ -19,9 +19,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from xkd_schemas.cuts import Cut, Parts
 from xkd_schemas.intervals import blanks
 from xkd_schemas.marks import doubtful
-from xkd_schemas.parts import Cut, Parts
 from xkd_schemas.tokenizers import Encoded, FastTokenizer, encoded_by, plain, plain_backend
 from xkd_schemas.tokens import Bools, Int32s
 

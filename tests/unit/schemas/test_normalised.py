@@ -13,12 +13,12 @@ import four_tokenizers
 from hostile_text import hostile_texts
 from normalising_tokenizers import NORMALISING, denormal_texts, normalising
 from xkd_schemas.alignment import align
+from xkd_schemas.cuts import LONGEST_PART, REACHES, Known
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.encode import Encoder
 from xkd_schemas.explained import explained
 from xkd_schemas.intervals import Read, content_intervals
 from xkd_schemas.normalised import Normalised
-from xkd_schemas.parts import LONGEST_PART, REACHES, Known
 from xkd_schemas.surfaces import BYTE_OF
 from xkd_schemas.tokenizers import Encoded, encode_texts, encoded_by
 from xkd_schemas.tokens import CONTENT, OK, Tokens
@@ -257,7 +257,7 @@ def test_a_bad_document_changes_no_other_of_its_batch_and_segments_keep_their_pl
 
 
 def test_what_is_known_of_short_strings_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xkd_schemas.parts.MOST_KNOWN", 3)
+    monkeypatch.setattr("xkd_schemas.cuts.MOST_KNOWN", 3)
     asked: list[str] = []
     known = Known(lambda key: asked.append(key) or key.upper())
 
