@@ -1,6 +1,7 @@
 """One optimizer step's loss and gradients, of as many micro-batches as it is cut into."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,15 @@ def gradients(
         loss.backward()
         total += float(loss.detach())
     return total, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in distiller.named_parameters()}
+
+
+@torch.no_grad()
+def widen(owner: Any, name: str) -> None:
+    """Five more rows, of large numbers, below the weight [V, D] of that name: classes that no token is."""
+    weight_VD = getattr(owner, name)
+    rows = 9.0 * torch.randn(5, weight_VD.shape[1], generator=torch.Generator().manual_seed(0)).to(weight_VD)
+    wider = torch.cat([weight_VD, rows])
+    setattr(owner, name, torch.nn.Parameter(wider) if isinstance(weight_VD, torch.nn.Parameter) else wider)
 
 
 def assert_padding_and_cuts_change_nothing(

@@ -224,9 +224,10 @@ def test_it_is_registered_and_asks_for_the_last_states_only() -> None:
     assert list(made.distiller.losses.parameters()) == []
 
 
+@pytest.mark.parametrize("average", ["chunks", "tokens"])
 @torch.no_grad()
-def test_the_wired_loss_is_the_loops_over_single_documents() -> None:
-    made, batch = ready()
+def test_the_wired_loss_is_the_loops_over_single_documents(average: str) -> None:
+    made, batch = ready(average=average)
     model = made.distiller.student
     head = made.cache.head().weight_VD.float()
     documents = []
@@ -252,7 +253,7 @@ def test_the_wired_loss_is_the_loops_over_single_documents() -> None:
 
     loss, _ = made.distiller(batch, made.distiller.counts(batch), 0)
 
-    total, count = slow.alm(documents)
+    total, count = slow.alm(documents, average=average)
     assert float(made.distiller.counts(batch)["alm.alm"]) == count > 20
     assert float(loss) == pytest.approx(total / count, rel=1e-4)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import one_tokenizer as one
 import slow_fdd as slow
 import tiny_models as tiny
-from one_step import gradients
+from one_step import gradients, widen
 from poison import poisoned
 from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.batch import blank
@@ -156,6 +156,16 @@ def test_a_teacher_as_its_own_student_is_at_distance_zero_up_to_the_cache() -> N
     other = one.means(*one.ready("fdd"))
     for name, value in found.items():
         assert abs(value) < 1e-3 < other[name], name
+
+
+@torch.no_grad()
+def test_rows_of_a_head_beyond_the_tokenizer_take_no_part() -> None:
+    made, batch = one.ready("fdd")
+    before = one.means(made, batch)
+
+    for owner, name in ((made.distiller.student.lm_head, "weight"), (made.distiller.losses["fdd"].head, "weight_VD")):
+        widen(owner, name)
+        assert one.means(made, batch) == pytest.approx(before, rel=1e-5)
 
 
 def test_each_term_teaches_the_layers_it_reads_and_the_head() -> None:

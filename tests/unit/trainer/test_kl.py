@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import small_cache
-from one_step import assert_padding_and_cuts_change_nothing
+from one_step import assert_padding_and_cuts_change_nothing, widen
 from slow_losses import tail_share
 from xkd_pipeline.stages import align_stage
 from xkd_schemas.errors import BadData, UsageError
@@ -152,6 +152,18 @@ def test_classes_beyond_the_tokenizer_take_no_part() -> None:
     hidden, weight = torch.randn(2, 4), torch.randn(9, 4)
     cut = first_classes(LazyLogits(hidden=hidden, weight=weight, bias=torch.arange(9.0)), 6)
     assert torch.equal(cut.dense(), (hidden @ weight.T + torch.arange(9.0))[:, :6])
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@torch.no_grad()
+def test_nor_do_they_in_the_loss_whichever_head_has_them(kind: str) -> None:
+    made = ready(other_student(), divergence=kind)
+    batch = batch_of(made.cache, ROWS, made.wanted)
+    before = float(term_of(made, batch).total)
+
+    for owner, name in ((made.distiller.student.lm_head, "weight"), (made.distiller.losses["kl"].head, "weight_VD")):
+        widen(owner, name)
+        assert float(term_of(made, batch).total) == pytest.approx(before, rel=1e-6)
 
 
 def test_two_tokenizers_and_other_lengths_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import small_cache
-from one_step import assert_padding_and_cuts_change_nothing, gradients
+from one_step import assert_padding_and_cuts_change_nothing, gradients, widen
 from xkd_pipeline.draws import drawn, uniforms
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.errors import BadData, UsageError
@@ -163,6 +163,17 @@ def test_padding_and_micro_batches_change_neither_value_nor_gradient() -> None:
     whole, *parts = (batch_of(made.cache, rows, made.wanted) for rows in (ROWS, ROWS[:1], ROWS[1:]))
     assert not whole.teacher_predict_valid_BM.all()
     assert_padding_and_cuts_change_nothing(made.distiller, whole, parts, made.distiller.counts(whole))
+
+
+@torch.no_grad()
+def test_rows_of_the_students_head_beyond_the_tokenizer_take_no_part() -> None:
+    made = ready()
+    batch = batch_of(made.cache, ROWS, made.wanted)
+    before = float(term_of(made, batch).total)
+
+    widen(made.distiller.student.lm_head, "weight")
+
+    assert float(term_of(made, batch).total) == pytest.approx(before, rel=1e-6)
 
 
 def test_what_does_not_fit_is_refused() -> None:
