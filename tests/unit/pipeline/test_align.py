@@ -1,6 +1,7 @@
 """The students table: the student's own tokens, and beside them what the alignment functions say."""
 
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 from transformers import AutoTokenizer
 
 import small_cache
+from normalising_tokenizers import normalising
 from small_cache import made
 from xkd_pipeline.align import tokens_at
 from xkd_pipeline.documents import document_at
-from xkd_pipeline.stages import Outcome, align_stage, teacher_stage
+from xkd_pipeline.report import gather
+from xkd_pipeline.stages import Outcome, align_stage, documents_stage, teacher_stage
 from xkd_schemas.alignment import align, exact_pairs, token_ranges
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
@@ -218,3 +221,42 @@ def test_no_student_and_no_tokenizer_are_said_apart(tmp_path: Path) -> None:
 def test_a_template_that_the_tokenizer_lacks_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"chat.*template"):
         stage(made() / "cache", template="chat", name="X")
+
+
+def test_intervals_over_what_a_normaliser_merges_are_counted_and_align_with_what_they_were(tmp_path: Path) -> None:
+    """Decomposed letters, read by a teacher that changes nothing and a student that composes them."""
+    rows = [
+        *small_cache.corpus_rows(2),
+        {"prompt": "Ou\u0300?", "response": "La fe\u0302te a e\u0301te\u0301 la\u0300."},
+    ]
+    corpus = small_cache.write_rows(tmp_path / "rows.jsonl", rows)
+    normalising("qwen").save_pretrained(tmp_path / "composing")
+    run = small_cache.run_file(
+        tmp_path / "cache", documents={"corpus": [str(corpus)]}, teacher={"model": str(made() / "teacher")},
+        student={"tokenizer": str(tmp_path / "composing")},
+    )  # fmt: skip
+    documents_stage(run, small_cache.IN_PROCESS)
+    assert teacher_stage(run, small_cache.IN_PROCESS).values["extended"] == 0
+
+    outcome = align_stage(run, small_cache.IN_PROCESS)
+
+    manifest = Table(tmp_path / "cache", "students/S").manifest
+    assert outcome.values["extended"] == manifest.count("extended") >= 5
+    assert manifest.count("extended_documents") == 1
+    assert f"extended intervals: {manifest.count('extended')} tokens of 1 documents" in outcome.line
+    ((document, taught, row),) = [j for j in joined(tmp_path / "cache") if "fe\u0302te" in j[0]["text"]]
+    ours, theirs = (
+        [(side["token_spans"][a, 0], side["token_spans"][b - 1, 1]) for a, b in spans]
+        for side, spans in ((row, row["student_spans"]), (taught, row["teacher_spans"]))
+    )
+    assert ours == theirs
+    assert not any(unicodedata.combining(document["text"][start]) for start, end in ours if start < end)
+    titles = {title: number for _, title, number in gather(tmp_path / "cache").cuts}
+    assert titles["tokens with extended intervals"] == manifest.count("extended")
+
+
+def test_without_normalised_text_nothing_is_counted() -> None:
+    manifest = Table(made() / "cache", "students/S").manifest
+
+    assert not {name for commit in manifest.commits for name in commit.counts if name.startswith("extended")}
+    assert "extended" not in stage(made() / "cache").line

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Regex, normalizers
 
 import four_tokenizers
+from normalising_tokenizers import normalising
 from small_cache import corpus_rows, made, run_file, write_rows
 from xkd_pipeline.cli_look import pair as command
 from xkd_pipeline.pair import compare, normaliser_of, special_differences, vocabularies
@@ -146,3 +147,17 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_tokenizer_that_is_not_there_is_refused() -> None:
     with pytest.raises(InputMissing, match="nowhere"):
         command("./nowhere", str(made() / "student"), [str(made() / "corpus.jsonl")], sample=5)
+
+
+def test_intervals_over_what_a_normaliser_merges_are_counted_for_each_side(tmp_path: Path) -> None:
+    rows = [*corpus_rows(2), {"prompt": "Cafe\u0301?", "response": "Ange\u0301lique and e\u0301."}]
+    changing = Encoder(tokenizer=normalising("qwen"), template="none", max_tokens=1000)
+
+    found = compared(tmp_path, rows, changing, encoder("byte_level"))
+
+    assert found["extended"]["teacher"]["extended_documents"] == 1
+    assert found["extended"]["teacher"]["extended"] >= 3
+    assert found["extended"]["student"] == {"extended": 0, "extended_documents": 0}
+    assert found["aligned_documents"] == 3
+    (line,) = [line for line in pair_lines(found) if "extended" in line]
+    assert line.startswith(f"teacher: extended intervals: {found['extended']['teacher']['extended']} tokens of 1 doc")
