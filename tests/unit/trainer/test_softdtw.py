@@ -347,7 +347,8 @@ def test_cosine_cost_has_a_finite_and_right_gradient() -> None:
         assert zero.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("seed", range(10))
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31))
 def test_the_soft_band_agrees_with_the_equations(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     attention = torch.zeros(3, 12, 15, dtype=torch.float64)
@@ -361,7 +362,6 @@ def test_the_soft_band_agrees_with_the_equations(seed: int) -> None:
         expected = torch.zeros(12, 15, dtype=torch.float64)
         expected[:s, :t] = torch.tensor(slow.band(attention[b, :s, :t].tolist(), 1.0, 0.7, 0.6, 2.5))
         assert torch.equal(got[b], expected)
-    assert int((got > 0).sum()) > 0
 
 
 def test_nothing_flows_back_through_the_band_and_its_padding_is_not_read() -> None:
