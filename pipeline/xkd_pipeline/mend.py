@@ -145,11 +145,23 @@ def _places(plan: Plan) -> list[int]:
     return places
 
 
+def _is_of(plans: Sequence[Plan], root: Path, name: str) -> bool:
+    """Whether one of the plans is that of the table's manifest; True where there is no whole one."""
+    try:
+        manifest = Table(root, name).manifest
+    except (BadData, InputMissing):
+        return True
+    return any(plan.spec == manifest.spec and len(plan.units) == len(manifest.commits) for plan in plans)
+
+
 def _plan(root: Path, name: str, corpus: Sequence[str]) -> Plan:
-    """The table's plan; one that cannot be read is written again from the manifest and what the table is made of."""
+    """The table's plan; one that cannot be read, or is not the manifest's, is written again from that and the corpus."""
     folder = inside(root, *name.split("/"))
     try:
-        return plans_of(folder)[-1]
+        plans = plans_of(folder)
+        if _is_of(plans, root, name):
+            return plans[-1]
+        raise BadData(f"{folder / 'plan.json'} is not the plan that the manifest was made from")
     except (BadData, InputMissing):
         manifest = Table(root, name).manifest
         if manifest.earlier:

@@ -5,6 +5,7 @@ passes a point of faults.py first, where tests let it fail.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -31,8 +32,14 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DiskFailed(
-            f"{path}: {error.strerror or error}", kept="everything committed before", next="free space, run again"
-        ) from error
+            f"{path}: {error.strerror or error}", kept="everything committed before",
+            next=f"{_REMEDIES.get(error.errno or 0, 'look at the disk')}, run again",
+        ) from error  # fmt: skip
+
+
+_REMEDIES: Final = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space") | dict.fromkeys(
+    (errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"
+)
 
 
 def kind_of(path: Path) -> str:

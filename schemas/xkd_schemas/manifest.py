@@ -253,7 +253,7 @@ def read_record(path: Path, kind: type[M]) -> M:
         with _collecting_nothing():
             return _parsed(path, content, kind)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # ValidationError is a ValueError
-        line = " ".join(str(error).split())[:200]
+        line = " ".join(str(error).split()).partition(" [type=")[0][:200]
         advice = _MAKE
         if kind is Plan:
             known = (path.parent / "manifest.json").exists()

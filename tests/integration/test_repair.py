@@ -13,6 +13,7 @@ from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.mend import Means, repair
 from xkd_pipeline.spans import ParserSettings
 from xkd_schemas.errors import Mismatch, UsageError
+from xkd_schemas.manifest import Plan, read_record, to_json
 
 PARSER = ParserSettings(model=small_cache.SPACY)
 
@@ -25,6 +26,12 @@ def flip(path: Path) -> None:
 
 def shard(cache: Path, table: str, unit: int) -> Path:
     return next((cache / table).glob(f"{unit:05d}-*.arrow"))
+
+
+def change_plan(path: Path) -> None:
+    """As whoever knows how to write one; before plans had digests, as a flipped bit."""
+    plan = read_record(path, Plan)
+    path.write_bytes(to_json(plan.model_copy(update={"spec": {**plan.spec, "threads": 7}})))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
@@ -40,6 +47,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
     "a bit of the plan of a teacher": (lambda c: flip(c / "teachers/T/plan.json"), {"teachers/T": 0}),
     "a bit of the plan of a student": (lambda c: flip(c / "students/S/plan.json"), {"students/S": 0}),
     "a bit of the plan of the documents": (lambda c: flip(c / "documents/plan.json"), {"documents": 0}),
+    "the plan of a teacher, changed": (lambda c: change_plan(c / "teachers/T/plan.json"), {"teachers/T": 0}),
     "the manifest of the documents": (lambda c: (c / "documents/manifest.json").unlink(), {"documents": 0}),
 }
 

@@ -11,7 +11,7 @@ import small_cache
 from xkd_pipeline.cli import app
 from xkd_pipeline.deep import _values
 from xkd_pipeline.progress import table_states
-from xkd_pipeline.recompute import recompute
+from xkd_pipeline.recompute import _classes_differ, recompute
 from xkd_pipeline.verify import verify
 from xkd_schemas import faults, files
 from xkd_schemas.errors import BadData, DiskFailed, InputMissing, Mismatch, UsageError
@@ -87,6 +87,30 @@ def _shifted(*given: object) -> list[dict[str, object]]:
 
     (row,) = capture(*given)
     return [row | {"hidden_last": row["hidden_last"][::-1]}]
+
+
+def test_classes_whose_logits_are_no_further_apart_than_rounding_may_change_places() -> None:
+    ids, logits = np.array([[7, 3, 9, 1]] * 4), np.array([[20.0, 19.0, 12.0, 11.5]] * 4)
+
+    assert _classes_differ("topk_ids#2", np.array([[3, 7]] * 4), ids, logits) == ""
+    assert _classes_differ("argmax", np.array([3, 7, 3, 7]), ids, logits) == ""
+    assert _classes_differ("argmax", np.array([7, 7, 9, 7]), ids, logits).startswith("argmax: 25.0 % are not what")
+    assert _classes_differ("topk_ids#2", np.array([[7, 5]] * 4), ids, logits).startswith("topk_ids#2: 50.0 % are")
+    assert _classes_differ("argmax", np.zeros(0, np.int32), ids[:0], logits[:0]) == ""
+
+
+def test_classes_of_other_positions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = small_cache.made()
+    monkeypatch.setattr("xkd_pipeline.recompute.capture", _rolled)
+    bad, _, _ = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2)
+    assert {one.reason.split(": ")[1] for one in bad} == {"argmax"}
+
+
+def _rolled(*given: object) -> list[dict[str, object]]:
+    from xkd_pipeline.capture import capture
+
+    (row,) = capture(*given)
+    return [row | {"topk_ids#16": np.roll(row["topk_ids#16"], 1, axis=0)}]
 
 
 def test_another_teacher_is_refused(tmp_path: Path) -> None:

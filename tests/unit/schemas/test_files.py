@@ -122,6 +122,17 @@ def test_an_interrupted_write_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "free space"), (errno.EROFS, "make it writable"), (errno.EIO, "look at the disk")],
+)
+def test_what_is_to_be_done_fits_what_the_disk_says(tmp_path: Path, number: int, advice: str) -> None:
+    with pytest.raises(DiskFailed) as caught, disk_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+
+    assert caught.value.next == f"{advice}, run again"
+
+
 def test_only_trouble_with_the_disk_becomes_a_disk_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"), disk_errors(tmp_path):
         raise ValueError("mine")
