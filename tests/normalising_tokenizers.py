@@ -2,13 +2,19 @@
 
 `normalising(kind)` is cached for the session; `NORMALISING` names the kinds. All but the WordPiece ones spell every
 character, by bytes where they must, so that a test can read from the tokens what they stand for.
+
+`PYTHONPATH=tests python tests/normalising_tokenizers.py` prints what becomes of TEXTS: by the library's offsets alone,
+and by ours.
 """
 
 import functools
 import io
 import json
+import sys
+import unicodedata
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -153,3 +159,65 @@ denormal_texts = st.lists(
     max_size=10,
 ).map("".join)  # fmt: skip
 """Decomposed letters, Jamo, half and full width, ligatures, joiners, controls and marks in every order."""
+
+
+def _decomposed(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
+
+
+TEXTS = {
+    "ASCII": "The old lamp on the harbour wall was lit.",
+    "composed Vietnamese": "Tiếng Việt là ngôn ngữ của người Việt",
+    "decomposed Vietnamese": _decomposed("Tiếng Việt là ngôn ngữ của người Việt"),
+    "decomposed French": _decomposed("La fête a été très réussie à Noël."),
+    "decomposed Cyrillic": _decomposed("Какой-то мой чай, ёлка"),
+    "Hangul Jamo": _decomposed("한국어를 공부합니다"),
+    "Bengali, Tamil in two signs": "\u0995\u09c7\u09be \u0b95\u0bc6\u0bbe",
+    "Devanagari with nukta": "क\u093cलम और ज\u093cमीन",
+    "kana and voiced mark": "か\u3099き\u3099 ハ\u309a",
+    "half-width kana": "ｶﾞｷﾞ ﾊﾟﾋﾟ ｱ",
+    "ligatures, full width, circled": "ﬁnal oﬃce ＡＢＣ！ ½ ①",
+    "two marks": "a\u0301\u0323b o\u0323\u0302x",
+    "marks that are swapped": "q\u0301\u0323 x",
+    "zero-width space": "zero\u200bwidth \u200b x",
+    "zero-width joiners": "क\u094d\u200dष می\u200cخواهم",
+    "soft hyphen": "har\u00adbour wall",
+    "byte order mark": "\ufeffThe lamp",
+    "variation selectors": "a ❤️ heart 1️⃣",
+    "joined emoji": "👩\u200d👩\u200d👧 x",
+    "controls, U+FFFD": "a\x00b \x07c a\ufffdb",
+    "bidi marks": "a\u200fb \u202ec\u202c",
+    "Arabic madda": "\u0627\u0653\u0646",
+    "Hebrew points": "ש\u05bc\u05c1ל\u05d5\u05b9ם",
+}
+"""One text of each class that a normaliser changes."""
+
+SIGNS = {(True, 0): ".", (False, 0): "x", (True, 1): "~", (False, 1): "+"}
+
+
+def table() -> str:
+    """Lines of TEXTS, columns of NORMALISING: "." right as it is, "+" read now, "~" put right, "x" not read."""
+    from xkd_schemas.documents import document_of
+    from xkd_schemas.encode import Encoder
+    from xkd_schemas.intervals import Read, content_intervals
+    from xkd_schemas.tokenizers import encode_texts
+
+    lines = [f"{'':32}" + " ".join(NORMALISING)]
+    for name, text in TEXTS.items():
+        signs = []
+        for kind in NORMALISING:
+            encoded = encode_texts(normalising(kind), [text])
+            read = Read(
+                texts=[text], document_G=np.zeros(1, np.int64), segments_G2=np.array([[0, len(text)]], np.int32),
+                offsets_C2=encoded.offsets, first=encoded.first,
+            )  # fmt: skip
+            before = content_intervals(read)[1] == ["ok"]
+            encoder = Encoder(tokenizer=normalising(kind), template="none", max_tokens=1000)
+            row = encoder.encode(document_of([("text", text, True)], source="t", line=1))
+            signs.append(f"{SIGNS[before, int(row.extended > 0)]:{len(kind)}}")
+        lines.append(f"{name:32}" + " ".join(signs).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

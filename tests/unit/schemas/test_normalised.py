@@ -11,7 +11,7 @@ from tokenizers import NormalizedString, Regex, normalizers
 
 import four_tokenizers
 from hostile_text import hostile_texts
-from normalising_tokenizers import NORMALISING, denormal_texts, normalising
+from normalising_tokenizers import NORMALISING, TEXTS, denormal_texts, normalising
 from xkd_schemas.alignment import align
 from xkd_schemas.cuts import LONGEST_PART, REACHES, Known
 from xkd_schemas.documents import Document, document_of
@@ -277,3 +277,9 @@ def test_a_cut_text_is_the_text_up_to_the_cut(text: str, limit: int) -> None:
     content = part.kinds == CONTENT
     assert part.spans[content].tolist() == own.spans[own.kinds == CONTENT].tolist()
     assert part.extended == own.extended
+
+
+@pytest.mark.parametrize("kind", NORMALISING)
+def test_every_class_of_text_is_read_behind_every_normaliser(kind: str) -> None:
+    for name, text in TEXTS.items():
+        assert encoder_of(kind).encode(lone(text)).status == OK, name
