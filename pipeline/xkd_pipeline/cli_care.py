@@ -43,10 +43,8 @@ def verify(
     if skipped:
         say(f"not compared, they need not be the same bit by bit: {', '.join(skipped)}")
     if bad:
-        raise BadData(
-            f"{len(bad)} {'things are' if len(bad) > 1 else 'thing is'} wrong with {cache}",
-            next=f"xkd-cache repair {cache}",
-        )
+        things = "1 thing is" if len(bad) == 1 else f"{len(bad)} things are"
+        raise BadData(f"{things} wrong with {cache}", next=f"xkd-cache repair {cache}")
     say(f"{cache} is whole ({level}{f', {rows} rows recomputed' if rows else ''})")
 
 

@@ -155,7 +155,7 @@ def _is_of(plans: Sequence[Plan], root: Path, name: str) -> bool:
 
 
 def _plan(root: Path, name: str, corpus: Sequence[str]) -> Plan:
-    """The table's plan; one that cannot be read, or is not the manifest's, is written again from that and the corpus."""
+    """The table's plan; one that cannot be read, or is not the manifest's, is written again from that and a corpus."""
     folder = inside(root, *name.split("/"))
     try:
         plans = plans_of(folder)
