@@ -76,9 +76,21 @@ class Look:
         usable = len(self.sample.documents) / self.sample.rows
         return len(units), sum(-(-round(unit.rows * usable) // ROWS_PER_BATCH) for unit in units)
 
+    @cached_property
+    def scale(self) -> tuple[float, float]:
+        """By what a number of the sample is that of the corpus, and how far off that may be, as a share of it.
+
+        By rows or by their sizes, whichever tells the tokens of the sample's documents better.
+        """
+        tokens = [c.tokens for c in self.counts]
+        rows, sizes = self.sample.scale, self.sample.size_scale
+        ways = [(give_or_take(tokens, rows), rows), (give_or_take(tokens, sizes, self.sample.sizes), sizes)]
+        error, scale = min(ways)
+        return scale, error
+
     def of_corpus(self, number: float) -> int:
         """A number of the sample for the whole corpus."""
-        return round(number * self.sample.scale)
+        return round(number * self.scale[0])
 
 
 def look_at(run: RunFile, wanted: int) -> Look:
@@ -154,16 +166,23 @@ def naive_bytes(tokens: int, layers: int, width: int, classes: int) -> int:
     return tokens * 2 * (layers * width + classes)
 
 
-def give_or_take(values: Sequence[int], scale: float) -> float:
+def give_or_take(values: Sequence[int], scale: float, sizes: Sequence[int] = ()) -> float:
     """Two standard errors of a total that is estimated from these values, as a share of it; 0 if nothing is left out.
+
+    With the `sizes` of what the values are of, of a total that is taken to grow with them.
 
     >>> give_or_take([1, 3, 1, 3], scale=1.0), round(give_or_take([1, 3, 1, 3], scale=100.0), 2)
     (0.0, 0.57)
+    >>> give_or_take([1, 3, 1, 3], scale=100.0, sizes=[10, 30, 10, 30])
+    0.0
     """
     mean = float(np.mean(values)) if len(values) else 0.0
     if mean == 0.0 or len(values) < 2:
         return 0.0
-    error = float(np.std(values, ddof=1)) * float(np.sqrt((1 - 1 / scale) / len(values)))
+    rest = np.array(values, np.float64)
+    if sum(sizes):
+        rest -= np.array(sizes) * (sum(values) / sum(sizes))
+    error = float(np.std(rest, ddof=1)) * float(np.sqrt(max(0.0, 1 - 1 / scale) / len(values)))
     return 2 * error / mean
 
 
@@ -205,7 +224,7 @@ def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | No
         "dtype": run.teacher.dtype,
         "codec": run.teacher.codec,
         "tokens": tokens,
-        "give_or_take": give_or_take([c.tokens for c in look.counts], look.sample.scale),
+        "give_or_take": look.scale[1],
         "targets": look.of_corpus(sum(c.targets for c in look.counts)),
         "words": look.of_corpus(sum(len(s.words) for s in look.spans)),
         "phrases": look.of_corpus(sum(len(s.phrases) for s in look.spans)),

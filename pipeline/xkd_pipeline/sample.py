@@ -1,13 +1,14 @@
 """Some rows of a corpus, spread evenly over it, for commands that look before anything is cached."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from xkd_pipeline.corpus import RawRow, RejectedRow, Source, open_source, read_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.parts import Content
 from xkd_schemas.runfile import RunFile
 
 
@@ -20,6 +21,12 @@ class Sample:
     """Rows that were read, rejected ones included."""
     documents: tuple[Document, ...]
     rejected: tuple[RejectedRow, ...]
+    sizes: tuple[int, ...]
+    """Of each document, the size of the row that it was read from; see `size_of`."""
+    read_size: int
+    """Sizes of the rows that were read, rejected ones included."""
+    corpus_size: int
+    """Sizes of all rows of the corpus."""
 
     @property
     def corpus_rows(self) -> int:
@@ -30,6 +37,11 @@ class Sample:
     def scale(self) -> float:
         """Rows of the corpus for each row that was read; 1 if all were."""
         return self.corpus_rows / self.rows
+
+    @property
+    def size_scale(self) -> float:
+        """The same by size: bytes of the corpus for each byte that was read."""
+        return self.corpus_size / self.read_size if self.read_size else self.scale
 
 
 def evenly(total: int, wanted: int) -> Iterator[int]:
@@ -47,7 +59,7 @@ def evenly(total: int, wanted: int) -> Iterator[int]:
 
 
 def read_sample(run: RunFile, wanted: int) -> Sample:
-    """Read at most `wanted` rows, the same distance apart, from the corpus of a run.
+    """Read at most `wanted` rows, the same distance apart, from the corpus of a run; the others are only measured.
 
     Raises:
         UsageError: No corpus is named.
@@ -64,34 +76,50 @@ def read_sample(run: RunFile, wanted: int) -> Sample:
     chosen = list(evenly(total, wanted))
     documents: list[Document] = []
     rejected: list[RejectedRow] = []
-    before = 0
+    sizes: list[int] = []
+    before = read_size = corpus_size = 0
     for source in sources:
-        places = [at - before for at in chosen if before <= at < before + source.num_rows]
+        places = {at - before for at in chosen if before <= at < before + source.num_rows}
+        rows, size = _rows(source, places)
         found, refused = read_documents(
-            Path(source.name).name, source.form, source.columns, _rows(source, places), max_chars=d.max_chars
+            Path(source.name).name, source.form, source.columns, rows, max_chars=d.max_chars
         )
+        by_line = {row.line: size_of(row.content) for row in rows}
         documents += found
         rejected += refused
+        sizes += [by_line[document.line] for document in found]
+        read_size += sum(by_line.values())
+        corpus_size += size
         before += source.num_rows
     if not documents:
         raise BadData(
             f"none of {len(chosen)} sampled rows can be used ({reasons(rejected)})", next="check the form of the rows"
         )
-    return Sample(sources=sources, rows=len(chosen), documents=tuple(documents), rejected=tuple(rejected))
+    return Sample(
+        sources=sources, rows=len(chosen), documents=tuple(documents), rejected=tuple(rejected),
+        sizes=tuple(sizes), read_size=read_size, corpus_size=corpus_size,
+    )  # fmt: skip
 
 
-def _rows(source: Source, places: Sequence[int]) -> list[RawRow]:
-    """The rows at these places, ascending; the source is read once, no further than the last."""
-    if not places:
-        return []
-    wanted, last = set(places), places[-1]
-    rows = []
+def _rows(source: Source, places: Set[int]) -> tuple[list[RawRow], int]:
+    """The rows at these places, and the sizes of all rows; the source is read once."""
+    rows, size = [], 0
     for at, row in enumerate(source.rows()):
-        if at in wanted:
+        size += size_of(row.content)
+        if at in places:
             rows.append(row)
-        if at == last:
-            break
-    return rows
+    return rows, size
+
+
+def size_of(content: Content) -> int:
+    """About how many characters a row has; none for a line that is too long to be read.
+
+    >>> size_of(b'{"text": "abc"}'), size_of({"text": "abc", "n": None})
+    (15, 3)
+    """
+    if isinstance(content, dict):
+        return sum(len(value if isinstance(value, str) else repr(value)) for value in content.values() if value)
+    return len(content) if isinstance(content, bytes) else 0
 
 
 def reasons(rejected: Sequence[RejectedRow]) -> str:

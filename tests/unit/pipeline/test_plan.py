@@ -16,7 +16,7 @@ from small_cache import SPACY, corpus_rows, made, run_file, write_rows
 from xkd_pipeline import budget, size
 from xkd_pipeline.cli_look import plan as command
 from xkd_pipeline.empty_model import empty_model, sizes_of
-from xkd_pipeline.plan import make_plan
+from xkd_pipeline.plan import give_or_take, look_at, make_plan
 from xkd_pipeline.plan_lines import plan_lines
 from xkd_pipeline.sample import evenly
 from xkd_pipeline.stages import documents_stage, teacher_stage
@@ -97,6 +97,36 @@ def test_a_part_of_the_rows_tells_the_whole_within_five_percent(tmp_path: Path) 
     assert "give or take" not in "\n".join(plan_lines(all_rows))
     for key in ("teacher_bytes", "documents_bytes", "students_bytes", "tokens", "words"):
         assert part[key] == pytest.approx(all_rows[key], rel=0.05), key
+
+
+def uneven_rows(number: int, noise: int) -> list[dict[str, object]]:
+    """Rows of very different lengths; with `noise`, their sizes say little about their text."""
+    lengths = np.random.default_rng(7).lognormal(2.5, 0.7, (number, 2))
+    words = ["The", "old", "tree", "near", "the", "small", "house", "was", "green", "and", "we", "saw", "it"]
+    text = (" ".join(words[n % len(words)] for n in range(2 + int(length))) for length, _ in lengths)
+    return [
+        {"prompt": f"{n}. What is there?", "response": t, "note": "x" * int(noise * more)}
+        for n, (t, (_, more)) in enumerate(zip(text, lengths, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(("noise", "by_rows"), [(0, False), (200, True)])
+def test_a_sample_is_scaled_by_what_tells_its_tokens_better(tmp_path: Path, noise: int, by_rows: bool) -> None:
+    corpus = write_rows(tmp_path / "uneven.jsonl", uneven_rows(240, noise))
+    run = small_run(documents={"corpus": [str(corpus)]})
+    look = look_at(run, 60)
+
+    scale, error = look.scale
+
+    assert look.sample.scale == 4.0
+    assert (scale == look.sample.scale) is by_rows
+    by_row_error = give_or_take([c.tokens for c in look.counts], 4.0)
+    assert error == by_row_error if by_rows else error < by_row_error / 4
+    if not by_rows:
+        part, whole = planned(run, sample=60), planned(run, sample=240)
+        for key in ("teacher_bytes", "documents_bytes", "students_bytes", "tokens", "words"):
+            assert part[key] == pytest.approx(whole[key], rel=0.05), key
+        assert abs(part["tokens"] / scale * 4.0 / whole["tokens"] - 1.0) > 0.05
 
 
 def test_bytes_of_each_column_are_those_of_the_made_column(whole: dict[str, Any]) -> None:
