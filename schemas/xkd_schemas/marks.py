@@ -3,7 +3,7 @@
 Canonical order sorts the marks behind a letter by their class (Unicode Standard, section 3.11, D108 to D109); the
 offsets of the tokenizers library stay in the old order. A mark that merges with the last letter of what was a ligature
 takes that letter's place in its offsets. And its SentencePiece normaliser looks up a letter with its marks as one
-string, takes the longest beginning that it knows for all of it, and is one off after what it deletes.
+string, takes the longest beginning that it knows for all of it, and is one off after a control that it deletes.
 
 Shape legend for this file
     N texts    L characters of all texts
@@ -39,35 +39,42 @@ class Classes(NamedTuple):
     """It may join the character before it or vanish behind it."""
     changes: Bools
     """NFKC or folding its case changes it."""
+    controls: Bools
+    """It is a control and no blank of a line."""
 
 
 @functools.cache
 def classes() -> Classes:
     """The tables, made once in a process."""
     size = LAST_CODE + 1
-    found = Classes(np.zeros(size, np.uint8), np.zeros(size, np.uint8), np.zeros(size, bool), np.zeros(size, bool))
+    first, last = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+    follows, changes, controls = np.zeros((3, size), np.bool_)
+    found = Classes(first, last, follows, changes, controls)
     for code in range(size):
         char = chr(code)
         parts = unicodedata.normalize("NFKD", char) if unicodedata.decomposition(char) else char
         found.first[code], found.last[code] = unicodedata.combining(parts[0]), unicodedata.combining(parts[-1])
-        joins = unicodedata.category(char)[0] in "MC" or found.first[code] > 0 or char in LETTERS
+        category = unicodedata.category(char)
+        joins = category[0] in "MC" or found.first[code] > 0 or char in LETTERS
         found.follows[code] = joins and char not in LINE_BLANKS
+        found.controls[code] = category == "Cc" and char not in LINE_BLANKS
         found.changes[code] = char.casefold() != char or unicodedata.normalize("NFKC", char) != char
     return found
 
 
-def doubtful(texts: Sequence[str], *, deep: bool) -> Bools:
+def doubtful(texts: Sequence[str], *, deep: bool, maps: bool = False) -> Bools:
     """In which texts [N] marks stand that a normaliser may swap, or merge unseen with a part of what is before them.
 
     Args:
         texts: Valid Unicode.
-        deep: The normaliser takes apart what is only compatible, such as a ligature, or looks strings up in a map.
+        deep: The normaliser takes apart what is only compatible, such as a ligature.
+        maps: It looks strings up in a map; then it is `deep` as well.
 
     >>> [doubtful(["e\\u0301", "q\\u0301\\u0323", "\\ufb01\\u0300"], deep=deep).tolist() for deep in (False, True)]
     [[False, True, False], [False, True, True]]
     """
     found = np.zeros(len(texts), np.bool_)
-    numbers = [n for n, text in enumerate(texts) if not text.isascii()]
+    numbers = [n for n, text in enumerate(texts) if maps or not text.isascii()]
     if not numbers:
         return found
     codes_L = np.frombuffer("\n".join([texts[n] for n in numbers]).encode("utf-32-le"), np.uint32)
@@ -77,6 +84,8 @@ def doubtful(texts: Sequence[str], *, deep: bool) -> Bools:
     bad = (known.first[code] > 0) & (known.last[before] > known.first[code])
     if deep:
         bad |= known.changes[before]
+    if maps:
+        bad |= known.controls[code]
     ends = firsts([len(texts[n]) + 1 for n in numbers])[1:]
     found[np.array(numbers)[np.searchsorted(ends, at[bad], side="right")]] = True
     return found

@@ -60,7 +60,8 @@ class Normalised:
 
     def doubtful(self, texts: Sequence[str]) -> Bools:
         """In which texts [N] the library's offsets may be wrong although they leave no hole."""
-        return doubtful(texts, deep=any(step["type"] in DEEP for step in self._inside))
+        types = {step["type"] for step in self._inside}
+        return doubtful(texts, deep=bool(types & DEEP), maps="Precompiled" in types)
 
     def offsets(self, texts: Sequence[str], encoded: Encoded) -> Int32s:
         """The offsets [C, 2] of all texts in characters of each; of a text that is not explained those it had.

@@ -32,12 +32,15 @@ def lone(text: str) -> Document:
     return document_of([("text", text, True)], source="t", line=1)
 
 
-def groups(tokens: Tokens) -> list[tuple[int, int, list[int]]]:
-    """Characters and ids of the content tokens, those that share a character together."""
+def groups(tokens: Tokens, text: str = "") -> list[tuple[int, int, list[int]]]:
+    """Characters and ids of the content tokens, those that share a character together.
+
+    With a `text` blanks go with what follows them: a token of the last byte of a blank and a word has the word alone.
+    """
     found: list[tuple[int, int, list[int]]] = []
     at = tokens.kinds == CONTENT
     for (start, end), number in zip(tokens.spans[at].tolist(), tokens.ids[at].tolist(), strict=True):
-        if found and start < found[-1][1]:
+        if found and (start < found[-1][1] or text[slice(*found[-1][:2])].isspace()):
             first, last, ids = found.pop()
             found.append((min(first, start), max(last, end), [*ids, number]))
         else:
@@ -83,7 +86,7 @@ def test_intervals_are_in_order_cover_the_text_and_say_what_their_tokens_say(kin
     assert (spans <= len(text)).all()
     covered = {at for start, end in spans.tolist() for at in range(start, end)}
     assert all(char.isspace() or at in covered for at, char in enumerate(text))
-    for start, end, ids in groups(tokens):
+    for start, end, ids in groups(tokens, text):
         own = spelled(kind, ids)
         if own is not None:
             glued = len(
@@ -173,6 +176,7 @@ def test_decomposed_text_gives_the_tokens_of_the_composed_and_their_characters(k
         ("bert", "\u0301lamp\u0301\u0301,", [(0, 7), (7, 8)]),
         ("t5", "the \u200b\n", [(0, 5)]),
         ("t5", "\uff41\u0301\x07  ", [(0, 3)]),
+        ("albert", "\x080 ", [(0, 2), (2, 3)]),
         ("albert", "the a\u0301", [(0, 3), (3, 4), (4, 6)]),
     ],
 )
