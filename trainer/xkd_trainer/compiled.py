@@ -40,23 +40,21 @@ def among_threads(work: Callable[[slice], None], rows: int, threads: int) -> Non
             list(pool.map(work, parts))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def bits_of(_context: Any, value: Any) -> Any:
-    """In a kernel: the bits of a float as a signed integer of the same size."""
-    integer = types.int32 if value == types.float32 else types.int64
+def _reinterpreted(to: Any) -> Callable[[Any, Any], Any]:
+    """The intrinsic's two halves: the type that comes out, and the instruction."""
 
-    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(integer))
+    def typed(_context: Any, value: Any) -> Any:
+        out = to(value)
 
-    return integer(value), emit
+        def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], context.get_value_type(out))
+
+        return out(value), emit
+
+    return typed
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def float_of(_context: Any, value: Any) -> Any:
-    """In a kernel: the float with these bits, the inverse of `bits_of`."""
-    real = types.float32 if value == types.int32 else types.float64
-
-    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(real))
-
-    return real(value), emit
+bits_of = intrinsic(_reinterpreted(lambda real: types.int32 if real == types.float32 else types.int64))
+"""In a kernel: the bits of a float as a signed integer of the same size."""
+float_of = intrinsic(_reinterpreted(lambda integer: types.float32 if integer == types.int32 else types.float64))
+"""In a kernel: the float with these bits, the inverse of `bits_of`."""

@@ -72,6 +72,19 @@ def _place(bits_V: Any, factor: Any, top: Any, value_P: Any) -> int:
 
 
 @compiled
+def series(rest: Any) -> Any:
+    """The exponential of a number between -ln 2 / 2 and ln 2 / 2."""
+    value = TERMS[0]
+    value = value * rest + TERMS[1]
+    value = value * rest + TERMS[2]
+    value = value * rest + TERMS[3]
+    value = value * rest + TERMS[4]
+    value = value * rest + TERMS[5]
+    value = value * rest + TERMS[6]
+    return value * rest + TERMS[7]
+
+
+@compiled
 def _exponentials(size: int, top: Any, value_P: Any, odds_P: Any, power_P: Any) -> None:
     """value - top, FLOOR at least, in place of each value, and its exponential; zeros after `size`."""
     odds_bits_P = odds_P.view(np.int32)
@@ -80,14 +93,7 @@ def _exponentials(size: int, top: Any, value_P: Any, odds_P: Any, power_P: Any) 
         below = FLOOR if below < FLOOR else below
         power = np.float32(np.rint(below * LOG2E))
         rest = (below - power * LN2_HIGH) - power * LN2_LOW
-        odds = TERMS[0]
-        odds = odds * rest + TERMS[1]
-        odds = odds * rest + TERMS[2]
-        odds = odds * rest + TERMS[3]
-        odds = odds * rest + TERMS[4]
-        odds = odds * rest + TERMS[5]
-        odds = odds * rest + TERMS[6]
-        odds = odds * rest + TERMS[7]
+        odds = series(rest)
         value_P[p], odds_P[p], power_P[p] = below, odds, power
     for p in range(size):
         odds_bits_P[p] += np.int32(power_P[p]) << 23

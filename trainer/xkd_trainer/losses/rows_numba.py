@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xkd_trainer.compiled import among_threads, bits_of, compiled, compiled_sums, float_of
-from xkd_trainer.stats_numba import LANES, LN2_HIGH, LN2_LOW, LOG2E, TERMS
+from xkd_trainer.stats_numba import LANES, LN2_HIGH, LN2_LOW, LOG2E, series
 
 Array = npt.NDArray[Any]
 
@@ -54,15 +54,7 @@ def _exponential(below: Any) -> Any:
     below = FLOOR if below < FLOOR else below
     power = np.float32(np.rint(below * LOG2E))
     rest = (below - power * LN2_HIGH) - power * LN2_LOW
-    odds = TERMS[0]
-    odds = odds * rest + TERMS[1]
-    odds = odds * rest + TERMS[2]
-    odds = odds * rest + TERMS[3]
-    odds = odds * rest + TERMS[4]
-    odds = odds * rest + TERMS[5]
-    odds = odds * rest + TERMS[6]
-    odds = odds * rest + TERMS[7]
-    odds = float_of(np.int32(bits_of(odds) + (np.int32(power) << 23)))
+    odds = float_of(np.int32(bits_of(series(rest)) + (np.int32(power) << 23)))
     return ZERO if given < FLOOR else odds
 
 
