@@ -176,6 +176,7 @@ def test_decomposed_text_gives_the_tokens_of_the_composed_and_their_characters(k
         ("bert", "\u0301lamp\u0301\u0301,", [(0, 7), (7, 8)]),
         ("t5", "the \u200b\n", [(0, 5)]),
         ("t5", "\uff41\u0301\x07  ", [(0, 3)]),
+        ("albert", "x\u200b\x07", [(0, 1), (1, 3)]),
         ("albert", "\x080 ", [(0, 2), (2, 3)]),
         ("albert", "the a\u0301", [(0, 3), (3, 4), (4, 6)]),
     ],
