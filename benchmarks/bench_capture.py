@@ -1,6 +1,6 @@
 """Capture of all signals of the three methods, against a bare forward loop over the very same padded batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -10,12 +10,14 @@ from benchmarks.pair import pair_of, wanted_signals
 from benchmarks.rows import Result, cost
 from xkd_pipeline.capture import TeacherSettings, batches_of, capture
 from xkd_pipeline.documents import document_at
-from xkd_pipeline.measure import Reading, padded
+from xkd_pipeline.measure import LOGIT_BYTES, Reading, padded
 from xkd_pipeline.teacher import encoder_of
 from xkd_schemas.alignment import token_ranges
 from xkd_schemas.encode import Encoder
 from xkd_schemas.table import Row, Table
+from xkd_schemas.tokens import predictors
 from xkd_trainer.forward import num_layers
+from xkd_trainer.head import head_of
 from xkd_trainer.models import dtype_named, load_model
 
 
@@ -33,6 +35,7 @@ def run(options: Options) -> list[Result]:
             "capture": lambda: capture(ours, readings, wanted, settings),
             "base": lambda: forward_loop(bare.base_model, readings, settings),
             "head": lambda: forward_loop(bare, readings, settings),
+            "logits": logits_loop(bare, readings, settings),
         },
         2 if options.quick else 3,
     )
@@ -40,6 +43,7 @@ def run(options: Options) -> list[Result]:
     return [
         cost(f"{what} / bare forward loop", seconds["capture"], seconds["base"], bar=1.15),
         cost(f"{what} / bare loop with the head on every token", seconds["capture"], seconds["head"]),
+        cost("of that, logits of the predicted positions / bare forward loop", seconds["logits"], seconds["base"]),
     ]
 
 
@@ -60,3 +64,26 @@ def forward_loop(model: PreTrainedModel, readings: Sequence[Reading], settings: 
     for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):
         ids_BL, _ = padded([readings[i] for i in indices], settings.pad_multiple)
         model(input_ids=ids_BL, use_cache=False)
+
+
+@torch.inference_mode()
+def logits_loop(
+    model: PreTrainedModel, readings: Sequence[Reading], settings: TeacherSettings
+) -> Callable[[], object]:
+    """What no capture of entropies and likeliest classes can do without, on states that are there already."""
+    head = head_of(model)
+    step = max(1, LOGIT_BYTES // (4 * head.weight_VD.shape[0]))
+    found: list[torch.Tensor] = []
+    for indices in batches_of([len(r.tokens.ids) for r in readings], settings.batch_tokens, settings.pad_multiple):
+        batch = [readings[i] for i in indices]
+        ids_BL, _ = padded(batch, settings.pad_multiple)
+        states_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        places = [torch.from_numpy(predictors(r.tokens.targets)) for r in batch]
+        found += torch.cat([states_BLD[i, at] for i, at in enumerate(places)]).split(step)
+
+    @torch.inference_mode()
+    def run_once() -> None:
+        for states_ND in found:
+            head(states_ND)
+
+    return run_once

@@ -33,10 +33,11 @@ from benchmarks.rows import Row, Skipped, as_json, cost, memory, table
 from xkd_pipeline.align import StudentSettings
 from xkd_pipeline.capture import TeacherSettings
 from xkd_pipeline.documents import document_at
-from xkd_pipeline.teacher import encoder_of
+from xkd_pipeline.teacher import encoder_of, teacher_of
 from xkd_schemas.table import Table
-from xkd_schemas.tokens import OK
+from xkd_schemas.tokens import OK, predictors
 from xkd_trainer.cache import Cache
+from xkd_trainer.head import Head
 from xkd_trainer.stream import batch_of
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
@@ -285,6 +286,21 @@ def test_the_bare_loop_reads_every_token_of_every_document_once(pair: Pair) -> N
     seen = sorted(int(i) for batch in model.seen for i in batch.flatten() if i)
     assert seen == sorted(int(i) for r in readings for i in r.tokens.ids if i)
     assert all(len(r.ranges["word"]) > 5 and len(r.ranges["phrase"]) > 1 for r in readings)
+
+
+def test_the_logits_of_a_capture_are_those_of_its_predictions(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TeacherSettings(model=pair.teacher, template=pair.template, batch_tokens=256)
+    documents = Table(pair.cache, "documents")
+    readings = bench_capture.readings_of([documents[i] for i in range(6)], encoder_of(settings))
+    model, asked = teacher_of(settings), list[int]()
+    plain = bench_capture.head_of(model)
+    monkeypatch.setattr(Head, "__call__", lambda _self, states_ND: asked.append(len(states_ND)))
+
+    monkeypatch.setattr(bench_capture, "LOGIT_BYTES", 4 * len(plain.weight_VD) * 7)
+    bench_capture.logits_loop(model, readings, settings)()
+
+    assert sum(asked) == sum(len(predictors(r.tokens.targets)) for r in readings)
+    assert max(asked) == 7
 
 
 def test_captured_are_the_signals_of_all_three_methods(pair: Pair) -> None:
