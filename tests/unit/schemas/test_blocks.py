@@ -21,12 +21,13 @@ def tokens(size: int, status: str = OK) -> Tokens:
     numbers = np.arange(size, dtype=np.int32)
     return Tokens(
         status=status, num_chars=2 * size, ids=numbers, spans=np.stack([numbers, numbers + 1], axis=1),
-        kinds=(numbers % 3).astype(np.uint8), targets=numbers % 2 == 0,
+        kinds=(numbers % 3).astype(np.uint8), targets=numbers % 2 == 0, extended=size // 2,
     )  # fmt: skip
 
 
 def plain(row: Tokens) -> tuple[object, ...]:
-    return row.status, row.num_chars, *(a.tolist() for a in (row.ids, row.spans, row.kinds, row.targets))
+    arrays = (row.ids, row.spans, row.kinds, row.targets)
+    return row.status, row.num_chars, row.extended, *(a.tolist() for a in arrays)
 
 
 def documents_of(parts: list[list[tuple[str, str, bool]]]) -> list[Document]:
