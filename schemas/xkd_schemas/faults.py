@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -148,7 +149,11 @@ def order_from_environment() -> None:
     """Take the fault of XKD_FAULT, if it is set; files.py calls this once."""
     text = os.environ.get("XKD_FAULT", "")
     if text and not _ordered:
-        _ordered.append(fault_of(text, os.environ.get("XKD_FAULT_SEED", "")))
+        try:
+            _ordered.append(fault_of(text, os.environ.get("XKD_FAULT_SEED", "")))
+        except UsageError as error:  # at an import, where no command is there yet to say it
+            sys.stderr.write(f"{error}\n")
+            raise SystemExit(error.exit_code) from None
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """verify, repair and gc as commands, and rows against the live teacher."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +134,16 @@ def test_status_counts_what_is_damaged_or_left(tmp_path: Path) -> None:
 def test_a_fault_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="POINT:N:ACTION"):
         faults.fault_of(text)
+
+
+def test_a_fault_of_the_environment_that_cannot_be_read_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import xkd_schemas.files"], env={**os.environ, "XKD_FAULT": "nonsense"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 2
+    assert done.stderr == "XKD_FAULT=nonsense is not POINT:N:ACTION. Next: e.g. XKD_FAULT=commit.write:3:ENOSPC\n"
 
 
 def test_a_fault_hits_its_point_once_or_from_then_on(tmp_path: Path) -> None:
