@@ -36,6 +36,9 @@ from xkd_schemas.tokens import OK, Bools, Int32s, Tokens
 MOST_CHARS: Final = 2**20
 """Characters that are encoded at once, of more than one document; results do not depend on it."""
 
+INTERVALS_VERSION: Final = 2
+"""Of `explained`; bump it where a token's characters change. Without it (1) intervals were the library's."""
+
 REASONS: Final = {
     "lone_surrogate": "the text holds half of a surrogate pair, which no tokenizer takes",
     "outside_text": "a token's interval leaves its segment or is turned round",
@@ -86,8 +89,12 @@ class Encoder:
         return Normalised(self.tokenizer)
 
     def identity(self) -> dict[str, Any]:
-        """What the tokens depend on, for a plan: the tokenizer's identity, the template's name, the length."""
-        return {"tokenizer": identity(self.tokenizer), "template": self.template, "max_tokens": self.max_tokens}
+        """What the tokens depend on, for a plan: the tokenizer's identity, the template's name, the length.
+
+        And, of a tokenizer that normalises, how its intervals are taken through the normaliser.
+        """
+        found = {"tokenizer": identity(self.tokenizer), "template": self.template, "max_tokens": self.max_tokens}
+        return found | ({"intervals": INTERVALS_VERSION} if self._normalised.changes else {})
 
     def encode(self, document: Document, num_chars: int | None = None) -> Tokens:
         """Tokens of the text up to `num_chars` characters, or of the whole text.

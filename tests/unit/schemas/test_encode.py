@@ -371,7 +371,7 @@ def test_blanks_are_the_white_space_of_python() -> None:
 
 
 def test_identity_names_template_and_length() -> None:
-    found = encoder_of("unigram", max_tokens=77).identity()
+    found = encoder_of("byte_level", max_tokens=77).identity()
 
     assert found.keys() == {"tokenizer", "template", "max_tokens"}
     assert (found["template"], found["max_tokens"]) == ("none", 77)

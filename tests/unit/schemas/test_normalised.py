@@ -15,7 +15,7 @@ from normalising_tokenizers import NORMALISING, TEXTS, denormal_texts, normalisi
 from xkd_schemas.alignment import align
 from xkd_schemas.cuts import LONGEST_PART, REACHES, Known
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.encode import Encoder
+from xkd_schemas.encode import INTERVALS_VERSION, Encoder
 from xkd_schemas.explained import explained
 from xkd_schemas.intervals import Read, content_intervals
 from xkd_schemas.normalised import Normalised
@@ -288,3 +288,11 @@ def test_a_cut_text_is_the_text_up_to_the_cut(text: str, limit: int) -> None:
 def test_every_class_of_text_is_read_behind_every_normaliser(kind: str) -> None:
     for name, text in TEXTS.items():
         assert encoder_of(kind).encode(lone(text)).status == OK, name
+
+
+def test_the_identity_of_a_tokenizer_that_normalises_names_the_version_of_its_intervals() -> None:
+    assert encoder_of("qwen").identity()["intervals"] == INTERVALS_VERSION
+    assert (
+        "intervals"
+        not in Encoder(tokenizer=four_tokenizers.tokenizer_of("byte_level"), template="none", max_tokens=64).identity()
+    )
