@@ -78,9 +78,14 @@ def _documents_at_once(hidden_BLD: Tensor, columns: int) -> int:
 
 def _centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
     """`centrality` of a few documents."""
-    hidden_BLD = _zeroed(at_least_float32(hidden_BLD), valid_BL)
+    hidden_BLD = at_least_float32(hidden_BLD)
     batch, length, width = hidden_BLD.shape
-    scale_BL1 = 1.0 / ((_std(hidden_BLD) + STD_FLOOR) * width**0.25)  # for scores: they are smaller than states
+    mean_BL = hidden_BLD.mean(-1)
+    if not _all_finite(mean_BL):  # of padding, it may be
+        hidden_BLD = torch.where(valid_BL.unsqueeze(-1), hidden_BLD, 0.0)
+        mean_BL = hidden_BLD.mean(-1)
+    std_BL1 = _std(hidden_BLD, mean_BL)
+    scale_BL1 = 1.0 / ((std_BL1 + STD_FLOOR) * width**0.25)  # for scores: they are smaller than states
     alone_B11 = (valid_BL.sum(-1) <= 1)[:, None, None]  # no other token to look at: softmax over nothing
     position_L = torch.arange(length, device=hidden_BLD.device)
     weights_BL = torch.zeros_like(valid_BL, dtype=hidden_BLD.dtype)
@@ -98,27 +103,24 @@ def _centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
     return torch.where(alone_B11[:, 0], valid_BL.to(weights_BL.dtype), weights_BL)
 
 
-def _zeroed(hidden_BLD: Tensor, keep_BL: Tensor) -> Tensor:
-    """Zeros where not kept; the states themselves where all are finite, as their weight there is 0 anyway."""
-    if bool(hidden_BLD.detach().sum().isfinite()):
-        return hidden_BLD
-    return torch.where(keep_BL.unsqueeze(-1), hidden_BLD, 0.0)
+def _all_finite(values: Tensor) -> bool:
+    """Whether what was made of the states says that they are: no number hides one that is none."""
+    return bool(values.detach().sum().isfinite())
 
 
-def _std(hidden_BLD: Tensor) -> Tensor:
+def _std(hidden_BLD: Tensor, mean_BL: Tensor) -> Tensor:
     """Unbiased standard deviation over the width, [B, L, 1]; its gradient is 0, not NaN, where it is 0."""
-    variance_BL1 = _variance(hidden_BLD).unsqueeze(-1)
+    variance_BL1 = _variance(hidden_BLD, mean_BL).unsqueeze(-1)
     varies_BL1 = variance_BL1 > 0
     return torch.where(varies_BL1, torch.where(varies_BL1, variance_BL1, 1.0).sqrt(), 0.0)
 
 
-def _variance(hidden_BLD: Tensor) -> Tensor:
+def _variance(hidden_BLD: Tensor, mean_BL: Tensor) -> Tensor:
     """Unbiased variance over the width, [B, L]: mean square less squared mean, without a copy of the states.
 
     Where that would cancel, in rows whose mean is large beside their spread, the mean is taken off first.
     """
     width = hidden_BLD.shape[-1]
-    mean_BL = hidden_BLD.mean(-1)
     square_BL = torch.linalg.vecdot(hidden_BLD, hidden_BLD) / width
     variance_BL: Tensor = (square_BL - mean_BL.square()) * (width / (width - 1))
     cancels_BL = variance_BL < CANCELS * square_BL
@@ -156,12 +158,15 @@ def _pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tu
     """`pool_spans` of a few documents."""
     position_L = torch.arange(hidden_BLD.shape[1], device=hidden_BLD.device)
     member_BKL = (position_L >= spans_BK2[..., :1]) & (position_L < spans_BK2[..., 1:])
-    covered_BL = member_BKL.any(1)
-    hidden_BLD = _zeroed(at_least_float32(hidden_BLD), covered_BL)
+    hidden_BLD = at_least_float32(hidden_BLD)
     weights_BKL = torch.where(member_BKL, weights_BL.to(hidden_BLD.dtype)[:, None, :], 0.0)
     mass_BK = weights_BKL.sum(-1)
     divisor_BK = torch.where(mass_BK > 0, mass_BK, 1.0)
-    return (weights_BKL / divisor_BK.unsqueeze(-1)) @ hidden_BLD, mass_BK
+    shares_BKL = weights_BKL / divisor_BK.unsqueeze(-1)
+    vectors_BKD = shares_BKL @ hidden_BLD
+    if not _all_finite(vectors_BKD):  # 0 times what a token that no span has is not 0 then
+        vectors_BKD = shares_BKL @ torch.where(member_BKL.any(1).unsqueeze(-1), hidden_BLD, 0.0)
+    return vectors_BKD, mass_BK
 
 
 def cosine_matrix(vectors_BKD: Tensor) -> Tensor:

@@ -264,8 +264,8 @@ def test_centrality_in_float32_is_that_of_float64_where_the_mean_is_large(mean: 
 
 def test_a_row_of_one_number_has_no_spread_also_beside_others() -> None:
     hidden_LD = torch.cat([torch.full((1, 8), 7.0), torch.randn(3, 8, generator=torch.Generator().manual_seed(1))])
-    assert _variance(hidden_LD)[0] == 0
-    torch.testing.assert_close(_variance(hidden_LD), hidden_LD.var(-1), rtol=1e-5, atol=1e-6)
+    assert _variance(hidden_LD, hidden_LD.mean(-1))[0] == 0
+    torch.testing.assert_close(_variance(hidden_LD, hidden_LD.mean(-1)), hidden_LD.var(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_classes_far_below_the_likeliest_change_nothing_and_equals_give_the_first() -> None:
