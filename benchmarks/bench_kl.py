@@ -6,16 +6,21 @@ Shape legend for this file
     T tokens    V classes    D width
 """
 
+import contextlib
+import functools
 import json
 import sys
 import time
+from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Options, forget_peak, in_subprocess, peak_bytes
+from benchmarks.measure import Options, forget_peak, in_subprocess, interleaved, peak_bytes
 from benchmarks.rows import Result, cost, memory
+from xkd_trainer.losses import head_rows
 from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
 
 SPACES = ("student", "teacher")
@@ -37,7 +42,42 @@ def run(options: Options) -> list[Result]:
         what = f"{space} space, T={size[0]} V={size[1]}"
         results.append(memory(f"{what}: memory beyond the inputs / plain", ours["peak"], plain["peak"], bar=1 / 8))
         results.append(cost(f"{what}: CPU time / plain", ours["cpu"], plain["cpu"], bar=1.25))
-    return results
+    return [*results, *rows_of_logits(options)]
+
+
+def rows_of_logits(options: Options) -> list[Result]:
+    """What is done to logits between the products: compiled kernels against the same functions in torch's steps."""
+    rows, classes = options.size(40, 4), options.size(151_936, 4_096)
+    seconds = interleaved(row_calls(rows, classes), options.repeats)
+    return [
+        cost(f"{rows} rows of {classes} logits, {name}: compiled / torch", seconds[name], seconds[f"{name} torch"])
+        for name in ("forward KL", "cross-entropy", "entropy and peak")
+    ]
+
+
+def row_calls(rows: int, classes: int) -> dict[str, Callable[[], Tensor]]:
+    """Name, and name with " torch" behind it, to a call that gives one number a row, in float32 on one thread."""
+    generator = torch.Generator().manual_seed(0)
+    student_PV, teacher_PV = (3.0 * torch.randn(rows, classes, generator=generator) for _ in range(2))
+    target_P, one, weights_P1 = torch.arange(rows), torch.ones(()), torch.ones(rows, 1)
+    into_PV, scratch = torch.empty_like(student_PV), head_rows.Scratch()
+    how = Comparison(kind="forward_kl", temperature=TEMPERATURE)
+
+    def each(work: Callable[[slice], Tensor], compiled: bool) -> Tensor:
+        off = mock.patch.object(head_rows, "_has_kernel", return_value=False)
+        parts = head_rows.parts(student_PV) if compiled else head_rows.slices(0, rows, 1)
+        with contextlib.nullcontext() if compiled else off:
+            return torch.cat([work(part) for part in parts])
+
+    works: dict[str, Callable[[slice], Tensor]] = {
+        "forward KL": lambda p: head_rows.divergence_rows(
+            student_PV[p], teacher_PV[p], weights_P1[p], how, scratch, into_PV[p]
+        ),
+        "cross-entropy": lambda p: head_rows.cross_entropy_rows(into_PV[p].copy_(student_PV[p]), target_P[p], one),
+        "entropy and peak": lambda p: head_rows.statistics_rows(student_PV[p], scratch).entropy,
+    }
+    compiled = {name: functools.partial(each, work, compiled=True) for name, work in works.items()}
+    return compiled | {f"{name} torch": functools.partial(each, work, compiled=False) for name, work in works.items()}
 
 
 def inputs(space: str, size: tuple[int, int, int]) -> tuple[LazyLogits, LazyLogits]:

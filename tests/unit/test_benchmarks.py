@@ -207,6 +207,14 @@ def test_plain_and_our_kl_are_the_same_loss_with_the_same_gradients(space: str) 
     assert found["plain"][0] > 0
 
 
+def test_compiled_rows_and_torch_rows_do_the_same() -> None:
+    calls = bench_kl.row_calls(3, 70)
+
+    for name in ("forward KL", "cross-entropy", "entropy and peak"):
+        torch.testing.assert_close(calls[name](), calls[f"{name} torch"]())
+        assert calls[name]().shape == (3,)
+
+
 @LINUX
 def test_the_memory_of_the_plain_form_is_counted_beyond_the_inputs() -> None:
     tokens, classes, width = 64, 16_384, 16
