@@ -4,7 +4,7 @@ In torch every step of a softmax is a pass over memory of its own, and there are
 for its maximum and once for everything else, piece by piece in the CPU's nearest cache; sums go on in double precision
 from piece to piece.
 
-Imports numba: compiled at its first use in a process, in about three seconds.
+Imports numba: compiled at its first use in a process, in about two seconds.
 
 Shape legend for this file
     P positions    V classes    C classes of a piece    L lanes
