@@ -130,6 +130,21 @@ def test_threads_and_memory_used_before_change_no_bit(shape: tuple[int, int, flo
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_threads_at_work_at_the_same_time_have_memory_of_their_own() -> None:
+    student_PV, teacher_PV = drawn((8, 200_000, 3.0), 0), drawn((8, 200_000, 3.0), 1)
+    how, before, found = Comparison(kind="forward_kl", temperature=2.0), torch.get_num_threads(), []
+
+    for threads in (1, *[4] * 8):
+        torch.set_num_threads(threads)
+        into_PV = torch.empty_like(student_PV)
+        kl_P = divergence_rows(student_PV, teacher_PV, torch.ones(8, 1), how, Scratch(), into_PV)
+        found.append((kl_P, into_PV))
+    torch.set_num_threads(before)
+
+    alone, *together = found
+    assert all(torch.equal(a, b) for other in together for a, b in zip(alone, other, strict=True))
+
+
 def test_rows_of_a_wider_matrix_are_worked_as_they_lie() -> None:
     wide_PW, teacher_PV = drawn((5, 1030, 1.0), 0), drawn((5, 1025, 1.0), 1)
     student_PV, how = wide_PW[:, 3:1028], Comparison(kind="forward_kl", temperature=2.0)
