@@ -72,7 +72,9 @@ def repair(root: Path, workers: Workers, means: Means | None = None) -> Repaired
         except XkdError as error:
             if given.corpus or given.models:
                 raise
-            commands.append(f"xkd-cache verify {shlex.quote(str(root))}   # {name}: {error.what}")
+            verify_it = f"xkd-cache verify {shlex.quote(str(root))}"
+            known = error.next if error.next.startswith("xkd-cache ") and "repair" not in error.next else verify_it
+            commands.append(f"{known}   # {name}: {error.what}")
     if bad and not commands:
         with locked(root):
             write_root_files(root)

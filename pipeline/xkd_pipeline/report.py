@@ -22,7 +22,7 @@ import pyarrow as pa
 from xkd_pipeline.progress import table_states
 from xkd_pipeline.report_data import Alignment, Histogram, Int64s, Kept, Report, Sizes, Summary
 from xkd_schemas.errors import BadData, InputMissing
-from xkd_schemas.files import inside
+from xkd_schemas.files import inside, sha256_of
 from xkd_schemas.manifest import Manifest
 from xkd_schemas.table import Shard, Table, sealed_tables
 from xkd_schemas.tokens import OK, TOKEN_FIELDS
@@ -204,6 +204,8 @@ def _rejects(documents: Table) -> Iterator[dict[str, str]]:
         if commit.rejects is not None:
             path = inside(documents.path(commit.unit).parent, "rejects", commit.rejects.file)
             try:
+                if sha256_of(path) != commit.rejects.sha256:
+                    raise ValueError("it does not match its digest")
                 with path.open("rb") as stream:
                     lines = list(islice(stream, MAX_REJECTS))
                 yield from ({key: str(value) for key, value in json.loads(line).items()} for line in lines)

@@ -269,7 +269,7 @@ def _parsed(path: Path, content: bytes, kind: type[M]) -> M:
     if needed > FORMAT:
         raise Mismatch(f"{path}: format {needed}, this program reads up to {FORMAT}", next="upgrade xkd-toolkit")
     record = kind.model_validate(data)
-    if not whole:
+    if not (is_whole(record) if isinstance(record, Manifest) else whole):
         raise ValueError("it does not match its own digest")
     return record
 

@@ -1,5 +1,6 @@
 """Read a sealed table: memory-mapped shards, opened when first needed, every byte checked when first touched."""
 
+import contextlib
 import functools
 import mmap
 from bisect import bisect_right
@@ -13,9 +14,9 @@ import pyarrow as pa
 
 from xkd_schemas.additions import part_of
 from xkd_schemas.codecs import CODECS, PLAIN, Codec
-from xkd_schemas.errors import BadData, Mismatch
-from xkd_schemas.files import inside, xxh3_of
-from xkd_schemas.manifest import Commit, Manifest, RecordBatch, is_whole, read_record
+from xkd_schemas.errors import BadData, InputMissing, Mismatch
+from xkd_schemas.files import inside, sha256_of, xxh3_of
+from xkd_schemas.manifest import Commit, Manifest, RecordBatch, read_record
 from xkd_schemas.ragged import Columns
 
 OPEN_SHARDS: Final = 128
@@ -157,8 +158,8 @@ class Table:
         self.name = name
         self.folder = inside(root, *name.split("/"))
         self.manifest = read_record(self.folder / "manifest.json", Manifest)
-        if self.manifest.table != name or not is_whole(self.manifest):
-            raise BadData(f"{self.folder / 'manifest.json'} does not match its own digest", next=_AGAIN)
+        if self.manifest.table != name:
+            raise BadData(f"{self.folder / 'manifest.json'} is that of {self.manifest.table}", next=_AGAIN)
         self._ends = list(accumulate(c.rows for c in self.manifest.commits))
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._checked: dict[int, set[int]] = {}
@@ -199,6 +200,47 @@ class Table:
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Compare the tokenizer that lies in a table's folder with the table's manifest; any other folder is left alone.
+
+    Where there is no whole manifest, SHA256SUMS says what the files were.
+
+    Raises:
+        BadData: A file is missing, changed, or not the table's.
+    """
+    table = folder.absolute().parent
+    if folder.name != "tokenizer" or not any((table / name).is_file() for name in ("manifest.json", "plan.json")):
+        return
+    known = _tokenizer_digests(table)
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    for name in sorted(known.keys() | there):
+        path = inside(folder, name)
+        if name not in there or name not in known or sha256_of(path) != known[name]:
+            what = "does not match its digest" if name in known else "is a file that no manifest vouches for"
+            raise BadData(f"{path} {what if name in there else 'is not there'}", next=_tokenizer_again(table))
+
+
+def _tokenizer_digests(table: Path) -> dict[str, str]:
+    """sha256 by name of the files of a table's tokenizer."""
+    with contextlib.suppress(BadData, InputMissing):
+        files = read_record(table / "manifest.json", Manifest).files
+        return {name: digest for name, digest in files.items() if not name.endswith(".safetensors")}
+    prefix = f"{table.parent.name}/{table.name}/tokenizer/"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        lines = (table.parent.parent / "SHA256SUMS").read_bytes().decode().split("\n")
+        pairs = (line.partition("  ") for line in lines)
+        return {name.removeprefix(prefix): digest for digest, _, name in pairs if name.startswith(prefix)}
+    return {}
+
+
+def _tokenizer_again(table: Path) -> str:
+    """The command that writes the tokenizer of a table anew."""
+    root, name = table.parent.parent, table.name
+    if table.parent.name == "students":
+        return f"xkd-cache align {root} --student PATH_OF_ITS_TOKENIZER --name {name}"
+    return f"xkd-cache repair {root} --model PATH_OF_{name}"
 
 
 TABLES: Final = ("documents", "teachers/*", "signals/*", "students/*")

@@ -132,3 +132,16 @@ def test_a_student_is_made_again_when_its_teacher_is_whole(tmp_path: Path) -> No
 
     assert repair(cache, IN_PROCESS).left == []
     assert files_of(cache) == before
+
+
+def test_a_damaged_tokenizer_of_a_student_is_written_again_by_the_command(tmp_path: Path) -> None:
+    from xkd_pipeline.cli import app
+
+    cache = small_cache.copied(tmp_path)
+    before = files_of(cache)
+    flip(cache / "students/S/tokenizer/tokenizer.json")
+    (command,) = repair(cache, IN_PROCESS).commands
+    typed = shlex.split(command, comments=True)
+    given = {"PATH_OF_ITS_TOKENIZER": str(small_cache.made() / "student")}
+    app([given.get(word, word) for word in typed[1:]], standalone_mode=False)
+    assert files_of(cache) == before

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from xkd_schemas.errors import InputMissing, Refused, UsageError
+from xkd_schemas.table import check_tokenizer
 from xkd_schemas.terminal import note
 from xkd_schemas.tokenizers import encode_texts
 
@@ -149,6 +150,7 @@ def load_tokenizer(name: str) -> Any:
 
     Raises:
         InputMissing: Nothing of that name, or the folder holds no tokenizer that can be read.
+        BadData: It lies in a cache and is not what the table's manifest says.
         Refused: The tokenizer brings its own code.
         UsageError: It is a slow tokenizer, without character offsets.
     """
@@ -159,6 +161,7 @@ def load_tokenizer(name: str) -> Any:
     if (gguf and not path.is_file()) or (looks_local and not folder.is_dir()):
         raise InputMissing(f"{name} is not there", next="name a model folder, FOLDER/FILE.gguf or a hub model")
     if folder.is_dir():
+        check_tokenizer(folder)
         check_config(folder)
     _readable_json(folder / "tokenizer.json")
     options = {"gguf_file": path.name} if gguf else {}

@@ -233,7 +233,7 @@ def test_an_edited_manifest_does_not_match_its_digest(tmp_path: Path) -> None:
     content["constants"]["hidden_std"] = 1.0
     path.write_text(json.dumps(content))
 
-    with pytest.raises(BadData, match=r"manifest.json does not match its own digest"):
+    with pytest.raises(BadData, match=r"manifest.json.*does not match its own digest"):
         Table(tmp_path / "cache", "teachers/T")
 
 
@@ -241,7 +241,7 @@ def test_the_manifest_of_one_table_does_not_pass_for_another(tmp_path: Path) -> 
     cache = small_cache.copied(tmp_path)
     shutil.copytree(cache / "teachers" / "T", cache / "teachers" / "U")
 
-    with pytest.raises(BadData, match="does not match its own digest"):
+    with pytest.raises(BadData, match="is that of"):
         Table(cache, "teachers/U")
 
 
