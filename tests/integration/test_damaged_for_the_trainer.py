@@ -72,7 +72,7 @@ def test_a_flipped_bit_in_any_file_is_named_or_the_file_is_not_read(tmp_path: Pa
             with pytest.raises(BadData) as caught:
                 read_as_the_trainer(cache)
             assert path.name in caught.value.what
-                assert caught.value.next
+            assert caught.value.next
         path.write_bytes(content)
     assert not [name for name in unread if name.endswith((".arrow", ".safetensors", "manifest.json"))]
     assert {name.rpartition("/tokenizer/")[0] for name in unread} <= {"", "students/S"}
