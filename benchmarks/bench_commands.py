@@ -91,7 +91,7 @@ def commands(pair: Pair, place: Place) -> Mapping[str, Sequence[object]]:
         "repair": ("xkd-cache", "repair", cache),
         "train": (
             "xkd-train", "--shards", cache, *student, "--out", place.beside("student"), "--epochs", "1",
-            "--batch-size", "8", "--loss", "ce=1,mta=0.1,sra=0.03,dwa=0.5",
+            "--batch-size", "8", "--loss", "mta+sra+dwa",
         ),
     }  # fmt: skip
 

@@ -20,7 +20,7 @@ from xkd_trainer.loop import train
 
 TIMES = 8
 STEPS = 3
-ALL = "ce=1,mta=0.1,sra=0.03,dwa=0.5"
+ALL = "mta+sra+dwa"
 
 
 def run(options: Options) -> list[Result]:

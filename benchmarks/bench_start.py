@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     settings = (f"student.template={template}", "train.batch_size=2", "train.threads=1")
     sys.argv = [
         "xkd-train", "--shards", cache, "--student", student, "--student-tokenizer", tokenizer, "--out", out,
-        "--loss", "ce=1,dwa=1", "--steps", "1", *(word for one in settings for word in ("--set", one)),
+        "--loss", "dwa", "--steps", "1", *(word for one in settings for word in ("--set", one)),
     ]  # fmt: skip
     try:
         command()

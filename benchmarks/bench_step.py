@@ -25,7 +25,7 @@ from xkd_trainer.methods.declaration import constant_head
 from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
 
-ALL = "ce=1,mta=0.1,sra=0.03,dwa=0.5"
+ALL = "mta+sra+dwa"
 CHUNKS = (WIDER * CHUNK_BYTES, PASS_BYTES)
 """Sizes of a chunk of logits that the losses use; the unavoidable products are made in the faster one."""
 LATE = 1_000_000

@@ -42,7 +42,7 @@ def main() -> None:
         _step("cache of the training rows", ["xkd-cache", "preprocess", str(RUN)], _made),
         _step("cache of the held-out rows", ["xkd-cache", "preprocess", str(RUN), *_held(out)], _made),
     ]
-    students = {"without teacher": "ce=1", "with teacher": _distilled_loss()}
+    students = {"without teacher": "ce", "with teacher": _distilled_loss()}
     rows: dict[str, dict[str, Any]] = {"teacher": _evaluate(out, "teacher", out / "teacher", steps)}
     for name, loss in students.items():
         folder = out / f"student-{name.replace(' ', '-')}-{arguments.seed}"

@@ -65,7 +65,7 @@ def ready(
 ) -> tuple[Ready, Batch]:
     """A loss built alone (or with `more` others), and a batch for it."""
     run = tiny.tiny_cache().run(
-        cache=str(cache()), loss=f"ce={ce},{loss}=1{more}", losses={loss: settings},
+        cache=str(cache()), loss=f"ce={ce}+{loss}{more}", losses={loss: settings},
         student__model=model or student(table, depth),
     )  # fmt: skip
     torch.manual_seed(0)

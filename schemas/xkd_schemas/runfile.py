@@ -85,8 +85,8 @@ class TrainSection(_Section):
     """How the student is trained."""
 
     out: str = ""
-    loss: str = "ce=1"
-    """Comma-separated NAME=WEIGHT; ce is cross-entropy on the corpus's own responses."""
+    loss: str = "ce"
+    """`NAME+NAME`, weighed as in their papers; ce is cross-entropy on the corpus's own responses."""
     epochs: float = Field(default=3.0, gt=0)
     steps: int = Field(default=0, ge=0)
     """Optimizer steps; 0 means `epochs` decides."""

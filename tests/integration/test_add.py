@@ -79,7 +79,7 @@ def copied(tmp_path: Path) -> Path:
 
 def run_of(cache: Path, out: Path, **train_values: object) -> "small_cache.RunFile":
     student = {"model": "new:llama,layers=2,width=16,heads=2", "tokenizer": str(small_cache.made() / "student")}
-    values = {"out": str(out), "loss": "mta=1,sra=1,dwa=1", "epochs": 1, "batch_size": 4, "threads": 1}
+    values = {"out": str(out), "loss": "mta+sra+dwa", "epochs": 1, "batch_size": 4, "threads": 1}
     return run_file(cache, student=student, train=values | train_values)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import tiny_models as tiny
 from xkd_trainer.loop import train
 
-ALL = "ce=1,mta=1,sra=0.2,dwa=0.5"
+ALL = "mta+sra+dwa"
 
 BLOCKED = """
 import sys

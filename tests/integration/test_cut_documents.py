@@ -23,7 +23,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ready(root: Path) -> Ready:
-    return set_up(tiny.Tiny(root).run(loss="mta,sra", teacher__max_tokens=80, student__max_tokens=70), "")
+    return set_up(tiny.Tiny(root).run(loss="mta+sra", teacher__max_tokens=80, student__max_tokens=70), "")
 
 
 def test_geometry_does_not_grow_with_what_was_not_read(ready: Ready) -> None:

@@ -53,7 +53,7 @@ def run_of(cache: Path, corpus: Path, table: str, out: str = "", loss: str = "ce
             "template": "chat",
         },
         train={
-            "loss": f"ce=0,{loss}" if loss != "ce" else "ce", "steps": STEPS, "batch_size": ROWS, "out": out,
+            "loss": f"ce=0+{loss}" if loss != "ce" else "ce", "steps": STEPS, "batch_size": ROWS, "out": out,
             "lr": 1e-4, "projector_lr": 1e-4, "log_every": 1,
         },
         **(EVERYWHERE if loss.count(",") else {}),
@@ -93,7 +93,7 @@ def test_a_loss_trains_the_demos_student_from_the_cache(loss: str, cache: Path, 
 @pytest.mark.parametrize("table", TOKENIZERS)
 def test_every_term_from_the_cache_is_the_one_from_the_live_teacher(table: str, cache: Path) -> None:
     losses = [name for name, loss in LOSSES.items() if loss.one_tokenizer == (table == SAME)]
-    run = run_of(cache, cache, table, loss=",".join(f"{name}=1" for name in losses if name != "ce"))
+    run = run_of(cache, cache, table, loss="+".join(losses))
     ready = set_up(run, table)
     teacher = load_model(str(DEMO / "teacher"), dtype=torch.float32)
     teacher.set_attn_implementation("eager")

@@ -44,7 +44,7 @@ def run_of(table: str, loss: str, out: Path) -> RunFile:
         cache(),
         student={"model": "new:llama,layers=4,width=32", "tokenizer": str(tokenizer)},
         train={
-            "loss": f"ce=0,{loss}=1" if loss != "ce" else "ce", "steps": 6, "batch_size": 12, "out": str(out),
+            "loss": f"ce=0+{loss}" if loss != "ce" else "ce", "steps": 6, "batch_size": 12, "out": str(out),
             "lr": 1e-3, "projector_lr": 1e-3, "log_every": 1,
         },
     )  # fmt: skip

@@ -46,7 +46,7 @@ def test_capture_stores_what_it_needs_and_a_student_is_trained(installed: Path, 
     teacher = ["--model", made / "teacher", "--for", "sureness", "--name", "sure", "--dtype", "float32"]
     xkd(installed, "xkd-cache", "teacher", cache, *teacher)
     xkd(installed, "xkd-cache", "align", cache, "--student", student, "--teacher", "sure", "--name", "G")
-    loss = ["--loss", "ce=0,sureness=1", "--set", "losses.sureness.scale=2", "--steps", "12", "--lr", "2e-3"]
+    loss = ["--loss", "ce=0+sureness", "--set", "losses.sureness.scale=2", "--steps", "12", "--lr", "2e-3"]
     xkd(installed, "xkd-train", "--shards", cache, "--student", student, "--student-table", "G", *loss,
         "--set", "train.log_every=1", "--out", tmp_path / "out")  # fmt: skip
 

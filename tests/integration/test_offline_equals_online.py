@@ -23,7 +23,7 @@ from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
 
 ROWS = (0, 3, 7, 17, 19)
-LOSSES = "ce,mta,sra,dwa,dskd_cma,dskd_v2,alm,mined,uld,multilevelot"
+LOSSES = "ce+mta+sra+dwa+dskd_cma+dskd_v2+alm+mined+uld+multilevelot"
 EVERYWHERE = {"dskd_cma": {"correct_only": False}, "dskd_v2": {"agreement": False}}
 """Random models are hardly ever right or of one mind; these settings compare all the same."""
 WITHIN = {"mined.mined": 1e-4}
@@ -43,7 +43,7 @@ def one_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     student = tiny.saved(tiny.llama(kind, seed=2), kind, folder / "student")
     cache = Path(shutil.copytree(tiny.tiny_cache().cache, folder / "cache"))
     run = tiny.tiny_cache().run(
-        cache=str(cache), loss="ce=0,dskd,kl", student__model=str(student), student__name="same"
+        cache=str(cache), loss="ce=0+dskd+kl", student__model=str(student), student__name="same"
     )
     align_stage(run, Workers(count=0))
     return set_up(run, "")
@@ -87,7 +87,7 @@ def test_every_term_from_the_cache_is_the_one_from_the_live_teacher(ready: Ready
     cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, teacher))
 
     losses = {name.split(".")[0] for name in cached}
-    assert losses == set(LOSSES.split(","))
+    assert losses == set(LOSSES.split("+"))
     same_terms(cached, online)
 
 

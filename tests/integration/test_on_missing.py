@@ -100,7 +100,7 @@ def test_a_missing_signal_is_refused_with_the_command_that_adds_it(
         shutil.rmtree(cache / kind)
     student = {"model": "new:llama,layers=2,width=16,heads=2", "tokenizer": str(made / "student")}
     teacher = {"model": str(made / "teacher"), "losses": ["alm"]}
-    run = run_file(cache, teacher=teacher, student=student, train={"loss": "dwa=1"})
+    run = run_file(cache, teacher=teacher, student=student, train={"loss": "dwa"})
     for stage in (teacher_stage, align_stage):
         stage(run, IN_PROCESS)
     capsys.readouterr()

@@ -28,7 +28,7 @@ def prepared(name: str, folder: Path, loss: str, **settings: Any) -> RunFile:
     tiny.saved(HERE[name].made(len(tiny.tokenizer_of(kind))), kind, folder / "teacher")
     shutil.copytree(tiny.tiny_cache().cache / "documents", folder / "cache" / "documents")
     return tiny.tiny_cache().run(
-        cache=str(folder / "cache"), teacher__model=str(folder / "teacher"), teacher__losses=loss.split(","),
+        cache=str(folder / "cache"), teacher__model=str(folder / "teacher"), teacher__losses=loss.split("+"),
         loss=loss, losses={"sra": settings} if settings else {},
     )  # fmt: skip
 
@@ -36,11 +36,11 @@ def prepared(name: str, folder: Path, loss: str, **settings: Any) -> RunFile:
 @pytest.mark.parametrize(
     ("name", "loss", "settings"),
     [
-        ("gpt_oss", "mta,sra,dwa", {}),
-        ("gemma3_text", "mta,sra,dwa", {}),
+        ("gpt_oss", "mta+sra+dwa", {}),
+        ("gemma3_text", "mta+sra+dwa", {}),
         ("gemma2", "mta", {}),
-        ("opt, narrow embeddings (350m)", "sra,dwa", {}),
-        ("bloom", "mta,sra,dwa", {"weights": "uniform"}),
+        ("opt, narrow embeddings (350m)", "sra+dwa", {}),
+        ("bloom", "mta+sra+dwa", {"weights": "uniform"}),
     ],
 )
 def test_terms_from_the_cache_of_another_family_are_those_of_the_live_teacher(
@@ -56,7 +56,7 @@ def test_terms_from_the_cache_of_another_family_are_those_of_the_live_teacher(
     batch = batch_of(ready.cache, ROWS, ready.wanted)
     cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, teacher))
 
-    assert {term.split(".")[0] for term in cached} == {"ce", *loss.split(",")}
+    assert {term.split(".")[0] for term in cached} == {"ce", *loss.split("+")}
     for term, value in online.items():
         assert cached[term] == pytest.approx(value, rel=0.01), term
 
@@ -64,7 +64,7 @@ def test_terms_from_the_cache_of_another_family_are_those_of_the_live_teacher(
 @pytest.mark.parametrize(
     ("name", "loss", "message"),
     [
-        ("bloom", "mta,sra", r"no attention map in its last block\. Next: .*--set losses\.sra\.weights=uniform"),
+        ("bloom", "mta+sra", r"no attention map in its last block\. Next: .*--set losses\.sra\.weights=uniform"),
         ("opt, narrow embeddings (350m)", "mta", r"block 1 gives states of shape .*losses that read no inner layer"),
         ("bert-generation", "dwa", "no causal language model"),
     ],

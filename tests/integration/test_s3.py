@@ -70,7 +70,7 @@ def test_a_student_trains_from_a_cache_that_came_from_a_bucket(tmp_path: Path, b
     run = run_file(
         tmp_path / "back",
         student={"model": "new:llama,layers=4,width=32", "tokenizer": str(made() / "student")},
-        train={"loss": "mta,sra,dwa", "steps": 2, "batch_size": 4, "out": str(tmp_path / "out"), "log_every": 1},
+        train={"loss": "mta+sra+dwa", "steps": 2, "batch_size": 4, "out": str(tmp_path / "out"), "log_every": 1},
     )
 
     assert files_of(tmp_path / "back") == files_of(made() / "cache")

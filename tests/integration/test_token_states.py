@@ -51,7 +51,7 @@ def run_with(cache: Path, codec: str) -> RunFile:
             "model": str(made / "teacher"), "name": f"T-{codec}", "codec": codec, "losses": ["mta", "sra", "fdd"],
         },
         student={"model": str(made / "teacher"), "name": f"S-{codec}", "template": "chat"},
-        train={"loss": "mta,sra,fdd"},
+        train={"loss": "mta+sra+fdd"},
         **SETTINGS,
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ def train(
         str, typer.Option(help="Where the cache does not know the student's tokenizer: fail, or align it now.")
     ] = "fail",
     loss: Annotated[
-        str | None, typer.Option(help="NAME=WEIGHT,...; see xkd-train losses. ce is 1 unless given.")
+        str | None, typer.Option(help="NAME+NAME, weighed as in their papers; see xkd-train losses.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the trained student.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the cache.")] = None,
@@ -49,7 +49,7 @@ def train(
     """Train a student from a cache of xkd-cache; the teacher is not needed.
 
     Example: xkd-train --shards cache/ --student new:llama,layers=4,width=256 --student-tokenizer models/tok
-    --loss mta=2,sra=1,dwa=0.5 --out out/student
+    --loss mta+sra+dwa --out out/student
     """
     if context.invoked_subcommand is not None:
         return
@@ -66,7 +66,7 @@ def train(
 
     trained = train_student(settings, student_table=student_table, on_missing=on_missing, quiet=as_json)
     if as_json:
-        say_json({"out": str(trained.out), "steps": trained.steps, "terms": trained.terms})
+        say_json({"out": str(trained.out), "steps": trained.steps, "terms": trained.terms, "weights": trained.weights})
     else:
         describe(trained)
 
@@ -119,6 +119,7 @@ def losses(as_json: JsonOption = False) -> None:
     """
     from xkd_trainer.methods import loss_named, loss_names
     from xkd_trainer.methods.declaration import describe_loss
+    from xkd_trainer.methods.weights import formula, parse_loss
 
     described = {name: describe_loss(loss_named(name)) for name in loss_names()}
     if as_json:
@@ -126,6 +127,7 @@ def losses(as_json: JsonOption = False) -> None:
         return
     for name, parts in described.items():
         say(f"{name}: {parts['source']}")
+        say(f"  --loss {name} is {formula(parse_loss(name))}")
         say(f"  needs: {', '.join(parts['needs']) or 'nothing of the teacher'}")
         for setting, signals in parts["more"].items():
             say(f"    with {name}.{setting} also: {', '.join(signals)}")

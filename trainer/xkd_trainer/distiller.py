@@ -15,6 +15,7 @@ from xkd_trainer.forward import rehearse, run
 from xkd_trainer.head import head_of
 from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.methods.declaration import Loss, StudentPass
+from xkd_trainer.methods.weights import described, term_weights
 
 
 class Distiller(nn.Module):
@@ -23,7 +24,7 @@ class Distiller(nn.Module):
     Args:
         student: A causal language model.
         losses: Built losses by name.
-        weights: Factor of each loss, as in `--loss NAME=WEIGHT`.
+        weights: Factor of each loss, as `parse_loss` makes them.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Distiller(nn.Module):
         self.student = student
         self.losses = nn.ModuleDict(losses)
         self.weights = dict(weights)
-        built = [self.loss(name) for name in losses]
+        built = self._built().values()
         self._layers = sorted({layer for loss in built for layer in loss.layers})
         self._attention = any(loss.attention for loss in built)
         self._attention_layers = sorted({layer for loss in built if loss.attention for layer in loss.layers})
@@ -42,6 +43,17 @@ class Distiller(nn.Module):
     def loss(self, name: str) -> Loss:
         """A loss by name, typed as what it is."""
         return cast(Loss, self.losses[name])
+
+    def term_weights(self, step: int) -> dict[str, float]:
+        """What each term LOSS.TERM is multiplied by at a step, without those that are 0."""
+        return term_weights(self.weights, self._built(), step)
+
+    def described(self, last: int) -> str:
+        """The whole sum of a run, for people."""
+        return described(self.weights, self._built(), last)
+
+    def _built(self) -> dict[str, Loss]:
+        return {name: self.loss(name) for name in self.losses}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Count of every term, named LOSS.TERM, from the batch alone."""

@@ -34,6 +34,8 @@ class Trained:
     """Step of the checkpoint it went on from; `steps` if there was nothing left to do."""
     terms: dict[str, float]
     """Means over the last logged stretch of steps."""
+    weights: dict[str, float]
+    """What each term is multiplied by at the last step."""
 
 
 def learning_rate(step: int, total: int, train: TrainSection) -> float:
@@ -69,7 +71,7 @@ def train(run: RunFile, *, student_table: str = "", on_missing: str = "fail", qu
     fingerprint = _fingerprint(run, ready, total)
     out = Path(run.train.out)
     if is_finished(out, fingerprint):
-        return Trained(out=out, steps=total, resumed_at=total, terms={})
+        return Trained(out=out, steps=total, resumed_at=total, terms={}, weights=fingerprint["weights"])
     return _Run(run, ready, order, total, fingerprint, quiet).go()
 
 
@@ -80,6 +82,7 @@ def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
         "student": run.student.model,
         "template": ready.cache.students.manifest.constants["template"],
         "losses": {name: dict(values) for name, values in sorted(run.losses.items())},
+        "weights": ready.distiller.term_weights(total - 1),
         "steps": total,
         "train": train,
     }
@@ -140,6 +143,8 @@ class _Run:
     def go(self) -> Trained:
         """Run all remaining steps, save, and export the student."""
         main = self.accelerator.is_main_process
+        if main and not self.quiet:
+            say(f"loss: {self.distiller.described(self.total - 1)}")
         metrics = Metrics(self.out, resumed_step=self.start) if main else None
         self.module.train()
         seen = _Window()
@@ -163,7 +168,8 @@ class _Run:
             if self.settings.save_every:
                 self._save(self.total)
             export_student(self.out, self.distiller.student, self.ready.tokenizer, self.fingerprint)
-        return Trained(out=self.out, steps=self.total, resumed_at=self.start, terms=last)
+        weights = self.fingerprint["weights"]
+        return Trained(out=self.out, steps=self.total, resumed_at=self.start, terms=last, weights=weights)
 
     def _lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])

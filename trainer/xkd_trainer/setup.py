@@ -20,6 +20,7 @@ from xkd_trainer.forward import num_layers
 from xkd_trainer.head import check_model, head_of
 from xkd_trainer.methods import loss_named
 from xkd_trainer.methods.declaration import Context, Levels, constant_head
+from xkd_trainer.methods.weights import parse_loss
 from xkd_trainer.missing import student_table as find_table
 from xkd_trainer.models import load_model, load_tokenizer, new_model
 
@@ -33,32 +34,6 @@ class Ready:
     distiller: Distiller
     wanted: frozenset[Signal]
     """Signals that batches carry."""
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """`mta=2,sra,dwa=0.5` as factors; a loss without a number gets its default, and ce is 1 unless it is given.
-
-    >>> parse_weights("mta=2,ce=0.5")
-    {'mta': 2.0, 'ce': 0.5}
-
-    Raises:
-        UsageError: A loss is not known, twice there, or its factor is no finite number from 0 on.
-    """
-    weights: dict[str, float] = {}
-    for part in (p.strip() for p in text.split(",") if p.strip()):
-        name, equals, number = part.partition("=")
-        declaration = loss_named(name.strip())
-        try:
-            value = float(number) if equals else declaration.default_weight
-        except ValueError:
-            value = -1.0
-        if not 0.0 <= value < float("inf") or name.strip() in weights:
-            raise UsageError(
-                f"--loss {text}: {part!r} is not NAME=WEIGHT, once for each loss", next="e.g. mta=2,sra=1"
-            )
-        weights[name.strip()] = value
-    weights.setdefault("ce", 1.0)
-    return {name: weight for name, weight in weights.items() if weight > 0}
 
 
 def student_of(run: RunFile, tokenizer: Any) -> PreTrainedModel:
@@ -100,7 +75,7 @@ def set_up(run: RunFile, student_table: str, *, on_missing: str = "fail", quiet:
         raise UsageError("no student is named", next="--student FOLDER, a hub name, or new:llama,layers=4,width=256")
     if run.student.model.startswith("new:") and not run.student.tokenizer:
         raise UsageError("a new student needs a tokenizer", next="--student-tokenizer FOLDER")
-    weights = parse_weights(run.train.loss)
+    weights = parse_loss(run.train.loss)
     settings = {name: loss_named(name).parse(run.losses.get(name, {})) for name in weights}
     unused = sorted(set(run.losses) - set(weights))
     for name in unused:

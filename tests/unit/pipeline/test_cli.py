@@ -405,7 +405,7 @@ def test_training_on_a_signal_that_is_not_cached_shows_how_to_add_it(
     student = ["--student", "new:llama,layers=1,width=16,heads=2", "--student-tokenizer", made() / "student"]
 
     for loss in ("mta", "sra"):
-        said = xkd_train("--shards", cache, *student, "--loss", f"{loss}=1", "--out", tmp_path / "out", "--steps", 1)
+        said = xkd_train("--shards", cache, *student, "--loss", loss, "--out", tmp_path / "out", "--steps", 1)
         refused(said, 2, loss, "xkd-cache add", "--signals attention_last" if loss == "sra" else "--for mta")
 
 

@@ -212,7 +212,7 @@ def test_log_probabilities_of_no_position_are_none() -> None:
 
 
 def ready(**changed: Any) -> tuple[Ready, Batch]:
-    made = set_up(tiny.tiny_cache().run(loss="ce=0,alm=1", losses={"alm": changed}), "")
+    made = set_up(tiny.tiny_cache().run(loss="ce=0+alm=2", losses={"alm": changed}), "")
     return made, batch_of(made.cache, ROWS, made.wanted)
 
 

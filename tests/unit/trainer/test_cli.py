@@ -97,7 +97,8 @@ def test_losses_are_listed_with_what_they_need_and_their_settings(xkd_train: Xkd
     assert {name for name, loss in described.items() if loss["one_tokenizer"]} >= {"kl", "fdd", "dskd"}
     for line in (
         "dwa: DWA-KD, arXiv 2602.21669", "needs: entropy, hidden_last", "sra.geo = 50.0",
-        "with sra.layers=[1] also: attention@LAYER, hidden@LAYER", "for one tokenizer: the student's must be",
+        "--loss sra is 0.5 ce + 0.5 sra", "with sra.layers=[1] also: attention@LAYER, hidden@LAYER",
+        "for one tokenizer: the student's must be",
     ):  # fmt: skip
         assert line in shown.out
 
@@ -105,11 +106,13 @@ def test_losses_are_listed_with_what_they_need_and_their_settings(xkd_train: Xkd
 def test_training_says_where_the_student_is_and_a_second_time_that_there_is_nothing_to_do(
     xkd_train: XkdTrain, tmp_path: Path
 ) -> None:
-    first, second = (xkd_train(*flags(tmp_path / "out", "--loss", "sra=1")) for _ in range(2))
+    first, second = (xkd_train(*flags(tmp_path / "out", "--loss", "sra")) for _ in range(2))
 
     assert (first.code, second.code) == (0, 0)
     assert f"{tmp_path / 'out'}: trained for 1 steps" in first.out
-    assert "sra.geo" in first.out
+    assert "loss: 0.5 ce + 0.5 (sra.cos 1 + sra.geo 50 + sra.kd 1)\n" in first.out
+    recorded = json.loads((tmp_path / "out" / "xkd.json").read_text())["run"]["weights"]
+    assert recorded == {"ce.ce": 0.5, "sra.cos": 0.5, "sra.geo": 25.0, "sra.kd": 0.5}
     assert "already trained for 1 steps with these settings, nothing to do" in second.out
 
 
@@ -121,6 +124,7 @@ def test_json_is_one_object_on_standard_output(xkd_train: XkdTrain, tmp_path: Pa
     assert result["steps"] == 1
     assert result["out"] == str(tmp_path / "out")
     assert set(result["terms"]) == {"loss", "ce.ce"}
+    assert result["weights"] == {"ce.ce": 1.0}
 
 
 def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Path) -> None:
@@ -142,7 +146,9 @@ def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Pat
     lines = [json.loads(line) for line in (tmp_path / "flag" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2, "a flag wins over --set, and both over the file"
     for line in lines:  # default weight of sra is 0.5; geo is off as the file says, cos is what --set says
-        assert line["loss"] == pytest.approx(line["ce.ce"] + 0.5 * (0.25 * line["sra.cos"] + line["sra.kd"]), rel=1e-5)
+        assert line["loss"] == pytest.approx(
+            0.5 * line["ce.ce"] + 0.5 * (0.25 * line["sra.cos"] + line["sra.kd"]), rel=1e-5
+        )
         assert line["lr"] <= 1e-9
 
 

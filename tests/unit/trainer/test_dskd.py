@@ -36,9 +36,8 @@ from xkd_trainer.losses.dskd import (
 from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.term import LossTerm
 from xkd_trainer.losses.vocabulary import shared_vocabulary
-from xkd_trainer.methods import LOSSES
 from xkd_trainer.methods.dual_space import teacher_states
-from xkd_trainer.setup import Ready, parse_weights, set_up
+from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
 
 F64 = torch.float64
@@ -179,13 +178,6 @@ def test_defaults_are_those_of_the_scripts_and_every_divergence_can_be_chosen() 
         DskdCmaSettings.model_validate({"student_divergence": "kl"})
 
 
-def test_the_papers_weights_are_the_ones_of_a_loss_without_a_number() -> None:
-    assert parse_weights("ce=0.5,dskd_cma") == parse_weights("ce=0.5,dskd_cma=0.5")
-    assert (
-        LOSSES["dskd"].default_weight == LOSSES["dskd_cma"].default_weight == LOSSES["dskd_v2"].default_weight == 0.5
-    )
-
-
 # Wired to a cache
 
 ROWS = (3, 19, 0, 11)
@@ -212,7 +204,7 @@ def cache_folder() -> str:
 
 def run_of(loss: str, **changed: Any) -> Any:
     return tiny.tiny_cache().run(
-        **{"loss": f"ce=0,{loss}=1", "student__model": student_folder(STUDENTS[loss])} | changed
+        **{"loss": f"ce=0+{loss}", "student__model": student_folder(STUDENTS[loss])} | changed
     )
 
 

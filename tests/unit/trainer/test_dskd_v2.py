@@ -91,7 +91,7 @@ def test_settings_refuse_what_is_not_theirs(wrong: dict[str, Any]) -> None:
 
 def made(student: str = "", **settings: Any) -> Any:
     run = tiny.tiny_cache().run(
-        loss="ce=0,dskd_v2", losses={"dskd_v2": settings}, student__model=student or str(tiny.tiny_cache().student)
+        loss="ce=0+dskd_v2", losses={"dskd_v2": settings}, student__model=student or str(tiny.tiny_cache().student)
     )
     ready = set_up(run, "")
     return ready, batch_of(ready.cache, (3, 19, 0, 11), ready.wanted)

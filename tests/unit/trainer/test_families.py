@@ -137,7 +137,7 @@ def test_a_student_learns_from_ce_mta_sra_and_dwa_and_comes_back_from_disk(
 ) -> None:
     family = HERE[name]
     passes = seen_by_losses(monkeypatch)
-    made = distiller(family, "ce,mta,sra,dwa" if family.inner else "ce,sra,dwa", tmp_path / "student")
+    made = distiller(family, "ce+mta+sra+dwa" if family.inner else "ce+sra+dwa", tmp_path / "student")
     model, one = made.distiller.student, batch_of(made.cache, (3, 19, 0), made.wanted)
 
     loss, _ = made.distiller(one, made.distiller.counts(one), 0)
@@ -224,7 +224,7 @@ def test_a_new_student_of_a_family_has_the_sizes_asked_for_and_passes_the_checks
 )
 def test_new_students_that_cannot_be_used_are_refused_in_one_line(spec: str, message: str) -> None:
     run_file = tiny.tiny_cache().run(
-        loss="ce,sra", student__model=f"new:{spec}", student__tokenizer=str(tiny.tiny_cache().student)
+        loss="ce+sra", student__model=f"new:{spec}", student__tokenizer=str(tiny.tiny_cache().student)
     )
 
     with pytest.raises(UsageError, match=message) as caught:

@@ -50,7 +50,7 @@ def other_student() -> Path:
 
 
 def ready(student: Path, table: str = "same", **settings: Any) -> Ready:
-    train = {"loss": "ce=0,kl=1", "out": "unused"}
+    train = {"loss": "kl", "out": "unused"}
     run_file = small_cache.run_file(
         cache(), student={"model": str(student), "name": table}, train=train, **{"losses.kl": settings}
     )

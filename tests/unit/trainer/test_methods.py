@@ -25,9 +25,9 @@ from xkd_trainer.forward import run
 from xkd_trainer.head import head_of
 from xkd_trainer.losses.term import LossTerm
 from xkd_trainer.losses.vocabulary import shared_vocabulary
-from xkd_trainer.methods import LOSSES, loss_named
+from xkd_trainer.methods import LOSSES
 from xkd_trainer.methods.declaration import StudentPass, describe_loss
-from xkd_trainer.setup import Ready, parse_weights, set_up
+from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
 
 ROWS = (3, 19, 0, 11)
@@ -51,7 +51,7 @@ def student_folder(tied: bool) -> str:
 def ready(loss: str, *, tied: bool = True, **settings: Any) -> tuple[Ready, Batch]:
     """A loss built on the tiny cache, alone, and a batch for it."""
     run = tiny.tiny_cache().run(
-        loss=f"ce=0,{loss}=1" if loss != "ce" else "ce", losses={loss: settings}, student__model=student_folder(tied)
+        loss=f"ce=0+{loss}" if loss != "ce" else "ce", losses={loss: settings}, student__model=student_folder(tied)
     )
     made = set_up(run, "")
     return made, batch_of(made.cache, ROWS, made.wanted)
@@ -421,8 +421,8 @@ def gradients(distiller: Distiller, batches: Sequence[Batch], counts: Mapping[st
 
 def test_losses_together_have_the_gradient_of_each_alone() -> None:
     weights = {"ce": 0.7, "mta": 2.0, "sra": 0.5, "dwa": 1.5}
-    spec = ",".join(f"{name}={weight}" for name, weight in weights.items())
-    made = set_up(tiny.tiny_cache().run(loss=spec, losses={}, student__model=student_folder(True)), "")
+    made = set_up(tiny.tiny_cache().run(loss="ce=0.7+mta=4+sra+dwa=1.5", student__model=student_folder(True)), "")
+    assert made.distiller.weights == weights
     batch = batch_of(made.cache, ROWS, made.wanted)
     counts = made.distiller.counts(batch)
     expected, together = gradients(made.distiller, [batch], counts)
@@ -636,11 +636,11 @@ def refused(**changed: Any) -> UsageError:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"loss": "mtaa=1"}, "'mtaa' is not a loss. Next: use one of: ce, "),
-        ({"loss": "mta=-1"}, "'mta=-1' is not NAME=WEIGHT"),
-        ({"loss": "mta=nan"}, "'mta=nan' is not NAME=WEIGHT"),
-        ({"loss": "mta=much"}, "'mta=much' is not NAME=WEIGHT"),
-        ({"loss": "mta=1,mta=2"}, "'mta=2' is not NAME=WEIGHT, once for each loss"),
+        ({"loss": "mtaa"}, "'mtaa' is not a loss. Next: use one of: ce, "),
+        ({"loss": "mta=-1"}, "'mta=-1' is not NAME or NAME=NUMBER"),
+        ({"loss": "mta=nan"}, "'mta=nan' is not NAME or NAME=NUMBER"),
+        ({"loss": "mta=much"}, "'mta=much' is not NAME or NAME=NUMBER"),
+        ({"loss": "mta=1+mta=2"}, "'mta=2' is not NAME or NAME=NUMBER"),
         ({"loss": "sra", "losses": {"sra": {"taw": 3}}}, "losses.sra: 'taw' is not a setting. Next: did you mean"),
         ({"loss": "sra", "losses": {"sra": {"kd": "most"}}}, "losses.sra.kd: "),
         ({"loss": "ce", "losses": {"sra": {"taw": 3}}}, "losses.sra: 'taw' is not a setting"),
@@ -728,16 +728,10 @@ def test_a_cache_that_is_not_there_is_missing() -> None:
         set_up(tiny.tiny_cache().run(cache="nowhere/at/all"), "")
 
 
-def test_weights_that_are_zero_turn_a_loss_off_and_ce_is_one_unless_given() -> None:
-    assert parse_weights("mta=0,sra") == {"sra": LOSSES["sra"].default_weight, "ce": 1.0}
-    assert parse_weights("ce=0.25, dwa = 2".replace(" = ", "=")) == {"ce": 0.25, "dwa": 2.0}
-    assert loss_named("mta") is LOSSES["mta"]
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_new_student_takes_part_in_every_loss(family: str) -> None:
     run = tiny.tiny_cache().run(
-        loss="mta,sra,dwa",
+        loss="mta+sra+dwa",
         student__model=f"new:{family},layers=3,width=16,heads=2",
         student__tokenizer=str(tiny.tiny_cache().student),
     )

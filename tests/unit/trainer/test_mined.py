@@ -263,7 +263,7 @@ def test_a_position_is_usable_only_where_the_partner_reads_the_same_token() -> N
 
 
 def ready(**changed: Any) -> tuple[Ready, Batch]:
-    made = set_up(tiny.tiny_cache().run(loss="ce=0,mined=1", losses={"mined": changed}), "")
+    made = set_up(tiny.tiny_cache().run(loss="ce=0+mined=2", losses={"mined": changed}), "")
     return made, batch_of(made.cache, ROWS, made.wanted)
 
 

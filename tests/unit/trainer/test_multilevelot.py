@@ -189,7 +189,7 @@ def test_the_same_model_standardised_is_the_same_at_any_scale_of_its_logits() ->
 
 
 def ready(**settings: Any) -> tuple[Ready, Batch]:
-    made = set_up(tiny.tiny_cache().run(loss="ce=0,multilevelot=1", losses={"multilevelot": settings}), "")
+    made = set_up(tiny.tiny_cache().run(loss="ce=0+multilevelot", losses={"multilevelot": settings}), "")
     return made, batch_of(made.cache, ROWS, made.wanted)
 
 
@@ -274,12 +274,12 @@ def test_a_student_learns_from_it(tmp_path: Path) -> None:
     made, _ = ready()
     batch = batch_of(made.cache, tuple(range(12)), made.wanted)
     counts = made.distiller.counts(batch)
-    run = tiny.tiny_cache().run(loss="ce=0,multilevelot=1", out=str(tmp_path / "out"), steps=8, lr=1e-2)
+    run = tiny.tiny_cache().run(loss="ce=0+multilevelot", out=str(tmp_path / "out"), steps=8, lr=1e-2)
 
     trained = train(run, student_table="", quiet=True)
 
     assert trained.steps == 8
-    after = set_up(tiny.tiny_cache().run(loss="ce=0,multilevelot=1", student__model=str(trained.out)), "")
+    after = set_up(tiny.tiny_cache().run(loss="ce=0+multilevelot", student__model=str(trained.out)), "")
     with torch.no_grad():
         before, now = (float(d.distiller(batch, counts, 0)[0]) for d in (made, after))
     assert now < before

@@ -51,7 +51,7 @@ def other_student() -> Path:
 
 
 def ready(loss: str = "rskd") -> Ready:
-    train = {"loss": f"ce=0,{loss}=1", "out": "unused"}
+    train = {"loss": f"ce=0+{loss}", "out": "unused"}
     run = small_cache.run_file(cache(), student={"model": str(other_student()), "name": "same"}, train=train)
     return set_up(run, "same")
 

@@ -137,7 +137,7 @@ def topk_cache() -> tiny.Tiny:
 
 
 def ready(cache: tiny.Tiny, **settings: Any) -> Ready:
-    return set_up(cache.run(loss="ce=0,uld=1", losses={"uld": settings}), "")
+    return set_up(cache.run(loss="ce=0+uld=2", losses={"uld": settings}), "")
 
 
 def predictions(made: Ready, row: int) -> tuple[list[list[float]], list[list[float]]]:
@@ -267,7 +267,7 @@ def test_topk_has_no_other_temperature_than_its_own() -> None:
 def test_a_student_learns_from_it(tmp_path: Path, teacher: str) -> None:
     cache = tiny.tiny_cache() if teacher == "exact" else topk_cache()
     run = cache.run(
-        loss="ce=0,uld=1", losses={"uld": {"teacher": teacher}}, out=str(tmp_path / "out"), steps=6, lr=1e-2
+        loss="ce=0+uld=2", losses={"uld": {"teacher": teacher}}, out=str(tmp_path / "out"), steps=6, lr=1e-2
     )
     made = ready(cache, teacher=teacher)
     batch = batch_of(made.cache, tuple(range(12)), made.wanted)
@@ -278,6 +278,6 @@ def test_a_student_learns_from_it(tmp_path: Path, teacher: str) -> None:
 
     assert trained.steps == 6
     after = set_up(
-        cache.run(loss="ce=0,uld=1", losses={"uld": {"teacher": teacher}}, student__model=str(trained.out)), ""
+        cache.run(loss="ce=0+uld=2", losses={"uld": {"teacher": teacher}}, student__model=str(trained.out)), ""
     )
     assert value(after, batch, counts) < before

@@ -4,7 +4,7 @@ Tokens are matched in each document by time warping over edit distances, classes
 `mined_alignment`. Where a student position has one partner and both read the same token there, the student learns the
 partner's distribution, elsewhere the token that follows:
     L = sum_n usable_n KL(P_n || Q_n) + (1 - usable_n) (-log Q_n(gold)),    P, Q at temperature tau
-The paper adds cross-entropy, half and half: `--loss ce=0.5,mined=0.5`.
+The paper adds cross-entropy, half and half: `--loss mined`.
 
 Shape legend for this file
     B documents    N student predictions    M teacher predictions    V the student's classes    D teacher width

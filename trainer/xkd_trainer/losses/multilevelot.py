@@ -9,7 +9,7 @@ On these p^S, p^T [n, k] of the n positions paired by shift,
 where W_ij = || softmax(p^S_i / 2) - softmax(p^T_j / 2) ||_1 and P is exp(-W / 0.1) after ten Sinkhorn rounds. Logits
 are divided by their standard deviation over the classes first, so that two models' scales agree.
 
-The total of the official code is CE + 1.5 L: `--loss ce=1,multilevelot=1.5`.
+The total of the official code is CE + 1.5 L: `--loss multilevelot`.
 
 Shape legend for this file
     B documents    P paired positions of the longest    N pairs of all documents    D width    V classes

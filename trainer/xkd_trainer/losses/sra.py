@@ -1,6 +1,6 @@
 """SRA, Span Representation Alignment (arXiv 2605.01205): pieces of text both models cut out, as centres of mass.
 
-L = alpha L_CE + (1 - alpha) (cos L_cos + geo L_Geo + L_KD); the code's alpha 0.5 is `--loss ce=0.5,sra=0.5`.
+L = alpha L_CE + (1 - alpha) (cos L_cos + geo L_Geo + L_KD); alpha is 0.5, `--loss sra`.
 L_cos pulls each projected student span vector to the teacher's, L_Geo compares the cosines between
 span vectors, L_KD compares what the two heads predict from the span vectors, on the classes both
 vocabularies have.

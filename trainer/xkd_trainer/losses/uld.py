@@ -4,7 +4,7 @@ L_ULD = sum_n sum_v | p^S_n(v) - p^T_n(v) |, where v counts classes from the lik
 is filled up with zeros: the Wasserstein distance between two distributions whose classes are all equally far apart.
 Nothing says which class is which, and the n-th prediction of one model is compared with the n-th of the other.
 
-The paper's total is CE + 1.5 L_ULD: `--loss ce=1,uld=1.5`. DSKD's code has `--loss ce=0.5,uld=0.5`.
+The paper's total is CE + 1.5 L_ULD; DSKD's code has 0.5 CE + 0.5 L_ULD, which `--loss uld` is.
 
 Shape legend for this file
     N paired positions    V student classes    W teacher classes that are known    C positions of one chunk

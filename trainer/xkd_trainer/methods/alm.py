@@ -93,4 +93,5 @@ ALM = Declaration(
     needs=needs,
     build=Alm,
     default_weight=0.5,
+    ce_weight=0.5,
 )

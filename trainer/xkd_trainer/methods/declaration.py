@@ -162,7 +162,13 @@ class Declaration:
     build: Callable[[Any, Context], nn.Module]
     """The module; it satisfies `Loss`."""
     default_weight: float = 1.0
-    """Used by `--loss NAME` without a number."""
+    """What the paper's total gives the terms together."""
+    ce_weight: float = 1.0
+    """What it gives cross-entropy beside them."""
+    plug_in: bool = False
+    """Whether it is put on another loss, whose cross-entropy and weight it then has."""
+    plug_weight: float | None = None
+    """What a plug-in weighs beside this loss; None for `default_weight`."""
     one_tokenizer: bool = False
     """Whether it compares token with token, so that student and teacher must have the same tokenizer."""
 
@@ -209,6 +215,7 @@ def describe_loss(declaration: Declaration) -> dict[str, Any]:
         "needs": sorted(needs),
         "more": {setting: sorted(signals) for setting, signals in more.items() if signals},
         "weight": declaration.default_weight,
+        "ce_weight": declaration.ce_weight,
         "settings": {name: getattr(settings, name) for name in declaration.settings.model_fields},
     }
 

@@ -137,8 +137,9 @@ DSKD = Declaration(
     settings=DskdSettings,
     needs=needs,
     build=Dskd,
-    default_weight=0.5,
     one_tokenizer=True,
+    default_weight=0.5,
+    ce_weight=0.5,
 )
 
 DSKD_CMA = Declaration(
@@ -148,4 +149,5 @@ DSKD_CMA = Declaration(
     needs=needs,
     build=DskdCma,
     default_weight=0.5,
+    ce_weight=0.5,
 )

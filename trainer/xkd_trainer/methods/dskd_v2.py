@@ -95,4 +95,5 @@ DSKD_V2 = Declaration(
     needs=needs,
     build=DskdV2,
     default_weight=0.5,
+    ce_weight=0.5,
 )

@@ -149,4 +149,6 @@ DWA = Declaration(
     settings=DwaSettings,
     needs=needs,
     build=Dwa,
+    ce_weight=0.5,
+    plug_weight=0.5,
 )

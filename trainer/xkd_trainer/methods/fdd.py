@@ -119,4 +119,5 @@ FDD = Declaration(
     needs=needs,
     build=Fdd,
     one_tokenizer=True,
+    ce_weight=0,
 )

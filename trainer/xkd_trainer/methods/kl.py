@@ -81,4 +81,5 @@ KL = Declaration(
     needs=lambda _settings, _levels: (Signal("hidden_last"),),
     build=Kl,
     one_tokenizer=True,
+    ce_weight=0,
 )

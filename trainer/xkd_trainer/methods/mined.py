@@ -95,4 +95,5 @@ MINED = Declaration(
     needs=needs,
     build=Mined,
     default_weight=0.5,
+    ce_weight=0.5,
 )

@@ -215,4 +215,5 @@ MTA = Declaration(
     settings=MtaSettings,
     needs=needs,
     build=Mta,
+    plug_in=True,
 )

@@ -80,4 +80,5 @@ RSKD = Declaration(
     needs=lambda _settings, _levels: (Signal("sampled"), Signal("entropy")),
     build=Rskd,
     one_tokenizer=True,
+    ce_weight=0,
 )

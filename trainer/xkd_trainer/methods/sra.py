@@ -236,4 +236,5 @@ SRA = Declaration(
     needs=needs,
     build=Sra,
     default_weight=0.5,
+    ce_weight=0.5,
 )

@@ -81,5 +81,6 @@ ULD = Declaration(
     settings=UldSettings,
     needs=needs,
     build=Uld,
-    default_weight=1.5,
+    default_weight=0.5,
+    ce_weight=0.5,
 )
