@@ -29,6 +29,7 @@ NAMES: Final = (
     "signals",
     "size",
     "small",
+    "cost",
     "reader",
     "start",
     "commands",
