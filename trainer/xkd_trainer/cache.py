@@ -1,7 +1,7 @@
 """The cache as the trainer sees it: three tables joined by row number, fingerprints checked, heads read once."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from xkd_schemas.manifest import Manifest, Plan, differences, read_record, refus
 from xkd_schemas.runfile import TeacherSection
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Kind, Signal, signal_named
-from xkd_schemas.tokens import STUDENTS_VERSION
+from xkd_schemas.tokens import STUDENTS_VERSION, Bools, Int32s
 from xkd_trainer.head import Head
 
 
@@ -95,6 +95,11 @@ class Cache:
         tables = (self.teachers, *self.beside)
         found = [signal_named(column) for table in tables for column in table.manifest.spec["signals"]]
         return tuple(sorted(found, key=lambda signal: signal.top or 0))  # readers take the last: the most classes
+
+    def rows_of_student(self, most: int) -> Iterator[tuple[Int32s, npt.NDArray[np.uint8], Bools]]:
+        """Ids, kinds and targets of the first usable rows."""
+        for row in map(self.students.__getitem__, self.usable[:most]):
+            yield row["token_ids"], row["token_kinds"], row["targets"]
 
     def same_tokens(self) -> tuple[int, int]:
         """How many usable rows have the same token ids in both tables, and how many usable rows there are."""

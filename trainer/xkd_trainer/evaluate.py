@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from xkd_trainer.losses.vocabulary import shared_vocabulary
 from xkd_trainer.models import load_model, load_tokenizer
 from xkd_trainer.padding import pad
 from xkd_trainer.stream import batch_of
+from xkd_trainer.turn_ends import learnt_ends, turn_ends
 
 BATCH = 16
 """Documents of one forward pass."""
@@ -180,11 +181,15 @@ def rouge_l(
         segment = next(s for s in document.segments if s.target)
         references.append(document.text[segment.start : segment.end])
     means = []
+    ends = turn_ends(model, tokenizer, learnt_ends((t.ids, t.kinds, t.targets) for _, t in pairs))
     for seed in request.seeds:
-        responses = generate(model, tokenizer, prompts, seed=seed, max_new_tokens=request.max_new_tokens)
+        responses = generate(model, tokenizer, prompts, seed=seed, ends=ends, max_new_tokens=request.max_new_tokens)
         scores = [scorer.score(r, said)["rougeL"].fmeasure for r, said in zip(references, responses, strict=True)]
         means.append(100.0 * float(np.mean(scores)))
     return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means)), "rouge_l_max": max(means)}
+
+
+_SAMPLED: Final = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
 
 @torch.inference_mode()
@@ -193,12 +198,15 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[Any],
     *,
-    seed: int,
+    seed: int | None,
+    ends: Sequence[int],
     max_new_tokens: int,
-    sample: bool = True,
 ) -> list[str]:
-    """One sampled response for each prompt (arrays of token ids), in order; the likeliest one without `sample`."""
-    torch.manual_seed(seed)
+    """One response for each prompt (arrays of token ids), in order, up to a token of `ends`.
+
+    Sampled at temperature 1; with no seed the likeliest token is taken each time.
+    """
+    torch.manual_seed(seed or 0)
     random.seed(seed)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     said: list[str] = [""] * len(prompts)
@@ -214,10 +222,14 @@ def generate(
         output = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=seen_BL.to(model.device),
-            **({"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0} if sample else {"do_sample": False}),
+            **(
+                {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+                if seed is not None
+                else {"do_sample": False}
+            ),
             max_new_tokens=max_new_tokens,
             pad_token_id=filler,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=list(ends),
         )
         for index, row_ids in zip(group, output[:, longest:].tolist(), strict=True):
             said[index] = tokenizer.decode(row_ids, skip_special_tokens=True)

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,16 @@ UNFINISHED = "xkd-unfinished.json"
 """Names the run while its student is being saved."""
 
 
-def export_student(out: Path, student: PreTrainedModel, tokenizer: Any, fingerprint: Mapping[str, Any]) -> None:
-    """Save weights (safetensors), configuration, tokenizer, and last `xkd.json`, the mark of a finished folder."""
+def export_student(
+    out: Path, student: PreTrainedModel, tokenizer: Any, fingerprint: Mapping[str, Any], *, ends: Sequence[int]
+) -> None:
+    """Save weights (safetensors), configuration, tokenizer, and last `xkd.json`, the mark of a finished folder.
+
+    `ends` are the tokens at which a generation stops (`turn_ends`).
+    """
     replace(out / UNFINISHED, json.dumps({"run": dict(fingerprint)}).encode())
     with disk_errors(out):
-        student.generation_config.eos_token_id = tokenizer.eos_token_id
+        student.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
         student.generation_config.pad_token_id = (
             tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,10 @@ from xkd_trainer.order import Order
 from xkd_trainer.prefetch import prefetched
 from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
+from xkd_trainer.turn_ends import learnt_ends, turn_ends
+
+LOOKED_AT: Final = 1024
+"""Rows whose end tokens are looked up when the student is saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +171,9 @@ class _Run:
         if main:
             if self.settings.save_every:
                 self._save(self.total)
-            export_student(self.out, self.distiller.student, self.ready.tokenizer, self.fingerprint)
+            student, tokenizer = self.distiller.student, self.ready.tokenizer
+            ends = turn_ends(student, tokenizer, learnt_ends(self.ready.cache.rows_of_student(LOOKED_AT)))
+            export_student(self.out, student, tokenizer, self.fingerprint, ends=ends)
         weights = self.fingerprint["weights"]
         return Trained(out=self.out, steps=self.total, resumed_at=self.start, terms=last, weights=weights)
 

@@ -178,12 +178,12 @@ def test_the_finished_folder_loads_with_transformers_and_says_the_same(tmp_path:
     expected = student(input_ids=ids_BL).logits
     student.generation_config.eos_token_id, student.generation_config.pad_token_id = 7, 8  # of a base model
 
-    export_student(tmp_path, student, tokenizer, FINGERPRINT)
+    export_student(tmp_path, student, tokenizer, FINGERPRINT, ends=[3, 7])
 
     loaded, words = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert torch.equal(loaded.eval()(input_ids=ids_BL).logits, expected)
     assert words("Who lit the lamp?")["input_ids"] == tokenizer("Who lit the lamp?")["input_ids"]
-    assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert loaded.generation_config.eos_token_id == [3, 7]
     assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id
     assert "xkd" not in (tmp_path / "config.json").read_text()
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
@@ -191,7 +191,8 @@ def test_the_finished_folder_loads_with_transformers_and_says_the_same(tmp_path:
 
 def test_a_folder_is_finished_for_exactly_its_own_run(tmp_path: Path) -> None:
     assert not is_finished(tmp_path, FINGERPRINT)
-    export_student(tmp_path, tiny.llama("sentencepiece"), tiny.tokenizer_of("sentencepiece"), FINGERPRINT)
+    student, tokenizer = tiny.llama("sentencepiece"), tiny.tokenizer_of("sentencepiece")
+    export_student(tmp_path, student, tokenizer, FINGERPRINT, ends=[2])
 
     assert is_finished(tmp_path, FINGERPRINT)
     assert not is_finished(tmp_path, {**FINGERPRINT, "steps": 9})

@@ -221,7 +221,7 @@ def test_padding_on_the_left_changes_no_response(family: str) -> None:
     assert len({len(prompt) for prompt in prompts}) == 3
     assert len(prompts[0]) > len(prompts[2])
 
-    said = generate(model, tokenizer, prompts, seed=0, max_new_tokens=8, sample=False)
+    said = generate(model, tokenizer, prompts, seed=None, ends=[tokenizer.eos_token_id], max_new_tokens=8)
 
     assert said == [greedy(model, tokenizer, prompt.tolist(), 8) for prompt in prompts]
     assert len(set(said)) == 3
@@ -231,7 +231,8 @@ def test_sampled_responses_depend_on_the_seed_alone() -> None:
     tokenizer, model = tokenizer_of("sentencepiece"), tiny.llama("sentencepiece")
     prompts = [np.array(tokenizer("Who lit it?")["input_ids"], np.int32)] * 2
 
-    one, again, other = (generate(model, tokenizer, prompts, seed=s, max_new_tokens=8) for s in (1, 1, 2))
+    ends = [tokenizer.eos_token_id]
+    one, again, other = (generate(model, tokenizer, prompts, seed=s, ends=ends, max_new_tokens=8) for s in (1, 1, 2))
 
     assert one == again != other
 
