@@ -53,7 +53,7 @@ class Step:
         self.rows = self.ready.cache.usable[:documents].tolist()
         self.batch: Batch = self.read()
         self._optimizer = torch.optim.AdamW(
-            self.ready.distiller.parameter_groups(lr=1e-5, projector_lr=1e-5, weight_decay=0.0)  # type: ignore[arg-type]
+            self.ready.distiller.parameter_groups(lr=1e-5, weight_decay=0.0)  # type: ignore[arg-type]
         )
 
     def read(self) -> Batch:

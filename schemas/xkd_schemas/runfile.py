@@ -95,7 +95,8 @@ class TrainSection(_Section):
     micro_batch_size: int = Field(default=0, ge=0)
     """Documents of one forward pass on one process; 0 means the whole share of the step."""
     lr: float = Field(default=5e-4, gt=0)
-    projector_lr: float = Field(default=1e-3, gt=0)
+    projector_lr: float | None = Field(default=None, gt=0)
+    """Of all projectors; None for what each loss's paper has. `losses.NAME.projector_lr` is a loss's own."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """The cosine ends at this share of the learning rate."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)

@@ -39,7 +39,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Documents of a step over all processes.")] = None,
     micro_batch_size: Annotated[int | None, typer.Option(help="Documents of a forward pass.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of the student.")] = None,
-    projector_lr: Annotated[float | None, typer.Option(help="Peak learning rate of the projectors.")] = None,
+    projector_lr: Annotated[float | None, typer.Option(help="Of all projectors; else the papers' own.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of order, new weights and dropout.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Checkpoint every so many steps.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
@@ -133,7 +133,7 @@ def losses(as_json: JsonOption = False) -> None:
             say(f"    with {name}.{setting} also: {', '.join(signals)}")
         if parts["one_tokenizer"]:
             say("  for one tokenizer: the student's must be the teacher's")
-        for setting, default in parts["settings"].items():
+        for setting, default in (parts["settings"] | parts["projectors"]).items():
             say(f"  {name}.{setting} = {default}")
 
 

@@ -14,7 +14,7 @@ from xkd_trainer.batch import Batch
 from xkd_trainer.forward import rehearse, run
 from xkd_trainer.head import head_of
 from xkd_trainer.losses.head_plan import Planned
-from xkd_trainer.methods.declaration import Loss, StudentPass
+from xkd_trainer.methods.declaration import Loss, Projectors, StudentPass
 from xkd_trainer.methods.weights import described, term_weights
 
 
@@ -25,15 +25,21 @@ class Distiller(nn.Module):
         student: A causal language model.
         losses: Built losses by name.
         weights: Factor of each loss, as `parse_loss` makes them.
+        projectors: How the projectors of each loss are trained; as in the papers where it is not named.
     """
 
     def __init__(
-        self, student: PreTrainedModel, losses: Mapping[str, nn.Module], weights: Mapping[str, float]
+        self,
+        student: PreTrainedModel,
+        losses: Mapping[str, nn.Module],
+        weights: Mapping[str, float],
+        projectors: Mapping[str, Projectors] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.losses = nn.ModuleDict(losses)
         self.weights = dict(weights)
+        self.projectors = {name: (projectors or {}).get(name, Projectors()) for name in losses}
         built = self._built().values()
         self._layers = sorted({layer for loss in built for layer in loss.layers})
         self._attention = any(loss.attention for loss in built)
@@ -115,17 +121,22 @@ class Distiller(nn.Module):
             parts |= {key: parts[key] * value for key, value in zip(planned, sums, strict=True)}
         return total, parts
 
-    def parameter_groups(self, *, lr: float, projector_lr: float, weight_decay: float) -> list[dict[str, object]]:
-        """AdamW groups: student with and without decay, and projectors with their own learning rate."""
+    def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, object]]:
+        """AdamW groups: student with and without decay, and the projectors of each loss that has any."""
         student = [p for p in self.student.parameters() if p.requires_grad]
-        projectors = [p for p in self.losses.parameters() if p.requires_grad]
         groups: list[dict[str, object]] = [
             {"params": [p for p in student if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
             {"params": [p for p in student if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
         ]
-        if projectors:
-            groups.append({"params": projectors, "lr": projector_lr, "weight_decay": 0.0})
+        for name, how in self.trained_projectors().items():
+            learnt = [p for p in self.losses[name].parameters() if p.requires_grad]
+            groups.append({"params": learnt, "lr": how.projector_lr, "weight_decay": how.projector_weight_decay})
         return groups
+
+    def trained_projectors(self) -> dict[str, Projectors]:
+        """How the projectors of each loss that has any are trained."""
+        learns = {name for name, loss in self.losses.items() if any(p.requires_grad for p in loss.parameters())}
+        return {name: how for name, how in self.projectors.items() if name in learns}
 
 
 TINY = torch.finfo(torch.float32).tiny

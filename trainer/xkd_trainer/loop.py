@@ -87,6 +87,7 @@ def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
         "template": ready.cache.students.manifest.constants["template"],
         "losses": {name: dict(values) for name, values in sorted(run.losses.items())},
         "weights": ready.distiller.term_weights(total - 1),
+        "projectors": {n: how.model_dump() for n, how in ready.distiller.trained_projectors().items()},
         "steps": total,
         "train": train,
     }
@@ -104,9 +105,7 @@ class _Run:
         precision = run.train.mixed_precision
         self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         self.distiller = ready.distiller
-        groups = self.distiller.parameter_groups(
-            lr=run.train.lr, projector_lr=run.train.projector_lr, weight_decay=run.train.weight_decay
-        )
+        groups = self.distiller.parameter_groups(lr=run.train.lr, weight_decay=run.train.weight_decay)
         self.optimizer: Any = torch.optim.AdamW(groups)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.start = self._resume()

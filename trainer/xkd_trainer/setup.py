@@ -19,7 +19,7 @@ from xkd_trainer.distiller import Distiller
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import check_model, head_of
 from xkd_trainer.methods import loss_named
-from xkd_trainer.methods.declaration import Context, Levels, constant_head
+from xkd_trainer.methods.declaration import Context, Levels, Projectors, constant_head
 from xkd_trainer.methods.weights import parse_loss
 from xkd_trainer.missing import student_table as find_table
 from xkd_trainer.models import load_model, load_tokenizer, new_model
@@ -96,7 +96,20 @@ def set_up(run: RunFile, student_table: str, *, on_missing: str = "fail", quiet:
     torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
     losses: Mapping[str, nn.Module] = {name: loss_named(name).build(settings[name], context) for name in weights}
     wanted = frozenset(signal for signals in needs.values() for signal in signals)
-    return Ready(cache=cache, tokenizer=tokenizer, distiller=Distiller(student, losses, weights), wanted=wanted)
+    distiller = Distiller(student, losses, weights, _projectors(run, losses))
+    return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted)
+
+
+def _projectors(run: RunFile, losses: Mapping[str, nn.Module]) -> dict[str, Projectors]:
+    """How each loss's projectors are trained; UsageError where keys are set of a loss that has none."""
+    found = {}
+    for name, loss in losses.items():
+        values = run.losses.get(name, {})
+        found[name] = loss_named(name).parse_projectors(values, run.train.projector_lr)
+        idle = sorted(set(values) & set(Projectors.model_fields))
+        if idle and not any(p.requires_grad for p in loss.parameters()):
+            raise UsageError(f"losses.{name}.{idle[0]}: {name} has no projectors here", next=f"leave out {idle[0]}")
+    return found
 
 
 def levels_of(cache: Cache) -> Levels:

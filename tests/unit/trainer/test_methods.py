@@ -762,11 +762,11 @@ def test_projectors_do_not_depend_on_how_the_student_was_made() -> None:
 def test_groups_decay_matrices_and_give_projectors_their_own_rate() -> None:
     made, _ = ready("dwa")
 
-    matrices, vectors, projectors = made.distiller.parameter_groups(lr=0.1, projector_lr=0.2, weight_decay=0.3)
+    matrices, vectors, projectors = made.distiller.parameter_groups(lr=0.1, weight_decay=0.3)
 
     assert (matrices["lr"], matrices["weight_decay"]) == (0.1, 0.3)
     assert (vectors["lr"], vectors["weight_decay"]) == (0.1, 0.0)
-    assert (projectors["lr"], projectors["weight_decay"]) == (0.2, 0.0)
+    assert (projectors["lr"], projectors["weight_decay"]) == (1e-3, 0.01)
     grouped = [p for group in (matrices, vectors, projectors) for p in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in made.distiller.parameters()}
     assert len(grouped) == len({id(p) for p in grouped})

@@ -67,3 +67,32 @@ def test_a_run_spells_out_what_every_term_weighs() -> None:
     assert {k: v for k, v in distiller.term_weights(9).items() if "dwa" not in k} == {
         "ce.ce": 0.5, "sra.cos": 0.5, "sra.geo": 25.0, "sra.kd": 0.5,
     }  # fmt: skip
+
+
+def test_projectors_are_trained_as_their_paper_does_unless_the_run_or_the_loss_says_otherwise() -> None:
+    def groups(projector_lr: float | None = None, **losses: dict[str, float]) -> dict[str, tuple[float, float]]:
+        run = tiny.tiny_cache().run(loss="mta+sra+dwa", losses=losses, projector_lr=projector_lr)
+        distiller = set_up(run, "").distiller
+        found = distiller.parameter_groups(lr=0.1, weight_decay=0.2)[2:]
+        assert [g["params"] for g in found] == [list(distiller.losses[n].parameters()) for n in ("mta", "sra", "dwa")]
+        return {n: (g["lr"], g["weight_decay"]) for n, g in zip(("mta", "sra", "dwa"), found, strict=True)}
+
+    assert groups() == {"mta": (5e-4, 0.01), "sra": (5e-4, 0.0), "dwa": (1e-3, 0.01)}
+    assert groups(3e-3, sra={"projector_lr": 2e-3, "projector_weight_decay": 0.1}) == {
+        "mta": (3e-3, 0.01), "sra": (2e-3, 0.1), "dwa": (3e-3, 0.01),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({"ce": {"projector_lr": 1e-3}}, "losses.ce.projector_lr: ce has no projectors here"),
+        ({"sra": {"projector_lr": -1}}, "losses.sra.projector_lr: "),
+        ({"sra": {"projector_rate": 1}}, "'projector_rate' is not a setting. Next: did you mean 'projector_lr'?"),
+    ],
+)
+def test_a_key_of_projectors_that_does_not_fit_is_refused(losses: dict[str, dict[str, float]], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        set_up(tiny.tiny_cache().run(loss="sra", losses=losses), "")
+
+    assert message in str(caught.value)

@@ -8,10 +8,10 @@ Shape legend: see batch.py; d is the student's width, V its vocabulary.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, get_args, get_origin
+from typing import Any, Final, Literal, Protocol, TypeVar, get_args, get_origin
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from xkd_schemas.errors import UsageError
@@ -23,6 +23,8 @@ from xkd_trainer.head import Head
 from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.head_plan import HeadPlan, Planned
 from xkd_trainer.losses.term import LossTerm
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Levels(tuple[tuple[int, str], ...]):
@@ -149,6 +151,20 @@ class Loss(Protocol):
         """The terms of one micro-batch; those that `student.plan` promised are run together by the caller."""
 
 
+class Projectors(BaseModel):
+    """How a loss's projectors are trained; keys beside the loss's settings, `losses.sra.projector_lr=1e-3`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    projector_lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate; it follows the student's schedule."""
+    projector_weight_decay: float = Field(default=0.0, ge=0)
+    """Of all their parameters."""
+
+
+AS_EVER: Final = Projectors()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Declaration:
     """One loss of the registry."""
@@ -169,15 +185,27 @@ class Declaration:
     """Whether it is put on another loss, whose cross-entropy and weight it then has."""
     plug_weight: float | None = None
     """What a plug-in weighs beside this loss; None for `default_weight`."""
+    projectors: Projectors = AS_EVER
+    """How the paper trains its projectors, if it has any."""
     one_tokenizer: bool = False
     """Whether it compares token with token, so that student and teacher must have the same tokenizer."""
 
     def parse(self, values: Mapping[str, Any]) -> BaseModel:
         """Settings from the run file; UsageError names what does not fit."""
+        own = {key: value for key, value in values.items() if key not in Projectors.model_fields}
+        return self._valid(self.settings, own)
+
+    def parse_projectors(self, values: Mapping[str, Any], everywhere: float | None) -> Projectors:
+        """How its projectors are trained: as the loss's own keys say, else at the run's rate, else as in the paper."""
+        given = {key: value for key, value in values.items() if key in Projectors.model_fields}
+        run = {} if everywhere is None else {"projector_lr": everywhere}
+        return self._valid(Projectors, self.projectors.model_dump() | run | given)
+
+    def _valid(self, kind: type[Kind], values: Mapping[str, Any]) -> Kind:
         try:
-            return self.settings.model_validate(dict(values))
+            return kind.model_validate(dict(values))
         except ValidationError as error:
-            raise settings_error(self.name, error, self.settings.model_fields) from None
+            raise settings_error(self.name, error, kind.model_fields | Projectors.model_fields) from None
 
 
 def constant_head(head: Head, who: str, *, convert: bool = True) -> Head:
@@ -216,6 +244,7 @@ def describe_loss(declaration: Declaration) -> dict[str, Any]:
         "more": {setting: sorted(signals) for setting, signals in more.items() if signals},
         "weight": declaration.default_weight,
         "ce_weight": declaration.ce_weight,
+        "projectors": declaration.projectors.model_dump(),
         "settings": {name: getattr(settings, name) for name in declaration.settings.model_fields},
     }
 

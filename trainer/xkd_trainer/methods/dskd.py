@@ -20,7 +20,7 @@ from xkd_trainer.losses.dskd import (
     teacher_space,
 )
 from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, uniform_weights
+from xkd_trainer.methods.declaration import Context, Declaration, Projectors, StudentPass, uniform_weights
 from xkd_trainer.methods.dual_space import (
     TeacherHead,
     attention_scores,
@@ -140,6 +140,7 @@ DSKD = Declaration(
     one_tokenizer=True,
     default_weight=0.5,
     ce_weight=0.5,
+    projectors=Projectors(projector_lr=1e-3, projector_weight_decay=0.01),
 )
 
 DSKD_CMA = Declaration(
@@ -150,4 +151,5 @@ DSKD_CMA = Declaration(
     build=DskdCma,
     default_weight=0.5,
     ce_weight=0.5,
+    projectors=Projectors(projector_lr=1e-3, projector_weight_decay=0.01),
 )

@@ -15,7 +15,14 @@ from xkd_trainer.losses.dskd import correct, projected_cross_entropy, student_sp
 from xkd_trainer.losses.dskd_v2 import DskdV2Settings, equal_logits, label_table, pseudo_inverse
 from xkd_trainer.losses.term import LossTerm
 from xkd_trainer.losses.vocabulary import shared_vocabulary
-from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, constant_head, uniform_weights
+from xkd_trainer.methods.declaration import (
+    Context,
+    Declaration,
+    Projectors,
+    StudentPass,
+    constant_head,
+    uniform_weights,
+)
 from xkd_trainer.methods.dual_space import TeacherHead, own_at, teacher_states, with_fixed_head
 
 
@@ -96,4 +103,5 @@ DSKD_V2 = Declaration(
     build=DskdV2,
     default_weight=0.5,
     ce_weight=0.5,
+    projectors=Projectors(projector_lr=5e-4, projector_weight_decay=0.01),
 )

@@ -21,7 +21,7 @@ from xkd_trainer.losses.dwa import (
 from xkd_trainer.losses.head_pass import Weigh
 from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, uniform_weights
+from xkd_trainer.methods.declaration import Context, Declaration, Projectors, StudentPass, uniform_weights
 from xkd_trainer.methods.dual_space import (
     Teacher,
     TeacherHead,
@@ -151,4 +151,5 @@ DWA = Declaration(
     build=Dwa,
     ce_weight=0.5,
     plug_weight=0.5,
+    projectors=Projectors(projector_lr=1e-3, projector_weight_decay=0.01),
 )

@@ -14,7 +14,7 @@ from xkd_trainer.batch import Batch, Level
 from xkd_trainer.losses.geometry import pair_weights
 from xkd_trainer.losses.mta import MtaSettings, covered, dsa, hid, range_sums, span_weights, sureness
 from xkd_trainer.losses.term import LossTerm, term
-from xkd_trainer.methods.declaration import Context, Declaration, Levels, StudentPass, uniform_weights
+from xkd_trainer.methods.declaration import Context, Declaration, Levels, Projectors, StudentPass, uniform_weights
 from xkd_trainer.methods.mta_layers import picked_levels
 from xkd_trainer.methods.one_tokenizer import fitted, refuse_other_tokens, same_tokens
 from xkd_trainer.signals import centrality, cosine_matrix, pool_spans
@@ -216,4 +216,5 @@ MTA = Declaration(
     needs=needs,
     build=Mta,
     plug_in=True,
+    projectors=Projectors(projector_lr=5e-4, projector_weight_decay=0.01),
 )

@@ -22,7 +22,15 @@ from xkd_trainer.losses.sra import (
     weighted_cosine,
 )
 from xkd_trainer.losses.term import LossTerm, term
-from xkd_trainer.methods.declaration import Context, Declaration, Levels, StudentPass, constant_head, uniform_weights
+from xkd_trainer.methods.declaration import (
+    Context,
+    Declaration,
+    Levels,
+    Projectors,
+    StudentPass,
+    constant_head,
+    uniform_weights,
+)
 from xkd_trainer.methods.layers import paired_layers
 from xkd_trainer.signals import centrality, pool_spans
 
@@ -237,4 +245,5 @@ SRA = Declaration(
     build=Sra,
     default_weight=0.5,
     ce_weight=0.5,
+    projectors=Projectors(projector_lr=5e-4, projector_weight_decay=0.0),
 )
