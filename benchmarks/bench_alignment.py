@@ -36,7 +36,9 @@ def run(options: Options) -> list[Figures]:
     documents = Table(pair.cache, "documents")
     number = min(len(documents), options.size(512, 16))
     rows = [documents[i] for i in range(number)]
-    reader = encoder_of(TeacherSettings(model=pair.teacher, template=pair.template, max_tokens=100_000))
+    reader = encoder_of(
+        TeacherSettings(model=pair.teacher, dtype="float32", template=pair.template, max_tokens=100_000)
+    )
     settings = StudentSettings(tokenizer=pair.tokenizer, template=pair.template, max_tokens=100_000)
     return [
         _files(options, pair, settings.encoder()),

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.measure import Options, interleaved
-from benchmarks.pair import pair_of, wanted_signals
+from benchmarks.pair import fast_dtype, pair_of, wanted_signals
 from benchmarks.rows import Result, cost
 from xkd_pipeline.capture import TeacherSettings, batches_of, capture
 from xkd_pipeline.documents import document_at
@@ -16,15 +16,16 @@ from xkd_schemas.alignment import token_ranges
 from xkd_schemas.encode import Encoder
 from xkd_schemas.table import Row, Table
 from xkd_schemas.tokens import predictors
+from xkd_trainer.compute_dtype import dtype_named
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import head_of
-from xkd_trainer.models import dtype_named, load_model
+from xkd_trainer.models import load_model
 
 
 def run(options: Options) -> list[Result]:
     """Against the base model, and against the model with its head as a user would call it."""
     pair = pair_of(options)
-    settings = TeacherSettings(model=pair.teacher, template=pair.template)
+    settings = TeacherSettings(model=pair.teacher, dtype=fast_dtype(), template=pair.template)
     ours, bare = (load_model(pair.teacher, dtype=dtype_named(settings.dtype)) for _ in range(2))
     documents = Table(pair.cache, "documents")
     rows = [documents[i] for i in range(min(len(documents), options.size(32, 16)))]

@@ -8,7 +8,7 @@ ratio. Codec bf16: nothing is rounded on either side.
 from collections.abc import Sequence
 
 from benchmarks.measure import Options
-from benchmarks.pair import METHODS, TEMPLATE, Pair, Shape, made, pair_of
+from benchmarks.pair import METHODS, TEMPLATE, Pair, Shape, fast_dtype, made, pair_of
 from benchmarks.rows import Result, Row
 from xkd_pipeline.align import tokens_at
 from xkd_pipeline.capture import TeacherSettings
@@ -71,7 +71,7 @@ def counted(pair: Pair) -> Sequence[Counts]:
 
 def by_a_run(pair: Pair, shape: Shape) -> Row:
     """The shards that a capture wrote, file frames and all."""
-    settings = TeacherSettings(model=pair.teacher, template=TEMPLATE)
+    settings = TeacherSettings(model=pair.teacher, dtype=fast_dtype(), template=TEMPLATE)
     built = make_teacher(pair.cache, "four", settings, signals, Workers())
     tokens = built.manifest.count("tokens")
     ours = sum(commit.size for commit in built.manifest.commits)

@@ -26,10 +26,12 @@ from xkd_pipeline.shard import write_shard
 from xkd_pipeline.store import Store
 from xkd_pipeline.teacher import make_teacher, teacher_layers
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, document_of
+from xkd_schemas.dtypes import AUTO
 from xkd_schemas.manifest import Unit
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import Signal
+from xkd_trainer.compute_dtype import choose_dtype, this_device
 from xkd_trainer.methods import LOSSES
 from xkd_trainer.methods.declaration import Levels
 
@@ -111,10 +113,15 @@ def made(folder: Path, shape: Shape) -> Pair:
           shape.student_classes)  # fmt: skip
     cache, alone = folder / "cache", Workers()
     _documents_table(cache, documents)
-    settings = TeacherSettings(model=str(teacher), template=TEMPLATE)
+    settings = TeacherSettings(model=str(teacher), dtype=fast_dtype(), template=TEMPLATE)
     make_teacher(cache, "teacher", settings, wanted_signals, alone)
     make_students(cache, "student", "teacher", StudentSettings(tokenizer=str(student), template=TEMPLATE), alone)
     return Pair(teacher=str(teacher), student=str(student), tokenizer=str(student), cache=cache, template=TEMPLATE)
+
+
+def fast_dtype() -> str:
+    """What a teacher runs in here unless it is told otherwise."""
+    return choose_dtype(AUTO, this_device()).dtype
 
 
 def texts_of(characters: int) -> Iterator[str]:

@@ -14,14 +14,10 @@ from xkd_pipeline.measure import Reading, padded, signals_of
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.errors import BadData
 from xkd_schemas.teacher import Signal
+from xkd_trainer.compute_dtype import this_device
 from xkd_trainer.forward import run
 from xkd_trainer.head import head_of
 from xkd_trainer.models import load_tokenizer
-
-
-def this_device() -> str:
-    """What a model runs on in this process: cuda or cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,10 +25,11 @@ class TeacherSettings:
     """What the bytes of a teacher table depend on, apart from the documents."""
 
     model: str
+    dtype: str
+    """A name that is resolved: not auto."""
     template: str = "chat"
     max_tokens: int = 1024
     """A longer document is cut at a word border."""
-    dtype: str = "bfloat16"
     codec: str = PLAIN
     """How wide signals are stored; see xkd_schemas.codecs."""
     batch_tokens: int = 4096

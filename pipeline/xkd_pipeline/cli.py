@@ -96,7 +96,7 @@ def teacher(
     word_layers: Annotated[str | None, typer.Option(help="Teacher layers read on words, e.g. 15.")] = None,
     phrase_layers: Annotated[str | None, typer.Option(help="Teacher layers read on phrases, e.g. 22,30.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto (what is fast here), bfloat16, float16 or float32.")] = None,
     codec: Annotated[str | None, typer.Option(help="bf16, bf16-planes (exact) or int8.")] = None,
     topk: Annotated[int | None, typer.Option(min=1, help="Classes kept of a prediction, for topk signals.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Classes drawn of a prediction, for rskd.")] = None,
@@ -121,7 +121,8 @@ def teacher(
         "teacher.batch_tokens": batch_tokens, "teacher.threads": threads, "workers": workers,
     }  # fmt: skip
     run = _run_of(None, sets, flags)
-    _tell(teacher_stage(run, _workers(run, gpus_per_worker, ray_address, stall_timeout)), as_json)
+    workers_asked = _workers(run, gpus_per_worker, ray_address, stall_timeout)
+    _tell(teacher_stage(run, workers_asked, echo_for(as_json)), as_json)
 
 
 @app.command()

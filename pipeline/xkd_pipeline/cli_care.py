@@ -18,6 +18,9 @@ def verify(
     recompute: Annotated[int, typer.Option(min=0, help="Rows to compare with the live teacher.")] = 0,
     model: Annotated[str, typer.Option(help="The teacher, for --recompute.")] = "",
     teacher: Annotated[str, typer.Option(help="Name of the teacher's table, if there are several.")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="Of the live teacher: auto (the table's, float32 where that is slow), float32, ...")
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Check every file of a cache; each bad unit is named with its reason, and the exit code is 65.
@@ -29,12 +32,14 @@ def verify(
 
     if recompute and not model:
         raise UsageError("--recompute needs the teacher", next="add --model FOLDER")
-    bad, rows, skipped = check(cache, level), 0, list[str]()
+    bad, rows, skipped, recomputed = check(cache, level), 0, list[str](), ""
     if recompute and not bad:
         from xkd_pipeline.recompute import recompute as compare
         from xkd_pipeline.stages import only_teacher
 
-        bad, rows, skipped = compare(cache, f"teachers/{teacher or only_teacher(cache)}", model, recompute)
+        found = compare(cache, f"teachers/{teacher or only_teacher(cache)}", model, recompute, dtype)
+        bad, rows, skipped = found.bad, found.rows, found.skipped
+        recomputed = f", {rows} rows recomputed in {found.dtype}"
     if as_json:
         say_json(as_dict(bad, level, rows) | {"not_compared": skipped})
         raise typer.Exit(BadData.exit_code if bad else 0)
@@ -45,7 +50,7 @@ def verify(
     if bad:
         things = "1 thing is" if len(bad) == 1 else f"{len(bad)} things are"
         raise BadData(f"{things} wrong with {cache}", next=f"xkd-cache repair {cache}")
-    say(f"{cache} is whole ({level}{f', {rows} rows recomputed' if rows else ''})")
+    say(f"{cache} is whole ({level}{recomputed})")
 
 
 def repair(

@@ -44,7 +44,7 @@ def plan(
     word_layers: Annotated[str | None, typer.Option(help="Teacher layers read on words, e.g. 15.")] = None,
     phrase_layers: Annotated[str | None, typer.Option(help="Teacher layers read on phrases, e.g. 22,30.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto (what is fast here), bfloat16, float16 or float32.")] = None,
     codec: Annotated[str | None, typer.Option(help="bf16, bf16-planes (exact) or int8.")] = None,
     spacy_model: Annotated[str | None, typer.Option(help="spaCy pipeline: package or folder.")] = None,
     sets: SetOption = None,

@@ -10,9 +10,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xkd_schemas.errors import InputMissing, UsageError
+from xkd_trainer.compute_dtype import dtype_named
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import head_of
-from xkd_trainer.models import check_config, dtype_named, short, split_gguf, tell_of_hub
+from xkd_trainer.models import check_config, short, split_gguf, tell_of_hub
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

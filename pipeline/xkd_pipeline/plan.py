@@ -24,7 +24,7 @@ from xkd_pipeline.sample import Sample, read_sample, reasons
 from xkd_pipeline.shard import ROWS_PER_BATCH
 from xkd_pipeline.size import Counts, body_bytes, counts_of, overhead, signal_bytes, written
 from xkd_pipeline.spans import ParserSettings, parser_for
-from xkd_pipeline.stages import signals_for
+from xkd_pipeline.stages import signals_for, teacher_dtype
 from xkd_pipeline.whole_units import DocumentRows
 from xkd_schemas.blocks import TokenBlock
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
@@ -32,6 +32,7 @@ from xkd_schemas.encode import Encoder
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.teacher import teacher_schema
 from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, spans_read
+from xkd_trainer.compute_dtype import this_device
 from xkd_trainer.models import load_tokenizer
 
 LIBRARIES: Final = 600 * 2**20
@@ -142,10 +143,10 @@ def student_bytes(run: RunFile, look: Look) -> int | None:
     return table_bytes(STUDENTS, align_rows(encoder, DocumentRows.of(rows), look.tokens)[1], look)
 
 
-def memory_parts(run: RunFile, look: Look, model: Sizes, teacher: int) -> dict[str, int]:
+def memory_parts(run: RunFile, look: Look, model: Sizes, dtype: str, teacher: int) -> dict[str, int]:
     """Estimated peak of one worker of the teacher stage, in bytes."""
     layers = len({s.layer for s in signals_for(run, model.layers) if s.layer is not None})
-    size = bytes_per_number(run.teacher.dtype)
+    size = bytes_per_number(dtype)
     longest = max((c.tokens for c in look.counts), default=0)
     tokens = max(run.teacher.batch_tokens, longest)
     return {
@@ -197,6 +198,7 @@ def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | No
     """
     model = sizes_of(run.teacher.model)
     signals_for(run, model.layers)  # refuses an unknown loss or layer before anything is read
+    dtype = teacher_dtype(run, this_device())
     look = look_at(run, sample)
     parts = teacher_parts(run, look, model)
     teacher = sum(parts.values())
@@ -204,12 +206,12 @@ def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | No
     fixed = {
         "documents": table_bytes(DOCUMENTS, look.columns, look),
         "students": student_bytes(run, look),
-        "files": model.file_numbers * bytes_per_number(run.teacher.dtype),
+        "files": model.file_numbers * bytes_per_number(dtype.dtype),
     }
     others = sum(size or 0 for size in fixed.values())
     layers = sorted({s.layer for s in signals_for(run, model.layers) if s.layer is not None})
     naive = naive_bytes(tokens, len(layers), model.width, model.classes)
-    memory = memory_parts(run, look, model, teacher)
+    memory = memory_parts(run, look, model, dtype.dtype, teacher)
     free = shutil.disk_usage(_standing(Path(run.cache))).free
 
     def size_of(smaller: RunFile) -> int:
@@ -221,7 +223,9 @@ def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | No
         "rows": look.sample.corpus_rows,
         "sample": _sample_values(look),
         "model": {name: getattr(model, name) for name in ("architecture", "layers", "width", "classes", "weights")},
-        "dtype": run.teacher.dtype,
+        "dtype": dtype.dtype,
+        "dtype_why": dtype.why,
+        "dtype_warning": dtype.warning,
         "codec": run.teacher.codec,
         "tokens": tokens,
         "give_or_take": look.scale[1],

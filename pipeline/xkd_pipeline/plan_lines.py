@@ -47,6 +47,9 @@ def _what_was_read(plan: dict[str, Any]) -> Iterator[str]:
         f"teacher: {model['architecture']}, {model['layers']} layers, width {model['width']}, {model['classes']} "
         f"classes, {model['weights'] / 1e6:.1f} M weights in {plan['dtype']}; its configuration was read, no weight"
     )
+    yield f"dtype: {plan['dtype']}, {plan['dtype_why']}"
+    if plan["dtype_warning"]:
+        yield f"warning: {plan['dtype_warning']}"
     of = "in the corpus"
     if sample["rows"] < plan["rows"]:
         of += f", give or take {100 * plan['give_or_take']:.0f} % as this sample varies (a larger --sample is closer)"

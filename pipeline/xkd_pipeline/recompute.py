@@ -5,6 +5,7 @@ Shape legend for this file
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,14 +14,16 @@ import numpy as np
 from xkd_pipeline.capture import TeacherSettings, capture
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.measure import Reading
-from xkd_pipeline.teacher import encoder_of, teacher_of
+from xkd_pipeline.teacher import encoder_of, teacher_of, teacher_settings, warn_of_slow_dtype
 from xkd_pipeline.teacher_files import weights_identity
 from xkd_pipeline.verify import Bad, opened
 from xkd_schemas.alignment_batch import token_ranges_all
-from xkd_schemas.manifest import refuse_differences
+from xkd_schemas.dtypes import AUTO, dtype_name
+from xkd_schemas.manifest import Spec, refuse_differences
 from xkd_schemas.table import Row, Table, names_in
 from xkd_schemas.teacher import Signal, signal_named
 from xkd_schemas.tokens import OK, spans_read
+from xkd_trainer.compute_dtype import choose_dtype, this_device
 from xkd_trainer.head import head_of
 
 TOLERANCE: Final = {"bf16": 0.06, "float16": 0.02, "float32": 0.06, "int32": 0.06}
@@ -31,36 +34,45 @@ TIES: Final = 0.01
 """Share of a row's classes that may be further off."""
 
 
-def recompute(root: Path, name: str, model: str, rows: int) -> tuple[list[Bad], int, list[str]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recomputed:
+    """What a comparison with the live teacher found."""
+
+    bad: list[Bad]
+    rows: int
+    """Rows that were compared."""
+    skipped: list[str]
+    """Columns that cannot be compared: those of some codecs, and drawn classes, which a last bit of a logit may
+    change for others."""
+    dtype: str
+    """In which the live teacher ran."""
+
+
+def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -> Recomputed:
     """Run the teacher over `rows` documents spread over the table and compare every column with what is stored.
 
-    The columns of tables that were added beside it (signals/NAME) are compared as well.
-
-    Returns:
-        What differs, how many rows were compared, and the columns that cannot be compared: those of some codecs, and
-        drawn classes, which a last bit of a logit may change for others.
+    The columns of tables that were added beside it (signals/NAME) are compared as well. With `auto` it runs in the
+    table's dtype, and in float32 where that is slow here.
 
     Raises:
         Mismatch: `model` has other weights or another tokenizer than the stored table's teacher.
     """
     table, documents = opened(root, name), opened(root, "documents")
     spec = table.manifest.spec
-    settings = TeacherSettings(
-        model=model, template=spec["encoder"]["template"], max_tokens=spec["encoder"]["max_tokens"],
-        dtype=spec["dtype"], batch_tokens=spec["batch_tokens"], pad_multiple=spec["pad_multiple"],
-        threads=spec["threads"],
-    )  # fmt: skip
+    settings = _settings(spec, model, dtype)
     encoder = encoder_of(settings)
     ours = {"weights": weights_identity(model), "encoder": encoder.identity()}
     stored = {key: spec[key] for key in ours}
     refuse_differences(table.folder, ours, stored, advice="name the teacher that the table was made with")
+    warn_of_slow_dtype(settings)
+    live_model = teacher_of(settings).to(settings.device)
     usable = [i for i in range(len(table)) if table[i]["status"] == OK]
     chosen = [usable[i] for i in np.linspace(0, len(usable) - 1, min(rows, len(usable))).round().astype(int)]
     others = [opened(root, f"signals/{other}") for other in names_in(root, "signals")]
     beside = [other for other in others if f"teachers/{other.manifest.spec['teacher']}" == name]
     compared = [_Compared(one) for one in (table, *beside)]
     compared_signals = {signal_named(column) for one in compared for column in one.columns}
-    live = _ranked(compared_signals, head_of(teacher_of(settings)).weight_VD.shape[0])
+    live = _ranked(compared_signals, head_of(live_model).weight_VD.shape[0])
     wanted = sorted(compared_signals | set(live), key=lambda s: s.column)
     bad = []
     for at in chosen:
@@ -68,11 +80,20 @@ def recompute(root: Path, name: str, model: str, rows: int) -> tuple[list[Bad], 
         if not np.array_equal(reading.tokens.ids, table[at]["token_ids"]):
             bad.append(_bad(table, at, root, "the teacher's tokenizer gives other tokens"))
             continue
-        (found,) = capture(teacher_of(settings), [reading], wanted, settings)
+        (found,) = capture(live_model, [reading], wanted, settings)
         ranked = tuple(found[signal.column] for signal in live)
         for one in compared:
             bad += [_bad(one.table, at, root, reason) for reason in one.reasons(found, ranked, at)]
-    return bad, len(chosen), [column for one in compared for column in one.skipped]
+    skipped = [column for one in compared for column in one.skipped]
+    return Recomputed(bad=bad, rows=len(chosen), skipped=skipped, dtype=settings.dtype)
+
+
+def _settings(spec: Spec, model: str, dtype: str) -> TeacherSettings:
+    settings = replace(teacher_settings(spec, model), device=this_device())
+    if dtype != AUTO:
+        return replace(settings, dtype=dtype_name(dtype))
+    slow = choose_dtype(settings.dtype, settings.device).warning
+    return replace(settings, dtype="float32") if slow else settings
 
 
 def _ranked(wanted: Iterable[Signal], classes: int) -> tuple[Signal, ...]:

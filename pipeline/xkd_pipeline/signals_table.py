@@ -22,6 +22,7 @@ from xkd_pipeline.teacher import (
     teacher_of,
     teacher_settings,
     teacher_spec,
+    warn_of_slow_dtype,
 )
 from xkd_pipeline.teacher_files import std_of
 from xkd_schemas.additions import plans_of
@@ -58,6 +59,7 @@ def make_signals(root: Path, beside: Beside, workers: Workers, *, more: bool = F
     """
     name, teacher, settings = beside.name, beside.teacher, beside.settings
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
+    warn_of_slow_dtype(settings)
     model = teacher_of(settings)
     check_wanted(beside.signals, model, settings.model)
     columns = tuple(sorted({s.column for s in beside.signals}))

@@ -1,5 +1,6 @@
 """The three stages as a run file asks for them, and one line about each result."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,19 +9,23 @@ from typing import Any
 
 from xkd_pipeline.align import StudentSettings, make_students
 from xkd_pipeline.build import Built
-from xkd_pipeline.capture import TeacherSettings, this_device
+from xkd_pipeline.capture import TeacherSettings
 from xkd_pipeline.corpus import open_source
 from xkd_pipeline.documents import Limits, make_documents
 from xkd_pipeline.run import Workers
 from xkd_pipeline.spans import ParserSettings
 from xkd_pipeline.store import locked
 from xkd_pipeline.teacher import make_teacher, teacher_layers
+from xkd_schemas.additions import plans_of
 from xkd_schemas.codecs import PLAIN
-from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.dtypes import AUTO
+from xkd_schemas.errors import BadData, InputMissing, UsageError
+from xkd_schemas.files import inside
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import Signal
 from xkd_schemas.terminal import say
+from xkd_trainer.compute_dtype import Choice, choose_dtype, this_device
 from xkd_trainer.methods import loss_named
 from xkd_trainer.methods.declaration import Levels
 
@@ -81,25 +86,39 @@ def signals_for(run: RunFile, num_layers: int) -> list[Signal]:
     return sorted(numbered, key=lambda s: s.column)
 
 
-def teacher_stage(run: RunFile, workers: Workers) -> Outcome:
-    """Run the teacher over the documents."""
+def teacher_dtype(run: RunFile, device: str) -> Choice:
+    """The dtype that this run's teacher gets on `device`; auto goes on in that of its table, where it is begun."""
+    table = f"teachers/{run.teacher.name or plain_name(run.teacher.model)}"
+    asked = run.teacher.dtype
+    with contextlib.suppress(InputMissing, BadData):
+        if asked == AUTO:
+            begun = plans_of(inside(Path(run.cache), *table.split("/")))[0].spec["dtype"]
+            return replace(choose_dtype(begun, device), why=f"as {table} was begun")
+    return choose_dtype(asked, device)
+
+
+def teacher_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
+    """Run the teacher over the documents; `echo` is told at once in which dtype, and why."""
     t = run.teacher
     if not t.model:
         raise UsageError("no teacher is named", next="xkd-cache teacher CACHE --model FOLDER --for mta,sra,dwa")
-    settings = TeacherSettings(
-        model=t.model,
-        template=t.template,
-        max_tokens=t.max_tokens,
-        dtype=t.dtype,
-        codec=t.codec,
-        batch_tokens=t.batch_tokens,
-        threads=t.threads,
-        device="cuda" if workers.gpus else this_device(),
-    )
     for name in t.losses:
         loss_named(name)
     root = Path(run.cache)
     Table(root, "documents")
+    device = "cuda" if workers.gpus else this_device()
+    dtype = teacher_dtype(run, device)
+    echo(dtype.line)
+    settings = TeacherSettings(
+        model=t.model,
+        template=t.template,
+        max_tokens=t.max_tokens,
+        dtype=dtype.dtype,
+        codec=t.codec,
+        batch_tokens=t.batch_tokens,
+        threads=t.threads,
+        device=device,
+    )
     with locked(root):
         built = make_teacher(root, t.name or plain_name(t.model), settings, lambda n: signals_for(run, n), workers)
     m = built.manifest
@@ -198,9 +217,13 @@ def only_teacher(root: Path) -> str:
 def preprocess(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> list[Outcome]:
     """All three stages, in order; what is there is reused. `echo` is told about each as it ends."""
     without = replace(workers, gpus=0.0)
-    outcomes = [documents_stage(run, without, echo)]
-    echo(outcomes[-1].line)
-    for stage, needed in ((teacher_stage, workers), (align_stage, without)):
-        outcomes.append(stage(run, needed))
+    stages: tuple[Callable[[], Outcome], ...] = (
+        lambda: documents_stage(run, without, echo),
+        lambda: teacher_stage(run, workers, echo),
+        lambda: align_stage(run, without),
+    )
+    outcomes = []
+    for stage in stages:
+        outcomes.append(stage())
         echo(outcomes[-1].line)
     return outcomes

@@ -31,10 +31,12 @@ from xkd_schemas.manifest import Care, Commit, Spec
 from xkd_schemas.sampled import MOST_CLASSES
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
+from xkd_schemas.terminal import warn
 from xkd_schemas.tokens import spans_read
+from xkd_trainer.compute_dtype import choose_dtype, dtype_named
 from xkd_trainer.forward import num_layers, rehearse
 from xkd_trainer.head import check_model, head_of
-from xkd_trainer.models import dtype_named, load_model, load_tokenizer
+from xkd_trainer.models import load_model, load_tokenizer
 
 CAPTURE_VERSION: Final = 4
 """Bump when the same settings would give other bytes."""
@@ -121,6 +123,12 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
         check_model(model)
         _loaded[settings] = model.requires_grad_(False)
     return _loaded[settings]
+
+
+def warn_of_slow_dtype(settings: TeacherSettings) -> None:
+    """Say once, before the work begins, that this device is slow in this dtype."""
+    if warning := choose_dtype(settings.dtype, settings.device).warning:
+        warn(warning)
 
 
 def forget_teacher() -> None:
@@ -240,6 +248,7 @@ def make_teacher(
         UsageError: The model or the template cannot do what is asked.
     """
     documents = Table(root, "documents")
+    warn_of_slow_dtype(settings)
     model = teacher_of(settings)
     wanted = signals(num_layers(model))
     check_wanted(wanted, model, settings.model)

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from xkd_schemas.dtypes import AUTO, DtypeName
 from xkd_schemas.errors import InputMissing, UsageError
 
 
@@ -50,7 +51,8 @@ class TeacherSection(_Section):
     """Name of its table; empty for the model's own name."""
     template: Literal["none", "alpaca", "chat"] = "chat"
     max_tokens: int = Field(default=1024, ge=8)
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: DtypeName = AUTO
+    """auto: that of a table that is begun, otherwise what this machine computes fast."""
     codec: Literal["bf16", "bf16-planes", "int8"] = "bf16"
     """How states and span vectors are stored; bf16-planes is exact and smaller, int8 half the size."""
     batch_tokens: int = Field(default=4096, ge=8)

@@ -28,7 +28,7 @@ from xkd_pipeline.fetch import fetch
 from xkd_pipeline.mend import Means, repair
 from xkd_pipeline.parquet import export_parquet
 from xkd_pipeline.progress import table_states
-from xkd_pipeline.recompute import recompute
+from xkd_pipeline.recompute import Recomputed, recompute
 from xkd_pipeline.remote import publish
 from xkd_pipeline.report_page import write_report
 from xkd_pipeline.signals_table import add_signals
@@ -320,10 +320,12 @@ def test_signals_beside_a_teacher_are_read_as_if_they_had_been_captured_with_it(
     after = files_of(cache)
     assert {name for name in before if before[name] != after[name]} == {"README.md", "SHA256SUMS"}
     assert "token_ids" not in Table(cache, "signals/T.1").shard(0).schema.names
-    assert recompute(cache, "teachers/T", str(teacher()), 4) == ([], 4, ["hidden_last"])
+    assert recompute(cache, "teachers/T", str(teacher()), 4) == Recomputed(
+        bad=[], rows=4, skipped=["hidden_last"], dtype="float32"
+    )
     with monkeypatch.context() as patch:
         patch.setattr("xkd_pipeline.recompute.capture", entropy_doubled)
-        bad, _, _ = recompute(cache, "teachers/T", str(teacher()), 1)
+        bad = recompute(cache, "teachers/T", str(teacher()), 1).bad
     assert [(one.table, one.unit) for one in bad] == [("signals/T.1", 0)]
     assert "entropy differs by 1.000" in bad[0].reason
     whole = Table(small_cache.made() / "cache", "teachers/T")

@@ -53,5 +53,5 @@ def test_a_trainer_pairs_the_spans_that_were_read_with_their_words(ready: Ready)
 
 
 def test_the_live_teacher_agrees(root: Path) -> None:
-    bad, compared, _ = recompute(root / "cache", "teachers/teacher", str(root / "teacher"), 3)
-    assert (bad, compared) == ([], 3)
+    found = recompute(root / "cache", "teachers/teacher", str(root / "teacher"), 3)
+    assert (found.bad, found.rows) == ([], 3)

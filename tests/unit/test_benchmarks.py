@@ -282,7 +282,7 @@ class Listener:
 
 
 def test_the_bare_loop_reads_every_token_of_every_document_once(pair: Pair) -> None:
-    settings = TeacherSettings(model=pair.teacher, template=pair.template, batch_tokens=256)
+    settings = TeacherSettings(model=pair.teacher, dtype="float32", template=pair.template, batch_tokens=256)
     documents = Table(pair.cache, "documents")
     readings = bench_capture.readings_of([documents[i] for i in range(6)], encoder_of(settings))
     model: Any = Listener()
@@ -297,7 +297,7 @@ def test_the_bare_loop_reads_every_token_of_every_document_once(pair: Pair) -> N
 
 
 def test_the_logits_of_a_capture_are_those_of_its_predictions(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = TeacherSettings(model=pair.teacher, template=pair.template, batch_tokens=256)
+    settings = TeacherSettings(model=pair.teacher, dtype="float32", template=pair.template, batch_tokens=256)
     documents = Table(pair.cache, "documents")
     readings = bench_capture.readings_of([documents[i] for i in range(6)], encoder_of(settings))
     model, asked = teacher_of(settings), list[int]()

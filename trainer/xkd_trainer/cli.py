@@ -83,6 +83,7 @@ def evaluate(
     seeds: Annotated[str, typer.Option(help="Seeds of the sampled responses.")] = "10,20,30,40,50",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 128,
     limit: Annotated[int, typer.Option(min=0, help="Rows to generate for; 0 for all.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto (what is fast here), bfloat16, float16 or float32.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Bits per byte, ROUGE-L and agreement with the teacher on held-out rows.
@@ -93,7 +94,7 @@ def evaluate(
 
     request = Request(
         student=student, data=data, template=template, shards=shards, rouge=rouge,
-        seeds=_seeds(seeds), max_new_tokens=max_new_tokens, limit=limit,
+        seeds=_seeds(seeds), max_new_tokens=max_new_tokens, limit=limit, dtype=dtype,
     )  # fmt: skip
     result = evaluate_student(request)
     if as_json:

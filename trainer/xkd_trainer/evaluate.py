@@ -17,13 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xkd_schemas.documents import Document
+from xkd_schemas.dtypes import AUTO
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.held import held_out_documents
+from xkd_schemas.terminal import warn
 from xkd_schemas.tokenizers import identity
 from xkd_schemas.tokens import CONTENT, OK, Tokens, predictors
 from xkd_trainer.batch import Batch
 from xkd_trainer.cache import Cache, find_student
+from xkd_trainer.compute_dtype import choose_dtype, dtype_named, this_device
 from xkd_trainer.export import template_of
 from xkd_trainer.forward import run
 from xkd_trainer.head import check_model, head_of
@@ -53,23 +56,27 @@ class Request:
     limit: int = 0
     """Rows to generate for; 0 for all."""
     max_tokens: int = 1024
+    dtype: str = AUTO
+    """In which the model runs; auto is what this machine computes fast."""
 
 
 def evaluate_student(request: Request) -> dict[str, Any]:
     """Measure a model on held-out rows.
 
     Returns:
-        documents, unusable, template, bytes, bits_per_byte; with `shards` agreement and agreement_pairs; with
+        documents, unusable, template, dtype, bytes, bits_per_byte; with `shards` agreement and agreement_pairs; with
         `rouge` rouge_l (mean over seeds, in percent), rouge_l_std and rouge_l_max (the best seed).
 
     Raises:
         InputMissing, UsageError, BadData: A model, file or cache cannot be used.
     """
     name = str(request.student)
-    model = load_model(name, dtype=torch.float32)
+    device = this_device()
+    choice = choose_dtype(request.dtype, device)
+    if choice.warning:
+        warn(choice.warning)
+    model = load_model(name, dtype=dtype_named(choice.dtype)).to(device)
     check_model(model)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
     tokenizer = load_tokenizer(name)
     documents, unusable = held_out_documents(request.data)
     template = request.template or template_of(Path(name))
@@ -82,6 +89,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
         "documents": len(pairs),
         "unusable": unusable,
         "template": template,
+        "dtype": choice.dtype,
         **bits_per_byte(model, pairs),
     }
     if request.shards is not None:

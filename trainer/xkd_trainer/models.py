@@ -3,7 +3,7 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,25 +17,12 @@ from xkd_schemas.table import check_tokenizer
 from xkd_schemas.terminal import note
 from xkd_schemas.tokenizers import encode_texts
 
-DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
-DTYPES: Final[dict[str, torch.dtype]] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
 UNBUILDABLE: Final = (
     ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError, ZeroDivisionError,
     StrictDataclassError,
 )  # fmt: skip
 """What transformers' families raise for a configuration that they can make no model of."""
 _SUSPECT: Final = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_code"})
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """The torch dtype; UsageError lists the known names."""
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name!r} is not known", next=f"use one of: {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _suspects(value: Any) -> set[str]:

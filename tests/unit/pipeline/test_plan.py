@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import small_cache
+from fake_hardware import hardware_is
 from small_cache import SPACY, corpus_rows, made, run_file, write_rows
 from xkd_pipeline import budget, size
 from xkd_pipeline.cli_look import plan as command
@@ -273,11 +274,27 @@ def test_what_a_corpus_is_called_cannot_steer_a_terminal(tmp_path: Path, capsys:
 def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     corpus = [str(made() / "corpus.jsonl")]
     command(corpus=corpus, model=str(made() / "teacher"), spacy_model=SPACY, sample=4, losses="dwa", budget="1MB",
-            as_json=True)  # fmt: skip
+            dtype="fp32", as_json=True)  # fmt: skip
 
     found = json.loads(capsys.readouterr().out)
     assert [c["column"] for c in found["columns"]] == ["argmax", "entropy", "hidden_last", "tokens", "frames"]
-    assert (found["budget"], found["students_bytes"], found["dtype"]) == (10**6, None, "bfloat16")
+    assert (found["budget"], found["students_bytes"], found["dtype"]) == (10**6, None, "float32")
+
+
+def test_the_dtype_and_its_reason_are_printed_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware_is(monkeypatch, has_bfloat16=True, factor=0.5, kind="CPU AMX_BF16")
+    run = small_run(teacher={"dtype": "auto", "name": "another"})
+    fast = planned(run, sample=2)
+    hardware_is(monkeypatch, has_bfloat16=False, factor=63.4)
+    slow = planned(run, sample=2)
+
+    assert (fast["dtype"], slow["dtype"], slow["files_bytes"]) == ("bfloat16", "float32", 2 * fast["files_bytes"])
+    assert slow["memory"]["weights"] == 2 * fast["memory"]["weights"]
+    said = [next(line for line in plan_lines(p) if line.startswith("dtype: ")) for p in (fast, slow)]
+    assert said[0].startswith("dtype: bfloat16, because CPU AMX_BF16 has bfloat16 instructions")
+    assert said[1].endswith("bfloat16 products take 63 times as long as float32")
+    asked = planned(small_run(teacher={"dtype": "bf16", "name": "another"}), sample=2)
+    assert "warning: bfloat16 products take 63 times" in "\n".join(plan_lines(asked))
 
 
 def test_a_missing_model_or_corpus_or_loss_is_refused_before_anything_is_read(tmp_path: Path) -> None:

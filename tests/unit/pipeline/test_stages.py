@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 import small_cache
+from fake_hardware import hardware_is
 from small_cache import made
-from xkd_pipeline.stages import only_teacher, plain_name, preprocess, signals_for
-from xkd_schemas.errors import InputMissing, UsageError
+from xkd_pipeline.run import Workers
+from xkd_pipeline.stages import only_teacher, plain_name, preprocess, signals_for, teacher_stage
+from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.files import SAFE_NAME
-from xkd_schemas.table import names_in
+from xkd_schemas.table import Table, names_in
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,31 @@ def test_the_only_teacher_is_chosen_and_several_are_listed(tmp_path: Path) -> No
         only_teacher(cache)
 
 
+def test_auto_is_resolved_once_and_a_table_goes_on_in_the_dtype_that_it_was_begun_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, said = small_cache.copied(tmp_path), list[str]()
+
+    def taught(dtype: str) -> str:
+        teacher = {"model": str(made() / "teacher"), "name": "new", "losses": [], "dtype": dtype}
+        teacher_stage(small_cache.run_file(cache, teacher=teacher), Workers(), said.append)
+        return str(Table(cache, "teachers/new").manifest.spec["dtype"])
+
+    hardware_is(monkeypatch, has_bfloat16=True, factor=0.5, kind="CPU AMX_BF16")
+    assert taught("auto") == "bfloat16"
+    assert said.pop().startswith("dtype: bfloat16, because CPU AMX_BF16 has bfloat16 instructions")
+
+    hardware_is(monkeypatch, has_bfloat16=False, factor=63.4)
+    next((cache / "teachers/new").glob("00001-*.arrow")).unlink()
+    (cache / "teachers/new/manifest.json").unlink()
+    assert taught("auto") == taught("bf16") == "bfloat16"
+    assert said == ["dtype: bfloat16, as teachers/new was begun", "dtype: bfloat16, as asked for"]
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings == ["warning: bfloat16 products take 63 times as long as float32 here (CPU AVX2)"] * 2
+    with pytest.raises(Mismatch, match="dtype: cache has bfloat16, this run has float32"):
+        taught("fp32")
+
+
 def test_no_loss_keeps_just_the_teachers_choice(tmp_path: Path) -> None:
     run = small_cache.run_file(tmp_path, teacher={"losses": []})
 
@@ -85,6 +112,7 @@ def test_preprocess_makes_the_three_tables_and_tells_each_as_it_ends(tmp_path: P
 
     assert [o.values["table"] for o in outcomes] == ["documents", "teachers/T", "students/S"]
     assert [o.values["made"] for o in outcomes] == [3, 3, 3]
+    assert said.pop(2) == "dtype: float32, as asked for"
     assert said[1:] == [o.line for o in outcomes]
     assert said[0] == f"{corpus}: 12 rows, prompt and response (prompt, response)"
     assert all("3 shards made, 0 reused" in o.line for o in outcomes)

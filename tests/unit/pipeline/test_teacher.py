@@ -277,7 +277,7 @@ def test_a_loss_keeps_its_own_signals_and_the_teachers_choice(tmp_path: Path) ->
 
 
 def test_the_teachers_tokens_take_template_and_length_from_the_settings() -> None:
-    settings = TeacherSettings(model=str(made() / "teacher"), template="alpaca", max_tokens=77)
+    settings = TeacherSettings(model=str(made() / "teacher"), dtype="float32", template="alpaca", max_tokens=77)
 
     identity = encoder_of(settings).identity()
 

@@ -11,13 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 import small_cache
+from fake_hardware import hardware_is
 from xkd_pipeline.cli import app
 from xkd_pipeline.deep import _values
 from xkd_pipeline.progress import table_states
-from xkd_pipeline.recompute import _classes_differ, recompute
+from xkd_pipeline.recompute import Recomputed, _classes_differ, _settings, recompute
 from xkd_pipeline.verify import verify
 from xkd_schemas import faults, files
 from xkd_schemas.errors import BadData, DiskFailed, InputMissing, Mismatch, UsageError
+from xkd_schemas.table import Table
 
 
 def asked(*words: object) -> tuple[int, dict[str, object]]:
@@ -72,17 +74,32 @@ def test_what_is_no_cache_or_no_level_is_said(tmp_path: Path) -> None:
         verify(small_cache.made() / "cache", "shallow")
 
 
+AGREED = Recomputed(bad=[], rows=5, skipped=[], dtype="float32")
+
+
 def test_rows_agree_with_the_live_teacher() -> None:
     made = small_cache.made()
-    assert recompute(made / "cache", "teachers/T", str(made / "teacher"), 5) == ([], 5, [])
+    assert recompute(made / "cache", "teachers/T", str(made / "teacher"), 5) == AGREED
+
+
+def test_the_live_teacher_runs_in_the_tables_dtype_where_that_is_fast_and_otherwise_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = str(small_cache.made() / "teacher")
+    spec = Table(small_cache.made() / "cache", "teachers/T").manifest.spec | {"dtype": "bfloat16"}
+
+    hardware_is(monkeypatch, has_bfloat16=False, factor=63.4)
+    assert [_settings(spec, model, asked).dtype for asked in ("auto", "bf16")] == ["float32", "bfloat16"]
+    hardware_is(monkeypatch, has_bfloat16=True, factor=0.5)
+    assert [_settings(spec, model, asked).dtype for asked in ("auto", "fp32")] == ["bfloat16", "float32"]
 
 
 def test_rows_that_do_not_agree_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     made = small_cache.made()
     monkeypatch.setattr("xkd_pipeline.recompute.capture", _shifted)
-    bad, rows, _ = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2)
-    assert rows == 2
-    assert any(one.unit == 0 and "hidden_last differs by" in one.reason for one in bad)
+    found = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2)
+    assert found.rows == 2
+    assert any(one.unit == 0 and "hidden_last differs by" in one.reason for one in found.bad)
 
 
 def _shifted(*given: object) -> list[dict[str, object]]:
@@ -105,7 +122,7 @@ def test_classes_whose_logits_are_no_further_apart_than_rounding_may_change_plac
 def test_classes_of_other_positions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     made = small_cache.made()
     monkeypatch.setattr("xkd_pipeline.recompute.capture", _rolled)
-    bad, _, _ = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2)
+    bad = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2).bad
     assert {one.reason.split(": ")[1] for one in bad} == {"argmax"}
 
 

@@ -13,7 +13,7 @@ import torch
 import tiny_models as tiny
 from xkd_schemas.errors import InputMissing, Refused, UsageError
 from xkd_trainer.forward import num_layers
-from xkd_trainer.models import dtype_named, load_model, load_tokenizer, new_model, split_gguf, tell_of_hub
+from xkd_trainer.models import load_model, load_tokenizer, new_model, split_gguf, tell_of_hub
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
@@ -152,10 +152,7 @@ def test_a_folder_without_tokenizer_and_half_a_tokenizer_are_named(tmp_path: Pat
         load_tokenizer(str(folder))
 
 
-def test_names_of_types_and_files() -> None:
-    assert dtype_named("bfloat16") == torch.bfloat16
-    with pytest.raises(UsageError, match=r"dtype 'int8' is not known.*bfloat16, float16, float32"):
-        dtype_named("int8")
+def test_names_of_files() -> None:
     assert split_gguf("a/b.gguf") == ("a", "b.gguf")
     assert split_gguf("a/b") == ("a/b", None)
 
