@@ -59,7 +59,6 @@ def make_signals(root: Path, beside: Beside, workers: Workers, *, more: bool = F
     """
     name, teacher, settings = beside.name, beside.teacher, beside.settings
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
-    warn_of_slow_dtype(settings)
     model = teacher_of(settings)
     check_wanted(beside.signals, model, settings.model)
     columns = tuple(sorted({s.column for s in beside.signals}))
@@ -71,6 +70,7 @@ def make_signals(root: Path, beside: Beside, workers: Workers, *, more: bool = F
     ours, theirs = ({key: one[key] for key in BOUND} for one in (spec, teachers.manifest.spec))
     refuse_differences(teachers.folder, ours, theirs, advice=advice)
     store = Store(root, f"signals/{name}", spec, basis.units, more=more)
+    warn_of_slow_dtype(settings)
     stage = TeacherStage(
         root=root, folder=store.folder, starts=store.plan.starts, settings=settings, signals=columns, tokens=False
     )

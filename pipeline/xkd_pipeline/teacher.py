@@ -248,7 +248,6 @@ def make_teacher(
         UsageError: The model or the template cannot do what is asked.
     """
     documents = Table(root, "documents")
-    warn_of_slow_dtype(settings)
     model = teacher_of(settings)
     wanted = signals(num_layers(model))
     check_wanted(wanted, model, settings.model)
@@ -257,6 +256,7 @@ def make_teacher(
     spec = teacher_spec(settings, columns, basis.root)
     encoder_of(settings).encode(document_at(documents[0]))  # refuses a misfit template before anything is begun
     store = Store(root, f"teachers/{name}", spec, basis.units, more=more)
+    warn_of_slow_dtype(settings)
     stage = TeacherStage(
         root=root, folder=store.folder, starts=store.plan.starts, settings=settings, signals=columns
     )  # fmt: skip
