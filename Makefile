@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 RUN   ?= runs/demo.toml
 TORCH ?= torch==2.13.0
 CHECK := build/wheel-check
+# A file's tests on one worker, in the order of the files: the long ones of tests/integration come first.
+JOBS  ?= 2
+SHARE := --dist loadgroup --no-loadscope-reorder
 # One thread a process: tests run several processes, and torch with more threads than free cores crawls.
 ONE   := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
@@ -42,7 +45,7 @@ layers: install         ## who may import whom
 	$(BIN)/lint-imports --no-logo
 
 test: lint types layers ## all checks, tests and docstring examples
-	$(ONE) $(BIN)/python -m pytest --doctest-modules tests schemas trainer pipeline
+	$(ONE) $(BIN)/python -m pytest -n $(JOBS) $(SHARE) --doctest-modules tests schemas trainer pipeline
 
 demo: install           ## teacher to distilled student on the demo's text
 	$(BIN)/python data/demo_assets.py --out demo
