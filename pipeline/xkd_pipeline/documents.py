@@ -98,6 +98,7 @@ def columns_of(documents: Sequence[Document], spans: Sequence[Spans]) -> dict[st
         "segments": [[(s.start, s.end) for s in d.segments] for d in documents],
         "roles": [[s.role for s in d.segments] for d in documents],
         "targets": [[s.target for s in d.segments] for d in documents],
+        "messages": [d.messages for d in documents],
         "words": [s.words for s in spans],
         "phrases": [s.phrases for s in spans],
         "labels": [s.labels for s in spans],
@@ -110,7 +111,9 @@ def document_at(row: Row) -> Document:
         Segment(role=role, start=int(start), end=int(end), target=bool(target))
         for (start, end), role, target in zip(row["segments"], row["roles"], row["targets"], strict=True)
     )
-    return Document(text=row["text"], segments=segments, source=row["source"], line=row["line"])
+    return Document(
+        text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=row["messages"]
+    )
 
 
 def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]:

@@ -15,7 +15,7 @@ from xkd_schemas.blocks import DocumentBlock, TokenBlock
 from xkd_schemas.flat import Lists, firsts
 from xkd_schemas.table import Row, Shard
 
-DOCUMENT_COLUMNS = ("doc_id", "source", "line", "text", "segments", "roles", "targets", "words", "phrases")
+DOCUMENT_COLUMNS = ("doc_id", "source", "line", "text", "segments", "roles", "targets", "messages", "words", "phrases")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,7 @@ def documents_of(shard: Shard) -> DocumentRows:
             roles_G=roles.indices.to_numpy(),
             targets_G=_lists(columns["targets"]).values,
             places=list(zip(columns["source"].to_pylist(), columns["line"].to_pylist(), strict=True)),
+            messages=columns["messages"].to_pylist(),
         ),
         words=_lists(columns["words"]),
         phrases=_lists(columns["phrases"]),

@@ -37,6 +37,8 @@ class DocumentBlock:
     targets_G: Bools
     places: Sequence[tuple[str, int]]
     """Source and line of each document."""
+    messages: Sequence[str]
+    """As `Document.messages`."""
 
     @staticmethod
     def of(documents: Iterable[Document]) -> "DocumentBlock":
@@ -54,6 +56,7 @@ class DocumentBlock:
             names=list(numbers),
             targets_G=np.array([s.target for s in segments], np.bool_),
             places=[(d.source, d.line) for d in documents],
+            messages=[d.messages for d in documents],
         )
 
     def __len__(self) -> int:
@@ -72,6 +75,7 @@ class DocumentBlock:
             ),
             source=self.places[number][0],
             line=self.places[number][1],
+            messages=self.messages[number],
         )
 
     def taken(self, numbers: Sequence[int]) -> "DocumentBlock":
@@ -85,6 +89,7 @@ class DocumentBlock:
         return DocumentBlock(
             texts=self.texts[first:end], segments=Lists(self.segments.values[own], border), names=self.names,
             roles_G=self.roles_G[own], targets_G=self.targets_G[own], places=self.places[first:end],
+            messages=self.messages[first:end],
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from xkd_schemas.errors import BadData
 
-DOCUMENTS_VERSION = 1  # bump on any change to DOCUMENTS, and add tests/golden/documents_v<N>.txt
+DOCUMENTS_VERSION = 2  # bump on any change to DOCUMENTS, and add tests/golden/documents_v<N>.txt
 
 Interval = tuple[int, int]
 
@@ -35,6 +35,7 @@ DOCUMENTS = pa.schema(
         pa.field("segments", INTERVALS, nullable=False),  # [G, 2] characters, adjacent, covering the text
         pa.field("roles", flat_list(pa.string()), nullable=False),  # [G]
         pa.field("targets", flat_list(pa.bool_()), nullable=False),  # [G] True: the student is trained on it
+        pa.field("messages", pa.large_string(), nullable=False),  # "", or messages and tools (conversation.py)
         pa.field("words", INTERVALS, nullable=False),  # [K, 2] characters, sorted, disjoint
         pa.field("phrases", INTERVALS, nullable=False),  # [P, 2] characters, sorted by (start, -end)
         pa.field("labels", flat_list(pa.string()), nullable=False),  # [P] "NP" or "VP"
@@ -48,7 +49,7 @@ class Segment:
     """A stretch of text by one role; borders between segments are token borders in every model."""
 
     role: str
-    """system, user, assistant, tool, prompt, instruction, input, response or text."""
+    """system, developer, user, assistant, reasoning, tool_call, tool, prompt, instruction, input, response or text."""
     start: int
     end: int
     target: bool
@@ -63,11 +64,14 @@ class Document:
     segments: tuple[Segment, ...]
     source: str
     line: int
+    messages: str = ""
+    """What of a chat row its segments do not say, as JSON (conversation.py); empty where they say all."""
 
     @property
     def doc_id(self) -> str:
-        """16 hex digits that depend on text and segments only."""
-        content = [self.text, [[s.role, s.start, s.end, s.target] for s in self.segments]]
+        """16 hex digits that depend on text, segments and messages only."""
+        content: list[object] = [self.text, [[s.role, s.start, s.end, s.target] for s in self.segments]]
+        content += [self.messages] if self.messages else []
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
@@ -81,7 +85,7 @@ class Spans:
     """NP or VP, one for each phrase."""
 
 
-def document_of(parts: Iterable[tuple[str, str, bool]], *, source: str, line: int) -> Document:
+def document_of(parts: Iterable[tuple[str, str, bool]], *, source: str, line: int, messages: str = "") -> Document:
     """Join (role, text, is target) parts into a document; empty parts are left out.
 
     >>> document_of([("prompt", "Hi?", False), ("response", "Yes", True)], source="a", line=1).segments[1].start
@@ -95,7 +99,7 @@ def document_of(parts: Iterable[tuple[str, str, bool]], *, source: str, line: in
             segments.append(Segment(role=role, start=at, end=at + len(text), target=target))
             texts.append(text)
             at += len(text)
-    return Document(text="".join(texts), segments=tuple(segments), source=source, line=line)
+    return Document(text="".join(texts), segments=tuple(segments), source=source, line=line, messages=messages)
 
 
 def checked_spans(document: Document, spans: Spans) -> Spans:

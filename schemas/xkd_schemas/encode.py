@@ -1,6 +1,7 @@
 """One document as one model reads it: token ids, character intervals, kinds and targets, cut to the model's length.
 
-Segments are encoded one by one, so segment borders are token borders in every model; so is the template's glue. An
+Under none and alpaca segments are encoded one by one, so segment borders are token borders in every model; so is the
+template's glue. Under chat the template writes the row and the tokenizer reads that as a whole (native.py). An
 interval leaves out the blanks glued to a token's front ("Ġw", "▁w"); a token of blanks only keeps them. Pieces of one
 character share its interval, and so does a lone "▁" that a tokenizer puts before a first character.
 
@@ -23,18 +24,24 @@ import numpy as np
 
 from xkd_schemas.assemble import Frame, assembled
 from xkd_schemas.blocks import DocumentBlock, Int64s, TokenBlock, pieces_of
-from xkd_schemas.documents import Document
+from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.intervals import cut_point
+from xkd_schemas.native import NOTHING, Reader, cut_row, native_tokens
 from xkd_schemas.normalised import Normalised
+from xkd_schemas.rendered import CHANGED, PROBE, REFUSED, REORDERED, ChatTemplate, NotRendered, Rendered
 from xkd_schemas.rows import WORKER_KILLED
 from xkd_schemas.surfaces import Surfaces
-from xkd_schemas.templates import Layout, layout, template_named
+from xkd_schemas.templates import CHAT, Layout, check_template, layout, refuse_text, where
 from xkd_schemas.tokenizers import encode_texts, identity, name_of
-from xkd_schemas.tokens import OK, Bools, Int32s, Tokens
+from xkd_schemas.tokens import END, OK, Bools, Int32s, Tokens
 
 MOST_CHARS: Final = 2**20
 """Characters that are encoded at once, of more than one document; results do not depend on it."""
+
+CHAT_VERSION: Final = 2
+"""Of `native_tokens` and `ChatTemplate`; bump it where a row's tokens change. 1 put contents in behind the template's
+back, each encoded on its own."""
 
 INTERVALS_VERSION: Final = 2
 """Of `explained`; bump it where a token's characters change. Without it (1) intervals were the library's."""
@@ -45,6 +52,9 @@ REASONS: Final = {
     "offsets_not_monotone": "a token starts or ends before the one in front of it",
     "uncovered_characters": "characters that are not blank are in no token, and its normaliser does not tell why",
     "no_target": "no segment of the document is a target, or the targets give no token",
+    REFUSED: "the chat template raises an error at the row's turns",
+    CHANGED: "the chat template changes the text, so that its characters are not found again",
+    REORDERED: "the chat template writes the targets in another order",
     WORKER_KILLED: "a process that worked on the document died, every time",
     "no_target_after_cut": "cut to the longest length, the text has no target left",
 }
@@ -65,12 +75,14 @@ class Encoder:
     """none, alpaca or chat."""
     max_tokens: int
     """Longest T, template and end tokens included."""
+    enable_thinking: bool | None = None
+    """Handed to the chat template; None leaves it to the template."""
     _frames: dict[tuple[tuple[str, bool], ...], tuple[Frame, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
-        template_named(self.template)
+        check_template(self.template)
         encode_texts(self.tokenizer, [""])
         if self.max_tokens < 2:
             raise UsageError(f"max_tokens is {self.max_tokens}, at least 2 are needed", next="--max-tokens 1024")
@@ -79,6 +91,16 @@ class Encoder:
                 f"{name_of(self.tokenizer)}: this tokenizer has no end token (eos)",
                 next="name eos_token in its config",
             )
+        if self.template == CHAT:
+            self._chat.check()
+        elif self.enable_thinking is not None:
+            raise UsageError(
+                f"enable_thinking is for chat templates, the template is {self.template}", next="--template chat"
+            )
+
+    @functools.cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.enable_thinking)
 
     @functools.cached_property
     def _surfaces(self) -> Surfaces:
@@ -91,9 +113,12 @@ class Encoder:
     def identity(self) -> dict[str, Any]:
         """What the tokens depend on, for a plan: the tokenizer's identity, the template's name, the length.
 
-        And, of a tokenizer that normalises, how its intervals are taken through the normaliser.
+        And, of a tokenizer that normalises, how its intervals are taken through the normaliser; of a chat template,
+        how it is read.
         """
         found = {"tokenizer": identity(self.tokenizer), "template": self.template, "max_tokens": self.max_tokens}
+        if self.template == CHAT:
+            found["chat"] = {"version": CHAT_VERSION, "enable_thinking": self.enable_thinking}
         return found | ({"intervals": INTERVALS_VERSION} if self._normalised.changes else {})
 
     def encode(self, document: Document, num_chars: int | None = None) -> Tokens:
@@ -107,7 +132,7 @@ class Encoder:
             num_chars: Where the other model cut the text. A target that goes on behind it has no end token.
 
         Raises:
-            UsageError: The template has no place for the document's roles.
+            UsageError: The template has no place for the document's roles; a chat template's refusal is a status.
         """
         return self.encode_batch([document], None if num_chars is None else [num_chars])[0]
 
@@ -119,11 +144,69 @@ class Encoder:
         wanted = [len(text) for text in block.texts]
         if limits is not None:
             wanted = [n if limit is None else min(n, limit) for n, limit in zip(wanted, limits, strict=True)]
+        encoded = self._as_chat if self.template == CHAT else self._encoded
         parts = [
-            self._encoded(block.part(first, end), np.array(wanted[first:end], np.int32))
+            encoded(block.part(first, end), np.array(wanted[first:end], np.int32))
             for first, end in pieces_of(wanted, MOST_CHARS)
         ]
         return parts[0] if len(parts) == 1 else TokenBlock.of(row for part in parts for row in part)
+
+    def _as_chat(self, block: DocumentBlock, num_chars: Int32s) -> TokenBlock:
+        """One stretch of documents as the chat template writes them; rows that are too long are cut."""
+        unicode_R = np.array([_is_unicode(text) for text in block.texts], np.bool_)
+        first_target_R = _first_targets(block)
+        rendered, faults = self._rendered(block, unicode_R)
+        whole = native_tokens(block, rendered, self._reader)
+        rows = []
+        for n, (text, limit) in enumerate(zip(block.texts, num_chars.tolist(), strict=True)):
+            row = replace(whole[n], status=faults.get(n, whole.statuses[n]), num_chars=limit)
+            if limit < len(text):
+                row = cut_row(text, row, limit)
+            while len(row.ids) > self.max_tokens:
+                row = cut_row(text, row, cut_point(text, row, self.max_tokens))
+            rows.append(row)
+        return _judged(block, TokenBlock.of(rows), unicode_R, first_target_R)
+
+    def _rendered(self, block: DocumentBlock, unicode_R: Bools) -> tuple[list[Rendered], dict[int, str]]:
+        """What the chat template makes of each document, and why it makes nothing of some."""
+        rendered, faults = [], {}
+        for n, readable in enumerate(unicode_R.tolist()):
+            document = block.document(n)
+            refuse_text(document, CHAT)
+            try:
+                rendered.append(self._chat.rendered(document) if readable else NOTHING)
+            except NotRendered as why:
+                rendered.append(NOTHING)
+                faults[n] = why.reason
+        return rendered, faults
+
+    def check(self, document: Document) -> None:
+        """Refuse a template that has no place for a document, before anything is begun.
+
+        Raises:
+            UsageError: It says why the chat template cannot be used for these turns, or which roles do not fit.
+        """
+        if self.template != CHAT:
+            self._framed(document)
+            return
+        refuse_text(document, CHAT)
+        try:
+            self._chat.rendered(document)
+        except NotRendered as why:
+            raise UsageError(
+                f"{where(document)}: {name_of(self.tokenizer)}: {why}", next="fix the turns, or --template none"
+            ) from why
+
+    @functools.cached_property
+    def _reader(self) -> Reader:
+        reader = Reader(
+            surfaces=self._surfaces, normalised=self._normalised, enders=self._enders(), usual=(),
+            added=np.array(sorted(int(i) for i in self.tokenizer.added_tokens_decoder), np.int64),
+            eos=int(self.tokenizer.eos_token_id),
+        )  # fmt: skip
+        question = document_of(PROBE, source="a question", line=1)
+        row = native_tokens(DocumentBlock.of([question]), [self._chat.rendered(question)], reader)[0]
+        return replace(reader, usual=frozenset(row.ids[row.kinds == END].tolist()))
 
     def _encoded(self, block: DocumentBlock, num_chars: Int32s) -> TokenBlock:
         """One stretch of documents; rows that are too long are cut and encoded again until they fit."""
@@ -167,7 +250,7 @@ class Encoder:
         """The frame of every segment; the same for all documents with the same roles."""
         key = tuple((segment.role, segment.target) for segment in document.segments)
         if key not in self._frames:
-            self._frames[key] = self._new_frames(document, layout(self.template, document, self.tokenizer))
+            self._frames[key] = self._new_frames(document, layout(self.template, document))
         return self._frames[key]
 
     def _new_frames(self, document: Document, pieces: Layout) -> tuple[Frame, ...]:
@@ -188,10 +271,10 @@ class Encoder:
         return tuple(frames)
 
     def _start(self) -> list[int]:
-        """The start token that the tokenizer puts before every text by itself; a chat template brings its own."""
+        """The start token that the tokenizer puts before every text by itself."""
         bos = self.tokenizer.bos_token_id
         by_itself = self.tokenizer("x", verbose=False)["input_ids"]
-        return [int(bos)] if self.template != "chat" and bos is not None and by_itself[:1] == [bos] else []
+        return [int(bos)] if bos is not None and by_itself[:1] == [bos] else []
 
     def _start_id(self) -> int:
         """What the first target token is predicted from where nothing else stands before it."""

@@ -7,12 +7,13 @@ becomes exactly one document or one RejectedRow.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import orjson
 
+from xkd_schemas.conversation import CALL, REASONING, REASONING_KEYS, call_text
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.forms import Form, form_named
 from xkd_schemas.lines import LongLine
@@ -36,10 +37,16 @@ LINE_TOO_LONG: Final = "line_too_long"
 WORKER_KILLED: Final = "worker_killed"
 """Not found by looking at the row: a process that worked on it died, every time."""
 
-CHAT_ROLES: Final = {"system": False, "user": False, "assistant": True, "tool": False}
+CHAT_ROLES: Final = {"system": False, "developer": False, "user": False, "assistant": True, "tool": False}
 """Roles of a chat message, and whether the student learns to produce them."""
-CALLS: Final = ("tool_calls", "function_call")
-"""Keys of a message whose content is not text; leaving them out would change what was said."""
+OTHER_CONTENT: Final = ("function_call", "images", "audio", "refusal", "prefix")
+"""Keys of a message whose content is not read; leaving them out would change what was said."""
+PASSED_KEYS: Final = ("name", "tool_call_id")
+"""Keys of a message that are handed to the chat template as they are."""
+TRAINED_KEYS: Final = ("weight", "train")
+"""Keys of a message that turn its target off with 0 or false."""
+TOOLS: Final = "tools"
+"""Key of a chat row with the tools that may be called."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
@@ -82,7 +89,13 @@ class RowRejected(ValueError):
 
 
 def read_documents(
-    source: str, form: str, columns: Mapping[str, str], rows: Sequence[RawRow], *, max_chars: int = MAX_CHARS
+    source: str,
+    form: str,
+    columns: Mapping[str, str],
+    rows: Sequence[RawRow],
+    *,
+    max_chars: int = MAX_CHARS,
+    unused: dict[str, int] | None = None,
 ) -> tuple[list[Document], list[RejectedRow]]:
     """Documents and rejected rows, both in the order of `rows`; together as many as there are rows.
 
@@ -92,6 +105,7 @@ def read_documents(
         columns: Field to column; a field that is not there is read from the column of its own name.
         rows: Any stretch of the source; results do not depend on how it is cut.
         max_chars: Characters above which a document is rejected as too_long.
+        unused: Counts keys of chat rows and their messages that are not used, by name.
 
     Raises:
         UsageError: the form is not known.
@@ -102,8 +116,8 @@ def read_documents(
     rejected: list[RejectedRow] = []
     for row in rows:
         try:
-            parts = list(_parts_of(kind, names, _object_of(row.content)))
-            documents.append(_document(parts, source=source, line=row.line, max_chars=max_chars))
+            parts, messages = _parts_of(kind, names, _object_of(row.content), {} if unused is None else unused)
+            documents.append(_document(parts, messages, source=source, line=row.line, max_chars=max_chars))
         except RowRejected as why:
             rejected.append(rejected_row(source, row, why.reason, why.what))
     return documents, rejected
@@ -146,7 +160,12 @@ def _json_error(content: bytes, error: orjson.JSONDecodeError) -> RowRejected:
     return RowRejected(LONE_SURROGATE, str(error))
 
 
-def _parts_of(form: Form, columns: Mapping[str, str], row: Mapping[str, object]) -> Iterator[Part]:
+def _parts_of(
+    form: Form, columns: Mapping[str, str], row: Mapping[str, object], unused: dict[str, int]
+) -> tuple[list[Part], str]:
+    """The row's parts, and as `Document.messages` what they do not say."""
+    parts: list[Part] = []
+    messages = ""
     for field in form.fields:
         column = columns[field.name]
         value = row.get(column)
@@ -154,28 +173,96 @@ def _parts_of(form: Form, columns: Mapping[str, str], row: Mapping[str, object])
             if field.required:
                 raise RowRejected(MISSING_FIELD, f'field "{column}" is {"null" if column in row else "missing"}')
         elif field.role:
-            yield field.role, _text(value, f'field "{column}"'), field.target
+            parts.append((field.role, _text(value, f'field "{column}"'), field.target))
         else:
-            yield from _turns(value, column)
+            parts, messages = _chat(value, column, row, unused)
+    return parts, messages
 
 
-def _turns(value: object, column: str) -> Iterator[Part]:
+def _chat(value: object, column: str, row: Mapping[str, object], unused: dict[str, int]) -> tuple[list[Part], str]:
+    """Parts of a chat row that hold text, and what they do not say."""
     if not isinstance(value, list):
         raise RowRejected(BAD_TYPE, f'field "{column}" is {_kind(value)}, not a list')
-    for at, message in enumerate(value):
-        where = f'"{column}"[{at}]'
-        if not isinstance(message, dict):
-            raise RowRejected(BAD_TYPE, f"{where} is {_kind(message)}, not an object")
-        for key in ("role", "content"):
-            if key not in message:
-                raise RowRejected(MISSING_FIELD, f'{where} has no "{key}"')
-        for key in CALLS:
-            if message.get(key):
-                raise RowRejected(BAD_TYPE, f'{where} has "{key}", which is not text')
-        role = _text(message["role"], f"the role of {where}")
-        if role not in CHAT_ROLES:
-            raise RowRejected(BAD_ROLE, f'{where} has the role "{role[:40]}"')
-        yield role, _content(message["content"], where), CHAT_ROLES[role]
+    _count(unused, "row", [key for key in row if row[key] is not None and key not in (column, TOOLS)])
+    parts: list[Part] = []
+    messages = [_message(message, f'"{column}"[{at}]', parts, unused) for at, message in enumerate(value)]
+    tools = _tools(row.get(TOOLS))
+    plain = all(list(m) == ["role", "content"] and m["content"] != "" for m in messages)
+    if plain and not tools:
+        return parts, ""
+    return parts, json.dumps({"messages": messages} | ({"tools": tools} if tools else {}), ensure_ascii=False)
+
+
+def _message(message: object, where: str, parts: list[Part], unused: dict[str, int]) -> dict[str, object]:
+    """A message in which a number stands for each text, which is put behind `parts`."""
+    if not isinstance(message, dict):
+        raise RowRejected(BAD_TYPE, f"{where} is {_kind(message)}, not an object")
+    said = {key: value for key, value in message.items() if value is not None}
+    calls = said.pop("tool_calls", None) or []
+    if "role" not in said or ("content" not in message and not calls):
+        raise RowRejected(MISSING_FIELD, f'{where} has no "{"content" if "role" in said else "role"}"')
+    role = _text(said.pop("role"), f"the role of {where}")
+    if role not in CHAT_ROLES:
+        raise RowRejected(BAD_ROLE, f'{where} has the role "{role[:40]}"')
+    target = CHAT_ROLES[role] and _is_trained(said, where)
+    reasoning = {key: said.pop(key) for key in REASONING_KEYS if key in said}
+    only_assistant = [key for key, value in (*reasoning.items(), ("tool_calls", calls)) if value]
+    for key in [k for k in OTHER_CONTENT if said.get(k)] + (only_assistant if role != "assistant" else []):
+        raise RowRejected(BAD_TYPE, f'{where} has "{key}", which is not read in a message of {role}')
+    if len(set(map(str, reasoning.values()))) > 1:
+        raise RowRejected(BAD_TYPE, f"{where} has different {' and '.join(reasoning)}")
+    found: dict[str, object] = {"role": role}
+    texts = [(key, REASONING, _text(value, f'"{key}" of {where}')) for key, value in list(reasoning.items())[:1]]
+    if "content" not in said and "content" in message and not calls and not reasoning:
+        raise RowRejected(BAD_TYPE, f"the content of {where} is null, not a string")
+    if "content" in said:
+        texts.append(("content", role, _content(said.pop("content"), where)))
+    for key, name, text in texts:
+        found[key] = len(parts) if text else ""
+        parts += [(name, text, target)] if text else []
+    if calls:
+        found["tool_calls"] = [_call(call, where, parts, target=target) for call in _list(calls, where)]
+    found |= {key: _text(said.pop(key), f'"{key}" of {where}') for key in PASSED_KEYS if key in said}
+    _count(unused, "message", [key for key in said if key not in TRAINED_KEYS and key not in OTHER_CONTENT])
+    return found
+
+
+def _call(call: object, where: str, parts: list[Part], *, target: bool) -> list[object]:
+    try:
+        text, rest = call_text(call if isinstance(call, dict) else {})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RowRejected(BAD_TYPE, f"a call in {where} has no name and arguments: {error}") from None
+    parts.append((CALL, _text(text, f"a call in {where}"), target))
+    return [len(parts) - 1, rest]
+
+
+def _is_trained(said: dict[str, object], where: str) -> bool:
+    for key in TRAINED_KEYS:
+        if key in said and said[key] not in (0, 1):
+            raise RowRejected(BAD_TYPE, f'"{key}" of {where} is {str(said[key])[:40]}, not 0, 1, true or false')
+    return all(said.get(key, 1) for key in TRAINED_KEYS)
+
+
+def _tools(value: object) -> list[object]:
+    """The tools of a row: a list, or its JSON."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowRejected(BAD_TYPE, f'"{TOOLS}" is no JSON: {error}') from None
+    return _list(value or [], f'"{TOOLS}"')
+
+
+def _list(value: object, what: str) -> list[object]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RowRejected(BAD_TYPE, f"{what} is {_kind(value)}, not a list of objects")
+    return value
+
+
+def _count(unused: dict[str, int], what: str, keys: Sequence[str]) -> None:
+    for key in keys:
+        name = f"{what}.{key[:40]}"
+        unused[name] = unused.get(name, 0) + 1
 
 
 def _content(value: object, where: str) -> str:
@@ -207,7 +294,7 @@ def _kind(value: object) -> str:
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
-def _document(parts: Sequence[Part], *, source: str, line: int, max_chars: int) -> Document:
+def _document(parts: Sequence[Part], messages: str, *, source: str, line: int, max_chars: int) -> Document:
     num_chars = sum(len(text) for _, text, _ in parts)
     if num_chars > max_chars:
         raise RowRejected(TOO_LONG, f"{num_chars} characters, the limit is {max_chars}")
@@ -215,7 +302,7 @@ def _document(parts: Sequence[Part], *, source: str, line: int, max_chars: int) 
         raise RowRejected(EMPTY, "no text")
     if not any(target and text.strip() for _, text, target in parts):
         raise RowRejected(NO_TARGET, "nothing to learn: no text in a response")
-    return document_of(parts, source=source, line=line)
+    return document_of(parts, source=source, line=line, messages=messages)
 
 
 def rejected_row(source: str, row: RawRow, reason: str, what: str) -> RejectedRow:

@@ -15,13 +15,21 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from xkd_schemas.flat import firsts
-from xkd_schemas.tokenizers import PROBES, Encoded, FastTokenizer, encode_texts, plain_backend
+from xkd_schemas.tokenizers import (
+    PROBES,
+    Encoded,
+    FastTokenizer,
+    encode_texts,
+    encoded_by,
+    native_backend,
+    plain_backend,
+)
 from xkd_schemas.tokens import Bools, Int32s
 
 LEAST_PROBES: Final = 20
@@ -44,27 +52,28 @@ class Surfaces:
 
     def __init__(self, tokenizer: FastTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._added = frozenset(int(i) for i in tokenizer.added_tokens_decoder)
+        self._added = {int(i): _written_as(token) for i, token in tokenizer.added_tokens_decoder.items()}
         self._missed = self._tokens = 0
         real = encode_texts(tokenizer, PROBES)
         fits = (rule for rule in RULES if self._fits(rule, real))
         self._rule = next(fits, None)
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """`encode_texts`, to the last offset."""
+    def encode(self, texts: Sequence[str], *, native: bool = False) -> Encoded:
+        """`encode_texts`, to the last offset; with `native` special tokens in a text are what they are."""
+        backend = native_backend(self._tokenizer) if native else plain_backend(self._tokenizer)
         if self._rule is None or self._missed > MOST_MISSED * self._tokens:
-            return encode_texts(self._tokenizer, texts)
-        encodings = plain_backend(self._tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)
+            return encoded_by(backend, texts)
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         first = firsts([len(found) for found in ids])
         ids_C = np.fromiter(itertools.chain.from_iterable(ids), np.int32, count=int(first[-1]))
         offsets_C2, spelled_N = self._spelled(texts, ids_C, first, self._rule)
         missed = np.flatnonzero(~spelled_N).tolist()
-        again = encode_texts(self._tokenizer, [texts[n] for n in missed])
+        again = encoded_by(backend, [texts[n] for n in missed])
         size_N = np.diff(first)
         self._missed, self._tokens = self._missed + len(again.ids), self._tokens + len(ids_C)
         if not np.array_equal(np.diff(again.first), size_N[missed]):  # a tokenizer with dropout
-            return encode_texts(self._tokenizer, texts)
+            return encoded_by(backend, texts)
         at_C = np.repeat(~spelled_N, size_N)
         ids_C[at_C], offsets_C2[at_C] = again.ids, again.offsets
         return Encoded(ids_C, offsets_C2, first)
@@ -121,7 +130,7 @@ class Surfaces:
         parts, end = [self._codes], len(self._codes)
         for number in ids.tolist():
             token = self._tokenizer.backend_tokenizer.id_to_token(number)
-            text = None if token is None or number in self._added else rule.spelling(token)
+            text = None if token is None else self._added[number] if number in self._added else rule.spelling(token)
             self._length_V[number] = UNSPELLED if text is None else len(text)
             if text is not None:
                 self._begin_V[number] = end
@@ -129,6 +138,12 @@ class Surfaces:
                 end += len(text)
                 self._trimmed_V2[number] = _blanks_at_ends(token)
         self._codes = np.concatenate(parts)
+
+
+def _written_as(token: Any) -> str | None:
+    """What an added token stands for in a text; None where blanks round it or other spellings may belong to it."""
+    changes = token.lstrip or token.rstrip or token.normalized
+    return None if changes or not token.content else str(token.content)
 
 
 def _blanks_at_ends(token: str) -> tuple[int, int]:

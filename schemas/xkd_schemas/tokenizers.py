@@ -87,14 +87,19 @@ def plain_backend(tokenizer: FastTokenizer) -> Any:
     return plain(tokenizer.backend_tokenizer)
 
 
-def plain(backend: Any) -> Any:
+def native_backend(tokenizer: FastTokenizer) -> Any:
+    """The same, set to know special tokens in a text, as a chat template's rendering wants it; until the next call."""
+    return plain(tokenizer.backend_tokenizer, specials=True)
+
+
+def plain(backend: Any, *, specials: bool = False) -> Any:
     """The same tokenizer of the tokenizers library, set so."""
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
         backend.no_padding()
-    if not backend.encode_special_tokens:
-        backend.encode_special_tokens = True
+    if backend.encode_special_tokens == specials:
+        backend.encode_special_tokens = not specials
     return backend
 
 
