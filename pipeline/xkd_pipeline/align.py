@@ -10,7 +10,7 @@ import numpy as np
 
 from xkd_pipeline.build import Built, build
 from xkd_pipeline.columns import documents_at, encoded_but, token_columns, token_counts
-from xkd_pipeline.documents import document_at
+from xkd_pipeline.documents import first_documents
 from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
@@ -161,7 +161,7 @@ def make_students(
         "teacher_root": teacher_root,
         "encoder": encoder.identity(),
     }
-    encoder.encode(document_at(documents[0]))  # refuses a template that does not fit before anything is begun
+    encoder.check(first_documents(documents))
     store = Store(root, f"students/{name}", spec, basis.units, more=more)
     stage = AlignStage(
         root=root,

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from xkd_pipeline.verify import Bad, opened
 from xkd_schemas.codecs import CODECS
-from xkd_schemas.documents import DOCUMENTS
+from xkd_schemas.documents import documents_schema
 from xkd_schemas.manifest import Commit
 from xkd_schemas.sampled import fault_of
 from xkd_schemas.table import Row, Table
@@ -37,7 +37,8 @@ def deep(root: Path, name: str) -> Iterator[Bad]:
 def reasons_of(root: Path, table: Table, number: int) -> Iterator[str]:
     """What is wrong with the rows of one unit; deep_child.py runs it where it can do no harm."""
     shard, commit = table.shard(number), table.manifest.commits[number]
-    expected = {"documents": DOCUMENTS, "students": STUDENTS}.get(table.name.partition("/")[0])
+    version = table.manifest.spec["schema"]
+    expected = {"documents": documents_schema(version), "students": STUDENTS}.get(table.name.partition("/")[0])
     if expected is not None and not shard.schema.equals(expected):
         yield "its schema is not the one of this version"
         return

@@ -14,10 +14,11 @@ from xkd_pipeline.spans import Parser, ParserSettings, parser_for
 from xkd_pipeline.store import Store
 from xkd_schemas.additions import part_of
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Segment, Spans, checked_spans
+from xkd_schemas.encode import TRIED
 from xkd_schemas.errors import BadData, InputMissing
 from xkd_schemas.manifest import Care, Commit, Plan, Unit, refuse_differences
 from xkd_schemas.rows import WORKER_KILLED, rejected_row
-from xkd_schemas.table import Row
+from xkd_schemas.table import Row, Table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +61,10 @@ class DocumentsStage:
 
     def _make(self, parser: Parser, job: DocumentsJob, care: Care) -> Commit:
         rows = [row for at, row in enumerate(job.rows) if at not in care.lost]
-        documents, rejects = read_documents(job.source, job.form, job.columns, rows, max_chars=self.max_chars)
+        unused: dict[str, int] = {}
+        documents, rejects = read_documents(
+            job.source, job.form, job.columns, rows, max_chars=self.max_chars, unused=unused
+        )
         killers = (rejected_row(job.source, job.rows[at], WORKER_KILLED, _KILLS) for at in care.lost)
         rejects = sorted([*rejects, *killers], key=lambda reject: reject.line)
         size = care.batch or max(1, len(documents))
@@ -73,6 +77,7 @@ class DocumentsStage:
             "phrases": sum(len(s.phrases) for s in found),
         }
         counts.update({f"parser:{reason}": number for reason, number in sorted(parser.notes.items())})
+        counts.update({f"{UNUSED}{key}": number for key, number in sorted(unused.items())})
         parser.notes.clear()
         columns = columns_of(documents, found)
         return write_shard(
@@ -85,6 +90,8 @@ class DocumentsStage:
         )
 
 
+UNUSED: Final = "unused:"
+"""Begins the names of counts of keys that were not used."""
 _KILLS: Final = "ends the process that reads or parses it, every time"
 
 
@@ -111,9 +118,13 @@ def document_at(row: Row) -> Document:
         Segment(role=role, start=int(start), end=int(end), target=bool(target))
         for (start, end), role, target in zip(row["segments"], row["roles"], row["targets"], strict=True)
     )
-    return Document(
-        text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=row["messages"]
-    )
+    messages = row.get("messages", "")  # none in a table of version 1
+    return Document(text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=messages)
+
+
+def first_documents(table: Table) -> list[Document]:
+    """Those that a template is tried on before anything is begun."""
+    return [document_at(table[n]) for n in range(min(len(table), TRIED))]
 
 
 def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]:
@@ -222,8 +233,9 @@ def remake_documents(
     )  # fmt: skip
 
     def jobs(missing: Sequence[int]) -> Iterator[DocumentsJob]:
-        identity = {"parser": parser_for(parser).identity()}
-        refuse_differences(store.folder, identity, {"parser": plan.spec["parser"]}, advice="name the parser of then")
+        identity = {"parser": parser_for(parser).identity(), "schema": DOCUMENTS_VERSION}
+        then = {key: plan.spec[key] for key in identity}
+        refuse_differences(store.folder, identity, then, advice="name the parser, or use the version, of then")
         covered = {first: units_of([source], plan.spec["rows_per_shard"]) for first, source in sources}
         known = [first + at for first, units in covered.items() for at in range(len(units))]
         for unit in sorted(set(missing) - set(known)):

@@ -11,7 +11,7 @@ from xkd_pipeline.align import StudentSettings, make_students
 from xkd_pipeline.build import Built
 from xkd_pipeline.capture import TeacherSettings
 from xkd_pipeline.corpus import open_source
-from xkd_pipeline.documents import Limits, make_documents
+from xkd_pipeline.documents import UNUSED, Limits, make_documents
 from xkd_pipeline.run import Workers
 from xkd_pipeline.spans import ParserSettings
 from xkd_pipeline.store import locked
@@ -61,6 +61,9 @@ def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] 
     rejected = sum(c.rejects.rows for c in m.commits if c.rejects)
     notes = {n for c in m.commits for n in c.counts if n.startswith("parser:")}
     extra = "".join(f", {n.removeprefix('parser:')} {m.count(n)}" for n in sorted(notes))
+    names = sorted({n for c in m.commits for n in c.counts if n.startswith(UNUSED)})
+    unused = {n.removeprefix(UNUSED): m.count(n) for n in names}
+    extra += "; keys not used: " + ", ".join(f"{name} ({n})" for name, n in unused.items()) if unused else ""
     return _outcome(
         built,
         f"{m.rows} documents, {m.count('words')} words, {m.count('phrases')} phrases, {rejected} rows rejected{extra}",
@@ -69,6 +72,7 @@ def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] 
             "words": m.count("words"),
             "phrases": m.count("phrases"),
             "rejected": rejected,
+            "unused": unused,
         },
     )
 

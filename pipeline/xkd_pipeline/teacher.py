@@ -15,7 +15,7 @@ from xkd_pipeline.build import Built, build
 from xkd_pipeline.capture import TeacherSettings, capture, reads_of
 from xkd_pipeline.coded import codec_error, coded
 from xkd_pipeline.columns import basis_of, encoded_but, token_columns, token_counts
-from xkd_pipeline.documents import document_at
+from xkd_pipeline.documents import first_documents
 from xkd_pipeline.measure import Reading
 from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
@@ -248,13 +248,13 @@ def make_teacher(
         UsageError: The model or the template cannot do what is asked.
     """
     documents = Table(root, "documents")
+    encoder_of(settings).check(first_documents(documents))
     model = teacher_of(settings)
     wanted = signals(num_layers(model))
     check_wanted(wanted, model, settings.model)
     columns = tuple(sorted({s.column for s in wanted}))
     basis = basis_of(root / "teachers" / name, documents, more=more)
     spec = teacher_spec(settings, columns, basis.root)
-    encoder_of(settings).encode(document_at(documents[0]))  # refuses a misfit template before anything is begun
     store = Store(root, f"teachers/{name}", spec, basis.units, more=more)
     warn_of_slow_dtype(settings)
     stage = TeacherStage(

@@ -53,7 +53,7 @@ def documents_of(shard: Shard) -> DocumentRows:
     Raises:
         BadData: A record batch does not match its digest.
     """
-    columns = _columns(shard, DOCUMENT_COLUMNS)
+    columns = _columns(shard, [name for name in DOCUMENT_COLUMNS if name in shard.schema.names])
     roles = _flat(columns["roles"]).combine_chunks().dictionary_encode()
     return DocumentRows(
         doc_ids=columns["doc_id"].to_pylist(),
@@ -64,7 +64,7 @@ def documents_of(shard: Shard) -> DocumentRows:
             roles_G=roles.indices.to_numpy(),
             targets_G=_lists(columns["targets"]).values,
             places=list(zip(columns["source"].to_pylist(), columns["line"].to_pylist(), strict=True)),
-            messages=columns["messages"].to_pylist(),
+            messages=columns["messages"].to_pylist() if "messages" in columns else [""] * shard.commit.rows,
         ),
         words=_lists(columns["words"]),
         phrases=_lists(columns["phrases"]),

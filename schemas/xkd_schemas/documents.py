@@ -44,6 +44,18 @@ DOCUMENTS = pa.schema(
 )
 
 
+DOCUMENTS_READ = (1, 2)
+"""Versions that this program reads; 1 has no `messages`."""
+
+
+def documents_schema(version: int) -> pa.Schema:
+    """The columns of a version."""
+    if version == DOCUMENTS_VERSION:
+        return DOCUMENTS
+    fields = [field for field in DOCUMENTS if field.name != "messages"]
+    return pa.schema(fields, metadata={**DOCUMENTS.metadata, b"xkd_schema": str(version).encode()})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """A stretch of text by one role; borders between segments are token borders in every model."""

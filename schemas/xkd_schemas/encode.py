@@ -16,7 +16,7 @@ Shape legend for this file
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -42,6 +42,9 @@ MOST_CHARS: Final = 2**20
 CHAT_VERSION: Final = 2
 """Of `native_tokens` and `ChatTemplate`; bump it where a row's tokens change. 1 put contents in behind the template's
 back, each encoded on its own."""
+
+TRIED: Final = 16
+"""Documents of which a chat template must take one, before anything is begun."""
 
 INTERVALS_VERSION: Final = 2
 """Of `explained`; bump it where a token's characters change. Without it (1) intervals were the library's."""
@@ -180,22 +183,30 @@ class Encoder:
                 faults[n] = why.reason
         return rendered, faults
 
-    def check(self, document: Document) -> None:
-        """Refuse a template that has no place for a document, before anything is begun.
+    def check(self, documents: Iterable[Document]) -> None:
+        """Refuse a template that has no place for the documents, before anything is begun.
+
+        Args:
+            documents: The first ones. A layout must take each, a chat template one of them.
 
         Raises:
-            UsageError: It says why the chat template cannot be used for these turns, or which roles do not fit.
+            UsageError: It says which roles do not fit, or why the chat template refuses the first one.
         """
+        faults = [self._fault(document) for document in documents]
+        if faults and all(faults):
+            raise UsageError(f"{name_of(self.tokenizer)}: {faults[0]}", next="fix the turns, or --template none")
+
+    def _fault(self, document: Document) -> str:
+        """Why the chat template does not take a document; empty if it does."""
         if self.template != CHAT:
             self._framed(document)
-            return
+            return ""
         refuse_text(document, CHAT)
         try:
             self._chat.rendered(document)
         except NotRendered as why:
-            raise UsageError(
-                f"{where(document)}: {name_of(self.tokenizer)}: {why}", next="fix the turns, or --template none"
-            ) from why
+            return f"{where(document)}: {why}"
+        return ""
 
     @functools.cached_property
     def _reader(self) -> Reader:

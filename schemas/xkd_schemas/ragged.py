@@ -63,6 +63,12 @@ class Columns:
         self._batch = batch
         self._readers: dict[str, Callable[[int], Any]] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """Of all columns."""
+        found: list[str] = self._batch.schema.names
+        return found
+
     def row(self, name: str, row: int) -> Any:
         """Row `row` of a column: a Python value, a list of strings, or a numpy view [n] or [n, width]."""
         reader = self._readers.get(name)

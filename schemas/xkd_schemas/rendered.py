@@ -113,14 +113,15 @@ class ChatTemplate:
     def check(self) -> None:
         """Find out how the template wants its contents; UsageError if it takes not even a question and its answer."""
         question = document_of(PROBE, source="a question", line=1)
-        why: Exception | str = "the chat template leaves the text out"
+        faults = []
         for self._parts in (False, True):
             try:
                 if self.rendered(question).turns:
                     return
-            except NotRendered as error:
-                why = error
-        raise UsageError(f"{name_of(self._tokenizer)}: {why}", next="--template none or --template alpaca")
+                faults.append("the chat template leaves the text out")
+            except NotRendered as why:
+                faults.append(str(why))
+        raise UsageError(f"{name_of(self._tokenizer)}: {faults[0]}", next="--template none or --template alpaca")
 
     def rendered(self, document: Document) -> Rendered:
         """The document as the template writes it.

@@ -43,6 +43,10 @@ class Row:
         decoder = self._decoders.get(column)
         return self.stored(column) if decoder is None else decoder(self.stored)
 
+    def get(self, column: str, default: Any) -> Any:
+        """The column, or `default` where the table has none of that name."""
+        return self[column] if column in self._columns.names else default
+
     def stored(self, column: str) -> Any:
         """The column as it lies in the shard, before a codec has read it."""
         return self._columns.row(column, self._row)

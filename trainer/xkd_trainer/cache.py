@@ -12,7 +12,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 from torch import Tensor
 
-from xkd_schemas.documents import DOCUMENTS_VERSION
+from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import inside, sha256_of
 from xkd_schemas.joined import JoinedTable
@@ -78,6 +78,8 @@ class Cache:
         refuse_differences(self.students.folder, made_from, found, advice=again)
         versions = {"documents": DOCUMENTS_VERSION, "teachers": TEACHERS_VERSION, "students": STUDENTS_VERSION}
         stored = {name: getattr(self, name).manifest.spec["schema"] for name in versions}
+        if stored["documents"] in DOCUMENTS_READ:
+            versions["documents"] = stored["documents"]
         refuse_differences(self.root, versions, stored, advice="use the xkd-toolkit version that wrote the cache")
 
     @cached_property

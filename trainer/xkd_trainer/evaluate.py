@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from xkd_schemas.documents import Document
 from xkd_schemas.dtypes import AUTO
-from xkd_schemas.encode import Encoder
+from xkd_schemas.encode import TRIED, Encoder
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.held import held_out_documents
 from xkd_schemas.terminal import warn
@@ -71,16 +71,17 @@ def evaluate_student(request: Request) -> dict[str, Any]:
         InputMissing, UsageError, BadData: A model, file or cache cannot be used.
     """
     name = str(request.student)
+    tokenizer = load_tokenizer(name)
+    documents, unusable = held_out_documents(request.data)
+    template = request.template or template_of(Path(name))
+    encoder = Encoder(tokenizer=tokenizer, template=template, max_tokens=request.max_tokens)
+    encoder.check(documents[:TRIED])
     device = this_device()
     choice = choose_dtype(request.dtype, device)
     if choice.warning:
         warn(choice.warning)
     model = load_model(name, dtype=dtype_named(choice.dtype)).to(device)
     check_model(model)
-    tokenizer = load_tokenizer(name)
-    documents, unusable = held_out_documents(request.data)
-    template = request.template or template_of(Path(name))
-    encoder = Encoder(tokenizer=tokenizer, template=template, max_tokens=request.max_tokens)
     pairs = [(d, t) for d, t in zip(documents, encoder.encode_batch(documents), strict=True) if t.status == OK]
     unusable += len(documents) - len(pairs)
     if not pairs:

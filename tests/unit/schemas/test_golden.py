@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION
+from xkd_schemas.documents import DOCUMENTS_READ, documents_schema
 from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Signal, teacher_schema
 from xkd_schemas.tokens import STUDENTS, STUDENTS_VERSION
 
@@ -14,7 +14,7 @@ EVERY = [
     Signal(name, 3 if k.layer else None, "word" if k.unit else None, 4 if k.top else None) for name, k in KINDS.items()
 ]
 SCHEMAS = {
-    f"documents_v{DOCUMENTS_VERSION}": DOCUMENTS,
+    **{f"documents_v{version}": documents_schema(version) for version in DOCUMENTS_READ},
     f"students_v{STUDENTS_VERSION}": STUDENTS,
     f"teachers_v{TEACHERS_VERSION}": teacher_schema(EVERY, 8),
 }

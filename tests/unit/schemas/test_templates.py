@@ -1,12 +1,13 @@
-"""Templates put glue round segments, never into them."""
+"""Layouts put glue round segments, never into them; a chat template writes the row."""
 
 import numpy as np
 import pytest
 
 import four_tokenizers
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.encode import Encoder
+from xkd_schemas.encode import REASONS, Encoder
 from xkd_schemas.errors import UsageError
+from xkd_schemas.rendered import ChatTemplate
 from xkd_schemas.templates import layout
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
 
@@ -16,14 +17,21 @@ def document(*roles_and_texts: tuple[str, str]) -> Document:
     return document_of([(role, text, role in targets) for role, text in roles_and_texts], source="d.jsonl", line=7)
 
 
-def written_out(template: str, doc: Document, tokenizer: object) -> str:
+def written_out(template: str, doc: Document) -> str:
     """The whole sequence as text."""
     return "".join(
         piece.glue
         if piece.segment < 0
         else doc.text[doc.segments[piece.segment].start : doc.segments[piece.segment].end]
-        for piece in layout(template, doc, tokenizer)
+        for piece in layout(template, doc)
     )
+
+
+def chat(doc: Document, chat_template: str = "") -> str:
+    """What the chat template writes."""
+    tokenizer = four_tokenizers.fresh("byte_level")
+    tokenizer.chat_template = chat_template or four_tokenizers.CHAT_TEMPLATE
+    return ChatTemplate(tokenizer).rendered(doc).text
 
 
 def decoded(tokens: Tokens, *kinds: int) -> str:
@@ -34,13 +42,13 @@ def decoded(tokens: Tokens, *kinds: int) -> str:
 def test_none_is_nothing_but_the_segments() -> None:
     doc = document(("prompt", "Who lit it?"), ("response", "Nobody."))
 
-    assert written_out("none", doc, None) == doc.text
+    assert written_out("none", doc) == doc.text
 
 
 def test_alpaca_is_the_published_prompt() -> None:
     doc = document(("instruction", "Name it."), ("response", "A lamp."))
 
-    assert written_out("alpaca", doc, None) == (
+    assert written_out("alpaca", doc) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nName it.\n\n### Response:\nA lamp."
     )
@@ -49,7 +57,7 @@ def test_alpaca_is_the_published_prompt() -> None:
 def test_alpaca_with_an_input_says_so() -> None:
     doc = document(("instruction", "Name it."), ("input", "a light"), ("response", "A lamp."))
 
-    assert written_out("alpaca", doc, None) == (
+    assert written_out("alpaca", doc) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nName it.\n\n### Input:\na light\n\n### Response:\nA lamp."
@@ -67,15 +75,13 @@ def test_chat_is_what_the_tokenizers_template_renders() -> None:
     ]
     messages = [{"role": role, "content": text} for role, text in turns]
 
-    assert written_out("chat", document(*turns), tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert chat(document(*turns)) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def test_instruction_and_input_are_one_user_message() -> None:
     doc = document(("instruction", "Name it."), ("input", "a light"), ("response", "A lamp."))
 
-    assert written_out("chat", doc, four_tokenizers.chat_tokenizer()) == (
-        "<|im_start|>user\nName it.\n\na light<|im_end|>\n<|im_start|>assistant\nA lamp.<|im_end|>\n"
-    )
+    assert chat(doc) == ("<|im_start|>user\nName it.\n\na light<|im_end|>\n<|im_start|>assistant\nA lamp.<|im_end|>\n")
 
 
 def test_the_templates_own_end_token_ends_a_target_and_what_follows_the_last_is_left_out() -> None:
@@ -98,15 +104,15 @@ def test_the_templates_own_end_token_ends_a_target_and_what_follows_the_last_is_
     assert decoded(tokens, TEMPLATE, CONTENT, END) + "\n" == whole
 
 
-def test_a_template_without_an_end_token_gets_eos() -> None:
+def test_a_template_without_an_end_token_gets_eos_behind_its_last_target() -> None:
     tokenizer = four_tokenizers.fresh("byte_level")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     doc = document(("user", "Who?"), ("assistant", "Him."), ("user", "Why?"), ("assistant", "Duty."))
 
     tokens = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200).encode(doc)
 
-    assert tokens.ids[tokens.kinds == END].tolist() == [tokenizer.eos_token_id] * 2
-    assert tokenizer.decode(tokens.ids.tolist()) == "user: Who?\nassistant: Him.</s>\nuser: Why?\nassistant: Duty.</s>"
+    assert tokens.ids[tokens.kinds == END].tolist() == [tokenizer.eos_token_id]
+    assert tokenizer.decode(tokens.ids.tolist()) == "user: Who?\nassistant: Him.\nuser: Why?\nassistant: Duty.</s>"
 
 
 def test_the_start_token_of_the_next_turn_does_not_end_the_last() -> None:
@@ -116,7 +122,7 @@ def test_the_start_token_of_the_next_turn_does_not_end_the_last() -> None:
 
     tokens = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200).encode(doc)
 
-    assert tokenizer.decode(tokens.ids.tolist()) == "<s>Who?<s>Him.</s><s>Why?<s>Duty.</s>"
+    assert tokenizer.decode(tokens.ids.tolist()) == "<s>Who?<s>Him.<s>Why?<s>Duty.</s>"
 
 
 def test_only_templates_without_one_of_their_own_get_the_start_token_that_the_tokenizer_adds() -> None:
@@ -130,17 +136,6 @@ def test_only_templates_without_one_of_their_own_get_the_start_token_that_the_to
     }
 
     assert starts == {"none": True, "alpaca": True, "chat": False}
-
-
-def test_text_that_looks_like_a_turn_stays_text() -> None:
-    tokenizer = four_tokenizers.chat_tokenizer()
-    doc = document(("user", "say <|im_end|>"), ("assistant", "<|im_end|>"))
-
-    tokens = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200).encode(doc)
-
-    special = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert special not in tokens.ids[tokens.kinds == CONTENT].tolist()
-    assert (tokens.ids == special).sum() == 2
 
 
 def test_the_same_text_has_the_same_intervals_under_every_template() -> None:
@@ -166,48 +161,68 @@ def test_a_cut_row_keeps_no_glue_behind_the_cut() -> None:
 
 
 def test_todays_date_in_a_template_is_not_todays() -> None:
-    tokenizer = four_tokenizers.fresh("byte_level")
-    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    template = "{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
 
-    assert written_out("chat", document(("user", "a"), ("assistant", "b")), tokenizer) == "2025-01-01 ab"
+    assert chat(document(("user", "a"), ("assistant", "b")), template) == "2025-01-01 ab"
 
 
 @pytest.mark.parametrize(
-    "chat_template",
+    ("chat_template", "status"),
     [
-        "{{ messages[0]['content'] }}",
-        "{% for m in messages|reverse %}{{ m['content'] }}{% endfor %}",
-        "{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}",
-        "{% for m in messages %}{{ m['content']|upper }}{% endfor %}",
+        ("{% for m in messages|reverse %}{{ m['content'] }}{% endfor %}", "template_reorders"),
+        ("{% for m in messages %}{{ m['content']|upper }}{% endfor %}", "template_changes_text"),
+        ("{{ raise_exception('Too many turns') }}", "template_refuses"),
+        ("{% for m in messages[:2] %}{{ m['content'] + '!' }}{% endfor %}", OK),
     ],
 )
-def test_a_template_that_loses_turns_is_refused_by_name(chat_template: str) -> None:
+def test_what_cannot_be_mapped_has_a_reason_of_its_own(chat_template: str, status: str) -> None:
+    tokenizer = four_tokenizers.fresh("byte_level")
+    tokenizer.chat_template = (
+        "{% if messages|length == 2 %}{% for m in messages %}{{ m['content'] }}{% endfor %}{% else %}"
+        f"{chat_template}{{% endif %}}"
+    )
+    turns = document(("user", "a b"), ("assistant", "c d"), ("user", "e f"), ("assistant", "g h"))
+    encoder = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200)
+
+    tokens = encoder.encode(turns)
+
+    assert tokens.status == status
+    assert status == OK or (status in REASONS and not len(tokens.ids))
+    if status != OK:
+        with pytest.raises(UsageError, match=r"d\.jsonl:7: .*the chat template .*Next: fix the turns, or --template"):
+            encoder.check([turns])
+        encoder.check([turns, document(("user", "a"), ("assistant", "b"))])
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "why"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "refuses the turns user, assistant: System role not"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "leaves the text out"),
+        ("{% for m in messages %}{{ m['content']|upper }}{% endfor %}", "its characters are not found again"),
+    ],
+)
+def test_a_template_that_takes_no_question_is_refused_with_its_tokenizer(chat_template: str, why: str) -> None:
     tokenizer = four_tokenizers.fresh("byte_level")
     tokenizer.chat_template = chat_template
 
-    with pytest.raises(UsageError, match=r"d\.jsonl:7: the chat template of .* does not show each turn once"):
-        layout("chat", document(("user", "a"), ("assistant", "b")), tokenizer)
-
-
-def test_a_template_that_refuses_the_turns_is_quoted() -> None:
-    tokenizer = four_tokenizers.fresh("byte_level")
-    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-
-    with pytest.raises(UsageError, match=r"d\.jsonl:7: .* refuses the turns system, user: System role not supported"):
-        layout("chat", document(("system", "a"), ("user", "b")), tokenizer)
+    with pytest.raises(UsageError, match=rf"{why}.*Next: --template none or --template alpaca"):
+        Encoder(tokenizer=tokenizer, template="chat", max_tokens=200)
 
 
 def test_a_tokenizer_without_a_chat_template_is_told_what_to_type() -> None:
     with pytest.raises(UsageError, match=r"has no chat template\. Next: --template none or --template alpaca"):
-        layout("chat", document(("user", "a")), four_tokenizers.tokenizer_of("byte_level"))
+        Encoder(tokenizer=four_tokenizers.tokenizer_of("byte_level"), template="chat", max_tokens=200)
 
 
 @pytest.mark.parametrize("name", ["chat", "alpaca"])
 def test_plain_text_is_refused_by_templates_with_turns(name: str) -> None:
     with pytest.raises(UsageError, match=rf"d\.jsonl:7: plain text has no turns, the {name} .*Next: --template none"):
-        layout(name, document(("text", "Once.")), four_tokenizers.chat_tokenizer())
+        Encoder(tokenizer=four_tokenizers.chat_tokenizer(), template=name, max_tokens=9).encode(
+            document(("text", "a"))
+        )
 
 
 def test_alpaca_refuses_a_conversation() -> None:
     with pytest.raises(UsageError, match=r"found user, assistant\. Next: --template chat"):
-        layout("alpaca", document(("user", "a"), ("assistant", "b")), None)
+        layout("alpaca", document(("user", "a"), ("assistant", "b")))
