@@ -1,6 +1,7 @@
 """Stages for tests of Ray, which workers can import: real ones that are slow or die, and one that says where it is."""
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,13 @@ class Telling(FakeStage):
         commit = super().make(unit, care)
         told = {f"gpu {os.environ.get('CUDA_VISIBLE_DEVICES')}": 1, f"code {xkd_pipeline.__file__}": 1}
         return commit.model_copy(update={"counts": told})
+
+
+class Importing(FakeStage):
+    """Puts into the record where a module of the standard library came from, and the path it was looked for in."""
+
+    def load(self) -> Make:
+        import colorsys
+
+        told = {f"module {colorsys.__file__}": 1, **dict.fromkeys((f"path {entry}" for entry in sys.path), 1)}
+        return lambda unit, care=AS_PLANNED: self.make(unit, care).model_copy(update={"counts": told})

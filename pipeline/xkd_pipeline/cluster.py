@@ -5,10 +5,9 @@ Ray's own restarts and retries are off: schedule.py counts tries by unit, which 
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Hashable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,9 +27,11 @@ class _Actor:
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
 
-    def ready(self, place: Place | None) -> None:
+    def ready(self, place: Place | None, cwd: str) -> None:
         if place is not None:
             place.check()
+        with suppress(OSError):  # on another machine, where no path is relative, it is not missed
+            os.chdir(cwd)
         self._make: Make = self._stage.load()
 
     def make(self, job: Any, care: Care) -> Commit:
@@ -49,7 +50,8 @@ class RayPool:
     def __init__(self, stage: Stage, workers: Workers) -> None:
         self._stage, self._workers = stage, workers
         self._open: dict[Any, Hashable] = {}
-        self._folder: Path | None = None
+        self._own = ExitStack()
+        self._cwd = str(Path.cwd())
         self._mark: Path | None = None
         self._family = Family()
         host, colon, port = (workers.address or "").rpartition(":")
@@ -57,16 +59,16 @@ class RayPool:
 
     def __enter__(self) -> Self:
         try:
-            self._folder = private_folder(self._workers)
+            folder = self._own.enter_context(private_folder())
             with self._attended():
-                self._enter()
+                self._enter(folder)
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def _enter(self) -> None:
-        start(self._workers, self._folder)
+    def _enter(self, folder: Path) -> None:
+        start(self._workers, folder)
         import ray
 
         self._ray = ray
@@ -76,7 +78,7 @@ class RayPool:
         if self._workers.address is not None:
             paths = self._stage.paths()
             self._mark = write_beside(paths[0], lambda _stream: None)
-            self._place = Place(cwd=str(Path.cwd()), paths=paths, mark=self._mark, versions=versions())
+            self._place = Place(paths=paths, mark=self._mark, versions=versions())
         options = {"num_cpus": 1, "num_gpus": self._workers.gpus, "max_restarts": 0, "max_task_retries": 0}
         self._kind = ray.remote(**options)(_Actor)
 
@@ -91,18 +93,19 @@ class RayPool:
         if self._mark is not None:
             with suppress(OSError):
                 remove(self._mark)
-        if self._folder is not None and not os.environ.get("XKD_DEBUG"):
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._own.close()
 
     def _attended(self) -> AbstractContextManager[None]:
         """For calls of Ray that wait for its head."""
-        return attended(self._family.gone if self._folder is not None else self._silence, _cluster_gone, self._tidy)
+        return attended(
+            self._family.gone if self._workers.address is None else self._silence, _cluster_gone, self._tidy
+        )
 
     def start(self) -> Hashable:
         """Start a worker; it loads the stage."""
         with self._attended():
             worker = self._kind.remote(self._stage)
-            self._open[worker.ready.remote(self._place)] = worker
+            self._open[worker.ready.remote(self._place, self._cwd)] = worker
         return worker  # type: ignore[no-any-return]
 
     def give(self, worker: Any, job: Any, care: Care) -> None:

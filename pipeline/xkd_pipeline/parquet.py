@@ -5,8 +5,6 @@ them under `xkd_bf16` with the sentence that turns them into numbers.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +14,7 @@ import pyarrow.parquet as pq
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.files import disk_errors, sync_folder, write_beside
 from xkd_schemas.manifest import to_json
+from xkd_schemas.own_folders import own_folder
 from xkd_schemas.table import Shard, Table, sealed_tables
 
 BF16: Final = "uint16 bits of bfloat16: the float32 whose upper 16 bits they are and whose lower 16 bits are 0"
@@ -36,16 +35,11 @@ def export_parquet(root: Path, out: Path) -> dict[str, Any]:
     tables = [Table(root, name) for name in sealed_tables(root)]
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.parent / f".tmp-{os.getpid()}-{out.name}"
-        temporary.mkdir()
-        try:
+        with own_folder(out.parent, f".tmp-{out.name}-") as temporary:
             written = sum(_write_table(table, temporary) for table in tables)
             if out.is_dir():
                 out.rmdir()
             temporary.rename(out)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         sync_folder(out.parent)
     return {"parquet": str(out), "tables": len(tables), "bytes": written}
 

@@ -1,7 +1,6 @@
 """What a worker on another machine must find there before it may write a byte."""
 
 import importlib.metadata
-import os
 import socket
 import time
 from contextlib import suppress
@@ -22,7 +21,6 @@ LOOK_SECONDS: Final = 5.0
 class Place:
     """What a worker on another machine must find there."""
 
-    cwd: str
     paths: tuple[Path, ...]
     mark: Path
     """A file that was written just now: a folder without it has the same name and is another one."""
@@ -47,8 +45,6 @@ class Place:
                     kept=KEPT,
                     next=f"install {name} {self.versions[name]} on {host}",
                 )
-        with suppress(OSError):  # where no path is relative it is not missed
-            os.chdir(self.cwd)
 
 
 def versions() -> dict[str, str]:

@@ -10,12 +10,13 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, chdir, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from xkd_pipeline.run import AGAIN, KEPT, Workers, first_line
 from xkd_schemas.errors import Refused, UsageError, WorkersGone
+from xkd_schemas.own_folders import own_folder
 from xkd_schemas.terminal import warn
 
 SHIPPED: Final = ("xkd_schemas", "xkd_trainer", "xkd_pipeline")
@@ -34,18 +35,26 @@ def doors(ray: Any) -> list[tuple[str, str, int]]:
     ]
 
 
-def start(workers: Workers, folder: Path | None) -> None:
-    """Start a cluster, whose files lie in `folder`, or join the one that `workers` names."""
-    with handlers_kept():  # Ray puts its own in their place
-        if folder is not None:
+def start(workers: Workers, folder: Path) -> None:
+    """Start a cluster, whose files lie in `folder`, or join the one that `workers` names.
+
+    Ray lets workers import from the folder that the driver is in, and starts its own processes there: both is an empty
+    one, so that no file of the user's folder is taken for a module.
+    """
+    empty = folder / "empty"
+    empty.mkdir()
+    if token := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(token).expanduser().absolute())
+    with handlers_kept(), chdir(empty):  # Ray puts its own handlers in their place
+        if workers.address is None:
             _start_here(workers.count, folder)
-        elif workers.address is not None:
+        else:
             _join(workers.address)
 
 
-def private_folder(workers: Workers) -> Path | None:
-    """A new folder for a cluster that is to be started; None where one is joined."""
-    return None if workers.address is not None else Path(tempfile.mkdtemp(prefix="xkd-ray-", dir=_short_folder()))
+def private_folder() -> AbstractContextManager[Path]:
+    """A new folder for Ray's files and for its workers to start in; what drivers that were killed left goes first."""
+    return own_folder(Path(_short_folder()), "xkd-ray-", mode=0o700)
 
 
 END_SECONDS: Final = 20.0
@@ -90,6 +99,7 @@ def _start_here(count: int, folder: Path) -> None:
         )
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # never written to a file
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # then it is loopback, elsewhere too

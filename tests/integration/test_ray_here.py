@@ -1,9 +1,11 @@
 """Ray started for one run: nobody else can reach it, and it, the driver or a signal may end it at any time."""
 
+import colorsys
 import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import ray_kills
 import small_cache
 from fake_stage import UNITS, build_all
 from ray_kills import PARTS, children, killed_once, named, said_of, started, until_made, work
-from ray_stages import PoisonedDocuments, PoisonedTeacher
+from ray_stages import Importing, PoisonedDocuments, PoisonedTeacher
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline import documents, teacher
 from xkd_pipeline.run import Workers
@@ -139,6 +141,29 @@ def test_a_document_that_kills_parser_and_teacher_is_found_and_nothing_else_is_l
     assert "1 worker_killed" in teacher_stage(run, Workers(count=2)).line
     table = Table(cache, "teachers/T")
     assert [at for at in range(len(table)) if table[at]["status"] != "ok"] == [2]
+
+
+def test_workers_take_no_file_of_the_current_folder_for_a_module_and_folders_of_killed_drivers_go(
+    tmp_path: Path, monkeypatch, for_workers
+) -> None:
+    here, told = tmp_path / "here", set()
+    here.mkdir()
+    for name in ("random", "json", "colorsys", "torch", "sitecustomize"):
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(fake_stage, "FakeStage", Importing)
+    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        (Path(short) / "xkd-ray-1-left" / "session").mkdir(parents=True)
+        build_all(Path("t"), Workers(count=1), watch=lambda commits: told.update(*(c.counts for c in commits)))
+        left = list(Path(short).iterdir())
+
+    assert left == []
+    assert not (tmp_path / "ran").exists()
+    assert f"module {colorsys.__file__}" in told
+    paths = {Path(entry.removeprefix("path ")) for entry in told if entry.startswith("path ")}
+    theirs = {path for path in paths if "ray" not in path.parts and path.name != "empty"}
+    assert theirs <= {*map(Path, sys.path), Path(fake_stage.__file__).parent}
 
 
 def test_a_cluster_without_authentication_is_not_started(tmp_path: Path, monkeypatch) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from xkd_schemas.errors import BadData
 from xkd_schemas.files import disk_errors, sha256_of, sync_folder
+from xkd_schemas.own_folders import own_folder
 
 KEPT = 2
 """Newest checkpoints that stay."""
@@ -73,28 +74,31 @@ def save(out: Path, snapshot: Snapshot) -> Path:
     """
     folder = out / "checkpoints"
     target = folder / f"step-{snapshot.step:08d}"
-    temporary = folder / f".tmp-{target.name}-{os.getpid()}"
     tensors, plain = _optimizer_tensors(snapshot.optimizer)
     with disk_errors(target):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(_contiguous(snapshot.student), temporary / "student.safetensors")
-        save_file(_contiguous(snapshot.projectors), temporary / "projectors.safetensors")
-        save_file({**tensors, "random": snapshot.random}, temporary / "optimizer.safetensors")
-        state = {"step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "optimizer": plain}
-        (temporary / "state.json").write_text(json.dumps(state, sort_keys=True))
-        sums = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
-        (temporary / "COMPLETE").write_text(json.dumps(sums, sort_keys=True))
-        for path in temporary.iterdir():
-            with path.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        sync_folder(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        folder.mkdir(parents=True, exist_ok=True)
+        with own_folder(folder, ".tmp-step-") as temporary:
+            _write(temporary, snapshot, tensors, plain)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
         sync_folder(folder)
         for old in _found(out)[:-KEPT]:
             shutil.rmtree(old)
     return target
+
+
+def _write(folder: Path, snapshot: Snapshot, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    save_file(_contiguous(snapshot.student), folder / "student.safetensors")
+    save_file(_contiguous(snapshot.projectors), folder / "projectors.safetensors")
+    save_file({**tensors, "random": snapshot.random}, folder / "optimizer.safetensors")
+    state = {"step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "optimizer": plain}
+    (folder / "state.json").write_text(json.dumps(state, sort_keys=True))
+    sums = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    (folder / "COMPLETE").write_text(json.dumps(sums, sort_keys=True))
+    for path in folder.iterdir():
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+    sync_folder(folder)
 
 
 def _found(out: Path) -> list[Path]:

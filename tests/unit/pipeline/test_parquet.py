@@ -65,6 +65,13 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine"]
 
 
+def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-out-1-ab" / "documents").mkdir(parents=True)
+
+    export_parquet(made() / "cache", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_damaged_shard_leaves_nothing_behind(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     shard = max((cache / "teachers" / "T").glob("*.arrow"))
