@@ -1,7 +1,6 @@
 """What a run leaves on disk while it goes on: checkpoints, metrics, the finished folder."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
