@@ -7,7 +7,7 @@ from typing import Any
 from xkd_pipeline.run import Stage, Workers, run_units
 from xkd_pipeline.store import Store
 from xkd_schemas.manifest import Commit, Manifest
-from xkd_schemas.terminal import Progress
+from xkd_schemas.terminal import Progress, tell_kept
 
 Finish = Callable[[Sequence[Commit]], tuple[dict[str, Any], dict[str, str]]]
 
@@ -64,10 +64,16 @@ def build(
                 progress.advance(note=_note(commit))
                 watch(list(done.values()))
 
-            run_units(stage, jobs(missing), workers, take, store.cares(missing))
+            with tell_kept(lambda: _kept(store.plan.table, done, len(store.plan.units))):
+                run_units(stage, jobs(missing), workers, take, store.cares(missing))
     store.refuse_gaps(done)
     constants, files = finish([done[unit] for unit in sorted(done)])
     return Built(manifest=store.seal(done, constants, files), made=len(missing), kept=kept)
+
+
+def _kept(table: str, done: dict[int, Commit], units: int) -> str:
+    rows = sum(commit.rows for commit in done.values())
+    return f"{len(done)} of {units} shards of {table} ({rows} documents); lost: what was done of the shards in work"
 
 
 def _note(commit: Commit) -> str:

@@ -111,7 +111,7 @@ class TrainSection(_Section):
     """CPU threads; 0 leaves torch's choice."""
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=0, ge=0)
-    """Checkpoint every so many steps; 0 only at the end."""
+    """Checkpoint every so many steps; 0 every ten minutes, and none is left at the end."""
 
 
 class RunFile(_Section):

@@ -1,5 +1,6 @@
 """How both commands speak: one-line errors with exit codes, progress with an ETA, plain lines off a terminal."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,10 +8,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import typer
 from rich.console import Console
@@ -52,39 +53,83 @@ def say_json(value: object) -> None:
 def run(command: str, app: Callable[..., object]) -> None:
     """Run a typer app and leave with an exit code of errors.py; one line, never a traceback, for a user's mistake.
 
-    SIGTERM ends it as Ctrl-C does, cleaning up; a second one ends it at once.
+    Ctrl-C and SIGTERM end it and clean up; a second one ends it at once.
     """
-    _terminated.clear()
-    before = signal.signal(signal.SIGTERM, _terminate)
+    _received.clear()
+    _kept.clear()
+    before = {number: signal.signal(number, _stop) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
     try:
         code = app(standalone_mode=False)  # typer hands its own errors to us
-    except _MISUSE as error:
-        _leave(command, _misuse(command, error))
-    except typer.Abort:
-        _leave(command, _interrupted())
-    except XkdError as error:
-        _leave(command, error)
-    except KeyboardInterrupt:
-        _leave(command, _interrupted())
-    except SystemExit as leaving:
-        if leaving.code != Interrupted.exit_code:
-            raise
-        _leave(command, _interrupted())
-    except MemoryError:
-        _leave(command, OutOfMemory("out of memory", kept=_KEPT, next="use smaller batches"))
-    else:
         if code == Interrupted.exit_code:  # how typer reports Ctrl-C
-            _leave(command, _interrupted())
-        raise SystemExit(code if isinstance(code, int) else 0)
+            raise KeyboardInterrupt
+    except BaseException as error:
+        _leave(command, _ending(command, error))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _terminate(number: int, _frame: FrameType | None) -> None:
+def _ending(command: str, error: BaseException) -> XkdError:
+    """What ended a command, as one of ours; anything else is raised again."""
+    if isinstance(error, XkdError):
+        return error
+    if isinstance(error, _MISUSE):
+        return _misuse(command, error)
+    left = isinstance(error, SystemExit) and error.code == Interrupted.exit_code
+    if left or _received or isinstance(error, typer.Abort | KeyboardInterrupt):  # C code makes other errors of it
+        return _interrupted()
+    if isinstance(error, MemoryError):
+        return OutOfMemory("out of memory", kept=_KEPT, next="use smaller batches")
+    raise error
+
+
+STOPS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
     """As Ctrl-C, which libraries in C know how to hand on; of other exceptions Ray makes a SystemError."""
     signal.signal(number, signal.SIG_DFL)
-    _terminated.set()
+    _received.append(number)
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def tell_kept(describe: Callable[[], str]) -> Iterator[None]:
+    """Where Ctrl-C or SIGTERM ends the work inside, the last line says `describe()` of what was kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _kept.append(describe())
+        raise
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM came, so that the caller can end a step first; at the end it is raised as before.
+
+    A second signal is raised at once. In other threads than the main one signals are not touched.
+    """
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def give_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        before.clear()
+
+    def remember(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        give_back()
+
+    if threading.current_thread() is threading.main_thread():
+        before.update({n: signal.signal(n, remember) for n in STOPS if signal.getsignal(n) != signal.SIG_IGN})
+    try:
+        yield lambda: bool(came)
+    finally:
+        give_back()
+    if came:
+        signal.raise_signal(came[0])
 
 
 def _misuse(command: str, error: Any) -> UsageError:
@@ -102,13 +147,14 @@ _MISUSE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__
 
 
 def _interrupted() -> XkdError:
-    kind = Terminated if _terminated.is_set() else Interrupted
-    return kind(kind.__name__.lower(), kept=_KEPT, next="run the same command again to go on")
+    kind = Terminated if signal.SIGTERM in _received else Interrupted
+    return kind(kind.__name__.lower(), kept=(_kept or [_KEPT])[0], next="run the same command again to go on")
 
 
-_terminated = threading.Event()
-
-
+_received: list[int] = []
+"""Signals that came since the command began."""
+_kept: list[str] = []
+"""What was kept, from the innermost work that was ended."""
 _KEPT = "everything that was committed or saved so far"
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Snapshot:
     """torch's CPU generator state, uint8."""
     fingerprint: Mapping[str, Any]
     """What must be the same to resume: cache root, losses, batch size, seed, ..."""
+    window: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured since the last logged step."""
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,7 +93,10 @@ def _write(folder: Path, snapshot: Snapshot, tensors: dict[str, Tensor], plain: 
     save_file(_contiguous(snapshot.student), folder / "student.safetensors")
     save_file(_contiguous(snapshot.projectors), folder / "projectors.safetensors")
     save_file({**tensors, "random": snapshot.random}, folder / "optimizer.safetensors")
-    state = {"step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "optimizer": plain}
+    state = {
+        "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "optimizer": plain,
+        "window": dict(snapshot.window),
+    }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state, sort_keys=True))
     sums = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     (folder / "COMPLETE").write_text(json.dumps(sums, sort_keys=True))
@@ -103,6 +108,12 @@ def _write(folder: Path, snapshot: Snapshot, tensors: dict[str, Tensor], plain: 
 
 def _found(out: Path) -> list[Path]:
     return sorted(path for path in (out / "checkpoints").glob("step-[0-9]*") if (path / "COMPLETE").is_file())
+
+
+def drop_checkpoints(out: Path) -> None:
+    """Remove every checkpoint, after the student was exported."""
+    with disk_errors(out):
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 def newest(out: Path) -> tuple[Snapshot | None, list[str]]:
@@ -135,4 +146,5 @@ def _load(path: Path) -> Snapshot:
         optimizer={"state": values, "param_groups": state["optimizer"]["groups"]},
         random=random.to(torch.uint8),
         fingerprint=state["fingerprint"],
+        window=state.get("window", {}),
     )

@@ -41,7 +41,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of the student.")] = None,
     projector_lr: Annotated[float | None, typer.Option(help="Of all projectors; else the papers' own.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of order, new weights and dropout.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Checkpoint every so many steps.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0 for ten minutes.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE; repeatable.")] = None,
     as_json: JsonOption = False,

@@ -1,8 +1,10 @@
 """The training loop: batches from the cache, terms divided once per step, AdamW, checkpoints, one metrics file."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,11 +15,11 @@ from torch import Tensor
 from xkd_schemas.errors import Mismatch, NonFinite, UsageError
 from xkd_schemas.manifest import refuse_differences
 from xkd_schemas.runfile import RunFile, TrainSection
-from xkd_schemas.terminal import Progress, say, warn
+from xkd_schemas.terminal import Progress, say, signals_noted, tell_kept, warn
 from xkd_trainer.batch import Batch, blank
-from xkd_trainer.checkpoint import Snapshot, newest, save
+from xkd_trainer.checkpoint import Snapshot, drop_checkpoints, newest, save
 from xkd_trainer.export import export_student, is_finished, was_exporting
-from xkd_trainer.metrics import Metrics
+from xkd_trainer.metrics import Metrics, Window
 from xkd_trainer.order import Order
 from xkd_trainer.prefetch import prefetched
 from xkd_trainer.setup import Ready, set_up
@@ -26,6 +28,9 @@ from xkd_trainer.turn_ends import learnt_ends, turn_ends
 
 LOOKED_AT: Final = 1024
 """Rows whose end tokens are looked up when the student is saved."""
+
+SAVE_SECONDS: Final = 600.0
+"""Where nobody says how often, a checkpoint is written after so long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +60,17 @@ def learning_rate(step: int, total: int, train: TrainSection) -> float:
     return train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def train(run: RunFile, *, student_table: str = "", on_missing: str = "fail", quiet: bool = False) -> Trained:
-    """Train a student from a cache, or go on where the same command stopped.
+def train(
+    run: RunFile,
+    *,
+    student_table: str = "",
+    on_missing: str = "fail",
+    quiet: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> Trained:
+    """Train a student from a cache, or go on where the same command stopped. `clock` is monotonic seconds.
+
+    Ctrl-C and SIGTERM end it after the step in work, with a checkpoint of it.
 
     Raises:
         UsageError, InputMissing, Mismatch: Something does not fit; nothing was changed.
@@ -76,7 +90,7 @@ def train(run: RunFile, *, student_table: str = "", on_missing: str = "fail", qu
     out = Path(run.train.out)
     if is_finished(out, fingerprint):
         return Trained(out=out, steps=total, resumed_at=total, terms={}, weights=fingerprint["weights"])
-    return _Run(run, ready, order, total, fingerprint, quiet).go()
+    return _Run(run, ready, order, total, fingerprint, quiet).go(clock)
 
 
 def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
@@ -102,6 +116,8 @@ class _Run:
         self.settings, self.ready, self.order, self.total = run.train, ready, order, total
         self.fingerprint, self.quiet = fingerprint, quiet
         self.out = Path(run.train.out)
+        self.saved = 0
+        self.seen = Window()
         precision = run.train.mixed_precision
         self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         self.distiller = ready.distiller
@@ -127,6 +143,8 @@ class _Run:
         self.distiller.losses.load_state_dict(snapshot.projectors)
         self.optimizer.load_state_dict(dict(snapshot.optimizer))
         torch.set_rng_state(snapshot.random)
+        self.seen = Window(**snapshot.window)
+        self.saved = snapshot.step
         return snapshot.step
 
     def _micro_batches(self, step: int) -> list[Batch]:
@@ -143,38 +161,72 @@ class _Run:
         for step in range(self.start, self.total):
             yield self._micro_batches(step)
 
-    def go(self) -> Trained:
+    def go(self, clock: Callable[[], float]) -> Trained:
         """Run all remaining steps, save, and export the student."""
+        self.clock, self.saved_at = clock, clock()
         main = self.accelerator.is_main_process
         if main and not self.quiet:
             say(f"loss: {self.distiller.described(self.total - 1)}")
         metrics = Metrics(self.out, resumed_step=self.start) if main else None
         self.module.train()
-        seen = _Window()
         last: dict[str, float] = {}
-        with Progress("train", self.total - self.start, quiet=self.quiet or not main) as progress:
+        with Progress("train", self.total - self.start, quiet=self.quiet or not main) as progress, self._stoppable():
             for step, batches in enumerate(prefetched(self._steps), start=self.start):
                 terms, counts, norm = self._step(step, [b.to(self.accelerator.device) for b in batches])
-                seen.add(terms, counts)
+                self.seen.add(terms, counts)
                 if (step + 1) % self.settings.log_every == 0 or step + 1 == self.total:
-                    last = seen.means()
-                    if main and (idle := seen.idle()):
+                    last = self.seen.means()
+                    if main and (idle := self.seen.idle()):
                         warn(f"step {step + 1}: nothing qualified for {', '.join(idle)} since the last logged step")
                     if metrics is not None:
-                        metrics.write(step=step + 1, grad_norm=norm, lr=self._lr(), **last, **seen.totals())
-                    seen = _Window()
+                        metrics.write(step=step + 1, grad_norm=norm, lr=self._lr(), **last, **self.seen.totals())
+                    self.seen = Window()
                     progress.advance(0, f"loss {last['loss']:.4f}")
-                if main and self.settings.save_every and (step + 1) % self.settings.save_every == 0:
+                stop = self._stop()
+                if main and (stop or self._is_due(step + 1)):
                     self._save(step + 1)
+                if stop:
+                    break
                 progress.advance(1, f"loss {last['loss']:.4f}" if last else "")
         if main:
-            if self.settings.save_every:
+            if self.settings.save_every and self.saved != self.total:
                 self._save(self.total)
-            student, tokenizer = self.distiller.student, self.ready.tokenizer
-            ends = turn_ends(student, tokenizer, learnt_ends(self.ready.cache.rows_of_student(LOOKED_AT)))
-            export_student(self.out, student, tokenizer, self.fingerprint, ends=ends)
+            with tell_kept(self._kept):
+                self._export()
         weights = self.fingerprint["weights"]
         return Trained(out=self.out, steps=self.total, resumed_at=self.start, terms=last, weights=weights)
+
+    def _export(self) -> None:
+        student, tokenizer = self.distiller.student, self.ready.tokenizer
+        ends = turn_ends(student, tokenizer, learnt_ends(self.ready.cache.rows_of_student(LOOKED_AT)))
+        export_student(self.out, student, tokenizer, self.fingerprint, ends=ends)
+        if not self.settings.save_every:
+            drop_checkpoints(self.out)
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Steps inside are ended whole by Ctrl-C and SIGTERM, which come out at the end."""
+        with tell_kept(self._kept), signals_noted() as noted:
+            self.noted = noted
+            yield
+
+    def _stop(self) -> bool:
+        """Whether a signal came to any of the processes: all of them end at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.noted()
+        flag = torch.tensor(float(self.noted()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after so many steps."""
+        if self.settings.save_every:
+            return step % self.settings.save_every == 0
+        return step < self.total and self.clock() - self.saved_at >= SAVE_SECONDS
+
+    def _kept(self) -> str:
+        if self.saved:
+            return f"the checkpoint of step {self.saved} of {self.total} in {self.out}"
+        return f"nothing of this run: no step of {self.total} was finished and saved"
 
     def _lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
@@ -226,7 +278,7 @@ class _Run:
             rows = [row for batch in batches for row in batch.rows]
             raise NonFinite(
                 f"step {step + 1}: {', '.join(bad)} not finite on cache rows {rows[:8]}{'...' if rows[8:] else ''}",
-                kept=f"everything in {self.out} as of the last checkpoint; no update was made",
+                kept=f"{self._kept()}; no update was made",
                 next="lower --lr, raise train.warmup_ratio, or set train.mixed_precision=no",
             )
 
@@ -238,33 +290,10 @@ class _Run:
             optimizer=self.optimizer.state_dict(),
             random=torch.get_rng_state(),
             fingerprint=self.fingerprint,
+            window=asdict(self.seen),
         )
         save(self.out, snapshot)
-
-
-class _Window:
-    """Means of the terms and totals of their counts since the last logged line."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, float] = {}
-
-    def add(self, terms: dict[str, float], counts: dict[str, float]) -> None:
-        self.steps += 1
-        for sums, values in ((self.sums, terms), (self.counts, counts)):
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-
-    def means(self) -> dict[str, float]:
-        return {name: value / self.steps for name, value in self.sums.items()}
-
-    def idle(self) -> list[str]:
-        """Terms that nothing qualified for."""
-        return sorted(name for name, count in self.counts.items() if count == 0)
-
-    def totals(self) -> dict[str, float]:
-        return {f"{name}.count": round(value, 6) for name, value in self.counts.items()}
+        self.saved, self.saved_at = step, self.clock()
 
 
 def describe(trained: Trained) -> None:

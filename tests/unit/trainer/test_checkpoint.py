@@ -158,12 +158,12 @@ def test_metrics_are_appended_and_a_resumed_run_drops_what_it_does_again(tmp_pat
     assert lines(resumed.path) == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 6, "loss": 0.5}]
 
 
-def test_a_run_from_the_start_begins_a_new_file(tmp_path: Path) -> None:
-    Metrics(tmp_path, resumed_step=0).write(step=1)
+def test_a_run_from_the_start_begins_a_new_file_and_keeps_those_of_before(tmp_path: Path) -> None:
+    for run_number in range(3):
+        Metrics(tmp_path, resumed_step=0).write(step=run_number)
 
-    again = Metrics(tmp_path, resumed_step=0)
-
-    assert again.path.read_text() == ""
+    found = {path.name: lines(path)[0]["step"] for path in tmp_path.iterdir()}
+    assert found == {"metrics-1.jsonl": 0, "metrics-2.jsonl": 1, "metrics.jsonl": 2}
 
 
 # The finished folder

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 import tiny_models as tiny
 from xkd_schemas.errors import BadData, Mismatch, NonFinite, UsageError
 from xkd_schemas.runfile import RunFile, TrainSection
+from xkd_schemas.terminal import run as run_app
 from xkd_trainer import loop
 from xkd_trainer.batch import Batch
 from xkd_trainer.checkpoint import newest
@@ -217,11 +219,51 @@ def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert stopped_after(tmp_path, monkeypatch, batches=1) == 0
+    first = (tmp_path / "metrics.jsonl").read_bytes()
 
     trained = train(run(tmp_path, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
 
     assert trained.resumed_at == 0
     assert_same_run(tmp_path, eight_steps())
+    assert (tmp_path / "metrics-1.jsonl").read_bytes() == first
+
+
+def test_without_a_setting_a_checkpoint_is_written_at_least_every_ten_minutes_and_none_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(loop, "save", lambda _out, snapshot: written.append(snapshot.step))
+    quarters = itertools.count(0, 250)
+    train(run(tmp_path, steps=8, **new()), quiet=True, clock=lambda: float(next(quarters)))
+    assert written == [3, 6]
+
+    monkeypatch.undo()
+    train(run(tmp_path / "two", steps=8, **new()), quiet=True, clock=lambda: 1000.0 * next(quarters))
+    assert not (tmp_path / "two" / "checkpoints").exists()
+
+
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"loss": ALL, "steps": 8, "log_every": 3, **new()}
+    step = loop._Run._step
+
+    def signalled(self: Any, number: int, batches: list[Batch]) -> Any:
+        if number == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, number, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", signalled)
+        with pytest.raises(SystemExit) as caught:
+            run_app("xkd-train", lambda **_: train(run(tmp_path / "a", **settings), quiet=True))
+    assert caught.value.code == 143
+    said = capsys.readouterr().err
+    assert f"terminated. Kept: the checkpoint of step 5 of 8 in {tmp_path / 'a'}. Next: run the same command" in said
+
+    assert train(run(tmp_path / "a", **settings), quiet=True).resumed_at == 5
+    train(run(tmp_path / "b", **settings), quiet=True)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
