@@ -270,7 +270,7 @@ def _reasons(commits: Iterable[Commit]) -> str:
 class Limits:
     """Sizes of the documents stage."""
 
-    rows_per_shard: int = 512
+    rows_per_shard: int
     """Input rows of a unit."""
     max_chars: int = 1_000_000
     """A longer text is rejected."""

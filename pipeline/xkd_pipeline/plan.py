@@ -22,6 +22,7 @@ from xkd_pipeline.empty_model import Sizes, bytes_per_number, sizes_of
 from xkd_pipeline.measure import LOGIT_BYTES
 from xkd_pipeline.sample import Sample, read_sample, reasons
 from xkd_pipeline.shard import ROWS_PER_BATCH
+from xkd_pipeline.shard_rows import rows_per_shard
 from xkd_pipeline.size import Counts, body_bytes, counts_of, overhead, signal_bytes, written
 from xkd_pipeline.spans import ParserSettings, parser_for
 from xkd_pipeline.stages import signals_for, teacher_dtype
@@ -107,7 +108,7 @@ def look_at(run: RunFile, wanted: int) -> Look:
     parsed = parser_for(settings).parse(sample.documents)
     spans = tuple(checked_spans(d, s) for d, s in zip(sample.documents, parsed, strict=True))
     tokens = encoder.encode_batch(sample.documents)
-    return Look(sample=sample, spans=spans, tokens=tokens, rows_per_shard=run.documents.rows_per_shard)
+    return Look(sample=sample, spans=spans, tokens=tokens, rows_per_shard=rows_per_shard(run, sample.sources)[0])
 
 
 def teacher_parts(run: RunFile, look: Look, model: Sizes) -> dict[str, int]:

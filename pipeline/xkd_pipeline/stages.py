@@ -13,6 +13,7 @@ from xkd_pipeline.capture import TeacherSettings
 from xkd_pipeline.corpus import open_source
 from xkd_pipeline.documents import UNUSED, Limits, make_documents
 from xkd_pipeline.run import Workers
+from xkd_pipeline.shard_rows import rows_per_shard
 from xkd_pipeline.spans import ParserSettings
 from xkd_pipeline.store import locked
 from xkd_pipeline.teacher import make_teacher, teacher_layers
@@ -53,7 +54,10 @@ def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] 
         max_words=d.max_words,
         drop_contained=d.drop_contained,
     )
-    limits = Limits(rows_per_shard=d.rows_per_shard, max_chars=d.max_chars, max_reject=d.max_reject)
+    rows, why = rows_per_shard(run, sources)
+    if why:
+        echo(f"shards of {rows} rows: {why}; documents.rows_per_shard=N sets it")
+    limits = Limits(rows_per_shard=rows, max_chars=d.max_chars, max_reject=d.max_reject)
     root = Path(run.cache)
     with locked(root):
         built = make_documents(root, sources, parser, limits, workers)

@@ -37,7 +37,8 @@ class DocumentsSection(_Section):
     """Longest phrase in words, 0 for no limit."""
     drop_contained: bool | None = None
     """Drop phrases inside other phrases; None is the parser's default."""
-    rows_per_shard: int = Field(default=512, ge=1)
+    rows_per_shard: int = Field(default=0, ge=0)
+    """0: as many as the teacher reads in about a minute, decided when the cache is begun."""
     max_chars: int = Field(default=1_000_000, ge=1)
     max_reject: float = Field(default=0.01, ge=0, le=1)
     """Share of rows that may be unusable before the run stops."""

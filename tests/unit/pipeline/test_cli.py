@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -88,7 +89,8 @@ def test_the_three_commands_make_the_tables_and_say_so(xkd_cache: Cache, corpus:
 
     code, out, _ = xkd_cache("documents", corpus, "--out", cache, "--spacy-model", SPACY)
     assert code == 0
-    form, result = out.splitlines()
+    form, size, result = out.splitlines()
+    assert size.startswith("shards of ")
     assert form == f"{corpus}: 6 rows, prompt and response (prompt, response)"
     assert result.startswith("documents: 6 documents, ")
 
@@ -175,7 +177,7 @@ def test_preprocess_runs_the_three_stages_of_a_run_file_and_reuses_them(
 
     code, out, _ = xkd_cache("preprocess", run)
     assert code == 0
-    assert [line.split(":")[0] for line in out.splitlines()[1:]] == [
+    assert [line.split(":")[0] for line in out.splitlines()[2:]] == [
         "documents",
         "dtype",
         "teachers/teacher",
@@ -468,7 +470,9 @@ def test_ctrl_c_keeps_every_finished_shard_and_the_same_command_goes_on_to_the_s
 
     assert process.returncode == 130, err
     assert "Traceback" not in out + err
-    assert err.splitlines()[-1].startswith("xkd-cache: interrupted. Kept: everything that was committed")
+    assert re.search(
+        r"^xkd-cache: interrupted. Kept: [1-9] of 10 shards of teachers/T \([1-9] doc", err.splitlines()[-1]
+    )
     assert err.splitlines()[-1].endswith("Next: run the same command again to go on")
     shards = {p.name: p.read_bytes() for p in (cache / "teachers" / "T" / "commits").iterdir()}
     assert 2 <= len(shards) < 10

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, run_file, write_rows
+from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, llama, run_file, write_rows
+from xkd_pipeline import shard_rows
 from xkd_pipeline.corpus import open_source
 from xkd_pipeline.documents import document_at, units_of
 from xkd_pipeline.spans import ParserSettings, parser_for
@@ -197,3 +198,29 @@ def test_a_parser_that_is_not_installed_is_missing_before_anything_is_written(tm
     ):
         build(tmp_path / "c", [path], spacy_model="xx_none")
     assert files_of(tmp_path / "c") == {}
+
+
+def test_a_shard_is_a_minute_of_a_teacher_by_characters_decided_once_and_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_rows, "this_device", lambda: "cpu")
+    monkeypatch.setitem(shard_rows.FLOPS, "cpu", 8e9)  # 4,800 characters
+    said: list[str] = []
+    rows = {"short": [{"text": "x" * 100}] * 40, "sorted": [{"text": "x" * 10}] * 30 + [{"text": "y" * 1000}] * 10}
+    for name, content in rows.items():
+        corpus = write_rows(tmp_path / f"{name}.jsonl", content)
+        run = run_file(tmp_path / name, documents={"corpus": [str(corpus)], "rows_per_shard": 0})
+        documents_stage(run, IN_PROCESS, said.append)
+    sizes = {name: [c.rows for c in Table(tmp_path / name, "documents").manifest.commits] for name in rows}
+    assert sizes == {"short": [40], "sorted": [4] * 10}
+    assert (
+        "shards of 4 rows: about 4,800 characters, which a teacher of 0.2 billion weights reads in a minute"
+        in said[-1]
+    )
+
+    monkeypatch.setattr(shard_rows, "this_device", lambda: "cuda")
+    assert documents_stage(run, IN_PROCESS, said.append).values["made"] == 0
+    assert "shards of" not in said[-1]
+    llama(tmp_path / "teacher")
+    named = run_file(tmp_path / "new", documents={"rows_per_shard": 0}, teacher={"model": str(tmp_path / "teacher")})
+    assert shard_rows.rows_per_shard(named, [open_source(str(corpus), columns={})])[0] == shard_rows.MOST_CHARS // 1000

@@ -21,6 +21,7 @@ from xkd_pipeline.store import locked
 from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch, Refused, XkdError
 from xkd_schemas.manifest import Commit, Plan, is_whole, read_record
 from xkd_schemas.table import Table
+from xkd_schemas.terminal import run as run_app
 
 
 @pytest.fixture
@@ -389,3 +390,13 @@ def test_the_lock_is_free_after_an_error_and_its_file_stays(tmp_path: Path) -> N
     with locked(tmp_path):
         pass
     assert (tmp_path / "LOCK").exists()
+
+
+def test_an_interruption_says_how_many_shards_were_kept_and_what_was_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_app("xkd-cache", lambda **_: build_all(tmp_path, trouble="interrupt"))
+    assert caught.value.code == 130
+    kept = f"Kept: 2 of {UNITS} shards of documents (3 documents); lost: what was done of the shards in work"
+    assert kept in capsys.readouterr().err
