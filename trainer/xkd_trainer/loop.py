@@ -14,13 +14,13 @@ from torch import Tensor
 
 from xkd_schemas.errors import Mismatch, NonFinite, UsageError
 from xkd_schemas.manifest import refuse_differences
-from xkd_schemas.runfile import RunFile, TrainSection
+from xkd_schemas.runfile import RunFile
 from xkd_schemas.terminal import Progress, say, signals_noted, tell_kept, warn
 from xkd_trainer.batch import Batch, blank
 from xkd_trainer.checkpoint import Snapshot, drop_checkpoints, newest, save
 from xkd_trainer.export import export_student, is_finished, was_exporting
 from xkd_trainer.metrics import Metrics, Window
-from xkd_trainer.order import Order
+from xkd_trainer.order import Order, learning_rate
 from xkd_trainer.prefetch import prefetched
 from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
@@ -45,19 +45,6 @@ class Trained:
     """Means over the last logged stretch of steps."""
     weights: dict[str, float]
     """What each term is multiplied by at the last step."""
-
-
-def learning_rate(step: int, total: int, train: TrainSection) -> float:
-    """Factor of the learning rates at optimizer step `step` (0 is the first): linear warm-up, then a cosine.
-
-    >>> [round(learning_rate(s, 10, TrainSection(warmup_ratio=0.2)), 2) for s in (0, 1, 2, 9)]
-    [0.5, 1.0, 1.0, 0.04]
-    """
-    warm = math.ceil(train.warmup_ratio * total)
-    if step < warm:
-        return (step + 1) / warm
-    share = (step - warm) / max(1, total - warm)
-    return train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def train(

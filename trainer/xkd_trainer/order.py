@@ -6,10 +6,13 @@ often). No list of n numbers is ever made.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from xkd_schemas.runfile import TrainSection
 
 Int64s = npt.NDArray[np.int64]
 _ROUNDS = 8
@@ -78,3 +81,16 @@ class Order:
         rows = self.step(step)[rank::world]
         size = micro_batch_size or max(1, len(rows))
         return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def learning_rate(step: int, total: int, train: TrainSection) -> float:
+    """Factor of the learning rates at optimizer step `step` (0 is the first): linear warm-up, then a cosine.
+
+    >>> [round(learning_rate(s, 10, TrainSection(warmup_ratio=0.2)), 2) for s in (0, 1, 2, 9)]
+    [0.5, 1.0, 1.0, 0.04]
+    """
+    warm = math.ceil(train.warmup_ratio * total)
+    if step < warm:
+        return (step + 1) / warm
+    share = (step - warm) / max(1, total - warm)
+    return train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share))

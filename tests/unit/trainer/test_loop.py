@@ -23,8 +23,8 @@ from xkd_schemas.terminal import run as run_app
 from xkd_trainer import loop
 from xkd_trainer.batch import Batch
 from xkd_trainer.checkpoint import newest
-from xkd_trainer.loop import learning_rate, train
-from xkd_trainer.order import Order
+from xkd_trainer.loop import train
+from xkd_trainer.order import Order, learning_rate
 from xkd_trainer.stream import batch_of
 
 ALL = "mta+sra+dwa"
