@@ -397,6 +397,9 @@ def test_the_projector_of_sra_starts_by_xaviers_uniform_rule() -> None:
     assert 0.95 * bound < float(weight_Dd.abs().max()) <= bound
     assert float(weight_Dd.std()) == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
+    weight_Dd = ready("sra", projector="orthogonal")[0].distiller.losses["sra"].projector.weight.detach()
+    torch.testing.assert_close(weight_Dd.T @ weight_Dd, torch.eye(d))
+
 
 @pytest.mark.parametrize("loss", ALL)
 def test_nothing_of_the_teacher_is_a_parameter_or_saved(loss: str) -> None:

@@ -60,6 +60,9 @@ class SraSettings(BaseModel):
     """True: spans are pooled by token weights (the paper's WSP). False: plain mean of the tokens."""
     weighted_loss: bool = True
     """True: spans weigh in L_cos and L_Geo by the teacher's mass (the paper's WSL). False: all alike."""
+    projector: Literal["xavier", "orthogonal"] = "xavier"
+    """How W_l of L_cos begin. xavier: scripts with `--orthogonal False`. orthogonal: the code where nothing is said,
+    as in its README; its rows or columns, whichever are fewer, are orthonormal."""
     shared_vocab: Literal["mapped", "exact"] = "mapped"
     """Which classes count as shared, see `vocabulary.shared_vocabulary`. exact: equal strings (the code)."""
 

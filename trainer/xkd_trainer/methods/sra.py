@@ -107,8 +107,8 @@ class Sra(nn.Module):
         self.last = last
         shares = layer_shares(settings.beta, len(self.inner) + 1)
         self.shares = dict(zip((*inner, last), shares, strict=True))
-        self.projector = _projector(context)
-        self.inner_projectors = nn.ModuleDict({str(layer): _projector(context) for layer, _ in self.inner})
+        self.projector = _projector(context, settings)
+        self.inner_projectors = nn.ModuleDict({str(layer): _projector(context, settings) for layer, _ in self.inner})
         student_ids_V, teacher_ids_V = shared_vocabulary(
             context.student_vocab, context.teacher_vocab, settings.shared_vocab
         )
@@ -221,10 +221,11 @@ class Sra(nn.Module):
         return term(total, valid_BK.any(-1).sum())
 
 
-def _projector(context: Context) -> nn.Linear:
-    """W_l of L_cos: no bias, Xavier."""
+def _projector(context: Context, settings: SraSettings) -> nn.Linear:
+    """W_l of L_cos: no bias."""
     projector = nn.Linear(context.student_width, context.teacher_width, bias=False)
-    nn.init.xavier_uniform_(projector.weight)
+    start = nn.init.orthogonal_ if settings.projector == "orthogonal" else nn.init.xavier_uniform_
+    start(projector.weight)
     return projector
 
 
