@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from benchmarks.measure import Options
 from benchmarks.pair import METHODS, TEMPLATE, Pair, Shape, fast_dtype, made, pair_of
 from benchmarks.rows import Result, Row
-from xkd_pipeline.align import tokens_at
 from xkd_pipeline.capture import TeacherSettings
 from xkd_pipeline.plan import naive_bytes
 from xkd_pipeline.run import Workers
 from xkd_pipeline.shard import ROWS_PER_BATCH
 from xkd_pipeline.size import Counts, counts_of, signal_bytes
 from xkd_pipeline.teacher import make_teacher
+from xkd_pipeline.whole_units import tokens_at
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import Signal

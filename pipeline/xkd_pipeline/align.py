@@ -23,8 +23,8 @@ from xkd_schemas.errors import BadData, InputMissing
 from xkd_schemas.files import saved_folder, sha256_of
 from xkd_schemas.flat import Lists
 from xkd_schemas.manifest import Care, Commit
-from xkd_schemas.table import Row, Table
-from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION, Tokens
+from xkd_schemas.table import Table
+from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION
 from xkd_trainer.models import load_tokenizer
 
 
@@ -94,18 +94,6 @@ def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBlock, care:
     columns = {name: [row for _, part, _ in parts for row in part[name]] for name in parts[0][1]}
     counts = {name: sum(part[name] for _, _, part in parts) for name in parts[0][2]}
     return TokenBlock.of(row for part, _, _ in parts for row in part), columns, counts
-
-
-def tokens_at(row: Row) -> Tokens:
-    """The tokens of one row of a teacher or student table."""
-    return Tokens(
-        status=row["status"],
-        num_chars=row["num_chars"],
-        ids=row["token_ids"],
-        spans=row["token_spans"],
-        kinds=row["token_kinds"],
-        targets=row["targets"],
-    )
 
 
 def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBlock, lost: Collection[int] = ()) -> Aligned:

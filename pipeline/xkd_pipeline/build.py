@@ -23,6 +23,14 @@ class Built:
     """Units that were there already."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one stage did, for people and for --json."""
+
+    line: str
+    values: dict[str, Any]
+
+
 def nothing(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
     """No constants and no further files."""
     return {}, {}

@@ -1,4 +1,7 @@
-"""xkd-cache: parse the command line, call a stage, say what it did."""
+"""xkd-cache: parse the command line, call a stage, say what it did.
+
+Stages are imported where they are called: what needs no model starts without torch and transformers.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,13 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from xkd_pipeline import cli_add, cli_care, cli_look, cli_share
+from xkd_pipeline.build import Outcome
 from xkd_pipeline.cli_options import columns_of, echo_for, names_of, numbers_of
 from xkd_pipeline.run import Workers, asked_workers
-from xkd_pipeline.stages import Outcome, align_stage, documents_stage, only_teacher, teacher_stage
-from xkd_pipeline.stages import preprocess as run_all
 from xkd_schemas.errors import InputMissing
 from xkd_schemas.runfile import RunFile, load_runfile, toml_text
-from xkd_schemas.table import names_in
+from xkd_schemas.table import names_in, only_teacher
 from xkd_schemas.terminal import run as run_app
 from xkd_schemas.terminal import say, say_json
 
@@ -83,6 +85,8 @@ def documents(
     }  # fmt: skip
     flags |= {f"documents.columns.{field}": name for field, name in columns_of(column or []).items()}
     run = _run_of(None, sets, flags)
+    from xkd_pipeline.stages import documents_stage
+
     _tell(documents_stage(run, _workers(run, 0.0, ray_address, stall_timeout), echo_for(as_json)), as_json)
 
 
@@ -121,6 +125,8 @@ def teacher(
         "teacher.batch_tokens": batch_tokens, "teacher.threads": threads, "workers": workers,
     }  # fmt: skip
     run = _run_of(None, sets, flags)
+    from xkd_pipeline.stages import teacher_stage
+
     workers_asked = _workers(run, gpus_per_worker, ray_address, stall_timeout)
     _tell(teacher_stage(run, workers_asked, echo_for(as_json)), as_json)
 
@@ -148,6 +154,8 @@ def align(
         "student.max_tokens": max_tokens, "workers": workers,
     }  # fmt: skip
     run = _run_of(None, sets, flags)
+    from xkd_pipeline.stages import align_stage
+
     _tell(align_stage(run, _workers(run, 0.0, ray_address, stall_timeout), teacher=teacher), as_json)
 
 
@@ -165,6 +173,8 @@ def preprocess(
 
     Example: xkd-cache preprocess runs/demo.toml --workers 2
     """
+    from xkd_pipeline.stages import preprocess as run_all
+
     run = _run_of(run_file, sets, {"workers": workers})
     outcomes = run_all(run, _workers(run, gpus_per_worker, ray_address, stall_timeout), echo_for(as_json))
     if as_json:

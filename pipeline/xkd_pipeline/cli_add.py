@@ -9,6 +9,7 @@ import typer
 from xkd_pipeline.cli_options import columns_of, echo_for, names_of, numbers_of
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.runfile import RunFile, load_runfile, toml_text
+from xkd_schemas.table import only_teacher
 from xkd_schemas.teacher import Signal
 from xkd_schemas.terminal import say, say_json
 
@@ -98,7 +99,7 @@ def _documents(common: _Common, sources: list[Any], more: Any) -> None:
 
 def _signals(common: _Common, to: str, run: RunFile, columns: list[str], codec: str) -> None:
     from xkd_pipeline.signals_table import add_signals, signals_named
-    from xkd_pipeline.stages import only_teacher, signals_for
+    from xkd_pipeline.stages import signals_for
 
     if len(common.models) != 1:
         raise UsageError("signals are read from one teacher", next="add --model FOLDER, once")

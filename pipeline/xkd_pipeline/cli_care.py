@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.table import only_teacher
 from xkd_schemas.terminal import say, say_json
 
 CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.")]
@@ -35,7 +36,6 @@ def verify(
     bad, rows, skipped, recomputed = check(cache, level), 0, list[str](), ""
     if recompute and not bad:
         from xkd_pipeline.recompute import recompute as compare
-        from xkd_pipeline.stages import only_teacher
 
         found = compare(cache, f"teachers/{teacher or only_teacher(cache)}", model, recompute, dtype)
         bad, rows, skipped = found.bad, found.rows, found.skipped

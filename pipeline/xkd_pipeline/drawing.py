@@ -3,9 +3,9 @@
 import shutil
 from pathlib import Path
 
-from xkd_pipeline.align import tokens_at
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.show import bracketed, render, visible
+from xkd_pipeline.whole_units import tokens_at
 from xkd_schemas.documents import Spans
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.table import Row, Table

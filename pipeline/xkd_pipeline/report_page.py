@@ -12,12 +12,12 @@ from typing import Any, Final
 import jinja2
 from markupsafe import Markup
 
-from xkd_pipeline.align import tokens_at
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.report import gather
 from xkd_pipeline.report_charts import bars, histogram
 from xkd_pipeline.report_data import Alignment, Report
 from xkd_pipeline.show import Column, bracketed, columns_of, visible
+from xkd_pipeline.whole_units import tokens_at
 from xkd_schemas.files import replace
 from xkd_schemas.table import Table
 

@@ -3,12 +3,12 @@
 import contextlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from xkd_pipeline.align import StudentSettings, make_students
-from xkd_pipeline.build import Built
+from xkd_pipeline.build import Built, Outcome
 from xkd_pipeline.capture import TeacherSettings
 from xkd_pipeline.corpus import open_source
 from xkd_pipeline.documents import UNUSED, Limits, make_documents
@@ -23,20 +23,12 @@ from xkd_schemas.dtypes import AUTO
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.files import inside
 from xkd_schemas.runfile import RunFile
-from xkd_schemas.table import Table, names_in
+from xkd_schemas.table import Table, only_teacher
 from xkd_schemas.teacher import Signal
 from xkd_schemas.terminal import say
 from xkd_trainer.compute_dtype import Choice, choose_dtype, this_device
 from xkd_trainer.methods import loss_named
 from xkd_trainer.methods.declaration import Levels
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What one stage did, for people and for --json."""
-
-    line: str
-    values: dict[str, Any]
 
 
 def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
@@ -205,21 +197,6 @@ def plain_name(model: str) -> str:
     """
     last = model.replace("\\", "/").rstrip("/").rpartition("/")[2]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".gguf")).strip("-._")[:128] or "model"
-
-
-def only_teacher(root: Path) -> str:
-    """The teacher of a cache that has one.
-
-    Raises:
-        InputMissing: There is none yet.
-        UsageError: There are several; name one.
-    """
-    names = names_in(root, "teachers")
-    if not names:
-        raise InputMissing(f"{root} has no finished teacher table", next=f"xkd-cache teacher {root} --model MODEL")
-    if len(names) > 1:
-        raise UsageError(f"{root} has teachers {', '.join(names)}", next="choose one with --teacher NAME")
-    return names[0]
 
 
 def preprocess(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> list[Outcome]:

@@ -14,6 +14,7 @@ from xkd_pipeline.documents import document_at
 from xkd_schemas.blocks import DocumentBlock, TokenBlock
 from xkd_schemas.flat import Lists, firsts
 from xkd_schemas.table import Row, Shard
+from xkd_schemas.tokens import Tokens
 
 DOCUMENT_COLUMNS = ("doc_id", "source", "line", "text", "segments", "roles", "targets", "messages", "words", "phrases")
 
@@ -84,6 +85,18 @@ def tokens_of(shard: Shard) -> TokenBlock:
         kinds=_lists(columns["token_kinds"]).values,
         targets=_lists(columns["targets"]).values,
         extended=np.zeros(len(ids), np.int32),
+    )
+
+
+def tokens_at(row: Row) -> Tokens:
+    """The tokens of one row of a teacher or student table."""
+    return Tokens(
+        status=row["status"],
+        num_chars=row["num_chars"],
+        ids=row["token_ids"],
+        spans=row["token_spans"],
+        kinds=row["token_kinds"],
+        targets=row["targets"],
     )
 
 

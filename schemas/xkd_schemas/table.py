@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from xkd_schemas.additions import part_of
 from xkd_schemas.codecs import CODECS, PLAIN, Codec
-from xkd_schemas.errors import BadData, InputMissing, Mismatch
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import inside, sha256_of, xxh3_of
 from xkd_schemas.manifest import Commit, Manifest, RecordBatch, read_record
 from xkd_schemas.ragged import Columns
@@ -262,3 +262,18 @@ def names_in(root: Path, kind: str) -> list[str]:
     folder = root / kind
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(path.name for path in found if (path / "manifest.json").is_file())
+
+
+def only_teacher(root: Path) -> str:
+    """The teacher of a cache that has one.
+
+    Raises:
+        InputMissing: There is none yet.
+        UsageError: There are several; name one.
+    """
+    names = names_in(root, "teachers")
+    if not names:
+        raise InputMissing(f"{root} has no finished teacher table", next=f"xkd-cache teacher {root} --model MODEL")
+    if len(names) > 1:
+        raise UsageError(f"{root} has teachers {', '.join(names)}", next="choose one with --teacher NAME")
+    return names[0]

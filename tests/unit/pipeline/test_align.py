@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 import small_cache
 from normalising_tokenizers import normalising
 from small_cache import made
-from xkd_pipeline.align import tokens_at
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.report import gather
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, teacher_stage
+from xkd_pipeline.whole_units import tokens_at
 from xkd_schemas.alignment import align, exact_pairs, token_ranges
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError

@@ -76,12 +76,12 @@ def test_what_the_flags_say_of_workers_reaches_the_stage_and_gpus_only_the_teach
 
     for name in ("documents", "teacher", "align"):
         monkeypatch.setattr(stages, f"{name}_stage", stage(name))
-    monkeypatch.setattr(cli, "teacher_stage", stage("alone"))
     flags = ["--workers", "2", "--gpus-per-worker", "0.5", "--ray-address", "head:6379", "--stall-timeout", "9"]
     whole = Workers(count=2, gpus=0.5, address="head:6379", stall_seconds=9.0)
 
-    for command in (["teacher", "cache", "--model", "m"], ["preprocess", str(DEMO)]):
-        assert CliRunner().invoke(cli.app, [*command, *flags]).exit_code == 0
-
+    assert CliRunner().invoke(cli.app, ["teacher", "cache", "--model", "m", *flags]).exit_code == 0
+    assert told == {"teacher": whole}
+    told.clear()
+    assert CliRunner().invoke(cli.app, ["preprocess", str(DEMO), *flags]).exit_code == 0
     without = replace(whole, gpus=0.0)
-    assert told == {"alone": whole, "documents": without, "teacher": whole, "align": without}
+    assert told == {"documents": without, "teacher": whole, "align": without}

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 import four_tokenizers
 import hostile_text
 from small_cache import made
-from xkd_pipeline.align import align_rows, tokens_at
+from xkd_pipeline.align import align_rows
 from xkd_pipeline.documents import document_at
-from xkd_pipeline.whole_units import DocumentRows, documents_of, tokens_of
+from xkd_pipeline.whole_units import DocumentRows, documents_of, tokens_at, tokens_of
 from xkd_schemas import encode
 from xkd_schemas.alignment import align, token_ranges
 from xkd_schemas.blocks import DocumentBlock
