@@ -34,6 +34,7 @@ from xkd_pipeline.spans import ParserSettings, probe
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.errors import UsageError
 from xkd_schemas.files import sha256_of
+from xkd_schemas.progress import ticked
 
 MAX_SENTENCE_TOKENS: Final = 256
 """Tokens of the longest sentence that is parsed: memory grows with their square, to 0.9 GB at 300."""
@@ -95,7 +96,7 @@ class BeneparParser:
     def parse(self, documents: Sequence[Document]) -> list[Spans]:
         """Spans of each document, in order; a segment parsed in pieces counts as "segment_cut"."""
         spans = []
-        for document in documents:
+        for document in ticked(documents):
             pieces = list(document_pieces(document, self.max_piece_chars))
             if len(pieces) > len(document.segments):
                 self.notes["segment_cut"] += len(pieces) - len(document.segments)

@@ -7,7 +7,8 @@ from typing import Any
 from xkd_pipeline.run import Stage, Workers, run_units
 from xkd_pipeline.store import Store
 from xkd_schemas.manifest import Commit, Manifest
-from xkd_schemas.terminal import Progress, tell_kept
+from xkd_schemas.progress import Progress
+from xkd_schemas.terminal import tell_kept
 
 Finish = Callable[[Sequence[Commit]], tuple[dict[str, Any], dict[str, str]]]
 
@@ -64,12 +65,14 @@ def build(
         store.describe()
         return Built(manifest=manifest, made=0, kept=kept)
     if missing:
-        with Progress(store.plan.table, len(missing)) as progress:
+        rows = {unit: store.plan.units[unit].rows for unit in missing}
+        with Progress(store.plan.table, sum(rows.values())) as progress:
 
             def take(commit: Commit) -> None:
                 store.commit(commit)
                 done[commit.unit] = commit
-                progress.advance(note=_note(commit))
+                made = [unit for unit in missing if unit in done]
+                progress.reach(sum(rows[unit] for unit in made), f"{len(made)} of {len(missing)} shards done")
                 watch(list(done.values()))
 
             with tell_kept(lambda: _kept(store.plan.table, done, len(store.plan.units))):
@@ -82,8 +85,3 @@ def build(
 def _kept(table: str, done: dict[int, Commit], units: int) -> str:
     rows = sum(commit.rows for commit in done.values())
     return f"{len(done)} of {units} shards of {table} ({rows} documents); lost: what was done of the shards in work"
-
-
-def _note(commit: Commit) -> str:
-    tokens = commit.counts.get("tokens")
-    return f"{commit.rows} documents" + (f", {tokens} tokens" if tokens else "") + " in the last unit"

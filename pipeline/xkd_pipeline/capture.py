@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from xkd_pipeline.measure import Reading, padded, signals_of
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.errors import BadData
+from xkd_schemas.progress import tick
 from xkd_schemas.teacher import Signal
 from xkd_trainer.compute_dtype import this_device
 from xkd_trainer.forward import run
@@ -101,6 +102,7 @@ def capture(
         found = signals_of(batch, states, valid_BL, head, wanted, classes)
         for index, row in zip(indices, found, strict=True):
             captured[index] = row
+        tick(len(readings) * sum(lengths[i] for i in indices) / sum(lengths))
     return captured
 
 

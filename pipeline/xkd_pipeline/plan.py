@@ -30,6 +30,7 @@ from xkd_pipeline.whole_units import DocumentRows
 from xkd_schemas.blocks import TokenBlock
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
 from xkd_schemas.encode import Encoder
+from xkd_schemas.progress import Progress
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.teacher import teacher_schema
 from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, spans_read
@@ -105,7 +106,8 @@ def look_at(run: RunFile, wanted: int) -> Look:
         kind=d.parser, model=d.spacy_model, benepar_model=d.parser_model, max_words=d.max_words,
         drop_contained=d.drop_contained,
     )  # fmt: skip
-    parsed = parser_for(settings).parse(sample.documents)
+    with Progress("parse the sample", len(sample.documents)):
+        parsed = parser_for(settings).parse(sample.documents)
     spans = tuple(checked_spans(d, s) for d, s in zip(sample.documents, parsed, strict=True))
     tokens = encoder.encode_batch(sample.documents)
     return Look(sample=sample, spans=spans, tokens=tokens, rows_per_shard=rows_per_shard(run, sample.sources)[0])

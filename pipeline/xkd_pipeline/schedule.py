@@ -18,6 +18,7 @@ from xkd_pipeline.run import AGAIN, AS_PLANNED, KEPT, Stage, Workers, recorded, 
 from xkd_pipeline.split import Search, culprits
 from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
 from xkd_schemas.manifest import Care, Commit
+from xkd_schemas.progress import remark
 from xkd_schemas.terminal import warn
 
 TRIES: Final = 3
@@ -120,12 +121,18 @@ class Schedule:
             self._hand_out()
             if not self._busy and not self._queue:
                 return
+            remark(self._at_work())
             for worker, what in self._pool.reports(1.0):
                 if worker in self._loading:
                     self._started(worker, what)
                 elif worker in self._busy:
                     self._heard(worker, what, done)
             self._end_the_silent()
+
+    def _at_work(self) -> str:
+        units = sorted(task.unit for task, _ in self._busy.values())
+        loading = f", {len(self._loading)} workers loading" if self._loading else ""
+        return f"at work: shard {', '.join(map(str, units[:8])) or 'none'}{', ...' * (len(units) > 8)}{loading}"
 
     def _hand_out(self) -> None:
         """Start as many workers as there is work for, and give the idle ones a task each."""

@@ -21,6 +21,7 @@ from xkd_pipeline.spans import DEFAULT_PIPELINE, ParserSettings, probe
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.files import sha256_of
+from xkd_schemas.progress import ticked
 
 MAX_PIECE_CHARS: Final = 100_000
 """Characters parsed at once."""
@@ -116,7 +117,7 @@ class SpacyParser:
         self.notes += Counter()  # leaves out zeros
         with self.nlp.memory_zone():  # else each new word stays in spaCy's vocabulary for good
             parsed = map(self._piece, self._docs(texts))
-            return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in pieces]
+            return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in ticked(pieces)]
 
     def _docs(self, texts: list[str]) -> Iterator[Any]:
         parsed: Iterator[Any] = self.nlp.pipe(texts, batch_size=self.settings.batch_size, disable=self._replaced)

@@ -1,4 +1,4 @@
-"""How both commands speak: one-line errors with exit codes, progress with an ETA, plain lines off a terminal."""
+"""How both commands speak: one-line errors with exit codes, plain lines off a terminal; progress.py has the bars."""
 
 import contextlib
 import json
@@ -6,17 +6,17 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Final, Self
+from types import FrameType
+from typing import Any, Final
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from xkd_schemas import progress
 from xkd_schemas.errors import Interrupted, OutOfMemory, Terminated, UsageError, XkdError
 
 CONTROLS = dict.fromkeys([*range(32), 127, *range(128, 160), *range(8234, 8239), *range(8294, 8298)])
@@ -25,12 +25,14 @@ CONTROLS = dict.fromkeys([*range(32), 127, *range(128, 160), *range(8234, 8239),
 
 def say(line: str) -> None:
     """Print one line on standard output, as it is: no markup, no control characters, no wrapping."""
+    progress.clear()
     sys.stdout.write(line.translate(CONTROLS) + "\n")
     sys.stdout.flush()
 
 
 def warn(line: str) -> None:
     """Print one line on standard error."""
+    progress.clear()
     Console(stderr=True, soft_wrap=True).print(Text(f"warning: {line.translate(CONTROLS)}", style="yellow"))
 
 
@@ -40,12 +42,14 @@ def note(line: str) -> None:
     Standard error of a script stays what it is: nothing, or the one line of an error.
     """
     if sys.stderr.isatty():
+        progress.clear()
         sys.stderr.write(line.translate(CONTROLS) + "\n")
         sys.stderr.flush()
 
 
 def say_json(value: object) -> None:
     """Print one JSON object on standard output."""
+    progress.clear()
     sys.stdout.write(json.dumps(value, ensure_ascii=True, sort_keys=True) + "\n")
     sys.stdout.flush()
 
@@ -59,7 +63,8 @@ def run(command: str, app: Callable[..., object]) -> None:
     _kept.clear()
     before = {number: signal.signal(number, _stop) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        code = app(standalone_mode=False)  # typer hands its own errors to us
+        with progress.heartbeat(command, quiet=os.environ.get("RANK", "0") != "0"):
+            code = app(standalone_mode=False)  # typer hands its own errors to us
         if code == Interrupted.exit_code:  # how typer reports Ctrl-C
             raise KeyboardInterrupt
     except BaseException as error:
@@ -173,50 +178,3 @@ def tell(error: XkdError, command: str = "") -> None:
         say_json({"error": parts})
     sys.stderr.write(f"{command or Path(sys.argv[0]).stem}: {str(error).translate(CONTROLS)}\n")
     sys.stderr.flush()
-
-
-class Progress:
-    """Steps done, rate and time left: one rewritten line on a terminal, a plain line every `every` seconds elsewhere.
-
-    The time is only shown; nothing that is written to a cache or a checkpoint depends on it.
-    """
-
-    def __init__(self, label: str, total: int, *, quiet: bool = False, every: float = 15.0) -> None:
-        self.label = label
-        self.total = total
-        self.done = 0
-        self._quiet = quiet
-        self._every = every
-        self._start = self._shown = time.monotonic()
-        self._tty = sys.stderr.isatty()
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Count `steps` more and show them if it is time to."""
-        self.done += steps
-        now = time.monotonic()
-        if self._quiet or (not self._tty and now - self._shown < self._every):
-            return
-        if self._tty and now - self._shown < 0.1 and self.done < self.total:
-            return
-        self._shown = now
-        elapsed = now - self._start
-        left = elapsed / self.done * (self.total - self.done) if self.done else 0.0
-        line = f"{self.label}: {self.done}/{self.total}, {_clock(elapsed)} gone, {_clock(left)} left" + (
-            f", {note}" if note else ""
-        )
-        sys.stderr.write(f"\r\x1b[K{line}" if self._tty else f"{line}\n")
-        sys.stderr.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        if self._tty and not self._quiet:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -3,9 +3,8 @@
 Bits per byte count the text of the target segments only, so they compare models with different tokenizers.
 """
 
-import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,10 +20,12 @@ from xkd_schemas.dtypes import AUTO
 from xkd_schemas.encode import TRIED, Encoder
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.held import held_out_documents
+from xkd_schemas.progress import Progress
 from xkd_schemas.terminal import warn
 from xkd_schemas.tokenizers import identity
-from xkd_schemas.tokens import CONTENT, OK, Tokens, predictors
+from xkd_schemas.tokens import OK, Tokens
 from xkd_trainer.batch import Batch
+from xkd_trainer.bits_per_byte import batched, bits_per_byte
 from xkd_trainer.cache import Cache, find_student
 from xkd_trainer.compute_dtype import choose_dtype, dtype_named, this_device
 from xkd_trainer.export import template_of
@@ -32,12 +33,8 @@ from xkd_trainer.forward import run
 from xkd_trainer.head import check_model, head_of
 from xkd_trainer.losses.vocabulary import shared_vocabulary
 from xkd_trainer.models import load_model, load_tokenizer
-from xkd_trainer.padding import pad
 from xkd_trainer.stream import batch_of
 from xkd_trainer.turn_ends import learnt_ends, turn_ends
-
-BATCH = 16
-"""Documents of one forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,36 +98,6 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     return result
 
 
-def _batched(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for first in range(0, len(items), BATCH):
-        yield items[first : first + BATCH]
-
-
-@torch.inference_mode()
-def bits_per_byte(model: PreTrainedModel, pairs: Sequence[tuple[Document, Tokens]]) -> dict[str, float]:
-    """-log2 p(target text) over its UTF-8 bytes; end tokens carry no text and are left out."""
-    nats, size = 0.0, 0
-    ordered = sorted(pairs, key=lambda pair: len(pair[1].ids))
-    head = head_of(model)
-    for batch in _batched(ordered):
-        ids_BL = pad([t.ids.astype(np.int64) for _, t in batch]).to(model.device)
-        valid_BL = pad([np.ones(len(t.ids), np.bool_) for _, t in batch]).to(model.device)
-        states_BLD = run(model, ids_BL, valid_BL).last_BLD
-        for row, (document, tokens) in enumerate(batch):
-            content = tokens.targets & (tokens.kinds == CONTENT)
-            place_N = torch.from_numpy(predictors(content)).to(model.device)
-            log_p_NV = head(states_BLD[row, place_N]).float().log_softmax(-1)
-            nats -= float(log_p_NV.gather(-1, ids_BL[row, place_N + 1, None]).double().sum())
-            size += sum(
-                _bytes_of(document, s.start, min(s.end, tokens.num_chars)) for s in document.segments if s.target
-            )
-    return {"bytes": size, "bits_per_byte": nats / math.log(2) / max(1, size)}
-
-
-def _bytes_of(document: Document, start: int, end: int) -> int:
-    return len(document.text[start : max(start, end)].encode())
-
-
 @torch.inference_mode()
 def agreement(model: PreTrainedModel, tokenizer: Any, shards: Path) -> dict[str, float]:
     """Share of exact pairs at whose positions student and teacher would say the same next token, in percent.
@@ -151,10 +118,11 @@ def agreement(model: PreTrainedModel, tokenizer: Any, shards: Path) -> dict[str,
     translated = torch.full((size,), -1, dtype=torch.int64)
     translated[teacher_ids] = student_ids
     same = total = 0
-    for rows in _batched(cache.usable.tolist()):
-        batch = batch_of(cache, rows, frozenset(argmax))
-        hits, pairs = _agreeing(model, batch, translated)
-        same, total = same + hits, total + pairs
+    with Progress("agreement with the teacher", len(cache.usable)):
+        for rows in batched(cache.usable.tolist()):
+            batch = batch_of(cache, rows, frozenset(argmax))
+            hits, pairs = _agreeing(model, batch, translated)
+            same, total = same + hits, total + pairs
     return {"agreement": 100.0 * same / max(1, total), "agreement_pairs": total}
 
 
@@ -191,8 +159,10 @@ def rouge_l(
         references.append(document.text[segment.start : segment.end])
     means = []
     ends = turn_ends(model, tokenizer, learnt_ends((t.ids, t.kinds, t.targets) for _, t in pairs))
-    for seed in request.seeds:
-        responses = generate(model, tokenizer, prompts, seed=seed, ends=ends, max_new_tokens=request.max_new_tokens)
+    longest = request.max_new_tokens
+    for number, seed in enumerate(request.seeds, start=1):
+        with Progress(f"generate, seed {number} of {len(request.seeds)}", len(prompts), of="responses"):
+            responses = generate(model, tokenizer, prompts, seed=seed, ends=ends, max_new_tokens=longest)
         scores = [scorer.score(r, said)["rougeL"].fmeasure for r, said in zip(references, responses, strict=True)]
         means.append(100.0 * float(np.mean(scores)))
     return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means)), "rouge_l_max": max(means)}
@@ -220,7 +190,7 @@ def generate(
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     said: list[str] = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for group in _batched(order):
+    for group in batched(order):
         longest = max(len(prompts[i]) for i in group)
         ids_BL = torch.full((len(group), longest), filler, dtype=torch.int64)
         seen_BL = torch.zeros_like(ids_BL)

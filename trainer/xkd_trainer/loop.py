@@ -14,8 +14,9 @@ from torch import Tensor
 
 from xkd_schemas.errors import Mismatch, NonFinite, UsageError
 from xkd_schemas.manifest import refuse_differences
+from xkd_schemas.progress import Progress
 from xkd_schemas.runfile import RunFile
-from xkd_schemas.terminal import Progress, say, signals_noted, tell_kept, warn
+from xkd_schemas.terminal import say, signals_noted, tell_kept, warn
 from xkd_trainer.batch import Batch, blank
 from xkd_trainer.checkpoint import Snapshot, drop_checkpoints, newest, save
 from xkd_trainer.export import export_student, is_finished, was_exporting
@@ -157,7 +158,7 @@ class _Run:
         metrics = Metrics(self.out, resumed_step=self.start) if main else None
         self.module.train()
         last: dict[str, float] = {}
-        with Progress("train", self.total - self.start, quiet=self.quiet or not main) as progress, self._stoppable():
+        with Progress("train", self.total - self.start, of="steps", quiet=not main) as progress, self._stoppable():
             for step, batches in enumerate(prefetched(self._steps), start=self.start):
                 terms, counts, norm = self._step(step, [b.to(self.accelerator.device) for b in batches])
                 self.seen.add(terms, counts)
@@ -168,13 +169,12 @@ class _Run:
                     if metrics is not None:
                         metrics.write(step=step + 1, grad_norm=norm, lr=self._lr(), **last, **self.seen.totals())
                     self.seen = Window()
-                    progress.advance(0, f"loss {last['loss']:.4f}")
                 stop = self._stop()
                 if main and (stop or self._is_due(step + 1)):
                     self._save(step + 1)
                 if stop:
                     break
-                progress.advance(1, f"loss {last['loss']:.4f}" if last else "")
+                progress.reach(step + 1 - self.start, f"loss {last['loss']:.4f}" if last else "")
         if main:
             if self.settings.save_every and self.saved != self.total:
                 self._save(self.total)

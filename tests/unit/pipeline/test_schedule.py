@@ -81,6 +81,15 @@ def test_every_unit_is_made_once_and_no_more_workers_are_started_than_there_is_w
     assert (pool.started, len(pool.given)) == (2, 2)
 
 
+def test_the_units_at_work_are_said_while_they_are(monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("xkd_pipeline.schedule.remark", said.append)
+    ran(FakePool(lambda unit, _care, _tries: made(unit)), range(3))
+
+    assert said[0] == "at work: shard none, 2 workers loading"
+    assert {"at work: shard 0", "at work: shard 2"} <= {line.partition(",")[0] for line in said}
+
+
 def test_a_unit_whose_worker_dies_is_given_to_a_fresh_one() -> None:
     pool = FakePool(lambda unit, _care, tries: Died("kill") if (unit, tries) in ((1, 0), (1, 1)) else made(unit))
 

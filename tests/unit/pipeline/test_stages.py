@@ -9,7 +9,7 @@ import small_cache
 from fake_hardware import hardware_is
 from small_cache import made
 from xkd_pipeline.run import Workers
-from xkd_pipeline.stages import plain_name, preprocess, signals_for, teacher_stage
+from xkd_pipeline.stages import documents_stage, plain_name, preprocess, signals_for, teacher_stage
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.files import SAFE_NAME
 from xkd_schemas.table import Table, names_in, only_teacher
@@ -133,3 +133,25 @@ def test_without_names_the_tables_take_those_of_the_models(tmp_path: Path) -> No
     preprocess(run, small_cache.IN_PROCESS, lambda _line: None)
 
     assert (names_in(cache, "teachers"), names_in(cache, "students")) == (["teacher"], ["student"])
+
+
+def test_documents_and_teacher_say_how_far_they_are_inside_a_shard(tmp_path: Path, monkeypatch, capsys) -> None:
+    folder = made()
+    monkeypatch.setattr("xkd_schemas.progress.EVERY", -1.0)  # every tick is shown
+    run = small_cache.run_file(
+        tmp_path / "cache",
+        documents={"corpus": [str(folder / "corpus.jsonl")], "rows_per_shard": 6},
+        teacher={"model": str(folder / "teacher"), "batch_tokens": 100},
+    )
+    capsys.readouterr()
+    documents_stage(run, small_cache.IN_PROCESS)
+    teacher_stage(run, small_cache.IN_PROCESS)
+    said = capsys.readouterr().err
+
+    for table in ("documents", "teachers/T"):
+        lines = [line for line in said.splitlines() if line.startswith(f"{table}: ")]
+        counts = [int(line.split()[1]) for line in lines]
+        assert {2, 4, 6, 8, 10, 12} <= {n + n % 2 for n in counts}, lines
+        assert counts == sorted(counts)
+        assert any("7 of 12 rows" in line and ", 1 of 2 shards done" in line for line in lines)
+        assert lines[-1].endswith("left, 2 of 2 shards done")

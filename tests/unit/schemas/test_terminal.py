@@ -1,6 +1,5 @@
 """How the commands speak: one line, the right exit code, and nothing that steers a terminal."""
 
-import io
 import json
 import os
 import signal
@@ -11,7 +10,7 @@ import pytest
 import typer
 
 from xkd_schemas.errors import BadData, Mismatch
-from xkd_schemas.terminal import Progress, run, say, say_json, warn
+from xkd_schemas.terminal import run, say, say_json, warn
 
 
 def raising(error: BaseException):
@@ -147,51 +146,3 @@ def test_nothing_printed_can_steer_a_terminal(capsys) -> None:
     assert as_json.isascii()
     assert json.loads(as_json) == {"x": nasty}
     assert left(capsys, raising(BadData(nasty)))[2] == "xkd-cache: a[31m b[bold].\n"
-
-
-class Clock:
-    """Time that passes when told to."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class Screen(io.StringIO):
-    def __init__(self, tty: bool) -> None:
-        super().__init__()
-        self.tty = tty
-
-    def isatty(self) -> bool:
-        return self.tty
-
-
-def progressed(monkeypatch, *, tty: bool, seconds: float, quiet: bool = False) -> str:
-    clock, screen = Clock(), Screen(tty)
-    monkeypatch.setattr(time, "monotonic", clock.monotonic)
-    monkeypatch.setattr(sys, "stderr", screen)
-    with Progress("teachers/T", 10, quiet=quiet) as progress:
-        for _ in range(4):
-            clock.now += seconds
-            progress.advance(note="4 documents")
-    return screen.getvalue()
-
-
-def test_off_a_terminal_progress_is_a_plain_line_now_and_then(monkeypatch) -> None:
-    assert progressed(monkeypatch, tty=False, seconds=10).splitlines() == [
-        "teachers/T: 2/10, 0:20 gone, 1:20 left, 4 documents",
-        "teachers/T: 4/10, 0:40 gone, 1:00 left, 4 documents",
-    ]
-    assert progressed(monkeypatch, tty=False, seconds=1) == ""
-
-
-def test_on_a_terminal_one_line_is_rewritten_and_cleared_at_the_end(monkeypatch) -> None:
-    shown = progressed(monkeypatch, tty=True, seconds=1000)
-
-    assert "\n" not in shown
-    assert shown.split("\r\x1b[K")[4:] == ["teachers/T: 4/10, 1:06:40 gone, 1:40:00 left, 4 documents", ""]
-
-
-def test_progress_is_quiet_when_asked(monkeypatch) -> None:
-    assert progressed(monkeypatch, tty=True, seconds=100, quiet=True) == ""

@@ -86,8 +86,24 @@ def test_bits_per_byte_do_not_depend_on_which_documents_share_a_batch(
     together = bits_per_byte(model, pairs)["bits_per_byte"]
 
     for size in (1, 2, 3):
-        monkeypatch.setattr(evaluate, "BATCH", size)
+        monkeypatch.setattr("xkd_trainer.bits_per_byte.BATCH", size)
         assert bits_per_byte(model, pairs[::-1])["bits_per_byte"] == pytest.approx(together, rel=1e-6)
+
+
+def test_losses_and_responses_are_counted_as_they_come(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("xkd_schemas.progress.EVERY", -1.0)  # every tick is shown
+    monkeypatch.setattr("xkd_trainer.bits_per_byte.BATCH", 2)
+    model, tokenizer = tiny.llama("sentencepiece"), tokenizer_of("sentencepiece")
+    pairs = encoded(tokenizer, tmp_path)
+
+    bits_per_byte(model, pairs)
+    rouge_l(model, tokenizer, pairs, Request(student="", data=tmp_path, seeds=(1,), max_new_tokens=2))
+    said = [line.partition(", 0:0")[0] for line in capsys.readouterr().err.splitlines()]
+
+    assert said == [
+        "bits per byte: 2 of 4 rows", "bits per byte: 4 of 4 rows",
+        "generate, seed 1 of 1: 2 of 4 responses", "generate, seed 1 of 1: 4 of 4 responses",
+    ]  # fmt: skip
 
 
 def test_a_text_cut_to_the_models_length_counts_only_the_bytes_that_were_read() -> None:

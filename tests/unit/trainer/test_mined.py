@@ -90,6 +90,18 @@ def test_vocabulary_map_takes_a_token_of_least_distance(source: str, target: str
             assert int(exact[number]) in wanted[number] or texts[number] == others[int(exact[number])]
 
 
+def test_the_search_for_nearest_classes_is_counted_and_does_not_depend_on_its_pieces(monkeypatch, capsys) -> None:
+    source, target = (
+        {text: n for n, text in enumerate(texts)} for texts in (["aa", "abx", "cdd"], ["ab", "cd", "aa"])
+    )
+    whole = vocabulary_map(source, target, "nearest").tolist()
+    monkeypatch.setattr("xkd_schemas.progress.EVERY", -1.0)  # every tick is shown
+    monkeypatch.setattr("xkd_trainer.losses.mined_alignment.SEARCHED", 1)
+
+    assert vocabulary_map(source, target, "nearest").tolist() == whole == [2, 0, 1]
+    assert "mined: nearest classes: 1 of 2 classes" in capsys.readouterr().err
+
+
 def test_a_vocabulary_maps_to_itself() -> None:
     vocabulary = tiny.tokenizer_of("sentencepiece").get_vocab()
 

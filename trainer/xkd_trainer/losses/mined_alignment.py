@@ -7,15 +7,19 @@ Shape legend for this file
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from xkd_schemas.progress import Progress, tick
 from xkd_trainer.losses.mined_numba import nearest, partners_of_batch
 from xkd_trainer.losses.vocabulary import BYTE_TOKEN, shared_vocabulary, token_bytes
+
+SEARCHED: Final = 512
+"""Classes whose nearest are searched between two ticks."""
 
 Array = npt.NDArray[Any]
 Texts = tuple[Array, Array]
@@ -86,8 +90,12 @@ def _nearest(queries: list[bytes], targets: Mapping[int, bytes]) -> Array:
     ids = sorted(targets, key=lambda n: (len(targets[n]), n))
     sizes = np.fromiter((len(targets[n]) for n in ids), np.int64, len(ids))
     first_of = np.searchsorted(sizes, np.arange(int(sizes[-1]) + 2)).astype(np.int64)
-    out = np.zeros(len(queries), np.int64)
-    nearest(packed(queries), packed([targets[n] for n in ids]), first_of, out)
+    out, texts = np.zeros(len(queries), np.int64), packed([targets[n] for n in ids])
+    with Progress("mined: nearest classes", len(queries), of="classes"):
+        for first in range(0, len(queries), SEARCHED):
+            part = queries[first : first + SEARCHED]
+            nearest(packed(part), texts, first_of, out[first : first + SEARCHED])
+            tick(len(part))
     return np.asarray(ids, np.int64)[out]
 
 
