@@ -31,6 +31,8 @@ class Sizes:
     """Numbers, a tied head counted once."""
     file_numbers: int
     """Numbers in head.safetensors and embeddings.safetensors."""
+    number_bytes: int
+    """Bytes of a number in the checkpoint, as its configuration says."""
 
 
 def empty_model(name: str) -> PreTrainedModel:
@@ -83,6 +85,7 @@ def sizes_of(name: str) -> Sizes:
         inner=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width),
         weights=sum(parameter.numel() for parameter in model.parameters()),
         file_numbers=numbers + (0 if embeddings is head.weight_VD else embeddings.numel()),
+        number_bytes=head.weight_VD.element_size(),
     )
 
 

@@ -209,7 +209,7 @@ def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | No
     fixed = {
         "documents": table_bytes(DOCUMENTS, look.columns, look),
         "students": student_bytes(run, look),
-        "files": model.file_numbers * bytes_per_number(dtype.dtype),
+        "files": model.file_numbers * min(model.number_bytes, bytes_per_number(dtype.dtype)),
     }
     others = sum(size or 0 for size in fixed.values())
     layers = sorted({s.layer for s in signals_for(run, model.layers) if s.layer is not None})

@@ -38,7 +38,7 @@ from xkd_trainer.forward import num_layers, rehearse
 from xkd_trainer.head import check_model, head_of
 from xkd_trainer.models import load_model, load_tokenizer
 
-CAPTURE_VERSION: Final = 4
+CAPTURE_VERSION: Final = 5
 """Bump when the same settings would give other bytes."""
 
 

@@ -44,7 +44,7 @@ def constants_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:
-    """Write head, embeddings (unless tied) and tokenizer; sha256 by file name."""
+    """Write head, embeddings (unless tied) and tokenizer; sha256 by file name. Readers widen what is narrowed here."""
     head = head_of(model)
     tensors = {"weight": head.weight_VD} | ({"bias": head.bias_V} if head.bias_V is not None else {})
     files = {"head.safetensors": tensors}
@@ -52,11 +52,24 @@ def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:
     if embeddings is not head.weight_VD:
         files["embeddings.safetensors"] = {"weight": embeddings}
     for file, content in files.items():
-        tensors = {k: v.detach().cpu().contiguous() for k, v in content.items()}
+        tensors = {k: narrowed(v.detach().cpu().contiguous()) for k, v in content.items()}
         saved(folder / file, partial(save_file, tensors))
     names = saved_folder(folder / "tokenizer", load_tokenizer(name).save_pretrained)
     kept = [folder / file for file in files] + [folder / "tokenizer" / file for file in names]
     return {path.name: sha256_of(path) for path in kept}
+
+
+def narrowed(weights: torch.Tensor) -> torch.Tensor:
+    """The same numbers in 16 bits where those hold each of them, as of a bfloat16 checkpoint that runs in float32.
+
+    >>> narrowed(torch.tensor([1.5])).dtype, narrowed(torch.tensor([0.1])).dtype
+    (torch.bfloat16, torch.float32)
+    """
+    if weights.dtype == torch.float32:
+        for dtype in (torch.bfloat16, torch.float16):
+            if torch.equal((narrow := weights.to(dtype)).float(), weights):
+                return narrow
+    return weights
 
 
 def moments(tokens: Sequence[Tokens], captured: Sequence[dict[str, Any]], model: PreTrainedModel) -> dict[str, float]:

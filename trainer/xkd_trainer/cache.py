@@ -21,6 +21,7 @@ from xkd_schemas.runfile import TeacherSection
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Kind, Signal, signal_named
 from xkd_schemas.tokens import STUDENTS_VERSION, Bools, Int32s
+from xkd_trainer.compute_dtype import dtype_named
 from xkd_trainer.head import Head
 
 
@@ -165,7 +166,7 @@ class Cache:
         )
 
     def head(self) -> Head:
-        """The teacher's head, as stored."""
+        """The teacher's head, in the dtype that the teacher ran in."""
         c = self.teachers.manifest.constants
         tensors = self._tensors("head.safetensors")
         return Head(
@@ -176,7 +177,7 @@ class Cache:
         )
 
     def embeddings(self) -> Tensor:
-        """The teacher's input embeddings, [V, D], as stored."""
+        """The teacher's input embeddings, [V, D], in the dtype that the teacher ran in."""
         tied = bool(self.teachers.manifest.constants["tied"])
         return self._tensors("head.safetensors" if tied else "embeddings.safetensors")["weight"]
 
@@ -186,11 +187,12 @@ class Cache:
     def _tensors(self, name: str) -> dict[str, Tensor]:
         path = inside(self.teachers.folder, name)
         wanted = self.teachers.manifest.files.get(name)
+        dtype = dtype_named(self.teachers.manifest.spec["dtype"])  # files hold 16 bits where those are enough
         try:
             if sha256_of(path) != wanted:
                 raise BadData(f"{path} does not match its digest", next=self._mending())
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+                return {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118 - not a mapping
         except OSError as error:
             raise BadData(f"{path}: {error.strerror}", next=self._mending()) from error
 

@@ -15,8 +15,9 @@ import small_cache
 from small_cache import made
 from xkd_pipeline.capture import capture
 from xkd_pipeline.documents import document_at
+from xkd_pipeline.empty_model import bytes_per_number, sizes_of
 from xkd_pipeline.measure import Reading
-from xkd_pipeline.stages import Outcome, signals_for, teacher_stage
+from xkd_pipeline.stages import Outcome, align_stage, signals_for, teacher_stage
 from xkd_pipeline.teacher import TeacherSettings, encoder_of, teacher_layers
 from xkd_schemas.alignment import token_ranges
 from xkd_schemas.encode import Encoder
@@ -25,6 +26,7 @@ from xkd_schemas.files import sha256_of
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import signal_named
 from xkd_schemas.tokens import kept_rows
+from xkd_trainer.cache import Cache
 
 
 def stage(cache: Path, **teacher: object) -> Outcome:
@@ -84,6 +86,36 @@ def test_head_embeddings_and_tokenizer_of_an_untied_teacher_stand_beside_the_tab
     tokenizer = AutoTokenizer.from_pretrained(table.folder / "tokenizer")
     text = "The old keeper lit the lamp 🙂."
     assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(made() / "teacher")(text)["input_ids"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_checkpoint_that_runs_in_float32_keeps_a_16_bit_head_and_is_read_as_it_ran(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = model_in(made() / "teacher").to(dtype)
+    shutil.copytree(made() / "teacher", tmp_path / "half")
+    model.save_pretrained(tmp_path / "half")
+    cache = small_cache.copied(tmp_path)
+    stage(cache, model=str(tmp_path / "half"), name="half", losses=[])
+    student = small_cache.run_file(cache, student={"tokenizer": str(made() / "student"), "name": "new"})
+    align_stage(student, small_cache.IN_PROCESS, teacher="half")
+
+    folder, read = cache / "teachers/half", Cache(cache, student="new")
+    planned = planned_files(tmp_path / "half")
+    weights = {"head": model.lm_head.weight, "embeddings": model.get_input_embeddings().weight}
+    for name, weight in weights.items():
+        assert load_file(folder / f"{name}.safetensors")["weight"].dtype == dtype
+        read_back = read.head().weight_VD if name == "head" else read.embeddings()
+        assert read_back.dtype == torch.float32
+        assert torch.equal(read_back, weight.float())
+    stored = sum((folder / f"{name}.safetensors").stat().st_size for name in weights)
+    assert planned == pytest.approx(stored, abs=1000)
+
+
+def planned_files(model: Path) -> int:
+    """Bytes of head and embeddings by the configuration alone, of a teacher that runs in float32."""
+    sizes = sizes_of(str(model))
+    return sizes.file_numbers * min(sizes.number_bytes, bytes_per_number("float32"))
 
 
 def test_a_tied_teacher_has_no_second_copy_of_its_table(tmp_path: Path) -> None:
