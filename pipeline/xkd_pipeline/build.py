@@ -8,7 +8,7 @@ from xkd_pipeline.run import Stage, Workers, run_units
 from xkd_pipeline.store import Store
 from xkd_schemas.manifest import Commit, Manifest
 from xkd_schemas.progress import Progress
-from xkd_schemas.terminal import tell_kept
+from xkd_schemas.terminal import tell_kept, warn
 
 Finish = Callable[[Sequence[Commit]], tuple[dict[str, Any], dict[str, str]]]
 
@@ -65,6 +65,7 @@ def build(
         store.describe()
         return Built(manifest=manifest, made=0, kept=kept)
     if missing:
+        kinds = {commit.made_on for commit in done.values() if commit.made_on}
         rows = {unit: store.plan.units[unit].rows for unit in missing}
         with Progress(store.plan.table, sum(rows.values())) as progress:
 
@@ -73,6 +74,7 @@ def build(
                 done[commit.unit] = commit
                 made = [unit for unit in missing if unit in done]
                 progress.reach(sum(rows[unit] for unit in made), f"{len(made)} of {len(missing)} shards done")
+                _tell_other_kind(store.plan.table, commit, kinds)
                 watch(list(done.values()))
 
             with tell_kept(lambda: _kept(store.plan.table, done, len(store.plan.units))):
@@ -85,3 +87,14 @@ def build(
 def _kept(table: str, done: dict[int, Commit], units: int) -> str:
     rows = sum(commit.rows for commit in done.values())
     return f"{len(done)} of {units} shards of {table} ({rows} documents); lost: what was done of the shards in work"
+
+
+def _tell_other_kind(table: str, commit: Commit, kinds: set[str]) -> None:
+    """Say once that a table goes on on another kind of processor than `kinds`, and take that one up."""
+    if commit.made_on and commit.made_on not in kinds:
+        if kinds:
+            warn(
+                f"{table} continues on {commit.made_on}, after {', '.join(sorted(kinds))}: numbers may differ within "
+                "the rounding of its dtype; xkd-cache verify --recompute measures how far"
+            )
+        kinds.add(commit.made_on)

@@ -34,14 +34,15 @@ def verify(
     if recompute and not model:
         raise UsageError("--recompute needs the teacher", next="add --model FOLDER")
     bad, rows, skipped, recomputed = check(cache, level), 0, list[str](), ""
+    differences: dict[str, float] = {}
     if recompute and not bad:
         from xkd_pipeline.recompute import recompute as compare
 
         found = compare(cache, f"teachers/{teacher or only_teacher(cache)}", model, recompute, dtype)
-        bad, rows, skipped = found.bad, found.rows, found.skipped
-        recomputed = f", {rows} rows recomputed in {found.dtype}"
+        bad, rows, skipped, differences = found.bad, found.rows, found.skipped, found.differences
+        recomputed = f", {rows} rows recomputed in {found.dtype}: {found.line}"
     if as_json:
-        say_json(as_dict(bad, level, rows) | {"not_compared": skipped})
+        say_json(as_dict(bad, level, rows) | {"not_compared": skipped, "differences": differences})
         raise typer.Exit(BadData.exit_code if bad else 0)
     for one in bad:
         say(one.line)

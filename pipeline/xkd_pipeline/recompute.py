@@ -5,7 +5,7 @@ Shape legend for this file
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +46,20 @@ class Recomputed:
     change for others."""
     dtype: str
     """In which the live teacher ran."""
+    differences: dict[str, float] = field(default_factory=dict, compare=False)
+    """Largest relative difference of a row, by column, for columns of which no bit need be the same."""
+
+    @property
+    def line(self) -> str:
+        """How far live and stored numbers are apart, for people."""
+        if not any(self.differences.values()):
+            return "the live teacher gives the very numbers that are stored"
+        column = max(self.differences, key=self.differences.__getitem__)
+        off = sum(value > 0 for value in self.differences.values())
+        return (
+            f"{off} of {len(self.differences)} columns differ within rounding, by "
+            f"{self.differences[column]:.2g} at most ({column})"
+        )
 
 
 def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -> Recomputed:
@@ -85,7 +99,8 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
         for one in compared:
             bad += [_bad(one.table, at, root, reason) for reason in one.reasons(found, ranked, at)]
     skipped = [column for one in compared for column in one.skipped]
-    return Recomputed(bad=bad, rows=len(chosen), skipped=skipped, dtype=settings.dtype)
+    differences = {name: error for one in compared for name, error in one.differences.items()}
+    return Recomputed(bad=bad, rows=len(chosen), skipped=skipped, dtype=settings.dtype, differences=differences)
 
 
 def _settings(spec: Spec, model: str, dtype: str) -> TeacherSettings:
@@ -112,14 +127,21 @@ class _Compared:
         signals: list[str] = table.manifest.spec["signals"]
         self.columns = [c for c in signals if self._stored_as.get(c) in TOLERANCE and not signal_named(c).kind.drawn]
         self.skipped = [c for c in signals if c not in self.columns]
+        self.differences: dict[str, float] = {}
 
     def reasons(self, found: Mapping[str, Any], ranked: tuple[Any, ...], at: int) -> Iterator[str]:
         """What of row `at` is not as it was found; nothing where the table does not reach so far."""
         for column in self.columns if at < len(self.table) else ():
             ours, stored, codec = found[column], self.table[at][column], self._stored_as[column]
-            if reason := _shapes_differ(column, ours, stored) or (
-                _classes_differ(column, stored, *ranked) if codec == "int32" else _differs(column, ours, stored, codec)
-            ):
+            reason = _shapes_differ(column, ours, stored)
+            if not reason and codec == "int32":
+                reason = _classes_differ(column, stored, *ranked)
+            elif not reason:
+                error = _difference(ours, stored, codec)
+                self.differences[column] = max(error, self.differences.get(column, 0.0))
+                limit = TOLERANCE[codec]
+                reason = f"{column} differs by {error:.3f}, more than {limit}" if error > limit else ""
+            if reason:
                 yield reason
 
 
@@ -147,10 +169,10 @@ def _classes_differ(column: str, stored: Any, ids_NM: Any, logits_NM: Any) -> st
     return f"{column}: {100 * share:.1f} % are not what the live teacher ranks there" if share > TIES else ""
 
 
-def _differs(column: str, ours: Any, stored: Any, codec: str) -> str:
+def _difference(ours: Any, stored: Any, codec: str) -> float:
+    """|ours - stored| / |stored|."""
     ours, stored = (_numbers(np.asarray(values), codec) for values in (ours, stored))
-    error = float(np.linalg.norm(ours - stored) / max(float(np.linalg.norm(stored)), 1e-6))
-    return f"{column} differs by {error:.3f}, more than {TOLERANCE[codec]}" if error > TOLERANCE[codec] else ""
+    return float(np.linalg.norm(ours - stored) / max(float(np.linalg.norm(stored)), 1e-6))
 
 
 def _numbers(values: Any, codec: str) -> Any:

@@ -33,7 +33,7 @@ from xkd_schemas.table import Table
 from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_schemas.terminal import warn
 from xkd_schemas.tokens import spans_read
-from xkd_trainer.compute_dtype import choose_dtype, dtype_named
+from xkd_trainer.compute_dtype import choose_dtype, dtype_named, processor_kind
 from xkd_trainer.forward import num_layers, rehearse
 from xkd_trainer.head import check_model, head_of
 from xkd_trainer.models import load_model, load_tokenizer
@@ -70,7 +70,7 @@ class TeacherStage:
         wanted = [signal_named(column) for column in self.signals]
         schema = teacher_schema(wanted, model.get_input_embeddings().weight.shape[1], self.settings.codec)
         schema = schema if self.tokens else signals_schema(schema)
-        head = head_of(model)
+        head, kind = head_of(model), processor_kind(device)
 
         def make(unit: int, care: Care = AS_PLANNED) -> Commit:
             torch.set_num_threads(self.settings.threads)
@@ -90,7 +90,8 @@ class TeacherStage:
             sums = moments(tokens, captured, model) | stored.sums
             totals = Totals(counts=token_counts(rows.block.texts, tokens), sums=sums)
             marked = schema.with_metadata({**schema.metadata, **stored.metadata})
-            return write_shard(part_of(self.folder, self.starts, unit), unit, marked, columns, totals=totals)
+            commit = write_shard(part_of(self.folder, self.starts, unit), unit, marked, columns, totals=totals)
+            return commit.model_copy(update={"made_on": kind})
 
         return make
 

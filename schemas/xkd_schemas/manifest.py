@@ -92,13 +92,14 @@ class Commit(_Record):
     """Rows of the unit whose `status` is not "ok"."""
     care: Care | None = None
     """What differed from the plan; not written where nothing did."""
+    made_on: str | None = None
+    """Kind of processor that ran the model, e.g. "CPU AVX2"; not written where no model ran. It is told and not bound:
+    the same bytes have the same names whatever made them."""
 
     @model_serializer(mode="wrap")
-    def _without_care(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
         data: dict[str, Json] = handler(self)
-        if self.care is None:
-            del data["care"]
-        return data
+        return {name: value for name, value in data.items() if value is not None or name == "rejects"}
 
 
 class Generation(_Record):
@@ -189,7 +190,11 @@ def digest(value: Json) -> str:
 
 def commits_digest(commits: Sequence[Commit]) -> str:
     """What names some records in order."""
-    return digest([c.model_dump(mode="json") for c in commits])
+    return digest(_bound(commits))
+
+
+def _bound(commits: Sequence[Commit]) -> list[Json]:
+    return [c.model_dump(mode="json", exclude={"made_on"}) for c in commits]
 
 
 def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], files: dict[str, str]) -> Manifest:
@@ -210,7 +215,7 @@ def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], 
 
 
 def _root(m: Manifest) -> str:
-    content = [m.table, m.spec, [c.model_dump(mode="json") for c in m.commits], m.constants, m.files]
+    content = [m.table, m.spec, _bound(m.commits), m.constants, m.files]
     return digest([*content, [state.model_dump(mode="json") for state in m.earlier]] if m.earlier else content)
 
 

@@ -92,6 +92,11 @@ def _fast(here: Hardware) -> Choice:
     return Choice(dtype="bfloat16", why=f"because {here.kind} has bfloat16 instructions; {times}")
 
 
+def processor_kind(device: str) -> str:
+    """What a model's results may depend on here, in words."""
+    return hardware(device).kind
+
+
 @functools.cache
 def hardware(device: str) -> Hardware:
     """The processor that `device` (cpu or cuda) is in this process."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import small_cache
+from fake_hardware import hardware_is
 from small_cache import made
 from xkd_pipeline.capture import capture
 from xkd_pipeline.documents import document_at
@@ -19,6 +20,7 @@ from xkd_pipeline.empty_model import bytes_per_number, sizes_of
 from xkd_pipeline.measure import Reading
 from xkd_pipeline.stages import Outcome, align_stage, signals_for, teacher_stage
 from xkd_pipeline.teacher import TeacherSettings, encoder_of, teacher_layers
+from xkd_pipeline.verify import verify
 from xkd_schemas.alignment import token_ranges
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
@@ -110,6 +112,29 @@ def test_a_16_bit_checkpoint_that_runs_in_float32_keeps_a_16_bit_head_and_is_rea
         assert torch.equal(read_back, weight.float())
     stored = sum((folder / f"{name}.safetensors").stat().st_size for name in weights)
     assert planned == pytest.approx(stored, abs=1000)
+
+
+def test_a_table_that_continues_on_another_kind_of_processor_says_so_once_and_keeps_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, table = small_cache.copied(tmp_path), "teachers/K"
+    hardware_is(monkeypatch, has_bfloat16=False, factor=60.0)
+    stage(cache, name="K", losses=[])
+    root = Table(cache, table).manifest.root
+    for unit in (1, 2):
+        next((cache / table).glob(f"0000{unit}-*.arrow")).unlink()
+    assert "continues" not in capsys.readouterr().err
+
+    hardware_is(monkeypatch, has_bfloat16=True, factor=0.5, kind="CPU AMX_BF16")
+    stage(cache, name="K", losses=[])
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: teachers/K continues on CPU AMX_BF16, after CPU AVX2: numbers may differ")
+    manifest = Table(cache, table).manifest
+    assert [commit.made_on for commit in manifest.commits] == ["CPU AVX2", "CPU AMX_BF16", "CPU AMX_BF16"]
+    assert manifest.root == root  # the same bytes: students that were aligned to it stay its students
+    assert verify(cache) == []
 
 
 def planned_files(model: Path) -> int:

@@ -102,6 +102,30 @@ def test_rows_that_do_not_agree_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(one.unit == 0 and "hidden_last differs by" in one.reason for one in found.bad)
 
 
+def test_differences_within_rounding_are_measured_and_no_reason_to_call_a_row_bad(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = small_cache.made()
+    monkeypatch.setattr("xkd_pipeline.recompute.capture", _rounded)
+    found = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2)
+    assert found.bad == []
+    assert found.differences["entropy"] == pytest.approx(0.01, rel=0.05)
+    assert found.line.endswith("columns differ within rounding, by 0.01 at most (entropy)")
+
+    said = CliRunner().invoke(
+        app, ["verify", str(made / "cache"), "--recompute", "2", "--model", str(made / "teacher")]
+    ).output  # fmt: skip
+    assert "2 rows recomputed in float32: " in said
+    assert "differ within rounding, by 0.01 at most (entropy)" in said
+
+
+def _rounded(*given: object) -> list[dict[str, object]]:
+    from xkd_pipeline.capture import capture
+
+    (row,) = capture(*given)
+    return [row | {"entropy": row["entropy"] * 1.01}]
+
+
 def _shifted(*given: object) -> list[dict[str, object]]:
     from xkd_pipeline.capture import capture
 

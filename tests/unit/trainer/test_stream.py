@@ -396,9 +396,8 @@ def test_the_student_table_is_found_by_its_tokenizer_and_two_that_fit_must_be_na
     with pytest.raises(Mismatch, match=r"probe: cache has .*this run has other"):
         find_student(tiny.cache, {**stored, "probe": "other"}, "")
     shutil.copytree(tiny.cache / "students/student", tiny.cache / "students/twin")
-    for record, kind in (("plan.json", Plan), ("manifest.json", Manifest)):
-        path = tiny.cache / "students/twin" / record
-        path.write_bytes(to_json(read_record(path, kind).model_copy(update={"table": "students/twin"})))
+    plan = tiny.cache / "students/twin/plan.json"
+    plan.write_bytes(to_json(read_record(plan, Plan).model_copy(update={"table": "students/twin"})))
     reseal(tiny.cache, "students/twin")
     with pytest.raises(UsageError, match=r"student, twin all fit this student.*--student-table NAME"):
         find_student(tiny.cache, stored, "")
