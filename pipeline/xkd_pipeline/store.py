@@ -188,7 +188,8 @@ class Store:
 
     def is_all(self, manifest: Manifest, done: Mapping[int, Commit]) -> bool:
         """Whether a manifest names what was asked for, every unit of it being done."""
-        return len(manifest.commits) >= self.asked and all(done.get(c.unit) == c for c in manifest.commits)
+        enough = len(manifest.commits) >= self.asked
+        return enough and all(c.unit in done and done[c.unit].bound == c for c in manifest.commits)
 
     def refuse_gaps(self, done: Mapping[int, Commit]) -> None:
         """Raise Mismatch where a unit of an addition is not done that this command was not asked for."""

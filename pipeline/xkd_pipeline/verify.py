@@ -142,7 +142,7 @@ def _adder(root: Path, table: str) -> _Add:
 def _unit(folder: Path, number: int, commit: Commit, add: _Add, level: str) -> Iterator[Bad]:
     record = folder / "commits" / f"{number:05d}.json"
     try:
-        if read_record(record, Commit) != commit:
+        if read_record(record, Commit).bound != commit:
             yield add(record, "is not the record in the manifest", number)
     except (BadData, InputMissing) as error:
         yield add(record, error.what, number)

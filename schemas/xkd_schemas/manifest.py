@@ -93,13 +93,18 @@ class Commit(_Record):
     care: Care | None = None
     """What differed from the plan; not written where nothing did."""
     made_on: str | None = None
-    """Kind of processor that ran the model, e.g. "CPU AVX2"; not written where no model ran. It is told and not bound:
-    the same bytes have the same names whatever made them."""
+    """Kind of processor that ran the model, e.g. "CPU AVX2"; not written where no model ran, nor in a manifest: the
+    same bytes have the same name whatever made them."""
 
     @model_serializer(mode="wrap")
     def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
         data: dict[str, Json] = handler(self)
         return {name: value for name, value in data.items() if value is not None or name == "rejects"}
+
+    @property
+    def bound(self) -> "Commit":
+        """What of the record stands in the manifest."""
+        return self.model_copy(update={"made_on": None})
 
 
 class Generation(_Record):
@@ -190,11 +195,7 @@ def digest(value: Json) -> str:
 
 def commits_digest(commits: Sequence[Commit]) -> str:
     """What names some records in order."""
-    return digest(_bound(commits))
-
-
-def _bound(commits: Sequence[Commit]) -> list[Json]:
-    return [c.model_dump(mode="json", exclude={"made_on"}) for c in commits]
+    return digest([c.model_dump(mode="json") for c in commits])
 
 
 def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], files: dict[str, str]) -> Manifest:
@@ -202,7 +203,7 @@ def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], 
 
     An earlier state whose units were made again, and came out with other bytes, gets another root.
     """
-    earlier = []
+    commits, earlier = tuple(commit.bound for commit in commits), []
     for state in plan.earlier:
         now = commits_digest(commits[: state.units])
         root = state.root if now == state.commits else digest([state.root, now])
@@ -215,7 +216,7 @@ def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], 
 
 
 def _root(m: Manifest) -> str:
-    content = [m.table, m.spec, _bound(m.commits), m.constants, m.files]
+    content = [m.table, m.spec, [c.model_dump(mode="json") for c in m.commits], m.constants, m.files]
     return digest([*content, [state.model_dump(mode="json") for state in m.earlier]] if m.earlier else content)
 
 

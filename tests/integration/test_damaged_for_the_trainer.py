@@ -28,7 +28,7 @@ def run_of(cache: Path) -> RunFile:
         "tokenizer": str(small_cache.made() / "student"),
         "name": "S",
     }
-    return small_cache.run_file(cache, student=student, train={"loss": "mta=1,sra=1,dwa=1"})
+    return small_cache.run_file(cache, student=student, train={"loss": "mta+sra+dwa"})
 
 
 def read_as_the_trainer(cache: Path) -> list[Any]:

@@ -25,6 +25,7 @@ from xkd_schemas.alignment import token_ranges
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.files import sha256_of
+from xkd_schemas.manifest import Commit, read_record
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import signal_named
 from xkd_schemas.tokens import kept_rows
@@ -132,7 +133,9 @@ def test_a_table_that_continues_on_another_kind_of_processor_says_so_once_and_ke
     assert len(lines) == 1
     assert lines[0].startswith("warning: teachers/K continues on CPU AMX_BF16, after CPU AVX2: numbers may differ")
     manifest = Table(cache, table).manifest
-    assert [commit.made_on for commit in manifest.commits] == ["CPU AVX2", "CPU AMX_BF16", "CPU AMX_BF16"]
+    records = [read_record(path, Commit) for path in sorted((cache / table / "commits").iterdir())]
+    assert [record.made_on for record in records] == ["CPU AVX2", "CPU AMX_BF16", "CPU AMX_BF16"]
+    assert [record.bound for record in records] == list(manifest.commits)
     assert manifest.root == root  # the same bytes: students that were aligned to it stay its students
     assert verify(cache) == []
 
