@@ -1,6 +1,26 @@
-"""How `pytest -n 2 --dist loadgroup` shares out the tests; without -n the marks do nothing."""
+"""What all tests share: spaCy's pipeline, loaded once a process, and how `-n 2 --dist loadgroup` shares them out."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import pytest
+
+from xkd_pipeline import spacy_parser
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_spacy_pipeline() -> Iterator[None]:
+    """Half a second for each parser that a test makes; parsers may share what they loaded (test_spacy_ruler)."""
+    load = spacy_parser.load_pipeline
+    once = cache(load)
+
+    def loaded(name: str, **more: Any) -> Any:
+        return load(name, **more) if more or not name.startswith("en_core_web_sm") else once(name)
+
+    spacy_parser.load_pipeline = loaded  # not by monkeypatch: fixtures of the session need it too
+    yield
+    spacy_parser.load_pipeline = load
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
