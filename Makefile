@@ -10,10 +10,12 @@ CHECK := build/wheel-check
 # A file's tests on one worker, in the order of the files: the long ones of tests/integration come first.
 JOBS  ?= 2
 SHARE := --dist loadgroup --no-loadscope-reorder
+# Each library's oldest instructions: another order of sums, other last bits.
+PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic
 # One thread a process: tests run several processes, and torch with more threads than free cores crawls.
 ONE   := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: help install lint types layers test demo preprocess bench wheel clean
+.PHONY: help install lint types layers test plain demo preprocess bench wheel clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk '{name = $$1; sub(/^[a-z]*: /, ""); sub(/:/, "", name); printf "make %-11s %s\n", name, $$0}'
@@ -47,8 +49,11 @@ layers: install         ## who may import whom
 test: lint types layers ## all checks, tests and docstring examples
 	$(ONE) $(BIN)/python -m pytest -n $(JOBS) $(SHARE) --doctest-modules tests schemas trainer pipeline
 
+plain: install          ## the trainer's unit tests again, with what the plainest processor computes
+	$(PLAIN) $(BIN)/python -c "import torch; assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'"
+	$(PLAIN) $(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) tests/unit/trainer
+
 demo: install           ## teacher to distilled student on the demo's text
-	$(BIN)/python data/demo_assets.py --out demo
 	$(BIN)/python data/demo.py
 
 preprocess: install     ## documents, teacher and align for RUN=runs/demo.toml

@@ -1,85 +1,216 @@
-"""The demo behind `make demo`: one teacher pass, two students of equal size and steps, one table.
+"""The demo behind `make demo`: one teacher pass, students with and without it, two seeds of each, one table.
 
-Run after data/demo_assets.py. Every step is a command that you could type; it is printed, timed, and skipped by the
-command itself where its result is there already.
+It says how long it will take, makes the teacher and the text (data/demo_assets.py), and then runs commands that you
+could type: each is printed, timed, and skips by itself what is there already.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, Final
 
-BIN = Path(sys.executable).parent
-RUN = Path("runs/demo.toml")
+BIN: Final = Path(sys.executable).parent
+RUN: Final = Path("runs/demo.toml")
+FEW: Final = ["--sample", "128"]
+STUDENTS: Final = ("without teacher", "with teacher")
+PROBE: Final = (0.10, 0.10)
+"""Seconds of `probe` on two cores of an AMD EPYC with AVX2, where EXPECTED was measured with nothing else running."""
+EXPECTED: Final[Mapping[str, tuple[float, float]]] = {
+    "teacher, text and tokenizer": (20, 5),
+    "tokenizers compared, cache planned": (9, 0),
+    "cache of the training rows": (25, 45),
+    "cache of the held-out rows, teacher evaluated": (15, 20),
+    "students without teacher": (9, 20),
+    "students with teacher": (9, 50),
+    "students evaluated": (16, 6),
+    "report of the cache": (8, 0),
+}
+"""Step -> seconds there that are Python's, and seconds that are matrix products."""
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command line; what its JSON result says, if anything; whether the result was there before."""
+
+    words: Sequence[str]
+    said: Callable[[Result], str] = lambda _: ""
+    reused: Callable[[Result], bool] = lambda _: False
 
 
 @dataclass(frozen=True)
 class Step:
-    """One finished command."""
+    """Commands that ran at the same time."""
 
     title: str
     seconds: float
-    result: dict[str, Any]
     reused: bool
 
 
 def main() -> None:
-    """Run all steps, print the table, write demo/report.md."""
+    """Say how long it takes, run all steps, print the table, write report.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one student of each kind for each seed")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    steps = [
-        _step("compare the tokenizers on 128 rows", _pair(out), lambda _: False, _goes_together),
-        _step(
-            "plan the cache from 128 rows", ["xkd-cache", "plan", "--run", str(RUN), *_FEW], lambda _: False, _needs
-        ),
-        _step("cache of the training rows", ["xkd-cache", "preprocess", str(RUN)], _made),
-        _step("cache of the held-out rows", ["xkd-cache", "preprocess", str(RUN), *_held(out)], _made),
-    ]
-    students = {"without teacher": "ce", "with teacher": _distilled_loss()}
-    rows: dict[str, dict[str, Any]] = {"teacher": _evaluate(out, "teacher", out / "teacher", steps)}
-    for name, loss in students.items():
-        folder = out / f"student-{name.replace(' ', '-')}-{arguments.seed}"
-        command = ["xkd-train", "--run", str(RUN), "--loss", loss, "--out", str(folder), "--seed", str(arguments.seed)]
-        steps.append(_step(f"train the student {name}", command, lambda r: not r["terms"]))
-        rows[name] = _evaluate(out, f"student {name}", folder, steps)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two commands run at a time
+    print(expected(*probe()), flush=True)
+    demo = Demo(out)
+    demo.assets()
+    demo.run("tokenizers compared, cache planned", [_pair(out), _plan()])
+    demo.run("cache of the training rows", [_preprocess()])
+    title = "cache of the held-out rows, teacher evaluated"
+    rows = {"teacher": demo.evaluated(title, [out / "teacher"], _preprocess(_held(out)))}
+    stems = {name: f"student-{name.replace(' ', '-')}" for name in STUDENTS}
+    folders = {name: [out / f"{stem}-{seed}" for seed in arguments.seeds] for name, stem in stems.items()}
+    for name, loss in zip(STUDENTS, ("ce", _loss()), strict=True):
+        commands = [_train(loss, seed, out_) for seed, out_ in zip(arguments.seeds, folders[name], strict=True)]
+        demo.run(f"students {name}", commands)
+    results = demo.evaluated("students evaluated", [folder for name in STUDENTS for folder in folders[name]])
+    for number, name in enumerate(STUDENTS):
+        rows[name] = results[number * len(arguments.seeds) :][: len(arguments.seeds)]
     page = out / "report.html"
-    draw = ["xkd-cache", "report", str(out / "cache"), "--out", str(page)]
-    steps.append(_step("report of the cache", draw, lambda _: False))
-    table = _table(rows)
-    student = out / f"student-with-teacher-{arguments.seed}"
-    (out / "report.md").write_text(_report(table, steps, student), encoding="utf-8")
-    print(f"\n{table}\nstudent: {student}\nreport:  {out / 'report.md'}\ncache:   {page}")
+    demo.run("report of the cache", [Command(["xkd-cache", "report", str(out / "cache"), "--out", str(page)])])
+    text = f"{table(rows)}\n{verdict(rows)}\n"
+    (out / "report.md").write_text(_report(text, demo.steps, folders["with teacher"][0]), encoding="utf-8")
+    print(f"\n{text}\nreport:  {out / 'report.md'}\ncache:   {page}")
+    print(f"took:    {sum(step.seconds for step in demo.steps) / 60:.1f} minutes")
 
 
-def _distilled_loss() -> str:
-    import tomllib
+def probe() -> tuple[float, float]:
+    """Seconds of some Python and of some float32 products on one core, as this machine is busy now."""
+    import numpy as np
 
-    return str(tomllib.loads(RUN.read_text())["train"]["loss"])
+    start = time.perf_counter()
+    sum(len(str(number)) for number in range(400_000))
+    python = time.perf_counter() - start
+    square = np.ones((768, 768), np.float32)
+    start = time.perf_counter()
+    for _ in range(6):
+        square @ square
+    return python, time.perf_counter() - start
+
+
+def expected(python: float, products: float) -> str:
+    """What the steps will take on a machine whose probe took so many seconds.
+
+    >>> print(expected(*PROBE).splitlines()[0])
+    The demo takes about 4.3 minutes here once the packages are downloaded:
+    >>> print(expected(2 * PROBE[0], 2 * PROBE[1]).splitlines()[0])
+    The demo takes about 8.6 minutes here once the packages are downloaded:
+    """
+    scales = (python / PROBE[0], products / PROBE[1])
+    seconds = {title: sum(s * e for s, e in zip(scales, parts, strict=True)) for title, parts in EXPECTED.items()}
+    lines = [f"The demo takes about {sum(seconds.values()) / 60:.1f} minutes here once the packages are downloaded:"]
+    return "\n".join([*lines, *(f"   {value:4.0f} s  {title}" for title, value in seconds.items())])
+
+
+class Demo:
+    """The steps so far."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.steps: list[Step] = []
+
+    def assets(self) -> None:
+        """The teacher, the text and the student's tokenizer."""
+        start = time.monotonic()
+        _begin("teacher, text and tokenizer", command := ["python", "data/demo_assets.py", "--out", str(self.out)])
+        code = subprocess.run([BIN / command[0], *command[1:]], check=False).returncode
+        if code:
+            raise SystemExit(code)
+        self.steps.append(Step("teacher, text and tokenizer", time.monotonic() - start, reused=False))
+
+    def run(self, title: str, commands: Sequence[Command]) -> list[Result]:
+        """Run commands with --json at the same time, two at most; their results."""
+        start = time.monotonic()
+        _begin(title, *(command.words for command in commands))
+        results = [result for two in range(0, len(commands), 2) for result in _together(commands[two : two + 2])]
+        reused = bool(commands) and all(c.reused(result) for c, result in zip(commands, results, strict=True))
+        self.steps.append(Step(title, time.monotonic() - start, reused))
+        print(f"   {self.steps[-1].seconds:.0f} s{', reused what was there' if reused else ''}", flush=True)
+        return results
+
+    def evaluated(self, title: str, folders: Sequence[Path], *beside: Command) -> list[Result]:
+        """Evaluations on the held-out rows, kept beside the models and reused while all is the same."""
+        commands = {folder: _evaluate(self.out, folder) for folder in folders}
+        stamps = {f: [(f / "model.safetensors").stat().st_mtime_ns, *commands[f].words] for f in folders}
+        kept = {folder: self.out / f"eval-{folder.name}.json" for folder in folders}
+        stored = {f: json.loads(kept[f].read_text()) if kept[f].exists() else {"stamp": []} for f in folders}
+        missing = [folder for folder in folders if stored[folder]["stamp"] != stamps[folder]]
+        results = self.run(title, [*beside, *(commands[folder] for folder in missing)])[len(beside) :]
+        for folder, result in zip(missing, results, strict=True):
+            stored[folder] = {"stamp": stamps[folder], "result": result}
+            kept[folder].write_text(json.dumps(stored[folder]))
+        return [stored[folder]["result"] for folder in folders]
+
+
+def _begin(title: str, *commands: Sequence[str]) -> None:
+    print("\n".join([f"\n== {title}", *(f"   $ {' '.join(words)}" for words in commands)]), flush=True)
+
+
+def _together(commands: Sequence[Command]) -> list[Result]:
+    """Results of commands that run at the same time; progress goes to the terminal; the first failure ends all."""
+    words = [[str(BIN / command.words[0]), *command.words[1:], "--json"] for command in commands]
+    running = [subprocess.Popen(one, stdout=subprocess.PIPE, text=True) for one in words]
+    written = [process.communicate()[0] for process in running]
+    if code := next((process.returncode for process in running if process.returncode), 0):
+        raise SystemExit(code)
+    results = []
+    for command, text in zip(commands, written, strict=True):
+        *lines, last = text.strip().splitlines()
+        results.append(json.loads(last))
+        for line in filter(None, [*lines, command.said(results[-1])]):
+            print(f"   {line}")
+    return results
+
+
+def _pair(out: Path) -> Command:
+    words = ["xkd-cache", "pair", str(out / "teacher"), str(out / "tokenizer"), str(out / "train-small.jsonl")]
+    return Command([*words, *FEW, "--worst", "0"], _goes_together)
+
+
+def _plan() -> Command:
+    return Command(["xkd-cache", "plan", "--run", str(RUN), *FEW], _needs)
+
+
+def _preprocess(words: Sequence[str] = ()) -> Command:
+    made = ["xkd-cache", "preprocess", str(RUN), *words]
+    return Command(made, reused=lambda result: all(stage["made"] == 0 for stage in result["stages"]))
 
 
 def _held(out: Path) -> list[str]:
-    """The same run on the held-out rows, with nothing kept but what agreement needs."""
-    sets = [f"cache={out}/held-cache", f'documents.corpus=["{out}/held.jsonl"]', "teacher.losses=[]"]
-    sets += ["documents.rows_per_shard=40"]  # so that both workers have something to do
+    """The same run on the held-out rows, in one process, with nothing kept but what agreement needs."""
+    sets = [f"cache={out}/held-cache", f'documents.corpus=["{out}/held-small.jsonl"]', "teacher.losses=[]"]
+    sets += ["workers=0"]  # the other core evaluates the teacher
     return [part for setting in sets for part in ("--set", setting)]
 
 
-_FEW = ["--sample", "128"]
+def _train(loss: str, seed: int, out: Path) -> Command:
+    words = ["xkd-train", "--run", str(RUN), "--loss", loss, "--out", str(out), "--seed", str(seed)]
+    return Command(words, reused=lambda result: not result["terms"])
 
 
-def _pair(out: Path) -> list[str]:
-    corpus = str(out / "train.jsonl")
-    return ["xkd-cache", "pair", str(out / "teacher"), str(out / "tokenizer"), corpus, *_FEW, "--worst", "0"]
+def _loss() -> str:
+    return str(tomllib.loads(RUN.read_text(encoding="utf-8"))["train"]["loss"])
 
 
-def _goes_together(result: dict[str, Any]) -> str:
+def _evaluate(out: Path, folder: Path) -> Command:
+    words = ["xkd-train", "eval", str(folder), "--data", str(out / "held-small.jsonl"), "--template", "chat"]
+    agreement = [] if folder.name == "teacher" else ["--shards", str(out / "held-cache")]
+    return Command([*words, "--no-rouge", *agreement])
+
+
+def _goes_together(result: Result) -> str:
     shared, tokens = result["vocabulary"], result["fertility"]
     return (
         f"{shared['shared']} of the student's {shared['student']} tokens are tokens of the teacher; "
@@ -88,7 +219,7 @@ def _goes_together(result: dict[str, Any]) -> str:
     )
 
 
-def _needs(result: dict[str, Any]) -> str:
+def _needs(result: Result) -> str:
     return (
         f"{result['tokens']} tokens, give or take {100 * result['give_or_take']:.0f} %: "
         f"{result['bytes'] / 1e6:.1f} MB with head and embeddings, "
@@ -97,63 +228,49 @@ def _needs(result: dict[str, Any]) -> str:
     )
 
 
-def _step(title: str, command: list[str], reused: Any, said: Any = None) -> Step:
-    """Run one command with --json; its progress goes to the terminal, and then what `said` makes of its result."""
-    print(f"\n== {title}\n   $ {' '.join(command)}", flush=True)
-    start = time.monotonic()
-    done = subprocess.run([BIN / command[0], *command[1:], "--json"], stdout=subprocess.PIPE, text=True, check=False)
-    seconds = time.monotonic() - start
-    *lines, last = done.stdout.strip().splitlines() or [""]
-    for line in lines:
-        print(f"   {line}")
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    result = json.loads(last)
-    step = Step(title, seconds, result, bool(reused(result)))
-    if said:
-        print(f"   {said(result)}")
-    print(f"   {seconds:.0f} s{', reused what was there' if step.reused else ''}", flush=True)
-    return step
+def table(rows: Mapping[str, Sequence[Result]]) -> str:
+    """Means over the seeds, each seed behind them.
+
+    >>> print(table({"teacher": [{"bits_per_byte": 1.0}], "with teacher": [{"bits_per_byte": 2.5, "agreement": 9.0},
+    ...     {"bits_per_byte": 2.7, "agreement": 10.0}]}).splitlines()[-1])
+    | student with teacher | 2.600 (2.500, 2.700) | 9.5 % (9.0, 10.0) |
+    """
+    lines = ["| | bits per byte, mean (each seed) | agrees with the teacher |", "|---|---|---|"]
+    for name, results in rows.items():
+        bits = _spread([result["bits_per_byte"] for result in results], "{:.3f}", "")
+        agreement = _spread([result["agreement"] for result in results if "agreement" in result], "{:.1f}", " %")
+        lines.append(f"| {name if name == 'teacher' else f'student {name}'} | {bits} | {agreement} |")
+    return "\n".join(lines) + "\n"
 
 
-def _made(result: dict[str, Any]) -> bool:
-    return all(stage["made"] == 0 for stage in result["stages"])
+def _spread(values: Sequence[float], form: str, unit: str) -> str:
+    if not values:
+        return ""
+    return form.format(mean(values)) + unit + (f" ({', '.join(map(form.format, values))})" if len(values) > 1 else "")
 
 
-def _evaluate(out: Path, name: str, folder: Path, steps: list[Step]) -> dict[str, Any]:
-    """Evaluation of one model on the held-out rows; kept beside the model and reused while the model is the same."""
-    command = ["xkd-train", "eval", str(folder), "--data", str(out / "held.jsonl"), "--template", "chat"]
-    command += ["--no-rouge"] if name == "teacher" else ["--shards", str(out / "held-cache"), *_ROUGE]
-    kept = out / f"eval-{folder.name}.json"
-    stamp = (folder / "model.safetensors").stat().st_mtime_ns
-    if kept.exists() and (stored := json.loads(kept.read_text()))["stamp"] == stamp:
-        steps.append(Step(f"evaluate the {name}", 0.0, stored["result"], True))
-        print(f"\n== evaluate the {name}\n   {kept}: reused what was there")
-        return dict(stored["result"])
-    steps.append(_step(f"evaluate the {name}", command, lambda _: False))
-    kept.write_text(json.dumps({"stamp": stamp, "result": steps[-1].result}))
-    return steps[-1].result
+def verdict(rows: Mapping[str, Sequence[Result]]) -> str:
+    """What the table shows; a difference is called one only where all seeds of one kind are on one side of the other.
+
+    >>> verdict({"without teacher": [{"bits_per_byte": 2.7}, {"bits_per_byte": 2.6}],
+    ...          "with teacher": [{"bits_per_byte": 2.4}, {"bits_per_byte": 2.5}]})
+    'Every student with teacher needs fewer bits than every student without: 0.200 in the mean.'
+    >>> verdict({"without teacher": [{"bits_per_byte": 2.7}, {"bits_per_byte": 2.4}], "with teacher": [
+    ...     {"bits_per_byte": 2.5}, {"bits_per_byte": 2.3}]})
+    'The seeds differ more than the two kinds of student: this run shows no difference.'
+    """
+    without, taught = ([result["bits_per_byte"] for result in rows[name]] for name in STUDENTS)
+    if max(taught) < min(without):
+        gain = mean(without) - mean(taught)
+        return f"Every student with teacher needs fewer bits than every student without: {gain:.3f} in the mean."
+    return "The seeds differ more than the two kinds of student: this run shows no difference."
 
 
-_ROUGE = ["--seeds", "10", "--limit", "48", "--max-new-tokens", "48"]
-
-
-def _table(rows: dict[str, dict[str, Any]]) -> str:
-    head = "| | bits per byte | agrees with the teacher | ROUGE-L |\n|---|---|---|---|\n"
-    lines = []
-    for name, row in rows.items():
-        label = "teacher" if name == "teacher" else f"student {name}"
-        agreement = f"{row['agreement']:.1f} %" if "agreement" in row else ""
-        rouge = f"{row['rouge_l']:.1f}" if "rouge_l" in row else ""
-        lines.append(f"| {label} | {row['bits_per_byte']:.3f} | {agreement} | {rouge} |\n")
-    return head + "".join(lines)
-
-
-def _report(table: str, steps: list[Step], student: Path) -> str:
+def _report(text: str, steps: Sequence[Step], student: Path) -> str:
     times = "".join(f"| {step.title} | {step.seconds:.0f} s{' (reused)' if step.reused else ''} |\n" for step in steps)
     return (
-        f"# Demo\n\nHeld-out rows, settings of {RUN}.\n\n{table}\n| step | time |\n|---|---|\n{times}\n"
-        f"The student with teacher is in `{student}`:\n"
+        f"# Demo\n\nHeld-out rows, settings of {RUN}.\n\n{text}\n| step | time |\n|---|---|\n{times}\n"
+        f"A student with teacher is in `{student}`:\n"
         f"`AutoModelForCausalLM.from_pretrained({str(student)!r})`.\n"
     )
 

