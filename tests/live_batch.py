@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xkd_schemas.alignment import token_ranges
-from xkd_schemas.tokens import Tokens
+from xkd_schemas.tokens import CONTENT, Tokens
 from xkd_trainer.batch import Batch, Level, TokenStates
 from xkd_trainer.cache import Cache
 from xkd_trainer.padding import pad
@@ -29,7 +29,7 @@ def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
     """The same batch with everything of the teacher measured now, each document alone, nothing rounded."""
     hidden, attention, entropy, argmax = [], [], [], []
     levels: list[list[tuple[Tensor, Tensor]]] = [[] for _ in batch.levels]
-    layers: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in batch.token_states]
+    layers: list[list[tuple[Tensor, ...]]] = [[] for _ in batch.token_states]
     for row in batch.rows:
         tokens, document = tokens_of(cache.teachers[row]), cache.documents[row]
         targets = tokens.targets
@@ -47,7 +47,9 @@ def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
             states_1TD = output.hidden_states[states.layer]
             row_T = output.attentions[states.layer - 1][0, :, -1].sum(0)
             weights_1T = centrality(states_1TD, torch.ones_like(states_1TD[..., 0], dtype=torch.bool))
-            kept.append((states_1TD[0], row_T / row_T.sum(), weights_1T[0]))
+            text = int(np.flatnonzero(tokens.kinds == CONTENT)[-1])
+            text_T = output.attentions[states.layer - 1][0, :, text].sum(0)
+            kept.append((states_1TD[0], row_T / row_T.sum(), text_T / text_T.sum(), weights_1T[0]))
         for found, level in zip(levels, batch.levels, strict=True):
             spans = document["words" if level.unit == "word" else "phrases"]
             ranges_1K2 = torch.from_numpy(token_ranges(tokens, spans).astype(np.int64))[None]
@@ -70,9 +72,17 @@ def _live_level(level: Level, found: list[tuple[Tensor, Tensor]]) -> Level:
     return replace(level, vectors_BUD=vectors_BUD, mass_BU=mass_BU, cosines_BUU=cosine_matrix(vectors_BUD))
 
 
-def _live_states(states: TokenStates, kept: list[tuple[Tensor, Tensor, Tensor]]) -> TokenStates:
-    hidden_BTD, attention_BT, centrality_BT = (pad([v.numpy() for v in side]) for side in zip(*kept, strict=True))
-    return replace(states, hidden_BTD=hidden_BTD, attention_BT=attention_BT, centrality_BT=centrality_BT)
+def _live_states(states: TokenStates, kept: list[tuple[Tensor, ...]]) -> TokenStates:
+    hidden_BTD, attention_BT, text_BT, centrality_BT = (
+        pad([v.numpy() for v in side]) for side in zip(*kept, strict=True)
+    )
+    return replace(
+        states,
+        hidden_BTD=hidden_BTD,
+        attention_BT=attention_BT,
+        attention_text_BT=text_BT,
+        centrality_BT=centrality_BT,
+    )
 
 
 @torch.no_grad()

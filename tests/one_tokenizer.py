@@ -31,7 +31,7 @@ LAYERS = (1, 2, 3, 4)
 LEVELS = ((2, "word"), (3, "phrase"), (4, "phrase"))
 SIGNALS = (
     *(Signal(name) for name in ("hidden_last", "attention_last", "entropy", "argmax")),
-    *(Signal(name, layer) for name in ("hidden", "attention", "centrality") for layer in LAYERS),
+    *(Signal(name, layer) for name in ("hidden", "attention", "attention_text", "centrality") for layer in LAYERS),
     *(Signal(name, *level) for name in ("span_mass", "span_geometry", "span_vectors") for level in LEVELS),
 )
 SAME, OTHER, FRAMED = "same", "other", "framed"

@@ -1,7 +1,7 @@
 """The teacher's forward passes over one unit: which documents run together, and what is kept of each."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xkd_pipeline.measure import Reading, padded, signals_of
+from xkd_pipeline.measure import ROWS, Reading, padded, signals_of
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.errors import BadData
 from xkd_schemas.progress import tick
-from xkd_schemas.teacher import Signal
+from xkd_schemas.teacher import KINDS, Signal
+from xkd_schemas.tokens import last_text
 from xkd_trainer.compute_dtype import this_device
 from xkd_trainer.forward import run
 from xkd_trainer.head import head_of
@@ -68,11 +69,22 @@ def classes_of(model: str) -> int:
     return int(max(load_tokenizer(model).get_vocab().values())) + 1
 
 
-def reads_of(wanted: Sequence[Signal]) -> tuple[list[int], bool, list[int]]:
-    """Layers whose states the signals read, whether they read the last attention row, and the layers of other rows."""
-    layers = sorted({s.layer for s in wanted if s.layer is not None and s.name != "attention"})
-    rows = sorted({s.layer for s in wanted if s.layer is not None and s.name == "attention"})
-    return layers, any(s.name == "attention_last" for s in wanted), rows
+def reads_of(wanted: Sequence[Signal]) -> dict[str, Any]:
+    """What the signals read of a pass: `layers`, `attention`, `attention_layers` and `text_layers` of `run`."""
+
+    def layers(names: Collection[str]) -> list[int]:
+        return sorted({s.layer for s in wanted if s.layer is not None and s.name in names})
+
+    return {
+        "layers": layers(KINDS.keys() - ROWS),
+        "attention": any(s.name == "attention_last" for s in wanted),
+        "attention_layers": layers({"attention"}),
+        "text_layers": layers({"attention_text"}),
+    }
+
+
+def _last_text(readings: Sequence[Reading]) -> Tensor:
+    return torch.tensor([last_text(reading.tokens.kinds) for reading in readings])
 
 
 @torch.inference_mode()
@@ -87,14 +99,14 @@ def capture(
     width = model.get_input_embeddings().weight.shape[1]
     empty = {s.column: np.zeros((0, width), np.uint16) if s.kind.wide else np.zeros(0) for s in wanted}
     captured: list[dict[str, Any]] = [empty] * len(readings)
-    layers, attention, attention_layers = reads_of(wanted)
+    reads = reads_of(wanted)
     classes = classes_of(settings.model) if any(s.kind.drawn for s in wanted) else None
     head = head_of(model)
     lengths = [len(r.tokens.ids) for r in readings]
     for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):
         batch = [readings[i] for i in indices]
         ids_BL, valid_BL = (t.to(model.device) for t in padded(batch, settings.pad_multiple))
-        states = run(model, ids_BL, valid_BL, layers=layers, attention=attention, attention_layers=attention_layers)
+        states = run(model, ids_BL, valid_BL, text_B=_last_text(batch).to(model.device), **reads)
         if not _finite(states.last_BLD, valid_BL):
             raise BadData(
                 f"the teacher's hidden states are not finite in {settings.dtype}", next="capture with --dtype float32"

@@ -21,7 +21,7 @@ from xkd_schemas.table import Row, Table
 from xkd_schemas.tokens import CONTENT, END, OK, STUDENTS, TEMPLATE, kept_rows, predictors, spans_read
 
 BF16_EXPONENT = 0x7F80
-PER_TOKEN = ("attention_last", "attention", "centrality")
+PER_TOKEN = ("attention_last", "attention", "attention_text", "centrality")
 """Signals that are weights of a document's tokens: none below 0, their sum 1."""
 
 

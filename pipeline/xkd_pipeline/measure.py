@@ -7,7 +7,7 @@ Shape legend for this file
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from xkd_trainer.signals import centrality, cosine_matrix, pack_triangle, pool_s
 
 LOGIT_BYTES = 64 * 2**20
 """Logits are made for so many bytes of positions at a time."""
+
+ROWS: Final = {"attention": "attention_layers", "attention_text": "text_layers"}
+"""Signals that are one row of a block's attention map, and where `States` has it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,8 +139,9 @@ def _tokens_of_layer(
             count = len(reading.tokens.ids)
             if signal.name == "hidden" and signal.layer is not None:
                 rows[number][signal.column] = bf16_bits(states.layers[signal.layer][number, :count])
-            elif signal.name == "attention" and signal.layer is not None:
-                rows[number][signal.column] = states.attention_layers[signal.layer][number, :count].cpu().numpy()
+            elif signal.name in ROWS and signal.layer is not None:
+                row_L = getattr(states, ROWS[signal.name])[signal.layer][number, :count]
+                rows[number][signal.column] = row_L.cpu().numpy()
 
 
 def _layer(

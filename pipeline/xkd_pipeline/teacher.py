@@ -209,8 +209,7 @@ def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: s
 def check_wanted(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> None:
     """Raise UsageError where the model cannot give a signal: layers, attention or classes that it does not have."""
     check_top(wanted, model, name)
-    layers, attention, rows = reads_of(wanted)
-    rehearse(model, layers=layers, attention=attention, attention_layers=rows)
+    rehearse(model, **reads_of(wanted))
 
 
 def check_top(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> None:

@@ -47,6 +47,7 @@ KINDS: Final[dict[str, Kind]] = {
     "attention_last": Kind("float32", "T", wide=False),  # last token's row in the last block, heads summed, sum 1
     "hidden": Kind("bf16", "T", wide=True, layer=True),  # output of block L; not normed, but for the last one
     "attention": Kind("float32", "T", wide=False, layer=True),  # last token's row in block L, heads summed, sum 1
+    "attention_text": Kind("float32", "T", wide=False, layer=True),  # the same of the last text token, in any block
     "centrality": Kind("float32", "T", wide=False, layer=True),  # MTA eq. 5-7
     "span_mass": Kind("float32", "K", wide=False, layer=True, unit=True),  # sum of centrality inside the span
     "span_vectors": Kind("bf16", "K", wide=True, layer=True, unit=True),  # MTA eq. 8

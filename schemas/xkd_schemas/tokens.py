@@ -83,6 +83,16 @@ def spans_read(intervals_K2: Int32s, num_chars: int) -> Int32s:
     return intervals_K2[: int(np.searchsorted(intervals_K2[:, 0], num_chars))]
 
 
+def last_text(kinds_T: npt.NDArray[np.uint8]) -> int:
+    """Place of the last token of the text, in front of the end token and the template; of a row without one, 0.
+
+    >>> last_text(np.array([TEMPLATE, CONTENT, CONTENT, END, TEMPLATE], np.uint8))
+    2
+    """
+    places = np.flatnonzero(kinds_T == CONTENT)
+    return int(places[-1]) if len(places) else 0
+
+
 def predictors(targets_T: Bools) -> npt.NDArray[np.int64]:
     """Positions whose state predicts a target: t - 1 for every target t > 0, [N], ascending.
 

@@ -315,7 +315,7 @@ def test_captured_are_the_signals_of_all_three_methods(pair: Pair) -> None:
     names = {s.name for s in wanted_signals(4)}
 
     assert names == {
-        "argmax", "attention_last", "entropy", "hidden_last", "span_geometry", "span_mass", "span_vectors"
+        "argmax", "attention_text", "entropy", "hidden_last", "span_geometry", "span_mass", "span_vectors"
     }  # fmt: skip
     stored = Table(pair.cache, "teachers/teacher").manifest.spec["signals"]
     assert stored == [s.column for s in wanted_signals(4)]

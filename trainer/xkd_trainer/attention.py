@@ -11,7 +11,7 @@ Shape legend for this file
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -34,35 +34,36 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 @dataclass
 class LastRows:
-    """Rows heard so far: layer index (0 is the first block) -> [B, H, L] float32, without gradient."""
+    """Rows heard so far: (which, layer index; 0 is the first block) -> [B, H, L] float32, without gradient."""
 
     layers: frozenset[int]
-    last_B: Tensor
-    """Position of each document's last valid token, int64."""
+    places: Mapping[str, Tensor]
+    """Which row -> the position in each document of the token whose row it is, [B] int64."""
     sdpa: Attention = sdpa_attention_forward
     """What the name led to before."""
-    rows: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     several: set[int] = field(default_factory=set)
     """Layers that attended more than once, so that no row is the layer's."""
     wrong: dict[int, float] | None = None
     """Where it is asked for: how far a row times the values is from what the attention returned, by layer."""
 
-    def keep(self, layer: int, row_BHL: Tensor, value_BKLE: Tensor, output_BLHE: Tensor) -> None:
-        """Keep a block's row; values and output are those of the call it was taken from."""
-        if layer in self.rows:
-            self.several.add(layer)
-        self.rows[layer] = row_BHL.detach()
-        if self.wrong is not None:
-            value_BHLE = value_BKLE.repeat_interleave(row_BHL.shape[1] // value_BKLE.shape[1], dim=1).float()
-            ours_BHE = torch.einsum("bhl,bhle->bhe", row_BHL, value_BHLE)
-            theirs_BHE = output_BLHE[torch.arange(len(output_BLHE), device=self.last_B.device), self.last_B].float()
-            self.wrong[layer] = float((ours_BHE - theirs_BHE).abs().max() / theirs_BHE.abs().max().clamp_min(TINY))
+    def keep(self, layer: int, row_of: Callable[[Tensor], Tensor], value_BKLE: Tensor, output_BLHE: Tensor) -> None:
+        """Keep a block's rows, [B, H, L] of places [B]; values and output are those of the same call."""
+        for which, place_B in self.places.items():
+            if (which, layer) in self.rows:
+                self.several.add(layer)
+            self.rows[which, layer] = row_BHL = row_of(place_B).detach()
+            if self.wrong is not None:
+                value_BHLE = value_BKLE.repeat_interleave(row_BHL.shape[1] // value_BKLE.shape[1], dim=1).float()
+                ours_BHE = torch.einsum("bhl,bhle->bhe", row_BHL, value_BHLE)
+                theirs_BHE = output_BLHE[torch.arange(len(output_BLHE), device=place_B.device), place_B].float()
+                self.wrong[layer] = float((ours_BHE - theirs_BHE).abs().max() / theirs_BHE.abs().max().clamp_min(TINY))
 
 
 @contextlib.contextmanager
-def listen(layers: frozenset[int], last_B: Tensor) -> Iterator[LastRows]:
-    """Collect the last token's attention row of some blocks from the forward passes inside the context."""
-    heard = LastRows(layers=layers, last_B=last_B)
+def listen(layers: frozenset[int], places: Mapping[str, Tensor]) -> Iterator[LastRows]:
+    """Collect the attention rows of some tokens in some blocks from the forward passes inside the context."""
+    heard = LastRows(layers=layers, places=places)
     with contextlib.ExitStack() as names:
         if layers:
             heard.sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -92,7 +93,7 @@ def _sdpa(
     result = heard.sdpa(module, query, key, value, attention_mask, **options)
     layer = getattr(module, "layer_idx", None)
     if layer in heard.layers:
-        heard.keep(layer, last_row(query, key, heard.last_B, attention_mask, options), value, result[0])
+        heard.keep(layer, lambda place_B: last_row(query, key, place_B, attention_mask, options), value, result[0])
     return result
 
 
@@ -111,7 +112,8 @@ def _eager(
                 output, map_BHLL = own(module, query, key, value, attention_mask, **{**options, "dropout": 0.0})
         assert map_BHLL is not None
         rows_B = torch.arange(len(query), device=query.device)
-        heard.keep(layer, map_BHLL[rows_B, :, heard.last_B].float(), value, output)
+        map_BHLL = map_BHLL.float()
+        heard.keep(layer, lambda place_B: map_BHLL[rows_B, :, place_B], value, output)
     return result
 
 
@@ -119,12 +121,12 @@ def _eager(
 def last_row(
     query_BHLE: Tensor, key_BKLE: Tensor, last_B: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    """Attention of each document's last valid token over all tokens, [B, H, L] float32, rows sum to 1.
+    """Attention of one token of each document over all tokens, [B, H, L] float32, rows sum to 1.
 
     Args:
         query_BHLE: Queries after position encoding.
         key_BKLE: Keys after position encoding.
-        last_B: Position of the last valid token.
+        last_B: Position of that token.
         mask: What the attention function was given: None (causal), bool (True attends) or additive.
         options: The other arguments of the call; `scaling`, `sliding_window`, `position_bias` (added to the scores,
             [B or 1, H, L, L]) and `s_aux` (attention sinks) count.
@@ -166,7 +168,7 @@ def check_attention(model: PreTrainedModel) -> None:
     """
     ids_BL = tokens_of_any(model)
     last_B = torch.full((1,), ids_BL.shape[1] - 1, device=ids_BL.device)
-    with evaluating(model), listen(frozenset(range(num_layers(model))), last_B) as heard:
+    with evaluating(model), listen(frozenset(range(num_layers(model))), {"last": last_B}) as heard:
         heard.wrong = {}
         backbone(model)(input_ids=ids_BL, use_cache=False)
     share = 1e-3 if model.dtype == torch.float32 else 0.05

@@ -49,6 +49,8 @@ class TokenStates:
     """Output of the block, bfloat16; final-normed if it is the last one."""
     attention_BT: Tensor | None
     """Last token's attention in the block, heads summed, rows sum to 1, float32."""
+    attention_text_BT: Tensor | None
+    """The same of the last text token."""
     centrality_BT: Tensor | None
     """MTA eq. 5-7, float32."""
 
@@ -61,6 +63,8 @@ class Batch:
     """Rows of the cache, for error messages."""
     student_ids_BS: Tensor
     student_valid_BS: Tensor
+    student_text_B1: Tensor
+    """Place of the student's last text token, int64."""
     predict_BN: Tensor
     """Student positions whose state predicts a target, int64."""
     target_BN: Tensor
@@ -71,6 +75,8 @@ class Batch:
     span_teacher_BK2: Tensor
     """The same spans as ranges of R."""
     span_valid_BK: Tensor
+    span_text_BK: Tensor
+    """Bool: the span is text, not two end tokens."""
     pairs_BE2: Tensor
     """Exact pairs as (index into N, index into M)."""
     pair_valid_BE: Tensor

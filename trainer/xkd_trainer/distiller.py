@@ -4,14 +4,14 @@ Shape legend: see batch.py.
 """
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from xkd_trainer.batch import Batch
-from xkd_trainer.forward import rehearse, run
+from xkd_trainer.forward import num_layers, rehearse, run
 from xkd_trainer.head import head_of
 from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.methods.declaration import Loss, Projectors, StudentPass
@@ -41,10 +41,14 @@ class Distiller(nn.Module):
         self.weights = dict(weights)
         self.projectors = {name: (projectors or {}).get(name, Projectors()) for name in losses}
         built = self._built().values()
-        self._layers = sorted({layer for loss in built for layer in loss.layers})
-        self._attention = any(loss.attention for loss in built)
-        self._attention_layers = sorted({layer for loss in built if loss.attention for layer in loss.layers})
-        rehearse(student, layers=self._layers, attention=self._attention, attention_layers=self._attention_layers)
+        last, text = ([loss for loss in built if loss.attention == which] for which in (True, "text"))
+        self._reads: dict[str, Any] = {
+            "layers": sorted({layer for loss in built for layer in loss.layers}),
+            "attention": bool(last),
+            "attention_layers": sorted({layer for loss in last for layer in loss.layers}),
+            "text_layers": sorted({layer for loss in text for layer in (*loss.layers, num_layers(student))}),
+        }
+        rehearse(student, **self._reads)
 
     def loss(self, name: str) -> Loss:
         """A loss by name, typed as what it is."""
@@ -86,10 +90,8 @@ class Distiller(nn.Module):
                 looked_up.append((output, output._version))
 
         with table.register_forward_hook(keep):
-            states = run(
-                self.student, batch.student_ids_BS, batch.student_valid_BS, layers=self._layers,
-                attention=self._attention, attention_layers=self._attention_layers,
-            )  # fmt: skip
+            text_B = batch.student_text_B1[:, 0]
+            states = run(self.student, batch.student_ids_BS, batch.student_valid_BS, text_B=text_B, **self._reads)
         embedded = next((rows for rows, version in looked_up if rows._version == version), None)  # CTRL writes in them
         with torch.autocast(device_type=states.last_BLD.device.type, enabled=False):
             states = states.as_float32()

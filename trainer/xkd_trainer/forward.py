@@ -19,7 +19,7 @@ from xkd_schemas.errors import UsageError
 from xkd_trainer.anatomy import LAST_STATES_ONLY, backbone, evaluating, tokens_of_any
 from xkd_trainer.anatomy import blocks_of as blocks_of
 from xkd_trainer.anatomy import num_layers as num_layers
-from xkd_trainer.attention import UNIFORM, check_attention, listen
+from xkd_trainer.attention import UNIFORM, LastRows, check_attention, listen
 from xkd_trainer.signals import normalised_row
 
 
@@ -35,6 +35,8 @@ class States:
     """Last valid token's attention in the last block, heads summed, rows sum to 1; float32, no gradient."""
     attention_layers: Mapping[int, Tensor] = field(default_factory=dict)
     """Hugging Face index -> the same of other blocks."""
+    text_layers: Mapping[int, Tensor] = field(default_factory=dict)
+    """Hugging Face index -> the row of the last text token, in front of the end token."""
 
     def as_float32(self) -> "States":
         """The same in float32, which signals and losses compute in; itself where it is already."""
@@ -88,7 +90,7 @@ def _hooked(model: PreTrainedModel, layers: Sequence[int], into: dict[int, _Outp
             handle.remove()
 
 
-def run(
+def run(  # noqa: PLR0913 - one for each thing that is kept
     model: PreTrainedModel,
     ids_BL: Tensor,
     valid_BL: Tensor,
@@ -96,6 +98,8 @@ def run(
     layers: Sequence[int] = (),
     attention: bool = False,
     attention_layers: Sequence[int] = (),
+    text_layers: Sequence[int] = (),
+    text_B: Tensor | None = None,
 ) -> States:
     """Run the base model without its head.
 
@@ -109,36 +113,46 @@ def run(
         layers: Hugging Face indices 1..number of blocks.
         attention: Also keep the last token's attention row in the last block.
         attention_layers: Also keep that row in these blocks, Hugging Face indices.
+        text_layers: Also keep the row of another token in these blocks.
+        text_B: The place of that token, the last one of the text; int64.
 
     Raises:
         UsageError: A layer does not exist or its states are not like the last ones, or the model showed no attention.
     """
     count = num_layers(model)
-    for layer in (*layers, *attention_layers):
+    for layer in (*layers, *attention_layers, *text_layers):
         if not 1 <= layer <= count:
             raise UsageError(f"layer {layer} does not exist: {type(model).__name__} has layers 1 to {count}")
     outputs: dict[int, _Output] = {}
-    last_B = valid_BL.sum(dim=1).sub(1).clamp_min(0)
+    places = {"last": valid_BL.sum(dim=1).sub(1).clamp_min(0)} if attention or attention_layers else {}
+    if text_layers:
+        assert text_B is not None
+        places["text"] = text_B
     inner = sorted({layer for layer in layers if layer != count})
-    wanted = sorted({*attention_layers, count} if attention else {*attention_layers})
+    wanted = sorted({*attention_layers, *text_layers, *([count] if attention else [])})
     if wanted:
         blocks_of(model)  # a family that counts otherwise would give another block's row
-    with _hooked(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), last_B) as heard:
+    with _hooked(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), places) as heard:
         output = backbone(model)(input_ids=ids_BL, use_cache=False)
     last_BLD: Tensor = output.last_hidden_state
     kept = {layer: _checked(model, layer, outputs.get(layer), last_BLD) for layer in inner}
     if count in layers:
         kept[count] = last_BLD
-    rows: dict[int, Tensor] = {}
-    for layer in wanted:
-        if layer - 1 not in heard.rows or layer - 1 in heard.several:
-            which = "its last block" if layer == count else f"block {layer}"
-            what = "no attention map" if layer - 1 not in heard.rows else "several attention maps"
-            raise UsageError(f"{type(model).__name__} shows {what} in {which}", next=UNIFORM)
-        rows[layer] = normalised_row(heard.rows[layer - 1], valid_BL)
+    found = {which: {layer: _row(model, heard, which, layer, valid_BL) for layer in wanted} for which in places}
+    rows = found.get("last", {})
     return States(
-        last_BLD=last_BLD, layers=kept, attention_BL=rows[count] if attention else None, attention_layers=rows
-    )
+        last_BLD=last_BLD, layers=kept, attention_BL=rows[count] if attention else None, attention_layers=rows,
+        text_layers=found.get("text", {}),
+    )  # fmt: skip
+
+
+def _row(model: PreTrainedModel, heard: LastRows, which: str, layer: int, valid_BL: Tensor) -> Tensor:
+    """One of the rows that were heard, or UsageError for a block that showed none, or several."""
+    if (which, layer - 1) not in heard.rows or layer - 1 in heard.several:
+        block = "its last block" if layer == num_layers(model) else f"block {layer}"
+        what = "several attention maps" if layer - 1 in heard.several else "no attention map"
+        raise UsageError(f"{type(model).__name__} shows {what} in {block}", next=UNIFORM)
+    return normalised_row(heard.rows[which, layer - 1], valid_BL)
 
 
 def rehearse(
@@ -147,19 +161,20 @@ def rehearse(
     layers: Sequence[int] = (),
     attention: bool = False,
     attention_layers: Sequence[int] = (),
+    text_layers: Sequence[int] = (),
 ) -> None:
     """`run` on eight tokens: what a model cannot give is refused before there is work to lose.
 
     Raises:
         UsageError: As `run` and `check_attention`.
     """
-    if attention or attention_layers:
+    if attention or attention_layers or text_layers:
         check_attention(model)
     ids_BL = tokens_of_any(model)
     with torch.no_grad(), evaluating(model):
         run(
             model, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), layers=layers, attention=attention,
-            attention_layers=attention_layers,
+            attention_layers=attention_layers, text_layers=text_layers, text_B=torch.full_like(ids_BL[:, 0], 6),
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from xkd_schemas.errors import BadData
 from xkd_schemas.sampled import unpacked
 from xkd_schemas.table import Row
 from xkd_schemas.teacher import KINDS, Signal
-from xkd_schemas.tokens import OK, Tokens, kept_mask, kept_rows, predictors
+from xkd_schemas.tokens import END, OK, Tokens, kept_mask, kept_rows, last_text, predictors
 from xkd_trainer.batch import Batch, Level, TokenStates
 from xkd_trainer.cache import Cache, layers_of
 from xkd_trainer.padding import pad
@@ -65,6 +65,7 @@ def _student_arrays(student: Row) -> dict[str, Array]:
     return {
         "student_ids_BS": ids,
         "student_valid_BS": _true(len(ids)),
+        "student_text_B1": np.array([last_text(student["token_kinds"])]),
         "predict_BN": predict,
         "target_BN": ids[predict + 1],
         "predict_valid_BN": _true(len(predict)),
@@ -108,7 +109,12 @@ def _signal_array(teacher: Row, name: str, column: str) -> dict[str, Array]:
     return {_FIELDS[name]: values.astype(np.int64) if values.dtype == np.int32 else values}
 
 
-_TOKEN_FIELDS: Final = {"hidden": "hidden_BTD", "attention": "attention_BT", "centrality": "centrality_BT"}
+_TOKEN_FIELDS: Final = {
+    "hidden": "hidden_BTD",
+    "attention": "attention_BT",
+    "attention_text": "attention_text_BT",
+    "centrality": "centrality_BT",
+}
 """Signals of all tokens of a layer, and the field of TokenStates that each is."""
 
 
@@ -152,6 +158,7 @@ def _alignment_arrays(student: Row, teacher: Row, row: int) -> dict[str, Array]:
         "span_student_BK2": s_KR,
         "span_teacher_BK2": teacher_K2,
         "span_valid_BK": _true(len(s_KR)),
+        "span_text_BK": student["token_kinds"][s_first] != END,
         "pairs_BE2": pairs_E2,
         "pair_valid_BE": _true(len(pairs_E2)),
     }

@@ -131,6 +131,16 @@ def test_the_attention_row_is_the_last_tokens_in_the_last_block_summed_over_head
 
 
 @pytest.mark.parametrize("layer", [1, 3])
+def test_the_row_of_the_last_text_token_is_that_in_front_of_the_end_token(model, eager, layer: int) -> None:
+    wanted = [*WANTED, Signal("attention_text", layer)]
+    for one, row in zip(READINGS, capture(model, READINGS, wanted, SETTINGS), strict=True):
+        text = max(t for t, kind in enumerate(one.tokens.kinds.tolist()) if kind == CONTENT)
+        expected_L = plain(eager, one).attentions[layer - 1][0, :, text].sum(0)
+        np.testing.assert_allclose(row[f"attention_text@{layer}"], expected_L / expected_L.sum(), rtol=1e-4, atol=1e-6)
+        assert row["attention_last"].sum() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
 def test_centrality_is_that_of_hidden_states_of_the_named_layer(model, eager, layer: int) -> None:
     for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
         expected_L = slow_centrality(plain(eager, one).hidden_states[layer][0])

@@ -409,7 +409,7 @@ def test_training_on_a_signal_that_is_not_cached_shows_how_to_add_it(
 
     for loss in ("mta", "sra"):
         said = xkd_train("--shards", cache, *student, "--loss", loss, "--out", tmp_path / "out", "--steps", 1)
-        refused(said, 2, loss, "xkd-cache add", "--signals attention_last" if loss == "sra" else "--for mta")
+        refused(said, 2, loss, "xkd-cache add", "--signals attention_text@" if loss == "sra" else "--for mta")
 
 
 def test_training_with_a_tokenizer_that_the_cache_does_not_know_shows_how_to_add_it(

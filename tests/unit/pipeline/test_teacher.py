@@ -193,7 +193,7 @@ def test_the_outcome_counts_tokens_and_bytes() -> None:
     size = sum(path.stat().st_size for path in table.folder.glob("*.arrow"))
     assert (outcome.values["tokens"], outcome.values["bytes"], outcome.values["documents"]) == (tokens, size, 12)
     assert outcome.line.startswith(f"teachers/T: {tokens} tokens, ")
-    assert f"({size / tokens:.0f} bytes a token), kept: argmax, attention_last, " in outcome.line
+    assert f"({size / tokens:.0f} bytes a token), kept: argmax, attention_text@4, " in outcome.line
     assert (outcome.values["made"], outcome.values["reused"]) == (0, 3)
 
 
@@ -330,10 +330,10 @@ def test_a_loss_keeps_its_own_signals_and_the_teachers_choice(tmp_path: Path) ->
     }
 
     assert {"span_mass", "span_geometry", "argmax"} <= names["mta"]
-    assert {"hidden_last", "attention_last", "argmax"} <= names["sra"]
+    assert {"hidden_last", "attention_text", "argmax"} <= names["sra"]
     assert {"hidden_last", "entropy", "argmax"} <= names["dwa"]
     assert "span_geometry" not in names["sra"] | names["dwa"]
-    assert "attention_last" not in names["mta"]
+    assert "attention_text" not in names["mta"]
 
 
 def test_the_teachers_tokens_take_template_and_length_from_the_settings() -> None:

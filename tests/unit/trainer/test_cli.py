@@ -91,13 +91,13 @@ def test_losses_are_listed_with_what_they_need_and_their_settings(xkd_train: Xkd
     described = json.loads(listed.out)
     assert set(described) >= {"ce", "mta", "sra", "dwa", "dskd", "dskd_cma"}
     assert described["ce"]["needs"] == []
-    assert described["sra"]["needs"] == ["attention_last", "hidden_last"]
+    assert described["sra"]["needs"] == ["attention_text@LAYER", "hidden_last"]
     assert described["mta"]["settings"]["lambda_dsa"] == 2.0
     assert described["mta"]["more"]["hid=token"] == ["centrality@LAYER", "hidden@LAYER"]
     assert {name for name, loss in described.items() if loss["one_tokenizer"]} >= {"kl", "fdd", "dskd"}
     for line in (
         "dwa: DWA-KD, arXiv 2602.21669", "needs: entropy, hidden_last", "sra.geo = 50.0",
-        "--loss sra is 0.5 ce + 0.5 sra", "with sra.layers=[1] also: attention@LAYER, hidden@LAYER",
+        "--loss sra is 0.5 ce + 0.5 sra", "with sra.layers=[1] also: hidden@LAYER",
         "for one tokenizer: the student's must be",
     ):  # fmt: skip
         assert line in shown.out

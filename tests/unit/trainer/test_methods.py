@@ -114,7 +114,8 @@ class Alone:
             out = model(input_ids=torch.tensor([self.ids]), output_hidden_states=True, output_attentions=True)
         self.logits = out.logits[0]
         self.layers = [states[0].tolist() for states in out.hidden_states]
-        attention = out.attentions[-1][0, :, -1].sum(0)
+        text = max(t for t, kind in enumerate(self.student["token_kinds"].tolist()) if kind == 1)
+        attention = out.attentions[-1][0, :, text].sum(0)
         self.attention = (attention / attention.sum()).tolist()
         self.head = model.get_output_embeddings().weight.detach()
         self.embeddings = model.get_input_embeddings().weight.detach()
@@ -196,12 +197,12 @@ def linguistic_spans(d: Alone, unit: str) -> list[tuple[list[int], list[int]]]:
 
 def sra_document(made: Ready, d: Alone, unit: str = "aligned") -> tuple[Any, Any, list[float]]:
     """Student and teacher vectors of the spans in the response, and the loss weights."""
-    hidden, attention = d.hidden(), d.teacher["attention_last"].tolist()
+    hidden, attention = d.hidden(), d.teacher["attention_text@4"].tolist()
     at = {position: place for place, position in enumerate(d.kept)}
     student, teacher, mass = [], [], []
     spans = list(zip(d.student["student_spans"].tolist(), d.student["teacher_spans"].tolist(), strict=True))
     for (a, b), (x, y) in spans if unit == "aligned" else linguistic_spans(d, unit):
-        if d.student["targets"][a]:
+        if d.student["targets"][a] and d.student["token_kinds"][a] == 1:
             student.append(slow.pool(d.layers[-1], d.attention, a, b)[0])
             rows = [attention[t] for t in range(x, y)]
             vector, weight = slow.pool([hidden[at[t]] for t in range(x, y)], rows, 0, y - x)
@@ -611,7 +612,7 @@ def test_a_loss_that_is_off_has_no_term_no_projector_and_asks_for_no_signal() ->
     assert {s.name for s in ready("mta", lambda_dsa=0.0)[0].wanted} == {"span_mass", "span_vectors"}
     assert {s.name for s in ready("sra", weights="uniform")[0].wanted} == {"hidden_last"}
     assert {s.column for s in ready("sra", spans="phrase")[0].wanted} == {
-        "attention_last", "hidden_last", "span_mass@3:phrase",
+        "attention_text@4", "hidden_last", "span_mass@3:phrase",
     }  # fmt: skip
     assert {s.name for s in ready("dwa", entropy_weights=False)[0].wanted} == {"hidden_last"}
 
@@ -621,7 +622,7 @@ def test_described_needs_are_the_declared_ones() -> None:
 
     assert described["ce"]["needs"] == []
     assert described["mta"]["needs"] == ["span_geometry@LAYER:UNIT", "span_mass@LAYER:UNIT", "span_vectors@LAYER:UNIT"]
-    assert described["sra"]["needs"] == ["attention_last", "hidden_last"]
+    assert described["sra"]["needs"] == ["attention_text@LAYER", "hidden_last"]
     assert described["dwa"]["needs"] == ["entropy", "hidden_last"]
     assert described["dwa"]["settings"]["gamma"] == 2.0
 

@@ -12,6 +12,7 @@ import slow_losses as slow
 import tiny_models as tiny
 from one_step import assert_padding_and_cuts_change_nothing
 from xkd_schemas.errors import UsageError
+from xkd_schemas.tokens import CONTENT
 from xkd_trainer.losses.sra import SraSettings, layer_shares
 from xkd_trainer.methods.declaration import Levels
 from xkd_trainer.methods.sra import needs
@@ -25,11 +26,12 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"layers": [3], "weights": "uniform", "weighted_pooling": False, "weighted_loss": False, "spans": "word"},
     {"weighted_pooling": False, "p": 2.0},
     {"weighted_loss": False},
+    {"layers": [3], "end_token": "include"},
 )
 BESIDE = {2: {2: 2, 3: 3, 4: 4}, 1: {1: 3, 4: 4}, 3: {3: 3, 4: 4}, 4: {4: 4}}
 
 
-def student_weights(made: Ready, row: int, layer: int, how: str) -> list[float]:
+def student_weights(made: Ready, row: int, layer: int, how: str, end_token: str) -> list[float]:
     """a_t of the student at one of its layers, from transformers' own attention maps."""
     if how == "centrality":
         return slow.centrality(one.states_of(made, row)[layer].tolist())
@@ -39,17 +41,20 @@ def student_weights(made: Ready, row: int, layer: int, how: str) -> list[float]:
     model = made.distiller.student
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    row_L = model(input_ids=ids, output_attentions=True).attentions[layer - 1][0, :, -1].sum(0)
+    kinds = made.cache.students[row]["token_kinds"].tolist()
+    place = len(kinds) - 1 if end_token == "include" else max(t for t, kind in enumerate(kinds) if kind == CONTENT)
+    row_L = model(input_ids=ids, output_attentions=True).attentions[layer - 1][0, :, place].sum(0)
     model.set_attn_implementation(before)
     return (row_L / row_L.sum()).tolist()
 
 
-def spans_of(made: Ready, row: int, unit: str) -> list[tuple[list[int], list[int]]]:
+def spans_of(made: Ready, row: int, unit: str, end_token: str) -> list[tuple[list[int], list[int]]]:
     """Ranges of student and teacher tokens of the response."""
     student, teacher, text = (t[row] for t in (made.cache.students, made.cache.teachers, made.cache.documents))
     if unit == "aligned":
         both = zip(student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True)
-        return [(s, t) for s, t in both if student["targets"][s[0]]]
+        text = [True] * len(student["targets"]) if end_token == "include" else student["token_kinds"] == CONTENT
+        return [(s, t) for s, t in both if student["targets"][s[0]] and text[s[0]]]
     found = []
     places, kinds = teacher["token_spans"].tolist(), teacher["token_kinds"].tolist()
     for (start, end), own in zip(text[f"{unit}s"].tolist(), student[f"{unit}_tokens"].tolist(), strict=True):
@@ -62,15 +67,16 @@ def spans_of(made: Ready, row: int, unit: str) -> list[tuple[list[int], list[int
 def document(made: Ready, row: int, layer: int, beside: int, settings: dict[str, Any]) -> Any:
     """Student and teacher span vectors of one document at one layer, and the loss weights."""
     how, teacher = settings.get("weights", "attention"), made.cache.teachers[row]
+    end_token = settings.get("end_token", "exclude")
     theirs_T = {
-        "attention": lambda: teacher[f"attention@{layer}"].tolist(),
+        "attention": lambda: teacher[f"attention{'' if end_token == 'include' else '_text'}@{layer}"].tolist(),
         "centrality": lambda: teacher[f"centrality@{layer}"].tolist(),
         "uniform": lambda: [1.0] * len(teacher["token_ids"]),
     }[how]()
-    own_S = student_weights(made, row, beside, how)
+    own_S = student_weights(made, row, beside, how, end_token)
     states, hidden = one.states_of(made, row)[beside].tolist(), one.numbers(teacher[f"hidden@{layer}"]).tolist()
     student, vectors, mass = [], [], []
-    for (a, b), (x, y) in spans_of(made, row, settings.get("spans", "aligned")):
+    for (a, b), (x, y) in spans_of(made, row, settings.get("spans", "aligned"), end_token):
         weighted = settings.get("weighted_pooling", True)
         student.append(slow.pool(states, own_S if weighted else [1.0] * len(states), a, b)[0])
         vectors.append(slow.pool(hidden, theirs_T if weighted else [1.0] * len(hidden), x, y)[0])
@@ -171,8 +177,10 @@ def test_needs_are_those_of_the_layers_and_the_weights() -> None:
     def columns(**settings: Any) -> set[str]:
         return {s.column for s in needs(SraSettings(**settings), levels)} - {"hidden_last"}
 
-    assert columns() == {"attention_last"}
-    assert columns(layers=(4, 2)) == {"attention_last", "attention@2", "hidden@2"}
+    assert columns() == {"attention_text@4"}
+    assert columns(end_token="include") == {"attention_last"}
+    assert columns(layers=(4, 2)) == {"attention_text@4", "attention_text@2", "hidden@2"}
+    assert columns(layers=(4, 2), end_token="include") == {"attention_last", "attention@2", "hidden@2"}
     assert columns(layers=(2,), weights="centrality") == {"hidden@2", "centrality@2", "centrality@4"}
     assert columns(weights="uniform", layers=(3,)) == {"hidden@3"}
     with pytest.raises(ValidationError):

@@ -19,6 +19,7 @@ from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.manifest import Manifest, Plan, read_record, sealed, to_json
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import Signal, signal_named
+from xkd_schemas.tokens import CONTENT, END
 from xkd_trainer import stream
 from xkd_trainer.batch import Batch, Level, blank, gather_rows
 from xkd_trainer.cache import Cache, find_student
@@ -29,7 +30,7 @@ from xkd_trainer.stream import batch_of, inside_any
 WANTED = frozenset(
     signal_named(column)
     for column in (
-        "hidden_last", "attention_last", "entropy", "argmax", "span_mass@2:word", "span_geometry@2:word",
+        "hidden_last", "attention_text@4", "entropy", "argmax", "span_mass@2:word", "span_geometry@2:word",
         "span_vectors@2:word", "span_mass@3:phrase", "span_geometry@3:phrase", "span_vectors@4:phrase",
         "span_mass@4:phrase",
     )
@@ -84,7 +85,9 @@ def test_tokens_and_predictions_of_both_models_are_those_of_the_tables(cache: Ca
 
 def test_hidden_states_keep_every_bit_of_bfloat16_and_scalars_stand_at_their_rows(cache: Cache, batch: Batch) -> None:
     assert batch.teacher_hidden_BRD is not None
-    assert batch.teacher_attention_BR is not None
+    attention_BT = batch.states(4).attention_text_BT
+    assert attention_BT is not None
+    assert batch.teacher_valid_BT is not None
     assert batch.teacher_entropy_BM is not None
     assert batch.teacher_argmax_BM is not None
     assert batch.teacher_hidden_BRD.dtype == torch.bfloat16
@@ -95,8 +98,7 @@ def test_hidden_states_keep_every_bit_of_bfloat16_and_scalars_stand_at_their_row
         exact = torch.from_numpy(bits.view(np.float32).copy())
         assert torch.equal(batch.teacher_hidden_BRD[place, :rows].float(), exact)
         assert batch.teacher_hidden_BRD[place, rows:].abs().sum() == 0
-        attention = [teacher["attention_last"][t] for t in kept(teacher["targets"])]
-        assert valid_part(batch.teacher_attention_BR, batch.teacher_valid_BR, place) == attention
+        assert valid_part(attention_BT, batch.teacher_valid_BT, place) == teacher["attention_text@4"].tolist()
         assert valid_part(batch.teacher_entropy_BM, valid_BM, place) == teacher["entropy"].tolist()
         assert valid_part(batch.teacher_argmax_BM, valid_BM, place) == teacher["argmax"].tolist()
 
@@ -261,12 +263,13 @@ def test_gathered_rows_are_the_indexed_ones() -> None:
 
 
 def aligned(student_spans: list[Any], teacher_spans: list[Any]) -> dict[str, Any]:
-    """Four tokens on both sides, all targets."""
+    """Four tokens on both sides, all targets; the student's last one is an end token."""
 
     def side(name: str, spans: list[Any]) -> Any:
         return {name: np.array(spans, np.int32).reshape(-1, 2), "targets": np.ones(4, np.bool_)}
 
     student = side("student_spans", student_spans) | side("teacher_spans", teacher_spans)
+    student["token_kinds"] = np.array([CONTENT, CONTENT, CONTENT, END], np.uint8)
     return stream._alignment_arrays(student, {"targets": np.ones(4, np.bool_)}, 7)
 
 
@@ -275,6 +278,7 @@ def test_a_first_token_that_nothing_predicts_is_a_span_and_no_pair() -> None:
 
     assert found["span_student_BK2"].tolist() == [[0, 1], [1, 2], [2, 4]]
     assert found["pairs_BE2"].tolist() == [[0, 0]]
+    assert aligned([(1, 2), (3, 4)], [(1, 2), (3, 4)])["span_text_BK"].tolist() == [True, False]
     assert aligned([(0, 1)], [(1, 2)])["pairs_BE2"].tolist() == []
     assert aligned([(1, 2)], [(0, 1)])["pairs_BE2"].tolist() == []
 

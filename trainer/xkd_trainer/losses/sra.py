@@ -48,12 +48,15 @@ class SraSettings(BaseModel):
     p: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Power of a span's mass in its loss weight. Code: 1. 0: every span alike."""
     weights: Literal["attention", "centrality", "uniform"] = "attention"
-    """Token weights a_t of each layer. attention: what the last valid token attends to in that block, heads summed
+    """Token weights a_t of each layer. attention: what the last token attends to in that block, heads summed
     (paper). centrality: eq. 5-7 of MTA, arXiv 2605.01374, which needs no attention map.
 
     The code's first versions took the last row of the padded batch, and fell back to uniform
     without a word where the model gave no attention maps.
     """
+    end_token: Literal["exclude", "include"] = "exclude"
+    """exclude: a_t is the row of the last text token, and the two end tokens are no span; the authors' input has no
+    end token. include: the row of the end token, which is a span, too."""
     kd: Literal["sum", "mean"] = "sum"
     """L_KD over the spans of a document. sum: the code, so it grows with the response. mean: does not."""
     weighted_pooling: bool = True

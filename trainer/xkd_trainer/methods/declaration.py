@@ -138,8 +138,9 @@ class Loss(Protocol):
 
     layers: tuple[int, ...]
     """Student layers whose states it reads."""
-    attention: bool
-    """Whether it reads the student's last attention row, in the last block and in those of `layers`."""
+    attention: bool | Literal["text"]
+    """Whether it reads the student's last attention row, in the last block and in those of `layers`; "text": that of
+    the last text token, in front of the end token."""
 
     def weights(self, step: int) -> Mapping[str, float]:
         """Factor of each term at an optimizer step."""

@@ -43,8 +43,10 @@ def needs(settings: SraSettings, levels: Levels) -> tuple[Signal, ...]:
     """
     inner = inner_layers(settings, levels.num_layers)
     found = [Signal("hidden_last"), *(Signal("hidden", layer) for layer in inner)]
-    if settings.weights == "attention":
+    if settings.weights == "attention" and settings.end_token == "include":
         found += [Signal("attention_last"), *(Signal("attention", layer) for layer in inner)]
+    elif settings.weights == "attention":
+        found += [Signal("attention_text", layer) for layer in (*inner, levels.num_layers)]
     if settings.weights == "centrality":
         found += [Signal("centrality", layer) for layer in (*inner, levels.num_layers)]
     return (*found, *_span_level(settings, levels))
@@ -94,7 +96,8 @@ class Sra(nn.Module):
     def __init__(self, settings: SraSettings, context: Context) -> None:
         super().__init__()
         self.settings = settings
-        self.attention = settings.weights == "attention"
+        self.text_only = settings.end_token == "exclude"
+        self.attention = settings.weights == "attention" and ("text" if self.text_only else True)
         last, inner = context.teacher_layers, inner_layers(settings, context.teacher_layers)
         if settings.student_layers and len(settings.student_layers) != len(inner):
             raise UsageError(
@@ -136,7 +139,8 @@ class Sra(nn.Module):
     def _spans(self, batch: Batch) -> _Spans:
         """The pieces of the response that are compared."""
         if self.settings.spans == "aligned":
-            return _Spans(batch.span_student_BK2, batch.span_teacher_BK2, batch.span_valid_BK)
+            valid_BK = batch.span_valid_BK & batch.span_text_BK if self.text_only else batch.span_valid_BK
+            return _Spans(batch.span_student_BK2, batch.span_teacher_BK2, valid_BK)
         level = next(level for level in batch.levels if level.unit == self.settings.spans)
         whole_BK = level.teacher_BU2[..., 1] > level.teacher_BU2[..., 0]
         return _Spans(level.student_BU2, level.teacher_BU2, level.valid_BU & level.in_target_BU & whole_BK)
@@ -180,6 +184,9 @@ class Sra(nn.Module):
         if self.settings.weights == "centrality":
             with torch.no_grad():
                 return centrality(hidden_BSd, valid_BS)
+        if self.text_only:
+            ours = dict(self.inner).get(layer, max(student.states.text_layers))
+            return student.states.text_layers[ours]
         row_BS = student.states.attention_BL
         if layer != self.last:
             row_BS = student.states.attention_layers[dict(self.inner)[layer]]
@@ -199,6 +206,8 @@ class Sra(nn.Module):
             return uniform_weights(batch.teacher_valid_BR)
         if self.settings.weights == "centrality":
             return _at_kept_rows(batch, batch.states(layer).centrality_BT)
+        if self.text_only:
+            return _at_kept_rows(batch, batch.states(layer).attention_text_BT)
         if layer == self.last:
             assert batch.teacher_attention_BR is not None
             return batch.teacher_attention_BR
