@@ -205,14 +205,34 @@ def tail_share(p: Vector, q: Vector, alpha: float) -> float:
     return tail / everything if everything else 0.5
 
 
+def ab(p: Vector, q: Vector, a: float, b: float) -> float:
+    """ABKD, with the powers of p and q."""
+    terms = (a / (a + b) * x ** (a + b) + b / (a + b) * y ** (a + b) - x**a * y**b for x, y in zip(p, q, strict=True))
+    return math.fsum(terms) / (a * b)
+
+
+def csd(p: Vector, q: Vector) -> float:
+    """A quarter of the squared differences of log q / p between two classes, one drawn from each distribution."""
+    gaps = [math.log(y / x) for x, y in zip(p, q, strict=True)]
+    mass = math.fsum(a * g * g for a, g in zip(q, gaps, strict=True)) + math.fsum(
+        a * g * g for a, g in zip(p, gaps, strict=True)
+    )
+    means = [math.fsum(a * g for a, g in zip(side, gaps, strict=True)) for side in (q, p)]
+    return (mass - 2 * means[0] * means[1]) / 4
+
+
 def divergence(student: Vector, teacher: Vector, kind: str, tau: float, skew: float, alpha: float) -> float:
     q, p = softmax([x / tau for x in student]), softmax([x / tau for x in teacher])
-    middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    pairs = list(zip(p, q, strict=True))
+    middle = [skew * a + (1 - skew) * b for a, b in pairs]
     share = tail_share(p, q, alpha)
     return {
         "forward_kl": kl(p, q),
         "reverse_kl": kl(q, p),
-        "js": (kl(p, middle) + kl(q, middle)) / 2,
+        "js": skew * kl(p, middle) + (1 - skew) * kl(q, middle),
+        "tvd": sum(abs(a - b) for a, b in pairs) / 2,
+        "ab": ab(p, q, 0.2, 0.7),
+        "csd": csd(p, q),
         "skewed_forward_kl": kl(p, [skew * a + (1 - skew) * b for a, b in zip(p, q, strict=True)]),
         "skewed_reverse_kl": kl(q, [(1 - skew) * a + skew * b for a, b in zip(p, q, strict=True)]),
         "adaptive_kl": (1 - share) * kl(p, q) + share * kl(q, p),

@@ -33,7 +33,7 @@ from xkd_trainer.stream import batch_of
 
 SETTINGS: dict[str, Any] = {
     "losses.mta": {"hid": "token", "student_pooling": "teacher"},
-    "losses.sra": {"layers": [2, 3]},
+    "losses.sra": {"layers": [2, 3], "end_token": "include"},
     "losses.fdd": {"layers": [1, 2, 4]},
 }
 COLUMNS = {

@@ -38,10 +38,10 @@ def test_the_row_of_a_padded_batch_is_the_eager_row_of_each_document(family: str
     expected = eager_last_rows(model, ids_BL, LENGTHS, block)
     model.set_attn_implementation("sdpa")
 
-    with listen(frozenset([block]), valid_BL.sum(1) - 1) as heard:
+    with listen(frozenset([block]), {"last": valid_BL.sum(1) - 1}) as heard:
         model.base_model(input_ids=ids_BL, use_cache=False)
 
-    row_BHL = heard.rows[block]
+    row_BHL = heard.rows["last", block]
     assert row_BHL.dtype == torch.float32
     assert max(float(row.std()) for row in expected if row.shape[-1] > 1) > 0.02, "too uniform to tell anything"
     for row, (want_HL, length) in enumerate(zip(expected, LENGTHS, strict=True)):
@@ -56,11 +56,11 @@ def test_the_rows_are_the_same_where_an_attention_mask_is_given() -> None:
     expected = eager_last_rows(model, ids_BL, LENGTHS, 1)
     model.set_attn_implementation("sdpa")
 
-    with listen(frozenset([1]), valid_BL.sum(1) - 1) as heard:
+    with listen(frozenset([1]), {"last": valid_BL.sum(1) - 1}) as heard:
         model.base_model(input_ids=ids_BL, attention_mask=valid_BL.long(), use_cache=False)
 
     for row, (want_HL, length) in enumerate(zip(expected, LENGTHS, strict=True)):
-        torch.testing.assert_close(heard.rows[1][row, :, :length], want_HL, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(heard.rows["last", 1][row, :, :length], want_HL, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -71,12 +71,12 @@ def test_listening_changes_no_output_and_only_the_named_blocks_are_heard(family:
     model.set_attn_implementation("sdpa")
     before = model(input_ids=ids_BL).logits
 
-    with listen(frozenset([1]), valid_BL.sum(1) - 1) as heard:
+    with listen(frozenset([1]), {"last": valid_BL.sum(1) - 1}) as heard:
         during = model(input_ids=ids_BL).logits
     model(input_ids=ids_BL)
 
     assert torch.equal(before, during)
-    assert set(heard.rows) == {1}
+    assert set(heard.rows) == {("last", 1)}
     assert model.config._attn_implementation == "sdpa"
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     assert ALL_ATTENTION_FUNCTIONS.get("eager") is None
@@ -147,9 +147,9 @@ def test_dropout_of_an_eager_map_is_not_in_its_row_and_stays_in_the_output() -> 
     model, (ids_BL, valid_BL) = Gemma2ForCausalLM(config), tiny.ids_and_valid(LENGTHS, 40)
 
     def heard(training: bool) -> tuple[Tensor, Tensor]:
-        with listen(frozenset([0]), valid_BL.sum(1) - 1) as rows:
+        with listen(frozenset([0]), {"last": valid_BL.sum(1) - 1}) as rows:
             output = model.train(training).base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-        return rows.rows[0], output
+        return rows.rows["last", 0], output
 
     (row_BHL, dropped_BLD), (expected_BHL, whole_BLD) = heard(training=True), heard(training=False)
     assert torch.equal(row_BHL, expected_BHL)
@@ -162,11 +162,11 @@ def test_two_listeners_at_once_hear_the_same_and_the_names_lead_back_afterwards(
     ids_BL, valid_BL = tiny.ids_and_valid(LENGTHS, 500)
     last_B = valid_BL.sum(1) - 1
 
-    with listen(frozenset([0, 1]), last_B) as outer, listen(frozenset([1]), last_B) as inner:
+    with listen(frozenset([0, 1]), {"last": last_B}) as outer, listen(frozenset([1]), {"last": last_B}) as inner:
         model.base_model(input_ids=ids_BL, use_cache=False)
 
-    assert (set(outer.rows), set(inner.rows)) == ({0, 1}, {1})
-    assert torch.equal(outer.rows[1], inner.rows[1])
+    assert (set(outer.rows), set(inner.rows)) == ({("last", 0), ("last", 1)}, {("last", 1)})
+    assert torch.equal(outer.rows["last", 1], inner.rows["last", 1])
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
 

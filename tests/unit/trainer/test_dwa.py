@@ -395,7 +395,7 @@ def test_defaults_are_those_of_the_paper_and_the_scripts() -> None:
         "forward_kl",
         "gate_before",
     )
-    assert (s.student_space.temperature, s.student_space.skew, s.student_space.adaptive_alpha) == (2.0, 0.1, 0.5)
+    assert (s.student_space.temperature, s.skew, s.adaptive_alpha) == (2.0, 0.1, 0.5)
     assert (s.gate_warmup_steps, s.dtw_warmup_steps, s.band_warmup_steps) == (0, 0, 0)
     assert (s.dtw_divergence, s.entropy_weights, s.gate) == (True, True, True)
 

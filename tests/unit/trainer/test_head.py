@@ -7,7 +7,7 @@ from torch import Tensor
 
 import slow_dwa as slow
 from xkd_trainer.losses import lazy_logits
-from xkd_trainer.losses.divergence import Kind, divergence
+from xkd_trainer.losses.divergence import Kind, Knobs, divergence
 from xkd_trainer.losses.head import Comparison, LazyLogits, head_cross_entropy, head_divergence, head_statistics
 
 KINDS = get_args(Kind)
@@ -38,12 +38,11 @@ def leaves(logits: LazyLogits) -> tuple[Tensor, Tensor, Tensor]:
 def test_value_and_every_gradient_are_those_of_the_plain_form(kind: Kind) -> None:
     student, teacher = random_logits(0, grad=True), random_logits(1, width=3)
     weights = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
-    how = Comparison(kind=kind, temperature=1.7, skew=0.2, adaptive_alpha=0.6)
+    knobs = Knobs(skew=0.2, adaptive_alpha=0.6)
+    how = Comparison(kind=kind, temperature=1.7, knobs=knobs)
 
     chunked = head_divergence(student, teacher, weights, how)
-    plain = (
-        weights * divergence(student.dense(), teacher.dense(), kind, temperature=1.7, skew=0.2, adaptive_alpha=0.6)
-    ).sum()
+    plain = (weights * divergence(student.dense(), teacher.dense(), kind, temperature=1.7, knobs=knobs)).sum()
 
     torch.testing.assert_close(chunked, plain, atol=1e-10, rtol=0)
     for got, expected in zip(

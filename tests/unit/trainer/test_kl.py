@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import slow_losses
 import small_cache
 from one_step import assert_padding_and_cuts_change_nothing, widen
 from slow_losses import tail_share
@@ -75,6 +76,9 @@ def slow(kind: str, p: Sequence[float], q: Sequence[float]) -> float:
         "js": lambda: 0.5 * kl(p, mixed(0.5)) + 0.5 * kl(q, mixed(0.5)),
         "skewed_forward_kl": lambda: kl(p, mixed(0.1)),
         "skewed_reverse_kl": lambda: kl(q, mixed(0.9)),
+        "tvd": lambda: math.fsum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2,
+        "ab": lambda: slow_losses.ab(p, q, 0.2, 0.7),
+        "csd": lambda: slow_losses.csd(p, q),
         "adaptive_kl": lambda: (1 - tail_share(p, q, 0.5)) * kl(p, q) + tail_share(p, q, 0.5) * kl(q, p),
     }[kind]()
 
@@ -105,7 +109,7 @@ def test_the_term_is_the_loops_over_single_documents(kind: str) -> None:
     assert int(found.count) == count > 10
 
 
-@pytest.mark.parametrize("kind", [k for k in DIVERGENCES if k != "adaptive_kl"])  # its shares stop gradients
+@pytest.mark.parametrize("kind", [k for k in DIVERGENCES if k not in ("adaptive_kl", "csd")])  # they stop some
 def test_gradcheck_passes_for_states_and_head(kind: Kind) -> None:
     made = ready(other_student(), divergence=kind, temperature=2.0)
     batch, model = batch_of(made.cache, [5], made.wanted), made.distiller.student
@@ -127,7 +131,7 @@ def test_a_teacher_as_its_own_student_is_at_distance_zero_up_to_the_cache() -> N
     for kind in DIVERGENCES:
         made = ready(small_cache.made() / "teacher", divergence=kind)
         found = term_of(made, batch_of(made.cache, ROWS, made.wanted))
-        assert 0 <= float(found.total / found.count) < 1e-4, kind
+        assert 0 <= float(found.total / found.count) < (5e-3 if kind == "tvd" else 1e-4), kind  # tvd is no square
 
 
 @torch.no_grad()

@@ -596,7 +596,12 @@ def test_warm_ups_end_at_their_step() -> None:
     settings = {"band_warmup_steps": 3, "gate_warmup_steps": 3, "dtw_warmup_steps": 3}
 
     assert total_of("dwa", step=3, **settings) == total_of("dwa")
-    assert total_of("dwa", step=2, **settings)["dtw_states"] == 0.0
+    assert total_of("dwa", step=0, **settings)["dtw_states"] == 0.0
+    ramp = {"dtw_warmup_steps": 4}
+    assert total_of("dwa", step=1, **ramp)["dtw_states"] == pytest.approx(total_of("dwa")["dtw_states"] / 4, rel=1e-6)
+    gates = [total_of("dwa", step=s, gate_warmup_steps=4)["student_space"] for s in (0, 2, 4)]
+    assert gates[0] == total_of("dwa", gate=False)["student_space"]
+    assert len(set(gates)) == 3
     assert total_of("dwa", step=4, gamma_steps=4)["dtw_states"] == pytest.approx(
         total_of("dwa", gamma=0.8)["dtw_states"], rel=1e-6
     )

@@ -288,12 +288,16 @@ def test_it_is_registered_and_asks_for_the_last_states_only() -> None:
 
 
 @torch.no_grad()
-def test_the_wired_loss_is_the_loops_over_single_documents() -> None:
-    made, batch = ready()
+@pytest.mark.parametrize("vocabulary", ["inverse", "nearest"])
+def test_the_wired_loss_is_the_loops_over_single_documents(vocabulary: str) -> None:
+    made, batch = ready(vocabulary=vocabulary)
     head = made.cache.head().weight_VD.float()
     own, theirs = (tiny.tokenizer_of(kind).get_vocab() for kind in ("sentencepiece", "byte_level"))
     to_teacher = vocabulary_map(own, theirs, "nearest").tolist()
     to_student = vocabulary_map(theirs, own, "nearest").tolist()
+    if vocabulary == "inverse":
+        to_teacher = [to_student.index(n) if n in to_student else -1 for n in range(len(to_teacher))]
+        assert len({t for t in to_teacher if t >= 0}) == sum(t >= 0 for t in to_teacher)
     s_bytes, t_bytes = ({n: b.replace(b" ", b"") for n, b in token_bytes(v).items()} for v in (own, theirs))
     positions, matched = [], 0
     for row in ROWS:

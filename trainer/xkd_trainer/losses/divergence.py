@@ -1,9 +1,9 @@
 """How far the student's next-token distribution is from the teacher's, at each position.
 
-DSKD (arXiv 2406.17328) offers all six kinds; the skewed ones are DistiLLM's
-(arXiv 2402.03898), the adaptive one is AKL (arXiv 2404.02657). p is the teacher, q the student,
-both softened by the temperature. No kind is multiplied by the temperature squared: neither DSKD,
-DWA-KD nor SRA does it.
+DSKD (arXiv 2406.17328) offers the first six kinds; the skewed ones are DistiLLM's (arXiv 2402.03898), the adaptive one
+is AKL (arXiv 2404.02657), ab is ABKD (arXiv 2505.04560), csd Concrete Score Distillation (arXiv 2509.25837). p is the
+teacher, q the student, both softened by the temperature. No kind is multiplied by the temperature squared: neither
+DSKD, DWA-KD nor SRA does it.
 
 Shape legend for this file
     N positions    V classes
@@ -11,26 +11,37 @@ Shape legend for this file
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.term import at_least_float32
 
-Kind = Literal["forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl"]
+Kind = Literal[
+    "forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "tvd", "ab", "csd"
+]  # fmt: skip
+Share = Annotated[float, Field(gt=0, lt=1)]
+Power = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Knobs:
-    """The numbers only some kinds read."""
+class Knobs(BaseModel):
+    """The numbers only some kinds read; settings of losses that compare distributions have them."""
 
-    skew: float
-    """Share of the other distribution mixed in by the skewed kinds, in (0, 1)."""
-    adaptive_alpha: float
-    """Teacher mass below which a class belongs to the tail, in (0, 1)."""
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    skew: Share = 0.1
+    """Share of the other distribution mixed in by the skewed kinds. DistiLLM and scripts: 0.1."""
+    adaptive_alpha: Share = 0.5
+    """adaptive_kl: teacher mass below which a class belongs to the tail. Scripts: 0.5."""
+    js_share: Share = 0.5
+    """js: share of the teacher in the mixture, and weight of its divergence. DSKD: 0.5; MTA's repository: 0.9."""
+    ab_alpha: Power = 0.2
+    """ab: power of the teacher. ABKD's code: 0.2."""
+    ab_beta: Power = 0.7
+    """ab: power of the student. ABKD's code: 0.7."""
 
 
 def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
@@ -54,9 +65,9 @@ def _reverse(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
 
 
 def _js(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
-    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2."""
-    log_m_NV = _mixture(log_p_NV, log_q_NV, 0.5)
-    return 0.5 * (_kl(log_p_NV, log_m_NV) + _kl(log_q_NV, log_m_NV))
+    """w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q, w being `js_share`."""
+    log_m_NV = _mixture(log_p_NV, log_q_NV, knobs.js_share)
+    return knobs.js_share * _kl(log_p_NV, log_m_NV) + (1.0 - knobs.js_share) * _kl(log_q_NV, log_m_NV)
 
 
 def _skewed_forward(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
@@ -85,6 +96,31 @@ def _adaptive(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
     return (1.0 - share_N) * _kl(log_p_NV, log_q_NV) + share_N * _kl(log_q_NV, log_p_NV)
 
 
+def _tvd(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """sum |p - q| / 2."""
+    return 0.5 * (log_p_NV.exp() - log_q_NV.exp()).abs().sum(-1)
+
+
+def _ab(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """-1/(ab) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a and b the two powers."""
+    a, b = knobs.ab_alpha, knobs.ab_beta
+    both_NV = (a * log_p_NV + b * log_q_NV).exp()
+    alone_NV = (a * ((a + b) * log_p_NV).exp() + b * ((a + b) * log_q_NV).exp()) / (a + b)
+    return (alone_NV - both_NV).sum(-1) / (a * b)
+
+
+def _csd(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """sum_xy q(x) p(y) (d(x) - d(y))^2 / 4 of the differences d = log q - log p, its weights q and p constants.
+
+    What is compared are differences of logits between classes, which no softmax flattens. The source lets each weight
+    be the student's, the teacher's or uniform; this is student and teacher.
+    """
+    gap_NV = log_q_NV - log_p_NV
+    q_NV, p_NV = log_q_NV.detach().exp(), log_p_NV.detach().exp()
+    q_mean_N, p_mean_N = (q_NV * gap_NV).sum(-1), (p_NV * gap_NV).sum(-1)
+    return 0.25 * (((q_NV + p_NV) * gap_NV.square()).sum(-1) - 2.0 * q_mean_N * p_mean_N)
+
+
 DIVERGENCES: Mapping[Kind, Callable[[Tensor, Tensor, Knobs], Tensor]] = {
     "forward_kl": _forward,
     "reverse_kl": _reverse,
@@ -92,6 +128,9 @@ DIVERGENCES: Mapping[Kind, Callable[[Tensor, Tensor, Knobs], Tensor]] = {
     "skewed_forward_kl": _skewed_forward,
     "skewed_reverse_kl": _skewed_reverse,
     "adaptive_kl": _adaptive,
+    "tvd": _tvd,
+    "ab": _ab,
+    "csd": _csd,
 }
 """Name -> (teacher log-probabilities [N, V], student log-probabilities [N, V], knobs) -> [N]."""
 
@@ -102,8 +141,7 @@ def divergence(
     kind: Kind,
     *,
     temperature: float,
-    skew: float = 0.1,
-    adaptive_alpha: float = 0.5,
+    knobs: Knobs | None = None,
 ) -> Tensor:
     """The divergence of `kind` between teacher and student at each position, in nats.
 
@@ -112,7 +150,7 @@ def divergence(
 
     >>> student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
     >>> [round(float(divergence(student, teacher, kind, temperature=1.0)), 4) for kind in DIVERGENCES]
-    [0.1308, 0.1438, 0.0338, 0.107, 0.1131, 0.1373]
+    [0.1308, 0.1438, 0.0338, 0.107, 0.1131, 0.1373, 0.25, 0.152, 0.1509]
 
     Args:
         student_logits_NV: Any float dtype, finite; computed in float32, or float64 if it is.
@@ -120,23 +158,18 @@ def divergence(
             and DWA-KD the gradient may go either way, so the caller decides.
         kind: One of DIVERGENCES.
         temperature: Both logits are divided by it; greater than 0.
-        skew: Read by the skewed kinds; DistiLLM and DWA-KD use 0.1.
-        adaptive_alpha: Read by `adaptive_kl`; DWA-KD uses 0.5.
+        knobs: Numbers of single kinds; None is their defaults.
 
     Returns:
         [N], at least 0 up to rounding.
 
     Raises:
-        UsageError: `kind` is not known, or a number is out of its range.
+        UsageError: `kind` is not known, or the temperature is not above 0.
     """
     if kind not in DIVERGENCES:
         raise UsageError(f"losses: {kind!r} is not a divergence. Known: {', '.join(DIVERGENCES)}")
     if not temperature > 0:
         raise UsageError(f"losses: temperature is {temperature}", next="set it to a number greater than 0")
-    if not (0 < skew < 1 and 0 < adaptive_alpha < 1):
-        raise UsageError(
-            f"losses: skew is {skew} and adaptive_alpha is {adaptive_alpha}", next="set both between 0 and 1"
-        )
     log_q_NV = (at_least_float32(student_logits_NV) / temperature).log_softmax(-1)
     log_p_NV = (at_least_float32(teacher_logits_NV) / temperature).log_softmax(-1)
-    return DIVERGENCES[kind](log_p_NV, log_q_NV, Knobs(skew=skew, adaptive_alpha=adaptive_alpha))
+    return DIVERGENCES[kind](log_p_NV, log_q_NV, knobs or Knobs())

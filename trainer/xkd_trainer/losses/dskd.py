@@ -15,32 +15,25 @@ Shape legend for this file
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from xkd_trainer.losses.divergence import Kind
+from xkd_trainer.losses.divergence import Kind, Knobs
 from xkd_trainer.losses.head import Comparison, LazyLogits, head_argmax, head_cross_entropy, head_divergence
 from xkd_trainer.losses.term import LossTerm, term
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class DualSpaceSettings(BaseModel):
+class DualSpaceSettings(Knobs):
     """How the two distributions are compared, in each space."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     temperature: Positive = 2.0
     """Divides the logits of both divergences; no factor of its square. Papers and code: 2."""
     student_divergence: Kind = "forward_kl"
-    """Student against projected teacher. DSKD's scripts: forward_kl; its code knows all six."""
+    """Student against projected teacher. DSKD's scripts: forward_kl; its code knows the first six."""
     teacher_divergence: Kind = "forward_kl"
     """Projected student against teacher. Always forward_kl in the code of DSKD and DWA-KD."""
-    skew: Share = 0.1
-    """Read by the skewed kinds. Scripts: 0.1."""
-    adaptive_alpha: Share = 0.5
-    """Read by adaptive_kl. Scripts: 0.5."""
 
     @property
     def student_space(self) -> Comparison:
@@ -53,7 +46,7 @@ class DualSpaceSettings(BaseModel):
         return self._comparison(self.teacher_divergence)
 
     def _comparison(self, kind: Kind) -> Comparison:
-        return Comparison(kind=kind, temperature=self.temperature, skew=self.skew, adaptive_alpha=self.adaptive_alpha)
+        return Comparison(kind=kind, temperature=self.temperature, knobs=self)
 
 
 class DskdSettings(DualSpaceSettings):

@@ -12,6 +12,7 @@ Shape legend for this file
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from xkd_trainer.losses.dskd import DualSpaceSettings
@@ -25,6 +26,10 @@ class DskdV2Settings(DualSpaceSettings):
 
     agreement: bool = True
     """Compare in the student's space only where the projected teacher predicts the teacher's own label (the code)."""
+    t2s_agreement: float = Field(default=1.0, ge=0, le=1)
+    """A document where a larger share of labelled pairs agrees is compared at all of them. Code: 1, over a batch."""
+    spaces: Literal["both", "student", "teacher"] = "both"
+    """student: without `teacher_space` (the code's only_stu_kd). teacher: that term alone (only_tea_kd)."""
     shared_vocab: Literal["mapped", "exact"] = "mapped"
     """mapped: classes are the same if their bytes are, whatever mark the vocabulary writes for a blank (the code maps
     the two common marks). exact: equal token strings."""

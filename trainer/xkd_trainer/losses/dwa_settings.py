@@ -27,7 +27,7 @@ class DwaSettings(DualSpaceSettings):
     student_weight: Literal["gate_before", "gate_after"] = "gate_before"
     """gate_before: H g scaled to sum to the number of tokens (paper). gate_after: H scaled, then times g (code)."""
     gate_warmup_steps: Steps = 0
-    """The gate is off in the first so many optimiser steps. Scripts: 0."""
+    """Optimiser steps of the gate's linear way from off to full (the code). Scripts: 0, full from the start."""
     gamma: Positive = 2.0
     """Smoothing of soft-DTW at step 0, in units of the cosine cost. Scripts: 2; 1 for OPT-2.7B."""
     gamma_end: Positive = 0.8
@@ -37,7 +37,7 @@ class DwaSettings(DualSpaceSettings):
     dtw_divergence: bool = True
     """nDTW (paper and code). Off: the cross term alone."""
     dtw_warmup_steps: Steps = 0
-    """The sequence level is off in the first so many optimiser steps. Scripts: 0."""
+    """Optimiser steps of the sequence level's linear way from 0 to `dtw` (the code). Scripts: 0."""
     band: Literal["soft", "hard", "none"] = "soft"
     """soft: adaptive band from the cross-model attention (paper and code). hard: Sakoe-Chiba. none: all cells free."""
     band_width: Weight = 5.0
@@ -49,7 +49,16 @@ class DwaSettings(DualSpaceSettings):
     band_penalty: Weight = 1.0
     """Added to the cost outside the soft band. Paper Table 5: 1."""
     band_warmup_steps: Steps = 0
-    """The band is off in the first so many optimiser steps. Scripts: 0."""
+    """Optimiser steps of the band's linear way from no penalty to `band_penalty` (the code). Scripts: 0."""
+
+    @staticmethod
+    def share(step: int, warmup: int) -> float:
+        """How much of a warm-up is over at an optimiser step, counted from 0: 0 to 1.
+
+        >>> [DwaSettings.share(step, 4) for step in (0, 2, 4, 9)], DwaSettings.share(0, 0)
+        ([0.0, 0.5, 1.0, 1.0], 1.0)
+        """
+        return anneal(step, 0.0, 1.0, warmup) if warmup else 1.0
 
     def gamma_at(self, step: int) -> float:
         """Smoothing at an optimiser step, counted from 0."""

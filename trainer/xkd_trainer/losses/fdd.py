@@ -36,8 +36,8 @@ class FddSettings(BaseModel):
     those whose states are in the cache; the last layer is always one of them."""
     student_layers: tuple[Layer, ...] = ()
     """Student blocks, one for each picked layer. Empty: those at the same depth."""
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """tau: divides all logits; no factor of its square."""
+    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    """tau: divides the logits of L_final and L_trajectory; no factor of its square. Code: 2. L_derivative has none."""
     final: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Weight of L_final; 0 turns it off."""
     trajectory: float = Field(default=1.0, ge=0, allow_inf_nan=False)
@@ -46,7 +46,7 @@ class FddSettings(BaseModel):
     """Weight of L_derivative; 0 turns it off."""
 
 
-def derivative(student: LazyLogits, teacher: LazyLogits, temperature: float) -> Tensor:
+def derivative(student: LazyLogits, teacher: LazyLogits) -> Tensor:
     """Sum over positions of the mean over neighbouring layers of 1 - cos between the changes of log p.
 
     From sure of nothing, the teacher turns to the first of two classes and the student to the second, both to three
@@ -55,27 +55,26 @@ def derivative(student: LazyLogits, teacher: LazyLogits, temperature: float) -> 
     >>> log3 = 1.0986123
     >>> teacher = LazyLogits(hidden=torch.tensor([[[0.0], [log3]]]), weight=torch.tensor([[1.0], [0.0]]))
     >>> student = LazyLogits(hidden=torch.tensor([[[0.0], [log3]]]), weight=torch.tensor([[0.0], [1.0]]))
-    >>> derivative(student, teacher, temperature=1.0)
+    >>> derivative(student, teacher)
     tensor(1.8717)
 
     Args:
         student: States [N, P, d] of the picked layers, P at least 2.
         teacher: States [N, P, D] with a head over the same V classes. A constant: detached here.
-        temperature: Divides both logits.
 
     Returns:
         Scalar with gradient by the student's states, and by its head where that requires one. A change that is zero
         costs 1 and has no gradient. Logits are made for a chunk of positions at a time and read in all layers at once.
     """
     total: Tensor = _Derivative.apply(  # type: ignore[no-untyped-call]
-        student.hidden, student.weight, student.bias, teacher.detached(), temperature
+        student.hidden, student.weight, student.bias, teacher.detached()
     )
     return total
 
 
-def _changes(logits_CPV: Tensor, temperature: float) -> Tensor:
+def _changes(logits_CPV: Tensor) -> Tensor:
     """log p of each layer less that of the layer before, [C, P - 1, V]."""
-    return (logits_CPV / temperature).log_softmax(-1).diff(dim=1)
+    return logits_CPV.log_softmax(-1).diff(dim=1)
 
 
 def _chunks(logits: LazyLogits) -> Iterator[slice]:
@@ -90,9 +89,7 @@ class _Derivative(torch.autograd.Function):
     """Loss and gradients in one pass over the chunks; backward multiplies them by the upstream scalar."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_NPD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, teacher: LazyLogits, temperature: float
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_NPD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, teacher: LazyLogits) -> Tensor:
         """Walk over the chunks."""
         logits = LazyLogits(hidden=hidden_NPD, weight=weight_VD, bias=bias_V)
         wide = at_least_float32(weight_VD.new_empty(0))
@@ -103,9 +100,7 @@ class _Derivative(torch.autograd.Function):
         for rows in _chunks(logits):
             leaf_CPV = logits.at(rows).dense().detach().requires_grad_()
             with torch.enable_grad():
-                distance = cosine_distance(
-                    _changes(leaf_CPV, temperature), _changes(teacher.at(rows).dense(), temperature)
-                )
+                distance = cosine_distance(_changes(leaf_CPV), _changes(teacher.at(rows).dense()))
                 loss = distance.mean(-1).sum()
                 (slope_CPV,) = torch.autograd.grad(loss, leaf_CPV)
             total += loss.detach()
@@ -129,6 +124,5 @@ class _Derivative(torch.autograd.Function):
             None if hidden_slope is None else hidden_slope * upstream.to(hidden_slope.dtype),
             None if weight_slope is None else (weight_slope * upstream).to(weight_dtype),
             None if bias_slope is None else (bias_slope * upstream).to(bias_dtype),
-            None,
             None,
         )

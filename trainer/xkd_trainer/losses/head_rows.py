@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xkd_trainer.losses.divergence import Kind, divergence
+from xkd_trainer.losses.divergence import Kind, Knobs, divergence
 
 PART_ELEMENTS = 1 << 20
 """Numbers of a chunk that softmaxes and their like are taken of at a time, or one row; products take the whole chunk.
@@ -32,6 +32,8 @@ STEP_ELEMENTS = 1 << 16
 PARTS_OFF_CPU = 8
 """Parts of a chunk where every piece is a kernel's launch: few, but fewer temporaries than the whole chunk."""
 
+KNOBS = Knobs()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
@@ -39,8 +41,7 @@ class Comparison:
 
     kind: Kind
     temperature: float
-    skew: float = 0.1
-    adaptive_alpha: float = 0.5
+    knobs: Knobs = KNOBS
 
 
 class Statistics(NamedTuple):
@@ -189,10 +190,7 @@ def _divergence_step(
     """`divergence_rows` of any kind, by torch's own gradient."""
     leaf_PV = student_PV.detach().requires_grad_()
     with torch.enable_grad():
-        loss_P = divergence(
-            leaf_PV, teacher_PV, how.kind, temperature=how.temperature,
-            skew=how.skew, adaptive_alpha=how.adaptive_alpha,
-        )  # fmt: skip
+        loss_P = divergence(leaf_PV, teacher_PV, how.kind, temperature=how.temperature, knobs=how.knobs)
         (slope_PV,) = torch.autograd.grad(loss_P, leaf_PV, grad_outputs=factor_P1[:, 0].to(loss_P.dtype))
     into_PV.copy_(slope_PV)
     return loss_P.detach()

@@ -31,10 +31,13 @@ class MinedSettings(BaseModel):
 
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """tau, for the one-hot positions too. DSKD's code: 2. No tau squared in front, as in that code."""
-    vocabulary: Literal["nearest", "exact"] = "nearest"
-    """Which teacher class stands for a student class. nearest: least edit distance, so every class has one (paper).
+    vocabulary: Literal["inverse", "nearest", "exact"] = "inverse"
+    """Which teacher class stands for a student class; a class without one gets probability 0.
 
-    exact: only a token of equal text, blanks aside; the other classes get probability 0.
+    inverse (DSKD's code): every teacher class goes to its nearest student class by edit distance, and a student class
+    takes the first (lowest id) of those that come to it, so no teacher class is used twice. nearest: the student
+    class's own nearest teacher class, so every class has one, and one teacher class may stand for hundreds. exact: a
+    token of equal text, blanks aside.
     """
 
 
@@ -55,6 +58,22 @@ def usable_positions(
     """
     theirs_BN = teacher_input_BM.gather(1, partner_BN.clamp_min(0))
     return (partner_BN >= 0) & (to_student_V[theirs_BN] == student_input_BN)
+
+
+def inverted(to_student_V: Tensor, size: int) -> Tensor:
+    """For each of the student's `size` classes the lowest teacher id that maps to it, [size] int64, or -1.
+
+    >>> inverted(torch.tensor([2, 0, 2, -1]), 4)
+    tensor([ 1, -1,  0, -1])
+
+    Args:
+        to_student_V: The student's id for the teacher's ids 0, 1, ...; -1 where there is none.
+        size: The student's classes.
+    """
+    known = torch.nonzero(to_student_V >= 0)[:, 0]
+    none = len(to_student_V)
+    lowest = known.new_full((size,), none).scatter_reduce_(0, to_student_V[known], known, "amin")
+    return torch.where(lowest == none, -1, lowest)
 
 
 def carried_head(weight_VD: Tensor, bias_V: Tensor | None, to_teacher_V: Tensor, size: int) -> tuple[Tensor, Tensor]:

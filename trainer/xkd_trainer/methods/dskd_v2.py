@@ -13,6 +13,7 @@ from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch, gather_rows
 from xkd_trainer.losses.dskd import correct, projected_cross_entropy, student_space, teacher_space
 from xkd_trainer.losses.dskd_v2 import DskdV2Settings, equal_logits, label_table, pseudo_inverse
+from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.term import LossTerm
 from xkd_trainer.losses.vocabulary import shared_vocabulary
 from xkd_trainer.methods.declaration import (
@@ -32,10 +33,10 @@ def needs(settings: DskdV2Settings, levels: tuple[tuple[int, str], ...]) -> tupl
 
 
 class DskdV2(nn.Module):
-    """Terms `projected_ce` and `student_space` over labelled pairs, `teacher_space` over all exact pairs.
+    """Terms `projected_ce` over labelled pairs, `student_space` over those that agree, `teacher_space` over all pairs.
 
     A pair is labelled where the teacher's likeliest class is in the student's vocabulary. Each term is a mean over its
-    pairs; that of `student_space` counts the pairs left out for disagreement too, with 0.
+    pairs. Which agree is found before the step, with one more product of the student's head.
     """
 
     layers: tuple[int, ...] = ()
@@ -44,6 +45,7 @@ class DskdV2(nn.Module):
     def __init__(self, settings: DskdV2Settings, context: Context) -> None:
         super().__init__()
         self.settings = settings
+        self.student_head = context.student_head
         self.head = TeacherHead(context, "dskd_v2")
         student_ids_K, teacher_ids_K = shared_vocabulary(
             context.student_vocab, context.teacher_vocab, settings.shared_vocab
@@ -63,12 +65,32 @@ class DskdV2(nn.Module):
 
     def weights(self, step: int) -> Mapping[str, float]:
         """L_KD is their sum; its factor is the loss's own."""
-        return {"projected_ce": 1.0, "student_space": 1.0, "teacher_space": 1.0}
+        student, teacher = (float(self.settings.spaces != other) for other in ("teacher", "student"))
+        return {"projected_ce": student, "student_space": student, "teacher_space": teacher}
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Labelled pairs, and all pairs."""
-        labelled = self._labels(batch)[1].sum()
-        return {"projected_ce": labelled, "student_space": labelled, "teacher_space": batch.pair_valid_BE.sum()}
+        """Labelled pairs, those that agree, and all pairs."""
+        label_BE, labelled_BE = self._labels(batch)
+        kept_BE = labelled_BE
+        if self.settings.agreement and self.settings.spaces != "teacher":
+            head = constant_head(self.student_head(), "this student", convert=False)
+            with torch.no_grad():
+                hidden_BEd = self.t2s(gather_rows(teacher_states(batch), batch.pairs_BE2[..., 1]))
+                kept_BE = self._kept(
+                    LazyLogits(hidden=hidden_BEd, weight=head.weight_VD, bias=head.bias_V), label_BE, labelled_BE
+                )
+        return {
+            "projected_ce": labelled_BE.sum(), "student_space": kept_BE.sum(),
+            "teacher_space": batch.pair_valid_BE.sum(),
+        }  # fmt: skip
+
+    def _kept(self, projected: LazyLogits, label_BE: Tensor, labelled_BE: Tensor) -> Tensor:
+        """The pairs that `student_space` compares, [B, E]."""
+        if not self.settings.agreement:
+            return labelled_BE
+        agreeing_BE = correct(projected, label_BE, labelled_BE)
+        share_B1 = agreeing_BE.sum(-1, keepdim=True) / labelled_BE.sum(-1, keepdim=True).clamp_min(1)
+        return torch.where(share_B1 > self.settings.t2s_agreement, labelled_BE, agreeing_BE)
 
     def _labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's likeliest class of each pair as a student class, and where there is one, [B, E] both."""
@@ -82,12 +104,12 @@ class DskdV2(nn.Module):
         own = own_at(student, batch.pairs_BE2[..., 0])
         teacher_BED = gather_rows(teacher_states(batch), batch.pairs_BE2[..., 1])
         projected = with_fixed_head(student, self.t2s(teacher_BED))
-        kept_BE = correct(projected, label_BE, labelled_BE) if self.settings.agreement else labelled_BE
+        kept_BE = self._kept(projected, label_BE, labelled_BE)
         s2t_Dd = equal_logits(self.inverse_DK, own.weight[self.student_ids_K])
         back = self.head(linear(own.hidden, s2t_Dd))
         return {
             "projected_ce": projected_cross_entropy(projected, label_BE, labelled_BE),
-            "student_space": student_space(own, projected, uniform_weights(kept_BE), labelled_BE, self.settings),
+            "student_space": student_space(own, projected, uniform_weights(kept_BE), kept_BE, self.settings),
             "teacher_space": teacher_space(
                 back, self.head(teacher_BED), uniform_weights(batch.pair_valid_BE), batch.pair_valid_BE, self.settings,
                 count=batch.pair_valid_BE.sum(),

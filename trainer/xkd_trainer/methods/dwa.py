@@ -66,7 +66,7 @@ class Dwa(nn.Module):
 
     def weights(self, step: int) -> Mapping[str, float]:
         """Script values; soft-DTW joins after its warm-up."""
-        dtw = self.settings.dtw if step >= self.settings.dtw_warmup_steps else 0.0
+        dtw = self.settings.dtw * self.settings.share(step, self.settings.dtw_warmup_steps)
         return dict.fromkeys(_KD, self.settings.kd) | dict.fromkeys(_DTW, dtw)
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
@@ -98,15 +98,15 @@ class Dwa(nn.Module):
     def _weigh_student(self, step: int) -> Weigh | None:
         """Eq. 11-12 for some documents, from the student's entropies and the peaks of the projected teacher."""
         s = self.settings
-        gated = s.gate and step >= s.gate_warmup_steps
+        opened = s.share(step, s.gate_warmup_steps) if s.gate else 0.0
 
         def weigh(entropy_BN: Tensor, peak_BN: Tensor, valid_BN: Tensor) -> Tensor:
             ones_BN = uniform_weights(valid_BN)
-            return student_weights(
-                entropy_BN if s.entropy_weights else ones_BN, peak_BN if gated else ones_BN, valid_BN, s.student_weight
-            )
+            gate_BN = 1.0 + opened * (peak_BN - 1.0)
+            weight_BN = entropy_BN if s.entropy_weights else ones_BN
+            return student_weights(weight_BN, gate_BN, valid_BN, s.student_weight)
 
-        return weigh if gated or s.entropy_weights else None
+        return weigh if opened or s.entropy_weights else None
 
     def _teacher_weights(self, batch: Batch) -> Tensor:
         """Eq. 14."""
@@ -127,7 +127,10 @@ class Dwa(nn.Module):
         """Soft-DTW on target embeddings and on last states (eq. 17-25)."""
         s, valid_BM = self.settings, batch.teacher_predict_valid_BM
         lengths = batch.predict_valid_BN.sum(-1), valid_BM.sum(-1)
-        penalty_BNM = None if step < s.band_warmup_steps else band(attention_BNM.detach(), *lengths, s)
+        share = s.share(step, s.band_warmup_steps)
+        penalty_BNM = band(attention_BNM.detach(), *lengths, s) if share else None
+        if penalty_BNM is not None and share < 1 and s.band == "soft":
+            penalty_BNM = share * penalty_BNM
         pairs = {
             "dtw_embeddings": (
                 student.target_embeddings_BNd,

@@ -84,7 +84,7 @@ class Fdd(nn.Module):
             sums["trajectory"] = torch.stack(parts).mean(0)
         if "derivative" in self.factors:
             own, theirs = (_stacked(side) for side in zip(*layers, strict=True))
-            sums["derivative"] = derivative(own, theirs, self.how.temperature)
+            sums["derivative"] = derivative(own, theirs)
         return {name: term(sums[name], batch.num_predictions) for name in self.factors}
 
     def _ends_with_the_last(self) -> bool:

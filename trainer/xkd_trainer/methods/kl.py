@@ -9,13 +9,12 @@ Shape legend: see batch.py; V classes of both heads.
 
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch
-from xkd_trainer.losses.divergence import Kind
-from xkd_trainer.losses.dskd import Positive, Share
+from xkd_trainer.losses.divergence import Kind, Knobs
+from xkd_trainer.losses.dskd import Positive
 from xkd_trainer.losses.head import Comparison
 from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
@@ -23,19 +22,13 @@ from xkd_trainer.methods.dual_space import TeacherHead, teacher_states
 from xkd_trainer.methods.one_tokenizer import refuse_other_predictions, refuse_two_tokenizers
 
 
-class KlSettings(BaseModel):
+class KlSettings(Knobs):
     """Which divergence, and how soft."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     divergence: Kind = "forward_kl"
     """DistiLLM: skewed_reverse_kl or skewed_forward_kl."""
     temperature: Positive = 1.0
     """Divides both logits; no factor of its square. DistiLLM: 1; DSKD's baselines: 2."""
-    skew: Share = 0.1
-    """Read by the skewed kinds. DistiLLM: 0.1."""
-    adaptive_alpha: Share = 0.5
-    """Read by adaptive_kl."""
 
 
 class Kl(nn.Module):
@@ -47,10 +40,7 @@ class Kl(nn.Module):
     def __init__(self, settings: KlSettings, context: Context) -> None:
         super().__init__()
         refuse_two_tokenizers("kl", context)
-        self.how = Comparison(
-            kind=settings.divergence, temperature=settings.temperature, skew=settings.skew,
-            adaptive_alpha=settings.adaptive_alpha,
-        )  # fmt: skip
+        self.how = Comparison(kind=settings.divergence, temperature=settings.temperature, knobs=settings)
         self.head = TeacherHead(context, "kl")
         self.classes = max(context.student_vocab.values()) + 1
         """Ids of the tokenizer; heads may have rows beyond them, and not the same number."""

@@ -14,7 +14,7 @@ from xkd_schemas.errors import UsageError
 from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch, gather_rows
 from xkd_trainer.losses.head import LazyLogits
-from xkd_trainer.losses.mined import MinedSettings, carried_head, mined_divergence, usable_positions
+from xkd_trainer.losses.mined import MinedSettings, carried_head, inverted, mined_divergence, usable_positions
 from xkd_trainer.losses.term import LossTerm, term
 from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, constant_head
 
@@ -42,14 +42,18 @@ class Mined(nn.Module):
         student, teacher = context.student_vocab, context.teacher_vocab
         self._student_texts = self._alignment.token_texts(student)
         self._teacher_texts = self._alignment.token_texts(teacher)
-        to_teacher_V = self._alignment.vocabulary_map(student, teacher, settings.vocabulary)
+        mode = "exact" if settings.vocabulary == "exact" else "nearest"
+        to_student_V = self._alignment.vocabulary_map(teacher, student, mode)
+        if settings.vocabulary == "inverse":
+            to_teacher_V = inverted(to_student_V, max(student.values()) + 1)
+        else:
+            to_teacher_V = self._alignment.vocabulary_map(student, teacher, mode)
         head = constant_head(context.teacher_head(), "mined")
         size = context.student_head().weight_VD.shape[0]
         head_VD, logit_V = carried_head(head.weight_VD, head.bias_V, to_teacher_V.to(head.weight_VD.device), size)
         self.to_student_V: Tensor
         self.head_VD: Tensor
         self.logit_V: Tensor
-        to_student_V = self._alignment.vocabulary_map(teacher, student, settings.vocabulary)
         self.register_buffer("to_student_V", to_student_V, persistent=False)
         self.register_buffer("head_VD", head_VD, persistent=False)
         self.register_buffer("logit_V", logit_V, persistent=False)
