@@ -135,12 +135,41 @@ def test_the_way_back_follows_the_students_head_as_it_is_now(tmp_path: Path) -> 
     assert after == pytest.approx(expected, rel=1e-5)
 
 
-def test_exact_shares_fewer_classes_and_no_agreement_compares_all() -> None:
-    (mapped, batch), (exact, _), (everything, _) = made(), made(shared_vocab="exact"), made(agreement=False)
+def test_exact_shares_fewer_classes() -> None:
+    (mapped, _), (exact, _) = made(), made(shared_vocab="exact")
 
     assert len(exact.distiller.losses["dskd_v2"].student_ids_K) < len(mapped.distiller.losses["dskd_v2"].student_ids_K)
-    shares = [
-        float(r.distiller(batch, r.distiller.counts(batch), 0)[1]["dskd_v2.student_space"])
-        for r in (mapped, everything)
-    ]
-    assert shares[0] < shares[1]
+
+
+def student_space_of(**settings: Any) -> tuple[float, float, float]:
+    """Total and count of the term, and the count that was said beforehand."""
+    ready, batch = made(**settings)
+    found: dict[str, Any] = {}
+    ready.distiller.losses["dskd_v2"].register_forward_hook(lambda _m, _i, out: found.update(out))
+    before = ready.distiller.counts(batch)
+    ready.distiller(batch, before, 0)
+    term = found["student_space"]
+    return float(term.total.detach()), float(term.count), float(before["dskd_v2.student_space"])
+
+
+def test_the_students_space_is_a_mean_over_the_pairs_that_agree_and_no_others_count(tmp_path: Path) -> None:
+    wide = str(tiny.saved(tiny.llama("sentencepiece", width=128), "sentencepiece", tmp_path))  # its head can follow
+    agreeing, every, loose = (
+        student_space_of(student=wide, **settings) for settings in ({}, {"agreement": False}, {"t2s_agreement": 0.0})
+    )
+
+    assert agreeing[1] == agreeing[2] > 0
+    assert every[1] == every[2] > agreeing[1]
+    assert every[0] > agreeing[0] > 0
+    assert agreeing[1] < loose[1] == loose[2] <= every[1]
+
+
+@pytest.mark.parametrize(
+    ("spaces", "off"), [("student", {"teacher_space"}), ("teacher", {"projected_ce", "student_space"})]
+)
+def test_one_space_alone_leaves_the_terms_of_the_other_without_weight(spaces: str, off: set[str]) -> None:
+    ready, _ = made(spaces=spaces)
+
+    weights = ready.distiller.loss("dskd_v2").weights(0)
+
+    assert {name for name, weight in weights.items() if not weight} == off
