@@ -221,21 +221,23 @@ def csd(p: Vector, q: Vector) -> float:
     return (mass - 2 * means[0] * means[1]) / 4
 
 
-def divergence(student: Vector, teacher: Vector, kind: str, tau: float, skew: float, alpha: float) -> float:
+def divergence(
+    student: Vector, teacher: Vector, kind: str, tau: float, skew: float, alpha: float, share: float = 0.5
+) -> float:
     q, p = softmax([x / tau for x in student]), softmax([x / tau for x in teacher])
     pairs = list(zip(p, q, strict=True))
-    middle = [skew * a + (1 - skew) * b for a, b in pairs]
-    share = tail_share(p, q, alpha)
+    middle = [share * a + (1 - share) * b for a, b in pairs]
+    tail = tail_share(p, q, alpha)
     return {
         "forward_kl": kl(p, q),
         "reverse_kl": kl(q, p),
-        "js": skew * kl(p, middle) + (1 - skew) * kl(q, middle),
+        "js": share * kl(p, middle) + (1 - share) * kl(q, middle),
         "tvd": sum(abs(a - b) for a, b in pairs) / 2,
         "ab": ab(p, q, 0.2, 0.7),
         "csd": csd(p, q),
         "skewed_forward_kl": kl(p, [skew * a + (1 - skew) * b for a, b in zip(p, q, strict=True)]),
         "skewed_reverse_kl": kl(q, [(1 - skew) * a + skew * b for a, b in zip(p, q, strict=True)]),
-        "adaptive_kl": (1 - share) * kl(p, q) + share * kl(q, p),
+        "adaptive_kl": (1 - tail) * kl(p, q) + tail * kl(q, p),
     }[kind]
 
 

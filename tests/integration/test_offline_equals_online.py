@@ -61,7 +61,7 @@ def test_every_signal_of_a_batch_is_the_live_one_but_for_its_rounding(ready: Rea
     online = live(batch, ready.cache, teacher)
 
     close(batch.teacher_hidden_BRD, online.teacher_hidden_BRD, rtol=2**-8, atol=1e-4)
-    close(batch.teacher_attention_BR, online.teacher_attention_BR, rtol=1e-3, atol=1e-6)
+    close(batch.states(4).attention_text_BT, online.states(4).attention_text_BT, rtol=1e-3, atol=1e-6)
     close(batch.teacher_entropy_BM, online.teacher_entropy_BM, rtol=1e-4, atol=1e-5)
     assert batch.teacher_argmax_BM is not None
     assert online.teacher_argmax_BM is not None
