@@ -21,6 +21,7 @@ from xkd_pipeline.store import locked
 from xkd_pipeline.teacher import make_teacher, teacher_settings
 from xkd_pipeline.teacher_files import weights_identity
 from xkd_schemas.additions import plans_of
+from xkd_schemas.encode import reading_of
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.manifest import Manifest, Plan, Spec, differences
 from xkd_schemas.table import Table, names_in
@@ -119,9 +120,7 @@ def parser_with(root: Path, spacy_model: str | None, parser_model: str | None) -
 def student_settings(folder: Path, spec: Spec) -> StudentSettings:
     """How the students' table in `folder` was made, from its own copy of the tokenizer."""
     encoder = spec["encoder"]
-    return StudentSettings(
-        tokenizer=str(folder / "tokenizer"), template=encoder["template"], max_tokens=encoder["max_tokens"]
-    )
+    return StudentSettings(tokenizer=str(folder / "tokenizer"), **reading_of(encoder))
 
 
 def go_on(root: Path, models: Sequence[str], workers: Workers, echo: Callable[[str], None]) -> Added:

@@ -35,10 +35,14 @@ class StudentSettings:
     tokenizer: str
     template: str = "none"
     max_tokens: int = 1024
+    enable_thinking: bool | None = None
 
     def encoder(self) -> Encoder:
         """Load the tokenizer."""
-        return Encoder(tokenizer=load_tokenizer(self.tokenizer), template=self.template, max_tokens=self.max_tokens)
+        return Encoder(
+            tokenizer=load_tokenizer(self.tokenizer), template=self.template, max_tokens=self.max_tokens,
+            enable_thinking=self.enable_thinking,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

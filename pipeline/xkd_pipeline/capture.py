@@ -32,6 +32,8 @@ class TeacherSettings:
     template: str = "chat"
     max_tokens: int = 1024
     """A longer document is cut at a word border."""
+    enable_thinking: bool | None = None
+    """Handed to the chat template; None leaves it to the template."""
     codec: str = PLAIN
     """How wide signals are stored; see xkd_schemas.codecs."""
     batch_tokens: int = 4096

@@ -10,7 +10,7 @@ import typer
 
 from xkd_pipeline import cli_add, cli_care, cli_look, cli_share
 from xkd_pipeline.build import Outcome
-from xkd_pipeline.cli_options import columns_of, echo_for, names_of, numbers_of
+from xkd_pipeline.cli_options import ThinkingOption, columns_of, echo_for, names_of, numbers_of
 from xkd_pipeline.run import Workers, asked_workers
 from xkd_schemas.errors import InputMissing
 from xkd_schemas.runfile import RunFile, load_runfile, toml_text
@@ -97,6 +97,7 @@ def teacher(
     losses: Annotated[str, typer.Option("--for", help="Losses whose signals are kept.")] = "mta,sra,dwa",
     name: Annotated[str | None, typer.Option(help="Name of the teacher's table.")] = None,
     template: Annotated[str | None, typer.Option(help="chat, alpaca or none.")] = None,
+    enable_thinking: ThinkingOption = None,
     word_layers: Annotated[str | None, typer.Option(help="Teacher layers read on words, e.g. 15.")] = None,
     phrase_layers: Annotated[str | None, typer.Option(help="Teacher layers read on phrases, e.g. 22,30.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
@@ -119,7 +120,8 @@ def teacher(
     """
     flags = {
         "cache": str(cache), "teacher.model": model, "teacher.losses": names_of(losses), "teacher.name": name,
-        "teacher.template": template, "teacher.word_layers": numbers_of(word_layers),
+        "teacher.template": template, "teacher.enable_thinking": enable_thinking,
+        "teacher.word_layers": numbers_of(word_layers),
         "teacher.phrase_layers": numbers_of(phrase_layers), "teacher.max_tokens": max_tokens, "teacher.dtype": dtype,
         "teacher.codec": codec, "teacher.topk": topk, "teacher.samples": samples,
         "teacher.batch_tokens": batch_tokens, "teacher.threads": threads, "workers": workers,
@@ -138,6 +140,7 @@ def align(
     teacher: Annotated[str, typer.Option(help="Name of the teacher's table, if there are several.")] = "",
     name: Annotated[str | None, typer.Option(help="Name of the student's table.")] = None,
     template: Annotated[str | None, typer.Option(help="none, alpaca or chat.")] = None,
+    enable_thinking: ThinkingOption = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
     workers: WorkersOption = None,
     ray_address: AddressOption = None,
@@ -151,7 +154,7 @@ def align(
     """
     flags = {
         "cache": str(cache), "student.tokenizer": student, "student.name": name, "student.template": template,
-        "student.max_tokens": max_tokens, "workers": workers,
+        "student.enable_thinking": enable_thinking, "student.max_tokens": max_tokens, "workers": workers,
     }  # fmt: skip
     run = _run_of(None, sets, flags)
     from xkd_pipeline.stages import align_stage

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xkd_pipeline.cli_options import ThinkingOption
 from xkd_schemas.errors import UsageError
 from xkd_schemas.runfile import RunFile, load_runfile, toml_text
 from xkd_schemas.terminal import say, say_json
@@ -41,6 +42,7 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Cache folder, for the free disk there.")] = None,
     form: FormOption = None,
     template: Annotated[str | None, typer.Option(help="chat, alpaca or none.")] = None,
+    enable_thinking: ThinkingOption = None,
     word_layers: Annotated[str | None, typer.Option(help="Teacher layers read on words, e.g. 15.")] = None,
     phrase_layers: Annotated[str | None, typer.Option(help="Teacher layers read on phrases, e.g. 22,30.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
@@ -61,7 +63,8 @@ def plan(
     flags = {
         "documents.corpus": corpus, "documents.form": form, "documents.spacy_model": spacy_model,
         "cache": str(out) if out else None, "teacher.model": model, "teacher.losses": _list(losses, str),
-        "teacher.template": template, "teacher.word_layers": _list(word_layers, int),
+        "teacher.template": template, "teacher.enable_thinking": enable_thinking,
+        "teacher.word_layers": _list(word_layers, int),
         "teacher.phrase_layers": _list(phrase_layers, int), "teacher.max_tokens": max_tokens,
         "teacher.dtype": dtype, "teacher.codec": codec, "student.tokenizer": student,
     }  # fmt: skip
@@ -87,6 +90,7 @@ def pair(
     form: FormOption = None,
     template: Annotated[str | None, typer.Option(help="Of the student: none, alpaca or chat.")] = None,
     teacher_template: Annotated[str, typer.Option(help="Of the teacher: none, alpaca or chat.")] = "none",
+    enable_thinking: ThinkingOption = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
@@ -103,11 +107,17 @@ def pair(
 
     flags = {
         "documents.corpus": corpus, "documents.form": form, "student.template": template,
+        "teacher.enable_thinking": enable_thinking, "student.enable_thinking": enable_thinking,
         "teacher.template": teacher_template, "teacher.max_tokens": max_tokens, "student.max_tokens": max_tokens,
     }  # fmt: skip
     run = _run_of(None, sets, flags)
     theirs, ours = (
-        Encoder(tokenizer=load_tokenizer(name), template=section.template, max_tokens=section.max_tokens)
+        Encoder(
+            tokenizer=load_tokenizer(name),
+            template=section.template,
+            max_tokens=section.max_tokens,
+            enable_thinking=section.enable_thinking,
+        )
         for name, section in ((teacher, run.teacher), (student, run.student))
     )
     found = compare(theirs, ours, read_sample(run, sample), worst=worst, width=width)

@@ -1,11 +1,16 @@
 """What several commands read out of their flags, and how they speak while they work."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
 from xkd_schemas.errors import UsageError
 from xkd_schemas.terminal import say
+
+ThinkingOption = Annotated[
+    str | None, typer.Option(metavar="true|false", help="enable_thinking for the chat template; its own unless given.")
+]
 
 
 def columns_of(pairs: list[str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from xkd_pipeline.stages import signals_for, teacher_dtype
 from xkd_pipeline.whole_units import DocumentRows
 from xkd_schemas.blocks import TokenBlock
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
-from xkd_schemas.encode import Encoder
+from xkd_schemas.encode import TRIED, Encoder
 from xkd_schemas.progress import Progress
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.teacher import teacher_schema
@@ -100,7 +100,11 @@ def look_at(run: RunFile, wanted: int) -> Look:
     """Read, parse and tokenize a sample of at most `wanted` rows; raises as those do."""
     sample = read_sample(run, wanted)
     t = run.teacher
-    encoder = Encoder(tokenizer=load_tokenizer(t.model), template=t.template, max_tokens=t.max_tokens)
+    encoder = Encoder(
+        tokenizer=load_tokenizer(t.model), template=t.template, max_tokens=t.max_tokens,
+        enable_thinking=t.enable_thinking,
+    )  # fmt: skip
+    encoder.check(sample.documents[:TRIED])
     d = run.documents
     settings = ParserSettings(
         kind=d.parser, model=d.spacy_model, benepar_model=d.parser_model, max_words=d.max_words,
@@ -140,7 +144,9 @@ def student_bytes(run: RunFile, look: Look) -> int | None:
     name = s.tokenizer or ("" if s.model.startswith("new:") else s.model)
     if not name:
         return None
-    encoder = StudentSettings(tokenizer=name, template=s.template, max_tokens=s.max_tokens).encoder()
+    encoder = StudentSettings(
+        tokenizer=name, template=s.template, max_tokens=s.max_tokens, enable_thinking=s.enable_thinking
+    ).encoder()
     names = list(look.columns)
     rows: Sequence[Any] = [dict(zip(names, row, strict=True)) for row in zip(*look.columns.values(), strict=True)]
     return table_bytes(STUDENTS, align_rows(encoder, DocumentRows.of(rows), look.tokens)[1], look)

@@ -112,6 +112,7 @@ def teacher_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] = 
     settings = TeacherSettings(
         model=t.model,
         template=t.template,
+        enable_thinking=t.enable_thinking,
         max_tokens=t.max_tokens,
         dtype=dtype.dtype,
         codec=t.codec,
@@ -138,7 +139,9 @@ def align_stage(run: RunFile, workers: Workers, *, teacher: str = "") -> Outcome
     if not tokenizer:
         raise UsageError("no student tokenizer is named", next="xkd-cache align CACHE --student FOLDER")
     root = Path(run.cache)
-    settings = StudentSettings(tokenizer=tokenizer, template=s.template, max_tokens=s.max_tokens)
+    settings = StudentSettings(
+        tokenizer=tokenizer, template=s.template, max_tokens=s.max_tokens, enable_thinking=s.enable_thinking
+    )
     with locked(root):
         built = make_students(
             root, s.name or plain_name(tokenizer), teacher or run.teacher.name or only_teacher(root), settings, workers

@@ -25,7 +25,7 @@ from xkd_pipeline.whole_units import DocumentRows, documents_of
 from xkd_schemas.additions import part_of
 from xkd_schemas.alignment_batch import token_ranges_all
 from xkd_schemas.blocks import TokenBlock
-from xkd_schemas.encode import Encoder
+from xkd_schemas.encode import Encoder, reading_of
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.manifest import Care, Commit, Spec
 from xkd_schemas.sampled import MOST_CLASSES
@@ -36,7 +36,7 @@ from xkd_schemas.tokens import spans_read
 from xkd_trainer.compute_dtype import choose_dtype, dtype_named, processor_kind
 from xkd_trainer.forward import num_layers, rehearse
 from xkd_trainer.head import check_model, head_of
-from xkd_trainer.models import load_model, load_tokenizer
+from xkd_trainer.models import check_model_name, load_model, load_tokenizer
 
 CAPTURE_VERSION: Final = 5
 """Bump when the same settings would give other bytes."""
@@ -140,7 +140,8 @@ def forget_teacher() -> None:
 def encoder_of(settings: TeacherSettings) -> Encoder:
     """How the teacher reads a document."""
     return Encoder(
-        tokenizer=load_tokenizer(settings.model), template=settings.template, max_tokens=settings.max_tokens
+        tokenizer=load_tokenizer(settings.model), template=settings.template, max_tokens=settings.max_tokens,
+        enable_thinking=settings.enable_thinking,
     )  # fmt: skip
 
 
@@ -182,9 +183,7 @@ def teacher_settings(spec: Spec, model: str) -> TeacherSettings:
     """How the table with this spec was captured, by the same teacher at `model`; what an old spec lacks is as now."""
     kept = ("dtype", "codec", "batch_tokens", "pad_multiple", "threads", "device")
     how = {key: spec[key] for key in kept if key in spec}
-    return TeacherSettings(
-        model=model, template=spec["encoder"]["template"], max_tokens=spec["encoder"]["max_tokens"], **how
-    )
+    return TeacherSettings(model=model, **reading_of(spec["encoder"]), **how)
 
 
 def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: str) -> dict[str, Any]:
@@ -248,6 +247,7 @@ def make_teacher(
         UsageError: The model or the template cannot do what is asked.
     """
     documents = Table(root, "documents")
+    check_model_name(settings.model)
     encoder_of(settings).check(first_documents(documents))
     model = teacher_of(settings)
     wanted = signals(num_layers(model))

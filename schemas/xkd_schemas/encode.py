@@ -16,7 +16,7 @@ Shape legend for this file
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -62,6 +62,12 @@ REASONS: Final = {
     "no_target_after_cut": "cut to the longest length, the text has no target left",
 }
 """Every `status` but "ok", with what it means."""
+
+
+def reading_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an encoder with this identity, but for its tokenizer."""
+    thinking = identity.get("chat", {}).get("enable_thinking")
+    return {"template": identity["template"], "max_tokens": identity["max_tokens"], "enable_thinking": thinking}
 
 
 @dataclass(frozen=True, kw_only=True)

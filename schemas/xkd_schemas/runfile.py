@@ -51,6 +51,8 @@ class TeacherSection(_Section):
     name: str = ""
     """Name of its table; empty for the model's own name."""
     template: Literal["none", "alpaca", "chat"] = "chat"
+    enable_thinking: bool | None = None
+    """Handed to the chat template; None leaves it to the template."""
     max_tokens: int = Field(default=1024, ge=8)
     dtype: DtypeName = AUTO
     """auto: that of a table that is begun, otherwise what this machine computes fast."""
@@ -81,6 +83,8 @@ class StudentSection(_Section):
     name: str = ""
     """Name of its table; empty for the tokenizer's own name."""
     template: Literal["none", "alpaca", "chat"] = "none"
+    enable_thinking: bool | None = None
+    """Handed to the chat template; None leaves it to the template."""
     max_tokens: int = Field(default=1024, ge=8)
 
 

@@ -76,6 +76,9 @@ def evaluate(
     student: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
     data: Annotated[Path, typer.Option(help="Held-out rows, JSONL.")],
     template: Annotated[str | None, typer.Option(help="none, alpaca or chat; as trained unless given.")] = None,
+    enable_thinking: Annotated[
+        str | None, typer.Option(metavar="true|false", help="For the chat template; as trained unless given.")
+    ] = None,
     shards: Annotated[
         Path | None, typer.Option(help="Cache of the same rows: adds agreement with the teacher.")
     ] = None,
@@ -93,8 +96,8 @@ def evaluate(
     from xkd_trainer.evaluate import Request, evaluate_student
 
     request = Request(
-        student=student, data=data, template=template, shards=shards, rouge=rouge,
-        seeds=_seeds(seeds), max_new_tokens=max_new_tokens, limit=limit, dtype=dtype,
+        student=student, data=data, template=template, enable_thinking=_truth(enable_thinking), shards=shards,
+        rouge=rouge, seeds=_seeds(seeds), max_new_tokens=max_new_tokens, limit=limit, dtype=dtype,
     )  # fmt: skip
     result = evaluate_student(request)
     if as_json:
@@ -102,6 +105,13 @@ def evaluate(
     else:
         for name, value in result.items():
             say(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _truth(text: str | None) -> bool | None:
+    """`true` or `false`; UsageError for anything else."""
+    if text not in (None, "true", "false"):
+        raise UsageError(f"--enable-thinking {text}: expected true or false")
+    return None if text is None else text == "true"
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from xkd_schemas.encode import TRIED, Encoder
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.held import held_out_documents
 from xkd_schemas.progress import Progress
+from xkd_schemas.templates import CHAT
 from xkd_schemas.terminal import warn
 from xkd_schemas.tokenizers import identity
 from xkd_schemas.tokens import OK, Tokens
@@ -28,7 +29,7 @@ from xkd_trainer.batch import Batch
 from xkd_trainer.bits_per_byte import batched, bits_per_byte
 from xkd_trainer.cache import Cache, find_student
 from xkd_trainer.compute_dtype import choose_dtype, dtype_named, this_device
-from xkd_trainer.export import template_of
+from xkd_trainer.export import template_of, thinking_of
 from xkd_trainer.forward import run
 from xkd_trainer.head import check_model, head_of
 from xkd_trainer.losses.vocabulary import shared_vocabulary
@@ -45,6 +46,8 @@ class Request:
     data: Path
     template: str | None = None
     """none, alpaca or chat; None is the one the student was trained with."""
+    enable_thinking: bool | None = None
+    """Handed to the chat template; None is as the student was trained."""
     shards: Path | None = None
     """A cache of the same rows; adds agreement with its teacher."""
     rouge: bool = True
@@ -71,7 +74,11 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     tokenizer = load_tokenizer(name)
     documents, unusable = held_out_documents(request.data)
     template = request.template or template_of(Path(name))
-    encoder = Encoder(tokenizer=tokenizer, template=template, max_tokens=request.max_tokens)
+    thinking = thinking_of(Path(name)) if request.enable_thinking is None else request.enable_thinking
+    encoder = Encoder(
+        tokenizer=tokenizer, template=template, max_tokens=request.max_tokens,
+        enable_thinking=thinking if template == CHAT else None,
+    )  # fmt: skip
     encoder.check(documents[:TRIED])
     device = this_device()
     choice = choose_dtype(request.dtype, device)

@@ -65,8 +65,18 @@ def _names_run(path: Path, fingerprint: Mapping[str, Any]) -> bool:
 
 def template_of(folder: Path) -> str:
     """The template a student was trained with; "none" for a folder that was not made here."""
+    return str(_run_of(folder).get("template", "none"))
+
+
+def thinking_of(folder: Path) -> bool | None:
+    """What its chat template was given as `enable_thinking`; None where it was given nothing."""
+    found: bool | None = _run_of(folder).get("enable_thinking")
+    return found
+
+
+def _run_of(folder: Path) -> dict[str, Any]:
     try:
-        run = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["run"]
+        run: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError):
-        return "none"
-    return str(run.get("template", "none"))
+        return {}
+    return run

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from xkd_schemas.encode import reading_of
 from xkd_schemas.errors import Mismatch, NonFinite, UsageError
 from xkd_schemas.manifest import refuse_differences
 from xkd_schemas.progress import Progress
@@ -82,6 +83,7 @@ def train(
 
 
 def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
+    thinking = reading_of(ready.cache.students.manifest.spec["encoder"])["enable_thinking"]
     train = run.train.model_dump(exclude={"out", "threads", "log_every", "save_every"})
     return {
         "cache": ready.cache.identity(ready.wanted),
@@ -92,7 +94,7 @@ def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
         "projectors": {n: how.model_dump() for n, how in ready.distiller.trained_projectors().items()},
         "steps": total,
         "train": train,
-    }
+    } | ({} if thinking is None else {"enable_thinking": thinking})
 
 
 class _Run:

@@ -61,6 +61,8 @@ def align_command(run: RunFile, name: str) -> list[str]:
     student = run.student
     command = ["xkd-cache", "align", run.cache, "--student", student.tokenizer or student.model]
     command += ["--template", student.template, "--max-tokens", str(student.max_tokens)]
+    thinking = student.enable_thinking
+    command += [] if thinking is None else ["--enable-thinking", str(thinking).lower()]
     command += ["--name", name or student.name] if name or student.name else []
     return command + (["--teacher", run.teacher.name] if run.teacher.name else [])
 

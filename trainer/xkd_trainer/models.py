@@ -79,6 +79,24 @@ def tell_of_hub(folder: str) -> None:
         note(f"{folder}: no such folder here, asking the Hugging Face hub")
 
 
+def check_model_name(name: str) -> None:
+    """Refuse what is no model, before anything of it is loaded; raises as `load_model`."""
+    folder, gguf = split_gguf(name)
+    if gguf is not None and not Path(name).is_file():
+        raise InputMissing(f"model {name} is not there", next="give the path of a .gguf file")
+    if not Path(folder).is_dir():
+        _quiet()
+        tell_of_hub(folder)
+        try:
+            AutoConfig.from_pretrained(folder)
+        except OSError as error:
+            raise _missing(name, folder, error) from error
+        return
+    check_config(Path(folder))
+    if gguf is None and not (Path(folder) / "config.json").is_file():
+        raise InputMissing(f"model {name}: the folder has no config.json", next="give a folder that holds a model")
+
+
 def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """A causal language model in evaluation mode, from safetensors or GGUF.
 
@@ -91,20 +109,14 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         UsageError: It is there but no causal language model that this transformers knows.
         Refused: It wants to run code of its own, or has only pickled weights.
     """
+    check_model_name(name)
     folder, gguf = split_gguf(name)
-    if gguf is not None and not Path(name).is_file():
-        raise InputMissing(f"model {name} is not there", next="give the path of a .gguf file")
-    if Path(folder).is_dir():
-        check_config(Path(folder))
-        if gguf is None and not (Path(folder) / "config.json").is_file():
-            raise InputMissing(f"model {name}: the folder has no config.json", next="give a folder that holds a model")
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if gguf is not None:
         from transformers import GgufConfig
 
         options = {"dtype": dtype, "gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
     _quiet()
-    tell_of_hub(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

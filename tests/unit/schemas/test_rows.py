@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xkd_schemas.conversation import conversation
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError
 from xkd_schemas.forms import FORMS
@@ -196,3 +197,61 @@ def test_every_row_is_a_document_or_a_reject_however_the_rows_are_cut(form: str,
     assert all("".join(text for _, text, _ in parts(d)) == d.text for d in documents)
     halves = [read_documents("a", form, {}, half, max_chars=12) for half in (rows[:cut], rows[cut:])]
     assert (documents, rejected) == (halves[0][0] + halves[1][0], halves[0][1] + halves[1][1])
+
+
+def test_keys_that_are_not_used_are_counted_and_those_that_hold_content_are_refused() -> None:
+    said = {"role": "assistant", "content": "b", "id": 7, "refusal": None, "weight": 1}
+    good = {"messages": [{"role": "user", "content": "a", "stamp": 1}, said], "source": "x", "empty": None}
+    bad = {"messages": [{"role": "user", "content": "a", "images": ["x.png"]}, said]}
+    unused: dict[str, int] = {}
+
+    documents, rejected = read_documents(
+        "s", "messages", {}, [RawRow(line=n, content=json.dumps(row).encode()) for n, row in enumerate((good, bad))],
+        unused=unused,
+    )  # fmt: skip
+
+    assert (len(documents), documents[0].messages, [r.reason for r in rejected]) == (1, "", ["bad_type"])
+    assert '"messages"[0] has "images", which is not read in a message of user' in rejected[0].detail
+    assert unused == {"row.source": 1, "message.id": 1, "message.stamp": 1}
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ({"role": "assistant", "content": "b", "weight": 0.5}, "is 0.5, not 0, 1, true or false"),
+        ({"role": "user", "content": "b", "reasoning_content": "c"}, "which is not read in a message of user"),
+        (
+            {"role": "assistant", "content": "b", "reasoning": "c", "thinking": "d"},
+            "has different reasoning and thinking",
+        ),
+        ({"role": "assistant", "tool_calls": [{"id": "x"}]}, "has no name and arguments"),
+        ({"role": "assistant", "content": None}, "is null, not a string"),
+    ],
+)
+def test_what_a_message_says_that_cannot_be_read_is_refused(message: dict[str, object], why: str) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, message]}
+
+    _, rejected = read("messages", row)
+
+    assert [why in r.detail for r in rejected] == [True]
+
+
+def test_the_segments_of_a_turn_with_reasoning_and_calls_are_targets_of_their_own_role() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "thinking": "c", "tool_calls": [call], "weight": 1},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "d", "train": False},
+    ]
+    row = {"messages": turns, "tools": json.dumps([{"name": "add"}])}
+
+    (document,), _ = read("messages", row)
+
+    assert parts(document) == [
+        ("user", "a", False), ("reasoning", "c", True), ("assistant", "b", True),
+        ("tool_call", '{"name": "add", "arguments": {"x": 1}}', True), ("tool", "2", False), ("assistant", "d", False),
+    ]  # fmt: skip
+    filled = conversation(document, document.text)
+    assert filled.tools == [{"name": "add"}]
+    assert filled.messages == [{k: v for k, v in t.items() if k not in ("weight", "train")} for t in turns]
