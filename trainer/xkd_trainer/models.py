@@ -91,6 +91,8 @@ def check_model_name(name: str) -> None:
             AutoConfig.from_pretrained(folder)
         except OSError as error:
             raise _missing(name, folder, error) from error
+        except UNBUILDABLE as error:
+            raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
         return
     check_config(Path(folder))
     if gguf is None and not (Path(folder) / "config.json").is_file():
