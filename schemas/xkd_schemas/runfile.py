@@ -92,6 +92,8 @@ class TrainSection(_Section):
     """How the student is trained."""
 
     out: str = ""
+    shards: tuple[str, ...] = ()
+    """Caches of one teacher that are read as one, CACHE or CACHE=WEIGHT; empty for `cache`."""
     loss: str = "ce"
     """`NAME+NAME`, weighed as in their papers; ce is cross-entropy on the corpus's own responses."""
     epochs: float = Field(default=3.0, gt=0)

@@ -92,6 +92,19 @@ class Cache:
             first += commit.rows
         return np.setdiff1d(np.arange(first, dtype=np.int64), np.array(bad, dtype=np.int64), assume_unique=True)
 
+    @property
+    def size(self) -> int:
+        """Documents of an epoch."""
+        return len(self.usable)
+
+    def rows(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
+        """The rows of one epoch, [size]; here the same in each."""
+        return self.usable
+
+    def at(self, row: int) -> tuple["Cache", int]:
+        """The cache that holds a row, and the row's number there; see `CacheUnion`."""
+        return self, row
+
     @cached_property
     def signals(self) -> tuple[Signal, ...]:
         """What is stored of the teacher."""

@@ -23,7 +23,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 def train(
     context: typer.Context,
     run: Annotated[Path | None, typer.Option(help="Run file (TOML); flags override it.")] = None,
-    shards: Annotated[Path | None, typer.Option(help="Cache folder.")] = None,
+    shards: Annotated[
+        list[str] | None,
+        typer.Option(help="Cache folder, or CACHE=WEIGHT; repeatable: caches of one teacher are read as one."),
+    ] = None,
     student: Annotated[str | None, typer.Option(help="Folder, hub name, or new:llama,layers=4,width=256.")] = None,
     student_tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, where the student has none.")] = None,
     student_table: Annotated[str, typer.Option(help="Student table, if several fit.")] = "",
@@ -54,7 +57,8 @@ def train(
     if context.invoked_subcommand is not None:
         return
     flags = {
-        "cache": shards, "student.model": student, "student.tokenizer": student_tokenizer, "train.loss": loss,
+        "train.shards": shards or None, "student.model": student, "student.tokenizer": student_tokenizer,
+        "train.loss": loss,
         "train.out": out, "train.epochs": epochs, "train.steps": steps, "train.batch_size": batch_size,
         "train.micro_batch_size": micro_batch_size, "train.lr": lr, "train.projector_lr": projector_lr,
         "train.seed": seed, "train.save_every": save_every, "train.threads": threads,

@@ -71,9 +71,9 @@ def train(
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
     ready = set_up(run, student_table, on_missing=on_missing, quiet=quiet)
-    order = Order(size=len(ready.cache.usable), batch_size=run.train.batch_size, seed=run.train.seed)
+    order = Order(size=ready.cache.size, batch_size=run.train.batch_size, seed=run.train.seed)
     if order.size == 0:
-        raise UsageError(f"{run.cache} has no usable document for this student")
+        raise UsageError(f"{ready.cache.root} has no usable document for this student")
     total = run.train.steps or max(1, round(run.train.epochs * order.steps_per_epoch))
     fingerprint = _fingerprint(run, ready, total)
     out = Path(run.train.out)
@@ -84,7 +84,7 @@ def train(
 
 def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
     thinking = reading_of(ready.cache.students.manifest.spec["encoder"])["enable_thinking"]
-    train = run.train.model_dump(exclude={"out", "threads", "log_every", "save_every"})
+    train = run.train.model_dump(exclude={"out", "shards", "threads", "log_every", "save_every"})
     return {
         "cache": ready.cache.identity(ready.wanted),
         "student": run.student.model,
@@ -141,10 +141,11 @@ class _Run:
         """This process's micro-batches of a step; every process gets the same number, blank ones if need be."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         shares = [self.order.share(step, r, world, self.settings.micro_batch_size) for r in range(world)]
-        usable, cache, wanted = self.ready.cache.usable, self.ready.cache, self.ready.wanted
-        batches = [batch_of(cache, usable[rows].tolist(), wanted) for rows in shares[rank]]
+        cache, wanted = self.ready.cache, self.ready.wanted
+        rows_of_epoch = cache.rows(step // self.order.steps_per_epoch, self.settings.seed)
+        batches = [batch_of(cache, rows_of_epoch[places].tolist(), wanted) for places in shares[rank]]
         while len(batches) < max(len(share) for share in shares):
-            batches.append(blank(batch_of(cache, usable[shares[0][0]].tolist(), wanted)))
+            batches.append(blank(batch_of(cache, rows_of_epoch[shares[0][0]].tolist(), wanted)))
         return batches
 
     def _steps(self) -> Iterator[list[Batch]]:

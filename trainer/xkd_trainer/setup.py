@@ -23,6 +23,7 @@ from xkd_trainer.methods.declaration import Context, Levels, Projectors, constan
 from xkd_trainer.methods.weights import parse_loss
 from xkd_trainer.missing import student_table as find_table
 from xkd_trainer.models import load_model, load_tokenizer, new_model
+from xkd_trainer.union import CacheUnion, Shards, parse_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +83,18 @@ def set_up(run: RunFile, student_table: str, *, on_missing: str = "fail", quiet:
         loss_named(name).parse(run.losses[name])
     tokenizer = load_tokenizer(run.student.tokenizer or run.student.model)
     fingerprint = identity(tokenizer)
-    root = Path(run.cache)
-    cache = Cache(root, student=find_table(run, fingerprint, student_table, on_missing=on_missing, quiet=quiet))
-    cache.check_tokenizer(fingerprint)
-    if cache.not_used:
-        warn(f"{cache.not_used} documents that were added to {root} are not used: xkd-cache add {root} takes them in")
+    named = [parse_shards(text) for text in run.train.shards] or [Shards(Path(run.cache))]
+    caches = []
+    for shards in named:
+        of_root = run.model_copy(update={"cache": str(shards.root)})
+        table = find_table(of_root, fingerprint, student_table, on_missing=on_missing, quiet=quiet)
+        caches.append(cache := Cache(shards.root, student=table))
+        cache.check_tokenizer(fingerprint)
+        if cache.not_used:
+            root = shards.root
+            warn(f"{cache.not_used} documents added to {root} are not used: xkd-cache add {root} takes them in")
+    weights_of_caches = [shards.weight for shards in named]
+    cache = CacheUnion(caches, weights_of_caches) if len(caches) > 1 or weights_of_caches != [1.0] else caches[0]
     levels = levels_of(cache)
     needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
     for name, signals in needs.items():

@@ -39,6 +39,7 @@ def batch_of(cache: Cache, rows: Sequence[int], wanted: frozenset[Signal]) -> Ba
 
 def _sample(cache: Cache, row: int, wanted: frozenset[Signal]) -> dict[str, Array]:
     """Arrays of one row, named like the fields of Batch; names with a blank are of a Level or TokenStates."""
+    cache, row = cache.at(row)
     cache.same_document(row)
     document, teacher, student = cache.documents[row], cache.teachers[row], cache.students[row]
     sample = _student_arrays(student)
