@@ -23,6 +23,7 @@ class Processor:
 
 def hardware_is(patch: pytest.MonkeyPatch, *, has_bfloat16: bool, factor: float, kind: str = "CPU AVX2") -> Processor:
     """Let this process take its processor for such a one."""
+    compute_dtype.warn_of_slow_dtype.cache_clear()
     processor = Processor(has_bfloat16, factor, kind)
     patch.setattr(compute_dtype, "hardware", lambda _device: processor)
     return processor

@@ -14,7 +14,7 @@ import numpy as np
 from xkd_pipeline.capture import TeacherSettings, capture
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.measure import Reading
-from xkd_pipeline.teacher import encoder_of, teacher_of, teacher_settings, warn_of_slow_dtype
+from xkd_pipeline.teacher import encoder_of, teacher_of, teacher_settings
 from xkd_pipeline.teacher_files import weights_identity
 from xkd_pipeline.verify import Bad, opened
 from xkd_schemas.alignment_batch import token_ranges_all
@@ -23,7 +23,7 @@ from xkd_schemas.manifest import Spec, refuse_differences
 from xkd_schemas.table import Row, Table, names_in
 from xkd_schemas.teacher import Signal, signal_named
 from xkd_schemas.tokens import OK, spans_read
-from xkd_trainer.compute_dtype import choose_dtype, this_device
+from xkd_trainer.compute_dtype import choose_dtype, this_device, warn_of_slow_dtype
 from xkd_trainer.head import head_of
 
 TOLERANCE: Final = {"bf16": 0.06, "float16": 0.02, "float32": 0.06, "int32": 0.06}
@@ -78,7 +78,7 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
     ours = {"weights": weights_identity(model), "encoder": encoder.identity()}
     stored = {key: spec[key] for key in ours}
     refuse_differences(table.folder, ours, stored, advice="name the teacher that the table was made with")
-    warn_of_slow_dtype(settings)
+    warn_of_slow_dtype(settings.dtype, settings.device)
     live_model = teacher_of(settings).to(settings.device)
     usable = [i for i in range(len(table)) if table[i]["status"] == OK]
     chosen = [usable[i] for i in np.linspace(0, len(usable) - 1, min(rows, len(usable))).round().astype(int)]

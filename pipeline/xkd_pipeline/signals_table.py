@@ -22,7 +22,6 @@ from xkd_pipeline.teacher import (
     teacher_of,
     teacher_settings,
     teacher_spec,
-    warn_of_slow_dtype,
 )
 from xkd_pipeline.teacher_files import std_of
 from xkd_schemas.additions import plans_of
@@ -30,6 +29,7 @@ from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.manifest import Care, Commit, refuse_differences
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import Signal, signal_named
+from xkd_trainer.compute_dtype import warn_of_slow_dtype
 from xkd_trainer.forward import num_layers
 
 BOUND = ("weights", "encoder")
@@ -70,7 +70,7 @@ def make_signals(root: Path, beside: Beside, workers: Workers, *, more: bool = F
     ours, theirs = ({key: one[key] for key in BOUND} for one in (spec, teachers.manifest.spec))
     refuse_differences(teachers.folder, ours, theirs, advice=advice)
     store = Store(root, f"signals/{name}", spec, basis.units, more=more)
-    warn_of_slow_dtype(settings)
+    warn_of_slow_dtype(settings.dtype, settings.device)
     stage = TeacherStage(
         root=root, folder=store.folder, starts=store.plan.starts, settings=settings, signals=columns, tokens=False
     )

@@ -31,9 +31,8 @@ from xkd_schemas.manifest import Care, Commit, Spec
 from xkd_schemas.sampled import MOST_CLASSES
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
-from xkd_schemas.terminal import warn
 from xkd_schemas.tokens import spans_read
-from xkd_trainer.compute_dtype import choose_dtype, dtype_named, processor_kind
+from xkd_trainer.compute_dtype import dtype_named, processor_kind, warn_of_slow_dtype
 from xkd_trainer.forward import num_layers, rehearse
 from xkd_trainer.head import check_model, head_of
 from xkd_trainer.models import check_model_name, load_model, load_tokenizer
@@ -124,12 +123,6 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
         check_model(model)
         _loaded[settings] = model.requires_grad_(False)
     return _loaded[settings]
-
-
-def warn_of_slow_dtype(settings: TeacherSettings) -> None:
-    """Say once, before the work begins, that this device is slow in this dtype."""
-    if warning := choose_dtype(settings.dtype, settings.device).warning:
-        warn(warning)
 
 
 def forget_teacher() -> None:
@@ -256,7 +249,7 @@ def make_teacher(
     basis = basis_of(root / "teachers" / name, documents, more=more)
     spec = teacher_spec(settings, columns, basis.root)
     store = Store(root, f"teachers/{name}", spec, basis.units, more=more)
-    warn_of_slow_dtype(settings)
+    warn_of_slow_dtype(settings.dtype, settings.device)
     stage = TeacherStage(
         root=root, folder=store.folder, starts=store.plan.starts, settings=settings, signals=columns
     )  # fmt: skip

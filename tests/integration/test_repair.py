@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 import small_cache
+from fake_hardware import hardware_is
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.mend import Means, repair
+from xkd_pipeline.signals_table import add_signals, signals_named
 from xkd_pipeline.spans import ParserSettings
+from xkd_pipeline.stages import teacher_stage
 from xkd_schemas.errors import Mismatch, UsageError
 from xkd_schemas.manifest import Plan, read_record, to_json
+from xkd_schemas.table import Table
 
 PARSER = ParserSettings(model=small_cache.SPACY)
 
@@ -145,3 +149,22 @@ def test_a_damaged_tokenizer_of_a_student_is_written_again_by_the_command(tmp_pa
     given = {"PATH_OF_ITS_TOKENIZER": str(small_cache.made() / "student")}
     app([given.get(word, word) for word in typed[1:]], standalone_mode=False)
     assert files_of(cache) == before
+
+
+def test_tables_are_mended_and_added_to_in_their_own_dtype_with_one_warning_where_that_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, model = small_cache.copied(tmp_path), str(small_cache.made() / "teacher")
+    hardware_is(monkeypatch, has_bfloat16=True, factor=0.5)
+    teacher = {"name": "half", "model": model, "losses": [], "dtype": "auto"}
+    teacher_stage(small_cache.run_file(cache, teacher=teacher), IN_PROCESS)
+    hardware_is(monkeypatch, has_bfloat16=False, factor=63.4)
+    add_signals(cache, "half", model, lambda _layers: signals_named(["entropy"]), "", IN_PROCESS)
+    tables = ("teachers/half", "signals/half.1")
+    for table in tables:
+        shard(cache, table, 1).unlink()
+
+    assert repair(cache, IN_PROCESS, means()).made == dict.fromkeys(tables, 1)
+
+    assert [Table(cache, table).manifest.spec["dtype"] for table in tables] == ["bfloat16", "bfloat16"]
+    assert capsys.readouterr().err.count("warning: bfloat16 products take 63 times") == 1

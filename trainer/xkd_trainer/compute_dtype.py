@@ -12,6 +12,7 @@ import torch
 
 from xkd_schemas.dtypes import AUTO, dtype_name
 from xkd_schemas.errors import UsageError
+from xkd_schemas.terminal import warn
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     "bfloat16": torch.bfloat16,
@@ -78,18 +79,34 @@ def choose_dtype(asked: str, device: str) -> Choice:
     dtype_named(asked)
     name, warning = dtype_name(asked), ""
     if name != "float32" and (factor := here.slowdown(name)) > SLOW:
-        warning = f"{name} products take {factor:.0f} times as long as float32 here ({here.kind})"
+        warning = f"{name} products take {_times(factor)} as long as float32 here ({here.kind})"
     return Choice(dtype=name, why="as asked for", warning=warning)
 
 
 def _fast(here: Hardware) -> Choice:
     factor = here.slowdown("bfloat16")
-    times = f"bfloat16 products take {factor:.2g} times as long as float32"
+    times = f"bfloat16 products take {_times(factor)} as long as float32"
     if not here.has_bfloat16:
         return Choice(dtype="float32", why=f"because {here.kind} has no bfloat16 instructions; {times}")
     if factor > SLOW:
         return Choice(dtype="float32", why=f"because on {here.kind} {times}")
     return Choice(dtype="bfloat16", why=f"because {here.kind} has bfloat16 instructions; {times}")
+
+
+def _times(factor: float) -> str:
+    """A measured factor in words.
+
+    >>> _times(0.5), _times(1.54), _times(107.4)
+    ('0.5 times', '1.5 times', '107 times')
+    """
+    return f"{factor:.2g} times" if factor < 10 else f"{factor:.0f} times"
+
+
+@functools.cache
+def warn_of_slow_dtype(dtype: str, device: str) -> None:
+    """Say before the work begins that this device is slow in this dtype, once in a process."""
+    if warning := choose_dtype(dtype, device).warning:
+        warn(warning)
 
 
 def processor_kind(device: str) -> str:

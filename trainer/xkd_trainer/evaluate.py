@@ -22,13 +22,12 @@ from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.held import held_out_documents
 from xkd_schemas.progress import Progress
 from xkd_schemas.templates import CHAT
-from xkd_schemas.terminal import warn
 from xkd_schemas.tokenizers import identity
 from xkd_schemas.tokens import OK, Tokens
 from xkd_trainer.batch import Batch
 from xkd_trainer.bits_per_byte import batched, bits_per_byte
 from xkd_trainer.cache import Cache, find_student
-from xkd_trainer.compute_dtype import choose_dtype, dtype_named, this_device
+from xkd_trainer.compute_dtype import choose_dtype, dtype_named, this_device, warn_of_slow_dtype
 from xkd_trainer.export import template_of, thinking_of
 from xkd_trainer.forward import run
 from xkd_trainer.head import check_model, head_of
@@ -81,10 +80,9 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     )  # fmt: skip
     encoder.check(documents[:TRIED])
     device = this_device()
-    choice = choose_dtype(request.dtype, device)
-    if choice.warning:
-        warn(choice.warning)
-    model = load_model(name, dtype=dtype_named(choice.dtype)).to(device)
+    dtype = choose_dtype(request.dtype, device).dtype
+    warn_of_slow_dtype(dtype, device)
+    model = load_model(name, dtype=dtype_named(dtype)).to(device)
     check_model(model)
     pairs = [(d, t) for d, t in zip(documents, encoder.encode_batch(documents), strict=True) if t.status == OK]
     unusable += len(documents) - len(pairs)
@@ -94,7 +92,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
         "documents": len(pairs),
         "unusable": unusable,
         "template": template,
-        "dtype": choice.dtype,
+        "dtype": dtype,
         **bits_per_byte(model, pairs),
     }
     if request.shards is not None:

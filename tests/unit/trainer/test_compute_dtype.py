@@ -17,6 +17,7 @@ from xkd_trainer.compute_dtype import choose_dtype, dtype_named
         (True, 0.5, "bfloat16", "because CPU AVX2 has bfloat16 instructions; .* take 0.5 times as long as float32"),
         (True, 60.0, "float32", "because on CPU AVX2 bfloat16 products take 60 times as long"),
         (False, 63.4, "float32", "because CPU AVX2 has no bfloat16 instructions; .* take 63 times as long"),
+        (False, 107.4, "float32", "bfloat16 products take 107 times as long as float32"),
         (False, 1.0, "float32", "has no bfloat16 instructions"),
     ],
 )

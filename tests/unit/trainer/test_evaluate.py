@@ -14,7 +14,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
+import small_cache
 import tiny_models as tiny
+from fake_hardware import hardware_is
 from four_tokenizers import tokenizer_of, wrapped
 from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage
@@ -321,3 +323,19 @@ def test_a_cache_without_the_teachers_choices_is_refused(monkeypatch: pytest.Mon
 
     with pytest.raises(UsageError, match="holds no argmax of the teacher"):
         agreement(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), made.cache)
+
+
+def test_the_model_runs_in_what_is_fast_here_and_a_slow_dtype_is_obeyed_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dtype_of(asked: str) -> object:
+        student = small_cache.made() / "teacher"
+        return evaluate_student(Request(student=student, data=held_file(tmp_path), rouge=False, dtype=asked))["dtype"]
+
+    hardware_is(monkeypatch, has_bfloat16=False, factor=63.4)
+    assert dtype_of("auto") == "float32"
+    assert "warning" not in capsys.readouterr().err
+    assert dtype_of("bf16") == "bfloat16"
+    assert capsys.readouterr().err.count("warning: bfloat16 products take 63 times") == 1
+    hardware_is(monkeypatch, has_bfloat16=True, factor=0.5)
+    assert dtype_of("auto") == "bfloat16"
