@@ -12,7 +12,6 @@ from typing import Any
 
 from xkd_pipeline.align import StudentSettings, make_students
 from xkd_pipeline.build import Built
-from xkd_pipeline.corpus import Source
 from xkd_pipeline.documents import Limits, corpus_spec, make_documents
 from xkd_pipeline.run import Workers
 from xkd_pipeline.signals_table import Beside, make_signals
@@ -21,6 +20,7 @@ from xkd_pipeline.store import locked
 from xkd_pipeline.teacher import make_teacher, teacher_settings
 from xkd_pipeline.teacher_files import weights_identity
 from xkd_schemas.additions import plans_of
+from xkd_schemas.corpus import Source
 from xkd_schemas.encode import reading_of
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.manifest import Manifest, Plan, Spec, differences

@@ -54,6 +54,16 @@ def write_root_files(root: Path) -> None:
     _update(root / "SHA256SUMS", "".join(lines).encode())
 
 
+def forget(root: Path, table: str) -> None:
+    """Bring README.md and SHA256SUMS up to date where a table goes; no other digest is taken anew."""
+    card, sums = root / "README.md", root / "SHA256SUMS"
+    _update(card, readme(root).encode())
+    old = sums.read_text().splitlines() if sums.is_file() else []
+    pairs = [(digest, name) for digest, _, name in (line.partition("  ") for line in old)]
+    kept = [(sha256_of(card) if n == card.name else d, n) for d, n in pairs if not n.startswith(f"{table}/")]
+    _update(sums, "".join(f"{digest}  {name}\n" for digest, name in kept).encode())
+
+
 def _update(path: Path, content: bytes) -> None:
     if not path.is_file() or path.read_bytes() != content:
         replace(path, content)

@@ -1,16 +1,18 @@
-"""Clear away what nothing in a cache refers to."""
+"""Clear away what nothing in a cache refers to, and tables that nobody wants any more."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from xkd_pipeline.card import forget
 from xkd_pipeline.store import locked
 from xkd_pipeline.verify import tables_of
-from xkd_schemas.additions import parts_of, records_of
-from xkd_schemas.errors import BadData, InputMissing
-from xkd_schemas.files import disk_errors, inside, remove, sync_folder
+from xkd_schemas.additions import parts_of, plans_of, records_of
+from xkd_schemas.errors import BadData, InputMissing, UsageError
+from xkd_schemas.files import bytes_below, disk_errors, inside, remove, sync_folder
 from xkd_schemas.manifest import Commit, Manifest, read_record
 
 YOUNG_SECONDS: Final = 60.0
@@ -87,3 +89,38 @@ def _remove(found: Sequence[Spare]) -> None:
                 folder.rmdir()
             else:
                 sync_folder(folder)
+
+
+def drop(root: Path, table: str) -> int:
+    """Remove a table, finished or not; its bytes. Interrupted, it goes on when it is called again.
+
+    Raises:
+        UsageError: It is the documents, there is no such table, or other tables were made from it.
+        Busy: Another process writes to the cache.
+    """
+    known = [name for name in tables_of(root) if "/" in name]
+    if table not in known:
+        raise UsageError(f"{root} has no table {table} that can go", next=f"use one of: {', '.join(known) or 'none'}")
+    folder = inside(root, *table.split("/"))
+    with locked(root):
+        made = [name for name in known if table == f"teachers/{_teacher_of(inside(root, *name.split('/')))}"]
+        if made:
+            raise UsageError(
+                f"{table} is what {', '.join(made)} was made from", next=f"first: xkd-cache drop {root} {made[0]}"
+            )
+        size = bytes_below(folder)
+        with disk_errors(folder):
+            remove(folder / "manifest.json")
+            sync_folder(folder)
+            forget(root, table)
+            shutil.rmtree(folder)
+            sync_folder(folder.parent)
+    return size
+
+
+def _teacher_of(folder: Path) -> str:
+    """Name of the teacher that a table was made from; "" where it was made from none."""
+    try:
+        return str(plans_of(folder)[0].spec.get("teacher", ""))
+    except (BadData, InputMissing):
+        return ""

@@ -10,11 +10,12 @@ import typer
 
 from xkd_pipeline import cli_add, cli_care, cli_look, cli_share
 from xkd_pipeline.build import Outcome
-from xkd_pipeline.cli_options import ThinkingOption, columns_of, echo_for, names_of, numbers_of
+from xkd_pipeline.cli_options import ThinkingOption, echo_for, names_of, numbers_of
 from xkd_pipeline.run import Workers, asked_workers
-from xkd_schemas.errors import InputMissing
+from xkd_schemas.files import bytes_below
+from xkd_schemas.forms import columns_of
 from xkd_schemas.runfile import RunFile, load_runfile, toml_text
-from xkd_schemas.table import names_in, only_teacher
+from xkd_schemas.table import check_cache, names_in, only_student, only_teacher
 from xkd_schemas.terminal import run as run_app
 from xkd_schemas.terminal import say, say_json
 
@@ -198,11 +199,12 @@ def show(
     """
     from xkd_pipeline.drawing import draw
 
-    if not cache.is_dir():
-        raise InputMissing(f"cache {cache} is not a folder", next="make one with xkd-cache documents")
-    students = names_in(cache, "students")
-    name = teacher or (only_teacher(cache) if names_in(cache, "teachers") else "")
-    for line in draw(cache, doc, teacher=name, student=student or (students[0] if students else ""), width=width):
+    check_cache(cache)
+    taught = teacher or (only_teacher(cache) if names_in(cache, "teachers") else "")
+    learned = student or (only_student(cache, taught) if taught else "")
+    if taught:
+        say(f"teacher {taught}, student {learned or 'none'}")
+    for line in draw(cache, doc, teacher=taught, student=learned, width=width):
         say(line)
 
 
@@ -214,16 +216,16 @@ def status(cache: CacheArgument, as_json: JsonOption = False) -> None:
     """
     from xkd_pipeline.progress import table_states
 
-    if not cache.is_dir():
-        raise InputMissing(f"cache {cache} is not a folder", next="make one with xkd-cache documents")
+    check_cache(cache)
     states = table_states(cache)
     if as_json:
-        say_json({"tables": states})
+        say_json({"tables": states, "bytes": bytes_below(cache)})
         return
     for state in states:
         done = "finished" if state["sealed"] else f"{state['done']} of {state['units']} shards done"
         notes = "".join(f", {state[key]} {key}" for key in ("unreadable", "quarantined", "leftovers") if state[key])
         say(f"{state['table']}: {done}, {state['documents']} documents, {state['bytes'] / 1e6:.1f} MB{notes}")
+    say(f"{cache}: {bytes_below(cache) / 1e6:.1f} MB")
 
 
 @app.command()
@@ -239,7 +241,8 @@ def report(
     from xkd_pipeline.report_page import write_report
 
     values = write_report(cache, out)
-    _tell(Outcome(line=f"report: {out}, {values['tables']} tables", values=values), as_json)
+    pairs = "".join(f"; teacher {teacher}, student {student}" for teacher, student in values["pairs"])
+    _tell(Outcome(line=f"report: {out}, {values['tables']} tables{pairs}", values=values), as_json)
 
 
 app.command()(cli_add.add)
@@ -251,6 +254,7 @@ app.command()(cli_look.pair)
 app.command()(cli_care.verify)
 app.command()(cli_care.repair)
 app.command()(cli_care.gc)
+app.command()(cli_care.drop)
 
 
 def main() -> None:

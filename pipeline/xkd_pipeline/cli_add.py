@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from xkd_pipeline.cli_options import columns_of, echo_for, names_of, numbers_of
-from xkd_schemas.errors import InputMissing, UsageError
+from xkd_pipeline.cli_options import echo_for, names_of, numbers_of
+from xkd_schemas.errors import UsageError
+from xkd_schemas.forms import columns_of
 from xkd_schemas.runfile import RunFile, load_runfile, toml_text
-from xkd_schemas.table import only_teacher
+from xkd_schemas.table import check_cache, only_teacher
 from xkd_schemas.teacher import Signal
 from xkd_schemas.terminal import say, say_json
 
@@ -45,8 +46,7 @@ def add(
     """
     from xkd_pipeline.run import Workers, asked_workers
 
-    if not cache.is_dir():
-        raise InputMissing(f"cache {cache} is not a folder", next="make one with xkd-cache documents")
+    check_cache(cache)
     common = _Common(
         cache=cache,
         models=model or [],
@@ -65,7 +65,7 @@ def add(
         _signals(common, to, load_runfile(None, [*(sets or []), *given]), names_of(signals), codec)
         return
     from xkd_pipeline.add import More, parser_with
-    from xkd_pipeline.corpus import open_source
+    from xkd_schemas.corpus import open_source
 
     columns = columns_of(column or [])
     sources = [open_source(name, form=form, columns=columns) for name in documents or []]

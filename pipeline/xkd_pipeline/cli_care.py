@@ -1,4 +1,4 @@
-"""The commands that look after a finished cache: verify, repair, gc. cli.py registers them."""
+"""The commands that look after a finished cache: verify, repair, gc, drop. cli.py registers them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -113,3 +113,21 @@ def gc(
     for one in found:
         say(f"{one.file.relative_to(cache)}: {one.size} bytes, {one.why}")
     say(f"{'would free' if dry_run else 'freed'} {size / 1e6:.1f} MB in {len(found)} files")
+
+
+def drop(
+    cache: CacheArgument,
+    table: Annotated[str, typer.Argument(help="teachers/NAME, signals/NAME or students/NAME.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Remove one table that no other table was made from; the rest stays whole.
+
+    Example: xkd-cache drop cache/ students/NAME
+    """
+    from xkd_pipeline.clear import drop as remove
+
+    size = remove(cache, table)
+    if as_json:
+        say_json({"table": table, "bytes": size})
+        return
+    say(f"dropped {table}, freed {size / 1e6:.1f} MB")

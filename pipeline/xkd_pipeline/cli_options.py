@@ -5,27 +5,11 @@ from typing import Annotated
 
 import typer
 
-from xkd_schemas.errors import UsageError
 from xkd_schemas.terminal import say
 
 ThinkingOption = Annotated[
     str | None, typer.Option(metavar="true|false", help="enable_thinking for the chat template; its own unless given.")
 ]
-
-
-def columns_of(pairs: list[str]) -> dict[str, str]:
-    """`--column FIELD=COLUMN` as a dict.
-
-    >>> columns_of(["prompt=question"])
-    {'prompt': 'question'}
-    """
-    found: dict[str, str] = {}
-    for pair in pairs:
-        field, _, name = pair.partition("=")
-        if not (field and name):
-            raise UsageError(f"--column {pair}: expected FIELD=COLUMN", next="e.g. --column prompt=question")
-        found[field] = name
-    return found
 
 
 def names_of(text: str | None) -> list[str]:

@@ -1,5 +1,6 @@
 """Stage 1: corpus rows become documents with words and phrases."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -7,12 +8,12 @@ from pathlib import Path
 from typing import Final
 
 from xkd_pipeline.build import Built, build
-from xkd_pipeline.corpus import RawRow, Source, read_documents
 from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.spans import Parser, ParserSettings, parser_for
 from xkd_pipeline.store import Store
 from xkd_schemas.additions import part_of
+from xkd_schemas.corpus import RawRow, Source, read_documents
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Segment, Spans, checked_spans
 from xkd_schemas.encode import TRIED
 from xkd_schemas.errors import BadData, InputMissing
@@ -191,13 +192,15 @@ def make_documents(
 
     def watch(commits: Sequence[Commit]) -> None:
         ours = [c for c in commits if len(before) <= c.unit < len(units)]
-        rejected = sum(c.rejects.rows for c in ours if c.rejects)
+        rejected, read = sum(c.rejects.rows for c in ours if c.rejects), sum(units[c.unit].rows for c in ours)
         if rejected > limits.max_reject * total:
+            folder = store.part(len(before)) / "rejects"
             raise BadData(
-                f"{rejected} of {total} rows cannot be used ({_reasons(ours)}), more than --max-reject "
-                f"{limits.max_reject:g} allows; they are listed in {store.part(len(before)) / 'rejects'}",
+                f"{rejected} of {read} rows cannot be used ({_reasons(ours)}), more than "
+                f"--max-reject {limits.max_reject:g} allows; the first: {_first_reject(folder)}; all are in {folder}",
                 kept="every finished shard",
-                next=f"mend the corpus, or accept them with --max-reject {min(1.0, 1.1 * rejected / total):.2g}",
+                next="mend the corpus, or name other columns with --column"
+                + f", or accept them with --max-reject {min(1.0, 1.1 * rejected / read):.2g}" * (rejected < read),
             )
         if len(ours) == len(units) - len(before) and sum(c.rows for c in ours) == 0:
             raise BadData(f"no usable row in {total} ({_reasons(ours)})", next="check the form of the rows")
@@ -256,6 +259,13 @@ def corpus_spec(sources: Sequence[Source]) -> list[dict[str, object]]:
     return [
         {"name": Path(s.name).name, "sha256": s.digest, "form": s.form, "columns": dict(s.columns)} for s in sources
     ]
+
+
+def _first_reject(folder: Path) -> str:
+    """Line and detail of the first row that was rejected, as the list of a unit has it."""
+    with min(folder.glob("*.jsonl")).open(encoding="utf-8") as lines:
+        row = json.loads(next(lines))
+    return f"row {row['line']}, {row['detail']}"
 
 
 def _reasons(commits: Iterable[Commit]) -> str:

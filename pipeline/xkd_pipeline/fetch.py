@@ -8,18 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from xkd_pipeline.parquet import refuse_full
-from xkd_pipeline.remote import (
-    MAX_SUMS_BYTES,
-    SUMS,
-    check_sealed,
-    downloaded,
-    is_url,
-    parsed_sums,
-    remote_errors,
-    shown,
-    store_of,
-)
+from xkd_pipeline.remote import MAX_SUMS_BYTES, SUMS, check_sealed, parsed_sums
 from xkd_pipeline.store import locked
+from xkd_schemas.address import downloaded, is_url, remote_errors, shown, store_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError, XkdError
 from xkd_schemas.files import disk_errors, inside, remove, rename, sha256_of, sync_folder
 
@@ -34,7 +25,7 @@ def fetch(url: str, folder: Path) -> dict[str, Any]:
 
     Raises:
         InputMissing: No published cache at the address.
-        UsageError: `folder` is there and not empty.
+        UsageError: `folder` is there, and neither empty nor this cache whole.
         Refused: A name in the list leaves the folder.
         BadData: A file is not what the list says.
         DiskFailed: The disk is full or fails.
@@ -42,8 +33,11 @@ def fetch(url: str, folder: Path) -> dict[str, Any]:
     """
     if not is_url(url):
         raise UsageError(f"{url} is not an address", next="e.g. s3://bucket/cache")
-    refuse_full(folder)
+    if not (folder / SUMS).is_file():
+        refuse_full(folder)
     sums = _list_of(url)
+    if folder.is_dir() and any(folder.iterdir()):
+        return _there(folder, sums, url)
     partial = folder.parent / f".{folder.name}.fetching"
     if partial.is_symlink():
         raise Refused(f"{partial} is a symbolic link", next="remove it")
@@ -62,6 +56,16 @@ def fetch(url: str, folder: Path) -> dict[str, Any]:
             rename(partial, folder)
             sync_folder(folder.parent)
     return {"cache": str(folder), "bytes": size, "kept": kept}
+
+
+def _there(folder: Path, sums: bytes, url: str) -> dict[str, Any]:
+    """What `fetch` says where the cache was fetched before; UsageError where the folder holds anything else."""
+    wanted = parsed_sums(sums, shown(url))
+    paths = {inside(folder, *name.split("/")): digest for name, digest in wanted.items()}
+    whole = all(path.is_file() and sha256_of(path) == digest for path, digest in paths.items())
+    if folder.is_symlink() or not whole or (folder / SUMS).read_bytes() != sums:
+        refuse_full(folder)
+    return {"cache": str(folder), "bytes": sum(path.stat().st_size for path in paths), "kept": len(paths)}
 
 
 def _list_of(url: str) -> bytes:

@@ -9,13 +9,13 @@ from typing import Any
 from xkd_pipeline.add import again, models_by_table, parser_of
 from xkd_pipeline.card import write_root_files
 from xkd_pipeline.columns import documents_at
-from xkd_pipeline.corpus import Source, digest_of, open_source
 from xkd_pipeline.documents import remake_documents, units_of
 from xkd_pipeline.run import Workers
 from xkd_pipeline.spans import ParserSettings
 from xkd_pipeline.store import locked
 from xkd_pipeline.verify import Bad, units_by_table, verify
 from xkd_schemas.additions import plans_of
+from xkd_schemas.corpus import Source, digest_of, open_source
 from xkd_schemas.errors import BadData, InputMissing, UsageError, XkdError
 from xkd_schemas.files import inside, replace
 from xkd_schemas.manifest import Plan, to_json

@@ -4,6 +4,7 @@ Parquet has no bfloat16. Such columns stay the uint16 bits that they are, and ev
 them under `xkd_bf16` with the sentence that turns them into numbers.
 """
 
+import filecmp
 import json
 from pathlib import Path
 from typing import Any, Final
@@ -11,11 +12,11 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.errors import UsageError
 from xkd_schemas.files import disk_errors, sync_folder, write_beside
 from xkd_schemas.manifest import to_json
 from xkd_schemas.own_folders import own_folder
-from xkd_schemas.table import Shard, Table, sealed_tables
+from xkd_schemas.table import Shard, Table, check_cache, sealed_tables
 
 BF16: Final = "uint16 bits of bfloat16: the float32 whose upper 16 bits they are and whose lower 16 bits are 0"
 
@@ -25,23 +26,33 @@ def export_parquet(root: Path, out: Path) -> dict[str, Any]:
 
     Raises:
         InputMissing: No folder, or no sealed documents table.
-        UsageError: `out` is there and not an empty folder.
+        UsageError: `out` is there and neither an empty folder nor the same export.
         BadData: A shard is damaged.
         DiskFailed: No room, or not writable.
     """
-    if not root.is_dir():
-        raise InputMissing(f"cache {root} is not a folder", next="make one with xkd-cache documents")
-    refuse_full(out)
+    check_cache(root)
     tables = [Table(root, name) for name in sealed_tables(root)]
+    names = {f"{t.name}/{unit:05d}.parquet" for t in tables for unit in range(len(t.manifest.commits))}
+    names |= {f"{table.name}/manifest.json" for table in tables}
+    there = _files_in(out)
+    if there != names:
+        refuse_full(out)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with own_folder(out.parent, f".tmp-{out.name}-") as temporary:
             written = sum(_write_table(table, temporary) for table in tables)
+            if there and all(filecmp.cmp(temporary / name, out / name, shallow=False) for name in names):
+                return {"parquet": str(out), "tables": len(tables), "bytes": written}
+            refuse_full(out)
             if out.is_dir():
                 out.rmdir()
             temporary.rename(out)
         sync_folder(out.parent)
     return {"parquet": str(out), "tables": len(tables), "bytes": written}
+
+
+def _files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
 def refuse_full(folder: Path) -> None:

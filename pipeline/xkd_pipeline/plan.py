@@ -5,6 +5,7 @@ Arrow file makes of that. What is not in the sample is taken to be like it.
 """
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ from xkd_pipeline.whole_units import DocumentRows
 from xkd_schemas.blocks import TokenBlock
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
 from xkd_schemas.encode import TRIED, Encoder
+from xkd_schemas.files import bytes_below
 from xkd_schemas.progress import Progress
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.teacher import teacher_schema
@@ -138,10 +140,25 @@ def table_bytes(schema: pa.Schema, columns: dict[str, list[Any]], look: Look) ->
     return look.of_corpus(body_bytes(schema, columns, look.batch_rows)) + overhead(schema, *look.shape)
 
 
+def _student_of(run: RunFile) -> str:
+    """Name of the student's tokenizer, "" without a student."""
+    s = run.student
+    return s.tokenizer or ("" if s.model.startswith("new:") else s.model)
+
+
+def tokenizer_bytes(*names: str) -> int:
+    """Bytes of these tokenizers as they are saved in a cache; "" is none."""
+    size = 0
+    for name in filter(None, names):
+        with tempfile.TemporaryDirectory(prefix="xkd-plan-") as folder:
+            load_tokenizer(name).save_pretrained(folder)
+            size += bytes_below(Path(folder))
+    return size
+
+
 def student_bytes(run: RunFile, look: Look) -> int | None:
     """Bytes of the students table; None without a student."""
-    s = run.student
-    name = s.tokenizer or ("" if s.model.startswith("new:") else s.model)
+    s, name = run.student, _student_of(run)
     if not name:
         return None
     encoder = StudentSettings(
@@ -215,6 +232,7 @@ def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | No
     fixed = {
         "documents": table_bytes(DOCUMENTS, look.columns, look),
         "students": student_bytes(run, look),
+        "tokenizers": tokenizer_bytes(run.teacher.model, _student_of(run)),
         "files": model.file_numbers * min(model.number_bytes, bytes_per_number(dtype.dtype)),
     }
     others = sum(size or 0 for size in fixed.values())

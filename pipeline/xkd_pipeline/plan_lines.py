@@ -30,6 +30,7 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     yield f"{'documents/':<42}{shown(plan['documents_bytes']):>12}"
     students = plan["students_bytes"]
     yield f"{'students/':<42}" + (f"{shown(students):>12}" if students is not None else "  not counted: no --student")
+    yield f"{'tokenizers':<42}{shown(plan['tokenizers_bytes']):>12}"
     yield f"{'head and embeddings':<42}{shown(plan['files_bytes']):>12}"
     yield ""
     yield from _needs(plan)
@@ -88,6 +89,12 @@ def _steps(plan: dict[str, Any]) -> Iterator[str]:
         return
     if plan["bytes"] <= budget:
         yield f"budget {shown(budget)}: kept, nothing to go down for"
+        return
+    if plan["files_bytes"] > budget:
+        yield (
+            f"budget {shown(budget)}: head and embeddings alone take {shown(plan['files_bytes'])}, whatever is kept "
+            "of the corpus: give more, or take a teacher with fewer classes or a smaller width"
+        )
         return
     yield f"budget {shown(budget)}: {shown(plan['bytes'] - budget)} too much. Ways down, one after the other:"
     for step in plan["steps"]:

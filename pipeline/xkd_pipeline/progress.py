@@ -1,16 +1,17 @@
-"""How far the tables of a cache are, from plans and commit records alone: no shard is opened."""
+"""How far the tables of a cache are, from plans, commit records and sizes of files: no shard is opened."""
 
 from pathlib import Path
 from typing import Any, TypeVar
 
 from xkd_schemas.additions import plans_of, records_of
 from xkd_schemas.errors import BadData
+from xkd_schemas.files import bytes_below
 from xkd_schemas.manifest import Commit, Manifest, Plan, read_record
 from xkd_schemas.table import TABLES
 
 
 def table_states(root: Path) -> list[dict[str, Any]]:
-    """One dict per table that was begun: table, units, done, documents, bytes, sealed.
+    """One dict per table that was begun: table, units, done, documents, bytes of its whole folder, sealed.
 
     `unreadable` counts plans and records that are damaged, `quarantined` and `leftovers` what `gc` would look at.
     """
@@ -28,7 +29,7 @@ def _state(root: Path, path: Path) -> dict[str, Any]:
         "units": len(plan.units) if plan else len(records),
         "done": len(commits),
         "documents": sum(c.rows for c in commits),
-        "bytes": sum(c.size for c in commits),
+        "bytes": bytes_below(folder),
         "sealed": _is_sealed(folder, plan),
         "additions": len(plan.earlier) if plan else 0,
         "unreadable": len(records) - len(commits) + (plan is None),

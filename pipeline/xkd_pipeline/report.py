@@ -21,10 +21,10 @@ import pyarrow as pa
 
 from xkd_pipeline.progress import table_states
 from xkd_pipeline.report_data import Alignment, Histogram, Int64s, Kept, Report, Sizes, Summary
-from xkd_schemas.errors import BadData, InputMissing
-from xkd_schemas.files import inside, sha256_of
+from xkd_schemas.errors import BadData
+from xkd_schemas.files import bytes_below, inside, sha256_of
 from xkd_schemas.manifest import Manifest
-from xkd_schemas.table import Shard, Table, sealed_tables
+from xkd_schemas.table import Shard, Table, check_cache, sealed_tables
 from xkd_schemas.tokens import OK, TOKEN_FIELDS
 
 WORST: Final = 20
@@ -42,8 +42,7 @@ def gather(root: Path) -> Report:
         InputMissing: No folder, or not one sealed table in it.
         BadData: A shard or manifest is damaged.
     """
-    if not root.is_dir():
-        raise InputMissing(f"cache {root} is not a folder", next="make one with xkd-cache documents")
+    check_cache(root)
     tables = [Table(root, name) for name in sealed_tables(root)]
     documents = tables[0]
     histograms, kept, alignments = _document_sizes(documents), [], []
@@ -54,7 +53,7 @@ def gather(root: Path) -> Report:
             alignments.append(_alignment(table, histograms))
     manifests = [t.manifest for t in tables]
     return Report(
-        name=root.resolve().name, tables=tuple(map(_summary, manifests)), kept=tuple(kept),
+        name=root.resolve().name, tables=tuple(map(_summary, tables)), kept=tuple(kept),
         histograms=tuple(h for h in histograms if h.bars), alignments=tuple(alignments),
         reasons=_reasons(documents.manifest), rejects=tuple(islice(_rejects(documents), MAX_REJECTS)),
         cuts=tuple(cut for m in manifests if not m.table.startswith("signals/") for cut in _cuts(m)),
@@ -182,11 +181,12 @@ def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield from flattened(item, f"{prefix}{key}.")
 
 
-def _summary(manifest: Manifest) -> Summary:
+def _summary(table: Table) -> Summary:
+    manifest = table.manifest
     names = sorted({name for c in manifest.commits for name in c.counts})
     return Summary(
         name=manifest.table, documents=manifest.rows, shards=len(manifest.commits),
-        num_bytes=sum(c.size for c in manifest.commits), counts={name: manifest.count(name) for name in names},
+        num_bytes=bytes_below(table.folder), counts={name: manifest.count(name) for name in names},
         spec=tuple(flattened(manifest.spec)), constants=tuple(flattened(manifest.constants)), root=manifest.root,
         spec_id=manifest.spec_id,
     )  # fmt: skip

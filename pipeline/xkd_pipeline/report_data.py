@@ -30,6 +30,7 @@ class Summary:
     documents: int
     shards: int
     num_bytes: int
+    """Of its whole folder."""
     counts: dict[str, int]
     spec: tuple[tuple[str, str], ...]
     """(dotted field, value) of everything that the bytes depend on."""

@@ -18,6 +18,7 @@ from xkd_pipeline.report_charts import bars, histogram
 from xkd_pipeline.report_data import Alignment, Report
 from xkd_pipeline.show import Column, bracketed, columns_of, visible
 from xkd_pipeline.whole_units import tokens_at
+from xkd_schemas.errors import UsageError
 from xkd_schemas.files import replace
 from xkd_schemas.table import Table
 
@@ -47,13 +48,16 @@ def write_report(root: Path, out: Path) -> dict[str, Any]:
 
     Raises:
         InputMissing, BadData: as `gather`.
-        UsageError: altair or vl-convert-python is not installed.
+        UsageError: `out` is a folder, or altair or vl-convert-python is not installed.
         DiskFailed: `out` cannot be written.
     """
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder", next=f"--out {out / 'report.html'}")
     report = gather(root)
     page = render_page(report, {a.student: list(_worst(root, a)) for a in report.alignments}).encode()
     replace(out, page)
-    return {"report": str(out), "bytes": len(page), "tables": len(report.tables)}
+    pairs = [(a.teacher, a.student) for a in report.alignments]
+    return {"report": str(out), "bytes": len(page), "tables": len(report.tables), "pairs": pairs}
 
 
 def _worst(root: Path, alignment: Alignment) -> Iterator[Drawn]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from xkd_pipeline.corpus import RawRow, RejectedRow, Source, open_source, read_documents
+from xkd_schemas.corpus import RawRow, RejectedRow, Source, open_source, read_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.parts import Content

@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from xkd_pipeline.corpus import Source, read_documents
 from xkd_pipeline.empty_model import sizes_of
 from xkd_schemas.additions import plans_of
+from xkd_schemas.corpus import Source, read_documents
 from xkd_schemas.errors import BadData, InputMissing, XkdError
 from xkd_schemas.runfile import RunFile
 from xkd_trainer.compute_dtype import this_device

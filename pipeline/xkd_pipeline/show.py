@@ -241,16 +241,18 @@ def _folded(column: Column, room: int) -> list[Column]:
 def wrapped(text: str, width: int) -> list[str]:
     """Lines of at most `width` cells, broken at blanks where there are some; [""] for an empty text.
 
-    >>> wrapped("the old lamp", 8)
-    ['the old', 'lamp']
+    Blanks at the beginning stay: code is read by them.
+
+    >>> wrapped("  the old lamp", 10)
+    ['  the old', 'lamp']
     """
-    lines, line = [], ""
-    for word in text.split(" "):
-        longer = f"{line} {word}" if line else word
+    lines, line = [], text[: len(text) - len(text.lstrip(" "))][: width - 1]
+    for word in text.lstrip(" ").split(" "):
+        longer = f"{line} {word}" if line.strip() else line + word
         if cell_len(longer) <= width:
             line = longer
             continue
-        lines += [line] if line else []
+        lines += [line] if line.strip() else []
         *full, line = chopped(word, width)
         lines += full
     return [*lines, line]

@@ -10,7 +10,6 @@ from typing import Any
 from xkd_pipeline.align import StudentSettings, make_students
 from xkd_pipeline.build import Built, Outcome
 from xkd_pipeline.capture import TeacherSettings
-from xkd_pipeline.corpus import open_source
 from xkd_pipeline.documents import UNUSED, Limits, make_documents
 from xkd_pipeline.run import Workers
 from xkd_pipeline.shard_rows import rows_per_shard
@@ -19,11 +18,12 @@ from xkd_pipeline.store import locked
 from xkd_pipeline.teacher import make_teacher, teacher_layers
 from xkd_schemas.additions import plans_of
 from xkd_schemas.codecs import PLAIN
+from xkd_schemas.corpus import open_source
 from xkd_schemas.dtypes import AUTO
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.files import inside
 from xkd_schemas.runfile import RunFile
-from xkd_schemas.table import Table, only_teacher
+from xkd_schemas.table import Table, check_name, only_teacher
 from xkd_schemas.teacher import Signal
 from xkd_schemas.terminal import say
 from xkd_trainer.compute_dtype import Choice, choose_dtype, this_device
@@ -102,6 +102,7 @@ def teacher_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] = 
     t = run.teacher
     if not t.model:
         raise UsageError("no teacher is named", next="xkd-cache teacher CACHE --model FOLDER --for mta,sra,dwa")
+    check_name(t.name, "--name")
     for name in t.losses:
         loss_named(name)
     root = Path(run.cache)
@@ -139,13 +140,15 @@ def align_stage(run: RunFile, workers: Workers, *, teacher: str = "") -> Outcome
     if not tokenizer:
         raise UsageError("no student tokenizer is named", next="xkd-cache align CACHE --student FOLDER")
     root = Path(run.cache)
+    check_name(s.name, "--name")
+    taught = teacher or run.teacher.name or only_teacher(root)
+    check_name(taught, "--teacher")
+    Table(root, f"teachers/{taught}")
     settings = StudentSettings(
         tokenizer=tokenizer, template=s.template, max_tokens=s.max_tokens, enable_thinking=s.enable_thinking
     )
     with locked(root):
-        built = make_students(
-            root, s.name or plain_name(tokenizer), teacher or run.teacher.name or only_teacher(root), settings, workers
-        )
+        built = make_students(root, s.name or plain_name(tokenizer), taught, settings, workers)
     m = built.manifest
     targets, exact, spans = m.count("targets"), m.count("exact_pairs"), m.count("spans")
     values = {"tokens": m.count("tokens"), "targets": targets, "spans": spans, "exact_pairs": exact}

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from xkd_pipeline.card import write_root_files
 from xkd_schemas.additions import ADDED, part_of, parts_of, plans_of, records_of
-from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch
+from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import (
     disk_errors,
     inside,
@@ -48,6 +48,8 @@ from xkd_schemas.manifest import (
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Hold the cache for writing; Busy names the process that has it. Freed by the system when we die."""
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is a file, and a cache is a folder", kept="it as it is", next="name a folder")
     descriptor = lock_file(root / "LOCK")
     try:
         try:

@@ -168,7 +168,10 @@ def teacher_layers(
     phrases = tuple(phrase_layers) or (max(1, num_layers * 3 // 4), num_layers)
     for layer in (*words, *phrases):
         if not 1 <= layer <= num_layers:
-            raise UsageError(f"layer {layer} does not exist: the teacher has layers 1 to {num_layers}")
+            raise UsageError(
+                f"layer {layer} does not exist: the teacher has layers 1 to {num_layers}",
+                next=f"name layers from 1 to {num_layers} with --word-layers and --phrase-layers",
+            )
     return tuple(sorted({(layer, "word") for layer in words} | {(layer, "phrase") for layer in phrases}))
 
 

@@ -17,7 +17,7 @@ from xkd_schemas.additions import part_of, parts_of, plans_of, records_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import inside, sha256_of
 from xkd_schemas.manifest import Commit, Manifest, Plan, read_record
-from xkd_schemas.table import TABLES, Shard, Table
+from xkd_schemas.table import TABLES, Shard, Table, check_cache
 
 LEVELS: Final = ("quick", "full", "deep")
 
@@ -43,8 +43,7 @@ class Bad:
 
 def tables_of(root: Path) -> list[str]:
     """Tables that were begun, documents first; InputMissing where there is no cache."""
-    if not root.is_dir():
-        raise InputMissing(f"cache {root} is not a folder", next="make one with xkd-cache documents")
+    check_cache(root)
     found = [path for pattern in TABLES for path in sorted(root.glob(pattern)) if path.is_dir()]
     if not found:
         raise InputMissing(f"{root} holds no table", next="make one with xkd-cache documents")

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Final
@@ -256,6 +257,16 @@ def inside(root: Path, *names: str) -> Path:
         if path.is_symlink():
             raise Refused(f"{path} is a symbolic link", next="copy the file into the cache")
     return path
+
+
+def bytes_below(folder: Path) -> int:
+    """Bytes of all files of a folder, at any depth; files that vanish meanwhile count as nothing."""
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return size
 
 
 def sha256_of(path: Path) -> str:

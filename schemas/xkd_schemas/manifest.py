@@ -323,12 +323,20 @@ def differences(ours: Spec, theirs: Spec, prefix: str = "") -> list[tuple[str, s
             if len(a) == len(b) and all(isinstance(item, dict) for item in a + b):
                 a, b = ({str(at): item for at, item in enumerate(items)} for items in (a, b))
             elif any(item not in b for item in a) or any(item not in a for item in b):
-                a, b = [item for item in a if item not in b], [item for item in b if item not in a]
+                a, b = (_beyond(a, b), _beyond(b, a))
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             found.append((prefix + key, _short(a), _short(b)))
     return found
+
+
+def _beyond(items: list[Json], others: list[Json]) -> Json:
+    """What of a list is not in another, by name where its items have one."""
+    more = [
+        item["name"] if isinstance(item, dict) and "name" in item else item for item in items if item not in others
+    ]
+    return more if more else "nothing else"
 
 
 def _short(value: Json) -> str:

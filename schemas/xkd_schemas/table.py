@@ -15,8 +15,8 @@ import pyarrow as pa
 from xkd_schemas.additions import part_of
 from xkd_schemas.codecs import CODECS, PLAIN, Codec
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
-from xkd_schemas.files import inside, sha256_of, xxh3_of
-from xkd_schemas.manifest import Commit, Manifest, RecordBatch, read_record
+from xkd_schemas.files import SAFE_NAME, inside, sha256_of, xxh3_of
+from xkd_schemas.manifest import Commit, Manifest, Plan, RecordBatch, read_record
 from xkd_schemas.ragged import Columns
 
 OPEN_SHARDS: Final = 128
@@ -160,8 +160,12 @@ class Table:
 
     def __init__(self, root: Path, name: str) -> None:
         self.name = name
+        check_cache(root)
         self.folder = inside(root, *name.split("/"))
-        self.manifest = read_record(self.folder / "manifest.json", Manifest)
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            raise InputMissing(f"{path} is not there", next=_making(root, name))
+        self.manifest = read_record(path, Manifest)
         if self.manifest.table != name:
             raise BadData(f"{self.folder / 'manifest.json'} is that of {self.manifest.table}", next=_AGAIN)
         self._ends = list(accumulate(c.rows for c in self.manifest.commits))
@@ -264,16 +268,56 @@ def names_in(root: Path, kind: str) -> list[str]:
     return sorted(path.name for path in found if (path / "manifest.json").is_file())
 
 
+def check_cache(root: Path) -> None:
+    """Raise InputMissing with the command that makes a cache where there is no such folder."""
+    if not root.is_dir():
+        raise InputMissing(f"cache {root} is not a folder", next=_making(root, "documents"))
+
+
+def check_name(name: str, flag: str) -> None:
+    """Raise UsageError where a table cannot have that name; "" is left to whoever chooses one."""
+    if name and not SAFE_NAME.fullmatch(name):
+        raise UsageError(
+            f"{flag} {name}: not a name for a table", next="use letters, digits, dots, dashes and underscores"
+        )
+
+
+def _making(root: Path, name: str) -> str:
+    """The command that makes a table."""
+    kind, _, own = name.partition("/")
+    commands = {
+        "documents": f"xkd-cache documents CORPUS --out {root}",
+        "teachers": f"xkd-cache teacher {root} --model PATH_OF_{own} --name {own}",
+        "students": f"xkd-cache align {root} --student PATH_OF_{own} --name {own}",
+    }
+    return commands.get(kind, f"xkd-cache add {root} --model PATH_OF_THE_TEACHER --for LOSS")
+
+
 def only_teacher(root: Path) -> str:
     """The teacher of a cache that has one.
 
     Raises:
-        InputMissing: There is none yet.
+        InputMissing: There is no cache, or no teacher yet.
         UsageError: There are several; name one.
     """
+    check_cache(root)
     names = names_in(root, "teachers")
     if not names:
         raise InputMissing(f"{root} has no finished teacher table", next=f"xkd-cache teacher {root} --model MODEL")
+    return _only(root, "teacher", names)
+
+
+def only_student(root: Path, teacher: str) -> str:
+    """The student that was aligned with a teacher, "" where there is none; UsageError where there are several."""
+    specs = {
+        name: read_record(inside(root, "students", name, "plan.json"), Plan).spec
+        for name in names_in(root, "students")
+    }
+    names = [name for name, spec in specs.items() if spec["teacher"] == teacher]
+    return _only(root, "student", names) if names else ""
+
+
+def _only(root: Path, what: str, names: list[str]) -> str:
     if len(names) > 1:
-        raise UsageError(f"{root} has teachers {', '.join(names)}", next="choose one with --teacher NAME")
+        raise UsageError(f"{root} has {what}s {', '.join(names)}", next=f"choose one with --{what} NAME")
     return names[0]

@@ -61,6 +61,7 @@ def run(command: str, app: Callable[..., object]) -> None:
     """
     _received.clear()
     _kept.clear()
+    unraisable = sys.unraisablehook
     before = {number: signal.signal(number, _stop) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
     try:
         with progress.heartbeat(command, quiet=os.environ.get("RANK", "0") != "0"):
@@ -70,6 +71,8 @@ def run(command: str, app: Callable[..., object]) -> None:
     except BaseException as error:
         _leave(command, _ending(command, error))
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
     raise SystemExit(code if isinstance(code, int) else 0)
@@ -90,13 +93,27 @@ def _ending(command: str, error: BaseException) -> XkdError:
 
 
 STOPS: Final = (signal.SIGINT, signal.SIGTERM)
+AGAIN: Final = 1.0
+"""Seconds after which a signal that ended nothing is raised again."""
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
     """As Ctrl-C, which libraries in C know how to hand on; of other exceptions Ray makes a SystemError."""
     signal.signal(number, signal.SIG_DFL)
     _received.append(number)
+    sys.unraisablehook = lambda _unraisable: None  # where it comes in the middle of a library's callback
+    signal.signal(signal.SIGALRM, _again)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
     raise KeyboardInterrupt
+
+
+def _again(_number: int, _frame: FrameType | None) -> None:
+    """Raise it once more where a library swallowed it, as pyarrow does while it imports pandas; not in a clean-up."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    if error is None:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ from small_cache import IN_PROCESS, corpus_rows, files_of, run_file, write_rows
 from xkd_pipeline.add import Added, More, again, take_in
 from xkd_pipeline.capture import capture
 from xkd_pipeline.clear import collect
-from xkd_pipeline.corpus import open_source
 from xkd_pipeline.fetch import fetch
 from xkd_pipeline.mend import Means, repair
 from xkd_pipeline.parquet import export_parquet
@@ -36,6 +35,7 @@ from xkd_pipeline.spans import ParserSettings
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.verify import verify
 from xkd_schemas import faults
+from xkd_schemas.corpus import open_source
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.table import Table
 from xkd_schemas.teacher import Signal, signal_named

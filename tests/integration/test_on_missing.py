@@ -18,7 +18,7 @@ from xkd_trainer import missing
 from xkd_trainer.setup import set_up
 
 
-def run_with(cache: Path, folder: Path, loss: str = "sra=1") -> RunFile:
+def run_with(cache: Path, folder: Path, loss: str = "sra") -> RunFile:
     """A student with a tokenizer that no table of the cache was made with."""
     four_tokenizers.tokenizer_of("sentencepiece").save_pretrained(folder / "pieces")
     return run_file(

@@ -18,7 +18,7 @@ from xkd_schemas.files import inside, sha256_of
 from xkd_schemas.joined import JoinedTable
 from xkd_schemas.manifest import Manifest, Plan, differences, read_record, refuse_differences
 from xkd_schemas.runfile import TeacherSection
-from xkd_schemas.table import Table, names_in
+from xkd_schemas.table import Table, check_cache, names_in
 from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Kind, Signal, signal_named
 from xkd_schemas.tokens import STUDENTS_VERSION, Bools, Int32s
 from xkd_trainer.compute_dtype import dtype_named
@@ -48,7 +48,6 @@ class Cache:
     """
 
     def __init__(self, root: Path, *, student: str) -> None:
-        _is_there(root)
         self.root = root
         self.documents = Table(root, "documents")
         self.students = Table(root, f"students/{student}")
@@ -239,11 +238,6 @@ def _usual_number(kind: Kind) -> str:
     return f"#{usual.samples if kind.drawn else usual.topk}" if kind.top else ""
 
 
-def _is_there(root: Path) -> None:
-    if not root.is_dir():
-        raise InputMissing(f"cache {root} is not a folder", next="make one with xkd-cache documents")
-
-
 def find_student(root: Path, identity: dict[str, str], name: str) -> str:
     """The student table to use: the one named, or the only one made with this tokenizer.
 
@@ -252,7 +246,7 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
         Mismatch: None was made with this tokenizer.
         UsageError: Several were; name one.
     """
-    _is_there(root)
+    check_cache(root)
     names = names_in(root, "students")
     if name:
         if name not in names:
@@ -260,20 +254,17 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
         return name
     if not names:
         raise InputMissing(f"{root} has no finished students table", next=f"xkd-cache align {root} --student ...")
-    differing: dict[str, str] = {}
+    differing: dict[str, list[str]] = {}
     for candidate in names:
         plan = read_record(inside(root, "students", candidate, "plan.json"), Plan)  # as the manifest, and shorter
         stored = plan.spec["encoder"]["tokenizer"]
         theirs = {key: stored.get(key, "absent") for key in identity}
-        differing[candidate] = "; ".join(
-            f"{field}: cache has {cached}, this run has {ours}"
-            for field, ours, cached in differences(identity, theirs)
-        )
-    fitting = [candidate for candidate, text in differing.items() if not text]
+        differing[candidate] = [field for field, _, _ in differences(identity, theirs)]
+    fitting = [candidate for candidate, fields in differing.items() if not fields]
     if not fitting:
-        listed = " | ".join(f"{candidate}: {text}" for candidate, text in differing.items())
+        listed = "; ".join(f"students/{name} has another {', '.join(fields)}" for name, fields in differing.items())
         raise Mismatch(
-            f"{root} was not aligned for this student's tokenizer ({listed})",
+            f"{root} was not aligned for this student's tokenizer: {listed}",
             kept="the cache as it is",
             next=f"xkd-cache align {root} --student YOUR_STUDENT",
         )

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from xkd_schemas.errors import UsageError
+from xkd_schemas.forms import columns_of
 from xkd_schemas.runfile import load_runfile, toml_text
 from xkd_schemas.terminal import run as run_app
 from xkd_schemas.terminal import say, say_json
@@ -33,6 +34,9 @@ def train(
     on_missing: Annotated[
         str, typer.Option(help="Where the cache does not know the student's tokenizer: fail, or align it now.")
     ] = "fail",
+    template: Annotated[
+        str | None, typer.Option(help="none, alpaca or chat, for --on-missing align; else as the cache was aligned.")
+    ] = None,
     loss: Annotated[
         str | None, typer.Option(help="NAME+NAME, weighed as in their papers; see xkd-train losses.")
     ] = None,
@@ -58,7 +62,7 @@ def train(
         return
     flags = {
         "train.shards": shards or None, "student.model": student, "student.tokenizer": student_tokenizer,
-        "train.loss": loss,
+        "student.template": template, "train.loss": loss,
         "train.out": out, "train.epochs": epochs, "train.steps": steps, "train.batch_size": batch_size,
         "train.micro_batch_size": micro_batch_size, "train.lr": lr, "train.projector_lr": projector_lr,
         "train.seed": seed, "train.save_every": save_every, "train.threads": threads,
@@ -78,7 +82,9 @@ def train(
 @app.command("eval")
 def evaluate(
     student: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
-    data: Annotated[Path, typer.Option(help="Held-out rows, JSONL.")],
+    data: Annotated[str, typer.Option(help="Held-out rows: a file, folder, address or data set name.")],
+    form: Annotated[str, typer.Option(help="auto, prompt_response, alpaca, messages or text.")] = "auto",
+    column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN of the rows; repeatable.")] = None,
     template: Annotated[str | None, typer.Option(help="none, alpaca or chat; as trained unless given.")] = None,
     enable_thinking: Annotated[
         str | None, typer.Option(metavar="true|false", help="For the chat template; as trained unless given.")
@@ -100,7 +106,8 @@ def evaluate(
     from xkd_trainer.evaluate import Request, evaluate_student
 
     request = Request(
-        student=student, data=data, template=template, enable_thinking=_truth(enable_thinking), shards=shards,
+        student=student, data=data, form=form, columns=columns_of(column or []), template=template,
+        enable_thinking=_truth(enable_thinking), shards=shards,
         rouge=rouge, seeds=_seeds(seeds), max_new_tokens=max_new_tokens, limit=limit, dtype=dtype,
     )  # fmt: skip
     result = evaluate_student(request)

@@ -4,8 +4,8 @@ Bits per byte count the text of the target segments only, so they compare models
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from xkd_schemas.documents import Document
 from xkd_schemas.dtypes import AUTO
 from xkd_schemas.encode import TRIED, Encoder
-from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.errors import BadData, Mismatch, UsageError
+from xkd_schemas.forms import AUTO as FORM_AUTO
 from xkd_schemas.held import held_out_documents
 from xkd_schemas.progress import Progress
 from xkd_schemas.templates import CHAT
@@ -32,7 +33,7 @@ from xkd_trainer.export import template_of, thinking_of
 from xkd_trainer.forward import run
 from xkd_trainer.head import check_model, head_of
 from xkd_trainer.losses.vocabulary import shared_vocabulary
-from xkd_trainer.models import load_model, load_tokenizer
+from xkd_trainer.models import check_model_name, load_model, load_tokenizer
 from xkd_trainer.stream import batch_of
 from xkd_trainer.turn_ends import learnt_ends, turn_ends
 
@@ -42,7 +43,11 @@ class Request:
     """What is evaluated, and how."""
 
     student: Path | str
-    data: Path
+    data: Path | str
+    """A file, folder, address or data set, as xkd-cache documents takes it."""
+    form: str = FORM_AUTO
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Field of the form to column of the rows."""
     template: str | None = None
     """none, alpaca or chat; None is the one the student was trained with."""
     enable_thinking: bool | None = None
@@ -70,8 +75,9 @@ def evaluate_student(request: Request) -> dict[str, Any]:
         InputMissing, UsageError, BadData: A model, file or cache cannot be used.
     """
     name = str(request.student)
+    check_model_name(name)
+    documents, rejected = held_out_documents(request.data, request.form, request.columns)
     tokenizer = load_tokenizer(name)
-    documents, unusable = held_out_documents(request.data)
     template = request.template or template_of(Path(name))
     thinking = thinking_of(Path(name)) if request.enable_thinking is None else request.enable_thinking
     encoder = Encoder(
@@ -85,9 +91,10 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     model = load_model(name, dtype=dtype_named(dtype)).to(device)
     check_model(model)
     pairs = [(d, t) for d, t in zip(documents, encoder.encode_batch(documents), strict=True) if t.status == OK]
-    unusable += len(documents) - len(pairs)
+    unusable = len(rejected) + len(documents) - len(pairs)
     if not pairs:
-        raise BadData(f"{request.data}: no row can be used", next="check the form of the rows")
+        first = f"; the first: row {rejected[0].line}, {rejected[0].detail}" if rejected else ""
+        raise BadData(f"{request.data}: no row can be used{first}", next="name the columns with --column")
     result: dict[str, Any] = {
         "documents": len(pairs),
         "unusable": unusable,
@@ -96,7 +103,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
         **bits_per_byte(model, pairs),
     }
     if request.shards is not None:
-        result |= agreement(model, tokenizer, request.shards)
+        result |= agreement(model, tokenizer, request.shards, {d.doc_id for d in documents})
     if request.rouge:
         chosen = pairs[: request.limit] if request.limit else pairs
         result |= rouge_l(model, tokenizer, chosen, request)
@@ -104,12 +111,23 @@ def evaluate_student(request: Request) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def agreement(model: PreTrainedModel, tokenizer: Any, shards: Path) -> dict[str, float]:
+def agreement(
+    model: PreTrainedModel, tokenizer: Any, shards: Path, doc_ids: Collection[str] | None = None
+) -> dict[str, float]:
     """Share of exact pairs at whose positions student and teacher would say the same next token, in percent.
 
     A pair counts where both models predict one token each for the same characters. Two tokens are the
     same where their bytes are (`shared_vocabulary`); a teacher's token the student does not have
     counts as disagreement.
+
+    Args:
+        model: The student.
+        tokenizer: The student's.
+        shards: The cache.
+        doc_ids: The rows to compare on; None for all of the cache.
+
+    Raises:
+        Mismatch: A row is not in the cache.
     """
     cache = Cache(shards, student=find_student(shards, identity(tokenizer), ""))
     argmax = tuple(s for s in cache.signals if s.name == "argmax")
@@ -123,12 +141,27 @@ def agreement(model: PreTrainedModel, tokenizer: Any, shards: Path) -> dict[str,
     translated = torch.full((size,), -1, dtype=torch.int64)
     translated[teacher_ids] = student_ids
     same = total = 0
-    with Progress("agreement with the teacher", len(cache.usable)):
-        for rows in batched(cache.usable.tolist()):
+    compared = _rows_of(cache, doc_ids)
+    with Progress("agreement with the teacher", len(compared)):
+        for rows in batched(compared):
             batch = batch_of(cache, rows, frozenset(argmax))
             hits, pairs = _agreeing(model, batch, translated)
             same, total = same + hits, total + pairs
     return {"agreement": 100.0 * same / max(1, total), "agreement_pairs": total}
+
+
+def _rows_of(cache: Cache, doc_ids: Collection[str] | None) -> list[int]:
+    """Usable rows of the cache that hold these documents."""
+    usable: list[int] = cache.usable.tolist()
+    if doc_ids is None:
+        return usable
+    ids = [row["doc_id"] for row in cache.documents]
+    if missing := set(doc_ids) - set(ids):
+        raise Mismatch(
+            f"{len(missing)} of {len(set(doc_ids))} documents of --data are not in {cache.root}",
+            next="name the cache of these rows with --shards, or leave --shards out",
+        )
+    return [row for row in usable if ids[row] in doc_ids]
 
 
 def _agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple[int, int]:

@@ -68,6 +68,9 @@ def train(
     """
     if not run.train.out:
         raise UsageError("no output folder is named", next="--out FOLDER")
+    out = Path(run.train.out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file", kept="it as it is", next="--out FOLDER")
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
     ready = set_up(run, student_table, on_missing=on_missing, quiet=quiet)
@@ -76,7 +79,6 @@ def train(
         raise UsageError(f"{ready.cache.root} has no usable document for this student")
     total = run.train.steps or max(1, round(run.train.epochs * order.steps_per_epoch))
     fingerprint = _fingerprint(run, ready, total)
-    out = Path(run.train.out)
     if is_finished(out, fingerprint):
         return Trained(out=out, steps=total, resumed_at=total, terms={}, weights=fingerprint["weights"])
     return _Run(run, ready, order, total, fingerprint, quiet).go(clock)

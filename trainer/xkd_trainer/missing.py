@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
+from xkd_schemas.files import inside
+from xkd_schemas.manifest import Plan, read_record
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.table import names_in
 from xkd_schemas.terminal import note, say
@@ -39,7 +41,7 @@ def student_table(run: RunFile, identity: dict[str, str], name: str, *, on_missi
         raise UsageError(f"--on-missing {on_missing}: not known", next=f"use {' or '.join(CHOICES)}")
     root = Path(run.cache)
     try:
-        return find_student(root, identity, name)
+        table = find_student(root, identity, name)
     except (InputMissing, Mismatch) as error:
         if not root.is_dir() or not names_in(root, "teachers"):
             raise
@@ -48,8 +50,22 @@ def student_table(run: RunFile, identity: dict[str, str], name: str, *, on_missi
             raise type(error)(
                 error.what, kept=error.kept, next=f"{shlex.join(command)}   (or add --on-missing align)"
             ) from None
-    _align(command, quiet)
-    return find_student(root, identity, name)
+        _align(command, quiet)
+        table = find_student(root, identity, name)
+    return _as_asked(run, table)
+
+
+def _as_asked(run: RunFile, table: str) -> str:
+    """The table; Mismatch where the run asks for another template than it was aligned with."""
+    asked = run.student.template
+    made = read_record(inside(Path(run.cache), "students", table, "plan.json"), Plan).spec["encoder"]["template"]
+    if "template" in run.student.model_fields_set and asked != made:
+        raise Mismatch(
+            f"students/{table} was aligned with --template {made}, this run asks for {asked}",
+            kept="the cache as it is",
+            next=f"leave --template out, or {shlex.join(align_command(run, f'{table}-{asked}'))}",
+        )
+    return table
 
 
 def align_command(run: RunFile, name: str) -> list[str]:

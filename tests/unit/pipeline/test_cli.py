@@ -247,9 +247,105 @@ def test_show_draws_a_document(xkd_cache: Cache) -> None:
     code, out, _ = xkd_cache("show", made() / "cache", 0, "--width", 60)
 
     assert code == 0
+    assert out.startswith("teacher T, student S\n")
     assert "[NP The old keeper]" in out
     assert {"teacher", "student"} <= {line.split(" ")[0] for line in out.splitlines()}
     assert max(len(line) for line in out.splitlines()) <= 60
+
+
+def test_of_several_students_or_teachers_show_asks_for_one(xkd_cache: Cache, tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    assert xkd_cache("align", cache, "--student", made() / "teacher", "--name", "S2")[0] == 0
+    refused(xkd_cache("show", cache, 0), 2, "has students S, S2", "--student NAME")
+    assert xkd_cache("show", cache, 0, "--student", "S2")[1].startswith("teacher T, student S2\n")
+
+    teacher = ["--model", made() / "teacher", "--name", "T2", "--for", "dwa", "--dtype", "float32"]
+    assert xkd_cache("teacher", cache, *teacher)[0] == 0
+    refused(xkd_cache("show", cache, 0), 2, "has teachers T, T2", "--teacher NAME")
+    assert xkd_cache("show", cache, 0, "--teacher", "T2")[1].startswith("teacher T2, student none\n")
+
+
+def test_status_and_report_count_every_file_of_a_table_and_of_the_cache(xkd_cache: Cache, tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    (cache / "teachers" / "T" / "head.safetensors").write_bytes(bytes(5_000_000))
+
+    code, out, _ = xkd_cache("status", cache, "--json")
+    found = json.loads(out)
+    sizes = {path: path.stat().st_size for path in cache.rglob("*") if path.is_file()}
+
+    assert (code, found["bytes"]) == (0, sum(sizes.values()))
+    for state in found["tables"]:
+        folder = cache / state["table"]
+        assert state["bytes"] == sum(size for path, size in sizes.items() if folder in path.parents)
+    out = xkd_cache("status", cache)[1]
+    assert re.search(r"teachers/T: .*, 5\.\d MB\n", out)
+    assert re.search(r"cache: 5\.\d MB\n$", out)
+    assert xkd_cache("report", cache, "--out", tmp_path / "r.html")[0] == 0
+    assert re.search(r"5\.\d MB", (tmp_path / "r.html").read_text(encoding="utf-8"))
+
+
+def test_a_dropped_table_is_gone_and_the_rest_is_whole(xkd_cache: Cache, tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = small_cache.files_of(cache)
+    said = xkd_cache("drop", cache, "teachers/T")
+    refused(said, 2, "students/S was made from", f"xkd-cache drop {cache} students/S")
+    for name in ("documents", "students/Q", "students/../documents"):
+        refused(xkd_cache("drop", cache, name), 2, "no table", "teachers/T, students/S")
+    assert small_cache.files_of(cache) == before
+
+    code, out, _ = xkd_cache("drop", cache, "students/S")
+
+    assert (code, out.startswith("dropped students/S, freed ")) == (0, True)
+    assert xkd_cache("verify", cache, "--level", "deep")[0] == 0
+    after = small_cache.files_of(cache)
+    kept = {name for name in before if not name.startswith("students/")}
+    assert set(after) == kept
+    assert {name for name in kept if before[name] != after[name]} == {"README.md", "SHA256SUMS"}
+    assert xkd_cache("align", cache, "--student", made() / "student", "--name", "S")[0] == 0
+    assert small_cache.files_of(cache) == before
+
+
+def test_a_drop_that_died_goes_on_and_takes_no_damage_for_whole(xkd_cache: Cache, tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    (cache / "students" / "S" / "manifest.json").unlink()
+    card = cache / "teachers" / "T" / "tokenizer" / "tokenizer_config.json"
+    card.write_bytes(card.read_bytes() + b" ")
+
+    assert xkd_cache("drop", cache, "students/S")[0] == 0
+
+    code, out, _ = xkd_cache("verify", cache)
+    assert code == 65
+    assert set(out.splitlines()) == {
+        "teachers/T/tokenizer/tokenizer_config.json: does not match its sha256",
+        "teachers/T/tokenizer/tokenizer_config.json: does not match SHA256SUMS",
+    }
+
+
+def test_another_corpus_on_a_finished_cache_is_named(xkd_cache: Cache, odd_files: Path) -> None:
+    command = ["documents", made() / "corpus.jsonl", "rows.jsonl", "--out", made() / "cache", "--spacy-model", SPACY]
+
+    said = xkd_cache(*command, "--set", "documents.rows_per_shard=4")
+
+    refused(said, 78, 'corpus: cache has nothing else, this run has ["rows.jsonl"]', "xkd-cache add")
+
+
+def test_commands_that_copy_a_cache_are_done_when_they_are_typed_again(xkd_cache: Cache, tmp_path: Path) -> None:
+    address = (tmp_path / "there").as_uri()
+    commands = (
+        ("export", made() / "cache", "--parquet", tmp_path / "parquet"),
+        ("publish", made() / "cache", address),
+        ("fetch", address, tmp_path / "back"),
+    )
+    first = [xkd_cache(*command)[0] for command in commands]
+    before = small_cache.files_of(tmp_path)
+
+    assert first == [xkd_cache(*command)[0] for command in commands] == [0, 0, 0]
+    assert small_cache.files_of(tmp_path) == before
+
+    (tmp_path / "back" / "README.md").write_text("another")
+    next((tmp_path / "parquet").rglob("*.parquet")).write_bytes(b"another")
+    refused(xkd_cache(*commands[0]), 2, "is there and not empty")
+    refused(xkd_cache(*commands[2]), 2, "is there and not empty")
 
 
 BAD_DOCUMENTS = {
@@ -279,7 +375,8 @@ BAD_DOCUMENTS = {
         ["'documents.spacy_modle' is not a key", "'spacy_model'"],
     ),
     "an unknown section": (["rows.jsonl", "--set", "document.form=text"], 2, ["'document'", "'documents'"]),
-    "a cache that is a file": (["rows.jsonl", "--out", "empty.jsonl"], 74, ["empty.jsonl"]),
+    "a cache that is a file": (["rows.jsonl", "--out", "empty.jsonl"], 2, ["empty.jsonl is a file"]),
+    "lists for texts": (["lists.jsonl"], 65, ['row 1, field "output" is a list, not a string', "--column"]),
 }
 
 
@@ -291,6 +388,7 @@ def odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_rows(tmp_path / "blank.jsonl", [{"prompt": "q", "response": " "}] * 2)
     write_rows(tmp_path / "half.jsonl", [*corpus_rows(1), "{"])
     write_rows(tmp_path / "strange.jsonl", [{"frage": "Who?"}])
+    write_rows(tmp_path / "lists.jsonl", [{"instruction": "Say hi.", "output": ["Hi.", "Hello."]}] * 3)
     for name in ("empty.jsonl", "notes.txt"):
         (tmp_path / name).write_text("")
     for name in ("broken.jsonl.gz", "broken.parquet"):
@@ -344,12 +442,19 @@ def test_other_bad_input_of_teacher_is_one_line(xkd_cache: Cache, odd_files: Pat
     model = ["--model", made() / "teacher"]
     cache = made() / "cache"
 
-    refused(xkd_cache("teacher", "nowhere", *model), 66, "nowhere/documents/manifest.json is not there")
+    missing = ("cache nowhere is not a folder", "Next: xkd-cache documents CORPUS --out nowhere")
+    for command in (("teacher", "nowhere", *model), ("align", "nowhere", "--student", "x"), ("add", "nowhere")):
+        refused(xkd_cache(*command), 66, *missing)
+    assert not Path("nowhere").exists()
+    Path("begun").mkdir()
+    refused(xkd_cache("teacher", "begun", *model), 66, "Next: xkd-cache documents CORPUS --out begun")
     refused(xkd_cache("teacher", cache, *model, "--for", "mta,sar"), 2, "'sar' is not a loss", "sra")
     refused(xkd_cache("teacher", cache, *model, "--name", "T", "--dtype", "bfloat16"), 78, "dtype", "--name")
-    refused(xkd_cache("teacher", cache, *model, "--name", "../T"), 77, "'..' is not a plain file name")
-    code, _, err = xkd_cache("teacher", cache, *model, "--name", "X", "--phrase-layers", "9")
-    assert (code, err.count("\n"), "layer 9 does not exist: the teacher has layers 1 to 4" in err) == (2, 1, True)
+    evil = (2, "--name ../T: not a name for a table", "use letters")
+    refused(xkd_cache("teacher", cache, *model, "--name", "../T"), *evil)
+    refused(xkd_cache("align", cache, "--student", made() / "student", "--name", "../T"), *evil)
+    said = xkd_cache("teacher", cache, *model, "--name", "X", "--phrase-layers", "9")
+    refused(said, 2, "layer 9 does not exist: the teacher has layers 1 to 4", "--phrase-layers")
     code, _, err = xkd_cache("teacher", cache, *model, "--dtype", "int3")
     assert (code, err.count("\n"), "teacher.dtype" in err) == (2, 1, True)
 

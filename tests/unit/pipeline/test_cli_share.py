@@ -15,7 +15,7 @@ def test_report_says_where_it_is(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["report", str(made() / "cache"), "--out", str(page)])
 
     assert done.exit_code == 0, done.output
-    assert done.output == f"report: {page}, 3 tables\n"
+    assert done.output == f"report: {page}, 3 tables; teacher T, student S\n"
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, llama, run_file, write_rows
 from xkd_pipeline import shard_rows
-from xkd_pipeline.corpus import open_source
 from xkd_pipeline.documents import document_at, units_of
 from xkd_pipeline.spans import ParserSettings, parser_for
 from xkd_pipeline.stages import Outcome, documents_stage
+from xkd_schemas.corpus import open_source
 from xkd_schemas.errors import BadData, InputMissing, Mismatch
 from xkd_schemas.manifest import Unit
 from xkd_schemas.rows import RawRow, read_documents
@@ -76,8 +76,9 @@ def test_too_many_rejects_stop_the_run_and_a_higher_limit_goes_on_from_there(tmp
     with pytest.raises(BadData) as caught:
         build(tmp_path / "c", [corpus], max_reject=0.1)
     message = str(caught.value)
-    assert "2 of 10 rows cannot be used (bad_json 1, missing_field 1), more than --max-reject 0.1 allows" in message
-    assert message.endswith("Kept: every finished shard. Next: mend the corpus, or accept them with --max-reject 0.22")
+    assert "2 of 9 rows cannot be used (bad_json 1, missing_field 1), more than --max-reject 0.1 allows" in message
+    assert "the first: row 2, " in message
+    assert message.endswith("or name other columns with --column, or accept them with --max-reject 0.24")
 
     outcome = build(tmp_path / "c", [corpus], max_reject=0.22)
 

@@ -211,6 +211,21 @@ def test_a_budget_goes_down_step_by_step_until_it_fits(whole: dict[str, Any], st
     assert planned(small_run(), budget=whole["bytes"])["steps"] == []
 
 
+def test_a_budget_that_head_and_embeddings_alone_exceed_is_said_to_be_one(whole: dict[str, Any]) -> None:
+    said = list(plan_lines(whole | {"budget": whole["files_bytes"] - 1}))
+
+    assert "head and embeddings alone take" in said[-1]
+    assert "alone" not in "\n".join(plan_lines(whole | {"budget": whole["files_bytes"] + 1}))
+
+
+def test_the_plan_counts_the_whole_folder(whole: dict[str, Any]) -> None:
+    records = {"README.md", "SHA256SUMS", "LOCK"}
+    files = [p for p in (made() / "cache").rglob("*") if p.is_file() and p.name not in records]
+    size = sum(p.stat().st_size for p in files if p.parent.name == "tokenizer" or p.suffix != ".json")
+
+    assert whole["bytes"] == pytest.approx(size, rel=0.01)
+
+
 def test_int8_is_a_step_where_its_scales_weigh_less_than_it_saves(tmp_path: Path) -> None:
     corpus = write_rows(tmp_path / "many.jsonl", corpus_rows(100))
 

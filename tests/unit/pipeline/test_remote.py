@@ -11,11 +11,12 @@ import pytest
 
 import small_cache
 from small_cache import made
-from xkd_pipeline.corpus import open_source
 from xkd_pipeline.fetch import fetch
-from xkd_pipeline.remote import is_url, parsed_sums, publish
+from xkd_pipeline.remote import parsed_sums, publish
 from xkd_pipeline.store import locked
 from xkd_schemas import faults, files
+from xkd_schemas.address import is_url
+from xkd_schemas.corpus import open_source
 from xkd_schemas.errors import BadData, Busy, DiskFailed, InputMissing, Mismatch, Refused, UsageError, XkdError
 from xkd_schemas.table import Table
 

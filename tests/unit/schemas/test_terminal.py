@@ -9,6 +9,7 @@ import time
 import pytest
 import typer
 
+from xkd_schemas import terminal
 from xkd_schemas.errors import BadData, Mismatch
 from xkd_schemas.terminal import run, say, say_json, warn
 
@@ -58,6 +59,32 @@ def test_sigterm_cleans_up_says_what_was_kept_and_leaves_with_143(capsys) -> Non
     assert (code, err.count("\n"), err.startswith("xkd-cache: terminated. Kept: ")) == (143, 1, True)
     assert cleaned == [signal.SIG_DFL], "a second one would end it at once"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_a_signal_that_a_library_swallows_comes_again_and_disturbs_no_clean_up(monkeypatch, capsys, swallowed) -> None:
+    monkeypatch.setattr(terminal, "AGAIN", 0.05)
+    cleaned = []
+
+    def app(standalone_mode: bool) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            if not swallowed:
+                time.sleep(0.3)
+                cleaned.append(True)
+                raise
+        time.sleep(5)
+        return 0
+
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as left:
+        run("xkd-test", app)
+
+    assert (left.value.code, cleaned) == (130, [] if swallowed else [True])
+    assert time.monotonic() - begun < 4
+    assert capsys.readouterr().err.startswith("xkd-test: interrupted. ")
 
 
 def test_ctrl_c_inside_a_typer_app_is_not_silent(capsys, monkeypatch) -> None:

@@ -166,7 +166,23 @@ def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Pat
         (["--set", "train"], 2, ["--set train: no '='"]),
         (["--run", "nowhere.toml"], 66, ["run file nowhere.toml"]),
         (["--shards", "CACHE", "--student", "new:llama,layers=1", "--out", "o"], 2, ["--student-tokenizer"]),
-        (["--shards", "CACHE", "--student", "TEACHER", "--out", "o"], 78, ["was not aligned", "xkd-cache align"]),
+        (
+            ["--shards", "CACHE", "--student", "TEACHER", "--out", "o"],
+            78,
+            ["was not aligned", "students/student has another", "vocabulary", "xkd-cache align"],
+        ),
+        (["--shards", "CACHE", "--student", "STUDENT", "--out", "CORPUS"], 2, ["is a file", "--out FOLDER"]),
+        (
+            ["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--loss", "kl+mta=-1"],
+            2,
+            ["--loss kl+mta=-1: mta=-1 is negative", "a number from 0 on"],
+        ),
+        (
+            ["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--template", "alpaca"],
+            78,
+            ["aligned with --template", "asks for alpaca", "leave --template out, or xkd-cache align"],
+        ),
+        (["eval", "nosuch", "--data", "CORPUS"], 66, ["model nosuch is neither a model folder here nor a name"]),
         (["eval", "nowhere/at/all", "--data", "CORPUS"], 66, ["nowhere/at/all"]),
         (["eval", "STUDENT", "--data", "nowhere.jsonl"], 66, ["nowhere.jsonl"]),
         (["eval", "STUDENT", "--data", "CORPUS", "--template", "chatt"], 2, ["template 'chatt' is not known"]),
@@ -199,7 +215,7 @@ def test_with_json_a_mistake_is_also_an_object(xkd_train: XkdTrain, tmp_path: Pa
     assert ended.code == error["code"] == 66
     assert error["kind"] == "InputMissing"
     assert "nowhere is not a folder" in error["what"]
-    assert error["next"] == "make one with xkd-cache documents"
+    assert error["next"] == f"xkd-cache documents CORPUS --out {tmp_path / 'nowhere'}"
 
 
 def test_a_flag_that_does_not_exist_is_a_usage_error(xkd_train: XkdTrain) -> None:
@@ -208,6 +224,45 @@ def test_a_flag_that_does_not_exist_is_a_usage_error(xkd_train: XkdTrain) -> Non
     assert ended.code == 2
     assert "--nonsense" in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_eval_reads_what_documents_reads(xkd_train: XkdTrain, tmp_path: Path) -> None:
+    made = tiny.tiny_cache()
+    rows = [{"frage": prompt, "antwort": response} for prompt, response in tiny.PAIRS[:6]]
+    (tmp_path / "rows").mkdir()
+    for name, part in (("a.jsonl", rows[:4]), ("b.jsonl", rows[4:])):
+        (tmp_path / "rows" / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    columns = ["--column", "prompt=frage", "--column", "response=antwort"]
+
+    for data in (tmp_path / "rows", f"file://{tmp_path}/rows/a.jsonl"):
+        ended = xkd_train("eval", made.student, "--data", data, "--no-rouge", "--json", *columns)
+        assert ended.code == 0, ended.err
+        assert json.loads(ended.out)["documents"] == (6 if data == tmp_path / "rows" else 4)
+
+    one_line(
+        xkd_train("eval", made.student, "--data", tmp_path / "rows"), 2, "the rows have antwort, frage", "--column"
+    )
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text(json.dumps({"prompt": "Who?", "response": ["I.", "You."]}) + "\n")
+    one_line(xkd_train("eval", made.student, "--data", lists), 65, 'row 1, field "response" is a list')
+
+
+def test_eval_compares_the_rows_of_data_alone_and_refuses_those_the_cache_lacks(
+    xkd_train: XkdTrain, tmp_path: Path
+) -> None:
+    made = tiny.tiny_cache()
+    arguments = ["eval", made.student, "--shards", made.cache, "--no-rouge", "--json", "--data"]
+    whole = json.loads(xkd_train(*arguments, made.corpus).out)["agreement_pairs"]
+    halves = []
+    for number, pairs in enumerate((tiny.PAIRS[:9], tiny.PAIRS[9:])):
+        (tmp_path / str(number)).mkdir()
+        halves.append(xkd_train(*arguments, tiny.corpus_file(tmp_path / str(number), pairs)))
+    assert sum(json.loads(half.out)["agreement_pairs"] for half in halves) == whole
+
+    other = tiny.corpus_file(tmp_path, [*tiny.PAIRS[:2], ("Another?", "Yes.")])
+    ended = xkd_train(*arguments[:-2], "--data", other)
+
+    one_line(ended, 78, "1 of 3 documents of --data are not in", "--shards")
 
 
 def test_eval_prints_numbers_and_json(xkd_train: XkdTrain) -> None:

@@ -36,15 +36,24 @@ def parse_loss(text: str) -> dict[str, float]:
         name = found[1] if found else part.partition("=")[0].strip()
         loss_named(name)
         if not found or name in multiples:
-            raise UsageError(
-                f"--loss {text}: {part.strip()!r} is not NAME or NAME=NUMBER, once for each loss",
-                next=HOW,
-            )
+            raise UsageError(f"--loss {text}: {_fault(part.strip(), name in multiples)}", next=HOW)
         multiples[name] = float(found[2] or 1)
     if "=" in text and len(multiples) == 1 and "ce" not in multiples:
         raise _earlier(text)
     weights = _own(multiples) | {name: value for name, value in multiples.items() if name == "ce"}
     return {name: weights[name] for name in ("ce", *multiples) if weights[name] > 0}
+
+
+def _fault(part: str, twice: bool) -> str:
+    """What is wrong with a part of `--loss`.
+
+    >>> _fault("mta=-1", False), _fault("mta=x", False)
+    ('mta=-1 is negative', "'mta=x' is not NAME or NAME=NUMBER")
+    """
+    if twice:
+        return f"{part!r} names a loss that is there before"
+    negative = re.fullmatch(r"\s*-\s*[\d.]+", part.partition("=")[2])
+    return f"{part} is negative" if negative else f"{part!r} is not NAME or NAME=NUMBER"
 
 
 def _own(multiples: Mapping[str, float]) -> dict[str, float]:

@@ -13,8 +13,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xkd_pipeline.corpus import RawRow, Source, open_source, read_documents
 from xkd_schemas import parts, tables
+from xkd_schemas.corpus import RawRow, Source, open_source, read_documents
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError, XkdError
 from xkd_schemas.files import sha256_of
 

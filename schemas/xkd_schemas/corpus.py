@@ -6,6 +6,7 @@ to go on where a file has changed since it was counted.
 """
 
 import hashlib
+import importlib
 import json
 import re
 import stat
@@ -15,7 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.remote import is_url, local_copy, shown
+from xkd_schemas.address import is_url, local_copy, shown
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.forms import AUTO, FORMS, check_fields, choose_form
 from xkd_schemas.parts import FOLDER_SUFFIXES, SUFFIXES, Content, Part, count_file, exactly, file_rows
@@ -197,8 +198,12 @@ def _on_hub(name: str, dataset: str, split: str) -> tuple[tuple[Part, ...], str,
 
 
 def _from_hub(name: str, dataset: str, split: str) -> Any:
-    import datasets
-
+    try:
+        datasets: Any = importlib.import_module("datasets")  # by name: the trainer works without it
+    except ImportError:
+        raise InputMissing(
+            f"{name}: the hub needs datasets, which is not installed", next="pip install datasets"
+        ) from None
     try:
         return datasets.load_dataset(dataset, split=split)
     except OSError as error:
