@@ -73,6 +73,7 @@ def collect(root: Path, *, older_than: float, dry_run: bool) -> list[Spare]:
     """Remove what is spare, holding the lock; with `dry_run` only say what would go."""
     if dry_run:
         return spare(root, older_than=older_than)
+    tables_of(root)  # a folder that is no cache gets no lock file
     with locked(root):
         found = spare(root, older_than=older_than)
         _remove(found)

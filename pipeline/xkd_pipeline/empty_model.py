@@ -2,8 +2,6 @@
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -13,7 +11,7 @@ from xkd_schemas.errors import InputMissing, UsageError
 from xkd_trainer.compute_dtype import dtype_named
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import head_of
-from xkd_trainer.models import check_config, short, split_gguf, tell_of_hub
+from xkd_trainer.models import model_source, short
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,19 +41,11 @@ def empty_model(name: str) -> PreTrainedModel:
         UsageError: It is no causal language model that this transformers knows.
         Refused: It wants to run code of its own.
     """
-    folder, gguf = split_gguf(name)
-    if gguf is not None and not Path(name).is_file():
-        raise InputMissing(f"model {name} is not there", next="give the path of a .gguf file")
-    if Path(folder).is_dir():
-        check_config(Path(folder))
-        if gguf is None and not (Path(folder) / "config.json").is_file():
-            raise InputMissing(f"model {name}: the folder has no config.json", next="give a folder that holds a model")
-    options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
-    tell_of_hub(folder)
+    source, options = model_source(name, weights=False)
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+            config = AutoConfig.from_pretrained(source, **options)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except OSError as error:
         raise InputMissing(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from xkd_schemas.additions import plans_of, records_of
+from xkd_schemas.cache_files import refuse_links
 from xkd_schemas.errors import BadData
 from xkd_schemas.files import bytes_below
 from xkd_schemas.manifest import Commit, Manifest, Plan, read_record
@@ -15,6 +16,7 @@ def table_states(root: Path) -> list[dict[str, Any]]:
 
     `unreadable` counts plans and records that are damaged, `quarantined` and `leftovers` what `gc` would look at.
     """
+    refuse_links(root)
     plans = [path for pattern in TABLES for path in sorted(root.glob(f"{pattern}/plan.json"))]
     return [_state(root, path) for path in plans]
 

@@ -53,7 +53,10 @@ def start(workers: Workers, folder: Path) -> None:
 
 
 def private_folder() -> AbstractContextManager[Path]:
-    """A new folder for Ray's files and for its workers to start in; what drivers that were killed left goes first."""
+    """A new folder that only this user can enter; what drivers that were killed left goes first.
+
+    Ray's files lie in a folder of their own inside: Ray opens the one it is given to all users.
+    """
     return own_folder(Path(_short_folder()), "xkd-ray-", mode=0o700)
 
 
@@ -99,7 +102,7 @@ def _start_here(count: int, folder: Path) -> None:
         )
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # never written to a file
-    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    os.environ["PYTHONSAFEPATH"] = "1"
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # then it is loopback, elsewhere too
@@ -110,7 +113,7 @@ def _start_here(count: int, folder: Path) -> None:
             num_cpus=count,
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder),
+            _temp_dir=str(folder / "ray"),
             object_store_memory=256 * 2**20,
             **_quiet(),
         )
@@ -126,7 +129,7 @@ def _start_here(count: int, folder: Path) -> None:
 def _short_folder() -> str:
     """Where temporary files go; the sockets that Ray makes there have names of 107 characters at most."""
     usual = tempfile.gettempdir()
-    return usual if len(usual) < 20 else "/tmp"
+    return usual if len(usual) < 17 else "/tmp"
 
 
 def _join(address: str) -> None:

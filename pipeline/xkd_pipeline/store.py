@@ -5,21 +5,19 @@ records; a record counts from the moment it is linked into commits/.
 """
 
 import contextlib
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from xkd_pipeline.card import write_root_files
 from xkd_schemas.additions import ADDED, part_of, parts_of, plans_of, records_of
-from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch, UsageError
+from xkd_schemas.cache_files import refuse_links
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import (
     disk_errors,
+    held,
     inside,
-    lock_file,
     make_folder,
     put_if_absent,
     remove,
@@ -47,21 +45,17 @@ from xkd_schemas.manifest import (
 
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the cache for writing; Busy names the process that has it. Freed by the system when we die."""
+    """Hold the cache for writing; Busy names the process that has it. Freed by the system when we die.
+
+    Raises:
+        Refused: It has a link, which a writer could follow out of it.
+        UsageError: It is a file.
+    """
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file, and a cache is a folder", kept="it as it is", next="name a folder")
-    descriptor = lock_file(root / "LOCK")
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            raise Busy(f"{root} is being written by {holder}", next="wait for it, then run this again") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    refuse_links(root)
+    with held(root):
         yield
-    finally:
-        os.close(descriptor)
 
 
 class Store:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from xkd_schemas.files import saved, saved_folder, sha256_of
@@ -17,6 +16,7 @@ from xkd_schemas.tokens import Tokens, kept_rows, predictors
 from xkd_trainer.forward import num_layers
 from xkd_trainer.head import head_of
 from xkd_trainer.models import load_tokenizer, split_gguf
+from xkd_trainer.tensor_files import save_tensors
 
 
 def weights_identity(name: str) -> dict[str, str]:
@@ -53,7 +53,7 @@ def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:
         files["embeddings.safetensors"] = {"weight": embeddings}
     for file, content in files.items():
         tensors = {k: narrowed(v.detach().cpu().contiguous()) for k, v in content.items()}
-        saved(folder / file, partial(save_file, tensors))
+        saved(folder / file, partial(save_tensors, tensors))
     names = saved_folder(folder / "tokenizer", load_tokenizer(name).save_pretrained)
     kept = [folder / file for file in files] + [folder / "tokenizer" / file for file in names]
     return {path.name: sha256_of(path) for path in kept}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xkd_schemas.additions import part_of, parts_of, plans_of, records_of
+from xkd_schemas.cache_files import outside_tables, refuse_links, unnamed_files
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import inside, sha256_of
 from xkd_schemas.manifest import Commit, Manifest, Plan, read_record
@@ -42,8 +43,9 @@ class Bad:
 
 
 def tables_of(root: Path) -> list[str]:
-    """Tables that were begun, documents first; InputMissing where there is no cache."""
+    """Tables that were begun, documents first; InputMissing where there is no cache, Refused where it has a link."""
     check_cache(root)
+    refuse_links(root)
     found = [path for pattern in TABLES for path in sorted(root.glob(pattern)) if path.is_dir()]
     if not found:
         raise InputMissing(f"{root} holds no table", next="make one with xkd-cache documents")
@@ -98,6 +100,11 @@ def _table(root: Path, name: str, level: str) -> Iterator[Bad]:
             yield add(folder / file, "missing")
         elif level != "quick" and sha256_of(path) != digest:
             yield add(path, "does not match its sha256")
+    strange = _adder(root, "")  # no unit of the table is bad
+    yield from (strange(path, _STRANGE) for path in unnamed_files(folder, manifest))
+
+
+_STRANGE: Final = "no manifest names it: delete it (xkd-cache gc does for shards)"
 
 
 def _plans(folder: Path, name: str, plans: list[Plan], manifest: Manifest, add: "_Add") -> Iterator[Bad]:
@@ -180,6 +187,7 @@ def _bytes(path: Path, number: int, commit: Commit, add: _Add) -> Iterator[Bad]:
 def _root_files(root: Path, level: str) -> Iterator[Bad]:
     """SHA256SUMS covers what no manifest does: plans, records, tokenizers' small files, the card."""
     add = _adder(root, "")
+    yield from (add(path, _STRANGE) for path in outside_tables(root))
     sums = root / "SHA256SUMS"
     try:
         lines = sums.read_bytes().decode().split("\n")  # and at nothing else that ends a line

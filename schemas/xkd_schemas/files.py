@@ -6,11 +6,13 @@ passes a point of faults.py first, where tests let it fail.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import os
 import re
 import shutil
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import IO, Any, Final
 import xxhash
 
 from xkd_schemas import faults
-from xkd_schemas.errors import DiskFailed, Refused
+from xkd_schemas.errors import Busy, DiskFailed, Refused
 
 faults.order_from_environment()
 
@@ -205,7 +207,7 @@ def saved_folder(target: Path, save: Callable[[Path], object]) -> list[str]:
     with disk_errors(target):
         make_folder(target)
         for left in target.glob(".tmp-*"):  # by a writer that died
-            shutil.rmtree(left)
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         work = _temporary_in(target)
         work.mkdir()
         try:
@@ -241,6 +243,23 @@ def lock_file(path: Path) -> int:
         make_folder(path.parent)
         faults.step("lock.create")
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold `folder/LOCK`; Busy names the process that has it. Freed by the system when we die."""
+    descriptor = lock_file(folder / "LOCK")
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            raise Busy(f"{folder} is being written by {holder}", next="wait for it, then run this again") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write_all(stream: IO[bytes], content: bytes) -> None:

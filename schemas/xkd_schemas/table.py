@@ -13,6 +13,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from xkd_schemas.additions import part_of
+from xkd_schemas.cache_files import refuse_links, refuse_unnamed
 from xkd_schemas.codecs import CODECS, PLAIN, Codec
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import SAFE_NAME, inside, sha256_of, xxh3_of
@@ -156,18 +157,21 @@ class Table:
     Raises:
         InputMissing: There is no manifest.
         BadData: The manifest does not match its own digest.
+        Refused: There is a link, or a file that no manifest names.
     """
 
     def __init__(self, root: Path, name: str) -> None:
         self.name = name
         check_cache(root)
         self.folder = inside(root, *name.split("/"))
+        refuse_links(self.folder)
         path = self.folder / "manifest.json"
         if not path.exists():
             raise InputMissing(f"{path} is not there", next=_making(root, name))
         self.manifest = read_record(path, Manifest)
         if self.manifest.table != name:
             raise BadData(f"{self.folder / 'manifest.json'} is that of {self.manifest.table}", next=_AGAIN)
+        refuse_unnamed(root, self.folder, self.manifest)
         self._ends = list(accumulate(c.rows for c in self.manifest.commits))
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._checked: dict[int, set[int]] = {}
@@ -221,6 +225,7 @@ def check_tokenizer(folder: Path) -> None:
     table = folder.absolute().parent
     if folder.name != "tokenizer" or not any((table / name).is_file() for name in ("manifest.json", "plan.json")):
         return
+    refuse_links(inside(table.parent.parent, table.parent.name, table.name, "tokenizer"))
     known = _tokenizer_digests(table)
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     for name in sorted(known.keys() | there):

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -164,6 +165,27 @@ def test_workers_take_no_file_of_the_current_folder_for_a_module_and_folders_of_
     paths = {Path(entry.removeprefix("path ")) for entry in told if entry.startswith("path ")}
     theirs = {path for path in paths if "ray" not in path.parts and path.name != "empty"}
     assert theirs <= {*map(Path, sys.path), Path(fake_stage.__file__).parent}
+
+
+def test_no_other_user_sees_into_the_folder_of_ray(tmp_path: Path, monkeypatch, for_workers) -> None:
+    seen: list[str] = []
+    other = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
+
+    def look(_commits: object) -> None:
+        for folder in Path(short).iterdir():
+            assert folder.stat().st_mode & 0o077 == 0
+            assert list((folder / "ray").glob("session_2*/sockets/raylet"))
+            for place in (folder, folder / "ray", folder / "ray/session_latest/sockets/raylet") if other else ():
+                ended = subprocess.run(["ls", str(place)], capture_output=True, text=True, check=False, **other)
+                seen.append(f"{ended.returncode} {ended.stderr}")
+
+    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:
+        Path(short).chmod(0o755)  # as /tmp itself: others may look there
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        build_all(tmp_path / "t", Workers(count=1), watch=look)
+
+    assert bool(seen) == bool(other)
+    assert all(line.startswith("2 ") and "Permission denied" in line for line in seen)
 
 
 def test_a_cluster_without_authentication_is_not_started(tmp_path: Path, monkeypatch) -> None:

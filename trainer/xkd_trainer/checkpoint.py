@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from xkd_schemas.errors import BadData
 from xkd_schemas.files import disk_errors, sha256_of, sync_folder
 from xkd_schemas.own_folders import own_folder
+from xkd_trainer.tensor_files import save_tensors
 
 KEPT = 2
 """Newest checkpoints that stay."""
@@ -90,9 +91,9 @@ def save(out: Path, snapshot: Snapshot) -> Path:
 
 
 def _write(folder: Path, snapshot: Snapshot, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    save_file(_contiguous(snapshot.student), folder / "student.safetensors")
-    save_file(_contiguous(snapshot.projectors), folder / "projectors.safetensors")
-    save_file({**tensors, "random": snapshot.random}, folder / "optimizer.safetensors")
+    save_tensors(_contiguous(snapshot.student), folder / "student.safetensors")
+    save_tensors(_contiguous(snapshot.projectors), folder / "projectors.safetensors")
+    save_tensors({**tensors, "random": snapshot.random}, folder / "optimizer.safetensors")
     state = {
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "optimizer": plain,
         "window": dict(snapshot.window),

@@ -1,9 +1,10 @@
 """The training loop: batches from the cache, terms divided once per step, AdamW, checkpoints, one metrics file."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from xkd_schemas.encode import reading_of
-from xkd_schemas.errors import Mismatch, NonFinite, UsageError
+from xkd_schemas.errors import DiskFailed, Mismatch, NonFinite, UsageError
+from xkd_schemas.files import held
 from xkd_schemas.manifest import refuse_differences
 from xkd_schemas.progress import Progress
 from xkd_schemas.runfile import RunFile
@@ -64,7 +66,9 @@ def train(
     Raises:
         UsageError, InputMissing, Mismatch: Something does not fit; nothing was changed.
         NonFinite: A loss or gradient is NaN or infinite; the weights of the last checkpoint are untouched.
-        BadData: The cache is corrupt.
+        BadData: The cache is corrupt, or the finished student that is there already.
+        Busy: Another process trains into the same folder.
+        DiskFailed: The disk is full or failing; earlier checkpoints are untouched.
     """
     if not run.train.out:
         raise UsageError("no output folder is named", next="--out FOLDER")
@@ -79,9 +83,11 @@ def train(
         raise UsageError(f"{ready.cache.root} has no usable document for this student")
     total = run.train.steps or max(1, round(run.train.epochs * order.steps_per_epoch))
     fingerprint = _fingerprint(run, ready, total)
-    if is_finished(out, fingerprint):
-        return Trained(out=out, steps=total, resumed_at=total, terms={}, weights=fingerprint["weights"])
-    return _Run(run, ready, order, total, fingerprint, quiet).go(clock)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of one run
+    with held(out) if first else nullcontext():
+        if is_finished(out, fingerprint):
+            return Trained(out=out, steps=total, resumed_at=total, terms={}, weights=fingerprint["weights"])
+        return _Run(run, ready, order, total, fingerprint, quiet).go(clock)
 
 
 def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
@@ -183,7 +189,7 @@ class _Run:
         if main:
             if self.settings.save_every and self.saved != self.total:
                 self._save(self.total)
-            with tell_kept(self._kept):
+            with tell_kept(self._kept), self._kept_on_a_full_disk():
                 self._export()
         weights = self.fingerprint["weights"]
         return Trained(out=self.out, steps=self.total, resumed_at=self.start, terms=last, weights=weights)
@@ -201,6 +207,14 @@ class _Run:
         with tell_kept(self._kept), signals_noted() as noted:
             self.noted = noted
             yield
+
+    @contextmanager
+    def _kept_on_a_full_disk(self) -> Iterator[None]:
+        """What is kept of this run, where the disk fails inside."""
+        try:
+            yield
+        except DiskFailed as error:
+            raise DiskFailed(error.what, kept=self._kept(), next=error.next) from error
 
     def _stop(self) -> bool:
         """Whether a signal came to any of the processes: all of them end at the same step."""
@@ -284,7 +298,8 @@ class _Run:
             fingerprint=self.fingerprint,
             window=asdict(self.seen),
         )
-        save(self.out, snapshot)
+        with self._kept_on_a_full_disk():
+            save(self.out, snapshot)
         self.saved, self.saved_at = step, self.clock()
 
 

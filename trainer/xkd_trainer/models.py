@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from xkd_schemas.errors import InputMissing, Refused, UsageError
 from xkd_schemas.table import check_tokenizer
 from xkd_schemas.terminal import note
 from xkd_schemas.tokenizers import encode_texts
+from xkd_trainer.export import check_student
 
 UNBUILDABLE: Final = (
     ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError, ZeroDivisionError,
@@ -23,17 +25,21 @@ UNBUILDABLE: Final = (
 )  # fmt: skip
 """What transformers' families raise for a configuration that they can make no model of."""
 _SUSPECT: Final = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_code"})
+_IMPLEMENTATION: Final = "_implementation"
+"""End of the keys that choose how a part is computed; a value with a slash is a kernel to be fetched from the hub."""
 
 
 def _suspects(value: Any) -> set[str]:
     """Keys that ask for foreign code, at any depth."""
     found = set(_SUSPECT & value.keys()) if isinstance(value, dict) else set()
+    if isinstance(value, dict):
+        found |= {key for key in value if key.endswith(_IMPLEMENTATION) and "/" in json.dumps(value[key])}
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return found.union(*(_suspects(v) for v in inner))
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a local model whose configuration asks for code of its own.
+    """Refuse a model folder whose configuration asks for code of its own.
 
     Raises:
         Refused: A configuration file names remote code or a private attention implementation.
@@ -45,7 +51,7 @@ def check_config(folder: Path) -> None:
             continue
         try:
             found = _suspects(json.loads(path.read_bytes()))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputMissing(f"{path} is not JSON: {error}") from error
         if found:
             raise Refused(
@@ -81,22 +87,53 @@ def tell_of_hub(folder: str) -> None:
 
 def check_model_name(name: str) -> None:
     """Refuse what is no model, before anything of it is loaded; raises as `load_model`."""
-    folder, gguf = split_gguf(name)
-    if gguf is not None and not Path(name).is_file():
-        raise InputMissing(f"model {name} is not there", next="give the path of a .gguf file")
-    if not Path(folder).is_dir():
-        _quiet()
-        tell_of_hub(folder)
+    source, options = model_source(name, weights=False)
+    if not Path(source).is_dir():
         try:
-            AutoConfig.from_pretrained(folder)
+            AutoConfig.from_pretrained(source, **options)
         except OSError as error:
-            raise _missing(name, folder, error) from error
+            raise _missing(name, source, error) from error
         except UNBUILDABLE as error:
             raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
-        return
-    check_config(Path(folder))
-    if gguf is None and not (Path(folder) / "config.json").is_file():
+
+
+def model_source(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
+    """`source_of` a model, which has a configuration."""
+    source, options = source_of(name, weights=weights)
+    if Path(source).is_dir() and "gguf_file" not in options and not (Path(source) / "config.json").is_file():
         raise InputMissing(f"model {name}: the folder has no config.json", next="give a folder that holds a model")
+    return source, options
+
+
+def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is given for a folder, a .gguf file or a hub name; the only way to it.
+
+    Its settings were read before and ask for no code. A hub name is loaded at the commit that they are of. The files
+    of a finished student are compared with their digests; with `weights` those of the weights too.
+
+    Raises:
+        InputMissing: There is no such file or hub name.
+        Refused: The settings name code that comes with the model, or a kernel of the hub.
+        BadData: A finished student is damaged.
+    """
+    folder, gguf = split_gguf(name)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if gguf is not None:
+        if not Path(name).is_file():
+            raise InputMissing(f"model {name} is not there", next="give the path of a .gguf file")
+        options["gguf_file"] = gguf
+    _quiet()
+    if Path(folder).is_dir():
+        check_student(Path(folder), weights=weights)
+        check_config(Path(folder))
+        return folder, options
+    tell_of_hub(folder)
+    try:
+        settings = Path(snapshot_download(folder, allow_patterns=["*.json"]))
+    except (OSError, ValueError) as error:
+        raise _missing(name, folder, error) from error
+    check_config(settings)
+    return folder, options | {"revision": settings.name}
 
 
 def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -111,18 +148,17 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         UsageError: It is there but no causal language model that this transformers knows.
         Refused: It wants to run code of its own, or has only pickled weights.
     """
-    check_model_name(name)
-    folder, gguf = split_gguf(name)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
-    if gguf is not None:
+    folder, options = model_source(name, weights=True)
+    if "gguf_file" in options:
         from transformers import GgufConfig
 
-        options = {"dtype": dtype, "gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
-    _quiet()
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except OSError as error:
         raise _missing(name, folder, error) from error
     except SafetensorError as error:
@@ -134,7 +170,7 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def _missing(name: str, folder: str, error: OSError) -> InputMissing | Refused:
+def _missing(name: str, folder: str, error: OSError | ValueError) -> InputMissing | Refused:
     if Path(folder).is_dir() and "safetensors" in str(error):
         return Refused(
             f"model {name} has no safetensors weights; pickled weights are not opened",
@@ -163,13 +199,10 @@ def load_tokenizer(name: str) -> Any:
         raise InputMissing(f"{name} is not there", next="name a model folder, FOLDER/FILE.gguf or a hub model")
     if folder.is_dir():
         check_tokenizer(folder)
-        check_config(folder)
+    source, options = source_of(name, weights=False)
     _readable_json(folder / "tokenizer.json")
-    options = {"gguf_file": path.name} if gguf else {}
-    _quiet()
-    tell_of_hub(str(folder))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise Refused(

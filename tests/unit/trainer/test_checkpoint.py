@@ -1,6 +1,8 @@
 """What a run leaves on disk while it goes on: checkpoints, metrics, the finished folder."""
 
 import json
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_models as tiny
-from xkd_schemas.errors import DiskFailed
+from damages import flipped
+from xkd_pipeline import teacher_files
+from xkd_schemas.errors import BadData, DiskFailed
+from xkd_schemas.faults import injected
 from xkd_trainer.checkpoint import KEPT, Snapshot, newest, save
 from xkd_trainer.export import export_student, is_finished
 from xkd_trainer.forward import run
 from xkd_trainer.metrics import Metrics
+from xkd_trainer.models import load_model, load_tokenizer
 
 FINGERPRINT = {"train": {"seed": 1}, "steps": 8}
 
@@ -198,5 +204,75 @@ def test_a_folder_is_finished_for_exactly_its_own_run(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "xkd.json").read_text())
     assert stored["run"] == FINGERPRINT
     assert set(stored["versions"]) == {"torch", "transformers", "python"}
-    (tmp_path / "xkd.json").write_text("{")
-    assert not is_finished(tmp_path, FINGERPRINT)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    export_student(tmp_path, tiny.llama("sentencepiece"), tiny.tokenizer_of("sentencepiece"), FINGERPRINT, ends=[2])
+    return tmp_path
+
+
+def test_a_bit_in_any_file_of_a_finished_student_is_found_by_training_again_and_by_loading(finished: Path) -> None:
+    paths = sorted(path for path in finished.iterdir() if path.is_file())
+    assert {"model.safetensors", "tokenizer.json", "config.json", "xkd.json"} <= {path.name for path in paths}
+    for path in paths:
+        content = path.read_bytes()
+        damages = [flipped(content, bit) for bit in (3, 4 * len(content), 8 * len(content) - 9)]
+        for damaged in (*damages, bytes(len(content)), b"", None):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            if damaged is None and path.name == "xkd.json":
+                assert not is_finished(finished, FINGERPRINT)
+                continue
+            for read in (lambda: is_finished(finished, FINGERPRINT), lambda: load_model(str(finished), dtype=F32)):
+                with pytest.raises(BadData, match=rf"{path.name} .*delete {finished} and train again"):
+                    read()
+            if path.suffix != ".safetensors":
+                with pytest.raises(BadData, match=path.name):
+                    load_tokenizer(str(finished))
+        path.write_bytes(content)
+    assert is_finished(finished, FINGERPRINT)
+
+
+F32 = torch.float32
+
+
+def test_every_file_of_a_student_is_durable_before_the_mark_that_it_is_finished(tmp_path: Path) -> None:
+    with injected("*:1:count") as fault:
+        export_student(
+            tmp_path, tiny.llama("sentencepiece"), tiny.tokenizer_of("sentencepiece"), FINGERPRINT, ends=[2]
+        )
+
+    mark = max(at for at, point in enumerate(fault.points) if point == "file.create")
+    before = fault.points[:mark]
+    assert before.count("tokenizer.fsync") == len(json.loads((tmp_path / "xkd.json").read_text())["files"])
+    assert before[-1] == "folder.sync"
+    assert "tokenizer.fsync" not in fault.points[mark:]
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file can become larger than 16 KiB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "checkpoint": lambda out: save(out, snapshot(1)),
+    "student": lambda out: export_student(
+        out, tiny.llama("byte_level"), tiny.tokenizer_of("byte_level"), FINGERPRINT, ends=[2]
+    ),
+    "head": lambda out: teacher_files.export(tiny.llama("byte_level"), "none", out),
+}
+
+
+@pytest.mark.parametrize("what", WRITERS)
+def test_a_full_disk_while_tensors_are_written_is_one_line_and_leaves_no_half_file(
+    tmp_path: Path, full_disk: None, what: str
+) -> None:
+    with pytest.raises(DiskFailed, match=r"File too large\. Kept: .* Next: free space, run again") as caught:
+        WRITERS[what](tmp_path)
+
+    assert caught.value.exit_code == 74
+    assert [path.name for path in tmp_path.rglob("*") if path.suffix == ".safetensors" or ".tmp" in path.name] == []

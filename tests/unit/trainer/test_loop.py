@@ -1,5 +1,6 @@
 """The training loop on the tiny cache: it learns, resumes bit for bit, stops at NaN, and does nothing twice."""
 
+import errno
 import functools
 import itertools
 import json
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 import tiny_models as tiny
-from xkd_schemas.errors import BadData, Mismatch, NonFinite, UsageError
+from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite, UsageError
+from xkd_schemas.files import held
 from xkd_schemas.runfile import RunFile, TrainSection
 from xkd_schemas.terminal import run as run_app
 from xkd_trainer import loop
@@ -97,6 +99,35 @@ def test_micro_batches_make_the_same_steps(tmp_path: Path, micro: int) -> None:
 
     for whole, cut in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True):
         assert cut == pytest.approx(whole, rel=1e-3)
+
+
+def test_a_second_trainer_in_the_same_folder_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    with held(tmp_path):
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(Busy, match=rf"{tmp_path} is being written by pid \d+") as caught:
+            train(run(tmp_path, steps=1), quiet=True)
+        assert caught.value.exit_code == 75
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert train(run(tmp_path, steps=1), quiet=True).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"), [("checkpoint", "nothing of this run: no step"), ("export", "checkpoint of step 2")]
+)
+def test_a_full_disk_says_which_checkpoint_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, kept: str
+) -> None:
+    def full(*_args: Any, **_options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    name = "xkd_trainer.checkpoint.save_tensors" if where == "checkpoint" else "xkd_schemas.files.rename"
+    with monkeypatch.context() as patch:
+        patch.setattr(name, full)
+        with pytest.raises(DiskFailed, match=rf"No space left on device\. Kept: .*{kept}.* Next: free space"):
+            train(run(tmp_path, steps=2, save_every=1), quiet=True)
+    train(run(tmp_path, steps=2, save_every=1), quiet=True)
+    train(run(tmp_path.parent / "undisturbed", steps=2, save_every=1), quiet=True)
+    assert_same_run(tmp_path, tmp_path.parent / "undisturbed")
 
 
 # The schedule
@@ -307,7 +338,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != "LOCK"
     }
 
 

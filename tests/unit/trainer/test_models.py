@@ -1,5 +1,6 @@
 """New models from a line of settings, and models that must not be loaded."""
 
+import io
 import json
 import os
 import shutil
@@ -11,9 +12,18 @@ import pytest
 import torch
 
 import tiny_models as tiny
-from xkd_schemas.errors import InputMissing, Refused, UsageError
+from xkd_pipeline.empty_model import empty_model
+from xkd_schemas.errors import InputMissing, Refused, UsageError, XkdError
 from xkd_trainer.forward import num_layers
-from xkd_trainer.models import load_model, load_tokenizer, new_model, split_gguf, tell_of_hub
+from xkd_trainer.models import (
+    check_model_name,
+    load_model,
+    load_tokenizer,
+    new_model,
+    source_of,
+    split_gguf,
+    tell_of_hub,
+)
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
@@ -190,3 +200,79 @@ def test_a_saved_tokenizer_does_not_depend_on_being_offline(offline: str, tmp_pa
     )  # fmt: skip
 
     assert not json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text()).get("local_files_only")
+
+
+CODE = "open({ran!r}, 'w').close()\n"
+CLASSES = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
+ASKS = {
+    "auto_map": {"auto_map": CLASSES},
+    "attn_implementation": {"attn_implementation": "someone/kernel"},
+    "_attn_implementation": {"text_config": {"_attn_implementation": {"": "someone/kernel@main:attention"}}},
+    "experts_implementation": {"experts_implementation": "someone/kernel"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of the hub, someone/model, as an earlier download left it: the folder of its only commit."""
+    store, commit = tmp_path / "hub/models--someone--model", "0123456789abcdef0123456789abcdef01234567"
+    folder = store / "snapshots" / commit
+    tiny.saved(tiny.llama("byte_level"), "byte_level", folder)
+    (folder / "evil.py").write_text(CODE.format(ran=str(tmp_path / "ran")))
+    (store / "refs").mkdir()
+    (store / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    return folder
+
+
+LOADERS = {
+    "model": lambda name: load_model(name, dtype=torch.float32),
+    "tokenizer": load_tokenizer,
+    "sizes": empty_model,
+    "name": check_model_name,
+}
+
+
+def asking(folder: Path, key: str) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | ASKS[key]))
+
+
+def test_a_model_of_the_hub_is_loaded_at_the_commit_that_was_looked_at(on_the_hub: Path) -> None:
+    for load in LOADERS.values():
+        load("someone/model")
+    assert source_of("someone/model", weights=False)[1]["revision"] == on_the_hub.name
+
+
+@pytest.mark.parametrize("place", ["hub", "folder", "gguf"])
+@pytest.mark.parametrize("key", ASKS)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_code_and_kernels_are_refused_wherever_a_model_comes_from(
+    on_the_hub: Path, tmp_path: Path, place: str, key: str, loader: str
+) -> None:
+    asking(on_the_hub, key)
+    (on_the_hub / "m.gguf").touch()
+    name = {"hub": "someone/model", "folder": str(on_the_hub), "gguf": str(on_the_hub / "m.gguf")}[place]
+
+    with pytest.raises(Refused, match=rf"config\.json has {key}, which can run code") as caught:
+        LOADERS[loader](name)
+
+    assert caught.value.exit_code == 77
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_nobody_is_asked_whether_code_may_run(
+    on_the_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str
+) -> None:
+    monkeypatch.setattr("xkd_trainer.models.check_config", lambda _folder: None)
+    settings = {"model_type": "none-of-ours", "auto_map": CLASSES}
+    for file in ("config.json", "tokenizer_config.json"):
+        (on_the_hub / file).write_text(json.dumps(settings))
+
+    with pytest.raises(XkdError):
+        LOADERS[loader]("someone/model")
+    assert not (tmp_path / "ran").exists()
+    assert sys.stdin.read() == "y\n" * 9
