@@ -95,12 +95,13 @@ def multilevelot(
         pair = []
         for side in sides:
             seen = [d for d in side if d] if order == "batch" else [side[number]]
-            ids = likeliest(seen, classes)
+            ids = likeliest(seen, classes) if match == "rank" or pair else list(range(len(side[number][0])))
             pair.append([[p[v] for v in ids] for p in side[number]])
         k = max(len(pair[0][0]), len(pair[1][0]))
         p, q = (filled(rows, k) for rows in pair)
-        if match == "greedy":
-            p = greedy(p, q)
+        if match == "greedy":  # all classes of the student, those of the teacher that are chosen
+            q = pair[1]
+            p = greedy(filled(pair[0], max(len(pair[0][0]), len(q[0]))), q)
         gaps = [abs(a - b) for x, y in zip(p, q, strict=True) for a, b in zip(x, y, strict=True)]
         found["l1"][0] += math.fsum(gaps) / len(p)
         for x, y in zip(p, q, strict=True):

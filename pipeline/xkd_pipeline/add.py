@@ -13,6 +13,7 @@ from typing import Any
 from xkd_pipeline.align import StudentSettings, make_students
 from xkd_pipeline.build import Built
 from xkd_pipeline.documents import Limits, corpus_spec, make_documents
+from xkd_pipeline.prompts import limit_of
 from xkd_pipeline.run import Workers
 from xkd_pipeline.signals_table import Beside, make_signals
 from xkd_pipeline.spans import ParserSettings
@@ -82,7 +83,10 @@ def add_documents(root: Path, sources: Sequence[Source], more: More, workers: Wo
     plans = plans_of(Table(root, "documents").folder)
     behind = _behind(plans, corpus_spec(sources))
     spec = behind.spec
-    limits = Limits(rows_per_shard=spec["rows_per_shard"], max_chars=spec["max_chars"], max_reject=more.max_reject)
+    limits = Limits(
+        rows_per_shard=spec["rows_per_shard"], max_chars=spec["max_chars"], max_reject=more.max_reject,
+        prompts=limit_of(spec),
+    )  # fmt: skip
     return make_documents(root, sources, more.parser or parser_of(spec), limits, workers, behind=behind)
 
 

@@ -67,6 +67,11 @@ def documents(
     parser_model: Annotated[str | None, typer.Option(help="Folder of the benepar model.")] = None,
     max_words: Annotated[int | None, typer.Option(help="Longest phrase in words, 0 for any.")] = None,
     drop_contained: Annotated[bool | None, typer.Option(help="Drop phrases inside other phrases.")] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Longer prompts lose the end of their text; template tokens count.")
+    ] = None,
+    prompt_tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name; counts prompts.")] = None,
+    prompt_template: Annotated[str | None, typer.Option(help="chat, alpaca or none; round prompts.")] = None,
     max_reject: Annotated[float | None, typer.Option(help="Share of rows that may be unusable.")] = None,
     workers: WorkersOption = None,
     ray_address: AddressOption = None,
@@ -82,7 +87,8 @@ def documents(
         "documents.corpus": corpus, "cache": str(out), "documents.form": form, "documents.parser": parser,
         "documents.spacy_model": spacy_model, "documents.parser_model": parser_model,
         "documents.max_words": max_words, "documents.drop_contained": drop_contained,
-        "documents.max_reject": max_reject, "workers": workers,
+        "documents.max_reject": max_reject, "workers": workers, "documents.max_prompt_tokens": max_prompt_tokens,
+        "documents.prompt_tokenizer": prompt_tokenizer, "documents.prompt_template": prompt_template,
     }  # fmt: skip
     flags |= {f"documents.columns.{field}": name for field, name in columns_of(column or []).items()}
     run = _run_of(None, sets, flags)

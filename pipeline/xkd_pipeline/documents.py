@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Final
 
 from xkd_pipeline.build import Built, build
+from xkd_pipeline.prompts import LONG_PROMPT, NO_LIMIT, PROMPTS_CUT, PromptLimit, cut_prompts, limit_of
 from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.spans import Parser, ParserSettings, parser_for
 from xkd_pipeline.store import Store
 from xkd_schemas.additions import part_of
-from xkd_schemas.corpus import RawRow, Source, read_documents
+from xkd_schemas.corpus import RawRow, RejectedRow, Source, read_documents
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Segment, Spans, checked_spans
-from xkd_schemas.encode import TRIED
+from xkd_schemas.encode import TRIED, Encoder
 from xkd_schemas.errors import BadData, InputMissing
 from xkd_schemas.manifest import Care, Commit, Plan, Unit, refuse_differences
 from xkd_schemas.rows import WORKER_KILLED, rejected_row
@@ -42,11 +43,12 @@ class DocumentsStage:
     """First unit of each addition."""
     parser: ParserSettings
     max_chars: int
+    prompts: PromptLimit = NO_LIMIT
 
     def load(self) -> Make:
-        """Load the parser once."""
-        parser = parser_for(self.parser)
-        return lambda job, care=AS_PLANNED: self._make(parser, job, care)
+        """Load the parser, and the tokenizer that counts prompts, once."""
+        parser, encoder = parser_for(self.parser), self.prompts.encoder()
+        return lambda job, care=AS_PLANNED: self._make(parser, encoder, job, care)
 
     def rows(self, job: DocumentsJob) -> int:
         """Rows of a unit."""
@@ -58,16 +60,17 @@ class DocumentsStage:
 
     def paths(self) -> tuple[Path, ...]:
         """The table's folder and the parser's files."""
-        return local_paths(self.folder, self.parser.model, self.parser.benepar_model)
+        return local_paths(self.folder, self.parser.model, self.parser.benepar_model, self.prompts.tokenizer)
 
-    def _make(self, parser: Parser, job: DocumentsJob, care: Care) -> Commit:
+    def _make(self, parser: Parser, encoder: Encoder | None, job: DocumentsJob, care: Care) -> Commit:
         rows = [row for at, row in enumerate(job.rows) if at not in care.lost]
         unused: dict[str, int] = {}
         documents, rejects = read_documents(
             job.source, job.form, job.columns, rows, max_chars=self.max_chars, unused=unused
         )
-        killers = (rejected_row(job.source, job.rows[at], WORKER_KILLED, _KILLS) for at in care.lost)
-        rejects = sorted([*rejects, *killers], key=lambda reject: reject.line)
+        killers = [rejected_row(job.source, job.rows[at], WORKER_KILLED, _KILLS) for at in care.lost]
+        documents, too_long, num_cut = self._shorter(documents, encoder, job)
+        rejects = sorted([*rejects, *killers, *too_long], key=lambda reject: reject.line)
         size = care.batch or max(1, len(documents))
         parsed = [s for at in range(0, len(documents), size) for s in parser.parse(documents[at : at + size])]
         found = [checked_spans(d, s) for d, s in zip(documents, parsed, strict=True)]
@@ -76,7 +79,7 @@ class DocumentsStage:
             "characters": sum(len(d.text) for d in documents),
             "words": sum(len(s.words) for s in found),
             "phrases": sum(len(s.phrases) for s in found),
-        }
+        } | ({PROMPTS_CUT: num_cut} if encoder else {})
         counts.update({f"parser:{reason}": number for reason, number in sorted(parser.notes.items())})
         counts.update({f"{UNUSED}{key}": number for key, number in sorted(unused.items())})
         parser.notes.clear()
@@ -90,10 +93,22 @@ class DocumentsStage:
             totals=Totals(counts=counts),
         )
 
+    def _shorter(
+        self, documents: list[Document], encoder: Encoder | None, job: DocumentsJob
+    ) -> tuple[list[Document], list[RejectedRow], int]:
+        """The documents with prompts within the limit, rows of which none can be made, and how many were cut."""
+        cut = cut_prompts(documents, encoder, self.prompts.tokens)
+        rows = {row.line: row for row in job.rows}
+        whole = [d.line for d, short in zip(documents, cut, strict=True) if short is None]
+        refused = [rejected_row(job.source, rows[line], LONG_PROMPT, _LONG) for line in whole]
+        num_cut = sum(short is not None and short is not d for d, short in zip(documents, cut, strict=True))
+        return [d for d in cut if d is not None], refused, num_cut
+
 
 UNUSED: Final = "unused:"
 """Begins the names of counts of keys that were not used."""
 _KILLS: Final = "ends the process that reads or parses it, every time"
+_LONG: Final = "its prompt is longer than max_prompt_tokens, and has tools or reasoning, or a template as long"
 
 
 def columns_of(documents: Sequence[Document], spans: Sequence[Spans]) -> dict[str, list[object]]:
@@ -184,10 +199,12 @@ def make_documents(
         "parser": parser_for(parser).identity(),
         "max_chars": limits.max_chars,
         "rows_per_shard": limits.rows_per_shard,
+        **limits.prompts.spec(),
     }
     store = Store(root, "documents", spec, units, more=behind is not None)
     stage = DocumentsStage(
-        folder=store.folder, starts=store.plan.starts, parser=parser, max_chars=limits.max_chars
+        folder=store.folder, starts=store.plan.starts, parser=parser, max_chars=limits.max_chars,
+        prompts=limits.prompts,
     )  # fmt: skip
 
     def watch(commits: Sequence[Commit]) -> None:
@@ -232,11 +249,13 @@ def remake_documents(
     """
     store = Store(root, "documents", plan.spec, plan.units)
     stage = DocumentsStage(
-        folder=store.folder, starts=store.plan.starts, parser=parser, max_chars=plan.spec["max_chars"]
+        folder=store.folder, starts=store.plan.starts, parser=parser, max_chars=plan.spec["max_chars"],
+        prompts=limit_of(plan.spec),
     )  # fmt: skip
 
     def jobs(missing: Sequence[int]) -> Iterator[DocumentsJob]:
         identity = {"parser": parser_for(parser).identity(), "schema": DOCUMENTS_VERSION}
+        identity |= limit_of(plan.spec).spec()
         then = {key: plan.spec[key] for key in identity}
         refuse_differences(store.folder, identity, then, advice="name the parser, or use the version, of then")
         covered = {first: units_of([source], plan.spec["rows_per_shard"]) for first, source in sources}
@@ -286,3 +305,5 @@ class Limits:
     """A longer text is rejected."""
     max_reject: float = 0.01
     """Share of the corpus's rows that may be rejected before the run stops."""
+    prompts: PromptLimit = NO_LIMIT
+    """Longer prompts are cut."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from xkd_pipeline.prompts import cut_prompts, limit_in
 from xkd_schemas.corpus import RawRow, RejectedRow, Source, open_source, read_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import BadData, UsageError
@@ -73,6 +74,7 @@ def read_sample(run: RunFile, wanted: int) -> Sample:
     total = sum(source.num_rows for source in sources)
     if total == 0:
         raise BadData("the corpus has no rows", next="check the paths and the form of the rows")
+    encoder = limit_in(d).encoder()
     chosen = list(evenly(total, wanted))
     documents: list[Document] = []
     rejected: list[RejectedRow] = []
@@ -84,6 +86,8 @@ def read_sample(run: RunFile, wanted: int) -> Sample:
         found, refused = read_documents(
             Path(source.name).name, source.form, source.columns, rows, max_chars=d.max_chars
         )
+        cut = cut_prompts(found, encoder, d.max_prompt_tokens)
+        found = [document for document in cut if document is not None]
         by_line = {row.line: size_of(row.content) for row in rows}
         documents += found
         rejected += refused

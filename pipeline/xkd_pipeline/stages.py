@@ -11,6 +11,7 @@ from xkd_pipeline.align import StudentSettings, make_students
 from xkd_pipeline.build import Built, Outcome
 from xkd_pipeline.capture import TeacherSettings
 from xkd_pipeline.documents import UNUSED, Limits, make_documents
+from xkd_pipeline.prompts import PROMPTS_CUT, limit_in
 from xkd_pipeline.run import Workers
 from xkd_pipeline.shard_rows import rows_per_shard
 from xkd_pipeline.spans import ParserSettings
@@ -49,7 +50,7 @@ def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] 
     rows, why = rows_per_shard(run, sources)
     if why:
         echo(f"shards of {rows} rows: {why}; documents.rows_per_shard=N sets it")
-    limits = Limits(rows_per_shard=rows, max_chars=d.max_chars, max_reject=d.max_reject)
+    limits = Limits(rows_per_shard=rows, max_chars=d.max_chars, max_reject=d.max_reject, prompts=limit_in(d))
     root = Path(run.cache)
     with locked(root):
         built = make_documents(root, sources, parser, limits, workers)
@@ -57,6 +58,7 @@ def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] 
     rejected = sum(c.rejects.rows for c in m.commits if c.rejects)
     notes = {n for c in m.commits for n in c.counts if n.startswith("parser:")}
     extra = "".join(f", {n.removeprefix('parser:')} {m.count(n)}" for n in sorted(notes))
+    extra += f", {m.count(PROMPTS_CUT)} prompts cut to {d.max_prompt_tokens} tokens" if d.max_prompt_tokens else ""
     names = sorted({n for c in m.commits for n in c.counts if n.startswith(UNUSED)})
     unused = {n.removeprefix(UNUSED): m.count(n) for n in names}
     extra += "; keys not used: " + ", ".join(f"{name} ({n})" for name, n in unused.items()) if unused else ""
@@ -68,6 +70,7 @@ def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] 
             "words": m.count("words"),
             "phrases": m.count("phrases"),
             "rejected": rejected,
+            "prompts_cut": m.count(PROMPTS_CUT) if d.max_prompt_tokens else 0,
             "unused": unused,
         },
     )

@@ -37,6 +37,12 @@ class DocumentsSection(_Section):
     """Longest phrase in words, 0 for no limit."""
     drop_contained: bool | None = None
     """Drop phrases inside other phrases; None is the parser's default."""
+    max_prompt_tokens: int = Field(default=0, ge=0)
+    """Longer prompts lose the end of their text; template tokens count, 0 for no limit."""
+    prompt_tokenizer: str = ""
+    """Folder or hub name of the tokenizer that counts them."""
+    prompt_template: Literal["none", "alpaca", "chat"] = "none"
+    """Template around the prompts that are counted."""
     rows_per_shard: int = Field(default=0, ge=0)
     """0: as many as the teacher reads in about a minute, decided when the cache is begun."""
     max_chars: int = Field(default=1_000_000, ge=1)

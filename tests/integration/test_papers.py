@@ -65,12 +65,17 @@ def documents(settings: str) -> Path:
 
 
 def shrunk(recipe: Path, out: Path) -> RunFile:
-    """The run file with tiny models, tiny rows, one step and float32; nothing else is changed."""
+    """The run file with tiny models, tiny rows, one step and float32; nothing else is changed.
+
+    But for prompts: four times the tokens, because a tiny tokenizer cuts words into more.
+    """
     run = load_runfile(recipe)
+    own = {"corpus": (corpus(),), "spacy_model": tiny.SPACY}
+    own |= {"prompt_tokenizer": model(run.student.model), "max_prompt_tokens": 4 * run.documents.max_prompt_tokens}
     return run.model_copy(
         update={
             "cache": str(out / "cache"),
-            "documents": run.documents.model_copy(update={"corpus": (corpus(),), "spacy_model": tiny.SPACY}),
+            "documents": run.documents.model_copy(update=own),
             "teacher": run.teacher.model_copy(update={"model": model(run.teacher.model), "dtype": "float32"}),
             "student": run.student.model_copy(update={"model": model(run.student.model)}),
             "train": run.train.model_copy(
@@ -78,6 +83,15 @@ def shrunk(recipe: Path, out: Path) -> RunFile:
             ),
         }
     )
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_cuts_prompts_by_the_students_tokens(recipe: Path) -> None:
+    run = load_runfile(recipe)
+
+    assert run.documents.prompt_tokenizer == run.student.model
+    assert run.documents.prompt_template == run.student.template
+    assert 0 < run.documents.max_prompt_tokens < run.student.max_tokens == run.teacher.max_tokens
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

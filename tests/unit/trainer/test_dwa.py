@@ -15,6 +15,7 @@ import slow_dwa as slow
 from xkd_trainer.losses.cma import align_scores, attend
 from xkd_trainer.losses.dwa import (
     DwaSettings,
+    alignment,
     anneal,
     band,
     projected_cross_entropy,
@@ -329,6 +330,30 @@ def test_the_sequence_term_agrees_with_loops(
     assert term.count.item() == float(lengths.sum())
 
 
+@hypothesis_settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, sizes=PAIRS, gamma=st.sampled_from((0.5, 2.0)))
+def test_the_alignment_that_a_band_follows_is_the_share_of_all_paths(
+    seed: int, sizes: list[tuple[int, int]], gamma: float
+) -> None:
+    lengths, teacher_lengths = torch.tensor(sizes).unbind(-1)
+    valid, teacher_valid = (valid_of(*side.tolist()) for side in (lengths, teacher_lengths))
+    x, y = draw(seed, *valid.shape, 4, grad=True), draw(seed + 1, *teacher_valid.shape, 4)
+    with torch.no_grad():
+        x[~valid] = math.nan
+
+    found = alignment(x, y, lengths, teacher_lengths, gamma=gamma)
+
+    assert not found.requires_grad
+    for b, (s, t) in enumerate(sizes):
+        assert not found[b, s:].any()
+        assert not found[b, :, t:].any()
+        if s * t:
+            cost = slow.cosine_cost(x[b, :s].tolist(), y[b, :t].tolist())
+            visits = slow.soft_dtw_by_paths(cost, gamma)[1]
+            expected = [[v / sum(row) for v in row] for row in visits]
+            torch.testing.assert_close(found[b, :s, :t], torch.tensor(expected, dtype=F64))
+
+
 def test_the_sequence_term_teaches_student_and_projector_and_not_through_the_band() -> None:
     x, y, lengths = draw(0, 1, 6, 4, grad=True), draw(1, 1, 6, 4, grad=True), torch.tensor([6])
     attention = draw(2, 1, 6, 6, grad=True).softmax(-1)
@@ -389,6 +414,7 @@ def test_defaults_are_those_of_the_paper_and_the_scripts() -> None:
     s = DwaSettings()
 
     assert (s.kd, s.dtw, s.temperature, s.gamma, s.gamma_steps) == (0.5, 0.2, 2.0, 2.0, 0)
+    assert s.band_source == "cma"
     assert (s.band, s.band_width, s.band_beta, s.band_centre_mix, s.band_penalty) == ("soft", 5.0, 2.0, 0.7, 1.0)
     assert (s.student_space.kind, s.teacher_space.kind, s.student_weight) == (
         "forward_kl",

@@ -258,11 +258,14 @@ def dwa_document(made: Ready, d: Alone) -> dict[str, float]:
     w_s, w_t = slow_dwa.student_weights(entropies, gates, s.student_weight), [1.0] * len(theirs)
     if s.entropy_weights:
         w_t = slow_dwa.teacher_weights(d.teacher["entropy"].tolist(), made.cache.sizes.vocab_size)
-    penalty = slow_dwa.band(a, s.band_width, s.band_beta, s.band_centre_mix, s.band_penalty)
 
     def divergence(x: Tensor, y: Tensor) -> float:
         cross = slow_dwa.cosine_cost(x.tolist(), y.tolist())
         if s.band == "soft":
+            follows = a
+            if s.band_source == "sdtw":
+                follows = [[v / sum(row) for v in row] for row in slow_dwa.soft_dtw(cross, s.gamma)[1]]
+            penalty = slow_dwa.band(follows, s.band_width, s.band_beta, s.band_centre_mix, s.band_penalty)
             cross = [[c + p for c, p in zip(cs, ps, strict=True)] for cs, ps in zip(cross, penalty, strict=True)]
         within = [slow_dwa.soft_dtw(slow_dwa.cosine_cost(z.tolist(), z.tolist()), s.gamma)[0] for z in (x, y)]
         return slow_dwa.soft_dtw(cross, s.gamma)[0] - (0.5 * sum(within) if s.dtw_divergence else 0.0)
@@ -295,6 +298,7 @@ def dwa_document(made: Ready, d: Alone) -> dict[str, float]:
         {"entropy_weights": False, "gate": False, "student_divergence": "reverse_kl",
          "teacher_divergence": "reverse_kl", "band_width": 1.0, "band_beta": 0.1, "band_centre_mix": 0.4,
          "band_penalty": 0.6},
+        {"band_source": "sdtw", "band_width": 1.0, "band_beta": 0.1, "gamma": 0.5},
     ],
 )  # fmt: skip
 @torch.no_grad()
@@ -566,6 +570,7 @@ def total_of(loss: str, step: int = 0, **settings: Any) -> dict[str, float]:
         ("dwa", {"dtw_divergence": False}),
         ("dwa", {"band": "none"}),
         ("dwa", {"band": "hard", "band_width": 1.0}),
+        ("dwa", {"band_source": "sdtw"}),
         ("dwa", {"band_warmup_steps": 3}),
         ("dwa", {"gate_warmup_steps": 3}),
         ("dwa", {"dtw_warmup_steps": 3}),
@@ -592,16 +597,21 @@ def test_no_number_of_the_settings_may_be_infinite_or_none_at_all(loss: str) -> 
 
 
 @torch.no_grad()
-def test_warm_ups_end_at_their_step() -> None:
-    settings = {"band_warmup_steps": 3, "gate_warmup_steps": 3, "dtw_warmup_steps": 3}
+def test_warm_ups_are_the_ramps_of_the_code() -> None:
+    """Step n of w has (n + 1) / w; the code multiplies the gate, so that the student's space starts small."""
+    warm, full = {"band_warmup_steps": 4, "gate_warmup_steps": 4, "dtw_warmup_steps": 4}, total_of("dwa")
 
-    assert total_of("dwa", step=3, **settings) == total_of("dwa")
-    assert total_of("dwa", step=0, **settings)["dtw_states"] == 0.0
-    ramp = {"dtw_warmup_steps": 4}
-    assert total_of("dwa", step=1, **ramp)["dtw_states"] == pytest.approx(total_of("dwa")["dtw_states"] / 4, rel=1e-6)
-    gates = [total_of("dwa", step=s, gate_warmup_steps=4)["student_space"] for s in (0, 2, 4)]
-    assert gates[0] == total_of("dwa", gate=False)["student_space"]
-    assert len(set(gates)) == 3
+    assert total_of("dwa", step=3, **warm) == full
+    for step, share in ((0, 0.25), (1, 0.5), (7, 1.0)):
+        for key, name in (("gate_warmup_steps", "student_space"), ("dtw_warmup_steps", "dtw_states")):
+            found = total_of("dwa", step=step, **{key: 4})
+            assert found == full | {
+                n: pytest.approx(v * share, rel=1e-6) for n, v in full.items() if n[:4] == name[:4]
+            }
+        banded = total_of("dwa", step=step, band_warmup_steps=4)["dtw_states"]
+        assert banded == pytest.approx(total_of("dwa", band_penalty=share)["dtw_states"], rel=1e-6)
+    off = total_of("dwa", gate=False)["student_space"]
+    assert total_of("dwa", gate=False, gate_warmup_steps=4)["student_space"] == off
     assert total_of("dwa", step=4, gamma_steps=4)["dtw_states"] == pytest.approx(
         total_of("dwa", gamma=0.8)["dtw_states"], rel=1e-6
     )

@@ -32,6 +32,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"student_pooling": "teacher", "student_layers": [2, 3, 3]},
     {"student_pooling": "uniform", "span_weights": "uniform"},
     {"word_spans": "in_phrases", "spans_over": "response"},
+    {"dsa_vectors": "projected"},
+    {"dsa_vectors": "projected", "hid": "off"},
 )
 KEYS = ["2:word", "3:phrase", "4:phrase"]
 POOLS = {"teacher": "centrality", "uniform": "uniform"}
@@ -122,11 +124,16 @@ def document(made: Ready, row: int, key: str, settings: dict[str, Any]) -> dict[
     tokens = sorted({t for a, b in chosen for t in range(a, b)})
     return {
         "omega": slow.omega([m for _, m, _ in spans], 1.0),
-        "cosines": [[[slow.cosine(u, v) for v in side] for u in side] for side in (vectors, wide)],
         "vectors": (vectors, wide),
         "tokens": ([states[t] for t in tokens], [theirs[t] for t in tokens]),
         "token omega": slow.omega([weights[t] for t in tokens], 1.0),
     }
+
+
+def projected(layer: Any, vectors: list[list[float]]) -> list[list[float]]:
+    """The linear layer, weight and bias, of each vector."""
+    rows, bias = layer.weight.tolist(), layer.bias.tolist()
+    return [[slow.dot(row, v) + b for row, b in zip(rows, bias, strict=True)] for v in vectors]
 
 
 @pytest.mark.parametrize("settings", OPTIONS)
@@ -139,14 +146,19 @@ def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any])
 
     for key in KEYS:
         documents = [document(made, row, key, settings) for row in one.ROWS]
-        total, count = slow.dsa([(*d["cosines"], d["omega"]) for d in documents])
+        projector = made.distiller.losses["mta"].projectors[key]
+        sides = [d["vectors"] for d in documents]
+        if settings.get("dsa_vectors"):
+            sides = [(projected(projector, own), theirs) for own, theirs in sides]
+        cosines = [[[[slow.cosine(u, v) for v in side] for u in side] for side in pair] for pair in sides]
+        total, count = slow.dsa([(*pair, d["omega"]) for pair, d in zip(cosines, documents, strict=True)])
         assert float(found[f"dsa@{key}"].total) == pytest.approx(total, rel=5e-3, abs=1e-6), key
         assert float(found[f"dsa@{key}"].count) == pytest.approx(count, rel=1e-4)
-        projector = made.distiller.losses["mta"].projectors[key]
+        if settings.get("hid") == "off":
+            assert f"hid@{key}" not in found
+            continue
         of, omega = ("tokens", "token omega") if by_token else ("vectors", "omega")
-        compared = [
-            (projector(torch.tensor(d[of][0])).tolist() if d[of][0] else [], d[of][1], d[omega]) for d in documents
-        ]
+        compared = [(projected(projector, d[of][0]), d[of][1], d[omega]) for d in documents]
         total, count = slow.hid(compared)
         assert count > 0
         assert float(found[f"hid@{key}"].total) == pytest.approx(total, rel=5e-3), key
@@ -308,6 +320,23 @@ def test_needs_are_those_of_the_options() -> None:
     assert columns(student_pooling="teacher", hid="off") == geometry | {"centrality@2", "centrality@4"}
 
 
+# Two tokenizers
+
+
+def test_the_projected_geometry_of_two_tokenizers_teaches_student_and_projector() -> None:
+    """What the authors' code for two tokenizers compares: spans in the teacher's width, no Hid."""
+    made, batch = one.ready("mta", table=one.OTHER, dsa_vectors="projected", hid="off")
+    made.distiller(batch, made.distiller.counts(batch), 0)[0].backward()
+    mta = made.distiller.losses["mta"]
+
+    assert {s.name for s in made.wanted} == {"span_mass", "span_geometry"}
+    assert set(mta.projectors) == set(KEYS)
+    assert all(float(p.weight.grad.abs().sum()) > 0 for p in mta.projectors.values())
+    assert any(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in made.distiller.student.parameters())
+    own = one.means(*one.ready("mta", table=one.OTHER, hid="off"))
+    assert own != one.means(made, batch)
+
+
 # A plug-in on any other loss
 
 
@@ -318,7 +347,7 @@ def test_mta_adds_to_any_other_loss(base: str) -> None:
         made, batch = one.ready("mta", **more)
         return {n: float(v) for n, v in made.distiller(batch, made.distiller.counts(batch), 0)[1].items()}
 
-    both, alone = parts(**({"ce": 1} if base == "ce" else {"more": f",{base}=1"})), parts()
+    both, alone = parts(**({"ce": 1} if base == "ce" else {"more": f"+{base}"})), parts()
 
     assert {name.partition(".")[0] for name in both} == {"mta", base}
     for name, value in alone.items():

@@ -31,6 +31,7 @@ from xkd_trainer.losses.softdtw import (
     band_penalty,
     cosine_cost,
     cosine_costs,
+    expected_alignment,
     hard_band,
     soft_dtw,
     soft_dtw_divergence,
@@ -95,7 +96,8 @@ def band(
     (tensor([[[0.]]]), None)
 
     Args:
-        attention_BNM: Teacher-to-student attention of `cma.attend`; only its shape is read for the hard band.
+        attention_BNM: Teacher-to-student attention of `cma.attend`, or `alignment`; only its shape is read for the
+            hard band.
         student_lengths_B: Integers.
         teacher_lengths_B: Integers.
         settings: Kind of band and its numbers.
@@ -108,6 +110,21 @@ def band(
         attention_BNM, student_lengths_B, teacher_lengths_B, width=settings.band_width, beta=settings.band_beta,
         centre_mix=settings.band_centre_mix, penalty=settings.band_penalty,
     )  # fmt: skip
+
+
+def alignment(
+    student_BND: Tensor,
+    projected_teacher_BMD: Tensor,
+    student_lengths_B: Tensor,
+    teacher_lengths_B: Tensor,
+    *,
+    gamma: float,
+) -> Tensor:
+    """What `band` follows with band_source=sdtw: the expected alignment of two sequences, [B, N, M], no gradient."""
+    cost_BNM = cosine_cost(
+        _cut(student_BND.detach(), student_lengths_B), _cut(projected_teacher_BMD.detach(), teacher_lengths_B)
+    )
+    return expected_alignment(cost_BNM, student_lengths_B, teacher_lengths_B, gamma=gamma)
 
 
 def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, and two numbers

@@ -27,7 +27,8 @@ class DwaSettings(DualSpaceSettings):
     student_weight: Literal["gate_before", "gate_after"] = "gate_before"
     """gate_before: H g scaled to sum to the number of tokens (paper). gate_after: H scaled, then times g (code)."""
     gate_warmup_steps: Steps = 0
-    """Optimiser steps of the gate's linear way from off to full (the code). Scripts: 0, full from the start."""
+    """Optimiser steps in which the gate rises from next to 0 to itself, and the student's space with it (the code).
+    Scripts: 0, full from the start."""
     gamma: Positive = 2.0
     """Smoothing of soft-DTW at step 0, in units of the cosine cost. Scripts: 2; 1 for OPT-2.7B."""
     gamma_end: Positive = 0.8
@@ -39,7 +40,10 @@ class DwaSettings(DualSpaceSettings):
     dtw_warmup_steps: Steps = 0
     """Optimiser steps of the sequence level's linear way from 0 to `dtw` (the code). Scripts: 0."""
     band: Literal["soft", "hard", "none"] = "soft"
-    """soft: adaptive band from the cross-model attention (paper and code). hard: Sakoe-Chiba. none: all cells free."""
+    """soft: adaptive band round `band_source` (paper and code). hard: Sakoe-Chiba. none: all cells free."""
+    band_source: Literal["cma", "sdtw"] = "cma"
+    """What the soft band follows. cma: the cross-model attention (paper and scripts). sdtw (an option of the code): of
+    each pair of sequences the alignment that soft-DTW expects without a band, each row divided by its sum."""
     band_width: Weight = 5.0
     """b of the soft band, or half width of the hard one; teacher tokens. Paper Table 5: 5."""
     band_beta: Weight = 2.0
@@ -53,12 +57,12 @@ class DwaSettings(DualSpaceSettings):
 
     @staticmethod
     def share(step: int, warmup: int) -> float:
-        """How much of a warm-up is over at an optimiser step, counted from 0: 0 to 1.
+        """How much of a warm-up's weight an optimiser step has, counted from 0: above 0 and at most 1, as in the code.
 
-        >>> [DwaSettings.share(step, 4) for step in (0, 2, 4, 9)], DwaSettings.share(0, 0)
-        ([0.0, 0.5, 1.0, 1.0], 1.0)
+        >>> [DwaSettings.share(step, 4) for step in (0, 1, 3, 9)], DwaSettings.share(0, 0)
+        ([0.25, 0.5, 1.0, 1.0], 1.0)
         """
-        return anneal(step, 0.0, 1.0, warmup) if warmup else 1.0
+        return min((step + 1) / warmup, 1.0) if warmup else 1.0
 
     def gamma_at(self, step: int) -> float:
         """Smoothing at an optimiser step, counted from 0."""

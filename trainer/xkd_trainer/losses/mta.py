@@ -37,6 +37,9 @@ class MtaSettings(BaseModel):
     own: centrality of the student's own states, without gradient (the code). teacher: the teacher's, for documents
     that both models read as the same ids; others are left out and counted. uniform: plain mean.
     """
+    dsa_vectors: Literal["own", "projected"] = "own"
+    """The student's span vectors that DSA compares. own: as they are (eq. 11). projected: P_l of them, a linear layer
+    with bias, as in the authors' code for two tokenizers, which has no Hid beside it; with Hid both read one P_l."""
     hid: Literal["spans", "token", "off"] = "spans"
     """Vectors that Hid compares. spans: span vectors, weighted by the teacher's span weights; works across tokenizers.
 

@@ -48,7 +48,7 @@ class MultiLevelOtSettings(BaseModel):
     on the other documents of its micro-batch, so that micro-batches no longer add up. Ours: each document."""
     match: Literal["rank", "greedy"] = "rank"
     """rank: the n-th class of one with the n-th of the other (official, f = 1). greedy (f = 2): each class of the
-    teacher, in order, takes the nearest class of the student that is left among its k."""
+    teacher, in order, takes the nearest of all classes of the student that is left."""
     l1: Weight = 1.0
     """Weight of the distance at each position. Official: 1."""
     word: Weight = 0.1
@@ -117,12 +117,14 @@ def chosen_probabilities(logits: LazyLogits, ids_Nk: Tensor, temperature: float)
         temperature: See `scaled`.
 
     Returns:
-        [N, k] with gradient by states, and by weight and bias where they require one.
+        [N, k] with gradient by states, and by weight and bias where they require one; 0 for a class that is not there.
     """
 
     def one(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_Ck: Tensor) -> Tensor:
         dense_CV = LazyLogits(hidden=hidden_CD, weight=weight_VD, bias=bias_V).dense()
-        return scaled(dense_CV, temperature).softmax(-1).gather(-1, ids_Ck)
+        probabilities_CV = scaled(dense_CV, temperature).softmax(-1)
+        num_classes = probabilities_CV.shape[-1]
+        return torch.where(ids_Ck < num_classes, probabilities_CV.gather(-1, ids_Ck.clamp_max(num_classes - 1)), 0.0)
 
     parts = [
         checkpoint(one, logits.hidden[rows], logits.weight, logits.bias, ids_Nk[rows], use_reentrant=False)
@@ -131,23 +133,44 @@ def chosen_probabilities(logits: LazyLogits, ids_Nk: Tensor, temperature: float)
     return torch.cat(parts) if parts else at_least_float32(logits.weight.detach()).new_zeros(ids_Nk.shape)
 
 
-def greedy_match(student_BPk: Tensor, teacher_BPk: Tensor) -> Tensor:
-    """The student's classes in another order: each of the teacher's, in turn, takes the nearest that is left.
+@torch.no_grad()
+def greedy_classes(student: LazyLogits, teacher_Nk: Tensor, sizes_B: Tensor, temperature: float) -> Tensor:
+    """Classes of the student beside the teacher's k: each of those, in turn, takes the nearest that is left.
 
-    Distances are sums over positions of | p^S - p^T |; positions that are not valid must be 0 in both. The choice has
-    no gradient. Equal distances go to the class that comes first.
+    Distances are sums over a document's positions of | p^S - p^T |, to every class of the student. Equal ones go to
+    the lowest number. A student of fewer than k classes is given more, of probability 0.
 
-    >>> greedy_match(torch.tensor([[[0.6, 0.3, 0.1]]]), torch.tensor([[[0.25, 0.6, 0.15]]]))
-    tensor([[[0.3000, 0.6000, 0.1000]]])
+    Two classes of 0.7 and 0.3 beside 0.4 and 0.6:
+
+    >>> logits = LazyLogits(hidden=torch.tensor([[0.7, 0.3]]).log(), weight=torch.eye(2))
+    >>> greedy_classes(logits, torch.tensor([[0.4, 0.6]]), torch.tensor([1]), 0.6)
+    tensor([[1, 0]])
+
+    Args:
+        student: States [N, D], those of a document side by side.
+        teacher_Nk: Probabilities of the teacher's chosen classes.
+        sizes_B: Positions of each document, summing to N.
+        temperature: See `scaled`.
+
+    Returns:
+        [B, k] int64, numbers from V on for classes that the student does not have.
     """
-    distance_Bkk = torch.cdist(teacher_BPk.detach().mT, student_BPk.detach().mT, p=1.0)
-    taken = []
-    for place in range(distance_Bkk.shape[1]):
-        nearest_B1 = distance_Bkk[:, place].argmin(-1, keepdim=True)
-        distance_Bkk.scatter_(2, nearest_B1[:, None].expand(-1, distance_Bkk.shape[1], 1), torch.inf)
-        taken.append(nearest_B1)
-    index_B1k = torch.cat(taken, dim=-1)[:, None]
-    return student_BPk.gather(-1, index_B1k.expand_as(student_BPk))
+    found, first, k = [], 0, teacher_Nk.shape[-1]
+    for size in sizes_B.tolist():
+        own, theirs_Pk = student.at(slice(first, first + size)), teacher_Nk[first : first + size]
+        spare_k1 = theirs_Pk.sum(0)[:, None]
+        distance_kV = spare_k1.repeat(1, max(k, own.weight.shape[0]))  # what a class of probability 0 is away
+        distance_kV[:, : own.weight.shape[0]] = 0.0
+        for rows in chunks(own):
+            probabilities_CV = scaled(own.at(rows).dense(), temperature).softmax(-1)
+            distance_kV[:, : own.weight.shape[0]] += torch.cdist(theirs_Pk[rows].T, probabilities_CV.T, p=1.0)
+        taken = []
+        for place in range(k):
+            taken.append(distance_kV[place].argmin())
+            distance_kV[:, taken[-1]] = torch.inf
+        found.append(torch.stack(taken))
+        first += size
+    return torch.stack(found)
 
 
 def position_distance(student_BPk: Tensor, teacher_BPk: Tensor, valid_BP: Tensor) -> LossTerm:

@@ -83,6 +83,28 @@ def soft_dtw_divergence(
     return torch.where(both_full_B, cross_B - 0.5 * (student_B + teacher_B), 0.0)
 
 
+def expected_alignment(
+    cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, gamma: float
+) -> Tensor:
+    """Share of each student token's expected cells that each teacher token gets; rows sum to 1, no gradient.
+
+    Two by two tokens and no cost: three alignments alike, each cell is in two of them or, off the diagonal, in one.
+
+    >>> expected_alignment(torch.zeros(1, 2, 2), torch.tensor([2]), torch.tensor([2]), gamma=1.0)
+    tensor([[[0.7500, 0.2500],
+             [0.2500, 0.7500]]])
+
+    Returns:
+        [B, S, T] in the dtype of the cost, 0 outside the lengths; arguments as `soft_dtw`.
+    """
+    with torch.enable_grad():
+        cost_BST = cost_BST.detach().requires_grad_()
+        value_B = soft_dtw(cost_BST, student_lengths_B, teacher_lengths_B, gamma=gamma)
+        (visits_BST,) = torch.autograd.grad(value_B.sum(), cost_BST)
+    sum_BS1 = visits_BST.sum(-1, keepdim=True)
+    return visits_BST / torch.where(sum_BS1 > 0, sum_BS1, 1.0)
+
+
 def cosine_cost(x_BSE: Tensor, y_BTE: Tensor) -> Tensor:
     """C_ij = 1 - cos(x_i, y_j), DWA-KD eq. 9-10; [B, S, T] in float32, or float64 where the inputs are.
 

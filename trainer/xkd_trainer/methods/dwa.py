@@ -12,6 +12,7 @@ from xkd_trainer.batch import Batch
 from xkd_trainer.losses.cma import attend
 from xkd_trainer.losses.dwa import (
     DwaSettings,
+    alignment,
     band,
     sequence_term,
     student_weights,
@@ -65,9 +66,11 @@ class Dwa(nn.Module):
         self.register_buffer("embeddings_VD", context.teacher_embeddings(), persistent=False)
 
     def weights(self, step: int) -> Mapping[str, float]:
-        """Script values; soft-DTW joins after its warm-up."""
-        dtw = self.settings.dtw * self.settings.share(step, self.settings.dtw_warmup_steps)
-        return dict.fromkeys(_KD, self.settings.kd) | dict.fromkeys(_DTW, dtw)
+        """Script values, on their way up during a warm-up."""
+        s = self.settings
+        dtw = s.dtw * s.share(step, s.dtw_warmup_steps)
+        gate = s.share(step, s.gate_warmup_steps) if s.gate else 1.0
+        return dict.fromkeys(_KD, s.kd) | {"student_space": s.kd * gate} | dict.fromkeys(_DTW, dtw)
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Student predictions."""
@@ -86,7 +89,7 @@ class Dwa(nn.Module):
         terms: dict[str, LossTerm | Planned] = {
             "projected_ce": student.plan.cross_entropy(projected),
             "student_space": student.plan.divergence(
-                projected, self.settings.student_space, weigh=self._weigh_student(step)
+                projected, self.settings.student_space, weigh=self._weigh_student()
             ),
             "teacher_space": teacher_space(
                 self.head(mixed_BMD), self.head(teacher.hidden_BMD), self._teacher_weights(batch),
@@ -95,18 +98,17 @@ class Dwa(nn.Module):
         }  # fmt: skip
         return terms | self._sequences(batch, student, teacher, to_student_BNM, step)
 
-    def _weigh_student(self, step: int) -> Weigh | None:
+    def _weigh_student(self) -> Weigh | None:
         """Eq. 11-12 for some documents, from the student's entropies and the peaks of the projected teacher."""
         s = self.settings
-        opened = s.share(step, s.gate_warmup_steps) if s.gate else 0.0
 
         def weigh(entropy_BN: Tensor, peak_BN: Tensor, valid_BN: Tensor) -> Tensor:
             ones_BN = uniform_weights(valid_BN)
-            gate_BN = 1.0 + opened * (peak_BN - 1.0)
+            gate_BN = peak_BN if s.gate else ones_BN
             weight_BN = entropy_BN if s.entropy_weights else ones_BN
             return student_weights(weight_BN, gate_BN, valid_BN, s.student_weight)
 
-        return weigh if opened or s.entropy_weights else None
+        return weigh if s.gate or s.entropy_weights else None
 
     def _teacher_weights(self, batch: Batch) -> Tensor:
         """Eq. 14."""
@@ -127,10 +129,7 @@ class Dwa(nn.Module):
         """Soft-DTW on target embeddings and on last states (eq. 17-25)."""
         s, valid_BM = self.settings, batch.teacher_predict_valid_BM
         lengths = batch.predict_valid_BN.sum(-1), valid_BM.sum(-1)
-        share = s.share(step, s.band_warmup_steps)
-        penalty_BNM = band(attention_BNM.detach(), *lengths, s) if share else None
-        if penalty_BNM is not None and share < 1 and s.band == "soft":
-            penalty_BNM = share * penalty_BNM
+        gamma = s.gamma_at(step)
         pairs = {
             "dtw_embeddings": (
                 student.target_embeddings_BNd,
@@ -138,12 +137,22 @@ class Dwa(nn.Module):
             ),
             "dtw_states": (student.predict_hidden_BNd, at_valid(self.t2s, teacher.hidden_BMD, valid_BM)),
         }
-        return {
-            name: sequence_term(
-                x_BNd, y_BMd, penalty_BNM, *lengths, gamma=s.gamma_at(step), divergence=s.dtw_divergence
-            )
-            for name, (x_BNd, y_BMd) in pairs.items()
-        }  # fmt: skip
+        found = {}
+        for name, (x_BNd, y_BMd) in pairs.items():
+            follows_BNM = attention_BNM.detach()
+            if s.band == "soft" and s.band_source == "sdtw":
+                follows_BNM = alignment(x_BNd, y_BMd, *lengths, gamma=gamma)
+            penalty_BNM = self._penalty(follows_BNM, *lengths, step)
+            found[name] = sequence_term(x_BNd, y_BMd, penalty_BNM, *lengths, gamma=gamma, divergence=s.dtw_divergence)
+        return found
+
+    def _penalty(self, follows_BNM: Tensor, lengths_B: Tensor, teacher_lengths_B: Tensor, step: int) -> Tensor | None:
+        """What the band adds to the cross cost, on its way up; None for nothing."""
+        share = self.settings.share(step, self.settings.band_warmup_steps)
+        penalty_BNM = band(follows_BNM, lengths_B, teacher_lengths_B, self.settings)
+        if penalty_BNM is None or self.settings.band == "hard":
+            return penalty_BNM
+        return share * penalty_BNM
 
 
 DWA = Declaration(

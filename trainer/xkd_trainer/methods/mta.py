@@ -71,8 +71,9 @@ class Mta(nn.Module):
             refuse_other_tokens("mta.hid=token", "mta.hid=spans", context)
         if settings.student_pooling == "teacher":
             refuse_other_tokens("mta.student_pooling=teacher", "mta.student_pooling=own", context)
+        self.projects_dsa = self.has_dsa and settings.dsa_vectors == "projected"
         self.projectors = nn.ModuleDict()
-        if self.has_hid:
+        if self.has_hid or self.projects_dsa:
             for key in self.student_layer:
                 self.projectors[key] = nn.Linear(context.student_width, context.teacher_width)
 
@@ -113,7 +114,8 @@ class Mta(nn.Module):
             valid_BU, omega_BU = self._spans(batch, level)
             if self.has_dsa:
                 assert level.cosines_BUU is not None
-                terms[f"dsa@{key}"] = dsa(cosine_matrix(vectors_BUd), level.cosines_BUU, omega_BU, valid_BU)
+                compared_BUW = self.projectors[key](vectors_BUd) if self.projects_dsa else vectors_BUd
+                terms[f"dsa@{key}"] = dsa(cosine_matrix(compared_BUW), level.cosines_BUU, omega_BU, valid_BU)
             if _hid(self.settings, "token"):
                 terms[f"hid@{key}"] = self._hid_of_tokens(batch, level, hidden_BSd)
             elif self.has_hid:

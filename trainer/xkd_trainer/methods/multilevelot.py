@@ -16,7 +16,7 @@ from xkd_trainer.losses.multilevelot import (
     chosen_probabilities,
     class_mass,
     class_order,
-    greedy_match,
+    greedy_classes,
     position_distance,
     sequence_distance,
     word_cross_entropy,
@@ -67,25 +67,32 @@ class MultiLevelOt(nn.Module):
     def levels(self, student: LazyLogits, teacher: LazyLogits, valid_BP: Tensor) -> dict[str, LossTerm]:
         """The terms of the logits at all pairs, [N] positions each; the teacher's are a constant."""
         s = self.settings
-        student_BPk = self._chosen(student, valid_BP)
-        teacher_BPk = self._chosen(teacher.detached(), valid_BP)
-        k = max(student_BPk.shape[-1], teacher_BPk.shape[-1])  # a vocabulary of fewer classes is filled up with 0
-        student_BPk, teacher_BPk = (F.pad(p, (0, k - p.shape[-1])) for p in (student_BPk, teacher_BPk))
+        document_N = valid_BP.nonzero()[:, 0]
+        teacher_Nk = self._chosen(teacher.detached(), document_N, self._likeliest(teacher, valid_BP))
         if s.match == "greedy":
-            student_BPk = greedy_match(student_BPk, teacher_BPk)
+            ids_Bk = greedy_classes(student.detached(), teacher_Nk, valid_BP.sum(-1), s.temperature)
+        else:
+            ids_Bk = self._likeliest(student, valid_BP)
+        student_Nk = self._chosen(student, document_N, ids_Bk)
+        k = max(student_Nk.shape[-1], teacher_Nk.shape[-1])  # a vocabulary of fewer classes is filled up with 0
+        student_BPk, teacher_BPk = (
+            p.new_zeros(*valid_BP.shape, k).index_put((valid_BP,), F.pad(p, (0, k - p.shape[-1])))
+            for p in (student_Nk, teacher_Nk)
+        )
         return {
             "l1": position_distance(student_BPk, teacher_BPk, valid_BP),
             "word": word_cross_entropy(student_BPk, teacher_BPk, valid_BP, s.word_target),
             "sequence": sequence_distance(student_BPk, teacher_BPk, valid_BP, s.epsilon, s.rounds),
         }
 
-    def _chosen(self, logits: LazyLogits, valid_BP: Tensor) -> Tensor:
-        """Probabilities of a model's likeliest classes, [B, P, k]; 0 where there is no pair."""
-        s = self.settings
-        document_N = valid_BP.nonzero()[:, 0]
-        ids_Bk = class_order(class_mass(logits, document_N, len(valid_BP), s.temperature), s.classes, s.order)
-        chosen_Nk = chosen_probabilities(logits, ids_Bk[document_N], s.temperature)
-        return chosen_Nk.new_zeros(*valid_BP.shape, ids_Bk.shape[-1]).index_put((valid_BP,), chosen_Nk)
+    def _likeliest(self, logits: LazyLogits, valid_BP: Tensor) -> Tensor:
+        """A model's likeliest classes of each document, [B, k]."""
+        s, document_N = self.settings, valid_BP.nonzero()[:, 0]
+        return class_order(class_mass(logits, document_N, len(valid_BP), s.temperature), s.classes, s.order)
+
+    def _chosen(self, logits: LazyLogits, document_N: Tensor, ids_Bk: Tensor) -> Tensor:
+        """Probabilities of each document's classes at its pairs, [N, k]."""
+        return chosen_probabilities(logits, ids_Bk[document_N], self.settings.temperature)
 
 
 MULTILEVELOT = Declaration(
