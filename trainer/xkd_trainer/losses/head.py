@@ -17,8 +17,7 @@ from torch import Tensor
 from xkd_trainer.losses.at_once import Made, made_at_once
 from xkd_trainer.losses.head_pass import Divergence, Side, Sums, joint_sum
 from xkd_trainer.losses.head_rows import Comparison as Comparison
-from xkd_trainer.losses.head_rows import Statistics as Statistics
-from xkd_trainer.losses.head_rows import parts, scratch_for, statistics_rows
+from xkd_trainer.losses.head_rows import scratch_for
 from xkd_trainer.losses.lazy_logits import CHUNK_BYTES as CHUNK_BYTES
 from xkd_trainer.losses.lazy_logits import Chunk, HeadSlopes, chunks, rows_at_once
 from xkd_trainer.losses.lazy_logits import LazyLogits as LazyLogits
@@ -26,32 +25,6 @@ from xkd_trainer.losses.term import at_least_float32
 
 Pointwise = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """(positions, their logits [C, V], which may be overwritten) -> (loss [C], its gradient by the logits [C, V])."""
-
-
-def head_statistics(logits: LazyLogits, valid: Tensor) -> Statistics:
-    """Entropy and peak of the distributions at valid positions; 0 elsewhere.
-
-    >>> logits = LazyLogits(hidden=torch.zeros(1, 2, 3), weight=torch.zeros(4, 3))
-    >>> head_statistics(logits, torch.tensor([[True, False]]))
-    Statistics(entropy=tensor([[1.3863, 0.0000]]), peak=tensor([[0.2500, 0.0000]]))
-
-    Args:
-        logits: States [..., D].
-        valid: Bool [...]; the states elsewhere are not read.
-
-    Returns:
-        Both of the shape of `valid`, float32, or float64 where the head is.
-    """
-    chosen = logits.detached().at(valid)
-    entropy_N, peak_N, scratch = [], [], scratch_for(chosen.weight)
-    with torch.no_grad():
-        for rows in chunks(chosen):
-            logits_CV = chosen.at(rows).dense()
-            for part in parts(logits_CV):
-                found = statistics_rows(logits_CV[part], scratch)
-                entropy_N.append(found.entropy)
-                peak_N.append(found.peak)
-    return Statistics(_scattered(entropy_N, valid, logits), _scattered(peak_N, valid, logits))
 
 
 def head_argmax(logits: LazyLogits, valid: Tensor) -> Tensor:
@@ -128,14 +101,6 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
 def _one(logits: LazyLogits) -> Tensor:
     """The factor of a single sum, [1]."""
     return at_least_float32(logits.weight.detach().new_ones(1))
-
-
-def _scattered(parts: list[Tensor], valid: Tensor, logits: LazyLogits) -> Tensor:
-    """The concatenated parts at the True positions of `valid`, 0 elsewhere."""
-    out = at_least_float32(logits.weight.detach()).new_zeros(valid.shape)
-    if parts:
-        out[valid] = torch.cat(parts)
-    return out
 
 
 def weighted_sum(logits: LazyLogits, weights_N: Tensor | None, pointwise: Pointwise) -> Tensor:
