@@ -6,6 +6,7 @@ from torch import Tensor
 
 import slow_dwa as slow
 from xkd_trainer.losses import lazy_logits
+from xkd_trainer.losses.chunked import chunked, chunked_sum
 from xkd_trainer.losses.divergence import Kind, Knobs, divergence
 from xkd_trainer.losses.head import Comparison, LazyLogits, head_cross_entropy, head_divergence
 
@@ -187,3 +188,26 @@ def test_the_logits_of_all_positions_are_never_held_at_once(monkeypatch: pytest.
 
     assert max(seen) == (10 if learns else 10 * lazy_logits.WIDER)
     assert sum(seen) == 2 * 95
+
+
+def test_a_function_in_chunks_reads_every_position_once_for_a_sum_and_twice_for_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    make = lazy_logits.Chunk.of
+
+    def watched(self: lazy_logits.Chunk, logits: LazyLogits) -> Tensor:
+        seen.append(len(logits.hidden))
+        return make(self, logits)
+
+    monkeypatch.setattr(lazy_logits.Chunk, "of", watched)
+    monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", 2 * 64 * 4 * 10)
+    student = LazyLogits(hidden=torch.randn(95, 2, 8), weight=torch.randn(64, 8, requires_grad=True))
+
+    chunked_sum(lambda _, logits_CPV: logits_CPV.logsumexp(-1).mean(-1), student).backward()
+    once = seen.copy()
+    seen.clear()
+    chunked(lambda _, logits_CPV: logits_CPV.logsumexp(-1), student).sum().backward()
+
+    assert max(once) == max(seen) == 10
+    assert 2 * sum(once) == sum(seen) == 2 * 95

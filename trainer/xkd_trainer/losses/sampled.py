@@ -5,14 +5,13 @@ nothing but an unbiased estimate of p: sum of w over drawn classes instead of p 
 2503.16870). The first sum is the teacher's entropy with its sign turned, which is stored exactly.
 
 Shape legend for this file
-    N positions    D width of the states    V classes    k drawn classes    C positions of one chunk    P of a part
+    N positions    D width of the states    V classes    k drawn classes    C positions of one chunk
 """
 
-import torch
 from torch import Tensor
 
-from xkd_trainer.losses.head import LazyLogits, weighted_sum
-from xkd_trainer.losses.head_rows import parts
+from xkd_trainer.losses.chunked import chunked_sum
+from xkd_trainer.losses.lazy_logits import LazyLogits
 from xkd_trainer.losses.term import at_least_float32
 
 
@@ -22,6 +21,7 @@ def head_sampled_kl(student: LazyLogits, ids_Nk: Tensor, weights_Nk: Tensor, ent
     A uniform student over four classes and a teacher of entropy 0.6 of which classes 0 and 2 were drawn:
     log 4 - 0.6 = 0.7863.
 
+    >>> import torch
     >>> student = LazyLogits(hidden=torch.ones(1, 1), weight=torch.zeros(4, 1))
     >>> head_sampled_kl(student, torch.tensor([[0, 2]]), torch.tensor([[0.8, 0.2]]), torch.tensor([0.6]))
     tensor(0.7863)
@@ -38,20 +38,8 @@ def head_sampled_kl(student: LazyLogits, ids_Nk: Tensor, weights_Nk: Tensor, ent
     """
     constant_Nk = at_least_float32(weights_Nk.detach())
 
-    def pointwise(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-        ids_Ck, weights_Ck = ids_Nk[rows], constant_Nk[rows].to(logits_CV.dtype)
-        losses = [_rows(logits_CV[part], ids_Ck[part], weights_Ck[part]) for part in parts(logits_CV)]
-        return torch.cat(losses) - entropy_N[rows].to(logits_CV.dtype), logits_CV
+    def sampled(rows: slice, logits_CV: Tensor) -> Tensor:
+        log_q_Ck = logits_CV.log_softmax(-1).gather(-1, ids_Nk[rows])
+        return -(constant_Nk[rows] * log_q_Ck).sum(-1) - entropy_N[rows].detach()
 
-    return weighted_sum(student, None, pointwise)
-
-
-def _rows(logits_PV: Tensor, ids_Pk: Tensor, weights_Pk: Tensor) -> Tensor:
-    """-sum w log q of each row; the logits are overwritten by the gradient, q less the weights."""
-    logits_PV -= logits_PV.amax(-1, keepdim=True)
-    below_P = (weights_Pk * logits_PV.gather(-1, ids_Pk)).sum(-1)
-    sum_P1 = logits_PV.exp_().sum(-1, keepdim=True)
-    mass_P1 = weights_Pk.sum(-1, keepdim=True)
-    logits_PV *= mass_P1 / sum_P1
-    logits_PV.scatter_add_(-1, ids_Pk, -weights_Pk)
-    return (mass_P1 * sum_P1.log())[:, 0] - below_P
+    return chunked_sum(sampled, student)
