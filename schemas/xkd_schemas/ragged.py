@@ -77,11 +77,6 @@ class Columns:
         return reader(row)
 
 
-def row_of(batch: pa.RecordBatch, name: str, row: int) -> Any:
-    """One row of a column, as `Columns` gives it."""
-    return Columns(batch).row(name, row)
-
-
 def _reader(column: pa.Array) -> Callable[[int], Any]:
     if not pa.types.is_large_list(column.type):
         return lambda row: column[row].as_py()

@@ -24,7 +24,7 @@ from xkd_trainer.batch import Batch, blank
 from xkd_trainer.checkpoint import Snapshot, drop_checkpoints, newest, save
 from xkd_trainer.export import export_student, is_finished, was_exporting
 from xkd_trainer.metrics import Metrics, Window
-from xkd_trainer.order import Order, learning_rate
+from xkd_trainer.order import ORDER, Order, learning_rate
 from xkd_trainer.prefetch import prefetched
 from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
@@ -101,6 +101,7 @@ def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
         "weights": ready.distiller.term_weights(total - 1),
         "projectors": {n: how.model_dump() for n, how in ready.distiller.trained_projectors().items()},
         "steps": total,
+        "order": ORDER,
         "train": train,
     } | ({} if thinking is None else {"enable_thinking": thinking})
 

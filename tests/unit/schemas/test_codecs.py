@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from xkd_schemas.codecs import CODECS, Bits, Encoded, bits_of, numbers_of, squared_error
 from xkd_schemas.errors import BadData
-from xkd_schemas.ragged import batch_of, row_of
+from xkd_schemas.ragged import Columns, batch_of
 
 ROWS = st.tuples(st.integers(1, 9), st.lists(st.integers(0, 6), max_size=5), st.integers(0, 2**32 - 1))
 
@@ -27,7 +27,7 @@ def stored(name: str, rows: list[Bits], width: int) -> list[Bits]:
     encoded = codec.encode("h", rows)
     schema = pa.schema([pa.field(n, kind, nullable=False) for n, kind in codec.fields("h", width)])
     batch = batch_of(schema, encoded.columns)
-    return [codec.decode("h", lambda n, i=i: row_of(batch, n, i), encoded.metadata) for i in range(len(rows))]
+    return [codec.decode("h", lambda n, i=i: Columns(batch).row(n, i), encoded.metadata) for i in range(len(rows))]
 
 
 @pytest.mark.parametrize("name", ["bf16", "bf16-planes"])

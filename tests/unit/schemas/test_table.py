@@ -20,7 +20,7 @@ from xkd_schemas.documents import INTERVALS, flat_list
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, XkdError
 from xkd_schemas.joined import JoinedShard
 from xkd_schemas.manifest import Commit, Manifest, Plan, Unit, read_record, sealed, to_json
-from xkd_schemas.ragged import batch_of, row_of
+from xkd_schemas.ragged import Columns, batch_of
 from xkd_schemas.table import Shard, Table, names_in
 
 SCHEMA = pa.schema(
@@ -86,22 +86,22 @@ def test_ragged_rows_come_back_as_they_went_in(rows: list[list[tuple[int, int]]]
     batch.validate(full=True)
     assert batch.schema == schema
     for number, row in enumerate(rows):
-        assert row_of(batch, "pair", number).tolist() == [list(pair) for pair in row]
-        assert row_of(batch, "pair", number).shape == (len(row), 2)
-        assert row_of(batch, "flag", number).tolist() == flags[number]
-        assert row_of(batch, "label", number) == labels[number]
-        assert row_of(batch, "n", number) == len(row)
+        assert Columns(batch).row("pair", number).tolist() == [list(pair) for pair in row]
+        assert Columns(batch).row("pair", number).shape == (len(row), 2)
+        assert Columns(batch).row("flag", number).tolist() == flags[number]
+        assert Columns(batch).row("label", number) == labels[number]
+        assert Columns(batch).row("n", number) == len(row)
 
 
 def test_numbers_are_views_into_the_batch_and_cannot_be_written() -> None:
     batch = batch_of(SCHEMA, columns(8))
     buffers = [(b.address, b.address + b.size) for b in batch.column("values").buffers() if b is not None]
 
-    view = row_of(batch, "values", 3)
+    view = Columns(batch).row("values", 3)
 
     assert any(low <= view.ctypes.data < high for low, high in buffers)
     assert not view.flags.writeable
-    assert not row_of(batch, "flags", 3).flags.writeable  # shared by all readers of the batch, though a copy of bits
+    assert not Columns(batch).row("flags", 3).flags.writeable  # shared by all readers of the batch
 
 
 def test_a_table_gives_every_row_of_every_shard_in_order(tmp_path: Path) -> None:

@@ -22,8 +22,7 @@ from xkd_trainer.losses.alm import (
     likelihood_matching,
     log_complement,
 )
-from xkd_trainer.losses.head import LazyLogits
-from xkd_trainer.losses.head_targets import head_log_probabilities
+from xkd_trainer.losses.head import LazyLogits, head_log_probabilities
 from xkd_trainer.methods import LOSSES
 from xkd_trainer.methods.alm import ALM
 from xkd_trainer.setup import Ready, set_up
@@ -183,7 +182,7 @@ def test_log_complement_keeps_its_digits_on_both_sides_of_a_half() -> None:
 def test_log_probabilities_are_those_of_dense_logits(
     rows_per_chunk: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xkd_trainer.losses.head_targets.CHUNK_BYTES", rows_per_chunk * 6 * 8)
+    monkeypatch.setattr("xkd_trainer.losses.lazy_logits.CHUNK_BYTES", rows_per_chunk * 6 * 8)
     g = tools.generator(1)
     hidden, weight, offset = (torch.randn(*shape, generator=g).double() for shape in ((5, 3), (6, 3), (6,)))
     target = torch.tensor([0, 5, 2, 2, 1])

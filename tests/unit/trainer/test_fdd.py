@@ -20,7 +20,7 @@ from one_step import gradients, widen
 from poison import poisoned
 from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.batch import blank
-from xkd_trainer.losses import fdd
+from xkd_trainer.losses import lazy_logits
 from xkd_trainer.losses.fdd import FddSettings, derivative
 from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.methods.declaration import Levels
@@ -64,7 +64,7 @@ def test_the_derivative_has_the_right_gradient_in_any_chunks(monkeypatch: pytest
     assert torch.autograd.gradcheck(loss, leaves)
     whole = loss(*leaves)
     slopes = torch.autograd.grad(whole, leaves)
-    monkeypatch.setattr(fdd, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", 1)
     assert torch.autograd.gradcheck(loss, leaves)
     torch.testing.assert_close(loss(*leaves), whole)
     torch.testing.assert_close(torch.autograd.grad(loss(*leaves), leaves), slopes)

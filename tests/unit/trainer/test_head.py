@@ -1,4 +1,3 @@
-import math
 from typing import Any, get_args
 
 import pytest
@@ -7,8 +6,9 @@ from torch import Tensor
 
 import slow_dwa as slow
 from xkd_trainer.losses import lazy_logits
+from xkd_trainer.losses.chunked import chunked, chunked_sum
 from xkd_trainer.losses.divergence import Kind, Knobs, divergence
-from xkd_trainer.losses.head import Comparison, LazyLogits, head_cross_entropy, head_divergence, head_statistics
+from xkd_trainer.losses.head import Comparison, LazyLogits, head_cross_entropy, head_divergence
 
 KINDS = get_args(Kind)
 
@@ -74,12 +74,9 @@ def test_values_agree_with_loops_over_the_equations() -> None:
 
     kl = head_divergence(student, teacher, weights, Comparison(kind="forward_kl", temperature=2.0))
     ce = head_cross_entropy(student, torch.tensor([1, 2, 3, 4, 5]))
-    entropy, peak = head_statistics(student, torch.ones(5, dtype=torch.bool))
 
     assert kl.item() == pytest.approx(sum(n * slow.forward_kl(t, s, 2.0) for n, (s, t) in enumerate(rows)))
     assert ce.item() == pytest.approx(sum(slow.cross_entropy(s, n + 1) for n, (s, _) in enumerate(rows)))
-    assert entropy.tolist() == pytest.approx([slow.entropy(s) for s, _ in rows])
-    assert peak.tolist() == pytest.approx([max(slow.softmax(s)) for s, _ in rows])
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "js", "skewed_reverse_kl"])
@@ -112,7 +109,6 @@ def test_nothing_reaches_the_teacher_or_the_weights_and_a_detached_head_stays_as
     constants = (student.weight, weights, *leaves(teacher))
     assert [x.grad for x in constants] == [None] * len(constants)
     assert not any(x.requires_grad for x in leaves(student.detached()))
-    assert not head_statistics(student, torch.ones(5, dtype=torch.bool)).entropy.requires_grad
 
 
 def test_a_second_backward_gives_the_same_gradient() -> None:
@@ -161,7 +157,6 @@ def test_no_positions_and_extreme_logits_are_finite() -> None:
     loss.backward()
     assert loss.item() == 0.0
     assert head_cross_entropy(none, torch.zeros(0, dtype=torch.int64)).item() == 0.0
-    assert head_statistics(none, torch.zeros(0, dtype=torch.bool)).entropy.shape == (0,)
 
     sure = LazyLogits(
         hidden=torch.full((1, 1), 300.0, requires_grad=True), weight=torch.tensor([[1.0], [-1.0], [0.0]])
@@ -172,21 +167,6 @@ def test_no_positions_and_extreme_logits_are_finite() -> None:
     assert loss.item() == pytest.approx(600.0)
     assert sure.hidden.grad is not None
     assert sure.hidden.grad.isfinite().all()
-    entropy, peak = head_statistics(sure, torch.tensor([True]))
-    assert (entropy.item(), peak.item()) == (0.0, 1.0)
-
-
-def test_statistics_are_zero_where_not_valid_and_read_nothing_there() -> None:
-    logits, valid = random_logits(0, num=6), torch.tensor([[True, False, True], [False, True, True]])
-    grid = LazyLogits(hidden=logits.hidden.view(2, 3, 4).clone(), weight=logits.weight)
-    before = head_statistics(grid, valid)
-    grid.hidden[~valid] = math.nan
-
-    after = head_statistics(grid, valid)
-
-    for a, b in zip(before, after, strict=True):
-        assert torch.equal(a, b)
-        assert not a[~valid].any()
 
 
 @pytest.mark.parametrize("learns", [True, False])
@@ -208,3 +188,26 @@ def test_the_logits_of_all_positions_are_never_held_at_once(monkeypatch: pytest.
 
     assert max(seen) == (10 if learns else 10 * lazy_logits.WIDER)
     assert sum(seen) == 2 * 95
+
+
+def test_a_function_in_chunks_reads_every_position_once_for_a_sum_and_twice_for_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    make = lazy_logits.Chunk.of
+
+    def watched(self: lazy_logits.Chunk, logits: LazyLogits) -> Tensor:
+        seen.append(len(logits.hidden))
+        return make(self, logits)
+
+    monkeypatch.setattr(lazy_logits.Chunk, "of", watched)
+    monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", 2 * 64 * 4 * 10)
+    student = LazyLogits(hidden=torch.randn(95, 2, 8), weight=torch.randn(64, 8, requires_grad=True))
+
+    chunked_sum(lambda _, logits_CPV: logits_CPV.logsumexp(-1).mean(-1), student).backward()
+    once = seen.copy()
+    seen.clear()
+    chunked(lambda _, logits_CPV: logits_CPV.logsumexp(-1), student).sum().backward()
+
+    assert max(once) == max(seen) == 10
+    assert 2 * sum(once) == sum(seen) == 2 * 95

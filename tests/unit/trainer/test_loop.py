@@ -334,6 +334,13 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(changed: dict[str, Any], 
     assert caught.value.exit_code == 78
 
 
+def test_a_run_that_was_begun_in_another_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xkd_trainer.loop.ORDER", "a later one")
+
+    with pytest.raises(Mismatch, match="order: cache has numpy PCG64 permutation, this run has a later one"):
+        train(run(eight_steps(), loss=ALL, steps=8, save_every=2, **new()), quiet=True)
+
+
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())

@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,8 +18,7 @@ from xkd_schemas.errors import UsageError
 from xkd_trainer.batch import Batch, blank
 from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.mined import carried_head, mined_divergence, usable_positions
-from xkd_trainer.losses.mined_alignment import packed, partners, token_texts, vocabulary_map
-from xkd_trainer.losses.mined_numba import nearest, token_costs
+from xkd_trainer.losses.mined_alignment import _nearest, partners, token_texts, vocabulary_map
 from xkd_trainer.losses.vocabulary import token_bytes
 from xkd_trainer.methods import LOSSES
 from xkd_trainer.methods.mined import MINED
@@ -36,26 +34,11 @@ LONG = st.text("ab", min_size=55, max_size=75).map(lambda text: text.encode())
 
 
 @settings(max_examples=100, deadline=None)
-@given(student=st.lists(WORDS | LONG, max_size=3), teacher=st.lists(WORDS | LONG, max_size=3))
-def test_edit_distances_are_those_of_the_table(student: list[bytes], teacher: list[bytes]) -> None:
-    cost = np.zeros((len(teacher), len(student)), np.int64)
-
-    token_costs(packed(student), np.arange(len(student)), packed(teacher), np.arange(len(teacher)), cost)
-
-    assert cost.tolist() == [[slow.edit_distance(a, b) for b in student] for a in teacher]
-
-
-@settings(max_examples=100, deadline=None)
 @given(queries=st.lists(WORDS | LONG, max_size=5), texts=st.lists(WORDS | LONG, min_size=1, max_size=12))
 def test_nearest_string_is_that_of_a_full_search(queries: list[bytes], texts: list[bytes]) -> None:
-    texts = sorted(texts, key=len)
-    sizes = [len(t) for t in texts]
-    first_of = np.searchsorted(sizes, np.arange(sizes[-1] + 2)).astype(np.int64)
-    out = np.zeros(len(queries), np.int64)
+    found = _nearest(queries, {7 * n: text for n, text in enumerate(texts)})
 
-    nearest(packed(queries), packed(texts), first_of, out)
-
-    assert out.tolist() == [slow.nearest(query, texts) for query in queries]
+    assert found.tolist() == [7 * slow.nearest(query, texts) for query in queries]
 
 
 def slow_map(source: dict[str, int], target: dict[str, int]) -> dict[int, set[int]]:
@@ -136,7 +119,7 @@ def test_partners_are_those_of_the_walk_through_the_table(
 
     def side(which: int) -> Any:
         ids = [torch.tensor([strings.index(t) for t in pair[which]], dtype=torch.int64) for pair in documents]
-        return packed(strings), tools.padded(ids, fill, 8), tools.mask([*map(len, ids), 8])[:-1]
+        return strings, tools.padded(ids, fill, 8), tools.mask([*map(len, ids), 8])[:-1]
 
     found = partners(side(0), side(1))
 
@@ -391,8 +374,8 @@ def test_a_few_steps_bring_the_student_nearer() -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_without_numba_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_rapidfuzz_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xkd_trainer.methods.mined.importlib.util.find_spec", lambda _name: None)
 
-    with pytest.raises(UsageError, match="mined needs numba"):
+    with pytest.raises(UsageError, match="mined needs rapidfuzz"):
         ready()

@@ -10,9 +10,7 @@ from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.sra import (
     SraSettings,
     geometric,
-    reduce_spans,
     shared_vocabulary,
-    span_logits,
     span_omega,
     weighted_cosine,
 )
@@ -142,73 +140,6 @@ def test_a_document_of_one_span_is_counted_in_the_geometry_and_one_of_none_is_no
 
     assert found.count == 2
     slow.assert_same_bits(found.total, alone.total)
-
-
-# Span logits
-
-
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@settings(max_examples=30, deadline=None)
-@given(seed=SEEDS, tau=st.floats(0.5, 4.0))
-def test_span_logits_equal_the_loops(reduction: str, seed: int, tau: float) -> None:
-    sizes = slow.lengths(seed)
-    student, teacher = slow.ragged(seed, sizes, V), slow.ragged(seed + 1, sizes, V)
-
-    found = span_logits(slow.padded(student), slow.padded(teacher), slow.mask(sizes), tau, reduction)
-
-    documents = [(s.tolist(), t.tolist()) for s, t in zip(student, teacher, strict=True)]
-    assert_term(found, slow.span_logits(documents, tau, reduction == "mean"))
-
-
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_span_logits_have_the_right_gradient_and_ignore_padding_and_the_cut(reduction: str) -> None:
-    sizes = [3, 0, 1]
-    student, teacher, valid = slow.ragged(1, sizes, V), slow.padded(slow.ragged(2, sizes, V)), slow.mask(sizes)
-    teacher.requires_grad_()
-
-    def loss(s: Tensor) -> Tensor:
-        return span_logits(s, teacher, valid, 2.0, reduction).total
-
-    value, gradient = slow.with_gradient(loss, slow.padded(student))
-    for fill in (1e9, torch.nan, torch.inf):
-        dirty = slow.with_gradient(loss, slow.padded(student, fill))
-        slow.assert_same_bits(value, dirty[0])
-        slow.assert_same_bits(gradient, dirty[1])
-    assert (gradient[~valid] == 0).all()
-    assert torch.autograd.gradcheck(loss, slow.padded(student).requires_grad_())
-    parts = [span_logits(slow.padded(student)[r], teacher[r], valid[r], 2.0, reduction) for r in ([0, 1], [2])]
-    torch.testing.assert_close(value, sum(p.total for p in parts).detach())
-    assert sum(p.count for p in parts) == 2
-    loss(slow.padded(student).requires_grad_()).backward()
-    assert teacher.grad is None
-
-
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_no_spans_at_all_cost_nothing_and_keep_the_graph(reduction: str) -> None:
-    logits = torch.zeros(2, 3, V)
-
-    value, gradient = slow.with_gradient(
-        lambda s: span_logits(s, logits, torch.zeros(2, 3, dtype=torch.bool), 2.0, reduction).total, logits
-    )
-
-    assert value == 0
-    assert (gradient == 0).all()
-    empty = torch.zeros(0, 0, V)
-    assert_term(span_logits(empty, empty, torch.zeros(0, 0, dtype=torch.bool), 2.0, reduction), (0.0, 0.0))
-
-
-def test_equal_logits_cost_nothing() -> None:
-    logits = slow.padded(slow.ragged(3, [2, 4], V))
-
-    assert float(span_logits(logits, logits + 3, slow.mask([2, 4]), 2.0, "sum").total) == pytest.approx(0, abs=1e-13)
-
-
-def test_values_computed_in_chunks_reduce_to_the_same_term() -> None:
-    valid = slow.mask([3, 1, 0])
-    values = torch.tensor([1.0, 2.0, 6.0, 5.0])
-
-    assert_term(reduce_spans(values, valid, "sum"), (14.0, 2.0))
-    assert_term(reduce_spans(values, valid, "mean"), (8.0, 2.0))
 
 
 # Weights

@@ -8,50 +8,17 @@ Shape legend for this file
     N positions    D width of the states    V classes    C positions of one chunk
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from xkd_trainer.losses.at_once import Made, made_at_once
+from xkd_trainer.losses.chunked import chunked
 from xkd_trainer.losses.head_pass import Divergence, Side, Sums, joint_sum
 from xkd_trainer.losses.head_rows import Comparison as Comparison
-from xkd_trainer.losses.head_rows import Statistics as Statistics
-from xkd_trainer.losses.head_rows import parts, scratch_for, statistics_rows
 from xkd_trainer.losses.lazy_logits import CHUNK_BYTES as CHUNK_BYTES
-from xkd_trainer.losses.lazy_logits import Chunk, HeadSlopes, chunks, rows_at_once
 from xkd_trainer.losses.lazy_logits import LazyLogits as LazyLogits
+from xkd_trainer.losses.lazy_logits import chunks, rows_at_once
 from xkd_trainer.losses.term import at_least_float32
-
-Pointwise = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
-"""(positions, their logits [C, V], which may be overwritten) -> (loss [C], its gradient by the logits [C, V])."""
-
-
-def head_statistics(logits: LazyLogits, valid: Tensor) -> Statistics:
-    """Entropy and peak of the distributions at valid positions; 0 elsewhere.
-
-    >>> logits = LazyLogits(hidden=torch.zeros(1, 2, 3), weight=torch.zeros(4, 3))
-    >>> head_statistics(logits, torch.tensor([[True, False]]))
-    Statistics(entropy=tensor([[1.3863, 0.0000]]), peak=tensor([[0.2500, 0.0000]]))
-
-    Args:
-        logits: States [..., D].
-        valid: Bool [...]; the states elsewhere are not read.
-
-    Returns:
-        Both of the shape of `valid`, float32, or float64 where the head is.
-    """
-    chosen = logits.detached().at(valid)
-    entropy_N, peak_N, scratch = [], [], scratch_for(chosen.weight)
-    with torch.no_grad():
-        for rows in chunks(chosen):
-            logits_CV = chosen.at(rows).dense()
-            for part in parts(logits_CV):
-                found = statistics_rows(logits_CV[part], scratch)
-                entropy_N.append(found.entropy)
-                peak_N.append(found.peak)
-    return Statistics(_scattered(entropy_N, valid, logits), _scattered(peak_N, valid, logits))
 
 
 def head_argmax(logits: LazyLogits, valid: Tensor) -> Tensor:
@@ -75,6 +42,23 @@ def head_argmax(logits: LazyLogits, valid: Tensor) -> Tensor:
     if parts:
         out[valid] = torch.cat(parts)
     return out
+
+
+def head_log_probabilities(logits: LazyLogits, target_N: Tensor) -> Tensor:
+    """log p(target) at each position, which a loss may combine as it likes.
+
+    >>> logits = LazyLogits(hidden=torch.zeros(2, 3), weight=torch.zeros(4, 3))
+    >>> head_log_probabilities(logits, torch.tensor([0, 3]))
+    tensor([-1.3863, -1.3863])
+
+    Args:
+        logits: States [N, D].
+        target_N: int64 classes, 0 to V - 1.
+
+    Returns:
+        [N], at most 0, float32, or float64 where the head is; gradient as of `chunked`.
+    """
+    return chunked(lambda rows, logits_CV: -F.cross_entropy(logits_CV, target_N[rows], reduction="none"), logits)
 
 
 def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
@@ -128,32 +112,3 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
 def _one(logits: LazyLogits) -> Tensor:
     """The factor of a single sum, [1]."""
     return at_least_float32(logits.weight.detach().new_ones(1))
-
-
-def _scattered(parts: list[Tensor], valid: Tensor, logits: LazyLogits) -> Tensor:
-    """The concatenated parts at the True positions of `valid`, 0 elsewhere."""
-    out = at_least_float32(logits.weight.detach()).new_zeros(valid.shape)
-    if parts:
-        out[valid] = torch.cat(parts)
-    return out
-
-
-def weighted_sum(logits: LazyLogits, weights_N: Tensor | None, pointwise: Pointwise) -> Tensor:
-    """Sum of weight times pointwise loss, with the gradient taken chunk by chunk."""
-    if weights_N is None:
-        weights_N = torch.ones(logits.hidden.shape[0], device=logits.hidden.device)
-    constant_N = at_least_float32(weights_N.detach())
-
-    def make(wanted: Sequence[bool], inputs: Sequence[Any]) -> Made:
-        given = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
-        slopes = HeadSlopes(given, wanted)
-        total = at_least_float32(given.weight.new_zeros(()))
-        chunk = Chunk(rows_at_once(given), given, scratch_for(given.weight))
-        for rows in chunks(given):
-            loss_C, slope_CV = pointwise(rows, chunk.of(given.at(rows)))
-            total += (loss_C * constant_N[rows]).sum()
-            slope_CV *= constant_N[rows, None]
-            slopes.add(rows, slope_CV)
-        return total, total.new_zeros(0), slopes.by_input()
-
-    return made_at_once(make, logits.hidden, logits.weight, logits.bias)[0]

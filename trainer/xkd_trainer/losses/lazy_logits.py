@@ -3,9 +3,10 @@
 Nothing here knows a loss.
 
 Shape legend for this file
-    N positions    D width of the states    V classes    C positions of one chunk
+    N positions (or [N, P])    D width of the states    V classes    C positions of one chunk
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -62,14 +63,15 @@ class Chunk:
     def __init__(self, rows: int, logits: LazyLogits, scratch: Scratch, number: int = 0) -> None:
         """At most so many rows; chunks of one pass have numbers of their own."""
         wide = at_least_float32(logits.weight.detach()[:0])
-        self._wide_CV = scratch.of(("chunk", number), (rows, logits.weight.shape[0]), wide)
+        shape = (rows, *logits.hidden.shape[1:-1], len(logits.weight))
+        self._wide_CV = scratch.of(("chunk", number), shape, wide)
 
     def of(self, logits: LazyLogits) -> Tensor:
         """Like `dense`, of at most so many rows [C, D]; valid until the next call."""
         out_CV = self._wide_CV[: logits.hidden.shape[0]]
         if logits.weight.dtype != out_CV.dtype:
             return out_CV.copy_(F.linear(logits.hidden.to(logits.weight.dtype), logits.weight, logits.bias))
-        torch.mm(logits.hidden.to(out_CV.dtype), logits.weight.T, out=out_CV)
+        torch.mm(logits.hidden.to(out_CV.dtype).flatten(0, -2), logits.weight.T, out=out_CV.flatten(0, -2))
         return out_CV if logits.bias is None else out_CV.add_(logits.bias)
 
 
@@ -81,7 +83,8 @@ def chunks(logits: LazyLogits) -> Iterator[slice]:
 def rows_at_once(logits: LazyLogits) -> int:
     """Positions of a chunk, one at least."""
     chunk_bytes = CHUNK_BYTES if logits.weight.requires_grad else WIDER * CHUNK_BYTES
-    return max(1, min(chunk_bytes // max(1, logits.row_bytes), logits.hidden.shape[0]))
+    row_bytes = logits.row_bytes * math.prod(logits.hidden.shape[1:-1])
+    return max(1, min(chunk_bytes // max(1, row_bytes), logits.hidden.shape[0]))
 
 
 class HeadSlopes:
@@ -101,9 +104,10 @@ class HeadSlopes:
             self.hidden_ND[rows] = (slope_CV.to(weight_VD.dtype) @ weight_VD).to(hidden_ND.dtype)
         if self.weight_VD is not None:
             beta = 0 if rows.start == 0 else 1  # the first chunk overwrites
-            self.weight_VD.addmm_(slope_CV.T, hidden_ND[rows].to(slope_CV.dtype), beta=beta)
+            slope_CV = slope_CV.flatten(0, -2)
+            self.weight_VD.addmm_(slope_CV.T, hidden_ND[rows].flatten(0, -2).to(slope_CV.dtype), beta=beta)
         if self.bias_V is not None:
-            self.bias_V += slope_CV.sum(0)
+            self.bias_V += slope_CV.flatten(0, -2).sum(0)
 
     def by_input(self) -> list[Tensor | None]:
         """By states, weight and bias."""

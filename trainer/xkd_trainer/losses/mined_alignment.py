@@ -12,36 +12,25 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
 from torch import Tensor
 
 from xkd_schemas.progress import Progress, tick
-from xkd_trainer.losses.mined_numba import nearest, partners_of_batch
 from xkd_trainer.losses.vocabulary import BYTE_TOKEN, shared_vocabulary, token_bytes
 
 SEARCHED: Final = 512
 """Classes whose nearest are searched between two ticks."""
 
 Array = npt.NDArray[Any]
-Texts = tuple[Array, Array]
-"""Bytes of all strings (uint8), and offsets (int64): string k is between the offsets k and k + 1."""
 
 
-def packed(strings: list[bytes]) -> Texts:
-    """The strings one after the other.
-
-    >>> packed([b"ab", b"", b"c"])
-    (array([97, 98, 99], dtype=uint8), array([0, 2, 2, 3]))
-    """
-    sizes = np.fromiter((len(s) for s in strings), np.int64, len(strings))
-    return np.frombuffer(b"".join(strings), np.uint8), np.concatenate([[0], sizes.cumsum()]).astype(np.int64)
-
-
-def token_texts(vocabulary: Mapping[str, int]) -> Texts:
+def token_texts(vocabulary: Mapping[str, int]) -> list[bytes]:
     """The strings of the ids 0, 1, ... without blanks; empty where no token has the id."""
     strings = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for number, text in token_bytes(vocabulary).items():
         strings[number] = _bare(text)
-    return packed(strings)
+    return strings
 
 
 def _bare(text: bytes) -> bytes:
@@ -86,20 +75,24 @@ def vocabulary_map(source: Mapping[str, int], target: Mapping[str, int], mode: L
 
 
 def _nearest(queries: list[bytes], targets: Mapping[int, bytes]) -> Array:
-    """Ids of the nearest targets, by searching all of them."""
-    ids = sorted(targets, key=lambda n: (len(targets[n]), n))
-    sizes = np.fromiter((len(targets[n]) for n in ids), np.int64, len(ids))
-    first_of = np.searchsorted(sizes, np.arange(int(sizes[-1]) + 2)).astype(np.int64)
-    out, texts = np.zeros(len(queries), np.int64), packed([targets[n] for n in ids])
+    """Ids of the nearest targets, by the distances to all of them; ties as `vocabulary_map` says."""
+    found = np.zeros(len(queries), np.int64)
+    ids = np.array(sorted(targets), np.int64)
+    query_sizes, sizes = (np.array([len(text) for text in texts]) for texts in (queries, [targets[n] for n in ids]))
     with Progress("mined: nearest classes", len(queries), of="classes"):
-        for first in range(0, len(queries), SEARCHED):
-            part = queries[first : first + SEARCHED]
-            nearest(packed(part), texts, first_of, out[first : first + SEARCHED])
-            tick(len(part))
-    return np.asarray(ids, np.int64)[out]
+        for size in np.unique(query_sizes):
+            # of equal distances argmin takes the first, so the targets stand in the order of the ties
+            ranked = ids[np.lexsort((sizes, abs(sizes - size)))]
+            texts = [targets[n] for n in ranked]
+            same_size = np.nonzero(query_sizes == size)[0]
+            for part in np.split(same_size, range(SEARCHED, len(same_size), SEARCHED)):
+                distances = cdist([queries[k] for k in part], texts, scorer=Levenshtein.distance, dtype=np.int32)
+                found[part] = ranked[distances.argmin(1)]
+                tick(len(part))
+    return found
 
 
-Tokens = tuple[Texts, Tensor, Tensor]
+Tokens = tuple[list[bytes], Tensor, Tensor]
 """`token_texts` of a model, ids int64 [B, N] on any device, and which are valid, bool [B, N], valid ones first."""
 
 
@@ -108,7 +101,7 @@ def partners(student: Tokens, teacher: Tokens) -> Tensor:
 
     The path has the least sum of edit distances; on equal sums it steps in both first, then in the teacher.
 
-    >>> student, teacher = packed([b"the", b"cats"]), packed([b"the", b"cat", b"s"])
+    >>> student, teacher = [b"the", b"cats"], [b"the", b"cat", b"s"]
     >>> yes, ids = torch.ones(1, 3) > 0, torch.tensor([[0, 1, 2]])
     >>> partners((student, ids[:, :2], yes[:, :2]), (teacher, ids, yes))
     tensor([[ 0, -1]])
@@ -121,9 +114,48 @@ def partners(student: Tokens, teacher: Tokens) -> Tensor:
         int64 [B, N] on the device of the student's ids, -1 where not valid.
     """
     match = np.full(tuple(student[1].shape), -1, np.int64)
-    sides = [
-        (texts, ids.cpu().contiguous().numpy(), valid.sum(-1).cpu().numpy())
-        for texts, ids, valid in (student, teacher)
-    ]
-    partners_of_batch(*sides, match)
+    for row, (own, theirs) in enumerate(zip(_valid_texts(student), _valid_texts(teacher), strict=True)):
+        if own and theirs:
+            cost_MN = cdist(theirs, own, scorer=Levenshtein.distance, dtype=np.int32)
+            match[row, : len(own)] = _only_partners(_path_sums(cost_MN))
     return torch.from_numpy(match).to(student[1].device)
+
+
+def _valid_texts(tokens: Tokens) -> list[list[bytes]]:
+    """The token strings of each document."""
+    texts, ids_BN, valid_BN = tokens
+    sizes = valid_BN.sum(-1).tolist()
+    return [[texts[n] for n in ids[:size]] for ids, size in zip(ids_BN.tolist(), sizes, strict=True)]
+
+
+def _path_sums(cost_MN: Array) -> Array:
+    """In each cell the least sum of a path from the first cell.
+
+    >>> _path_sums(np.array([[0, 3], [4, 1]]))
+    array([[0, 3],
+           [4, 1]])
+    """
+    sums_MN = cost_MN.cumsum(1, dtype=cost_MN.dtype)  # row i: what a path along it from its first cell costs
+    before_MN = sums_MN - cost_MN
+    for i in range(1, len(cost_MN)):
+        # a path enters row i at some column from the cheaper of the two cells above, and then goes along the row
+        entry_N = sums_MN[i - 1].copy()
+        np.minimum(entry_N[1:], sums_MN[i - 1, :-1], out=entry_N[1:])
+        entry_N -= before_MN[i]
+        sums_MN[i] += np.minimum.accumulate(entry_N)
+    return sums_MN
+
+
+def _only_partners(sums_MN: Array) -> Array:
+    """Walk the cheapest path back: the row of each column that has exactly one, -1 for the others, [N]."""
+    padded = np.pad(sums_MN, ((1, 0), (1, 0)), constant_values=np.iinfo(sums_MN.dtype).max)
+    match, several = np.full(sums_MN.shape[1], -1), np.zeros(sums_MN.shape[1], bool)
+    i, j = padded.shape[0] - 1, padded.shape[1] - 1
+    while i and j:
+        several[j - 1] |= match[j - 1] >= 0
+        match[j - 1] = i - 1
+        both, teacher, student = padded.item(i - 1, j - 1), padded.item(i - 1, j), padded.item(i, j - 1)
+        best = min(both, teacher, student)
+        i, j = (i - (both == best or teacher == best), j - (both == best or teacher > best))
+    match[several] = -1
+    return match

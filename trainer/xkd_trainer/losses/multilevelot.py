@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from xkd_trainer.losses.chunked import chunked
 from xkd_trainer.losses.lazy_logits import LazyLogits, chunks
 from xkd_trainer.losses.term import LossTerm, at_least_float32, term
 
@@ -120,17 +120,12 @@ def chosen_probabilities(logits: LazyLogits, ids_Nk: Tensor, temperature: float)
         [N, k] with gradient by states, and by weight and bias where they require one; 0 for a class that is not there.
     """
 
-    def one(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_Ck: Tensor) -> Tensor:
-        dense_CV = LazyLogits(hidden=hidden_CD, weight=weight_VD, bias=bias_V).dense()
-        probabilities_CV = scaled(dense_CV, temperature).softmax(-1)
-        num_classes = probabilities_CV.shape[-1]
+    def probabilities(rows: slice, logits_CV: Tensor) -> Tensor:
+        probabilities_CV = scaled(logits_CV, temperature).softmax(-1)
+        num_classes, ids_Ck = probabilities_CV.shape[-1], ids_Nk[rows]
         return torch.where(ids_Ck < num_classes, probabilities_CV.gather(-1, ids_Ck.clamp_max(num_classes - 1)), 0.0)
 
-    parts = [
-        checkpoint(one, logits.hidden[rows], logits.weight, logits.bias, ids_Nk[rows], use_reentrant=False)
-        for rows in chunks(logits)
-    ]
-    return torch.cat(parts) if parts else at_least_float32(logits.weight.detach()).new_zeros(ids_Nk.shape)
+    return chunked(probabilities, logits)
 
 
 @torch.no_grad()

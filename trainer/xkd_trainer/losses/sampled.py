@@ -5,73 +5,41 @@ nothing but an unbiased estimate of p: sum of w over drawn classes instead of p 
 2503.16870). The first sum is the teacher's entropy with its sign turned, which is stored exactly.
 
 Shape legend for this file
-    N positions    D width of the states    V classes    k drawn classes    C positions of one chunk    P of a part
+    N positions    D width of the states    V classes    k drawn classes    C positions of one chunk
 """
 
-import torch
 from torch import Tensor
 
-from xkd_trainer.losses.head import LazyLogits, weighted_sum
-from xkd_trainer.losses.head_rows import parts
+from xkd_trainer.losses.chunked import chunked_sum
+from xkd_trainer.losses.lazy_logits import LazyLogits
 from xkd_trainer.losses.term import at_least_float32
 
 
-def sampled_kl(student_logits_NV: Tensor, ids_Nk: Tensor, weights_Nk: Tensor, entropy_N: Tensor) -> Tensor:
-    """An unbiased estimate of KL(p || q) at each position, in nats.
+def head_sampled_kl(student: LazyLogits, ids_Nk: Tensor, weights_Nk: Tensor, entropy_N: Tensor) -> Tensor:
+    """Sum over positions of an unbiased estimate of KL(p || q), in nats, chunk by chunk.
 
     A uniform student over four classes and a teacher of entropy 0.6 of which classes 0 and 2 were drawn:
     log 4 - 0.6 = 0.7863.
 
-    >>> ids, weights = torch.tensor([[0, 2]]), torch.tensor([[0.8, 0.2]])
-    >>> sampled_kl(torch.zeros(1, 4), ids, weights, torch.tensor([0.6]))
-    tensor([0.7863])
-
-    Args:
-        student_logits_NV: Any float dtype, finite; computed in float32, or float64 if it is.
-        ids_Nk: int64 classes from 0 to V - 1.
-        weights_Nk: What each stands for, adding up to 1 at a position; constants.
-        entropy_N: The teacher's entropy in nats; a constant.
-
-    Returns:
-        [N]; below 0 where the drawn classes suit the student better than all of them do.
-    """
-    log_q_NV = at_least_float32(student_logits_NV).log_softmax(-1)
-    weights_Nk = weights_Nk.detach().to(log_q_NV.dtype)
-    return -(weights_Nk * log_q_NV.gather(-1, ids_Nk)).sum(-1) - entropy_N.detach().to(log_q_NV.dtype)
-
-
-def head_sampled_kl(student: LazyLogits, ids_Nk: Tensor, weights_Nk: Tensor, entropy_N: Tensor) -> Tensor:
-    """Sum over positions of `sampled_kl`, chunk by chunk.
-
+    >>> import torch
     >>> student = LazyLogits(hidden=torch.ones(1, 1), weight=torch.zeros(4, 1))
     >>> head_sampled_kl(student, torch.tensor([[0, 2]]), torch.tensor([[0.8, 0.2]]), torch.tensor([0.6]))
     tensor(0.7863)
 
     Args:
         student: States [N, D].
-        ids_Nk: As for `sampled_kl`, and so are the others.
-        weights_Nk: Constants.
-        entropy_N: A constant.
+        ids_Nk: int64 classes from 0 to V - 1.
+        weights_Nk: What each stands for, adding up to 1 at a position; constants.
+        entropy_N: The teacher's entropy in nats; a constant.
 
     Returns:
-        Scalar with gradient by the student's states, and by its head where that requires one. 0 where N is 0.
+        Scalar with gradient by the student's states, and by its head where that requires one. 0 where N is 0;
+        below 0 where the drawn classes suit the student better than all of them do.
     """
     constant_Nk = at_least_float32(weights_Nk.detach())
 
-    def pointwise(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-        ids_Ck, weights_Ck = ids_Nk[rows], constant_Nk[rows].to(logits_CV.dtype)
-        losses = [_rows(logits_CV[part], ids_Ck[part], weights_Ck[part]) for part in parts(logits_CV)]
-        return torch.cat(losses) - entropy_N[rows].to(logits_CV.dtype), logits_CV
+    def sampled(rows: slice, logits_CV: Tensor) -> Tensor:
+        log_q_Ck = logits_CV.log_softmax(-1).gather(-1, ids_Nk[rows])
+        return -(constant_Nk[rows] * log_q_Ck).sum(-1) - entropy_N[rows].detach()
 
-    return weighted_sum(student, None, pointwise)
-
-
-def _rows(logits_PV: Tensor, ids_Pk: Tensor, weights_Pk: Tensor) -> Tensor:
-    """-sum w log q of each row; the logits are overwritten by the gradient, q less the weights."""
-    logits_PV -= logits_PV.amax(-1, keepdim=True)
-    below_P = (weights_Pk * logits_PV.gather(-1, ids_Pk)).sum(-1)
-    sum_P1 = logits_PV.exp_().sum(-1, keepdim=True)
-    mass_P1 = weights_Pk.sum(-1, keepdim=True)
-    logits_PV *= mass_P1 / sum_P1
-    logits_PV.scatter_add_(-1, ids_Pk, -weights_Pk)
-    return (mass_P1 * sum_P1.log())[:, 0] - below_P
+    return chunked_sum(sampled, student)

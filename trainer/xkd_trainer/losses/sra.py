@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from xkd_schemas.errors import UsageError
-from xkd_trainer.losses.divergence import divergence
 from xkd_trainer.losses.geometry import cosine_distance, pair_disagreement, pair_weights
 from xkd_trainer.losses.term import LossTerm, at_least_float32, term
 from xkd_trainer.losses.vocabulary import shared_vocabulary as shared_vocabulary
@@ -147,46 +146,6 @@ def geometric(student_BKD: Tensor, teacher_BKD: Tensor, omega_BK: Tensor, valid_
     pi_BKK = pi_BKK / torch.where(sum_B11 > 0, sum_B11, 1.0)
     squares_B = pair_disagreement(cosine_matrix(student_BKD), cosine_matrix(teacher_BKD), pi_BKK, valid_BK)
     return term(squares_B.sum(), _documents(valid_BK))
-
-
-def span_logits(
-    student_logits_BKV: Tensor,
-    teacher_logits_BKV: Tensor,
-    valid_BK: Tensor,
-    tau: float,
-    reduction: Literal["sum", "mean"],
-) -> LossTerm:
-    """L_KD: KL(teacher || student) at temperature tau between what the heads make of the span vectors.
-
-    >>> teacher = torch.tensor([[[3.0, 1.0], [3.0, 1.0]]]).log()
-    >>> span_logits(torch.zeros(1, 2, 2), teacher, torch.tensor([[True, True]]), 1.0, "sum")
-    LossTerm(total=tensor(0.2616), count=tensor(1.))
-
-    Args:
-        student_logits_BKV: W_head^S C_k^S on the shared classes, with gradient.
-        teacher_logits_BKV: W_head^T C_k^T on the same classes in the same order; get no gradient.
-        valid_BK: Bool, False for padding.
-        tau: Divides both logits; no tau squared in front.
-        reduction: See `reduce_spans`.
-    """
-    kl_N = divergence(
-        student_logits_BKV[valid_BK], teacher_logits_BKV[valid_BK].detach(), "forward_kl", temperature=tau
-    )
-    return reduce_spans(kl_N, valid_BK, reduction)
-
-
-def reduce_spans(values_N: Tensor, valid_BK: Tensor, reduction: Literal["sum", "mean"]) -> LossTerm:
-    """One value for each valid span, in row-major order, summed (or averaged) in each document, then summed.
-
-    The count is the number of documents with a valid span. For values that were computed in chunks.
-
-    >>> reduce_spans(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([[True, True], [False, True]]), "mean")
-    LossTerm(total=tensor(7.), count=tensor(2.))
-    """
-    if reduction == "mean":
-        spans_BK = valid_BK.sum(-1, keepdim=True).expand_as(valid_BK)
-        values_N = values_N / spans_BK[valid_BK]
-    return term(values_N.sum(), _documents(valid_BK))
 
 
 def _documents(valid_BK: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ Shape legend for this file
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from xkd_trainer.losses.head import LazyLogits, weighted_sum
+from xkd_trainer.losses.chunked import chunked_sum
+from xkd_trainer.losses.lazy_logits import LazyLogits
 from xkd_trainer.losses.term import at_least_float32
 
 SortedTeacher = Callable[[slice], Tensor]
@@ -49,6 +49,7 @@ def sorted_l1(student_logits_NV: Tensor, teacher_NW: Tensor, temperature: float 
 
     A uniform student over two classes, a teacher over three: |0.5 - 0.7| + |0.5 - 0.2| + |0 - 0.1| = 0.6.
 
+    >>> import torch
     >>> sorted_l1(torch.zeros(1, 2), torch.tensor([[0.7, 0.2, 0.1]]))
     tensor([0.6000])
 
@@ -83,6 +84,7 @@ def topk_teacher(logits_NK: Tensor, logsumexp_N: Tensor) -> SortedTeacher:
     They do not add up to 1; what is missing bounds the error of `sorted_l1` at that position, because every class
     that is left out changes it by at most its own probability.
 
+    >>> import torch
     >>> topk_teacher(torch.tensor([[2.0, 1.0]]), torch.tensor([2.5]))(slice(0, 1))
     tensor([[0.6065, 0.2231]])
     """
@@ -95,6 +97,7 @@ def head_sorted_l1(
 ) -> Tensor:
     """Sum over positions of weight times `sorted_l1`, chunk by chunk.
 
+    >>> import torch
     >>> student = LazyLogits(hidden=torch.ones(2, 1), weight=torch.zeros(2, 1))
     >>> head_sorted_l1(student, lambda rows: torch.tensor([[0.7, 0.2, 0.1]]).expand(2, 3)[rows], None)
     tensor(1.2000)
@@ -108,12 +111,4 @@ def head_sorted_l1(
     Returns:
         Scalar with gradient by the student's states, and by its head where that requires one. 0 where N is 0.
     """
-
-    def pointwise(rows: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-        leaf_CV = logits_CV.detach().requires_grad_()
-        with torch.enable_grad():
-            loss_C = sorted_l1(leaf_CV, teacher(rows), temperature)
-            (slope_CV,) = torch.autograd.grad(loss_C.sum(), leaf_CV)
-        return loss_C.detach(), slope_CV
-
-    return weighted_sum(student, weights_N, pointwise)
+    return chunked_sum(lambda rows, logits_CV: sorted_l1(logits_CV, teacher(rows), temperature), student, weights_N)

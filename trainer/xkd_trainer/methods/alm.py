@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch, gather_rows
 from xkd_trainer.losses.alm import AlmSettings, chunk_log_likelihoods, likelihood_matching, whole_chunks
-from xkd_trainer.losses.head import LazyLogits
-from xkd_trainer.losses.head_targets import head_log_probabilities
+from xkd_trainer.losses.head import LazyLogits, head_log_probabilities
 from xkd_trainer.losses.term import LossTerm
 from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, constant_head
 

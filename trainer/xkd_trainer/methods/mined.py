@@ -35,8 +35,8 @@ class Mined(nn.Module):
 
     def __init__(self, settings: MinedSettings, context: Context) -> None:
         super().__init__()
-        if importlib.util.find_spec("numba") is None:
-            raise UsageError("mined needs numba, which is not installed", next="pip install numba")
+        if importlib.util.find_spec("rapidfuzz") is None:
+            raise UsageError("mined needs rapidfuzz, which is not installed", next="pip install rapidfuzz")
         self._alignment = importlib.import_module("xkd_trainer.losses.mined_alignment")
         self.settings = settings
         student, teacher = context.student_vocab, context.teacher_vocab
