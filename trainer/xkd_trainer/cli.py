@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from xkd_schemas.errors import UsageError
+from xkd_schemas.flag_defaults import with_defaults
 from xkd_schemas.runfile import load_runfile, toml_text
 from xkd_schemas.terminal import run as run_app
 from xkd_schemas.terminal import say, say_json
@@ -75,7 +76,7 @@ def train(
 def evaluate(
     student: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
     data: Annotated[Path, typer.Option(help="Held-out rows, JSONL.")],
-    template: Annotated[str | None, typer.Option(help="none, alpaca or chat; as trained unless given.")] = None,
+    template: Annotated[str | None, typer.Option(help="auto, none, alpaca or chat.")] = None,
     enable_thinking: Annotated[
         str | None, typer.Option(metavar="true|false", help="For the chat template; as trained unless given.")
     ] = None,
@@ -150,4 +151,4 @@ def losses(as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    run_app("xkd-train", app)
+    run_app("xkd-train", with_defaults(app))

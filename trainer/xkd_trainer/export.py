@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from xkd_schemas.files import disk_errors, replace
+from xkd_schemas.templates import AUTO
 
 PROVENANCE = "xkd.json"
 UNFINISHED = "xkd-unfinished.json"
@@ -64,8 +65,8 @@ def _names_run(path: Path, fingerprint: Mapping[str, Any]) -> bool:
 
 
 def template_of(folder: Path) -> str:
-    """The template a student was trained with; "none" for a folder that was not made here."""
-    return str(_run_of(folder).get("template", "none"))
+    """The template a student was trained with; "auto" for a folder that was not made here."""
+    return str(_run_of(folder).get("template", AUTO))
 
 
 def thinking_of(folder: Path) -> bool | None:

@@ -43,7 +43,7 @@ def held_file(folder: Path, pairs: Sequence[tuple[str, str]] = HELD) -> Path:
 
 
 def encoded(tokenizer: Any, folder: Path) -> Pairs:
-    documents, _ = held_out_documents(held_file(folder))
+    documents, *_ = held_out_documents(held_file(folder))
     encoder = Encoder(tokenizer=tokenizer, template="none", max_tokens=512)
     return list(zip(documents, encoder.encode_batch(documents), strict=True))
 
@@ -97,7 +97,7 @@ def test_losses_and_responses_are_counted_as_they_come(tmp_path: Path, monkeypat
     pairs = encoded(tokenizer, tmp_path)
 
     bits_per_byte(model, pairs)
-    rouge_l(model, tokenizer, pairs, Request(student="", data=tmp_path, seeds=(1,), max_new_tokens=2))
+    rouge_l(model, tokenizer, pairs, Request(student="", data=tmp_path, seeds=(1,), max_new_tokens=2), {})
     said = [line.partition(", 0:0")[0] for line in capsys.readouterr().err.splitlines()]
 
     assert said == [
@@ -260,11 +260,22 @@ def test_rouge_l_is_the_mean_deviation_and_best_over_seeds(tmp_path: Path, monke
     monkeypatch.setattr(evaluate, "generate", lambda *_, seed, **__: said[seed])
     request = Request(student="x", data=Path("x"), seeds=(1, 2, 3))
 
-    found = rouge_l(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), pairs, request)
+    found = rouge_l(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), pairs, request, {})
 
     assert found["rouge_l"] == pytest.approx(50.0)
     assert found["rouge_l_std"] == pytest.approx(math.sqrt((50**2 + 50**2) / 3))
     assert found["rouge_l_max"] == pytest.approx(100.0)
+
+
+def test_of_several_references_the_best_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = encoded(tokenizer_of("sentencepiece"), tmp_path)[:1]
+    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: ["entirely other words"])
+    request, line = Request(student="x", data=Path("x"), seeds=(1,)), pairs[0][0].line
+    several = {line: [HELD[0][1], "entirely other words", "no"]}
+
+    found = rouge_l(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), pairs, request, several)
+
+    assert found["rouge_l"] == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
