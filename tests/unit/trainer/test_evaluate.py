@@ -291,6 +291,22 @@ def test_a_folder_is_measured_from_rows_to_numbers_also_without_prompts(tmp_path
     assert "agreement" not in found
 
 
+def test_a_foreign_student_is_read_with_its_own_chat_template_and_refused_before_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
+    tokenizer = tiny.fresh("byte_level")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    assert evaluate_student(Request(student=folder, data=held_file(tmp_path), rouge=False))["template"] == "chat"
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(evaluate, "load_model", None)
+
+    with pytest.raises(UsageError, match="the chat template refuses the turns user, assistant: no"):
+        evaluate_student(Request(student=folder, data=held_file(tmp_path), rouge=False))
+
+
 def test_rows_that_cannot_be_used_are_counted_and_only_unusable_rows_are_an_error(tmp_path: Path) -> None:
     folder = tiny.saved(tiny.llama("sentencepiece"), "sentencepiece", tmp_path / "model")
     data = held_file(tmp_path, [*HELD[:2], ("What?", "")])
