@@ -13,6 +13,7 @@ from xkd_pipeline.build import Outcome
 from xkd_pipeline.cli_options import ThinkingOption, echo_for, names_of, numbers_of
 from xkd_pipeline.run import Workers, asked_workers
 from xkd_schemas.files import bytes_below
+from xkd_schemas.flag_defaults import with_defaults
 from xkd_schemas.forms import columns_of
 from xkd_schemas.runfile import RunFile, load_runfile, toml_text
 from xkd_schemas.table import check_cache, names_in, only_student, only_teacher
@@ -103,7 +104,7 @@ def teacher(
     model: Annotated[str, typer.Option(help="Folder, .gguf file or hub name of the teacher.")],
     losses: Annotated[str, typer.Option("--for", help="Losses whose signals are kept.")] = "mta,sra,dwa",
     name: Annotated[str | None, typer.Option(help="Name of the teacher's table.")] = None,
-    template: Annotated[str | None, typer.Option(help="chat, alpaca or none.")] = None,
+    template: Annotated[str | None, typer.Option(help="auto, chat, alpaca or none.")] = None,
     enable_thinking: ThinkingOption = None,
     word_layers: Annotated[str | None, typer.Option(help="Teacher layers read on words, e.g. 15.")] = None,
     phrase_layers: Annotated[str | None, typer.Option(help="Teacher layers read on phrases, e.g. 22,30.")] = None,
@@ -146,7 +147,7 @@ def align(
     student: Annotated[str, typer.Option(help="Folder or hub name of the student or of its tokenizer.")],
     teacher: Annotated[str, typer.Option(help="Name of the teacher's table, if there are several.")] = "",
     name: Annotated[str | None, typer.Option(help="Name of the student's table.")] = None,
-    template: Annotated[str | None, typer.Option(help="none, alpaca or chat.")] = None,
+    template: Annotated[str | None, typer.Option(help="auto, none, alpaca or chat.")] = None,
     enable_thinking: ThinkingOption = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
     workers: WorkersOption = None,
@@ -265,4 +266,4 @@ app.command()(cli_care.drop)
 
 def main() -> None:
     """Entry point of the console script."""
-    run_app("xkd-cache", app)
+    run_app("xkd-cache", with_defaults(app))

@@ -41,7 +41,7 @@ def plan(
     run_file: RunOption = None,
     out: Annotated[Path | None, typer.Option(help="Cache folder, for the free disk there.")] = None,
     form: FormOption = None,
-    template: Annotated[str | None, typer.Option(help="chat, alpaca or none.")] = None,
+    template: Annotated[str | None, typer.Option(help="auto, chat, alpaca or none.")] = None,
     enable_thinking: ThinkingOption = None,
     word_layers: Annotated[str | None, typer.Option(help="Teacher layers read on words, e.g. 15.")] = None,
     phrase_layers: Annotated[str | None, typer.Option(help="Teacher layers read on phrases, e.g. 22,30.")] = None,
@@ -88,8 +88,8 @@ def pair(
     worst: Annotated[int, typer.Option(min=0, help="Least aligned documents to draw.")] = 2,
     width: Annotated[int, typer.Option(min=40, help="Columns of a drawing.")] = 100,
     form: FormOption = None,
-    template: Annotated[str | None, typer.Option(help="Of the student: none, alpaca or chat.")] = None,
-    teacher_template: Annotated[str, typer.Option(help="Of the teacher: none, alpaca or chat.")] = "none",
+    template: Annotated[str | None, typer.Option(help="Of the student: auto, none, alpaca or chat.")] = None,
+    teacher_template: Annotated[str | None, typer.Option(help="Of the teacher: auto, none, alpaca or chat.")] = None,
     enable_thinking: ThinkingOption = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
     sets: SetOption = None,
@@ -101,9 +101,7 @@ def pair(
     """
     from xkd_pipeline.pair import compare
     from xkd_pipeline.pair_lines import pair_lines
-    from xkd_pipeline.sample import read_sample
-    from xkd_schemas.encode import Encoder
-    from xkd_trainer.models import load_tokenizer
+    from xkd_pipeline.sample import encoder_for, read_sample
 
     flags = {
         "documents.corpus": corpus, "documents.form": form, "student.template": template,
@@ -111,15 +109,7 @@ def pair(
         "teacher.template": teacher_template, "teacher.max_tokens": max_tokens, "student.max_tokens": max_tokens,
     }  # fmt: skip
     run = _run_of(None, sets, flags)
-    theirs, ours = (
-        Encoder(
-            tokenizer=load_tokenizer(name),
-            template=section.template,
-            max_tokens=section.max_tokens,
-            enable_thinking=section.enable_thinking,
-        )
-        for name, section in ((teacher, run.teacher), (student, run.student))
-    )
+    theirs, ours = encoder_for(teacher, run.teacher), encoder_for(student, run.student)
     found = compare(theirs, ours, read_sample(run, sample), worst=worst, width=width)
     if as_json:
         say_json(found)

@@ -124,6 +124,7 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
         "vocabulary": vocabularies(student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()),
         "special_tokens": special_differences(teacher.tokenizer, student.tokenizer),
         "normaliser": {"teacher": normaliser_of(teacher.tokenizer), "student": normaliser_of(student.tokenizer)},
+        "template": {"teacher": teacher.template, "student": student.template},
         "fertility": {"teacher": fertility(theirs, documents), "student": fertility(ours, documents)},
         "extended": {"teacher": extended_counts(theirs), "student": extended_counts(ours)},
         "unusable": {"teacher": _reasons(theirs), "student": _reasons(ours)},

@@ -20,7 +20,8 @@ def pair_lines(found: dict[str, Any]) -> Iterator[str]:
     )
     for side, other in found["fertility"].items():
         yield (
-            f"{side}: {other['tokens']} tokens, {other['per_word']:.2f} a word, {other['per_character']:.3f} a "
+            f"{side}: template {found['template'][side]}, "
+            f"{other['tokens']} tokens, {other['per_word']:.2f} a word, {other['per_character']:.3f} a "
             f"character; normaliser: {found['normaliser'][side]}; {found['cut'][side]} documents cut to its length"
         )
     for token in found["special_tokens"]:

@@ -15,13 +15,13 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from xkd_pipeline.align import StudentSettings, align_rows
+from xkd_pipeline.align import align_rows
 from xkd_pipeline.budget import way_down
 from xkd_pipeline.columns import token_columns
 from xkd_pipeline.documents import columns_of, units_of
 from xkd_pipeline.empty_model import Sizes, bytes_per_number, sizes_of
 from xkd_pipeline.measure import LOGIT_BYTES
-from xkd_pipeline.sample import Sample, read_sample, reasons
+from xkd_pipeline.sample import Sample, encoder_for, read_sample, reasons
 from xkd_pipeline.shard import ROWS_PER_BATCH
 from xkd_pipeline.shard_rows import rows_per_shard
 from xkd_pipeline.size import Counts, body_bytes, counts_of, overhead, signal_bytes, written
@@ -30,7 +30,7 @@ from xkd_pipeline.stages import signals_for, teacher_dtype
 from xkd_pipeline.whole_units import DocumentRows
 from xkd_schemas.blocks import TokenBlock
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
-from xkd_schemas.encode import TRIED, Encoder
+from xkd_schemas.encode import TRIED
 from xkd_schemas.files import bytes_below
 from xkd_schemas.progress import Progress
 from xkd_schemas.runfile import RunFile
@@ -51,6 +51,7 @@ class Look:
     spans: tuple[Spans, ...]
     tokens: TokenBlock
     rows_per_shard: int
+    template: str
 
     @cached_property
     def counts(self) -> list[Counts]:
@@ -102,10 +103,7 @@ def look_at(run: RunFile, wanted: int) -> Look:
     """Read, parse and tokenize a sample of at most `wanted` rows; raises as those do."""
     sample = read_sample(run, wanted)
     t = run.teacher
-    encoder = Encoder(
-        tokenizer=load_tokenizer(t.model), template=t.template, max_tokens=t.max_tokens,
-        enable_thinking=t.enable_thinking,
-    )  # fmt: skip
+    encoder = encoder_for(t.model, t)
     encoder.check(sample.documents[:TRIED])
     d = run.documents
     settings = ParserSettings(
@@ -116,7 +114,10 @@ def look_at(run: RunFile, wanted: int) -> Look:
         parsed = parser_for(settings).parse(sample.documents)
     spans = tuple(checked_spans(d, s) for d, s in zip(sample.documents, parsed, strict=True))
     tokens = encoder.encode_batch(sample.documents)
-    return Look(sample=sample, spans=spans, tokens=tokens, rows_per_shard=rows_per_shard(run, sample.sources)[0])
+    return Look(
+        sample=sample, spans=spans, tokens=tokens, rows_per_shard=rows_per_shard(run, sample.sources)[0],
+        template=encoder.template,
+    )  # fmt: skip
 
 
 def teacher_parts(run: RunFile, look: Look, model: Sizes) -> dict[str, int]:
@@ -161,9 +162,7 @@ def student_bytes(run: RunFile, look: Look) -> int | None:
     s, name = run.student, _student_of(run)
     if not name:
         return None
-    encoder = StudentSettings(
-        tokenizer=name, template=s.template, max_tokens=s.max_tokens, enable_thinking=s.enable_thinking
-    ).encoder()
+    encoder = encoder_for(name, s)
     names = list(look.columns)
     rows: Sequence[Any] = [dict(zip(names, row, strict=True)) for row in zip(*look.columns.values(), strict=True)]
     return table_bytes(STUDENTS, align_rows(encoder, DocumentRows.of(rows), look.tokens)[1], look)
@@ -250,6 +249,7 @@ def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | No
         "rows": look.sample.corpus_rows,
         "sample": _sample_values(look),
         "model": {name: getattr(model, name) for name in ("architecture", "layers", "width", "classes", "weights")},
+        "template": look.template,
         "dtype": dtype.dtype,
         "dtype_why": dtype.why,
         "dtype_warning": dtype.warning,

@@ -48,6 +48,7 @@ def _what_was_read(plan: dict[str, Any]) -> Iterator[str]:
         f"teacher: {model['architecture']}, {model['layers']} layers, width {model['width']}, {model['classes']} "
         f"classes, {model['weights'] / 1e6:.1f} M weights in {plan['dtype']}; its configuration was read, no weight"
     )
+    yield f"template: {plan['template']}"
     yield f"dtype: {plan['dtype']}, {plan['dtype_why']}"
     if plan["dtype_warning"]:
         yield f"warning: {plan['dtype_warning']}"

@@ -8,9 +8,12 @@ from pathlib import Path
 from xkd_pipeline.prompts import cut_prompts, limit_in
 from xkd_schemas.corpus import RawRow, RejectedRow, Source, open_source, read_documents
 from xkd_schemas.documents import Document
+from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.parts import Content
-from xkd_schemas.runfile import RunFile
+from xkd_schemas.runfile import RunFile, StudentSection, TeacherSection
+from xkd_schemas.templates import chosen_template
+from xkd_trainer.models import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +105,15 @@ def read_sample(run: RunFile, wanted: int) -> Sample:
     return Sample(
         sources=sources, rows=len(chosen), documents=tuple(documents), rejected=tuple(rejected),
         sizes=tuple(sizes), read_size=read_size, corpus_size=corpus_size,
+    )  # fmt: skip
+
+
+def encoder_for(name: str, section: TeacherSection | StudentSection) -> Encoder:
+    """How the model with this tokenizer reads the sample."""
+    tokenizer = load_tokenizer(name)
+    return Encoder(
+        tokenizer=tokenizer, template=chosen_template(section.template, tokenizer), max_tokens=section.max_tokens,
+        enable_thinking=section.enable_thinking,
     )  # fmt: skip
 
 

@@ -26,10 +26,12 @@ from xkd_schemas.files import inside
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.table import Table, check_name, only_teacher
 from xkd_schemas.teacher import Signal
+from xkd_schemas.templates import chosen_template
 from xkd_schemas.terminal import say
 from xkd_trainer.compute_dtype import Choice, choose_dtype, this_device
 from xkd_trainer.methods import loss_named
 from xkd_trainer.methods.declaration import Levels
+from xkd_trainer.models import check_model_name, load_tokenizer
 
 
 def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
@@ -110,12 +112,15 @@ def teacher_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] = 
         loss_named(name)
     root = Path(run.cache)
     Table(root, "documents")
+    check_model_name(t.model)
+    template = chosen_template(t.template, load_tokenizer(t.model))
+    echo(f"template: {template}")
     device = "cuda" if workers.gpus else this_device()
     dtype = teacher_dtype(run, device)
     echo(dtype.line)
     settings = TeacherSettings(
         model=t.model,
-        template=t.template,
+        template=template,
         enable_thinking=t.enable_thinking,
         max_tokens=t.max_tokens,
         dtype=dtype.dtype,
@@ -147,8 +152,9 @@ def align_stage(run: RunFile, workers: Workers, *, teacher: str = "") -> Outcome
     taught = teacher or run.teacher.name or only_teacher(root)
     check_name(taught, "--teacher")
     Table(root, f"teachers/{taught}")
+    template = chosen_template(s.template, load_tokenizer(tokenizer))
     settings = StudentSettings(
-        tokenizer=tokenizer, template=s.template, max_tokens=s.max_tokens, enable_thinking=s.enable_thinking
+        tokenizer=tokenizer, template=template, max_tokens=s.max_tokens, enable_thinking=s.enable_thinking
     )
     with locked(root):
         built = make_students(root, s.name or plain_name(tokenizer), taught, settings, workers)
@@ -157,7 +163,7 @@ def align_stage(run: RunFile, workers: Workers, *, teacher: str = "") -> Outcome
     values = {"tokens": m.count("tokens"), "targets": targets, "spans": spans, "exact_pairs": exact}
     values["extended"] = m.count("extended")
     line = (
-        f"{values['tokens']} student tokens, {spans} aligned spans, "
+        f"template {template}, {values['tokens']} student tokens, {spans} aligned spans, "
         f"{100 * exact / max(1, spans):.1f} % of them one token to one{_extended(m)}{_unusable(m)}"
     )
     return _outcome(built, line, values)

@@ -5,11 +5,13 @@ and shown by `Source.describe`. `rows` may be called again and from another proc
 to go on where a file has changed since it was counted.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
 import re
 import stat
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -17,10 +19,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from xkd_schemas.address import is_url, local_copy, shown
-from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
+from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.forms import AUTO, FORMS, check_fields, choose_form
 from xkd_schemas.parts import FOLDER_SUFFIXES, SUFFIXES, Content, Part, count_file, exactly, file_rows
-from xkd_schemas.rows import RawRow, RejectedRow, parsed_row, read_documents
+from xkd_schemas.rows import ROW_KEYS, RawRow, RejectedRow, parsed_row, read_documents
 
 __all__ = ["RawRow", "RejectedRow", "Source", "digest_of", "open_source", "read_documents"]
 
@@ -28,8 +30,11 @@ SAMPLE_ROWS: Final = 64
 """Rows that the form is looked up in."""
 SAMPLE_SCAN: Final = 4096
 """Rows read at most to find them, should the first ones be broken."""
-HUB_NAME: Final = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.\[\]:%+-]+))?")
-"""NAME, OWNER/NAME, and either with a split."""
+HUB_NAME: Final = re.compile(
+    r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<subset>[\w.+-]+)(?=:))?(:(?P<split>[\w.+-]+))?"
+)
+"""NAME@REVISION:SUBSET:SPLIT of a data set on the hub; NAME may have an owner, the rest may be left out."""
+HUB_FORM: Final = "NAME@REVISION:SUBSET:SPLIT"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,18 +53,23 @@ class Source:
     remarks: tuple[str, ...] = ()
     """What a reader should know beyond form and columns; the end of `describe`."""
 
+    @property
+    def _read(self) -> tuple[str, ...]:
+        """Columns of a table that are read."""
+        return (*self.columns.values(), *(ROW_KEYS if self.form == "messages" else ()))
+
     def rows(self, first: int = 0) -> Iterator[RawRow]:
         """Rows in order, from row `first` on (0 is the first); exactly `num_rows - first` of them.
 
         Raises:
-            Mismatch: a file is not what it was when the source was opened.
+            Mismatch: a file is not what it was when the source was opened, or rows of the hub are fewer.
             InputMissing, BadData, Refused: as `open_source`.
         """
         before = 0
         for part in self.parts:
             skip = max(0, first - before)
             if skip < part.num_rows:
-                rows = _part_rows(part, skip, tuple(self.columns.values()), self.digest)
+                rows = _part_rows(part, skip, self._read)
                 for number, content in enumerate(rows, start=before + skip + 1):
                     yield RawRow(line=number, content=content)
             before += part.num_rows
@@ -77,8 +87,8 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
     Args:
         name: A file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow), a folder of such files
             (read in the order of their names; what `datasets` saves is one), the address of such a file
-            (s3://, https://, whatever fsspec knows; copied here first), or NAME or NAME:SPLIT of a data
-            set on the hub (split train if not said).
+            (s3://, https://, whatever fsspec knows; copied here first), or NAME@REVISION:SUBSET:SPLIT of a
+            data set on the hub, of which all but the name may be left out (split train); its rows are streamed.
         form: A key of FORMS, or "auto": the first form whose required fields the first rows have.
         columns: Field to column, for rows that name their fields otherwise; may be empty.
 
@@ -90,7 +100,7 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
     """
     check_fields(form, columns)
     parts, digest, remarks = _located(name)
-    sample = _sample(parts, digest)
+    sample = _sample(parts)
     chosen, resolved, fit = choose_form(name, form, columns, sample)
     boms = sum(part.num_boms for part in parts)
     if boms:
@@ -120,8 +130,10 @@ def _located(name: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
     except OSError as error:
         found = HUB_NAME.fullmatch(name)
         if found is None or name.endswith(SUFFIXES) or path.is_symlink():
-            raise InputMissing(f"{name}: {error.strerror or error}", next="check the path") from None
-        return _on_hub(name, found["name"], found["split"] or "train")
+            raise InputMissing(
+                f"{name}: {error.strerror or error}", next=f"check the path; a data set of the hub is {HUB_FORM}"
+            ) from None
+        return _on_hub(name, found)
     if stat.S_ISDIR(mode):
         return _in_folder(path)
     if not stat.S_ISREG(mode):
@@ -191,53 +203,67 @@ def _walk(folder: Path) -> tuple[list[Path], int, int]:
     return files, num_irregular, num_others
 
 
-def _on_hub(name: str, dataset: str, split: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
-    rows = _from_hub(name, dataset, split)
-    part = Part(path=f"{dataset}:{split}", kind="hub", num_rows=len(rows))
-    return (part,), str(rows._fingerprint), (f"split {split} from the hub",)
+def _on_hub(name: str, found: re.Match[str]) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
+    """A data set at the commit that its revision stands for now, so that its rows stay what they were counted as."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(name):
+        commit = HfApi().dataset_info(found["name"], revision=found["revision"]).sha
+    subset, split = found["subset"] or "", found["split"] or "train"
+    path = f"{found['name']}@{commit}{f':{subset}' if subset else ''}:{split}"
+    part = Part(path=path, kind="hub", num_rows=sum(1 for _ in _hub_rows(path)))
+    remark = f"{f'subset {subset}, ' if subset else ''}split {split} from the hub, streamed, at commit {commit}"
+    return (part,), hashlib.sha256(path.encode()).hexdigest(), (remark,)
 
 
-def _from_hub(name: str, dataset: str, split: str) -> Any:
+def _hub_rows(path: str, first: int = 0) -> Iterator[Content]:
+    """Rows of NAME@REVISION:SUBSET:SPLIT as they come in; none but the one at hand is held."""
+    found = HUB_NAME.fullmatch(path)
+    assert found is not None
+    datasets = _datasets(path)
+    with _hub_errors(path):
+        rows = datasets.load_dataset(
+            found["name"], found["subset"], split=found["split"], revision=found["revision"], streaming=True
+        )
+        for row in rows.skip(first):
+            yield dict(row)
+
+
+def _datasets(name: str) -> Any:
+    """The library, by name: the trainer works without it."""
     try:
-        datasets: Any = importlib.import_module("datasets")  # by name: the trainer works without it
+        return importlib.import_module("datasets")
     except ImportError:
-        raise InputMissing(
-            f"{name}: the hub needs datasets, which is not installed", next="pip install datasets"
-        ) from None
+        what = f"{name}: the hub needs datasets, which is not installed"
+        raise InputMissing(what, next="pip install datasets") from None
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """What the libraries of the hub raise, as errors of ours."""
     try:
-        return datasets.load_dataset(dataset, split=split)
-    except OSError as error:
+        yield
+    except Exception as error:  # those of an HTTP library too
+        broken = getattr(sys.modules.get("datasets.exceptions"), "DatasetsError", ())
         line = " ".join(str(error).split())[:200]
+        if isinstance(error, ValueError):
+            raise UsageError(f"{name}: {line}", next=f"name subset and split: {HUB_FORM}") from error
+        if isinstance(error, broken) and not isinstance(error, OSError):
+            raise BadData(f"{name}: {line}", next="look at the data set's page") from error
         raise InputMissing(
-            f"{name}: there is no such file or folder here, and the hub gave no data set {dataset}: {line}",
-            next="check the path, or download the data set first and name its folder",
+            f"{name}: there is no such file or folder here, and the hub gave no such data set: {line}",
+            next=f"check the path and {HUB_FORM}, or download the data set first and name its folder",
         ) from error
-    except ValueError as error:
-        raise UsageError(f"{name}: {' '.join(str(error).split())[:200]}", next="name the split: NAME:SPLIT") from error
-    except datasets.exceptions.DatasetsError as error:
-        raise BadData(f"{name}: {' '.join(str(error).split())[:200]}", next="look at the data set's page") from error
 
 
-def _sample(parts: Sequence[Part], digest: str) -> list[dict[str, object]]:
+def _sample(parts: Sequence[Part]) -> list[dict[str, object]]:
     """The first rows that are objects, all columns."""
-    contents = chain.from_iterable(_part_rows(part, 0, None, digest) for part in parts if part.num_rows)
+    contents = chain.from_iterable(_part_rows(part, 0, None) for part in parts if part.num_rows)
     objects = filter(None, map(parsed_row, islice(contents, SAMPLE_SCAN)))
     return list(islice(objects, SAMPLE_ROWS))
 
 
-def _part_rows(part: Part, first: int, columns: Sequence[str] | None, digest: str) -> Iterator[Content]:
+def _part_rows(part: Part, first: int, columns: Sequence[str] | None) -> Iterator[Content]:
     if part.kind == "hub":
-        return exactly(part, _hub_rows(part, first, digest), first)
+        return exactly(part, _hub_rows(part.path, first), first)
     return exactly(part, file_rows(part, first=first, columns=columns), first)
-
-
-def _hub_rows(part: Part, first: int, digest: str) -> Iterator[Content]:
-    name, split = part.path.split(":", 1)
-    rows = _from_hub(part.path, name, split)
-    if rows._fingerprint != digest:
-        raise Mismatch(
-            f"{part.path}: the data set was {digest} and is {rows._fingerprint} now",
-            next="run again from the start, in a new cache",
-        )
-    for at in range(first, len(rows)):
-        yield dict(rows[at])

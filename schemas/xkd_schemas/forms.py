@@ -32,7 +32,9 @@ class Form:
 
 
 FORMS: Final[Mapping[str, Form]] = {
-    "messages": Form(title="chat messages", fields=(Field(name="messages"),)),
+    "messages": Form(
+        title="chat messages", fields=(Field(name="messages", aliases=("conversations", "interactions")),)
+    ),
     "alpaca": Form(
         title="Alpaca/Dolly",
         fields=(

@@ -8,7 +8,7 @@ from xkd_schemas.corpus import open_source
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import BadData
 from xkd_schemas.forms import AUTO
-from xkd_schemas.rows import RejectedRow, read_documents
+from xkd_schemas.rows import RejectedRow, parsed_row, read_documents, references_of
 
 MAX_CHARS: Final = 1_000_000
 """A longer text counts as unusable."""
@@ -16,8 +16,10 @@ MAX_CHARS: Final = 1_000_000
 
 def held_out_documents(
     name: Path | str, form: str = AUTO, columns: Mapping[str, str] | None = None
-) -> tuple[list[Document], list[RejectedRow]]:
+) -> tuple[list[Document], list[RejectedRow], dict[int, list[str]]]:
     """Documents of a source, and the rows that could not be used; arguments and errors as `open_source`.
+
+    Also, by their line, all the references of rows that have a list of them; the document has the first.
 
     Raises:
         BadData: It has no rows, or is broken.
@@ -26,4 +28,8 @@ def held_out_documents(
     rows = list(source.rows())
     if not rows:
         raise BadData(f"{name} has no rows", next="check the path")
-    return read_documents(Path(source.name).name, source.form, source.columns, rows, max_chars=MAX_CHARS)
+    documents, rejected = read_documents(
+        Path(source.name).name, source.form, source.columns, rows, max_chars=MAX_CHARS
+    )
+    references = {r.line: references_of(source.form, source.columns, parsed_row(r.content) or {}) for r in rows}
+    return documents, rejected, {line: texts for line, texts in references.items() if texts}

@@ -31,7 +31,7 @@ class Part:
     """One file of a source, or one data set."""
 
     path: str
-    """File, or NAME:SPLIT of a data set on the hub."""
+    """File, or NAME@COMMIT:SUBSET:SPLIT of a data set on the hub."""
     kind: str
     """lines, table or hub."""
     num_rows: int

@@ -39,7 +39,16 @@ WORKER_KILLED: Final = "worker_killed"
 
 CHAT_ROLES: Final = {"system": False, "developer": False, "user": False, "assistant": True, "tool": False}
 """Roles of a chat message, and whether the student learns to produce them."""
-OTHER_CONTENT: Final = ("function_call", "images", "audio", "refusal", "prefix")
+OTHER_ROLES: Final = {
+    "human": "user", "gpt": "assistant", "model": "assistant", "function": "tool", "observation": "tool",
+    "function_response": "tool",
+}  # fmt: skip
+"""What other files call these roles."""
+FUNCTION_CALL: Final = "function_call"
+"""Role of a message of ShareGPT files whose content is the JSON of an assistant's calls."""
+OTHER_KEYS: Final = {"from": "role", "value": "content"}
+"""What ShareGPT files call the keys of a message."""
+OTHER_CONTENT: Final = (FUNCTION_CALL, "images", "audio", "refusal", "prefix")
 """Keys of a message whose content is not read; leaving them out would change what was said."""
 PASSED_KEYS: Final = ("name", "tool_call_id")
 """Keys of a message that are handed to the chat template as they are."""
@@ -47,6 +56,10 @@ TRAINED_KEYS: Final = ("weight", "train")
 """Keys of a message that turn its target off with 0 or false."""
 TOOLS: Final = "tools"
 """Key of a chat row with the tools that may be called."""
+SYSTEM_KEYS: Final = ("system", "system_prompt")
+"""Keys of a chat row with a system turn that is none of its messages."""
+ROW_KEYS: Final = (TOOLS, *SYSTEM_KEYS)
+"""Columns of a chat row that are read beside its messages."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
@@ -105,7 +118,7 @@ def read_documents(
         columns: Field to column; a field that is not there is read from the column of its own name.
         rows: Any stretch of the source; results do not depend on how it is cut.
         max_chars: Characters above which a document is rejected as too_long.
-        unused: Counts keys of chat rows and their messages that are not used, by name.
+        unused: Counts keys of chat rows and their messages that are not used, and references behind a first one.
 
     Raises:
         UsageError: the form is not known.
@@ -116,7 +129,9 @@ def read_documents(
     rejected: list[RejectedRow] = []
     for row in rows:
         try:
-            parts, messages = _parts_of(kind, names, _object_of(row.content), {} if unused is None else unused)
+            counts = {} if unused is None else unused
+            content = _first_reference(kind, names, _object_of(row.content), counts)
+            parts, messages = _parts_of(kind, names, content, counts)
             documents.append(_document(parts, messages, source=source, line=row.line, max_chars=max_chars))
         except RowRejected as why:
             rejected.append(rejected_row(source, row, why.reason, why.what))
@@ -133,7 +148,7 @@ def parsed_row(content: bytes | LongLine | dict[str, object]) -> dict[str, objec
 
 def _object_of(content: bytes | LongLine | dict[str, object]) -> dict[str, object]:
     if isinstance(content, dict):
-        return content
+        return {key: _without_nulls(value) for key, value in content.items()}
     if isinstance(content, LongLine):
         raise RowRejected(LINE_TOO_LONG, f"a line of {content.num_bytes} bytes")
     if not content.strip():
@@ -147,6 +162,13 @@ def _object_of(content: bytes | LongLine | dict[str, object]) -> dict[str, objec
     return value
 
 
+def _without_nulls(value: object) -> object:
+    """A table's value without the keys that its other rows have and it has not."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _json_error(content: bytes, error: orjson.JSONDecodeError) -> RowRejected:
     """Tell broken UTF-8 and half surrogate pairs from other broken JSON."""
     try:
@@ -158,6 +180,31 @@ def _json_error(content: bytes, error: orjson.JSONDecodeError) -> RowRejected:
     except orjson.JSONDecodeError:
         return RowRejected(BAD_JSON, str(error))
     return RowRejected(LONE_SURROGATE, str(error))
+
+
+def references_of(form: str, columns: Mapping[str, str], row: Mapping[str, object]) -> list[str]:
+    """All the responses of a row that has a list of them; else empty.
+
+    >>> references_of("alpaca", {"output": "output"}, {"output": ["Hi.", "Hello."]})
+    ['Hi.', 'Hello.']
+    """
+    for field in form_named(form).fields:
+        value = row.get(columns.get(field.name, field.name)) if field.role == "response" else None
+        if isinstance(value, list):
+            return value if all(isinstance(text, str) for text in value) else []
+    return []
+
+
+def _first_reference(
+    form: Form, columns: Mapping[str, str], row: Mapping[str, object], unused: dict[str, int]
+) -> Mapping[str, object]:
+    """The row with the first of several responses alone, which is learnt."""
+    for field in form.fields:
+        value = row.get(columns[field.name])
+        if field.role == "response" and isinstance(value, list) and value:
+            _count(unused, "row", [f"{columns[field.name]}[1:]"] * (len(value) - 1))
+            return {**row, columns[field.name]: value[0]}
+    return row
 
 
 def _parts_of(
@@ -183,8 +230,9 @@ def _chat(value: object, column: str, row: Mapping[str, object], unused: dict[st
     """Parts of a chat row that hold text, and what they do not say."""
     if not isinstance(value, list):
         raise RowRejected(BAD_TYPE, f'field "{column}" is {_kind(value)}, not a list')
-    _count(unused, "row", [key for key in row if row[key] is not None and key not in (column, TOOLS)])
+    _count(unused, "row", [key for key in row if row[key] is not None and key not in (column, *ROW_KEYS)])
     parts: list[Part] = []
+    value = [*_system_turn(row, value), *value]
     messages = [_message(message, f'"{column}"[{at}]', parts, unused) for at, message in enumerate(value)]
     tools = _tools(row.get(TOOLS))
     plain = all(list(m) == ["role", "content"] and m["content"] != "" for m in messages)
@@ -193,13 +241,42 @@ def _chat(value: object, column: str, row: Mapping[str, object], unused: dict[st
     return parts, json.dumps({"messages": messages} | ({"tools": tools} if tools else {}), ensure_ascii=False)
 
 
+def _system_turn(row: Mapping[str, object], messages: Sequence[object]) -> list[object]:
+    """The system turn that stands beside the messages."""
+    found = [key for key in SYSTEM_KEYS if row.get(key)]
+    if found and any(isinstance(m, dict) and "system" in (m.get("role"), m.get("from")) for m in messages):
+        raise RowRejected(BAD_TYPE, f'"{found[0]}" stands beside a system turn in the messages')
+    return [{"role": "system", "content": row[key]} for key in found[:1]]
+
+
+def _renamed(message: Mapping[str, object], where: str) -> dict[str, object]:
+    """A message with the keys and roles of OpenAI's files, whatever its own file calls them."""
+    found = {OTHER_KEYS[k] if OTHER_KEYS.get(k, k) not in message else k: value for k, value in message.items()}
+    role = found.get("role")
+    if isinstance(role, str):
+        found["role"] = OTHER_ROLES.get(role, role)
+    if role == FUNCTION_CALL:
+        calls = _json(found.pop("content", None), where)
+        found |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return found
+
+
+def _json(value: object, what: str) -> object:
+    """The value, or what its text says as JSON."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.strip() else value
+    except ValueError as error:
+        raise RowRejected(BAD_TYPE, f"{what} is no JSON: {error}") from None
+
+
 def _message(message: object, where: str, parts: list[Part], unused: dict[str, int]) -> dict[str, object]:
     """A message in which a number stands for each text, which is put behind `parts`."""
     if not isinstance(message, dict):
         raise RowRejected(BAD_TYPE, f"{where} is {_kind(message)}, not an object")
+    message = _renamed(message, where)
     said = {key: value for key, value in message.items() if value is not None}
     calls = said.pop("tool_calls", None) or []
-    if "role" not in said or ("content" not in message and not calls):
+    if "role" not in said or ("content" not in message and not calls and said.keys().isdisjoint(REASONING_KEYS)):
         raise RowRejected(MISSING_FIELD, f'{where} has no "{"content" if "role" in said else "role"}"')
     role = _text(said.pop("role"), f"the role of {where}")
     if role not in CHAT_ROLES:
@@ -212,7 +289,9 @@ def _message(message: object, where: str, parts: list[Part], unused: dict[str, i
     if len(set(map(str, reasoning.values()))) > 1:
         raise RowRejected(BAD_TYPE, f"{where} has different {' and '.join(reasoning)}")
     found: dict[str, object] = {"role": role}
-    texts = [(key, REASONING, _text(value, f'"{key}" of {where}')) for key, value in list(reasoning.items())[:1]]
+    texts: list[tuple[str, str, str]] = [
+        (key, REASONING, _text(value, f'"{key}" of {where}')) for key, value in list(reasoning.items())[:1]
+    ]
     if "content" not in said and "content" in message and not calls and not reasoning:
         raise RowRejected(BAD_TYPE, f"the content of {where} is null, not a string")
     if "content" in said:
@@ -245,12 +324,7 @@ def _is_trained(said: dict[str, object], where: str) -> bool:
 
 def _tools(value: object) -> list[object]:
     """The tools of a row: a list, or its JSON."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowRejected(BAD_TYPE, f'"{TOOLS}" is no JSON: {error}') from None
-    return _list(value or [], f'"{TOOLS}"')
+    return _list(_json(value, f'"{TOOLS}"') or [], f'"{TOOLS}"')
 
 
 def _list(value: object, what: str) -> list[object]:

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xkd_schemas.dtypes import AUTO, DtypeName
 from xkd_schemas.errors import InputMissing, UsageError
 
+TemplateName = Literal["auto", "none", "alpaca", "chat"]
+"""auto: chat where the tokenizer has a chat template, none elsewhere."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,7 +59,7 @@ class TeacherSection(_Section):
     model: str = ""
     name: str = ""
     """Name of its table; empty for the model's own name."""
-    template: Literal["none", "alpaca", "chat"] = "chat"
+    template: TemplateName = "auto"
     enable_thinking: bool | None = None
     """Handed to the chat template; None leaves it to the template."""
     max_tokens: int = Field(default=1024, ge=8)
@@ -88,7 +91,7 @@ class StudentSection(_Section):
     """Folder or hub name; empty for the model's own."""
     name: str = ""
     """Name of its table; empty for the tokenizer's own name."""
-    template: Literal["none", "alpaca", "chat"] = "none"
+    template: TemplateName = "auto"
     enable_thinking: bool | None = None
     """Handed to the chat template; None leaves it to the template."""
     max_tokens: int = Field(default=1024, ge=8)
@@ -139,6 +142,18 @@ class RunFile(_Section):
     train: TrainSection = TrainSection()
     losses: dict[str, dict[str, Any]] = {}
     """Settings of single losses, checked by the loss: `[losses.mta] hid = "off"`."""
+
+
+def default_of(key: str) -> str:
+    """What `section.key` is where nobody sets it, for the help of a flag.
+
+    >>> default_of("teacher.losses"), default_of("train.lr"), default_of("cache")
+    ('mta,sra,dwa', '0.0005', 'cache')
+    """
+    value: Any = RunFile()
+    for part in key.split("."):
+        value = getattr(value, part)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def load_runfile(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:

@@ -6,11 +6,12 @@ document's roles to pieces: glue, or one segment. It never sees the text of a se
     none     nothing but the segments
     alpaca   the prompt of Stanford Alpaca, as MiniLLM and DSKD (arXiv 2406.17328) train with
     chat     the tokenizer's own chat template, which sees the row's messages and is no layout (rendered.py)
+    auto     chat where the tokenizer has one, none elsewhere
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError
@@ -27,6 +28,8 @@ ALPACA_INPUT: Final = "\n\n### Input:\n"
 ALPACA_RESPONSE: Final = "\n\n### Response:\n"
 
 CHAT: Final = "chat"
+AUTO: Final = "auto"
+"""chat where the tokenizer has a chat template, none elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +63,13 @@ def layout(template: str, document: Document) -> Layout:
 def check_template(name: str) -> None:
     """Raise UsageError that lists the known templates where it is none of them."""
     if name not in TEMPLATES:
-        raise UsageError(f"template {name!r} is not known", next=f"--template with one of {', '.join(TEMPLATES)}")
+        known = ", ".join((AUTO, *TEMPLATES))
+        raise UsageError(f"template {name!r} is not known", next=f"--template with one of {known}")
+
+
+def chosen_template(name: str, tokenizer: Any) -> str:
+    """The template that a name stands for with this tokenizer."""
+    return name if name != AUTO else CHAT if tokenizer.chat_template else "none"
 
 
 def _none(document: Document) -> Layout:

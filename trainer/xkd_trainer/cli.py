@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from xkd_schemas.errors import UsageError
+from xkd_schemas.flag_defaults import with_defaults
 from xkd_schemas.forms import columns_of
 from xkd_schemas.runfile import load_runfile, toml_text
 from xkd_schemas.terminal import run as run_app
@@ -85,7 +86,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Held-out rows: a file, folder, address or data set name.")],
     form: Annotated[str, typer.Option(help="auto, prompt_response, alpaca, messages or text.")] = "auto",
     column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN of the rows; repeatable.")] = None,
-    template: Annotated[str | None, typer.Option(help="none, alpaca or chat; as trained unless given.")] = None,
+    template: Annotated[str | None, typer.Option(help="auto, none, alpaca or chat.")] = None,
     enable_thinking: Annotated[
         str | None, typer.Option(metavar="true|false", help="For the chat template; as trained unless given.")
     ] = None,
@@ -161,4 +162,4 @@ def losses(as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    run_app("xkd-train", app)
+    run_app("xkd-train", with_defaults(app))

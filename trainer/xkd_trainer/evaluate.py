@@ -22,7 +22,7 @@ from xkd_schemas.errors import BadData, Mismatch, UsageError
 from xkd_schemas.forms import AUTO as FORM_AUTO
 from xkd_schemas.held import held_out_documents
 from xkd_schemas.progress import Progress
-from xkd_schemas.templates import CHAT
+from xkd_schemas.templates import CHAT, chosen_template
 from xkd_schemas.tokenizers import identity
 from xkd_schemas.tokens import OK, Tokens
 from xkd_trainer.batch import Batch
@@ -49,7 +49,7 @@ class Request:
     columns: Mapping[str, str] = field(default_factory=dict)
     """Field of the form to column of the rows."""
     template: str | None = None
-    """none, alpaca or chat; None is the one the student was trained with."""
+    """auto, none, alpaca or chat; None is the one the student was trained with, auto if it was not trained here."""
     enable_thinking: bool | None = None
     """Handed to the chat template; None is as the student was trained."""
     shards: Path | None = None
@@ -76,9 +76,9 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     """
     name = str(request.student)
     check_model_name(name)
-    documents, rejected = held_out_documents(request.data, request.form, request.columns)
+    documents, rejected, references = held_out_documents(request.data, request.form, request.columns)
     tokenizer = load_tokenizer(name)
-    template = request.template or template_of(Path(name))
+    template = chosen_template(request.template or template_of(Path(name)), tokenizer)
     thinking = thinking_of(Path(name)) if request.enable_thinking is None else request.enable_thinking
     encoder = Encoder(
         tokenizer=tokenizer, template=template, max_tokens=request.max_tokens,
@@ -106,7 +106,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
         result |= agreement(model, tokenizer, request.shards, {d.doc_id for d in documents})
     if request.rouge:
         chosen = pairs[: request.limit] if request.limit else pairs
-        result |= rouge_l(model, tokenizer, chosen, request)
+        result |= rouge_l(model, tokenizer, chosen, request, references)
     return result
 
 
@@ -182,26 +182,34 @@ def _agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple
 
 
 def rouge_l(
-    model: PreTrainedModel, tokenizer: Any, pairs: Sequence[tuple[Document, Tokens]], request: Request
+    model: PreTrainedModel,
+    tokenizer: Any,
+    pairs: Sequence[tuple[Document, Tokens]],
+    request: Request,
+    several: Mapping[int, Sequence[str]],
 ) -> dict[str, float]:
     """ROUGE-L F1 (rouge-score, with stemming) of sampled responses to the first target, in percent.
 
     Temperature 1, top-p 1, one run per seed; mean, standard deviation and largest over seeds. Prompts are
-    padded on the left, so that every response starts right after its prompt.
+    padded on the left, so that every response starts right after its prompt. Where a row has `several` references,
+    here by its line, the best counts.
     """
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     prompts, references = [], []
     for document, tokens in pairs:
         prompts.append(tokens.ids[: int(np.flatnonzero(tokens.targets)[0])])
         segment = next(s for s in document.segments if s.target)
-        references.append(document.text[segment.start : segment.end])
+        references.append(several.get(document.line) or [document.text[segment.start : segment.end]])
     means = []
     ends = turn_ends(model, tokenizer, learnt_ends((t.ids, t.kinds, t.targets) for _, t in pairs))
     longest = request.max_new_tokens
     for number, seed in enumerate(request.seeds, start=1):
         with Progress(f"generate, seed {number} of {len(request.seeds)}", len(prompts), of="responses"):
             responses = generate(model, tokenizer, prompts, seed=seed, ends=ends, max_new_tokens=longest)
-        scores = [scorer.score(r, said)["rougeL"].fmeasure for r, said in zip(references, responses, strict=True)]
+        scores = [
+            max(scorer.score(one, said)["rougeL"].fmeasure for one in own)
+            for own, said in zip(references, responses, strict=True)
+        ]
         means.append(100.0 * float(np.mean(scores)))
     return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means)), "rouge_l_max": max(means)}
 

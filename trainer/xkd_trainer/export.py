@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from xkd_schemas.errors import BadData
 from xkd_schemas.files import disk_errors, replace, saved_folder, sha256_of
 from xkd_schemas.manifest import OWN, digest
+from xkd_schemas.templates import AUTO
 from xkd_trainer.tensor_files import tensor_errors
 
 PROVENANCE = "xkd.json"
@@ -118,8 +119,8 @@ def _names_run(path: Path, fingerprint: Mapping[str, Any]) -> bool:
 
 
 def template_of(folder: Path) -> str:
-    """The template a student was trained with; "none" for a folder that was not made here."""
-    return str(_run_of(folder).get("template", "none"))
+    """The template a student was trained with; "auto" for a folder that was not made here."""
+    return str(_run_of(folder).get("template", AUTO))
 
 
 def thinking_of(folder: Path) -> bool | None:

@@ -16,6 +16,7 @@ from xkd_schemas.files import inside
 from xkd_schemas.manifest import Plan, read_record
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.table import names_in
+from xkd_schemas.templates import AUTO
 from xkd_schemas.terminal import note, say
 from xkd_trainer.cache import find_student
 
@@ -76,7 +77,8 @@ def align_command(run: RunFile, name: str) -> list[str]:
     """
     student = run.student
     command = ["xkd-cache", "align", run.cache, "--student", student.tokenizer or student.model]
-    command += ["--template", student.template, "--max-tokens", str(student.max_tokens)]
+    command += [] if student.template == AUTO else ["--template", student.template]
+    command += ["--max-tokens", str(student.max_tokens)]
     thinking = student.enable_thinking
     command += [] if thinking is None else ["--enable-thinking", str(thinking).lower()]
     command += ["--name", name or student.name] if name or student.name else []

@@ -1,5 +1,6 @@
 """From a run file to what a run needs: cache, student, losses. What can be refused is refused here."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from xkd_schemas.errors import UsageError
+from xkd_schemas.encode import reading_of
+from xkd_schemas.errors import Mismatch, UsageError
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.teacher import Signal
+from xkd_schemas.templates import AUTO
 from xkd_schemas.terminal import warn
 from xkd_schemas.tokenizers import identity
 from xkd_trainer.cache import Cache, layers_of
@@ -21,6 +24,7 @@ from xkd_trainer.head import check_model, head_of
 from xkd_trainer.methods import loss_named
 from xkd_trainer.methods.declaration import Context, Levels, Projectors, constant_head
 from xkd_trainer.methods.weights import parse_loss
+from xkd_trainer.missing import align_command
 from xkd_trainer.missing import student_table as find_table
 from xkd_trainer.models import load_model, load_tokenizer, new_model
 from xkd_trainer.union import CacheUnion, Shards, parse_shards
@@ -90,6 +94,7 @@ def set_up(run: RunFile, student_table: str, *, on_missing: str = "fail", quiet:
         table = find_table(of_root, fingerprint, student_table, on_missing=on_missing, quiet=quiet)
         caches.append(cache := Cache(shards.root, student=table))
         cache.check_tokenizer(fingerprint)
+        _check_template(of_root, cache)
         if cache.not_used:
             root = shards.root
             warn(f"{cache.not_used} documents added to {root} are not used: xkd-cache add {root} takes them in")
@@ -106,6 +111,19 @@ def set_up(run: RunFile, student_table: str, *, on_missing: str = "fail", quiet:
     wanted = frozenset(signal for signals in needs.values() for signal in signals)
     distiller = Distiller(student, losses, weights, _projectors(run, losses))
     return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted)
+
+
+def _check_template(run: RunFile, cache: Cache) -> None:
+    """Refuse a table whose template is not the one that the run names; auto takes what the table has."""
+    encoder, student = reading_of(cache.students.manifest.spec["encoder"]), run.student
+    asked = {"template": student.template, "enable_thinking": student.enable_thinking}
+    wrong = [key for key, value in asked.items() if value not in (AUTO, None, encoder[key])]
+    if wrong:
+        raise Mismatch(
+            f"{cache.students.folder} was made with {wrong[0]}={encoder[wrong[0]]}, this run says {asked[wrong[0]]}",
+            kept="the cache as it is",
+            next=f"leave student.{wrong[0]} out, or {shlex.join(align_command(run, 'NEW_NAME'))}",
+        )
 
 
 def _projectors(run: RunFile, losses: Mapping[str, nn.Module]) -> dict[str, Projectors]:

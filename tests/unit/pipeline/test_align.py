@@ -13,12 +13,14 @@ from normalising_tokenizers import normalising
 from small_cache import made
 from xkd_pipeline.documents import document_at
 from xkd_pipeline.report import gather
+from xkd_pipeline.sample import encoder_for
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, teacher_stage
 from xkd_pipeline.whole_units import tokens_at
 from xkd_schemas.alignment import align, exact_pairs, token_ranges
 from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.table import Row, Table
+from xkd_trainer.setup import set_up
 
 
 def stage(cache: Path, *, teacher: str = "T", **student: object) -> Outcome:
@@ -260,3 +262,29 @@ def test_without_normalised_text_nothing_is_counted() -> None:
 
     assert not {name for commit in manifest.commits for name in commit.counts if name.startswith("extended")}
     assert "extended" not in stage(made() / "cache").line
+
+
+def test_unless_one_is_named_the_template_is_chat_where_the_tokenizer_has_one_and_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, said = small_cache.copied(tmp_path), list[str]()
+    teacher = {"model": str(made() / "teacher"), "name": "new", "losses": [], "template": "auto"}
+    teacher_stage(small_cache.run_file(cache, teacher=teacher), small_cache.IN_PROCESS, said.append)
+    chat = stage(cache, name="chat", tokenizer=str(made() / "teacher"))
+
+    assert "template: chat" in said
+    assert "template chat, " in chat.line
+    assert "template none, " in stage(cache, name="bare").line
+    tables = ("teachers/new", "students/chat", "students/bare")
+    assert [Table(cache, n).manifest.constants["template"] for n in tables] == ["chat", "chat", "none"]
+    run = small_cache.run_file(cache, teacher={"template": "auto"})
+    encoders = encoder_for(str(made() / "teacher"), run.teacher), encoder_for(str(made() / "student"), run.student)
+    assert [encoder.template for encoder in encoders] == ["chat", "none"]
+
+
+def test_a_run_that_names_another_template_than_its_table_has_is_refused() -> None:
+    student = {"model": "new:llama,layers=1,width=32", "tokenizer": str(made() / "student"), "template": "alpaca"}
+    run = small_cache.run_file(made() / "cache", student=student)
+
+    with pytest.raises(Mismatch, match=r"students/S was made with template=none, this run says alpaca.*--template"):
+        set_up(run, "")

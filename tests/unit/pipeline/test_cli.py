@@ -97,7 +97,7 @@ def test_the_three_commands_make_the_tables_and_say_so(xkd_cache: Cache, corpus:
     flags = ["--for", "sra,dwa", "--name", "A", "--dtype", "fp32", "--max-tokens", 99, "--template", "none"]
     code, out, _ = xkd_cache("teacher", cache, "--model", made() / "teacher", *flags)
     assert code == 0
-    assert [line.split(": ")[0] for line in out.splitlines()] == ["dtype", "teachers/A"]
+    assert [line.split(": ")[0] for line in out.splitlines()] == ["template", "dtype", "teachers/A"]
 
     code, out, _ = xkd_cache("align", cache, "--student", made() / "student", "--name", "B", "--template", "alpaca")
     assert (code, out.count("\n")) == (0, 1)
@@ -179,6 +179,7 @@ def test_preprocess_runs_the_three_stages_of_a_run_file_and_reuses_them(
     assert code == 0
     assert [line.split(":")[0] for line in out.splitlines()[2:]] == [
         "documents",
+        "template",
         "dtype",
         "teachers/teacher",
         "students/student",

@@ -3,9 +3,12 @@ import gzip
 import json
 import os
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -311,27 +314,109 @@ def test_only_the_needed_columns_of_a_table_are_read(tmp_path: Path) -> None:
     assert list(source.rows()) == [RawRow(line=1, content={"text": "a"})]
 
 
-def test_a_name_that_is_neither_here_nor_on_the_hub_says_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise ConnectionError("Couldn't reach 'no/such' on the Hub")
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet", "-file.arrow"])
+def test_tools_and_system_turn_beside_the_messages_are_read_from_tables_too(tmp_path: Path, kind: str) -> None:
+    call = {"function": {"name": "add", "arguments": {"x": 1}}}
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": calls}],
+         "tools": [{"name": "add"}], "system": "s", "source": "x"}
+        for calls in ([call], [{"function": {"name": "sub", "arguments": {"y": 1}}}])
+    ]  # fmt: skip
+    source = open_source(str(write(tmp_path, kind, rows)), columns={})
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    documents, rejected = read_documents("a", source.form, source.columns, list(source.rows()))
+
+    assert not rejected
+    assert documents[0].text == 'sab{"name": "add", "arguments": {"x": 1}}'
+    assert json.loads(documents[0].messages)["tools"] == [{"name": "add"}]
+
+
+def hub_of(monkeypatch: pytest.MonkeyPatch, rows: Callable[[], Iterator[object]]) -> list[tuple[object, ...]]:
+    """A hub on which every data set streams these rows; what it was asked for."""
+    asked: list[tuple[object, ...]] = []
+
+    def commit(_: object, name: str, *, revision: str | None = None) -> SimpleNamespace:
+        asked.append((name, revision))
+        return SimpleNamespace(sha=f"commit-of-{revision}")
+
+    def load(name: str, subset: str | None, *, split: str, revision: str, streaming: bool) -> datasets.IterableDataset:
+        asked.append((name, subset, split, revision, streaming))
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", commit)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub_says_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OtherError(Exception): ...
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OtherError("Couldn't reach 'no/such' on the Hub")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
 
     with pytest.raises(InputMissing, match=r"no/such:dev: there is no such file or folder here, and the hub .* reach"):
         open_source("no/such:dev", columns={})
 
 
-def test_a_data_set_from_the_hub_is_read_by_its_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = {"a/b": datasets.Dataset.from_list(ROWS)}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: stored[name] if split == "train" else None)
-    source = open_source("a/b", columns={})
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("a/b", ("a/b", None, "train", "commit-of-None", True)),
+        ("a/b:dev", ("a/b", None, "dev", "commit-of-None", True)),
+        ("a/b:main:dev", ("a/b", "main", "dev", "commit-of-None", True)),
+        ("b@v1.0", ("b", None, "train", "commit-of-v1.0", True)),
+        ("a/b@v1:sub-set:dev", ("a/b", "sub-set", "dev", "commit-of-v1", True)),
+    ],
+)
+def test_revision_subset_and_split_of_a_data_set_are_named_and_its_commit_is_pinned(
+    monkeypatch: pytest.MonkeyPatch, name: str, wanted: tuple[object, ...]
+) -> None:
+    asked = hub_of(monkeypatch, lambda: iter(ROWS))
+
+    source = open_source(name, columns={})
 
     assert objects(source, 20) == list(enumerate(ROWS, 1))[20:]
-    assert source.digest == stored["a/b"]._fingerprint
-    assert "split train from the hub" in source.describe()
-    stored["a/b"] = datasets.Dataset.from_list(ROWS[1:])
-    with pytest.raises(Mismatch, match="the data set was"):
-        list(source.rows())
+    assert set(asked[1:]) == {wanted}
+    assert f"split {wanted[2]} from the hub, streamed, at commit {wanted[3]}" in source.describe()
+    assert (
+        len({source.digest, open_source("other", columns={}).digest, open_source("a/b:x:y", columns={}).digest}) == 3
+    )
+
+
+def test_a_subset_that_is_not_named_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_subset() -> Iterator[object]:
+        raise ValueError("Config name is missing. Please pick one among the available configs: ['x', 'y']")
+        yield
+
+    hub_of(monkeypatch, without_subset)
+
+    with pytest.raises(UsageError, match=r"'x', 'y'.*NAME@REVISION:SUBSET:SPLIT"):
+        open_source("a/b", columns={})
+
+
+def test_no_more_than_a_few_rows_of_a_data_set_on_the_hub_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: set[int] = set()
+    most = 0
+
+    class Text(str):
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    def rows() -> Iterator[dict[str, str]]:
+        nonlocal most
+        for number in range(3000):
+            text = Text(number)
+            alive.add(id(text))
+            most = max(most, len(alive))
+            yield {"text": text}
+
+    hub_of(monkeypatch, rows)
+    source = open_source("a/b", columns={})
+
+    assert source.num_rows == sum(1 for _ in source.rows()) == 3000
+    assert most < 200
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

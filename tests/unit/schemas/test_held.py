@@ -16,7 +16,7 @@ ROWS = [{"prompt": "Who?", "response": "The keeper."}, {"prompt": "Where?", "res
 def test_rows_come_in_order_and_unusable_ones_are_counted(tmp_path: Path) -> None:
     path = small_cache.write_rows(tmp_path / "dev.jsonl", [ROWS[0], "{broken", {"prompt": "x"}, ROWS[1]])
 
-    documents, rejected = held_out_documents(path)
+    documents, rejected, _ = held_out_documents(path)
 
     assert [(d.text, d.line, d.source) for d in documents] == [
         ("Who?The keeper.", 1, "dev.jsonl"),
@@ -25,10 +25,18 @@ def test_rows_come_in_order_and_unusable_ones_are_counted(tmp_path: Path) -> Non
     assert [row.line for row in rejected] == [2, 3]
 
 
+def test_all_references_of_a_row_are_given_by_its_line(tmp_path: Path) -> None:
+    several = {"prompt": "Why?", "response": ["Duty.", "A lamp."]}
+
+    documents, _, references = held_out_documents(small_cache.write_rows(tmp_path / "dev.jsonl", [ROWS[0], several]))
+
+    assert (documents[1].text, references) == ("Why?Duty.", {2: ["Duty.", "A lamp."]})
+
+
 def test_blank_lines_at_the_end_are_no_rows(tmp_path: Path) -> None:
     path = small_cache.write_rows(tmp_path / "dev.jsonl", [*ROWS, "", "  ", ""])
 
-    documents, rejected = held_out_documents(path)
+    documents, rejected, _ = held_out_documents(path)
 
     assert (len(documents), rejected) == (2, [])
 
@@ -37,7 +45,7 @@ def test_a_compressed_file_gives_the_same_documents(tmp_path: Path) -> None:
     plain = small_cache.write_rows(tmp_path / "dev.jsonl", ROWS)
     (tmp_path / "dev.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
 
-    packed, _ = held_out_documents(tmp_path / "dev.jsonl.gz")
+    packed, *_ = held_out_documents(tmp_path / "dev.jsonl.gz")
 
     assert [d.doc_id for d in packed] == [d.doc_id for d in held_out_documents(plain)[0]]
 

@@ -195,13 +195,8 @@ def test_enable_thinking_reaches_the_template_and_is_part_of_the_identity() -> N
     on, off, unset = (encoder_of("byte_level", "qwen3", value) for value in (True, False, None))
 
     assert [e.identity()["chat"]["enable_thinking"] for e in (on, off, unset)] == [True, False, None]
-    assert (
-        drawn(on, row_of("plain")).endswith("assistant\n[<think>~\n~\n~</think>~\n\n~Nobody knew.<|im_end|>]") or True
-    )
-    assert (
-        off.encode(document_of_row(row_of("plain"))).targets.sum()
-        < on.encode(document_of_row(row_of("plain"))).targets.sum()
-    )
+    assert drawn(on, row_of("plain")).endswith("assistant\n[<think>\n\n</think>\n\nNobody knew.<|im_end|>]")
+    assert drawn(off, row_of("plain")).endswith("assistant\n<think>\n\n</think>\n\n[Nobody knew.<|im_end|>]")
 
 
 def test_a_cut_row_is_the_beginning_of_the_whole_one() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from xkd_schemas.conversation import conversation
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError
-from xkd_schemas.forms import FORMS
+from xkd_schemas.forms import FORMS, choose_form
 from xkd_schemas.lines import LongLine
 from xkd_schemas.rows import RawRow, RejectedRow, read_documents
 
@@ -255,3 +255,56 @@ def test_the_segments_of_a_turn_with_reasoning_and_calls_are_targets_of_their_ow
     filled = conversation(document, document.text)
     assert filled.tools == [{"name": "add"}]
     assert filled.messages == [{k: v for k, v in t.items() if k not in ("weight", "train")} for t in turns]
+
+
+def test_sharegpt_and_mistral_rows_are_the_messages_that_openai_would_write() -> None:
+    calls = [{"function": {"name": "add", "arguments": {"x": 1}}}]
+    wanted = {
+        "messages": [
+            {"role": "system", "content": "s"}, {"role": "user", "content": "a"},
+            {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "b"},
+        ],
+        "tools": [{"name": "add"}],
+    }  # fmt: skip
+    sharegpt = {
+        "conversations": [
+            {"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(calls)},
+            {"from": "observation", "value": "2"}, {"from": "gpt", "value": "b"},
+        ],
+        "system": "s", "tools": json.dumps(wanted["tools"]), "id": "x",
+    }  # fmt: skip
+    mistral = {"interactions": wanted["messages"][1:], "system_prompt": "s", "tools": wanted["tools"]}
+    (document,), _ = read("messages", wanted)
+
+    for row, unused in ((sharegpt, {"row.id": 1}), (mistral, {})):
+        form, columns, _ = choose_form("a", "auto", {}, [row])
+        counts: dict[str, int] = {}
+        raw = RawRow(line=1, content=json.dumps(row).encode())
+        assert read_documents("a.jsonl", form, columns, [raw], unused=counts) == ([document], [])
+        assert counts == unused
+
+
+def test_a_system_turn_twice_is_refused_and_so_is_a_call_that_is_no_json() -> None:
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    called = [{"from": "human", "value": "a"}, {"from": "function_call", "value": "add(1)"}]
+
+    _, rejected = read("messages", {"messages": turns, "system": "t"}, {"messages": called})
+
+    assert ["stands beside a system turn" in rejected[0].detail, "is no JSON" in rejected[1].detail] == [True, True]
+
+
+def test_of_several_references_the_first_is_learnt_and_the_others_are_counted() -> None:
+    unused: dict[str, int] = {}
+    rows = [{"instruction": "Go.", "input": "", "output": ["No.", "Never."]}, {"instruction": "Go.", "output": [3]}]
+    raw = [RawRow(line=n, content=json.dumps(row).encode()) for n, row in enumerate(rows)]
+
+    (document,), rejected = read_documents("a", choose_form("a", "auto", {}, rows)[0], {}, raw, unused=unused)
+
+    assert parts(document)[-1] == ("response", "No.", True)
+    assert unused == {"row.output[1:]": 1}
+    assert [r.reason for r in rejected] == ["bad_type"]

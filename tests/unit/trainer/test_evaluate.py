@@ -45,7 +45,7 @@ def held_file(folder: Path, pairs: Sequence[tuple[str, str]] = HELD) -> Path:
 
 
 def encoded(tokenizer: Any, folder: Path) -> Pairs:
-    documents, _ = held_out_documents(held_file(folder))
+    documents, *_ = held_out_documents(held_file(folder))
     encoder = Encoder(tokenizer=tokenizer, template="none", max_tokens=512)
     return list(zip(documents, encoder.encode_batch(documents), strict=True))
 
@@ -99,7 +99,7 @@ def test_losses_and_responses_are_counted_as_they_come(tmp_path: Path, monkeypat
     pairs = encoded(tokenizer, tmp_path)
 
     bits_per_byte(model, pairs)
-    rouge_l(model, tokenizer, pairs, Request(student="", data=tmp_path, seeds=(1,), max_new_tokens=2))
+    rouge_l(model, tokenizer, pairs, Request(student="", data=tmp_path, seeds=(1,), max_new_tokens=2), {})
     said = [line.partition(", 0:0")[0] for line in capsys.readouterr().err.splitlines()]
 
     assert said == [
@@ -262,11 +262,22 @@ def test_rouge_l_is_the_mean_deviation_and_best_over_seeds(tmp_path: Path, monke
     monkeypatch.setattr(evaluate, "generate", lambda *_, seed, **__: said[seed])
     request = Request(student="x", data=Path("x"), seeds=(1, 2, 3))
 
-    found = rouge_l(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), pairs, request)
+    found = rouge_l(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), pairs, request, {})
 
     assert found["rouge_l"] == pytest.approx(50.0)
     assert found["rouge_l_std"] == pytest.approx(math.sqrt((50**2 + 50**2) / 3))
     assert found["rouge_l_max"] == pytest.approx(100.0)
+
+
+def test_of_several_references_the_best_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = encoded(tokenizer_of("sentencepiece"), tmp_path)[:1]
+    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: ["entirely other words"])
+    request, line = Request(student="x", data=Path("x"), seeds=(1,)), pairs[0][0].line
+    several = {line: [HELD[0][1], "entirely other words", "no"]}
+
+    found = rouge_l(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), pairs, request, several)
+
+    assert found["rouge_l"] == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
@@ -280,6 +291,22 @@ def test_a_folder_is_measured_from_rows_to_numbers_also_without_prompts(tmp_path
     assert found["bits_per_byte"] > 0
     assert 0 <= found["rouge_l"] <= found["rouge_l_max"] <= 100
     assert "agreement" not in found
+
+
+def test_a_foreign_student_is_read_with_its_own_chat_template_and_refused_before_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
+    tokenizer = tiny.fresh("byte_level")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    assert evaluate_student(Request(student=folder, data=held_file(tmp_path), rouge=False))["template"] == "chat"
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(evaluate, "load_model", None)
+
+    with pytest.raises(UsageError, match="the chat template refuses the turns user, assistant: no"):
+        evaluate_student(Request(student=folder, data=held_file(tmp_path), rouge=False))
 
 
 def test_rows_that_cannot_be_used_are_counted_and_only_unusable_rows_are_an_error(tmp_path: Path) -> None:
