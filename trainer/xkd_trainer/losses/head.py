@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xkd_trainer.losses.chunked import chunked
-from xkd_trainer.losses.head_pass import Divergence, Side, Sums, joint_sum
+from xkd_trainer.losses.head_pass import Wish, joint_sum
 from xkd_trainer.losses.head_rows import Comparison as Comparison
 from xkd_trainer.losses.lazy_logits import CHUNK_BYTES as CHUNK_BYTES
 from xkd_trainer.losses.lazy_logits import LazyLogits as LazyLogits
@@ -77,8 +77,7 @@ def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
     """
 
     everywhere = torch.ones_like(target_N, dtype=torch.bool)
-    wanted = Sums(factors_K=_one(logits), own_terms=[0])
-    return joint_sum(logits, target_N, everywhere, wanted, rows_at_once(logits))[0]
+    return joint_sum(logits, target_N, everywhere, [Wish()], _one(logits), rows_at_once(logits))[0]
 
 
 def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor | None, how: Comparison) -> Tensor:
@@ -103,10 +102,9 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
         Scalar with gradient by the student's states, and by its head where that requires one. 0 where N is 0.
     """
     weights_N1 = None if weights_N is None else weights_N.detach()[:, None]
-    compared = Divergence(number=0, how=how, weights_M1=weights_N1)
-    wanted = Sums(factors_K=_one(student), sides=[Side(logits=teacher.detached(), divergences=[compared])])
+    wish = Wish(other=teacher.detached(), how=how, weights_M1=weights_N1)
     nowhere_N = torch.zeros(student.hidden.shape[0], dtype=torch.int64, device=student.hidden.device)
-    return joint_sum(student, nowhere_N, nowhere_N == 0, wanted, rows_at_once(student))[0]
+    return joint_sum(student, nowhere_N, nowhere_N == 0, [wish], _one(student), rows_at_once(student))[0]
 
 
 def _one(logits: LazyLogits) -> Tensor:

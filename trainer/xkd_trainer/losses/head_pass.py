@@ -42,39 +42,18 @@ Both at temperature 1, without gradient, 0 where not valid. A document's weights
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Divergence:
-    """Of the student from a side."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Wish:
+    """One sum over the valid positions."""
 
-    number: int
-    """Of the sum."""
-    how: Comparison
+    other: LazyLogits | None = None
+    """Logits at the same positions; None: the wish is about the student's own alone."""
+    how: Comparison | None = None
+    """The divergence of the student from `other`; None: a cross-entropy."""
     weigh: Weigh | None = None
     weights_M1: Tensor | None = None
     """Constants instead of `weigh`, [M, 1]; without both, 1."""
     classes: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Side:
-    """Other logits at the student's positions [M, E], and the sums they take part in."""
-
-    logits: LazyLogits
-    divergences: Sequence[Divergence] = ()
-    cross_entropies: Sequence[int] = ()
-    """Numbers of the sums."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sums:
-    """What a pass adds up."""
-
-    factors_K: Tensor
-    """Of each sum in the scalar that is returned; constants."""
-    own_terms: Sequence[int] = ()
-    """Sums that are the cross-entropy of the student's own logits."""
-    sides: Sequence[Side] = ()
-    """Every other sum is in one of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,54 +78,68 @@ def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
         first = last
 
 
-def joint_sum(own: LazyLogits, target_M: Tensor, valid_BN: Tensor, wanted: Sums, size: int) -> tuple[Tensor, Tensor]:
-    """Sum over k of factor times sum k, and the sums.
+def joint_sum(
+    own: LazyLogits, target_M: Tensor, valid_BN: Tensor, wishes: Sequence[Wish], factors_K: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Sum over k of factor times wish k, and the wishes' sums.
 
     Args:
         own: The student's, [M, D].
         target_M: int64; read for cross-entropies.
         valid_BN: Bool, True at the M positions; any leading shape where nothing is weighed by documents.
-        wanted: The sums.
+        wishes: Of one and the same `other`, [M, E], the logits are made once.
+        factors_K: Constants.
         size: Positions of a chunk, at least 1.
 
     Returns:
-        Scalar with gradient by the states and head of `own`, and by the states of every side with a cross-entropy;
+        Scalar with gradient by the states and head of `own`, and by the states of every other with a cross-entropy;
         [K] without.
     """
+    others = list({id(wish.other): wish.other for wish in wishes if wish.other is not None}.values())
+    place_of = {id(other): place for place, other in enumerate(others, 1)}
+    placed = [(place_of.get(id(wish.other), 0), wish) for wish in wishes]
 
     def make(learns: Sequence[bool], inputs: Sequence[Any]) -> Made:
-        sides = [
-            replace(side, logits=replace(side.logits.detached(), hidden=hidden_MD))
-            for side, hidden_MD in zip(wanted.sides, inputs[3:], strict=True)
-        ]
         given = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
-        return _Pass(given, target_M, replace(wanted, sides=sides), learns).run(valid_BN, size)
+        constant = [replace(other.detached(), hidden=hidden) for other, hidden in zip(others, inputs[3:], strict=True)]
+        return _Pass([given, *constant], target_M, placed, factors_K, learns).run(valid_BN, size)
 
-    return made_at_once(make, own.hidden, own.weight, own.bias, *(side.logits.hidden for side in wanted.sides))
+    return made_at_once(make, own.hidden, own.weight, own.bias, *(other.hidden for other in others))
 
 
 class _Pass:
-    """The work of one call."""
+    """The work of one call. Place 0 is the student's own logits, the others follow."""
 
-    def __init__(self, own: LazyLogits, target_M: Tensor, wanted: Sums, learns: Sequence[bool]) -> None:
-        self.target_M, self.own_terms, self.sides = target_M, wanted.own_terms, wanted.sides
-        compared = [d for side in self.sides for d in side.divergences]
-        self.weighed = [
-            (number, d.number, d.weigh) for number, side in enumerate(self.sides) for d in side.divergences if d.weigh
+    def __init__(
+        self,
+        logits: Sequence[LazyLogits],
+        target_M: Tensor,
+        placed: Sequence[tuple[int, Wish]],
+        factors_K: Tensor,
+        learns: Sequence[bool],
+    ) -> None:
+        self.logits, self.target_M = logits, target_M
+        self.cross_entropies = [
+            [k for k, (at, wish) in enumerate(placed) if at == place and wish.how is None]
+            for place in range(len(logits))
         ]
-        self.logits = [own, *(side.logits for side in self.sides)]
-        self.scratch = scratch_for(own.weight)
-        self.needs_own = bool(self.own_terms or compared)
-        self.in_place = not self.own_terms and len(compared) == 1 and compared[0].classes in (None, len(own.weight))
+        self.compared = [(k, at, wish, wish.how) for k, (at, wish) in enumerate(placed) if wish.how is not None]
+        self.weighed = [(k, at, wish.weigh) for k, at, wish, _ in self.compared if wish.weigh]
+        own, self.scratch = logits[0], scratch_for(logits[0].weight)
+        self.needs_own = bool(self.cross_entropies[0] or self.compared)
+        whole = {wish.classes for _, _, wish, _ in self.compared} <= {None, len(own.weight)}
+        self.in_place = not self.cross_entropies[0] and len(self.compared) == 1 and whole
         wide = at_least_float32(own.weight.new_empty(0))
-        self.factors_K = wanted.factors_K.detach().to(wide)
+        self.factors_K = factors_K.detach().to(wide)
         self.sums_K = torch.zeros_like(self.factors_K)
         ones_M1 = wide.new_ones(len(target_M), 1)
-        self.weights = {d.number: ones_M1 if d.weights_M1 is None else d.weights_M1.to(wide) for d in compared}
-        self.weights |= {number: wide.new_empty(len(target_M), 1) for _, number, _ in self.weighed}
+        self.weights = {
+            k: ones_M1 if wish.weights_M1 is None else wish.weights_M1.to(wide) for k, _, wish, _ in self.compared
+        }
+        self.weights |= {k: torch.empty_like(ones_M1) for k, _, _ in self.weighed}
         self.slopes = [HeadSlopes(own, learns[:3] if self.needs_own else (False,) * 3)]
-        for side, side_learns in zip(self.sides, learns[3:], strict=True):
-            self.slopes.append(HeadSlopes(side.logits, (side_learns and bool(side.cross_entropies), False, False)))
+        for other, learn, numbers in zip(logits[1:], learns[3:], self.cross_entropies[1:], strict=True):
+            self.slopes.append(HeadSlopes(other, (learn and bool(numbers), False, False)))
 
     def run(self, valid_BN: Tensor, size: int) -> Made:
         """Unit by unit."""
@@ -178,52 +171,47 @@ class _Pass:
         return self.factors_K @ self.sums_K, self.sums_K, by_input
 
     def _made(self, chunk: slice, memory: Sequence[Chunk]) -> list[Tensor]:
-        """Logits of the student and of every side, [C, V] each; of the student none if nobody reads them."""
+        """Logits of every place, [C, V] each; of the student none if nobody reads them."""
         nothing = slice(0, 0)
-        rows = [chunk if self.needs_own else nothing, *[chunk] * len(self.sides)]
+        rows = [chunk if self.needs_own else nothing, *[chunk] * (len(self.logits) - 1)]
         return [m.of(logits.at(r)) for m, logits, r in zip(memory, self.logits, rows, strict=True)]
 
     def _statistics(self, made: Sequence[Tensor]) -> Tensor:
-        """[1 + sides, C]: entropies of the student, and peaks of the sides, 0 where no weights read them."""
+        """[places, C]: entropies of the student, and peaks of the others, 0 where no weights read them."""
         seen = made[0].new_zeros(len(made), len(made[0]))
         for part in parts(made[0]):
             seen[0, part] = statistics_rows(made[0][part], self.scratch).entropy
-            for number in {number for number, _, _ in self.weighed}:
-                seen[1 + number, part] = statistics_rows(made[1 + number][part], self.scratch).peak
+            for place in {place for _, place, _ in self.weighed}:
+                seen[place, part] = statistics_rows(made[place][part], self.scratch).peak
         return seen
 
     def _weigh(self, unit: Unit, valid_BN: Tensor, seen: Tensor) -> None:
         """Fill in the weights of a unit's positions."""
-        entropy_BN, *peaks = (
-            values_C.new_zeros(valid_BN.shape).masked_scatter(valid_BN, values_C) for values_C in seen
-        )
+        shown = [values_C.new_zeros(valid_BN.shape).masked_scatter(valid_BN, values_C) for values_C in seen]
         rows = slice(unit.chunks[0].start, unit.chunks[-1].stop)
-        for side, number, weigh in self.weighed:
-            weights_BN = weigh(entropy_BN, peaks[side], valid_BN)
-            self.weights[number][rows, 0] = weights_BN[valid_BN].to(self.factors_K.dtype)
+        for k, place, weigh in self.weighed:
+            weights_BN = weigh(shown[0], shown[place], valid_BN)
+            self.weights[k][rows, 0] = weights_BN[valid_BN].to(self.factors_K.dtype)
 
     def _into_slopes(self, rows: slice, made: Sequence[Tensor]) -> None:
         """Add a part to the sums; its logits become their factor times the gradient."""
         own_PV, target_P = made[0], self.target_M[rows]
         slopes: list[Tensor] = []
-        for side, other_PV in zip(self.sides, made[1:], strict=True):
-            for d in side.divergences:
-                student_PV, teacher_PV, weights_P1 = (
-                    own_PV[:, : d.classes],
-                    other_PV[:, : d.classes],
-                    self.weights[d.number][rows],
-                )
-                into_PV = own_PV if self.in_place else self.scratch.like(student_PV, 3 + len(slopes))
-                factor_P1 = weights_P1 * self.factors_K[d.number]
-                loss_P = divergence_rows(student_PV, teacher_PV, factor_P1, d.how, self.scratch, into_PV)
-                self.sums_K[d.number] += loss_P @ weights_P1[:, 0]
-                slopes.append(into_PV)
-            if side.cross_entropies:
-                self._cross_entropy(other_PV, target_P, side.cross_entropies)
+        for k, place, wish, how in self.compared:
+            student_PV, teacher_PV = own_PV[:, : wish.classes], made[place][:, : wish.classes]
+            into_PV = own_PV if self.in_place else self.scratch.like(student_PV, 3 + len(slopes))
+            weights_P1 = self.weights[k][rows]
+            factor_P1 = weights_P1 * self.factors_K[k]
+            loss_P = divergence_rows(student_PV, teacher_PV, factor_P1, how, self.scratch, into_PV)
+            self.sums_K[k] += loss_P @ weights_P1[:, 0]
+            slopes.append(into_PV)
+        for other_PV, numbers in zip(made[1:], self.cross_entropies[1:], strict=True):
+            if numbers:
+                self._cross_entropy(other_PV, target_P, numbers)
         if self.in_place:
             return
-        if self.own_terms:
-            self._cross_entropy(own_PV, target_P, self.own_terms)
+        if self.cross_entropies[0]:
+            self._cross_entropy(own_PV, target_P, self.cross_entropies[0])
         else:
             own_PV.zero_()
         for slope_PV in slopes:

@@ -12,30 +12,18 @@ Shape legend for this file
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from xkd_trainer.losses.head_pass import Divergence, Side, Sums, Weigh, joint_sum
+from xkd_trainer.losses.head_pass import Weigh, Wish, joint_sum
 from xkd_trainer.losses.head_rows import Comparison
 from xkd_trainer.losses.lazy_logits import LazyLogits
 from xkd_trainer.losses.term import at_least_float32
 
 PASS_BYTES = 96 << 20
 """Size of one chunk of the student's logits; products of fewer positions are slower: each reads the head once."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Wish:
-    """One sum over the valid positions."""
-
-    other: LazyLogits | None
-    """Logits at the same positions; None: the wish is about the student's own alone."""
-    how: Comparison | None = None
-    """The divergence of the student from `other`; None: a cross-entropy."""
-    weigh: Weigh | None = None
-    classes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -112,32 +100,13 @@ class HeadPlan:
         """
         if not wanted:
             return at_least_float32(self.own.weight.detach()[:0]).new_zeros(()), []
-        wishes = [planned.wish for planned in wanted]
-        sums = Sums(
-            factors_K=torch.stack([factor.detach() for factor in factors]),
-            own_terms=[k for k, wish in enumerate(wishes) if wish.other is None],
-            sides=self._sides(wishes),
-        )
+        at_valid: dict[int, LazyLogits] = {}
+        wishes = []
+        for wish in (planned.wish for planned in wanted):
+            if wish.other is not None:  # one object stays one object
+                wish = replace(wish, other=at_valid.setdefault(id(wish.other), wish.other.at(self.valid_BN)))
+            wishes.append(wish)
+        own, factors_K = self.own.at(self.valid_BN), torch.stack([factor.detach() for factor in factors])
         size = max(1, PASS_BYTES // max(1, self.own.row_bytes))
-        total, sums_K = joint_sum(self.own.at(self.valid_BN), self.target_BN[self.valid_BN], self.valid_BN, sums, size)
+        total, sums_K = joint_sum(own, self.target_BN[self.valid_BN], self.valid_BN, wishes, factors_K, size)
         return total, list(sums_K)
-
-    def _sides(self, wishes: Sequence[Wish]) -> list[Side]:
-        """The wishes about one and the same object together."""
-        others = {id(wish.other): wish.other for wish in wishes if wish.other is not None}
-        sides = []
-        for other in others.values():
-            mine = [(number, wish) for number, wish in enumerate(wishes) if wish.other is other]
-            divergences = [
-                Divergence(number=number, how=wish.how, weigh=wish.weigh, classes=wish.classes)
-                for number, wish in mine
-                if wish.how is not None
-            ]
-            sides.append(
-                Side(
-                    logits=other.at(self.valid_BN),
-                    cross_entropies=[number for number, wish in mine if wish.how is None],
-                    divergences=divergences,
-                )
-            )
-        return sides
