@@ -24,12 +24,10 @@ from xkd_pipeline.add import Added, More, again, take_in
 from xkd_pipeline.capture import capture
 from xkd_pipeline.clear import collect
 from xkd_pipeline.corpus import open_source
-from xkd_pipeline.fetch import fetch
 from xkd_pipeline.mend import Means, repair
 from xkd_pipeline.parquet import export_parquet
 from xkd_pipeline.progress import table_states
 from xkd_pipeline.recompute import Recomputed, recompute
-from xkd_pipeline.remote import publish
 from xkd_pipeline.report_page import write_report
 from xkd_pipeline.signals_table import add_signals
 from xkd_pipeline.spans import ParserSettings
@@ -150,10 +148,6 @@ def test_the_other_commands_know_the_union(tmp_path: Path) -> None:
     assert export_parquet(union(), tmp_path / "parquet")["tables"] == 3
     assert len(list((tmp_path / "parquet/documents").glob("*.parquet"))) == 5
     assert write_report(union(), tmp_path / "report.html")["tables"] == 3
-    url = f"file://{tmp_path}/published"
-    publish(union(), url)
-    fetch(url, tmp_path / "fetched")
-    assert files_of(tmp_path / "fetched") == files_of(union())
 
 
 def test_the_commands_that_made_the_cache_change_nothing_in_the_union(tmp_path: Path) -> None:
