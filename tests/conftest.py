@@ -11,7 +11,7 @@ from xkd_pipeline import spacy_parser
 
 @pytest.fixture(scope="session", autouse=True)
 def one_spacy_pipeline() -> Iterator[None]:
-    """Half a second for each parser that a test makes; parsers may share what they loaded (test_spacy_ruler)."""
+    """Half a second for each parser that a test makes; parsers may share what they loaded (test_spacy_parser)."""
     load = spacy_parser.load_pipeline
     once = cache(load)
 

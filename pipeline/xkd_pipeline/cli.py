@@ -254,8 +254,10 @@ def report(
 
 app.command()(cli_add.add)
 app.command()(cli_share.export)
-app.command()(cli_share.publish)
-app.command()(cli_share.fetch)
+for _name in ("publish", "fetch"):
+    app.command(_name, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
+        cli_share.copied_by_others
+    )
 app.command()(cli_look.plan)
 app.command()(cli_look.pair)
 app.command()(cli_care.verify)

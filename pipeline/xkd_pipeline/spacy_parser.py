@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from xkd_pipeline.phrases import Phrase, cut_pieces, joined_spans, select_phrases, trim, verb_groups, word_in
-from xkd_pipeline.spacy_ruler import RULER, quick_ruler
 from xkd_pipeline.spans import DEFAULT_PIPELINE, ParserSettings, probe
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.errors import InputMissing, UsageError
@@ -104,8 +103,6 @@ class SpacyParser:
         if missing or self.nlp.vocab.get_noun_chunks is None:
             what = f"no {' and no '.join(missing)}" if missing else "no noun chunks for its language"
             raise UsageError(f"the spaCy pipeline '{settings.model}' has {what}", next=f"use {DEFAULT_PIPELINE}")
-        self._rule = quick_ruler(self.nlp)
-        self._replaced = [] if self._rule is None else [RULER]
         self._verbal = {self.nlp.vocab.strings[tag]: tag for tag in ("AUX", "ADV", "VERB")}
         self.max_piece_chars = min(MAX_PIECE_CHARS, int(self.nlp.max_length))
 
@@ -116,16 +113,10 @@ class SpacyParser:
         self.notes["segment_cut"] += sum(len(p) - len(d.segments) for d, p in zip(documents, pieces, strict=True))
         self.notes += Counter()  # leaves out zeros
         with self.nlp.memory_zone():  # else each new word stays in spaCy's vocabulary for good
-            parsed = map(self._piece, self._docs(texts))
+            parsed = map(self._piece, self.nlp.pipe(texts, batch_size=self.settings.batch_size))
             return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in ticked(pieces)]
 
-    def _docs(self, texts: list[str]) -> Iterator[Any]:
-        parsed: Iterator[Any] = self.nlp.pipe(texts, batch_size=self.settings.batch_size, disable=self._replaced)
-        return parsed
-
     def _piece(self, doc: Any) -> tuple[list[Interval], list[Phrase]]:
-        if self._rule is not None:
-            self._rule(doc)
         words, text = words_of(doc), doc.text
         ranges = [(chunk.start, chunk.end, "NP") for chunk in doc.noun_chunks]
         ranges += [(start, end, "VP") for start, end in verb_groups(self._tags(doc))]

@@ -31,7 +31,6 @@ from xkd_schemas.native import NOTHING, Reader, cut_row, native_tokens
 from xkd_schemas.normalised import Normalised
 from xkd_schemas.rendered import CHANGED, PROBE, REFUSED, REORDERED, ChatTemplate, NotRendered, Rendered
 from xkd_schemas.rows import WORKER_KILLED
-from xkd_schemas.surfaces import Surfaces
 from xkd_schemas.templates import CHAT, Layout, check_template, layout, refuse_text, where
 from xkd_schemas.tokenizers import encode_texts, identity, name_of
 from xkd_schemas.tokens import END, OK, Bools, Int32s, Tokens
@@ -110,10 +109,6 @@ class Encoder:
     @functools.cached_property
     def _chat(self) -> ChatTemplate:
         return ChatTemplate(self.tokenizer, self.enable_thinking)
-
-    @functools.cached_property
-    def _surfaces(self) -> Surfaces:
-        return Surfaces(self.tokenizer)
 
     @functools.cached_property
     def _normalised(self) -> Normalised:
@@ -217,7 +212,7 @@ class Encoder:
     @functools.cached_property
     def _reader(self) -> Reader:
         reader = Reader(
-            surfaces=self._surfaces, normalised=self._normalised, enders=self._enders(), usual=(),
+            tokenizer=self.tokenizer, normalised=self._normalised, enders=self._enders(), usual=(),
             added=np.array(sorted(int(i) for i in self.tokenizer.added_tokens_decoder), np.int64),
             eos=int(self.tokenizer.eos_token_id),
         )  # fmt: skip
@@ -248,7 +243,7 @@ class Encoder:
 
     def _assembled(self, block: DocumentBlock, num_chars: Int32s) -> TokenBlock:
         """The texts up to `num_chars` in their frames; `statuses` are the faults of the intervals."""
-        encode, frames = self._surfaces.encode, self._frames_of(block)
+        encode, frames = functools.partial(encode_texts, self.tokenizer), self._frames_of(block)
         return assembled(block, num_chars, encode, self._normalised, frames, self._start_id())
 
     def _frames_of(self, block: DocumentBlock) -> list[tuple[Frame, ...]]:

@@ -23,8 +23,7 @@ from xkd_schemas.flat import firsts
 from xkd_schemas.intervals import Read, blanks
 from xkd_schemas.normalised import Normalised
 from xkd_schemas.rendered import Rendered, Turn
-from xkd_schemas.surfaces import Surfaces
-from xkd_schemas.tokenizers import Encoded
+from xkd_schemas.tokenizers import Encoded, FastTokenizer, encoded_by, native_backend
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Bools, Int32s, Tokens
 
 NOTHING: Rendered = Rendered("", np.zeros(0, np.int32), ())
@@ -35,7 +34,7 @@ NOTHING: Rendered = Rendered("", np.zeros(0, np.int32), ())
 class Reader:
     """What is asked of a tokenizer to read renderings."""
 
-    surfaces: Surfaces
+    tokenizer: FastTokenizer
     normalised: Normalised
     added: Int64s
     """Ids of added tokens."""
@@ -60,7 +59,7 @@ def native_tokens(block: DocumentBlock, rendered: Sequence[Rendered], reader: Re
     A row ends behind its last token of the text, or behind the end token of that turn: the one that the template
     puts there, else the tokenizer's own.
     """
-    encoded = reader.surfaces.encode([r.text for r in rendered], native=True)
+    encoded = encoded_by(native_backend(reader.tokenizer), [r.text for r in rendered])
     read = _stretches([r.text for r in rendered], encoded, reader.added)
     found = explained(read, encoded.ids, reader.normalised)
     own = _own(block, rendered, encoded.first, found.spans_C2)

@@ -63,7 +63,7 @@ def refused(said: Said, code: int, *parts: str) -> None:
 
 
 def commands() -> list[str]:
-    return sorted(typer.main.get_command(cli.app).commands)
+    return sorted(name for name, made in typer.main.get_command(cli.app).commands.items() if not made.hidden)
 
 
 def test_the_commands_are_the_promised_ones() -> None:

@@ -215,8 +215,19 @@ def test_no_other_module_of_the_pipeline_writes_files() -> None:
     assert found == set()
 
 
-OTHER_OUTPUT = {"parquet.py", "remote.py"}
-"""An export and a copy that was fetched; neither is a cache being made."""
+OTHER_OUTPUT = {"parquet.py"}
+"""An export, which is no cache being made."""
+
+
+def test_a_copy_with_a_copiers_own_files_beside_the_tables_is_whole(tmp_path: Path) -> None:
+    copy = small_cache.copied(tmp_path)
+    for lock in copy.rglob("LOCK"):
+        lock.unlink()
+    (copy / ".cache/huggingface").mkdir(parents=True)
+    for name in (".cache/huggingface/CACHEDIR.TAG", ".gitattributes"):
+        (copy / name).write_text("x")
+
+    assert verify(copy) == []
 
 
 @pytest.mark.parametrize("codec", ["bf16", "bf16-planes", "int8"])

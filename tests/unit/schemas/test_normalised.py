@@ -19,9 +19,9 @@ from xkd_schemas.encode import INTERVALS_VERSION, Encoder
 from xkd_schemas.explained import explained
 from xkd_schemas.intervals import Read, content_intervals
 from xkd_schemas.normalised import Normalised
-from xkd_schemas.surfaces import BYTE_OF
 from xkd_schemas.tokenizers import Encoded, encode_texts, encoded_by
 from xkd_schemas.tokens import CONTENT, OK, Tokens
+from xkd_trainer.losses.vocabulary import BYTES_OF_CHARACTERS
 
 
 def encoder_of(kind: str) -> Encoder:
@@ -54,7 +54,7 @@ def spelled(kind: str, ids: list[int]) -> str | None:
     if "<unk>" in tokens:
         return None
     if kind in ("qwen", "nfd", "bytes"):
-        return bytes(BYTE_OF[c] for token in tokens for c in token).decode()
+        return bytes(BYTES_OF_CHARACTERS[c] for token in tokens for c in token).decode()
     if kind in ("bert", "cased"):
         return "".join(token.removeprefix("##") for token in tokens)
     parts = [bytes([int(t[3:5], 16)]) if len(t) == 6 and t.startswith("<0x") else t.encode() for t in tokens]
@@ -64,7 +64,7 @@ def spelled(kind: str, ids: list[int]) -> str | None:
 def said(kind: str, text: str) -> str:
     """The text as the tokenizer's normaliser writes it."""
     written = str(normalising(kind).backend_tokenizer.normalizer.normalize_str(text))
-    return bytes(BYTE_OF[c] for c in written).decode() if kind == "bytes" else written.replace("▁", " ")
+    return bytes(BYTES_OF_CHARACTERS[c] for c in written).decode() if kind == "bytes" else written.replace("▁", " ")
 
 
 def solid(text: str) -> str:
