@@ -15,9 +15,8 @@ from torch import Tensor
 from xkd_trainer.losses.chunked import chunked
 from xkd_trainer.losses.head_pass import Wish, joint_sum
 from xkd_trainer.losses.head_rows import Comparison as Comparison
-from xkd_trainer.losses.lazy_logits import CHUNK_BYTES as CHUNK_BYTES
 from xkd_trainer.losses.lazy_logits import LazyLogits as LazyLogits
-from xkd_trainer.losses.lazy_logits import chunks, rows_at_once
+from xkd_trainer.losses.lazy_logits import rows_at_once
 from xkd_trainer.losses.term import at_least_float32
 
 
@@ -35,12 +34,8 @@ def head_argmax(logits: LazyLogits, valid: Tensor) -> Tensor:
     Returns:
         int64, of the shape of `valid`, without gradient.
     """
-    chosen = logits.detached().at(valid)
     out = torch.full(valid.shape, -1, dtype=torch.int64, device=valid.device)
-    with torch.no_grad():
-        parts = [chosen.at(rows).dense().argmax(-1) for rows in chunks(chosen)]
-    if parts:
-        out[valid] = torch.cat(parts)
+    out[valid] = chunked(lambda _, logits_CV: logits_CV.argmax(-1), logits.detached().at(valid))
     return out
 
 

@@ -8,17 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from xkd_schemas.teacher import Signal
-from xkd_trainer.batch import Batch, gather_rows
+from xkd_trainer.batch import Batch
 from xkd_trainer.losses.alm import AlmSettings, chunk_log_likelihoods, likelihood_matching, whole_chunks
-from xkd_trainer.losses.head import LazyLogits, head_log_probabilities
+from xkd_trainer.losses.head import head_log_probabilities
 from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, constant_head
-
-
-def needs(settings: AlmSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
-    """Last states; the head is always in the cache."""
-    return (Signal("hidden_last"),)
+from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
+from xkd_trainer.methods.dual_space import TeacherHead, last_states, teacher_states
 
 
 class Alm(nn.Module):
@@ -30,11 +25,7 @@ class Alm(nn.Module):
     def __init__(self, settings: AlmSettings, context: Context) -> None:
         super().__init__()
         self.settings = settings
-        head = constant_head(context.teacher_head(), "alm")
-        self.head_VD: Tensor
-        self.head_bias_V: Tensor | None
-        self.register_buffer("head_VD", head.weight_VD, persistent=False)
-        self.register_buffer("head_bias_V", head.bias_V, persistent=False)
+        self.head = TeacherHead(context, "alm")
 
     def weights(self, step: int) -> Mapping[str, float]:
         """Factor 1."""
@@ -68,11 +59,8 @@ class Alm(nn.Module):
     @torch.no_grad()
     def _teacher(self, batch: Batch) -> Tensor:
         """The teacher's log-probability of each of its own targets, one for each valid prediction."""
-        assert batch.teacher_hidden_BRD is not None
-        hidden_BMD = gather_rows(batch.teacher_hidden_BRD, batch.teacher_predict_BM)
-        logits = LazyLogits(hidden=hidden_BMD, weight=self.head_VD, bias=self.head_bias_V)
         valid_BM = batch.teacher_predict_valid_BM
-        return head_log_probabilities(logits.at(valid_BM), batch.teacher_target_BM[valid_BM])
+        return head_log_probabilities(self.head(teacher_states(batch)).at(valid_BM), batch.teacher_target_BM[valid_BM])
 
     def _weight(self, batch: Batch) -> Tensor:
         """Weight of each span in the mean, float32."""
@@ -89,7 +77,7 @@ ALM = Declaration(
     name="alm",
     source="ALM, arXiv 2503.20083, without its outcome-chunk debiasing",
     settings=AlmSettings,
-    needs=needs,
+    needs=last_states,
     build=Alm,
     default_weight=0.5,
     ce_weight=0.5,

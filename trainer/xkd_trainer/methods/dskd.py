@@ -7,13 +7,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch
 from xkd_trainer.losses.cma import attend
 from xkd_trainer.losses.dskd import (
     DskdCmaSettings,
     DskdSettings,
-    DualSpaceSettings,
     correct,
     projected_cross_entropy,
     student_space,
@@ -24,6 +22,7 @@ from xkd_trainer.methods.declaration import Context, Declaration, Projectors, St
 from xkd_trainer.methods.dual_space import (
     TeacherHead,
     attention_scores,
+    last_states,
     teacher_side,
     teacher_states,
     with_fixed_head,
@@ -31,11 +30,6 @@ from xkd_trainer.methods.dual_space import (
 from xkd_trainer.methods.one_tokenizer import refuse_other_predictions, refuse_two_tokenizers
 
 _TERMS = ("projected_ce", "student_space", "teacher_space")
-
-
-def needs(settings: DualSpaceSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
-    """Last states; heads and embeddings are always in the cache."""
-    return (Signal("hidden_last"),)
 
 
 class Dskd(nn.Module):
@@ -135,7 +129,7 @@ DSKD = Declaration(
     name="dskd",
     source="DSKD for one vocabulary, arXiv 2406.17328",
     settings=DskdSettings,
-    needs=needs,
+    needs=last_states,
     build=Dskd,
     one_tokenizer=True,
     default_weight=0.5,
@@ -147,7 +141,7 @@ DSKD_CMA = Declaration(
     name="dskd_cma",
     source="DSKD with cross-model attention, arXiv 2406.17328",
     settings=DskdCmaSettings,
-    needs=needs,
+    needs=last_states,
     build=DskdCma,
     default_weight=0.5,
     ce_weight=0.5,

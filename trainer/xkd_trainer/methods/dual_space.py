@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch, gather_rows
 from xkd_trainer.losses.cma import align_scores
 from xkd_trainer.losses.head import LazyLogits
@@ -28,6 +29,11 @@ class TeacherHead(nn.Module):
     def forward(self, hidden: Tensor) -> LazyLogits:
         """Logits of states [..., D], not made yet."""
         return LazyLogits(hidden=hidden, weight=self.weight_VD, bias=self.bias_V)
+
+
+def last_states(settings: object, levels: object) -> tuple[Signal, ...]:
+    """What a loss of last states needs; heads and embeddings are always in the cache."""
+    return (Signal("hidden_last"),)
 
 
 def teacher_states(batch: Batch) -> Tensor:

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch
 from xkd_trainer.losses.divergence import Kind, Knobs
 from xkd_trainer.losses.dskd import Positive
 from xkd_trainer.losses.head import Comparison
 from xkd_trainer.losses.head_plan import Planned
 from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
-from xkd_trainer.methods.dual_space import TeacherHead, teacher_states
+from xkd_trainer.methods.dual_space import TeacherHead, last_states, teacher_states
 from xkd_trainer.methods.one_tokenizer import refuse_other_predictions, refuse_two_tokenizers
 
 
@@ -68,7 +67,7 @@ KL = Declaration(
     name="kl",
     source="forward and reverse KL, JS; DistiLLM, arXiv 2402.03898, off-policy; AKL, arXiv 2404.02657",
     settings=KlSettings,
-    needs=lambda _settings, _levels: (Signal("hidden_last"),),
+    needs=last_states,
     build=Kl,
     one_tokenizer=True,
     ce_weight=0,

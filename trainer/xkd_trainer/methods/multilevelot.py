@@ -22,7 +22,8 @@ from xkd_trainer.losses.multilevelot import (
     word_cross_entropy,
 )
 from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, constant_head
+from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
+from xkd_trainer.methods.dual_space import TeacherHead
 from xkd_trainer.methods.shift import paired, student_logits, teacher_hidden
 
 
@@ -40,11 +41,7 @@ class MultiLevelOt(nn.Module):
     def __init__(self, settings: MultiLevelOtSettings, context: Context) -> None:
         super().__init__()
         self.settings = settings
-        head = constant_head(context.teacher_head(), "multilevelot")
-        self.teacher_weight_VD: Tensor
-        self.teacher_bias_V: Tensor | None
-        self.register_buffer("teacher_weight_VD", head.weight_VD, persistent=False)
-        self.register_buffer("teacher_bias_V", head.bias_V, persistent=False)
+        self.head = TeacherHead(context, "multilevelot")
 
     def weights(self, step: int) -> Mapping[str, float]:
         """As set; cross-entropy on the corpus is a loss of its own."""
@@ -59,9 +56,7 @@ class MultiLevelOt(nn.Module):
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """The three levels."""
         valid_BP = paired(batch)
-        teacher = LazyLogits(
-            hidden=teacher_hidden(batch, valid_BP), weight=self.teacher_weight_VD, bias=self.teacher_bias_V
-        )
+        teacher = self.head(teacher_hidden(batch, valid_BP))
         return self.levels(student_logits(student, valid_BP), teacher, valid_BP)
 
     def levels(self, student: LazyLogits, teacher: LazyLogits, valid_BP: Tensor) -> dict[str, LossTerm]:

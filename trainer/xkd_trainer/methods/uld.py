@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from xkd_schemas.teacher import Signal
 from xkd_trainer.batch import Batch
-from xkd_trainer.losses.head import LazyLogits
 from xkd_trainer.losses.term import LossTerm, term
 from xkd_trainer.losses.uld import SortedTeacher, UldSettings, head_sorted_l1, sorted_teacher, topk_teacher
-from xkd_trainer.methods.declaration import Context, Declaration, StudentPass, constant_head
+from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
+from xkd_trainer.methods.dual_space import TeacherHead
 from xkd_trainer.methods.shift import paired, student_logits, teacher_hidden
 
 
@@ -36,11 +36,7 @@ class Uld(nn.Module):
         super().__init__()
         self.settings = settings
         self.term = "l1" if settings.teacher == "exact" else "approximate_l1"
-        self.teacher_weight_VD: Tensor | None
-        self.teacher_bias_V: Tensor | None
-        head = constant_head(context.teacher_head(), "uld") if settings.teacher == "exact" else None
-        self.register_buffer("teacher_weight_VD", None if head is None else head.weight_VD, persistent=False)
-        self.register_buffer("teacher_bias_V", None if head is None else head.bias_V, persistent=False)
+        self.head = TeacherHead(context, "uld") if settings.teacher == "exact" else None
 
     def weights(self, step: int) -> Mapping[str, float]:
         """L_ULD alone; cross-entropy is a loss of its own."""
@@ -63,10 +59,8 @@ class Uld(nn.Module):
         return {self.term: term(total, self.counts(batch)[self.term])}
 
     def _teacher(self, batch: Batch, paired_BP: Tensor) -> SortedTeacher:
-        if self.teacher_weight_VD is not None:
-            hidden_ND = teacher_hidden(batch, paired_BP)
-            logits = LazyLogits(hidden=hidden_ND, weight=self.teacher_weight_VD, bias=self.teacher_bias_V)
-            return sorted_teacher(logits, self.settings.temperature)
+        if self.head is not None:
+            return sorted_teacher(self.head(teacher_hidden(batch, paired_BP)), self.settings.temperature)
         most = paired_BP.shape[1]
         assert batch.teacher_topk_logits_BMK is not None
         assert batch.teacher_logsumexp_BM is not None
