@@ -69,8 +69,7 @@ def repair(
     """
     from dataclasses import asdict
 
-    from xkd_pipeline.add import parser_with
-    from xkd_pipeline.mend import Means
+    from xkd_pipeline.mend import Means, parser_with
     from xkd_pipeline.mend import repair as mend
     from xkd_pipeline.run import Workers
 

@@ -12,7 +12,6 @@ from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.spans import Parser, ParserSettings, parser_for
 from xkd_pipeline.store import Store
-from xkd_schemas.additions import part_of
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Segment, Spans, checked_spans
 from xkd_schemas.encode import TRIED
 from xkd_schemas.errors import BadData, InputMissing
@@ -37,8 +36,6 @@ class DocumentsStage:
     """Reads, parses and writes one unit."""
 
     folder: Path
-    starts: tuple[int, ...]
-    """First unit of each addition."""
     parser: ParserSettings
     max_chars: int
 
@@ -81,7 +78,7 @@ class DocumentsStage:
         parser.notes.clear()
         columns = columns_of(documents, found)
         return write_shard(
-            part_of(self.folder, self.starts, job.unit),
+            self.folder,
             job.unit,
             DOCUMENTS,
             columns,
@@ -163,51 +160,42 @@ def make_documents(
     parser: ParserSettings,
     limits: "Limits",
     workers: Workers,
-    *,
-    behind: Plan | None = None,
 ) -> Built:
-    """Make the documents table, or with `behind` add to the finished table that has this plan.
+    """Make the documents table.
 
     Raises:
         BadData: More rows than `limits.max_reject` cannot be used, or none can.
         Mismatch: The folder holds documents of another corpus or parser.
     """
-    before = behind.units if behind else ()
-    units = (*before, *units_of(sources, limits.rows_per_shard))
+    units = units_of(sources, limits.rows_per_shard)
     total = sum(s.num_rows for s in sources)
     if total == 0:
         raise BadData("the corpus has no rows", next="check the paths and the form of the rows")
     spec = {
         "schema": DOCUMENTS_VERSION,
-        "corpus": [*(behind.spec["corpus"] if behind else ()), *corpus_spec(sources)],
+        "corpus": corpus_spec(sources),
         "parser": parser_for(parser).identity(),
         "max_chars": limits.max_chars,
         "rows_per_shard": limits.rows_per_shard,
     }
-    store = Store(root, "documents", spec, units, more=behind is not None)
-    stage = DocumentsStage(
-        folder=store.folder, starts=store.plan.starts, parser=parser, max_chars=limits.max_chars
-    )  # fmt: skip
+    store = Store(root, "documents", spec, units)
+    stage = DocumentsStage(folder=store.folder, parser=parser, max_chars=limits.max_chars)
 
     def watch(commits: Sequence[Commit]) -> None:
-        ours = [c for c in commits if len(before) <= c.unit < len(units)]
-        rejected = sum(c.rejects.rows for c in ours if c.rejects)
+        rejected = sum(c.rejects.rows for c in commits if c.rejects)
         if rejected > limits.max_reject * total:
             raise BadData(
-                f"{rejected} of {total} rows cannot be used ({_reasons(ours)}), more than --max-reject "
-                f"{limits.max_reject:g} allows; they are listed in {store.part(len(before)) / 'rejects'}",
+                f"{rejected} of {total} rows cannot be used ({_reasons(commits)}), more than --max-reject "
+                f"{limits.max_reject:g} allows; they are listed in {store.folder / 'rejects'}",
                 kept="every finished shard",
                 next=f"mend the corpus, or accept them with --max-reject {min(1.0, 1.1 * rejected / total):.2g}",
             )
-        if len(ours) == len(units) - len(before) and sum(c.rows for c in ours) == 0:
-            raise BadData(f"no usable row in {total} ({_reasons(ours)})", next="check the form of the rows")
+        if len(commits) == len(units) and sum(c.rows for c in commits) == 0:
+            raise BadData(f"no usable row in {total} ({_reasons(commits)})", next="check the form of the rows")
 
-    def jobs(missing: Sequence[int]) -> Iterator[DocumentsJob]:
-        if missing and missing[0] < len(before):
-            raise BadData(f"{store.folder}: unit {missing[0]} is damaged", next=f"xkd-cache repair {root}")
-        return jobs_of(sources, limits.rows_per_shard, missing, before=len(before))
-
-    return build(store, stage, jobs, workers, watch=watch)
+    return build(
+        store, stage, lambda missing: jobs_of(sources, limits.rows_per_shard, missing), workers, watch=watch
+    )  # fmt: skip
 
 
 def remake_documents(
@@ -228,9 +216,7 @@ def remake_documents(
         BadData: A source gives other units than the plan has.
     """
     store = Store(root, "documents", plan.spec, plan.units)
-    stage = DocumentsStage(
-        folder=store.folder, starts=store.plan.starts, parser=parser, max_chars=plan.spec["max_chars"]
-    )  # fmt: skip
+    stage = DocumentsStage(folder=store.folder, parser=parser, max_chars=plan.spec["max_chars"])
 
     def jobs(missing: Sequence[int]) -> Iterator[DocumentsJob]:
         identity = {"parser": parser_for(parser).identity(), "schema": DOCUMENTS_VERSION}

@@ -6,20 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xkd_pipeline.add import again, models_by_table, parser_of
+from xkd_pipeline.align import StudentSettings, make_students
+from xkd_pipeline.build import Built
 from xkd_pipeline.card import write_root_files
-from xkd_pipeline.columns import documents_at
+from xkd_pipeline.columns import units_like
 from xkd_pipeline.corpus import Source, digest_of, open_source
 from xkd_pipeline.documents import remake_documents, units_of
 from xkd_pipeline.run import Workers
+from xkd_pipeline.signals_table import Beside, make_signals
 from xkd_pipeline.spans import ParserSettings
 from xkd_pipeline.store import locked
+from xkd_pipeline.teacher import make_teacher, teacher_settings
+from xkd_pipeline.teacher_files import weights_identity
 from xkd_pipeline.verify import Bad, units_by_table, verify
-from xkd_schemas.additions import plans_of
+from xkd_schemas.encode import reading_of
 from xkd_schemas.errors import BadData, InputMissing, UsageError, XkdError
 from xkd_schemas.files import inside, replace
-from xkd_schemas.manifest import Plan, to_json
+from xkd_schemas.manifest import Manifest, Plan, Spec, differences, read_record, to_json
 from xkd_schemas.table import Table
+from xkd_schemas.teacher import signal_named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,34 +152,102 @@ def _places(plan: Plan) -> list[int]:
     return places
 
 
-def _is_of(plans: Sequence[Plan], root: Path, name: str) -> bool:
-    """Whether one of the plans is that of the table's manifest; True where there is no whole one."""
+def _is_of(plan: Plan, root: Path, name: str) -> bool:
+    """Whether the plan is that of the table's manifest; True where there is no whole one."""
     try:
         manifest = Table(root, name).manifest
     except (BadData, InputMissing):
         return True
-    return any(plan.spec == manifest.spec and len(plan.units) == len(manifest.commits) for plan in plans)
+    return plan.spec == manifest.spec and len(plan.units) == len(manifest.commits)
 
 
 def _plan(root: Path, name: str, corpus: Sequence[str]) -> Plan:
     """The table's plan; one that cannot be read, or is not the manifest's, is written again from that and a corpus."""
     folder = inside(root, *name.split("/"))
     try:
-        plans = plans_of(folder)
-        if _is_of(plans, root, name):
-            return plans[-1]
+        plan = read_record(folder / "plan.json", Plan)
+        if _is_of(plan, root, name):
+            return plan
         raise BadData(f"{folder / 'plan.json'} is not the plan that the manifest was made from")
     except (BadData, InputMissing):
         manifest = Table(root, name).manifest
-        if manifest.earlier:
-            raise
         if name == "documents":
             sources = [source for source in _opened(manifest.spec["corpus"], corpus) if source is not None]
             if len(sources) < len(manifest.spec["corpus"]):
                 raise _wanting_corpus(root, {entry["name"] for entry in manifest.spec["corpus"]}) from None
             units = units_of(sources, manifest.spec["rows_per_shard"])
         else:
-            units = documents_at(Table(root, "documents"), manifest.spec["documents"]).units
+            units = units_like(Table(root, "documents"))
         plan = Plan(table=name, spec=manifest.spec, units=units)
         replace(folder / "plan.json", to_json(plan))
         return plan
+
+
+def parser_of(spec: Spec) -> ParserSettings:
+    """The settings of the parser that a documents plan names; its model by the name that the model gives itself."""
+    parser = spec["parser"]
+    return ParserSettings(
+        kind=parser["kind"],
+        model=parser["pipeline"].split(" ")[0],
+        max_words=int(parser["max_words"]),
+        drop_contained=parser["drop_contained"] == "True",
+    )
+
+
+def parser_with(root: Path, spacy_model: str | None, parser_model: str | None) -> ParserSettings | None:
+    """The settings in the documents' plan with the models that are named; None where none is."""
+    named = {"model": spacy_model, "benepar_model": parser_model}
+    named = {key: value for key, value in named.items() if value is not None}
+    if not named:
+        return None
+    return parser_of(read_record(root / "documents" / "plan.json", Plan).spec).model_copy(update=named)
+
+
+def again(root: Path, table: str, model: str, workers: Workers) -> Built:
+    """Run the stage that makes a table that was begun, with the settings in its plan.
+
+    Args:
+        root: The cache, locked by the caller.
+        table: teachers/NAME, signals/NAME or students/NAME.
+        model: The teacher; not used for a student.
+        workers: Where units are made.
+    """
+    kind, _, name = table.partition("/")
+    folder = root / table
+    spec = read_record(folder / "plan.json", Plan).spec
+    if kind == "students":
+        settings = StudentSettings(tokenizer=str(folder / "tokenizer"), **reading_of(spec["encoder"]))
+        return make_students(root, name, spec["teacher"], settings, workers)
+    signals = [signal_named(column) for column in spec["signals"]]
+    captured = teacher_settings(spec, model)
+    if kind == "signals":
+        beside = Beside(name=name, teacher=spec["teacher"], settings=captured, signals=tuple(signals))
+        return make_signals(root, beside, workers)
+    return make_teacher(root, name, captured, lambda _layers: signals, workers)
+
+
+def models_by_table(root: Path, models: Sequence[str]) -> dict[str, str]:
+    """Name of each teacher's table to the one of `models` whose weights it was made with."""
+    found: dict[str, str] = {}
+    specs = {path.name: _spec(path) for path in sorted((root / "teachers").glob("*")) if path.is_dir()}
+    for model in models:
+        weights = weights_identity(model)
+        fitting = [name for name, spec in specs.items() if spec["weights"] == weights]
+        if not fitting:
+            listed = "; ".join(
+                f"{name} differs in {', '.join(key for key, _, _ in differences(weights, spec['weights']))}"
+                for name, spec in specs.items()
+            )
+            raise UsageError(
+                f"{model} is none of the teachers of {root} ({listed or 'it has none'})",
+                next=f"xkd-cache teacher {root} --model {model} makes a new table",
+            )
+        found |= dict.fromkeys(fitting, model)
+    return found
+
+
+def _spec(folder: Path) -> Spec:
+    try:
+        return read_record(folder / "plan.json", Plan).spec
+    except (BadData, InputMissing):  # both say the same
+        return read_record(folder / "manifest.json", Manifest).spec

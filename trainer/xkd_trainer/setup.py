@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from xkd_schemas.errors import UsageError
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.teacher import Signal
-from xkd_schemas.terminal import warn
 from xkd_schemas.tokenizers import identity
 from xkd_trainer.cache import Cache, layers_of
 from xkd_trainer.distiller import Distiller
@@ -85,8 +84,6 @@ def set_up(run: RunFile, student_table: str, *, on_missing: str = "fail", quiet:
     root = Path(run.cache)
     cache = Cache(root, student=find_table(run, fingerprint, student_table, on_missing=on_missing, quiet=quiet))
     cache.check_tokenizer(fingerprint)
-    if cache.not_used:
-        warn(f"{cache.not_used} documents that were added to {root} are not used: xkd-cache add {root} takes them in")
     levels = levels_of(cache)
     needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
     for name, signals in needs.items():

@@ -41,6 +41,18 @@ def test_a_table_is_built_once_and_then_reused(tmp_path: Path) -> None:
     ]
 
 
+def test_a_table_that_documents_were_added_to_is_left_as_it_is(tmp_path: Path) -> None:
+    build_all(tmp_path)
+    path = tmp_path / "documents" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "format": 2, "min_reader": 2, "earlier": [{}]}))
+    next((tmp_path / "documents").glob("00002-*.arrow")).unlink()
+    before = path.read_bytes()
+
+    with pytest.raises(Mismatch, match="documents were added"):
+        build_all(tmp_path)
+    assert path.read_bytes() == before
+
+
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.permutations(range(UNITS)))
 def test_the_order_in_which_units_are_finished_changes_no_byte(
