@@ -14,8 +14,8 @@ from xkd_pipeline.spans import Parser, ParserSettings, parser_for
 from xkd_pipeline.store import Store
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Segment, Spans, checked_spans
 from xkd_schemas.encode import TRIED
-from xkd_schemas.errors import BadData, InputMissing
-from xkd_schemas.manifest import Care, Commit, Plan, Unit, refuse_differences
+from xkd_schemas.errors import BadData
+from xkd_schemas.manifest import Care, Commit, Unit
 from xkd_schemas.rows import WORKER_KILLED, rejected_row
 from xkd_schemas.table import Row, Table
 
@@ -133,18 +133,13 @@ def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]
     )
 
 
-def jobs_of(
-    sources: Sequence[Source], rows_per_shard: int, missing: Iterable[int], *, before: int = 0
-) -> Iterator[DocumentsJob]:
-    """Jobs in order; each source is read forward once, from the first row that is needed.
-
-    `before` units stand in front of the first one of `sources`.
-    """
+def jobs_of(sources: Sequence[Source], rows_per_shard: int, missing: Iterable[int]) -> Iterator[DocumentsJob]:
+    """Jobs in order; each source is read forward once, from the first row that is needed."""
     units = units_of(sources, rows_per_shard)
     owners = [number for number, source in enumerate(sources) for _ in units_of([source], rows_per_shard)]
     current: tuple[int, int, Iterator[RawRow]] | None = None
     for number in sorted(missing):
-        unit, owner = units[number - before], owners[number - before]
+        unit, owner = units[number], owners[number]
         source = sources[owner]
         if current is None or current[0] != owner:
             current = (owner, unit.first, source.rows(unit.first))
@@ -196,45 +191,6 @@ def make_documents(
     return build(
         store, stage, lambda missing: jobs_of(sources, limits.rows_per_shard, missing), workers, watch=watch
     )  # fmt: skip
-
-
-def remake_documents(
-    root: Path, plan: Plan, sources: Sequence[tuple[int, Source]], parser: ParserSettings, workers: Workers
-) -> Built:
-    """Make the units of a documents table that are not there, from those of its sources that are at hand.
-
-    Args:
-        root: The cache, locked by the caller.
-        plan: The table's.
-        sources: (first unit, source), as much of the corpus as the missing units need.
-        parser: Its identity must be the plan's.
-        workers: Where units are made.
-
-    Raises:
-        InputMissing: A missing unit was made from a source that is not named.
-        Mismatch: The parser is another.
-        BadData: A source gives other units than the plan has.
-    """
-    store = Store(root, "documents", plan.spec, plan.units)
-    stage = DocumentsStage(folder=store.folder, parser=parser, max_chars=plan.spec["max_chars"])
-
-    def jobs(missing: Sequence[int]) -> Iterator[DocumentsJob]:
-        identity = {"parser": parser_for(parser).identity(), "schema": DOCUMENTS_VERSION}
-        then = {key: plan.spec[key] for key in identity}
-        refuse_differences(store.folder, identity, then, advice="name the parser, or use the version, of then")
-        covered = {first: units_of([source], plan.spec["rows_per_shard"]) for first, source in sources}
-        known = [first + at for first, units in covered.items() for at in range(len(units))]
-        for unit in sorted(set(missing) - set(known)):
-            name = plan.units[unit].source
-            raise InputMissing(f"unit {unit} was made from {name}", next=f"--corpus PATH_OF/{name}")
-        for first, source in sources:
-            units = covered[first]
-            if plan.units[first : first + len(units)] != units:
-                raise BadData(f"{source.name} gives other units than {store.folder / 'plan.json'} has")
-            ours = [unit for unit in missing if first <= unit < first + len(units)]
-            yield from jobs_of([source], plan.spec["rows_per_shard"], ours, before=first)
-
-    return build(store, stage, jobs, workers)
 
 
 def corpus_spec(sources: Sequence[Source]) -> list[dict[str, object]]:

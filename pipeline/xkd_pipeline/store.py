@@ -71,8 +71,7 @@ class Store:
         self.folder = inside(root, *table.split("/"))
         plan = Plan(table=table, spec=json.loads(json.dumps(spec)), units=units)
         path = self.folder / "plan.json"
-        none = not path.exists() or path.stat().st_size == 0
-        if not record_paths(self.folder) if none else is_damaged(path, plan):
+        if self._is_lost(path, plan):
             replace(path, to_json(plan))
         self.plan = read_record(path, Plan)
         self.known_cares: dict[int, Care] = {}
@@ -85,6 +84,15 @@ class Store:
             )
         refuse_differences(self.folder, plan.spec, self.plan.spec, advice=advice)
         raise BadData(f"{path} lists other units than this corpus gives", next=advice)
+
+    def _is_lost(self, path: Path, plan: Plan) -> bool:
+        """Whether `plan` is to be written: of a new table, or because its file is damaged or not there."""
+        if path.exists() and path.stat().st_size:
+            return is_damaged(path, plan)
+        manifest = self.manifest()
+        if manifest is None:
+            return not record_paths(self.folder)
+        return (manifest.spec, len(manifest.commits)) == (plan.spec, len(plan.units))
 
     def commits(self) -> dict[int, Commit]:
         """Units that are done: the record is whole and its shard has the right size and digest.
@@ -102,17 +110,9 @@ class Store:
             if whole:
                 done[commit.unit] = commit
             else:
-                self._quarantine(path)
+                shards = self.folder.glob(f"{path.stem}-*.arrow")
+                quarantine(self.folder, [path, *shards, self.folder / "manifest.json"])
         return done
-
-    def _quarantine(self, record: Path) -> None:
-        with disk_errors(record):
-            folder = self.folder / "quarantine"
-            make_folder(folder)
-            shards = self.folder.glob(f"{record.stem}-*.arrow")
-            for path in [record, *shards, self.folder / "manifest.json"]:
-                if path.exists():
-                    rename(path, folder / path.name)
 
     def cares(self, units: Iterable[int]) -> dict[int, Care]:
         """Units that are known to need care: `known_cares`, and what quarantined records say of how they were made."""
@@ -175,6 +175,15 @@ class Store:
                 loose += folder.glob(".tmp-*")
             for path in loose:
                 remove(path)
+
+
+def quarantine(folder: Path, paths: Iterable[Path]) -> None:
+    """Move files of a table out of the way; gc removes them later."""
+    with disk_errors(folder):
+        make_folder(folder / "quarantine")
+        for path in paths:
+            if path.exists():
+                rename(path, folder / "quarantine" / path.name)
 
 
 def holds(folder: Path, commit: Commit) -> bool:

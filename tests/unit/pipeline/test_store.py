@@ -209,7 +209,7 @@ def test_a_plan_of_which_nothing_is_left_is_bad_data_and_never_a_mismatch(tmp_pa
     SEALS[damage](tmp_path / "documents" / "plan.json")
 
     with pytest.raises(BadData, match=r"plan.json cannot be read as plan: .* Next: xkd-cache repair"):
-        opened(tmp_path)
+        opened(tmp_path, spec={"seed": 2})
     (tmp_path / "documents" / "manifest.json").unlink()
     with pytest.raises(BadData, match=r"plan.json cannot be read as plan: .* Next: run the xkd-cache command"):
         opened(tmp_path)
@@ -275,12 +275,21 @@ def test_a_plan_written_before_plans_had_digests_is_read(tmp_path: Path) -> None
     assert changed == {"SHA256SUMS"}
 
 
-def test_a_missing_plan_with_records_is_missing_input(tmp_path: Path) -> None:
-    build_all(tmp_path)
-    (tmp_path / "documents" / "plan.json").unlink()
+def test_a_missing_plan_is_written_again_where_the_manifest_vouches_for_it(
+    tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    build_all(tmp_path / "t")
+    plan = tmp_path / "t" / "documents" / "plan.json"
+    plan.unlink()
 
     with pytest.raises(InputMissing, match=r"plan.json is not there"):
-        opened(tmp_path)
+        opened(tmp_path / "t", spec={"seed": 2})
+    assert build_all(tmp_path / "t").made == 0
+    assert files_of(tmp_path / "t") == undisturbed
+    plan.unlink()
+    (tmp_path / "t" / "documents" / "manifest.json").unlink()
+    with pytest.raises(InputMissing, match=r"plan.json is not there"):
+        opened(tmp_path / "t")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
