@@ -63,9 +63,9 @@ def verify(root: Path, level: str = "full") -> list[Bad]:
         raise UsageError(f"level {level!r} is not known", next=f"use one of: {', '.join(LEVELS)}")
     found = {name: list(_table(root, name, level)) for name in tables_of(root)}
     if level == "deep":
-        from xkd_pipeline.deep_child import guarded
+        from xkd_pipeline.deep import deep
 
-        found |= guarded(root, [name for name, bad in found.items() if not bad])
+        found |= {name: list(deep(root, name)) for name, bad in found.items() if not bad}
     return [*itertools.chain.from_iterable(found.values()), *_root_files(root, level)]
 
 
@@ -230,15 +230,6 @@ def _expected(root: Path) -> Iterator[Path]:
 def as_dict(bad: list[Bad], level: str, rows: int = 0) -> dict[str, Any]:
     """For --json."""
     return {"level": level, "recomputed": rows, "bad": [asdict(one) for one in bad], "whole": not bad}
-
-
-def units_by_table(bad: list[Bad]) -> dict[str, set[int]]:
-    """Bad units of every table that has something wrong; an empty set where only its other files are."""
-    found: dict[str, set[int]] = {}
-    for one in bad:
-        if one.table:
-            found.setdefault(one.table, set()).update(() if one.unit is None else {one.unit})
-    return found
 
 
 def opened(root: Path, name: str) -> Table:
