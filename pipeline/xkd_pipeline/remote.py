@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final
 
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError, XkdError
-from xkd_schemas.files import disk_errors, inside, kind_of, rename, sha256_of, sync_folder, write_beside
+from xkd_schemas.files import disk_errors, inside, rename, sha256_of, sync_folder, write_beside
 from xkd_schemas.manifest import Manifest, read_record
 from xkd_schemas.table import sealed_tables
 
@@ -178,7 +178,7 @@ def downloaded(files: Any, path: str, target: Path, url: str) -> str:
                     stream.write(chunk)
 
     with disk_errors(target):
-        temporary = write_beside(target.parent, write, kind_of(target))
+        temporary = write_beside(target.parent, write)
         rename(temporary, target)
         sync_folder(target.parent)
     return digest.hexdigest()

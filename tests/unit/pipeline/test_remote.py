@@ -9,13 +9,13 @@ from typing import Any
 import fsspec
 import pytest
 
+import faulty_disk
 import small_cache
 from small_cache import made
 from xkd_pipeline.corpus import open_source
 from xkd_pipeline.fetch import fetch
 from xkd_pipeline.remote import is_url, parsed_sums, publish
 from xkd_pipeline.store import locked
-from xkd_schemas import faults, files
 from xkd_schemas.errors import BadData, Busy, DiskFailed, InputMissing, Mismatch, Refused, UsageError, XkdError
 from xkd_schemas.table import Table
 
@@ -124,13 +124,13 @@ def test_two_fetches_to_one_folder_are_told_apart(tmp_path: Path) -> None:
 def test_a_fetch_that_dies_at_any_moment_is_whole_the_next_time(tmp_path: Path, action: str) -> None:
     publish(made() / "cache", URL)
     whole = small_cache.files_of(made() / "cache")
-    with faults.injected("*:0:count") as fault:
+    with faulty_disk.injected("*:0:count") as fault:
         fetch(URL, tmp_path / "undisturbed")
     for at in range(1, fault.seen + 1, 1 + fault.seen // 12):
         folder = tmp_path / f"{at}"
         child = os.fork()
         if child == 0:
-            with faults.injected(f"*:{at}:{action}"):
+            with faulty_disk.injected(f"*:{at}:{action}"):
                 fetch(URL, folder)
             os._exit(0)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -143,11 +143,11 @@ def test_a_fetch_that_dies_at_any_moment_is_whole_the_next_time(tmp_path: Path, 
 def test_a_fetch_on_a_full_disk_loses_nothing_and_goes_on_when_there_is_room(tmp_path: Path, action: str) -> None:
     publish(made() / "cache", URL)
     whole = small_cache.files_of(made() / "cache")
-    with faults.injected("*:0:count") as fault:
+    with faulty_disk.injected("*:0:count") as fault:
         fetch(URL, tmp_path / "undisturbed")
     for at in range(1, fault.seen + 1, 1 + fault.seen // 24):
         folder, partial = tmp_path / f"{at}", tmp_path / f".{at}.fetching"
-        with faults.injected(f"*:{at}:{action}"), pytest.raises(DiskFailed) as caught:
+        with faulty_disk.injected(f"*:{at}:{action}"), pytest.raises(DiskFailed) as caught:
             fetch(URL, folder)
         assert caught.value.exit_code == 74
         if not folder.exists():
@@ -242,15 +242,10 @@ def test_paths_are_no_addresses(name: str) -> None:
 
 
 @pytest.mark.parametrize("synced", [True, False])
-def test_a_finished_fetch_survives_a_power_cut_because_it_syncs(
-    tmp_path: Path, synced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_fetch_survives_a_power_cut_because_it_syncs(tmp_path: Path, synced: bool) -> None:
     publish(made() / "cache", URL)
-    if not synced:
-        monkeypatch.setattr(files, "_fsync", lambda descriptor: None)
-    with faults.injected("*:0:cut") as fault:
+    with faulty_disk.injected("*:0:cut", synced=synced) as fault:
         fetch(URL, tmp_path / "back")
-        assert fault.journal is not None
         fault.journal.cut(None)
     back = small_cache.files_of(tmp_path / "back") if (tmp_path / "back").is_dir() else {}
     assert (back == small_cache.files_of(made() / "cache")) is synced
