@@ -95,7 +95,8 @@ class FakeStage:
 def opened(root: Path, *, spec: dict[str, Any] | None = None, units: int = UNITS) -> Store:
     """The table "documents" of `root`, for the fake stage."""
     listed = tuple(Unit(source="x", first=3 * n, rows=3) for n in range(units))
-    return Store(root, "documents", spec or {"seed": 1, "parser": {"name": "a"}}, listed)
+    spec = spec or {"seed": 1, "parser": {"name": "a"}, "corpus": [{"name": "x", "sha256": "0"}]}
+    return Store(root, "documents", spec, listed)
 
 
 def build_all(

@@ -22,6 +22,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import faulty_disk
 import nasty_run
 import ray_kills
 import real_stages
@@ -32,7 +33,6 @@ from xkd_pipeline.build import Built, build
 from xkd_pipeline.run import AS_PLANNED, Make, Workers
 from xkd_pipeline.shard import write_shard
 from xkd_pipeline.store import locked
-from xkd_schemas import faults, files
 from xkd_schemas.errors import BadData, Busy, DiskFailed
 from xkd_schemas.manifest import Care, Commit
 
@@ -63,7 +63,7 @@ def forked(job: Callable[[], object]) -> int:
 
 def disturbed(folder: Path, action: str, rounds: int, chance: random.Random, *, synced: bool = True) -> str:
     """`rounds` deaths at drawn operations, each of them followed by a run to the end."""
-    with faults.injected("*:0:count") as fault:
+    with faulty_disk.injected("*:0:count") as fault:
         work(folder / "undisturbed")
     whole = files_of(folder / "undisturbed")
     lost = differing = 0
@@ -73,9 +73,7 @@ def disturbed(folder: Path, action: str, rounds: int, chance: random.Random, *, 
         seed = str(chance.randrange(2**30)) if action == "cut" and number % 2 else ""
 
         def job(root: Path = root, text: str = text, seed: str = seed) -> int:
-            if not synced:
-                files._fsync = lambda descriptor: None
-            with faults.injected(text, seed):
+            with faulty_disk.injected(text, seed, synced=synced):
                 work(root)
             return 0
 

@@ -31,8 +31,8 @@ TARGETS = ("worker", "driver", "raylet", "gcs_server")
 PARTS = {"documents": "documents", "teacher": "teachers", "align": "students"}
 SLOW = {"documents": documents, "teacher": teacher, "align": align}
 NAMES = {"documents": "DocumentsStage", "teacher": "TeacherStage", "align": "AlignStage"}
-EXITS = {"worker": {0}, "driver": {-signal.SIGKILL}, "raylet": {0, 69}, "gcs_server": {0, 69}}
-"""What is running goes on for a while without them, and may be all there is."""
+EXITS = {"worker": {0}, "driver": {-signal.SIGKILL}, "raylet": {0, 1, 69}, "gcs_server": {0, 1, 69}}
+"""What is running goes on for a while without them, and may be all there is; 1 is Ray's own."""
 
 
 def run_of(cache: Path, source: Path) -> RunFile:
@@ -120,25 +120,6 @@ def killed_once(cache: Path, source: Path, name: str, target: str, chance: rando
             driver.wait(timeout=30)
             work(name, cache, source, IN_PROCESS)
         return driver.wait(timeout=180), said_of(cache).read_text(errors="replace")
-    finally:
-        for process in [*family, *children(driver)]:
-            process.kill() if process.is_running() else None
-        driver.kill()
-        psutil.wait_procs(family, timeout=10)
-
-
-def killed_in_start(cache: Path, source: Path, target: str, seconds: float) -> tuple[int, str]:
-    """The same, after the target was killed so long after it came up, when Ray is not ready yet."""
-    driver = started("align", cache, source)
-    family: list[psutil.Process] = []
-    try:
-        while driver.poll() is None and not named(children(driver), target):
-            time.sleep(0.01)
-        time.sleep(seconds)
-        family = children(driver)
-        for victim in named(family, target):
-            victim.kill()
-        return driver.wait(timeout=120), said_of(cache).read_text(errors="replace")
     finally:
         for process in [*family, *children(driver)]:
             process.kill() if process.is_running() else None

@@ -19,12 +19,12 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import faulty_disk
 import small_cache
 from small_cache import files_of
 from xkd_pipeline import spacy_parser
 from xkd_pipeline.cli import app
 from xkd_pipeline.store import Store
-from xkd_schemas import faults, files
 from xkd_schemas.errors import BadData
 from xkd_schemas.manifest import Commit
 
@@ -60,9 +60,7 @@ def started(cache: Path, fault: str = "", seed: str = "", *, synced: bool = True
         os.dup2(os.open(cache.with_suffix(".said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         _tell_commits(cache)
-        if not synced:
-            files._fsync = lambda descriptor: None
-        with faults.injected(fault, seed) if fault else nullcontext():
+        with faulty_disk.injected(fault, seed, synced=synced) if fault else nullcontext():
             for command in commands(cache):
                 app(command, standalone_mode=False)
         os._exit(0)
@@ -120,7 +118,7 @@ class Undisturbed:
 
 def undisturbed(folder: Path) -> Undisturbed:
     """Load everything here, then run once in a copy."""
-    with faults.injected("*:0:count") as fault, Path(os.devnull).open("w") as quiet, redirect_stdout(quiet):
+    with faulty_disk.injected("*:0:count") as fault, Path(os.devnull).open("w") as quiet, redirect_stdout(quiet):
         small_cache.made()
         fault.seen = 0
         for command in commands(folder / "counted"):

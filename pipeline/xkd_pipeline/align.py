@@ -1,6 +1,5 @@
 """Stage 3: a student's tokens beside the teacher's. CPU only, minutes, once for each student tokenizer."""
 
-import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +8,15 @@ from typing import Any
 import numpy as np
 
 from xkd_pipeline.build import Built, build
-from xkd_pipeline.columns import documents_at, encoded_but, token_columns, token_counts
+from xkd_pipeline.columns import encoded_but, token_columns, token_counts, units_like
 from xkd_pipeline.documents import first_documents
 from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_pipeline.whole_units import DocumentRows, documents_of, tokens_of
-from xkd_schemas.additions import part_of, plans_of
 from xkd_schemas.alignment_batch import align_all, token_ranges_all
 from xkd_schemas.blocks import TokenBlock
 from xkd_schemas.encode import Encoder
-from xkd_schemas.errors import BadData, InputMissing
 from xkd_schemas.files import saved_folder, sha256_of
 from xkd_schemas.flat import Lists
 from xkd_schemas.manifest import Care, Commit
@@ -51,8 +48,6 @@ class AlignStage:
 
     root: Path
     folder: Path
-    starts: tuple[int, ...]
-    """First unit of each addition."""
     teacher: str
     settings: StudentSettings
 
@@ -65,7 +60,7 @@ class AlignStage:
             rows, teacher = documents_of(documents.shard(unit)), tokens_of(teachers.shard(unit))
             tokens, columns, counts = _in_batches(encoder, rows, teacher, care)
             totals = Totals(counts=counts | token_counts(rows.block.texts, tokens))
-            return write_shard(part_of(self.folder, self.starts, unit), unit, STUDENTS, columns, totals=totals)
+            return write_shard(self.folder, unit, STUDENTS, columns, totals=totals)
 
         return make
 
@@ -131,10 +126,8 @@ def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBlock, lost: 
     return tokens, columns, counts
 
 
-def make_students(
-    root: Path, name: str, teacher: str, settings: StudentSettings, workers: Workers, *, more: bool = False
-) -> Built:
-    """Make the table students/NAME, aligned with teachers/TEACHER; with `more`, go on where the teacher now ends.
+def make_students(root: Path, name: str, teacher: str, settings: StudentSettings, workers: Workers) -> Built:
+    """Make the table students/NAME, aligned with teachers/TEACHER.
 
     Raises:
         InputMissing: The teacher table is not finished, or the tokenizer is not there.
@@ -142,23 +135,18 @@ def make_students(
     """
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
     encoder = settings.encoder()
-    teacher_root = _teacher_root(root / "students" / name, teachers, more)
-    units = teachers.manifest.roots[teacher_root]
-    root_then = next((r for r, size in documents.manifest.roots.items() if size == units), documents.manifest.root)
-    basis = documents_at(documents, root_then)
     spec = {
         "schema": STUDENTS_VERSION,
-        "documents": basis.root,
+        "documents": documents.manifest.root,
         "teacher": teacher,
-        "teacher_root": teacher_root,
+        "teacher_root": teachers.manifest.root,
         "encoder": encoder.identity(),
     }
     encoder.check(first_documents(documents))
-    store = Store(root, f"students/{name}", spec, basis.units, more=more)
+    store = Store(root, f"students/{name}", spec, units_like(documents))
     stage = AlignStage(
         root=root,
         folder=store.folder,
-        starts=store.plan.starts,
         teacher=f"teachers/{teacher}",
         settings=settings,
     )
@@ -170,13 +158,3 @@ def make_students(
         return constants, {name: sha256_of(folder / name) for name in names}
 
     return build(store, stage, lambda missing: iter(missing), workers, finish=finish)
-
-
-def _teacher_root(table: Path, teachers: Table, more: bool) -> str:
-    """The state of the teacher's table that a student's table was begun from; the last one for new and for `more`."""
-    if not more:
-        with contextlib.suppress(InputMissing, BadData):  # a new table, or one whose plan is reported elsewhere
-            root = str(plans_of(table)[-1].spec["teacher_root"])
-            if root in teachers.manifest.roots:
-                return root
-    return teachers.manifest.root

@@ -56,12 +56,12 @@ def build(
         watch: Sees all records after each new one; raises to stop, e.g. on too many rejects.
         finish: Turns all records into the manifest's constants and further files (name -> sha256).
     """
+    manifest = store.manifest()  # before bad units are quarantined, and it with them
     done = store.commits()
     kept = len(done)
-    missing = [unit for unit in range(store.asked) if unit not in done]
+    missing = [unit for unit in range(len(store.plan.units)) if unit not in done]
     watch(list(done.values()))
-    manifest = store.manifest() if not missing else None
-    if manifest is not None and store.is_all(manifest, done):
+    if manifest is not None and not missing and store.is_all(manifest, done):
         store.describe()
         return Built(manifest=manifest, made=0, kept=kept)
     if missing:
@@ -79,7 +79,6 @@ def build(
 
             with tell_kept(lambda: _kept(store.plan.table, done, len(store.plan.units))):
                 run_units(stage, jobs(missing), workers, take, store.cares(missing))
-    store.refuse_gaps(done)
     constants, files = finish([done[unit] for unit in sorted(done)])
     return Built(manifest=store.seal(done, constants, files), made=len(missing), kept=kept)
 

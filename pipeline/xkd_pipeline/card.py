@@ -3,7 +3,6 @@
 import contextlib
 from pathlib import Path
 
-from xkd_schemas.additions import ADDED
 from xkd_schemas.errors import BadData, DiskFailed, InputMissing
 from xkd_schemas.files import replace, sha256_of
 from xkd_schemas.manifest import Commit, Manifest, read_record
@@ -18,7 +17,7 @@ def readme(root: Path) -> str:
             with contextlib.suppress(BadData):
                 manifests.append(read_record(path, Manifest))
     configs = "".join(
-        f"- config_name: {m.table.replace('/', '-')}\n  data_files: {_files(m)}\n"
+        f"- config_name: {m.table.replace('/', '-')}\n  data_files: {m.table}/*.arrow\n"
         + ("  default: true\n" if m.table == "documents" else "")
         for m in manifests
     )
@@ -33,12 +32,6 @@ def readme(root: Path) -> str:
         "`sha256sum -c SHA256SUMS` checks every file. `load_dataset(FOLDER, CONFIG)` of Hugging Face datasets\n"
         "opens a table; `xkd-train --shards FOLDER` trains from it. Each table's settings are in its plan.json.\n"
     )
-
-
-def _files(manifest: Manifest) -> str:
-    """Patterns of a table's shards: its own and those of each finished addition."""
-    added = [f"{manifest.table}/{ADDED}/{number + 1}/*.arrow" for number in range(len(manifest.earlier))]
-    return f"[{', '.join([f'{manifest.table}/*.arrow', *added])}]" if added else f"{manifest.table}/*.arrow"
 
 
 def write_root_files(root: Path) -> None:

@@ -10,10 +10,9 @@ from typing import Any, Final
 from xkd_pipeline.card import forget
 from xkd_pipeline.store import locked
 from xkd_pipeline.verify import tables_of
-from xkd_schemas.additions import parts_of, plans_of, records_of
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.files import bytes_below, disk_errors, inside, remove, sync_folder
-from xkd_schemas.manifest import Commit, Manifest, read_record
+from xkd_schemas.manifest import Commit, Manifest, Plan, read_record, record_paths
 
 YOUNG_SECONDS: Final = 60.0
 """A file that no record names may still belong to a writer that is dying; younger ones are left."""
@@ -36,14 +35,13 @@ def spare(root: Path, *, older_than: float, now: float | None = None) -> list[Sp
     moment = time.time() if now is None else now
     found: list[Spare] = []
     for folder in (root, *(inside(root, *name.split("/")) for name in tables_of(root))):
-        for part in (*parts_of(folder), folder / "tokenizer"):
-            for place in (part, part / "commits", part / "rejects"):
-                found += _listed(place.glob(".tmp-*"), "left by a writer that died", moment - YOUNG_SECONDS)
+        for place in (folder, *(folder / name for name in ("commits", "rejects", "tokenizer"))):
+            found += _listed(place.glob(".tmp-*"), "left by a writer that died", moment - YOUNG_SECONDS)
         found += _listed((folder / "quarantine").glob("*"), "quarantined", moment - 3600 * older_than)
         named = _referenced(folder) if folder != root else None
         if named is not None:
-            files = [p for part in parts_of(folder) for p in (*part.glob("*.arrow"), *part.glob("rejects/*.jsonl"))]
-            loose = [p for p in files if p.name not in named]
+            files = (*folder.glob("*.arrow"), *folder.glob("rejects/*.jsonl"))
+            loose = [path for path in files if path.name not in named]
             found += _listed(loose, "no record names it", moment - YOUNG_SECONDS)
     return found
 
@@ -61,7 +59,7 @@ def _listed(paths: Any, why: str, before: float) -> list[Spare]:
 def _referenced(folder: Path) -> set[str] | None:
     records: list[Commit] = []
     try:
-        records += [read_record(path, Commit) for path in records_of(folder)]
+        records += [read_record(path, Commit) for path in record_paths(folder)]
         if (folder / "manifest.json").exists():
             records += read_record(folder / "manifest.json", Manifest).commits
     except (BadData, InputMissing):
@@ -122,6 +120,6 @@ def drop(root: Path, table: str) -> int:
 def _teacher_of(folder: Path) -> str:
     """Name of the teacher that a table was made from; "" where it was made from none."""
     try:
-        return str(plans_of(folder)[0].spec.get("teacher", ""))
+        return str(read_record(folder / "plan.json", Plan).spec.get("teacher", ""))
     except (BadData, InputMissing):
         return ""

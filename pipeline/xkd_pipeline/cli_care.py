@@ -56,7 +56,7 @@ def verify(
 
 def repair(
     cache: CacheArgument,
-    corpus: Annotated[list[str] | None, typer.Option(help="What the bad documents were read from.")] = None,
+    corpus: Annotated[list[str] | None, typer.Option(help="What the documents were read from; repeatable.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="The teacher of bad teachers' units; repeatable.")] = None,
     spacy_model: Annotated[str | None, typer.Option(help="spaCy pipeline of the documents.")] = None,
     parser_model: Annotated[str | None, typer.Option(help="Folder of the benepar model.")] = None,
@@ -69,8 +69,7 @@ def repair(
     """
     from dataclasses import asdict
 
-    from xkd_pipeline.add import parser_with
-    from xkd_pipeline.mend import Means
+    from xkd_pipeline.mend import Means, parser_with
     from xkd_pipeline.mend import repair as mend
     from xkd_pipeline.run import Workers
 

@@ -7,13 +7,12 @@ Ray's own restarts and retries are off: schedule.py counts tries by unit, which 
 import os
 import sys
 from collections.abc import Hashable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from xkd_pipeline.place import Place, versions
 from xkd_pipeline.ray_start import doors, end, handlers_kept, no_answer, private_folder, refuse_too_small, said, start
-from xkd_pipeline.ray_watch import Family, attended
 from xkd_pipeline.run import AGAIN, KEPT, Make, Stage, Workers, first_line, out_of_memory
 from xkd_pipeline.schedule import Died, Exhausted, Ready, Report
 from xkd_schemas.errors import WorkersGone, XkdError
@@ -53,15 +52,11 @@ class RayPool:
         self._own = ExitStack()
         self._cwd = str(Path.cwd())
         self._mark: Path | None = None
-        self._family = Family()
-        host, colon, port = (workers.address or "").rpartition(":")
-        self._doors = [("head", host, int(port))] if colon and port.isdigit() else []
+        self._doors: list[tuple[str, str, int]] = []
 
     def __enter__(self) -> Self:
         try:
-            folder = self._own.enter_context(private_folder())
-            with self._attended():
-                self._enter(folder)
+            self._enter(self._own.enter_context(private_folder()))
         except BaseException:
             self.__exit__()
             raise
@@ -86,26 +81,15 @@ class RayPool:
         if "ray" in sys.modules:
             with handlers_kept(default=True):  # a second signal does not wait
                 end(sys.modules["ray"])
-        self._tidy()
-
-    def _tidy(self) -> None:
-        self._family.kill()
         if self._mark is not None:
             with suppress(OSError):
                 remove(self._mark)
         self._own.close()
 
-    def _attended(self) -> AbstractContextManager[None]:
-        """For calls of Ray that wait for its head."""
-        return attended(
-            self._family.gone if self._workers.address is None else self._silence, _cluster_gone, self._tidy
-        )
-
     def start(self) -> Hashable:
         """Start a worker; it loads the stage."""
-        with self._attended():
-            worker = self._kind.remote(self._stage)
-            self._open[worker.ready.remote(self._place, self._cwd)] = worker
+        worker = self._kind.remote(self._stage)
+        self._open[worker.ready.remote(self._place, self._cwd)] = worker
         return worker  # type: ignore[no-any-return]
 
     def give(self, worker: Any, job: Any, care: Care) -> None:
@@ -150,13 +134,7 @@ class RayPool:
 
     def _refuse_silence(self) -> None:
         """Raise WorkersGone where Ray's own processes do not answer: Ray itself would wait for a minute and exit."""
-        if silence := self._silence():
-            raise _cluster_gone(silence)
-
-    def _silence(self) -> str:
-        silences = ((name, host, port, no_answer(host, port)) for name, host, port in self._doors)
-        return next((f"its {n} at {h}:{p} does not answer: {silence}" for n, h, p, silence in silences if silence), "")
-
-
-def _cluster_gone(reason: str) -> WorkersGone:
-    return WorkersGone(f"the Ray cluster is gone: {reason}", kept=KEPT, next=AGAIN)
+        for name, host, port in self._doors:
+            if silence := no_answer(host, port):
+                reason = f"its {name} at {host}:{port} does not answer: {silence}"
+                raise WorkersGone(f"the Ray cluster is gone: {reason}", kept=KEPT, next=AGAIN)

@@ -1,43 +1,19 @@
 """Columns and counts that the teacher and student tables share."""
 
-import contextlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from xkd_schemas.additions import plans_of
 from xkd_schemas.blocks import DocumentBlock, TokenBlock
 from xkd_schemas.encode import Encoder, unusable
-from xkd_schemas.errors import BadData, InputMissing
-from xkd_schemas.manifest import Unit
+from xkd_schemas.manifest import Plan, Unit, read_record
 from xkd_schemas.rows import WORKER_KILLED
 from xkd_schemas.table import Table
 from xkd_schemas.tokens import OK
 
 
-@dataclass(frozen=True, slots=True)
-class Basis:
-    """The state of the documents that a table is made from."""
-
-    root: str
-    units: tuple[Unit, ...]
-
-
-def basis_of(table: Path, documents: Table, *, more: bool = False) -> Basis:
-    """What the plan of a table that was begun names, or with `more` and for a new table all documents there are."""
-    root = documents.manifest.root
-    if not more:
-        with contextlib.suppress(InputMissing, BadData):  # a new table, or one whose plan is reported elsewhere
-            root = plans_of(table)[-1].spec["documents"]
-    return documents_at(documents, root)
-
-
-def documents_at(documents: Table, root: str) -> Basis:
-    """The units of the documents in the state with that root; all of them where no state has it."""
-    units, roots = plans_of(documents.folder)[-1].units, documents.manifest.roots
-    known = root if root in roots else documents.manifest.root
-    return Basis(root=known, units=units[: roots[known]])
+def units_like(documents: Table) -> tuple[Unit, ...]:
+    """The units of a table whose rows are those of the documents."""
+    return read_record(documents.folder / "plan.json", Plan).units
 
 
 def encoded_but(

@@ -15,6 +15,7 @@ import pyarrow as pa
 from xkd_pipeline.verify import Bad, opened
 from xkd_schemas.codecs import CODECS
 from xkd_schemas.documents import documents_schema
+from xkd_schemas.errors import XkdError
 from xkd_schemas.manifest import Commit
 from xkd_schemas.sampled import fault_of
 from xkd_schemas.table import Row, Table
@@ -30,12 +31,18 @@ def deep(root: Path, name: str) -> Iterator[Bad]:
     table = opened(root, name)
     for number in range(len(table.manifest.commits)):
         file = table.path(number).relative_to(root).as_posix()
-        for reason in reasons_of(root, table, number):
+        try:
+            for reason in _reasons(root, table, number):
+                yield Bad(table=name, unit=number, file=file, reason=reason)
+        except XkdError as error:
+            yield Bad(table=name, unit=number, file=file, reason=error.what)
+        except Exception as error:  # a shard that Arrow reads may be made to raise anything
+            reason = f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
             yield Bad(table=name, unit=number, file=file, reason=reason)
 
 
-def reasons_of(root: Path, table: Table, number: int) -> Iterator[str]:
-    """What is wrong with the rows of one unit; deep_child.py runs it where it can do no harm."""
+def _reasons(root: Path, table: Table, number: int) -> Iterator[str]:
+    """What is wrong with the rows of one unit."""
     shard, commit = table.shard(number), table.manifest.commits[number]
     version = table.manifest.spec["schema"]
     expected = {"documents": documents_schema(version), "students": STUDENTS}.get(table.name.partition("/")[0])

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Final
 
 from xkd_pipeline.build import Built, build
-from xkd_pipeline.prompts import LONG_PROMPT, NO_LIMIT, PROMPTS_CUT, PromptLimit, cut_prompts, limit_of
+from xkd_pipeline.prompts import LONG_PROMPT, NO_LIMIT, PROMPTS_CUT, PromptLimit, cut_prompts
 from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
 from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.spans import Parser, ParserSettings, parser_for
 from xkd_pipeline.store import Store
-from xkd_schemas.additions import part_of
 from xkd_schemas.corpus import RawRow, RejectedRow, Source, read_documents
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Segment, Spans, checked_spans
 from xkd_schemas.encode import TRIED, Encoder
-from xkd_schemas.errors import BadData, InputMissing
-from xkd_schemas.manifest import Care, Commit, Plan, Unit, refuse_differences
+from xkd_schemas.errors import BadData
+from xkd_schemas.manifest import Care, Commit, Unit
 from xkd_schemas.rows import WORKER_KILLED, rejected_row
 from xkd_schemas.table import Row, Table
 
@@ -39,8 +38,6 @@ class DocumentsStage:
     """Reads, parses and writes one unit."""
 
     folder: Path
-    starts: tuple[int, ...]
-    """First unit of each addition."""
     parser: ParserSettings
     max_chars: int
     prompts: PromptLimit = NO_LIMIT
@@ -85,7 +82,7 @@ class DocumentsStage:
         parser.notes.clear()
         columns = columns_of(documents, found)
         return write_shard(
-            part_of(self.folder, self.starts, job.unit),
+            self.folder,
             job.unit,
             DOCUMENTS,
             columns,
@@ -152,18 +149,13 @@ def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]
     )
 
 
-def jobs_of(
-    sources: Sequence[Source], rows_per_shard: int, missing: Iterable[int], *, before: int = 0
-) -> Iterator[DocumentsJob]:
-    """Jobs in order; each source is read forward once, from the first row that is needed.
-
-    `before` units stand in front of the first one of `sources`.
-    """
+def jobs_of(sources: Sequence[Source], rows_per_shard: int, missing: Iterable[int]) -> Iterator[DocumentsJob]:
+    """Jobs in order; each source is read forward once, from the first row that is needed."""
     units = units_of(sources, rows_per_shard)
     owners = [number for number, source in enumerate(sources) for _ in units_of([source], rows_per_shard)]
     current: tuple[int, int, Iterator[RawRow]] | None = None
     for number in sorted(missing):
-        unit, owner = units[number - before], owners[number - before]
+        unit, owner = units[number], owners[number]
         source = sources[owner]
         if current is None or current[0] != owner:
             current = (owner, unit.first, source.rows(unit.first))
@@ -179,98 +171,47 @@ def make_documents(
     parser: ParserSettings,
     limits: "Limits",
     workers: Workers,
-    *,
-    behind: Plan | None = None,
 ) -> Built:
-    """Make the documents table, or with `behind` add to the finished table that has this plan.
+    """Make the documents table.
 
     Raises:
         BadData: More rows than `limits.max_reject` cannot be used, or none can.
         Mismatch: The folder holds documents of another corpus or parser.
     """
-    before = behind.units if behind else ()
-    units = (*before, *units_of(sources, limits.rows_per_shard))
+    units = units_of(sources, limits.rows_per_shard)
     total = sum(s.num_rows for s in sources)
     if total == 0:
         raise BadData("the corpus has no rows", next="check the paths and the form of the rows")
     spec = {
         "schema": DOCUMENTS_VERSION,
-        "corpus": [*(behind.spec["corpus"] if behind else ()), *corpus_spec(sources)],
+        "corpus": corpus_spec(sources),
         "parser": parser_for(parser).identity(),
         "max_chars": limits.max_chars,
         "rows_per_shard": limits.rows_per_shard,
         **limits.prompts.spec(),
     }
-    store = Store(root, "documents", spec, units, more=behind is not None)
+    store = Store(root, "documents", spec, units)
     stage = DocumentsStage(
-        folder=store.folder, starts=store.plan.starts, parser=parser, max_chars=limits.max_chars,
-        prompts=limits.prompts,
+        folder=store.folder, parser=parser, max_chars=limits.max_chars, prompts=limits.prompts
     )  # fmt: skip
 
     def watch(commits: Sequence[Commit]) -> None:
-        ours = [c for c in commits if len(before) <= c.unit < len(units)]
-        rejected, read = sum(c.rejects.rows for c in ours if c.rejects), sum(units[c.unit].rows for c in ours)
+        rejected, read = sum(c.rejects.rows for c in commits if c.rejects), sum(units[c.unit].rows for c in commits)
         if rejected > limits.max_reject * total:
-            folder = store.part(len(before)) / "rejects"
+            folder = store.folder / "rejects"
             raise BadData(
-                f"{rejected} of {read} rows cannot be used ({_reasons(ours)}), more than "
+                f"{rejected} of {read} rows cannot be used ({_reasons(commits)}), more than "
                 f"--max-reject {limits.max_reject:g} allows; the first: {_first_reject(folder)}; all are in {folder}",
                 kept="every finished shard",
                 next="mend the corpus, or name other columns with --column"
                 + f", or accept them with --max-reject {min(1.0, 1.1 * rejected / read):.2g}" * (rejected < read),
             )
-        if len(ours) == len(units) - len(before) and sum(c.rows for c in ours) == 0:
-            raise BadData(f"no usable row in {total} ({_reasons(ours)})", next="check the form of the rows")
+        if len(commits) == len(units) and sum(c.rows for c in commits) == 0:
+            raise BadData(f"no usable row in {total} ({_reasons(commits)})", next="check the form of the rows")
 
-    def jobs(missing: Sequence[int]) -> Iterator[DocumentsJob]:
-        if missing and missing[0] < len(before):
-            raise BadData(f"{store.folder}: unit {missing[0]} is damaged", next=f"xkd-cache repair {root}")
-        return jobs_of(sources, limits.rows_per_shard, missing, before=len(before))
-
-    return build(store, stage, jobs, workers, watch=watch)
-
-
-def remake_documents(
-    root: Path, plan: Plan, sources: Sequence[tuple[int, Source]], parser: ParserSettings, workers: Workers
-) -> Built:
-    """Make the units of a documents table that are not there, from those of its sources that are at hand.
-
-    Args:
-        root: The cache, locked by the caller.
-        plan: The table's.
-        sources: (first unit, source), as much of the corpus as the missing units need.
-        parser: Its identity must be the plan's.
-        workers: Where units are made.
-
-    Raises:
-        InputMissing: A missing unit was made from a source that is not named.
-        Mismatch: The parser is another.
-        BadData: A source gives other units than the plan has.
-    """
-    store = Store(root, "documents", plan.spec, plan.units)
-    stage = DocumentsStage(
-        folder=store.folder, starts=store.plan.starts, parser=parser, max_chars=plan.spec["max_chars"],
-        prompts=limit_of(plan.spec),
+    return build(
+        store, stage, lambda missing: jobs_of(sources, limits.rows_per_shard, missing), workers, watch=watch
     )  # fmt: skip
-
-    def jobs(missing: Sequence[int]) -> Iterator[DocumentsJob]:
-        identity = {"parser": parser_for(parser).identity(), "schema": DOCUMENTS_VERSION}
-        identity |= limit_of(plan.spec).spec()
-        then = {key: plan.spec[key] for key in identity}
-        refuse_differences(store.folder, identity, then, advice="name the parser, or use the version, of then")
-        covered = {first: units_of([source], plan.spec["rows_per_shard"]) for first, source in sources}
-        known = [first + at for first, units in covered.items() for at in range(len(units))]
-        for unit in sorted(set(missing) - set(known)):
-            name = plan.units[unit].source
-            raise InputMissing(f"unit {unit} was made from {name}", next=f"--corpus PATH_OF/{name}")
-        for first, source in sources:
-            units = covered[first]
-            if plan.units[first : first + len(units)] != units:
-                raise BadData(f"{source.name} gives other units than {store.folder / 'plan.json'} has")
-            ours = [unit for unit in missing if first <= unit < first + len(units)]
-            yield from jobs_of([source], plan.spec["rows_per_shard"], ours, before=first)
-
-    return build(store, stage, jobs, workers)
 
 
 def corpus_spec(sources: Sequence[Source]) -> list[dict[str, object]]:

@@ -62,10 +62,4 @@ def draw(root: Path, doc: str, *, teacher: str, student: str, width: int) -> lis
 
 
 def _row(root: Path, name: str, number: int) -> Row:
-    table = Table(root, name)
-    if number >= len(table):
-        raise InputMissing(
-            f"{table.folder} ends before document {number}, which was added later",
-            next=f"xkd-cache add {root}",
-        )
-    return table[number]
+    return Table(root, name)[number]

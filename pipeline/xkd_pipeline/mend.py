@@ -1,25 +1,26 @@
 """Repair a cache: make its bad units again and no other, from the cache, the corpus and the teacher."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from xkd_pipeline.add import again, models_by_table, parser_of
+from xkd_pipeline.align import StudentSettings, make_students
+from xkd_pipeline.build import Built
 from xkd_pipeline.card import write_root_files
-from xkd_pipeline.columns import documents_at
-from xkd_pipeline.documents import remake_documents, units_of
+from xkd_pipeline.documents import Limits, make_documents
 from xkd_pipeline.run import Workers
+from xkd_pipeline.signals_table import Beside, make_signals
 from xkd_pipeline.spans import ParserSettings
-from xkd_pipeline.store import locked
-from xkd_pipeline.verify import Bad, units_by_table, verify
-from xkd_schemas.additions import plans_of
+from xkd_pipeline.store import locked, quarantine
+from xkd_pipeline.teacher import make_teacher, teacher_settings
+from xkd_pipeline.teacher_files import weights_identity
+from xkd_pipeline.verify import Bad, verify
 from xkd_schemas.corpus import Source, digest_of, open_source
+from xkd_schemas.encode import reading_of
 from xkd_schemas.errors import BadData, InputMissing, UsageError, XkdError
-from xkd_schemas.files import inside, replace
-from xkd_schemas.manifest import Plan, to_json
-from xkd_schemas.table import Table
+from xkd_schemas.manifest import Manifest, Plan, Spec, differences, read_record
+from xkd_schemas.teacher import signal_named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +28,7 @@ class Means:
     """What units are made from that the cache does not hold."""
 
     corpus: tuple[str, ...] = ()
-    """Files or data sets that were read; only those of the bad units are needed."""
+    """Files or data sets that were read; all of them are needed where the documents are bad."""
     models: tuple[str, ...] = ()
     """Teachers."""
     parser: ParserSettings | None = None
@@ -48,7 +49,7 @@ class Repaired:
 
 
 def repair(root: Path, workers: Workers, means: Means | None = None) -> Repaired:
-    """Quarantine the bad units and make them again, each table with the settings in its plan.
+    """Quarantine the bad units and run the stages with the settings of their tables: they make what is missing.
 
     A student's table is made from its own tokenizer/ and the two tables before it; documents need the corpus, and a
     teacher's tables the teacher. Where these are not given, the command is returned that makes the same units.
@@ -61,12 +62,12 @@ def repair(root: Path, workers: Workers, means: Means | None = None) -> Repaired
     made: dict[str, int] = {}
     commands: list[str] = []
     models = models_by_table(root, given.models) if given.models else {}
-    for name, units in units_by_table(bad).items():
+    for name in dict.fromkeys(one.table for one in bad if one.table):
         if name.startswith("students/") and commands:
             continue  # what it is made from is bad
         try:
             with locked(root):
-                made[name] = _mended(root, name, units, workers, (given, models))
+                made[name] = _made_again(root, name, workers, (given, models))
         except _Wanting as wanting:
             commands.append(wanting.command)
         except XkdError as error:
@@ -88,93 +89,111 @@ class _Wanting(Exception):
         self.command = command
 
 
-def _mended(root: Path, name: str, units: set[int], workers: Workers, given: tuple[Means, dict[str, str]]) -> int:
-    """Make the bad units of a table; how many were made."""
+def _made_again(root: Path, name: str, workers: Workers, given: tuple[Means, dict[str, str]]) -> int:
+    """Run the stage of a table, which quarantines its bad units and makes what is missing; how many it made."""
     means, models = given
-    cache = shlex.quote(str(root))
-    plan = _plan(root, name, means.corpus)
+    spec = _spec(root / name)
+    _drop_other_plan(root / name, spec)
     if name == "documents":
-        if not means.corpus and units:
-            raise _wanting_corpus(root, {plan.units[unit].source for unit in units if unit < len(plan.units)})
-        parser = means.parser or parser_of(plan.spec)
-        return remake_documents(root, plan, sources_of(plan, means.corpus), parser, workers).made
-    teacher = name.partition("/")[2] if name.startswith("teachers/") else str(plan.spec["teacher"])
+        sources = _sources(root, spec, means.corpus)
+        sizes = {key: spec[key] for key in ("rows_per_shard", "max_chars")}
+        limits = Limits(**sizes, max_reject=1.0, prompts=limit_of(spec))
+        return make_documents(root, sources, means.parser or parser_of(spec), limits, workers).made
+    teacher = name.partition("/")[2] if name.startswith("teachers/") else str(spec["teacher"])
     if not name.startswith("students/") and teacher not in models:
-        raise _Wanting(f"xkd-cache repair {cache} --model PATH_OF_{teacher}")
-    return again(root, name, models.get(teacher, ""), workers).made
+        raise _Wanting(f"xkd-cache repair {shlex.quote(str(root))} --model PATH_OF_{teacher}")
+    return again(root, name, spec, models.get(teacher, ""), workers).made
 
 
-def _wanting_corpus(root: Path, names: set[str]) -> _Wanting:
-    paths = " ".join(f"--corpus {shlex.quote(f'PATH_OF/{name}')}" for name in sorted(names))
-    return _Wanting(f"xkd-cache repair {shlex.quote(str(root))} {paths}")
-
-
-def sources_of(plan: Plan, names: Sequence[str]) -> list[tuple[int, Source]]:
-    """(first unit, source) of each source of a documents plan that is named, in order.
+def _sources(root: Path, spec: Spec, names: Sequence[str]) -> list[Source]:
+    """The corpus that the documents were made from.
 
     Raises:
-        UsageError: One of them is not what the documents were made from.
+        UsageError: Something else is named.
+        _Wanting: Not all of it is named.
     """
-    opened = _opened(plan.spec["corpus"], names)
-    return [(first, s) for first, s in zip(_places(plan), opened, strict=True) if s is not None]
-
-
-def _opened(corpus: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Source | None]:
-    """The source of each entry of a plan's corpus; None where it is not named."""
     digests = {digest_of(name): name for name in names}
-    strange = [name for digest, name in digests.items() if digest not in {entry["sha256"] for entry in corpus}]
+    strange = [name for digest, name in digests.items() if digest not in {entry["sha256"] for entry in spec["corpus"]}]
     if strange:
         raise UsageError(
             f"{', '.join(strange)}: not what the documents were made from, or changed since",
-            next=f"name the files as they were then: {', '.join(entry['name'] for entry in corpus)}",
+            next=f"name the files as they were then: {', '.join(entry['name'] for entry in spec['corpus'])}",
         )
-    return [
-        open_source(digests[entry["sha256"]], form=entry["form"], columns=entry["columns"])
-        if entry["sha256"] in digests
-        else None
-        for entry in corpus
-    ]
+    if any(entry["sha256"] not in digests for entry in spec["corpus"]):
+        paths = " ".join(f"--corpus {shlex.quote('PATH_OF/' + entry['name'])}" for entry in spec["corpus"])
+        raise _Wanting(f"xkd-cache repair {shlex.quote(str(root))} {paths}")
+    return [open_source(digests[e["sha256"]], form=e["form"], columns=e["columns"]) for e in spec["corpus"]]
 
 
-def _places(plan: Plan) -> list[int]:
-    """First unit of each source of a documents plan; a source without rows has none, and the next one's is given."""
-    starts = [number for number, unit in enumerate(plan.units) if unit.first == 0]
-    places, at = [], 0
-    for entry in plan.spec["corpus"]:
-        here = starts[at] if at < len(starts) else len(plan.units)
-        places.append(here)
-        at += here < len(plan.units) and plan.units[here].source == entry["name"]
-    return places
-
-
-def _is_of(plans: Sequence[Plan], root: Path, name: str) -> bool:
-    """Whether one of the plans is that of the table's manifest; True where there is no whole one."""
+def _spec(folder: Path) -> Spec:
+    """The settings of a table, which its manifest has, and before it is finished its plan."""
     try:
-        manifest = Table(root, name).manifest
+        return read_record(folder / "manifest.json", Manifest).spec
     except (BadData, InputMissing):
-        return True
-    return any(plan.spec == manifest.spec and len(plan.units) == len(manifest.commits) for plan in plans)
+        return read_record(folder / "plan.json", Plan).spec
 
 
-def _plan(root: Path, name: str, corpus: Sequence[str]) -> Plan:
-    """The table's plan; one that cannot be read, or is not the manifest's, is written again from that and a corpus."""
-    folder = inside(root, *name.split("/"))
+def _drop_other_plan(folder: Path, spec: Spec) -> None:
+    """Quarantine a plan that cannot be read or has other settings; the stage writes it again."""
+    path = folder / "plan.json"
     try:
-        plans = plans_of(folder)
-        if _is_of(plans, root, name):
-            return plans[-1]
-        raise BadData(f"{folder / 'plan.json'} is not the plan that the manifest was made from")
-    except (BadData, InputMissing):
-        manifest = Table(root, name).manifest
-        if manifest.earlier:
-            raise
-        if name == "documents":
-            sources = [source for source in _opened(manifest.spec["corpus"], corpus) if source is not None]
-            if len(sources) < len(manifest.spec["corpus"]):
-                raise _wanting_corpus(root, {entry["name"] for entry in manifest.spec["corpus"]}) from None
-            units = units_of(sources, manifest.spec["rows_per_shard"])
-        else:
-            units = documents_at(Table(root, "documents"), manifest.spec["documents"]).units
-        plan = Plan(table=name, spec=manifest.spec, units=units)
-        replace(folder / "plan.json", to_json(plan))
-        return plan
+        if read_record(path, Plan).spec != spec:
+            quarantine(folder, [path])
+    except BadData:
+        quarantine(folder, [path])
+    except InputMissing:
+        return
+
+
+def parser_of(spec: Spec) -> ParserSettings:
+    """The settings of the parser that a documents plan names; its model by the name that the model gives itself."""
+    parser = spec["parser"]
+    return ParserSettings(
+        kind=parser["kind"],
+        model=parser["pipeline"].split(" ")[0],
+        max_words=int(parser["max_words"]),
+        drop_contained=parser["drop_contained"] == "True",
+    )
+
+
+def parser_with(root: Path, spacy_model: str | None, parser_model: str | None) -> ParserSettings | None:
+    """The settings in the documents' plan with the models that are named; None where none is."""
+    named = {"model": spacy_model, "benepar_model": parser_model}
+    named = {key: value for key, value in named.items() if value is not None}
+    if not named:
+        return None
+    return parser_of(_spec(root / "documents")).model_copy(update=named)
+
+
+def again(root: Path, table: str, spec: Spec, model: str, workers: Workers) -> Built:
+    """Run the stage that makes teachers/NAME, signals/NAME or students/NAME with the settings `spec`."""
+    kind, _, name = table.partition("/")
+    if kind == "students":
+        settings = StudentSettings(tokenizer=str(root / table / "tokenizer"), **reading_of(spec["encoder"]))
+        return make_students(root, name, spec["teacher"], settings, workers)
+    signals = [signal_named(column) for column in spec["signals"]]
+    captured = teacher_settings(spec, model)
+    if kind == "signals":
+        beside = Beside(name=name, teacher=spec["teacher"], settings=captured, signals=tuple(signals))
+        return make_signals(root, beside, workers)
+    return make_teacher(root, name, captured, lambda _layers: signals, workers)
+
+
+def models_by_table(root: Path, models: Sequence[str]) -> dict[str, str]:
+    """Name of each teacher's table to the one of `models` whose weights it was made with."""
+    found: dict[str, str] = {}
+    specs = {path.name: _spec(path) for path in sorted((root / "teachers").glob("*")) if path.is_dir()}
+    for model in models:
+        weights = weights_identity(model)
+        fitting = [name for name, spec in specs.items() if spec["weights"] == weights]
+        if not fitting:
+            listed = "; ".join(
+                f"{name} differs in {', '.join(key for key, _, _ in differences(weights, spec['weights']))}"
+                for name, spec in specs.items()
+            )
+            raise UsageError(
+                f"{model} is none of the teachers of {root} ({listed or 'it has none'})",
+                next=f"xkd-cache teacher {root} --model {model} makes a new table",
+            )
+        found |= dict.fromkeys(fitting, model)
+    return found

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xkd_schemas.additions import plans_of, records_of
 from xkd_schemas.cache_files import refuse_links
 from xkd_schemas.errors import BadData
 from xkd_schemas.files import bytes_below
-from xkd_schemas.manifest import Commit, Manifest, Plan, read_record
+from xkd_schemas.manifest import Commit, Plan, read_record, record_paths
 from xkd_schemas.table import TABLES
 
 
@@ -23,41 +22,23 @@ def table_states(root: Path) -> list[dict[str, Any]]:
 
 def _state(root: Path, path: Path) -> dict[str, Any]:
     folder = path.parent
-    records = records_of(folder)
+    records = record_paths(folder)
     commits = [commit for record in records if (commit := _whole(record, Commit)) is not None]
-    plan = _plan(folder)
+    plan = _whole(path, Plan)
     return {
         "table": folder.relative_to(root).as_posix(),
         "units": len(plan.units) if plan else len(records),
         "done": len(commits),
         "documents": sum(c.rows for c in commits),
         "bytes": bytes_below(folder),
-        "sealed": _is_sealed(folder, plan),
-        "additions": len(plan.earlier) if plan else 0,
+        "sealed": (folder / "manifest.json").exists(),
         "unreadable": len(records) - len(commits) + (plan is None),
         "quarantined": len(list((folder / "quarantine").glob("*"))),
         "leftovers": len(list(folder.rglob(".tmp-*"))),
     }
 
 
-def _plan(folder: Path) -> Plan | None:
-    try:
-        return plans_of(folder)[-1]
-    except BadData:
-        return None
-
-
-def _is_sealed(folder: Path, plan: Plan | None) -> bool:
-    """True where the manifest is there, and is that of the last addition."""
-    if not (folder / "manifest.json").exists():
-        return False
-    if plan is None or not plan.earlier:
-        return True
-    manifest = _whole(folder / "manifest.json", Manifest)
-    return manifest is not None and len(manifest.commits) == len(plan.units)
-
-
-R = TypeVar("R", Manifest, Commit)
+R = TypeVar("R", Plan, Commit)
 
 
 def _whole(path: Path, kind: type[R]) -> R | None:

@@ -106,7 +106,7 @@ def write_shard(
                 spans.append((before, sink.position - before, batch.num_rows))
 
     with disk_errors(folder):
-        temporary = write_beside(folder, write, "shard")
+        temporary = write_beside(folder, write)
         data = memoryview(temporary.read_bytes())
         sha256 = hashlib.sha256(data).hexdigest()
         name = f"{unit:05d}-{sha256[:12]}.arrow"
@@ -141,7 +141,7 @@ def _write_rejects(folder: Path, unit: int, rejects: Sequence[Mapping[str, Any]]
     sha256 = hashlib.sha256(content).hexdigest()
     name = f"{unit:05d}-{sha256[:12]}.jsonl"
     with disk_errors(folder):
-        rename(write_beside(folder, lambda stream: _write_all(stream, content), "rejects"), folder / name)
+        rename(write_beside(folder, lambda stream: _write_all(stream, content)), folder / name)
         sync_folder(folder)
     reasons: dict[str, int] = {}
     for reject in rejects:

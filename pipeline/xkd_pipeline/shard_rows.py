@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from xkd_pipeline.empty_model import sizes_of
-from xkd_schemas.additions import plans_of
 from xkd_schemas.corpus import Source, read_documents
 from xkd_schemas.errors import BadData, InputMissing, XkdError
+from xkd_schemas.manifest import Plan, read_record
 from xkd_schemas.runfile import RunFile
 from xkd_trainer.compute_dtype import this_device
 
@@ -34,7 +34,7 @@ def rows_per_shard(run: RunFile, sources: Sequence[Source]) -> tuple[int, str]:
     if run.documents.rows_per_shard:
         return run.documents.rows_per_shard, ""
     with contextlib.suppress(InputMissing, BadData):
-        return int(plans_of(Path(run.cache) / "documents")[0].spec["rows_per_shard"]), ""
+        return int(read_record(Path(run.cache) / "documents" / "plan.json", Plan).spec["rows_per_shard"]), ""
     device = this_device()
     weights, whose = _weights(run, device)
     flops = FLOPS[device] * (run.teacher.threads if device == "cpu" else 1)

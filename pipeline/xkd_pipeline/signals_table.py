@@ -12,7 +12,7 @@ from typing import Any
 from xkd_pipeline.build import Built, build
 from xkd_pipeline.capture import TeacherSettings
 from xkd_pipeline.coded import codec_error
-from xkd_pipeline.columns import basis_of, documents_at
+from xkd_pipeline.columns import units_like
 from xkd_pipeline.run import Workers
 from xkd_pipeline.store import Store, locked
 from xkd_pipeline.teacher import (
@@ -24,9 +24,8 @@ from xkd_pipeline.teacher import (
     teacher_spec,
 )
 from xkd_pipeline.teacher_files import std_of
-from xkd_schemas.additions import plans_of
 from xkd_schemas.errors import BadData, UsageError
-from xkd_schemas.manifest import Care, Commit, refuse_differences
+from xkd_schemas.manifest import Care, Commit, Plan, read_record, refuse_differences
 from xkd_schemas.table import Table, names_in
 from xkd_schemas.teacher import Signal, signal_named
 from xkd_trainer.compute_dtype import warn_of_slow_dtype
@@ -48,10 +47,8 @@ class Beside:
     signals: tuple[Signal, ...]
 
 
-def make_signals(root: Path, beside: Beside, workers: Workers, *, more: bool = False) -> Built:
+def make_signals(root: Path, beside: Beside, workers: Workers) -> Built:
     """Run the teacher over the documents of its table once more and make the table signals/NAME.
-
-    With `more`, a finished table goes on over the documents that the teacher's table went on over.
 
     Raises:
         Mismatch: The settings name another teacher, or signals/NAME was begun with other settings.
@@ -62,18 +59,13 @@ def make_signals(root: Path, beside: Beside, workers: Workers, *, more: bool = F
     model = teacher_of(settings)
     check_wanted(beside.signals, model, settings.model)
     columns = tuple(sorted({s.column for s in beside.signals}))
-    begun = (root / "signals" / name / "plan.json").exists() and not more
-    follow = documents_at(documents, teachers.manifest.spec["documents"])
-    basis = basis_of(root / "signals" / name, documents) if begun else follow
-    spec = teacher_spec(settings, columns, basis.root) | {"teacher": teacher}
+    spec = teacher_spec(settings, columns, documents.manifest.root) | {"teacher": teacher}
     advice = f"name the model that {teachers.name} was made with"
     ours, theirs = ({key: one[key] for key in BOUND} for one in (spec, teachers.manifest.spec))
     refuse_differences(teachers.folder, ours, theirs, advice=advice)
-    store = Store(root, f"signals/{name}", spec, basis.units, more=more)
+    store = Store(root, f"signals/{name}", spec, units_like(documents))
     warn_of_slow_dtype(settings.dtype, settings.device)
-    stage = TeacherStage(
-        root=root, folder=store.folder, starts=store.plan.starts, settings=settings, signals=columns, tokens=False
-    )
+    stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns, tokens=False)
 
     def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
         measured: dict[str, Any] = {"teacher": teacher}
@@ -134,7 +126,7 @@ def missing_signals(root: Path, teacher: str, wanted: Sequence[Signal]) -> tuple
     begun: dict[str, set[str]] = {}
     folder = root / "signals"
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        spec = plans_of(path)[-1].spec
+        spec = read_record(path / "plan.json", Plan).spec
         if spec["teacher"] == teacher and path.name in sealed:
             held |= set(spec["signals"])
         elif spec["teacher"] == teacher:

@@ -17,12 +17,12 @@ from xkd_pipeline.shard_rows import rows_per_shard
 from xkd_pipeline.spans import ParserSettings
 from xkd_pipeline.store import locked
 from xkd_pipeline.teacher import make_teacher, teacher_layers
-from xkd_schemas.additions import plans_of
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.corpus import open_source
 from xkd_schemas.dtypes import AUTO
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.files import inside
+from xkd_schemas.manifest import Plan, read_record
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.table import Table, check_name, only_teacher
 from xkd_schemas.teacher import Signal
@@ -97,7 +97,7 @@ def teacher_dtype(run: RunFile, device: str) -> Choice:
     asked = run.teacher.dtype
     with contextlib.suppress(InputMissing, BadData):
         if asked == AUTO:
-            begun = plans_of(inside(Path(run.cache), *table.split("/")))[0].spec["dtype"]
+            begun = read_record(inside(Path(run.cache), *table.split("/")) / "plan.json", Plan).spec["dtype"]
             return replace(choose_dtype(begun, device), why=f"as {table} was begun")
     return choose_dtype(asked, device)
 

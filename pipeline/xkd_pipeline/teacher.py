@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from xkd_pipeline.build import Built, build
 from xkd_pipeline.capture import TeacherSettings, capture, reads_of
 from xkd_pipeline.coded import codec_error, coded
-from xkd_pipeline.columns import basis_of, encoded_but, token_columns, token_counts
+from xkd_pipeline.columns import encoded_but, token_columns, token_counts, units_like
 from xkd_pipeline.documents import first_documents
 from xkd_pipeline.measure import Reading
 from xkd_pipeline.run import AS_PLANNED, Make, Workers, local_paths
@@ -22,7 +22,6 @@ from xkd_pipeline.shard import Totals, write_shard
 from xkd_pipeline.store import Store
 from xkd_pipeline.teacher_files import constants_of, export, moments, std_of, weights_identity
 from xkd_pipeline.whole_units import DocumentRows, documents_of
-from xkd_schemas.additions import part_of
 from xkd_schemas.alignment_batch import token_ranges_all
 from xkd_schemas.blocks import TokenBlock
 from xkd_schemas.encode import Encoder, reading_of
@@ -47,8 +46,6 @@ class TeacherStage:
 
     root: Path
     folder: Path
-    starts: tuple[int, ...]
-    """First unit of each addition."""
     settings: TeacherSettings
     signals: tuple[str, ...]
     tokens: bool = True
@@ -89,7 +86,7 @@ class TeacherStage:
             sums = moments(tokens, captured, model) | stored.sums
             totals = Totals(counts=token_counts(rows.block.texts, tokens), sums=sums)
             marked = schema.with_metadata({**schema.metadata, **stored.metadata})
-            commit = write_shard(part_of(self.folder, self.starts, unit), unit, marked, columns, totals=totals)
+            commit = write_shard(self.folder, unit, marked, columns, totals=totals)
             return commit.model_copy(update={"made_on": kind})
 
         return make
@@ -183,7 +180,7 @@ def teacher_settings(spec: Spec, model: str) -> TeacherSettings:
 
 
 def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: str) -> dict[str, Any]:
-    """What the bytes of these columns depend on; `documents` is the root of the documents' state."""
+    """What the bytes of these columns depend on; `documents` is the root of the documents."""
     return {
         "schema": TEACHERS_VERSION,
         "capture": CAPTURE_VERSION,
@@ -229,13 +226,10 @@ def make_teacher(
     settings: TeacherSettings,
     signals: Callable[[int], Sequence[Signal]],
     workers: Workers,
-    *,
-    more: bool = False,
 ) -> Built:
     """Run the teacher over the documents and make the table teachers/NAME.
 
-    `signals` is asked once, with the teacher's number of layers. With `more`, a finished table goes on over the
-    documents that were added since.
+    `signals` is asked once, with the teacher's number of layers.
 
     Raises:
         InputMissing: The documents table is not finished, or the model is not there.
@@ -249,13 +243,10 @@ def make_teacher(
     wanted = signals(num_layers(model))
     check_wanted(wanted, model, settings.model)
     columns = tuple(sorted({s.column for s in wanted}))
-    basis = basis_of(root / "teachers" / name, documents, more=more)
-    spec = teacher_spec(settings, columns, basis.root)
-    store = Store(root, f"teachers/{name}", spec, basis.units, more=more)
+    spec = teacher_spec(settings, columns, documents.manifest.root)
+    store = Store(root, f"teachers/{name}", spec, units_like(documents))
     warn_of_slow_dtype(settings.dtype, settings.device)
-    stage = TeacherStage(
-        root=root, folder=store.folder, starts=store.plan.starts, settings=settings, signals=columns
-    )  # fmt: skip
+    stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns)
     constants = constants_of(model)
 
     def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_schemas.additions import part_of, parts_of, plans_of, records_of
 from xkd_schemas.cache_files import outside_tables, refuse_links, unnamed_files
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import inside, sha256_of
-from xkd_schemas.manifest import Commit, Manifest, Plan, read_record
+from xkd_schemas.manifest import Commit, Manifest, Plan, read_record, record_paths
 from xkd_schemas.table import TABLES, Shard, Table, check_cache
 
 LEVELS: Final = ("quick", "full", "deep")
@@ -65,22 +64,22 @@ def verify(root: Path, level: str = "full") -> list[Bad]:
         raise UsageError(f"level {level!r} is not known", next=f"use one of: {', '.join(LEVELS)}")
     found = {name: list(_table(root, name, level)) for name in tables_of(root)}
     if level == "deep":
-        from xkd_pipeline.deep_child import guarded
+        from xkd_pipeline.deep import deep
 
-        found |= guarded(root, [name for name, bad in found.items() if not bad])
+        found |= {name: list(deep(root, name)) for name, bad in found.items() if not bad}
     return [*itertools.chain.from_iterable(found.values()), *_root_files(root, level)]
 
 
 def _table(root: Path, name: str, level: str) -> Iterator[Bad]:
     folder = inside(root, *name.split("/"))
     add = _adder(root, name)
+    plan = None
     try:
-        plans = plans_of(folder)
+        plan = read_record(folder / "plan.json", Plan)
     except (BadData, InputMissing) as error:
         yield add(folder / "plan.json", error.what)
-        plans = []
     if not (folder / "manifest.json").exists():
-        count = f"{len(records_of(folder))} of {len(plans[-1].units) if plans else '?'}"
+        count = f"{len(record_paths(folder))} of {len(plan.units) if plan else '?'}"
         yield add(folder / "manifest.json", f"not there: the table is not finished, {count} units are")
         return
     try:
@@ -91,9 +90,10 @@ def _table(root: Path, name: str, level: str) -> Iterator[Bad]:
         yield add(folder / "manifest.json", error.what)
         yield from _commits_alone(folder, add)
         return
-    yield from _plans(folder, name, plans, manifest, add)
+    if plan and (plan.table, plan.spec, len(plan.units)) != (name, manifest.spec, len(manifest.commits)):
+        yield add(folder / "plan.json", "is not the plan that the manifest was made from")
     for number, commit in enumerate(manifest.commits):
-        yield from _unit(part_of(folder, manifest.starts, number), number, commit, add, level)
+        yield from _unit(folder, number, commit, add, level)
     for file, digest in manifest.files.items():
         path = next((p for p in (inside(folder, file), inside(folder, "tokenizer", file)) if p.is_file()), None)
         if path is None:
@@ -107,29 +107,15 @@ def _table(root: Path, name: str, level: str) -> Iterator[Bad]:
 _STRANGE: Final = "no manifest names it: delete it (xkd-cache gc does for shards)"
 
 
-def _plans(folder: Path, name: str, plans: list[Plan], manifest: Manifest, add: "_Add") -> Iterator[Bad]:
-    """The manifest is that of one of the plans, and of the last one unless an addition is not finished."""
-    if not plans:
-        return
-    plan = next((p for p in plans if len(p.units) == len(manifest.commits)), plans[0])
-    if plan.spec != manifest.spec or len(plan.units) != len(manifest.commits) or plan.table != name:
-        yield add(folder / "plan.json", "is not the plan that the manifest was made from")
-    elif plan is not plans[-1]:
-        first, end = len(plan.units), len(plans[-1].units)
-        done = len(records_of(folder)) - first
-        path = part_of(folder, plans[-1].starts, first) / "plan.json"
-        yield add(path, f"what is added is not finished, {max(0, done)} of {end - first} units are")
-
-
 def _commits_alone(folder: Path, add: "_Add") -> Iterator[Bad]:
     """Without a manifest the records say which units are bad too."""
-    for path in records_of(folder):
+    for path in record_paths(folder):
         try:
             commit = read_record(path, Commit)
         except (BadData, InputMissing) as error:
             yield add(path, error.what, int(path.stem) if path.stem.isdigit() else None)
             continue
-        shard = inside(path.parent.parent, commit.file)
+        shard = inside(folder, commit.file)
         if not shard.is_file() or sha256_of(shard) != commit.sha256:
             yield add(shard, "missing" if not shard.is_file() else "does not match its sha256", commit.unit)
 
@@ -232,8 +218,7 @@ def _shards(root: Path) -> dict[Path, str]:
     for name in tables_of(root):
         with contextlib.suppress(BadData, InputMissing):  # reported with its table
             manifest = read_record(root / name / "manifest.json", Manifest)
-            parts = [part_of(root / name, manifest.starts, number) for number in range(len(manifest.commits))]
-            known |= {p / c.file: c.sha256 for p, c in zip(parts, manifest.commits, strict=True)}
+            known |= {root / name / commit.file: commit.sha256 for commit in manifest.commits}
     return known
 
 
@@ -242,33 +227,16 @@ def _expected(root: Path) -> Iterator[Path]:
         folder = root / name
         if not (folder / "manifest.json").exists():
             continue  # begun, and told of with its table: only what is finished is listed
-        finished = len(_starts(folder)) + 1
-        plans = [part / "plan.json" for part in parts_of(folder)[:finished]]
-        yield from (path for path in (*plans, folder / "manifest.json") if path.is_file())
-        yield from (path for path in records_of(folder) if path.parent.parent in parts_of(folder)[:finished])
+        yield from (path for path in (folder / "plan.json", folder / "manifest.json") if path.is_file())
+        yield from record_paths(folder)
         yield from sorted(path for path in (folder / "tokenizer").glob("*") if path.is_file())
     if (root / "README.md").exists():
         yield root / "README.md"
 
 
-def _starts(folder: Path) -> tuple[int, ...]:
-    with contextlib.suppress(BadData, InputMissing):  # reported with its table
-        return read_record(folder / "manifest.json", Manifest).starts
-    return ()
-
-
 def as_dict(bad: list[Bad], level: str, rows: int = 0) -> dict[str, Any]:
     """For --json."""
     return {"level": level, "recomputed": rows, "bad": [asdict(one) for one in bad], "whole": not bad}
-
-
-def units_by_table(bad: list[Bad]) -> dict[str, set[int]]:
-    """Bad units of every table that has something wrong; an empty set where only its other files are."""
-    found: dict[str, set[int]] = {}
-    for one in bad:
-        if one.table:
-            found.setdefault(one.table, set()).update(() if one.unit is None else {one.unit})
-    return found
 
 
 def opened(root: Path, name: str) -> Table:

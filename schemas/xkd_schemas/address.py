@@ -1,18 +1,17 @@
-"""The only door to fsspec: corpora and caches at any address it knows (s3://, gs://, https://, memory://)."""
+"""The only door to fsspec: a corpus at any address it knows (s3://, gs://, https://, memory://) is copied once."""
 
 import atexit
 import contextlib
 import functools
-import hashlib
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from xkd_schemas.errors import InputMissing, UsageError, XkdError
-from xkd_schemas.files import disk_errors, kind_of, rename, sync_folder, write_beside
+from xkd_schemas.files import disk_errors
 
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://.+", re.DOTALL)
 COPY_BYTES: Final = 4 << 20
@@ -49,17 +48,17 @@ def local_copy(url: str) -> Path:
 @functools.cache
 def _copied(url: str) -> Path:
     name = PurePosixPath(shown(url)).name
-    files, path = store_of(url)
-    with remote_errors(url):
+    files, path = _store_of(url)
+    with _remote_errors(url):
         if not files.isfile(path):
             raise InputMissing(f"{shown(url)} is not a file there", next="name one file, with its ending")
     folder = Path(tempfile.mkdtemp(prefix="xkd-corpus-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    downloaded(files, path, folder / name, url)
+    _download(files, path, folder / name, url)
     return folder / name
 
 
-def store_of(url: str) -> tuple[Any, str]:
+def _store_of(url: str) -> tuple[Any, str]:
     """(file system, path in it)"""
     import fsspec
 
@@ -76,7 +75,7 @@ def store_of(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def remote_errors(url: str) -> Iterator[None]:
+def _remote_errors(url: str) -> Iterator[None]:
     """Turn whatever a store's own library raises into InputMissing, one line without secrets."""
     try:
         yield
@@ -88,19 +87,11 @@ def remote_errors(url: str) -> Iterator[None]:
         raise InputMissing(f"{shown(url)}: {line or type(error).__name__}", next="check address and access") from error
 
 
-def downloaded(files: Any, path: str, target: Path, url: str) -> str:
-    """Copy one file to `target`, where it appears whole and durable; sha256 of its bytes."""
-    digest = hashlib.sha256()
-
-    def write(stream: IO[bytes]) -> None:
-        with remote_errors(url), files.open(path, "rb") as source:
-            while chunk := source.read(COPY_BYTES):
-                digest.update(chunk)
-                with disk_errors(target):
-                    stream.write(chunk)
-
+def _download(files: Any, path: str, target: Path, url: str) -> None:
     with disk_errors(target):
-        temporary = write_beside(target.parent, write, kind_of(target))
-        rename(temporary, target)
-        sync_folder(target.parent)
-    return digest.hexdigest()
+        stream = target.open("wb")
+    with stream, _remote_errors(url), files.open(path, "rb") as source:
+        while chunk := source.read(COPY_BYTES):
+            with disk_errors(target):
+                stream.write(chunk)
+                stream.flush()

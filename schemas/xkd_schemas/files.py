@@ -1,7 +1,7 @@
 """The only door to the disk for anything that must survive a crash: write whole, or not at all.
 
 A file is written beside its target, fsynced, and renamed or linked; then the folder is fsynced. Every operation
-passes a point of faults.py first, where tests let it fail.
+is a method of `disk`, in whose place tests put one that fails.
 """
 
 import contextlib
@@ -16,16 +16,44 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Final
 
 import xxhash
 
-from xkd_schemas import faults
 from xkd_schemas.errors import Busy, DiskFailed, Refused
 
-faults.order_from_environment()
-
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Disk:
+    """The operations that a crash may fall between."""
+
+    def create(self, path: Path) -> io.RawIOBase:
+        """A new file, open for writing."""
+        return path.open("xb", buffering=0)
+
+    def fsync(self, descriptor: int) -> None:
+        """Make a file's content or a folder's entries durable."""
+        os.fsync(descriptor)
+
+    def mkdir(self, folder: Path) -> None:
+        """A new folder, or one that is there."""
+        folder.mkdir(exist_ok=True)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file another name, replacing what has it."""
+        source.replace(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name; FileExistsError where something has it."""
+        os.link(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file, or nothing where there is none."""
+        path.unlink(missing_ok=True)
+
+
+disk = Disk()
 
 
 @contextlib.contextmanager
@@ -45,32 +73,11 @@ _REMEDIES: Final = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "fre
 )
 
 
-def kind_of(path: Path) -> str:
-    """What a file is, for the points of faults.py.
-
-    >>> kind_of(Path("cache/documents/commits/00001.json"))
-    'commit'
-    """
-    folders = {"commits": "commit", "rejects": "rejects", "tokenizer": "tokenizer"}
-    names = {"plan.json": "plan", "manifest.json": "manifest", "README.md": "card", "SHA256SUMS": "sums"}
-    suffixes = {".arrow": "shard", ".safetensors": "tensors"}
-    return folders.get(path.parent.name) or names.get(path.name) or suffixes.get(path.suffix, "file")
-
-
-def _fsync(descriptor: int) -> None:
-    """Make a file's content or a folder's entries durable; the tests' control puts nothing in its place."""
-    os.fsync(descriptor)
-    if (journal := faults.journal()) is not None:
-        journal.fsynced(os.fstat(descriptor).st_ino)
-        journal.synced(Path(f"/proc/self/fd/{descriptor}").readlink())
-
-
 def sync_folder(folder: Path) -> None:
     """Make renames and links inside `folder` durable."""
-    faults.step("folder.sync")
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _fsync(descriptor)
+        disk.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -80,52 +87,23 @@ def make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    faults.step("folder.mkdir")
-    folder.mkdir(exist_ok=True)
-    if (journal := faults.journal()) is not None:
-        journal.appeared(folder.resolve())
+    disk.mkdir(folder)
     sync_folder(folder.parent)
-
-
-class _Watched(io.RawIOBase):
-    """A new file whose every write to the system passes a point of faults.py."""
-
-    def __init__(self, raw: io.FileIO, point: str) -> None:
-        self._raw = raw
-        self._point = point
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        faults.step(self._point, torn=lambda: self._raw.write(view[: len(view) // 2]))
-        return self._raw.write(view)
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._raw.fileno()
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
 
 
 def _temporary_in(folder: Path) -> Path:
     return folder / f".tmp-{os.getpid()}-{os.urandom(6).hex()}"
 
 
-def write_beside(folder: Path, write: Callable[[IO[bytes]], None], kind: str = "file") -> Path:
+def write_beside(folder: Path, write: Callable[[IO[bytes]], None]) -> Path:
     """Write a new temporary file in `folder`, fsync it, and return its path. Nothing is left on failure."""
     make_folder(folder)
     temporary = _temporary_in(folder)
     try:
-        faults.step(f"{kind}.create")
-        with io.BufferedWriter(_Watched(temporary.open("xb", buffering=0), f"{kind}.write"), _BUFFER) as stream:
-            _note_created(temporary)
+        with io.BufferedWriter(disk.create(temporary), _BUFFER) as stream:
             write(stream)
             stream.flush()
-            faults.step(f"{kind}.fsync")
-            _fsync(stream.fileno())
+            disk.fsync(stream.fileno())
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -135,35 +113,20 @@ def write_beside(folder: Path, write: Callable[[IO[bytes]], None], kind: str = "
 _BUFFER: Final = 2**20
 
 
-def _note_created(path: Path) -> None:
-    if (journal := faults.journal()) is not None:
-        journal.created(path.resolve())
-
-
 def rename(source: Path, target: Path) -> None:
     """Rename, replacing `target`; durable after `sync_folder`."""
-    faults.step(f"{kind_of(target)}.rename")
-    journal = faults.journal()
-    old = target.read_bytes() if journal is not None and target.is_file() else None
-    source.replace(target)
-    if journal is not None:
-        journal.renamed(source.parent.resolve() / source.name, target.parent.resolve() / target.name, old)
+    disk.rename(source, target)
 
 
 def remove(path: Path) -> None:
     """Remove a file, or do nothing where there is none."""
-    faults.step(f"{kind_of(path)}.remove")
-    journal = faults.journal()
-    content = path.read_bytes() if journal is not None and path.is_file() else None
-    path.unlink(missing_ok=True)
-    if journal is not None and content is not None:
-        journal.removed(path.parent.resolve() / path.name, content)
+    disk.unlink(path)
 
 
 def replace(target: Path, content: bytes) -> None:
     """Write `content` to `target`, replacing what is there, so that a reader sees old or new and never half."""
     with disk_errors(target):
-        temporary = write_beside(target.parent, lambda stream: _write_all(stream, content), kind_of(target))
+        temporary = write_beside(target.parent, lambda stream: _write_all(stream, content))
         rename(temporary, target)
         sync_folder(target.parent)
 
@@ -171,12 +134,9 @@ def replace(target: Path, content: bytes) -> None:
 def put_if_absent(target: Path, content: bytes) -> bool:
     """Create `target` with `content`; False, and nothing changed, if it exists already."""
     with disk_errors(target):
-        temporary = write_beside(target.parent, lambda stream: _write_all(stream, content), kind_of(target))
+        temporary = write_beside(target.parent, lambda stream: _write_all(stream, content))
         try:
-            faults.step(f"{kind_of(target)}.link")
-            os.link(temporary, target)
-            if (journal := faults.journal()) is not None:
-                journal.appeared(target.parent.resolve() / target.name)
+            disk.link(temporary, target)
         except FileExistsError:
             return False
         finally:
@@ -191,7 +151,8 @@ def saved(target: Path, save: Callable[[Path], object]) -> None:
         make_folder(target.parent)
         temporary = _temporary_in(target.parent)
         try:
-            _save(temporary, save, kind_of(target))
+            save(temporary)
+            _sync(temporary)
             rename(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -211,11 +172,10 @@ def saved_folder(target: Path, save: Callable[[Path], object]) -> list[str]:
         work = _temporary_in(target)
         work.mkdir()
         try:
-            faults.step("tokenizer.create")
             save(work)
             names = sorted(path.name for path in work.iterdir())
             for name in names:
-                _synced(work / name, "tokenizer")
+                _sync(work / name)
                 rename(work / name, target / name)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -223,25 +183,15 @@ def saved_folder(target: Path, save: Callable[[Path], object]) -> list[str]:
         return names
 
 
-def _save(path: Path, save: Callable[[Path], object], kind: str) -> None:
-    faults.step(f"{kind}.create")
-    faults.step(f"{kind}.write", torn=path.touch)
-    save(path)
-    _synced(path, kind)
-
-
-def _synced(path: Path, kind: str) -> None:
-    _note_created(path)
-    faults.step(f"{kind}.fsync")
+def _sync(path: Path) -> None:
     with path.open("rb+") as stream:
-        _fsync(stream.fileno())
+        disk.fsync(stream.fileno())
 
 
 def lock_file(path: Path) -> int:
     """Descriptor of a lock file, created where it is not there; no forked child keeps it over an exec."""
     with disk_errors(path):
         make_folder(path.parent)
-        faults.step("lock.create")
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
 
 

@@ -3,8 +3,6 @@
 A table folder holds an immutable plan (what will be made), one commit record for each finished
 unit (what was made), and a manifest once all units are there. A unit is done exactly when its
 commit record exists and its shard has the size and digest the record names.
-
-A table that was added to (additions.py) has a manifest over all its units, which names the states it was in before.
 """
 
 import contextlib
@@ -12,7 +10,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -21,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from xkd_schemas.errors import BadData, InputMissing, Mismatch
 from xkd_schemas.files import SAFE_NAME
 
-FORMAT = 2
-"""Version of these three files; a reader refuses a larger `min_reader`. 1 is written where nothing was added."""
+FORMAT = 1
+"""Version of these three files; a reader refuses a larger `min_reader`."""
 
 Json = Any
 Name = Annotated[str, Field(pattern=f"^{SAFE_NAME.pattern}$")]
@@ -107,41 +105,11 @@ class Commit(_Record):
         return self.model_copy(update={"made_on": None})
 
 
-class Generation(_Record):
-    """A finished state that a table was in before more was added to it."""
-
-    units: int
-    """Units it had."""
-    commits: str
-    """Digest of their records."""
-    root: str
-    """Root of its manifest: what tables that were made from it name."""
-    constants: dict[str, Json]
-    """What was measured over it."""
-
-
-class _Growing(_Record):
-    format: int = 1
-    min_reader: int = 1
-    earlier: tuple[Generation, ...] = ()
-    """Finished states before this one, the first one first; not written where there are none."""
-
-    @model_serializer(mode="wrap")
-    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
-        data: dict[str, Json] = handler(self)
-        if not self.earlier:
-            del data["earlier"]
-        return data
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """First unit of each addition."""
-        return tuple(state.units for state in self.earlier)
-
-
-class Plan(_Growing):
+class Plan(_Record):
     """What a table will be. Written once, never changed."""
 
+    format: int = FORMAT
+    min_reader: int = FORMAT
     table: str
     """documents, teachers/NAME or students/NAME."""
     spec: Spec
@@ -149,9 +117,11 @@ class Plan(_Growing):
     units: tuple[Unit, ...]
 
 
-class Manifest(_Growing):
+class Manifest(_Record):
     """A finished table."""
 
+    format: int = FORMAT
+    min_reader: int = FORMAT
     table: str
     spec: Spec
     spec_id: str
@@ -161,7 +131,7 @@ class Manifest(_Growing):
     files: dict[Name, str] = {}
     """sha256 of the other files of the folder that belong to the table."""
     root: str
-    """sha256 over spec, commits, constants, files and earlier states: names this table's content."""
+    """sha256 over spec, commits, constants and files: names this table's content."""
 
     @property
     def rows(self) -> int:
@@ -171,15 +141,6 @@ class Manifest(_Growing):
     def count(self, name: str) -> int:
         """Sum of one named count over all units."""
         return sum(c.counts.get(name, 0) for c in self.commits)
-
-    @property
-    def roots(self) -> dict[str, int]:
-        """Root of every state of the table, this one last, with the units that it has."""
-        return {state.root: state.units for state in self.earlier} | {self.root: len(self.commits)}
-
-    def constants_at(self, root: str) -> dict[str, Json]:
-        """The constants of the state with that root; the last one's where no earlier state has it."""
-        return next((state.constants for state in self.earlier if state.root == root), self.constants)
 
 
 def canonical(value: Json) -> bytes:
@@ -193,40 +154,25 @@ def digest(value: Json) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
-def commits_digest(commits: Sequence[Commit]) -> str:
-    """What names some records in order."""
-    return digest([c.model_dump(mode="json") for c in commits])
-
-
 def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], files: dict[str, str]) -> Manifest:
-    """The manifest of a table whose units are all committed.
-
-    An earlier state whose units were made again, and came out with other bytes, gets another root.
-    """
-    commits, earlier = tuple(commit.bound for commit in commits), []
-    for state in plan.earlier:
-        now = commits_digest(commits[: state.units])
-        root = state.root if now == state.commits else digest([state.root, now])
-        earlier.append(state.model_copy(update={"commits": now, "root": root}))
+    """The manifest of a table whose units are all committed."""
+    commits = tuple(commit.bound for commit in commits)
     manifest = Manifest(
-        format=plan.format, min_reader=plan.min_reader, table=plan.table, spec=plan.spec, spec_id=digest(plan.spec),
-        commits=commits, constants=constants, files=files, earlier=tuple(earlier), root="",
+        table=plan.table, spec=plan.spec, spec_id=digest(plan.spec), commits=commits, constants=constants, files=files,
+        root="",
     )  # fmt: skip
     return manifest.model_copy(update={"root": _root(manifest)})
 
 
 def _root(m: Manifest) -> str:
-    content = [m.table, m.spec, [c.model_dump(mode="json") for c in m.commits], m.constants, m.files]
-    return digest([*content, [state.model_dump(mode="json") for state in m.earlier]] if m.earlier else content)
+    return digest([m.table, m.spec, [c.model_dump(mode="json") for c in m.commits], m.constants, m.files])
 
 
 def is_whole(manifest: Manifest) -> bool:
     """True where the manifest matches the digests it carries."""
     m = manifest
-    version = FORMAT if m.earlier else 1
     with _collecting_nothing():
-        states = all(commits_digest(m.commits[: state.units]) == state.commits for state in m.earlier)
-        return states and m.format == m.min_reader == version and _root(m) == m.root and digest(m.spec) == m.spec_id
+        return m.format == m.min_reader == FORMAT and _root(m) == m.root and digest(m.spec) == m.spec_id
 
 
 def to_json(record: BaseModel) -> bytes:
@@ -272,6 +218,12 @@ def _parsed(path: Path, content: bytes, kind: type[M]) -> M:
     own = data.pop(OWN, None) if kind is not Manifest else None  # none in caches of before
     whole = own is None or own == digest(data)
     needed = int(data.get("min_reader", 0)) if kind is not Commit and whole else 0
+    if needed > FORMAT and "earlier" in data:
+        raise Mismatch(
+            f"{path}: documents were added to this cache, and this program reads no such cache",
+            kept="the cache as it is",
+            next="make a cache of each corpus: xkd-cache preprocess RUN.toml, then xkd-train --shards a/ --shards b/",
+        )
     if needed > FORMAT:
         raise Mismatch(f"{path}: format {needed}, this program reads up to {FORMAT}", next="upgrade xkd-toolkit")
     record = kind.model_validate(data)
@@ -289,6 +241,11 @@ def is_damaged(path: Path, plan: Plan) -> bool:
     except BadData:
         found, meant = (content.split(b"\n") for content in (path.read_bytes(), to_json(plan)))
     return digest(plan.model_dump(mode="json")).encode() in b"\n".join(found) or found[2:] == meant[2:]
+
+
+def record_paths(folder: Path) -> list[Path]:
+    """Every commit record of a table, in order of the units."""
+    return sorted((folder / "commits").glob("[0-9]*.json"))
 
 
 def _finite(text: str) -> float:

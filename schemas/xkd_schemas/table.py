@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from xkd_schemas.additions import part_of
 from xkd_schemas.cache_files import refuse_links, refuse_unnamed
 from xkd_schemas.codecs import CODECS, PLAIN, Codec
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
@@ -182,8 +181,7 @@ class Table:
 
     def path(self, number: int) -> Path:
         """Where the shard of unit `number` lies."""
-        part = part_of(self.folder, self.manifest.starts, number)
-        return inside(self.folder, *part.relative_to(self.folder).parts, self.manifest.commits[number].file)
+        return inside(self.folder, self.manifest.commits[number].file)
 
     def shard(self, number: int) -> Shard:
         """Shard of unit `number`, checked once; OPEN_SHARDS stay open, those used last."""

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+import faulty_disk
 from damages import flipped, outcome, targets
 from fake_stage import build_all
 from small_cache import files_of
@@ -19,7 +20,6 @@ from xkd_pipeline.mend import repair
 from xkd_pipeline.run import Workers
 from xkd_pipeline.store import locked
 from xkd_pipeline.verify import verify
-from xkd_schemas import faults
 from xkd_schemas.errors import BadData, DiskFailed
 
 EXAMPLES = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
@@ -43,7 +43,7 @@ def refusal(root: Path) -> str:
 def undisturbed() -> tuple[dict[str, bytes], int]:
     """The files of a run that nobody disturbs, and its number of operations."""
     with tempfile.TemporaryDirectory() as folder:
-        with faults.injected("*:0:count") as fault:
+        with faulty_disk.injected("*:0:count") as fault:
             work(Path(folder) / "cache")
         return files_of(Path(folder) / "cache"), fault.seen
 
@@ -66,7 +66,7 @@ class CacheMachine(RuleBasedStateMachine):
         child = os.fork()
         if child == 0:
             try:
-                with faults.injected(f"*:{1 + int(share * undisturbed()[1])}:{action}", seed):
+                with faulty_disk.injected(f"*:{1 + int(share * undisturbed()[1])}:{action}", seed):
                     work(self.root)
                 os._exit(0)
             except BadData:
@@ -79,7 +79,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1), name=st.sampled_from(["ENOSPC", "EIO"]))
     def start_on_a_failing_disk(self, share: float, name: str) -> None:
-        with faults.injected(f"*:{1 + int(share * undisturbed()[1])}:{name}"):
+        with faulty_disk.injected(f"*:{1 + int(share * undisturbed()[1])}:{name}"):
             try:
                 work(self.root)
             except DiskFailed:

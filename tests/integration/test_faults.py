@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import faulty_disk
 import small_cache
 from fake_stage import build_all
 from forked import in_a_copy
@@ -22,7 +23,6 @@ from small_cache import files_of
 from xkd_pipeline.build import Built
 from xkd_pipeline.stages import align_stage, documents_stage
 from xkd_pipeline.store import locked
-from xkd_schemas import faults, files
 from xkd_schemas.errors import DiskFailed, XkdError
 
 ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
@@ -43,7 +43,7 @@ def finished(root: Path) -> int:
 
 
 def counted(root: Path) -> list[str]:
-    with faults.injected("*:0:count") as fault:
+    with faulty_disk.injected("*:0:count") as fault:
         work(root)
     return fault.points
 
@@ -52,9 +52,7 @@ def dying(root: Path, fault: str, *, seed: str = "", synced: bool = True) -> Non
     """Work in a copy of this process that `fault` kills."""
 
     def job() -> None:
-        if not synced:
-            files._fsync = lambda descriptor: None
-        with faults.injected(fault, seed):
+        with faulty_disk.injected(fault, seed, synced=synced):
             work(root)
 
     status = in_a_copy(job)
@@ -65,11 +63,11 @@ def dying(root: Path, fault: str, *, seed: str = "", synced: bool = True) -> Non
 def test_every_operation_failing_once_is_a_disk_error_and_the_next_run_is_undisturbed(tmp_path: Path) -> None:
     points = counted(tmp_path / "undisturbed")
     undisturbed = files_of(tmp_path / "undisturbed")
-    assert {"shard.write", "commit.link", "manifest.rename", "folder.sync", "folder.mkdir"} <= set(points)
+    assert {"commit.write", "commit.link", "manifest.rename", "folder.sync", "folder.mkdir"} <= set(points)
     for number, point in enumerate(points, start=1):
         name = ("ENOSPC", "EIO")[number % 2]
         root = tmp_path / f"{number}"
-        with faults.injected(f"*:{number}:{name}"), pytest.raises(DiskFailed) as caught:
+        with faulty_disk.injected(f"*:{number}:{name}"), pytest.raises(DiskFailed) as caught:
             work(root)
         assert caught.value.exit_code == 74
         assert os.strerror(getattr(errno, name)) in str(caught.value), point
@@ -136,14 +134,14 @@ def documents_and_align(root: Path) -> None:
 
 def test_a_disk_error_anywhere_in_documents_and_align_leaves_nothing_behind(tmp_path: Path) -> None:
     undisturbed = files_of(small_cache.made() / "cache")
-    with faults.injected("*:0:count") as fault:
+    with faulty_disk.injected("*:0:count") as fault:
         documents_and_align(begun(tmp_path, "undisturbed"))
     assert files_of(tmp_path / "undisturbed") == undisturbed
-    assert {"shard.fsync", "tokenizer.rename", "sums.rename"} <= set(fault.points)
+    assert {"file.fsync", "tokenizer.rename", "sums.rename"} <= set(fault.points)
     chance = random.Random(SEED)
     for number in sorted(chance.sample(range(1, fault.seen + 1), max(3, ROUNDS // 2))):
         root = begun(tmp_path, f"{number}")
-        with faults.injected(f"*:{number}:{('ENOSPC', 'EIO')[number % 2]}"), pytest.raises(DiskFailed):
+        with faulty_disk.injected(f"*:{number}:{('ENOSPC', 'EIO')[number % 2]}"), pytest.raises(DiskFailed):
             documents_and_align(root)
         documents_and_align(root)
         assert files_of(root) == undisturbed, fault.points[number - 1]
@@ -152,14 +150,15 @@ def test_a_disk_error_anywhere_in_documents_and_align_leaves_nothing_behind(tmp_
 def test_a_full_disk_is_exit_74_on_the_command_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
     cache, undisturbed = small_cache.copied(tmp_path), files_of(small_cache.made() / "cache")
     shutil.rmtree(cache / "students")
-    program = "from xkd_pipeline.cli import main; main()"
-    student = str(small_cache.made() / "student")
-    command = [sys.executable, "-c", program, "align", str(cache), "--student", student, "--name", "S"]
+    tests, student = str(Path(faulty_disk.__file__).parent), str(small_cache.made() / "student")
+    armed = f"import sys; sys.path.append({tests!r}); import faulty_disk; faulty_disk.arm('commit.write:2:ENOSPC'); "
 
-    def ran(**more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=120)
+    def ran(before: str = "") -> subprocess.CompletedProcess[str]:
+        program = f"{before}from xkd_pipeline.cli import main; main()"
+        command = [sys.executable, "-c", program, "align", str(cache), "--student", student, "--name", "S"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
-    failed = ran(XKD_FAULT="commit.write:2:ENOSPC")
+    failed = ran(armed)
     assert failed.returncode == 74, failed.stderr
     assert "Kept: everything committed before" in failed.stderr
     assert "Traceback" not in failed.stderr

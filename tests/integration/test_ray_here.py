@@ -85,24 +85,6 @@ def test_what_ray_runs_on_is_killed_and_the_same_command_goes_on(tmp_path: Path,
     assert files_of(cache) == files_of(made / "cache")
 
 
-def test_a_head_that_dies_while_ray_starts_ends_the_run_at_once_with_its_own_status(
-    tmp_path: Path, monkeypatch
-) -> None:
-    """Ray itself waits for a minute, and then ends the process with status 1."""
-    cache, made = begun(tmp_path), small_cache.made()
-
-    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:  # sockets lie there
-        monkeypatch.setenv("TMPDIR", short)
-        status, said = ray_kills.killed_in_start(cache, made, "gcs_server", 0.3)
-        left = list(Path(short).iterdir())
-
-    assert status == 69
-    assert "the Ray cluster is gone: its gcs_server died. Kept: every committed unit" in said
-    assert left == []
-    work("align", cache, made, IN_PROCESS)
-    assert files_of(cache) == files_of(made / "cache")
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_within_seconds_and_leaves_no_process(tmp_path: Path, number: int, code: int) -> None:
     cache, made = begun(tmp_path), small_cache.made()

@@ -107,7 +107,7 @@ def test_a_lost_plan_of_the_documents_asks_for_the_whole_corpus(tmp_path: Path) 
     assert repair(cache, IN_PROCESS).commands == [f"xkd-cache repair {cache} --corpus PATH_OF/corpus.jsonl"]
 
 
-def test_only_the_file_of_the_bad_unit_is_needed_and_others_are_refused(tmp_path: Path) -> None:
+def test_a_corpus_or_a_teacher_that_is_another_is_refused(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     flip(shard(cache, "documents", 0))
     other = small_cache.write_rows(tmp_path / "other.jsonl", small_cache.corpus_rows(3))

@@ -16,7 +16,7 @@ from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.files import inside, sha256_of
 from xkd_schemas.joined import JoinedTable
-from xkd_schemas.manifest import Manifest, Plan, differences, read_record, refuse_differences
+from xkd_schemas.manifest import Plan, differences, read_record, refuse_differences
 from xkd_schemas.runfile import TeacherSection
 from xkd_schemas.table import Table, check_cache, names_in
 from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Kind, Signal, signal_named
@@ -52,7 +52,8 @@ class Cache:
         self.documents = Table(root, "documents")
         self.students = Table(root, f"students/{student}")
         self.teacher_name = str(self.students.manifest.spec["teacher"])
-        self.beside, self.short = _beside(root, self.teacher_name, len(self.students.manifest.commits))
+        further = (Table(root, f"signals/{name}") for name in names_in(root, "signals"))
+        self.beside = [table for table in further if table.manifest.spec["teacher"] == self.teacher_name]
         teacher = f"teachers/{self.teacher_name}"
         self.teachers = JoinedTable(root, teacher, self.beside) if self.beside else Table(root, teacher)
         self._check_origin(student)
@@ -65,15 +66,15 @@ class Cache:
             "teacher documents": teachers.spec["documents"],
         }
         made_from = {
-            "documents": _state(documents, spec["documents"]),
-            "teacher_root": _state(teachers, spec["teacher_root"]),
-            "teacher documents": _state(documents, teachers.spec["documents"]),
+            "documents": documents.root,
+            "teacher_root": teachers.root,
+            "teacher documents": documents.root,
         }
         for table in self.beside:
             other = table.manifest.spec
             found |= {f"{table.name} {key}": other[key] for key in ("documents", "weights", "encoder")}
             made_from |= {f"{table.name} {key}": teachers.spec[key] for key in ("weights", "encoder")}
-            made_from[f"{table.name} documents"] = _state(documents, other["documents"])
+            made_from[f"{table.name} documents"] = documents.root
         again = f"xkd-cache align {self.root} --student ... --name {student}-2"
         refuse_differences(self.students.folder, made_from, found, advice=again)
         versions = {"documents": DOCUMENTS_VERSION, "teachers": TEACHERS_VERSION, "students": STUDENTS_VERSION}
@@ -124,12 +125,9 @@ class Cache:
     @property
     def sizes(self) -> TeacherSizes:
         """Sizes and constants of the teacher."""
-        c = self.teachers.manifest.constants_at(self.students.manifest.spec["teacher_root"])
+        c = self.teachers.manifest.constants
         for table in self.beside:
-            if "hidden_std" in table.manifest.constants:
-                units = len(self.students.manifest.commits)
-                now = next((root for root, size in table.manifest.roots.items() if size == units), "")
-                c = c | {"hidden_std": table.manifest.constants_at(now)["hidden_std"]}
+            c = c | {key: value for key, value in table.manifest.constants.items() if key == "hidden_std"}
         return TeacherSizes(
             name=self.teacher_name,
             num_layers=int(c["num_layers"]),
@@ -138,11 +136,6 @@ class Cache:
             hidden_std=float(c["hidden_std"]),
             embedding_std=float(c["embedding_std"]),
         )
-
-    @property
-    def not_used(self) -> int:
-        """Documents that were added to the cache after the student's table was made."""
-        return len(self.documents) - len(self.students)
 
     def identity(self, wanted: Iterable[Signal]) -> str | list[str]:
         """What names the rows and signals of a run: the student's root, and those of further tables it reads."""
@@ -162,10 +155,8 @@ class Cache:
             )
 
     def _adding(self, missing: Sequence[str]) -> str:
-        """The command that adds signals, or takes those that end too early to the last document."""
+        """The command that adds signals."""
         command = f"xkd-cache add {self.root} --model PATH_OF_{self.teacher_name}"
-        if any(_plain(column) in missing for table in self.short for column in table.manifest.spec["signals"]):
-            return command
         columns = [column + _usual_number(KINDS[column.partition("@")[0]]) for column in missing]
         return f"{command} --to {self.teacher_name} --signals {','.join(columns)}"
 
@@ -217,19 +208,6 @@ class Cache:
 
 def _plain(column: str) -> str:
     return replace(signal_named(column), top=None).column
-
-
-def _beside(root: Path, teacher: str, units: int) -> tuple[list[Table], list[Table]]:
-    """Tables of further signals of a teacher: those that reach as far as the student's, and those that do not."""
-    tables = [Table(root, f"signals/{name}") for name in names_in(root, "signals")]
-    ours = [table for table in tables if table.manifest.spec["teacher"] == teacher]
-    enough = [table for table in ours if len(table.manifest.commits) >= units]
-    return enough, [table for table in ours if table not in enough]
-
-
-def _state(manifest: Manifest, root: str) -> str:
-    """`root` where the table is, or once was, in that state; its last root where it never was."""
-    return root if root in manifest.roots else manifest.root
 
 
 def _usual_number(kind: Kind) -> str:

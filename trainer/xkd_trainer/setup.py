@@ -15,7 +15,6 @@ from xkd_schemas.errors import Mismatch, UsageError
 from xkd_schemas.runfile import RunFile
 from xkd_schemas.teacher import Signal
 from xkd_schemas.templates import AUTO
-from xkd_schemas.terminal import warn
 from xkd_schemas.tokenizers import identity
 from xkd_trainer.cache import Cache, layers_of
 from xkd_trainer.distiller import Distiller
@@ -95,9 +94,6 @@ def set_up(run: RunFile, student_table: str, *, on_missing: str = "fail", quiet:
         caches.append(cache := Cache(shards.root, student=table))
         cache.check_tokenizer(fingerprint)
         _check_template(of_root, cache)
-        if cache.not_used:
-            root = shards.root
-            warn(f"{cache.not_used} documents added to {root} are not used: xkd-cache add {root} takes them in")
     weights_of_caches = [shards.weight for shards in named]
     cache = CacheUnion(caches, weights_of_caches) if len(caches) > 1 or weights_of_caches != [1.0] else caches[0]
     levels = levels_of(cache)

@@ -41,6 +41,18 @@ def test_a_table_is_built_once_and_then_reused(tmp_path: Path) -> None:
     ]
 
 
+def test_a_table_that_documents_were_added_to_is_left_as_it_is(tmp_path: Path) -> None:
+    build_all(tmp_path)
+    path = tmp_path / "documents" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "format": 2, "min_reader": 2, "earlier": [{}]}))
+    next((tmp_path / "documents").glob("00002-*.arrow")).unlink()
+    before = path.read_bytes()
+
+    with pytest.raises(Mismatch, match="documents were added"):
+        build_all(tmp_path)
+    assert path.read_bytes() == before
+
+
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.permutations(range(UNITS)))
 def test_the_order_in_which_units_are_finished_changes_no_byte(
@@ -197,7 +209,7 @@ def test_a_plan_of_which_nothing_is_left_is_bad_data_and_never_a_mismatch(tmp_pa
     SEALS[damage](tmp_path / "documents" / "plan.json")
 
     with pytest.raises(BadData, match=r"plan.json cannot be read as plan: .* Next: xkd-cache repair"):
-        opened(tmp_path)
+        opened(tmp_path, spec={"seed": 2})
     (tmp_path / "documents" / "manifest.json").unlink()
     with pytest.raises(BadData, match=r"plan.json cannot be read as plan: .* Next: run the xkd-cache command"):
         opened(tmp_path)
@@ -263,12 +275,21 @@ def test_a_plan_written_before_plans_had_digests_is_read(tmp_path: Path) -> None
     assert changed == {"SHA256SUMS"}
 
 
-def test_a_missing_plan_with_records_is_missing_input(tmp_path: Path) -> None:
-    build_all(tmp_path)
-    (tmp_path / "documents" / "plan.json").unlink()
+def test_a_missing_plan_is_written_again_where_the_manifest_vouches_for_it(
+    tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    build_all(tmp_path / "t")
+    plan = tmp_path / "t" / "documents" / "plan.json"
+    plan.unlink()
 
     with pytest.raises(InputMissing, match=r"plan.json is not there"):
-        opened(tmp_path)
+        opened(tmp_path / "t", spec={"seed": 2})
+    assert build_all(tmp_path / "t").made == 0
+    assert files_of(tmp_path / "t") == undisturbed
+    plan.unlink()
+    (tmp_path / "t" / "documents" / "manifest.json").unlink()
+    with pytest.raises(InputMissing, match=r"plan.json is not there"):
+        opened(tmp_path / "t")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,15 +1,13 @@
 """verify, repair and gc as commands, and rows against the live teacher."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import faulty_disk
 import small_cache
 from fake_hardware import hardware_is
 from xkd_pipeline.cli import app
@@ -17,7 +15,7 @@ from xkd_pipeline.deep import _values
 from xkd_pipeline.progress import table_states
 from xkd_pipeline.recompute import Recomputed, _classes_differ, _settings, recompute
 from xkd_pipeline.verify import verify
-from xkd_schemas import faults, files
+from xkd_schemas import files
 from xkd_schemas.errors import BadData, DiskFailed, InputMissing, Mismatch, UsageError
 from xkd_schemas.table import Table
 
@@ -171,26 +169,10 @@ def test_status_counts_what_is_damaged_or_left(tmp_path: Path) -> None:
     assert (state["done"], state["unreadable"], state["leftovers"]) == (2, 1, 1)
 
 
-@pytest.mark.parametrize("text", ["x", "*:1", "*:one:EIO", ":1:EIO", "*:1:NOSUCH"])
-def test_a_fault_that_cannot_be_read_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="POINT:N:ACTION"):
-        faults.fault_of(text)
-
-
-def test_a_fault_of_the_environment_that_cannot_be_read_is_one_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import xkd_schemas.files"], env={**os.environ, "XKD_FAULT": "nonsense"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-    assert done.returncode == 2
-    assert done.stderr == "XKD_FAULT=nonsense is not POINT:N:ACTION. Next: e.g. XKD_FAULT=commit.write:3:ENOSPC\n"
-
-
 def test_a_fault_hits_its_point_once_or_from_then_on(tmp_path: Path) -> None:
-    with faults.injected("commit.write:2:ENOSPC"):
+    with faulty_disk.injected("commit.write:2:ENOSPC"):
         assert [_fails(tmp_path / "commits" / f"{n}.json") for n in range(4)] == [False, True, False, False]
-    with faults.injected("*.fsync:2:EIO+"):
+    with faulty_disk.injected("*.fsync:2:EIO+"):
         assert [_fails(tmp_path / f"{n}") for n in range(4)] == [False, True, True, True]
     assert sorted(p.name for p in tmp_path.glob("[0-9]*")) == ["0"]
 

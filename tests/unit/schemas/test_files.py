@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xkd_schemas import faults
+import faulty_disk
 from xkd_schemas.errors import DiskFailed, Refused
 from xkd_schemas.files import (
     disk_errors,
@@ -150,12 +150,12 @@ def test_a_folder_that_a_dying_writer_left_half_saved_is_cleared_by_the_next(tmp
         for name in ("a.json", "b.json"):
             (folder / name).write_text(name)
 
-    with faults.injected("*:0:count") as fault:
+    with faulty_disk.injected("*:0:count") as fault:
         saved_folder(tmp_path / "undisturbed", save)
     for at in range(1, fault.seen + 1):
         child = os.fork()
         if child == 0:
-            with faults.injected(f"*:{at}:kill"):
+            with faulty_disk.injected(f"*:{at}:kill"):
                 saved_folder(tmp_path / f"{at}", save)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         saved_folder(tmp_path / f"{at}", save)

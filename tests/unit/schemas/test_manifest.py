@@ -115,8 +115,16 @@ def test_a_folder_in_place_of_a_record_is_missing_input(tmp_path: Path) -> None:
 def test_a_newer_format_asks_for_an_upgrade(tmp_path: Path) -> None:
     (tmp_path / "r").write_bytes(to_json(PLAN.model_copy(update={"min_reader": 3})))
 
-    with pytest.raises(Mismatch, match=r"r: format 3, this program reads up to 2. Next: upgrade xkd-toolkit"):
+    with pytest.raises(Mismatch, match=r"r: format 3, this program reads up to 1. Next: upgrade xkd-toolkit"):
         read_record(tmp_path / "r", Plan)
+
+
+def test_a_table_that_documents_were_added_to_is_refused_with_how_to_make_it_again(tmp_path: Path) -> None:
+    grown = {**json.loads(to_json(MANIFEST)), "format": 2, "min_reader": 2, "earlier": [{"units": 1}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(grown))
+
+    with pytest.raises(Mismatch, match=r"documents were added.*preprocess RUN.toml.*--shards a/ --shards b/"):
+        read_record(tmp_path / "manifest.json", Manifest)
 
 
 @pytest.mark.parametrize(

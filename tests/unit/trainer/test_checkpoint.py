@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from xkd_schemas.faults import injected
 
 import tiny_models as tiny
 from damages import flipped
 from xkd_pipeline import teacher_files
 from xkd_schemas.errors import BadData, DiskFailed
-from xkd_schemas.faults import injected
 from xkd_trainer.checkpoint import KEPT, Snapshot, newest, save
 from xkd_trainer.export import export_student, is_finished
 from xkd_trainer.forward import run

@@ -1,0 +1,55 @@
+"""Shards with right digests that cannot be read: a finding on their unit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import small_cache
+from damages import resigned
+from xkd_pipeline.verify import verify
+from xkd_schemas.manifest import Manifest, read_record
+from xkd_schemas.table import Row
+
+
+def shard(cache: Path, table: str, unit: int) -> Path:
+    return cache / table / read_record(cache / table / "manifest.json", Manifest).commits[unit].file
+
+
+def test_a_check_that_raises_is_a_finding_on_its_unit_and_the_rest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xkd_pipeline import deep
+
+    plain = deep._document
+
+    def raising(row: Row) -> str:
+        return str(1 // 0) if row["line"] == 5 else plain(row)
+
+    monkeypatch.setattr(deep, "_document", raising)
+
+    found = verify(small_cache.made() / "cache", "deep")
+
+    assert [(one.table, one.unit) for one in found] == [("documents", 1)]
+    assert found[0].reason.startswith("cannot be read: ZeroDivisionError")
+
+
+def test_the_command_names_the_unit_and_exits_with_65(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    path = shard(cache, "documents", 0)
+    content = path.read_bytes()
+    at = content.index(b"It prints")
+    resigned(cache, "documents", 0, content[:at] + b"\xff" + content[at + 1 :])
+    command = [
+        sys.executable,
+        "-c",
+        "from xkd_pipeline.cli import main; main()",
+        "verify",
+        str(cache),
+        "--level",
+        "deep",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    assert done.returncode == 65
+    assert "documents/00000" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
