@@ -15,17 +15,17 @@ from benchmarks.measure import Options, interleaved
 from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Row as Figures
 from benchmarks.rows import cost
-from xkd_pipeline.align import StudentSettings, align_rows
-from xkd_pipeline.capture import TeacherSettings
-from xkd_pipeline.shard import write_shard
-from xkd_pipeline.teacher import encoder_of
-from xkd_pipeline.whole_units import DocumentRows, documents_of, tokens_of
-from xkd_schemas.alignment import grouped_spans
-from xkd_schemas.alignment_batch import align_all, content_of, token_ranges_all
-from xkd_schemas.blocks import Int64s, TokenBlock
-from xkd_schemas.encode import Encoder
-from xkd_schemas.flat import Lists
-from xkd_schemas.table import Row, Table, names_in
+from xkd_pipeline.alignment import StudentSettings, align_rows
+from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.capture.stage import encoder_of
+from xkd_pipeline.tables.read_units import DocumentRows, documents_of, tokens_of
+from xkd_pipeline.tables.shard import write_shard
+from xkd_schemas.cache.table import Row, Table, names_in
+from xkd_schemas.ragged import Lists
+from xkd_schemas.text.alignment import grouped_spans
+from xkd_schemas.text.batch_alignment import align_all, content_of, token_ranges_all
+from xkd_schemas.text.batches import Int64s, TokenBlock
+from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK, STUDENTS, Int32s
 
 

@@ -8,18 +8,18 @@ from transformers import PreTrainedModel
 from benchmarks.measure import Options, interleaved
 from benchmarks.pair import fast_dtype, pair_of, wanted_signals
 from benchmarks.rows import Result, cost
-from xkd_pipeline.capture import TeacherSettings, batches_of, capture
-from xkd_pipeline.documents import document_at
-from xkd_pipeline.measure import LOGIT_BYTES, Reading, padded
-from xkd_pipeline.teacher import encoder_of
-from xkd_schemas.alignment import token_ranges
-from xkd_schemas.encode import Encoder
-from xkd_schemas.table import Row, Table
+from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
+from xkd_pipeline.capture.measure import LOGIT_BYTES, Reading, padded
+from xkd_pipeline.capture.stage import encoder_of
+from xkd_pipeline.parsing.stage import document_at
+from xkd_schemas.cache.table import Row, Table
+from xkd_schemas.text.alignment import token_ranges
+from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import predictors
-from xkd_trainer.compute_dtype import dtype_named
-from xkd_trainer.forward import num_layers
-from xkd_trainer.head import head_of
-from xkd_trainer.models import load_model
+from xkd_trainer.models.compute_dtype import dtype_named
+from xkd_trainer.models.forward import num_layers
+from xkd_trainer.models.head import head_of
+from xkd_trainer.models.loading import load_model
 
 
 def run(options: Options) -> list[Result]:

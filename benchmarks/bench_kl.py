@@ -20,8 +20,8 @@ from torch import Tensor
 
 from benchmarks.measure import Options, forget_peak, in_subprocess, interleaved, peak_bytes
 from benchmarks.rows import Result, cost, memory
-from xkd_trainer.losses import head_rows
-from xkd_trainer.losses.head import Comparison, LazyLogits, head_divergence
+from xkd_trainer.losses.ops import softmax_rows as head_rows
+from xkd_trainer.losses.ops.head_sums import Comparison, LazyLogits, head_divergence
 
 SPACES = ("student", "teacher")
 FORMS = ("plain", "ours")

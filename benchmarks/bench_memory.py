@@ -12,11 +12,11 @@ from pathlib import Path
 from benchmarks.measure import Options, in_subprocess, peak_bytes
 from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Result, memory
-from xkd_pipeline.shard import Totals, write_shard
-from xkd_pipeline.store import Store
-from xkd_schemas.manifest import Commit, Unit
-from xkd_schemas.table import Table, names_in
-from xkd_trainer.loop import train
+from xkd_pipeline.tables.shard import Totals, write_shard
+from xkd_pipeline.tables.writer import Store
+from xkd_schemas.cache.manifest import Commit, Unit
+from xkd_schemas.cache.table import Table, names_in
+from xkd_trainer.training.loop import train
 
 TIMES = 8
 STEPS = 3

@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.measure import Options, interleaved
 from benchmarks.rows import Result, Row, Skipped, speed
 from benchmarks.states import HIDDEN, Sizes, states_cache
-from xkd_trainer.cache import Cache
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.collate import batch_of
 
 BATCH = 8
 States = npt.NDArray[np.int16]

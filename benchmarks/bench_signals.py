@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.measure import Options, interleaved
 from benchmarks.rows import Result, cost
-from xkd_trainer.signals import centrality, cosine_matrix, pool_spans
+from xkd_trainer.models.measures import centrality, cosine_matrix, pool_spans
 
 SPANS_PER_TOKEN = 0.31
 """Noun and verb phrases of English text (0.21 and 0.10 a token)."""

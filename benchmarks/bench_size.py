@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from benchmarks.measure import Options
 from benchmarks.pair import METHODS, TEMPLATE, Pair, Shape, fast_dtype, made, pair_of
 from benchmarks.rows import Result, Row
-from xkd_pipeline.capture import TeacherSettings
-from xkd_pipeline.plan import naive_bytes
-from xkd_pipeline.run import Workers
-from xkd_pipeline.shard import ROWS_PER_BATCH
-from xkd_pipeline.size import Counts, counts_of, signal_bytes
-from xkd_pipeline.teacher import make_teacher
-from xkd_pipeline.whole_units import tokens_at
+from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.capture.stage import make_teacher
+from xkd_pipeline.reports.plan import naive_bytes
+from xkd_pipeline.reports.table_size import Counts, counts_of, signal_bytes
+from xkd_pipeline.tables.read_units import tokens_at
+from xkd_pipeline.tables.shard import ROWS_PER_BATCH
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.codecs import PLAIN
-from xkd_schemas.table import Table, names_in
-from xkd_schemas.teacher import Signal
-from xkd_trainer.methods import LOSSES
-from xkd_trainer.methods.declaration import Levels
+from xkd_schemas.signals import Signal
+from xkd_trainer.losses.declaration import Levels
+from xkd_trainer.losses.registry import LOSSES
 
 WIDTH, CLASSES = 4096, 152_000
 SHARE = 1 / 10

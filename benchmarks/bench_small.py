@@ -17,14 +17,14 @@ from benchmarks.bench_size import CLASSES, WIDTH, counted, levels_of
 from benchmarks.measure import Options, interleaved
 from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Result, Row, cost
-from xkd_pipeline.draws import drawn
-from xkd_pipeline.shard import ROWS_PER_BATCH
-from xkd_pipeline.size import Counts, signal_bytes
+from xkd_pipeline.capture.sampled_logits import drawn
+from xkd_pipeline.reports.table_size import Counts, signal_bytes
+from xkd_pipeline.tables.shard import ROWS_PER_BATCH
 from xkd_schemas.codecs import PLAIN
-from xkd_schemas.teacher import Signal
-from xkd_trainer.cache import Cache
-from xkd_trainer.signals import prediction_stats
-from xkd_trainer.stream import batch_of
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.models.measures import prediction_stats
 
 DRAWS = (8, 16, 32)
 MOST_WITH_REPLACEMENT = 400
@@ -39,7 +39,7 @@ def run(options: Options) -> list[Result]:
 
 def logits_of(pair: Pair, number: int) -> Tensor:
     """The teacher's logits at so many predictions at most, float32, from its stored states and head."""
-    from xkd_schemas.table import names_in
+    from xkd_schemas.cache.table import names_in
 
     cache = Cache(pair.cache, student=names_in(pair.cache, "students")[0])
     head, found, missing = cache.head(), list[Tensor](), number

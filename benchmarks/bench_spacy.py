@@ -12,13 +12,13 @@ from typing import Any
 from benchmarks.measure import Options, interleaved
 from benchmarks.pair import pair_of
 from benchmarks.rows import Result, Row, Skipped
-from xkd_pipeline.documents import document_at
-from xkd_pipeline.phrases import is_word, joined_spans, select_phrases
-from xkd_pipeline.spacy_parser import PYPI_PIPELINE, SpacyParser, document_pieces
-from xkd_pipeline.spans import ParserSettings
+from xkd_pipeline.parsing.parsers import ParserSettings
+from xkd_pipeline.parsing.phrases import is_word, joined_spans, select_phrases
+from xkd_pipeline.parsing.spacy_parser import PYPI_PIPELINE, SpacyParser, document_pieces
+from xkd_pipeline.parsing.stage import document_at
+from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Interval, Spans
 from xkd_schemas.errors import InputMissing
-from xkd_schemas.table import Table
 
 
 def run(options: Options) -> list[Result]:

@@ -18,12 +18,12 @@ from torch import Tensor
 from benchmarks.measure import Options, interleaved
 from benchmarks.pair import Pair, Shape, pair_of
 from benchmarks.rows import Result, cost
-from xkd_trainer.batch import Batch
-from xkd_trainer.losses.head_plan import PASS_BYTES
-from xkd_trainer.losses.lazy_logits import CHUNK_BYTES, WIDER
-from xkd_trainer.methods.declaration import constant_head
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.declaration import constant_head
+from xkd_trainer.losses.ops.lazy_logits import CHUNK_BYTES, WIDER
+from xkd_trainer.losses.ops.shared_pass import PASS_BYTES
+from xkd_trainer.training.prepare import Ready, set_up
 
 ALL = "mta+sra+dwa"
 CHUNKS = (WIDER * CHUNK_BYTES, PASS_BYTES)

@@ -18,22 +18,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import Options
-from xkd_pipeline.align import StudentSettings, make_students
-from xkd_pipeline.capture import TeacherSettings
-from xkd_pipeline.documents import columns_of
-from xkd_pipeline.run import Workers
-from xkd_pipeline.shard import write_shard
-from xkd_pipeline.store import Store
-from xkd_pipeline.teacher import make_teacher, teacher_layers
+from xkd_pipeline.alignment import StudentSettings, make_students
+from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.capture.stage import make_teacher, teacher_layers
+from xkd_pipeline.parsing.stage import columns_of
+from xkd_pipeline.tables.shard import write_shard
+from xkd_pipeline.tables.writer import Store
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.cache.manifest import Unit
+from xkd_schemas.cache.table import Table, names_in
+from xkd_schemas.config import RunFile
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, document_of
 from xkd_schemas.dtypes import AUTO
-from xkd_schemas.manifest import Unit
-from xkd_schemas.runfile import RunFile
-from xkd_schemas.table import Table, names_in
-from xkd_schemas.teacher import Signal
-from xkd_trainer.compute_dtype import choose_dtype, this_device
-from xkd_trainer.methods import LOSSES
-from xkd_trainer.methods.declaration import Levels
+from xkd_schemas.signals import Signal
+from xkd_trainer.losses.declaration import Levels
+from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.models.compute_dtype import choose_dtype, this_device
 
 METHODS = ("mta", "sra", "dwa")
 TEMPLATE = "none"

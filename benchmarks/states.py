@@ -15,12 +15,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from xkd_pipeline.documents import columns_of
-from xkd_pipeline.shard import Totals, write_shard
-from xkd_pipeline.store import Store
+from xkd_pipeline.parsing.stage import columns_of
+from xkd_pipeline.tables.shard import Totals, write_shard
+from xkd_pipeline.tables.writer import Store
+from xkd_schemas.cache.manifest import Commit, Manifest, Unit
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, document_of
-from xkd_schemas.manifest import Commit, Manifest, Unit
-from xkd_schemas.teacher import TEACHERS_VERSION, Signal, teacher_schema
+from xkd_schemas.signals import TEACHERS_VERSION, Signal, teacher_schema
 from xkd_schemas.tokens import CONTENT, STUDENTS, STUDENTS_VERSION
 
 HIDDEN: Final = Signal("hidden_last")

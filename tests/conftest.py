@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from xkd_pipeline import spacy_parser
+from xkd_pipeline.parsing import spacy_parser
 
 
 @pytest.fixture(scope="session", autouse=True)

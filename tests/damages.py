@@ -5,11 +5,11 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from xkd_pipeline.verify import verify
+from xkd_pipeline.maintain.verify import verify
+from xkd_schemas.cache.manifest import Manifest, Plan, read_record, sealed, to_json
+from xkd_schemas.cache.table import Table
+from xkd_schemas.durable_files import xxh3_of
 from xkd_schemas.errors import XkdError
-from xkd_schemas.files import xxh3_of
-from xkd_schemas.manifest import Manifest, Plan, read_record, sealed, to_json
-from xkd_schemas.table import Table
 
 
 def targets(cache: Path) -> list[Path]:

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from xkd_trainer import compute_dtype
+from xkd_trainer.models import compute_dtype
 
 
 @dataclass
 class Processor:
-    """See xkd_trainer.compute_dtype.Hardware."""
+    """See xkd_trainer.models.compute_dtype.Hardware."""
 
     has_bfloat16: bool
     factor: float

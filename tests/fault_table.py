@@ -29,12 +29,12 @@ import real_stages
 from damages import cuts, flips
 from fake_stage import SCHEMA, UNITS, FakeStage, build_all, opened
 from small_cache import copied, files_of
-from xkd_pipeline.build import Built, build
-from xkd_pipeline.run import AS_PLANNED, Make, Workers
-from xkd_pipeline.shard import write_shard
-from xkd_pipeline.store import locked
+from xkd_pipeline.tables.build import Built, build
+from xkd_pipeline.tables.shard import write_shard
+from xkd_pipeline.tables.writer import locked
+from xkd_pipeline.workers.executor import AS_PLANNED, Make, Workers
+from xkd_schemas.cache.manifest import Care, Commit
 from xkd_schemas.errors import BadData, Busy, DiskFailed
-from xkd_schemas.manifest import Care, Commit
 
 STEP = 64 * 1024
 

@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from xkd_schemas import files
+from xkd_schemas import durable_files as files
 
 
 @dataclass(kw_only=True)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xkd_schemas.alignment import token_ranges
+from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.tokens import CONTENT, Tokens
-from xkd_trainer.batch import Batch, Level, TokenStates
-from xkd_trainer.cache import Cache
-from xkd_trainer.padding import pad
-from xkd_trainer.setup import Ready
-from xkd_trainer.signals import centrality, cosine_matrix, pool_spans
+from xkd_trainer.data.batch import Batch, Level, TokenStates
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.models.measures import centrality, cosine_matrix, pool_spans
+from xkd_trainer.models.padding import pad
+from xkd_trainer.training.prepare import Ready
 
 
 def tokens_of(row: Any) -> Tokens:

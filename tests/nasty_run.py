@@ -10,13 +10,13 @@ import numpy as np
 import nasty_corpus
 import small_cache
 import tiny_models
-from xkd_pipeline.cli import app
-from xkd_pipeline.run import Workers
+from xkd_pipeline.cli.app import app
+from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_pipeline.verify import verify
-from xkd_schemas import rows
-from xkd_schemas.encode import REASONS
-from xkd_schemas.table import Row, Table
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.cache.table import Row, Table
+from xkd_schemas.corpus import rows
+from xkd_schemas.text.encode import REASONS
 from xkd_schemas.tokens import CONTENT, OK
 
 REJECTS = {value for name, value in vars(rows).items() if name.isupper() and isinstance(value, str)}

@@ -198,9 +198,9 @@ SIGNS = {(True, 0): ".", (False, 0): "x", (True, 1): "~", (False, 1): "+"}
 def table() -> str:
     """Lines of TEXTS, columns of NORMALISING: "." right as it is, "+" read now, "~" put right, "x" not read."""
     from xkd_schemas.documents import document_of
-    from xkd_schemas.encode import Encoder
-    from xkd_schemas.intervals import Read, content_intervals
-    from xkd_schemas.tokenizers import encode_texts
+    from xkd_schemas.text.encode import Encoder
+    from xkd_schemas.text.offsets import Read, content_intervals
+    from xkd_schemas.text.tokenizers import encode_texts
 
     lines = [f"{'':32}" + " ".join(NORMALISING)]
     for name, text in TEXTS.items():

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from poison import poisoned
-from xkd_trainer.batch import Batch, blank
-from xkd_trainer.distiller import Distiller
+from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.training.distiller import Distiller
 
 
 def gradients(

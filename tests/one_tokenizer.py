@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 import tiny_models as tiny
-from xkd_pipeline.capture import TeacherSettings
-from xkd_pipeline.run import Workers
+from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.capture.stage import make_teacher
 from xkd_pipeline.stages import align_stage
-from xkd_pipeline.teacher import make_teacher
-from xkd_schemas.teacher import Signal
-from xkd_trainer.batch import Batch
-from xkd_trainer.distiller import Distiller
-from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.training.distiller import Distiller
+from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (3, 19, 0, 11)
 LAYERS = (1, 2, 3, 4)

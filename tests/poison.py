@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xkd_trainer.batch import Batch, Level, TokenStates
+from xkd_trainer.data.batch import Batch, Level, TokenStates
 
 
 def _fill(values: Tensor | None, valid: Tensor | None, with_: float) -> Any:

@@ -22,10 +22,13 @@ if __name__ == "__main__":
 import small_cache
 from ray_stages import SECONDS
 from small_cache import IN_PROCESS, files_of
-from xkd_pipeline import align, documents, stages, teacher
-from xkd_pipeline.run import Workers
-from xkd_schemas.runfile import RunFile
-from xkd_schemas.terminal import run as run_app
+from xkd_pipeline import alignment as align
+from xkd_pipeline import stages
+from xkd_pipeline.capture import stage as teacher
+from xkd_pipeline.parsing import stage as documents
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.config import RunFile
+from xkd_schemas.console import run as run_app
 
 TARGETS = ("worker", "driver", "raylet", "gcs_server")
 PARTS = {"documents": "documents", "teacher": "teachers", "align": "students"}

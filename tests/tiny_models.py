@@ -17,9 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from four_tokenizers import fresh as fresh
 from four_tokenizers import tokenizer_of as tokenizer_of
-from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_schemas.runfile import RunFile
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.config import RunFile
 
 TEACHER_TOKENIZER = "byte_level"
 STUDENT_TOKENIZER = "sentencepiece"

@@ -12,10 +12,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from xkd_schemas.teacher import Signal
-from xkd_trainer.batch import Batch
-from xkd_trainer.losses.term import LossTerm, term
-from xkd_trainer.methods.declaration import Context, Declaration, StudentPass
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.losses.declaration import Context, Declaration, StudentPass
+from xkd_trainer.losses.ops.term import LossTerm, term
 
 
 class SurenessSettings(BaseModel):

@@ -10,12 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from xkd_pipeline.empty_model import sizes_of
-from xkd_schemas.corpus import Source, read_documents
+from xkd_pipeline.capture.model_sizes import sizes_of
+from xkd_schemas.cache.manifest import Plan, read_record
+from xkd_schemas.config import RunFile
+from xkd_schemas.corpus.sources import Source, read_documents
 from xkd_schemas.errors import BadData, InputMissing, XkdError
-from xkd_schemas.manifest import Plan, read_record
-from xkd_schemas.runfile import RunFile
-from xkd_trainer.compute_dtype import this_device
+from xkd_trainer.models.compute_dtype import this_device
 
 SECONDS: Final = 60
 FLOPS: Final = {"cpu": 50e9, "cuda": 100e12}

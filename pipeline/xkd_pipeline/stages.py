@@ -7,31 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xkd_pipeline.align import StudentSettings, make_students
-from xkd_pipeline.build import Built, Outcome
-from xkd_pipeline.capture import TeacherSettings
-from xkd_pipeline.documents import UNUSED, Limits, make_documents
-from xkd_pipeline.prompts import PROMPTS_CUT, limit_in
-from xkd_pipeline.run import Workers
+from xkd_pipeline.alignment import StudentSettings, make_students
+from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.capture.stage import make_teacher, teacher_layers
+from xkd_pipeline.parsing.parsers import ParserSettings
+from xkd_pipeline.parsing.prompts import PROMPTS_CUT, limit_in
+from xkd_pipeline.parsing.stage import UNUSED, Limits, make_documents
 from xkd_pipeline.shard_rows import rows_per_shard
-from xkd_pipeline.spans import ParserSettings
-from xkd_pipeline.store import locked
-from xkd_pipeline.teacher import make_teacher, teacher_layers
+from xkd_pipeline.tables.build import Built, Outcome
+from xkd_pipeline.tables.writer import locked
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.cache.manifest import Plan, read_record
+from xkd_schemas.cache.table import Table, check_name, only_teacher
 from xkd_schemas.codecs import PLAIN
-from xkd_schemas.corpus import open_source
+from xkd_schemas.config import RunFile
+from xkd_schemas.console import say
+from xkd_schemas.corpus.sources import open_source
 from xkd_schemas.dtypes import AUTO
+from xkd_schemas.durable_files import inside
 from xkd_schemas.errors import BadData, InputMissing, UsageError
-from xkd_schemas.files import inside
-from xkd_schemas.manifest import Plan, read_record
-from xkd_schemas.runfile import RunFile
-from xkd_schemas.table import Table, check_name, only_teacher
-from xkd_schemas.teacher import Signal
-from xkd_schemas.templates import chosen_template
-from xkd_schemas.terminal import say
-from xkd_trainer.compute_dtype import Choice, choose_dtype, this_device
-from xkd_trainer.methods import loss_named
-from xkd_trainer.methods.declaration import Levels
-from xkd_trainer.models import check_model_name, load_tokenizer
+from xkd_schemas.signals import Signal
+from xkd_schemas.text.templates import chosen_template
+from xkd_trainer.losses.declaration import Levels
+from xkd_trainer.losses.registry import loss_named
+from xkd_trainer.models.compute_dtype import Choice, choose_dtype, this_device
+from xkd_trainer.models.loading import check_model_name, load_tokenizer
 
 
 def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:

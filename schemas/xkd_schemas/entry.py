@@ -8,7 +8,7 @@ from types import FrameType
 
 def cache() -> None:
     """Entry point of xkd-cache."""
-    _start("xkd-cache", "xkd_pipeline.cli")
+    _start("xkd-cache", "xkd_pipeline.cli.app")
 
 
 def train() -> None:

@@ -5,7 +5,7 @@ from typing import Any, Final
 import typer
 import typer.main
 
-from xkd_schemas.runfile import default_of
+from xkd_schemas.config import default_of
 
 _KEYS: Final = {
     "shards": "cache", "form": "documents.form", "parser": "documents.parser", "spacy_model": "documents.spacy_model",

@@ -10,17 +10,17 @@ import torch
 
 import small_cache
 from small_cache import IN_PROCESS, files_of, run_file
-from xkd_pipeline.capture import capture
-from xkd_pipeline.recompute import Recomputed, recompute
-from xkd_pipeline.report_page import write_report
-from xkd_pipeline.signals_table import add_signals
+from xkd_pipeline.capture.capture import capture
+from xkd_pipeline.capture.extra_signals import add_signals
+from xkd_pipeline.maintain.recompute import Recomputed, recompute
+from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.reports.report_page import write_report
 from xkd_pipeline.stages import align_stage, teacher_stage
-from xkd_pipeline.verify import verify
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
-from xkd_schemas.table import Table
-from xkd_schemas.teacher import Signal, signal_named
-from xkd_trainer.cache import Cache
-from xkd_trainer.stream import batch_of
+from xkd_schemas.signals import Signal, signal_named
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.collate import batch_of
 
 
 def teacher() -> Path:
@@ -28,7 +28,7 @@ def teacher() -> Path:
 
 
 def test_a_command_line_that_asks_for_nothing_or_for_documents_is_a_usage_error(tmp_path: Path) -> None:
-    from xkd_pipeline.cli import app
+    from xkd_pipeline.cli.app import app
 
     cache = small_cache.copied(tmp_path)
     before = files_of(cache)
@@ -76,7 +76,7 @@ def test_signals_beside_a_teacher_are_read_as_if_they_had_been_captured_with_it(
         bad=[], rows=4, skipped=["hidden_last"], dtype="float32"
     )
     with monkeypatch.context() as patch:
-        patch.setattr("xkd_pipeline.recompute.capture", entropy_doubled)
+        patch.setattr("xkd_pipeline.maintain.recompute.capture", entropy_doubled)
         bad = recompute(cache, "teachers/T", str(teacher()), 1).bad
     assert [(one.table, one.unit) for one in bad] == [("signals/T.1", 0)]
     assert "entropy differs by 1.000" in bad[0].reason

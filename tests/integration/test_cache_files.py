@@ -10,18 +10,18 @@ import pytest
 
 import small_cache
 from small_cache import IN_PROCESS
-from xkd_pipeline.clear import collect
-from xkd_pipeline.mend import repair
-from xkd_pipeline.parquet import export_parquet
-from xkd_pipeline.progress import table_states
-from xkd_pipeline.report_page import write_report
+from xkd_pipeline.maintain.export_parquet import export_parquet
+from xkd_pipeline.maintain.gc import collect
+from xkd_pipeline.maintain.repair import repair
+from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.reports.report_page import write_report
 from xkd_pipeline.stages import align_stage
-from xkd_pipeline.store import locked
-from xkd_pipeline.verify import verify
+from xkd_pipeline.tables.status import table_states
+from xkd_pipeline.tables.writer import locked
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing, Refused
-from xkd_schemas.table import Table
-from xkd_trainer.cache import Cache
-from xkd_trainer.models import load_tokenizer
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.models.loading import load_tokenizer
 
 
 def hold(cache: Path) -> None:

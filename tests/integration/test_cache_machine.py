@@ -15,11 +15,11 @@ import faulty_disk
 from damages import flipped, outcome, targets
 from fake_stage import build_all
 from small_cache import files_of
-from xkd_pipeline.clear import collect
-from xkd_pipeline.mend import repair
-from xkd_pipeline.run import Workers
-from xkd_pipeline.store import locked
-from xkd_pipeline.verify import verify
+from xkd_pipeline.maintain.gc import collect
+from xkd_pipeline.maintain.repair import repair
+from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.tables.writer import locked
+from xkd_pipeline.workers.executor import Workers
 from xkd_schemas.errors import BadData, DiskFailed
 
 EXAMPLES = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_models as tiny
-from xkd_trainer.loop import train
+from xkd_trainer.training.loop import train
 
 ALL = "mta+sra+dwa"
 
@@ -161,8 +161,8 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from xkd_schemas import table
-from xkd_trainer.cache import Cache
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.collate import batch_of
 table.READY_BATCHES = table.OPEN_SHARDS = 1
 root, rows = Path(sys.argv[1]), int(sys.argv[2])
 cache = Cache(root, student="student")

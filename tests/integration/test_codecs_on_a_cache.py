@@ -11,10 +11,10 @@ import pytest
 
 import small_cache
 from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_schemas.cache.manifest import Manifest, read_record
+from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import numbers_of
 from xkd_schemas.errors import Mismatch
-from xkd_schemas.manifest import Manifest, read_record
-from xkd_schemas.table import Table
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def test_a_table_begun_with_another_codec_is_refused_by_name() -> None:
 
 
 def test_losses_from_int8_are_close_to_those_from_bf16(tmp_path: Path) -> None:
-    from xkd_trainer.loop import train
+    from xkd_trainer.training.loop import train
 
     tokenizer = small_cache.made() / "student"
     terms = {}

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 import tiny_models as tiny
-from xkd_pipeline.recompute import recompute
-from xkd_pipeline.verify import verify
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_pipeline.maintain.recompute import recompute
+from xkd_pipeline.maintain.verify import verify
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.training.prepare import Ready, set_up
 
 WORDS = 3_000
 LONG = ("Tell it all.", "The old keeper lit the lamp. " * (WORDS // 6))

@@ -15,14 +15,14 @@ import pytest
 import small_cache
 from damages import cuts, flips
 from small_cache import files_of
-from xkd_pipeline.clear import collect
-from xkd_pipeline.mend import repair
-from xkd_pipeline.run import Workers
-from xkd_pipeline.store import Store, locked
-from xkd_pipeline.verify import verify
+from xkd_pipeline.maintain.gc import collect
+from xkd_pipeline.maintain.repair import repair
+from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.tables.writer import Store, locked
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, sealed, to_json
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Mismatch, Refused
-from xkd_schemas.manifest import Commit, Manifest, Plan, read_record, sealed, to_json
-from xkd_schemas.table import Table
 
 ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
 SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
@@ -180,7 +180,7 @@ def test_every_field_of_the_fingerprint_is_refused_by_name(tmp_path: Path, table
 
 def test_a_second_writer_is_told_to_wait(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
-    program = "from xkd_pipeline.cli import main; main()"
+    program = "from xkd_pipeline.cli.app import main; main()"
     with locked(cache):
         second = subprocess.run(
             [sys.executable, "-c", program, "gc", str(cache)], capture_output=True, text=True, timeout=60
@@ -199,7 +199,7 @@ def test_deep_finds_what_has_the_right_digests_and_the_wrong_sense(tmp_path: Pat
 
 
 def _deep(cache: Path, table: str) -> list[Any]:
-    from xkd_pipeline.deep import deep
+    from xkd_pipeline.maintain.verify_rows import deep
 
     return list(deep(cache, table))
 

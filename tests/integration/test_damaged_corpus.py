@@ -15,7 +15,7 @@ import zstandard
 
 from damages import flipped
 from small_cache import corpus_rows
-from xkd_schemas.corpus import open_source, read_documents
+from xkd_schemas.corpus.sources import open_source, read_documents
 from xkd_schemas.errors import XkdError
 
 ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))

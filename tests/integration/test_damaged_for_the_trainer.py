@@ -11,11 +11,11 @@ import torch
 
 import small_cache
 from damages import flipped, targets
+from xkd_schemas.config import RunFile
 from xkd_schemas.errors import BadData, XkdError
-from xkd_schemas.runfile import RunFile
-from xkd_trainer.models import load_tokenizer
-from xkd_trainer.setup import set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.models.loading import load_tokenizer
+from xkd_trainer.training.prepare import set_up
 
 FLIPS = int(os.environ.get("XKD_FAULT_ROUNDS", "12")) // 6
 SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))

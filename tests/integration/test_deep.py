@@ -8,9 +8,9 @@ import pytest
 
 import small_cache
 from damages import resigned
-from xkd_pipeline.verify import verify
-from xkd_schemas.manifest import Manifest, read_record
-from xkd_schemas.table import Row
+from xkd_pipeline.maintain.verify import verify
+from xkd_schemas.cache.manifest import Manifest, read_record
+from xkd_schemas.cache.table import Row
 
 
 def shard(cache: Path, table: str, unit: int) -> Path:
@@ -18,7 +18,7 @@ def shard(cache: Path, table: str, unit: int) -> Path:
 
 
 def test_a_check_that_raises_is_a_finding_on_its_unit_and_the_rest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xkd_pipeline import deep
+    from xkd_pipeline.maintain import verify_rows as deep
 
     plain = deep._document
 
@@ -42,7 +42,7 @@ def test_the_command_names_the_unit_and_exits_with_65(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-c",
-        "from xkd_pipeline.cli import main; main()",
+        "from xkd_pipeline.cli.app import main; main()",
         "verify",
         str(cache),
         "--level",

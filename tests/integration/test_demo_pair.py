@@ -17,12 +17,12 @@ import torch
 import small_cache
 from live_batch import live, terms_of
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_schemas.runfile import RunFile
-from xkd_trainer.loop import train
-from xkd_trainer.methods import LOSSES
-from xkd_trainer.models import load_model
-from xkd_trainer.setup import set_up
-from xkd_trainer.stream import batch_of
+from xkd_schemas.config import RunFile
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.models.loading import load_model
+from xkd_trainer.training.loop import train
+from xkd_trainer.training.prepare import set_up
 
 DEMO = Path(os.environ.get("XKD_DEMO") or Path(__file__).parents[2] / "demo")
 ASSETS = ("teacher/model.safetensors", "tokenizer/tokenizer.json", "train.jsonl")

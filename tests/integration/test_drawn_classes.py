@@ -14,20 +14,20 @@ import torch
 from typer.testing import CliRunner
 
 import small_cache
-from xkd_pipeline import capture as capturing
-from xkd_pipeline import deep
-from xkd_pipeline import teacher as teachers
-from xkd_pipeline.cli import app
-from xkd_pipeline.deep import _drawn, _values
-from xkd_pipeline.plan import make_plan
+from xkd_pipeline.capture import capture as capturing
+from xkd_pipeline.capture import stage as teachers
+from xkd_pipeline.capture.stage import check_top
+from xkd_pipeline.cli.app import app
+from xkd_pipeline.maintain import verify_rows as deep
+from xkd_pipeline.maintain.verify_rows import _drawn, _values
+from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.stages import documents_stage, teacher_stage
-from xkd_pipeline.teacher import check_top
+from xkd_schemas.cache.table import Table
+from xkd_schemas.config import RunFile
 from xkd_schemas.errors import UsageError
-from xkd_schemas.runfile import RunFile
-from xkd_schemas.table import Table
-from xkd_schemas.teacher import Signal
-from xkd_trainer.cache import Cache
-from xkd_trainer.models import load_model
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.models.loading import load_model
 
 K = 5
 COLUMN = f"sampled#{K}"

@@ -7,11 +7,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tiny_models as tiny
-from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage
-from xkd_trainer.evaluate import Request, evaluate_student
-from xkd_trainer.loop import train
-from xkd_trainer.turn_ends import turn_ends
+from xkd_pipeline.workers.executor import Workers
+from xkd_trainer.evaluation import Request, evaluate_student
+from xkd_trainer.models.turn_ends import turn_ends
+from xkd_trainer.training.loop import train
 
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 PROMPT = "<|turn|>user\n{}<|im_end|>\n<|turn|>assistant\n"

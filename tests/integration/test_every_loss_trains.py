@@ -11,10 +11,10 @@ import pytest
 
 import small_cache
 from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_schemas.config import RunFile
 from xkd_schemas.errors import UsageError
-from xkd_schemas.runfile import RunFile
-from xkd_trainer.loop import train
-from xkd_trainer.methods import LOSSES
+from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.training.loop import train
 
 OTHER, SAME = "S-all", "T-all"
 """Student tables: another tokenizer than the teacher's, and the teacher's own."""

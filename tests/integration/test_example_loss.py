@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import small_cache
-from xkd_trainer.losses.term import LossTerm
+from xkd_trainer.losses.ops.term import LossTerm
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "example-loss"
 BIN = Path(sys.executable).parent

@@ -20,9 +20,9 @@ import small_cache
 from fake_stage import build_all
 from forked import in_a_copy
 from small_cache import files_of
-from xkd_pipeline.build import Built
 from xkd_pipeline.stages import align_stage, documents_stage
-from xkd_pipeline.store import locked
+from xkd_pipeline.tables.build import Built
+from xkd_pipeline.tables.writer import locked
 from xkd_schemas.errors import DiskFailed, XkdError
 
 ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
@@ -154,7 +154,7 @@ def test_a_full_disk_is_exit_74_on_the_command_line_and_the_same_command_goes_on
     armed = f"import sys; sys.path.append({tests!r}); import faulty_disk; faulty_disk.arm('commit.write:2:ENOSPC'); "
 
     def ran(before: str = "") -> subprocess.CompletedProcess[str]:
-        program = f"{before}from xkd_pipeline.cli import main; main()"
+        program = f"{before}from xkd_pipeline.cli.app import main; main()"
         command = [sys.executable, "-c", program, "align", str(cache), "--student", student, "--name", "S"]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 

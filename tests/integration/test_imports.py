@@ -12,7 +12,7 @@ import small_cache
 HEAVY = ("torch", "transformers")
 PROGRAM = """
 import json, sys
-from {package}.cli import main
+from {package} import main
 sys.argv[1:] = {arguments!r}
 try:
     main()
@@ -43,9 +43,9 @@ def test_commands_without_a_model_import_neither_torch_nor_transformers(argument
         "show": [cache, 0], "verify": [cache], "status": [cache], "gc": [cache],
         "report": [cache, "--out", tmp_path / "report.html"], "export": [cache, "--parquet", tmp_path / "parquet"],
     }  # fmt: skip
-    package, command = "xkd_pipeline", arguments
+    package, command = "xkd_pipeline.cli.app", arguments
     if arguments[0] == "train":
-        package, command = "xkd_trainer", arguments[1:]
+        package, command = "xkd_trainer.cli", arguments[1:]
     elif arguments == ["verify", "deep"]:
         command = ["verify", str(cache), "--level", "deep"]
     else:

@@ -19,7 +19,7 @@ import small_cache
 from fake_stage import UNITS, build_all
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.stages import documents_stage, teacher_stage
-from xkd_pipeline.store import locked
+from xkd_pipeline.tables.writer import locked
 
 CHANGES: tuple[tuple[Any, str], ...] = (
     (io, "open"), (os, "link"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "mkdir")

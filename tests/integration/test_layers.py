@@ -31,7 +31,7 @@ for package in ("xkd_schemas", "xkd_trainer"):
 EVALUATE = """
 import json
 from pathlib import Path
-from xkd_trainer.evaluate import Request, evaluate_student
+from xkd_trainer.evaluation import Request, evaluate_student
 student, data, cache = map(Path, sys.argv[1:])
 print(json.dumps(evaluate_student(Request(student=student, data=data, shards=cache, rouge=False))))
 """
@@ -48,7 +48,12 @@ def test_every_module_of_trainer_and_schemas_imports_without_the_pipeline_and_it
 
     assert ended.returncode == 0, ended.stderr
     imported = set(ended.stdout.split())
-    assert {"xkd_trainer.loop", "xkd_trainer.methods.dwa", "xkd_schemas.held", "xkd_trainer.evaluate"} <= imported
+    assert {
+        "xkd_trainer.training.loop",
+        "xkd_trainer.losses.dwa",
+        "xkd_schemas.corpus.held_out",
+        "xkd_trainer.evaluation",
+    } <= imported
 
 
 def test_a_student_is_evaluated_against_a_cache_without_the_pipeline() -> None:

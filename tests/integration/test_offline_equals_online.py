@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 import one_tokenizer as one
 import tiny_models as tiny
 from live_batch import live, terms_of
-from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage
-from xkd_trainer.models import load_model
-from xkd_trainer.padding import pad
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_pipeline.workers.executor import Workers
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.models.loading import load_model
+from xkd_trainer.models.padding import pad
+from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (0, 3, 7, 17, 19)
 LOSSES = "ce+mta+sra+dwa+dskd_cma+dskd_v2+alm+mined+uld+multilevelot"

@@ -11,11 +11,11 @@ import four_tokenizers
 import small_cache
 from small_cache import IN_PROCESS, files_of, run_file
 from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_schemas.cache.table import Table
+from xkd_schemas.config import RunFile
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
-from xkd_schemas.runfile import RunFile
-from xkd_schemas.table import Table
-from xkd_trainer import missing
-from xkd_trainer.setup import set_up
+from xkd_trainer.training import student_table as missing
+from xkd_trainer.training.prepare import set_up
 
 
 def run_with(cache: Path, folder: Path, loss: str = "sra") -> RunFile:
@@ -32,7 +32,7 @@ def run_with(cache: Path, folder: Path, loss: str = "sra") -> RunFile:
 
 
 def test_without_a_table_the_command_is_printed_and_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from xkd_pipeline.cli import app
+    from xkd_pipeline.cli.app import app
 
     cache = small_cache.copied(tmp_path)
     run = run_with(cache, tmp_path)
@@ -93,7 +93,7 @@ def test_a_cache_without_a_teacher_is_not_aligned(tmp_path: Path) -> None:
 def test_a_missing_signal_is_refused_with_the_command_that_adds_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from xkd_pipeline.cli import app
+    from xkd_pipeline.cli.app import app
 
     cache, made = small_cache.copied(tmp_path), small_cache.made()
     for kind in ("teachers", "students"):

@@ -10,13 +10,13 @@ import torch
 import tiny_models as tiny
 from families import HERE
 from live_batch import live, terms_of
-from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.config import RunFile
 from xkd_schemas.errors import UsageError
-from xkd_schemas.runfile import RunFile
-from xkd_trainer.models import load_model
-from xkd_trainer.setup import set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.models.loading import load_model
+from xkd_trainer.training.prepare import set_up
 
 ROWS = (0, 3, 7, 17, 19)
 WORKERS = Workers(count=0)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import tiny_models as tiny
-from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_schemas.runfile import RunFile, load_runfile
-from xkd_trainer.loop import train
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.config import RunFile, load_runfile
+from xkd_trainer.training.loop import train
 
 RECIPES = sorted((Path(__file__).parents[2] / "runs" / "papers").glob("*.toml"))
 MODELS = {

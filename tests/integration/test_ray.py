@@ -18,11 +18,11 @@ import small_cache
 from fake_stage import UNITS, FakeStage, build_all
 from ray_stages import SlowAlign, Telling
 from small_cache import files_of
-from xkd_pipeline.run import Workers, run_units
 from xkd_pipeline.stages import align_stage, teacher_stage
-from xkd_pipeline.store import Store
+from xkd_pipeline.tables.writer import Store
+from xkd_pipeline.workers.executor import Workers, run_units
+from xkd_schemas.cache.manifest import Care, Commit
 from xkd_schemas.errors import BadData, UsageError, WorkersGone
-from xkd_schemas.manifest import Care, Commit
 
 pytestmark = [
     pytest.mark.ray,
@@ -172,7 +172,7 @@ def test_a_node_that_goes_in_the_middle_costs_time_and_no_byte(cluster: Any, tmp
             cluster.remove_node(gone[0], allow_graceful=False)
 
     monkeypatch.setattr(Store, "commit", committed)
-    monkeypatch.setattr("xkd_pipeline.align.AlignStage", SlowAlign)
+    monkeypatch.setattr("xkd_pipeline.alignment.AlignStage", SlowAlign)
 
     align_stage(run, Workers(count=3, address=cluster.address))
 

@@ -20,12 +20,13 @@ from fake_stage import UNITS, build_all
 from ray_kills import PARTS, children, killed_once, named, said_of, started, until_made, work
 from ray_stages import Importing, PoisonedDocuments, PoisonedTeacher
 from small_cache import IN_PROCESS, files_of
-from xkd_pipeline import documents, teacher
-from xkd_pipeline.run import Workers
+from xkd_pipeline.capture import stage as teacher
+from xkd_pipeline.parsing import stage as documents
 from xkd_pipeline.stages import documents_stage, teacher_stage
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.cache.manifest import Care
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Refused
-from xkd_schemas.manifest import Care
-from xkd_schemas.table import Table
 
 SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
 

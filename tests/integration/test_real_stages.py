@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import real_stages
-from xkd_pipeline import spacy_parser
+from xkd_pipeline.parsing import spacy_parser
 
 ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
 SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))

@@ -11,13 +11,13 @@ import pytest
 import small_cache
 from fake_hardware import hardware_is
 from small_cache import IN_PROCESS, files_of
-from xkd_pipeline.mend import Means, repair
-from xkd_pipeline.signals_table import add_signals, signals_named
-from xkd_pipeline.spans import ParserSettings
+from xkd_pipeline.capture.extra_signals import add_signals, signals_named
+from xkd_pipeline.maintain.repair import Means, repair
+from xkd_pipeline.parsing.parsers import ParserSettings
 from xkd_pipeline.stages import teacher_stage
+from xkd_schemas.cache.manifest import Plan, read_record, to_json
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Mismatch, UsageError
-from xkd_schemas.manifest import Plan, read_record, to_json
-from xkd_schemas.table import Table
 
 PARSER = ParserSettings(model=small_cache.SPACY)
 
@@ -77,7 +77,7 @@ def test_what_is_bad_is_made_again_and_nothing_else(tmp_path: Path, damage: str)
 def test_the_printed_commands_work_when_their_capitals_are_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from xkd_pipeline.cli import app
+    from xkd_pipeline.cli.app import app
 
     cache = small_cache.copied(tmp_path)
     before = files_of(cache)
@@ -139,7 +139,7 @@ def test_a_student_is_made_again_when_its_teacher_is_whole(tmp_path: Path) -> No
 
 
 def test_a_damaged_tokenizer_of_a_student_is_written_again_by_the_command(tmp_path: Path) -> None:
-    from xkd_pipeline.cli import app
+    from xkd_pipeline.cli.app import app
 
     cache = small_cache.copied(tmp_path)
     before = files_of(cache)

@@ -14,7 +14,7 @@ import pytest
 import small_cache
 from small_cache import IN_PROCESS, files_of, run_file
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_schemas.runfile import RunFile
+from xkd_schemas.config import RunFile
 
 
 def source_run(root: Path) -> RunFile:
@@ -79,7 +79,7 @@ def many_units(tmp_path: Path) -> Path:
 
 
 def teacher_command(cache: Path) -> list[str]:
-    program = "from xkd_pipeline.cli import main; main()"
+    program = "from xkd_pipeline.cli.app import main; main()"
     model = str(small_cache.made() / "teacher")
     options = ["--name", "T", "--dtype", "float32", "--template", "chat", "--for", "mta,sra,dwa"]
     return [sys.executable, "-c", program, "teacher", str(cache), "--model", model, *options]

@@ -9,8 +9,8 @@ import pytest
 
 from small_cache import IN_PROCESS, made, run_file
 from xkd_pipeline.stages import documents_stage
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing
-from xkd_schemas.table import Table
 
 for name in ("s3fs", "moto", "flask"):
     pytest.importorskip(name, reason="pip install s3fs 'moto[s3]' flask flask-cors to test with an S3 server")

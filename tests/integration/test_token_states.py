@@ -18,18 +18,18 @@ from typer.testing import CliRunner
 import one_tokenizer as one
 import small_cache
 import tiny_models as tiny
-from xkd_pipeline.cli import app
-from xkd_pipeline.deep import _values
-from xkd_pipeline.plan import make_plan
+from xkd_pipeline.cli.app import app
+from xkd_pipeline.maintain.verify_rows import _values
+from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import CODECS, PLAIN
-from xkd_schemas.runfile import RunFile
-from xkd_schemas.table import Table
-from xkd_schemas.teacher import Signal
-from xkd_trainer.batch import blank
-from xkd_trainer.cache import Cache
-from xkd_trainer.setup import set_up
-from xkd_trainer.stream import batch_of
+from xkd_schemas.config import RunFile
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.batch import blank
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.training.prepare import set_up
 
 SETTINGS: dict[str, Any] = {
     "losses.mta": {"hid": "token", "student_pooling": "teacher"},

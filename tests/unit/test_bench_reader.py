@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.bench_reader import batches, copy_all, of_datasets, pad_all
 from benchmarks.states import HIDDEN, Sizes, states_cache
-from xkd_pipeline.verify import verify
-from xkd_trainer.cache import Cache
-from xkd_trainer.stream import batch_of
+from xkd_pipeline.maintain.verify import verify
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.collate import batch_of
 
 SIZES = Sizes(lengths=(5, 17, 2, 9, 30), width=6, rows_per_shard=2)
 

@@ -8,9 +8,9 @@ from benchmarks.bench_memory import repeated
 from benchmarks.bench_start import TINY
 from benchmarks.measure import in_subprocess
 from benchmarks.pair import made
-from xkd_schemas.runfile import RunFile
-from xkd_schemas.table import Table
-from xkd_trainer.order import Order
+from xkd_schemas.cache.table import Table
+from xkd_schemas.config import RunFile
+from xkd_trainer.data.sampler import Order
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHARDS = 20

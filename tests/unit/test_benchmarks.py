@@ -30,15 +30,15 @@ from benchmarks.__main__ import main
 from benchmarks.measure import forget_peak, in_subprocess, interleaved, peak_bytes
 from benchmarks.pair import Pair, Shape, made, wanted_signals
 from benchmarks.rows import Row, Skipped, as_json, cost, memory, table
-from xkd_pipeline.align import StudentSettings
-from xkd_pipeline.capture import TeacherSettings
-from xkd_pipeline.documents import document_at
-from xkd_pipeline.teacher import encoder_of, teacher_of
-from xkd_schemas.table import Table
+from xkd_pipeline.alignment import StudentSettings
+from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.capture.stage import encoder_of, teacher_of
+from xkd_pipeline.parsing.stage import document_at
+from xkd_schemas.cache.table import Table
 from xkd_schemas.tokens import OK, predictors
-from xkd_trainer.cache import Cache
-from xkd_trainer.head import Head
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.models.head import Head
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from xkd_schemas.runfile import load_runfile
+from xkd_schemas.config import load_runfile
 
 ROOT = Path(__file__).parents[2]
 

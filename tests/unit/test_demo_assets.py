@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import InputMissing, Mismatch
-from xkd_schemas.files import sha256_of
 
 DATA = Path(__file__).parents[2] / "data"
 PLAIN = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=60)

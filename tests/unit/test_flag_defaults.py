@@ -1,7 +1,7 @@
 import click
 import pytest
 
-from xkd_pipeline.cli import app as cache_app
+from xkd_pipeline.cli.app import app as cache_app
 from xkd_schemas.flag_defaults import with_defaults
 from xkd_trainer.cli import app as train_app
 

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
+from xkd_schemas.config import load_runfile, toml_text
+from xkd_schemas.console import run as run_app
+from xkd_schemas.console import say, say_json
+from xkd_schemas.corpus.formats import columns_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.flag_defaults import with_defaults
-from xkd_schemas.forms import columns_of
-from xkd_schemas.runfile import load_runfile, toml_text
-from xkd_schemas.terminal import run as run_app
-from xkd_schemas.terminal import say, say_json
 
 app = typer.Typer(
     name="xkd-train",
@@ -70,8 +70,8 @@ def train(
     }  # fmt: skip
     given = [f"{key}={toml_text(value)}" for key, value in flags.items() if value is not None]
     settings = load_runfile(run, [*(sets or []), *given])
-    from xkd_trainer.loop import describe
-    from xkd_trainer.loop import train as train_student
+    from xkd_trainer.training.loop import describe
+    from xkd_trainer.training.loop import train as train_student
 
     trained = train_student(settings, student_table=student_table, on_missing=on_missing, quiet=as_json)
     if as_json:
@@ -104,7 +104,7 @@ def evaluate(
 
     Example: xkd-train eval out/student --data held.jsonl
     """
-    from xkd_trainer.evaluate import Request, evaluate_student
+    from xkd_trainer.evaluation import Request, evaluate_student
 
     request = Request(
         student=student, data=data, form=form, columns=columns_of(column or []), template=template,
@@ -140,9 +140,9 @@ def losses(as_json: JsonOption = False) -> None:
 
     Example: xkd-train losses
     """
-    from xkd_trainer.methods import loss_named, loss_names
-    from xkd_trainer.methods.declaration import describe_loss
-    from xkd_trainer.methods.weights import formula, parse_loss
+    from xkd_trainer.losses.declaration import describe_loss
+    from xkd_trainer.losses.registry import loss_named, loss_names
+    from xkd_trainer.losses.weights import formula, parse_loss
 
     described = {name: describe_loss(loss_named(name)) for name in loss_names()}
     if as_json:

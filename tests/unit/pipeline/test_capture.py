@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import small_cache
-from xkd_pipeline.capture import TeacherSettings, batches_of, capture
-from xkd_pipeline.measure import Reading
+from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
+from xkd_pipeline.capture.measure import Reading
 from xkd_schemas.errors import BadData
-from xkd_schemas.teacher import Signal
+from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import CONTENT, Tokens
 
 SETTINGS = TeacherSettings(model="", dtype="float32", batch_tokens=64)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import small_cache
-from xkd_pipeline.progress import table_states
-from xkd_schemas.table import Table
+from xkd_pipeline.tables.status import table_states
+from xkd_schemas.cache.table import Table
 
 CONFIGS = ("documents", "students/S", "teachers/T")
 

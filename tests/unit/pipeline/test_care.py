@@ -9,14 +9,14 @@ import torch
 import small_cache
 from fake_stage import FakeStage
 from small_cache import IN_PROCESS, files_of, run_file
-from xkd_pipeline.run import Make, Workers, asked_workers, run_units
+from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_pipeline.store import Store
-from xkd_pipeline.verify import verify
+from xkd_pipeline.tables.writer import Store
+from xkd_pipeline.workers.executor import Make, Workers, asked_workers, run_units
+from xkd_schemas.cache.manifest import Care, Commit, read_record
+from xkd_schemas.cache.table import Table
+from xkd_schemas.config import RunFile
 from xkd_schemas.errors import BadData, OutOfMemory, UsageError
-from xkd_schemas.manifest import Care, Commit, read_record
-from xkd_schemas.runfile import RunFile
-from xkd_schemas.table import Table
 
 CARE = {1: Care(lost=(2,), batch=1)}
 
@@ -124,7 +124,7 @@ def test_a_unit_that_needed_care_is_made_so_again_after_damage(tmp_path: Path, m
 
 def hungry(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """Let the teacher run out of memory with batches of more tokens."""
-    from xkd_pipeline import teacher
+    from xkd_pipeline.capture import stage as teacher
 
     small_cache.made()
     capture = teacher.capture

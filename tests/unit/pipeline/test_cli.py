@@ -19,8 +19,8 @@ import typer
 import small_cache
 import xkd_trainer.cli
 from small_cache import SPACY, corpus_rows, made, write_rows
-from xkd_pipeline import cli
-from xkd_schemas.table import Table
+from xkd_pipeline.cli import app as cli
+from xkd_schemas.cache.table import Table
 
 Said = tuple[int, str, str]
 Cache = Callable[..., Said]

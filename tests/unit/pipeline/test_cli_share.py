@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from small_cache import made
-from xkd_pipeline.cli import app
+from xkd_pipeline.cli.app import app
 from xkd_schemas.errors import UsageError
 
 

@@ -9,14 +9,14 @@ import pytest
 
 from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, llama, run_file, write_rows
 from xkd_pipeline import shard_rows
-from xkd_pipeline.documents import document_at, units_of
-from xkd_pipeline.spans import ParserSettings, parser_for
+from xkd_pipeline.parsing.parsers import ParserSettings, parser_for
+from xkd_pipeline.parsing.stage import document_at, units_of
 from xkd_pipeline.stages import Outcome, documents_stage
-from xkd_schemas.corpus import open_source
+from xkd_schemas.cache.manifest import Unit
+from xkd_schemas.cache.table import Table
+from xkd_schemas.corpus.rows import RawRow, read_documents
+from xkd_schemas.corpus.sources import open_source
 from xkd_schemas.errors import BadData, InputMissing, Mismatch
-from xkd_schemas.manifest import Unit
-from xkd_schemas.rows import RawRow, read_documents
-from xkd_schemas.table import Table
 
 
 def silent(_line: str) -> None:

@@ -7,10 +7,10 @@ import pytest
 
 import small_cache
 from small_cache import made
-from xkd_pipeline.drawing import draw, find
+from xkd_pipeline.reports.show import draw, find
 from xkd_pipeline.stages import documents_stage
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_schemas.table import Table
 
 
 def documents() -> Table:

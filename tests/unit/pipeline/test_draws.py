@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xkd_pipeline import draws
-from xkd_pipeline.draws import drawn, uniforms
-from xkd_schemas.sampled import TOTAL, fault_of, unpacked
+from xkd_pipeline.capture import sampled_logits as draws
+from xkd_pipeline.capture.sampled_logits import drawn, uniforms
+from xkd_schemas.sampled_classes import TOTAL, fault_of, unpacked
 
 
 def estimates(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> Tensor:

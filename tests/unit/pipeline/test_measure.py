@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from xkd_pipeline import measure
-from xkd_pipeline.measure import Reading, bf16_bits, padded, signals_of
-from xkd_schemas.teacher import Signal
+from xkd_pipeline.capture import measure
+from xkd_pipeline.capture.measure import Reading, bf16_bits, padded, signals_of
+from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import CONTENT, Tokens
-from xkd_trainer.forward import States
-from xkd_trainer.head import Head
+from xkd_trainer.models.forward import States
+from xkd_trainer.models.head import Head
 
 
 def reading(ids: list[int], targets: list[bool], **ranges: list[list[int]]) -> Reading:

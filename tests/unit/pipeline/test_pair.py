@@ -12,13 +12,13 @@ from tokenizers import Regex, normalizers
 import four_tokenizers
 from normalising_tokenizers import normalising
 from small_cache import corpus_rows, made, run_file, write_rows
-from xkd_pipeline.cli_look import pair as command
-from xkd_pipeline.pair import compare, normaliser_of, special_differences, vocabularies
-from xkd_pipeline.pair_lines import pair_lines
-from xkd_pipeline.sample import read_sample
-from xkd_schemas.encode import Encoder
+from xkd_pipeline.cli.reports import pair as command
+from xkd_pipeline.reports.compare_tokenizers import compare, normaliser_of, special_differences, vocabularies
+from xkd_pipeline.reports.comparison_text import pair_lines
+from xkd_pipeline.reports.sample import read_sample
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing
-from xkd_schemas.table import Table
+from xkd_schemas.text.encode import Encoder
 
 
 def encoder(kind: str, max_tokens: int = 1000) -> Encoder:

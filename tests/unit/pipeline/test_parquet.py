@@ -10,9 +10,9 @@ import pytest
 
 import small_cache
 from small_cache import made
-from xkd_pipeline.parquet import export_parquet
+from xkd_pipeline.maintain.export_parquet import export_parquet
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, UsageError
-from xkd_schemas.table import Table
 
 TABLES = ("documents", "teachers/T", "students/S")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from xkd_pipeline import place
-from xkd_pipeline.place import Place, versions
+from xkd_pipeline.workers import place
+from xkd_pipeline.workers.place import Place, versions
 from xkd_schemas.errors import InputMissing, Mismatch
 
 

@@ -14,20 +14,21 @@ from hypothesis import strategies as st
 import small_cache
 from fake_hardware import hardware_is
 from small_cache import SPACY, corpus_rows, made, run_file, write_rows
-from xkd_pipeline import budget, size
-from xkd_pipeline.cli_look import plan as command
-from xkd_pipeline.empty_model import empty_model, sizes_of
-from xkd_pipeline.plan import give_or_take, look_at, make_plan
-from xkd_pipeline.plan_lines import plan_lines
-from xkd_pipeline.sample import evenly
+from xkd_pipeline.capture.model_sizes import empty_model, sizes_of
+from xkd_pipeline.cli.reports import plan as command
+from xkd_pipeline.reports import budget
+from xkd_pipeline.reports import table_size as size
+from xkd_pipeline.reports.plan import give_or_take, look_at, make_plan
+from xkd_pipeline.reports.plan_text import plan_lines
+from xkd_pipeline.reports.sample import evenly
 from xkd_pipeline.stages import documents_stage, teacher_stage
+from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import CODECS, PLAIN
+from xkd_schemas.config import RunFile
 from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import column_of
-from xkd_schemas.runfile import RunFile
-from xkd_schemas.table import Table
-from xkd_schemas.teacher import KINDS, Kind
-from xkd_trainer.models import load_model
+from xkd_schemas.signals import KINDS, Kind
+from xkd_trainer.models.loading import load_model
 
 
 def small_run(**sections: dict[str, object]) -> RunFile:

@@ -8,14 +8,14 @@ import pytest
 
 import four_tokenizers as four
 from small_cache import IN_PROCESS, run_file, student_tokenizer, write_rows
-from xkd_pipeline.documents import document_at
-from xkd_pipeline.prompts import cut_prompts
-from xkd_pipeline.sample import read_sample
+from xkd_pipeline.parsing.prompts import cut_prompts
+from xkd_pipeline.parsing.stage import document_at
+from xkd_pipeline.reports.sample import read_sample
 from xkd_pipeline.stages import Outcome, documents_stage
+from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import UsageError
-from xkd_schemas.table import Table
+from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT
 
 LONG = "the cat and the dog went down to the river where they met a fish, " * 3

@@ -9,10 +9,10 @@ import pytest
 
 import small_cache
 from small_cache import made
-from xkd_schemas.address import is_url
-from xkd_schemas.corpus import open_source
+from xkd_schemas.cache.table import Table
+from xkd_schemas.corpus.address import is_url
+from xkd_schemas.corpus.sources import open_source
 from xkd_schemas.errors import InputMissing, UsageError, XkdError
-from xkd_schemas.table import Table
 
 
 @pytest.fixture(autouse=True)

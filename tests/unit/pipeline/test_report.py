@@ -11,13 +11,13 @@ import pytest
 
 import small_cache
 from small_cache import made
-from xkd_pipeline import report as reports
-from xkd_pipeline.report import exact_shares, gather
-from xkd_pipeline.report_data import MAX_BINS, Sizes
-from xkd_pipeline.report_page import write_report
+from xkd_pipeline.reports import report as reports
+from xkd_pipeline.reports.report import exact_shares, gather
+from xkd_pipeline.reports.report_data import MAX_BINS, Sizes
+from xkd_pipeline.reports.report_page import write_report
 from xkd_pipeline.stages import documents_stage
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing
-from xkd_schemas.table import Table
 
 HOSTILE = "</script><img src=x onerror=alert(1)><script>alert(2)</script>\x1b[2J\u202egnp.exe\u2066 {{7*7}} &lt;b&gt;"
 ALLOWED = (

@@ -8,11 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fake_stage import FakeStage
-from xkd_pipeline import cli, stages
-from xkd_pipeline.run import Workers, run_units
+from xkd_pipeline import stages
+from xkd_pipeline.cli import app as cli
 from xkd_pipeline.stages import Outcome
+from xkd_pipeline.workers.executor import Workers, run_units
+from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.errors import BadData, Refused, WorkersGone
-from xkd_schemas.manifest import Commit
 
 DEMO = Path(__file__).parents[3] / "runs" / "demo.toml"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from xkd_pipeline.run import Workers
-from xkd_pipeline.schedule import FIRST_SECONDS, SHORTEST_SECONDS, Died, Exhausted, Ready, Report, Schedule
+from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.scheduler import FIRST_SECONDS, SHORTEST_SECONDS, Died, Exhausted, Ready, Report, Schedule
+from xkd_schemas.cache.manifest import Care, Commit
 from xkd_schemas.errors import OutOfMemory, WorkersGone
-from xkd_schemas.manifest import Care, Commit
 
 ROWS = 8
 
@@ -83,7 +83,7 @@ def test_every_unit_is_made_once_and_no_more_workers_are_started_than_there_is_w
 
 def test_the_units_at_work_are_said_while_they_are(monkeypatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("xkd_pipeline.schedule.remark", said.append)
+    monkeypatch.setattr("xkd_pipeline.workers.scheduler.remark", said.append)
     ran(FakePool(lambda unit, _care, _tries: made(unit)), range(3))
 
     assert said[0] == "at work: shard none, 2 workers loading"
@@ -130,7 +130,7 @@ def test_a_unit_that_kills_in_any_size_is_named() -> None:
 
 
 def test_where_every_row_kills_the_rows_are_not_to_blame(monkeypatch) -> None:
-    monkeypatch.setattr("xkd_pipeline.schedule.MOST_LOST", 4)
+    monkeypatch.setattr("xkd_pipeline.workers.scheduler.MOST_LOST", 4)
     with pytest.raises(WorkersGone, match="unit 0: more than 4 rows kill their worker"):
         ran(FakePool(lambda unit, _care, _tries: Died("kill") if unit == 0 else made(unit)), range(2))
 

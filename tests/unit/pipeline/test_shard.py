@@ -13,9 +13,9 @@ import pytest
 import xxhash
 
 from fake_stage import SCHEMA
-from xkd_pipeline.shard import ROWS_PER_BATCH, Totals, write_shard
+from xkd_pipeline.tables.shard import ROWS_PER_BATCH, Totals, write_shard
+from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.errors import DiskFailed
-from xkd_schemas.manifest import Commit
 
 
 def columns(rows: int) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 import four_tokenizers
-from xkd_pipeline.show import _crossing, bracketed, render, signed, visible, wrapped
-from xkd_schemas.alignment import align
+from xkd_pipeline.reports.render import _crossing, bracketed, render, signed, visible, wrapped
 from xkd_schemas.documents import Document, Spans, document_of
-from xkd_schemas.encode import Encoder
+from xkd_schemas.text.alignment import align
+from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT
 
 NO_SPANS = Spans(words=(), phrases=(), labels=())

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hostile_text import hostile_texts
-from xkd_pipeline.spacy_parser import SpacyParser, load_pipeline
-from xkd_pipeline.spans import ParserSettings, parser_for
+from xkd_pipeline.parsing.parsers import ParserSettings, parser_for
+from xkd_pipeline.parsing.spacy_parser import SpacyParser, load_pipeline
 from xkd_schemas.documents import Document, Spans, checked_spans, document_of
 from xkd_schemas.errors import InputMissing, UsageError
 
@@ -192,7 +192,7 @@ def test_a_pipeline_may_be_named_by_its_folder(parser: SpacyParser) -> None:
 
 def test_two_parsers_of_one_loaded_pipeline_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_pipeline(MODEL)
-    monkeypatch.setattr("xkd_pipeline.spacy_parser.load_pipeline", lambda _name: loaded)
+    monkeypatch.setattr("xkd_pipeline.parsing.spacy_parser.load_pipeline", lambda _name: loaded)
     document = document_of([("prompt", "The old fisherman quietly repaired his torn net.", False)], source="a", line=1)
 
     first, second = (SpacyParser(ParserSettings(model=MODEL)).parse([document]) for _ in range(2))

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from fake_stage import UNITS, build_all, opened
 from small_cache import files_of
-from xkd_pipeline.progress import table_states
-from xkd_pipeline.store import locked
+from xkd_pipeline.tables.status import table_states
+from xkd_pipeline.tables.writer import locked
+from xkd_schemas.cache.manifest import Commit, Plan, is_whole, read_record
+from xkd_schemas.cache.table import Table
+from xkd_schemas.console import run as run_app
 from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch, Refused, XkdError
-from xkd_schemas.manifest import Commit, Plan, is_whole, read_record
-from xkd_schemas.table import Table
-from xkd_schemas.terminal import run as run_app
 
 
 @pytest.fixture
@@ -338,7 +338,7 @@ def test_how_far_a_table_is_can_be_read_before_it_is_sealed(tmp_path: Path) -> N
 HOLDER = """
 import sys
 from pathlib import Path
-from xkd_pipeline.store import locked
+from xkd_pipeline.tables.writer import locked
 from xkd_schemas.errors import Busy
 print("ready", flush=True)
 sys.stdin.readline()

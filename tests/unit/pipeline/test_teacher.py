@@ -14,22 +14,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import small_cache
 from fake_hardware import hardware_is
 from small_cache import made
-from xkd_pipeline.capture import capture
-from xkd_pipeline.documents import document_at
-from xkd_pipeline.empty_model import bytes_per_number, sizes_of
-from xkd_pipeline.measure import Reading
+from xkd_pipeline.capture.capture import capture
+from xkd_pipeline.capture.measure import Reading
+from xkd_pipeline.capture.model_sizes import bytes_per_number, sizes_of
+from xkd_pipeline.capture.stage import TeacherSettings, encoder_of, teacher_layers
+from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.parsing.stage import document_at
 from xkd_pipeline.stages import Outcome, align_stage, signals_for, teacher_stage
-from xkd_pipeline.teacher import TeacherSettings, encoder_of, teacher_layers
-from xkd_pipeline.verify import verify
-from xkd_schemas.alignment import token_ranges
-from xkd_schemas.encode import Encoder
+from xkd_schemas.cache.manifest import Commit, read_record
+from xkd_schemas.cache.table import Table
+from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
-from xkd_schemas.files import sha256_of
-from xkd_schemas.manifest import Commit, read_record
-from xkd_schemas.table import Table
-from xkd_schemas.teacher import signal_named
+from xkd_schemas.signals import signal_named
+from xkd_schemas.text.alignment import token_ranges
+from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import kept_rows
-from xkd_trainer.cache import Cache
+from xkd_trainer.data.cache import Cache
 
 
 def stage(cache: Path, **teacher: object) -> Outcome:

@@ -10,14 +10,14 @@ from typer.testing import CliRunner
 import faulty_disk
 import small_cache
 from fake_hardware import hardware_is
-from xkd_pipeline.cli import app
-from xkd_pipeline.deep import _values
-from xkd_pipeline.progress import table_states
-from xkd_pipeline.recompute import Recomputed, _classes_differ, _settings, recompute
-from xkd_pipeline.verify import verify
-from xkd_schemas import files
+from xkd_pipeline.cli.app import app
+from xkd_pipeline.maintain.recompute import Recomputed, _classes_differ, _settings, recompute
+from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.maintain.verify_rows import _values
+from xkd_pipeline.tables.status import table_states
+from xkd_schemas import durable_files as files
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, DiskFailed, InputMissing, Mismatch, UsageError
-from xkd_schemas.table import Table
 
 
 def asked(*words: object) -> tuple[int, dict[str, object]]:
@@ -94,7 +94,7 @@ def test_the_live_teacher_runs_in_the_tables_dtype_where_that_is_fast_and_otherw
 
 def test_rows_that_do_not_agree_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     made = small_cache.made()
-    monkeypatch.setattr("xkd_pipeline.recompute.capture", _shifted)
+    monkeypatch.setattr("xkd_pipeline.maintain.recompute.capture", _shifted)
     found = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2)
     assert found.rows == 2
     assert any(one.unit == 0 and "hidden_last differs by" in one.reason for one in found.bad)
@@ -104,7 +104,7 @@ def test_differences_within_rounding_are_measured_and_no_reason_to_call_a_row_ba
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = small_cache.made()
-    monkeypatch.setattr("xkd_pipeline.recompute.capture", _rounded)
+    monkeypatch.setattr("xkd_pipeline.maintain.recompute.capture", _rounded)
     found = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2)
     assert found.bad == []
     assert found.differences["entropy"] == pytest.approx(0.01, rel=0.05)
@@ -118,14 +118,14 @@ def test_differences_within_rounding_are_measured_and_no_reason_to_call_a_row_ba
 
 
 def _rounded(*given: object) -> list[dict[str, object]]:
-    from xkd_pipeline.capture import capture
+    from xkd_pipeline.capture.capture import capture
 
     (row,) = capture(*given)
     return [row | {"entropy": row["entropy"] * 1.01}]
 
 
 def _shifted(*given: object) -> list[dict[str, object]]:
-    from xkd_pipeline.capture import capture
+    from xkd_pipeline.capture.capture import capture
 
     (row,) = capture(*given)
     return [row | {"hidden_last": row["hidden_last"][::-1]}]
@@ -143,13 +143,13 @@ def test_classes_whose_logits_are_no_further_apart_than_rounding_may_change_plac
 
 def test_classes_of_other_positions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     made = small_cache.made()
-    monkeypatch.setattr("xkd_pipeline.recompute.capture", _rolled)
+    monkeypatch.setattr("xkd_pipeline.maintain.recompute.capture", _rolled)
     bad = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2).bad
     assert {one.reason.split(": ")[1] for one in bad} == {"argmax"}
 
 
 def _rolled(*given: object) -> list[dict[str, object]]:
-    from xkd_pipeline.capture import capture
+    from xkd_pipeline.capture.capture import capture
 
     (row,) = capture(*given)
     return [row | {"topk_ids#16": np.roll(row["topk_ids#16"], 1, axis=0)}]

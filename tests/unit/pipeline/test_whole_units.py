@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 import four_tokenizers
 import hostile_text
 from small_cache import made
-from xkd_pipeline.align import align_rows
-from xkd_pipeline.documents import document_at
-from xkd_pipeline.whole_units import DocumentRows, documents_of, tokens_at, tokens_of
-from xkd_schemas import encode
-from xkd_schemas.alignment import align, token_ranges
-from xkd_schemas.blocks import DocumentBlock
+from xkd_pipeline.alignment import align_rows
+from xkd_pipeline.parsing.stage import document_at
+from xkd_pipeline.tables.read_units import DocumentRows, documents_of, tokens_at, tokens_of
+from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.encode import Encoder
-from xkd_schemas.flat import Lists
-from xkd_schemas.table import Table
+from xkd_schemas.ragged import Lists
+from xkd_schemas.text import encode
+from xkd_schemas.text.alignment import align, token_ranges
+from xkd_schemas.text.batches import DocumentBlock
+from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK
 
 PAIRS = [(a, b) for a in four_tokenizers.KINDS for b in four_tokenizers.KINDS]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas import alignment
-from xkd_schemas.alignment import align, common_boundaries, exact_pairs, grouped_spans, token_ranges
+from xkd_schemas.text import alignment
+from xkd_schemas.text.alignment import align, common_boundaries, exact_pairs, grouped_spans, token_ranges
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
 
 FAR = 2**31 - 1

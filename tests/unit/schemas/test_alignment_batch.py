@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import four_tokenizers
-from xkd_schemas.alignment import align, token_ranges
-from xkd_schemas.alignment_batch import align_all, token_ranges_all
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.encode import Encoder
+from xkd_schemas.text.alignment import align, token_ranges
+from xkd_schemas.text.batch_alignment import align_all, token_ranges_all
+from xkd_schemas.text.encode import Encoder
 
 TEXTS = st.text(st.sampled_from("ab cé \n👩\u200d💻é漢字ا،\t  xyz"), min_size=1, max_size=40)
 DOCUMENTS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6)

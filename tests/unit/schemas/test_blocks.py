@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas.blocks import DocumentBlock, TokenBlock, pieces_of
 from xkd_schemas.documents import INTERVALS, Document, document_of, flat_list
-from xkd_schemas.flat import Lists
-from xkd_schemas.ragged import column_of
+from xkd_schemas.ragged import Lists, column_of
+from xkd_schemas.text.batches import DocumentBlock, TokenBlock, pieces_of
 from xkd_schemas.tokens import OK, Tokens
 
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=4), max_size=6)

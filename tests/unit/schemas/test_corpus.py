@@ -16,10 +16,11 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas import parts, tables
-from xkd_schemas.corpus import RawRow, Source, open_source, read_documents
+from xkd_schemas.corpus import columnar as tables
+from xkd_schemas.corpus import files as parts
+from xkd_schemas.corpus.sources import RawRow, Source, open_source, read_documents
+from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError, XkdError
-from xkd_schemas.files import sha256_of
 
 ROWS = [{"prompt": f"question {n}?", "response": f"answer {n}"} for n in range(23)]
 

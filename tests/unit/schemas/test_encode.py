@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, processors
 
 import four_tokenizers
-from xkd_schemas import encode
-from xkd_schemas.alignment import align, token_ranges
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.encode import REASONS, Encoder
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_schemas.flat import firsts
-from xkd_schemas.intervals import BORDER_REACH, Read, blanks, content_intervals
+from xkd_schemas.ragged import firsts
+from xkd_schemas.text import encode
+from xkd_schemas.text.alignment import align, token_ranges
+from xkd_schemas.text.encode import REASONS, Encoder
+from xkd_schemas.text.offsets import BORDER_REACH, Read, blanks, content_intervals
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
-from xkd_trainer.models import load_tokenizer
+from xkd_trainer.models.loading import load_tokenizer
 
 PAIRS = [(a, b) for a in four_tokenizers.KINDS for b in four_tokenizers.KINDS]
 

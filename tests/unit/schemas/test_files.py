@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import faulty_disk
-from xkd_schemas.errors import DiskFailed, Refused
-from xkd_schemas.files import (
+from xkd_schemas.durable_files import (
     disk_errors,
     inside,
     put_if_absent,
@@ -19,6 +18,7 @@ from xkd_schemas.files import (
     write_beside,
     xxh3_of,
 )
+from xkd_schemas.errors import DiskFailed, Refused
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../x", "/etc", ".hidden", "a\0b", "a b", "x" * 129, "a\n"])

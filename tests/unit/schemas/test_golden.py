@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from xkd_schemas.documents import DOCUMENTS_READ, documents_schema
-from xkd_schemas.teacher import KINDS, TEACHERS_VERSION, Signal, teacher_schema
+from xkd_schemas.signals import KINDS, TEACHERS_VERSION, Signal, teacher_schema
 from xkd_schemas.tokens import STUDENTS, STUDENTS_VERSION
 
 GOLDEN = Path(__file__).parents[2] / "golden"

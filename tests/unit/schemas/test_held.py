@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import small_cache
+from xkd_schemas.corpus.held_out import held_out_documents
 from xkd_schemas.errors import BadData, InputMissing, UsageError
-from xkd_schemas.held import held_out_documents
 
 ROWS = [{"prompt": "Who?", "response": "The keeper."}, {"prompt": "Where?", "response": "At home."}]
 

@@ -12,9 +12,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas import lines
+from xkd_schemas.corpus import line_reader as lines
+from xkd_schemas.corpus.line_reader import LongLine, expand, read_chunks, split_lines
 from xkd_schemas.errors import BadData, InputMissing, Refused
-from xkd_schemas.lines import LongLine, expand, read_chunks, split_lines
 
 CONTENTS = st.lists(st.sampled_from([b"\n", b"\r", b"a", b"\x85", b"\xe2\x80\xa8", b"\x0b", b"xyz"]), max_size=40)
 
@@ -121,7 +121,7 @@ def test_a_gigabyte_without_newline_is_read_in_bounded_memory(tmp_path: Path) ->
     with path.open("wb") as stream:
         stream.truncate(1 << 30)  # a sparse file
     code = (
-        "import re, sys; from pathlib import Path; from xkd_schemas.lines import *\n"
+        "import re, sys; from pathlib import Path; from xkd_schemas.corpus.line_reader import *\n"
         "(at, line), = split_lines(read_chunks(Path(sys.argv[1])))\n"
         "print(line.num_bytes, *re.findall(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text()))"
     )

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas.errors import BadData, InputMissing, Mismatch
-from xkd_schemas.manifest import (
+from xkd_schemas.cache.manifest import (
     Commit,
     Manifest,
     Plan,
@@ -23,6 +22,7 @@ from xkd_schemas.manifest import (
     sealed,
     to_json,
 )
+from xkd_schemas.errors import BadData, InputMissing, Mismatch
 
 PLAN = Plan(table="documents", spec={"a": {"b": 1}}, units=(Unit(source="x.jsonl", first=0, rows=3),))
 COMMIT = Commit(unit=0, file="00000-ab.arrow", rows=3, size=9, sha256="0", frame_xxh3="1", batches=())

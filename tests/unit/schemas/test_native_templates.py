@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 import four_tokenizers
 from chat_templates import TEMPLATES
+from xkd_schemas.corpus.rows import RawRow, read_documents
 from xkd_schemas.documents import Document
-from xkd_schemas.encode import Encoder
-from xkd_schemas.rows import RawRow, read_documents
+from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT, END, OK, Tokens
 
 Message = dict[str, Any]

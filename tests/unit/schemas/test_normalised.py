@@ -12,16 +12,16 @@ from tokenizers import NormalizedString, Regex, normalizers
 import four_tokenizers
 from hostile_text import hostile_texts
 from normalising_tokenizers import NORMALISING, TEXTS, denormal_texts, normalising
-from xkd_schemas.alignment import align
-from xkd_schemas.cuts import LONGEST_PART, REACHES, Known
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.encode import INTERVALS_VERSION, Encoder
-from xkd_schemas.explained import explained
-from xkd_schemas.intervals import Read, content_intervals
-from xkd_schemas.normalised import Normalised
-from xkd_schemas.tokenizers import Encoded, encode_texts, encoded_by
+from xkd_schemas.text.alignment import align
+from xkd_schemas.text.encode import INTERVALS_VERSION, Encoder
+from xkd_schemas.text.normalizer.offset_repair import explained
+from xkd_schemas.text.normalizer.offsets import Normalised
+from xkd_schemas.text.normalizer.segments import LONGEST_PART, REACHES, Known
+from xkd_schemas.text.offsets import Read, content_intervals
+from xkd_schemas.text.tokenizers import Encoded, encode_texts, encoded_by
 from xkd_schemas.tokens import CONTENT, OK, Tokens
-from xkd_trainer.losses.vocabulary import BYTES_OF_CHARACTERS
+from xkd_trainer.losses.ops.vocabulary import BYTES_OF_CHARACTERS
 
 
 def encoder_of(kind: str) -> Encoder:
@@ -244,7 +244,7 @@ def test_a_tokenizer_that_cuts_the_normalised_text_otherwise_is_not_explained(mo
         found = encoded_by(backend, texts)
         return found._replace(ids=found.ids + 1)
 
-    monkeypatch.setattr("xkd_schemas.normalised.encoded_by", other)
+    monkeypatch.setattr("xkd_schemas.text.normalizer.offsets.encoded_by", other)
 
     assert encoder.encode(lone("e\u0301")).status == "uncovered_characters"
 
@@ -262,7 +262,7 @@ def test_a_bad_document_changes_no_other_of_its_batch_and_segments_keep_their_pl
 
 
 def test_what_is_known_of_short_strings_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xkd_schemas.cuts.MOST_KNOWN", 3)
+    monkeypatch.setattr("xkd_schemas.text.normalizer.segments.MOST_KNOWN", 3)
     asked: list[str] = []
     known = Known(lambda key: asked.append(key) or key.upper())
 

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
+from xkd_schemas.console import say
 from xkd_schemas.progress import Progress, heartbeat, remark, tick, ticked
-from xkd_schemas.terminal import say
 
 
 class Clock:

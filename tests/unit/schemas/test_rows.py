@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas.conversation import conversation
+from xkd_schemas.corpus.conversation import conversation
+from xkd_schemas.corpus.formats import FORMS, choose_form
+from xkd_schemas.corpus.line_reader import LongLine
+from xkd_schemas.corpus.rows import RawRow, RejectedRow, read_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError
-from xkd_schemas.forms import FORMS, choose_form
-from xkd_schemas.lines import LongLine
-from xkd_schemas.rows import RawRow, RejectedRow, read_documents
 
 
 def read(form: str, *contents: object, max_chars: int = 1000) -> tuple[list[Document], list[RejectedRow]]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from xkd_schemas.config import RunFile, load_runfile
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_schemas.runfile import RunFile, load_runfile
 
 TEXT = """
 cache = "c"

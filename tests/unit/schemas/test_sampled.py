@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xkd_schemas.sampled import MOST_CLASSES, TOTAL, fault_of, packed, unpacked
+from xkd_schemas.sampled_classes import MOST_CLASSES, TOTAL, fault_of, packed, unpacked
 
 
 @given(st.lists(st.tuples(st.integers(0, MOST_CLASSES - 1), st.integers(0, TOTAL)), min_size=1, max_size=9))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xkd_schemas.errors import UsageError
-from xkd_schemas.teacher import KINDS, Signal, signal_named, teacher_schema
+from xkd_schemas.signals import KINDS, Signal, signal_named, teacher_schema
 from xkd_schemas.tokens import TOKEN_FIELDS
 
 signals = st.sampled_from(sorted(KINDS)).flatmap(

@@ -5,10 +5,10 @@ import pytest
 
 import four_tokenizers
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.encode import REASONS, Encoder
 from xkd_schemas.errors import UsageError
-from xkd_schemas.rendered import ChatTemplate
-from xkd_schemas.templates import layout
+from xkd_schemas.text.encode import REASONS, Encoder
+from xkd_schemas.text.rendering import ChatTemplate
+from xkd_schemas.text.templates import layout
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
 
 

@@ -9,9 +9,9 @@ import time
 import pytest
 import typer
 
-from xkd_schemas import terminal
+from xkd_schemas import console as terminal
+from xkd_schemas.console import run, say, say_json, warn
 from xkd_schemas.errors import BadData, Mismatch
-from xkd_schemas.terminal import run, say, say_json, warn
 
 
 def raising(error: BaseException):

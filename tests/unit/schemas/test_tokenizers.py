@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import four_tokenizers
+from xkd_schemas.cache.manifest import digest
 from xkd_schemas.errors import UsageError
-from xkd_schemas.manifest import digest
-from xkd_schemas.tokenizers import PROBES, encode_texts, identity
+from xkd_schemas.text.tokenizers import PROBES, encode_texts, identity
 
 
 def changed(kind: str, change) -> PreTrainedTokenizerFast:

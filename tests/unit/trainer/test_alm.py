@@ -14,19 +14,19 @@ import slow_chunks as slow
 import slow_losses as tools
 import tiny_models as tiny
 from one_step import gradients
-from xkd_trainer.batch import Batch, blank
-from xkd_trainer.losses.alm import (
+from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.baselines.alm import (
+    ALM,
     AlmSettings,
     binarised_divergence,
     chunk_log_likelihoods,
     likelihood_matching,
     log_complement,
 )
-from xkd_trainer.losses.head import LazyLogits, head_log_probabilities
-from xkd_trainer.methods import LOSSES
-from xkd_trainer.methods.alm import ALM
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.losses.ops.head_sums import LazyLogits, head_log_probabilities
+from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.training.prepare import Ready, set_up
 
 KINDS = ("kl", "reverse_kl", "tv", "kl_limit")
 SEEDS = st.integers(0, 2**31)
@@ -182,7 +182,7 @@ def test_log_complement_keeps_its_digits_on_both_sides_of_a_half() -> None:
 def test_log_probabilities_are_those_of_dense_logits(
     rows_per_chunk: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xkd_trainer.losses.lazy_logits.CHUNK_BYTES", rows_per_chunk * 6 * 8)
+    monkeypatch.setattr("xkd_trainer.losses.ops.lazy_logits.CHUNK_BYTES", rows_per_chunk * 6 * 8)
     g = tools.generator(1)
     hidden, weight, offset = (torch.randn(*shape, generator=g).double() for shape in ((5, 3), (6, 3), (6,)))
     target = torch.tensor([0, 5, 2, 2, 1])

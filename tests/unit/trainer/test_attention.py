@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny_models as tiny
 from xkd_schemas.errors import UsageError
-from xkd_trainer.attention import check_attention, last_row, listen
+from xkd_trainer.models.attention import check_attention, last_row, listen
 
 LENGTHS = (9, 1, 4, 7)
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}

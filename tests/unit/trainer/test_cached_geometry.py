@@ -16,15 +16,15 @@ from torch import Tensor
 
 import one_tokenizer as one
 from one_step import gradients
-from xkd_pipeline.coded import codec_error, coded
-from xkd_pipeline.measure import _span_signal
-from xkd_schemas.manifest import Commit
-from xkd_schemas.teacher import Signal
-from xkd_trainer.batch import Batch
-from xkd_trainer.head import Head
+from xkd_pipeline.capture.encode_signals import codec_error, coded
+from xkd_pipeline.capture.measure import _span_signal
+from xkd_schemas.cache.manifest import Commit
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.mta import dsa, span_weights
-from xkd_trainer.signals import cosine_matrix, unpack_triangle
-from xkd_trainer.stream import batch_of
+from xkd_trainer.models.head import Head
+from xkd_trainer.models.measures import cosine_matrix, unpack_triangle
 
 GEOMETRY = Signal("span_geometry", 3, "phrase")
 

@@ -13,13 +13,13 @@ from xkd_schemas.faults import injected
 
 import tiny_models as tiny
 from damages import flipped
-from xkd_pipeline import teacher_files
+from xkd_pipeline.capture import artifacts as teacher_files
 from xkd_schemas.errors import BadData, DiskFailed
-from xkd_trainer.checkpoint import KEPT, Snapshot, newest, save
-from xkd_trainer.export import export_student, is_finished
-from xkd_trainer.forward import run
-from xkd_trainer.metrics import Metrics
-from xkd_trainer.models import load_model, load_tokenizer
+from xkd_trainer.models.forward import run
+from xkd_trainer.models.loading import load_model, load_tokenizer
+from xkd_trainer.training.checkpoint import KEPT, Snapshot, newest, save
+from xkd_trainer.training.export import export_student, is_finished
+from xkd_trainer.training.metrics import Metrics
 
 FINGERPRINT = {"train": {"seed": 1}, "steps": 8}
 

@@ -7,8 +7,8 @@ import torch
 
 from fake_hardware import hardware_is
 from xkd_schemas.errors import UsageError
-from xkd_trainer import compute_dtype
-from xkd_trainer.compute_dtype import choose_dtype, dtype_named
+from xkd_trainer.models import compute_dtype
+from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import one_tokenizer as one
 from one_step import gradients
-from xkd_trainer import distiller as distiller_module
-from xkd_trainer.batch import Batch
-from xkd_trainer.forward import States, run
-from xkd_trainer.methods import LOSSES
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.models.forward import States, run
+from xkd_trainer.training import distiller as distiller_module
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("kl", {"ce": 1.0}),

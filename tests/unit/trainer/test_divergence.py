@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 import slow_losses as slow
 from xkd_schemas.errors import UsageError
-from xkd_trainer.losses.divergence import DIVERGENCES, Knobs, divergence
+from xkd_trainer.losses.ops.divergence import DIVERGENCES, Knobs, divergence
 
 KINDS = list(DIVERGENCES)
 SEEDS = st.integers(0, 2**31)

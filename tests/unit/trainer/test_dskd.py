@@ -19,26 +19,26 @@ import slow_dskd as slow
 import tiny_models as tiny
 from one_step import gradients
 from slow_losses import mask, padded, ragged
-from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_pipeline.workers.executor import Workers
 from xkd_schemas.errors import BadData, UsageError
-from xkd_trainer.batch import Batch, blank, gather_rows
-from xkd_trainer.distiller import Distiller
-from xkd_trainer.losses.divergence import DIVERGENCES
-from xkd_trainer.losses.dskd import (
+from xkd_trainer.data.batch import Batch, blank, gather_rows
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.dual_space import (
     DskdCmaSettings,
     DskdSettings,
     correct,
     projected_cross_entropy,
     student_space,
     teacher_space,
+    teacher_states,
 )
-from xkd_trainer.losses.head import LazyLogits
-from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.losses.vocabulary import shared_vocabulary
-from xkd_trainer.methods.dual_space import teacher_states
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.losses.ops.divergence import DIVERGENCES
+from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
+from xkd_trainer.training.distiller import Distiller
+from xkd_trainer.training.prepare import Ready, set_up
 
 F64 = torch.float64
 KINDS = list(DIVERGENCES)

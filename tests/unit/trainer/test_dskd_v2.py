@@ -11,12 +11,11 @@ from pydantic import ValidationError
 
 import tiny_models as tiny
 from slow_losses import ragged
-from xkd_trainer.losses.dskd import correct, student_space, teacher_space
-from xkd_trainer.losses.dskd_v2 import DskdV2Settings, equal_logits, label_table, pseudo_inverse
-from xkd_trainer.losses.head import LazyLogits, head_divergence
-from xkd_trainer.methods.dual_space import teacher_states
-from xkd_trainer.setup import set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.baselines.dskd_v2 import DskdV2Settings, equal_logits, label_table, pseudo_inverse
+from xkd_trainer.losses.dual_space import correct, student_space, teacher_space, teacher_states
+from xkd_trainer.losses.ops.head_sums import LazyLogits, head_divergence
+from xkd_trainer.training.prepare import set_up
 
 F64 = torch.float64
 

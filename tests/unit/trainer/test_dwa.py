@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import slow_dwa as slow
-from xkd_trainer.losses.cma import align_scores, attend
 from xkd_trainer.losses.dwa import (
     DwaSettings,
     alignment,
@@ -25,8 +24,9 @@ from xkd_trainer.losses.dwa import (
     teacher_space,
     teacher_weights,
 )
-from xkd_trainer.losses.head import LazyLogits
-from xkd_trainer.losses.term import LossTerm
+from xkd_trainer.losses.ops.cross_model_attention import align_scores, attend
+from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.term import LossTerm
 
 Order = Literal["gate_before", "gate_after"]
 ORDERS: tuple[Order, Order] = ("gate_before", "gate_after")

@@ -18,17 +18,17 @@ import small_cache
 import tiny_models as tiny
 from fake_hardware import hardware_is
 from four_tokenizers import tokenizer_of, wrapped
-from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.corpus.held_out import held_out_documents
 from xkd_schemas.documents import Document
-from xkd_schemas.encode import Encoder
 from xkd_schemas.errors import BadData, InputMissing, UsageError
-from xkd_schemas.held import held_out_documents
+from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT, Tokens
-from xkd_trainer import evaluate
-from xkd_trainer.cache import Cache
-from xkd_trainer.evaluate import Request, agreement, bits_per_byte, evaluate_student, generate, rouge_l
-from xkd_trainer.losses.vocabulary import shared_vocabulary
+from xkd_trainer import evaluation as evaluate
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.evaluation import Request, agreement, bits_per_byte, evaluate_student, generate, rouge_l
+from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 
 HELD = (
     ("Who lit the lamp?", "A fisherman lit it."),
@@ -88,13 +88,13 @@ def test_bits_per_byte_do_not_depend_on_which_documents_share_a_batch(
     together = bits_per_byte(model, pairs)["bits_per_byte"]
 
     for size in (1, 2, 3):
-        monkeypatch.setattr("xkd_trainer.bits_per_byte.BATCH", size)
+        monkeypatch.setattr("xkd_trainer.models.bits_per_byte.BATCH", size)
         assert bits_per_byte(model, pairs[::-1])["bits_per_byte"] == pytest.approx(together, rel=1e-6)
 
 
 def test_losses_and_responses_are_counted_as_they_come(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("xkd_schemas.progress.EVERY", -1.0)  # every tick is shown
-    monkeypatch.setattr("xkd_trainer.bits_per_byte.BATCH", 2)
+    monkeypatch.setattr("xkd_trainer.models.bits_per_byte.BATCH", 2)
     model, tokenizer = tiny.llama("sentencepiece"), tokenizer_of("sentencepiece")
     pairs = encoded(tokenizer, tmp_path)
 

@@ -13,14 +13,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import tiny_models as tiny
 from families import ALL, HERE, VOCABULARY, Family, table
 from xkd_schemas.errors import UsageError
-from xkd_trainer.batch import Batch
-from xkd_trainer.distiller import Distiller
-from xkd_trainer.forward import blocks_of, num_layers, rehearse, run
-from xkd_trainer.head import check_model, head_of
-from xkd_trainer.methods.declaration import StudentPass
-from xkd_trainer.models import load_model, new_model
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.declaration import StudentPass
+from xkd_trainer.models.forward import blocks_of, num_layers, rehearse, run
+from xkd_trainer.models.head import check_model, head_of
+from xkd_trainer.models.loading import load_model, new_model
+from xkd_trainer.training.distiller import Distiller
+from xkd_trainer.training.prepare import Ready, set_up
 
 LENGTHS = (9, 1, 6, 14)
 UNIFORM = r"Next: use weights that need no attention map: --set losses\.sra\.weights=uniform"

@@ -19,13 +19,12 @@ import tiny_models as tiny
 from one_step import gradients, widen
 from poison import poisoned
 from xkd_schemas.errors import BadData, UsageError
-from xkd_trainer.batch import blank
-from xkd_trainer.losses import lazy_logits
-from xkd_trainer.losses.fdd import FddSettings, derivative
-from xkd_trainer.losses.head import LazyLogits
-from xkd_trainer.methods.declaration import Levels
-from xkd_trainer.methods.fdd import needs
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.batch import blank
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.baselines.fdd import FddSettings, derivative, needs
+from xkd_trainer.losses.declaration import Levels
+from xkd_trainer.losses.ops import lazy_logits
+from xkd_trainer.losses.ops.head_sums import LazyLogits
 
 F64 = torch.float64
 TERMS = ("final", "trajectory", "derivative")

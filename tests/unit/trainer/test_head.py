@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 import slow_dwa as slow
-from xkd_trainer.losses import lazy_logits
-from xkd_trainer.losses.chunked import chunked, chunked_sum
-from xkd_trainer.losses.divergence import Kind, Knobs, divergence
-from xkd_trainer.losses.head import Comparison, LazyLogits, head_cross_entropy, head_divergence
+from xkd_trainer.losses.ops import lazy_logits
+from xkd_trainer.losses.ops.chunked import chunked, chunked_sum
+from xkd_trainer.losses.ops.divergence import Kind, Knobs, divergence
+from xkd_trainer.losses.ops.head_sums import Comparison, LazyLogits, head_cross_entropy, head_divergence
 
 KINDS = get_args(Kind)
 

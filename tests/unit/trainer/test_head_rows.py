@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xkd_trainer.losses.divergence import Kind, divergence
-from xkd_trainer.losses.head_rows import (
+from xkd_trainer.losses.ops.divergence import Kind, divergence
+from xkd_trainer.losses.ops.softmax_rows import (
     PART_ELEMENTS,
     Comparison,
     Scratch,

@@ -20,16 +20,16 @@ from one_step import assert_padding_and_cuts_change_nothing, widen
 from slow_losses import tail_share
 from xkd_pipeline.stages import align_stage
 from xkd_schemas.errors import BadData, UsageError
-from xkd_trainer.batch import Batch, blank
-from xkd_trainer.forward import States, run
-from xkd_trainer.head import Head, head_of
-from xkd_trainer.losses.divergence import DIVERGENCES, Kind
-from xkd_trainer.losses.head import LazyLogits
-from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.methods.declaration import StudentPass
-from xkd_trainer.methods.one_tokenizer import first_classes
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.declaration import StudentPass
+from xkd_trainer.losses.ops.divergence import DIVERGENCES, Kind
+from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.losses.same_tokenizer import first_classes
+from xkd_trainer.models.forward import States, run
+from xkd_trainer.models.head import Head, head_of
+from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (0, 5, 2)
 

@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 import tiny_models as tiny
+from xkd_schemas.config import RunFile, TrainSection
+from xkd_schemas.console import run as run_app
+from xkd_schemas.durable_files import held
 from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite, UsageError
-from xkd_schemas.files import held
-from xkd_schemas.runfile import RunFile, TrainSection
-from xkd_schemas.terminal import run as run_app
-from xkd_trainer import loop
-from xkd_trainer.batch import Batch
-from xkd_trainer.checkpoint import newest
-from xkd_trainer.loop import train
-from xkd_trainer.order import Order, learning_rate
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.data.sampler import Order, learning_rate
+from xkd_trainer.training import loop
+from xkd_trainer.training.checkpoint import newest
+from xkd_trainer.training.loop import train
 
 ALL = "mta+sra+dwa"
 
@@ -120,7 +120,9 @@ def test_a_full_disk_says_which_checkpoint_is_kept(
     def full(*_args: Any, **_options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    name = "xkd_trainer.checkpoint.save_tensors" if where == "checkpoint" else "xkd_schemas.files.rename"
+    name = (
+        "xkd_trainer.training.checkpoint.save_tensors" if where == "checkpoint" else "xkd_schemas.durable_files.rename"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(name, full)
         with pytest.raises(DiskFailed, match=rf"No space left on device\. Kept: .*{kept}.* Next: free space"):
@@ -335,7 +337,7 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(changed: dict[str, Any], 
 
 
 def test_a_run_that_was_begun_in_another_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xkd_trainer.loop.ORDER", "a later one")
+    monkeypatch.setattr("xkd_trainer.training.loop.ORDER", "a later one")
 
     with pytest.raises(Mismatch, match="order: cache has numpy PCG64 permutation, this run has a later one"):
         train(run(eight_steps(), loss=ALL, steps=8, save_every=2, **new()), quiet=True)

@@ -16,19 +16,19 @@ import slow_dwa
 import slow_losses as slow
 import tiny_models as tiny
 from poison import poisoned
-from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_pipeline.workers.executor import Workers
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
-from xkd_trainer.batch import Batch, blank
-from xkd_trainer.distiller import Distiller
-from xkd_trainer.forward import run
-from xkd_trainer.head import head_of
-from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.losses.vocabulary import shared_vocabulary
-from xkd_trainer.methods import LOSSES
-from xkd_trainer.methods.declaration import StudentPass, describe_loss
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.declaration import StudentPass, describe_loss
+from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
+from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.models.forward import run
+from xkd_trainer.models.head import head_of
+from xkd_trainer.training.distiller import Distiller
+from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (3, 19, 0, 11)
 ALL = ("ce", "mta", "sra", "dwa")

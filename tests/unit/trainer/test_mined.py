@@ -15,15 +15,14 @@ import slow_losses as tools
 import tiny_models as tiny
 from one_step import gradients
 from xkd_schemas.errors import UsageError
-from xkd_trainer.batch import Batch, blank
-from xkd_trainer.losses.head import LazyLogits
-from xkd_trainer.losses.mined import carried_head, mined_divergence, usable_positions
-from xkd_trainer.losses.mined_alignment import _nearest, partners, token_texts, vocabulary_map
-from xkd_trainer.losses.vocabulary import token_bytes
-from xkd_trainer.methods import LOSSES
-from xkd_trainer.methods.mined import MINED
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.baselines.mined import MINED, carried_head, mined_divergence, usable_positions
+from xkd_trainer.losses.baselines.mined_alignment import _nearest, partners, token_texts, vocabulary_map
+from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.vocabulary import token_bytes
+from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (3, 19, 0, 11)
 WORDS = st.text("abAé", max_size=6).map(lambda text: text.encode())
@@ -79,7 +78,7 @@ def test_the_search_for_nearest_classes_is_counted_and_does_not_depend_on_its_pi
     )
     whole = vocabulary_map(source, target, "nearest").tolist()
     monkeypatch.setattr("xkd_schemas.progress.EVERY", -1.0)  # every tick is shown
-    monkeypatch.setattr("xkd_trainer.losses.mined_alignment.SEARCHED", 1)
+    monkeypatch.setattr("xkd_trainer.losses.baselines.mined_alignment.SEARCHED", 1)
 
     assert vocabulary_map(source, target, "nearest").tolist() == whole == [2, 0, 1]
     assert "mined: nearest classes: 1 of 2 classes" in capsys.readouterr().err
@@ -375,7 +374,7 @@ def test_a_few_steps_bring_the_student_nearer() -> None:
 
 
 def test_without_rapidfuzz_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xkd_trainer.methods.mined.importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setattr("xkd_trainer.losses.baselines.mined.importlib.util.find_spec", lambda _name: None)
 
     with pytest.raises(UsageError, match="mined needs rapidfuzz"):
         ready()

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import tiny_models as tiny
-from xkd_pipeline.empty_model import empty_model
+from xkd_pipeline.capture.model_sizes import empty_model
 from xkd_schemas.errors import InputMissing, Refused, UsageError, XkdError
-from xkd_trainer.forward import num_layers
-from xkd_trainer.models import (
+from xkd_trainer.models.forward import num_layers
+from xkd_trainer.models.loading import (
     check_model_name,
     load_model,
     load_tokenizer,
@@ -193,7 +193,7 @@ def test_a_name_that_is_no_folder_is_said_on_a_terminal_before_the_hub_is_asked(
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_a_saved_tokenizer_does_not_depend_on_being_offline(offline: str, tmp_path: Path) -> None:
     tiny.tokenizer_of("unigram").save_pretrained(tmp_path / "t")
-    code = "import sys, xkd_trainer.models as m; m.load_tokenizer(sys.argv[1]).save_pretrained(sys.argv[2])"
+    code = "import sys, xkd_trainer.models.loading as m; m.load_tokenizer(sys.argv[1]).save_pretrained(sys.argv[2])"
     subprocess.run(
         [sys.executable, "-c", code, tmp_path / "t", tmp_path / "saved"],
         env=os.environ | {"HF_HUB_OFFLINE": offline}, check=True,
@@ -267,7 +267,7 @@ def test_code_and_kernels_are_refused_wherever_a_model_comes_from(
 def test_nobody_is_asked_whether_code_may_run(
     on_the_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str
 ) -> None:
-    monkeypatch.setattr("xkd_trainer.models.check_config", lambda _folder: None)
+    monkeypatch.setattr("xkd_trainer.models.loading.check_config", lambda _folder: None)
     settings = {"model_type": "none-of-ours", "auto_map": CLASSES}
     for file in ("config.json", "tokenizer_config.json"):
         (on_the_hub / file).write_text(json.dumps(settings))

@@ -7,8 +7,8 @@ from torch import Tensor
 
 import slow_losses as slow
 from xkd_trainer.losses.mta import MtaSettings, dsa, hid, span_weights
-from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.signals import centrality, cosine_matrix, pool_spans
+from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.models.measures import centrality, cosine_matrix, pool_spans
 
 SEEDS = st.integers(0, 2**31)
 D = 4

@@ -15,12 +15,11 @@ import slow_losses as slow
 import tiny_models as tiny
 from one_step import assert_padding_and_cuts_change_nothing
 from xkd_schemas.errors import UsageError
-from xkd_trainer.batch import Batch, blank
-from xkd_trainer.losses.mta import MtaSettings, covered, phi, range_sums, strided_layers
-from xkd_trainer.methods.declaration import Levels
-from xkd_trainer.methods.mta import needs
-from xkd_trainer.setup import Ready
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.declaration import Levels
+from xkd_trainer.losses.mta import MtaSettings, covered, needs, phi, range_sums, strided_layers
+from xkd_trainer.training.prepare import Ready
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"hid": "token"},

@@ -16,12 +16,10 @@ import slow_ot
 import tiny_models as tiny
 from one_step import gradients
 from slow_losses import generator, mask, padded
-from xkd_trainer.batch import Batch, blank
-from xkd_trainer.head import Head
-from xkd_trainer.loop import train
-from xkd_trainer.losses import lazy_logits
-from xkd_trainer.losses.head import LazyLogits
-from xkd_trainer.losses.multilevelot import (
+from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.baselines.multilevelot import (
+    MultiLevelOt,
     MultiLevelOtSettings,
     chosen_probabilities,
     class_mass,
@@ -31,10 +29,12 @@ from xkd_trainer.losses.multilevelot import (
     sequence_distance,
     word_cross_entropy,
 )
-from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.methods.multilevelot import MultiLevelOt
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.losses.ops import lazy_logits
+from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.models.head import Head
+from xkd_trainer.training.loop import train
+from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (3, 19, 0, 11)
 TERMS = ("l1", "word", "sequence")

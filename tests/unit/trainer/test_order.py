@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_trainer.order import ORDER, Order, permuted
+from xkd_trainer.data.sampler import ORDER, Order, permuted
 
 GOLDEN = {
     (0, 0): [4, 6, 2, 7, 3, 5, 9, 0, 8, 1],

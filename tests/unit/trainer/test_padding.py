@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xkd_trainer import padding
-from xkd_trainer.padding import Buffers, pad
+from xkd_trainer.models import padding
+from xkd_trainer.models.padding import Buffers, pad
 
 DTYPES = (np.uint16, np.float32, np.int64, np.bool_)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from xkd_schemas.errors import UsageError
-from xkd_trainer import methods
-from xkd_trainer.methods import loss_named, loss_names, plugins
+from xkd_trainer.losses import registry as methods
+from xkd_trainer.losses import registry as plugins
+from xkd_trainer.losses.registry import loss_named, loss_names
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def test_a_package_that_breaks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_what_is_no_declaration_of_that_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    declare(monkeypatch, other="xkd_trainer.methods.sra:SRA", path="pathlib:Path")
+    declare(monkeypatch, other="xkd_trainer.losses.sra:SRA", path="pathlib:Path")
     for name in ("other", "path"):
         with pytest.raises(UsageError, match=f"'{name}' .* is no Declaration named '{name}'"):
             loss_named(name)

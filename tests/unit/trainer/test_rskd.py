@@ -14,18 +14,18 @@ from transformers import AutoModelForCausalLM
 
 import small_cache
 from one_step import assert_padding_and_cuts_change_nothing, gradients, widen
-from xkd_pipeline.draws import drawn, uniforms
+from xkd_pipeline.capture.sampled_logits import drawn, uniforms
 from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, UsageError
-from xkd_schemas.sampled import TOTAL
-from xkd_schemas.table import Table
-from xkd_schemas.teacher import Signal
+from xkd_schemas.sampled_classes import TOTAL
+from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import predictors
-from xkd_trainer.batch import Batch, blank
-from xkd_trainer.losses.term import LossTerm
-from xkd_trainer.methods.declaration import StudentPass
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.declaration import StudentPass
+from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (0, 5, 2)
 K = 6
@@ -58,8 +58,8 @@ def ready(loss: str = "rskd") -> Ready:
 
 def term_of(made: Ready, batch: Batch) -> LossTerm:
     """The loss's one term, of the student's own states."""
-    from xkd_trainer.forward import run
-    from xkd_trainer.head import head_of
+    from xkd_trainer.models.forward import run
+    from xkd_trainer.models.head import head_of
 
     student = made.distiller.student
     states = run(student, batch.student_ids_BS, batch.student_valid_BS)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import slow_losses as slow
 from xkd_schemas.errors import BadData
-from xkd_trainer import signals
-from xkd_trainer.signals import (
+from xkd_trainer.models import measures as signals
+from xkd_trainer.models.measures import (
     _variance,
     centrality,
     cosine_matrix,

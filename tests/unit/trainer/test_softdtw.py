@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import slow_dwa as slow
-from xkd_trainer.losses import softdtw
-from xkd_trainer.losses.softdtw import (
+from xkd_trainer.losses.ops import soft_dtw as softdtw
+from xkd_trainer.losses.ops.soft_dtw import (
     band_penalty,
     cosine_cost,
     hard_band,
     soft_dtw,
     soft_dtw_divergence,
+    torch_soft_dtw,
 )
-from xkd_trainer.losses.softdtw_torch import torch_soft_dtw
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 BACKENDS = [pytest.param("numba", marks=needs_numba), "torch"]

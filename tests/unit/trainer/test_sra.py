@@ -7,6 +7,7 @@ from torch import Tensor
 
 import slow_losses as slow
 from xkd_schemas.errors import UsageError
+from xkd_trainer.losses.ops.term import LossTerm
 from xkd_trainer.losses.sra import (
     SraSettings,
     geometric,
@@ -14,7 +15,6 @@ from xkd_trainer.losses.sra import (
     span_omega,
     weighted_cosine,
 )
-from xkd_trainer.losses.term import LossTerm
 
 SEEDS = st.integers(0, 2**31)
 D, V = 4, 6

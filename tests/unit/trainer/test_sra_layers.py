@@ -13,11 +13,10 @@ import tiny_models as tiny
 from one_step import assert_padding_and_cuts_change_nothing
 from xkd_schemas.errors import UsageError
 from xkd_schemas.tokens import CONTENT
-from xkd_trainer.losses.sra import SraSettings, layer_shares
-from xkd_trainer.methods.declaration import Levels
-from xkd_trainer.methods.sra import needs
-from xkd_trainer.setup import Ready
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.declaration import Levels
+from xkd_trainer.losses.sra import SraSettings, layer_shares, needs
+from xkd_trainer.training.prepare import Ready
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"layers": [2, 3], "beta": [1, 2, 5], "spans": "phrase"},

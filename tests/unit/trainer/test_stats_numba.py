@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from xkd_trainer import signals
-from xkd_trainer.signals import prediction_stats
-from xkd_trainer.stats_numba import LANES, PIECE, stats_of_bits
+from xkd_trainer.cpu_kernels.prediction_stats import LANES, PIECE, stats_of_bits
+from xkd_trainer.models import measures as signals
+from xkd_trainer.models.measures import prediction_stats
 
 
 def logits(rows: int, classes: int, dtype: torch.dtype, *, spread: float = 4.0, seed: int = 0) -> Tensor:

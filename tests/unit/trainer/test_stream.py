@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiny_models import Tiny, tiny_cache
+from xkd_schemas.cache.manifest import Manifest, Plan, read_record, sealed, to_json
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
-from xkd_schemas.manifest import Manifest, Plan, read_record, sealed, to_json
-from xkd_schemas.table import Table
-from xkd_schemas.teacher import Signal, signal_named
+from xkd_schemas.signals import Signal, signal_named
 from xkd_schemas.tokens import CONTENT, END
-from xkd_trainer import stream
-from xkd_trainer.batch import Batch, Level, blank, gather_rows
-from xkd_trainer.cache import Cache, find_student
-from xkd_trainer.padding import pad
-from xkd_trainer.prefetch import prefetched
-from xkd_trainer.stream import batch_of, inside_any
+from xkd_trainer.data import collate as stream
+from xkd_trainer.data.batch import Batch, Level, blank, gather_rows
+from xkd_trainer.data.cache import Cache, find_student
+from xkd_trainer.data.collate import batch_of, inside_any
+from xkd_trainer.data.prefetch import prefetched
+from xkd_trainer.models.padding import pad
 
 WANTED = frozenset(
     signal_named(column)

@@ -16,20 +16,20 @@ import slow_ot
 import tiny_models as tiny
 from one_step import gradients
 from slow_losses import generator
-from xkd_pipeline.run import Workers
 from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_pipeline.workers.executor import Workers
+from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import UsageError
-from xkd_schemas.table import Table
-from xkd_trainer.batch import blank
-from xkd_trainer.loop import train
-from xkd_trainer.losses import lazy_logits
-from xkd_trainer.losses.head import LazyLogits
-from xkd_trainer.losses.uld import head_sorted_l1, sorted_l1, sorted_teacher, topk_teacher
-from xkd_trainer.methods import loss_named
-from xkd_trainer.methods.declaration import describe_loss
-from xkd_trainer.methods.shift import paired
-from xkd_trainer.setup import Ready, set_up
-from xkd_trainer.stream import batch_of
+from xkd_trainer.data.batch import blank
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.baselines.positional_pairs import paired
+from xkd_trainer.losses.baselines.uld import head_sorted_l1, sorted_l1, sorted_teacher, topk_teacher
+from xkd_trainer.losses.declaration import describe_loss
+from xkd_trainer.losses.ops import lazy_logits
+from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.registry import loss_named
+from xkd_trainer.training.loop import train
+from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (3, 19, 0, 11)
 

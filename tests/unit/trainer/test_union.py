@@ -12,12 +12,12 @@ import torch
 import tiny_models as tiny
 from tiny_models import PAIRS, TEACHER_TOKENIZER, Tiny
 from xkd_schemas.errors import Mismatch, UsageError
-from xkd_schemas.teacher import signal_named
-from xkd_trainer.cache import Cache
-from xkd_trainer.loop import train
-from xkd_trainer.setup import set_up
-from xkd_trainer.stream import batch_of
-from xkd_trainer.union import CacheUnion, Shards, parse_shards
+from xkd_schemas.signals import signal_named
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.data.union import CacheUnion, Shards, parse_shards
+from xkd_trainer.training.loop import train
+from xkd_trainer.training.prepare import set_up
 
 WANTED = frozenset(map(signal_named, ("hidden_last", "span_mass@2:word", "span_geometry@2:word", "entropy")))
 

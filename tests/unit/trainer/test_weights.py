@@ -6,9 +6,9 @@ import pytest
 
 import tiny_models as tiny
 from xkd_schemas.errors import UsageError
-from xkd_trainer.methods import LOSSES
-from xkd_trainer.methods.weights import formula, parse_loss
-from xkd_trainer.setup import set_up
+from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.losses.weights import formula, parse_loss
+from xkd_trainer.training.prepare import set_up
 
 PAPERS = {
     "ce": "1 ce", "kl": "1 kl", "rskd": "1 rskd", "fdd": "1 fdd", "mta": "1 ce + 1 mta", "sra": "0.5 ce + 0.5 sra",

@@ -1,33 +1,32 @@
-"""DWA-KD: dual-space entropy weighting and time-warped alignment between two tokenizers.
+"""The options of DWA-KD (arXiv 2602.21669), each with what the paper prints and what the authors' code does."""
 
-arXiv 2602.21669, on top of DSKD's cross-model attention (`cma`) and its two spaces (`dskd`). All functions are pure
-and take response tokens only, gathered by mask and padded.
-Deviations from the authors' code, an option of the settings where both make sense:
-
-* soft-DTW reads the response tokens; the code slices the first ones of the whole sequence, which are the prompt;
-* weights are scaled after the gate, as the paper's text says; the code scales before it (`student_weight`);
-* the student-space divergence is the forward KL of eq. 13; the scripts use skewed reverse or adaptive KL
-  (`student_divergence`);
-* band positions count from 1, as in the paper; the code counts from 0.
-
-Every term is a sum over tokens, to be divided by the number of the student's response tokens in the whole step.
-Call all of it outside an autocast context: costs, softmaxes and weights are meant to be float32 or better.
-
-Shape legend for this file
-    B documents    N student predictions    M teacher predictions    D width    V classes
-"""
-
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
-from xkd_trainer.losses.dskd import projected_cross_entropy as projected_cross_entropy
-from xkd_trainer.losses.dskd import student_space as student_space
-from xkd_trainer.losses.dskd import teacher_space as teacher_space
-from xkd_trainer.losses.dwa_settings import DwaSettings as DwaSettings
-from xkd_trainer.losses.dwa_settings import anneal as anneal
-from xkd_trainer.losses.softdtw import (
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.losses.declaration import Context, Declaration, Projectors, StudentPass, uniform_weights
+from xkd_trainer.losses.dual_space import (
+    DualSpaceSettings,
+    Positive,
+    Teacher,
+    TeacherHead,
+    at_valid,
+    attention_scores,
+    teacher_side,
+    with_fixed_head,
+)
+from xkd_trainer.losses.dual_space import projected_cross_entropy as projected_cross_entropy
+from xkd_trainer.losses.dual_space import student_space as student_space
+from xkd_trainer.losses.dual_space import teacher_space as teacher_space
+from xkd_trainer.losses.ops.cross_model_attention import attend
+from xkd_trainer.losses.ops.divergence import Kind
+from xkd_trainer.losses.ops.shared_pass import Planned, Weigh
+from xkd_trainer.losses.ops.soft_dtw import (
     band_penalty,
     cosine_cost,
     cosine_costs,
@@ -36,7 +35,99 @@ from xkd_trainer.losses.softdtw import (
     soft_dtw,
     soft_dtw_divergence,
 )
-from xkd_trainer.losses.term import LossTerm, at_least_float32, term
+from xkd_trainer.losses.ops.term import LossTerm, at_least_float32, term
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Steps = Annotated[int, Field(ge=0)]
+
+
+class DwaSettings(DualSpaceSettings):
+    """Options of DWA-KD. The paper prints the band's numbers and the temperature; the rest is from the scripts."""
+
+    kd: Weight = 0.5
+    """Weight of the token level, eq. 16: student space, teacher space and projected cross-entropy. Scripts: 0.5."""
+    dtw: Weight = 0.2
+    """Weight of the sequence level, eq. 17-25: embeddings and last states. Scripts: 0.2."""
+    student_divergence: Kind = "forward_kl"
+    """Paper eq. 13: forward KL. The code's scripts: skewed_reverse_kl (GPT-2), adaptive_kl (TinyLLaMA, OPT)."""
+    entropy_weights: bool = True
+    """Weigh tokens by entropy, eq. 12 and 14. Off: 1 for every token, in both spaces."""
+    gate: bool = True
+    """Multiply the student's weight by the peak of the projected teacher, eq. 11. Off: entropy alone."""
+    student_weight: Literal["gate_before", "gate_after"] = "gate_before"
+    """gate_before: H g scaled to sum to the number of tokens (paper). gate_after: H scaled, then times g (code)."""
+    gate_warmup_steps: Steps = 0
+    """Optimiser steps in which the gate rises from next to 0 to itself, and the student's space with it (the code).
+    Scripts: 0, full from the start."""
+    gamma: Positive = 2.0
+    """Smoothing of soft-DTW at step 0, in units of the cosine cost. Scripts: 2; 1 for OPT-2.7B."""
+    gamma_end: Positive = 0.8
+    """Smoothing after `gamma_steps`. Scripts: 0.8."""
+    gamma_steps: Steps = 0
+    """Optimiser steps of the linear way from gamma to gamma_end. 0, as in the scripts: stay at gamma."""
+    dtw_divergence: bool = True
+    """nDTW (paper and code). Off: the cross term alone."""
+    dtw_warmup_steps: Steps = 0
+    """Optimiser steps of the sequence level's linear way from 0 to `dtw` (the code). Scripts: 0."""
+    band: Literal["soft", "hard", "none"] = "soft"
+    """soft: adaptive band round `band_source` (paper and code). hard: Sakoe-Chiba. none: all cells free."""
+    band_source: Literal["cma", "sdtw"] = "cma"
+    """What the soft band follows. cma: the cross-model attention (paper and scripts). sdtw (an option of the code): of
+    each pair of sequences the alignment that soft-DTW expects without a band, each row divided by its sum."""
+    band_width: Weight = 5.0
+    """b of the soft band, or half width of the hard one; teacher tokens. Paper Table 5: 5."""
+    band_beta: Weight = 2.0
+    """Teacher tokens the soft band widens by for each nat of attention entropy. Paper Table 5: 2."""
+    band_centre_mix: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """a: share of the attention, against the diagonal, in the soft band's centre. Paper Table 5: 0.7."""
+    band_penalty: Weight = 1.0
+    """Added to the cost outside the soft band. Paper Table 5: 1."""
+    band_warmup_steps: Steps = 0
+    """Optimiser steps of the band's linear way from no penalty to `band_penalty` (the code). Scripts: 0."""
+
+    @staticmethod
+    def share(step: int, warmup: int) -> float:
+        """How much of a warm-up's weight an optimiser step has, counted from 0: above 0 and at most 1, as in the code.
+
+        >>> [DwaSettings.share(step, 4) for step in (0, 1, 3, 9)], DwaSettings.share(0, 0)
+        ([0.25, 0.5, 1.0, 1.0], 1.0)
+        """
+        return min((step + 1) / warmup, 1.0) if warmup else 1.0
+
+    def gamma_at(self, step: int) -> float:
+        """Smoothing at an optimiser step, counted from 0."""
+        return anneal(step, self.gamma, self.gamma_end, self.gamma_steps)
+
+
+def anneal(step: int, start: float, end: float, steps: int) -> float:
+    """Linear from `start` at step 0 to `end` at step `steps`, then `end`; always `start` where `steps` is 0.
+
+    >>> [anneal(step, 2.0, 0.8, 4) for step in (0, 2, 4, 9)], anneal(9, 2.0, 0.8, 0)
+    ([2.0, 1.4, 0.8, 0.8], 2.0)
+    """
+    if steps == 0:
+        return start
+    share = min(step / steps, 1.0)
+    return (1.0 - share) * start + share * end
+
+
+# DWA-KD: dual-space entropy weighting and time-warped alignment between two tokenizers.
+#
+# arXiv 2602.21669, on top of DSKD's cross-model attention (`cma`) and its two spaces (`dskd`). All functions are pure
+# and take response tokens only, gathered by mask and padded.
+# Deviations from the authors' code, an option of the settings where both make sense:
+#
+# * soft-DTW reads the response tokens; the code slices the first ones of the whole sequence, which are the prompt;
+# * weights are scaled after the gate, as the paper's text says; the code scales before it (`student_weight`);
+# * the student-space divergence is the forward KL of eq. 13; the scripts use skewed reverse or adaptive KL
+#   (`student_divergence`);
+# * band positions count from 1, as in the paper; the code counts from 0.
+#
+# Every term is a sum over tokens, to be divided by the number of the student's response tokens in the whole step.
+# Call all of it outside an autocast context: costs, softmaxes and weights are meant to be float32 or better.
+#
+# Shape legend for this file
+#     B documents    N student predictions    M teacher predictions    D width    V classes
 
 
 def student_weights(
@@ -183,3 +274,143 @@ def _shared_out(raw_BN: Tensor, valid_BN: Tensor) -> Tensor:
     raw_BN = torch.where(valid_BN, at_least_float32(raw_BN.detach()), 0.0)
     sum_B1 = raw_BN.sum(-1, keepdim=True)
     return raw_BN / torch.where(sum_B1 > 0, sum_B1, 1.0) * valid_BN.sum(-1, keepdim=True)
+
+
+# DWA-KD wired to the cache: cross-model attention, both spaces, and soft-DTW on embeddings and last states.
+#
+# Shape legend: see batch.py; d is the student's width.
+
+
+_KD = ("projected_ce", "student_space", "teacher_space")
+_DTW = ("dtw_embeddings", "dtw_states")
+
+
+def needs(settings: DwaSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
+    """Last states and entropies; heads and embeddings are always in the cache."""
+    return (Signal("hidden_last"), *((Signal("entropy"),) if settings.entropy_weights else ()))
+
+
+class Dwa(nn.Module):
+    """Terms `projected_ce`, `student_space`, `teacher_space`, `dtw_embeddings` and `dtw_states`.
+
+    All are sums divided by the number of the student's predictions. Projectors are those of the
+    authors' configuration: single linear layers with bias.
+    """
+
+    layers: tuple[int, ...] = ()
+    attention = False
+
+    def __init__(self, settings: DwaSettings, context: Context) -> None:
+        super().__init__()
+        self.settings = settings
+        self.hidden_std, self.embedding_std = context.hidden_std, context.embedding_std
+        self.teacher_vocab_size = context.teacher_vocab_size
+        d, wide = context.student_width, context.teacher_width
+        self.t2s = nn.Linear(wide, d)
+        self.s2t = nn.Linear(d, wide)
+        self.query = nn.Linear(2 * d, 2 * wide)
+        self.embed_t2s = nn.Linear(wide, d)
+        self.head = TeacherHead(context, "dwa")
+        self.embeddings_VD: Tensor
+        self.register_buffer("embeddings_VD", context.teacher_embeddings(), persistent=False)
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """Script values, on their way up during a warm-up."""
+        s = self.settings
+        dtw = s.dtw * s.share(step, s.dtw_warmup_steps)
+        gate = s.share(step, s.gate_warmup_steps) if s.gate else 1.0
+        return dict.fromkeys(_KD, s.kd) | {"student_space": s.kd * gate} | dict.fromkeys(_DTW, dtw)
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Student predictions."""
+        return dict.fromkeys((*_KD, *_DTW), batch.num_predictions)
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm | Planned]:
+        """Eq. 7-25."""
+        teacher = teacher_side(batch, self.embeddings_VD)
+        scores_BNM = attention_scores(batch, student, teacher, self.query, self.embedding_std)
+        to_student_BNM = attend(scores_BNM, "teacher")
+        values_BMD = teacher.values_BMD(self.hidden_std, self.embedding_std)
+        mixed_BNd = to_student_BNM @ at_valid(self.t2s, values_BMD, batch.teacher_predict_valid_BM)
+        student_BND = at_valid(self.s2t, student.predict_hidden_BNd, batch.predict_valid_BN)
+        mixed_BMD = attend(scores_BNM, "student") @ student_BND
+        projected = with_fixed_head(student, mixed_BNd)
+        terms: dict[str, LossTerm | Planned] = {
+            "projected_ce": student.plan.cross_entropy(projected),
+            "student_space": student.plan.divergence(
+                projected, self.settings.student_space, weigh=self._weigh_student()
+            ),
+            "teacher_space": teacher_space(
+                self.head(mixed_BMD), self.head(teacher.hidden_BMD), self._teacher_weights(batch),
+                batch.teacher_predict_valid_BM, self.settings, count=batch.num_predictions,
+            ),
+        }  # fmt: skip
+        return terms | self._sequences(batch, student, teacher, to_student_BNM, step)
+
+    def _weigh_student(self) -> Weigh | None:
+        """Eq. 11-12 for some documents, from the student's entropies and the peaks of the projected teacher."""
+        s = self.settings
+
+        def weigh(entropy_BN: Tensor, peak_BN: Tensor, valid_BN: Tensor) -> Tensor:
+            ones_BN = uniform_weights(valid_BN)
+            gate_BN = peak_BN if s.gate else ones_BN
+            weight_BN = entropy_BN if s.entropy_weights else ones_BN
+            return student_weights(weight_BN, gate_BN, valid_BN, s.student_weight)
+
+        return weigh if s.gate or s.entropy_weights else None
+
+    def _teacher_weights(self, batch: Batch) -> Tensor:
+        """Eq. 14."""
+        valid_BM = batch.teacher_predict_valid_BM
+        if not self.settings.entropy_weights:
+            return uniform_weights(valid_BM)
+        assert batch.teacher_entropy_BM is not None
+        return teacher_weights(batch.teacher_entropy_BM, self.teacher_vocab_size, valid_BM)
+
+    def _sequences(
+        self,
+        batch: Batch,
+        student: StudentPass,
+        teacher: Teacher,
+        attention_BNM: Tensor,
+        step: int,
+    ) -> dict[str, LossTerm]:
+        """Soft-DTW on target embeddings and on last states (eq. 17-25)."""
+        s, valid_BM = self.settings, batch.teacher_predict_valid_BM
+        lengths = batch.predict_valid_BN.sum(-1), valid_BM.sum(-1)
+        gamma = s.gamma_at(step)
+        pairs = {
+            "dtw_embeddings": (
+                student.target_embeddings_BNd,
+                at_valid(self.embed_t2s, teacher.target_BMD, valid_BM),
+            ),
+            "dtw_states": (student.predict_hidden_BNd, at_valid(self.t2s, teacher.hidden_BMD, valid_BM)),
+        }
+        found = {}
+        for name, (x_BNd, y_BMd) in pairs.items():
+            follows_BNM = attention_BNM.detach()
+            if s.band == "soft" and s.band_source == "sdtw":
+                follows_BNM = alignment(x_BNd, y_BMd, *lengths, gamma=gamma)
+            penalty_BNM = self._penalty(follows_BNM, *lengths, step)
+            found[name] = sequence_term(x_BNd, y_BMd, penalty_BNM, *lengths, gamma=gamma, divergence=s.dtw_divergence)
+        return found
+
+    def _penalty(self, follows_BNM: Tensor, lengths_B: Tensor, teacher_lengths_B: Tensor, step: int) -> Tensor | None:
+        """What the band adds to the cross cost, on its way up; None for nothing."""
+        share = self.settings.share(step, self.settings.band_warmup_steps)
+        penalty_BNM = band(follows_BNM, lengths_B, teacher_lengths_B, self.settings)
+        if penalty_BNM is None or self.settings.band == "hard":
+            return penalty_BNM
+        return share * penalty_BNM
+
+
+DWA = Declaration(
+    name="dwa",
+    source="DWA-KD, arXiv 2602.21669, eq. 7-25, on DSKD-CMA, arXiv 2406.17328",
+    settings=DwaSettings,
+    needs=needs,
+    build=Dwa,
+    ce_weight=0.5,
+    plug_weight=0.5,
+    projectors=Projectors(projector_lr=1e-3, projector_weight_decay=0.01),
+)

@@ -9,18 +9,31 @@ Shape legend for this file
     B documents    K spans    D width    V classes in both vocabularies    N valid spans of all documents
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from xkd_schemas.errors import UsageError
-from xkd_trainer.losses.geometry import cosine_distance, pair_disagreement, pair_weights
-from xkd_trainer.losses.term import LossTerm, at_least_float32, term
-from xkd_trainer.losses.vocabulary import shared_vocabulary as shared_vocabulary
-from xkd_trainer.signals import cosine_matrix
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.batch import Batch, gather_rows
+from xkd_trainer.losses.declaration import (
+    Context,
+    Declaration,
+    Levels,
+    Projectors,
+    StudentPass,
+    constant_head,
+    uniform_weights,
+)
+from xkd_trainer.losses.layer_pairing import paired_layers
+from xkd_trainer.losses.ops.geometry import cosine_distance, pair_disagreement, pair_weights
+from xkd_trainer.losses.ops.head_sums import Comparison, LazyLogits, head_divergence
+from xkd_trainer.losses.ops.term import LossTerm, at_least_float32, term
+from xkd_trainer.losses.ops.vocabulary import shared_vocabulary as shared_vocabulary
+from xkd_trainer.models.measures import centrality, cosine_matrix, pool_spans
 
 
 class SraSettings(BaseModel):
@@ -158,3 +171,232 @@ def _valid_vectors(student_BKD: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -
     valid_BK1 = valid_BK.unsqueeze(-1)
     student_BKD = torch.where(valid_BK1, at_least_float32(student_BKD), 0.0)
     return student_BKD, torch.where(valid_BK1, at_least_float32(teacher_BKD.detach()), 0.0)
+
+
+# SRA wired to the cache: centres of mass of the aligned spans in both models, in the last layer and chosen others.
+#
+# Shape legend: see batch.py; d is the student's width, V the shared vocabulary.
+
+
+def needs(settings: SraSettings, levels: Levels) -> tuple[Signal, ...]:
+    """States of the last and the chosen layers, what weighs them, and for words or phrases some level that has them.
+
+    Raises:
+        UsageError: Words or phrases are wanted and none are cached.
+    """
+    inner = inner_layers(settings, levels.num_layers)
+    found = [Signal("hidden_last"), *(Signal("hidden", layer) for layer in inner)]
+    if settings.weights == "attention" and settings.end_token == "include":
+        found += [Signal("attention_last"), *(Signal("attention", layer) for layer in inner)]
+    elif settings.weights == "attention":
+        found += [Signal("attention_text", layer) for layer in (*inner, levels.num_layers)]
+    if settings.weights == "centrality":
+        found += [Signal("centrality", layer) for layer in (*inner, levels.num_layers)]
+    return (*found, *_span_level(settings, levels))
+
+
+def inner_layers(settings: SraSettings, last: int) -> tuple[int, ...]:
+    """The chosen teacher layers below the last one, lowest first."""
+    return tuple(sorted(layer for layer in settings.layers if layer != last))
+
+
+def _span_level(settings: SraSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
+    """The signal that brings the wanted words or phrases into the batch."""
+    if settings.spans == "aligned":
+        return ()
+    found = [layer for layer, unit in levels if unit == settings.spans]
+    if not found:
+        raise UsageError(
+            f"sra.spans={settings.spans} needs span_mass of some teacher layer on {settings.spans}s, none is cached",
+            next="xkd-cache add CACHE --model M --for mta,sra",
+        )
+    return (Signal("span_mass", found[0], settings.spans),)
+
+
+class _Spans(NamedTuple):
+    """Ranges of student tokens and of kept teacher rows, [B, K, 2], and which count."""
+
+    student_BK2: Tensor
+    teacher_BK2: Tensor
+    valid_BK: Tensor
+
+
+class _Pooled(NamedTuple):
+    """Span vectors of both models at one layer, and the loss weights of the spans."""
+
+    student_BKd: Tensor
+    teacher_BKD: Tensor
+    omega_BK: Tensor
+
+
+class Sra(nn.Module):
+    """Terms `cos`, `geo` and `kd`; each is a mean over documents with an aligned span.
+
+    With several layers, `cos@L` for each teacher layer L in place of `cos`. Beside them `spans`, without weight: how
+    many spans such a document has.
+    """
+
+    def __init__(self, settings: SraSettings, context: Context) -> None:
+        super().__init__()
+        self.settings = settings
+        self.text_only = settings.end_token == "exclude"
+        self.attention = settings.weights == "attention" and ("text" if self.text_only else True)
+        last, inner = context.teacher_layers, inner_layers(settings, context.teacher_layers)
+        if settings.student_layers and len(settings.student_layers) != len(inner):
+            raise UsageError(
+                f"sra.student_layers has {len(settings.student_layers)} layers, sra.layers has {len(inner)} below the "
+                f"last ({last})"
+            )
+        ours = (*settings.student_layers, context.student_layers) if settings.student_layers else ()
+        self.inner = paired_layers("sra", (*inner, last), ours, context)[:-1]
+        self.layers = tuple(layer for _, layer in self.inner)
+        self.last = last
+        shares = layer_shares(settings.beta, len(self.inner) + 1)
+        self.shares = dict(zip((*inner, last), shares, strict=True))
+        self.projector = _projector(context, settings)
+        self.inner_projectors = nn.ModuleDict({str(layer): _projector(context, settings) for layer, _ in self.inner})
+        student_ids_V, teacher_ids_V = shared_vocabulary(
+            context.student_vocab, context.teacher_vocab, settings.shared_vocab
+        )
+        head = constant_head(context.teacher_head(), "sra")
+        self.student_ids_V: Tensor
+        self.teacher_weight_VD: Tensor
+        self.teacher_bias_V: Tensor | None
+        self.register_buffer("student_ids_V", student_ids_V, persistent=False)
+        self.register_buffer("teacher_weight_VD", head.weight_VD[teacher_ids_V], persistent=False)
+        bias_V = None if head.bias_V is None else head.bias_V[teacher_ids_V]
+        self.register_buffer("teacher_bias_V", bias_V, persistent=False)
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """L_HS + L_KD of the paper; cross-entropy is a loss of its own."""
+        cosines = {self._cos(layer): self.settings.cos * share for layer, share in self.shares.items()}
+        return cosines | {"geo": self.settings.geo, "kd": 1.0, "spans": 0.0}
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Documents with an aligned span."""
+        return dict.fromkeys(self.weights(0), self._spans(batch).valid_BK.any(-1).sum())
+
+    def _cos(self, layer: int) -> str:
+        return f"cos@{layer}" if self.inner else "cos"
+
+    def _spans(self, batch: Batch) -> _Spans:
+        """The pieces of the response that are compared."""
+        if self.settings.spans == "aligned":
+            valid_BK = batch.span_valid_BK & batch.span_text_BK if self.text_only else batch.span_valid_BK
+            return _Spans(batch.span_student_BK2, batch.span_teacher_BK2, valid_BK)
+        level = next(level for level in batch.levels if level.unit == self.settings.spans)
+        whole_BK = level.teacher_BU2[..., 1] > level.teacher_BU2[..., 0]
+        return _Spans(level.student_BU2, level.teacher_BU2, level.valid_BU & level.in_target_BU & whole_BK)
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+        """The three terms of section 2.3, the first at every layer."""
+        spans = self._spans(batch)
+        last = self._pooled(batch, student, spans, self.last, student.states.last_BLD)
+        terms = {
+            self._cos(self.last): self._cosine(self.projector, last, spans),
+            "geo": geometric(last.student_BKd, last.teacher_BKD, last.omega_BK, spans.valid_BK),
+            "kd": self._kd(student, last.student_BKd, last.teacher_BKD, spans.valid_BK),
+            "spans": term(spans.valid_BK.sum().float(), spans.valid_BK.any(-1).sum()),
+        }
+        for teacher_layer, student_layer in self.inner:
+            pooled = self._pooled(batch, student, spans, teacher_layer, student.states.layers[student_layer])
+            projector = self.inner_projectors[str(teacher_layer)]
+            terms[self._cos(teacher_layer)] = self._cosine(projector, pooled, spans)
+        return terms
+
+    def _cosine(self, projector: nn.Module, pooled: _Pooled, spans: _Spans) -> LossTerm:
+        return weighted_cosine(projector(pooled.student_BKd), pooled.teacher_BKD, pooled.omega_BK, spans.valid_BK)
+
+    def _pooled(self, batch: Batch, student: StudentPass, spans: _Spans, layer: int, hidden_BSd: Tensor) -> _Pooled:
+        """Section 2.2 at one teacher layer and the student's states beside it."""
+        teacher_BRD = self._teacher_states(batch, layer).float()
+        weights_BS = self._student_weights(student, layer, hidden_BSd)
+        student_BKd, _ = pool_spans(hidden_BSd, weights_BS, spans.student_BK2)
+        teacher_BKD, mass_BK = pool_spans(teacher_BRD, self._teacher_weights(batch, layer), spans.teacher_BK2)
+        if not self.settings.weighted_pooling:
+            student_BKd, _ = pool_spans(hidden_BSd, uniform_weights(batch.student_valid_BS), spans.student_BK2)
+            teacher_BKD, _ = pool_spans(teacher_BRD, uniform_weights(batch.teacher_valid_BR), spans.teacher_BK2)
+        omega_BK = span_omega(mass_BK, spans.valid_BK, self.settings.p, self.settings.weighted_loss)
+        return _Pooled(student_BKd, teacher_BKD, omega_BK)
+
+    def _student_weights(self, student: StudentPass, layer: int, hidden_BSd: Tensor) -> Tensor:
+        """a_t of the student beside a teacher layer."""
+        valid_BS = student.batch.student_valid_BS
+        if self.settings.weights == "uniform":
+            return uniform_weights(valid_BS)
+        if self.settings.weights == "centrality":
+            with torch.no_grad():
+                return centrality(hidden_BSd, valid_BS)
+        if self.text_only:
+            ours = dict(self.inner).get(layer, max(student.states.text_layers))
+            return student.states.text_layers[ours]
+        row_BS = student.states.attention_BL
+        if layer != self.last:
+            row_BS = student.states.attention_layers[dict(self.inner)[layer]]
+        assert row_BS is not None
+        return row_BS
+
+    def _teacher_states(self, batch: Batch, layer: int) -> Tensor:
+        """The teacher's states of a layer at the kept rows, [B, R, D]."""
+        if layer == self.last:
+            assert batch.teacher_hidden_BRD is not None
+            return batch.teacher_hidden_BRD
+        return _at_kept_rows(batch, batch.states(layer).hidden_BTD)
+
+    def _teacher_weights(self, batch: Batch, layer: int) -> Tensor:
+        """a_t of the teacher at the kept rows, [B, R]."""
+        if self.settings.weights == "uniform":
+            return uniform_weights(batch.teacher_valid_BR)
+        if self.settings.weights == "centrality":
+            return _at_kept_rows(batch, batch.states(layer).centrality_BT)
+        if self.text_only:
+            return _at_kept_rows(batch, batch.states(layer).attention_text_BT)
+        if layer == self.last:
+            assert batch.teacher_attention_BR is not None
+            return batch.teacher_attention_BR
+        return _at_kept_rows(batch, batch.states(layer).attention_BT)
+
+    def _kd(self, student: StudentPass, student_BKd: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -> LossTerm:
+        """KL between what both heads make of the span vectors, on the shared classes (2.3c)."""
+        head = student.logits
+        rows_Vd = head.weight[self.student_ids_V]
+        bias_V = None if head.bias is None else head.bias[self.student_ids_V]
+        weights_BK = valid_BK.float()
+        if self.settings.kd == "mean":
+            weights_BK = weights_BK / valid_BK.sum(-1, keepdim=True).clamp_min(1)
+        total = head_divergence(
+            LazyLogits(hidden=student_BKd, weight=rows_Vd, bias=bias_V).at(valid_BK),
+            LazyLogits(hidden=teacher_BKD, weight=self.teacher_weight_VD, bias=self.teacher_bias_V).at(valid_BK),
+            weights_BK[valid_BK],
+            Comparison(kind="forward_kl", temperature=self.settings.tau),
+        )
+        return term(total, valid_BK.any(-1).sum())
+
+
+def _projector(context: Context, settings: SraSettings) -> nn.Linear:
+    """W_l of L_cos: no bias."""
+    projector = nn.Linear(context.student_width, context.teacher_width, bias=False)
+    start = nn.init.orthogonal_ if settings.projector == "orthogonal" else nn.init.xavier_uniform_
+    start(projector.weight)
+    return projector
+
+
+def _at_kept_rows(batch: Batch, values_BT: Tensor | None) -> Tensor:
+    """What the cache has of all tokens, [B, T] or [B, T, D], at the kept rows."""
+    assert values_BT is not None
+    assert batch.teacher_kept_BR is not None
+    if values_BT.ndim == 3:
+        return gather_rows(values_BT, batch.teacher_kept_BR)
+    return values_BT.gather(1, batch.teacher_kept_BR)
+
+
+SRA = Declaration(
+    name="sra",
+    source="SRA, arXiv 2605.01205, sections 2.1-2.3 of its method",
+    settings=SraSettings,
+    needs=needs,
+    build=Sra,
+    default_weight=0.5,
+    ce_weight=0.5,
+    projectors=Projectors(projector_lr=5e-4, projector_weight_decay=0.0),
+)

@@ -1,0 +1,160 @@
+"""Stage 3: a student's tokens beside the teacher's. CPU only, minutes, once for each student tokenizer."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xkd_pipeline.parsing.stage import first_documents
+from xkd_pipeline.tables.build import Built, build
+from xkd_pipeline.tables.read_units import DocumentRows, documents_of, tokens_of
+from xkd_pipeline.tables.shard import Totals, write_shard
+from xkd_pipeline.tables.token_columns import encoded_but, token_columns, token_counts, units_like
+from xkd_pipeline.tables.writer import Store
+from xkd_pipeline.workers.executor import AS_PLANNED, Make, Workers, local_paths
+from xkd_schemas.cache.manifest import Care, Commit
+from xkd_schemas.cache.table import Table
+from xkd_schemas.durable_files import saved_folder, sha256_of
+from xkd_schemas.ragged import Lists
+from xkd_schemas.text.batch_alignment import align_all, token_ranges_all
+from xkd_schemas.text.batches import TokenBlock
+from xkd_schemas.text.encode import Encoder
+from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION
+from xkd_trainer.models.loading import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentSettings:
+    """How the student reads a document."""
+
+    tokenizer: str
+    template: str = "none"
+    max_tokens: int = 1024
+    enable_thinking: bool | None = None
+
+    def encoder(self) -> Encoder:
+        """Load the tokenizer."""
+        return Encoder(
+            tokenizer=load_tokenizer(self.tokenizer), template=self.template, max_tokens=self.max_tokens,
+            enable_thinking=self.enable_thinking,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignStage:
+    """Tokenizes and aligns the documents of one unit."""
+
+    root: Path
+    folder: Path
+    teacher: str
+    settings: StudentSettings
+
+    def load(self) -> Make:
+        """Load the tokenizer once."""
+        encoder = self.settings.encoder()
+        documents, teachers = Table(self.root, "documents"), Table(self.root, self.teacher)
+
+        def make(unit: int, care: Care = AS_PLANNED) -> Commit:
+            rows, teacher = documents_of(documents.shard(unit)), tokens_of(teachers.shard(unit))
+            tokens, columns, counts = _in_batches(encoder, rows, teacher, care)
+            totals = Totals(counts=counts | token_counts(rows.block.texts, tokens))
+            return write_shard(self.folder, unit, STUDENTS, columns, totals=totals)
+
+        return make
+
+    def rows(self, unit: int) -> int:
+        """Documents of a unit."""
+        return Table(self.root, "documents").manifest.commits[unit].rows
+
+    def batch(self, unit: int) -> int:
+        """Documents encoded and aligned at once; rows do not depend on it."""
+        return self.rows(unit)
+
+    def paths(self) -> tuple[Path, ...]:
+        """The table's folder, the two tables it is made from, and the tokenizer."""
+        folders = (self.folder, self.root / "documents", self.root / self.teacher)
+        return local_paths(*folders, self.settings.tokenizer)
+
+
+Aligned = tuple[TokenBlock, dict[str, Any], dict[str, int]]
+
+
+def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBlock, care: Care) -> Aligned:
+    """`align_rows` of `care.batch` rows at a time."""
+    if not 0 < care.batch < len(teacher):
+        return align_rows(encoder, rows, teacher, care.lost)
+    parts: list[Aligned] = []
+    for at in range(0, len(teacher), care.batch):
+        end = min(at + care.batch, len(teacher))
+        lost = {row - at for row in care.lost}
+        parts.append(align_rows(encoder, rows.part(at, end), TokenBlock.of(teacher[at:end]), lost))
+    columns = {name: [row for _, part, _ in parts for row in part[name]] for name in parts[0][1]}
+    counts = {name: sum(part[name] for _, _, part in parts) for name in parts[0][2]}
+    return TokenBlock.of(row for part, _, _ in parts for row in part), columns, counts
+
+
+def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBlock, lost: Collection[int] = ()) -> Aligned:
+    """The student's tokens, the columns of the students table, and what the alignment counts.
+
+    A document the teacher could not read has the status `teacher:REASON` and no tokens; rows of `lost` are not read.
+    """
+    read = [status == OK for status in teacher.statuses]
+    limits = [n if ok else None for n, ok in zip(teacher.num_chars.tolist(), read, strict=True)]
+    encoded = encoded_but(encoder, rows.block, lost, limits)
+    said = zip(encoded.statuses, teacher.statuses, read, strict=True)
+    tokens = encoded.marked([ours if ok else f"teacher:{theirs}" for ours, theirs, ok in said], np.array(read, bool))
+    ends = Lists(rows.block.segments.values[:, 1], rows.block.segments.first)
+    student_spans, teacher_spans = align_all(tokens, teacher, ends)
+    columns: dict[str, Any] = {
+        "doc_id": rows.doc_ids,
+        **token_columns(tokens),
+        "student_spans": student_spans,
+        "teacher_spans": teacher_spans,
+        "word_tokens": token_ranges_all(tokens, rows.words),
+        "phrase_tokens": token_ranges_all(tokens, rows.phrases),
+    }
+    student_sizes, teacher_sizes = (s.values[:, 1] - s.values[:, 0] for s in (student_spans, teacher_spans))
+    usable = np.array([status == OK for status in tokens.statuses], bool)
+    counts = {
+        "spans": len(student_spans.values),
+        "exact_pairs": int(((student_sizes == 1) & (teacher_sizes == 1)).sum()),
+        "aligned_tokens": int(student_sizes.sum()),
+        "cut_below_teacher": int((usable & (tokens.num_chars < teacher.num_chars)).sum()),
+    }
+    return tokens, columns, counts
+
+
+def make_students(root: Path, name: str, teacher: str, settings: StudentSettings, workers: Workers) -> Built:
+    """Make the table students/NAME, aligned with teachers/TEACHER.
+
+    Raises:
+        InputMissing: The teacher table is not finished, or the tokenizer is not there.
+        Mismatch: students/NAME was begun with other settings.
+    """
+    documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
+    encoder = settings.encoder()
+    spec = {
+        "schema": STUDENTS_VERSION,
+        "documents": documents.manifest.root,
+        "teacher": teacher,
+        "teacher_root": teachers.manifest.root,
+        "encoder": encoder.identity(),
+    }
+    encoder.check(first_documents(documents))
+    store = Store(root, f"students/{name}", spec, units_like(documents))
+    stage = AlignStage(
+        root=root,
+        folder=store.folder,
+        teacher=f"teachers/{teacher}",
+        settings=settings,
+    )
+
+    def finish(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
+        folder = store.folder / "tokenizer"
+        names = saved_folder(folder, encoder.tokenizer.save_pretrained)
+        constants = {"template": settings.template, "vocab_size": len(encoder.tokenizer), "teacher": teacher}
+        return constants, {name: sha256_of(folder / name) for name in names}
+
+    return build(store, stage, lambda missing: iter(missing), workers, finish=finish)

@@ -1,0 +1,100 @@
+"""What is kept of a teacher once, beside its table: identity, head, embeddings, tokenizer, constants."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel
+
+from xkd_schemas.cache.manifest import Commit
+from xkd_schemas.durable_files import saved, saved_folder, sha256_of
+from xkd_schemas.tokens import Tokens, kept_rows, predictors
+from xkd_trainer.models.forward import num_layers
+from xkd_trainer.models.head import head_of
+from xkd_trainer.models.loading import load_tokenizer, split_gguf
+from xkd_trainer.models.tensor_files import save_tensors
+
+
+def weights_identity(name: str) -> dict[str, str]:
+    """sha256 of the weight files and of config.json of a local model; for a hub name, its resolved commit's files."""
+    folder, gguf = split_gguf(name)
+    path = Path(folder)
+    if not path.is_dir():
+        path = Path(snapshot_download(folder, local_files_only=True, allow_patterns=["*.safetensors", "*.json"]))
+    files = [path / gguf] if gguf else sorted([*path.glob("*.safetensors"), *path.glob("config.json")])
+    return {file.name: sha256_of(file) for file in files}
+
+
+def constants_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Sizes and oddities of the teacher that a trainer must know."""
+    head = head_of(model)
+    return {
+        "architecture": type(model).__name__,
+        "num_layers": num_layers(model),
+        "hidden_size": int(head.weight_VD.shape[1]),
+        "vocab_size": int(head.weight_VD.shape[0]),
+        "logit_scale": head.scale,
+        "softcap": head.softcap,
+        "tied": head.weight_VD is model.get_input_embeddings().weight,
+    }
+
+
+def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:
+    """Write head, embeddings (unless tied) and tokenizer; sha256 by file name. Readers widen what is narrowed here."""
+    head = head_of(model)
+    tensors = {"weight": head.weight_VD} | ({"bias": head.bias_V} if head.bias_V is not None else {})
+    files = {"head.safetensors": tensors}
+    embeddings = model.get_input_embeddings().weight
+    if embeddings is not head.weight_VD:
+        files["embeddings.safetensors"] = {"weight": embeddings}
+    for file, content in files.items():
+        tensors = {k: narrowed(v.detach().cpu().contiguous()) for k, v in content.items()}
+        saved(folder / file, partial(save_tensors, tensors))
+    names = saved_folder(folder / "tokenizer", load_tokenizer(name).save_pretrained)
+    kept = [folder / file for file in files] + [folder / "tokenizer" / file for file in names]
+    return {path.name: sha256_of(path) for path in kept}
+
+
+def narrowed(weights: torch.Tensor) -> torch.Tensor:
+    """The same numbers in 16 bits where those hold each of them, as of a bfloat16 checkpoint that runs in float32.
+
+    >>> narrowed(torch.tensor([1.5])).dtype, narrowed(torch.tensor([0.1])).dtype
+    (torch.bfloat16, torch.float32)
+    """
+    if weights.dtype == torch.float32:
+        for dtype in (torch.bfloat16, torch.float16):
+            if torch.equal((narrow := weights.to(dtype)).float(), weights):
+                return narrow
+    return weights
+
+
+def moments(tokens: Sequence[Tokens], captured: Sequence[dict[str, Any]], model: PreTrainedModel) -> dict[str, float]:
+    """Sums, from which the standard deviations of states and embeddings over target tokens are made."""
+    table = model.get_input_embeddings().weight
+    sums = dict.fromkeys(("hidden", "hidden2", "hidden_n", "embedding", "embedding2", "embedding_n"), 0.0)
+    for t, row in zip(tokens, captured, strict=True):
+        if len(t.ids) == 0:
+            continue
+        embedded = table[torch.from_numpy(t.ids[t.targets].astype(np.int64)).to(table.device)].double()
+        _add(sums, "embedding", embedded)
+        if "hidden_last" in row:
+            bits = np.ascontiguousarray(row["hidden_last"]).view(np.int16)
+            states = torch.from_numpy(bits).view(torch.bfloat16).double()
+            _add(sums, "hidden", states[np.isin(kept_rows(t.targets), predictors(t.targets))])
+    return sums
+
+
+def _add(sums: dict[str, float], name: str, values: torch.Tensor) -> None:
+    sums[name] += float(values.sum())
+    sums[f"{name}2"] += float(values.square().sum())
+    sums[f"{name}_n"] += values.numel()
+
+
+def std_of(commits: Sequence[Commit], name: str) -> float:
+    """Standard deviation over all targets of the corpus from the sums in the records: N(x) = x / std of DWA-KD."""
+    total, square, count = (sum(c.sums.get(name + end, 0.0) for c in commits) for end in ("", "2", "_n"))
+    return float(np.sqrt(max(square / count - (total / count) ** 2, 0.0))) if count else 1.0

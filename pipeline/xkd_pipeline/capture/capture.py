@@ -1,0 +1,125 @@
+"""The teacher's forward passes over one unit: which documents run together, and what is kept of each."""
+
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xkd_pipeline.capture.measure import ROWS, Reading, padded, signals_of
+from xkd_schemas.codecs import PLAIN
+from xkd_schemas.errors import BadData
+from xkd_schemas.progress import tick
+from xkd_schemas.signals import KINDS, Signal
+from xkd_schemas.tokens import last_text
+from xkd_trainer.models.compute_dtype import this_device
+from xkd_trainer.models.forward import run
+from xkd_trainer.models.head import head_of
+from xkd_trainer.models.loading import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSettings:
+    """What the bytes of a teacher table depend on, apart from the documents."""
+
+    model: str
+    dtype: str
+    """A name that is resolved: not auto."""
+    template: str = "chat"
+    max_tokens: int = 1024
+    """A longer document is cut at a word border."""
+    enable_thinking: bool | None = None
+    """Handed to the chat template; None leaves it to the template."""
+    codec: str = PLAIN
+    """How wide signals are stored; see xkd_schemas.codecs."""
+    batch_tokens: int = 4096
+    """Tokens of a forward pass, padding included; a longer document runs alone."""
+    pad_multiple: int = 8
+    threads: int = 1
+    """CPU threads of one worker: results depend on it in the last bits, so it is part of the plan."""
+    device: str = field(default_factory=this_device)
+    """Where the workers run it; this process may have none of these."""
+
+
+def batches_of(lengths: Sequence[int], batch_tokens: int, multiple: int) -> Iterator[list[int]]:
+    """Documents with tokens, longest first, cut so that padded batches stay within `batch_tokens`.
+
+    >>> list(batches_of([3, 0, 16, 15, 14], batch_tokens=32, multiple=8))
+    [[2, 3], [4], [0]]
+    """
+    order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: (-lengths[i], i))
+    batch: list[int] = []
+    width = 0
+    for index in order:
+        if (batch and (len(batch) + 1) * width > batch_tokens) or (batch and lengths[index] <= width // 2):
+            yield batch
+            batch = []
+        if not batch:
+            width = -(-lengths[index] // multiple) * multiple
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@functools.lru_cache(maxsize=2)
+def classes_of(model: str) -> int:
+    """One more than the highest id of its tokenizer: rows of a head beyond it are padding."""
+    return int(max(load_tokenizer(model).get_vocab().values())) + 1
+
+
+def reads_of(wanted: Sequence[Signal]) -> dict[str, Any]:
+    """What the signals read of a pass: `layers`, `attention`, `attention_layers` and `text_layers` of `run`."""
+
+    def layers(names: Collection[str]) -> list[int]:
+        return sorted({s.layer for s in wanted if s.layer is not None and s.name in names})
+
+    return {
+        "layers": layers(KINDS.keys() - ROWS),
+        "attention": any(s.name == "attention_last" for s in wanted),
+        "attention_layers": layers({"attention"}),
+        "text_layers": layers({"attention_text"}),
+    }
+
+
+def _last_text(readings: Sequence[Reading]) -> Tensor:
+    return torch.tensor([last_text(reading.tokens.kinds) for reading in readings])
+
+
+@torch.inference_mode()
+def capture(
+    model: PreTrainedModel, readings: Sequence[Reading], wanted: Sequence[Signal], settings: TeacherSettings
+) -> list[dict[str, Any]]:
+    """Column name -> array for every reading; a reading without tokens gets empty ones.
+
+    Raises:
+        BadData: The teacher's states are not finite.
+    """
+    width = model.get_input_embeddings().weight.shape[1]
+    empty = {s.column: np.zeros((0, width), np.uint16) if s.kind.wide else np.zeros(0) for s in wanted}
+    captured: list[dict[str, Any]] = [empty] * len(readings)
+    reads = reads_of(wanted)
+    classes = classes_of(settings.model) if any(s.kind.drawn for s in wanted) else None
+    head = head_of(model)
+    lengths = [len(r.tokens.ids) for r in readings]
+    for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):
+        batch = [readings[i] for i in indices]
+        ids_BL, valid_BL = (t.to(model.device) for t in padded(batch, settings.pad_multiple))
+        states = run(model, ids_BL, valid_BL, text_B=_last_text(batch).to(model.device), **reads)
+        if not _finite(states.last_BLD, valid_BL):
+            raise BadData(
+                f"the teacher's hidden states are not finite in {settings.dtype}", next="capture with --dtype float32"
+            )
+        found = signals_of(batch, states, valid_BL, head, wanted, classes)
+        for index, row in zip(indices, found, strict=True):
+            captured[index] = row
+        tick(len(readings) * sum(lengths[i] for i in indices) / sum(lengths))
+    return captured
+
+
+def _finite(states_BLD: Tensor, valid_BL: Tensor) -> bool:
+    """Whether all states of tokens are finite; a sum tells that of nearly every batch without a copy of them."""
+    return bool(states_BLD.sum().isfinite() or states_BLD[valid_BL].isfinite().all())

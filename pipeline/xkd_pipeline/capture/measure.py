@@ -1,0 +1,184 @@
+"""From one batch of teacher states to the columns of each document.
+
+Shape legend for this file
+    B documents    L tokens of the longest    T tokens of one document    R kept rows    N predictions
+    K words or phrases    D width    V vocabulary    k largest logits of a prediction
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xkd_pipeline.capture.sampled_logits import drawn, uniforms
+from xkd_schemas.signals import Signal
+from xkd_schemas.tokens import Int32s, Tokens, kept_rows, predictors
+from xkd_trainer.models.forward import States
+from xkd_trainer.models.head import Head
+from xkd_trainer.models.measures import centrality, cosine_matrix, pack_triangle, pool_spans, prediction_stats
+
+LOGIT_BYTES = 64 * 2**20
+"""Logits are made for so many bytes of positions at a time."""
+
+ROWS: Final = {"attention": "attention_layers", "attention_text": "text_layers"}
+"""Signals that are one row of a block's attention map, and where `States` has it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """One document as the teacher tokenized it, with its words and phrases as token ranges."""
+
+    tokens: Tokens
+    ranges: dict[str, Int32s]
+    """"word" and "phrase" -> [K, 2]."""
+
+
+def padded(readings: Sequence[Reading], multiple: int) -> tuple[Tensor, Tensor]:
+    """Token ids and validity, [B, L] with L a multiple of `multiple`, padded on the right with 0."""
+    longest = max(len(r.tokens.ids) for r in readings)
+    length = -(-longest // multiple) * multiple
+    ids_BL = torch.zeros(len(readings), length, dtype=torch.int64)
+    valid_BL = torch.zeros(len(readings), length, dtype=torch.bool)
+    for row, reading in enumerate(readings):
+        count = len(reading.tokens.ids)
+        ids_BL[row, :count] = torch.from_numpy(reading.tokens.ids.astype(np.int64))
+        valid_BL[row, :count] = True
+    return ids_BL, valid_BL
+
+
+def bf16_bits(values: Tensor) -> Any:
+    """The bits of bfloat16 numbers as a uint16 array."""
+    return values.to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy().view(np.uint16)
+
+
+def signals_of(
+    readings: Sequence[Reading],
+    states: States,
+    valid_BL: Tensor,
+    head: Head,
+    wanted: Sequence[Signal],
+    classes: int | None = None,
+) -> list[dict[str, Any]]:
+    """One dict (column name -> array) for each document of the batch.
+
+    Drawn classes and rounded cosines also have COLUMN.lost and COLUMN.kept: squared error, and what it is a part of.
+    Draws are from the first `classes` rows of the head; None is all.
+    """
+    rows: list[dict[str, Any]] = [{} for _ in readings]
+    _per_token(readings, states, wanted, rows)
+    _predictions(readings, states, head, wanted, rows, classes)
+    for layer in sorted({s.layer for s in wanted if s.layer is not None}):
+        here = [s for s in wanted if s.layer == layer]
+        _tokens_of_layer(readings, states, here, rows)
+        if weighted := [s for s in here if s.name == "centrality" or s.kind.unit]:
+            _layer(readings, states.layers[layer], valid_BL, weighted, rows)
+    return rows
+
+
+def _per_token(
+    readings: Sequence[Reading], states: States, wanted: Sequence[Signal], rows: list[dict[str, Any]]
+) -> None:
+    names = {s.name for s in wanted}
+    for number, reading in enumerate(readings):
+        if "hidden_last" in names:
+            keep_R = torch.from_numpy(kept_rows(reading.tokens.targets)).to(states.last_BLD.device)
+            rows[number]["hidden_last"] = bf16_bits(states.last_BLD[number, keep_R])
+        if "attention_last" in names:
+            assert states.attention_BL is not None
+            rows[number]["attention_last"] = states.attention_BL[number, : len(reading.tokens.ids)].cpu().numpy()
+
+
+def _predictions(
+    readings: Sequence[Reading],
+    states: States,
+    head: Head,
+    wanted: Sequence[Signal],
+    rows: list[dict[str, Any]],
+    classes: int | None,
+) -> None:
+    signals = [s for s in wanted if s.kind.per == "N"]
+    if not signals:
+        return
+    positions = [predictors(r.tokens.targets) for r in readings]
+    hidden_ND = torch.cat([states.last_BLD[i, torch.from_numpy(p)] for i, p in enumerate(positions)])
+    random_N2 = np.concatenate([uniforms(r.tokens.ids, len(p)) for r, p in zip(readings, positions, strict=True)])
+    step = max(1, LOGIT_BYTES // (4 * head.weight_VD.shape[0]))
+    chunks = zip(torch.split(hidden_ND, step), torch.split(torch.from_numpy(random_N2), step), strict=True)
+    parts = [_of_logits(head(chunk_ND), random_C2, signals, classes) for chunk_ND, random_C2 in chunks]
+    stats = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    ends = np.cumsum([len(p) for p in positions])
+    for number, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        for name, values in stats.items():
+            rows[number][name] = values[first:end]
+
+
+def _of_logits(logits_NV: Tensor, random_N2: Tensor, wanted: Sequence[Signal], classes: int | None) -> dict[str, Any]:
+    """Every column that is made of logits; those of the k largest are [N, k], the largest first."""
+    of_all = dict(zip(("entropy", "argmax", "logsumexp"), prediction_stats(logits_NV), strict=True))
+    found: dict[str, Any] = {s.column: of_all[s.name].cpu().numpy() for s in wanted if s.name in of_all}
+    for top in {s.top for s in wanted if s.top is not None and not s.kind.drawn}:
+        logits_Nk, ids_Nk = logits_NV.float().topk(top, dim=-1)
+        found |= {f"topk_logits#{top}": logits_Nk.cpu().numpy(), f"topk_ids#{top}": ids_Nk.cpu().numpy()}
+    for signal in wanted:
+        if signal.top is not None and signal.kind.drawn:
+            draw = drawn(logits_NV[:, :classes], random_N2, signal.top)
+            found[signal.column] = draw.entries_Nk
+            found |= {f"{signal.column}.lost": draw.lost_N, f"{signal.column}.kept": draw.kept_N}
+    return found
+
+
+def _tokens_of_layer(
+    readings: Sequence[Reading], states: States, wanted: Sequence[Signal], rows: list[dict[str, Any]]
+) -> None:
+    """What is kept of every token of a layer just as the pass left it."""
+    for signal in wanted:
+        for number, reading in enumerate(readings):
+            count = len(reading.tokens.ids)
+            if signal.name == "hidden" and signal.layer is not None:
+                rows[number][signal.column] = bf16_bits(states.layers[signal.layer][number, :count])
+            elif signal.name in ROWS and signal.layer is not None:
+                row_L = getattr(states, ROWS[signal.name])[signal.layer][number, :count]
+                rows[number][signal.column] = row_L.cpu().numpy()
+
+
+def _layer(
+    readings: Sequence[Reading],
+    hidden_BLD: Tensor,
+    valid_BL: Tensor,
+    wanted: Sequence[Signal],
+    rows: list[dict[str, Any]],
+) -> None:
+    weights_BL = centrality(hidden_BLD, valid_BL)
+    for signal in wanted:
+        if signal.name == "centrality":
+            for number, reading in enumerate(readings):
+                rows[number][signal.column] = weights_BL[number, : len(reading.tokens.ids)].cpu().numpy()
+    for unit in sorted({s.unit for s in wanted if s.unit is not None}):
+        ranges_BK2 = _padded_ranges([r.ranges[unit] for r in readings]).to(hidden_BLD.device)
+        vectors_BKD, mass_BK = pool_spans(hidden_BLD, weights_BL, ranges_BK2)
+        for signal in (s for s in wanted if s.unit == unit):
+            for number, reading in enumerate(readings):
+                spans = len(reading.ranges[unit])
+                rows[number] |= _span_signal(signal, vectors_BKD[number, :spans], mass_BK[number, :spans])
+
+
+def _padded_ranges(ranges: Sequence[Int32s]) -> Tensor:
+    most = max(1, *(len(r) for r in ranges))
+    padded_BK2 = torch.zeros(len(ranges), most, 2, dtype=torch.int64)
+    for row, one in enumerate(ranges):
+        padded_BK2[row, : len(one)] = torch.from_numpy(np.asarray(one, dtype=np.int64).reshape(-1, 2))
+    return padded_BK2
+
+
+def _span_signal(signal: Signal, vectors_KD: Tensor, mass_K: Tensor) -> dict[str, Any]:
+    if signal.name == "span_mass":
+        return {signal.column: mass_K.cpu().numpy()}
+    if signal.name == "span_vectors":
+        return {signal.column: bf16_bits(vectors_KD)}
+    exact = pack_triangle(cosine_matrix(vectors_KD[None].float())[0]).cpu().numpy()
+    stored = exact.astype(np.float16)
+    lost, kept = (np.square(values, dtype=np.float64).sum() for values in (exact - stored, exact))
+    return {signal.column: stored, f"{signal.column}.lost": lost, f"{signal.column}.kept": kept}

@@ -1,0 +1,132 @@
+"""The commands that look after a finished cache: verify, repair, gc, drop. cli.py registers them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xkd_schemas.cache.table import only_teacher
+from xkd_schemas.console import say, say_json
+from xkd_schemas.errors import BadData, UsageError
+
+CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def verify(
+    cache: CacheArgument,
+    level: Annotated[str, typer.Option(help="quick, full or deep.")] = "full",
+    recompute: Annotated[int, typer.Option(min=0, help="Rows to compare with the live teacher.")] = 0,
+    model: Annotated[str, typer.Option(help="The teacher, for --recompute.")] = "",
+    teacher: Annotated[str, typer.Option(help="Name of the teacher's table, if there are several.")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="Of the live teacher: auto (the table's, float32 where that is slow), float32, ...")
+    ] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Check every file of a cache; each bad unit is named with its reason, and the exit code is 65.
+
+    Example: xkd-cache verify cache/ --level deep
+    """
+    from xkd_pipeline.maintain.verify import as_dict
+    from xkd_pipeline.maintain.verify import verify as check
+
+    if recompute and not model:
+        raise UsageError("--recompute needs the teacher", next="add --model FOLDER")
+    bad, rows, skipped, recomputed = check(cache, level), 0, list[str](), ""
+    differences: dict[str, float] = {}
+    if recompute and not bad:
+        from xkd_pipeline.maintain.recompute import recompute as compare
+
+        found = compare(cache, f"teachers/{teacher or only_teacher(cache)}", model, recompute, dtype)
+        bad, rows, skipped, differences = found.bad, found.rows, found.skipped, found.differences
+        recomputed = f", {rows} rows recomputed in {found.dtype}: {found.line}"
+    if as_json:
+        say_json(as_dict(bad, level, rows) | {"not_compared": skipped, "differences": differences})
+        raise typer.Exit(BadData.exit_code if bad else 0)
+    for one in bad:
+        say(one.line)
+    if skipped:
+        say(f"not compared, they need not be the same bit by bit: {', '.join(skipped)}")
+    if bad:
+        things = "1 thing is" if len(bad) == 1 else f"{len(bad)} things are"
+        raise BadData(f"{things} wrong with {cache}", next=f"xkd-cache repair {cache}")
+    say(f"{cache} is whole ({level}{recomputed})")
+
+
+def repair(
+    cache: CacheArgument,
+    corpus: Annotated[list[str] | None, typer.Option(help="What the documents were read from; repeatable.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="The teacher of bad teachers' units; repeatable.")] = None,
+    spacy_model: Annotated[str | None, typer.Option(help="spaCy pipeline of the documents.")] = None,
+    parser_model: Annotated[str | None, typer.Option(help="Folder of the benepar model.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray actors; 0 works in this process.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the bad units again and no other; without the corpus or teacher they need, print the command to type.
+
+    Example: xkd-cache repair cache/ --corpus train.jsonl --model models/teacher
+    """
+    from dataclasses import asdict
+
+    from xkd_pipeline.maintain.repair import Means, parser_with
+    from xkd_pipeline.maintain.repair import repair as mend
+    from xkd_pipeline.workers.executor import Workers
+
+    parser = parser_with(cache, spacy_model, parser_model)
+    means = Means(corpus=tuple(corpus or ()), models=tuple(model or ()), parser=parser)
+    done = mend(cache, Workers(count=workers), means)
+    if as_json:
+        found = {"bad": [asdict(b) for b in done.bad], "left": [asdict(b) for b in done.left]}
+        say_json(found | {"made": done.made, "commands": done.commands})
+        raise typer.Exit(BadData.exit_code if done.left else 0)
+    for one in done.bad:
+        say(one.line)
+    for name, units in done.made.items():
+        say(f"{name}: {units} units made again")
+    for command in done.commands:
+        say(f"to run: {command}")
+    if done.left:
+        raise BadData(f"{len(done.left)} things are still wrong with {cache}", next="run what is listed above")
+    say(f"{cache} is whole")
+
+
+def gc(
+    cache: CacheArgument,
+    older_than: Annotated[float, typer.Option(min=0, help="Hours that quarantined files are kept.")] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what nothing refers to: loose shards, leftovers of writers that died, old quarantine.
+
+    Example: xkd-cache gc cache/ --dry-run
+    """
+    from xkd_pipeline.maintain.gc import collect
+
+    found = collect(cache, older_than=older_than, dry_run=dry_run)
+    size = sum(one.size for one in found)
+    if as_json:
+        files = [{"file": str(f.file.relative_to(cache)), "bytes": f.size, "why": f.why} for f in found]
+        say_json({"files": files, "bytes": size, "removed": not dry_run})
+        return
+    for one in found:
+        say(f"{one.file.relative_to(cache)}: {one.size} bytes, {one.why}")
+    say(f"{'would free' if dry_run else 'freed'} {size / 1e6:.1f} MB in {len(found)} files")
+
+
+def drop(
+    cache: CacheArgument,
+    table: Annotated[str, typer.Argument(help="teachers/NAME, signals/NAME or students/NAME.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Remove one table that no other table was made from; the rest stays whole.
+
+    Example: xkd-cache drop cache/ students/NAME
+    """
+    from xkd_pipeline.maintain.gc import drop as remove
+
+    size = remove(cache, table)
+    if as_json:
+        say_json({"table": table, "bytes": size})
+        return
+    say(f"dropped {table}, freed {size / 1e6:.1f} MB")

@@ -1,0 +1,188 @@
+"""Rows of a teacher table against the live teacher: does it still say what is stored?
+
+Shape legend for this file
+    N predictions    k stored classes of one    M largest logits of the live teacher
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from xkd_pipeline.capture.artifacts import weights_identity
+from xkd_pipeline.capture.capture import TeacherSettings, capture
+from xkd_pipeline.capture.measure import Reading
+from xkd_pipeline.capture.stage import encoder_of, teacher_of, teacher_settings
+from xkd_pipeline.maintain.verify import Bad, opened
+from xkd_pipeline.parsing.stage import document_at
+from xkd_schemas.cache.manifest import Spec, refuse_differences
+from xkd_schemas.cache.table import Row, Table, names_in
+from xkd_schemas.dtypes import AUTO, dtype_name
+from xkd_schemas.signals import Signal, signal_named
+from xkd_schemas.text.batch_alignment import token_ranges_all
+from xkd_schemas.tokens import OK, spans_read
+from xkd_trainer.models.compute_dtype import choose_dtype, this_device, warn_of_slow_dtype
+from xkd_trainer.models.head import head_of
+
+TOLERANCE: Final = {"bf16": 0.06, "float16": 0.02, "float32": 0.06, "int32": 0.06}
+"""Largest |a - b| / |b| of a row's column: bfloat16 results move by so much with batch mates and threads. Of classes,
+how far their logits may be from those of the live teacher at the same rank, as a share of the largest one: of logits
+that are as close as that, any may come first. (Of a bfloat16 teacher's 16 largest, a third have another rank.)"""
+TIES: Final = 0.01
+"""Share of a row's classes that may be further off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recomputed:
+    """What a comparison with the live teacher found."""
+
+    bad: list[Bad]
+    rows: int
+    """Rows that were compared."""
+    skipped: list[str]
+    """Columns that cannot be compared: those of some codecs, and drawn classes, which a last bit of a logit may
+    change for others."""
+    dtype: str
+    """In which the live teacher ran."""
+    differences: dict[str, float] = field(default_factory=dict, compare=False)
+    """Largest relative difference of a row, by column, for columns of which no bit need be the same."""
+
+    @property
+    def line(self) -> str:
+        """How far live and stored numbers are apart, for people."""
+        if not any(self.differences.values()):
+            return "the live teacher gives the very numbers that are stored"
+        column = max(self.differences, key=self.differences.__getitem__)
+        off = sum(value > 0 for value in self.differences.values())
+        return (
+            f"{off} of {len(self.differences)} columns differ within rounding, by "
+            f"{self.differences[column]:.2g} at most ({column})"
+        )
+
+
+def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -> Recomputed:
+    """Run the teacher over `rows` documents spread over the table and compare every column with what is stored.
+
+    The columns of tables that were added beside it (signals/NAME) are compared as well. With `auto` it runs in the
+    table's dtype, and in float32 where that is slow here.
+
+    Raises:
+        Mismatch: `model` has other weights or another tokenizer than the stored table's teacher.
+    """
+    table, documents = opened(root, name), opened(root, "documents")
+    spec = table.manifest.spec
+    settings = _settings(spec, model, dtype)
+    encoder = encoder_of(settings)
+    ours = {"weights": weights_identity(model), "encoder": encoder.identity()}
+    stored = {key: spec[key] for key in ours}
+    refuse_differences(table.folder, ours, stored, advice="name the teacher that the table was made with")
+    warn_of_slow_dtype(settings.dtype, settings.device)
+    live_model = teacher_of(settings).to(settings.device)
+    usable = [i for i in range(len(table)) if table[i]["status"] == OK]
+    chosen = [usable[i] for i in np.linspace(0, len(usable) - 1, min(rows, len(usable))).round().astype(int)]
+    others = [opened(root, f"signals/{other}") for other in names_in(root, "signals")]
+    beside = [other for other in others if f"teachers/{other.manifest.spec['teacher']}" == name]
+    compared = [_Compared(one) for one in (table, *beside)]
+    compared_signals = {signal_named(column) for one in compared for column in one.columns}
+    live = _ranked(compared_signals, head_of(live_model).weight_VD.shape[0])
+    wanted = sorted(compared_signals | set(live), key=lambda s: s.column)
+    bad = []
+    for at in chosen:
+        reading = _reading(documents[at], encoder)
+        if not np.array_equal(reading.tokens.ids, table[at]["token_ids"]):
+            bad.append(_bad(table, at, root, "the teacher's tokenizer gives other tokens"))
+            continue
+        (found,) = capture(live_model, [reading], wanted, settings)
+        ranked = tuple(found[signal.column] for signal in live)
+        for one in compared:
+            bad += [_bad(one.table, at, root, reason) for reason in one.reasons(found, ranked, at)]
+    skipped = [column for one in compared for column in one.skipped]
+    differences = {name: error for one in compared for name, error in one.differences.items()}
+    return Recomputed(bad=bad, rows=len(chosen), skipped=skipped, dtype=settings.dtype, differences=differences)
+
+
+def _settings(spec: Spec, model: str, dtype: str) -> TeacherSettings:
+    settings = replace(teacher_settings(spec, model), device=this_device())
+    if dtype != AUTO:
+        return replace(settings, dtype=dtype_name(dtype))
+    slow = choose_dtype(settings.dtype, settings.device).warning
+    return replace(settings, dtype="float32") if slow else settings
+
+
+def _ranked(wanted: Iterable[Signal], classes: int) -> tuple[Signal, ...]:
+    """Ids and logits of twice as many classes as any of these signals keeps; none where none is about classes."""
+    most = max((signal.top or 1 for signal in wanted if signal.kind.dtype == "int32"), default=0)
+    many = min(classes, max(2 * most, 16))
+    return (Signal("topk_ids", top=many), Signal("topk_logits", top=many)) if most else ()
+
+
+class _Compared:
+    """A table and those of its columns that can be compared."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self._stored_as = {f.name: (f.metadata or {}).get(b"codec", b"").decode() for f in table.shard(0).schema}
+        signals: list[str] = table.manifest.spec["signals"]
+        self.columns = [c for c in signals if self._stored_as.get(c) in TOLERANCE and not signal_named(c).kind.drawn]
+        self.skipped = [c for c in signals if c not in self.columns]
+        self.differences: dict[str, float] = {}
+
+    def reasons(self, found: Mapping[str, Any], ranked: tuple[Any, ...], at: int) -> Iterator[str]:
+        """What of row `at` is not as it was found; nothing where the table does not reach so far."""
+        for column in self.columns if at < len(self.table) else ():
+            ours, stored, codec = found[column], self.table[at][column], self._stored_as[column]
+            reason = _shapes_differ(column, ours, stored)
+            if not reason and codec == "int32":
+                reason = _classes_differ(column, stored, *ranked)
+            elif not reason:
+                error = _difference(ours, stored, codec)
+                self.differences[column] = max(error, self.differences.get(column, 0.0))
+                limit = TOLERANCE[codec]
+                reason = f"{column} differs by {error:.3f}, more than {limit}" if error > limit else ""
+            if reason:
+                yield reason
+
+
+def _reading(row: Row, encoder: Any) -> Reading:
+    tokens = encoder.encode_batch([document_at(row)])
+    ranges = {
+        unit: token_ranges_all(tokens, [spans_read(row[f"{unit}s"], tokens[0].num_chars)])[0]
+        for unit in ("word", "phrase")
+    }
+    return Reading(tokens=tokens[0], ranges=ranges)
+
+
+def _shapes_differ(column: str, ours: Any, stored: Any) -> str:
+    ours, stored = np.shape(ours), np.shape(stored)
+    return f"{column} has shape {stored}, the live teacher gives {ours}" if ours != stored else ""
+
+
+def _classes_differ(column: str, stored: Any, ids_NM: Any, logits_NM: Any) -> str:
+    stored_Nk = np.asarray(stored)
+    stored_Nk = stored_Nk if stored_Nk.ndim == 2 else stored_Nk[:, None]
+    same_NkM = stored_Nk[:, :, None] == ids_NM[:, None, :]
+    logits_Nk = np.where(same_NkM, logits_NM[:, None, :], -np.inf).max(-1)
+    off_Nk = np.abs(logits_Nk - logits_NM[:, : stored_Nk.shape[1]]) > TOLERANCE["int32"] * np.abs(logits_NM[:, :1])
+    share = float(off_Nk.mean()) if off_Nk.size else 0.0
+    return f"{column}: {100 * share:.1f} % are not what the live teacher ranks there" if share > TIES else ""
+
+
+def _difference(ours: Any, stored: Any, codec: str) -> float:
+    """|ours - stored| / |stored|."""
+    ours, stored = (_numbers(np.asarray(values), codec) for values in (ours, stored))
+    return float(np.linalg.norm(ours - stored) / max(float(np.linalg.norm(stored)), 1e-6))
+
+
+def _numbers(values: Any, codec: str) -> Any:
+    if codec == "bf16":
+        return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return values.astype(np.float64)
+
+
+def _bad(table: Table, at: int, root: Path, reason: str) -> Bad:
+    ends = np.cumsum([c.rows for c in table.manifest.commits])
+    unit = int(np.searchsorted(ends, at, side="right"))
+    file = table.path(unit).relative_to(root).as_posix()
+    return Bad(table=table.name, unit=unit, file=file, reason=f"row {at} ({table[at]['doc_id']}): {reason}")

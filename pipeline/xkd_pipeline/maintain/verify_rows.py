@@ -1,0 +1,215 @@
+"""What the bytes of a table mean: its schema, Arrow's full validation, and what must hold of every row.
+
+Shape legend for this file
+    T tokens    K spans, words or phrases    R kept rows    N predicted targets    D width
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from xkd_pipeline.maintain.verify import Bad, opened
+from xkd_schemas.cache.manifest import Commit
+from xkd_schemas.cache.table import Row, Table
+from xkd_schemas.codecs import CODECS
+from xkd_schemas.documents import documents_schema
+from xkd_schemas.errors import XkdError
+from xkd_schemas.sampled_classes import fault_of
+from xkd_schemas.tokens import CONTENT, END, OK, STUDENTS, TEMPLATE, kept_rows, predictors, spans_read
+
+BF16_EXPONENT = 0x7F80
+PER_TOKEN = ("attention_last", "attention", "attention_text", "centrality")
+"""Signals that are weights of a document's tokens: none below 0, their sum 1."""
+
+
+def deep(root: Path, name: str) -> Iterator[Bad]:
+    """What is wrong with the rows of one table whose bytes are what they were when written."""
+    table = opened(root, name)
+    for number in range(len(table.manifest.commits)):
+        file = table.path(number).relative_to(root).as_posix()
+        try:
+            for reason in _reasons(root, table, number):
+                yield Bad(table=name, unit=number, file=file, reason=reason)
+        except XkdError as error:
+            yield Bad(table=name, unit=number, file=file, reason=error.what)
+        except Exception as error:  # a shard that Arrow reads may be made to raise anything
+            reason = f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            yield Bad(table=name, unit=number, file=file, reason=reason)
+
+
+def _reasons(root: Path, table: Table, number: int) -> Iterator[str]:
+    """What is wrong with the rows of one unit."""
+    shard, commit = table.shard(number), table.manifest.commits[number]
+    version = table.manifest.spec["schema"]
+    expected = {"documents": documents_schema(version), "students": STUDENTS}.get(table.name.partition("/")[0])
+    if expected is not None and not shard.schema.equals(expected):
+        yield "its schema is not the one of this version"
+        return
+    try:
+        for batch in range(len(commit.batches)):
+            shard.batch(batch).validate(full=True)
+    except pa.ArrowInvalid as error:
+        yield f"Arrow finds it invalid: {' '.join(str(error).split())[:160]}"
+        return
+    rows = [shard.row(i) for i in range(commit.rows)]
+    documents = rows if table.name == "documents" else _beside(root, "documents", number)
+    teacher = table.manifest.spec.get("teacher")
+    teachers = _beside(root, f"teachers/{teacher}", number) if teacher else documents
+    classes = _classes(root, table)
+    for at, row in enumerate(rows):
+        fault = _row(table, row, teachers[at], documents[at], shard.schema) or _drawn(row, shard.schema, classes)
+        if fault:
+            yield f"row {at} ({row['doc_id']}): {fault}"
+    if not table.name.startswith("signals/"):
+        yield from _counts(table, commit, rows)
+
+
+def _row(table: Table, row: Row, teacher: Row, document: Row, schema: pa.Schema) -> str:
+    """What is wrong with one row; `teacher` counts only for tables that are made from a teacher's."""
+    kind = table.name.partition("/")[0]
+    if kind == "documents":
+        return _document(row)
+    if kind == "signals":
+        return _further(row, teacher, document, schema)
+    return _tokens(row, document, table) or (
+        _signals(row, row, document, schema) if kind == "teachers" else _aligned(row, teacher, document)
+    )
+
+
+def _classes(root: Path, table: Table) -> int:
+    """Rows of the teacher's head, for tables that have something of it; 0 for others."""
+    kind, _, name = table.name.partition("/")
+    teacher = {"teachers": name, "signals": table.manifest.spec.get("teacher")}.get(kind)
+    return int(opened(root, f"teachers/{teacher}").manifest.constants["vocab_size"]) if teacher else 0
+
+
+def _drawn(row: Row, schema: pa.Schema, classes: int) -> str:
+    """What is wrong with drawn classes and their shares."""
+    columns = [name for name in schema.names if name.startswith("sampled#")]
+    faults = ((name, fault_of(row[name], classes)) for name in columns)
+    return next((f"{name}: {fault}" for name, fault in faults if fault), "")
+
+
+def _beside(root: Path, name: str, number: int) -> list[Row]:
+    table = opened(root, name)
+    return [table.shard(number).row(i) for i in range(table.manifest.commits[number].rows)]
+
+
+def _ranges(name: str, ranges_K2: Any, end: int) -> str:
+    """Half-open ranges inside [0, end), each start not before the last."""
+    if len(ranges_K2) and (ranges_K2.min() < 0 or ranges_K2.max() > end or (ranges_K2[:, 0] > ranges_K2[:, 1]).any()):
+        return f"{name} leave [0, {end}] or are turned round"
+    return f"{name} are not in order" if (np.diff(ranges_K2[:, 0]) < 0).any() else ""
+
+
+def _document(row: Row) -> str:
+    text, segments_G2 = row["text"], row["segments"]
+    if segments_G2[:, 0].tolist() != [0, *segments_G2[:-1, 1].tolist()] or segments_G2[-1, 1] != len(text):
+        return "segments do not cover the text"
+    if not len(segments_G2) == len(row["roles"]) == len(row["targets"]) or len(row["phrases"]) != len(row["labels"]):
+        return "columns have different lengths"
+    return next(filter(None, (_ranges(name, row[name], len(text)) for name in ("words", "phrases"))), "")
+
+
+def _tokens(row: Row, document: Row, table: Table) -> str:
+    if row["doc_id"] != document["doc_id"]:
+        return f"the documents table has {document['doc_id']} here"
+    ids_T, spans_T2, kinds_T = row["token_ids"], row["token_spans"], row["token_kinds"]
+    if not len(ids_T) == len(spans_T2) == len(kinds_T) == len(row["targets"]):
+        return "token columns have different lengths"
+    if (row["status"] == OK) != bool(len(ids_T)):
+        return f"status {row['status']} with {len(ids_T)} tokens"
+    vocabulary = int(table.manifest.constants["vocab_size"])
+    if len(ids_T) and not 0 <= ids_T.min() <= ids_T.max() < vocabulary:
+        return f"a token id is not below {vocabulary}"
+    if not np.isin(kinds_T, (TEMPLATE, CONTENT, END)).all() or (spans_T2[kinds_T == TEMPLATE] != -1).any():
+        return "token kinds are wrong"
+    if not 0 <= row["num_chars"] <= len(document["text"]):
+        return "num_chars is not inside the text"
+    return _ranges("token spans", spans_T2[kinds_T != TEMPLATE], row["num_chars"])
+
+
+def _further(row: Row, teacher: Row, document: Row, schema: pa.Schema) -> str:
+    """What is wrong with signals beside a teacher's row."""
+    if row["doc_id"] != teacher["doc_id"]:
+        return f"the teacher table has {teacher['doc_id']} here"
+    return _signals(row, teacher, document, schema)
+
+
+def _signals(row: Row, tokens: Row, document: Row, schema: pa.Schema) -> str:
+    targets_T = tokens["targets"]
+    read = (
+        {n: len(spans_read(document[n], tokens["num_chars"])) for n in ("words", "phrases")} if len(targets_T) else {}
+    )
+    lengths = {"T": len(targets_T), "R": len(kept_rows(targets_T)), "N": len(predictors(targets_T))}
+    for field in schema:
+        metadata = field.metadata or {}
+        if b"per" not in metadata:
+            continue
+        values, per = row[field.name], metadata[b"per"].decode()
+        spans = read.get("words" if field.name.endswith(":word") else "phrases", 0)
+        wanted = (lengths | {"K": spans, "K(K-1)/2": spans * (spans - 1) // 2}).get(per)
+        if wanted is not None and len(values) != wanted:
+            return f"{field.name} has {len(values)} entries for {wanted}"
+        if fault := _values(field.name, values, metadata.get(b"codec", b"").decode()):
+            return fault
+    return ""
+
+
+def _values(name: str, values: Any, codec: str) -> str:
+    if codec in CODECS and ((values & BF16_EXPONENT) == BF16_EXPONENT).any():
+        return f"{name} is not finite"
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        return f"{name} is not finite"
+    kind = name.partition("@")[0]
+    if kind in (*PER_TOKEN, "span_mass", "entropy") and len(values) and values.min() < -1e-4:
+        return f"{name} is negative"
+    if kind in PER_TOKEN and len(values) and abs(float(values.sum()) - 1) > 1e-2:
+        return f"{name} adds up to {float(values.sum()):.4f}"
+    if kind == "span_geometry" and len(values) and np.abs(values).max() > 1:
+        return f"{name} has a cosine outside [-1, 1]"
+    return ""
+
+
+def _aligned(row: Row, teacher: Row, document: Row) -> str:
+    if row["doc_id"] != teacher["doc_id"]:
+        return f"the teacher table has {teacher['doc_id']} here"
+    if len(row["student_spans"]) != len(row["teacher_spans"]):
+        return "student and teacher spans differ in number"
+    ends = {"student_spans": len(row["token_ids"]), "teacher_spans": len(teacher["token_ids"])}
+    for name, end in ends.items():
+        if fault := _ranges(name, row[name], end):
+            return fault
+    for name, of in (("word_tokens", "words"), ("phrase_tokens", "phrases")):
+        if row["status"] == OK and len(row[name]) != len(document[of]):
+            return f"{name} has {len(row[name])} ranges for {len(document[of])}"
+        if len(row[name]) and not 0 <= row[name].min() <= row[name].max() <= len(row["token_ids"]):
+            return f"{name} leave the tokens"
+    return ""
+
+
+def _counts(table: Table, commit: Commit, rows: list[Row]) -> Iterator[str]:
+    """The record's counts are those of the columns."""
+    if table.name == "documents":
+        found = {
+            "characters": sum(len(r["text"]) for r in rows),
+            "words": sum(len(r["words"]) for r in rows),
+            "phrases": sum(len(r["phrases"]) for r in rows),
+        }
+    else:
+        statuses = Counter(r["status"] for r in rows)
+        found = {
+            "tokens": sum(len(r["token_ids"]) for r in rows),
+            "targets": sum(int(r["targets"].sum()) for r in rows),
+            **{f"status:{status}": number for status, number in statuses.items()},
+        }
+        unusable = tuple(i for i, r in enumerate(rows) if r["status"] != OK)
+        if unusable != commit.unusable:
+            yield "the record's unusable rows are not those of the column"
+    for name, number in found.items():
+        if commit.counts.get(name, 0) != number:
+            yield f"the record counts {commit.counts.get(name, 0)} {name}, the columns hold {number}"

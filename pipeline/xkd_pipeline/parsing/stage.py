@@ -1,0 +1,250 @@
+"""Stage 1: corpus rows become documents with words and phrases."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from xkd_pipeline.parsing.parsers import Parser, ParserSettings, parser_for
+from xkd_pipeline.parsing.prompts import LONG_PROMPT, NO_LIMIT, PROMPTS_CUT, PromptLimit, cut_prompts
+from xkd_pipeline.tables.build import Built, build
+from xkd_pipeline.tables.shard import Totals, write_shard
+from xkd_pipeline.tables.writer import Store
+from xkd_pipeline.workers.executor import AS_PLANNED, Make, Workers, local_paths
+from xkd_schemas.cache.manifest import Care, Commit, Unit
+from xkd_schemas.cache.table import Row, Table
+from xkd_schemas.corpus.rows import WORKER_KILLED, rejected_row
+from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, read_documents
+from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Segment, Spans, checked_spans
+from xkd_schemas.errors import BadData
+from xkd_schemas.text.encode import TRIED, Encoder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentsJob:
+    """The raw rows of one unit."""
+
+    unit: int
+    source: str
+    form: str
+    columns: dict[str, str]
+    rows: list[RawRow]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentsStage:
+    """Reads, parses and writes one unit."""
+
+    folder: Path
+    parser: ParserSettings
+    max_chars: int
+    prompts: PromptLimit = NO_LIMIT
+
+    def load(self) -> Make:
+        """Load the parser, and the tokenizer that counts prompts, once."""
+        parser, encoder = parser_for(self.parser), self.prompts.encoder()
+        return lambda job, care=AS_PLANNED: self._make(parser, encoder, job, care)
+
+    def rows(self, job: DocumentsJob) -> int:
+        """Rows of a unit."""
+        return len(job.rows)
+
+    def batch(self, job: DocumentsJob) -> int:
+        """Documents handed to the parser at once; spans do not depend on it."""
+        return len(job.rows)
+
+    def paths(self) -> tuple[Path, ...]:
+        """The table's folder and the parser's files."""
+        return local_paths(self.folder, self.parser.model, self.parser.benepar_model, self.prompts.tokenizer)
+
+    def _make(self, parser: Parser, encoder: Encoder | None, job: DocumentsJob, care: Care) -> Commit:
+        rows = [row for at, row in enumerate(job.rows) if at not in care.lost]
+        unused: dict[str, int] = {}
+        documents, rejects = read_documents(
+            job.source, job.form, job.columns, rows, max_chars=self.max_chars, unused=unused
+        )
+        killers = [rejected_row(job.source, job.rows[at], WORKER_KILLED, _KILLS) for at in care.lost]
+        documents, too_long, num_cut = self._shorter(documents, encoder, job)
+        rejects = sorted([*rejects, *killers, *too_long], key=lambda reject: reject.line)
+        size = care.batch or max(1, len(documents))
+        parsed = [s for at in range(0, len(documents), size) for s in parser.parse(documents[at : at + size])]
+        found = [checked_spans(d, s) for d, s in zip(documents, parsed, strict=True)]
+        counts = {
+            "rows": len(job.rows),
+            "characters": sum(len(d.text) for d in documents),
+            "words": sum(len(s.words) for s in found),
+            "phrases": sum(len(s.phrases) for s in found),
+        } | ({PROMPTS_CUT: num_cut} if encoder else {})
+        counts.update({f"parser:{reason}": number for reason, number in sorted(parser.notes.items())})
+        counts.update({f"{UNUSED}{key}": number for key, number in sorted(unused.items())})
+        parser.notes.clear()
+        columns = columns_of(documents, found)
+        return write_shard(
+            self.folder,
+            job.unit,
+            DOCUMENTS,
+            columns,
+            rejects=[asdict(r) for r in rejects],
+            totals=Totals(counts=counts),
+        )
+
+    def _shorter(
+        self, documents: list[Document], encoder: Encoder | None, job: DocumentsJob
+    ) -> tuple[list[Document], list[RejectedRow], int]:
+        """The documents with prompts within the limit, rows of which none can be made, and how many were cut."""
+        cut = cut_prompts(documents, encoder, self.prompts.tokens)
+        rows = {row.line: row for row in job.rows}
+        whole = [d.line for d, short in zip(documents, cut, strict=True) if short is None]
+        refused = [rejected_row(job.source, rows[line], LONG_PROMPT, _LONG) for line in whole]
+        num_cut = sum(short is not None and short is not d for d, short in zip(documents, cut, strict=True))
+        return [d for d in cut if d is not None], refused, num_cut
+
+
+UNUSED: Final = "unused:"
+"""Begins the names of counts of keys that were not used."""
+_KILLS: Final = "ends the process that reads or parses it, every time"
+_LONG: Final = "its prompt is longer than max_prompt_tokens, and has tools or reasoning, or a template as long"
+
+
+def columns_of(documents: Sequence[Document], spans: Sequence[Spans]) -> dict[str, list[object]]:
+    """Columns of the documents table, one value per document."""
+    return {
+        "doc_id": [d.doc_id for d in documents],
+        "source": [d.source for d in documents],
+        "line": [d.line for d in documents],
+        "text": [d.text for d in documents],
+        "segments": [[(s.start, s.end) for s in d.segments] for d in documents],
+        "roles": [[s.role for s in d.segments] for d in documents],
+        "targets": [[s.target for s in d.segments] for d in documents],
+        "messages": [d.messages for d in documents],
+        "words": [s.words for s in spans],
+        "phrases": [s.phrases for s in spans],
+        "labels": [s.labels for s in spans],
+    }
+
+
+def document_at(row: Row) -> Document:
+    """The document of one row of the documents table."""
+    segments = tuple(
+        Segment(role=role, start=int(start), end=int(end), target=bool(target))
+        for (start, end), role, target in zip(row["segments"], row["roles"], row["targets"], strict=True)
+    )
+    messages = row.get("messages", "")  # none in a table of version 1
+    return Document(text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=messages)
+
+
+def first_documents(table: Table) -> list[Document]:
+    """Those that a template is tried on before anything is begun."""
+    return [document_at(table[n]) for n in range(min(len(table), TRIED))]
+
+
+def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]:
+    """Cut every source into units by input rows, so that no worker count can change a shard; folders are not named."""
+    return tuple(
+        Unit(source=Path(source.name).name, first=first, rows=min(rows_per_shard, source.num_rows - first))
+        for source in sources
+        for first in range(0, source.num_rows, rows_per_shard)
+    )
+
+
+def jobs_of(sources: Sequence[Source], rows_per_shard: int, missing: Iterable[int]) -> Iterator[DocumentsJob]:
+    """Jobs in order; each source is read forward once, from the first row that is needed."""
+    units = units_of(sources, rows_per_shard)
+    owners = [number for number, source in enumerate(sources) for _ in units_of([source], rows_per_shard)]
+    current: tuple[int, int, Iterator[RawRow]] | None = None
+    for number in sorted(missing):
+        unit, owner = units[number], owners[number]
+        source = sources[owner]
+        if current is None or current[0] != owner:
+            current = (owner, unit.first, source.rows(unit.first))
+        _, at, stream = current
+        rows = list(islice(stream, unit.first - at + unit.rows))[unit.first - at :]
+        current = (owner, unit.first + unit.rows, stream)
+        yield DocumentsJob(unit=number, source=unit.source, form=source.form, columns=dict(source.columns), rows=rows)
+
+
+def make_documents(
+    root: Path,
+    sources: Sequence[Source],
+    parser: ParserSettings,
+    limits: "Limits",
+    workers: Workers,
+) -> Built:
+    """Make the documents table.
+
+    Raises:
+        BadData: More rows than `limits.max_reject` cannot be used, or none can.
+        Mismatch: The folder holds documents of another corpus or parser.
+    """
+    units = units_of(sources, limits.rows_per_shard)
+    total = sum(s.num_rows for s in sources)
+    if total == 0:
+        raise BadData("the corpus has no rows", next="check the paths and the form of the rows")
+    spec = {
+        "schema": DOCUMENTS_VERSION,
+        "corpus": corpus_spec(sources),
+        "parser": parser_for(parser).identity(),
+        "max_chars": limits.max_chars,
+        "rows_per_shard": limits.rows_per_shard,
+        **limits.prompts.spec(),
+    }
+    store = Store(root, "documents", spec, units)
+    stage = DocumentsStage(
+        folder=store.folder, parser=parser, max_chars=limits.max_chars, prompts=limits.prompts
+    )  # fmt: skip
+
+    def watch(commits: Sequence[Commit]) -> None:
+        rejected, read = sum(c.rejects.rows for c in commits if c.rejects), sum(units[c.unit].rows for c in commits)
+        if rejected > limits.max_reject * total:
+            folder = store.folder / "rejects"
+            raise BadData(
+                f"{rejected} of {read} rows cannot be used ({_reasons(commits)}), more than "
+                f"--max-reject {limits.max_reject:g} allows; the first: {_first_reject(folder)}; all are in {folder}",
+                kept="every finished shard",
+                next="mend the corpus, or name other columns with --column"
+                + f", or accept them with --max-reject {min(1.0, 1.1 * rejected / read):.2g}" * (rejected < read),
+            )
+        if len(commits) == len(units) and sum(c.rows for c in commits) == 0:
+            raise BadData(f"no usable row in {total} ({_reasons(commits)})", next="check the form of the rows")
+
+    return build(
+        store, stage, lambda missing: jobs_of(sources, limits.rows_per_shard, missing), workers, watch=watch
+    )  # fmt: skip
+
+
+def corpus_spec(sources: Sequence[Source]) -> list[dict[str, object]]:
+    """What a plan says of its sources."""
+    return [
+        {"name": Path(s.name).name, "sha256": s.digest, "form": s.form, "columns": dict(s.columns)} for s in sources
+    ]
+
+
+def _first_reject(folder: Path) -> str:
+    """Line and detail of the first row that was rejected, as the list of a unit has it."""
+    with min(folder.glob("*.jsonl")).open(encoding="utf-8") as lines:
+        row = json.loads(next(lines))
+    return f"row {row['line']}, {row['detail']}"
+
+
+def _reasons(commits: Iterable[Commit]) -> str:
+    found: dict[str, int] = {}
+    for commit in commits:
+        for reason, number in (commit.rejects.reasons if commit.rejects else {}).items():
+            found[reason] = found.get(reason, 0) + number
+    return ", ".join(f"{reason} {number}" for reason, number in sorted(found.items())) or "no reason recorded"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Sizes of the documents stage."""
+
+    rows_per_shard: int
+    """Input rows of a unit."""
+    max_chars: int = 1_000_000
+    """A longer text is rejected."""
+    max_reject: float = 0.01
+    """Share of the corpus's rows that may be rejected before the run stops."""
+    prompts: PromptLimit = NO_LIMIT
+    """Longer prompts are cut."""

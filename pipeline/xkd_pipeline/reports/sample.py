@@ -1,0 +1,144 @@
+"""Some rows of a corpus, spread evenly over it, for commands that look before anything is cached."""
+
+import random
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from xkd_pipeline.parsing.prompts import cut_prompts, limit_in
+from xkd_schemas.config import RunFile, StudentSection, TeacherSection
+from xkd_schemas.corpus.files import Content
+from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, open_source, read_documents
+from xkd_schemas.documents import Document
+from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.text.encode import Encoder
+from xkd_schemas.text.templates import chosen_template
+from xkd_trainer.models.loading import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What was read, and what of."""
+
+    sources: tuple[Source, ...]
+    rows: int
+    """Rows that were read, rejected ones included."""
+    documents: tuple[Document, ...]
+    rejected: tuple[RejectedRow, ...]
+    sizes: tuple[int, ...]
+    """Of each document, the size of the row that it was read from; see `size_of`."""
+    read_size: int
+    """Sizes of the rows that were read, rejected ones included."""
+    corpus_size: int
+    """Sizes of all rows of the corpus."""
+
+    @property
+    def corpus_rows(self) -> int:
+        """Rows of the whole corpus."""
+        return sum(source.num_rows for source in self.sources)
+
+    @property
+    def scale(self) -> float:
+        """Rows of the corpus for each row that was read; 1 if all were."""
+        return self.corpus_rows / self.rows
+
+    @property
+    def size_scale(self) -> float:
+        """The same by size: bytes of the corpus for each byte that was read."""
+        return self.corpus_size / self.read_size if self.read_size else self.scale
+
+
+def evenly(total: int, wanted: int) -> Iterator[int]:
+    """At most `wanted` different numbers below `total`: one from each of as many equal stretches, at a drawn place.
+
+    Always the same ones; drawn, because a corpus may repeat itself at the distance of the stretches.
+
+    >>> len(list(evenly(100, 4))), list(evenly(2, 4))
+    (4, [0, 1])
+    """
+    draw = random.Random(0)
+    count = min(total, wanted)
+    for number in range(count):
+        yield draw.randrange(number * total // count, (number + 1) * total // count)
+
+
+def read_sample(run: RunFile, wanted: int) -> Sample:
+    """Read at most `wanted` rows, the same distance apart, from the corpus of a run; the others are only measured.
+
+    Raises:
+        UsageError: No corpus is named.
+        BadData: It has no row, or none of the rows read can be used.
+        InputMissing: A source is not there.
+    """
+    d = run.documents
+    if not d.corpus:
+        raise UsageError("no corpus is named", next="name files, folders or data sets")
+    sources = tuple(open_source(name, form=d.form, columns=d.columns) for name in d.corpus)
+    total = sum(source.num_rows for source in sources)
+    if total == 0:
+        raise BadData("the corpus has no rows", next="check the paths and the form of the rows")
+    encoder = limit_in(d).encoder()
+    chosen = list(evenly(total, wanted))
+    documents: list[Document] = []
+    rejected: list[RejectedRow] = []
+    sizes: list[int] = []
+    before = read_size = corpus_size = 0
+    for source in sources:
+        places = {at - before for at in chosen if before <= at < before + source.num_rows}
+        rows, size = _rows(source, places)
+        found, refused = read_documents(
+            Path(source.name).name, source.form, source.columns, rows, max_chars=d.max_chars
+        )
+        cut = cut_prompts(found, encoder, d.max_prompt_tokens)
+        found = [document for document in cut if document is not None]
+        by_line = {row.line: size_of(row.content) for row in rows}
+        documents += found
+        rejected += refused
+        sizes += [by_line[document.line] for document in found]
+        read_size += sum(by_line.values())
+        corpus_size += size
+        before += source.num_rows
+    if not documents:
+        raise BadData(
+            f"none of {len(chosen)} sampled rows can be used ({reasons(rejected)})", next="check the form of the rows"
+        )
+    return Sample(
+        sources=sources, rows=len(chosen), documents=tuple(documents), rejected=tuple(rejected),
+        sizes=tuple(sizes), read_size=read_size, corpus_size=corpus_size,
+    )  # fmt: skip
+
+
+def encoder_for(name: str, section: TeacherSection | StudentSection) -> Encoder:
+    """How the model with this tokenizer reads the sample."""
+    tokenizer = load_tokenizer(name)
+    return Encoder(
+        tokenizer=tokenizer, template=chosen_template(section.template, tokenizer), max_tokens=section.max_tokens,
+        enable_thinking=section.enable_thinking,
+    )  # fmt: skip
+
+
+def _rows(source: Source, places: Set[int]) -> tuple[list[RawRow], int]:
+    """The rows at these places, and the sizes of all rows; the source is read once."""
+    rows, size = [], 0
+    for at, row in enumerate(source.rows()):
+        size += size_of(row.content)
+        if at in places:
+            rows.append(row)
+    return rows, size
+
+
+def size_of(content: Content) -> int:
+    """About how many characters a row has; none for a line that is too long to be read.
+
+    >>> size_of(b'{"text": "abc"}'), size_of({"text": "abc", "n": None})
+    (15, 3)
+    """
+    if isinstance(content, dict):
+        return sum(len(value if isinstance(value, str) else repr(value)) for value in content.values() if value)
+    return len(content) if isinstance(content, bytes) else 0
+
+
+def reasons(rejected: Sequence[RejectedRow]) -> str:
+    """Reasons with their numbers, e.g. "blank 2, empty 1"."""
+    found = {row.reason for row in rejected}
+    return ", ".join(f"{name} {sum(row.reason == name for row in rejected)}" for name in sorted(found))

@@ -1,0 +1,65 @@
+"""Find one document in a cache and draw it."""
+
+import shutil
+from pathlib import Path
+
+from xkd_pipeline.parsing.stage import document_at
+from xkd_pipeline.reports.render import bracketed, render, visible
+from xkd_pipeline.tables.read_units import tokens_at
+from xkd_schemas.cache.table import Row, Table
+from xkd_schemas.documents import Spans
+from xkd_schemas.errors import InputMissing, UsageError
+
+
+def find(documents: Table, doc: str) -> int:
+    """Row number of a document, by number or by the beginning of its doc_id.
+
+    Raises:
+        InputMissing: There is no such document.
+        UsageError: Several documents with other texts begin like that.
+    """
+    if doc.isdecimal() and int(doc) < len(documents):
+        return int(doc)
+    found = [(i, row["doc_id"]) for i, row in enumerate(documents) if doc and row["doc_id"].startswith(doc)]
+    if not found:
+        raise InputMissing(
+            f"no document {doc!r} among {len(documents)}", next="give a row number from 0 on, or a doc_id"
+        )
+    if len({doc_id for _, doc_id in found}) > 1:
+        raise UsageError(f"{len(found)} documents begin with {doc!r}", next="give more digits of the doc_id")
+    return found[0][0]
+
+
+def _spans(row: Row) -> Spans:
+    pairs = {name: tuple((int(a), int(b)) for a, b in row[name]) for name in ("words", "phrases")}
+    return Spans(words=pairs["words"], phrases=pairs["phrases"], labels=tuple(row["labels"]))
+
+
+def draw(root: Path, doc: str, *, teacher: str, student: str, width: int) -> list[str]:
+    """Lines of the drawing; with tables missing, what there is.
+
+    Args:
+        root: Cache folder.
+        doc: Row number or doc_id.
+        teacher: Name of a teacher table, or "" for none.
+        student: Name of a student table, or "" for none.
+        width: Columns; 0 fits the terminal.
+    """
+    documents = Table(root, "documents")
+    number = find(documents, doc)
+    row = documents[number]
+    document, spans = document_at(row), _spans(row)
+    columns = width or shutil.get_terminal_size().columns
+    if not teacher:
+        text = bracketed(document.text, spans.phrases, spans.labels)
+        return [f"{document.doc_id}  {document.source}:{document.line}", *map(visible, text.split("\n"))]
+    taught = tokens_at(_row(root, f"teachers/{teacher}", number))
+    if not student:
+        return render(document, spans, None, taught, None, columns).split("\n")
+    learned = _row(root, f"students/{student}", number)
+    aligned = (learned["student_spans"], learned["teacher_spans"])
+    return render(document, spans, tokens_at(learned), taught, aligned, columns).split("\n")
+
+
+def _row(root: Path, name: str, number: int) -> Row:
+    return Table(root, name)[number]

@@ -1,0 +1,99 @@
+"""Make one table: what is there is kept, what is missing is made, and the whole is sealed."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xkd_pipeline.tables.writer import Store
+from xkd_pipeline.workers.executor import Stage, Workers, run_units
+from xkd_schemas.cache.manifest import Commit, Manifest
+from xkd_schemas.console import tell_kept, warn
+from xkd_schemas.progress import Progress
+
+Finish = Callable[[Sequence[Commit]], tuple[dict[str, Any], dict[str, str]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """A sealed table, and how much of it was made by this run."""
+
+    manifest: Manifest
+    made: int
+    """Units made now."""
+    kept: int
+    """Units that were there already."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one stage did, for people and for --json."""
+
+    line: str
+    values: dict[str, Any]
+
+
+def nothing(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
+    """No constants and no further files."""
+    return {}, {}
+
+
+def build(
+    store: Store,
+    stage: Stage,
+    jobs: Callable[[Sequence[int]], Iterable[Any]],
+    workers: Workers,
+    *,
+    watch: Callable[[Sequence[Commit]], None] = lambda _commits: None,
+    finish: Finish = nothing,
+) -> Built:
+    """Make the units that are not there yet, then seal.
+
+    Args:
+        store: The table, opened.
+        stage: What makes a unit.
+        jobs: Gives the jobs for the missing units, lazily and in order.
+        workers: Where they run.
+        watch: Sees all records after each new one; raises to stop, e.g. on too many rejects.
+        finish: Turns all records into the manifest's constants and further files (name -> sha256).
+    """
+    manifest = store.manifest()  # before bad units are quarantined, and it with them
+    done = store.commits()
+    kept = len(done)
+    missing = [unit for unit in range(len(store.plan.units)) if unit not in done]
+    watch(list(done.values()))
+    if manifest is not None and not missing and store.is_all(manifest, done):
+        store.describe()
+        return Built(manifest=manifest, made=0, kept=kept)
+    if missing:
+        kinds = {commit.made_on for commit in done.values() if commit.made_on}
+        rows = {unit: store.plan.units[unit].rows for unit in missing}
+        with Progress(store.plan.table, sum(rows.values())) as progress:
+
+            def take(commit: Commit) -> None:
+                store.commit(commit)
+                done[commit.unit] = commit
+                made = [unit for unit in missing if unit in done]
+                progress.reach(sum(rows[unit] for unit in made), f"{len(made)} of {len(missing)} shards done")
+                _tell_other_kind(store.plan.table, commit, kinds)
+                watch(list(done.values()))
+
+            with tell_kept(lambda: _kept(store.plan.table, done, len(store.plan.units))):
+                run_units(stage, jobs(missing), workers, take, store.cares(missing))
+    constants, files = finish([done[unit] for unit in sorted(done)])
+    return Built(manifest=store.seal(done, constants, files), made=len(missing), kept=kept)
+
+
+def _kept(table: str, done: dict[int, Commit], units: int) -> str:
+    rows = sum(commit.rows for commit in done.values())
+    return f"{len(done)} of {units} shards of {table} ({rows} documents); lost: what was done of the shards in work"
+
+
+def _tell_other_kind(table: str, commit: Commit, kinds: set[str]) -> None:
+    """Say once that a table goes on on another kind of processor than `kinds`, and take that one up."""
+    if commit.made_on and commit.made_on not in kinds:
+        if kinds:
+            warn(
+                f"{table} continues on {commit.made_on}, after {', '.join(sorted(kinds))}: numbers may differ within "
+                "the rounding of its dtype; xkd-cache verify --recompute measures how far"
+            )
+        kinds.add(commit.made_on)

@@ -1,0 +1,75 @@
+"""README.md and SHA256SUMS of a cache: what it holds, the lines that let `load_dataset` open it, and every digest."""
+
+import contextlib
+from pathlib import Path
+
+from xkd_schemas.cache.manifest import Commit, Manifest, read_record
+from xkd_schemas.cache.table import TABLES
+from xkd_schemas.durable_files import replace, sha256_of
+from xkd_schemas.errors import BadData, DiskFailed, InputMissing
+
+
+def readme(root: Path) -> str:
+    """Text of the card for the tables that are sealed below `root`; one whose manifest is damaged is left out."""
+    manifests: list[Manifest] = []
+    for pattern in TABLES:
+        for path in sorted(root.glob(f"{pattern}/manifest.json")):
+            with contextlib.suppress(BadData):
+                manifests.append(read_record(path, Manifest))
+    configs = "".join(
+        f"- config_name: {m.table.replace('/', '-')}\n  data_files: {m.table}/*.arrow\n"
+        + ("  default: true\n" if m.table == "documents" else "")
+        for m in manifests
+    )
+    rows = "".join(
+        f"| {m.table} | {m.rows} | {len(m.commits)} | {sum(c.size for c in m.commits):,} | `{m.root[:16]}` |\n"
+        for m in manifests
+    )
+    return (
+        f"---\nconfigs:\n{configs}---\n\n# XKD cache\n\n"
+        "What a teacher model knew about a corpus, kept so that students can be trained without the teacher.\n\n"
+        f"| table | documents | shards | bytes | root |\n|---|---|---|---|---|\n{rows}\n"
+        "`sha256sum -c SHA256SUMS` checks every file. `load_dataset(FOLDER, CONFIG)` of Hugging Face datasets\n"
+        "opens a table; `xkd-train --shards FOLDER` trains from it. Each table's settings are in its plan.json.\n"
+    )
+
+
+def write_root_files(root: Path) -> None:
+    """README.md, so that `load_dataset(root)` works, and SHA256SUMS for `sha256sum -c`."""
+    _update(root / "README.md", readme(root).encode())
+    skip = {"LOCK", "SHA256SUMS"}
+    lines = []
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        relative = path.relative_to(root)
+        if relative.name in skip or relative.name.startswith(".tmp-") or "quarantine" in relative.parts:
+            continue
+        lines.append(f"{_sum(root, path)}  {relative.as_posix()}\n")
+    _update(root / "SHA256SUMS", "".join(lines).encode())
+
+
+def forget(root: Path, table: str) -> None:
+    """Bring README.md and SHA256SUMS up to date where a table goes; no other digest is taken anew."""
+    card, sums = root / "README.md", root / "SHA256SUMS"
+    _update(card, readme(root).encode())
+    old = sums.read_text().splitlines() if sums.is_file() else []
+    pairs = [(digest, name) for digest, _, name in (line.partition("  ") for line in old)]
+    kept = [(sha256_of(card) if n == card.name else d, n) for d, n in pairs if not n.startswith(f"{table}/")]
+    _update(sums, "".join(f"{digest}  {name}\n" for digest, name in kept).encode())
+
+
+def _update(path: Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        replace(path, content)
+
+
+def _sum(root: Path, path: Path) -> str:
+    """sha256 of a file; a shard's stands in its name's record already and is not read again."""
+    if path.suffix == ".arrow":
+        with contextlib.suppress(InputMissing, BadData):  # hashed below
+            commit = read_record(path.parent / "commits" / f"{path.name[:5]}.json", Commit)
+            if commit.file == path.name:
+                return commit.sha256
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise DiskFailed(f"{path.relative_to(root)}: {error.strerror}") from error

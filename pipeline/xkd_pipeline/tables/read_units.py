@@ -1,0 +1,121 @@
+"""A unit of a table read at once: columns of all its record batches as flat arrays, not row by row.
+
+Shape legend for this file
+    R documents    G segments    T tokens    K words or phrases
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from xkd_pipeline.parsing.stage import document_at
+from xkd_schemas.cache.table import Row, Shard
+from xkd_schemas.ragged import Lists, firsts
+from xkd_schemas.text.batches import DocumentBlock, TokenBlock
+from xkd_schemas.tokens import Tokens
+
+DOCUMENT_COLUMNS = ("doc_id", "source", "line", "text", "segments", "roles", "targets", "messages", "words", "phrases")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentRows:
+    """Documents as a unit of the documents table holds them."""
+
+    doc_ids: Sequence[str]
+    block: DocumentBlock
+    words: Lists
+    """[K, 2] int32 characters."""
+    phrases: Lists
+    """[K, 2] int32 characters."""
+
+    @staticmethod
+    def of(rows: Sequence[Row]) -> "DocumentRows":
+        """From rows, one by one."""
+        return DocumentRows(
+            doc_ids=[row["doc_id"] for row in rows],
+            block=DocumentBlock.of(document_at(row) for row in rows),
+            words=Lists.of([row["words"] for row in rows], np.int32, 2),
+            phrases=Lists.of([row["phrases"] for row in rows], np.int32, 2),
+        )
+
+    def part(self, first: int, end: int) -> "DocumentRows":
+        """The documents from `first` up to `end`."""
+        return DocumentRows(
+            doc_ids=self.doc_ids[first:end], block=self.block.part(first, end), words=self.words[first:end],
+            phrases=self.phrases[first:end],
+        )  # fmt: skip
+
+
+def documents_of(shard: Shard) -> DocumentRows:
+    """All rows of a shard of the documents table.
+
+    Raises:
+        BadData: A record batch does not match its digest.
+    """
+    columns = _columns(shard, [name for name in DOCUMENT_COLUMNS if name in shard.schema.names])
+    roles = _flat(columns["roles"]).combine_chunks().dictionary_encode()
+    return DocumentRows(
+        doc_ids=columns["doc_id"].to_pylist(),
+        block=DocumentBlock(
+            texts=columns["text"].to_pylist(),
+            segments=_lists(columns["segments"]),
+            names=roles.dictionary.to_pylist(),
+            roles_G=roles.indices.to_numpy(),
+            targets_G=_lists(columns["targets"]).values,
+            places=list(zip(columns["source"].to_pylist(), columns["line"].to_pylist(), strict=True)),
+            messages=columns["messages"].to_pylist() if "messages" in columns else [""] * shard.commit.rows,
+        ),
+        words=_lists(columns["words"]),
+        phrases=_lists(columns["phrases"]),
+    )
+
+
+def tokens_of(shard: Shard) -> TokenBlock:
+    """All rows of a shard of a teacher or student table, their tokens alone; raises as `documents_of`."""
+    columns = _columns(shard, ("status", "num_chars", "token_ids", "token_spans", "token_kinds", "targets"))
+    ids = _lists(columns["token_ids"])
+    return TokenBlock(
+        statuses=columns["status"].to_pylist(),
+        num_chars=columns["num_chars"].to_numpy(),
+        first=ids.first,
+        ids=ids.values,
+        spans=_lists(columns["token_spans"]).values,
+        kinds=_lists(columns["token_kinds"]).values,
+        targets=_lists(columns["targets"]).values,
+        extended=np.zeros(len(ids), np.int32),
+    )
+
+
+def tokens_at(row: Row) -> Tokens:
+    """The tokens of one row of a teacher or student table."""
+    return Tokens(
+        status=row["status"],
+        num_chars=row["num_chars"],
+        ids=row["token_ids"],
+        spans=row["token_spans"],
+        kinds=row["token_kinds"],
+        targets=row["targets"],
+    )
+
+
+def _columns(shard: Shard, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+    batches = [shard.batch(number) for number in range(len(shard.commit.batches))]
+    return {name: pa.chunked_array([b.column(name) for b in batches], shard.schema.field(name).type) for name in names}
+
+
+def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The items of all lists."""
+    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
+
+
+def _lists(column: pa.ChunkedArray) -> Lists:
+    """A list column of numbers, or of pairs of them, with its chunks joined."""
+    counts = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
+    first = firsts(np.concatenate([np.zeros(0, np.int64), *counts]))
+    items = _flat(column)
+    if not pa.types.is_fixed_size_list(items.type):
+        return Lists(items.to_numpy(), first)
+    values = pa.chunked_array([chunk.flatten() for chunk in items.chunks], items.type.value_type)
+    return Lists(values.to_numpy().reshape(-1, items.type.list_size), first)

@@ -1,0 +1,62 @@
+"""Columns and counts that the teacher and student tables share."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from xkd_schemas.cache.manifest import Plan, Unit, read_record
+from xkd_schemas.cache.table import Table
+from xkd_schemas.corpus.rows import WORKER_KILLED
+from xkd_schemas.text.batches import DocumentBlock, TokenBlock
+from xkd_schemas.text.encode import Encoder, unusable
+from xkd_schemas.tokens import OK
+
+
+def units_like(documents: Table) -> tuple[Unit, ...]:
+    """The units of a table whose rows are those of the documents."""
+    return read_record(documents.folder / "plan.json", Plan).units
+
+
+def encoded_but(
+    encoder: Encoder, block: DocumentBlock, lost: Collection[int], limits: Sequence[int | None] | None = None
+) -> TokenBlock:
+    """`encoder.encode_batch`; the tokenizer does not see the rows of `lost`, whose status is worker_killed."""
+    if not lost:
+        return encoder.encode_batch(block, limits)
+    kept = [at for at in range(len(block)) if at not in lost]
+    found = encoder.encode_batch(block.taken(kept), limits and [limits[at] for at in kept])
+    tokens = dict(zip(kept, found, strict=True))
+    return TokenBlock.of(
+        tokens[at] if at in tokens else unusable(WORKER_KILLED, len(text)) for at, text in enumerate(block.texts)
+    )
+
+
+def token_columns(tokens: TokenBlock) -> dict[str, Any]:
+    """The columns that teacher and student tables share, without doc_id."""
+    return {
+        "status": tokens.statuses,
+        "num_chars": tokens.num_chars,
+        "token_ids": tokens.lists(tokens.ids),
+        "token_spans": tokens.lists(tokens.spans),
+        "token_kinds": tokens.lists(tokens.kinds),
+        "targets": tokens.lists(tokens.targets),
+    }
+
+
+def extended_counts(tokens: TokenBlock) -> dict[str, int]:
+    """Tokens with characters that a normaliser merged, swapped or deleted, and the documents these are in."""
+    return {"extended": int(tokens.extended.sum()), "extended_documents": int((tokens.extended > 0).sum())}
+
+
+def token_counts(texts: Sequence[str], tokens: TokenBlock) -> dict[str, int]:
+    """Totals over one unit: tokens, targets, cut documents, documents by status, and extended intervals if any."""
+    lengths = zip(tokens.statuses, tokens.num_chars.tolist(), texts, strict=True)
+    counts = {
+        "tokens": len(tokens.ids),
+        "targets": int(tokens.targets.sum()),
+        "cut": sum(status == OK and num_chars < len(text) for status, num_chars, text in lengths),
+    }
+    if tokens.extended.any():
+        counts |= extended_counts(tokens)
+    for status in tokens.statuses:
+        counts[f"status:{status}"] = counts.get(f"status:{status}", 0) + 1
+    return dict(sorted(counts.items()))

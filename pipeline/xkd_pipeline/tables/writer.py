@@ -1,0 +1,192 @@
+"""A table while it is being made: its plan, its commit records, and the seal at the end.
+
+Only the driver uses this, holding the cache's lock. Workers write shards (shard.py) and return
+records; a record counts from the moment it is linked into commits/.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from xkd_pipeline.tables.dataset_card import write_root_files
+from xkd_schemas.cache.files import refuse_links
+from xkd_schemas.cache.manifest import (
+    Care,
+    Commit,
+    Manifest,
+    Plan,
+    Spec,
+    Unit,
+    is_damaged,
+    read_record,
+    record_paths,
+    refuse_differences,
+    sealed,
+    to_json,
+)
+from xkd_schemas.durable_files import (
+    disk_errors,
+    held,
+    inside,
+    make_folder,
+    put_if_absent,
+    remove,
+    rename,
+    replace,
+    sha256_of,
+)
+from xkd_schemas.errors import BadData, InputMissing, UsageError
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold the cache for writing; Busy names the process that has it. Freed by the system when we die.
+
+    Raises:
+        Refused: It has a link, which a writer could follow out of it.
+        UsageError: It is a file.
+    """
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is a file, and a cache is a folder", kept="it as it is", next="name a folder")
+    refuse_links(root)
+    with held(root):
+        yield
+
+
+class Store:
+    """A table's folder: `Store(root, "documents", spec, units)` opens it or begins it.
+
+    Raises:
+        Mismatch: The folder was begun with another spec; every differing field is named.
+    """
+
+    def __init__(self, root: Path, table: str, spec: Spec, units: tuple[Unit, ...]) -> None:
+        self.root = root
+        self.folder = inside(root, *table.split("/"))
+        plan = Plan(table=table, spec=json.loads(json.dumps(spec)), units=units)
+        path = self.folder / "plan.json"
+        if self._is_lost(path, plan):
+            replace(path, to_json(plan))
+        self.plan = read_record(path, Plan)
+        self.known_cares: dict[int, Care] = {}
+        if (plan.spec, plan.units) == (self.plan.spec, self.plan.units):
+            return
+        advice = f"repeat the first command's settings, or write to a new folder than {root}"
+        if table != "documents":
+            advice = (
+                f"repeat the first command's settings, or give this one another --name (now {table.split('/')[-1]})"
+            )
+        refuse_differences(self.folder, plan.spec, self.plan.spec, advice=advice)
+        raise BadData(f"{path} lists other units than this corpus gives", next=advice)
+
+    def _is_lost(self, path: Path, plan: Plan) -> bool:
+        """Whether `plan` is to be written: of a new table, or because its file is damaged or not there."""
+        if path.exists() and path.stat().st_size:
+            return is_damaged(path, plan)
+        manifest = self.manifest()
+        if manifest is None:
+            return not record_paths(self.folder)
+        return (manifest.spec, len(manifest.commits)) == (plan.spec, len(plan.units))
+
+    def commits(self) -> dict[int, Commit]:
+        """Units that are done: the record is whole and its shard has the right size and digest.
+
+        What does not verify is moved to quarantine/ and will be made again.
+        """
+        done: dict[int, Commit] = {}
+        for path in record_paths(self.folder):
+            try:
+                commit = read_record(path, Commit)
+                whole = path.name == f"{commit.unit:05d}.json" and commit.unit < len(self.plan.units)
+                whole = whole and holds(self.folder, commit)
+            except BadData:
+                whole = False
+            if whole:
+                done[commit.unit] = commit
+            else:
+                shards = self.folder.glob(f"{path.stem}-*.arrow")
+                quarantine(self.folder, [path, *shards, self.folder / "manifest.json"])
+        return done
+
+    def cares(self, units: Iterable[int]) -> dict[int, Care]:
+        """Units that are known to need care: `known_cares`, and what quarantined records say of how they were made."""
+        found = dict(self.known_cares)
+        for unit in units:
+            with contextlib.suppress(BadData, InputMissing):
+                record = read_record(self.folder / "quarantine" / f"{unit:05d}.json", Commit)
+                if record.care is not None and record.unit == unit:
+                    found[unit] = record.care
+        return found
+
+    def commit(self, record: Commit) -> None:
+        """Make one finished unit count."""
+        put_if_absent(self.folder / "commits" / f"{record.unit:05d}.json", to_json(record))
+
+    def manifest(self) -> Manifest | None:
+        """The sealed manifest; None where it or a file it names is missing or damaged and must be made again."""
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            return None
+        try:
+            manifest = read_record(path, Manifest)
+        except BadData:
+            return None
+        whole = all(self._holds(name, digest) for name, digest in manifest.files.items())
+        return manifest if whole else None
+
+    def _holds(self, name: str, digest: str) -> bool:
+        places = (inside(self.folder, name), inside(self.folder, "tokenizer", name))
+        return any(path.is_file() and sha256_of(path) == digest for path in places)
+
+    def is_all(self, manifest: Manifest, done: Mapping[int, Commit]) -> bool:
+        """Whether a manifest names every unit, and each of them is done."""
+        enough = len(manifest.commits) == len(self.plan.units)
+        return enough and all(c.unit in done and done[c.unit].bound == c for c in manifest.commits)
+
+    def seal(self, commits: dict[int, Commit], constants: dict[str, Any], files: dict[str, str]) -> Manifest:
+        """Write the manifest once all units are done, and remove files that no record names."""
+        ordered = tuple(commits[unit] for unit in range(len(self.plan.units)))
+        manifest = sealed(self.plan, ordered, constants, files)
+        self._sweep(ordered)
+        replace(self.folder / "manifest.json", to_json(manifest))
+        self.describe()
+        return manifest
+
+    def describe(self) -> None:
+        """Bring README.md and SHA256SUMS of the cache up to date; the last run may have died before it could."""
+        with disk_errors(self.root):
+            for path in self.root.glob(".tmp-*"):
+                remove(path)
+        write_root_files(self.root)
+
+    def _sweep(self, commits: tuple[Commit, ...]) -> None:
+        shards = {c.file for c in commits}
+        rejects = {c.rejects.file for c in commits if c.rejects is not None}
+        with disk_errors(self.folder):
+            loose = [path for path in self.folder.glob("[0-9]*.arrow") if path.name not in shards]
+            loose += [path for path in (self.folder / "rejects").glob("*.jsonl") if path.name not in rejects]
+            for folder in (self.folder, self.folder / "commits", self.folder / "rejects"):
+                loose += folder.glob(".tmp-*")
+            for path in loose:
+                remove(path)
+
+
+def quarantine(folder: Path, paths: Iterable[Path]) -> None:
+    """Move files of a table out of the way; gc removes them later."""
+    with disk_errors(folder):
+        make_folder(folder / "quarantine")
+        for path in paths:
+            if path.exists():
+                rename(path, folder / "quarantine" / path.name)
+
+
+def holds(folder: Path, commit: Commit) -> bool:
+    """Whether the shard and the rejects that a record names are there and what it says."""
+    shard = inside(folder, commit.file)
+    whole = shard.is_file() and shard.stat().st_size == commit.size and sha256_of(shard) == commit.sha256
+    if commit.rejects is not None:
+        rejects = inside(folder, "rejects", commit.rejects.file)
+        whole = whole and rejects.is_file() and sha256_of(rejects) == commit.rejects.sha256
+    return whole

@@ -1,0 +1,259 @@
+"""Units on workers that die, hang and run out of memory: what is tried again, how, and when it is given up.
+
+Nothing here knows Ray: a pool starts and kills workers and reports what became of what they were given.
+
+A unit whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart (split.py), and
+those that kill every worker alone are left out. Rows that only kill together, and units that run out of memory, go
+on in batches half as large. A worker that is silent for too long is killed; its unit is tried three times.
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from xkd_pipeline.workers.bisect_rows import Search, culprits
+from xkd_pipeline.workers.executor import AGAIN, AS_PLANNED, KEPT, Stage, Workers, recorded, smaller, unit_of
+from xkd_schemas.cache.manifest import Care, Commit
+from xkd_schemas.console import warn
+from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
+from xkd_schemas.progress import remark
+
+TRIES: Final = 3
+"""Workers that a unit, or a row, may kill or hang; starts of a worker that may fail in a row."""
+MOST_LOST: Final = 16
+"""Rows of one unit that may be left out at once; if more kill their worker, something else is wrong."""
+FIRST_SECONDS: Final = 1800.0
+"""How long a worker may load at least, and a unit take while none has finished."""
+SHORTEST_SECONDS: Final = 300.0
+MEDIANS: Final = 5
+
+
+_SILENT: Final = "no word from it"
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker has loaded the stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """A worker's process is gone."""
+
+    reason: str
+    for_memory: bool = False
+    """Killed because its machine ran out of memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    """Memory ran out in a worker, which lives on."""
+
+    reason: str
+
+
+Report = tuple[Hashable, Ready | Commit | Died | Exhausted]
+"""Worker, and what became of it or of what it was given."""
+
+
+class Pool(Protocol):
+    """Worker processes. Both `give` and `reports` raise what a stage raised, and WorkersGone when all is lost."""
+
+    def start(self) -> Hashable:
+        """Start a worker, which reports Ready or Died."""
+
+    def give(self, worker: Hashable, job: Any, care: Care) -> None:
+        """Let a worker make a unit; it reports a Commit, Died or Exhausted."""
+
+    def reports(self, seconds: float) -> list[Report]:
+        """What there is to report; waits for the first so long, then returns none."""
+
+    def kill(self, worker: Hashable) -> None:
+        """End a worker, which reports no more."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Task:
+    job: Any
+    unit: int
+    care: Care
+    deaths: int = 0
+    hangs: int = 0
+    search: Search | None = None
+    rows: tuple[int, ...] = ()
+    """What the search wants tried alone."""
+
+
+class Schedule:
+    """One run over some jobs. `clock` is monotonic seconds."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        stage: Stage,
+        jobs: Iterable[Any],
+        workers: Workers,
+        cares: Mapping[int, Care] | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pool, self._stage, self._jobs, self._clock = pool, stage, iter(jobs), clock
+        self._cares = cares or {}
+        self._count, self._stall = workers.count, workers.stall_seconds
+        self._queue: deque[_Task] = deque()
+        self._loading: dict[Hashable, float] = {}
+        self._idle: list[Hashable] = []
+        self._busy: dict[Hashable, tuple[_Task, float]] = {}
+        self._seconds: list[float] = []
+        self._bad_starts = 0
+
+    def run(self, done: Callable[[Commit], None]) -> None:
+        """Until every job is made and handed to `done`.
+
+        Raises:
+            WorkersGone: A unit hangs every worker, or workers do not start.
+            OutOfMemory: Not even one document of a unit fits.
+        """
+        while True:
+            self._hand_out()
+            if not self._busy and not self._queue:
+                return
+            remark(self._at_work())
+            for worker, what in self._pool.reports(1.0):
+                if worker in self._loading:
+                    self._started(worker, what)
+                elif worker in self._busy:
+                    self._heard(worker, what, done)
+            self._end_the_silent()
+
+    def _at_work(self) -> str:
+        units = sorted(task.unit for task, _ in self._busy.values())
+        loading = f", {len(self._loading)} workers loading" if self._loading else ""
+        return f"at work: shard {', '.join(map(str, units[:8])) or 'none'}{', ...' * (len(units) > 8)}{loading}"
+
+    def _hand_out(self) -> None:
+        """Start as many workers as there is work for, and give the idle ones a task each."""
+        room = self._count - len(self._busy)
+        while len(self._queue) < room and (job := next(self._jobs, None)) is not None:
+            unit = unit_of(job)
+            self._queue.append(_Task(job=job, unit=unit, care=self._cares.get(unit, AS_PLANNED)))
+        for _ in range(min(room, len(self._queue)) - len(self._idle) - len(self._loading)):
+            self._loading[self._pool.start()] = self._clock()
+        while self._idle and self._queue:
+            worker, task = self._idle.pop(), self._queue.popleft()
+            self._busy[worker] = task, self._clock()
+            self._pool.give(worker, task.job, self._sent(task))
+
+    def _sent(self, task: _Task) -> Care:
+        if task.search is None:
+            return task.care
+        others = set(range(self._stage.rows(task.job))) - set(task.rows)
+        return task.care.model_copy(update={"lost": tuple(sorted(others))})
+
+    def _started(self, worker: Hashable, what: object) -> None:
+        del self._loading[worker]
+        if isinstance(what, Ready):
+            self._idle.append(worker)
+            self._bad_starts = 0
+        else:
+            memory = isinstance(what, Exhausted) or (isinstance(what, Died) and what.for_memory)
+            reason = what.reason if isinstance(what, Died | Exhausted) else _SILENT
+            self._not_started(reason, OutOfMemory if memory else WorkersGone)
+
+    def _not_started(self, reason: str, kind: type[XkdError] = WorkersGone) -> None:
+        self._bad_starts += 1
+        if self._bad_starts < TRIES:
+            return
+        self._count, self._bad_starts = self._count - 1, 0
+        if self._count == 0 or not (self._busy or self._idle):
+            raise kind(f"no worker starts, {TRIES} in a row ended in loading: {reason}", kept=KEPT, next=AGAIN)
+        warn(f"{TRIES} workers in a row did not start: {reason}; going on with {self._count}")
+
+    def _heard(self, worker: Hashable, what: object, done: Callable[[Commit], None]) -> None:
+        task, since = self._busy.pop(worker)
+        if isinstance(what, Died):
+            self._died(task, what)
+            return
+        self._idle.append(worker)
+        if isinstance(what, Exhausted):
+            task.care, task.deaths = smaller(self._stage, task.job, task.care, what.reason), 0
+            self._queue.appendleft(task)
+        elif task.search is not None:
+            self._go_on(task, died=False)
+        elif isinstance(what, Commit):
+            self._seconds.append(self._clock() - since)
+            done(recorded(what, task.care))
+
+    def _died(self, task: _Task, death: Died) -> None:
+        if task.search is not None:
+            self._go_on(task, died=True)
+            return
+        task.deaths += 1
+        if task.deaths < TRIES:
+            warn(f"unit {task.unit}: its worker died ({death.reason}); try {task.deaths + 1} of {TRIES}")
+        elif death.for_memory:
+            task.care, task.deaths = smaller(self._stage, task.job, task.care, death.reason), 0
+        else:
+            rows = [row for row in range(self._stage.rows(task.job)) if row not in task.care.lost]
+            if not rows:
+                raise WorkersGone(f"unit {task.unit} kills its worker without any of its rows", kept=KEPT, next=AGAIN)
+            warn(f"unit {task.unit}: {TRIES} workers died ({death.reason}); its rows are tried apart")
+            task.search = culprits(rows, tries=TRIES, most=MOST_LOST)
+            self._go_on(task, died=None)
+            return
+        self._queue.appendleft(task)
+
+    def _go_on(self, task: _Task, *, died: bool | None) -> None:
+        """Take the search one step on; at its end the unit is made without what it found."""
+        assert task.search is not None
+        self._queue.appendleft(task)
+        try:
+            task.rows = next(task.search) if died is None else task.search.send(died)
+            return
+        except StopIteration as end:
+            found: tuple[int, ...] = end.value
+        task.search, task.deaths = None, 0
+        if len(found) > MOST_LOST:
+            raise WorkersGone(
+                f"unit {task.unit}: more than {MOST_LOST} rows kill their worker, so the rows are not the cause",
+                kept=KEPT,
+                next=f"run with --workers 0 to see what happens in this process; {AGAIN}",
+            )
+        if found:
+            warn(f"unit {task.unit}: left out, as they kill their worker: row {', '.join(map(str, found))}")
+            task.care = task.care.model_copy(update={"lost": tuple(sorted({*task.care.lost, *found}))})
+        else:
+            reason = "its rows kill their worker together and not alone"
+            task.care = smaller(self._stage, task.job, task.care, reason, WorkersGone)
+
+    def _end_the_silent(self) -> None:
+        now = self._clock()
+        for worker, (task, since) in list(self._busy.items()):
+            if now - since <= (limit := self._limit()):
+                continue
+            del self._busy[worker]
+            self._pool.kill(worker)
+            task.hangs += 1
+            if task.hangs >= TRIES:
+                raise WorkersGone(
+                    f"unit {task.unit} was not finished within {limit:g} s, {TRIES} times",
+                    kept=KEPT,
+                    next="allow it more with --stall-timeout SECONDS, or look at its documents",
+                )
+            warn(f"unit {task.unit}: no word for {limit:g} s; its worker is killed, try {task.hangs + 1} of {TRIES}")
+            self._queue.appendleft(task)
+        for worker, since in list(self._loading.items()):
+            if now - since > max(FIRST_SECONDS, self._stall or 0.0):
+                del self._loading[worker]
+                self._pool.kill(worker)
+                self._not_started(_SILENT)
+
+    def _limit(self) -> float:
+        if self._stall is not None:
+            return self._stall
+        if not self._seconds:
+            return FIRST_SECONDS
+        return max(SHORTEST_SECONDS, MEDIANS * statistics.median(self._seconds))

@@ -1,0 +1,326 @@
+"""Read a sealed table: memory-mapped shards, opened when first needed, every byte checked when first touched."""
+
+import contextlib
+import functools
+import mmap
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+
+from xkd_schemas.cache.files import refuse_links, refuse_unnamed
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, RecordBatch, read_record
+from xkd_schemas.codecs import CODECS, PLAIN, Codec
+from xkd_schemas.durable_files import SAFE_NAME, inside, sha256_of, xxh3_of
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
+from xkd_schemas.ragged import Columns
+
+OPEN_SHARDS: Final = 128
+"""Shards of a table that are open at once: each takes a file descriptor, of which a process often has 1024."""
+
+READY_BATCHES: Final = 16
+"""Record batches of an open shard whose columns stay ready: Python objects of some KB each, whatever their rows."""
+
+Decoder = Callable[[Callable[[str], Any]], Any]
+"""Given a reader of stored columns, the values of one coded column."""
+
+
+class Row:
+    """One document of one table; columns are read on demand as views into the mapped shard."""
+
+    __slots__ = ("_columns", "_decoders", "_row")
+
+    def __init__(self, columns: Columns, row: int, decoders: Mapping[str, Decoder]) -> None:
+        self._columns = columns
+        self._row = row
+        self._decoders = decoders
+
+    def __getitem__(self, column: str) -> Any:
+        decoder = self._decoders.get(column)
+        return self.stored(column) if decoder is None else decoder(self.stored)
+
+    def get(self, column: str, default: Any) -> Any:
+        """The column, or `default` where the table has none of that name."""
+        return self[column] if column in self._columns.names else default
+
+    def stored(self, column: str) -> Any:
+        """The column as it lies in the shard, before a codec has read it."""
+        return self._columns.row(column, self._row)
+
+
+class Shard:
+    """One Arrow IPC file whose size and digests are those of its commit record.
+
+    `checked` are the record batches whose bytes were compared before, when the file was open the last time.
+    """
+
+    def __init__(self, path: Path, commit: Commit, checked: Iterable[int] = ()) -> None:
+        try:
+            with path.open("rb") as stream:
+                size = stream.seek(0, 2)
+                if size != commit.size:
+                    raise BadData(f"{path} has {size} bytes, its record says {commit.size}", next=_AGAIN)
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise BadData(f"{path} is missing", next=_AGAIN) from None
+        self.path = path
+        self.commit = commit
+        self.checked = set(checked)
+        self._bytes = memoryview(self._map)
+        if xxh3_of(_frame(self._bytes, commit.batches)) != commit.frame_xxh3:
+            raise BadData(f"{path} is corrupt: header or footer does not match its digest", next=_AGAIN)
+        try:
+            self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
+        except (pa.ArrowException, OSError) as error:
+            raise BadData(f"{path} is not an Arrow IPC file: {error}", next=_AGAIN) from error
+        self._columns: OrderedDict[int, Columns] = OrderedDict()
+        self._decoders = _decoders(path, self._file.schema)
+        self._ends = list(accumulate(b.rows for b in commit.batches))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema as the file holds it."""
+        return self._file.schema
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        """Record batch `number`, after its bytes were compared with their digest once."""
+        record = self.commit.batches[number]
+        data = self._bytes[record.offset : record.offset + record.length]
+        if number not in self.checked and xxh3_of(data) != record.xxh3:
+            first = self._ends[number] - record.rows
+            raise BadData(
+                f"{self.path} is corrupt: record batch {number} (rows {first} to {first + record.rows - 1}) "
+                "does not match its digest",
+                next=_AGAIN,
+            )
+        self.checked.add(number)
+        try:
+            return self._file.get_batch(number)
+        except (pa.ArrowException, OSError) as error:
+            raise BadData(f"{self.path}: record batch {number} cannot be read: {error}", next=_AGAIN) from error
+
+    def row(self, row: int) -> Row:
+        """Row `row` of this shard."""
+        number = bisect_right(self._ends, row)
+        if number in self._columns:
+            self._columns.move_to_end(number)
+        else:
+            self._columns[number] = Columns(self.batch(number))
+            if len(self._columns) > READY_BATCHES:
+                self._columns.popitem(last=False)
+        first = self._ends[number] - self.commit.batches[number].rows
+        return Row(self._columns[number], row - first, self._decoders)
+
+
+def _decoders(path: Path, schema: pa.Schema) -> dict[str, Decoder]:
+    """The coded columns of a shard; columns stored as they are have no decoder."""
+    found: dict[str, Decoder] = {}
+    for field in schema:
+        name = (field.metadata or {}).get(b"codec", b"").decode()
+        if name in CODECS and name != PLAIN:
+            found[field.name] = functools.partial(_decoded, path, CODECS[name], field.name, schema.metadata or {})
+    return found
+
+
+def _decoded(
+    path: Path, codec: Codec, column: str, metadata: Mapping[bytes, bytes], read: Callable[[str], Any]
+) -> Any:
+    try:
+        return codec.decode(column, read, metadata)
+    except BadData as error:
+        raise BadData(f"{path}: {error}", next=_AGAIN) from error
+
+
+_AGAIN = "run the same xkd-cache command again: it makes only what is missing or damaged"
+
+
+def _frame(data: memoryview, batches: tuple[RecordBatch, ...]) -> bytes:
+    """All bytes of the file that lie in no record batch."""
+    if not batches:
+        return bytes(data)
+    end = batches[-1].offset + batches[-1].length
+    return bytes(data[: batches[0].offset]) + bytes(data[end:])
+
+
+class Table:
+    """A sealed table of a cache.
+
+    Args:
+        root: The cache folder.
+        name: "documents", "teachers/NAME" or "students/NAME".
+
+    Raises:
+        InputMissing: There is no manifest.
+        BadData: The manifest does not match its own digest.
+        Refused: There is a link, or a file that no manifest names.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.name = name
+        check_cache(root)
+        self.folder = inside(root, *name.split("/"))
+        refuse_links(self.folder)
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            raise InputMissing(f"{path} is not there", next=_making(root, name))
+        self.manifest = read_record(path, Manifest)
+        if self.manifest.table != name:
+            raise BadData(f"{self.folder / 'manifest.json'} is that of {self.manifest.table}", next=_AGAIN)
+        refuse_unnamed(root, self.folder, self.manifest)
+        self._ends = list(accumulate(c.rows for c in self.manifest.commits))
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._checked: dict[int, set[int]] = {}
+        self._first: tuple[str, pa.Schema] | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def path(self, number: int) -> Path:
+        """Where the shard of unit `number` lies."""
+        return inside(self.folder, self.manifest.commits[number].file)
+
+    def shard(self, number: int) -> Shard:
+        """Shard of unit `number`, checked once; OPEN_SHARDS stay open, those used last."""
+        if number in self._shards:
+            self._shards.move_to_end(number)
+            return self._shards[number]
+        shard = Shard(self.path(number), self.manifest.commits[number], self._checked.get(number, ()))
+        mark = (shard.schema.metadata or {}).get(b"unit")
+        if mark != str(number).encode():
+            raise BadData(f"{shard.path} holds unit {(mark or b'?').decode()}, expected {number}", next=_AGAIN)
+        name, schema = self._first = self._first or (shard.path.name, shard.schema)
+        if not shard.schema.equals(schema):
+            raise Mismatch(f"{shard.path} has another schema than {name}", next=_AGAIN)
+        self._shards[number] = shard
+        if len(self._shards) > OPEN_SHARDS:
+            oldest, left = self._shards.popitem(last=False)
+            self._checked[oldest] = left.checked
+        return shard
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index` of the table, in the order of the plan."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        unit = bisect_right(self._ends, index)
+        return self.shard(unit).row(index - (self._ends[unit] - self.manifest.commits[unit].rows))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Compare the tokenizer that lies in a table's folder with the table's manifest; any other folder is left alone.
+
+    Where there is no whole manifest, SHA256SUMS says what the files were.
+
+    Raises:
+        BadData: A file is missing, changed, or not the table's.
+    """
+    table = folder.absolute().parent
+    if folder.name != "tokenizer" or not any((table / name).is_file() for name in ("manifest.json", "plan.json")):
+        return
+    refuse_links(inside(table.parent.parent, table.parent.name, table.name, "tokenizer"))
+    known = _tokenizer_digests(table)
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    for name in sorted(known.keys() | there):
+        path = inside(folder, name)
+        if name not in there or name not in known or sha256_of(path) != known[name]:
+            what = "does not match its digest" if name in known else "is a file that no manifest vouches for"
+            raise BadData(f"{path} {what if name in there else 'is not there'}", next=_tokenizer_again(table))
+
+
+def _tokenizer_digests(table: Path) -> dict[str, str]:
+    """sha256 by name of the files of a table's tokenizer."""
+    with contextlib.suppress(BadData, InputMissing):
+        files = read_record(table / "manifest.json", Manifest).files
+        return {name: digest for name, digest in files.items() if not name.endswith(".safetensors")}
+    prefix = f"{table.parent.name}/{table.name}/tokenizer/"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        lines = (table.parent.parent / "SHA256SUMS").read_bytes().decode().split("\n")
+        pairs = (line.partition("  ") for line in lines)
+        return {name.removeprefix(prefix): digest for digest, _, name in pairs if name.startswith(prefix)}
+    return {}
+
+
+def _tokenizer_again(table: Path) -> str:
+    """The command that writes the tokenizer of a table anew."""
+    root, name = table.parent.parent, table.name
+    if table.parent.name == "students":
+        return f"xkd-cache align {root} --student PATH_OF_ITS_TOKENIZER --name {name}"
+    return f"xkd-cache repair {root} --model PATH_OF_{name}"
+
+
+TABLES: Final = ("documents", "teachers/*", "signals/*", "students/*")
+"""Patterns of table folders below a cache, each after those that it is made from."""
+
+
+def sealed_tables(root: Path) -> list[str]:
+    """Every finished table of a cache, documents first; documents stands in it even where it is not there."""
+    kinds = [pattern.partition("/")[0] for pattern in TABLES[1:]]
+    return [TABLES[0], *(f"{kind}/{name}" for kind in kinds for name in names_in(root, kind))]
+
+
+def names_in(root: Path, kind: str) -> list[str]:
+    """Names of the sealed tables below `root/kind`, sorted."""
+    folder = root / kind
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path.name for path in found if (path / "manifest.json").is_file())
+
+
+def check_cache(root: Path) -> None:
+    """Raise InputMissing with the command that makes a cache where there is no such folder."""
+    if not root.is_dir():
+        raise InputMissing(f"cache {root} is not a folder", next=_making(root, "documents"))
+
+
+def check_name(name: str, flag: str) -> None:
+    """Raise UsageError where a table cannot have that name; "" is left to whoever chooses one."""
+    if name and not SAFE_NAME.fullmatch(name):
+        raise UsageError(
+            f"{flag} {name}: not a name for a table", next="use letters, digits, dots, dashes and underscores"
+        )
+
+
+def _making(root: Path, name: str) -> str:
+    """The command that makes a table."""
+    kind, _, own = name.partition("/")
+    commands = {
+        "documents": f"xkd-cache documents CORPUS --out {root}",
+        "teachers": f"xkd-cache teacher {root} --model PATH_OF_{own} --name {own}",
+        "students": f"xkd-cache align {root} --student PATH_OF_{own} --name {own}",
+    }
+    return commands.get(kind, f"xkd-cache add {root} --model PATH_OF_THE_TEACHER --for LOSS")
+
+
+def only_teacher(root: Path) -> str:
+    """The teacher of a cache that has one.
+
+    Raises:
+        InputMissing: There is no cache, or no teacher yet.
+        UsageError: There are several; name one.
+    """
+    check_cache(root)
+    names = names_in(root, "teachers")
+    if not names:
+        raise InputMissing(f"{root} has no finished teacher table", next=f"xkd-cache teacher {root} --model MODEL")
+    return _only(root, "teacher", names)
+
+
+def only_student(root: Path, teacher: str) -> str:
+    """The student that was aligned with a teacher, "" where there is none; UsageError where there are several."""
+    specs = {
+        name: read_record(inside(root, "students", name, "plan.json"), Plan).spec
+        for name in names_in(root, "students")
+    }
+    names = [name for name, spec in specs.items() if spec["teacher"] == teacher]
+    return _only(root, "student", names) if names else ""
+
+
+def _only(root: Path, what: str, names: list[str]) -> str:
+    if len(names) > 1:
+        raise UsageError(f"{root} has {what}s {', '.join(names)}", next=f"choose one with --{what} NAME")
+    return names[0]

@@ -1,0 +1,397 @@
+"""Rows of a corpus to documents, or to the reason why a row is rejected.
+
+Pure: no file is opened here, so the same rows give the same documents in any process. Every row
+becomes exactly one document or one RejectedRow.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import orjson
+
+from xkd_schemas.corpus.conversation import CALL, REASONING, REASONING_KEYS, call_text
+from xkd_schemas.corpus.formats import Form, form_named
+from xkd_schemas.corpus.line_reader import LongLine
+from xkd_schemas.documents import Document, document_of
+
+MAX_CHARS: Final = 1_000_000
+"""Characters of the longest document that is taken."""
+DETAIL_CHARS: Final = 200
+"""Characters of a rejected row that are kept."""
+
+BAD_JSON: Final = "bad_json"
+BAD_TYPE: Final = "bad_type"
+MISSING_FIELD: Final = "missing_field"
+LONE_SURROGATE: Final = "lone_surrogate"
+BAD_UTF8: Final = "bad_utf8"
+BLANK: Final = "blank"
+EMPTY: Final = "empty"
+NO_TARGET: Final = "no_target"
+BAD_ROLE: Final = "bad_role"
+TOO_LONG: Final = "too_long"
+LINE_TOO_LONG: Final = "line_too_long"
+WORKER_KILLED: Final = "worker_killed"
+"""Not found by looking at the row: a process that worked on it died, every time."""
+
+CHAT_ROLES: Final = {"system": False, "developer": False, "user": False, "assistant": True, "tool": False}
+"""Roles of a chat message, and whether the student learns to produce them."""
+OTHER_ROLES: Final = {
+    "human": "user", "gpt": "assistant", "model": "assistant", "function": "tool", "observation": "tool",
+    "function_response": "tool",
+}  # fmt: skip
+"""What other files call these roles."""
+FUNCTION_CALL: Final = "function_call"
+"""Role of a message of ShareGPT files whose content is the JSON of an assistant's calls."""
+OTHER_KEYS: Final = {"from": "role", "value": "content"}
+"""What ShareGPT files call the keys of a message."""
+OTHER_CONTENT: Final = (FUNCTION_CALL, "images", "audio", "refusal", "prefix")
+"""Keys of a message whose content is not read; leaving them out would change what was said."""
+PASSED_KEYS: Final = ("name", "tool_call_id")
+"""Keys of a message that are handed to the chat template as they are."""
+TRAINED_KEYS: Final = ("weight", "train")
+"""Keys of a message that turn its target off with 0 or false."""
+TOOLS: Final = "tools"
+"""Key of a chat row with the tools that may be called."""
+SYSTEM_KEYS: Final = ("system", "system_prompt")
+"""Keys of a chat row with a system turn that is none of its messages."""
+ROW_KEYS: Final = (TOOLS, *SYSTEM_KEYS)
+"""Columns of a chat row that are read beside its messages."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+Part = tuple[str, str, bool]
+"""(role, text, is target)"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawRow:
+    """One row of a source, not yet looked at."""
+
+    line: int
+    """Row in the source, first is 1; of a JSONL file the line, of a folder counted through its files."""
+    content: bytes | LongLine | dict[str, object]
+    """One JSONL line without its end, a line too long to hold, or a row of a table. Of a table row
+    with text that is not UTF-8: the bytes of that text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RejectedRow:
+    """One row that became no document, and why."""
+
+    source: str
+    line: int
+    reason: str
+    """A code: one of the constants of this module."""
+    detail: str
+    """What is wrong and how the row begins: at most 200 characters of printable ASCII."""
+    sha256: str
+    """Of the row's bytes; of a table row, of its JSON with sorted keys."""
+
+
+class RowRejected(ValueError):
+    """Why one row becomes no document."""
+
+    def __init__(self, reason: str, what: str) -> None:
+        super().__init__(what)
+        self.reason = reason
+        self.what = what
+
+
+def read_documents(
+    source: str,
+    form: str,
+    columns: Mapping[str, str],
+    rows: Sequence[RawRow],
+    *,
+    max_chars: int = MAX_CHARS,
+    unused: dict[str, int] | None = None,
+) -> tuple[list[Document], list[RejectedRow]]:
+    """Documents and rejected rows, both in the order of `rows`; together as many as there are rows.
+
+    Args:
+        source: The name that documents and rejects carry.
+        form: A key of FORMS.
+        columns: Field to column; a field that is not there is read from the column of its own name.
+        rows: Any stretch of the source; results do not depend on how it is cut.
+        max_chars: Characters above which a document is rejected as too_long.
+        unused: Counts keys of chat rows and their messages that are not used, and references behind a first one.
+
+    Raises:
+        UsageError: the form is not known.
+    """
+    kind = form_named(form)
+    names = {field.name: columns.get(field.name, field.name) for field in kind.fields}
+    documents: list[Document] = []
+    rejected: list[RejectedRow] = []
+    for row in rows:
+        try:
+            counts = {} if unused is None else unused
+            content = _first_reference(kind, names, _object_of(row.content), counts)
+            parts, messages = _parts_of(kind, names, content, counts)
+            documents.append(_document(parts, messages, source=source, line=row.line, max_chars=max_chars))
+        except RowRejected as why:
+            rejected.append(rejected_row(source, row, why.reason, why.what))
+    return documents, rejected
+
+
+def parsed_row(content: bytes | LongLine | dict[str, object]) -> dict[str, object] | None:
+    """The row as an object, or None where it is none: for looking at the first rows of a source."""
+    try:
+        return _object_of(content)
+    except RowRejected:
+        return None
+
+
+def _object_of(content: bytes | LongLine | dict[str, object]) -> dict[str, object]:
+    if isinstance(content, dict):
+        return {key: _without_nulls(value) for key, value in content.items()}
+    if isinstance(content, LongLine):
+        raise RowRejected(LINE_TOO_LONG, f"a line of {content.num_bytes} bytes")
+    if not content.strip():
+        raise RowRejected(BLANK, "a blank line between rows")
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise _json_error(content, error) from None
+    if not isinstance(value, dict):
+        raise RowRejected(BAD_TYPE, f"the row is {_kind(value)}, not an object")
+    return value
+
+
+def _without_nulls(value: object) -> object:
+    """A table's value without the keys that its other rows have and it has not."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _json_error(content: bytes, error: orjson.JSONDecodeError) -> RowRejected:
+    """Tell broken UTF-8 and half surrogate pairs from other broken JSON."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as not_text:
+        return RowRejected(BAD_UTF8, f"byte {not_text.start} is not UTF-8")
+    try:
+        orjson.loads(_SURROGATE.sub(rb"\\ufffd", content))
+    except orjson.JSONDecodeError:
+        return RowRejected(BAD_JSON, str(error))
+    return RowRejected(LONE_SURROGATE, str(error))
+
+
+def references_of(form: str, columns: Mapping[str, str], row: Mapping[str, object]) -> list[str]:
+    """All the responses of a row that has a list of them; else empty.
+
+    >>> references_of("alpaca", {"output": "output"}, {"output": ["Hi.", "Hello."]})
+    ['Hi.', 'Hello.']
+    """
+    for field in form_named(form).fields:
+        value = row.get(columns.get(field.name, field.name)) if field.role == "response" else None
+        if isinstance(value, list):
+            return value if all(isinstance(text, str) for text in value) else []
+    return []
+
+
+def _first_reference(
+    form: Form, columns: Mapping[str, str], row: Mapping[str, object], unused: dict[str, int]
+) -> Mapping[str, object]:
+    """The row with the first of several responses alone, which is learnt."""
+    for field in form.fields:
+        value = row.get(columns[field.name])
+        if field.role == "response" and isinstance(value, list) and value:
+            _count(unused, "row", [f"{columns[field.name]}[1:]"] * (len(value) - 1))
+            return {**row, columns[field.name]: value[0]}
+    return row
+
+
+def _parts_of(
+    form: Form, columns: Mapping[str, str], row: Mapping[str, object], unused: dict[str, int]
+) -> tuple[list[Part], str]:
+    """The row's parts, and as `Document.messages` what they do not say."""
+    parts: list[Part] = []
+    messages = ""
+    for field in form.fields:
+        column = columns[field.name]
+        value = row.get(column)
+        if value is None:
+            if field.required:
+                raise RowRejected(MISSING_FIELD, f'field "{column}" is {"null" if column in row else "missing"}')
+        elif field.role:
+            parts.append((field.role, _text(value, f'field "{column}"'), field.target))
+        else:
+            parts, messages = _chat(value, column, row, unused)
+    return parts, messages
+
+
+def _chat(value: object, column: str, row: Mapping[str, object], unused: dict[str, int]) -> tuple[list[Part], str]:
+    """Parts of a chat row that hold text, and what they do not say."""
+    if not isinstance(value, list):
+        raise RowRejected(BAD_TYPE, f'field "{column}" is {_kind(value)}, not a list')
+    _count(unused, "row", [key for key in row if row[key] is not None and key not in (column, *ROW_KEYS)])
+    parts: list[Part] = []
+    value = [*_system_turn(row, value), *value]
+    messages = [_message(message, f'"{column}"[{at}]', parts, unused) for at, message in enumerate(value)]
+    tools = _tools(row.get(TOOLS))
+    plain = all(list(m) == ["role", "content"] and m["content"] != "" for m in messages)
+    if plain and not tools:
+        return parts, ""
+    return parts, json.dumps({"messages": messages} | ({"tools": tools} if tools else {}), ensure_ascii=False)
+
+
+def _system_turn(row: Mapping[str, object], messages: Sequence[object]) -> list[object]:
+    """The system turn that stands beside the messages."""
+    found = [key for key in SYSTEM_KEYS if row.get(key)]
+    if found and any(isinstance(m, dict) and "system" in (m.get("role"), m.get("from")) for m in messages):
+        raise RowRejected(BAD_TYPE, f'"{found[0]}" stands beside a system turn in the messages')
+    return [{"role": "system", "content": row[key]} for key in found[:1]]
+
+
+def _renamed(message: Mapping[str, object], where: str) -> dict[str, object]:
+    """A message with the keys and roles of OpenAI's files, whatever its own file calls them."""
+    found = {OTHER_KEYS[k] if OTHER_KEYS.get(k, k) not in message else k: value for k, value in message.items()}
+    role = found.get("role")
+    if isinstance(role, str):
+        found["role"] = OTHER_ROLES.get(role, role)
+    if role == FUNCTION_CALL:
+        calls = _json(found.pop("content", None), where)
+        found |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return found
+
+
+def _json(value: object, what: str) -> object:
+    """The value, or what its text says as JSON."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.strip() else value
+    except ValueError as error:
+        raise RowRejected(BAD_TYPE, f"{what} is no JSON: {error}") from None
+
+
+def _message(message: object, where: str, parts: list[Part], unused: dict[str, int]) -> dict[str, object]:
+    """A message in which a number stands for each text, which is put behind `parts`."""
+    if not isinstance(message, dict):
+        raise RowRejected(BAD_TYPE, f"{where} is {_kind(message)}, not an object")
+    message = _renamed(message, where)
+    said = {key: value for key, value in message.items() if value is not None}
+    calls = said.pop("tool_calls", None) or []
+    if "role" not in said or ("content" not in message and not calls and said.keys().isdisjoint(REASONING_KEYS)):
+        raise RowRejected(MISSING_FIELD, f'{where} has no "{"content" if "role" in said else "role"}"')
+    role = _text(said.pop("role"), f"the role of {where}")
+    if role not in CHAT_ROLES:
+        raise RowRejected(BAD_ROLE, f'{where} has the role "{role[:40]}"')
+    target = CHAT_ROLES[role] and _is_trained(said, where)
+    reasoning = {key: said.pop(key) for key in REASONING_KEYS if key in said}
+    only_assistant = [key for key, value in (*reasoning.items(), ("tool_calls", calls)) if value]
+    for key in [k for k in OTHER_CONTENT if said.get(k)] + (only_assistant if role != "assistant" else []):
+        raise RowRejected(BAD_TYPE, f'{where} has "{key}", which is not read in a message of {role}')
+    if len(set(map(str, reasoning.values()))) > 1:
+        raise RowRejected(BAD_TYPE, f"{where} has different {' and '.join(reasoning)}")
+    found: dict[str, object] = {"role": role}
+    texts: list[tuple[str, str, str]] = [
+        (key, REASONING, _text(value, f'"{key}" of {where}')) for key, value in list(reasoning.items())[:1]
+    ]
+    if "content" not in said and "content" in message and not calls and not reasoning:
+        raise RowRejected(BAD_TYPE, f"the content of {where} is null, not a string")
+    if "content" in said:
+        texts.append(("content", role, _content(said.pop("content"), where)))
+    for key, name, text in texts:
+        found[key] = len(parts) if text else ""
+        parts += [(name, text, target)] if text else []
+    if calls:
+        found["tool_calls"] = [_call(call, where, parts, target=target) for call in _list(calls, where)]
+    found |= {key: _text(said.pop(key), f'"{key}" of {where}') for key in PASSED_KEYS if key in said}
+    _count(unused, "message", [key for key in said if key not in TRAINED_KEYS and key not in OTHER_CONTENT])
+    return found
+
+
+def _call(call: object, where: str, parts: list[Part], *, target: bool) -> list[object]:
+    try:
+        text, rest = call_text(call if isinstance(call, dict) else {})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RowRejected(BAD_TYPE, f"a call in {where} has no name and arguments: {error}") from None
+    parts.append((CALL, _text(text, f"a call in {where}"), target))
+    return [len(parts) - 1, rest]
+
+
+def _is_trained(said: dict[str, object], where: str) -> bool:
+    for key in TRAINED_KEYS:
+        if key in said and said[key] not in (0, 1):
+            raise RowRejected(BAD_TYPE, f'"{key}" of {where} is {str(said[key])[:40]}, not 0, 1, true or false')
+    return all(said.get(key, 1) for key in TRAINED_KEYS)
+
+
+def _tools(value: object) -> list[object]:
+    """The tools of a row: a list, or its JSON."""
+    return _list(_json(value, f'"{TOOLS}"') or [], f'"{TOOLS}"')
+
+
+def _list(value: object, what: str) -> list[object]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RowRejected(BAD_TYPE, f"{what} is {_kind(value)}, not a list of objects")
+    return value
+
+
+def _count(unused: dict[str, int], what: str, keys: Sequence[str]) -> None:
+    for key in keys:
+        name = f"{what}.{key[:40]}"
+        unused[name] = unused.get(name, 0) + 1
+
+
+def _content(value: object, where: str) -> str:
+    """A string, or a list of text parts, joined."""
+    if not isinstance(value, list):
+        return _text(value, f"the content of {where}")
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else _kind(part)
+        if kind != "text":
+            raise RowRejected(BAD_TYPE, f"the content of {where} has a part of type {str(kind)[:40]}")
+        texts.append(_text(part.get("text"), f"a text part of {where}"))
+    return "".join(texts)
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise RowRejected(BAD_TYPE, f"{what} is {_kind(value)}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowRejected(LONE_SURROGATE, f"{what} has half a surrogate pair at character {error.start}") from None
+    return value
+
+
+def _kind(value: object) -> str:
+    kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    kinds |= {list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def _document(parts: Sequence[Part], messages: str, *, source: str, line: int, max_chars: int) -> Document:
+    num_chars = sum(len(text) for _, text, _ in parts)
+    if num_chars > max_chars:
+        raise RowRejected(TOO_LONG, f"{num_chars} characters, the limit is {max_chars}")
+    if not any(text.strip() for _, text, _ in parts):
+        raise RowRejected(EMPTY, "no text")
+    if not any(target and text.strip() for _, text, target in parts):
+        raise RowRejected(NO_TARGET, "nothing to learn: no text in a response")
+    return document_of(parts, source=source, line=line, messages=messages)
+
+
+def rejected_row(source: str, row: RawRow, reason: str, what: str) -> RejectedRow:
+    """The entry of a row that becomes no document; `what` says in words what is wrong with it."""
+    content = row.content
+    if isinstance(content, LongLine):
+        head, sha256 = content.head, content.sha256
+    else:
+        bytes_ = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=str).encode()
+        head, sha256 = bytes_[:DETAIL_CHARS], hashlib.sha256(bytes_).hexdigest()
+    start = head[:DETAIL_CHARS].decode("utf-8", "backslashreplace")
+    detail = _escaped(f"{what}: {start}" if start else what)[:DETAIL_CHARS]
+    return RejectedRow(source=source, line=row.line, reason=reason, detail=detail, sha256=sha256)
+
+
+def _escaped(text: str) -> str:
+    """Printable ASCII: everything else, controls included, as a backslash escape."""
+    return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,269 @@
+"""Sources of rows: files, folders and data sets, opened once, counted, fingerprinted and described.
+
+A source never guesses in silence: the form of its rows is looked up in the first rows, recorded,
+and shown by `Source.describe`. `rows` may be called again and from another process, and refuses
+to go on where a file has changed since it was counted.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import re
+import stat
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Final
+
+from xkd_schemas.corpus.address import is_url, local_copy, shown
+from xkd_schemas.corpus.files import FOLDER_SUFFIXES, SUFFIXES, Content, Part, count_file, exactly, file_rows
+from xkd_schemas.corpus.formats import AUTO, FORMS, check_fields, choose_form
+from xkd_schemas.corpus.rows import ROW_KEYS, RawRow, RejectedRow, parsed_row, read_documents
+from xkd_schemas.errors import BadData, InputMissing, UsageError
+
+__all__ = ["RawRow", "RejectedRow", "Source", "digest_of", "open_source", "read_documents"]
+
+SAMPLE_ROWS: Final = 64
+"""Rows that the form is looked up in."""
+SAMPLE_SCAN: Final = 4096
+"""Rows read at most to find them, should the first ones be broken."""
+HUB_NAME: Final = re.compile(
+    r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<subset>[\w.+-]+)(?=:))?(:(?P<split>[\w.+-]+))?"
+)
+"""NAME@REVISION:SUBSET:SPLIT of a data set on the hub; NAME may have an owner, the rest may be left out."""
+HUB_FORM: Final = "NAME@REVISION:SUBSET:SPLIT"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A corpus as named on the command line: what it is and how to read it, but no open file."""
+
+    name: str
+    form: str
+    """A key of FORMS."""
+    columns: dict[str, str]
+    """Field of the form to column of the rows."""
+    num_rows: int
+    digest: str
+    """sha256 of the file; of a folder, over the names and sha256 of its files; of a data set, its fingerprint."""
+    parts: tuple[Part, ...]
+    remarks: tuple[str, ...] = ()
+    """What a reader should know beyond form and columns; the end of `describe`."""
+
+    @property
+    def _read(self) -> tuple[str, ...]:
+        """Columns of a table that are read."""
+        return (*self.columns.values(), *(ROW_KEYS if self.form == "messages" else ()))
+
+    def rows(self, first: int = 0) -> Iterator[RawRow]:
+        """Rows in order, from row `first` on (0 is the first); exactly `num_rows - first` of them.
+
+        Raises:
+            Mismatch: a file is not what it was when the source was opened, or rows of the hub are fewer.
+            InputMissing, BadData, Refused: as `open_source`.
+        """
+        before = 0
+        for part in self.parts:
+            skip = max(0, first - before)
+            if skip < part.num_rows:
+                rows = _part_rows(part, skip, self._read)
+                for number, content in enumerate(rows, start=before + skip + 1):
+                    yield RawRow(line=number, content=content)
+            before += part.num_rows
+
+    def describe(self) -> str:
+        """One line: name, rows, form, columns, and everything that was not plain sailing."""
+        shown = [field if field == column else f"{field}={column}" for field, column in self.columns.items()]
+        line = f"{self.name}: {self.num_rows} rows, {FORMS[self.form].title} ({', '.join(shown)})"
+        return "; ".join((line, *self.remarks))
+
+
+def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> Source:
+    """Count and fingerprint a source in one pass and find the form of its rows.
+
+    Args:
+        name: A file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow), a folder of such files
+            (read in the order of their names; what `datasets` saves is one), the address of such a file
+            (s3://, https://, whatever fsspec knows; copied here first), or NAME@REVISION:SUBSET:SPLIT of a
+            data set on the hub, of which all but the name may be left out (split train); its rows are streamed.
+        form: A key of FORMS, or "auto": the first form whose required fields the first rows have.
+        columns: Field to column, for rows that name their fields otherwise; may be empty.
+
+    Raises:
+        InputMissing: not there, not a regular file, not readable, or the hub is out of reach.
+        UsageError: unknown form, field or file ending, or rows that fit no form.
+        BadData: a table or compressed file is broken.
+        Refused: a compressed file grows without measure.
+    """
+    check_fields(form, columns)
+    parts, digest, remarks = _located(name)
+    sample = _sample(parts)
+    chosen, resolved, fit = choose_form(name, form, columns, sample)
+    boms = sum(part.num_boms for part in parts)
+    if boms:
+        remarks = (*remarks, f"{boms} byte order mark{'s' * (boms > 1)} dropped")
+    return Source(
+        name=shown(name) if is_url(name) else name, form=chosen, columns=resolved,
+        num_rows=sum(part.num_rows for part in parts), digest=digest, parts=parts, remarks=(*fit, *remarks),
+    )  # fmt: skip
+
+
+def digest_of(name: str) -> str:
+    """What `Source.digest` of this source would be, whatever the form of its rows.
+
+    Raises:
+        InputMissing, UsageError, BadData, Refused: as `open_source`.
+    """
+    return _located(name)[1]
+
+
+def _located(name: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
+    """(parts, digest, remarks)"""
+    if is_url(name):
+        return _at_address(name)
+    path = Path(name).expanduser()
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        found = HUB_NAME.fullmatch(name)
+        if found is None or name.endswith(SUFFIXES) or path.is_symlink():
+            raise InputMissing(
+                f"{name}: {error.strerror or error}", next=f"check the path; a data set of the hub is {HUB_FORM}"
+            ) from None
+        return _on_hub(name, found)
+    if stat.S_ISDIR(mode):
+        return _in_folder(path)
+    if not stat.S_ISREG(mode):
+        raise InputMissing(f"{name} is not a regular file", next="save the rows to a .jsonl file and name that")
+    if not path.name.endswith(SUFFIXES):
+        raise UsageError(f"{name}: the ending says no format", next=f"use one of {' '.join(SUFFIXES)}")
+    digest = hashlib.sha256()
+    return (count_file(path, digest),), digest.hexdigest(), ()
+
+
+def _at_address(url: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
+    if not shown(url).endswith(SUFFIXES):
+        raise UsageError(f"{shown(url)}: the ending says no format", next=f"use one of {' '.join(SUFFIXES)}")
+    digest = hashlib.sha256()
+    part = count_file(local_copy(url), digest)
+    return (part,), digest.hexdigest(), (f"{part.state[0]} bytes copied here while this command runs",)
+
+
+def _in_folder(folder: Path) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(p.parent.name for p in folder.glob("*/state.json"))
+        raise UsageError(f"{folder} holds several splits: {', '.join(splits)}", next=f"name one, as {folder}/train")
+    files, num_irregular, num_others = _walk(folder)
+    saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    if saved:
+        _check_complete(folder, files)
+    whole = hashlib.sha256()
+    parts = []
+    for file in files:
+        own = hashlib.sha256()
+        parts.append(count_file(file, own))
+        whole.update(f"{file.relative_to(folder)}\0{own.hexdigest()}\n".encode())
+    if not parts and not saved:
+        raise InputMissing(f"{folder} holds no file that ends in {' '.join(FOLDER_SUFFIXES)}", next="check the path")
+    remarks = [f"{len(parts)} file{'s' * (len(parts) > 1)}"]
+    if num_irregular:
+        remarks.append(f"{num_irregular} links, pipes or devices left out")
+    if num_others:
+        remarks.append(f"{num_others} other files left out")
+    return tuple(parts), whole.hexdigest(), tuple(remarks)
+
+
+def _check_complete(folder: Path, files: Sequence[Path]) -> None:
+    """Raise InputMissing where a folder saved by `datasets` lacks a file that its state.json lists."""
+    try:
+        listed = [str(entry["filename"]) for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BadData(f"{folder}/state.json cannot be read: {error}", next="save the data set again") from error
+    missing = sorted(set(listed) - {file.name for file in files})
+    if missing:
+        raise InputMissing(f"{folder} lacks {', '.join(missing[:3])}", next="copy or save the data set again")
+
+
+def _walk(folder: Path) -> tuple[list[Path], int, int]:
+    """(regular corpus files below the folder by name, number of links and the like, number of other files)"""
+    files, num_irregular, num_others = [], 0, 0
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            continue
+        if not stat.S_ISREG(mode):
+            num_irregular += 1
+        elif path.name.endswith(FOLDER_SUFFIXES) and not path.name.startswith("."):
+            files.append(path)
+        else:
+            num_others += 1
+    return files, num_irregular, num_others
+
+
+def _on_hub(name: str, found: re.Match[str]) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
+    """A data set at the commit that its revision stands for now, so that its rows stay what they were counted as."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(name):
+        commit = HfApi().dataset_info(found["name"], revision=found["revision"]).sha
+    subset, split = found["subset"] or "", found["split"] or "train"
+    path = f"{found['name']}@{commit}{f':{subset}' if subset else ''}:{split}"
+    part = Part(path=path, kind="hub", num_rows=sum(1 for _ in _hub_rows(path)))
+    remark = f"{f'subset {subset}, ' if subset else ''}split {split} from the hub, streamed, at commit {commit}"
+    return (part,), hashlib.sha256(path.encode()).hexdigest(), (remark,)
+
+
+def _hub_rows(path: str, first: int = 0) -> Iterator[Content]:
+    """Rows of NAME@REVISION:SUBSET:SPLIT as they come in; none but the one at hand is held."""
+    found = HUB_NAME.fullmatch(path)
+    assert found is not None
+    datasets = _datasets(path)
+    with _hub_errors(path):
+        rows = datasets.load_dataset(
+            found["name"], found["subset"], split=found["split"], revision=found["revision"], streaming=True
+        )
+        for row in rows.skip(first):
+            yield dict(row)
+
+
+def _datasets(name: str) -> Any:
+    """The library, by name: the trainer works without it."""
+    try:
+        return importlib.import_module("datasets")
+    except ImportError:
+        what = f"{name}: the hub needs datasets, which is not installed"
+        raise InputMissing(what, next="pip install datasets") from None
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """What the libraries of the hub raise, as errors of ours."""
+    try:
+        yield
+    except Exception as error:  # those of an HTTP library too
+        broken = getattr(sys.modules.get("datasets.exceptions"), "DatasetsError", ())
+        line = " ".join(str(error).split())[:200]
+        if isinstance(error, ValueError):
+            raise UsageError(f"{name}: {line}", next=f"name subset and split: {HUB_FORM}") from error
+        if isinstance(error, broken) and not isinstance(error, OSError):
+            raise BadData(f"{name}: {line}", next="look at the data set's page") from error
+        raise InputMissing(
+            f"{name}: there is no such file or folder here, and the hub gave no such data set: {line}",
+            next=f"check the path and {HUB_FORM}, or download the data set first and name its folder",
+        ) from error
+
+
+def _sample(parts: Sequence[Part]) -> list[dict[str, object]]:
+    """The first rows that are objects, all columns."""
+    contents = chain.from_iterable(_part_rows(part, 0, None) for part in parts if part.num_rows)
+    objects = filter(None, map(parsed_row, islice(contents, SAMPLE_SCAN)))
+    return list(islice(objects, SAMPLE_ROWS))
+
+
+def _part_rows(part: Part, first: int, columns: Sequence[str] | None) -> Iterator[Content]:
+    if part.kind == "hub":
+        return exactly(part, _hub_rows(part.path, first), first)
+    return exactly(part, file_rows(part, first=first, columns=columns), first)

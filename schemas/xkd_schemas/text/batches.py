@@ -1,0 +1,211 @@
+"""Documents and tokens of many documents in flat arrays: the form in which whole units are encoded and aligned.
+
+numpy's cost per call is that of some hundred tokens, so what is asked of each document alone costs as much as the
+tokenizer. Both blocks are built from objects or from a table's columns, and give the objects back one by one.
+
+Shape legend for this file
+    R documents    G segments of all documents    T tokens of all documents
+"""
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from xkd_schemas.documents import Document, Segment
+from xkd_schemas.ragged import Lists, firsts
+from xkd_schemas.tokens import CONTENT, Bools, Int32s, Tokens
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentBlock:
+    """Documents side by side. Segments must be adjacent and cover their text."""
+
+    texts: Sequence[str]
+    segments: Lists
+    """[G, 2] int32 characters of the document's own text."""
+    names: Sequence[str]
+    """Different roles."""
+    roles_G: Int32s
+    """Which of `names` each segment has."""
+    targets_G: Bools
+    places: Sequence[tuple[str, int]]
+    """Source and line of each document."""
+    messages: Sequence[str]
+    """As `Document.messages`."""
+
+    @staticmethod
+    def of(documents: Iterable[Document]) -> "DocumentBlock":
+        """The block of these documents."""
+        documents = list(documents)
+        segments = [s for d in documents for s in d.segments]
+        numbers: dict[str, int] = {}
+        return DocumentBlock(
+            texts=[d.text for d in documents],
+            segments=Lists(
+                np.array([(s.start, s.end) for s in segments], np.int32).reshape(-1, 2),
+                firsts([len(d.segments) for d in documents]),
+            ),
+            roles_G=np.array([numbers.setdefault(s.role, len(numbers)) for s in segments], np.int32),
+            names=list(numbers),
+            targets_G=np.array([s.target for s in segments], np.bool_),
+            places=[(d.source, d.line) for d in documents],
+            messages=[d.messages for d in documents],
+        )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def document(self, number: int) -> Document:
+        """One document of the block."""
+        own = slice(self.segments.first[number], self.segments.first[number + 1])
+        return Document(
+            text=self.texts[number],
+            segments=tuple(
+                Segment(role=self.names[role], start=start, end=end, target=target)
+                for (start, end), role, target in zip(
+                    self.segments[number].tolist(), self.roles_G[own], self.targets_G[own].tolist(), strict=True
+                )
+            ),
+            source=self.places[number][0],
+            line=self.places[number][1],
+            messages=self.messages[number],
+        )
+
+    def taken(self, numbers: Sequence[int]) -> "DocumentBlock":
+        """The block of some of the documents."""
+        return DocumentBlock.of(self.document(n) for n in numbers)
+
+    def part(self, first: int, end: int) -> "DocumentBlock":
+        """The block of the documents from `first` up to `end`; nothing but references is copied."""
+        own = slice(self.segments.first[first], self.segments.first[end])
+        border = self.segments.first[first : end + 1] - self.segments.first[first]
+        return DocumentBlock(
+            texts=self.texts[first:end], segments=Lists(self.segments.values[own], border), names=self.names,
+            roles_G=self.roles_G[own], targets_G=self.targets_G[own], places=self.places[first:end],
+            messages=self.messages[first:end],
+        )  # fmt: skip
+
+
+class Line(NamedTuple):
+    """Content tokens of all documents on one line of characters, a character left free between two documents."""
+
+    base_R: Int64s
+    """Where each document begins on the line, and where the next one would: [R + 1]."""
+    at_S: Int64s
+    """Which tokens they are."""
+    start_S: Int32s | Int64s
+    end_S: Int32s | Int64s
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenBlock(Sequence[Tokens]):
+    """Many documents as one model reads them; row r is `Tokens`, of views into the flat arrays."""
+
+    statuses: Sequence[str]
+    num_chars: Int32s
+    """[R]"""
+    first: Int64s
+    """[R + 1]; document r has the tokens first[r] to first[r + 1]."""
+    ids: Int32s
+    """[T]"""
+    spans: Int32s
+    """[T, 2] characters of the document's own text."""
+    kinds: npt.NDArray[np.uint8]
+    """[T]"""
+    targets: Bools
+    """[T]"""
+    extended: Int32s
+    """[R] as `Tokens.extended`."""
+
+    @staticmethod
+    def of(rows: Iterable[Tokens]) -> "TokenBlock":
+        """The block of these rows; a block is returned as it is."""
+        if isinstance(rows, TokenBlock):
+            return rows
+        rows = list(rows)
+        return TokenBlock(
+            statuses=[row.status for row in rows],
+            num_chars=np.array([row.num_chars for row in rows], np.int32),
+            first=firsts([len(row.ids) for row in rows]),
+            ids=np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)]),
+            spans=np.concatenate([np.zeros((0, 2), np.int32), *(row.spans for row in rows)]),
+            kinds=np.concatenate([np.zeros(0, np.uint8), *(row.kinds for row in rows)]),
+            targets=np.concatenate([np.zeros(0, np.bool_), *(row.targets for row in rows)]),
+            extended=np.array([row.extended for row in rows], np.int32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.statuses)
+
+    @overload
+    def __getitem__(self, index: int) -> Tokens: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tokens]: ...
+    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
+        """One row, or the list of several."""
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        number = index % len(self)
+        own = slice(self.first[number], self.first[number + 1])
+        return Tokens(
+            status=self.statuses[number], num_chars=int(self.num_chars[number]), ids=self.ids[own],
+            spans=self.spans[own], kinds=self.kinds[own], targets=self.targets[own],
+            extended=int(self.extended[number]),
+        )  # fmt: skip
+
+    @functools.cached_property
+    def line(self) -> Line:
+        """Where the content tokens stand, all documents in one order."""
+        base_R = firsts(self.num_chars.astype(np.int64) + 1)
+        base_R = base_R.astype(np.int32) if base_R[-1] < np.iinfo(np.int32).max else base_R
+        at_S = np.flatnonzero(self.kinds == CONTENT)
+        spans_S2 = self.spans if len(at_S) == len(self.spans) else self.spans[at_S]
+        base_S = np.repeat(base_R[:-1], np.diff(np.searchsorted(at_S, self.first)))
+        return Line(base_R, at_S, spans_S2[:, 0] + base_S, spans_S2[:, 1] + base_S)
+
+    def lists(self, values_T: npt.NDArray[np.generic]) -> Lists:
+        """One of the flat arrays, or another value for each token, as rows."""
+        return Lists(values_T, self.first)
+
+    def counted(self, flags_T: Bools) -> Int64s:
+        """In each document, tokens with a flag: [R]."""
+        return np.diff(firsts(flags_T)[self.first])
+
+    def marked(self, statuses: Sequence[str], usable_R: Bools) -> "TokenBlock":
+        """The block with other statuses, in which documents that are not usable have no tokens."""
+        if usable_R.all():
+            return TokenBlock(
+                statuses=statuses, num_chars=self.num_chars, first=self.first, ids=self.ids, spans=self.spans,
+                kinds=self.kinds, targets=self.targets, extended=self.extended,
+            )  # fmt: skip
+        counts = np.diff(self.first)
+        keep_T = np.repeat(usable_R, counts)
+        return TokenBlock(
+            statuses=statuses, num_chars=self.num_chars, first=firsts(counts * usable_R), ids=self.ids[keep_T],
+            spans=self.spans[keep_T], kinds=self.kinds[keep_T], targets=self.targets[keep_T],
+            extended=self.extended * usable_R,
+        )  # fmt: skip
+
+
+def pieces_of(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Consecutive stretches of rows, each of one row or of sizes that add up to at most `most`; none if no rows.
+
+    >>> pieces_of([2, 2, 3, 9, 1], most=5)
+    [(0, 2), (2, 3), (3, 4), (4, 5)]
+    """
+    cuts, total = [0], 0
+    for row, size in enumerate(sizes):
+        if total + size > most and row > cuts[-1]:
+            cuts.append(row)
+            total = 0
+        total += size
+    return list(itertools.pairwise([*cuts, len(sizes)])) if sizes else []

@@ -1,0 +1,401 @@
+"""A document as its model's chat template writes it, and which of the characters written are the document's own.
+
+The template gets the row's own messages, so what it makes of them is what the model was trained on, whatever it does
+to a content. Where each character comes from is found by rendering once more with a character of its own in place of
+every one of the text (`_Trace`): the copy is followed through trimming, splitting and reordering. It must give the
+real rendering again, character for character, or the row is not used. Blanks and what the template looks for in a
+content (`</think>`) have to stay what they are; they are found between their neighbours.
+
+Most templates only put something round each content. Once that is seen for some roles (`_frames`), the glue is
+remembered, and a row whose texts and glue join to its rendering needs no copy.
+
+Shape legend for this file
+    L characters of the rendering    G segments
+"""
+
+import ast
+import contextlib
+import datetime
+import difflib
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from jinja2.exceptions import TemplateError
+
+from xkd_schemas.corpus.conversation import CALL, REASONING, Conversation, Message, call_strings, conversation
+from xkd_schemas.documents import Document, document_of
+from xkd_schemas.errors import UsageError
+from xkd_schemas.text.offsets import blanks
+from xkd_schemas.text.tokenizers import name_of
+from xkd_schemas.tokens import Int32s
+
+TEMPLATE_DAY: Final = datetime.datetime(2025, 1, 1)
+"""What a chat template gets when it asks for today's date, so that a cache does not depend on the day it was made."""
+REFUSED: Final = "template_refuses"
+CHANGED: Final = "template_changes_text"
+REORDERED: Final = "template_reorders"
+
+_FIRST: Final = 0x40000
+"""Characters from here on stand for those of the text; none of them is a letter, a blank or a sign."""
+_MOST: Final = 0x110000 - _FIRST
+_OUTER: Final = "\u2000"
+"""A blank that stands for those at the ends of a segment."""
+_LONGEST_GAP: Final = 4_000
+_NO_TOOLS: Final[Sequence[list[Any] | None]] = (None, [])
+_CONSTANT: Final = re.compile(r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"")
+
+
+PROBE: Final = (("user", "Who lit it?", False), ("assistant", "Nobody.", True))
+"""Turns that every chat template takes."""
+
+
+class Turn(NamedTuple):
+    """What a model writes in one go."""
+
+    start: int
+    """First character of the rendering that it writes."""
+    end: int
+    """Behind the last one of the document's text; an end token may follow."""
+    char: int
+    """Where its last segment ends in the document."""
+    closes: bool
+    """The template closes it with more than an end token."""
+
+
+class Rendered(NamedTuple):
+    """A document as its chat template writes it."""
+
+    text: str
+    source_L: Int32s
+    """The document's character that each one is, -1 for the template's own."""
+    turns: Sequence[Turn]
+    """Of targets."""
+
+
+class NotRendered(ValueError):
+    """Why a row cannot be used with this template."""
+
+    def __init__(self, reason: str, what: str) -> None:
+        super().__init__(what)
+        self.reason = reason
+
+
+class ChatTemplate:
+    """One tokenizer's chat template.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        enable_thinking: Handed to the template if it is not None.
+
+    Raises:
+        UsageError: The tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, enable_thinking: bool | None = None) -> None:
+        if not tokenizer.chat_template:
+            raise UsageError(
+                f"{name_of(tokenizer)}: this tokenizer has no chat template",
+                next="--template none or --template alpaca",
+            )
+        self._tokenizer = tokenizer
+        self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._templates = [
+            with_frozen_day(str(tokenizer.get_chat_template(tools=tools))) for tools in _NO_TOOLS
+        ]  # without and with tools: some tokenizers have two
+        self._parts = False  # contents are lists of parts
+        self._frames: dict[tuple[tuple[str, bool], ...], list[str]] = {}
+
+    def check(self) -> None:
+        """Find out how the template wants its contents; UsageError if it takes not even a question and its answer."""
+        question = document_of(PROBE, source="a question", line=1)
+        faults = []
+        for self._parts in (False, True):
+            try:
+                if self.rendered(question).turns:
+                    return
+                faults.append("the chat template leaves the text out")
+            except NotRendered as why:
+                faults.append(str(why))
+        raise UsageError(f"{name_of(self._tokenizer)}: {faults[0]}", next="--template none or --template alpaca")
+
+    def rendered(self, document: Document) -> Rendered:
+        """The document as the template writes it.
+
+        Raises:
+            NotRendered: The template refuses it, or its characters are not found again.
+        """
+        real = self._written(conversation(document, document.text))
+        key = tuple((s.role, s.target) for s in document.segments)
+        source_L = None if document.messages else self._framed(document, real, self._frames.get(key))
+        if source_L is None:
+            source_L = self._traced(document, real)
+            glue = None if document.messages else _glue_of(document, real, source_L)
+            if glue is not None:
+                self._frames[key] = glue
+        return Rendered(real, source_L, self._turns(document, real, source_L))
+
+    def _framed(self, document: Document, real: str, glue: list[str] | None) -> Int32s | None:
+        """Where everything is as in the rows before."""
+        if glue is None:
+            return None
+        texts = [document.text[s.start : s.end] for s in document.segments]
+        if real != "".join(itertools.chain.from_iterable(itertools.zip_longest(glue, texts, fillvalue=""))):
+            return None
+        source_L = np.full(len(real), -1, np.int32)
+        at = 0
+        for before, segment in zip(glue, document.segments, strict=False):
+            at += len(before)
+            source_L[at : at + segment.end - segment.start] = np.arange(segment.start, segment.end)
+            at += segment.end - segment.start
+        return source_L
+
+    def _traced(self, document: Document, real: str) -> Int32s:
+        """Where every character comes from, found with as few characters left as they are as will do."""
+        markers = [m for m in self._markers if m in document.text]
+        for trace in (
+            _Trace(document, (), outer=True), _Trace(document, markers, outer=True),
+            _Trace(document, markers, outer=False),
+        ):  # fmt: skip
+            source_L = trace.found(self._written(conversation(document, trace.text)), real)
+            if source_L is not None:
+                return source_L
+        raise NotRendered(CHANGED, "its characters are not found again in what the chat template writes")
+
+    def _written(self, row: Conversation, *, prompt: bool = False) -> str:
+        messages = [_in_parts(message) for message in row.messages] if self._parts else row.messages
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tools=row.tools, chat_template=self._templates[row.tools is not None],
+                    tokenize=False, add_generation_prompt=prompt, **self._options,
+                )
+            )  # fmt: skip
+        except (TemplateError, ValueError, TypeError, AttributeError, KeyError) as error:
+            roles = ", ".join(str(message["role"]) for message in row.messages)
+            raise NotRendered(REFUSED, f"the chat template refuses the turns {roles}: {error}") from error
+
+    @functools.cached_property
+    def _markers(self) -> list[str]:
+        """What the template may look for in a content: its constants, and what JSON escapes; the longest first."""
+        found = {'"', "\\"}
+        for constant in _CONSTANT.findall("".join(self._templates)):
+            with contextlib.suppress(SyntaxError, ValueError):
+                found.add(str(ast.literal_eval(constant)))
+        return sorted((m.strip() for m in found if m.strip()), key=lambda m: (-len(m), m))
+
+    @functools.cached_property
+    def _prompt(self) -> str:
+        """What the template puts behind the messages for a model to go on."""
+        row = Conversation([{"role": "user", "content": "x"}], None, [])
+        try:
+            without, asked = self._written(row), self._written(row, prompt=True)
+        except NotRendered:
+            return ""
+        return asked.removeprefix(without) if asked.startswith(without) else ""
+
+    def _turns(self, document: Document, real: str, source_L: Int32s) -> list[Turn]:
+        """The targets of each message, with what the model writes round them."""
+        at = np.flatnonzero(source_L >= 0)
+        source = source_L[at]
+        borders = np.searchsorted(source, [[s.start, s.end] for s in document.segments]).reshape(-1, 2).tolist()
+        message_of = conversation(document, document.text).message_of if document.messages else range(len(borders))
+        found: list[Turn] = []
+        last = -1
+        for segment, (first, end), message in zip(document.segments, borders, message_of, strict=True):
+            if not segment.target or first == end:
+                continue
+            start = int(at[first])
+            closes = segment.role in (CALL, REASONING)
+            if message == last:
+                found[-1] = Turn(found[-1].start, int(at[end - 1]) + 1, segment.end, closes)
+                continue
+            last = message
+            before = int(at[first - 1]) + 1 if first else 0
+            place = real.rfind(self._prompt, before, start) if self._prompt else -1
+            begin = start if place < 0 else place + len(self._prompt)
+            found.append(Turn(begin, int(at[end - 1]) + 1, segment.end, closes))
+        return found
+
+
+class _Trace:
+    """The text with other characters in place of its own, which are found again wherever a template puts them."""
+
+    def __init__(self, document: Document, markers: Sequence[str], *, outer: bool) -> None:
+        text = document.text
+        if len(text) > _MOST:
+            raise NotRendered(CHANGED, f"more than {_MOST} characters cannot be followed through a chat template")
+        self._document = document
+        self._codes_N = _codes(text)
+        traced_N = self._codes_N.copy()
+        coded_N = ~blanks(text)
+        self._marked_N = np.zeros(len(text), np.bool_)
+        self._borders = {0, len(text)}
+        for found in re.finditer("|".join(map(re.escape, markers)), text) if markers else ():
+            self._marked_N[found.start() : found.end()] = True
+            self._borders |= set(found.span())
+        coded_N &= ~self._marked_N
+        for segment in document.segments:
+            own = slice(segment.start, segment.end)
+            if segment.role == CALL:
+                inside_N = np.zeros(segment.end - segment.start, np.bool_)
+                for start, end in call_strings(text[own]):
+                    inside_N[start:end] = True
+                coded_N[own] &= inside_N
+            elif outer:
+                solid = np.flatnonzero(~blanks(text[own]))
+                if len(solid):
+                    traced_N[segment.start : segment.start + solid[0]] = ord(_OUTER)
+                    traced_N[segment.start + solid[-1] + 1 : segment.end] = ord(_OUTER)
+        traced_N[coded_N] = _FIRST + np.flatnonzero(coded_N)
+        self._traced_N = traced_N
+        self.text = traced_N.tobytes().decode("utf-32-le")
+
+    def found(self, rendered: str, real: str) -> Int32s | None:
+        """Which character of the text each one of the real rendering is; None if this is not its trace.
+
+        Raises:
+            NotRendered: The targets are in another order.
+        """
+        if len(rendered) != len(real):
+            return None
+        traced_L, real_L = _codes(rendered), _codes(real)
+        source_L = np.where(traced_L >= _FIRST, traced_L.astype(np.int64) - _FIRST, -1).astype(np.int32)
+        known_L = source_L >= 0
+        if not np.array_equal(self._codes_N[source_L[known_L]], real_L[known_L]):
+            return None
+        other_L = ~known_L & (traced_L != real_L)
+        _drop_disordered(self._document, source_L)
+        self._fill(source_L, traced_L, real_L)
+        if (other_L & (traced_L != ord(_OUTER))).any():
+            return None
+        return source_L
+
+    def _fill(self, source_L: Int32s, traced_L: npt.NDArray[np.uint32], real_L: npt.NDArray[np.uint32]) -> None:
+        """Find the characters that were left as they are, between their neighbours."""
+        at = np.flatnonzero(source_L >= 0)
+        starts = np.array([s.start for s in self._document.segments])
+        segment = np.searchsorted(starts, source_L[at], side="right") - 1
+        same = np.diff(segment) == 0
+        own, room = np.diff(source_L[at]), np.diff(at)
+        for n in np.flatnonzero(same & (own > 1) & (room > 1)).tolist():
+            i, j, a, b = int(source_L[at[n]]) + 1, int(source_L[at[n + 1]]), int(at[n]) + 1, int(at[n + 1])
+            if own[n] == room[n] and np.array_equal(self._codes_N[i:j], real_L[a:b]):
+                source_L[a:b] = np.arange(i, j)
+            else:
+                left_N = np.where(self._traced_N[i:j] < _FIRST, self._codes_N[i:j], 0)
+                for k, m, size in _blocks(left_N, real_L[a:b]):
+                    source_L[a + m : a + m + size] = np.arange(i + k, i + k + size)
+        for first, last in _runs(segment):
+            number = int(segment[first])
+            before = int(at[first - 1]) + 1 if first else 0
+            behind = int(at[last + 1]) if last + 1 < len(at) else len(source_L)
+            self._edge(source_L, traced_L, number, int(at[first]), before, -1)
+            self._edge(source_L, traced_L, number, int(at[last]), behind, 1)
+
+    def _edge(
+        self, source_L: Int32s, traced_L: npt.NDArray[np.uint32], number: int, place: int, stop: int, step: int
+    ) -> None:
+        """What is left of a segment before its first or behind its last character that was found, up to `stop`."""
+        segment = self._document.segments[number]
+        at = int(source_L[place])
+        if step < 0:
+            room, own = place - stop, at - segment.start
+        else:
+            room, own = stop - place - 1, segment.end - at - 1
+        size = 0
+        while size < min(room, own):
+            wanted, written = self._traced_N[at + step * (size + 1)], traced_L[place + step * (size + 1)]
+            if wanted != written or source_L[place + step * (size + 1)] >= 0:
+                break
+            size += 1
+        while size and self._marked_N[at + step * size] and at + step * size + (step > 0) not in self._borders:
+            size -= 1  # no marker is there in part
+        taken = self._traced_N[at + step : at + step * (size + 1) : step] if size else self._traced_N[:0]
+        certain = size == own or (taken == ord(_OUTER)).all() or at + step * size + (step > 0) in self._borders
+        if size and certain:
+            source_L[place + step : place + step * (size + 1) if place + step * (size + 1) >= 0 else None : step] = (
+                np.arange(at + step, at + step * (size + 1), step)
+            )
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _codes(text: str) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def _runs(values: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """First and last place of each stretch of equal values."""
+    if len(values):
+        cuts = np.flatnonzero(np.diff(values)) + 1
+        yield from zip([0, *cuts.tolist()], [*(cuts - 1).tolist(), len(values) - 1], strict=True)
+
+
+def _blocks(own: npt.NDArray[np.uint32], written: npt.NDArray[np.uint32]) -> Iterator[tuple[int, int, int]]:
+    """Equal stretches of two short pieces, in order: blanks alone, or ones with a letter or digit."""
+    if len(own) * len(written) <= _LONGEST_GAP**2:
+        matcher = difflib.SequenceMatcher(None, own.tolist(), written.tolist(), autojunk=False)
+        for at, place, size in matcher.get_matching_blocks():
+            said = "".join(map(chr, own[at : at + size].tolist()))
+            if size and (said.isspace() or any(c.isalnum() for c in said)):
+                yield at, place, size
+
+
+def _drop_disordered(document: Document, source_L: Int32s) -> None:
+    """Make what is written twice, or in another order than the row has it, the template's own, in place.
+
+    Raises:
+        NotRendered: That would be part of a target.
+    """
+    at = np.flatnonzero(source_L >= 0)
+    if (np.diff(source_L[at]) > 0).all():
+        return
+    _, first = np.unique(source_L[at], return_index=True)
+    twice = np.setdiff1d(np.arange(len(at)), first)
+    source_L[at[twice]] = -1
+    at = np.flatnonzero(source_L >= 0)
+    starts = [s.start for s in document.segments]
+    segment = np.searchsorted(starts, source_L[at], side="right") - 1
+    places = {n: at[segment == n] for n in np.unique(segment).tolist()}
+    kept: dict[int, tuple[int, int]] = {}
+    for n in sorted(places, key=lambda n: (not document.segments[n].target, n)):
+        own = places[n]
+        low = max((end for m, (_, end) in kept.items() if m < n), default=-1)
+        high = min((start for m, (start, _) in kept.items() if m > n), default=len(source_L))
+        if own[0] > low and own[-1] < high and (np.diff(source_L[own]) > 0).all():
+            kept[n] = (int(own[0]), int(own[-1]))
+        elif document.segments[n].target:
+            raise NotRendered(REORDERED, "the chat template writes its targets in another order")
+        else:
+            source_L[own] = -1
+
+
+def _glue_of(document: Document, real: str, source_L: Int32s) -> list[str] | None:
+    """What stands before, between and behind the segments where each is written whole; else None."""
+    at = np.flatnonzero(source_L >= 0)
+    if not np.array_equal(source_L[at], np.arange(len(document.text))):
+        return None
+    glue, end = [], 0
+    for segment in document.segments:
+        first, last = int(at[segment.start]), int(at[segment.end - 1])
+        if last - first != segment.end - 1 - segment.start:
+            return None
+        glue.append(real[end:first])
+        end = last + 1
+    return [*glue, real[end:]]
+
+
+def with_frozen_day(chat_template: str) -> str:
+    """The chat template with TEMPLATE_DAY for today; transformers passes no function into a template, so a macro."""
+    if "strftime_now" not in chat_template:
+        return chat_template
+    steps = "".join(f"|replace('%{c}', '{TEMPLATE_DAY.strftime('%' + c)}')" for c in "YymdBbAaejHIMSp")
+    return "{% macro strftime_now(form) %}{{ form" + steps + " }}{% endmacro %}" + chat_template

@@ -1,0 +1,69 @@
+"""Which documents stand in which optimizer step: a closed form of (seed, epoch, step), so nothing must be saved."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from xkd_schemas.config import TrainSection
+
+Int64s = npt.NDArray[np.int64]
+
+ORDER: Final = "numpy PCG64 permutation"
+"""Names the formula in checkpoints: a run that was begun with another one is refused."""
+
+
+@lru_cache(maxsize=1)
+def permuted(size: int, *, seed: int, epoch: int) -> Int64s:
+    """The epoch's shuffled order of the positions 0..size-1, [size], read-only.
+
+    >>> sorted(permuted(5, seed=1, epoch=0).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
+    order.setflags(write=False)
+    return order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """The documents of every optimizer step of a run."""
+
+    size: int
+    """Usable documents."""
+    batch_size: int
+    """Documents of a step over all processes; the last step of an epoch may have fewer."""
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that see every document once."""
+        return -(-self.size // self.batch_size)
+
+    def step(self, step: int) -> Int64s:
+        """Positions 0..size-1 of the documents of optimizer step `step` (0 is the first), [n]."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        first = within * self.batch_size
+        return permuted(self.size, seed=self.seed, epoch=epoch)[first : first + self.batch_size]
+
+    def share(self, step: int, rank: int, world: int, micro_batch_size: int) -> list[Int64s]:
+        """The micro-batches of one process: its rows of the step, cut in order; possibly none."""
+        rows = self.step(step)[rank::world]
+        size = micro_batch_size or max(1, len(rows))
+        return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def learning_rate(step: int, total: int, train: TrainSection) -> float:
+    """Factor of the learning rates at optimizer step `step` (0 is the first): linear warm-up, then a cosine.
+
+    >>> [round(learning_rate(s, 10, TrainSection(warmup_ratio=0.2)), 2) for s in (0, 1, 2, 9)]
+    [0.5, 1.0, 1.0, 0.04]
+    """
+    warm = math.ceil(train.warmup_ratio * total)
+    if step < warm:
+        return (step + 1) / warm
+    share = (step - warm) / max(1, total - warm)
+    return train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share))

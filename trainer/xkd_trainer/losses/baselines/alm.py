@@ -1,0 +1,232 @@
+"""ALM, Approximate Likelihood Matching (arXiv 2503.20083): both models should find each piece of text equally likely.
+
+A chunk c is a shortest stretch of the response that starts and ends at a token boundary of both models. Its
+log-likelihood is the sum over its tokens, log p(c) for the teacher and log q(c) for the student. Each is made a
+distribution over two outcomes, "this chunk" and "anything else", softened by the temperature:
+    L(c) = f(p^(1/tau), q^(1/tau)) + f(1 - p^(1/tau), 1 - q^(1/tau))
+No vocabulary is compared with the other, and no projector is trained.
+
+Shape legend for this file
+    B documents    N predictions of one model    K chunks
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.losses.declaration import Context, Declaration, StudentPass
+from xkd_trainer.losses.dual_space import TeacherHead, last_states, teacher_states
+from xkd_trainer.losses.ops.head_sums import head_log_probabilities
+from xkd_trainer.losses.ops.term import LossTerm, at_least_float32, term
+
+FLOOR = 1e-6
+"""Subtracted from every softened log-likelihood, as the authors' code does: a likelihood of 1 has a finite loss."""
+_LOG_HALF = -math.log(2.0)
+
+
+class AlmSettings(BaseModel):
+    """Options of ALM; each docstring names what the authors' code does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    divergence: Literal["kl", "reverse_kl", "tv", "kl_limit"] = "kl"
+    """f. kl: p log(p / q). reverse_kl: q log(q / p). tv: |p - q| / 2. kl_limit: tau times kl for tau to infinity.
+
+    The authors' cross-entropy is kl plus a constant of the teacher.
+    """
+    temperature: float = Field(default=100.0, gt=0, allow_inf_nan=False)
+    """tau. Code: 100. kl_limit does not read it."""
+    scaled: bool = True
+    """Multiply by tau, so that alm keeps its size against ce when tau changes. Code: False."""
+    average: Literal["chunks", "tokens"] = "chunks"
+    """chunks: every chunk counts alike (the code's scripts). tokens: a chunk counts as its teacher tokens."""
+
+
+def chunk_log_likelihoods(
+    log_p_BN: Tensor, place_BN: Tensor, predicted_BN: Tensor, range_BK2: Tensor, valid_BK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum of the tokens' log-probabilities in each chunk, [B, K], and which chunks have all their tokens, bool [B, K].
+
+    Tokens at places 1, 2 and 4; the second chunk lacks place 3, the third is padding:
+
+    >>> log_p, place = torch.tensor([[-1.0, -2.0, -4.0]]), torch.tensor([[1, 2, 4]])
+    >>> ranges, valid = torch.tensor([[[1, 3], [3, 5], [0, 0]]]), torch.tensor([[True, True, False]])
+    >>> chunk_log_likelihoods(log_p, place, torch.tensor([[True, True, True]]), ranges, valid)
+    (tensor([[-3.,  0.,  0.]]), tensor([[ True, False, False]]))
+
+    Args:
+        log_p_BN: Log-probability of each predicted token, with gradient.
+        place_BN: int64, where the predicted token stands, in the unit of the ranges.
+        predicted_BN: Bool, False for padding.
+        range_BK2: int64 half-open ranges, ascending and disjoint where valid.
+        valid_BK: Bool, False for padding, which comes last.
+
+    Returns:
+        Sums in float32 or better, 0 where the chunk is not whole.
+    """
+    if not valid_BK.numel():
+        return at_least_float32(log_p_BN).new_zeros(valid_BK.shape), valid_BK
+    chunk_BN, inside_BN = _chunk_of(place_BN, predicted_BN, range_BK2, valid_BK)
+    log_p_BN = torch.where(inside_BN, at_least_float32(log_p_BN), 0.0)
+    whole_BK = whole_chunks(place_BN, predicted_BN, range_BK2, valid_BK)
+    sum_BK = log_p_BN.new_zeros(valid_BK.shape).scatter_add(1, chunk_BN, log_p_BN)
+    return torch.where(whole_BK, sum_BK, 0.0), whole_BK
+
+
+def whole_chunks(place_BN: Tensor, predicted_BN: Tensor, range_BK2: Tensor, valid_BK: Tensor) -> Tensor:
+    """Which chunks are valid and have a prediction for each of their tokens, bool [B, K]; see the function above."""
+    if not valid_BK.numel():
+        return valid_BK
+    chunk_BN, inside_BN = _chunk_of(place_BN, predicted_BN, range_BK2, valid_BK)
+    found_BK = torch.zeros_like(range_BK2[..., 0]).scatter_add(1, chunk_BN, inside_BN.to(range_BK2.dtype))
+    return valid_BK & (found_BK > 0) & (found_BK == range_BK2[..., 1] - range_BK2[..., 0])
+
+
+def _chunk_of(place_BN: Tensor, predicted_BN: Tensor, range_BK2: Tensor, valid_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of the chunk each prediction lies in, 0 where in none, and whether it lies in one."""
+    never = torch.iinfo(range_BK2.dtype).max
+    start_BK = torch.where(valid_BK, range_BK2[..., 0], never).contiguous()
+    chunk_BN = (torch.searchsorted(start_BK, place_BN.contiguous(), right=True) - 1).clamp_min(0)
+    end_BN = torch.where(valid_BK, range_BK2[..., 1], 0).gather(1, chunk_BN)
+    inside_BN = predicted_BN & (place_BN < end_BN) & (place_BN >= start_BK.gather(1, chunk_BN))
+    return torch.where(inside_BN, chunk_BN, 0), inside_BN
+
+
+def binarised_divergence(student: Tensor, teacher: Tensor, settings: AlmSettings) -> Tensor:
+    """L(c) of each chunk from both log-likelihoods, of their shape; gradient by the student's only.
+
+    p = 3/4 against q = 1/2: 0.75 log 1.5 + 0.25 log 0.5 = 0.1308.
+
+    >>> p, q = torch.tensor([0.75]).log(), torch.tensor([0.5]).log()
+    >>> binarised_divergence(q, p, AlmSettings(temperature=1.0))
+    tensor([0.1308])
+
+    Args:
+        student: log q(c), at most 0.
+        teacher: log p(c), at most 0; a constant, detached here.
+        settings: Divergence, temperature and scale.
+    """
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    if settings.divergence == "kl_limit":
+        b, a = student - FLOOR, teacher - FLOOR
+        return a - b + a * ((-b).log() - (-a).log())
+    b, a = student / settings.temperature - FLOOR, teacher / settings.temperature - FLOOR
+    factor = settings.temperature if settings.scaled else 1.0
+    if settings.divergence == "tv":
+        return factor * (a.exp() - b.exp()).abs()
+    if settings.divergence == "reverse_kl":
+        a, b = b, a
+    return factor * (a.exp() * (a - b) - torch.expm1(a) * (log_complement(a) - log_complement(b)))
+
+
+def log_complement(log_p: Tensor) -> Tensor:
+    """log(1 - exp(log_p)) for log_p < 0, without losing digits at either end.
+
+    >>> log_complement(torch.tensor([-1e-6, -0.693147, -50.0]))
+    tensor([-1.3816e+01, -6.9315e-01, -1.9287e-22])
+    """
+    near = log_p > _LOG_HALF
+    below, above = torch.where(near, _LOG_HALF, log_p), torch.where(near, log_p, _LOG_HALF)
+    return torch.where(near, (-torch.expm1(above)).log(), torch.log1p(-below.exp()))
+
+
+def likelihood_matching(
+    student_BK: Tensor, teacher_BK: Tensor, weight_BK: Tensor, whole_BK: Tensor, settings: AlmSettings
+) -> LossTerm:
+    """Sum over chunks of weight times L(c); the count is the sum of the weights.
+
+    >>> p, q = torch.tensor([[0.75, 0.5]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    >>> ones, whole = torch.ones(1, 2), torch.tensor([[True, True]])
+    >>> likelihood_matching(q, p, ones, whole, AlmSettings(temperature=1.0))
+    LossTerm(total=tensor(0.1308), count=tensor(2.))
+
+    Args:
+        student_BK: log q(c), with gradient.
+        teacher_BK: log p(c), a constant.
+        weight_BK: See `AlmSettings.average`.
+        whole_BK: Bool; what stands elsewhere is not read.
+        settings: Options.
+    """
+    loss_BK = binarised_divergence(
+        torch.where(whole_BK, student_BK, -1.0), torch.where(whole_BK, teacher_BK, -1.0), settings
+    )
+    weight_BK = torch.where(whole_BK, weight_BK.detach().to(loss_BK.dtype), 0.0)
+    return term((weight_BK * loss_BK).sum(), weight_BK.sum())
+
+
+# ALM wired to the cache: both models' log-likelihoods of the aligned spans of the response.
+#
+# Shape legend: see batch.py.
+
+
+class Alm(nn.Module):
+    """Term `alm`: a mean over chunks whose tokens both models predict, or over those chunks' teacher tokens."""
+
+    layers: tuple[int, ...] = ()
+    attention = False
+
+    def __init__(self, settings: AlmSettings, context: Context) -> None:
+        super().__init__()
+        self.settings = settings
+        self.head = TeacherHead(context, "alm")
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """Factor 1."""
+        return {"alm": 1.0}
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Chunks, or their teacher tokens."""
+        student_BK = whole_chunks(
+            batch.predict_BN + 1, batch.predict_valid_BN, batch.span_student_BK2, batch.span_valid_BK
+        )
+        teacher_BK = whole_chunks(
+            batch.teacher_predict_BM + 1, batch.teacher_predict_valid_BM, batch.span_teacher_BK2, batch.span_valid_BK
+        )
+        return {"alm": self._weight(batch)[student_BK & teacher_BK].sum()}
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+        """Both sides' chunks, compared."""
+        s_valid_BN, t_valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
+        s_log_p_N = head_log_probabilities(student.logits.at(s_valid_BN), batch.target_BN[s_valid_BN])
+        student_BK, s_whole_BK = chunk_log_likelihoods(
+            _placed(s_log_p_N, s_valid_BN), batch.predict_BN + 1, s_valid_BN,
+            batch.span_student_BK2, batch.span_valid_BK,
+        )  # fmt: skip
+        teacher_BK, t_whole_BK = chunk_log_likelihoods(
+            _placed(self._teacher(batch), t_valid_BM), batch.teacher_predict_BM + 1, t_valid_BM,
+            batch.span_teacher_BK2, batch.span_valid_BK,
+        )  # fmt: skip
+        whole_BK = s_whole_BK & t_whole_BK
+        return {"alm": likelihood_matching(student_BK, teacher_BK, self._weight(batch), whole_BK, self.settings)}
+
+    @torch.no_grad()
+    def _teacher(self, batch: Batch) -> Tensor:
+        """The teacher's log-probability of each of its own targets, one for each valid prediction."""
+        valid_BM = batch.teacher_predict_valid_BM
+        return head_log_probabilities(self.head(teacher_states(batch)).at(valid_BM), batch.teacher_target_BM[valid_BM])
+
+    def _weight(self, batch: Batch) -> Tensor:
+        """Weight of each span in the mean, float32."""
+        length_BK = batch.span_teacher_BK2[..., 1] - batch.span_teacher_BK2[..., 0]
+        return (torch.ones_like(length_BK) if self.settings.average == "chunks" else length_BK).float()
+
+
+def _placed(values_N: Tensor, valid_BN: Tensor) -> Tensor:
+    """The values at the True positions of `valid_BN`, 0 elsewhere."""
+    return values_N.new_zeros(valid_BN.shape).masked_scatter(valid_BN, values_N)
+
+
+ALM = Declaration(
+    name="alm",
+    source="ALM, arXiv 2503.20083, without its outcome-chunk debiasing",
+    settings=AlmSettings,
+    needs=last_states,
+    build=Alm,
+    default_weight=0.5,
+    ce_weight=0.5,
+)

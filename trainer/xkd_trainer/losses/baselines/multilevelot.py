@@ -1,0 +1,299 @@
+"""MultiLevelOT (arXiv 2412.14528): the likeliest classes of a whole response compared in one common order.
+
+ULD sorts every position by itself, so a class may stand in another place at each. Here classes are ordered once, by
+their probability summed over a response, and the first k of each model are paired by rank (or greedily, by distance).
+On these p^S, p^T [n, k] of the n positions paired by shift,
+
+    L = (1/n) sum_n || p^S_n - p^T_n ||_1  -  0.1 (1/n) sum_n softmax(p^T_n) . log softmax(p^S_n)  +  0.0001 <P, W>
+
+where W_ij = || softmax(p^S_i / 2) - softmax(p^T_j / 2) ||_1 and P is exp(-W / 0.1) after ten Sinkhorn rounds. Logits
+are divided by their standard deviation over the classes first, so that two models' scales agree.
+
+The total of the official code is CE + 1.5 L: `--loss multilevelot`.
+
+Shape legend for this file
+    B documents    P paired positions of the longest    N pairs of all documents    D width    V classes
+    k chosen classes    C positions of one chunk
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.losses.baselines.positional_pairs import paired, student_logits, teacher_hidden
+from xkd_trainer.losses.declaration import Context, Declaration, StudentPass
+from xkd_trainer.losses.dual_space import TeacherHead
+from xkd_trainer.losses.ops.chunked import chunked
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunks
+from xkd_trainer.losses.ops.term import LossTerm, at_least_float32, term
+
+STD_FLOOR = 1e-4
+"""Added to the standard deviation of the logits, as in the official code."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class MultiLevelOtSettings(BaseModel):
+    """Options of MultiLevelOT; official is the authors' code, port another group's copy of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: Positive = 1.0
+    """Divides the scaled logits of both models. Official: 1, port: 2."""
+    classes: Annotated[int, Field(ge=1)] = 50
+    """k, the classes of each model that are compared. Official: 50."""
+    order: Literal["document", "batch"] = "document"
+    """Over what probabilities are summed to order the classes. Official: the batch, and then a document's loss depends
+    on the other documents of its micro-batch, so that micro-batches no longer add up. Ours: each document."""
+    match: Literal["rank", "greedy"] = "rank"
+    """rank: the n-th class of one with the n-th of the other (official, f = 1). greedy (f = 2): each class of the
+    teacher, in order, takes the nearest of all classes of the student that is left."""
+    l1: Weight = 1.0
+    """Weight of the distance at each position. Official: 1."""
+    word: Weight = 0.1
+    """Weight of the cross-entropy. Official: 0.1."""
+    word_target: Literal["teacher", "student"] = "teacher"
+    """Who gives the weights of the cross-entropy: teacher, as its signature says, or student, as the official code
+    calls it, with the two arguments exchanged."""
+    sequence: Weight = 1e-4
+    """Weight of the Sinkhorn distance. Official: 0.1 times 0.001, summed over the batch; ours: a mean."""
+    epsilon: Positive = 0.1
+    """Divides the cost W in the exponent. Official: 0.1."""
+    rounds: Annotated[int, Field(ge=1)] = 10
+    """Sinkhorn rounds, rows and then columns. Official: 10."""
+
+
+def scaled(logits_NV: Tensor, temperature: float) -> Tensor:
+    """Logits over their standard deviation (unbiased, plus 1e-4, mean not removed) and the temperature.
+
+    >>> scaled(torch.tensor([[0.0, 2.0, 4.0]]), 1.0).round(decimals=3)
+    tensor([[0., 1., 2.]])
+
+    Equal logits have standard deviation 0, whose gradient is taken as 0.
+    """
+    logits_NV = at_least_float32(logits_NV)
+    centred_NV = logits_NV - logits_NV.mean(-1, keepdim=True)
+    variance_N1 = centred_NV.square().sum(-1, keepdim=True) / max(1, logits_NV.shape[-1] - 1)
+    varies_N1 = variance_N1 > 0
+    std_N1 = torch.where(varies_N1, torch.where(varies_N1, variance_N1, 1.0).sqrt(), 0.0)
+    return logits_NV / (std_N1 + STD_FLOOR) / temperature
+
+
+@torch.no_grad()
+def class_mass(logits: LazyLogits, document_N: Tensor, num_documents: int, temperature: float) -> Tensor:
+    """Probability of each class summed over the positions of a document, [B, V], without gradient."""
+    mass_BV = at_least_float32(logits.weight).new_zeros(num_documents, logits.weight.shape[0])
+    constant = logits.detached()
+    for rows in chunks(logits):
+        member_BC = F.one_hot(document_N[rows], num_documents).T.to(mass_BV.dtype)
+        mass_BV += member_BC @ scaled(constant.at(rows).dense(), temperature).softmax(-1)
+    return mass_BV
+
+
+def class_order(mass_BV: Tensor, classes: int, order: Literal["document", "batch"]) -> Tensor:
+    """The `classes` likeliest classes (or all, if fewer), the likeliest first, ties by number; [B, k] int64.
+
+    >>> class_order(torch.tensor([[0.1, 0.5, 0.4], [0.9, 0.0, 0.1]]), 2, "document")
+    tensor([[1, 2],
+            [0, 2]])
+    >>> class_order(torch.tensor([[0.1, 0.5, 0.4], [0.9, 0.0, 0.1]]), 2, "batch")
+    tensor([[0, 1],
+            [0, 1]])
+    """
+    if order == "batch":
+        mass_BV = mass_BV.sum(0, keepdim=True).expand_as(mass_BV)
+    return torch.sort(mass_BV, dim=-1, descending=True, stable=True).indices[:, :classes]
+
+
+def chosen_probabilities(logits: LazyLogits, ids_Nk: Tensor, temperature: float) -> Tensor:
+    """Probabilities of some classes at each position, of `scaled` logits over all classes.
+
+    Logits are made in chunks, and made again in the backward pass: none are kept.
+
+    Args:
+        logits: States [N, D].
+        ids_Nk: int64 classes.
+        temperature: See `scaled`.
+
+    Returns:
+        [N, k] with gradient by states, and by weight and bias where they require one; 0 for a class that is not there.
+    """
+
+    def probabilities(rows: slice, logits_CV: Tensor) -> Tensor:
+        probabilities_CV = scaled(logits_CV, temperature).softmax(-1)
+        num_classes, ids_Ck = probabilities_CV.shape[-1], ids_Nk[rows]
+        return torch.where(ids_Ck < num_classes, probabilities_CV.gather(-1, ids_Ck.clamp_max(num_classes - 1)), 0.0)
+
+    return chunked(probabilities, logits)
+
+
+@torch.no_grad()
+def greedy_classes(student: LazyLogits, teacher_Nk: Tensor, sizes_B: Tensor, temperature: float) -> Tensor:
+    """Classes of the student beside the teacher's k: each of those, in turn, takes the nearest that is left.
+
+    Distances are sums over a document's positions of | p^S - p^T |, to every class of the student. Equal ones go to
+    the lowest number. A student of fewer than k classes is given more, of probability 0.
+
+    Two classes of 0.7 and 0.3 beside 0.4 and 0.6:
+
+    >>> logits = LazyLogits(hidden=torch.tensor([[0.7, 0.3]]).log(), weight=torch.eye(2))
+    >>> greedy_classes(logits, torch.tensor([[0.4, 0.6]]), torch.tensor([1]), 0.6)
+    tensor([[1, 0]])
+
+    Args:
+        student: States [N, D], those of a document side by side.
+        teacher_Nk: Probabilities of the teacher's chosen classes.
+        sizes_B: Positions of each document, summing to N.
+        temperature: See `scaled`.
+
+    Returns:
+        [B, k] int64, numbers from V on for classes that the student does not have.
+    """
+    found, first, k = [], 0, teacher_Nk.shape[-1]
+    for size in sizes_B.tolist():
+        own, theirs_Pk = student.at(slice(first, first + size)), teacher_Nk[first : first + size]
+        spare_k1 = theirs_Pk.sum(0)[:, None]
+        distance_kV = spare_k1.repeat(1, max(k, own.weight.shape[0]))  # what a class of probability 0 is away
+        distance_kV[:, : own.weight.shape[0]] = 0.0
+        for rows in chunks(own):
+            probabilities_CV = scaled(own.at(rows).dense(), temperature).softmax(-1)
+            distance_kV[:, : own.weight.shape[0]] += torch.cdist(theirs_Pk[rows].T, probabilities_CV.T, p=1.0)
+        taken = []
+        for place in range(k):
+            taken.append(distance_kV[place].argmin())
+            distance_kV[:, taken[-1]] = torch.inf
+        found.append(torch.stack(taken))
+        first += size
+    return torch.stack(found)
+
+
+def position_distance(student_BPk: Tensor, teacher_BPk: Tensor, valid_BP: Tensor) -> LossTerm:
+    """(1/n) sum_n || p^S_n - p^T_n ||_1 of each document, summed; the count is the number of documents with a pair.
+
+    >>> position_distance(torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[0.7, 0.3]]]), torch.tensor([[True]]))
+    LossTerm(total=tensor(0.4000), count=tensor(1.))
+    """
+    gap_BP = torch.where(valid_BP, (student_BPk - teacher_BPk.detach()).abs().sum(-1), 0.0)
+    return term((gap_BP.sum(-1) / valid_BP.sum(-1).clamp_min(1)).sum(), valid_BP.any(-1).sum())
+
+
+def word_cross_entropy(
+    student_BPk: Tensor, teacher_BPk: Tensor, valid_BP: Tensor, target: Literal["teacher", "student"]
+) -> LossTerm:
+    """- sum softmax(p^T) log softmax(p^S) over the k classes, or with the two exchanged; a sum over pairs.
+
+    Not 0 where both are equal: it is at least the entropy of softmax(p^T).
+
+    >>> word_cross_entropy(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.tensor([[True]]), "teacher")
+    LossTerm(total=tensor(0.6931), count=tensor(1.))
+    """
+    weights, scored = (
+        (teacher_BPk.detach(), student_BPk) if target == "teacher" else (student_BPk, teacher_BPk.detach())
+    )
+    entropy_BP = -torch.linalg.vecdot(weights.softmax(-1), scored.log_softmax(-1))
+    return term(torch.where(valid_BP, entropy_BP, 0.0).sum(), valid_BP.sum())
+
+
+def sequence_distance(
+    student_BPk: Tensor, teacher_BPk: Tensor, valid_BP: Tensor, epsilon: float, rounds: int
+) -> LossTerm:
+    """<P, W> between the positions of a document, summed; the count is the number of documents with a pair.
+
+    P is blurred by epsilon, so this is not 0 where both sequences are equal, unless there is one position.
+
+    >>> sequence_distance(torch.zeros(1, 1, 2), torch.tensor([[[9.0, -9.0]]]), torch.tensor([[True]]), 0.1, 10)
+    LossTerm(total=tensor(0.9998), count=tensor(1.))
+    """
+    cost_BPP = torch.cdist((student_BPk / 2).softmax(-1), (teacher_BPk.detach() / 2).softmax(-1), p=1.0)
+    both_BPP = valid_BP[:, :, None] & valid_BP[:, None, :]
+    plan_BPP = torch.where(both_BPP, (-cost_BPP / epsilon).exp(), 0.0)
+    for _ in range(rounds):
+        for axis in (2, 1):
+            sums = plan_BPP.sum(axis, keepdim=True)
+            plan_BPP = plan_BPP / torch.where(sums > 0, sums, 1.0)
+    return term((plan_BPP * torch.where(both_BPP, cost_BPP, 0.0)).sum(), valid_BP.any(-1).sum())
+
+
+# MultiLevelOT wired to the cache: the likeliest classes of both models at predictions paired by shift.
+#
+# Shape legend: see batch.py; P pairs of the longest document, N all pairs of the batch, V classes, k chosen classes.
+
+
+def needs(settings: MultiLevelOtSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
+    """Last states; the head is always in the cache."""
+    return (Signal("hidden_last"),)
+
+
+class MultiLevelOt(nn.Module):
+    """Terms `l1` and `sequence`, means over documents with a pair, and `word`, a mean over pairs."""
+
+    layers: tuple[int, ...] = ()
+    attention = False
+
+    def __init__(self, settings: MultiLevelOtSettings, context: Context) -> None:
+        super().__init__()
+        self.settings = settings
+        self.head = TeacherHead(context, "multilevelot")
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """As set; cross-entropy on the corpus is a loss of its own."""
+        return {"l1": self.settings.l1, "word": self.settings.word, "sequence": self.settings.sequence}
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Pairs, and documents with one."""
+        paired_BP = paired(batch)
+        documents = paired_BP.any(-1).sum()
+        return {"l1": documents, "word": paired_BP.sum(), "sequence": documents}
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+        """The three levels."""
+        valid_BP = paired(batch)
+        teacher = self.head(teacher_hidden(batch, valid_BP))
+        return self.levels(student_logits(student, valid_BP), teacher, valid_BP)
+
+    def levels(self, student: LazyLogits, teacher: LazyLogits, valid_BP: Tensor) -> dict[str, LossTerm]:
+        """The terms of the logits at all pairs, [N] positions each; the teacher's are a constant."""
+        s = self.settings
+        document_N = valid_BP.nonzero()[:, 0]
+        teacher_Nk = self._chosen(teacher.detached(), document_N, self._likeliest(teacher, valid_BP))
+        if s.match == "greedy":
+            ids_Bk = greedy_classes(student.detached(), teacher_Nk, valid_BP.sum(-1), s.temperature)
+        else:
+            ids_Bk = self._likeliest(student, valid_BP)
+        student_Nk = self._chosen(student, document_N, ids_Bk)
+        k = max(student_Nk.shape[-1], teacher_Nk.shape[-1])  # a vocabulary of fewer classes is filled up with 0
+        student_BPk, teacher_BPk = (
+            p.new_zeros(*valid_BP.shape, k).index_put((valid_BP,), F.pad(p, (0, k - p.shape[-1])))
+            for p in (student_Nk, teacher_Nk)
+        )
+        return {
+            "l1": position_distance(student_BPk, teacher_BPk, valid_BP),
+            "word": word_cross_entropy(student_BPk, teacher_BPk, valid_BP, s.word_target),
+            "sequence": sequence_distance(student_BPk, teacher_BPk, valid_BP, s.epsilon, s.rounds),
+        }
+
+    def _likeliest(self, logits: LazyLogits, valid_BP: Tensor) -> Tensor:
+        """A model's likeliest classes of each document, [B, k]."""
+        s, document_N = self.settings, valid_BP.nonzero()[:, 0]
+        return class_order(class_mass(logits, document_N, len(valid_BP), s.temperature), s.classes, s.order)
+
+    def _chosen(self, logits: LazyLogits, document_N: Tensor, ids_Bk: Tensor) -> Tensor:
+        """Probabilities of each document's classes at its pairs, [N, k]."""
+        return chosen_probabilities(logits, ids_Bk[document_N], self.settings.temperature)
+
+
+MULTILEVELOT = Declaration(
+    name="multilevelot",
+    source="MultiLevelOT, arXiv 2412.14528, and its official code",
+    settings=MultiLevelOtSettings,
+    needs=needs,
+    build=MultiLevelOt,
+    default_weight=1.5,
+)

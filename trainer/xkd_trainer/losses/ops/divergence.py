@@ -1,0 +1,175 @@
+"""How far the student's next-token distribution is from the teacher's, at each position.
+
+DSKD (arXiv 2406.17328) offers the first six kinds; the skewed ones are DistiLLM's (arXiv 2402.03898), the adaptive one
+is AKL (arXiv 2404.02657), ab is ABKD (arXiv 2505.04560), csd Concrete Score Distillation (arXiv 2509.25837). p is the
+teacher, q the student, both softened by the temperature. No kind is multiplied by the temperature squared: neither
+DSKD, DWA-KD nor SRA does it.
+
+Shape legend for this file
+    N positions    V classes
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from xkd_schemas.errors import UsageError
+from xkd_trainer.losses.ops.term import at_least_float32
+
+Kind = Literal[
+    "forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "tvd", "ab", "csd"
+]  # fmt: skip
+Share = Annotated[float, Field(gt=0, lt=1)]
+Power = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Knobs(BaseModel):
+    """The numbers only some kinds read; settings of losses that compare distributions have them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    skew: Share = 0.1
+    """Share of the other distribution mixed in by the skewed kinds. DistiLLM and scripts: 0.1."""
+    adaptive_alpha: Share = 0.5
+    """adaptive_kl: teacher mass below which a class belongs to the tail. Scripts: 0.5."""
+    js_share: Share = 0.5
+    """js: share of the teacher in the mixture, and weight of its divergence. DSKD: 0.5; MTA's repository: 0.9."""
+    ab_alpha: Power = 0.2
+    """ab: power of the teacher. ABKD's code: 0.2."""
+    ab_beta: Power = 0.7
+    """ab: power of the student. ABKD's code: 0.7."""
+
+
+def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """KL(p || q) at each position, [N]."""
+    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+
+
+def _mixture(log_a_NV: Tensor, log_b_NV: Tensor, share_a: float) -> Tensor:
+    """log(share_a * a + (1 - share_a) * b), [N, V], without leaving log space."""
+    return torch.logaddexp(log_a_NV + math.log(share_a), log_b_NV + math.log1p(-share_a))
+
+
+def _forward(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """KL(p || q)."""
+    return _kl(log_p_NV, log_q_NV)
+
+
+def _reverse(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """KL(q || p)."""
+    return _kl(log_q_NV, log_p_NV)
+
+
+def _js(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q, w being `js_share`."""
+    log_m_NV = _mixture(log_p_NV, log_q_NV, knobs.js_share)
+    return knobs.js_share * _kl(log_p_NV, log_m_NV) + (1.0 - knobs.js_share) * _kl(log_q_NV, log_m_NV)
+
+
+def _skewed_forward(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """KL(p || skew p + (1 - skew) q)."""
+    return _kl(log_p_NV, _mixture(log_p_NV, log_q_NV, knobs.skew))
+
+
+def _skewed_reverse(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """KL(q || (1 - skew) p + skew q)."""
+    return _kl(log_q_NV, _mixture(log_q_NV, log_p_NV, knobs.skew))
+
+
+def _adaptive(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """(head KL(p || q) + tail KL(q || p)) / (head + tail), where head and tail are sums of |p - q| without gradient.
+
+    Classes are sorted by ascending p: the tail is those whose running sum of p, themselves included,
+    is at most `adaptive_alpha`, the head is the rest. Where p equals q both shares are one half.
+    """
+    with torch.no_grad():
+        sorted_p_NV, order_NV = log_p_NV.exp().sort(-1)
+        gap_NV = (sorted_p_NV - log_q_NV.exp().gather(-1, order_NV)).abs()
+        in_tail_NV = sorted_p_NV.cumsum(-1) <= knobs.adaptive_alpha
+        tail_N = torch.where(in_tail_NV, gap_NV, 0.0).sum(-1)
+        all_N = gap_NV.sum(-1)
+        share_N = torch.where(all_N > 0, tail_N / torch.where(all_N > 0, all_N, 1.0), 0.5)
+    return (1.0 - share_N) * _kl(log_p_NV, log_q_NV) + share_N * _kl(log_q_NV, log_p_NV)
+
+
+def _tvd(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """sum |p - q| / 2."""
+    return 0.5 * (log_p_NV.exp() - log_q_NV.exp()).abs().sum(-1)
+
+
+def _ab(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """-1/(ab) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a and b the two powers."""
+    a, b = knobs.ab_alpha, knobs.ab_beta
+    both_NV = (a * log_p_NV + b * log_q_NV).exp()
+    alone_NV = (a * ((a + b) * log_p_NV).exp() + b * ((a + b) * log_q_NV).exp()) / (a + b)
+    return (alone_NV - both_NV).sum(-1) / (a * b)
+
+
+def _csd(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
+    """sum_xy q(x) p(y) (d(x) - d(y))^2 / 4 of the differences d = log q - log p, its weights q and p constants.
+
+    What is compared are differences of logits between classes, which no softmax flattens. The source lets each weight
+    be the student's, the teacher's or uniform; this is student and teacher.
+    """
+    gap_NV = log_q_NV - log_p_NV
+    q_NV, p_NV = log_q_NV.detach().exp(), log_p_NV.detach().exp()
+    q_mean_N, p_mean_N = (q_NV * gap_NV).sum(-1), (p_NV * gap_NV).sum(-1)
+    return 0.25 * (((q_NV + p_NV) * gap_NV.square()).sum(-1) - 2.0 * q_mean_N * p_mean_N)
+
+
+DIVERGENCES: Mapping[Kind, Callable[[Tensor, Tensor, Knobs], Tensor]] = {
+    "forward_kl": _forward,
+    "reverse_kl": _reverse,
+    "js": _js,
+    "skewed_forward_kl": _skewed_forward,
+    "skewed_reverse_kl": _skewed_reverse,
+    "adaptive_kl": _adaptive,
+    "tvd": _tvd,
+    "ab": _ab,
+    "csd": _csd,
+}
+"""Name -> (teacher log-probabilities [N, V], student log-probabilities [N, V], knobs) -> [N]."""
+
+
+def divergence(
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    kind: Kind,
+    *,
+    temperature: float,
+    knobs: Knobs | None = None,
+) -> Tensor:
+    """The divergence of `kind` between teacher and student at each position, in nats.
+
+    Uniform student against a teacher that is sure of class 0 to three parts in four:
+    0.75 log 1.5 + 0.25 log 0.5 = 0.1308.
+
+    >>> student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
+    >>> [round(float(divergence(student, teacher, kind, temperature=1.0)), 4) for kind in DIVERGENCES]
+    [0.1308, 0.1438, 0.0338, 0.107, 0.1131, 0.1373, 0.25, 0.152, 0.1509]
+
+    Args:
+        student_logits_NV: Any float dtype, finite; computed in float32, or float64 if it is.
+        teacher_logits_NV: The same shape, finite. NOT detached here: in the projected spaces of DSKD
+            and DWA-KD the gradient may go either way, so the caller decides.
+        kind: One of DIVERGENCES.
+        temperature: Both logits are divided by it; greater than 0.
+        knobs: Numbers of single kinds; None is their defaults.
+
+    Returns:
+        [N], at least 0 up to rounding.
+
+    Raises:
+        UsageError: `kind` is not known, or the temperature is not above 0.
+    """
+    if kind not in DIVERGENCES:
+        raise UsageError(f"losses: {kind!r} is not a divergence. Known: {', '.join(DIVERGENCES)}")
+    if not temperature > 0:
+        raise UsageError(f"losses: temperature is {temperature}", next="set it to a number greater than 0")
+    log_q_NV = (at_least_float32(student_logits_NV) / temperature).log_softmax(-1)
+    log_p_NV = (at_least_float32(teacher_logits_NV) / temperature).log_softmax(-1)
+    return DIVERGENCES[kind](log_p_NV, log_q_NV, knobs or Knobs())

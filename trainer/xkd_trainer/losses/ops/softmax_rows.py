@@ -1,0 +1,221 @@
+"""Softmaxes, cross-entropies and divergences of a few rows of logits, with their gradients by the logits.
+
+float32 on a CPU is worked by the kernels of `rows_numba`, where there is one for the divergence; everything else by
+torch. Every exponential is taken once, of numbers at most 0. Products are summed in two passes, one in place: a
+batched product of single rows takes ten times as long.
+
+Shape legend for this file
+    C positions of a chunk    P positions of a part of it    V classes
+"""
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xkd_trainer.losses.ops.divergence import Kind, Knobs, divergence
+
+PART_ELEMENTS = 1 << 20
+"""Numbers of a chunk that softmaxes and their like are taken of at a time, or one row; products take the whole chunk.
+
+A call of a kernel costs some 30 microseconds where its numbers have filled the caches: with parts of 2**16, that is
+half the time of a row of 49,000.
+"""
+
+STEP_ELEMENTS = 1 << 16
+"""The same for what one thread does in many of torch's steps: few enough to stay in the cache between them."""
+
+PARTS_OFF_CPU = 8
+"""Parts of a chunk where every piece is a kernel's launch: few, but fewer temporaries than the whole chunk."""
+
+KNOBS = Knobs()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Which divergence, with its numbers; see `divergence.divergence`."""
+
+    kind: Kind
+    temperature: float
+    knobs: Knobs = KNOBS
+
+
+class Statistics(NamedTuple):
+    """What the logits say at each position, at temperature 1, without gradient."""
+
+    entropy: Tensor
+    """[...] nats, at least 0."""
+    peak: Tensor
+    """[...] probability of the likeliest class."""
+
+
+class Scratch:
+    """Memory for temporaries, used again for the next: on a CPU, fresh pages cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[object, Tensor] = {}
+
+    def of(self, name: object, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Numbers that are not set, in the dtype and on the device of `like`; those of the same name are overwritten.
+
+        >>> scratch, like = Scratch(), torch.empty(0)
+        >>> scratch.of("a", (2, 3), like).data_ptr() == scratch.of("a", (2, 2), like).data_ptr()
+        True
+        """
+        size = math.prod(shape)
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < size or (kept.dtype, kept.device) != (like.dtype, like.device):
+            with torch.inference_mode(mode=False):  # what is made in that mode cannot be written to outside it
+                kept = self._kept[name] = like.new_empty(size)
+        return kept[:size].view(*shape)
+
+    def like(self, logits_PV: Tensor, name: object) -> Tensor:
+        """`of` that shape."""
+        return self.of(name, logits_PV.shape, logits_PV)
+
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_kept = _Kept()
+
+
+def scratch_for(logits: Tensor) -> Scratch:
+    """Memory for one pass over logits on that device, which must not be asked for again before the pass is done.
+
+    On a CPU this thread's own, which stays for the next step: a chunk or two of logits, that is up to some 300 MB.
+    Other devices have an allocator that keeps memory.
+    """
+    return _kept.scratch if logits.device.type == "cpu" else Scratch()
+
+
+def slices(first: int, last: int, size: int) -> Iterator[slice]:
+    """The range in pieces of at most `size`.
+
+    >>> list(slices(3, 8, 2))
+    [slice(3, 5, None), slice(5, 7, None), slice(7, 8, None)]
+    """
+    for start in range(first, last, size):
+        yield slice(start, min(start + size, last))
+
+
+def parts(logits_CV: Tensor) -> Iterator[slice]:
+    """Ranges of the rows of a chunk that are worked on at a time."""
+    rows, classes = logits_CV.shape
+    on_cpu = logits_CV.device.type == "cpu"
+    size = PART_ELEMENTS // max(1, classes) if on_cpu else math.ceil(rows / PARTS_OFF_CPU)
+    return slices(0, rows, max(1, size))
+
+
+def _has_kernel(*logits_PV: Tensor) -> bool:
+    """Whether `rows_numba` takes these."""
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in logits_PV)
+
+
+def statistics_rows(logits_PV: Tensor, scratch: Scratch) -> Statistics:
+    """Entropy and peak of each row.
+
+    >>> statistics_rows(torch.zeros(1, 4), Scratch())
+    Statistics(entropy=tensor([1.3863]), peak=tensor([0.2500]))
+    """
+    if _has_kernel(logits_PV):
+        from xkd_trainer.cpu_kernels.softmax_rows import statistics
+
+        return Statistics(*map(torch.from_numpy, statistics(logits_PV.numpy(), torch.get_num_threads())))
+    below_PV = torch.sub(logits_PV, logits_PV.amax(-1, keepdim=True), out=scratch.like(logits_PV, 0))
+    odds_PV = torch.exp(below_PV, out=scratch.like(logits_PV, 1))
+    sum_P = odds_PV.sum(-1)
+    entropy_P = sum_P.log() - below_PV.mul_(odds_PV).sum(-1) / sum_P
+    return Statistics(entropy_P.clamp_min(0.0), sum_P.reciprocal())
+
+
+def cross_entropy_rows(logits_PV: Tensor, target_P: Tensor, factor: Tensor) -> Tensor:
+    """-log p(target) of each row; the logits are overwritten by `factor` (a scalar) times its gradient.
+
+    >>> logits = torch.zeros(1, 4)
+    >>> cross_entropy_rows(logits, torch.tensor([1]), torch.tensor(4.0)), logits
+    (tensor([1.3863]), tensor([[ 1., -3.,  1.,  1.]]))
+    """
+    if _has_kernel(logits_PV):
+        from xkd_trainer.cpu_kernels.softmax_rows import cross_entropy
+
+        threads = torch.get_num_threads()
+        return torch.from_numpy(cross_entropy(logits_PV.numpy(), target_P.numpy(), float(factor), threads))
+    target_P1 = target_P[:, None]
+    logits_PV -= logits_PV.amax(-1, keepdim=True)
+    below_P1 = logits_PV.gather(-1, target_P1)
+    sum_P1 = logits_PV.exp_().sum(-1, keepdim=True)
+    logits_PV *= factor / sum_P1
+    logits_PV.scatter_add_(-1, target_P1, -factor.expand(target_P1.shape))
+    return (sum_P1.log() - below_P1)[:, 0]
+
+
+def divergence_rows(
+    student_PV: Tensor, teacher_PV: Tensor, factor_P1: Tensor, how: Comparison, scratch: Scratch, into_PV: Tensor
+) -> Tensor:
+    """The divergence of each row; `factor` times its gradient by the student's logits goes to `into`.
+
+    >>> student, teacher, one = torch.zeros(1, 2), torch.tensor([[1.0986123, 0.0]]), torch.ones(1, 1)
+    >>> divergence_rows(student, teacher, one, Comparison(kind="forward_kl", temperature=1.0), Scratch(), student)
+    tensor([0.1308])
+    >>> student
+    tensor([[-0.2500,  0.2500]])
+
+    Args:
+        student_PV: Logits.
+        teacher_PV: Logits; left as they are.
+        factor_P1: Constants.
+        how: Kind and numbers.
+        scratch: For temporaries, numbers 0 to 2.
+        into_PV: Of the same shape; may be `student_PV` itself.
+    """
+    if how.kind == "forward_kl":
+        return _forward_kl_rows(student_PV, teacher_PV, factor_P1 / how.temperature, how.temperature, scratch, into_PV)
+    rows, classes = student_PV.shape
+    alone = student_PV.device.type == "cpu" and torch.get_num_threads() == 1
+    steps = slices(0, rows, max(1, STEP_ELEMENTS // max(1, classes) if alone else rows))
+    losses = [_divergence_step(student_PV[r], teacher_PV[r], factor_P1[r], how, into_PV[r]) for r in steps]
+    return torch.cat(losses) if losses else factor_P1[:, 0]
+
+
+def _divergence_step(
+    student_PV: Tensor, teacher_PV: Tensor, factor_P1: Tensor, how: Comparison, into_PV: Tensor
+) -> Tensor:
+    """`divergence_rows` of any kind, by torch's own gradient."""
+    leaf_PV = student_PV.detach().requires_grad_()
+    with torch.enable_grad():
+        loss_P = divergence(leaf_PV, teacher_PV, how.kind, temperature=how.temperature, knobs=how.knobs)
+        (slope_PV,) = torch.autograd.grad(loss_P, leaf_PV, grad_outputs=factor_P1[:, 0].to(loss_P.dtype))
+    into_PV.copy_(slope_PV)
+    return loss_P.detach()
+
+
+def _forward_kl_rows(
+    student_PV: Tensor, teacher_PV: Tensor, share_P1: Tensor, temperature: float, scratch: Scratch, into_PV: Tensor
+) -> Tensor:
+    """KL(p || q) as sum p (log p - log q); its gradient is (q - p) / temperature."""
+    if _has_kernel(student_PV, teacher_PV, into_PV):
+        from xkd_trainer.cpu_kernels.softmax_rows import forward_kl
+
+        rows, classes = student_PV.shape
+        odds_P2V = scratch.of(0, (rows, 2, classes), student_PV)
+        loss_P = forward_kl(
+            student_PV.numpy(), teacher_PV.numpy(), share_P1[:, 0].numpy(), temperature,
+            into_PV=into_PV.numpy(), odds_P2V=odds_P2V.numpy(), threads=torch.get_num_threads(),
+        )  # fmt: skip
+        return torch.from_numpy(loss_P)
+    q_PV, gap_PV, p_PV = (scratch.like(student_PV, number) for number in range(3))
+    torch.sub(student_PV, student_PV.amax(-1, keepdim=True), out=q_PV).mul_(1.0 / temperature)
+    torch.sub(teacher_PV, teacher_PV.amax(-1, keepdim=True), out=gap_PV).mul_(1.0 / temperature)
+    torch.exp(gap_PV, out=p_PV)
+    gap_PV -= q_PV
+    p_sum_P1, q_sum_P1 = p_PV.sum(-1, keepdim=True), q_PV.exp_().sum(-1, keepdim=True)
+    loss_P1 = gap_PV.mul_(p_PV).sum(-1, keepdim=True) / p_sum_P1 + q_sum_P1.log() - p_sum_P1.log()
+    torch.mul(q_PV, share_P1 / q_sum_P1, out=into_PV).addcmul_(p_PV, share_P1 / p_sum_P1, value=-1.0)
+    return loss_P1[:, 0]

@@ -1,0 +1,181 @@
+"""One row of one attention map, taken while the model runs its attention as always.
+
+transformers looks a model's attention function up by name at each call. While somebody listens, the names lead
+to ours, which call the function that was there and so change no output. From sdpa, the softmax row of the last
+valid token is computed of query and key: no full map is made. A family that sdpa does not serve (capped scores,
+GPT-OSS) runs its own eager function, and the row is copied from its map. No model or configuration is touched.
+
+Shape legend for this file
+    B documents    L tokens    H query heads    K key/value heads    G = H / K    E head width
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from xkd_schemas.errors import UsageError
+from xkd_trainer.models.architecture import backbone, evaluating, num_layers, tokens_of_any
+
+UNIFORM: Final = "use weights that need no attention map: --set losses.sra.weights=uniform"
+
+TINY: Final = torch.finfo(torch.float32).tiny
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class LastRows:
+    """Rows heard so far: (which, layer index; 0 is the first block) -> [B, H, L] float32, without gradient."""
+
+    layers: frozenset[int]
+    places: Mapping[str, Tensor]
+    """Which row -> the position in each document of the token whose row it is, [B] int64."""
+    sdpa: Attention = sdpa_attention_forward
+    """What the name led to before."""
+    rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    several: set[int] = field(default_factory=set)
+    """Layers that attended more than once, so that no row is the layer's."""
+    wrong: dict[int, float] | None = None
+    """Where it is asked for: how far a row times the values is from what the attention returned, by layer."""
+
+    def keep(self, layer: int, row_of: Callable[[Tensor], Tensor], value_BKLE: Tensor, output_BLHE: Tensor) -> None:
+        """Keep a block's rows, [B, H, L] of places [B]; values and output are those of the same call."""
+        for which, place_B in self.places.items():
+            if (which, layer) in self.rows:
+                self.several.add(layer)
+            self.rows[which, layer] = row_BHL = row_of(place_B).detach()
+            if self.wrong is not None:
+                value_BHLE = value_BKLE.repeat_interleave(row_BHL.shape[1] // value_BKLE.shape[1], dim=1).float()
+                ours_BHE = torch.einsum("bhl,bhle->bhe", row_BHL, value_BHLE)
+                theirs_BHE = output_BLHE[torch.arange(len(output_BLHE), device=place_B.device), place_B].float()
+                self.wrong[layer] = float((ours_BHE - theirs_BHE).abs().max() / theirs_BHE.abs().max().clamp_min(TINY))
+
+
+@contextlib.contextmanager
+def listen(layers: frozenset[int], places: Mapping[str, Tensor]) -> Iterator[LastRows]:
+    """Collect the attention rows of some tokens in some blocks from the forward passes inside the context."""
+    heard = LastRows(layers=layers, places=places)
+    with contextlib.ExitStack() as names:
+        if layers:
+            heard.sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            names.enter_context(_named("sdpa", partial(_sdpa, heard)))
+            names.enter_context(_named("eager", partial(_eager, heard)))
+        yield heard
+
+
+@contextlib.contextmanager
+def _named(name: str, function: Attention) -> Iterator[None]:
+    """Let a name lead to another function for a while; "eager" leads nowhere, which stands for the family's own."""
+    before = ALL_ATTENTION_FUNCTIONS.get(name)
+    ALL_ATTENTION_FUNCTIONS[name] = function
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]
+        if ALL_ATTENTION_FUNCTIONS.get(name) is not before:
+            ALL_ATTENTION_FUNCTIONS[name] = before
+
+
+def _sdpa(
+    heard: LastRows, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, **options: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """sdpa; the row from query and key."""
+    result = heard.sdpa(module, query, key, value, attention_mask, **options)
+    layer = getattr(module, "layer_idx", None)
+    if layer in heard.layers:
+        heard.keep(layer, lambda place_B: last_row(query, key, place_B, attention_mask, options), value, result[0])
+    return result
+
+
+def _eager(
+    heard: LastRows, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, **options: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The family's own function; the row from its map, without dropout."""
+    own: Attention = sys.modules[type(module).__module__].eager_attention_forward
+    result = own(module, query, key, value, attention_mask, **options)
+    layer = getattr(module, "layer_idx", None)
+    if layer in heard.layers:
+        output, map_BHLL = result
+        if options.get("dropout"):
+            with torch.no_grad():
+                output, map_BHLL = own(module, query, key, value, attention_mask, **{**options, "dropout": 0.0})
+        assert map_BHLL is not None
+        rows_B = torch.arange(len(query), device=query.device)
+        map_BHLL = map_BHLL.float()
+        heard.keep(layer, lambda place_B: map_BHLL[rows_B, :, place_B], value, output)
+    return result
+
+
+@torch.no_grad()
+def last_row(
+    query_BHLE: Tensor, key_BKLE: Tensor, last_B: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """Attention of one token of each document over all tokens, [B, H, L] float32, rows sum to 1.
+
+    Args:
+        query_BHLE: Queries after position encoding.
+        key_BKLE: Keys after position encoding.
+        last_B: Position of that token.
+        mask: What the attention function was given: None (causal), bool (True attends) or additive.
+        options: The other arguments of the call; `scaling`, `sliding_window`, `position_bias` (added to the scores,
+            [B or 1, H, L, L]) and `s_aux` (attention sinks) count.
+    """
+    size_B, heads, length, width = query_BHLE.shape
+    groups = heads // key_BKLE.shape[1]
+    rows_B = torch.arange(size_B, device=last_B.device)
+    query_BKGE = query_BHLE[rows_B, :, last_B].float().view(size_B, heads // groups, groups, width)
+    scaling = options.get("scaling")
+    scores_BHL = torch.einsum("bkge,bkle->bkgl", query_BKGE, key_BKLE.float()).reshape(size_B, heads, length)
+    scores_BHL = scores_BHL * (width**-0.5 if scaling is None else scaling)
+    bias = options.get("position_bias")
+    if bias is not None:
+        scores_BHL = scores_BHL + bias.expand(size_B, -1, -1, -1)[rows_B, :, last_B, :length].float()
+    position_L = torch.arange(length, device=last_B.device)
+    seen_BL = position_L <= last_B[:, None]
+    window = options.get("sliding_window")
+    if window is not None:
+        seen_BL = seen_BL & (position_L > last_B[:, None] - window)
+    scores_BHL = scores_BHL.masked_fill(~seen_BL[:, None], -torch.inf)
+    if mask is not None:
+        row_BHL = mask[rows_B if mask.shape[0] > 1 else torch.zeros_like(rows_B), :, last_B, :length]
+        scores_BHL = scores_BHL.masked_fill(~row_BHL, -torch.inf) if mask.dtype == torch.bool else scores_BHL + row_BHL
+    sinks = options.get("s_aux")
+    if sinks is not None:
+        sinks_BH1 = sinks.float().view(1, heads, 1).expand(size_B, heads, 1)
+        with_sinks: Tensor = torch.cat([scores_BHL, sinks_BH1], dim=-1).softmax(dim=-1)
+        return with_sinks[..., :-1]
+    weights_BHL: Tensor = scores_BHL.softmax(dim=-1)
+    return weights_BHL
+
+
+@torch.no_grad()
+def check_attention(model: PreTrainedModel) -> None:
+    """Compare every block's row, times the values, with what its attention made of eight tokens.
+
+    Raises:
+        UsageError: They differ: the family does something to scores or maps that a row does not tell.
+    """
+    ids_BL = tokens_of_any(model)
+    last_B = torch.full((1,), ids_BL.shape[1] - 1, device=ids_BL.device)
+    with evaluating(model), listen(frozenset(range(num_layers(model))), {"last": last_B}) as heard:
+        heard.wrong = {}
+        backbone(model)(input_ids=ids_BL, use_cache=False)
+    share = 1e-3 if model.dtype == torch.float32 else 0.05
+    for layer, off in heard.wrong.items():
+        if not off <= share:
+            raise UsageError(
+                f"the attention of {type(model).__name__} cannot be read: block {layer + 1} returns something else "
+                f"than its map times its values (off by {off:.3g})",
+                next=UNIFORM,
+            )

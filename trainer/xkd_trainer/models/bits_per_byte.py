@@ -1,0 +1,60 @@
+"""Bits per byte: how well a model predicts the target text of documents, whatever its tokenizer.
+
+Shape legend for this file
+    B documents of a batch    L tokens of the longest    D width    N target tokens of a document    V classes
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from xkd_schemas.documents import Document
+from xkd_schemas.progress import Progress, tick
+from xkd_schemas.tokens import CONTENT, Tokens, predictors
+from xkd_trainer.models.forward import run
+from xkd_trainer.models.head import head_of
+from xkd_trainer.models.padding import pad
+
+BATCH: Final = 16
+"""Documents of one forward pass."""
+
+
+def batched(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """BATCH items at a time; each time that the next are asked for, those before are done."""
+    for first in range(0, len(items), BATCH):
+        yield items[first : first + BATCH]
+        tick(min(BATCH, len(items) - first))
+
+
+@torch.inference_mode()
+def bits_per_byte(model: PreTrainedModel, pairs: Sequence[tuple[Document, Tokens]]) -> dict[str, float]:
+    """-log2 p(target text) over its UTF-8 bytes; end tokens carry no text and are left out.
+
+    Returns:
+        bytes, bits_per_byte.
+    """
+    nats, size = 0.0, 0
+    ordered = sorted(pairs, key=lambda pair: len(pair[1].ids))
+    head = head_of(model)
+    with Progress("bits per byte", len(pairs)):
+        for batch in batched(ordered):
+            ids_BL = pad([t.ids.astype(np.int64) for _, t in batch]).to(model.device)
+            valid_BL = pad([np.ones(len(t.ids), np.bool_) for _, t in batch]).to(model.device)
+            states_BLD = run(model, ids_BL, valid_BL).last_BLD
+            for row, (document, tokens) in enumerate(batch):
+                content = tokens.targets & (tokens.kinds == CONTENT)
+                place_N = torch.from_numpy(predictors(content)).to(model.device)
+                log_p_NV = head(states_BLD[row, place_N]).float().log_softmax(-1)
+                nats -= float(log_p_NV.gather(-1, ids_BL[row, place_N + 1, None]).double().sum())
+                size += sum(
+                    _bytes_of(document, s.start, min(s.end, tokens.num_chars)) for s in document.segments if s.target
+                )
+    return {"bytes": size, "bits_per_byte": nats / math.log(2) / max(1, size)}
+
+
+def _bytes_of(document: Document, start: int, end: int) -> int:
+    return len(document.text[start : max(start, end)].encode())

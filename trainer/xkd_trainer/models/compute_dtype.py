@@ -1,0 +1,183 @@
+"""In which dtype a model runs: what was asked for, or what the hardware computes fast, and why.
+
+The name is resolved once, before anything is made, and goes into what is made. Tests replace `hardware`.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+
+from xkd_schemas.console import warn
+from xkd_schemas.dtypes import AUTO, dtype_name
+from xkd_schemas.errors import UsageError
+
+DTYPES: Final[dict[str, torch.dtype]] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+SLOW: Final = 1.5
+"""A dtype whose products take so many times as long as those of float32 is slow."""
+_PRODUCT: Final = {"cpu": (64, 256, 256), "cuda": (2048, 2048, 2048)}
+"""Sizes of the product that is timed: at most some 50 ms where torch has nothing but a reference routine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A dtype and the reason for it."""
+
+    dtype: str
+    why: str
+    warning: str = ""
+    """For the user, where this dtype is slow here."""
+
+    @property
+    def line(self) -> str:
+        """Both, for people."""
+        return f"dtype: {self.dtype}, {self.why}"
+
+
+class Hardware(Protocol):
+    """What is asked of a processor."""
+
+    @property
+    def kind(self) -> str:
+        """What results may depend on, e.g. "CPU AVX2" or the name of a GPU."""
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether it has instructions for products in bfloat16."""
+
+    def slowdown(self, dtype: str) -> float:
+        """How many times as long a product takes in this dtype as in float32."""
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The torch dtype; UsageError lists the known names."""
+    if dtype_name(name) not in DTYPES:
+        raise UsageError(f"dtype {name!r} is not known", next=f"use one of: {', '.join(DTYPES)}")
+    return DTYPES[dtype_name(name)]
+
+
+def this_device() -> str:
+    """What a model runs on in this process: cuda or cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_dtype(asked: str, device: str) -> Choice:
+    """The dtype for a model on this device: the one asked for, or for `auto` the one that is fast there.
+
+    >>> choose_dtype("fp32", "cpu").line
+    'dtype: float32, as asked for'
+    """
+    here = hardware(device)
+    if dtype_name(asked) == AUTO:
+        return _fast(here)
+    dtype_named(asked)
+    name, warning = dtype_name(asked), ""
+    if name != "float32" and (factor := here.slowdown(name)) > SLOW:
+        warning = f"{name} products take {_times(factor)} as long as float32 here ({here.kind})"
+    return Choice(dtype=name, why="as asked for", warning=warning)
+
+
+def _fast(here: Hardware) -> Choice:
+    factor = here.slowdown("bfloat16")
+    times = f"bfloat16 products take {_times(factor)} as long as float32"
+    if not here.has_bfloat16:
+        return Choice(dtype="float32", why=f"because {here.kind} has no bfloat16 instructions; {times}")
+    if factor > SLOW:
+        return Choice(dtype="float32", why=f"because on {here.kind} {times}")
+    return Choice(dtype="bfloat16", why=f"because {here.kind} has bfloat16 instructions; {times}")
+
+
+def _times(factor: float) -> str:
+    """A measured factor in words.
+
+    >>> _times(0.5), _times(1.54), _times(107.4)
+    ('0.5 times', '1.5 times', '107 times')
+    """
+    return f"{factor:.2g} times" if factor < 10 else f"{factor:.0f} times"
+
+
+@functools.cache
+def warn_of_slow_dtype(dtype: str, device: str) -> None:
+    """Say before the work begins that this device is slow in this dtype, once in a process."""
+    if warning := choose_dtype(dtype, device).warning:
+        warn(warning)
+
+
+def processor_kind(device: str) -> str:
+    """What a model's results may depend on here, in words."""
+    return hardware(device).kind
+
+
+@functools.cache
+def hardware(device: str) -> Hardware:
+    """The processor that `device` (cpu or cuda) is in this process."""
+    if device == "cpu":
+        return _Cpu()
+    return _Gpu() if torch.cuda.is_available() else _Unseen()
+
+
+class _Timed:
+    device = "cpu"
+
+    @functools.cache  # noqa: B019 - lives as long as the process
+    def slowdown(self, dtype: str) -> float:
+        return self._seconds(DTYPES[dtype]) / self._seconds(torch.float32)
+
+    def _seconds(self, dtype: torch.dtype) -> float:
+        m, k, n = _PRODUCT[self.device]
+        a_MK, b_KN = (torch.ones(shape, dtype=dtype, device=self.device) for shape in ((m, k), (k, n)))
+        return min(self._timed(a_MK, b_KN) for _ in range(3))
+
+    def _timed(self, a_MK: torch.Tensor, b_KN: torch.Tensor) -> float:
+        start = time.perf_counter()
+        _ = a_MK @ b_KN
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+class _Cpu(_Timed):
+    @property
+    def kind(self) -> str:
+        level = torch.backends.cpu.get_cpu_capability()
+        return f"CPU {' '.join([level, *_bfloat16_flags()])}"
+
+    @property
+    def has_bfloat16(self) -> bool:
+        return bool(_bfloat16_flags())
+
+
+def _bfloat16_flags() -> list[str]:
+    """The processor's own names of its bfloat16 instructions."""
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported(),
+    }  # fmt: skip
+    return sorted(name.upper() for name, there in flags.items() if "bf16" in name and there)
+
+
+class _Gpu(_Timed):
+    device = "cuda"
+
+    @property
+    def kind(self) -> str:
+        return str(torch.cuda.get_device_name())
+
+    @property
+    def has_bfloat16(self) -> bool:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+class _Unseen:
+    """A GPU of the workers, which this process cannot ask: every one since 2020 has bfloat16."""
+
+    kind = "a GPU that only the workers see"
+    has_bfloat16 = True
+
+    def slowdown(self, _dtype: str) -> float:
+        return 1.0

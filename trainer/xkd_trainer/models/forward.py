@@ -1,0 +1,199 @@
+"""One forward pass of a causal language model, keeping just the states that somebody asked for.
+
+Used on the teacher at capture and on the student in training, so both are measured the same way.
+
+Shape legend for this file
+    B documents    L tokens    D width    N positions    V vocabulary
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from xkd_schemas.errors import UsageError
+from xkd_trainer.models.architecture import LAST_STATES_ONLY, backbone, evaluating, tokens_of_any
+from xkd_trainer.models.architecture import blocks_of as blocks_of
+from xkd_trainer.models.architecture import num_layers as num_layers
+from xkd_trainer.models.attention import UNIFORM, LastRows, check_attention, listen
+from xkd_trainer.models.measures import normalised_row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class States:
+    """What one forward pass left behind."""
+
+    last_BLD: Tensor
+    """Last hidden states, final-normed: the head applies directly."""
+    layers: dict[int, Tensor]
+    """Hugging Face index -> [B, L, D]; the last index is `last_BLD` itself."""
+    attention_BL: Tensor | None
+    """Last valid token's attention in the last block, heads summed, rows sum to 1; float32, no gradient."""
+    attention_layers: Mapping[int, Tensor] = field(default_factory=dict)
+    """Hugging Face index -> the same of other blocks."""
+    text_layers: Mapping[int, Tensor] = field(default_factory=dict)
+    """Hugging Face index -> the row of the last text token, in front of the end token."""
+
+    def as_float32(self) -> "States":
+        """The same in float32, which signals and losses compute in; itself where it is already."""
+        if self.last_BLD.dtype == torch.float32:
+            return self
+        layers = {layer: states_BLD.float() for layer, states_BLD in self.layers.items()}
+        return replace(self, last_BLD=self.last_BLD.float(), layers=layers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """What a block returned."""
+
+    states: Tensor
+    version: int
+    """torch's count of writes into it by then; tensors of inference mode have none."""
+
+    def is_as_returned(self) -> bool:
+        """Whether nobody wrote into the states since."""
+        return self.states.is_inference() or self.states._version == self.version
+
+
+def _checked(model: PreTrainedModel, layer: int, found: _Output | None, last_BLD: Tensor) -> Tensor:
+    """Projectors and columns are made for the shape of the last states; in OPT-350m and Gemma 3n blocks differ."""
+    if found is not None and found.states.shape == last_BLD.shape and found.is_as_returned():
+        return found.states
+    what = f"states of shape {tuple(found.states.shape)}" if found else "no states"
+    if found is not None and not found.is_as_returned():
+        what = "states that a later block writes into"
+    raise UsageError(
+        f"{type(model).__name__}: block {layer} gives {what} where its last states are {tuple(last_BLD.shape)}",
+        next=LAST_STATES_ONLY,
+    )
+
+
+@contextlib.contextmanager
+def _hooked(model: PreTrainedModel, layers: Sequence[int], into: dict[int, _Output]) -> Iterator[None]:
+    blocks = blocks_of(model) if layers else nn.ModuleList()
+    handles = []
+    for layer in layers:
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any, layer: int = layer) -> None:
+            states = output[0] if isinstance(output, tuple | list) else output
+            into[layer] = _Output(states, 0 if states.is_inference() else states._version)
+
+        handles.append(blocks[layer - 1].register_forward_hook(keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run(  # noqa: PLR0913 - one for each thing that is kept
+    model: PreTrainedModel,
+    ids_BL: Tensor,
+    valid_BL: Tensor,
+    *,
+    layers: Sequence[int] = (),
+    attention: bool = False,
+    attention_layers: Sequence[int] = (),
+    text_layers: Sequence[int] = (),
+    text_B: Tensor | None = None,
+) -> States:
+    """Run the base model without its head.
+
+    Documents are padded on the right. A causal model's states never depend on what comes after, so
+    no attention mask is passed and the fastest causal kernel is used; states at padding are garbage.
+
+    Args:
+        model: A causal language model.
+        ids_BL: Token ids, int64.
+        valid_BL: Bool, True at tokens; each row is a run of True and then False.
+        layers: Hugging Face indices 1..number of blocks.
+        attention: Also keep the last token's attention row in the last block.
+        attention_layers: Also keep that row in these blocks, Hugging Face indices.
+        text_layers: Also keep the row of another token in these blocks.
+        text_B: The place of that token, the last one of the text; int64.
+
+    Raises:
+        UsageError: A layer does not exist or its states are not like the last ones, or the model showed no attention.
+    """
+    count = num_layers(model)
+    for layer in (*layers, *attention_layers, *text_layers):
+        if not 1 <= layer <= count:
+            raise UsageError(f"layer {layer} does not exist: {type(model).__name__} has layers 1 to {count}")
+    outputs: dict[int, _Output] = {}
+    places = {"last": valid_BL.sum(dim=1).sub(1).clamp_min(0)} if attention or attention_layers else {}
+    if text_layers:
+        assert text_B is not None
+        places["text"] = text_B
+    inner = sorted({layer for layer in layers if layer != count})
+    wanted = sorted({*attention_layers, *text_layers, *([count] if attention else [])})
+    if wanted:
+        blocks_of(model)  # a family that counts otherwise would give another block's row
+    with _hooked(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), places) as heard:
+        output = backbone(model)(input_ids=ids_BL, use_cache=False)
+    last_BLD: Tensor = output.last_hidden_state
+    kept = {layer: _checked(model, layer, outputs.get(layer), last_BLD) for layer in inner}
+    if count in layers:
+        kept[count] = last_BLD
+    found = {which: {layer: _row(model, heard, which, layer, valid_BL) for layer in wanted} for which in places}
+    rows = found.get("last", {})
+    return States(
+        last_BLD=last_BLD, layers=kept, attention_BL=rows[count] if attention else None, attention_layers=rows,
+        text_layers=found.get("text", {}),
+    )  # fmt: skip
+
+
+def _row(model: PreTrainedModel, heard: LastRows, which: str, layer: int, valid_BL: Tensor) -> Tensor:
+    """One of the rows that were heard, or UsageError for a block that showed none, or several."""
+    if (which, layer - 1) not in heard.rows or layer - 1 in heard.several:
+        block = "its last block" if layer == num_layers(model) else f"block {layer}"
+        what = "several attention maps" if layer - 1 in heard.several else "no attention map"
+        raise UsageError(f"{type(model).__name__} shows {what} in {block}", next=UNIFORM)
+    return normalised_row(heard.rows[which, layer - 1], valid_BL)
+
+
+def rehearse(
+    model: PreTrainedModel,
+    *,
+    layers: Sequence[int] = (),
+    attention: bool = False,
+    attention_layers: Sequence[int] = (),
+    text_layers: Sequence[int] = (),
+) -> None:
+    """`run` on eight tokens: what a model cannot give is refused before there is work to lose.
+
+    Raises:
+        UsageError: As `run` and `check_attention`.
+    """
+    if attention or attention_layers or text_layers:
+        check_attention(model)
+    ids_BL = tokens_of_any(model)
+    with torch.no_grad(), evaluating(model):
+        run(
+            model, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), layers=layers, attention=attention,
+            attention_layers=attention_layers, text_layers=text_layers, text_B=torch.full_like(ids_BL[:, 0], 6),
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Change the last four of eight tokens and compare the states of the first four.
+
+    Raises:
+        UsageError: They differ: padding would change states, and a student would see what it is to predict.
+    """
+    first_BL = tokens_of_any(model)
+    second_BL = torch.cat([first_BL[:, :4], first_BL[:, 4:].flip(1)], dim=1)
+    ids_BL = torch.cat([first_BL, second_BL])
+    states_BLD = run(model, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool)).last_BLD[:, :4]
+    worst = float((states_BLD[0] - states_BLD[1]).abs().max())
+    share = 1e-3 if states_BLD.dtype == torch.float32 else 0.05
+    if not worst <= share * float(states_BLD.abs().max()):
+        raise UsageError(
+            f"{type(model).__name__}: its states depend on tokens that come later (by {worst:.3g}), so it is "
+            "no causal language model",
+            next="use a causal one; of the BERT family, those whose config.json says is_decoder",
+        )

@@ -1,0 +1,291 @@
+"""Load causal language models from a folder, a hub name or a GGUF file; refuse what could run foreign code."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from xkd_schemas.cache.table import check_tokenizer
+from xkd_schemas.console import note
+from xkd_schemas.errors import InputMissing, Refused, UsageError
+from xkd_schemas.text.tokenizers import encode_texts
+from xkd_trainer.training.export import check_student
+
+UNBUILDABLE: Final = (
+    ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError, ZeroDivisionError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What transformers' families raise for a configuration that they can make no model of."""
+_SUSPECT: Final = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_code"})
+_IMPLEMENTATION: Final = "_implementation"
+"""End of the keys that choose how a part is computed; a value with a slash is a kernel to be fetched from the hub."""
+
+
+def _suspects(value: Any) -> set[str]:
+    """Keys that ask for foreign code, at any depth."""
+    found = set(_SUSPECT & value.keys()) if isinstance(value, dict) else set()
+    if isinstance(value, dict):
+        found |= {key for key in value if key.endswith(_IMPLEMENTATION) and "/" in json.dumps(value[key])}
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return found.union(*(_suspects(v) for v in inner))
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a model folder whose configuration asks for code of its own.
+
+    Raises:
+        Refused: A configuration file names remote code or a private attention implementation.
+        InputMissing: A configuration file is not JSON.
+    """
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found = _suspects(json.loads(path.read_bytes()))
+        except (ValueError, RecursionError) as error:
+            raise InputMissing(f"{path} is not JSON: {error}") from error
+        if found:
+            raise Refused(
+                f"{path} has {', '.join(sorted(found))}, which can run code that came with the model",
+                next="use a model of a built-in architecture, or remove the key after reading what it does",
+            )
+
+
+def short(error: BaseException) -> str:
+    """First sentence of a library's long error message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _quiet() -> None:
+    """No progress bars and warnings of the libraries between our lines; what matters is raised."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def split_gguf(name: str) -> tuple[str, str | None]:
+    """`folder/file.gguf` as (folder, file); any other name as (name, None)."""
+    path = Path(name)
+    return (str(path.parent), path.name) if path.suffix == ".gguf" else (name, None)
+
+
+def tell_of_hub(folder: str) -> None:
+    """Say that a name is looked up on the hub: without a network that takes a while, and then fails."""
+    if not Path(folder).exists():
+        note(f"{folder}: no such folder here, asking the Hugging Face hub")
+
+
+def check_model_name(name: str) -> None:
+    """Refuse what is no model, before anything of it is loaded; raises as `load_model`."""
+    source, options = model_source(name, weights=False)
+    if not Path(source).is_dir():
+        try:
+            AutoConfig.from_pretrained(source, **options)
+        except OSError as error:
+            raise _missing(name, source, error) from error
+        except UNBUILDABLE as error:
+            raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
+
+
+def model_source(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
+    """`source_of` a model, which has a configuration."""
+    source, options = source_of(name, weights=weights)
+    if Path(source).is_dir() and "gguf_file" not in options and not (Path(source) / "config.json").is_file():
+        raise InputMissing(f"model {name}: the folder has no config.json", next="give a folder that holds a model")
+    return source, options
+
+
+def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is given for a folder, a .gguf file or a hub name; the only way to it.
+
+    Its settings were read before and ask for no code. A hub name is loaded at the commit that they are of. The files
+    of a finished student are compared with their digests; with `weights` those of the weights too.
+
+    Raises:
+        InputMissing: There is no such file or hub name.
+        Refused: The settings name code that comes with the model, or a kernel of the hub.
+        BadData: A finished student is damaged.
+    """
+    folder, gguf = split_gguf(name)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if gguf is not None:
+        if not Path(name).is_file():
+            raise InputMissing(f"model {name} is not there", next="give the path of a .gguf file")
+        options["gguf_file"] = gguf
+    _quiet()
+    if Path(folder).is_dir():
+        check_student(Path(folder), weights=weights)
+        check_config(Path(folder))
+        return folder, options
+    tell_of_hub(folder)
+    try:
+        settings = Path(snapshot_download(folder, allow_patterns=["*.json"]))
+    except (OSError, ValueError) as error:
+        raise _missing(name, folder, error) from error
+    check_config(settings)
+    return folder, options | {"revision": settings.name}
+
+
+def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model in evaluation mode, from safetensors or GGUF.
+
+    Args:
+        name: A local folder, a `.gguf` file, or a name on the hub.
+        dtype: Of the weights.
+
+    Raises:
+        InputMissing: There is no such folder, file or hub name, or it cannot be reached.
+        UsageError: It is there but no causal language model that this transformers knows.
+        Refused: It wants to run code of its own, or has only pickled weights.
+    """
+    folder, options = model_source(name, weights=True)
+    if "gguf_file" in options:
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    except OSError as error:
+        raise _missing(name, folder, error) from error
+    except SafetensorError as error:
+        raise InputMissing(
+            f"model {name}: broken weights: {short(error)}", next="copy the model folder again"
+        ) from error
+    except UNBUILDABLE as error:
+        raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
+    return model.eval()
+
+
+def _missing(name: str, folder: str, error: OSError | ValueError) -> InputMissing | Refused:
+    if Path(folder).is_dir() and "safetensors" in str(error):
+        return Refused(
+            f"model {name} has no safetensors weights; pickled weights are not opened",
+            next="convert it: from_pretrained(...).save_pretrained(..., safe_serialization=True) on a trusted machine",
+        )
+    return InputMissing(
+        f"model {name} is neither a model folder here nor a name the hub answers for: {short(error)}",
+        next="give a folder with config.json and model.safetensors, a .gguf file, or a hub name with a network",
+    )
+
+
+def load_tokenizer(name: str) -> Any:
+    """A fast tokenizer from a folder, from FOLDER/FILE.gguf, or by its name on the Hugging Face hub.
+
+    Raises:
+        InputMissing: Nothing of that name, or the folder holds no tokenizer that can be read.
+        BadData: It lies in a cache and is not what the table's manifest says.
+        Refused: The tokenizer brings its own code.
+        UsageError: It is a slow tokenizer, without character offsets.
+    """
+    path = Path(name)
+    gguf = path.suffix == ".gguf"
+    folder = path.parent if gguf else path
+    looks_local = gguf or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if (gguf and not path.is_file()) or (looks_local and not folder.is_dir()):
+        raise InputMissing(f"{name} is not there", next="name a model folder, FOLDER/FILE.gguf or a hub model")
+    if folder.is_dir():
+        check_tokenizer(folder)
+    source, options = source_of(name, weights=False)
+    _readable_json(folder / "tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise Refused(
+                f"{name}: this tokenizer runs code of its own", next="use a tokenizer with a tokenizer.json"
+            ) from error
+        place = "in this folder" if folder.is_dir() else "here or on the hub"
+        first_line = next(iter(str(error).splitlines()), "")[:160]
+        raise InputMissing(
+            f"{name}: no tokenizer {place} that can be read ({first_line})", next="check the name and the connection"
+        ) from error
+    encode_texts(tokenizer, [""])
+    if "local_files_only" in tokenizer.init_kwargs:  # saved with it, and otherwise True where HF_HUB_OFFLINE is set
+        tokenizer.init_kwargs["local_files_only"] = False
+    return tokenizer
+
+
+def _readable_json(path: Path) -> None:
+    """Refuse half a tokenizer.json here, because the tokenizers library raises a bare Exception for it."""
+    if path.is_file():
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            raise InputMissing(f"{path} is not JSON: {error}", next="copy the model folder again") from error
+
+
+def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> PreTrainedModel:
+    """A fresh model from `FAMILY,key=value,...`, with random weights from torch's current seed.
+
+    Args:
+        spec: e.g. "llama,layers=4,width=256". Families are transformers' model types. `layers`, `width`, `heads`,
+            `kv_heads` and `inner` (feed-forward width) are translated; other keys are configuration names, and what
+            is not given is as the family has it (`head_dim` of Qwen 3 and Gemma, experts).
+        vocab_size: Rows of the embedding table.
+        special: bos_token_id, eos_token_id and pad_token_id of the student's tokenizer.
+
+    Raises:
+        UsageError: The family or a key is not known, or the numbers do not fit together.
+    """
+    family, *pairs = [part.strip() for part in spec.split(",")]
+    try:
+        config = _config(family, dict(_pair(pair) for pair in pairs), {**special, "vocab_size": vocab_size})
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except UNBUILDABLE as error:
+        raise UsageError(
+            f"--student new:{spec}: {short(error.__cause__ or error)}",
+            next="e.g. new:llama,layers=4,width=256 or new:gpt2,layers=4",
+        ) from error
+    return model
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} is not key=value")
+    try:
+        return key.strip(), json.loads(value)
+    except ValueError:
+        return key.strip(), value.strip()
+
+
+_SIZES: Final = {
+    "layers": ("num_hidden_layers",),
+    "width": ("hidden_size",),
+    "heads": ("num_attention_heads",),
+    "kv_heads": ("num_key_value_heads",),
+    "inner": ("intermediate_size", "n_inner", "ffn_dim"),
+}
+"""Our short names -> what configurations call them."""
+
+
+def _config(family: str, given: dict[str, Any], fixed: dict[str, Any]) -> Any:
+    """The configuration; ValueError for a key that the family does not have or a size that is no number from 1 on."""
+    known = AutoConfig.for_model(family)
+    for key in given:
+        if not any(hasattr(known, name) for name in _SIZES.get(key, (key,))):
+            raise ValueError(f"{family} has no setting {key!r}")
+    sizes = {key: value for key, value in given.items() if key in _SIZES}
+    for key, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key}={value} is not a number from 1 on")
+    width = sizes.get("width", 256)
+    heads = sizes.get("heads", max(1, width // 64))
+    sizes = {"layers": 4, "width": width, "heads": heads, "kv_heads": heads, "inner": 4 * width} | sizes
+    named = {name: value for key, value in sizes.items() for name in _SIZES[key] if hasattr(known, name)}
+    others = {key: value for key, value in given.items() if key not in _SIZES}
+    return AutoConfig.for_model(family, **{"tie_word_embeddings": True, **named, **others, **fixed})

@@ -1,0 +1,145 @@
+"""Student and losses as one module, so that wrappers for several devices see every parameter in one forward.
+
+Shape legend: see batch.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.losses.declaration import Loss, Projectors, StudentPass
+from xkd_trainer.losses.ops.shared_pass import Planned
+from xkd_trainer.losses.weights import described, term_weights
+from xkd_trainer.models.forward import num_layers, rehearse, run
+from xkd_trainer.models.head import head_of
+
+
+class Distiller(nn.Module):
+    """Runs the student on a batch and returns what every loss makes of it.
+
+    Args:
+        student: A causal language model.
+        losses: Built losses by name.
+        weights: Factor of each loss, as `parse_loss` makes them.
+        projectors: How the projectors of each loss are trained; as in the papers where it is not named.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        losses: Mapping[str, nn.Module],
+        weights: Mapping[str, float],
+        projectors: Mapping[str, Projectors] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.losses = nn.ModuleDict(losses)
+        self.weights = dict(weights)
+        self.projectors = {name: (projectors or {}).get(name, Projectors()) for name in losses}
+        built = self._built().values()
+        last, text = ([loss for loss in built if loss.attention == which] for which in (True, "text"))
+        self._reads: dict[str, Any] = {
+            "layers": sorted({layer for loss in built for layer in loss.layers}),
+            "attention": bool(last),
+            "attention_layers": sorted({layer for loss in last for layer in loss.layers}),
+            "text_layers": sorted({layer for loss in text for layer in (*loss.layers, num_layers(student))}),
+        }
+        rehearse(student, **self._reads)
+
+    def loss(self, name: str) -> Loss:
+        """A loss by name, typed as what it is."""
+        return cast(Loss, self.losses[name])
+
+    def term_weights(self, step: int) -> dict[str, float]:
+        """What each term LOSS.TERM is multiplied by at a step, without those that are 0."""
+        return term_weights(self.weights, self._built(), step)
+
+    def described(self, last: int) -> str:
+        """The whole sum of a run, for people."""
+        return described(self.weights, self._built(), last)
+
+    def _built(self) -> dict[str, Loss]:
+        return {name: self.loss(name) for name in self.losses}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Count of every term, named LOSS.TERM, from the batch alone."""
+        return {f"{name}.{term}": n for name in self.losses for term, n in self.loss(name).counts(batch).items()}
+
+    def forward(self, batch: Batch, denominators: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch.
+
+        Args:
+            batch: On the student's device.
+            denominators: Count of every term over the whole optimizer step.
+            step: The optimizer step, for warm-ups and annealing.
+
+        Returns:
+            The micro-batch's share of the step's loss (scalar with gradient), and each term's share of its own mean,
+            unweighted and without gradient.
+        """
+        looked_up: list[tuple[Tensor, int]] = []
+        table = self.student.get_input_embeddings()
+        plain = type(table).forward is nn.Embedding.forward  # others scale what they look up (Gemma)
+
+        def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            if plain:
+                looked_up.append((output, output._version))
+
+        with table.register_forward_hook(keep):
+            text_B = batch.student_text_B1[:, 0]
+            states = run(self.student, batch.student_ids_BS, batch.student_valid_BS, text_B=text_B, **self._reads)
+        embedded = next((rows for rows, version in looked_up if rows._version == version), None)  # CTRL writes in them
+        with torch.autocast(device_type=states.last_BLD.device.type, enabled=False):
+            states = states.as_float32()
+            passed = StudentPass(batch, states, head_of(self.student), table.weight, embedded)
+            return self._losses(batch, passed, denominators, step)
+
+    def _losses(
+        self, batch: Batch, passed: StudentPass, denominators: Mapping[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        total = passed.states.last_BLD.sum() * 0.0  # keeps every parameter in the graph when no document qualifies
+        parts: dict[str, Tensor] = {}
+        planned: dict[str, tuple[Planned, Tensor]] = {}
+        for name in self.losses:
+            loss = self.loss(name)
+            factors = loss.weights(step)
+            for term, value in loss(batch, passed, step).items():
+                key, factor = f"{name}.{term}", self.weights[name] * factors[term]
+                count = denominators[key].to(total.dtype)
+                share = torch.where(count > 0, count.clamp_min(TINY).reciprocal(), 0.0)
+                parts[key] = share
+                if isinstance(value, Planned):
+                    planned[key] = value, factor * share
+                else:
+                    total = total + factor * share * value.total
+                    parts[key] = (share * value.total).detach().float()
+        if planned:
+            joint, sums = passed.plan.run([p for p, _ in planned.values()], [f for _, f in planned.values()])
+            total = total + joint
+            parts |= {key: parts[key] * value for key, value in zip(planned, sums, strict=True)}
+        return total, parts
+
+    def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, object]]:
+        """AdamW groups: student with and without decay, and the projectors of each loss that has any."""
+        student = [p for p in self.student.parameters() if p.requires_grad]
+        groups: list[dict[str, object]] = [
+            {"params": [p for p in student if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in student if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+        ]
+        for name, how in self.trained_projectors().items():
+            learnt = [p for p in self.losses[name].parameters() if p.requires_grad]
+            groups.append({"params": learnt, "lr": how.projector_lr, "weight_decay": how.projector_weight_decay})
+        return groups
+
+    def trained_projectors(self) -> dict[str, Projectors]:
+        """How the projectors of each loss that has any are trained."""
+        learns = {name for name, loss in self.losses.items() if any(p.requires_grad for p in loss.parameters())}
+        return {name: how for name, how in self.projectors.items() if name in learns}
+
+
+TINY = torch.finfo(torch.float32).tiny
+"""Smallest denominator that is not 0."""

@@ -1,0 +1,134 @@
+"""The finished student: a folder that AutoModelForCausalLM and AutoTokenizer load, and where it came from."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from xkd_schemas.cache.manifest import OWN, digest
+from xkd_schemas.durable_files import disk_errors, replace, saved_folder, sha256_of
+from xkd_schemas.errors import BadData
+from xkd_schemas.text.templates import AUTO
+from xkd_trainer.models.tensor_files import tensor_errors
+
+PROVENANCE = "xkd.json"
+UNFINISHED = "xkd-unfinished.json"
+"""Names the run while its student is being saved."""
+
+
+def export_student(
+    out: Path, student: PreTrainedModel, tokenizer: Any, fingerprint: Mapping[str, Any], *, ends: Sequence[int]
+) -> None:
+    """Save weights (safetensors), configuration, tokenizer, and last `xkd.json`, the mark of a finished folder.
+
+    Every file is durable before the mark is made, which holds their digests and its own.
+
+    `ends` are the tokens at which a generation stops (`turn_ends`).
+    """
+    replace(out / UNFINISHED, json.dumps({"run": dict(fingerprint)}).encode())
+    student.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
+    student.generation_config.pad_token_id = (
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )
+
+    def save(folder: Path) -> None:
+        with tensor_errors():
+            student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    names = saved_folder(out, save)
+    provenance: dict[str, Any] = {
+        "files": {name: sha256_of(out / name) for name in names},
+        "run": dict(fingerprint),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    provenance[OWN] = digest(provenance)
+    replace(out / PROVENANCE, (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
+    with disk_errors(out):
+        (out / UNFINISHED).unlink()
+
+
+def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """True where `out` holds the finished student of exactly this run.
+
+    Raises:
+        BadData: A file of a finished student is not there or not as it was saved.
+    """
+    check_student(out, weights=True)
+    return _names_run(out / PROVENANCE, fingerprint)
+
+
+def check_student(folder: Path, *, weights: bool) -> None:
+    """Compare the files of a finished student with their digests; without `weights` all but safetensors.
+
+    A folder without `xkd.json` was not made here, or is not finished, and is left alone.
+
+    Raises:
+        BadData: A file is not there or not as it was saved.
+    """
+    for name, expected in _provenance(folder).get("files", {}).items():
+        path = folder / name
+        if path.suffix == ".safetensors" and not weights:
+            continue
+        if not path.is_file() or sha256_of(path) != expected:
+            what = "does not match its digest" if path.is_file() else "is not there"
+            raise BadData(f"{path} {what} in {PROVENANCE}", next=_AGAIN.format(folder=folder))
+
+
+_AGAIN = "delete {folder} and train again; if you changed it yourself, delete " + PROVENANCE
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """What `xkd.json` says; nothing where there is none.
+
+    Raises:
+        BadData: It is damaged.
+    """
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_bytes())
+        if data.pop(OWN) == digest(data):
+            return dict(data)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        pass
+    raise BadData(f"{path} does not match its own digest", next=_AGAIN.format(folder=folder))
+
+
+def was_exporting(out: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """True where exactly this run was stopped while it saved its student to `out`."""
+    return _names_run(out / UNFINISHED, fingerprint)
+
+
+def _names_run(path: Path, fingerprint: Mapping[str, Any]) -> bool:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(stored.get("run") == json.loads(json.dumps(dict(fingerprint))))
+
+
+def template_of(folder: Path) -> str:
+    """The template a student was trained with; "auto" for a folder that was not made here."""
+    return str(_run_of(folder).get("template", AUTO))
+
+
+def thinking_of(folder: Path) -> bool | None:
+    """What its chat template was given as `enable_thinking`; None where it was given nothing."""
+    found: bool | None = _run_of(folder).get("enable_thinking")
+    return found
+
+
+def _run_of(folder: Path) -> dict[str, Any]:
+    run: dict[str, Any] = _provenance(folder).get("run", {})
+    return run

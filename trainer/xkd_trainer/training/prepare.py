@@ -1,0 +1,163 @@
+"""From a run file to what a run needs: cache, student, losses. What can be refused is refused here."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from xkd_schemas.config import RunFile
+from xkd_schemas.errors import Mismatch, UsageError
+from xkd_schemas.signals import Signal
+from xkd_schemas.text.encode import reading_of
+from xkd_schemas.text.templates import AUTO
+from xkd_schemas.text.tokenizers import identity
+from xkd_trainer.data.cache import Cache, layers_of
+from xkd_trainer.data.union import CacheUnion, Shards, parse_shards
+from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant_head
+from xkd_trainer.losses.registry import loss_named
+from xkd_trainer.losses.weights import parse_loss
+from xkd_trainer.models.forward import num_layers
+from xkd_trainer.models.head import check_model, head_of
+from xkd_trainer.models.loading import load_model, load_tokenizer, new_model
+from xkd_trainer.training.distiller import Distiller
+from xkd_trainer.training.student_table import align_command
+from xkd_trainer.training.student_table import student_table as find_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """Everything checked and loaded; nothing trained yet."""
+
+    cache: Cache
+    tokenizer: Any
+    distiller: Distiller
+    wanted: frozenset[Signal]
+    """Signals that batches carry."""
+
+
+def student_of(run: RunFile, tokenizer: Any) -> PreTrainedModel:
+    """The student: loaded, or made new with the run's seed.
+
+    Raises:
+        UsageError: Its embedding table has no row for some token of the tokenizer, or it is no causal model under a
+            plain linear head.
+    """
+    name = run.student.model
+    if name.startswith("new:"):
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        torch.manual_seed(run.train.seed)
+        new = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
+        return _checked(new, name)
+    model = _checked(load_model(name, dtype=torch.float32), name)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UsageError(
+            f"student {name} has {rows} embeddings, its tokenizer {len(tokenizer)} tokens",
+            next="use the tokenizer the model was trained with",
+        )
+    return model
+
+
+def _checked(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    check_model(model)
+    constant_head(head_of(model), f"student {name}", convert=False)
+    return model
+
+
+def set_up(run: RunFile, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
+    """Check and load everything; `on_missing` says what to do where the student's table is not there (missing.py).
+
+    Raises:
+        XkdError: Whatever is wrong with names, settings, fingerprints or signals, before anything is trained.
+    """
+    if not run.student.model:
+        raise UsageError("no student is named", next="--student FOLDER, a hub name, or new:llama,layers=4,width=256")
+    if run.student.model.startswith("new:") and not run.student.tokenizer:
+        raise UsageError("a new student needs a tokenizer", next="--student-tokenizer FOLDER")
+    weights = parse_loss(run.train.loss)
+    settings = {name: loss_named(name).parse(run.losses.get(name, {})) for name in weights}
+    unused = sorted(set(run.losses) - set(weights))
+    for name in unused:
+        loss_named(name).parse(run.losses[name])
+    tokenizer = load_tokenizer(run.student.tokenizer or run.student.model)
+    fingerprint = identity(tokenizer)
+    named = [parse_shards(text) for text in run.train.shards] or [Shards(Path(run.cache))]
+    caches = []
+    for shards in named:
+        of_root = run.model_copy(update={"cache": str(shards.root)})
+        table = find_table(of_root, fingerprint, student_table, on_missing=on_missing, quiet=quiet)
+        caches.append(cache := Cache(shards.root, student=table))
+        cache.check_tokenizer(fingerprint)
+        _check_template(of_root, cache)
+    weights_of_caches = [shards.weight for shards in named]
+    cache = CacheUnion(caches, weights_of_caches) if len(caches) > 1 or weights_of_caches != [1.0] else caches[0]
+    levels = levels_of(cache)
+    needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
+    for name, signals in needs.items():
+        cache.require(name, signals)
+    student = student_of(run, tokenizer)
+    context = context_of(cache, student, tokenizer, levels)
+    torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
+    losses: Mapping[str, nn.Module] = {name: loss_named(name).build(settings[name], context) for name in weights}
+    wanted = frozenset(signal for signals in needs.values() for signal in signals)
+    distiller = Distiller(student, losses, weights, _projectors(run, losses))
+    return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted)
+
+
+def _check_template(run: RunFile, cache: Cache) -> None:
+    """Refuse a table whose template is not the one that the run names; auto takes what the table has."""
+    encoder, student = reading_of(cache.students.manifest.spec["encoder"]), run.student
+    asked = {"template": student.template, "enable_thinking": student.enable_thinking}
+    wrong = [key for key, value in asked.items() if value not in (AUTO, None, encoder[key])]
+    if wrong:
+        raise Mismatch(
+            f"{cache.students.folder} was made with {wrong[0]}={encoder[wrong[0]]}, this run says {asked[wrong[0]]}",
+            kept="the cache as it is",
+            next=f"leave student.{wrong[0]} out, or {shlex.join(align_command(run, 'NEW_NAME'))}",
+        )
+
+
+def _projectors(run: RunFile, losses: Mapping[str, nn.Module]) -> dict[str, Projectors]:
+    """How each loss's projectors are trained; UsageError where keys are set of a loss that has none."""
+    found = {}
+    for name, loss in losses.items():
+        values = run.losses.get(name, {})
+        found[name] = loss_named(name).parse_projectors(values, run.train.projector_lr)
+        idle = sorted(set(values) & set(Projectors.model_fields))
+        if idle and not any(p.requires_grad for p in loss.parameters()):
+            raise UsageError(f"losses.{name}.{idle[0]}: {name} has no projectors here", next=f"leave out {idle[0]}")
+    return found
+
+
+def levels_of(cache: Cache) -> Levels:
+    """What is in the cache of the teacher's layers."""
+    states = [s.layer for s in cache.signals if s.name == "hidden" and s.layer is not None]
+    return Levels(layers_of(cache.signals), num_layers=cache.sizes.num_layers, states=states)
+
+
+def context_of(cache: Cache, student: PreTrainedModel, tokenizer: Any, levels: Levels) -> Context:
+    """What losses may know of both models."""
+    sizes = cache.sizes
+    ours, theirs = (table.manifest.spec["encoder"]["tokenizer"] for table in (cache.students, cache.teachers))
+    return Context(
+        student_layers=num_layers(student),
+        student_width=int(student.get_input_embeddings().weight.shape[1]),
+        student_vocab=tokenizer.get_vocab(),
+        teacher_layers=sizes.num_layers,
+        teacher_width=sizes.hidden_size,
+        teacher_vocab=load_tokenizer(str(cache.teachers.folder / "tokenizer")).get_vocab(),
+        teacher_vocab_size=sizes.vocab_size,
+        hidden_std=sizes.hidden_std,
+        embedding_std=sizes.embedding_std,
+        levels=levels,
+        teacher_head=cache.head,
+        teacher_embeddings=cache.embeddings,
+        student_head=lambda: head_of(student),
+        tokenizer_differences=tuple(key for key in ("vocabulary", "probe") if ours[key] != theirs[key]),
+        same_tokens=cache.same_tokens,
+    )

@@ -1,0 +1,100 @@
+"""What to do where the cache was not aligned for the student's tokenizer: say the command, or run it.
+
+The trainer imports nothing of the pipeline; `xkd-cache align` runs as a program of its own, where it is installed.
+"""
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from xkd_schemas.cache.manifest import Plan, read_record
+from xkd_schemas.cache.table import names_in
+from xkd_schemas.config import RunFile
+from xkd_schemas.console import note, say
+from xkd_schemas.durable_files import inside
+from xkd_schemas.errors import InputMissing, Mismatch, UsageError
+from xkd_schemas.text.templates import AUTO
+from xkd_trainer.data.cache import find_student
+
+CHOICES: Final = ("fail", "align")
+PROGRAM: Final = "from xkd_pipeline.cli.app import main; main()"
+
+
+def student_table(run: RunFile, identity: dict[str, str], name: str, *, on_missing: str, quiet: bool = False) -> str:
+    """Name of the table of this student's tokens, which is made first where it is missing and `align` is chosen.
+
+    Args:
+        run: Cache, tokenizer, template and length.
+        identity: Of the student's tokenizer.
+        name: A table that is to be used; "" for the one that fits.
+        on_missing: fail or align.
+        quiet: Keep standard output free.
+
+    Raises:
+        UsageError: `on_missing` is no choice, several tables fit, or several processes would align at once.
+        InputMissing, Mismatch: There is none, and `fail` is chosen or it could not be made.
+    """
+    if on_missing not in CHOICES:
+        raise UsageError(f"--on-missing {on_missing}: not known", next=f"use {' or '.join(CHOICES)}")
+    root = Path(run.cache)
+    try:
+        table = find_student(root, identity, name)
+    except (InputMissing, Mismatch) as error:
+        if not root.is_dir() or not names_in(root, "teachers"):
+            raise
+        command = align_command(run, name)
+        if on_missing == "fail":
+            raise type(error)(
+                error.what, kept=error.kept, next=f"{shlex.join(command)}   (or add --on-missing align)"
+            ) from None
+        _align(command, quiet)
+        table = find_student(root, identity, name)
+    return _as_asked(run, table)
+
+
+def _as_asked(run: RunFile, table: str) -> str:
+    """The table; Mismatch where the run asks for another template than it was aligned with."""
+    asked = run.student.template
+    made = read_record(inside(Path(run.cache), "students", table, "plan.json"), Plan).spec["encoder"]["template"]
+    if "template" in run.student.model_fields_set and asked != made:
+        raise Mismatch(
+            f"students/{table} was aligned with --template {made}, this run asks for {asked}",
+            kept="the cache as it is",
+            next=f"leave --template out, or {shlex.join(align_command(run, f'{table}-{asked}'))}",
+        )
+    return table
+
+
+def align_command(run: RunFile, name: str) -> list[str]:
+    """The `xkd-cache align` command for the student of a run.
+
+    >>> " ".join(align_command(RunFile(cache="c", student={"tokenizer": "tok", "template": "chat"}), ""))
+    'xkd-cache align c --student tok --template chat --max-tokens 1024'
+    """
+    student = run.student
+    command = ["xkd-cache", "align", run.cache, "--student", student.tokenizer or student.model]
+    command += [] if student.template == AUTO else ["--template", student.template]
+    command += ["--max-tokens", str(student.max_tokens)]
+    thinking = student.enable_thinking
+    command += [] if thinking is None else ["--enable-thinking", str(thinking).lower()]
+    command += ["--name", name or student.name] if name or student.name else []
+    return command + (["--teacher", run.teacher.name] if run.teacher.name else [])
+
+
+def _align(command: list[str], quiet: bool) -> None:
+    line = shlex.join(command)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes cannot align at once", next=f"once, before training: {line}")
+    if importlib.util.find_spec("xkd_pipeline") is None:
+        raise InputMissing("xkd-cache is not installed here", next=f"pip install 'xkd-toolkit[pipeline]', then {line}")
+    note(line)
+    program = [sys.executable, "-P", "-c", PROGRAM, *command[1:]]
+    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=False)
+    for said in done.stdout.splitlines() if not quiet else ():
+        say(said)
+    if done.returncode:
+        raise InputMissing(f"aligning ended with exit code {done.returncode}", kept="the cache", next=line)
