@@ -16,7 +16,7 @@ from xkd_pipeline.reports.plan import naive_bytes
 from xkd_pipeline.reports.table_size import Counts, counts_of, signal_bytes
 from xkd_pipeline.tables.read_units import tokens_at
 from xkd_pipeline.tables.shard import ROWS_PER_BATCH
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.signals import Signal

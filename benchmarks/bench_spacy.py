@@ -12,10 +12,10 @@ from typing import Any
 from benchmarks.measure import Options, interleaved
 from benchmarks.pair import pair_of
 from benchmarks.rows import Result, Row, Skipped
-from xkd_pipeline.parsing.parsers import ParserSettings
+from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.parsing.phrases import is_word, joined_spans, select_phrases
 from xkd_pipeline.parsing.spacy_parser import PYPI_PIPELINE, SpacyParser, document_pieces
-from xkd_pipeline.parsing.stage import document_at
+from xkd_pipeline.tables.read_units import document_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Interval, Spans
 from xkd_schemas.errors import InputMissing

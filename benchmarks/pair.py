@@ -24,7 +24,7 @@ from xkd_pipeline.capture.stage import make_teacher, teacher_layers
 from xkd_pipeline.parsing.stage import columns_of
 from xkd_pipeline.tables.shard import write_shard
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Unit
 from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.config import RunFile

@@ -18,7 +18,7 @@ import pyarrow as pa
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.executor import AS_PLANNED, Make, Workers, local_paths
+from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Care, Commit, Unit
 from xkd_schemas.documents import flat_list
 from xkd_schemas.errors import BadData

@@ -32,7 +32,7 @@ from small_cache import copied, files_of
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import write_shard
 from xkd_pipeline.tables.writer import locked
-from xkd_pipeline.workers.executor import AS_PLANNED, Make, Workers
+from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers
 from xkd_schemas.cache.manifest import Care, Commit
 from xkd_schemas.errors import BadData, Busy, DiskFailed
 

@@ -13,7 +13,7 @@ import tiny_models
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.corpus import rows
 from xkd_schemas.text.encode import REASONS

@@ -18,7 +18,7 @@ import tiny_models as tiny
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher
 from xkd_pipeline.stages import align_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of

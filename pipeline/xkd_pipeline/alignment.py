@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from xkd_pipeline.parsing.stage import first_documents
 from xkd_pipeline.tables.build import Built, build
-from xkd_pipeline.tables.read_units import DocumentRows, documents_of, tokens_of
+from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents, tokens_of
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.token_columns import encoded_but, token_columns, token_counts, units_like
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.executor import AS_PLANNED, Make, Workers, local_paths
+from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Care, Commit
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import saved_folder, sha256_of

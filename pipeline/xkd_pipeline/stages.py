@@ -10,13 +10,13 @@ from typing import Any
 from xkd_pipeline.alignment import StudentSettings, make_students
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher, teacher_layers
-from xkd_pipeline.parsing.parsers import ParserSettings
+from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.parsing.prompts import PROMPTS_CUT, limit_in
 from xkd_pipeline.parsing.stage import UNUSED, Limits, make_documents
 from xkd_pipeline.shard_rows import rows_per_shard
 from xkd_pipeline.tables.build import Built, Outcome
 from xkd_pipeline.tables.writer import locked
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Plan, read_record
 from xkd_schemas.cache.table import Table, check_name, only_teacher
 from xkd_schemas.codecs import PLAIN

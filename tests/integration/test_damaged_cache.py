@@ -19,7 +19,7 @@ from xkd_pipeline.maintain.gc import collect
 from xkd_pipeline.maintain.repair import repair
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.tables.writer import Store, locked
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, sealed, to_json
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Mismatch, Refused

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tiny_models as tiny
 from xkd_pipeline.stages import align_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_trainer.evaluation import Request, evaluate_student
 from xkd_trainer.models.turn_ends import turn_ends
 from xkd_trainer.training.loop import train

@@ -16,7 +16,7 @@ import one_tokenizer as one
 import tiny_models as tiny
 from live_batch import live, terms_of
 from xkd_pipeline.stages import align_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.models.loading import load_model
 from xkd_trainer.models.padding import pad

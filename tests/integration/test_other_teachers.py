@@ -11,7 +11,7 @@ import tiny_models as tiny
 from families import HERE
 from live_batch import live, terms_of
 from xkd_pipeline.stages import align_stage, teacher_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import RunFile
 from xkd_schemas.errors import UsageError
 from xkd_trainer.data.collate import batch_of

@@ -11,7 +11,7 @@ import pytest
 
 import tiny_models as tiny
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import RunFile, load_runfile
 from xkd_trainer.training.loop import train
 

@@ -20,7 +20,8 @@ from ray_stages import SlowAlign, Telling
 from small_cache import files_of
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.executor import Workers, run_units
+from xkd_pipeline.workers.contract import Workers
+from xkd_pipeline.workers.executor import run_units
 from xkd_schemas.cache.manifest import Care, Commit
 from xkd_schemas.errors import BadData, UsageError, WorkersGone
 

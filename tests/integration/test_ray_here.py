@@ -23,7 +23,7 @@ from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.capture import stage as teacher
 from xkd_pipeline.parsing import stage as documents
 from xkd_pipeline.stages import documents_stage, teacher_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Care
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Refused

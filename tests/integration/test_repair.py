@@ -13,7 +13,7 @@ from fake_hardware import hardware_is
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.capture.extra_signals import add_signals, signals_named
 from xkd_pipeline.maintain.repair import Means, repair
-from xkd_pipeline.parsing.parsers import ParserSettings
+from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.stages import teacher_stage
 from xkd_schemas.cache.manifest import Plan, read_record, to_json
 from xkd_schemas.cache.table import Table

@@ -33,7 +33,7 @@ from benchmarks.rows import Row, Skipped, as_json, cost, memory, table
 from xkd_pipeline.alignment import StudentSettings
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import encoder_of, teacher_of
-from xkd_pipeline.parsing.stage import document_at
+from xkd_pipeline.tables.read_units import document_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.tokens import OK, predictors
 from xkd_trainer.data.cache import Cache

@@ -23,7 +23,7 @@ from xkd_pipeline.capture.stage import (
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.token_columns import units_like
 from xkd_pipeline.tables.writer import Store, locked
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Care, Commit, Plan, read_record, refuse_differences
 from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.errors import BadData, UsageError

@@ -15,13 +15,12 @@ from xkd_pipeline.capture.artifacts import constants_of, export, moments, std_of
 from xkd_pipeline.capture.capture import TeacherSettings, capture, reads_of
 from xkd_pipeline.capture.encode_signals import codec_error, coded
 from xkd_pipeline.capture.measure import Reading
-from xkd_pipeline.parsing.stage import first_documents
 from xkd_pipeline.tables.build import Built, build
-from xkd_pipeline.tables.read_units import DocumentRows, documents_of
+from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.token_columns import encoded_but, token_columns, token_counts, units_like
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.executor import AS_PLANNED, Make, Workers, local_paths
+from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Care, Commit, Spec
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing, UsageError

@@ -54,7 +54,8 @@ def add(
     run = load_runfile(None, [*(sets or []), *given])
     from xkd_pipeline.capture.extra_signals import add_signals, signals_named
     from xkd_pipeline.stages import signals_for
-    from xkd_pipeline.workers.executor import Workers, asked_workers
+    from xkd_pipeline.workers.contract import Workers
+    from xkd_pipeline.workers.executor import asked_workers
 
     teacher, columns = to or only_teacher(cache), names_of(signals)
     named = signals_named(columns) if columns else []

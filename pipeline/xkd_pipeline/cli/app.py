@@ -14,7 +14,8 @@ from xkd_pipeline.cli import reports as cli_look
 from xkd_pipeline.cli import share as cli_share
 from xkd_pipeline.cli.options import ThinkingOption, echo_for, names_of, numbers_of
 from xkd_pipeline.tables.build import Outcome
-from xkd_pipeline.workers.executor import Workers, asked_workers
+from xkd_pipeline.workers.contract import Workers
+from xkd_pipeline.workers.executor import asked_workers
 from xkd_schemas.cache.table import check_cache, names_in, only_student, only_teacher
 from xkd_schemas.config import RunFile, load_runfile, toml_text
 from xkd_schemas.console import run as run_app

@@ -71,7 +71,7 @@ def repair(
 
     from xkd_pipeline.maintain.repair import Means, parser_with
     from xkd_pipeline.maintain.repair import repair as mend
-    from xkd_pipeline.workers.executor import Workers
+    from xkd_pipeline.workers.contract import Workers
 
     parser = parser_with(cache, spacy_model, parser_model)
     means = Means(corpus=tuple(corpus or ()), models=tuple(model or ()), parser=parser)

@@ -15,8 +15,8 @@ from xkd_pipeline.capture.artifacts import weights_identity
 from xkd_pipeline.capture.capture import TeacherSettings, capture
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.capture.stage import encoder_of, teacher_of, teacher_settings
-from xkd_pipeline.maintain.verify import Bad, opened
-from xkd_pipeline.parsing.stage import document_at
+from xkd_pipeline.maintain.findings import Bad, opened
+from xkd_pipeline.tables.read_units import document_at
 from xkd_schemas.cache.manifest import Spec, refuse_differences
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.dtypes import AUTO, dtype_name

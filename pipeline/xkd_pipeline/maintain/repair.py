@@ -9,14 +9,15 @@ from xkd_pipeline.alignment import StudentSettings, make_students
 from xkd_pipeline.capture.artifacts import weights_identity
 from xkd_pipeline.capture.extra_signals import Beside, make_signals
 from xkd_pipeline.capture.stage import make_teacher, teacher_settings
-from xkd_pipeline.maintain.verify import Bad, verify
-from xkd_pipeline.parsing.parsers import ParserSettings
+from xkd_pipeline.maintain.findings import Bad
+from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.parsing.prompts import limit_of
 from xkd_pipeline.parsing.stage import Limits, make_documents
 from xkd_pipeline.tables.build import Built
 from xkd_pipeline.tables.dataset_card import write_root_files
 from xkd_pipeline.tables.writer import locked, quarantine
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Manifest, Plan, Spec, differences, read_record
 from xkd_schemas.corpus.sources import Source, digest_of, open_source
 from xkd_schemas.errors import BadData, InputMissing, UsageError, XkdError

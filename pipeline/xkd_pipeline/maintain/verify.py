@@ -9,36 +9,18 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from xkd_pipeline.maintain.findings import Bad
 from xkd_schemas.cache.files import outside_tables, refuse_links, unnamed_files
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_paths
-from xkd_schemas.cache.table import TABLES, Shard, Table, check_cache
+from xkd_schemas.cache.table import TABLES, Shard, check_cache
 from xkd_schemas.durable_files import inside, sha256_of
-from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
+from xkd_schemas.errors import BadData, InputMissing, UsageError
 
 LEVELS: Final = ("quick", "full", "deep")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bad:
-    """One thing that is wrong."""
-
-    table: str
-    """"" for files of the cache itself."""
-    unit: int | None
-    """None where it is not about one unit."""
-    file: str
-    """Relative to the cache."""
-    reason: str
-
-    @property
-    def line(self) -> str:
-        """For people."""
-        unit = "" if self.unit is None else f" (unit {self.unit})"
-        return f"{self.file}{unit}: {self.reason}"
 
 
 def tables_of(root: Path) -> list[str]:
@@ -237,11 +219,3 @@ def _expected(root: Path) -> Iterator[Path]:
 def as_dict(bad: list[Bad], level: str, rows: int = 0) -> dict[str, Any]:
     """For --json."""
     return {"level": level, "recomputed": rows, "bad": [asdict(one) for one in bad], "whole": not bad}
-
-
-def opened(root: Path, name: str) -> Table:
-    """The table, or BadData that says to verify first."""
-    try:
-        return Table(root, name)
-    except (InputMissing, Mismatch) as error:
-        raise BadData(error.what, next=f"xkd-cache verify {root}") from error

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from xkd_pipeline.maintain.verify import Bad, opened
+from xkd_pipeline.maintain.findings import Bad, opened
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.codecs import CODECS

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from xkd_pipeline.parsing.benepar_model import load_model, locate_model, phrase_labels
-from xkd_pipeline.parsing.parsers import ParserSettings, probe
+from xkd_pipeline.parsing.parser import ParserSettings, probe
 from xkd_pipeline.parsing.phrases import Phrase, joined_spans, select_phrases
 from xkd_pipeline.parsing.spacy_parser import (
     MAX_PIECE_CHARS,

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.parsing.parsers import DEFAULT_PIPELINE, ParserSettings, probe
+from xkd_pipeline.parsing.parser import DEFAULT_PIPELINE, ParserSettings, probe
 from xkd_pipeline.parsing.phrases import Phrase, cut_pieces, joined_spans, select_phrases, trim, verb_groups, word_in
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.durable_files import sha256_of

@@ -7,19 +7,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from xkd_pipeline.parsing.parsers import Parser, ParserSettings, parser_for
+from xkd_pipeline.parsing.parser import Parser, ParserSettings
+from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.prompts import LONG_PROMPT, NO_LIMIT, PROMPTS_CUT, PromptLimit, cut_prompts
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.executor import AS_PLANNED, Make, Workers, local_paths
+from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Care, Commit, Unit
-from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.corpus.rows import WORKER_KILLED, rejected_row
 from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, read_documents
-from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Segment, Spans, checked_spans
+from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, checked_spans
 from xkd_schemas.errors import BadData
-from xkd_schemas.text.encode import TRIED, Encoder
+from xkd_schemas.text.encode import Encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,21 +123,6 @@ def columns_of(documents: Sequence[Document], spans: Sequence[Spans]) -> dict[st
         "phrases": [s.phrases for s in spans],
         "labels": [s.labels for s in spans],
     }
-
-
-def document_at(row: Row) -> Document:
-    """The document of one row of the documents table."""
-    segments = tuple(
-        Segment(role=role, start=int(start), end=int(end), target=bool(target))
-        for (start, end), role, target in zip(row["segments"], row["roles"], row["targets"], strict=True)
-    )
-    messages = row.get("messages", "")  # none in a table of version 1
-    return Document(text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=messages)
-
-
-def first_documents(table: Table) -> list[Document]:
-    """Those that a template is tried on before anything is begun."""
-    return [document_at(table[n]) for n in range(min(len(table), TRIED))]
 
 
 def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]:

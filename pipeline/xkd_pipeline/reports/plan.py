@@ -18,7 +18,8 @@ import pyarrow as pa
 from xkd_pipeline.alignment import align_rows
 from xkd_pipeline.capture.measure import LOGIT_BYTES
 from xkd_pipeline.capture.model_sizes import Sizes, bytes_per_number, sizes_of
-from xkd_pipeline.parsing.parsers import ParserSettings, parser_for
+from xkd_pipeline.parsing.parser import ParserSettings
+from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.stage import columns_of, units_of
 from xkd_pipeline.reports.budget import way_down
 from xkd_pipeline.reports.sample import Sample, encoder_for, read_sample, reasons

@@ -12,12 +12,11 @@ from typing import Any, Final
 import jinja2
 from markupsafe import Markup
 
-from xkd_pipeline.parsing.stage import document_at
 from xkd_pipeline.reports.render import Column, bracketed, columns_of, visible
 from xkd_pipeline.reports.report import gather
 from xkd_pipeline.reports.report_charts import bars, histogram
 from xkd_pipeline.reports.report_data import Alignment, Report
-from xkd_pipeline.tables.read_units import tokens_at
+from xkd_pipeline.tables.read_units import document_at, tokens_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import replace
 from xkd_schemas.errors import UsageError

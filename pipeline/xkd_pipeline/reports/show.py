@@ -3,9 +3,8 @@
 import shutil
 from pathlib import Path
 
-from xkd_pipeline.parsing.stage import document_at
 from xkd_pipeline.reports.render import bracketed, render, visible
-from xkd_pipeline.tables.read_units import tokens_at
+from xkd_pipeline.tables.read_units import document_at, tokens_at
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.documents import Spans
 from xkd_schemas.errors import InputMissing, UsageError

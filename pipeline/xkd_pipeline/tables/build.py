@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.executor import Stage, Workers, run_units
+from xkd_pipeline.workers.contract import Stage, Workers
+from xkd_pipeline.workers.executor import run_units
 from xkd_schemas.cache.manifest import Commit, Manifest
 from xkd_schemas.console import tell_kept, warn
 from xkd_schemas.progress import Progress

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from xkd_pipeline.parsing.stage import document_at
-from xkd_schemas.cache.table import Row, Shard
+from xkd_schemas.cache.table import Row, Shard, Table
+from xkd_schemas.documents import Document, Segment
 from xkd_schemas.ragged import Lists, firsts
 from xkd_schemas.text.batches import DocumentBlock, TokenBlock
+from xkd_schemas.text.encode import TRIED
 from xkd_schemas.tokens import Tokens
 
 DOCUMENT_COLUMNS = ("doc_id", "source", "line", "text", "segments", "roles", "targets", "messages", "words", "phrases")
@@ -119,3 +120,18 @@ def _lists(column: pa.ChunkedArray) -> Lists:
         return Lists(items.to_numpy(), first)
     values = pa.chunked_array([chunk.flatten() for chunk in items.chunks], items.type.value_type)
     return Lists(values.to_numpy().reshape(-1, items.type.list_size), first)
+
+
+def document_at(row: Row) -> Document:
+    """The document of one row of the documents table."""
+    segments = tuple(
+        Segment(role=role, start=int(start), end=int(end), target=bool(target))
+        for (start, end), role, target in zip(row["segments"], row["roles"], row["targets"], strict=True)
+    )
+    messages = row.get("messages", "")  # none in a table of version 1
+    return Document(text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=messages)
+
+
+def first_documents(table: Table) -> list[Document]:
+    """Those that a template is tried on before anything is begun."""
+    return [document_at(table[n]) for n in range(min(len(table), TRIED))]

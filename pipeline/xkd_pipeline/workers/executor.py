@@ -5,54 +5,22 @@ The same function runs either way, so the bytes are the same.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any
 
+from xkd_pipeline.workers.contract import (
+    AS_PLANNED,
+    KEPT,
+    Make,
+    Stage,
+    Workers,
+    first_line,
+    out_of_memory,
+    recorded,
+    smaller,
+    unit_of,
+)
 from xkd_schemas.cache.manifest import Care, Commit
-from xkd_schemas.console import warn
-from xkd_schemas.errors import OutOfMemory, UsageError, XkdError
-
-AS_PLANNED: Final = Care()
-KEPT: Final = "every committed unit"
-AGAIN: Final = "run the same command again to go on"
-
-
-class Make(Protocol):
-    """Makes one unit."""
-
-    def __call__(self, job: Any, care: Care = AS_PLANNED, /) -> Commit:
-        """Write the shard of `job`, leaving out `care.lost` rows and in batches of `care.batch`; its record."""
-
-
-class Stage(Protocol):
-    """Settings of one kind of work; it is sent to every worker once."""
-
-    def load(self) -> Make:
-        """Load models and parsers, and return the function that makes one unit."""
-
-    def rows(self, job: Any) -> int:
-        """Rows of a unit, which are tried apart when it kills its worker."""
-
-    def batch(self, job: Any) -> int:
-        """Size of a batch as planned, which is halved when memory runs out: tokens or documents."""
-
-    def paths(self) -> tuple[Path, ...]:
-        """Folder that shards are written to, then what else is read: every machine of a cluster must have them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workers:
-    """How units are run; nothing here changes a byte of the result."""
-
-    count: int = 0
-    """Ray actors; 0 makes the units in this process."""
-    gpus: float = 0.0
-    """GPUs of each actor."""
-    address: str | None = None
-    """Ray cluster to join; None starts one on this machine's loopback."""
-    stall_seconds: float | None = None
-    """A unit that takes longer is taken for hung; None: five times the median, see schedule.py."""
+from xkd_schemas.errors import OutOfMemory, UsageError
 
 
 def asked_workers(workers: Workers) -> Workers:
@@ -98,21 +66,6 @@ def run_units(
         Schedule(pool, stage, jobs, workers, known).run(done)
 
 
-def local_paths(*names: str | Path | None) -> tuple[Path, ...]:
-    """Those of `names` that are files or folders of this machine, absolute; hub names are not."""
-    return tuple(Path(name).absolute() for name in names if name and Path(name).exists())
-
-
-def unit_of(job: Any) -> int:
-    """Number of the unit that a job makes; a job may be just that number."""
-    return int(getattr(job, "unit", job))
-
-
-def recorded(commit: Commit, care: Care) -> Commit:
-    """The record, with how it was made where that was not as planned."""
-    return commit.model_copy(update={"care": care}) if care else commit
-
-
 def _loaded(stage: Stage) -> Make:
     try:
         return stage.load()
@@ -134,37 +87,3 @@ def _made(make: Make, stage: Stage, job: Any, care: Care) -> Commit:
                 raise
             reason = first_line(error)
         care = smaller(stage, job, care, reason)  # out of the handler, whose traceback holds on to the memory
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that memory ran out: Python's, Arrow's and numpy's, torch's on any device.
-
-    >>> out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."))
-    True
-    """
-    if isinstance(error, MemoryError):
-        return True
-    said = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return any(words in said for words in ("out of memory", "can't allocate memory", "cublas_status_alloc_failed"))
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one short line."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-def smaller(stage: Stage, job: Any, care: Care, reason: str, kind: type[XkdError] = OutOfMemory) -> Care:
-    """The same with batches half as large; says so on standard error.
-
-    Raises:
-        XkdError: Of `kind`, where a batch is one document already.
-    """
-    unit, batch = unit_of(job), (care.batch or stage.batch(job)) // 2
-    if batch == 0:
-        raise kind(
-            f"unit {unit}: one document at a time does not go either: {reason}",
-            kept=KEPT,
-            next="free memory, use a machine with more, or cut documents shorter (--max-tokens); then run this again",
-        )
-    warn(f"unit {unit}: {reason}; tried again in batches of {batch}")
-    return care.model_copy(update={"batch": batch})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from xkd_pipeline.workers.executor import KEPT
+from xkd_pipeline.workers.contract import KEPT
 from xkd_schemas.errors import InputMissing, Mismatch
 
 SAME: Final = ("numpy", "pyarrow", "spacy", "tokenizers", "torch", "transformers")

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from xkd_pipeline.workers.executor import AGAIN, KEPT, Make, Stage, Workers, first_line, out_of_memory
+from xkd_pipeline.workers.contract import AGAIN, KEPT, Make, Stage, Workers, first_line, out_of_memory
 from xkd_pipeline.workers.place import Place, versions
 from xkd_pipeline.workers.ray_start import (
     doors,

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, chdir, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.workers.executor import AGAIN, KEPT, Workers, first_line
+from xkd_pipeline.workers.contract import AGAIN, KEPT, Workers, first_line
 from xkd_schemas.console import warn
 from xkd_schemas.errors import Refused, UsageError, WorkersGone
 from xkd_schemas.own_folders import own_folder

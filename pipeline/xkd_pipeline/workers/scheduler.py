@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from xkd_pipeline.workers.bisect_rows import Search, culprits
-from xkd_pipeline.workers.executor import AGAIN, AS_PLANNED, KEPT, Stage, Workers, recorded, smaller, unit_of
+from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, recorded, smaller, unit_of
 from xkd_schemas.cache.manifest import Care, Commit
 from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError

@@ -7,22 +7,21 @@ commit record exists and its shard has the size and digest the record names.
 
 import contextlib
 import gc
-import hashlib
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+from xkd_schemas.digests import Json, digest
 from xkd_schemas.durable_files import SAFE_NAME
 from xkd_schemas.errors import BadData, InputMissing, Mismatch
 
 FORMAT = 1
 """Version of these three files; a reader refuses a larger `min_reader`."""
 
-Json = Any
 Name = Annotated[str, Field(pattern=f"^{SAFE_NAME.pattern}$")]
 Spec = dict[str, Json]
 
@@ -141,17 +140,6 @@ class Manifest(_Record):
     def count(self, name: str) -> int:
         """Sum of one named count over all units."""
         return sum(c.counts.get(name, 0) for c in self.commits)
-
-
-def canonical(value: Json) -> bytes:
-    """JSON with sorted keys, no blanks and no NaN: equal values give equal bytes."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return text.encode()
-
-
-def digest(value: Json) -> str:
-    """Hex sha256 of the canonical JSON."""
-    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], files: dict[str, str]) -> Manifest:

@@ -11,11 +11,10 @@ from transformers import AutoTokenizer
 import small_cache
 from normalising_tokenizers import normalising
 from small_cache import made
-from xkd_pipeline.parsing.stage import document_at
 from xkd_pipeline.reports.report import gather
 from xkd_pipeline.reports.sample import encoder_for
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, teacher_stage
-from xkd_pipeline.tables.read_units import tokens_at
+from xkd_pipeline.tables.read_units import document_at, tokens_at
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.text.alignment import align, exact_pairs, token_ranges

@@ -12,7 +12,8 @@ from small_cache import IN_PROCESS, files_of, run_file
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.executor import Make, Workers, asked_workers, run_units
+from xkd_pipeline.workers.contract import Make, Workers
+from xkd_pipeline.workers.executor import asked_workers, run_units
 from xkd_schemas.cache.manifest import Care, Commit, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunFile

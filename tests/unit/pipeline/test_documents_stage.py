@@ -9,9 +9,11 @@ import pytest
 
 from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, llama, run_file, write_rows
 from xkd_pipeline import shard_rows
-from xkd_pipeline.parsing.parsers import ParserSettings, parser_for
-from xkd_pipeline.parsing.stage import document_at, units_of
+from xkd_pipeline.parsing.parser import ParserSettings
+from xkd_pipeline.parsing.parsers import parser_for
+from xkd_pipeline.parsing.stage import units_of
 from xkd_pipeline.stages import Outcome, documents_stage
+from xkd_pipeline.tables.read_units import document_at
 from xkd_schemas.cache.manifest import Unit
 from xkd_schemas.cache.table import Table
 from xkd_schemas.corpus.rows import RawRow, read_documents

@@ -11,7 +11,8 @@ from fake_stage import FakeStage
 from xkd_pipeline import stages
 from xkd_pipeline.cli import app as cli
 from xkd_pipeline.stages import Outcome
-from xkd_pipeline.workers.executor import Workers, run_units
+from xkd_pipeline.workers.contract import Workers
+from xkd_pipeline.workers.executor import run_units
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.errors import BadData, Refused, WorkersGone
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_pipeline.workers.scheduler import FIRST_SECONDS, SHORTEST_SECONDS, Died, Exhausted, Ready, Report, Schedule
 from xkd_schemas.cache.manifest import Care, Commit
 from xkd_schemas.errors import OutOfMemory, WorkersGone

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hostile_text import hostile_texts
-from xkd_pipeline.parsing.parsers import ParserSettings, parser_for
+from xkd_pipeline.parsing.parser import ParserSettings
+from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.spacy_parser import SpacyParser, load_pipeline
 from xkd_schemas.documents import Document, Spans, checked_spans, document_of
 from xkd_schemas.errors import InputMissing, UsageError

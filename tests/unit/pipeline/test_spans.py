@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from xkd_pipeline.parsing.parsers import PARSERS, ParserSettings
+from xkd_pipeline.parsing.parser import ParserSettings
+from xkd_pipeline.parsing.parsers import PARSERS
 from xkd_pipeline.parsing.phrases import cut_pieces, joined_spans, select_phrases, trim, verb_groups
 
 LETTERS = {"AUX": "A", "ADV": "D", "VERB": "V", "NOUN": "n"}

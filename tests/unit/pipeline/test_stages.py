@@ -9,7 +9,7 @@ import small_cache
 from fake_hardware import hardware_is
 from small_cache import made
 from xkd_pipeline.stages import documents_stage, plain_name, preprocess, signals_for, teacher_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import Table, names_in, only_teacher
 from xkd_schemas.durable_files import SAFE_NAME
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError

@@ -11,8 +11,7 @@ import four_tokenizers
 import hostile_text
 from small_cache import made
 from xkd_pipeline.alignment import align_rows
-from xkd_pipeline.parsing.stage import document_at
-from xkd_pipeline.tables.read_units import DocumentRows, documents_of, tokens_at, tokens_of
+from xkd_pipeline.tables.read_units import DocumentRows, document_at, documents_of, tokens_at, tokens_of
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.ragged import Lists

@@ -13,15 +13,14 @@ from xkd_schemas.cache.manifest import (
     Manifest,
     Plan,
     Unit,
-    canonical,
     differences,
-    digest,
     is_whole,
     read_record,
     refuse_differences,
     sealed,
     to_json,
 )
+from xkd_schemas.digests import canonical, digest
 from xkd_schemas.errors import BadData, InputMissing, Mismatch
 
 PLAN = Plan(table="documents", spec={"a": {"b": 1}}, units=(Unit(source="x.jsonl", first=0, rows=3),))

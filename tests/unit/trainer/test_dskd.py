@@ -20,7 +20,7 @@ import tiny_models as tiny
 from one_step import gradients
 from slow_losses import mask, padded, ragged
 from xkd_pipeline.stages import align_stage, teacher_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.data.batch import Batch, blank, gather_rows
 from xkd_trainer.data.collate import batch_of

@@ -17,7 +17,7 @@ import slow_losses as slow
 import tiny_models as tiny
 from poison import poisoned
 from xkd_pipeline.stages import align_stage, teacher_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of

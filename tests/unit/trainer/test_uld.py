@@ -17,7 +17,7 @@ import tiny_models as tiny
 from one_step import gradients
 from slow_losses import generator
 from xkd_pipeline.stages import align_stage, teacher_stage
-from xkd_pipeline.workers.executor import Workers
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import UsageError
 from xkd_trainer.data.batch import blank
