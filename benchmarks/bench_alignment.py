@@ -21,10 +21,10 @@ from xkd_pipeline.capture.stage import encoder_of
 from xkd_pipeline.tables.read_units import DocumentRows, documents_of, tokens_of
 from xkd_pipeline.tables.shard import write_shard
 from xkd_schemas.cache.table import Row, Table, names_in
-from xkd_schemas.ragged import Lists
+from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.alignment import grouped_spans
 from xkd_schemas.text.batch_alignment import align_all, content_of, token_ranges_all
-from xkd_schemas.text.batches import Int64s, TokenBlock
+from xkd_schemas.text.batches import Int64s, TokenBatch
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK, STUDENTS, Int32s
 
@@ -95,7 +95,7 @@ def _measured(what: str, encoder: Encoder, reader: Encoder, some: Sequence[Row],
     teacher = reader.encode_batch(rows.block)
     aligned = align_rows(encoder, rows, teacher)[0]
     assert set(aligned.statuses) == {OK}, "a document that is not encoded costs nothing"
-    ends = Lists(rows.block.segments.values[:, 1], rows.block.segments.first)
+    ends = Ragged(rows.block.segments.values[:, 1], rows.block.segments.first)
     tokenizers = [e.tokenizer.backend_tokenizer for e in (encoder, reader)]
     merged = [*intervals_of(aligned, ends), *intervals_of(teacher, ends)]
     seconds = interleaved(
@@ -146,7 +146,7 @@ def _files(options: Options, pair: Pair, encoder: Encoder) -> Figures:
     return cost(what, seconds["read"] + seconds["write"], seconds["bare"])
 
 
-def intervals_of(tokens: TokenBlock, ends: Lists) -> tuple[Int32s, Int64s]:
+def intervals_of(tokens: TokenBatch, ends: Ragged) -> tuple[Int32s, Int64s]:
     """Intervals [S, 2] of the content tokens of all documents, and where each document's segments begin [G + 1]."""
     at_S, first = content_of(tokens, ends)
     return tokens.spans[at_S], first

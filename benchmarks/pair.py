@@ -27,7 +27,7 @@ from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Unit
 from xkd_schemas.cache.table import Table, names_in
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, document_of
 from xkd_schemas.dtypes import AUTO
 from xkd_schemas.signals import Signal
@@ -50,11 +50,11 @@ class Pair:
     cache: Path
     template: str
 
-    def run_file(self, loss: str, *, out: Path = Path(), steps: int = 1, batch_size: int = 16) -> RunFile:
+    def run_file(self, loss: str, *, out: Path = Path(), steps: int = 1, batch_size: int = 16) -> RunConfig:
         """A run that trains this student from this cache."""
         train = {"loss": loss, "out": str(out), "steps": steps, "batch_size": batch_size, "threads": 1}
         student = {"model": self.student, "tokenizer": self.tokenizer, "template": self.template}
-        return RunFile.model_validate({"cache": str(self.cache), "student": student, "train": train})
+        return RunConfig.model_validate({"cache": str(self.cache), "student": student, "train": train})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

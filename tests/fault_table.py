@@ -33,7 +33,7 @@ from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import write_shard
 from xkd_pipeline.tables.writer import locked
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers
-from xkd_schemas.cache.manifest import Care, Commit
+from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import BadData, Busy, DiskFailed
 
 STEP = 64 * 1024
@@ -94,7 +94,7 @@ class BigStage(FakeStage):
     def load(self) -> Make:
         return self.make
 
-    def make(self, unit: int, _care: Care = AS_PLANNED) -> Commit:
+    def make(self, unit: int, _care: MadeDifferently = AS_PLANNED) -> Commit:
         columns = {"doc_id": [f"u{unit}"], "values": [np.arange(24 * 1024, dtype=np.float32) + unit]}
         return write_shard(self.folder, unit, SCHEMA, columns)
 

@@ -199,7 +199,7 @@ def table() -> str:
     """Lines of TEXTS, columns of NORMALISING: "." right as it is, "+" read now, "~" put right, "x" not read."""
     from xkd_schemas.documents import document_of
     from xkd_schemas.text.encode import Encoder
-    from xkd_schemas.text.offsets import Read, content_intervals
+    from xkd_schemas.text.offsets import EncodedText, content_intervals
     from xkd_schemas.text.tokenizers import encode_texts
 
     lines = [f"{'':32}" + " ".join(NORMALISING)]
@@ -207,7 +207,7 @@ def table() -> str:
         signs = []
         for kind in NORMALISING:
             encoded = encode_texts(normalising(kind), [text])
-            read = Read(
+            read = EncodedText(
                 texts=[text], document_G=np.zeros(1, np.int64), segments_G2=np.array([[0, len(text)]], np.int32),
                 offsets_C2=encoded.offsets, first=encoded.first,
             )  # fmt: skip

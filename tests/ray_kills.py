@@ -27,7 +27,7 @@ from xkd_pipeline import stages
 from xkd_pipeline.capture import stage as teacher
 from xkd_pipeline.parsing import stage as documents
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.console import run as run_app
 
 TARGETS = ("worker", "driver", "raylet", "gcs_server")
@@ -38,7 +38,7 @@ EXITS = {"worker": {0}, "driver": {-signal.SIGKILL}, "raylet": {0, 1, 69}, "gcs_
 """What is running goes on for a while without them, and may be all there is; 1 is Ray's own."""
 
 
-def run_of(cache: Path, source: Path) -> RunFile:
+def run_of(cache: Path, source: Path) -> RunConfig:
     return small_cache.run_file(
         cache,
         documents={"corpus": [str(source / "corpus.jsonl")]},

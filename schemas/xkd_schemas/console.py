@@ -88,7 +88,7 @@ def _ending(command: str, error: BaseException) -> XkdError:
     if left or _received or isinstance(error, typer.Abort | KeyboardInterrupt):  # C code makes other errors of it
         return _interrupted()
     if isinstance(error, MemoryError):
-        return OutOfMemory("out of memory", kept=_KEPT, next="use smaller batches")
+        return OutOfMemory("out of memory", kept=_KEPT, fix="use smaller batches")
     raise error
 
 
@@ -161,7 +161,7 @@ def _misuse(command: str, error: Any) -> UsageError:
         error.show()
         raise SystemExit(UsageError.exit_code)
     said = " ".join(error.format_message().split()).rstrip(".")
-    return UsageError(said, next=f"{context.command_path if context else command} --help")
+    return UsageError(said, fix=f"{context.command_path if context else command} --help")
 
 
 _MISUSE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -170,7 +170,7 @@ _MISUSE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__
 
 def _interrupted() -> XkdError:
     kind = Terminated if signal.SIGTERM in _received else Interrupted
-    return kind(kind.__name__.lower(), kept=(_kept or [_KEPT])[0], next="run the same command again to go on")
+    return kind(kind.__name__.lower(), kept=(_kept or [_KEPT])[0], fix="run the same command again to go on")
 
 
 _received: list[int] = []
@@ -191,7 +191,7 @@ def tell(error: XkdError, command: str = "") -> None:
     """Print what went wrong as every command does; `command` is by default the name of the program that runs."""
     if "--json" in sys.argv:
         kind = type(error).__name__
-        parts = {"code": error.exit_code, "kind": kind, "what": error.what, "kept": error.kept, "next": error.next}
+        parts = {"code": error.exit_code, "kind": kind, "what": error.what, "kept": error.kept, "next": error.fix}
         say_json({"error": parts})
     sys.stderr.write(f"{command or Path(sys.argv[0]).stem}: {str(error).translate(CONTROLS)}\n")
     sys.stderr.flush()

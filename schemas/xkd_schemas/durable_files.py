@@ -64,7 +64,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise DiskFailed(
             f"{path}: {error.strerror or error}", kept="everything committed before",
-            next=f"{_REMEDIES.get(error.errno or 0, 'look at the disk')}, run again",
+            fix=f"{_REMEDIES.get(error.errno or 0, 'look at the disk')}, run again",
         ) from error  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            raise Busy(f"{folder} is being written by {holder}", next="wait for it, then run this again") from None
+            raise Busy(f"{folder} is being written by {holder}", fix="wait for it, then run this again") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
@@ -221,10 +221,10 @@ def inside(root: Path, *names: str) -> Path:
     path = root
     for name in names:
         if not SAFE_NAME.fullmatch(name):
-            raise Refused(f"{root}: {name!r} is not a plain file name", next="rebuild the cache from a trusted source")
+            raise Refused(f"{root}: {name!r} is not a plain file name", fix="rebuild the cache from a trusted source")
         path = path / name
         if path.is_symlink():
-            raise Refused(f"{path} is a symbolic link", next="copy the file into the cache")
+            raise Refused(f"{path} is a symbolic link", fix="copy the file into the cache")
     return path
 
 

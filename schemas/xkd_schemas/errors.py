@@ -23,26 +23,26 @@ class XkdError(Exception):
 
     exit_code: ClassVar[int] = 2
 
-    def __init__(self, what: str, *, kept: str = "", next: str = "") -> None:
+    def __init__(self, what: str, *, kept: str = "", fix: str = "") -> None:
         super().__init__(what)
         self.what = what
         self.kept = kept
-        self.next = next
+        self.fix = fix
 
     def __str__(self) -> str:
         parts = [self.what.rstrip(".") + "."]
         if self.kept:
             parts.append(f"Kept: {self.kept.rstrip('.')}.")
-        if self.next:
-            parts.append(f"Next: {self.next}")
+        if self.fix:
+            parts.append(f"Next: {self.fix}")
         return " ".join(" ".join(parts).split())
 
     def __reduce__(self) -> tuple[object, ...]:  # so that it survives the way back from a worker process
-        return _rebuilt, (type(self), self.what, self.kept, self.next)
+        return _rebuilt, (type(self), self.what, self.kept, self.fix)
 
 
-def _rebuilt(kind: type[XkdError], what: str, kept: str, next_: str) -> XkdError:
-    return kind(what, kept=kept, next=next_)
+def _rebuilt(kind: type[XkdError], what: str, kept: str, fix: str) -> XkdError:
+    return kind(what, kept=kept, fix=fix)
 
 
 class UsageError(XkdError):

@@ -14,10 +14,10 @@ import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Lists(Sequence[npt.NDArray[Any]]):
+class Ragged(Sequence[npt.NDArray[Any]]):
     """Rows of different lengths in one flat array; a row, and a slice of rows, is a view of it.
 
-    >>> rows = Lists.of([np.array([1, 2]), np.array([], int), np.array([3])], np.int32)
+    >>> rows = Ragged.of([np.array([1, 2]), np.array([], int), np.array([3])], np.int32)
     >>> rows.first.tolist(), rows[0].tolist(), [row.tolist() for row in rows[1:]]
     ([0, 2, 2, 3], [1, 2], [[], [3]])
     """
@@ -28,13 +28,13 @@ class Lists(Sequence[npt.NDArray[Any]]):
     """[R + 1]; row r is values[first[r] : first[r + 1]]."""
 
     @staticmethod
-    def of(rows: Iterable[Any], dtype: npt.DTypeLike, width: int = 0) -> "Lists":
+    def of(rows: Iterable[Any], dtype: npt.DTypeLike, width: int = 0) -> "Ragged":
         """Copy rows, arrays [n] or [n, width], into one array of that type; Lists are returned as they are."""
-        if isinstance(rows, Lists):
+        if isinstance(rows, Ragged):
             return rows
         arrays = [np.asarray(row, dtype=dtype).reshape(-1, width) if width else np.asarray(row, dtype) for row in rows]
         none = np.empty((0, width) if width else 0, dtype)
-        return Lists(np.concatenate([none, *arrays]), firsts([len(row) for row in arrays]))
+        return Ragged(np.concatenate([none, *arrays]), row_offsets([len(row) for row in arrays]))
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -42,12 +42,12 @@ class Lists(Sequence[npt.NDArray[Any]]):
     @overload
     def __getitem__(self, index: int) -> npt.NDArray[Any]: ...
     @overload
-    def __getitem__(self, index: slice) -> "Lists": ...
-    def __getitem__(self, index: int | slice) -> "npt.NDArray[Any] | Lists":
+    def __getitem__(self, index: slice) -> "Ragged": ...
+    def __getitem__(self, index: int | slice) -> "npt.NDArray[Any] | Ragged":
         """Row `index`, or the rows of a slice without a step."""
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
-            return Lists(self.values, self.first[start : max(start, stop) + 1])
+            return Ragged(self.values, self.first[start : max(start, stop) + 1])
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         at = index % len(self)
@@ -60,10 +60,10 @@ class Lists(Sequence[npt.NDArray[Any]]):
         return np.diff(self.first)
 
 
-def firsts(counts: Any) -> npt.NDArray[np.int64]:
+def row_offsets(counts: Any) -> npt.NDArray[np.int64]:
     """Where each row begins if rows of these lengths stand end to end, and the end of the last: [R + 1].
 
-    >>> firsts([2, 0, 1]).tolist()
+    >>> row_offsets([2, 0, 1]).tolist()
     [0, 2, 2, 3]
     """
     first: npt.NDArray[np.int64] = np.zeros(len(counts) + 1, np.int64)
@@ -84,7 +84,7 @@ def column_of(rows: Sequence[Any], kind: pa.DataType) -> pa.Array:
     if not pa.types.is_large_list(kind):
         return pa.array(rows, kind)
     item = kind.value_type
-    if isinstance(rows, Lists):
+    if isinstance(rows, Ragged):
         return _flat_column(rows, kind)
     offsets = pa.array(np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]), pa.int64())
     if pa.types.is_fixed_size_list(item):
@@ -95,7 +95,7 @@ def column_of(rows: Sequence[Any], kind: pa.DataType) -> pa.Array:
     return pa.LargeListArray.from_arrays(offsets, _joined(list(rows), item), type=kind)
 
 
-def _flat_column(rows: Lists, kind: pa.DataType) -> pa.Array:
+def _flat_column(rows: Ragged, kind: pa.DataType) -> pa.Array:
     """The column of Lists whose values are numbers, without touching a row."""
     item = kind.value_type
     part = rows.values[rows.first[0] : rows.first[-1]].reshape(-1)

@@ -103,7 +103,7 @@ def signal_named(column: str) -> Signal:
             name + ("@LAYER" if k.layer else "") + (":word|:phrase" if k.unit else "") + ("#K" if k.top else "")
             for name, k in KINDS.items()
         )
-        raise UsageError(f"signal {column!r} is not known", next=f"use one of: {known}")
+        raise UsageError(f"signal {column!r} is not known", fix=f"use one of: {known}")
     return Signal(match[1], int(match[2]) if match[2] else None, match[3], int(match[4]) if match[4] else None)
 
 

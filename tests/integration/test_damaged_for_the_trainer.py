@@ -11,7 +11,7 @@ import torch
 
 import small_cache
 from damages import flipped, targets
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import BadData, XkdError
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.models.loading import load_tokenizer
@@ -21,7 +21,7 @@ FLIPS = int(os.environ.get("XKD_FAULT_ROUNDS", "12")) // 6
 SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
 
 
-def run_of(cache: Path) -> RunFile:
+def run_of(cache: Path) -> RunConfig:
     """A run that asks for every stored signal of the teacher, its head, its embeddings and its vocabulary."""
     student = {
         "model": "new:llama,layers=2,width=16,heads=2",
@@ -72,7 +72,7 @@ def test_a_flipped_bit_in_any_file_is_named_or_the_file_is_not_read(tmp_path: Pa
             with pytest.raises(BadData) as caught:
                 read_as_the_trainer(cache)
             assert path.name in caught.value.what
-            assert caught.value.next
+            assert caught.value.fix
         path.write_bytes(content)
     assert not [name for name in unread if name.endswith((".arrow", ".safetensors", "manifest.json"))]
     assert {name.rpartition("/tokenizer/")[0] for name in unread} <= {"", "students/S"}

@@ -17,7 +17,7 @@ import torch
 import small_cache
 from live_batch import live, terms_of
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.registry import LOSSES
 from xkd_trainer.models.loading import load_model
@@ -40,7 +40,7 @@ EVERYWHERE: dict[str, dict[str, object]] = {
 """For losses side by side: a new student is never right or of one mind, and 0 is not compared with 0."""
 
 
-def run_of(cache: Path, corpus: Path, table: str, out: str = "", loss: str = "ce") -> RunFile:
+def run_of(cache: Path, corpus: Path, table: str, out: str = "", loss: str = "ce") -> RunConfig:
     return small_cache.run_file(
         cache,
         documents={"corpus": [str(corpus)], "rows_per_shard": 64},

@@ -23,7 +23,7 @@ from xkd_pipeline.maintain.verify_rows import _drawn, _values
 from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_schemas.cache.table import Table
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.cache import Cache
@@ -33,7 +33,7 @@ K = 5
 COLUMN = f"sampled#{K}"
 
 
-def run_with(cache: Path, **teacher: Any) -> RunFile:
+def run_with(cache: Path, **teacher: Any) -> RunConfig:
     made = small_cache.made()
     given = {"model": str(made / "teacher"), "name": "drawn", "losses": ["rskd"], "samples": K} | teacher
     return small_cache.run_file(
@@ -177,7 +177,7 @@ def test_a_cache_without_draws_says_how_to_get_them() -> None:
 
 
 def test_a_budget_goes_from_kl_to_draws_and_to_fewer_of_them() -> None:
-    def flags_of(run: RunFile) -> list[str]:
+    def flags_of(run: RunConfig) -> list[str]:
         return [step["flags"] for step in make_plan(run, sample=256, budget=0, rate=None)["steps"]]
 
     run = run_with(captured(), losses=["kl", "mta"], samples=4)

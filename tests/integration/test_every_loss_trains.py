@@ -11,7 +11,7 @@ import pytest
 
 import small_cache
 from xkd_pipeline.stages import align_stage, teacher_stage
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.registry import LOSSES
 from xkd_trainer.training.loop import train
@@ -38,7 +38,7 @@ def cache() -> Path:
     return folder
 
 
-def run_of(table: str, loss: str, out: Path) -> RunFile:
+def run_of(table: str, loss: str, out: Path) -> RunConfig:
     tokenizer = small_cache.made() / ("student" if table == OTHER else "teacher")
     return small_cache.run_file(
         cache(),

@@ -12,13 +12,13 @@ import small_cache
 from small_cache import IN_PROCESS, files_of, run_file
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.cache.table import Table
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_trainer.training import student_table as missing
 from xkd_trainer.training.prepare import set_up
 
 
-def run_with(cache: Path, folder: Path, loss: str = "sra") -> RunFile:
+def run_with(cache: Path, folder: Path, loss: str = "sra") -> RunConfig:
     """A student with a tokenizer that no table of the cache was made with."""
     four_tokenizers.tokenizer_of("sentencepiece").save_pretrained(folder / "pieces")
     return run_file(
@@ -39,7 +39,7 @@ def test_without_a_table_the_command_is_printed_and_works(tmp_path: Path, capsys
     with pytest.raises(Mismatch, match=r"xkd-cache align .*--max-tokens 300.*--on-missing align") as caught:
         set_up(run, "")
 
-    app(shlex.split(caught.value.next.split("   ")[0])[1:], standalone_mode=False)
+    app(shlex.split(caught.value.fix.split("   ")[0])[1:], standalone_mode=False)
     capsys.readouterr()
 
     assert set_up(run, "").cache.students.name == "students/pieces"
@@ -109,7 +109,7 @@ def test_a_missing_signal_is_refused_with_the_command_that_adds_it(
         set_up(run, "", on_missing="align")
     assert files_of(cache) == before
 
-    typed = caught.value.next.replace("PATH_OF_T", str(small_cache.made() / "teacher"))
+    typed = caught.value.fix.replace("PATH_OF_T", str(small_cache.made() / "teacher"))
     app([*shlex.split(typed)[1:], "--json"], standalone_mode=False)
 
     said = json.loads(capsys.readouterr().out)

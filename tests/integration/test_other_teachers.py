@@ -12,7 +12,7 @@ from families import HERE
 from live_batch import live, terms_of
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.models.loading import load_model
@@ -22,7 +22,7 @@ ROWS = (0, 3, 7, 17, 19)
 WORKERS = Workers(count=0)
 
 
-def prepared(name: str, folder: Path, loss: str, **settings: Any) -> RunFile:
+def prepared(name: str, folder: Path, loss: str, **settings: Any) -> RunConfig:
     """A teacher of the family, documents that are ready, and a run file over both; nothing captured yet."""
     kind = tiny.TEACHER_TOKENIZER
     tiny.saved(HERE[name].made(len(tiny.tokenizer_of(kind))), kind, folder / "teacher")

@@ -12,7 +12,7 @@ import pytest
 import tiny_models as tiny
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.config import RunFile, load_runfile
+from xkd_schemas.config import RunConfig, load_run
 from xkd_trainer.training.loop import train
 
 RECIPES = sorted((Path(__file__).parents[2] / "runs" / "papers").glob("*.toml"))
@@ -59,17 +59,17 @@ def corpus() -> str:
 def documents(settings: str) -> Path:
     """The rows parsed as a run file says, its section as JSON."""
     folder = root() / f"documents-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-    run = RunFile.model_validate({"cache": str(folder), "documents": json.loads(settings)})
+    run = RunConfig.model_validate({"cache": str(folder), "documents": json.loads(settings)})
     documents_stage(run, Workers(count=0), echo=lambda _line: None)
     return folder
 
 
-def shrunk(recipe: Path, out: Path) -> RunFile:
+def shrunk(recipe: Path, out: Path) -> RunConfig:
     """The run file with tiny models, tiny rows, one step and float32; nothing else is changed.
 
     But for prompts: four times the tokens, because a tiny tokenizer cuts words into more.
     """
-    run = load_runfile(recipe)
+    run = load_run(recipe)
     own = {"corpus": (corpus(),), "spacy_model": tiny.SPACY}
     own |= {"prompt_tokenizer": model(run.student.model), "max_prompt_tokens": 4 * run.documents.max_prompt_tokens}
     return run.model_copy(
@@ -87,7 +87,7 @@ def shrunk(recipe: Path, out: Path) -> RunFile:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_cuts_prompts_by_the_students_tokens(recipe: Path) -> None:
-    run = load_runfile(recipe)
+    run = load_run(recipe)
 
     assert run.documents.prompt_tokenizer == run.student.model
     assert run.documents.prompt_template == run.student.template

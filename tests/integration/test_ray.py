@@ -22,7 +22,7 @@ from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
 from xkd_pipeline.workers.executor import run_units
-from xkd_schemas.cache.manifest import Care, Commit
+from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import BadData, UsageError, WorkersGone
 
 pytestmark = [
@@ -79,7 +79,7 @@ def test_a_row_that_kills_its_worker_each_time_is_found_and_the_rest_is_kept(
     built = build_all(tmp_path / "t", Workers(address=cluster.address, count=1), trouble="poison")
 
     commits = built.manifest.commits
-    assert [c.care for c in commits] == [None, None, Care(lost=(1,)), None, None]
+    assert [c.care for c in commits] == [None, None, MadeDifferently(lost=(1,)), None, None]
     assert (commits[2].rows, commits[2].rejects.reasons) == (2, {"worker_killed": 1})
     changed = {name for name, content in files_of(tmp_path / "t").items() if undisturbed.get(name) != content}
     assert changed == {
@@ -98,7 +98,7 @@ def test_a_unit_out_of_memory_is_made_in_smaller_batches_by_the_worker_it_has(cl
         done.append,
     )
 
-    assert [(commit.unit, commit.care) for commit in done] == [(0, None), (1, Care(batch=2))]
+    assert [(commit.unit, commit.care) for commit in done] == [(0, None), (1, MadeDifferently(batch=2))]
 
 
 @pytest.mark.parametrize(("trouble", "sentence"), [("error", "unit 2 is broken"), ("load", "the parser is broken")])

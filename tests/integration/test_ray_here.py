@@ -24,7 +24,7 @@ from xkd_pipeline.capture import stage as teacher
 from xkd_pipeline.parsing import stage as documents
 from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.cache.manifest import Care
+from xkd_schemas.cache.manifest import MadeDifferently
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Refused
 
@@ -116,7 +116,7 @@ def test_a_document_that_kills_parser_and_teacher_is_found_and_nothing_else_is_l
     )
     monkeypatch.setattr(documents, "DocumentsStage", PoisonedDocuments)
     assert documents_stage(run, Workers(count=2)).values["rejected"] == 1
-    assert [r.care for r in Table(cache, "documents").manifest.commits] == [Care(lost=(2,)), None, None]
+    assert [r.care for r in Table(cache, "documents").manifest.commits] == [MadeDifferently(lost=(2,)), None, None]
 
     monkeypatch.setattr(documents, "DocumentsStage", PoisonedDocuments.__base__)
     shutil.rmtree(cache / "documents")

@@ -12,7 +12,7 @@ import small_cache
 from fake_hardware import hardware_is
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.capture.extra_signals import add_signals, signals_named
-from xkd_pipeline.maintain.repair import Means, repair
+from xkd_pipeline.maintain.repair import RepairInputs, repair
 from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.stages import teacher_stage
 from xkd_schemas.cache.manifest import Plan, read_record, to_json
@@ -56,9 +56,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
 }
 
 
-def means() -> Means:
+def means() -> RepairInputs:
     made = small_cache.made()
-    return Means(corpus=(str(made / "corpus.jsonl"),), models=(str(made / "teacher"),), parser=PARSER)
+    return RepairInputs(corpus=(str(made / "corpus.jsonl"),), models=(str(made / "teacher"),), parser=PARSER)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -113,9 +113,9 @@ def test_a_corpus_or_a_teacher_that_is_another_is_refused(tmp_path: Path) -> Non
     other = small_cache.write_rows(tmp_path / "other.jsonl", small_cache.corpus_rows(3))
 
     with pytest.raises(UsageError, match=r"other.jsonl: not what the documents were made from"):
-        repair(cache, IN_PROCESS, Means(corpus=(str(other),), parser=PARSER))
+        repair(cache, IN_PROCESS, RepairInputs(corpus=(str(other),), parser=PARSER))
     with pytest.raises(UsageError, match=r"none of the teachers of .*model.safetensors"):
-        repair(cache, IN_PROCESS, Means(models=(str(small_cache.llama(tmp_path / "llama", seed=9)),)))
+        repair(cache, IN_PROCESS, RepairInputs(models=(str(small_cache.llama(tmp_path / "llama", seed=9)),)))
 
 
 def test_another_parser_makes_no_unit(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_another_parser_makes_no_unit(tmp_path: Path) -> None:
     parser = ParserSettings(model=small_cache.SPACY, max_words=3)
 
     with pytest.raises(Mismatch, match=r"parser.max_words: cache has 12, this run has 3"):
-        repair(cache, IN_PROCESS, Means(corpus=means().corpus, parser=parser))
+        repair(cache, IN_PROCESS, RepairInputs(corpus=means().corpus, parser=parser))
 
 
 def test_a_student_is_made_again_when_its_teacher_is_whole(tmp_path: Path) -> None:

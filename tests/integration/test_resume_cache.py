@@ -14,10 +14,10 @@ import pytest
 import small_cache
 from small_cache import IN_PROCESS, files_of, run_file
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 
 
-def source_run(root: Path) -> RunFile:
+def source_run(root: Path) -> RunConfig:
     source = small_cache.made()
     return run_file(
         root,

@@ -24,7 +24,7 @@ from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import CODECS, PLAIN
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import blank
 from xkd_trainer.data.cache import Cache
@@ -42,7 +42,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def run_with(cache: Path, codec: str) -> RunFile:
+def run_with(cache: Path, codec: str) -> RunConfig:
     made = small_cache.made()
     return small_cache.run_file(
         cache,

@@ -9,7 +9,7 @@ from benchmarks.bench_start import TINY
 from benchmarks.measure import in_subprocess
 from benchmarks.pair import made
 from xkd_schemas.cache.table import Table
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_trainer.data.sampler import Order
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -24,7 +24,7 @@ def test_training_opens_the_shards_of_the_documents_of_its_steps_and_no_other(tm
         "benchmarks.bench_start", cache, pair.student, pair.tokenizer, pair.template, tmp_path / "out"
     )
 
-    rows = Order(size=SHARDS * TINY.documents, batch_size=2, seed=RunFile().train.seed).step(0)
+    rows = Order(size=SHARDS * TINY.documents, batch_size=2, seed=RunConfig().train.seed).step(0)
     needed = [
         f"{name}/{Table(cache, name).manifest.commits[int(row) // TINY.documents].file}"
         for name in ("documents", "teachers/teacher", "students/student")

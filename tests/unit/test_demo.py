@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from xkd_schemas.config import load_runfile
+from xkd_schemas.config import load_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,7 +93,7 @@ def test_it_says_how_long_it_takes_and_shows_two_seeds_of_each_student(
     assert said.startswith("The demo takes about ")
     assert said.index("minutes here") < said.index("== teacher, text and tokenizer")
     losses = [words[words.index("--loss") + 1] for words in commands.ran if "--seed" in words]
-    loss = load_runfile(ROOT / "runs/demo.toml").train.loss
+    loss = load_run(ROOT / "runs/demo.toml").train.loss
     assert losses == ["ce", "ce", loss, loss]
     assert "| student without teacher | 2.605 (2.600, 2.610) | 9.0 % (9.0, 9.0) |" in said
     assert "| student with teacher | 2.405 (2.400, 2.410) |" in said

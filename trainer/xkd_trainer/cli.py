@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from xkd_schemas.config import load_runfile, toml_text
+from xkd_schemas.config import load_run, toml_text
 from xkd_schemas.console import run as run_app
 from xkd_schemas.console import say, say_json
 from xkd_schemas.corpus.formats import columns_of
@@ -69,7 +69,7 @@ def train(
         "train.seed": seed, "train.save_every": save_every, "train.threads": threads,
     }  # fmt: skip
     given = [f"{key}={toml_text(value)}" for key, value in flags.items() if value is not None]
-    settings = load_runfile(run, [*(sets or []), *given])
+    settings = load_run(run, [*(sets or []), *given])
     from xkd_trainer.training.loop import describe
     from xkd_trainer.training.loop import train as train_student
 
@@ -130,7 +130,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     """`10,20` as numbers; UsageError for anything else."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) < 2**64 for part in parts):
-        raise UsageError(f"--seeds {text!r}: not a list of whole numbers", next="e.g. --seeds 10,20,30")
+        raise UsageError(f"--seeds {text!r}: not a list of whole numbers", fix="e.g. --seeds 10,20,30")
     return tuple(int(part) for part in parts)
 
 

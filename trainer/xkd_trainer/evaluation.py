@@ -94,7 +94,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     unusable = len(rejected) + len(documents) - len(pairs)
     if not pairs:
         first = f"; the first: row {rejected[0].line}, {rejected[0].detail}" if rejected else ""
-        raise BadData(f"{request.data}: no row can be used{first}", next="name the columns with --column")
+        raise BadData(f"{request.data}: no row can be used{first}", fix="name the columns with --column")
     result: dict[str, Any] = {
         "documents": len(pairs),
         "unusable": unusable,
@@ -133,7 +133,7 @@ def agreement(
     argmax = tuple(s for s in cache.signals if s.name == "argmax")
     if not argmax:
         raise UsageError(
-            f"{shards} holds no argmax of the teacher", next=f"xkd-cache add {shards} --model TEACHER --signals argmax"
+            f"{shards} holds no argmax of the teacher", fix=f"xkd-cache add {shards} --model TEACHER --signals argmax"
         )
     teacher_tokenizer = load_tokenizer(str(cache.teachers.folder / "tokenizer"))
     student_ids, teacher_ids = shared_vocabulary(tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), "mapped")
@@ -159,7 +159,7 @@ def _rows_of(cache: Cache, doc_ids: Collection[str] | None) -> list[int]:
     if missing := set(doc_ids) - set(ids):
         raise Mismatch(
             f"{len(missing)} of {len(set(doc_ids))} documents of --data are not in {cache.root}",
-            next="name the cache of these rows with --shards, or leave --shards out",
+            fix="name the cache of these rows with --shards, or leave --shards out",
         )
     return [row for row in usable if ids[row] in doc_ids]
 

@@ -111,7 +111,7 @@ def capture(
         states = run(model, ids_BL, valid_BL, text_B=_last_text(batch).to(model.device), **reads)
         if not _finite(states.last_BLD, valid_BL):
             raise BadData(
-                f"the teacher's hidden states are not finite in {settings.dtype}", next="capture with --dtype float32"
+                f"the teacher's hidden states are not finite in {settings.dtype}", fix="capture with --dtype float32"
             )
         found = signals_of(batch, states, valid_BL, head, wanted, classes)
         for index, row in zip(indices, found, strict=True):

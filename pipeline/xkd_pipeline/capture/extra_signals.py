@@ -24,7 +24,7 @@ from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.token_columns import units_like
 from xkd_pipeline.tables.writer import Store, locked
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.cache.manifest import Care, Commit, Plan, read_record, refuse_differences
+from xkd_schemas.cache.manifest import Commit, MadeDifferently, Plan, read_record, refuse_differences
 from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.signals import Signal, signal_named
@@ -36,7 +36,7 @@ BOUND = ("weights", "encoder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Beside:
+class SignalTableSpec:
     """A table of signals beside a teacher's table."""
 
     name: str
@@ -47,7 +47,7 @@ class Beside:
     signals: tuple[Signal, ...]
 
 
-def make_signals(root: Path, beside: Beside, workers: Workers) -> Built:
+def make_signals(root: Path, beside: SignalTableSpec, workers: Workers) -> Built:
     """Run the teacher over the documents of its table once more and make the table signals/NAME.
 
     Raises:
@@ -79,7 +79,9 @@ def make_signals(root: Path, beside: Beside, workers: Workers) -> Built:
         del model
         forget_teacher()
     units = teachers.manifest.commits
-    store.known_cares |= {c.unit: Care(lost=c.care.lost) for c in units if c.care is not None and c.care.lost}
+    store.known_cares |= {
+        c.unit: MadeDifferently(lost=c.care.lost) for c in units if c.care is not None and c.care.lost
+    }
 
     def watch(commits: Sequence[Commit]) -> None:
         for one in commits:
@@ -87,7 +89,7 @@ def make_signals(root: Path, beside: Beside, workers: Workers) -> Built:
             if more:
                 raise BadData(
                     f"unit {one.unit}: row {min(more)} kills its worker here, and {teachers.name} holds it",
-                    next=f"delete {store.folder}; measure these signals in a new teacher table, with another --name",
+                    fix=f"delete {store.folder}; measure these signals in a new teacher table, with another --name",
                 )
 
     return build(store, stage, lambda missing: iter(missing), workers, watch=watch, finish=finish)
@@ -113,7 +115,9 @@ def add_signals(
         name, left = missing_signals(root, teacher, wanted(num_layers(teacher_of(settings))))
         if not left:
             return None
-        return make_signals(root, Beside(name=name, teacher=teacher, settings=settings, signals=tuple(left)), workers)
+        return make_signals(
+            root, SignalTableSpec(name=name, teacher=teacher, settings=settings, signals=tuple(left)), workers
+        )
 
 
 def missing_signals(root: Path, teacher: str, wanted: Sequence[Signal]) -> tuple[str, list[Signal]]:
@@ -147,5 +151,5 @@ def signals_named(columns: Sequence[str]) -> list[Signal]:
         UsageError: One is not known, or none is named.
     """
     if not columns:
-        raise UsageError("no signal is named", next="e.g. --signals hidden_last,topk_ids#64,topk_logits#64")
+        raise UsageError("no signal is named", fix="e.g. --signals hidden_last,topk_ids#64,topk_logits#64")
     return [signal_named(column) for column in columns]

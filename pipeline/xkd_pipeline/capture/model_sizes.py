@@ -50,7 +50,7 @@ def empty_model(name: str) -> PreTrainedModel:
     except OSError as error:
         raise InputMissing(
             f"model {name} is neither a model folder here nor a name the hub answers for: {short(error)}",
-            next="give a folder with config.json, a .gguf file, or a hub name with a network",
+            fix="give a folder with config.json, a .gguf file, or a hub name with a network",
         ) from error
     except (ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         raise UsageError(

@@ -21,13 +21,13 @@ from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.token_columns import encoded_but, token_columns, token_counts, units_like
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
-from xkd_schemas.cache.manifest import Care, Commit, Spec
+from xkd_schemas.cache.manifest import Commit, MadeDifferently, Spec
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.sampled_classes import MOST_CLASSES
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_schemas.text.batch_alignment import token_ranges_all
-from xkd_schemas.text.batches import TokenBlock
+from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder, reading_of
 from xkd_schemas.tokens import spans_read
 from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, warn_of_slow_dtype
@@ -57,7 +57,7 @@ class TeacherStage:
         if device == "cuda" and not torch.cuda.is_available():
             raise InputMissing(
                 f"no GPU to be seen on {socket.gethostname()}, and the teacher is to run on one",
-                next="give each worker one with --gpus-per-worker 1, or look at CUDA_VISIBLE_DEVICES there",
+                fix="give each worker one with --gpus-per-worker 1, or look at CUDA_VISIBLE_DEVICES there",
             )
         model = teacher_of(self.settings).to(device)
         encoder = encoder_of(self.settings)
@@ -67,7 +67,7 @@ class TeacherStage:
         schema = schema if self.tokens else signals_schema(schema)
         head, kind = head_of(model), processor_kind(device)
 
-        def make(unit: int, care: Care = AS_PLANNED) -> Commit:
+        def make(unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
             torch.set_num_threads(self.settings.threads)
             settings = self.settings
             if care.batch:
@@ -134,7 +134,7 @@ def encoder_of(settings: TeacherSettings) -> Encoder:
     )  # fmt: skip
 
 
-def _read(rows: DocumentRows, encoder: Encoder, lost: Collection[int]) -> tuple[TokenBlock, list[Reading]]:
+def _read(rows: DocumentRows, encoder: Encoder, lost: Collection[int]) -> tuple[TokenBatch, list[Reading]]:
     encoded = encoded_but(encoder, rows.block, lost)
     words, phrases = (
         token_ranges_all(encoded, [spans_read(s, n) for s, n in zip(spans, encoded.num_chars.tolist(), strict=True)])
@@ -166,7 +166,7 @@ def teacher_layers(
         if not 1 <= layer <= num_layers:
             raise UsageError(
                 f"layer {layer} does not exist: the teacher has layers 1 to {num_layers}",
-                next=f"name layers from 1 to {num_layers} with --word-layers and --phrase-layers",
+                fix=f"name layers from 1 to {num_layers} with --word-layers and --phrase-layers",
             )
     return tuple(sorted({(layer, "word") for layer in words} | {(layer, "phrase") for layer in phrases}))
 
@@ -210,12 +210,12 @@ def check_top(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> No
         flag = "samples" if signal.kind.drawn else "topk"
         if signal.top is not None and signal.top > vocab_size:
             raise UsageError(
-                f"{flag} is {signal.top}, {name} has {vocab_size} classes", next=f"--{flag} {vocab_size} at most"
+                f"{flag} is {signal.top}, {name} has {vocab_size} classes", fix=f"--{flag} {vocab_size} at most"
             )
         if signal.kind.drawn and vocab_size > MOST_CLASSES:
             raise UsageError(
                 f"{name} has {vocab_size} classes; {signal.column} can hold numbers of {MOST_CLASSES}",
-                next="use a loss that needs hidden_last, such as kl",
+                fix="use a loss that needs hidden_last, such as kl",
             )
 
 

@@ -7,7 +7,7 @@ import typer
 
 from xkd_pipeline.cli.options import names_of, numbers_of
 from xkd_schemas.cache.table import check_cache, only_teacher
-from xkd_schemas.config import load_runfile, toml_text
+from xkd_schemas.config import load_run, toml_text
 from xkd_schemas.console import say, say_json
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
@@ -38,20 +38,20 @@ def add(
     if documents:
         raise UsageError(
             "a cache does not grow: --documents is not an option of add",
-            next="make a second cache of the new rows, and train with xkd-train --shards a/ --shards b/",
+            fix="make a second cache of the new rows, and train with xkd-train --shards a/ --shards b/",
         )
     check_cache(cache)
     if not model:
-        raise UsageError("signals are read from a teacher", next="add --model FOLDER")
+        raise UsageError("signals are read from a teacher", fix="add --model FOLDER")
     if losses is None and signals is None:
-        raise UsageError("no signal is named", next="add --for LOSS, or --signals hidden_last,topk_ids#64")
+        raise UsageError("no signal is named", fix="add --for LOSS, or --signals hidden_last,topk_ids#64")
     flags = {
         "teacher.losses": names_of(losses), "teacher.topk": topk, "teacher.samples": samples,
         "teacher.word_layers": numbers_of(word_layers),
         "teacher.phrase_layers": numbers_of(phrase_layers), "teacher.codec": codec or None,
     }  # fmt: skip
     given = [f"{key}={toml_text(value)}" for key, value in flags.items() if value is not None]
-    run = load_runfile(None, [*(sets or []), *given])
+    run = load_run(None, [*(sets or []), *given])
     from xkd_pipeline.capture.extra_signals import add_signals, signals_named
     from xkd_pipeline.stages import signals_for
     from xkd_pipeline.workers.contract import Workers

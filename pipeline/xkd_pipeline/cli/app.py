@@ -17,7 +17,7 @@ from xkd_pipeline.tables.build import Outcome
 from xkd_pipeline.workers.contract import Workers
 from xkd_pipeline.workers.executor import asked_workers
 from xkd_schemas.cache.table import check_cache, names_in, only_student, only_teacher
-from xkd_schemas.config import RunFile, load_runfile, toml_text
+from xkd_schemas.config import RunConfig, load_run, toml_text
 from xkd_schemas.console import run as run_app
 from xkd_schemas.console import say, say_json
 from xkd_schemas.corpus.formats import columns_of
@@ -44,13 +44,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.")]
 
 
-def _run_of(path: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> RunFile:
+def _run_of(path: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> RunConfig:
     """Run file, then --set, then the flags that were given."""
     given = [f"{key}={toml_text(value)}" for key, value in flags.items() if value not in (None, [], "")]
-    return load_runfile(path, [*(sets or []), *given])
+    return load_run(path, [*(sets or []), *given])
 
 
-def _workers(run: RunFile, gpus: float, address: str | None, stall: float | None) -> Workers:
+def _workers(run: RunConfig, gpus: float, address: str | None, stall: float | None) -> Workers:
     return asked_workers(Workers(count=run.workers, gpus=gpus, address=address, stall_seconds=stall))
 
 

@@ -32,7 +32,7 @@ def verify(
     from xkd_pipeline.maintain.verify import verify as check
 
     if recompute and not model:
-        raise UsageError("--recompute needs the teacher", next="add --model FOLDER")
+        raise UsageError("--recompute needs the teacher", fix="add --model FOLDER")
     bad, rows, skipped, recomputed = check(cache, level), 0, list[str](), ""
     differences: dict[str, float] = {}
     if recompute and not bad:
@@ -50,7 +50,7 @@ def verify(
         say(f"not compared, they need not be the same bit by bit: {', '.join(skipped)}")
     if bad:
         things = "1 thing is" if len(bad) == 1 else f"{len(bad)} things are"
-        raise BadData(f"{things} wrong with {cache}", next=f"xkd-cache repair {cache}")
+        raise BadData(f"{things} wrong with {cache}", fix=f"xkd-cache repair {cache}")
     say(f"{cache} is whole ({level}{recomputed})")
 
 
@@ -69,12 +69,12 @@ def repair(
     """
     from dataclasses import asdict
 
-    from xkd_pipeline.maintain.repair import Means, parser_with
+    from xkd_pipeline.maintain.repair import RepairInputs, parser_with
     from xkd_pipeline.maintain.repair import repair as mend
     from xkd_pipeline.workers.contract import Workers
 
     parser = parser_with(cache, spacy_model, parser_model)
-    means = Means(corpus=tuple(corpus or ()), models=tuple(model or ()), parser=parser)
+    means = RepairInputs(corpus=tuple(corpus or ()), models=tuple(model or ()), parser=parser)
     done = mend(cache, Workers(count=workers), means)
     if as_json:
         found = {"bad": [asdict(b) for b in done.bad], "left": [asdict(b) for b in done.left]}
@@ -87,7 +87,7 @@ def repair(
     for command in done.commands:
         say(f"to run: {command}")
     if done.left:
-        raise BadData(f"{len(done.left)} things are still wrong with {cache}", next="run what is listed above")
+        raise BadData(f"{len(done.left)} things are still wrong with {cache}", fix="run what is listed above")
     say(f"{cache} is whole")
 
 

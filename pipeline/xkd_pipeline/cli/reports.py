@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from xkd_pipeline.cli.options import ThinkingOption
-from xkd_schemas.config import RunFile, load_runfile, toml_text
+from xkd_schemas.config import RunConfig, load_run, toml_text
 from xkd_schemas.console import say, say_json
 from xkd_schemas.errors import UsageError
 
@@ -17,17 +17,17 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="SECTION.KEY=
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def _run_of(path: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> RunFile:
+def _run_of(path: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> RunConfig:
     """Run file, then --set, then the flags that were given."""
     given = [f"{key}={toml_text(value)}" for key, value in flags.items() if value not in (None, [], "")]
-    return load_runfile(path, [*(sets or []), *given])
+    return load_run(path, [*(sets or []), *given])
 
 
 def _list(text: str | None, of: type) -> list[Any] | None:
     try:
         return None if text is None else [of(part.strip()) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UsageError(f"{text!r} is not a list of layer numbers", next="e.g. 22,30") from None
+        raise UsageError(f"{text!r} is not a list of layer numbers", fix="e.g. 22,30") from None
 
 
 def plan(
@@ -70,7 +70,7 @@ def plan(
     }  # fmt: skip
     run = _run_of(run_file, sets, flags)
     if not run.teacher.model:
-        raise UsageError("no teacher is named", next="xkd-cache plan CORPUS --model FOLDER")
+        raise UsageError("no teacher is named", fix="xkd-cache plan CORPUS --model FOLDER")
     limit = None if budget is None else bytes_named(budget)
     found = make_plan(run, sample=sample, budget=limit, rate=tokens_per_second)
     if as_json:

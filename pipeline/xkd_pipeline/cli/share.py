@@ -34,5 +34,5 @@ def copied_by_others(context: typer.Context) -> None:
     """Say what took the place of publish and fetch."""
     raise UsageError(
         f"xkd-cache {context.info_name} is withdrawn",
-        next="copy the folder with hf upload, aws s3 sync or rclone, then xkd-cache verify (docs/sharing.md)",
+        fix="copy the folder with hf upload, aws s3 sync or rclone, then xkd-cache verify (docs/sharing.md)",
     )

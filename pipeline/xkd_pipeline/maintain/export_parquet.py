@@ -58,7 +58,7 @@ def _files_in(folder: Path) -> set[str]:
 def refuse_full(folder: Path) -> None:
     """Raise UsageError where a folder to be made is there already and holds something, or is a file."""
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise UsageError(f"{folder} is there and not empty", kept="it as it is", next="name a new folder")
+        raise UsageError(f"{folder} is there and not empty", kept="it as it is", fix="name a new folder")
 
 
 def _write_table(table: Table, out: Path) -> int:

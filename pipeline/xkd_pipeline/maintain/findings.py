@@ -8,7 +8,7 @@ from xkd_schemas.errors import BadData, InputMissing, Mismatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bad:
+class Finding:
     """One thing that is wrong."""
 
     table: str
@@ -31,4 +31,4 @@ def opened(root: Path, name: str) -> Table:
     try:
         return Table(root, name)
     except (InputMissing, Mismatch) as error:
-        raise BadData(error.what, next=f"xkd-cache verify {root}") from error
+        raise BadData(error.what, fix=f"xkd-cache verify {root}") from error

@@ -19,7 +19,7 @@ YOUNG_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spare:
+class Orphan:
     """A file that nothing refers to."""
 
     file: Path
@@ -27,13 +27,13 @@ class Spare:
     why: str
 
 
-def spare(root: Path, *, older_than: float, now: float | None = None) -> list[Spare]:
+def spare(root: Path, *, older_than: float, now: float | None = None) -> list[Orphan]:
     """Unreferenced shards and rejects, leftovers of writers that died, and quarantine older than `older_than` hours.
 
     A table whose records cannot all be read keeps every shard: what they name is not known.
     """
     moment = time.time() if now is None else now
-    found: list[Spare] = []
+    found: list[Orphan] = []
     for folder in (root, *(inside(root, *name.split("/")) for name in tables_of(root))):
         for place in (folder, *(folder / name for name in ("commits", "rejects", "tokenizer"))):
             found += _listed(place.glob(".tmp-*"), "left by a writer that died", moment - YOUNG_SECONDS)
@@ -46,13 +46,13 @@ def spare(root: Path, *, older_than: float, now: float | None = None) -> list[Sp
     return found
 
 
-def _listed(paths: Any, why: str, before: float) -> list[Spare]:
+def _listed(paths: Any, why: str, before: float) -> list[Orphan]:
     found = []
     for path in sorted(paths):
         for file in sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path]:
             status = file.lstat()
             if status.st_mtime <= before and not file.is_dir():
-                found.append(Spare(file=file, size=status.st_size, why=why))
+                found.append(Orphan(file=file, size=status.st_size, why=why))
     return found
 
 
@@ -67,7 +67,7 @@ def _referenced(folder: Path) -> set[str] | None:
     return {r.file for r in records} | {r.rejects.file for r in records if r.rejects is not None}
 
 
-def collect(root: Path, *, older_than: float, dry_run: bool) -> list[Spare]:
+def collect(root: Path, *, older_than: float, dry_run: bool) -> list[Orphan]:
     """Remove what is spare, holding the lock; with `dry_run` only say what would go."""
     if dry_run:
         return spare(root, older_than=older_than)
@@ -78,7 +78,7 @@ def collect(root: Path, *, older_than: float, dry_run: bool) -> list[Spare]:
     return found
 
 
-def _remove(found: Sequence[Spare]) -> None:
+def _remove(found: Sequence[Orphan]) -> None:
     for one in found:
         with disk_errors(one.file):
             remove(one.file)
@@ -99,13 +99,13 @@ def drop(root: Path, table: str) -> int:
     """
     known = [name for name in tables_of(root) if "/" in name]
     if table not in known:
-        raise UsageError(f"{root} has no table {table} that can go", next=f"use one of: {', '.join(known) or 'none'}")
+        raise UsageError(f"{root} has no table {table} that can go", fix=f"use one of: {', '.join(known) or 'none'}")
     folder = inside(root, *table.split("/"))
     with locked(root):
         made = [name for name in known if table == f"teachers/{_teacher_of(inside(root, *name.split('/')))}"]
         if made:
             raise UsageError(
-                f"{table} is what {', '.join(made)} was made from", next=f"first: xkd-cache drop {root} {made[0]}"
+                f"{table} is what {', '.join(made)} was made from", fix=f"first: xkd-cache drop {root} {made[0]}"
             )
         size = bytes_below(folder)
         with disk_errors(folder):

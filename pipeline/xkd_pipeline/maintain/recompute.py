@@ -15,7 +15,7 @@ from xkd_pipeline.capture.artifacts import weights_identity
 from xkd_pipeline.capture.capture import TeacherSettings, capture
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.capture.stage import encoder_of, teacher_of, teacher_settings
-from xkd_pipeline.maintain.findings import Bad, opened
+from xkd_pipeline.maintain.findings import Finding, opened
 from xkd_pipeline.tables.read_units import document_at
 from xkd_schemas.cache.manifest import Spec, refuse_differences
 from xkd_schemas.cache.table import Row, Table, names_in
@@ -38,7 +38,7 @@ TIES: Final = 0.01
 class Recomputed:
     """What a comparison with the live teacher found."""
 
-    bad: list[Bad]
+    bad: list[Finding]
     rows: int
     """Rows that were compared."""
     skipped: list[str]
@@ -181,8 +181,8 @@ def _numbers(values: Any, codec: str) -> Any:
     return values.astype(np.float64)
 
 
-def _bad(table: Table, at: int, root: Path, reason: str) -> Bad:
+def _bad(table: Table, at: int, root: Path, reason: str) -> Finding:
     ends = np.cumsum([c.rows for c in table.manifest.commits])
     unit = int(np.searchsorted(ends, at, side="right"))
     file = table.path(unit).relative_to(root).as_posix()
-    return Bad(table=table.name, unit=unit, file=file, reason=f"row {at} ({table[at]['doc_id']}): {reason}")
+    return Finding(table=table.name, unit=unit, file=file, reason=f"row {at} ({table[at]['doc_id']}): {reason}")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from xkd_pipeline.alignment import StudentSettings, make_students
 from xkd_pipeline.capture.artifacts import weights_identity
-from xkd_pipeline.capture.extra_signals import Beside, make_signals
+from xkd_pipeline.capture.extra_signals import SignalTableSpec, make_signals
 from xkd_pipeline.capture.stage import make_teacher, teacher_settings
-from xkd_pipeline.maintain.findings import Bad
+from xkd_pipeline.maintain.findings import Finding
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.parsing.prompts import limit_of
@@ -26,7 +26,7 @@ from xkd_schemas.text.encode import reading_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Means:
+class RepairInputs:
     """What units are made from that the cache does not hold."""
 
     corpus: tuple[str, ...] = ()
@@ -41,16 +41,16 @@ class Means:
 class Repaired:
     """What a repair found and did."""
 
-    bad: list[Bad]
+    bad: list[Finding]
     made: dict[str, int]
     """Table -> units made again; 0 where only other files were put right."""
     commands: list[str]
     """What to type, after the CAPITALS are replaced, for what needs the corpus or the teacher."""
-    left: list[Bad]
+    left: list[Finding]
     """What is still wrong."""
 
 
-def repair(root: Path, workers: Workers, means: Means | None = None) -> Repaired:
+def repair(root: Path, workers: Workers, means: RepairInputs | None = None) -> Repaired:
     """Quarantine the bad units and run the stages with the settings of their tables: they make what is missing.
 
     A student's table is made from its own tokenizer/ and the two tables before it; documents need the corpus, and a
@@ -59,7 +59,7 @@ def repair(root: Path, workers: Workers, means: Means | None = None) -> Repaired
     Raises:
         UsageError: A model or corpus was given that this cache was not made from.
     """
-    given = means or Means()
+    given = means or RepairInputs()
     bad = verify(root, "full")
     made: dict[str, int] = {}
     commands: list[str] = []
@@ -76,7 +76,7 @@ def repair(root: Path, workers: Workers, means: Means | None = None) -> Repaired
             if given.corpus or given.models:
                 raise
             verify_it = f"xkd-cache verify {shlex.quote(str(root))}"
-            known = error.next if error.next.startswith("xkd-cache ") and "repair" not in error.next else verify_it
+            known = error.fix if error.fix.startswith("xkd-cache ") and "repair" not in error.fix else verify_it
             commands.append(f"{known}   # {name}: {error.what}")
     if bad and not commands:
         with locked(root):
@@ -91,7 +91,7 @@ class _Wanting(Exception):
         self.command = command
 
 
-def _made_again(root: Path, name: str, workers: Workers, given: tuple[Means, dict[str, str]]) -> int:
+def _made_again(root: Path, name: str, workers: Workers, given: tuple[RepairInputs, dict[str, str]]) -> int:
     """Run the stage of a table, which quarantines its bad units and makes what is missing; how many it made."""
     means, models = given
     spec = _spec(root / name)
@@ -119,7 +119,7 @@ def _sources(root: Path, spec: Spec, names: Sequence[str]) -> list[Source]:
     if strange:
         raise UsageError(
             f"{', '.join(strange)}: not what the documents were made from, or changed since",
-            next=f"name the files as they were then: {', '.join(entry['name'] for entry in spec['corpus'])}",
+            fix=f"name the files as they were then: {', '.join(entry['name'] for entry in spec['corpus'])}",
         )
     if any(entry["sha256"] not in digests for entry in spec["corpus"]):
         paths = " ".join(f"--corpus {shlex.quote('PATH_OF/' + entry['name'])}" for entry in spec["corpus"])
@@ -176,7 +176,7 @@ def again(root: Path, table: str, spec: Spec, model: str, workers: Workers) -> B
     signals = [signal_named(column) for column in spec["signals"]]
     captured = teacher_settings(spec, model)
     if kind == "signals":
-        beside = Beside(name=name, teacher=spec["teacher"], settings=captured, signals=tuple(signals))
+        beside = SignalTableSpec(name=name, teacher=spec["teacher"], settings=captured, signals=tuple(signals))
         return make_signals(root, beside, workers)
     return make_teacher(root, name, captured, lambda _layers: signals, workers)
 
@@ -195,7 +195,7 @@ def models_by_table(root: Path, models: Sequence[str]) -> dict[str, str]:
             )
             raise UsageError(
                 f"{model} is none of the teachers of {root} ({listed or 'it has none'})",
-                next=f"xkd-cache teacher {root} --model {model} makes a new table",
+                fix=f"xkd-cache teacher {root} --model {model} makes a new table",
             )
         found |= dict.fromkeys(fitting, model)
     return found

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.maintain.findings import Bad
+from xkd_pipeline.maintain.findings import Finding
 from xkd_schemas.cache.files import outside_tables, refuse_links, unnamed_files
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_paths
 from xkd_schemas.cache.table import TABLES, Shard, check_cache
@@ -29,11 +29,11 @@ def tables_of(root: Path) -> list[str]:
     refuse_links(root)
     found = [path for pattern in TABLES for path in sorted(root.glob(pattern)) if path.is_dir()]
     if not found:
-        raise InputMissing(f"{root} holds no table", next="make one with xkd-cache documents")
+        raise InputMissing(f"{root} holds no table", fix="make one with xkd-cache documents")
     return [path.relative_to(root).as_posix() for path in found]
 
 
-def verify(root: Path, level: str = "full") -> list[Bad]:
+def verify(root: Path, level: str = "full") -> list[Finding]:
     """Everything that is wrong with the cache, in the order of its tables and units.
 
     Raises:
@@ -43,7 +43,7 @@ def verify(root: Path, level: str = "full") -> list[Bad]:
         Mismatch: Written by a newer program.
     """
     if level not in LEVELS:
-        raise UsageError(f"level {level!r} is not known", next=f"use one of: {', '.join(LEVELS)}")
+        raise UsageError(f"level {level!r} is not known", fix=f"use one of: {', '.join(LEVELS)}")
     found = {name: list(_table(root, name, level)) for name in tables_of(root)}
     if level == "deep":
         from xkd_pipeline.maintain.verify_rows import deep
@@ -52,7 +52,7 @@ def verify(root: Path, level: str = "full") -> list[Bad]:
     return [*itertools.chain.from_iterable(found.values()), *_root_files(root, level)]
 
 
-def _table(root: Path, name: str, level: str) -> Iterator[Bad]:
+def _table(root: Path, name: str, level: str) -> Iterator[Finding]:
     folder = inside(root, *name.split("/"))
     add = _adder(root, name)
     plan = None
@@ -89,7 +89,7 @@ def _table(root: Path, name: str, level: str) -> Iterator[Bad]:
 _STRANGE: Final = "no manifest names it: delete it (xkd-cache gc does for shards)"
 
 
-def _commits_alone(folder: Path, add: "_Add") -> Iterator[Bad]:
+def _commits_alone(folder: Path, add: "_Add") -> Iterator[Finding]:
     """Without a manifest the records say which units are bad too."""
     for path in record_paths(folder):
         try:
@@ -102,18 +102,20 @@ def _commits_alone(folder: Path, add: "_Add") -> Iterator[Bad]:
             yield add(shard, "missing" if not shard.is_file() else "does not match its sha256", commit.unit)
 
 
-_Add = Callable[..., Bad]
+_Add = Callable[..., Finding]
 
 
 def _adder(root: Path, table: str) -> _Add:
-    def add(path: Path, reason: str, unit: int | None = None) -> Bad:
+    def add(path: Path, reason: str, unit: int | None = None) -> Finding:
         file = path.relative_to(root).as_posix()
-        return Bad(table=table, unit=unit, file=file, reason=reason.replace(f"{path} ", "").replace(f"{path}: ", ""))
+        return Finding(
+            table=table, unit=unit, file=file, reason=reason.replace(f"{path} ", "").replace(f"{path}: ", "")
+        )
 
     return add
 
 
-def _unit(folder: Path, number: int, commit: Commit, add: _Add, level: str) -> Iterator[Bad]:
+def _unit(folder: Path, number: int, commit: Commit, add: _Add, level: str) -> Iterator[Finding]:
     record = folder / "commits" / f"{number:05d}.json"
     try:
         if read_record(record, Commit).bound != commit:
@@ -137,7 +139,7 @@ def _unit(folder: Path, number: int, commit: Commit, add: _Add, level: str) -> I
             yield add(rejects, "does not match its sha256", number)
 
 
-def _bytes(path: Path, number: int, commit: Commit, add: _Add) -> Iterator[Bad]:
+def _bytes(path: Path, number: int, commit: Commit, add: _Add) -> Iterator[Finding]:
     try:
         shard = Shard(path, commit)
         for batch in range(len(commit.batches)):
@@ -152,7 +154,7 @@ def _bytes(path: Path, number: int, commit: Commit, add: _Add) -> Iterator[Bad]:
         yield add(path, "does not match its sha256", number)
 
 
-def _root_files(root: Path, level: str) -> Iterator[Bad]:
+def _root_files(root: Path, level: str) -> Iterator[Finding]:
     """SHA256SUMS covers what no manifest does: plans, records, tokenizers' small files, the card."""
     add = _adder(root, "")
     yield from (add(path, _STRANGE) for path in outside_tables(root))
@@ -216,6 +218,6 @@ def _expected(root: Path) -> Iterator[Path]:
         yield root / "README.md"
 
 
-def as_dict(bad: list[Bad], level: str, rows: int = 0) -> dict[str, Any]:
+def as_dict(bad: list[Finding], level: str, rows: int = 0) -> dict[str, Any]:
     """For --json."""
     return {"level": level, "recomputed": rows, "bad": [asdict(one) for one in bad], "whole": not bad}

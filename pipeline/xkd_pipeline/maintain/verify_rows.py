@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from xkd_pipeline.maintain.findings import Bad, opened
+from xkd_pipeline.maintain.findings import Finding, opened
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.codecs import CODECS
@@ -26,19 +26,19 @@ PER_TOKEN = ("attention_last", "attention", "attention_text", "centrality")
 """Signals that are weights of a document's tokens: none below 0, their sum 1."""
 
 
-def deep(root: Path, name: str) -> Iterator[Bad]:
+def deep(root: Path, name: str) -> Iterator[Finding]:
     """What is wrong with the rows of one table whose bytes are what they were when written."""
     table = opened(root, name)
     for number in range(len(table.manifest.commits)):
         file = table.path(number).relative_to(root).as_posix()
         try:
             for reason in _reasons(root, table, number):
-                yield Bad(table=name, unit=number, file=file, reason=reason)
+                yield Finding(table=name, unit=number, file=file, reason=reason)
         except XkdError as error:
-            yield Bad(table=name, unit=number, file=file, reason=error.what)
+            yield Finding(table=name, unit=number, file=file, reason=error.what)
         except Exception as error:  # a shard that Arrow reads may be made to raise anything
             reason = f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            yield Bad(table=name, unit=number, file=file, reason=reason)
+            yield Finding(table=name, unit=number, file=file, reason=reason)
 
 
 def _reasons(root: Path, table: Table, number: int) -> Iterator[str]:

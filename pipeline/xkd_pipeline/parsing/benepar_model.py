@@ -48,13 +48,13 @@ def locate_model(name: str | None) -> Path:
     """
     advice = "--parser-model FOLDER, or benepar.download('benepar_en3') in Python and --parser-model benepar_en3"
     if name is None:
-        raise InputMissing("the parser benepar needs a model", next=advice)
+        raise InputMissing("the parser benepar needs a model", fix=advice)
     from benepar.integrations import downloader
 
     try:
         path = Path(downloader.locate_model(name))
     except LookupError:
-        raise InputMissing(f"there is no benepar model '{name}' here", next=advice) from None
+        raise InputMissing(f"there is no benepar model '{name}' here", fix=advice) from None
     if path.is_dir():
         _check_config(path / "config.json")
     return path
@@ -64,11 +64,11 @@ def _check_config(path: Path) -> None:
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise BadData(f"{path} cannot be read: {error}", next="name the folder of a benepar model") from error
+        raise BadData(f"{path} cannot be read: {error}", fix="name the folder of a benepar model") from error
     if "auto_map" in json.dumps(config):
-        raise Refused(f"{path} names code of its own to run (auto_map)", next="use a model without custom code")
+        raise Refused(f"{path} names code of its own to run (auto_map)", fix="use a model without custom code")
     if not isinstance(config, dict) or "benepar" not in config:
-        raise BadData(f"{path} has no entry 'benepar'", next="name the folder of a benepar model")
+        raise BadData(f"{path} has no entry 'benepar'", fix="name the folder of a benepar model")
 
 
 def load_model(path: Path) -> Any:
@@ -87,7 +87,7 @@ def load_model(path: Path) -> Any:
             return ChartParser.from_trained(str(path)).eval()
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, *not_tensors) as error:
         line = " ".join(str(error).split())[:200]
-        raise BadData(f"{path} cannot be loaded as a benepar model: {line}", next="copy it again") from error
+        raise BadData(f"{path} cannot be loaded as a benepar model: {line}", fix="copy it again") from error
 
 
 def phrase_labels(label_vocab: dict[str, int]) -> dict[int, str]:

@@ -88,7 +88,7 @@ class BeneparParser:
         self.path = locate_model(settings.benepar_model)
         self.nlp = load_pipeline(settings.model, exclude=(*UNUSED, "tagger", "attribute_ruler"))
         if not set(SEGMENTERS) & set(self.nlp.pipe_names):
-            raise UsageError(f"the spaCy pipeline '{settings.model}' cuts no sentences", next="use blank:en")
+            raise UsageError(f"the spaCy pipeline '{settings.model}' cuts no sentences", fix="use blank:en")
         self.model = load_model(self.path)
         self.labels = phrase_labels(self.model.label_vocab)
         self.max_piece_chars = min(MAX_PIECE_CHARS, int(self.nlp.max_length))

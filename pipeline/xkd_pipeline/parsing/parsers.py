@@ -36,5 +36,5 @@ def parser_for(settings: ParserSettings) -> Parser:
     try:
         make = PARSERS[settings.kind]
     except KeyError:
-        raise UsageError(f"parser '{settings.kind}' is not known", next=f"use {' or '.join(PARSERS)}") from None
+        raise UsageError(f"parser '{settings.kind}' is not known", fix=f"use {' or '.join(PARSERS)}") from None
     return make(settings)

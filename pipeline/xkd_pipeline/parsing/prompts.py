@@ -39,7 +39,7 @@ class PromptLimit(BaseModel):
             return None
         if not self.tokenizer:
             raise UsageError(
-                "documents.max_prompt_tokens is set, and no tokenizer counts them", next="--prompt-tokenizer STUDENT"
+                "documents.max_prompt_tokens is set, and no tokenizer counts them", fix="--prompt-tokenizer STUDENT"
             )
         from xkd_trainer.models.loading import (
             load_tokenizer,  # torch and transformers, for those alone who set a limit

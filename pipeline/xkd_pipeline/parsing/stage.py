@@ -14,7 +14,7 @@ from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
-from xkd_schemas.cache.manifest import Care, Commit, Unit
+from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
 from xkd_schemas.corpus.rows import WORKER_KILLED, rejected_row
 from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, read_documents
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, checked_spans
@@ -59,7 +59,7 @@ class DocumentsStage:
         """The table's folder and the parser's files."""
         return local_paths(self.folder, self.parser.model, self.parser.benepar_model, self.prompts.tokenizer)
 
-    def _make(self, parser: Parser, encoder: Encoder | None, job: DocumentsJob, care: Care) -> Commit:
+    def _make(self, parser: Parser, encoder: Encoder | None, job: DocumentsJob, care: MadeDifferently) -> Commit:
         rows = [row for at, row in enumerate(job.rows) if at not in care.lost]
         unused: dict[str, int] = {}
         documents, rejects = read_documents(
@@ -166,7 +166,7 @@ def make_documents(
     units = units_of(sources, limits.rows_per_shard)
     total = sum(s.num_rows for s in sources)
     if total == 0:
-        raise BadData("the corpus has no rows", next="check the paths and the form of the rows")
+        raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
     spec = {
         "schema": DOCUMENTS_VERSION,
         "corpus": corpus_spec(sources),
@@ -188,11 +188,11 @@ def make_documents(
                 f"{rejected} of {read} rows cannot be used ({_reasons(commits)}), more than "
                 f"--max-reject {limits.max_reject:g} allows; the first: {_first_reject(folder)}; all are in {folder}",
                 kept="every finished shard",
-                next="mend the corpus, or name other columns with --column"
+                fix="mend the corpus, or name other columns with --column"
                 + f", or accept them with --max-reject {min(1.0, 1.1 * rejected / read):.2g}" * (rejected < read),
             )
         if len(commits) == len(units) and sum(c.rows for c in commits) == 0:
-            raise BadData(f"no usable row in {total} ({_reasons(commits)})", next="check the form of the rows")
+            raise BadData(f"no usable row in {total} ({_reasons(commits)})", fix="check the form of the rows")
 
     return build(
         store, stage, lambda missing: jobs_of(sources, limits.rows_per_shard, missing), workers, watch=watch

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
 
 _FACTORS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -25,7 +25,7 @@ def bytes_named(text: str) -> int:
     """
     found = _SIZE.fullmatch(text.strip().upper())
     if found is None:
-        raise UsageError(f"{text!r} is no size", next="e.g. --budget 200GB")
+        raise UsageError(f"{text!r} is no size", fix="e.g. --budget 200GB")
     factor = _FACTORS[found[2]] if not found[3] else 2 ** (10 * list(_FACTORS).index(found[2]))
     return int(float(found[1]) * factor)
 
@@ -37,12 +37,12 @@ class Step:
     flags: str
     """What to type; TOP stands for the last layer, LOSSES for the losses that are left."""
     cost: str
-    change: Callable[[RunFile, int], RunFile | None]
+    change: Callable[[RunConfig, int], RunConfig | None]
     """From the run and the teacher's number of layers to the smaller run; None where it changes nothing."""
 
 
-def _coded(codec: str, *instead_of: str) -> Callable[[RunFile, int], RunFile | None]:
-    def change(run: RunFile, _layers: int) -> RunFile | None:
+def _coded(codec: str, *instead_of: str) -> Callable[[RunConfig, int], RunConfig | None]:
+    def change(run: RunConfig, _layers: int) -> RunConfig | None:
         if run.teacher.codec not in instead_of:
             return None
         return run.model_copy(update={"teacher": run.teacher.model_copy(update={"codec": codec})})
@@ -50,27 +50,27 @@ def _coded(codec: str, *instead_of: str) -> Callable[[RunFile, int], RunFile | N
     return change
 
 
-def _without_hid(run: RunFile, _layers: int) -> RunFile | None:
+def _without_hid(run: RunConfig, _layers: int) -> RunConfig | None:
     mta = run.losses.get("mta", {})
     if "mta" not in run.teacher.losses or mta.get("hid") == "off":
         return None
     return run.model_copy(update={"losses": {**run.losses, "mta": {**mta, "hid": "off"}}})
 
 
-def _hid_of_spans(run: RunFile, _layers: int) -> RunFile | None:
+def _hid_of_spans(run: RunConfig, _layers: int) -> RunConfig | None:
     mta = run.losses.get("mta", {})
     if "mta" not in run.teacher.losses or mta.get("hid") != "token":
         return None
     return run.model_copy(update={"losses": {**run.losses, "mta": {**mta, "hid": "spans"}}})
 
 
-def _top_phrases(run: RunFile, layers: int) -> RunFile | None:
+def _top_phrases(run: RunConfig, layers: int) -> RunConfig | None:
     if "mta" not in run.teacher.losses or tuple(run.teacher.phrase_layers) == (layers,):
         return None
     return run.model_copy(update={"teacher": run.teacher.model_copy(update={"phrase_layers": (layers,)})})
 
 
-def _drawn(run: RunFile, _layers: int) -> RunFile | None:
+def _drawn(run: RunConfig, _layers: int) -> RunConfig | None:
     kl = run.losses.get("kl", {})
     plain = kl.get("divergence", "forward_kl") == "forward_kl" and kl.get("temperature", 1.0) == 1.0
     if "kl" not in run.teacher.losses or not plain:
@@ -79,14 +79,14 @@ def _drawn(run: RunFile, _layers: int) -> RunFile | None:
     return run.model_copy(update={"teacher": run.teacher.model_copy(update={"losses": kept})})
 
 
-def _fewer_draws(run: RunFile, _layers: int) -> RunFile | None:
+def _fewer_draws(run: RunConfig, _layers: int) -> RunConfig | None:
     if "rskd" not in run.teacher.losses or run.teacher.samples <= FEW_DRAWS:
         return None
     return run.model_copy(update={"teacher": run.teacher.model_copy(update={"samples": FEW_DRAWS})})
 
 
-def _without(*names: str) -> Callable[[RunFile, int], RunFile | None]:
-    def change(run: RunFile, _layers: int) -> RunFile | None:
+def _without(*names: str) -> Callable[[RunConfig, int], RunConfig | None]:
+    def change(run: RunConfig, _layers: int) -> RunConfig | None:
         kept = tuple(name for name in run.teacher.losses if name not in names)
         if kept == run.teacher.losses:
             return None
@@ -119,8 +119,8 @@ STEPS: Final = (
 
 
 def way_down(
-    run: RunFile, layers: int, size_of: Callable[[RunFile], int], budget: int
-) -> Iterator[tuple[dict[str, Any], RunFile]]:
+    run: RunConfig, layers: int, size_of: Callable[[RunConfig], int], budget: int
+) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     """Steps one after the other until the size is within the budget; a step that saves nothing is left out.
 
     Yields what the step is (flags, cost, bytes after it) and the run after it.

@@ -29,12 +29,12 @@ from xkd_pipeline.stages import signals_for, teacher_dtype
 from xkd_pipeline.tables.read_units import DocumentRows
 from xkd_pipeline.tables.shard import ROWS_PER_BATCH
 from xkd_pipeline.tables.token_columns import token_columns
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
 from xkd_schemas.durable_files import bytes_below
 from xkd_schemas.progress import Progress
 from xkd_schemas.signals import teacher_schema
-from xkd_schemas.text.batches import TokenBlock
+from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import TRIED
 from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, spans_read
 from xkd_trainer.models.compute_dtype import this_device
@@ -45,12 +45,12 @@ LIBRARIES: Final = 600 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class PlanSample:
     """A sample as the teacher reads it."""
 
     sample: Sample
     spans: tuple[Spans, ...]
-    tokens: TokenBlock
+    tokens: TokenBatch
     rows_per_shard: int
     template: str
 
@@ -100,7 +100,7 @@ class Look:
         return round(number * self.scale[0])
 
 
-def look_at(run: RunFile, wanted: int) -> Look:
+def look_at(run: RunConfig, wanted: int) -> PlanSample:
     """Read, parse and tokenize a sample of at most `wanted` rows; raises as those do."""
     sample = read_sample(run, wanted)
     t = run.teacher
@@ -115,13 +115,13 @@ def look_at(run: RunFile, wanted: int) -> Look:
         parsed = parser_for(settings).parse(sample.documents)
     spans = tuple(checked_spans(d, s) for d, s in zip(sample.documents, parsed, strict=True))
     tokens = encoder.encode_batch(sample.documents)
-    return Look(
+    return PlanSample(
         sample=sample, spans=spans, tokens=tokens, rows_per_shard=rows_per_shard(run, sample.sources)[0],
         template=encoder.template,
     )  # fmt: skip
 
 
-def teacher_parts(run: RunFile, look: Look, model: Sizes) -> dict[str, int]:
+def teacher_parts(run: RunConfig, look: PlanSample, model: Sizes) -> dict[str, int]:
     """Bytes of the corpus's teacher table by column; "tokens" are the shared columns, "frames" all the rest."""
     signals = signals_for(run, model.layers)
     codec = run.teacher.codec
@@ -137,12 +137,12 @@ def teacher_parts(run: RunFile, look: Look, model: Sizes) -> dict[str, int]:
     return {**found, "frames": overhead(schema, *look.shape)}
 
 
-def table_bytes(schema: pa.Schema, columns: dict[str, list[Any]], look: Look) -> int:
+def table_bytes(schema: pa.Schema, columns: dict[str, list[Any]], look: PlanSample) -> int:
     """Bytes of the corpus's table with these columns of the sample."""
     return look.of_corpus(body_bytes(schema, columns, look.batch_rows)) + overhead(schema, *look.shape)
 
 
-def _student_of(run: RunFile) -> str:
+def _student_of(run: RunConfig) -> str:
     """Name of the student's tokenizer, "" without a student."""
     s = run.student
     return s.tokenizer or ("" if s.model.startswith("new:") else s.model)
@@ -158,7 +158,7 @@ def tokenizer_bytes(*names: str) -> int:
     return size
 
 
-def student_bytes(run: RunFile, look: Look) -> int | None:
+def student_bytes(run: RunConfig, look: PlanSample) -> int | None:
     """Bytes of the students table; None without a student."""
     s, name = run.student, _student_of(run)
     if not name:
@@ -169,7 +169,7 @@ def student_bytes(run: RunFile, look: Look) -> int | None:
     return table_bytes(STUDENTS, align_rows(encoder, DocumentRows.of(rows), look.tokens)[1], look)
 
 
-def memory_parts(run: RunFile, look: Look, model: Sizes, dtype: str, teacher: int) -> dict[str, int]:
+def memory_parts(run: RunConfig, look: PlanSample, model: Sizes, dtype: str, teacher: int) -> dict[str, int]:
     """Estimated peak of one worker of the teacher stage, in bytes."""
     layers = len({s.layer for s in signals_for(run, model.layers) if s.layer is not None})
     size = bytes_per_number(dtype)
@@ -213,7 +213,7 @@ def give_or_take(values: Sequence[int], scale: float, sizes: Sequence[int] = ())
     return 2 * error / mean
 
 
-def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | None) -> dict[str, Any]:
+def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | None) -> dict[str, Any]:
     """Everything `xkd-cache plan` says, as numbers.
 
     Args:
@@ -241,7 +241,7 @@ def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | No
     memory = memory_parts(run, look, model, dtype.dtype, teacher)
     free = shutil.disk_usage(_standing(Path(run.cache))).free
 
-    def size_of(smaller: RunFile) -> int:
+    def size_of(smaller: RunConfig) -> int:
         return others + sum(teacher_parts(smaller, look, model).values())
 
     steps = [] if budget is None else [step for step, _ in way_down(run, model.layers, size_of, budget)]
@@ -278,7 +278,7 @@ def make_plan(run: RunFile, *, sample: int, budget: int | None, rate: float | No
     }
 
 
-def _sample_values(look: Look) -> dict[str, Any]:
+def _sample_values(look: PlanSample) -> dict[str, Any]:
     cut = sum(
         t.status == OK and t.num_chars < len(d.text) for t, d in zip(look.tokens, look.sample.documents, strict=True)
     )

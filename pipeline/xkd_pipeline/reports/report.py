@@ -64,10 +64,10 @@ def gather(root: Path) -> Report:
 
 def batches(table: Table, units: Iterator[int] | range | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(first row, record batch) of the units, every byte checked; a shard is closed before the next is opened."""
-    firsts = np.cumsum([0, *(c.rows for c in table.manifest.commits)])
+    row_offsets = np.cumsum([0, *(c.rows for c in table.manifest.commits)])
     for unit in range(len(table.manifest.commits)) if units is None else units:
         commit = table.manifest.commits[unit]
-        shard, at = Shard(table.path(unit), commit), int(firsts[unit])
+        shard, at = Shard(table.path(unit), commit), int(row_offsets[unit])
         for number, record in enumerate(commit.batches):
             yield at, shard.batch(number)
             at += record.rows
@@ -210,7 +210,7 @@ def _rejects(documents: Table) -> Iterator[dict[str, str]]:
                     lines = list(islice(stream, MAX_REJECTS))
                 yield from ({key: str(value) for key, value in json.loads(line).items()} for line in lines)
             except (OSError, ValueError, AttributeError) as error:
-                raise BadData(f"{path} cannot be read: {error}", next="run xkd-cache documents again") from error
+                raise BadData(f"{path} cannot be read: {error}", fix="run xkd-cache documents again") from error
 
 
 def _cuts(manifest: Manifest) -> Iterator[tuple[str, str, int]]:

@@ -52,7 +52,7 @@ def _altair() -> Any:
         import altair
         import vl_convert  # noqa: F401 # needed right after
     except ImportError as error:
-        raise UsageError(f"a report needs {error.name}", next="pip install 'xkd-toolkit[pipeline]'") from error
+        raise UsageError(f"a report needs {error.name}", fix="pip install 'xkd-toolkit[pipeline]'") from error
     return altair
 
 

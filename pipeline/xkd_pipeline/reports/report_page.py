@@ -51,7 +51,7 @@ def write_report(root: Path, out: Path) -> dict[str, Any]:
         DiskFailed: `out` cannot be written.
     """
     if out.is_dir():
-        raise UsageError(f"--out {out} is a folder", next=f"--out {out / 'report.html'}")
+        raise UsageError(f"--out {out} is a folder", fix=f"--out {out / 'report.html'}")
     report = gather(root)
     page = render_page(report, {a.student: list(_worst(root, a)) for a in report.alignments}).encode()
     replace(out, page)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xkd_pipeline.parsing.prompts import cut_prompts, limit_in
-from xkd_schemas.config import RunFile, StudentSection, TeacherSection
+from xkd_schemas.config import RunConfig, StudentSection, TeacherSection
 from xkd_schemas.corpus.files import Content
 from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, open_source, read_documents
 from xkd_schemas.documents import Document
@@ -62,7 +62,7 @@ def evenly(total: int, wanted: int) -> Iterator[int]:
         yield draw.randrange(number * total // count, (number + 1) * total // count)
 
 
-def read_sample(run: RunFile, wanted: int) -> Sample:
+def read_sample(run: RunConfig, wanted: int) -> Sample:
     """Read at most `wanted` rows, the same distance apart, from the corpus of a run; the others are only measured.
 
     Raises:
@@ -72,11 +72,11 @@ def read_sample(run: RunFile, wanted: int) -> Sample:
     """
     d = run.documents
     if not d.corpus:
-        raise UsageError("no corpus is named", next="name files, folders or data sets")
+        raise UsageError("no corpus is named", fix="name files, folders or data sets")
     sources = tuple(open_source(name, form=d.form, columns=d.columns) for name in d.corpus)
     total = sum(source.num_rows for source in sources)
     if total == 0:
-        raise BadData("the corpus has no rows", next="check the paths and the form of the rows")
+        raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
     encoder = limit_in(d).encoder()
     chosen = list(evenly(total, wanted))
     documents: list[Document] = []
@@ -100,7 +100,7 @@ def read_sample(run: RunFile, wanted: int) -> Sample:
         before += source.num_rows
     if not documents:
         raise BadData(
-            f"none of {len(chosen)} sampled rows can be used ({reasons(rejected)})", next="check the form of the rows"
+            f"none of {len(chosen)} sampled rows can be used ({reasons(rejected)})", fix="check the form of the rows"
         )
     return Sample(
         sources=sources, rows=len(chosen), documents=tuple(documents), rejected=tuple(rejected),

@@ -22,10 +22,10 @@ def find(documents: Table, doc: str) -> int:
     found = [(i, row["doc_id"]) for i, row in enumerate(documents) if doc and row["doc_id"].startswith(doc)]
     if not found:
         raise InputMissing(
-            f"no document {doc!r} among {len(documents)}", next="give a row number from 0 on, or a doc_id"
+            f"no document {doc!r} among {len(documents)}", fix="give a row number from 0 on, or a doc_id"
         )
     if len({doc_id for _, doc_id in found}) > 1:
-        raise UsageError(f"{len(found)} documents begin with {doc!r}", next="give more digits of the doc_id")
+        raise UsageError(f"{len(found)} documents begin with {doc!r}", fix="give more digits of the doc_id")
     return found[0][0]
 
 

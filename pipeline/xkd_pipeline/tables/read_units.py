@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from xkd_schemas.cache.table import Row, Shard, Table
 from xkd_schemas.documents import Document, Segment
-from xkd_schemas.ragged import Lists, firsts
-from xkd_schemas.text.batches import DocumentBlock, TokenBlock
+from xkd_schemas.ragged import Ragged, row_offsets
+from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import TRIED
 from xkd_schemas.tokens import Tokens
 
@@ -25,10 +25,10 @@ class DocumentRows:
     """Documents as a unit of the documents table holds them."""
 
     doc_ids: Sequence[str]
-    block: DocumentBlock
-    words: Lists
+    block: DocumentBatch
+    words: Ragged
     """[K, 2] int32 characters."""
-    phrases: Lists
+    phrases: Ragged
     """[K, 2] int32 characters."""
 
     @staticmethod
@@ -36,9 +36,9 @@ class DocumentRows:
         """From rows, one by one."""
         return DocumentRows(
             doc_ids=[row["doc_id"] for row in rows],
-            block=DocumentBlock.of(document_at(row) for row in rows),
-            words=Lists.of([row["words"] for row in rows], np.int32, 2),
-            phrases=Lists.of([row["phrases"] for row in rows], np.int32, 2),
+            block=DocumentBatch.of(document_at(row) for row in rows),
+            words=Ragged.of([row["words"] for row in rows], np.int32, 2),
+            phrases=Ragged.of([row["phrases"] for row in rows], np.int32, 2),
         )
 
     def part(self, first: int, end: int) -> "DocumentRows":
@@ -59,7 +59,7 @@ def documents_of(shard: Shard) -> DocumentRows:
     roles = _flat(columns["roles"]).combine_chunks().dictionary_encode()
     return DocumentRows(
         doc_ids=columns["doc_id"].to_pylist(),
-        block=DocumentBlock(
+        block=DocumentBatch(
             texts=columns["text"].to_pylist(),
             segments=_lists(columns["segments"]),
             names=roles.dictionary.to_pylist(),
@@ -73,11 +73,11 @@ def documents_of(shard: Shard) -> DocumentRows:
     )
 
 
-def tokens_of(shard: Shard) -> TokenBlock:
+def tokens_of(shard: Shard) -> TokenBatch:
     """All rows of a shard of a teacher or student table, their tokens alone; raises as `documents_of`."""
     columns = _columns(shard, ("status", "num_chars", "token_ids", "token_spans", "token_kinds", "targets"))
     ids = _lists(columns["token_ids"])
-    return TokenBlock(
+    return TokenBatch(
         statuses=columns["status"].to_pylist(),
         num_chars=columns["num_chars"].to_numpy(),
         first=ids.first,
@@ -111,15 +111,15 @@ def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
 
 
-def _lists(column: pa.ChunkedArray) -> Lists:
+def _lists(column: pa.ChunkedArray) -> Ragged:
     """A list column of numbers, or of pairs of them, with its chunks joined."""
     counts = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-    first = firsts(np.concatenate([np.zeros(0, np.int64), *counts]))
+    first = row_offsets(np.concatenate([np.zeros(0, np.int64), *counts]))
     items = _flat(column)
     if not pa.types.is_fixed_size_list(items.type):
-        return Lists(items.to_numpy(), first)
+        return Ragged(items.to_numpy(), first)
     values = pa.chunked_array([chunk.flatten() for chunk in items.chunks], items.type.value_type)
-    return Lists(values.to_numpy().reshape(-1, items.type.list_size), first)
+    return Ragged(values.to_numpy().reshape(-1, items.type.list_size), first)
 
 
 def document_at(row: Row) -> Document:

@@ -6,7 +6,7 @@ from typing import Any
 from xkd_schemas.cache.manifest import Plan, Unit, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.corpus.rows import WORKER_KILLED
-from xkd_schemas.text.batches import DocumentBlock, TokenBlock
+from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import Encoder, unusable
 from xkd_schemas.tokens import OK
 
@@ -17,20 +17,20 @@ def units_like(documents: Table) -> tuple[Unit, ...]:
 
 
 def encoded_but(
-    encoder: Encoder, block: DocumentBlock, lost: Collection[int], limits: Sequence[int | None] | None = None
-) -> TokenBlock:
+    encoder: Encoder, block: DocumentBatch, lost: Collection[int], limits: Sequence[int | None] | None = None
+) -> TokenBatch:
     """`encoder.encode_batch`; the tokenizer does not see the rows of `lost`, whose status is worker_killed."""
     if not lost:
         return encoder.encode_batch(block, limits)
     kept = [at for at in range(len(block)) if at not in lost]
     found = encoder.encode_batch(block.taken(kept), limits and [limits[at] for at in kept])
     tokens = dict(zip(kept, found, strict=True))
-    return TokenBlock.of(
+    return TokenBatch.of(
         tokens[at] if at in tokens else unusable(WORKER_KILLED, len(text)) for at, text in enumerate(block.texts)
     )
 
 
-def token_columns(tokens: TokenBlock) -> dict[str, Any]:
+def token_columns(tokens: TokenBatch) -> dict[str, Any]:
     """The columns that teacher and student tables share, without doc_id."""
     return {
         "status": tokens.statuses,
@@ -42,12 +42,12 @@ def token_columns(tokens: TokenBlock) -> dict[str, Any]:
     }
 
 
-def extended_counts(tokens: TokenBlock) -> dict[str, int]:
+def extended_counts(tokens: TokenBatch) -> dict[str, int]:
     """Tokens with characters that a normaliser merged, swapped or deleted, and the documents these are in."""
     return {"extended": int(tokens.extended.sum()), "extended_documents": int((tokens.extended > 0).sum())}
 
 
-def token_counts(texts: Sequence[str], tokens: TokenBlock) -> dict[str, int]:
+def token_counts(texts: Sequence[str], tokens: TokenBatch) -> dict[str, int]:
     """Totals over one unit: tokens, targets, cut documents, documents by status, and extended intervals if any."""
     lengths = zip(tokens.statuses, tokens.num_chars.tolist(), texts, strict=True)
     counts = {

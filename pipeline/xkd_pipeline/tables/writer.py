@@ -13,8 +13,8 @@ from typing import Any
 from xkd_pipeline.tables.dataset_card import write_root_files
 from xkd_schemas.cache.files import refuse_links
 from xkd_schemas.cache.manifest import (
-    Care,
     Commit,
+    MadeDifferently,
     Manifest,
     Plan,
     Spec,
@@ -49,7 +49,7 @@ def locked(root: Path) -> Iterator[None]:
         UsageError: It is a file.
     """
     if root.exists() and not root.is_dir():
-        raise UsageError(f"{root} is a file, and a cache is a folder", kept="it as it is", next="name a folder")
+        raise UsageError(f"{root} is a file, and a cache is a folder", kept="it as it is", fix="name a folder")
     refuse_links(root)
     with held(root):
         yield
@@ -70,7 +70,7 @@ class Store:
         if self._is_lost(path, plan):
             replace(path, to_json(plan))
         self.plan = read_record(path, Plan)
-        self.known_cares: dict[int, Care] = {}
+        self.known_cares: dict[int, MadeDifferently] = {}
         if (plan.spec, plan.units) == (self.plan.spec, self.plan.units):
             return
         advice = f"repeat the first command's settings, or write to a new folder than {root}"
@@ -79,7 +79,7 @@ class Store:
                 f"repeat the first command's settings, or give this one another --name (now {table.split('/')[-1]})"
             )
         refuse_differences(self.folder, plan.spec, self.plan.spec, advice=advice)
-        raise BadData(f"{path} lists other units than this corpus gives", next=advice)
+        raise BadData(f"{path} lists other units than this corpus gives", fix=advice)
 
     def _is_lost(self, path: Path, plan: Plan) -> bool:
         """Whether `plan` is to be written: of a new table, or because its file is damaged or not there."""
@@ -110,7 +110,7 @@ class Store:
                 quarantine(self.folder, [path, *shards, self.folder / "manifest.json"])
         return done
 
-    def cares(self, units: Iterable[int]) -> dict[int, Care]:
+    def cares(self, units: Iterable[int]) -> dict[int, MadeDifferently]:
         """Units that are known to need care: `known_cares`, and what quarantined records say of how they were made."""
         found = dict(self.known_cares)
         for unit in units:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from xkd_schemas.cache.manifest import Care, Commit
+from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, XkdError
 
-AS_PLANNED: Final = Care()
+AS_PLANNED: Final = MadeDifferently()
 
 
 KEPT: Final = "every committed unit"
@@ -20,7 +20,7 @@ AGAIN: Final = "run the same command again to go on"
 class Make(Protocol):
     """Makes one unit."""
 
-    def __call__(self, job: Any, care: Care = AS_PLANNED, /) -> Commit:
+    def __call__(self, job: Any, care: MadeDifferently = AS_PLANNED, /) -> Commit:
         """Write the shard of `job`, leaving out `care.lost` rows and in batches of `care.batch`; its record."""
 
 
@@ -64,7 +64,7 @@ def unit_of(job: Any) -> int:
     return int(getattr(job, "unit", job))
 
 
-def recorded(commit: Commit, care: Care) -> Commit:
+def recorded(commit: Commit, care: MadeDifferently) -> Commit:
     """The record, with how it was made where that was not as planned."""
     return commit.model_copy(update={"care": care}) if care else commit
 
@@ -86,7 +86,9 @@ def first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def smaller(stage: Stage, job: Any, care: Care, reason: str, kind: type[XkdError] = OutOfMemory) -> Care:
+def smaller(
+    stage: Stage, job: Any, care: MadeDifferently, reason: str, kind: type[XkdError] = OutOfMemory
+) -> MadeDifferently:
     """The same with batches half as large; says so on standard error.
 
     Raises:
@@ -97,7 +99,7 @@ def smaller(stage: Stage, job: Any, care: Care, reason: str, kind: type[XkdError
         raise kind(
             f"unit {unit}: one document at a time does not go either: {reason}",
             kept=KEPT,
-            next="free memory, use a machine with more, or cut documents shorter (--max-tokens); then run this again",
+            fix="free memory, use a machine with more, or cut documents shorter (--max-tokens); then run this again",
         )
     warn(f"unit {unit}: {reason}; tried again in batches of {batch}")
     return care.model_copy(update={"batch": batch})

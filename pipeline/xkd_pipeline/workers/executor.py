@@ -19,7 +19,7 @@ from xkd_pipeline.workers.contract import (
     smaller,
     unit_of,
 )
-from xkd_schemas.cache.manifest import Care, Commit
+from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import OutOfMemory, UsageError
 
 
@@ -32,7 +32,7 @@ def asked_workers(workers: Workers) -> Workers:
     if workers.count == 0 and (workers.address is not None or workers.gpus or workers.stall_seconds is not None):
         raise UsageError(
             "--ray-address, --gpus-per-worker and --stall-timeout are about Ray's workers, and there are none",
-            next="add --workers N",
+            fix="add --workers N",
         )
     return workers
 
@@ -42,7 +42,7 @@ def run_units(
     jobs: Iterable[Any],
     workers: Workers,
     done: Callable[[Commit], None],
-    cares: Mapping[int, Care] | None = None,
+    cares: Mapping[int, MadeDifferently] | None = None,
 ) -> None:
     """Make every job and hand each record to `done` as soon as it is there, in any order.
 
@@ -74,11 +74,11 @@ def _loaded(stage: Stage) -> Make:
             raise
         reason = first_line(error)
     raise OutOfMemory(
-        f"out of memory while loading: {reason}", kept=KEPT, next="use a smaller model, or a machine with more"
+        f"out of memory while loading: {reason}", kept=KEPT, fix="use a smaller model, or a machine with more"
     )
 
 
-def _made(make: Make, stage: Stage, job: Any, care: Care) -> Commit:
+def _made(make: Make, stage: Stage, job: Any, care: MadeDifferently) -> Commit:
     while True:
         try:
             return recorded(make(job, care), care)

@@ -32,18 +32,18 @@ class Place:
         shared = f"put it on storage that all machines see at the same path, or leave {host} out of the cluster"
         for path in self.paths:
             if not path.exists():
-                raise InputMissing(f"worker on {host}: {path} is not there", next=shared)
+                raise InputMissing(f"worker on {host}: {path} is not there", fix=shared)
         end = time.monotonic() + LOOK_SECONDS
         while not self.mark.exists():
             if time.monotonic() > end:
-                raise InputMissing(f"worker on {host}: {self.mark.parent} is another folder there", next=shared)
+                raise InputMissing(f"worker on {host}: {self.mark.parent} is another folder there", fix=shared)
             time.sleep(0.2)
         for name, version in versions().items():
             if self.versions.get(name, version) != version:
                 raise Mismatch(
                     f"worker on {host} has {name} {version}, this process {self.versions[name]}",
                     kept=KEPT,
-                    next=f"install {name} {self.versions[name]} on {host}",
+                    fix=f"install {name} {self.versions[name]} on {host}",
                 )
 
 

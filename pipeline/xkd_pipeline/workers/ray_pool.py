@@ -24,7 +24,7 @@ from xkd_pipeline.workers.ray_start import (
     start,
 )
 from xkd_pipeline.workers.scheduler import Died, Exhausted, Ready, Report
-from xkd_schemas.cache.manifest import Care, Commit
+from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.durable_files import remove, write_beside
 from xkd_schemas.errors import WorkersGone, XkdError
 
@@ -42,7 +42,7 @@ class _Actor:
             os.chdir(cwd)
         self._make: Make = self._stage.load()
 
-    def make(self, job: Any, care: Care) -> Commit:
+    def make(self, job: Any, care: MadeDifferently) -> Commit:
         return self._make(job, care)
 
 
@@ -101,7 +101,7 @@ class RayPool:
         self._open[worker.ready.remote(self._place, self._cwd)] = worker
         return worker  # type: ignore[no-any-return]
 
-    def give(self, worker: Any, job: Any, care: Care) -> None:
+    def give(self, worker: Any, job: Any, care: MadeDifferently) -> None:
         """Let a worker make a unit."""
         self._open[worker.make.remote(job, care)] = worker
 
@@ -138,7 +138,7 @@ class RayPool:
         except RayActorError as error:
             return Died(said(error))
         except RayError as error:
-            raise WorkersGone(f"Ray fails: {said(error)}", kept=KEPT, next=AGAIN) from error
+            raise WorkersGone(f"Ray fails: {said(error)}", kept=KEPT, fix=AGAIN) from error
         return value if isinstance(value, Commit) else Ready()
 
     def _refuse_silence(self) -> None:
@@ -146,4 +146,4 @@ class RayPool:
         for name, host, port in self._doors:
             if silence := no_answer(host, port):
                 reason = f"its {name} at {host}:{port} does not answer: {silence}"
-                raise WorkersGone(f"the Ray cluster is gone: {reason}", kept=KEPT, next=AGAIN)
+                raise WorkersGone(f"the Ray cluster is gone: {reason}", kept=KEPT, fix=AGAIN)

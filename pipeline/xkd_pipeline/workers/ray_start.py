@@ -93,12 +93,12 @@ def _start_here(count: int, folder: Path) -> None:
     if os.environ.get("RAY_ADDRESS"):
         raise Refused(
             f"RAY_ADDRESS is set to {os.environ['RAY_ADDRESS']}, and a cluster is only joined when asked for",
-            next="pass --ray-address, or unset RAY_ADDRESS",
+            fix="pass --ray-address, or unset RAY_ADDRESS",
         )
     if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
         raise Refused(
             f"RAY_AUTH_MODE is {os.environ['RAY_AUTH_MODE']}: any process of this machine could run code as you",
-            next="unset RAY_AUTH_MODE",
+            fix="unset RAY_AUTH_MODE",
         )
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # never written to a file
@@ -119,7 +119,7 @@ def _start_here(count: int, folder: Path) -> None:
         )
     except Exception as error:  # Ray raises just that where its processes do not come up
         raise WorkersGone(
-            f"Ray did not start on this machine: {first_line(error)}", kept=KEPT, next=f"{AGAIN}, or use --workers 0"
+            f"Ray did not start on this machine: {first_line(error)}", kept=KEPT, fix=f"{AGAIN}, or use --workers 0"
         ) from error
     address = ray.get_runtime_context().gcs_address
     if not address.startswith(("127.", "[::1]")):
@@ -134,10 +134,10 @@ def _short_folder() -> str:
 
 def _join(address: str) -> None:
     if "://" in address:
-        raise UsageError(f"--ray-address {address}: not the address of a cluster", next="give HOST:PORT, or auto")
+        raise UsageError(f"--ray-address {address}: not the address of a cluster", fix="give HOST:PORT, or auto")
     host, colon, port = address.rpartition(":")
     if colon and (silence := no_answer(host, int(port) if port.isdigit() else 0)):  # Ray would try for minutes
-        raise WorkersGone(f"no Ray cluster at {address}: {silence}", next=_START_ONE)
+        raise WorkersGone(f"no Ray cluster at {address}: {silence}", fix=_START_ONE)
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     if "RAY_AUTH_TOKEN" not in os.environ and token.is_file() and token.stat().st_mode & 0o077:
         warn(f"{token}: others on this machine can read the cluster's token; chmod 600 it")
@@ -150,10 +150,10 @@ def _join(address: str) -> None:
     except AuthenticationError as error:
         raise Refused(
             f"the Ray cluster at {address} does not take our token: {said(error)}",
-            next="set RAY_AUTH_TOKEN_PATH to a copy of the head's token file that only you can read",
+            fix="set RAY_AUTH_TOKEN_PATH to a copy of the head's token file that only you can read",
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise WorkersGone(f"no Ray cluster at {address}: {first_line(error)}", next=_START_ONE) from error
+        raise WorkersGone(f"no Ray cluster at {address}: {first_line(error)}", fix=_START_ONE) from error
 
 
 _START_ONE: Final = "start it (docs/cluster.md), on this machine too, and check the address"
@@ -184,7 +184,7 @@ def refuse_too_small(ray: Any, workers: Workers) -> None:
         raise UsageError(
             f"no machine has room for a worker of 1 CPU and {workers.gpus:g} GPUs; the largest has "
             f"{most.get('CPU', 0):g} CPUs and {most.get('GPU', 0):g} GPUs",
-            next="ask for fewer with --gpus-per-worker, or start Ray's nodes with --num-cpus and --num-gpus",
+            fix="ask for fewer with --gpus-per-worker, or start Ray's nodes with --num-cpus and --num-gpus",
         )
 
 

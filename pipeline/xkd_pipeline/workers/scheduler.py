@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from xkd_pipeline.workers.bisect_rows import Search, culprits
 from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, recorded, smaller, unit_of
-from xkd_schemas.cache.manifest import Care, Commit
+from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
 from xkd_schemas.progress import remark
@@ -65,7 +65,7 @@ class Pool(Protocol):
     def start(self) -> Hashable:
         """Start a worker, which reports Ready or Died."""
 
-    def give(self, worker: Hashable, job: Any, care: Care) -> None:
+    def give(self, worker: Hashable, job: Any, care: MadeDifferently) -> None:
         """Let a worker make a unit; it reports a Commit, Died or Exhausted."""
 
     def reports(self, seconds: float) -> list[Report]:
@@ -79,7 +79,7 @@ class Pool(Protocol):
 class _Task:
     job: Any
     unit: int
-    care: Care
+    care: MadeDifferently
     deaths: int = 0
     hangs: int = 0
     search: Search | None = None
@@ -96,7 +96,7 @@ class Schedule:
         stage: Stage,
         jobs: Iterable[Any],
         workers: Workers,
-        cares: Mapping[int, Care] | None = None,
+        cares: Mapping[int, MadeDifferently] | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -147,7 +147,7 @@ class Schedule:
             self._busy[worker] = task, self._clock()
             self._pool.give(worker, task.job, self._sent(task))
 
-    def _sent(self, task: _Task) -> Care:
+    def _sent(self, task: _Task) -> MadeDifferently:
         if task.search is None:
             return task.care
         others = set(range(self._stage.rows(task.job))) - set(task.rows)
@@ -169,7 +169,7 @@ class Schedule:
             return
         self._count, self._bad_starts = self._count - 1, 0
         if self._count == 0 or not (self._busy or self._idle):
-            raise kind(f"no worker starts, {TRIES} in a row ended in loading: {reason}", kept=KEPT, next=AGAIN)
+            raise kind(f"no worker starts, {TRIES} in a row ended in loading: {reason}", kept=KEPT, fix=AGAIN)
         warn(f"{TRIES} workers in a row did not start: {reason}; going on with {self._count}")
 
     def _heard(self, worker: Hashable, what: object, done: Callable[[Commit], None]) -> None:
@@ -199,7 +199,7 @@ class Schedule:
         else:
             rows = [row for row in range(self._stage.rows(task.job)) if row not in task.care.lost]
             if not rows:
-                raise WorkersGone(f"unit {task.unit} kills its worker without any of its rows", kept=KEPT, next=AGAIN)
+                raise WorkersGone(f"unit {task.unit} kills its worker without any of its rows", kept=KEPT, fix=AGAIN)
             warn(f"unit {task.unit}: {TRIES} workers died ({death.reason}); its rows are tried apart")
             task.search = culprits(rows, tries=TRIES, most=MOST_LOST)
             self._go_on(task, died=None)
@@ -220,7 +220,7 @@ class Schedule:
             raise WorkersGone(
                 f"unit {task.unit}: more than {MOST_LOST} rows kill their worker, so the rows are not the cause",
                 kept=KEPT,
-                next=f"run with --workers 0 to see what happens in this process; {AGAIN}",
+                fix=f"run with --workers 0 to see what happens in this process; {AGAIN}",
             )
         if found:
             warn(f"unit {task.unit}: left out, as they kill their worker: row {', '.join(map(str, found))}")
@@ -241,7 +241,7 @@ class Schedule:
                 raise WorkersGone(
                     f"unit {task.unit} was not finished within {limit:g} s, {TRIES} times",
                     kept=KEPT,
-                    next="allow it more with --stall-timeout SECONDS, or look at its documents",
+                    fix="allow it more with --stall-timeout SECONDS, or look at its documents",
                 )
             warn(f"unit {task.unit}: no word for {limit:g} s; its worker is killed, try {task.hangs + 1} of {TRIES}")
             self._queue.appendleft(task)

@@ -31,13 +31,13 @@ def files_below(folder: Path) -> Iterator[Path]:
         return
     for entry in ordered:
         if entry.is_symlink():
-            raise Refused(f"{entry.path} is a symbolic link", next="delete it, or copy what it names into the cache")
+            raise Refused(f"{entry.path} is a symbolic link", fix="delete it, or copy what it names into the cache")
         if entry.is_dir():
             yield from files_below(Path(entry.path))
         elif entry.is_file():
             yield Path(entry.path)
         else:
-            raise Refused(f"{entry.path} is neither a file nor a folder", next="delete it")
+            raise Refused(f"{entry.path} is neither a file nor a folder", fix="delete it")
 
 
 def refuse_links(folder: Path) -> None:
@@ -84,5 +84,5 @@ def refuse_unnamed(root: Path, folder: Path, manifest: Manifest) -> None:
         raise Refused(
             f"{strange[0]}: no manifest names it" + (f", nor {len(strange) - 1} more files" if strange[1:] else ""),
             kept="the cache as it is",
-            next="move it out of the cache, or copy the cache again from where it came",
+            fix="move it out of the cache, or copy the cache again from where it came",
         )

@@ -43,7 +43,7 @@ class JoinedShard(Shard):
             if not batch.column("doc_id").equals(batches[0].column("doc_id")):
                 raise BadData(
                     f"{shard.path}: record batch {number} holds other documents than {self.path}",
-                    next=f"delete {shard.path.parent} and add its signals again",
+                    fix=f"delete {shard.path.parent} and add its signals again",
                 )
         columns = {name: batch.column(name) for batch in batches[::-1] for name in batch.schema.names}
         arrays = [columns[name] for name in self._joined.names]

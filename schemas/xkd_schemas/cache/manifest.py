@@ -56,7 +56,7 @@ class Reject(_Record):
     reasons: dict[str, int]
 
 
-class Care(_Record):
+class MadeDifferently(_Record):
     """How a unit was made that could not be made as planned; as it stands, as planned."""
 
     lost: tuple[int, ...] = ()
@@ -87,7 +87,7 @@ class Commit(_Record):
     """Named sums that constants are made from."""
     unusable: tuple[int, ...] = ()
     """Rows of the unit whose `status` is not "ok"."""
-    care: Care | None = None
+    care: MadeDifferently | None = None
     """What differed from the plan; not written where nothing did."""
     made_on: str | None = None
     """Kind of processor that ran the model, e.g. "CPU AVX2"; not written where no model ran, nor in a manifest: the
@@ -188,7 +188,7 @@ def read_record(path: Path, kind: type[M]) -> M:
         content = path.read_bytes()
     except OSError as error:
         what = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        raise InputMissing(f"{path} {what}", next=_MAKE) from None
+        raise InputMissing(f"{path} {what}", fix=_MAKE) from None
     try:
         with _collecting_nothing():
             return _parsed(path, content, kind)
@@ -198,7 +198,7 @@ def read_record(path: Path, kind: type[M]) -> M:
         if kind is Plan:
             known = (path.parent / "manifest.json").exists()
             advice = "xkd-cache repair CACHE" if known else f"{_MAKE}; if it says this too, delete {path.parent}"
-        raise BadData(f"{path} cannot be read as {kind.__name__.lower()}: {line}", next=advice) from error
+        raise BadData(f"{path} cannot be read as {kind.__name__.lower()}: {line}", fix=advice) from error
 
 
 def _parsed(path: Path, content: bytes, kind: type[M]) -> M:
@@ -210,10 +210,10 @@ def _parsed(path: Path, content: bytes, kind: type[M]) -> M:
         raise Mismatch(
             f"{path}: documents were added to this cache, and this program reads no such cache",
             kept="the cache as it is",
-            next="make a cache of each corpus: xkd-cache preprocess RUN.toml, then xkd-train --shards a/ --shards b/",
+            fix="make a cache of each corpus: xkd-cache preprocess RUN.toml, then xkd-train --shards a/ --shards b/",
         )
     if needed > FORMAT:
-        raise Mismatch(f"{path}: format {needed}, this program reads up to {FORMAT}", next="upgrade xkd-toolkit")
+        raise Mismatch(f"{path}: format {needed}, this program reads up to {FORMAT}", fix="upgrade xkd-toolkit")
     record = kind.model_validate(data)
     if not (is_whole(record) if isinstance(record, Manifest) else whole):
         raise ValueError("it does not match its own digest")
@@ -295,4 +295,4 @@ def refuse_differences(where: Path, ours: Spec, theirs: Spec, *, advice: str) ->
     if rows:
         listed = "; ".join(f"{field}: cache has {theirs_}, this run has {ours_}" for field, ours_, theirs_ in rows[:6])
         more = f" (and {len(rows) - 6} more)" if len(rows) > 6 else ""
-        raise Mismatch(f"{where} was made for something else: {listed}{more}", kept="the cache as it is", next=advice)
+        raise Mismatch(f"{where} was made for something else: {listed}{more}", kept="the cache as it is", fix=advice)

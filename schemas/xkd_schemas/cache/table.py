@@ -63,20 +63,20 @@ class Shard:
             with path.open("rb") as stream:
                 size = stream.seek(0, 2)
                 if size != commit.size:
-                    raise BadData(f"{path} has {size} bytes, its record says {commit.size}", next=_AGAIN)
+                    raise BadData(f"{path} has {size} bytes, its record says {commit.size}", fix=_AGAIN)
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise BadData(f"{path} is missing", next=_AGAIN) from None
+            raise BadData(f"{path} is missing", fix=_AGAIN) from None
         self.path = path
         self.commit = commit
         self.checked = set(checked)
         self._bytes = memoryview(self._map)
         if xxh3_of(_frame(self._bytes, commit.batches)) != commit.frame_xxh3:
-            raise BadData(f"{path} is corrupt: header or footer does not match its digest", next=_AGAIN)
+            raise BadData(f"{path} is corrupt: header or footer does not match its digest", fix=_AGAIN)
         try:
             self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
         except (pa.ArrowException, OSError) as error:
-            raise BadData(f"{path} is not an Arrow IPC file: {error}", next=_AGAIN) from error
+            raise BadData(f"{path} is not an Arrow IPC file: {error}", fix=_AGAIN) from error
         self._columns: OrderedDict[int, Columns] = OrderedDict()
         self._decoders = _decoders(path, self._file.schema)
         self._ends = list(accumulate(b.rows for b in commit.batches))
@@ -95,13 +95,13 @@ class Shard:
             raise BadData(
                 f"{self.path} is corrupt: record batch {number} (rows {first} to {first + record.rows - 1}) "
                 "does not match its digest",
-                next=_AGAIN,
+                fix=_AGAIN,
             )
         self.checked.add(number)
         try:
             return self._file.get_batch(number)
         except (pa.ArrowException, OSError) as error:
-            raise BadData(f"{self.path}: record batch {number} cannot be read: {error}", next=_AGAIN) from error
+            raise BadData(f"{self.path}: record batch {number} cannot be read: {error}", fix=_AGAIN) from error
 
     def row(self, row: int) -> Row:
         """Row `row` of this shard."""
@@ -132,7 +132,7 @@ def _decoded(
     try:
         return codec.decode(column, read, metadata)
     except BadData as error:
-        raise BadData(f"{path}: {error}", next=_AGAIN) from error
+        raise BadData(f"{path}: {error}", fix=_AGAIN) from error
 
 
 _AGAIN = "run the same xkd-cache command again: it makes only what is missing or damaged"
@@ -166,10 +166,10 @@ class Table:
         refuse_links(self.folder)
         path = self.folder / "manifest.json"
         if not path.exists():
-            raise InputMissing(f"{path} is not there", next=_making(root, name))
+            raise InputMissing(f"{path} is not there", fix=_making(root, name))
         self.manifest = read_record(path, Manifest)
         if self.manifest.table != name:
-            raise BadData(f"{self.folder / 'manifest.json'} is that of {self.manifest.table}", next=_AGAIN)
+            raise BadData(f"{self.folder / 'manifest.json'} is that of {self.manifest.table}", fix=_AGAIN)
         refuse_unnamed(root, self.folder, self.manifest)
         self._ends = list(accumulate(c.rows for c in self.manifest.commits))
         self._shards: OrderedDict[int, Shard] = OrderedDict()
@@ -191,10 +191,10 @@ class Table:
         shard = Shard(self.path(number), self.manifest.commits[number], self._checked.get(number, ()))
         mark = (shard.schema.metadata or {}).get(b"unit")
         if mark != str(number).encode():
-            raise BadData(f"{shard.path} holds unit {(mark or b'?').decode()}, expected {number}", next=_AGAIN)
+            raise BadData(f"{shard.path} holds unit {(mark or b'?').decode()}, expected {number}", fix=_AGAIN)
         name, schema = self._first = self._first or (shard.path.name, shard.schema)
         if not shard.schema.equals(schema):
-            raise Mismatch(f"{shard.path} has another schema than {name}", next=_AGAIN)
+            raise Mismatch(f"{shard.path} has another schema than {name}", fix=_AGAIN)
         self._shards[number] = shard
         if len(self._shards) > OPEN_SHARDS:
             oldest, left = self._shards.popitem(last=False)
@@ -230,7 +230,7 @@ def check_tokenizer(folder: Path) -> None:
         path = inside(folder, name)
         if name not in there or name not in known or sha256_of(path) != known[name]:
             what = "does not match its digest" if name in known else "is a file that no manifest vouches for"
-            raise BadData(f"{path} {what if name in there else 'is not there'}", next=_tokenizer_again(table))
+            raise BadData(f"{path} {what if name in there else 'is not there'}", fix=_tokenizer_again(table))
 
 
 def _tokenizer_digests(table: Path) -> dict[str, str]:
@@ -274,14 +274,14 @@ def names_in(root: Path, kind: str) -> list[str]:
 def check_cache(root: Path) -> None:
     """Raise InputMissing with the command that makes a cache where there is no such folder."""
     if not root.is_dir():
-        raise InputMissing(f"cache {root} is not a folder", next=_making(root, "documents"))
+        raise InputMissing(f"cache {root} is not a folder", fix=_making(root, "documents"))
 
 
 def check_name(name: str, flag: str) -> None:
     """Raise UsageError where a table cannot have that name; "" is left to whoever chooses one."""
     if name and not SAFE_NAME.fullmatch(name):
         raise UsageError(
-            f"{flag} {name}: not a name for a table", next="use letters, digits, dots, dashes and underscores"
+            f"{flag} {name}: not a name for a table", fix="use letters, digits, dots, dashes and underscores"
         )
 
 
@@ -306,7 +306,7 @@ def only_teacher(root: Path) -> str:
     check_cache(root)
     names = names_in(root, "teachers")
     if not names:
-        raise InputMissing(f"{root} has no finished teacher table", next=f"xkd-cache teacher {root} --model MODEL")
+        raise InputMissing(f"{root} has no finished teacher table", fix=f"xkd-cache teacher {root} --model MODEL")
     return _only(root, "teacher", names)
 
 
@@ -322,5 +322,5 @@ def only_student(root: Path, teacher: str) -> str:
 
 def _only(root: Path, what: str, names: list[str]) -> str:
     if len(names) > 1:
-        raise UsageError(f"{root} has {what}s {', '.join(names)}", next=f"choose one with --{what} NAME")
+        raise UsageError(f"{root} has {what}s {', '.join(names)}", fix=f"choose one with --{what} NAME")
     return names[0]

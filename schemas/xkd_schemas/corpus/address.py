@@ -51,7 +51,7 @@ def _copied(url: str) -> Path:
     files, path = _store_of(url)
     with _remote_errors(url):
         if not files.isfile(path):
-            raise InputMissing(f"{shown(url)} is not a file there", next="name one file, with its ending")
+            raise InputMissing(f"{shown(url)} is not a file there", fix="name one file, with its ending")
     folder = Path(tempfile.mkdtemp(prefix="xkd-corpus-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _download(files, path, folder / name, url)
@@ -66,11 +66,9 @@ def _store_of(url: str) -> tuple[Any, str]:
         files, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = str(error).split("\n")[0][:120]
-        raise UsageError(
-            f"{shown(url)}: {package}", next="pip install what it names, e.g. pip install s3fs"
-        ) from error
+        raise UsageError(f"{shown(url)}: {package}", fix="pip install what it names, e.g. pip install s3fs") from error
     except ValueError as error:
-        raise UsageError(f"{shown(url)}: {str(error)[:120]}", next="check the beginning of the address") from error
+        raise UsageError(f"{shown(url)}: {str(error)[:120]}", fix="check the beginning of the address") from error
     return files, str(path)
 
 
@@ -84,7 +82,7 @@ def _remote_errors(url: str) -> Iterator[None]:
     except Exception as error:  # stores raise what their own libraries raise
         said = getattr(error, "strerror", None) or error
         line = " ".join(str(said).split())[:160].replace(url, shown(url))
-        raise InputMissing(f"{shown(url)}: {line or type(error).__name__}", next="check address and access") from error
+        raise InputMissing(f"{shown(url)}: {line or type(error).__name__}", fix="check address and access") from error
 
 
 def _download(files: Any, path: str, target: Path, url: str) -> None:

@@ -31,12 +31,12 @@ def _errors_named(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # Arrow's own, about the content
             raise _broken(path, error) from error
-        raise InputMissing(f"{path}: {error.strerror or error}", next="check the path and its permissions") from error
+        raise InputMissing(f"{path}: {error.strerror or error}", fix="check the path and its permissions") from error
 
 
 def _broken(path: Path, error: Exception) -> BadData:
     line = " ".join(str(error).split())[:200]
-    return BadData(f"{path} cannot be read as a table: {line}", next="copy or download it again")
+    return BadData(f"{path} cannot be read as a table: {line}", fix="copy or download it again")
 
 
 def table_rows(
@@ -83,7 +83,7 @@ def _parquet_batches(path: Path, first: int, columns: Sequence[str] | None) -> I
 
 def _arrow_batches(path: Path, first: int) -> Iterator[pa.RecordBatch]:
     if path.stat().st_size == 0:
-        raise BadData(f"{path} is empty, which no Arrow file is", next="copy or download it again")
+        raise BadData(f"{path} is empty, which no Arrow file is", fix="copy or download it again")
     with pa.memory_map(str(path)) as source:
         if source.read(len(FILE_MAGIC)) == FILE_MAGIC:
             reader = pa.ipc.open_file(source)
@@ -91,7 +91,7 @@ def _arrow_batches(path: Path, first: int) -> Iterator[pa.RecordBatch]:
         else:
             source.seek(max(0, source.size() - len(STREAM_END)))
             if source.read() != STREAM_END:
-                raise BadData(f"{path}: the Arrow stream has no end; it was cut off", next="copy it again")
+                raise BadData(f"{path}: the Arrow stream has no end; it was cut off", fix="copy it again")
             source.seek(0)
             batches = iter(pa.ipc.open_stream(source))
         skip = first

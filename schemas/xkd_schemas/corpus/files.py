@@ -27,7 +27,7 @@ Content = bytes | LongLine | dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class CorpusFile:
     """One file of a source, or one data set."""
 
     path: str
@@ -43,7 +43,7 @@ class Part:
     """1 where the file began with a byte order mark."""
 
 
-def count_file(path: Path, digest: Hash) -> Part:
+def count_file(path: Path, digest: Hash) -> CorpusFile:
     """The part that a file is; its raw bytes go through `digest` on the way.
 
     Blank lines after the last row are no rows.
@@ -58,7 +58,7 @@ def count_file(path: Path, digest: Hash) -> Part:
     if path.suffix in TABLES:
         for _ in chunks:
             pass
-        return Part(path=str(path), kind="table", num_rows=count_table_rows(path), state=state)
+        return CorpusFile(path=str(path), kind="table", num_rows=count_table_rows(path), state=state)
     num_rows, num_boms, marks = 0, 0, []
     for number, (at, line) in enumerate(split_lines(expand(path, chunks))):
         if number == 0:
@@ -69,10 +69,10 @@ def count_file(path: Path, digest: Hash) -> Part:
         if isinstance(line, LongLine) or line.strip():
             num_rows = number + 1
     kept = () if path.suffix in COMPRESSED else tuple(marks)
-    return Part(path=str(path), kind="lines", num_rows=num_rows, state=state, marks=kept, num_boms=num_boms)
+    return CorpusFile(path=str(path), kind="lines", num_rows=num_rows, state=state, marks=kept, num_boms=num_boms)
 
 
-def file_rows(part: Part, *, first: int = 0, columns: Sequence[str] | None = None) -> Iterator[Content]:
+def file_rows(part: CorpusFile, *, first: int = 0, columns: Sequence[str] | None = None) -> Iterator[Content]:
     """Rows of a part of kind lines or table from row `first` on (0 is the first).
 
     There may be more than were counted: blank lines at the end of a file.
@@ -98,7 +98,7 @@ def file_rows(part: Part, *, first: int = 0, columns: Sequence[str] | None = Non
             yield trimmed(_without_bom(line)[1] if number == 0 else line)
 
 
-def exactly(part: Part, rows: Iterator[Content], first: int) -> Iterator[Content]:
+def exactly(part: CorpusFile, rows: Iterator[Content], first: int) -> Iterator[Content]:
     """The `part.num_rows - first` rows that were counted, or Mismatch where there are fewer."""
     wanted = part.num_rows - first
     number = 0
@@ -107,7 +107,7 @@ def exactly(part: Part, rows: Iterator[Content], first: int) -> Iterator[Content
     if number != wanted:
         raise Mismatch(
             f"{part.path} had {part.num_rows} rows when it was counted and has {first + number} now",
-            next="run again when nothing writes to it",
+            fix="run again when nothing writes to it",
         )
 
 
@@ -122,14 +122,14 @@ def _refuse_list(path: Path, line: Line) -> None:
     if ".json" in path.suffixes[-2:] and isinstance(line, bytes) and line.lstrip().startswith(b"["):
         raise UsageError(
             f"{path} begins with a list; rows are objects, one on each line",
-            next=f"jq -c '.[]' {path.name} > rows.jsonl",
+            fix=f"jq -c '.[]' {path.name} > rows.jsonl",
         )
 
 
-def _check_unchanged(part: Part) -> None:
+def _check_unchanged(part: CorpusFile) -> None:
     try:
         status = Path(part.path).stat()
     except OSError as error:
-        raise InputMissing(f"{part.path}: {error.strerror}", next="put the file back and run again") from error
+        raise InputMissing(f"{part.path}: {error.strerror}", fix="put the file back and run again") from error
     if (status.st_size, status.st_mtime_ns) != part.state:
-        raise Mismatch(f"{part.path} was changed after it was counted", next="run again when nothing writes to it")
+        raise Mismatch(f"{part.path} was changed after it was counted", fix="run again when nothing writes to it")

@@ -24,18 +24,18 @@ class Field:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Form:
+class RowFormat:
     """What a row looks like; segments stand in the order of the fields."""
 
     title: str
     fields: tuple[Field, ...]
 
 
-FORMS: Final[Mapping[str, Form]] = {
-    "messages": Form(
+FORMS: Final[Mapping[str, RowFormat]] = {
+    "messages": RowFormat(
         title="chat messages", fields=(Field(name="messages", aliases=("conversations", "interactions")),)
     ),
-    "alpaca": Form(
+    "alpaca": RowFormat(
         title="Alpaca/Dolly",
         fields=(
             Field(name="instruction", role="instruction"),
@@ -43,28 +43,30 @@ FORMS: Final[Mapping[str, Form]] = {
             Field(name="output", aliases=("response",), role="response", target=True),
         ),
     ),
-    "prompt_response": Form(
+    "prompt_response": RowFormat(
         title="prompt and response",
         fields=(
             Field(name="prompt", role="prompt"),
             Field(name="response", aliases=("completion",), role="response", target=True),
         ),
     ),
-    "text": Form(title="plain text", fields=(Field(name="text", role="text", target=True),)),
+    "text": RowFormat(title="plain text", fields=(Field(name="text", role="text", target=True),)),
 }
 """Every form, in the order in which they are tried."""
 
 
-def form_named(name: str) -> Form:
+def form_named(name: str) -> RowFormat:
     """The form, or UsageError that lists the known ones."""
     try:
         return FORMS[name]
     except KeyError:
         known = ", ".join(FORMS)
-        raise UsageError(f"form '{name}' is not known", next=f"use auto or one of: {known}") from None
+        raise UsageError(f"form '{name}' is not known", fix=f"use auto or one of: {known}") from None
 
 
-def resolve_columns(form: Form, columns: Mapping[str, str], rows: Sequence[Mapping[str, object]]) -> dict[str, str]:
+def resolve_columns(
+    form: RowFormat, columns: Mapping[str, str], rows: Sequence[Mapping[str, object]]
+) -> dict[str, str]:
     """Field to column: as mapped by the user, else the field's name, else the alias that the rows have.
 
     A field that no row has keeps its own name.
@@ -80,7 +82,7 @@ def resolve_columns(form: Form, columns: Mapping[str, str], rows: Sequence[Mappi
     return resolved
 
 
-def count_fitting(form: Form, columns: Mapping[str, str], rows: Sequence[Mapping[str, object]]) -> int:
+def count_fitting(form: RowFormat, columns: Mapping[str, str], rows: Sequence[Mapping[str, object]]) -> int:
     """Rows that have all required fields of the form, none of them null; `columns` is resolved."""
     needed = [columns[field.name] for field in form.fields if field.required]
     return sum(all(row.get(column) is not None for column in needed) for row in rows)
@@ -96,7 +98,7 @@ def columns_of(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         field, _, name = pair.partition("=")
         if not (field and name):
-            raise UsageError(f"--column {pair}: expected FIELD=COLUMN", next="e.g. --column prompt=question")
+            raise UsageError(f"--column {pair}: expected FIELD=COLUMN", fix="e.g. --column prompt=question")
         found[field] = name
     return found
 
@@ -107,7 +109,7 @@ def check_fields(form: str, columns: Mapping[str, str]) -> None:
     known = list(dict.fromkeys(field.name for f in forms for field in f.fields))
     for field in columns:
         if field not in known:
-            raise UsageError(f"columns: '{field}' is not a field", next=f"use {', '.join(known)}, as prompt=question")
+            raise UsageError(f"columns: '{field}' is not a field", fix=f"use {', '.join(known)}, as prompt=question")
 
 
 def choose_form(
@@ -128,7 +130,7 @@ def choose_form(
         key for key, f in FORMS.items() if form in (AUTO, key) and set(columns) <= {field.name for field in f.fields}
     ]
     if not candidates:
-        raise UsageError(f"columns: no form has all of {', '.join(columns)}", next="map the fields of one form")
+        raise UsageError(f"columns: no form has all of {', '.join(columns)}", fix="map the fields of one form")
     resolved = {key: resolve_columns(FORMS[key], columns, sample) for key in candidates}
     if not sample:
         chosen = candidates[0] if form != AUTO or columns else "text"
@@ -139,7 +141,7 @@ def choose_form(
         present = ", ".join(sorted({key for row in sample for key in row})[:20])
         raise UsageError(
             f"{name}: no row fits {form if form != AUTO else 'any form'}; the rows have {present}",
-            next="say which column is which, as --column prompt=question --column response=answer",
+            fix="say which column is which, as --column prompt=question --column response=answer",
         )
     remarks = []
     if fitting[chosen] < len(sample):

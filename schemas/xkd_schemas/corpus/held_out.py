@@ -27,7 +27,7 @@ def held_out_documents(
     source = open_source(str(name), form=form, columns=columns or {})
     rows = list(source.rows())
     if not rows:
-        raise BadData(f"{name} has no rows", next="check the path")
+        raise BadData(f"{name} has no rows", fix="check the path")
     documents, rejected = read_documents(
         Path(source.name).name, source.form, source.columns, rows, max_chars=MAX_CHARS
     )

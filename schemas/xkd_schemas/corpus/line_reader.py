@@ -67,7 +67,7 @@ def read_chunks(path: Path, *, first_byte: int = 0, digest: Hash | None = None) 
                     digest.update(chunk)
                 yield chunk
     except OSError as error:
-        raise InputMissing(f"{path}: {error.strerror or error}", next="check the path and its permissions") from error
+        raise InputMissing(f"{path}: {error.strerror or error}", fix="check the path and its permissions") from error
 
 
 def _gunzip(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -86,7 +86,7 @@ def _gunzip(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
     while started and not member.eof and (rest := member.decompress(b"", CHUNK_BYTES)):
         yield rest
     if started and not member.eof:
-        raise BadData(f"{path}: the gzip file ends in the middle", next="copy or download it again")
+        raise BadData(f"{path}: the gzip file ends in the middle", fix="copy or download it again")
 
 
 def _unzstd(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -105,9 +105,9 @@ def _unzstd(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
                     yield frame.decompress(piece)
                     piece = frame.unused_data if frame.eof else b""
     except zstandard.ZstdError as error:
-        raise BadData(f"{path}: not a sound zstd file: {error}", next="copy or download it again") from error
+        raise BadData(f"{path}: not a sound zstd file: {error}", fix="copy or download it again") from error
     if started and not frame.eof:
-        raise BadData(f"{path}: the zstd file ends in the middle", next="copy or download it again")
+        raise BadData(f"{path}: the zstd file ends in the middle", fix="copy or download it again")
 
 
 EXPANDERS: Mapping[str, Callable[[Path, Iterator[bytes]], Iterator[bytes]]] = {".gz": _gunzip, ".zst": _unzstd}
@@ -138,11 +138,11 @@ def expand(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
             if num_written > min(MAX_EXPANDED_BYTES, max(FREE_BYTES, MAX_RATIO * num_read)):
                 raise Refused(
                     f"{path}: {num_read:,} compressed bytes have grown to more than {num_written:,}",
-                    next="if you trust the file, expand it yourself and name the plain .jsonl",
+                    fix="if you trust the file, expand it yourself and name the plain .jsonl",
                 )
             yield content
     except zlib.error as error:
-        raise BadData(f"{path}: not a sound gzip file: {error}", next="copy or download it again") from error
+        raise BadData(f"{path}: not a sound gzip file: {error}", fix="copy or download it again") from error
 
 
 class _Collector:

@@ -14,7 +14,7 @@ from typing import Final
 import orjson
 
 from xkd_schemas.corpus.conversation import CALL, REASONING, REASONING_KEYS, call_text
-from xkd_schemas.corpus.formats import Form, form_named
+from xkd_schemas.corpus.formats import RowFormat, form_named
 from xkd_schemas.corpus.line_reader import LongLine
 from xkd_schemas.documents import Document, document_of
 
@@ -196,7 +196,7 @@ def references_of(form: str, columns: Mapping[str, str], row: Mapping[str, objec
 
 
 def _first_reference(
-    form: Form, columns: Mapping[str, str], row: Mapping[str, object], unused: dict[str, int]
+    form: RowFormat, columns: Mapping[str, str], row: Mapping[str, object], unused: dict[str, int]
 ) -> Mapping[str, object]:
     """The row with the first of several responses alone, which is learnt."""
     for field in form.fields:
@@ -208,7 +208,7 @@ def _first_reference(
 
 
 def _parts_of(
-    form: Form, columns: Mapping[str, str], row: Mapping[str, object], unused: dict[str, int]
+    form: RowFormat, columns: Mapping[str, str], row: Mapping[str, object], unused: dict[str, int]
 ) -> tuple[list[Part], str]:
     """The row's parts, and as `Document.messages` what they do not say."""
     parts: list[Part] = []

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xkd_schemas.corpus.address import is_url, local_copy, shown
-from xkd_schemas.corpus.files import FOLDER_SUFFIXES, SUFFIXES, Content, Part, count_file, exactly, file_rows
+from xkd_schemas.corpus.files import FOLDER_SUFFIXES, SUFFIXES, Content, CorpusFile, count_file, exactly, file_rows
 from xkd_schemas.corpus.formats import AUTO, FORMS, check_fields, choose_form
 from xkd_schemas.corpus.rows import ROW_KEYS, RawRow, RejectedRow, parsed_row, read_documents
 from xkd_schemas.errors import BadData, InputMissing, UsageError
@@ -49,7 +49,7 @@ class Source:
     num_rows: int
     digest: str
     """sha256 of the file; of a folder, over the names and sha256 of its files; of a data set, its fingerprint."""
-    parts: tuple[Part, ...]
+    parts: tuple[CorpusFile, ...]
     remarks: tuple[str, ...] = ()
     """What a reader should know beyond form and columns; the end of `describe`."""
 
@@ -120,7 +120,7 @@ def digest_of(name: str) -> str:
     return _located(name)[1]
 
 
-def _located(name: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
+def _located(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
     """(parts, digest, remarks)"""
     if is_url(name):
         return _at_address(name)
@@ -131,31 +131,31 @@ def _located(name: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
         found = HUB_NAME.fullmatch(name)
         if found is None or name.endswith(SUFFIXES) or path.is_symlink():
             raise InputMissing(
-                f"{name}: {error.strerror or error}", next=f"check the path; a data set of the hub is {HUB_FORM}"
+                f"{name}: {error.strerror or error}", fix=f"check the path; a data set of the hub is {HUB_FORM}"
             ) from None
         return _on_hub(name, found)
     if stat.S_ISDIR(mode):
         return _in_folder(path)
     if not stat.S_ISREG(mode):
-        raise InputMissing(f"{name} is not a regular file", next="save the rows to a .jsonl file and name that")
+        raise InputMissing(f"{name} is not a regular file", fix="save the rows to a .jsonl file and name that")
     if not path.name.endswith(SUFFIXES):
-        raise UsageError(f"{name}: the ending says no format", next=f"use one of {' '.join(SUFFIXES)}")
+        raise UsageError(f"{name}: the ending says no format", fix=f"use one of {' '.join(SUFFIXES)}")
     digest = hashlib.sha256()
     return (count_file(path, digest),), digest.hexdigest(), ()
 
 
-def _at_address(url: str) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
+def _at_address(url: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
     if not shown(url).endswith(SUFFIXES):
-        raise UsageError(f"{shown(url)}: the ending says no format", next=f"use one of {' '.join(SUFFIXES)}")
+        raise UsageError(f"{shown(url)}: the ending says no format", fix=f"use one of {' '.join(SUFFIXES)}")
     digest = hashlib.sha256()
     part = count_file(local_copy(url), digest)
     return (part,), digest.hexdigest(), (f"{part.state[0]} bytes copied here while this command runs",)
 
 
-def _in_folder(folder: Path) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
+def _in_folder(folder: Path) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(p.parent.name for p in folder.glob("*/state.json"))
-        raise UsageError(f"{folder} holds several splits: {', '.join(splits)}", next=f"name one, as {folder}/train")
+        raise UsageError(f"{folder} holds several splits: {', '.join(splits)}", fix=f"name one, as {folder}/train")
     files, num_irregular, num_others = _walk(folder)
     saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     if saved:
@@ -167,7 +167,7 @@ def _in_folder(folder: Path) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
         parts.append(count_file(file, own))
         whole.update(f"{file.relative_to(folder)}\0{own.hexdigest()}\n".encode())
     if not parts and not saved:
-        raise InputMissing(f"{folder} holds no file that ends in {' '.join(FOLDER_SUFFIXES)}", next="check the path")
+        raise InputMissing(f"{folder} holds no file that ends in {' '.join(FOLDER_SUFFIXES)}", fix="check the path")
     remarks = [f"{len(parts)} file{'s' * (len(parts) > 1)}"]
     if num_irregular:
         remarks.append(f"{num_irregular} links, pipes or devices left out")
@@ -181,10 +181,10 @@ def _check_complete(folder: Path, files: Sequence[Path]) -> None:
     try:
         listed = [str(entry["filename"]) for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise BadData(f"{folder}/state.json cannot be read: {error}", next="save the data set again") from error
+        raise BadData(f"{folder}/state.json cannot be read: {error}", fix="save the data set again") from error
     missing = sorted(set(listed) - {file.name for file in files})
     if missing:
-        raise InputMissing(f"{folder} lacks {', '.join(missing[:3])}", next="copy or save the data set again")
+        raise InputMissing(f"{folder} lacks {', '.join(missing[:3])}", fix="copy or save the data set again")
 
 
 def _walk(folder: Path) -> tuple[list[Path], int, int]:
@@ -203,7 +203,7 @@ def _walk(folder: Path) -> tuple[list[Path], int, int]:
     return files, num_irregular, num_others
 
 
-def _on_hub(name: str, found: re.Match[str]) -> tuple[tuple[Part, ...], str, tuple[str, ...]]:
+def _on_hub(name: str, found: re.Match[str]) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
     """A data set at the commit that its revision stands for now, so that its rows stay what they were counted as."""
     from huggingface_hub import HfApi
 
@@ -211,7 +211,7 @@ def _on_hub(name: str, found: re.Match[str]) -> tuple[tuple[Part, ...], str, tup
         commit = HfApi().dataset_info(found["name"], revision=found["revision"]).sha
     subset, split = found["subset"] or "", found["split"] or "train"
     path = f"{found['name']}@{commit}{f':{subset}' if subset else ''}:{split}"
-    part = Part(path=path, kind="hub", num_rows=sum(1 for _ in _hub_rows(path)))
+    part = CorpusFile(path=path, kind="hub", num_rows=sum(1 for _ in _hub_rows(path)))
     remark = f"{f'subset {subset}, ' if subset else ''}split {split} from the hub, streamed, at commit {commit}"
     return (part,), hashlib.sha256(path.encode()).hexdigest(), (remark,)
 
@@ -235,7 +235,7 @@ def _datasets(name: str) -> Any:
         return importlib.import_module("datasets")
     except ImportError:
         what = f"{name}: the hub needs datasets, which is not installed"
-        raise InputMissing(what, next="pip install datasets") from None
+        raise InputMissing(what, fix="pip install datasets") from None
 
 
 @contextlib.contextmanager
@@ -247,23 +247,23 @@ def _hub_errors(name: str) -> Iterator[None]:
         broken = getattr(sys.modules.get("datasets.exceptions"), "DatasetsError", ())
         line = " ".join(str(error).split())[:200]
         if isinstance(error, ValueError):
-            raise UsageError(f"{name}: {line}", next=f"name subset and split: {HUB_FORM}") from error
+            raise UsageError(f"{name}: {line}", fix=f"name subset and split: {HUB_FORM}") from error
         if isinstance(error, broken) and not isinstance(error, OSError):
-            raise BadData(f"{name}: {line}", next="look at the data set's page") from error
+            raise BadData(f"{name}: {line}", fix="look at the data set's page") from error
         raise InputMissing(
             f"{name}: there is no such file or folder here, and the hub gave no such data set: {line}",
-            next=f"check the path and {HUB_FORM}, or download the data set first and name its folder",
+            fix=f"check the path and {HUB_FORM}, or download the data set first and name its folder",
         ) from error
 
 
-def _sample(parts: Sequence[Part]) -> list[dict[str, object]]:
+def _sample(parts: Sequence[CorpusFile]) -> list[dict[str, object]]:
     """The first rows that are objects, all columns."""
     contents = chain.from_iterable(_part_rows(part, 0, None) for part in parts if part.num_rows)
     objects = filter(None, map(parsed_row, islice(contents, SAMPLE_SCAN)))
     return list(islice(objects, SAMPLE_ROWS))
 
 
-def _part_rows(part: Part, first: int, columns: Sequence[str] | None) -> Iterator[Content]:
+def _part_rows(part: CorpusFile, first: int, columns: Sequence[str] | None) -> Iterator[Content]:
     if part.kind == "hub":
         return exactly(part, _hub_rows(part.path, first), first)
     return exactly(part, file_rows(part, first=first, columns=columns), first)

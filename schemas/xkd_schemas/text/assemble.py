@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xkd_schemas.ragged import firsts
-from xkd_schemas.text.batches import DocumentBlock, Int64s, TokenBlock
+from xkd_schemas.ragged import row_offsets
+from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch
 from xkd_schemas.text.normalizer.offset_repair import explained
 from xkd_schemas.text.normalizer.offsets import Normalised
-from xkd_schemas.text.offsets import Read
+from xkd_schemas.text.offsets import EncodedText
 from xkd_schemas.text.tokenizers import Encoded
 from xkd_schemas.tokens import CONTENT, END, TEMPLATE, Bools, Int32s
 
@@ -29,13 +29,13 @@ class Frame:
 
 
 def assembled(
-    block: DocumentBlock,
+    block: DocumentBatch,
     num_chars: Int32s,
     encode: Callable[[Sequence[str]], Encoded],
     normalised: Normalised,
     frames: Sequence[Sequence[Frame]],
     start_id: int,
-) -> TokenBlock:
+) -> TokenBatch:
     """The rows of the texts up to `num_chars`; `statuses` are the faults of their intervals, or "ok".
 
     A start token is put in front where nothing else stands before the first target token to predict it from.
@@ -53,7 +53,7 @@ def assembled(
     ends_G = np.minimum(stop_G, num_chars[document_G])
     places = zip(document_G.tolist(), start_G.tolist(), ends_G.tolist(), strict=True)
     encoded = encode([block.texts[d][start:end] for d, start, end in places])
-    read = Read(
+    read = EncodedText(
         texts=[text[:n] for text, n in zip(block.texts, num_chars.tolist(), strict=True)], document_G=document_G,
         segments_G2=np.stack([start_G, ends_G], axis=1), offsets_C2=encoded.offsets, first=encoded.first,
     )  # fmt: skip
@@ -81,14 +81,14 @@ def assembled(
     spans_T2[kinds_T == CONTENT] = intervals.spans_C2
     spans_T2[kinds_T == END] = stop_G[has_end_G, None]
     targets_P = np.stack([np.zeros_like(target_G), target_G, target_G], axis=1).reshape(-1)
-    return TokenBlock(
+    return TokenBatch(
         statuses=intervals.statuses, extended=intervals.extended_R, num_chars=num_chars, ids=ids_T, spans=spans_T2,
-        first=firsts(_sums(counts_G3.sum(axis=1), document_G, len(block))), kinds=kinds_T,
+        first=row_offsets(_sums(counts_G3.sum(axis=1), document_G, len(block))), kinds=kinds_T,
         targets=np.repeat(targets_P, counts_P),
     )  # fmt: skip
 
 
-def _read_segments(block: DocumentBlock, num_chars: Int32s) -> tuple[Int64s, Int64s]:
+def _read_segments(block: DocumentBatch, num_chars: Int32s) -> tuple[Int64s, Int64s]:
     """The segments that begin before their document's cut: (document [G], segment of the block [G])."""
     document = np.repeat(np.arange(len(block)), block.segments.counts)
     segment_G = np.flatnonzero(block.segments.values[:, 0] < num_chars[document])

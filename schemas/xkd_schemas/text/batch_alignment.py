@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from xkd_schemas.ragged import Lists
+from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.alignment import grouped_spans, in_rows
-from xkd_schemas.text.batches import Line, TokenBlock
+from xkd_schemas.text.batches import Line, TokenBatch
 from xkd_schemas.tokens import END, Int32s, Tokens
 
 Int64s = npt.NDArray[np.int64]
@@ -22,7 +22,7 @@ Int64s = npt.NDArray[np.int64]
 
 def align_all(
     students: Sequence[Tokens], teachers: Sequence[Tokens], segment_ends: Sequence[Int32s]
-) -> tuple[Lists, Lists]:
+) -> tuple[Ragged, Ragged]:
     """`alignment.align` of every document: student and teacher token ranges, both [R rows of [K, 2]] int32.
 
     Args:
@@ -30,8 +30,8 @@ def align_all(
         teachers: The other model's rows.
         segment_ends: [G] characters at which each document's segments end, or their Lists.
     """
-    ours, theirs = TokenBlock.of(students), TokenBlock.of(teachers)
-    ends = Lists.of(segment_ends, np.int32)
+    ours, theirs = TokenBatch.of(students), TokenBatch.of(teachers)
+    ends = Ragged.of(segment_ends, np.int32)
     limit_R = np.minimum(ours.num_chars, theirs.num_chars)
     student_at_S, student_first = content_of(ours, ends)
     teacher_at_T, teacher_first = content_of(theirs, ends)
@@ -42,19 +42,19 @@ def align_all(
     aligned_K4 = in_rows(spans_K4, _end_pairs(ours, theirs, limit_R), student_at_S, teacher_at_T)
     first = np.searchsorted(aligned_K4[:, 0], ours.first)
     return tuple(
-        Lists((part_K2 - np.repeat(block.first[:-1], np.diff(first))[:, None]).astype(np.int32), first)
+        Ragged((part_K2 - np.repeat(block.first[:-1], np.diff(first))[:, None]).astype(np.int32), first)
         for part_K2, block in ((aligned_K4[:, :2], ours), (aligned_K4[:, 2:], theirs))
     )  # type: ignore[return-value]
 
 
-def token_ranges_all(rows: Sequence[Tokens], intervals: Sequence[Int32s]) -> Lists:
+def token_ranges_all(rows: Sequence[Tokens], intervals: Sequence[Int32s]) -> Ragged:
     """`alignment.token_ranges` of every document, in order: [R rows of [K, 2]] int32.
 
     Args:
         rows: One per document, or their TokenBlock; a row without tokens gives empty ranges.
         intervals: Character intervals [K, 2] of each document, or their Lists.
     """
-    block, wanted = TokenBlock.of(rows), Lists.of(intervals, np.int32, 2)
+    block, wanted = TokenBatch.of(rows), Ragged.of(intervals, np.int32, 2)
     line = block.line
     solid_S = line.end_S > line.start_S
     whole = bool(solid_S.all())
@@ -67,7 +67,7 @@ def token_ranges_all(rows: Sequence[Tokens], intervals: Sequence[Int32s]) -> Lis
     token_first_K = np.clip(np.append(at_S, len(block.kinds))[first_K], low_K, high_K)
     token_end_K = np.clip(np.append(0, at_S + 1)[behind_K], token_first_K, high_K)
     ranges_K2 = np.stack([token_first_K - low_K, token_end_K - low_K], axis=1).astype(np.int32)
-    return Lists(ranges_K2, wanted.first - wanted.first[0])
+    return Ragged(ranges_K2, wanted.first - wanted.first[0])
 
 
 def _documents(first: Int64s) -> Int64s:
@@ -81,7 +81,7 @@ def _on_line(line: Line, documents: Int64s, characters: Int32s) -> Int32s | Int6
     return places
 
 
-def content_of(block: TokenBlock, ends: Lists) -> tuple[Int64s, Int64s]:
+def content_of(block: TokenBatch, ends: Ragged) -> tuple[Int64s, Int64s]:
     """Indices [S] of the content tokens, and where each segment's begin among them [G + 1].
 
     A token belongs to the segment it starts in; an empty interval at a border to the segment behind the border.
@@ -97,7 +97,7 @@ def _places(documents: Int64s, characters: Int32s) -> Int64s:
     return (documents << 32) + characters
 
 
-def _end_pairs(ours: TokenBlock, theirs: TokenBlock, limit_R: Int32s) -> Int64s:
+def _end_pairs(ours: TokenBatch, theirs: TokenBatch, limit_R: Int32s) -> Int64s:
     """Indices [E, 2] of the end tokens that both models have at the same character."""
     (our_E, ours_E), (their_E, theirs_E) = (_last_ends(block) for block in (ours, theirs))
     at_E = np.minimum(np.searchsorted(theirs_E, ours_E), max(0, len(theirs_E) - 1))
@@ -107,7 +107,7 @@ def _end_pairs(ours: TokenBlock, theirs: TokenBlock, limit_R: Int32s) -> Int64s:
     return np.stack([our_E[kept_E], their_E[at_E[kept_E]]], axis=1)
 
 
-def _last_ends(block: TokenBlock) -> tuple[Int64s, Int64s]:
+def _last_ends(block: TokenBatch) -> tuple[Int64s, Int64s]:
     """Indices of the end tokens and their places, ascending; of several at one place the last."""
     at_E = np.flatnonzero(block.kinds == END)
     places_E = _places(_documents(block.first)[at_E], block.spans[at_E, 1])

@@ -17,18 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from xkd_schemas.documents import Document, Segment
-from xkd_schemas.ragged import Lists, firsts
+from xkd_schemas.ragged import Ragged, row_offsets
 from xkd_schemas.tokens import CONTENT, Bools, Int32s, Tokens
 
 Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DocumentBlock:
+class DocumentBatch:
     """Documents side by side. Segments must be adjacent and cover their text."""
 
     texts: Sequence[str]
-    segments: Lists
+    segments: Ragged
     """[G, 2] int32 characters of the document's own text."""
     names: Sequence[str]
     """Different roles."""
@@ -41,16 +41,16 @@ class DocumentBlock:
     """As `Document.messages`."""
 
     @staticmethod
-    def of(documents: Iterable[Document]) -> "DocumentBlock":
+    def of(documents: Iterable[Document]) -> "DocumentBatch":
         """The block of these documents."""
         documents = list(documents)
         segments = [s for d in documents for s in d.segments]
         numbers: dict[str, int] = {}
-        return DocumentBlock(
+        return DocumentBatch(
             texts=[d.text for d in documents],
-            segments=Lists(
+            segments=Ragged(
                 np.array([(s.start, s.end) for s in segments], np.int32).reshape(-1, 2),
-                firsts([len(d.segments) for d in documents]),
+                row_offsets([len(d.segments) for d in documents]),
             ),
             roles_G=np.array([numbers.setdefault(s.role, len(numbers)) for s in segments], np.int32),
             names=list(numbers),
@@ -78,16 +78,16 @@ class DocumentBlock:
             messages=self.messages[number],
         )
 
-    def taken(self, numbers: Sequence[int]) -> "DocumentBlock":
+    def taken(self, numbers: Sequence[int]) -> "DocumentBatch":
         """The block of some of the documents."""
-        return DocumentBlock.of(self.document(n) for n in numbers)
+        return DocumentBatch.of(self.document(n) for n in numbers)
 
-    def part(self, first: int, end: int) -> "DocumentBlock":
+    def part(self, first: int, end: int) -> "DocumentBatch":
         """The block of the documents from `first` up to `end`; nothing but references is copied."""
         own = slice(self.segments.first[first], self.segments.first[end])
         border = self.segments.first[first : end + 1] - self.segments.first[first]
-        return DocumentBlock(
-            texts=self.texts[first:end], segments=Lists(self.segments.values[own], border), names=self.names,
+        return DocumentBatch(
+            texts=self.texts[first:end], segments=Ragged(self.segments.values[own], border), names=self.names,
             roles_G=self.roles_G[own], targets_G=self.targets_G[own], places=self.places[first:end],
             messages=self.messages[first:end],
         )  # fmt: skip
@@ -105,7 +105,7 @@ class Line(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TokenBlock(Sequence[Tokens]):
+class TokenBatch(Sequence[Tokens]):
     """Many documents as one model reads them; row r is `Tokens`, of views into the flat arrays."""
 
     statuses: Sequence[str]
@@ -125,15 +125,15 @@ class TokenBlock(Sequence[Tokens]):
     """[R] as `Tokens.extended`."""
 
     @staticmethod
-    def of(rows: Iterable[Tokens]) -> "TokenBlock":
+    def of(rows: Iterable[Tokens]) -> "TokenBatch":
         """The block of these rows; a block is returned as it is."""
-        if isinstance(rows, TokenBlock):
+        if isinstance(rows, TokenBatch):
             return rows
         rows = list(rows)
-        return TokenBlock(
+        return TokenBatch(
             statuses=[row.status for row in rows],
             num_chars=np.array([row.num_chars for row in rows], np.int32),
-            first=firsts([len(row.ids) for row in rows]),
+            first=row_offsets([len(row.ids) for row in rows]),
             ids=np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)]),
             spans=np.concatenate([np.zeros((0, 2), np.int32), *(row.spans for row in rows)]),
             kinds=np.concatenate([np.zeros(0, np.uint8), *(row.kinds for row in rows)]),
@@ -165,32 +165,32 @@ class TokenBlock(Sequence[Tokens]):
     @functools.cached_property
     def line(self) -> Line:
         """Where the content tokens stand, all documents in one order."""
-        base_R = firsts(self.num_chars.astype(np.int64) + 1)
+        base_R = row_offsets(self.num_chars.astype(np.int64) + 1)
         base_R = base_R.astype(np.int32) if base_R[-1] < np.iinfo(np.int32).max else base_R
         at_S = np.flatnonzero(self.kinds == CONTENT)
         spans_S2 = self.spans if len(at_S) == len(self.spans) else self.spans[at_S]
         base_S = np.repeat(base_R[:-1], np.diff(np.searchsorted(at_S, self.first)))
         return Line(base_R, at_S, spans_S2[:, 0] + base_S, spans_S2[:, 1] + base_S)
 
-    def lists(self, values_T: npt.NDArray[np.generic]) -> Lists:
+    def lists(self, values_T: npt.NDArray[np.generic]) -> Ragged:
         """One of the flat arrays, or another value for each token, as rows."""
-        return Lists(values_T, self.first)
+        return Ragged(values_T, self.first)
 
     def counted(self, flags_T: Bools) -> Int64s:
         """In each document, tokens with a flag: [R]."""
-        return np.diff(firsts(flags_T)[self.first])
+        return np.diff(row_offsets(flags_T)[self.first])
 
-    def marked(self, statuses: Sequence[str], usable_R: Bools) -> "TokenBlock":
+    def marked(self, statuses: Sequence[str], usable_R: Bools) -> "TokenBatch":
         """The block with other statuses, in which documents that are not usable have no tokens."""
         if usable_R.all():
-            return TokenBlock(
+            return TokenBatch(
                 statuses=statuses, num_chars=self.num_chars, first=self.first, ids=self.ids, spans=self.spans,
                 kinds=self.kinds, targets=self.targets, extended=self.extended,
             )  # fmt: skip
         counts = np.diff(self.first)
         keep_T = np.repeat(usable_R, counts)
-        return TokenBlock(
-            statuses=statuses, num_chars=self.num_chars, first=firsts(counts * usable_R), ids=self.ids[keep_T],
+        return TokenBatch(
+            statuses=statuses, num_chars=self.num_chars, first=row_offsets(counts * usable_R), ids=self.ids[keep_T],
             spans=self.spans[keep_T], kinds=self.kinds[keep_T], targets=self.targets[keep_T],
             extended=self.extended * usable_R,
         )  # fmt: skip

@@ -26,7 +26,7 @@ from xkd_schemas.corpus.rows import WORKER_KILLED
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.text.assemble import Frame, assembled
-from xkd_schemas.text.batches import DocumentBlock, Int64s, TokenBlock, pieces_of
+from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch, pieces_of
 from xkd_schemas.text.native_template import NOTHING, Reader, cut_row, native_tokens
 from xkd_schemas.text.normalizer.offsets import Normalised
 from xkd_schemas.text.offsets import cut_point
@@ -93,17 +93,17 @@ class Encoder:
         check_template(self.template)
         encode_texts(self.tokenizer, [""])
         if self.max_tokens < 2:
-            raise UsageError(f"max_tokens is {self.max_tokens}, at least 2 are needed", next="--max-tokens 1024")
+            raise UsageError(f"max_tokens is {self.max_tokens}, at least 2 are needed", fix="--max-tokens 1024")
         if self.tokenizer.eos_token_id is None:
             raise UsageError(
                 f"{name_of(self.tokenizer)}: this tokenizer has no end token (eos)",
-                next="name eos_token in its config",
+                fix="name eos_token in its config",
             )
         if self.template == CHAT:
             self._chat.check()
         elif self.enable_thinking is not None:
             raise UsageError(
-                f"enable_thinking is for chat templates, the template is {self.template}", next="--template chat"
+                f"enable_thinking is for chat templates, the template is {self.template}", fix="--template chat"
             )
 
     @functools.cached_property
@@ -141,10 +141,10 @@ class Encoder:
         return self.encode_batch([document], None if num_chars is None else [num_chars])[0]
 
     def encode_batch(
-        self, documents: Sequence[Document] | DocumentBlock, limits: Sequence[int | None] | None = None
-    ) -> TokenBlock:
+        self, documents: Sequence[Document] | DocumentBatch, limits: Sequence[int | None] | None = None
+    ) -> TokenBatch:
         """`encode` of many documents, some thousand tokens at once; `limits` are their `num_chars`."""
-        block = documents if isinstance(documents, DocumentBlock) else DocumentBlock.of(documents)
+        block = documents if isinstance(documents, DocumentBatch) else DocumentBatch.of(documents)
         wanted = [len(text) for text in block.texts]
         if limits is not None:
             wanted = [n if limit is None else min(n, limit) for n, limit in zip(wanted, limits, strict=True)]
@@ -153,9 +153,9 @@ class Encoder:
             encoded(block.part(first, end), np.array(wanted[first:end], np.int32))
             for first, end in pieces_of(wanted, MOST_CHARS)
         ]
-        return parts[0] if len(parts) == 1 else TokenBlock.of(row for part in parts for row in part)
+        return parts[0] if len(parts) == 1 else TokenBatch.of(row for part in parts for row in part)
 
-    def _as_chat(self, block: DocumentBlock, num_chars: Int32s) -> TokenBlock:
+    def _as_chat(self, block: DocumentBatch, num_chars: Int32s) -> TokenBatch:
         """One stretch of documents as the chat template writes them; rows that are too long are cut."""
         unicode_R = np.array([_is_unicode(text) for text in block.texts], np.bool_)
         first_target_R = _first_targets(block)
@@ -169,9 +169,9 @@ class Encoder:
             while len(row.ids) > self.max_tokens:
                 row = cut_row(text, row, cut_point(text, row, self.max_tokens))
             rows.append(row)
-        return _judged(block, TokenBlock.of(rows), unicode_R, first_target_R)
+        return _judged(block, TokenBatch.of(rows), unicode_R, first_target_R)
 
-    def _rendered(self, block: DocumentBlock, unicode_R: Bools) -> tuple[list[Rendered], dict[int, str]]:
+    def _rendered(self, block: DocumentBatch, unicode_R: Bools) -> tuple[list[Rendered], dict[int, str]]:
         """What the chat template makes of each document, and why it makes nothing of some."""
         rendered, faults = [], {}
         for n, readable in enumerate(unicode_R.tolist()):
@@ -195,7 +195,7 @@ class Encoder:
         """
         faults = [self._fault(document) for document in documents]
         if faults and all(faults):
-            raise UsageError(f"{name_of(self.tokenizer)}: {faults[0]}", next="fix the turns, or --template none")
+            raise UsageError(f"{name_of(self.tokenizer)}: {faults[0]}", fix="fix the turns, or --template none")
 
     def _fault(self, document: Document) -> str:
         """Why the chat template does not take a document; empty if it does."""
@@ -217,10 +217,10 @@ class Encoder:
             eos=int(self.tokenizer.eos_token_id),
         )  # fmt: skip
         question = document_of(PROBE, source="a question", line=1)
-        row = native_tokens(DocumentBlock.of([question]), [self._chat.rendered(question)], reader)[0]
+        row = native_tokens(DocumentBatch.of([question]), [self._chat.rendered(question)], reader)[0]
         return replace(reader, usual=frozenset(row.ids[row.kinds == END].tolist()))
 
-    def _encoded(self, block: DocumentBlock, num_chars: Int32s) -> TokenBlock:
+    def _encoded(self, block: DocumentBatch, num_chars: Int32s) -> TokenBatch:
         """One stretch of documents; rows that are too long are cut and encoded again until they fit."""
         unicode_R = np.array([_is_unicode(text) for text in block.texts], np.bool_)
         first_target_R = _first_targets(block)
@@ -236,17 +236,17 @@ class Encoder:
             again |= zip(long, cut, strict=True)
             long = [n for n, row in zip(long, cut, strict=True) if len(row.ids) > self.max_tokens]
         if again:
-            rows = TokenBlock.of(
+            rows = TokenBatch.of(
                 replace(again.get(n, row), num_chars=int(rows.num_chars[n])) for n, row in enumerate(rows)
             )
         return _judged(block, rows, unicode_R, first_target_R)
 
-    def _assembled(self, block: DocumentBlock, num_chars: Int32s) -> TokenBlock:
+    def _assembled(self, block: DocumentBatch, num_chars: Int32s) -> TokenBatch:
         """The texts up to `num_chars` in their frames; `statuses` are the faults of the intervals."""
         encode, frames = functools.partial(encode_texts, self.tokenizer), self._frames_of(block)
         return assembled(block, num_chars, encode, self._normalised, frames, self._start_id())
 
-    def _frames_of(self, block: DocumentBlock) -> list[tuple[Frame, ...]]:
+    def _frames_of(self, block: DocumentBatch) -> list[tuple[Frame, ...]]:
         """The frames of every document, looked up once for those with the same roles."""
         codes = (2 * block.roles_G + block.targets_G).astype(np.int32).tobytes()
         found: dict[bytes, tuple[Frame, ...]] = {}
@@ -312,7 +312,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _first_targets(block: DocumentBlock) -> Int64s:
+def _first_targets(block: DocumentBatch) -> Int64s:
     """Where the first target of each document begins; its length if it has none."""
     first_R = np.array([len(text) for text in block.texts], np.int64)
     targets = np.flatnonzero(block.targets_G)[::-1]  # backwards, so that the first of a document stays
@@ -321,7 +321,7 @@ def _first_targets(block: DocumentBlock) -> Int64s:
     return first_R
 
 
-def _judged(block: DocumentBlock, rows: TokenBlock, unicode_R: Bools, first_target_R: Int64s) -> TokenBlock:
+def _judged(block: DocumentBatch, rows: TokenBatch, unicode_R: Bools, first_target_R: Int64s) -> TokenBatch:
     """Rows that cannot be used lose their tokens and get their reason."""
     idle_R = (rows.num_chars <= first_target_R) | (rows.counted(rows.targets) == 0)
     statuses = [

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xkd_schemas.ragged import firsts
-from xkd_schemas.text.batches import DocumentBlock, Int64s, TokenBlock
+from xkd_schemas.ragged import row_offsets
+from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch
 from xkd_schemas.text.normalizer.offset_repair import explained
 from xkd_schemas.text.normalizer.offsets import Normalised
-from xkd_schemas.text.offsets import Read, blanks
+from xkd_schemas.text.offsets import EncodedText, blanks
 from xkd_schemas.text.rendering import Rendered, Turn
 from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encoded_by, native_backend
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Bools, Int32s, Tokens
@@ -53,7 +53,7 @@ class _Own(NamedTuple):
     targets_C: Bools
 
 
-def native_tokens(block: DocumentBlock, rendered: Sequence[Rendered], reader: Reader) -> TokenBlock:
+def native_tokens(block: DocumentBatch, rendered: Sequence[Rendered], reader: Reader) -> TokenBatch:
     """The documents' whole rows; `statuses` are the faults of their intervals, or "ok".
 
     A row ends behind its last token of the text, or behind the end token of that turn: the one that the template
@@ -64,7 +64,7 @@ def native_tokens(block: DocumentBlock, rendered: Sequence[Rendered], reader: Re
     found = explained(read, encoded.ids, reader.normalised)
     own = _own(block, rendered, encoded.first, found.spans_C2)
     backward_C = own.content_C[1:] & own.content_C[:-1] & (np.diff(own.spans_C2, axis=0) < 0).any(axis=1)
-    bad_R = np.diff(firsts(np.append(backward_C, False))[encoded.first]) > 0
+    bad_R = np.diff(row_offsets(np.append(backward_C, False))[encoded.first]) > 0
     statuses = ["offsets_not_monotone" if b and s == OK else s for b, s in zip(bad_R, found.statuses, strict=True)]
     rows = [
         _row(block, rendered, n, _Row(
@@ -74,13 +74,13 @@ def native_tokens(block: DocumentBlock, rendered: Sequence[Rendered], reader: Re
         ), reader)
         for n, (start, end) in enumerate(itertools.pairwise(encoded.first.tolist()))
     ]  # fmt: skip
-    return TokenBlock.of(
+    return TokenBatch.of(
         dataclasses.replace(row, status=status, extended=extended)
         for row, status, extended in zip(rows, statuses, found.extended_R.tolist(), strict=True)
     )
 
 
-def _stretches(texts: Sequence[str], encoded: Encoded, added: Int64s) -> Read:
+def _stretches(texts: Sequence[str], encoded: Encoded, added: Int64s) -> EncodedText:
     """The renderings, cut before and behind every added token."""
     added_C = np.isin(encoded.ids, added)
     filled_R = np.diff(encoded.first) > 0
@@ -97,7 +97,7 @@ def _stretches(texts: Sequence[str], encoded: Encoded, added: Int64s) -> Read:
     high_G[:-1] = low_G[1:]
     last_G = np.append(starts_C[first_G][1:], True)[: len(first_G)]
     high_G[last_G] = np.array([len(text) for text in texts], np.int32)[document_G[last_G]]
-    return Read(
+    return EncodedText(
         texts=texts, document_G=document_G, segments_G2=np.stack([low_G, high_G], axis=1),
         offsets_C2=_relative(encoded, first_G, low_G), first=np.append(first_G, len(encoded.ids)),
     )  # fmt: skip
@@ -108,11 +108,11 @@ def _relative(encoded: Encoded, first_G: Int64s, starts_G: Int32s) -> Int32s:
     return (encoded.offsets - np.repeat(starts_G, counts_G)[:, None]).astype(np.int32)
 
 
-def _own(block: DocumentBlock, rendered: Sequence[Rendered], first: Int64s, places_C2: Int32s) -> _Own:
+def _own(block: DocumentBatch, rendered: Sequence[Rendered], first: Int64s, places_C2: Int32s) -> _Own:
     """Of each token the characters of its document."""
     line = " ".join([*(r.text for r in rendered), ""])
-    base_R = firsts([len(r.text) + 1 for r in rendered])
-    chars_R = firsts([len(text) for text in block.texts])
+    base_R = row_offsets([len(r.text) + 1 for r in rendered])
+    chars_R = row_offsets([len(text) for text in block.texts])
     source_L = np.full(len(line), -1, np.int64)
     for at, chars, one in zip(base_R.tolist(), chars_R.tolist(), rendered, strict=False):
         part = source_L[at : at + len(one.source_L)]
@@ -120,7 +120,7 @@ def _own(block: DocumentBlock, rendered: Sequence[Rendered], first: Int64s, plac
     own_L, blank_L = source_L >= 0, blanks(line)
     core_L = own_L & ~blank_L
     own_at, core_at = np.flatnonzero(own_L), np.flatnonzero(core_L)
-    num_own, num_core, num_other = firsts(own_L), firsts(core_L), firsts(~own_L & ~blank_L)
+    num_own, num_core, num_other = row_offsets(own_L), row_offsets(core_L), row_offsets(~own_L & ~blank_L)
     document_C = np.repeat(np.arange(len(rendered)), np.diff(first))
     start_C, end_C = (places_C2 + base_R[document_C][:, None]).T
     has_core_C, has_own_C = num_core[end_C] > num_core[start_C], num_own[end_C] > num_own[start_C]
@@ -154,7 +154,7 @@ class _Row(NamedTuple):
     targets: Bools
 
 
-def _row(block: DocumentBlock, rendered: Sequence[Rendered], number: int, row: _Row, reader: Reader) -> Tokens:
+def _row(block: DocumentBatch, rendered: Sequence[Rendered], number: int, row: _Row, reader: Reader) -> Tokens:
     """The row with its end tokens and what else a model writes itself marked, cut behind the last of these."""
     text = rendered[number].text
     closed = True

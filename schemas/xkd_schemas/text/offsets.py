@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from xkd_schemas.ragged import firsts
+from xkd_schemas.ragged import row_offsets
 from xkd_schemas.tokens import CONTENT, OK, Bools, Int32s, Tokens
 
 BORDER_REACH: Final = 200
@@ -25,7 +25,7 @@ Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Read:
+class EncodedText:
     """What of a block of documents a tokenizer was given, and the offsets it gave back."""
 
     texts: Sequence[str]
@@ -40,13 +40,13 @@ class Read:
     """[G + 1]; segment g has the tokens first[g] to first[g + 1]."""
 
 
-def content_intervals(read: Read) -> tuple[Int32s, list[str]]:
+def content_intervals(read: EncodedText) -> tuple[Int32s, list[str]]:
     """Intervals [C, 2] int32 in the characters of each token's document; "ok" or what is wrong with each document [R].
 
     Good intervals stay in their segment and in front of the cut, their starts and ends never decrease, and every
     character that is not blank lies in one. Blanks in front of a token are left out; a token of blanks keeps them.
     """
-    base_R = firsts([len(text) + 1 for text in read.texts]).astype(np.int32)
+    base_R = row_offsets([len(text) + 1 for text in read.texts]).astype(np.int32)
     count_G = np.diff(read.first)
     low_G2 = read.segments_G2 + base_R[read.document_G][:, None]
     low_C, high_C = np.repeat(low_G2[:, 0], count_G), np.repeat(low_G2[:, 1], count_G)

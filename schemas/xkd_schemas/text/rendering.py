@@ -100,7 +100,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UsageError(
                 f"{name_of(tokenizer)}: this tokenizer has no chat template",
-                next="--template none or --template alpaca",
+                fix="--template none or --template alpaca",
             )
         self._tokenizer = tokenizer
         self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
@@ -121,7 +121,7 @@ class ChatTemplate:
                 faults.append("the chat template leaves the text out")
             except NotRendered as why:
                 faults.append(str(why))
-        raise UsageError(f"{name_of(self._tokenizer)}: {faults[0]}", next="--template none or --template alpaca")
+        raise UsageError(f"{name_of(self._tokenizer)}: {faults[0]}", fix="--template none or --template alpaca")
 
     def rendered(self, document: Document) -> Rendered:
         """The document as the template writes it.

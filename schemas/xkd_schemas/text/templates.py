@@ -64,7 +64,7 @@ def check_template(name: str) -> None:
     """Raise UsageError that lists the known templates where it is none of them."""
     if name not in TEMPLATES:
         known = ", ".join((AUTO, *TEMPLATES))
-        raise UsageError(f"template {name!r} is not known", next=f"--template with one of {known}")
+        raise UsageError(f"template {name!r} is not known", fix=f"--template with one of {known}")
 
 
 def chosen_template(name: str, tokenizer: Any) -> str:
@@ -83,7 +83,7 @@ def _alpaca(document: Document) -> Layout:
         refuse_text(document, "alpaca")
         raise UsageError(
             f"{where(document)}: the alpaca template takes instruction, input and response, found {', '.join(roles)}",
-            next="--template chat or --template none",
+            fix="--template chat or --template none",
         )
     pieces = [Piece(glue=ALPACA_WITH_INPUT if "input" in asked else ALPACA)]
     for index, role in enumerate(asked):
@@ -99,7 +99,7 @@ def refuse_text(document: Document, template: str) -> None:
     if any(segment.role == "text" for segment in document.segments):
         raise UsageError(
             f"{where(document)}: plain text has no turns, the {template} template cannot be put round it",
-            next="--template none",
+            fix="--template none",
         )
 
 

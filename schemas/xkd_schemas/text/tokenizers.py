@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from xkd_schemas.digests import digest
 from xkd_schemas.errors import UsageError
-from xkd_schemas.ragged import firsts
+from xkd_schemas.ragged import row_offsets
 from xkd_schemas.tokens import Int32s
 
 NAMED_TOKENS: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -63,7 +63,7 @@ def encode_texts(tokenizer: FastTokenizer, texts: Sequence[str]) -> Encoded:
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(
             f"{name_of(tokenizer)}: this tokenizer gives no character offsets (it is a slow, pure-Python one)",
-            next="use a model whose folder has a tokenizer.json",
+            fix="use a model whose folder has a tokenizer.json",
         )
     return encoded_by(plain_backend(tokenizer), texts)
 
@@ -72,7 +72,7 @@ def encoded_by(backend: Any, texts: Sequence[str]) -> Encoded:
     """`encode_texts` by a tokenizer of the tokenizers library, set by `plain`."""
     encodings = backend.encode_batch(list(texts), add_special_tokens=False)
     ids = [encoding.ids for encoding in encodings]
-    first = firsts([len(found) for found in ids])
+    first = row_offsets([len(found) for found in ids])
     size, chain = int(first[-1]), itertools.chain.from_iterable
     pairs = chain(encoding.offsets for encoding in encodings)
     return Encoded(

@@ -14,15 +14,15 @@ from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Make, Workers
 from xkd_pipeline.workers.executor import asked_workers, run_units
-from xkd_schemas.cache.manifest import Care, Commit, read_record
+from xkd_schemas.cache.manifest import Commit, MadeDifferently, read_record
 from xkd_schemas.cache.table import Table
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import BadData, OutOfMemory, UsageError
 
-CARE = {1: Care(lost=(2,), batch=1)}
+CARE = {1: MadeDifferently(lost=(2,), batch=1)}
 
 
-def begun(tmp_path: Path, *parts: str, **documents: object) -> tuple[Path, RunFile]:
+def begun(tmp_path: Path, *parts: str, **documents: object) -> tuple[Path, RunConfig]:
     """A finished cache without these tables."""
     cache, made = small_cache.copied(tmp_path), small_cache.made()
     for part in parts:
@@ -35,7 +35,7 @@ def begun(tmp_path: Path, *parts: str, **documents: object) -> tuple[Path, RunFi
     )
 
 
-def needing(monkeypatch: pytest.MonkeyPatch, cares: dict[int, Care]) -> None:
+def needing(monkeypatch: pytest.MonkeyPatch, cares: dict[int, MadeDifferently]) -> None:
     small_cache.made()  # before anything is patched
     monkeypatch.setattr(Store, "cares", lambda _store, _units: cares)
 
@@ -99,7 +99,7 @@ def test_a_document_that_kills_the_aligner_is_a_row_without_tokens(tmp_path: Pat
 
 
 def test_documents_and_students_are_the_same_in_any_batches(tmp_path: Path, monkeypatch) -> None:
-    needing(monkeypatch, {unit: Care(batch=batch) for unit, batch in enumerate((1, 2, 3))})
+    needing(monkeypatch, {unit: MadeDifferently(batch=batch) for unit, batch in enumerate((1, 2, 3))})
     cache, run = begun(tmp_path, "documents", "students")
 
     documents_stage(run, IN_PROCESS, lambda _line: None)
@@ -146,7 +146,7 @@ def test_memory_that_runs_out_in_this_process_is_answered_by_smaller_batches(
 
     said = teacher_stage(run, IN_PROCESS)
 
-    assert [record.care for record in records(cache / "teachers/T")] == 3 * [Care(batch=64)]
+    assert [record.care for record in records(cache / "teachers/T")] == 3 * [MadeDifferently(batch=64)]
     assert said.values["smaller_batches"] == 3
     assert "3 for want of memory in batches down to 64" in said.line
     assert (

@@ -24,14 +24,14 @@ from xkd_pipeline.reports.sample import evenly
 from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import CODECS, PLAIN
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import column_of
 from xkd_schemas.signals import KINDS, Kind
 from xkd_trainer.models.loading import load_model
 
 
-def small_run(**sections: dict[str, object]) -> RunFile:
+def small_run(**sections: dict[str, object]) -> RunConfig:
     folder = made()
     return run_file(
         folder / "cache",
@@ -41,7 +41,7 @@ def small_run(**sections: dict[str, object]) -> RunFile:
     )
 
 
-def planned(run: RunFile, **options: Any) -> dict[str, Any]:
+def planned(run: RunConfig, **options: Any) -> dict[str, Any]:
     return make_plan(run, **{"sample": 256, "budget": None, "rate": None} | options)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from xkd_pipeline.workers.contract import Workers
 from xkd_pipeline.workers.scheduler import FIRST_SECONDS, SHORTEST_SECONDS, Died, Exhausted, Ready, Report, Schedule
-from xkd_schemas.cache.manifest import Care, Commit
+from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import OutOfMemory, WorkersGone
 
 ROWS = 8
@@ -36,10 +36,10 @@ class FakePool:
     """`fate(unit, care, tries so far)` says what becomes of a unit; None: nothing, for ever. A wait takes 60 s."""
 
     def __init__(
-        self, fate: Callable[[int, Care, int], object], starts: Callable[[int], object] | None = None
+        self, fate: Callable[[int, MadeDifferently, int], object], starts: Callable[[int], object] | None = None
     ) -> None:
         self.fate, self.starts = fate, starts or (lambda _number: Ready())
-        self.given: list[tuple[int, Care]] = []
+        self.given: list[tuple[int, MadeDifferently]] = []
         self.killed: list[Hashable] = []
         self.started = 0
         self.now = 0.0
@@ -51,7 +51,7 @@ class FakePool:
             self._reports.append((self.started, what))
         return self.started
 
-    def give(self, worker: Hashable, job: int, care: Care) -> None:
+    def give(self, worker: Hashable, job: int, care: MadeDifferently) -> None:
         tries = sum(unit == job for unit, _ in self.given)
         self.given.append((job, care))
         if (what := self.fate(job, care, tries)) is not None:
@@ -98,27 +98,27 @@ def test_a_unit_whose_worker_dies_is_given_to_a_fresh_one() -> None:
 
 
 def test_rows_that_kill_are_found_left_out_and_written_into_the_record() -> None:
-    def fate(unit: int, care: Care, _tries: int) -> object:
+    def fate(unit: int, care: MadeDifferently, _tries: int) -> object:
         return Died("exit 9") if unit == 1 and not {2, 5} <= set(care.lost) else made(unit)
 
     done = ran(FakePool(fate), range(3))
 
-    assert [commit.care for commit in done] == [None, Care(lost=(2, 5)), None]
+    assert [commit.care for commit in done] == [None, MadeDifferently(lost=(2, 5)), None]
 
 
 def test_a_unit_that_needed_care_before_is_made_with_it_at_once() -> None:
     pool = FakePool(lambda unit, _care, _tries: made(unit))
-    care = Care(lost=(3,), batch=2)
+    care = MadeDifferently(lost=(3,), batch=2)
 
     assert [commit.care for commit in ran(pool, range(2), cares={1: care})] == [None, care]
     assert (1, care) in pool.given
 
 
 def test_rows_that_kill_together_are_made_in_smaller_batches() -> None:
-    def fate(unit: int, care: Care, _tries: int) -> object:
+    def fate(unit: int, care: MadeDifferently, _tries: int) -> object:
         return Died("killed") if len(care.lost) == 0 and care.batch != 1 else made(unit)
 
-    assert [commit.care for commit in ran(FakePool(fate), range(1))] == [Care(batch=1)]
+    assert [commit.care for commit in ran(FakePool(fate), range(1))] == [MadeDifferently(batch=1)]
 
 
 def test_a_unit_that_kills_in_any_size_is_named() -> None:
@@ -139,7 +139,7 @@ def test_where_every_row_kills_the_rows_are_not_to_blame(monkeypatch) -> None:
 def test_a_unit_out_of_memory_is_made_in_smaller_batches_and_the_record_says_so(death: object) -> None:
     pool = FakePool(lambda unit, care, _tries: death if unit == 0 and care.batch != 1 else made(unit))
 
-    assert [commit.care for commit in ran(pool, range(2))] == [Care(batch=1), None]
+    assert [commit.care for commit in ran(pool, range(2))] == [MadeDifferently(batch=1), None]
 
 
 def test_out_of_memory_with_one_document_ends_the_run() -> None:
@@ -202,6 +202,6 @@ def test_a_worker_that_cannot_be_replaced_is_done_without() -> None:
 def test_a_unit_is_given_to_three_workers_before_its_rows_are_tried_apart() -> None:
     pool = FakePool(lambda unit, care, _tries: made(unit) if 2 in care.lost else Died("exit 9"))
 
-    assert [commit.care for commit in ran(pool, range(1), count=1)] == [Care(lost=(2,))]
+    assert [commit.care for commit in ran(pool, range(1), count=1)] == [MadeDifferently(lost=(2,))]
     assert [care.lost for _, care in pool.given[:4]] == [(), (), (), pool.given[3][1].lost]
     assert pool.given[3][1].lost != ()

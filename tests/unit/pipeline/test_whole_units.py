@@ -14,10 +14,10 @@ from xkd_pipeline.alignment import align_rows
 from xkd_pipeline.tables.read_units import DocumentRows, document_at, documents_of, tokens_at, tokens_of
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.ragged import Lists
+from xkd_schemas.ragged import Ragged
 from xkd_schemas.text import encode
 from xkd_schemas.text.alignment import align, token_ranges
-from xkd_schemas.text.batches import DocumentBlock
+from xkd_schemas.text.batches import DocumentBatch
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK
 
@@ -70,8 +70,8 @@ def test_hostile_rows_aligned_at_once_are_those_aligned_alone(
     student_kind: str, teacher_kind: str, several: list[Document], longest: int
 ) -> None:
     words = [[(at, min(at + 3, len(d.text))) for at in range(0, len(d.text), 2)] for d in several]
-    found = Lists.of(words, np.int32, 2)
-    rows = DocumentRows(doc_ids=["d"] * len(several), block=DocumentBlock.of(several), words=found, phrases=found)
+    found = Ragged.of(words, np.int32, 2)
+    rows = DocumentRows(doc_ids=["d"] * len(several), block=DocumentBatch.of(several), words=found, phrases=found)
     teacher = encoder_of(teacher_kind, 60).encode_batch(several)
 
     tokens, columns, _ = align_rows(encoder_of(student_kind, longest), rows, teacher)

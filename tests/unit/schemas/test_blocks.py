@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xkd_schemas.documents import INTERVALS, Document, document_of, flat_list
-from xkd_schemas.ragged import Lists, column_of
-from xkd_schemas.text.batches import DocumentBlock, TokenBlock, pieces_of
+from xkd_schemas.ragged import Ragged, column_of
+from xkd_schemas.text.batches import DocumentBatch, TokenBatch, pieces_of
 from xkd_schemas.tokens import OK, Tokens
 
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=4), max_size=6)
@@ -36,7 +36,7 @@ def documents_of(parts: list[list[tuple[str, str, bool]]]) -> list[Document]:
 @settings(deadline=None)
 @given(rows=ROWS, cut=st.slices(6))
 def test_lists_and_their_slices_are_their_rows(rows: list[list[tuple[int, int]]], cut: slice) -> None:
-    lists, cut = Lists.of(rows, np.int32, 2), slice(cut.start, cut.stop)
+    lists, cut = Ragged.of(rows, np.int32, 2), slice(cut.start, cut.stop)
 
     assert [row.tolist() for row in lists] == [[list(pair) for pair in row] for row in rows]
     assert [row.tolist() for row in lists[cut]] == [row.tolist() for row in list(lists)[cut]]
@@ -52,13 +52,13 @@ def test_a_column_of_lists_is_the_column_of_their_rows_to_the_byte(
         dtype = np.int32 if width else kind.value_type.to_pandas_dtype()
         arrays = [np.array(row if width else [a for a, _ in row], dtype) for row in rows]
         arrays = [a.reshape(-1, width) if width else a for a in arrays]
-        columns = [column_of(given[cut:], kind) for given in (arrays, Lists.of(arrays, dtype, width))]
+        columns = [column_of(given[cut:], kind) for given in (arrays, Ragged.of(arrays, dtype, width))]
         whole, flat = (pa.RecordBatch.from_arrays([column], ["x"]).serialize().to_pybytes() for column in columns)
         assert whole == flat
 
 
 def test_a_row_behind_the_last_or_in_front_of_the_first_is_not_there() -> None:
-    lists, block = Lists.of([[1], [2, 3]], np.int32), TokenBlock.of([tokens(1), tokens(2)])
+    lists, block = Ragged.of([[1], [2, 3]], np.int32), TokenBatch.of([tokens(1), tokens(2)])
 
     assert (lists[-1].tolist(), block[-2].ids.tolist()) == ([2, 3], [0])
     for rows in (lists, block):
@@ -74,7 +74,7 @@ def test_documents_come_out_of_a_block_and_of_its_parts(
 ) -> None:
     documents = documents_of(parts)
     first, end = min(first, len(documents)), min(first + size, len(documents))
-    block = DocumentBlock.of(documents)
+    block = DocumentBatch.of(documents)
 
     assert [block.document(n) for n in range(len(block))] == documents
     part = block.part(first, end)
@@ -88,7 +88,7 @@ def test_documents_come_out_of_a_block_and_of_its_parts(
 def test_tokens_come_out_of_a_block_and_an_unusable_row_has_none(sizes: list[int], data: st.DataObject) -> None:
     rows = [tokens(n) for n in sizes]
     usable = np.array(data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes))), bool)
-    block = TokenBlock.of(rows)
+    block = TokenBatch.of(rows)
     statuses = [OK if fine else "no_target" for fine in usable]
 
     assert [plain(row) for row in block] == [plain(row) for row in block[:]] == [plain(row) for row in rows]
@@ -97,7 +97,7 @@ def test_tokens_come_out_of_a_block_and_an_unusable_row_has_none(sizes: list[int
     assert [row.status for row in marked] == statuses
     for row, old, fine in zip(marked, rows, usable, strict=True):
         assert plain(row)[1:] == (plain(old) if fine else (OK, old.num_chars, *plain(tokens(0))[2:]))[1:]
-    assert TokenBlock.of(marked) is marked
+    assert TokenBatch.of(marked) is marked
 
 
 @settings(deadline=None)

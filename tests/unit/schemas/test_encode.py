@@ -12,11 +12,11 @@ from tokenizers import pre_tokenizers, processors
 import four_tokenizers
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_schemas.ragged import firsts
+from xkd_schemas.ragged import row_offsets
 from xkd_schemas.text import encode
 from xkd_schemas.text.alignment import align, token_ranges
 from xkd_schemas.text.encode import REASONS, Encoder
-from xkd_schemas.text.offsets import BORDER_REACH, Read, blanks, content_intervals
+from xkd_schemas.text.offsets import BORDER_REACH, EncodedText, blanks, content_intervals
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
 from xkd_trainer.models.loading import load_tokenizer
 
@@ -254,11 +254,11 @@ def test_a_lone_surrogate_spoils_no_other_document_of_the_batch() -> None:
 def intervals_of(document: Document, offsets: list[np.ndarray]) -> tuple[np.ndarray, str]:
     """Between a document that lies wrong in every way and an empty one, so that neither touches the other."""
     segments = [(s.start, s.end) for s in document.segments]
-    read = Read(
+    read = EncodedText(
         texts=["ab", document.text, ""], document_G=np.array([0, *(1 for _ in segments)]),
         segments_G2=np.array([(0, 2), *segments], np.int32),
         offsets_C2=np.concatenate([np.array([(5, 9), (1, 0)], np.int32), *offsets]),
-        first=firsts([2, *map(len, offsets)]),
+        first=row_offsets([2, *map(len, offsets)]),
     )  # fmt: skip
     spans, statuses = content_intervals(read)
     assert statuses[0::2] == ["outside_text", OK]

@@ -26,10 +26,10 @@ def test_the_list_at_the_top_of_the_module_is_complete() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_survives_the_way_back_from_a_worker(kind: type[XkdError]) -> None:
-    error = pickle.loads(pickle.dumps(kind("x is broken", kept="y", next="z")))
+    error = pickle.loads(pickle.dumps(kind("x is broken", kept="y", fix="z")))
 
     assert type(error) is kind
-    assert (error.what, error.kept, error.next, str(error)) == (
+    assert (error.what, error.kept, error.fix, str(error)) == (
         "x is broken",
         "y",
         "z",
@@ -38,4 +38,4 @@ def test_an_error_survives_the_way_back_from_a_worker(kind: type[XkdError]) -> N
 
 
 def test_an_error_is_one_line_whatever_it_quotes() -> None:
-    assert str(XkdError("two\nlines.", next="a\r\n\tb")) == "two lines. Next: a b"
+    assert str(XkdError("two\nlines.", fix="a\r\n\tb")) == "two lines. Next: a b"

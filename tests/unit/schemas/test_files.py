@@ -130,7 +130,7 @@ def test_what_is_to_be_done_fits_what_the_disk_says(tmp_path: Path, number: int,
     with pytest.raises(DiskFailed) as caught, disk_errors(tmp_path):
         raise OSError(number, os.strerror(number))
 
-    assert caught.value.next == f"{advice}, run again"
+    assert caught.value.fix == f"{advice}, run again"
 
 
 def test_only_trouble_with_the_disk_becomes_a_disk_error(tmp_path: Path) -> None:

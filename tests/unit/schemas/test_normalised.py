@@ -17,8 +17,8 @@ from xkd_schemas.text.alignment import align
 from xkd_schemas.text.encode import INTERVALS_VERSION, Encoder
 from xkd_schemas.text.normalizer.offset_repair import explained
 from xkd_schemas.text.normalizer.offsets import Normalised
-from xkd_schemas.text.normalizer.segments import LONGEST_PART, REACHES, Known
-from xkd_schemas.text.offsets import Read, content_intervals
+from xkd_schemas.text.normalizer.segments import LONGEST_PART, REACHES, Memo
+from xkd_schemas.text.offsets import EncodedText, content_intervals
 from xkd_schemas.text.tokenizers import Encoded, encode_texts, encoded_by
 from xkd_schemas.tokens import CONTENT, OK, Tokens
 from xkd_trainer.losses.ops.vocabulary import BYTES_OF_CHARACTERS
@@ -120,7 +120,7 @@ def test_a_boundary_shared_with_a_tokenizer_that_changes_nothing_cuts_nothing_th
 def test_what_the_library_gets_right_stays_as_it_is(kind: str, texts: list[str]) -> None:
     encoded = encode_texts(normalising(kind), texts)
     places = np.array([(0, len(text)) for text in texts], np.int32).reshape(-1, 2)
-    read = Read(
+    read = EncodedText(
         texts=texts, document_G=np.arange(len(texts)), segments_G2=places, offsets_C2=encoded.offsets,
         first=encoded.first,
     )  # fmt: skip
@@ -264,7 +264,7 @@ def test_a_bad_document_changes_no_other_of_its_batch_and_segments_keep_their_pl
 def test_what_is_known_of_short_strings_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xkd_schemas.text.normalizer.segments.MOST_KNOWN", 3)
     asked: list[str] = []
-    known = Known(lambda key: asked.append(key) or key.upper())
+    known = Memo(lambda key: asked.append(key) or key.upper())
 
     assert [known[key] for key in "abcabcd"] == list("ABCABCD")
     assert asked == list("abcd")

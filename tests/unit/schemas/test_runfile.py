@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from xkd_schemas.config import RunFile, load_runfile
+from xkd_schemas.config import RunConfig, load_run
 from xkd_schemas.errors import InputMissing, UsageError
 
 TEXT = """
@@ -26,14 +26,14 @@ def written(tmp_path: Path, text: str = TEXT) -> Path:
 
 
 def test_values_of_the_file_are_read_and_the_rest_is_default(tmp_path: Path) -> None:
-    run = load_runfile(written(tmp_path))
+    run = load_run(written(tmp_path))
 
     assert run.cache == "c"
     assert run.documents.corpus == ("a.jsonl", "b.jsonl")
     assert run.documents.columns == {"prompt": "question"}
     assert run.teacher.word_layers == (3, 4)
     assert run.losses == {"mta": {"hid": "off"}}
-    assert run.teacher.dtype == RunFile().teacher.dtype == "auto"
+    assert run.teacher.dtype == RunConfig().teacher.dtype == "auto"
 
 
 def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: P
         "teacher.model=a b/c",
         "train.lr=1e-3",
     ]
-    run = load_runfile(written(tmp_path), sets)
+    run = load_run(written(tmp_path), sets)
 
     assert (run.teacher.word_layers, run.workers, run.teacher.model, run.train.lr) == ((7,), 2, "a b/c", 1e-3)
     assert run.losses == {"mta": {"hid": "off"}, "sra": {"p": 0.5}}
@@ -72,19 +72,19 @@ def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: P
 )
 def test_a_wrong_key_or_value_is_named_with_what_to_type(override: str, sentence: str) -> None:
     with pytest.raises(UsageError) as caught:
-        load_runfile(None, [override])
+        load_run(None, [override])
     assert sentence in str(caught.value)
-    assert caught.value.next
+    assert caught.value.fix
 
 
 def test_a_value_cannot_be_a_section_of_another_override() -> None:
     with pytest.raises(UsageError, match=r"--set workers.x=1: workers is not a section. Next: write"):
-        load_runfile(None, ["workers=1", "workers.x=1"])
+        load_run(None, ["workers=1", "workers.x=1"])
 
 
 def test_the_error_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"run.toml: 'documents.corups' is not a key. Next: did you mean 'corpus'"):
-        load_runfile(written(tmp_path, "[documents]\ncorups = []"))
+        load_run(written(tmp_path, "[documents]\ncorups = []"))
 
 
 @pytest.mark.parametrize("content", [b"a = ", b"\xff", b"[x\n", b"a = 1\na = 2"])
@@ -92,15 +92,15 @@ def test_what_is_not_toml_is_unreadable_input(tmp_path: Path, content: bytes) ->
     (tmp_path / "run.toml").write_bytes(content)
 
     with pytest.raises(InputMissing, match=r"run.toml is not TOML"):
-        load_runfile(tmp_path / "run.toml")
+        load_run(tmp_path / "run.toml")
 
 
 def test_a_run_file_that_is_not_there_is_missing(tmp_path: Path) -> None:
     with pytest.raises(
         InputMissing, match=r"run.toml: No such file or directory. Next: give the path of a .toml file"
     ):
-        load_runfile(tmp_path / "run.toml")
+        load_run(tmp_path / "run.toml")
 
 
 def test_the_demo_run_file_of_this_repository_is_valid() -> None:
-    assert load_runfile(Path(__file__).parents[3] / "runs" / "demo.toml").documents.corpus
+    assert load_run(Path(__file__).parents[3] / "runs" / "demo.toml").documents.corpus

@@ -29,7 +29,7 @@ def left(capsys, app) -> tuple[object, str, str]:
 
 
 def test_a_users_mistake_is_one_line_on_stderr_and_its_exit_code(capsys) -> None:
-    code, out, err = left(capsys, raising(BadData("x.arrow is corrupt", kept="the rest", next="run again")))
+    code, out, err = left(capsys, raising(BadData("x.arrow is corrupt", kept="the rest", fix="run again")))
 
     assert (code, out, err) == (65, "", "xkd-cache: x.arrow is corrupt. Kept: the rest. Next: run again\n")
 
@@ -146,7 +146,7 @@ def test_an_app_that_returns_is_done(capsys) -> None:
 
 def test_with_json_the_error_is_an_object_too(capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["xkd-cache", "align", "--json"])
-    code, out, err = left(capsys, raising(Mismatch("a\nb", next="c")))
+    code, out, err = left(capsys, raising(Mismatch("a\nb", fix="c")))
 
     assert json.loads(out) == {"error": {"code": 78, "kind": "Mismatch", "what": "a\nb", "kept": "", "next": "c"}}
     assert (code, err) == (78, "xkd-cache: a b. Next: c\n")

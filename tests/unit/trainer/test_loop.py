@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 import tiny_models as tiny
-from xkd_schemas.config import RunFile, TrainSection
+from xkd_schemas.config import RunConfig, TrainSection
 from xkd_schemas.console import run as run_app
 from xkd_schemas.durable_files import held
 from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite, UsageError
@@ -38,7 +38,7 @@ def _other_precisions_may_follow() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def run(out: Path, **changed: Any) -> RunFile:
+def run(out: Path, **changed: Any) -> RunConfig:
     return tiny.tiny_cache().run(out=str(out), **changed)
 
 

@@ -151,7 +151,7 @@ class Cache:
             raise UsageError(
                 f"loss {loss} needs {', '.join(missing)}, which {self.teachers.folder} does not hold "
                 f"(it holds {', '.join(s.column for s in self.signals)})",
-                next=self._adding(missing),
+                fix=self._adding(missing),
             )
 
     def _adding(self, missing: Sequence[str]) -> str:
@@ -193,11 +193,11 @@ class Cache:
         dtype = dtype_named(self.teachers.manifest.spec["dtype"])  # files hold 16 bits where those are enough
         try:
             if sha256_of(path) != wanted:
-                raise BadData(f"{path} does not match its digest", next=self._mending())
+                raise BadData(f"{path} does not match its digest", fix=self._mending())
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118 - not a mapping
         except OSError as error:
-            raise BadData(f"{path}: {error.strerror}", next=self._mending()) from error
+            raise BadData(f"{path}: {error.strerror}", fix=self._mending()) from error
 
     def same_document(self, row: int) -> None:
         """BadData where the three tables do not hold the same document at `row`."""
@@ -231,7 +231,7 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
             raise InputMissing(f"{root} has no students table {name!r}; it has {', '.join(names) or 'none'}")
         return name
     if not names:
-        raise InputMissing(f"{root} has no finished students table", next=f"xkd-cache align {root} --student ...")
+        raise InputMissing(f"{root} has no finished students table", fix=f"xkd-cache align {root} --student ...")
     differing: dict[str, list[str]] = {}
     for candidate in names:
         plan = read_record(inside(root, "students", candidate, "plan.json"), Plan)  # as the manifest, and shorter
@@ -244,10 +244,10 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
         raise Mismatch(
             f"{root} was not aligned for this student's tokenizer: {listed}",
             kept="the cache as it is",
-            next=f"xkd-cache align {root} --student YOUR_STUDENT",
+            fix=f"xkd-cache align {root} --student YOUR_STUDENT",
         )
     if len(fitting) > 1:
-        raise UsageError(f"{', '.join(fitting)} all fit this student", next="choose one with --student-table NAME")
+        raise UsageError(f"{', '.join(fitting)} all fit this student", fix="choose one with --student-table NAME")
     return fitting[0]
 
 

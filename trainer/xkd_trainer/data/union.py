@@ -48,7 +48,7 @@ def parse_shards(text: str) -> Shards:
     except ValueError:
         weight = math.nan
     if not (root and 0 < weight < math.inf):
-        raise UsageError(f"--shards {text}: {number!r} is not a weight above 0", next="e.g. --shards cache/=2")
+        raise UsageError(f"--shards {text}: {number!r} is not a weight above 0", fix="e.g. --shards cache/=2")
     return Shards(Path(root), weight)
 
 
@@ -68,7 +68,7 @@ class CacheUnion(Cache):
         roots = [cache.students.manifest.root for cache in caches]
         if twice := [cache.root for cache, root in zip(caches, roots, strict=True) if roots.count(root) > 1]:
             raise UsageError(
-                f"--shards: {twice[0]} and {twice[-1]} are the same cache", next="give it once, as CACHE=2"
+                f"--shards: {twice[0]} and {twice[-1]} are the same cache", fix="give it once, as CACHE=2"
             )
         for other in self.caches[1:]:
             advice = f"train on caches that `xkd-cache teacher` and `align` made with the settings of {first.root}"

@@ -217,7 +217,7 @@ def constant_head(head: Head, who: str, *, convert: bool = True) -> Head:
     if head.softcap is not None:
         raise UsageError(
             f"{who} cannot use a head with soft-capped logits (cap {head.softcap})",
-            next="take a model without a cap, such as Gemma 1 or 3",
+            fix="take a model without a cap, such as Gemma 1 or 3",
         )
     weight_VD, bias_V = head.weight_VD, head.bias_V
     if head.scale != 1.0:

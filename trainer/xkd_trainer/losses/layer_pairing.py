@@ -36,7 +36,7 @@ def paired_layers(
         raise UsageError(
             f"{name}.student_layers has {len(student_layers)} layers for the teacher's "
             f"{', '.join(map(str, sorted(teacher_layers)))}",
-            next=f"give {name}.layers and {name}.student_layers in the same number, lowest first",
+            fix=f"give {name}.layers and {name}.student_layers in the same number, lowest first",
         )
     checked_student_layers(name, student_layers, context)
     below = sorted(teacher_layers)
@@ -46,6 +46,6 @@ def paired_layers(
             pairs = ", ".join(f"{s} beside {t}" for t, s in zip(below, beside, strict=True))
             raise UsageError(
                 f"{name} would read a layer twice (student beside teacher layer: {pairs})",
-                next=f"--set losses.{name}.layers=[...] with fewer layers, or losses.{name}.student_layers=[...]",
+                fix=f"--set losses.{name}.layers=[...] with fewer layers, or losses.{name}.student_layers=[...]",
             )
     return tuple(zip(below, beside, strict=True))

@@ -229,7 +229,7 @@ def _strided(settings: MtaSettings, context: Context) -> Picked:
     if min(chosen) < 1:
         raise UsageError(
             f"mta.pick=strided: {settings.num_layers} layers do not fit a student of {context.student_layers}",
-            next="--set losses.mta.num_layers=N, or losses.mta.stride=N",
+            fix="--set losses.mta.num_layers=N, or losses.mta.stride=N",
         )
     beside = [phi(layer, context.student_layers, context.teacher_layers) for layer in chosen]
     levels = [(layer, "phrase" if number else "word") for number, layer in enumerate(beside)]
@@ -237,7 +237,7 @@ def _strided(settings: MtaSettings, context: Context) -> Picked:
         raise UsageError(
             f"mta.pick=strided: student layers {', '.join(map(str, chosen))} stand beside teacher layers "
             f"{', '.join(map(str, beside))}, one of them twice",
-            next="--set losses.mta.num_layers=N with fewer layers",
+            fix="--set losses.mta.num_layers=N with fewer layers",
         )
     missing = [f"{layer}:{unit}" for layer, unit in levels if (layer, unit) not in context.levels]
     if missing:
@@ -247,7 +247,7 @@ def _strided(settings: MtaSettings, context: Context) -> Picked:
             f"mta.pick=strided puts student layers {', '.join(map(str, chosen))} beside "
             f"{', '.join(f'{layer}:{unit}' for layer, unit in levels)} of the teacher, and the cache lacks "
             f"{', '.join(missing)}",
-            next=f"xkd-cache add CACHE --model M --for mta {flags}",
+            fix=f"xkd-cache add CACHE --model M --for mta {flags}",
         )
     return tuple(zip(levels, chosen, strict=True))
 
@@ -266,7 +266,7 @@ def needs(settings: MtaSettings, levels: Levels) -> tuple[Signal, ...]:
     if not levels:
         raise UsageError(
             "loss mta needs span_mass of words or phrases of some teacher layer, and none is cached",
-            next="xkd-cache add CACHE --model M --for mta",
+            fix="xkd-cache add CACHE --model M --for mta",
         )
     names = ["span_mass"]
     names += ["span_geometry"] if settings.lambda_dsa > 0 else []

@@ -43,7 +43,7 @@ def loss_names() -> tuple[str, ...]:
         if name in foreign:
             raise UsageError(
                 f"{foreign[name].value} declares a loss named {name!r}, which is one of XKD's",
-                next="give it another name, or uninstall that package",
+                fix="give it another name, or uninstall that package",
             )
     return (*LOSSES, *foreign)
 
@@ -53,7 +53,7 @@ def loss_named(name: str) -> Declaration:
     if name in LOSSES:
         return LOSSES[name]
     if name not in loss_names():
-        raise UsageError(f"{name!r} is not a loss", next=f"use one of: {', '.join(loss_names())}")
+        raise UsageError(f"{name!r} is not a loss", fix=f"use one of: {', '.join(loss_names())}")
     return plugins.load(name, plugins.installed()[name])
 
 
@@ -76,7 +76,7 @@ def installed() -> Mapping[str, EntryPoint]:
         if other.value != point.value:
             raise UsageError(
                 f"loss {point.name!r} is declared twice: {other.value} and {point.value}",
-                next="uninstall one of the two packages",
+                fix="uninstall one of the two packages",
             )
     return found
 
@@ -92,10 +92,10 @@ def load(name: str, point: EntryPoint) -> Declaration:
         declaration = point.load()
     except Exception as error:  # whatever a foreign module does when imported
         raise UsageError(
-            f"{where} cannot be imported: {type(error).__name__}: {error}", next="mend or uninstall that package"
+            f"{where} cannot be imported: {type(error).__name__}: {error}", fix="mend or uninstall that package"
         ) from error
     if not isinstance(declaration, Declaration) or declaration.name != name:
         raise UsageError(
-            f"{where} is no Declaration named {name!r}", next="see docs/adding-a-loss.md for what a loss declares"
+            f"{where} is no Declaration named {name!r}", fix="see docs/adding-a-loss.md for what a loss declares"
         )
     return declaration

@@ -21,7 +21,7 @@ def refuse_two_tokenizers(name: str, context: Context) -> None:
         raise UsageError(
             f"loss {name} needs one tokenizer on both sides, and {' and '.join(context.tokenizer_differences)} of "
             "the student's and the teacher's differ",
-            next="use dskd_cma or dskd_v2 in --loss",
+            fix="use dskd_cma or dskd_v2 in --loss",
         )
 
 
@@ -31,7 +31,7 @@ def refuse_other_predictions(name: str, batch: Batch) -> None:
         raise BadData(
             f"loss {name}: one of the rows {', '.join(map(str, batch.rows))} has responses of different length in "
             "the student's and the teacher's table, though both have one tokenizer",
-            next="use dskd_cma or dskd_v2 in --loss",
+            fix="use dskd_cma or dskd_v2 in --loss",
         )
 
 
@@ -44,14 +44,14 @@ def refuse_other_tokens(option: str, instead: str, context: Context) -> None:
         raise UsageError(
             f"{option} needs one tokenizer on both sides, and {' and '.join(context.tokenizer_differences)} of the "
             "student's and the teacher's differ",
-            next=f"--set losses.{instead}",
+            fix=f"--set losses.{instead}",
         )
     same, total = context.same_tokens()
     if same == 0:
         raise UsageError(
             f"{option} compares documents that both models read as the same ids, and none of the {total} is: the two "
             "tables have other templates",
-            next=f"xkd-cache align with the teacher's --template, or --set losses.{instead}",
+            fix=f"xkd-cache align with the teacher's --template, or --set losses.{instead}",
         )
 
 

@@ -95,7 +95,7 @@ def layer_shares(beta: Sequence[float], count: int) -> tuple[float, ...]:
     if len(given) != count or not sum(given) > 0:
         raise UsageError(
             f"sra.beta has {len(given)} weights, with sum {sum(given):g}, for {count} layers",
-            next="give one for each of sra.layers and one for the last layer, lowest first, not all 0",
+            fix="give one for each of sra.layers and one for the last layer, lowest first, not all 0",
         )
     return tuple(share / sum(given) for share in given)
 
@@ -208,7 +208,7 @@ def _span_level(settings: SraSettings, levels: tuple[tuple[int, str], ...]) -> t
     if not found:
         raise UsageError(
             f"sra.spans={settings.spans} needs span_mass of some teacher layer on {settings.spans}s, none is cached",
-            next="xkd-cache add CACHE --model M --for mta,sra",
+            fix="xkd-cache add CACHE --model M --for mta,sra",
         )
     return (Signal("span_mass", found[0], settings.spans),)
 

@@ -36,7 +36,7 @@ def parse_loss(text: str) -> dict[str, float]:
         name = found[1] if found else part.partition("=")[0].strip()
         loss_named(name)
         if not found or name in multiples:
-            raise UsageError(f"--loss {text}: {_fault(part.strip(), name in multiples)}", next=HOW)
+            raise UsageError(f"--loss {text}: {_fault(part.strip(), name in multiples)}", fix=HOW)
         multiples[name] = float(found[2] or 1)
     if "=" in text and len(multiples) == 1 and "ce" not in multiples:
         raise _earlier(text)
@@ -78,7 +78,7 @@ def _earlier(text: str) -> UsageError:
     new = "+".join(dict.fromkeys(name for name in names if name != "ce")) or "ce"
     more = HOW if "," in text else f"--loss ce=1+{new}=2 gives {new} twice its weight beside 1 ce"
     return UsageError(
-        f"--loss {text} is not written so any more", next=f"--loss {new} is {formula(parse_loss(new))}; {more}"
+        f"--loss {text} is not written so any more", fix=f"--loss {new} is {formula(parse_loss(new))}; {more}"
     )
 
 

@@ -43,7 +43,7 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count and name.count(".") <= 1:
             return module
     raise UsageError(
-        f"{type(model).__name__}: found no list of {count} blocks to read layers from", next=LAST_STATES_ONLY
+        f"{type(model).__name__}: found no list of {count} blocks to read layers from", fix=LAST_STATES_ONLY
     )
 
 

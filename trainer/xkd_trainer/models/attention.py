@@ -177,5 +177,5 @@ def check_attention(model: PreTrainedModel) -> None:
             raise UsageError(
                 f"the attention of {type(model).__name__} cannot be read: block {layer + 1} returns something else "
                 f"than its map times its values (off by {off:.3g})",
-                next=UNIFORM,
+                fix=UNIFORM,
             )

@@ -58,7 +58,7 @@ class Hardware(Protocol):
 def dtype_named(name: str) -> torch.dtype:
     """The torch dtype; UsageError lists the known names."""
     if dtype_name(name) not in DTYPES:
-        raise UsageError(f"dtype {name!r} is not known", next=f"use one of: {', '.join(DTYPES)}")
+        raise UsageError(f"dtype {name!r} is not known", fix=f"use one of: {', '.join(DTYPES)}")
     return DTYPES[dtype_name(name)]
 
 

@@ -68,7 +68,7 @@ def _checked(model: PreTrainedModel, layer: int, found: _Output | None, last_BLD
         what = "states that a later block writes into"
     raise UsageError(
         f"{type(model).__name__}: block {layer} gives {what} where its last states are {tuple(last_BLD.shape)}",
-        next=LAST_STATES_ONLY,
+        fix=LAST_STATES_ONLY,
     )
 
 
@@ -151,7 +151,7 @@ def _row(model: PreTrainedModel, heard: LastRows, which: str, layer: int, valid_
     if (which, layer - 1) not in heard.rows or layer - 1 in heard.several:
         block = "its last block" if layer == num_layers(model) else f"block {layer}"
         what = "several attention maps" if layer - 1 in heard.several else "no attention map"
-        raise UsageError(f"{type(model).__name__} shows {what} in {block}", next=UNIFORM)
+        raise UsageError(f"{type(model).__name__} shows {what} in {block}", fix=UNIFORM)
     return normalised_row(heard.rows[which, layer - 1], valid_BL)
 
 
@@ -195,5 +195,5 @@ def check_causal(model: PreTrainedModel) -> None:
         raise UsageError(
             f"{type(model).__name__}: its states depend on tokens that come later (by {worst:.3g}), so it is "
             "no causal language model",
-            next="use a causal one; of the BERT family, those whose config.json says is_decoder",
+            fix="use a causal one; of the BERT family, those whose config.json says is_decoder",
         )

@@ -56,7 +56,7 @@ def check_config(folder: Path) -> None:
         if found:
             raise Refused(
                 f"{path} has {', '.join(sorted(found))}, which can run code that came with the model",
-                next="use a model of a built-in architecture, or remove the key after reading what it does",
+                fix="use a model of a built-in architecture, or remove the key after reading what it does",
             )
 
 
@@ -101,7 +101,7 @@ def model_source(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
     """`source_of` a model, which has a configuration."""
     source, options = source_of(name, weights=weights)
     if Path(source).is_dir() and "gguf_file" not in options and not (Path(source) / "config.json").is_file():
-        raise InputMissing(f"model {name}: the folder has no config.json", next="give a folder that holds a model")
+        raise InputMissing(f"model {name}: the folder has no config.json", fix="give a folder that holds a model")
     return source, options
 
 
@@ -120,7 +120,7 @@ def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {"trust_remote_code": False}
     if gguf is not None:
         if not Path(name).is_file():
-            raise InputMissing(f"model {name} is not there", next="give the path of a .gguf file")
+            raise InputMissing(f"model {name} is not there", fix="give the path of a .gguf file")
         options["gguf_file"] = gguf
     _quiet()
     if Path(folder).is_dir():
@@ -163,7 +163,7 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         raise _missing(name, folder, error) from error
     except SafetensorError as error:
         raise InputMissing(
-            f"model {name}: broken weights: {short(error)}", next="copy the model folder again"
+            f"model {name}: broken weights: {short(error)}", fix="copy the model folder again"
         ) from error
     except UNBUILDABLE as error:
         raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
@@ -174,11 +174,11 @@ def _missing(name: str, folder: str, error: OSError | ValueError) -> InputMissin
     if Path(folder).is_dir() and "safetensors" in str(error):
         return Refused(
             f"model {name} has no safetensors weights; pickled weights are not opened",
-            next="convert it: from_pretrained(...).save_pretrained(..., safe_serialization=True) on a trusted machine",
+            fix="convert it: from_pretrained(...).save_pretrained(..., safe_serialization=True) on a trusted machine",
         )
     return InputMissing(
         f"model {name} is neither a model folder here nor a name the hub answers for: {short(error)}",
-        next="give a folder with config.json and model.safetensors, a .gguf file, or a hub name with a network",
+        fix="give a folder with config.json and model.safetensors, a .gguf file, or a hub name with a network",
     )
 
 
@@ -196,7 +196,7 @@ def load_tokenizer(name: str) -> Any:
     folder = path.parent if gguf else path
     looks_local = gguf or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if (gguf and not path.is_file()) or (looks_local and not folder.is_dir()):
-        raise InputMissing(f"{name} is not there", next="name a model folder, FOLDER/FILE.gguf or a hub model")
+        raise InputMissing(f"{name} is not there", fix="name a model folder, FOLDER/FILE.gguf or a hub model")
     if folder.is_dir():
         check_tokenizer(folder)
     source, options = source_of(name, weights=False)
@@ -206,12 +206,12 @@ def load_tokenizer(name: str) -> Any:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise Refused(
-                f"{name}: this tokenizer runs code of its own", next="use a tokenizer with a tokenizer.json"
+                f"{name}: this tokenizer runs code of its own", fix="use a tokenizer with a tokenizer.json"
             ) from error
         place = "in this folder" if folder.is_dir() else "here or on the hub"
         first_line = next(iter(str(error).splitlines()), "")[:160]
         raise InputMissing(
-            f"{name}: no tokenizer {place} that can be read ({first_line})", next="check the name and the connection"
+            f"{name}: no tokenizer {place} that can be read ({first_line})", fix="check the name and the connection"
         ) from error
     encode_texts(tokenizer, [""])
     if "local_files_only" in tokenizer.init_kwargs:  # saved with it, and otherwise True where HF_HUB_OFFLINE is set
@@ -225,7 +225,7 @@ def _readable_json(path: Path) -> None:
         try:
             json.loads(path.read_bytes())
         except ValueError as error:
-            raise InputMissing(f"{path} is not JSON: {error}", next="copy the model folder again") from error
+            raise InputMissing(f"{path} is not JSON: {error}", fix="copy the model folder again") from error
 
 
 def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> PreTrainedModel:
@@ -248,7 +248,7 @@ def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> 
     except UNBUILDABLE as error:
         raise UsageError(
             f"--student new:{spec}: {short(error.__cause__ or error)}",
-            next="e.g. new:llama,layers=4,width=256 or new:gpt2,layers=4",
+            fix="e.g. new:llama,layers=4,width=256 or new:gpt2,layers=4",
         ) from error
     return model
 

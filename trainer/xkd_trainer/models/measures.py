@@ -216,7 +216,7 @@ def unpack_triangle(packed: Tensor, K: int) -> Tensor:
     if packed.shape != (K * (K - 1) // 2,):
         raise BadData(
             f"span geometry: {tuple(packed.shape)} cosines do not fit {K} spans, which need {K * (K - 1) // 2}",
-            next="delete the teacher's table, then run xkd-cache teacher and align again",
+            fix="delete the teacher's table, then run xkd-cache teacher and align again",
         )
     above_KK = torch.ones(K, K, dtype=torch.bool, device=packed.device).triu_(1)
     upper_KK = torch.zeros(K, K, dtype=packed.dtype, device=packed.device).masked_scatter_(above_KK, packed)

@@ -26,7 +26,7 @@ def check_student(folder: Path, *, weights: bool) -> None:
             continue
         if not path.is_file() or sha256_of(path) != expected:
             what = "does not match its digest" if path.is_file() else "is not there"
-            raise BadData(f"{path} {what} in {PROVENANCE}", next=_AGAIN.format(folder=folder))
+            raise BadData(f"{path} {what} in {PROVENANCE}", fix=_AGAIN.format(folder=folder))
 
 
 _AGAIN = "delete {folder} and train again; if you changed it yourself, delete " + PROVENANCE
@@ -47,4 +47,4 @@ def _provenance(folder: Path) -> dict[str, Any]:
             return dict(data)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         pass
-    raise BadData(f"{path} does not match its own digest", next=_AGAIN.format(folder=folder))
+    raise BadData(f"{path} does not match its own digest", fix=_AGAIN.format(folder=folder))

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from xkd_schemas.cache.manifest import refuse_differences
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.console import say, signals_noted, tell_kept, warn
 from xkd_schemas.durable_files import held
 from xkd_schemas.errors import DiskFailed, Mismatch, NonFinite, UsageError
@@ -52,7 +52,7 @@ class Trained:
 
 
 def train(
-    run: RunFile,
+    run: RunConfig,
     *,
     student_table: str = "",
     on_missing: str = "fail",
@@ -71,10 +71,10 @@ def train(
         DiskFailed: The disk is full or failing; earlier checkpoints are untouched.
     """
     if not run.train.out:
-        raise UsageError("no output folder is named", next="--out FOLDER")
+        raise UsageError("no output folder is named", fix="--out FOLDER")
     out = Path(run.train.out)
     if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file", kept="it as it is", next="--out FOLDER")
+        raise UsageError(f"--out {out} is a file", kept="it as it is", fix="--out FOLDER")
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
     ready = set_up(run, student_table, on_missing=on_missing, quiet=quiet)
@@ -90,7 +90,7 @@ def train(
         return _Run(run, ready, order, total, fingerprint, quiet).go(clock)
 
 
-def _fingerprint(run: RunFile, ready: Ready, total: int) -> dict[str, Any]:
+def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
     thinking = reading_of(ready.cache.students.manifest.spec["encoder"])["enable_thinking"]
     train = run.train.model_dump(exclude={"out", "shards", "threads", "log_every", "save_every"})
     return {
@@ -110,7 +110,7 @@ class _Run:
     """The state of one run."""
 
     def __init__(
-        self, run: RunFile, ready: Ready, order: Order, total: int, fingerprint: dict[str, Any], quiet: bool
+        self, run: RunConfig, ready: Ready, order: Order, total: int, fingerprint: dict[str, Any], quiet: bool
     ) -> None:
         self.settings, self.ready, self.order, self.total = run.train, ready, order, total
         self.fingerprint, self.quiet = fingerprint, quiet
@@ -132,7 +132,7 @@ class _Run:
             warn(line)
         if snapshot is None:
             if (self.out / "model.safetensors").exists() and not was_exporting(self.out, self.fingerprint):
-                raise Mismatch(f"{self.out} holds a student of another run", next="choose another --out")
+                raise Mismatch(f"{self.out} holds a student of another run", fix="choose another --out")
             torch.manual_seed(self.settings.seed + 2)
             return 0
         refuse_differences(
@@ -215,7 +215,7 @@ class _Run:
         try:
             yield
         except DiskFailed as error:
-            raise DiskFailed(error.what, kept=self._kept(), next=error.next) from error
+            raise DiskFailed(error.what, kept=self._kept(), fix=error.fix) from error
 
     def _stop(self) -> bool:
         """Whether a signal came to any of the processes: all of them end at the same step."""
@@ -286,7 +286,7 @@ class _Run:
             raise NonFinite(
                 f"step {step + 1}: {', '.join(bad)} not finite on cache rows {rows[:8]}{'...' if rows[8:] else ''}",
                 kept=f"{self._kept()}; no update was made",
-                next="lower --lr, raise train.warmup_ratio, or set train.mixed_precision=no",
+                fix="lower --lr, raise train.warmup_ratio, or set train.mixed_precision=no",
             )
 
     def _save(self, step: int) -> None:

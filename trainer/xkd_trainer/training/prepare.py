@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import Mismatch, UsageError
 from xkd_schemas.signals import Signal
 from xkd_schemas.text.encode import reading_of
@@ -40,7 +40,7 @@ class Ready:
     """Signals that batches carry."""
 
 
-def student_of(run: RunFile, tokenizer: Any) -> PreTrainedModel:
+def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     """The student: loaded, or made new with the run's seed.
 
     Raises:
@@ -58,7 +58,7 @@ def student_of(run: RunFile, tokenizer: Any) -> PreTrainedModel:
     if len(tokenizer) > rows:
         raise UsageError(
             f"student {name} has {rows} embeddings, its tokenizer {len(tokenizer)} tokens",
-            next="use the tokenizer the model was trained with",
+            fix="use the tokenizer the model was trained with",
         )
     return model
 
@@ -69,16 +69,16 @@ def _checked(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return model
 
 
-def set_up(run: RunFile, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
+def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
     """Check and load everything; `on_missing` says what to do where the student's table is not there (missing.py).
 
     Raises:
         XkdError: Whatever is wrong with names, settings, fingerprints or signals, before anything is trained.
     """
     if not run.student.model:
-        raise UsageError("no student is named", next="--student FOLDER, a hub name, or new:llama,layers=4,width=256")
+        raise UsageError("no student is named", fix="--student FOLDER, a hub name, or new:llama,layers=4,width=256")
     if run.student.model.startswith("new:") and not run.student.tokenizer:
-        raise UsageError("a new student needs a tokenizer", next="--student-tokenizer FOLDER")
+        raise UsageError("a new student needs a tokenizer", fix="--student-tokenizer FOLDER")
     weights = parse_loss(run.train.loss)
     settings = {name: loss_named(name).parse(run.losses.get(name, {})) for name in weights}
     unused = sorted(set(run.losses) - set(weights))
@@ -109,7 +109,7 @@ def set_up(run: RunFile, student_table: str, *, on_missing: str = "fail", quiet:
     return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted)
 
 
-def _check_template(run: RunFile, cache: Cache) -> None:
+def _check_template(run: RunConfig, cache: Cache) -> None:
     """Refuse a table whose template is not the one that the run names; auto takes what the table has."""
     encoder, student = reading_of(cache.students.manifest.spec["encoder"]), run.student
     asked = {"template": student.template, "enable_thinking": student.enable_thinking}
@@ -118,11 +118,11 @@ def _check_template(run: RunFile, cache: Cache) -> None:
         raise Mismatch(
             f"{cache.students.folder} was made with {wrong[0]}={encoder[wrong[0]]}, this run says {asked[wrong[0]]}",
             kept="the cache as it is",
-            next=f"leave student.{wrong[0]} out, or {shlex.join(align_command(run, 'NEW_NAME'))}",
+            fix=f"leave student.{wrong[0]} out, or {shlex.join(align_command(run, 'NEW_NAME'))}",
         )
 
 
-def _projectors(run: RunFile, losses: Mapping[str, nn.Module]) -> dict[str, Projectors]:
+def _projectors(run: RunConfig, losses: Mapping[str, nn.Module]) -> dict[str, Projectors]:
     """How each loss's projectors are trained; UsageError where keys are set of a loss that has none."""
     found = {}
     for name, loss in losses.items():
@@ -130,7 +130,7 @@ def _projectors(run: RunFile, losses: Mapping[str, nn.Module]) -> dict[str, Proj
         found[name] = loss_named(name).parse_projectors(values, run.train.projector_lr)
         idle = sorted(set(values) & set(Projectors.model_fields))
         if idle and not any(p.requires_grad for p in loss.parameters()):
-            raise UsageError(f"losses.{name}.{idle[0]}: {name} has no projectors here", next=f"leave out {idle[0]}")
+            raise UsageError(f"losses.{name}.{idle[0]}: {name} has no projectors here", fix=f"leave out {idle[0]}")
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Final
 
 from xkd_schemas.cache.manifest import Plan, read_record
 from xkd_schemas.cache.table import names_in
-from xkd_schemas.config import RunFile
+from xkd_schemas.config import RunConfig
 from xkd_schemas.console import note, say
 from xkd_schemas.durable_files import inside
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
@@ -24,7 +24,7 @@ CHOICES: Final = ("fail", "align")
 PROGRAM: Final = "from xkd_pipeline.cli.app import main; main()"
 
 
-def student_table(run: RunFile, identity: dict[str, str], name: str, *, on_missing: str, quiet: bool = False) -> str:
+def student_table(run: RunConfig, identity: dict[str, str], name: str, *, on_missing: str, quiet: bool = False) -> str:
     """Name of the table of this student's tokens, which is made first where it is missing and `align` is chosen.
 
     Args:
@@ -39,7 +39,7 @@ def student_table(run: RunFile, identity: dict[str, str], name: str, *, on_missi
         InputMissing, Mismatch: There is none, and `fail` is chosen or it could not be made.
     """
     if on_missing not in CHOICES:
-        raise UsageError(f"--on-missing {on_missing}: not known", next=f"use {' or '.join(CHOICES)}")
+        raise UsageError(f"--on-missing {on_missing}: not known", fix=f"use {' or '.join(CHOICES)}")
     root = Path(run.cache)
     try:
         table = find_student(root, identity, name)
@@ -49,14 +49,14 @@ def student_table(run: RunFile, identity: dict[str, str], name: str, *, on_missi
         command = align_command(run, name)
         if on_missing == "fail":
             raise type(error)(
-                error.what, kept=error.kept, next=f"{shlex.join(command)}   (or add --on-missing align)"
+                error.what, kept=error.kept, fix=f"{shlex.join(command)}   (or add --on-missing align)"
             ) from None
         _align(command, quiet)
         table = find_student(root, identity, name)
     return _as_asked(run, table)
 
 
-def _as_asked(run: RunFile, table: str) -> str:
+def _as_asked(run: RunConfig, table: str) -> str:
     """The table; Mismatch where the run asks for another template than it was aligned with."""
     asked = run.student.template
     made = read_record(inside(Path(run.cache), "students", table, "plan.json"), Plan).spec["encoder"]["template"]
@@ -64,15 +64,15 @@ def _as_asked(run: RunFile, table: str) -> str:
         raise Mismatch(
             f"students/{table} was aligned with --template {made}, this run asks for {asked}",
             kept="the cache as it is",
-            next=f"leave --template out, or {shlex.join(align_command(run, f'{table}-{asked}'))}",
+            fix=f"leave --template out, or {shlex.join(align_command(run, f'{table}-{asked}'))}",
         )
     return table
 
 
-def align_command(run: RunFile, name: str) -> list[str]:
+def align_command(run: RunConfig, name: str) -> list[str]:
     """The `xkd-cache align` command for the student of a run.
 
-    >>> " ".join(align_command(RunFile(cache="c", student={"tokenizer": "tok", "template": "chat"}), ""))
+    >>> " ".join(align_command(RunConfig(cache="c", student={"tokenizer": "tok", "template": "chat"}), ""))
     'xkd-cache align c --student tok --template chat --max-tokens 1024'
     """
     student = run.student
@@ -88,13 +88,13 @@ def align_command(run: RunFile, name: str) -> list[str]:
 def _align(command: list[str], quiet: bool) -> None:
     line = shlex.join(command)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("several processes cannot align at once", next=f"once, before training: {line}")
+        raise UsageError("several processes cannot align at once", fix=f"once, before training: {line}")
     if importlib.util.find_spec("xkd_pipeline") is None:
-        raise InputMissing("xkd-cache is not installed here", next=f"pip install 'xkd-toolkit[pipeline]', then {line}")
+        raise InputMissing("xkd-cache is not installed here", fix=f"pip install 'xkd-toolkit[pipeline]', then {line}")
     note(line)
     program = [sys.executable, "-P", "-c", PROGRAM, *command[1:]]
     done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=False)
     for said in done.stdout.splitlines() if not quiet else ():
         say(said)
     if done.returncode:
-        raise InputMissing(f"aligning ended with exit code {done.returncode}", kept="the cache", next=line)
+        raise InputMissing(f"aligning ended with exit code {done.returncode}", kept="the cache", fix=line)

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from xkd_schemas.ragged import firsts
+from xkd_schemas.ragged import row_offsets
 from xkd_schemas.tokens import Bools
 
 LETTERS: Final = frozenset("\u0e33\u0eb3\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
@@ -86,6 +86,6 @@ def doubtful(texts: Sequence[str], *, deep: bool, maps: bool = False) -> Bools:
         bad |= known.changes[before]
     if maps:
         bad |= known.controls[code]
-    ends = firsts([len(texts[n]) + 1 for n in numbers])[1:]
+    ends = row_offsets([len(texts[n]) + 1 for n in numbers])[1:]
     found[np.array(numbers)[np.searchsorted(ends, at[bad], side="right")]] = True
     return found

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xkd_schemas.ragged import firsts
+from xkd_schemas.ragged import row_offsets
 from xkd_schemas.text.normalizer.offsets import Normalised
-from xkd_schemas.text.offsets import Read, content_intervals
+from xkd_schemas.text.offsets import EncodedText, content_intervals
 from xkd_schemas.text.tokenizers import Encoded
 from xkd_schemas.tokens import OK, Bools, Int32s
 
@@ -31,7 +31,7 @@ class Intervals(NamedTuple):
     """[R] tokens that have other characters than the library's offsets say."""
 
 
-def explained(read: Read, ids_C: Int32s, normalised: Normalised) -> Intervals:
+def explained(read: EncodedText, ids_C: Int32s, normalised: Normalised) -> Intervals:
     """`content_intervals`, of what was merged, swapped or deleted too.
 
     Args:
@@ -63,11 +63,11 @@ def explained(read: Read, ids_C: Int32s, normalised: Normalised) -> Intervals:
     return found._replace(statuses=[OK if good else s for good, s in zip(good_R.tolist(), statuses, strict=True)])
 
 
-def _part(read: Read, wanted_R: Bools, wanted_C: Bools) -> Read:
+def _part(read: EncodedText, wanted_R: Bools, wanted_C: Bools) -> EncodedText:
     """The wanted documents alone."""
     wanted_G = wanted_R[read.document_G]
     return replace(
         read, texts=list(itertools.compress(read.texts, wanted_R.tolist())),
         document_G=(np.cumsum(wanted_R) - 1)[read.document_G[wanted_G]], segments_G2=read.segments_G2[wanted_G],
-        offsets_C2=read.offsets_C2[wanted_C], first=firsts(np.diff(read.first)[wanted_G]),
+        offsets_C2=read.offsets_C2[wanted_C], first=row_offsets(np.diff(read.first)[wanted_G]),
     )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from xkd_schemas.ragged import firsts
+from xkd_schemas.ragged import row_offsets
 from xkd_schemas.tokens import Bools
 
 REACHES: Final = (1, 2, 4, 8, 16)
@@ -48,9 +48,9 @@ class Parts:
 
     def __init__(self, normalise: Normalise) -> None:
         self.normalise = normalise
-        self._form = Known(normalise)
-        self._apart = Known(self._is_apart)
-        self._word = Known(lambda word: self._cut(word, self._form[word]))
+        self._form = Memo(normalise)
+        self._apart = Memo(self._is_apart)
+        self._word = Memo(lambda word: self._cut(word, self._form[word]))
 
     def of(self, text: str, normal: str) -> Cut | None:
         """The parts of a text and its normalised form; None if it is not explained.
@@ -70,7 +70,7 @@ class Parts:
         if not pieces or None in pieces:
             return None
         sizes, forms, blank = (list(itertools.chain.from_iterable(part)) for part in zip(*pieces, strict=True))
-        return Cut(firsts(sizes), firsts(forms), np.array(blank, np.bool_))
+        return Cut(row_offsets(sizes), row_offsets(forms), np.array(blank, np.bool_))
 
     def _cut(self, text: str, normal: str) -> tuple[list[int], list[int], list[bool]] | None:
         """Of each part the length, the length of its form, and whether nothing or only blanks are left of it."""
@@ -92,7 +92,7 @@ class Parts:
         return bool(self._form[left + right] == self._form[left] + self._form[right])
 
 
-class Known(dict[Any, Any]):
+class Memo(dict[Any, Any]):
     """What a function gave for short strings; forgotten when it is too much."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:

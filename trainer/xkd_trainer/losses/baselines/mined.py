@@ -163,7 +163,7 @@ class Mined(nn.Module):
     def __init__(self, settings: MinedSettings, context: Context) -> None:
         super().__init__()
         if importlib.util.find_spec("rapidfuzz") is None:
-            raise UsageError("mined needs rapidfuzz, which is not installed", next="pip install rapidfuzz")
+            raise UsageError("mined needs rapidfuzz, which is not installed", fix="pip install rapidfuzz")
         self._alignment = importlib.import_module("xkd_trainer.losses.baselines.mined_alignment")
         self.settings = settings
         student, teacher = context.student_vocab, context.teacher_vocab

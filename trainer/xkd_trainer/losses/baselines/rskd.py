@@ -97,7 +97,7 @@ class Rskd(nn.Module):
             raise BadData(
                 f"loss rskd: class {highest} is drawn in one of the rows {', '.join(map(str, batch.rows))}, the "
                 f"tokenizer has ids below {self.classes}",
-                next="xkd-cache verify CACHE --level deep",
+                fix="xkd-cache verify CACHE --level deep",
             )
         return {"sampled_kl": batch.num_predictions}
 

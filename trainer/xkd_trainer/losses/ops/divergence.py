@@ -169,7 +169,7 @@ def divergence(
     if kind not in DIVERGENCES:
         raise UsageError(f"losses: {kind!r} is not a divergence. Known: {', '.join(DIVERGENCES)}")
     if not temperature > 0:
-        raise UsageError(f"losses: temperature is {temperature}", next="set it to a number greater than 0")
+        raise UsageError(f"losses: temperature is {temperature}", fix="set it to a number greater than 0")
     log_q_NV = (at_least_float32(student_logits_NV) / temperature).log_softmax(-1)
     log_p_NV = (at_least_float32(teacher_logits_NV) / temperature).log_softmax(-1)
     return DIVERGENCES[kind](log_p_NV, log_q_NV, knobs or Knobs())

@@ -15,7 +15,7 @@ from torch import Tensor
 from xkd_trainer.losses.ops.chunked import chunked
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits as LazyLogits
 from xkd_trainer.losses.ops.lazy_logits import rows_at_once
-from xkd_trainer.losses.ops.shared_pass import Wish, joint_sum
+from xkd_trainer.losses.ops.shared_pass import PassRequest, joint_sum
 from xkd_trainer.losses.ops.softmax_rows import Comparison as Comparison
 from xkd_trainer.losses.ops.term import at_least_float32
 
@@ -72,7 +72,7 @@ def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
     """
 
     everywhere = torch.ones_like(target_N, dtype=torch.bool)
-    return joint_sum(logits, target_N, everywhere, [Wish()], _one(logits), rows_at_once(logits))[0]
+    return joint_sum(logits, target_N, everywhere, [PassRequest()], _one(logits), rows_at_once(logits))[0]
 
 
 def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor | None, how: Comparison) -> Tensor:
@@ -97,7 +97,7 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
         Scalar with gradient by the student's states, and by its head where that requires one. 0 where N is 0.
     """
     weights_N1 = None if weights_N is None else weights_N.detach()[:, None]
-    wish = Wish(other=teacher.detached(), how=how, weights_M1=weights_N1)
+    wish = PassRequest(other=teacher.detached(), how=how, weights_M1=weights_N1)
     nowhere_N = torch.zeros(student.hidden.shape[0], dtype=torch.int64, device=student.hidden.device)
     return joint_sum(student, nowhere_N, nowhere_N == 0, [wish], _one(student), rows_at_once(student))[0]
 

@@ -43,7 +43,7 @@ Both at temperature 1, without gradient, 0 where not valid. A document's weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Wish:
+class PassRequest:
     """One sum over the valid positions."""
 
     other: LazyLogits | None = None
@@ -79,7 +79,7 @@ def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
 
 
 def joint_sum(
-    own: LazyLogits, target_M: Tensor, valid_BN: Tensor, wishes: Sequence[Wish], factors_K: Tensor, size: int
+    own: LazyLogits, target_M: Tensor, valid_BN: Tensor, wishes: Sequence[PassRequest], factors_K: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
     """Sum over k of factor times wish k, and the wishes' sums.
 
@@ -114,7 +114,7 @@ class _Pass:
         self,
         logits: Sequence[LazyLogits],
         target_M: Tensor,
-        placed: Sequence[tuple[int, Wish]],
+        placed: Sequence[tuple[int, PassRequest]],
         factors_K: Tensor,
         learns: Sequence[bool],
     ) -> None:
@@ -248,7 +248,7 @@ class Planned:
     """
 
     plan: "HeadPlan"
-    wish: Wish
+    wish: PassRequest
 
     @property
     def total(self) -> Tensor:
@@ -287,7 +287,7 @@ class HeadPlan:
         Args:
             other: States [B, N, E], which learn, and a head of the student's classes, which does not.
         """
-        return Planned(plan=self, wish=Wish(other=other))
+        return Planned(plan=self, wish=PassRequest(other=other))
 
     def divergence(
         self, other: LazyLogits, how: Comparison, *, weigh: Weigh | None = None, classes: int | None = None
@@ -300,7 +300,7 @@ class HeadPlan:
             weigh: Weights of the positions of some documents; None: 1 everywhere. See `head_pass.Weigh`.
             classes: Compare the first so many classes, which both heads have; None: all, and they are the same.
         """
-        return Planned(plan=self, wish=Wish(other=other, how=how, weigh=weigh, classes=classes))
+        return Planned(plan=self, wish=PassRequest(other=other, how=how, weigh=weigh, classes=classes))
 
     def run(self, wanted: Sequence[Planned], factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """All at once.

@@ -134,7 +134,7 @@ def shared_vocabulary(
     if not pairs:
         raise UsageError(
             f"vocabularies of {len(student_vocab)} and {len(teacher_vocab)} tokens share none ({mode})",
-            next="set shared_vocab of the loss to the other value, or use a loss that needs no shared classes",
+            fix="set shared_vocab of the loss to the other value, or use a loss that needs no shared classes",
         )
     ids_V2 = torch.tensor(pairs, dtype=torch.int64)
     return ids_V2[:, 0].contiguous(), ids_V2[:, 1].contiguous()
