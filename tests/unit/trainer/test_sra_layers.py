@@ -1,6 +1,8 @@
 """SRA in several layers and with centrality: against loops over single documents, and what must not matter."""
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +13,17 @@ import one_tokenizer as one
 import slow_losses as slow
 import tiny_models as tiny
 from one_step import assert_padding_and_cuts_change_nothing
+from xkd_pipeline.capture import TeacherSettings
+from xkd_pipeline.run import Workers
+from xkd_pipeline.stages import align_stage
+from xkd_pipeline.teacher import make_teacher
 from xkd_schemas.errors import UsageError
+from xkd_schemas.teacher import Signal
 from xkd_schemas.tokens import CONTENT
 from xkd_trainer.losses.sra import SraSettings, layer_shares
 from xkd_trainer.methods.declaration import Levels
 from xkd_trainer.methods.sra import needs
-from xkd_trainer.setup import Ready
+from xkd_trainer.setup import Ready, set_up
 from xkd_trainer.stream import batch_of
 
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -185,3 +192,25 @@ def test_needs_are_those_of_the_layers_and_the_weights() -> None:
     assert columns(weights="uniform", layers=(3,)) == {"hidden@3"}
     with pytest.raises(ValidationError):
         SraSettings(beta=(-1.0,))
+
+
+def test_a_cache_made_before_is_told_the_command_that_adds_the_text_tokens_row(tmp_path: Path) -> None:
+    """Its row is the end token's, under another name: it is read with end_token=include alone."""
+    shutil.copytree(one.cache() / "documents", tmp_path / "documents")
+    settings = TeacherSettings(
+        model=str(tiny.tiny_cache().teacher), template="none", dtype="float32", batch_tokens=256
+    )
+    before = (Signal("hidden_last"), Signal("attention_last"), Signal("argmax"))
+    make_teacher(tmp_path, "teacher", settings, lambda _: before, Workers(count=0))
+    student = {"student__model": one.student(one.SAME), "student__name": one.SAME, "student__template": "none"}
+    align_stage(tiny.tiny_cache().run(cache=str(tmp_path), **student), Workers(count=0))
+
+    def ready(**settings: Any) -> None:
+        set_up(tiny.tiny_cache().run(cache=str(tmp_path), loss="sra", losses={"sra": settings}, **student), one.SAME)
+
+    with pytest.raises(
+        UsageError,
+        match=r"loss sra needs .*attention_text@4.*Next: xkd-cache add .* --to teacher --signals attention_text@4",
+    ):
+        ready()
+    ready(end_token="include")
