@@ -92,10 +92,15 @@ def pair(
     teacher_template: Annotated[str | None, typer.Option(help="Of the teacher: auto, none, alpaca or chat.")] = None,
     enable_thinking: ThinkingOption = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
+    with_models: Annotated[
+        bool, typer.Option("--with-models", help="Run both models on the sample: is the teacher better?")
+    ] = False,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say how well two tokenizers go together on some text. Before any capture; loads no model.
+    """Say how well two tokenizers go together on some text, and with --with-models whether the teacher is better.
+
+    Before any capture; loads no model unless told to.
 
     Example: xkd-cache pair models/teacher models/student train.jsonl
     """
@@ -110,9 +115,17 @@ def pair(
     }  # fmt: skip
     run = _run_of(None, sets, flags)
     theirs, ours = encoder_for(teacher, run.teacher), encoder_for(student, run.student)
-    found = compare(theirs, ours, read_sample(run, sample), worst=worst, width=width)
+    rows = read_sample(run, sample)
+    found = compare(theirs, ours, rows, worst=worst, width=width)
+    if with_models:
+        from xkd_pipeline.reports.compare_models import compare_models, model_lines
+
+        found["bits_per_byte"] = compare_models((teacher, student), (theirs, ours), run.teacher.dtype, rows)
     if as_json:
         say_json(found)
         return
     for line in pair_lines(found):
         say(line)
+    if with_models:
+        for line in model_lines(found["bits_per_byte"]):
+            say(line)

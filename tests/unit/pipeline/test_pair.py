@@ -2,23 +2,33 @@
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Regex, normalizers
 
 import four_tokenizers
+import tiny_models as tiny
 from normalising_tokenizers import normalising
 from small_cache import corpus_rows, made, run_file, write_rows
 from xkd_pipeline.cli.reports import pair as command
+from xkd_pipeline.reports import compare_models as pair_models
+from xkd_pipeline.reports.compare_models import compare_models
 from xkd_pipeline.reports.compare_tokenizers import compare, normaliser_of, special_differences, vocabularies
 from xkd_pipeline.reports.comparison_text import pair_lines
 from xkd_pipeline.reports.sample import read_sample
 from xkd_schemas.cache.table import Table
+from xkd_schemas.documents import Document
 from xkd_schemas.errors import InputMissing
 from xkd_schemas.text.encode import Encoder
+from xkd_schemas.tokens import CONTENT
+from xkd_trainer.models.loading import load_model
+
+BOTH = ("byte_level", "sentencepiece")
 
 
 def encoder(kind: str, max_tokens: int = 1000) -> Encoder:
@@ -137,11 +147,62 @@ def test_hostile_text_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.C
 
 def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     corpus = [str(made() / "corpus.jsonl")]
+    capsys.readouterr()  # what making it said
 
     command(str(made() / "teacher"), str(made() / "student"), corpus, sample=5, worst=1, width=80, as_json=True)
 
     found = json.loads(capsys.readouterr().out)
     assert (found["sample"]["documents"], len(found["worst"])) == (5, 1)
+
+
+def nats_by_hand(model: Any, encoder: Encoder, documents: Sequence[Document], ends: Sequence[int]) -> list[float]:
+    """-log p of the target tokens that carry text and bytes of that text, each document on its own."""
+    nats, size = 0.0, 0
+    for document, end in zip(documents, ends, strict=True):
+        row = encoder.encode(document, end)
+        log_p = model(torch.tensor([row.ids.tolist()])).logits[0].double().log_softmax(-1)
+        for t in range(1, len(row.ids)):
+            if row.targets[t] and row.kinds[t] == CONTENT:
+                nats -= float(log_p[t - 1, int(row.ids[t])])
+        size += sum(len(document.text[s.start : min(s.end, end)].encode()) for s in document.segments if s.target)
+    return [nats, size]
+
+
+@torch.no_grad()
+def test_bits_per_byte_of_both_models_are_over_the_same_characters(tmp_path: Path) -> None:
+    corpus = write_rows(tmp_path / "rows.jsonl", corpus_rows(4))
+    sample = read_sample(run_file(tmp_path / "c", documents={"corpus": [str(corpus)]}), 9)
+    folders = [str(tiny.saved(tiny.llama(k, seed=n, layers=1, width=8), k, tmp_path / k)) for n, k in enumerate(BOTH)]
+    theirs, ours = encoder(BOTH[0], max_tokens=40), encoder(BOTH[1], max_tokens=30)
+
+    found = compare_models((folders[0], folders[1]), (theirs, ours), "float32", sample)
+
+    first = [row.num_chars for row in theirs.encode_batch(sample.documents)]
+    ends = [row.num_chars for row in ours.encode_batch(sample.documents, first)]
+    assert any(end < len(d.text) for end, d in zip(ends, sample.documents, strict=True))
+    for side, folder, reader in zip(("teacher", "student"), folders, (theirs, ours), strict=True):
+        model = load_model(folder, dtype=torch.float32)
+        nats, size = nats_by_hand(model, reader, sample.documents, ends)
+        assert found[side] == pytest.approx(nats / math.log(2) / size, rel=1e-5), side
+        assert found["bytes"] == size
+    assert found["documents"] == len(sample.documents)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_teacher_that_is_not_better_than_the_untrained_student_is_warned_about(
+    better: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter([1.25 if better else 1.5, 1.5])
+    monkeypatch.setattr(
+        pair_models, "bits_per_byte", lambda _model, _pairs: {"bytes": 9, "bits_per_byte": next(answers)}
+    )
+
+    folder = str(made() / "teacher")
+    command(folder, folder, [str(made() / "corpus.jsonl")], sample=5, worst=0, with_models=True)
+
+    out = capsys.readouterr().out
+    assert f"teacher {1.25 if better else 1.5:.3f}, untrained student 1.500" in out
+    assert ("warning: the teacher is not better than the untrained student on these rows" in out) != better
 
 
 def test_a_tokenizer_that_is_not_there_is_refused() -> None:

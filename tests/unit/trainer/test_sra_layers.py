@@ -1,6 +1,8 @@
 """SRA in several layers and with centrality: against loops over single documents, and what must not matter."""
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +13,17 @@ import one_tokenizer as one
 import slow_losses as slow
 import tiny_models as tiny
 from one_step import assert_padding_and_cuts_change_nothing
+from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.capture.stage import make_teacher
+from xkd_pipeline.stages import align_stage
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import UsageError
+from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import CONTENT
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.sra import SraSettings, layer_shares, needs
-from xkd_trainer.training.prepare import Ready
+from xkd_trainer.training.prepare import Ready, set_up
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"layers": [2, 3], "beta": [1, 2, 5], "spans": "phrase"},
@@ -184,3 +191,25 @@ def test_needs_are_those_of_the_layers_and_the_weights() -> None:
     assert columns(weights="uniform", layers=(3,)) == {"hidden@3"}
     with pytest.raises(ValidationError):
         SraSettings(beta=(-1.0,))
+
+
+def test_a_cache_made_before_is_told_the_command_that_adds_the_text_tokens_row(tmp_path: Path) -> None:
+    """Its row is the end token's, under another name: it is read with end_token=include alone."""
+    shutil.copytree(one.cache() / "documents", tmp_path / "documents")
+    settings = TeacherSettings(
+        model=str(tiny.tiny_cache().teacher), template="none", dtype="float32", batch_tokens=256
+    )
+    before = (Signal("hidden_last"), Signal("attention_last"), Signal("argmax"))
+    make_teacher(tmp_path, "teacher", settings, lambda _: before, Workers(count=0))
+    student = {"student__model": one.student(one.SAME), "student__name": one.SAME, "student__template": "none"}
+    align_stage(tiny.tiny_cache().run(cache=str(tmp_path), **student), Workers(count=0))
+
+    def ready(**settings: Any) -> None:
+        set_up(tiny.tiny_cache().run(cache=str(tmp_path), loss="sra", losses={"sra": settings}, **student), one.SAME)
+
+    with pytest.raises(
+        UsageError,
+        match=r"loss sra needs .*attention_text@4.*Next: xkd-cache add .* --to teacher --signals attention_text@4",
+    ):
+        ready()
+    ready(end_token="include")
