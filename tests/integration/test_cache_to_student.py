@@ -160,7 +160,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from xkd_schemas import table
+from xkd_schemas.cache import table
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
 table.READY_BATCHES = table.OPEN_SHARDS = 1

@@ -136,7 +136,7 @@ def test_deep_verification_sees_what_cannot_be() -> None:
 def test_deep_verification_looks_at_drawn_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deep, "fault_of", lambda entries, classes: f"{entries.shape[1]} of {classes > 300}")
 
-    reasons = list(deep.reasons_of(captured(), Table(captured(), "teachers/drawn"), 1))
+    reasons = list(deep._reasons(captured(), Table(captured(), "teachers/drawn"), 1))
 
     assert len(reasons) == 8
     assert f"{COLUMN}: {K} of True" in reasons[0]
