@@ -73,7 +73,8 @@ class Store:
         self.known_cares: dict[int, MadeDifferently] = {}
         if (plan.spec, plan.units) == (self.plan.spec, self.plan.units):
             return
-        advice = f"repeat the first command's settings, or write to a new folder than {root}"
+        advice = "repeat the first command's settings"
+        advice += f"; other rows: --out OTHER, then xkd-train --shards {root} --shards OTHER"
         if table != "documents":
             advice = (
                 f"repeat the first command's settings, or give this one another --name (now {table.split('/')[-1]})"

@@ -11,7 +11,7 @@ from xkd_schemas.errors import InputMissing, Mismatch
 
 def here(folder: Path, **changes: object) -> Place:
     (folder / "mark").touch()
-    values = {"cwd": str(Path.cwd()), "paths": (folder,), "mark": folder / "mark", "versions": versions()}
+    values = {"paths": (folder,), "mark": folder / "mark", "versions": versions()}
     return Place(**{**values, **changes})
 
 
