@@ -105,5 +105,5 @@ def test_every_loss_trains_without_the_folder_of_compiled_kernels(tmp_path: Path
     trainer, compiled, terms = json.loads(ended.stdout.splitlines()[-1])
     assert Path(trainer).is_relative_to(tmp_path)
     assert not compiled
-    assert {name.partition(".")[0] for name in terms} == set(LOSSES)
+    assert set(LOSSES) <= {name.partition(".")[0] for name in terms}
     assert all(math.isfinite(value) for value in terms.values())

@@ -1,0 +1,33 @@
+"""docs/architecture.md names files and folders that are there, and says what each sub-package says itself."""
+
+import ast
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+PACKAGES = ("schemas/xkd_schemas", "trainer/xkd_trainer", "pipeline/xkd_pipeline")
+FOLDERS = [str(p.parent.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).glob("**/*/__init__.py")]
+    str(path.parent.relative_to(ROOT)) for p in PACKAGES for path in sorted((ROOT / p).glob("**/*/__init__.py"))
+]
+ROWS = {cells[0].strip("`"): cells[1:] for cells in re.findall(r"^\| (.*?) \| (.*) \| (.*) \| (.*) \|$", PAGE, re.M)}
+
+
+def test_every_file_that_the_map_names_is_there() -> None:
+    roots = [ROOT, ROOT / "docs", *(ROOT / package for package in PACKAGES), *((ROOT / p).parent for p in PACKAGES)]
+    named = {*re.findall(r"`([\w./]+\.(?:py|toml))`", PAGE), *re.findall(r"\]\(([^)#]+)\)", PAGE)}
+
+    assert len(named) > 40
+    assert [name for name in sorted(named) if not any((root / name).exists() for root in roots)] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_sub_package_says_the_three_lines_of_its_row(folder: str) -> None:
+    said = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())) or ""
+    purpose, imports, lost = (cell.replace("**", "") for cell in ROWS[folder])
+
+    row = f"{purpose[0].upper()}{purpose[1:]}.\n\nMay import: {imports}.\nLost without it: {lost}."
+    assert textwrap.dedent(said).split() == row.split()
