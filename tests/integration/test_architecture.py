@@ -10,9 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 PACKAGES = ("schemas/xkd_schemas", "trainer/xkd_trainer", "pipeline/xkd_pipeline")
-FOLDERS = [str(p.parent.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).glob("**/*/__init__.py")]
-    str(path.parent.relative_to(ROOT)) for p in PACKAGES for path in sorted((ROOT / p).glob("**/*/__init__.py"))
-]
+FOLDERS = [str(p.parent.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).glob("*/**/__init__.py")]
 ROWS = {cells[0].strip("`"): cells[1:] for cells in re.findall(r"^\| (.*?) \| (.*) \| (.*) \| (.*) \|$", PAGE, re.M)}
 
 
