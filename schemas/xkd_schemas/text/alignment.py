@@ -122,6 +122,17 @@ def in_rows(spans_K4: Int32s, ends_E2: Int32s | Int64s, student_at_S: Int64s, te
     return ordered_K4
 
 
+def exact_pairs(student_spans: Int32s, teacher_spans: Int32s) -> Int32s:
+    """Token pairs [E, 2] int32 of the aligned spans that are one token on each side.
+
+    >>> exact_pairs(np.array([[0, 1], [1, 3]]), np.array([[4, 5], [5, 6]])).tolist()
+    [[0, 4]]
+    """
+    single_K = (np.diff(student_spans, axis=1) == 1) & (np.diff(teacher_spans, axis=1) == 1)
+    pairs_E2: Int32s = np.stack([student_spans[:, 0], teacher_spans[:, 0]], axis=1)[single_K[:, 0]].astype(np.int32)
+    return pairs_E2
+
+
 def token_ranges(tokens: Tokens, intervals_K2: Int32s) -> Int32s:
     """For every word or phrase, the range [K, 2] int32 of the row's tokens that lie inside it whole.
 
