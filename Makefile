@@ -10,12 +10,15 @@ CHECK := build/wheel-check
 # A file's tests on one worker, in the order of the files: the long ones of tests/integration come first.
 JOBS  ?= 2
 SHARE := --dist loadgroup --no-loadscope-reorder
+# Unit tests that touch neither a model's folder nor the disk, found by what they name.
+QUICK  = $(shell grep -rLE 'tmp_path|small_cache|tiny_models|subprocess|from_pretrained|four_tokenizers|families' \
+    tests/unit --include='test_*.py') tests/integration/test_architecture.py
 # Each library's oldest instructions: another order of sums, other last bits.
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic
 # One thread a process: tests run several processes, and torch with more threads than free cores crawls.
 ONE   := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: help install lint types layers test plain demo preprocess bench wheel clean
+.PHONY: help install fmt lint types layers check test plain demo preprocess bench wheel clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk '{name = $$1; sub(/^[a-z]*: /, ""); sub(/:/, "", name); printf "make %-11s %s\n", name, $$0}'
@@ -35,9 +38,15 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
-lint: install           ## ruff: rules and format
+fmt: install            ## ruff formats, and mends what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: install           ## ruff's rules and format, dead code, lines of each sub-package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vulture
+	$(BIN)/python .ci/lines.py
 
 types: install          ## mypy --strict over the three packages and the demo's scripts
 	$(BIN)/mypy
@@ -45,6 +54,9 @@ types: install          ## mypy --strict over the three packages and the demo's 
 
 layers: install         ## who may import whom
 	$(BIN)/lint-imports --no-logo
+
+check: lint types layers ## the checks, and the quick tests: under a minute
+	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) $(QUICK)
 
 test: lint types layers ## all checks, tests and docstring examples
 	$(ONE) $(BIN)/python -m pytest -n $(JOBS) $(SHARE) --doctest-modules tests schemas trainer pipeline

@@ -143,6 +143,20 @@ class RunConfig(_Section):
     losses: dict[str, dict[str, Any]] = {}
     """Settings of single losses, checked by the loss: `[losses.mta] hid = "off"`."""
 
+    @classmethod
+    def load(cls, path: str | Path | None = None, **changed: Any) -> "RunConfig":
+        """Read a run file, with other values for some keys: `RunConfig.load(path, teacher={"codec": "int8"})`.
+
+        Args:
+            path: A TOML file; None for the defaults.
+            changed: Values by key; those of a section as a dict, which leaves its other keys as they are.
+
+        Raises:
+            InputMissing: The file is not there or not TOML.
+            UsageError: A key or value is wrong.
+        """
+        return _checked(_merged(_read(path), changed), path or "RunConfig.load")
+
 
 def default_of(key: str) -> str:
     """What `section.key` is where nobody sets it, for the help of a flag.
@@ -163,20 +177,39 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         InputMissing: The file is not there or not TOML.
         UsageError: A key or value is wrong; the message names it and suggests the nearest known key.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputMissing(f"run file {path}: {error.strerror}", fix="give the path of a .toml file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputMissing(f"run file {path} is not TOML: {error}", fix="mend that line") from None
+    data = _read(path)
     for override in overrides:
         _apply(data, override)
+    return _checked(data, path or "--set")
+
+
+def _read(path: str | Path | None) -> dict[str, Any]:
+    """The keys of a run file; none without a path."""
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputMissing(f"run file {path}: {error.strerror}", fix="give the path of a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputMissing(f"run file {path} is not TOML: {error}", fix="mend that line") from None
+
+
+def _checked(data: dict[str, Any], where: str | Path) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise _explained(str(path or "--set"), error) from None
+        raise _explained(str(where), error) from None
+
+
+def _merged(data: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of both; sections are merged, other values are those of `changed`.
+
+    >>> _merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
+    {'a': {'b': 1, 'c': 3}}
+    """
+    sections = {key for key in changed if isinstance(data.get(key), dict) and isinstance(changed[key], Mapping)}
+    return {**data, **changed, **{key: _merged(data[key], changed[key]) for key in sections}}
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -3,7 +3,10 @@
 import functools
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.registry import LOSSES
 from xkd_trainer.training.loop import train
 
+ROOT = Path(__file__).parents[2]
 OTHER, SAME = "S-all", "T-all"
 """Student tables: another tokenizer than the teacher's, and the teacher's own."""
 
@@ -74,3 +78,32 @@ def test_a_loss_falls_from_the_cache(loss: str, tmp_path: Path) -> None:
 def test_a_loss_trains_a_student_with_the_teachers_tokenizer_too(loss: str, tmp_path: Path) -> None:
     trained = train(run_of(SAME, loss, tmp_path), student_table=SAME, quiet=True)
     assert all(math.isfinite(value) for value in trained.terms.values())
+
+
+ONE_STEP = """
+import json, sys
+import xkd_trainer
+from xkd_schemas import RunConfig
+run = RunConfig.load(None, **json.loads(sys.argv[1]))
+trained = xkd_trainer.train(run, student_table=sys.argv[2], quiet=True)
+print(json.dumps([xkd_trainer.__file__, "numba" in sys.modules, trained.terms]))
+"""
+
+
+def test_every_loss_trains_without_the_folder_of_compiled_kernels(tmp_path: Path) -> None:
+    for package in ("schemas/xkd_schemas", "trainer/xkd_trainer"):
+        copy = tmp_path / Path(package).name
+        shutil.copytree(ROOT / package, copy, ignore=shutil.ignore_patterns("__pycache__", "cpu_kernels"))
+    run = run_of(SAME, "+".join(LOSSES), tmp_path / "out").model_dump(exclude_unset=True)
+    run["train"] |= {"loss": "+".join(f"{name}=1" for name in LOSSES), "steps": 1, "batch_size": 4}
+
+    code = [sys.executable, "-c", ONE_STEP, json.dumps(run), SAME]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(code, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+
+    assert ended.returncode == 0, ended.stderr
+    trainer, compiled, terms = json.loads(ended.stdout.splitlines()[-1])
+    assert Path(trainer).is_relative_to(tmp_path)
+    assert not compiled
+    assert set(LOSSES) <= {name.partition(".")[0] for name in terms}
+    assert all(math.isfinite(value) for value in terms.values())

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -31,7 +31,7 @@ class ParserSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["spacy", "benepar"] = "spacy"
+    kind: str = "spacy"
     """spacy: noun chunks and verb groups, as MTA's published code. benepar: constituents NP and VP."""
     model: str = DEFAULT_PIPELINE
     """Name or folder of the spaCy pipeline; for benepar it cuts words and sentences, and may be blank:en."""

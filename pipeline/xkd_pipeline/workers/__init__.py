@@ -1,1 +1,5 @@
-"""workers."""
+"""Units of work in this process or on Ray; the only door to Ray.
+
+May import: schemas.
+Lost without it: parallel work, retries, smaller batches when memory runs out.
+"""

@@ -1,1 +1,5 @@
-"""The losses as pure functions, one paper to a module; each returns a `LossTerm` of a sum and a count."""
+"""One file a paper: mathematics first, then the wiring to the cache.
+
+May import: its own `baselines` and `ops`, data, models; schemas.
+Lost without it: that paper.
+"""

@@ -11,6 +11,8 @@ Shape legend for this file
     B documents    L tokens    R some of the L rows    D width    K spans    H heads    N positions    V classes
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -237,9 +239,9 @@ def prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         Entropy [N] in nats at temperature 1; the class of the largest logit [N], int64, the first of
-        equals; log of the sum of exp(logits) [N]. On a CPU by `stats_numba` (float32 and bfloat16).
+        equals; log of the sum of exp(logits) [N]. On a CPU by a compiled kernel (float32 and bfloat16).
     """
-    if logits_NV.device.type != "cpu" or logits_NV.dtype not in BITS:
+    if logits_NV.device.type != "cpu" or logits_NV.dtype not in BITS or not has_cpu_kernels():
         return _prediction_stats(logits_NV)
     from xkd_trainer.cpu_kernels.prediction_stats import stats_of_bits
 
@@ -250,6 +252,16 @@ def prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if bool(odd_N.any()):
         entropy_N[odd_N], argmax_N[odd_N], logsumexp_N[odd_N] = _prediction_stats(logits_NV[odd_N])
     return entropy_N, argmax_N, logsumexp_N
+
+
+@functools.cache
+def has_cpu_kernels() -> bool:
+    """Whether numba and `xkd_trainer.cpu_kernels` are there; without them torch does the same, slower."""
+    try:
+        import xkd_trainer.cpu_kernels.compiled  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    return True
 
 
 def _prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,1 +1,5 @@
-"""training."""
+"""The loop on accelerate, checkpoints, the student's folder.
+
+May import: losses, data, models; schemas.
+Lost without it: training; losses can still be called.
+"""

@@ -1,1 +1,6 @@
-"""baselines."""
+"""One file a baseline, with the same two parts.
+
+May import: `declaration`, `dual_space`, `layer_pairing`, `same_tokenizer` and `ops` of the losses, data, models;
+schemas.
+Lost without it: that baseline.
+"""

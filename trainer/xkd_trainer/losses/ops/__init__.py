@@ -1,1 +1,5 @@
-"""ops."""
+"""What several losses share: chunks of logits, divergences, soft-DTW, vocabularies.
+
+May import: models, cpu_kernels; schemas.
+Lost without it: the losses.
+"""

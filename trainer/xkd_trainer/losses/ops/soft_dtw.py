@@ -1,16 +1,13 @@
 """Soft-DTW on any device: the recursion in log space, one anti-diagonal of all pairs at a time.
 
-For GPUs, for machines without numba, and for costs beyond the exponent of the compiled kernels. It is a loop over
-S + T - 1 steps of a few torch calls on [B, S]; memory is six float64 a cell of the skewed square [S + T - 1, B, S].
+For GPUs, for machines without the compiled kernels, and for costs beyond their exponent. It is a loop over S + T - 1
+steps of a few torch calls on [B, S]; memory is six float64 a cell of the skewed square [S + T - 1, B, S].
 
 Shape legend for this file
     B pairs    S student tokens    T teacher tokens    D anti-diagonals, S + T - 1
 """
 
-import functools
-import importlib.util
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from xkd_trainer.losses.ops.term import at_least_float32
-from xkd_trainer.models.measures import SHORTEST
+from xkd_trainer.models.measures import SHORTEST, has_cpu_kernels
 
 
 def torch_soft_dtw(
@@ -105,8 +102,8 @@ def _unskewed(x_DBS: Tensor, num_columns: int) -> Tensor:
 # Soft-DTW between two sequences of different length, its divergence, and the costs and bands that DWA-KD feeds it.
 #
 # Soft-DTW is Cuturi and Blondel's (arXiv 1703.01541): the soft minimum over all monotone alignments of the summed
-# cost. Its gradient by the costs is the expected alignment. On CPU it is computed by `softdtw_numba`; on other
-# devices, and where numba is not installed, by the same recursion on anti-diagonals in torch. Band and divergence are
+# cost. Its gradient by the costs is the expected alignment. On a CPU a compiled kernel computes it; elsewhere, and
+# where there is none, the same recursion on anti-diagonals in torch. Band and divergence are
 # those of DWA-KD (arXiv 2602.21669, eq. 9-10 and 17-25). Nothing here knows models or batches.
 #
 # Shape legend for this file
@@ -327,9 +324,11 @@ class _SoftDtw(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float) -> Tensor:
         """Run the backend of the device."""
-        kernels = _kernels() if cost_BST.device.type == "cpu" else None
-        asked = bool(ctx.needs_input_grad[0])
-        done = kernels and kernels.numba_soft_dtw(cost_BST, student_B, teacher_B, gamma, gradient=asked)
+        done = None
+        if cost_BST.device.type == "cpu" and has_cpu_kernels():
+            from xkd_trainer.losses.ops.soft_dtw_cpu import numba_soft_dtw
+
+            done = numba_soft_dtw(cost_BST, student_B, teacher_B, gamma, gradient=bool(ctx.needs_input_grad[0]))
         value_B, gradient_BST = done or torch_soft_dtw(cost_BST, student_B, teacher_B, gamma)
         ctx.save_for_backward(gradient_BST)
         return value_B.to(cost_BST.dtype)
@@ -340,11 +339,3 @@ class _SoftDtw(torch.autograd.Function):
         """Upstream gradient times expected alignment; exactly 0 where the alignment is."""
         (gradient_BST,) = ctx.saved_tensors
         return upstream_B[:, None, None] * gradient_BST, None, None, None
-
-
-@functools.cache
-def _kernels() -> ModuleType | None:
-    """The compiled kernels, or None where numba is not installed; imported at the first use."""
-    if importlib.util.find_spec("numba") is None:
-        return None
-    return importlib.import_module("xkd_trainer.losses.ops.soft_dtw_cpu")

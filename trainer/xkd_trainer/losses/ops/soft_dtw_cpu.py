@@ -1,6 +1,6 @@
 """Torch tensors into the compiled kernels and back: picks the float type, spreads pairs over threads.
 
-Imports numba through `softdtw_numba`; `softdtw` imports this module only where numba is installed.
+`soft_dtw` imports this module only where the kernels are.
 
 Shape legend for this file
     B pairs    S student tokens    T teacher tokens

@@ -1,6 +1,6 @@
 """Softmaxes, cross-entropies and divergences of a few rows of logits, with their gradients by the logits.
 
-float32 on a CPU is worked by the kernels of `rows_numba`, where there is one for the divergence; everything else by
+float32 on a CPU is worked by the compiled kernels, where there is one for the divergence; everything else by
 torch. Every exponential is taken once, of numbers at most 0. Products are summed in two passes, one in place: a
 batched product of single rows takes ten times as long.
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from xkd_trainer.losses.ops.divergence import Kind, Knobs, divergence
+from xkd_trainer.models.measures import has_cpu_kernels
 
 PART_ELEMENTS = 1 << 20
 """Numbers of a chunk that softmaxes and their like are taken of at a time, or one row; products take the whole chunk.
@@ -114,8 +115,10 @@ def parts(logits_CV: Tensor) -> Iterator[slice]:
 
 
 def _has_kernel(*logits_PV: Tensor) -> bool:
-    """Whether `rows_numba` takes these."""
-    return all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in logits_PV)
+    """Whether a compiled kernel takes these."""
+    return has_cpu_kernels() and all(
+        x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in logits_PV
+    )
 
 
 def statistics_rows(logits_PV: Tensor, scratch: Scratch) -> Statistics:

@@ -1,0 +1,34 @@
+"""The pages for contributors name files that are there, and the map says what each sub-package says itself."""
+
+import ast
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+PACKAGES = ("schemas/xkd_schemas", "trainer/xkd_trainer", "pipeline/xkd_pipeline")
+FOLDERS = [str(p.parent.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).glob("*/**/__init__.py")]
+ROWS = {cells[0].strip("`"): cells[1:] for cells in re.findall(r"^\| (.*?) \| (.*) \| (.*) \| (.*) \|$", PAGE, re.M)}
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/api.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_every_file_that_a_page_names_is_there(page: str) -> None:
+    text = (ROOT / page).read_text()
+    roots = [(ROOT / page).parent, ROOT, *(ROOT / package for package in PACKAGES)]
+    roots += [root / below for root in roots for below in ("..", "losses")]
+    named = {*re.findall(r"`([\w./]+\.(?:py|toml))`", text), *re.findall(r"\]\(([^)#]+)\)", text)}
+
+    assert len(named) > 2
+    assert [name for name in sorted(named) if not any((root / name).exists() for root in roots)] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_sub_package_says_the_three_lines_of_its_row(folder: str) -> None:
+    said = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())) or ""
+    purpose, imports, lost = (cell.replace("**", "") for cell in ROWS[folder])
+
+    row = f"{purpose[0].upper()}{purpose[1:]}.\n\nMay import: {imports}.\nLost without it: {lost}."
+    assert textwrap.dedent(said).split() == row.split()

@@ -1,0 +1,134 @@
+"""The public names of the three packages: imported when used, documented, and enough for a notebook."""
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import small_cache
+from xkd_schemas import RunConfig, open_cache
+from xkd_schemas.errors import InputMissing, UsageError
+
+DOCS = Path(__file__).parents[2] / "docs"
+PACKAGES = ("xkd_schemas", "xkd_pipeline", "xkd_trainer")
+
+
+def public(package: str) -> list[str]:
+    return list(importlib.import_module(package).__all__)
+
+
+def test_importing_the_packages_imports_no_library() -> None:
+    program = f"import sys, {', '.join(PACKAGES)}; print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert not {"torch", "transformers", "pyarrow", "numpy", "pydantic", "ray", "spacy"} & set(ended.stdout.split())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_there_and_has_a_docstring(package: str) -> None:
+    module = importlib.import_module(package)
+
+    assert all(getattr(module, name).__doc__ for name in module.__all__)
+    with pytest.raises(AttributeError, match=f"{package}.*no attribute 'nothing'"):
+        _ = module.nothing
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_documented_names_are_the_public_names(package: str) -> None:
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", (DOCS / "api.md").read_text(), re.M | re.S))
+
+    assert sorted(re.findall(r"^### `(\w+)`", sections[package], re.M)) == sorted(public(package))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "xkd_trainer.signals.centrality",
+        "xkd_trainer.losses.softdtw.soft_dtw",
+        "xkd_schemas.alignment.common_boundaries",
+    ],
+)
+def test_a_stable_name_stays_at_its_old_path(name: str) -> None:
+    module, _, function = name.rpartition(".")
+
+    assert callable(getattr(importlib.import_module(module), function))
+    assert f"`{name}`" in (DOCS / "api.md").read_text()
+
+
+def test_a_run_file_is_loaded_with_other_values_for_some_keys(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('workers = 1\n[teacher]\nmodel = "T"\n[losses.mta]\nhid = "off"\n')
+
+    run = RunConfig.load(path, workers=3, teacher={"codec": "int8"}, losses={"mta": {"gamma": 2}})
+
+    assert (run.workers, run.teacher.model, run.teacher.codec) == (3, "T", "int8")
+    assert run.losses == {"mta": {"hid": "off", "gamma": 2}}
+    assert RunConfig.load() == RunConfig()
+    with pytest.raises(UsageError, match=r"teacher\.codek.*did you mean 'codec'"):
+        RunConfig.load(path, teacher={"codek": "int8"})
+
+
+def test_an_open_cache_has_texts_tokens_and_signals_as_numbers(tmp_path: Path) -> None:
+    cache = open_cache(small_cache.copied(tmp_path))
+    row = cache[-1]
+
+    assert len(cache) == 12
+    assert row.text == cache[11].text
+    assert cache[10:][1].text == row.text
+    assert row.student.tokens[-3:] == ["l", ".", ""]
+    assert "".join(row.teacher.tokens).startswith("11. How")
+    assert row.words[0] in row.text
+    assert row.phrases[0] == ("NP", "How many birds")
+    hidden = row.teacher["hidden_last"]
+    assert hidden.dtype == np.float32
+    assert np.isfinite(hidden).all()
+    assert hidden.shape[1] == 32
+    assert row.teacher["token_ids"].dtype == np.int32
+    with pytest.raises(IndexError):
+        cache[12]
+
+
+def test_an_open_cache_without_teacher_or_student_has_none_for_them(tmp_path: Path) -> None:
+    root = small_cache.copied(tmp_path)
+    shutil.rmtree(root / "students")
+    assert open_cache(root)[0].student is None
+    shutil.rmtree(root / "teachers")
+    assert open_cache(root)[0].teacher is None
+    with pytest.raises(InputMissing, match="no finished teacher"):
+        open_cache(root, student="S")
+
+
+def test_an_open_cache_refuses_a_student_of_another_teacher(tmp_path: Path) -> None:
+    root = small_cache.copied(tmp_path)
+
+    with pytest.raises(UsageError, match="aligned with teacher T, not with other"):
+        open_cache(root, teacher="other", student="S")
+
+
+def test_the_notebook_of_the_docs_runs(tmp_path: Path) -> None:
+    made = small_cache.made()
+    sections = {
+        "documents": {"corpus": [str(made / "corpus.jsonl")], "spacy_model": small_cache.SPACY},
+        "teacher": {"model": str(made / "teacher"), "dtype": "float32"},
+        "student": {"model": "new:llama,layers=2,width=16", "tokenizer": str(made / "student")},
+        "train": {"out": "out", "loss": "mta+sra+dwa", "steps": 1, "batch_size": 2},
+    }
+    lines = ['cache = "cache"']
+    for name, values in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo.toml").write_text("\n".join(lines))
+    program = (DOCS / "examples" / "notebook.py").read_text()
+    program += "\nprint(message, findings, trained.steps, 'bits_per_byte' in scores, row.teacher.tokens != [])"
+
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith("cache no/such/cache is not a folder")
+    assert ended.stdout.splitlines()[-1].endswith("[] 1 True True")
