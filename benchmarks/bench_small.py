@@ -19,7 +19,6 @@ from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Result, Row, cost
 from xkd_pipeline.capture.sampled_logits import drawn
 from xkd_pipeline.reports.table_size import Counts, signal_bytes
-from xkd_pipeline.tables.shard import ROWS_PER_BATCH
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.cache import Cache
@@ -112,13 +111,13 @@ def sizes(pair: Pair) -> list[Row]:
     long = Counts(tokens=512, kept=512, targets=511, spans={"word": 0, "phrase": 159})
 
     def bytes_of(*signals: Signal) -> float:
-        return sum(signal_bytes(s, WIDTH, PLAIN, counts, ROWS_PER_BATCH) for s in signals) / tokens
+        return sum(signal_bytes(s, WIDTH, PLAIN, counts) for s in signals) / tokens
 
     def of_levels(name: str) -> float:
         return bytes_of(*(Signal(name, *level) for level in levels_of(32)))
 
     def of_long(name: str) -> float:
-        return sum(signal_bytes(Signal(name, n, "phrase"), WIDTH, PLAIN, [long], 1) for n in range(4)) / long.tokens
+        return sum(signal_bytes(Signal(name, n, "phrase"), WIDTH, PLAIN, [long]) for n in range(4)) / long.tokens
 
     draws = bytes_of(Signal("sampled", top=DRAWS[1]), Signal("entropy"))
     state, geometry = bytes_of(Signal("hidden_last")), of_levels("span_geometry")

@@ -1,7 +1,6 @@
 """States, attention rows and centrality of every token of a layer: from capture through every tool to a batch."""
 
 import functools
-import itertools
 import json
 import shutil
 import tempfile
@@ -153,23 +152,6 @@ def test_every_tool_knows_the_columns_under_every_codec(codec: str, tmp_path: Pa
     assert CliRunner().invoke(app, ["export", str(folder), "--parquet", str(files)]).exit_code == 0
     file = next((files / name).rglob("*.parquet"))
     assert {c for c in pq.read_schema(file).names if c.partition("#")[0] in COLUMNS} >= COLUMNS
-
-
-@pytest.mark.parametrize(
-    ("losses", "ways"),
-    [
-        (("mta",), ["--set losses.mta.hid=spans", "--set losses.mta.hid=off"]),
-        (("sra", "fdd"), ["--for sra"]),
-    ],
-)
-def test_a_budget_gives_up_states_of_tokens_first(losses: tuple[str, ...], ways: list[str]) -> None:
-    run = run_with(captured(), "int8")
-    run = run.model_copy(update={"teacher": run.teacher.model_copy(update={"losses": losses})})
-
-    steps = make_plan(run, sample=256, budget=1, rate=None)["steps"]
-
-    assert [step["flags"] for step in steps][: len(ways)] == ways
-    assert all(later["bytes"] < earlier["bytes"] for earlier, later in itertools.pairwise(steps))
 
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if c != PLAIN])

@@ -10,16 +10,15 @@ Shape legend for this file
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from xkd_pipeline.reports.report_data import Alignment, Histogram, Int64s, Kept, Report, Sizes, Summary
 from xkd_pipeline.tables.status import table_states
 from xkd_schemas.cache.manifest import Manifest
 from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
@@ -33,6 +32,89 @@ SAMPLED_SHARDS: Final = 32
 """Shards of a teacher table that are read at most."""
 MAX_REJECTS: Final = 20
 """Rejected rows that are shown."""
+MAX_BINS: Final = 24
+"""Bars of a histogram at most."""
+
+Int64s = npt.NDArray[np.int64]
+
+
+class Histogram(NamedTuple):
+    """How many things have a size between first and last, both included."""
+
+    title: str
+    bars: tuple[tuple[int, int, int], ...]
+    """(first, last, how many), without a hole."""
+    remark: str = ""
+
+
+class SignalSizes(NamedTuple):
+    """Bytes of a teacher's columns."""
+
+    table: str
+    signals: tuple[tuple[str, int], ...]
+    """(signal, bytes) with the largest first; "tokens" stands for ids, intervals and kinds."""
+    read: int
+    """Shards that were read."""
+    shards: int
+
+
+class Alignment(NamedTuple):
+    """One student beside its teacher."""
+
+    student: str
+    teacher: str
+    shapes: tuple[tuple[str, int], ...]
+    """1:1, 1:n, n:1 and n:m (student tokens : teacher tokens) with the number of aligned spans."""
+    spans: int
+    worst: tuple[tuple[float, int], ...]
+    """(share of the document's aligned tokens that stand one to one, row number), the worst first."""
+
+
+class Report(NamedTuple):
+    """All that the page shows except the drawings."""
+
+    name: str
+    tables: tuple[tuple[Manifest, int], ...]
+    """With the bytes of each folder."""
+    kept: tuple[SignalSizes, ...]
+    histograms: tuple[Histogram, ...]
+    alignments: tuple[Alignment, ...]
+    reasons: tuple[tuple[str, int], ...]
+    rejects: tuple[dict[str, str], ...]
+    cuts: tuple[tuple[str, str, int], ...]
+    """(table, what happened to the documents, how many)"""
+    codec_errors: tuple[tuple[str, str, float], ...]
+    """(table, signal, error)"""
+    remarks: tuple[str, ...]
+
+
+class Sizes:
+    """How often each size was seen; grows with the largest size, never with the number of things."""
+
+    def __init__(self) -> None:
+        self.counts: Int64s = np.zeros(0, dtype=np.int64)
+
+    def add(self, sizes: npt.NDArray[Any]) -> None:
+        """Count sizes, 0 or more, of any shape."""
+        seen = np.bincount(np.asarray(sizes, dtype=np.int64).ravel(), minlength=len(self.counts))
+        seen[: len(self.counts)] += self.counts
+        self.counts = seen
+
+    def histogram(self, title: str, remark: str = "") -> Histogram:
+        """Equal bins of whole numbers, MAX_BINS at most.
+
+        >>> sizes = Sizes()
+        >>> sizes.add(np.array([1, 1, 3]))
+        >>> sizes.histogram("tokens").bars
+        ((1, 1, 2), (2, 2, 0), (3, 3, 1))
+        """
+        seen = np.flatnonzero(self.counts)
+        if not len(seen):
+            return Histogram(title=title, bars=(), remark=remark)
+        low, high = int(seen[0]), int(seen[-1])
+        step = -(-(high - low + 1) // MAX_BINS)
+        bars = [(at, at + step - 1, int(self.counts[at : at + step].sum())) for at in range(low, high + 1, step)]
+        return Histogram(title=title, bars=tuple(bars), remark=remark)
 
 
 def gather(root: Path) -> Report:
@@ -45,15 +127,15 @@ def gather(root: Path) -> Report:
     check_cache(root)
     tables = [Table(root, name) for name in sealed_tables(root)]
     documents = tables[0]
-    histograms, kept, alignments = _document_sizes(documents), [], []
+    histograms, kept, alignments = _measure_documents(documents), [], []
     for table in tables[1:]:
         if table.name.startswith(("teachers/", "signals/")):
-            kept.append(_kept(table, histograms))
+            kept.append(_measure_signals(table, histograms))
         else:
-            alignments.append(_alignment(table, histograms))
+            alignments.append(_measure_alignment(table, histograms))
     manifests = [t.manifest for t in tables]
     return Report(
-        name=root.resolve().name, tables=tuple(map(_summary, tables)), kept=tuple(kept),
+        name=root.resolve().name, tables=tuple((t.manifest, bytes_below(t.folder)) for t in tables), kept=tuple(kept),
         histograms=tuple(h for h in histograms if h.bars), alignments=tuple(alignments),
         reasons=_reasons(documents.manifest), rejects=tuple(islice(_rejects(documents), MAX_REJECTS)),
         cuts=tuple(cut for m in manifests if not m.table.startswith("signals/") for cut in _cuts(m)),
@@ -62,7 +144,7 @@ def gather(root: Path) -> Report:
     )  # fmt: skip
 
 
-def batches(table: Table, units: Iterator[int] | range | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
+def read_batches(table: Table, units: Sequence[int] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(first row, record batch) of the units, every byte checked; a shard is closed before the next is opened."""
     row_offsets = np.cumsum([0, *(c.rows for c in table.manifest.commits)])
     for unit in range(len(table.manifest.commits)) if units is None else units:
@@ -85,9 +167,9 @@ def _pairs(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.int32]:
     return pairs
 
 
-def _document_sizes(documents: Table) -> list[Histogram]:
+def _measure_documents(documents: Table) -> list[Histogram]:
     words, phrases, lengths = Sizes(), Sizes(), Sizes()
-    for _, batch in batches(documents):
+    for _, batch in read_batches(documents):
         words.add(_lengths(batch, "words"))
         phrases.add(_lengths(batch, "phrases"))
         lengths.add(np.diff(_pairs(batch, "phrases"), axis=1))
@@ -98,12 +180,12 @@ def _document_sizes(documents: Table) -> list[Histogram]:
     ]
 
 
-def _kept(table: Table, histograms: list[Histogram]) -> Kept:
+def _measure_signals(table: Table, histograms: list[Histogram]) -> SignalSizes:
     """Bytes of each signal; the sizes of the rows are added to `histograms`."""
     shards = len(table.manifest.commits)
     units = sorted({int(u) for u in np.linspace(0, shards - 1, min(shards, SAMPLED_SHARDS)).round()}) if shards else []
     tokens, found = Sizes(), Counter[str]()
-    for _, batch in batches(table, iter(units)):
+    for _, batch in read_batches(table, units):
         if "token_ids" in batch.schema.names:
             tokens.add(_lengths(batch, "token_ids"))
         signals = {f.name for f in batch.schema if f.metadata and b"per" in f.metadata}
@@ -114,7 +196,7 @@ def _kept(table: Table, histograms: list[Histogram]) -> Kept:
     remark = f"from {len(units)} of {shards} shards" if len(units) < shards else ""
     histograms.append(tokens.histogram(f"tokens of a document, {table.name}", remark))
     sized = sorted(((name, round(n * scale)) for name, n in found.items()), key=lambda pair: (-pair[1], pair[0]))
-    return Kept(table=table.name, signals=tuple(sized), read=len(units), shards=shards)
+    return SignalSizes(table=table.name, signals=tuple(sized), read=len(units), shards=shards)
 
 
 def _signal(column: str, signals: set[str]) -> str:
@@ -125,11 +207,11 @@ def _signal(column: str, signals: set[str]) -> str:
     return "tokens" if column in {f.name for f in TOKEN_FIELDS} else column
 
 
-def _alignment(table: Table, histograms: list[Histogram]) -> Alignment:
+def _measure_alignment(table: Table, histograms: list[Histogram]) -> Alignment:
     tokens, ours_, theirs_ = Sizes(), Sizes(), Sizes()
     shapes = np.zeros(4, dtype=np.int64)
     worst: list[tuple[float, int]] = []
-    for first, batch in batches(table):
+    for first, batch in read_batches(table):
         tokens.add(_lengths(batch, "token_ids"))
         ours, theirs = (np.diff(_pairs(batch, f"{side}_spans"), axis=1)[:, 0] for side in ("student", "teacher"))
         ours_.add(ours)
@@ -165,10 +247,10 @@ def exact_shares(ours_K: npt.NDArray[Any], theirs_K: npt.NDArray[Any], counts_B:
     return np.divide(exact_B, all_B, out=np.zeros(size), where=all_B > 0)
 
 
-def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted name, text) of every leaf.
 
-    >>> list(flattened({"a": {"b": 1}, "c": ["x", {"d": None}]}))
+    >>> list(flatten({"a": {"b": 1}, "c": ["x", {"d": None}]}))
     [('a.b', '1'), ('c.0', 'x'), ('c.1.d', 'null')]
     """
     if isinstance(value, list) and all(not isinstance(item, dict | list) for item in value) and prefix.count(".") == 1:
@@ -178,18 +260,7 @@ def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix.rstrip("."), value if isinstance(value, str) else json.dumps(value)
         return
     for key, item in items:
-        yield from flattened(item, f"{prefix}{key}.")
-
-
-def _summary(table: Table) -> Summary:
-    manifest = table.manifest
-    names = sorted({name for c in manifest.commits for name in c.counts})
-    return Summary(
-        name=manifest.table, documents=manifest.rows, shards=len(manifest.commits),
-        num_bytes=bytes_below(table.folder), counts={name: manifest.count(name) for name in names},
-        spec=tuple(flattened(manifest.spec)), constants=tuple(flattened(manifest.constants)), root=manifest.root,
-        spec_id=manifest.spec_id,
-    )  # fmt: skip
+        yield from flatten(item, f"{prefix}{key}.")
 
 
 def _reasons(manifest: Manifest) -> tuple[tuple[str, int], ...]:

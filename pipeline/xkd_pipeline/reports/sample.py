@@ -39,13 +39,8 @@ class Sample:
 
     @property
     def scale(self) -> float:
-        """Rows of the corpus for each row that was read; 1 if all were."""
-        return self.corpus_rows / self.rows
-
-    @property
-    def size_scale(self) -> float:
-        """The same by size: bytes of the corpus for each byte that was read."""
-        return self.corpus_size / self.read_size if self.read_size else self.scale
+        """Bytes of the corpus for each byte that was read; 1 if all were."""
+        return self.corpus_size / self.read_size if self.read_size else self.corpus_rows / self.rows
 
 
 def evenly(total: int, wanted: int) -> Iterator[int]:

@@ -12,8 +12,7 @@ import pytest
 import small_cache
 from small_cache import made
 from xkd_pipeline.reports import report as reports
-from xkd_pipeline.reports.report import exact_shares, gather
-from xkd_pipeline.reports.report_data import MAX_BINS, Sizes
+from xkd_pipeline.reports.report import MAX_BINS, Sizes, exact_shares, gather
 from xkd_pipeline.reports.report_page import write_report
 from xkd_pipeline.stages import documents_stage
 from xkd_schemas.cache.table import Table
@@ -72,7 +71,7 @@ def assert_harmless(content: str, page: Page) -> None:
 def test_a_full_cache_has_every_section() -> None:
     report = gather(made() / "cache")
 
-    assert [t.name for t in report.tables] == ["documents", "teachers/T", "students/S"]
+    assert [manifest.table for manifest, _ in report.tables] == ["documents", "teachers/T", "students/S"]
     assert {name for name, _ in report.kept[0].signals} >= {"tokens", "hidden_last", "span_geometry@2:word"}
     assert report.cuts == (
         ("teachers/T", "cut at the longest length", 0),
