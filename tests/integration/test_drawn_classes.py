@@ -19,7 +19,7 @@ from xkd_pipeline.capture import stage as teachers
 from xkd_pipeline.capture.stage import check_top
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain import verify_rows as deep
-from xkd_pipeline.maintain.verify_rows import _drawn, _values
+from xkd_pipeline.maintain.verify_rows import _check_draws, _check_values
 from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_schemas.cache.table import Table
@@ -123,7 +123,7 @@ def test_deep_verification_sees_what_cannot_be() -> None:
 
     def fault(entries: Any, classes: int = 10**5) -> str:
         row: Any = {COLUMN: entries}
-        return _drawn(row, schema, classes)
+        return _check_draws(row, schema, classes)
 
     wrong = entries.copy()
     wrong[1, 0] += 1
@@ -136,7 +136,7 @@ def test_deep_verification_sees_what_cannot_be() -> None:
 def test_deep_verification_looks_at_drawn_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deep, "fault_of", lambda entries, classes: f"{entries.shape[1]} of {classes > 300}")
 
-    reasons = list(deep.reasons_of(captured(), Table(captured(), "teachers/drawn"), 1))
+    reasons = list(deep.find_faults(captured(), Table(captured(), "teachers/drawn"), 1))
 
     assert len(reasons) == 8
     assert f"{COLUMN}: {K} of True" in reasons[0]
@@ -144,8 +144,8 @@ def test_deep_verification_looks_at_drawn_classes(monkeypatch: pytest.MonkeyPatc
 
 def test_deep_verification_sees_a_cosine_beyond_1() -> None:
     fine = np.array([1.0, -1.0, 0.5], np.float16)
-    assert _values("span_geometry@2:word", fine, "float16") == ""
-    assert "outside" in _values("span_geometry@2:word", np.nextafter(fine, np.float16(2)), "float16")
+    assert _check_values("span_geometry@2:word", fine, "float16") == ""
+    assert "outside" in _check_values("span_geometry@2:word", np.nextafter(fine, np.float16(2)), "float16")
 
 
 def test_only_ids_of_the_tokenizer_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

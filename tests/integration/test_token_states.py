@@ -18,7 +18,7 @@ import one_tokenizer as one
 import small_cache
 import tiny_models as tiny
 from xkd_pipeline.cli.app import app
-from xkd_pipeline.maintain.verify_rows import _values
+from xkd_pipeline.maintain.verify_rows import _check_values
 from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.cache.table import Table
@@ -173,10 +173,10 @@ def test_losses_that_read_layers_are_nearly_the_same_from_every_codec(codec: str
 def test_deep_verification_sees_what_cannot_be(column: str) -> None:
     values = np.array(Table(captured(), f"teachers/T-{PLAIN}")[0][column])
     codec = "bf16" if column == "hidden@2" else "float32"
-    assert _values(column, values, codec) == ""
+    assert _check_values(column, values, codec) == ""
 
     wrong = values.copy()
     wrong[1] = 0x7FC0 if column == "hidden@2" else -0.5
-    assert _values(column, wrong, codec).startswith(f"{column} is ")
+    assert _check_values(column, wrong, codec).startswith(f"{column} is ")
     if column != "hidden@2":
-        assert f"{column} adds up to" in _values(column, values * 2, codec)
+        assert f"{column} adds up to" in _check_values(column, values * 2, codec)

@@ -105,8 +105,7 @@ def pair(
 
     Example: xkd-cache pair models/teacher models/student train.jsonl
     """
-    from xkd_pipeline.reports.compare_tokenizers import compare
-    from xkd_pipeline.reports.comparison_text import pair_lines
+    from xkd_pipeline.reports.compare_tokenizers import compare, pair_lines
     from xkd_pipeline.reports.sample import encoder_for, read_sample
 
     flags = {

@@ -9,8 +9,8 @@ from xkd_pipeline.alignment import StudentSettings, make_students
 from xkd_pipeline.capture.artifacts import weights_identity
 from xkd_pipeline.capture.extra_signals import SignalTableSpec, make_signals
 from xkd_pipeline.capture.stage import make_teacher, teacher_settings
-from xkd_pipeline.maintain.findings import Finding
 from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.maintain.verify_rows import Finding
 from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.parsing.prompts import limit_of
 from xkd_pipeline.parsing.stage import Limits, make_documents
@@ -69,7 +69,7 @@ def repair(root: Path, workers: Workers, means: RepairInputs | None = None) -> R
             continue  # what it is made from is bad
         try:
             with locked(root):
-                made[name] = _made_again(root, name, workers, (given, models))
+                made[name] = _remake_table(root, name, workers, (given, models))
         except _Wanting as wanting:
             commands.append(wanting.command)
         except XkdError as error:
@@ -91,7 +91,7 @@ class _Wanting(Exception):
         self.command = command
 
 
-def _made_again(root: Path, name: str, workers: Workers, given: tuple[RepairInputs, dict[str, str]]) -> int:
+def _remake_table(root: Path, name: str, workers: Workers, given: tuple[RepairInputs, dict[str, str]]) -> int:
     """Run the stage of a table, which quarantines its bad units and makes what is missing; how many it made."""
     means, models = given
     spec = _spec(root / name)
@@ -104,7 +104,7 @@ def _made_again(root: Path, name: str, workers: Workers, given: tuple[RepairInpu
     teacher = name.partition("/")[2] if name.startswith("teachers/") else str(spec["teacher"])
     if not name.startswith("students/") and teacher not in models:
         raise _Wanting(f"xkd-cache repair {shlex.quote(str(root))} --model PATH_OF_{teacher}")
-    return again(root, name, spec, models.get(teacher, ""), workers).made
+    return rerun_stage(root, name, spec, models.get(teacher, ""), workers).made
 
 
 def _sources(root: Path, spec: Spec, names: Sequence[str]) -> list[Source]:
@@ -158,7 +158,7 @@ def parser_of(spec: Spec) -> ParserSettings:
     )
 
 
-def parser_with(root: Path, spacy_model: str | None, parser_model: str | None) -> ParserSettings | None:
+def parser_with_models(root: Path, spacy_model: str | None, parser_model: str | None) -> ParserSettings | None:
     """The settings in the documents' plan with the models that are named; None where none is."""
     named = {"model": spacy_model, "benepar_model": parser_model}
     named = {key: value for key, value in named.items() if value is not None}
@@ -167,7 +167,7 @@ def parser_with(root: Path, spacy_model: str | None, parser_model: str | None) -
     return parser_of(_spec(root / "documents")).model_copy(update=named)
 
 
-def again(root: Path, table: str, spec: Spec, model: str, workers: Workers) -> Built:
+def rerun_stage(root: Path, table: str, spec: Spec, model: str, workers: Workers) -> Built:
     """Run the stage that makes teachers/NAME, signals/NAME or students/NAME with the settings `spec`."""
     kind, _, name = table.partition("/")
     if kind == "students":

@@ -65,7 +65,7 @@ class PlanSample:
         return round(number * self.sample.scale)
 
 
-def look_at(run: RunConfig, wanted: int) -> PlanSample:
+def read_plan_sample(run: RunConfig, wanted: int) -> PlanSample:
     """Read, parse and tokenize a sample of at most `wanted` rows; raises as those do."""
     sample = read_sample(run, wanted)
     t = run.teacher
@@ -196,7 +196,7 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
     model = sizes_of(run.teacher.model)
     signals_for(run, model.layers)  # refuses an unknown loss or layer before anything is read
     dtype = teacher_dtype(run, this_device())
-    look = look_at(run, sample)
+    look = read_plan_sample(run, sample)
     parts = teacher_parts(run, look, model)
     teacher = sum(parts.values())
     tokens = look.of_corpus(sum(c.tokens for c in look.counts))

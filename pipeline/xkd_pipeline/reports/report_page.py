@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from xkd_pipeline.reports.plan_text import format_size
-from xkd_pipeline.reports.render import bracketed, columns_of, visible
+from xkd_pipeline.reports.render import bracket_phrases, columns_of, escape_text
 from xkd_pipeline.reports.report import Alignment, Report, flatten, gather
 from xkd_pipeline.tables.read_units import document_at, tokens_at
 from xkd_schemas.cache.table import Table
@@ -54,10 +54,10 @@ def _draw_worst(root: Path, alignment: Alignment) -> Iterator[dict[str, Any]]:
         document, spans = document_at(source), (student["student_spans"], student["teacher_spans"])
         yield {
             "title": document.doc_id,
-            "where": visible(f"{document.source}:{document.line}"),
+            "where": escape_text(f"{document.source}:{document.line}"),
             "share": share,
-            "text": visible(
-                bracketed(document.text, [(int(a), int(b)) for a, b in source["phrases"]], source["labels"])
+            "text": escape_text(
+                bracket_phrases(document.text, [(int(a), int(b)) for a, b in source["phrases"]], source["labels"])
             ),
             "columns": columns_of(document, tokens_at(student), tokens_at(teacher), spans),
         }
@@ -69,7 +69,7 @@ def render_page(report: Report, worst: dict[str, list[dict[str, Any]]]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"visible": visible, "size": format_size, "flatten": flatten}
+    environment.filters |= {"visible": escape_text, "size": format_size, "flatten": flatten}
     kept = [(k, Markup(draw_bars(k.signals, "bytes"))) for k in report.kept]
     shapes = {a.student: Markup(draw_bars(a.shapes, "aligned spans", 320)) for a in report.alignments}
     charts = [(h, Markup(draw_histogram(h.bars, h.title))) for h in report.histograms]

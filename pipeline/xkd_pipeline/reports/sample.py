@@ -43,12 +43,12 @@ class Sample:
         return self.corpus_size / self.read_size if self.read_size else self.corpus_rows / self.rows
 
 
-def evenly(total: int, wanted: int) -> Iterator[int]:
+def spread_evenly(total: int, wanted: int) -> Iterator[int]:
     """At most `wanted` different numbers below `total`: one from each of as many equal stretches, at a drawn place.
 
     Always the same ones; drawn, because a corpus may repeat itself at the distance of the stretches.
 
-    >>> len(list(evenly(100, 4))), list(evenly(2, 4))
+    >>> len(list(spread_evenly(100, 4))), list(spread_evenly(2, 4))
     (4, [0, 1])
     """
     draw = random.Random(0)
@@ -73,7 +73,7 @@ def read_sample(run: RunConfig, wanted: int) -> Sample:
     if total == 0:
         raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
     encoder = limit_in(d).encoder()
-    chosen = list(evenly(total, wanted))
+    chosen = list(spread_evenly(total, wanted))
     documents: list[Document] = []
     rejected: list[RejectedRow] = []
     sizes: list[int] = []

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from xkd_pipeline.reports.render import bracketed, render, visible
+from xkd_pipeline.reports.render import bracket_phrases, escape_text, render
 from xkd_pipeline.tables.read_units import document_at, tokens_at
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.documents import Spans
@@ -50,8 +50,8 @@ def draw(root: Path, doc: str, *, teacher: str, student: str, width: int) -> lis
     document, spans = document_at(row), _spans(row)
     columns = width or shutil.get_terminal_size().columns
     if not teacher:
-        text = bracketed(document.text, spans.phrases, spans.labels)
-        return [f"{document.doc_id}  {document.source}:{document.line}", *map(visible, text.split("\n"))]
+        text = bracket_phrases(document.text, spans.phrases, spans.labels)
+        return [f"{document.doc_id}  {document.source}:{document.line}", *map(escape_text, text.split("\n"))]
     taught = tokens_at(_row(root, f"teachers/{teacher}", number))
     if not student:
         return render(document, spans, None, taught, None, columns).split("\n")

@@ -16,9 +16,9 @@ from small_cache import SPACY, corpus_rows, made, run_file, write_rows
 from xkd_pipeline.capture.model_sizes import empty_model, sizes_of
 from xkd_pipeline.cli.reports import plan as command
 from xkd_pipeline.reports import table_size as size
-from xkd_pipeline.reports.plan import look_at, make_plan
+from xkd_pipeline.reports.plan import make_plan, read_plan_sample
 from xkd_pipeline.reports.plan_text import parse_size, plan_lines
-from xkd_pipeline.reports.sample import evenly
+from xkd_pipeline.reports.sample import spread_evenly
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import CODECS, PLAIN
@@ -107,7 +107,7 @@ def test_a_sample_is_scaled_by_the_sizes_of_its_rows(tmp_path: Path) -> None:
 
     for key in ("teacher_bytes", "documents_bytes", "students_bytes", "tokens", "words"):
         assert part[key] == pytest.approx(whole[key], rel=0.05), key
-    by_rows = part["tokens"] / look_at(run, 60).sample.scale * 4.0
+    by_rows = part["tokens"] / read_plan_sample(run, 60).sample.scale * 4.0
     assert abs(by_rows / whole["tokens"] - 1.0) > 0.05
 
 
@@ -220,6 +220,7 @@ def test_what_a_corpus_is_called_cannot_steer_a_terminal(tmp_path: Path, capsys:
 
 def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     corpus = [str(made() / "corpus.jsonl")]
+    capsys.readouterr()  # what making it said
     command(corpus=corpus, model=str(made() / "teacher"), spacy_model=SPACY, sample=4, losses="dwa", budget="1MB",
             dtype="fp32", as_json=True)  # fmt: skip
 
@@ -255,7 +256,7 @@ def test_a_missing_model_or_corpus_or_loss_is_refused_before_anything_is_read(tm
 
 @given(total=st.integers(1, 60), wanted=st.integers(1, 60))
 def test_a_sample_is_spread_and_has_no_row_twice(total: int, wanted: int) -> None:
-    chosen = list(evenly(total, wanted))
+    chosen = list(spread_evenly(total, wanted))
 
     assert len(set(chosen)) == len(chosen) == min(total, wanted)
     assert all(
