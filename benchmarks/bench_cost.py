@@ -8,9 +8,9 @@ parameter and token at an assumed 400 TFLOP/s; none of it was run on a GPU.
 from collections.abc import Mapping
 from typing import Any, Final
 
+from benchmarks.bench_size import naive_bytes
 from benchmarks.measure import Options
 from benchmarks.rows import Result, Row
-from xkd_pipeline.reports.plan import naive_bytes
 from xkd_pipeline.reports.table_size import Counts, signal_bytes
 from xkd_schemas.signals import Signal
 from xkd_trainer.losses.declaration import Levels

@@ -12,7 +12,6 @@ from benchmarks.pair import METHODS, TEMPLATE, Pair, Shape, fast_dtype, made, pa
 from benchmarks.rows import Result, Row
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher
-from xkd_pipeline.reports.plan import naive_bytes
 from xkd_pipeline.reports.table_size import Counts, counts_of, signal_bytes
 from xkd_pipeline.tables.read_units import tokens_at
 from xkd_pipeline.workers.contract import Workers
@@ -49,6 +48,15 @@ def run(options: Options) -> list[Result]:
         student_width=64, student_classes=1_000,
     )  # fmt: skip
     return [by_arithmetic(pair_of(options)), by_a_run(made(options.scratch / "size", small), small)]
+
+
+def naive_bytes(tokens: int, layers: int, width: int, classes: int) -> int:
+    """bfloat16 states of so many layers and full bfloat16 logits of so many tokens.
+
+    >>> naive_bytes(1, layers=4, width=4096, classes=152_000)
+    336768
+    """
+    return tokens * 2 * (layers * width + classes)
 
 
 def by_arithmetic(pair: Pair) -> Row:

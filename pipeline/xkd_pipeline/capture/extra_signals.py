@@ -100,13 +100,7 @@ def add_signals(
 ) -> Built | None:
     """Keep more signals of a teacher whose table is finished; None where the cache holds them all.
 
-    Args:
-        root: The cache.
-        teacher: Name of its table.
-        model: The teacher itself.
-        wanted: Asked once, with the teacher's number of layers.
-        codec: How wide signals are stored; "" as in the teacher's table.
-        workers: Where units are made.
+    `wanted` is asked once, with the teacher's number of layers; codec "" is that of the teacher's table.
     """
     with locked(root):
         spec = Table(root, f"teachers/{teacher}").manifest.spec

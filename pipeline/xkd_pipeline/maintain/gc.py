@@ -27,12 +27,12 @@ class Orphan:
     why: str
 
 
-def find_orphans(root: Path, *, older_than: float, now: float | None = None) -> list[Orphan]:
+def find_orphans(root: Path, *, older_than: float) -> list[Orphan]:
     """Unreferenced shards and rejects, leftovers of writers that died, and quarantine older than `older_than` hours.
 
     A table whose records cannot all be read keeps every shard: what they name is not known.
     """
-    moment = time.time() if now is None else now
+    moment = time.time()
     found: list[Orphan] = []
     for folder in (root, *(inside(root, *name.split("/")) for name in tables_of(root))):
         for place in (folder, *(folder / name for name in ("commits", "rejects", "tokenizer"))):

@@ -19,6 +19,7 @@ from xkd_pipeline.maintain.verify_rows import Finding, open_table
 from xkd_pipeline.tables.read_units import document_at
 from xkd_schemas.cache.manifest import Spec, refuse_differences
 from xkd_schemas.cache.table import Row, Table, names_in
+from xkd_schemas.codecs import numbers_of
 from xkd_schemas.dtypes import AUTO, dtype_name
 from xkd_schemas.signals import Signal, signal_named
 from xkd_schemas.text.batch_alignment import token_ranges_all
@@ -53,7 +54,7 @@ class Recomputed:
     def line(self) -> str:
         """How far live and stored numbers are apart, for people."""
         if not any(self.differences.values()):
-            return "the live teacher gives the very numbers that are stored"
+            return "the live teacher gives exactly the stored numbers"
         column = max(self.differences, key=self.differences.__getitem__)
         off = sum(value > 0 for value in self.differences.values())
         return (
@@ -133,10 +134,11 @@ class _Compared:
         """What of row `at` is not as it was found; nothing where the table does not reach so far."""
         for column in self.columns if at < len(self.table) else ():
             ours, stored, codec = found[column], self.table[at][column], self._stored_as[column]
-            reason = _compare_shapes(column, ours, stored)
-            if not reason and codec == "int32":
+            if np.shape(ours) != np.shape(stored):
+                reason = f"{column} has shape {np.shape(stored)}, the live teacher gives {np.shape(ours)}"
+            elif codec == "int32":
                 reason = _compare_classes(column, stored, *ranked)
-            elif not reason:
+            else:
                 error = _measure_difference(ours, stored, codec)
                 self.differences[column] = max(error, self.differences.get(column, 0.0))
                 limit = TOLERANCE[codec]
@@ -154,11 +156,6 @@ def _read_document(row: Row, encoder: Any) -> Reading:
     return Reading(tokens=tokens[0], ranges=ranges)
 
 
-def _compare_shapes(column: str, ours: Any, stored: Any) -> str:
-    ours, stored = np.shape(ours), np.shape(stored)
-    return f"{column} has shape {stored}, the live teacher gives {ours}" if ours != stored else ""
-
-
 def _compare_classes(column: str, stored: Any, ids_NM: Any, logits_NM: Any) -> str:
     stored_Nk = np.asarray(stored)
     stored_Nk = stored_Nk if stored_Nk.ndim == 2 else stored_Nk[:, None]
@@ -171,14 +168,9 @@ def _compare_classes(column: str, stored: Any, ids_NM: Any, logits_NM: Any) -> s
 
 def _measure_difference(ours: Any, stored: Any, codec: str) -> float:
     """|ours - stored| / |stored|."""
-    ours, stored = (_numbers(np.asarray(values), codec) for values in (ours, stored))
+    read = numbers_of if codec == "bf16" else np.asarray
+    ours, stored = (read(np.asarray(values)).astype(np.float64) for values in (ours, stored))
     return float(np.linalg.norm(ours - stored) / max(float(np.linalg.norm(stored)), 1e-6))
-
-
-def _numbers(values: Any, codec: str) -> Any:
-    if codec == "bf16":
-        return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return values.astype(np.float64)
 
 
 def _finding_of(table: Table, at: int, root: Path, reason: str) -> Finding:

@@ -105,8 +105,10 @@ def _check_row(table: Table, row: Row, teacher: Row, document: Row, schema: pa.S
     kind = table.name.partition("/")[0]
     if kind == "documents":
         return _check_document(row)
+    if kind != "teachers" and row["doc_id"] != teacher["doc_id"]:
+        return f"the teacher table has {teacher['doc_id']} here"
     if kind == "signals":
-        return _check_added_signals(row, teacher, document, schema)
+        return _check_signals(row, teacher, document, schema)
     return _check_tokens(row, document, table) or (
         _check_signals(row, row, document, schema) if kind == "teachers" else _check_alignment(row, teacher, document)
     )
@@ -165,13 +167,6 @@ def _check_tokens(row: Row, document: Row, table: Table) -> str:
     return _check_ranges("token spans", spans_T2[kinds_T != TEMPLATE], row["num_chars"])
 
 
-def _check_added_signals(row: Row, teacher: Row, document: Row, schema: pa.Schema) -> str:
-    """What is wrong with signals beside a teacher's row."""
-    if row["doc_id"] != teacher["doc_id"]:
-        return f"the teacher table has {teacher['doc_id']} here"
-    return _check_signals(row, teacher, document, schema)
-
-
 def _check_signals(row: Row, tokens: Row, document: Row, schema: pa.Schema) -> str:
     targets_T = tokens["targets"]
     read = (
@@ -208,8 +203,6 @@ def _check_values(name: str, values: Any, codec: str) -> str:
 
 
 def _check_alignment(row: Row, teacher: Row, document: Row) -> str:
-    if row["doc_id"] != teacher["doc_id"]:
-        return f"the teacher table has {teacher['doc_id']} here"
     if len(row["student_spans"]) != len(row["teacher_spans"]):
         return "student and teacher spans differ in number"
     ends = {"student_spans": len(row["token_ids"]), "teacher_spans": len(teacher["token_ids"])}

@@ -94,14 +94,9 @@ def exact_share(aligned: tuple[Int32s, Int32s], student: Tokens) -> float:
 
 
 def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, width: int) -> dict[str, Any]:
-    """Everything `xkd-cache pair` says.
+    """Everything `xkd-cache pair` says; the `worst` least aligned documents are drawn, the least aligned first.
 
-    Args:
-        teacher: How the teacher reads a document.
-        student: How the student does; it is cut where the teacher's text is, as `align` does.
-        sample: Documents to look at.
-        worst: Documents to draw, least aligned first.
-        width: Columns of a drawing.
+    The student is cut where the teacher's text is, as `align` does.
     """
     documents = sample.documents
     theirs = teacher.encode_batch(documents)

@@ -160,15 +160,6 @@ def memory_parts(run: RunConfig, look: PlanSample, model: Sizes, dtype: str, tea
     }
 
 
-def naive_bytes(tokens: int, layers: int, width: int, classes: int) -> int:
-    """bfloat16 states of so many layers and full bfloat16 logits of so many tokens.
-
-    >>> naive_bytes(1, layers=4, width=4096, classes=152_000)
-    336768
-    """
-    return tokens * 2 * (layers * width + classes)
-
-
 def give_or_take(values: Sequence[int], sizes: Sequence[int], scale: float) -> float:
     """Two standard errors of a total that grows with `sizes` and is estimated from these values, as a share of it.
 
@@ -185,14 +176,7 @@ def give_or_take(values: Sequence[int], sizes: Sequence[int], scale: float) -> f
 
 
 def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | None) -> dict[str, Any]:
-    """Everything `xkd-cache plan` says, as numbers.
-
-    Args:
-        run: Corpus, parser, teacher, losses, and a student if its table is to be counted.
-        sample: Rows to read at most.
-        budget: Bytes that the whole cache may take.
-        rate: Tokens a second of the teacher; None if not known.
-    """
+    """Everything `xkd-cache plan` says, of at most `sample` rows; `rate` is the teacher's tokens per second."""
     model = sizes_of(run.teacher.model)
     signals_for(run, model.layers)  # refuses an unknown loss or layer before anything is read
     dtype = teacher_dtype(run, this_device())
@@ -207,8 +191,6 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
         "files": model.file_numbers * min(model.number_bytes, bytes_per_number(dtype.dtype)),
     }
     others = sum(size or 0 for size in fixed.values())
-    layers = sorted({s.layer for s in signals_for(run, model.layers) if s.layer is not None})
-    naive = naive_bytes(tokens, len(layers), model.width, model.classes)
     memory = memory_parts(run, look, model, dtype.dtype, teacher)
     codecs = {
         codec: others + sum(teacher_parts(_with_teacher(run, codec=codec), look, model).values())
@@ -247,7 +229,6 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
         "memory_bytes": sum(memory.values()),
         "seconds": tokens / rate if rate else None,
         "rate": rate,
-        "naive": {"layers": layers, "bytes": naive, "share": teacher / naive if naive else None},
         "budget": budget,
         "codecs": codecs,
     }

@@ -85,13 +85,6 @@ def _describe_sample(plan: dict[str, Any]) -> Iterator[str]:
 def _describe_needs(plan: dict[str, Any]) -> Iterator[str]:
     fits = "fits" if plan["bytes"] <= plan["free"] else "DOES NOT FIT"
     yield f"needed: {format_size(plan['bytes'])}; free on that disk: {format_size(plan['free'])}: {fits}"
-    naive = plan["naive"]
-    if naive["share"] is not None:
-        layers = f"states of layers {', '.join(map(str, naive['layers']))} and " if naive["layers"] else ""
-        yield (
-            f"bfloat16 {layers}full logits of every token would need {format_size(naive['bytes'])}; "
-            f"teachers/ is {naive['share']:.3f} of it"
-        )
     yield f"shards: {plan['shards']} of {format_size(plan['shard_bytes'])}"
     parts = ", ".join(f"{name} {format_size(size)}" for name, size in plan["memory"].items())
     yield f"memory of one worker, an estimate: {format_size(plan['memory_bytes'])} ({parts})"

@@ -120,13 +120,8 @@ def render(
 ) -> str:
     """The whole drawing, lines of at most `width` cells (40 at least), each segment under its role.
 
-    Args:
-        document: What was encoded.
-        spans: Its phrases.
-        student: None draws the teacher's tokens alone.
-        teacher: The other row.
-        aligned: Token ranges (student [K, 2], teacher [K, 2]) as `align` gives them; needed with a student.
-        width: Of the terminal, in cells.
+    Without a student the teacher's tokens are drawn alone; `aligned` are token ranges (student [K, 2], teacher [K, 2])
+    as `align` gives them.
     """
     width = max(width, 40)
     lines = wrap_line(f"{document.doc_id}  {escape_text(document.source)}:{document.line}", width)

@@ -70,24 +70,6 @@ class Alignment(NamedTuple):
     """(share of the document's aligned tokens that stand one to one, row number), the worst first."""
 
 
-class Report(NamedTuple):
-    """All that the page shows except the drawings."""
-
-    name: str
-    tables: tuple[tuple[Manifest, int], ...]
-    """With the bytes of each folder."""
-    kept: tuple[SignalSizes, ...]
-    histograms: tuple[Histogram, ...]
-    alignments: tuple[Alignment, ...]
-    reasons: tuple[tuple[str, int], ...]
-    rejects: tuple[dict[str, str], ...]
-    cuts: tuple[tuple[str, str, int], ...]
-    """(table, what happened to the documents, how many)"""
-    codec_errors: tuple[tuple[str, str, float], ...]
-    """(table, signal, error)"""
-    remarks: tuple[str, ...]
-
-
 class Sizes:
     """How often each size was seen; grows with the largest size, never with the number of things."""
 
@@ -117,8 +99,8 @@ class Sizes:
         return Histogram(title=title, bars=tuple(bars), remark=remark)
 
 
-def gather(root: Path) -> Report:
-    """Read the sealed tables of a cache.
+def gather(root: Path) -> dict[str, Any]:
+    """Read the sealed tables of a cache; what the page shows but for the drawings.
 
     Raises:
         InputMissing: No folder, or not one sealed table in it.
@@ -134,14 +116,18 @@ def gather(root: Path) -> Report:
         else:
             alignments.append(_measure_alignment(table, histograms))
     manifests = [t.manifest for t in tables]
-    return Report(
-        name=root.resolve().name, tables=tuple((t.manifest, bytes_below(t.folder)) for t in tables), kept=tuple(kept),
-        histograms=tuple(h for h in histograms if h.bars), alignments=tuple(alignments),
-        reasons=_reasons(documents.manifest), rejects=tuple(islice(_rejects(documents), MAX_REJECTS)),
-        cuts=tuple(cut for m in manifests if not m.table.startswith("signals/") for cut in _cuts(m)),
-        codec_errors=tuple(found for m in manifests for found in _codec_errors(m)),
-        remarks=_unfinished(root),
-    )  # fmt: skip
+    return {
+        "name": root.resolve().name,
+        "tables": [(table.manifest, bytes_below(table.folder)) for table in tables],
+        "kept": kept,
+        "histograms": [histogram for histogram in histograms if histogram.bars],
+        "alignments": alignments,
+        "reasons": _count_reasons(documents.manifest),
+        "rejects": list(islice(_read_rejects(documents), MAX_REJECTS)),
+        "cuts": [cut for m in manifests if not m.table.startswith("signals/") for cut in _count_cuts(m)],
+        "codec_errors": [found for m in manifests for found in _codec_errors(m)],
+        "remarks": _unfinished_tables(root),
+    }
 
 
 def read_batches(table: Table, units: Sequence[int] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -263,14 +249,14 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield from flatten(item, f"{prefix}{key}.")
 
 
-def _reasons(manifest: Manifest) -> tuple[tuple[str, int], ...]:
+def _count_reasons(manifest: Manifest) -> list[tuple[str, int]]:
     total = Counter[str]()
     for commit in manifest.commits:
         total.update(commit.rejects.reasons if commit.rejects else {})
-    return tuple(total.most_common())
+    return total.most_common()
 
 
-def _rejects(documents: Table) -> Iterator[dict[str, str]]:
+def _read_rejects(documents: Table) -> Iterator[dict[str, str]]:
     for commit in documents.manifest.commits:
         if commit.rejects is not None:
             path = inside(documents.path(commit.unit).parent, "rejects", commit.rejects.file)
@@ -284,7 +270,7 @@ def _rejects(documents: Table) -> Iterator[dict[str, str]]:
                 raise BadData(f"{path} cannot be read: {error}", fix="run xkd-cache documents again") from error
 
 
-def _cuts(manifest: Manifest) -> Iterator[tuple[str, str, int]]:
+def _count_cuts(manifest: Manifest) -> Iterator[tuple[str, str, int]]:
     titles = {"cut": "cut at the longest length", "cut_below_teacher": "cut before the teacher's cut"}
     titles |= {"extended": "tokens with extended intervals", "extended_documents": "documents with such tokens"}
     for name in sorted({name for c in manifest.commits for name in c.counts}):
@@ -300,9 +286,6 @@ def _codec_errors(manifest: Manifest) -> Iterator[tuple[str, str, float]]:
         yield manifest.table, str(signal), float(error)
 
 
-def _unfinished(root: Path) -> tuple[str, ...]:
+def _unfinished_tables(root: Path) -> list[str]:
     names = [state["table"] for state in table_states(root) if not state["sealed"]]
-    return tuple(
-        f"{'what was added to ' * (root / name / 'manifest.json').exists()}{name} is not finished and is left out"
-        for name in names
-    )
+    return [f"{name} is not finished and is left out" for name in names]

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from xkd_pipeline.reports.plan_text import format_size
 from xkd_pipeline.reports.render import bracket_phrases, columns_of, escape_text
-from xkd_pipeline.reports.report import Alignment, Report, flatten, gather
+from xkd_pipeline.reports.report import Alignment, flatten, gather
 from xkd_pipeline.tables.read_units import document_at, tokens_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import replace
@@ -40,10 +40,10 @@ def write_report(root: Path, out: Path) -> dict[str, Any]:
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder", fix=f"--out {out / 'report.html'}")
     report = gather(root)
-    page = render_page(report, {a.student: list(_draw_worst(root, a)) for a in report.alignments}).encode()
+    page = render_page(report, {a.student: list(_draw_worst(root, a)) for a in report["alignments"]}).encode()
     replace(out, page)
-    pairs = [(a.teacher, a.student) for a in report.alignments]
-    return {"report": str(out), "bytes": len(page), "tables": len(report.tables), "pairs": pairs}
+    pairs = [(a.teacher, a.student) for a in report["alignments"]]
+    return {"report": str(out), "bytes": len(page), "tables": len(report["tables"]), "pairs": pairs}
 
 
 def _draw_worst(root: Path, alignment: Alignment) -> Iterator[dict[str, Any]]:
@@ -63,16 +63,16 @@ def _draw_worst(root: Path, alignment: Alignment) -> Iterator[dict[str, Any]]:
         }
 
 
-def render_page(report: Report, worst: dict[str, list[dict[str, Any]]]) -> str:
+def render_page(report: dict[str, Any], worst: dict[str, list[dict[str, Any]]]) -> str:
     """The page as text; `worst` holds the drawings of each student."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"visible": escape_text, "size": format_size, "flatten": flatten}
-    kept = [(k, Markup(draw_bars(k.signals, "bytes"))) for k in report.kept]
-    shapes = {a.student: Markup(draw_bars(a.shapes, "aligned spans", 320)) for a in report.alignments}
-    charts = [(h, Markup(draw_histogram(h.bars, h.title))) for h in report.histograms]
+    kept = [(k, Markup(draw_bars(k.signals, "bytes"))) for k in report["kept"]]
+    shapes = {a.student: Markup(draw_bars(a.shapes, "aligned spans", 320)) for a in report["alignments"]}
+    charts = [(h, Markup(draw_histogram(h.bars, h.title))) for h in report["histograms"]]
     return environment.get_template("report.html.j2").render(
         report=report, worst=worst, kept=kept, shapes=shapes, histograms=charts, max_chars=MAX_CHARS,
         max_columns=MAX_COLUMNS,

@@ -50,13 +50,7 @@ def write_shard(
 ) -> Commit:
     """Write the rows of one unit and return the record that the driver commits.
 
-    Args:
-        folder: The table's folder.
-        unit: Number of the unit; it stands in the shard's metadata, so that swapped files are found.
-        schema: Columns to write, in this order.
-        columns: One sequence for each column, all of the same length.
-        rejects: Rows that could not be used; each has at least a "reason".
-        totals: Named counts and sums for the record.
+    The unit's number stands in the shard's metadata, so that swapped files are found.
 
     Raises:
         DiskFailed: The disk is full or failing; no file is left behind.

@@ -192,14 +192,6 @@ def test_unknown_time_says_how_to_measure_and_a_rate_gives_it(whole: dict[str, A
     assert "time: 1:01:01 at" in "\n".join(plan_lines(timed))
 
 
-def test_states_and_logits_of_the_picked_layers_are_what_is_compared_with(whole: dict[str, Any]) -> None:
-    naive = whole["naive"]
-
-    assert naive["layers"] == [2, 3, 4]
-    assert naive["bytes"] == whole["tokens"] * 2 * (3 * 32 + whole["model"]["classes"])
-    assert naive["share"] == pytest.approx(whole["teacher_bytes"] / naive["bytes"])
-
-
 def test_rejected_rows_are_counted_and_shown(tmp_path: Path) -> None:
     corpus = write_rows(tmp_path / "half.jsonl", [*corpus_rows(3), "{"])
 
