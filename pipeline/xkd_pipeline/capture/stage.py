@@ -79,11 +79,7 @@ class TeacherStage:
             tokens, readings = _read(rows, encoder, care.lost)
             captured = capture(model, readings, wanted, settings)
             stored = encode_signals(captured, wanted, self.settings.codec, head)
-            columns = {
-                "doc_id": rows.doc_ids,
-                **token_columns(tokens),
-                **stored.columns,
-            }
+            columns = {"doc_id": rows.doc_ids, **token_columns(tokens), **stored.columns}
             sums = sum_moments(tokens, captured, model) | stored.sums
             totals = Totals(counts=token_counts(rows.block.texts, tokens), sums=sums)
             marked = schema.with_metadata({**schema.metadata, **stored.metadata})
@@ -215,6 +211,12 @@ def check_top(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> No
             )
 
 
+def measured_constants(commits: Sequence[Commit], stds: Sequence[str]) -> dict[str, Any]:
+    """Standard deviations over the corpus, and what codecs lost where they lost anything."""
+    error = codec_error(commits)
+    return {f"{name}_std": std_of(commits, name) for name in stds} | ({"codec_error": error} if error else {})
+
+
 def make_teacher(
     root: Path,
     name: str,
@@ -246,12 +248,7 @@ def make_teacher(
 
     def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
         files = export(teacher_of(settings), settings.model, store.folder)
-        measured: dict[str, Any] = {
-            "hidden_std": std_of(commits, "hidden"),
-            "embedding_std": std_of(commits, "embedding"),
-        }
-        if error := codec_error(commits):
-            measured["codec_error"] = error
+        measured = measured_constants(commits, ("hidden", "embedding"))
         return {**constants, **measured, "template": settings.template}, files
 
     if workers.count:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xkd_pipeline.alignment import StudentSettings, make_students
 from xkd_pipeline.capture.artifacts import weights_identity
-from xkd_pipeline.capture.extra_signals import SignalTableSpec, make_signals
+from xkd_pipeline.capture.extra_signals import make_signals
 from xkd_pipeline.capture.stage import make_teacher, teacher_settings
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.maintain.verify_rows import Finding
@@ -177,8 +177,7 @@ def rerun_stage(root: Path, table: str, spec: Spec, model: str, workers: Workers
     signals = [signal_named(column) for column in spec["signals"]]
     captured = teacher_settings(spec, model)
     if kind == "signals":
-        beside = SignalTableSpec(name=name, teacher=spec["teacher"], settings=captured, signals=tuple(signals))
-        return make_signals(root, beside, workers)
+        return make_signals(root, name, spec["teacher"], captured, signals, workers)
     return make_teacher(root, name, captured, lambda _layers: signals, workers)
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from xkd_pipeline.alignment import align_rows
 from xkd_pipeline.capture.measure import LOGIT_BYTES
-from xkd_pipeline.capture.model_sizes import Sizes, bytes_per_number, sizes_of
+from xkd_pipeline.capture.model_sizes import Sizes, sizes_of
 from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.stage import columns_of, units_of
@@ -26,7 +26,7 @@ from xkd_pipeline.shard_rows import rows_per_shard
 from xkd_pipeline.stages import signals_for, teacher_dtype
 from xkd_pipeline.tables.read_units import DocumentRows
 from xkd_pipeline.tables.shard import ROWS_PER_BATCH
-from xkd_pipeline.tables.token_columns import token_columns
+from xkd_pipeline.tables.token_columns import token_columns, token_counts
 from xkd_schemas.codecs import CODECS
 from xkd_schemas.config import RunConfig
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
@@ -37,7 +37,7 @@ from xkd_schemas.signals import teacher_schema
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import TRIED
 from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS
-from xkd_trainer.models.compute_dtype import this_device
+from xkd_trainer.models.compute_dtype import dtype_named, this_device
 from xkd_trainer.models.loading import load_tokenizer
 
 LIBRARIES: Final = 600 * 2**20
@@ -148,7 +148,7 @@ def student_bytes(run: RunConfig, look: PlanSample) -> int | None:
 def memory_parts(run: RunConfig, look: PlanSample, model: Sizes, dtype: str, teacher: int) -> dict[str, int]:
     """Estimated peak of one worker of the teacher stage, in bytes."""
     layers = len({s.layer for s in signals_for(run, model.layers) if s.layer is not None})
-    size = bytes_per_number(dtype)
+    size = dtype_named(dtype).itemsize
     longest = max((c.tokens for c in look.counts), default=0)
     tokens = max(run.teacher.batch_tokens, longest)
     return {
@@ -163,10 +163,8 @@ def memory_parts(run: RunConfig, look: PlanSample, model: Sizes, dtype: str, tea
 def give_or_take(values: Sequence[int], sizes: Sequence[int], scale: float) -> float:
     """Two standard errors of a total that grows with `sizes` and is estimated from these values, as a share of it.
 
-    >>> give_or_take([1, 3], [1, 1], scale=1.0), round(give_or_take([1, 3, 1, 3], [1, 1, 1, 1], scale=100.0), 2)
-    (0.0, 0.57)
-    >>> give_or_take([1, 3, 1, 3], [10, 30, 10, 30], scale=100.0)
-    0.0
+    >>> [round(give_or_take([1, 3, 1, 3], sizes, scale=100.0), 2) for sizes in ([1, 1, 1, 1], [10, 30, 10, 30])]
+    [0.57, 0.0]
     """
     if sum(values) == 0 or sum(sizes) == 0 or len(values) < 2:
         return 0.0
@@ -188,7 +186,7 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
         "documents": table_bytes(DOCUMENTS, columns_of(look.sample.documents, look.spans), look),
         "students": student_bytes(run, look),
         "tokenizers": tokenizer_bytes(run.teacher.model, _student_of(run)),
-        "files": model.file_numbers * min(model.number_bytes, bytes_per_number(dtype.dtype)),
+        "files": model.file_numbers * min(model.number_bytes, dtype_named(dtype.dtype).itemsize),
     }
     others = sum(size or 0 for size in fixed.values())
     memory = memory_parts(run, look, model, dtype.dtype, teacher)
@@ -202,7 +200,14 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
     return {
         "corpus": [source.describe() for source in look.sample.sources],
         "rows": look.sample.corpus_rows,
-        "sample": _sample_values(look),
+        "sample": {
+            "rows": look.sample.rows,
+            "documents": len(look.sample.documents),
+            "rejected": len(look.sample.rejected),
+            "reasons": reasons(look.sample.rejected),
+            "unusable": sum(status != OK for status in look.tokens.statuses),
+            "cut": token_counts([d.text for d in look.sample.documents], look.tokens)["cut"],
+        },
         "model": {name: getattr(model, name) for name in ("architecture", "layers", "width", "classes", "weights")},
         "template": look.template,
         "dtype": dtype.dtype,
@@ -231,20 +236,6 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
         "rate": rate,
         "budget": budget,
         "codecs": codecs,
-    }
-
-
-def _sample_values(look: PlanSample) -> dict[str, Any]:
-    cut = sum(
-        t.status == OK and t.num_chars < len(d.text) for t, d in zip(look.tokens, look.sample.documents, strict=True)
-    )
-    return {
-        "rows": look.sample.rows,
-        "documents": len(look.sample.documents),
-        "rejected": len(look.sample.rejected),
-        "reasons": reasons(look.sample.rejected),
-        "unusable": sum(t.status != OK for t in look.tokens),
-        "cut": cut,
     }
 
 

@@ -164,26 +164,19 @@ def columns_of(
         return [
             Column(text, "", ALONE) for n in range(len(teacher.ids)) if (text := _texts(document, teacher, n, n + 1))
         ]
+
+    def column(theirs: tuple[int, int], ours: tuple[int, int], mark: str) -> Column:
+        return Column(_texts(document, teacher, *theirs), _texts(document, student, *ours), mark)
+
     columns = []
     ours = theirs = 0
     for (first, end), (teacher_first, teacher_end) in zip(aligned[0].tolist(), aligned[1].tolist(), strict=True):
-        columns.append(_between(document, student, (ours, first), teacher, (theirs, teacher_first)))
-        exact = end - first == teacher_end - teacher_first == 1
-        columns.append(
-            Column(
-                _texts(document, teacher, teacher_first, teacher_end), _texts(document, student, first, end),
-                EXACT if exact else MANY,
-            )
-        )  # fmt: skip
+        mark = EXACT if end - first == teacher_end - teacher_first == 1 else MANY
+        columns.append(column((theirs, teacher_first), (ours, first), ALONE))
+        columns.append(column((teacher_first, teacher_end), (first, end), mark))
         ours, theirs = end, teacher_end
-    columns.append(_between(document, student, (ours, len(student.ids)), teacher, (theirs, len(teacher.ids))))
-    return [column for column in columns if column.teacher or column.student]
-
-
-def _between(
-    document: Document, student: Tokens, ours: tuple[int, int], teacher: Tokens, theirs: tuple[int, int]
-) -> Column:
-    return Column(_texts(document, teacher, *theirs), _texts(document, student, *ours), ALONE)
+    columns.append(column((theirs, len(teacher.ids)), (ours, len(student.ids)), ALONE))
+    return [one for one in columns if one.teacher or one.student]
 
 
 def _texts(document: Document, tokens: Tokens, first: int, end: int) -> str:
