@@ -9,7 +9,7 @@ from benchmarks.measure import Options, interleaved
 from benchmarks.pair import fast_dtype, pair_of, wanted_signals
 from benchmarks.rows import Result, cost
 from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
-from xkd_pipeline.capture.measure import LOGIT_BYTES, Reading, padded
+from xkd_pipeline.capture.measure import LOGIT_BYTES, Reading, pad_readings
 from xkd_pipeline.capture.stage import encoder_of
 from xkd_pipeline.tables.read_units import document_at
 from xkd_schemas.cache.table import Row, Table
@@ -63,7 +63,7 @@ def forward_loop(model: PreTrainedModel, readings: Sequence[Reading], settings: 
     """What nobody can do without."""
     lengths = [len(r.tokens.ids) for r in readings]
     for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):
-        ids_BL, _ = padded([readings[i] for i in indices], settings.pad_multiple)
+        ids_BL, _ = pad_readings([readings[i] for i in indices], settings.pad_multiple)
         model(input_ids=ids_BL, use_cache=False)
 
 
@@ -77,7 +77,7 @@ def logits_loop(
     found: list[torch.Tensor] = []
     for indices in batches_of([len(r.tokens.ids) for r in readings], settings.batch_tokens, settings.pad_multiple):
         batch = [readings[i] for i in indices]
-        ids_BL, _ = padded(batch, settings.pad_multiple)
+        ids_BL, _ = pad_readings(batch, settings.pad_multiple)
         states_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
         places = [torch.from_numpy(predictors(r.tokens.targets)) for r in batch]
         found += torch.cat([states_BLD[i, at] for i, at in enumerate(places)]).split(step)

@@ -8,11 +8,10 @@ parameter and token at an assumed 400 TFLOP/s; none of it was run on a GPU.
 from collections.abc import Mapping
 from typing import Any, Final
 
+from benchmarks.bench_size import naive_bytes
 from benchmarks.measure import Options
 from benchmarks.rows import Result, Row
-from xkd_pipeline.reports.plan import naive_bytes
 from xkd_pipeline.reports.table_size import Counts, signal_bytes
-from xkd_pipeline.tables.shard import ROWS_PER_BATCH
 from xkd_schemas.signals import Signal
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.registry import loss_named
@@ -57,6 +56,4 @@ def _bytes_per_token(loss: str, settings: Mapping[str, Any], codec: str) -> floa
     declaration = loss_named(loss)
     wanted = {Signal("argmax"), *declaration.needs(declaration.parse(settings), LEVELS)}
     sized = [Signal(s.name, s.layer, s.unit, (16 if s.kind.drawn else 64) if s.kind.top else None) for s in wanted]
-    documents = [DOCUMENT] * ROWS_PER_BATCH
-    total = sum(signal_bytes(signal, WIDTH, codec, documents, ROWS_PER_BATCH) for signal in sized)
-    return total / (DOCUMENT.tokens * ROWS_PER_BATCH)
+    return sum(signal_bytes(signal, WIDTH, codec, [DOCUMENT]) for signal in sized) / DOCUMENT.tokens

@@ -12,10 +12,8 @@ from benchmarks.pair import METHODS, TEMPLATE, Pair, Shape, fast_dtype, made, pa
 from benchmarks.rows import Result, Row
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher
-from xkd_pipeline.reports.plan import naive_bytes
 from xkd_pipeline.reports.table_size import Counts, counts_of, signal_bytes
 from xkd_pipeline.tables.read_units import tokens_at
-from xkd_pipeline.tables.shard import ROWS_PER_BATCH
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.codecs import PLAIN
@@ -52,13 +50,20 @@ def run(options: Options) -> list[Result]:
     return [by_arithmetic(pair_of(options)), by_a_run(made(options.scratch / "size", small), small)]
 
 
+def naive_bytes(tokens: int, layers: int, width: int, classes: int) -> int:
+    """bfloat16 states of so many layers and full bfloat16 logits of so many tokens.
+
+    >>> naive_bytes(1, layers=4, width=4096, classes=152_000)
+    336768
+    """
+    return tokens * 2 * (layers * width + classes)
+
+
 def by_arithmetic(pair: Pair) -> Row:
     """Width 4096, 152,000 classes, on what the pair's teacher table says its documents are made of."""
     counts = counted(pair)
     tokens = sum(c.tokens for c in counts)
-    ours = TOKEN_BYTES * tokens + sum(
-        signal_bytes(signal, WIDTH, PLAIN, counts, ROWS_PER_BATCH) for signal in signals(32)
-    )
+    ours = TOKEN_BYTES * tokens + sum(signal_bytes(signal, WIDTH, PLAIN, counts) for signal in signals(32))
     return _row("arithmetic, D=4096, V=152k, 4 layers", ours / tokens, naive_bytes(1, 4, WIDTH, CLASSES))
 
 
@@ -66,7 +71,7 @@ def counted(pair: Pair) -> Sequence[Counts]:
     """Tokens and spans of every document of the pair's cache."""
     teacher = Table(pair.cache, f"students/{names_in(pair.cache, 'students')[0]}").manifest.spec["teacher"]
     rows = zip(Table(pair.cache, "documents"), Table(pair.cache, f"teachers/{teacher}"), strict=True)
-    return [counts_of(tokens_at(read), len(row["words"]), len(row["phrases"])) for row, read in rows]
+    return [counts_of(tokens_at(read), row["words"], row["phrases"]) for row, read in rows]
 
 
 def by_a_run(pair: Pair, shape: Shape) -> Row:

@@ -17,9 +17,8 @@ from benchmarks.bench_size import CLASSES, WIDTH, counted, levels_of
 from benchmarks.measure import Options, interleaved
 from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Result, Row, cost
-from xkd_pipeline.capture.sampled_logits import drawn
+from xkd_pipeline.capture.sampled_logits import draw_classes
 from xkd_pipeline.reports.table_size import Counts, signal_bytes
-from xkd_pipeline.tables.shard import ROWS_PER_BATCH
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.cache import Cache
@@ -62,7 +61,7 @@ def errors(logits_NV: Tensor) -> list[Row]:
     most_Nm = torch.multinomial(p_NV, MOST_WITH_REPLACEMENT, replacement=True, generator=generator)
     rows = []
     for k in DRAWS:
-        draw = drawn(logits_NV, u_N2, k)
+        draw = draw_classes(logits_NV, u_N2, k)
         ours = float(np.sqrt(draw.lost_N.sum() / draw.kept_N.sum()))
         number = _as_many(most_Nm, k)
         counts_NV = torch.zeros_like(p_NV).scatter_add_(
@@ -98,7 +97,7 @@ def speed(logits_NV: Tensor, repeats: int) -> Row:
     """A draw against the entropies and argmaxes of the same logits, which a capture makes anyway."""
     u_N2 = torch.rand(len(logits_NV), 2, dtype=torch.float64)
     calls: dict[str, Callable[[], object]] = {
-        "draw": lambda: drawn(logits_NV, u_N2, DRAWS[1]),
+        "draw": lambda: draw_classes(logits_NV, u_N2, DRAWS[1]),
         "stats": lambda: prediction_stats(logits_NV),
     }
     seconds = interleaved(calls, repeats)
@@ -112,13 +111,13 @@ def sizes(pair: Pair) -> list[Row]:
     long = Counts(tokens=512, kept=512, targets=511, spans={"word": 0, "phrase": 159})
 
     def bytes_of(*signals: Signal) -> float:
-        return sum(signal_bytes(s, WIDTH, PLAIN, counts, ROWS_PER_BATCH) for s in signals) / tokens
+        return sum(signal_bytes(s, WIDTH, PLAIN, counts) for s in signals) / tokens
 
     def of_levels(name: str) -> float:
         return bytes_of(*(Signal(name, *level) for level in levels_of(32)))
 
     def of_long(name: str) -> float:
-        return sum(signal_bytes(Signal(name, n, "phrase"), WIDTH, PLAIN, [long], 1) for n in range(4)) / long.tokens
+        return sum(signal_bytes(Signal(name, n, "phrase"), WIDTH, PLAIN, [long]) for n in range(4)) / long.tokens
 
     draws = bytes_of(Signal("sampled", top=DRAWS[1]), Signal("entropy"))
     state, geometry = bytes_of(Signal("hidden_last")), of_levels("span_geometry")

@@ -10,7 +10,7 @@ import numpy as np
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents, tokens_of
 from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.token_columns import encoded_but, token_columns, token_counts, units_like
+from xkd_pipeline.tables.token_columns import encode_without, token_columns, token_counts, units_like
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
@@ -101,7 +101,7 @@ def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch, lost: 
     """
     read = [status == OK for status in teacher.statuses]
     limits = [n if ok else None for n, ok in zip(teacher.num_chars.tolist(), read, strict=True)]
-    encoded = encoded_but(encoder, rows.block, lost, limits)
+    encoded = encode_without(encoder, rows.block, lost, limits)
     said = zip(encoded.statuses, teacher.statuses, read, strict=True)
     tokens = encoded.marked([ours if ok else f"teacher:{theirs}" for ours, theirs, ok in said], np.array(read, bool))
     ends = Ragged(rows.block.segments.values[:, 1], rows.block.segments.first)

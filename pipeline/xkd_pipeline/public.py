@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from xkd_pipeline import stages
-from xkd_pipeline.maintain.findings import Finding
+from xkd_pipeline.maintain.verify_rows import Finding
 from xkd_pipeline.tables.build import Outcome
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import RunConfig

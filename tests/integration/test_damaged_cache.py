@@ -199,9 +199,9 @@ def test_deep_finds_what_has_the_right_digests_and_the_wrong_sense(tmp_path: Pat
 
 
 def _deep(cache: Path, table: str) -> list[Any]:
-    from xkd_pipeline.maintain.verify_rows import deep
+    from xkd_pipeline.maintain.verify_rows import verify_rows
 
-    return list(deep(cache, table))
+    return list(verify_rows(cache, table))
 
 
 def test_gc_removes_what_nothing_names_and_no_more(tmp_path: Path) -> None:

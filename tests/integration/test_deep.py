@@ -20,12 +20,12 @@ def shard(cache: Path, table: str, unit: int) -> Path:
 def test_a_check_that_raises_is_a_finding_on_its_unit_and_the_rest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     from xkd_pipeline.maintain import verify_rows as deep
 
-    plain = deep._document
+    plain = deep._check_document
 
     def raising(row: Row) -> str:
         return str(1 // 0) if row["line"] == 5 else plain(row)
 
-    monkeypatch.setattr(deep, "_document", raising)
+    monkeypatch.setattr(deep, "_check_document", raising)
 
     found = verify(small_cache.made() / "cache", "deep")
 

@@ -19,7 +19,7 @@ from xkd_pipeline.capture import stage as teachers
 from xkd_pipeline.capture.stage import check_top
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain import verify_rows as deep
-from xkd_pipeline.maintain.verify_rows import _drawn, _values
+from xkd_pipeline.maintain.verify_rows import _check_draws, _check_values
 from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_schemas.cache.table import Table
@@ -64,7 +64,7 @@ def test_the_plan_is_within_five_percent_of_the_shards() -> None:
     assert plan["teacher_bytes"] == pytest.approx(sum(c.size for c in commits), rel=0.05)
     column = next(c for c in plan["columns"] if c["column"] == COLUMN)
     targets = sum(c.counts["targets"] for c in commits)
-    assert column["bytes"] == pytest.approx(4 * K * targets, rel=0.02, abs=9 * 40)
+    assert column["bytes"] == pytest.approx(4 * K * targets, rel=0.05)
 
 
 def test_every_tool_knows_the_column(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_deep_verification_sees_what_cannot_be() -> None:
 
     def fault(entries: Any, classes: int = 10**5) -> str:
         row: Any = {COLUMN: entries}
-        return _drawn(row, schema, classes)
+        return _check_draws(row, schema, classes)
 
     wrong = entries.copy()
     wrong[1, 0] += 1
@@ -136,7 +136,7 @@ def test_deep_verification_sees_what_cannot_be() -> None:
 def test_deep_verification_looks_at_drawn_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deep, "fault_of", lambda entries, classes: f"{entries.shape[1]} of {classes > 300}")
 
-    reasons = list(deep._reasons(captured(), Table(captured(), "teachers/drawn"), 1))
+    reasons = list(deep.find_faults(captured(), Table(captured(), "teachers/drawn"), 1))
 
     assert len(reasons) == 8
     assert f"{COLUMN}: {K} of True" in reasons[0]
@@ -144,8 +144,8 @@ def test_deep_verification_looks_at_drawn_classes(monkeypatch: pytest.MonkeyPatc
 
 def test_deep_verification_sees_a_cosine_beyond_1() -> None:
     fine = np.array([1.0, -1.0, 0.5], np.float16)
-    assert _values("span_geometry@2:word", fine, "float16") == ""
-    assert "outside" in _values("span_geometry@2:word", np.nextafter(fine, np.float16(2)), "float16")
+    assert _check_values("span_geometry@2:word", fine, "float16") == ""
+    assert "outside" in _check_values("span_geometry@2:word", np.nextafter(fine, np.float16(2)), "float16")
 
 
 def test_only_ids_of_the_tokenizer_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,18 +174,3 @@ def test_a_cache_without_draws_says_how_to_get_them() -> None:
     cache = Cache(small_cache.made() / "cache", student="S")
     with pytest.raises(UsageError, match=r"loss rskd needs sampled, which .*xkd-cache add .*--signals sampled#16"):
         cache.require("rskd", (Signal("sampled"), Signal("entropy")))
-
-
-def test_a_budget_goes_from_kl_to_draws_and_to_fewer_of_them() -> None:
-    def flags_of(run: RunConfig) -> list[str]:
-        return [step["flags"] for step in make_plan(run, sample=256, budget=0, rate=None)["steps"]]
-
-    run = run_with(captured(), losses=["kl", "mta"], samples=4)
-    steps = make_plan(run, sample=256, budget=0, rate=None)["steps"]
-    assert flags_of(run)[:3] == ["--codec bf16-planes", "--codec int8", "--for rskd,mta"]
-    assert "right on average" in steps[2]["cost"]
-    smaller = run_with(captured(), losses=["rskd", "mta"], samples=4, codec="int8")
-    assert steps[2]["bytes"] == make_plan(smaller, sample=256, budget=None, rate=None)["bytes"]
-    assert flags_of(run_with(captured(), losses=["rskd"], samples=16))[0] == "--set teacher.samples=8"
-    softer = run.model_copy(update={"losses": {"kl": {"temperature": 2.0}}})
-    assert not any("rskd" in flags for flags in flags_of(softer))

@@ -52,17 +52,17 @@ def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:
     if embeddings is not head.weight_VD:
         files["embeddings.safetensors"] = {"weight": embeddings}
     for file, content in files.items():
-        tensors = {k: narrowed(v.detach().cpu().contiguous()) for k, v in content.items()}
+        tensors = {k: narrow(v.detach().cpu().contiguous()) for k, v in content.items()}
         saved(folder / file, partial(save_tensors, tensors))
     names = saved_folder(folder / "tokenizer", load_tokenizer(name).save_pretrained)
     kept = [folder / file for file in files] + [folder / "tokenizer" / file for file in names]
     return {path.name: sha256_of(path) for path in kept}
 
 
-def narrowed(weights: torch.Tensor) -> torch.Tensor:
+def narrow(weights: torch.Tensor) -> torch.Tensor:
     """The same numbers in 16 bits where those hold each of them, as of a bfloat16 checkpoint that runs in float32.
 
-    >>> narrowed(torch.tensor([1.5])).dtype, narrowed(torch.tensor([0.1])).dtype
+    >>> narrow(torch.tensor([1.5])).dtype, narrow(torch.tensor([0.1])).dtype
     (torch.bfloat16, torch.float32)
     """
     if weights.dtype == torch.float32:
@@ -72,7 +72,9 @@ def narrowed(weights: torch.Tensor) -> torch.Tensor:
     return weights
 
 
-def moments(tokens: Sequence[Tokens], captured: Sequence[dict[str, Any]], model: PreTrainedModel) -> dict[str, float]:
+def sum_moments(
+    tokens: Sequence[Tokens], captured: Sequence[dict[str, Any]], model: PreTrainedModel
+) -> dict[str, float]:
     """Sums, from which the standard deviations of states and embeddings over target tokens are made."""
     table = model.get_input_embeddings().weight
     sums = dict.fromkeys(("hidden", "hidden2", "hidden_n", "embedding", "embedding2", "embedding_n"), 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xkd_pipeline.capture.measure import ROWS, Reading, padded, signals_of
+from xkd_pipeline.capture.measure import ROWS, Reading, pad_readings, signals_of
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.errors import BadData
 from xkd_schemas.progress import tick
@@ -107,7 +107,7 @@ def capture(
     lengths = [len(r.tokens.ids) for r in readings]
     for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):
         batch = [readings[i] for i in indices]
-        ids_BL, valid_BL = (t.to(model.device) for t in padded(batch, settings.pad_multiple))
+        ids_BL, valid_BL = (t.to(model.device) for t in pad_readings(batch, settings.pad_multiple))
         states = run(model, ids_BL, valid_BL, text_B=_last_text(batch).to(model.device), **reads)
         if not _finite(states.last_BLD, valid_BL):
             raise BadData(

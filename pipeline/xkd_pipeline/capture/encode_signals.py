@@ -25,12 +25,12 @@ class Coded:
     sums: dict[str, float]
 
 
-def coded(captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signal], codec: str, head: Head) -> Coded:
+def encode_signals(captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signal], codec: str, head: Head) -> Coded:
     """All signals of a unit as columns; wide ones through `codec`."""
     made = Coded(columns={}, metadata={}, sums={})
     for signal in wanted:
         rows = [row[signal.column] for row in captured]
-        made.sums.update(_lost_at_capture(signal.column, captured))
+        made.sums.update(_sum_capture_errors(signal.column, captured))
         if not signal.kind.wide or codec == PLAIN:
             made.columns[signal.column] = rows
             continue
@@ -45,18 +45,18 @@ def coded(captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signal], codec
         lost, kept = squared_error(rows, again)
         made.sums.update({f"codec:{signal.column}:lost": lost, f"codec:{signal.column}:kept": kept})
         if signal.name == "hidden_last" and rows:
-            made.sums.update(_divergence(rows, again, head))
+            made.sums.update(_measure_kl(rows, again, head))
     return made
 
 
-def _lost_at_capture(column: str, captured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _sum_capture_errors(column: str, captured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Squared error that capture itself made and noted beside the column, and what it is a part of; {} for none."""
     noted = [row for row in captured if f"{column}.lost" in row]
     sums = {part: sum(float(np.sum(row[f"{column}.{part}"])) for row in noted) for part in ("lost", "kept")}
     return {f"codec:{column}:{part}": value for part, value in sums.items()} if noted else {}
 
 
-def _divergence(rows: Sequence[Bits], again: Sequence[Bits], head: Head) -> dict[str, float]:
+def _measure_kl(rows: Sequence[Bits], again: Sequence[Bits], head: Head) -> dict[str, float]:
     """Sum over some states of KL(head of the exact state || head of the stored one), in nats, and their number."""
     exact_ND, stored_ND = (np.concatenate(list(side)) for side in (rows, again))
     chosen = np.unique(np.linspace(0, max(0, len(exact_ND) - 1), min(KL_ROWS, len(exact_ND))).astype(np.int64))

@@ -5,17 +5,16 @@ them batch by batch (xkd_schemas.cache.joined).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xkd_pipeline.capture.artifacts import std_of
 from xkd_pipeline.capture.capture import TeacherSettings
-from xkd_pipeline.capture.encode_signals import codec_error
 from xkd_pipeline.capture.stage import (
     TeacherStage,
     check_wanted,
     forget_teacher,
+    measured_constants,
     teacher_of,
     teacher_settings,
     teacher_spec,
@@ -35,30 +34,21 @@ BOUND = ("weights", "encoder")
 """What of a spec must be that of the teacher's table."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SignalTableSpec:
-    """A table of signals beside a teacher's table."""
+def make_signals(
+    root: Path, name: str, teacher: str, settings: TeacherSettings, signals: Sequence[Signal], workers: Workers
+) -> Built:
+    """Run the teacher over the documents of its table, teachers/TEACHER, once more and make the table signals/NAME.
 
-    name: str
-    teacher: str
-    """Name of the teacher's table."""
-    settings: TeacherSettings
-    """Template and lengths are those of the teacher's table."""
-    signals: tuple[Signal, ...]
-
-
-def make_signals(root: Path, beside: SignalTableSpec, workers: Workers) -> Built:
-    """Run the teacher over the documents of its table once more and make the table signals/NAME.
+    Template and lengths in `settings` are those of the teacher's table.
 
     Raises:
         Mismatch: The settings name another teacher, or signals/NAME was begun with other settings.
         UsageError: The teacher cannot give what is asked for.
     """
-    name, teacher, settings = beside.name, beside.teacher, beside.settings
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
     model = teacher_of(settings)
-    check_wanted(beside.signals, model, settings.model)
-    columns = tuple(sorted({s.column for s in beside.signals}))
+    check_wanted(signals, model, settings.model)
+    columns = tuple(sorted({s.column for s in signals}))
     spec = teacher_spec(settings, columns, documents.manifest.root) | {"teacher": teacher}
     advice = f"name the model that {teachers.name} was made with"
     ours, theirs = ({key: one[key] for key in BOUND} for one in (spec, teachers.manifest.spec))
@@ -68,12 +58,8 @@ def make_signals(root: Path, beside: SignalTableSpec, workers: Workers) -> Built
     stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns, tokens=False)
 
     def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
-        measured: dict[str, Any] = {"teacher": teacher}
-        if "hidden_last" in columns:
-            measured["hidden_std"] = std_of(commits, "hidden")
-        if error := codec_error(commits):
-            measured["codec_error"] = error
-        return measured, {}
+        stds = ("hidden",) if "hidden_last" in columns else ()
+        return {"teacher": teacher, **measured_constants(commits, stds)}, {}
 
     if workers.count:
         del model
@@ -100,13 +86,7 @@ def add_signals(
 ) -> Built | None:
     """Keep more signals of a teacher whose table is finished; None where the cache holds them all.
 
-    Args:
-        root: The cache.
-        teacher: Name of its table.
-        model: The teacher itself.
-        wanted: Asked once, with the teacher's number of layers.
-        codec: How wide signals are stored; "" as in the teacher's table.
-        workers: Where units are made.
+    `wanted` is asked once, with the teacher's number of layers; codec "" is that of the teacher's table.
     """
     with locked(root):
         spec = Table(root, f"teachers/{teacher}").manifest.spec
@@ -115,9 +95,7 @@ def add_signals(
         name, left = missing_signals(root, teacher, wanted(num_layers(teacher_of(settings))))
         if not left:
             return None
-        return make_signals(
-            root, SignalTableSpec(name=name, teacher=teacher, settings=settings, signals=tuple(left)), workers
-        )
+        return make_signals(root, name, teacher, settings, left, workers)
 
 
 def missing_signals(root: Path, teacher: str, wanted: Sequence[Signal]) -> tuple[str, list[Signal]]:

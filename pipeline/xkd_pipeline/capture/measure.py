@@ -5,7 +5,7 @@ Shape legend for this file
     K words or phrases    D width    V vocabulary    k largest logits of a prediction
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xkd_pipeline.capture.sampled_logits import drawn, uniforms
+from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import Int32s, Tokens, kept_rows, predictors
 from xkd_trainer.models.forward import States
@@ -36,7 +36,7 @@ class Reading:
     """"word" and "phrase" -> [K, 2]."""
 
 
-def padded(readings: Sequence[Reading], multiple: int) -> tuple[Tensor, Tensor]:
+def pad_readings(readings: Sequence[Reading], multiple: int) -> tuple[Tensor, Tensor]:
     """Token ids and validity, [B, L] with L a multiple of `multiple`, padded on the right with 0."""
     longest = max(len(r.tokens.ids) for r in readings)
     length = -(-longest // multiple) * multiple
@@ -68,30 +68,43 @@ def signals_of(
     Draws are from the first `classes` rows of the head; None is all.
     """
     rows: list[dict[str, Any]] = [{} for _ in readings]
-    _per_token(readings, states, wanted, rows)
-    _predictions(readings, states, head, wanted, rows, classes)
-    for layer in sorted({s.layer for s in wanted if s.layer is not None}):
-        here = [s for s in wanted if s.layer == layer]
-        _tokens_of_layer(readings, states, here, rows)
-        if weighted := [s for s in here if s.name == "centrality" or s.kind.unit]:
-            _layer(readings, states.layers[layer], valid_BL, weighted, rows)
+    _read_predictions(readings, states, head, wanted, rows, classes)
+    weighted = {s.layer for s in wanted if s.layer is not None and (s.name == "centrality" or s.kind.unit)}
+    weights = {layer: centrality(states.layers[layer], valid_BL) for layer in weighted}
+    for signal in wanted:
+        if signal.kind.per in {"T", "R"}:
+            values = _token_values(signal, states, weights)
+            for number, reading in enumerate(readings):
+                rows[number][signal.column] = _cut_row(signal, values[number], reading.tokens)
+    for layer, unit in {(s.layer, s.unit) for s in wanted if s.layer is not None and s.unit is not None}:
+        ranges_BK2 = _pad_ranges([r.ranges[unit] for r in readings]).to(states.layers[layer].device)
+        vectors_BKD, mass_BK = pool_spans(states.layers[layer], weights[layer], ranges_BK2)
+        for signal in (s for s in wanted if (s.layer, s.unit) == (layer, unit)):
+            for number, reading in enumerate(readings):
+                spans = len(reading.ranges[unit])
+                rows[number] |= _span_signal(signal, vectors_BKD[number, :spans], mass_BK[number, :spans])
     return rows
 
 
-def _per_token(
-    readings: Sequence[Reading], states: States, wanted: Sequence[Signal], rows: list[dict[str, Any]]
-) -> None:
-    names = {s.name for s in wanted}
-    for number, reading in enumerate(readings):
-        if "hidden_last" in names:
-            keep_R = torch.from_numpy(kept_rows(reading.tokens.targets)).to(states.last_BLD.device)
-            rows[number]["hidden_last"] = bf16_bits(states.last_BLD[number, keep_R])
-        if "attention_last" in names:
-            assert states.attention_BL is not None
-            rows[number]["attention_last"] = states.attention_BL[number, : len(reading.tokens.ids)].cpu().numpy()
+def _token_values(signal: Signal, states: States, weights: Mapping[int, Tensor]) -> Any:
+    """[B, L] or [B, L, D], of which a signal of tokens is a part."""
+    if signal.layer is None:
+        return states.last_BLD if signal.kind.wide else states.attention_BL
+    if signal.name == "centrality":
+        return weights[signal.layer]
+    return (states.layers if signal.kind.wide else getattr(states, ROWS[signal.name]))[signal.layer]
 
 
-def _predictions(
+def _cut_row(signal: Signal, values: Tensor, tokens: Tokens) -> Any:
+    """The kept rows of one document, or all of its tokens, without padding."""
+    if signal.kind.per == "R":
+        values = values[torch.from_numpy(kept_rows(tokens.targets)).to(values.device)]
+    else:
+        values = values[: len(tokens.ids)]
+    return bf16_bits(values) if signal.kind.wide else values.cpu().numpy()
+
+
+def _read_predictions(
     readings: Sequence[Reading],
     states: States,
     head: Head,
@@ -107,7 +120,7 @@ def _predictions(
     random_N2 = np.concatenate([uniforms(r.tokens.ids, len(p)) for r, p in zip(readings, positions, strict=True)])
     step = max(1, LOGIT_BYTES // (4 * head.weight_VD.shape[0]))
     chunks = zip(torch.split(hidden_ND, step), torch.split(torch.from_numpy(random_N2), step), strict=True)
-    parts = [_of_logits(head(chunk_ND), random_C2, signals, classes) for chunk_ND, random_C2 in chunks]
+    parts = [_read_logits(head(chunk_ND), random_C2, signals, classes) for chunk_ND, random_C2 in chunks]
     stats = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     ends = np.cumsum([len(p) for p in positions])
     for number, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
@@ -115,7 +128,9 @@ def _predictions(
             rows[number][name] = values[first:end]
 
 
-def _of_logits(logits_NV: Tensor, random_N2: Tensor, wanted: Sequence[Signal], classes: int | None) -> dict[str, Any]:
+def _read_logits(
+    logits_NV: Tensor, random_N2: Tensor, wanted: Sequence[Signal], classes: int | None
+) -> dict[str, Any]:
     """Every column that is made of logits; those of the k largest are [N, k], the largest first."""
     of_all = dict(zip(("entropy", "argmax", "logsumexp"), prediction_stats(logits_NV), strict=True))
     found: dict[str, Any] = {s.column: of_all[s.name].cpu().numpy() for s in wanted if s.name in of_all}
@@ -124,48 +139,13 @@ def _of_logits(logits_NV: Tensor, random_N2: Tensor, wanted: Sequence[Signal], c
         found |= {f"topk_logits#{top}": logits_Nk.cpu().numpy(), f"topk_ids#{top}": ids_Nk.cpu().numpy()}
     for signal in wanted:
         if signal.top is not None and signal.kind.drawn:
-            draw = drawn(logits_NV[:, :classes], random_N2, signal.top)
+            draw = draw_classes(logits_NV[:, :classes], random_N2, signal.top)
             found[signal.column] = draw.entries_Nk
             found |= {f"{signal.column}.lost": draw.lost_N, f"{signal.column}.kept": draw.kept_N}
     return found
 
 
-def _tokens_of_layer(
-    readings: Sequence[Reading], states: States, wanted: Sequence[Signal], rows: list[dict[str, Any]]
-) -> None:
-    """What is kept of every token of a layer just as the pass left it."""
-    for signal in wanted:
-        for number, reading in enumerate(readings):
-            count = len(reading.tokens.ids)
-            if signal.name == "hidden" and signal.layer is not None:
-                rows[number][signal.column] = bf16_bits(states.layers[signal.layer][number, :count])
-            elif signal.name in ROWS and signal.layer is not None:
-                row_L = getattr(states, ROWS[signal.name])[signal.layer][number, :count]
-                rows[number][signal.column] = row_L.cpu().numpy()
-
-
-def _layer(
-    readings: Sequence[Reading],
-    hidden_BLD: Tensor,
-    valid_BL: Tensor,
-    wanted: Sequence[Signal],
-    rows: list[dict[str, Any]],
-) -> None:
-    weights_BL = centrality(hidden_BLD, valid_BL)
-    for signal in wanted:
-        if signal.name == "centrality":
-            for number, reading in enumerate(readings):
-                rows[number][signal.column] = weights_BL[number, : len(reading.tokens.ids)].cpu().numpy()
-    for unit in sorted({s.unit for s in wanted if s.unit is not None}):
-        ranges_BK2 = _padded_ranges([r.ranges[unit] for r in readings]).to(hidden_BLD.device)
-        vectors_BKD, mass_BK = pool_spans(hidden_BLD, weights_BL, ranges_BK2)
-        for signal in (s for s in wanted if s.unit == unit):
-            for number, reading in enumerate(readings):
-                spans = len(reading.ranges[unit])
-                rows[number] |= _span_signal(signal, vectors_BKD[number, :spans], mass_BK[number, :spans])
-
-
-def _padded_ranges(ranges: Sequence[Int32s]) -> Tensor:
+def _pad_ranges(ranges: Sequence[Int32s]) -> Tensor:
     most = max(1, *(len(r) for r in ranges))
     padded_BK2 = torch.zeros(len(ranges), most, 2, dtype=torch.int64)
     for row, one in enumerate(ranges):

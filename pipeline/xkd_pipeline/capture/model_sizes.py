@@ -8,7 +8,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_trainer.models.compute_dtype import dtype_named
 from xkd_trainer.models.forward import num_layers
 from xkd_trainer.models.head import head_of
 from xkd_trainer.models.loading import model_source, short
@@ -77,12 +76,3 @@ def sizes_of(name: str) -> Sizes:
         file_numbers=numbers + (0 if embeddings is head.weight_VD else embeddings.numel()),
         number_bytes=head.weight_VD.element_size(),
     )
-
-
-def bytes_per_number(dtype: str) -> int:
-    """Bytes of one weight.
-
-    >>> bytes_per_number("bfloat16")
-    2
-    """
-    return int(torch.empty(0, dtype=dtype_named(dtype)).element_size())

@@ -49,13 +49,13 @@ def uniforms(token_ids: Int32s, count: int) -> npt.NDArray[np.float64]:
 
 
 @torch.no_grad()
-def drawn(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> Draw:
+def draw_classes(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> Draw:
     """k classes of each prediction, with the shares that stand for softmax of the logits.
 
     The likeliest class would be drawn in any case and keeps 0.7; one of the other two stands for the rest.
 
     >>> logits = torch.tensor([[0.7, 0.2, 0.1]]).log()
-    >>> classes, shares = np.divmod(drawn(logits, torch.tensor([[0.5, 0.5]]), 2).entries_Nk, TOTAL + 1)
+    >>> classes, shares = np.divmod(draw_classes(logits, torch.tensor([[0.5, 0.5]]), 2).entries_Nk, TOTAL + 1)
     >>> classes.tolist(), (shares / TOTAL).round(3).tolist()
     ([[0, 1]], [[0.7, 0.3]])
 
@@ -66,11 +66,11 @@ def drawn(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> Draw:
     """
     step = max(1, ELEMENTS // logits_NV.shape[-1])
     chunks = zip(torch.split(logits_NV, step), torch.split(uniforms_N2, step), strict=True)
-    entries, lost, kept = zip(*(_drawn(*chunk, k) for chunk in chunks), strict=True)
+    entries, lost, kept = zip(*(_draw_chunk(*chunk, k) for chunk in chunks), strict=True)
     return Draw(entries_Nk=np.concatenate(entries), lost_N=np.concatenate(lost), kept_N=np.concatenate(kept))
 
 
-def _drawn(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> tuple[npt.NDArray[np.int32], Tensor, Tensor]:
+def _draw_chunk(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> tuple[npt.NDArray[np.int32], Tensor, Tensor]:
     p_NV = at_least_float32(logits_NV).softmax(-1)
     u_N2 = uniforms_N2.to(p_NV.device, torch.float64)
     classes_Nk, weights_Nk = _threshold_sample(p_NV, u_N2[:, :1], k)

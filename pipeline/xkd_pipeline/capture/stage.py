@@ -11,14 +11,14 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from xkd_pipeline.capture.artifacts import constants_of, export, moments, std_of, weights_identity
+from xkd_pipeline.capture.artifacts import constants_of, export, std_of, sum_moments, weights_identity
 from xkd_pipeline.capture.capture import TeacherSettings, capture, reads_of
-from xkd_pipeline.capture.encode_signals import codec_error, coded
+from xkd_pipeline.capture.encode_signals import codec_error, encode_signals
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents
 from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.token_columns import encoded_but, token_columns, token_counts, units_like
+from xkd_pipeline.tables.token_columns import encode_without, token_columns, token_counts, units_like
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Spec
@@ -37,6 +37,8 @@ from xkd_trainer.models.loading import check_model_name, load_model, load_tokeni
 
 CAPTURE_VERSION: Final = 5
 """Bump when the same settings would give other bytes."""
+RUN_SETTINGS: Final = ("dtype", "codec", "batch_tokens", "pad_multiple", "threads", "device")
+"""Fields of `TeacherSettings` that a table's spec names as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +58,7 @@ class TeacherStage:
         device = self.settings.device
         if device == "cuda" and not torch.cuda.is_available():
             raise InputMissing(
-                f"no GPU to be seen on {socket.gethostname()}, and the teacher is to run on one",
+                f"no GPU visible on {socket.gethostname()}, but the plan says device=cuda",
                 fix="give each worker one with --gpus-per-worker 1, or look at CUDA_VISIBLE_DEVICES there",
             )
         model = teacher_of(self.settings).to(device)
@@ -76,13 +78,9 @@ class TeacherStage:
             rows = documents_of(documents.shard(unit))
             tokens, readings = _read(rows, encoder, care.lost)
             captured = capture(model, readings, wanted, settings)
-            stored = coded(captured, wanted, self.settings.codec, head)
-            columns = {
-                "doc_id": rows.doc_ids,
-                **token_columns(tokens),
-                **stored.columns,
-            }
-            sums = moments(tokens, captured, model) | stored.sums
+            stored = encode_signals(captured, wanted, self.settings.codec, head)
+            columns = {"doc_id": rows.doc_ids, **token_columns(tokens), **stored.columns}
+            sums = sum_moments(tokens, captured, model) | stored.sums
             totals = Totals(counts=token_counts(rows.block.texts, tokens), sums=sums)
             marked = schema.with_metadata({**schema.metadata, **stored.metadata})
             commit = write_shard(self.folder, unit, marked, columns, totals=totals)
@@ -135,7 +133,7 @@ def encoder_of(settings: TeacherSettings) -> Encoder:
 
 
 def _read(rows: DocumentRows, encoder: Encoder, lost: Collection[int]) -> tuple[TokenBatch, list[Reading]]:
-    encoded = encoded_but(encoder, rows.block, lost)
+    encoded = encode_without(encoder, rows.block, lost)
     words, phrases = (
         token_ranges_all(encoded, [spans_read(s, n) for s, n in zip(spans, encoded.num_chars.tolist(), strict=True)])
         for spans in (rows.words, rows.phrases)
@@ -173,8 +171,7 @@ def teacher_layers(
 
 def teacher_settings(spec: Spec, model: str) -> TeacherSettings:
     """How the table with this spec was captured, by the same teacher at `model`; what an old spec lacks is as now."""
-    kept = ("dtype", "codec", "batch_tokens", "pad_multiple", "threads", "device")
-    how = {key: spec[key] for key in kept if key in spec}
+    how = {key: spec[key] for key in RUN_SETTINGS if key in spec}
     return TeacherSettings(model=model, **reading_of(spec["encoder"]), **how)
 
 
@@ -187,12 +184,7 @@ def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: s
         "weights": weights_identity(settings.model),
         "encoder": encoder_of(settings).identity(),
         "signals": list(columns),
-        "dtype": settings.dtype,
-        "codec": settings.codec,
-        "batch_tokens": settings.batch_tokens,
-        "pad_multiple": settings.pad_multiple,
-        "threads": settings.threads,
-        "device": settings.device,
+        **{key: getattr(settings, key) for key in RUN_SETTINGS},
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
     }
 
@@ -217,6 +209,12 @@ def check_top(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> No
                 f"{name} has {vocab_size} classes; {signal.column} can hold numbers of {MOST_CLASSES}",
                 fix="use a loss that needs hidden_last, such as kl",
             )
+
+
+def measured_constants(commits: Sequence[Commit], stds: Sequence[str]) -> dict[str, Any]:
+    """Standard deviations over the corpus, and what codecs lost where they lost anything."""
+    error = codec_error(commits)
+    return {f"{name}_std": std_of(commits, name) for name in stds} | ({"codec_error": error} if error else {})
 
 
 def make_teacher(
@@ -250,12 +248,7 @@ def make_teacher(
 
     def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
         files = export(teacher_of(settings), settings.model, store.folder)
-        measured: dict[str, Any] = {
-            "hidden_std": std_of(commits, "hidden"),
-            "embedding_std": std_of(commits, "embedding"),
-        }
-        if error := codec_error(commits):
-            measured["codec_error"] = error
+        measured = measured_constants(commits, ("hidden", "embedding"))
         return {**constants, **measured, "template": settings.template}, files
 
     if workers.count:

@@ -47,10 +47,12 @@ def verify(
     for one in bad:
         say(one.line)
     if skipped:
-        say(f"not compared, they need not be the same bit by bit: {', '.join(skipped)}")
+        say(f"not compared, because they may differ: {', '.join(skipped)}")
     if bad:
-        things = "1 thing is" if len(bad) == 1 else f"{len(bad)} things are"
-        raise BadData(f"{things} wrong with {cache}", fix=f"xkd-cache repair {cache}")
+        raise BadData(
+            f"{len(bad)} {'problem' if len(bad) == 1 else 'problems'} found in {cache}",
+            fix=f"xkd-cache repair {cache}",
+        )
     say(f"{cache} is whole ({level}{recomputed})")
 
 
@@ -69,13 +71,13 @@ def repair(
     """
     from dataclasses import asdict
 
-    from xkd_pipeline.maintain.repair import RepairInputs, parser_with
-    from xkd_pipeline.maintain.repair import repair as mend
+    from xkd_pipeline.maintain.repair import RepairInputs, parser_with_models
+    from xkd_pipeline.maintain.repair import repair as repair_cache
     from xkd_pipeline.workers.contract import Workers
 
-    parser = parser_with(cache, spacy_model, parser_model)
+    parser = parser_with_models(cache, spacy_model, parser_model)
     means = RepairInputs(corpus=tuple(corpus or ()), models=tuple(model or ()), parser=parser)
-    done = mend(cache, Workers(count=workers), means)
+    done = repair_cache(cache, Workers(count=workers), means)
     if as_json:
         found = {"bad": [asdict(b) for b in done.bad], "left": [asdict(b) for b in done.left]}
         say_json(found | {"made": done.made, "commands": done.commands})
@@ -87,7 +89,7 @@ def repair(
     for command in done.commands:
         say(f"to run: {command}")
     if done.left:
-        raise BadData(f"{len(done.left)} things are still wrong with {cache}", fix="run what is listed above")
+        raise BadData(f"{len(done.left)} problems left in {cache}", fix="run what is listed above")
     say(f"{cache} is whole")
 
 

@@ -35,7 +35,9 @@ def plan(
     model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the teacher.")] = None,
     losses: Annotated[str | None, typer.Option("--for", help="Losses whose signals are kept.")] = None,
     student: Annotated[str | None, typer.Option(help="Student or its tokenizer, to count its table too.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Size the cache may have, e.g. 200GB; shows ways down.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Size the cache may have, e.g. 200GB; shows what to drop to fit.")
+    ] = None,
     tokens_per_second: Annotated[float | None, typer.Option(min=1e-6, help="Rate of the teacher.")] = None,
     sample: SampleOption = 256,
     run_file: RunOption = None,
@@ -56,9 +58,8 @@ def plan(
 
     Example: xkd-cache plan train.jsonl --model models/teacher --for mta,sra,dwa --budget 200GB
     """
-    from xkd_pipeline.reports.budget import bytes_named
     from xkd_pipeline.reports.plan import make_plan
-    from xkd_pipeline.reports.plan_text import plan_lines
+    from xkd_pipeline.reports.plan_text import parse_size, plan_lines
 
     flags = {
         "documents.corpus": corpus, "documents.form": form, "documents.spacy_model": spacy_model,
@@ -71,7 +72,7 @@ def plan(
     run = _run_of(run_file, sets, flags)
     if not run.teacher.model:
         raise UsageError("no teacher is named", fix="xkd-cache plan CORPUS --model FOLDER")
-    limit = None if budget is None else bytes_named(budget)
+    limit = None if budget is None else parse_size(budget)
     found = make_plan(run, sample=sample, budget=limit, rate=tokens_per_second)
     if as_json:
         say_json(found)
@@ -104,8 +105,7 @@ def pair(
 
     Example: xkd-cache pair models/teacher models/student train.jsonl
     """
-    from xkd_pipeline.reports.compare_tokenizers import compare
-    from xkd_pipeline.reports.comparison_text import pair_lines
+    from xkd_pipeline.reports.compare_tokenizers import compare, pair_lines
     from xkd_pipeline.reports.sample import encoder_for, read_sample
 
     flags = {

@@ -68,7 +68,7 @@ def _write_table(table: Table, out: Path) -> int:
     size = 0
     for unit, commit in enumerate(table.manifest.commits):
         shard = Shard(table.path(unit), commit)
-        schema = documented(shard.schema)
+        schema = describe_bf16(shard.schema)
         batches = [shard.batch(number) for number in range(len(commit.batches))]
         temporary = write_beside(
             folder,
@@ -80,7 +80,7 @@ def _write_table(table: Table, out: Path) -> int:
     return size
 
 
-def documented(schema: pa.Schema) -> pa.Schema:
+def describe_bf16(schema: pa.Schema) -> pa.Schema:
     """The schema with its bf16 columns named in the metadata."""
     names = [f.name for f in schema if (f.metadata or {}).get(b"codec") == b"bf16"]
     about = {b"xkd_bf16": json.dumps({"columns": names, "meaning": BF16}).encode()} if names else {}

@@ -27,26 +27,26 @@ class Orphan:
     why: str
 
 
-def spare(root: Path, *, older_than: float, now: float | None = None) -> list[Orphan]:
+def find_orphans(root: Path, *, older_than: float) -> list[Orphan]:
     """Unreferenced shards and rejects, leftovers of writers that died, and quarantine older than `older_than` hours.
 
     A table whose records cannot all be read keeps every shard: what they name is not known.
     """
-    moment = time.time() if now is None else now
+    moment = time.time()
     found: list[Orphan] = []
     for folder in (root, *(inside(root, *name.split("/")) for name in tables_of(root))):
         for place in (folder, *(folder / name for name in ("commits", "rejects", "tokenizer"))):
-            found += _listed(place.glob(".tmp-*"), "left by a writer that died", moment - YOUNG_SECONDS)
-        found += _listed((folder / "quarantine").glob("*"), "quarantined", moment - 3600 * older_than)
-        named = _referenced(folder) if folder != root else None
+            found += _list_orphans(place.glob(".tmp-*"), "left by a writer that died", moment - YOUNG_SECONDS)
+        found += _list_orphans((folder / "quarantine").glob("*"), "quarantined", moment - 3600 * older_than)
+        named = _referenced_files(folder) if folder != root else None
         if named is not None:
             files = (*folder.glob("*.arrow"), *folder.glob("rejects/*.jsonl"))
             loose = [path for path in files if path.name not in named]
-            found += _listed(loose, "no record names it", moment - YOUNG_SECONDS)
+            found += _list_orphans(loose, "no record names it", moment - YOUNG_SECONDS)
     return found
 
 
-def _listed(paths: Any, why: str, before: float) -> list[Orphan]:
+def _list_orphans(paths: Any, why: str, before: float) -> list[Orphan]:
     found = []
     for path in sorted(paths):
         for file in sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path]:
@@ -56,7 +56,7 @@ def _listed(paths: Any, why: str, before: float) -> list[Orphan]:
     return found
 
 
-def _referenced(folder: Path) -> set[str] | None:
+def _referenced_files(folder: Path) -> set[str] | None:
     records: list[Commit] = []
     try:
         records += [read_record(path, Commit) for path in record_paths(folder)]
@@ -70,10 +70,10 @@ def _referenced(folder: Path) -> set[str] | None:
 def collect(root: Path, *, older_than: float, dry_run: bool) -> list[Orphan]:
     """Remove what is spare, holding the lock; with `dry_run` only say what would go."""
     if dry_run:
-        return spare(root, older_than=older_than)
+        return find_orphans(root, older_than=older_than)
     tables_of(root)  # a folder that is no cache gets no lock file
     with locked(root):
-        found = spare(root, older_than=older_than)
+        found = find_orphans(root, older_than=older_than)
         _remove(found)
     return found
 

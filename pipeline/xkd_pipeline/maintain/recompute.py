@@ -15,10 +15,11 @@ from xkd_pipeline.capture.artifacts import weights_identity
 from xkd_pipeline.capture.capture import TeacherSettings, capture
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.capture.stage import encoder_of, teacher_of, teacher_settings
-from xkd_pipeline.maintain.findings import Finding, opened
+from xkd_pipeline.maintain.verify_rows import Finding, open_table
 from xkd_pipeline.tables.read_units import document_at
 from xkd_schemas.cache.manifest import Spec, refuse_differences
 from xkd_schemas.cache.table import Row, Table, names_in
+from xkd_schemas.codecs import numbers_of
 from xkd_schemas.dtypes import AUTO, dtype_name
 from xkd_schemas.signals import Signal, signal_named
 from xkd_schemas.text.batch_alignment import token_ranges_all
@@ -53,7 +54,7 @@ class Recomputed:
     def line(self) -> str:
         """How far live and stored numbers are apart, for people."""
         if not any(self.differences.values()):
-            return "the live teacher gives the very numbers that are stored"
+            return "the live teacher gives exactly the stored numbers"
         column = max(self.differences, key=self.differences.__getitem__)
         off = sum(value > 0 for value in self.differences.values())
         return (
@@ -71,9 +72,9 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
     Raises:
         Mismatch: `model` has other weights or another tokenizer than the stored table's teacher.
     """
-    table, documents = opened(root, name), opened(root, "documents")
+    table, documents = open_table(root, name), open_table(root, "documents")
     spec = table.manifest.spec
-    settings = _settings(spec, model, dtype)
+    settings = _live_settings(spec, model, dtype)
     encoder = encoder_of(settings)
     ours = {"weights": weights_identity(model), "encoder": encoder.identity()}
     stored = {key: spec[key] for key in ours}
@@ -82,28 +83,28 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
     live_model = teacher_of(settings).to(settings.device)
     usable = [i for i in range(len(table)) if table[i]["status"] == OK]
     chosen = [usable[i] for i in np.linspace(0, len(usable) - 1, min(rows, len(usable))).round().astype(int)]
-    others = [opened(root, f"signals/{other}") for other in names_in(root, "signals")]
+    others = [open_table(root, f"signals/{other}") for other in names_in(root, "signals")]
     beside = [other for other in others if f"teachers/{other.manifest.spec['teacher']}" == name]
     compared = [_Compared(one) for one in (table, *beside)]
     compared_signals = {signal_named(column) for one in compared for column in one.columns}
-    live = _ranked(compared_signals, head_of(live_model).weight_VD.shape[0])
+    live = _rank_signals(compared_signals, head_of(live_model).weight_VD.shape[0])
     wanted = sorted(compared_signals | set(live), key=lambda s: s.column)
     bad = []
     for at in chosen:
-        reading = _reading(documents[at], encoder)
+        reading = _read_document(documents[at], encoder)
         if not np.array_equal(reading.tokens.ids, table[at]["token_ids"]):
-            bad.append(_bad(table, at, root, "the teacher's tokenizer gives other tokens"))
+            bad.append(_finding_of(table, at, root, "the teacher's tokenizer gives other tokens"))
             continue
         (found,) = capture(live_model, [reading], wanted, settings)
         ranked = tuple(found[signal.column] for signal in live)
         for one in compared:
-            bad += [_bad(one.table, at, root, reason) for reason in one.reasons(found, ranked, at)]
+            bad += [_finding_of(one.table, at, root, reason) for reason in one.reasons(found, ranked, at)]
     skipped = [column for one in compared for column in one.skipped]
     differences = {name: error for one in compared for name, error in one.differences.items()}
     return Recomputed(bad=bad, rows=len(chosen), skipped=skipped, dtype=settings.dtype, differences=differences)
 
 
-def _settings(spec: Spec, model: str, dtype: str) -> TeacherSettings:
+def _live_settings(spec: Spec, model: str, dtype: str) -> TeacherSettings:
     settings = replace(teacher_settings(spec, model), device=this_device())
     if dtype != AUTO:
         return replace(settings, dtype=dtype_name(dtype))
@@ -111,7 +112,7 @@ def _settings(spec: Spec, model: str, dtype: str) -> TeacherSettings:
     return replace(settings, dtype="float32") if slow else settings
 
 
-def _ranked(wanted: Iterable[Signal], classes: int) -> tuple[Signal, ...]:
+def _rank_signals(wanted: Iterable[Signal], classes: int) -> tuple[Signal, ...]:
     """Ids and logits of twice as many classes as any of these signals keeps; none where none is about classes."""
     most = max((signal.top or 1 for signal in wanted if signal.kind.dtype == "int32"), default=0)
     many = min(classes, max(2 * most, 16))
@@ -133,11 +134,12 @@ class _Compared:
         """What of row `at` is not as it was found; nothing where the table does not reach so far."""
         for column in self.columns if at < len(self.table) else ():
             ours, stored, codec = found[column], self.table[at][column], self._stored_as[column]
-            reason = _shapes_differ(column, ours, stored)
-            if not reason and codec == "int32":
-                reason = _classes_differ(column, stored, *ranked)
-            elif not reason:
-                error = _difference(ours, stored, codec)
+            if np.shape(ours) != np.shape(stored):
+                reason = f"{column} has shape {np.shape(stored)}, the live teacher gives {np.shape(ours)}"
+            elif codec == "int32":
+                reason = _compare_classes(column, stored, *ranked)
+            else:
+                error = _measure_difference(ours, stored, codec)
                 self.differences[column] = max(error, self.differences.get(column, 0.0))
                 limit = TOLERANCE[codec]
                 reason = f"{column} differs by {error:.3f}, more than {limit}" if error > limit else ""
@@ -145,7 +147,7 @@ class _Compared:
                 yield reason
 
 
-def _reading(row: Row, encoder: Any) -> Reading:
+def _read_document(row: Row, encoder: Any) -> Reading:
     tokens = encoder.encode_batch([document_at(row)])
     ranges = {
         unit: token_ranges_all(tokens, [spans_read(row[f"{unit}s"], tokens[0].num_chars)])[0]
@@ -154,12 +156,7 @@ def _reading(row: Row, encoder: Any) -> Reading:
     return Reading(tokens=tokens[0], ranges=ranges)
 
 
-def _shapes_differ(column: str, ours: Any, stored: Any) -> str:
-    ours, stored = np.shape(ours), np.shape(stored)
-    return f"{column} has shape {stored}, the live teacher gives {ours}" if ours != stored else ""
-
-
-def _classes_differ(column: str, stored: Any, ids_NM: Any, logits_NM: Any) -> str:
+def _compare_classes(column: str, stored: Any, ids_NM: Any, logits_NM: Any) -> str:
     stored_Nk = np.asarray(stored)
     stored_Nk = stored_Nk if stored_Nk.ndim == 2 else stored_Nk[:, None]
     same_NkM = stored_Nk[:, :, None] == ids_NM[:, None, :]
@@ -169,19 +166,14 @@ def _classes_differ(column: str, stored: Any, ids_NM: Any, logits_NM: Any) -> st
     return f"{column}: {100 * share:.1f} % are not what the live teacher ranks there" if share > TIES else ""
 
 
-def _difference(ours: Any, stored: Any, codec: str) -> float:
+def _measure_difference(ours: Any, stored: Any, codec: str) -> float:
     """|ours - stored| / |stored|."""
-    ours, stored = (_numbers(np.asarray(values), codec) for values in (ours, stored))
+    read = numbers_of if codec == "bf16" else np.asarray
+    ours, stored = (read(np.asarray(values)).astype(np.float64) for values in (ours, stored))
     return float(np.linalg.norm(ours - stored) / max(float(np.linalg.norm(stored)), 1e-6))
 
 
-def _numbers(values: Any, codec: str) -> Any:
-    if codec == "bf16":
-        return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return values.astype(np.float64)
-
-
-def _bad(table: Table, at: int, root: Path, reason: str) -> Finding:
+def _finding_of(table: Table, at: int, root: Path, reason: str) -> Finding:
     ends = np.cumsum([c.rows for c in table.manifest.commits])
     unit = int(np.searchsorted(ends, at, side="right"))
     file = table.path(unit).relative_to(root).as_posix()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from xkd_pipeline.alignment import StudentSettings, make_students
 from xkd_pipeline.capture.artifacts import weights_identity
-from xkd_pipeline.capture.extra_signals import SignalTableSpec, make_signals
+from xkd_pipeline.capture.extra_signals import make_signals
 from xkd_pipeline.capture.stage import make_teacher, teacher_settings
-from xkd_pipeline.maintain.findings import Finding
 from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.maintain.verify_rows import Finding
 from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.parsing.prompts import limit_of
 from xkd_pipeline.parsing.stage import Limits, make_documents
@@ -50,7 +50,7 @@ class Repaired:
     """What is still wrong."""
 
 
-def repair(root: Path, workers: Workers, means: RepairInputs | None = None) -> Repaired:
+def repair(root: Path, workers: Workers, inputs: RepairInputs | None = None) -> Repaired:
     """Quarantine the bad units and run the stages with the settings of their tables: they make what is missing.
 
     A student's table is made from its own tokenizer/ and the two tables before it; documents need the corpus, and a
@@ -59,7 +59,7 @@ def repair(root: Path, workers: Workers, means: RepairInputs | None = None) -> R
     Raises:
         UsageError: A model or corpus was given that this cache was not made from.
     """
-    given = means or RepairInputs()
+    given = inputs or RepairInputs()
     bad = verify(root, "full")
     made: dict[str, int] = {}
     commands: list[str] = []
@@ -69,9 +69,9 @@ def repair(root: Path, workers: Workers, means: RepairInputs | None = None) -> R
             continue  # what it is made from is bad
         try:
             with locked(root):
-                made[name] = _made_again(root, name, workers, (given, models))
-        except _Wanting as wanting:
-            commands.append(wanting.command)
+                made[name] = _remake_table(root, name, workers, (given, models))
+        except _InputNeeded as needed:
+            commands.append(needed.command)
         except XkdError as error:
             if given.corpus or given.models:
                 raise
@@ -84,27 +84,27 @@ def repair(root: Path, workers: Workers, means: RepairInputs | None = None) -> R
     return Repaired(bad=bad, made=made, commands=commands, left=verify(root, "full") if bad else [])
 
 
-class _Wanting(Exception):
+class _InputNeeded(Exception):
     """Something is needed that was not given."""
 
     def __init__(self, command: str) -> None:
         self.command = command
 
 
-def _made_again(root: Path, name: str, workers: Workers, given: tuple[RepairInputs, dict[str, str]]) -> int:
+def _remake_table(root: Path, name: str, workers: Workers, given: tuple[RepairInputs, dict[str, str]]) -> int:
     """Run the stage of a table, which quarantines its bad units and makes what is missing; how many it made."""
-    means, models = given
+    inputs, models = given
     spec = _spec(root / name)
     _drop_other_plan(root / name, spec)
     if name == "documents":
-        sources = _sources(root, spec, means.corpus)
+        sources = _sources(root, spec, inputs.corpus)
         sizes = {key: spec[key] for key in ("rows_per_shard", "max_chars")}
         limits = Limits(**sizes, max_reject=1.0, prompts=limit_of(spec))
-        return make_documents(root, sources, means.parser or parser_of(spec), limits, workers).made
+        return make_documents(root, sources, inputs.parser or parser_of(spec), limits, workers).made
     teacher = name.partition("/")[2] if name.startswith("teachers/") else str(spec["teacher"])
     if not name.startswith("students/") and teacher not in models:
-        raise _Wanting(f"xkd-cache repair {shlex.quote(str(root))} --model PATH_OF_{teacher}")
-    return again(root, name, spec, models.get(teacher, ""), workers).made
+        raise _InputNeeded(f"xkd-cache repair {shlex.quote(str(root))} --model PATH_OF_{teacher}")
+    return rerun_stage(root, name, spec, models.get(teacher, ""), workers).made
 
 
 def _sources(root: Path, spec: Spec, names: Sequence[str]) -> list[Source]:
@@ -112,7 +112,7 @@ def _sources(root: Path, spec: Spec, names: Sequence[str]) -> list[Source]:
 
     Raises:
         UsageError: Something else is named.
-        _Wanting: Not all of it is named.
+        _InputNeeded: Not all of it is named.
     """
     digests = {digest_of(name): name for name in names}
     strange = [name for digest, name in digests.items() if digest not in {entry["sha256"] for entry in spec["corpus"]}]
@@ -123,7 +123,7 @@ def _sources(root: Path, spec: Spec, names: Sequence[str]) -> list[Source]:
         )
     if any(entry["sha256"] not in digests for entry in spec["corpus"]):
         paths = " ".join(f"--corpus {shlex.quote('PATH_OF/' + entry['name'])}" for entry in spec["corpus"])
-        raise _Wanting(f"xkd-cache repair {shlex.quote(str(root))} {paths}")
+        raise _InputNeeded(f"xkd-cache repair {shlex.quote(str(root))} {paths}")
     return [open_source(digests[e["sha256"]], form=e["form"], columns=e["columns"]) for e in spec["corpus"]]
 
 
@@ -139,12 +139,13 @@ def _drop_other_plan(folder: Path, spec: Spec) -> None:
     """Quarantine a plan that cannot be read or has other settings; the stage writes it again."""
     path = folder / "plan.json"
     try:
-        if read_record(path, Plan).spec != spec:
-            quarantine(folder, [path])
+        same = read_record(path, Plan).spec == spec
     except BadData:
-        quarantine(folder, [path])
+        same = False
     except InputMissing:
         return
+    if not same:
+        quarantine(folder, [path])
 
 
 def parser_of(spec: Spec) -> ParserSettings:
@@ -158,7 +159,7 @@ def parser_of(spec: Spec) -> ParserSettings:
     )
 
 
-def parser_with(root: Path, spacy_model: str | None, parser_model: str | None) -> ParserSettings | None:
+def parser_with_models(root: Path, spacy_model: str | None, parser_model: str | None) -> ParserSettings | None:
     """The settings in the documents' plan with the models that are named; None where none is."""
     named = {"model": spacy_model, "benepar_model": parser_model}
     named = {key: value for key, value in named.items() if value is not None}
@@ -167,7 +168,7 @@ def parser_with(root: Path, spacy_model: str | None, parser_model: str | None) -
     return parser_of(_spec(root / "documents")).model_copy(update=named)
 
 
-def again(root: Path, table: str, spec: Spec, model: str, workers: Workers) -> Built:
+def rerun_stage(root: Path, table: str, spec: Spec, model: str, workers: Workers) -> Built:
     """Run the stage that makes teachers/NAME, signals/NAME or students/NAME with the settings `spec`."""
     kind, _, name = table.partition("/")
     if kind == "students":
@@ -176,8 +177,7 @@ def again(root: Path, table: str, spec: Spec, model: str, workers: Workers) -> B
     signals = [signal_named(column) for column in spec["signals"]]
     captured = teacher_settings(spec, model)
     if kind == "signals":
-        beside = SignalTableSpec(name=name, teacher=spec["teacher"], settings=captured, signals=tuple(signals))
-        return make_signals(root, beside, workers)
+        return make_signals(root, name, spec["teacher"], captured, signals, workers)
     return make_teacher(root, name, captured, lambda _layers: signals, workers)
 
 

@@ -2,7 +2,7 @@
 
 quick   manifests, plans and records are whole and agree; every file is there with its size
 full    every byte: sha256 of all files, xxh3 of every record batch
-deep    what the bytes mean: see deep.py
+deep    what the bytes mean: see verify_rows.py
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.maintain.findings import Finding
+from xkd_pipeline.maintain.verify_rows import Finding, verify_rows
 from xkd_schemas.cache.files import outside_tables, refuse_links, unnamed_files
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_paths
 from xkd_schemas.cache.table import TABLES, Shard, check_cache
@@ -44,17 +44,15 @@ def verify(root: Path, level: str = "full") -> list[Finding]:
     """
     if level not in LEVELS:
         raise UsageError(f"level {level!r} is not known", fix=f"use one of: {', '.join(LEVELS)}")
-    found = {name: list(_table(root, name, level)) for name in tables_of(root)}
+    found = {name: list(_check_table(root, name, level)) for name in tables_of(root)}
     if level == "deep":
-        from xkd_pipeline.maintain.verify_rows import deep
-
-        found |= {name: list(deep(root, name)) for name, bad in found.items() if not bad}
-    return [*itertools.chain.from_iterable(found.values()), *_root_files(root, level)]
+        found |= {name: list(verify_rows(root, name)) for name, bad in found.items() if not bad}
+    return [*itertools.chain.from_iterable(found.values()), *_check_root_files(root, level)]
 
 
-def _table(root: Path, name: str, level: str) -> Iterator[Finding]:
+def _check_table(root: Path, name: str, level: str) -> Iterator[Finding]:
     folder = inside(root, *name.split("/"))
-    add = _adder(root, name)
+    add = _finding_maker(root, name)
     plan = None
     try:
         plan = read_record(folder / "plan.json", Plan)
@@ -70,26 +68,26 @@ def _table(root: Path, name: str, level: str) -> Iterator[Finding]:
             raise BadData(f"is that of {manifest.table}")
     except BadData as error:
         yield add(folder / "manifest.json", error.what)
-        yield from _commits_alone(folder, add)
+        yield from _check_commits(folder, add)
         return
     if plan and (plan.table, plan.spec, len(plan.units)) != (name, manifest.spec, len(manifest.commits)):
         yield add(folder / "plan.json", "is not the plan that the manifest was made from")
     for number, commit in enumerate(manifest.commits):
-        yield from _unit(folder, number, commit, add, level)
+        yield from _check_unit(folder, number, commit, add, level)
     for file, digest in manifest.files.items():
         path = next((p for p in (inside(folder, file), inside(folder, "tokenizer", file)) if p.is_file()), None)
         if path is None:
             yield add(folder / file, "missing")
         elif level != "quick" and sha256_of(path) != digest:
             yield add(path, "does not match its sha256")
-    strange = _adder(root, "")  # no unit of the table is bad
+    strange = _finding_maker(root, "")  # no unit of the table is bad
     yield from (strange(path, _STRANGE) for path in unnamed_files(folder, manifest))
 
 
 _STRANGE: Final = "no manifest names it: delete it (xkd-cache gc does for shards)"
 
 
-def _commits_alone(folder: Path, add: "_Add") -> Iterator[Finding]:
+def _check_commits(folder: Path, add: "_Add") -> Iterator[Finding]:
     """Without a manifest the records say which units are bad too."""
     for path in record_paths(folder):
         try:
@@ -105,7 +103,7 @@ def _commits_alone(folder: Path, add: "_Add") -> Iterator[Finding]:
 _Add = Callable[..., Finding]
 
 
-def _adder(root: Path, table: str) -> _Add:
+def _finding_maker(root: Path, table: str) -> _Add:
     def add(path: Path, reason: str, unit: int | None = None) -> Finding:
         file = path.relative_to(root).as_posix()
         return Finding(
@@ -115,7 +113,7 @@ def _adder(root: Path, table: str) -> _Add:
     return add
 
 
-def _unit(folder: Path, number: int, commit: Commit, add: _Add, level: str) -> Iterator[Finding]:
+def _check_unit(folder: Path, number: int, commit: Commit, add: _Add, level: str) -> Iterator[Finding]:
     record = folder / "commits" / f"{number:05d}.json"
     try:
         if read_record(record, Commit).bound != commit:
@@ -130,7 +128,7 @@ def _unit(folder: Path, number: int, commit: Commit, add: _Add, level: str) -> I
     elif (size := path.stat().st_size) != commit.size:
         yield add(path, f"has {size} bytes, its record says {commit.size}", number)
     elif level != "quick":
-        yield from _bytes(path, number, commit, add)
+        yield from _check_bytes(path, number, commit, add)
     if commit.rejects is not None:
         rejects = inside(folder, "rejects", commit.rejects.file)
         if not rejects.is_file():
@@ -139,7 +137,7 @@ def _unit(folder: Path, number: int, commit: Commit, add: _Add, level: str) -> I
             yield add(rejects, "does not match its sha256", number)
 
 
-def _bytes(path: Path, number: int, commit: Commit, add: _Add) -> Iterator[Finding]:
+def _check_bytes(path: Path, number: int, commit: Commit, add: _Add) -> Iterator[Finding]:
     try:
         shard = Shard(path, commit)
         for batch in range(len(commit.batches)):
@@ -154,9 +152,9 @@ def _bytes(path: Path, number: int, commit: Commit, add: _Add) -> Iterator[Findi
         yield add(path, "does not match its sha256", number)
 
 
-def _root_files(root: Path, level: str) -> Iterator[Finding]:
+def _check_root_files(root: Path, level: str) -> Iterator[Finding]:
     """SHA256SUMS covers what no manifest does: plans, records, tokenizers' small files, the card."""
-    add = _adder(root, "")
+    add = _finding_maker(root, "")
     yield from (add(path, _STRANGE) for path in outside_tables(root))
     sums = root / "SHA256SUMS"
     try:
@@ -167,7 +165,7 @@ def _root_files(root: Path, level: str) -> Iterator[Finding]:
     except (OSError, UnicodeDecodeError) as error:
         yield add(sums, f"cannot be read: {error}")
         return
-    listed, known = set(), _shards(root)
+    listed, known = set(), _shard_digests(root)
     if lines.pop():
         yield add(sums, "does not end with a line's end")
     for line in lines:
@@ -177,9 +175,9 @@ def _root_files(root: Path, level: str) -> Iterator[Finding]:
             continue
         path = inside(root, *name.split("/"))
         listed.add(path)
-        if fault := _listed(path, name, digest, known, level):
+        if fault := _check_sum(path, name, digest, known, level):
             yield add(path if fault == _OTHER else sums, fault)
-    for path in _expected(root):
+    for path in _expected_files(root):
         if path not in listed:
             yield add(sums, f"does not name {path.relative_to(root).as_posix()}")
 
@@ -187,7 +185,7 @@ def _root_files(root: Path, level: str) -> Iterator[Finding]:
 _OTHER: Final = "does not match SHA256SUMS"
 
 
-def _listed(path: Path, name: str, digest: str, known: dict[Path, str], level: str) -> str:
+def _check_sum(path: Path, name: str, digest: str, known: dict[Path, str], level: str) -> str:
     """What is wrong with one line of SHA256SUMS, or ""."""
     if not path.is_file():
         return f"names {name}, which is missing"
@@ -196,7 +194,7 @@ def _listed(path: Path, name: str, digest: str, known: dict[Path, str], level: s
     return _OTHER if level != "quick" and sha256_of(path) != digest else ""
 
 
-def _shards(root: Path) -> dict[Path, str]:
+def _shard_digests(root: Path) -> dict[Path, str]:
     """sha256 of every shard as its manifest has it; their bytes were compared with that already."""
     known: dict[Path, str] = {}
     for name in tables_of(root):
@@ -206,7 +204,7 @@ def _shards(root: Path) -> dict[Path, str]:
     return known
 
 
-def _expected(root: Path) -> Iterator[Path]:
+def _expected_files(root: Path) -> Iterator[Path]:
     for name in tables_of(root):
         folder = root / name
         if not (folder / "manifest.json").exists():

@@ -6,18 +6,18 @@ Shape legend for this file
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from xkd_pipeline.maintain.findings import Finding, opened
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.codecs import CODECS
 from xkd_schemas.documents import documents_schema
-from xkd_schemas.errors import XkdError
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, XkdError
 from xkd_schemas.sampled_classes import fault_of
 from xkd_schemas.tokens import CONTENT, END, OK, STUDENTS, TEMPLATE, kept_rows, predictors, spans_read
 
@@ -26,22 +26,52 @@ PER_TOKEN = ("attention_last", "attention", "attention_text", "centrality")
 """Signals that are weights of a document's tokens: none below 0, their sum 1."""
 
 
-def deep(root: Path, name: str) -> Iterator[Finding]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One problem of a cache."""
+
+    table: str
+    """"" for files of the cache itself."""
+    unit: int | None
+    """None where it is not about one unit."""
+    file: str
+    """Relative to the cache."""
+    reason: str
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        unit = "" if self.unit is None else f" (unit {self.unit})"
+        return f"{self.file}{unit}: {self.reason}"
+
+
+def open_table(root: Path, name: str) -> Table:
+    """The table, or BadData that says to verify first."""
+    try:
+        return Table(root, name)
+    except (InputMissing, Mismatch) as error:
+        raise BadData(error.what, fix=f"xkd-cache verify {root}") from error
+
+
+def verify_rows(root: Path, name: str) -> Iterator[Finding]:
     """What is wrong with the rows of one table whose bytes are what they were when written."""
-    table = opened(root, name)
+    table = open_table(root, name)
     for number in range(len(table.manifest.commits)):
         file = table.path(number).relative_to(root).as_posix()
-        try:
-            for reason in _reasons(root, table, number):
-                yield Finding(table=name, unit=number, file=file, reason=reason)
-        except XkdError as error:
-            yield Finding(table=name, unit=number, file=file, reason=error.what)
-        except Exception as error:  # a shard that Arrow reads may be made to raise anything
-            reason = f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        for reason in _find_unit_faults(root, table, number):
             yield Finding(table=name, unit=number, file=file, reason=reason)
 
 
-def _reasons(root: Path, table: Table, number: int) -> Iterator[str]:
+def _find_unit_faults(root: Path, table: Table, number: int) -> Iterator[str]:
+    try:
+        yield from find_faults(root, table, number)
+    except XkdError as error:
+        yield error.what
+    except Exception as error:  # a shard that Arrow reads may be made to raise anything
+        yield f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def find_faults(root: Path, table: Table, number: int) -> Iterator[str]:
     """What is wrong with the rows of one unit."""
     shard, commit = table.shard(number), table.manifest.commits[number]
     version = table.manifest.spec["schema"]
@@ -56,66 +86,70 @@ def _reasons(root: Path, table: Table, number: int) -> Iterator[str]:
         yield f"Arrow finds it invalid: {' '.join(str(error).split())[:160]}"
         return
     rows = [shard.row(i) for i in range(commit.rows)]
-    documents = rows if table.name == "documents" else _beside(root, "documents", number)
+    documents = rows if table.name == "documents" else _read_rows(root, "documents", number)
     teacher = table.manifest.spec.get("teacher")
-    teachers = _beside(root, f"teachers/{teacher}", number) if teacher else documents
-    classes = _classes(root, table)
+    teachers = _read_rows(root, f"teachers/{teacher}", number) if teacher else documents
+    classes = _count_classes(root, table)
     for at, row in enumerate(rows):
-        fault = _row(table, row, teachers[at], documents[at], shard.schema) or _drawn(row, shard.schema, classes)
+        fault = _check_row(table, row, teachers[at], documents[at], shard.schema) or _check_draws(
+            row, shard.schema, classes
+        )
         if fault:
             yield f"row {at} ({row['doc_id']}): {fault}"
     if not table.name.startswith("signals/"):
-        yield from _counts(table, commit, rows)
+        yield from _check_counts(table, commit, rows)
 
 
-def _row(table: Table, row: Row, teacher: Row, document: Row, schema: pa.Schema) -> str:
+def _check_row(table: Table, row: Row, teacher: Row, document: Row, schema: pa.Schema) -> str:
     """What is wrong with one row; `teacher` counts only for tables that are made from a teacher's."""
     kind = table.name.partition("/")[0]
     if kind == "documents":
-        return _document(row)
+        return _check_document(row)
+    if kind != "teachers" and row["doc_id"] != teacher["doc_id"]:
+        return f"the teacher table has {teacher['doc_id']} here"
     if kind == "signals":
-        return _further(row, teacher, document, schema)
-    return _tokens(row, document, table) or (
-        _signals(row, row, document, schema) if kind == "teachers" else _aligned(row, teacher, document)
+        return _check_signals(row, teacher, document, schema)
+    return _check_tokens(row, document, table) or (
+        _check_signals(row, row, document, schema) if kind == "teachers" else _check_alignment(row, teacher, document)
     )
 
 
-def _classes(root: Path, table: Table) -> int:
+def _count_classes(root: Path, table: Table) -> int:
     """Rows of the teacher's head, for tables that have something of it; 0 for others."""
     kind, _, name = table.name.partition("/")
     teacher = {"teachers": name, "signals": table.manifest.spec.get("teacher")}.get(kind)
-    return int(opened(root, f"teachers/{teacher}").manifest.constants["vocab_size"]) if teacher else 0
+    return int(open_table(root, f"teachers/{teacher}").manifest.constants["vocab_size"]) if teacher else 0
 
 
-def _drawn(row: Row, schema: pa.Schema, classes: int) -> str:
+def _check_draws(row: Row, schema: pa.Schema, classes: int) -> str:
     """What is wrong with drawn classes and their shares."""
     columns = [name for name in schema.names if name.startswith("sampled#")]
     faults = ((name, fault_of(row[name], classes)) for name in columns)
     return next((f"{name}: {fault}" for name, fault in faults if fault), "")
 
 
-def _beside(root: Path, name: str, number: int) -> list[Row]:
-    table = opened(root, name)
+def _read_rows(root: Path, name: str, number: int) -> list[Row]:
+    table = open_table(root, name)
     return [table.shard(number).row(i) for i in range(table.manifest.commits[number].rows)]
 
 
-def _ranges(name: str, ranges_K2: Any, end: int) -> str:
+def _check_ranges(name: str, ranges_K2: Any, end: int) -> str:
     """Half-open ranges inside [0, end), each start not before the last."""
     if len(ranges_K2) and (ranges_K2.min() < 0 or ranges_K2.max() > end or (ranges_K2[:, 0] > ranges_K2[:, 1]).any()):
         return f"{name} leave [0, {end}] or are turned round"
     return f"{name} are not in order" if (np.diff(ranges_K2[:, 0]) < 0).any() else ""
 
 
-def _document(row: Row) -> str:
+def _check_document(row: Row) -> str:
     text, segments_G2 = row["text"], row["segments"]
     if segments_G2[:, 0].tolist() != [0, *segments_G2[:-1, 1].tolist()] or segments_G2[-1, 1] != len(text):
         return "segments do not cover the text"
     if not len(segments_G2) == len(row["roles"]) == len(row["targets"]) or len(row["phrases"]) != len(row["labels"]):
         return "columns have different lengths"
-    return next(filter(None, (_ranges(name, row[name], len(text)) for name in ("words", "phrases"))), "")
+    return next(filter(None, (_check_ranges(name, row[name], len(text)) for name in ("words", "phrases"))), "")
 
 
-def _tokens(row: Row, document: Row, table: Table) -> str:
+def _check_tokens(row: Row, document: Row, table: Table) -> str:
     if row["doc_id"] != document["doc_id"]:
         return f"the documents table has {document['doc_id']} here"
     ids_T, spans_T2, kinds_T = row["token_ids"], row["token_spans"], row["token_kinds"]
@@ -130,17 +164,10 @@ def _tokens(row: Row, document: Row, table: Table) -> str:
         return "token kinds are wrong"
     if not 0 <= row["num_chars"] <= len(document["text"]):
         return "num_chars is not inside the text"
-    return _ranges("token spans", spans_T2[kinds_T != TEMPLATE], row["num_chars"])
+    return _check_ranges("token spans", spans_T2[kinds_T != TEMPLATE], row["num_chars"])
 
 
-def _further(row: Row, teacher: Row, document: Row, schema: pa.Schema) -> str:
-    """What is wrong with signals beside a teacher's row."""
-    if row["doc_id"] != teacher["doc_id"]:
-        return f"the teacher table has {teacher['doc_id']} here"
-    return _signals(row, teacher, document, schema)
-
-
-def _signals(row: Row, tokens: Row, document: Row, schema: pa.Schema) -> str:
+def _check_signals(row: Row, tokens: Row, document: Row, schema: pa.Schema) -> str:
     targets_T = tokens["targets"]
     read = (
         {n: len(spans_read(document[n], tokens["num_chars"])) for n in ("words", "phrases")} if len(targets_T) else {}
@@ -155,12 +182,12 @@ def _signals(row: Row, tokens: Row, document: Row, schema: pa.Schema) -> str:
         wanted = (lengths | {"K": spans, "K(K-1)/2": spans * (spans - 1) // 2}).get(per)
         if wanted is not None and len(values) != wanted:
             return f"{field.name} has {len(values)} entries for {wanted}"
-        if fault := _values(field.name, values, metadata.get(b"codec", b"").decode()):
+        if fault := _check_values(field.name, values, metadata.get(b"codec", b"").decode()):
             return fault
     return ""
 
 
-def _values(name: str, values: Any, codec: str) -> str:
+def _check_values(name: str, values: Any, codec: str) -> str:
     if codec in CODECS and ((values & BF16_EXPONENT) == BF16_EXPONENT).any():
         return f"{name} is not finite"
     if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -175,14 +202,12 @@ def _values(name: str, values: Any, codec: str) -> str:
     return ""
 
 
-def _aligned(row: Row, teacher: Row, document: Row) -> str:
-    if row["doc_id"] != teacher["doc_id"]:
-        return f"the teacher table has {teacher['doc_id']} here"
+def _check_alignment(row: Row, teacher: Row, document: Row) -> str:
     if len(row["student_spans"]) != len(row["teacher_spans"]):
         return "student and teacher spans differ in number"
     ends = {"student_spans": len(row["token_ids"]), "teacher_spans": len(teacher["token_ids"])}
     for name, end in ends.items():
-        if fault := _ranges(name, row[name], end):
+        if fault := _check_ranges(name, row[name], end):
             return fault
     for name, of in (("word_tokens", "words"), ("phrase_tokens", "phrases")):
         if row["status"] == OK and len(row[name]) != len(document[of]):
@@ -192,7 +217,7 @@ def _aligned(row: Row, teacher: Row, document: Row) -> str:
     return ""
 
 
-def _counts(table: Table, commit: Commit, rows: list[Row]) -> Iterator[str]:
+def _check_counts(table: Table, commit: Commit, rows: list[Row]) -> Iterator[str]:
     """The record's counts are those of the columns."""
     if table.name == "documents":
         found = {

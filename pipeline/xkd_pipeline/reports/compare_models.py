@@ -58,5 +58,5 @@ def model_lines(found: dict[str, Any]) -> Iterator[str]:
     if not found["teacher_is_better"]:
         yield (
             "warning: the teacher is not better than the untrained student on these rows, so no loss is likely to "
-            "help. Next: take a teacher that was trained on such rows, or train the student alone with --loss ce"
+            "help. Next: use a teacher that was trained on such rows, or train the student alone with --loss ce"
         )

@@ -1,8 +1,8 @@
-"""How well two tokenizers go together: vocabularies, special tokens, normalisers, and the spans of some text."""
+"""How well two tokenizers go together: vocabularies, special tokens, normalisers, aligned spans."""
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +20,8 @@ from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 
 LONGEST: Final = 4
 """Span lengths from here on are one class of the histogram."""
+MOST_LENGTHS: Final = 8
+"""Classes of the histogram that are printed."""
 NO_SPANS: Final = Spans(words=(), phrases=(), labels=())
 
 
@@ -51,18 +53,18 @@ def normaliser_of(tokenizer: Any) -> str:
     described = json.loads(backend.to_str()).get("normalizer")
     if described is None:
         return "none"
-    return ", ".join(_types(described)) or "none"
+    return ", ".join(_list_types(described)) or "none"
 
 
-def _types(described: Mapping[str, Any]) -> list[str]:
+def _list_types(described: Mapping[str, Any]) -> list[str]:
     if described["type"] == "Sequence":
-        return [name for part in described["normalizers"] for name in _types(part)]
+        return [name for part in described["normalizers"] for name in _list_types(part)]
     if described["type"] == "Replace":
         return [f"Replace {json.dumps(described['pattern'])} by {json.dumps(described['content'])}"]
     return [str(described["type"])]
 
 
-def fertility(rows: Sequence[Tokens], documents: Sequence[Document]) -> dict[str, float]:
+def measure_fertility(rows: Sequence[Tokens], documents: Sequence[Document]) -> dict[str, float]:
     """Content tokens, and those for each word (cut at blanks) and character of what was read."""
     tokens = sum(int((row.kinds == CONTENT).sum()) for row in rows)
     texts = [d.text[: row.num_chars] for d, row in zip(documents, rows, strict=True) if row.status == OK]
@@ -77,15 +79,11 @@ def span_lengths(aligned: Sequence[tuple[Int32s, Int32s]]) -> dict[str, int]:
     {'1:1': 1, '4+:2': 1}
     """
     found = Counter(
-        f"{_length(a)}:{_length(b)}"
+        ":".join(f"{LONGEST}+" if size >= LONGEST else str(size) for size in (a, b))
         for ours, theirs in aligned
         for a, b in zip((ours[:, 1] - ours[:, 0]).tolist(), (theirs[:, 1] - theirs[:, 0]).tolist(), strict=True)
     )
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _length(number: int) -> str:
-    return f"{LONGEST}+" if number >= LONGEST else str(number)
 
 
 def exact_share(aligned: tuple[Int32s, Int32s], student: Tokens) -> float:
@@ -96,14 +94,9 @@ def exact_share(aligned: tuple[Int32s, Int32s], student: Tokens) -> float:
 
 
 def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, width: int) -> dict[str, Any]:
-    """Everything `xkd-cache pair` says.
+    """Everything `xkd-cache pair` says; the `worst` least aligned documents are drawn, the least aligned first.
 
-    Args:
-        teacher: How the teacher reads a document.
-        student: How the student does; it is cut where the teacher's text is, as `align` does.
-        sample: Documents to look at.
-        worst: Documents to draw, least aligned first.
-        width: Columns of a drawing.
+    The student is cut where the teacher's text is, as `align` does.
     """
     documents = sample.documents
     theirs = teacher.encode_batch(documents)
@@ -125,10 +118,10 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
         "special_tokens": special_differences(teacher.tokenizer, student.tokenizer),
         "normaliser": {"teacher": normaliser_of(teacher.tokenizer), "student": normaliser_of(student.tokenizer)},
         "template": {"teacher": teacher.template, "student": student.template},
-        "fertility": {"teacher": fertility(theirs, documents), "student": fertility(ours, documents)},
+        "fertility": {"teacher": measure_fertility(theirs, documents), "student": measure_fertility(ours, documents)},
         "extended": {"teacher": extended_counts(theirs), "student": extended_counts(ours)},
-        "unusable": {"teacher": _reasons(theirs), "student": _reasons(ours)},
-        "cut": {"teacher": _cut(theirs, documents), "student": _cut(ours, documents)},
+        "unusable": {"teacher": _count_reasons(theirs), "student": _count_reasons(ours)},
+        "cut": {"teacher": _count_cut(theirs, documents), "student": _count_cut(ours, documents)},
         "aligned_documents": len(usable),
         "spans": spans,
         "exact_pairs": lengths.get("1:1", 0),
@@ -145,10 +138,65 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
     }  # fmt: skip
 
 
-def _reasons(rows: Sequence[Tokens]) -> dict[str, dict[str, Any]]:
+def _count_reasons(rows: Sequence[Tokens]) -> dict[str, dict[str, Any]]:
     found = Counter(row.status for row in rows if row.status != OK)
     return {status: {"documents": number, "means": REASONS[status]} for status, number in sorted(found.items())}
 
 
-def _cut(rows: Sequence[Tokens], documents: Sequence[Document]) -> int:
+def _count_cut(rows: Sequence[Tokens], documents: Sequence[Document]) -> int:
     return sum(row.status == OK and row.num_chars < len(d.text) for row, d in zip(rows, documents, strict=True))
+
+
+def pair_lines(found: dict[str, Any]) -> Iterator[str]:
+    """Lines of `compare`'s result."""
+    sample, vocabulary = found["sample"], found["vocabulary"]
+    yield from found["corpus"]
+    why = f" ({sample['reasons']})" if sample["reasons"] else ""
+    yield f"sample: {sample['rows']} of {sample['of']} rows, {sample['rejected']} rejected{why}"
+    share = vocabulary["shared"] / max(1, vocabulary["student"])
+    yield (
+        f"vocabulary: teacher {vocabulary['teacher']}, student {vocabulary['student']}; {vocabulary['shared']} tokens "
+        f"are the same text ({100 * share:.1f} % of the student's), {vocabulary['same_strings']} the same string"
+    )
+    for side, other in found["fertility"].items():
+        yield (
+            f"{side}: template {found['template'][side]}, "
+            f"{other['tokens']} tokens, {other['per_word']:.2f} tokens per word, {other['per_character']:.3f} per "
+            f"character; normaliser: {found['normaliser'][side]}; {found['cut'][side]} documents cut to its length"
+        )
+    for token in found["special_tokens"]:
+        yield f"{token['token']}: teacher {token['teacher']!r}, student {token['student']!r}"
+    if not found["special_tokens"]:
+        yield "special tokens: the same strings"
+    for side, other in found["extended"].items():
+        if other["extended"]:
+            yield (
+                f"{side}: extended intervals: {other['extended']} tokens of {other['extended_documents']} documents, "
+                "over what its normaliser merges, swaps or deletes"
+            )
+    for side, faults in found["unusable"].items():
+        for status, fault in faults.items():
+            yield f"{side} cannot use {fault['documents']} documents ({status}): {fault['means']}"
+    yield (
+        f"aligned: {found['aligned_documents']} documents, {found['spans']} spans, {100 * found['exact_share']:.1f} % "
+        "of them one token on each side"
+    )
+    yield from _draw_histogram(found["span_lengths"], found["spans"])
+    for document in found["worst"]:
+        yield ""
+        share = f"{100 * document['exact_share']:.1f} %"
+        yield f"least aligned: {share} of the student's tokens stand beside one teacher token alone"
+        yield from document["drawing"]
+
+
+def _draw_histogram(lengths: dict[str, int], spans: int) -> Iterator[str]:
+    """Bars of at most 40 signs."""
+    for number, (name, count) in enumerate(lengths.items()):
+        if number == MOST_LENGTHS:
+            rest = sum(list(lengths.values())[MOST_LENGTHS:])
+            yield f"  other {100 * rest / spans:6.1f} %"
+            return
+        bar = "#" * round(40 * count / spans)
+        yield f"  {name:<5} {100 * count / spans:6.1f} % {bar}".rstrip()
+    if lengths:
+        yield "  (student tokens : teacher tokens of a span)"

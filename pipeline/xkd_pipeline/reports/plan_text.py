@@ -1,15 +1,34 @@
-"""A plan in lines for people."""
+"""A plan in lines for people, and sizes as people write them."""
 
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
-SUFFIXES = ("B", "kB", "MB", "GB", "TB", "PB")
+from xkd_schemas.errors import UsageError
+
+SUFFIXES: Final = ("B", "kB", "MB", "GB", "TB", "PB")
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?")
 
 
-def shown(size: float) -> str:
+def parse_size(text: str) -> int:
+    """A size as people write it; GB is 10^9 bytes, GiB 2^30.
+
+    >>> parse_size("200GB"), parse_size("1.5 MiB")
+    (200000000000, 1572864)
+
+    Raises:
+        UsageError: It is no size.
+    """
+    found = _SIZE.fullmatch(text.strip().upper())
+    if found is None:
+        raise UsageError(f"{text!r} is no size", fix="e.g. --budget 200GB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
+
+
+def format_size(size: float) -> str:
     """A size in steps of 1000.
 
-    >>> shown(999), shown(1_234_567)
+    >>> format_size(999), format_size(1_234_567)
     ('999 B', '1.2 MB')
     """
     step = 0
@@ -21,23 +40,25 @@ def shown(size: float) -> str:
 def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     """Lines of `make_plan`'s result."""
     yield from plan["corpus"]
-    yield from _what_was_read(plan)
+    yield from _describe_sample(plan)
     yield ""
-    yield f"{'kept, codec ' + plan['codec']:<28}{'bytes a token':>14}{'corpus':>12}"
+    yield f"{'kept, codec ' + plan['codec']:<28}{'bytes per token':>16}{'corpus':>12}  needed by"
     for column in plan["columns"]:
-        yield f"{column['column']:<28}{column['bytes_per_token']:>14.1f}{shown(column['bytes']):>12}"
-    yield f"{'teachers/':<28}{plan['bytes_per_token']:>14.1f}{shown(plan['teacher_bytes']):>12}"
-    yield f"{'documents/':<42}{shown(plan['documents_bytes']):>12}"
-    students = plan["students_bytes"]
-    yield f"{'students/':<42}" + (f"{shown(students):>12}" if students is not None else "  not counted: no --student")
-    yield f"{'tokenizers':<42}{shown(plan['tokenizers_bytes']):>12}"
-    yield f"{'head and embeddings':<42}{shown(plan['files_bytes']):>12}"
+        size = format_size(column["bytes"])
+        losses = ", ".join(column["losses"])
+        yield f"{column['column']:<28}{column['bytes_per_token']:>16.1f}{size:>12}  {losses}".rstrip()
+    yield f"{'teachers/':<28}{plan['bytes_per_token']:>16.1f}{format_size(plan['teacher_bytes']):>12}"
+    for title, name in (("documents/", "documents"), ("students/", "students"), ("tokenizers", "tokenizers"),
+                        ("head and embeddings", "files")):  # fmt: skip
+        size = plan[f"{name}_bytes"]
+        yield f"{title:<44}" + ("  not counted: no --student" if size is None else f"{format_size(size):>12}")
     yield ""
-    yield from _needs(plan)
-    yield from _steps(plan)
+    yield from _describe_needs(plan)
+    if plan["budget"] is not None:
+        yield from _advise(plan)
 
 
-def _what_was_read(plan: dict[str, Any]) -> Iterator[str]:
+def _describe_sample(plan: dict[str, Any]) -> Iterator[str]:
     sample, model = plan["sample"], plan["model"]
     why = f" ({sample['reasons']})" if sample["reasons"] else ""
     yield (
@@ -46,7 +67,7 @@ def _what_was_read(plan: dict[str, Any]) -> Iterator[str]:
     )
     yield (
         f"teacher: {model['architecture']}, {model['layers']} layers, width {model['width']}, {model['classes']} "
-        f"classes, {model['weights'] / 1e6:.1f} M weights in {plan['dtype']}; its configuration was read, no weight"
+        f"classes, {model['weights'] / 1e6:.1f} M weights in {plan['dtype']}; only its configuration was read"
     )
     yield f"template: {plan['template']}"
     yield f"dtype: {plan['dtype']}, {plan['dtype_why']}"
@@ -61,19 +82,12 @@ def _what_was_read(plan: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _needs(plan: dict[str, Any]) -> Iterator[str]:
+def _describe_needs(plan: dict[str, Any]) -> Iterator[str]:
     fits = "fits" if plan["bytes"] <= plan["free"] else "DOES NOT FIT"
-    yield f"needed: {shown(plan['bytes'])}; free on that disk: {shown(plan['free'])}: {fits}"
-    naive = plan["naive"]
-    if naive["share"] is not None:
-        layers = f"states of layers {', '.join(map(str, naive['layers']))} and " if naive["layers"] else ""
-        yield (
-            f"bfloat16 {layers}full logits of every token would need {shown(naive['bytes'])}; "
-            f"teachers/ is {naive['share']:.3f} of it"
-        )
-    yield f"shards: {plan['shards']} of {shown(plan['shard_bytes'])}"
-    parts = ", ".join(f"{name} {shown(size)}" for name, size in plan["memory"].items())
-    yield f"memory of one worker, an estimate: {shown(plan['memory_bytes'])} ({parts})"
+    yield f"needed: {format_size(plan['bytes'])}; free on that disk: {format_size(plan['free'])}: {fits}"
+    yield f"shards: {plan['shards']} of {format_size(plan['shard_bytes'])}"
+    parts = ", ".join(f"{name} {format_size(size)}" for name, size in plan["memory"].items())
+    yield f"memory of one worker, an estimate: {format_size(plan['memory_bytes'])} ({parts})"
     if plan["seconds"] is None:
         yield (
             "time: not known. Run xkd-cache teacher on a few hundred rows, divide its tokens by its seconds, and "
@@ -81,25 +95,24 @@ def _needs(plan: dict[str, Any]) -> Iterator[str]:
         )
     else:
         hours, rest = divmod(round(plan["seconds"]), 3600)
-        yield f"time: {hours}:{rest // 60:02d}:{rest % 60:02d} at {plan['rate']:g} tokens a second, with one worker"
+        yield f"time: {hours}:{rest // 60:02d}:{rest % 60:02d} at {plan['rate']:g} tokens per second, with one worker"
 
 
-def _steps(plan: dict[str, Any]) -> Iterator[str]:
-    budget = plan["budget"]
-    if budget is None:
+def _advise(plan: dict[str, Any]) -> Iterator[str]:
+    """What to change where the cache is larger than the budget."""
+    budget, excess = plan["budget"], plan["bytes"] - plan["budget"]
+    if excess <= 0:
+        yield f"budget {format_size(budget)}: the cache fits"
         return
-    if plan["bytes"] <= budget:
-        yield f"budget {shown(budget)}: kept, nothing to go down for"
-        return
-    if plan["files_bytes"] > budget:
-        yield (
-            f"budget {shown(budget)}: head and embeddings alone take {shown(plan['files_bytes'])}, whatever is kept "
-            "of the corpus: give more, or take a teacher with fewer classes or a smaller width"
-        )
-        return
-    yield f"budget {shown(budget)}: {shown(plan['bytes'] - budget)} too much. Ways down, one after the other:"
-    for step in plan["steps"]:
-        kept = "; within the budget" if step["fits"] else ""
-        yield f"  {step['flags']}: {shown(step['bytes'])}{kept}. Cost: {step['cost']}"
-    if not any(step["fits"] for step in plan["steps"]):
-        yield "  No step is enough: use fewer documents or a lower --max-tokens"
+    yield f"budget {format_size(budget)}: the cache is {format_size(excess)} too large. What to change:"
+    smaller = [f"--codec {codec} needs {format_size(size)}" for codec, size in plan["codecs"].items()]
+    yield f"  {'; '.join(smaller)}: bf16-planes loses nothing, int8 rounds states to 255 steps"
+    yield (
+        "  drop a loss from --for, or name fewer --word-layers and --phrase-layers: the table above begins with the "
+        "largest signals; --set losses.mta.hid=off drops span_vectors, and rskd instead of kl drops hidden_last"
+    )
+    once = plan["files_bytes"] + plan["tokenizers_bytes"]
+    if once < budget:
+        yield f"  keep {100 * (budget - once) / (plan['bytes'] - once):.0f} % of the documents, or lower --max-tokens"
+    else:
+        yield f"  head, embeddings and tokenizers alone take {format_size(once)}: use a teacher with fewer classes"

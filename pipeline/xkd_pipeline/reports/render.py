@@ -38,13 +38,13 @@ _TITLES: Final = ("teacher", "", "student")
 _MARGIN: Final = 9
 
 
-def visible(text: str) -> str:
+def escape_text(text: str) -> str:
     """The text with nothing in it that a terminal obeys; blanks and all else stay.
 
     Control, format, surrogate, private and unassigned characters, line separators and combining marks without a base
     are written as their code point; joiners inside emoji too, as terminals disagree on them.
 
-    >>> visible("a\\x1b[0m\\u202eb")
+    >>> escape_text("a\\x1b[0m\\u202eb")
     'a\\\\x1b[0m\\\\u202eb'
     """
     shown = []
@@ -53,33 +53,33 @@ def visible(text: str) -> str:
         joins = category[0] == "M" or char in _SKIN_TONES
         loose = joins and (at == 0 or text[at - 1].isspace())
         escape = category[0] == "C" or category in {"Zl", "Zp"} or loose
-        shown.append(_escaped(char) if escape else char)
+        shown.append(_escape(char) if escape else char)
     return "".join(shown)
 
 
-def _escaped(char: str) -> str:
+def _escape(char: str) -> str:
     code = ord(char)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def signed(text: str) -> str:
+def show_blanks(text: str) -> str:
     """`visible`, with blanks as signs: for a single token.
 
-    >>> signed(" a\\n")
+    >>> show_blanks(" a\\n")
     '·a⏎'
     """
-    return visible("".join(SIGNS.get(char, "␣" if unicodedata.category(char) == "Zs" else char) for char in text))
+    return escape_text("".join(SIGNS.get(char, "␣" if unicodedata.category(char) == "Zs" else char) for char in text))
 
 
-def bracketed(text: str, phrases: Sequence[Interval], labels: Sequence[str]) -> str:
+def bracket_phrases(text: str, phrases: Sequence[Interval], labels: Sequence[str]) -> str:
     """The text with [NP ...] round its phrases.
 
     A phrase that overlaps another without lying inside it is numbered at both of its brackets, "[2:VP" and "2]".
 
-    >>> bracketed("the lamp", [(0, 8)], ["NP"])
+    >>> bracket_phrases("the lamp", [(0, 8)], ["NP"])
     '[NP the lamp]'
     """
-    crossing = _crossing(phrases)
+    crossing = _find_crossing(phrases)
     opened: dict[int, list[tuple[int, str]]] = {}
     closed: dict[int, list[tuple[int, str]]] = {}
     for number, ((start, end), label, numbered) in enumerate(zip(phrases, labels, crossing, strict=True), start=1):
@@ -94,10 +94,10 @@ def bracketed(text: str, phrases: Sequence[Interval], labels: Sequence[str]) -> 
     return "".join(out)
 
 
-def _crossing(phrases: Sequence[Interval]) -> list[bool]:
+def _find_crossing(phrases: Sequence[Interval]) -> list[bool]:
     """Which phrases overlap another without one lying inside the other.
 
-    >>> _crossing([(0, 4), (2, 6), (4, 6), (7, 9)])
+    >>> _find_crossing([(0, 4), (2, 6), (4, 6), (7, 9)])
     [True, True, False, False]
     """
     by_start, by_end = sorted(phrases), sorted((end, start) for start, end in phrases)
@@ -120,31 +120,26 @@ def render(
 ) -> str:
     """The whole drawing, lines of at most `width` cells (40 at least), each segment under its role.
 
-    Args:
-        document: What was encoded.
-        spans: Its phrases.
-        student: None draws the teacher's tokens alone.
-        teacher: The other row.
-        aligned: Token ranges (student [K, 2], teacher [K, 2]) as `align` gives them; needed with a student.
-        width: Of the terminal, in cells.
+    Without a student the teacher's tokens are drawn alone; `aligned` are token ranges (student [K, 2], teacher [K, 2])
+    as `align` gives them.
     """
     width = max(width, 40)
-    lines = wrapped(f"{document.doc_id}  {visible(document.source)}:{document.line}", width)
+    lines = wrap_line(f"{document.doc_id}  {escape_text(document.source)}:{document.line}", width)
     for segment in document.segments:
         inside = [n for n, (start, end) in enumerate(spans.phrases) if segment.start <= start and end <= segment.end]
         phrases = [(spans.phrases[n][0] - segment.start, spans.phrases[n][1] - segment.start) for n in inside]
-        text = bracketed(document.text[segment.start : segment.end], phrases, [spans.labels[n] for n in inside])
+        text = bracket_phrases(document.text[segment.start : segment.end], phrases, [spans.labels[n] for n in inside])
         lines += ["", f"{segment.role}{' (target)' if segment.target else ''}"]
-        lines += [part for line in text.split("\n") for part in wrapped(visible(line), width)]
-    lines += ["", *(part for note in _notes(document, student, teacher) for part in wrapped(note, width)), ""]
-    return "\n".join([*lines, *_drawn(columns_of(document, student, teacher, aligned), width, student is not None)])
+        lines += [part for line in text.split("\n") for part in wrap_line(escape_text(line), width)]
+    lines += ["", *(part for note in _notes(document, student, teacher) for part in wrap_line(note, width)), ""]
+    return "\n".join([*lines, *_lay_out(columns_of(document, student, teacher, aligned), width, student is not None)])
 
 
 def _notes(document: Document, student: Tokens | None, teacher: Tokens) -> list[str]:
     notes = []
     for title, tokens in (("teacher", teacher), ("student", student)):
         if tokens is not None and tokens.status != OK:
-            notes.append(f"{title}: no tokens ({visible(tokens.status)})")
+            notes.append(f"{title}: no tokens ({escape_text(tokens.status)})")
         elif tokens is not None:
             cut = f", cut at character {tokens.num_chars}" if tokens.num_chars < len(document.text) else ""
             glue = int((tokens.kinds == TEMPLATE).sum())
@@ -169,26 +164,19 @@ def columns_of(
         return [
             Column(text, "", ALONE) for n in range(len(teacher.ids)) if (text := _texts(document, teacher, n, n + 1))
         ]
+
+    def column(theirs: tuple[int, int], ours: tuple[int, int], mark: str) -> Column:
+        return Column(_texts(document, teacher, *theirs), _texts(document, student, *ours), mark)
+
     columns = []
     ours = theirs = 0
     for (first, end), (teacher_first, teacher_end) in zip(aligned[0].tolist(), aligned[1].tolist(), strict=True):
-        columns.append(_between(document, student, (ours, first), teacher, (theirs, teacher_first)))
-        exact = end - first == teacher_end - teacher_first == 1
-        columns.append(
-            Column(
-                _texts(document, teacher, teacher_first, teacher_end), _texts(document, student, first, end),
-                EXACT if exact else MANY,
-            )
-        )  # fmt: skip
+        mark = EXACT if end - first == teacher_end - teacher_first == 1 else MANY
+        columns.append(column((theirs, teacher_first), (ours, first), ALONE))
+        columns.append(column((teacher_first, teacher_end), (first, end), mark))
         ours, theirs = end, teacher_end
-    columns.append(_between(document, student, (ours, len(student.ids)), teacher, (theirs, len(teacher.ids))))
-    return [column for column in columns if column.teacher or column.student]
-
-
-def _between(
-    document: Document, student: Tokens, ours: tuple[int, int], teacher: Tokens, theirs: tuple[int, int]
-) -> Column:
-    return Column(_texts(document, teacher, *theirs), _texts(document, student, *ours), ALONE)
+    columns.append(column((theirs, len(teacher.ids)), (ours, len(student.ids)), ALONE))
+    return [one for one in columns if one.teacher or one.student]
 
 
 def _texts(document: Document, tokens: Tokens, first: int, end: int) -> str:
@@ -196,19 +184,19 @@ def _texts(document: Document, tokens: Tokens, first: int, end: int) -> str:
     shown = []
     for kind, (start, stop) in zip(tokens.kinds[first:end].tolist(), tokens.spans[first:end].tolist(), strict=True):
         if kind == CONTENT:
-            shown.append(signed(document.text[start:stop]) or "∅")
+            shown.append(show_blanks(document.text[start:stop]) or "∅")
         elif kind == END:
             shown.append(END_SIGN)
     return _JOIN.join(shown)
 
 
-def _drawn(columns: Iterable[Column], width: int, both: bool) -> list[str]:
+def _lay_out(columns: Iterable[Column], width: int, both: bool) -> list[str]:
     """Groups of lines: teacher over marks over student; columns that do not fit are folded."""
     room = width - _MARGIN
     lines: list[str] = []
     rows: tuple[list[str], list[str], list[str]] = ([], [], [])
     used = 0
-    for column in (part for whole in columns for part in _folded(whole, room - 1)):
+    for column in (part for whole in columns for part in _fold(whole, room - 1)):
         size = max(cell_len(column.teacher), cell_len(column.student), 1)
         if used and used + size + 1 > room:
             lines += _group(rows, both)
@@ -230,20 +218,20 @@ def _group(rows: tuple[list[str], list[str], list[str]], both: bool) -> list[str
     return [*drawn, ""] if both else [drawn[0], ""]
 
 
-def _folded(column: Column, room: int) -> list[Column]:
+def _fold(column: Column, room: int) -> list[Column]:
     """The column in parts of at most `room` cells; only the first has the mark."""
-    above, below = chopped(column.teacher, room), chopped(column.student, room)
+    above, below = chop_word(column.teacher, room), chop_word(column.student, room)
     size = max(len(above), len(below))
     above, below = above + [""] * (size - len(above)), below + [""] * (size - len(below))
     return [Column(a, b, column.mark if n == 0 else ALONE) for n, (a, b) in enumerate(zip(above, below, strict=True))]
 
 
-def wrapped(text: str, width: int) -> list[str]:
+def wrap_line(text: str, width: int) -> list[str]:
     """Lines of at most `width` cells, broken at blanks where there are some; [""] for an empty text.
 
     Blanks at the beginning stay: code is read by them.
 
-    >>> wrapped("  the old lamp", 10)
+    >>> wrap_line("  the old lamp", 10)
     ['  the old', 'lamp']
     """
     lines, line = [], text[: len(text) - len(text.lstrip(" "))][: width - 1]
@@ -253,15 +241,15 @@ def wrapped(text: str, width: int) -> list[str]:
             line = longer
             continue
         lines += [line] if line.strip() else []
-        *full, line = chopped(word, width)
+        *full, line = chop_word(word, width)
         lines += full
     return [*lines, line]
 
 
-def chopped(word: str, width: int) -> list[str]:
+def chop_word(word: str, width: int) -> list[str]:
     """Parts of at most `width` cells, at least one; nothing is lost, also not what has no width of its own.
 
-    >>> chopped("漢字x", 4)
+    >>> chop_word("漢字x", 4)
     ['漢字', 'x']
     """
     parts, part = [], ""

@@ -10,16 +10,15 @@ Shape legend for this file
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from xkd_pipeline.reports.report_data import Alignment, Histogram, Int64s, Kept, Report, Sizes, Summary
 from xkd_pipeline.tables.status import table_states
 from xkd_schemas.cache.manifest import Manifest
 from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
@@ -33,10 +32,75 @@ SAMPLED_SHARDS: Final = 32
 """Shards of a teacher table that are read at most."""
 MAX_REJECTS: Final = 20
 """Rejected rows that are shown."""
+MAX_BINS: Final = 24
+"""Bars of a histogram at most."""
+
+Int64s = npt.NDArray[np.int64]
 
 
-def gather(root: Path) -> Report:
-    """Read the sealed tables of a cache.
+class Histogram(NamedTuple):
+    """How many things have a size between first and last, both included."""
+
+    title: str
+    bars: tuple[tuple[int, int, int], ...]
+    """(first, last, how many), without a hole."""
+    remark: str = ""
+
+
+class SignalSizes(NamedTuple):
+    """Bytes of a teacher's columns."""
+
+    table: str
+    signals: tuple[tuple[str, int], ...]
+    """(signal, bytes) with the largest first; "tokens" stands for ids, intervals and kinds."""
+    read: int
+    """Shards that were read."""
+    shards: int
+
+
+class Alignment(NamedTuple):
+    """One student beside its teacher."""
+
+    student: str
+    teacher: str
+    shapes: tuple[tuple[str, int], ...]
+    """1:1, 1:n, n:1 and n:m (student tokens : teacher tokens) with the number of aligned spans."""
+    spans: int
+    worst: tuple[tuple[float, int], ...]
+    """(share of the document's aligned tokens that stand one to one, row number), the worst first."""
+
+
+class Sizes:
+    """How often each size was seen; grows with the largest size, never with the number of things."""
+
+    def __init__(self) -> None:
+        self.counts: Int64s = np.zeros(0, dtype=np.int64)
+
+    def add(self, sizes: npt.NDArray[Any]) -> None:
+        """Count sizes, 0 or more, of any shape."""
+        seen = np.bincount(np.asarray(sizes, dtype=np.int64).ravel(), minlength=len(self.counts))
+        seen[: len(self.counts)] += self.counts
+        self.counts = seen
+
+    def histogram(self, title: str, remark: str = "") -> Histogram:
+        """Equal bins of whole numbers, MAX_BINS at most.
+
+        >>> sizes = Sizes()
+        >>> sizes.add(np.array([1, 1, 3]))
+        >>> sizes.histogram("tokens").bars
+        ((1, 1, 2), (2, 2, 0), (3, 3, 1))
+        """
+        seen = np.flatnonzero(self.counts)
+        if not len(seen):
+            return Histogram(title=title, bars=(), remark=remark)
+        low, high = int(seen[0]), int(seen[-1])
+        step = -(-(high - low + 1) // MAX_BINS)
+        bars = [(at, at + step - 1, int(self.counts[at : at + step].sum())) for at in range(low, high + 1, step)]
+        return Histogram(title=title, bars=tuple(bars), remark=remark)
+
+
+def gather(root: Path) -> dict[str, Any]:
+    """Read the sealed tables of a cache; what the page shows but for the drawings.
 
     Raises:
         InputMissing: No folder, or not one sealed table in it.
@@ -45,24 +109,28 @@ def gather(root: Path) -> Report:
     check_cache(root)
     tables = [Table(root, name) for name in sealed_tables(root)]
     documents = tables[0]
-    histograms, kept, alignments = _document_sizes(documents), [], []
+    histograms, kept, alignments = _measure_documents(documents), [], []
     for table in tables[1:]:
         if table.name.startswith(("teachers/", "signals/")):
-            kept.append(_kept(table, histograms))
+            kept.append(_measure_signals(table, histograms))
         else:
-            alignments.append(_alignment(table, histograms))
+            alignments.append(_measure_alignment(table, histograms))
     manifests = [t.manifest for t in tables]
-    return Report(
-        name=root.resolve().name, tables=tuple(map(_summary, tables)), kept=tuple(kept),
-        histograms=tuple(h for h in histograms if h.bars), alignments=tuple(alignments),
-        reasons=_reasons(documents.manifest), rejects=tuple(islice(_rejects(documents), MAX_REJECTS)),
-        cuts=tuple(cut for m in manifests if not m.table.startswith("signals/") for cut in _cuts(m)),
-        codec_errors=tuple(found for m in manifests for found in _codec_errors(m)),
-        remarks=_unfinished(root),
-    )  # fmt: skip
+    return {
+        "name": root.resolve().name,
+        "tables": [(table.manifest, bytes_below(table.folder)) for table in tables],
+        "kept": kept,
+        "histograms": [histogram for histogram in histograms if histogram.bars],
+        "alignments": alignments,
+        "reasons": _count_reasons(documents.manifest),
+        "rejects": list(islice(_read_rejects(documents), MAX_REJECTS)),
+        "cuts": [cut for m in manifests if not m.table.startswith("signals/") for cut in _count_cuts(m)],
+        "codec_errors": [found for m in manifests for found in _codec_errors(m)],
+        "remarks": _unfinished_tables(root),
+    }
 
 
-def batches(table: Table, units: Iterator[int] | range | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
+def read_batches(table: Table, units: Sequence[int] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(first row, record batch) of the units, every byte checked; a shard is closed before the next is opened."""
     row_offsets = np.cumsum([0, *(c.rows for c in table.manifest.commits)])
     for unit in range(len(table.manifest.commits)) if units is None else units:
@@ -85,9 +153,9 @@ def _pairs(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.int32]:
     return pairs
 
 
-def _document_sizes(documents: Table) -> list[Histogram]:
+def _measure_documents(documents: Table) -> list[Histogram]:
     words, phrases, lengths = Sizes(), Sizes(), Sizes()
-    for _, batch in batches(documents):
+    for _, batch in read_batches(documents):
         words.add(_lengths(batch, "words"))
         phrases.add(_lengths(batch, "phrases"))
         lengths.add(np.diff(_pairs(batch, "phrases"), axis=1))
@@ -98,12 +166,12 @@ def _document_sizes(documents: Table) -> list[Histogram]:
     ]
 
 
-def _kept(table: Table, histograms: list[Histogram]) -> Kept:
+def _measure_signals(table: Table, histograms: list[Histogram]) -> SignalSizes:
     """Bytes of each signal; the sizes of the rows are added to `histograms`."""
     shards = len(table.manifest.commits)
     units = sorted({int(u) for u in np.linspace(0, shards - 1, min(shards, SAMPLED_SHARDS)).round()}) if shards else []
     tokens, found = Sizes(), Counter[str]()
-    for _, batch in batches(table, iter(units)):
+    for _, batch in read_batches(table, units):
         if "token_ids" in batch.schema.names:
             tokens.add(_lengths(batch, "token_ids"))
         signals = {f.name for f in batch.schema if f.metadata and b"per" in f.metadata}
@@ -114,7 +182,7 @@ def _kept(table: Table, histograms: list[Histogram]) -> Kept:
     remark = f"from {len(units)} of {shards} shards" if len(units) < shards else ""
     histograms.append(tokens.histogram(f"tokens of a document, {table.name}", remark))
     sized = sorted(((name, round(n * scale)) for name, n in found.items()), key=lambda pair: (-pair[1], pair[0]))
-    return Kept(table=table.name, signals=tuple(sized), read=len(units), shards=shards)
+    return SignalSizes(table=table.name, signals=tuple(sized), read=len(units), shards=shards)
 
 
 def _signal(column: str, signals: set[str]) -> str:
@@ -125,11 +193,11 @@ def _signal(column: str, signals: set[str]) -> str:
     return "tokens" if column in {f.name for f in TOKEN_FIELDS} else column
 
 
-def _alignment(table: Table, histograms: list[Histogram]) -> Alignment:
+def _measure_alignment(table: Table, histograms: list[Histogram]) -> Alignment:
     tokens, ours_, theirs_ = Sizes(), Sizes(), Sizes()
     shapes = np.zeros(4, dtype=np.int64)
     worst: list[tuple[float, int]] = []
-    for first, batch in batches(table):
+    for first, batch in read_batches(table):
         tokens.add(_lengths(batch, "token_ids"))
         ours, theirs = (np.diff(_pairs(batch, f"{side}_spans"), axis=1)[:, 0] for side in ("student", "teacher"))
         ours_.add(ours)
@@ -165,10 +233,10 @@ def exact_shares(ours_K: npt.NDArray[Any], theirs_K: npt.NDArray[Any], counts_B:
     return np.divide(exact_B, all_B, out=np.zeros(size), where=all_B > 0)
 
 
-def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted name, text) of every leaf.
 
-    >>> list(flattened({"a": {"b": 1}, "c": ["x", {"d": None}]}))
+    >>> list(flatten({"a": {"b": 1}, "c": ["x", {"d": None}]}))
     [('a.b', '1'), ('c.0', 'x'), ('c.1.d', 'null')]
     """
     if isinstance(value, list) and all(not isinstance(item, dict | list) for item in value) and prefix.count(".") == 1:
@@ -178,28 +246,17 @@ def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix.rstrip("."), value if isinstance(value, str) else json.dumps(value)
         return
     for key, item in items:
-        yield from flattened(item, f"{prefix}{key}.")
+        yield from flatten(item, f"{prefix}{key}.")
 
 
-def _summary(table: Table) -> Summary:
-    manifest = table.manifest
-    names = sorted({name for c in manifest.commits for name in c.counts})
-    return Summary(
-        name=manifest.table, documents=manifest.rows, shards=len(manifest.commits),
-        num_bytes=bytes_below(table.folder), counts={name: manifest.count(name) for name in names},
-        spec=tuple(flattened(manifest.spec)), constants=tuple(flattened(manifest.constants)), root=manifest.root,
-        spec_id=manifest.spec_id,
-    )  # fmt: skip
-
-
-def _reasons(manifest: Manifest) -> tuple[tuple[str, int], ...]:
+def _count_reasons(manifest: Manifest) -> list[tuple[str, int]]:
     total = Counter[str]()
     for commit in manifest.commits:
         total.update(commit.rejects.reasons if commit.rejects else {})
-    return tuple(total.most_common())
+    return total.most_common()
 
 
-def _rejects(documents: Table) -> Iterator[dict[str, str]]:
+def _read_rejects(documents: Table) -> Iterator[dict[str, str]]:
     for commit in documents.manifest.commits:
         if commit.rejects is not None:
             path = inside(documents.path(commit.unit).parent, "rejects", commit.rejects.file)
@@ -213,7 +270,7 @@ def _rejects(documents: Table) -> Iterator[dict[str, str]]:
                 raise BadData(f"{path} cannot be read: {error}", fix="run xkd-cache documents again") from error
 
 
-def _cuts(manifest: Manifest) -> Iterator[tuple[str, str, int]]:
+def _count_cuts(manifest: Manifest) -> Iterator[tuple[str, str, int]]:
     titles = {"cut": "cut at the longest length", "cut_below_teacher": "cut before the teacher's cut"}
     titles |= {"extended": "tokens with extended intervals", "extended_documents": "documents with such tokens"}
     for name in sorted({name for c in manifest.commits for name in c.counts}):
@@ -229,9 +286,6 @@ def _codec_errors(manifest: Manifest) -> Iterator[tuple[str, str, float]]:
         yield manifest.table, str(signal), float(error)
 
 
-def _unfinished(root: Path) -> tuple[str, ...]:
+def _unfinished_tables(root: Path) -> list[str]:
     names = [state["table"] for state in table_states(root) if not state["sealed"]]
-    return tuple(
-        f"{'what was added to ' * (root / name / 'manifest.json').exists()}{name} is not finished and is left out"
-        for name in names
-    )
+    return [f"{name} is not finished and is left out" for name in names]

@@ -39,21 +39,16 @@ class Sample:
 
     @property
     def scale(self) -> float:
-        """Rows of the corpus for each row that was read; 1 if all were."""
-        return self.corpus_rows / self.rows
-
-    @property
-    def size_scale(self) -> float:
-        """The same by size: bytes of the corpus for each byte that was read."""
-        return self.corpus_size / self.read_size if self.read_size else self.scale
+        """Bytes of the corpus for each byte that was read; 1 if all were."""
+        return self.corpus_size / self.read_size if self.read_size else self.corpus_rows / self.rows
 
 
-def evenly(total: int, wanted: int) -> Iterator[int]:
+def spread_evenly(total: int, wanted: int) -> Iterator[int]:
     """At most `wanted` different numbers below `total`: one from each of as many equal stretches, at a drawn place.
 
     Always the same ones; drawn, because a corpus may repeat itself at the distance of the stretches.
 
-    >>> len(list(evenly(100, 4))), list(evenly(2, 4))
+    >>> len(list(spread_evenly(100, 4))), list(spread_evenly(2, 4))
     (4, [0, 1])
     """
     draw = random.Random(0)
@@ -78,7 +73,7 @@ def read_sample(run: RunConfig, wanted: int) -> Sample:
     if total == 0:
         raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
     encoder = limit_in(d).encoder()
-    chosen = list(evenly(total, wanted))
+    chosen = list(spread_evenly(total, wanted))
     documents: list[Document] = []
     rejected: list[RejectedRow] = []
     sizes: list[int] = []

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from xkd_pipeline.reports.render import bracketed, render, visible
+from xkd_pipeline.reports.render import bracket_phrases, escape_text, render
 from xkd_pipeline.tables.read_units import document_at, tokens_at
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.documents import Spans
@@ -35,30 +35,18 @@ def _spans(row: Row) -> Spans:
 
 
 def draw(root: Path, doc: str, *, teacher: str, student: str, width: int) -> list[str]:
-    """Lines of the drawing; with tables missing, what there is.
-
-    Args:
-        root: Cache folder.
-        doc: Row number or doc_id.
-        teacher: Name of a teacher table, or "" for none.
-        student: Name of a student table, or "" for none.
-        width: Columns; 0 fits the terminal.
-    """
+    """Lines of the drawing of a row number or doc_id; "" is no teacher or student, width 0 fits the terminal."""
     documents = Table(root, "documents")
     number = find(documents, doc)
     row = documents[number]
     document, spans = document_at(row), _spans(row)
     columns = width or shutil.get_terminal_size().columns
     if not teacher:
-        text = bracketed(document.text, spans.phrases, spans.labels)
-        return [f"{document.doc_id}  {document.source}:{document.line}", *map(visible, text.split("\n"))]
-    taught = tokens_at(_row(root, f"teachers/{teacher}", number))
+        text = bracket_phrases(document.text, spans.phrases, spans.labels)
+        return [f"{document.doc_id}  {document.source}:{document.line}", *map(escape_text, text.split("\n"))]
+    taught = tokens_at(Table(root, f"teachers/{teacher}")[number])
     if not student:
         return render(document, spans, None, taught, None, columns).split("\n")
-    learned = _row(root, f"students/{student}", number)
+    learned = Table(root, f"students/{student}")[number]
     aligned = (learned["student_spans"], learned["teacher_spans"])
     return render(document, spans, tokens_at(learned), taught, aligned, columns).split("\n")
-
-
-def _row(root: Path, name: str, number: int) -> Row:
-    return Table(root, name)[number]

@@ -33,11 +33,6 @@ class Outcome:
     values: dict[str, Any]
 
 
-def nothing(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
-    """No constants and no further files."""
-    return {}, {}
-
-
 def build(
     store: Store,
     stage: Stage,
@@ -45,7 +40,7 @@ def build(
     workers: Workers,
     *,
     watch: Callable[[Sequence[Commit]], None] = lambda _commits: None,
-    finish: Finish = nothing,
+    finish: Finish = lambda _commits: ({}, {}),
 ) -> Built:
     """Make the units that are not there yet, then seal.
 
@@ -78,13 +73,13 @@ def build(
                 _tell_other_kind(store.plan.table, commit, kinds)
                 watch(list(done.values()))
 
-            with tell_kept(lambda: _kept(store.plan.table, done, len(store.plan.units))):
+            with tell_kept(lambda: _describe_kept(store.plan.table, done, len(store.plan.units))):
                 run_units(stage, jobs(missing), workers, take, store.cares(missing))
     constants, files = finish([done[unit] for unit in sorted(done)])
     return Built(manifest=store.seal(done, constants, files), made=len(missing), kept=kept)
 
 
-def _kept(table: str, done: dict[int, Commit], units: int) -> str:
+def _describe_kept(table: str, done: dict[int, Commit], units: int) -> str:
     rows = sum(commit.rows for commit in done.values())
     return f"{len(done)} of {units} shards of {table} ({rows} documents); lost: what was done of the shards in work"
 

@@ -9,7 +9,7 @@ from xkd_schemas.durable_files import replace, sha256_of
 from xkd_schemas.errors import BadData, DiskFailed, InputMissing
 
 
-def readme(root: Path) -> str:
+def card_text(root: Path) -> str:
     """Text of the card for the tables that are sealed below `root`; one whose manifest is damaged is left out."""
     manifests: list[Manifest] = []
     for pattern in TABLES:
@@ -36,7 +36,7 @@ def readme(root: Path) -> str:
 
 def write_root_files(root: Path) -> None:
     """README.md, so that `load_dataset(root)` works, and SHA256SUMS for `sha256sum -c`."""
-    _update(root / "README.md", readme(root).encode())
+    _update(root / "README.md", card_text(root).encode())
     skip = {"LOCK", "SHA256SUMS"}
     lines = []
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
@@ -50,7 +50,7 @@ def write_root_files(root: Path) -> None:
 def forget(root: Path, table: str) -> None:
     """Bring README.md and SHA256SUMS up to date where a table goes; no other digest is taken anew."""
     card, sums = root / "README.md", root / "SHA256SUMS"
-    _update(card, readme(root).encode())
+    _update(card, card_text(root).encode())
     old = sums.read_text().splitlines() if sums.is_file() else []
     pairs = [(digest, name) for digest, _, name in (line.partition("  ") for line in old)]
     kept = [(sha256_of(card) if n == card.name else d, n) for d, n in pairs if not n.startswith(f"{table}/")]

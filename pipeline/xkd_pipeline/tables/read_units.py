@@ -31,16 +31,6 @@ class DocumentRows:
     phrases: Ragged
     """[K, 2] int32 characters."""
 
-    @staticmethod
-    def of(rows: Sequence[Row]) -> "DocumentRows":
-        """From rows, one by one."""
-        return DocumentRows(
-            doc_ids=[row["doc_id"] for row in rows],
-            block=DocumentBatch.of(document_at(row) for row in rows),
-            words=Ragged.of([row["words"] for row in rows], np.int32, 2),
-            phrases=Ragged.of([row["phrases"] for row in rows], np.int32, 2),
-        )
-
     def part(self, first: int, end: int) -> "DocumentRows":
         """The documents from `first` up to `end`."""
         return DocumentRows(

@@ -23,8 +23,8 @@ def table_states(root: Path) -> list[dict[str, Any]]:
 def _state(root: Path, path: Path) -> dict[str, Any]:
     folder = path.parent
     records = record_paths(folder)
-    commits = [commit for record in records if (commit := _whole(record, Commit)) is not None]
-    plan = _whole(path, Plan)
+    commits = [commit for record in records if (commit := _read_or_none(record, Commit)) is not None]
+    plan = _read_or_none(path, Plan)
     return {
         "table": folder.relative_to(root).as_posix(),
         "units": len(plan.units) if plan else len(records),
@@ -41,7 +41,7 @@ def _state(root: Path, path: Path) -> dict[str, Any]:
 R = TypeVar("R", Plan, Commit)
 
 
-def _whole(path: Path, kind: type[R]) -> R | None:
+def _read_or_none(path: Path, kind: type[R]) -> R | None:
     try:
         return read_record(path, kind)
     except BadData:

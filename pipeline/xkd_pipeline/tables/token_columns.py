@@ -16,7 +16,7 @@ def units_like(documents: Table) -> tuple[Unit, ...]:
     return read_record(documents.folder / "plan.json", Plan).units
 
 
-def encoded_but(
+def encode_without(
     encoder: Encoder, block: DocumentBatch, lost: Collection[int], limits: Sequence[int | None] | None = None
 ) -> TokenBatch:
     """`encoder.encode_batch`; the tokenizer does not see the rows of `lost`, whose status is worker_killed."""

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xkd_pipeline.capture import sampled_logits as draws
-from xkd_pipeline.capture.sampled_logits import drawn, uniforms
+from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
 from xkd_schemas.sampled_classes import TOTAL, fault_of, unpacked
 
 
 def estimates(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> Tensor:
     """The distributions that the drawn classes stand for, [N, V]."""
-    classes_Nk, weights_Nk = map(torch.from_numpy, unpacked(drawn(logits_NV, uniforms_N2, k).entries_Nk))
+    classes_Nk, weights_Nk = map(torch.from_numpy, unpacked(draw_classes(logits_NV, uniforms_N2, k).entries_Nk))
     return torch.zeros(logits_NV.shape, dtype=torch.float64).scatter_(-1, classes_Nk, weights_Nk.double())
 
 
@@ -65,7 +65,7 @@ def test_the_error_is_the_one_reported_and_below_that_of_the_papers_draw_with_re
     p_NV = logits_NV.double().softmax(-1)
     u_N2 = torch.rand(300, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
-    draw = drawn(logits_NV, u_N2, k)
+    draw = draw_classes(logits_NV, u_N2, k)
     lost_N = (estimates(logits_NV, u_N2, k) - p_NV).square().sum(-1)
 
     np.testing.assert_allclose(draw.lost_N, lost_N, rtol=1e-4, atol=1e-6)
@@ -87,7 +87,7 @@ def test_whatever_the_distribution_k_ascending_classes_share_all_of_it(
     generator = torch.Generator().manual_seed(seed)
     logits_NV = scale * torch.randn(5, classes, generator=generator)
 
-    draw = drawn(logits_NV, torch.rand(5, 2, generator=generator), k)
+    draw = draw_classes(logits_NV, torch.rand(5, 2, generator=generator), k)
 
     assert draw.entries_Nk.shape == (5, k)
     assert fault_of(draw.entries_Nk, classes) == ""
@@ -130,18 +130,21 @@ def test_a_row_is_drawn_alike_alone_and_among_many(monkeypatch: pytest.MonkeyPat
     logits_NV = 3 * torch.randn(40, 500, generator=torch.Generator().manual_seed(5))
     u_N2 = torch.rand(40, 2, generator=torch.Generator().manual_seed(6))
 
-    whole = drawn(logits_NV, u_N2, 12).entries_Nk
+    whole = draw_classes(logits_NV, u_N2, 12).entries_Nk
 
-    alone = [drawn(logits_NV[i : i + 1], u_N2[i : i + 1], 12).entries_Nk for i in range(40)]
+    alone = [draw_classes(logits_NV[i : i + 1], u_N2[i : i + 1], 12).entries_Nk for i in range(40)]
     np.testing.assert_array_equal(whole, np.concatenate(alone))
 
 
 def test_no_prediction_gives_no_entry() -> None:
-    assert drawn(torch.zeros(0, 9), torch.zeros(0, 2), 4).entries_Nk.shape == (0, 4)
+    assert draw_classes(torch.zeros(0, 9), torch.zeros(0, 2), 4).entries_Nk.shape == (0, 4)
 
 
 def test_random_numbers_are_those_of_the_document_for_good() -> None:
-    first, second = uniforms(np.array([1, 2, 3], np.int32), 500), uniforms(np.array([1, 2, 4], np.int32), 500)
+    first, second = (
+        uniforms(np.array([1, 2, 3], np.int32), 500),
+        uniforms(np.array([1, 2, 4], np.int32), 500),
+    )
 
     assert first[:2].tolist() == [[0.9217346151762534, 0.653027093431018], [0.581312661183809, 0.5363832065411938]]
     assert not np.isclose(first, second).any(1).all()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from xkd_pipeline.capture import measure
-from xkd_pipeline.capture.measure import Reading, bf16_bits, padded, signals_of
+from xkd_pipeline.capture.measure import Reading, bf16_bits, pad_readings, signals_of
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import CONTENT, Tokens
 from xkd_trainer.models.forward import States
@@ -30,7 +30,7 @@ def states(hidden_BLD: torch.Tensor) -> States:
 def test_padding_is_on_the_right_to_a_multiple() -> None:
     pair = [reading([5] * 7, [False] * 7), reading([6] * 19, [False] * 19)]
 
-    ids_BL, valid_BL = padded(pair, 8)
+    ids_BL, valid_BL = pad_readings(pair, 8)
 
     assert ids_BL.shape == (2, 24)
     assert ids_BL[0, :7].tolist() == [5] * 7

@@ -18,8 +18,13 @@ from small_cache import corpus_rows, made, run_file, write_rows
 from xkd_pipeline.cli.reports import pair as command
 from xkd_pipeline.reports import compare_models as pair_models
 from xkd_pipeline.reports.compare_models import compare_models
-from xkd_pipeline.reports.compare_tokenizers import compare, normaliser_of, special_differences, vocabularies
-from xkd_pipeline.reports.comparison_text import pair_lines
+from xkd_pipeline.reports.compare_tokenizers import (
+    compare,
+    normaliser_of,
+    pair_lines,
+    special_differences,
+    vocabularies,
+)
 from xkd_pipeline.reports.sample import read_sample
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document

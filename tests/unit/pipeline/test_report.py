@@ -12,8 +12,7 @@ import pytest
 import small_cache
 from small_cache import made
 from xkd_pipeline.reports import report as reports
-from xkd_pipeline.reports.report import exact_shares, gather
-from xkd_pipeline.reports.report_data import MAX_BINS, Sizes
+from xkd_pipeline.reports.report import MAX_BINS, Sizes, exact_shares, gather
 from xkd_pipeline.reports.report_page import write_report
 from xkd_pipeline.stages import documents_stage
 from xkd_schemas.cache.table import Table
@@ -72,13 +71,13 @@ def assert_harmless(content: str, page: Page) -> None:
 def test_a_full_cache_has_every_section() -> None:
     report = gather(made() / "cache")
 
-    assert [t.name for t in report.tables] == ["documents", "teachers/T", "students/S"]
-    assert {name for name, _ in report.kept[0].signals} >= {"tokens", "hidden_last", "span_geometry@2:word"}
-    assert report.cuts == (
+    assert [manifest.table for manifest, _ in report["tables"]] == ["documents", "teachers/T", "students/S"]
+    assert {name for name, _ in report["kept"][0].signals} >= {"tokens", "hidden_last", "span_geometry@2:word"}
+    assert report["cuts"] == [
         ("teachers/T", "cut at the longest length", 0),
         ("students/S", "cut at the longest length", 0),
         ("students/S", "cut before the teacher's cut", 0),
-    )
+    ]
 
 
 def test_the_page_draws_every_section_and_all_documents(tmp_path: Path) -> None:
@@ -104,7 +103,7 @@ def test_shapes_and_worst_documents_are_those_of_a_plain_count() -> None:
             total += b - a + d - c
         shares.append((exact / total, number))
 
-    (found,) = gather(made() / "cache").alignments
+    (found,) = gather(made() / "cache")["alignments"]
 
     assert dict(found.shapes) == {"1:1": 0, "1:n": 0, "n:1": 0, "n:m": 0} | shapes
     assert [row for _, row in found.worst] == [row for _, row in sorted(shares)]
@@ -112,10 +111,10 @@ def test_shapes_and_worst_documents_are_those_of_a_plain_count() -> None:
 
 
 def test_only_the_worst_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = gather(made() / "cache").alignments[0].worst
+    everything = gather(made() / "cache")["alignments"][0].worst
     monkeypatch.setattr(reports, "WORST", 3)
 
-    assert gather(made() / "cache").alignments[0].worst == everything[:3]
+    assert gather(made() / "cache")["alignments"][0].worst == everything[:3]
 
 
 def test_a_sample_of_teacher_shards_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,11 +122,11 @@ def test_a_sample_of_teacher_shards_is_said_to_be_one(tmp_path: Path, monkeypatc
     _, page = written(made() / "cache", tmp_path)
 
     assert "estimated from 2 of 3 shards" in page.text
-    assert "from 2 of 3 shards" in {h.remark for h in gather(made() / "cache").histograms}
+    assert "from 2 of 3 shards" in {h.remark for h in gather(made() / "cache")["histograms"]}
 
 
 def test_bytes_by_signal_are_the_bytes_of_the_columns() -> None:
-    (kept,) = gather(made() / "cache").kept
+    (kept,) = gather(made() / "cache")["kept"]
     rows = list(Table(made() / "cache", "teachers/T"))
     states = sum(row["hidden_last"].nbytes for row in rows)
 
@@ -227,4 +226,4 @@ def test_two_students_of_one_teacher_are_both_drawn(tmp_path: Path) -> None:
 
     assert page.text.count("The worst 12 documents") == 2
     assert "S2 beside T" in page.text
-    assert {a.student: a.worst[0][0] for a in gather(cache).alignments}["S2"] == 1.0, "the same tokenizer"
+    assert {a.student: a.worst[0][0] for a in gather(cache)["alignments"]}["S2"] == 1.0, "the same tokenizer"

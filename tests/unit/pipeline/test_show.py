@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 import four_tokenizers
-from xkd_pipeline.reports.render import _crossing, bracketed, render, signed, visible, wrapped
+from xkd_pipeline.reports.render import (
+    _find_crossing,
+    bracket_phrases,
+    escape_text,
+    render,
+    show_blanks,
+    wrap_line,
+)
 from xkd_schemas.documents import Document, Spans, document_of
 from xkd_schemas.text.alignment import align
 from xkd_schemas.text.encode import Encoder
@@ -80,7 +87,7 @@ def test_every_token_is_drawn(text: str) -> None:
     picture = render(document, NO_SPANS, None, teacher, width=100)
 
     body = "".join(line.removeprefix("teacher  ") for line in picture.split("\n") if line.startswith("teacher  "))
-    expected = [signed(text[s:e]) for s, e in teacher.spans[teacher.kinds == CONTENT].tolist()]
+    expected = [show_blanks(text[s:e]) for s, e in teacher.spans[teacher.kinds == CONTENT].tolist()]
     assert body.replace("│", "").replace("∎", "") == "".join(expected).replace("│", "").replace("∎", "")
 
 
@@ -137,22 +144,22 @@ def test_a_cut_is_said() -> None:
 def test_brackets_nest_and_crossing_ones_are_numbered(
     phrases: list[tuple[int, int]], labels: list[str], expected: str
 ) -> None:
-    assert bracketed("a b c d", phrases, labels) == expected
+    assert bracket_phrases("a b c d", phrases, labels) == expected
 
 
 @settings(deadline=None, max_examples=100)
 @given(four_tokenizers.nasty_text)
 def test_what_is_shown_can_be_told_apart(text: str) -> None:
-    assert len(visible(text)) >= len(text)
-    assert "\x1b" not in visible(text)
-    assert not any(char.isspace() for char in signed(text))
+    assert len(escape_text(text)) >= len(text)
+    assert "\x1b" not in escape_text(text)
+    assert not any(char.isspace() for char in show_blanks(text))
 
 
 @settings(deadline=None, max_examples=100)
 @given(four_tokenizers.nasty_text, st.integers(10, 40))
 def test_wrapping_loses_nothing_but_blanks(text: str, width: int) -> None:
-    shown = visible(text)
-    lines = wrapped(shown, width)
+    shown = escape_text(text)
+    lines = wrap_line(shown, width)
 
     assert all(cell_len(line) <= width for line in lines)
     assert "".join(lines).replace(" ", "") == shown.replace(" ", "")
@@ -166,4 +173,4 @@ def test_phrases_that_cross_are_those_that_overlap_and_do_not_nest(phrases: list
     def cross(one: tuple[int, int], other: tuple[int, int]) -> bool:
         return one[0] < other[0] < one[1] < other[1] or other[0] < one[0] < other[1] < one[1]
 
-    assert _crossing(phrases) == [any(cross(one, other) for other in phrases) for one in phrases]
+    assert _find_crossing(phrases) == [any(cross(one, other) for other in phrases) for one in phrases]

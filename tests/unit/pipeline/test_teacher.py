@@ -16,7 +16,7 @@ from fake_hardware import hardware_is
 from small_cache import made
 from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.capture.measure import Reading
-from xkd_pipeline.capture.model_sizes import bytes_per_number, sizes_of
+from xkd_pipeline.capture.model_sizes import sizes_of
 from xkd_pipeline.capture.stage import TeacherSettings, encoder_of, teacher_layers
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import Outcome, align_stage, signals_for, teacher_stage
@@ -143,7 +143,7 @@ def test_a_table_that_continues_on_another_kind_of_processor_says_so_once_and_ke
 def planned_files(model: Path) -> int:
     """Bytes of head and embeddings by the configuration alone, of a teacher that runs in float32."""
     sizes = sizes_of(str(model))
-    return sizes.file_numbers * min(sizes.number_bytes, bytes_per_number("float32"))
+    return sizes.file_numbers * min(sizes.number_bytes, 4)
 
 
 def test_a_tied_teacher_has_no_second_copy_of_its_table(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import faulty_disk
 import small_cache
 from fake_hardware import hardware_is
 from xkd_pipeline.cli.app import app
-from xkd_pipeline.maintain.recompute import Recomputed, _classes_differ, _settings, recompute
+from xkd_pipeline.maintain.recompute import Recomputed, _compare_classes, _live_settings, recompute
 from xkd_pipeline.maintain.verify import verify
-from xkd_pipeline.maintain.verify_rows import _values
+from xkd_pipeline.maintain.verify_rows import _check_values
 from xkd_pipeline.tables.status import table_states
 from xkd_schemas import durable_files as files
 from xkd_schemas.cache.table import Table
@@ -87,9 +87,9 @@ def test_the_live_teacher_runs_in_the_tables_dtype_where_that_is_fast_and_otherw
     spec = Table(small_cache.made() / "cache", "teachers/T").manifest.spec | {"dtype": "bfloat16"}
 
     hardware_is(monkeypatch, has_bfloat16=False, factor=63.4)
-    assert [_settings(spec, model, asked).dtype for asked in ("auto", "bf16")] == ["float32", "bfloat16"]
+    assert [_live_settings(spec, model, asked).dtype for asked in ("auto", "bf16")] == ["float32", "bfloat16"]
     hardware_is(monkeypatch, has_bfloat16=True, factor=0.5)
-    assert [_settings(spec, model, asked).dtype for asked in ("auto", "fp32")] == ["bfloat16", "float32"]
+    assert [_live_settings(spec, model, asked).dtype for asked in ("auto", "fp32")] == ["bfloat16", "float32"]
 
 
 def test_rows_that_do_not_agree_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,11 +134,11 @@ def _shifted(*given: object) -> list[dict[str, object]]:
 def test_classes_whose_logits_are_no_further_apart_than_rounding_may_change_places() -> None:
     ids, logits = np.array([[7, 3, 9, 1]] * 4), np.array([[20.0, 19.0, 12.0, 11.5]] * 4)
 
-    assert _classes_differ("topk_ids#2", np.array([[3, 7]] * 4), ids, logits) == ""
-    assert _classes_differ("argmax", np.array([3, 7, 3, 7]), ids, logits) == ""
-    assert _classes_differ("argmax", np.array([7, 7, 9, 7]), ids, logits).startswith("argmax: 25.0 % are not what")
-    assert _classes_differ("topk_ids#2", np.array([[7, 5]] * 4), ids, logits).startswith("topk_ids#2: 50.0 % are")
-    assert _classes_differ("argmax", np.zeros(0, np.int32), ids[:0], logits[:0]) == ""
+    assert _compare_classes("topk_ids#2", np.array([[3, 7]] * 4), ids, logits) == ""
+    assert _compare_classes("argmax", np.array([3, 7, 3, 7]), ids, logits) == ""
+    assert _compare_classes("argmax", np.array([7, 7, 9, 7]), ids, logits).startswith("argmax: 25.0 % are not what")
+    assert _compare_classes("topk_ids#2", np.array([[7, 5]] * 4), ids, logits).startswith("topk_ids#2: 50.0 % are")
+    assert _compare_classes("argmax", np.zeros(0, np.int32), ids[:0], logits[:0]) == ""
 
 
 def test_classes_of_other_positions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +215,6 @@ def test_a_copy_with_a_copiers_own_files_beside_the_tables_is_whole(tmp_path: Pa
 @pytest.mark.parametrize("codec", ["bf16", "bf16-planes", "int8"])
 def test_states_that_are_not_finite_are_found_under_every_codec(codec: str) -> None:
     one = np.full((2, 3), 0x3F80, np.uint16)
-    assert _values("hidden_last", one, codec) == ""
+    assert _check_values("hidden_last", one, codec) == ""
     one[1, 2] = 0x7F80
-    assert _values("hidden_last", one, codec) == "hidden_last is not finite"
+    assert _check_values("hidden_last", one, codec) == "hidden_last is not finite"

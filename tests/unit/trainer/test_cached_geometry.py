@@ -16,7 +16,7 @@ from torch import Tensor
 
 import one_tokenizer as one
 from one_step import gradients
-from xkd_pipeline.capture.encode_signals import codec_error, coded
+from xkd_pipeline.capture.encode_signals import codec_error, encode_signals
 from xkd_pipeline.capture.measure import _span_signal
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.signals import Signal
@@ -112,7 +112,7 @@ def test_what_rounding_lost_is_a_codec_error() -> None:
     ]
     head = Head(weight_VD=torch.eye(16))
 
-    sums = coded(captured, [GEOMETRY], "bf16", head).sums
+    sums = encode_signals(captured, [GEOMETRY], "bf16", head).sums
     commit = Commit.model_construct(sums=sums)
 
     lost = kept = 0.0

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import small_cache
 from one_step import assert_padding_and_cuts_change_nothing, gradients, widen
-from xkd_pipeline.capture.sampled_logits import drawn, uniforms
+from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, UsageError
@@ -109,7 +109,7 @@ def test_what_is_stored_is_what_is_drawn_from_the_live_teacher() -> None:
         where = torch.from_numpy(predictors(stored["targets"]))
         logits = teacher(torch.tensor([stored["token_ids"].tolist()])).logits[0, where]
         random = torch.from_numpy(uniforms(stored["token_ids"], len(where)))
-        found = np.divmod(drawn(logits, random, K).entries_Nk, TOTAL + 1)
+        found = np.divmod(draw_classes(logits, random, K).entries_Nk, TOTAL + 1)
         ids[place, : len(where)] = torch.from_numpy(found[0])
         weights[place, : len(where)] = torch.from_numpy(found[1] / TOTAL)
 
