@@ -22,18 +22,11 @@ def count_lines(root: Path) -> dict[str, int]:
 
 
 def faults(counts: Mapping[str, int], budgets: Mapping[str, int]) -> list[str]:
-    """What does not fit.
-
-    >>> faults({"a": 3, "b": 1}, {"a": 2, "c": 5})
-    ['a: 3 lines, budget 2', 'b: no budget', 'c: no such folder']
-    """
-    more = [
-        f"{name}: {lines} lines, budget {budgets[name]}"
-        for name, lines in counts.items()
-        if name in budgets and lines > budgets[name]
-    ]
-    more += [f"{name}: no budget" for name in counts if name not in budgets]
-    return more + [f"{name}: no such folder" for name in budgets if name not in counts]
+    """One line for each folder that is above its budget or has none, and for each budget without a folder."""
+    above = [name for name, lines in counts.items() if lines > budgets.get(name, lines)]
+    found = [f"{name}: {counts[name]} lines, budget {budgets[name]}" for name in above]
+    found += [f"{name}: no budget" for name in counts if name not in budgets]
+    return found + [f"{name}: no such folder" for name in budgets if name not in counts]
 
 
 def main() -> None:

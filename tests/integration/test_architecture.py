@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import textwrap
 from pathlib import Path
 
@@ -32,3 +33,12 @@ def test_a_sub_package_says_the_three_lines_of_its_row(folder: str) -> None:
 
     row = f"{purpose[0].upper()}{purpose[1:]}.\n\nMay import: {imports}.\nLost without it: {lost}."
     assert textwrap.dedent(said).split() == row.split()
+
+
+def test_a_folder_above_its_budget_or_without_one_is_named() -> None:
+    budget = runpy.run_path(str(ROOT / ".ci" / "lines.py"))
+
+    assert budget["faults"]({"a": 3, "b": 1, "d": 2}, {"a": 2, "c": 5, "d": 2}) == [
+        "a: 3 lines, budget 2", "b: no budget", "c: no such folder",
+    ]  # fmt: skip
+    assert budget["count_lines"](ROOT).keys() >= set(FOLDERS)

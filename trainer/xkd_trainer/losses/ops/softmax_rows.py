@@ -116,9 +116,8 @@ def parts(logits_CV: Tensor) -> Iterator[slice]:
 
 def _has_kernel(*logits_PV: Tensor) -> bool:
     """Whether a compiled kernel takes these."""
-    return has_cpu_kernels() and all(
-        x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in logits_PV
-    )
+    plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in logits_PV)
+    return plain and has_cpu_kernels()
 
 
 def statistics_rows(logits_PV: Tensor, scratch: Scratch) -> Statistics:
