@@ -85,10 +85,6 @@ def reads_of(wanted: Sequence[Signal]) -> dict[str, Any]:
     }
 
 
-def _last_text(readings: Sequence[Reading]) -> Tensor:
-    return torch.tensor([last_text(reading.tokens.kinds) for reading in readings])
-
-
 @torch.inference_mode()
 def capture(
     model: PreTrainedModel, readings: Sequence[Reading], wanted: Sequence[Signal], settings: TeacherSettings
@@ -108,7 +104,8 @@ def capture(
     for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):
         batch = [readings[i] for i in indices]
         ids_BL, valid_BL = (t.to(model.device) for t in pad_readings(batch, settings.pad_multiple))
-        states = run(model, ids_BL, valid_BL, text_B=_last_text(batch).to(model.device), **reads)
+        text_B = torch.tensor([last_text(reading.tokens.kinds) for reading in batch]).to(model.device)
+        states = run(model, ids_BL, valid_BL, text_B=text_B, **reads)
         if not _finite(states.last_BLD, valid_BL):
             raise BadData(
                 f"the teacher's hidden states are not finite in {settings.dtype}", fix="capture with --dtype float32"

@@ -6,6 +6,7 @@ them under `xkd_bf16` with the sentence that turns them into numbers.
 
 import filecmp
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from xkd_schemas.cache.manifest import to_json
 from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
-from xkd_schemas.durable_files import disk_errors, sync_folder, write_beside
+from xkd_schemas.durable_files import disk_errors, saved, sync_folder
 from xkd_schemas.errors import UsageError
 from xkd_schemas.own_folders import own_folder
 
@@ -68,14 +69,9 @@ def _write_table(table: Table, out: Path) -> int:
     size = 0
     for unit, commit in enumerate(table.manifest.commits):
         shard = Shard(table.path(unit), commit)
-        schema = describe_bf16(shard.schema)
-        batches = [shard.batch(number) for number in range(len(commit.batches))]
-        temporary = write_beside(
-            folder,
-            lambda stream, schema=schema, batches=batches: _write(stream, schema, batches),  # type: ignore[misc]
-        )
-        size += temporary.stat().st_size
-        temporary.rename(folder / f"{unit:05d}.parquet")
+        path = folder / f"{unit:05d}.parquet"
+        saved(path, partial(_write_parquet, shard))
+        size += path.stat().st_size
     (folder / "manifest.json").write_bytes(to_json(table.manifest))
     return size
 
@@ -87,7 +83,8 @@ def describe_bf16(schema: pa.Schema) -> pa.Schema:
     return schema.with_metadata({**(schema.metadata or {}), **about})
 
 
-def _write(stream: Any, schema: pa.Schema, batches: list[pa.RecordBatch]) -> None:
-    with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
-        for batch in batches:
-            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+def _write_parquet(shard: Shard, path: Path) -> None:
+    schema = describe_bf16(shard.schema)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for number in range(len(shard.commit.batches)):
+            writer.write_batch(shard.batch(number).replace_schema_metadata(schema.metadata))

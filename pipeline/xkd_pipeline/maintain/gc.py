@@ -68,7 +68,7 @@ def _referenced_files(folder: Path) -> set[str] | None:
 
 
 def collect(root: Path, *, older_than: float, dry_run: bool) -> list[Orphan]:
-    """Remove what is spare, holding the lock; with `dry_run` only say what would go."""
+    """Remove orphans, holding the lock; with `dry_run` only say what would go."""
     if dry_run:
         return find_orphans(root, older_than=older_than)
     tables_of(root)  # a folder that is no cache gets no lock file

@@ -15,9 +15,6 @@ def parse_size(text: str) -> int:
 
     >>> parse_size("200GB"), parse_size("1.5 MiB")
     (200000000000, 1572864)
-
-    Raises:
-        UsageError: It is no size.
     """
     found = _SIZE.fullmatch(text.strip().upper())
     if found is None:

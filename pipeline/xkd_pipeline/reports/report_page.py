@@ -25,13 +25,7 @@ MAX_CHARS: Final = 1200
 
 
 def write_report(root: Path, out: Path) -> dict[str, Any]:
-    """Write the report of a cache to `out`, whole or not at all.
-
-    Raises:
-        InputMissing, BadData: as `gather`.
-        UsageError: `out` is a folder.
-        DiskFailed: `out` cannot be written.
-    """
+    """Write the report of a cache to `out`, whole or not at all; raises as `gather`."""
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder", fix=f"--out {out / 'report.html'}")
     report = gather(root)

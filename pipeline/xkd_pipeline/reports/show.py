@@ -11,12 +11,7 @@ from xkd_schemas.errors import InputMissing, UsageError
 
 
 def find(documents: Table, doc: str) -> int:
-    """Row number of a document, by number or by the beginning of its doc_id.
-
-    Raises:
-        InputMissing: There is no such document.
-        UsageError: Several documents with other texts begin like that.
-    """
+    """Row number of a document, by number or by the beginning of its doc_id; refused where that is not one text."""
     if doc.isdecimal() and int(doc) < len(documents):
         return int(doc)
     found = [(i, row["doc_id"]) for i, row in enumerate(documents) if doc and row["doc_id"].startswith(doc)]

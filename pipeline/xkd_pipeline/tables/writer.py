@@ -73,11 +73,9 @@ class Store:
         self.known_cares: dict[int, MadeDifferently] = {}
         if (plan.spec, plan.units) == (self.plan.spec, self.plan.units):
             return
-        advice = f"repeat the first command's settings, or write to a new folder than {root}"
-        if table != "documents":
-            advice = (
-                f"repeat the first command's settings, or give this one another --name (now {table.split('/')[-1]})"
-            )
+        _, _, name = table.partition("/")
+        other = f"give this one another --name (now {name})" if name else f"write to a new folder than {root}"
+        advice = f"repeat the first command's settings, or {other}"
         refuse_differences(self.folder, plan.spec, self.plan.spec, advice=advice)
         raise BadData(f"{path} lists other units than this corpus gives", fix=advice)
 
