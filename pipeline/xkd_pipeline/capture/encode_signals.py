@@ -52,11 +52,9 @@ def _measure_kl(rows: Sequence[Bits], again: Sequence[Bits], head: Head) -> dict
     """Sum over some states of KL(head of the exact state || head of the stored one), in nats, and their number."""
     exact_ND, stored_ND = (np.concatenate(list(side)) for side in (rows, again))
     chosen = np.unique(np.linspace(0, max(0, len(exact_ND) - 1), min(KL_ROWS, len(exact_ND))).astype(np.int64))
-    logs = []
-    for states_ND in (exact_ND, stored_ND):
-        states = torch.from_numpy(numbers_of(states_ND[chosen])).to(head.weight_VD)
-        logs.append(head(states).float().log_softmax(-1))
-    kl = float((logs[0].exp() * (logs[0] - logs[1])).sum())
+    states = (torch.from_numpy(numbers_of(bits[chosen])).to(head.weight_VD) for bits in (exact_ND, stored_ND))
+    exact, stored = (head(values).float().log_softmax(-1) for values in states)
+    kl = float((exact.exp() * (exact - stored)).sum())
     return {"codec:kl": kl, "codec:kl_n": float(len(chosen))}
 
 

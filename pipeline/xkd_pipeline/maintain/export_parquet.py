@@ -42,12 +42,11 @@ def export_parquet(root: Path, out: Path) -> dict[str, Any]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with own_folder(out.parent, f".tmp-{out.name}-") as temporary:
             written = sum(_write_table(table, temporary) for table in tables)
-            if there and all(filecmp.cmp(temporary / name, out / name, shallow=False) for name in names):
-                return {"parquet": str(out), "tables": len(tables), "bytes": written}
-            refuse_full(out)
-            if out.is_dir():
-                out.rmdir()
-            temporary.rename(out)
+            if not there or not all(filecmp.cmp(temporary / name, out / name, shallow=False) for name in names):
+                refuse_full(out)
+                if out.is_dir():
+                    out.rmdir()
+                temporary.rename(out)
         sync_folder(out.parent)
     return {"parquet": str(out), "tables": len(tables), "bytes": written}
 
@@ -59,7 +58,7 @@ def _files_in(folder: Path) -> set[str]:
 def refuse_full(folder: Path) -> None:
     """Raise UsageError where a folder to be made is there already and holds something, or is a file."""
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise UsageError(f"{folder} is there and not empty", kept="it as it is", fix="name a new folder")
+        raise UsageError(f"{folder} exists and is not empty", kept="that folder", fix="name a new folder")
 
 
 def _write_table(table: Table, out: Path) -> int:

@@ -99,14 +99,14 @@ def drop(root: Path, table: str) -> int:
     """
     known = [name for name in tables_of(root) if "/" in name]
     if table not in known:
-        raise UsageError(f"{root} has no table {table} that can go", fix=f"use one of: {', '.join(known) or 'none'}")
+        raise UsageError(
+            f"{root} has no table {table} that can be dropped", fix=f"use one of: {', '.join(known) or 'none'}"
+        )
     folder = inside(root, *table.split("/"))
     with locked(root):
         made = [name for name in known if table == f"teachers/{_teacher_of(inside(root, *name.split('/')))}"]
         if made:
-            raise UsageError(
-                f"{table} is what {', '.join(made)} was made from", fix=f"first: xkd-cache drop {root} {made[0]}"
-            )
+            raise UsageError(f"{', '.join(made)} was made from {table}", fix=f"first: xkd-cache drop {root} {made[0]}")
         size = bytes_below(folder)
         with disk_errors(folder):
             remove(folder / "manifest.json")

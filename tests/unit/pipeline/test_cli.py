@@ -345,8 +345,8 @@ def test_commands_that_copy_a_cache_are_done_when_they_are_typed_again(xkd_cache
 
     (tmp_path / "back" / "README.md").write_text("another")
     next((tmp_path / "parquet").rglob("*.parquet")).write_bytes(b"another")
-    refused(xkd_cache(*commands[0]), 2, "is there and not empty")
-    refused(xkd_cache(*commands[2]), 2, "is there and not empty")
+    refused(xkd_cache(*commands[0]), 2, "exists and is not empty")
+    refused(xkd_cache(*commands[2]), 2, "exists and is not empty")
 
 
 BAD_DOCUMENTS = {
