@@ -9,9 +9,8 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from xkd_pipeline.maintain.verify_rows import Finding, verify_rows
 from xkd_schemas.cache.files import outside_tables, refuse_links, unnamed_files
@@ -214,8 +213,3 @@ def _expected_files(root: Path) -> Iterator[Path]:
         yield from sorted(path for path in (folder / "tokenizer").glob("*") if path.is_file())
     if (root / "README.md").exists():
         yield root / "README.md"
-
-
-def as_dict(bad: list[Finding], level: str, rows: int = 0) -> dict[str, Any]:
-    """For --json."""
-    return {"level": level, "recomputed": rows, "bad": [asdict(one) for one in bad], "whole": not bad}
