@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from xkd_pipeline.capture.measure import ROWS, Reading, pad_readings, signals_of
@@ -85,10 +84,6 @@ def reads_of(wanted: Sequence[Signal]) -> dict[str, Any]:
     }
 
 
-def _last_text(readings: Sequence[Reading]) -> Tensor:
-    return torch.tensor([last_text(reading.tokens.kinds) for reading in readings])
-
-
 @torch.inference_mode()
 def capture(
     model: PreTrainedModel, readings: Sequence[Reading], wanted: Sequence[Signal], settings: TeacherSettings
@@ -108,8 +103,10 @@ def capture(
     for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):
         batch = [readings[i] for i in indices]
         ids_BL, valid_BL = (t.to(model.device) for t in pad_readings(batch, settings.pad_multiple))
-        states = run(model, ids_BL, valid_BL, text_B=_last_text(batch).to(model.device), **reads)
-        if not _finite(states.last_BLD, valid_BL):
+        text_B = torch.tensor([last_text(reading.tokens.kinds) for reading in batch]).to(model.device)
+        states = run(model, ids_BL, valid_BL, text_B=text_B, **reads)
+        last = states.last_BLD
+        if not (last.sum().isfinite() or last[valid_BL].isfinite().all()):  # the sum needs no copy
             raise BadData(
                 f"the teacher's hidden states are not finite in {settings.dtype}", fix="capture with --dtype float32"
             )
@@ -118,8 +115,3 @@ def capture(
             captured[index] = row
         tick(len(readings) * sum(lengths[i] for i in indices) / sum(lengths))
     return captured
-
-
-def _finite(states_BLD: Tensor, valid_BL: Tensor) -> bool:
-    """Whether all states of tokens are finite; a sum tells that of nearly every batch without a copy of them."""
-    return bool(states_BLD.sum().isfinite() or states_BLD[valid_BL].isfinite().all())

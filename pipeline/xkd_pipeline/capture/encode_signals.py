@@ -1,14 +1,13 @@
 """The wide signals of one unit through their codec, with the error that it made on just these numbers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from xkd_schemas.cache.manifest import Commit
-from xkd_schemas.codecs import CODECS, PLAIN, Bits, numbers_of, squared_error
+from xkd_schemas.codecs import CODECS, PLAIN, Bits, Encoded, numbers_of, squared_error
 from xkd_schemas.signals import Signal
 from xkd_trainer.models.head import Head
 
@@ -16,21 +15,14 @@ KL_ROWS = 32
 """States of a unit whose next-token distributions are compared before and after the codec."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Coded:
-    """Columns to write, metadata of the shard, and sums of errors for its record."""
-
-    columns: dict[str, list[Any]]
-    metadata: dict[bytes, bytes]
-    sums: dict[str, float]
-
-
-def encode_signals(captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signal], codec: str, head: Head) -> Coded:
-    """All signals of a unit as columns; wide ones through `codec`."""
-    made = Coded(columns={}, metadata={}, sums={})
+def encode_signals(
+    captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signal], codec: str, head: Head
+) -> tuple[Encoded, dict[str, float]]:
+    """All signals of a unit as columns, wide ones through `codec`, and sums of errors for the unit's record."""
+    made, sums = Encoded({}, {}), dict[str, float]()
     for signal in wanted:
         rows = [row[signal.column] for row in captured]
-        made.sums.update(_sum_capture_errors(signal.column, captured))
+        sums.update(_sum_capture_errors(signal.column, captured))
         if not signal.kind.wide or codec == PLAIN:
             made.columns[signal.column] = rows
             continue
@@ -43,10 +35,10 @@ def encode_signals(captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signa
         made.columns.update(encoded.columns)
         made.metadata.update(encoded.metadata)
         lost, kept = squared_error(rows, again)
-        made.sums.update({f"codec:{signal.column}:lost": lost, f"codec:{signal.column}:kept": kept})
+        sums.update({f"codec:{signal.column}:lost": lost, f"codec:{signal.column}:kept": kept})
         if signal.name == "hidden_last" and rows:
-            made.sums.update(_measure_kl(rows, again, head))
-    return made
+            sums.update(_measure_kl(rows, again, head))
+    return made, sums
 
 
 def _sum_capture_errors(column: str, captured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -60,11 +52,9 @@ def _measure_kl(rows: Sequence[Bits], again: Sequence[Bits], head: Head) -> dict
     """Sum over some states of KL(head of the exact state || head of the stored one), in nats, and their number."""
     exact_ND, stored_ND = (np.concatenate(list(side)) for side in (rows, again))
     chosen = np.unique(np.linspace(0, max(0, len(exact_ND) - 1), min(KL_ROWS, len(exact_ND))).astype(np.int64))
-    logs = []
-    for states_ND in (exact_ND, stored_ND):
-        states = torch.from_numpy(numbers_of(states_ND[chosen])).to(head.weight_VD)
-        logs.append(head(states).float().log_softmax(-1))
-    kl = float((logs[0].exp() * (logs[0] - logs[1])).sum())
+    states = (torch.from_numpy(numbers_of(bits[chosen])).to(head.weight_VD) for bits in (exact_ND, stored_ND))
+    exact, stored = (head(values).float().log_softmax(-1) for values in states)
+    kl = float((exact.exp() * (exact - stored)).sum())
     return {"codec:kl": kl, "codec:kl_n": float(len(chosen))}
 
 

@@ -53,7 +53,7 @@ def empty_model(name: str) -> PreTrainedModel:
         ) from error
     except (ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         raise UsageError(
-            f"model {name} is no causal language model that can be planned for: {short(error)}"
+            f"model {name} is not a causal language model that transformers can make: {short(error)}"
         ) from error
     return model
 

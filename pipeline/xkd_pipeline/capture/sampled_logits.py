@@ -59,10 +59,7 @@ def draw_classes(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> Draw:
     >>> classes.tolist(), (shares / TOTAL).round(3).tolist()
     ([[0, 1]], [[0.7, 0.3]])
 
-    Args:
-        logits_NV: Any float dtype; -inf is a class that cannot be.
-        uniforms_N2: From 0 to below 1: one draws the classes, the other rounds their shares.
-        k: 1 to V.
+    A logit of -inf is a class that cannot be. Of two uniforms one draws the classes, the other rounds their shares.
     """
     step = max(1, ELEMENTS // logits_NV.shape[-1])
     chunks = zip(torch.split(logits_NV, step), torch.split(uniforms_N2, step), strict=True)

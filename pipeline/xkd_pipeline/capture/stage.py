@@ -78,9 +78,9 @@ class TeacherStage:
             rows = documents_of(documents.shard(unit))
             tokens, readings = _read(rows, encoder, care.lost)
             captured = capture(model, readings, wanted, settings)
-            stored = encode_signals(captured, wanted, self.settings.codec, head)
+            stored, errors = encode_signals(captured, wanted, self.settings.codec, head)
             columns = {"doc_id": rows.doc_ids, **token_columns(tokens), **stored.columns}
-            sums = sum_moments(tokens, captured, model) | stored.sums
+            sums = sum_moments(tokens, captured, model) | errors
             totals = Totals(counts=token_counts(rows.block.texts, tokens), sums=sums)
             marked = schema.with_metadata({**schema.metadata, **stored.metadata})
             commit = write_shard(self.folder, unit, marked, columns, totals=totals)

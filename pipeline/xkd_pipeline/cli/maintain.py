@@ -28,7 +28,8 @@ def verify(
 
     Example: xkd-cache verify cache/ --level deep
     """
-    from xkd_pipeline.maintain.verify import as_dict
+    from dataclasses import asdict
+
     from xkd_pipeline.maintain.verify import verify as check
 
     if recompute and not model:
@@ -42,7 +43,8 @@ def verify(
         bad, rows, skipped, differences = found.bad, found.rows, found.skipped, found.differences
         recomputed = f", {rows} rows recomputed in {found.dtype}: {found.line}"
     if as_json:
-        say_json(as_dict(bad, level, rows) | {"not_compared": skipped, "differences": differences})
+        values = {"level": level, "recomputed": rows, "bad": [asdict(one) for one in bad], "whole": not bad}
+        say_json(values | {"not_compared": skipped, "differences": differences})
         raise typer.Exit(BadData.exit_code if bad else 0)
     for one in bad:
         say(one.line)

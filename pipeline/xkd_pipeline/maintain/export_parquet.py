@@ -6,6 +6,7 @@ them under `xkd_bf16` with the sentence that turns them into numbers.
 
 import filecmp
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from xkd_schemas.cache.manifest import to_json
 from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
-from xkd_schemas.durable_files import disk_errors, sync_folder, write_beside
+from xkd_schemas.durable_files import disk_errors, saved, sync_folder
 from xkd_schemas.errors import UsageError
 from xkd_schemas.own_folders import own_folder
 
@@ -41,12 +42,11 @@ def export_parquet(root: Path, out: Path) -> dict[str, Any]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with own_folder(out.parent, f".tmp-{out.name}-") as temporary:
             written = sum(_write_table(table, temporary) for table in tables)
-            if there and all(filecmp.cmp(temporary / name, out / name, shallow=False) for name in names):
-                return {"parquet": str(out), "tables": len(tables), "bytes": written}
-            refuse_full(out)
-            if out.is_dir():
-                out.rmdir()
-            temporary.rename(out)
+            if not there or not all(filecmp.cmp(temporary / name, out / name, shallow=False) for name in names):
+                refuse_full(out)
+                if out.is_dir():
+                    out.rmdir()
+                temporary.rename(out)
         sync_folder(out.parent)
     return {"parquet": str(out), "tables": len(tables), "bytes": written}
 
@@ -58,7 +58,7 @@ def _files_in(folder: Path) -> set[str]:
 def refuse_full(folder: Path) -> None:
     """Raise UsageError where a folder to be made is there already and holds something, or is a file."""
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise UsageError(f"{folder} is there and not empty", kept="it as it is", fix="name a new folder")
+        raise UsageError(f"{folder} exists and is not empty", kept="that folder", fix="name a new folder")
 
 
 def _write_table(table: Table, out: Path) -> int:
@@ -68,14 +68,9 @@ def _write_table(table: Table, out: Path) -> int:
     size = 0
     for unit, commit in enumerate(table.manifest.commits):
         shard = Shard(table.path(unit), commit)
-        schema = describe_bf16(shard.schema)
-        batches = [shard.batch(number) for number in range(len(commit.batches))]
-        temporary = write_beside(
-            folder,
-            lambda stream, schema=schema, batches=batches: _write(stream, schema, batches),  # type: ignore[misc]
-        )
-        size += temporary.stat().st_size
-        temporary.rename(folder / f"{unit:05d}.parquet")
+        path = folder / f"{unit:05d}.parquet"
+        saved(path, partial(_write_parquet, shard))
+        size += path.stat().st_size
     (folder / "manifest.json").write_bytes(to_json(table.manifest))
     return size
 
@@ -87,7 +82,8 @@ def describe_bf16(schema: pa.Schema) -> pa.Schema:
     return schema.with_metadata({**(schema.metadata or {}), **about})
 
 
-def _write(stream: Any, schema: pa.Schema, batches: list[pa.RecordBatch]) -> None:
-    with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
-        for batch in batches:
-            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+def _write_parquet(shard: Shard, path: Path) -> None:
+    schema = describe_bf16(shard.schema)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for number in range(len(shard.commit.batches)):
+            writer.write_batch(shard.batch(number).replace_schema_metadata(schema.metadata))

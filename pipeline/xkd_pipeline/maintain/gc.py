@@ -68,7 +68,7 @@ def _referenced_files(folder: Path) -> set[str] | None:
 
 
 def collect(root: Path, *, older_than: float, dry_run: bool) -> list[Orphan]:
-    """Remove what is spare, holding the lock; with `dry_run` only say what would go."""
+    """Remove orphans, holding the lock; with `dry_run` only say what would go."""
     if dry_run:
         return find_orphans(root, older_than=older_than)
     tables_of(root)  # a folder that is no cache gets no lock file
@@ -99,14 +99,14 @@ def drop(root: Path, table: str) -> int:
     """
     known = [name for name in tables_of(root) if "/" in name]
     if table not in known:
-        raise UsageError(f"{root} has no table {table} that can go", fix=f"use one of: {', '.join(known) or 'none'}")
+        raise UsageError(
+            f"{root} has no table {table} that can be dropped", fix=f"use one of: {', '.join(known) or 'none'}"
+        )
     folder = inside(root, *table.split("/"))
     with locked(root):
         made = [name for name in known if table == f"teachers/{_teacher_of(inside(root, *name.split('/')))}"]
         if made:
-            raise UsageError(
-                f"{table} is what {', '.join(made)} was made from", fix=f"first: xkd-cache drop {root} {made[0]}"
-            )
+            raise UsageError(f"{', '.join(made)} was made from {table}", fix=f"first: xkd-cache drop {root} {made[0]}")
         size = bytes_below(folder)
         with disk_errors(folder):
             remove(folder / "manifest.json")

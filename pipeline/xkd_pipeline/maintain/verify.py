@@ -9,9 +9,8 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from xkd_pipeline.maintain.verify_rows import Finding, verify_rows
 from xkd_schemas.cache.files import outside_tables, refuse_links, unnamed_files
@@ -60,12 +59,12 @@ def _check_table(root: Path, name: str, level: str) -> Iterator[Finding]:
         yield add(folder / "plan.json", error.what)
     if not (folder / "manifest.json").exists():
         count = f"{len(record_paths(folder))} of {len(plan.units) if plan else '?'}"
-        yield add(folder / "manifest.json", f"not there: the table is not finished, {count} units are")
+        yield add(folder / "manifest.json", f"missing: the table is not finished, {count} units are done")
         return
     try:
         manifest = read_record(folder / "manifest.json", Manifest)
         if manifest.table != name:
-            raise BadData(f"is that of {manifest.table}")
+            raise BadData(f"belongs to {manifest.table}")
     except BadData as error:
         yield add(folder / "manifest.json", error.what)
         yield from _check_commits(folder, add)
@@ -171,7 +170,7 @@ def _check_root_files(root: Path, level: str) -> Iterator[Finding]:
     for line in lines:
         digest, _, name = line.partition("  ")
         if not name:
-            yield add(sums, f"has a line that is none: {json.dumps(line[:80])}")
+            yield add(sums, f"has a line without a file name: {json.dumps(line[:80])}")
             continue
         path = inside(root, *name.split("/"))
         listed.add(path)
@@ -214,8 +213,3 @@ def _expected_files(root: Path) -> Iterator[Path]:
         yield from sorted(path for path in (folder / "tokenizer").glob("*") if path.is_file())
     if (root / "README.md").exists():
         yield root / "README.md"
-
-
-def as_dict(bad: list[Finding], level: str, rows: int = 0) -> dict[str, Any]:
-    """For --json."""
-    return {"level": level, "recomputed": rows, "bad": [asdict(one) for one in bad], "whole": not bad}

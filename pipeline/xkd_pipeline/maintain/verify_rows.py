@@ -83,7 +83,7 @@ def find_faults(root: Path, table: Table, number: int) -> Iterator[str]:
         for batch in range(len(commit.batches)):
             shard.batch(batch).validate(full=True)
     except pa.ArrowInvalid as error:
-        yield f"Arrow finds it invalid: {' '.join(str(error).split())[:160]}"
+        yield f"invalid Arrow data: {' '.join(str(error).split())[:160]}"
         return
     rows = [shard.row(i) for i in range(commit.rows)]
     documents = rows if table.name == "documents" else _read_rows(root, "documents", number)
@@ -136,7 +136,7 @@ def _read_rows(root: Path, name: str, number: int) -> list[Row]:
 def _check_ranges(name: str, ranges_K2: Any, end: int) -> str:
     """Half-open ranges inside [0, end), each start not before the last."""
     if len(ranges_K2) and (ranges_K2.min() < 0 or ranges_K2.max() > end or (ranges_K2[:, 0] > ranges_K2[:, 1]).any()):
-        return f"{name} leave [0, {end}] or are turned round"
+        return f"{name} leave [0, {end}] or are reversed"
     return f"{name} are not in order" if (np.diff(ranges_K2[:, 0]) < 0).any() else ""
 
 

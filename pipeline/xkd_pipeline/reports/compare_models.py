@@ -17,15 +17,7 @@ from xkd_trainer.models.loading import load_model
 def compare_models(
     models: tuple[str, str], encoders: tuple[Encoder, Encoder], dtype: str, sample: Sample
 ) -> dict[str, Any]:
-    """Bits per byte of teacher and student, in this order, over the same characters.
-
-    Returns:
-        documents, bytes, teacher, student, teacher_is_better, dtype.
-
-    Raises:
-        BadData: No document of the sample can be used by both.
-        InputMissing, UsageError, Refused: A model cannot be loaded.
-    """
+    """Bits per byte of teacher and student, in this order, over the same characters."""
     documents = sample.documents
     theirs = encoders[0].encode_batch(documents)
     ours = encoders[1].encode_batch(documents, [t.num_chars if t.status == OK else None for t in theirs])

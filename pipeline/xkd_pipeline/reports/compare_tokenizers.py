@@ -9,7 +9,7 @@ import numpy as np
 
 from xkd_pipeline.reports.render import render
 from xkd_pipeline.reports.sample import Sample, reasons
-from xkd_pipeline.tables.token_columns import extended_counts
+from xkd_pipeline.tables.token_columns import extended_counts, token_counts
 from xkd_schemas.documents import Document, Spans
 from xkd_schemas.errors import UsageError
 from xkd_schemas.text.batch_alignment import align_all
@@ -107,6 +107,7 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
     shares = {i: exact_share(aligned[i], ours[i]) for i in usable}
     lengths = span_lengths([aligned[i] for i in usable])
     spans = sum(lengths.values())
+    texts = [d.text for d in documents]
     low = sorted(usable, key=lambda i: (shares[i], i))[:worst]
     return {
         "corpus": [source.describe() for source in sample.sources],
@@ -121,7 +122,7 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
         "fertility": {"teacher": measure_fertility(theirs, documents), "student": measure_fertility(ours, documents)},
         "extended": {"teacher": extended_counts(theirs), "student": extended_counts(ours)},
         "unusable": {"teacher": _count_reasons(theirs), "student": _count_reasons(ours)},
-        "cut": {"teacher": _count_cut(theirs, documents), "student": _count_cut(ours, documents)},
+        "cut": {"teacher": token_counts(texts, theirs)["cut"], "student": token_counts(texts, ours)["cut"]},
         "aligned_documents": len(usable),
         "spans": spans,
         "exact_pairs": lengths.get("1:1", 0),
@@ -141,10 +142,6 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
 def _count_reasons(rows: Sequence[Tokens]) -> dict[str, dict[str, Any]]:
     found = Counter(row.status for row in rows if row.status != OK)
     return {status: {"documents": number, "means": REASONS[status]} for status, number in sorted(found.items())}
-
-
-def _count_cut(rows: Sequence[Tokens], documents: Sequence[Document]) -> int:
-    return sum(row.status == OK and row.num_chars < len(d.text) for row, d in zip(rows, documents, strict=True))
 
 
 def pair_lines(found: dict[str, Any]) -> Iterator[str]:

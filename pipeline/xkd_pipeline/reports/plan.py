@@ -197,6 +197,8 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
     }
     needs = losses_of(run, model.layers)
     share = max(1, tokens)
+    cache = Path(run.cache).absolute()
+    there = next(path for path in (cache, *cache.parents) if path.is_dir())
     return {
         "corpus": [source.describe() for source in look.sample.sources],
         "rows": look.sample.corpus_rows,
@@ -227,7 +229,7 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
         "bytes_per_token": teacher / share,
         **{f"{name}_bytes": size for name, size in fixed.items()},
         "bytes": teacher + others,
-        "free": shutil.disk_usage(_nearest_folder(Path(run.cache))).free,
+        "free": shutil.disk_usage(there).free,
         "shards": look.shards,
         "shard_bytes": teacher // max(1, look.shards),
         "memory": memory,
@@ -237,9 +239,3 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
         "budget": budget,
         "codecs": codecs,
     }
-
-
-def _nearest_folder(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -15,13 +15,10 @@ def parse_size(text: str) -> int:
 
     >>> parse_size("200GB"), parse_size("1.5 MiB")
     (200000000000, 1572864)
-
-    Raises:
-        UsageError: It is no size.
     """
     found = _SIZE.fullmatch(text.strip().upper())
     if found is None:
-        raise UsageError(f"{text!r} is no size", fix="e.g. --budget 200GB")
+        raise UsageError(f"{text!r} is not a size", fix="e.g. --budget 200GB")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
 
 
@@ -63,7 +60,7 @@ def _describe_sample(plan: dict[str, Any]) -> Iterator[str]:
     why = f" ({sample['reasons']})" if sample["reasons"] else ""
     yield (
         f"sample: {sample['rows']} of {plan['rows']} rows, {sample['rejected']} rejected{why}, {sample['unusable']} "
-        f"unreadable for the teacher, {sample['cut']} cut to its length"
+        f"unusable for the teacher, {sample['cut']} cut to its length"
     )
     yield (
         f"teacher: {model['architecture']}, {model['layers']} layers, width {model['width']}, {model['classes']} "

@@ -116,17 +116,21 @@ def gather(root: Path) -> dict[str, Any]:
         else:
             alignments.append(_measure_alignment(table, histograms))
     manifests = [t.manifest for t in tables]
+    reasons = Counter[str]()
+    for commit in documents.manifest.commits:
+        reasons.update(commit.rejects.reasons if commit.rejects else {})
+    unfinished = [state["table"] for state in table_states(root) if not state["sealed"]]
     return {
         "name": root.resolve().name,
         "tables": [(table.manifest, bytes_below(table.folder)) for table in tables],
         "kept": kept,
         "histograms": [histogram for histogram in histograms if histogram.bars],
         "alignments": alignments,
-        "reasons": _count_reasons(documents.manifest),
+        "reasons": reasons.most_common(),
         "rejects": list(islice(_read_rejects(documents), MAX_REJECTS)),
         "cuts": [cut for m in manifests if not m.table.startswith("signals/") for cut in _count_cuts(m)],
         "codec_errors": [found for m in manifests for found in _codec_errors(m)],
-        "remarks": _unfinished_tables(root),
+        "remarks": [f"{name} is not finished and is left out" for name in unfinished],
     }
 
 
@@ -249,13 +253,6 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield from flatten(item, f"{prefix}{key}.")
 
 
-def _count_reasons(manifest: Manifest) -> list[tuple[str, int]]:
-    total = Counter[str]()
-    for commit in manifest.commits:
-        total.update(commit.rejects.reasons if commit.rejects else {})
-    return total.most_common()
-
-
 def _read_rejects(documents: Table) -> Iterator[dict[str, str]]:
     for commit in documents.manifest.commits:
         if commit.rejects is not None:
@@ -284,8 +281,3 @@ def _codec_errors(manifest: Manifest) -> Iterator[tuple[str, str, float]]:
     errors = manifest.constants.get("codec_error")
     for signal, error in sorted(errors.items()) if isinstance(errors, dict) else ():
         yield manifest.table, str(signal), float(error)
-
-
-def _unfinished_tables(root: Path) -> list[str]:
-    names = [state["table"] for state in table_states(root) if not state["sealed"]]
-    return [f"{name} is not finished and is left out" for name in names]

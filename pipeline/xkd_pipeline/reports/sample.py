@@ -1,6 +1,7 @@
 """Some rows of a corpus, spread evenly over it, for commands that look before anything is cached."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,5 +136,5 @@ def size_of(content: Content) -> int:
 
 def reasons(rejected: Sequence[RejectedRow]) -> str:
     """Reasons with their numbers, e.g. "blank 2, empty 1"."""
-    found = {row.reason for row in rejected}
-    return ", ".join(f"{name} {sum(row.reason == name for row in rejected)}" for name in sorted(found))
+    found = Counter(row.reason for row in rejected)
+    return ", ".join(f"{name} {number}" for name, number in sorted(found.items()))

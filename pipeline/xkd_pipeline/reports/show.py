@@ -5,18 +5,13 @@ from pathlib import Path
 
 from xkd_pipeline.reports.render import bracket_phrases, escape_text, render
 from xkd_pipeline.tables.read_units import document_at, tokens_at
-from xkd_schemas.cache.table import Row, Table
+from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Spans
 from xkd_schemas.errors import InputMissing, UsageError
 
 
 def find(documents: Table, doc: str) -> int:
-    """Row number of a document, by number or by the beginning of its doc_id.
-
-    Raises:
-        InputMissing: There is no such document.
-        UsageError: Several documents with other texts begin like that.
-    """
+    """Row number of a document, by number or by the beginning of its doc_id; refused where that is not one text."""
     if doc.isdecimal() and int(doc) < len(documents):
         return int(doc)
     found = [(i, row["doc_id"]) for i, row in enumerate(documents) if doc and row["doc_id"].startswith(doc)]
@@ -29,17 +24,14 @@ def find(documents: Table, doc: str) -> int:
     return found[0][0]
 
 
-def _spans(row: Row) -> Spans:
-    pairs = {name: tuple((int(a), int(b)) for a, b in row[name]) for name in ("words", "phrases")}
-    return Spans(words=pairs["words"], phrases=pairs["phrases"], labels=tuple(row["labels"]))
-
-
 def draw(root: Path, doc: str, *, teacher: str, student: str, width: int) -> list[str]:
     """Lines of the drawing of a row number or doc_id; "" is no teacher or student, width 0 fits the terminal."""
     documents = Table(root, "documents")
     number = find(documents, doc)
     row = documents[number]
-    document, spans = document_at(row), _spans(row)
+    document = document_at(row)
+    words, phrases = (tuple((int(a), int(b)) for a, b in row[name]) for name in ("words", "phrases"))
+    spans = Spans(words=words, phrases=phrases, labels=tuple(row["labels"]))
     columns = width or shutil.get_terminal_size().columns
     if not teacher:
         text = bracket_phrases(document.text, spans.phrases, spans.labels)

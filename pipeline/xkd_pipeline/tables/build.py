@@ -44,13 +44,9 @@ def build(
 ) -> Built:
     """Make the units that are not there yet, then seal.
 
-    Args:
-        store: The table, opened.
-        stage: What makes a unit.
-        jobs: Gives the jobs for the missing units, lazily and in order.
-        workers: Where they run.
-        watch: Sees all records after each new one; raises to stop, e.g. on too many rejects.
-        finish: Turns all records into the manifest's constants and further files (name -> sha256).
+    `jobs` gives the jobs for the missing units, lazily and in order. `watch` sees all records after each new one, and
+    raises to stop, e.g. on too many rejects. `finish` turns all records into the manifest's constants and further
+    files (name -> sha256).
     """
     manifest = store.manifest()  # before bad units are quarantined, and it with them
     done = store.commits()

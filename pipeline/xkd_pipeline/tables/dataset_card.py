@@ -37,13 +37,12 @@ def card_text(root: Path) -> str:
 def write_root_files(root: Path) -> None:
     """README.md, so that `load_dataset(root)` works, and SHA256SUMS for `sha256sum -c`."""
     _update(root / "README.md", card_text(root).encode())
-    skip = {"LOCK", "SHA256SUMS"}
     lines = []
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         relative = path.relative_to(root)
-        if relative.name in skip or relative.name.startswith(".tmp-") or "quarantine" in relative.parts:
-            continue
-        lines.append(f"{_sum(root, path)}  {relative.as_posix()}\n")
+        kept = path.name not in {"LOCK", "SHA256SUMS"} and not path.name.startswith(".tmp-")
+        if kept and "quarantine" not in relative.parts:
+            lines.append(f"{_sum(root, path)}  {relative.as_posix()}\n")
     _update(root / "SHA256SUMS", "".join(lines).encode())
 
 

@@ -1,7 +1,8 @@
 """How far the tables of a cache are, from plans, commit records and sizes of files: no shard is opened."""
 
+import contextlib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from xkd_schemas.cache.files import refuse_links
 from xkd_schemas.cache.manifest import Commit, Plan, read_record, record_paths
@@ -23,8 +24,13 @@ def table_states(root: Path) -> list[dict[str, Any]]:
 def _state(root: Path, path: Path) -> dict[str, Any]:
     folder = path.parent
     records = record_paths(folder)
-    commits = [commit for record in records if (commit := _read_or_none(record, Commit)) is not None]
-    plan = _read_or_none(path, Plan)
+    commits: list[Commit] = []
+    for record in records:
+        with contextlib.suppress(BadData):
+            commits.append(read_record(record, Commit))
+    plan: Plan | None = None
+    with contextlib.suppress(BadData):
+        plan = read_record(path, Plan)
     return {
         "table": folder.relative_to(root).as_posix(),
         "units": len(plan.units) if plan else len(records),
@@ -36,13 +42,3 @@ def _state(root: Path, path: Path) -> dict[str, Any]:
         "quarantined": len(list((folder / "quarantine").glob("*"))),
         "leftovers": len(list(folder.rglob(".tmp-*"))),
     }
-
-
-R = TypeVar("R", Plan, Commit)
-
-
-def _read_or_none(path: Path, kind: type[R]) -> R | None:
-    try:
-        return read_record(path, kind)
-    except BadData:
-        return None

@@ -73,12 +73,9 @@ class Store:
         self.known_cares: dict[int, MadeDifferently] = {}
         if (plan.spec, plan.units) == (self.plan.spec, self.plan.units):
             return
-        advice = "repeat the first command's settings"
-        advice += f"; other rows: --out OTHER, then xkd-train --shards {root} --shards OTHER"
-        if table != "documents":
-            advice = (
-                f"repeat the first command's settings, or give this one another --name (now {table.split('/')[-1]})"
-            )
+        _, _, name = table.partition("/")
+        elsewhere = f"other rows: --out OTHER, then xkd-train --shards {root} --shards OTHER"
+        advice = f"repeat the first command's settings; {f'or give this one another --name (now {name})' if name else elsewhere}"
         refuse_differences(self.folder, plan.spec, self.plan.spec, advice=advice)
         raise BadData(f"{path} lists other units than this corpus gives", fix=advice)
 

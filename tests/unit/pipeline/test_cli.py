@@ -338,6 +338,9 @@ def test_an_export_is_done_when_it_is_typed_again(xkd_cache: Cache, tmp_path: Pa
     assert first == xkd_cache(*command)[0] == 0
     assert small_cache.files_of(tmp_path) == before
 
+    next((tmp_path / "parquet").rglob("*.parquet")).write_bytes(b"another")
+    refused(xkd_cache(*command), 2, "exists and is not empty")
+
 
 BAD_DOCUMENTS = {
     "a wrong path": (["nope.jsonl"], 66, ["nope.jsonl: No such file or directory", "check the path"]),

@@ -60,7 +60,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
 
-    with pytest.raises(UsageError, match="is there and not empty"):
+    with pytest.raises(UsageError, match="exists and is not empty"):
         export_parquet(made() / "cache", tmp_path / "out")
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine"]
 

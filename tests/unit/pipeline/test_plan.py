@@ -177,7 +177,7 @@ def test_the_plan_counts_the_whole_folder(whole: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1e9"])
 def test_a_size_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no size"):
+    with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)
 
 

@@ -112,7 +112,7 @@ def test_what_rounding_lost_is_a_codec_error() -> None:
     ]
     head = Head(weight_VD=torch.eye(16))
 
-    sums = encode_signals(captured, [GEOMETRY], "bf16", head).sums
+    _, sums = encode_signals(captured, [GEOMETRY], "bf16", head)
     commit = Commit.model_construct(sums=sums)
 
     lost = kept = 0.0
