@@ -74,8 +74,9 @@ class Store:
         if (plan.spec, plan.units) == (self.plan.spec, self.plan.units):
             return
         _, _, name = table.partition("/")
-        elsewhere = f"other rows: --out OTHER, then xkd-train --shards {root} --shards OTHER"
-        advice = f"repeat the first command's settings; {f'or give this one another --name (now {name})' if name else elsewhere}"
+        other = f"other rows: --out OTHER, then xkd-train --shards {root} --shards OTHER"
+        other = f"or give this one another --name (now {name})" if name else other
+        advice = f"repeat the first command's settings; {other}"
         refuse_differences(self.folder, plan.spec, self.plan.spec, advice=advice)
         raise BadData(f"{path} lists other units than this corpus gives", fix=advice)
 
