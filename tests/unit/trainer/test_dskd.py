@@ -34,7 +34,7 @@ from xkd_trainer.losses.dual_space import (
     teacher_states,
 )
 from xkd_trainer.losses.ops.divergence import DIVERGENCES
-from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.training.distiller import Distiller

@@ -14,7 +14,8 @@ from slow_losses import ragged
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.baselines.dskd_v2 import DskdV2Settings, equal_logits, label_table, pseudo_inverse
 from xkd_trainer.losses.dual_space import correct, student_space, teacher_space, teacher_states
-from xkd_trainer.losses.ops.head_sums import LazyLogits, head_divergence
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.ops.shared_pass import head_divergence
 from xkd_trainer.training.prepare import set_up
 
 F64 = torch.float64

@@ -6,9 +6,9 @@ from torch import Tensor
 
 import slow_dwa as slow
 from xkd_trainer.losses.ops import lazy_logits
-from xkd_trainer.losses.ops.chunked import chunked, chunked_sum
-from xkd_trainer.losses.ops.divergence import Kind, Knobs, divergence
-from xkd_trainer.losses.ops.head_sums import Comparison, LazyLogits, head_cross_entropy, head_divergence
+from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs, divergence
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked, chunked_sum
+from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
 
 KINDS = get_args(Kind)
 

@@ -14,10 +14,9 @@ from torch import Tensor
 import slow_dwa as slow
 from xkd_trainer.losses.dwa import student_weights
 from xkd_trainer.losses.ops import shared_pass as head_plan
-from xkd_trainer.losses.ops.divergence import Kind, Knobs, divergence
+from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs, divergence
 from xkd_trainer.losses.ops.lazy_logits import Chunk, LazyLogits
 from xkd_trainer.losses.ops.shared_pass import HeadPlan, Planned
-from xkd_trainer.losses.ops.softmax_rows import Comparison
 
 F64 = torch.float64
 CLASSES = 7

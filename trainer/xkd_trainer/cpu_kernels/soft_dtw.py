@@ -6,8 +6,7 @@ sum is kept, and the same call pushes the gradient back through the shares: thre
 at a time. Everything runs along anti-diagonals, whose cells do not depend on each other and fill vector registers.
 What is far off the path is cut to zero before it becomes a denormal number, on which processors are many times slower.
 
-Imports numba: `softdtw` imports this module only where numba is installed. Each float type is compiled at its first
-use in a process, in two to four seconds.
+Each float type is compiled at its first use in a process, in two to four seconds.
 
 Shape legend for this file
     B pairs    S student tokens    T teacher tokens    D anti-diagonals, S + T - 1    K cells of one anti-diagonal
@@ -20,8 +19,13 @@ from typing import Any, Final
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
-from xkd_trainer.cpu_kernels.compiled import bits_of, compiled, float_of
+from xkd_trainer.cpu_kernels.compiled import among_threads, bits_of, compiled, float_of
+
+Array = npt.NDArray[Any]
+
+CELLS_WORTH_A_THREAD: Final = 1 << 17
 
 FINE: Final = 0
 TOO_LARGE: Final = 1
@@ -248,3 +252,33 @@ Values and gradient of a pair whose status is not FINE mean nothing.
 """
 DOUBLE_BATCH: Final = _batch(DOUBLE)
 """The same with float64 costs and gradient."""
+
+
+def soft_dtw(
+    cost_BST: Array, student_lengths_B: Array, teacher_lengths_B: Array, gamma: float, *, gradient: bool, threads: int
+) -> tuple[Array, Array] | None:
+    """Values [B] in float64 and their gradient by the costs [B, S, T] in the cost's dtype, of size 0 if not asked for.
+
+    Pairs are spread over threads where there is work enough. float32 costs beyond the exponent of the float32 kernel,
+    which takes cost / gamma of about 2**26 / (S + T), are done by the float64 kernel; None where its exponent, about
+    2**50 / (S + T), is too small as well.
+    """
+    num_pairs = len(cost_BST)
+    values, status = np.zeros(num_pairs), np.zeros(num_pairs, np.int64)
+    slopes = np.zeros(cost_BST.shape if gradient else (num_pairs, 0, 0), cost_BST.dtype)
+    kernel = SINGLE_BATCH if cost_BST.dtype == np.float32 else DOUBLE_BATCH
+
+    def work(b: slice) -> None:
+        lengths = student_lengths_B[b], teacher_lengths_B[b]
+        kernel(cost_BST[b], *lengths, float(gamma), (values[b], slopes[b], status[b]))
+
+    among_threads(work, num_pairs, max(1, min(threads, cost_BST.size // CELLS_WORTH_A_THREAD)))
+    if (status == TOO_LARGE).any():
+        if kernel is DOUBLE_BATCH:
+            return None
+        lengths = student_lengths_B, teacher_lengths_B
+        return soft_dtw(cost_BST.astype(np.float64), *lengths, gamma, gradient=gradient, threads=threads)
+    for b in np.flatnonzero(status == NOT_A_NUMBER):
+        values[b] = math.nan
+        slopes[b, : student_lengths_B[b], : teacher_lengths_B[b]] = math.nan
+    return values, slopes

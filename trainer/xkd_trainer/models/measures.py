@@ -40,6 +40,11 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+def divide(parts: Tensor, whole: Tensor) -> Tensor:
+    """parts / whole, and parts themselves where the whole is not above 0."""
+    return parts / torch.where(whole > 0, whole, 1.0)
+
+
 def centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
     """How much the other tokens of a document attend to each token (MTA, arXiv 2605.01374, eq. 5-7).
 
@@ -161,8 +166,7 @@ def _pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tu
     hidden_BLD = at_least_float32(hidden_BLD)
     weights_BKL = torch.where(member_BKL, weights_BL.to(hidden_BLD.dtype)[:, None, :], 0.0)
     mass_BK = weights_BKL.sum(-1)
-    divisor_BK = torch.where(mass_BK > 0, mass_BK, 1.0)
-    shares_BKL = weights_BKL / divisor_BK.unsqueeze(-1)
+    shares_BKL = divide(weights_BKL, mass_BK.unsqueeze(-1))
     vectors_BKD = shares_BKL @ hidden_BLD
     if not _all_finite(vectors_BKD):  # 0 times what a token that no span has is not 0 then
         vectors_BKD = shares_BKL @ torch.where(member_BKL.any(1).unsqueeze(-1), hidden_BLD, 0.0)
@@ -285,5 +289,4 @@ def normalised_row(attention_row_BHL: Tensor, valid_BL: Tensor) -> Tensor:
     tensor([[0.3000, 0.7000, 0.0000]])
     """
     weights_BL = torch.where(valid_BL, at_least_float32(attention_row_BHL).sum(1), 0.0)
-    sum_B1 = weights_BL.sum(-1, keepdim=True)
-    return weights_BL / torch.where(sum_B1 > 0, sum_B1, 1.0)
+    return divide(weights_BL, weights_BL.sum(-1, keepdim=True))

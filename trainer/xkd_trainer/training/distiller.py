@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.losses.declaration import Loss, Projectors, StudentPass
 from xkd_trainer.losses.ops.shared_pass import Planned
-from xkd_trainer.losses.weights import described, term_weights
+from xkd_trainer.losses.registry import describe_weights, term_weights
 from xkd_trainer.models.forward import num_layers, rehearse, run
 from xkd_trainer.models.head import head_of
 
@@ -58,9 +58,9 @@ class Distiller(nn.Module):
         """What each term LOSS.TERM is multiplied by at a step, without those that are 0."""
         return term_weights(self.weights, self._built(), step)
 
-    def described(self, last: int) -> str:
+    def describe(self, last: int) -> str:
         """The whole sum of a run, for people."""
-        return described(self.weights, self._built(), last)
+        return describe_weights(self.weights, self._built(), last)
 
     def _built(self) -> dict[str, Loss]:
         return {name: self.loss(name) for name in self.losses}

@@ -166,7 +166,7 @@ class _Run:
         self.clock, self.saved_at = clock, clock()
         main = self.accelerator.is_main_process
         if main and not self.quiet:
-            say(f"loss: {self.distiller.described(self.total - 1)}")
+            say(f"loss: {self.distiller.describe(self.total - 1)}")
         metrics = Metrics(self.out, resumed_step=self.start) if main else None
         self.module.train()
         last: dict[str, float] = {}

@@ -3,13 +3,14 @@
 arXiv 2504.11426. Student and teacher are compared only where both predict the same piece of text. The projection from
 teacher to student starts where the student's head gives the teacher's logits on the classes both vocabularies share;
 the one from student to teacher is never trained but solved anew from the student's current head. The terms themselves
-are those of `dskd`, over pairs.
+are those of `dual_space`, over pairs.
 
-Shape legend for this file
-    K shared classes    D width of one model    W width of the other    V teacher's vocabulary
+Shape legend: see batch.py; d is the student's width, K counts the classes both vocabularies share. In the functions
+    D width of one model    W width of the other    V teacher's vocabulary
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from xkd_trainer.data.batch import Batch, gather_rows
 from xkd_trainer.losses.declaration import (
     Context,
     Declaration,
+    Loss,
     Projectors,
     StudentPass,
     constant_head,
@@ -31,14 +33,13 @@ from xkd_trainer.losses.dual_space import (
     DualSpaceSettings,
     TeacherHead,
     correct,
-    own_at,
     projected_cross_entropy,
     student_space,
     teacher_space,
     teacher_states,
     with_fixed_head,
 )
-from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 
@@ -69,9 +70,6 @@ def pseudo_inverse(head_KD: Tensor) -> Tensor:
     >>> pseudo_inverse(torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
     tensor([[0.5000, 0.0000, 0.0000],
             [0.0000, 0.2500, 0.0000]])
-
-    Args:
-        head_KD: Rows of a head, any float dtype.
 
     Returns:
         [D, K], float32, or float64 if the input is; without gradient.
@@ -112,39 +110,21 @@ def label_table(student_ids_K: Tensor, teacher_ids_K: Tensor, vocab_size: int) -
 
     >>> label_table(torch.tensor([4, 7]), torch.tensor([2, 0]), 3)
     tensor([ 7, -1,  4])
-
-    Args:
-        student_ids_K: From `vocabulary.shared_vocabulary`, int64.
-        teacher_ids_K: The same.
-        vocab_size: V, larger than every teacher id.
-
-    Returns:
-        [V] int64.
     """
     table_V = torch.full((vocab_size,), -1, dtype=torch.int64)
     table_V[teacher_ids_K] = student_ids_K
     return table_V
 
 
-# DSKDv2 wired to the cache: pairs of predictions of the same piece of text, and the teacher's own labels.
-#
-# Shape legend: see batch.py; d is the student's width, K counts the classes both vocabularies share.
+# -- wiring to the cache
 
 
-def needs(settings: DskdV2Settings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
-    """Last states, and the classes the teacher finds likeliest."""
-    return (Signal("hidden_last"), Signal("argmax"))
-
-
-class DskdV2(nn.Module):
+class DskdV2(Loss):
     """Terms `projected_ce` over labelled pairs, `student_space` over those that agree, `teacher_space` over all pairs.
 
     A pair is labelled where the teacher's likeliest class is in the student's vocabulary. Each term is a mean over its
     pairs. Which agree is found before the step, with one more product of the student's head.
     """
-
-    layers: tuple[int, ...] = ()
-    attention = False
 
     def __init__(self, settings: DskdV2Settings, context: Context) -> None:
         super().__init__()
@@ -159,13 +139,10 @@ class DskdV2(nn.Module):
         self.t2s = nn.Linear(context.teacher_width, context.student_width, bias=False)
         with torch.no_grad():
             self.t2s.weight.copy_(equal_logits(pseudo_inverse(student_KD), teacher_KD))
-        self.student_ids_K: Tensor
-        self.inverse_DK: Tensor
-        self.labels_V: Tensor
-        self.register_buffer("student_ids_K", student_ids_K, persistent=False)
-        self.register_buffer("inverse_DK", pseudo_inverse(teacher_KD), persistent=False)
         labels_V = label_table(student_ids_K, teacher_ids_K, self.head.weight_VD.shape[0])
-        self.register_buffer("labels_V", labels_V, persistent=False)
+        self.student_ids_K = nn.Buffer(student_ids_K, persistent=False)
+        self.inverse_DK = nn.Buffer(pseudo_inverse(teacher_KD), persistent=False)
+        self.labels_V = nn.Buffer(labels_V, persistent=False)
 
     def weights(self, step: int) -> Mapping[str, float]:
         """L_KD is their sum; its factor is the loss's own."""
@@ -180,15 +157,14 @@ class DskdV2(nn.Module):
             head = constant_head(self.student_head(), "this student", convert=False)
             with torch.no_grad():
                 hidden_BEd = self.t2s(gather_rows(teacher_states(batch), batch.pairs_BE2[..., 1]))
-                kept_BE = self._kept(
-                    LazyLogits(hidden=hidden_BEd, weight=head.weight_VD, bias=head.bias_V), label_BE, labelled_BE
-                )
+                projected = LazyLogits(hidden=hidden_BEd, weight=head.weight_VD, bias=head.bias_V)
+                kept_BE = self._choose(projected, label_BE, labelled_BE)
         return {
             "projected_ce": labelled_BE.sum(), "student_space": kept_BE.sum(),
             "teacher_space": batch.pair_valid_BE.sum(),
         }  # fmt: skip
 
-    def _kept(self, projected: LazyLogits, label_BE: Tensor, labelled_BE: Tensor) -> Tensor:
+    def _choose(self, projected: LazyLogits, label_BE: Tensor, labelled_BE: Tensor) -> Tensor:
         """The pairs that `student_space` compares, [B, E]."""
         if not self.settings.agreement:
             return labelled_BE
@@ -205,27 +181,25 @@ class DskdV2(nn.Module):
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Both spaces, over pairs."""
         label_BE, labelled_BE = self._labels(batch)
-        own = own_at(student, batch.pairs_BE2[..., 0])
+        own = replace(student.logits, hidden=gather_rows(student.predict_hidden_BNd, batch.pairs_BE2[..., 0]))
         teacher_BED = gather_rows(teacher_states(batch), batch.pairs_BE2[..., 1])
         projected = with_fixed_head(student, self.t2s(teacher_BED))
-        kept_BE = self._kept(projected, label_BE, labelled_BE)
+        kept_BE = self._choose(projected, label_BE, labelled_BE)
         s2t_Dd = equal_logits(self.inverse_DK, own.weight[self.student_ids_K])
-        back = self.head(linear(own.hidden, s2t_Dd))
+        back, theirs, valid_BE = self.head(linear(own.hidden, s2t_Dd)), self.head(teacher_BED), batch.pair_valid_BE
+        ones_BE, count = uniform_weights(valid_BE), valid_BE.sum()
         return {
             "projected_ce": projected_cross_entropy(projected, label_BE, labelled_BE),
             "student_space": student_space(own, projected, uniform_weights(kept_BE), kept_BE, self.settings),
-            "teacher_space": teacher_space(
-                back, self.head(teacher_BED), uniform_weights(batch.pair_valid_BE), batch.pair_valid_BE, self.settings,
-                count=batch.pair_valid_BE.sum(),
-            ),
-        }  # fmt: skip
+            "teacher_space": teacher_space(back, theirs, ones_BE, valid_BE, self.settings, count=count),
+        }
 
 
 DSKD_V2 = Declaration(
     name="dskd_v2",
     source="DSKDv2 with exact token alignment, arXiv 2504.11426",
     settings=DskdV2Settings,
-    needs=needs,
+    needs=lambda _settings, _levels: (Signal("hidden_last"), Signal("argmax")),
     build=DskdV2,
     default_weight=0.5,
     ce_weight=0.5,

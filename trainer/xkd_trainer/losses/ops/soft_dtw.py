@@ -1,13 +1,19 @@
-"""Soft-DTW on any device: the recursion in log space, one anti-diagonal of all pairs at a time.
+"""Soft-DTW between two sequences of different length, its divergence, and the costs and bands that DWA-KD feeds it.
 
-For GPUs, for machines without numba, and for costs beyond the exponent of the compiled kernels. It is a loop over
-S + T - 1 steps of a few torch calls on [B, S]; memory is six float64 a cell of the skewed square [S + T - 1, B, S].
+Soft-DTW is Cuturi and Blondel's (arXiv 1703.01541): the soft minimum over all monotone alignments of the summed cost.
+Its gradient by the costs is the expected alignment. Band and divergence are those of DWA-KD (arXiv 2602.21669, eq.
+9-10 and 17-25). Nothing here knows models or batches.
+
+On a CPU the compiled kernels work it. On other devices, without numba, and for costs beyond the kernels' exponent it
+is the same recursion in torch, in log space, one anti-diagonal of all pairs at a time: a loop over S + T - 1 steps of
+a few torch calls on [B, S]; memory is six float64 a cell of the skewed square [S + T - 1, B, S].
 
 Shape legend for this file
-    B pairs    S student tokens    T teacher tokens    D anti-diagonals, S + T - 1
+    B pairs    S student tokens    T teacher tokens    D anti-diagonals, S + T - 1    E width
 """
 
 import functools
+import importlib
 import importlib.util
 import math
 from types import ModuleType
@@ -18,99 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from xkd_trainer.losses.ops.term import at_least_float32
-from xkd_trainer.models.measures import SHORTEST
-
-
-def torch_soft_dtw(
-    cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, gamma: float
-) -> tuple[Tensor, Tensor]:
-    """Values [B] and their gradient by the costs [B, S, T], both without graph.
-
-    Worked in float64 whatever the cost's dtype (float32 on devices that have no float64): log space loses about
-    four digits. The gradient has the cost's dtype, the values the working one. See `softdtw.soft_dtw` for the rest.
-    """
-    cost_BST = cost_BST.detach()
-    if not cost_BST.numel():
-        return cost_BST.new_zeros(cost_BST.shape[0]), torch.zeros_like(cost_BST)
-    inside_BST = inside_lengths(cost_BST, student_lengths_B, teacher_lengths_B)
-    working = torch.float32 if cost_BST.device.type == "mps" else torch.float64
-    step_BST = cost_BST.to(working) / -gamma
-    step_BST = torch.where(step_BST == math.inf, math.nan, step_BST)  # a cost of -inf has no meaning
-    log_DBS, share_D3BS = _forward(_skewed(torch.where(inside_BST, step_BST, -math.inf)))
-    last_B = (student_lengths_B + teacher_lengths_B - 2).clamp_min(0)
-    row_B, pair_B = (student_lengths_B - 1).clamp_min(0), torch.arange(cost_BST.shape[0], device=cost_BST.device)
-    empty_B = (student_lengths_B == 0) | (teacher_lengths_B == 0)
-    value_B = torch.where(empty_B, 0.0, -gamma * log_DBS[last_B, pair_B, row_B])
-    seed_DBS = torch.zeros_like(log_DBS)
-    seed_DBS[last_B, pair_B, row_B] = torch.where(empty_B, 0.0, 1.0).to(working)
-    gradient_BST = _unskewed(_backward(share_D3BS, seed_DBS), cost_BST.shape[2])
-    gradient_BST = torch.where(value_B.isnan()[:, None, None], math.nan, gradient_BST)
-    return value_B, torch.where(inside_BST, gradient_BST, 0.0).to(cost_BST.dtype)
-
-
-def _forward(step_DBS: Tensor) -> tuple[Tensor, Tensor]:
-    """Log of the path sum of every cell, [D, B, S], and the shares of left, upper and corner cell, [D, 3, B, S]."""
-    num_diagonals, num_pairs, num_rows = step_DBS.shape
-    log_DBS = torch.empty_like(step_DBS)
-    share_D3BS = step_DBS.new_empty((num_diagonals, 3, num_pairs, num_rows))
-    near_BS = step_DBS.new_full((num_pairs, num_rows + 1), -math.inf)  # column 0 stands above the first row
-    far_BS = near_BS.clone()
-    far_BS[:, 0] = 0.0  # the empty path, corner of the first cell
-    for d in range(num_diagonals):
-        from_3BS = torch.stack((near_BS[:, 1:], near_BS[:, :-1], far_BS[:, :-1]))
-        top_BS = from_3BS.amax(0)
-        top_BS = torch.where(top_BS == -math.inf, 0.0, top_BS)
-        part_3BS = (from_3BS - top_BS).exp()
-        total_BS = part_3BS.sum(0)
-        share_D3BS[d] = part_3BS / total_BS.clamp_min(1.0)  # below 1 only where no path arrives
-        log_DBS[d] = top_BS + total_BS.log() + step_DBS[d]
-        near_BS, far_BS = F.pad(log_DBS[d], (1, 0), value=-math.inf), near_BS
-    return log_DBS, share_D3BS
-
-
-def _backward(share_D3BS: Tensor, seed_DBS: Tensor) -> Tensor:
-    """Expected visits of every cell, [D, B, S]: each cell hands its own to its predecessors by their shares."""
-    mass_DBS = seed_DBS.clone()
-    for d in range(mass_DBS.shape[0] - 2, -1, -1):
-        left_BS, up_BS = mass_DBS[d + 1] * share_D3BS[d + 1, 0], mass_DBS[d + 1] * share_D3BS[d + 1, 1]
-        mass_DBS[d] += left_BS
-        mass_DBS[d, :, :-1] += up_BS[:, 1:]
-        if d + 2 < mass_DBS.shape[0]:
-            mass_DBS[d, :, :-1] += (mass_DBS[d + 2] * share_D3BS[d + 2, 2])[:, 1:]
-    return mass_DBS
-
-
-def inside_lengths(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> Tensor:
-    """True inside both lengths, [B, S, T]."""
-    row_S = torch.arange(like_BST.shape[1], device=like_BST.device)
-    column_T = torch.arange(like_BST.shape[2], device=like_BST.device)
-    return (row_S < student_lengths_B[:, None])[:, :, None] & (column_T < teacher_lengths_B[:, None])[:, None, :]
-
-
-def _skewed(x_BST: Tensor) -> Tensor:
-    """[D, B, S] with out[i + j, b, i] = x[b, i, j] and -inf where there is no such cell."""
-    num_pairs, num_rows, num_columns = x_BST.shape
-    padded = F.pad(x_BST, (0, num_rows), value=-math.inf).flatten(1)[:, :-num_rows]
-    return padded.view(num_pairs, num_rows, num_rows + num_columns - 1).permute(2, 0, 1).contiguous()
-
-
-def _unskewed(x_DBS: Tensor, num_columns: int) -> Tensor:
-    """[B, S, T] with out[b, i, j] = x[i + j, b, i]: the inverse of `_skewed`."""
-    num_diagonals, num_pairs, num_rows = x_DBS.shape
-    padded = F.pad(x_DBS.permute(1, 2, 0).reshape(num_pairs, -1), (0, num_rows))
-    return padded.view(num_pairs, num_rows, num_diagonals + 1)[:, :, :num_columns]
-
-
-# Soft-DTW between two sequences of different length, its divergence, and the costs and bands that DWA-KD feeds it.
-#
-# Soft-DTW is Cuturi and Blondel's (arXiv 1703.01541): the soft minimum over all monotone alignments of the summed
-# cost. Its gradient by the costs is the expected alignment. On CPU it is computed by `softdtw_numba`; on other
-# devices, and where numba is not installed, by the same recursion on anti-diagonals in torch. Band and divergence are
-# those of DWA-KD (arXiv 2602.21669, eq. 9-10 and 17-25). Nothing here knows models or batches.
-#
-# Shape legend for this file
-#     B pairs    S student tokens    T teacher tokens    D anti-diagonals, S + T - 1    E width
+from xkd_trainer.models.measures import at_least_float32, divide, unit_vectors
 
 
 def soft_dtw(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, gamma: float) -> Tensor:
@@ -190,20 +104,19 @@ def expected_alignment(
         cost_BST = cost_BST.detach().requires_grad_()
         value_B = soft_dtw(cost_BST, student_lengths_B, teacher_lengths_B, gamma=gamma)
         (visits_BST,) = torch.autograd.grad(value_B.sum(), cost_BST)
-    sum_BS1 = visits_BST.sum(-1, keepdim=True)
-    return visits_BST / torch.where(sum_BS1 > 0, sum_BS1, 1.0)
+    return divide(visits_BST, visits_BST.sum(-1, keepdim=True))
 
 
 def cosine_cost(x_BSE: Tensor, y_BTE: Tensor) -> Tensor:
     """C_ij = 1 - cos(x_i, y_j), DWA-KD eq. 9-10; [B, S, T] in float32, or float64 where the inputs are.
 
-    A zero vector has cosine 0 with everything, and a finite gradient.
+    A zero vector has cosine 0 with everything, and gradient 0.
 
     >>> cosine_cost(torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), torch.tensor([[[2.0, 0.0], [0.0, 3.0]]]))
     tensor([[[0., 1.],
              [1., 1.]]])
     """
-    return _unit_cost(_unit(at_least_float32(x_BSE)), _unit(at_least_float32(y_BTE)))
+    return 1.0 - unit_vectors(x_BSE) @ unit_vectors(y_BTE).mT
 
 
 def cosine_costs(x_BSE: Tensor, y_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,8 +125,8 @@ def cosine_costs(x_BSE: Tensor, y_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     >>> [cost.tolist() for cost in cosine_costs(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]]))]
     [[[[1.0]]], [[[0.0]]], [[[0.0]]]]
     """
-    x_BSE, y_BTE = _unit(at_least_float32(x_BSE)), _unit(at_least_float32(y_BTE))
-    return _unit_cost(x_BSE, y_BTE), _unit_cost(x_BSE, x_BSE), _unit_cost(y_BTE, y_BTE)
+    x_BSE, y_BTE = unit_vectors(x_BSE), unit_vectors(y_BTE)
+    return 1.0 - x_BSE @ y_BTE.mT, 1.0 - x_BSE @ x_BSE.mT, 1.0 - y_BTE @ y_BTE.mT
 
 
 def band_penalty(  # noqa: PLR0913 - the four numbers of the paper's Table 5 keep their own names
@@ -241,8 +154,7 @@ def band_penalty(  # noqa: PLR0913 - the four numbers of the paper's Table 5 kee
     Args:
         attention_BST: Cross-model attention, rows summing to 1 over the teacher's tokens. Detached here: no gradient
             goes through the band. Columns beyond the teacher's length are ignored.
-        student_lengths_B: Integers.
-        teacher_lengths_B: Integers.
+        student_lengths_B, teacher_lengths_B: As of `soft_dtw`.
         width: b, in teacher tokens.
         beta: Teacher tokens per nat of attention entropy.
         centre_mix: a in [0, 1], the attention's share in the centre.
@@ -272,14 +184,8 @@ def hard_band(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Te
              [0., 0., 0.],
              [inf, 0., 0.]]])
 
-    Args:
-        like_BST: Gives shape, dtype and device; not read.
-        student_lengths_B: Integers.
-        teacher_lengths_B: Integers.
-        width: Half width in teacher tokens.
-
-    Returns:
-        [B, S, T] to be added to the cost, float32 or float64; 0 outside the lengths.
+    `like` gives shape, dtype and device; `width` is in teacher tokens. Returns [B, S, T] to be added to the cost,
+    float32 or float64; 0 outside the lengths.
     """
     like_BST = at_least_float32(like_BST.detach())
     diagonal_BS1, column_T = _diagonal(like_BST, student_lengths_B, teacher_lengths_B)
@@ -288,16 +194,6 @@ def hard_band(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Te
     outside_BST = (column_T - diagonal_BS1).abs() > reach_B11 * (1.0 + 1e-6)  # the corner itself is at `slope`
     outside_BST = outside_BST & inside_lengths(like_BST, student_lengths_B, teacher_lengths_B)
     return torch.zeros_like(like_BST).masked_fill(outside_BST, math.inf)
-
-
-def _unit_cost(x_BSE: Tensor, y_BTE: Tensor) -> Tensor:
-    return 1.0 - x_BSE @ y_BTE.transpose(1, 2)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Vectors of length 1 along the last axis; one of no length stays and takes part in the gradient as it is."""
-    square = (x * x).sum(-1, keepdim=True)
-    return x * torch.where(square > SHORTEST**2, square, 1.0).rsqrt()
 
 
 def _diagonal(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,9 +223,8 @@ class _SoftDtw(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float) -> Tensor:
         """Run the backend of the device."""
-        kernels = _kernels() if cost_BST.device.type == "cpu" else None
-        asked = bool(ctx.needs_input_grad[0])
-        done = kernels and kernels.numba_soft_dtw(cost_BST, student_B, teacher_B, gamma, gradient=asked)
+        gradient = bool(ctx.needs_input_grad[0])
+        done = _run_kernels(cost_BST, student_B, teacher_B, gamma, gradient=gradient)
         value_B, gradient_BST = done or torch_soft_dtw(cost_BST, student_B, teacher_B, gamma)
         ctx.save_for_backward(gradient_BST)
         return value_B.to(cost_BST.dtype)
@@ -342,9 +237,101 @@ class _SoftDtw(torch.autograd.Function):
         return upstream_B[:, None, None] * gradient_BST, None, None, None
 
 
+def _run_kernels(
+    cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float, *, gradient: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Values and gradient by the compiled kernels; None where they cannot do it."""
+    kernels = _kernels() if cost_BST.device.type == "cpu" else None
+    if kernels is None:
+        return None
+    cost, *lengths = (x.detach().contiguous().numpy() for x in (cost_BST, student_B.long(), teacher_B.long()))
+    found = kernels.soft_dtw(cost, *lengths, gamma, gradient=gradient, threads=torch.get_num_threads())
+    return found and (torch.from_numpy(found[0]), torch.from_numpy(found[1]).to(cost_BST.dtype))
+
+
 @functools.cache
 def _kernels() -> ModuleType | None:
     """The compiled kernels, or None where numba is not installed; imported at the first use."""
     if importlib.util.find_spec("numba") is None:
         return None
-    return importlib.import_module("xkd_trainer.losses.ops.soft_dtw_cpu")
+    return importlib.import_module("xkd_trainer.cpu_kernels.soft_dtw")
+
+
+def torch_soft_dtw(
+    cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Values [B] and their gradient by the costs [B, S, T], both without graph.
+
+    Worked in float64 whatever the cost's dtype (float32 on devices that have no float64): log space loses about
+    four digits. The gradient has the cost's dtype, the values the working one. See `soft_dtw` for the rest.
+    """
+    cost_BST = cost_BST.detach()
+    if not cost_BST.numel():
+        return cost_BST.new_zeros(cost_BST.shape[0]), torch.zeros_like(cost_BST)
+    inside_BST = inside_lengths(cost_BST, student_lengths_B, teacher_lengths_B)
+    working = torch.float32 if cost_BST.device.type == "mps" else torch.float64
+    step_BST = cost_BST.to(working) / -gamma
+    step_BST = torch.where(step_BST == math.inf, math.nan, step_BST)  # a cost of -inf has no meaning
+    log_DBS, share_D3BS = _forward(_skewed(torch.where(inside_BST, step_BST, -math.inf)))
+    last_B = (student_lengths_B + teacher_lengths_B - 2).clamp_min(0)
+    row_B, pair_B = (student_lengths_B - 1).clamp_min(0), torch.arange(cost_BST.shape[0], device=cost_BST.device)
+    empty_B = (student_lengths_B == 0) | (teacher_lengths_B == 0)
+    value_B = torch.where(empty_B, 0.0, -gamma * log_DBS[last_B, pair_B, row_B])
+    seed_DBS = torch.zeros_like(log_DBS)
+    seed_DBS[last_B, pair_B, row_B] = torch.where(empty_B, 0.0, 1.0).to(working)
+    gradient_BST = _unskewed(_backward(share_D3BS, seed_DBS), cost_BST.shape[2])
+    gradient_BST = torch.where(value_B.isnan()[:, None, None], math.nan, gradient_BST)
+    return value_B, torch.where(inside_BST, gradient_BST, 0.0).to(cost_BST.dtype)
+
+
+def _forward(step_DBS: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the path sum of every cell, [D, B, S], and the shares of left, upper and corner cell, [D, 3, B, S]."""
+    num_diagonals, num_pairs, num_rows = step_DBS.shape
+    log_DBS = torch.empty_like(step_DBS)
+    share_D3BS = step_DBS.new_empty((num_diagonals, 3, num_pairs, num_rows))
+    near_BS = step_DBS.new_full((num_pairs, num_rows + 1), -math.inf)  # column 0 stands above the first row
+    far_BS = near_BS.clone()
+    far_BS[:, 0] = 0.0  # the empty path, corner of the first cell
+    for d in range(num_diagonals):
+        from_3BS = torch.stack((near_BS[:, 1:], near_BS[:, :-1], far_BS[:, :-1]))
+        top_BS = from_3BS.amax(0)
+        top_BS = torch.where(top_BS == -math.inf, 0.0, top_BS)
+        part_3BS = (from_3BS - top_BS).exp()
+        total_BS = part_3BS.sum(0)
+        share_D3BS[d] = part_3BS / total_BS.clamp_min(1.0)  # below 1 only where no path arrives
+        log_DBS[d] = top_BS + total_BS.log() + step_DBS[d]
+        near_BS, far_BS = F.pad(log_DBS[d], (1, 0), value=-math.inf), near_BS
+    return log_DBS, share_D3BS
+
+
+def _backward(share_D3BS: Tensor, seed_DBS: Tensor) -> Tensor:
+    """Expected visits of every cell, [D, B, S]: each cell hands its own to its predecessors by their shares."""
+    mass_DBS = seed_DBS.clone()
+    for d in range(mass_DBS.shape[0] - 2, -1, -1):
+        left_BS, up_BS = mass_DBS[d + 1] * share_D3BS[d + 1, 0], mass_DBS[d + 1] * share_D3BS[d + 1, 1]
+        mass_DBS[d] += left_BS
+        mass_DBS[d, :, :-1] += up_BS[:, 1:]
+        if d + 2 < mass_DBS.shape[0]:
+            mass_DBS[d, :, :-1] += (mass_DBS[d + 2] * share_D3BS[d + 2, 2])[:, 1:]
+    return mass_DBS
+
+
+def inside_lengths(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> Tensor:
+    """True inside both lengths, [B, S, T]."""
+    row_S = torch.arange(like_BST.shape[1], device=like_BST.device)
+    column_T = torch.arange(like_BST.shape[2], device=like_BST.device)
+    return (row_S < student_lengths_B[:, None])[:, :, None] & (column_T < teacher_lengths_B[:, None])[:, None, :]
+
+
+def _skewed(x_BST: Tensor) -> Tensor:
+    """[D, B, S] with out[i + j, b, i] = x[b, i, j] and -inf where there is no such cell."""
+    num_pairs, num_rows, num_columns = x_BST.shape
+    padded = F.pad(x_BST, (0, num_rows), value=-math.inf).flatten(1)[:, :-num_rows]
+    return padded.view(num_pairs, num_rows, num_rows + num_columns - 1).permute(2, 0, 1).contiguous()
+
+
+def _unskewed(x_DBS: Tensor, num_columns: int) -> Tensor:
+    """[B, S, T] with out[b, i, j] = x[i + j, b, i]: the inverse of `_skewed`."""
+    num_diagonals, num_pairs, num_rows = x_DBS.shape
+    padded = F.pad(x_DBS.permute(1, 2, 0).reshape(num_pairs, -1), (0, num_rows))
+    return padded.view(num_pairs, num_rows, num_diagonals + 1)[:, :, :num_columns]

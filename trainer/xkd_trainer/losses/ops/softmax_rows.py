@@ -1,6 +1,6 @@
 """Softmaxes, cross-entropies and divergences of a few rows of logits, with their gradients by the logits.
 
-float32 on a CPU is worked by the kernels of `rows_numba`, where there is one for the divergence; everything else by
+float32 on a CPU is worked by the kernels of `cpu_kernels`, where there is one for the divergence; everything else by
 torch. Every exponential is taken once, of numbers at most 0. Products are summed in two passes, one in place: a
 batched product of single rows takes ten times as long.
 
@@ -11,13 +11,12 @@ Shape legend for this file
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xkd_trainer.losses.ops.divergence import Kind, Knobs, divergence
+from xkd_trainer.losses.ops.divergence import Comparison, divergence
 
 PART_ELEMENTS = 1 << 20
 """Numbers of a chunk that softmaxes and their like are taken of at a time, or one row; products take the whole chunk.
@@ -31,17 +30,6 @@ STEP_ELEMENTS = 1 << 16
 
 PARTS_OFF_CPU = 8
 """Parts of a chunk where every piece is a kernel's launch: few, but fewer temporaries than the whole chunk."""
-
-KNOBS = Knobs()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """Which divergence, with its numbers; see `divergence.divergence`."""
-
-    kind: Kind
-    temperature: float
-    knobs: Knobs = KNOBS
 
 
 class Statistics(NamedTuple):
@@ -78,12 +66,7 @@ class Scratch:
         return self.of(name, logits_PV.shape, logits_PV)
 
 
-class _Kept(threading.local):
-    def __init__(self) -> None:
-        self.scratch = Scratch()
-
-
-_kept = _Kept()
+_kept = threading.local()
 
 
 def scratch_for(logits: Tensor) -> Scratch:
@@ -92,7 +75,12 @@ def scratch_for(logits: Tensor) -> Scratch:
     On a CPU this thread's own, which stays for the next step: a chunk or two of logits, that is up to some 300 MB.
     Other devices have an allocator that keeps memory.
     """
-    return _kept.scratch if logits.device.type == "cpu" else Scratch()
+    if logits.device.type != "cpu":
+        return Scratch()
+    if not hasattr(_kept, "scratch"):
+        _kept.scratch = Scratch()
+    kept: Scratch = _kept.scratch
+    return kept
 
 
 def slices(first: int, last: int, size: int) -> Iterator[slice]:
@@ -114,7 +102,7 @@ def parts(logits_CV: Tensor) -> Iterator[slice]:
 
 
 def _has_kernel(*logits_PV: Tensor) -> bool:
-    """Whether `rows_numba` takes these."""
+    """Whether the compiled kernels take these."""
     return all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in logits_PV)
 
 
