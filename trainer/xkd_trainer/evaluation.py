@@ -34,8 +34,7 @@ from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_dev
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.head import check_model, head_of
 from xkd_trainer.models.loading import check_model_name, load_model, load_tokenizer
-from xkd_trainer.models.turn_ends import learnt_ends, turn_ends
-from xkd_trainer.training.export import template_of, thinking_of
+from xkd_trainer.training.export import find_learnt_ends, find_turn_ends, template_of, thinking_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,18 +115,9 @@ def agreement(
 ) -> dict[str, float]:
     """Share of exact pairs at whose positions student and teacher would say the same next token, in percent.
 
-    A pair counts where both models predict one token each for the same characters. Two tokens are the
-    same where their bytes are (`shared_vocabulary`); a teacher's token the student does not have
-    counts as disagreement.
-
-    Args:
-        model: The student.
-        tokenizer: The student's.
-        shards: The cache.
-        doc_ids: The rows to compare on; None for all of the cache.
-
-    Raises:
-        Mismatch: A row is not in the cache.
+    A pair counts where both models predict one token each for the same characters. Two tokens are the same where their
+    bytes are (`shared_vocabulary`); a teacher's token the student does not have counts as disagreement. `doc_ids` are
+    the rows to compare on, None for all of the cache; Mismatch where one is not in it.
     """
     cache = Cache(shards, student=find_student(shards, identity(tokenizer), ""))
     argmax = tuple(s for s in cache.signals if s.name == "argmax")
@@ -201,7 +191,7 @@ def rouge_l(
         segment = next(s for s in document.segments if s.target)
         references.append(several.get(document.line) or [document.text[segment.start : segment.end]])
     means = []
-    ends = turn_ends(model, tokenizer, learnt_ends((t.ids, t.kinds, t.targets) for _, t in pairs))
+    ends = find_turn_ends(model, tokenizer, find_learnt_ends((t.ids, t.kinds, t.targets) for _, t in pairs))
     longest = request.max_new_tokens
     for number, seed in enumerate(request.seeds, start=1):
         with Progress(f"generate, seed {number} of {len(request.seeds)}", len(prompts), of="responses"):

@@ -126,8 +126,7 @@ class StudentPass:
     def logits(self) -> LazyLogits:
         """Logits of the predictions, [B, N] positions, not made yet; the head learns from them.
 
-        Raises:
-            UsageError: The student's head does more than a matrix product.
+        UsageError where the student's head does more than a matrix product.
         """
         head = constant_head(self.head, "this student", convert=False)
         return LazyLogits(hidden=self.predict_hidden_BNd, weight=head.weight_VD, bias=head.bias_V)

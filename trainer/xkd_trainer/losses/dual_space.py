@@ -70,16 +70,12 @@ class DskdCmaSettings(DualSpaceSettings):
 def align_scores(query_BNK: Tensor, key_BMK: Tensor, student_valid_BN: Tensor, teacher_valid_BM: Tensor) -> Tensor:
     """Q K^T / sqrt(K) where both tokens are valid, MASKED elsewhere: [B, N, M], float32 or better.
 
+    Q is the projected [E^S(x_i); E^S(x_i+1)], whose embeddings DSKD detaches before the projector, K the teacher's
+    constant N([E^T(y_j); E^T(y_j+1)]). Vectors of invalid tokens are finite, on either side, and change nothing.
+
     >>> query, key = torch.ones(1, 1, 4), torch.ones(1, 2, 4)
     >>> align_scores(query, key, torch.tensor([[True]]), torch.tensor([[True, False]]))
     tensor([[[ 2.0000e+00, -1.0000e+05]]])
-
-    Args:
-        query_BNK: Projected [E^S(x_i); E^S(x_i+1)]. DSKD detaches the embeddings before the projector, so that only
-            the projector learns from here; that is the caller's business.
-        key_BMK: N([E^T(y_j); E^T(y_j+1)]), the teacher's, constant.
-        student_valid_BN: Bool.
-        teacher_valid_BM: Bool. Vectors of invalid tokens are finite, on either side, and change nothing.
     """
     scores_BNM = at_least_float32(query_BNK) @ at_least_float32(key_BMK).mT / math.sqrt(query_BNK.shape[-1])
     return torch.where(student_valid_BN[:, :, None] & teacher_valid_BM[:, None, :], scores_BNM, MASKED)
@@ -88,19 +84,14 @@ def align_scores(query_BNK: Tensor, key_BMK: Tensor, student_valid_BN: Tensor, t
 def attend(scores_BNM: Tensor, over: Literal["teacher", "student"]) -> Tensor:
     """Attention over one model's tokens, in the layout that multiplies that model's values.
 
+    teacher: A of h^{t->s} = A v^T, [B, N, M], rows sum to 1 over the teacher's tokens. student: A' of h^{s->t} = A'
+    v^S, [B, M, N], rows sum to 1 over the student's. A row of a padding token is uniform over all tokens, padding
+    included: finite, and to be masked by whoever uses it. Other rows are exactly 0 at padding.
+
     >>> scores = torch.tensor([[[0.0, MASKED]]])
     >>> attend(scores, "teacher"), attend(scores, "student")
     (tensor([[[1., 0.]]]), tensor([[[1.],
              [1.]]]))
-
-    Args:
-        scores_BNM: From `align_scores`.
-        over: "teacher": A of h^{t->s} = A v^T, rows sum to 1 over the teacher's tokens. "student": A' of
-            h^{s->t} = A' v^S, transposed, rows sum to 1 over the student's tokens.
-
-    Returns:
-        [B, N, M] for "teacher", [B, M, N] for "student". A row of a padding token is uniform over all tokens, padding
-        included: finite, and to be masked by whoever uses it. Other rows are exactly 0 at padding.
     """
     return scores_BNM.softmax(-1) if over == "teacher" else scores_BNM.mT.softmax(-1)
 
@@ -119,16 +110,15 @@ def projected_cross_entropy(projected: LazyLogits, target_BN: Tensor, valid_BN: 
 
 
 def correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
-    """Where the likeliest class of the projected teacher is the target: DSKD-CMA's mask of the student's space.
+    """Where the likeliest class of the projected teacher is the target: DSKD-CMA's mask of the student's space, bool
+    [B, N].
 
+    Invalid positions are not read. Of equal logits the first class counts.
     Two classes, states (1, 0) and (0, 1): the classes 0 and 1 are predicted.
 
     >>> logits = LazyLogits(hidden=torch.eye(2)[None], weight=torch.eye(2))
     >>> correct(logits, torch.tensor([[0, 0]]), torch.tensor([[True, True]]))
     tensor([[ True, False]])
-
-    Returns:
-        [B, N] bool, False at invalid positions, whose states are not read. Of equal logits the first class counts.
     """
     return valid_BN & (head_argmax(projected, valid_BN) == target_BN)
 
@@ -142,18 +132,14 @@ def student_space(
 ) -> LossTerm:
     """L_stu: weighted divergence of the student from the projected teacher, over the student's vocabulary.
 
-    Eq. 13 of DWA-KD; in DSKD the weight is 1, and in DSKD-CMA 0 where the projected teacher is wrong (`correct`).
+    Eq. 13 of DWA-KD; in DSKD the weight is 1, and in DSKD-CMA 0 where the projected teacher is wrong (`correct`). A
+    constant weight of 0 costs nothing, and the token is counted. States are [B, N, d], both read with the student's
+    head; the student learns unless detached by the caller, the teacher is detached here: nothing reaches the
+    projectors.
 
     >>> same = LazyLogits(hidden=torch.ones(1, 2, 3), weight=torch.eye(3))
     >>> student_space(same, same, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), DskdSettings())
     LossTerm(total=tensor(0.), count=tensor(2.))
-
-    Args:
-        student: States [B, N, d] and the student's own head; both learn unless detached by the caller.
-        projected_teacher: States [B, N, d] and the student's head. Detached here: nothing reaches the projectors.
-        weights_BN: A constant, such as ones. Where it is 0 nothing is computed, and the token is counted.
-        valid_BN: Bool.
-        settings: Divergence and temperature.
     """
     chosen_BN = valid_BN & (weights_BN != 0)
     own, theirs = student.at(chosen_BN), projected_teacher.at(chosen_BN)
@@ -171,20 +157,13 @@ def teacher_space(
 ) -> LossTerm:
     """L_tea: weighted divergence of the projected student from the teacher, over the teacher's vocabulary.
 
-    Eq. 15 of DWA-KD; in DSKD the weight is 1. A sum over the teacher's tokens that is divided by the number of the
-    student's, like every other term.
+    Eq. 15 of DWA-KD; in DSKD the weight is 1. A sum over the teacher's tokens that is divided by `count`, the number
+    of the student's, like every other term. States are [B, M, D], both read with the teacher's head; the gradient
+    reaches projector and student, the teacher and the weights are constants.
 
     >>> same, valid = LazyLogits(hidden=torch.ones(1, 2, 3), weight=torch.eye(3)), torch.ones(1, 2, dtype=torch.bool)
     >>> teacher_space(same, same, torch.ones(1, 2), valid, DskdSettings(), count=torch.tensor(5))
     LossTerm(total=tensor(0.), count=tensor(5.))
-
-    Args:
-        projected_student: States [B, M, D] and the teacher's head; the gradient reaches projector and student.
-        teacher: States [B, M, D] and the teacher's head, constants.
-        weights_BM: A constant, such as ones.
-        valid_BM: Bool.
-        settings: Divergence and temperature.
-        count: Scalar, the number of valid student predictions.
     """
     own, theirs = projected_student.at(valid_BM), teacher.at(valid_BM)
     return term(head_divergence(own, theirs, weights_BM[valid_BM], settings.teacher_space), count)

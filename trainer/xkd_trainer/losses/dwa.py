@@ -124,23 +124,18 @@ def anneal(step: int, start: float, end: float, steps: int) -> float:
 def student_weights(
     entropy_BN: Tensor, gate_BN: Tensor, valid_BN: Tensor, order: Literal["gate_before", "gate_after"]
 ) -> Tensor:
-    """w_i = H_i g_i (eq. 11-12), scaled within each document.
+    """w_i = H_i g_i (eq. 11-12), scaled within each document; [B, N] without gradient, 0 at invalid tokens.
+
+    H is the student's entropy, in nats at temperature 1, g the peak probability of the projected teacher; ones where
+    either is off. gate_before: the products sum to the number of valid tokens (the paper's text). gate_after: the
+    entropies do, and are then multiplied by the gate (the authors' code). All 0 in a document where what is scaled is
+    0.
 
     Two tokens of equal entropy, gates 0.9 and 0.3; gate_before shares out 2 in that ratio.
 
     >>> entropy, gate, valid = torch.ones(1, 2), torch.tensor([[0.9, 0.3]]), torch.ones(1, 2, dtype=torch.bool)
     >>> student_weights(entropy, gate, valid, "gate_before"), student_weights(entropy, gate, valid, "gate_after")
     (tensor([[1.5000, 0.5000]]), tensor([[0.9000, 0.3000]]))
-
-    Args:
-        entropy_BN: Of the student over its vocabulary, at temperature 1, nats. Ones where entropy weights are off.
-        gate_BN: Peak probability of the projected teacher, at temperature 1. Ones where the gate is off.
-        valid_BN: Bool.
-        order: gate_before: the products sum to the number of valid tokens (the paper's text). gate_after: the
-            entropies do, and are then multiplied by the gate (the authors' code).
-
-    Returns:
-        [B, N] without gradient, 0 at invalid tokens; all 0 in a document whose entropies (or products) are all 0.
     """
     if order == "gate_before":
         return _share_out(entropy_BN * gate_BN, valid_BN)
@@ -150,18 +145,11 @@ def student_weights(
 def teacher_weights(entropy_BM: Tensor, vocab_size: int, valid_BM: Tensor) -> Tensor:
     """w_j = 1 - H_j / log V (eq. 14), clamped to [0, 1], scaled to sum to the number of valid tokens of its document.
 
-    One sure token and one uniform one over two classes.
+    H is the teacher's entropy in nats at temperature 1. Without gradient, 0 at invalid tokens; all 0 in a document
+    whose every token is uniform. One sure token and one uniform one over two classes:
 
     >>> teacher_weights(torch.tensor([[0.0, 0.6931472]]), 2, torch.ones(1, 2, dtype=torch.bool))
     tensor([[2., 0.]])
-
-    Args:
-        entropy_BM: Of the teacher over its vocabulary, at temperature 1, nats.
-        vocab_size: V of the teacher, at least 2.
-        valid_BM: Bool.
-
-    Returns:
-        [B, M] without gradient, 0 at invalid tokens; all 0 in a document whose every token is uniform.
     """
     entropy_BM = at_least_float32(entropy_BM.detach())
     most = torch.tensor(float(vocab_size), dtype=entropy_BM.dtype, device=entropy_BM.device).log()
@@ -216,24 +204,15 @@ def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, 
 ) -> LossTerm:
     """Banded soft-DTW between cosine costs, summed over documents (eq. 17-25); used for embeddings and last states.
 
+    The gradient flows to the student's vectors and to the teacher's projector; vectors beyond the lengths are not
+    read. The band is on the cross cost only. With `divergence` nDTW, not clamped; else the cross term alone. Not
+    divided by lengths: the count is the number of the student's tokens. A document without tokens on one side adds 0.
+
     One token each and orthogonal: cost 1 across, 0 within.
 
     >>> x, y, one = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]), torch.tensor([1])
     >>> sequence_term(x, y, None, one, one, gamma=2.0, divergence=True)
     LossTerm(total=tensor(1.), count=tensor(1.))
-
-    Args:
-        student_BND: Student embeddings of the target tokens, or states; the gradient flows. Padding is not read.
-        projected_teacher_BMD: The teacher's through its projector; the gradient flows to the projector.
-        band_BNM: From `band`; on the cross cost only. None: no band.
-        student_lengths_B: Integers, 0 to N.
-        teacher_lengths_B: Integers, 0 to M.
-        gamma: Smoothing; see `DwaSettings.gamma_at`.
-        divergence: nDTW, not clamped; False: the cross term alone.
-
-    Returns:
-        Not divided by lengths: the count is the number of the student's tokens. A document without tokens on
-        one side adds 0.
     """
     x_BND = _cut(student_BND, student_lengths_B)
     y_BMD = _cut(projected_teacher_BMD, teacher_lengths_B)

@@ -157,23 +157,17 @@ def span_weights(mass_BK: Tensor, valid_BK: Tensor) -> Tensor:
 def dsa(student_cosines_BKK: Tensor, teacher_cosines_BKK: Tensor, omega_BK: Tensor, valid_BK: Tensor) -> LossTerm:
     """Disagreement of the span geometries of one layer, eq. 11 as a weighted mean over pairs.
 
-    total = sum over documents and pairs i != j of omega_i omega_j (cos_ij^S - cos_ij^T)^2, count =
-    the same sum of omega_i omega_j. Eq. 11 prints the sum alone, with weights that sum to 1 in a
-    document; the code divides, and so do we: a mean does not grow with the batch. A document with
-    one valid span has no pair and adds 0 to both.
+    total = sum over documents and pairs i != j of omega_i omega_j (cos_ij^S - cos_ij^T)^2, count = the same sum of
+    omega_i omega_j. Eq. 11 prints the sum alone, with weights that sum to 1 in a document; the code divides, and so do
+    we: a mean does not grow with the batch. A document with one valid span has no pair and adds 0 to both. omega is
+    taken as it is: `span_weights`, for raw masses weigh a document by the square of the mass its spans cover. It and
+    the teacher's cosines are constants.
 
-    Two spans at right angles in the student, parallel in the teacher, weights 0.6 and 0.2: both
-    ordered pairs weigh 0.12 and differ by 1.
+    Two spans at right angles in the student, parallel in the teacher, weights 0.6 and 0.2: both ordered pairs weigh
+    0.12 and differ by 1.
 
     >>> dsa(torch.eye(2)[None], torch.ones(1, 2, 2), torch.tensor([[0.6, 0.2]]), torch.tensor([[True, True]]))
     LossTerm(total=tensor(0.2400), count=tensor(0.2400))
-
-    Args:
-        student_cosines_BKK: From `measures.cosine_matrix`, with gradient.
-        teacher_cosines_BKK: From the cache; gets no gradient.
-        omega_BK: `span_weights` of the teacher's masses (eq. 9 and the code). Taken as it is: raw masses weigh
-            a document by the square of the mass its spans cover. Gets no gradient.
-        valid_BK: Bool, False for padding and for spans without a token on either side.
     """
     weights_BKK = pair_weights(omega_BK.detach(), valid_BK)
     squares_B = pair_disagreement(student_cosines_BKK, teacher_cosines_BKK.detach(), weights_BKK, valid_BK)
@@ -183,18 +177,13 @@ def dsa(student_cosines_BKK: Tensor, teacher_cosines_BKK: Tensor, omega_BK: Tens
 def hid(projected_student_BKD: Tensor, teacher_BKD: Tensor, weights_BK: Tensor, valid_BK: Tensor) -> LossTerm:
     """Cosine distance of projected student vectors to the teacher's in one layer, eq. 13 as a weighted mean.
 
-    total = sum w (1 - cos), count = sum w, over valid spans, or over valid tokens. Eq. 13 prints the
-    sum alone; the code divides by the sum of weights. A zero vector costs 1 and has no gradient.
+    total = sum w (1 - cos), count = sum w, over valid spans, or over valid tokens. Eq. 13 prints the sum alone; the
+    code divides by the sum of weights. P_l is applied to the student's vectors before (eq. 12); the teacher's vectors
+    and weights are constants. A zero vector costs 1 and has no gradient.
 
     >>> student, teacher = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[8.0, 6.0], [0.0, 2.0]]])
     >>> hid(student, teacher, torch.tensor([[0.5, 0.25]]), torch.tensor([[True, True]]))
     LossTerm(total=tensor(0.2700), count=tensor(0.7500))
-
-    Args:
-        projected_student_BKD: P_l applied to the student's span or token vectors (eq. 12), with gradient.
-        teacher_BKD: The teacher's vectors; get no gradient.
-        weights_BK: The teacher's weights, for the code normalised in each document; taken as they are, no gradient.
-        valid_BK: Bool, False for padding.
     """
     valid_BK1 = valid_BK.unsqueeze(-1)
     student_BKD = torch.where(valid_BK1, at_least_float32(projected_student_BKD), 0.0)
@@ -212,8 +201,7 @@ Picked = tuple[tuple[tuple[int, str], int], ...]
 def pick_levels(settings: MtaSettings, context: Context) -> Picked:
     """(level, student layer) pairs, lowest level first.
 
-    Raises:
-        UsageError: A layer does not exist, lists have different lengths, or a picked level is not in the cache.
+    UsageError where a layer does not exist, lists have different lengths, or a picked level is not in the cache.
     """
     check_layers("mta.student_layers", settings.student_layers, "student", context.student_layers)
     return _pick_strided(settings, context) if settings.pick == "strided" else _pick_cached(settings, context)
@@ -259,11 +247,7 @@ def _pick_strided(settings: MtaSettings, context: Context) -> Picked:
 
 
 def needs(settings: MtaSettings, levels: Levels) -> tuple[Signal, ...]:
-    """Per level: masses, and geometry for DSA, span vectors or tokens' states for Hid, weights of tokens where read.
-
-    Raises:
-        UsageError: No level is there to be read.
-    """
+    """Per level: masses, and geometry for DSA, span vectors or tokens' states for Hid, token weights where read."""
     if not levels:
         raise UsageError(
             "loss mta needs span_mass of words or phrases of some teacher layer, and none is cached",

@@ -29,8 +29,7 @@ def pair_layers(
 ) -> tuple[tuple[int, int], ...]:
     """(teacher layer, student layer) pairs, lowest teacher layer first; without `student_layers` at the same depth.
 
-    Raises:
-        UsageError: A layer does not exist, the lists have different lengths, or two pairs have the same layer.
+    UsageError where a layer does not exist or occurs twice, or the lists have different lengths.
     """
     below = sorted(teacher_layers)
     check_layers(f"{name}.layers", teacher_layers, "teacher", context.teacher_layers)

@@ -36,11 +36,7 @@ LOSSES: Mapping[str, Declaration] = {
 
 
 def loss_names() -> tuple[str, ...]:
-    """Ours in their order, then those of installed packages; a package cannot replace one of ours.
-
-    Raises:
-        UsageError: A package declares a loss under one of our names.
-    """
+    """Ours in their order, then those of installed packages; UsageError where one of those has a name of ours."""
     foreign = find_installed()
     for name in LOSSES:
         if name in foreign:
@@ -62,11 +58,7 @@ def loss_named(name: str) -> Declaration:
 
 @functools.cache
 def find_installed() -> Mapping[str, EntryPoint]:
-    """Entry points by name, sorted; nothing of them is imported yet.
-
-    Raises:
-        UsageError: Two packages give the same name.
-    """
+    """Entry points by name, sorted, not imported yet; UsageError where two packages give the same name."""
     found: dict[str, EntryPoint] = {}
     for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
         other = found.setdefault(point.name, point)
@@ -79,11 +71,7 @@ def find_installed() -> Mapping[str, EntryPoint]:
 
 
 def load_foreign(name: str, point: EntryPoint) -> Declaration:
-    """The declaration behind an entry point.
-
-    Raises:
-        UsageError: It cannot be imported, or is no Declaration of that name.
-    """
+    """The declaration behind an entry point; UsageError where it is none, or fails to import."""
     where = f"loss {name!r} ({point.value}{f' of {point.dist.name}' if point.dist else ''})"
     try:
         declaration = point.load()

@@ -88,11 +88,10 @@ class SraSettings(Settings):
 def layer_shares(beta: Sequence[float], count: int) -> tuple[float, ...]:
     """The weights of `count` layers divided by their sum; all alike where none are given.
 
+    UsageError where there are not as many as layers, or all are 0.
+
     >>> layer_shares((1.0, 3.0), 2), layer_shares((), 2)
     ((0.25, 0.75), (0.5, 0.5))
-
-    Raises:
-        UsageError: There are not as many as layers, or all are 0.
     """
     given = tuple(beta) or (1.0,) * count
     if len(given) != count or not sum(given) > 0:
@@ -123,17 +122,13 @@ def span_omega(mass_BK: Tensor, valid_BK: Tensor, p: float, weighted: bool) -> T
 def weighted_cosine(projected_BKD: Tensor, teacher_BKD: Tensor, omega_BK: Tensor, valid_BK: Tensor) -> LossTerm:
     """L_cos of one layer: sum_k omega_k (1 - cos(C_k^S W, C_k^T)) summed over documents.
 
-    The count is the number of documents with a valid span; the code divides by all documents.
+    The student's vectors come projected, with gradient; the teacher's and omega are constants. A valid zero vector
+    costs omega and has no gradient. The count is the number of documents with a valid span; the code divides by all
+    documents.
 
     >>> student, teacher = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[8.0, 6.0], [0.0, 2.0]]])
     >>> weighted_cosine(student, teacher, torch.tensor([[0.75, 0.25]]), torch.tensor([[True, True]]))
     LossTerm(total=tensor(0.2800), count=tensor(1.))
-
-    Args:
-        projected_BKD: The student's span vectors times W (no bias), with gradient.
-        teacher_BKD: The teacher's span vectors; get no gradient.
-        omega_BK: `span_omega`; gets no gradient.
-        valid_BK: Bool, False for padding. A valid zero vector costs omega and has no gradient.
     """
     student_BKD, teacher_BKD = _valid_vectors(projected_BKD, teacher_BKD, valid_BK)
     distance_BK = cosine_distance(student_BKD, teacher_BKD)
@@ -173,11 +168,7 @@ def _valid_vectors(student_BKD: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -
 
 
 def needs(settings: SraSettings, levels: Levels) -> tuple[Signal, ...]:
-    """States of the last and the chosen layers, what weighs them, and for words or phrases some level that has them.
-
-    Raises:
-        UsageError: Words or phrases are wanted and none are cached.
-    """
+    """States of the last and the chosen layers, what weighs them, and for words or phrases a level that has them."""
     inner = inner_layers(settings, levels.num_layers)
     found = [Signal("hidden_last"), *(Signal("hidden", layer) for layer in inner)]
     if settings.weights == "attention" and settings.end_token == "include":
@@ -195,7 +186,7 @@ def inner_layers(settings: SraSettings, last: int) -> tuple[int, ...]:
 
 
 def _span_level(settings: SraSettings, levels: Levels) -> tuple[Signal, ...]:
-    """The signal that brings the wanted words or phrases into the batch."""
+    """The signal that brings the wanted words or phrases into the batch; UsageError where none are cached."""
     if settings.spans == "aligned":
         return ()
     found = [layer for layer, unit in levels if unit == settings.spans]

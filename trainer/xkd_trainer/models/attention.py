@@ -163,8 +163,7 @@ def last_row(
 def check_attention(model: PreTrainedModel) -> None:
     """Compare every block's row, times the values, with what its attention made of eight tokens.
 
-    Raises:
-        UsageError: They differ: the family does something to scores or maps that a row does not tell.
+    UsageError where they differ: the family does something to scores or maps that a row does not tell.
     """
     ids_BL = tokens_of_any(model)
     last_B = torch.full((1,), ids_BL.shape[1] - 1, device=ids_BL.device)

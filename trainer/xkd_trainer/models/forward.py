@@ -163,11 +163,7 @@ def rehearse(
     attention_layers: Sequence[int] = (),
     text_layers: Sequence[int] = (),
 ) -> None:
-    """`run` on eight tokens: what a model cannot give is refused before there is work to lose.
-
-    Raises:
-        UsageError: As `run` and `check_attention`.
-    """
+    """`run` on eight tokens: what a model cannot give is refused before there is work to lose."""
     if attention or attention_layers or text_layers:
         check_attention(model)
     ids_BL = tokens_of_any(model)
@@ -182,8 +178,7 @@ def rehearse(
 def check_causal(model: PreTrainedModel) -> None:
     """Change the last four of eight tokens and compare the states of the first four.
 
-    Raises:
-        UsageError: They differ: padding would change states, and a student would see what it is to predict.
+    UsageError where they differ: padding would change states, and a student would see what it is to predict.
     """
     first_BL = tokens_of_any(model)
     second_BL = torch.cat([first_BL[:, :4], first_BL[:, 4:].flip(1)], dim=1)

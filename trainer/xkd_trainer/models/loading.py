@@ -17,7 +17,7 @@ from xkd_schemas.cache.table import check_tokenizer
 from xkd_schemas.console import note
 from xkd_schemas.errors import InputMissing, Refused, UsageError
 from xkd_schemas.text.tokenizers import encode_texts
-from xkd_trainer.models.provenance import check_student
+from xkd_trainer.models.student_files import check_student
 
 UNBUILDABLE: Final = (
     ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError, ZeroDivisionError,

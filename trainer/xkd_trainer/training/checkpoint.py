@@ -21,7 +21,7 @@ from torch import Tensor
 from xkd_schemas.durable_files import disk_errors, sha256_of, sync_folder
 from xkd_schemas.errors import BadData
 from xkd_schemas.own_folders import own_folder
-from xkd_trainer.models.tensor_files import save_tensors
+from xkd_trainer.models.student_files import save_tensors
 
 KEPT = 2
 """Newest checkpoints that stay."""
@@ -70,11 +70,7 @@ def _optimizer_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dic
 
 
 def save(out: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint and drop all but the newest KEPT.
-
-    Raises:
-        DiskFailed: It could not be written; earlier checkpoints are untouched.
-    """
+    """Write a checkpoint and drop all but the newest KEPT; DiskFailed leaves earlier checkpoints untouched."""
     folder = out / "checkpoints"
     target = folder / f"step-{snapshot.step:08d}"
     tensors, plain = _optimizer_tensors(snapshot.optimizer)

@@ -24,9 +24,8 @@ from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.prefetch import prefetched
 from xkd_trainer.data.sampler import ORDER, Order, learning_rate
-from xkd_trainer.models.turn_ends import learnt_ends, turn_ends
 from xkd_trainer.training.checkpoint import Snapshot, drop_checkpoints, newest, save
-from xkd_trainer.training.export import export_student, is_finished, was_exporting
+from xkd_trainer.training.export import export_student, find_learnt_ends, find_turn_ends, is_finished, was_exporting
 from xkd_trainer.training.metrics import Metrics, Window
 from xkd_trainer.training.prepare import Ready, set_up
 
@@ -197,7 +196,7 @@ class _Run:
 
     def _export(self) -> None:
         student, tokenizer = self.distiller.student, self.ready.tokenizer
-        ends = turn_ends(student, tokenizer, learnt_ends(self.ready.cache.rows_of_student(LOOKED_AT)))
+        ends = find_turn_ends(student, tokenizer, find_learnt_ends(self.ready.cache.rows_of_student(LOOKED_AT)))
         export_student(self.out, student, tokenizer, self.fingerprint, ends=ends)
         if not self.settings.save_every:
             drop_checkpoints(self.out)

@@ -42,9 +42,8 @@ class Ready:
 def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     """The student: loaded, or made new with the run's seed.
 
-    Raises:
-        UsageError: Its embedding table has no row for some token of the tokenizer, or it is no causal model under a
-            plain linear head.
+    UsageError where its embedding table is smaller than the tokenizer, or it is no causal model under a plain linear
+    head.
     """
     name = run.student.model
     if name.startswith("new:"):
@@ -69,10 +68,9 @@ def _checked(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
-    """Check and load everything; `on_missing` says what to do where the student's table is not there (missing.py).
+    """Check and load everything; `on_missing` says what to do where the student's table is not there.
 
-    Raises:
-        XkdError: Whatever is wrong with names, settings, fingerprints or signals, before anything is trained.
+    XkdError for whatever is wrong with names, settings, fingerprints or signals, before anything is trained.
     """
     if not run.student.model:
         raise UsageError("no student is named", fix="--student FOLDER, a hub name, or new:llama,layers=4,width=256")

@@ -62,17 +62,14 @@ class DskdV2Settings(DualSpaceSettings):
 
 
 def pseudo_inverse(head_KD: Tensor) -> Tensor:
-    """Moore-Penrose inverse of a tall matrix, from the eigenvectors of its D x D Gram matrix in float64.
+    """Moore-Penrose inverse [D, K] of a tall matrix, from the eigenvectors of its D x D Gram matrix in float64.
 
     Faster than a singular value decomposition and without its factor of K rows; as exact while the condition number
-    is well below 1 / RANK_TOLERANCE, as that of a head is.
+    is well below 1 / RANK_TOLERANCE, as that of a head is. Float32, or float64 if the input is; without gradient.
 
     >>> pseudo_inverse(torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
     tensor([[0.5000, 0.0000, 0.0000],
             [0.0000, 0.2500, 0.0000]])
-
-    Returns:
-        [D, K], float32, or float64 if the input is; without gradient.
     """
     wide_KD = head_KD.detach().double()
     values_D, vectors_DD = torch.linalg.eigh(wide_KD.T @ wide_KD)
@@ -83,7 +80,7 @@ def pseudo_inverse(head_KD: Tensor) -> Tensor:
 
 
 def equal_logits(inverse_DK: Tensor, other_KW: Tensor) -> Tensor:
-    """The linear map from one model's states to another's under which its head gives the first one's logits.
+    """The linear map from one model's states to another's under which its head gives the first one's logits, [D, W].
 
     With states h of width W read by `other`, and a head of which `inverse` is the pseudo-inverse, h' = M h is the
     least-squares solution of head h' = other h on the K shared classes, for every h. Both projections of DSKDv2 are
@@ -94,13 +91,6 @@ def equal_logits(inverse_DK: Tensor, other_KW: Tensor) -> Tensor:
     >>> equal_logits(pseudo_inverse(2.0 * torch.eye(2)), torch.eye(2))
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]])
-
-    Args:
-        inverse_DK: From `pseudo_inverse`, of the head that will read the mapped states.
-        other_KW: Rows of the head whose logits are wanted, for the same classes; brought to the inverse's dtype.
-
-    Returns:
-        [D, W], the weight of a linear layer, without gradient.
     """
     return inverse_DK @ other_KW.detach().to(inverse_DK.dtype)
 

@@ -60,6 +60,10 @@ class FddSettings(Settings):
 def derivative(student: LazyLogits, teacher: LazyLogits) -> Tensor:
     """Sum over positions of the mean over neighbouring layers of 1 - cos between the changes of log p.
 
+    States of the picked layers, [N, P, d] and [N, P, D], P at least 2; heads over the same V classes; the teacher is a
+    constant. A change that is zero costs 1 and has no gradient. Logits are made for a chunk of positions at a time and
+    read in all layers at once.
+
     From sure of nothing, the teacher turns to the first of two classes and the student to the second, both to three
     parts in four: the changes are (log 1.5, log 0.5) and (log 0.5, log 1.5), their cosine is -0.8717.
 
@@ -68,14 +72,6 @@ def derivative(student: LazyLogits, teacher: LazyLogits) -> Tensor:
     >>> student = LazyLogits(hidden=torch.tensor([[[0.0], [log3]]]), weight=torch.tensor([[0.0], [1.0]]))
     >>> derivative(student, teacher)
     tensor(1.8717)
-
-    Args:
-        student: States [N, P, d] of the picked layers, P at least 2.
-        teacher: States [N, P, D] with a head over the same V classes. A constant: detached here.
-
-    Returns:
-        Scalar with gradient by the student's states, and by its head where that requires one. A change that is zero
-        costs 1 and has no gradient. Logits are made for a chunk of positions at a time and read in all layers at once.
     """
     constant = teacher.detached()
 

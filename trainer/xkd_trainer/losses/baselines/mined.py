@@ -79,17 +79,13 @@ def vocabulary_map(source: Mapping[str, int], target: Mapping[str, int], mode: L
     """For each id of `source` the id of the target token nearest to it, [V] int64; -1 where there is none.
 
     First tokens of equal text, then those of equal text without blanks, then, in mode "nearest", the token of least
-    edit distance without blanks. A word's start counts only in the first step.
+    edit distance without blanks; ties go to the nearest length, the shorter first, then to the lower id. A word's
+    start counts only in the first step. UsageError where no token of one is a token of the other.
 
     >>> vocabulary_map({"Ġthe": 0, "cats": 1, "Ġ": 2}, {"cat": 5, "▁the": 6, "the": 7, "▁": 8}, "nearest")
     tensor([6, 5, 8])
     >>> vocabulary_map({"Ġthe": 0, "cats": 1, "Ġ": 2}, {"cat": 5, "▁the": 6, "the": 7, "▁": 8}, "exact")
     tensor([ 6, -1,  8])
-
-    Ties go to the token whose length is nearest, the shorter first, then to the lower id.
-
-    Raises:
-        UsageError: No token of one is a token of the other.
     """
     found_V = np.full(max(source.values(), default=-1) + 1, -1, np.int64)
     bare = {number: text.replace(b" ", b"") for number, text in token_bytes(source).items()}
@@ -128,15 +124,13 @@ def _nearest(queries: list[bytes], targets: Mapping[int, bytes]) -> Array:
 def partners(student: Tokens, teacher: Tokens) -> Tensor:
     """Index (of M) of the teacher token that is the only one time warping puts beside a student token, else -1.
 
-    The path has the least sum of edit distances; on equal sums it steps in both first, then in the teacher.
+    int64 [B, N]. The path has the least sum of edit distances; on equal sums it steps in both first, then in the
+    teacher.
 
     >>> student, teacher = [b"the", b"cats"], [b"the", b"cat", b"s"]
     >>> yes, ids = torch.ones(1, 3) > 0, torch.tensor([[0, 1, 2]])
     >>> partners((student, ids[:, :2], yes[:, :2]), (teacher, ids, yes))
     tensor([[ 0, -1]])
-
-    Returns:
-        int64 [B, N] on the device of the student's ids, -1 where not valid.
     """
     match = np.full(tuple(student[1].shape), -1, np.int64)
     for row, (own, theirs) in enumerate(zip(_valid_texts(student), _valid_texts(teacher), strict=True)):
@@ -243,21 +237,15 @@ def mined_divergence(
 ) -> LossTerm:
     """L of the module, summed; the count is the number of predictions.
 
-    A usable position, where P = (3/4, 1/4) and Q is uniform, and one that only has its gold token: 0.1308 + log 2.
+    The student's states [B, N, .] learn; the partners' states [B, N, D], with a head over the student's classes, are a
+    constant. A usable position, where P = (3/4, 1/4) and Q is uniform, and one that only has its gold token: 0.1308 +
+    log 2.
 
     >>> student = LazyLogits(hidden=torch.zeros(1, 2, 1), weight=torch.ones(2, 1))
     >>> teacher = LazyLogits(hidden=torch.ones(1, 2, 1), weight=torch.tensor([[1.0986123], [0.0]]))
     >>> yes, target = torch.tensor([[True, True]]), torch.tensor([[0, 1]])
     >>> mined_divergence(student, teacher, target, torch.tensor([[True, False]]), yes, 1.0)
     LossTerm(total=tensor(0.8240), count=tensor(2.))
-
-    Args:
-        student: States [B, N, .], with gradient.
-        teacher: The partners' states [B, N, D] with a head over the student's classes; a constant.
-        target_BN: The student's gold ids.
-        usable_BN: `usable_positions`.
-        valid_BN: Bool, False for padding.
-        temperature: Divides all logits.
     """
     usable_BN, gold_BN = usable_BN & valid_BN, valid_BN & ~usable_BN
     how = Comparison(kind="forward_kl", temperature=temperature)

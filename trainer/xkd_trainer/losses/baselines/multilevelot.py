@@ -106,12 +106,9 @@ def class_order(mass_BV: Tensor, classes: int, order: Literal["document", "batch
 
 
 def chosen_probabilities(logits: LazyLogits, ids_Nk: Tensor, temperature: float) -> Tensor:
-    """Probabilities of some classes at each position, of `scale_logits` logits over all classes.
+    """Probabilities of some classes at each position, [N, k], of `scale_logits` over all classes.
 
-    Logits are made in chunks, and made again in the backward pass: none are kept.
-
-    Returns:
-        [N, k] with gradient by states, and by weight and bias where they require one; 0 for a class that is not there.
+    Logits are made in chunks, and made again in the backward pass: none are kept. 0 for a class that is not there.
     """
 
     def probabilities(rows: slice, logits_CV: Tensor) -> Tensor:
@@ -124,22 +121,18 @@ def chosen_probabilities(logits: LazyLogits, ids_Nk: Tensor, temperature: float)
 
 @torch.no_grad()
 def greedy_classes(student: LazyLogits, teacher_Nk: Tensor, sizes_B: Tensor, temperature: float) -> Tensor:
-    """Classes of the student beside the teacher's k: each of those, in turn, takes the nearest that is left.
+    """Classes of the student beside the teacher's k, int64 [B, k]: each of those, in turn, takes the nearest that is
+    left.
 
-    Distances are sums over a document's positions of | p^S - p^T |, to every class of the student. Equal ones go to
-    the lowest number. A student of fewer than k classes is given more, of probability 0.
+    Distances are sums over a document's positions of | p^S - p^T |, to every class of the student; equal ones go to
+    the lowest number. A student of fewer than k classes is given more, numbered from V on, of probability 0. Positions
+    of a document stand side by side, `sizes` says how many; `teacher` holds the probabilities of its chosen classes.
 
     Two classes of 0.7 and 0.3 beside 0.4 and 0.6:
 
     >>> logits = LazyLogits(hidden=torch.tensor([[0.7, 0.3]]).log(), weight=torch.eye(2))
     >>> greedy_classes(logits, torch.tensor([[0.4, 0.6]]), torch.tensor([1]), 0.6)
     tensor([[1, 0]])
-
-    The student's states are [N, D], those of a document side by side; `sizes` are positions of each document, summing
-    to N, and `teacher` holds the probabilities of its chosen classes.
-
-    Returns:
-        [B, k] int64, numbers from V on for classes that the student does not have.
     """
     found, first, k = [], 0, teacher_Nk.shape[-1]
     for size in sizes_B.tolist():

@@ -25,7 +25,11 @@ from xkd_trainer.models.measures import at_least_float32
 
 
 def head_sampled_kl(student: LazyLogits, ids_Nk: Tensor, weights_Nk: Tensor, entropy_N: Tensor) -> Tensor:
-    """Sum over positions of an unbiased estimate of KL(p || q), in nats, chunk by chunk.
+    """Sum over positions of an unbiased estimate of KL(p || q), in nats, chunk by chunk; 0 where there are none.
+
+    The weights, adding up to 1 at a position, and the teacher's entropy are constants; it has gradient by the
+    student's states, and by its head where that requires one. Below 0 where the drawn classes suit the student better
+    than all do.
 
     A uniform student over four classes and a teacher of entropy 0.6 of which classes 0 and 2 were drawn:
     log 4 - 0.6 = 0.7863.
@@ -34,16 +38,6 @@ def head_sampled_kl(student: LazyLogits, ids_Nk: Tensor, weights_Nk: Tensor, ent
     >>> student = LazyLogits(hidden=torch.ones(1, 1), weight=torch.zeros(4, 1))
     >>> head_sampled_kl(student, torch.tensor([[0, 2]]), torch.tensor([[0.8, 0.2]]), torch.tensor([0.6]))
     tensor(0.7863)
-
-    Args:
-        student: States [N, D].
-        ids_Nk: int64 classes from 0 to V - 1.
-        weights_Nk: What each stands for, adding up to 1 at a position; constants.
-        entropy_N: The teacher's entropy in nats; a constant.
-
-    Returns:
-        Scalar with gradient by the student's states, and by its head where that requires one. 0 where N is 0;
-        below 0 where the drawn classes suit the student better than all of them do.
     """
     constant_Nk = at_least_float32(weights_Nk.detach())
 

@@ -48,20 +48,15 @@ class UldSettings(Settings):
 
 
 def sorted_l1(student_logits_NV: Tensor, teacher_NW: Tensor, temperature: float = 1.0) -> Tensor:
-    """sum_v | p^S(v) - p^T(v) | at each position, both sorted from the largest down.
+    """sum_v | p^S(v) - p^T(v) | at each position, both sorted from the largest down, [N] from 0 to 2.
+
+    The teacher's probabilities are given sorted, and a constant; V and W may differ. The temperature divides the
+    student's logits alone. At equal probabilities the gradient is that of no difference, 0.
 
     A uniform student over two classes, a teacher over three: |0.5 - 0.7| + |0.5 - 0.2| + |0 - 0.1| = 0.6.
 
     >>> sorted_l1(torch.zeros(1, 2), torch.tensor([[0.7, 0.2, 0.1]]))
     tensor([0.6000])
-
-    Args:
-        student_logits_NV: Any float dtype, finite; computed in float32, or float64 if it is.
-        teacher_NW: Probabilities, the largest first; a constant, detached here. V and W may differ.
-        temperature: Divides the student's logits.
-
-    Returns:
-        [N], 0 to 2. At equal probabilities the gradient is that of no difference, 0.
     """
     sorted_NV = (at_least_float32(student_logits_NV) / temperature).softmax(-1).sort(-1, descending=True).values
     teacher_NW = teacher_NW.detach().to(sorted_NV.dtype)
@@ -96,16 +91,14 @@ def topk_teacher(logits_NK: Tensor, logsumexp_N: Tensor) -> SortedTeacher:
 def head_sorted_l1(
     student: LazyLogits, teacher: SortedTeacher, weights_N: Tensor | None, temperature: float = 1.0
 ) -> Tensor:
-    """Sum over positions of weight times `sorted_l1`, chunk by chunk.
+    """Sum over positions of weight times `sorted_l1`, chunk by chunk; 0 where there are none.
+
+    It has gradient by the student's states, and by its head where that requires one. The weights are constants; None
+    is 1 everywhere.
 
     >>> student = LazyLogits(hidden=torch.ones(2, 1), weight=torch.zeros(2, 1))
     >>> head_sorted_l1(student, lambda rows: torch.tensor([[0.7, 0.2, 0.1]]).expand(2, 3)[rows], None)
     tensor(1.2000)
-
-    The weights are constants; None is 1 everywhere.
-
-    Returns:
-        Scalar with gradient by the student's states, and by its head where that requires one. 0 where N is 0.
     """
     return chunked_sum(lambda rows, logits_CV: sorted_l1(logits_CV, teacher(rows), temperature), student, weights_N)
 

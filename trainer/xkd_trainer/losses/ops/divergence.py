@@ -126,7 +126,11 @@ DIVERGENCES: Mapping[Kind, Callable[[Tensor, Tensor, Knobs], Tensor]] = {
 def divergence(
     student_logits_NV: Tensor, teacher_logits_NV: Tensor, kind: Kind, *, temperature: float, knobs: Knobs = KNOBS
 ) -> Tensor:
-    """The divergence of `kind` between teacher and student at each position, in nats.
+    """The divergence of `kind` between teacher and student at each position, [N], in nats.
+
+    Both logits are divided by the temperature, and computed in float32, or float64 if they are. NOT detached here: in
+    the projected spaces of DSKD and DWA-KD the gradient may go either way, so the caller decides. UsageError for a
+    kind that is not known or a temperature that is not above 0.
 
     Uniform student against a teacher that is sure of class 0 to three parts in four:
     0.75 log 1.5 + 0.25 log 0.5 = 0.1308.
@@ -134,15 +138,6 @@ def divergence(
     >>> student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
     >>> [round(float(divergence(student, teacher, kind, temperature=1.0)), 4) for kind in DIVERGENCES]
     [0.1308, 0.1438, 0.0338, 0.107, 0.1131, 0.1373, 0.25, 0.152, 0.1509]
-
-    Both logits are divided by the temperature, and computed in float32, or float64 if they are. NOT detached here: in
-    the projected spaces of DSKD and DWA-KD the gradient may go either way, so the caller decides.
-
-    Returns:
-        [N], at least 0 up to rounding.
-
-    Raises:
-        UsageError: `kind` is not known, or the temperature is not above 0.
     """
     if kind not in DIVERGENCES:
         raise UsageError(f"{kind!r} is not a divergence", fix=f"use one of: {', '.join(DIVERGENCES)}")

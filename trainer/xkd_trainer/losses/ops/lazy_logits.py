@@ -138,14 +138,13 @@ def chunks(logits: LazyLogits) -> Iterator[slice]:
 
 
 def chunked(function: Function, logits: LazyLogits) -> Tensor:
-    """The function at each position; the logits are made a second time in the backward pass.
+    """The function at each position, [N, ...]; the logits are made a second time in the backward pass.
+
+    It has gradient by states, and by weight and bias where they require one.
 
     >>> logits = LazyLogits(hidden=torch.zeros(2, 3), weight=torch.zeros(4, 3))
     >>> chunked(lambda rows, logits_CV: logits_CV.log_softmax(-1)[:, 0], logits)
     tensor([-1.3863, -1.3863])
-
-    Returns:
-        [N, ...] with gradient by states, and by weight and bias where they require one.
     """
     found: Tensor = _Chunked.apply(function, logits.hidden, logits.weight, logits.bias)  # type: ignore[no-untyped-call]
     return found
@@ -154,10 +153,8 @@ def chunked(function: Function, logits: LazyLogits) -> Tensor:
 def chunked_sum(function: Function, logits: LazyLogits, weights_N: Tensor | None = None) -> Tensor:
     """Sum over positions of weight times the function, whose values are [C]; nothing is computed twice.
 
-    The gradient of a chunk is taken at once, in the forward pass. The weights are constants; None is 1 everywhere.
-
-    Returns:
-        Scalar with gradient by states, and by weight and bias where they require one. 0 where N is 0.
+    The gradient of a chunk, by states, and by weight and bias where they require one, is taken at once, in the forward
+    pass. The weights are constants; None is 1 everywhere. 0 where N is 0.
     """
     wide = logits.wide
     constant_N = wide.new_ones(len(logits.hidden)) if weights_N is None else weights_N.detach().to(wide)
@@ -230,19 +227,13 @@ def make_at_once(make: Make, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     """A scalar whose gradient by the inputs is made together with it, in the forward pass; and the vector without.
 
     The gradient is handed out in the buffers it was made in: the backward pass multiplies them in place by the
-    upstream scalar. A second backward pass over the same graph makes it again. x squared, and x beside it:
+    upstream scalar. A second backward pass over the same graph makes it again, so `make` is pure; a second derivative
+    is refused.
 
     >>> x = torch.tensor(3.0, requires_grad=True)
     >>> square, seen = make_at_once(lambda wanted, i: (i[0] ** 2, i[0].clone(), [2 * i[0]]), x)
     >>> (10.0 * square).backward(), seen, x.grad
     (None, tensor(3.), tensor(60.))
-
-    Args:
-        make: Pure: a second call gives the same. Its gradients may be in another dtype than their inputs.
-        inputs: Tensors, or None.
-
-    Raises:
-        RuntimeError: A second derivative is asked for.
     """
     total, seen = _MadeAtOnce.apply(make, *inputs)  # type: ignore[no-untyped-call]
     return total, seen

@@ -151,7 +151,10 @@ def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
 
 
 def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor | None, how: Comparison) -> Tensor:
-    """Sum over positions of weight times divergence between teacher and student.
+    """Sum over positions of weight times divergence between teacher and student; 0 where there are none.
+
+    States are [N, D] and [N, E], heads have the same V classes. The teacher and the weights are constants, detached
+    here; None weighs 1 everywhere. It has gradient by the student's states, and by its head where that requires one.
 
     A student that is uniform over two classes against a teacher sure of one to three parts in four, weight 2:
     2 (0.75 log 1.5 + 0.25 log 0.5) = 0.2616.
@@ -161,15 +164,6 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
     >>> teacher = LazyLogits(hidden=one, weight=torch.tensor([[1.0986123], [0.0]]))
     >>> head_divergence(student, teacher, torch.tensor([2.0]), Comparison(kind="forward_kl", temperature=1.0))
     tensor(0.2616)
-
-    Args:
-        student: States [N, D].
-        teacher: States [N, E] with a head over the same V classes. A constant: detached here.
-        weights_N: A constant, detached here; None is 1 everywhere.
-        how: Kind, temperature and the rest.
-
-    Returns:
-        Scalar with gradient by the student's states, and by its head where that requires one. 0 where N is 0.
     """
     weights_N1 = None if weights_N is None else weights_N.detach()[:, None]
     nowhere_N = torch.zeros(student.hidden.shape[0], dtype=torch.int64, device=student.hidden.device)
@@ -206,19 +200,12 @@ def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
 def joint_sum(
     own: LazyLogits, target_M: Tensor, valid_BN: Tensor, requests: Sequence[PassRequest], factors_K: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Sum over k of factor times request k, and the requests' sums.
+    """Sum over k of factor times request k, and the requests' sums [K], without gradient.
 
-    Args:
-        own: The student's, [M, D].
-        target_M: int64; read for cross-entropies.
-        valid_BN: Bool, True at the M positions; any leading shape where nothing is weighed by documents.
-        requests: Of one and the same `other`, [M, E], the logits are made once.
-        factors_K: Constants.
-        size: Positions of a chunk, at least 1.
-
-    Returns:
-        Scalar with gradient by the states and head of `own`, and by the states of every other with a cross-entropy;
-        [K] without.
+    The first has gradient by the states and head of `own` [M, D], and by the states of every other with a
+    cross-entropy. Of one and the same `other`, [M, E], the logits are made once. The targets are int64 and read for
+    cross-entropies, `valid` is True at the M positions (any leading shape where nothing is weighed by documents), the
+    factors are constants, and `size` is the positions of a chunk, at least 1.
     """
     others = list({id(request.other): request.other for request in requests if request.other is not None}.values())
     place_of = {id(other): place for place, other in enumerate(others, 1)}

@@ -28,7 +28,7 @@ from xkd_trainer.models.measures import at_least_float32, divide, unit_vectors
 
 
 def soft_dtw(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, gamma: float) -> Tensor:
-    """Soft minimum, over all alignments of the first tokens of each pair, of the summed cost.
+    """Soft minimum, over all alignments of the first tokens of each pair, of the summed cost; [B].
 
     R_ij = C_ij + softmin(R_{i-1,j}, R_{i,j-1}, R_{i-1,j-1}) with softmin(a) = -gamma log sum exp(-a / gamma), R_00 = 0
     and R_0j = R_i0 = inf; the value is R at the two lengths (arXiv 1703.01541, algorithm 1; DWA-KD eq. 17-25).
@@ -38,15 +38,9 @@ def soft_dtw(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Ten
     >>> soft_dtw(torch.zeros(1, 2, 2), torch.tensor([2]), torch.tensor([2]), gamma=1.0)
     tensor([-1.0986])
 
-    Args:
-        cost_BST: Any float dtype; float64 is computed in float64, the rest in float32 or better. +inf forbids a cell.
-        student_lengths_B: Integers, 0 to S. Cells outside the two lengths are not read: any content, zero gradient.
-        teacher_lengths_B: Integers, 0 to T.
-        gamma: Smoothing in units of the cost, greater than 0.
-
-    Returns:
-        [B] in the dtype of the cost, differentiable once. 0, with zero gradient, where a length is 0; +inf where no
-        alignment is allowed; NaN, in value and gradient, where a cost inside is NaN or -inf.
+    float64 costs are computed in float64, the rest in float32 or better; +inf forbids a cell. Cells outside the
+    lengths, which may be 0, are not read. Differentiable once. 0, with zero gradient, where a length is 0; +inf where
+    no alignment is allowed; NaN, in value and gradient, where a cost inside is NaN or -inf.
 
     Raises:
         ValueError: gamma is not a positive number, shapes do not fit, or (on CPU) a length is out of range.
@@ -67,17 +61,14 @@ def soft_dtw_divergence(
     *,
     gamma: float,
 ) -> Tensor:
-    """nDTW(X, Y) = s(X, Y) - (s(X, X) + s(Y, Y)) / 2, DWA-KD eq. 17-25 (Blondel et al., arXiv 2010.08354).
+    """nDTW(X, Y) = s(X, Y) - (s(X, X) + s(Y, Y)) / 2, DWA-KD eq. 17-25 (Blondel et al., arXiv 2010.08354); [B].
 
     It is 0 for equal sequences. With costs that are not a suitable kernel's, cosine among them, it can be slightly
-    negative; it is not clamped. A band belongs on the cross cost only.
+    negative; it is not clamped. A band belongs on the cross cost only. Empty pairs and errors as `soft_dtw`.
 
     >>> same = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
     >>> soft_dtw_divergence(same, same, same, torch.tensor([2]), torch.tensor([2]), gamma=2.0)
     tensor([0.])
-
-    Returns:
-        [B]; arguments, dtype, empty pairs and errors as `soft_dtw`.
     """
     cross_B = soft_dtw(cost_xy_BST, student_lengths_B, teacher_lengths_B, gamma=gamma)
     student_B = soft_dtw(cost_xx_BSS, student_lengths_B, student_lengths_B, gamma=gamma)
@@ -89,16 +80,14 @@ def soft_dtw_divergence(
 def expected_alignment(
     cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, gamma: float
 ) -> Tensor:
-    """Share of each student token's expected cells that each teacher token gets; rows sum to 1, no gradient.
+    """Share of each student token's expected cells that each teacher token gets, [B, S, T], no gradient.
 
-    Two by two tokens and no cost: three alignments alike, each cell is in two of them or, off the diagonal, in one.
+    Rows sum to 1; 0 outside the lengths. Two by two tokens and no cost: three alignments alike, each cell is in two of
+    them or, off the diagonal, in one.
 
     >>> expected_alignment(torch.zeros(1, 2, 2), torch.tensor([2]), torch.tensor([2]), gamma=1.0)
     tensor([[[0.7500, 0.2500],
              [0.2500, 0.7500]]])
-
-    Returns:
-        [B, S, T] in the dtype of the cost, 0 outside the lengths; arguments as `soft_dtw`.
     """
     with torch.enable_grad():
         cost_BST = cost_BST.detach().requires_grad_()
@@ -139,29 +128,19 @@ def band_penalty(  # noqa: PLR0913 - the four numbers of the paper's Table 5 kee
     centre_mix: float = 0.7,
     penalty: float = 1.0,
 ) -> Tensor:
-    """What the adaptive soft band of DWA-KD adds to the cross cost (eq. 17-25, Table 5).
+    """What the adaptive soft band of DWA-KD adds to the cross cost (eq. 17-25, Table 5), [B, S, T], no gradient.
 
     With i and j counted from 1 (the paper; the authors' code counts from 0, which moves the mixed centre by less than
     max(1, T / S) tokens): centre c_i = a sum_j j A_ij + (1 - a) i T / S, entropy H_i = -sum_j A_ij log A_ij, half
-    width b + beta H_i, and `penalty` wherever |j - c_i| exceeds it. S and T are the two lengths of the pair.
+    width b + beta H_i, and `penalty` wherever |j - c_i| exceeds it. S and T are the two lengths of the pair; `width`
+    is b and `centre_mix` is a. The attention's rows sum to 1 over the teacher's tokens; columns beyond its length are
+    ignored.
 
     One student token that attends to the first of three: c = 0.5 * 1 + 0.5 * 1 * 3 / 1 = 2, half width 0.5.
 
     >>> attention, one, three = torch.tensor([[[1.0, 0.0, 0.0]]]), torch.tensor([1]), torch.tensor([3])
     >>> band_penalty(attention, one, three, width=0.5, centre_mix=0.5)
     tensor([[[1., 0., 1.]]])
-
-    Args:
-        attention_BST: Cross-model attention, rows summing to 1 over the teacher's tokens. Detached here: no gradient
-            goes through the band. Columns beyond the teacher's length are ignored.
-        student_lengths_B, teacher_lengths_B: As of `soft_dtw`.
-        width: b, in teacher tokens.
-        beta: Teacher tokens per nat of attention entropy.
-        centre_mix: a in [0, 1], the attention's share in the centre.
-        penalty: lambda_band, in units of the cost.
-
-    Returns:
-        [B, S, T] of 0 and `penalty`, float32 or float64, no gradient; 0 outside the lengths.
     """
     inside_BST = inside_lengths(attention_BST, student_lengths_B, teacher_lengths_B)
     attention_BST = torch.where(inside_BST, at_least_float32(attention_BST.detach()), 0.0)

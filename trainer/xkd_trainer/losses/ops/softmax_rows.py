@@ -149,19 +149,14 @@ def divergence_rows(
 ) -> Tensor:
     """The divergence of each row; `factor` times its gradient by the student's logits goes to `into`.
 
+    `into` may be the student's logits themselves; the teacher's are left as they are. Takes numbers 0 to 2 of
+    `scratch`.
+
     >>> student, teacher, one = torch.zeros(1, 2), torch.tensor([[1.0986123, 0.0]]), torch.ones(1, 1)
     >>> divergence_rows(student, teacher, one, Comparison(kind="forward_kl", temperature=1.0), Scratch(), student)
     tensor([0.1308])
     >>> student
     tensor([[-0.2500,  0.2500]])
-
-    Args:
-        student_PV: Logits.
-        teacher_PV: Logits; left as they are.
-        factor_P1: Constants.
-        how: Kind and numbers.
-        scratch: For temporaries, numbers 0 to 2.
-        into_PV: Of the same shape; may be `student_PV` itself.
     """
     if how.kind == "forward_kl":
         return _forward_kl_rows(student_PV, teacher_PV, factor_P1 / how.temperature, how.temperature, scratch, into_PV)
