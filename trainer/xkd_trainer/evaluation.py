@@ -135,7 +135,7 @@ def agreement(
     with Progress("agreement with the teacher", len(compared)):
         for rows in batched(compared):
             batch = batch_of(cache, rows, frozenset(argmax))
-            hits, pairs = _agreeing(model, batch, translated)
+            hits, pairs = _count_agreeing(model, batch, translated)
             same, total = same + hits, total + pairs
     return {"agreement": 100.0 * same / max(1, total), "agreement_pairs": total}
 
@@ -154,7 +154,7 @@ def _rows_of(cache: Cache, doc_ids: Collection[str] | None) -> list[int]:
     return [row for row in usable if ids[row] in doc_ids]
 
 
-def _agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple[int, int]:
+def _count_agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple[int, int]:
     assert batch.teacher_argmax_BM is not None
     states_BSd = run(
         model, batch.student_ids_BS.to(model.device), batch.student_valid_BS.to(model.device)
@@ -164,9 +164,9 @@ def _agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple
     for row in range(len(batch.rows)):
         pairs_E2 = batch.pairs_BE2[row, batch.pair_valid_BE[row]]
         place_E = batch.predict_BN[row, pairs_E2[:, 0]]
-        said_E = head(states_BSd[row, place_E].to(model.device)).argmax(-1).cpu()
+        student_E = head(states_BSd[row, place_E].to(model.device)).argmax(-1).cpu()
         teacher_E = translated[batch.teacher_argmax_BM[row, pairs_E2[:, 1]]]
-        same += int((said_E == teacher_E).sum())
+        same += int((student_E == teacher_E).sum())
         total += len(pairs_E2)
     return same, total
 
@@ -197,8 +197,8 @@ def rouge_l(
         with Progress(f"generate, seed {number} of {len(request.seeds)}", len(prompts), of="responses"):
             responses = generate(model, tokenizer, prompts, seed=seed, ends=ends, max_new_tokens=longest)
         scores = [
-            max(scorer.score(one, said)["rougeL"].fmeasure for one in own)
-            for own, said in zip(references, responses, strict=True)
+            max(scorer.score(one, response)["rougeL"].fmeasure for one in own)
+            for own, response in zip(references, responses, strict=True)
         ]
         means.append(100.0 * float(np.mean(scores)))
     return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means)), "rouge_l_max": max(means)}
@@ -224,7 +224,7 @@ def generate(
     torch.manual_seed(seed or 0)
     random.seed(seed)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    said: list[str] = [""] * len(prompts)
+    responses = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for group in batched(order):
         longest = max(len(prompts[i]) for i in group)
@@ -237,15 +237,11 @@ def generate(
         output = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=seen_BL.to(model.device),
-            **(
-                {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-                if seed is not None
-                else {"do_sample": False}
-            ),
+            **({"do_sample": False} if seed is None else _SAMPLED),
             max_new_tokens=max_new_tokens,
             pad_token_id=filler,
             eos_token_id=list(ends),
         )
         for index, row_ids in zip(group, output[:, longest:].tolist(), strict=True):
-            said[index] = tokenizer.decode(row_ids, skip_special_tokens=True)
-    return said
+            responses[index] = tokenizer.decode(row_ids, skip_special_tokens=True)
+    return responses

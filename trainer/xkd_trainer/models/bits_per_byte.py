@@ -50,11 +50,6 @@ def bits_per_byte(model: PreTrainedModel, pairs: Sequence[tuple[Document, Tokens
                 place_N = torch.from_numpy(predictors(content)).to(model.device)
                 log_p_NV = head(states_BLD[row, place_N]).float().log_softmax(-1)
                 nats -= float(log_p_NV.gather(-1, ids_BL[row, place_N + 1, None]).double().sum())
-                size += sum(
-                    _bytes_of(document, s.start, min(s.end, tokens.num_chars)) for s in document.segments if s.target
-                )
+                for s in (s for s in document.segments if s.target):
+                    size += len(document.text[s.start : max(s.start, min(s.end, tokens.num_chars))].encode())
     return {"bytes": size, "bits_per_byte": nats / math.log(2) / max(1, size)}
-
-
-def _bytes_of(document: Document, start: int, end: int) -> int:
-    return len(document.text[start : max(start, end)].encode())

@@ -178,7 +178,8 @@ class _Run:
                     if main and (idle := self.seen.idle()):
                         warn(f"step {step + 1}: nothing qualified for {', '.join(idle)} since the last logged step")
                     if metrics is not None:
-                        metrics.write(step=step + 1, grad_norm=norm, lr=self._lr(), **last, **self.seen.totals())
+                        lr = float(self.optimizer.param_groups[0]["lr"])
+                        metrics.write(step=step + 1, grad_norm=norm, lr=lr, **last, **self.seen.totals())
                     self.seen = Window()
                 stop = self._stop()
                 if main and (stop or self._is_due(step + 1)):
@@ -234,9 +235,6 @@ class _Run:
             return f"the checkpoint of step {self.saved} of {self.total} in {self.out}"
         return f"nothing of this run: no step of {self.total} was finished and saved"
 
-    def _lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
     def _step(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], dict[str, float], float]:
         """One optimizer step; means of the terms, their counts, and the gradient's norm before clipping."""
         factor = learning_rate(step, self.total, self.settings)
@@ -269,13 +267,9 @@ class _Run:
         self, batch: Batch, denominators: dict[str, Tensor], step: int, *, last: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient of one micro-batch. Wrappers average over processes, hence the factor."""
-        if last:
+        with nullcontext() if last else self.accelerator.no_sync(self.module):
             loss, terms = self.module(batch, denominators, step)
             self.accelerator.backward(loss * self.accelerator.num_processes)
-        else:
-            with self.accelerator.no_sync(self.module):
-                loss, terms = self.module(batch, denominators, step)
-                self.accelerator.backward(loss * self.accelerator.num_processes)
         return loss.detach().float(), terms
 
     def _refuse_non_finite(self, step: int, values: dict[str, float], norm: float, batches: list[Batch]) -> None:

@@ -11,11 +11,9 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from xkd_schemas.cache.manifest import Plan, read_record
 from xkd_schemas.cache.table import names_in
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import note, say
-from xkd_schemas.durable_files import inside
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.text.templates import AUTO
 from xkd_trainer.data.cache import find_student
@@ -48,19 +46,6 @@ def student_table(run: RunConfig, identity: dict[str, str], name: str, *, on_mis
             ) from None
         _align(command, quiet)
         table = find_student(root, identity, name)
-    return _as_asked(run, table)
-
-
-def _as_asked(run: RunConfig, table: str) -> str:
-    """The table; Mismatch where the run asks for another template than it was aligned with."""
-    asked = run.student.template
-    made = read_record(inside(Path(run.cache), "students", table, "plan.json"), Plan).spec["encoder"]["template"]
-    if "template" in run.student.model_fields_set and asked != made:
-        raise Mismatch(
-            f"students/{table} was aligned with --template {made}, this run asks for {asked}",
-            kept="the cache as it is",
-            fix=f"leave --template out, or {shlex.join(align_command(run, f'{table}-{asked}'))}",
-        )
     return table
 
 

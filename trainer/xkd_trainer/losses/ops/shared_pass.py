@@ -175,25 +175,21 @@ def _single_sum(own: LazyLogits, target_N: Tensor, request: PassRequest) -> Tens
     return joint_sum(own, target_N, everywhere_N, [request], own.wide.new_ones(1), rows_at_once(own))[0]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
-    """Documents whose statistics are taken together, and their positions in chunks; more than one for one document."""
-
-    documents: slice
-    chunks: list[slice]
+Unit = tuple[slice, list[slice]]
+"""Documents whose statistics are taken together, and their positions in chunks; more than one for one document."""
 
 
 def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
     """Consecutive documents of at most `size` positions together, or one that is longer.
 
-    >>> [(u.documents, u.chunks) for u in units([2, 0, 1, 5], 3)]
+    >>> list(units([2, 0, 1, 5], 3))
     [(slice(0, 3, None), [slice(0, 3, None)]), (slice(3, 4, None), [slice(3, 6, None), slice(6, 8, None)])]
     """
     ends, first = [0, *accumulate(lengths)], 0
     while ends[first] < ends[-1]:
         start = ends[first]
         last = max(bisect_right(ends, start + size) - 1, bisect_right(ends, start))
-        yield Unit(documents=slice(first, last), chunks=list(slices(start, ends[last], size)))
+        yield slice(first, last), list(slices(start, ends[last], size))
         first = last
 
 
@@ -255,21 +251,21 @@ class _Pass:
         """Unit by unit."""
         lengths = valid_BN.sum(-1).tolist() if self.weighed else [len(self.target_M)]
         plan = list(units(lengths, size))
-        most = max((chunk.stop - chunk.start for unit in plan for chunk in unit.chunks), default=0)
+        most = max((chunk.stop - chunk.start for _, chunks in plan for chunk in chunks), default=0)
         memory = [
             Chunk(most if number or self.needs_own else 0, logits, self.scratch, number)
             for number, logits in enumerate(self.logits)
         ]
-        for unit in plan:
+        for documents, chunks in plan:
             made: list[Tensor] = []
             if self.weighed:
                 found = []
-                for chunk in unit.chunks:
+                for chunk in chunks:
                     made = self._make(chunk, memory)
                     found.append(self._measure(made))
-                self._weigh(unit, valid_BN[unit.documents], torch.cat(found, dim=-1))
-            for chunk in unit.chunks:
-                if not self.weighed or len(unit.chunks) > 1:
+                self._weigh(slice(chunks[0].start, chunks[-1].stop), valid_BN[documents], torch.cat(found, dim=-1))
+            for chunk in chunks:
+                if not self.weighed or len(chunks) > 1:
                     made = self._make(chunk, memory)
                 for part in parts(made[-1]):
                     rows = slice(chunk.start + part.start, chunk.start + part.stop)
@@ -293,10 +289,9 @@ class _Pass:
                 seen[place, part] = statistics_rows(made[place][part], self.scratch).peak
         return seen
 
-    def _weigh(self, unit: Unit, valid_BN: Tensor, seen: Tensor) -> None:
+    def _weigh(self, rows: slice, valid_BN: Tensor, seen: Tensor) -> None:
         """Fill in the weights of a unit's positions."""
         by_document = [values_C.new_zeros(valid_BN.shape).masked_scatter(valid_BN, values_C) for values_C in seen]
-        rows = slice(unit.chunks[0].start, unit.chunks[-1].stop)
         for k, place, weigh in self.weighed:
             weights_BN = weigh(by_document[0], by_document[place], valid_BN)
             self.weights[k][rows, 0] = weights_BN[valid_BN].to(self.factors_K.dtype)

@@ -251,14 +251,14 @@ def torch_soft_dtw(
     working = torch.float32 if cost_BST.device.type == "mps" else torch.float64
     step_BST = cost_BST.to(working) / -gamma
     step_BST = torch.where(step_BST == math.inf, math.nan, step_BST)  # a cost of -inf has no meaning
-    log_DBS, share_D3BS = _forward(_skewed(torch.where(inside_BST, step_BST, -math.inf)))
+    log_DBS, share_D3BS = _forward(_skew(torch.where(inside_BST, step_BST, -math.inf)))
     last_B = (student_lengths_B + teacher_lengths_B - 2).clamp_min(0)
     row_B, pair_B = (student_lengths_B - 1).clamp_min(0), torch.arange(cost_BST.shape[0], device=cost_BST.device)
     empty_B = (student_lengths_B == 0) | (teacher_lengths_B == 0)
     value_B = torch.where(empty_B, 0.0, -gamma * log_DBS[last_B, pair_B, row_B])
     seed_DBS = torch.zeros_like(log_DBS)
     seed_DBS[last_B, pair_B, row_B] = torch.where(empty_B, 0.0, 1.0).to(working)
-    gradient_BST = _unskewed(_backward(share_D3BS, seed_DBS), cost_BST.shape[2])
+    gradient_BST = _unskew(_backward(share_D3BS, seed_DBS), cost_BST.shape[2])
     gradient_BST = torch.where(value_B.isnan()[:, None, None], math.nan, gradient_BST)
     return value_B, torch.where(inside_BST, gradient_BST, 0.0).to(cost_BST.dtype)
 
@@ -302,15 +302,15 @@ def inside_lengths(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_
     return (row_S < student_lengths_B[:, None])[:, :, None] & (column_T < teacher_lengths_B[:, None])[:, None, :]
 
 
-def _skewed(x_BST: Tensor) -> Tensor:
+def _skew(x_BST: Tensor) -> Tensor:
     """[D, B, S] with out[i + j, b, i] = x[b, i, j] and -inf where there is no such cell."""
     num_pairs, num_rows, num_columns = x_BST.shape
     padded = F.pad(x_BST, (0, num_rows), value=-math.inf).flatten(1)[:, :-num_rows]
     return padded.view(num_pairs, num_rows, num_rows + num_columns - 1).permute(2, 0, 1).contiguous()
 
 
-def _unskewed(x_DBS: Tensor, num_columns: int) -> Tensor:
-    """[B, S, T] with out[b, i, j] = x[i + j, b, i]: the inverse of `_skewed`."""
+def _unskew(x_DBS: Tensor, num_columns: int) -> Tensor:
+    """[B, S, T] with out[b, i, j] = x[i + j, b, i]: the inverse of `_skew`."""
     num_diagonals, num_pairs, num_rows = x_DBS.shape
     padded = F.pad(x_DBS.permute(1, 2, 0).reshape(num_pairs, -1), (0, num_rows))
     return padded.view(num_pairs, num_rows, num_diagonals + 1)[:, :, :num_columns]
