@@ -25,7 +25,7 @@ from xkd_schemas.text.encode import TRIED, Encoder
 from xkd_schemas.text.templates import CHAT, chosen_template
 from xkd_schemas.text.tokenizers import identity
 from xkd_schemas.tokens import OK, Tokens
-from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.batch import Batch, given
 from xkd_trainer.data.cache import Cache, find_student
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
@@ -155,7 +155,6 @@ def _rows_of(cache: Cache, doc_ids: Collection[str] | None) -> list[int]:
 
 
 def _count_agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple[int, int]:
-    assert batch.teacher_argmax_BM is not None
     states_BSd = run(
         model, batch.student_ids_BS.to(model.device), batch.student_valid_BS.to(model.device)
     ).last_BLD.cpu()
@@ -165,7 +164,7 @@ def _count_agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) ->
         pairs_E2 = batch.pairs_BE2[row, batch.pair_valid_BE[row]]
         place_E = batch.predict_BN[row, pairs_E2[:, 0]]
         student_E = head(states_BSd[row, place_E].to(model.device)).argmax(-1).cpu()
-        teacher_E = translated[batch.teacher_argmax_BM[row, pairs_E2[:, 1]]]
+        teacher_E = translated[given(batch.teacher_argmax_BM)[row, pairs_E2[:, 1]]]
         same += int((student_E == teacher_E).sum())
         total += len(pairs_E2)
     return same, total

@@ -136,15 +136,12 @@ def _fill(bits_NV: Any, factor: Any, entropy_N: Any, argmax_N: Any, logsumexp_N:
 
 
 def stats_of_bits(bits_NV: npt.NDArray[Any], threads: int = 1) -> tuple[Floats, npt.NDArray[np.int64], Floats]:
-    """How sure a model is at each position, and of what.
+    """How sure a model is at each position, and of what, from logits as int16 (bits of bfloat16) or int32 (of
+    float32).
 
-    Args:
-        bits_NV: Logits as int16, the bits of bfloat16, or int32, those of float32; rows without a gap.
-        threads: Among which rows are divided; changes no result.
-
-    Returns:
-        Entropy [N] in nats, float64; class of the largest logit [N], int64, the first of equals; logsumexp [N],
-        float64. A row with NaN or +inf, or of -inf alone, has an entropy that is NaN.
+    Rows have no gap. Entropy [N] in nats, float64; class of the largest logit [N], int64, the first of equals;
+    logsumexp [N], float64. A row with NaN or +inf, or of -inf alone, has an entropy that is NaN. Threads change no
+    result.
 
     >>> logits = np.array([[0.0, 0.0, 0.0, 0.0], [1.0, 9.0, 9.0, 1.0]], np.float32)
     >>> entropy, argmax, _ = stats_of_bits(logits.view(np.int32))

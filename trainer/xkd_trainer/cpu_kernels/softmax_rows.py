@@ -180,18 +180,11 @@ def statistics(logits_PV: Array, threads: int) -> tuple[Array, Array]:
 def cross_entropy(logits_PV: Array, target_P: Array, factor: float, threads: int) -> Array:
     """-log p(target) [P], float32; the logits are overwritten by `factor` times its gradient.
 
+    IndexError where a target is not one of the classes. The number of threads changes no result.
+
     >>> logits = np.zeros((1, 4), np.float32)
     >>> cross_entropy(logits, np.array([1]), 4.0, 1), logits.tolist()
     (array([1.3862944], dtype=float32), [[1.0, -3.0, 1.0, 1.0]])
-
-    Args:
-        logits_PV: float32, rows without a gap.
-        target_P: int64 classes.
-        factor: Of the gradient.
-        threads: Among which rows are divided; changes no result.
-
-    Raises:
-        IndexError: A target is not one of the classes.
     """
     classes = logits_PV.shape[1]
     if ((target_P < 0) | (target_P >= classes)).any():
@@ -217,20 +210,15 @@ def forward_kl(  # noqa: PLR0913 - two sides, their weights, and the memory they
 ) -> Array:
     """KL(p || q) of softened logits [P], float32; `into` becomes `share` times q - p.
 
+    All are float32, rows without a gap; the teacher's are left as they are, `into` may be the student's. `odds` is
+    memory for exponentials, apart from all others; each thread uses that of its first row. Their number changes no
+    result.
+
     >>> student, teacher = np.zeros((1, 2), np.float32), np.array([[1.0986123, 0.0]], np.float32)
     >>> memory, one = np.empty((1, 2, 2), np.float32), np.ones(1, np.float32)
     >>> loss = forward_kl(student, teacher, one, 1.0, into_PV=student, odds_P2V=memory, threads=1)
     >>> loss.round(4), student.round(4)
     (array([0.1308], dtype=float32), array([[-0.25,  0.25]], dtype=float32))
-
-    Args:
-        student_PV: float32, rows without a gap, as all of these.
-        teacher_PV: Of that shape; left as it is.
-        share_P: Constants.
-        temperature: Divides both.
-        into_PV: May be `student_PV` itself.
-        odds_P2V: Memory for exponentials, apart from all others; each thread uses that of its first row.
-        threads: Among which rows are divided; changes no result.
     """
     loss_P, coldness = np.empty(len(student_PV), np.float32), np.float32(1.0 / temperature)
 

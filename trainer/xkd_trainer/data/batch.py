@@ -139,6 +139,12 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
+def given(values: Tensor | None) -> Tensor:
+    """What a loss asked for in its `needs`, so that it is there."""
+    assert values is not None
+    return values
+
+
 def gather_rows(states_BLD: Tensor, index_BN: Tensor) -> Tensor:
     """states_BLD[b, index_BN[b, n]], [B, N, D]."""
     return states_BLD.gather(1, index_BN.unsqueeze(-1).expand(-1, -1, states_BLD.shape[-1]))

@@ -219,10 +219,7 @@ def _usual_number(kind: Kind) -> str:
 def find_student(root: Path, identity: dict[str, str], name: str) -> str:
     """The student table to use: the one named, or the only one made with this tokenizer.
 
-    Raises:
-        InputMissing: There is no student table at all.
-        Mismatch: None was made with this tokenizer.
-        UsageError: Several were; name one.
+    InputMissing where there is none at all, Mismatch where none was made with this tokenizer, UsageError for several.
     """
     check_cache(root)
     names = names_in(root, "students")

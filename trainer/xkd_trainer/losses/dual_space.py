@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, gather_rows
+from xkd_trainer.data.batch import Batch, gather_rows, given
 from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass, constant_head
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_argmax
@@ -194,8 +194,7 @@ def last_states(settings: object, levels: object) -> tuple[Signal, ...]:
 
 def teacher_states(batch: Batch) -> Tensor:
     """The teacher's states that predict its targets, [B, M, D], float32."""
-    assert batch.teacher_hidden_BRD is not None
-    return gather_rows(batch.teacher_hidden_BRD, batch.teacher_predict_BM).float()
+    return gather_rows(given(batch.teacher_hidden_BRD), batch.teacher_predict_BM).float()
 
 
 def with_fixed_head(student: StudentPass, hidden_BNd: Tensor) -> LazyLogits:

@@ -123,13 +123,9 @@ def last_row(
 ) -> Tensor:
     """Attention of one token of each document over all tokens, [B, H, L] float32, rows sum to 1.
 
-    Args:
-        query_BHLE: Queries after position encoding.
-        key_BKLE: Keys after position encoding.
-        last_B: Position of that token.
-        mask: What the attention function was given: None (causal), bool (True attends) or additive.
-        options: The other arguments of the call; `scaling`, `sliding_window`, `position_bias` (added to the scores,
-            [B or 1, H, L, L]) and `s_aux` (attention sinks) count.
+    Queries and keys are those after position encoding, `last` is the token's position, `mask` what the attention
+    function was given: None (causal), bool (True attends) or additive. Of the other arguments of the call, `scaling`,
+    `sliding_window`, `position_bias` (added to the scores, [B or 1, H, L, L]) and `s_aux` (attention sinks) count.
     """
     size_B, heads, length, width = query_BHLE.shape
     groups = heads // key_BKLE.shape[1]

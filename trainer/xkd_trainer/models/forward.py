@@ -103,21 +103,20 @@ def run(  # noqa: PLR0913 - one for each thing that is kept
 ) -> States:
     """Run the base model without its head.
 
-    Documents are padded on the right. A causal model's states never depend on what comes after, so
-    no attention mask is passed and the fastest causal kernel is used; states at padding are garbage.
+    Documents are padded on the right. A causal model's states never depend on what comes after, so no attention mask
+    is passed and the fastest causal kernel is used; states at padding are garbage. Layers are Hugging Face indices
+    1..number of blocks. UsageError where one does not exist or its states are not like the last ones, or no attention
+    was shown.
 
     Args:
         model: A causal language model.
         ids_BL: Token ids, int64.
         valid_BL: Bool, True at tokens; each row is a run of True and then False.
-        layers: Hugging Face indices 1..number of blocks.
+        layers: Blocks whose states are kept.
         attention: Also keep the last token's attention row in the last block.
-        attention_layers: Also keep that row in these blocks, Hugging Face indices.
+        attention_layers: Also keep that row in these blocks.
         text_layers: Also keep the row of another token in these blocks.
         text_B: The place of that token, the last one of the text; int64.
-
-    Raises:
-        UsageError: A layer does not exist or its states are not like the last ones, or the model showed no attention.
     """
     count = num_layers(model)
     for layer in (*layers, *attention_layers, *text_layers):

@@ -39,12 +39,7 @@ def _suspects(value: Any) -> set[str]:
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a model folder whose configuration asks for code of its own.
-
-    Raises:
-        Refused: A configuration file names remote code or a private attention implementation.
-        InputMissing: A configuration file is not JSON.
-    """
+    """Refuse a model folder whose settings ask for code of their own; InputMissing where a file is not JSON."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         path = folder / name
         if not path.is_file():
@@ -137,11 +132,7 @@ def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
 
 
 def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model in evaluation mode, from safetensors or GGUF.
-
-    Args:
-        name: A local folder, a `.gguf` file, or a name on the hub.
-        dtype: Of the weights.
+    """A causal language model in evaluation mode, from a folder, a `.gguf` file, or a name on the hub.
 
     Raises:
         InputMissing: There is no such folder, file or hub name, or it cannot be reached.
@@ -231,15 +222,11 @@ def _readable_json(path: Path) -> None:
 def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> PreTrainedModel:
     """A fresh model from `FAMILY,key=value,...`, with random weights from torch's current seed.
 
-    Args:
-        spec: e.g. "llama,layers=4,width=256". Families are transformers' model types. `layers`, `width`, `heads`,
-            `kv_heads` and `inner` (feed-forward width) are translated; other keys are configuration names, and what
-            is not given is as the family has it (`head_dim` of Qwen 3 and Gemma, experts).
-        vocab_size: Rows of the embedding table.
-        special: bos_token_id, eos_token_id and pad_token_id of the student's tokenizer.
-
-    Raises:
-        UsageError: The family or a key is not known, or the numbers do not fit together.
+    `spec` is e.g. "llama,layers=4,width=256". Families are transformers' model types. `layers`, `width`, `heads`,
+    `kv_heads` and `inner` (feed-forward width) are translated; other keys are configuration names, and what is not
+    given is as the family has it (`head_dim` of Qwen 3 and Gemma, experts). `special` holds bos_token_id, eos_token_id
+    and pad_token_id of the student's tokenizer. UsageError for an unknown family or key, or numbers that do not fit
+    together.
     """
     family, *pairs = [part.strip() for part in spec.split(",")]
     try:

@@ -21,11 +21,8 @@ from xkd_trainer.models.head import head_of
 class Distiller(nn.Module):
     """Runs the student on a batch and returns what every loss makes of it.
 
-    Args:
-        student: A causal language model.
-        losses: Built losses by name.
-        weights: Factor of each loss, as `parse_loss` makes them.
-        projectors: How the projectors of each loss are trained; as in the papers where it is not named.
+    `weights` are the factors of the losses, as `parse_loss` makes them; projectors are trained as in the papers where
+    a loss is not named.
     """
 
     def __init__(
@@ -70,16 +67,13 @@ class Distiller(nn.Module):
         return {f"{name}.{term}": n for name in self.losses for term, n in self.loss(name).counts(batch).items()}
 
     def forward(self, batch: Batch, denominators: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """One micro-batch.
+        """One micro-batch: its share of the step's loss, and each term's share of its own mean, without weight and
+        gradient.
 
         Args:
             batch: On the student's device.
             denominators: Count of every term over the whole optimizer step.
             step: The optimizer step, for warm-ups and annealing.
-
-        Returns:
-            The micro-batch's share of the step's loss (scalar with gradient), and each term's share of its own mean,
-            unweighted and without gradient.
         """
         looked_up: list[tuple[Tensor, int]] = []
         table = self.student.get_input_embeddings()

@@ -49,22 +49,15 @@ def chunk_log_likelihoods(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the tokens' log-probabilities in each chunk, [B, K], and which chunks have all their tokens, bool [B, K].
 
+    `place` is where the predicted token stands, in the unit of the ranges, which are half-open, ascending and
+    disjoint; padding comes last. Sums are 0 where the chunk is not whole.
+
     Tokens at places 1, 2 and 4; the second chunk lacks place 3, the third is padding:
 
     >>> log_p, place = torch.tensor([[-1.0, -2.0, -4.0]]), torch.tensor([[1, 2, 4]])
     >>> ranges, valid = torch.tensor([[[1, 3], [3, 5], [0, 0]]]), torch.tensor([[True, True, False]])
     >>> chunk_log_likelihoods(log_p, place, torch.tensor([[True, True, True]]), ranges, valid)
     (tensor([[-3.,  0.,  0.]]), tensor([[ True, False, False]]))
-
-    Args:
-        log_p_BN: Log-probability of each predicted token, with gradient.
-        place_BN: int64, where the predicted token stands, in the unit of the ranges.
-        predicted_BN: Bool, False for padding.
-        range_BK2: int64 half-open ranges, ascending and disjoint where valid.
-        valid_BK: Bool, False for padding, which comes last.
-
-    Returns:
-        Sums in float32 or better, 0 where the chunk is not whole.
     """
     if not valid_BK.numel():
         return at_least_float32(log_p_BN).new_zeros(valid_BK.shape), valid_BK

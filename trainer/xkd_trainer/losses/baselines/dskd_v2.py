@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, gather_rows
+from xkd_trainer.data.batch import Batch, gather_rows, given
 from xkd_trainer.losses.declaration import (
     Context,
     Declaration,
@@ -164,8 +164,7 @@ class DskdV2(Loss):
 
     def _labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's likeliest class of each pair as a student class, and where there is one, [B, E] both."""
-        assert batch.teacher_argmax_BM is not None
-        label_BE = self.labels_V[batch.teacher_argmax_BM.gather(1, batch.pairs_BE2[..., 1])]
+        label_BE = self.labels_V[given(batch.teacher_argmax_BM).gather(1, batch.pairs_BE2[..., 1])]
         return label_BE, batch.pair_valid_BE & (label_BE >= 0)
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:

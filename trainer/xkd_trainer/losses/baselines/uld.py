@@ -17,7 +17,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.batch import Batch, given
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass
 from xkd_trainer.losses.dual_space import TeacherHead
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
@@ -144,10 +144,9 @@ class Uld(Loss):
         if self.head is not None:
             return sorted_teacher(self.head(teacher_at_pairs(batch, paired_BP)), self.settings.temperature)
         most = paired_BP.shape[1]
-        assert batch.teacher_topk_logits_BMK is not None
-        assert batch.teacher_logsumexp_BM is not None
         return topk_teacher(
-            batch.teacher_topk_logits_BMK[:, :most][paired_BP], batch.teacher_logsumexp_BM[:, :most][paired_BP]
+            given(batch.teacher_topk_logits_BMK)[:, :most][paired_BP],
+            given(batch.teacher_logsumexp_BM)[:, :most][paired_BP],
         )
 
 

@@ -111,13 +111,11 @@ class HeadPlan:
     def divergence(
         self, other: LazyLogits, how: Comparison, *, weigh: Weigh | None = None, classes: int | None = None
     ) -> Planned:
-        """Sum of weight times divergence of the student from other logits, which get no gradient.
+        """Sum of weight times divergence of the student from other logits, [B, N, E], which get no gradient.
 
-        Args:
-            other: States [B, N, E] and a head. The same object as in `cross_entropy` shares its logits.
-            how: Kind and numbers.
-            weigh: Weights of the positions of some documents; None: 1 everywhere.
-            classes: Compare the first so many classes, which both heads have; None: all, and they are the same.
+        The same object as in `cross_entropy` shares its logits. `weigh` gives the weights of the positions of some
+        documents; None: 1 everywhere. The first `classes` classes, which both heads have, are compared; None: all, and
+        they are the same.
         """
         return Planned(plan=self, request=PassRequest(other=other, how=how, weigh=weigh, classes=classes))
 
