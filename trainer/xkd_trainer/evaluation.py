@@ -25,11 +25,11 @@ from xkd_schemas.text.encode import TRIED, Encoder
 from xkd_schemas.text.templates import CHAT, chosen_template
 from xkd_schemas.text.tokenizers import identity
 from xkd_schemas.tokens import OK, Tokens
-from xkd_trainer.data.batch import Batch, given
+from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.data.cache import Cache, find_student
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
-from xkd_trainer.models.bits_per_byte import batched, bits_per_byte
+from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
 from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device, warn_of_slow_dtype
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.head import check_model, head_of
@@ -133,7 +133,7 @@ def agreement(
     same = total = 0
     compared = _rows_of(cache, doc_ids)
     with Progress("agreement with the teacher", len(compared)):
-        for rows in batched(compared):
+        for rows in make_batches(compared):
             batch = batch_of(cache, rows, frozenset(argmax))
             hits, pairs = _count_agreeing(model, batch, translated)
             same, total = same + hits, total + pairs
@@ -164,7 +164,7 @@ def _count_agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) ->
         pairs_E2 = batch.pairs_BE2[row, batch.pair_valid_BE[row]]
         place_E = batch.predict_BN[row, pairs_E2[:, 0]]
         student_E = head(states_BSd[row, place_E].to(model.device)).argmax(-1).cpu()
-        teacher_E = translated[given(batch.teacher_argmax_BM)[row, pairs_E2[:, 1]]]
+        teacher_E = translated[unwrap(batch.teacher_argmax_BM)[row, pairs_E2[:, 1]]]
         same += int((student_E == teacher_E).sum())
         total += len(pairs_E2)
     return same, total
@@ -225,7 +225,7 @@ def generate(
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     responses = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for group in batched(order):
+    for group in make_batches(order):
         longest = max(len(prompts[i]) for i in group)
         ids_BL = torch.full((len(group), longest), filler, dtype=torch.int64)
         seen_BL = torch.zeros_like(ids_BL)

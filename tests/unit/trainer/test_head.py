@@ -108,7 +108,7 @@ def test_nothing_reaches_the_teacher_or_the_weights_and_a_detached_head_stays_as
     assert student.hidden.grad is not None
     constants = (student.weight, weights, *leaves(teacher))
     assert [x.grad for x in constants] == [None] * len(constants)
-    assert not any(x.requires_grad for x in leaves(student.detached()))
+    assert not any(x.requires_grad for x in leaves(student.detach()))
 
 
 def test_a_second_backward_gives_the_same_gradient() -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def prefetched(make: Callable[[], Iterator[T]], depth: int = 2) -> Iterator[T]:
+def prefetch(make: Callable[[], Iterator[T]], depth: int = 2) -> Iterator[T]:
     """The items of `make()`, none of them None, made in a thread at most `depth` ahead; its errors are raised here."""
     items = make()
     with ThreadPoolExecutor(1, thread_name_prefix="produce") as pool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, gather_rows, given
+from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass, constant_head
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_argmax
@@ -109,7 +109,7 @@ def projected_cross_entropy(projected: LazyLogits, target_BN: Tensor, valid_BN: 
     return term(head_cross_entropy(projected.at(valid_BN), target_BN[valid_BN]), valid_BN.sum())
 
 
-def correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
+def find_correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
     """Where the likeliest class of the projected teacher is the target: DSKD-CMA's mask of the student's space, bool
     [B, N].
 
@@ -117,7 +117,7 @@ def correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tenso
     Two classes, states (1, 0) and (0, 1): the classes 0 and 1 are predicted.
 
     >>> logits = LazyLogits(hidden=torch.eye(2)[None], weight=torch.eye(2))
-    >>> correct(logits, torch.tensor([[0, 0]]), torch.tensor([[True, True]]))
+    >>> find_correct(logits, torch.tensor([[0, 0]]), torch.tensor([[True, True]]))
     tensor([[ True, False]])
     """
     return valid_BN & (head_argmax(projected, valid_BN) == target_BN)
@@ -132,8 +132,8 @@ def student_space(
 ) -> LossTerm:
     """L_stu: weighted divergence of the student from the projected teacher, over the student's vocabulary.
 
-    Eq. 13 of DWA-KD; in DSKD the weight is 1, and in DSKD-CMA 0 where the projected teacher is wrong (`correct`). A
-    constant weight of 0 costs nothing, and the token is counted. States are [B, N, d], both read with the student's
+    Eq. 13 of DWA-KD; in DSKD the weight is 1, and in DSKD-CMA 0 where the projected teacher is wrong (`find_correct`).
+    A constant weight of 0 costs nothing, and the token is counted. States are [B, N, d], both read with the student's
     head; the student learns unless detached by the caller, the teacher is detached here: nothing reaches the
     projectors.
 
@@ -194,12 +194,12 @@ def last_states(settings: object, levels: object) -> tuple[Signal, ...]:
 
 def teacher_states(batch: Batch) -> Tensor:
     """The teacher's states that predict its targets, [B, M, D], float32."""
-    return gather_rows(given(batch.teacher_hidden_BRD), batch.teacher_predict_BM).float()
+    return gather_rows(unwrap(batch.teacher_hidden_BRD), batch.teacher_predict_BM).float()
 
 
 def with_fixed_head(student: StudentPass, hidden_BNd: Tensor) -> LazyLogits:
     """States of the student's width read with the student's head, which learns nothing from it."""
-    return replace(student.logits.detached(), hidden=hidden_BNd)
+    return replace(student.logits.detach(), hidden=hidden_BNd)
 
 
 def at_valid(layer: nn.Module, x_BND: Tensor, valid_BN: Tensor) -> Tensor:

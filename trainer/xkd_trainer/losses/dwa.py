@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, given
+from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.losses.declaration import (
     Context,
     Declaration,
@@ -302,7 +302,7 @@ class Dwa(CrossModelLoss):
         valid_BM = batch.teacher_predict_valid_BM
         if not self.settings.entropy_weights:
             return uniform_weights(valid_BM)
-        return teacher_weights(given(batch.teacher_entropy_BM), self.teacher_vocab_size, valid_BM)
+        return teacher_weights(unwrap(batch.teacher_entropy_BM), self.teacher_vocab_size, valid_BM)
 
     def _sequences(self, batch: Batch, student: StudentPass, mixed: Mixed, step: int) -> dict[str, LossTerm]:
         """Soft-DTW on target embeddings and on last states (eq. 17-25)."""

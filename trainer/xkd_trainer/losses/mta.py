@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, Level, given
+from xkd_trainer.data.batch import Batch, Level, unwrap
 from xkd_trainer.losses.declaration import (
     Context,
     Declaration,
@@ -117,10 +117,10 @@ def sureness(entropy: Tensor, classes: int) -> Tensor:
     return (1.0 - entropy / math.log(classes)).clamp(0.0, 1.0)
 
 
-def covered(spans_BK2: Tensor, valid_BK: Tensor, length: int) -> Tensor:
+def find_covered(spans_BK2: Tensor, valid_BK: Tensor, length: int) -> Tensor:
     """Tokens that lie in some valid span, bool [B, L]: M_l of eq. 13.
 
-    >>> covered(torch.tensor([[[0, 2], [1, 3], [4, 5]]]), torch.tensor([[True, True, False]]), 5)
+    >>> find_covered(torch.tensor([[[0, 2], [1, 3], [4, 5]]]), torch.tensor([[True, True, False]]), 5)
     tensor([[ True,  True,  True, False, False]])
     """
     return (_is_inside(spans_BK2, length) & valid_BK.unsqueeze(-1)).any(1)
@@ -334,12 +334,12 @@ class Mta(Loss):
             valid_BU, omega_BU = self._choose_spans(batch, level)
             if self.has_dsa:
                 compared_BUW = self.projectors[key](vectors_BUd) if self.projects_dsa else vectors_BUd
-                terms[f"dsa@{key}"] = dsa(cosine_matrix(compared_BUW), given(level.cosines_BUU), omega_BU, valid_BU)
+                terms[f"dsa@{key}"] = dsa(cosine_matrix(compared_BUW), unwrap(level.cosines_BUU), omega_BU, valid_BU)
             if _has_hid(self.settings, "token"):
                 terms[f"hid@{key}"] = self._hid_of_tokens(batch, level, hidden_BSd)
             elif self.has_hid:
                 projected_BUD = self.projectors[key](vectors_BUd)
-                terms[f"hid@{key}"] = hid(projected_BUD, given(level.vectors_BUD).float(), omega_BU, valid_BU)
+                terms[f"hid@{key}"] = hid(projected_BUD, unwrap(level.vectors_BUD).float(), omega_BU, valid_BU)
             terms[f"spans@{key}"] = term(valid_BU.sum().float(), valid_BU.any(-1).sum())
         if self.by_token:
             with_spans_B = self._with_spans(batch)
@@ -379,28 +379,28 @@ class Mta(Loss):
     def _sureness_at(self, batch: Batch, place_BM: Tensor, like: Tensor) -> Tensor:
         """1 - H / log V at the places of the teacher's predictions, 0 elsewhere; float32 of the shape of `like`."""
         sure_BM = torch.where(
-            batch.teacher_predict_valid_BM, sureness(given(batch.teacher_entropy_BM), self.classes), 0.0
+            batch.teacher_predict_valid_BM, sureness(unwrap(batch.teacher_entropy_BM), self.classes), 0.0
         )
         return torch.zeros_like(like, dtype=sure_BM.dtype).scatter_add(1, place_BM, sure_BM)
 
     def _choose_tokens(self, batch: Batch, level: Level) -> tuple[Tensor, Tensor]:
         """Tokens that take part in hid=token, bool [B, S], and their weight in the document."""
         length = batch.student_valid_BS.shape[1]
-        valid_BS = covered(level.student_BU2, self._choose_spans(batch, level)[0], length)
+        valid_BS = find_covered(level.student_BU2, self._choose_spans(batch, level)[0], length)
         valid_BS = valid_BS & find_same_tokens(batch).unsqueeze(-1)
         if self.settings.span_weights == "uniform":
             weights_BS = uniform_weights(valid_BS)
         elif self.settings.span_weights == "entropy":
-            place_BM = given(batch.teacher_kept_BR).gather(1, batch.teacher_predict_BM)
-            weights_BS = fit(self._sureness_at(batch, place_BM, given(batch.teacher_valid_BT)), length)
+            place_BM = unwrap(batch.teacher_kept_BR).gather(1, batch.teacher_predict_BM)
+            weights_BS = fit(self._sureness_at(batch, place_BM, unwrap(batch.teacher_valid_BT)), length)
         else:
-            weights_BS = fit(given(batch.states(level.layer).centrality_BT), length)
+            weights_BS = fit(unwrap(batch.states(level.layer).centrality_BT), length)
         return valid_BS, span_weights(weights_BS, valid_BS)
 
     def _hid_of_tokens(self, batch: Batch, level: Level, hidden_BSd: Tensor) -> LossTerm:
         """Eq. 13: the state of every covered token against the teacher's state of the same token."""
         valid_BS, weights_BS = self._choose_tokens(batch, level)
-        teacher_BSD = fit(given(batch.states(level.layer).hidden_BTD), hidden_BSd.shape[1]).float()
+        teacher_BSD = fit(unwrap(batch.states(level.layer).hidden_BTD), hidden_BSd.shape[1]).float()
         return hid(self.projectors[_key(level)](hidden_BSd), teacher_BSD, weights_BS, valid_BS)
 
     def _weigh_tokens(self, batch: Batch, level: Level, hidden_BSd: Tensor) -> Tensor:
@@ -408,7 +408,7 @@ class Mta(Loss):
         if self.settings.student_pooling == "uniform":
             return uniform_weights(batch.student_valid_BS)
         if self.settings.student_pooling == "teacher":
-            weights_BS = fit(given(batch.states(level.layer).centrality_BT), hidden_BSd.shape[1])
+            weights_BS = fit(unwrap(batch.states(level.layer).centrality_BT), hidden_BSd.shape[1])
             return torch.where(batch.student_valid_BS & find_same_tokens(batch).unsqueeze(-1), weights_BS, 0.0)
         with torch.no_grad():
             return centrality(hidden_BSd, batch.student_valid_BS)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xkd_schemas.errors import BadData, UsageError
-from xkd_trainer.data.batch import Batch, gather_rows, given
+from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Loss, StudentPass
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 
@@ -98,8 +98,8 @@ def refuse_other_tokens(option: str, instead: str, context: Context) -> None:
 def find_same_tokens(batch: Batch) -> Tensor:
     """Which documents both models read as the same ids, template included, bool [B]."""
     valid_BS = batch.student_valid_BS
-    theirs_BS = fit(given(batch.teacher_ids_BT), valid_BS.shape[1])
-    as_long_B = valid_BS.sum(1) == given(batch.teacher_valid_BT).sum(1)
+    theirs_BS = fit(unwrap(batch.teacher_ids_BT), valid_BS.shape[1])
+    as_long_B = valid_BS.sum(1) == unwrap(batch.teacher_valid_BT).sum(1)
     return as_long_B & ((theirs_BS == batch.student_ids_BS) | ~valid_BS).all(1)
 
 
@@ -129,4 +129,4 @@ def student_at_pairs(student: StudentPass, paired_BP: Tensor) -> LazyLogits:
 def teacher_at_pairs(batch: Batch, paired_BP: Tensor) -> Tensor:
     """The teacher's states at all pairs, [N, D] float32."""
     index_BP = batch.teacher_predict_BM[:, : paired_BP.shape[1]]
-    return gather_rows(given(batch.teacher_hidden_BRD), index_BP)[paired_BP].float()
+    return gather_rows(unwrap(batch.teacher_hidden_BRD), index_BP)[paired_BP].float()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, gather_rows, given
+from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import (
     Context,
     Declaration,
@@ -313,7 +313,7 @@ class Sra(Loss):
     def _teacher_states(self, batch: Batch, layer: int) -> Tensor:
         """The teacher's states of a layer at the kept rows, [B, R, D]."""
         if layer == self.last:
-            return given(batch.teacher_hidden_BRD)
+            return unwrap(batch.teacher_hidden_BRD)
         return _at_kept_rows(batch, batch.states(layer).hidden_BTD)
 
     def _teacher_weights(self, batch: Batch, layer: int) -> Tensor:
@@ -325,7 +325,7 @@ class Sra(Loss):
         if self.text_only:
             return _at_kept_rows(batch, batch.states(layer).attention_text_BT)
         if layer == self.last:
-            return given(batch.teacher_attention_BR)
+            return unwrap(batch.teacher_attention_BR)
         return _at_kept_rows(batch, batch.states(layer).attention_BT)
 
     def _kd(self, student: StudentPass, student_BKd: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -> LossTerm:
@@ -350,7 +350,7 @@ def _projector(context: Context, settings: SraSettings) -> nn.Linear:
 
 def _at_kept_rows(batch: Batch, values_BT: Tensor | None) -> Tensor:
     """What the cache has of all tokens, [B, T] or [B, T, D], at the kept rows."""
-    kept_BR, values_BT = given(batch.teacher_kept_BR), given(values_BT)
+    kept_BR, values_BT = unwrap(batch.teacher_kept_BR), unwrap(values_BT)
     return gather_rows(values_BT, kept_BR) if values_BT.ndim == 3 else values_BT.gather(1, kept_BR)
 
 

@@ -67,13 +67,13 @@ def listen(layers: frozenset[int], places: Mapping[str, Tensor]) -> Iterator[Las
     with contextlib.ExitStack() as names:
         if layers:
             heard.sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-            names.enter_context(_named("sdpa", partial(_sdpa, heard)))
-            names.enter_context(_named("eager", partial(_eager, heard)))
+            names.enter_context(_rename("sdpa", partial(_sdpa, heard)))
+            names.enter_context(_rename("eager", partial(_eager, heard)))
         yield heard
 
 
 @contextlib.contextmanager
-def _named(name: str, function: Attention) -> Iterator[None]:
+def _rename(name: str, function: Attention) -> Iterator[None]:
     """Let a name lead to another function for a while; "eager" leads nowhere, which stands for the family's own."""
     before = ALL_ATTENTION_FUNCTIONS.get(name)
     ALL_ATTENTION_FUNCTIONS[name] = function

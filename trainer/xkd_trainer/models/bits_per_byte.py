@@ -23,7 +23,7 @@ BATCH: Final = 16
 """Documents of one forward pass."""
 
 
-def batched(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def make_batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
     """BATCH items at a time; each time that the next are asked for, those before are done."""
     for first in range(0, len(items), BATCH):
         yield items[first : first + BATCH]
@@ -41,7 +41,7 @@ def bits_per_byte(model: PreTrainedModel, pairs: Sequence[tuple[Document, Tokens
     ordered = sorted(pairs, key=lambda pair: len(pair[1].ids))
     head = head_of(model)
     with Progress("bits per byte", len(pairs)):
-        for batch in batched(ordered):
+        for batch in make_batches(ordered):
             ids_BL = pad([t.ids.astype(np.int64) for _, t in batch]).to(model.device)
             valid_BL = pad([np.ones(len(t.ids), np.bool_) for _, t in batch]).to(model.device)
             states_BLD = run(model, ids_BL, valid_BL).last_BLD

@@ -20,7 +20,7 @@ from xkd_trainer.models.architecture import LAST_STATES_ONLY, backbone, evaluati
 from xkd_trainer.models.architecture import blocks_of as blocks_of
 from xkd_trainer.models.architecture import num_layers as num_layers
 from xkd_trainer.models.attention import UNIFORM, LastRows, check_attention, listen
-from xkd_trainer.models.measures import normalised_row
+from xkd_trainer.models.measures import normalise_row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ class _Output:
         return self.states.is_inference() or self.states._version == self.version
 
 
-def _checked(model: PreTrainedModel, layer: int, found: _Output | None, last_BLD: Tensor) -> Tensor:
+def _check_states(model: PreTrainedModel, layer: int, found: _Output | None, last_BLD: Tensor) -> Tensor:
     """Projectors and columns are made for the shape of the last states; in OPT-350m and Gemma 3n blocks differ."""
     if found is not None and found.states.shape == last_BLD.shape and found.is_as_returned():
         return found.states
@@ -73,7 +73,7 @@ def _checked(model: PreTrainedModel, layer: int, found: _Output | None, last_BLD
 
 
 @contextlib.contextmanager
-def _hooked(model: PreTrainedModel, layers: Sequence[int], into: dict[int, _Output]) -> Iterator[None]:
+def _hook(model: PreTrainedModel, layers: Sequence[int], into: dict[int, _Output]) -> Iterator[None]:
     blocks = blocks_of(model) if layers else nn.ModuleList()
     handles = []
     for layer in layers:
@@ -131,10 +131,10 @@ def run(  # noqa: PLR0913 - one for each thing that is kept
     wanted = sorted({*attention_layers, *text_layers, *([count] if attention else [])})
     if wanted:
         blocks_of(model)  # a family that counts otherwise would give another block's row
-    with _hooked(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), places) as heard:
+    with _hook(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), places) as heard:
         output = backbone(model)(input_ids=ids_BL, use_cache=False)
     last_BLD: Tensor = output.last_hidden_state
-    kept = {layer: _checked(model, layer, outputs.get(layer), last_BLD) for layer in inner}
+    kept = {layer: _check_states(model, layer, outputs.get(layer), last_BLD) for layer in inner}
     if count in layers:
         kept[count] = last_BLD
     found = {which: {layer: _row(model, heard, which, layer, valid_BL) for layer in wanted} for which in places}
@@ -151,7 +151,7 @@ def _row(model: PreTrainedModel, heard: LastRows, which: str, layer: int, valid_
         block = "its last block" if layer == num_layers(model) else f"block {layer}"
         what = "several attention maps" if layer - 1 in heard.several else "no attention map"
         raise UsageError(f"{type(model).__name__} shows {what} in {block}", fix=UNIFORM)
-    return normalised_row(heard.rows[which, layer - 1], valid_BL)
+    return normalise_row(heard.rows[which, layer - 1], valid_BL)
 
 
 def rehearse(

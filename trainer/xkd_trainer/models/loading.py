@@ -29,13 +29,13 @@ _IMPLEMENTATION: Final = "_implementation"
 """End of the keys that choose how a part is computed; a value with a slash is a kernel to be fetched from the hub."""
 
 
-def _suspects(value: Any) -> set[str]:
+def _find_suspects(value: Any) -> set[str]:
     """Keys that ask for foreign code, at any depth."""
     found = set(_SUSPECT & value.keys()) if isinstance(value, dict) else set()
     if isinstance(value, dict):
         found |= {key for key in value if key.endswith(_IMPLEMENTATION) and "/" in json.dumps(value[key])}
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return found.union(*(_suspects(v) for v in inner))
+    return found.union(*(_find_suspects(v) for v in inner))
 
 
 def check_config(folder: Path) -> None:
@@ -45,7 +45,7 @@ def check_config(folder: Path) -> None:
         if not path.is_file():
             continue
         try:
-            found = _suspects(json.loads(path.read_bytes()))
+            found = _find_suspects(json.loads(path.read_bytes()))
         except (ValueError, RecursionError) as error:
             raise InputMissing(f"{path} is not JSON: {error}") from error
         if found:
@@ -87,7 +87,7 @@ def check_model_name(name: str) -> None:
         try:
             AutoConfig.from_pretrained(source, **options)
         except OSError as error:
-            raise _missing(name, source, error) from error
+            raise _explain_missing(name, source, error) from error
         except UNBUILDABLE as error:
             raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
 
@@ -126,7 +126,7 @@ def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
     try:
         settings = Path(snapshot_download(folder, allow_patterns=["*.json"]))
     except (OSError, ValueError) as error:
-        raise _missing(name, folder, error) from error
+        raise _explain_missing(name, folder, error) from error
     check_config(settings)
     return folder, options | {"revision": settings.name}
 
@@ -151,7 +151,7 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
             warnings.simplefilter("ignore")
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except OSError as error:
-        raise _missing(name, folder, error) from error
+        raise _explain_missing(name, folder, error) from error
     except SafetensorError as error:
         raise InputMissing(
             f"model {name}: broken weights: {short(error)}", fix="copy the model folder again"
@@ -161,7 +161,7 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def _missing(name: str, folder: str, error: OSError | ValueError) -> InputMissing | Refused:
+def _explain_missing(name: str, folder: str, error: OSError | ValueError) -> InputMissing | Refused:
     if Path(folder).is_dir() and "safetensors" in str(error):
         return Refused(
             f"model {name} has no safetensors weights; pickled weights are not opened",

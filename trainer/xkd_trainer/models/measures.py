@@ -254,12 +254,12 @@ def _prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return entropy_N, argmax_N, logsumexp_N
 
 
-def normalised_row(attention_row_BHL: Tensor, valid_BL: Tensor) -> Tensor:
+def normalise_row(attention_row_BHL: Tensor, valid_BL: Tensor) -> Tensor:
     """Token weights [B, L] from one attention row: heads summed, divided by the sum over the document (SRA, a_t).
 
     0 where not valid; all 0 for a document without a token or without any attention.
 
-    >>> normalised_row(torch.tensor([[[0.5, 0.5, 9.0], [0.1, 0.9, 9.0]]]), torch.tensor([[True, True, False]]))
+    >>> normalise_row(torch.tensor([[[0.5, 0.5, 9.0], [0.1, 0.9, 9.0]]]), torch.tensor([[True, True, False]]))
     tensor([[0.3000, 0.7000, 0.0000]])
     """
     weights_BL = torch.where(valid_BL, at_least_float32(attention_row_BHL).sum(1), 0.0)

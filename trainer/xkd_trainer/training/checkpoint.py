@@ -45,7 +45,7 @@ class Snapshot:
     """What was measured since the last logged step."""
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _make_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: dict[int, str] = {}
     unique: dict[str, Tensor] = {}
     for name, tensor in tensors.items():  # tied weights appear twice in a state dict and once on disk
@@ -81,14 +81,14 @@ def save(out: Path, snapshot: Snapshot) -> Path:
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
         sync_folder(folder)
-        for old in _found(out)[:-KEPT]:
+        for old in _find_checkpoints(out)[:-KEPT]:
             shutil.rmtree(old)
     return target
 
 
 def _write(folder: Path, snapshot: Snapshot, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    save_tensors(_contiguous(snapshot.student), folder / "student.safetensors")
-    save_tensors(_contiguous(snapshot.projectors), folder / "projectors.safetensors")
+    save_tensors(_make_contiguous(snapshot.student), folder / "student.safetensors")
+    save_tensors(_make_contiguous(snapshot.projectors), folder / "projectors.safetensors")
     save_tensors({**tensors, "random": snapshot.random}, folder / "optimizer.safetensors")
     state = {
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "optimizer": plain,
@@ -103,7 +103,7 @@ def _write(folder: Path, snapshot: Snapshot, tensors: dict[str, Tensor], plain: 
     sync_folder(folder)
 
 
-def _found(out: Path) -> list[Path]:
+def _find_checkpoints(out: Path) -> list[Path]:
     return sorted(path for path in (out / "checkpoints").glob("step-[0-9]*") if (path / "COMPLETE").is_file())
 
 
@@ -113,10 +113,10 @@ def drop_checkpoints(out: Path) -> None:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
-def newest(out: Path) -> tuple[Snapshot | None, list[str]]:
+def load_newest(out: Path) -> tuple[Snapshot | None, list[str]]:
     """The newest checkpoint that is whole, and a line for each newer one that is not."""
     skipped: list[str] = []
-    for path in reversed(_found(out)):
+    for path in reversed(_find_checkpoints(out)):
         try:
             return _load(path), skipped
         except (OSError, ValueError, KeyError, SafetensorError, BadData) as error:

@@ -22,9 +22,9 @@ from xkd_schemas.progress import Progress
 from xkd_schemas.text.encode import reading_of
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.data.prefetch import prefetched
+from xkd_trainer.data.prefetch import prefetch
 from xkd_trainer.data.sampler import ORDER, Order, learning_rate
-from xkd_trainer.training.checkpoint import Snapshot, drop_checkpoints, newest, save
+from xkd_trainer.training.checkpoint import Snapshot, drop_checkpoints, load_newest, save
 from xkd_trainer.training.export import export_student, find_learnt_ends, find_turn_ends, is_finished, was_exporting
 from xkd_trainer.training.metrics import Metrics, Window
 from xkd_trainer.training.prepare import Ready, set_up
@@ -126,7 +126,7 @@ class _Run:
         self.module, self.optimizer = self.accelerator.prepare(self.distiller, self.optimizer)
 
     def _resume(self) -> int:
-        snapshot, skipped = newest(self.out)
+        snapshot, skipped = load_newest(self.out)
         for line in skipped:
             warn(line)
         if snapshot is None:
@@ -170,7 +170,7 @@ class _Run:
         self.module.train()
         last: dict[str, float] = {}
         with Progress("train", self.total - self.start, of="steps", quiet=not main) as progress, self._stoppable():
-            for step, batches in enumerate(prefetched(self._steps), start=self.start):
+            for step, batches in enumerate(prefetch(self._steps), start=self.start):
                 terms, counts, norm = self._step(step, [b.to(self.accelerator.device) for b in batches])
                 self.seen.add(terms, counts)
                 if (step + 1) % self.settings.log_every == 0 or step + 1 == self.total:

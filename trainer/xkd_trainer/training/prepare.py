@@ -50,8 +50,8 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         torch.manual_seed(run.train.seed)
         new = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
-        return _checked(new, name)
-    model = _checked(load_model(name, dtype=torch.float32), name)
+        return _check_student(new, name)
+    model = _check_student(load_model(name, dtype=torch.float32), name)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UsageError(
@@ -61,7 +61,7 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     return model
 
 
-def _checked(model: PreTrainedModel, name: str) -> PreTrainedModel:
+def _check_student(model: PreTrainedModel, name: str) -> PreTrainedModel:
     check_model(model)
     constant_head(head_of(model), f"student {name}", convert=False)
     return model

@@ -14,7 +14,7 @@ from xkd_trainer.losses.dual_space import (
     DskdCmaSettings,
     DskdSettings,
     TeacherHead,
-    correct,
+    find_correct,
     last_states,
     projected_cross_entropy,
     student_space,
@@ -65,7 +65,7 @@ class DskdCma(CrossModelLoss):
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Both spaces; in the student's only where the projected teacher is right."""
         valid_BN, valid_BM, mixed = batch.predict_valid_BN, batch.teacher_predict_valid_BM, self.mix(batch, student)
-        kept_BN = correct(mixed.projected, batch.target_BN, valid_BN) if self.settings.correct_only else valid_BN
+        kept_BN = find_correct(mixed.projected, batch.target_BN, valid_BN) if self.settings.correct_only else valid_BN
         weights_BN, ones_BM = uniform_weights(kept_BN), uniform_weights(valid_BM)
         theirs, count = self.head(mixed.hidden_BMD), batch.num_predictions
         return {

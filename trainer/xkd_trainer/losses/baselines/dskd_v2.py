@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, gather_rows, given
+from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import (
     Context,
     Declaration,
@@ -32,7 +32,7 @@ from xkd_trainer.losses.declaration import (
 from xkd_trainer.losses.dual_space import (
     DualSpaceSettings,
     TeacherHead,
-    correct,
+    find_correct,
     projected_cross_entropy,
     student_space,
     teacher_space,
@@ -158,13 +158,13 @@ class DskdV2(Loss):
         """The pairs that `student_space` compares, [B, E]."""
         if not self.settings.agreement:
             return labelled_BE
-        agreeing_BE = correct(projected, label_BE, labelled_BE)
+        agreeing_BE = find_correct(projected, label_BE, labelled_BE)
         share_B1 = agreeing_BE.sum(-1, keepdim=True) / labelled_BE.sum(-1, keepdim=True).clamp_min(1)
         return torch.where(share_B1 > self.settings.t2s_agreement, labelled_BE, agreeing_BE)
 
     def _labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's likeliest class of each pair as a student class, and where there is one, [B, E] both."""
-        label_BE = self.labels_V[given(batch.teacher_argmax_BM).gather(1, batch.pairs_BE2[..., 1])]
+        label_BE = self.labels_V[unwrap(batch.teacher_argmax_BM).gather(1, batch.pairs_BE2[..., 1])]
         return label_BE, batch.pair_valid_BE & (label_BE >= 0)
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:

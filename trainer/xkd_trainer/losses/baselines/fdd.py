@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, gather_rows, given
+from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import (
     Context,
     Declaration,
@@ -73,7 +73,7 @@ def derivative(student: LazyLogits, teacher: LazyLogits) -> Tensor:
     >>> derivative(student, teacher)
     tensor(1.8717)
     """
-    constant = teacher.detached()
+    constant = teacher.detach()
 
     def distances(rows: slice, logits_CPV: Tensor) -> Tensor:
         return cosine_distance(_changes(logits_CPV), _changes(constant.at(rows).dense())).mean(-1)
@@ -145,7 +145,7 @@ class Fdd(OneTokenizerLoss):
         if teacher_layer == self.last:
             theirs = self.head(teacher_states(batch))
         else:
-            hidden_BTD, kept_BR = given(batch.states(teacher_layer).hidden_BTD), given(batch.teacher_kept_BR)
+            hidden_BTD, kept_BR = unwrap(batch.states(teacher_layer).hidden_BTD), unwrap(batch.teacher_kept_BR)
             theirs = self.head(gather_rows(hidden_BTD, kept_BR.gather(1, batch.teacher_predict_BM)).float())
         classes = slice(self.classes)
         return own.of_classes(classes).at(valid_BN), theirs.of_classes(classes).at(valid_BN)

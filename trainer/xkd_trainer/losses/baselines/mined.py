@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from xkd_schemas.errors import UsageError
 from xkd_schemas.progress import Progress, tick
-from xkd_trainer.data.batch import Batch, gather_rows, given
+from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass, constant_head
 from xkd_trainer.losses.dual_space import last_states
 from xkd_trainer.losses.ops.divergence import Comparison
@@ -294,7 +294,7 @@ class Mined(Loss):
         valid_BN = batch.predict_valid_BN
         partner_BN, usable_BN = self.align(batch)
         hidden_BND = gather_rows(
-            given(batch.teacher_hidden_BRD), batch.teacher_predict_BM.gather(1, partner_BN.clamp_min(0))
+            unwrap(batch.teacher_hidden_BRD), batch.teacher_predict_BM.gather(1, partner_BN.clamp_min(0))
         )
         teacher = LazyLogits(hidden=hidden_BND, weight=self.head_VD, bias=self.logit_V)
         target_BN, tau = batch.target_BN, self.settings.temperature

@@ -83,7 +83,7 @@ def scale_logits(logits_NV: Tensor, temperature: float) -> Tensor:
 def class_mass(logits: LazyLogits, document_N: Tensor, num_documents: int, temperature: float) -> Tensor:
     """Probability of each class summed over the positions of a document, [B, V], without gradient."""
     mass_BV = at_least_float32(logits.weight).new_zeros(num_documents, logits.weight.shape[0])
-    constant = logits.detached()
+    constant = logits.detach()
     for rows in chunks(logits):
         member_BC = F.one_hot(document_N[rows], num_documents).T.to(mass_BV.dtype)
         mass_BV += member_BC @ scale_logits(constant.at(rows).dense(), temperature).softmax(-1)
@@ -229,12 +229,12 @@ class MultiLevelOt(Loss):
         """The terms of the logits at all pairs, [N] positions each; the teacher's are a constant."""
         s = self.settings
         document_N = valid_BP.nonzero()[:, 0]
-        teacher_Nk = self._chosen(teacher.detached(), document_N, self._likeliest(teacher, valid_BP))
+        teacher_Nk = self._choose(teacher.detach(), document_N, self._likeliest(teacher, valid_BP))
         if s.match == "greedy":
-            ids_Bk = greedy_classes(student.detached(), teacher_Nk, valid_BP.sum(-1), s.temperature)
+            ids_Bk = greedy_classes(student.detach(), teacher_Nk, valid_BP.sum(-1), s.temperature)
         else:
             ids_Bk = self._likeliest(student, valid_BP)
-        student_Nk = self._chosen(student, document_N, ids_Bk)
+        student_Nk = self._choose(student, document_N, ids_Bk)
         k = max(student_Nk.shape[-1], teacher_Nk.shape[-1])  # a vocabulary of fewer classes is filled up with 0
         student_BPk, teacher_BPk = (
             p.new_zeros(*valid_BP.shape, k).index_put((valid_BP,), F.pad(p, (0, k - p.shape[-1])))
@@ -251,7 +251,7 @@ class MultiLevelOt(Loss):
         s, document_N = self.settings, valid_BP.nonzero()[:, 0]
         return class_order(class_mass(logits, document_N, len(valid_BP), s.temperature), s.classes, s.order)
 
-    def _chosen(self, logits: LazyLogits, document_N: Tensor, ids_Bk: Tensor) -> Tensor:
+    def _choose(self, logits: LazyLogits, document_N: Tensor, ids_Bk: Tensor) -> Tensor:
         """Probabilities of each document's classes at its pairs, [N, k]."""
         return chosen_probabilities(logits, ids_Bk[document_N], self.settings.temperature)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, given
+from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Settings, StudentPass
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
 from xkd_trainer.losses.ops.term import LossTerm, term
@@ -61,7 +61,7 @@ class Rskd(OneTokenizerLoss):
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Predictions; BadData also where a drawn class is no id of the tokenizer."""
-        highest = int(given(batch.teacher_sampled_ids_BMK).max())
+        highest = int(unwrap(batch.teacher_sampled_ids_BMK).max())
         if highest >= self.classes:
             raise BadData(
                 f"loss rskd: class {highest} is drawn in one of the rows {', '.join(map(str, batch.rows))}, the "
@@ -74,11 +74,11 @@ class Rskd(OneTokenizerLoss):
         """Forward KL at every valid prediction, over the tokenizer's ids."""
         valid_BN = batch.predict_valid_BN
         ids_Nk, weights_Nk = (
-            given(batch.teacher_sampled_ids_BMK)[valid_BN],
-            given(batch.teacher_sampled_weights_BMK)[valid_BN],
+            unwrap(batch.teacher_sampled_ids_BMK)[valid_BN],
+            unwrap(batch.teacher_sampled_weights_BMK)[valid_BN],
         )
         own = student.logits.of_classes(slice(self.classes)).at(valid_BN)
-        total = head_sampled_kl(own, ids_Nk, weights_Nk, given(batch.teacher_entropy_BM)[valid_BN])
+        total = head_sampled_kl(own, ids_Nk, weights_Nk, unwrap(batch.teacher_entropy_BM)[valid_BN])
         return {"sampled_kl": term(total, batch.num_predictions)}
 
 

@@ -17,7 +17,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, given
+from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass
 from xkd_trainer.losses.dual_space import TeacherHead
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
@@ -67,7 +67,7 @@ def sorted_l1(student_logits_NV: Tensor, teacher_NW: Tensor, temperature: float 
 
 def sorted_teacher(logits: LazyLogits, temperature: float) -> SortedTeacher:
     """All of the teacher's probabilities, made for the positions that are asked for."""
-    constant = logits.detached()
+    constant = logits.detach()
 
     def at(rows: slice) -> Tensor:
         return (constant.at(rows).dense() / temperature).softmax(-1).sort(-1, descending=True).values
@@ -145,8 +145,8 @@ class Uld(Loss):
             return sorted_teacher(self.head(teacher_at_pairs(batch, paired_BP)), self.settings.temperature)
         most = paired_BP.shape[1]
         return topk_teacher(
-            given(batch.teacher_topk_logits_BMK)[:, :most][paired_BP],
-            given(batch.teacher_logsumexp_BM)[:, :most][paired_BP],
+            unwrap(batch.teacher_topk_logits_BMK)[:, :most][paired_BP],
+            unwrap(batch.teacher_logsumexp_BM)[:, :most][paired_BP],
         )
 
 

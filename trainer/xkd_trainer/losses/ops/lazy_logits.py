@@ -61,7 +61,7 @@ class LazyLogits:
         """An empty tensor in the dtype and on the device of sums over these logits."""
         return at_least_float32(self.weight.detach()[:0])
 
-    def detached(self) -> "LazyLogits":
+    def detach(self) -> "LazyLogits":
         """The same logits without gradient."""
         bias = None if self.bias is None else self.bias.detach()
         return LazyLogits(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
@@ -173,7 +173,7 @@ def head_argmax(logits: LazyLogits, valid: Tensor) -> Tensor:
     tensor([-1,  1])
     """
     out = torch.full(valid.shape, -1, dtype=torch.int64, device=valid.device)
-    out[valid] = chunked(lambda _, logits_CV: logits_CV.argmax(-1), logits.detached().at(valid))
+    out[valid] = chunked(lambda _, logits_CV: logits_CV.argmax(-1), logits.detach().at(valid))
     return out
 
 

@@ -165,7 +165,7 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
     """
     weights_N1 = None if weights_N is None else weights_N.detach()[:, None]
     nowhere_N = torch.zeros(student.hidden.shape[0], dtype=torch.int64, device=student.hidden.device)
-    return _single_sum(student, nowhere_N, PassRequest(other=teacher.detached(), how=how, weights_M1=weights_N1))
+    return _single_sum(student, nowhere_N, PassRequest(other=teacher.detach(), how=how, weights_M1=weights_N1))
 
 
 def _single_sum(own: LazyLogits, target_N: Tensor, request: PassRequest) -> Tensor:
@@ -207,7 +207,7 @@ def joint_sum(
 
     def make(learns: Sequence[bool], inputs: Sequence[Any]) -> Made:
         given = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
-        constant = [replace(other.detached(), hidden=hidden) for other, hidden in zip(others, inputs[3:], strict=True)]
+        constant = [replace(other.detach(), hidden=hidden) for other, hidden in zip(others, inputs[3:], strict=True)]
         return _Pass([given, *constant], target_M, placed, factors_K, learns).run(valid_BN, size)
 
     return make_at_once(make, own.hidden, own.weight, own.bias, *(other.hidden for other in others))
