@@ -139,14 +139,9 @@ def _weigh_as_papers(multiples: Mapping[str, float]) -> dict[str, float]:
     """What the papers say, times the multiples; cross-entropy as the papers of the others have it."""
     declared = {name: loss_named(name) for name in multiples if name != "ce"}
     bases = [d for d in declared.values() if not d.plug_in] or list(declared.values())
-    beside = max((_beside(d) for d in bases), default=1.0)
+    beside = max((d.default_weight if d.plug_weight is None else d.plug_weight for d in bases), default=1.0)
     weights = {n: (beside if d.plug_in else d.default_weight) * multiples[n] for n, d in declared.items()}
     return weights | {"ce": max((d.ce_weight for d in bases), default=1.0)}
-
-
-def _beside(declaration: Declaration) -> float:
-    """What a plug-in weighs beside a loss."""
-    return declaration.default_weight if declaration.plug_weight is None else declaration.plug_weight
 
 
 def _refuse_earlier(text: str) -> UsageError:

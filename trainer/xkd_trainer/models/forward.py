@@ -46,48 +46,43 @@ class States:
         return replace(self, last_BLD=self.last_BLD.float(), layers=layers)
 
 
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """What a block returned."""
-
-    states: Tensor
-    version: int
-    """torch's count of writes into it by then; tensors of inference mode have none."""
-
-    def is_as_returned(self) -> bool:
-        """Whether nobody wrote into the states since."""
-        return self.states.is_inference() or self.states._version == self.version
+Outputs = dict[int, tuple[Tensor, int]]
+"""Layer -> what its block returned, and torch's count of writes into it by then."""
 
 
-def _check_states(model: PreTrainedModel, layer: int, found: _Output | None, last_BLD: Tensor) -> Tensor:
+def _check_states(model: PreTrainedModel, layer: int, outputs: Outputs, last_BLD: Tensor) -> Tensor:
     """Projectors and columns are made for the shape of the last states; in OPT-350m and Gemma 3n blocks differ."""
-    if found is not None and found.states.shape == last_BLD.shape and found.is_as_returned():
-        return found.states
-    what = f"states of shape {tuple(found.states.shape)}" if found else "no states"
-    if found is not None and not found.is_as_returned():
-        what = "states that a later block writes into"
+    what = "no states"
+    if layer in outputs:
+        states, version = outputs[layer]
+        what = f"states of shape {tuple(states.shape)}"
+        if _writes_into(states) != version:
+            what = "states that a later block writes into"
+        elif states.shape == last_BLD.shape:
+            return states
     raise UsageError(
         f"{type(model).__name__}: block {layer} gives {what} where its last states are {tuple(last_BLD.shape)}",
         fix=LAST_STATES_ONLY,
     )
 
 
+def _writes_into(states: Tensor) -> int:
+    """Tensors of inference mode have no count."""
+    return 0 if states.is_inference() else states._version
+
+
 @contextlib.contextmanager
-def _hook(model: PreTrainedModel, layers: Sequence[int], into: dict[int, _Output]) -> Iterator[None]:
+def _hook(model: PreTrainedModel, layers: Sequence[int], into: Outputs) -> Iterator[None]:
     blocks = blocks_of(model) if layers else nn.ModuleList()
-    handles = []
-    for layer in layers:
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
 
-        def keep(_module: nn.Module, _inputs: Any, output: Any, layer: int = layer) -> None:
-            states = output[0] if isinstance(output, tuple | list) else output
-            into[layer] = _Output(states, 0 if states.is_inference() else states._version)
+            def keep(_module: nn.Module, _inputs: Any, output: Any, layer: int = layer) -> None:
+                states = output[0] if isinstance(output, tuple | list) else output
+                into[layer] = states, _writes_into(states)
 
-        handles.append(blocks[layer - 1].register_forward_hook(keep))
-    try:
+            hooks.callback(blocks[layer - 1].register_forward_hook(keep).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def run(  # noqa: PLR0913 - one for each thing that is kept
@@ -122,7 +117,7 @@ def run(  # noqa: PLR0913 - one for each thing that is kept
     for layer in (*layers, *attention_layers, *text_layers):
         if not 1 <= layer <= count:
             raise UsageError(f"layer {layer} does not exist: {type(model).__name__} has layers 1 to {count}")
-    outputs: dict[int, _Output] = {}
+    outputs: Outputs = {}
     places = {"last": valid_BL.sum(dim=1).sub(1).clamp_min(0)} if attention or attention_layers else {}
     if text_layers:
         assert text_B is not None
@@ -134,7 +129,7 @@ def run(  # noqa: PLR0913 - one for each thing that is kept
     with _hook(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), places) as heard:
         output = backbone(model)(input_ids=ids_BL, use_cache=False)
     last_BLD: Tensor = output.last_hidden_state
-    kept = {layer: _check_states(model, layer, outputs.get(layer), last_BLD) for layer in inner}
+    kept = {layer: _check_states(model, layer, outputs, last_BLD) for layer in inner}
     if count in layers:
         kept[count] = last_BLD
     found = {which: {layer: _row(model, heard, which, layer, valid_BL) for layer in wanted} for which in places}

@@ -1,7 +1,9 @@
 """Load causal language models from a folder, a hub name or a GGUF file; refuse what could run foreign code."""
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,12 +86,25 @@ def check_model_name(name: str) -> None:
     """Refuse what is no model, before anything of it is loaded; raises as `load_model`."""
     source, options = model_source(name, weights=False)
     if not Path(source).is_dir():
-        try:
+        with _load_errors(name, source):
             AutoConfig.from_pretrained(source, **options)
-        except OSError as error:
-            raise _explain_missing(name, source, error) from error
-        except UNBUILDABLE as error:
-            raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
+
+
+@contextlib.contextmanager
+def _load_errors(name: str, source: str) -> Iterator[None]:
+    """What transformers raises for a model, as errors of ours."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except OSError as error:
+        raise _explain_missing(name, source, error) from error
+    except SafetensorError as error:
+        raise InputMissing(
+            f"model {name}: broken weights: {short(error)}", fix="copy the model folder again"
+        ) from error
+    except UNBUILDABLE as error:
+        raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
 
 
 def model_source(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
@@ -146,18 +161,8 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except OSError as error:
-        raise _explain_missing(name, folder, error) from error
-    except SafetensorError as error:
-        raise InputMissing(
-            f"model {name}: broken weights: {short(error)}", fix="copy the model folder again"
-        ) from error
-    except UNBUILDABLE as error:
-        raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
+    with _load_errors(name, folder):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return model.eval()
 
 

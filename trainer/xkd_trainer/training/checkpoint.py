@@ -46,13 +46,12 @@ class Snapshot:
 
 
 def _make_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    seen: dict[int, str] = {}
+    seen: set[int] = set()
     unique: dict[str, Tensor] = {}
     for name, tensor in tensors.items():  # tied weights appear twice in a state dict and once on disk
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen[tensor.data_ptr()] = name
-        unique[name] = tensor.detach().cpu().contiguous()
+        if not tensor.numel() or tensor.data_ptr() not in seen:
+            unique[name] = tensor.detach().cpu().contiguous()
+        seen.add(tensor.data_ptr())
     return unique
 
 
