@@ -1,4 +1,4 @@
-"""CPU kernel of `signals.prediction_stats`: one row of logits at a time, piece by piece in the CPU's nearest cache.
+"""CPU kernel of `measures.prediction_stats`: one row of logits at a time, piece by piece in the CPU's nearest cache.
 
 Exponentials and sums of a row are taken while its numbers are at hand, which in torch are passes over memory of their
 own. Sums are kept in as many parts as there are LANES, so that the result does not depend on how wide the vector
@@ -24,7 +24,7 @@ PIECE: Final = 1024
 LANES: Final = 64
 """Parts of a sum; a piece is a whole number of them."""
 FLOOR: Final = np.float32(-80.0)
-"""As in `signals.LOWEST`: a class further below the likeliest counts as this far."""
+"""As in `measures.LOWEST`: a class further below the likeliest counts as this far."""
 LOG2E: Final = np.float32(1.44269504)
 LN2_HIGH: Final = np.float32(0.693359375)
 LN2_LOW: Final = np.float32(-2.12194440e-4)

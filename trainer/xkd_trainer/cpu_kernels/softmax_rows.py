@@ -1,4 +1,4 @@
-"""CPU kernels of `head_rows`: softmaxes of float32 logits, with what is wanted of them, in one or two visits of a row.
+"""CPU kernels of `losses.ops.softmax_rows`: softmaxes of float32 logits in one or two visits of a row.
 
 In torch every step of a softmax is a pass over memory of its own, and there are ten and more. Here a row is read once
 for its maximum and once for everything else, piece by piece in the CPU's nearest cache; sums go on in double precision
