@@ -21,7 +21,9 @@ from torch import Tensor
 from benchmarks.measure import Options, forget_peak, in_subprocess, interleaved, peak_bytes
 from benchmarks.rows import Result, cost, memory
 from xkd_trainer.losses.ops import softmax_rows as head_rows
-from xkd_trainer.losses.ops.head_sums import Comparison, LazyLogits, head_divergence
+from xkd_trainer.losses.ops.divergence import Comparison
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.ops.shared_pass import head_divergence
 
 SPACES = ("student", "teacher")
 FORMS = ("plain", "ours")

@@ -9,19 +9,17 @@ Shape legend: B documents, N student predictions, E exact pairs.
 from collections.abc import Mapping
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch
-from xkd_trainer.losses.declaration import Context, Declaration, StudentPass
+from xkd_trainer.losses.declaration import Context, Declaration, Loss, Settings, StudentPass
 from xkd_trainer.losses.ops.term import LossTerm, term
 
 
-class SurenessSettings(BaseModel):
+class SurenessSettings(Settings):
     """What `--set losses.sureness.scale=2` may set."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     scale: float = Field(default=1.0, gt=0)
     """Nats that cost 1."""
@@ -37,19 +35,14 @@ def squared_gaps(student_E: Tensor, teacher_E: Tensor, scale: float) -> LossTerm
     return term(gaps_E.square().sum(), torch.tensor(len(gaps_E), device=gaps_E.device))
 
 
-class Sureness(nn.Module):
+class Sureness(Loss):
     """One term, `entropy`, per exact pair. It has no projectors; if it had, they would be submodules here."""
 
-    layers: tuple[int, ...] = ()
-    attention = False
+    terms = ("entropy",)
 
     def __init__(self, settings: SurenessSettings, _context: Context) -> None:
         super().__init__()
         self.scale = settings.scale
-
-    def weights(self, step: int) -> Mapping[str, float]:
-        """Factor 1 at every step."""
-        return {"entropy": 1.0}
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Exact pairs, known before anything is computed."""

@@ -10,7 +10,7 @@ import tiny_models as tiny
 from xkd_pipeline.stages import align_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_trainer.evaluation import Request, evaluate_student
-from xkd_trainer.models.turn_ends import turn_ends
+from xkd_trainer.training.export import find_turn_ends
 from xkd_trainer.training.loop import train
 
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -64,4 +64,4 @@ def test_ends_that_a_pretrained_student_came_with_are_kept() -> None:
     model, tokenizer = tiny.llama("sentencepiece"), tiny.tokenizer_of("sentencepiece")
     model.generation_config = GenerationConfig(eos_token_id=[5, 9])
 
-    assert turn_ends(model, tokenizer, {7}) == sorted({5, 7, 9, tokenizer.eos_token_id})
+    assert find_turn_ends(model, tokenizer, {7}) == sorted({5, 7, 9, tokenizer.eos_token_id})

@@ -6,7 +6,7 @@ Shape legend for this file
 
 from torch import Tensor
 
-from xkd_trainer.losses.ops.term import at_least_float32
+from xkd_trainer.models.measures import at_least_float32
 
 
 def sampled_kl(student_logits_NV: Tensor, ids_Nk: Tensor, weights_Nk: Tensor, entropy_N: Tensor) -> Tensor:

@@ -141,8 +141,7 @@ def losses(as_json: JsonOption = False) -> None:
     Example: xkd-train losses
     """
     from xkd_trainer.losses.declaration import describe_loss
-    from xkd_trainer.losses.registry import loss_named, loss_names
-    from xkd_trainer.losses.weights import formula, parse_loss
+    from xkd_trainer.losses.registry import formula, loss_named, loss_names, parse_loss
 
     described = {name: describe_loss(loss_named(name)) for name in loss_names()}
     if as_json:

@@ -25,17 +25,16 @@ from xkd_schemas.text.encode import TRIED, Encoder
 from xkd_schemas.text.templates import CHAT, chosen_template
 from xkd_schemas.text.tokenizers import identity
 from xkd_schemas.tokens import OK, Tokens
-from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.data.cache import Cache, find_student
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
-from xkd_trainer.models.bits_per_byte import batched, bits_per_byte
+from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
 from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device, warn_of_slow_dtype
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.head import check_model, head_of
 from xkd_trainer.models.loading import check_model_name, load_model, load_tokenizer
-from xkd_trainer.models.turn_ends import learnt_ends, turn_ends
-from xkd_trainer.training.export import template_of, thinking_of
+from xkd_trainer.training.export import find_learnt_ends, find_turn_ends, template_of, thinking_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,18 +115,9 @@ def agreement(
 ) -> dict[str, float]:
     """Share of exact pairs at whose positions student and teacher would say the same next token, in percent.
 
-    A pair counts where both models predict one token each for the same characters. Two tokens are the
-    same where their bytes are (`shared_vocabulary`); a teacher's token the student does not have
-    counts as disagreement.
-
-    Args:
-        model: The student.
-        tokenizer: The student's.
-        shards: The cache.
-        doc_ids: The rows to compare on; None for all of the cache.
-
-    Raises:
-        Mismatch: A row is not in the cache.
+    A pair counts where both models predict one token each for the same characters. Two tokens are the same where their
+    bytes are (`shared_vocabulary`); a teacher's token the student does not have counts as disagreement. `doc_ids` are
+    the rows to compare on, None for all of the cache; Mismatch where one is not in it.
     """
     cache = Cache(shards, student=find_student(shards, identity(tokenizer), ""))
     argmax = tuple(s for s in cache.signals if s.name == "argmax")
@@ -143,9 +133,9 @@ def agreement(
     same = total = 0
     compared = _rows_of(cache, doc_ids)
     with Progress("agreement with the teacher", len(compared)):
-        for rows in batched(compared):
+        for rows in make_batches(compared):
             batch = batch_of(cache, rows, frozenset(argmax))
-            hits, pairs = _agreeing(model, batch, translated)
+            hits, pairs = _count_agreeing(model, batch, translated)
             same, total = same + hits, total + pairs
     return {"agreement": 100.0 * same / max(1, total), "agreement_pairs": total}
 
@@ -164,8 +154,7 @@ def _rows_of(cache: Cache, doc_ids: Collection[str] | None) -> list[int]:
     return [row for row in usable if ids[row] in doc_ids]
 
 
-def _agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple[int, int]:
-    assert batch.teacher_argmax_BM is not None
+def _count_agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple[int, int]:
     states_BSd = run(
         model, batch.student_ids_BS.to(model.device), batch.student_valid_BS.to(model.device)
     ).last_BLD.cpu()
@@ -174,9 +163,9 @@ def _agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple
     for row in range(len(batch.rows)):
         pairs_E2 = batch.pairs_BE2[row, batch.pair_valid_BE[row]]
         place_E = batch.predict_BN[row, pairs_E2[:, 0]]
-        said_E = head(states_BSd[row, place_E].to(model.device)).argmax(-1).cpu()
-        teacher_E = translated[batch.teacher_argmax_BM[row, pairs_E2[:, 1]]]
-        same += int((said_E == teacher_E).sum())
+        student_E = head(states_BSd[row, place_E].to(model.device)).argmax(-1).cpu()
+        teacher_E = translated[unwrap(batch.teacher_argmax_BM)[row, pairs_E2[:, 1]]]
+        same += int((student_E == teacher_E).sum())
         total += len(pairs_E2)
     return same, total
 
@@ -201,14 +190,14 @@ def rouge_l(
         segment = next(s for s in document.segments if s.target)
         references.append(several.get(document.line) or [document.text[segment.start : segment.end]])
     means = []
-    ends = turn_ends(model, tokenizer, learnt_ends((t.ids, t.kinds, t.targets) for _, t in pairs))
+    ends = find_turn_ends(model, tokenizer, find_learnt_ends((t.ids, t.kinds, t.targets) for _, t in pairs))
     longest = request.max_new_tokens
     for number, seed in enumerate(request.seeds, start=1):
         with Progress(f"generate, seed {number} of {len(request.seeds)}", len(prompts), of="responses"):
             responses = generate(model, tokenizer, prompts, seed=seed, ends=ends, max_new_tokens=longest)
         scores = [
-            max(scorer.score(one, said)["rougeL"].fmeasure for one in own)
-            for own, said in zip(references, responses, strict=True)
+            max(scorer.score(one, response)["rougeL"].fmeasure for one in own)
+            for own, response in zip(references, responses, strict=True)
         ]
         means.append(100.0 * float(np.mean(scores)))
     return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means)), "rouge_l_max": max(means)}
@@ -234,9 +223,9 @@ def generate(
     torch.manual_seed(seed or 0)
     random.seed(seed)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    said: list[str] = [""] * len(prompts)
+    responses = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for group in batched(order):
+    for group in make_batches(order):
         longest = max(len(prompts[i]) for i in group)
         ids_BL = torch.full((len(group), longest), filler, dtype=torch.int64)
         seen_BL = torch.zeros_like(ids_BL)
@@ -247,15 +236,11 @@ def generate(
         output = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=seen_BL.to(model.device),
-            **(
-                {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-                if seed is not None
-                else {"do_sample": False}
-            ),
+            **({"do_sample": False} if seed is None else _SAMPLED),
             max_new_tokens=max_new_tokens,
             pad_token_id=filler,
             eos_token_id=list(ends),
         )
         for index, row_ids in zip(group, output[:, longest:].tolist(), strict=True):
-            said[index] = tokenizer.decode(row_ids, skip_special_tokens=True)
-    return said
+            responses[index] = tokenizer.decode(row_ids, skip_special_tokens=True)
+    return responses

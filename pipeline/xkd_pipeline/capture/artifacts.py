@@ -16,7 +16,7 @@ from xkd_schemas.tokens import Tokens, kept_rows, predictors
 from xkd_trainer.models.forward import num_layers
 from xkd_trainer.models.head import head_of
 from xkd_trainer.models.loading import load_tokenizer, split_gguf
-from xkd_trainer.models.tensor_files import save_tensors
+from xkd_trainer.models.student_files import save_tensors
 
 
 def weights_identity(name: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from xkd_trainer.losses.baselines.alm import (
     likelihood_matching,
     log_complement,
 )
-from xkd_trainer.losses.ops.head_sums import LazyLogits, head_log_probabilities
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_log_probabilities
 from xkd_trainer.losses.registry import LOSSES
 from xkd_trainer.training.prepare import Ready, set_up
 

@@ -17,7 +17,7 @@ from xkd_pipeline.capture import artifacts as teacher_files
 from xkd_schemas.errors import BadData, DiskFailed
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.loading import load_model, load_tokenizer
-from xkd_trainer.training.checkpoint import KEPT, Snapshot, newest, save
+from xkd_trainer.training.checkpoint import KEPT, Snapshot, load_newest, save
 from xkd_trainer.training.export import export_student, is_finished
 from xkd_trainer.training.metrics import Metrics
 
@@ -57,7 +57,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path, tied: bool) -> None
     wrote = snapshot(3, tied=tied)
 
     save(tmp_path, wrote)
-    read, skipped = newest(tmp_path)
+    read, skipped = load_newest(tmp_path)
 
     assert skipped == []
     assert read is not None
@@ -80,7 +80,7 @@ def test_only_the_newest_stay_and_no_file_is_a_pickle(tmp_path: Path) -> None:
 
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["step-00000009", "step-00000010"][:KEPT]
-    read, _ = newest(tmp_path)
+    read, _ = load_newest(tmp_path)
     assert read is not None
     assert read.step == 10
     names = {path.name for path in (tmp_path / "checkpoints/step-00000010").iterdir()}
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path, file: s
     if damage == "gone":
         path.unlink()
 
-    read, skipped = newest(tmp_path)
+    read, skipped = load_newest(tmp_path)
 
     assert read is not None
     assert read.step == 4
@@ -115,12 +115,12 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path, file: s
 
 
 def test_no_checkpoint_and_a_torn_one_are_no_snapshot(tmp_path: Path) -> None:
-    assert newest(tmp_path) == (None, [])
+    assert load_newest(tmp_path) == (None, [])
     save(tmp_path, snapshot(1)).rename(tmp_path / "checkpoints/.tmp-step-00000001-77")
-    assert newest(tmp_path) == (None, [])
+    assert load_newest(tmp_path) == (None, [])
     save(tmp_path, snapshot(2))
     assert not (tmp_path / "checkpoints/.tmp-step-00000001-77").exists()
-    assert newest(tmp_path)[0] is not None
+    assert load_newest(tmp_path)[0] is not None
 
 
 def test_a_step_that_is_saved_again_replaces_the_first(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_step_that_is_saved_again_replaces_the_first(tmp_path: Path) -> None:
 
     save(tmp_path, second)
 
-    read, _ = newest(tmp_path)
+    read, _ = load_newest(tmp_path)
     assert read is not None
     assert_equal(dict(read.student), dict(second.student))
 
@@ -141,7 +141,7 @@ def test_a_disk_that_cannot_be_written_is_said_and_leaves_the_old_checkpoint(tmp
     with pytest.raises(DiskFailed, match=r"step-00000002.*Kept: everything committed before") as caught:
         save(tmp_path / "out", snapshot(2))
     assert caught.value.exit_code == 74
-    assert newest(tmp_path)[0] is not None
+    assert load_newest(tmp_path)[0] is not None
 
 
 # metrics.jsonl

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slow_dwa as slow
-from xkd_trainer.losses.ops.cross_model_attention import MASKED, align_scores, attend
+from xkd_trainer.losses.dual_space import MASKED, align_scores, attend
 
 
 def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -110,13 +110,13 @@ def test_js_is_symmetric_and_below_log_two() -> None:
 
 
 def test_an_unknown_kind_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"'kl' is not a divergence\. Known: forward_kl, .*adaptive_kl"):
+    with pytest.raises(UsageError, match=r"'kl' is not a divergence.*forward_kl, .*adaptive_kl"):
         divergence(torch.zeros(1, 2), torch.zeros(1, 2), "kl", temperature=1.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("temperature", [0.0, float("nan")])
 def test_a_temperature_out_of_range_is_named(temperature: float) -> None:
-    with pytest.raises(UsageError, match=r"temperature is "):
+    with pytest.raises(UsageError, match=r"temperature must be > 0, found "):
         divergence(torch.zeros(1, 2), torch.zeros(1, 2), "js", temperature=temperature)
 
 

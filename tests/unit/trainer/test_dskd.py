@@ -27,14 +27,14 @@ from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.dual_space import (
     DskdCmaSettings,
     DskdSettings,
-    correct,
+    find_correct,
     projected_cross_entropy,
     student_space,
     teacher_space,
     teacher_states,
 )
 from xkd_trainer.losses.ops.divergence import DIVERGENCES
-from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.training.distiller import Distiller
@@ -84,7 +84,7 @@ def test_the_three_terms_are_the_loops_over_ragged_documents(
     d = Drawn(seed, sizes)
     how = DskdSettings(temperature=tau, student_divergence=kind, teacher_divergence=kind, skew=0.2, adaptive_alpha=0.4)
     own, projected, back, teacher = (d.logits(x) for x in (d.own, d.projected, d.back, d.teacher))
-    kept = correct(projected, d.target_BN(0), d.valid)
+    kept = find_correct(projected, d.target_BN(0), d.valid)
     ones = torch.ones(d.valid.shape, dtype=F64)
 
     found = (
@@ -145,12 +145,12 @@ def test_the_mask_of_right_predictions_reads_no_padding_and_takes_the_first_of_e
         for rows, targets in zip(d.rows(d.projected), d.targets, strict=True)
     ]
 
-    found = correct(d.logits(d.projected, math.nan), d.target_BN(-1), d.valid)
+    found = find_correct(d.logits(d.projected, math.nan), d.target_BN(-1), d.valid)
 
     assert [row[v].tolist() for row, v in zip(found, d.valid, strict=True)] == expected
     assert not found[~d.valid].any()
     level = replace(projected, weight=torch.zeros_like(projected.weight))
-    assert torch.equal(correct(level, torch.zeros_like(d.target_BN(0)), d.valid), d.valid)
+    assert torch.equal(find_correct(level, torch.zeros_like(d.target_BN(0)), d.valid), d.valid)
 
 
 def test_degenerate_states_are_finite() -> None:

@@ -13,8 +13,9 @@ import tiny_models as tiny
 from slow_losses import ragged
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.baselines.dskd_v2 import DskdV2Settings, equal_logits, label_table, pseudo_inverse
-from xkd_trainer.losses.dual_space import correct, student_space, teacher_space, teacher_states
-from xkd_trainer.losses.ops.head_sums import LazyLogits, head_divergence
+from xkd_trainer.losses.dual_space import find_correct, student_space, teacher_space, teacher_states
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.ops.shared_pass import head_divergence
 from xkd_trainer.training.prepare import set_up
 
 F64 = torch.float64
@@ -66,7 +67,7 @@ def test_one_head_on_both_sides_makes_both_spaces_one() -> None:
 
     torch.testing.assert_close(projected.dense(), own.dense())
     label = own.dense().argmax(-1)
-    assert correct(projected, label, valid).all()
+    assert find_correct(projected, label, valid).all()
     ones = torch.ones(1, 3, dtype=F64)
     assert float(student_space(own, projected, ones, valid, DskdV2Settings()).total) == pytest.approx(0, abs=1e-12)
     term = teacher_space(projected, own, ones, valid, DskdV2Settings(), count=valid.sum())

@@ -12,20 +12,17 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import slow_dwa as slow
+from xkd_trainer.losses.dual_space import align_scores, attend, projected_cross_entropy, student_space, teacher_space
 from xkd_trainer.losses.dwa import (
     DwaSettings,
     alignment,
     anneal,
     band,
-    projected_cross_entropy,
     sequence_term,
-    student_space,
     student_weights,
-    teacher_space,
     teacher_weights,
 )
-from xkd_trainer.losses.ops.cross_model_attention import align_scores, attend
-from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm
 
 Order = Literal["gate_before", "gate_after"]

@@ -126,7 +126,7 @@ def _document(prompt: str, response: str) -> Document:
     return document_of([("prompt", prompt, False), ("response", response, True)], source="here", line=1)
 
 
-def permuted(kind: str) -> tuple[Any, dict[int, int]]:
+def permute(kind: str) -> tuple[Any, dict[int, int]]:
     """The same tokenizer with other ids, and old id -> new id."""
     content = json.loads(tokenizer_of(kind).backend_tokenizer.to_str())
     fixed = {token["id"] for token in content["added_tokens"]}
@@ -138,7 +138,7 @@ def permuted(kind: str) -> tuple[Any, dict[int, int]]:
 
 def test_the_same_model_with_other_token_numbers_has_the_same_bits_per_byte(tmp_path: Path) -> None:
     model, twin = tiny.llama("sentencepiece"), tiny.llama("sentencepiece")
-    tokenizer, moved = permuted("sentencepiece")
+    tokenizer, moved = permute("sentencepiece")
     with torch.no_grad():
         for old, new in moved.items():
             twin.get_input_embeddings().weight[new] = model.get_input_embeddings().weight[old]

@@ -24,7 +24,7 @@ from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.baselines.fdd import FddSettings, derivative, needs
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.ops import lazy_logits
-from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 
 F64 = torch.float64
 TERMS = ("final", "trajectory", "derivative")

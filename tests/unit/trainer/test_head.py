@@ -6,9 +6,9 @@ from torch import Tensor
 
 import slow_dwa as slow
 from xkd_trainer.losses.ops import lazy_logits
-from xkd_trainer.losses.ops.chunked import chunked, chunked_sum
-from xkd_trainer.losses.ops.divergence import Kind, Knobs, divergence
-from xkd_trainer.losses.ops.head_sums import Comparison, LazyLogits, head_cross_entropy, head_divergence
+from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs, divergence
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked, chunked_sum
+from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
 
 KINDS = get_args(Kind)
 
@@ -108,7 +108,7 @@ def test_nothing_reaches_the_teacher_or_the_weights_and_a_detached_head_stays_as
     assert student.hidden.grad is not None
     constants = (student.weight, weights, *leaves(teacher))
     assert [x.grad for x in constants] == [None] * len(constants)
-    assert not any(x.requires_grad for x in leaves(student.detached()))
+    assert not any(x.requires_grad for x in leaves(student.detach()))
 
 
 def test_a_second_backward_gives_the_same_gradient() -> None:

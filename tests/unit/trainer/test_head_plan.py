@@ -14,10 +14,9 @@ from torch import Tensor
 import slow_dwa as slow
 from xkd_trainer.losses.dwa import student_weights
 from xkd_trainer.losses.ops import shared_pass as head_plan
-from xkd_trainer.losses.ops.divergence import Kind, Knobs, divergence
+from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs, divergence
 from xkd_trainer.losses.ops.lazy_logits import Chunk, LazyLogits
 from xkd_trainer.losses.ops.shared_pass import HeadPlan, Planned
-from xkd_trainer.losses.ops.softmax_rows import Comparison
 
 F64 = torch.float64
 CLASSES = 7
@@ -42,7 +41,7 @@ class Case:
         self.target = torch.randint(0, CLASSES, shape, generator=torch.Generator().manual_seed(seed))
         weight, bias = draw(seed + 1, CLASSES, 4, grad=True), draw(seed + 2, CLASSES, grad=True)
         self.own = LazyLogits(hidden=draw(seed + 3, *shape, 4, grad=True), weight=weight, bias=bias)
-        self.projected = replace(self.own.detached(), hidden=draw(seed + 4, *shape, 4, grad=True))
+        self.projected = replace(self.own.detach(), hidden=draw(seed + 4, *shape, 4, grad=True))
         self.teacher = LazyLogits(hidden=draw(seed + 5, *shape, 3, grad=True), weight=draw(seed + 6, CLASSES + 2, 3))
         self.how = how
         self.plan = HeadPlan(own=self.own, target_BN=self.target, valid_BN=self.valid)
@@ -276,7 +275,7 @@ def test_a_constant_head_and_constant_states_get_no_gradient() -> None:
     case = Case([2, 3])
     fixed = replace(case.own, weight=case.own.weight.detach(), bias=None)
     plan = HeadPlan(own=fixed, target_BN=case.target, valid_BN=case.valid)
-    wanted = [plan.cross_entropy(), plan.cross_entropy(case.projected.detached())]
+    wanted = [plan.cross_entropy(), plan.cross_entropy(case.projected.detach())]
 
     plan.run(wanted, list(FACTORS[:2]))[0].backward()
 

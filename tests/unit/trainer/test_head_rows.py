@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xkd_trainer.losses.ops.divergence import Kind, divergence
+from xkd_trainer.losses.ops.divergence import Comparison, Kind, divergence
 from xkd_trainer.losses.ops.softmax_rows import (
     PART_ELEMENTS,
-    Comparison,
     Scratch,
     cross_entropy_rows,
     divergence_rows,

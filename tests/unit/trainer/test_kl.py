@@ -24,9 +24,8 @@ from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import StudentPass
 from xkd_trainer.losses.ops.divergence import DIVERGENCES, Kind
-from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm
-from xkd_trainer.losses.same_tokenizer import first_classes
 from xkd_trainer.models.forward import States, run
 from xkd_trainer.models.head import Head, head_of
 from xkd_trainer.training.prepare import Ready, set_up
@@ -154,7 +153,7 @@ def test_padding_and_micro_batches_change_neither_value_nor_gradient(kind: str) 
 
 def test_classes_beyond_the_tokenizer_take_no_part() -> None:
     hidden, weight = torch.arange(8.0).view(2, 4), torch.arange(-18.0, 18).view(9, 4)  # exact in any order of adding
-    cut = first_classes(LazyLogits(hidden=hidden, weight=weight, bias=torch.arange(9.0)), 6)
+    cut = LazyLogits(hidden=hidden, weight=weight, bias=torch.arange(9.0)).of_classes(slice(6))
     assert torch.equal(cut.dense(), (hidden @ weight.T + torch.arange(9.0))[:, :6])
 
 

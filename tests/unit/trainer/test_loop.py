@@ -26,7 +26,7 @@ from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order, learning_rate
 from xkd_trainer.training import loop
-from xkd_trainer.training.checkpoint import newest
+from xkd_trainer.training.checkpoint import load_newest
 from xkd_trainer.training.loop import train
 
 ALL = "mta+sra+dwa"
@@ -226,7 +226,7 @@ def stopped_after(out: Path, monkeypatch: pytest.MonkeyPatch, batches: int) -> i
         patched.setattr(loop, "batch_of", failing_after(batches, BadData("a shard is gone")))
         with pytest.raises(BadData, match="a shard is gone"):
             train(run(out, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
-    snapshot, _ = newest(out)
+    snapshot, _ = load_newest(out)
     return 0 if snapshot is None else snapshot.step
 
 
@@ -450,7 +450,7 @@ def test_a_term_that_is_not_finite_stops_the_run_before_the_update(
     assert f"not finite on cache rows {rows}" in text
     assert "\n" not in text
     assert all(torch.equal(updated[-1][n], updated[-2][n]) for n in updated[-1])
-    snapshot, _ = newest(tmp_path)
+    snapshot, _ = load_newest(tmp_path)
     assert snapshot is not None
     assert snapshot.step == 2
     assert not (tmp_path / "model.safetensors").exists()

@@ -17,9 +17,17 @@ from one_step import gradients
 from xkd_schemas.errors import UsageError
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.baselines.mined import MINED, carried_head, mined_divergence, usable_positions
-from xkd_trainer.losses.baselines.mined_alignment import _nearest, partners, token_texts, vocabulary_map
-from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.baselines.mined import (
+    MINED,
+    _nearest,
+    carry_head,
+    mined_divergence,
+    partners,
+    token_texts,
+    usable_positions,
+    vocabulary_map,
+)
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.vocabulary import token_bytes
 from xkd_trainer.losses.registry import LOSSES
 from xkd_trainer.training.prepare import Ready, set_up
@@ -78,7 +86,7 @@ def test_the_search_for_nearest_classes_is_counted_and_does_not_depend_on_its_pi
     )
     whole = vocabulary_map(source, target, "nearest").tolist()
     monkeypatch.setattr("xkd_schemas.progress.EVERY", -1.0)  # every tick is shown
-    monkeypatch.setattr("xkd_trainer.losses.baselines.mined_alignment.SEARCHED", 1)
+    monkeypatch.setattr("xkd_trainer.losses.baselines.mined.SEARCHED", 1)
 
     assert vocabulary_map(source, target, "nearest").tolist() == whole == [2, 0, 1]
     assert "mined: nearest classes: 1 of 2 classes" in capsys.readouterr().err
@@ -156,7 +164,7 @@ class Case:
         self, student: Tensor | None = None, fill: float = 0.0, rows: slice = slice(None), tau: float = 2.0
     ) -> Any:
         states = tools.padded(self.student, fill) if student is None else student
-        head, logit = carried_head(self.head, self.head_bias, self.to_teacher, len(self.weight))
+        head, logit = carry_head(self.head, self.head_bias, self.to_teacher, len(self.weight))
         return mined_divergence(
             LazyLogits(hidden=states[rows], weight=self.weight, bias=self.bias),
             LazyLogits(hidden=tools.padded(self.teacher, fill)[rows], weight=head, bias=logit),
@@ -231,7 +239,7 @@ def test_degenerate_input_is_finite(sizes: list[int], size: float) -> None:
 
 def test_a_teacher_that_is_its_own_student_costs_nothing() -> None:
     case = Case(5, [4, 2])
-    head, logit = carried_head(case.weight, case.bias, torch.arange(5), 5)
+    head, logit = carry_head(case.weight, case.bias, torch.arange(5), 5)
     states = tools.padded(case.student)
 
     def loss(student: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from xkd_schemas.errors import UsageError
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import Levels
-from xkd_trainer.losses.mta import MtaSettings, covered, needs, phi, range_sums, strided_layers
+from xkd_trainer.losses.mta import MtaSettings, find_covered, needs, phi, range_sums, strided_layers
 from xkd_trainer.training.prepare import Ready
 
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -48,7 +48,7 @@ def test_covered_tokens_and_sums_in_ranges_are_the_loops(seed: int, length: int)
     spans = torch.randint(0, length + 1, (len(sizes), max(sizes), 2), generator=g)
     weights, valid = torch.rand(len(sizes), length, generator=g, dtype=torch.float64), slow.mask(sizes)
 
-    inside, sums = covered(spans, valid, length), range_sums(weights, spans)
+    inside, sums = find_covered(spans, valid, length), range_sums(weights, spans)
 
     for b, size in enumerate(sizes):
         tokens = {t for first, end in spans[b, :size].tolist() for t in range(first, end)}

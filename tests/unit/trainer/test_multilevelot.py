@@ -25,12 +25,12 @@ from xkd_trainer.losses.baselines.multilevelot import (
     class_mass,
     greedy_classes,
     position_distance,
-    scaled,
+    scale_logits,
     sequence_distance,
     word_cross_entropy,
 )
 from xkd_trainer.losses.ops import lazy_logits
-from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm
 from xkd_trainer.models.head import Head
 from xkd_trainer.training.loop import train
@@ -166,7 +166,7 @@ def test_equal_logits_and_a_document_without_pairs_are_finite() -> None:
 
     torch.testing.assert_close(chosen, torch.full((2, 2), 0.2, dtype=torch.float64))
     assert bool(torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all())
-    assert bool(torch.isfinite(scaled(torch.tensor([[1e4, -1e4, 0.0]]), 1.0)).all())
+    assert bool(torch.isfinite(scale_logits(torch.tensor([[1e4, -1e4, 0.0]]), 1.0)).all())
     assert class_mass(logits, torch.tensor([0, 0]), 2, 1.0)[1].abs().sum() == 0.0
     none = torch.zeros(2, 3, dtype=torch.bool)
     p = torch.rand(2, 3, 4)
@@ -181,7 +181,7 @@ def test_equal_logits_and_a_document_without_pairs_are_finite() -> None:
 def test_the_same_model_standardised_is_the_same_at_any_scale_of_its_logits() -> None:
     logits = torch.randn(2, 30, generator=generator(0), dtype=torch.float64)
 
-    torch.testing.assert_close(scaled(logits, 1.0), scaled(7 * logits, 1.0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(scale_logits(logits, 1.0), scale_logits(7 * logits, 1.0), rtol=1e-3, atol=1e-3)
 
 
 # Wired to the cache

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_trainer.data.sampler import ORDER, Order, permuted
+from xkd_trainer.data.sampler import ORDER, Order, permute
 
 GOLDEN = {
     (0, 0): [4, 6, 2, 7, 3, 5, 9, 0, 8, 1],
@@ -21,7 +21,7 @@ SIZES = st.one_of(st.integers(1, 70), st.integers(1, 5000))
 @settings(max_examples=150, deadline=None)
 @given(size=SIZES, seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
 def test_any_size_seed_and_epoch_gives_a_permutation(size: int, seed: int, epoch: int) -> None:
-    found = permuted(size, seed=seed, epoch=epoch)
+    found = permute(size, seed=seed, epoch=epoch)
 
     assert found.dtype == np.int64
     assert sorted(found.tolist()) == list(range(size))
@@ -32,12 +32,12 @@ def test_the_order_is_the_one_of_the_first_release() -> None:
     assert ORDER == "numpy PCG64 permutation"
     for (seed, epoch), first in GOLDEN.items():
         size = 1_000_003 if seed == 7 else 10
-        assert permuted(size, seed=seed, epoch=epoch)[: len(first)].tolist() == first
+        assert permute(size, seed=seed, epoch=epoch)[: len(first)].tolist() == first
 
 
 @pytest.mark.parametrize("size", [10, 60, 1000])
 def test_neighbours_do_not_stay_neighbours_more_often_than_in_a_fair_shuffle(size: int) -> None:
-    orders = [permuted(size, seed=seed, epoch=0) for seed in range(400)]
+    orders = [permute(size, seed=seed, epoch=0) for seed in range(400)]
 
     together = [int((np.abs(np.diff(order)) == 1).sum()) for order in orders]
 
@@ -47,7 +47,7 @@ def test_neighbours_do_not_stay_neighbours_more_often_than_in_a_fair_shuffle(siz
 
 def test_seeds_and_epochs_give_other_orders_and_all_positions_occur_equally_often() -> None:
     size = 16
-    orders = [permuted(size, seed=s, epoch=e) for s in range(40) for e in range(40)]
+    orders = [permute(size, seed=s, epoch=e) for s in range(40) for e in range(40)]
 
     assert len({tuple(o.tolist()) for o in orders}) == len(orders)
     counts = np.stack([np.bincount([o[place] for o in orders], minlength=size) for place in range(size)])
@@ -64,7 +64,7 @@ def test_each_epoch_sees_every_document_once(size: int, batch_size: int, seed: i
 
     steps = [order.step(first + s) for s in range(order.steps_per_epoch)]
 
-    assert np.array_equal(np.concatenate(steps), permuted(size, seed=seed, epoch=epoch))
+    assert np.array_equal(np.concatenate(steps), permute(size, seed=seed, epoch=epoch))
     assert sorted(np.concatenate(steps).tolist()) == list(range(size))
     assert all(0 < len(step) <= batch_size for step in steps)
 

@@ -14,9 +14,9 @@ from xkd_trainer.losses.registry import loss_named, loss_names
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    plugins.installed.cache_clear()
+    plugins.find_installed.cache_clear()
     yield
-    plugins.installed.cache_clear()
+    plugins.find_installed.cache_clear()
 
 
 def declare(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:

@@ -18,7 +18,9 @@ from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
 from xkd_schemas.sampled_classes import unpacked
 from xkd_trainer.losses.baselines.rskd import head_sampled_kl
 from xkd_trainer.losses.ops import lazy_logits
-from xkd_trainer.losses.ops.head_sums import Comparison, LazyLogits, head_divergence
+from xkd_trainer.losses.ops.divergence import Comparison
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.ops.shared_pass import head_divergence
 
 
 def some(positions: int = 5, classes: int = 9, k: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

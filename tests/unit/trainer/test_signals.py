@@ -13,7 +13,7 @@ from xkd_trainer.models.measures import (
     _variance,
     centrality,
     cosine_matrix,
-    normalised_row,
+    normalise_row,
     pack_triangle,
     pool_spans,
     prediction_stats,
@@ -242,7 +242,7 @@ def test_a_row_of_attention_is_summed_over_heads_and_normalised_over_the_documen
     valid = slow.mask([5, 3, 0])
     row[1, :, 3:] = torch.nan
 
-    found = normalised_row(row, valid)
+    found = normalise_row(row, valid)
 
     torch.testing.assert_close(found[0], row[0].sum(0) / row[0].sum())
     torch.testing.assert_close(found[1, :3], row[1, :, :3].sum(0) / row[1, :, :3].sum())

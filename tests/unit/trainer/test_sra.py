@@ -8,13 +8,8 @@ from torch import Tensor
 import slow_losses as slow
 from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.ops.term import LossTerm
-from xkd_trainer.losses.sra import (
-    SraSettings,
-    geometric,
-    shared_vocabulary,
-    span_omega,
-    weighted_cosine,
-)
+from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
+from xkd_trainer.losses.sra import SraSettings, geometric, span_omega, weighted_cosine
 
 SEEDS = st.integers(0, 2**31)
 D, V = 4, 6

@@ -24,7 +24,7 @@ from xkd_trainer.data import collate as stream
 from xkd_trainer.data.batch import Batch, Level, blank, gather_rows
 from xkd_trainer.data.cache import Cache, find_student
 from xkd_trainer.data.collate import batch_of, inside_any
-from xkd_trainer.data.prefetch import prefetched
+from xkd_trainer.data.prefetch import prefetch
 from xkd_trainer.models.padding import pad
 
 WANTED = frozenset(
@@ -419,7 +419,7 @@ def test_items_come_in_order_and_no_more_than_the_depth_ahead() -> None:
             yield item
 
     taken = []
-    for item in prefetched(produce, depth=2):
+    for item in prefetch(produce, depth=2):
         taken.append(item)
         assert len(made) <= len(taken) + 3
 
@@ -431,7 +431,7 @@ def test_an_error_of_the_producer_is_raised_after_the_items_before_it() -> None:
         yield 1
         raise BadData("row 7 is gone")
 
-    items = prefetched(produce)
+    items = prefetch(produce)
     assert next(items) == 1
     with pytest.raises(BadData, match="row 7 is gone"):
         next(items)
@@ -443,7 +443,7 @@ def test_a_consumer_that_stops_early_stops_the_thread() -> None:
     def produce() -> Iterator[int]:
         yield from iter(int, 1)  # zeros, for ever
 
-    items = prefetched(produce)
+    items = prefetch(produce)
     assert next(items) == 0
     items.close()  # type: ignore[attr-defined]
 

@@ -22,11 +22,11 @@ from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import UsageError
 from xkd_trainer.data.batch import blank
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.baselines.positional_pairs import paired
 from xkd_trainer.losses.baselines.uld import head_sorted_l1, sorted_l1, sorted_teacher, topk_teacher
 from xkd_trainer.losses.declaration import describe_loss
 from xkd_trainer.losses.ops import lazy_logits
-from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.pairing import find_pairs
 from xkd_trainer.losses.registry import loss_named
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import Ready, set_up
@@ -195,7 +195,7 @@ def test_a_pair_needs_a_prediction_of_both_models(short: str) -> None:
     cut = getattr(batch, short).clone()
     cut[:, 2:] = False
 
-    found = paired(replace(batch, **{short: cut}))
+    found = find_pairs(replace(batch, **{short: cut}))
 
     assert found.sum(-1).tolist() == [2] * len(ROWS)
 

@@ -6,8 +6,7 @@ import pytest
 
 import tiny_models as tiny
 from xkd_schemas.errors import UsageError
-from xkd_trainer.losses.registry import LOSSES
-from xkd_trainer.losses.weights import formula, parse_loss
+from xkd_trainer.losses.registry import LOSSES, formula, parse_loss
 from xkd_trainer.training.prepare import set_up
 
 PAPERS = {
@@ -59,10 +58,10 @@ def test_a_run_spells_out_what_every_term_weighs() -> None:
     run = tiny.tiny_cache().run(loss="sra+dwa=2", losses={"dwa": {"dtw_warmup_steps": 3}})
     distiller = set_up(run, "").distiller
 
-    assert distiller.described(9).startswith(
+    assert distiller.describe(9).startswith(
         "0.5 ce + 0.5 (sra.cos 1 + sra.geo 50 + sra.kd 1) + 2 (dwa.projected_ce 0.5 + "
     )
-    assert re.search(r"dwa\.dtw_states [0-9.]+ to 0\.2\b", distiller.described(9))
+    assert re.search(r"dwa\.dtw_states [0-9.]+ to 0\.2\b", distiller.describe(9))
     assert distiller.term_weights(9)["dwa.dtw_states"] == 0.4
     assert {k: v for k, v in distiller.term_weights(9).items() if "dwa" not in k} == {
         "ce.ce": 0.5, "sra.cos": 0.5, "sra.geo": 25.0, "sra.kd": 0.5,

@@ -9,7 +9,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compile_kernel(function: Callable[..., Any]) -> Any:
     """Compile on first use, without the GIL and without numba's cache on disk, which is a pickle.
 
     A product and a sum may become one instruction, which rounds once; no other liberty is taken with floats.
@@ -17,7 +17,7 @@ def compiled(function: Callable[..., Any]) -> Any:
     return numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
 
 
-def compiled_sums(function: Callable[..., Any]) -> Any:
+def compile_sums(function: Callable[..., Any]) -> Any:
     """`compiled`, and a sum may be taken in any order, as many numbers at a time as a vector register holds.
 
     So the last bit differs between kinds of processors, never between two runs on one. Not for what a cache keeps.
@@ -40,7 +40,7 @@ def among_threads(work: Callable[[slice], None], rows: int, threads: int) -> Non
             list(pool.map(work, parts))
 
 
-def _reinterpreted(to: Any) -> Callable[[Any, Any], Any]:
+def _reinterpret(to: Any) -> Callable[[Any, Any], Any]:
     """The intrinsic's two halves: the type that comes out, and the instruction."""
 
     def typed(_context: Any, value: Any) -> Any:
@@ -54,7 +54,7 @@ def _reinterpreted(to: Any) -> Callable[[Any, Any], Any]:
     return typed
 
 
-bits_of = intrinsic(_reinterpreted(lambda real: types.int32 if real == types.float32 else types.int64))
+bits_of = intrinsic(_reinterpret(lambda real: types.int32 if real == types.float32 else types.int64))
 """In a kernel: the bits of a float as a signed integer of the same size."""
-float_of = intrinsic(_reinterpreted(lambda integer: types.float32 if integer == types.int32 else types.float64))
+float_of = intrinsic(_reinterpret(lambda integer: types.float32 if integer == types.int32 else types.float64))
 """In a kernel: the float with these bits, the inverse of `bits_of`."""

@@ -1,4 +1,4 @@
-"""CPU kernel of `signals.prediction_stats`: one row of logits at a time, piece by piece in the CPU's nearest cache.
+"""CPU kernel of `measures.prediction_stats`: one row of logits at a time, piece by piece in the CPU's nearest cache.
 
 Exponentials and sums of a row are taken while its numbers are at hand, which in torch are passes over memory of their
 own. Sums are kept in as many parts as there are LANES, so that the result does not depend on how wide the vector
@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from xkd_trainer.cpu_kernels.compiled import among_threads, compiled
+from xkd_trainer.cpu_kernels.compiled import among_threads, compile_kernel
 
 Floats = npt.NDArray[np.float64]
 
@@ -24,7 +24,7 @@ PIECE: Final = 1024
 LANES: Final = 64
 """Parts of a sum; a piece is a whole number of them."""
 FLOOR: Final = np.float32(-80.0)
-"""As in `signals.LOWEST`: a class further below the likeliest counts as this far."""
+"""As in `measures.LOWEST`: a class further below the likeliest counts as this far."""
 LOG2E: Final = np.float32(1.44269504)
 LN2_HIGH: Final = np.float32(0.693359375)
 LN2_LOW: Final = np.float32(-2.12194440e-4)
@@ -32,22 +32,22 @@ TERMS: Final = tuple(np.float32(1.0 / f) for f in (5040.0, 720.0, 120.0, 24.0, 6
 """Of the exponential's series, the highest power first: exact to float32 between -ln 2 / 2 and ln 2 / 2."""
 
 
-@compiled
-def _widened(bits_P: Any, factor: Any, value_P: Any) -> None:
+@compile_kernel
+def _widen(bits_P: Any, factor: Any, value_P: Any) -> None:
     """The float32 numbers of these bits."""
     value_bits_P = value_P.view(np.int32)
     for p in range(len(bits_P)):
         value_bits_P[p] = np.int32(bits_P[p]) * factor
 
 
-@compiled
+@compile_kernel
 def _largest(bits_V: Any, factor: Any, value_P: Any, top_L: Any) -> Any:
     """The largest number; NaN counts as none."""
     top_L[:] = -np.inf
     for first in range(0, len(bits_V), PIECE):
         piece_P = bits_V[first : first + PIECE]
         value_P[len(piece_P) :] = -np.inf
-        _widened(piece_P, factor, value_P)
+        _widen(piece_P, factor, value_P)
         for start in range(0, PIECE, LANES):
             for lane in range(LANES):
                 value = value_P[start + lane]
@@ -55,12 +55,12 @@ def _largest(bits_V: Any, factor: Any, value_P: Any, top_L: Any) -> Any:
     return top_L.max()
 
 
-@compiled
+@compile_kernel
 def _place(bits_V: Any, factor: Any, top: Any, value_P: Any) -> int:
     """Where the first number equal to `top` stands, or -1."""
     for first in range(0, len(bits_V), PIECE):
         piece_P = bits_V[first : first + PIECE]
-        _widened(piece_P, factor, value_P)
+        _widen(piece_P, factor, value_P)
         equal = 0
         for p in range(len(piece_P)):
             equal += value_P[p] == top
@@ -71,7 +71,7 @@ def _place(bits_V: Any, factor: Any, top: Any, value_P: Any) -> int:
     return -1
 
 
-@compiled
+@compile_kernel
 def series(rest: Any) -> Any:
     """The exponential of a number between -ln 2 / 2 and ln 2 / 2."""
     value = TERMS[0]
@@ -84,7 +84,7 @@ def series(rest: Any) -> Any:
     return value * rest + TERMS[7]
 
 
-@compiled
+@compile_kernel
 def _exponentials(size: int, top: Any, value_P: Any, odds_P: Any, power_P: Any) -> None:
     """value - top, FLOOR at least, in place of each value, and its exponential; zeros after `size`."""
     odds_bits_P = odds_P.view(np.int32)
@@ -101,7 +101,7 @@ def _exponentials(size: int, top: Any, value_P: Any, odds_P: Any, power_P: Any) 
     odds_P[size:] = np.float32(0.0)
 
 
-@compiled
+@compile_kernel
 def _add(value_P: Any, odds_P: Any, part_2L: Any, sums_2L: Any) -> None:
     """Add the exponentials, and their products with what they are of, to the sums of each lane."""
     part_2L[:] = np.float32(0.0)
@@ -115,7 +115,7 @@ def _add(value_P: Any, odds_P: Any, part_2L: Any, sums_2L: Any) -> None:
         sums_2L[1, lane] += dot_L[lane]
 
 
-@compiled
+@compile_kernel
 def _fill(bits_NV: Any, factor: Any, entropy_N: Any, argmax_N: Any, logsumexp_N: Any) -> None:
     """Every row's entropy, class of the largest logit and logsumexp; `factor` makes bits of float32 of the bits."""
     value_P, odds_P, power_P = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
@@ -126,7 +126,7 @@ def _fill(bits_NV: Any, factor: Any, entropy_N: Any, argmax_N: Any, logsumexp_N:
         sums_2L[:] = 0.0
         for first in range(0, len(bits_V), PIECE):
             piece_P = bits_V[first : first + PIECE]
-            _widened(piece_P, factor, value_P)
+            _widen(piece_P, factor, value_P)
             _exponentials(len(piece_P), top, value_P, odds_P, power_P)
             _add(value_P, odds_P, part_2L, sums_2L)
         total = sums_2L[0].sum()
@@ -136,15 +136,12 @@ def _fill(bits_NV: Any, factor: Any, entropy_N: Any, argmax_N: Any, logsumexp_N:
 
 
 def stats_of_bits(bits_NV: npt.NDArray[Any], threads: int = 1) -> tuple[Floats, npt.NDArray[np.int64], Floats]:
-    """How sure a model is at each position, and of what.
+    """How sure a model is at each position, and of what, from logits as int16 (bits of bfloat16) or int32 (of
+    float32).
 
-    Args:
-        bits_NV: Logits as int16, the bits of bfloat16, or int32, those of float32; rows without a gap.
-        threads: Among which rows are divided; changes no result.
-
-    Returns:
-        Entropy [N] in nats, float64; class of the largest logit [N], int64, the first of equals; logsumexp [N],
-        float64. A row with NaN or +inf, or of -inf alone, has an entropy that is NaN.
+    Rows have no gap. Entropy [N] in nats, float64; class of the largest logit [N], int64, the first of equals;
+    logsumexp [N], float64. A row with NaN or +inf, or of -inf alone, has an entropy that is NaN. Threads change no
+    result.
 
     >>> logits = np.array([[0.0, 0.0, 0.0, 0.0], [1.0, 9.0, 9.0, 1.0]], np.float32)
     >>> entropy, argmax, _ = stats_of_bits(logits.view(np.int32))

@@ -6,8 +6,7 @@ sum is kept, and the same call pushes the gradient back through the shares: thre
 at a time. Everything runs along anti-diagonals, whose cells do not depend on each other and fill vector registers.
 What is far off the path is cut to zero before it becomes a denormal number, on which processors are many times slower.
 
-Imports numba: `softdtw` imports this module only where numba is installed. Each float type is compiled at its first
-use in a process, in two to four seconds.
+Each float type is compiled at its first use in a process, in two to four seconds.
 
 Shape legend for this file
     B pairs    S student tokens    T teacher tokens    D anti-diagonals, S + T - 1    K cells of one anti-diagonal
@@ -20,8 +19,13 @@ from typing import Any, Final
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
-from xkd_trainer.cpu_kernels.compiled import bits_of, compiled, float_of
+from xkd_trainer.cpu_kernels.compiled import among_threads, bits_of, compile_kernel, float_of
+
+Array = npt.NDArray[Any]
+
+CELLS_WORTH_A_THREAD: Final = 1 << 17
 
 FINE: Final = 0
 TOO_LARGE: Final = 1
@@ -60,7 +64,7 @@ def _power_of_two(width: Width) -> Any:
     one, ln2 = width.real(1), width.real(math.log(2.0))
     inverses = tuple(width.real(1.0 / n) for n in range(width.terms, 0, -1))
 
-    @compiled
+    @compile_kernel
     def power_of_two(fraction: Any) -> Any:
         x = fraction * ln2
         value = one
@@ -79,13 +83,13 @@ def _advance(width: Width) -> Any:
     never, forbidden = integer(-4 * width.limit), float(-width.limit)
     real, power_of_two = width.real, _power_of_two(width)
 
-    @compiled
+    @compile_kernel
     def shrink(exponent: Any, largest: Any) -> Any:
         difference = integer(exponent - largest)
         power = float_of(integer(integer(max(difference, dropped) + bias) << shift))
         return power if difference > dropped else zero
 
-    @compiled
+    @compile_kernel
     def advance(step: Any, near: Any, far: Any, out: Any, shares: Any) -> None:
         near_m, near_e = near
         far_m, far_e = far
@@ -109,13 +113,13 @@ def _advance(width: Width) -> Any:
     return advance
 
 
-@compiled
+@compile_kernel
 def _cells(diagonal: int, student_length: int, teacher_length: int) -> tuple[int, int]:
     """Half-open range of the rows that an anti-diagonal crosses."""
     return max(0, diagonal - teacher_length + 1), min(student_length, diagonal + 1)
 
 
-@compiled
+@compile_kernel
 def _odd_cells(step: Any, limit: float, forbidden: float) -> int:
     """Give forbidden cells (cost +inf) their mark; the status of the anti-diagonal."""
     status = FINE
@@ -129,14 +133,14 @@ def _odd_cells(step: Any, limit: float, forbidden: float) -> int:
     return status
 
 
-@compiled
+@compile_kernel
 def _steps(cost: Any, diagonal: int, low: int, scale: float, step: Any) -> None:
     """-cost / (gamma ln 2), float64, of the cells (low + k, diagonal - low - k)."""
     for k in range(step.size):
         step[k] = -scale * cost[low + k, diagonal - low - k]
 
 
-@compiled
+@compile_kernel
 def _num_odd(step: Any, limit: float) -> int:
     """How many steps are not finite or beyond `limit`."""
     count = 0
@@ -150,7 +154,7 @@ def _forward(width: Width) -> Any:
     advance, one, zero = _advance(width), width.real(1), width.integer(0)
     never, limit, forbidden = width.integer(-4 * width.limit), float(width.limit), float(-2 * width.limit)
 
-    @compiled
+    @compile_kernel
     def forward(cost: Any, scale: float, mantissa: Any, exponent: Any, step: Any, shares: Any) -> tuple[float, int]:
         rows, columns = cost.shape
         bound = limit / (rows + columns)
@@ -183,14 +187,14 @@ def _backward(width: Width) -> Any:
     """The kernel that writes the expected alignment of one pair, its gradient by the costs, from its shares."""
     flushed, zero, one = width.real(2.0**-width.faint), width.real(0), width.real(1)
 
-    @compiled
+    @compile_kernel
     def pull(near: Any, far: Any, out: Any, shares: Any) -> None:
         left_share, up_share, corner_share = shares
         for k in range(out.size):
             value = near[k] * left_share[k] + near[k + 1] * up_share[k] + far[k] * corner_share[k]
             out[k] = value if value > flushed else zero
 
-    @compiled
+    @compile_kernel
     def backward(shares: Any, mass: Any, gradient: Any) -> None:
         rows, columns = gradient.shape
         mass[:] = 0
@@ -219,7 +223,7 @@ def _batch(width: Width) -> Any:
     """The kernel for a batch of pairs: see `SINGLE_BATCH`."""
     forward, backward, real, integer = _forward(width), _backward(width), width.real, width.integer
 
-    @compiled
+    @compile_kernel
     def batch(cost: Any, student_lengths: Any, teacher_lengths: Any, gamma: float, out: Any) -> None:
         values, gradient, status = out
         rows, columns = cost.shape[1:]
@@ -248,3 +252,33 @@ Values and gradient of a pair whose status is not FINE mean nothing.
 """
 DOUBLE_BATCH: Final = _batch(DOUBLE)
 """The same with float64 costs and gradient."""
+
+
+def soft_dtw(
+    cost_BST: Array, student_lengths_B: Array, teacher_lengths_B: Array, gamma: float, *, gradient: bool, threads: int
+) -> tuple[Array, Array] | None:
+    """Values [B] in float64 and their gradient by the costs [B, S, T] in the cost's dtype, of size 0 if not asked for.
+
+    Pairs are spread over threads where there is work enough. float32 costs beyond the exponent of the float32 kernel,
+    which takes cost / gamma of about 2**26 / (S + T), are done by the float64 kernel; None where its exponent, about
+    2**50 / (S + T), is too small as well.
+    """
+    num_pairs = len(cost_BST)
+    values, status = np.zeros(num_pairs), np.zeros(num_pairs, np.int64)
+    slopes = np.zeros(cost_BST.shape if gradient else (num_pairs, 0, 0), cost_BST.dtype)
+    kernel = SINGLE_BATCH if cost_BST.dtype == np.float32 else DOUBLE_BATCH
+
+    def work(b: slice) -> None:
+        lengths = student_lengths_B[b], teacher_lengths_B[b]
+        kernel(cost_BST[b], *lengths, float(gamma), (values[b], slopes[b], status[b]))
+
+    among_threads(work, num_pairs, max(1, min(threads, cost_BST.size // CELLS_WORTH_A_THREAD)))
+    if (status == TOO_LARGE).any():
+        if kernel is DOUBLE_BATCH:
+            return None
+        lengths = student_lengths_B, teacher_lengths_B
+        return soft_dtw(cost_BST.astype(np.float64), *lengths, gamma, gradient=gradient, threads=threads)
+    for b in np.flatnonzero(status == NOT_A_NUMBER):
+        values[b] = math.nan
+        slopes[b, : student_lengths_B[b], : teacher_lengths_B[b]] = math.nan
+    return values, slopes

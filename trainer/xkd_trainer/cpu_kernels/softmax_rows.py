@@ -1,4 +1,4 @@
-"""CPU kernels of `head_rows`: softmaxes of float32 logits, with what is wanted of them, in one or two visits of a row.
+"""CPU kernels of `losses.ops.softmax_rows`: softmaxes of float32 logits in one or two visits of a row.
 
 In torch every step of a softmax is a pass over memory of its own, and there are ten and more. Here a row is read once
 for its maximum and once for everything else, piece by piece in the CPU's nearest cache; sums go on in double precision
@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from xkd_trainer.cpu_kernels.compiled import among_threads, bits_of, compiled, compiled_sums, float_of
+from xkd_trainer.cpu_kernels.compiled import among_threads, bits_of, compile_kernel, compile_sums, float_of
 from xkd_trainer.cpu_kernels.prediction_stats import LANES, LN2_HIGH, LN2_LOW, LOG2E, series
 
 Array = npt.NDArray[Any]
@@ -27,13 +27,13 @@ FLOOR: Final = np.float32(-80.0)
 ZERO: Final = np.float32(0.0)
 
 
-@compiled
+@compile_kernel
 def _row(rows: Any, number: Any, classes: Any) -> Any:
     """One row of a matrix that came through `_flat`."""
     return rows[0][number * rows[1] : number * rows[1] + classes]
 
 
-@compiled
+@compile_kernel
 def _largest(row_V: Any) -> Any:
     """The largest number; NaN counts as none."""
     top_L = np.full(LANES, -np.inf, np.float32)
@@ -47,7 +47,7 @@ def _largest(row_V: Any) -> Any:
     return top_L.max()
 
 
-@compiled_sums
+@compile_sums
 def _exponential(below: Any) -> Any:
     """e to the power of a number that is at most 0, 0 below FLOOR; NaN of NaN."""
     given = below
@@ -58,7 +58,7 @@ def _exponential(below: Any) -> Any:
     return ZERO if given < FLOOR else odds
 
 
-@compiled_sums
+@compile_sums
 def _entropy_sums(logits_C: Any, top: Any) -> Any:
     """Sum of exponentials, and of their products with what they are of."""
     total, dot = ZERO, ZERO
@@ -70,7 +70,7 @@ def _entropy_sums(logits_C: Any, top: Any) -> Any:
     return total, dot
 
 
-@compiled
+@compile_kernel
 def _statistics(logits: Any, classes: Any, entropy_P: Any, peak_P: Any) -> None:
     for p in range(len(entropy_P)):
         logits_V = _row(logits, p, classes)
@@ -83,7 +83,7 @@ def _statistics(logits: Any, classes: Any, entropy_P: Any, peak_P: Any) -> None:
         peak_P[p] = 1.0 / total
 
 
-@compiled_sums
+@compile_sums
 def _to_odds(logits_C: Any, top: Any) -> Any:
     """Exponentials in place; their sum."""
     total = ZERO
@@ -94,7 +94,7 @@ def _to_odds(logits_C: Any, top: Any) -> Any:
     return total
 
 
-@compiled
+@compile_kernel
 def _cross_entropy(logits: Any, classes: Any, target_P: Any, factor: Any, loss_P: Any) -> None:
     for p in range(len(loss_P)):
         logits_V, target = _row(logits, p, classes), target_P[p]
@@ -109,7 +109,7 @@ def _cross_entropy(logits: Any, classes: Any, target_P: Any, factor: Any, loss_P
         loss_P[p] = np.log(total) - below
 
 
-@compiled_sums
+@compile_sums
 def _gap_sums(student_C: Any, teacher_C: Any, tops: Any, coldness: Any, q_C: Any, p_C: Any) -> Any:
     """Exponentials of both sides; their sums, and that of the teacher's times the gap between what they are of."""
     q_sum, p_sum, dot = ZERO, ZERO, ZERO
@@ -123,7 +123,7 @@ def _gap_sums(student_C: Any, teacher_C: Any, tops: Any, coldness: Any, q_C: Any
     return q_sum, p_sum, dot
 
 
-@compiled
+@compile_kernel
 def _forward_kl(  # noqa: PLR0913 - as `forward_kl`
     student: Any, teacher: Any, share_P: Any, coldness: Any, into: Any, odds_2V: Any, loss_P: Any
 ) -> None:
@@ -180,18 +180,11 @@ def statistics(logits_PV: Array, threads: int) -> tuple[Array, Array]:
 def cross_entropy(logits_PV: Array, target_P: Array, factor: float, threads: int) -> Array:
     """-log p(target) [P], float32; the logits are overwritten by `factor` times its gradient.
 
+    IndexError where a target is not one of the classes. The number of threads changes no result.
+
     >>> logits = np.zeros((1, 4), np.float32)
     >>> cross_entropy(logits, np.array([1]), 4.0, 1), logits.tolist()
     (array([1.3862944], dtype=float32), [[1.0, -3.0, 1.0, 1.0]])
-
-    Args:
-        logits_PV: float32, rows without a gap.
-        target_P: int64 classes.
-        factor: Of the gradient.
-        threads: Among which rows are divided; changes no result.
-
-    Raises:
-        IndexError: A target is not one of the classes.
     """
     classes = logits_PV.shape[1]
     if ((target_P < 0) | (target_P >= classes)).any():
@@ -217,20 +210,15 @@ def forward_kl(  # noqa: PLR0913 - two sides, their weights, and the memory they
 ) -> Array:
     """KL(p || q) of softened logits [P], float32; `into` becomes `share` times q - p.
 
+    All are float32, rows without a gap; the teacher's are left as they are, `into` may be the student's. `odds` is
+    memory for exponentials, apart from all others; each thread uses that of its first row. Their number changes no
+    result.
+
     >>> student, teacher = np.zeros((1, 2), np.float32), np.array([[1.0986123, 0.0]], np.float32)
     >>> memory, one = np.empty((1, 2, 2), np.float32), np.ones(1, np.float32)
     >>> loss = forward_kl(student, teacher, one, 1.0, into_PV=student, odds_P2V=memory, threads=1)
     >>> loss.round(4), student.round(4)
     (array([0.1308], dtype=float32), array([[-0.25,  0.25]], dtype=float32))
-
-    Args:
-        student_PV: float32, rows without a gap, as all of these.
-        teacher_PV: Of that shape; left as it is.
-        share_P: Constants.
-        temperature: Divides both.
-        into_PV: May be `student_PV` itself.
-        odds_P2V: Memory for exponentials, apart from all others; each thread uses that of its first row.
-        threads: Among which rows are divided; changes no result.
     """
     loss_P, coldness = np.empty(len(student_PV), np.float32), np.float32(1.0 / temperature)
 

@@ -121,7 +121,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with all tensors on `device`."""
-        moved = {f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
         return Batch(**moved)
 
     def states(self, layer: int) -> TokenStates:
@@ -129,14 +129,20 @@ class Batch:
         return next(states for states in self.token_states if states.layer == layer)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Level | TokenStates):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+        return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
     if isinstance(value, tuple):
-        return tuple(_moved(v, device) for v in value)
+        return tuple(_move(v, device) for v in value)
     return value
+
+
+def unwrap(values: Tensor | None) -> Tensor:
+    """What a loss asked for in its `needs`, so that it is there."""
+    assert values is not None
+    return values
 
 
 def gather_rows(states_BLD: Tensor, index_BN: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The cache as the trainer sees it: three tables joined by row number, fingerprints checked, heads read once."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from xkd_schemas.config import TeacherSection
 from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION
 from xkd_schemas.durable_files import inside, sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
-from xkd_schemas.signals import KINDS, TEACHERS_VERSION, Kind, Signal, signal_named
+from xkd_schemas.signals import KINDS, TEACHERS_VERSION, Signal, signal_named
 from xkd_schemas.tokens import STUDENTS_VERSION, Bools, Int32s
 from xkd_trainer.models.compute_dtype import dtype_named
 from xkd_trainer.models.head import Head
@@ -151,14 +151,9 @@ class Cache:
             raise UsageError(
                 f"loss {loss} needs {', '.join(missing)}, which {self.teachers.folder} does not hold "
                 f"(it holds {', '.join(s.column for s in self.signals)})",
-                fix=self._adding(missing),
+                fix=f"xkd-cache add {self.root} --model PATH_OF_{self.teacher_name} --to {self.teacher_name} "
+                f"--signals {','.join(column + _usual_number(column) for column in missing)}",
             )
-
-    def _adding(self, missing: Sequence[str]) -> str:
-        """The command that adds signals."""
-        command = f"xkd-cache add {self.root} --model PATH_OF_{self.teacher_name}"
-        columns = [column + _usual_number(KINDS[column.partition("@")[0]]) for column in missing]
-        return f"{command} --to {self.teacher_name} --signals {','.join(columns)}"
 
     def check_tokenizer(self, identity: dict[str, str]) -> None:
         """Mismatch where the student's tokenizer is not the one the cache was aligned for."""
@@ -210,19 +205,16 @@ def _plain(column: str) -> str:
     return replace(signal_named(column), top=None).column
 
 
-def _usual_number(kind: Kind) -> str:
+def _usual_number(column: str) -> str:
     """How many classes are kept of a prediction where nobody says it."""
-    usual = TeacherSection()
+    usual, kind = TeacherSection(), KINDS[column.partition("@")[0]]
     return f"#{usual.samples if kind.drawn else usual.topk}" if kind.top else ""
 
 
 def find_student(root: Path, identity: dict[str, str], name: str) -> str:
     """The student table to use: the one named, or the only one made with this tokenizer.
 
-    Raises:
-        InputMissing: There is no student table at all.
-        Mismatch: None was made with this tokenizer.
-        UsageError: Several were; name one.
+    InputMissing where there is none at all, Mismatch where none was made with this tokenizer, UsageError for several.
     """
     check_cache(root)
     names = names_in(root, "students")

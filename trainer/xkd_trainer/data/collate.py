@@ -191,17 +191,14 @@ def _level_arrays(document: Row, student: Row, teacher: Row, wanted: frozenset[S
     return arrays
 
 
-def _tokens(row: Row) -> Tokens:
-    return Tokens(
-        status=OK, num_chars=row["num_chars"], ids=row["token_ids"], spans=row["token_spans"],
-        kinds=row["token_kinds"], targets=row["targets"],
-    )  # fmt: skip
-
-
 def _kept_ranges(teacher: Row, spans: Array) -> Array:
     """Words or phrases as ranges of the kept teacher rows, [U, 2]; (0, 0) for those not whole in a target."""
     targets = teacher["targets"]
-    ranges = token_ranges(_tokens(teacher), spans).astype(np.int64)
+    tokens = Tokens(
+        status=OK, num_chars=teacher["num_chars"], ids=teacher["token_ids"], spans=teacher["token_spans"],
+        kinds=teacher["token_kinds"], targets=targets,
+    )  # fmt: skip
+    ranges = token_ranges(tokens, spans).astype(np.int64)
     whole = (ranges[:, 1] > ranges[:, 0]) & np.append(targets, False)[ranges[:, 0]]
     first = np.searchsorted(kept_rows(targets), ranges[:, 0])
     return np.where(whole[:, None], np.stack([first, first + ranges[:, 1] - ranges[:, 0]], axis=1), 0)

@@ -17,10 +17,10 @@ ORDER: Final = "numpy PCG64 permutation"
 
 
 @lru_cache(maxsize=1)
-def permuted(size: int, *, seed: int, epoch: int) -> Int64s:
+def permute(size: int, *, seed: int, epoch: int) -> Int64s:
     """The epoch's shuffled order of the positions 0..size-1, [size], read-only.
 
-    >>> sorted(permuted(5, seed=1, epoch=0).tolist())
+    >>> sorted(permute(5, seed=1, epoch=0).tolist())
     [0, 1, 2, 3, 4]
     """
     order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
@@ -47,7 +47,7 @@ class Order:
         """Positions 0..size-1 of the documents of optimizer step `step` (0 is the first), [n]."""
         epoch, within = divmod(step, self.steps_per_epoch)
         first = within * self.batch_size
-        return permuted(self.size, seed=self.seed, epoch=epoch)[first : first + self.batch_size]
+        return permute(self.size, seed=self.seed, epoch=epoch)[first : first + self.batch_size]
 
     def share(self, step: int, rank: int, world: int, micro_batch_size: int) -> list[Int64s]:
         """The micro-batches of one process: its rows of the step, cut in order; possibly none."""

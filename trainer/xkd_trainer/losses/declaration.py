@@ -8,7 +8,7 @@ Shape legend: see batch.py; d is the student's width, V its vocabulary.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal, Protocol, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,13 +18,21 @@ from xkd_schemas.config import settings_error
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, gather_rows
-from xkd_trainer.losses.ops.head_sums import LazyLogits
-from xkd_trainer.losses.ops.shared_pass import HeadPlan, Planned
-from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.ops.shared_pass import HeadPlan
 from xkd_trainer.models.forward import States
 from xkd_trainer.models.head import Head
 
 Kind = TypeVar("Kind", bound=BaseModel)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LayerIndex = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Options of a loss; here none. A key that is not known is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Levels(tuple[tuple[int, str], ...]):
@@ -94,11 +102,8 @@ class StudentPass:
     def __init__(
         self, batch: Batch, states: States, head: Head, embeddings_Vd: Tensor, embedded_BSd: Tensor | None = None
     ) -> None:
-        self.batch = batch
-        self._embedded_BSd = embedded_BSd
-        self.states = states
-        self.head = head
-        self.embeddings_Vd = embeddings_Vd
+        self.batch, self.states, self.head = batch, states, head
+        self.embeddings_Vd, self._embedded_BSd = embeddings_Vd, embedded_BSd
 
     @cached_property
     def predict_hidden_BNd(self) -> Tensor:
@@ -121,8 +126,7 @@ class StudentPass:
     def logits(self) -> LazyLogits:
         """Logits of the predictions, [B, N] positions, not made yet; the head learns from them.
 
-        Raises:
-            UsageError: The student's head does more than a matrix product.
+        UsageError where the student's head does more than a matrix product.
         """
         head = constant_head(self.head, "this student", convert=False)
         return LazyLogits(hidden=self.predict_hidden_BNd, weight=head.weight_VD, bias=head.bias_V)
@@ -133,23 +137,31 @@ class StudentPass:
         return HeadPlan(own=self.logits, target_BN=self.batch.target_BN, valid_BN=self.batch.predict_valid_BN)
 
 
-class Loss(Protocol):
-    """A built loss: an nn.Module whose parameters are its projectors."""
+class Loss(nn.Module):
+    """A built loss; its parameters are its projectors.
 
-    layers: tuple[int, ...]
+    `forward(batch, student, step)` gives a `LossTerm` for each term, or what `student.plan` promises, which the caller
+    runs together with what other losses want of it.
+    """
+
+    layers: tuple[int, ...] = ()
     """Student layers whose states it reads."""
-    attention: bool | Literal["text"]
+    attention: bool | Literal["text"] = False
     """Whether it reads the student's last attention row, in the last block and in those of `layers`; "text": that of
     the last text token, in front of the end token."""
+    terms: tuple[str, ...] = ()
+    """Names of the terms, for the two methods below."""
 
     def weights(self, step: int) -> Mapping[str, float]:
-        """Factor of each term at an optimizer step."""
+        """Factor of each term at an optimizer step; 1 unless a loss says otherwise."""
+        return dict.fromkeys(self.terms, 1.0)
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
-        """The `count` of each term, from the batch alone, so that a step can be divided before it is run."""
+        """The `count` of each term, from the batch alone, so that a step can be divided before it is run.
 
-    def __call__(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm | Planned]:
-        """The terms of one micro-batch; those that `student.plan` promised are run together by the caller."""
+        The student's predictions unless a loss says otherwise.
+        """
+        return dict.fromkeys(self.terms, batch.num_predictions)
 
 
 class Projectors(BaseModel):
@@ -173,11 +185,11 @@ class Declaration:
     name: str
     source: str
     """Paper and sections."""
-    settings: type[BaseModel]
+    settings: type[BaseModel] = Settings
     needs: Callable[[Any, Levels], tuple[Signal, ...]]
     """From settings and the (layer, unit) pairs to the signals that must be cached."""
     build: Callable[[Any, Context], nn.Module]
-    """The module; it satisfies `Loss`."""
+    """A `Loss`, or another module with its members."""
     default_weight: float = 1.0
     """What the paper's total gives the terms together."""
     ce_weight: float = 1.0
@@ -193,16 +205,15 @@ class Declaration:
 
     def parse(self, values: Mapping[str, Any]) -> BaseModel:
         """Settings from the run file; UsageError names what does not fit."""
-        own = {key: value for key, value in values.items() if key not in Projectors.model_fields}
-        return self._valid(self.settings, own)
+        return self._validate(self.settings, {k: v for k, v in values.items() if k not in Projectors.model_fields})
 
     def parse_projectors(self, values: Mapping[str, Any], everywhere: float | None) -> Projectors:
         """How its projectors are trained: as the loss's own keys say, else at the run's rate, else as in the paper."""
         given = {key: value for key, value in values.items() if key in Projectors.model_fields}
         run = {} if everywhere is None else {"projector_lr": everywhere}
-        return self._valid(Projectors, self.projectors.model_dump() | run | given)
+        return self._validate(Projectors, self.projectors.model_dump() | run | given)
 
-    def _valid(self, kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    def _validate(self, kind: type[Kind], values: Mapping[str, Any]) -> Kind:
         try:
             return kind.model_validate(dict(values))
         except ValidationError as error:

@@ -3,32 +3,36 @@
 arXiv 2406.17328, and the base of DWA-KD. The teacher's states are projected to the student's width and read with the
 student's head; the student's are projected to the teacher's width and read with the teacher's head. So each divergence
 compares two distributions over one vocabulary. Which teacher state belongs to which student state is settled before:
-by position where both models have one tokenizer, by cross-model attention (`cma`) where they do not.
+by position where both models have one tokenizer, by cross-model attention where they do not: both models' token
+embeddings are projected into one space and attend across the two tokenizations.
 
-All functions are pure and take response tokens only. Every term is a sum over tokens, to be divided by the number of
-the student's response tokens in the whole step. Divergences divide logits by the temperature and have no factor of
-its square (as the authors' code).
+The functions are pure and take response tokens only. Every term is a sum over tokens, to be divided by the number of
+the student's response tokens in the whole step. Divergences divide logits by the temperature and have no factor of its
+square (as the authors' code).
 
 Shape legend for this file
-    B documents    N student predictions    M teacher predictions    D width    V classes
+    B documents    N student predictions    M teacher predictions    D width (of the teacher)    d the student's width
+    V classes    K width of the common space, 2 D
 """
 
+import math
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, gather_rows
-from xkd_trainer.losses.declaration import Context, StudentPass, constant_head
-from xkd_trainer.losses.ops.cross_model_attention import align_scores
-from xkd_trainer.losses.ops.divergence import Kind, Knobs
-from xkd_trainer.losses.ops.head_sums import Comparison, LazyLogits, head_argmax, head_cross_entropy, head_divergence
+from xkd_trainer.data.batch import Batch, gather_rows, unwrap
+from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass, constant_head
+from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_argmax
+from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
 from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.models.measures import at_least_float32
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MASKED = -1e5
+"""Score of a pair in which either side is padding, as in the authors' code; its exponential is exactly 0."""
 
 
 class DualSpaceSettings(Knobs):
@@ -44,15 +48,12 @@ class DualSpaceSettings(Knobs):
     @property
     def student_space(self) -> Comparison:
         """The divergence of the student's space."""
-        return self._comparison(self.student_divergence)
+        return Comparison(kind=self.student_divergence, temperature=self.temperature, knobs=self)
 
     @property
     def teacher_space(self) -> Comparison:
         """The divergence of the teacher's space."""
-        return self._comparison(self.teacher_divergence)
-
-    def _comparison(self, kind: Kind) -> Comparison:
-        return Comparison(kind=kind, temperature=self.temperature, knobs=self)
+        return Comparison(kind=self.teacher_divergence, temperature=self.temperature, knobs=self)
 
 
 class DskdSettings(DualSpaceSettings):
@@ -66,42 +67,58 @@ class DskdCmaSettings(DualSpaceSettings):
     """Compare in the student's space only where the projected teacher predicts the text's next token (the code)."""
 
 
+def align_scores(query_BNK: Tensor, key_BMK: Tensor, student_valid_BN: Tensor, teacher_valid_BM: Tensor) -> Tensor:
+    """Q K^T / sqrt(K) where both tokens are valid, MASKED elsewhere: [B, N, M], float32 or better.
+
+    Q is the projected [E^S(x_i); E^S(x_i+1)], whose embeddings DSKD detaches before the projector, K the teacher's
+    constant N([E^T(y_j); E^T(y_j+1)]). Vectors of invalid tokens are finite, on either side, and change nothing.
+
+    >>> query, key = torch.ones(1, 1, 4), torch.ones(1, 2, 4)
+    >>> align_scores(query, key, torch.tensor([[True]]), torch.tensor([[True, False]]))
+    tensor([[[ 2.0000e+00, -1.0000e+05]]])
+    """
+    scores_BNM = at_least_float32(query_BNK) @ at_least_float32(key_BMK).mT / math.sqrt(query_BNK.shape[-1])
+    return torch.where(student_valid_BN[:, :, None] & teacher_valid_BM[:, None, :], scores_BNM, MASKED)
+
+
+def attend(scores_BNM: Tensor, over: Literal["teacher", "student"]) -> Tensor:
+    """Attention over one model's tokens, in the layout that multiplies that model's values.
+
+    teacher: A of h^{t->s} = A v^T, [B, N, M], rows sum to 1 over the teacher's tokens. student: A' of h^{s->t} = A'
+    v^S, [B, M, N], rows sum to 1 over the student's. A row of a padding token is uniform over all tokens, padding
+    included: finite, and to be masked by whoever uses it. Other rows are exactly 0 at padding.
+
+    >>> scores = torch.tensor([[[0.0, MASKED]]])
+    >>> attend(scores, "teacher"), attend(scores, "student")
+    (tensor([[[1., 0.]]]), tensor([[[1.],
+             [1.]]]))
+    """
+    return scores_BNM.softmax(-1) if over == "teacher" else scores_BNM.mT.softmax(-1)
+
+
 def projected_cross_entropy(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> LossTerm:
     """Cross-entropy of the projected teacher, read with the student's head, against the student's targets.
 
-    Unweighted; eq. 16 of DWA-KD. The gradient goes to the projected states: this is what trains the projectors. DSKD
-    holds the student's head fixed here: pass it detached.
+    Unweighted; eq. 16 of DWA-KD. The gradient goes to the projected states [B, N, d]: this is what trains the
+    projectors. DSKD holds the student's head fixed here: pass it detached.
 
-    >>> import torch
     >>> logits = LazyLogits(hidden=torch.zeros(1, 2, 3), weight=torch.zeros(4, 3))
     >>> projected_cross_entropy(logits, torch.tensor([[1, 2]]), torch.tensor([[True, False]])).total
     tensor(1.3863)
-
-    Args:
-        projected: States [B, N, D].
-        target_BN: int64 student token ids; any value at invalid positions.
-        valid_BN: Bool.
     """
     return term(head_cross_entropy(projected.at(valid_BN), target_BN[valid_BN]), valid_BN.sum())
 
 
-def correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
-    """Where the likeliest class of the projected teacher is the target: DSKD-CMA's mask of the student's space.
+def find_correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
+    """Where the likeliest class of the projected teacher is the target: DSKD-CMA's mask of the student's space, bool
+    [B, N].
 
+    Invalid positions are not read. Of equal logits the first class counts.
     Two classes, states (1, 0) and (0, 1): the classes 0 and 1 are predicted.
 
-    >>> import torch
     >>> logits = LazyLogits(hidden=torch.eye(2)[None], weight=torch.eye(2))
-    >>> correct(logits, torch.tensor([[0, 0]]), torch.tensor([[True, True]]))
+    >>> find_correct(logits, torch.tensor([[0, 0]]), torch.tensor([[True, True]]))
     tensor([[ True, False]])
-
-    Args:
-        projected: States [B, N, D].
-        target_BN: int64 classes; any value at invalid positions.
-        valid_BN: Bool; states elsewhere are not read.
-
-    Returns:
-        [B, N] bool, False at invalid positions. Of equal logits the first class counts.
     """
     return valid_BN & (head_argmax(projected, valid_BN) == target_BN)
 
@@ -115,25 +132,18 @@ def student_space(
 ) -> LossTerm:
     """L_stu: weighted divergence of the student from the projected teacher, over the student's vocabulary.
 
-    Eq. 13 of DWA-KD; in DSKD the weight is 1, and in DSKD-CMA 0 where the projected teacher is wrong (`correct`).
+    Eq. 13 of DWA-KD; in DSKD the weight is 1, and in DSKD-CMA 0 where the projected teacher is wrong (`find_correct`).
+    A constant weight of 0 costs nothing, and the token is counted. States are [B, N, d], both read with the student's
+    head; the student learns unless detached by the caller, the teacher is detached here: nothing reaches the
+    projectors.
 
-    >>> import torch
     >>> same = LazyLogits(hidden=torch.ones(1, 2, 3), weight=torch.eye(3))
     >>> student_space(same, same, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), DskdSettings())
     LossTerm(total=tensor(0.), count=tensor(2.))
-
-    Args:
-        student: States [B, N, D] and the student's own head; both learn unless detached by the caller.
-        projected_teacher: States [B, N, D] and the student's head. Detached here: nothing reaches the projectors.
-        weights_BN: A constant, such as ones. Where it is 0 nothing is computed, and the token is counted.
-        valid_BN: Bool.
-        settings: Divergence and temperature.
     """
     chosen_BN = valid_BN & (weights_BN != 0)
-    total = head_divergence(
-        student.at(chosen_BN), projected_teacher.at(chosen_BN), weights_BN[chosen_BN], settings.student_space
-    )
-    return term(total, valid_BN.sum())
+    own, theirs = student.at(chosen_BN), projected_teacher.at(chosen_BN)
+    return term(head_divergence(own, theirs, weights_BN[chosen_BN], settings.student_space), valid_BN.sum())
 
 
 def teacher_space(
@@ -147,43 +157,30 @@ def teacher_space(
 ) -> LossTerm:
     """L_tea: weighted divergence of the projected student from the teacher, over the teacher's vocabulary.
 
-    Eq. 15 of DWA-KD; in DSKD the weight is 1. A sum over the teacher's tokens that is divided by the number of the
-    student's, like every other term.
+    Eq. 15 of DWA-KD; in DSKD the weight is 1. A sum over the teacher's tokens that is divided by `count`, the number
+    of the student's, like every other term. States are [B, M, D], both read with the teacher's head; the gradient
+    reaches projector and student, the teacher and the weights are constants.
 
-    >>> import torch
     >>> same, valid = LazyLogits(hidden=torch.ones(1, 2, 3), weight=torch.eye(3)), torch.ones(1, 2, dtype=torch.bool)
     >>> teacher_space(same, same, torch.ones(1, 2), valid, DskdSettings(), count=torch.tensor(5))
     LossTerm(total=tensor(0.), count=tensor(5.))
-
-    Args:
-        projected_student: States [B, M, D] and the teacher's head; the gradient reaches projector and student.
-        teacher: States [B, M, D] and the teacher's head, constants.
-        weights_BM: A constant, such as ones.
-        valid_BM: Bool.
-        settings: Divergence and temperature.
-        count: Scalar, the number of valid student predictions.
     """
-    total = head_divergence(
-        projected_student.at(valid_BM), teacher.at(valid_BM), weights_BM[valid_BM], settings.teacher_space
-    )
-    return term(total, count)
+    own, theirs = projected_student.at(valid_BM), teacher.at(valid_BM)
+    return term(head_divergence(own, theirs, weights_BM[valid_BM], settings.teacher_space), count)
 
 
-# What the losses of the DSKD family share: the teacher's constants, its side of a batch, and the scores between both.
-#
-# Shape legend: see batch.py; d is the student's width, K that of the common space, 2 D.
+# -- wiring to the cache
 
 
 class TeacherHead(nn.Module):
-    """The teacher's head as buffers that move with the loss and are not saved."""
+    """The teacher's head as buffers that move with the loss and are not saved; of some classes, or all."""
 
-    def __init__(self, context: Context, who: str) -> None:
+    def __init__(self, context: Context, who: str, classes: Tensor | None = None) -> None:
         super().__init__()
         head = constant_head(context.teacher_head(), who)
-        self.weight_VD: Tensor
-        self.bias_V: Tensor | None
-        self.register_buffer("weight_VD", head.weight_VD, persistent=False)
-        self.register_buffer("bias_V", head.bias_V, persistent=False)
+        rows = slice(None) if classes is None else classes
+        self.weight_VD = nn.Buffer(head.weight_VD[rows], persistent=False)
+        self.bias_V = None if head.bias_V is None else nn.Buffer(head.bias_V[rows], persistent=False)
 
     def forward(self, hidden: Tensor) -> LazyLogits:
         """Logits of states [..., D], not made yet."""
@@ -197,19 +194,12 @@ def last_states(settings: object, levels: object) -> tuple[Signal, ...]:
 
 def teacher_states(batch: Batch) -> Tensor:
     """The teacher's states that predict its targets, [B, M, D], float32."""
-    assert batch.teacher_hidden_BRD is not None
-    return gather_rows(batch.teacher_hidden_BRD, batch.teacher_predict_BM).float()
-
-
-def own_at(student: StudentPass, index_BE: Tensor) -> LazyLogits:
-    """The student's logits at some of its predictions, [B, E] positions; the head learns from them."""
-    own = student.logits
-    return replace(own, hidden=gather_rows(own.hidden, index_BE))
+    return gather_rows(unwrap(batch.teacher_hidden_BRD), batch.teacher_predict_BM).float()
 
 
 def with_fixed_head(student: StudentPass, hidden_BNd: Tensor) -> LazyLogits:
     """States of the student's width read with the student's head, which learns nothing from it."""
-    return replace(student.logits.detached(), hidden=hidden_BNd)
+    return replace(student.logits.detach(), hidden=hidden_BNd)
 
 
 def at_valid(layer: nn.Module, x_BND: Tensor, valid_BN: Tensor) -> Tensor:
@@ -226,38 +216,49 @@ def at_valid(layer: nn.Module, x_BND: Tensor, valid_BN: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Teacher:
-    """The teacher's side of one batch, float32, gathered at its predictions."""
+class Mixed:
+    """Both sides of one batch, float32, brought together by cross-model attention."""
 
     hidden_BMD: Tensor
+    """The teacher's states at its predictions."""
     target_BMD: Tensor
-    """Embeddings of the ids that are predicted."""
-    input_BMD: Tensor
-    """Embeddings of the ids at the predicting positions."""
-
-    def values_BMD(self, hidden_std: float, embedding_std: float) -> Tensor:
-        """N(h_j) + N(E(y_j+1)): what a student token takes from the teacher tokens it looks at."""
-        return self.hidden_BMD / hidden_std + self.target_BMD / embedding_std
-
-
-def teacher_side(batch: Batch, embeddings_VD: Tensor) -> Teacher:
-    """States and embeddings at the teacher's predictions."""
-    return Teacher(
-        hidden_BMD=teacher_states(batch),
-        target_BMD=embeddings_VD[batch.teacher_target_BM].float(),
-        input_BMD=embeddings_VD[batch.teacher_input_BM].float(),
-    )
+    """Its embeddings of the ids that are predicted."""
+    to_student_BNM: Tensor
+    """Which teacher tokens a student token looks at."""
+    projected: LazyLogits
+    """The teacher at the student's positions, read with the student's head, which is fixed."""
+    back: LazyLogits
+    """The student at the teacher's positions, read with the teacher's head."""
 
 
-def attention_scores(
-    batch: Batch, student: StudentPass, teacher: Teacher, query: nn.Module, embedding_std: float
-) -> Tensor:
-    """Cross-model attention scores of DSKD-CMA, [B, N, M]; the student's embeddings are constants here.
+class CrossModelLoss(Loss):
+    """Base of DSKD-CMA and DWA-KD; projectors are single linear layers with bias, as the authors configure them."""
 
-    `query` projects [.., 2 d] to [.., 2 D].
-    """
-    input_ids_BN = batch.student_ids_BS.gather(1, batch.predict_BN)
-    embedded_BNd = [student.embeddings_Vd[ids_BN] for ids_BN in (input_ids_BN, batch.target_BN)]
-    query_BNK = at_valid(query, torch.cat(embedded_BNd, dim=-1).detach(), batch.predict_valid_BN)
-    key_BMK = torch.cat([teacher.input_BMD, teacher.target_BMD], dim=-1) / embedding_std
-    return align_scores(query_BNK, key_BMK, batch.predict_valid_BN, batch.teacher_predict_valid_BM)
+    def __init__(self, context: Context, who: str) -> None:
+        super().__init__()
+        self.hidden_std, self.embedding_std = context.hidden_std, context.embedding_std
+        d, wide = context.student_width, context.teacher_width
+        self.t2s = nn.Linear(wide, d)
+        self.s2t = nn.Linear(d, wide)
+        self.query = nn.Linear(2 * d, 2 * wide)
+        self.head = TeacherHead(context, who)
+        self.embeddings_VD = nn.Buffer(context.teacher_embeddings(), persistent=False)
+
+    def mix(self, batch: Batch, student: StudentPass) -> Mixed:
+        """What each token takes from the other model; the student's embeddings are constants in the scores."""
+        s_valid_BN, t_valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
+        input_ids_BN = batch.student_ids_BS.gather(1, batch.predict_BN)
+        query_BNk = torch.cat([student.embeddings_Vd[ids] for ids in (input_ids_BN, batch.target_BN)], dim=-1).detach()
+        input_BMD, target_BMD = (
+            self.embeddings_VD[ids].float() for ids in (batch.teacher_input_BM, batch.teacher_target_BM)
+        )
+        key_BMK = torch.cat([input_BMD, target_BMD], dim=-1) / self.embedding_std
+        scores_BNM = align_scores(at_valid(self.query, query_BNk, s_valid_BN), key_BMK, s_valid_BN, t_valid_BM)
+        hidden_BMD, to_student_BNM = teacher_states(batch), attend(scores_BNM, "teacher")
+        values_BMD = hidden_BMD / self.hidden_std + target_BMD / self.embedding_std
+        mixed_BNd = to_student_BNM @ at_valid(self.t2s, values_BMD, t_valid_BM)
+        mixed_BMD = attend(scores_BNM, "student") @ at_valid(self.s2t, student.predict_hidden_BNd, s_valid_BN)
+        return Mixed(
+            hidden_BMD=hidden_BMD, target_BMD=target_BMD, to_student_BNM=to_student_BNM,
+            projected=with_fixed_head(student, mixed_BNd), back=self.head(mixed_BMD),
+        )  # fmt: skip

@@ -1,4 +1,19 @@
-"""The options of DWA-KD (arXiv 2602.21669), each with what the paper prints and what the authors' code does."""
+"""DWA-KD (arXiv 2602.21669): dual-space entropy weighting and time-warped alignment between two tokenizers.
+
+On top of DSKD's cross-model attention and its two spaces (`dual_space`). Deviations from the authors' code, an option
+of the settings where both make sense:
+
+* soft-DTW reads the response tokens; the code slices the first ones of the whole sequence, which are the prompt;
+* weights are scaled after the gate, as the paper's text says; the code scales before it (`student_weight`);
+* the student-space divergence is the forward KL of eq. 13; the scripts use skewed reverse or adaptive KL
+  (`student_divergence`);
+* band positions count from 1, as in the paper; the code counts from 0.
+
+Every term is a sum over tokens, to be divided by the number of the student's response tokens in the whole step. Call
+all of it outside an autocast context: costs, softmaxes and weights are meant to be float32 or better.
+
+Shape legend: see batch.py; D width of both sequences, d the student's width, V classes.
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -8,22 +23,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch
-from xkd_trainer.losses.declaration import Context, Declaration, Projectors, StudentPass, uniform_weights
-from xkd_trainer.losses.dual_space import (
-    DualSpaceSettings,
+from xkd_trainer.data.batch import Batch, unwrap
+from xkd_trainer.losses.declaration import (
+    Context,
+    Declaration,
     Positive,
-    Teacher,
-    TeacherHead,
-    at_valid,
-    attention_scores,
-    teacher_side,
-    with_fixed_head,
+    Projectors,
+    StudentPass,
+    Weight,
+    uniform_weights,
 )
-from xkd_trainer.losses.dual_space import projected_cross_entropy as projected_cross_entropy
-from xkd_trainer.losses.dual_space import student_space as student_space
-from xkd_trainer.losses.dual_space import teacher_space as teacher_space
-from xkd_trainer.losses.ops.cross_model_attention import attend
+from xkd_trainer.losses.dual_space import CrossModelLoss, DualSpaceSettings, Mixed, at_valid, teacher_space
 from xkd_trainer.losses.ops.divergence import Kind
 from xkd_trainer.losses.ops.shared_pass import Planned, Weigh
 from xkd_trainer.losses.ops.soft_dtw import (
@@ -35,9 +45,9 @@ from xkd_trainer.losses.ops.soft_dtw import (
     soft_dtw,
     soft_dtw_divergence,
 )
-from xkd_trainer.losses.ops.term import LossTerm, at_least_float32, term
+from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.models.measures import at_least_float32, divide
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=0)]
 
 
@@ -111,70 +121,39 @@ def anneal(step: int, start: float, end: float, steps: int) -> float:
     return (1.0 - share) * start + share * end
 
 
-# DWA-KD: dual-space entropy weighting and time-warped alignment between two tokenizers.
-#
-# arXiv 2602.21669, on top of DSKD's cross-model attention (`cma`) and its two spaces (`dskd`). All functions are pure
-# and take response tokens only, gathered by mask and padded.
-# Deviations from the authors' code, an option of the settings where both make sense:
-#
-# * soft-DTW reads the response tokens; the code slices the first ones of the whole sequence, which are the prompt;
-# * weights are scaled after the gate, as the paper's text says; the code scales before it (`student_weight`);
-# * the student-space divergence is the forward KL of eq. 13; the scripts use skewed reverse or adaptive KL
-#   (`student_divergence`);
-# * band positions count from 1, as in the paper; the code counts from 0.
-#
-# Every term is a sum over tokens, to be divided by the number of the student's response tokens in the whole step.
-# Call all of it outside an autocast context: costs, softmaxes and weights are meant to be float32 or better.
-#
-# Shape legend for this file
-#     B documents    N student predictions    M teacher predictions    D width    V classes
-
-
 def student_weights(
     entropy_BN: Tensor, gate_BN: Tensor, valid_BN: Tensor, order: Literal["gate_before", "gate_after"]
 ) -> Tensor:
-    """w_i = H_i g_i (eq. 11-12), scaled within each document.
+    """w_i = H_i g_i (eq. 11-12), scaled within each document; [B, N] without gradient, 0 at invalid tokens.
+
+    H is the student's entropy, in nats at temperature 1, g the peak probability of the projected teacher; ones where
+    either is off. gate_before: the products sum to the number of valid tokens (the paper's text). gate_after: the
+    entropies do, and are then multiplied by the gate (the authors' code). All 0 in a document where what is scaled is
+    0.
 
     Two tokens of equal entropy, gates 0.9 and 0.3; gate_before shares out 2 in that ratio.
 
     >>> entropy, gate, valid = torch.ones(1, 2), torch.tensor([[0.9, 0.3]]), torch.ones(1, 2, dtype=torch.bool)
     >>> student_weights(entropy, gate, valid, "gate_before"), student_weights(entropy, gate, valid, "gate_after")
     (tensor([[1.5000, 0.5000]]), tensor([[0.9000, 0.3000]]))
-
-    Args:
-        entropy_BN: Of the student over its vocabulary, at temperature 1, nats. Ones where entropy weights are off.
-        gate_BN: Peak probability of the projected teacher, at temperature 1. Ones where the gate is off.
-        valid_BN: Bool.
-        order: gate_before: the products sum to the number of valid tokens (the paper's text). gate_after: the
-            entropies do, and are then multiplied by the gate (the authors' code).
-
-    Returns:
-        [B, N] without gradient, 0 at invalid tokens; all 0 in a document whose entropies (or products) are all 0.
     """
     if order == "gate_before":
-        return _shared_out(entropy_BN * gate_BN, valid_BN)
-    return _shared_out(entropy_BN, valid_BN) * at_least_float32(gate_BN.detach())
+        return _share_out(entropy_BN * gate_BN, valid_BN)
+    return _share_out(entropy_BN, valid_BN) * at_least_float32(gate_BN.detach())
 
 
 def teacher_weights(entropy_BM: Tensor, vocab_size: int, valid_BM: Tensor) -> Tensor:
     """w_j = 1 - H_j / log V (eq. 14), clamped to [0, 1], scaled to sum to the number of valid tokens of its document.
 
-    One sure token and one uniform one over two classes.
+    H is the teacher's entropy in nats at temperature 1. Without gradient, 0 at invalid tokens; all 0 in a document
+    whose every token is uniform. One sure token and one uniform one over two classes:
 
     >>> teacher_weights(torch.tensor([[0.0, 0.6931472]]), 2, torch.ones(1, 2, dtype=torch.bool))
     tensor([[2., 0.]])
-
-    Args:
-        entropy_BM: Of the teacher over its vocabulary, at temperature 1, nats.
-        vocab_size: V of the teacher, at least 2.
-        valid_BM: Bool.
-
-    Returns:
-        [B, M] without gradient, 0 at invalid tokens; all 0 in a document whose every token is uniform.
     """
     entropy_BM = at_least_float32(entropy_BM.detach())
     most = torch.tensor(float(vocab_size), dtype=entropy_BM.dtype, device=entropy_BM.device).log()
-    return _shared_out((1.0 - entropy_BM / most).clamp(0.0, 1.0), valid_BM)
+    return _share_out((1.0 - entropy_BM / most).clamp(0.0, 1.0), valid_BM)
 
 
 def band(
@@ -186,12 +165,7 @@ def band(
     >>> band(torch.ones(1, 1, 1), one, one, hard), band(torch.ones(1, 1, 1), one, one, DwaSettings(band="none"))
     (tensor([[[0.]]]), None)
 
-    Args:
-        attention_BNM: Teacher-to-student attention of `cma.attend`, or `alignment`; only its shape is read for the
-            hard band.
-        student_lengths_B: Integers.
-        teacher_lengths_B: Integers.
-        settings: Kind of band and its numbers.
+    `attention` is the teacher-to-student attention, or `alignment`; only its shape is read for the hard band.
     """
     if settings.band == "none":
         return None
@@ -230,24 +204,15 @@ def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, 
 ) -> LossTerm:
     """Banded soft-DTW between cosine costs, summed over documents (eq. 17-25); used for embeddings and last states.
 
+    The gradient flows to the student's vectors and to the teacher's projector; vectors beyond the lengths are not
+    read. The band is on the cross cost only. With `divergence` nDTW, not clamped; else the cross term alone. Not
+    divided by lengths: the count is the number of the student's tokens. A document without tokens on one side adds 0.
+
     One token each and orthogonal: cost 1 across, 0 within.
 
     >>> x, y, one = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]), torch.tensor([1])
     >>> sequence_term(x, y, None, one, one, gamma=2.0, divergence=True)
     LossTerm(total=tensor(1.), count=tensor(1.))
-
-    Args:
-        student_BND: Student embeddings of the target tokens, or states; the gradient flows. Padding is not read.
-        projected_teacher_BMD: The teacher's through its projector; the gradient flows to the projector.
-        band_BNM: From `band`; on the cross cost only. None: no band.
-        student_lengths_B: Integers, 0 to N.
-        teacher_lengths_B: Integers, 0 to M.
-        gamma: Smoothing; see `DwaSettings.gamma_at`.
-        divergence: nDTW, not clamped; False: the cross term alone.
-
-    Returns:
-        Not divided by lengths: the count is the number of the student's tokens. A document without tokens on
-        one side adds 0.
     """
     x_BND = _cut(student_BND, student_lengths_B)
     y_BMD = _cut(projected_teacher_BMD, teacher_lengths_B)
@@ -269,50 +234,37 @@ def _cut(x_BND: Tensor, lengths_B: Tensor) -> Tensor:
     return torch.where(inside_BN[:, :, None], x_BND, 0.0)
 
 
-def _shared_out(raw_BN: Tensor, valid_BN: Tensor) -> Tensor:
+def _share_out(raw_BN: Tensor, valid_BN: Tensor) -> Tensor:
     """Proportional to `raw` at valid tokens and summing to their number in each document; all 0 where `raw` is."""
     raw_BN = torch.where(valid_BN, at_least_float32(raw_BN.detach()), 0.0)
-    sum_B1 = raw_BN.sum(-1, keepdim=True)
-    return raw_BN / torch.where(sum_B1 > 0, sum_B1, 1.0) * valid_BN.sum(-1, keepdim=True)
+    return divide(raw_BN, raw_BN.sum(-1, keepdim=True)) * valid_BN.sum(-1, keepdim=True)
 
 
-# DWA-KD wired to the cache: cross-model attention, both spaces, and soft-DTW on embeddings and last states.
-#
-# Shape legend: see batch.py; d is the student's width.
+# -- wiring to the cache
 
 
 _KD = ("projected_ce", "student_space", "teacher_space")
 _DTW = ("dtw_embeddings", "dtw_states")
 
 
-def needs(settings: DwaSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
+def needs(settings: DwaSettings, _levels: object) -> tuple[Signal, ...]:
     """Last states and entropies; heads and embeddings are always in the cache."""
     return (Signal("hidden_last"), *((Signal("entropy"),) if settings.entropy_weights else ()))
 
 
-class Dwa(nn.Module):
+class Dwa(CrossModelLoss):
     """Terms `projected_ce`, `student_space`, `teacher_space`, `dtw_embeddings` and `dtw_states`.
 
-    All are sums divided by the number of the student's predictions. Projectors are those of the
-    authors' configuration: single linear layers with bias.
+    All are sums divided by the number of the student's predictions.
     """
 
-    layers: tuple[int, ...] = ()
-    attention = False
+    terms = (*_KD, *_DTW)
 
     def __init__(self, settings: DwaSettings, context: Context) -> None:
-        super().__init__()
+        super().__init__(context, "dwa")
         self.settings = settings
-        self.hidden_std, self.embedding_std = context.hidden_std, context.embedding_std
         self.teacher_vocab_size = context.teacher_vocab_size
-        d, wide = context.student_width, context.teacher_width
-        self.t2s = nn.Linear(wide, d)
-        self.s2t = nn.Linear(d, wide)
-        self.query = nn.Linear(2 * d, 2 * wide)
-        self.embed_t2s = nn.Linear(wide, d)
-        self.head = TeacherHead(context, "dwa")
-        self.embeddings_VD: Tensor
-        self.register_buffer("embeddings_VD", context.teacher_embeddings(), persistent=False)
+        self.embed_t2s = nn.Linear(context.teacher_width, context.student_width)
 
     def weights(self, step: int) -> Mapping[str, float]:
         """Script values, on their way up during a warm-up."""
@@ -321,31 +273,17 @@ class Dwa(nn.Module):
         gate = s.share(step, s.gate_warmup_steps) if s.gate else 1.0
         return dict.fromkeys(_KD, s.kd) | {"student_space": s.kd * gate} | dict.fromkeys(_DTW, dtw)
 
-    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Student predictions."""
-        return dict.fromkeys((*_KD, *_DTW), batch.num_predictions)
-
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm | Planned]:
         """Eq. 7-25."""
-        teacher = teacher_side(batch, self.embeddings_VD)
-        scores_BNM = attention_scores(batch, student, teacher, self.query, self.embedding_std)
-        to_student_BNM = attend(scores_BNM, "teacher")
-        values_BMD = teacher.values_BMD(self.hidden_std, self.embedding_std)
-        mixed_BNd = to_student_BNM @ at_valid(self.t2s, values_BMD, batch.teacher_predict_valid_BM)
-        student_BND = at_valid(self.s2t, student.predict_hidden_BNd, batch.predict_valid_BN)
-        mixed_BMD = attend(scores_BNM, "student") @ student_BND
-        projected = with_fixed_head(student, mixed_BNd)
+        s, mixed = self.settings, self.mix(batch, student)
+        weights_BM, theirs = self._teacher_weights(batch), self.head(mixed.hidden_BMD)
+        valid_BM, count = batch.teacher_predict_valid_BM, batch.num_predictions
         terms: dict[str, LossTerm | Planned] = {
-            "projected_ce": student.plan.cross_entropy(projected),
-            "student_space": student.plan.divergence(
-                projected, self.settings.student_space, weigh=self._weigh_student()
-            ),
-            "teacher_space": teacher_space(
-                self.head(mixed_BMD), self.head(teacher.hidden_BMD), self._teacher_weights(batch),
-                batch.teacher_predict_valid_BM, self.settings, count=batch.num_predictions,
-            ),
-        }  # fmt: skip
-        return terms | self._sequences(batch, student, teacher, to_student_BNM, step)
+            "projected_ce": student.plan.cross_entropy(mixed.projected),
+            "student_space": student.plan.divergence(mixed.projected, s.student_space, weigh=self._weigh_student()),
+            "teacher_space": teacher_space(mixed.back, theirs, weights_BM, valid_BM, s, count=count),
+        }
+        return terms | self._sequences(batch, student, mixed, step)
 
     def _weigh_student(self) -> Weigh | None:
         """Eq. 11-12 for some documents, from the student's entropies and the peaks of the projected teacher."""
@@ -364,31 +302,20 @@ class Dwa(nn.Module):
         valid_BM = batch.teacher_predict_valid_BM
         if not self.settings.entropy_weights:
             return uniform_weights(valid_BM)
-        assert batch.teacher_entropy_BM is not None
-        return teacher_weights(batch.teacher_entropy_BM, self.teacher_vocab_size, valid_BM)
+        return teacher_weights(unwrap(batch.teacher_entropy_BM), self.teacher_vocab_size, valid_BM)
 
-    def _sequences(
-        self,
-        batch: Batch,
-        student: StudentPass,
-        teacher: Teacher,
-        attention_BNM: Tensor,
-        step: int,
-    ) -> dict[str, LossTerm]:
+    def _sequences(self, batch: Batch, student: StudentPass, mixed: Mixed, step: int) -> dict[str, LossTerm]:
         """Soft-DTW on target embeddings and on last states (eq. 17-25)."""
         s, valid_BM = self.settings, batch.teacher_predict_valid_BM
         lengths = batch.predict_valid_BN.sum(-1), valid_BM.sum(-1)
         gamma = s.gamma_at(step)
         pairs = {
-            "dtw_embeddings": (
-                student.target_embeddings_BNd,
-                at_valid(self.embed_t2s, teacher.target_BMD, valid_BM),
-            ),
-            "dtw_states": (student.predict_hidden_BNd, at_valid(self.t2s, teacher.hidden_BMD, valid_BM)),
+            "dtw_embeddings": (student.target_embeddings_BNd, at_valid(self.embed_t2s, mixed.target_BMD, valid_BM)),
+            "dtw_states": (student.predict_hidden_BNd, at_valid(self.t2s, mixed.hidden_BMD, valid_BM)),
         }
         found = {}
         for name, (x_BNd, y_BMd) in pairs.items():
-            follows_BNM = attention_BNM.detach()
+            follows_BNM = mixed.to_student_BNM.detach()
             if s.band == "soft" and s.band_source == "sdtw":
                 follows_BNM = alignment(x_BNd, y_BMd, *lengths, gamma=gamma)
             penalty_BNM = self._penalty(follows_BNM, *lengths, step)

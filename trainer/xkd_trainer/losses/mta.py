@@ -7,37 +7,45 @@ student vectors with the teacher's. L = L_base + lambda_dsa L_DSA + lambda_hid L
 Where the paper and the authors' code differ, the settings below say so. One more difference: the
 code keeps a span that has no token on one side, as a zero vector; here the caller marks it not valid.
 
-Shape legend for this file
-    B documents    K spans, or tokens for Hid on tokens    L tokens    M predictions    D teacher width
+A level is (teacher layer, word or phrase); layers are Hugging Face indices, 1 is the output of the first block.
+
+Shape legend: see batch.py; in the functions K spans, or tokens for Hid on tokens, L tokens, D the teacher's width.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, Level
-from xkd_trainer.losses.declaration import Context, Declaration, Levels, Projectors, StudentPass, uniform_weights
-from xkd_trainer.losses.layer_pairing import checked_student_layers
+from xkd_trainer.data.batch import Batch, Level, unwrap
+from xkd_trainer.losses.declaration import (
+    Context,
+    Declaration,
+    Levels,
+    Loss,
+    Projectors,
+    Settings,
+    StudentPass,
+    Weight,
+    uniform_weights,
+)
 from xkd_trainer.losses.ops.geometry import cosine_distance, pair_disagreement, pair_weights
-from xkd_trainer.losses.ops.term import LossTerm, at_least_float32, term
-from xkd_trainer.losses.same_tokenizer import fitted, refuse_other_tokens, same_tokens
-from xkd_trainer.models.measures import centrality, cosine_matrix, pool_spans
+from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.losses.pairing import check_layers, find_same_tokens, fit, refuse_other_tokens
+from xkd_trainer.models.measures import at_least_float32, centrality, cosine_matrix, divide, pool_spans
 
 
-class MtaSettings(BaseModel):
+class MtaSettings(Settings):
     """Options of MTA; every default is ours, and its docstring names what paper and code do."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lambda_dsa: float = Field(default=2.0, ge=0, allow_inf_nan=False)
+    lambda_dsa: Weight = 2.0
     """Weight of DSA. Paper: 2 for GPT-2 and Qwen1.5, 3 for OPT; 0 turns it off."""
-    lambda_hid: float = Field(default=0.2, ge=0, allow_inf_nan=False)
+    lambda_hid: Weight = 0.2
     """Weight of Hid. Paper: 0.2, and 0.3 for OPT. The code has one weight, w (DSA + Hid / 10); 0 turns it off."""
     student_pooling: Literal["own", "teacher", "uniform"] = "own"
     """Token weights that pool the student's spans (eq. 8 leaves it open).
@@ -109,15 +117,13 @@ def sureness(entropy: Tensor, classes: int) -> Tensor:
     return (1.0 - entropy / math.log(classes)).clamp(0.0, 1.0)
 
 
-def covered(spans_BK2: Tensor, valid_BK: Tensor, length: int) -> Tensor:
+def find_covered(spans_BK2: Tensor, valid_BK: Tensor, length: int) -> Tensor:
     """Tokens that lie in some valid span, bool [B, L]: M_l of eq. 13.
 
-    >>> covered(torch.tensor([[[0, 2], [1, 3], [4, 5]]]), torch.tensor([[True, True, False]]), 5)
+    >>> find_covered(torch.tensor([[[0, 2], [1, 3], [4, 5]]]), torch.tensor([[True, True, False]]), 5)
     tensor([[ True,  True,  True, False, False]])
     """
-    place_L = torch.arange(length, device=spans_BK2.device)
-    inside_BKL = (place_L >= spans_BK2[..., :1]) & (place_L < spans_BK2[..., 1:])
-    return (inside_BKL & valid_BK.unsqueeze(-1)).any(1)
+    return (_is_inside(spans_BK2, length) & valid_BK.unsqueeze(-1)).any(1)
 
 
 def range_sums(weights_BL: Tensor, spans_BK2: Tensor) -> Tensor:
@@ -126,9 +132,13 @@ def range_sums(weights_BL: Tensor, spans_BK2: Tensor) -> Tensor:
     >>> range_sums(torch.tensor([[0.5, 0.25, 0.125]]), torch.tensor([[[0, 2], [1, 3], [0, 0]]]))
     tensor([[0.7500, 0.3750, 0.0000]])
     """
-    place_L = torch.arange(weights_BL.shape[1], device=spans_BK2.device)
-    inside_BKL = (place_L >= spans_BK2[..., :1]) & (place_L < spans_BK2[..., 1:])
-    return torch.where(inside_BKL, weights_BL.unsqueeze(1), 0.0).sum(-1)
+    return torch.where(_is_inside(spans_BK2, weights_BL.shape[1]), weights_BL.unsqueeze(1), 0.0).sum(-1)
+
+
+def _is_inside(spans_BK2: Tensor, length: int) -> Tensor:
+    """Which tokens lie in each span, bool [B, K, L]."""
+    place_L = torch.arange(length, device=spans_BK2.device)
+    return (place_L >= spans_BK2[..., :1]) & (place_L < spans_BK2[..., 1:])
 
 
 def span_weights(mass_BK: Tensor, valid_BK: Tensor) -> Tensor:
@@ -141,30 +151,23 @@ def span_weights(mass_BK: Tensor, valid_BK: Tensor) -> Tensor:
     tensor([[0.2500, 0.7500, 0.0000]])
     """
     mass_BK = torch.where(valid_BK, at_least_float32(mass_BK.detach()), 0.0)
-    sum_B1 = mass_BK.sum(-1, keepdim=True)
-    return mass_BK / torch.where(sum_B1 > 0, sum_B1, 1.0)
+    return divide(mass_BK, mass_BK.sum(-1, keepdim=True))
 
 
 def dsa(student_cosines_BKK: Tensor, teacher_cosines_BKK: Tensor, omega_BK: Tensor, valid_BK: Tensor) -> LossTerm:
     """Disagreement of the span geometries of one layer, eq. 11 as a weighted mean over pairs.
 
-    total = sum over documents and pairs i != j of omega_i omega_j (cos_ij^S - cos_ij^T)^2, count =
-    the same sum of omega_i omega_j. Eq. 11 prints the sum alone, with weights that sum to 1 in a
-    document; the code divides, and so do we: a mean does not grow with the batch. A document with
-    one valid span has no pair and adds 0 to both.
+    total = sum over documents and pairs i != j of omega_i omega_j (cos_ij^S - cos_ij^T)^2, count = the same sum of
+    omega_i omega_j. Eq. 11 prints the sum alone, with weights that sum to 1 in a document; the code divides, and so do
+    we: a mean does not grow with the batch. A document with one valid span has no pair and adds 0 to both. omega is
+    taken as it is: `span_weights`, for raw masses weigh a document by the square of the mass its spans cover. It and
+    the teacher's cosines are constants.
 
-    Two spans at right angles in the student, parallel in the teacher, weights 0.6 and 0.2: both
-    ordered pairs weigh 0.12 and differ by 1.
+    Two spans at right angles in the student, parallel in the teacher, weights 0.6 and 0.2: both ordered pairs weigh
+    0.12 and differ by 1.
 
     >>> dsa(torch.eye(2)[None], torch.ones(1, 2, 2), torch.tensor([[0.6, 0.2]]), torch.tensor([[True, True]]))
     LossTerm(total=tensor(0.2400), count=tensor(0.2400))
-
-    Args:
-        student_cosines_BKK: From `signals.cosine_matrix`, with gradient.
-        teacher_cosines_BKK: From the cache; gets no gradient.
-        omega_BK: `span_weights` of the teacher's masses (eq. 9 and the code). Taken as it is: raw masses weigh
-            a document by the square of the mass its spans cover. Gets no gradient.
-        valid_BK: Bool, False for padding and for spans without a token on either side.
     """
     weights_BKK = pair_weights(omega_BK.detach(), valid_BK)
     squares_B = pair_disagreement(student_cosines_BKK, teacher_cosines_BKK.detach(), weights_BKK, valid_BK)
@@ -174,18 +177,13 @@ def dsa(student_cosines_BKK: Tensor, teacher_cosines_BKK: Tensor, omega_BK: Tens
 def hid(projected_student_BKD: Tensor, teacher_BKD: Tensor, weights_BK: Tensor, valid_BK: Tensor) -> LossTerm:
     """Cosine distance of projected student vectors to the teacher's in one layer, eq. 13 as a weighted mean.
 
-    total = sum w (1 - cos), count = sum w, over valid spans, or over valid tokens. Eq. 13 prints the
-    sum alone; the code divides by the sum of weights. A zero vector costs 1 and has no gradient.
+    total = sum w (1 - cos), count = sum w, over valid spans, or over valid tokens. Eq. 13 prints the sum alone; the
+    code divides by the sum of weights. P_l is applied to the student's vectors before (eq. 12); the teacher's vectors
+    and weights are constants. A zero vector costs 1 and has no gradient.
 
     >>> student, teacher = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[8.0, 6.0], [0.0, 2.0]]])
     >>> hid(student, teacher, torch.tensor([[0.5, 0.25]]), torch.tensor([[True, True]]))
     LossTerm(total=tensor(0.2700), count=tensor(0.7500))
-
-    Args:
-        projected_student_BKD: P_l applied to the student's span or token vectors (eq. 12), with gradient.
-        teacher_BKD: The teacher's vectors; get no gradient.
-        weights_BK: The teacher's weights, for the code normalised in each document; taken as they are, no gradient.
-        valid_BK: Bool, False for padding.
     """
     valid_BK1 = valid_BK.unsqueeze(-1)
     student_BKD = torch.where(valid_BK1, at_least_float32(projected_student_BKD), 0.0)
@@ -194,36 +192,33 @@ def hid(projected_student_BKD: Tensor, teacher_BKD: Tensor, weights_BK: Tensor, 
     return term((weights_BK * distance_BK).sum(), weights_BK.sum())
 
 
-# Which levels MTA reads, and which student layer stands beside each (section 1.3 of METHODS, eq. 10).
-#
-# A level is (teacher layer, word or phrase); layers are Hugging Face indices, 1 is the output of the first block.
+# -- wiring to the cache
 
 
 Picked = tuple[tuple[tuple[int, str], int], ...]
 
 
-def picked_levels(settings: MtaSettings, context: Context) -> Picked:
+def pick_levels(settings: MtaSettings, context: Context) -> Picked:
     """(level, student layer) pairs, lowest level first.
 
-    Raises:
-        UsageError: A layer does not exist, lists have different lengths, or a picked level is not in the cache.
+    UsageError where a layer does not exist, lists have different lengths, or a picked level is not in the cache.
     """
-    checked_student_layers("mta", settings.student_layers, context)
-    return _strided(settings, context) if settings.pick == "strided" else _cached(settings, context)
+    check_layers("mta.student_layers", settings.student_layers, "student", context.student_layers)
+    return _pick_strided(settings, context) if settings.pick == "strided" else _pick_cached(settings, context)
 
 
-def _cached(settings: MtaSettings, context: Context) -> Picked:
+def _pick_cached(settings: MtaSettings, context: Context) -> Picked:
     """Every level of the cache."""
     if settings.student_layers and len(settings.student_layers) != len(context.levels):
         raise UsageError(
             f"mta.student_layers has {len(settings.student_layers)} layers, the cache has {len(context.levels)} "
-            f"levels ({', '.join(f'{layer}:{unit}' for layer, unit in context.levels)})"
+            f"levels ({_name_all(context.levels)})"
         )
     chosen = settings.student_layers or tuple(context.student_layer(layer) for layer, _ in context.levels)
     return tuple(zip(context.levels, chosen, strict=True))
 
 
-def _strided(settings: MtaSettings, context: Context) -> Picked:
+def _pick_strided(settings: MtaSettings, context: Context) -> Picked:
     """Student layers from the top down, each beside phi(l); the lowest on words."""
     chosen = settings.student_layers or strided_layers(context.student_layers, settings.num_layers, settings.stride)
     if min(chosen) < 1:
@@ -239,30 +234,20 @@ def _strided(settings: MtaSettings, context: Context) -> Picked:
             f"{', '.join(map(str, beside))}, one of them twice",
             fix="--set losses.mta.num_layers=N with fewer layers",
         )
-    missing = [f"{layer}:{unit}" for layer, unit in levels if (layer, unit) not in context.levels]
+    missing = [level for level in levels if level not in context.levels]
     if missing:
         flags = f"--word-layers {beside[0]}"
         flags += f" --phrase-layers {','.join(map(str, beside[1:]))}" if beside[1:] else ""
         raise UsageError(
-            f"mta.pick=strided puts student layers {', '.join(map(str, chosen))} beside "
-            f"{', '.join(f'{layer}:{unit}' for layer, unit in levels)} of the teacher, and the cache lacks "
-            f"{', '.join(missing)}",
+            f"mta.pick=strided puts student layers {', '.join(map(str, chosen))} beside {_name_all(levels)} of the "
+            f"teacher, and the cache lacks {_name_all(missing)}",
             fix=f"xkd-cache add CACHE --model M --for mta {flags}",
         )
     return tuple(zip(levels, chosen, strict=True))
 
 
-# MTA wired to the cache: which levels, which projectors, which spans and tokens count.
-#
-# Shape legend: see batch.py.
-
-
 def needs(settings: MtaSettings, levels: Levels) -> tuple[Signal, ...]:
-    """Per level: masses, and geometry for DSA, span vectors or tokens' states for Hid, weights of tokens where read.
-
-    Raises:
-        UsageError: No level is there to be read.
-    """
+    """Per level: masses, and geometry for DSA, span vectors or tokens' states for Hid, token weights where read."""
     if not levels:
         raise UsageError(
             "loss mta needs span_mass of words or phrases of some teacher layer, and none is cached",
@@ -270,22 +255,22 @@ def needs(settings: MtaSettings, levels: Levels) -> tuple[Signal, ...]:
         )
     names = ["span_mass"]
     names += ["span_geometry"] if settings.lambda_dsa > 0 else []
-    names += ["span_vectors"] if _hid(settings, "spans") else []
+    names += ["span_vectors"] if _has_hid(settings, "spans") else []
     found = [Signal(name, layer, unit) for layer, unit in levels for name in names]
     weighs = settings.student_pooling == "teacher" or (
-        _hid(settings, "token") and settings.span_weights == "centrality"
+        _has_hid(settings, "token") and settings.span_weights == "centrality"
     )
-    names = (["hidden"] if _hid(settings, "token") else []) + (["centrality"] if weighs else [])
+    names = (["hidden"] if _has_hid(settings, "token") else []) + (["centrality"] if weighs else [])
     found += [Signal(name, layer) for layer in sorted({layer for layer, _ in levels}) for name in names]
     return (*found, *([Signal("entropy")] if settings.span_weights == "entropy" else []))
 
 
-def _hid(settings: MtaSettings, on: str) -> bool:
+def _has_hid(settings: MtaSettings, on: str) -> bool:
     """Whether Hid is there and compares spans, or token."""
     return settings.hid == on and settings.lambda_hid > 0
 
 
-class Mta(nn.Module):
+class Mta(Loss):
     """Terms `dsa@L:unit` and `hid@L:unit` for every picked level L (a teacher layer).
 
     Beside them `spans@L:unit`, without weight: the number of spans they rest on, per document that has any. Where
@@ -293,18 +278,16 @@ class Mta(nn.Module):
     models read as the same ids.
     """
 
-    attention = False
-
     def __init__(self, settings: MtaSettings, context: Context) -> None:
         super().__init__()
         self.settings = settings
         self.classes = context.teacher_vocab_size
-        self.student_layer = {_key(*level): layer for level, layer in picked_levels(settings, context)}
+        self.student_layer = {f"{layer}:{unit}": ours for (layer, unit), ours in pick_levels(settings, context)}
         self.layers = tuple(sorted(set(self.student_layer.values())))
         self.has_hid = settings.hid != "off" and settings.lambda_hid > 0
         self.has_dsa = settings.lambda_dsa > 0
-        self.by_token = _hid(settings, "token") or settings.student_pooling == "teacher"
-        if _hid(settings, "token"):
+        self.by_token = _has_hid(settings, "token") or settings.student_pooling == "teacher"
+        if _has_hid(settings, "token"):
             refuse_other_tokens("mta.hid=token", "mta.hid=spans", context)
         if settings.student_pooling == "teacher":
             refuse_other_tokens("mta.student_pooling=teacher", "mta.student_pooling=own", context)
@@ -327,14 +310,14 @@ class Mta(nn.Module):
         """Weight of pairs, weight of spans or tokens (1 for every document that has any), and such documents."""
         found: dict[str, Tensor] = {}
         for level in self._levels(batch):
-            valid_BU, omega_BU = self._spans(batch, level)
+            valid_BU, omega_BU = self._choose_spans(batch, level)
             if self.has_dsa:
-                found[f"dsa@{_key_of(level)}"] = pair_weights(omega_BU, valid_BU).sum()
-            if _hid(self.settings, "token"):
-                found[f"hid@{_key_of(level)}"] = self._tokens(batch, level)[1].sum()
+                found[f"dsa@{_key(level)}"] = pair_weights(omega_BU, valid_BU).sum()
+            if _has_hid(self.settings, "token"):
+                found[f"hid@{_key(level)}"] = self._choose_tokens(batch, level)[1].sum()
             elif self.has_hid:
-                found[f"hid@{_key_of(level)}"] = omega_BU.sum()
-            found[f"spans@{_key_of(level)}"] = valid_BU.any(-1).sum()
+                found[f"hid@{_key(level)}"] = omega_BU.sum()
+            found[f"spans@{_key(level)}"] = valid_BU.any(-1).sum()
         return found | ({"same_tokens": self._with_spans(batch).sum()} if self.by_token else {})
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
@@ -342,38 +325,36 @@ class Mta(nn.Module):
         terms: dict[str, LossTerm] = {}
         weights: dict[int, Tensor] = {}
         for level in self._levels(batch):
-            key = _key_of(level)
+            key = _key(level)
             layer = self.student_layer[key]
             hidden_BSd = student.states.layers[layer]
             if layer not in weights or self.settings.student_pooling == "teacher":
-                weights[layer] = self._pooling(batch, level, hidden_BSd)
+                weights[layer] = self._weigh_tokens(batch, level, hidden_BSd)
             vectors_BUd, _ = pool_spans(hidden_BSd, weights[layer], level.student_BU2)
-            valid_BU, omega_BU = self._spans(batch, level)
+            valid_BU, omega_BU = self._choose_spans(batch, level)
             if self.has_dsa:
-                assert level.cosines_BUU is not None
                 compared_BUW = self.projectors[key](vectors_BUd) if self.projects_dsa else vectors_BUd
-                terms[f"dsa@{key}"] = dsa(cosine_matrix(compared_BUW), level.cosines_BUU, omega_BU, valid_BU)
-            if _hid(self.settings, "token"):
+                terms[f"dsa@{key}"] = dsa(cosine_matrix(compared_BUW), unwrap(level.cosines_BUU), omega_BU, valid_BU)
+            if _has_hid(self.settings, "token"):
                 terms[f"hid@{key}"] = self._hid_of_tokens(batch, level, hidden_BSd)
             elif self.has_hid:
-                assert level.vectors_BUD is not None
                 projected_BUD = self.projectors[key](vectors_BUd)
-                terms[f"hid@{key}"] = hid(projected_BUD, level.vectors_BUD.float(), omega_BU, valid_BU)
+                terms[f"hid@{key}"] = hid(projected_BUD, unwrap(level.vectors_BUD).float(), omega_BU, valid_BU)
             terms[f"spans@{key}"] = term(valid_BU.sum().float(), valid_BU.any(-1).sum())
         if self.by_token:
             with_spans_B = self._with_spans(batch)
-            terms["same_tokens"] = term((same_tokens(batch) & with_spans_B).sum().float(), with_spans_B.sum())
+            terms["same_tokens"] = term((find_same_tokens(batch) & with_spans_B).sum().float(), with_spans_B.sum())
         return terms
 
     def _levels(self, batch: Batch) -> list[Level]:
         """Those that were picked; a batch may hold more, for other losses."""
-        return [level for level in batch.levels if _key_of(level) in self.student_layer]
+        return [level for level in batch.levels if _key(level) in self.student_layer]
 
     def _with_spans(self, batch: Batch) -> Tensor:
         """Which documents have a span that the settings want, at any level, bool [B]."""
-        return torch.stack([self._wanted(level).any(-1) for level in self._levels(batch)]).any(0)
+        return torch.stack([self._wanted_spans(level).any(-1) for level in self._levels(batch)]).any(0)
 
-    def _wanted(self, level: Level) -> Tensor:
+    def _wanted_spans(self, level: Level) -> Tensor:
         """Spans of a level that have tokens in both models and that the settings want, bool [B, U]."""
         valid_BU = level.valid_BU
         if self.settings.word_spans == "in_phrases":
@@ -382,70 +363,63 @@ class Mta(nn.Module):
             valid_BU = valid_BU & level.in_target_BU
         return valid_BU
 
-    def _spans(self, batch: Batch, level: Level) -> tuple[Tensor, Tensor]:
+    def _choose_spans(self, batch: Batch, level: Level) -> tuple[Tensor, Tensor]:
         """Which spans take part, and their weight in the document (eq. 9)."""
-        valid_BU, mass_BU = self._wanted(level), level.mass_BU
+        valid_BU, mass_BU = self._wanted_spans(level), level.mass_BU
         if self.settings.student_pooling == "teacher":
-            valid_BU = valid_BU & same_tokens(batch).unsqueeze(-1)
+            valid_BU = valid_BU & find_same_tokens(batch).unsqueeze(-1)
         if self.settings.span_weights == "uniform":
             mass_BU = uniform_weights(valid_BU)
         if self.settings.span_weights == "entropy":
-            sure_BR = self._sure(batch, batch.teacher_predict_BM, batch.teacher_valid_BR)
+            sure_BR = self._sureness_at(batch, batch.teacher_predict_BM, batch.teacher_valid_BR)
             mass_BU = range_sums(sure_BR, level.teacher_BU2)
             valid_BU = valid_BU & (mass_BU > 0)
         return valid_BU, span_weights(mass_BU, valid_BU)
 
-    def _sure(self, batch: Batch, place_BM: Tensor, like: Tensor) -> Tensor:
+    def _sureness_at(self, batch: Batch, place_BM: Tensor, like: Tensor) -> Tensor:
         """1 - H / log V at the places of the teacher's predictions, 0 elsewhere; float32 of the shape of `like`."""
-        assert batch.teacher_entropy_BM is not None
-        sure_BM = torch.where(batch.teacher_predict_valid_BM, sureness(batch.teacher_entropy_BM, self.classes), 0.0)
+        sure_BM = torch.where(
+            batch.teacher_predict_valid_BM, sureness(unwrap(batch.teacher_entropy_BM), self.classes), 0.0
+        )
         return torch.zeros_like(like, dtype=sure_BM.dtype).scatter_add(1, place_BM, sure_BM)
 
-    def _tokens(self, batch: Batch, level: Level) -> tuple[Tensor, Tensor]:
+    def _choose_tokens(self, batch: Batch, level: Level) -> tuple[Tensor, Tensor]:
         """Tokens that take part in hid=token, bool [B, S], and their weight in the document."""
         length = batch.student_valid_BS.shape[1]
-        valid_BS = covered(level.student_BU2, self._spans(batch, level)[0], length)
-        valid_BS = valid_BS & same_tokens(batch).unsqueeze(-1)
+        valid_BS = find_covered(level.student_BU2, self._choose_spans(batch, level)[0], length)
+        valid_BS = valid_BS & find_same_tokens(batch).unsqueeze(-1)
         if self.settings.span_weights == "uniform":
             weights_BS = uniform_weights(valid_BS)
         elif self.settings.span_weights == "entropy":
-            assert batch.teacher_kept_BR is not None
-            assert batch.teacher_valid_BT is not None
-            place_BM = batch.teacher_kept_BR.gather(1, batch.teacher_predict_BM)
-            weights_BS = fitted(self._sure(batch, place_BM, batch.teacher_valid_BT), length)
+            place_BM = unwrap(batch.teacher_kept_BR).gather(1, batch.teacher_predict_BM)
+            weights_BS = fit(self._sureness_at(batch, place_BM, unwrap(batch.teacher_valid_BT)), length)
         else:
-            weights_BS = fitted(_given(batch.states(level.layer).centrality_BT), length)
+            weights_BS = fit(unwrap(batch.states(level.layer).centrality_BT), length)
         return valid_BS, span_weights(weights_BS, valid_BS)
 
     def _hid_of_tokens(self, batch: Batch, level: Level, hidden_BSd: Tensor) -> LossTerm:
         """Eq. 13: the state of every covered token against the teacher's state of the same token."""
-        valid_BS, weights_BS = self._tokens(batch, level)
-        teacher_BSD = fitted(_given(batch.states(level.layer).hidden_BTD), hidden_BSd.shape[1]).float()
-        return hid(self.projectors[_key_of(level)](hidden_BSd), teacher_BSD, weights_BS, valid_BS)
+        valid_BS, weights_BS = self._choose_tokens(batch, level)
+        teacher_BSD = fit(unwrap(batch.states(level.layer).hidden_BTD), hidden_BSd.shape[1]).float()
+        return hid(self.projectors[_key(level)](hidden_BSd), teacher_BSD, weights_BS, valid_BS)
 
-    def _pooling(self, batch: Batch, level: Level, hidden_BSd: Tensor) -> Tensor:
+    def _weigh_tokens(self, batch: Batch, level: Level, hidden_BSd: Tensor) -> Tensor:
         """Weights that pool the student's tokens, [B, S]."""
         if self.settings.student_pooling == "uniform":
             return uniform_weights(batch.student_valid_BS)
         if self.settings.student_pooling == "teacher":
-            weights_BS = fitted(_given(batch.states(level.layer).centrality_BT), hidden_BSd.shape[1])
-            return torch.where(batch.student_valid_BS & same_tokens(batch).unsqueeze(-1), weights_BS, 0.0)
+            weights_BS = fit(unwrap(batch.states(level.layer).centrality_BT), hidden_BSd.shape[1])
+            return torch.where(batch.student_valid_BS & find_same_tokens(batch).unsqueeze(-1), weights_BS, 0.0)
         with torch.no_grad():
             return centrality(hidden_BSd, batch.student_valid_BS)
 
 
-def _given(values: Tensor | None) -> Tensor:
-    """What `needs` asked for."""
-    assert values is not None
-    return values
+def _key(level: Level) -> str:
+    return f"{level.layer}:{level.unit}"
 
 
-def _key(layer: int, unit: str) -> str:
-    return f"{layer}:{unit}"
-
-
-def _key_of(level: Level) -> str:
-    return _key(level.layer, level.unit)
+def _name_all(levels: Sequence[tuple[int, str]]) -> str:
+    return ", ".join(f"{layer}:{unit}" for layer, unit in levels)
 
 
 MTA = Declaration(

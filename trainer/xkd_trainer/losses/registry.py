@@ -1,16 +1,17 @@
-"""How each loss is wired: its settings, the signals it needs, its projectors, and the terms it makes of a batch.
+"""The losses by name, those of installed packages among them, and what `--loss` says as weights.
 
-The mathematics is in xkd_trainer.losses. A new loss is one file here and one line below, or a package of its own
-(docs/adding-a-loss.md).
+A new loss is one file in this folder and one line below, or a package of its own (docs/adding-a-loss.md): an entry
+point of the group `xkd.losses`, a `Declaration` under its own name. A loss alone is its paper's whole recipe,
+cross-entropy included: docs/losses.md has the rule in words, docs/decisions/0017-paper-weights.md the reasons.
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final
 
 from xkd_schemas.errors import UsageError
-from xkd_trainer.losses import registry as plugins
 from xkd_trainer.losses.baselines.alm import ALM
 from xkd_trainer.losses.baselines.dskd import DSKD, DSKD_CMA
 from xkd_trainer.losses.baselines.dskd_v2 import DSKD_V2
@@ -21,10 +22,12 @@ from xkd_trainer.losses.baselines.multilevelot import MULTILEVELOT
 from xkd_trainer.losses.baselines.rskd import RSKD
 from xkd_trainer.losses.baselines.uld import ULD
 from xkd_trainer.losses.ce import CE
-from xkd_trainer.losses.declaration import Declaration
+from xkd_trainer.losses.declaration import Declaration, Loss
 from xkd_trainer.losses.dwa import DWA
 from xkd_trainer.losses.mta import MTA
 from xkd_trainer.losses.sra import SRA
+
+GROUP: Final = "xkd.losses"
 
 LOSSES: Mapping[str, Declaration] = {
     d.name: d for d in (CE, KL, RSKD, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT)
@@ -33,12 +36,8 @@ LOSSES: Mapping[str, Declaration] = {
 
 
 def loss_names() -> tuple[str, ...]:
-    """Ours in their order, then those of installed packages; a package cannot replace one of ours.
-
-    Raises:
-        UsageError: A package declares a loss under one of our names.
-    """
-    foreign = plugins.installed()
+    """Ours in their order, then those of installed packages; UsageError where one of those has a name of ours."""
+    foreign = find_installed()
     for name in LOSSES:
         if name in foreign:
             raise UsageError(
@@ -54,22 +53,12 @@ def loss_named(name: str) -> Declaration:
         return LOSSES[name]
     if name not in loss_names():
         raise UsageError(f"{name!r} is not a loss", fix=f"use one of: {', '.join(loss_names())}")
-    return plugins.load(name, plugins.installed()[name])
-
-
-# Losses of other packages: entry points of the group `xkd.losses`, each a Declaration under its own name.
-
-
-GROUP: Final = "xkd.losses"
+    return load_foreign(name, find_installed()[name])
 
 
 @functools.cache
-def installed() -> Mapping[str, EntryPoint]:
-    """Entry points by name, sorted; nothing of them is imported yet.
-
-    Raises:
-        UsageError: Two packages give the same name.
-    """
+def find_installed() -> Mapping[str, EntryPoint]:
+    """Entry points by name, sorted, not imported yet; UsageError where two packages give the same name."""
     found: dict[str, EntryPoint] = {}
     for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
         other = found.setdefault(point.name, point)
@@ -81,21 +70,123 @@ def installed() -> Mapping[str, EntryPoint]:
     return found
 
 
-def load(name: str, point: EntryPoint) -> Declaration:
-    """The declaration behind an entry point.
-
-    Raises:
-        UsageError: It cannot be imported, or is no Declaration of that name.
-    """
+def load_foreign(name: str, point: EntryPoint) -> Declaration:
+    """The declaration behind an entry point; UsageError where it is none, or fails to import."""
     where = f"loss {name!r} ({point.value}{f' of {point.dist.name}' if point.dist else ''})"
     try:
         declaration = point.load()
     except Exception as error:  # whatever a foreign module does when imported
         raise UsageError(
-            f"{where} cannot be imported: {type(error).__name__}: {error}", fix="mend or uninstall that package"
+            f"{where} cannot be imported: {type(error).__name__}: {error}", fix="fix or uninstall that package"
         ) from error
     if not isinstance(declaration, Declaration) or declaration.name != name:
         raise UsageError(
             f"{where} is no Declaration named {name!r}", fix="see docs/adding-a-loss.md for what a loss declares"
         )
     return declaration
+
+
+# -- what `--loss` says
+
+
+HOW = "losses are joined by +, and NAME=NUMBER, a number from 0 on, multiplies what the paper gives that loss"
+_PART = re.compile(r"([A-Za-z]\w*)\s*(?:=\s*(\d+\.?\d*(?:e-?\d{1,2})?|\.\d+))?", re.ASCII)
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """`mta+sra=2` as factors; a loss that weighs 0 is left out.
+
+    >>> parse_loss("sra")
+    {'ce': 0.5, 'sra': 0.5}
+    >>> parse_loss("kl+mta"), parse_loss("mta+sra+dwa")
+    ({'kl': 1.0, 'mta': 1.0}, {'ce': 0.5, 'mta': 0.5, 'sra': 0.5, 'dwa': 1.0})
+    >>> parse_loss("ce=0+sra=2")
+    {'sra': 1.0}
+
+    Raises:
+        UsageError: A loss is not known, twice there, or its number is none from 0 on; or the text is in the spelling
+            of earlier versions, where numbers meant something else.
+    """
+    if "," in text:
+        raise _refuse_earlier(text)
+    multiples: dict[str, float] = {}
+    for part in text.split("+"):
+        found = _PART.fullmatch(part.strip())
+        name = found[1] if found else part.partition("=")[0].strip()
+        loss_named(name)
+        if not found or name in multiples:
+            raise UsageError(f"--loss {text}: {_name_fault(part.strip(), name in multiples)}", fix=HOW)
+        multiples[name] = float(found[2] or 1)
+    if "=" in text and len(multiples) == 1 and "ce" not in multiples:
+        raise _refuse_earlier(text)
+    weights = _weigh_as_papers(multiples) | {name: value for name, value in multiples.items() if name == "ce"}
+    return {name: weights[name] for name in ("ce", *multiples) if weights[name] > 0}
+
+
+def _name_fault(part: str, twice: bool) -> str:
+    """What is wrong with a part of `--loss`.
+
+    >>> _name_fault("mta=-1", False), _name_fault("mta=x", False)
+    ('mta=-1 is negative', "'mta=x' is not NAME or NAME=NUMBER")
+    """
+    if twice:
+        return f"{part!r} names a loss that is there before"
+    negative = re.fullmatch(r"\s*-\s*[\d.]+", part.partition("=")[2])
+    return f"{part} is negative" if negative else f"{part!r} is not NAME or NAME=NUMBER"
+
+
+def _weigh_as_papers(multiples: Mapping[str, float]) -> dict[str, float]:
+    """What the papers say, times the multiples; cross-entropy as the papers of the others have it."""
+    declared = {name: loss_named(name) for name in multiples if name != "ce"}
+    bases = [d for d in declared.values() if not d.plug_in] or list(declared.values())
+    beside = max((d.default_weight if d.plug_weight is None else d.plug_weight for d in bases), default=1.0)
+    weights = {n: (beside if d.plug_in else d.default_weight) * multiples[n] for n, d in declared.items()}
+    return weights | {"ce": max((d.ce_weight for d in bases), default=1.0)}
+
+
+def _refuse_earlier(text: str) -> UsageError:
+    """A text that meant something else when a number was a weight and ce was 1 unless given."""
+    names = [part.partition("=")[0].strip() for part in text.split(",") if part.strip()]
+    for name in names:
+        loss_named(name)
+    new = "+".join(dict.fromkeys(name for name in names if name != "ce")) or "ce"
+    more = HOW if "," in text else f"--loss ce=1+{new}=2 gives {new} twice its weight beside 1 ce"
+    return UsageError(
+        f"--loss {text} is not written so any more", fix=f"--loss {new} is {formula(parse_loss(new))}; {more}"
+    )
+
+
+def formula(weights: Mapping[str, float], terms: Mapping[str, str] | None = None) -> str:
+    """Weights as a sum: `0.5 ce + 0.5 sra`, with `terms` in place of names."""
+    return " + ".join(f"{weight:g} {(terms or {}).get(name, name)}" for name, weight in weights.items()) or "nothing"
+
+
+def term_weights(weights: Mapping[str, float], losses: Mapping[str, Loss], step: int) -> dict[str, float]:
+    """What each term LOSS.TERM is multiplied by at an optimizer step, without those that are 0."""
+    return {
+        f"{name}.{term}": weight * factor
+        for name, weight in weights.items()
+        for term, factor in losses[name].weights(step).items()
+        if factor
+    }
+
+
+def describe_weights(weights: Mapping[str, float], losses: Mapping[str, Loss], last: int) -> str:
+    """The whole sum with every loss's terms, as it is at the last step and, where that differs, at the first.
+
+    For example `0.5 ce + 0.5 (sra.cos 1 + sra.geo 50 + sra.kd 1)`.
+    """
+    return formula(
+        weights, {name: _describe_terms(name, losses[name].weights(0), losses[name].weights(last)) for name in weights}
+    )
+
+
+def _describe_terms(name: str, first: Mapping[str, float], last: Mapping[str, float]) -> str:
+    shown = {term: _describe_change(first[term], last[term]) for term in last if first[term] or last[term]}
+    if list(shown.items()) == [(name, "1")]:
+        return name
+    return f"({' + '.join(f'{name}.{term} {value}' for term, value in shown.items())})"
+
+
+def _describe_change(first: float, last: float) -> str:
+    return f"{last:g}" if first == last else f"{first:g} to {last:g}"

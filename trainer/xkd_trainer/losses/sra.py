@@ -5,59 +5,62 @@ L_cos pulls each projected student span vector to the teacher's, L_Geo compares 
 span vectors, L_KD compares what the two heads predict from the span vectors, on the classes both
 vocabularies have.
 
-Shape legend for this file
-    B documents    K spans    D width    V classes in both vocabularies    N valid spans of all documents
+Shape legend: see batch.py; K any spans, d the student's width, V classes in both vocabularies.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, gather_rows
+from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import (
     Context,
     Declaration,
+    LayerIndex,
     Levels,
+    Loss,
+    Positive,
     Projectors,
+    Settings,
     StudentPass,
-    constant_head,
+    Weight,
     uniform_weights,
 )
-from xkd_trainer.losses.layer_pairing import paired_layers
+from xkd_trainer.losses.dual_space import TeacherHead
+from xkd_trainer.losses.ops.divergence import Comparison
 from xkd_trainer.losses.ops.geometry import cosine_distance, pair_disagreement, pair_weights
-from xkd_trainer.losses.ops.head_sums import Comparison, LazyLogits, head_divergence
-from xkd_trainer.losses.ops.term import LossTerm, at_least_float32, term
-from xkd_trainer.losses.ops.vocabulary import shared_vocabulary as shared_vocabulary
-from xkd_trainer.models.measures import centrality, cosine_matrix, pool_spans
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.ops.shared_pass import head_divergence
+from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
+from xkd_trainer.losses.pairing import pair_layers
+from xkd_trainer.models.measures import at_least_float32, centrality, cosine_matrix, divide, pool_spans
 
 
-class SraSettings(BaseModel):
+class SraSettings(Settings):
     """Options of SRA; every default is ours, and its docstring names what paper and code do."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     spans: Literal["aligned", "word", "phrase"] = "aligned"
     """Pieces that are compared. aligned: between common ends of tokens (paper and code). word, phrase: linguistic
     spans of the response; phrases may overlap."""
-    layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    layers: tuple[LayerIndex, ...] = ()
     """Teacher layers that L_cos compares besides the last one, which is always among them. Paper: the last alone;
     later scripts: three, two apart. L_Geo and L_KD read the last."""
-    student_layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    student_layers: tuple[LayerIndex, ...] = ()
     """Student blocks, one for each of `layers` below the last, lowest first. Empty: those at the same depth."""
-    beta: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
+    beta: tuple[Weight, ...] = ()
     """Weight of each layer in L_cos, lowest first, the last one included; divided by their sum. Empty: all alike."""
-    cos: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    cos: Weight = 1.0
     """Weight of L_cos. First code: 1, the first author's later code: 2."""
-    geo: float = Field(default=50.0, ge=0, allow_inf_nan=False)
+    geo: Weight = 50.0
     """Weight of L_Geo. Code: 50; scripts for TinyLLaMA and OPT: 10."""
-    tau: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    tau: Positive = 2.0
     """Temperature of L_KD. Code: 2, and 4 for OPT. No tau squared in front, as in the code."""
-    p: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    p: Weight = 1.0
     """Power of a span's mass in its loss weight. Code: 1. 0: every span alike."""
     weights: Literal["attention", "centrality", "uniform"] = "attention"
     """Token weights a_t of each layer. attention: what the last token attends to in that block, heads summed
@@ -85,11 +88,10 @@ class SraSettings(BaseModel):
 def layer_shares(beta: Sequence[float], count: int) -> tuple[float, ...]:
     """The weights of `count` layers divided by their sum; all alike where none are given.
 
+    UsageError where there are not as many as layers, or all are 0.
+
     >>> layer_shares((1.0, 3.0), 2), layer_shares((), 2)
     ((0.25, 0.75), (0.5, 0.5))
-
-    Raises:
-        UsageError: There are not as many as layers, or all are 0.
     """
     given = tuple(beta) or (1.0,) * count
     if len(given) != count or not sum(given) > 0:
@@ -112,31 +114,26 @@ def span_omega(mass_BK: Tensor, valid_BK: Tensor, p: float, weighted: bool) -> T
     mass_BK = at_least_float32(mass_BK.detach())
     mass_BK = torch.where(valid_BK, mass_BK if weighted else torch.ones_like(mass_BK), 0.0)
     largest_B1 = mass_BK.amax(-1, keepdim=True) if mass_BK.shape[-1] else mass_BK.sum(-1, keepdim=True)
-    relative_BK = mass_BK / torch.where(largest_B1 > 0, largest_B1, 1.0)  # so that a high power does not underflow
+    relative_BK = divide(mass_BK, largest_B1)  # so that a high power does not underflow
     power_BK = torch.where(valid_BK, relative_BK**p, 0.0)
-    sum_B1 = power_BK.sum(-1, keepdim=True)
-    return power_BK / torch.where(sum_B1 > 0, sum_B1, 1.0)
+    return divide(power_BK, power_BK.sum(-1, keepdim=True))
 
 
 def weighted_cosine(projected_BKD: Tensor, teacher_BKD: Tensor, omega_BK: Tensor, valid_BK: Tensor) -> LossTerm:
     """L_cos of one layer: sum_k omega_k (1 - cos(C_k^S W, C_k^T)) summed over documents.
 
-    The count is the number of documents with a valid span; the code divides by all documents.
+    The student's vectors come projected, with gradient; the teacher's and omega are constants. A valid zero vector
+    costs omega and has no gradient. The count is the number of documents with a valid span; the code divides by all
+    documents.
 
     >>> student, teacher = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[8.0, 6.0], [0.0, 2.0]]])
     >>> weighted_cosine(student, teacher, torch.tensor([[0.75, 0.25]]), torch.tensor([[True, True]]))
     LossTerm(total=tensor(0.2800), count=tensor(1.))
-
-    Args:
-        projected_BKD: The student's span vectors times W (no bias), with gradient.
-        teacher_BKD: The teacher's span vectors; get no gradient.
-        omega_BK: `span_omega`; gets no gradient.
-        valid_BK: Bool, False for padding. A valid zero vector costs omega and has no gradient.
     """
     student_BKD, teacher_BKD = _valid_vectors(projected_BKD, teacher_BKD, valid_BK)
     distance_BK = cosine_distance(student_BKD, teacher_BKD)
     omega_BK = torch.where(valid_BK, omega_BK.detach().to(distance_BK.dtype), 0.0)
-    return term((omega_BK * distance_BK).sum(), _documents(valid_BK))
+    return term((omega_BK * distance_BK).sum(), valid_BK.any(-1).sum())
 
 
 def geometric(student_BKD: Tensor, teacher_BKD: Tensor, omega_BK: Tensor, valid_BK: Tensor) -> LossTerm:
@@ -155,15 +152,9 @@ def geometric(student_BKD: Tensor, teacher_BKD: Tensor, omega_BK: Tensor, valid_
     """
     student_BKD, teacher_BKD = _valid_vectors(student_BKD, teacher_BKD, valid_BK)
     pi_BKK = pair_weights(omega_BK.detach(), valid_BK)
-    sum_B11 = pi_BKK.sum((-2, -1), keepdim=True)
-    pi_BKK = pi_BKK / torch.where(sum_B11 > 0, sum_B11, 1.0)
+    pi_BKK = divide(pi_BKK, pi_BKK.sum((-2, -1), keepdim=True))
     squares_B = pair_disagreement(cosine_matrix(student_BKD), cosine_matrix(teacher_BKD), pi_BKK, valid_BK)
-    return term(squares_B.sum(), _documents(valid_BK))
-
-
-def _documents(valid_BK: Tensor) -> Tensor:
-    """Number of documents with a valid span, scalar int64."""
-    return valid_BK.any(-1).sum()
+    return term(squares_B.sum(), valid_BK.any(-1).sum())
 
 
 def _valid_vectors(student_BKD: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,17 +164,11 @@ def _valid_vectors(student_BKD: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -
     return student_BKD, torch.where(valid_BK1, at_least_float32(teacher_BKD.detach()), 0.0)
 
 
-# SRA wired to the cache: centres of mass of the aligned spans in both models, in the last layer and chosen others.
-#
-# Shape legend: see batch.py; d is the student's width, V the shared vocabulary.
+# -- wiring to the cache
 
 
 def needs(settings: SraSettings, levels: Levels) -> tuple[Signal, ...]:
-    """States of the last and the chosen layers, what weighs them, and for words or phrases some level that has them.
-
-    Raises:
-        UsageError: Words or phrases are wanted and none are cached.
-    """
+    """States of the last and the chosen layers, what weighs them, and for words or phrases a level that has them."""
     inner = inner_layers(settings, levels.num_layers)
     found = [Signal("hidden_last"), *(Signal("hidden", layer) for layer in inner)]
     if settings.weights == "attention" and settings.end_token == "include":
@@ -200,8 +185,8 @@ def inner_layers(settings: SraSettings, last: int) -> tuple[int, ...]:
     return tuple(sorted(layer for layer in settings.layers if layer != last))
 
 
-def _span_level(settings: SraSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
-    """The signal that brings the wanted words or phrases into the batch."""
+def _span_level(settings: SraSettings, levels: Levels) -> tuple[Signal, ...]:
+    """The signal that brings the wanted words or phrases into the batch; UsageError where none are cached."""
     if settings.spans == "aligned":
         return ()
     found = [layer for layer, unit in levels if unit == settings.spans]
@@ -229,7 +214,7 @@ class _Pooled(NamedTuple):
     omega_BK: Tensor
 
 
-class Sra(nn.Module):
+class Sra(Loss):
     """Terms `cos`, `geo` and `kd`; each is a mean over documents with an aligned span.
 
     With several layers, `cos@L` for each teacher layer L in place of `cos`. Beside them `spans`, without weight: how
@@ -241,16 +226,17 @@ class Sra(nn.Module):
         self.settings = settings
         self.text_only = settings.end_token == "exclude"
         self.attention = settings.weights == "attention" and ("text" if self.text_only else True)
-        last, inner = context.teacher_layers, inner_layers(settings, context.teacher_layers)
+        self.last = last = context.teacher_layers
+        inner = inner_layers(settings, last)
         if settings.student_layers and len(settings.student_layers) != len(inner):
             raise UsageError(
                 f"sra.student_layers has {len(settings.student_layers)} layers, sra.layers has {len(inner)} below the "
                 f"last ({last})"
             )
         ours = (*settings.student_layers, context.student_layers) if settings.student_layers else ()
-        self.inner = paired_layers("sra", (*inner, last), ours, context)[:-1]
+        self.inner = pair_layers("sra", (*inner, last), ours, context)[:-1]
         self.layers = tuple(layer for _, layer in self.inner)
-        self.last = last
+        self.student_last = context.student_layers
         shares = layer_shares(settings.beta, len(self.inner) + 1)
         self.shares = dict(zip((*inner, last), shares, strict=True))
         self.projector = _projector(context, settings)
@@ -258,14 +244,8 @@ class Sra(nn.Module):
         student_ids_V, teacher_ids_V = shared_vocabulary(
             context.student_vocab, context.teacher_vocab, settings.shared_vocab
         )
-        head = constant_head(context.teacher_head(), "sra")
-        self.student_ids_V: Tensor
-        self.teacher_weight_VD: Tensor
-        self.teacher_bias_V: Tensor | None
-        self.register_buffer("student_ids_V", student_ids_V, persistent=False)
-        self.register_buffer("teacher_weight_VD", head.weight_VD[teacher_ids_V], persistent=False)
-        bias_V = None if head.bias_V is None else head.bias_V[teacher_ids_V]
-        self.register_buffer("teacher_bias_V", bias_V, persistent=False)
+        self.student_ids_V = nn.Buffer(student_ids_V, persistent=False)
+        self.head = TeacherHead(context, "sra", teacher_ids_V)
 
     def weights(self, step: int) -> Mapping[str, float]:
         """L_HS + L_KD of the paper; cross-entropy is a loss of its own."""
@@ -291,7 +271,7 @@ class Sra(nn.Module):
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """The three terms of section 2.3, the first at every layer."""
         spans = self._spans(batch)
-        last = self._pooled(batch, student, spans, self.last, student.states.last_BLD)
+        last = self._pool(batch, student, spans, self.last, student.states.last_BLD)
         terms = {
             self._cos(self.last): self._cosine(self.projector, last, spans),
             "geo": geometric(last.student_BKd, last.teacher_BKD, last.omega_BK, spans.valid_BK),
@@ -299,7 +279,7 @@ class Sra(nn.Module):
             "spans": term(spans.valid_BK.sum().float(), spans.valid_BK.any(-1).sum()),
         }
         for teacher_layer, student_layer in self.inner:
-            pooled = self._pooled(batch, student, spans, teacher_layer, student.states.layers[student_layer])
+            pooled = self._pool(batch, student, spans, teacher_layer, student.states.layers[student_layer])
             projector = self.inner_projectors[str(teacher_layer)]
             terms[self._cos(teacher_layer)] = self._cosine(projector, pooled, spans)
         return terms
@@ -307,7 +287,7 @@ class Sra(nn.Module):
     def _cosine(self, projector: nn.Module, pooled: _Pooled, spans: _Spans) -> LossTerm:
         return weighted_cosine(projector(pooled.student_BKd), pooled.teacher_BKD, pooled.omega_BK, spans.valid_BK)
 
-    def _pooled(self, batch: Batch, student: StudentPass, spans: _Spans, layer: int, hidden_BSd: Tensor) -> _Pooled:
+    def _pool(self, batch: Batch, student: StudentPass, spans: _Spans, layer: int, hidden_BSd: Tensor) -> _Pooled:
         """Section 2.2 at one teacher layer and the student's states beside it."""
         teacher_BRD = self._teacher_states(batch, layer).float()
         weights_BS = self._student_weights(student, layer, hidden_BSd)
@@ -327,20 +307,13 @@ class Sra(nn.Module):
         if self.settings.weights == "centrality":
             with torch.no_grad():
                 return centrality(hidden_BSd, valid_BS)
-        if self.text_only:
-            ours = dict(self.inner).get(layer, max(student.states.text_layers))
-            return student.states.text_layers[ours]
-        row_BS = student.states.attention_BL
-        if layer != self.last:
-            row_BS = student.states.attention_layers[dict(self.inner)[layer]]
-        assert row_BS is not None
-        return row_BS
+        rows = student.states.text_layers if self.text_only else student.states.attention_layers
+        return rows[dict(self.inner).get(layer, self.student_last)]
 
     def _teacher_states(self, batch: Batch, layer: int) -> Tensor:
         """The teacher's states of a layer at the kept rows, [B, R, D]."""
         if layer == self.last:
-            assert batch.teacher_hidden_BRD is not None
-            return batch.teacher_hidden_BRD
+            return unwrap(batch.teacher_hidden_BRD)
         return _at_kept_rows(batch, batch.states(layer).hidden_BTD)
 
     def _teacher_weights(self, batch: Batch, layer: int) -> Tensor:
@@ -352,24 +325,18 @@ class Sra(nn.Module):
         if self.text_only:
             return _at_kept_rows(batch, batch.states(layer).attention_text_BT)
         if layer == self.last:
-            assert batch.teacher_attention_BR is not None
-            return batch.teacher_attention_BR
+            return unwrap(batch.teacher_attention_BR)
         return _at_kept_rows(batch, batch.states(layer).attention_BT)
 
     def _kd(self, student: StudentPass, student_BKd: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -> LossTerm:
         """KL between what both heads make of the span vectors, on the shared classes (2.3c)."""
-        head = student.logits
-        rows_Vd = head.weight[self.student_ids_V]
-        bias_V = None if head.bias is None else head.bias[self.student_ids_V]
+        shared = student.logits.of_classes(self.student_ids_V)
         weights_BK = valid_BK.float()
         if self.settings.kd == "mean":
             weights_BK = weights_BK / valid_BK.sum(-1, keepdim=True).clamp_min(1)
-        total = head_divergence(
-            LazyLogits(hidden=student_BKd, weight=rows_Vd, bias=bias_V).at(valid_BK),
-            LazyLogits(hidden=teacher_BKD, weight=self.teacher_weight_VD, bias=self.teacher_bias_V).at(valid_BK),
-            weights_BK[valid_BK],
-            Comparison(kind="forward_kl", temperature=self.settings.tau),
-        )
+        own = LazyLogits(hidden=student_BKd, weight=shared.weight, bias=shared.bias).at(valid_BK)
+        how = Comparison(kind="forward_kl", temperature=self.settings.tau)
+        total = head_divergence(own, self.head(teacher_BKD).at(valid_BK), weights_BK[valid_BK], how)
         return term(total, valid_BK.any(-1).sum())
 
 
@@ -383,11 +350,8 @@ def _projector(context: Context, settings: SraSettings) -> nn.Linear:
 
 def _at_kept_rows(batch: Batch, values_BT: Tensor | None) -> Tensor:
     """What the cache has of all tokens, [B, T] or [B, T, D], at the kept rows."""
-    assert values_BT is not None
-    assert batch.teacher_kept_BR is not None
-    if values_BT.ndim == 3:
-        return gather_rows(values_BT, batch.teacher_kept_BR)
-    return values_BT.gather(1, batch.teacher_kept_BR)
+    kept_BR, values_BT = unwrap(batch.teacher_kept_BR), unwrap(values_BT)
+    return gather_rows(values_BT, kept_BR) if values_BT.ndim == 3 else values_BT.gather(1, kept_BR)
 
 
 SRA = Declaration(

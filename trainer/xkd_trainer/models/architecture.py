@@ -31,12 +31,9 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of the text model's blocks, right below it or below one of its parts.
+    """The list of the text model's blocks, right below it or below one of its parts; UsageError where there is none.
 
     A list further down is some block's own, whatever its length.
-
-    Raises:
-        UsageError: There is no list of the configured length.
     """
     count, decoder = num_layers(model), backbone(model).get_decoder()
     for name, module in decoder.named_modules():

@@ -67,13 +67,13 @@ def listen(layers: frozenset[int], places: Mapping[str, Tensor]) -> Iterator[Las
     with contextlib.ExitStack() as names:
         if layers:
             heard.sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-            names.enter_context(_named("sdpa", partial(_sdpa, heard)))
-            names.enter_context(_named("eager", partial(_eager, heard)))
+            names.enter_context(_rename("sdpa", partial(_sdpa, heard)))
+            names.enter_context(_rename("eager", partial(_eager, heard)))
         yield heard
 
 
 @contextlib.contextmanager
-def _named(name: str, function: Attention) -> Iterator[None]:
+def _rename(name: str, function: Attention) -> Iterator[None]:
     """Let a name lead to another function for a while; "eager" leads nowhere, which stands for the family's own."""
     before = ALL_ATTENTION_FUNCTIONS.get(name)
     ALL_ATTENTION_FUNCTIONS[name] = function
@@ -123,13 +123,9 @@ def last_row(
 ) -> Tensor:
     """Attention of one token of each document over all tokens, [B, H, L] float32, rows sum to 1.
 
-    Args:
-        query_BHLE: Queries after position encoding.
-        key_BKLE: Keys after position encoding.
-        last_B: Position of that token.
-        mask: What the attention function was given: None (causal), bool (True attends) or additive.
-        options: The other arguments of the call; `scaling`, `sliding_window`, `position_bias` (added to the scores,
-            [B or 1, H, L, L]) and `s_aux` (attention sinks) count.
+    Queries and keys are those after position encoding, `last` is the token's position, `mask` what the attention
+    function was given: None (causal), bool (True attends) or additive. Of the other arguments of the call, `scaling`,
+    `sliding_window`, `position_bias` (added to the scores, [B or 1, H, L, L]) and `s_aux` (attention sinks) count.
     """
     size_B, heads, length, width = query_BHLE.shape
     groups = heads // key_BKLE.shape[1]
@@ -163,8 +159,7 @@ def last_row(
 def check_attention(model: PreTrainedModel) -> None:
     """Compare every block's row, times the values, with what its attention made of eight tokens.
 
-    Raises:
-        UsageError: They differ: the family does something to scores or maps that a row does not tell.
+    UsageError where they differ: the family does something to scores or maps that a row does not tell.
     """
     ids_BL = tokens_of_any(model)
     last_B = torch.full((1,), ids_BL.shape[1] - 1, device=ids_BL.device)

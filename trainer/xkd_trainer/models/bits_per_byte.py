@@ -23,7 +23,7 @@ BATCH: Final = 16
 """Documents of one forward pass."""
 
 
-def batched(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def make_batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
     """BATCH items at a time; each time that the next are asked for, those before are done."""
     for first in range(0, len(items), BATCH):
         yield items[first : first + BATCH]
@@ -41,7 +41,7 @@ def bits_per_byte(model: PreTrainedModel, pairs: Sequence[tuple[Document, Tokens
     ordered = sorted(pairs, key=lambda pair: len(pair[1].ids))
     head = head_of(model)
     with Progress("bits per byte", len(pairs)):
-        for batch in batched(ordered):
+        for batch in make_batches(ordered):
             ids_BL = pad([t.ids.astype(np.int64) for _, t in batch]).to(model.device)
             valid_BL = pad([np.ones(len(t.ids), np.bool_) for _, t in batch]).to(model.device)
             states_BLD = run(model, ids_BL, valid_BL).last_BLD
@@ -50,11 +50,6 @@ def bits_per_byte(model: PreTrainedModel, pairs: Sequence[tuple[Document, Tokens
                 place_N = torch.from_numpy(predictors(content)).to(model.device)
                 log_p_NV = head(states_BLD[row, place_N]).float().log_softmax(-1)
                 nats -= float(log_p_NV.gather(-1, ids_BL[row, place_N + 1, None]).double().sum())
-                size += sum(
-                    _bytes_of(document, s.start, min(s.end, tokens.num_chars)) for s in document.segments if s.target
-                )
+                for s in (s for s in document.segments if s.target):
+                    size += len(document.text[s.start : max(s.start, min(s.end, tokens.num_chars))].encode())
     return {"bytes": size, "bits_per_byte": nats / math.log(2) / max(1, size)}
-
-
-def _bytes_of(document: Document, start: int, end: int) -> int:
-    return len(document.text[start : max(start, end)].encode())

@@ -6,7 +6,7 @@ The name is resolved once, before anything is made, and goes into what is made. 
 import functools
 import time
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 
@@ -40,19 +40,19 @@ class Choice:
         return f"dtype: {self.dtype}, {self.why}"
 
 
-class Hardware(Protocol):
-    """What is asked of a processor."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """A processor, or a GPU of the workers that this process cannot ask: every one since 2020 has bfloat16."""
 
-    @property
-    def kind(self) -> str:
-        """What results may depend on, e.g. "CPU AVX2" or the name of a GPU."""
-
-    @property
-    def has_bfloat16(self) -> bool:
-        """Whether it has instructions for products in bfloat16."""
+    kind: str = "a GPU that only the workers see"
+    """What results may depend on, e.g. "CPU AVX2" or the name of a GPU."""
+    has_bfloat16: bool = True
+    """Whether it has instructions for products in bfloat16."""
+    device: str = ""
 
     def slowdown(self, dtype: str) -> float:
         """How many times as long a product takes in this dtype as in float32."""
+        return _time_product(self.device, dtype) / _time_product(self.device, "float32") if self.device else 1.0
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -75,17 +75,17 @@ def choose_dtype(asked: str, device: str) -> Choice:
     """
     here = hardware(device)
     if dtype_name(asked) == AUTO:
-        return _fast(here)
+        return _choose_fast(here)
     dtype_named(asked)
     name, warning = dtype_name(asked), ""
     if name != "float32" and (factor := here.slowdown(name)) > SLOW:
-        warning = f"{name} products take {_times(factor)} as long as float32 here ({here.kind})"
+        warning = f"{name} products take {_say_times(factor)} as long as float32 here ({here.kind})"
     return Choice(dtype=name, why="as asked for", warning=warning)
 
 
-def _fast(here: Hardware) -> Choice:
+def _choose_fast(here: Hardware) -> Choice:
     factor = here.slowdown("bfloat16")
-    times = f"bfloat16 products take {_times(factor)} as long as float32"
+    times = f"bfloat16 products take {_say_times(factor)} as long as float32"
     if not here.has_bfloat16:
         return Choice(dtype="float32", why=f"because {here.kind} has no bfloat16 instructions; {times}")
     if factor > SLOW:
@@ -93,10 +93,10 @@ def _fast(here: Hardware) -> Choice:
     return Choice(dtype="bfloat16", why=f"because {here.kind} has bfloat16 instructions; {times}")
 
 
-def _times(factor: float) -> str:
+def _say_times(factor: float) -> str:
     """A measured factor in words.
 
-    >>> _times(0.5), _times(1.54), _times(107.4)
+    >>> _say_times(0.5), _say_times(1.54), _say_times(107.4)
     ('0.5 times', '1.5 times', '107 times')
     """
     return f"{factor:.2g} times" if factor < 10 else f"{factor:.0f} times"
@@ -118,66 +118,28 @@ def processor_kind(device: str) -> str:
 def hardware(device: str) -> Hardware:
     """The processor that `device` (cpu or cuda) is in this process."""
     if device == "cpu":
-        return _Cpu()
-    return _Gpu() if torch.cuda.is_available() else _Unseen()
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported(),
+        }  # fmt: skip
+        names = sorted(name.upper() for name, there in flags.items() if "bf16" in name and there)
+        kind = " ".join(["CPU", torch.backends.cpu.get_cpu_capability(), *names])
+        return Hardware(kind=kind, has_bfloat16=bool(names), device=device)
+    if not torch.cuda.is_available():
+        return Hardware()
+    has_bfloat16 = bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return Hardware(kind=str(torch.cuda.get_device_name()), has_bfloat16=has_bfloat16, device=device)
 
 
-class _Timed:
-    device = "cpu"
-
-    @functools.cache  # noqa: B019 - lives as long as the process
-    def slowdown(self, dtype: str) -> float:
-        return self._seconds(DTYPES[dtype]) / self._seconds(torch.float32)
-
-    def _seconds(self, dtype: torch.dtype) -> float:
-        m, k, n = _PRODUCT[self.device]
-        a_MK, b_KN = (torch.ones(shape, dtype=dtype, device=self.device) for shape in ((m, k), (k, n)))
-        return min(self._timed(a_MK, b_KN) for _ in range(3))
-
-    def _timed(self, a_MK: torch.Tensor, b_KN: torch.Tensor) -> float:
+@functools.cache
+def _time_product(device: str, dtype: str) -> float:
+    """Seconds of one product, the best of three."""
+    m, k, n = _PRODUCT[device]
+    a_MK, b_KN = (torch.ones(shape, dtype=DTYPES[dtype], device=device) for shape in ((m, k), (k, n)))
+    seconds = []
+    for _ in range(3):
         start = time.perf_counter()
         _ = a_MK @ b_KN
-        if self.device == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-
-class _Cpu(_Timed):
-    @property
-    def kind(self) -> str:
-        level = torch.backends.cpu.get_cpu_capability()
-        return f"CPU {' '.join([level, *_bfloat16_flags()])}"
-
-    @property
-    def has_bfloat16(self) -> bool:
-        return bool(_bfloat16_flags())
-
-
-def _bfloat16_flags() -> list[str]:
-    """The processor's own names of its bfloat16 instructions."""
-    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported(),
-    }  # fmt: skip
-    return sorted(name.upper() for name, there in flags.items() if "bf16" in name and there)
-
-
-class _Gpu(_Timed):
-    device = "cuda"
-
-    @property
-    def kind(self) -> str:
-        return str(torch.cuda.get_device_name())
-
-    @property
-    def has_bfloat16(self) -> bool:
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-class _Unseen:
-    """A GPU of the workers, which this process cannot ask: every one since 2020 has bfloat16."""
-
-    kind = "a GPU that only the workers see"
-    has_bfloat16 = True
-
-    def slowdown(self, _dtype: str) -> float:
-        return 1.0
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

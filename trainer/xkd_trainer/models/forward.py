@@ -20,7 +20,7 @@ from xkd_trainer.models.architecture import LAST_STATES_ONLY, backbone, evaluati
 from xkd_trainer.models.architecture import blocks_of as blocks_of
 from xkd_trainer.models.architecture import num_layers as num_layers
 from xkd_trainer.models.attention import UNIFORM, LastRows, check_attention, listen
-from xkd_trainer.models.measures import normalised_row
+from xkd_trainer.models.measures import normalise_row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,48 +46,43 @@ class States:
         return replace(self, last_BLD=self.last_BLD.float(), layers=layers)
 
 
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """What a block returned."""
-
-    states: Tensor
-    version: int
-    """torch's count of writes into it by then; tensors of inference mode have none."""
-
-    def is_as_returned(self) -> bool:
-        """Whether nobody wrote into the states since."""
-        return self.states.is_inference() or self.states._version == self.version
+Outputs = dict[int, tuple[Tensor, int]]
+"""Layer -> what its block returned, and torch's count of writes into it by then."""
 
 
-def _checked(model: PreTrainedModel, layer: int, found: _Output | None, last_BLD: Tensor) -> Tensor:
+def _check_states(model: PreTrainedModel, layer: int, outputs: Outputs, last_BLD: Tensor) -> Tensor:
     """Projectors and columns are made for the shape of the last states; in OPT-350m and Gemma 3n blocks differ."""
-    if found is not None and found.states.shape == last_BLD.shape and found.is_as_returned():
-        return found.states
-    what = f"states of shape {tuple(found.states.shape)}" if found else "no states"
-    if found is not None and not found.is_as_returned():
-        what = "states that a later block writes into"
+    what = "no states"
+    if layer in outputs:
+        states, version = outputs[layer]
+        what = f"states of shape {tuple(states.shape)}"
+        if _writes_into(states) != version:
+            what = "states that a later block writes into"
+        elif states.shape == last_BLD.shape:
+            return states
     raise UsageError(
         f"{type(model).__name__}: block {layer} gives {what} where its last states are {tuple(last_BLD.shape)}",
         fix=LAST_STATES_ONLY,
     )
 
 
+def _writes_into(states: Tensor) -> int:
+    """Tensors of inference mode have no count."""
+    return 0 if states.is_inference() else states._version
+
+
 @contextlib.contextmanager
-def _hooked(model: PreTrainedModel, layers: Sequence[int], into: dict[int, _Output]) -> Iterator[None]:
+def _hook(model: PreTrainedModel, layers: Sequence[int], into: Outputs) -> Iterator[None]:
     blocks = blocks_of(model) if layers else nn.ModuleList()
-    handles = []
-    for layer in layers:
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
 
-        def keep(_module: nn.Module, _inputs: Any, output: Any, layer: int = layer) -> None:
-            states = output[0] if isinstance(output, tuple | list) else output
-            into[layer] = _Output(states, 0 if states.is_inference() else states._version)
+            def keep(_module: nn.Module, _inputs: Any, output: Any, layer: int = layer) -> None:
+                states = output[0] if isinstance(output, tuple | list) else output
+                into[layer] = states, _writes_into(states)
 
-        handles.append(blocks[layer - 1].register_forward_hook(keep))
-    try:
+            hooks.callback(blocks[layer - 1].register_forward_hook(keep).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def run(  # noqa: PLR0913 - one for each thing that is kept
@@ -103,27 +98,26 @@ def run(  # noqa: PLR0913 - one for each thing that is kept
 ) -> States:
     """Run the base model without its head.
 
-    Documents are padded on the right. A causal model's states never depend on what comes after, so
-    no attention mask is passed and the fastest causal kernel is used; states at padding are garbage.
+    Documents are padded on the right. A causal model's states never depend on what comes after, so no attention mask
+    is passed and the fastest causal kernel is used; states at padding are garbage. Layers are Hugging Face indices
+    1..number of blocks. UsageError where one does not exist or its states are not like the last ones, or no attention
+    was shown.
 
     Args:
         model: A causal language model.
         ids_BL: Token ids, int64.
         valid_BL: Bool, True at tokens; each row is a run of True and then False.
-        layers: Hugging Face indices 1..number of blocks.
+        layers: Blocks whose states are kept.
         attention: Also keep the last token's attention row in the last block.
-        attention_layers: Also keep that row in these blocks, Hugging Face indices.
+        attention_layers: Also keep that row in these blocks.
         text_layers: Also keep the row of another token in these blocks.
         text_B: The place of that token, the last one of the text; int64.
-
-    Raises:
-        UsageError: A layer does not exist or its states are not like the last ones, or the model showed no attention.
     """
     count = num_layers(model)
     for layer in (*layers, *attention_layers, *text_layers):
         if not 1 <= layer <= count:
             raise UsageError(f"layer {layer} does not exist: {type(model).__name__} has layers 1 to {count}")
-    outputs: dict[int, _Output] = {}
+    outputs: Outputs = {}
     places = {"last": valid_BL.sum(dim=1).sub(1).clamp_min(0)} if attention or attention_layers else {}
     if text_layers:
         assert text_B is not None
@@ -132,10 +126,10 @@ def run(  # noqa: PLR0913 - one for each thing that is kept
     wanted = sorted({*attention_layers, *text_layers, *([count] if attention else [])})
     if wanted:
         blocks_of(model)  # a family that counts otherwise would give another block's row
-    with _hooked(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), places) as heard:
+    with _hook(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), places) as heard:
         output = backbone(model)(input_ids=ids_BL, use_cache=False)
     last_BLD: Tensor = output.last_hidden_state
-    kept = {layer: _checked(model, layer, outputs.get(layer), last_BLD) for layer in inner}
+    kept = {layer: _check_states(model, layer, outputs, last_BLD) for layer in inner}
     if count in layers:
         kept[count] = last_BLD
     found = {which: {layer: _row(model, heard, which, layer, valid_BL) for layer in wanted} for which in places}
@@ -152,7 +146,7 @@ def _row(model: PreTrainedModel, heard: LastRows, which: str, layer: int, valid_
         block = "its last block" if layer == num_layers(model) else f"block {layer}"
         what = "several attention maps" if layer - 1 in heard.several else "no attention map"
         raise UsageError(f"{type(model).__name__} shows {what} in {block}", fix=UNIFORM)
-    return normalised_row(heard.rows[which, layer - 1], valid_BL)
+    return normalise_row(heard.rows[which, layer - 1], valid_BL)
 
 
 def rehearse(
@@ -163,11 +157,7 @@ def rehearse(
     attention_layers: Sequence[int] = (),
     text_layers: Sequence[int] = (),
 ) -> None:
-    """`run` on eight tokens: what a model cannot give is refused before there is work to lose.
-
-    Raises:
-        UsageError: As `run` and `check_attention`.
-    """
+    """`run` on eight tokens: what a model cannot give is refused before there is work to lose."""
     if attention or attention_layers or text_layers:
         check_attention(model)
     ids_BL = tokens_of_any(model)
@@ -182,8 +172,7 @@ def rehearse(
 def check_causal(model: PreTrainedModel) -> None:
     """Change the last four of eight tokens and compare the states of the first four.
 
-    Raises:
-        UsageError: They differ: padding would change states, and a student would see what it is to predict.
+    UsageError where they differ: padding would change states, and a student would see what it is to predict.
     """
     first_BL = tokens_of_any(model)
     second_BL = torch.cat([first_BL[:, :4], first_BL[:, 4:].flip(1)], dim=1)

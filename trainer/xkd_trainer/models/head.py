@@ -38,11 +38,7 @@ class Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a causal language model, sharing its weights.
-
-    Raises:
-        UsageError: The model has no linear head.
-    """
+    """The head of a causal language model, sharing its weights; UsageError where it is not linear."""
     linear = model.get_output_embeddings()
     if linear is None or not isinstance(getattr(linear, "weight", None), Tensor):
         raise UsageError(f"{type(model).__name__} has no linear language-model head")
@@ -61,11 +57,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse a teacher or student that is no causal model under a linear head; two passes over eight tokens.
-
-    Raises:
-        UsageError: As `check_head` and `check_causal`.
-    """
+    """Two passes over eight tokens; UsageError where they show no causal model under a linear head."""
     with evaluating(model):
         check_head(model)
         check_causal(model)
@@ -75,8 +67,7 @@ def check_model(model: PreTrainedModel) -> None:
 def check_head(model: PreTrainedModel) -> None:
     """Compare `head_of(model)` on the base model's states with the model's own logits on eight tokens.
 
-    Raises:
-        UsageError: They differ, so that logits made from states would not be the model's; or it cannot be run.
+    UsageError where they differ, so that logits made from states would not be the model's; or where it cannot be run.
     """
     ids_BL, head = tokens_of_any(model), head_of(model)
     try:

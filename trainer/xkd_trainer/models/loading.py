@@ -1,7 +1,9 @@
 """Load causal language models from a folder, a hub name or a GGUF file; refuse what could run foreign code."""
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +19,7 @@ from xkd_schemas.cache.table import check_tokenizer
 from xkd_schemas.console import note
 from xkd_schemas.errors import InputMissing, Refused, UsageError
 from xkd_schemas.text.tokenizers import encode_texts
-from xkd_trainer.models.provenance import check_student
+from xkd_trainer.models.student_files import check_student
 
 UNBUILDABLE: Final = (
     ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError, ZeroDivisionError,
@@ -29,28 +31,23 @@ _IMPLEMENTATION: Final = "_implementation"
 """End of the keys that choose how a part is computed; a value with a slash is a kernel to be fetched from the hub."""
 
 
-def _suspects(value: Any) -> set[str]:
+def _find_suspects(value: Any) -> set[str]:
     """Keys that ask for foreign code, at any depth."""
     found = set(_SUSPECT & value.keys()) if isinstance(value, dict) else set()
     if isinstance(value, dict):
         found |= {key for key in value if key.endswith(_IMPLEMENTATION) and "/" in json.dumps(value[key])}
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return found.union(*(_suspects(v) for v in inner))
+    return found.union(*(_find_suspects(v) for v in inner))
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a model folder whose configuration asks for code of its own.
-
-    Raises:
-        Refused: A configuration file names remote code or a private attention implementation.
-        InputMissing: A configuration file is not JSON.
-    """
+    """Refuse a model folder whose settings ask for code of their own; InputMissing where a file is not JSON."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         path = folder / name
         if not path.is_file():
             continue
         try:
-            found = _suspects(json.loads(path.read_bytes()))
+            found = _find_suspects(json.loads(path.read_bytes()))
         except (ValueError, RecursionError) as error:
             raise InputMissing(f"{path} is not JSON: {error}") from error
         if found:
@@ -89,12 +86,25 @@ def check_model_name(name: str) -> None:
     """Refuse what is no model, before anything of it is loaded; raises as `load_model`."""
     source, options = model_source(name, weights=False)
     if not Path(source).is_dir():
-        try:
+        with _load_errors(name, source):
             AutoConfig.from_pretrained(source, **options)
-        except OSError as error:
-            raise _missing(name, source, error) from error
-        except UNBUILDABLE as error:
-            raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
+
+
+@contextlib.contextmanager
+def _load_errors(name: str, source: str) -> Iterator[None]:
+    """What transformers raises for a model, as errors of ours."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except OSError as error:
+        raise _explain_missing(name, source, error) from error
+    except SafetensorError as error:
+        raise InputMissing(
+            f"model {name}: broken weights: {short(error)}", fix="copy the model folder again"
+        ) from error
+    except UNBUILDABLE as error:
+        raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
 
 
 def model_source(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
@@ -131,17 +141,13 @@ def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
     try:
         settings = Path(snapshot_download(folder, allow_patterns=["*.json"]))
     except (OSError, ValueError) as error:
-        raise _missing(name, folder, error) from error
+        raise _explain_missing(name, folder, error) from error
     check_config(settings)
     return folder, options | {"revision": settings.name}
 
 
 def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model in evaluation mode, from safetensors or GGUF.
-
-    Args:
-        name: A local folder, a `.gguf` file, or a name on the hub.
-        dtype: Of the weights.
+    """A causal language model in evaluation mode, from a folder, a `.gguf` file, or a name on the hub.
 
     Raises:
         InputMissing: There is no such folder, file or hub name, or it cannot be reached.
@@ -155,22 +161,12 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except OSError as error:
-        raise _missing(name, folder, error) from error
-    except SafetensorError as error:
-        raise InputMissing(
-            f"model {name}: broken weights: {short(error)}", fix="copy the model folder again"
-        ) from error
-    except UNBUILDABLE as error:
-        raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
+    with _load_errors(name, folder):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return model.eval()
 
 
-def _missing(name: str, folder: str, error: OSError | ValueError) -> InputMissing | Refused:
+def _explain_missing(name: str, folder: str, error: OSError | ValueError) -> InputMissing | Refused:
     if Path(folder).is_dir() and "safetensors" in str(error):
         return Refused(
             f"model {name} has no safetensors weights; pickled weights are not opened",
@@ -231,15 +227,11 @@ def _readable_json(path: Path) -> None:
 def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> PreTrainedModel:
     """A fresh model from `FAMILY,key=value,...`, with random weights from torch's current seed.
 
-    Args:
-        spec: e.g. "llama,layers=4,width=256". Families are transformers' model types. `layers`, `width`, `heads`,
-            `kv_heads` and `inner` (feed-forward width) are translated; other keys are configuration names, and what
-            is not given is as the family has it (`head_dim` of Qwen 3 and Gemma, experts).
-        vocab_size: Rows of the embedding table.
-        special: bos_token_id, eos_token_id and pad_token_id of the student's tokenizer.
-
-    Raises:
-        UsageError: The family or a key is not known, or the numbers do not fit together.
+    `spec` is e.g. "llama,layers=4,width=256". Families are transformers' model types. `layers`, `width`, `heads`,
+    `kv_heads` and `inner` (feed-forward width) are translated; other keys are configuration names, and what is not
+    given is as the family has it (`head_dim` of Qwen 3 and Gemma, experts). `special` holds bos_token_id, eos_token_id
+    and pad_token_id of the student's tokenizer. UsageError for an unknown family or key, or numbers that do not fit
+    together.
     """
     family, *pairs = [part.strip() for part in spec.split(",")]
     try:

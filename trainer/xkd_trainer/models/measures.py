@@ -42,28 +42,25 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
-    """How much the other tokens of a document attend to each token (MTA, arXiv 2605.01374, eq. 5-7).
+def divide(parts: Tensor, whole: Tensor) -> Tensor:
+    """parts / whole, and parts themselves where the whole is not above 0."""
+    return parts / torch.where(whole > 0, whole, 1.0)
 
-    H_t is divided by its standard deviation over the width (unbiased, plus 1e-5, mean not removed);
-    A_st = H_s . H_t / sqrt(D), without s = t and without padded t; w_t is the mean over the
-    document's tokens s of softmax_t(A_st). No parameter and no attention map of the model is used.
-    The authors' code lets padded rows s into that mean; here they are left out, so that a weight
-    depends on no other document of the batch.
+
+def centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+    """How much the other tokens of a document attend to each token (MTA, arXiv 2605.01374, eq. 5-7), [B, L].
+
+    H_t is divided by its standard deviation over the width (unbiased, plus 1e-5, mean not removed); A_st = H_s . H_t /
+    sqrt(D), without s = t and without padded t; w_t is the mean over the document's tokens s of softmax_t(A_st). No
+    parameter and no attention map of the model is used. The authors' code lets padded rows s into that mean; here they
+    are left out, so that a weight depends on no other document of the batch. Weights sum to 1 over each document with
+    a token; 0 where not valid; 1 for a token that is alone. Documents are taken a few at a time: memory beyond the
+    result is that of CHUNK_ELEMENTS states and scores, and of all [B, L, L] scores where gradient is asked for.
 
     Equal tokens share the weight, and two tokens can only look at each other:
 
     >>> centrality(torch.tensor([[[1.0, 3.0], [1.0, 3.0], [1.0, 3.0], [9.0, 9.0]]]), torch.tensor([[1, 1, 1, 0]]) > 0)
     tensor([[0.3333, 0.3333, 0.3333, 0.0000]])
-
-    Args:
-        hidden_BLD: Hidden states, any float dtype, D at least 2.
-        valid_BL: Bool, True for tokens of the document.
-
-    Returns:
-        [B, L], at least 0; sums to 1 over each document with a token; 0 where not valid; 1 for a token
-        that is alone. Documents are taken a few at a time: memory beyond the result is that of CHUNK_ELEMENTS
-        states and scores, and of all [B, L, L] scores where gradient is asked for.
     """
     num = _documents_at_once(hidden_BLD, hidden_BLD.shape[1])
     blocks = zip(torch.split(hidden_BLD, num), torch.split(valid_BL, num), strict=True)
@@ -135,20 +132,14 @@ def _variance(hidden_BLD: Tensor, mean_BL: Tensor) -> Tensor:
 def pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted mean of each span's tokens, and its weight (MTA eq. 8-9; C_k and m_k of SRA, arXiv 2605.01205).
 
-    SRA's code divides by max(mass, 1e-5); here a span of small mass keeps the length of its vector.
+    Ranges are half-open, (0, 0) for padding, and may overlap; token weights are at least 0, ones for the plain mean.
+    The vector, [B, K, D], is zero where the span is empty or its mass, [B, K], is 0. SRA's code divides by max(mass,
+    1e-5); here a span of small mass keeps the length of its vector.
 
     >>> hidden = torch.tensor([[[2.0, 0.0], [0.0, 4.0], [8.0, 8.0]]])
     >>> pool_spans(hidden, torch.tensor([[0.75, 0.25, 0.0]]), torch.tensor([[[0, 2], [0, 0]]]))
     (tensor([[[1.5000, 1.0000],
              [0.0000, 0.0000]]]), tensor([[1., 0.]]))
-
-    Args:
-        hidden_BLD: Hidden states, any float dtype.
-        weights_BL: Token weights, at least 0; ones for the plain mean.
-        spans_BK2: Half-open token ranges, int; (0, 0) for padding. They may overlap.
-
-    Returns:
-        Vectors [B, K, D], zero where the span is empty or its mass is 0; masses [B, K].
     """
     num = _documents_at_once(hidden_BLD, spans_BK2.shape[1])
     blocks = zip(*(torch.split(t, num) for t in (hidden_BLD, weights_BL, spans_BK2)), strict=True)
@@ -163,8 +154,7 @@ def _pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tu
     hidden_BLD = at_least_float32(hidden_BLD)
     weights_BKL = torch.where(member_BKL, weights_BL.to(hidden_BLD.dtype)[:, None, :], 0.0)
     mass_BK = weights_BKL.sum(-1)
-    divisor_BK = torch.where(mass_BK > 0, mass_BK, 1.0)
-    shares_BKL = weights_BKL / divisor_BK.unsqueeze(-1)
+    shares_BKL = divide(weights_BKL, mass_BK.unsqueeze(-1))
     vectors_BKD = shares_BKL @ hidden_BLD
     if not _all_finite(vectors_BKD):  # 0 times what a token that no span has is not 0 then
         vectors_BKD = shares_BKL @ torch.where(member_BKL.any(1).unsqueeze(-1), hidden_BLD, 0.0)
@@ -206,14 +196,11 @@ def pack_triangle(cosines_KK: Tensor) -> Tensor:
 
 
 def unpack_triangle(packed: Tensor, K: int) -> Tensor:
-    """The symmetric [K, K] matrix with ones on the diagonal whose `pack_triangle` is `packed`, in its dtype.
+    """The symmetric [K, K] matrix with ones on the diagonal whose `pack_triangle` is `packed`; BadData where none is.
 
     >>> unpack_triangle(torch.tensor([0.5]), 2)
     tensor([[1.0000, 0.5000],
             [0.5000, 1.0000]])
-
-    Raises:
-        BadData: `packed` is not [K (K - 1) / 2].
     """
     if packed.shape != (K * (K - 1) // 2,):
         raise BadData(
@@ -227,19 +214,15 @@ def unpack_triangle(packed: Tensor, K: int) -> Tensor:
 
 @torch.no_grad()
 def prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How sure a model is at each position, and of what. Never has gradient.
+    """How sure a model is at each position, and of what: entropy [N] in nats, class [N], logsumexp [N].
+
+    The class of the largest logit, int64, is the first of equals. -inf is a class that cannot be, +inf and NaN give
+    NaN. Never has gradient. float32 and bfloat16 on a CPU are worked by the compiled kernel.
 
     >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [-torch.inf, -torch.inf, 5.0, -torch.inf]])
     >>> entropy, argmax, logsumexp = prediction_stats(logits)
     >>> entropy.round(decimals=4), argmax, logsumexp
     (tensor([1.3863, 0.0000]), tensor([0, 2]), tensor([1.3863, 5.0000]))
-
-    Args:
-        logits_NV: Any float dtype; -inf is a class that cannot be, +inf and NaN give NaN.
-
-    Returns:
-        Entropy [N] in nats at temperature 1; the class of the largest logit [N], int64, the first of
-        equals; log of the sum of exp(logits) [N]. On a CPU by a compiled kernel (float32 and bfloat16).
     """
     if logits_NV.device.type != "cpu" or logits_NV.dtype not in BITS or not has_cpu_kernels():
         return _prediction_stats(logits_NV)
@@ -283,19 +266,13 @@ def _prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return entropy_N, argmax_N, logsumexp_N
 
 
-def normalised_row(attention_row_BHL: Tensor, valid_BL: Tensor) -> Tensor:
-    """Token weights from one attention row: heads summed, then divided by the sum over the document (SRA, a_t).
+def normalise_row(attention_row_BHL: Tensor, valid_BL: Tensor) -> Tensor:
+    """Token weights [B, L] from one attention row: heads summed, divided by the sum over the document (SRA, a_t).
 
-    Args:
-        attention_row_BHL: What the last valid token of each document attends to, prompt included.
-        valid_BL: Bool, True for tokens of the document.
+    0 where not valid; all 0 for a document without a token or without any attention.
 
-    Returns:
-        [B, L], 0 where not valid; all 0 for a document without a token or without any attention.
-
-    >>> normalised_row(torch.tensor([[[0.5, 0.5, 9.0], [0.1, 0.9, 9.0]]]), torch.tensor([[True, True, False]]))
+    >>> normalise_row(torch.tensor([[[0.5, 0.5, 9.0], [0.1, 0.9, 9.0]]]), torch.tensor([[True, True, False]]))
     tensor([[0.3000, 0.7000, 0.0000]])
     """
     weights_BL = torch.where(valid_BL, at_least_float32(attention_row_BHL).sum(1), 0.0)
-    sum_B1 = weights_BL.sum(-1, keepdim=True)
-    return weights_BL / torch.where(sum_B1 > 0, sum_B1, 1.0)
+    return divide(weights_BL, weights_BL.sum(-1, keepdim=True))

@@ -37,12 +37,12 @@ class Buffers:
     def lend(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """An array of this shape with anything in it, whose memory comes back when it and its tensors are gone."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        memory = self._taken(size)
+        memory = self._take(size)
         lent: Array = np.ndarray(shape, dtype, buffer=memory)
-        weakref.finalize(lent, self._back, memory).atexit = False
+        weakref.finalize(lent, self._take_back, memory).atexit = False
         return lent
 
-    def _taken(self, size: int) -> Array:
+    def _take(self, size: int) -> Array:
         """The smallest free memory that is large enough; else new, in place of the largest that is too small."""
         with self._lock:
             while self._returned:
@@ -55,8 +55,8 @@ class Buffers:
                 self._free.pop()
         return np.empty(size + size // 8, np.uint8)
 
-    def _back(self, memory: Array) -> None:
-        self._returned.append(memory)  # at any moment of any thread, also in the middle of `_taken`: hence no lock
+    def _take_back(self, memory: Array) -> None:
+        self._returned.append(memory)  # at any moment of any thread, also in the middle of `_take`: hence no lock
 
 
 _buffers: Final = Buffers()

@@ -21,7 +21,7 @@ from torch import Tensor
 from xkd_schemas.durable_files import disk_errors, sha256_of, sync_folder
 from xkd_schemas.errors import BadData
 from xkd_schemas.own_folders import own_folder
-from xkd_trainer.models.tensor_files import save_tensors
+from xkd_trainer.models.student_files import save_tensors
 
 KEPT = 2
 """Newest checkpoints that stay."""
@@ -45,14 +45,13 @@ class Snapshot:
     """What was measured since the last logged step."""
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    seen: dict[int, str] = {}
+def _make_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[int] = set()
     unique: dict[str, Tensor] = {}
     for name, tensor in tensors.items():  # tied weights appear twice in a state dict and once on disk
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen[tensor.data_ptr()] = name
-        unique[name] = tensor.detach().cpu().contiguous()
+        if not tensor.numel() or tensor.data_ptr() not in seen:
+            unique[name] = tensor.detach().cpu().contiguous()
+        seen.add(tensor.data_ptr())
     return unique
 
 
@@ -70,11 +69,7 @@ def _optimizer_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dic
 
 
 def save(out: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint and drop all but the newest KEPT.
-
-    Raises:
-        DiskFailed: It could not be written; earlier checkpoints are untouched.
-    """
+    """Write a checkpoint and drop all but the newest KEPT; DiskFailed leaves earlier checkpoints untouched."""
     folder = out / "checkpoints"
     target = folder / f"step-{snapshot.step:08d}"
     tensors, plain = _optimizer_tensors(snapshot.optimizer)
@@ -85,14 +80,14 @@ def save(out: Path, snapshot: Snapshot) -> Path:
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
         sync_folder(folder)
-        for old in _found(out)[:-KEPT]:
+        for old in _find_checkpoints(out)[:-KEPT]:
             shutil.rmtree(old)
     return target
 
 
 def _write(folder: Path, snapshot: Snapshot, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    save_tensors(_contiguous(snapshot.student), folder / "student.safetensors")
-    save_tensors(_contiguous(snapshot.projectors), folder / "projectors.safetensors")
+    save_tensors(_make_contiguous(snapshot.student), folder / "student.safetensors")
+    save_tensors(_make_contiguous(snapshot.projectors), folder / "projectors.safetensors")
     save_tensors({**tensors, "random": snapshot.random}, folder / "optimizer.safetensors")
     state = {
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "optimizer": plain,
@@ -107,7 +102,7 @@ def _write(folder: Path, snapshot: Snapshot, tensors: dict[str, Tensor], plain: 
     sync_folder(folder)
 
 
-def _found(out: Path) -> list[Path]:
+def _find_checkpoints(out: Path) -> list[Path]:
     return sorted(path for path in (out / "checkpoints").glob("step-[0-9]*") if (path / "COMPLETE").is_file())
 
 
@@ -117,10 +112,10 @@ def drop_checkpoints(out: Path) -> None:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
-def newest(out: Path) -> tuple[Snapshot | None, list[str]]:
+def load_newest(out: Path) -> tuple[Snapshot | None, list[str]]:
     """The newest checkpoint that is whole, and a line for each newer one that is not."""
     skipped: list[str] = []
-    for path in reversed(_found(out)):
+    for path in reversed(_find_checkpoints(out)):
         try:
             return _load(path), skipped
         except (OSError, ValueError, KeyError, SafetensorError, BadData) as error:

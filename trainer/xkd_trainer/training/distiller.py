@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.losses.declaration import Loss, Projectors, StudentPass
 from xkd_trainer.losses.ops.shared_pass import Planned
-from xkd_trainer.losses.weights import described, term_weights
+from xkd_trainer.losses.registry import describe_weights, term_weights
 from xkd_trainer.models.forward import num_layers, rehearse, run
 from xkd_trainer.models.head import head_of
 
@@ -21,11 +21,8 @@ from xkd_trainer.models.head import head_of
 class Distiller(nn.Module):
     """Runs the student on a batch and returns what every loss makes of it.
 
-    Args:
-        student: A causal language model.
-        losses: Built losses by name.
-        weights: Factor of each loss, as `parse_loss` makes them.
-        projectors: How the projectors of each loss are trained; as in the papers where it is not named.
+    `weights` are the factors of the losses, as `parse_loss` makes them; projectors are trained as in the papers where
+    a loss is not named.
     """
 
     def __init__(
@@ -40,7 +37,8 @@ class Distiller(nn.Module):
         self.losses = nn.ModuleDict(losses)
         self.weights = dict(weights)
         self.projectors = {name: (projectors or {}).get(name, Projectors()) for name in losses}
-        built = self._built().values()
+        self._built: dict[str, Loss] = {name: cast(Loss, loss) for name, loss in losses.items()}
+        built = self._built.values()
         last, text = ([loss for loss in built if loss.attention == which] for which in (True, "text"))
         self._reads: dict[str, Any] = {
             "layers": sorted({layer for loss in built for layer in loss.layers}),
@@ -52,34 +50,28 @@ class Distiller(nn.Module):
 
     def loss(self, name: str) -> Loss:
         """A loss by name, typed as what it is."""
-        return cast(Loss, self.losses[name])
+        return self._built[name]
 
     def term_weights(self, step: int) -> dict[str, float]:
         """What each term LOSS.TERM is multiplied by at a step, without those that are 0."""
-        return term_weights(self.weights, self._built(), step)
+        return term_weights(self.weights, self._built, step)
 
-    def described(self, last: int) -> str:
+    def describe(self, last: int) -> str:
         """The whole sum of a run, for people."""
-        return described(self.weights, self._built(), last)
-
-    def _built(self) -> dict[str, Loss]:
-        return {name: self.loss(name) for name in self.losses}
+        return describe_weights(self.weights, self._built, last)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Count of every term, named LOSS.TERM, from the batch alone."""
-        return {f"{name}.{term}": n for name in self.losses for term, n in self.loss(name).counts(batch).items()}
+        return {f"{name}.{term}": n for name, loss in self._built.items() for term, n in loss.counts(batch).items()}
 
     def forward(self, batch: Batch, denominators: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """One micro-batch.
+        """One micro-batch: its share of the step's loss, and each term's share of its own mean, without weight and
+        gradient.
 
         Args:
             batch: On the student's device.
             denominators: Count of every term over the whole optimizer step.
             step: The optimizer step, for warm-ups and annealing.
-
-        Returns:
-            The micro-batch's share of the step's loss (scalar with gradient), and each term's share of its own mean,
-            unweighted and without gradient.
         """
         looked_up: list[tuple[Tensor, int]] = []
         table = self.student.get_input_embeddings()
@@ -104,8 +96,7 @@ class Distiller(nn.Module):
         total = passed.states.last_BLD.sum() * 0.0  # keeps every parameter in the graph when no document qualifies
         parts: dict[str, Tensor] = {}
         planned: dict[str, tuple[Planned, Tensor]] = {}
-        for name in self.losses:
-            loss = self.loss(name)
+        for name, loss in self._built.items():
             factors = loss.weights(step)
             for term, value in loss(batch, passed, step).items():
                 key, factor = f"{name}.{term}", self.weights[name] * factors[term]

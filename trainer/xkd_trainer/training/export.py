@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from xkd_schemas.cache.manifest import OWN
 from xkd_schemas.digests import digest
 from xkd_schemas.durable_files import disk_errors, replace, saved_folder, sha256_of
 from xkd_schemas.text.templates import AUTO
-from xkd_trainer.models.provenance import PROVENANCE, _provenance, check_student
-from xkd_trainer.models.tensor_files import tensor_errors
+from xkd_schemas.tokens import END, Bools, Int32s
+from xkd_trainer.models.student_files import PROVENANCE, check_student, read_provenance, tensor_errors
 
 UNFINISHED = "xkd-unfinished.json"
 """Names the run while its student is being saved."""
@@ -28,7 +28,7 @@ def export_student(
 
     Every file is durable before the mark is made, which holds their digests and its own.
 
-    `ends` are the tokens at which a generation stops (`turn_ends`).
+    `ends` are the tokens at which a generation stops (`find_turn_ends`).
     """
     replace(out / UNFINISHED, json.dumps({"run": dict(fingerprint)}).encode())
     student.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
@@ -58,11 +58,7 @@ def export_student(
 
 
 def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
-    """True where `out` holds the finished student of exactly this run.
-
-    Raises:
-        BadData: A file of a finished student is not there or not as it was saved.
-    """
+    """True where `out` holds the finished student of exactly this run; BadData where a file is not as it was saved."""
     check_student(out, weights=True)
     return _names_run(out / PROVENANCE, fingerprint)
 
@@ -80,17 +76,31 @@ def _names_run(path: Path, fingerprint: Mapping[str, Any]) -> bool:
     return bool(stored.get("run") == json.loads(json.dumps(dict(fingerprint))))
 
 
+def find_learnt_ends(rows: Iterable[tuple[Int32s, Any, Bools]]) -> set[int]:
+    """The ids of the end tokens that are targets, of (ids, kinds, targets) of each row.
+
+    A chat template may end a turn with another token than the tokenizer's end token (`<|im_end|>`, `<end_of_turn>`,
+    `<|eot_id|>`). A generation that stops at the latter alone runs on behind the answer.
+    """
+    found: set[int] = set()
+    for ids_T, kinds_T, targets_T in rows:
+        found.update(ids_T[(kinds_T == END) & targets_T].tolist())
+    return found
+
+
+def find_turn_ends(model: PreTrainedModel, tokenizer: Any, learnt: Iterable[int]) -> list[int]:
+    """All ids that end a turn, ascending: what was learnt, the tokenizer's, and the model's generation config's."""
+    own = model.generation_config.eos_token_id
+    before = own if isinstance(own, (list, tuple)) else [] if own is None else [own]
+    return sorted({int(i) for i in (*before, *learnt, tokenizer.eos_token_id)})
+
+
 def template_of(folder: Path) -> str:
     """The template a student was trained with; "auto" for a folder that was not made here."""
-    return str(_run_of(folder).get("template", AUTO))
+    return str(read_provenance(folder).get("run", {}).get("template", AUTO))
 
 
 def thinking_of(folder: Path) -> bool | None:
     """What its chat template was given as `enable_thinking`; None where it was given nothing."""
-    found: bool | None = _run_of(folder).get("enable_thinking")
+    found: bool | None = read_provenance(folder).get("run", {}).get("enable_thinking")
     return found
-
-
-def _run_of(folder: Path) -> dict[str, Any]:
-    run: dict[str, Any] = _provenance(folder).get("run", {})
-    return run

@@ -22,11 +22,10 @@ from xkd_schemas.progress import Progress
 from xkd_schemas.text.encode import reading_of
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.data.prefetch import prefetched
+from xkd_trainer.data.prefetch import prefetch
 from xkd_trainer.data.sampler import ORDER, Order, learning_rate
-from xkd_trainer.models.turn_ends import learnt_ends, turn_ends
-from xkd_trainer.training.checkpoint import Snapshot, drop_checkpoints, newest, save
-from xkd_trainer.training.export import export_student, is_finished, was_exporting
+from xkd_trainer.training.checkpoint import Snapshot, drop_checkpoints, load_newest, save
+from xkd_trainer.training.export import export_student, find_learnt_ends, find_turn_ends, is_finished, was_exporting
 from xkd_trainer.training.metrics import Metrics, Window
 from xkd_trainer.training.prepare import Ready, set_up
 
@@ -127,7 +126,7 @@ class _Run:
         self.module, self.optimizer = self.accelerator.prepare(self.distiller, self.optimizer)
 
     def _resume(self) -> int:
-        snapshot, skipped = newest(self.out)
+        snapshot, skipped = load_newest(self.out)
         for line in skipped:
             warn(line)
         if snapshot is None:
@@ -166,12 +165,12 @@ class _Run:
         self.clock, self.saved_at = clock, clock()
         main = self.accelerator.is_main_process
         if main and not self.quiet:
-            say(f"loss: {self.distiller.described(self.total - 1)}")
+            say(f"loss: {self.distiller.describe(self.total - 1)}")
         metrics = Metrics(self.out, resumed_step=self.start) if main else None
         self.module.train()
         last: dict[str, float] = {}
         with Progress("train", self.total - self.start, of="steps", quiet=not main) as progress, self._stoppable():
-            for step, batches in enumerate(prefetched(self._steps), start=self.start):
+            for step, batches in enumerate(prefetch(self._steps), start=self.start):
                 terms, counts, norm = self._step(step, [b.to(self.accelerator.device) for b in batches])
                 self.seen.add(terms, counts)
                 if (step + 1) % self.settings.log_every == 0 or step + 1 == self.total:
@@ -179,7 +178,8 @@ class _Run:
                     if main and (idle := self.seen.idle()):
                         warn(f"step {step + 1}: nothing qualified for {', '.join(idle)} since the last logged step")
                     if metrics is not None:
-                        metrics.write(step=step + 1, grad_norm=norm, lr=self._lr(), **last, **self.seen.totals())
+                        lr = float(self.optimizer.param_groups[0]["lr"])
+                        metrics.write(step=step + 1, grad_norm=norm, lr=lr, **last, **self.seen.totals())
                     self.seen = Window()
                 stop = self._stop()
                 if main and (stop or self._is_due(step + 1)):
@@ -197,7 +197,7 @@ class _Run:
 
     def _export(self) -> None:
         student, tokenizer = self.distiller.student, self.ready.tokenizer
-        ends = turn_ends(student, tokenizer, learnt_ends(self.ready.cache.rows_of_student(LOOKED_AT)))
+        ends = find_turn_ends(student, tokenizer, find_learnt_ends(self.ready.cache.rows_of_student(LOOKED_AT)))
         export_student(self.out, student, tokenizer, self.fingerprint, ends=ends)
         if not self.settings.save_every:
             drop_checkpoints(self.out)
@@ -235,9 +235,6 @@ class _Run:
             return f"the checkpoint of step {self.saved} of {self.total} in {self.out}"
         return f"nothing of this run: no step of {self.total} was finished and saved"
 
-    def _lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
     def _step(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], dict[str, float], float]:
         """One optimizer step; means of the terms, their counts, and the gradient's norm before clipping."""
         factor = learning_rate(step, self.total, self.settings)
@@ -270,13 +267,9 @@ class _Run:
         self, batch: Batch, denominators: dict[str, Tensor], step: int, *, last: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient of one micro-batch. Wrappers average over processes, hence the factor."""
-        if last:
+        with nullcontext() if last else self.accelerator.no_sync(self.module):
             loss, terms = self.module(batch, denominators, step)
             self.accelerator.backward(loss * self.accelerator.num_processes)
-        else:
-            with self.accelerator.no_sync(self.module):
-                loss, terms = self.module(batch, denominators, step)
-                self.accelerator.backward(loss * self.accelerator.num_processes)
         return loss.detach().float(), terms
 
     def _refuse_non_finite(self, step: int, values: dict[str, float], norm: float, batches: list[Batch]) -> None:

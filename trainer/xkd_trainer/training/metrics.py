@@ -20,7 +20,7 @@ class Metrics:
         self.path = out / "metrics.jsonl"
         with disk_errors(self.path):
             out.mkdir(parents=True, exist_ok=True)
-        lines = self._lines()
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         if resumed_step:
             kept = [line for line in lines if _step(line) <= resumed_step]
             replace(self.path, "".join(f"{line}\n" for line in kept).encode())
@@ -28,9 +28,6 @@ class Metrics:
             taken = {path.name for path in out.glob("metrics-*.jsonl")}
             free = next(name for n in itertools.count(1) if (name := f"metrics-{n}.jsonl") not in taken)
             rename(self.path, out / free)
-
-    def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
 
     def write(self, **values: Any) -> None:
         """Append one line."""

@@ -19,8 +19,7 @@ from xkd_schemas.text.tokenizers import identity
 from xkd_trainer.data.cache import Cache, layers_of
 from xkd_trainer.data.union import CacheUnion, Shards, parse_shards
 from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant_head
-from xkd_trainer.losses.registry import loss_named
-from xkd_trainer.losses.weights import parse_loss
+from xkd_trainer.losses.registry import loss_named, parse_loss
 from xkd_trainer.models.forward import num_layers
 from xkd_trainer.models.head import check_model, head_of
 from xkd_trainer.models.loading import load_model, load_tokenizer, new_model
@@ -43,17 +42,16 @@ class Ready:
 def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     """The student: loaded, or made new with the run's seed.
 
-    Raises:
-        UsageError: Its embedding table has no row for some token of the tokenizer, or it is no causal model under a
-            plain linear head.
+    UsageError where its embedding table is smaller than the tokenizer, or it is no causal model under a plain linear
+    head.
     """
     name = run.student.model
     if name.startswith("new:"):
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         torch.manual_seed(run.train.seed)
         new = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
-        return _checked(new, name)
-    model = _checked(load_model(name, dtype=torch.float32), name)
+        return _check_student(new, name)
+    model = _check_student(load_model(name, dtype=torch.float32), name)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UsageError(
@@ -63,17 +61,16 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     return model
 
 
-def _checked(model: PreTrainedModel, name: str) -> PreTrainedModel:
+def _check_student(model: PreTrainedModel, name: str) -> PreTrainedModel:
     check_model(model)
     constant_head(head_of(model), f"student {name}", convert=False)
     return model
 
 
 def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
-    """Check and load everything; `on_missing` says what to do where the student's table is not there (missing.py).
+    """Check and load everything; `on_missing` says what to do where the student's table is not there.
 
-    Raises:
-        XkdError: Whatever is wrong with names, settings, fingerprints or signals, before anything is trained.
+    XkdError for whatever is wrong with names, settings, fingerprints or signals, before anything is trained.
     """
     if not run.student.model:
         raise UsageError("no student is named", fix="--student FOLDER, a hub name, or new:llama,layers=4,width=256")

@@ -25,12 +25,7 @@ PROGRAM: Final = "from xkd_pipeline.cli.app import main; main()"
 def student_table(run: RunConfig, identity: dict[str, str], name: str, *, on_missing: str, quiet: bool = False) -> str:
     """Name of the table of this student's tokens, which is made first where it is missing and `align` is chosen.
 
-    Args:
-        run: Cache, tokenizer, template and length.
-        identity: Of the student's tokenizer.
-        name: A table that is to be used; "" for the one that fits.
-        on_missing: fail or align.
-        quiet: Keep standard output free.
+    `identity` is of the student's tokenizer, `name` a table to be used, "" for the one that fits.
 
     Raises:
         UsageError: `on_missing` is no choice, several tables fit, or several processes would align at once.

@@ -6,8 +6,7 @@ distribution over two outcomes, "this chunk" and "anything else", softened by th
     L(c) = f(p^(1/tau), q^(1/tau)) + f(1 - p^(1/tau), 1 - q^(1/tau))
 No vocabulary is compared with the other, and no projector is trained.
 
-Shape legend for this file
-    B documents    N predictions of one model    K chunks
+Shape legend: see batch.py; in the functions N predictions of one model, K chunks.
 """
 
 import math
@@ -15,31 +14,29 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from xkd_trainer.data.batch import Batch
-from xkd_trainer.losses.declaration import Context, Declaration, StudentPass
+from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass
 from xkd_trainer.losses.dual_space import TeacherHead, last_states, teacher_states
-from xkd_trainer.losses.ops.head_sums import head_log_probabilities
-from xkd_trainer.losses.ops.term import LossTerm, at_least_float32, term
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_log_probabilities
+from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.models.measures import at_least_float32
 
 FLOOR = 1e-6
 """Subtracted from every softened log-likelihood, as the authors' code does: a likelihood of 1 has a finite loss."""
 _LOG_HALF = -math.log(2.0)
 
 
-class AlmSettings(BaseModel):
+class AlmSettings(Settings):
     """Options of ALM; each docstring names what the authors' code does."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     divergence: Literal["kl", "reverse_kl", "tv", "kl_limit"] = "kl"
     """f. kl: p log(p / q). reverse_kl: q log(q / p). tv: |p - q| / 2. kl_limit: tau times kl for tau to infinity.
 
     The authors' cross-entropy is kl plus a constant of the teacher.
     """
-    temperature: float = Field(default=100.0, gt=0, allow_inf_nan=False)
+    temperature: Positive = 100.0
     """tau. Code: 100. kl_limit does not read it."""
     scaled: bool = True
     """Multiply by tau, so that alm keeps its size against ce when tau changes. Code: False."""
@@ -52,22 +49,15 @@ def chunk_log_likelihoods(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the tokens' log-probabilities in each chunk, [B, K], and which chunks have all their tokens, bool [B, K].
 
+    `place` is where the predicted token stands, in the unit of the ranges, which are half-open, ascending and
+    disjoint; padding comes last. Sums are 0 where the chunk is not whole.
+
     Tokens at places 1, 2 and 4; the second chunk lacks place 3, the third is padding:
 
     >>> log_p, place = torch.tensor([[-1.0, -2.0, -4.0]]), torch.tensor([[1, 2, 4]])
     >>> ranges, valid = torch.tensor([[[1, 3], [3, 5], [0, 0]]]), torch.tensor([[True, True, False]])
     >>> chunk_log_likelihoods(log_p, place, torch.tensor([[True, True, True]]), ranges, valid)
     (tensor([[-3.,  0.,  0.]]), tensor([[ True, False, False]]))
-
-    Args:
-        log_p_BN: Log-probability of each predicted token, with gradient.
-        place_BN: int64, where the predicted token stands, in the unit of the ranges.
-        predicted_BN: Bool, False for padding.
-        range_BK2: int64 half-open ranges, ascending and disjoint where valid.
-        valid_BK: Bool, False for padding, which comes last.
-
-    Returns:
-        Sums in float32 or better, 0 where the chunk is not whole.
     """
     if not valid_BK.numel():
         return at_least_float32(log_p_BN).new_zeros(valid_BK.shape), valid_BK
@@ -106,10 +96,7 @@ def binarised_divergence(student: Tensor, teacher: Tensor, settings: AlmSettings
     >>> binarised_divergence(q, p, AlmSettings(temperature=1.0))
     tensor([0.1308])
 
-    Args:
-        student: log q(c), at most 0.
-        teacher: log p(c), at most 0; a constant, detached here.
-        settings: Divergence, temperature and scale.
+    `student` is log q(c), `teacher` log p(c), both at most 0; the latter is a constant, detached here.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
     if settings.divergence == "kl_limit":
@@ -145,12 +132,7 @@ def likelihood_matching(
     >>> likelihood_matching(q, p, ones, whole, AlmSettings(temperature=1.0))
     LossTerm(total=tensor(0.1308), count=tensor(2.))
 
-    Args:
-        student_BK: log q(c), with gradient.
-        teacher_BK: log p(c), a constant.
-        weight_BK: See `AlmSettings.average`.
-        whole_BK: Bool; what stands elsewhere is not read.
-        settings: Options.
+    `student` is log q(c), with gradient, `teacher` log p(c); what stands where a chunk is not whole is not read.
     """
     loss_BK = binarised_divergence(
         torch.where(whole_BK, student_BK, -1.0), torch.where(whole_BK, teacher_BK, -1.0), settings
@@ -159,66 +141,52 @@ def likelihood_matching(
     return term((weight_BK * loss_BK).sum(), weight_BK.sum())
 
 
-# ALM wired to the cache: both models' log-likelihoods of the aligned spans of the response.
-#
-# Shape legend: see batch.py.
+# -- wiring to the cache
 
 
-class Alm(nn.Module):
+class Alm(Loss):
     """Term `alm`: a mean over chunks whose tokens both models predict, or over those chunks' teacher tokens."""
 
-    layers: tuple[int, ...] = ()
-    attention = False
+    terms = ("alm",)
 
     def __init__(self, settings: AlmSettings, context: Context) -> None:
         super().__init__()
         self.settings = settings
         self.head = TeacherHead(context, "alm")
 
-    def weights(self, step: int) -> Mapping[str, float]:
-        """Factor 1."""
-        return {"alm": 1.0}
-
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Chunks, or their teacher tokens."""
-        student_BK = whole_chunks(
-            batch.predict_BN + 1, batch.predict_valid_BN, batch.span_student_BK2, batch.span_valid_BK
-        )
-        teacher_BK = whole_chunks(
-            batch.teacher_predict_BM + 1, batch.teacher_predict_valid_BM, batch.span_teacher_BK2, batch.span_valid_BK
-        )
-        return {"alm": self._weight(batch)[student_BK & teacher_BK].sum()}
+        student, teacher = _sides(batch)
+        return {"alm": self._weigh(batch)[whole_chunks(*student) & whole_chunks(*teacher)].sum()}
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Both sides' chunks, compared."""
-        s_valid_BN, t_valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
-        s_log_p_N = head_log_probabilities(student.logits.at(s_valid_BN), batch.target_BN[s_valid_BN])
-        student_BK, s_whole_BK = chunk_log_likelihoods(
-            _placed(s_log_p_N, s_valid_BN), batch.predict_BN + 1, s_valid_BN,
-            batch.span_student_BK2, batch.span_valid_BK,
-        )  # fmt: skip
-        teacher_BK, t_whole_BK = chunk_log_likelihoods(
-            _placed(self._teacher(batch), t_valid_BM), batch.teacher_predict_BM + 1, t_valid_BM,
-            batch.span_teacher_BK2, batch.span_valid_BK,
-        )  # fmt: skip
+        own, theirs = _sides(batch)
+        student_BK, s_whole_BK = chunk_log_likelihoods(_score(student.logits, batch.target_BN, own[1]), *own)
+        with torch.no_grad():
+            scores_BM = _score(self.head(teacher_states(batch)), batch.teacher_target_BM, theirs[1])
+            teacher_BK, t_whole_BK = chunk_log_likelihoods(scores_BM, *theirs)
         whole_BK = s_whole_BK & t_whole_BK
-        return {"alm": likelihood_matching(student_BK, teacher_BK, self._weight(batch), whole_BK, self.settings)}
+        return {"alm": likelihood_matching(student_BK, teacher_BK, self._weigh(batch), whole_BK, self.settings)}
 
-    @torch.no_grad()
-    def _teacher(self, batch: Batch) -> Tensor:
-        """The teacher's log-probability of each of its own targets, one for each valid prediction."""
-        valid_BM = batch.teacher_predict_valid_BM
-        return head_log_probabilities(self.head(teacher_states(batch)).at(valid_BM), batch.teacher_target_BM[valid_BM])
-
-    def _weight(self, batch: Batch) -> Tensor:
+    def _weigh(self, batch: Batch) -> Tensor:
         """Weight of each span in the mean, float32."""
         length_BK = batch.span_teacher_BK2[..., 1] - batch.span_teacher_BK2[..., 0]
         return (torch.ones_like(length_BK) if self.settings.average == "chunks" else length_BK).float()
 
 
-def _placed(values_N: Tensor, valid_BN: Tensor) -> Tensor:
-    """The values at the True positions of `valid_BN`, 0 elsewhere."""
-    return values_N.new_zeros(valid_BN.shape).masked_scatter(valid_BN, values_N)
+def _sides(batch: Batch) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Student and teacher: places of the predicted tokens, which are valid, the chunks' ranges, which are valid."""
+    return [
+        (batch.predict_BN + 1, batch.predict_valid_BN, batch.span_student_BK2, batch.span_valid_BK),
+        (batch.teacher_predict_BM + 1, batch.teacher_predict_valid_BM, batch.span_teacher_BK2, batch.span_valid_BK),
+    ]
+
+
+def _score(logits: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
+    """log p of the targets at valid positions, 0 elsewhere, [B, N]."""
+    log_p_N = head_log_probabilities(logits.at(valid_BN), target_BN[valid_BN])
+    return log_p_N.new_zeros(valid_BN.shape).masked_scatter(valid_BN, log_p_N)
 
 
 ALM = Declaration(

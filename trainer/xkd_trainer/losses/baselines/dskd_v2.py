@@ -3,13 +3,14 @@
 arXiv 2504.11426. Student and teacher are compared only where both predict the same piece of text. The projection from
 teacher to student starts where the student's head gives the teacher's logits on the classes both vocabularies share;
 the one from student to teacher is never trained but solved anew from the student's current head. The terms themselves
-are those of `dskd`, over pairs.
+are those of `dual_space`, over pairs.
 
-Shape legend for this file
-    K shared classes    D width of one model    W width of the other    V teacher's vocabulary
+Shape legend: see batch.py; d is the student's width, K counts the classes both vocabularies share. In the functions
+    D width of one model    W width of the other    V teacher's vocabulary
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, gather_rows
+from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import (
     Context,
     Declaration,
+    Loss,
     Projectors,
     StudentPass,
     constant_head,
@@ -30,15 +32,14 @@ from xkd_trainer.losses.declaration import (
 from xkd_trainer.losses.dual_space import (
     DualSpaceSettings,
     TeacherHead,
-    correct,
-    own_at,
+    find_correct,
     projected_cross_entropy,
     student_space,
     teacher_space,
     teacher_states,
     with_fixed_head,
 )
-from xkd_trainer.losses.ops.head_sums import LazyLogits
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 
@@ -61,20 +62,14 @@ class DskdV2Settings(DualSpaceSettings):
 
 
 def pseudo_inverse(head_KD: Tensor) -> Tensor:
-    """Moore-Penrose inverse of a tall matrix, from the eigenvectors of its D x D Gram matrix in float64.
+    """Moore-Penrose inverse [D, K] of a tall matrix, from the eigenvectors of its D x D Gram matrix in float64.
 
     Faster than a singular value decomposition and without its factor of K rows; as exact while the condition number
-    is well below 1 / RANK_TOLERANCE, as that of a head is.
+    is well below 1 / RANK_TOLERANCE, as that of a head is. Float32, or float64 if the input is; without gradient.
 
     >>> pseudo_inverse(torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
     tensor([[0.5000, 0.0000, 0.0000],
             [0.0000, 0.2500, 0.0000]])
-
-    Args:
-        head_KD: Rows of a head, any float dtype.
-
-    Returns:
-        [D, K], float32, or float64 if the input is; without gradient.
     """
     wide_KD = head_KD.detach().double()
     values_D, vectors_DD = torch.linalg.eigh(wide_KD.T @ wide_KD)
@@ -85,7 +80,7 @@ def pseudo_inverse(head_KD: Tensor) -> Tensor:
 
 
 def equal_logits(inverse_DK: Tensor, other_KW: Tensor) -> Tensor:
-    """The linear map from one model's states to another's under which its head gives the first one's logits.
+    """The linear map from one model's states to another's under which its head gives the first one's logits, [D, W].
 
     With states h of width W read by `other`, and a head of which `inverse` is the pseudo-inverse, h' = M h is the
     least-squares solution of head h' = other h on the K shared classes, for every h. Both projections of DSKDv2 are
@@ -96,13 +91,6 @@ def equal_logits(inverse_DK: Tensor, other_KW: Tensor) -> Tensor:
     >>> equal_logits(pseudo_inverse(2.0 * torch.eye(2)), torch.eye(2))
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]])
-
-    Args:
-        inverse_DK: From `pseudo_inverse`, of the head that will read the mapped states.
-        other_KW: Rows of the head whose logits are wanted, for the same classes; brought to the inverse's dtype.
-
-    Returns:
-        [D, W], the weight of a linear layer, without gradient.
     """
     return inverse_DK @ other_KW.detach().to(inverse_DK.dtype)
 
@@ -112,39 +100,21 @@ def label_table(student_ids_K: Tensor, teacher_ids_K: Tensor, vocab_size: int) -
 
     >>> label_table(torch.tensor([4, 7]), torch.tensor([2, 0]), 3)
     tensor([ 7, -1,  4])
-
-    Args:
-        student_ids_K: From `vocabulary.shared_vocabulary`, int64.
-        teacher_ids_K: The same.
-        vocab_size: V, larger than every teacher id.
-
-    Returns:
-        [V] int64.
     """
     table_V = torch.full((vocab_size,), -1, dtype=torch.int64)
     table_V[teacher_ids_K] = student_ids_K
     return table_V
 
 
-# DSKDv2 wired to the cache: pairs of predictions of the same piece of text, and the teacher's own labels.
-#
-# Shape legend: see batch.py; d is the student's width, K counts the classes both vocabularies share.
+# -- wiring to the cache
 
 
-def needs(settings: DskdV2Settings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
-    """Last states, and the classes the teacher finds likeliest."""
-    return (Signal("hidden_last"), Signal("argmax"))
-
-
-class DskdV2(nn.Module):
+class DskdV2(Loss):
     """Terms `projected_ce` over labelled pairs, `student_space` over those that agree, `teacher_space` over all pairs.
 
     A pair is labelled where the teacher's likeliest class is in the student's vocabulary. Each term is a mean over its
     pairs. Which agree is found before the step, with one more product of the student's head.
     """
-
-    layers: tuple[int, ...] = ()
-    attention = False
 
     def __init__(self, settings: DskdV2Settings, context: Context) -> None:
         super().__init__()
@@ -159,13 +129,10 @@ class DskdV2(nn.Module):
         self.t2s = nn.Linear(context.teacher_width, context.student_width, bias=False)
         with torch.no_grad():
             self.t2s.weight.copy_(equal_logits(pseudo_inverse(student_KD), teacher_KD))
-        self.student_ids_K: Tensor
-        self.inverse_DK: Tensor
-        self.labels_V: Tensor
-        self.register_buffer("student_ids_K", student_ids_K, persistent=False)
-        self.register_buffer("inverse_DK", pseudo_inverse(teacher_KD), persistent=False)
         labels_V = label_table(student_ids_K, teacher_ids_K, self.head.weight_VD.shape[0])
-        self.register_buffer("labels_V", labels_V, persistent=False)
+        self.student_ids_K = nn.Buffer(student_ids_K, persistent=False)
+        self.inverse_DK = nn.Buffer(pseudo_inverse(teacher_KD), persistent=False)
+        self.labels_V = nn.Buffer(labels_V, persistent=False)
 
     def weights(self, step: int) -> Mapping[str, float]:
         """L_KD is their sum; its factor is the loss's own."""
@@ -180,52 +147,48 @@ class DskdV2(nn.Module):
             head = constant_head(self.student_head(), "this student", convert=False)
             with torch.no_grad():
                 hidden_BEd = self.t2s(gather_rows(teacher_states(batch), batch.pairs_BE2[..., 1]))
-                kept_BE = self._kept(
-                    LazyLogits(hidden=hidden_BEd, weight=head.weight_VD, bias=head.bias_V), label_BE, labelled_BE
-                )
+                projected = LazyLogits(hidden=hidden_BEd, weight=head.weight_VD, bias=head.bias_V)
+                kept_BE = self._choose(projected, label_BE, labelled_BE)
         return {
             "projected_ce": labelled_BE.sum(), "student_space": kept_BE.sum(),
             "teacher_space": batch.pair_valid_BE.sum(),
         }  # fmt: skip
 
-    def _kept(self, projected: LazyLogits, label_BE: Tensor, labelled_BE: Tensor) -> Tensor:
+    def _choose(self, projected: LazyLogits, label_BE: Tensor, labelled_BE: Tensor) -> Tensor:
         """The pairs that `student_space` compares, [B, E]."""
         if not self.settings.agreement:
             return labelled_BE
-        agreeing_BE = correct(projected, label_BE, labelled_BE)
+        agreeing_BE = find_correct(projected, label_BE, labelled_BE)
         share_B1 = agreeing_BE.sum(-1, keepdim=True) / labelled_BE.sum(-1, keepdim=True).clamp_min(1)
         return torch.where(share_B1 > self.settings.t2s_agreement, labelled_BE, agreeing_BE)
 
     def _labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's likeliest class of each pair as a student class, and where there is one, [B, E] both."""
-        assert batch.teacher_argmax_BM is not None
-        label_BE = self.labels_V[batch.teacher_argmax_BM.gather(1, batch.pairs_BE2[..., 1])]
+        label_BE = self.labels_V[unwrap(batch.teacher_argmax_BM).gather(1, batch.pairs_BE2[..., 1])]
         return label_BE, batch.pair_valid_BE & (label_BE >= 0)
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Both spaces, over pairs."""
         label_BE, labelled_BE = self._labels(batch)
-        own = own_at(student, batch.pairs_BE2[..., 0])
+        own = replace(student.logits, hidden=gather_rows(student.predict_hidden_BNd, batch.pairs_BE2[..., 0]))
         teacher_BED = gather_rows(teacher_states(batch), batch.pairs_BE2[..., 1])
         projected = with_fixed_head(student, self.t2s(teacher_BED))
-        kept_BE = self._kept(projected, label_BE, labelled_BE)
+        kept_BE = self._choose(projected, label_BE, labelled_BE)
         s2t_Dd = equal_logits(self.inverse_DK, own.weight[self.student_ids_K])
-        back = self.head(linear(own.hidden, s2t_Dd))
+        back, theirs, valid_BE = self.head(linear(own.hidden, s2t_Dd)), self.head(teacher_BED), batch.pair_valid_BE
+        ones_BE, count = uniform_weights(valid_BE), valid_BE.sum()
         return {
             "projected_ce": projected_cross_entropy(projected, label_BE, labelled_BE),
             "student_space": student_space(own, projected, uniform_weights(kept_BE), kept_BE, self.settings),
-            "teacher_space": teacher_space(
-                back, self.head(teacher_BED), uniform_weights(batch.pair_valid_BE), batch.pair_valid_BE, self.settings,
-                count=batch.pair_valid_BE.sum(),
-            ),
-        }  # fmt: skip
+            "teacher_space": teacher_space(back, theirs, ones_BE, valid_BE, self.settings, count=count),
+        }
 
 
 DSKD_V2 = Declaration(
     name="dskd_v2",
     source="DSKDv2 with exact token alignment, arXiv 2504.11426",
     settings=DskdV2Settings,
-    needs=needs,
+    needs=lambda _settings, _levels: (Signal("hidden_last"), Signal("argmax")),
     build=DskdV2,
     default_weight=0.5,
     ce_weight=0.5,

@@ -1,42 +1,52 @@
 """MinED (FuseLLM, arXiv 2401.10491): the teacher's logits in the student's vocabulary, where their tokens match.
 
-Tokens are matched in each document by time warping over edit distances, classes by least edit distance; both are in
-`mined_alignment`. Where a student position has one partner and both read the same token there, the student learns the
-partner's distribution, elsewhere the token that follows:
+Tokens are matched in each document by time warping over edit distances, classes by least edit distance. Both compare
+token strings without blanks, in bytes; how a token is read as bytes is in `vocabulary`. Where a student position has
+one partner and both read the same token there, the student learns the partner's distribution, elsewhere the token that
+follows:
     L = sum_n usable_n KL(P_n || Q_n) + (1 - usable_n) (-log Q_n(gold)),    P, Q at temperature tau
 The paper adds cross-entropy, half and half: `--loss mined`.
 
-Shape legend for this file
-    B documents    N student predictions    M teacher predictions    V the student's classes    D teacher width
+Shape legend: see batch.py; V classes of a vocabulary, D the teacher's width.
 """
 
-import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Final, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from xkd_schemas.errors import UsageError
-from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, gather_rows
-from xkd_trainer.losses.declaration import Context, Declaration, StudentPass, constant_head
-from xkd_trainer.losses.ops.head_sums import Comparison, LazyLogits, head_cross_entropy, head_divergence
+from xkd_schemas.progress import Progress, tick
+from xkd_trainer.data.batch import Batch, gather_rows, unwrap
+from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass, constant_head
+from xkd_trainer.losses.dual_space import last_states
+from xkd_trainer.losses.ops.divergence import Comparison
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
 from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.losses.ops.vocabulary import BYTE_TOKEN, shared_vocabulary, token_bytes
 
-UNMAPPED = -1e5
+UNMAPPED: Final = -1e5
 """Logit of a student class that no teacher class stands for, as in DSKD's code; its exponential is exactly 0."""
 
+SEARCHED: Final = 512
+"""Classes whose nearest are searched between two ticks."""
 
-class MinedSettings(BaseModel):
+Array = npt.NDArray[Any]
+
+Tokens = tuple[list[bytes], Tensor, Tensor]
+"""`token_texts` of a model, ids int64 [B, N] on any device, and which are valid, bool [B, N], valid ones first."""
+
+
+class MinedSettings(Settings):
     """Options of MinED."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    temperature: Positive = 2.0
     """tau, for the one-hot positions too. DSKD's code: 2. No tau squared in front, as in that code."""
     vocabulary: Literal["inverse", "nearest", "exact"] = "inverse"
     """Which teacher class stands for a student class; a class without one gets probability 0.
@@ -48,6 +58,127 @@ class MinedSettings(BaseModel):
     """
 
 
+def edit_distances(queries: list[bytes], targets: list[bytes]) -> Array:
+    """Levenshtein distances [Q, T] in bytes, int32."""
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
+    found: Array = cdist(queries, targets, scorer=Levenshtein.distance, dtype=np.int32)
+    return found
+
+
+def token_texts(vocabulary: Mapping[str, int]) -> list[bytes]:
+    """The strings of the ids 0, 1, ... without blanks; empty where no token has the id."""
+    strings = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for number, text in token_bytes(vocabulary).items():
+        strings[number] = text.replace(b" ", b"")
+    return strings
+
+
+def vocabulary_map(source: Mapping[str, int], target: Mapping[str, int], mode: Literal["nearest", "exact"]) -> Tensor:
+    """For each id of `source` the id of the target token nearest to it, [V] int64; -1 where there is none.
+
+    First tokens of equal text, then those of equal text without blanks, then, in mode "nearest", the token of least
+    edit distance without blanks; ties go to the nearest length, the shorter first, then to the lower id. A word's
+    start counts only in the first step. UsageError where no token of one is a token of the other.
+
+    >>> vocabulary_map({"Ġthe": 0, "cats": 1, "Ġ": 2}, {"cat": 5, "▁the": 6, "the": 7, "▁": 8}, "nearest")
+    tensor([6, 5, 8])
+    >>> vocabulary_map({"Ġthe": 0, "cats": 1, "Ġ": 2}, {"cat": 5, "▁the": 6, "the": 7, "▁": 8}, "exact")
+    tensor([ 6, -1,  8])
+    """
+    found_V = np.full(max(source.values(), default=-1) + 1, -1, np.int64)
+    bare = {number: text.replace(b" ", b"") for number, text in token_bytes(source).items()}
+    to_bare = {number: text.replace(b" ", b"") for number, text in token_bytes(target).items()}
+    bytes_last = {number: BYTE_TOKEN.fullmatch(token) is not None for token, number in target.items()}
+    first: dict[bytes, int] = {}
+    for number in sorted(to_bare, key=lambda n: (bytes_last[n], n)):
+        first.setdefault(to_bare[number], number)
+    for number, text in bare.items():
+        found_V[number] = first.get(text, -1)
+    equal_from, equal_to = shared_vocabulary(source, target, "mapped")
+    found_V[equal_from.numpy()] = equal_to.numpy()
+    if mode == "nearest":
+        missing = np.array(sorted(n for n in bare if found_V[n] < 0), np.int64)
+        found_V[missing] = _nearest([bare[int(n)] for n in missing], to_bare)
+    return torch.from_numpy(found_V)
+
+
+def _nearest(queries: list[bytes], targets: Mapping[int, bytes]) -> Array:
+    """Ids of the nearest targets, by the distances to all of them; ties as `vocabulary_map` says."""
+    found = np.zeros(len(queries), np.int64)
+    ids = np.array(sorted(targets), np.int64)
+    query_sizes, sizes = (np.array([len(text) for text in texts]) for texts in (queries, [targets[n] for n in ids]))
+    with Progress("mined: nearest classes", len(queries), of="classes"):
+        for size in np.unique(query_sizes):
+            # of equal distances argmin takes the first, so the targets stand in the order of the ties
+            ranked = ids[np.lexsort((sizes, abs(sizes - size)))]
+            texts = [targets[n] for n in ranked]
+            same_size = np.nonzero(query_sizes == size)[0]
+            for part in np.split(same_size, range(SEARCHED, len(same_size), SEARCHED)):
+                found[part] = ranked[edit_distances([queries[k] for k in part], texts).argmin(1)]
+                tick(len(part))
+    return found
+
+
+def partners(student: Tokens, teacher: Tokens) -> Tensor:
+    """Index (of M) of the teacher token that is the only one time warping puts beside a student token, else -1.
+
+    int64 [B, N]. The path has the least sum of edit distances; on equal sums it steps in both first, then in the
+    teacher.
+
+    >>> student, teacher = [b"the", b"cats"], [b"the", b"cat", b"s"]
+    >>> yes, ids = torch.ones(1, 3) > 0, torch.tensor([[0, 1, 2]])
+    >>> partners((student, ids[:, :2], yes[:, :2]), (teacher, ids, yes))
+    tensor([[ 0, -1]])
+    """
+    match = np.full(tuple(student[1].shape), -1, np.int64)
+    for row, (own, theirs) in enumerate(zip(_valid_texts(student), _valid_texts(teacher), strict=True)):
+        if own and theirs:
+            match[row, : len(own)] = _only_partners(_path_sums(edit_distances(theirs, own)))
+    return torch.from_numpy(match).to(student[1].device)
+
+
+def _valid_texts(tokens: Tokens) -> list[list[bytes]]:
+    """The token strings of each document."""
+    texts, ids_BN, valid_BN = tokens
+    sizes = valid_BN.sum(-1).tolist()
+    return [[texts[n] for n in ids[:size]] for ids, size in zip(ids_BN.tolist(), sizes, strict=True)]
+
+
+def _path_sums(cost_MN: Array) -> Array:
+    """In each cell the least sum of a path from the first cell.
+
+    >>> _path_sums(np.array([[0, 3], [4, 1]]))
+    array([[0, 3],
+           [4, 1]])
+    """
+    sums_MN = cost_MN.cumsum(1, dtype=cost_MN.dtype)  # row i: what a path along it from its first cell costs
+    before_MN = sums_MN - cost_MN
+    for i in range(1, len(cost_MN)):
+        # a path enters row i at some column from the cheaper of the two cells above, and then goes along the row
+        entry_N = sums_MN[i - 1].copy()
+        np.minimum(entry_N[1:], sums_MN[i - 1, :-1], out=entry_N[1:])
+        entry_N -= before_MN[i]
+        sums_MN[i] += np.minimum.accumulate(entry_N)
+    return sums_MN
+
+
+def _only_partners(sums_MN: Array) -> Array:
+    """Walk the cheapest path back: the row of each column that has exactly one, -1 for the others, [N]."""
+    padded = np.pad(sums_MN, ((1, 0), (1, 0)), constant_values=np.iinfo(sums_MN.dtype).max)
+    match, several = np.full(sums_MN.shape[1], -1), np.zeros(sums_MN.shape[1], bool)
+    i, j = padded.shape[0] - 1, padded.shape[1] - 1
+    while i and j:
+        several[j - 1] |= match[j - 1] >= 0
+        match[j - 1] = i - 1
+        both, teacher, student = padded.item(i - 1, j - 1), padded.item(i - 1, j), padded.item(i, j - 1)
+        best = min(both, teacher, student)
+        i, j = (i - (both == best or teacher == best), j - (both == best or teacher > best))
+    match[several] = -1
+    return match
+
+
 def usable_positions(
     partner_BN: Tensor, student_input_BN: Tensor, teacher_input_BM: Tensor, to_student_V: Tensor
 ) -> Tensor:
@@ -57,25 +188,18 @@ def usable_positions(
     >>> usable_positions(partner, student, teacher, torch.tensor([4, 5]))
     tensor([[ True, False, False]])
 
-    Args:
-        partner_BN: `mined_alignment.partners`.
-        student_input_BN: Ids at the predicting positions.
-        teacher_input_BM: The teacher's.
-        to_student_V: `mined_alignment.vocabulary_map` from the teacher's ids to the student's.
+    `partner` is from `partners`, the inputs are ids at the predicting positions, and `to_student` is the
+    `vocabulary_map` from the teacher's ids to the student's.
     """
     theirs_BN = teacher_input_BM.gather(1, partner_BN.clamp_min(0))
     return (partner_BN >= 0) & (to_student_V[theirs_BN] == student_input_BN)
 
 
-def inverted(to_student_V: Tensor, size: int) -> Tensor:
+def invert(to_student_V: Tensor, size: int) -> Tensor:
     """For each of the student's `size` classes the lowest teacher id that maps to it, [size] int64, or -1.
 
-    >>> inverted(torch.tensor([2, 0, 2, -1]), 4)
+    >>> invert(torch.tensor([2, 0, 2, -1]), 4)
     tensor([ 1, -1,  0, -1])
-
-    Args:
-        to_student_V: The student's id for the teacher's ids 0, 1, ...; -1 where there is none.
-        size: The student's classes.
     """
     known = torch.nonzero(to_student_V >= 0)[:, 0]
     none = len(to_student_V)
@@ -83,19 +207,15 @@ def inverted(to_student_V: Tensor, size: int) -> Tensor:
     return torch.where(lowest == none, -1, lowest)
 
 
-def carried_head(weight_VD: Tensor, bias_V: Tensor | None, to_teacher_V: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def carry_head(weight_VD: Tensor, bias_V: Tensor | None, to_teacher_V: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The teacher's head with one row for each of the student's `size` classes, and its bias.
 
-    >>> carried_head(torch.tensor([[1.0], [2.0]]), None, torch.tensor([1, -1]), 3)
+    >>> carry_head(torch.tensor([[1.0], [2.0]]), None, torch.tensor([1, -1]), 3)
     (tensor([[2.],
             [0.],
             [0.]]), tensor([      0., -100000., -100000.]))
 
-    Args:
-        weight_VD: The teacher's head.
-        bias_V: Its bias, or None.
-        to_teacher_V: The teacher's id for the student's ids 0, 1, ...; -1 where there is none.
-        size: Rows of the student's head; those beyond `to_teacher_V` have no teacher class.
+    `to_teacher` is the teacher's id for the student's ids 0, 1, ...; -1, or nothing, where there is none.
     """
     to_teacher_V = to_teacher_V[:size]
     known = torch.nonzero(to_teacher_V >= 0)[:, 0]
@@ -117,21 +237,15 @@ def mined_divergence(
 ) -> LossTerm:
     """L of the module, summed; the count is the number of predictions.
 
-    A usable position, where P = (3/4, 1/4) and Q is uniform, and one that only has its gold token: 0.1308 + log 2.
+    The student's states [B, N, .] learn; the partners' states [B, N, D], with a head over the student's classes, are a
+    constant. A usable position, where P = (3/4, 1/4) and Q is uniform, and one that only has its gold token: 0.1308 +
+    log 2.
 
     >>> student = LazyLogits(hidden=torch.zeros(1, 2, 1), weight=torch.ones(2, 1))
     >>> teacher = LazyLogits(hidden=torch.ones(1, 2, 1), weight=torch.tensor([[1.0986123], [0.0]]))
     >>> yes, target = torch.tensor([[True, True]]), torch.tensor([[0, 1]])
     >>> mined_divergence(student, teacher, target, torch.tensor([[True, False]]), yes, 1.0)
     LossTerm(total=tensor(0.8240), count=tensor(2.))
-
-    Args:
-        student: States [B, N, .], with gradient.
-        teacher: The partners' states [B, N, D] with a head over the student's classes; a constant.
-        target_BN: The student's gold ids.
-        usable_BN: `usable_positions`.
-        valid_BN: Bool, False for padding.
-        temperature: Divides all logits.
     """
     usable_BN, gold_BN = usable_BN & valid_BN, valid_BN & ~usable_BN
     how = Comparison(kind="forward_kl", temperature=temperature)
@@ -141,67 +255,48 @@ def mined_divergence(
     return term(matched + head_cross_entropy(softened.at(gold_BN), target_BN[gold_BN]), valid_BN.sum())
 
 
-# MinED wired to the cache: both vocabularies aligned when it is built, token strings in each batch.
-#
-# Shape legend: see batch.py; D is the teacher's width, V a vocabulary.
+# -- wiring to the cache
 
 
-def needs(settings: MinedSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
-    """Last states; the head is always in the cache."""
-    return (Signal("hidden_last"),)
-
-
-class Mined(nn.Module):
+class Mined(Loss):
     """Term `mined`, a mean over the student's predictions, and `matched`, which only shows how many have a partner.
 
     `matched` has weight 0: the other positions learn their gold token, and how many they are should be seen.
     """
 
-    layers: tuple[int, ...] = ()
-    attention = False
+    terms = ("mined", "matched")
 
     def __init__(self, settings: MinedSettings, context: Context) -> None:
         super().__init__()
         if importlib.util.find_spec("rapidfuzz") is None:
             raise UsageError("mined needs rapidfuzz, which is not installed", fix="pip install rapidfuzz")
-        self._alignment = importlib.import_module("xkd_trainer.losses.baselines.mined_alignment")
         self.settings = settings
         student, teacher = context.student_vocab, context.teacher_vocab
-        self._student_texts = self._alignment.token_texts(student)
-        self._teacher_texts = self._alignment.token_texts(teacher)
-        mode = "exact" if settings.vocabulary == "exact" else "nearest"
-        to_student_V = self._alignment.vocabulary_map(teacher, student, mode)
+        self._student_texts, self._teacher_texts = token_texts(student), token_texts(teacher)
+        mode: Literal["nearest", "exact"] = "exact" if settings.vocabulary == "exact" else "nearest"
+        to_student_V = vocabulary_map(teacher, student, mode)
         if settings.vocabulary == "inverse":
-            to_teacher_V = inverted(to_student_V, max(student.values()) + 1)
+            to_teacher_V = invert(to_student_V, max(student.values()) + 1)
         else:
-            to_teacher_V = self._alignment.vocabulary_map(student, teacher, mode)
+            to_teacher_V = vocabulary_map(student, teacher, mode)
         head = constant_head(context.teacher_head(), "mined")
         size = context.student_head().weight_VD.shape[0]
-        head_VD, logit_V = carried_head(head.weight_VD, head.bias_V, to_teacher_V.to(head.weight_VD.device), size)
-        self.to_student_V: Tensor
-        self.head_VD: Tensor
-        self.logit_V: Tensor
-        self.register_buffer("to_student_V", to_student_V, persistent=False)
-        self.register_buffer("head_VD", head_VD, persistent=False)
-        self.register_buffer("logit_V", logit_V, persistent=False)
+        head_VD, logit_V = carry_head(head.weight_VD, head.bias_V, to_teacher_V.to(head.weight_VD.device), size)
+        self.to_student_V = nn.Buffer(to_student_V, persistent=False)
+        self.head_VD, self.logit_V = nn.Buffer(head_VD, persistent=False), nn.Buffer(logit_V, persistent=False)
 
     def weights(self, step: int) -> Mapping[str, float]:
         """Factor 1; `matched` is there to be read."""
         return {"mined": 1.0, "matched": 0.0}
 
-    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Student predictions."""
-        return dict.fromkeys(("mined", "matched"), batch.num_predictions)
-
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Align, carry over, compare."""
-        assert batch.teacher_hidden_BRD is not None
         valid_BN = batch.predict_valid_BN
-        partner_BN, usable_BN = self.aligned(batch)
-        rows_BN = batch.teacher_predict_BM.gather(1, partner_BN.clamp_min(0))
-        teacher = LazyLogits(
-            hidden=gather_rows(batch.teacher_hidden_BRD, rows_BN), weight=self.head_VD, bias=self.logit_V
+        partner_BN, usable_BN = self.align(batch)
+        hidden_BND = gather_rows(
+            unwrap(batch.teacher_hidden_BRD), batch.teacher_predict_BM.gather(1, partner_BN.clamp_min(0))
         )
+        teacher = LazyLogits(hidden=hidden_BND, weight=self.head_VD, bias=self.logit_V)
         target_BN, tau = batch.target_BN, self.settings.temperature
         return {
             "mined": mined_divergence(student.logits, teacher, target_BN, usable_BN, valid_BN, tau),
@@ -209,10 +304,10 @@ class Mined(nn.Module):
         }
 
     @torch.no_grad()
-    def aligned(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def align(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Partner of each prediction by the tokens both models read there, and whether it is usable, [B, N]."""
         input_BN = batch.student_ids_BS.gather(1, batch.predict_BN)
-        partner_BN: Tensor = self._alignment.partners(
+        partner_BN = partners(
             (self._student_texts, input_BN, batch.predict_valid_BN),
             (self._teacher_texts, batch.teacher_input_BM, batch.teacher_predict_valid_BM),
         )
@@ -223,7 +318,7 @@ MINED = Declaration(
     name="mined",
     source="MinED of FuseLLM, arXiv 2401.10491, as a baseline of DSKD, arXiv 2406.17328",
     settings=MinedSettings,
-    needs=needs,
+    needs=last_states,
     build=Mined,
     default_weight=0.5,
     ce_weight=0.5,

@@ -11,9 +11,8 @@ are divided by their standard deviation over the classes first, so that two mode
 
 The total of the official code is CE + 1.5 L: `--loss multilevelot`.
 
-Shape legend for this file
-    B documents    P paired positions of the longest    N pairs of all documents    D width    V classes
-    k chosen classes    C positions of one chunk
+Shape legend: see batch.py; P pairs of the longest document, N all pairs of the batch, C those of one chunk, V classes,
+    k chosen classes.
 """
 
 from collections.abc import Mapping
@@ -21,29 +20,23 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
-from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch
-from xkd_trainer.losses.baselines.positional_pairs import paired, student_logits, teacher_hidden
-from xkd_trainer.losses.declaration import Context, Declaration, StudentPass
-from xkd_trainer.losses.dual_space import TeacherHead
-from xkd_trainer.losses.ops.chunked import chunked
-from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunks
-from xkd_trainer.losses.ops.term import LossTerm, at_least_float32, term
+from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass, Weight
+from xkd_trainer.losses.dual_space import TeacherHead, last_states
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked, chunks
+from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.losses.pairing import find_pairs, student_at_pairs, teacher_at_pairs
+from xkd_trainer.models.measures import at_least_float32, divide
 
 STD_FLOOR = 1e-4
 """Added to the standard deviation of the logits, as in the official code."""
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-
-class MultiLevelOtSettings(BaseModel):
+class MultiLevelOtSettings(Settings):
     """Options of MultiLevelOT; official is the authors' code, port another group's copy of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     temperature: Positive = 1.0
     """Divides the scaled logits of both models. Official: 1, port: 2."""
@@ -70,10 +63,10 @@ class MultiLevelOtSettings(BaseModel):
     """Sinkhorn rounds, rows and then columns. Official: 10."""
 
 
-def scaled(logits_NV: Tensor, temperature: float) -> Tensor:
+def scale_logits(logits_NV: Tensor, temperature: float) -> Tensor:
     """Logits over their standard deviation (unbiased, plus 1e-4, mean not removed) and the temperature.
 
-    >>> scaled(torch.tensor([[0.0, 2.0, 4.0]]), 1.0).round(decimals=3)
+    >>> scale_logits(torch.tensor([[0.0, 2.0, 4.0]]), 1.0).round(decimals=3)
     tensor([[0., 1., 2.]])
 
     Equal logits have standard deviation 0, whose gradient is taken as 0.
@@ -90,10 +83,10 @@ def scaled(logits_NV: Tensor, temperature: float) -> Tensor:
 def class_mass(logits: LazyLogits, document_N: Tensor, num_documents: int, temperature: float) -> Tensor:
     """Probability of each class summed over the positions of a document, [B, V], without gradient."""
     mass_BV = at_least_float32(logits.weight).new_zeros(num_documents, logits.weight.shape[0])
-    constant = logits.detached()
+    constant = logits.detach()
     for rows in chunks(logits):
         member_BC = F.one_hot(document_N[rows], num_documents).T.to(mass_BV.dtype)
-        mass_BV += member_BC @ scaled(constant.at(rows).dense(), temperature).softmax(-1)
+        mass_BV += member_BC @ scale_logits(constant.at(rows).dense(), temperature).softmax(-1)
     return mass_BV
 
 
@@ -113,21 +106,13 @@ def class_order(mass_BV: Tensor, classes: int, order: Literal["document", "batch
 
 
 def chosen_probabilities(logits: LazyLogits, ids_Nk: Tensor, temperature: float) -> Tensor:
-    """Probabilities of some classes at each position, of `scaled` logits over all classes.
+    """Probabilities of some classes at each position, [N, k], of `scale_logits` over all classes.
 
-    Logits are made in chunks, and made again in the backward pass: none are kept.
-
-    Args:
-        logits: States [N, D].
-        ids_Nk: int64 classes.
-        temperature: See `scaled`.
-
-    Returns:
-        [N, k] with gradient by states, and by weight and bias where they require one; 0 for a class that is not there.
+    Logits are made in chunks, and made again in the backward pass: none are kept. 0 for a class that is not there.
     """
 
     def probabilities(rows: slice, logits_CV: Tensor) -> Tensor:
-        probabilities_CV = scaled(logits_CV, temperature).softmax(-1)
+        probabilities_CV = scale_logits(logits_CV, temperature).softmax(-1)
         num_classes, ids_Ck = probabilities_CV.shape[-1], ids_Nk[rows]
         return torch.where(ids_Ck < num_classes, probabilities_CV.gather(-1, ids_Ck.clamp_max(num_classes - 1)), 0.0)
 
@@ -136,25 +121,18 @@ def chosen_probabilities(logits: LazyLogits, ids_Nk: Tensor, temperature: float)
 
 @torch.no_grad()
 def greedy_classes(student: LazyLogits, teacher_Nk: Tensor, sizes_B: Tensor, temperature: float) -> Tensor:
-    """Classes of the student beside the teacher's k: each of those, in turn, takes the nearest that is left.
+    """Classes of the student beside the teacher's k, int64 [B, k]: each of those, in turn, takes the nearest that is
+    left.
 
-    Distances are sums over a document's positions of | p^S - p^T |, to every class of the student. Equal ones go to
-    the lowest number. A student of fewer than k classes is given more, of probability 0.
+    Distances are sums over a document's positions of | p^S - p^T |, to every class of the student; equal ones go to
+    the lowest number. A student of fewer than k classes is given more, numbered from V on, of probability 0. Positions
+    of a document stand side by side, `sizes` says how many; `teacher` holds the probabilities of its chosen classes.
 
     Two classes of 0.7 and 0.3 beside 0.4 and 0.6:
 
     >>> logits = LazyLogits(hidden=torch.tensor([[0.7, 0.3]]).log(), weight=torch.eye(2))
     >>> greedy_classes(logits, torch.tensor([[0.4, 0.6]]), torch.tensor([1]), 0.6)
     tensor([[1, 0]])
-
-    Args:
-        student: States [N, D], those of a document side by side.
-        teacher_Nk: Probabilities of the teacher's chosen classes.
-        sizes_B: Positions of each document, summing to N.
-        temperature: See `scaled`.
-
-    Returns:
-        [B, k] int64, numbers from V on for classes that the student does not have.
     """
     found, first, k = [], 0, teacher_Nk.shape[-1]
     for size in sizes_B.tolist():
@@ -163,13 +141,13 @@ def greedy_classes(student: LazyLogits, teacher_Nk: Tensor, sizes_B: Tensor, tem
         distance_kV = spare_k1.repeat(1, max(k, own.weight.shape[0]))  # what a class of probability 0 is away
         distance_kV[:, : own.weight.shape[0]] = 0.0
         for rows in chunks(own):
-            probabilities_CV = scaled(own.at(rows).dense(), temperature).softmax(-1)
+            probabilities_CV = scale_logits(own.at(rows).dense(), temperature).softmax(-1)
             distance_kV[:, : own.weight.shape[0]] += torch.cdist(theirs_Pk[rows].T, probabilities_CV.T, p=1.0)
-        taken = []
+        chosen: list[Tensor] = []
         for place in range(k):
-            taken.append(distance_kV[place].argmin())
-            distance_kV[:, taken[-1]] = torch.inf
-        found.append(torch.stack(taken))
+            chosen.append(distance_kV[place].argmin())
+            distance_kV[:, chosen[-1]] = torch.inf
+        found.append(torch.stack(chosen))
         first += size
     return torch.stack(found)
 
@@ -194,9 +172,9 @@ def word_cross_entropy(
     >>> word_cross_entropy(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.tensor([[True]]), "teacher")
     LossTerm(total=tensor(0.6931), count=tensor(1.))
     """
-    weights, scored = (
-        (teacher_BPk.detach(), student_BPk) if target == "teacher" else (student_BPk, teacher_BPk.detach())
-    )
+    weights, scored = teacher_BPk.detach(), student_BPk
+    if target == "student":
+        weights, scored = scored, weights
     entropy_BP = -torch.linalg.vecdot(weights.softmax(-1), scored.log_softmax(-1))
     return term(torch.where(valid_BP, entropy_BP, 0.0).sum(), valid_BP.sum())
 
@@ -216,26 +194,15 @@ def sequence_distance(
     plan_BPP = torch.where(both_BPP, (-cost_BPP / epsilon).exp(), 0.0)
     for _ in range(rounds):
         for axis in (2, 1):
-            sums = plan_BPP.sum(axis, keepdim=True)
-            plan_BPP = plan_BPP / torch.where(sums > 0, sums, 1.0)
+            plan_BPP = divide(plan_BPP, plan_BPP.sum(axis, keepdim=True))
     return term((plan_BPP * torch.where(both_BPP, cost_BPP, 0.0)).sum(), valid_BP.any(-1).sum())
 
 
-# MultiLevelOT wired to the cache: the likeliest classes of both models at predictions paired by shift.
-#
-# Shape legend: see batch.py; P pairs of the longest document, N all pairs of the batch, V classes, k chosen classes.
+# -- wiring to the cache
 
 
-def needs(settings: MultiLevelOtSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
-    """Last states; the head is always in the cache."""
-    return (Signal("hidden_last"),)
-
-
-class MultiLevelOt(nn.Module):
+class MultiLevelOt(Loss):
     """Terms `l1` and `sequence`, means over documents with a pair, and `word`, a mean over pairs."""
-
-    layers: tuple[int, ...] = ()
-    attention = False
 
     def __init__(self, settings: MultiLevelOtSettings, context: Context) -> None:
         super().__init__()
@@ -248,26 +215,26 @@ class MultiLevelOt(nn.Module):
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Pairs, and documents with one."""
-        paired_BP = paired(batch)
+        paired_BP = find_pairs(batch)
         documents = paired_BP.any(-1).sum()
         return {"l1": documents, "word": paired_BP.sum(), "sequence": documents}
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """The three levels."""
-        valid_BP = paired(batch)
-        teacher = self.head(teacher_hidden(batch, valid_BP))
-        return self.levels(student_logits(student, valid_BP), teacher, valid_BP)
+        valid_BP = find_pairs(batch)
+        teacher = self.head(teacher_at_pairs(batch, valid_BP))
+        return self.levels(student_at_pairs(student, valid_BP), teacher, valid_BP)
 
     def levels(self, student: LazyLogits, teacher: LazyLogits, valid_BP: Tensor) -> dict[str, LossTerm]:
         """The terms of the logits at all pairs, [N] positions each; the teacher's are a constant."""
         s = self.settings
         document_N = valid_BP.nonzero()[:, 0]
-        teacher_Nk = self._chosen(teacher.detached(), document_N, self._likeliest(teacher, valid_BP))
+        teacher_Nk = self._choose(teacher.detach(), document_N, self._likeliest(teacher, valid_BP))
         if s.match == "greedy":
-            ids_Bk = greedy_classes(student.detached(), teacher_Nk, valid_BP.sum(-1), s.temperature)
+            ids_Bk = greedy_classes(student.detach(), teacher_Nk, valid_BP.sum(-1), s.temperature)
         else:
             ids_Bk = self._likeliest(student, valid_BP)
-        student_Nk = self._chosen(student, document_N, ids_Bk)
+        student_Nk = self._choose(student, document_N, ids_Bk)
         k = max(student_Nk.shape[-1], teacher_Nk.shape[-1])  # a vocabulary of fewer classes is filled up with 0
         student_BPk, teacher_BPk = (
             p.new_zeros(*valid_BP.shape, k).index_put((valid_BP,), F.pad(p, (0, k - p.shape[-1])))
@@ -284,7 +251,7 @@ class MultiLevelOt(nn.Module):
         s, document_N = self.settings, valid_BP.nonzero()[:, 0]
         return class_order(class_mass(logits, document_N, len(valid_BP), s.temperature), s.classes, s.order)
 
-    def _chosen(self, logits: LazyLogits, document_N: Tensor, ids_Bk: Tensor) -> Tensor:
+    def _choose(self, logits: LazyLogits, document_N: Tensor, ids_Bk: Tensor) -> Tensor:
         """Probabilities of each document's classes at its pairs, [N, k]."""
         return chosen_probabilities(logits, ids_Bk[document_N], self.settings.temperature)
 
@@ -293,7 +260,7 @@ MULTILEVELOT = Declaration(
     name="multilevelot",
     source="MultiLevelOT, arXiv 2412.14528, and its official code",
     settings=MultiLevelOtSettings,
-    needs=needs,
+    needs=last_states,
     build=MultiLevelOt,
     default_weight=1.5,
 )

@@ -4,27 +4,32 @@ KL(p || q) = sum p log p - sum p log q. Of the teacher p the second sum, and all
 nothing but an unbiased estimate of p: sum of w over drawn classes instead of p (random-sampling distillation, arXiv
 2503.16870). The first sum is the teacher's entropy with its sign turned, which is stored exactly.
 
-Shape legend for this file
-    N positions    D width of the states    V classes    k drawn classes    C positions of one chunk
+For a student with the teacher's tokenizer, at temperature 1. The cache holds some dozens of bytes a prediction instead
+of the teacher's last state; training needs no head of the teacher.
+
+Shape legend: see batch.py; N also all predictions of a batch, C those of one chunk, k (K in a batch) drawn classes.
 """
 
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch
-from xkd_trainer.losses.declaration import Context, Declaration, StudentPass
-from xkd_trainer.losses.ops.chunked import chunked_sum
-from xkd_trainer.losses.ops.lazy_logits import LazyLogits
-from xkd_trainer.losses.ops.term import LossTerm, at_least_float32, term
-from xkd_trainer.losses.same_tokenizer import first_classes, refuse_other_predictions, refuse_two_tokenizers
+from xkd_trainer.data.batch import Batch, unwrap
+from xkd_trainer.losses.declaration import Context, Declaration, Settings, StudentPass
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
+from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.losses.pairing import OneTokenizerLoss
+from xkd_trainer.models.measures import at_least_float32
 
 
 def head_sampled_kl(student: LazyLogits, ids_Nk: Tensor, weights_Nk: Tensor, entropy_N: Tensor) -> Tensor:
-    """Sum over positions of an unbiased estimate of KL(p || q), in nats, chunk by chunk.
+    """Sum over positions of an unbiased estimate of KL(p || q), in nats, chunk by chunk; 0 where there are none.
+
+    The weights, adding up to 1 at a position, and the teacher's entropy are constants; it has gradient by the
+    student's states, and by its head where that requires one. Below 0 where the drawn classes suit the student better
+    than all do.
 
     A uniform student over four classes and a teacher of entropy 0.6 of which classes 0 and 2 were drawn:
     log 4 - 0.6 = 0.7863.
@@ -33,16 +38,6 @@ def head_sampled_kl(student: LazyLogits, ids_Nk: Tensor, weights_Nk: Tensor, ent
     >>> student = LazyLogits(hidden=torch.ones(1, 1), weight=torch.zeros(4, 1))
     >>> head_sampled_kl(student, torch.tensor([[0, 2]]), torch.tensor([[0.8, 0.2]]), torch.tensor([0.6]))
     tensor(0.7863)
-
-    Args:
-        student: States [N, D].
-        ids_Nk: int64 classes from 0 to V - 1.
-        weights_Nk: What each stands for, adding up to 1 at a position; constants.
-        entropy_N: The teacher's entropy in nats; a constant.
-
-    Returns:
-        Scalar with gradient by the student's states, and by its head where that requires one. 0 where N is 0;
-        below 0 where the drawn classes suit the student better than all of them do.
     """
     constant_Nk = at_least_float32(weights_Nk.detach())
 
@@ -53,71 +48,43 @@ def head_sampled_kl(student: LazyLogits, ids_Nk: Tensor, weights_Nk: Tensor, ent
     return chunked_sum(sampled, student)
 
 
-# Random-sampling distillation wired to the cache: forward KL from a few drawn classes of each prediction.
-#
-# For a student with the teacher's tokenizer, at temperature 1. The cache holds some dozens of bytes a prediction
-# instead of the teacher's last state; training needs no head of the teacher.
-#
-# Shape legend: see batch.py; K here is the number of drawn classes.
+# -- wiring to the cache
 
 
-class RskdSettings(BaseModel):
-    """There is nothing to set: how many classes are drawn, and that of temperature 1, was settled at capture."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Rskd(nn.Module):
+class Rskd(OneTokenizerLoss):
     """One term, `sampled_kl`: an unbiased estimate of the forward KL, nats per prediction of the student."""
 
-    layers: tuple[int, ...] = ()
-    attention = False
+    terms = ("sampled_kl",)
 
-    def __init__(self, settings: RskdSettings, context: Context) -> None:
-        super().__init__()
-        refuse_two_tokenizers("rskd", context)
-        self.classes = max(context.student_vocab.values()) + 1
-        """Ids of the tokenizer; the draws are from these, and heads may have rows beyond them."""
-
-    def weights(self, step: int) -> Mapping[str, float]:
-        """Factor 1."""
-        return {"sampled_kl": 1.0}
+    def __init__(self, _settings: Settings, context: Context) -> None:
+        super().__init__("rskd", context)
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Predictions.
-
-        Raises:
-            BadData: A document has not the same number of predictions in both models, or a drawn class is no id of
-                the tokenizer.
-        """
-        refuse_other_predictions("rskd", batch)
-        assert batch.teacher_sampled_ids_BMK is not None
-        highest = int(batch.teacher_sampled_ids_BMK.max())
+        """Predictions; BadData also where a drawn class is no id of the tokenizer."""
+        highest = int(unwrap(batch.teacher_sampled_ids_BMK).max())
         if highest >= self.classes:
             raise BadData(
                 f"loss rskd: class {highest} is drawn in one of the rows {', '.join(map(str, batch.rows))}, the "
                 f"tokenizer has ids below {self.classes}",
                 fix="xkd-cache verify CACHE --level deep",
             )
-        return {"sampled_kl": batch.num_predictions}
+        return super().counts(batch)
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Forward KL at every valid prediction, over the tokenizer's ids."""
-        assert batch.teacher_sampled_ids_BMK is not None
-        assert batch.teacher_sampled_weights_BMK is not None
-        assert batch.teacher_entropy_BM is not None
         valid_BN = batch.predict_valid_BN
-        total = head_sampled_kl(
-            first_classes(student.logits, self.classes).at(valid_BN), batch.teacher_sampled_ids_BMK[valid_BN],
-            batch.teacher_sampled_weights_BMK[valid_BN], batch.teacher_entropy_BM[valid_BN],
-        )  # fmt: skip
+        ids_Nk, weights_Nk = (
+            unwrap(batch.teacher_sampled_ids_BMK)[valid_BN],
+            unwrap(batch.teacher_sampled_weights_BMK)[valid_BN],
+        )
+        own = student.logits.of_classes(slice(self.classes)).at(valid_BN)
+        total = head_sampled_kl(own, ids_Nk, weights_Nk, unwrap(batch.teacher_entropy_BM)[valid_BN])
         return {"sampled_kl": term(total, batch.num_predictions)}
 
 
 RSKD = Declaration(
     name="rskd",
     source="random-sampling KD, arXiv 2503.16870, classes drawn by threshold (arXiv 0803.0473)",
-    settings=RskdSettings,
     needs=lambda _settings, _levels: (Signal("sampled"), Signal("entropy")),
     build=Rskd,
     one_tokenizer=True,

@@ -6,35 +6,33 @@ Nothing says which class is which, and the n-th prediction of one model is compa
 
 The paper's total is CE + 1.5 L_ULD; DSKD's code has 0.5 CE + 0.5 L_ULD, which `--loss uld` is.
 
-Shape legend for this file
-    N paired positions    V student classes    W teacher classes that are known    C positions of one chunk
+Shape legend: see batch.py; P pairs of the longest document, N all pairs of the batch, C those of one chunk,
+    V student classes, W teacher classes that are known.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from pydantic import model_validator
+from torch import Tensor
 
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch
-from xkd_trainer.losses.baselines.positional_pairs import paired, student_logits, teacher_hidden
-from xkd_trainer.losses.declaration import Context, Declaration, StudentPass
+from xkd_trainer.data.batch import Batch, unwrap
+from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass
 from xkd_trainer.losses.dual_space import TeacherHead
-from xkd_trainer.losses.ops.chunked import chunked_sum
-from xkd_trainer.losses.ops.lazy_logits import LazyLogits
-from xkd_trainer.losses.ops.term import LossTerm, at_least_float32, term
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
+from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.losses.pairing import find_pairs, student_at_pairs, teacher_at_pairs
+from xkd_trainer.models.measures import at_least_float32
 
 SortedTeacher = Callable[[slice], Tensor]
 """From positions to the teacher's probabilities there, [C, W], the largest first."""
 
 
-class UldSettings(BaseModel):
+class UldSettings(Settings):
     """Options of ULD; the defaults are the paper's loss with our reduction."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    temperature: Positive = 1.0
     """Divides both logits. Paper and code: 1."""
     mean: Literal["tokens", "documents"] = "tokens"
     """tokens: sum over paired positions by their number (DSKD's code). documents: a mean in each document (ULD's)."""
@@ -43,28 +41,22 @@ class UldSettings(BaseModel):
     its k largest probabilities and takes the others as 0; a position's loss is then wrong by at most their sum."""
 
     @model_validator(mode="after")
-    def _stored_at_one(self) -> "UldSettings":
+    def _require_temperature_one(self) -> "UldSettings":
         if self.teacher == "topk" and self.temperature != 1.0:
             raise ValueError("teacher = topk is stored for temperature 1 only")
         return self
 
 
 def sorted_l1(student_logits_NV: Tensor, teacher_NW: Tensor, temperature: float = 1.0) -> Tensor:
-    """sum_v | p^S(v) - p^T(v) | at each position, both sorted from the largest down.
+    """sum_v | p^S(v) - p^T(v) | at each position, both sorted from the largest down, [N] from 0 to 2.
+
+    The teacher's probabilities are given sorted, and a constant; V and W may differ. The temperature divides the
+    student's logits alone. At equal probabilities the gradient is that of no difference, 0.
 
     A uniform student over two classes, a teacher over three: |0.5 - 0.7| + |0.5 - 0.2| + |0 - 0.1| = 0.6.
 
-    >>> import torch
     >>> sorted_l1(torch.zeros(1, 2), torch.tensor([[0.7, 0.2, 0.1]]))
     tensor([0.6000])
-
-    Args:
-        student_logits_NV: Any float dtype, finite; computed in float32, or float64 if it is.
-        teacher_NW: Probabilities, the largest first; a constant, detached here. V and W may differ.
-        temperature: Divides the student's logits.
-
-    Returns:
-        [N], 0 to 2. At equal probabilities the gradient is that of no difference, 0.
     """
     sorted_NV = (at_least_float32(student_logits_NV) / temperature).softmax(-1).sort(-1, descending=True).values
     teacher_NW = teacher_NW.detach().to(sorted_NV.dtype)
@@ -75,7 +67,7 @@ def sorted_l1(student_logits_NV: Tensor, teacher_NW: Tensor, temperature: float 
 
 def sorted_teacher(logits: LazyLogits, temperature: float) -> SortedTeacher:
     """All of the teacher's probabilities, made for the positions that are asked for."""
-    constant = logits.detached()
+    constant = logits.detach()
 
     def at(rows: slice) -> Tensor:
         return (constant.at(rows).dense() / temperature).softmax(-1).sort(-1, descending=True).values
@@ -89,7 +81,6 @@ def topk_teacher(logits_NK: Tensor, logsumexp_N: Tensor) -> SortedTeacher:
     They do not add up to 1; what is missing bounds the error of `sorted_l1` at that position, because every class
     that is left out changes it by at most its own probability.
 
-    >>> import torch
     >>> topk_teacher(torch.tensor([[2.0, 1.0]]), torch.tensor([2.5]))(slice(0, 1))
     tensor([[0.6065, 0.2231]])
     """
@@ -100,80 +91,62 @@ def topk_teacher(logits_NK: Tensor, logsumexp_N: Tensor) -> SortedTeacher:
 def head_sorted_l1(
     student: LazyLogits, teacher: SortedTeacher, weights_N: Tensor | None, temperature: float = 1.0
 ) -> Tensor:
-    """Sum over positions of weight times `sorted_l1`, chunk by chunk.
+    """Sum over positions of weight times `sorted_l1`, chunk by chunk; 0 where there are none.
 
-    >>> import torch
+    It has gradient by the student's states, and by its head where that requires one. The weights are constants; None
+    is 1 everywhere.
+
     >>> student = LazyLogits(hidden=torch.ones(2, 1), weight=torch.zeros(2, 1))
     >>> head_sorted_l1(student, lambda rows: torch.tensor([[0.7, 0.2, 0.1]]).expand(2, 3)[rows], None)
     tensor(1.2000)
-
-    Args:
-        student: States [N, D].
-        teacher: Asked for the positions of one chunk at a time.
-        weights_N: A constant; None is 1 everywhere.
-        temperature: Divides the student's logits.
-
-    Returns:
-        Scalar with gradient by the student's states, and by its head where that requires one. 0 where N is 0.
     """
     return chunked_sum(lambda rows, logits_CV: sorted_l1(logits_CV, teacher(rows), temperature), student, weights_N)
 
 
-# ULD wired to the cache: sorted probabilities at predictions paired by shift.
-#
-# Shape legend: see batch.py; P pairs of the longest document, N all pairs of the batch, V teacher classes.
+# -- wiring to the cache
 
 
-def needs(settings: UldSettings, levels: tuple[tuple[int, str], ...]) -> tuple[Signal, ...]:
+def needs(settings: UldSettings, _levels: object) -> tuple[Signal, ...]:
     """Last states, or the largest logits with the logarithm of the sum over all."""
     if settings.teacher == "topk":
         return (Signal("topk_logits"), Signal("logsumexp"))
     return (Signal("hidden_last"),)
 
 
-class Uld(nn.Module):
+class Uld(Loss):
     """Term `l1`: a mean over pairs, or over documents with a pair. Nothing is learned beside the student.
 
     From the k largest probabilities it is called `approximate_l1`, in the log and on the terminal.
     """
 
-    layers: tuple[int, ...] = ()
-    attention = False
-
     def __init__(self, settings: UldSettings, context: Context) -> None:
         super().__init__()
         self.settings = settings
-        self.term = "l1" if settings.teacher == "exact" else "approximate_l1"
+        self.terms = ("l1",) if settings.teacher == "exact" else ("approximate_l1",)
         self.head = TeacherHead(context, "uld") if settings.teacher == "exact" else None
-
-    def weights(self, step: int) -> Mapping[str, float]:
-        """L_ULD alone; cross-entropy is a loss of its own."""
-        return {self.term: 1.0}
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Pairs, or documents with one."""
-        paired_BP = paired(batch)
-        return {self.term: paired_BP.sum() if self.settings.mean == "tokens" else paired_BP.any(-1).sum()}
+        paired_BP = find_pairs(batch)
+        pairs = paired_BP.sum() if self.settings.mean == "tokens" else paired_BP.any(-1).sum()
+        return dict.fromkeys(self.terms, pairs)
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Sum over all pairs."""
-        paired_BP = paired(batch)
-        weights_N = None
+        paired_BP, weights_N = find_pairs(batch), None
         if self.settings.mean == "documents":
             weights_N = (1.0 / paired_BP.sum(-1, keepdim=True).clamp_min(1)).expand_as(paired_BP)[paired_BP]
-        total = head_sorted_l1(
-            student_logits(student, paired_BP), self._teacher(batch, paired_BP), weights_N, self.settings.temperature
-        )
-        return {self.term: term(total, self.counts(batch)[self.term])}
+        own, teacher = student_at_pairs(student, paired_BP), self._teacher(batch, paired_BP)
+        total = head_sorted_l1(own, teacher, weights_N, self.settings.temperature)
+        return {name: term(total, count) for name, count in self.counts(batch).items()}
 
     def _teacher(self, batch: Batch, paired_BP: Tensor) -> SortedTeacher:
         if self.head is not None:
-            return sorted_teacher(self.head(teacher_hidden(batch, paired_BP)), self.settings.temperature)
+            return sorted_teacher(self.head(teacher_at_pairs(batch, paired_BP)), self.settings.temperature)
         most = paired_BP.shape[1]
-        assert batch.teacher_topk_logits_BMK is not None
-        assert batch.teacher_logsumexp_BM is not None
         return topk_teacher(
-            batch.teacher_topk_logits_BMK[:, :most][paired_BP], batch.teacher_logsumexp_BM[:, :most][paired_BP]
+            unwrap(batch.teacher_topk_logits_BMK)[:, :most][paired_BP],
+            unwrap(batch.teacher_logsumexp_BM)[:, :most][paired_BP],
         )
 
 

@@ -11,6 +11,7 @@ Shape legend for this file
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from xkd_schemas.errors import UsageError
-from xkd_trainer.losses.ops.term import at_least_float32
+from xkd_trainer.models.measures import at_least_float32
 
 Kind = Literal[
     "forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "tvd", "ab", "csd"
@@ -44,6 +45,18 @@ class Knobs(BaseModel):
     """ab: power of the student. ABKD's code: 0.7."""
 
 
+KNOBS = Knobs()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Which divergence, with its numbers; see `divergence`."""
+
+    kind: Kind
+    temperature: float
+    knobs: Knobs = KNOBS
+
+
 def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     """KL(p || q) at each position, [N]."""
     return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
@@ -54,30 +67,10 @@ def _mixture(log_a_NV: Tensor, log_b_NV: Tensor, share_a: float) -> Tensor:
     return torch.logaddexp(log_a_NV + math.log(share_a), log_b_NV + math.log1p(-share_a))
 
 
-def _forward(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
-    """KL(p || q)."""
-    return _kl(log_p_NV, log_q_NV)
-
-
-def _reverse(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
-    """KL(q || p)."""
-    return _kl(log_q_NV, log_p_NV)
-
-
 def _js(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
     """w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q, w being `js_share`."""
     log_m_NV = _mixture(log_p_NV, log_q_NV, knobs.js_share)
     return knobs.js_share * _kl(log_p_NV, log_m_NV) + (1.0 - knobs.js_share) * _kl(log_q_NV, log_m_NV)
-
-
-def _skewed_forward(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
-    """KL(p || skew p + (1 - skew) q)."""
-    return _kl(log_p_NV, _mixture(log_p_NV, log_q_NV, knobs.skew))
-
-
-def _skewed_reverse(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
-    """KL(q || (1 - skew) p + skew q)."""
-    return _kl(log_q_NV, _mixture(log_q_NV, log_p_NV, knobs.skew))
 
 
 def _adaptive(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
@@ -94,11 +87,6 @@ def _adaptive(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
         all_N = gap_NV.sum(-1)
         share_N = torch.where(all_N > 0, tail_N / torch.where(all_N > 0, all_N, 1.0), 0.5)
     return (1.0 - share_N) * _kl(log_p_NV, log_q_NV) + share_N * _kl(log_q_NV, log_p_NV)
-
-
-def _tvd(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
-    """sum |p - q| / 2."""
-    return 0.5 * (log_p_NV.exp() - log_q_NV.exp()).abs().sum(-1)
 
 
 def _ab(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
@@ -122,13 +110,13 @@ def _csd(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
 
 
 DIVERGENCES: Mapping[Kind, Callable[[Tensor, Tensor, Knobs], Tensor]] = {
-    "forward_kl": _forward,
-    "reverse_kl": _reverse,
+    "forward_kl": lambda p, q, _knobs: _kl(p, q),
+    "reverse_kl": lambda p, q, _knobs: _kl(q, p),
     "js": _js,
-    "skewed_forward_kl": _skewed_forward,
-    "skewed_reverse_kl": _skewed_reverse,
+    "skewed_forward_kl": lambda p, q, knobs: _kl(p, _mixture(p, q, knobs.skew)),
+    "skewed_reverse_kl": lambda p, q, knobs: _kl(q, _mixture(q, p, knobs.skew)),
     "adaptive_kl": _adaptive,
-    "tvd": _tvd,
+    "tvd": lambda p, q, _knobs: 0.5 * (p.exp() - q.exp()).abs().sum(-1),
     "ab": _ab,
     "csd": _csd,
 }
@@ -136,14 +124,13 @@ DIVERGENCES: Mapping[Kind, Callable[[Tensor, Tensor, Knobs], Tensor]] = {
 
 
 def divergence(
-    student_logits_NV: Tensor,
-    teacher_logits_NV: Tensor,
-    kind: Kind,
-    *,
-    temperature: float,
-    knobs: Knobs | None = None,
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, kind: Kind, *, temperature: float, knobs: Knobs = KNOBS
 ) -> Tensor:
-    """The divergence of `kind` between teacher and student at each position, in nats.
+    """The divergence of `kind` between teacher and student at each position, [N], in nats.
+
+    Both logits are divided by the temperature, and computed in float32, or float64 if they are. NOT detached here: in
+    the projected spaces of DSKD and DWA-KD the gradient may go either way, so the caller decides. UsageError for a
+    kind that is not known or a temperature that is not above 0.
 
     Uniform student against a teacher that is sure of class 0 to three parts in four:
     0.75 log 1.5 + 0.25 log 0.5 = 0.1308.
@@ -151,25 +138,11 @@ def divergence(
     >>> student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
     >>> [round(float(divergence(student, teacher, kind, temperature=1.0)), 4) for kind in DIVERGENCES]
     [0.1308, 0.1438, 0.0338, 0.107, 0.1131, 0.1373, 0.25, 0.152, 0.1509]
-
-    Args:
-        student_logits_NV: Any float dtype, finite; computed in float32, or float64 if it is.
-        teacher_logits_NV: The same shape, finite. NOT detached here: in the projected spaces of DSKD
-            and DWA-KD the gradient may go either way, so the caller decides.
-        kind: One of DIVERGENCES.
-        temperature: Both logits are divided by it; greater than 0.
-        knobs: Numbers of single kinds; None is their defaults.
-
-    Returns:
-        [N], at least 0 up to rounding.
-
-    Raises:
-        UsageError: `kind` is not known, or the temperature is not above 0.
     """
     if kind not in DIVERGENCES:
-        raise UsageError(f"losses: {kind!r} is not a divergence. Known: {', '.join(DIVERGENCES)}")
+        raise UsageError(f"{kind!r} is not a divergence", fix=f"use one of: {', '.join(DIVERGENCES)}")
     if not temperature > 0:
-        raise UsageError(f"losses: temperature is {temperature}", fix="set it to a number greater than 0")
+        raise UsageError(f"temperature must be > 0, found {temperature}")
     log_q_NV = (at_least_float32(student_logits_NV) / temperature).log_softmax(-1)
     log_p_NV = (at_least_float32(teacher_logits_NV) / temperature).log_softmax(-1)
-    return DIVERGENCES[kind](log_p_NV, log_q_NV, knobs or Knobs())
+    return DIVERGENCES[kind](log_p_NV, log_q_NV, knobs)

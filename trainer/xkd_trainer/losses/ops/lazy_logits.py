@@ -1,27 +1,40 @@
-"""Logits that are not made yet, and the gradients of what they were made of.
+"""Logits that are not made yet, functions of them a chunk of positions at a time, and the gradients of their parts.
 
-Nothing here knows a loss.
+A vocabulary of 152,000 classes is 600 KB of logits a token. A loss hands over states and head instead; the logits of a
+few positions are made, read, and overwritten by those of the next, so memory does not grow with the number of
+positions. Nothing here knows a loss.
 
 Shape legend for this file
     N positions (or [N, P])    D width of the states    V classes    C positions of one chunk
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from xkd_trainer.losses.ops.softmax_rows import Scratch, slices
-from xkd_trainer.losses.ops.term import at_least_float32
+from xkd_trainer.losses.ops.softmax_rows import Scratch, scratch_for, slices
+from xkd_trainer.models.measures import at_least_float32
 
 CHUNK_BYTES = 16 << 20
 """Size of one chunk of logits where the head learns: its gradient is memory enough. A divergence holds two chunks."""
 
 WIDER = 3
 """How many times as much where the head is a constant: large products cost less a position."""
+
+Function = Callable[[slice, Tensor], Tensor]
+"""(positions, their logits [C, ..., V], left as they are) -> values [C, ...]; everything else it reads is constant."""
+
+Made = tuple[Tensor, Tensor, list[Tensor | None]]
+"""A scalar, a vector without gradient that comes with it, and the scalar's gradient by each input."""
+
+Make = Callable[[Sequence[bool], Sequence[Any]], Made]
+"""(for each input whether its gradient is wanted, the inputs) -> new tensors; called again by a second backward."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +56,12 @@ class LazyLogits:
         """Of the logits of one position."""
         return self.weight.shape[0] * max(4, self.weight.dtype.itemsize)
 
-    def detached(self) -> "LazyLogits":
+    @property
+    def wide(self) -> Tensor:
+        """An empty tensor in the dtype and on the device of sums over these logits."""
+        return at_least_float32(self.weight.detach()[:0])
+
+    def detach(self) -> "LazyLogits":
         """The same logits without gradient."""
         bias = None if self.bias is None else self.bias.detach()
         return LazyLogits(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
@@ -51,6 +69,11 @@ class LazyLogits:
     def at(self, chosen: Tensor | slice) -> "LazyLogits":
         """The logits at some positions: a bool mask over the leading axes, or a slice of the first; [N, D] inside."""
         return replace(self, hidden=self.hidden[chosen])
+
+    def of_classes(self, classes: Tensor | slice) -> "LazyLogits":
+        """The logits of some classes."""
+        bias = None if self.bias is None else self.bias[classes]
+        return replace(self, weight=self.weight[classes], bias=bias)
 
     def dense(self) -> Tensor:
         """[..., V] logits, float32, or float64 where the head is."""
@@ -62,22 +85,44 @@ class Chunk:
 
     def __init__(self, rows: int, logits: LazyLogits, scratch: Scratch, number: int = 0) -> None:
         """At most so many rows; chunks of one pass have numbers of their own."""
-        wide = at_least_float32(logits.weight.detach()[:0])
         shape = (rows, *logits.hidden.shape[1:-1], len(logits.weight))
-        self._wide_CV = scratch.of(("chunk", number), shape, wide)
+        self._wide_CV = scratch.of(("chunk", number), shape, logits.wide)
 
     def of(self, logits: LazyLogits) -> Tensor:
         """Like `dense`, of at most so many rows [C, D]; valid until the next call."""
         out_CV = self._wide_CV[: logits.hidden.shape[0]]
         if logits.weight.dtype != out_CV.dtype:
-            return out_CV.copy_(F.linear(logits.hidden.to(logits.weight.dtype), logits.weight, logits.bias))
+            return out_CV.copy_(logits.dense())
         torch.mm(logits.hidden.to(out_CV.dtype).flatten(0, -2), logits.weight.T, out=out_CV.flatten(0, -2))
         return out_CV if logits.bias is None else out_CV.add_(logits.bias)
 
 
-def chunks(logits: LazyLogits) -> Iterator[slice]:
-    """Ranges of positions that are worked on at a time."""
-    return slices(0, logits.hidden.shape[0], rows_at_once(logits))
+class HeadSlopes:
+    """Gradients of a sum by states, head and bias, from those by the logits of one chunk after another."""
+
+    def __init__(self, logits: LazyLogits, wanted: Sequence[bool]) -> None:
+        self._logits = logits
+        self.hidden_ND = torch.zeros_like(logits.hidden) if wanted[0] else None
+        self.weight_VD = logits.wide.new_empty(logits.weight.shape) if wanted[1] else None
+        self.bias_V = logits.wide.new_zeros(logits.bias.shape) if logits.bias is not None and wanted[2] else None
+
+    def add(self, rows: slice, slope_CV: Tensor) -> None:
+        """The positions of a chunk; every position once, the first ones first."""
+        hidden_ND, weight_VD = self._logits.hidden, self._logits.weight
+        if self.hidden_ND is not None:
+            self.hidden_ND[rows] = (slope_CV.to(weight_VD.dtype) @ weight_VD).to(hidden_ND.dtype)
+        slope_CV = slope_CV.flatten(0, -2)
+        if self.weight_VD is not None:
+            beta = 0 if rows.start == 0 else 1  # the first chunk overwrites
+            self.weight_VD.addmm_(slope_CV.T, hidden_ND[rows].flatten(0, -2).to(slope_CV.dtype), beta=beta)
+        if self.bias_V is not None:
+            self.bias_V += slope_CV.sum(0)
+
+    def by_input(self) -> list[Tensor | None]:
+        """By states, weight and bias."""
+        if self.weight_VD is not None and not len(self._logits.hidden):
+            self.weight_VD.zero_()
+        return [self.hidden_ND, self.weight_VD, self.bias_V]
 
 
 def rows_at_once(logits: LazyLogits) -> int:
@@ -87,30 +132,139 @@ def rows_at_once(logits: LazyLogits) -> int:
     return max(1, min(chunk_bytes // max(1, row_bytes), logits.hidden.shape[0]))
 
 
-class HeadSlopes:
-    """Gradients of a sum by states, head and bias, from those by the logits of one chunk after another."""
+def chunks(logits: LazyLogits) -> Iterator[slice]:
+    """Ranges of positions that are worked on at a time."""
+    return slices(0, logits.hidden.shape[0], rows_at_once(logits))
 
-    def __init__(self, logits: LazyLogits, wanted: Sequence[bool]) -> None:
-        wide = at_least_float32(logits.weight.new_empty(0))
-        self._logits = logits
-        self.hidden_ND = torch.zeros_like(logits.hidden) if wanted[0] else None
-        self.weight_VD = wide.new_empty(logits.weight.shape) if wanted[1] else None
-        self.bias_V = wide.new_zeros(logits.bias.shape) if logits.bias is not None and wanted[2] else None
 
-    def add(self, rows: slice, slope_CV: Tensor) -> None:
-        """The positions of a chunk; every position once, the first ones first."""
-        hidden_ND, weight_VD = self._logits.hidden, self._logits.weight
-        if self.hidden_ND is not None:
-            self.hidden_ND[rows] = (slope_CV.to(weight_VD.dtype) @ weight_VD).to(hidden_ND.dtype)
-        if self.weight_VD is not None:
-            beta = 0 if rows.start == 0 else 1  # the first chunk overwrites
-            slope_CV = slope_CV.flatten(0, -2)
-            self.weight_VD.addmm_(slope_CV.T, hidden_ND[rows].flatten(0, -2).to(slope_CV.dtype), beta=beta)
-        if self.bias_V is not None:
-            self.bias_V += slope_CV.flatten(0, -2).sum(0)
+def chunked(function: Function, logits: LazyLogits) -> Tensor:
+    """The function at each position, [N, ...]; the logits are made a second time in the backward pass.
 
-    def by_input(self) -> list[Tensor | None]:
-        """By states, weight and bias."""
-        if self.weight_VD is not None and not len(self._logits.hidden):
-            self.weight_VD.zero_()
-        return [self.hidden_ND, self.weight_VD, self.bias_V]
+    It has gradient by states, and by weight and bias where they require one.
+
+    >>> logits = LazyLogits(hidden=torch.zeros(2, 3), weight=torch.zeros(4, 3))
+    >>> chunked(lambda rows, logits_CV: logits_CV.log_softmax(-1)[:, 0], logits)
+    tensor([-1.3863, -1.3863])
+    """
+    found: Tensor = _Chunked.apply(function, logits.hidden, logits.weight, logits.bias)  # type: ignore[no-untyped-call]
+    return found
+
+
+def chunked_sum(function: Function, logits: LazyLogits, weights_N: Tensor | None = None) -> Tensor:
+    """Sum over positions of weight times the function, whose values are [C]; nothing is computed twice.
+
+    The gradient of a chunk, by states, and by weight and bias where they require one, is taken at once, in the forward
+    pass. The weights are constants; None is 1 everywhere. 0 where N is 0.
+    """
+    wide = logits.wide
+    constant_N = wide.new_ones(len(logits.hidden)) if weights_N is None else weights_N.detach().to(wide)
+
+    def make(wanted: Sequence[bool], inputs: Sequence[Any]) -> Made:
+        values_N, slopes = _run(function, inputs, wanted, constant_N)
+        return values_N @ constant_N, wide.new_zeros(0), slopes
+
+    return make_at_once(make, logits.hidden, logits.weight, logits.bias)[0]
+
+
+def head_argmax(logits: LazyLogits, valid: Tensor) -> Tensor:
+    """The class of the largest logit at valid positions, the first of equals; -1 elsewhere, whose states are not read.
+
+    >>> head_argmax(LazyLogits(hidden=torch.eye(2), weight=torch.eye(2)), torch.tensor([False, True]))
+    tensor([-1,  1])
+    """
+    out = torch.full(valid.shape, -1, dtype=torch.int64, device=valid.device)
+    out[valid] = chunked(lambda _, logits_CV: logits_CV.argmax(-1), logits.detach().at(valid))
+    return out
+
+
+def head_log_probabilities(logits: LazyLogits, target_N: Tensor) -> Tensor:
+    """log p(target) at each position, [N], which a loss may combine as it likes; gradient as of `chunked`.
+
+    >>> logits = LazyLogits(hidden=torch.zeros(2, 3), weight=torch.zeros(4, 3))
+    >>> head_log_probabilities(logits, torch.tensor([0, 3]))
+    tensor([-1.3863, -1.3863])
+    """
+    return chunked(lambda rows, logits_CV: -F.cross_entropy(logits_CV, target_N[rows], reduction="none"), logits)
+
+
+def _run(
+    function: Function, inputs: Sequence[Any], wanted: Sequence[bool], upstream: Tensor | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The values of all positions, and what `upstream` times them has as gradients by states, weight and bias."""
+    logits = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
+    slopes, values = HeadSlopes(logits, wanted), []
+    memory = Chunk(rows_at_once(logits), logits, scratch_for(logits.weight))
+    for rows in list(chunks(logits)) or [slice(0, 0)]:
+        leaf = memory.of(logits.at(rows)).detach().requires_grad_(upstream is not None and any(wanted))
+        with torch.enable_grad():
+            values.append(function(rows, leaf))
+        if upstream is not None and leaf.requires_grad:
+            slopes.add(rows, torch.autograd.grad(values[-1], leaf, upstream[rows].to(values[-1].dtype))[0])
+        values[-1] = values[-1].detach()
+    return torch.cat(values), slopes.by_input()
+
+
+class _Chunked(torch.autograd.Function):
+    """Nothing of the size of the vocabulary is kept between the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Function, *inputs: Tensor | None) -> Tensor:
+        """Values alone."""
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return _run(function, inputs, (False,) * 3, None)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Values and gradients again."""
+        inputs = ctx.saved_tensors
+        _, slopes = _run(ctx.function, inputs, ctx.needs_input_grad[1:], upstream)
+        return (None, *(None if s is None else s.to(x.dtype) for s, x in zip(slopes, inputs, strict=True)))
+
+
+def make_at_once(make: Make, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A scalar whose gradient by the inputs is made together with it, in the forward pass; and the vector without.
+
+    The gradient is handed out in the buffers it was made in: the backward pass multiplies them in place by the
+    upstream scalar. A second backward pass over the same graph makes it again, so `make` is pure; a second derivative
+    is refused.
+
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> square, seen = make_at_once(lambda wanted, i: (i[0] ** 2, i[0].clone(), [2 * i[0]]), x)
+    >>> (10.0 * square).backward(), seen, x.grad
+    (None, tensor(3.), tensor(60.))
+    """
+    total, seen = _MadeAtOnce.apply(make, *inputs)  # type: ignore[no-untyped-call]
+    return total, seen
+
+
+class _MadeAtOnce(torch.autograd.Function):
+    """Forward does the work."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Make, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keep the gradients, and the inputs for a second backward pass."""
+        total, seen, ctx.slopes = make(ctx.needs_input_grad[1:], inputs)
+        ctx.make = make
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(seen)
+        return total, seen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _seen: Tensor) -> tuple[Tensor | None, ...]:
+        """Give the gradients away."""
+        inputs, slopes, ctx.slopes = ctx.saved_tensors, ctx.slopes, None
+        if slopes is None:
+            _, _, slopes = ctx.make(ctx.needs_input_grad[1:], inputs)
+        return (None, *(_scale(slope, of, upstream) for slope, of in zip(slopes, inputs, strict=True)))
+
+
+def _scale(slope: Tensor | None, of: Tensor | None, upstream: Tensor) -> Tensor | None:
+    """In place, then in the dtype of the input."""
+    if slope is None or of is None:
+        return None
+    if upstream.device.type == "cpu" and float(upstream) == 1.0:
+        return slope.to(of.dtype)
+    return slope.mul_(upstream.to(slope.dtype)).to(of.dtype)

@@ -1,16 +1,19 @@
-"""The order of work of `head_plan`: documents, chunks of their positions, parts of a chunk, products.
+"""One pass over the student's logits for all losses of a step that read them, and the sums of a single loss.
 
-For a chunk, the logits of the student and of each other side are made in memory that is used again. Small parts of it,
-in a CPU's cache, become gradients where the logits were; then each side has one product with its head, and the
-student's head one with the states.
+Each loss says what it wants: the cross-entropy of the student's logits, that of other logits at the same positions, a
+divergence between the two. The pass makes the logits once and returns one scalar, so every request comes with the
+factor it has in the step. A loss that knows nothing of this file does as it did.
 
-Weights may be scaled within a document, so its statistics come first. Documents are taken a few at a time, as many as
-fit a chunk, and their logits are made once. A document that fits no chunk is read twice: its logits are made chunk by
-chunk for the statistics, and again for the gradients.
+The order of work: documents, chunks of their positions, parts of a chunk, products. For a chunk, the logits of the
+student and of each other side are made in memory that is used again. Small parts of it, in a CPU's cache, become
+gradients where the logits were; then each side has one product with its head, and the student's head one with the
+states. Weights may be scaled within a document, so its statistics come first. Documents are taken a few at a time, as
+many as fit a chunk, and their logits are made once. A document that fits no chunk is read twice: its logits are made
+chunk by chunk for the statistics, and again for the gradients.
 
 Shape legend for this file
     B documents    N positions of a document    M valid positions of all documents    C positions of a chunk
-    D width    V classes    K sums
+    P positions of a part    D width    V classes    K sums
 """
 
 from bisect import bisect_right
@@ -22,10 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xkd_trainer.losses.ops.eager_gradient import Made, made_at_once
-from xkd_trainer.losses.ops.lazy_logits import Chunk, HeadSlopes, LazyLogits
+from xkd_trainer.losses.ops.divergence import Comparison
+from xkd_trainer.losses.ops.lazy_logits import Chunk, HeadSlopes, LazyLogits, Made, make_at_once, rows_at_once
 from xkd_trainer.losses.ops.softmax_rows import (
-    Comparison,
     cross_entropy_rows,
     divergence_rows,
     parts,
@@ -33,7 +35,9 @@ from xkd_trainer.losses.ops.softmax_rows import (
     slices,
     statistics_rows,
 )
-from xkd_trainer.losses.ops.term import at_least_float32
+
+PASS_BYTES = 96 << 20
+"""Size of one chunk of the student's logits; products of fewer positions are slower: each reads the head once."""
 
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(entropy of the student [B, N], peak of the other side [B, N], valid [B, N]) of some documents -> weights [B, N].
@@ -47,197 +51,13 @@ class PassRequest:
     """One sum over the valid positions."""
 
     other: LazyLogits | None = None
-    """Logits at the same positions; None: the wish is about the student's own alone."""
+    """Logits at the same positions; None: the request is about the student's own alone."""
     how: Comparison | None = None
     """The divergence of the student from `other`; None: a cross-entropy."""
     weigh: Weigh | None = None
     weights_M1: Tensor | None = None
     """Constants instead of `weigh`, [M, 1]; without both, 1."""
     classes: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
-    """Documents whose statistics are taken together, and their positions in chunks; more than one for one document."""
-
-    documents: slice
-    chunks: list[slice]
-
-
-def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
-    """Consecutive documents of at most `size` positions together, or one that is longer.
-
-    >>> [(u.documents, u.chunks) for u in units([2, 0, 1, 5], 3)]
-    [(slice(0, 3, None), [slice(0, 3, None)]), (slice(3, 4, None), [slice(3, 6, None), slice(6, 8, None)])]
-    """
-    ends, first = [0, *accumulate(lengths)], 0
-    while ends[first] < ends[-1]:
-        start = ends[first]
-        last = max(bisect_right(ends, start + size) - 1, bisect_right(ends, start))
-        yield Unit(documents=slice(first, last), chunks=list(slices(start, ends[last], size)))
-        first = last
-
-
-def joint_sum(
-    own: LazyLogits, target_M: Tensor, valid_BN: Tensor, wishes: Sequence[PassRequest], factors_K: Tensor, size: int
-) -> tuple[Tensor, Tensor]:
-    """Sum over k of factor times wish k, and the wishes' sums.
-
-    Args:
-        own: The student's, [M, D].
-        target_M: int64; read for cross-entropies.
-        valid_BN: Bool, True at the M positions; any leading shape where nothing is weighed by documents.
-        wishes: Of one and the same `other`, [M, E], the logits are made once.
-        factors_K: Constants.
-        size: Positions of a chunk, at least 1.
-
-    Returns:
-        Scalar with gradient by the states and head of `own`, and by the states of every other with a cross-entropy;
-        [K] without.
-    """
-    others = list({id(wish.other): wish.other for wish in wishes if wish.other is not None}.values())
-    place_of = {id(other): place for place, other in enumerate(others, 1)}
-    placed = [(place_of.get(id(wish.other), 0), wish) for wish in wishes]
-
-    def make(learns: Sequence[bool], inputs: Sequence[Any]) -> Made:
-        given = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
-        constant = [replace(other.detached(), hidden=hidden) for other, hidden in zip(others, inputs[3:], strict=True)]
-        return _Pass([given, *constant], target_M, placed, factors_K, learns).run(valid_BN, size)
-
-    return made_at_once(make, own.hidden, own.weight, own.bias, *(other.hidden for other in others))
-
-
-class _Pass:
-    """The work of one call. Place 0 is the student's own logits, the others follow."""
-
-    def __init__(
-        self,
-        logits: Sequence[LazyLogits],
-        target_M: Tensor,
-        placed: Sequence[tuple[int, PassRequest]],
-        factors_K: Tensor,
-        learns: Sequence[bool],
-    ) -> None:
-        self.logits, self.target_M = logits, target_M
-        self.cross_entropies = [
-            [k for k, (at, wish) in enumerate(placed) if at == place and wish.how is None]
-            for place in range(len(logits))
-        ]
-        self.compared = [(k, at, wish, wish.how) for k, (at, wish) in enumerate(placed) if wish.how is not None]
-        self.weighed = [(k, at, wish.weigh) for k, at, wish, _ in self.compared if wish.weigh]
-        own, self.scratch = logits[0], scratch_for(logits[0].weight)
-        self.needs_own = bool(self.cross_entropies[0] or self.compared)
-        whole = {wish.classes for _, _, wish, _ in self.compared} <= {None, len(own.weight)}
-        self.in_place = not self.cross_entropies[0] and len(self.compared) == 1 and whole
-        wide = at_least_float32(own.weight.new_empty(0))
-        self.factors_K = factors_K.detach().to(wide)
-        self.sums_K = torch.zeros_like(self.factors_K)
-        ones_M1 = wide.new_ones(len(target_M), 1)
-        self.weights = {
-            k: ones_M1 if wish.weights_M1 is None else wish.weights_M1.to(wide) for k, _, wish, _ in self.compared
-        }
-        self.weights |= {k: torch.empty_like(ones_M1) for k, _, _ in self.weighed}
-        self.slopes = [HeadSlopes(own, learns[:3] if self.needs_own else (False,) * 3)]
-        for other, learn, numbers in zip(logits[1:], learns[3:], self.cross_entropies[1:], strict=True):
-            self.slopes.append(HeadSlopes(other, (learn and bool(numbers), False, False)))
-
-    def run(self, valid_BN: Tensor, size: int) -> Made:
-        """Unit by unit."""
-        lengths = valid_BN.sum(-1).tolist() if self.weighed else [len(self.target_M)]
-        plan = list(units(lengths, size))
-        most = max((chunk.stop - chunk.start for unit in plan for chunk in unit.chunks), default=0)
-        memory = [
-            Chunk(most if number or self.needs_own else 0, logits, self.scratch, number)
-            for number, logits in enumerate(self.logits)
-        ]
-        for unit in plan:
-            made: list[Tensor] = []
-            if self.weighed:
-                found = []
-                for chunk in unit.chunks:
-                    made = self._made(chunk, memory)
-                    found.append(self._statistics(made))
-                self._weigh(unit, valid_BN[unit.documents], torch.cat(found, dim=-1))
-            for chunk in unit.chunks:
-                if not self.weighed or len(unit.chunks) > 1:
-                    made = self._made(chunk, memory)
-                for part in parts(made[-1]):
-                    self._into_slopes(
-                        slice(chunk.start + part.start, chunk.start + part.stop), [m[part] for m in made]
-                    )
-                for slopes, slope_CV in zip(self.slopes, made, strict=True):
-                    slopes.add(chunk, slope_CV)
-        by_input = [*self.slopes[0].by_input(), *(slopes.hidden_ND for slopes in self.slopes[1:])]
-        return self.factors_K @ self.sums_K, self.sums_K, by_input
-
-    def _made(self, chunk: slice, memory: Sequence[Chunk]) -> list[Tensor]:
-        """Logits of every place, [C, V] each; of the student none if nobody reads them."""
-        nothing = slice(0, 0)
-        rows = [chunk if self.needs_own else nothing, *[chunk] * (len(self.logits) - 1)]
-        return [m.of(logits.at(r)) for m, logits, r in zip(memory, self.logits, rows, strict=True)]
-
-    def _statistics(self, made: Sequence[Tensor]) -> Tensor:
-        """[places, C]: entropies of the student, and peaks of the others, 0 where no weights read them."""
-        seen = made[0].new_zeros(len(made), len(made[0]))
-        for part in parts(made[0]):
-            seen[0, part] = statistics_rows(made[0][part], self.scratch).entropy
-            for place in {place for _, place, _ in self.weighed}:
-                seen[place, part] = statistics_rows(made[place][part], self.scratch).peak
-        return seen
-
-    def _weigh(self, unit: Unit, valid_BN: Tensor, seen: Tensor) -> None:
-        """Fill in the weights of a unit's positions."""
-        shown = [values_C.new_zeros(valid_BN.shape).masked_scatter(valid_BN, values_C) for values_C in seen]
-        rows = slice(unit.chunks[0].start, unit.chunks[-1].stop)
-        for k, place, weigh in self.weighed:
-            weights_BN = weigh(shown[0], shown[place], valid_BN)
-            self.weights[k][rows, 0] = weights_BN[valid_BN].to(self.factors_K.dtype)
-
-    def _into_slopes(self, rows: slice, made: Sequence[Tensor]) -> None:
-        """Add a part to the sums; its logits become their factor times the gradient."""
-        own_PV, target_P = made[0], self.target_M[rows]
-        slopes: list[Tensor] = []
-        for k, place, wish, how in self.compared:
-            student_PV, teacher_PV = own_PV[:, : wish.classes], made[place][:, : wish.classes]
-            into_PV = own_PV if self.in_place else self.scratch.like(student_PV, 3 + len(slopes))
-            weights_P1 = self.weights[k][rows]
-            factor_P1 = weights_P1 * self.factors_K[k]
-            loss_P = divergence_rows(student_PV, teacher_PV, factor_P1, how, self.scratch, into_PV)
-            self.sums_K[k] += loss_P @ weights_P1[:, 0]
-            slopes.append(into_PV)
-        for other_PV, numbers in zip(made[1:], self.cross_entropies[1:], strict=True):
-            if numbers:
-                self._cross_entropy(other_PV, target_P, numbers)
-        if self.in_place:
-            return
-        if self.cross_entropies[0]:
-            self._cross_entropy(own_PV, target_P, self.cross_entropies[0])
-        else:
-            own_PV.zero_()
-        for slope_PV in slopes:
-            own_PV[:, : slope_PV.shape[1]] += slope_PV
-
-    def _cross_entropy(self, logits_PV: Tensor, target_P: Tensor, numbers: Sequence[int]) -> None:
-        """One cross-entropy, in all the sums that want it."""
-        chosen = list(numbers)
-        self.sums_K[chosen] += cross_entropy_rows(logits_PV, target_P, self.factors_K[chosen].sum()).sum()
-
-
-# One pass over the student's logits for all losses of a step that read them.
-#
-# Each loss says what it wants: the cross-entropy of the student's logits, that of other logits at the same positions,
-# a divergence between the two. The pass makes the logits once, adds the gradients by them, and takes one product for
-# the states and one for the head. It returns one scalar, so every wish comes with the factor it has in the step.
-#
-# A divergence may weigh positions by what a whole document's logits say; `head_pass` has the order of work. Nothing
-# here knows models, batches or papers, and a loss that knows nothing of this file does as it did.
-#
-# Shape legend for this file
-#     B documents    N positions    D width of the student's states    V classes    K wishes
-
-
-PASS_BYTES = 96 << 20
-"""Size of one chunk of the student's logits; products of fewer positions are slower: each reads the head once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -248,7 +68,7 @@ class Planned:
     """
 
     plan: "HeadPlan"
-    wish: PassRequest
+    request: PassRequest
 
     @property
     def total(self) -> Tensor:
@@ -258,7 +78,7 @@ class Planned:
     @property
     def count(self) -> Tensor:
         """Number of valid positions, scalar without gradient in the dtype of `total`."""
-        return self.plan.valid_BN.sum().to(at_least_float32(self.plan.own.weight.detach()[:0]).dtype)
+        return self.plan.valid_BN.sum().to(self.plan.own.wide.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -284,43 +104,221 @@ class HeadPlan:
     def cross_entropy(self, other: LazyLogits | None = None) -> Planned:
         """Sum of -log p(target) under the student's own logits, or under other ones.
 
-        Args:
-            other: States [B, N, E], which learn, and a head of the student's classes, which does not.
+        `other` has states [B, N, E], which learn, and a head of the student's classes, which does not.
         """
-        return Planned(plan=self, wish=PassRequest(other=other))
+        return Planned(plan=self, request=PassRequest(other=other))
 
     def divergence(
         self, other: LazyLogits, how: Comparison, *, weigh: Weigh | None = None, classes: int | None = None
     ) -> Planned:
-        """Sum of weight times divergence of the student from other logits, which get no gradient.
+        """Sum of weight times divergence of the student from other logits, [B, N, E], which get no gradient.
 
-        Args:
-            other: States [B, N, E] and a head. The same object as in `cross_entropy` shares its logits.
-            how: Kind and numbers.
-            weigh: Weights of the positions of some documents; None: 1 everywhere. See `head_pass.Weigh`.
-            classes: Compare the first so many classes, which both heads have; None: all, and they are the same.
+        The same object as in `cross_entropy` shares its logits. `weigh` gives the weights of the positions of some
+        documents; None: 1 everywhere. The first `classes` classes, which both heads have, are compared; None: all, and
+        they are the same.
         """
-        return Planned(plan=self, wish=PassRequest(other=other, how=how, weigh=weigh, classes=classes))
+        return Planned(plan=self, request=PassRequest(other=other, how=how, weigh=weigh, classes=classes))
 
     def run(self, wanted: Sequence[Planned], factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """All at once.
+        """The sum of factor times total, with gradient; and the totals, without.
 
-        Args:
-            wanted: Of this plan, in any order.
-            factors: Scalars without gradient, one for each.
-
-        Returns:
-            The sum of factor times total, with gradient; and the totals, without.
+        `wanted` are of this plan, in any order; for each a factor, a scalar without gradient.
         """
         if not wanted:
-            return at_least_float32(self.own.weight.detach()[:0]).new_zeros(()), []
+            return self.own.wide.new_zeros(()), []
         at_valid: dict[int, LazyLogits] = {}
-        wishes = []
-        for wish in (planned.wish for planned in wanted):
-            if wish.other is not None:  # one object stays one object
-                wish = replace(wish, other=at_valid.setdefault(id(wish.other), wish.other.at(self.valid_BN)))
-            wishes.append(wish)
+        requests = []
+        for request in (planned.request for planned in wanted):
+            if request.other is not None:  # one object stays one object
+                other = at_valid.setdefault(id(request.other), request.other.at(self.valid_BN))
+                request = replace(request, other=other)
+            requests.append(request)
         own, factors_K = self.own.at(self.valid_BN), torch.stack([factor.detach() for factor in factors])
         size = max(1, PASS_BYTES // max(1, self.own.row_bytes))
-        total, sums_K = joint_sum(own, self.target_BN[self.valid_BN], self.valid_BN, wishes, factors_K, size)
+        total, sums_K = joint_sum(own, self.target_BN[self.valid_BN], self.valid_BN, requests, factors_K, size)
         return total, list(sums_K)
+
+
+def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
+    """Sum over positions [N, D] of -log p(target), with gradient by states, weight and bias; 0 where N is 0.
+
+    >>> head_cross_entropy(LazyLogits(hidden=torch.zeros(2, 3), weight=torch.zeros(4, 3)), torch.tensor([0, 3]))
+    tensor(2.7726)
+    """
+    return _single_sum(logits, target_N, PassRequest())
+
+
+def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor | None, how: Comparison) -> Tensor:
+    """Sum over positions of weight times divergence between teacher and student; 0 where there are none.
+
+    States are [N, D] and [N, E], heads have the same V classes. The teacher and the weights are constants, detached
+    here; None weighs 1 everywhere. It has gradient by the student's states, and by its head where that requires one.
+
+    A student that is uniform over two classes against a teacher sure of one to three parts in four, weight 2:
+    2 (0.75 log 1.5 + 0.25 log 0.5) = 0.2616.
+
+    >>> one = torch.ones(1, 1)
+    >>> student = LazyLogits(hidden=one, weight=torch.zeros(2, 1))
+    >>> teacher = LazyLogits(hidden=one, weight=torch.tensor([[1.0986123], [0.0]]))
+    >>> head_divergence(student, teacher, torch.tensor([2.0]), Comparison(kind="forward_kl", temperature=1.0))
+    tensor(0.2616)
+    """
+    weights_N1 = None if weights_N is None else weights_N.detach()[:, None]
+    nowhere_N = torch.zeros(student.hidden.shape[0], dtype=torch.int64, device=student.hidden.device)
+    return _single_sum(student, nowhere_N, PassRequest(other=teacher.detach(), how=how, weights_M1=weights_N1))
+
+
+def _single_sum(own: LazyLogits, target_N: Tensor, request: PassRequest) -> Tensor:
+    everywhere_N = torch.ones_like(target_N, dtype=torch.bool)
+    return joint_sum(own, target_N, everywhere_N, [request], own.wide.new_ones(1), rows_at_once(own))[0]
+
+
+Unit = tuple[slice, list[slice]]
+"""Documents whose statistics are taken together, and their positions in chunks; more than one for one document."""
+
+
+def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
+    """Consecutive documents of at most `size` positions together, or one that is longer.
+
+    >>> list(units([2, 0, 1, 5], 3))
+    [(slice(0, 3, None), [slice(0, 3, None)]), (slice(3, 4, None), [slice(3, 6, None), slice(6, 8, None)])]
+    """
+    ends, first = [0, *accumulate(lengths)], 0
+    while ends[first] < ends[-1]:
+        start = ends[first]
+        last = max(bisect_right(ends, start + size) - 1, bisect_right(ends, start))
+        yield slice(first, last), list(slices(start, ends[last], size))
+        first = last
+
+
+def joint_sum(
+    own: LazyLogits, target_M: Tensor, valid_BN: Tensor, requests: Sequence[PassRequest], factors_K: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Sum over k of factor times request k, and the requests' sums [K], without gradient.
+
+    The first has gradient by the states and head of `own` [M, D], and by the states of every other with a
+    cross-entropy. Of one and the same `other`, [M, E], the logits are made once. The targets are int64 and read for
+    cross-entropies, `valid` is True at the M positions (any leading shape where nothing is weighed by documents), the
+    factors are constants, and `size` is the positions of a chunk, at least 1.
+    """
+    others = list({id(request.other): request.other for request in requests if request.other is not None}.values())
+    place_of = {id(other): place for place, other in enumerate(others, 1)}
+    placed = [(place_of.get(id(request.other), 0), request) for request in requests]
+
+    def make(learns: Sequence[bool], inputs: Sequence[Any]) -> Made:
+        given = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
+        constant = [replace(other.detach(), hidden=hidden) for other, hidden in zip(others, inputs[3:], strict=True)]
+        return _Pass([given, *constant], target_M, placed, factors_K, learns).run(valid_BN, size)
+
+    return make_at_once(make, own.hidden, own.weight, own.bias, *(other.hidden for other in others))
+
+
+class _Pass:
+    """The work of one call. Place 0 is the student's own logits, the others follow."""
+
+    def __init__(
+        self,
+        logits: Sequence[LazyLogits],
+        target_M: Tensor,
+        placed: Sequence[tuple[int, PassRequest]],
+        factors_K: Tensor,
+        learns: Sequence[bool],
+    ) -> None:
+        self.logits, self.target_M = logits, target_M
+        self.cross_entropies = [
+            [k for k, (at, request) in enumerate(placed) if at == place and request.how is None]
+            for place in range(len(logits))
+        ]
+        self.compared = [(k, at, request, request.how) for k, (at, request) in enumerate(placed) if request.how]
+        self.weighed = [(k, at, request.weigh) for k, at, request, _ in self.compared if request.weigh]
+        own, self.scratch = logits[0], scratch_for(logits[0].weight)
+        self.needs_own = bool(self.cross_entropies[0] or self.compared)
+        whole = {request.classes for _, _, request, _ in self.compared} <= {None, len(own.weight)}
+        self.in_place = not self.cross_entropies[0] and len(self.compared) == 1 and whole
+        self.factors_K = factors_K.detach().to(own.wide)
+        self.sums_K = torch.zeros_like(self.factors_K)
+        ones_M1 = own.wide.new_ones(len(target_M), 1)
+        given = {k: request.weights_M1 for k, _, request, _ in self.compared}
+        self.weights = {k: ones_M1 if weights is None else weights.to(own.wide) for k, weights in given.items()}
+        self.weights |= {k: torch.empty_like(ones_M1) for k, _, _ in self.weighed}
+        self.slopes = [HeadSlopes(own, learns[:3] if self.needs_own else (False,) * 3)]
+        for other, learn, numbers in zip(logits[1:], learns[3:], self.cross_entropies[1:], strict=True):
+            self.slopes.append(HeadSlopes(other, (learn and bool(numbers), False, False)))
+
+    def run(self, valid_BN: Tensor, size: int) -> Made:
+        """Unit by unit."""
+        lengths = valid_BN.sum(-1).tolist() if self.weighed else [len(self.target_M)]
+        plan = list(units(lengths, size))
+        most = max((chunk.stop - chunk.start for _, chunks in plan for chunk in chunks), default=0)
+        memory = [
+            Chunk(most if number or self.needs_own else 0, logits, self.scratch, number)
+            for number, logits in enumerate(self.logits)
+        ]
+        for documents, chunks in plan:
+            made: list[Tensor] = []
+            if self.weighed:
+                found = []
+                for chunk in chunks:
+                    made = self._make(chunk, memory)
+                    found.append(self._measure(made))
+                self._weigh(slice(chunks[0].start, chunks[-1].stop), valid_BN[documents], torch.cat(found, dim=-1))
+            for chunk in chunks:
+                if not self.weighed or len(chunks) > 1:
+                    made = self._make(chunk, memory)
+                for part in parts(made[-1]):
+                    rows = slice(chunk.start + part.start, chunk.start + part.stop)
+                    self._turn_into_slopes(rows, [m[part] for m in made])
+                for slopes, slope_CV in zip(self.slopes, made, strict=True):
+                    slopes.add(chunk, slope_CV)
+        by_input = [*self.slopes[0].by_input(), *(slopes.hidden_ND for slopes in self.slopes[1:])]
+        return self.factors_K @ self.sums_K, self.sums_K, by_input
+
+    def _make(self, chunk: slice, memory: Sequence[Chunk]) -> list[Tensor]:
+        """Logits of every place, [C, V] each; of the student none if nobody reads them."""
+        rows = [chunk if self.needs_own else slice(0, 0), *[chunk] * (len(self.logits) - 1)]
+        return [m.of(logits.at(r)) for m, logits, r in zip(memory, self.logits, rows, strict=True)]
+
+    def _measure(self, made: Sequence[Tensor]) -> Tensor:
+        """[places, C]: entropies of the student, and peaks of the others, 0 where no weights read them."""
+        seen = made[0].new_zeros(len(made), len(made[0]))
+        for part in parts(made[0]):
+            seen[0, part] = statistics_rows(made[0][part], self.scratch).entropy
+            for place in {place for _, place, _ in self.weighed}:
+                seen[place, part] = statistics_rows(made[place][part], self.scratch).peak
+        return seen
+
+    def _weigh(self, rows: slice, valid_BN: Tensor, seen: Tensor) -> None:
+        """Fill in the weights of a unit's positions."""
+        by_document = [values_C.new_zeros(valid_BN.shape).masked_scatter(valid_BN, values_C) for values_C in seen]
+        for k, place, weigh in self.weighed:
+            weights_BN = weigh(by_document[0], by_document[place], valid_BN)
+            self.weights[k][rows, 0] = weights_BN[valid_BN].to(self.factors_K.dtype)
+
+    def _turn_into_slopes(self, rows: slice, made: Sequence[Tensor]) -> None:
+        """Add a part to the sums; its logits become their factor times the gradient."""
+        own_PV, target_P = made[0], self.target_M[rows]
+        slopes: list[Tensor] = []
+        for k, place, request, how in self.compared:
+            student_PV, teacher_PV = own_PV[:, : request.classes], made[place][:, : request.classes]
+            into_PV = own_PV if self.in_place else self.scratch.like(student_PV, 3 + len(slopes))
+            weights_P1 = self.weights[k][rows]
+            factor_P1 = weights_P1 * self.factors_K[k]
+            loss_P = divergence_rows(student_PV, teacher_PV, factor_P1, how, self.scratch, into_PV)
+            self.sums_K[k] += loss_P @ weights_P1[:, 0]
+            slopes.append(into_PV)
+        for other_PV, numbers in zip(made[1:], self.cross_entropies[1:], strict=True):
+            if numbers:
+                self._add_cross_entropy(other_PV, target_P, numbers)
+        if self.in_place:
+            return
+        if self.cross_entropies[0]:
+            self._add_cross_entropy(own_PV, target_P, self.cross_entropies[0])
+        else:
+            own_PV.zero_()
+        for slope_PV in slopes:
+            own_PV[:, : slope_PV.shape[1]] += slope_PV
+
+    def _add_cross_entropy(self, logits_PV: Tensor, target_P: Tensor, numbers: Sequence[int]) -> None:
+        """One cross-entropy, in all the sums that want it."""
+        chosen = list(numbers)
+        self.sums_K[chosen] += cross_entropy_rows(logits_PV, target_P, self.factors_K[chosen].sum()).sum()

@@ -1,10 +1,15 @@
-"""Soft-DTW on any device: the recursion in log space, one anti-diagonal of all pairs at a time.
+"""Soft-DTW between two sequences of different length, its divergence, and the costs and bands that DWA-KD feeds it.
 
-For GPUs, for machines without the compiled kernels, and for costs beyond their exponent. It is a loop over S + T - 1
-steps of a few torch calls on [B, S]; memory is six float64 a cell of the skewed square [S + T - 1, B, S].
+Soft-DTW is Cuturi and Blondel's (arXiv 1703.01541): the soft minimum over all monotone alignments of the summed cost.
+Its gradient by the costs is the expected alignment. Band and divergence are those of DWA-KD (arXiv 2602.21669, eq.
+9-10 and 17-25). Nothing here knows models or batches.
+
+On a CPU the compiled kernels work it. On other devices, without the kernels, and for costs beyond their exponent it is
+the same recursion in torch, in log space, one anti-diagonal of all pairs at a time: a loop over S + T - 1 steps of
+a few torch calls on [B, S]; memory is six float64 a cell of the skewed square [S + T - 1, B, S].
 
 Shape legend for this file
-    B pairs    S student tokens    T teacher tokens    D anti-diagonals, S + T - 1
+    B pairs    S student tokens    T teacher tokens    D anti-diagonals, S + T - 1    E width
 """
 
 import math
@@ -15,8 +20,211 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from xkd_trainer.losses.ops.term import at_least_float32
-from xkd_trainer.models.measures import SHORTEST, has_cpu_kernels
+from xkd_trainer.models.measures import at_least_float32, divide, has_cpu_kernels, unit_vectors
+
+
+def soft_dtw(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, gamma: float) -> Tensor:
+    """Soft minimum, over all alignments of the first tokens of each pair, of the summed cost; [B].
+
+    R_ij = C_ij + softmin(R_{i-1,j}, R_{i,j-1}, R_{i-1,j-1}) with softmin(a) = -gamma log sum exp(-a / gamma), R_00 = 0
+    and R_0j = R_i0 = inf; the value is R at the two lengths (arXiv 1703.01541, algorithm 1; DWA-KD eq. 17-25).
+
+    Two by two tokens and no cost: three alignments, the soft minimum of three zeros is -log 3.
+
+    >>> soft_dtw(torch.zeros(1, 2, 2), torch.tensor([2]), torch.tensor([2]), gamma=1.0)
+    tensor([-1.0986])
+
+    float64 costs are computed in float64, the rest in float32 or better; +inf forbids a cell. Cells outside the
+    lengths, which may be 0, are not read. Differentiable once. 0, with zero gradient, where a length is 0; +inf where
+    no alignment is allowed; NaN, in value and gradient, where a cost inside is NaN or -inf.
+
+    Raises:
+        ValueError: gamma is not a positive number, shapes do not fit, or (on CPU) a length is out of range.
+    """
+    _check(cost_BST, student_lengths_B, teacher_lengths_B, gamma)
+    value_B: Tensor = _SoftDtw.apply(  # type: ignore[no-untyped-call]
+        at_least_float32(cost_BST), student_lengths_B, teacher_lengths_B, gamma
+    )
+    return value_B.to(cost_BST.dtype)
+
+
+def soft_dtw_divergence(
+    cost_xy_BST: Tensor,
+    cost_xx_BSS: Tensor,
+    cost_yy_BTT: Tensor,
+    student_lengths_B: Tensor,
+    teacher_lengths_B: Tensor,
+    *,
+    gamma: float,
+) -> Tensor:
+    """nDTW(X, Y) = s(X, Y) - (s(X, X) + s(Y, Y)) / 2, DWA-KD eq. 17-25 (Blondel et al., arXiv 2010.08354); [B].
+
+    It is 0 for equal sequences. With costs that are not a suitable kernel's, cosine among them, it can be slightly
+    negative; it is not clamped. A band belongs on the cross cost only. Empty pairs and errors as `soft_dtw`.
+
+    >>> same = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
+    >>> soft_dtw_divergence(same, same, same, torch.tensor([2]), torch.tensor([2]), gamma=2.0)
+    tensor([0.])
+    """
+    cross_B = soft_dtw(cost_xy_BST, student_lengths_B, teacher_lengths_B, gamma=gamma)
+    student_B = soft_dtw(cost_xx_BSS, student_lengths_B, student_lengths_B, gamma=gamma)
+    teacher_B = soft_dtw(cost_yy_BTT, teacher_lengths_B, teacher_lengths_B, gamma=gamma)
+    both_full_B = (student_lengths_B > 0) & (teacher_lengths_B > 0)
+    return torch.where(both_full_B, cross_B - 0.5 * (student_B + teacher_B), 0.0)
+
+
+def expected_alignment(
+    cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, gamma: float
+) -> Tensor:
+    """Share of each student token's expected cells that each teacher token gets, [B, S, T], no gradient.
+
+    Rows sum to 1; 0 outside the lengths. Two by two tokens and no cost: three alignments alike, each cell is in two of
+    them or, off the diagonal, in one.
+
+    >>> expected_alignment(torch.zeros(1, 2, 2), torch.tensor([2]), torch.tensor([2]), gamma=1.0)
+    tensor([[[0.7500, 0.2500],
+             [0.2500, 0.7500]]])
+    """
+    with torch.enable_grad():
+        cost_BST = cost_BST.detach().requires_grad_()
+        value_B = soft_dtw(cost_BST, student_lengths_B, teacher_lengths_B, gamma=gamma)
+        (visits_BST,) = torch.autograd.grad(value_B.sum(), cost_BST)
+    return divide(visits_BST, visits_BST.sum(-1, keepdim=True))
+
+
+def cosine_cost(x_BSE: Tensor, y_BTE: Tensor) -> Tensor:
+    """C_ij = 1 - cos(x_i, y_j), DWA-KD eq. 9-10; [B, S, T] in float32, or float64 where the inputs are.
+
+    A zero vector has cosine 0 with everything, and gradient 0.
+
+    >>> cosine_cost(torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), torch.tensor([[[2.0, 0.0], [0.0, 3.0]]]))
+    tensor([[[0., 1.],
+             [1., 1.]]])
+    """
+    return 1.0 - unit_vectors(x_BSE) @ unit_vectors(y_BTE).mT
+
+
+def cosine_costs(x_BSE: Tensor, y_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`cosine_cost` of x with y, x with x and y with y, as a divergence wants them; vectors are measured once.
+
+    >>> [cost.tolist() for cost in cosine_costs(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]]))]
+    [[[[1.0]]], [[[0.0]]], [[[0.0]]]]
+    """
+    x_BSE, y_BTE = unit_vectors(x_BSE), unit_vectors(y_BTE)
+    return 1.0 - x_BSE @ y_BTE.mT, 1.0 - x_BSE @ x_BSE.mT, 1.0 - y_BTE @ y_BTE.mT
+
+
+def band_penalty(  # noqa: PLR0913 - the four numbers of the paper's Table 5 keep their own names
+    attention_BST: Tensor,
+    student_lengths_B: Tensor,
+    teacher_lengths_B: Tensor,
+    *,
+    width: float = 5.0,
+    beta: float = 2.0,
+    centre_mix: float = 0.7,
+    penalty: float = 1.0,
+) -> Tensor:
+    """What the adaptive soft band of DWA-KD adds to the cross cost (eq. 17-25, Table 5), [B, S, T], no gradient.
+
+    With i and j counted from 1 (the paper; the authors' code counts from 0, which moves the mixed centre by less than
+    max(1, T / S) tokens): centre c_i = a sum_j j A_ij + (1 - a) i T / S, entropy H_i = -sum_j A_ij log A_ij, half
+    width b + beta H_i, and `penalty` wherever |j - c_i| exceeds it. S and T are the two lengths of the pair; `width`
+    is b and `centre_mix` is a. The attention's rows sum to 1 over the teacher's tokens; columns beyond its length are
+    ignored.
+
+    One student token that attends to the first of three: c = 0.5 * 1 + 0.5 * 1 * 3 / 1 = 2, half width 0.5.
+
+    >>> attention, one, three = torch.tensor([[[1.0, 0.0, 0.0]]]), torch.tensor([1]), torch.tensor([3])
+    >>> band_penalty(attention, one, three, width=0.5, centre_mix=0.5)
+    tensor([[[1., 0., 1.]]])
+    """
+    inside_BST = inside_lengths(attention_BST, student_lengths_B, teacher_lengths_B)
+    attention_BST = torch.where(inside_BST, at_least_float32(attention_BST.detach()), 0.0)
+    diagonal_BS1, column_T = _diagonal(attention_BST, student_lengths_B, teacher_lengths_B)
+    attended_BS1 = (attention_BST * column_T).sum(-1, keepdim=True)
+    entropy_BS1 = -torch.xlogy(attention_BST, attention_BST).sum(-1, keepdim=True)
+    centre_BS1 = centre_mix * attended_BS1 + (1.0 - centre_mix) * diagonal_BS1
+    outside_BST = (column_T - centre_BS1).abs() > width + beta * entropy_BS1
+    return (outside_BST & inside_BST).to(attention_BST.dtype) * penalty
+
+
+def hard_band(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, width: float) -> Tensor:
+    """Sakoe-Chiba band around the diagonal of each pair: +inf outside, 0 inside; an option the paper does not have.
+
+    With i and j counted from 1 a cell is inside where |j - i T / S| <= max(width, T / S, 1): corrected for the slope,
+    so that the two corners and a path between them are inside for any pair of lengths.
+
+    >>> hard_band(torch.zeros(1, 3, 3), torch.tensor([3]), torch.tensor([3]), width=1.0)
+    tensor([[[0., 0., inf],
+             [0., 0., 0.],
+             [inf, 0., 0.]]])
+
+    `like` gives shape, dtype and device; `width` is in teacher tokens. Returns [B, S, T] to be added to the cost,
+    float32 or float64; 0 outside the lengths.
+    """
+    like_BST = at_least_float32(like_BST.detach())
+    diagonal_BS1, column_T = _diagonal(like_BST, student_lengths_B, teacher_lengths_B)
+    slope_B = teacher_lengths_B.to(like_BST.dtype) / student_lengths_B.clamp_min(1)
+    reach_B11 = slope_B.clamp_min(max(width, 1.0))[:, None, None]
+    outside_BST = (column_T - diagonal_BS1).abs() > reach_B11 * (1.0 + 1e-6)  # the corner itself is at `slope`
+    outside_BST = outside_BST & inside_lengths(like_BST, student_lengths_B, teacher_lengths_B)
+    return torch.zeros_like(like_BST).masked_fill(outside_BST, math.inf)
+
+
+def _diagonal(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+    """i T / S as [B, S, 1], and j as [T]; i and j count from 1."""
+    row_S = torch.arange(1, like_BST.shape[1] + 1, device=like_BST.device, dtype=like_BST.dtype)
+    column_T = torch.arange(1, like_BST.shape[2] + 1, device=like_BST.device, dtype=like_BST.dtype)
+    slope_B = teacher_lengths_B.to(like_BST.dtype) / student_lengths_B.clamp_min(1)
+    return (row_S * slope_B[:, None])[:, :, None], column_T
+
+
+def _check(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, gamma: float) -> None:
+    """Raise ValueError where `soft_dtw` says so; on a GPU lengths are not read back."""
+    if not 0.0 < gamma < math.inf:
+        raise ValueError(f"soft_dtw: gamma is {gamma}, it has to be a positive number")
+    if cost_BST.dim() != 3 or not cost_BST.is_floating_point():
+        raise ValueError(f"soft_dtw: cost is {cost_BST.dtype} {tuple(cost_BST.shape)}, it has to be float [B, S, T]")
+    for side, lengths_B, size in (("student", student_lengths_B, 1), ("teacher", teacher_lengths_B, 2)):
+        if lengths_B.shape != cost_BST.shape[:1] or lengths_B.is_floating_point():
+            raise ValueError(f"soft_dtw: {side} lengths are {lengths_B.dtype} {tuple(lengths_B.shape)}, not int [B]")
+        if lengths_B.device.type == "cpu" and ((lengths_B < 0) | (lengths_B > cost_BST.shape[size])).any():
+            raise ValueError(f"soft_dtw: a {side} length is not in 0..{cost_BST.shape[size]}: {lengths_B.tolist()}")
+
+
+class _SoftDtw(torch.autograd.Function):
+    """Value and, where asked for, gradient in one forward; backward is one multiplication."""
+
+    @staticmethod
+    def forward(ctx: Any, cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float) -> Tensor:
+        """Run the backend of the device."""
+        gradient = bool(ctx.needs_input_grad[0])
+        done = _run_kernels(cost_BST, student_B, teacher_B, gamma, gradient=gradient)
+        value_B, gradient_BST = done or torch_soft_dtw(cost_BST, student_B, teacher_B, gamma)
+        ctx.save_for_backward(gradient_BST)
+        return value_B.to(cost_BST.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_B: Tensor) -> tuple[Tensor, None, None, None]:
+        """Upstream gradient times expected alignment; exactly 0 where the alignment is."""
+        (gradient_BST,) = ctx.saved_tensors
+        return upstream_B[:, None, None] * gradient_BST, None, None, None
+
+
+def _run_kernels(
+    cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float, *, gradient: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Values and gradient by the compiled kernels; None where they cannot do it."""
+    if cost_BST.device.type != "cpu" or not has_cpu_kernels():
+        return None
+    from xkd_trainer.cpu_kernels import soft_dtw as kernels
+
+    cost, students, teachers = (
+        x.detach().contiguous().numpy() for x in (cost_BST, student_B.long(), teacher_B.long())
+    )
+    found = kernels.soft_dtw(cost, students, teachers, gamma, gradient=gradient, threads=torch.get_num_threads())
+    return found and (torch.from_numpy(found[0]), torch.from_numpy(found[1]).to(cost_BST.dtype))
 
 
 def torch_soft_dtw(
@@ -25,7 +233,7 @@ def torch_soft_dtw(
     """Values [B] and their gradient by the costs [B, S, T], both without graph.
 
     Worked in float64 whatever the cost's dtype (float32 on devices that have no float64): log space loses about
-    four digits. The gradient has the cost's dtype, the values the working one. See `softdtw.soft_dtw` for the rest.
+    four digits. The gradient has the cost's dtype, the values the working one. See `soft_dtw` for the rest.
     """
     cost_BST = cost_BST.detach()
     if not cost_BST.numel():
@@ -34,14 +242,14 @@ def torch_soft_dtw(
     working = torch.float32 if cost_BST.device.type == "mps" else torch.float64
     step_BST = cost_BST.to(working) / -gamma
     step_BST = torch.where(step_BST == math.inf, math.nan, step_BST)  # a cost of -inf has no meaning
-    log_DBS, share_D3BS = _forward(_skewed(torch.where(inside_BST, step_BST, -math.inf)))
+    log_DBS, share_D3BS = _forward(_skew(torch.where(inside_BST, step_BST, -math.inf)))
     last_B = (student_lengths_B + teacher_lengths_B - 2).clamp_min(0)
     row_B, pair_B = (student_lengths_B - 1).clamp_min(0), torch.arange(cost_BST.shape[0], device=cost_BST.device)
     empty_B = (student_lengths_B == 0) | (teacher_lengths_B == 0)
     value_B = torch.where(empty_B, 0.0, -gamma * log_DBS[last_B, pair_B, row_B])
     seed_DBS = torch.zeros_like(log_DBS)
     seed_DBS[last_B, pair_B, row_B] = torch.where(empty_B, 0.0, 1.0).to(working)
-    gradient_BST = _unskewed(_backward(share_D3BS, seed_DBS), cost_BST.shape[2])
+    gradient_BST = _unskew(_backward(share_D3BS, seed_DBS), cost_BST.shape[2])
     gradient_BST = torch.where(value_B.isnan()[:, None, None], math.nan, gradient_BST)
     return value_B, torch.where(inside_BST, gradient_BST, 0.0).to(cost_BST.dtype)
 
@@ -85,257 +293,15 @@ def inside_lengths(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_
     return (row_S < student_lengths_B[:, None])[:, :, None] & (column_T < teacher_lengths_B[:, None])[:, None, :]
 
 
-def _skewed(x_BST: Tensor) -> Tensor:
+def _skew(x_BST: Tensor) -> Tensor:
     """[D, B, S] with out[i + j, b, i] = x[b, i, j] and -inf where there is no such cell."""
     num_pairs, num_rows, num_columns = x_BST.shape
     padded = F.pad(x_BST, (0, num_rows), value=-math.inf).flatten(1)[:, :-num_rows]
     return padded.view(num_pairs, num_rows, num_rows + num_columns - 1).permute(2, 0, 1).contiguous()
 
 
-def _unskewed(x_DBS: Tensor, num_columns: int) -> Tensor:
-    """[B, S, T] with out[b, i, j] = x[i + j, b, i]: the inverse of `_skewed`."""
+def _unskew(x_DBS: Tensor, num_columns: int) -> Tensor:
+    """[B, S, T] with out[b, i, j] = x[i + j, b, i]: the inverse of `_skew`."""
     num_diagonals, num_pairs, num_rows = x_DBS.shape
     padded = F.pad(x_DBS.permute(1, 2, 0).reshape(num_pairs, -1), (0, num_rows))
     return padded.view(num_pairs, num_rows, num_diagonals + 1)[:, :, :num_columns]
-
-
-# Soft-DTW between two sequences of different length, its divergence, and the costs and bands that DWA-KD feeds it.
-#
-# Soft-DTW is Cuturi and Blondel's (arXiv 1703.01541): the soft minimum over all monotone alignments of the summed
-# cost. Its gradient by the costs is the expected alignment. On a CPU a compiled kernel computes it; elsewhere, and
-# where there is none, the same recursion on anti-diagonals in torch. Band and divergence are
-# those of DWA-KD (arXiv 2602.21669, eq. 9-10 and 17-25). Nothing here knows models or batches.
-#
-# Shape legend for this file
-#     B pairs    S student tokens    T teacher tokens    D anti-diagonals, S + T - 1    E width
-
-
-def soft_dtw(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, gamma: float) -> Tensor:
-    """Soft minimum, over all alignments of the first tokens of each pair, of the summed cost.
-
-    R_ij = C_ij + softmin(R_{i-1,j}, R_{i,j-1}, R_{i-1,j-1}) with softmin(a) = -gamma log sum exp(-a / gamma), R_00 = 0
-    and R_0j = R_i0 = inf; the value is R at the two lengths (arXiv 1703.01541, algorithm 1; DWA-KD eq. 17-25).
-
-    Two by two tokens and no cost: three alignments, the soft minimum of three zeros is -log 3.
-
-    >>> soft_dtw(torch.zeros(1, 2, 2), torch.tensor([2]), torch.tensor([2]), gamma=1.0)
-    tensor([-1.0986])
-
-    Args:
-        cost_BST: Any float dtype; float64 is computed in float64, the rest in float32 or better. +inf forbids a cell.
-        student_lengths_B: Integers, 0 to S. Cells outside the two lengths are not read: any content, zero gradient.
-        teacher_lengths_B: Integers, 0 to T.
-        gamma: Smoothing in units of the cost, greater than 0.
-
-    Returns:
-        [B] in the dtype of the cost, differentiable once. 0, with zero gradient, where a length is 0; +inf where no
-        alignment is allowed; NaN, in value and gradient, where a cost inside is NaN or -inf.
-
-    Raises:
-        ValueError: gamma is not a positive number, shapes do not fit, or (on CPU) a length is out of range.
-    """
-    _check(cost_BST, student_lengths_B, teacher_lengths_B, gamma)
-    value_B: Tensor = _SoftDtw.apply(  # type: ignore[no-untyped-call]
-        at_least_float32(cost_BST), student_lengths_B, teacher_lengths_B, gamma
-    )
-    return value_B.to(cost_BST.dtype)
-
-
-def soft_dtw_divergence(
-    cost_xy_BST: Tensor,
-    cost_xx_BSS: Tensor,
-    cost_yy_BTT: Tensor,
-    student_lengths_B: Tensor,
-    teacher_lengths_B: Tensor,
-    *,
-    gamma: float,
-) -> Tensor:
-    """nDTW(X, Y) = s(X, Y) - (s(X, X) + s(Y, Y)) / 2, DWA-KD eq. 17-25 (Blondel et al., arXiv 2010.08354).
-
-    It is 0 for equal sequences. With costs that are not a suitable kernel's, cosine among them, it can be slightly
-    negative; it is not clamped. A band belongs on the cross cost only.
-
-    >>> same = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
-    >>> soft_dtw_divergence(same, same, same, torch.tensor([2]), torch.tensor([2]), gamma=2.0)
-    tensor([0.])
-
-    Returns:
-        [B]; arguments, dtype, empty pairs and errors as `soft_dtw`.
-    """
-    cross_B = soft_dtw(cost_xy_BST, student_lengths_B, teacher_lengths_B, gamma=gamma)
-    student_B = soft_dtw(cost_xx_BSS, student_lengths_B, student_lengths_B, gamma=gamma)
-    teacher_B = soft_dtw(cost_yy_BTT, teacher_lengths_B, teacher_lengths_B, gamma=gamma)
-    both_full_B = (student_lengths_B > 0) & (teacher_lengths_B > 0)
-    return torch.where(both_full_B, cross_B - 0.5 * (student_B + teacher_B), 0.0)
-
-
-def expected_alignment(
-    cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, gamma: float
-) -> Tensor:
-    """Share of each student token's expected cells that each teacher token gets; rows sum to 1, no gradient.
-
-    Two by two tokens and no cost: three alignments alike, each cell is in two of them or, off the diagonal, in one.
-
-    >>> expected_alignment(torch.zeros(1, 2, 2), torch.tensor([2]), torch.tensor([2]), gamma=1.0)
-    tensor([[[0.7500, 0.2500],
-             [0.2500, 0.7500]]])
-
-    Returns:
-        [B, S, T] in the dtype of the cost, 0 outside the lengths; arguments as `soft_dtw`.
-    """
-    with torch.enable_grad():
-        cost_BST = cost_BST.detach().requires_grad_()
-        value_B = soft_dtw(cost_BST, student_lengths_B, teacher_lengths_B, gamma=gamma)
-        (visits_BST,) = torch.autograd.grad(value_B.sum(), cost_BST)
-    sum_BS1 = visits_BST.sum(-1, keepdim=True)
-    return visits_BST / torch.where(sum_BS1 > 0, sum_BS1, 1.0)
-
-
-def cosine_cost(x_BSE: Tensor, y_BTE: Tensor) -> Tensor:
-    """C_ij = 1 - cos(x_i, y_j), DWA-KD eq. 9-10; [B, S, T] in float32, or float64 where the inputs are.
-
-    A zero vector has cosine 0 with everything, and a finite gradient.
-
-    >>> cosine_cost(torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), torch.tensor([[[2.0, 0.0], [0.0, 3.0]]]))
-    tensor([[[0., 1.],
-             [1., 1.]]])
-    """
-    return _unit_cost(_unit(at_least_float32(x_BSE)), _unit(at_least_float32(y_BTE)))
-
-
-def cosine_costs(x_BSE: Tensor, y_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`cosine_cost` of x with y, x with x and y with y, as a divergence wants them; vectors are measured once.
-
-    >>> [cost.tolist() for cost in cosine_costs(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]]))]
-    [[[[1.0]]], [[[0.0]]], [[[0.0]]]]
-    """
-    x_BSE, y_BTE = _unit(at_least_float32(x_BSE)), _unit(at_least_float32(y_BTE))
-    return _unit_cost(x_BSE, y_BTE), _unit_cost(x_BSE, x_BSE), _unit_cost(y_BTE, y_BTE)
-
-
-def band_penalty(  # noqa: PLR0913 - the four numbers of the paper's Table 5 keep their own names
-    attention_BST: Tensor,
-    student_lengths_B: Tensor,
-    teacher_lengths_B: Tensor,
-    *,
-    width: float = 5.0,
-    beta: float = 2.0,
-    centre_mix: float = 0.7,
-    penalty: float = 1.0,
-) -> Tensor:
-    """What the adaptive soft band of DWA-KD adds to the cross cost (eq. 17-25, Table 5).
-
-    With i and j counted from 1 (the paper; the authors' code counts from 0, which moves the mixed centre by less than
-    max(1, T / S) tokens): centre c_i = a sum_j j A_ij + (1 - a) i T / S, entropy H_i = -sum_j A_ij log A_ij, half
-    width b + beta H_i, and `penalty` wherever |j - c_i| exceeds it. S and T are the two lengths of the pair.
-
-    One student token that attends to the first of three: c = 0.5 * 1 + 0.5 * 1 * 3 / 1 = 2, half width 0.5.
-
-    >>> attention, one, three = torch.tensor([[[1.0, 0.0, 0.0]]]), torch.tensor([1]), torch.tensor([3])
-    >>> band_penalty(attention, one, three, width=0.5, centre_mix=0.5)
-    tensor([[[1., 0., 1.]]])
-
-    Args:
-        attention_BST: Cross-model attention, rows summing to 1 over the teacher's tokens. Detached here: no gradient
-            goes through the band. Columns beyond the teacher's length are ignored.
-        student_lengths_B: Integers.
-        teacher_lengths_B: Integers.
-        width: b, in teacher tokens.
-        beta: Teacher tokens per nat of attention entropy.
-        centre_mix: a in [0, 1], the attention's share in the centre.
-        penalty: lambda_band, in units of the cost.
-
-    Returns:
-        [B, S, T] of 0 and `penalty`, float32 or float64, no gradient; 0 outside the lengths.
-    """
-    inside_BST = inside_lengths(attention_BST, student_lengths_B, teacher_lengths_B)
-    attention_BST = torch.where(inside_BST, at_least_float32(attention_BST.detach()), 0.0)
-    diagonal_BS1, column_T = _diagonal(attention_BST, student_lengths_B, teacher_lengths_B)
-    attended_BS1 = (attention_BST * column_T).sum(-1, keepdim=True)
-    entropy_BS1 = -torch.xlogy(attention_BST, attention_BST).sum(-1, keepdim=True)
-    centre_BS1 = centre_mix * attended_BS1 + (1.0 - centre_mix) * diagonal_BS1
-    outside_BST = (column_T - centre_BS1).abs() > width + beta * entropy_BS1
-    return (outside_BST & inside_BST).to(attention_BST.dtype) * penalty
-
-
-def hard_band(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, width: float) -> Tensor:
-    """Sakoe-Chiba band around the diagonal of each pair: +inf outside, 0 inside; an option the paper does not have.
-
-    With i and j counted from 1 a cell is inside where |j - i T / S| <= max(width, T / S, 1): corrected for the slope,
-    so that the two corners and a path between them are inside for any pair of lengths.
-
-    >>> hard_band(torch.zeros(1, 3, 3), torch.tensor([3]), torch.tensor([3]), width=1.0)
-    tensor([[[0., 0., inf],
-             [0., 0., 0.],
-             [inf, 0., 0.]]])
-
-    Args:
-        like_BST: Gives shape, dtype and device; not read.
-        student_lengths_B: Integers.
-        teacher_lengths_B: Integers.
-        width: Half width in teacher tokens.
-
-    Returns:
-        [B, S, T] to be added to the cost, float32 or float64; 0 outside the lengths.
-    """
-    like_BST = at_least_float32(like_BST.detach())
-    diagonal_BS1, column_T = _diagonal(like_BST, student_lengths_B, teacher_lengths_B)
-    slope_B = teacher_lengths_B.to(like_BST.dtype) / student_lengths_B.clamp_min(1)
-    reach_B11 = slope_B.clamp_min(max(width, 1.0))[:, None, None]
-    outside_BST = (column_T - diagonal_BS1).abs() > reach_B11 * (1.0 + 1e-6)  # the corner itself is at `slope`
-    outside_BST = outside_BST & inside_lengths(like_BST, student_lengths_B, teacher_lengths_B)
-    return torch.zeros_like(like_BST).masked_fill(outside_BST, math.inf)
-
-
-def _unit_cost(x_BSE: Tensor, y_BTE: Tensor) -> Tensor:
-    return 1.0 - x_BSE @ y_BTE.transpose(1, 2)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Vectors of length 1 along the last axis; one of no length stays and takes part in the gradient as it is."""
-    square = (x * x).sum(-1, keepdim=True)
-    return x * torch.where(square > SHORTEST**2, square, 1.0).rsqrt()
-
-
-def _diagonal(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-    """i T / S as [B, S, 1], and j as [T]; i and j count from 1."""
-    row_S = torch.arange(1, like_BST.shape[1] + 1, device=like_BST.device, dtype=like_BST.dtype)
-    column_T = torch.arange(1, like_BST.shape[2] + 1, device=like_BST.device, dtype=like_BST.dtype)
-    slope_B = teacher_lengths_B.to(like_BST.dtype) / student_lengths_B.clamp_min(1)
-    return (row_S * slope_B[:, None])[:, :, None], column_T
-
-
-def _check(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, gamma: float) -> None:
-    """Raise ValueError where `soft_dtw` says so; on a GPU lengths are not read back."""
-    if not 0.0 < gamma < math.inf:
-        raise ValueError(f"soft_dtw: gamma is {gamma}, it has to be a positive number")
-    if cost_BST.dim() != 3 or not cost_BST.is_floating_point():
-        raise ValueError(f"soft_dtw: cost is {cost_BST.dtype} {tuple(cost_BST.shape)}, it has to be float [B, S, T]")
-    for side, lengths_B, size in (("student", student_lengths_B, 1), ("teacher", teacher_lengths_B, 2)):
-        if lengths_B.shape != cost_BST.shape[:1] or lengths_B.is_floating_point():
-            raise ValueError(f"soft_dtw: {side} lengths are {lengths_B.dtype} {tuple(lengths_B.shape)}, not int [B]")
-        if lengths_B.device.type == "cpu" and ((lengths_B < 0) | (lengths_B > cost_BST.shape[size])).any():
-            raise ValueError(f"soft_dtw: a {side} length is not in 0..{cost_BST.shape[size]}: {lengths_B.tolist()}")
-
-
-class _SoftDtw(torch.autograd.Function):
-    """Value and, where asked for, gradient in one forward; backward is one multiplication."""
-
-    @staticmethod
-    def forward(ctx: Any, cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float) -> Tensor:
-        """Run the backend of the device."""
-        done = None
-        if cost_BST.device.type == "cpu" and has_cpu_kernels():
-            from xkd_trainer.losses.ops.soft_dtw_cpu import numba_soft_dtw
-
-            done = numba_soft_dtw(cost_BST, student_B, teacher_B, gamma, gradient=bool(ctx.needs_input_grad[0]))
-        value_B, gradient_BST = done or torch_soft_dtw(cost_BST, student_B, teacher_B, gamma)
-        ctx.save_for_backward(gradient_BST)
-        return value_B.to(cost_BST.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream_B: Tensor) -> tuple[Tensor, None, None, None]:
-        """Upstream gradient times expected alignment; exactly 0 where the alignment is."""
-        (gradient_BST,) = ctx.saved_tensors
-        return upstream_B[:, None, None] * gradient_BST, None, None, None

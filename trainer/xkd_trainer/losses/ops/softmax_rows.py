@@ -1,6 +1,6 @@
 """Softmaxes, cross-entropies and divergences of a few rows of logits, with their gradients by the logits.
 
-float32 on a CPU is worked by the compiled kernels, where there is one for the divergence; everything else by
+float32 on a CPU is worked by the kernels of `cpu_kernels`, where there is one for the divergence; everything else by
 torch. Every exponential is taken once, of numbers at most 0. Products are summed in two passes, one in place: a
 batched product of single rows takes ten times as long.
 
@@ -11,13 +11,12 @@ Shape legend for this file
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xkd_trainer.losses.ops.divergence import Kind, Knobs, divergence
+from xkd_trainer.losses.ops.divergence import Comparison, divergence
 from xkd_trainer.models.measures import has_cpu_kernels
 
 PART_ELEMENTS = 1 << 20
@@ -32,17 +31,6 @@ STEP_ELEMENTS = 1 << 16
 
 PARTS_OFF_CPU = 8
 """Parts of a chunk where every piece is a kernel's launch: few, but fewer temporaries than the whole chunk."""
-
-KNOBS = Knobs()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """Which divergence, with its numbers; see `divergence.divergence`."""
-
-    kind: Kind
-    temperature: float
-    knobs: Knobs = KNOBS
 
 
 class Statistics(NamedTuple):
@@ -79,12 +67,7 @@ class Scratch:
         return self.of(name, logits_PV.shape, logits_PV)
 
 
-class _Kept(threading.local):
-    def __init__(self) -> None:
-        self.scratch = Scratch()
-
-
-_kept = _Kept()
+_kept = threading.local()
 
 
 def scratch_for(logits: Tensor) -> Scratch:
@@ -93,7 +76,12 @@ def scratch_for(logits: Tensor) -> Scratch:
     On a CPU this thread's own, which stays for the next step: a chunk or two of logits, that is up to some 300 MB.
     Other devices have an allocator that keeps memory.
     """
-    return _kept.scratch if logits.device.type == "cpu" else Scratch()
+    if logits.device.type != "cpu":
+        return Scratch()
+    if not hasattr(_kept, "scratch"):
+        _kept.scratch = Scratch()
+    kept: Scratch = _kept.scratch
+    return kept
 
 
 def slices(first: int, last: int, size: int) -> Iterator[slice]:
@@ -115,7 +103,7 @@ def parts(logits_CV: Tensor) -> Iterator[slice]:
 
 
 def _has_kernel(*logits_PV: Tensor) -> bool:
-    """Whether a compiled kernel takes these."""
+    """Whether the compiled kernels take these."""
     plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in logits_PV)
     return plain and has_cpu_kernels()
 
@@ -163,19 +151,14 @@ def divergence_rows(
 ) -> Tensor:
     """The divergence of each row; `factor` times its gradient by the student's logits goes to `into`.
 
+    `into` may be the student's logits themselves; the teacher's are left as they are. Takes numbers 0 to 2 of
+    `scratch`.
+
     >>> student, teacher, one = torch.zeros(1, 2), torch.tensor([[1.0986123, 0.0]]), torch.ones(1, 1)
     >>> divergence_rows(student, teacher, one, Comparison(kind="forward_kl", temperature=1.0), Scratch(), student)
     tensor([0.1308])
     >>> student
     tensor([[-0.2500,  0.2500]])
-
-    Args:
-        student_PV: Logits.
-        teacher_PV: Logits; left as they are.
-        factor_P1: Constants.
-        how: Kind and numbers.
-        scratch: For temporaries, numbers 0 to 2.
-        into_PV: Of the same shape; may be `student_PV` itself.
     """
     if how.kind == "forward_kl":
         return _forward_kl_rows(student_PV, teacher_PV, factor_P1 / how.temperature, how.temperature, scratch, into_PV)

@@ -112,7 +112,8 @@ def shared_vocabulary(
 ) -> tuple[Tensor, Tensor]:
     """Pairs of ids that are the same text: student ids [V] ascending, and the teacher id of each [V], int64.
 
-    No id of either side occurs twice, and the pairs do not depend on the order of the mappings.
+    No id of either side occurs twice, and the pairs do not depend on the order of the mappings, which are as
+    `tokenizer.get_vocab()` gives them. UsageError where they share nothing.
 
     >>> student, teacher = {"a": 0, "Ġthe": 1, "Ċ": 2}, {"<0x0A>": 7, "▁the": 8, "a": 9}
     >>> shared_vocabulary(student, teacher, "mapped")
@@ -120,15 +121,9 @@ def shared_vocabulary(
     >>> shared_vocabulary(student, teacher, "exact")
     (tensor([0]), tensor([9]))
 
-    Args:
-        student_vocab: Token string -> id, as `tokenizer.get_vocab()` gives it.
-        teacher_vocab: The same of the teacher.
-        mode: mapped: equal bytes, as the module says; two vocabularies of one style pair equal strings first.
-            exact: equal token strings, as SRA's code does (arXiv 2605.01205): a byte-level and a
-            SentencePiece vocabulary then share no token that starts a word.
-
-    Raises:
-        UsageError: the vocabularies share nothing.
+    mapped: equal bytes, as the module says; two vocabularies of one style pair equal strings first. exact: equal token
+    strings, as SRA's code does (arXiv 2605.01205): a byte-level and a SentencePiece vocabulary then share no token
+    that starts a word.
     """
     pairs = sorted((_same_bytes if mode == "mapped" else _same_strings)(student_vocab, teacher_vocab))
     if not pairs:
