@@ -18,7 +18,7 @@ import ray_kills
 import small_cache
 from fake_stage import UNITS, build_all
 from ray_kills import PARTS, children, killed_once, named, said_of, started, until_made, work
-from ray_stages import Importing, PoisonedDocuments, PoisonedTeacher
+from ray_stages import Importing, PoisonedDocuments, PoisonedTeacher, search_path
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.capture import stage as teacher
 from xkd_pipeline.parsing import stage as documents
@@ -40,8 +40,7 @@ pytestmark = [
 def for_workers(monkeypatch) -> None:
     """No cluster from outside, and the stages of the tests where workers find them."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    paths = (str(Path(fake_stage.__file__).parent), os.environ.get("PYTHONPATH"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setenv("PYTHONPATH", search_path())
 
 
 def begun(tmp_path: Path) -> Path:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from xkd_schemas.faults import injected
 
 import tiny_models as tiny
 from damages import flipped
+from faulty_disk import injected
 from xkd_pipeline.capture import artifacts as teacher_files
 from xkd_schemas.errors import BadData, DiskFailed
 from xkd_trainer.models.forward import run

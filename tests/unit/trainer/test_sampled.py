@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from references.sampled import sampled_kl
+from slow_sampled import sampled_kl
 from xkd_pipeline.capture.sampled_logits import drawn, uniforms
 from xkd_schemas.sampled_classes import unpacked
 from xkd_trainer.losses.baselines.rskd import head_sampled_kl
