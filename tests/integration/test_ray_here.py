@@ -70,7 +70,7 @@ def test_a_run_of_its_own_makes_the_same_bytes_listens_on_loopback_only_and_leav
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("target", ["driver", "raylet", "gcs_server"])
+@pytest.mark.parametrize("target", ["driver", "raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
 def test_what_ray_runs_on_is_killed_and_the_same_command_goes_on(tmp_path: Path, target: str) -> None:
     cache, made = begun(tmp_path), small_cache.made()
 
@@ -85,17 +85,17 @@ def test_what_ray_runs_on_is_killed_and_the_same_command_goes_on(tmp_path: Path,
     assert files_of(cache) == files_of(made / "cache")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_within_seconds_and_leaves_no_process(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_ends_the_run_within_seconds_and_leaves_no_process(tmp_path: Path) -> None:
     cache, made = begun(tmp_path), small_cache.made()
     driver = started("align", cache, made)
     until_made(cache, "students", driver)
     family = children(driver)
 
-    driver.send_signal(number)
+    driver.send_signal(signal.SIGTERM)
 
-    assert driver.wait(timeout=60) == code
-    assert said_of(cache).read_text().count("\n") == 1
+    assert driver.wait(timeout=60) == 143
+    said = [line for line in said_of(cache).read_text().splitlines() if " elapsed" not in line]
+    assert len(said) == 1, said
     assert named(family, "ray") == []
     work("align", cache, made, IN_PROCESS)
     assert files_of(cache) == files_of(made / "cache")

@@ -261,14 +261,6 @@ def test_unknown_time_says_how_to_measure_and_a_rate_gives_it(whole: dict[str, A
     assert "time: 1:01:01 at" in "\n".join(plan_lines(timed))
 
 
-def test_states_and_logits_of_the_picked_layers_are_what_is_compared_with(whole: dict[str, Any]) -> None:
-    naive = whole["naive"]
-
-    assert naive["layers"] == [2, 3, 4]
-    assert naive["bytes"] == whole["tokens"] * 2 * (3 * 32 + whole["model"]["classes"])
-    assert naive["share"] == pytest.approx(whole["teacher_bytes"] / naive["bytes"])
-
-
 def test_rejected_rows_are_counted_and_shown(tmp_path: Path) -> None:
     corpus = write_rows(tmp_path / "half.jsonl", [*corpus_rows(3), "{"])
 
@@ -311,15 +303,6 @@ def test_the_dtype_and_its_reason_are_printed_and_counted(monkeypatch: pytest.Mo
     assert said[1].endswith("bfloat16 products take 63 times as long as float32")
     asked = planned(small_run(teacher={"dtype": "bf16", "name": "another"}), sample=2)
     assert "warning: bfloat16 products take 63 times" in "\n".join(plan_lines(asked))
-
-
-def test_a_missing_model_or_corpus_or_loss_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no teacher is named"):
-        command(corpus=["x.jsonl"], sample=2)
-    with pytest.raises(UsageError, match="'sar' is not a loss"):
-        command(corpus=["nowhere.jsonl"], model=str(made() / "teacher"), losses="sar", sample=2)
-    with pytest.raises(UsageError, match="no corpus is named"):
-        command(model=str(made() / "teacher"), sample=2)
 
 
 @given(total=st.integers(1, 60), wanted=st.integers(1, 60))
