@@ -90,16 +90,6 @@ def test_capture_says_how_far_off_the_draws_are() -> None:
     assert "codec" not in said
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    shutil.copytree(captured() / "documents", folder / "documents")
-
-    teacher_stage(run_with(folder), small_cache.IN_PROCESS)
-
-    ours, theirs = (small_cache.files_of(root / "teachers") for root in (folder, captured()))
-    assert ours == theirs
-
-
 def test_more_draws_can_be_added_beside_the_table(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     shutil.copytree(captured(), folder)

@@ -1,7 +1,7 @@
 """Every operation on the disk fails once, dies once or loses its power once; the next run gives the undisturbed bytes.
 
-XKD_FAULT_ROUNDS sets how many of each are drawn where not all are tried; `python -m tests.fault_table` runs the
-full numbers.
+XKD_FAULT_ROUNDS sets how many of each are drawn where not all are tried; `tests/programs/fault_table.py` runs
+the full numbers.
 """
 
 import errno

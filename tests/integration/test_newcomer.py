@@ -17,7 +17,8 @@ import pytest
 import small_cache
 from xkd_pipeline.parsing import parsers
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
-from xkd_schemas import codecs, open_cache
+from xkd_schemas import codecs
+from xkd_schemas.cache.rows import open_cache
 from xkd_schemas.codecs import Bits, Encoded
 from xkd_schemas.config import RunConfig
 from xkd_schemas.documents import Document, Spans

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import small_cache
-from xkd_schemas import RunConfig, open_cache
+from xkd_schemas.cache.rows import open_cache
+from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import InputMissing, UsageError
 
 DOCS = Path(__file__).parents[2] / "docs"

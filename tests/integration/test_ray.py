@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-import fake_stage
 import small_cache
 from fake_stage import UNITS, FakeStage, build_all
-from ray_stages import SlowAlign, Telling
+from ray_stages import SlowAlign, Telling, search_path
 from small_cache import files_of
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
@@ -37,8 +36,7 @@ def cluster() -> Iterator[Any]:
     """A head and two nodes with one CPU each; the last has two GPUs, if Ray may be believed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        paths = (str(Path(fake_stage.__file__).parent), os.environ.get("PYTHONPATH"))
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        patch.setenv("PYTHONPATH", search_path())
         settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # keeps it on loopback
         os.environ.setdefault("RAY_AUTH_TOKEN", settings["RAY_AUTH_TOKEN"])  # Ray reads it once in a process

@@ -18,7 +18,7 @@ import ray_kills
 import small_cache
 from fake_stage import UNITS, build_all
 from ray_kills import PARTS, children, killed_once, named, said_of, started, until_made, work
-from ray_stages import Importing, PoisonedDocuments, PoisonedTeacher
+from ray_stages import Importing, PoisonedDocuments, PoisonedTeacher, search_path
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.capture import stage as teacher
 from xkd_pipeline.parsing import stage as documents
@@ -40,8 +40,7 @@ pytestmark = [
 def for_workers(monkeypatch) -> None:
     """No cluster from outside, and the stages of the tests where workers find them."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    paths = (str(Path(fake_stage.__file__).parent), os.environ.get("PYTHONPATH"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setenv("PYTHONPATH", search_path())
 
 
 def begun(tmp_path: Path) -> Path:
@@ -71,7 +70,7 @@ def test_a_run_of_its_own_makes_the_same_bytes_listens_on_loopback_only_and_leav
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("target", ["driver", "raylet", "gcs_server"])
+@pytest.mark.parametrize("target", ["driver", "raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
 def test_what_ray_runs_on_is_killed_and_the_same_command_goes_on(tmp_path: Path, target: str) -> None:
     cache, made = begun(tmp_path), small_cache.made()
 
@@ -86,17 +85,17 @@ def test_what_ray_runs_on_is_killed_and_the_same_command_goes_on(tmp_path: Path,
     assert files_of(cache) == files_of(made / "cache")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_within_seconds_and_leaves_no_process(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_ends_the_run_within_seconds_and_leaves_no_process(tmp_path: Path) -> None:
     cache, made = begun(tmp_path), small_cache.made()
     driver = started("align", cache, made)
     until_made(cache, "students", driver)
     family = children(driver)
 
-    driver.send_signal(number)
+    driver.send_signal(signal.SIGTERM)
 
-    assert driver.wait(timeout=60) == code
-    assert said_of(cache).read_text().count("\n") == 1
+    assert driver.wait(timeout=60) == 143
+    said = [line for line in said_of(cache).read_text().splitlines() if " elapsed" not in line]
+    assert len(said) == 1, said
     assert named(family, "ray") == []
     work("align", cache, made, IN_PROCESS)
     assert files_of(cache) == files_of(made / "cache")

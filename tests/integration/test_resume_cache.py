@@ -1,11 +1,5 @@
 """A whole cache that was damaged, half made or interrupted becomes the cache of an undisturbed run, byte for byte."""
 
-import json
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,42 +62,18 @@ def test_a_cache_that_is_whole_is_not_written_to(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.name != "LOCK"} == before
 
 
-UNITS = 60
-
-
-def many_units(tmp_path: Path) -> Path:
-    """A cache with documents only, in units of one row."""
-    corpus = small_cache.write_rows(tmp_path / "rows.jsonl", small_cache.corpus_rows(UNITS))
-    documents_stage(run_file(tmp_path / "cache", documents={"corpus": [str(corpus)], "rows_per_shard": 1}), IN_PROCESS)
-    return tmp_path / "cache"
-
-
-def teacher_command(cache: Path) -> list[str]:
-    program = "from xkd_pipeline.cli.app import main; main()"
-    model = str(small_cache.made() / "teacher")
-    options = ["--name", "T", "--dtype", "float32", "--template", "chat", "--for", "mta,sra,dwa"]
-    return [sys.executable, "-c", program, "teacher", str(cache), "--model", model, *options]
-
-
-def test_a_killed_teacher_loses_no_finished_shard_and_the_same_command_finishes_it(tmp_path: Path) -> None:
-    cache = many_units(tmp_path)
-    undisturbed = Path(shutil.copytree(cache, tmp_path / "undisturbed"))
-    commits = cache / "teachers/T/commits"
-    process = subprocess.Popen(teacher_command(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(list(commits.glob("0*.json"))) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    _, err = process.communicate(timeout=60)
-    kept = len(list(commits.glob("0*.json")))
-    assert process.returncode == -signal.SIGKILL, err
-    assert 3 <= kept < UNITS
-
-    finished, _ = (
-        subprocess.run([*teacher_command(root), "--json"], capture_output=True, text=True, check=True)
-        for root in (cache, undisturbed)
+@pytest.mark.parametrize("part", ["manifest.json", "commits/00001.json"])
+def test_a_damaged_record_of_one_table_does_not_stop_the_command_that_makes_another(tmp_path: Path, part: str) -> None:
+    cache, made = small_cache.copied(tmp_path), small_cache.made()
+    run = small_cache.run_file(
+        cache,
+        documents={"corpus": [str(made / "corpus.jsonl")]},
+        teacher={"model": str(made / "teacher")},
     )
+    before = files_of(cache)
+    (cache / "teachers" / "T" / part).write_bytes(b"{")
 
-    values = json.loads(finished.stdout)
-    assert (values["made"], values["reused"]) == (UNITS - kept, kept)
-    assert files_of(cache) == files_of(undisturbed)
+    again = [stage(run, IN_PROCESS).values["made"] for stage in (documents_stage, teacher_stage)]
+
+    assert again == [0, 0 if part == "manifest.json" else 1]
+    assert files_of(cache) == before

@@ -35,6 +35,8 @@ SETTINGS: dict[str, Any] = {
     "losses.sra": {"layers": [2, 3], "end_token": "include"},
     "losses.fdd": {"layers": [1, 2, 4]},
 }
+BOTH = (PLAIN, "int8")
+"""Codecs; planes are int8's way through every tool, without a loss."""
 COLUMNS = {
     "attention@2", "attention@3", "centrality@2", "centrality@3", "centrality@4", "hidden@1", "hidden@2", "hidden@3",
     "hidden@4",
@@ -57,10 +59,10 @@ def run_with(cache: Path, codec: str) -> RunConfig:
 
 @functools.cache
 def captured() -> Path:
-    """The small documents with a teacher table of three losses that read layers, under each codec."""
+    """The small documents with a teacher table of three losses that read layers, under two codecs."""
     folder = Path(tempfile.mkdtemp(prefix="xkd-layers-")) / "cache"
     shutil.copytree(small_cache.made() / "cache" / "documents", folder / "documents")
-    for codec in CODECS:
+    for codec in BOTH:
         teacher_stage(run_with(folder, codec), small_cache.IN_PROCESS)
         align_stage(run_with(folder, codec), small_cache.IN_PROCESS, teacher=f"T-{codec}")
     return folder
@@ -126,7 +128,7 @@ def test_a_batch_for_other_losses_has_none_of_it() -> None:
     assert batch_of(cache, one.ROWS, frozenset({Signal("hidden_last")})).teacher_ids_BT is None
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", BOTH)
 def test_every_tool_knows_the_columns_under_every_codec(codec: str, tmp_path: Path) -> None:
     folder, name = captured(), f"teachers/T-{codec}"
     table = Table(folder, name)
@@ -156,17 +158,17 @@ def test_every_tool_knows_the_columns_under_every_codec(codec: str, tmp_path: Pa
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if c != PLAIN])
 @torch.no_grad()
-def test_losses_that_read_layers_are_nearly_the_same_from_every_codec(codec: str) -> None:
+def test_losses_that_read_layers_are_nearly_the_same_from_coded_states() -> None:
     def means(codec: str) -> dict[str, float]:
         torch.manual_seed(0)
         made = set_up(run_with(captured(), codec), f"S-{codec}")
         batch = batch_of(made.cache, (0, 5, 7), made.wanted)
         return {n: float(v) for n, v in made.distiller(batch, made.distiller.counts(batch), 0)[1].items()}
 
-    plain, coded = means(PLAIN), means(codec)
+    plain, coded = means(PLAIN), means("int8")
 
     for name, value in plain.items():
-        assert coded[name] == pytest.approx(value, rel=0 if codec == "bf16-planes" else 0.05, abs=1e-3), name
+        assert coded[name] == pytest.approx(value, rel=0.05, abs=1e-3), name
 
 
 @pytest.mark.parametrize("column", ["hidden@2", "attention@2", "centrality@3"])

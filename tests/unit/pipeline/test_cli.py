@@ -17,7 +17,6 @@ import pytest
 import typer
 
 import small_cache
-import xkd_trainer.cli
 from small_cache import SPACY, corpus_rows, made, write_rows
 from xkd_pipeline.cli import app as cli
 from xkd_schemas.cache.table import Table
@@ -30,11 +29,6 @@ Cache = Callable[..., Said]
 def xkd_cache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cache:
     """Run `xkd-cache ARGUMENTS` in this process, without a hub: (exit code, standard output, standard error)."""
     return runner("xkd-cache", cli.main, monkeypatch, capsys)
-
-
-@pytest.fixture
-def xkd_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cache:
-    return runner("xkd-train", xkd_trainer.cli.main, monkeypatch, capsys)
 
 
 def runner(
@@ -64,10 +58,6 @@ def refused(said: Said, code: int, *parts: str) -> None:
 
 def commands() -> list[str]:
     return sorted(name for name, made in typer.main.get_command(cli.app).commands.items() if not made.hidden)
-
-
-def test_the_commands_are_the_promised_ones() -> None:
-    assert {"documents", "teacher", "align", "preprocess", "show", "status"} <= set(commands())
 
 
 @pytest.mark.parametrize("command", commands())
@@ -398,12 +388,6 @@ def test_bad_input_of_documents_is_one_line(xkd_cache: Cache, odd_files: Path, b
     refused(xkd_cache("documents", *arguments, *spacy), code, *parts)
 
 
-def test_a_folder_without_any_column_named_so_lists_what_there_is(xkd_cache: Cache, odd_files: Path) -> None:
-    _, _, err = xkd_cache("documents", "strange.jsonl", "--spacy-model", SPACY)
-
-    assert "frage" in err
-
-
 @pytest.mark.parametrize(
     ("model", "code", "parts"),
     [
@@ -489,50 +473,19 @@ def test_a_bad_run_file_is_one_line(xkd_cache: Cache, odd_files: Path, text: str
     assert said in err
 
 
-def test_a_missing_run_file_is_one_line(xkd_cache: Cache, odd_files: Path) -> None:
-    refused(xkd_cache("preprocess", "no.toml"), 66, "run file no.toml: No such file or directory")
-
-
-def test_training_on_a_signal_that_is_not_cached_shows_how_to_add_it(
-    xkd_cache: Cache, xkd_train: Cache, tmp_path: Path
-) -> None:
-    cache = small_cache.copied(tmp_path)
-    shutil.rmtree(cache / "students")
-    shutil.rmtree(cache / "teachers")
-    teacher = ["--model", made() / "teacher", "--for", "dwa", "--name", "few", "--dtype", "float32"]
-    assert xkd_cache("teacher", cache, *teacher)[0] == 0
-    assert xkd_cache("align", cache, "--student", made() / "student")[0] == 0
-    student = ["--student", "new:llama,layers=1,width=16,heads=2", "--student-tokenizer", made() / "student"]
-
-    for loss in ("mta", "sra"):
-        said = xkd_train("--shards", cache, *student, "--loss", loss, "--out", tmp_path / "out", "--steps", 1)
-        refused(said, 2, loss, "xkd-cache add", "--signals attention_text@" if loss == "sra" else "--for mta")
-
-
-def test_training_with_a_tokenizer_that_the_cache_does_not_know_shows_how_to_add_it(
-    xkd_train: Cache, tmp_path: Path
-) -> None:
-    student = ["--student", "new:llama,layers=1,width=16,heads=2", "--student-tokenizer", made() / "teacher"]
-
-    said = xkd_train("--shards", made() / "cache", *student, "--out", tmp_path / "out", "--steps", 1)
-
-    assert said[0] in (66, 78)
-    refused(said, said[0], "xkd-cache align")
-
-
 SLOW = """
 import sys, time
-from xkd_pipeline.cli import app
-from xkd_pipeline.tables import writer
-commit = writer.Store.commit
+from xkd_pipeline.cli.app import main
+from xkd_pipeline.tables.writer import Store
+commit = Store.commit
 def slowly(self, record):
     commit(self, record)
     time.sleep(0.25)
-writer.Store.commit = slowly
+Store.commit = slowly
 sys.argv[0] = "xkd-cache"
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-app.main()
+main()
 """
 """xkd-cache that takes a breath behind every shard, so that a signal finds it at work."""
 
@@ -581,17 +534,3 @@ def test_ctrl_c_keeps_every_finished_shard_and_the_same_command_goes_on_to_the_s
     assert (json.loads(out)["reused"], json.loads(out)["made"]) == (len(shards), 10 - len(shards))
     assert xkd_cache("teacher", tmp_path / "undisturbed", *flags)[0] == 0
     assert small_cache.files_of(cache) == small_cache.files_of(tmp_path / "undisturbed")
-
-
-def test_a_second_writer_is_told_who_has_the_cache(xkd_cache: Cache, tmp_path: Path) -> None:
-    corpus, cache = write_rows(tmp_path / "rows.jsonl", corpus_rows(8)), tmp_path / "cache"
-    arguments = ["documents", corpus, "--out", cache, "--set", "documents.rows_per_shard=1", "--spacy-model", SPACY]
-    process = begun(arguments, cache / "documents" / "commits")
-    try:
-        said = xkd_cache(*arguments)
-    finally:
-        process.kill()
-        process.communicate()
-
-    refused(said, 75, f"{cache} is being written by pid {process.pid} on ")
-    assert xkd_cache(*arguments)[0] == 0  # the lock died with its holder

@@ -23,12 +23,10 @@ from xkd_pipeline.reports.compare_tokenizers import (
     normaliser_of,
     pair_lines,
     special_differences,
-    vocabularies,
 )
 from xkd_pipeline.reports.sample import read_sample
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document
-from xkd_schemas.errors import InputMissing
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT
 from xkd_trainer.models.loading import load_model
@@ -82,10 +80,6 @@ def test_fertility_is_content_tokens_over_words_and_characters(tmp_path: Path) -
     assert found["fertility"]["teacher"] == {
         "tokens": tokens, "per_word": pytest.approx(tokens / 3), "per_character": pytest.approx(tokens / 8)
     }  # fmt: skip
-
-
-def test_vocabularies_without_a_common_token_share_none() -> None:
-    assert vocabularies({"a": 0}, {"b": 0, "c": 1}) == {"teacher": 2, "student": 1, "shared": 0, "same_strings": 0}
 
 
 def test_special_tokens_that_differ_are_named() -> None:
@@ -208,11 +202,6 @@ def test_a_teacher_that_is_not_better_than_the_untrained_student_is_warned_about
     out = capsys.readouterr().out
     assert f"teacher {1.25 if better else 1.5:.3f}, untrained student 1.500" in out
     assert ("warning: the teacher is not better than the untrained student on these rows" in out) != better
-
-
-def test_a_tokenizer_that_is_not_there_is_refused() -> None:
-    with pytest.raises(InputMissing, match="nowhere"):
-        command("./nowhere", str(made() / "student"), [str(made() / "corpus.jsonl")], sample=5)
 
 
 def test_intervals_over_what_a_normaliser_merges_are_counted_for_each_side(tmp_path: Path) -> None:

@@ -237,15 +237,6 @@ def test_the_dtype_and_its_reason_are_printed_and_counted(monkeypatch: pytest.Mo
     assert "warning: bfloat16 products take 63 times" in "\n".join(plan_lines(asked))
 
 
-def test_a_missing_model_or_corpus_or_loss_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no teacher is named"):
-        command(corpus=["x.jsonl"], sample=2)
-    with pytest.raises(UsageError, match="'sar' is not a loss"):
-        command(corpus=["nowhere.jsonl"], model=str(made() / "teacher"), losses="sar", sample=2)
-    with pytest.raises(UsageError, match="no corpus is named"):
-        command(model=str(made() / "teacher"), sample=2)
-
-
 @given(total=st.integers(1, 60), wanted=st.integers(1, 60))
 def test_a_sample_is_spread_and_has_no_row_twice(total: int, wanted: int) -> None:
     chosen = list(spread_evenly(total, wanted))

@@ -8,9 +8,9 @@ import pytest
 import small_cache
 from fake_hardware import hardware_is
 from small_cache import made
-from xkd_pipeline.stages import documents_stage, plain_name, preprocess, signals_for, teacher_stage
+from xkd_pipeline.stages import documents_stage, plain_name, signals_for, teacher_stage
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.cache.table import Table, names_in, only_teacher
+from xkd_schemas.cache.table import Table, only_teacher
 from xkd_schemas.durable_files import SAFE_NAME
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 
@@ -98,43 +98,6 @@ def test_layers_and_settings_of_a_loss_choose_its_signals(tmp_path: Path) -> Non
     unknown = run.model_copy(update={"losses": {"mta": {"lambda_dsq": 0.0}}})
     with pytest.raises(UsageError, match=r"losses\.mta: 'lambda_dsq'.*lambda_dsa"):
         signals_for(unknown, 4)
-
-
-def test_preprocess_makes_the_three_tables_and_tells_each_as_it_ends(tmp_path: Path) -> None:
-    corpus = small_cache.write_rows(tmp_path / "corpus.jsonl", small_cache.corpus_rows())
-    run = small_cache.run_file(
-        tmp_path / "cache",
-        documents={"corpus": [str(corpus)]},
-        teacher={"model": str(made() / "teacher")},
-        student={"tokenizer": str(made() / "student")},
-    )
-    said: list[str] = []
-
-    outcomes = preprocess(run, small_cache.IN_PROCESS, said.append)
-
-    assert [o.values["table"] for o in outcomes] == ["documents", "teachers/T", "students/S"]
-    assert [o.values["made"] for o in outcomes] == [3, 3, 3]
-    assert [said.pop(2), said.pop(2)] == ["template: chat", "dtype: float32, as asked for"]
-    assert said[1:] == [o.line for o in outcomes]
-    assert said[0] == f"{corpus}: 12 rows, prompt and response (prompt, response)"
-    assert all("3 shards made, 0 reused" in o.line for o in outcomes)
-    assert small_cache.files_of(tmp_path / "cache") == small_cache.files_of(made() / "cache")
-
-
-def test_without_names_the_tables_take_those_of_the_models(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    shutil.copytree(made() / "cache" / "documents", cache / "documents")
-    corpus = made() / "corpus.jsonl"
-    run = small_cache.run_file(
-        cache,
-        documents={"corpus": [str(corpus)]},
-        teacher={"model": str(made() / "teacher"), "name": ""},
-        student={"model": str(made() / "student"), "name": ""},
-    )
-
-    preprocess(run, small_cache.IN_PROCESS, lambda _line: None)
-
-    assert (names_in(cache, "teachers"), names_in(cache, "students")) == (["teacher"], ["student"])
 
 
 def test_documents_and_teacher_say_how_far_they_are_inside_a_shard(tmp_path: Path, monkeypatch, capsys) -> None:

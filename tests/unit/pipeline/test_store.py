@@ -292,16 +292,6 @@ def test_a_missing_plan_is_written_again_where_the_manifest_vouches_for_it(
         opened(tmp_path / "t")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.one_of(st.binary(min_size=1, max_size=80), st.sampled_from([b"{}", b'{"table": 1}', b"[[]]"])))
-def test_no_content_of_a_plan_gives_a_traceback(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "documents").mkdir(exist_ok=True)
-    (tmp_path / "documents" / "plan.json").write_bytes(content)
-
-    with pytest.raises(XkdError):
-        opened(tmp_path)
-
-
 def test_another_spec_is_a_mismatch_that_lists_the_fields_with_both_values(tmp_path: Path) -> None:
     build_all(tmp_path)
     before = files_of(tmp_path)
@@ -394,14 +384,6 @@ def test_a_second_writer_is_told_who_has_the_cache_until_that_process_dies(tmp_p
 
         with locked(tmp_path):
             assert f"pid {os.getpid()} on" in (tmp_path / "LOCK").read_text()
-
-
-def test_of_many_writers_at_once_one_has_the_cache(tmp_path: Path) -> None:
-    with holders(tmp_path, 4) as writers:
-        for writer in writers:
-            go(writer)
-
-        assert sorted(map(line_from, writers)) == ["busy", "busy", "busy", "held"]
 
 
 def test_the_lock_is_free_after_an_error_and_its_file_stays(tmp_path: Path) -> None:

@@ -197,25 +197,6 @@ def test_the_outcome_counts_tokens_and_bytes() -> None:
     assert (outcome.values["made"], outcome.values["reused"]) == (0, 3)
 
 
-def test_running_again_changes_no_byte(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    before = small_cache.files_of(cache)
-
-    assert stage(cache).values["made"] == 0
-    assert small_cache.files_of(cache) == before
-
-
-def test_a_removed_shard_is_made_again_with_the_same_bytes(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    before = small_cache.files_of(cache)
-    next((cache / "teachers" / "T").glob("00001-*.arrow")).unlink()
-
-    again = stage(cache)
-
-    assert (again.values["made"], again.values["reused"]) == (1, 2)
-    assert small_cache.files_of(cache) == before
-
-
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -244,23 +225,6 @@ def test_other_weights_in_the_same_folder_are_refused_by_file(tmp_path: Path) ->
         stage(cache, model=str(other))
 
 
-def test_the_path_of_the_same_teacher_is_not_part_of_the_plan(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    moved = shutil.copytree(made() / "teacher", tmp_path / "elsewhere")
-
-    assert stage(cache, model=str(moved)).values["made"] == 0
-
-
-def test_several_teachers_live_side_by_side(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    before = made_table().manifest.root
-
-    stage(cache, name="short", losses=["dwa"], max_tokens=24)
-
-    assert Table(cache, "teachers/T").manifest.root == before
-    assert "span_mass" not in " ".join(Table(cache, "teachers/short").manifest.spec["signals"])
-
-
 def test_a_document_too_long_for_the_teacher_is_cut_at_a_word_and_counted(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
 
@@ -278,17 +242,6 @@ def test_a_document_too_long_for_the_teacher_is_cut_at_a_word_and_counted(tmp_pa
         assert row["status"] == "no_target_after_cut"
         assert len(row["token_ids"]) == len(row["hidden_last"]) == len(row["argmax"]) == 0
     assert not unusable or f"{len(unusable)} no_target_after_cut" in outcome.line
-
-
-def test_documents_without_tokens_are_rows_with_a_status_and_counted(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-
-    outcome = stage(cache, name="tiny", max_tokens=8)
-
-    table = Table(cache, "teachers/tiny")
-    assert {row["status"] for row in table} == {"no_target_after_cut"}
-    assert "12 no_target_after_cut" in outcome.line
-    assert sum(len(c.unusable) for c in table.manifest.commits) == 12
 
 
 def test_missing_documents_are_missing_before_the_model_is_looked_at(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """A unit read at once is its rows, and tokens made at once are the ones made document by document."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -103,19 +101,3 @@ def test_results_do_not_depend_on_how_much_is_encoded_at_once(monkeypatch: pytes
         assert (whole.status, whole.num_chars) == (part.status, part.num_chars)
         np.testing.assert_array_equal(whole.ids, part.ids)
         np.testing.assert_array_equal(whole.spans, part.spans)
-
-
-def test_a_damaged_batch_is_not_read(tmp_path: Path) -> None:
-    import small_cache
-    from xkd_schemas.errors import BadData
-
-    cache = small_cache.copied(tmp_path)
-    table = Table(cache, "documents")
-    commit = table.manifest.commits[0]
-    path = table.path(0)
-    data = bytearray(path.read_bytes())
-    data[commit.batches[0].offset + commit.batches[0].length - 9] ^= 1
-    path.write_bytes(data)
-
-    with pytest.raises(BadData, match="does not match its digest"):
-        documents_of(Table(cache, "documents").shard(0))

@@ -1,20 +1,18 @@
 """What four kinds of tokenizer make of hostile text, alone and in pairs."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers, processors
+from tokenizers import processors
 
 import four_tokenizers
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.ragged import row_offsets
-from xkd_schemas.text import encode
-from xkd_schemas.text.alignment import align, token_ranges
+from xkd_schemas.text.alignment import align
 from xkd_schemas.text.encode import REASONS, Encoder
 from xkd_schemas.text.offsets import BORDER_REACH, EncodedText, blanks, content_intervals
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
@@ -219,16 +217,6 @@ def test_blanks_glued_to_the_front_are_left_out_and_tokens_of_blanks_keep_them()
     assert not any(piece[0].isspace() and not piece.isspace() for piece in pieces)
 
 
-def test_words_find_their_tokens() -> None:
-    text = "the lamp on the wall"
-    tokens = encoder_of("unigram").encode(document_of([("text", text, True)], source="t", line=1))
-
-    ranges = token_ranges(tokens, np.array([(0, 3), (4, 8), (9, 11), (12, 15), (16, 20)], np.int32))
-
-    for (first, end), word in zip(ranges.tolist(), text.split(), strict=True):
-        assert text[tokens.spans[first, 0] : tokens.spans[end - 1, 1]] == word
-
-
 @pytest.mark.parametrize(
     ("kind", "text", "reason"),
     [
@@ -316,16 +304,6 @@ def test_a_byte_level_tokenizer_that_trims_its_offsets_gives_the_same_intervals(
     assert ours.spans.tolist() == encoder_of("byte_level").encode(document).spans.tolist()
 
 
-def test_a_metaspace_tokenizer_without_a_prefix_still_aligns() -> None:
-    plain = four_tokenizers.fresh("unigram")
-    plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    document = question("the lamp", " on the wall ")
-
-    tokens = Encoder(tokenizer=plain, template="none", max_tokens=100).encode(document)
-
-    check(document, tokens)
-
-
 def test_a_cut_is_made_behind_a_word() -> None:
     text = "the old lamp on the harbour wall was lit every evening"
     document = document_of([("text", text, True)], source="t", line=1)
@@ -370,14 +348,6 @@ def test_blanks_are_the_white_space_of_python() -> None:
     assert blanks(every).tolist() == [char.isspace() for char in every]
 
 
-def test_identity_names_template_and_length() -> None:
-    found = encoder_of("byte_level", max_tokens=77).identity()
-
-    assert found.keys() == {"tokenizer", "template", "max_tokens"}
-    assert (found["template"], found["max_tokens"]) == ("none", 77)
-    assert json.loads(json.dumps(found)) == found
-
-
 def test_wrong_settings_are_refused_in_one_line() -> None:
     tokenizer = four_tokenizers.fresh("byte_level")
 
@@ -388,15 +358,6 @@ def test_wrong_settings_are_refused_in_one_line() -> None:
     tokenizer.eos_token = None
     with pytest.raises(UsageError, match=r"has no end token"):
         Encoder(tokenizer=tokenizer, template="none", max_tokens=10)
-
-
-def test_a_saved_tokenizer_loads_and_is_the_same(tmp_path: Path) -> None:
-    tokenizer = four_tokenizers.fresh("unigram")
-    tokenizer.save_pretrained(tmp_path)
-
-    loaded = load_tokenizer(str(tmp_path))
-
-    assert encode.identity(loaded) == encode.identity(tokenizer)
 
 
 def test_a_tokenizer_that_is_not_there_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

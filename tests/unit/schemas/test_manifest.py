@@ -99,11 +99,6 @@ def test_a_record_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> Non
         read_record(tmp_path / "r", Commit)
 
 
-def test_a_missing_record_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(InputMissing, match=r"manifest.json is not there. Next: run the xkd-cache command"):
-        read_record(tmp_path / "manifest.json", Manifest)
-
-
 def test_a_folder_in_place_of_a_record_is_missing_input(tmp_path: Path) -> None:
     (tmp_path / "plan.json").mkdir()
 
@@ -181,10 +176,6 @@ def test_of_two_lists_the_items_that_differ_are_shown() -> None:
     ]
     assert differences({"corpus": corpus}, {"corpus": other}) == [("corpus.1.form", "text", "alpaca")]
     assert differences({"corpus": corpus}, {"corpus": corpus[:1]}) == [("corpus", '["b"]', "nothing else")]
-
-
-def test_equal_specs_are_not_refused(tmp_path: Path) -> None:
-    refuse_differences(tmp_path, {"a": {"b": [1]}}, {"a": {"b": [1]}}, advice="")
 
 
 def test_a_long_list_of_differences_is_cut_and_counted(tmp_path: Path) -> None:

@@ -49,20 +49,6 @@ def test_the_row_of_a_padded_batch_is_the_eager_row_of_each_document(family: str
         assert float(row_BHL[row, :, length:].abs().sum()) == 0.0
 
 
-@torch.no_grad()
-def test_the_rows_are_the_same_where_an_attention_mask_is_given() -> None:
-    model = tiny.llama("byte_level")
-    ids_BL, valid_BL = tiny.ids_and_valid(LENGTHS, 500)
-    expected = eager_last_rows(model, ids_BL, LENGTHS, 1)
-    model.set_attn_implementation("sdpa")
-
-    with listen(frozenset([1]), {"last": valid_BL.sum(1) - 1}) as heard:
-        model.base_model(input_ids=ids_BL, attention_mask=valid_BL.long(), use_cache=False)
-
-    for row, (want_HL, length) in enumerate(zip(expected, LENGTHS, strict=True)):
-        torch.testing.assert_close(heard.rows["last", 1][row, :, :length], want_HL, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("family", MODELS)
 @torch.no_grad()
 def test_listening_changes_no_output_and_only_the_named_blocks_are_heard(family: str) -> None:

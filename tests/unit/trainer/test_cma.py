@@ -76,17 +76,3 @@ def test_half_precision_is_worked_in_float32_where_the_mask_fits(dtype: torch.dt
 
     assert attention.dtype == torch.float32
     assert attention.isfinite().all()
-
-
-def test_documents_do_not_depend_on_each_other_and_rows_of_padding_are_finite() -> None:
-    query, key, student, teacher = batch(2)
-    student[1] = False
-
-    whole = attend(align_scores(query, key, student, teacher), "student")
-
-    for b in range(3):
-        part = slice(b, b + 1)
-        alone = attend(align_scores(query[part], key[part], student[part], teacher[part]), "student")
-        torch.testing.assert_close(whole[part], alone)
-    assert whole.isfinite().all()
-    torch.testing.assert_close(whole.sum(-1), torch.ones(3, 4, dtype=torch.float64))

@@ -95,20 +95,6 @@ def test_bfloat16_logits_are_compared_in_float32(kind: str) -> None:
     torch.testing.assert_close(found, divergence(student.float(), teacher.float(), kind, temperature=2.0))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_positions_give_no_values(kind: str) -> None:
-    assert divergence(torch.zeros(0, 5), torch.zeros(0, 5), kind, temperature=1.0).shape == (0,)
-
-
-def test_js_is_symmetric_and_below_log_two() -> None:
-    student, teacher = logits(5, scale=30.0)
-
-    there = divergence(student, teacher, "js", temperature=1.0)
-
-    torch.testing.assert_close(there, divergence(teacher, student, "js", temperature=1.0))
-    assert (there <= 0.6931472).all()
-
-
 def test_an_unknown_kind_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"'kl' is not a divergence.*forward_kl, .*adaptive_kl"):
         divergence(torch.zeros(1, 2), torch.zeros(1, 2), "kl", temperature=1.0)  # type: ignore[arg-type]

@@ -1,40 +1,28 @@
 """The DSKD family: the equations against loops, and the three losses wired to a tiny cache."""
 
 import functools
-import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import Tensor
 
 import slow_dskd as slow
 import tiny_models as tiny
-from one_step import gradients
-from slow_losses import mask, padded, ragged
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import BadData, UsageError
-from xkd_trainer.data.batch import Batch, blank, gather_rows
+from xkd_trainer.data.batch import Batch, gather_rows
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.dual_space import (
     DskdCmaSettings,
     DskdSettings,
-    find_correct,
-    projected_cross_entropy,
-    student_space,
-    teacher_space,
     teacher_states,
 )
 from xkd_trainer.losses.ops.divergence import DIVERGENCES
-from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.training.distiller import Distiller
@@ -42,128 +30,10 @@ from xkd_trainer.training.prepare import Ready, set_up
 
 F64 = torch.float64
 KINDS = list(DIVERGENCES)
-SIZES = st.lists(st.integers(0, 4), min_size=1, max_size=3)
 TERMS = ("projected_ce", "student_space", "teacher_space")
 
 
 # The equations
-
-
-class Drawn:
-    """Random states of ragged documents in both models' widths, and both heads, float64."""
-
-    def __init__(self, seed: int, sizes: Sequence[int]) -> None:
-        self.sizes, self.valid = sizes, mask(sizes)
-        self.own, self.projected, self.back, self.teacher = (
-            ragged(seed + n, sizes, width) for n, width in enumerate((3, 3, 5, 5))
-        )
-        (head,), (wide,) = ragged(seed + 4, [7], 3), ragged(seed + 5, [6], 5)
-        self.head, self.wide = 2.0 * head, 2.0 * wide
-        generator = torch.Generator().manual_seed(seed)
-        self.targets = [torch.randint(0, 7, (size,), generator=generator) for size in sizes]
-
-    def logits(self, documents: Sequence[Tensor], fill: float = 0.0) -> LazyLogits:
-        head = self.head if documents is self.own or documents is self.projected else self.wide
-        return LazyLogits(hidden=padded(documents, fill), weight=head)
-
-    def rows(self, documents: Sequence[Tensor]) -> list[list[list[float]]]:
-        """Logits of each document by loops."""
-        head = self.head if documents is self.own or documents is self.projected else self.wide
-        return [slow.linear(d.tolist(), head.tolist()) for d in documents]
-
-    def target_BN(self, fill: int) -> Tensor:
-        return padded([t.to(F64) for t in self.targets], fill).long()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@hypothesis_settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**31), sizes=SIZES, tau=st.floats(0.5, 4.0))
-def test_the_three_terms_are_the_loops_over_ragged_documents(
-    kind: Any, seed: int, sizes: list[int], tau: float
-) -> None:
-    d = Drawn(seed, sizes)
-    how = DskdSettings(temperature=tau, student_divergence=kind, teacher_divergence=kind, skew=0.2, adaptive_alpha=0.4)
-    own, projected, back, teacher = (d.logits(x) for x in (d.own, d.projected, d.back, d.teacher))
-    kept = find_correct(projected, d.target_BN(0), d.valid)
-    ones = torch.ones(d.valid.shape, dtype=F64)
-
-    found = (
-        projected_cross_entropy(projected, d.target_BN(0), d.valid),
-        student_space(own, projected, ones, d.valid, how),
-        student_space(own, projected, kept.to(F64), d.valid, how),
-        teacher_space(back, teacher, ones, d.valid, how, count=d.valid.sum()),
-    )
-
-    expected = [0.0] * 4
-    numbers = (kind, tau, 0.2, 0.4)
-    documents = (d.rows(x) for x in (d.own, d.projected, d.back, d.teacher))
-    for mine, theirs, mine_wide, theirs_wide, targets in zip(*documents, d.targets, strict=True):
-        expected[0] += slow.projected_ce(theirs, targets.tolist())
-        expected[1] += slow.student_space(mine, theirs, None, *numbers)
-        expected[2] += slow.student_space(mine, theirs, targets.tolist(), *numbers)
-        expected[3] += slow.teacher_space(mine_wide, theirs_wide, *numbers)
-    assert [float(t.total) for t in found] == pytest.approx(expected, rel=1e-6, abs=1e-6)
-    assert [float(t.count) for t in found] == [float(sum(sizes))] * 4
-
-
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("adaptive_kl", "csd")])  # both have constant weights
-def test_gradients_are_derivatives_of_the_states_that_may_learn(kind: Any) -> None:
-    d = Drawn(3, [2, 0, 3])
-    how = DskdSettings(student_divergence=kind, teacher_divergence=kind)
-    own, projected, back, teacher = (d.logits(x) for x in (d.own, d.projected, d.back, d.teacher))
-    ones = torch.ones(d.valid.shape, dtype=F64)
-
-    def terms(mine: Tensor, theirs: Tensor, mine_wide: Tensor) -> tuple[Tensor, ...]:
-        return (
-            projected_cross_entropy(replace(projected, hidden=theirs), d.target_BN(0), d.valid).total,
-            student_space(replace(own, hidden=mine), projected, ones, d.valid, how).total,
-            teacher_space(replace(back, hidden=mine_wide), teacher, ones, d.valid, how, count=d.valid.sum()).total,
-        )
-
-    inputs = [x.hidden.requires_grad_() for x in (own, replace(projected, hidden=projected.hidden.clone()), back)]
-    assert torch.autograd.gradcheck(terms, inputs)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_equal_states_are_at_distance_zero(kind: Any) -> None:
-    d, how = Drawn(4, [3, 1]), DskdSettings(student_divergence=kind, teacher_divergence=kind)
-    own, teacher, ones = d.logits(d.own), d.logits(d.teacher), torch.ones(d.valid.shape, dtype=F64)
-
-    both = (
-        student_space(own, own, ones, d.valid, how),
-        teacher_space(teacher, teacher, ones, d.valid, how, count=d.valid.sum()),
-    )
-
-    assert [float(t.total) for t in both] == pytest.approx([0.0, 0.0], abs=1e-12)
-
-
-def test_the_mask_of_right_predictions_reads_no_padding_and_takes_the_first_of_equals() -> None:
-    d = Drawn(5, [3, 1])
-    projected = d.logits(d.projected)
-    expected = [
-        [slow.best(row) == int(t) for row, t in zip(rows, targets, strict=True)]
-        for rows, targets in zip(d.rows(d.projected), d.targets, strict=True)
-    ]
-
-    found = find_correct(d.logits(d.projected, math.nan), d.target_BN(-1), d.valid)
-
-    assert [row[v].tolist() for row, v in zip(found, d.valid, strict=True)] == expected
-    assert not found[~d.valid].any()
-    level = replace(projected, weight=torch.zeros_like(projected.weight))
-    assert torch.equal(find_correct(level, torch.zeros_like(d.target_BN(0)), d.valid), d.valid)
-
-
-def test_degenerate_states_are_finite() -> None:
-    zeros = LazyLogits(hidden=torch.zeros(1, 2, 3, dtype=F64, requires_grad=True), weight=torch.zeros(4, 3, dtype=F64))
-    huge = LazyLogits(hidden=torch.full((1, 2, 3), 1e4, dtype=F64), weight=1e2 * torch.eye(4, 3, dtype=F64))
-    valid, ones = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=F64)
-
-    for kind in KINDS:
-        how = DskdSettings(student_divergence=kind)
-        term = student_space(zeros, huge, ones, valid, how)
-        (slope,) = torch.autograd.grad(term.total, zeros.hidden)
-        assert term.total.isfinite(), kind
-        assert slope.isfinite().all(), kind
 
 
 def test_defaults_are_those_of_the_scripts_and_every_divergence_can_be_chosen() -> None:
@@ -372,112 +242,6 @@ def test_only_right_predictions_are_compared_unless_asked_otherwise(loss: str) -
 
 EVERYWHERE: dict[str, dict[str, Any]] = {"dskd_cma": {"correct_only": False}, "dskd_v2": {"agreement": False}}
 """Settings without a mask on the student's space."""
-
-REACHES = {
-    "dskd.projected_ce": {"dskd.t2s"},
-    "dskd.student_space": {"body", "head", "embeddings"},
-    "dskd.teacher_space": {"body", "embeddings", "dskd.s2t"},
-    "dskd_cma.projected_ce": {"dskd_cma.t2s", "dskd_cma.query"},
-    "dskd_cma.student_space": {"body", "head", "embeddings"},
-    "dskd_cma.teacher_space": {"body", "embeddings", "dskd_cma.s2t", "dskd_cma.query"},
-    "dskd_v2.projected_ce": {"dskd_v2.t2s"},
-    "dskd_v2.student_space": {"body", "head", "embeddings"},
-    "dskd_v2.teacher_space": {"body", "embeddings"},
-}
-"""What learns from each term: the student's head only from its own space, the projections never from it."""
-
-
-@pytest.mark.parametrize("name", REACHES)
-def test_each_term_teaches_what_the_paper_lets_it_teach_and_nothing_else(name: str) -> None:
-    loss, _, term = name.partition(".")
-    made, batch = ready(loss, **(EVERYWHERE.get(loss, {})))
-
-    terms_of(made.distiller, batch)[term].total.backward()
-
-    found = set()
-    for parameter_name, parameter in made.distiller.named_parameters():
-        if parameter.grad is not None and parameter.grad.any():
-            kind = (
-                "head" if "lm_head" in parameter_name else "embeddings" if "embed_tokens" in parameter_name else "body"
-            )
-            inner = parameter_name.removeprefix("losses.")
-            found.add(kind if inner == parameter_name else inner.rpartition(".")[0])
-    assert found == REACHES[name]
-
-
-@pytest.mark.parametrize("loss", STUDENTS)
-def test_micro_batches_give_the_gradient_of_the_whole_step(loss: str) -> None:
-    made, whole = ready(loss)
-    cut = [batch_of(made.cache, ROWS[i : i + 1], made.wanted) for i in range(len(ROWS))]
-    counts = made.distiller.counts(whole)
-
-    expected, one = gradients(made.distiller, [whole], counts)
-    one = {name: slope.clone() for name, slope in one.items()}
-    found, many = gradients(made.distiller, cut, counts)
-
-    assert found == pytest.approx(expected, rel=1e-5)
-    for name in one:
-        scale = max(1.0, float(one[name].abs().max()))
-        torch.testing.assert_close(many[name] / scale, one[name] / scale, rtol=1e-4, atol=1e-5, msg=name)
-
-
-def poisoned(batch: Batch) -> Batch:
-    """The same batch with other values wherever nothing is valid."""
-    masks = {
-        "student_ids_BS": (batch.student_valid_BS, 77),
-        "predict_BN": (batch.predict_valid_BN, 2),
-        "target_BN": (batch.predict_valid_BN, 55),
-        "teacher_predict_BM": (batch.teacher_predict_valid_BM, 1),
-        "teacher_input_BM": (batch.teacher_predict_valid_BM, 44),
-        "teacher_target_BM": (batch.teacher_predict_valid_BM, 33),
-        "teacher_argmax_BM": (batch.teacher_predict_valid_BM, 22),
-        "teacher_hidden_BRD": (batch.teacher_valid_BR, math.nan),
-        "pairs_BE2": (batch.pair_valid_BE, 1),
-    }
-    changed = {}
-    for field in fields(batch):
-        values = getattr(batch, field.name)
-        if field.name in masks and values is not None:
-            valid, fill = masks[field.name]
-            outside = ~valid.reshape(*valid.shape, *[1] * (values.ndim - valid.ndim))
-            changed[field.name] = values.masked_fill(outside, fill)
-    return replace(batch, **changed)
-
-
-@pytest.mark.parametrize("loss", STUDENTS)
-def test_what_stands_at_padding_changes_no_bit_of_loss_or_gradient(loss: str) -> None:
-    made, batch = ready(loss)
-    assert not batch.predict_valid_BN.all()
-    counts = made.distiller.counts(batch)
-
-    clean, slopes = gradients(made.distiller, [batch], counts)
-    slopes = {name: slope.clone() for name, slope in slopes.items()}
-    dirty, others = gradients(made.distiller, [poisoned(batch)], made.distiller.counts(poisoned(batch)))
-
-    assert dirty == clean
-    assert all(torch.equal(slope, others[name]) for name, slope in slopes.items())
-
-
-@pytest.mark.parametrize("loss", STUDENTS)
-def test_a_blank_batch_adds_exactly_nothing(loss: str) -> None:
-    made, batch = ready(loss)
-
-    counts = made.distiller.counts(blank(batch))
-    total, slopes = gradients(made.distiller, [blank(batch)], made.distiller.counts(batch))
-
-    assert {float(n) for n in counts.values()} == {0.0}
-    assert total == 0.0
-    assert not any(slope.any() for slope in slopes.values())
-
-
-@pytest.mark.parametrize("loss", STUDENTS)
-def test_nothing_of_the_teacher_is_saved(loss: str) -> None:
-    made, batch = ready(loss)
-
-    assert set(made.distiller.losses.state_dict()) == {n for n, _ in made.distiller.losses.named_parameters()}
-    assert {n for n, _ in made.distiller.counts(batch).items()} == {
-        f"{loss}.{t}" for t in terms_of(made.distiller, batch)
-    }
 
 
 def test_dskd_refuses_another_tokenizer_before_anything_is_trained() -> None:

@@ -1,6 +1,4 @@
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -12,35 +10,35 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import slow_dwa as slow
-from xkd_trainer.losses.dual_space import align_scores, attend, projected_cross_entropy, student_space, teacher_space
+import slow_losses
+from slow_documents import ROWS, Alone, ready, terms_of, total_of
+from slow_documents import assert_term as assert_wired
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.declaration import StudentPass
+from xkd_trainer.losses.dual_space import align_scores, attend
 from xkd_trainer.losses.dwa import (
     DwaSettings,
-    alignment,
     anneal,
     band,
     sequence_term,
     student_weights,
     teacher_weights,
 )
-from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.models.forward import run
+from xkd_trainer.models.head import head_of
+from xkd_trainer.training.prepare import Ready
 
 Order = Literal["gate_before", "gate_after"]
 ORDERS: tuple[Order, Order] = ("gate_before", "gate_after")
 F64 = torch.float64
 SEEDS = st.integers(0, 2**31)
-SIZES = st.lists(st.integers(0, 5), min_size=1, max_size=4)
 PAIRS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4)
 """Lengths of both sides of each document."""
 
 
 def draw(seed: int, *shape: int, grad: bool = False) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).requires_grad_(grad)
-
-
-def lazy(seed: int, *shape: int, classes: int = 7, grad: bool = False) -> LazyLogits:
-    """Student-width states and head; both learn if `grad`."""
-    return LazyLogits(hidden=draw(seed, *shape, grad=grad), weight=draw(seed + 100, classes, shape[-1], grad=grad))
 
 
 def valid_of(*lengths: int) -> Tensor:
@@ -52,36 +50,6 @@ def rows(x: Tensor, valid: Tensor) -> list[list[Any]]:
 
 
 # weights
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@hypothesis_settings(max_examples=25, deadline=None)
-@given(seed=SEEDS, sizes=SIZES)
-def test_student_weights_agree_with_the_equations(order: Order, seed: int, sizes: list[int]) -> None:
-    valid = valid_of(*sizes)
-    entropy, gate = draw(seed, *valid.shape).abs(), draw(seed + 1, *valid.shape).sigmoid()
-
-    weights = student_weights(entropy, gate, valid, order)
-
-    assert not weights[~valid].any()
-    for got, h, g in zip(rows(weights, valid), rows(entropy, valid), rows(gate, valid), strict=True):
-        assert got == pytest.approx(slow.student_weights(h, g, order))
-    if order == "gate_before":
-        torch.testing.assert_close(weights.sum(-1), valid.sum(-1).to(F64))
-
-
-@hypothesis_settings(max_examples=25, deadline=None)
-@given(seed=SEEDS, sizes=SIZES)
-def test_teacher_weights_agree_with_the_equation_and_sum_to_the_number_of_tokens(seed: int, sizes: list[int]) -> None:
-    valid = valid_of(*sizes)
-    entropy = 2.1 * draw(seed, *valid.shape).sigmoid()  # below log 9
-
-    weights = teacher_weights(entropy, 9, valid)
-
-    assert not weights[~valid].any()
-    torch.testing.assert_close(weights.sum(-1), valid.sum(-1).to(F64))
-    for got, h in zip(rows(weights, valid), rows(entropy, valid), strict=True):
-        assert got == pytest.approx(slow.teacher_weights(h, 9))
 
 
 def test_weights_are_constants_and_padding_is_not_read() -> None:
@@ -113,176 +81,10 @@ def test_a_document_with_nothing_to_weigh_has_weights_of_zero() -> None:
 # token level
 
 
-def token_terms(
-    seed: int = 0, sizes: Sequence[tuple[int, int]] = ((4, 5), (2, 1), (1, 3))
-) -> tuple[LazyLogits, LazyLogits, LazyLogits, LazyLogits, Tensor, Tensor]:
-    """Student, projected teacher [B, N, .]; projected student, teacher [B, M, .]; masks of both sides."""
-    valid, teacher_valid = (valid_of(*side) for side in zip(*sizes, strict=True))
-    student, to_student = (lazy(seed + n, *valid.shape, 6, grad=True) for n in (0, 1))
-    to_student = replace(to_student, weight=student.weight)
-    teacher = lazy(seed + 2, *teacher_valid.shape, 8, classes=9)
-    to_teacher = lazy(seed + 3, *teacher_valid.shape, 8, classes=9, grad=True)
-    return student, to_student, replace(to_teacher, weight=teacher.weight), teacher, valid, teacher_valid
-
-
-@hypothesis_settings(max_examples=25, deadline=None)
-@given(seed=SEEDS, sizes=PAIRS)
-def test_the_three_token_terms_agree_with_loops(seed: int, sizes: list[tuple[int, int]]) -> None:
-    student, to_student, to_teacher, teacher, valid, teacher_valid = token_terms(seed, sizes)
-    weights, teacher_weight = draw(seed + 5, *valid.shape).abs(), draw(seed + 6, *teacher_valid.shape).abs()
-    target = torch.randint(0, 7, valid.shape, generator=torch.Generator().manual_seed(1))
-    settings, count = DwaSettings(temperature=1.5), valid.sum()
-
-    got = (
-        projected_cross_entropy(to_student, target, valid),
-        student_space(student, to_student, weights, valid, settings),
-        teacher_space(to_teacher, teacher, teacher_weight, teacher_valid, settings, count=count),
-    )
-
-    expected = [0.0, 0.0, 0.0]
-    for b, n in torch.nonzero(valid).tolist():
-        logits, projected = student.dense()[b, n].tolist(), to_student.dense()[b, n].tolist()
-        expected[0] += slow.cross_entropy(projected, int(target[b, n]))
-        expected[1] += float(weights[b, n]) * slow.forward_kl(projected, logits, 1.5)
-    for b, m in torch.nonzero(teacher_valid).tolist():
-        pair = teacher.dense()[b, m].tolist(), to_teacher.dense()[b, m].tolist()
-        expected[2] += float(teacher_weight[b, m]) * slow.forward_kl(*pair, 1.5)
-    assert [term.total.item() for term in got] == pytest.approx(expected, rel=1e-10, abs=1e-10)
-    assert [term.count.item() for term in got] == [float(valid.sum())] * 3
-
-
-def test_each_space_takes_its_own_divergence() -> None:
-    student, to_student, to_teacher, teacher, valid, teacher_valid = token_terms()
-    ones, teacher_ones = torch.ones(3, 4), torch.ones(3, 5)
-
-    def totals(settings: DwaSettings) -> tuple[float, float]:
-        first = student_space(student, to_student, ones, valid, settings)
-        second = teacher_space(to_teacher, teacher, teacher_ones, teacher_valid, settings, count=valid.sum())
-        return first.total.item(), second.total.item()
-
-    plain, changed = totals(DwaSettings()), totals(DwaSettings(student_divergence="skewed_reverse_kl"))
-
-    assert plain[0] != changed[0]
-    assert plain[1] == changed[1]
-
-
 def grads(term: LossTerm, *tensors: Tensor) -> list[bool]:
     """Which tensors a term sends a gradient to that is not zero."""
     found = torch.autograd.grad(term.total, tensors, allow_unused=True)
     return [g is not None and bool(g.any()) for g in found]
-
-
-def test_student_space_teaches_the_student_and_not_the_projectors() -> None:
-    student, to_student, _, _, valid, _ = token_terms()
-    weights = torch.ones(3, 4, requires_grad=True)
-
-    term = student_space(student, to_student, weights, valid, DwaSettings())
-
-    assert grads(term, student.hidden, student.weight, to_student.hidden, weights) == [True, True, False, False]
-
-
-def test_projected_cross_entropy_teaches_the_projectors_and_not_a_detached_head() -> None:
-    student, to_student, _, _, valid, _ = token_terms()
-    fixed = replace(to_student, weight=student.weight.detach())
-
-    term = projected_cross_entropy(fixed, torch.zeros(3, 4, dtype=torch.int64), valid)
-
-    assert grads(term, to_student.hidden, student.weight) == [True, False]
-
-
-def test_teacher_space_teaches_student_and_projector_and_needs_no_gradient_of_the_teacher() -> None:
-    _, _, to_teacher, _, valid, teacher_valid = token_terms()
-    teacher = lazy(7, 3, 5, 8, classes=9, grad=True)
-    to_teacher = replace(to_teacher, weight=teacher.weight.detach())
-
-    term = teacher_space(to_teacher, teacher, torch.ones(3, 5), teacher_valid, DwaSettings(), count=valid.sum())
-
-    assert grads(term, to_teacher.hidden, teacher.hidden, teacher.weight) == [True, False, False]
-
-
-def test_token_terms_pass_gradcheck() -> None:
-    student, to_student, to_teacher, teacher, valid, teacher_valid = token_terms()
-    settings, target = DwaSettings(), torch.zeros(3, 4, dtype=torch.int64)
-    constant = replace(to_student, hidden=to_student.hidden.detach().clone())  # gradcheck moves its inputs
-
-    def loss(own: Tensor, projected: Tensor, back: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            student_space(replace(student, hidden=own), constant, torch.ones(3, 4), valid, settings).total,
-            projected_cross_entropy(replace(to_student, hidden=projected), target, valid).total,
-            teacher_space(
-                replace(to_teacher, hidden=back), teacher, torch.ones(3, 5), teacher_valid, settings, count=valid.sum()
-            ).total,
-        )
-
-    assert torch.autograd.gradcheck(loss, (student.hidden, to_student.hidden, to_teacher.hidden))
-
-
-def test_padding_of_the_token_terms_changes_no_bit_of_value_or_gradient() -> None:
-    student, to_student, to_teacher, teacher, valid, teacher_valid = token_terms()
-    target = torch.ones(3, 4, dtype=torch.int64)
-
-    def results() -> list[Tensor]:
-        settings, ones = DwaSettings(), torch.ones(3, 5, dtype=F64)
-        terms = (
-            projected_cross_entropy(to_student, target, valid),
-            student_space(student, to_student, ones[:, :4], valid, settings),
-            teacher_space(to_teacher, teacher, ones, teacher_valid, settings, count=valid.sum()),
-        )
-        tensors = (student.hidden, student.weight, to_student.hidden, to_teacher.hidden)
-        total = torch.stack([term.total for term in terms]).sum()
-        return [*(term.total for term in terms), *torch.autograd.grad(total, tensors)]
-
-    before = results()
-    with torch.no_grad():
-        for logits in (student, to_student):
-            logits.hidden[~valid] = math.nan
-        for logits in (to_teacher, teacher):
-            logits.hidden[~teacher_valid] = math.inf
-        target[~valid] = -100
-    after = results()
-
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def test_sums_and_counts_do_not_depend_on_how_the_batch_is_cut() -> None:
-    student, to_student, to_teacher, teacher, valid, teacher_valid = token_terms()
-    weights, x, y = draw(5, 3, 5).abs(), draw(8, 3, 4, 6), draw(9, 3, 5, 6)
-    lengths, teacher_lengths = valid.sum(-1), teacher_valid.sum(-1)
-    attention = attend(align_scores(x, y, valid, teacher_valid), "teacher")
-    settings = DwaSettings(band_width=0.5)
-
-    def terms(r: slice) -> list[LossTerm]:
-        wall = band(attention[r], lengths[r], teacher_lengths[r], settings)
-        return [
-            projected_cross_entropy(to_student.at(r), torch.ones(3, 4, dtype=torch.int64)[r], valid[r]),
-            student_space(student.at(r), to_student.at(r), weights[r, :4], valid[r], settings),
-            teacher_space(
-                to_teacher.at(r), teacher.at(r), weights[r], teacher_valid[r], settings, count=valid[r].sum()
-            ),
-            sequence_term(x[r], y[r], wall, lengths[r], teacher_lengths[r], gamma=2.0, divergence=True),
-        ]
-
-    for whole, first, second in zip(terms(slice(0, 3)), terms(slice(0, 1)), terms(slice(1, 3)), strict=True):
-        torch.testing.assert_close(whole.total, first.total + second.total)
-        assert whole.count == first.count + second.count == 7.0
-
-
-def test_a_batch_without_response_tokens_gives_zero_terms_with_finite_gradients() -> None:
-    student, to_student, to_teacher, teacher, valid, teacher_valid = token_terms()
-    valid, teacher_valid = valid & False, teacher_valid & False
-    none = torch.zeros(3, dtype=torch.int64)
-
-    terms = (
-        projected_cross_entropy(to_student, torch.zeros(3, 4, dtype=torch.int64), valid),
-        student_space(student, to_student, torch.ones(3, 4), valid, DwaSettings()),
-        teacher_space(to_teacher, teacher, torch.ones(3, 5), teacher_valid, DwaSettings(), count=valid.sum()),
-        sequence_term(student.hidden, draw(3, 3, 5, 6), None, none, none, gamma=1.0, divergence=True),
-    )
-
-    assert [(term.total.item(), term.count.item()) for term in terms] == [(0.0, 0.0)] * 4
-    tensors = (student.hidden, to_student.hidden, to_teacher.hidden)
-    total = torch.stack([term.total for term in terms]).sum()
-    assert not any(g.any() for g in torch.autograd.grad(total, tensors))
 
 
 # sequence level
@@ -327,30 +129,6 @@ def test_the_sequence_term_agrees_with_loops(
     assert term.count.item() == float(lengths.sum())
 
 
-@hypothesis_settings(max_examples=15, deadline=None)
-@given(seed=SEEDS, sizes=PAIRS, gamma=st.sampled_from((0.5, 2.0)))
-def test_the_alignment_that_a_band_follows_is_the_share_of_all_paths(
-    seed: int, sizes: list[tuple[int, int]], gamma: float
-) -> None:
-    lengths, teacher_lengths = torch.tensor(sizes).unbind(-1)
-    valid, teacher_valid = (valid_of(*side.tolist()) for side in (lengths, teacher_lengths))
-    x, y = draw(seed, *valid.shape, 4, grad=True), draw(seed + 1, *teacher_valid.shape, 4)
-    with torch.no_grad():
-        x[~valid] = math.nan
-
-    found = alignment(x, y, lengths, teacher_lengths, gamma=gamma)
-
-    assert not found.requires_grad
-    for b, (s, t) in enumerate(sizes):
-        assert not found[b, s:].any()
-        assert not found[b, :, t:].any()
-        if s * t:
-            cost = slow.cosine_cost(x[b, :s].tolist(), y[b, :t].tolist())
-            visits = slow.soft_dtw_by_paths(cost, gamma)[1]
-            expected = [[v / sum(row) for v in row] for row in visits]
-            torch.testing.assert_close(found[b, :s, :t], torch.tensor(expected, dtype=F64))
-
-
 def test_the_sequence_term_teaches_student_and_projector_and_not_through_the_band() -> None:
     x, y, lengths = draw(0, 1, 6, 4, grad=True), draw(1, 1, 6, 4, grad=True), torch.tensor([6])
     attention = draw(2, 1, 6, 6, grad=True).softmax(-1)
@@ -372,36 +150,6 @@ def test_the_sequence_term_passes_gradcheck() -> None:
         return sequence_term(a, b, None, lengths, teacher_lengths, gamma=0.5, divergence=True).total
 
     assert torch.autograd.gradcheck(loss, (x, y))
-
-
-def test_padding_of_the_sequences_changes_no_bit_of_value_or_gradient() -> None:
-    x, y = draw(0, 2, 6, 4, grad=True), draw(1, 2, 5, 4, grad=True)
-    lengths, teacher_lengths = torch.tensor([6, 2]), torch.tensor([3, 5])
-
-    def results() -> list[Tensor]:
-        total = sequence_term(x, y, None, lengths, teacher_lengths, gamma=2.0, divergence=True).total
-        return [total, *torch.autograd.grad(total, (x, y))]
-
-    before = results()
-    with torch.no_grad():
-        x[1, 2:], y[0, 3:] = math.nan, -math.inf
-    after = results()
-
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert not after[1][1, 2:].any()
-
-
-def test_a_sequence_against_itself_and_zero_vectors_are_fine() -> None:
-    x, lengths = draw(0, 2, 6, 4), torch.tensor([6, 1])
-    zeros = torch.zeros(2, 6, 4, dtype=F64, requires_grad=True)
-
-    same = sequence_term(x, x, None, lengths, lengths, gamma=2.0, divergence=True)
-    empty = sequence_term(zeros, x, None, lengths, lengths, gamma=2.0, divergence=True)
-
-    assert same.total.item() == 0.0
-    (gradient,) = torch.autograd.grad(empty.total, zeros)
-    assert empty.total.isfinite()
-    assert gradient.isfinite().all()
 
 
 # settings
@@ -439,3 +187,127 @@ def test_gamma_goes_linearly_from_start_to_end_and_stays() -> None:
     assert [settings.gamma_at(step) for step in (0, 50, 100, 10**6)] == pytest.approx([2.0, 1.4, 0.8, 0.8])
     assert [DwaSettings().gamma_at(step) for step in (0, 10**6)] == [2.0, 2.0]
     assert anneal(3, 1.0, 5.0, 4) == 4.0
+
+
+# Wired to the cache
+
+
+TERMS = ("projected_ce", "student_space", "teacher_space", "dtw_embeddings", "dtw_states")
+
+
+def dwa_document(made: Ready, d: Alone) -> dict[str, float]:
+    """The five totals of one document, eq. 7-25 with N(x) of the cache's constants."""
+    m = made.distiller.losses["dwa"]
+    s = m.settings
+    table, head = made.cache.embeddings().float(), made.cache.head().weight_VD.float()
+    t_ids, rows = d.teacher["token_ids"].tolist(), {p: n for n, p in enumerate(d.kept)}
+    hidden = torch.tensor(d.hidden())[[rows[p] for p in d.teacher_predict]]
+    t_in, t_out = table[[t_ids[p] for p in d.teacher_predict]], table[[t_ids[p + 1] for p in d.teacher_predict]]
+    s_in, s_out = d.embeddings[[d.ids[p] for p in d.predict]], d.embeddings[[d.ids[p + 1] for p in d.predict]]
+    states = torch.tensor(d.layers[-1])[d.predict]
+    query, key = m.query(torch.cat([s_in, s_out], 1)), torch.cat([t_in, t_out], 1) / m.embedding_std
+    a = slow.attention(query.tolist(), key.tolist())
+    back = slow.attention(key.tolist(), query.tolist())
+    mixed = torch.tensor(a) @ m.t2s(hidden / m.hidden_std + t_out / m.embedding_std)
+    mixed_back = torch.tensor(back) @ m.s2t(states)
+    projected, own = (mixed @ d.head.T).tolist(), (states @ d.head.T).tolist()
+    theirs, projected_back = (hidden @ head.T).tolist(), (mixed_back @ head.T).tolist()
+    gates = [max(slow.softmax(z)) if s.gate else 1.0 for z in projected]
+    entropies = [slow.entropy(z) if s.entropy_weights else 1.0 for z in own]
+    w_s, w_t = slow.student_weights(entropies, gates, s.student_weight), [1.0] * len(theirs)
+    if s.entropy_weights:
+        w_t = slow.teacher_weights(d.teacher["entropy"].tolist(), made.cache.sizes.vocab_size)
+
+    def divergence(x: Tensor, y: Tensor) -> float:
+        cross = slow.cosine_cost(x.tolist(), y.tolist())
+        if s.band == "soft":
+            follows = a
+            if s.band_source == "sdtw":
+                follows = [[v / sum(row) for v in row] for row in slow.soft_dtw(cross, s.gamma)[1]]
+            penalty = slow.band(follows, s.band_width, s.band_beta, s.band_centre_mix, s.band_penalty)
+            cross = [[c + p for c, p in zip(cs, ps, strict=True)] for cs, ps in zip(cross, penalty, strict=True)]
+        within = [slow.soft_dtw(slow.cosine_cost(z.tolist(), z.tolist()), s.gamma)[0] for z in (x, y)]
+        return slow.soft_dtw(cross, s.gamma)[0] - (0.5 * sum(within) if s.dtw_divergence else 0.0)
+
+    def compared(student: Any, teacher: Any, kind: str) -> float:
+        return slow_losses.divergence(student, teacher, kind, s.temperature, s.skew, s.adaptive_alpha)
+
+    return {
+        "projected_ce": sum(
+            slow.cross_entropy(z, d.ids[p + 1]) for z, p in zip(projected, d.predict, strict=True)
+        ),
+        "student_space": sum(
+            w * compared(q, p, s.student_divergence) for w, p, q in zip(w_s, projected, own, strict=True)
+        ),
+        "teacher_space": sum(
+            w * compared(q, p, s.teacher_divergence) for w, p, q in zip(w_t, theirs, projected_back, strict=True)
+        ),
+        "dtw_embeddings": divergence(s_out, m.embed_t2s(t_out)),
+        "dtw_states": divergence(states, m.t2s(hidden)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gate": False, "student_divergence": "skewed_reverse_kl", "skew": 0.3, "band": "none"},
+        {"student_weight": "gate_after", "student_divergence": "adaptive_kl", "adaptive_alpha": 0.4, "gamma": 0.7},
+        {"entropy_weights": False, "teacher_divergence": "js", "temperature": 1.5, "dtw_divergence": False},
+        {"entropy_weights": False, "gate": False, "student_divergence": "reverse_kl",
+         "teacher_divergence": "reverse_kl", "band_width": 1.0, "band_beta": 0.1, "band_centre_mix": 0.4,
+         "band_penalty": 0.6},
+        {"band_source": "sdtw", "band_width": 1.0, "band_beta": 0.1, "gamma": 0.5},
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_dwa_is_the_loops_over_predictions_of_single_documents(settings: dict[str, Any]) -> None:
+    made, batch = ready("dwa", **settings)
+    rows = ROWS[:2]
+    batch = batch_of(made.cache, rows, made.wanted)
+    module, sizes = made.distiller.losses["dwa"], made.cache.sizes
+    assert (module.hidden_std, module.embedding_std) == (sizes.hidden_std, sizes.embedding_std)
+    module.hidden_std, module.embedding_std = 3.0, 0.5  # those of the tiny teacher are too near to 1
+    module.query.weight.mul_(20.0)  # so that no token attends to all alike
+
+    found = terms_of(made.distiller, batch)
+
+    documents = [Alone(made, row) for row in rows]
+    totals = [dwa_document(made, d) for d in documents]
+    count = sum(len(d.predict) for d in documents)
+    for name in TERMS:
+        assert_wired(found[f"dwa.{name}"], sum(t[name] for t in totals), count)
+
+
+def test_what_the_model_looked_up_are_the_embeddings_of_the_targets() -> None:
+    made, batch = ready("dwa")
+    table_Vd = made.distiller.student.get_input_embeddings().weight
+    states = run(made.distiller.student, batch.student_ids_BS, batch.student_valid_BS)
+    looked_up_BSd = table_Vd[batch.student_ids_BS]
+    found, expected = (
+        StudentPass(batch, states, head_of(made.distiller.student), table_Vd, embedded).target_embeddings_BNd
+        for embedded in (looked_up_BSd, None)
+    )
+    valid_BN = batch.predict_valid_BN
+    assert torch.equal(found[valid_BN], expected[valid_BN])
+
+
+@torch.no_grad()
+def test_warm_ups_are_the_ramps_of_the_code() -> None:
+    """Step n of w has (n + 1) / w; the code multiplies the gate, so that the student's space starts small."""
+    warm, full = {"band_warmup_steps": 4, "gate_warmup_steps": 4, "dtw_warmup_steps": 4}, total_of("dwa")
+
+    assert total_of("dwa", step=3, **warm) == full
+    for step, share in ((1, 0.5), (7, 1.0)):
+        for key, name in (("gate_warmup_steps", "student_space"), ("dtw_warmup_steps", "dtw_states")):
+            found = total_of("dwa", step=step, **{key: 4})
+            assert found == full | {
+                n: pytest.approx(v * share, rel=1e-6) for n, v in full.items() if n[:4] == name[:4]
+            }
+        banded = total_of("dwa", step=step, band_warmup_steps=4)["dtw_states"]
+        assert banded == pytest.approx(total_of("dwa", band_penalty=share)["dtw_states"], rel=1e-6)
+    off = total_of("dwa", gate=False)["student_space"]
+    assert total_of("dwa", gate=False, gate_warmup_steps=4)["student_space"] == off
+    assert total_of("dwa", step=4, gamma_steps=4)["dtw_states"] == pytest.approx(
+        total_of("dwa", gamma=0.8)["dtw_states"], rel=1e-6
+    )

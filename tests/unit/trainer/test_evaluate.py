@@ -1,8 +1,6 @@
 """Bits per byte, agreement and ROUGE-L against plain loops over tokens."""
 
-import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 import small_cache
 import tiny_models as tiny
 from fake_hardware import hardware_is
-from four_tokenizers import tokenizer_of, wrapped
-from xkd_pipeline.stages import align_stage
-from xkd_pipeline.workers.contract import Workers
+from four_tokenizers import tokenizer_of
 from xkd_schemas.corpus.held_out import held_out_documents
 from xkd_schemas.documents import Document
-from xkd_schemas.errors import BadData, InputMissing, UsageError
+from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT, Tokens
 from xkd_trainer import evaluation as evaluate
@@ -126,44 +121,6 @@ def _document(prompt: str, response: str) -> Document:
     return document_of([("prompt", prompt, False), ("response", response, True)], source="here", line=1)
 
 
-def permute(kind: str) -> tuple[Any, dict[int, int]]:
-    """The same tokenizer with other ids, and old id -> new id."""
-    content = json.loads(tokenizer_of(kind).backend_tokenizer.to_str())
-    fixed = {token["id"] for token in content["added_tokens"]}
-    ids = [i for i in content["model"]["vocab"].values() if i not in fixed]
-    moved = dict(zip(ids, ids[::-1], strict=True)) | {i: i for i in fixed}
-    content["model"]["vocab"] = {token: moved[i] for token, i in content["model"]["vocab"].items()}
-    return wrapped(Tokenizer.from_str(json.dumps(content))), moved
-
-
-def test_the_same_model_with_other_token_numbers_has_the_same_bits_per_byte(tmp_path: Path) -> None:
-    model, twin = tiny.llama("sentencepiece"), tiny.llama("sentencepiece")
-    tokenizer, moved = permute("sentencepiece")
-    with torch.no_grad():
-        for old, new in moved.items():
-            twin.get_input_embeddings().weight[new] = model.get_input_embeddings().weight[old]
-
-    one = bits_per_byte(model, encoded(tokenizer_of("sentencepiece"), tmp_path))
-    other = bits_per_byte(twin, encoded(tokenizer, tmp_path))
-
-    assert not torch.equal(twin.get_input_embeddings().weight, model.get_input_embeddings().weight)
-    assert other["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
-def test_a_model_that_knows_nothing_pays_log2_of_its_vocabulary_for_each_token(tmp_path: Path, kind: str) -> None:
-    model = tiny.llama(kind, tied=False)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.zero_()
-    pairs = [(d, t) for d, t in encoded(tokenizer_of(kind), tmp_path) if d.segments[0].end]
-
-    found = bits_per_byte(model, pairs)
-
-    tokens = sum(int((t.targets & (t.kinds == CONTENT)).sum()) for _, t in pairs)
-    expected = tokens * math.log2(len(tokenizer_of(kind))) / found["bytes"]
-    assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
-
-
 @torch.no_grad()
 def slow_agreement(model: PreTrainedModel, cache: Cache, translated: dict[int, int]) -> tuple[int, int]:
     same = total = 0
@@ -198,26 +155,6 @@ def test_agreement_equals_a_loop_over_the_exact_pairs() -> None:
     same, total = slow_agreement(model, cache, translated)
     assert 0 < same < total
     assert found == {"agreement": pytest.approx(100 * same / total), "agreement_pairs": total}
-
-
-def test_a_teacher_agrees_with_itself_everywhere(tmp_path: Path) -> None:
-    made = tiny.tiny_cache()
-    root = Path(shutil.copytree(made.cache, tmp_path / "cache"))
-    run = made.run(cache=str(root), student__model=str(made.teacher), student__name="self")
-    align_stage(run, Workers(count=0))
-    teacher = tiny.llama(tiny.TEACHER_TOKENIZER, seed=1, layers=4, width=32, tied=False)
-
-    found = agreement(teacher, tokenizer_of(tiny.TEACHER_TOKENIZER), root)
-
-    cache = Cache(root, student="self")
-    whole = sum(_whole_characters(cache.students[row]) for row in cache.usable.tolist())
-    assert found == {"agreement": 100.0, "agreement_pairs": whole}
-
-
-def _whole_characters(row: Any) -> int:
-    """Targets that share no character with another token."""
-    spans = [span for span, target in zip(row["token_spans"].tolist(), row["targets"], strict=True) if target]
-    return sum(sum((a < end and start < b) or (start, end) == (a, b) for a, b in spans) == 1 for start, end in spans)
 
 
 def greedy(model: PreTrainedModel, tokenizer: Any, prompt: list[int], count: int) -> str:
@@ -323,23 +260,6 @@ def test_rows_that_cannot_be_used_are_counted_and_only_unusable_rows_are_an_erro
     held_file(tmp_path, [("What?", "")])
     with pytest.raises(BadData, match=r"corpus\.jsonl: no row can be used|no row"):
         evaluate_student(request)
-
-
-def test_text_without_any_prompt_is_measured_too(tmp_path: Path) -> None:
-    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
-    data = tmp_path / "held.jsonl"
-    data.write_text("".join(json.dumps({"text": response}) + "\n" for _, response in HELD), encoding="utf-8")
-
-    found = evaluate_student(Request(student=folder, data=data, seeds=(1,), max_new_tokens=4))
-
-    assert found["documents"] == 4
-    assert found["bits_per_byte"] > 0
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    folder = tiny.saved(tiny.llama("sentencepiece"), "sentencepiece", tmp_path / "model")
-    with pytest.raises(InputMissing, match=r"nowhere\.jsonl"):
-        evaluate_student(Request(student=folder, data=tmp_path / "nowhere.jsonl"))
 
 
 def test_a_cache_without_the_teachers_choices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,8 @@ from torch import Tensor
 import one_tokenizer as one
 import slow_fdd as slow
 import tiny_models as tiny
-from one_step import gradients, widen
-from poison import poisoned
+from one_step import widen
 from xkd_schemas.errors import BadData, UsageError
-from xkd_trainer.data.batch import blank
-from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.baselines.fdd import FddSettings, derivative, needs
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.ops import lazy_logits
@@ -81,30 +78,6 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert teacher.weight.grad is None
 
 
-@hypothesis_settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**31))
-def test_the_derivative_is_zero_for_the_teacher_and_does_not_see_a_constant_added_to_logits(seed: int) -> None:
-    teacher, student = drawn(seed, 3, 3, 4, 6), drawn(seed + 1, 3, 3, 4, 6)
-
-    assert float(derivative(teacher, teacher)) == pytest.approx(0.0, abs=1e-12)
-    shifted = replace(student, bias=student.bias + 5.0 if student.bias is not None else None)
-    torch.testing.assert_close(derivative(shifted, teacher), derivative(student, teacher))
-
-
-@pytest.mark.parametrize("value", [0.0, 1e4])
-def test_layers_that_are_all_alike_are_finite_and_have_no_gradient(value: float) -> None:
-    teacher = drawn(3, 2, 3, 4, 6)
-    hidden = torch.full((2, 3, 4), value, dtype=F64, requires_grad=True)
-
-    found = derivative(replace(teacher, hidden=hidden), teacher)
-    found.backward()
-
-    assert float(found.detach()) == pytest.approx(2.0)
-    assert hidden.grad is not None
-    assert (hidden.grad == 0).all()
-    assert float(derivative(drawn(1, 0, 2, 4, 6), drawn(2, 0, 2, 4, 6))) == 0.0
-
-
 # Wired to a cache
 
 
@@ -147,16 +120,6 @@ def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any])
         assert float(made.distiller.counts(batch)[f"fdd.{name}"]) == count
 
 
-def test_a_teacher_as_its_own_student_is_at_distance_zero_up_to_the_cache() -> None:
-    made, batch = one.ready("fdd", model=str(tiny.tiny_cache().teacher))
-
-    found = one.means(made, batch)
-
-    other = one.means(*one.ready("fdd"))
-    for name, value in found.items():
-        assert abs(value) < 1e-3 < other[name], name
-
-
 @torch.no_grad()
 def test_rows_of_a_head_beyond_the_tokenizer_take_no_part() -> None:
     made, batch = one.ready("fdd")
@@ -177,40 +140,6 @@ def test_each_term_teaches_the_layers_it_reads_and_the_head() -> None:
         assert reached == [layer <= deepest for layer in (1, 2, 3, 4)], name
         assert made.distiller.student.get_output_embeddings().weight.grad.abs().sum() > 0
     assert list(made.distiller.losses.parameters()) == []
-
-
-def test_micro_batches_add_up_and_a_blank_one_adds_nothing() -> None:
-    made, whole = one.ready("fdd")
-    cut = [batch_of(made.cache, one.ROWS[i : i + 2], made.wanted) for i in (0, 2)]
-    counts = made.distiller.counts(whole)
-
-    expected, at_once = gradients(made.distiller, [whole], counts)
-    found, many = gradients(made.distiller, [*cut, blank(whole)], counts)
-
-    assert found == pytest.approx(expected, rel=1e-5)
-    for name in at_once:
-        scale = max(1.0, float(at_once[name].abs().max()))
-        torch.testing.assert_close(many[name] / scale, at_once[name] / scale, rtol=1e-4, atol=1e-5, msg=name)
-    assert gradients(made.distiller, [blank(whole)], counts)[0] == 0.0
-    assert all(float(n) == 0 for n in made.distiller.counts(blank(whole)).values())
-
-
-def test_what_stands_at_padding_and_at_other_tokens_changes_no_bit_of_loss_or_gradient() -> None:
-    made, batch = one.ready("fdd")
-    counts = made.distiller.counts(batch)
-    clean, slopes = gradients(made.distiller, [batch], counts)
-    assert batch.teacher_kept_BR is not None
-    places_BM = batch.teacher_kept_BR.gather(1, batch.teacher_predict_BM)
-    counted = torch.zeros_like(batch.teacher_ids_BT).scatter_add(1, places_BM, batch.teacher_predict_valid_BM.long())
-    prompts = tuple(
-        replace(s, hidden_BTD=s.hidden_BTD.masked_fill(counted[..., None] == 0, math.nan)) for s in batch.token_states
-    )
-
-    for changed in (poisoned(batch), replace(batch, token_states=prompts)):
-        dirty, others = gradients(made.distiller, [changed], counts)
-        assert dirty == clean
-        for name, slope in slopes.items():
-            assert torch.equal(slope, others[name]), name
 
 
 @pytest.mark.parametrize(

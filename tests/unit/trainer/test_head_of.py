@@ -49,13 +49,6 @@ def test_head_on_last_states_gives_the_models_own_logits(family: str) -> None:
     check_head(model)
 
 
-def test_scale_cap_and_bias_are_read() -> None:
-    assert head_of(of_family("cohere", logit_scale=0.25)).scale == 0.25
-    assert head_of(of_family("granite", logits_scaling=8.0)).scale == 0.125
-    assert head_of(of_family("gemma2", final_logit_softcapping=3.0)).softcap == 3.0
-    assert head_of(of_family("phi")).bias_V is not None
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_shares_the_models_weights(tied: bool) -> None:
     model = tiny.llama("byte_level", tied=tied)

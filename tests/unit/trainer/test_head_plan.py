@@ -1,6 +1,5 @@
 """One pass for all that losses want of the student's logits, against loops, plain autograd and passes of their own."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -11,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import slow_dwa as slow
 from xkd_trainer.losses.dwa import student_weights
 from xkd_trainer.losses.ops import shared_pass as head_plan
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs, divergence
@@ -123,43 +121,6 @@ def test_ragged_documents_in_chunks_of_any_size(lengths: list[int], seed: int, p
         assert_same(case, lambda: case.joint()[0], lambda: case.plain()[0])
 
 
-def test_sums_agree_with_loops_over_the_equations() -> None:
-    case = Case([3, 1, 4])
-    expected = [0.0] * 3
-    for b, valid_N in enumerate(case.valid):
-        places = torch.nonzero(valid_N)[:, 0].tolist()
-        own = [case.own.dense()[b, n].tolist() for n in places]
-        projected = [case.projected.dense()[b, n].tolist() for n in places]
-        gates = [max(slow.softmax(row)) for row in projected]
-        weights = slow.student_weights([slow.entropy(row) for row in own], gates, "gate_before")
-        for n, s, t, w in zip(places, own, projected, weights, strict=True):
-            expected[0] += slow.cross_entropy(s, int(case.target[b, n]))
-            expected[1] += slow.cross_entropy(t, int(case.target[b, n]))
-            expected[2] += w * slow.forward_kl(t, s, 1.7)
-
-    assert [float(value) for value in case.joint()[1][:3]] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("kind", [k for k in get_args(Kind) if k not in ("adaptive_kl", "csd")])  # they stop some
-def test_gradcheck_passes_for_states_head_bias_and_projected_states(kind: Kind) -> None:
-    case = Case([2, 3], how=replace(HOW, kind=kind))
-    fixed = torch.rand(2, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
-    constant = LazyLogits(hidden=draw(8, 2, 3, 4), weight=draw(9, CLASSES, 4))
-
-    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, projected: Tensor) -> Tensor:
-        own = LazyLogits(hidden=hidden, weight=weight, bias=bias)
-        plan = HeadPlan(own=own, target_BN=case.target, valid_BN=case.valid)
-        other = LazyLogits(hidden=projected, weight=constant.weight)
-        wanted = [
-            plan.cross_entropy(),
-            plan.cross_entropy(other),
-            plan.divergence(constant, case.how, weigh=lambda _e, _p, _v: fixed),
-        ]
-        return plan.run(wanted, list(FACTORS[:3]))[0]
-
-    assert torch.autograd.gradcheck(loss, case.leaves)
-
-
 @pytest.mark.usefixtures("positions_per_chunk")
 def test_a_term_alone_is_its_share_of_the_joint_pass() -> None:
     case = Case([3, 1, 4])
@@ -190,49 +151,6 @@ def test_wishes_for_the_same_sum_add_up() -> None:
         lambda: case.plan.run([*twice, case.plan.cross_entropy(case.projected)], [FACTORS[0]] * 3)[0],
         lambda: case.plan.run([*once, case.plan.cross_entropy(case.projected)], [2 * FACTORS[0], FACTORS[0]])[0],
     )
-
-
-def test_what_stands_at_padding_and_how_much_of_it_changes_no_bit() -> None:
-    clean, dirty = Case([3, 1, 2]), Case([3, 1, 2])
-
-    def padded(x: Tensor, fill: float) -> Tensor:
-        x = torch.where(dirty.valid[..., None] if x.ndim == 3 else dirty.valid, x.detach(), fill)
-        more = x.new_full((x.shape[0], 2, *x.shape[2:]), fill)
-        return torch.cat([x, more.to(x.dtype)], dim=1)
-
-    for name in ("own", "projected", "teacher"):
-        logits = getattr(dirty, name)
-        hidden = padded(logits.hidden, math.nan).requires_grad_()
-        setattr(dirty, name, replace(logits, hidden=hidden))
-    target = padded(dirty.target, -7)
-    dirty.valid = torch.cat([dirty.valid, torch.zeros(3, 2, dtype=torch.bool)], dim=1)
-    dirty.plan = HeadPlan(own=dirty.own, target_BN=target, valid_BN=dirty.valid)
-
-    pairs = []
-    for case in (clean, dirty):
-        total, sums = case.joint()
-        states, head, bias, projected = torch.autograd.grad(total, case.leaves)
-        assert not states[~case.valid].any()
-        pairs.append([total, *sums, states[case.valid], head, bias, projected[case.valid]])
-    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
-
-
-def test_documents_in_two_passes_add_up_to_one() -> None:
-    whole = Case([3, 1, 2, 4])
-
-    def some(rows: slice) -> Tensor:
-        cut = lambda logits: replace(logits, hidden=logits.hidden[rows])  # noqa: E731
-        plan = HeadPlan(own=cut(whole.own), target_BN=whole.target[rows], valid_BN=whole.valid[rows])
-        projected = cut(whole.projected)
-        wanted = [
-            plan.cross_entropy(),
-            plan.cross_entropy(projected),
-            plan.divergence(projected, HOW, weigh=weigh),
-            plan.divergence(cut(whole.teacher), HOW, classes=CLASSES - 1),
-        ]
-        return plan.run(wanted, list(FACTORS))[0]
-
-    assert_same(whole, lambda: whole.joint()[0], lambda: some(slice(0, 1)) + some(slice(1, 4)))
 
 
 @pytest.mark.parametrize(("positions", "times"), [(4, 1), (2, 2)])

@@ -11,23 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import slow_losses
 import small_cache
-from one_step import assert_padding_and_cuts_change_nothing, widen
+from one_step import widen
 from slow_losses import tail_share
 from xkd_pipeline.stages import align_stage
 from xkd_schemas.errors import BadData, UsageError
-from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import StudentPass
-from xkd_trainer.losses.ops.divergence import DIVERGENCES, Kind
+from xkd_trainer.losses.ops.divergence import DIVERGENCES
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm
-from xkd_trainer.models.forward import States, run
-from xkd_trainer.models.head import Head, head_of
+from xkd_trainer.models.forward import run
+from xkd_trainer.models.head import head_of
 from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (0, 5, 2)
@@ -108,56 +107,13 @@ def test_the_term_is_the_loops_over_single_documents(kind: str) -> None:
     assert int(found.count) == count > 10
 
 
-@pytest.mark.parametrize("kind", [k for k in DIVERGENCES if k not in ("adaptive_kl", "csd")])  # they stop some
-def test_gradcheck_passes_for_states_and_head(kind: Kind) -> None:
-    made = ready(other_student(), divergence=kind, temperature=2.0)
-    batch, model = batch_of(made.cache, [5], made.wanted), made.distiller.student
-    loss = made.distiller.losses["kl"].double()
-    hidden_BSd = run(model, batch.student_ids_BS, batch.student_valid_BS).last_BLD.detach().double()
-    weight_Vd = head_of(model).weight_VD.detach().double()
-
-    def total(hidden_BSd: Tensor, weight_Vd: Tensor) -> Tensor:
-        states = States(last_BLD=hidden_BSd, layers={}, attention_BL=None)
-        found = loss(batch, StudentPass(batch, states, Head(weight_VD=weight_Vd), weight_Vd), 0)
-        value: Tensor = found["kl"].total
-        return value
-
-    assert torch.autograd.gradcheck(total, (hidden_BSd.requires_grad_(), weight_Vd.requires_grad_()), fast_mode=True)
-
-
-@torch.no_grad()
-def test_a_teacher_as_its_own_student_is_at_distance_zero_up_to_the_cache() -> None:
-    for kind in DIVERGENCES:
-        made = ready(small_cache.made() / "teacher", divergence=kind)
-        found = term_of(made, batch_of(made.cache, ROWS, made.wanted))
-        assert 0 <= float(found.total / found.count) < (5e-3 if kind == "tvd" else 1e-4), kind  # tvd is no square
-
-
-@torch.no_grad()
-def test_documents_add_up_and_a_blank_batch_adds_nothing() -> None:
-    made = ready(other_student())
-    together = term_of(made, batch_of(made.cache, ROWS, made.wanted))
-    alone = [term_of(made, batch_of(made.cache, [row], made.wanted)) for row in ROWS]
-    assert float(together.total) == pytest.approx(sum(float(t.total) for t in alone), rel=1e-5)
-    assert float(together.count) == sum(float(t.count) for t in alone)
-    nothing = term_of(made, blank(batch_of(made.cache, ROWS, made.wanted)))
-    assert (float(nothing.total), float(nothing.count)) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize("kind", DIVERGENCES)
-def test_padding_and_micro_batches_change_neither_value_nor_gradient(kind: str) -> None:
-    made = ready(other_student(), divergence=kind)
-    whole, *parts = (batch_of(made.cache, rows, made.wanted) for rows in (ROWS, ROWS[:1], ROWS[1:]))
-    assert_padding_and_cuts_change_nothing(made.distiller, whole, parts, made.distiller.counts(whole))
-
-
 def test_classes_beyond_the_tokenizer_take_no_part() -> None:
     hidden, weight = torch.arange(8.0).view(2, 4), torch.arange(-18.0, 18).view(9, 4)  # exact in any order of adding
     cut = LazyLogits(hidden=hidden, weight=weight, bias=torch.arange(9.0)).of_classes(slice(6))
     assert torch.equal(cut.dense(), (hidden @ weight.T + torch.arange(9.0))[:, :6])
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("kind", ["forward_kl", "csd"])
 @torch.no_grad()
 def test_nor_do_they_in_the_loss_whichever_head_has_them(kind: str) -> None:
     made = ready(other_student(), divergence=kind)

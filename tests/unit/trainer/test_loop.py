@@ -21,7 +21,7 @@ import tiny_models as tiny
 from xkd_schemas.config import RunConfig, TrainSection
 from xkd_schemas.console import run as run_app
 from xkd_schemas.durable_files import held
-from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite, UsageError
+from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order, learning_rate
@@ -59,17 +59,6 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert metrics(first) == metrics(second)
 
 
-@pytest.mark.parametrize("loss", ["ce", "ce=0+mta", "ce=0+sra", "ce=0+dwa", ALL])
-def test_the_loss_falls(tmp_path: Path, loss: str) -> None:
-    trained = train(run(tmp_path, loss=loss, steps=10, batch_size=24, lr=5e-3, projector_lr=5e-3), quiet=True)
-
-    values = [line["loss"] for line in metrics(tmp_path)]
-    assert len(values) == trained.steps == 10
-    assert values[-1] < 0.95 * values[0]
-    assert sum(b < a for a, b in itertools.pairwise(values)) >= 7
-    assert trained.terms["loss"] == values[-1]
-
-
 def test_the_logged_loss_is_the_weighted_sum_of_the_logged_terms(tmp_path: Path) -> None:
     train(run(tmp_path, loss="sra=4+ce=0.5", steps=2, losses={"sra": {"geo": 10.0}}), quiet=True)
 
@@ -92,7 +81,7 @@ def test_logged_lines_are_means_over_the_steps_since_the_last(tmp_path: Path) ->
     assert pairs[2]["loss"] == pytest.approx(each[4]["loss"])
 
 
-@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 4])
 def test_micro_batches_make_the_same_steps(tmp_path: Path, micro: int) -> None:
     train(run(tmp_path / "whole", loss=ALL, steps=2), quiet=True)
     train(run(tmp_path / "cut", loss=ALL, steps=2, micro_batch_size=micro), quiet=True)
@@ -228,13 +217,6 @@ def stopped_after(out: Path, monkeypatch: pytest.MonkeyPatch, batches: int) -> i
             train(run(out, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
     snapshot, _ = load_newest(out)
     return 0 if snapshot is None else snapshot.step
-
-
-def test_dropout_is_on_so_that_the_next_tests_mean_something(tmp_path: Path) -> None:
-    model = tiny.gpt2("sentencepiece")
-    assert model.config.resid_pdrop == 0.0
-    with_dropout = json.loads((eight_steps() / "config.json").read_text())
-    assert with_dropout["resid_pdrop"] == 0.1
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,8 +442,3 @@ def test_a_term_that_is_not_finite_stops_the_run_before_the_update(
 def test_a_rate_that_is_much_too_high_ends_in_the_same_error(tmp_path: Path) -> None:
     with pytest.raises(NonFinite, match=r"step \d: .*not finite.*lower --lr"):
         train(run(tmp_path, steps=6, lr=1e20), quiet=True)
-
-
-def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no output folder is named. Next: --out FOLDER"):
-        train(tiny.tiny_cache().run(), quiet=True)

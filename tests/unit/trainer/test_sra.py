@@ -1,18 +1,28 @@
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch import Tensor
 
 import slow_losses as slow
+import tiny_models as tiny
+from slow_documents import Alone, alone, ready, terms_of
+from slow_documents import assert_term as assert_wired
 from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.ops.term import LossTerm
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
-from xkd_trainer.losses.sra import SraSettings, geometric, span_omega, weighted_cosine
+from xkd_trainer.losses.sra import (
+    geometric,
+    span_omega,
+    weighted_cosine,
+)
+from xkd_trainer.training.prepare import Ready
 
 SEEDS = st.integers(0, 2**31)
-D, V = 4, 6
+D = 4
 VECTOR_LOSSES = [weighted_cosine, geometric]
 
 
@@ -58,85 +68,6 @@ def test_vector_losses_have_the_right_gradient_for_the_student_only(loss) -> Non
     assert teacher.grad is None
 
 
-@pytest.mark.parametrize("loss", VECTOR_LOSSES)
-def test_vector_losses_ignore_what_padding_holds_bit_for_bit(loss) -> None:
-    sizes = [3, 1, 0, 2]
-    student, teacher, omega = slow.ragged(2, sizes, D), slow.ragged(3, sizes, D), omegas(4, sizes)
-    valid = slow.mask(sizes)
-
-    def run(fill: float) -> tuple[Tensor, Tensor]:
-        return slow.with_gradient(
-            lambda s: loss(s, slow.padded(teacher, fill), slow.padded(omega, fill), valid).total,
-            slow.padded(student, fill),
-        )
-
-    value, gradient = run(0.0)
-    for fill in (1e9, torch.nan, torch.inf):
-        slow.assert_same_bits(value, run(fill)[0])
-        slow.assert_same_bits(gradient, run(fill)[1])
-    assert (gradient[~valid] == 0).all()
-    assert (gradient[0] != 0).any()
-
-
-@pytest.mark.parametrize("loss", VECTOR_LOSSES)
-def test_vector_losses_do_not_depend_on_how_the_batch_is_cut(loss) -> None:
-    sizes = [3, 1, 0, 5, 2]
-    batch = [
-        slow.padded(slow.ragged(5, sizes, D)),
-        slow.padded(slow.ragged(6, sizes, D)),
-        slow.padded(omegas(7, sizes)),
-        slow.mask(sizes),
-    ]
-
-    whole = loss(*batch)
-    parts = [loss(*(x[r] for x in batch)) for r in (slice(0, 2), slice(2, 3), slice(3, 5))]
-
-    torch.testing.assert_close(whole.total, sum(p.total for p in parts))
-    assert whole.count == sum(p.count for p in parts) == 4
-
-
-@pytest.mark.parametrize("loss", VECTOR_LOSSES)
-@pytest.mark.parametrize("sizes", [[0], [1], [1, 0], [3]])
-@pytest.mark.parametrize("vector", [0.0, 1.0])
-def test_vector_losses_of_degenerate_documents_are_finite(loss, sizes: list[int], vector: float) -> None:
-    vectors = torch.full((len(sizes), max(sizes), D), vector)
-
-    value, gradient = slow.with_gradient(
-        lambda s: loss(s, vectors, torch.zeros(vectors.shape[:2]), slow.mask(sizes)).total, vectors
-    )
-
-    assert value == 0
-    assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("loss", VECTOR_LOSSES)
-def test_a_teacher_that_is_its_own_student_costs_nothing(loss) -> None:
-    sizes = [4, 1, 3]
-    teacher, omega = slow.padded(slow.ragged(8, sizes, D)), slow.padded(omegas(9, sizes))
-
-    assert float(loss(teacher, teacher, omega, slow.mask(sizes)).total) == pytest.approx(0.0, abs=1e-14)
-
-
-def test_geometry_compares_models_of_different_width_and_does_not_see_a_rotation() -> None:
-    (teacher,) = slow.ragged(10, [5], D)
-    rotation = torch.linalg.qr(torch.randn(9, 9, generator=slow.generator(11), dtype=torch.float64)).Q[:D]
-    omega = torch.full((1, 5), 0.2, dtype=torch.float64)
-
-    found = geometric((teacher @ rotation)[None], teacher[None], omega, omega > 0)
-
-    assert float(found.total) < 1e-24
-
-
-def test_a_document_of_one_span_is_counted_in_the_geometry_and_one_of_none_is_not() -> None:
-    sizes = [3, 1, 0]
-    args = [slow.padded(x) for x in (slow.ragged(12, sizes, D), slow.ragged(13, sizes, D), omegas(14, sizes))]
-
-    found, alone = geometric(*args, slow.mask(sizes)), geometric(*(x[:1] for x in args), slow.mask(sizes)[:1])
-
-    assert found.count == 2
-    slow.assert_same_bits(found.total, alone.total)
-
-
 # Weights
 
 
@@ -168,43 +99,17 @@ def test_omega_of_no_mass_is_zero_and_a_high_power_does_not_underflow() -> None:
     assert span_omega(torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.bool), 1.0, True).shape == (3, 0)
 
 
-def test_settings_refuse_unknown_keys_and_values() -> None:
-    with pytest.raises(ValidationError):
-        SraSettings(lambda_geo=50)  # type: ignore[call-arg]
-    with pytest.raises(ValidationError):
-        SraSettings(tau=0)
-
-
 # Shared vocabulary
 
 BYTE_LEVEL = {
-    "Ġthe": 0,
-    "the": 1,
-    "ing": 2,
-    "Ċ": 3,
-    "æ": 4,
-    "Ġ": 5,
-    "é": 6,
-    "Ã©": 7,
-    "<0x41>": 8,
-    "A": 9,
-    "ĠĠ": 10,
-    "</s>": 11,
+    token: number
+    for number, token in enumerate(("Ġthe", "the", "ing", "Ċ", "æ", "Ġ", "é", "Ã©", "<0x41>", "A", "ĠĠ", "</s>"))
 }
 SENTENCEPIECE = {
-    "▁the": 0,
-    "the": 1,
-    "ing": 2,
-    "<0x0A>": 3,
-    "<0xE6>": 4,
-    "▁": 5,
-    "é": 6,
-    "<0xE9>": 7,
-    "<0x41>": 8,
-    "A": 9,
-    "▁▁": 10,
-    "</s>": 11,
-    "▁new": 12,
+    token: number
+    for number, token in enumerate(
+        ("▁the", "the", "ing", "<0x0A>", "<0xE6>", "▁", "é", "<0xE9>", "<0x41>", "A", "▁▁", "</s>", "▁new")
+    )
 }
 
 
@@ -321,3 +226,71 @@ def test_no_id_of_either_side_occurs_twice_and_equal_vocabularies_share_all_text
 def test_vocabularies_that_share_nothing_are_refused() -> None:
     with pytest.raises(UsageError, match=r"vocabularies of 1 and 2 tokens share none \(exact\)"):
         shared_vocabulary({"Ġa": 0}, {"▁a": 0, "▁b": 1}, "exact")
+
+
+# Wired to the cache
+
+
+def linguistic_spans(d: Alone, unit: str) -> list[tuple[list[int], list[int]]]:
+    """Words or phrases with tokens of both models in them, as token ranges of student and teacher."""
+    found = []
+    intervals, kinds = d.teacher["token_spans"].tolist(), d.teacher["token_kinds"].tolist()
+    for (start, end), own in zip(
+        d.document[f"{unit}s"].tolist(), d.student[f"{unit}_tokens"].tolist(), strict=True
+    ):  # fmt: skip
+        inside = [t for t, (a, b) in enumerate(intervals) if kinds[t] == 1 and a < b and a >= start and b <= end]
+        if own[1] > own[0] and inside:
+            found.append((own, [inside[0], inside[-1] + 1]))
+    return found
+
+
+def sra_document(made: Ready, d: Alone, unit: str = "aligned") -> tuple[Any, Any, list[float]]:
+    """Student and teacher vectors of the spans in the response, and the loss weights."""
+    hidden, attention = d.hidden(), d.teacher["attention_text@4"].tolist()
+    at = {position: place for place, position in enumerate(d.kept)}
+    student, teacher, mass = [], [], []
+    spans = list(zip(d.student["student_spans"].tolist(), d.student["teacher_spans"].tolist(), strict=True))
+    for (a, b), (x, y) in spans if unit == "aligned" else linguistic_spans(d, unit):
+        if d.student["targets"][a] and d.student["token_kinds"][a] == 1:
+            student.append(slow.pool(d.layers[-1], d.attention, a, b)[0])
+            rows = [attention[t] for t in range(x, y)]
+            vector, weight = slow.pool([hidden[at[t]] for t in range(x, y)], rows, 0, y - x)
+            teacher.append(vector)
+            mass.append(weight)
+    return student, teacher, slow.omega(mass, 1.0)
+
+
+@pytest.mark.parametrize("unit", ["aligned", "word", "phrase"])
+@pytest.mark.parametrize(("tau", "kd", "shared"), [(2.0, "sum", "mapped"), (4.0, "mean", "exact")])
+@torch.no_grad()
+def test_sra_is_the_loops_over_spans_of_single_documents(unit: str, tau: float, kd: str, shared: Any) -> None:
+    made, batch = ready("sra", spans=unit, tau=tau, kd=kd, shared_vocab=shared)
+    projector = made.distiller.losses["sra"].projector
+
+    found = terms_of(made.distiller, batch)
+
+    parts = [(d, *sra_document(made, d, unit)) for d in alone(made)]
+    parts = [part for part in parts if part[1]]
+    projected = [(projector(torch.tensor(s)).tolist(), t, w) for _, s, t, w in parts]
+    assert_wired(found["sra.cos"], *slow.weighted_cosine(projected))
+    assert_wired(found["sra.geo"], *slow.geometric([(s, t, w) for _, s, t, w in parts]))
+    vocabularies = [tiny.tokenizer_of(kind).get_vocab() for kind in ("sentencepiece", "byte_level")]
+    own, theirs = shared_vocabulary(*vocabularies, shared)
+    head = made.cache.head().weight_VD
+    logits = [
+        ((torch.tensor(s) @ d.head[own].T).tolist(), (torch.tensor(t) @ head[theirs].T).tolist())
+        for d, s, t, _ in parts
+    ]
+    assert_wired(found["sra.kd"], *slow.span_logits(logits, tau, mean=kd == "mean"))
+    assert_wired(found["sra.spans"], sum(len(s) for _, s, _, _ in parts), len(parts))
+
+
+def test_the_projector_of_sra_starts_by_xaviers_uniform_rule() -> None:
+    weight_Dd = ready("sra")[0].distiller.losses["sra"].projector.weight.detach()
+
+    bound = math.sqrt(6 / (16 + 32))  # the widths of both models
+    assert 0.95 * bound < float(weight_Dd.abs().max()) <= bound
+    assert float(weight_Dd.std()) == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+    weight_Dd = ready("sra", projector="orthogonal")[0].distiller.losses["sra"].projector.weight.detach()
+    torch.testing.assert_close(weight_Dd.T @ weight_Dd, torch.eye(16))

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 import one_tokenizer as one
 import slow_losses as slow
 import tiny_models as tiny
-from one_step import assert_padding_and_cuts_change_nothing
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher
 from xkd_pipeline.stages import align_stage
@@ -20,7 +19,6 @@ from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import CONTENT
-from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.sra import SraSettings, layer_shares, needs
 from xkd_trainer.training.prepare import Ready, set_up
@@ -112,30 +110,6 @@ def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any],
         assert float(found[names[layer]].count) == count > 0
         if layer == 4:
             assert float(found["geo"].total) == pytest.approx(slow.geometric(documents)[0], rel=2e-3)
-
-
-@pytest.mark.parametrize("settings", OPTIONS)
-def test_padding_micro_batches_blank_batches_and_counts(settings: dict[str, Any]) -> None:
-    made, whole = one.ready("sra", table=one.OTHER, **settings)
-    counts = made.distiller.counts(whole)
-    for name, term in one.terms_of(made.distiller, whole).items():
-        assert float(counts[f"sra.{name}"]) == float(term.count) > 0
-    assert {f"sra.{name}" for name in made.distiller.loss("sra").weights(0)} == set(counts)
-    parts = [batch_of(made.cache, one.ROWS[i : i + 2], made.wanted) for i in (0, 2)]
-    assert_padding_and_cuts_change_nothing(made.distiller, whole, parts, counts)
-
-
-@torch.no_grad()
-def test_the_teacher_as_its_own_student_has_no_loss_up_to_the_cache() -> None:
-    for settings in OPTIONS:
-        settings = settings if "student_layers" not in settings else {**settings, "student_layers": [1]}
-        made, batch = one.ready("sra", model=str(tiny.tiny_cache().teacher), **settings)
-        module = made.distiller.losses["sra"]
-        for projector in (module.projector, *module.inner_projectors.values()):
-            projector.weight.copy_(torch.eye(len(projector.weight)))
-
-        for name, value in one.means(made, batch).items():
-            assert value < 2e-3 or name == "spans", (settings, name)
 
 
 def test_each_layers_cosine_teaches_that_layer_and_its_own_projector() -> None:

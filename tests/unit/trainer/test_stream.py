@@ -25,7 +25,6 @@ from xkd_trainer.data.batch import Batch, Level, blank, gather_rows
 from xkd_trainer.data.cache import Cache, find_student
 from xkd_trainer.data.collate import batch_of, inside_any
 from xkd_trainer.data.prefetch import prefetch
-from xkd_trainer.models.padding import pad
 
 WANTED = frozenset(
     signal_named(column)
@@ -203,19 +202,6 @@ def test_a_row_is_the_same_alone_and_among_others(cache: Cache, batch: Batch) ->
         assert many[len(one) :].float().abs().sum() == 0, name
 
 
-@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=4), dtype=st.sampled_from(["i8", "f4", "u2", "?"]))
-def test_padding_puts_zeros_after_each_array(sizes: list[int], dtype: str) -> None:
-    arrays = [np.arange(1, 2 * n + 1).reshape(n, 2).astype(dtype) for n in sizes]
-
-    stacked = pad(arrays)
-
-    assert stacked.shape == (len(sizes), max(1, *sizes, 0), 2)
-    for row, array in enumerate(arrays):
-        values = stacked[row].view(torch.int16) if dtype == "u2" else stacked[row]
-        assert values[: len(array)].tolist() == array.tolist()
-        assert not values[len(array) :].any()
-
-
 SPANS = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)).map(lambda p: (p[0], p[0] + p[1])), max_size=6)
 
 
@@ -334,51 +320,6 @@ def test_tables_that_hold_other_documents_in_a_row_are_bad_data(cache: Cache) ->
     with pytest.raises(BadData, match=r"row 3 is another document in each table.*teachers/teacher"):
         batch_of(other, [3], WANTED)
     assert batch_of(cache, [3], WANTED).rows == (3,)
-
-
-def test_a_teacher_that_was_made_again_is_a_mismatch_that_names_both(tmp_path: Path) -> None:
-    tiny = copied(tmp_path)
-    reseal(tiny.cache, "teachers/teacher", dtype="bfloat16")
-
-    with pytest.raises(Mismatch, match=r"teacher_root: cache has [0-9a-f]+.*this run has [0-9a-f]+.*xkd-cache align"):
-        Cache(tiny.cache, student="student")
-
-
-def test_tables_of_other_documents_are_a_mismatch(tmp_path: Path) -> None:
-    tiny = copied(tmp_path)
-    reseal(tiny.cache, "documents", max_chars=7)
-
-    with pytest.raises(Mismatch, match=r"documents: cache has .*teacher documents: cache has"):
-        Cache(tiny.cache, student="student")
-
-
-def test_a_cache_of_another_schema_is_a_mismatch(tmp_path: Path) -> None:
-    tiny = copied(tmp_path)
-    reseal(tiny.cache, "students/student", schema=99)
-
-    with pytest.raises(Mismatch, match=r"students: cache has 99, this run has 1.*xkd-toolkit version"):
-        Cache(tiny.cache, student="student")
-
-
-def test_a_flipped_bit_in_head_or_shard_is_bad_data(tmp_path: Path) -> None:
-    tiny = copied(tmp_path)
-    for name in ("head.safetensors", "embeddings.safetensors"):
-        path = tiny.cache / "teachers/teacher" / name
-        content = bytearray(path.read_bytes())
-        content[-3] ^= 1
-        path.write_bytes(content)
-    shard = next((tiny.cache / "teachers/teacher").glob("00000-*.arrow"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    cache = Cache(tiny.cache, student="student")
-
-    with pytest.raises(BadData, match=r"head\.safetensors does not match its digest"):
-        cache.head()
-    with pytest.raises(BadData, match=r"embeddings\.safetensors does not match its digest"):
-        cache.embeddings()
-    with pytest.raises(BadData, match=r"00000-[0-9a-f]+\.arrow is corrupt"):
-        batch_of(cache, [0], WANTED)
 
 
 def test_missing_folders_and_tables_are_named(tmp_path: Path) -> None:

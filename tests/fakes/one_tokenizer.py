@@ -30,7 +30,8 @@ ROWS = (3, 19, 0, 11)
 LAYERS = (1, 2, 3, 4)
 LEVELS = ((2, "word"), (3, "phrase"), (4, "phrase"))
 SIGNALS = (
-    *(Signal(name) for name in ("hidden_last", "attention_last", "entropy", "argmax")),
+    *(Signal(name) for name in ("hidden_last", "attention_last", "entropy", "argmax", "logsumexp")),
+    *(Signal(name, top=7) for name in ("topk_logits", "sampled")),
     *(Signal(name, layer) for name in ("hidden", "attention", "attention_text", "centrality") for layer in LAYERS),
     *(Signal(name, *level) for name in ("span_mass", "span_geometry", "span_vectors") for level in LEVELS),
 )
@@ -73,15 +74,28 @@ def ready(
     return made, batch_of(made.cache, ROWS, made.wanted)
 
 
-def terms_of(distiller: Distiller, batch: Batch) -> dict[str, LossTerm]:
-    """The terms of the only loss."""
+def every_term_of(distiller: Distiller, batch: Batch) -> dict[str, LossTerm]:
+    """The terms of all losses, named LOSS.TERM."""
     found: dict[str, LossTerm] = {}
-    (name,) = distiller.losses
-    handle = distiller.losses[name].register_forward_hook(lambda _m, _i, out: found.update(out))
+
+    def note(name: str, out: Mapping[str, LossTerm]) -> None:
+        found.update({f"{name}.{term}": value for term, value in out.items()})
+
+    handles = [
+        module.register_forward_hook(lambda _m, _i, out, name=name: note(name, out))
+        for name, module in distiller.losses.items()
+    ]
     ones: Mapping[str, Tensor] = {name: torch.ones(()) for name in distiller.counts(batch)}
     distiller(batch, ones, 0)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     return found
+
+
+def terms_of(distiller: Distiller, batch: Batch) -> dict[str, LossTerm]:
+    """The terms of the only loss."""
+    (loss,) = distiller.losses
+    return {name.removeprefix(f"{loss}."): term for name, term in every_term_of(distiller, batch).items()}
 
 
 def means(made: Ready, batch: Batch) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Kill something of a run on Ray, run the stage again, and compare the cache with an undisturbed one.
 
-`python tests/ray_kills.py STAGE CACHE` is the driver: documents, teacher or align over the corpus of small_cache with
-two workers, each shard of which waits for its name (ray_stages.py).
+`ray_kills.py STAGE CACHE` is the driver: documents, teacher or align over the corpus of small_cache with two workers,
+each shard of which waits for its name (ray_stages.py).
 """
 
 import os
@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    sys.path[:0] = [str(folder) for folder in (Path(__file__).parents[2], *Path(__file__).parents[1].iterdir())]
 
 import small_cache
-from ray_stages import SECONDS
+from ray_stages import SECONDS, search_path
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline import alignment as align
 from xkd_pipeline import stages
@@ -61,9 +61,8 @@ def without(cache: Path, name: str) -> Path:
 
 def started(name: str, cache: Path, source: Path) -> subprocess.Popen[bytes]:
     """A driver as a process of its own group; what it says goes to a file, as Ray's agents would hold on to a pipe."""
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment["PYTHONPATH"] = search_path()
     with said_of(cache).open("wb") as said:
         return subprocess.Popen(
             [sys.executable, __file__, name, str(cache), str(source)],

@@ -18,6 +18,14 @@ from xkd_pipeline.workers.contract import AS_PLANNED, Make
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 
 SECONDS = 2.0
+
+
+def search_path() -> str:
+    """PYTHONPATH of a process that imports what the tests share."""
+    folders = [str(Path(__file__).parents[1] / name) for name in ("fakes", "programs")]
+    return os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 POISON = "2. What does the code print?"
 """The prompt of one document of small_cache."""
 

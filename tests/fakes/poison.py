@@ -21,9 +21,9 @@ def _level(one: Level) -> Level:
     return replace(
         one,
         student_BU2=_fill(one.student_BU2, one.valid_BU, 1),
-        mass_BU=_fill(one.mass_BU, one.valid_BU, 7.0),
-        cosines_BUU=_fill(one.cosines_BUU, both, 0.3),
-        vectors_BUD=_fill(one.vectors_BUD, one.valid_BU, 5.0),
+        mass_BU=_fill(one.mass_BU, one.valid_BU, math.nan),
+        cosines_BUU=_fill(one.cosines_BUU, both, math.nan),
+        vectors_BUD=_fill(one.vectors_BUD, one.valid_BU, math.nan),
     )
 
 

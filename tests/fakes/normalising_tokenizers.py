@@ -3,8 +3,7 @@
 `normalising(kind)` is cached for the session; `NORMALISING` names the kinds. All but the WordPiece ones spell every
 character, by bytes where they must, so that a test can read from the tokens what they stand for.
 
-`PYTHONPATH=tests python tests/normalising_tokenizers.py` prints what becomes of TEXTS: by the library's offsets alone,
-and by ours.
+`python tests/fakes/normalising_tokenizers.py` prints what becomes of TEXTS, by the library alone and by ours.
 """
 
 import functools

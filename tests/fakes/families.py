@@ -1,4 +1,4 @@
-"""Tiny random models of causal families, and what is to be had of each: `python -m tests.families` prints Markdown.
+"""Tiny random models of causal families; `python tests/fakes/families.py` prints what is to be had of each.
 
 test_families.py measures every entry; the table of docs/families.md is this one.
 """

@@ -1,4 +1,4 @@
-"""The full fault table: `python -m tests.fault_table [--seed N] [--rows kills,cuts,...]`; prints Markdown.
+"""The full fault table: `python tests/programs/fault_table.py [--seed N] [--rows kills,cuts,...]`; prints Markdown.
 
 Every row runs a writer of five units in a forked copy of this process (or on a tmpfs) and compares the folder, byte
 for byte, with an undisturbed run. A row whose machine cannot do it says so and counts as not run.
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    sys.path[:0] = [str(folder) for folder in (Path(__file__).parents[2], *Path(__file__).parents[1].iterdir())]
 
 import faulty_disk
 import nasty_run
