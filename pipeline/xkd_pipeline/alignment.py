@@ -17,7 +17,7 @@ from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import saved_folder, sha256_of
 from xkd_schemas.ragged import Ragged
-from xkd_schemas.text.batch_alignment import align_all, token_ranges_all
+from xkd_schemas.text.alignment import align, token_ranges
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION
@@ -105,14 +105,14 @@ def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch, lost: 
     said = zip(encoded.statuses, teacher.statuses, read, strict=True)
     tokens = encoded.marked([ours if ok else f"teacher:{theirs}" for ours, theirs, ok in said], np.array(read, bool))
     ends = Ragged(rows.block.segments.values[:, 1], rows.block.segments.first)
-    student_spans, teacher_spans = align_all(tokens, teacher, ends)
+    student_spans, teacher_spans = align(tokens, teacher, ends)
     columns: dict[str, Any] = {
         "doc_id": rows.doc_ids,
         **token_columns(tokens),
         "student_spans": student_spans,
         "teacher_spans": teacher_spans,
-        "word_tokens": token_ranges_all(tokens, rows.words),
-        "phrase_tokens": token_ranges_all(tokens, rows.phrases),
+        "word_tokens": token_ranges(tokens, rows.words),
+        "phrase_tokens": token_ranges(tokens, rows.phrases),
     }
     student_sizes, teacher_sizes = (s.values[:, 1] - s.values[:, 0] for s in (student_spans, teacher_spans))
     usable = np.array([status == OK for status in tokens.statuses], bool)

@@ -26,7 +26,7 @@ from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.sampled_classes import MOST_CLASSES
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
-from xkd_schemas.text.batch_alignment import token_ranges_all
+from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder, reading_of
 from xkd_schemas.tokens import spans_read
@@ -137,7 +137,7 @@ def encoder_of(settings: TeacherSettings) -> Encoder:
 def _read(rows: DocumentRows, encoder: Encoder, lost: Collection[int]) -> tuple[TokenBatch, list[Reading]]:
     encoded = encoded_but(encoder, rows.block, lost)
     words, phrases = (
-        token_ranges_all(encoded, [spans_read(s, n) for s, n in zip(spans, encoded.num_chars.tolist(), strict=True)])
+        token_ranges(encoded, [spans_read(s, n) for s, n in zip(spans, encoded.num_chars.tolist(), strict=True)])
         for spans in (rows.words, rows.phrases)
     )
     return encoded, [

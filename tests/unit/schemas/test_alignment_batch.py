@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import four_tokenizers
+from references.alignment import align_one, ranges_of
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.text.alignment import align, token_ranges
-from xkd_schemas.text.batch_alignment import align_all, token_ranges_all
 from xkd_schemas.text.encode import Encoder
 
 TEXTS = st.text(st.sampled_from("ab cé \n👩\u200d💻é漢字ا،\t  xyz"), min_size=1, max_size=40)
@@ -36,17 +36,17 @@ def test_documents_of_a_block_align_as_they_do_alone(
     ends = [np.array([s.end for s in d.segments], np.int32) for d in documents]
     words = [np.array([[i, i + 2] for i in range(0, len(d.text) - 1, 2)], np.int32).reshape(-1, 2) for d in documents]
 
-    aligned, ranges = align_all(students, teachers, ends), token_ranges_all(students, words)
+    aligned, ranges = align(students, teachers, ends), token_ranges(students, words)
 
     for n in range(len(documents)):
         if students[n].status == teachers[n].status == "ok":
-            alone = align(students[n], teachers[n], ends[n])
+            alone = align_one(students[n], teachers[n], ends[n])
             assert [a[n].tolist() for a in aligned] == [a.tolist() for a in alone]
         else:
             assert [len(a[n]) for a in aligned] == [0, 0]
-        assert ranges[n].tolist() == token_ranges(students[n], words[n]).tolist()
+        assert ranges[n].tolist() == ranges_of(students[n], words[n]).tolist()
 
 
 def test_no_documents_give_no_rows() -> None:
-    assert [len(side) for side in align_all([], [], [])] == [0, 0]
-    assert len(token_ranges_all([], [])) == 0
+    assert [len(side) for side in align([], [], [])] == [0, 0]
+    assert len(token_ranges([], [])) == 0

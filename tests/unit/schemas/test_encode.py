@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, processors
 
 import four_tokenizers
+from references.alignment import align_one, ranges_of
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.ragged import row_offsets
 from xkd_schemas.text import encode
-from xkd_schemas.text.alignment import align, token_ranges
 from xkd_schemas.text.encode import REASONS, Encoder
 from xkd_schemas.text.offsets import BORDER_REACH, EncodedText, blanks, content_intervals
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
@@ -107,7 +107,7 @@ def test_aligned_spans_of_every_pair_cover_the_same_characters(
 ) -> None:
     student, teacher = encoder_of(student_kind).encode(document), encoder_of(teacher_kind).encode(document)
 
-    ours, theirs = align(student, teacher, np.array([s.end for s in document.segments]))
+    ours, theirs = align_one(student, teacher, np.array([s.end for s in document.segments]))
 
     assert ours.shape == theirs.shape
     for spans in (ours, theirs):
@@ -223,7 +223,7 @@ def test_words_find_their_tokens() -> None:
     text = "the lamp on the wall"
     tokens = encoder_of("unigram").encode(document_of([("text", text, True)], source="t", line=1))
 
-    ranges = token_ranges(tokens, np.array([(0, 3), (4, 8), (9, 11), (12, 15), (16, 20)], np.int32))
+    ranges = ranges_of(tokens, np.array([(0, 3), (4, 8), (9, 11), (12, 15), (16, 20)], np.int32))
 
     for (first, end), word in zip(ranges.tolist(), text.split(), strict=True):
         assert text[tokens.spans[first, 0] : tokens.spans[end - 1, 1]] == word

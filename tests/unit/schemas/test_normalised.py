@@ -12,8 +12,8 @@ from tokenizers import NormalizedString, Regex, normalizers
 import four_tokenizers
 from hostile_text import hostile_texts
 from normalising_tokenizers import NORMALISING, TEXTS, denormal_texts, normalising
+from references.alignment import align_one
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.text.alignment import align
 from xkd_schemas.text.encode import INTERVALS_VERSION, Encoder
 from xkd_schemas.text.normalizer.offset_repair import explained
 from xkd_schemas.text.normalizer.offsets import Normalised
@@ -106,7 +106,7 @@ def test_a_boundary_shared_with_a_tokenizer_that_changes_nothing_cuts_nothing_th
     document = lone(text)
     changed, raw = encoder_of(kind).encode(document), plain.encode(document)
 
-    ours, _ = align(changed, raw, np.array([len(text)], np.int32))
+    ours, _ = align_one(changed, raw, np.array([len(text)], np.int32))
 
     normalise = normalising(kind).backend_tokenizer.normalizer.normalize_str
     for end in changed.spans[ours[changed.kinds[ours[:, 0]] == CONTENT][:, 1] - 1, 1].tolist():

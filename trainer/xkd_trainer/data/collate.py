@@ -201,7 +201,7 @@ def _tokens(row: Row) -> Tokens:
 def _kept_ranges(teacher: Row, spans: Array) -> Array:
     """Words or phrases as ranges of the kept teacher rows, [U, 2]; (0, 0) for those not whole in a target."""
     targets = teacher["targets"]
-    ranges = token_ranges(_tokens(teacher), spans).astype(np.int64)
+    ranges = token_ranges([_tokens(teacher)], [spans])[0].astype(np.int64)
     whole = (ranges[:, 1] > ranges[:, 0]) & np.append(targets, False)[ranges[:, 0]]
     first = np.searchsorted(kept_rows(targets), ranges[:, 0])
     return np.where(whole[:, None], np.stack([first, first + ranges[:, 1] - ranges[:, 0]], axis=1), 0)
