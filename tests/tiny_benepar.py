@@ -14,7 +14,7 @@ from benepar.parse_chart import ChartParser
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-from xkd_pipeline.parsing.benepar_model import special_tokens_answered
+from xkd_pipeline.parsing.benepar_parser import special_tokens_answered
 
 TREES = (
     "(TOP (S (NP (DT The) (NN fox)) (VP (VBD saw) (NP (DT a) (NN dog))) (. .)))",

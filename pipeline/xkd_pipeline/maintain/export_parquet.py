@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 
 from xkd_schemas.cache.manifest import to_json
 from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
-from xkd_schemas.durable_files import disk_errors, sync_folder, write_beside
+from xkd_schemas.durable_files import disk_errors, own_folder, sync_folder, write_beside
 from xkd_schemas.errors import UsageError
-from xkd_schemas.own_folders import own_folder
 
 BF16: Final = "uint16 bits of bfloat16: the float32 whose upper 16 bits they are and whose lower 16 bits are 0"
 

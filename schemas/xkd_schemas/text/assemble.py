@@ -11,8 +11,7 @@ import numpy as np
 
 from xkd_schemas.ragged import row_offsets
 from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch
-from xkd_schemas.text.normalizer.offset_repair import explained
-from xkd_schemas.text.normalizer.offsets import Normalised
+from xkd_schemas.text.normalizer import Normalised, explained
 from xkd_schemas.text.offsets import EncodedText
 from xkd_schemas.text.tokenizers import Encoded
 from xkd_schemas.tokens import CONTENT, END, TEMPLATE, Bools, Int32s

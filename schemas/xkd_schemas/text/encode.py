@@ -28,7 +28,7 @@ from xkd_schemas.errors import UsageError
 from xkd_schemas.text.assemble import Frame, assembled
 from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch, pieces_of
 from xkd_schemas.text.native_template import NOTHING, Reader, cut_row, native_tokens
-from xkd_schemas.text.normalizer.offsets import Normalised
+from xkd_schemas.text.normalizer import Normalised
 from xkd_schemas.text.offsets import cut_point
 from xkd_schemas.text.rendering import CHANGED, PROBE, REFUSED, REORDERED, ChatTemplate, NotRendered, Rendered
 from xkd_schemas.text.templates import CHAT, Layout, check_template, layout, refuse_text, where

@@ -19,8 +19,7 @@ import numpy as np
 
 from xkd_schemas.ragged import row_offsets
 from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch
-from xkd_schemas.text.normalizer.offset_repair import explained
-from xkd_schemas.text.normalizer.offsets import Normalised
+from xkd_schemas.text.normalizer import Normalised, explained
 from xkd_schemas.text.offsets import EncodedText, blanks
 from xkd_schemas.text.rendering import Rendered, Turn
 from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encoded_by, native_backend

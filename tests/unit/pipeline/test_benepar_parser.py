@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from hostile_text import hostile_texts
 from tiny_benepar import MAX_POSITIONS, TREES, train_tiny_benepar
 from xkd_pipeline.parsing import benepar_parser
-from xkd_pipeline.parsing.benepar_model import load_model, phrase_labels, special_tokens_answered
-from xkd_pipeline.parsing.benepar_parser import BeneparParser
+from xkd_pipeline.parsing.benepar_parser import BeneparParser, load_model, phrase_labels, special_tokens_answered
 from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_schemas.documents import Document, checked_spans, document_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError

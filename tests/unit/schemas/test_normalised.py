@@ -15,9 +15,7 @@ from normalising_tokenizers import NORMALISING, TEXTS, denormal_texts, normalisi
 from references.alignment import align_one
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.text.encode import INTERVALS_VERSION, Encoder
-from xkd_schemas.text.normalizer.offset_repair import explained
-from xkd_schemas.text.normalizer.offsets import Normalised
-from xkd_schemas.text.normalizer.segments import LONGEST_PART, REACHES, Memo
+from xkd_schemas.text.normalizer import LONGEST_PART, REACHES, Memo, Normalised, explained
 from xkd_schemas.text.offsets import EncodedText, content_intervals
 from xkd_schemas.text.tokenizers import Encoded, encode_texts, encoded_by
 from xkd_schemas.tokens import CONTENT, OK, Tokens
@@ -244,7 +242,7 @@ def test_a_tokenizer_that_cuts_the_normalised_text_otherwise_is_not_explained(mo
         found = encoded_by(backend, texts)
         return found._replace(ids=found.ids + 1)
 
-    monkeypatch.setattr("xkd_schemas.text.normalizer.offsets.encoded_by", other)
+    monkeypatch.setattr("xkd_schemas.text.normalizer.encoded_by", other)
 
     assert encoder.encode(lone("e\u0301")).status == "uncovered_characters"
 
@@ -262,7 +260,7 @@ def test_a_bad_document_changes_no_other_of_its_batch_and_segments_keep_their_pl
 
 
 def test_what_is_known_of_short_strings_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xkd_schemas.text.normalizer.segments.MOST_KNOWN", 3)
+    monkeypatch.setattr("xkd_schemas.text.normalizer.MOST_KNOWN", 3)
     asked: list[str] = []
     known = Memo(lambda key: asked.append(key) or key.upper())
 

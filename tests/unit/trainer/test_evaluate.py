@@ -20,7 +20,7 @@ from fake_hardware import hardware_is
 from four_tokenizers import tokenizer_of, wrapped
 from xkd_pipeline.stages import align_stage
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.corpus.held_out import held_out_documents
+from xkd_schemas.corpus.sources import held_out_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.text.encode import Encoder
