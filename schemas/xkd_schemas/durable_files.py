@@ -145,7 +145,7 @@ def put_if_absent(target: Path, content: bytes) -> bool:
         return True
 
 
-def saved(target: Path, save: Callable[[Path], object]) -> None:
+def save_file(target: Path, save: Callable[[Path], object]) -> None:
     """Let a library write one file by its path, then make it durable and put it at `target`."""
     with disk_errors(target):
         make_folder(target.parent)
@@ -160,7 +160,7 @@ def saved(target: Path, save: Callable[[Path], object]) -> None:
         sync_folder(target.parent)
 
 
-def saved_folder(target: Path, save: Callable[[Path], object]) -> list[str]:
+def save_folder(target: Path, save: Callable[[Path], object]) -> list[str]:
     """Let a library write files into an empty folder, then put each into `target`; their names, sorted.
 
     A name that the library did not write this time is left as it is. There must be one writer at a time.
@@ -263,7 +263,7 @@ def own_folder(parent: Path, prefix: str, *, mode: int = 0o777) -> Iterator[Path
     Folders of the same prefix that no live process owns are removed first. With XKD_DEBUG set it stays until then.
     """
     remove_ownerless(parent, prefix)
-    folder, descriptor = _made(parent, prefix, mode)
+    folder, descriptor = _make_locked(parent, prefix, mode)
     try:
         yield folder
     finally:
@@ -272,7 +272,7 @@ def own_folder(parent: Path, prefix: str, *, mode: int = 0o777) -> Iterator[Path
         os.close(descriptor)
 
 
-def _made(parent: Path, prefix: str, mode: int) -> tuple[Path, int]:
+def _make_locked(parent: Path, prefix: str, mode: int) -> tuple[Path, int]:
     while True:
         folder = parent / f"{prefix}{os.getpid()}-{os.urandom(3).hex()}"
         folder.mkdir(mode=mode)

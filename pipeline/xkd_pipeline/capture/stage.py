@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents
 from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.token_columns import encoded_but, token_columns, token_counts, units_like
+from xkd_pipeline.tables.token_columns import token_columns, token_counts, units_like
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Spec
@@ -73,8 +73,8 @@ class TeacherStage:
             if care.batch:
                 torch.cuda.empty_cache()
                 settings = replace(settings, batch_tokens=care.batch)
-            rows = documents_of(documents.shard(unit))
-            tokens, readings = _read(rows, encoder, care.lost)
+            rows = documents_of(documents.shard(unit), care.lost)
+            tokens, readings = _read(rows, encoder)
             captured = capture(model, readings, wanted, settings)
             stored = coded(captured, wanted, self.settings.codec, head)
             columns = {
@@ -134,8 +134,8 @@ def encoder_of(settings: TeacherSettings) -> Encoder:
     )  # fmt: skip
 
 
-def _read(rows: DocumentRows, encoder: Encoder, lost: Collection[int]) -> tuple[TokenBatch, list[Reading]]:
-    encoded = encoded_but(encoder, rows.block, lost)
+def _read(rows: DocumentRows, encoder: Encoder) -> tuple[TokenBatch, list[Reading]]:
+    encoded = rows.encode(encoder)
     words, phrases = (
         token_ranges(encoded, [spans_read(s, n) for s, n in zip(spans, encoded.num_chars.tolist(), strict=True)])
         for spans in (rows.words, rows.phrases)

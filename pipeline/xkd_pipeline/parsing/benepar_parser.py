@@ -37,7 +37,7 @@ from xkd_pipeline.parsing.spacy_parser import (
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
-from xkd_schemas.progress import ticked
+from xkd_schemas.progress import tick_each
 
 MAX_SENTENCE_TOKENS: Final = 256
 """Tokens of the longest sentence that is parsed: memory grows with their square, to 0.9 GB at 300."""
@@ -99,7 +99,7 @@ class BeneparParser:
     def parse(self, documents: Sequence[Document]) -> list[Spans]:
         """Spans of each document, in order; a segment parsed in pieces counts as "segment_cut"."""
         spans = []
-        for document in ticked(documents):
+        for document in tick_each(documents):
             pieces = list(document_pieces(document, self.max_piece_chars))
             if len(pieces) > len(document.segments):
                 self.notes["segment_cut"] += len(pieces) - len(document.segments)
@@ -212,7 +212,7 @@ LABELS: Final = ("NP", "VP")
 
 
 @contextlib.contextmanager
-def special_tokens_answered() -> Iterator[None]:
+def answer_special_tokens() -> Iterator[None]:
     """Let benepar 0.2.0 load under transformers 5, which has lost `build_inputs_with_special_tokens`.
 
     benepar asks it once, while loading, which special tokens stand round one sentence.
@@ -282,7 +282,7 @@ def load_model(path: Path) -> Any:
     # what torch raises for a file that is no list of tensors; the class lives in a module that nothing here imports
     not_tensors = (vars(torch.serialization)["pickle"].UnpicklingError, EOFError, struct.error)
     try:
-        with special_tokens_answered():
+        with answer_special_tokens():
             return ChartParser.from_trained(str(path)).eval()
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, *not_tensors) as error:
         line = " ".join(str(error).split())[:200]

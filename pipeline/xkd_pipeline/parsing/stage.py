@@ -188,7 +188,7 @@ def make_documents(
                 f"{rejected} of {read} rows cannot be used ({_reasons(commits)}), more than "
                 f"--max-reject {limits.max_reject:g} allows; the first: {_first_reject(folder)}; all are in {folder}",
                 kept="every finished shard",
-                fix="mend the corpus, or name other columns with --column"
+                fix="fix the corpus, or name other columns with --column"
                 + f", or accept them with --max-reject {min(1.0, 1.1 * rejected / read):.2g}" * (rejected < read),
             )
         if len(commits) == len(units) and sum(c.rows for c in commits) == 0:

@@ -79,7 +79,7 @@ SHIPPED: Final = ("xkd_schemas", "xkd_trainer", "xkd_pipeline")
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
-def doors(ray: Any) -> list[tuple[str, str, int]]:
+def find_ray_processes(ray: Any) -> list[tuple[str, str, int]]:
     """Name, address and port of the processes without which nothing goes on: the head's, and this machine's own."""
     context = ray.get_runtime_context()
     host, _, port = context.gcs_address.rpartition(":")
@@ -119,7 +119,7 @@ END_SECONDS: Final = 20.0
 """A Ray whose head is gone may wait for it for a minute and then end this process with its own exit status."""
 
 
-def end(ray: Any) -> None:
+def shut_down(ray: Any) -> None:
     """Shut Ray down; where it does not come back in time it is left to die with this process."""
     closing = threading.Thread(target=ray.shutdown, daemon=True)
     closing.start()
@@ -204,7 +204,7 @@ def _join(address: str) -> None:
         ray.init(address=address, runtime_env={"py_modules": modules}, **_quiet())
     except AuthenticationError as error:
         raise Refused(
-            f"the Ray cluster at {address} does not take our token: {said(error)}",
+            f"the Ray cluster at {address} does not take our token: {telling_line(error)}",
             fix="set RAY_AUTH_TOKEN_PATH to a copy of the head's token file that only you can read",
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -246,7 +246,7 @@ def refuse_too_small(ray: Any, workers: Workers) -> None:
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def said(error: BaseException) -> str:
+def telling_line(error: BaseException) -> str:
     """The telling line of what Ray says of a death."""
     lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
     telling = next((line for line in lines if line.startswith("The actor is dead because")), "")
@@ -287,7 +287,7 @@ class RayPool:
         self._own = ExitStack()
         self._cwd = str(Path.cwd())
         self._mark: Path | None = None
-        self._doors: list[tuple[str, str, int]] = []
+        self._processes: list[tuple[str, str, int]] = []
 
     def __enter__(self) -> Self:
         try:
@@ -302,7 +302,7 @@ class RayPool:
         import ray
 
         self._ray = ray
-        self._doors = doors(ray)
+        self._processes = find_ray_processes(ray)
         self._place: Place | None = None
         refuse_too_small(ray, self._workers)
         if self._workers.address is not None:
@@ -315,7 +315,7 @@ class RayPool:
     def __exit__(self, *_raised: object) -> None:
         if "ray" in sys.modules:
             with handlers_kept(default=True):  # a second signal does not wait
-                end(sys.modules["ray"])
+                shut_down(sys.modules["ray"])
         if self._mark is not None:
             with suppress(OSError):
                 remove(self._mark)
@@ -360,16 +360,16 @@ class RayPool:
                 return Exhausted(first_line(cause))
             raise
         except OutOfMemoryError as error:
-            return Died(said(error), for_memory=True)
+            return Died(telling_line(error), for_memory=True)
         except RayActorError as error:
-            return Died(said(error))
+            return Died(telling_line(error))
         except RayError as error:
-            raise WorkersGone(f"Ray fails: {said(error)}", kept=KEPT, fix=AGAIN) from error
+            raise WorkersGone(f"Ray fails: {telling_line(error)}", kept=KEPT, fix=AGAIN) from error
         return value if isinstance(value, Commit) else Ready()
 
     def _refuse_silence(self) -> None:
         """Raise WorkersGone where Ray's own processes do not answer: Ray itself would wait for a minute and exit."""
-        for name, host, port in self._doors:
+        for name, host, port in self._processes:
             if silence := no_answer(host, port):
                 reason = f"its {name} at {host}:{port} does not answer: {silence}"
                 raise WorkersGone(f"the Ray cluster is gone: {reason}", kept=KEPT, fix=AGAIN)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from xkd_pipeline.workers.bisect_rows import Search, culprits
-from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, recorded, smaller, unit_of
+from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, smaller, unit_of, with_care
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
@@ -124,9 +124,9 @@ class Schedule:
             remark(self._at_work())
             for worker, what in self._pool.reports(1.0):
                 if worker in self._loading:
-                    self._started(worker, what)
+                    self._note_start(worker, what)
                 elif worker in self._busy:
-                    self._heard(worker, what, done)
+                    self._note_report(worker, what, done)
             self._end_the_silent()
 
     def _at_work(self) -> str:
@@ -145,15 +145,15 @@ class Schedule:
         while self._idle and self._queue:
             worker, task = self._idle.pop(), self._queue.popleft()
             self._busy[worker] = task, self._clock()
-            self._pool.give(worker, task.job, self._sent(task))
+            self._pool.give(worker, task.job, self._care_for(task))
 
-    def _sent(self, task: _Task) -> MadeDifferently:
+    def _care_for(self, task: _Task) -> MadeDifferently:
         if task.search is None:
             return task.care
         others = set(range(self._stage.rows(task.job))) - set(task.rows)
         return task.care.model_copy(update={"lost": tuple(sorted(others))})
 
-    def _started(self, worker: Hashable, what: object) -> None:
+    def _note_start(self, worker: Hashable, what: object) -> None:
         del self._loading[worker]
         if isinstance(what, Ready):
             self._idle.append(worker)
@@ -161,9 +161,9 @@ class Schedule:
         else:
             memory = isinstance(what, Exhausted) or (isinstance(what, Died) and what.for_memory)
             reason = what.reason if isinstance(what, Died | Exhausted) else _SILENT
-            self._not_started(reason, OutOfMemory if memory else WorkersGone)
+            self._note_bad_start(reason, OutOfMemory if memory else WorkersGone)
 
-    def _not_started(self, reason: str, kind: type[XkdError] = WorkersGone) -> None:
+    def _note_bad_start(self, reason: str, kind: type[XkdError] = WorkersGone) -> None:
         self._bad_starts += 1
         if self._bad_starts < TRIES:
             return
@@ -172,10 +172,10 @@ class Schedule:
             raise kind(f"no worker starts, {TRIES} in a row ended in loading: {reason}", kept=KEPT, fix=AGAIN)
         warn(f"{TRIES} workers in a row did not start: {reason}; going on with {self._count}")
 
-    def _heard(self, worker: Hashable, what: object, done: Callable[[Commit], None]) -> None:
+    def _note_report(self, worker: Hashable, what: object, done: Callable[[Commit], None]) -> None:
         task, since = self._busy.pop(worker)
         if isinstance(what, Died):
-            self._died(task, what)
+            self._note_death(task, what)
             return
         self._idle.append(worker)
         if isinstance(what, Exhausted):
@@ -185,9 +185,9 @@ class Schedule:
             self._go_on(task, died=False)
         elif isinstance(what, Commit):
             self._seconds.append(self._clock() - since)
-            done(recorded(what, task.care))
+            done(with_care(what, task.care))
 
-    def _died(self, task: _Task, death: Died) -> None:
+    def _note_death(self, task: _Task, death: Died) -> None:
         if task.search is not None:
             self._go_on(task, died=True)
             return
@@ -249,7 +249,7 @@ class Schedule:
             if now - since > max(FIRST_SECONDS, self._stall or 0.0):
                 del self._loading[worker]
                 self._pool.kill(worker)
-                self._not_started(_SILENT)
+                self._note_bad_start(_SILENT)
 
     def _limit(self) -> float:
         if self._stall is not None:

@@ -122,13 +122,11 @@ def _decoders(path: Path, schema: pa.Schema) -> dict[str, Decoder]:
     for field in schema:
         name = (field.metadata or {}).get(b"codec", b"").decode()
         if name in CODECS and name != PLAIN:
-            found[field.name] = functools.partial(_decoded, path, CODECS[name], field.name, schema.metadata or {})
+            found[field.name] = functools.partial(_decode, path, CODECS[name], field.name, schema.metadata or {})
     return found
 
 
-def _decoded(
-    path: Path, codec: Codec, column: str, metadata: Mapping[bytes, bytes], read: Callable[[str], Any]
-) -> Any:
+def _decode(path: Path, codec: Codec, column: str, metadata: Mapping[bytes, bytes], read: Callable[[str], Any]) -> Any:
     try:
         return codec.decode(column, read, metadata)
     except BadData as error:

@@ -42,11 +42,11 @@ def local_copy(url: str) -> Path:
         InputMissing: Not there or out of reach.
         UsageError: The address's kind needs a package that is not installed.
     """
-    return _copied(url)
+    return _copy(url)
 
 
 @functools.cache
-def _copied(url: str) -> Path:
+def _copy(url: str) -> Path:
     name = PurePosixPath(shown(url)).name
     files, path = _store_of(url)
     with _remote_errors(url):

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from xkd_schemas.errors import BadData, InputMissing, Refused
 
@@ -33,13 +33,6 @@ ZSTD_PIECE_BYTES: Final = 4096
 BOM: Final = b"\xef\xbb\xbf"
 
 
-class Hash(Protocol):
-    """What `hashlib.sha256()` returns."""
-
-    def update(self, data: bytes, /) -> None:
-        """Take more bytes into the digest."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LongLine:
     """A line above the limit; its bytes were read and dropped."""
@@ -53,7 +46,7 @@ class LongLine:
 Line = bytes | LongLine
 
 
-def read_chunks(path: Path, *, first_byte: int = 0, digest: Hash | None = None) -> Iterator[bytes]:
+def read_chunks(path: Path, *, first_byte: int = 0, digest: "hashlib._Hash | None" = None) -> Iterator[bytes]:
     """Raw bytes of a file from `first_byte` on, taken into `digest` as they pass.
 
     Raises:
@@ -126,14 +119,14 @@ def expand(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
         return
     num_read = num_written = 0
 
-    def counted() -> Iterator[bytes]:
+    def counting() -> Iterator[bytes]:
         nonlocal num_read
         for chunk in chunks:
             num_read += len(chunk)
             yield chunk
 
     try:
-        for content in expander(path, counted()):
+        for content in expander(path, counting()):
             num_written += len(content)
             if num_written > min(MAX_EXPANDED_BYTES, max(FREE_BYTES, MAX_RATIO * num_read)):
                 raise Refused(
@@ -200,12 +193,3 @@ def split_lines(chunks: Iterator[bytes], *, limit: int = MAX_LINE_BYTES) -> Iter
             current.add(tail)
     if current.num_bytes:
         yield at, current.take()
-
-
-def trimmed(line: Line) -> Line:
-    r"""The line without one trailing `\r`: files written on Windows.
-
-    >>> trimmed(b"{}\r")
-    b'{}'
-    """
-    return line.removesuffix(b"\r") if isinstance(line, bytes) else line

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from xkd_schemas.corpus.address import is_url, local_copy, shown
-from xkd_schemas.corpus.files import FOLDER_SUFFIXES, SUFFIXES, Content, CorpusFile, count_file, exactly, file_rows
+from xkd_schemas.corpus.files import (
+    FOLDER_SUFFIXES,
+    SUFFIXES,
+    Content,
+    CorpusFile,
+    count_file,
+    file_rows,
+    take_exactly,
+)
 from xkd_schemas.corpus.formats import AUTO, FORMS, check_fields, choose_form
 from xkd_schemas.corpus.rows import ROW_KEYS, RawRow, RejectedRow, parsed_row, read_documents, references_of
 from xkd_schemas.documents import Document
@@ -100,7 +108,7 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
         Refused: a compressed file grows without measure.
     """
     check_fields(form, columns)
-    parts, digest, remarks = _located(name)
+    parts, digest, remarks = _locate(name)
     sample = _sample(parts)
     chosen, resolved, fit = choose_form(name, form, columns, sample)
     boms = sum(part.num_boms for part in parts)
@@ -118,10 +126,10 @@ def digest_of(name: str) -> str:
     Raises:
         InputMissing, UsageError, BadData, Refused: as `open_source`.
     """
-    return _located(name)[1]
+    return _locate(name)[1]
 
 
-def _located(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
+def _locate(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
     """(parts, digest, remarks)"""
     if is_url(name):
         return _at_address(name)
@@ -266,8 +274,8 @@ def _sample(parts: Sequence[CorpusFile]) -> list[dict[str, object]]:
 
 def _part_rows(part: CorpusFile, first: int, columns: Sequence[str] | None) -> Iterator[Content]:
     if part.kind == "hub":
-        return exactly(part, _hub_rows(part.path, first), first)
-    return exactly(part, file_rows(part, first=first, columns=columns), first)
+        return take_exactly(part, _hub_rows(part.path, first), first)
+    return take_exactly(part, file_rows(part, first=first, columns=columns), first)
 
 
 MAX_CHARS: Final = 1_000_000

@@ -169,9 +169,9 @@ def _documents(first: Int64s) -> Int64s:
     return np.repeat(np.arange(len(first) - 1), np.diff(first))
 
 
-def _on_line(line: Line, documents: Int64s, characters: Int32s) -> Int32s | Int64s:
+def _on_line(line: Line, documents: Int64s, characters: Int32s) -> Int64s:
     """Characters of documents as places on the line; those behind a document's cut stand between it and the next."""
-    places: Int32s | Int64s = np.minimum(line.base_R[documents] + characters, line.base_R[documents + 1])
+    places: Int64s = np.minimum(line.base_R[documents] + characters, line.base_R[documents + 1])
     return places
 
 

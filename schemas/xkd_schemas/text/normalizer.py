@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from xkd_schemas.ragged import row_offsets
 from xkd_schemas.text.offsets import EncodedText, blanks, content_intervals
-from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encoded_by, plain, plain_backend
+from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encode_with, plain, plain_backend
 from xkd_schemas.tokens import OK, Bools, Int32s
 
 Int64s = npt.NDArray[np.int64]
@@ -63,7 +63,7 @@ class Classes(NamedTuple):
 
 
 @functools.cache
-def classes() -> Classes:
+def mark_classes() -> Classes:
     """The tables, made once in a process."""
     size = LAST_CODE + 1
     first, last = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
@@ -81,7 +81,7 @@ def classes() -> Classes:
     return found
 
 
-def doubtful(texts: Sequence[str], *, deep: bool, maps: bool = False) -> Bools:
+def find_doubtful(texts: Sequence[str], *, deep: bool, maps: bool = False) -> Bools:
     """In which texts [N] marks stand that a normaliser may swap, or merge unseen with a part of what is before them.
 
     Args:
@@ -89,15 +89,16 @@ def doubtful(texts: Sequence[str], *, deep: bool, maps: bool = False) -> Bools:
         deep: The normaliser takes apart what is only compatible, such as a ligature.
         maps: It looks strings up in a map; then it is `deep` as well.
 
-    >>> [doubtful(["e\\u0301", "q\\u0301\\u0323", "\\ufb01\\u0300"], deep=deep).tolist() for deep in (False, True)]
-    [[False, True, False], [False, True, True]]
+    >>> find_doubtful(["e\\u0301", "q\\u0301\\u0323", "\\ufb01\\u0300"], deep=True).tolist()
+    [False, True, True]
     """
     found = np.zeros(len(texts), np.bool_)
     numbers = [n for n, text in enumerate(texts) if maps or not text.isascii()]
     if not numbers:
         return found
     codes_L = np.frombuffer("\n".join([texts[n] for n in numbers]).encode("utf-32-le"), np.uint32)
-    known = classes()
+    known = mark_classes()
+    # characters that may have merged with, or changed places with, the one before them
     at = np.flatnonzero((known.follows if deep else known.first).take(codes_L, mode="clip"))
     code, before = (np.minimum(codes_L[places], LAST_CODE) for places in (at, np.maximum(at - 1, 0)))
     bad = (known.first[code] > 0) & (known.last[before] > known.first[code])
@@ -114,7 +115,7 @@ REACHES: Final = (1, 2, 4, 8, 16)
 """Characters to the left and right of a cut that must be normalised alike together and apart: more where fewer do not
 give the normalised text."""
 LONGEST_PART: Final = 64
-"""Characters; text that is only normalised in longer stretches is not explained."""
+"""Characters; text that is only normalised in longer stretches is not repair_intervals."""
 MOST_KNOWN: Final = 100_000
 """Short strings whose normalised form is remembered."""
 WORDS: Final = re.compile(r"\s+|\S+")
@@ -143,7 +144,7 @@ class Parts:
         self._word = Memo(lambda word: self._cut(word, self._form[word]))
 
     def of(self, text: str, normal: str) -> Cut | None:
-        """The parts of a text and its normalised form; None if it is not explained.
+        """The parts of a text and its normalised form; None if it is not repair_intervals.
 
         Words are cut once; only where a text is more than its words one after the other it is cut as a whole.
 
@@ -226,20 +227,20 @@ class Normalised:
         """Might the tokenizer change anything inside a text?"""
         return bool(self._inside)
 
-    def doubtful(self, texts: Sequence[str]) -> Bools:
+    def find_doubtful(self, texts: Sequence[str]) -> Bools:
         """In which texts [N] the library's offsets may be wrong although they leave no hole."""
         types = {step["type"] for step in self._inside}
-        return doubtful(texts, deep=bool(types & DEEP), maps="Precompiled" in types)
+        return find_doubtful(texts, deep=bool(types & DEEP), maps="Precompiled" in types)
 
     def offsets(self, texts: Sequence[str], encoded: Encoded) -> Int32s:
-        """The offsets [C, 2] of all texts in characters of each; of a text that is not explained those it had.
+        """The offsets [C, 2] of all texts in characters of each; of a text that is not repair_intervals those it had.
 
         Args:
             texts: Valid Unicode.
             encoded: Their ids and offsets as the tokenizer gave them.
         """
         read = [self._backend.normalizer.normalize_str(text) for text in texts]
-        again = encoded_by(self._rest, read)
+        again = encode_with(self._rest, read)
         found = encoded.offsets.copy()
         own, other = (itertools.pairwise(e.first.tolist()) for e in (encoded, again))
         for text, form, mine, theirs in zip(texts, read, own, other, strict=True):
@@ -249,15 +250,15 @@ class Normalised:
         return found
 
     def _through(self, text: str, form: str, offsets_C2: Int32s) -> Int32s | None:
-        """Offsets in the normalised text as offsets in the text; None if it is not explained."""
+        """Offsets in the normalised text as offsets in the text; None if it is not repair_intervals."""
         normal = self._parts.normalise(text) if self._ends else form
-        place = placed(form, normal, "".join(step.get("prepend", "") for step in self._ends))
+        place = find_shift(form, normal, "".join(step.get("prepend", "") for step in self._ends))
         parts = None if place is None else self._parts.of(text, normal)
         if place is None or parts is None:
             return None
         start_C, end_C = offsets_C2.T
         inside_C2 = np.stack([np.maximum(start_C + place, 0), np.maximum(end_C + place, np.minimum(end_C, 1))], axis=1)
-        return in_text(text, parts, inside_C2)
+        return map_to_text(text, parts, inside_C2)
 
     @functools.cached_property
     def _parts(self) -> Parts:
@@ -271,10 +272,10 @@ class Normalised:
         return plain(rest)
 
 
-def placed(form: str, normal: str, prefix: str) -> int | None:
+def find_shift(form: str, normal: str, prefix: str) -> int | None:
     """How far a form lies behind a normalised text of which blanks at the ends were taken and a prefix was given.
 
-    >>> placed("▁the lamp", " the lamp  ", "▁"), placed("the", " the", ""), placed("the", "then", "")
+    >>> find_shift("▁the lamp", " the lamp  ", "▁"), find_shift("the", " the", ""), find_shift("the", "then", "")
     (0, 1, None)
     """
     given = len(prefix) if prefix and form.startswith(prefix) else 0
@@ -293,12 +294,12 @@ def _steps(normaliser: Any) -> list[Mapping[str, Any]]:
         described = json.loads(normaliser.__getstate__())
     except Exception:  # the library's bare one: it cannot be written down
         return []
-    return _listed(described)
+    return _flatten(described)
 
 
-def _listed(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _flatten(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if described["type"] == "Sequence":
-        return [step for part in described["normalizers"] for step in _listed(part)]
+        return [step for part in described["normalizers"] for step in _flatten(part)]
     return [described]
 
 
@@ -308,7 +309,7 @@ def _normaliser(kind: Any, steps: Sequence[Mapping[str, Any]]) -> Any:
     return kind.from_str(json.dumps(described)).normalizer
 
 
-def in_text(text: str, parts: Cut, offsets_C2: Int32s) -> Int32s:
+def map_to_text(text: str, parts: Cut, offsets_C2: Int32s) -> Int32s:
     """Offsets in the normalised text as offsets in the text, [C, 2] int32: those of all parts that a token touches.
 
     Args:
@@ -319,34 +320,35 @@ def in_text(text: str, parts: Cut, offsets_C2: Int32s) -> Int32s:
     Example: "e" + U+0301, U+200B, "ﬁ" that became "é", nothing, "fi"
 
         >>> parts = Cut(np.array([0, 2, 3, 4]), np.array([0, 1, 1, 3]), np.array([False, True, False]))
-        >>> in_text("e\u0301\u200b\ufb01", parts, np.array([[0, 1], [1, 2], [2, 3]])).tolist()
+        >>> map_to_text("e\u0301\u200b\ufb01", parts, np.array([[0, 1], [1, 2], [2, 3]])).tolist()
         [[0, 3], [3, 4], [3, 4]]
     """
-    kept = np.flatnonzero(np.diff(parts.normal_P))
+    kept = np.flatnonzero(np.diff(parts.normal_P))  # parts of which something is left
     if not len(kept) or not len(offsets_C2):
         return np.zeros_like(offsets_C2)
     ends = parts.first_P[kept + 1]
-    starts = np.append(parts.first_P[kept], ends[-1])
-    normal = np.append(parts.normal_P[kept], parts.normal_P[-1])
+    starts = np.append(parts.first_P[kept], ends[-1])  # of these parts in the text
+    normal = np.append(parts.normal_P[kept], parts.normal_P[-1])  # and in the normalised text
     from_C = np.searchsorted(normal, offsets_C2[:, 0], side="right") - 1
     to_C = np.searchsorted(normal, offsets_C2[:, 1], side="left") - 1
     start_C, end_C = starts[from_C], np.maximum(ends[to_C], starts[from_C])
     if parts.blank_P.any():
-        _join(start_C, end_C, text, np.repeat(parts.blank_P, np.diff(parts.first_P)))
+        _give_vanished(start_C, end_C, text, np.repeat(parts.blank_P, np.diff(parts.first_P)))
     return np.stack([start_C, end_C], axis=1).astype(np.int32)
 
 
-def _join(start_C: Int64s, end_C: Int64s, text: str, gone_L: Bools) -> None:
+def _give_vanished(start_C: Int64s, end_C: Int64s, text: str, gone_L: Bools) -> None:
     """Give characters that vanished, where no token has them, to the token that they touch, in place.
 
     That is the one before them, or behind a blank the one after them. Between blanks they go to the last token before
     them, or to the first.
     """
-    steps = np.zeros(len(text) + 1, np.int64)
+    steps = np.zeros(len(text) + 1, np.int64)  # its running sum: tokens that have a character
     np.add.at(steps, start_C, 1)
     np.add.at(steps, end_C, -1)
     blank_L = blanks(text)
     lost_L = gone_L & ~blank_L & (np.cumsum(steps[:-1]) == 0)
+    # stretches that no token has, as start and end
     borders = np.flatnonzero(np.diff(lost_L, prepend=False, append=False))
     for start, end in borders.reshape(-1, 2).tolist():
         behind = int(np.searchsorted(end_C, start, side="right"))
@@ -371,7 +373,7 @@ class Intervals(NamedTuple):
     """[R] tokens that have other characters than the library's offsets say."""
 
 
-def explained(read: EncodedText, ids_C: Int32s, normalised: Normalised) -> Intervals:
+def repair_intervals(read: EncodedText, ids_C: Int32s, normalised: Normalised) -> Intervals:
     """`content_intervals`, of what was merged, swapped or deleted too.
 
     Args:
@@ -383,7 +385,7 @@ def explained(read: EncodedText, ids_C: Int32s, normalised: Normalised) -> Inter
     found = Intervals(spans_C2, statuses, np.zeros(len(statuses), np.int32))
     if not normalised.changes:
         return found
-    bad_R = normalised.doubtful(read.texts) | np.array([status != OK for status in statuses], np.bool_)
+    bad_R = normalised.find_doubtful(read.texts) | np.array([status != OK for status in statuses], np.bool_)
     if not bad_R.any():
         return found
     bad_C = np.repeat(bad_R[read.document_G], np.diff(read.first))
@@ -392,7 +394,7 @@ def explained(read: EncodedText, ids_C: Int32s, normalised: Normalised) -> Inter
     texts = [part.texts[d][start:end] for d, (start, end) in places]
     offsets_C2 = normalised.offsets(texts, Encoded(ids_C[bad_C], part.offsets_C2, part.first))
     better_C2, better = content_intervals(replace(part, offsets_C2=offsets_C2))
-    good_R = bad_R.copy()
+    good_R = bad_R.copy()  # those that the normaliser explains
     good_R[bad_R] = [status == OK for status in better]
     document_C = np.repeat(read.document_G, np.diff(read.first))
     good_C = good_R[document_C]

@@ -285,5 +285,5 @@ def test_a_run_that_names_another_template_than_its_table_has_is_refused() -> No
     student = {"model": "new:llama,layers=1,width=32", "tokenizer": str(made() / "student"), "template": "alpaca"}
     run = small_cache.run_file(made() / "cache", student=student)
 
-    with pytest.raises(Mismatch, match=r"students/S was made with template=none, this run says alpaca.*--template"):
+    with pytest.raises(Mismatch, match=r"aligned with --template none, this run asks for alpaca.*--template"):
         set_up(run, "")

@@ -60,7 +60,7 @@ def test_a_row_that_kills_the_parser_is_a_reject_and_counts_as_one(tmp_path: Pat
     assert verify(cache, "deep") == []
 
     _, run = begun(tmp_path / "strict", "documents", "teachers", "students")
-    with pytest.raises(BadData, match=r"1 of 12 rows cannot be used \(worker_killed 1\), more than --max-reject 0.01"):
+    with pytest.raises(BadData, match=r"1 of 8 rows cannot be used \(worker_killed 1\), more than --max-reject 0.01"):
         documents_stage(run, IN_PROCESS, lambda _line: None)
 
 
@@ -160,7 +160,7 @@ def test_one_document_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch
     hungry(monkeypatch, 0)
     _, run = begun(tmp_path, "teachers", "students")
 
-    with pytest.raises(OutOfMemory, match=r"unit 0: one document at a time does not go either: CUDA out of memory"):
+    with pytest.raises(OutOfMemory, match=r"unit 0: even a batch of one document fails: CUDA out of memory"):
         teacher_stage(run, IN_PROCESS)
 
 

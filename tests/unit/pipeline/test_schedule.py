@@ -123,7 +123,7 @@ def test_rows_that_kill_together_are_made_in_smaller_batches() -> None:
 
 def test_a_unit_that_kills_in_any_size_is_named() -> None:
     with pytest.raises(
-        WorkersGone, match=r"unit 0: one document at a time.*rows kill their worker together"
+        WorkersGone, match=r"unit 0: even a batch of one document fails.*rows kill their worker together"
     ) as caught:
         ran(FakePool(lambda _unit, care, _tries: made(0) if care.lost else Died("killed")), range(1))
     assert caught.value.exit_code == 69
@@ -143,7 +143,7 @@ def test_a_unit_out_of_memory_is_made_in_smaller_batches_and_the_record_says_so(
 
 
 def test_out_of_memory_with_one_document_ends_the_run() -> None:
-    with pytest.raises(OutOfMemory, match="unit 0: one document at a time does not go either: no memory") as caught:
+    with pytest.raises(OutOfMemory, match="unit 0: even a batch of one document fails: no memory") as caught:
         ran(FakePool(lambda _unit, _care, _tries: Exhausted("no memory")), range(1))
     assert caught.value.exit_code == 71
 

@@ -15,9 +15,9 @@ from normalising_tokenizers import NORMALISING, TEXTS, denormal_texts, normalisi
 from references.alignment import align_one
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.text.encode import INTERVALS_VERSION, Encoder
-from xkd_schemas.text.normalizer import LONGEST_PART, REACHES, Memo, Normalised, explained
+from xkd_schemas.text.normalizer import LONGEST_PART, REACHES, Memo, Normalised, repair_intervals
 from xkd_schemas.text.offsets import EncodedText, content_intervals
-from xkd_schemas.text.tokenizers import Encoded, encode_texts, encoded_by
+from xkd_schemas.text.tokenizers import Encoded, encode_texts, encode_with
 from xkd_schemas.tokens import CONTENT, OK, Tokens
 from xkd_trainer.losses.ops.vocabulary import BYTES_OF_CHARACTERS
 
@@ -124,7 +124,7 @@ def test_what_the_library_gets_right_stays_as_it_is(kind: str, texts: list[str])
     )  # fmt: skip
     normalised = Normalised(normalising(kind))
 
-    spans, statuses, extended = explained(read, encoded.ids, normalised)
+    spans, statuses, extended = repair_intervals(read, encoded.ids, normalised)
 
     library, before = content_intervals(read)
     for n, (start, end) in enumerate(itertools.pairwise(encoded.first.tolist())):
@@ -239,10 +239,10 @@ def test_a_tokenizer_that_cuts_the_normalised_text_otherwise_is_not_explained(mo
     assert encoder.encode(lone("e\u0301")).status == OK
 
     def other(backend: object, texts: list[str]) -> Encoded:
-        found = encoded_by(backend, texts)
+        found = encode_with(backend, texts)
         return found._replace(ids=found.ids + 1)
 
-    monkeypatch.setattr("xkd_schemas.text.normalizer.encoded_by", other)
+    monkeypatch.setattr("xkd_schemas.text.normalizer.encode_with", other)
 
     assert encoder.encode(lone("e\u0301")).status == "uncovered_characters"
 
