@@ -95,7 +95,7 @@ def _temporary_in(folder: Path) -> Path:
     return folder / f".tmp-{os.getpid()}-{os.urandom(6).hex()}"
 
 
-def write_beside(folder: Path, write: Callable[[IO[bytes]], None]) -> Path:
+def write_beside(folder: Path, write: Callable[[IO[bytes]], object]) -> Path:
     """Write a new temporary file in `folder`, fsync it, and return its path. Nothing is left on failure."""
     make_folder(folder)
     temporary = _temporary_in(folder)
@@ -126,7 +126,7 @@ def remove(path: Path) -> None:
 def replace(target: Path, content: bytes) -> None:
     """Write `content` to `target`, replacing what is there, so that a reader sees old or new and never half."""
     with disk_errors(target):
-        temporary = write_beside(target.parent, lambda stream: _write_all(stream, content))
+        temporary = write_beside(target.parent, lambda stream: stream.write(content))
         rename(temporary, target)
         sync_folder(target.parent)
 
@@ -134,7 +134,7 @@ def replace(target: Path, content: bytes) -> None:
 def put_if_absent(target: Path, content: bytes) -> bool:
     """Create `target` with `content`; False, and nothing changed, if it exists already."""
     with disk_errors(target):
-        temporary = write_beside(target.parent, lambda stream: _write_all(stream, content))
+        temporary = write_beside(target.parent, lambda stream: stream.write(content))
         try:
             disk.link(temporary, target)
         except FileExistsError:
@@ -210,10 +210,6 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _write_all(stream: IO[bytes], content: bytes) -> None:
-    stream.write(content)
 
 
 def inside(root: Path, *names: str) -> Path:

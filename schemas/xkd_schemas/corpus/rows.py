@@ -234,7 +234,7 @@ def _chat(value: object, column: str, row: Mapping[str, object], unused: dict[st
     parts: list[Part] = []
     value = [*_system_turn(row, value), *value]
     messages = [_message(message, f'"{column}"[{at}]', parts, unused) for at, message in enumerate(value)]
-    tools = _tools(row.get(TOOLS))
+    tools = _list(_json(row.get(TOOLS), f'"{TOOLS}"') or [], f'"{TOOLS}"')
     plain = all(list(m) == ["role", "content"] and m["content"] != "" for m in messages)
     if plain and not tools:
         return parts, ""
@@ -320,11 +320,6 @@ def _is_trained(said: dict[str, object], where: str) -> bool:
         if key in said and said[key] not in (0, 1):
             raise RowRejected(BAD_TYPE, f'"{key}" of {where} is {str(said[key])[:40]}, not 0, 1, true or false')
     return all(said.get(key, 1) for key in TRAINED_KEYS)
-
-
-def _tools(value: object) -> list[object]:
-    """The tools of a row: a list, or its JSON."""
-    return _list(_json(value, f'"{TOOLS}"') or [], f'"{TOOLS}"')
 
 
 def _list(value: object, what: str) -> list[object]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from xkd_schemas.corpus.address import is_url, local_copy, shown
 from xkd_schemas.corpus.files import (
@@ -147,15 +147,18 @@ def _locate(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
         return _in_folder(path)
     if not stat.S_ISREG(mode):
         raise InputMissing(f"{name} is not a regular file", fix="save the rows to a .jsonl file and name that")
-    if not path.name.endswith(SUFFIXES):
-        raise UsageError(f"{name}: the ending says no format", fix=f"use one of {' '.join(SUFFIXES)}")
+    _check_suffix(name)
     digest = hashlib.sha256()
     return (count_file(path, digest),), digest.hexdigest(), ()
 
 
+def _check_suffix(name: str) -> None:
+    if not name.endswith(SUFFIXES):
+        raise UsageError(f"{name}: unknown file extension", fix=f"use one of {' '.join(SUFFIXES)}")
+
+
 def _at_address(url: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
-    if not shown(url).endswith(SUFFIXES):
-        raise UsageError(f"{shown(url)}: the ending says no format", fix=f"use one of {' '.join(SUFFIXES)}")
+    _check_suffix(shown(url))
     digest = hashlib.sha256()
     part = count_file(local_copy(url), digest)
     return (part,), digest.hexdigest(), (f"{part.state[0]} bytes copied here while this command runs",)
@@ -229,22 +232,17 @@ def _hub_rows(path: str, first: int = 0) -> Iterator[Content]:
     """Rows of NAME@REVISION:SUBSET:SPLIT as they come in; none but the one at hand is held."""
     found = HUB_NAME.fullmatch(path)
     assert found is not None
-    datasets = _datasets(path)
+    try:
+        datasets = importlib.import_module("datasets")  # by name: the trainer works without it
+    except ImportError:
+        what = f"{path}: the hub needs datasets, which is not installed"
+        raise InputMissing(what, fix="pip install datasets") from None
     with _hub_errors(path):
         rows = datasets.load_dataset(
             found["name"], found["subset"], split=found["split"], revision=found["revision"], streaming=True
         )
         for row in rows.skip(first):
             yield dict(row)
-
-
-def _datasets(name: str) -> Any:
-    """The library, by name: the trainer works without it."""
-    try:
-        return importlib.import_module("datasets")
-    except ImportError:
-        what = f"{name}: the hub needs datasets, which is not installed"
-        raise InputMissing(what, fix="pip install datasets") from None
 
 
 @contextlib.contextmanager

@@ -92,8 +92,7 @@ class Encoder:
             raise UsageError(f"max_tokens is {self.max_tokens}, at least 2 are needed", fix="--max-tokens 1024")
         if self.tokenizer.eos_token_id is None:
             raise UsageError(
-                f"{name_of(self.tokenizer)}: this tokenizer has no end token (eos)",
-                fix="name eos_token in its config",
+                f"{name_of(self.tokenizer)}: this tokenizer has no end token (eos)", fix="name eos_token in its config"
             )
         if self.template == CHAT:
             self._chat.check()
@@ -177,14 +176,7 @@ class Encoder:
         return rendered, faults
 
     def check(self, documents: Iterable[Document]) -> None:
-        """Refuse a template that has no place for the documents, before anything is begun.
-
-        Args:
-            documents: The first ones. A layout must take each, a chat template one of them.
-
-        Raises:
-            UsageError: It says which roles do not fit, or why the chat template refuses the first one.
-        """
+        """UsageError where a layout does not take each of the first documents, or a chat template not one of them."""
         faults = [self._fault(document) for document in documents]
         if faults and all(faults):
             raise UsageError(f"{name_of(self.tokenizer)}: {faults[0]}", fix="fix the turns, or --template none")
@@ -236,8 +228,10 @@ class Encoder:
     def _assemble(self, block: DocumentBatch, num_chars: Int32s) -> TokenBatch:
         """The texts up to `num_chars` in their frames; `statuses` are the faults of the intervals."""
         encode = functools.partial(encode_texts, self.tokenizer)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        start = eos if bos is None else bos  # what a first target token is predicted from
         frames = [self._frame(block.document(n)) for n in range(len(block))]
-        return assemble_rows(block, num_chars, encode, self._normaliser, frames, self._start_id())
+        return assemble_rows(block, num_chars, encode, self._normaliser, frames, int(start))
 
     def _frame(self, document: Document) -> tuple[Frame, ...]:
         """The frame of every segment; the same for all documents with the same roles."""
@@ -268,11 +262,6 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         by_itself = self.tokenizer("x", verbose=False)["input_ids"]
         return [int(bos)] if bos is not None and by_itself[:1] == [bos] else []
-
-    def _start_id(self) -> int:
-        """What the first target token is predicted from where nothing else stands before it."""
-        bos = self.tokenizer.bos_token_id
-        return int(self.tokenizer.eos_token_id if bos is None else bos)
 
     def _enders(self) -> set[int]:
         """Special tokens that may end a turn: all but the start and the unknown token."""

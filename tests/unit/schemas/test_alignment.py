@@ -233,3 +233,8 @@ def test_a_blank_in_front_of_a_word_does_not_keep_its_token_out() -> None:
         [2, 3],
         [2, 2],
     ]
+
+
+def test_no_documents_give_no_rows() -> None:
+    assert [len(side) for side in align([], [], [])] == [0, 0]
+    assert len(token_ranges([], [])) == 0
