@@ -93,9 +93,9 @@ def smaller(
     unit, batch = unit_of(job), (care.batch or stage.batch(job)) // 2
     if batch == 0:
         raise kind(
-            f"unit {unit}: even a batch of one document fails: {reason}",
+            f"shard {unit}: even a batch of one document fails: {reason}",
             kept=KEPT,
             fix="free memory, use a machine with more, or cut documents shorter (--max-tokens); then run this again",
         )
-    warn(f"unit {unit}: {reason}; tried again in batches of {batch}")
+    warn(f"shard {unit}: {reason}; trying again in batches of {batch}")
     return care.model_copy(update={"batch": batch})

@@ -31,7 +31,7 @@ def asked_workers(workers: Workers) -> Workers:
     """
     if workers.count == 0 and (workers.address is not None or workers.gpus or workers.stall_seconds is not None):
         raise UsageError(
-            "--ray-address, --gpus-per-worker and --stall-timeout are about Ray's workers, and there are none",
+            "--ray-address, --gpus-per-worker and --stall-timeout need Ray workers, found --workers 0",
             fix="add --workers N",
         )
     return workers

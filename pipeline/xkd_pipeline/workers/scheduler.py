@@ -2,8 +2,8 @@
 
 Nothing here knows Ray: a pool starts and kills workers and reports what became of what they were given.
 
-A unit whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart (split.py), and
-those that kill every worker alone are left out. Rows that only kill together, and units that run out of memory, go
+A unit whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart (bisect_rows.py),
+and those that kill every worker alone are left out. Rows that only kill together, and units that run out of memory, go
 on in batches half as large. A worker that is silent for too long is killed; its unit is tried three times.
 """
 
@@ -31,7 +31,7 @@ SHORTEST_SECONDS: Final = 300.0
 MEDIANS: Final = 5
 
 
-_SILENT: Final = "no word from it"
+_SILENT: Final = "it does not answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ class Schedule:
         self._count, self._bad_starts = self._count - 1, 0
         if self._count == 0 or not (self._busy or self._idle):
             raise kind(f"no worker starts, {TRIES} in a row ended in loading: {reason}", kept=KEPT, fix=AGAIN)
-        warn(f"{TRIES} workers in a row did not start: {reason}; going on with {self._count}")
+        warn(f"{TRIES} workers in a row did not start: {reason}; continuing with {self._count}")
 
     def _note_report(self, worker: Hashable, what: object, done: Callable[[Commit], None]) -> None:
         task, since = self._busy.pop(worker)
@@ -193,14 +193,14 @@ class Schedule:
             return
         task.deaths += 1
         if task.deaths < TRIES:
-            warn(f"unit {task.unit}: its worker died ({death.reason}); try {task.deaths + 1} of {TRIES}")
+            warn(f"shard {task.unit}: its worker died ({death.reason}); try {task.deaths + 1} of {TRIES}")
         elif death.for_memory:
             task.care, task.deaths = smaller(self._stage, task.job, task.care, death.reason), 0
         else:
             rows = [row for row in range(self._stage.rows(task.job)) if row not in task.care.lost]
             if not rows:
-                raise WorkersGone(f"unit {task.unit} kills its worker without any of its rows", kept=KEPT, fix=AGAIN)
-            warn(f"unit {task.unit}: {TRIES} workers died ({death.reason}); its rows are tried apart")
+                raise WorkersGone(f"shard {task.unit} kills its worker even without its rows", kept=KEPT, fix=AGAIN)
+            warn(f"shard {task.unit}: {TRIES} workers died ({death.reason}); trying its rows separately")
             task.search = culprits(rows, tries=TRIES, most=MOST_LOST)
             self._go_on(task, died=None)
             return
@@ -218,12 +218,12 @@ class Schedule:
         task.search, task.deaths = None, 0
         if len(found) > MOST_LOST:
             raise WorkersGone(
-                f"unit {task.unit}: more than {MOST_LOST} rows kill their worker, so the rows are not the cause",
+                f"shard {task.unit}: more than {MOST_LOST} rows kill their worker, so the rows are not the cause",
                 kept=KEPT,
                 fix=f"run with --workers 0 to see what happens in this process; {AGAIN}",
             )
         if found:
-            warn(f"unit {task.unit}: left out, as they kill their worker: row {', '.join(map(str, found))}")
+            warn(f"shard {task.unit}: left out, as they kill their worker: row {', '.join(map(str, found))}")
             task.care = task.care.model_copy(update={"lost": tuple(sorted({*task.care.lost, *found}))})
         else:
             reason = "its rows kill their worker together and not alone"
@@ -239,11 +239,11 @@ class Schedule:
             task.hangs += 1
             if task.hangs >= TRIES:
                 raise WorkersGone(
-                    f"unit {task.unit} was not finished within {limit:g} s, {TRIES} times",
+                    f"shard {task.unit} was not finished within {limit:g} s, {TRIES} times",
                     kept=KEPT,
                     fix="allow it more with --stall-timeout SECONDS, or look at its documents",
                 )
-            warn(f"unit {task.unit}: no word for {limit:g} s; its worker is killed, try {task.hangs + 1} of {TRIES}")
+            warn(f"shard {task.unit}: no answer for {limit:g} s, worker killed; try {task.hangs + 1} of {TRIES}")
             self._queue.appendleft(task)
         for worker, since in list(self._loading.items()):
             if now - since > max(FIRST_SECONDS, self._stall or 0.0):

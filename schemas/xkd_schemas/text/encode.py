@@ -46,12 +46,12 @@ INTERVALS_VERSION: Final = 2
 
 REASONS: Final = {
     "lone_surrogate": "the text holds half of a surrogate pair, which no tokenizer takes",
-    "outside_text": "a token's interval leaves its segment or is turned round",
+    "outside_text": "a token's interval leaves its segment or ends before it starts",
     "offsets_not_monotone": "a token starts or ends before the one in front of it",
-    "uncovered_characters": "characters that are not blank are in no token, and its normaliser does not tell why",
+    "uncovered_characters": "characters that are not blank are in no token",
     "no_target": "no segment of the document is a target, or the targets give no token",
     REFUSED: "the chat template raises an error at the row's turns",
-    CHANGED: "the chat template changes the text, so that its characters are not found again",
+    CHANGED: "the chat template changes the text, and its characters cannot be found in the result",
     REORDERED: "the chat template writes the targets in another order",
     WORKER_KILLED: "a process that worked on the document died, every time",
     "no_target_after_cut": "cut to the longest length, the text has no target left",

@@ -84,7 +84,7 @@ def refuse_text(document: Document, template: str) -> None:
     """Raise UsageError where the document has no turns."""
     if any(segment.role == "text" for segment in document.segments):
         raise UsageError(
-            f"{where(document)}: plain text has no turns, the {template} template cannot be put round it",
+            f"{where(document)}: plain text has no turns, the {template} template does not apply",
             fix="--template none",
         )
 

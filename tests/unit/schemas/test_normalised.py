@@ -129,7 +129,7 @@ def test_what_the_library_gets_right_stays_as_it_is(kind: str, texts: list[str])
     library, before = content_intervals(read)
     for n, (start, end) in enumerate(itertools.pairwise(encoded.first.tolist())):
         own, was = spans[start:end], library[start:end]
-        if before[n] == OK and not normalised.doubtful([texts[n]])[0]:
+        if before[n] == OK and not normalised.find_doubtful([texts[n]])[0]:
             assert (statuses[n], extended[n], own.tolist()) == (OK, 0, was.tolist())
         assert extended[n] == (own != was).any(axis=1).sum()
         assert statuses[n] in (OK, before[n])
