@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, ExitStack, chdir, contextmanager, suppress
+from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -107,14 +107,6 @@ def start(workers: Workers, folder: Path) -> None:
             _join(workers.address)
 
 
-def private_folder() -> AbstractContextManager[Path]:
-    """A new folder that only this user can enter; what drivers that were killed left goes first.
-
-    Ray's files lie in a folder of their own inside: Ray opens the one it is given to all users.
-    """
-    return own_folder(Path(_short_folder()), "xkd-ray-", mode=0o700)
-
-
 END_SECONDS: Final = 20.0
 """A Ray whose head is gone may wait for it for a minute and then end this process with its own exit status."""
 
@@ -179,12 +171,6 @@ def _start_here(count: int, folder: Path) -> None:
     address = ray.get_runtime_context().gcs_address
     if not address.startswith(("127.", "[::1]")):
         warn(f"Ray listens on {address}, which other machines may reach; they need a token that only this run knows")
-
-
-def _short_folder() -> str:
-    """Where temporary files go; the sockets that Ray makes there have names of 107 characters at most."""
-    usual = tempfile.gettempdir()
-    return usual if len(usual) < 17 else "/tmp"
 
 
 def _join(address: str) -> None:
@@ -291,7 +277,10 @@ class RayPool:
 
     def __enter__(self) -> Self:
         try:
-            self._enter(self._own.enter_context(private_folder()))
+            usual = tempfile.gettempdir()
+            parent = Path(usual if len(usual) < 17 else "/tmp")  # Ray's sockets have names of 107 characters at most
+            # a folder that only this user can enter: Ray opens the one it is given, inside, to all users
+            self._enter(self._own.enter_context(own_folder(parent, "xkd-ray-", mode=0o700)))
         except BaseException:
             self.__exit__()
             raise

@@ -138,39 +138,31 @@ def expand(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
         raise BadData(f"{path}: not a sound gzip file: {error}", fix="copy or download it again") from error
 
 
-class _Collector:
-    """The line that is being read: its pieces, or only its digest once it is too long."""
+class _OpenLine:
+    """The line that is being read: its pieces, or only its head and digest once it is too long."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.start()
-
-    def start(self) -> None:
+        self.limit, self.num_bytes = limit, 0
         self.pieces: list[bytes] = []
-        self.num_bytes = 0
         self.digest: hashlib._Hash | None = None
 
     def add(self, piece: bytes) -> None:
         self.num_bytes += len(piece)
-        if self.digest is None:
-            self.pieces.append(piece)
-            if self.num_bytes > self.limit:
-                self.digest = hashlib.sha256()
-                head = b""
-                for held in self.pieces:
-                    self.digest.update(held)
-                    head += held[: HEAD_BYTES - len(head)]
-                self.pieces = [head]
-        else:
-            self.digest.update(piece)
-
-    def take(self) -> Line:
-        content = b"".join(self.pieces)
-        line: Line = content
         if self.digest is not None:
-            line = LongLine(num_bytes=self.num_bytes, sha256=self.digest.hexdigest(), head=content)
-        self.start()
-        return line
+            self.digest.update(piece)
+            return
+        self.pieces.append(piece)
+        if self.num_bytes > self.limit:
+            self.digest = hashlib.sha256()
+            for part in self.pieces:
+                self.digest.update(part)
+            self.pieces = [b"".join(part[:HEAD_BYTES] for part in self.pieces)[:HEAD_BYTES]]
+
+    def line(self) -> Line:
+        content = b"".join(self.pieces)
+        if self.digest is None:
+            return content
+        return LongLine(num_bytes=self.num_bytes, sha256=self.digest.hexdigest(), head=content)
 
 
 def split_lines(chunks: Iterator[bytes], *, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, Line]]:
@@ -181,15 +173,15 @@ def split_lines(chunks: Iterator[bytes], *, limit: int = MAX_LINE_BYTES) -> Iter
     >>> list(split_lines(iter([b"a\r", b"\nbc", b"d"])))
     [(0, b'a\r'), (3, b'bcd')]
     """
-    current, at = _Collector(limit), 0
+    current, at = _OpenLine(limit), 0
     for chunk in chunks:
         *ends, tail = chunk.split(b"\n")
         for piece in ends:
             current.add(piece)
-            num_bytes = current.num_bytes
-            yield at, current.take()
-            at += num_bytes + 1
+            yield at, current.line()
+            at += current.num_bytes + 1
+            current = _OpenLine(limit)
         if tail:
             current.add(tail)
     if current.num_bytes:
-        yield at, current.take()
+        yield at, current.line()

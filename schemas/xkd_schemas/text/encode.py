@@ -1,7 +1,7 @@
 """One document as one model reads it: token ids, character intervals, kinds and targets, cut to the model's length.
 
 Under none and alpaca segments are encoded one by one, so segment borders are token borders in every model; so is the
-template's glue. Under chat the template writes the row and the tokenizer reads that as a whole (native.py). An
+template's glue. Under chat the template writes the row and the tokenizer reads it whole (native_template.py). An
 interval leaves out the blanks glued to a token's front ("Ġw", "▁w"); a token of blanks only keeps them. Pieces of one
 character share its interval, and so does a lone "▁" that a tokenizer puts before a first character.
 

@@ -22,7 +22,7 @@ from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch
 from xkd_schemas.text.normalizer import Normalised, repair_intervals
 from xkd_schemas.text.offsets import EncodedText, blanks
 from xkd_schemas.text.rendering import Rendered, Turn
-from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encode_with, native_backend
+from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encode_with, set_plain
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Bools, Int32s, Tokens
 
 NOTHING: Rendered = Rendered("", np.zeros(0, np.int32), ())
@@ -58,7 +58,8 @@ def read_renderings(block: DocumentBatch, rendered: Sequence[Rendered], reader: 
     A row ends behind its last token of the text, or behind the end token of that turn: the one that the template
     puts there, else the tokenizer's own.
     """
-    encoded = encode_with(native_backend(reader.tokenizer), [r.text for r in rendered])
+    backend = set_plain(reader.tokenizer.backend_tokenizer, specials=True)
+    encoded = encode_with(backend, [r.text for r in rendered])
     read = _stretches([r.text for r in rendered], encoded, reader.added)
     found = repair_intervals(read, encoded.ids, reader.normalised)
     own = _own(block, rendered, encoded.first, found.spans_C2)

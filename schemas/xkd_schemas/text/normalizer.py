@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from xkd_schemas.ragged import row_offsets
 from xkd_schemas.text.offsets import EncodedText, blanks, content_intervals
-from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encode_with, plain, plain_backend
+from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encode_with, set_plain
 from xkd_schemas.tokens import OK, Bools, Int32s
 
 Int64s = npt.NDArray[np.int64]
@@ -217,7 +217,7 @@ class Normalised:
     """
 
     def __init__(self, tokenizer: FastTokenizer) -> None:
-        self._backend = plain_backend(tokenizer)
+        self._backend = set_plain(tokenizer.backend_tokenizer)
         steps = _steps(self._backend.normalizer)
         self._inside = [step for step in steps if step["type"] not in ENDS]
         self._ends = [step for step in steps if step["type"] in ENDS]
@@ -269,7 +269,7 @@ class Normalised:
         """The tokenizer without a normaliser."""
         rest = type(self._backend).from_str(self._backend.to_str())
         rest.normalizer = None
-        return plain(rest)
+        return set_plain(rest)
 
 
 def find_shift(form: str, normal: str, prefix: str) -> int | None:

@@ -65,11 +65,11 @@ def encode_texts(tokenizer: FastTokenizer, texts: Sequence[str]) -> Encoded:
             f"{name_of(tokenizer)}: this tokenizer gives no character offsets (it is a slow, pure-Python one)",
             fix="use a model whose folder has a tokenizer.json",
         )
-    return encode_with(plain_backend(tokenizer), texts)
+    return encode_with(set_plain(tokenizer.backend_tokenizer), texts)
 
 
 def encode_with(backend: Any, texts: Sequence[str]) -> Encoded:
-    """`encode_texts` by a tokenizer of the tokenizers library, set by `plain`."""
+    """`encode_texts` by a tokenizer of the tokenizers library, set by `set_plain`."""
     encodings = backend.encode_batch(list(texts), add_special_tokens=False)
     ids = [encoding.ids for encoding in encodings]
     first = row_offsets([len(found) for found in ids])
@@ -82,18 +82,11 @@ def encode_with(backend: Any, texts: Sequence[str]) -> Encoded:
     )
 
 
-def plain_backend(tokenizer: FastTokenizer) -> Any:
-    """The tokenizer of the tokenizers library, set to neither truncate nor pad nor know special tokens in a text."""
-    return plain(tokenizer.backend_tokenizer)
+def set_plain(backend: Any, *, specials: bool = False) -> Any:
+    """The same tokenizer of the tokenizers library, set to neither truncate nor pad.
 
-
-def native_backend(tokenizer: FastTokenizer) -> Any:
-    """The same, set to know special tokens in a text, as a chat template's rendering wants it; until the next call."""
-    return plain(tokenizer.backend_tokenizer, specials=True)
-
-
-def plain(backend: Any, *, specials: bool = False) -> Any:
-    """The same tokenizer of the tokenizers library, set so."""
+    With `specials` it knows special tokens in a text, as a chat template's rendering wants it; until the next call.
+    """
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, processors
 
 import four_tokenizers
-from references.alignment import align_one, ranges_of
+from references.alignment import align_one
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.ragged import row_offsets
 from xkd_schemas.text import encode
+from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.encode import REASONS, Encoder
 from xkd_schemas.text.offsets import BORDER_REACH, EncodedText, blanks, content_intervals
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
@@ -223,7 +224,7 @@ def test_words_find_their_tokens() -> None:
     text = "the lamp on the wall"
     tokens = encoder_of("unigram").encode(document_of([("text", text, True)], source="t", line=1))
 
-    ranges = ranges_of(tokens, np.array([(0, 3), (4, 8), (9, 11), (12, 15), (16, 20)], np.int32))
+    ranges = token_ranges([tokens], [np.array([(0, 3), (4, 8), (9, 11), (12, 15), (16, 20)], np.int32)])[0]
 
     for (first, end), word in zip(ranges.tolist(), text.split(), strict=True):
         assert text[tokens.spans[first, 0] : tokens.spans[end - 1, 1]] == word
