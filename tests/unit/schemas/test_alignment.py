@@ -238,3 +238,11 @@ def test_a_blank_in_front_of_a_word_does_not_keep_its_token_out() -> None:
 def test_no_documents_give_no_rows() -> None:
     assert [len(side) for side in align([], [], [])] == [0, 0]
     assert len(token_ranges([], [])) == 0
+
+
+def test_of_several_end_tokens_at_one_character_the_last_is_paired() -> None:
+    student = row((CONTENT, 0, 3), (END, 3, 3), (END, 3, 3))
+
+    ours, theirs = spans_of(student, row((CONTENT, 0, 3), (END, 3, 3)), np.array([3]))
+
+    assert (ours.tolist(), theirs.tolist()) == ([[0, 1], [2, 3]], [[0, 1], [1, 2]])
