@@ -22,8 +22,7 @@ from xkd_pipeline.tables.read_units import DocumentRows, documents_of, tokens_of
 from xkd_pipeline.tables.shard import write_shard
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.ragged import Ragged
-from xkd_schemas.text.alignment import grouped_spans
-from xkd_schemas.text.batch_alignment import align_all, content_of, token_ranges_all
+from xkd_schemas.text.alignment import align, content_of, grouped_spans, token_ranges
 from xkd_schemas.text.batches import Int64s, TokenBatch
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK, STUDENTS, Int32s
@@ -105,8 +104,8 @@ def _measured(what: str, encoder: Encoder, reader: Encoder, some: Sequence[Row],
             "teacher": lambda: tokenizers[1].encode_batch(texts, add_special_tokens=False),
             "ids": lambda: tokenizers[0].encode_batch_fast(texts, add_special_tokens=False),
             "both": lambda: (reader.encode_batch(rows.block), encoder.encode_batch(rows.block)),
-            "alignment": lambda: align_all(aligned, teacher, ends),
-            "ranges": lambda: (token_ranges_all(aligned, rows.words), token_ranges_all(aligned, rows.phrases)),
+            "alignment": lambda: align(aligned, teacher, ends),
+            "ranges": lambda: (token_ranges(aligned, rows.words), token_ranges(aligned, rows.phrases)),
             "merge": lambda: grouped_spans(*merged),
             "search": lambda: np.searchsorted(merged[2][:, 1], merged[0][:, 1]),
         },

@@ -53,7 +53,7 @@ def readings_of(rows: Sequence[Row], encoder: Encoder) -> list[Reading]:
     tokens = encoder.encode_batch([document_at(row) for row in rows])
     units = (("word", "words"), ("phrase", "phrases"))
     return [
-        Reading(tokens=t, ranges={unit: token_ranges(t, row[column]) for unit, column in units})
+        Reading(tokens=t, ranges={unit: token_ranges([t], [row[column]])[0] for unit, column in units})
         for t, row in zip(tokens, rows, strict=True)
     ]
 

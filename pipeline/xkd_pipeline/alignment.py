@@ -1,6 +1,7 @@
 """Stage 3: a student's tokens beside the teacher's. CPU only, minutes, once for each student tokenizer."""
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ import numpy as np
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents, tokens_of
 from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.token_columns import encode_without, token_columns, token_counts, units_like
+from xkd_pipeline.tables.token_columns import token_columns, token_counts, units_like
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table
-from xkd_schemas.durable_files import saved_folder, sha256_of
+from xkd_schemas.durable_files import save_folder, sha256_of
 from xkd_schemas.ragged import Ragged
-from xkd_schemas.text.batch_alignment import align_all, token_ranges_all
+from xkd_schemas.text.alignment import align, token_ranges
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION
@@ -56,8 +57,8 @@ class AlignStage:
         documents, teachers = Table(self.root, "documents"), Table(self.root, self.teacher)
 
         def make(unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
-            rows, teacher = documents_of(documents.shard(unit)), tokens_of(teachers.shard(unit))
-            tokens, columns, counts = _in_batches(encoder, rows, teacher, care)
+            rows, teacher = documents_of(documents.shard(unit), care.lost), tokens_of(teachers.shard(unit))
+            tokens, columns, counts = _in_batches(encoder, rows, teacher, care.batch or len(teacher))
             totals = Totals(counts=counts | token_counts(rows.block.texts, tokens))
             return write_shard(self.folder, unit, STUDENTS, columns, totals=totals)
 
@@ -80,39 +81,40 @@ class AlignStage:
 Aligned = tuple[TokenBatch, dict[str, Any], dict[str, int]]
 
 
-def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch, care: MadeDifferently) -> Aligned:
-    """`align_rows` of `care.batch` rows at a time."""
-    if not 0 < care.batch < len(teacher):
-        return align_rows(encoder, rows, teacher, care.lost)
-    parts: list[Aligned] = []
-    for at in range(0, len(teacher), care.batch):
-        end = min(at + care.batch, len(teacher))
-        lost = {row - at for row in care.lost}
-        parts.append(align_rows(encoder, rows.part(at, end), TokenBatch.of(teacher[at:end]), lost))
+def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch, size: int) -> Aligned:
+    """`align_rows` of `size` rows at a time."""
+    if len(teacher) <= size:
+        return align_rows(encoder, rows, teacher)
+    cuts = [*range(0, len(teacher), size), len(teacher)]
+    parts = [
+        align_rows(encoder, rows.part(first, end), TokenBatch.of(teacher[first:end]))
+        for first, end in itertools.pairwise(cuts)
+    ]
     columns = {name: [row for _, part, _ in parts for row in part[name]] for name in parts[0][1]}
     counts = {name: sum(part[name] for _, _, part in parts) for name in parts[0][2]}
     return TokenBatch.of(row for part, _, _ in parts for row in part), columns, counts
 
 
-def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch, lost: Collection[int] = ()) -> Aligned:
+def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch) -> Aligned:
     """The student's tokens, the columns of the students table, and what the alignment counts.
 
-    A document the teacher could not read has the status `teacher:REASON` and no tokens; rows of `lost` are not read.
+    A document the teacher could not read has the status `teacher:REASON` and no tokens.
     """
     read = [status == OK for status in teacher.statuses]
     limits = [n if ok else None for n, ok in zip(teacher.num_chars.tolist(), read, strict=True)]
-    encoded = encode_without(encoder, rows.block, lost, limits)
-    said = zip(encoded.statuses, teacher.statuses, read, strict=True)
-    tokens = encoded.marked([ours if ok else f"teacher:{theirs}" for ours, theirs, ok in said], np.array(read, bool))
+    encoded = rows.encode(encoder, limits)
+    both = zip(encoded.statuses, teacher.statuses, strict=True)
+    statuses = [ours if theirs == OK else f"teacher:{theirs}" for ours, theirs in both]
+    tokens = encoded.with_statuses(statuses, np.array(read, bool))
     ends = Ragged(rows.block.segments.values[:, 1], rows.block.segments.first)
-    student_spans, teacher_spans = align_all(tokens, teacher, ends)
+    student_spans, teacher_spans = align(tokens, teacher, ends)
     columns: dict[str, Any] = {
         "doc_id": rows.doc_ids,
         **token_columns(tokens),
         "student_spans": student_spans,
         "teacher_spans": teacher_spans,
-        "word_tokens": token_ranges_all(tokens, rows.words),
-        "phrase_tokens": token_ranges_all(tokens, rows.phrases),
+        "word_tokens": token_ranges(tokens, rows.words),
+        "phrase_tokens": token_ranges(tokens, rows.phrases),
     }
     student_sizes, teacher_sizes = (s.values[:, 1] - s.values[:, 0] for s in (student_spans, teacher_spans))
     usable = np.array([status == OK for status in tokens.statuses], bool)
@@ -143,16 +145,11 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSettings
     }
     encoder.check(first_documents(documents))
     store = Store(root, f"students/{name}", spec, units_like(documents))
-    stage = AlignStage(
-        root=root,
-        folder=store.folder,
-        teacher=f"teachers/{teacher}",
-        settings=settings,
-    )
+    stage = AlignStage(root=root, folder=store.folder, teacher=f"teachers/{teacher}", settings=settings)
 
     def finish(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
         folder = store.folder / "tokenizer"
-        names = saved_folder(folder, encoder.tokenizer.save_pretrained)
+        names = save_folder(folder, encoder.tokenizer.save_pretrained)
         constants = {"template": settings.template, "vocab_size": len(encoder.tokenizer), "teacher": teacher}
         return constants, {name: sha256_of(folder / name) for name in names}
 

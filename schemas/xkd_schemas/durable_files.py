@@ -95,7 +95,7 @@ def _temporary_in(folder: Path) -> Path:
     return folder / f".tmp-{os.getpid()}-{os.urandom(6).hex()}"
 
 
-def write_beside(folder: Path, write: Callable[[IO[bytes]], None]) -> Path:
+def write_beside(folder: Path, write: Callable[[IO[bytes]], object]) -> Path:
     """Write a new temporary file in `folder`, fsync it, and return its path. Nothing is left on failure."""
     make_folder(folder)
     temporary = _temporary_in(folder)
@@ -126,7 +126,7 @@ def remove(path: Path) -> None:
 def replace(target: Path, content: bytes) -> None:
     """Write `content` to `target`, replacing what is there, so that a reader sees old or new and never half."""
     with disk_errors(target):
-        temporary = write_beside(target.parent, lambda stream: _write_all(stream, content))
+        temporary = write_beside(target.parent, lambda stream: stream.write(content))
         rename(temporary, target)
         sync_folder(target.parent)
 
@@ -134,7 +134,7 @@ def replace(target: Path, content: bytes) -> None:
 def put_if_absent(target: Path, content: bytes) -> bool:
     """Create `target` with `content`; False, and nothing changed, if it exists already."""
     with disk_errors(target):
-        temporary = write_beside(target.parent, lambda stream: _write_all(stream, content))
+        temporary = write_beside(target.parent, lambda stream: stream.write(content))
         try:
             disk.link(temporary, target)
         except FileExistsError:
@@ -145,7 +145,7 @@ def put_if_absent(target: Path, content: bytes) -> bool:
         return True
 
 
-def saved(target: Path, save: Callable[[Path], object]) -> None:
+def save_file(target: Path, save: Callable[[Path], object]) -> None:
     """Let a library write one file by its path, then make it durable and put it at `target`."""
     with disk_errors(target):
         make_folder(target.parent)
@@ -160,7 +160,7 @@ def saved(target: Path, save: Callable[[Path], object]) -> None:
         sync_folder(target.parent)
 
 
-def saved_folder(target: Path, save: Callable[[Path], object]) -> list[str]:
+def save_folder(target: Path, save: Callable[[Path], object]) -> list[str]:
     """Let a library write files into an empty folder, then put each into `target`; their names, sorted.
 
     A name that the library did not write this time is left as it is. There must be one writer at a time.
@@ -212,10 +212,6 @@ def held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _write_all(stream: IO[bytes], content: bytes) -> None:
-    stream.write(content)
-
-
 def inside(root: Path, *names: str) -> Path:
     """`root/names...`, or Refused where a name is not plain or the path leaves the root through a link."""
     path = root
@@ -247,3 +243,52 @@ def sha256_of(path: Path) -> str:
 def xxh3_of(data: bytes | memoryview) -> str:
     """Hex xxh3-64 of bytes: finds accidents on every read, does not resist tampering."""
     return str(xxhash.xxh3_64_hexdigest(data))
+
+
+# Temporary folders that a killed process leaves, and that the next run removes.
+#
+# The process that makes such a folder holds a lock on it, which the system frees when the process ends. So a folder
+# whose lock is free has no owner, whatever process number its name has: numbers are given again. Where the file system
+# cannot lock a folder (some network ones), nothing is removed.
+
+
+@contextlib.contextmanager
+def own_folder(parent: Path, prefix: str, *, mode: int = 0o777) -> Iterator[Path]:
+    """A new folder `parent/PREFIX...`; removed at the end, unless it was renamed by then.
+
+    Folders of the same prefix that no live process owns are removed first. With XKD_DEBUG set it stays until then.
+    """
+    remove_ownerless(parent, prefix)
+    folder, descriptor = _make_locked(parent, prefix, mode)
+    try:
+        yield folder
+    finally:
+        if not os.environ.get("XKD_DEBUG"):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _make_locked(parent: Path, prefix: str, mode: int) -> tuple[Path, int]:
+    while True:
+        folder = parent / f"{prefix}{os.getpid()}-{os.urandom(3).hex()}"
+        folder.mkdir(mode=mode)
+        with contextlib.suppress(FileNotFoundError):  # another process removed it before it was locked
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if folder.is_dir() and os.path.samestat(folder.stat(), os.fstat(descriptor)):
+                return folder, descriptor
+            os.close(descriptor)
+
+
+def remove_ownerless(parent: Path, prefix: str) -> None:
+    """Remove this user's folders `parent/PREFIX...` whose lock nobody holds; links and other users' stay."""
+    for folder in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(descriptor).st_uid == os.getuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)

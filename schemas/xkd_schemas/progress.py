@@ -112,10 +112,10 @@ def tick(done: float = 1) -> None:
         _open[-1].reach(_open[-1].done + done)
 
 
-def ticked(items: Iterable[T]) -> Iterator[T]:
+def tick_each(items: Iterable[T]) -> Iterator[T]:
     """The same items; one more is done each time that the next is asked for.
 
-    >>> list(ticked("ab"))
+    >>> list(tick_each("ab"))
     ['a', 'b']
     """
     for item in items:

@@ -29,7 +29,7 @@ class Ragged(Sequence[npt.NDArray[Any]]):
 
     @staticmethod
     def of(rows: Iterable[Any], dtype: npt.DTypeLike, width: int = 0) -> "Ragged":
-        """Copy rows, arrays [n] or [n, width], into one array of that type; Lists are returned as they are."""
+        """Copy rows, arrays [n] or [n, width], into one array of that type; a Ragged is returned as it is."""
         if isinstance(rows, Ragged):
             return rows
         arrays = [np.asarray(row, dtype=dtype).reshape(-1, width) if width else np.asarray(row, dtype) for row in rows]
@@ -78,38 +78,24 @@ def column_of(rows: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """Build a column from one value per row; numpy rows of a list column are joined into one flat buffer.
 
     Args:
-        rows: Plain values for a scalar column; for a list column Lists, or arrays [n] or [n, width].
+        rows: Plain values for a scalar column; for a list column a Ragged, or arrays [n] or [n, width].
         kind: Type of the column: a scalar, `large_list<scalar>` or `large_list<fixed_size_list<scalar>>`.
     """
     if not pa.types.is_large_list(kind):
         return pa.array(rows, kind)
     item = kind.value_type
-    if isinstance(rows, Ragged):
-        return _flat_column(rows, kind)
-    offsets = pa.array(np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]), pa.int64())
-    if pa.types.is_fixed_size_list(item):
-        flat = _joined([np.ascontiguousarray(row).reshape(-1) for row in rows], item.value_type)
-        return pa.LargeListArray.from_arrays(offsets, pa.FixedSizeListArray.from_arrays(flat, type=item), type=kind)
     if pa.types.is_string(item):
+        offsets = pa.array(row_offsets([len(row) for row in rows]))
         return pa.LargeListArray.from_arrays(offsets, pa.array([v for row in rows for v in row], item), type=kind)
-    return pa.LargeListArray.from_arrays(offsets, _joined(list(rows), item), type=kind)
-
-
-def _flat_column(rows: Ragged, kind: pa.DataType) -> pa.Array:
-    """The column of Lists whose values are numbers, without touching a row."""
-    item = kind.value_type
-    part = rows.values[rows.first[0] : rows.first[-1]].reshape(-1)
-    offsets = pa.array(rows.first - rows.first[0], pa.int64())
-    if not pa.types.is_fixed_size_list(item):
-        return pa.LargeListArray.from_arrays(offsets, _joined([part], item), type=kind)
-    values = pa.FixedSizeListArray.from_arrays(_joined([part], item.value_type), type=item)
-    return pa.LargeListArray.from_arrays(offsets, values, type=kind)
-
-
-def _joined(rows: list[npt.NDArray[Any]], item: pa.DataType) -> pa.Array:
-    dtype = item.to_pandas_dtype()
-    flat = np.concatenate([np.asarray(row, dtype=dtype) for row in rows]) if rows else np.empty(0, dtype)
-    return pa.array(flat, item)
+    width = item.list_size if pa.types.is_fixed_size_list(item) else 0
+    number = item.value_type if width else item
+    dtype = number.to_pandas_dtype()
+    ragged = Ragged.of(rows, dtype, width)
+    first = ragged.first - ragged.first[0]
+    part = np.asarray(ragged.values[ragged.first[0] : ragged.first[-1]], dtype)  # of all rows, end to end
+    values = pa.array(part.reshape(-1), number)
+    values = pa.FixedSizeListArray.from_arrays(values, type=item) if width else values
+    return pa.LargeListArray.from_arrays(pa.array(first), values, type=kind)
 
 
 def batch_of(schema: pa.Schema, columns: dict[str, Sequence[Any]]) -> pa.RecordBatch:

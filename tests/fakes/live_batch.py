@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from references.alignment import ranges_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.tokens import CONTENT, Tokens
 from xkd_trainer.data.batch import Batch, Level, TokenStates
 from xkd_trainer.data.cache import Cache
@@ -52,7 +52,7 @@ def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
             kept.append((states_1TD[0], row_T / row_T.sum(), text_T / text_T.sum(), weights_1T[0]))
         for found, level in zip(levels, batch.levels, strict=True):
             spans = document["words" if level.unit == "word" else "phrases"]
-            ranges_1K2 = torch.from_numpy(token_ranges(tokens, spans).astype(np.int64))[None]
+            ranges_1K2 = torch.from_numpy(ranges_of(tokens, spans).astype(np.int64))[None]
             states_1LD = output.hidden_states[level.layer]
             weights_1L = centrality(states_1LD, torch.ones_like(states_1LD[..., 0], dtype=torch.bool))
             vectors_1KD, mass_1K = pool_spans(states_1LD, weights_1L, ranges_1K2)

@@ -14,7 +14,7 @@ from benepar.parse_chart import ChartParser
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-from xkd_pipeline.parsing.benepar_model import special_tokens_answered
+from xkd_pipeline.parsing.benepar_parser import answer_special_tokens
 
 TREES = (
     "(TOP (S (NP (DT The) (NN fox)) (VP (VBD saw) (NP (DT a) (NN dog))) (. .)))",
@@ -89,7 +89,7 @@ def _untrained(folder: Path, examples: list[Example]) -> ChartParser:
         d_model=48, d_label_hidden=48, force_root_constituent=True,
     )  # fmt: skip
     labels = ChartDecoder.build_vocab([example.tree for example in examples])
-    with special_tokens_answered():
+    with answer_special_tokens():
         return ChartParser(
             tag_vocab={"UNK": 0}, label_vocab=labels, char_vocab={"\0": 0}, hparams=hparams,
             pretrained_model_path=os.fspath(folder),

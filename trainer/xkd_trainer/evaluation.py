@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xkd_schemas.corpus.formats import AUTO as FORM_AUTO
-from xkd_schemas.corpus.held_out import held_out_documents
+from xkd_schemas.corpus.sources import held_out_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.dtypes import AUTO
 from xkd_schemas.errors import BadData, Mismatch, UsageError

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
 from xkd_schemas.cache.manifest import Commit
-from xkd_schemas.durable_files import saved, saved_folder, sha256_of
+from xkd_schemas.durable_files import save_file, save_folder, sha256_of
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
 from xkd_trainer.models.forward import num_layers
 from xkd_trainer.models.head import head_of
@@ -53,8 +53,8 @@ def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:
         files["embeddings.safetensors"] = {"weight": embeddings}
     for file, content in files.items():
         tensors = {k: narrow(v.detach().cpu().contiguous()) for k, v in content.items()}
-        saved(folder / file, partial(save_tensors, tensors))
-    names = saved_folder(folder / "tokenizer", load_tokenizer(name).save_pretrained)
+        save_file(folder / file, partial(save_tensors, tensors))
+    names = save_folder(folder / "tokenizer", load_tokenizer(name).save_pretrained)
     kept = [folder / file for file in files] + [folder / "tokenizer" / file for file in names]
     return {path.name: sha256_of(path) for path in kept}
 

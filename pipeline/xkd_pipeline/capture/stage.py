@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents
 from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.token_columns import encode_without, token_columns, token_counts, units_like
+from xkd_pipeline.tables.token_columns import token_columns, token_counts, units_like
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Spec
@@ -26,7 +26,7 @@ from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.sampled_classes import MOST_CLASSES
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
-from xkd_schemas.text.batch_alignment import token_ranges_all
+from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder, reading_of
 from xkd_schemas.tokens import spans_read
@@ -75,8 +75,8 @@ class TeacherStage:
             if care.batch:
                 torch.cuda.empty_cache()
                 settings = replace(settings, batch_tokens=care.batch)
-            rows = documents_of(documents.shard(unit))
-            tokens, readings = _read(rows, encoder, care.lost)
+            rows = documents_of(documents.shard(unit), care.lost)
+            tokens, readings = _read(rows, encoder)
             captured = capture(model, readings, wanted, settings)
             stored, errors = encode_signals(captured, wanted, self.settings.codec, head)
             columns = {"doc_id": rows.doc_ids, **token_columns(tokens), **stored.columns}
@@ -132,10 +132,10 @@ def encoder_of(settings: TeacherSettings) -> Encoder:
     )  # fmt: skip
 
 
-def _read(rows: DocumentRows, encoder: Encoder, lost: Collection[int]) -> tuple[TokenBatch, list[Reading]]:
-    encoded = encode_without(encoder, rows.block, lost)
+def _read(rows: DocumentRows, encoder: Encoder) -> tuple[TokenBatch, list[Reading]]:
+    encoded = rows.encode(encoder)
     words, phrases = (
-        token_ranges_all(encoded, [spans_read(s, n) for s, n in zip(spans, encoded.num_chars.tolist(), strict=True)])
+        token_ranges(encoded, [spans_read(s, n) for s, n in zip(spans, encoded.num_chars.tolist(), strict=True)])
         for spans in (rows.words, rows.phrases)
     )
     return encoded, [

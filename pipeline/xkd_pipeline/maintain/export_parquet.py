@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 
 from xkd_schemas.cache.manifest import to_json
 from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
-from xkd_schemas.durable_files import disk_errors, saved, sync_folder
+from xkd_schemas.durable_files import disk_errors, own_folder, save_file, sync_folder
 from xkd_schemas.errors import UsageError
-from xkd_schemas.own_folders import own_folder
 
 BF16: Final = "uint16 bits of bfloat16: the float32 whose upper 16 bits they are and whose lower 16 bits are 0"
 
@@ -69,7 +68,7 @@ def _write_table(table: Table, out: Path) -> int:
     for unit, commit in enumerate(table.manifest.commits):
         shard = Shard(table.path(unit), commit)
         path = folder / f"{unit:05d}.parquet"
-        saved(path, partial(_write_parquet, shard))
+        save_file(path, partial(_write_parquet, shard))
         size += path.stat().st_size
     (folder / "manifest.json").write_bytes(to_json(table.manifest))
     return size

@@ -22,7 +22,7 @@ from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.codecs import numbers_of
 from xkd_schemas.dtypes import AUTO, dtype_name
 from xkd_schemas.signals import Signal, signal_named
-from xkd_schemas.text.batch_alignment import token_ranges_all
+from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.tokens import OK, spans_read
 from xkd_trainer.models.compute_dtype import choose_dtype, this_device, warn_of_slow_dtype
 from xkd_trainer.models.head import head_of
@@ -150,7 +150,7 @@ class _Compared:
 def _read_document(row: Row, encoder: Any) -> Reading:
     tokens = encoder.encode_batch([document_at(row)])
     ranges = {
-        unit: token_ranges_all(tokens, [spans_read(row[f"{unit}s"], tokens[0].num_chars)])[0]
+        unit: token_ranges(tokens, [spans_read(row[f"{unit}s"], tokens[0].num_chars)])[0]
         for unit in ("word", "phrase")
     }
     return Reading(tokens=tokens[0], ranges=ranges)

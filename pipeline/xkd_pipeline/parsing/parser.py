@@ -6,7 +6,6 @@ from typing import Final, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from xkd_pipeline.parsing.parser_probe import PROBE_TEXTS
 from xkd_schemas.digests import digest
 from xkd_schemas.documents import Document, Spans, document_of
 
@@ -59,3 +58,50 @@ def probe(parser: Parser) -> str:
     parser.notes.clear()
     parser.notes.update(notes)
     return digest([[s.words, s.phrases, s.labels] for s in spans])
+
+
+PROBE_TEXTS: Final = (
+    "The old fisherman quietly repaired his torn net.",
+    "She had never really understood why the bridge was built there.",
+    "Can you list three reasons to visit Lisbon in spring?",
+    "Rain.",
+    "He doesn't want to go, and neither do I.",
+    "Dr. Amara Okafor-Lind (b. 1961) won the prize twice; her sister, a cellist, didn't.",
+    "Running quickly, the fox jumped over the very lazy dog and slept.",
+    "It is raining, it has rained, it will have been raining.",
+    "The price rose 3.5% to $1,204.75 on 12 May 2019.",
+    "What the committee decided was immediately and widely criticised.",
+    "1. Preheat the oven.\n2. Mix flour and sugar.\n3. Bake for 40 minutes.",
+    "The lamp went out.\n\nShips passed in the dark.",
+    "  Two blanks before,  two between, two after.  ",
+    "\tTabs\tbetween\twords\tare\tblanks.",
+    "First line\r\nsecond line\r\nthird line",
+    "“Don’t touch that,” whispered the guide — too late.",
+    "`x = [i ** 2 for i in range(10)]` builds a list.",
+    "def add(a, b):\n    return a + b\n",
+    '{"name": "Ada", "age": 36}',
+    "See https://example.org/a?b=1#c or write to mail@example.org.",
+    "ALL CAPITALS SHOUT AT THE READER",
+    "no capitals no stops just words that go on",
+    "Time flies like an arrow; fruit flies like a banana.",
+    "The horse raced past the barn fell.",
+    "Buffalo buffalo Buffalo buffalo buffalo buffalo Buffalo buffalo.",
+    "To be or not to be: that is the question.",
+    "Mary gave the boy with the red hat a very interesting book about whales.",
+    "The man whom the woman you met yesterday married left.",
+    "?!... --- ***",
+    "",
+    " ",
+    "\n\n\n",
+    "\u00a0\u2003\u3000",
+    "Zero\u200bwidth and soft\u00adhyphen and \ufeffmark.",
+    "naïve café, cafe\u0301, Ångström, ﬁne",
+    "A family \U0001f468\u200d\U0001f469\u200d\U0001f467 waved \U0001f44b\U0001f3fd at us \U0001f1f5\U0001f1f9.",
+    "東京は日本の首都です。人口は約1400万人です。",
+    "שלום עולם, this is right to left.",
+    "Привет, мир! Как дела?",
+    "nul\x00inside and bell\x07 too",
+    "supercalifragilisticexpialidocious" * 4,
+    "e = mc², ∑ xᵢ ≤ ∞, α → β",
+)
+"""Fixed texts that tell two parsers apart. Never change one: every cache would look as if another parser made it."""

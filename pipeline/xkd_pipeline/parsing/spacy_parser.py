@@ -20,7 +20,7 @@ from xkd_pipeline.parsing.phrases import Phrase, cut_pieces, joined_spans, selec
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_schemas.progress import ticked
+from xkd_schemas.progress import tick_each
 
 MAX_PIECE_CHARS: Final = 100_000
 """Characters parsed at once."""
@@ -114,7 +114,7 @@ class SpacyParser:
         self.notes += Counter()  # leaves out zeros
         with self.nlp.memory_zone():  # else each new word stays in spaCy's vocabulary for good
             parsed = map(self._piece, self.nlp.pipe(texts, batch_size=self.settings.batch_size))
-            return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in ticked(pieces)]
+            return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in tick_each(pieces)]
 
     def _piece(self, doc: Any) -> tuple[list[Interval], list[Phrase]]:
         words, text = words_of(doc), doc.text

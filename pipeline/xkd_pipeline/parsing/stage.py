@@ -80,15 +80,9 @@ class DocumentsStage:
         counts.update({f"parser:{reason}": number for reason, number in sorted(parser.notes.items())})
         counts.update({f"{UNUSED}{key}": number for key, number in sorted(unused.items())})
         parser.notes.clear()
-        columns = columns_of(documents, found)
-        return write_shard(
-            self.folder,
-            job.unit,
-            DOCUMENTS,
-            columns,
-            rejects=[asdict(r) for r in rejects],
-            totals=Totals(counts=counts),
-        )
+        rejected = [asdict(r) for r in rejects]
+        columns, totals = columns_of(documents, found), Totals(counts=counts)
+        return write_shard(self.folder, job.unit, DOCUMENTS, columns, rejects=rejected, totals=totals)
 
     def _shorter(
         self, documents: list[Document], encoder: Encoder | None, job: DocumentsJob
@@ -151,11 +145,7 @@ def jobs_of(sources: Sequence[Source], rows_per_shard: int, missing: Iterable[in
 
 
 def make_documents(
-    root: Path,
-    sources: Sequence[Source],
-    parser: ParserSettings,
-    limits: "Limits",
-    workers: Workers,
+    root: Path, sources: Sequence[Source], parser: ParserSettings, limits: "Limits", workers: Workers
 ) -> Built:
     """Make the documents table.
 
@@ -188,7 +178,7 @@ def make_documents(
                 f"{rejected} of {read} rows cannot be used ({_reasons(commits)}), more than "
                 f"--max-reject {limits.max_reject:g} allows; the first: {_first_reject(folder)}; all are in {folder}",
                 kept="every finished shard",
-                fix="mend the corpus, or name other columns with --column"
+                fix="fix the corpus, or name other columns with --column"
                 + f", or accept them with --max-reject {min(1.0, 1.1 * rejected / read):.2g}" * (rejected < read),
             )
         if len(commits) == len(units) and sum(c.rows for c in commits) == 0:

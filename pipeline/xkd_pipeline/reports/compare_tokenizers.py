@@ -12,7 +12,7 @@ from xkd_pipeline.reports.sample import Sample, reasons
 from xkd_pipeline.tables.token_columns import extended_counts, token_counts
 from xkd_schemas.documents import Document, Spans
 from xkd_schemas.errors import UsageError
-from xkd_schemas.text.batch_alignment import align_all
+from xkd_schemas.text.alignment import align
 from xkd_schemas.text.encode import REASONS, Encoder
 from xkd_schemas.text.tokenizers import NAMED_TOKENS
 from xkd_schemas.tokens import CONTENT, OK, Int32s, Tokens
@@ -102,7 +102,7 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
     theirs = teacher.encode_batch(documents)
     ours = student.encode_batch(documents, [t.num_chars if t.status == OK else None for t in theirs])
     ends = [np.array([s.end for s in d.segments], np.int32) for d in documents]
-    aligned = list(zip(*align_all(ours, theirs, ends), strict=True))
+    aligned = list(zip(*align(ours, theirs, ends), strict=True))
     usable = [i for i, (s, t) in enumerate(zip(ours, theirs, strict=True)) if s.status == OK and t.status == OK]
     shares = {i: exact_share(aligned[i], ours[i]) for i in usable}
     lengths = span_lengths([aligned[i] for i in usable])

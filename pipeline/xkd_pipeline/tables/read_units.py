@@ -4,17 +4,18 @@ Shape legend for this file
     R documents    G segments    T tokens    K words or phrases
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from xkd_schemas.cache.table import Row, Shard, Table
+from xkd_schemas.corpus.rows import WORKER_KILLED
 from xkd_schemas.documents import Document, Segment
 from xkd_schemas.ragged import Ragged, row_offsets
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch
-from xkd_schemas.text.encode import TRIED
+from xkd_schemas.text.encode import TRIED, Encoder, unusable
 from xkd_schemas.tokens import Tokens
 
 DOCUMENT_COLUMNS = ("doc_id", "source", "line", "text", "segments", "roles", "targets", "messages", "words", "phrases")
@@ -30,17 +31,30 @@ class DocumentRows:
     """[K, 2] int32 characters."""
     phrases: Ragged
     """[K, 2] int32 characters."""
+    killers: frozenset[int] = frozenset()
+    """Rows that no tokenizer may see: each of them killed every process that worked on it."""
 
     def part(self, first: int, end: int) -> "DocumentRows":
         """The documents from `first` up to `end`."""
         return DocumentRows(
             doc_ids=self.doc_ids[first:end], block=self.block.part(first, end), words=self.words[first:end],
-            phrases=self.phrases[first:end],
+            phrases=self.phrases[first:end], killers=frozenset(row - first for row in self.killers),
         )  # fmt: skip
 
+    def encode(self, encoder: Encoder, limits: Sequence[int | None] | None = None) -> TokenBatch:
+        """`encoder.encode_batch` of all documents but the killers, whose status is worker_killed."""
+        if not self.killers:
+            return encoder.encode_batch(self.block, limits)
+        kept = [at for at in range(len(self.block)) if at not in self.killers]
+        tokens = dict(
+            zip(kept, encoder.encode_batch(self.block.take(kept), limits and [limits[at] for at in kept]), strict=True)
+        )
+        texts = enumerate(self.block.texts)
+        return TokenBatch.of(tokens.get(at) or unusable(WORKER_KILLED, len(text)) for at, text in texts)
 
-def documents_of(shard: Shard) -> DocumentRows:
-    """All rows of a shard of the documents table.
+
+def documents_of(shard: Shard, killers: Iterable[int] = ()) -> DocumentRows:
+    """All rows of a shard of the documents table; `killers` are those that kill their process.
 
     Raises:
         BadData: A record batch does not match its digest.
@@ -60,6 +74,7 @@ def documents_of(shard: Shard) -> DocumentRows:
         ),
         words=_lists(columns["words"]),
         phrases=_lists(columns["phrases"]),
+        killers=frozenset(killers),
     )
 
 

@@ -1,13 +1,11 @@
 """Columns and counts that the teacher and student tables share."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from xkd_schemas.cache.manifest import Plan, Unit, read_record
 from xkd_schemas.cache.table import Table
-from xkd_schemas.corpus.rows import WORKER_KILLED
-from xkd_schemas.text.batches import DocumentBatch, TokenBatch
-from xkd_schemas.text.encode import Encoder, unusable
+from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.tokens import OK
 
 
@@ -16,29 +14,15 @@ def units_like(documents: Table) -> tuple[Unit, ...]:
     return read_record(documents.folder / "plan.json", Plan).units
 
 
-def encode_without(
-    encoder: Encoder, block: DocumentBatch, lost: Collection[int], limits: Sequence[int | None] | None = None
-) -> TokenBatch:
-    """`encoder.encode_batch`; the tokenizer does not see the rows of `lost`, whose status is worker_killed."""
-    if not lost:
-        return encoder.encode_batch(block, limits)
-    kept = [at for at in range(len(block)) if at not in lost]
-    found = encoder.encode_batch(block.taken(kept), limits and [limits[at] for at in kept])
-    tokens = dict(zip(kept, found, strict=True))
-    return TokenBatch.of(
-        tokens[at] if at in tokens else unusable(WORKER_KILLED, len(text)) for at, text in enumerate(block.texts)
-    )
-
-
 def token_columns(tokens: TokenBatch) -> dict[str, Any]:
     """The columns that teacher and student tables share, without doc_id."""
     return {
         "status": tokens.statuses,
         "num_chars": tokens.num_chars,
-        "token_ids": tokens.lists(tokens.ids),
-        "token_spans": tokens.lists(tokens.spans),
-        "token_kinds": tokens.lists(tokens.kinds),
-        "targets": tokens.lists(tokens.targets),
+        "token_ids": tokens.as_rows(tokens.ids),
+        "token_spans": tokens.as_rows(tokens.spans),
+        "token_kinds": tokens.as_rows(tokens.kinds),
+        "targets": tokens.as_rows(tokens.targets),
     }
 
 

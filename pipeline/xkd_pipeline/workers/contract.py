@@ -9,11 +9,7 @@ from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, XkdError
 
 AS_PLANNED: Final = MadeDifferently()
-
-
 KEPT: Final = "every committed unit"
-
-
 AGAIN: Final = "run the same command again to go on"
 
 
@@ -51,7 +47,7 @@ class Workers:
     address: str | None = None
     """Ray cluster to join; None starts one on this machine's loopback."""
     stall_seconds: float | None = None
-    """A unit that takes longer is taken for hung; None: five times the median, see schedule.py."""
+    """A unit that takes longer is taken for hung; None: five times the median, see scheduler.py."""
 
 
 def local_paths(*names: str | Path | None) -> tuple[Path, ...]:
@@ -64,7 +60,7 @@ def unit_of(job: Any) -> int:
     return int(getattr(job, "unit", job))
 
 
-def recorded(commit: Commit, care: MadeDifferently) -> Commit:
+def with_care(commit: Commit, care: MadeDifferently) -> Commit:
     """The record, with how it was made where that was not as planned."""
     return commit.model_copy(update={"care": care}) if care else commit
 
@@ -97,9 +93,9 @@ def smaller(
     unit, batch = unit_of(job), (care.batch or stage.batch(job)) // 2
     if batch == 0:
         raise kind(
-            f"unit {unit}: one document at a time does not go either: {reason}",
+            f"shard {unit}: even a batch of one document fails: {reason}",
             kept=KEPT,
             fix="free memory, use a machine with more, or cut documents shorter (--max-tokens); then run this again",
         )
-    warn(f"unit {unit}: {reason}; tried again in batches of {batch}")
+    warn(f"shard {unit}: {reason}; trying again in batches of {batch}")
     return care.model_copy(update={"batch": batch})

@@ -15,9 +15,9 @@ from xkd_pipeline.workers.contract import (
     Workers,
     first_line,
     out_of_memory,
-    recorded,
     smaller,
     unit_of,
+    with_care,
 )
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import OutOfMemory, UsageError
@@ -31,7 +31,7 @@ def asked_workers(workers: Workers) -> Workers:
     """
     if workers.count == 0 and (workers.address is not None or workers.gpus or workers.stall_seconds is not None):
         raise UsageError(
-            "--ray-address, --gpus-per-worker and --stall-timeout are about Ray's workers, and there are none",
+            "--ray-address, --gpus-per-worker and --stall-timeout need Ray workers, found --workers 0",
             fix="add --workers N",
         )
     return workers
@@ -55,9 +55,9 @@ def run_units(
     """
     known = cares or {}
     if workers.count == 0:
-        make = _loaded(stage)
+        make = _load(stage)
         for job in jobs:
-            done(_made(make, stage, job, known.get(unit_of(job), AS_PLANNED)))
+            done(_make(make, stage, job, known.get(unit_of(job), AS_PLANNED)))
         return
     from xkd_pipeline.workers.ray_pool import RayPool
     from xkd_pipeline.workers.scheduler import Schedule
@@ -66,7 +66,7 @@ def run_units(
         Schedule(pool, stage, jobs, workers, known).run(done)
 
 
-def _loaded(stage: Stage) -> Make:
+def _load(stage: Stage) -> Make:
     try:
         return stage.load()
     except (MemoryError, RuntimeError) as error:
@@ -78,10 +78,10 @@ def _loaded(stage: Stage) -> Make:
     )
 
 
-def _made(make: Make, stage: Stage, job: Any, care: MadeDifferently) -> Commit:
+def _make(make: Make, stage: Stage, job: Any, care: MadeDifferently) -> Commit:
     while True:
         try:
-            return recorded(make(job, care), care)
+            return with_care(make(job, care), care)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise

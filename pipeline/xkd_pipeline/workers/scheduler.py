@@ -2,8 +2,8 @@
 
 Nothing here knows Ray: a pool starts and kills workers and reports what became of what they were given.
 
-A unit whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart (split.py), and
-those that kill every worker alone are left out. Rows that only kill together, and units that run out of memory, go
+A unit whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart (bisect_rows.py),
+and those that kill every worker alone are left out. Rows that only kill together, and units that run out of memory, go
 on in batches half as large. A worker that is silent for too long is killed; its unit is tried three times.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from xkd_pipeline.workers.bisect_rows import Search, culprits
-from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, recorded, smaller, unit_of
+from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, smaller, unit_of, with_care
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
@@ -31,7 +31,7 @@ SHORTEST_SECONDS: Final = 300.0
 MEDIANS: Final = 5
 
 
-_SILENT: Final = "no word from it"
+_SILENT: Final = "it does not answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +124,9 @@ class Schedule:
             remark(self._at_work())
             for worker, what in self._pool.reports(1.0):
                 if worker in self._loading:
-                    self._started(worker, what)
+                    self._note_start(worker, what)
                 elif worker in self._busy:
-                    self._heard(worker, what, done)
+                    self._note_report(worker, what, done)
             self._end_the_silent()
 
     def _at_work(self) -> str:
@@ -145,15 +145,15 @@ class Schedule:
         while self._idle and self._queue:
             worker, task = self._idle.pop(), self._queue.popleft()
             self._busy[worker] = task, self._clock()
-            self._pool.give(worker, task.job, self._sent(task))
+            self._pool.give(worker, task.job, self._care_for(task))
 
-    def _sent(self, task: _Task) -> MadeDifferently:
+    def _care_for(self, task: _Task) -> MadeDifferently:
         if task.search is None:
             return task.care
         others = set(range(self._stage.rows(task.job))) - set(task.rows)
         return task.care.model_copy(update={"lost": tuple(sorted(others))})
 
-    def _started(self, worker: Hashable, what: object) -> None:
+    def _note_start(self, worker: Hashable, what: object) -> None:
         del self._loading[worker]
         if isinstance(what, Ready):
             self._idle.append(worker)
@@ -161,21 +161,21 @@ class Schedule:
         else:
             memory = isinstance(what, Exhausted) or (isinstance(what, Died) and what.for_memory)
             reason = what.reason if isinstance(what, Died | Exhausted) else _SILENT
-            self._not_started(reason, OutOfMemory if memory else WorkersGone)
+            self._note_bad_start(reason, OutOfMemory if memory else WorkersGone)
 
-    def _not_started(self, reason: str, kind: type[XkdError] = WorkersGone) -> None:
+    def _note_bad_start(self, reason: str, kind: type[XkdError] = WorkersGone) -> None:
         self._bad_starts += 1
         if self._bad_starts < TRIES:
             return
         self._count, self._bad_starts = self._count - 1, 0
         if self._count == 0 or not (self._busy or self._idle):
             raise kind(f"no worker starts, {TRIES} in a row ended in loading: {reason}", kept=KEPT, fix=AGAIN)
-        warn(f"{TRIES} workers in a row did not start: {reason}; going on with {self._count}")
+        warn(f"{TRIES} workers in a row did not start: {reason}; continuing with {self._count}")
 
-    def _heard(self, worker: Hashable, what: object, done: Callable[[Commit], None]) -> None:
+    def _note_report(self, worker: Hashable, what: object, done: Callable[[Commit], None]) -> None:
         task, since = self._busy.pop(worker)
         if isinstance(what, Died):
-            self._died(task, what)
+            self._note_death(task, what)
             return
         self._idle.append(worker)
         if isinstance(what, Exhausted):
@@ -185,22 +185,22 @@ class Schedule:
             self._go_on(task, died=False)
         elif isinstance(what, Commit):
             self._seconds.append(self._clock() - since)
-            done(recorded(what, task.care))
+            done(with_care(what, task.care))
 
-    def _died(self, task: _Task, death: Died) -> None:
+    def _note_death(self, task: _Task, death: Died) -> None:
         if task.search is not None:
             self._go_on(task, died=True)
             return
         task.deaths += 1
         if task.deaths < TRIES:
-            warn(f"unit {task.unit}: its worker died ({death.reason}); try {task.deaths + 1} of {TRIES}")
+            warn(f"shard {task.unit}: its worker died ({death.reason}); try {task.deaths + 1} of {TRIES}")
         elif death.for_memory:
             task.care, task.deaths = smaller(self._stage, task.job, task.care, death.reason), 0
         else:
             rows = [row for row in range(self._stage.rows(task.job)) if row not in task.care.lost]
             if not rows:
-                raise WorkersGone(f"unit {task.unit} kills its worker without any of its rows", kept=KEPT, fix=AGAIN)
-            warn(f"unit {task.unit}: {TRIES} workers died ({death.reason}); its rows are tried apart")
+                raise WorkersGone(f"shard {task.unit} kills its worker even without its rows", kept=KEPT, fix=AGAIN)
+            warn(f"shard {task.unit}: {TRIES} workers died ({death.reason}); trying its rows separately")
             task.search = culprits(rows, tries=TRIES, most=MOST_LOST)
             self._go_on(task, died=None)
             return
@@ -218,12 +218,12 @@ class Schedule:
         task.search, task.deaths = None, 0
         if len(found) > MOST_LOST:
             raise WorkersGone(
-                f"unit {task.unit}: more than {MOST_LOST} rows kill their worker, so the rows are not the cause",
+                f"shard {task.unit}: more than {MOST_LOST} rows kill their worker, so the rows are not the cause",
                 kept=KEPT,
                 fix=f"run with --workers 0 to see what happens in this process; {AGAIN}",
             )
         if found:
-            warn(f"unit {task.unit}: left out, as they kill their worker: row {', '.join(map(str, found))}")
+            warn(f"shard {task.unit}: left out, as they kill their worker: row {', '.join(map(str, found))}")
             task.care = task.care.model_copy(update={"lost": tuple(sorted({*task.care.lost, *found}))})
         else:
             reason = "its rows kill their worker together and not alone"
@@ -239,17 +239,17 @@ class Schedule:
             task.hangs += 1
             if task.hangs >= TRIES:
                 raise WorkersGone(
-                    f"unit {task.unit} was not finished within {limit:g} s, {TRIES} times",
+                    f"shard {task.unit} was not finished within {limit:g} s, {TRIES} times",
                     kept=KEPT,
                     fix="allow it more with --stall-timeout SECONDS, or look at its documents",
                 )
-            warn(f"unit {task.unit}: no word for {limit:g} s; its worker is killed, try {task.hangs + 1} of {TRIES}")
+            warn(f"shard {task.unit}: no answer for {limit:g} s, worker killed; try {task.hangs + 1} of {TRIES}")
             self._queue.appendleft(task)
         for worker, since in list(self._loading.items()):
             if now - since > max(FIRST_SECONDS, self._stall or 0.0):
                 del self._loading[worker]
                 self._pool.kill(worker)
-                self._not_started(_SILENT)
+                self._note_bad_start(_SILENT)
 
     def _limit(self) -> float:
         if self._stall is not None:

@@ -13,9 +13,9 @@ KINDS: Final = ("teachers", "signals", "students")
 """Folders of a cache that hold table folders."""
 ROOT_FILES: Final = ("README.md", "SHA256SUMS", "LOCK")
 
-_LEFT = re.compile(r"(added/\d+/)?(plan\.json|commits/\d{5}\.json|(rejects/)?\d{5}-[0-9a-f]{12}\.(arrow|jsonl))")
-"""Files of units that may lie in a table without its manifest naming them: of an addition that is not finished, or
-of a worker that came too late. No command reads them; gc removes them."""
+_LEFT = re.compile(r"plan\.json|commits/\d{5}\.json|(rejects/)?\d{5}-[0-9a-f]{12}\.(arrow|jsonl)")
+"""Files of units that may lie in a table without its manifest naming them: of a worker
+that came too late. No command reads them; gc removes them."""
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -68,11 +68,8 @@ def unnamed_files(folder: Path, manifest: Manifest) -> Iterator[Path]:
         named |= {f"rejects/{commit.rejects.file}"} if commit.rejects else set()
     for path in files_below(folder):
         parts = path.relative_to(folder).parts
-        added = parts[0] == "added"
-        own = parts[2:] if added else parts  # an addition is laid out as the table is
         hidden = any(part.startswith(".") for part in parts)
-        unfinished = added and _LEFT.fullmatch("/".join(parts))
-        if parts[0] != "quarantine" and not hidden and not unfinished and "/".join(own) not in named:
+        if parts[0] != "quarantine" and not hidden and "/".join(parts) not in named:
             yield path
 
 

@@ -57,10 +57,10 @@ class Reject(_Record):
 
 
 class MadeDifferently(_Record):
-    """How a unit was made that could not be made as planned; as it stands, as planned."""
+    """How this shard deviates from the plan; the default means not at all."""
 
     lost: tuple[int, ...] = ()
-    """Rows of the unit left out, ascending: each of them killed every process that worked on it."""
+    """Rows left out, ascending: each killed every process that worked on it."""
     batch: int = 0
     """Size of a batch after memory ran out: tokens of a forward pass, or documents of a call. 0: the plan's."""
 
@@ -191,7 +191,7 @@ def read_record(path: Path, kind: type[M]) -> M:
         raise InputMissing(f"{path} {what}", fix=_MAKE) from None
     try:
         with _collecting_nothing():
-            return _parsed(path, content, kind)
+            return _parse(path, content, kind)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # ValidationError is a ValueError
         line = " ".join(str(error).split()).partition(" [type=")[0][:200]
         advice = _MAKE
@@ -201,7 +201,7 @@ def read_record(path: Path, kind: type[M]) -> M:
         raise BadData(f"{path} cannot be read as {kind.__name__.lower()}: {line}", fix=advice) from error
 
 
-def _parsed(path: Path, content: bytes, kind: type[M]) -> M:
+def _parse(path: Path, content: bytes, kind: type[M]) -> M:
     data = json.loads(content, parse_constant=_finite, parse_float=_finite)
     own = data.pop(OWN, None) if kind is not Manifest else None  # none in caches of before
     whole = own is None or own == digest(data)

@@ -7,8 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from xkd_schemas.cache.joined import JoinedTable
-from xkd_schemas.cache.table import Row, Table, check_cache, names_in, only_student, only_teacher
+from xkd_schemas.cache.table import JoinedTable, Row, Table, check_cache, names_in, only_student, only_teacher
 from xkd_schemas.codecs import numbers_of
 from xkd_schemas.errors import UsageError
 

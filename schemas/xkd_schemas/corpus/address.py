@@ -35,6 +35,7 @@ def shown(url: str) -> str:
     return re.sub(r"://[^/@]*@", "://", url.split("?", 1)[0])
 
 
+@functools.cache
 def local_copy(url: str) -> Path:
     """A remote file under its own name in a folder of this process, copied once and removed when it ends.
 
@@ -42,11 +43,6 @@ def local_copy(url: str) -> Path:
         InputMissing: Not there or out of reach.
         UsageError: The address's kind needs a package that is not installed.
     """
-    return _copied(url)
-
-
-@functools.cache
-def _copied(url: str) -> Path:
     name = PurePosixPath(shown(url)).name
     files, path = _store_of(url)
     with _remote_errors(url):

@@ -23,7 +23,7 @@ STREAM_END: Final = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @contextlib.contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def _name_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, UnicodeError) as error:  # names in a header that are not UTF-8
@@ -53,7 +53,7 @@ def table_rows(
         BadData: broken, or a stream that was cut off.
         InputMissing: cannot be read.
     """
-    with _errors_named(path):
+    with _name_errors(path):
         batches = _parquet_batches(path, first, columns) if path.suffix == ".parquet" else _arrow_batches(path, first)
         for batch in batches:
             kept = batch if columns is None else batch.select([n for n in batch.schema.names if n in columns])
@@ -62,7 +62,7 @@ def table_rows(
 
 def count_table_rows(path: Path) -> int:
     """Rows of a .parquet or .arrow file; raises as `table_rows` does."""
-    with _errors_named(path):
+    with _name_errors(path):
         if path.suffix == ".parquet":
             with pq.ParquetFile(path) as file:
                 return int(file.metadata.num_rows)

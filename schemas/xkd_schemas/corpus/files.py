@@ -4,6 +4,7 @@ A part remembers size and time of the file, so that a reader in another process 
 instead of pairing new rows with old numbers.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from xkd_schemas.corpus.columnar import count_table_rows, table_rows
-from xkd_schemas.corpus.line_reader import BOM, Hash, Line, LongLine, expand, read_chunks, split_lines, trimmed
+from xkd_schemas.corpus.line_reader import BOM, Line, LongLine, expand, read_chunks, split_lines
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 
 MARK_EVERY: Final = 4096
@@ -43,7 +44,7 @@ class CorpusFile:
     """1 where the file began with a byte order mark."""
 
 
-def count_file(path: Path, digest: Hash) -> CorpusFile:
+def count_file(path: Path, digest: "hashlib._Hash") -> CorpusFile:
     """The part that a file is; its raw bytes go through `digest` on the way.
 
     Blank lines after the last row are no rows.
@@ -95,10 +96,11 @@ def file_rows(part: CorpusFile, *, first: int = 0, columns: Sequence[str] | None
     chunks = read_chunks(path, first_byte=part.marks[mark] if part.marks else 0)
     for number, (_, line) in enumerate(split_lines(expand(path, chunks)), start=mark * MARK_EVERY):
         if number >= first:
-            yield trimmed(_without_bom(line)[1] if number == 0 else line)
+            line = _without_bom(line)[1] if number == 0 else line
+            yield line.removesuffix(b"\r") if isinstance(line, bytes) else line  # files written on Windows
 
 
-def exactly(part: CorpusFile, rows: Iterator[Content], first: int) -> Iterator[Content]:
+def take_exactly(part: CorpusFile, rows: Iterator[Content], first: int) -> Iterator[Content]:
     """The `part.num_rows - first` rows that were counted, or Mismatch where there are fewer."""
     wanted = part.num_rows - first
     number = 0

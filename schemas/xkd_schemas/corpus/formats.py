@@ -55,7 +55,7 @@ FORMS: Final[Mapping[str, RowFormat]] = {
 """Every form, in the order in which they are tried."""
 
 
-def form_named(name: str) -> RowFormat:
+def find_form(name: str) -> RowFormat:
     """The form, or UsageError that lists the known ones."""
     try:
         return FORMS[name]
@@ -105,7 +105,7 @@ def columns_of(pairs: list[str]) -> dict[str, str]:
 
 def check_fields(form: str, columns: Mapping[str, str]) -> None:
     """Raise UsageError where the form is not known or a mapped field is none of its fields."""
-    forms = FORMS.values() if form == AUTO else [form_named(form)]
+    forms = FORMS.values() if form == AUTO else [find_form(form)]
     known = list(dict.fromkeys(field.name for f in forms for field in f.fields))
     for field in columns:
         if field not in known:

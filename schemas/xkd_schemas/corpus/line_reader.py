@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from xkd_schemas.errors import BadData, InputMissing, Refused
 
@@ -33,13 +33,6 @@ ZSTD_PIECE_BYTES: Final = 4096
 BOM: Final = b"\xef\xbb\xbf"
 
 
-class Hash(Protocol):
-    """What `hashlib.sha256()` returns."""
-
-    def update(self, data: bytes, /) -> None:
-        """Take more bytes into the digest."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LongLine:
     """A line above the limit; its bytes were read and dropped."""
@@ -53,7 +46,7 @@ class LongLine:
 Line = bytes | LongLine
 
 
-def read_chunks(path: Path, *, first_byte: int = 0, digest: Hash | None = None) -> Iterator[bytes]:
+def read_chunks(path: Path, *, first_byte: int = 0, digest: "hashlib._Hash | None" = None) -> Iterator[bytes]:
     """Raw bytes of a file from `first_byte` on, taken into `digest` as they pass.
 
     Raises:
@@ -126,14 +119,14 @@ def expand(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
         return
     num_read = num_written = 0
 
-    def counted() -> Iterator[bytes]:
+    def counting() -> Iterator[bytes]:
         nonlocal num_read
         for chunk in chunks:
             num_read += len(chunk)
             yield chunk
 
     try:
-        for content in expander(path, counted()):
+        for content in expander(path, counting()):
             num_written += len(content)
             if num_written > min(MAX_EXPANDED_BYTES, max(FREE_BYTES, MAX_RATIO * num_read)):
                 raise Refused(
@@ -145,39 +138,31 @@ def expand(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
         raise BadData(f"{path}: not a sound gzip file: {error}", fix="copy or download it again") from error
 
 
-class _Collector:
-    """The line that is being read: its pieces, or only its digest once it is too long."""
+class _OpenLine:
+    """The line that is being read: its pieces, or only its head and digest once it is too long."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.start()
-
-    def start(self) -> None:
+        self.limit, self.num_bytes = limit, 0
         self.pieces: list[bytes] = []
-        self.num_bytes = 0
         self.digest: hashlib._Hash | None = None
 
     def add(self, piece: bytes) -> None:
         self.num_bytes += len(piece)
-        if self.digest is None:
-            self.pieces.append(piece)
-            if self.num_bytes > self.limit:
-                self.digest = hashlib.sha256()
-                head = b""
-                for held in self.pieces:
-                    self.digest.update(held)
-                    head += held[: HEAD_BYTES - len(head)]
-                self.pieces = [head]
-        else:
-            self.digest.update(piece)
-
-    def take(self) -> Line:
-        content = b"".join(self.pieces)
-        line: Line = content
         if self.digest is not None:
-            line = LongLine(num_bytes=self.num_bytes, sha256=self.digest.hexdigest(), head=content)
-        self.start()
-        return line
+            self.digest.update(piece)
+            return
+        self.pieces.append(piece)
+        if self.num_bytes > self.limit:
+            self.digest = hashlib.sha256()
+            for part in self.pieces:
+                self.digest.update(part)
+            self.pieces = [b"".join(part[:HEAD_BYTES] for part in self.pieces)[:HEAD_BYTES]]
+
+    def line(self) -> Line:
+        content = b"".join(self.pieces)
+        if self.digest is None:
+            return content
+        return LongLine(num_bytes=self.num_bytes, sha256=self.digest.hexdigest(), head=content)
 
 
 def split_lines(chunks: Iterator[bytes], *, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, Line]]:
@@ -188,24 +173,15 @@ def split_lines(chunks: Iterator[bytes], *, limit: int = MAX_LINE_BYTES) -> Iter
     >>> list(split_lines(iter([b"a\r", b"\nbc", b"d"])))
     [(0, b'a\r'), (3, b'bcd')]
     """
-    current, at = _Collector(limit), 0
+    current, at = _OpenLine(limit), 0
     for chunk in chunks:
         *ends, tail = chunk.split(b"\n")
         for piece in ends:
             current.add(piece)
-            num_bytes = current.num_bytes
-            yield at, current.take()
-            at += num_bytes + 1
+            yield at, current.line()
+            at += current.num_bytes + 1
+            current = _OpenLine(limit)
         if tail:
             current.add(tail)
     if current.num_bytes:
-        yield at, current.take()
-
-
-def trimmed(line: Line) -> Line:
-    r"""The line without one trailing `\r`: files written on Windows.
-
-    >>> trimmed(b"{}\r")
-    b'{}'
-    """
-    return line.removesuffix(b"\r") if isinstance(line, bytes) else line
+        yield at, current.line()

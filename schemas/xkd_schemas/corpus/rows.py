@@ -14,7 +14,7 @@ from typing import Final
 import orjson
 
 from xkd_schemas.corpus.conversation import CALL, REASONING, REASONING_KEYS, call_text
-from xkd_schemas.corpus.formats import RowFormat, form_named
+from xkd_schemas.corpus.formats import RowFormat, find_form
 from xkd_schemas.corpus.line_reader import LongLine
 from xkd_schemas.documents import Document, document_of
 
@@ -123,7 +123,7 @@ def read_documents(
     Raises:
         UsageError: the form is not known.
     """
-    kind = form_named(form)
+    kind = find_form(form)
     names = {field.name: columns.get(field.name, field.name) for field in kind.fields}
     documents: list[Document] = []
     rejected: list[RejectedRow] = []
@@ -188,7 +188,7 @@ def references_of(form: str, columns: Mapping[str, str], row: Mapping[str, objec
     >>> references_of("alpaca", {"output": "output"}, {"output": ["Hi.", "Hello."]})
     ['Hi.', 'Hello.']
     """
-    for field in form_named(form).fields:
+    for field in find_form(form).fields:
         value = row.get(columns.get(field.name, field.name)) if field.role == "response" else None
         if isinstance(value, list):
             return value if all(isinstance(text, str) for text in value) else []
@@ -234,7 +234,7 @@ def _chat(value: object, column: str, row: Mapping[str, object], unused: dict[st
     parts: list[Part] = []
     value = [*_system_turn(row, value), *value]
     messages = [_message(message, f'"{column}"[{at}]', parts, unused) for at, message in enumerate(value)]
-    tools = _tools(row.get(TOOLS))
+    tools = _list(_json(row.get(TOOLS), f'"{TOOLS}"') or [], f'"{TOOLS}"')
     plain = all(list(m) == ["role", "content"] and m["content"] != "" for m in messages)
     if plain and not tools:
         return parts, ""
@@ -249,7 +249,7 @@ def _system_turn(row: Mapping[str, object], messages: Sequence[object]) -> list[
     return [{"role": "system", "content": row[key]} for key in found[:1]]
 
 
-def _renamed(message: Mapping[str, object], where: str) -> dict[str, object]:
+def _rename_keys(message: Mapping[str, object], where: str) -> dict[str, object]:
     """A message with the keys and roles of OpenAI's files, whatever its own file calls them."""
     found = {OTHER_KEYS[k] if OTHER_KEYS.get(k, k) not in message else k: value for k, value in message.items()}
     role = found.get("role")
@@ -273,7 +273,7 @@ def _message(message: object, where: str, parts: list[Part], unused: dict[str, i
     """A message in which a number stands for each text, which is put behind `parts`."""
     if not isinstance(message, dict):
         raise RowRejected(BAD_TYPE, f"{where} is {_kind(message)}, not an object")
-    message = _renamed(message, where)
+    message = _rename_keys(message, where)
     said = {key: value for key, value in message.items() if value is not None}
     calls = said.pop("tool_calls", None) or []
     if "role" not in said or ("content" not in message and not calls and said.keys().isdisjoint(REASONING_KEYS)):
@@ -320,11 +320,6 @@ def _is_trained(said: dict[str, object], where: str) -> bool:
         if key in said and said[key] not in (0, 1):
             raise RowRejected(BAD_TYPE, f'"{key}" of {where} is {str(said[key])[:40]}, not 0, 1, true or false')
     return all(said.get(key, 1) for key in TRAINED_KEYS)
-
-
-def _tools(value: object) -> list[object]:
-    """The tools of a row: a list, or its JSON."""
-    return _list(_json(value, f'"{TOOLS}"') or [], f'"{TOOLS}"')
 
 
 def _list(value: object, what: str) -> list[object]:
@@ -388,10 +383,10 @@ def rejected_row(source: str, row: RawRow, reason: str, what: str) -> RejectedRo
         bytes_ = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=str).encode()
         head, sha256 = bytes_[:DETAIL_CHARS], hashlib.sha256(bytes_).hexdigest()
     start = head[:DETAIL_CHARS].decode("utf-8", "backslashreplace")
-    detail = _escaped(f"{what}: {start}" if start else what)[:DETAIL_CHARS]
+    detail = _escape(f"{what}: {start}" if start else what)[:DETAIL_CHARS]
     return RejectedRow(source=source, line=row.line, reason=reason, detail=detail, sha256=sha256)
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """Printable ASCII: everything else, controls included, as a backslash escape."""
     return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text)

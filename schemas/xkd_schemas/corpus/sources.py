@@ -16,12 +16,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from xkd_schemas.corpus.address import is_url, local_copy, shown
-from xkd_schemas.corpus.files import FOLDER_SUFFIXES, SUFFIXES, Content, CorpusFile, count_file, exactly, file_rows
+from xkd_schemas.corpus.files import (
+    FOLDER_SUFFIXES,
+    SUFFIXES,
+    Content,
+    CorpusFile,
+    count_file,
+    file_rows,
+    take_exactly,
+)
 from xkd_schemas.corpus.formats import AUTO, FORMS, check_fields, choose_form
-from xkd_schemas.corpus.rows import ROW_KEYS, RawRow, RejectedRow, parsed_row, read_documents
+from xkd_schemas.corpus.rows import ROW_KEYS, RawRow, RejectedRow, parsed_row, read_documents, references_of
+from xkd_schemas.documents import Document
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 
 __all__ = ["RawRow", "RejectedRow", "Source", "digest_of", "open_source", "read_documents"]
@@ -99,7 +108,7 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
         Refused: a compressed file grows without measure.
     """
     check_fields(form, columns)
-    parts, digest, remarks = _located(name)
+    parts, digest, remarks = _locate(name)
     sample = _sample(parts)
     chosen, resolved, fit = choose_form(name, form, columns, sample)
     boms = sum(part.num_boms for part in parts)
@@ -117,10 +126,10 @@ def digest_of(name: str) -> str:
     Raises:
         InputMissing, UsageError, BadData, Refused: as `open_source`.
     """
-    return _located(name)[1]
+    return _locate(name)[1]
 
 
-def _located(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
+def _locate(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
     """(parts, digest, remarks)"""
     if is_url(name):
         return _at_address(name)
@@ -138,15 +147,18 @@ def _located(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
         return _in_folder(path)
     if not stat.S_ISREG(mode):
         raise InputMissing(f"{name} is not a regular file", fix="save the rows to a .jsonl file and name that")
-    if not path.name.endswith(SUFFIXES):
-        raise UsageError(f"{name}: the ending says no format", fix=f"use one of {' '.join(SUFFIXES)}")
+    _check_suffix(name)
     digest = hashlib.sha256()
     return (count_file(path, digest),), digest.hexdigest(), ()
 
 
+def _check_suffix(name: str) -> None:
+    if not name.endswith(SUFFIXES):
+        raise UsageError(f"{name}: unknown file extension", fix=f"use one of {' '.join(SUFFIXES)}")
+
+
 def _at_address(url: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
-    if not shown(url).endswith(SUFFIXES):
-        raise UsageError(f"{shown(url)}: the ending says no format", fix=f"use one of {' '.join(SUFFIXES)}")
+    _check_suffix(shown(url))
     digest = hashlib.sha256()
     part = count_file(local_copy(url), digest)
     return (part,), digest.hexdigest(), (f"{part.state[0]} bytes copied here while this command runs",)
@@ -220,22 +232,17 @@ def _hub_rows(path: str, first: int = 0) -> Iterator[Content]:
     """Rows of NAME@REVISION:SUBSET:SPLIT as they come in; none but the one at hand is held."""
     found = HUB_NAME.fullmatch(path)
     assert found is not None
-    datasets = _datasets(path)
+    try:
+        datasets = importlib.import_module("datasets")  # by name: the trainer works without it
+    except ImportError:
+        what = f"{path}: the hub needs datasets, which is not installed"
+        raise InputMissing(what, fix="pip install datasets") from None
     with _hub_errors(path):
         rows = datasets.load_dataset(
             found["name"], found["subset"], split=found["split"], revision=found["revision"], streaming=True
         )
         for row in rows.skip(first):
             yield dict(row)
-
-
-def _datasets(name: str) -> Any:
-    """The library, by name: the trainer works without it."""
-    try:
-        return importlib.import_module("datasets")
-    except ImportError:
-        what = f"{name}: the hub needs datasets, which is not installed"
-        raise InputMissing(what, fix="pip install datasets") from None
 
 
 @contextlib.contextmanager
@@ -265,5 +272,30 @@ def _sample(parts: Sequence[CorpusFile]) -> list[dict[str, object]]:
 
 def _part_rows(part: CorpusFile, first: int, columns: Sequence[str] | None) -> Iterator[Content]:
     if part.kind == "hub":
-        return exactly(part, _hub_rows(part.path, first), first)
-    return exactly(part, file_rows(part, first=first, columns=columns), first)
+        return take_exactly(part, _hub_rows(part.path, first), first)
+    return take_exactly(part, file_rows(part, first=first, columns=columns), first)
+
+
+MAX_CHARS: Final = 1_000_000
+"""A longer text counts as unusable."""
+
+
+def held_out_documents(
+    name: Path | str, form: str = AUTO, columns: Mapping[str, str] | None = None
+) -> tuple[list[Document], list[RejectedRow], dict[int, list[str]]]:
+    """Documents of a source, and the rows that could not be used; arguments and errors as `open_source`.
+
+    Also, by their line, all the references of rows that have a list of them; the document has the first.
+
+    Raises:
+        BadData: It has no rows, or is broken.
+    """
+    source = open_source(str(name), form=form, columns=columns or {})
+    rows = list(source.rows())
+    if not rows:
+        raise BadData(f"{name} has no rows", fix="check the path")
+    documents, rejected = read_documents(
+        Path(source.name).name, source.form, source.columns, rows, max_chars=MAX_CHARS
+    )
+    references = {r.line: references_of(source.form, source.columns, parsed_row(r.content) or {}) for r in rows}
+    return documents, rejected, {line: texts for line, texts in references.items() if texts}

@@ -1,7 +1,7 @@
 """Documents and tokens of many documents in flat arrays: the form in which whole units are encoded and aligned.
 
 numpy's cost per call is that of some hundred tokens, so what is asked of each document alone costs as much as the
-tokenizer. Both blocks are built from objects or from a table's columns, and give the objects back one by one.
+tokenizer. Both batches are built from objects or from a table's columns, and give the objects back one by one.
 
 Shape legend for this file
     R documents    G segments of all documents    T tokens of all documents
@@ -42,7 +42,7 @@ class DocumentBatch:
 
     @staticmethod
     def of(documents: Iterable[Document]) -> "DocumentBatch":
-        """The block of these documents."""
+        """The batch of these documents."""
         documents = list(documents)
         segments = [s for d in documents for s in d.segments]
         numbers: dict[str, int] = {}
@@ -63,7 +63,7 @@ class DocumentBatch:
         return len(self.texts)
 
     def document(self, number: int) -> Document:
-        """One document of the block."""
+        """One document of the batch."""
         own = slice(self.segments.first[number], self.segments.first[number + 1])
         return Document(
             text=self.texts[number],
@@ -78,12 +78,12 @@ class DocumentBatch:
             messages=self.messages[number],
         )
 
-    def taken(self, numbers: Sequence[int]) -> "DocumentBatch":
-        """The block of some of the documents."""
+    def take(self, numbers: Sequence[int]) -> "DocumentBatch":
+        """The batch of some of the documents."""
         return DocumentBatch.of(self.document(n) for n in numbers)
 
     def part(self, first: int, end: int) -> "DocumentBatch":
-        """The block of the documents from `first` up to `end`; nothing but references is copied."""
+        """The batch of the documents from `first` up to `end`; nothing but references is copied."""
         own = slice(self.segments.first[first], self.segments.first[end])
         border = self.segments.first[first : end + 1] - self.segments.first[first]
         return DocumentBatch(
@@ -100,8 +100,8 @@ class Line(NamedTuple):
     """Where each document begins on the line, and where the next one would: [R + 1]."""
     at_S: Int64s
     """Which tokens they are."""
-    start_S: Int32s | Int64s
-    end_S: Int32s | Int64s
+    start_S: Int64s
+    end_S: Int64s
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,7 +126,7 @@ class TokenBatch(Sequence[Tokens]):
 
     @staticmethod
     def of(rows: Iterable[Tokens]) -> "TokenBatch":
-        """The block of these rows; a block is returned as it is."""
+        """The batch of these rows; a batch is returned as it is."""
         if isinstance(rows, TokenBatch):
             return rows
         rows = list(rows)
@@ -166,27 +166,20 @@ class TokenBatch(Sequence[Tokens]):
     def line(self) -> Line:
         """Where the content tokens stand, all documents in one order."""
         base_R = row_offsets(self.num_chars.astype(np.int64) + 1)
-        base_R = base_R.astype(np.int32) if base_R[-1] < np.iinfo(np.int32).max else base_R
         at_S = np.flatnonzero(self.kinds == CONTENT)
-        spans_S2 = self.spans if len(at_S) == len(self.spans) else self.spans[at_S]
-        base_S = np.repeat(base_R[:-1], np.diff(np.searchsorted(at_S, self.first)))
-        return Line(base_R, at_S, spans_S2[:, 0] + base_S, spans_S2[:, 1] + base_S)
+        base_S = np.repeat(base_R[:-1], np.diff(np.searchsorted(at_S, self.first)))  # where its document begins
+        return Line(base_R, at_S, *(self.spans[at_S] + base_S[:, None]).T)
 
-    def lists(self, values_T: npt.NDArray[np.generic]) -> Ragged:
+    def as_rows(self, values_T: npt.NDArray[np.generic]) -> Ragged:
         """One of the flat arrays, or another value for each token, as rows."""
         return Ragged(values_T, self.first)
 
-    def counted(self, flags_T: Bools) -> Int64s:
+    def count_flags(self, flags_T: Bools) -> Int64s:
         """In each document, tokens with a flag: [R]."""
         return np.diff(row_offsets(flags_T)[self.first])
 
-    def marked(self, statuses: Sequence[str], usable_R: Bools) -> "TokenBatch":
-        """The block with other statuses, in which documents that are not usable have no tokens."""
-        if usable_R.all():
-            return TokenBatch(
-                statuses=statuses, num_chars=self.num_chars, first=self.first, ids=self.ids, spans=self.spans,
-                kinds=self.kinds, targets=self.targets, extended=self.extended,
-            )  # fmt: skip
+    def with_statuses(self, statuses: Sequence[str], usable_R: Bools) -> "TokenBatch":
+        """The batch with other statuses, in which documents that are not usable have no tokens."""
         counts = np.diff(self.first)
         keep_T = np.repeat(usable_R, counts)
         return TokenBatch(

@@ -19,11 +19,10 @@ import numpy as np
 
 from xkd_schemas.ragged import row_offsets
 from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch
-from xkd_schemas.text.normalizer.offset_repair import explained
-from xkd_schemas.text.normalizer.offsets import Normalised
+from xkd_schemas.text.normalizer import Normalised, repair_intervals
 from xkd_schemas.text.offsets import EncodedText, blanks
 from xkd_schemas.text.rendering import Rendered, Turn
-from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encoded_by, native_backend
+from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encode_with, set_plain
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Bools, Int32s, Tokens
 
 NOTHING: Rendered = Rendered("", np.zeros(0, np.int32), ())
@@ -53,15 +52,16 @@ class _Own(NamedTuple):
     targets_C: Bools
 
 
-def native_tokens(block: DocumentBatch, rendered: Sequence[Rendered], reader: Reader) -> TokenBatch:
+def read_renderings(block: DocumentBatch, rendered: Sequence[Rendered], reader: Reader) -> TokenBatch:
     """The documents' whole rows; `statuses` are the faults of their intervals, or "ok".
 
     A row ends behind its last token of the text, or behind the end token of that turn: the one that the template
     puts there, else the tokenizer's own.
     """
-    encoded = encoded_by(native_backend(reader.tokenizer), [r.text for r in rendered])
+    backend = set_plain(reader.tokenizer.backend_tokenizer, specials=True)
+    encoded = encode_with(backend, [r.text for r in rendered])
     read = _stretches([r.text for r in rendered], encoded, reader.added)
-    found = explained(read, encoded.ids, reader.normalised)
+    found = repair_intervals(read, encoded.ids, reader.normalised)
     own = _own(block, rendered, encoded.first, found.spans_C2)
     backward_C = own.content_C[1:] & own.content_C[:-1] & (np.diff(own.spans_C2, axis=0) < 0).any(axis=1)
     bad_R = np.diff(row_offsets(np.append(backward_C, False))[encoded.first]) > 0
@@ -86,26 +86,21 @@ def _stretches(texts: Sequence[str], encoded: Encoded, added: Int64s) -> Encoded
     filled_R = np.diff(encoded.first) > 0
     starts_C = np.zeros(len(added_C), np.bool_)  # of a document
     starts_C[encoded.first[:-1][filled_R]] = True
-    begins_C = starts_C | added_C
+    begins_C = starts_C | added_C  # tokens that begin a stretch
     begins_C[1:] |= added_C[:-1]
     first_G = np.flatnonzero(begins_C)
     document_G = np.searchsorted(encoded.first, first_G, side="right") - 1
-    low_G = encoded.offsets[first_G, 0].copy()
+    low_G = encoded.offsets[first_G, 0].copy()  # where each stretch begins in its rendering
     loose_G = ~added_C[first_G]  # blanks in front of such a stretch may be in no token's offsets
     low_G[loose_G] = np.where(starts_C[first_G], 0, encoded.offsets[first_G - 1, 1])[loose_G]
-    high_G = np.empty_like(low_G)
-    high_G[:-1] = low_G[1:]
+    high_G = np.append(low_G[1:], np.int32(0))[: len(low_G)]  # where it ends: at the next one, or with its rendering
     last_G = np.append(starts_C[first_G][1:], True)[: len(first_G)]
     high_G[last_G] = np.array([len(text) for text in texts], np.int32)[document_G[last_G]]
+    behind_G = np.append(first_G, len(encoded.ids))
     return EncodedText(
         texts=texts, document_G=document_G, segments_G2=np.stack([low_G, high_G], axis=1),
-        offsets_C2=_relative(encoded, first_G, low_G), first=np.append(first_G, len(encoded.ids)),
+        offsets_C2=(encoded.offsets - np.repeat(low_G, np.diff(behind_G))[:, None]).astype(np.int32), first=behind_G,
     )  # fmt: skip
-
-
-def _relative(encoded: Encoded, first_G: Int64s, starts_G: Int32s) -> Int32s:
-    counts_G = np.diff(np.append(first_G, len(encoded.ids)))
-    return (encoded.offsets - np.repeat(starts_G, counts_G)[:, None]).astype(np.int32)
 
 
 def _own(block: DocumentBatch, rendered: Sequence[Rendered], first: Int64s, places_C2: Int32s) -> _Own:
@@ -113,13 +108,14 @@ def _own(block: DocumentBatch, rendered: Sequence[Rendered], first: Int64s, plac
     line = " ".join([*(r.text for r in rendered), ""])
     base_R = row_offsets([len(r.text) + 1 for r in rendered])
     chars_R = row_offsets([len(text) for text in block.texts])
-    source_L = np.full(len(line), -1, np.int64)
+    source_L = np.full(len(line), -1, np.int64)  # of all renderings, the character of all documents that each one is
     for at, chars, one in zip(base_R.tolist(), chars_R.tolist(), rendered, strict=False):
         part = source_L[at : at + len(one.source_L)]
         part[:] = np.where(one.source_L < 0, -1, one.source_L + chars)
     own_L, blank_L = source_L >= 0, blanks(line)
     core_L = own_L & ~blank_L
     own_at, core_at = np.flatnonzero(own_L), np.flatnonzero(core_L)
+    # characters in front of each place: of documents, not blank ones of documents, not blank ones of templates
     num_own, num_core, num_other = row_offsets(own_L), row_offsets(core_L), row_offsets(~own_L & ~blank_L)
     document_C = np.repeat(np.arange(len(rendered)), np.diff(first))
     start_C, end_C = (places_C2 + base_R[document_C][:, None]).T
@@ -134,11 +130,11 @@ def _own(block: DocumentBatch, rendered: Sequence[Rendered], first: Int64s, plac
         from_at = np.where(
             has_core_C[at], np.append(core_at, 0)[num_core[start_C[at]]], np.append(own_at, 0)[num_own[start_C[at]]]
         )
-        low = source_L[from_at]
+        low = source_L[from_at]  # the first character that is the document's
         high = np.where(before_C[at], low, source_L[own_at[num_own[end_C[at]] - 1]] + 1)
         ends_G = block.segments.values[:, 1] + np.repeat(chars_R[:-1], block.segments.counts)
         segment = np.searchsorted(ends_G, low, side="right")
-        high = np.minimum(high, ends_G[segment])
+        high = np.minimum(high, ends_G[segment])  # no token goes over the end of its first segment
         spans_C2[at] = np.stack([low, high], axis=1) - chars_R[document_C[at]][:, None]
         targets_C[at] = block.targets_G[segment]
     return _Own(content_C, spans_C2, targets_C)

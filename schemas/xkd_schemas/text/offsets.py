@@ -46,40 +46,35 @@ def content_intervals(read: EncodedText) -> tuple[Int32s, list[str]]:
     Good intervals stay in their segment and in front of the cut, their starts and ends never decrease, and every
     character that is not blank lies in one. Blanks in front of a token are left out; a token of blanks keeps them.
     """
-    base_R = row_offsets([len(text) + 1 for text in read.texts]).astype(np.int32)
+    base_R = row_offsets([len(text) + 1 for text in read.texts]).astype(np.int32)  # where documents begin on the line
     count_G = np.diff(read.first)
     low_G2 = read.segments_G2 + base_R[read.document_G][:, None]
-    low_C, high_C = np.repeat(low_G2[:, 0], count_G), np.repeat(low_G2[:, 1], count_G)
-    start_C, end_C = read.offsets_C2[:, 0] + low_C, read.offsets_C2[:, 1] + low_C
+    low_C, high_C = np.repeat(low_G2[:, 0], count_G), np.repeat(low_G2[:, 1], count_G)  # each token's segment
+    start_C, end_C = read.offsets_C2[:, 0] + low_C, read.offsets_C2[:, 1] + low_C  # the library's offsets on the line
     document_C = np.repeat(read.document_G, count_G)
-    outside_R = _named(document_C[(start_C < low_C) | (end_C > high_C) | (end_C < start_C)], len(read.texts))
-    if outside_R.any():
-        np.clip(start_C, low_C, high_C, out=start_C)
-        np.clip(end_C, low_C, high_C, out=end_C)
+    outside_R = _mask_of(document_C[(start_C < low_C) | (end_C > high_C) | (end_C < start_C)], len(read.texts))
+    np.clip(start_C, low_C, high_C, out=start_C)  # so that they can be looked up; the document is refused below
+    np.clip(end_C, low_C, high_C, out=end_C)
     solid_L = ~blanks(" ".join(read.texts))
-    solid_before = np.zeros(len(solid_L) + 1, np.int32)
-    np.cumsum(solid_L, out=solid_before[1:])
+    solid_before = row_offsets(solid_L).astype(np.int32)  # characters that are not blank in front of each place
     first_solid_C = np.append(np.flatnonzero(solid_L), len(solid_L)).astype(np.int32)[solid_before[start_C]]
-    kept_C = first_solid_C >= end_C
-    if outside_R.any():
-        kept_C |= outside_R[document_C]
-    spans_C2 = np.stack([np.where(kept_C, start_C, first_solid_C), end_C], axis=1)
+    kept_C = (first_solid_C >= end_C) | outside_R[document_C]  # tokens of blanks alone keep their start
+    spans_C2 = np.stack([np.where(kept_C, start_C, first_solid_C), end_C], axis=1)  # without blanks in front
     empty = np.flatnonzero(spans_C2[:, 0] == end_C)
-    if len(empty):
-        _widen(spans_C2, empty[~outside_R[document_C[empty]]], low_C, high_C, solid_before)
-    backward_C = (spans_C2[1:, 0] < spans_C2[:-1, 0]) | (spans_C2[1:, 1] < spans_C2[:-1, 1])  # never between documents
-    backward_R = _named(document_C[1:][backward_C], len(read.texts))
-    first_R = read.first[np.searchsorted(read.document_G, np.arange(len(read.texts) + 1))]
+    _widen(spans_C2, empty[~outside_R[document_C[empty]]], low_C, high_C, solid_before)
+    backward_C = (np.diff(spans_C2, axis=0) < 0).any(axis=1)  # never between documents
+    backward_R = _mask_of(document_C[1:][backward_C], len(read.texts))
+    first_R = read.first[np.searchsorted(read.document_G, np.arange(len(read.texts) + 1))]  # tokens of each document
     holes_R = _holes(spans_C2, first_R, base_R, solid_before)
     statuses = [
         "outside_text" if outside else "offsets_not_monotone" if backward else "uncovered_characters" if hole else OK
         for outside, backward, hole in zip(outside_R.tolist(), backward_R.tolist(), holes_R.tolist(), strict=True)
     ]
-    spans_C2 -= np.repeat(base_R[:-1], np.diff(first_R))[:, None]
+    spans_C2 -= np.repeat(base_R[:-1], np.diff(first_R))[:, None]  # in characters of each document
     return spans_C2, statuses
 
 
-def _named(numbers: Int64s, size: int) -> Bools:
+def _mask_of(numbers: Int64s, size: int) -> Bools:
     """Which of `size` documents are named."""
     named = np.zeros(size, np.bool_)
     named[numbers] = True
@@ -90,14 +85,14 @@ def _holes(spans_C2: Int32s, first_R: Int64s, base_R: Int32s, solid_before: Int3
     """In which documents a character that is no blank lies between two tokens, before the first or behind the last."""
     size = len(base_R) - 1
     has_R = np.diff(first_R) > 0
-    from_C = np.append(np.int32(0), spans_C2[:-1, 1])
-    from_C[first_R[:-1][has_R]] = base_R[:-1][has_R]
-    skipped_C = solid_before[spans_C2[:, 0]] > solid_before[from_C] if len(spans_C2) else np.zeros(0, np.bool_)
-    last_R = base_R[:-1].copy()
+    from_C = np.append(np.int32(0), spans_C2[:, 1])[: len(spans_C2)]  # the end of the token before
+    from_C[first_R[:-1][has_R]] = base_R[:-1][has_R]  # of a document's first token, the document's begin
+    skipped_C = solid_before[spans_C2[:, 0]] > solid_before[from_C]
+    last_R = base_R[:-1].copy()  # the end of each document's last token
     last_R[has_R] = spans_C2[first_R[1:][has_R] - 1, 1]
     tail_R = solid_before[base_R[1:] - 1] > solid_before[last_R]
     numbers = np.searchsorted(first_R, np.flatnonzero(skipped_C), side="right") - 1
-    return _named(numbers, size) | tail_R
+    return _mask_of(numbers, size) | tail_R
 
 
 def _widen(spans_C2: Int32s, empty: Int64s, low_C: Int32s, high_C: Int32s, solid_before: Int32s) -> None:

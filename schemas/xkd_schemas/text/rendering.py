@@ -116,30 +116,30 @@ class ChatTemplate:
         faults = []
         for self._parts in (False, True):
             try:
-                if self.rendered(question).turns:
+                if self.render(question).turns:
                     return
                 faults.append("the chat template leaves the text out")
             except NotRendered as why:
                 faults.append(str(why))
         raise UsageError(f"{name_of(self._tokenizer)}: {faults[0]}", fix="--template none or --template alpaca")
 
-    def rendered(self, document: Document) -> Rendered:
+    def render(self, document: Document) -> Rendered:
         """The document as the template writes it.
 
         Raises:
             NotRendered: The template refuses it, or its characters are not found again.
         """
-        real = self._written(conversation(document, document.text))
+        real = self._write(conversation(document, document.text))
         key = tuple((s.role, s.target) for s in document.segments)
-        source_L = None if document.messages else self._framed(document, real, self._frames.get(key))
+        source_L = None if document.messages else self._reuse_glue(document, real, self._frames.get(key))
         if source_L is None:
-            source_L = self._traced(document, real)
+            source_L = self._trace(document, real)
             glue = None if document.messages else _glue_of(document, real, source_L)
             if glue is not None:
                 self._frames[key] = glue
         return Rendered(real, source_L, self._turns(document, real, source_L))
 
-    def _framed(self, document: Document, real: str, glue: list[str] | None) -> Int32s | None:
+    def _reuse_glue(self, document: Document, real: str, glue: list[str] | None) -> Int32s | None:
         """Where everything is as in the rows before."""
         if glue is None:
             return None
@@ -154,19 +154,19 @@ class ChatTemplate:
             at += segment.end - segment.start
         return source_L
 
-    def _traced(self, document: Document, real: str) -> Int32s:
+    def _trace(self, document: Document, real: str) -> Int32s:
         """Where every character comes from, found with as few characters left as they are as will do."""
         markers = [m for m in self._markers if m in document.text]
         for trace in (
             _Trace(document, (), outer=True), _Trace(document, markers, outer=True),
             _Trace(document, markers, outer=False),
         ):  # fmt: skip
-            source_L = trace.found(self._written(conversation(document, trace.text)), real)
+            source_L = trace.found(self._write(conversation(document, trace.text)), real)
             if source_L is not None:
                 return source_L
         raise NotRendered(CHANGED, "its characters are not found again in what the chat template writes")
 
-    def _written(self, row: Conversation, *, prompt: bool = False) -> str:
+    def _write(self, row: Conversation, *, prompt: bool = False) -> str:
         messages = [_in_parts(message) for message in row.messages] if self._parts else row.messages
         try:
             return str(
@@ -193,7 +193,7 @@ class ChatTemplate:
         """What the template puts behind the messages for a model to go on."""
         row = Conversation([{"role": "user", "content": "x"}], None, [])
         try:
-            without, asked = self._written(row), self._written(row, prompt=True)
+            without, asked = self._write(row), self._write(row, prompt=True)
         except NotRendered:
             return ""
         return asked.removeprefix(without) if asked.startswith(without) else ""

@@ -5,16 +5,27 @@ document's roles to pieces: glue, or one segment. It never sees the text of a se
 
     none     nothing but the segments
     alpaca   the prompt of Stanford Alpaca, as MiniLLM and DSKD (arXiv 2406.17328) train with
-    chat     the tokenizer's own chat template, which sees the row's messages and is no layout (rendered.py)
+    chat     the tokenizer's own chat template, which sees the row's messages and is no layout (rendering.py)
     auto     chat where the tokenizer has one, none elsewhere
+
+Shape legend for this file
+    R documents    G segments that are read    P pieces: three of each segment    T tokens of all rows
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError
+from xkd_schemas.ragged import row_offsets
+from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch
+from xkd_schemas.text.normalizer import Normalised, repair_intervals
+from xkd_schemas.text.offsets import EncodedText
+from xkd_schemas.text.tokenizers import Encoded
+from xkd_schemas.tokens import CONTENT, END, TEMPLATE, Bools, Int32s
 
 ALPACA: Final = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -32,32 +43,8 @@ AUTO: Final = "auto"
 """chat where the tokenizer has a chat template, none elsewhere."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """Either glue, or a reference to one segment."""
-
-    glue: str = ""
-    """Template text; special tokens are written out ("<|im_end|>")."""
-    segment: int = -1
-    """Index into the document's segments; -1 for glue."""
-
-
-Layout = tuple[Piece, ...]
-
-
-def layout(template: str, document: Document) -> Layout:
-    """The pieces of this document under a template: each segment once, in order, with glue where there is some.
-
-    The result depends on the document's roles only.
-
-    Args:
-        template: A key of LAYOUTS.
-        document: Text is not looked at; source and line are for messages.
-
-    Raises:
-        UsageError: It has no place for these roles.
-    """
-    return LAYOUTS[template](document)
+Layout = tuple[str | int, ...]
+"""Glue, with special tokens written out ("<|im_end|>"), and indices of the document's segments."""
 
 
 def check_template(name: str) -> None:
@@ -73,7 +60,7 @@ def chosen_template(name: str, tokenizer: Any) -> str:
 
 
 def _none(document: Document) -> Layout:
-    return tuple(Piece(segment=index) for index in range(len(document.segments)))
+    return tuple(range(len(document.segments)))
 
 
 def _alpaca(document: Document) -> Layout:
@@ -85,20 +72,19 @@ def _alpaca(document: Document) -> Layout:
             f"{where(document)}: the alpaca template takes instruction, input and response, found {', '.join(roles)}",
             fix="--template chat or --template none",
         )
-    pieces = [Piece(glue=ALPACA_WITH_INPUT if "input" in asked else ALPACA)]
+    pieces: list[str | int] = [ALPACA_WITH_INPUT if "input" in asked else ALPACA]
     for index, role in enumerate(asked):
         if role == "input":
-            pieces.append(Piece(glue=ALPACA_INPUT))
-        pieces.append(Piece(segment=index))
-    pieces.append(Piece(glue=ALPACA_RESPONSE))
-    return (*pieces, Piece(segment=len(asked))) if answered else tuple(pieces)
+            pieces.append(ALPACA_INPUT)
+        pieces.append(index)
+    return (*pieces, ALPACA_RESPONSE, len(asked)) if answered else (*pieces, ALPACA_RESPONSE)
 
 
 def refuse_text(document: Document, template: str) -> None:
     """Raise UsageError where the document has no turns."""
     if any(segment.role == "text" for segment in document.segments):
         raise UsageError(
-            f"{where(document)}: plain text has no turns, the {template} template cannot be put round it",
+            f"{where(document)}: plain text has no turns, the {template} template does not apply",
             fix="--template none",
         )
 
@@ -109,5 +95,91 @@ def where(document: Document) -> str:
 
 
 LAYOUTS: Final[Mapping[str, Callable[[Document], Layout]]] = {"none": _none, "alpaca": _alpaca}
+"""The pieces of a document: each segment once, in order, with glue where there is some; they depend on roles alone.
+UsageError where the template has no place for these roles."""
 TEMPLATES: Final = (*LAYOUTS, CHAT)
 """Every template by the name that `--template` takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """What stands round one segment."""
+
+    before: Int32s
+    """Ids of the template tokens in front of it."""
+    end: int
+    """Id of the end token behind it, -1 for a segment that is not a target."""
+
+
+def assemble_rows(
+    block: DocumentBatch,
+    num_chars: Int32s,
+    encode: Callable[[Sequence[str]], Encoded],
+    normalised: Normalised,
+    frames: Sequence[Sequence[Frame]],
+    start_id: int,
+) -> TokenBatch:
+    """The rows of the texts up to `num_chars`; `statuses` are the faults of their intervals, or "ok".
+
+    A start token is put in front where nothing else stands before the first target token to predict it from.
+
+    Args:
+        block: Documents whose texts, up to `num_chars`, are valid Unicode.
+        num_chars: [R] int32
+        encode: Ids and offsets of texts.
+        normalised: Of the tokenizer that encodes.
+        frames: One for each segment of each document.
+        start_id: The start token.
+    """
+    document_G = np.repeat(np.arange(len(block)), block.segments.counts)
+    segment_G = np.flatnonzero(block.segments.values[:, 0] < num_chars[document_G])  # those that begin before the cut
+    document_G = document_G[segment_G]
+    start_G, stop_G = block.segments.values[segment_G].T
+    ends_G = np.minimum(stop_G, num_chars[document_G])
+    places = zip(document_G.tolist(), start_G.tolist(), ends_G.tolist(), strict=True)
+    encoded = encode([block.texts[d][start:end] for d, start, end in places])
+    read = EncodedText(
+        texts=[text[:n] for text, n in zip(block.texts, num_chars.tolist(), strict=True)], document_G=document_G,
+        segments_G2=np.stack([start_G, ends_G], axis=1), offsets_C2=encoded.offsets, first=encoded.first,
+    )  # fmt: skip
+    intervals = repair_intervals(read, encoded.ids, normalised)
+    numbers = np.bincount(document_G, minlength=len(block)).tolist()
+    framed = [frame for own, n in zip(frames, numbers, strict=True) for frame in own[:n]]
+    before = [frame.before for frame in framed]
+    end_G = np.array([frame.end for frame in framed], np.int32)
+    target_G = block.targets_G[segment_G]
+    counts_G3 = np.empty((len(framed), 3), np.int64)  # tokens of each piece: template, content, end
+    counts_G3[:, 0] = [len(ids) for ids in before]
+    counts_G3[:, 1] = np.diff(encoded.first)
+    counts_G3[:, 2] = (end_G >= 0) & (stop_G <= num_chars[document_G])  # none behind a segment that is cut
+    for g in _without_start(document_G, counts_G3, target_G):
+        before[g] = np.array([start_id], np.int32)
+        counts_G3[g, 0] = 1
+    counts_P = counts_G3.reshape(-1)  # pieces in the order in which they are read
+    kinds_T = np.repeat(np.tile(np.array([TEMPLATE, CONTENT, END], np.uint8), len(before)), counts_P)
+    has_end_G = counts_G3[:, 2] > 0
+    ids_T = np.empty(len(kinds_T), np.int32)  # each kind is filled in its own order
+    ids_T[kinds_T == TEMPLATE] = np.concatenate([np.zeros(0, np.int32), *before])
+    ids_T[kinds_T == CONTENT] = encoded.ids
+    ids_T[kinds_T == END] = end_G[has_end_G]
+    spans_T2 = np.full((len(kinds_T), 2), -1, np.int32)  # template tokens keep (-1, -1)
+    spans_T2[kinds_T == CONTENT] = intervals.spans_C2
+    spans_T2[kinds_T == END] = stop_G[has_end_G, None]
+    targets_P = np.stack([np.zeros_like(target_G), target_G, target_G], axis=1).reshape(-1)
+    counts_R = np.bincount(document_G, weights=counts_G3.sum(axis=1), minlength=len(block)).astype(np.int64)
+    return TokenBatch(
+        statuses=intervals.statuses, extended=intervals.extended_R, num_chars=num_chars, ids=ids_T, spans=spans_T2,
+        first=row_offsets(counts_R), kinds=kinds_T, targets=np.repeat(targets_P, counts_P),
+    )  # fmt: skip
+
+
+def _without_start(document_G: Int64s, counts_G3: Int64s, target_G: Bools) -> list[int]:
+    """The first segment of each document whose first token, of whichever segment, is a target."""
+    first_G = np.flatnonzero(np.diff(document_G, prepend=-1) > 0)
+    filled = np.flatnonzero(counts_G3.sum(axis=1))
+    at = np.searchsorted(filled, first_G)  # the first segment with tokens, of this document or of a later one
+    first_G, at = first_G[at < len(filled)], at[at < len(filled)]
+    begun = filled[at]
+    alone = (document_G[begun] == document_G[first_G]) & (counts_G3[begun, 0] == 0) & target_G[begun]
+    found: list[int] = first_G[alone].tolist()
+    return found

@@ -65,11 +65,11 @@ def encode_texts(tokenizer: FastTokenizer, texts: Sequence[str]) -> Encoded:
             f"{name_of(tokenizer)}: this tokenizer gives no character offsets (it is a slow, pure-Python one)",
             fix="use a model whose folder has a tokenizer.json",
         )
-    return encoded_by(plain_backend(tokenizer), texts)
+    return encode_with(set_plain(tokenizer.backend_tokenizer), texts)
 
 
-def encoded_by(backend: Any, texts: Sequence[str]) -> Encoded:
-    """`encode_texts` by a tokenizer of the tokenizers library, set by `plain`."""
+def encode_with(backend: Any, texts: Sequence[str]) -> Encoded:
+    """`encode_texts` by a tokenizer of the tokenizers library, set by `set_plain`."""
     encodings = backend.encode_batch(list(texts), add_special_tokens=False)
     ids = [encoding.ids for encoding in encodings]
     first = row_offsets([len(found) for found in ids])
@@ -82,18 +82,11 @@ def encoded_by(backend: Any, texts: Sequence[str]) -> Encoded:
     )
 
 
-def plain_backend(tokenizer: FastTokenizer) -> Any:
-    """The tokenizer of the tokenizers library, set to neither truncate nor pad nor know special tokens in a text."""
-    return plain(tokenizer.backend_tokenizer)
+def set_plain(backend: Any, *, specials: bool = False) -> Any:
+    """The same tokenizer of the tokenizers library, set to neither truncate nor pad.
 
-
-def native_backend(tokenizer: FastTokenizer) -> Any:
-    """The same, set to know special tokens in a text, as a chat template's rendering wants it; until the next call."""
-    return plain(tokenizer.backend_tokenizer, specials=True)
-
-
-def plain(backend: Any, *, specials: bool = False) -> Any:
-    """The same tokenizer of the tokenizers library, set so."""
+    With `specials` it knows special tokens in a text, as a chat template's rendering wants it; until the next call.
+    """
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
@@ -169,62 +162,19 @@ def _probes() -> Iterable[str]:
     )
     emoji = ("🙂", "👩‍👩‍👧", "🇩🇪", "👍🏽", "❤️", "🏳️‍🌈", "1️⃣", "🙂🙂", "\U0001f9d1\u200d\U0001f52c")
     hidden = (
-        "\x00",
-        "\x07",
-        "\x1b[0m",
-        "\u200b",
-        "\u200d",
-        "\u200f",
-        "\u202e",
-        "\ufeff",
-        "\u00ad",
-        "\ufffd",
-        "\U000e0061",
-    )
+        "\x00", "\x07", "\x1b[0m", "\u200b", "\u200d", "\u200f", "\u202e", "\ufeff", "\u00ad", "\ufffd", "\U000e0061",
+    )  # fmt: skip
     blanks = (
-        " ",
-        "  ",
-        " " * 7,
-        " " * 40,
-        "\t",
-        "\t\t",
-        "\n",
-        "\n\n",
-        "\n" * 9,
-        "\r\n",
-        "\u00a0",
-        "\u3000",
-        "\u2028",
+        " ", "  ", " " * 7, " " * 40, "\t", "\t\t", "\n", "\n\n", "\n" * 9, "\r\n", "\u00a0", "\u3000", "\u2028",
         "\x85",
-    )
+    )  # fmt: skip
     numbers = (
-        "0",
-        "7",
-        "42",
-        "1987",
-        "12,345.67",
-        "-3e-10",
-        "0x1F",
-        "٣٤",
-        "1/2",
-        "100%",
-        "3.14159265358979",
-        "0" * 30,
-    )
+        "0", "7", "42", "1987", "12,345.67", "-3e-10", "0x1F", "٣٤", "1/2", "100%", "3.14159265358979", "0" * 30,
+    )  # fmt: skip
     code = (
-        "def f(x):\n    return x",
-        "a[i]->b.c",
-        "x += 1;",
-        "</s>",
-        "<s>",
-        "<|im_end|>",
-        "[INST]",
-        "<0x0A>",
-        "▁a",
-        "Ġb",
-        "##c",
-        "{{}}",
-    )
+        "def f(x):\n    return x", "a[i]->b.c", "x += 1;", "</s>", "<s>", "<|im_end|>", "[INST]", "<0x0A>", "▁a", "Ġb",
+        "##c", "{{}}",
+    )  # fmt: skip
     pieces = (*words, *marks, *scripts, *emoji, *hidden, *blanks, *numbers, *code)
     yield ""
     yield from pieces

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 import small_cache
 from normalising_tokenizers import normalising
+from slow_alignment import align_one, exact_pairs, ranges_of
 from small_cache import made
 from xkd_pipeline.reports.report import gather
 from xkd_pipeline.reports.sample import encoder_for
@@ -16,7 +17,6 @@ from xkd_pipeline.stages import Outcome, align_stage, documents_stage, teacher_s
 from xkd_pipeline.tables.read_units import document_at, tokens_at
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
-from xkd_schemas.text.alignment import align, exact_pairs, token_ranges
 from xkd_schemas.text.encode import Encoder
 
 
@@ -44,14 +44,14 @@ def test_every_row_is_the_students_encoding_and_its_alignment_with_the_teacher()
     assert len(rows) == 12
     for document, taught, row in rows:
         tokens = encoder.encode(document_at(document))
-        ours, theirs = align(tokens, tokens_at(taught), document["segments"][:, 1])
+        ours, theirs = align_one(tokens, tokens_at(taught), document["segments"][:, 1])
         assert row["doc_id"] == document["doc_id"]
         assert row["status"] == "ok"
         for column, expected in (
             ("token_ids", tokens.ids), ("token_spans", tokens.spans), ("token_kinds", tokens.kinds),
             ("targets", tokens.targets), ("student_spans", ours), ("teacher_spans", theirs),
-            ("word_tokens", token_ranges(tokens, document["words"])),
-            ("phrase_tokens", token_ranges(tokens, document["phrases"])),
+            ("word_tokens", ranges_of(tokens, document["words"])),
+            ("phrase_tokens", ranges_of(tokens, document["phrases"])),
         ):  # fmt: skip
             np.testing.assert_array_equal(row[column], expected, err_msg=column)
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from hostile_text import hostile_texts
 from tiny_benepar import MAX_POSITIONS, TREES, train_tiny_benepar
 from xkd_pipeline.parsing import benepar_parser
-from xkd_pipeline.parsing.benepar_model import load_model, phrase_labels, special_tokens_answered
-from xkd_pipeline.parsing.benepar_parser import BeneparParser
+from xkd_pipeline.parsing.benepar_parser import BeneparParser, answer_special_tokens, load_model, phrase_labels
 from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_schemas.documents import Document, checked_spans, document_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
@@ -206,7 +205,7 @@ def test_nothing_is_left_behind_in_transformers(folder: Path) -> None:
     before = hasattr(transformers.PreTrainedTokenizerBase, "build_inputs_with_special_tokens")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
-    with special_tokens_answered():
+    with answer_special_tokens():
         ids = tokenizer.build_inputs_with_special_tokens([-100])
 
     assert ids == [tokenizer.cls_token_id, -100, tokenizer.sep_token_id]

@@ -150,7 +150,7 @@ def test_memory_that_runs_out_in_this_process_is_answered_by_smaller_batches(
     assert said.values["smaller_batches"] == 3
     assert "3 for want of memory in batches down to 64" in said.line
     assert (
-        "unit 0: CUDA out of memory. Tried to allocate 9.00 GiB; tried again in batches of 64"
+        "shard 0: CUDA out of memory. Tried to allocate 9.00 GiB; trying again in batches of 64"
         in capsys.readouterr().err
     )
     assert verify(cache, "deep") == []
@@ -160,7 +160,7 @@ def test_one_document_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch
     hungry(monkeypatch, 0)
     _, run = begun(tmp_path, "teachers", "students")
 
-    with pytest.raises(OutOfMemory, match=r"unit 0: one document at a time does not go either: CUDA out of memory"):
+    with pytest.raises(OutOfMemory, match=r"shard 0: even a batch of one document fails: CUDA out of memory"):
         teacher_stage(run, IN_PROCESS)
 
 
@@ -176,5 +176,5 @@ def test_a_model_that_does_not_fit_is_out_of_memory_and_no_traceback(tmp_path: P
 def test_what_is_asked_of_workers_without_any_is_refused() -> None:
     assert asked_workers(Workers(count=2, gpus=1.0)).count == 2
     for workers in (Workers(gpus=1.0), Workers(address="127.0.0.1:6379"), Workers(stall_seconds=9.0)):
-        with pytest.raises(UsageError, match=r"there are none\. Next: add --workers N"):
+        with pytest.raises(UsageError, match=r"found --workers 0\. Next: add --workers N"):
             asked_workers(workers)

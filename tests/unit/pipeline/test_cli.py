@@ -334,7 +334,7 @@ def test_an_export_is_done_when_it_is_typed_again(xkd_cache: Cache, tmp_path: Pa
 
 BAD_DOCUMENTS = {
     "a wrong path": (["nope.jsonl"], 66, ["nope.jsonl: No such file or directory", "check the path"]),
-    "a wrong ending": (["notes.txt"], 2, ["notes.txt: the ending says no format", ".jsonl"]),
+    "a wrong ending": (["notes.txt"], 2, ["notes.txt: unknown file extension", ".jsonl"]),
     "a broken gzip": (["broken.jsonl.gz"], 65, ["broken.jsonl.gz"]),
     "a broken parquet": (["broken.parquet"], 65, ["broken.parquet"]),
     "a pipe": (["pipe.jsonl"], 66, ["pipe.jsonl is not a regular file"]),

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from xkd_pipeline.workers import place
-from xkd_pipeline.workers.place import Place, versions
+from xkd_pipeline.workers import ray_pool
+from xkd_pipeline.workers.ray_pool import Place, versions
 from xkd_schemas.errors import InputMissing, Mismatch
 
 
@@ -29,7 +29,7 @@ def test_a_path_that_is_not_there_is_named_with_the_machine(tmp_path: Path, monk
 
 
 def test_a_folder_of_the_same_name_that_is_not_the_same_is_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(place, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(ray_pool, "LOOK_SECONDS", 0.0)
     with pytest.raises(InputMissing, match=f"{tmp_path} is another folder there"):
         here(tmp_path, mark=tmp_path / "other").check()
 

@@ -47,7 +47,7 @@ def test_documents_of_an_address_have_the_same_bytes(tmp_path: Path, store: Any)
     ("url", "kind", "match"),
     [
         ("memory://bucket/none.jsonl", InputMissing, "is not a file there"),
-        ("memory://bucket/none.txt", UsageError, "the ending says no format"),
+        ("memory://bucket/none.txt", UsageError, "unknown file extension"),
         ("nosuch://a/b.jsonl", UsageError, "check the beginning of the address"),
     ],
 )

@@ -123,7 +123,7 @@ def test_rows_that_kill_together_are_made_in_smaller_batches() -> None:
 
 def test_a_unit_that_kills_in_any_size_is_named() -> None:
     with pytest.raises(
-        WorkersGone, match=r"unit 0: one document at a time.*rows kill their worker together"
+        WorkersGone, match=r"shard 0: even a batch of one document fails.*rows kill their worker together"
     ) as caught:
         ran(FakePool(lambda _unit, care, _tries: made(0) if care.lost else Died("killed")), range(1))
     assert caught.value.exit_code == 69
@@ -131,7 +131,7 @@ def test_a_unit_that_kills_in_any_size_is_named() -> None:
 
 def test_where_every_row_kills_the_rows_are_not_to_blame(monkeypatch) -> None:
     monkeypatch.setattr("xkd_pipeline.workers.scheduler.MOST_LOST", 4)
-    with pytest.raises(WorkersGone, match="unit 0: more than 4 rows kill their worker"):
+    with pytest.raises(WorkersGone, match="shard 0: more than 4 rows kill their worker"):
         ran(FakePool(lambda unit, _care, _tries: Died("kill") if unit == 0 else made(unit)), range(2))
 
 
@@ -143,7 +143,7 @@ def test_a_unit_out_of_memory_is_made_in_smaller_batches_and_the_record_says_so(
 
 
 def test_out_of_memory_with_one_document_ends_the_run() -> None:
-    with pytest.raises(OutOfMemory, match="unit 0: one document at a time does not go either: no memory") as caught:
+    with pytest.raises(OutOfMemory, match="shard 0: even a batch of one document fails: no memory") as caught:
         ran(FakePool(lambda _unit, _care, _tries: Exhausted("no memory")), range(1))
     assert caught.value.exit_code == 71
 
@@ -158,7 +158,7 @@ def test_a_silent_worker_is_killed_and_its_unit_tried_again() -> None:
 def test_a_unit_that_hangs_three_workers_is_named() -> None:
     pool = FakePool(lambda _unit, _care, _tries: None)
 
-    with pytest.raises(WorkersGone, match="unit 0 was not finished within 100 s, 3 times") as caught:
+    with pytest.raises(WorkersGone, match="shard 0 was not finished within 100 s, 3 times") as caught:
         ran(pool, range(1), stall=100.0)
     assert caught.value.exit_code == 69
     assert (pool.started, len(pool.killed)) == (3, 3)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 import four_tokenizers
+from slow_alignment import align_one
 from xkd_pipeline.reports.render import (
     _find_crossing,
     bracket_phrases,
@@ -18,7 +19,6 @@ from xkd_pipeline.reports.render import (
     wrap_line,
 )
 from xkd_schemas.documents import Document, Spans, document_of
-from xkd_schemas.text.alignment import align
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT
 
@@ -30,7 +30,7 @@ def drawn(document: Document, spans: Spans = NO_SPANS, *, width: int = 80, kinds
         Encoder(tokenizer=four_tokenizers.tokenizer_of(kind), template="none", max_tokens=1000).encode(document)
         for kind in kinds
     )
-    aligned = align(student, teacher, np.array([s.end for s in document.segments]))
+    aligned = align_one(student, teacher, np.array([s.end for s in document.segments]))
     return render(document, spans, student, teacher, aligned, width)
 
 

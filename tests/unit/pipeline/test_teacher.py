@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import small_cache
 from fake_hardware import hardware_is
+from slow_alignment import ranges_of
 from small_cache import made
 from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.capture.measure import Reading
@@ -26,7 +27,6 @@ from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import signal_named
-from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import kept_rows
 from xkd_trainer.data.cache import Cache
@@ -56,7 +56,7 @@ def test_every_row_has_the_teachers_own_tokens_and_the_captured_columns() -> Non
     encoder = Encoder(tokenizer=AutoTokenizer.from_pretrained(folder), template="chat", max_tokens=1024)
     tokens = encoder.encode_batch([document_at(row) for row in documents])
     readings = [
-        Reading(tokens=t, ranges={"word": token_ranges(t, row["words"]), "phrase": token_ranges(t, row["phrases"])})
+        Reading(tokens=t, ranges={"word": ranges_of(t, row["words"]), "phrase": ranges_of(t, row["phrases"])})
         for t, row in zip(tokens, documents, strict=True)
     ]
     wanted = [signal_named(column) for column in teacher.manifest.spec["signals"]]

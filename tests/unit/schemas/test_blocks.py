@@ -79,7 +79,7 @@ def test_documents_come_out_of_a_block_and_of_its_parts(
     assert [block.document(n) for n in range(len(block))] == documents
     part = block.part(first, end)
     assert [part.document(n) for n in range(len(part))] == documents[first:end]
-    taken = block.taken(range(first, end))
+    taken = block.take(range(first, end))
     assert [taken.document(n) for n in range(len(taken))] == documents[first:end]
 
 
@@ -92,8 +92,8 @@ def test_tokens_come_out_of_a_block_and_an_unusable_row_has_none(sizes: list[int
     statuses = [OK if fine else "no_target" for fine in usable]
 
     assert [plain(row) for row in block] == [plain(row) for row in block[:]] == [plain(row) for row in rows]
-    assert block.counted(block.targets).tolist() == [int(row.targets.sum()) for row in rows]
-    marked = block.marked(statuses, usable)
+    assert block.count_flags(block.targets).tolist() == [int(row.targets.sum()) for row in rows]
+    marked = block.with_statuses(statuses, usable)
     assert [row.status for row in marked] == statuses
     for row, old, fine in zip(marked, rows, usable, strict=True):
         assert plain(row)[1:] == (plain(old) if fine else (OK, old.num_chars, *plain(tokens(0))[2:]))[1:]

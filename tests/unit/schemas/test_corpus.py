@@ -265,7 +265,7 @@ def test_what_is_not_a_regular_readable_file_is_named(tmp_path: Path) -> None:
     for name in ("gone.jsonl", "pipe.jsonl", "loop.jsonl", "empty", "gone.jsonl/rows.jsonl"):
         with pytest.raises(InputMissing, match=name):
             open_source(str(tmp_path / name), columns={})
-    with pytest.raises(UsageError, match="ending says no format"):
+    with pytest.raises(UsageError, match="unknown file extension"):
         opened(tmp_path / "rows.csv", b"a,b\n")
 
 

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 import four_tokenizers
+from slow_alignment import align_one
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.ragged import row_offsets
-from xkd_schemas.text.alignment import align
+from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.encode import REASONS, Encoder
 from xkd_schemas.text.offsets import BORDER_REACH, EncodedText, blanks, content_intervals
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
@@ -105,7 +106,7 @@ def test_aligned_spans_of_every_pair_cover_the_same_characters(
 ) -> None:
     student, teacher = encoder_of(student_kind).encode(document), encoder_of(teacher_kind).encode(document)
 
-    ours, theirs = align(student, teacher, np.array([s.end for s in document.segments]))
+    ours, theirs = align_one(student, teacher, np.array([s.end for s in document.segments]))
 
     assert ours.shape == theirs.shape
     for spans in (ours, theirs):
@@ -215,6 +216,16 @@ def test_blanks_glued_to_the_front_are_left_out_and_tokens_of_blanks_keep_them()
     assert "".join(pieces) == text.replace("the lamp", "thelamp").replace("  on", " on").replace("the wall", "thewall")
     assert {" ", "\n"} <= set(pieces)
     assert not any(piece[0].isspace() and not piece.isspace() for piece in pieces)
+
+
+def test_words_find_their_tokens() -> None:
+    text = "the lamp on the wall"
+    tokens = encoder_of("unigram").encode(document_of([("text", text, True)], source="t", line=1))
+
+    ranges = token_ranges([tokens], [np.array([(0, 3), (4, 8), (9, 11), (12, 15), (16, 20)], np.int32)])[0]
+
+    for (first, end), word in zip(ranges.tolist(), text.split(), strict=True):
+        assert text[tokens.spans[first, 0] : tokens.spans[end - 1, 1]] == word
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from xkd_schemas.durable_files import (
     inside,
     put_if_absent,
     replace,
-    saved_folder,
+    save_folder,
     sha256_of,
     write_beside,
     xxh3_of,
@@ -151,12 +151,12 @@ def test_a_folder_that_a_dying_writer_left_half_saved_is_cleared_by_the_next(tmp
             (folder / name).write_text(name)
 
     with faulty_disk.injected("*:0:count") as fault:
-        saved_folder(tmp_path / "undisturbed", save)
+        save_folder(tmp_path / "undisturbed", save)
     for at in range(1, fault.seen + 1):
         child = os.fork()
         if child == 0:
             with faulty_disk.injected(f"*:{at}:kill"):
-                saved_folder(tmp_path / f"{at}", save)
+                save_folder(tmp_path / f"{at}", save)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        saved_folder(tmp_path / f"{at}", save)
+        save_folder(tmp_path / f"{at}", save)
         assert sorted(path.name for path in (tmp_path / f"{at}").iterdir()) == ["a.json", "b.json"]

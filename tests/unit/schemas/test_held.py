@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import small_cache
-from xkd_schemas.corpus.held_out import held_out_documents
+from xkd_schemas.corpus.sources import held_out_documents
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 
 ROWS = [{"prompt": "Who?", "response": "The keeper."}, {"prompt": "Where?", "response": "At home."}]

@@ -12,14 +12,12 @@ from tokenizers import NormalizedString, Regex, normalizers
 import four_tokenizers
 from hostile_text import hostile_texts
 from normalising_tokenizers import NORMALISING, TEXTS, denormal_texts, normalising
+from slow_alignment import align_one
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.text.alignment import align
 from xkd_schemas.text.encode import INTERVALS_VERSION, Encoder
-from xkd_schemas.text.normalizer.offset_repair import explained
-from xkd_schemas.text.normalizer.offsets import Normalised
-from xkd_schemas.text.normalizer.segments import LONGEST_PART, REACHES, Memo
+from xkd_schemas.text.normalizer import LONGEST_PART, REACHES, Memo, Normalised, repair_intervals
 from xkd_schemas.text.offsets import EncodedText, content_intervals
-from xkd_schemas.text.tokenizers import Encoded, encode_texts, encoded_by
+from xkd_schemas.text.tokenizers import Encoded, encode_texts, encode_with
 from xkd_schemas.tokens import CONTENT, OK, Tokens
 from xkd_trainer.losses.ops.vocabulary import BYTES_OF_CHARACTERS
 
@@ -106,7 +104,7 @@ def test_a_boundary_shared_with_a_tokenizer_that_changes_nothing_cuts_nothing_th
     document = lone(text)
     changed, raw = encoder_of(kind).encode(document), plain.encode(document)
 
-    ours, _ = align(changed, raw, np.array([len(text)], np.int32))
+    ours, _ = align_one(changed, raw, np.array([len(text)], np.int32))
 
     normalise = normalising(kind).backend_tokenizer.normalizer.normalize_str
     for end in changed.spans[ours[changed.kinds[ours[:, 0]] == CONTENT][:, 1] - 1, 1].tolist():
@@ -126,12 +124,12 @@ def test_what_the_library_gets_right_stays_as_it_is(kind: str, texts: list[str])
     )  # fmt: skip
     normalised = Normalised(normalising(kind))
 
-    spans, statuses, extended = explained(read, encoded.ids, normalised)
+    spans, statuses, extended = repair_intervals(read, encoded.ids, normalised)
 
     library, before = content_intervals(read)
     for n, (start, end) in enumerate(itertools.pairwise(encoded.first.tolist())):
         own, was = spans[start:end], library[start:end]
-        if before[n] == OK and not normalised.doubtful([texts[n]])[0]:
+        if before[n] == OK and not normalised.find_doubtful([texts[n]])[0]:
             assert (statuses[n], extended[n], own.tolist()) == (OK, 0, was.tolist())
         assert extended[n] == (own != was).any(axis=1).sum()
         assert statuses[n] in (OK, before[n])
@@ -241,10 +239,10 @@ def test_a_tokenizer_that_cuts_the_normalised_text_otherwise_is_not_explained(mo
     assert encoder.encode(lone("e\u0301")).status == OK
 
     def other(backend: object, texts: list[str]) -> Encoded:
-        found = encoded_by(backend, texts)
+        found = encode_with(backend, texts)
         return found._replace(ids=found.ids + 1)
 
-    monkeypatch.setattr("xkd_schemas.text.normalizer.offsets.encoded_by", other)
+    monkeypatch.setattr("xkd_schemas.text.normalizer.encode_with", other)
 
     assert encoder.encode(lone("e\u0301")).status == "uncovered_characters"
 
@@ -262,7 +260,7 @@ def test_a_bad_document_changes_no_other_of_its_batch_and_segments_keep_their_pl
 
 
 def test_what_is_known_of_short_strings_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xkd_schemas.text.normalizer.segments.MOST_KNOWN", 3)
+    monkeypatch.setattr("xkd_schemas.text.normalizer.MOST_KNOWN", 3)
     asked: list[str] = []
     known = Memo(lambda key: asked.append(key) or key.upper())
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from xkd_schemas.own_folders import own_folder, remove_ownerless
+from xkd_schemas.durable_files import own_folder, remove_ownerless
 
 OWNER = """
 import sys
 from pathlib import Path
-from xkd_schemas.own_folders import own_folder
+from xkd_schemas.durable_files import own_folder
 with own_folder(Path(sys.argv[1]), ".tmp-x-") as folder:
     (folder / "half").touch()
     print(folder, flush=True)

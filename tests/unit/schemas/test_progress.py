@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from xkd_schemas.console import say
-from xkd_schemas.progress import Progress, heartbeat, remark, tick, ticked
+from xkd_schemas.progress import Progress, heartbeat, remark, tick, tick_each
 
 
 class Clock:
@@ -44,7 +44,7 @@ def test_off_a_terminal_a_plain_line_says_count_elapsed_and_left_at_least_every_
 ) -> None:
     screen = on_screen(monkeypatch)
     with Progress("teachers/T", 90, clock=clock):
-        for _ in ticked(range(12)):
+        for _ in tick_each(range(12)):
             clock.now += 5
     lines = screen.getvalue().splitlines()
 
@@ -57,7 +57,7 @@ def test_off_a_terminal_a_plain_line_says_count_elapsed_and_left_at_least_every_
 def test_work_that_takes_less_prints_nothing_off_a_terminal(clock, monkeypatch) -> None:
     screen = on_screen(monkeypatch)
     with Progress("teachers/T", 90, clock=clock):
-        for _ in ticked(range(90)):
+        for _ in tick_each(range(90)):
             clock.now += 0.09
     assert screen.getvalue() == ""
 

@@ -16,9 +16,8 @@ import small_cache
 from xkd_pipeline.tables import shard
 from xkd_pipeline.tables.shard import write_shard
 from xkd_schemas.cache import table as table_module
-from xkd_schemas.cache.joined import JoinedShard
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, Unit, read_record, sealed, to_json
-from xkd_schemas.cache.table import Shard, Table, names_in
+from xkd_schemas.cache.table import JoinedShard, Shard, Table, names_in
 from xkd_schemas.documents import INTERVALS, flat_list
 from xkd_schemas.errors import BadData, Mismatch, Refused, XkdError
 from xkd_schemas.ragged import Columns, batch_of

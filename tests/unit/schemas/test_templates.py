@@ -8,7 +8,7 @@ from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.text.encode import REASONS, Encoder
 from xkd_schemas.text.rendering import ChatTemplate
-from xkd_schemas.text.templates import layout
+from xkd_schemas.text.templates import LAYOUTS
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
 
 
@@ -20,10 +20,8 @@ def document(*roles_and_texts: tuple[str, str]) -> Document:
 def written_out(template: str, doc: Document) -> str:
     """The whole sequence as text."""
     return "".join(
-        piece.glue
-        if piece.segment < 0
-        else doc.text[doc.segments[piece.segment].start : doc.segments[piece.segment].end]
-        for piece in layout(template, doc)
+        piece if isinstance(piece, str) else doc.text[doc.segments[piece].start : doc.segments[piece].end]
+        for piece in LAYOUTS[template](doc)
     )
 
 
@@ -31,7 +29,7 @@ def chat(doc: Document, chat_template: str = "") -> str:
     """What the chat template writes."""
     tokenizer = four_tokenizers.fresh("byte_level")
     tokenizer.chat_template = chat_template or four_tokenizers.CHAT_TEMPLATE
-    return ChatTemplate(tokenizer).rendered(doc).text
+    return ChatTemplate(tokenizer).render(doc).text
 
 
 def decoded(tokens: Tokens, *kinds: int) -> str:
@@ -225,4 +223,4 @@ def test_plain_text_is_refused_by_templates_with_turns(name: str) -> None:
 
 def test_alpaca_refuses_a_conversation() -> None:
     with pytest.raises(UsageError, match=r"found user, assistant\. Next: --template chat"):
-        layout("alpaca", document(("user", "a"), ("assistant", "b")))
+        LAYOUTS["alpaca"](document(("user", "a"), ("assistant", "b")))

@@ -15,7 +15,7 @@ import small_cache
 import tiny_models as tiny
 from fake_hardware import hardware_is
 from four_tokenizers import tokenizer_of
-from xkd_schemas.corpus.held_out import held_out_documents
+from xkd_schemas.corpus.sources import held_out_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.encode import Encoder

@@ -12,9 +12,8 @@ import numpy.typing as npt
 from safetensors import safe_open
 from torch import Tensor
 
-from xkd_schemas.cache.joined import JoinedTable
 from xkd_schemas.cache.manifest import Plan, differences, read_record, refuse_differences
-from xkd_schemas.cache.table import Table, check_cache, names_in
+from xkd_schemas.cache.table import JoinedTable, Table, check_cache, names_in
 from xkd_schemas.config import TeacherSection
 from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION
 from xkd_schemas.durable_files import inside, sha256_of

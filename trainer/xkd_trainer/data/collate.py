@@ -198,7 +198,7 @@ def _kept_ranges(teacher: Row, spans: Array) -> Array:
         status=OK, num_chars=teacher["num_chars"], ids=teacher["token_ids"], spans=teacher["token_spans"],
         kinds=teacher["token_kinds"], targets=targets,
     )  # fmt: skip
-    ranges = token_ranges(tokens, spans).astype(np.int64)
+    ranges = token_ranges([tokens], [spans])[0].astype(np.int64)
     whole = (ranges[:, 1] > ranges[:, 0]) & np.append(targets, False)[ranges[:, 0]]
     first = np.searchsorted(kept_rows(targets), ranges[:, 0])
     return np.where(whole[:, None], np.stack([first, first + ranges[:, 1] - ranges[:, 0]], axis=1), 0)

@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from xkd_schemas.durable_files import disk_errors, sha256_of, sync_folder
+from xkd_schemas.durable_files import disk_errors, own_folder, sha256_of, sync_folder
 from xkd_schemas.errors import BadData
-from xkd_schemas.own_folders import own_folder
 from xkd_trainer.models.student_files import save_tensors
 
 KEPT = 2

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from xkd_schemas.cache.manifest import OWN
 from xkd_schemas.digests import digest
-from xkd_schemas.durable_files import disk_errors, replace, saved_folder, sha256_of
+from xkd_schemas.durable_files import disk_errors, replace, save_folder, sha256_of
 from xkd_schemas.text.templates import AUTO
 from xkd_schemas.tokens import END, Bools, Int32s
 from xkd_trainer.models.student_files import PROVENANCE, check_student, read_provenance, tensor_errors
@@ -41,7 +41,7 @@ def export_student(
             student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    names = saved_folder(out, save)
+    names = save_folder(out, save)
     provenance: dict[str, Any] = {
         "files": {name: sha256_of(out / name) for name in names},
         "run": dict(fingerprint),
