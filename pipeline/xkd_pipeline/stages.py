@@ -141,15 +141,15 @@ def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] 
     return _outcome(built, line, values | {"codec_error": m.constants.get("codec_error", {})})
 
 
-def align_stage(run: RunConfig, workers: Workers, *, teacher: str = "") -> Outcome:
-    """Tokenize and align for one student."""
+def align_stage(run: RunConfig, workers: Workers, _echo: Callable[[str], None] = say) -> Outcome:
+    """Tokenize and align for one student; there is nothing to tell before it ends."""
     s = run.student
     tokenizer = s.tokenizer or ("" if s.model.startswith("new:") else s.model)
     if not tokenizer:
         raise UsageError("no student tokenizer is named", fix="xkd-cache align CACHE --student FOLDER")
     root = Path(run.cache)
     check_name(s.name, "--name")
-    taught = teacher or run.teacher.name or only_teacher(root)
+    taught = run.teacher.name or only_teacher(root)
     check_name(taught, "--teacher")
     Table(root, f"teachers/{taught}")
     template = chosen_template(s.template, load_tokenizer(tokenizer))
@@ -216,14 +216,8 @@ def plain_name(model: str) -> str:
 
 def preprocess(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> list[Outcome]:
     """All three stages, in order; what is there is reused. `echo` is told about each as it ends."""
-    without = replace(workers, gpus=0.0)
-    stages: tuple[Callable[[], Outcome], ...] = (
-        lambda: documents_stage(run, without, echo),
-        lambda: teacher_stage(run, workers, echo),
-        lambda: align_stage(run, without),
-    )
     outcomes = []
-    for stage in stages:
-        outcomes.append(stage())
+    for stage, gpus in ((documents_stage, 0.0), (teacher_stage, workers.gpus), (align_stage, 0.0)):
+        outcomes.append(stage(run, replace(workers, gpus=gpus), echo))
         echo(outcomes[-1].line)
     return outcomes

@@ -1,8 +1,8 @@
 import click
 import pytest
+from xkd_schemas.flag_defaults import with_defaults
 
 from xkd_pipeline.cli.app import app as cache_app
-from xkd_schemas.flag_defaults import with_defaults
 from xkd_trainer.cli import app as train_app
 
 CACHE, TRAIN = with_defaults(cache_app), with_defaults(train_app)
