@@ -30,11 +30,11 @@ from benchmarks.__main__ import main
 from benchmarks.measure import forget_peak, in_subprocess, interleaved, peak_bytes
 from benchmarks.pair import Pair, Shape, made, wanted_signals
 from benchmarks.rows import Row, Skipped, as_json, cost, memory, table
-from xkd_pipeline.alignment import StudentSettings
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import encoder_of, teacher_of
 from xkd_pipeline.tables.read_units import document_at
 from xkd_schemas.cache.table import Table
+from xkd_schemas.config import StudentSection
 from xkd_schemas.tokens import OK, predictors
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
@@ -336,7 +336,7 @@ def test_glued_documents_hold_the_same_text_words_and_phrases_in_two_segments(pa
     for name in ("words", "phrases"):
         cut = sorted(r["text"][a:b] for r in rows for a, b in r[name])
         assert sorted(long["text"][a:b] for a, b in long[name]) == cut
-    settings = StudentSettings(tokenizer=pair.tokenizer, template=pair.template)
+    settings = StudentSection(tokenizer=pair.tokenizer, template=pair.template)
     assert settings.encoder().encode(document_at(long)).status == OK
 
 

@@ -5,7 +5,7 @@ them batch by batch (xkd_schemas.cache.joined).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def add_signals(
     with locked(root):
         spec = Table(root, f"teachers/{teacher}").manifest.spec
         settings = teacher_settings(spec, model)
-        settings = replace(settings, codec=codec or settings.codec)
+        settings = settings.model_copy(update={"codec": codec or settings.codec})
         name, left = missing_signals(root, teacher, wanted(num_layers(teacher_of(settings))))
         if not left:
             return None

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,7 +72,7 @@ class TeacherStage:
             settings = self.settings
             if care.batch:
                 torch.cuda.empty_cache()
-                settings = replace(settings, batch_tokens=care.batch)
+                settings = settings.model_copy(update={"batch_tokens": care.batch})
             rows = documents_of(documents.shard(unit))
             tokens, readings = _read(rows, encoder, care.lost)
             captured = capture(model, readings, wanted, settings)

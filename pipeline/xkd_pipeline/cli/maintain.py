@@ -69,11 +69,12 @@ def repair(
     """
     from dataclasses import asdict
 
-    from xkd_pipeline.maintain.repair import RepairInputs, parser_with
+    from xkd_pipeline.maintain.repair import RepairInputs
     from xkd_pipeline.maintain.repair import repair as mend
     from xkd_pipeline.workers.contract import Workers
 
-    parser = parser_with(cache, spacy_model, parser_model)
+    named = {"spacy_model": spacy_model, "parser_model": parser_model}
+    parser = {field: name for field, name in named.items() if name is not None}
     means = RepairInputs(corpus=tuple(corpus or ()), models=tuple(model or ()), parser=parser)
     done = mend(cache, Workers(count=workers), means)
     if as_json:
