@@ -15,12 +15,13 @@ from benchmarks.measure import Options, interleaved
 from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Row as Figures
 from benchmarks.rows import cost
-from xkd_pipeline.alignment import StudentSettings, align_rows
+from xkd_pipeline.alignment import align_rows
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import encoder_of
 from xkd_pipeline.tables.read_units import DocumentRows, documents_of, tokens_of
 from xkd_pipeline.tables.shard import write_shard
 from xkd_schemas.cache.table import Row, Table, names_in
+from xkd_schemas.config import StudentSection
 from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.alignment import align, content_of, grouped_spans, token_ranges
 from xkd_schemas.text.batches import Int64s, TokenBatch
@@ -37,7 +38,7 @@ def run(options: Options) -> list[Figures]:
     reader = encoder_of(
         TeacherSettings(model=pair.teacher, dtype="float32", template=pair.template, max_tokens=100_000)
     )
-    settings = StudentSettings(tokenizer=pair.tokenizer, template=pair.template, max_tokens=100_000)
+    settings = StudentSection(tokenizer=pair.tokenizer, template=pair.template, max_tokens=100_000)
     return [
         _files(options, pair, settings.encoder()),
         *_rows(options, settings.encoder(), reader, rows),

@@ -12,11 +12,11 @@ from typing import Any
 from benchmarks.measure import Options, interleaved
 from benchmarks.pair import pair_of
 from benchmarks.rows import Result, Row, Skipped
-from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.parsing.phrases import is_word, joined_spans, select_phrases
 from xkd_pipeline.parsing.spacy_parser import PYPI_PIPELINE, SpacyParser, document_pieces
 from xkd_pipeline.tables.read_units import document_at
 from xkd_schemas.cache.table import Table
+from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Interval, Spans
 from xkd_schemas.errors import InputMissing
 
@@ -25,7 +25,7 @@ def run(options: Options) -> list[Result]:
     """The cache's first documents: words a second of this core."""
     import spacy
 
-    settings = ParserSettings(model=PYPI_PIPELINE)
+    settings = DocumentsSection(spacy_model=PYPI_PIPELINE)
     try:
         parser = SpacyParser(settings)
     except InputMissing as error:
@@ -54,7 +54,9 @@ def run(options: Options) -> list[Result]:
     ]
 
 
-def spans_of(documents: Sequence[Sequence[Interval]], parsed: Iterator[Any], settings: ParserSettings) -> list[Spans]:
+def spans_of(
+    documents: Sequence[Sequence[Interval]], parsed: Iterator[Any], settings: DocumentsSection
+) -> list[Spans]:
     """Spans of documents whose pieces were parsed one after the other, by the rules of `SpacyParser`."""
     found = []
     for cuts in documents:
@@ -65,9 +67,7 @@ def spans_of(documents: Sequence[Sequence[Interval]], parsed: Iterator[Any], set
             phrases = [(chunk.start_char, chunk.end_char, "NP") for chunk in doc.noun_chunks]
             phrases += [(doc[a].idx, doc[b - 1].idx + len(doc[b - 1]), "VP") for a, b in _verbs(doc)]
             trimmed = [(*_trimmed(doc.text, a, b), label) for a, b, label in phrases]
-            kept = select_phrases(
-                trimmed, words, max_words=settings.max_words, drop_contained=settings.drops_contained, notes=Counter()
-            )
+            kept = select_phrases(trimmed, words, max_words=settings.max_words, drop_contained=True, notes=Counter())
             pieces.append((first, words, kept))
         found.append(joined_spans(pieces))
     return found

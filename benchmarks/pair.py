@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import Options
-from xkd_pipeline.alignment import StudentSettings, make_students
+from xkd_pipeline.alignment import make_students
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher, teacher_layers
 from xkd_pipeline.parsing.stage import columns_of
@@ -27,7 +27,7 @@ from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Unit
 from xkd_schemas.cache.table import Table, names_in
-from xkd_schemas.config import RunConfig
+from xkd_schemas.config import RunConfig, StudentSection
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, document_of
 from xkd_schemas.dtypes import AUTO
 from xkd_schemas.signals import Signal
@@ -115,7 +115,7 @@ def made(folder: Path, shape: Shape) -> Pair:
     _documents_table(cache, documents)
     settings = TeacherSettings(model=str(teacher), dtype=fast_dtype(), template=TEMPLATE)
     make_teacher(cache, "teacher", settings, wanted_signals, alone)
-    make_students(cache, "student", "teacher", StudentSettings(tokenizer=str(student), template=TEMPLATE), alone)
+    make_students(cache, "student", "teacher", StudentSection(tokenizer=str(student), template=TEMPLATE), alone)
     return Pair(teacher=str(teacher), student=str(student), tokenizer=str(student), cache=cache, template=TEMPLATE)
 
 

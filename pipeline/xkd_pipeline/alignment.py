@@ -16,6 +16,7 @@ from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table
+from xkd_schemas.config import StudentSection
 from xkd_schemas.durable_files import save_folder, sha256_of
 from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.alignment import align, token_ranges
@@ -25,21 +26,12 @@ from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION
 from xkd_trainer.models.loading import load_tokenizer
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudentSettings:
-    """How the student reads a document."""
-
-    tokenizer: str
-    template: str = "none"
-    max_tokens: int = 1024
-    enable_thinking: bool | None = None
-
-    def encoder(self) -> Encoder:
-        """Load the tokenizer."""
-        return Encoder(
-            tokenizer=load_tokenizer(self.tokenizer), template=self.template, max_tokens=self.max_tokens,
-            enable_thinking=self.enable_thinking,
-        )  # fmt: skip
+def encoder_of(student: StudentSection) -> Encoder:
+    """How the student reads a document; loads its tokenizer."""
+    return Encoder(
+        tokenizer=load_tokenizer(student.tokenizer), template=student.template, max_tokens=student.max_tokens,
+        enable_thinking=student.enable_thinking,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,11 +41,11 @@ class AlignStage:
     root: Path
     folder: Path
     teacher: str
-    settings: StudentSettings
+    settings: StudentSection
 
     def load(self) -> Make:
         """Load the tokenizer once."""
-        encoder = self.settings.encoder()
+        encoder = encoder_of(self.settings)
         documents, teachers = Table(self.root, "documents"), Table(self.root, self.teacher)
 
         def make(unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
@@ -127,15 +119,15 @@ def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch) -> Ali
     return tokens, columns, counts
 
 
-def make_students(root: Path, name: str, teacher: str, settings: StudentSettings, workers: Workers) -> Built:
-    """Make the table students/NAME, aligned with teachers/TEACHER.
+def make_students(root: Path, name: str, teacher: str, settings: StudentSection, workers: Workers) -> Built:
+    """Make the table students/NAME, aligned with teachers/TEACHER; `settings` have a tokenizer and no template "auto".
 
     Raises:
         InputMissing: The teacher table is not finished, or the tokenizer is not there.
         Mismatch: students/NAME was begun with other settings.
     """
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
-    encoder = settings.encoder()
+    encoder = encoder_of(settings)
     spec = {
         "schema": STUDENTS_VERSION,
         "documents": documents.manifest.root,

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xkd_pipeline.alignment import StudentSettings, make_students
+from xkd_pipeline.alignment import make_students
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher, teacher_layers
-from xkd_pipeline.parsing.parser import ParserSettings
-from xkd_pipeline.parsing.prompts import PROMPTS_CUT, limit_in
-from xkd_pipeline.parsing.stage import UNUSED, Limits, make_documents
+from xkd_pipeline.parsing.parsers import check_parser
+from xkd_pipeline.parsing.prompts import PROMPTS_CUT
+from xkd_pipeline.parsing.stage import UNUSED, make_documents
 from xkd_pipeline.shard_rows import rows_per_shard
 from xkd_pipeline.tables.build import Built, Outcome
 from xkd_pipeline.tables.writer import locked
@@ -39,43 +39,29 @@ def documents_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None
     d = run.documents
     if not d.corpus:
         raise UsageError("no corpus is named", fix="xkd-cache documents FILE... --out cache/")
+    check_parser(d.parser)
     sources = [open_source(name, form=d.form, columns=d.columns) for name in d.corpus]
     for source in sources:
         echo(source.describe())
-    parser = ParserSettings(
-        kind=d.parser,
-        model=d.spacy_model,
-        benepar_model=d.parser_model,
-        max_words=d.max_words,
-        drop_contained=d.drop_contained,
-    )
     rows, why = rows_per_shard(run, sources)
     if why:
         echo(f"shards of {rows} rows: {why}; documents.rows_per_shard=N sets it")
-    limits = Limits(rows_per_shard=rows, max_chars=d.max_chars, max_reject=d.max_reject, prompts=limit_in(d))
     root = Path(run.cache)
     with locked(root):
-        built = make_documents(root, sources, parser, limits, workers)
+        built = make_documents(root, sources, d.model_copy(update={"rows_per_shard": rows}), workers)
     m = built.manifest
     rejected = sum(c.rejects.rows for c in m.commits if c.rejects)
-    notes = {n for c in m.commits for n in c.counts if n.startswith("parser:")}
-    extra = "".join(f", {n.removeprefix('parser:')} {m.count(n)}" for n in sorted(notes))
+    extra = "".join(f", {name} {number}" for name, number in _counts(m, "parser:").items())
     extra += f", {m.count(PROMPTS_CUT)} prompts cut to {d.max_prompt_tokens} tokens" if d.max_prompt_tokens else ""
-    names = sorted({n for c in m.commits for n in c.counts if n.startswith(UNUSED)})
-    unused = {n.removeprefix(UNUSED): m.count(n) for n in names}
+    unused = _counts(m, UNUSED)
     extra += "; keys not used: " + ", ".join(f"{name} ({n})" for name, n in unused.items()) if unused else ""
-    return _outcome(
-        built,
-        f"{m.rows} documents, {m.count('words')} words, {m.count('phrases')} phrases, {rejected} rows rejected{extra}",
-        {
-            "sources": [source.describe() for source in sources],
-            "words": m.count("words"),
-            "phrases": m.count("phrases"),
-            "rejected": rejected,
-            "prompts_cut": m.count(PROMPTS_CUT) if d.max_prompt_tokens else 0,
-            "unused": unused,
-        },
-    )
+    values = {
+        "sources": [source.describe() for source in sources], "words": m.count("words"),
+        "phrases": m.count("phrases"), "rejected": rejected, "unused": unused,
+        "prompts_cut": m.count(PROMPTS_CUT) if d.max_prompt_tokens else 0,
+    }  # fmt: skip
+    words = f"{m.count('words')} words, {m.count('phrases')} phrases"
+    return _outcome(built, f"{m.rows} documents, {words}, {rejected} rows rejected{extra}", values)
 
 
 def signals_for(run: RunConfig, num_layers: int) -> list[Signal]:
@@ -118,17 +104,8 @@ def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] 
     device = "cuda" if workers.gpus else this_device()
     dtype = teacher_dtype(run, device)
     echo(dtype.line)
-    settings = TeacherSettings(
-        model=t.model,
-        template=template,
-        enable_thinking=t.enable_thinking,
-        max_tokens=t.max_tokens,
-        dtype=dtype.dtype,
-        codec=t.codec,
-        batch_tokens=t.batch_tokens,
-        threads=t.threads,
-        device=device,
-    )
+    settled = {"template": template, "dtype": dtype.dtype, "device": device}
+    settings = TeacherSettings(**t.model_dump() | settled)
     with locked(root):
         built = make_teacher(root, t.name or plain_name(t.model), settings, lambda n: signals_for(run, n), workers)
     m = built.manifest
@@ -141,21 +118,19 @@ def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] 
     return _outcome(built, line, values | {"codec_error": m.constants.get("codec_error", {})})
 
 
-def align_stage(run: RunConfig, workers: Workers, *, teacher: str = "") -> Outcome:
-    """Tokenize and align for one student."""
+def align_stage(run: RunConfig, workers: Workers, _echo: Callable[[str], None] = say) -> Outcome:
+    """Tokenize and align for one student; there is nothing to tell before it ends."""
     s = run.student
     tokenizer = s.tokenizer or ("" if s.model.startswith("new:") else s.model)
     if not tokenizer:
         raise UsageError("no student tokenizer is named", fix="xkd-cache align CACHE --student FOLDER")
     root = Path(run.cache)
     check_name(s.name, "--name")
-    taught = teacher or run.teacher.name or only_teacher(root)
+    taught = run.teacher.name or only_teacher(root)
     check_name(taught, "--teacher")
     Table(root, f"teachers/{taught}")
     template = chosen_template(s.template, load_tokenizer(tokenizer))
-    settings = StudentSettings(
-        tokenizer=tokenizer, template=template, max_tokens=s.max_tokens, enable_thinking=s.enable_thinking
-    )
+    settings = s.model_copy(update={"tokenizer": tokenizer, "template": template})
     with locked(root):
         built = make_students(root, s.name or plain_name(tokenizer), taught, settings, workers)
     m = built.manifest
@@ -182,6 +157,12 @@ def _outcome(built: Built, line: str, values: dict[str, Any]) -> Outcome:
     return Outcome(line=f"{m.table}: {line}; {made}", values={**common, **values})
 
 
+def _counts(manifest: Any, prefix: str) -> dict[str, int]:
+    """The counts whose names begin so, by the rest of the name."""
+    names = sorted({name for c in manifest.commits for name in c.counts if name.startswith(prefix)})
+    return {name.removeprefix(prefix): manifest.count(name) for name in names}
+
+
 def _codec_error(manifest: Any) -> str:
     """What the codec and drawn classes cost, in words; nothing where signals are stored as they are."""
     error = dict(manifest.constants.get("codec_error", {}))
@@ -198,8 +179,7 @@ def _extended(manifest: Any) -> str:
 
 
 def _unusable(manifest: Any) -> str:
-    names = sorted({n for c in manifest.commits for n in c.counts if n.startswith("status:") and n != "status:ok"})
-    parts = [f"{manifest.count(n)} {n.removeprefix('status:')}" for n in names]
+    parts = [f"{number} {status}" for status, number in _counts(manifest, "status:").items() if status != "ok"]
     parts += [f"{manifest.count('cut')} cut to fit"] if manifest.count("cut") else []
     return f"; documents not used or cut: {', '.join(parts)}" if parts else ""
 
@@ -216,14 +196,8 @@ def plain_name(model: str) -> str:
 
 def preprocess(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> list[Outcome]:
     """All three stages, in order; what is there is reused. `echo` is told about each as it ends."""
-    without = replace(workers, gpus=0.0)
-    stages: tuple[Callable[[], Outcome], ...] = (
-        lambda: documents_stage(run, without, echo),
-        lambda: teacher_stage(run, workers, echo),
-        lambda: align_stage(run, without),
-    )
     outcomes = []
-    for stage in stages:
-        outcomes.append(stage())
+    for stage, gpus in ((documents_stage, 0.0), (teacher_stage, workers.gpus), (align_stage, 0.0)):
+        outcomes.append(stage(run, replace(workers, gpus=gpus), echo))
         echo(outcomes[-1].line)
     return outcomes

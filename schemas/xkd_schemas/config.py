@@ -1,16 +1,17 @@
 """The run file: one TOML that says what is cached and what is trained. Unknown keys are errors.
 
-`--set teacher.dtype=float32` overrides one value; flags of a command override both.
+A field is declared once: its name is the key in the run file and the flag of a command (`batch_size` is
+`--batch-size`), and its docstring is the help of that flag. A flag wins over `--set teacher.dtype=float32`, and that
+over the run file.
 """
 
 import difflib
-import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from xkd_schemas.dtypes import AUTO, DtypeName
 from xkd_schemas.errors import InputMissing, UsageError
@@ -19,123 +20,165 @@ TemplateName = Literal["auto", "none", "alpaca", "chat"]
 """auto: chat where the tokenizer has a chat template, none elsewhere."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-class DocumentsSection(_Section):
+def _known_codec(name: str) -> str:
+    from xkd_schemas.codecs import CODECS  # pyarrow, for those alone who name a codec
+
+    if name not in CODECS:
+        raise ValueError(f"Input should be {' or '.join(CODECS)}")
+    return name
+
+
+COMMAS: Final = BeforeValidator(_split)
+"""Marks a tuple that may also be written as one text, `a,b`."""
+
+
+class Section(BaseModel):
+    """A table of the run file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DocumentsSection(Section):
     """What is read and how it is parsed."""
 
     corpus: tuple[str, ...] = ()
-    """Files, folders or data set names."""
-    form: Literal["auto", "prompt_response", "alpaca", "messages", "text"] = "auto"
+    """Files, folders, addresses or data set names."""
+    form: str = "auto"
+    """Form of the rows: auto, prompt_response, alpaca, messages or text."""
     columns: dict[str, str] = {}
-    """Our field name -> the corpus's column name."""
-    parser: Literal["spacy", "benepar"] = "spacy"
+    """Name of a field of the form, and the corpus's column that holds it, as prompt=question."""
+    parser: str = "spacy"
+    """What finds words and phrases: spacy (noun chunks and verb groups) or benepar (constituents NP and VP)."""
     spacy_model: str = "en_core_web_sm"
-    """spaCy pipeline: an installed package or a folder."""
+    """spaCy pipeline: an installed package or a folder; for benepar it cuts words and sentences."""
     parser_model: str | None = None
-    """Folder of the benepar model."""
+    """Folder of the benepar model; only for benepar."""
     max_words: int = Field(default=12, ge=0)
-    """Longest phrase in words, 0 for no limit."""
+    """Longest phrase in words; 0 for no limit."""
     drop_contained: bool | None = None
-    """Drop phrases inside other phrases; None is the parser's default."""
+    """Drop phrases inside other phrases; spacy does and benepar does not unless this is given."""
     max_prompt_tokens: int = Field(default=0, ge=0)
     """Longer prompts lose the end of their text; template tokens count, 0 for no limit."""
     prompt_tokenizer: str = ""
-    """Folder or hub name of the tokenizer that counts them."""
+    """Folder or hub name of the tokenizer that counts the tokens of prompts; only for a limit."""
     prompt_template: Literal["none", "alpaca", "chat"] = "none"
     """Template around the prompts that are counted."""
     rows_per_shard: int = Field(default=0, ge=0)
-    """0: as many as the teacher reads in about a minute, decided when the cache is begun."""
+    """Rows of a shard; 0 for as many as the teacher reads in about a minute, decided when the cache is begun."""
     max_chars: int = Field(default=1_000_000, ge=1)
+    """Longest text in characters; longer ones are rejected."""
     max_reject: float = Field(default=0.01, ge=0, le=1)
     """Share of rows that may be unusable before the run stops."""
 
 
-class TeacherSection(_Section):
+class TeacherSection(Section):
     """Which teacher runs, and what is kept of it."""
 
     model: str = ""
+    """Folder, .gguf file or hub name of the teacher; always needed."""
     name: str = ""
-    """Name of its table; empty for the model's own name."""
+    """Name of the teacher's table: a new one is named after its model, and of several one has to be named."""
     template: TemplateName = "auto"
+    """Template around the teacher's texts; auto is chat where its tokenizer has a chat template."""
     enable_thinking: bool | None = None
-    """Handed to the chat template; None leaves it to the template."""
+    """Handed to the chat template, which decides unless this is given."""
     max_tokens: int = Field(default=1024, ge=8)
+    """Longest document in tokens; a longer one is cut at a word border."""
     dtype: DtypeName = AUTO
-    """auto: that of a table that is begun, otherwise what this machine computes fast."""
-    codec: Literal["bf16", "bf16-planes", "int8"] = "bf16"
-    """How states and span vectors are stored; bf16-planes is exact and smaller, int8 half the size."""
+    """auto is that of a table that is begun, otherwise what this machine computes fast."""
+    codec: Annotated[str, AfterValidator(_known_codec)] = "bf16"
+    """How states and span vectors are stored: bf16, bf16-planes (exact and smaller) or int8 (half the size)."""
     batch_tokens: int = Field(default=4096, ge=8)
+    """Tokens of a forward pass, padding included; a longer document runs alone."""
     topk: int = Field(default=64, ge=1)
     """Classes kept of each prediction, where a loss needs the largest logits."""
     samples: int = Field(default=16, ge=1)
     """Classes drawn of each prediction, where a loss needs a sample of the distribution."""
     threads: int = Field(default=1, ge=1)
-    """CPU threads of one worker."""
-    losses: tuple[str, ...] = ("mta", "sra", "dwa")
+    """CPU threads of one worker; the last bits of results depend on it."""
+    losses: Annotated[tuple[str, ...], COMMAS] = ("mta", "sra", "dwa")
     """Losses whose signals are kept."""
-    word_layers: tuple[int, ...] = ()
-    """Teacher layers read on words; empty for half of the depth."""
-    phrase_layers: tuple[int, ...] = ()
-    """Teacher layers read on phrases; empty for three quarters of the depth and the last."""
+    word_layers: Annotated[tuple[int, ...], COMMAS] = ()
+    """Teacher layers read on words, e.g. 15; half of the depth unless given."""
+    phrase_layers: Annotated[tuple[int, ...], COMMAS] = ()
+    """Teacher layers read on phrases, e.g. 22,30; three quarters of the depth and the last unless given."""
 
 
-class StudentSection(_Section):
+class StudentSection(Section):
     """Which student learns."""
 
     model: str = ""
-    """Folder, hub name, or `new:FAMILY,layers=4,width=256`."""
+    """Folder, hub name, or new:FAMILY as in new:llama,layers=4,width=256; always needed for training."""
     tokenizer: str = ""
-    """Folder or hub name; empty for the model's own."""
+    """Folder or hub name of the student's tokenizer; the student's own unless given."""
     name: str = ""
-    """Name of its table; empty for the tokenizer's own name."""
+    """Name of the student's table; the tokenizer's own name unless given."""
     template: TemplateName = "auto"
+    """Template around the student's texts; auto is chat where its tokenizer has a chat template."""
     enable_thinking: bool | None = None
-    """Handed to the chat template; None leaves it to the template."""
+    """Handed to the chat template, which decides unless this is given."""
     max_tokens: int = Field(default=1024, ge=8)
+    """Longest document in tokens; a longer one is cut at a word border."""
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """How the student is trained."""
 
     out: str = ""
+    """Folder of the trained student; always needed."""
     shards: tuple[str, ...] = ()
-    """Caches of one teacher that are read as one, CACHE or CACHE=WEIGHT; empty for `cache`."""
+    """Cache folder, or CACHE=WEIGHT; several caches of one teacher are read as one. The run file's unless given."""
     loss: str = "ce"
-    """`NAME+NAME`, weighed as in their papers; ce is cross-entropy on the corpus's own responses."""
+    """NAME+NAME, weighed as in their papers, of xkd-train losses; ce is cross-entropy on the corpus's responses."""
     epochs: float = Field(default=3.0, gt=0)
+    """Passes over the cache."""
     steps: int = Field(default=0, ge=0)
-    """Optimizer steps; 0 means `epochs` decides."""
+    """Optimizer steps; 0 for as many as the epochs have."""
     batch_size: int = Field(default=16, ge=1)
     """Documents of an optimizer step, over all processes."""
     micro_batch_size: int = Field(default=0, ge=0)
-    """Documents of one forward pass on one process; 0 means the whole share of the step."""
+    """Documents of one forward pass on one process; 0 for its whole share of the step."""
     lr: float = Field(default=5e-4, gt=0)
+    """Peak learning rate of the student."""
     projector_lr: float | None = Field(default=None, gt=0)
-    """Of all projectors; None for what each loss's paper has. `losses.NAME.projector_lr` is a loss's own."""
+    """Of all projectors; each loss's paper decides unless given. `losses.NAME.projector_lr` is a loss's own."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """The cosine ends at this share of the learning rate."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Not applied to biases and norms."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Longer gradients are scaled down to this norm."""
     seed: int = Field(default=0, ge=0)
+    """Of order, new weights and dropout."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Forward passes in a shorter dtype; weights stay float32."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 leaves torch's choice."""
     log_every: int = Field(default=10, ge=1)
+    """Steps between two lines of metrics.jsonl."""
     save_every: int = Field(default=0, ge=0)
-    """Checkpoint every so many steps; 0 every ten minutes, and none is left at the end."""
+    """Steps between two checkpoints; 0 for one every ten minutes, and none is left at the end."""
 
 
-class RunConfig(_Section):
-    """Everything one experiment needs."""
+class RunConfig(Section):
+    """Everything one experiment needs; the workers change no byte."""
 
     cache: str = "cache"
+    """Cache folder."""
     workers: int = Field(default=0, ge=0)
-    """Ray actors; 0 works in this process. Changes no byte."""
+    """Ray actors; 0 works in this process."""
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    """GPUs of each actor."""
+    ray_address: str | None = None
+    """Ray cluster to join; one is started here unless given."""
+    stall_timeout: float | None = Field(default=None, ge=1)
+    """Seconds after which a shard hangs; 5 times the median and at least 300 unless given."""
     documents: DocumentsSection = DocumentsSection()
     teacher: TeacherSection = TeacherSection()
     student: StudentSection = StudentSection()
@@ -155,51 +198,37 @@ class RunConfig(_Section):
             InputMissing: The file is not there or not TOML.
             UsageError: A key or value is wrong.
         """
-        return _checked(_merged(_read(path), changed), path or "RunConfig.load")
+        return _checked(_merged(_read(path), changed), path, {})
 
 
-def default_of(key: str) -> str:
-    """What `section.key` is where nobody sets it, for the help of a flag.
-
-    >>> default_of("teacher.losses"), default_of("train.lr"), default_of("cache")
-    ('mta,sra,dwa', '0.0005', 'cache')
-    """
-    value: Any = RunConfig()
-    for part in key.split("."):
-        value = getattr(value, part)
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file and apply `section.key=value` overrides; without a path, defaults and overrides only.
+def load_run(
+    path: Path | None, overrides: Iterable[str] = (), flags: Iterable[tuple[str, str, Any]] = ()
+) -> RunConfig:
+    """Read a run file, then apply `section.key=value` overrides, then flags as (flag, key, value).
 
     Raises:
         InputMissing: The file is not there or not TOML.
         UsageError: A key or value is wrong; the message names it and suggests the nearest known key.
     """
     data = _read(path)
+    typed: dict[str, str] = {}
     for override in overrides:
-        _apply(data, override)
-    return _checked(data, path or "--set")
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UsageError(f"--set {override}: no '='", fix="write --set section.key=value")
+        _put(data, key.strip(), toml_value(text.strip()), f"--set {override}")
+        typed[key.strip()] = "--set"
+    for flag, key, value in flags:
+        _put(data, key, value, flag)
+        typed[key] = flag
+    return _checked(data, path, typed)
 
 
-def _read(path: str | Path | None) -> dict[str, Any]:
-    """The keys of a run file; none without a path."""
-    if path is None:
-        return {}
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputMissing(f"run file {path}: {error.strerror}", fix="give the path of a .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputMissing(f"run file {path} is not TOML: {error}", fix="mend that line") from None
-
-
-def _checked(data: dict[str, Any], where: str | Path) -> RunConfig:
+def _checked(data: dict[str, Any], path: str | Path | None, typed: Mapping[str, str]) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise _explained(str(where), error) from None
+        raise _explained(str(path or "run file"), typed, error) from None
 
 
 def _merged(data: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,16 +241,25 @@ def _merged(data: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, An
     return {**data, **changed, **{key: _merged(data[key], changed[key]) for key in sections}}
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals:
-        raise UsageError(f"--set {override}: no '='", fix="write --set section.key=value")
-    *sections, key = dotted.strip().split(".")
+def _read(path: str | Path | None) -> dict[str, Any]:
+    """The keys of a run file; none without a path."""
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputMissing(f"run file {path}: {error.strerror}", fix="give the path of a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputMissing(f"run file {path} is not TOML: {error}", fix="fix that line") from None
+
+
+def _put(data: dict[str, Any], dotted: str, value: Any, typed: str) -> None:
+    *sections, key = dotted.split(".")
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise UsageError(f"--set {override}: {section} is not a section", fix="write --set section.key=value")
-    data[key] = toml_value(text.strip())
+            raise UsageError(f"{typed}: {section} is not a section", fix="write --set section.key=value")
+    data[key] = value
 
 
 def toml_value(text: str) -> Any:
@@ -236,26 +274,19 @@ def toml_value(text: str) -> Any:
         return text
 
 
-def toml_text(value: Any) -> str:
-    """A value of a flag as TOML text; `toml_value` gives it back, whatever characters a path may hold.
-
-    >>> toml_text(["a b", 2, True])
-    '["a b", 2, true]'
-    """
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(toml_text(item) for item in value) + "]"
-    plain = value if isinstance(value, (bool, int, float)) else str(value)
-    return json.dumps(plain, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
-
-
-def _explained(where: str, error: ValidationError) -> UsageError:
+def _explained(path: str, typed: Mapping[str, str], error: ValidationError) -> UsageError:
+    """The first mistake in one line, which begins with the flag, `--set` or file that made it."""
     first = error.errors()[0]
     dotted = ".".join(str(part) for part in first["loc"])
+    said = [name for key, name in typed.items() if f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}.")]
+    where = said[-1] if said else path
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), _known(first["loc"][:-1]), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(_known(first['loc'][:-1]))}"
         return UsageError(f"{where}: {dotted!r} is not a key", fix=hint)
-    return UsageError(f"{where}: {dotted}: {first['msg']}, found {first['input']!r}", fix=f"change {dotted}")
+    name = dotted if where in ("--set", path) else where
+    what = f"{first['msg'].removeprefix('Value error, ')}, found {first['input']!r}"
+    return UsageError(f"{where}: {what}" if name == where else f"{where}: {dotted}: {what}", fix=f"change {name}")
 
 
 def _known(path: Sequence[int | str]) -> list[str]:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -52,6 +52,15 @@ def say_json(value: object) -> None:
     progress.clear()
     sys.stdout.write(json.dumps(value, ensure_ascii=True, sort_keys=True) + "\n")
     sys.stdout.flush()
+
+
+def answer(value: object, lines: Iterable[str], as_json: bool) -> None:
+    """Print what a command found: one JSON object, or lines."""
+    if as_json:
+        say_json(value)
+        return
+    for line in lines:
+        say(line)
 
 
 def run(command: str, app: Callable[..., object]) -> None:

@@ -14,6 +14,7 @@ from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.cache.manifest import Manifest, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import numbers_of
+from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import Mismatch
 
 
@@ -25,7 +26,7 @@ def captured() -> Path:
     for codec in ("bf16-planes", "int8"):
         run = run_with(cache, codec)
         teacher_stage(run, small_cache.IN_PROCESS)
-        align_stage(run, small_cache.IN_PROCESS, teacher=codec)
+        align_stage(run.model_copy(update={"teacher": TeacherSection(name=codec)}), small_cache.IN_PROCESS)
     return cache
 
 

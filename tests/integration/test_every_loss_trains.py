@@ -14,7 +14,7 @@ import pytest
 
 import small_cache
 from xkd_pipeline.stages import align_stage, teacher_stage
-from xkd_schemas.config import RunConfig
+from xkd_schemas.config import RunConfig, TeacherSection
 from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.registry import LOSSES
 from xkd_trainer.training.loop import train
@@ -38,7 +38,7 @@ def cache() -> Path:
         student = {"tokenizer": str(tokenizer), "name": name, "template": template}
         run = small_cache.run_file(folder, teacher=teacher, student=student)
         teacher_stage(run, small_cache.IN_PROCESS)
-        align_stage(run, small_cache.IN_PROCESS, teacher="all")
+        align_stage(run.model_copy(update={"teacher": TeacherSection(name="all")}), small_cache.IN_PROCESS)
     return folder
 
 

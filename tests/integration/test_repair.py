@@ -13,13 +13,12 @@ from fake_hardware import hardware_is
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.capture.extra_signals import add_signals, signals_named
 from xkd_pipeline.maintain.repair import RepairInputs, repair
-from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.stages import teacher_stage
 from xkd_schemas.cache.manifest import Plan, read_record, to_json
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Mismatch, UsageError
 
-PARSER = ParserSettings(model=small_cache.SPACY)
+PARSER = {"spacy_model": small_cache.SPACY}
 
 
 def flip(path: Path) -> None:
@@ -116,7 +115,7 @@ def test_a_corpus_or_a_teacher_that_is_another_is_refused(tmp_path: Path) -> Non
 def test_another_parser_makes_no_unit(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     flip(shard(cache, "documents", 0))
-    parser = ParserSettings(model=small_cache.SPACY, max_words=3)
+    parser = PARSER | {"max_words": 3}
 
     with pytest.raises(Mismatch, match=r"parser.max_words: cache has 12, this run has 3"):
         repair(cache, IN_PROCESS, RepairInputs(corpus=means().corpus, parser=parser))

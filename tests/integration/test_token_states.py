@@ -64,7 +64,7 @@ def captured() -> Path:
     shutil.copytree(small_cache.made() / "cache" / "documents", folder / "documents")
     for codec in BOTH:
         teacher_stage(run_with(folder, codec), small_cache.IN_PROCESS)
-        align_stage(run_with(folder, codec), small_cache.IN_PROCESS, teacher=f"T-{codec}")
+        align_stage(run_with(folder, codec), small_cache.IN_PROCESS)
     return folder
 
 

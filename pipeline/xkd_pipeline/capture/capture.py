@@ -2,15 +2,15 @@
 
 import functools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from xkd_pipeline.capture.measure import ROWS, Reading, pad_readings, signals_of
-from xkd_schemas.codecs import PLAIN
+from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import BadData
 from xkd_schemas.progress import tick
 from xkd_schemas.signals import KINDS, Signal
@@ -21,26 +21,11 @@ from xkd_trainer.models.head import head_of
 from xkd_trainer.models.loading import load_tokenizer
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherSettings:
-    """What the bytes of a teacher table depend on, apart from the documents."""
+class TeacherSettings(TeacherSection):
+    """The teacher as it runs: model, template and dtype are settled, none is "auto"."""
 
-    model: str
-    dtype: str
-    """A name that is resolved: not auto."""
-    template: str = "chat"
-    max_tokens: int = 1024
-    """A longer document is cut at a word border."""
-    enable_thinking: bool | None = None
-    """Handed to the chat template; None leaves it to the template."""
-    codec: str = PLAIN
-    """How wide signals are stored; see xkd_schemas.codecs."""
-    batch_tokens: int = 4096
-    """Tokens of a forward pass, padding included; a longer document runs alone."""
     pad_multiple: int = 8
-    threads: int = 1
-    """CPU threads of one worker: results depend on it in the last bits, so it is part of the plan."""
-    device: str = field(default_factory=this_device)
+    device: str = Field(default_factory=this_device)
     """Where the workers run it; this process may have none of these."""
 
 

@@ -5,7 +5,6 @@ them batch by batch (xkd_schemas.cache.joined).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def add_signals(
     with locked(root):
         spec = Table(root, f"teachers/{teacher}").manifest.spec
         settings = teacher_settings(spec, model)
-        settings = replace(settings, codec=codec or settings.codec)
+        settings = settings.model_copy(update={"codec": codec or settings.codec})
         name, left = missing_signals(root, teacher, wanted(num_layers(teacher_of(settings))))
         if not left:
             return None

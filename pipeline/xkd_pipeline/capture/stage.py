@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,7 +74,7 @@ class TeacherStage:
             settings = self.settings
             if care.batch:
                 torch.cuda.empty_cache()
-                settings = replace(settings, batch_tokens=care.batch)
+                settings = settings.model_copy(update={"batch_tokens": care.batch})
             rows = documents_of(documents.shard(unit), care.lost)
             tokens, readings = _read(rows, encoder)
             captured = capture(model, readings, wanted, settings)

@@ -3,26 +3,22 @@
 Stages are imported where they are called: what needs no model starts without torch and transformers.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
-from xkd_pipeline.cli import add_signals as cli_add
-from xkd_pipeline.cli import maintain as cli_care
-from xkd_pipeline.cli import reports as cli_look
-from xkd_pipeline.cli import share as cli_share
-from xkd_pipeline.cli.options import ThinkingOption, echo_for, names_of, numbers_of
+from xkd_pipeline.cli import maintain, reports
 from xkd_pipeline.tables.build import Outcome
 from xkd_pipeline.workers.contract import Workers
 from xkd_pipeline.workers.executor import asked_workers
-from xkd_schemas.cache.table import check_cache, names_in, only_student, only_teacher
-from xkd_schemas.config import RunConfig, load_run, toml_text
+from xkd_schemas.cache.table import check_cache, only_teacher
+from xkd_schemas.config import RunConfig
+from xkd_schemas.console import answer, say, say_json
 from xkd_schemas.console import run as run_app
-from xkd_schemas.console import say, say_json
-from xkd_schemas.corpus.formats import columns_of
-from xkd_schemas.durable_files import bytes_below
-from xkd_schemas.flag_defaults import with_defaults
+from xkd_schemas.errors import UsageError
+from xkd_schemas.flags import FlagsOf, JsonOption, with_flags
 
 app = typer.Typer(
     name="xkd-cache",
@@ -33,243 +29,144 @@ app = typer.Typer(
     add_completion=True,
 )
 
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of the run file; repeatable.")]
-WorkersOption = Annotated[int | None, typer.Option(min=0, help="Ray actors; 0 works in this process.")]
-StallOption = Annotated[
-    float | None, typer.Option(min=1, help="Seconds after which a unit hangs; 5 times the median, 300 at least.")
-]
-GpusOption = Annotated[float, typer.Option(min=0, help="GPUs of each actor.")]
-AddressOption = Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.")]
+CACHE: Final = FlagsOf("", only=("cache",), flags={"cache": "cache"})
+CPU_WORKERS: Final = FlagsOf("", only=("workers", "ray_address", "stall_timeout"))
+GPU_WORKERS: Final = FlagsOf("", only=("workers", "gpus_per_worker", "ray_address", "stall_timeout"))
 
 
-def _run_of(path: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> RunConfig:
-    """Run file, then --set, then the flags that were given."""
-    given = [f"{key}={toml_text(value)}" for key, value in flags.items() if value not in (None, [], "")]
-    return load_run(path, [*(sets or []), *given])
-
-
-def _workers(run: RunConfig, gpus: float, address: str | None, stall: float | None) -> Workers:
+def _workers(run: RunConfig) -> Workers:
+    gpus, address, stall = run.gpus_per_worker, run.ray_address, run.stall_timeout
     return asked_workers(Workers(count=run.workers, gpus=gpus, address=address, stall_seconds=stall))
 
 
-def _tell(outcome: Outcome, as_json: bool) -> None:
-    if as_json:
-        say_json(outcome.values)
-    else:
-        say(outcome.line)
+def _tell(stage: Callable[..., Outcome], run: RunConfig, as_json: bool) -> None:
+    outcome = stage(run, _workers(run), _echo(as_json))
+    answer(outcome.values, [outcome.line], as_json)
+
+
+def _echo(as_json: bool) -> Callable[[str], None]:
+    """Where lines go while a command works: with --json, standard output holds one object and nothing else."""
+    return (lambda _line: None) if as_json else say
 
 
 @app.command()
-def documents(
-    corpus: Annotated[list[str], typer.Argument(help="Files, folders or data set names.")],
-    out: Annotated[Path, typer.Option(help="Cache folder.")] = Path("cache"),
-    form: Annotated[str | None, typer.Option(help="auto, prompt_response, alpaca, messages or text.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN of the corpus; repeatable.")] = None,
-    parser: Annotated[str | None, typer.Option(help="spacy or benepar.")] = None,
-    spacy_model: Annotated[str | None, typer.Option(help="spaCy pipeline: package or folder.")] = None,
-    parser_model: Annotated[str | None, typer.Option(help="Folder of the benepar model.")] = None,
-    max_words: Annotated[int | None, typer.Option(help="Longest phrase in words, 0 for any.")] = None,
-    drop_contained: Annotated[bool | None, typer.Option(help="Drop phrases inside other phrases.")] = None,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Longer prompts lose the end of their text; template tokens count.")
-    ] = None,
-    prompt_tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name; counts prompts.")] = None,
-    prompt_template: Annotated[str | None, typer.Option(help="chat, alpaca or none; round prompts.")] = None,
-    max_reject: Annotated[float | None, typer.Option(help="Share of rows that may be unusable.")] = None,
-    workers: WorkersOption = None,
-    ray_address: AddressOption = None,
-    stall_timeout: StallOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@with_flags(reports.DOCUMENTS, FlagsOf("", only=("cache",), flags={"cache": "--out"}), CPU_WORKERS)
+def documents(run: RunConfig, as_json: JsonOption = False) -> None:
     """Read a corpus and find its words and phrases.
 
     Example: xkd-cache documents train.jsonl --out cache/ --column prompt=question --workers 2
     """
-    flags = {
-        "documents.corpus": corpus, "cache": str(out), "documents.form": form, "documents.parser": parser,
-        "documents.spacy_model": spacy_model, "documents.parser_model": parser_model,
-        "documents.max_words": max_words, "documents.drop_contained": drop_contained,
-        "documents.max_reject": max_reject, "workers": workers, "documents.max_prompt_tokens": max_prompt_tokens,
-        "documents.prompt_tokenizer": prompt_tokenizer, "documents.prompt_template": prompt_template,
-    }  # fmt: skip
-    flags |= {f"documents.columns.{field}": name for field, name in columns_of(column or []).items()}
-    run = _run_of(None, sets, flags)
     from xkd_pipeline.stages import documents_stage
 
-    _tell(documents_stage(run, _workers(run, 0.0, ray_address, stall_timeout), echo_for(as_json)), as_json)
+    _tell(documents_stage, run, as_json)
 
 
 @app.command()
-def teacher(
-    cache: CacheArgument,
-    model: Annotated[str, typer.Option(help="Folder, .gguf file or hub name of the teacher.")],
-    losses: Annotated[str, typer.Option("--for", help="Losses whose signals are kept.")] = "mta,sra,dwa",
-    name: Annotated[str | None, typer.Option(help="Name of the teacher's table.")] = None,
-    template: Annotated[str | None, typer.Option(help="auto, chat, alpaca or none.")] = None,
-    enable_thinking: ThinkingOption = None,
-    word_layers: Annotated[str | None, typer.Option(help="Teacher layers read on words, e.g. 15.")] = None,
-    phrase_layers: Annotated[str | None, typer.Option(help="Teacher layers read on phrases, e.g. 22,30.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto (what is fast here), bfloat16, float16 or float32.")] = None,
-    codec: Annotated[str | None, typer.Option(help="bf16, bf16-planes (exact) or int8.")] = None,
-    topk: Annotated[int | None, typer.Option(min=1, help="Classes kept of a prediction, for topk signals.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Classes drawn of a prediction, for rskd.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a forward pass.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of one worker.")] = None,
-    workers: WorkersOption = None,
-    gpus_per_worker: GpusOption = 0.0,
-    ray_address: AddressOption = None,
-    stall_timeout: StallOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@with_flags(CACHE, reports.TEACHER, GPU_WORKERS)
+def teacher(run: RunConfig, as_json: JsonOption = False) -> None:
     """Run the teacher over the documents, once.
 
     Example: xkd-cache teacher cache/ --model models/teacher --for mta,sra,dwa
     """
-    flags = {
-        "cache": str(cache), "teacher.model": model, "teacher.losses": names_of(losses), "teacher.name": name,
-        "teacher.template": template, "teacher.enable_thinking": enable_thinking,
-        "teacher.word_layers": numbers_of(word_layers),
-        "teacher.phrase_layers": numbers_of(phrase_layers), "teacher.max_tokens": max_tokens, "teacher.dtype": dtype,
-        "teacher.codec": codec, "teacher.topk": topk, "teacher.samples": samples,
-        "teacher.batch_tokens": batch_tokens, "teacher.threads": threads, "workers": workers,
-    }  # fmt: skip
-    run = _run_of(None, sets, flags)
     from xkd_pipeline.stages import teacher_stage
 
-    workers_asked = _workers(run, gpus_per_worker, ray_address, stall_timeout)
-    _tell(teacher_stage(run, workers_asked, echo_for(as_json)), as_json)
+    _tell(teacher_stage, run, as_json)
 
 
 @app.command()
-def align(
-    cache: CacheArgument,
-    student: Annotated[str, typer.Option(help="Folder or hub name of the student or of its tokenizer.")],
-    teacher: Annotated[str, typer.Option(help="Name of the teacher's table, if there are several.")] = "",
-    name: Annotated[str | None, typer.Option(help="Name of the student's table.")] = None,
-    template: Annotated[str | None, typer.Option(help="auto, none, alpaca or chat.")] = None,
-    enable_thinking: ThinkingOption = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut at a word border.")] = None,
-    workers: WorkersOption = None,
-    ray_address: AddressOption = None,
-    stall_timeout: StallOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@with_flags(
+    CACHE,
+    FlagsOf("student", without=("model",), flags={"tokenizer": "--student"}),
+    FlagsOf("teacher", only=("name",), flags={"name": "--teacher"}),
+    CPU_WORKERS,
+)
+def align(run: RunConfig, as_json: JsonOption = False) -> None:
     """Put a student's tokens beside the teacher's. CPU only.
 
     Example: xkd-cache align cache/ --student models/student --template chat
     """
-    flags = {
-        "cache": str(cache), "student.tokenizer": student, "student.name": name, "student.template": template,
-        "student.enable_thinking": enable_thinking, "student.max_tokens": max_tokens, "workers": workers,
-    }  # fmt: skip
-    run = _run_of(None, sets, flags)
     from xkd_pipeline.stages import align_stage
 
-    _tell(align_stage(run, _workers(run, 0.0, ray_address, stall_timeout), teacher=teacher), as_json)
+    _tell(align_stage, run, as_json)
 
 
 @app.command()
-def preprocess(
-    run_file: Annotated[Path, typer.Argument(help="Run file (TOML).")],
-    workers: WorkersOption = None,
-    gpus_per_worker: GpusOption = 0.0,
-    ray_address: AddressOption = None,
-    stall_timeout: StallOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@with_flags(GPU_WORKERS, run_file="run_file")
+def preprocess(run: RunConfig, as_json: JsonOption = False) -> None:
     """Documents, teacher and align for a run file; what is there is reused.
 
     Example: xkd-cache preprocess runs/demo.toml --workers 2
     """
     from xkd_pipeline.stages import preprocess as run_all
 
-    run = _run_of(run_file, sets, {"workers": workers})
-    outcomes = run_all(run, _workers(run, gpus_per_worker, ray_address, stall_timeout), echo_for(as_json))
+    outcomes = run_all(run, _workers(run), _echo(as_json))
     if as_json:
         say_json({"stages": [outcome.values for outcome in outcomes]})
 
 
 @app.command()
-def show(
-    cache: CacheArgument,
-    doc: Annotated[str, typer.Argument(help="doc_id (or its beginning), or a row number.")],
-    student: Annotated[str, typer.Option(help="Name of the student's table.")] = "",
-    teacher: Annotated[str, typer.Option(help="Name of the teacher's table.")] = "",
-    width: Annotated[int, typer.Option(min=20, help="Columns of the drawing; 0 fits the terminal.")] = 100,
-) -> None:
-    """Draw a document: its phrases in brackets and both tokenizations under each other.
-
-    Example: xkd-cache show cache/ 0
-    """
-    from xkd_pipeline.reports.show import draw
-
-    check_cache(cache)
-    taught = teacher or (only_teacher(cache) if names_in(cache, "teachers") else "")
-    learned = student or (only_student(cache, taught) if taught else "")
-    if taught:
-        say(f"teacher {taught}, student {learned or 'none'}")
-    for line in draw(cache, doc, teacher=taught, student=learned, width=width):
-        say(line)
-
-
-@app.command()
-def status(cache: CacheArgument, as_json: JsonOption = False) -> None:
-    """Say which tables are finished and what they hold.
-
-    Example: xkd-cache status cache/
-    """
-    from xkd_pipeline.tables.status import table_states
-
-    check_cache(cache)
-    states = table_states(cache)
-    if as_json:
-        say_json({"tables": states, "bytes": bytes_below(cache)})
-        return
-    for state in states:
-        done = "finished" if state["sealed"] else f"{state['done']} of {state['units']} shards done"
-        notes = "".join(f", {state[key]} {key}" for key in ("unreadable", "quarantined", "leftovers") if state[key])
-        say(f"{state['table']}: {done}, {state['documents']} documents, {state['bytes'] / 1e6:.1f} MB{notes}")
-    say(f"{cache}: {bytes_below(cache) / 1e6:.1f} MB")
-
-
-@app.command()
-def report(
-    cache: CacheArgument,
-    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+@with_flags(
+    CACHE,
+    FlagsOf("teacher", only=("model", "word_layers", "phrase_layers", "topk", "samples")),
+    FlagsOf("teacher", only=("name",), flags={"name": "--to"}),
+    FlagsOf("teacher", only=("losses",), flags={"losses": "--for"}, default="none"),
+    FlagsOf("teacher", only=("codec",), default="the table's own"),
+    GPU_WORKERS,
+)
+def add(
+    run: RunConfig,
+    signals: Annotated[str, typer.Option(help="Signals to add, e.g. topk_ids#64,hidden@8.")] = "",
+    documents: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one offline HTML page about a cache: contents, provenance, alignment, rejects, worst documents.
+    """Add signals of a teacher to a finished cache; no shard that is there is touched.
 
-    Example: xkd-cache report cache/ --out report.html
+    Example: xkd-cache add cache/ --model models/teacher --for dskd
     """
-    from xkd_pipeline.reports.report_page import write_report
+    given, cache = run.teacher.model_fields_set, Path(run.cache)
+    if documents:
+        raise UsageError(
+            "a cache does not grow: --documents is not an option of add",
+            fix="make a second cache of the new rows, and train with xkd-train --shards a/ --shards b/",
+        )
+    check_cache(cache)
+    if not run.teacher.model:
+        raise UsageError("signals are read from a teacher", fix="add --model FOLDER")
+    if "losses" not in given and not signals:
+        raise UsageError("no signal is named", fix="add --for LOSS, or --signals hidden_last,topk_ids#64")
+    from xkd_pipeline.capture.extra_signals import add_signals, signals_named
+    from xkd_pipeline.stages import signals_for
 
-    values = write_report(cache, out)
-    pairs = "".join(f"; teacher {teacher}, student {student}" for teacher, student in values["pairs"])
-    _tell(Outcome(line=f"report: {out}, {values['tables']} tables{pairs}", values=values), as_json)
+    named = signals_named([part.strip() for part in signals.split(",") if part.strip()]) if signals else []
+    table, codec = run.teacher.name or only_teacher(cache), run.teacher.codec if "codec" in given else ""
+    built = add_signals(
+        cache, table, run.teacher.model,
+        lambda num_layers: [*named, *(signals_for(run, num_layers) if "losses" in given else ())],
+        codec, _workers(run),
+    )  # fmt: skip
+    if built is None:
+        values: dict[str, Any] = {"table": f"teachers/{table}", "made": 0, "signals": []}
+        line = f"teachers/{table}: the cache holds these signals already"
+    else:
+        m = built.manifest
+        values = {"table": m.table, "documents": m.rows, "made": built.made, "signals": m.spec["signals"]}
+        size = sum(c.size for c in m.commits) / 1e6
+        line = f"{m.table}: {', '.join(m.spec['signals'])} of {m.rows} documents, {size:.1f} MB"
+        line += f"; {built.made} shards made, {built.kept} kept as they are"
+    answer(values, [line], as_json)
 
 
-app.command()(cli_add.add)
-app.command()(cli_share.export)
+for _command in (
+    reports.show, reports.status, reports.report, reports.export, reports.plan, reports.pair,
+    maintain.verify, maintain.repair, maintain.gc, maintain.drop,
+):  # fmt: skip
+    app.command()(_command)
 for _name in ("publish", "fetch"):
     app.command(_name, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
-        cli_share.copied_by_others
+        maintain.copied_by_others
     )
-app.command()(cli_look.plan)
-app.command()(cli_look.pair)
-app.command()(cli_care.verify)
-app.command()(cli_care.repair)
-app.command()(cli_care.gc)
-app.command()(cli_care.drop)
 
 
 def main() -> None:
     """Entry point of the console script."""
-    run_app("xkd-cache", with_defaults(app))
+    run_app("xkd-cache", app)

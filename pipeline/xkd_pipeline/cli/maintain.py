@@ -1,4 +1,4 @@
-"""The commands that look after a finished cache: verify, repair, gc, drop. cli.py registers them."""
+"""The commands that look after a finished cache: verify, repair, gc, drop. app.py registers them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from xkd_schemas.cache.table import only_teacher
-from xkd_schemas.console import say, say_json
+from xkd_schemas.console import answer, say, say_json
 from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.flags import JsonOption
 
 CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def verify(
@@ -73,11 +73,12 @@ def repair(
     """
     from dataclasses import asdict
 
-    from xkd_pipeline.maintain.repair import RepairInputs, parser_with_models
+    from xkd_pipeline.maintain.repair import RepairInputs
     from xkd_pipeline.maintain.repair import repair as repair_cache
     from xkd_pipeline.workers.contract import Workers
 
-    parser = parser_with_models(cache, spacy_model, parser_model)
+    named = {"spacy_model": spacy_model, "parser_model": parser_model}
+    parser = {field: name for field, name in named.items() if name is not None}
     means = RepairInputs(corpus=tuple(corpus or ()), models=tuple(model or ()), parser=parser)
     done = repair_cache(cache, Workers(count=workers), means)
     if as_json:
@@ -109,13 +110,10 @@ def gc(
 
     found = collect(cache, older_than=older_than, dry_run=dry_run)
     size = sum(one.size for one in found)
-    if as_json:
-        files = [{"file": str(f.file.relative_to(cache)), "bytes": f.size, "why": f.why} for f in found]
-        say_json({"files": files, "bytes": size, "removed": not dry_run})
-        return
-    for one in found:
-        say(f"{one.file.relative_to(cache)}: {one.size} bytes, {one.why}")
-    say(f"{'would free' if dry_run else 'freed'} {size / 1e6:.1f} MB in {len(found)} files")
+    files = [{"file": str(one.file.relative_to(cache)), "bytes": one.size, "why": one.why} for one in found]
+    lines = ["{file}: {bytes} bytes, {why}".format(**file) for file in files]
+    lines += [f"{'would free' if dry_run else 'freed'} {size / 1e6:.1f} MB in {len(found)} files"]
+    answer({"files": files, "bytes": size, "removed": not dry_run}, lines, as_json)
 
 
 def drop(
@@ -130,7 +128,12 @@ def drop(
     from xkd_pipeline.maintain.gc import drop as remove
 
     size = remove(cache, table)
-    if as_json:
-        say_json({"table": table, "bytes": size})
-        return
-    say(f"dropped {table}, freed {size / 1e6:.1f} MB")
+    answer({"table": table, "bytes": size}, [f"dropped {table}, freed {size / 1e6:.1f} MB"], as_json)
+
+
+def copied_by_others(context: typer.Context) -> None:
+    """Say what took the place of publish and fetch."""
+    raise UsageError(
+        f"xkd-cache {context.info_name} is withdrawn",
+        fix="copy the folder with hf upload, aws s3 sync or rclone, then xkd-cache verify (docs/sharing.md)",
+    )

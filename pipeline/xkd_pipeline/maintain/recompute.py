@@ -5,7 +5,7 @@ Shape legend for this file
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,11 +105,10 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
 
 
 def _live_settings(spec: Spec, model: str, dtype: str) -> TeacherSettings:
-    settings = replace(teacher_settings(spec, model), device=this_device())
-    if dtype != AUTO:
-        return replace(settings, dtype=dtype_name(dtype))
-    slow = choose_dtype(settings.dtype, settings.device).warning
-    return replace(settings, dtype="float32") if slow else settings
+    table = teacher_settings(spec, model)
+    slow = dtype == AUTO and choose_dtype(table.dtype, this_device()).warning
+    wanted = "float32" if slow else table.dtype if dtype == AUTO else dtype_name(dtype)
+    return table.model_copy(update={"device": this_device(), "dtype": wanted})
 
 
 def _rank_signals(wanted: Iterable[Signal], classes: int) -> tuple[Signal, ...]:

@@ -2,23 +2,23 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from xkd_pipeline.alignment import StudentSettings, make_students
+from xkd_pipeline.alignment import make_students
 from xkd_pipeline.capture.artifacts import weights_identity
 from xkd_pipeline.capture.extra_signals import make_signals
 from xkd_pipeline.capture.stage import make_teacher, teacher_settings
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.maintain.verify_rows import Finding
-from xkd_pipeline.parsing.parser import ParserSettings
-from xkd_pipeline.parsing.prompts import limit_of
-from xkd_pipeline.parsing.stage import Limits, make_documents
+from xkd_pipeline.parsing.stage import make_documents
 from xkd_pipeline.tables.build import Built
 from xkd_pipeline.tables.dataset_card import write_root_files
 from xkd_pipeline.tables.writer import locked, quarantine
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Manifest, Plan, Spec, differences, read_record
+from xkd_schemas.config import DocumentsSection, StudentSection
 from xkd_schemas.corpus.sources import Source, digest_of, open_source
 from xkd_schemas.errors import BadData, InputMissing, UsageError, XkdError
 from xkd_schemas.signals import signal_named
@@ -33,8 +33,8 @@ class RepairInputs:
     """Files or data sets that were read; all of them are needed where the documents are bad."""
     models: tuple[str, ...] = ()
     """Teachers."""
-    parser: ParserSettings | None = None
-    """None: as far as the documents' plan tells."""
+    parser: dict[str, Any] = field(default_factory=dict)
+    """Fields of [documents] that the plan of the documents does not tell: where the files of the parser are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,9 +98,7 @@ def _remake_table(root: Path, name: str, workers: Workers, given: tuple[RepairIn
     _drop_other_plan(root / name, spec)
     if name == "documents":
         sources = _sources(root, spec, inputs.corpus)
-        sizes = {key: spec[key] for key in ("rows_per_shard", "max_chars")}
-        limits = Limits(**sizes, max_reject=1.0, prompts=limit_of(spec))
-        return make_documents(root, sources, inputs.parser or parser_of(spec), limits, workers).made
+        return make_documents(root, sources, documents_of(spec).model_copy(update=inputs.parser), workers).made
     teacher = name.partition("/")[2] if name.startswith("teachers/") else str(spec["teacher"])
     if not name.startswith("students/") and teacher not in models:
         raise _InputNeeded(f"xkd-cache repair {shlex.quote(str(root))} --model PATH_OF_{teacher}")
@@ -148,31 +146,22 @@ def _drop_other_plan(folder: Path, spec: Spec) -> None:
         quarantine(folder, [path])
 
 
-def parser_of(spec: Spec) -> ParserSettings:
-    """The settings of the parser that a documents plan names; its model by the name that the model gives itself."""
-    parser = spec["parser"]
-    return ParserSettings(
-        kind=parser["kind"],
-        model=parser["pipeline"].split(" ")[0],
-        max_words=int(parser["max_words"]),
-        drop_contained=parser["drop_contained"] == "True",
-    )
-
-
-def parser_with_models(root: Path, spacy_model: str | None, parser_model: str | None) -> ParserSettings | None:
-    """The settings in the documents' plan with the models that are named; None where none is."""
-    named = {"model": spacy_model, "benepar_model": parser_model}
-    named = {key: value for key, value in named.items() if value is not None}
-    if not named:
-        return None
-    return parser_of(_spec(root / "documents")).model_copy(update=named)
+def documents_of(spec: Spec) -> DocumentsSection:
+    """The settings of a documents plan; the parser's model by the name that the model gives itself."""
+    parser, prompts = spec["parser"], spec.get("prompts", {})
+    return DocumentsSection(
+        parser=parser["kind"], spacy_model=parser["pipeline"].split(" ")[0], max_words=int(parser["max_words"]),
+        drop_contained=parser["drop_contained"] == "True", max_reject=1.0, max_chars=spec["max_chars"],
+        rows_per_shard=spec["rows_per_shard"], max_prompt_tokens=prompts.get("tokens", 0),
+        prompt_tokenizer=prompts.get("name", ""), prompt_template=prompts.get("template", "none"),
+    )  # fmt: skip
 
 
 def rerun_stage(root: Path, table: str, spec: Spec, model: str, workers: Workers) -> Built:
     """Run the stage that makes teachers/NAME, signals/NAME or students/NAME with the settings `spec`."""
     kind, _, name = table.partition("/")
     if kind == "students":
-        settings = StudentSettings(tokenizer=str(root / table / "tokenizer"), **reading_of(spec["encoder"]))
+        settings = StudentSection(tokenizer=str(root / table / "tokenizer"), **reading_of(spec["encoder"]))
         return make_students(root, name, spec["teacher"], settings, workers)
     signals = [signal_named(column) for column in spec["signals"]]
     captured = teacher_settings(spec, model)

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.parsing.parser import ParserSettings, probe
+from xkd_pipeline.parsing.parser import TEXTS_AT_ONCE, probe
 from xkd_pipeline.parsing.phrases import Phrase, joined_spans, select_phrases
 from xkd_pipeline.parsing.spacy_parser import (
     MAX_PIECE_CHARS,
@@ -34,6 +34,7 @@ from xkd_pipeline.parsing.spacy_parser import (
     pipeline_identity,
     words_of,
 )
+from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
@@ -85,13 +86,14 @@ def sentence_of(tokens: Sequence[Any], normalise: dict[str, str]) -> Sentence:
 class BeneparParser:
     """Constituents NP and VP; see the module."""
 
-    def __init__(self, settings: ParserSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: DocumentsSection) -> None:
+        self.settings, self.texts_at_once = settings, TEXTS_AT_ONCE
+        self._drop_contained = bool(settings.drop_contained)
         self.notes: Counter[str] = Counter()
-        self.path = locate_model(settings.benepar_model)
-        self.nlp = load_pipeline(settings.model, exclude=(*UNUSED, "tagger", "attribute_ruler"))
+        self.path = locate_model(settings.parser_model)
+        self.nlp = load_pipeline(settings.spacy_model, exclude=(*UNUSED, "tagger", "attribute_ruler"))
         if not set(SEGMENTERS) & set(self.nlp.pipe_names):
-            raise UsageError(f"the spaCy pipeline '{settings.model}' cuts no sentences", fix="use blank:en")
+            raise UsageError(f"the spaCy pipeline '{settings.spacy_model}' cuts no sentences", fix="use blank:en")
         self.model = load_model(self.path)
         self.labels = phrase_labels(self.model.label_vocab)
         self.max_piece_chars = min(MAX_PIECE_CHARS, int(self.nlp.max_length))
@@ -105,7 +107,7 @@ class BeneparParser:
                 self.notes["segment_cut"] += len(pieces) - len(document.segments)
             with self.nlp.memory_zone():
                 texts = [document.text[start:end] for start, end in pieces]
-                docs = list(self.nlp.pipe(texts, batch_size=self.settings.batch_size))
+                docs = list(self.nlp.pipe(texts, batch_size=self.texts_at_once))
                 spans.append(self._document(pieces, docs))
         return spans
 
@@ -123,7 +125,7 @@ class BeneparParser:
         for (start, _), doc, phrases in zip(pieces, docs, found, strict=True):
             words = words_of(doc)
             kept = select_phrases(
-                phrases, words, max_words=self.settings.max_words, drop_contained=self.settings.drops_contained,
+                phrases, words, max_words=self.settings.max_words, drop_contained=self._drop_contained,
                 notes=self.notes,
             )  # fmt: skip
             joined.append((start, words, kept))
@@ -200,7 +202,7 @@ class BeneparParser:
             "benepar": version("benepar"),
             "benepar_sha256": folder_digest(self.path) if self.path.is_dir() else sha256_of(self.path),
             "max_words": str(self.settings.max_words),
-            "drop_contained": str(self.settings.drops_contained),
+            "drop_contained": str(self._drop_contained),
             "max_sentence_tokens": str(MAX_SENTENCE_TOKENS),
             "max_piece_chars": str(self.max_piece_chars),
             "max_run_chars": str(MAX_RUN_CHARS),

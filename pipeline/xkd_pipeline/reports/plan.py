@@ -17,7 +17,6 @@ import pyarrow as pa
 from xkd_pipeline.alignment import align_rows
 from xkd_pipeline.capture.measure import LOGIT_BYTES
 from xkd_pipeline.capture.model_sizes import Sizes, sizes_of
-from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.stage import columns_of, units_of
 from xkd_pipeline.reports.sample import Sample, encoder_for, read_sample, reasons
@@ -71,13 +70,8 @@ def read_plan_sample(run: RunConfig, wanted: int) -> PlanSample:
     t = run.teacher
     encoder = encoder_for(t.model, t)
     encoder.check(sample.documents[:TRIED])
-    d = run.documents
-    settings = ParserSettings(
-        kind=d.parser, model=d.spacy_model, benepar_model=d.parser_model, max_words=d.max_words,
-        drop_contained=d.drop_contained,
-    )  # fmt: skip
     with Progress("parse the sample", len(sample.documents)):
-        parsed = parser_for(settings).parse(sample.documents)
+        parsed = parser_for(run.documents).parse(sample.documents)
     spans = tuple(checked_spans(d, s) for d, s in zip(sample.documents, parsed, strict=True))
     tokens = encoder.encode_batch(sample.documents)
     units = units_of(sample.sources, rows_per_shard(run, sample.sources)[0])

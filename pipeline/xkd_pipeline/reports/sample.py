@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from xkd_pipeline.parsing.prompts import cut_prompts, limit_in
+from xkd_pipeline.parsing.prompts import cut_prompts, prompt_encoder
 from xkd_schemas.config import RunConfig, StudentSection, TeacherSection
 from xkd_schemas.corpus.files import Content
 from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, open_source, read_documents
@@ -73,7 +73,7 @@ def read_sample(run: RunConfig, wanted: int) -> Sample:
     total = sum(source.num_rows for source in sources)
     if total == 0:
         raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
-    encoder = limit_in(d).encoder()
+    encoder = prompt_encoder(d)
     chosen = list(spread_evenly(total, wanted))
     documents: list[Document] = []
     rejected: list[RejectedRow] = []

@@ -88,21 +88,6 @@ def count_fitting(form: RowFormat, columns: Mapping[str, str], rows: Sequence[Ma
     return sum(all(row.get(column) is not None for column in needed) for row in rows)
 
 
-def columns_of(pairs: list[str]) -> dict[str, str]:
-    """`--column FIELD=COLUMN` as a dict.
-
-    >>> columns_of(["prompt=question"])
-    {'prompt': 'question'}
-    """
-    found: dict[str, str] = {}
-    for pair in pairs:
-        field, _, name = pair.partition("=")
-        if not (field and name):
-            raise UsageError(f"--column {pair}: expected FIELD=COLUMN", fix="e.g. --column prompt=question")
-        found[field] = name
-    return found
-
-
 def check_fields(form: str, columns: Mapping[str, str]) -> None:
     """Raise UsageError where the form is not known or a mapped field is none of its fields."""
     forms = FORMS.values() if form == AUTO else [find_form(form)]

@@ -16,6 +16,7 @@ from xkd_pipeline.reports.sample import encoder_for
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, teacher_stage
 from xkd_pipeline.tables.read_units import document_at, tokens_at
 from xkd_schemas.cache.table import Row, Table
+from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.text.encode import Encoder
 
@@ -23,7 +24,7 @@ from xkd_schemas.text.encode import Encoder
 def stage(cache: Path, *, teacher: str = "T", **student: object) -> Outcome:
     settings = {"tokenizer": str(made() / "student"), **student}
     run = small_cache.run_file(cache, student=settings)
-    return align_stage(run, small_cache.IN_PROCESS, teacher=teacher)
+    return align_stage(run.model_copy(update={"teacher": TeacherSection(name=teacher)}), small_cache.IN_PROCESS)
 
 
 def short_teacher(cache: Path, max_tokens: int) -> None:

@@ -14,7 +14,7 @@ from hostile_text import hostile_texts
 from tiny_benepar import MAX_POSITIONS, TREES, train_tiny_benepar
 from xkd_pipeline.parsing import benepar_parser
 from xkd_pipeline.parsing.benepar_parser import BeneparParser, answer_special_tokens, load_model, phrase_labels
-from xkd_pipeline.parsing.parser import ParserSettings
+from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, checked_spans, document_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def parser(folder: Path) -> BeneparParser:
-    return BeneparParser(ParserSettings(kind="benepar", model="blank:en", benepar_model=os.fspath(folder)))
+    return BeneparParser(DocumentsSection(parser="benepar", spacy_model="blank:en", parser_model=os.fspath(folder)))
 
 
 @pytest.fixture
@@ -153,8 +153,8 @@ def test_quotes_and_dashes_are_spelled_as_in_the_treebank(clean: BeneparParser) 
 
 def test_nested_phrases_are_kept_unless_asked_otherwise(folder: Path) -> None:
     text, phrases = gold(TREES[2])
-    dropping = ParserSettings(
-        kind="benepar", model="blank:en", benepar_model=os.fspath(folder), drop_contained=True, max_words=3
+    dropping = DocumentsSection(
+        parser="benepar", spacy_model="blank:en", parser_model=os.fspath(folder), drop_contained=True, max_words=3
     )
 
     assert shown(BeneparParser(dropping), text) == [("Ships", "NP"), ("the dark", "NP")]
@@ -186,7 +186,7 @@ def test_any_text_gives_sorted_disjoint_words_and_phrases_inside_its_segments(
 
 
 def test_a_pipeline_keeps_its_tags_and_cuts_the_sentences(folder: Path) -> None:
-    with_spacy = BeneparParser(ParserSettings(kind="benepar", model=SPACY, benepar_model=os.fspath(folder)))
+    with_spacy = BeneparParser(DocumentsSection(parser="benepar", spacy_model=SPACY, parser_model=os.fspath(folder)))
 
     assert shown(with_spacy, "The fox saw a dog. He slept.") == gold(TREES[0])[1] + gold(TREES[1])[1]
     assert with_spacy.identity()["pipeline"].endswith("3.8.0")
@@ -212,8 +212,10 @@ def test_nothing_is_left_behind_in_transformers(folder: Path) -> None:
     assert hasattr(transformers.PreTrainedTokenizerBase, "build_inputs_with_special_tokens") == before
 
 
-def settings_of(path: Path | None) -> ParserSettings:
-    return ParserSettings(kind="benepar", model="blank:en", benepar_model=None if path is None else os.fspath(path))
+def settings_of(path: Path | None) -> DocumentsSection:
+    return DocumentsSection(
+        parser="benepar", spacy_model="blank:en", parser_model=None if path is None else os.fspath(path)
+    )
 
 
 def test_a_model_that_is_not_there_says_how_to_name_one(tmp_path: Path) -> None:
@@ -256,4 +258,4 @@ def test_a_pipeline_that_cuts_no_sentences_is_a_usage_error(
     spacy.blank("en").to_disk(tmp_path / "plain")
 
     with pytest.raises(UsageError, match="cuts no sentences"):
-        BeneparParser(settings_of(folder).model_copy(update={"model": os.fspath(tmp_path / "plain")}))
+        BeneparParser(settings_of(folder).model_copy(update={"spacy_model": os.fspath(tmp_path / "plain")}))

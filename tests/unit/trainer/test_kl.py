@@ -38,7 +38,7 @@ def cache() -> Path:
     made = small_cache.made()
     folder = Path(shutil.copytree(made / "cache", Path(tempfile.mkdtemp(prefix="xkd-kl-")) / "cache"))
     student = {"tokenizer": str(made / "teacher"), "name": "same", "template": "chat"}
-    align_stage(small_cache.run_file(folder, student=student), small_cache.IN_PROCESS, teacher="T")
+    align_stage(small_cache.run_file(folder, student=student, teacher={"name": "T"}), small_cache.IN_PROCESS)
     return folder
 
 

@@ -17,6 +17,7 @@ from one_step import gradients, widen
 from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.cache.table import Table
+from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.sampled_classes import TOTAL
 from xkd_schemas.signals import Signal
@@ -40,7 +41,7 @@ def cache() -> Path:
     student = {"tokenizer": str(made / "teacher"), "name": "same", "template": "chat"}
     run = small_cache.run_file(folder, teacher=teacher, student=student)
     teacher_stage(run, small_cache.IN_PROCESS)
-    align_stage(run, small_cache.IN_PROCESS, teacher="drawn")
+    align_stage(run.model_copy(update={"teacher": TeacherSection(name="drawn")}), small_cache.IN_PROCESS)
     return folder
 
 

@@ -1,0 +1,113 @@
+"""A setting is declared once: a field of the run file is a flag with its docstring as help."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from xkd_pipeline.cli.app import app as cache_app
+from xkd_trainer.cli import app as train_app
+
+CACHE, TRAIN = typer.main.get_command(cache_app), typer.main.get_command(train_app)
+COMMANDS = {**{f"xkd-cache {n}": c for n, c in CACHE.commands.items()}, "xkd-train": TRAIN}
+COMMANDS |= {f"xkd-train {n}": c for n, c in TRAIN.commands.items()}
+
+ONE_MORE_FIELD = '''
+"""xkd-train with one more field in a copy of the section [train]."""
+
+import sys
+
+from pydantic import Field
+
+from xkd_schemas import config
+from xkd_schemas.errors import UsageError
+
+
+class TrainSection(config.TrainSection):
+    """How the student is trained."""
+
+    half_life: float = Field(default=2.5, gt=0)
+    """Epochs after which something is halved."""
+
+
+class RunConfig(config.RunConfig):
+    """Everything one experiment needs."""
+
+    train: TrainSection = TrainSection()
+
+
+config.RunConfig = RunConfig
+
+import typer
+
+from xkd_schemas.flags import FlagsOf, with_flags
+
+
+@with_flags(FlagsOf("train"), run_file="--run")
+def command(run: RunConfig) -> None:
+    """Print the field."""
+    print(run.train.half_life)
+
+
+app = typer.Typer(rich_markup_mode=None)
+app.command()(command)
+try:
+    app(sys.argv[1:], standalone_mode=False)
+except UsageError as error:
+    print(error)
+'''
+
+
+def test_a_field_added_to_a_copy_of_a_section_is_a_flag_a_key_and_a_refusal(tmp_path: Path) -> None:
+    program, run = tmp_path / "program.py", tmp_path / "run.toml"
+    program.write_text(ONE_MORE_FIELD)
+    run.write_text("[train]\nhalf_life = 4.0\n")
+
+    def said(*arguments: object) -> str:
+        command = [sys.executable, program, *arguments]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, timeout=60)
+        return " ".join(done.stdout.split())
+
+    assert "--half-life NUMBER Epochs after which something is halved. [default: 2.5]" in said("--help")
+    assert said() == "2.5"
+    assert said("--run", run) == "4.0"
+    assert said("--run", run, "--set", "train.half_life=5") == "5.0"
+    assert said("--run", run, "--set", "train.half_life=5", "--half-life", "6") == "6.0"
+    wrong = "Input should be greater than 0, found"
+    assert said("--half-life", -1) == f"--half-life: {wrong} '-1'. Next: change --half-life"
+    assert said("--set", "train.half_life=-1") == f"--set: train.half_life: {wrong} -1. Next: change train.half_life"
+    run.write_text("[train]\nhalf_life = -1\n")
+    assert said("--run", run) == f"{run}: train.half_life: {wrong} -1. Next: change train.half_life"
+    assert said("--run", run, "--half-life", "x").startswith("--half-life: Input should be a valid number")
+    run.write_text("[train]\nhalf_live = 1\n")
+    assert said("--run", run).endswith("is not a key. Next: did you mean 'half_life'?")
+
+
+def help_of(command: str) -> dict[str, str]:
+    """What the help says of each flag that takes one value."""
+    context = click.Context(COMMANDS[command])
+    flags = [p for p in COMMANDS[command].params if p.param_type_name == "option" and "completion" not in p.name]
+    return {p.opts[0]: p.get_help_record(context)[1] for p in flags if p.get_help_record(context)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_says_what_it_is(command: str) -> None:
+    assert [flag for flag, said in help_of(command).items() if len(said.partition("[")[0]) < 8] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "said"),
+    [
+        ("xkd-cache align", "--template", "[default: auto]"), ("xkd-cache pair", "--teacher-template", "auto]"),
+        ("xkd-cache teacher", "--for", "[default: mta,sra,dwa]"), ("xkd-cache teacher", "--threads", "[default: 1]"),
+        ("xkd-cache add", "--codec", "[default: the table's own]"), ("xkd-cache add", "--for", "[default: none]"),
+        ("xkd-cache documents", "--drop-contained", "spacy does and benepar does not"),
+        ("xkd-train", "--threads", "0 leaves torch's choice"), ("xkd-train", "--lr", "[default: 0.0005]"),
+        ("xkd-train eval", "--template", "[default: as trained]"), ("xkd-train", "--out", "always needed"),
+    ],
+)  # fmt: skip
+def test_the_default_that_help_says_is_the_one_that_holds(command: str, flag: str, said: str) -> None:
+    assert said in help_of(command)[flag]
