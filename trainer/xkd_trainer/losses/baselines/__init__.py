@@ -1,6 +1,5 @@
 """One file a baseline, with the same two parts.
 
-May import: `declaration`, `dual_space`, `layer_pairing`, `same_tokenizer` and `ops` of the losses, data, models;
-schemas.
+May import: `declaration`, `dual_space`, `pairing` and `ops` of the losses, data, models; schemas.
 Lost without it: that baseline.
 """
