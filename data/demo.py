@@ -214,7 +214,7 @@ def _goes_together(result: Result) -> str:
     shared, tokens = result["vocabulary"], result["fertility"]
     return (
         f"{shared['shared']} of the student's {shared['student']} tokens are tokens of the teacher; "
-        f"{tokens['teacher']['per_word']:.2f} and {tokens['student']['per_word']:.2f} tokens a word; "
+        f"{tokens['teacher']['per_word']:.2f} and {tokens['student']['per_word']:.2f} tokens per word; "
         f"{100 * result['exact_share']:.1f} % of {result['spans']} aligned spans are one token to one"
     )
 
@@ -223,8 +223,8 @@ def _needs(result: Result) -> str:
     return (
         f"{result['tokens']} tokens, give or take {100 * result['give_or_take']:.0f} %: "
         f"{result['bytes'] / 1e6:.1f} MB with head and embeddings, "
-        f"{result['bytes_per_token']:.0f} bytes a token: {result['naive']['share']:.3f} of states and full logits; "
-        f"{result['shards']} shards, {result['memory_bytes'] / 1e9:.1f} GB of memory a worker"
+        f"{result['bytes_per_token']:.0f} bytes per token; "
+        f"{result['shards']} shards, {result['memory_bytes'] / 1e9:.1f} GB of memory per worker"
     )
 
 

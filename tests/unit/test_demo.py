@@ -67,7 +67,6 @@ class Commands:
             result = {"vocabulary": {"shared": 1, "student": 2}, "fertility": per_word, "exact_share": 0.5, "spans": 3}
         elif "plan" in words:
             result = dict.fromkeys(("tokens", "give_or_take", "bytes", "bytes_per_token", "shards", "memory_bytes"), 1)
-            result["naive"] = {"share": 0.05}
         text = json.dumps(result)
         return SimpleNamespace(communicate=lambda: (text, None), returncode=0)
 
