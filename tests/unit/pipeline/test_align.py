@@ -211,7 +211,7 @@ def test_intervals_over_what_a_normaliser_merges_are_counted_and_align_with_what
     )
     assert ours == theirs
     assert not any(unicodedata.combining(document["text"][start]) for start, end in ours if start < end)
-    titles = {title: number for _, title, number in gather(tmp_path / "cache").cuts}
+    titles = {title: number for _, title, number in gather(tmp_path / "cache")["cuts"]}
     assert titles["tokens with extended intervals"] == manifest.count("extended")
 
 
