@@ -26,8 +26,8 @@ from xkd_schemas.cache.manifest import Commit, MadeDifferently, Plan, read_recor
 from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.signals import Signal, signal_named
+from xkd_trainer.models.architecture import num_layers
 from xkd_trainer.models.compute_dtype import warn_of_slow_dtype
-from xkd_trainer.models.forward import num_layers
 
 BOUND = ("weights", "encoder")
 """What of a spec must be that of the teacher's table."""

@@ -16,7 +16,8 @@ from xkd_schemas.errors import UsageError
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import StudentPass
-from xkd_trainer.models.forward import blocks_of, num_layers, rehearse, run
+from xkd_trainer.models.architecture import blocks_of, num_layers
+from xkd_trainer.models.forward import rehearse, run
 from xkd_trainer.models.head import check_model, head_of
 from xkd_trainer.models.loading import load_model, new_model
 from xkd_trainer.training.distiller import Distiller

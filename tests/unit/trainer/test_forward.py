@@ -7,7 +7,8 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import tiny_models as tiny
 from xkd_schemas.errors import UsageError
-from xkd_trainer.models.forward import States, blocks_of, num_layers, run
+from xkd_trainer.models.architecture import blocks_of, num_layers
+from xkd_trainer.models.forward import States, run
 
 LENGTHS = (6, 2, 9)
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}

@@ -16,9 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from xkd_schemas.errors import UsageError
-from xkd_trainer.models.architecture import LAST_STATES_ONLY, backbone, evaluating, tokens_of_any
-from xkd_trainer.models.architecture import blocks_of as blocks_of
-from xkd_trainer.models.architecture import num_layers as num_layers
+from xkd_trainer.models.architecture import (
+    LAST_STATES_ONLY,
+    backbone,
+    blocks_of,
+    evaluating,
+    num_layers,
+    tokens_of_any,
+)
 from xkd_trainer.models.attention import UNIFORM, LastRows, check_attention, listen
 from xkd_trainer.models.measures import normalise_row
 

@@ -55,6 +55,7 @@ def sorted_l1(student_logits_NV: Tensor, teacher_NW: Tensor, temperature: float 
 
     A uniform student over two classes, a teacher over three: |0.5 - 0.7| + |0.5 - 0.2| + |0 - 0.1| = 0.6.
 
+    >>> import torch
     >>> sorted_l1(torch.zeros(1, 2), torch.tensor([[0.7, 0.2, 0.1]]))
     tensor([0.6000])
     """
@@ -81,6 +82,7 @@ def topk_teacher(logits_NK: Tensor, logsumexp_N: Tensor) -> SortedTeacher:
     They do not add up to 1; what is missing bounds the error of `sorted_l1` at that position, because every class
     that is left out changes it by at most its own probability.
 
+    >>> import torch
     >>> topk_teacher(torch.tensor([[2.0, 1.0]]), torch.tensor([2.5]))(slice(0, 1))
     tensor([[0.6065, 0.2231]])
     """
@@ -96,6 +98,7 @@ def head_sorted_l1(
     It has gradient by the student's states, and by its head where that requires one. The weights are constants; None
     is 1 everywhere.
 
+    >>> import torch
     >>> student = LazyLogits(hidden=torch.ones(2, 1), weight=torch.zeros(2, 1))
     >>> head_sorted_l1(student, lambda rows: torch.tensor([[0.7, 0.2, 0.1]]).expand(2, 3)[rows], None)
     tensor(1.2000)

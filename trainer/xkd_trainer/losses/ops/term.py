@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from xkd_trainer.models.measures import at_least_float32 as at_least_float32
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTerm:
