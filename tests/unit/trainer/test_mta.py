@@ -38,7 +38,8 @@ def test_dsa_equals_equation_11_over_all_pairs_of_all_documents(seed: int) -> No
     sizes = slow.lengths(seed)
     student, teacher, omega = cosines(seed + 1, sizes), cosines(seed + 2, sizes, 9), slow.masses(seed + 3, sizes)
 
-    found = dsa(slow.padded_square(student), slow.padded_square(teacher), slow.padded(omega), slow.mask(sizes))
+    squares = (slow.padded_square(side, torch.nan) for side in (student, teacher))
+    found = dsa(*squares, slow.padded(omega, torch.nan), slow.mask(sizes))
 
     documents = zip(student, teacher, omega, strict=True)
     assert_term(found, slow.dsa([(s.tolist(), t.tolist(), w.tolist()) for s, t, w in documents]))
@@ -78,7 +79,7 @@ def test_hid_equals_equation_13_over_the_sum_of_weights(seed: int) -> None:
     student, teacher = slow.ragged(seed, sizes, D), slow.ragged(seed + 1, sizes, D)
     weights = slow.masses(seed + 2, sizes)
 
-    found = hid(slow.padded(student), slow.padded(teacher), slow.padded(weights), slow.mask(sizes))
+    found = hid(*(slow.padded(x, torch.nan) for x in (student, teacher, weights)), slow.mask(sizes))
 
     documents = zip(student, teacher, weights, strict=True)
     assert_term(found, slow.hid([(s.tolist(), t.tolist(), w.tolist()) for s, t, w in documents]))
