@@ -9,6 +9,8 @@ import pytest
 import typer
 
 from xkd_pipeline.cli.app import app as cache_app
+from xkd_schemas.config import RunConfig
+from xkd_schemas.flags import FlagsOf, with_flags
 from xkd_trainer.cli import app as train_app
 
 CACHE, TRAIN = typer.main.get_command(cache_app), typer.main.get_command(train_app)
@@ -84,6 +86,20 @@ def test_a_field_added_to_a_copy_of_a_section_is_a_flag_a_key_and_a_refusal(tmp_
     assert said("--run", run, "--half-life", "x").startswith("--half-life: Input should be a valid number")
     run.write_text("[train]\nhalf_live = 1\n")
     assert said("--run", run).endswith("is not a key. Next: did you mean 'half_life'?")
+
+
+def test_a_flag_of_two_sections_sets_both() -> None:
+    asked: list[RunConfig] = []
+    app = typer.Typer()
+    both = ("max_tokens", "enable_thinking")
+    app.command()(
+        with_flags(FlagsOf("student", only=both), FlagsOf("teacher", only=both))(lambda run: asked.append(run))
+    )
+
+    app(["--max-tokens", "99", "--enable-thinking", "true"], standalone_mode=False)
+
+    for section in (asked[0].student, asked[0].teacher):
+        assert (section.max_tokens, section.enable_thinking) == (99, True)
 
 
 def help_of(command: str) -> dict[str, str]:

@@ -182,6 +182,24 @@ def test_preprocess_runs_the_three_stages_of_a_run_file_and_reuses_them(
     assert small_cache.files_of(tmp_path / "cache") == before
 
 
+@pytest.mark.parametrize("line", ["gpus_per_worker = 1.0", 'ray_address = "head:6379"', "stall_timeout = 9"])
+def test_what_a_run_file_asks_of_workers_needs_workers(
+    xkd_cache: Cache, corpus: Path, tmp_path: Path, line: str
+) -> None:
+    run = run_toml(tmp_path, corpus)
+    run.write_text(f"{line}\n{run.read_text()}")
+
+    refused(xkd_cache("preprocess", run), 2, "are about Ray's workers, and there are none", "add --workers N")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_flag_with_two_faces_takes_no_value(xkd_cache: Cache, corpus: Path, tmp_path: Path) -> None:
+    for flag, kept in (("--drop-contained", "True"), ("--no-drop-contained", "False")):
+        cache = tmp_path / kept
+        assert xkd_cache("documents", corpus, "--out", cache, "--spacy-model", SPACY, flag)[0] == 0
+        assert Table(cache, "documents").manifest.spec["parser"]["drop_contained"] == kept
+
+
 def test_a_set_value_beats_the_run_file(xkd_cache: Cache, corpus: Path, tmp_path: Path) -> None:
     run = run_toml(tmp_path, corpus)
 
