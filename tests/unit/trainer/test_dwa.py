@@ -142,6 +142,23 @@ def test_the_sequence_term_teaches_student_and_projector_and_not_through_the_ban
     assert not wall.requires_grad
 
 
+def test_padding_of_the_sequences_changes_no_bit_of_value_or_gradient() -> None:
+    x, y = draw(0, 2, 6, 4, grad=True), draw(1, 2, 5, 4, grad=True)
+    lengths, teacher_lengths = torch.tensor([6, 2]), torch.tensor([3, 5])
+
+    def results() -> list[Tensor]:
+        total = sequence_term(x, y, None, lengths, teacher_lengths, gamma=2.0, divergence=True).total
+        return [total, *torch.autograd.grad(total, (x, y))]
+
+    before = results()
+    with torch.no_grad():
+        x[1, 2:], y[0, 3:] = math.nan, -math.inf
+    after = results()
+
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not after[1][1, 2:].any()
+
+
 def test_the_sequence_term_passes_gradcheck() -> None:
     x, y = draw(0, 2, 4, 3, grad=True), draw(1, 2, 5, 3, grad=True)
     lengths, teacher_lengths = torch.tensor([4, 2]), torch.tensor([3, 5])
