@@ -38,4 +38,4 @@ def test_text_that_cannot_be_read_is_a_finding_that_names_the_unit(tmp_path: Pat
     at = content.index(b"It prints")
     resigned(cache, "documents", 0, content[:at] + b"\xff" + content[at + 1 :])
 
-    assert {(one.table, one.unit) for one in verify(cache, "deep")} == {("documents", 0)}
+    assert ("documents", 0) in {(one.table, one.unit) for one in verify(cache, "deep")}
