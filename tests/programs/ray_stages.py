@@ -13,8 +13,8 @@ from xkd_pipeline.capture import stage as teacher
 from xkd_pipeline.capture.stage import TeacherStage
 from xkd_pipeline.parsing import stage as documents
 from xkd_pipeline.parsing.stage import DocumentsStage
-from xkd_pipeline.tables import shard
 from xkd_pipeline.workers.contract import AS_PLANNED, Make
+from xkd_schemas import durable_files
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 
 SECONDS = 2.0
@@ -32,13 +32,13 @@ POISON = "2. What does the code print?"
 
 def _slow_writes() -> None:
     """In this process, a shard is written whole and then waits for its name."""
-    rename = shard.rename
+    rename = durable_files.rename
 
     def late(source: Path, target: Path) -> None:
-        time.sleep(SECONDS)
+        time.sleep(SECONDS * (target.suffix == ".arrow"))
         rename(source, target)
 
-    shard.rename = late
+    durable_files.rename = late
 
 
 class SlowDocuments(DocumentsStage):

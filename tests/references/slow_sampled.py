@@ -15,6 +15,7 @@ def sampled_kl(student_logits_NV: Tensor, ids_Nk: Tensor, weights_Nk: Tensor, en
     A uniform student over four classes and a teacher of entropy 0.6 of which classes 0 and 2 were drawn:
     log 4 - 0.6 = 0.7863.
 
+    >>> import torch
     >>> ids, weights = torch.tensor([[0, 2]]), torch.tensor([[0.8, 0.2]])
     >>> sampled_kl(torch.zeros(1, 4), ids, weights, torch.tensor([0.6]))
     tensor([0.7863])

@@ -189,7 +189,7 @@ def test_what_a_run_file_asks_of_workers_needs_workers(
     run = run_toml(tmp_path, corpus)
     run.write_text(f"{line}\n{run.read_text()}")
 
-    refused(xkd_cache("preprocess", run), 2, "are about Ray's workers, and there are none", "add --workers N")
+    refused(xkd_cache("preprocess", run), 2, "need Ray workers, found --workers 0", "add --workers N")
     assert not (tmp_path / "cache").exists()
 
 
