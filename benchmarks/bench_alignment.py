@@ -16,15 +16,16 @@ from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Row as Figures
 from benchmarks.rows import cost
 from xkd_pipeline.alignment import align_rows
+from xkd_pipeline.alignment import encoder_of as student_encoder
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import encoder_of
-from xkd_pipeline.tables.read_units import DocumentRows, documents_of, tokens_of
+from xkd_pipeline.tables.read_units import DocumentRows, document_at, documents_of, tokens_of
 from xkd_pipeline.tables.shard import write_shard
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.config import StudentSection
 from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.alignment import align, content_of, grouped_spans, token_ranges
-from xkd_schemas.text.batches import Int64s, TokenBatch
+from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK, STUDENTS, Int32s
 
@@ -40,8 +41,8 @@ def run(options: Options) -> list[Figures]:
     )
     settings = StudentSection(tokenizer=pair.tokenizer, template=pair.template, max_tokens=100_000)
     return [
-        _files(options, pair, settings.encoder()),
-        *_rows(options, settings.encoder(), reader, rows),
+        _files(options, pair, student_encoder(settings)),
+        *_rows(options, student_encoder(settings), reader, rows),
     ]
 
 
@@ -89,9 +90,19 @@ def texts_of(rows: Sequence[Row]) -> list[str]:
     return [row["text"][start:end] for row in rows for start, end in row["segments"]]
 
 
+def rows_of(rows: Sequence[Row]) -> DocumentRows:
+    """Rows as a shard of the documents table gives them."""
+    return DocumentRows(
+        doc_ids=[row["doc_id"] for row in rows],
+        block=DocumentBatch.of(document_at(row) for row in rows),
+        words=Ragged.of([row["words"] for row in rows], np.int32, 2),
+        phrases=Ragged.of([row["phrases"] for row in rows], np.int32, 2),
+    )
+
+
 def _measured(what: str, encoder: Encoder, reader: Encoder, some: Sequence[Row], repeats: int) -> list[Figures]:
     """What alignment costs against the tokenizers, and how fast it is alone."""
-    texts, rows = texts_of(some), DocumentRows.of(some)
+    texts, rows = texts_of(some), rows_of(some)
     teacher = reader.encode_batch(rows.block)
     aligned = align_rows(encoder, rows, teacher)[0]
     assert set(aligned.statuses) == {OK}, "a document that is not encoded costs nothing"

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from references.alignment import ranges_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slow_alignment import ranges_of
 from xkd_schemas.tokens import CONTENT, Tokens
 from xkd_trainer.data.batch import Batch, Level, TokenStates
 from xkd_trainer.data.cache import Cache

@@ -184,7 +184,7 @@ def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Pat
         (
             ["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--template", "alpaca"],
             78,
-            ["aligned with --template", "asks for alpaca", "leave --template out, or xkd-cache align"],
+            ["was made with template=none", "this run says alpaca", "leave student.template out, or xkd-cache align"],
         ),
         (["eval", "nosuch", "--data", "CORPUS"], 66, ["model nosuch is neither a model folder here nor a name"]),
         (["eval", "nowhere/at/all", "--data", "CORPUS"], 66, ["nowhere/at/all"]),

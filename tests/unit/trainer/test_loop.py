@@ -15,7 +15,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
 
 import tiny_models as tiny
 from xkd_schemas.config import RunConfig, TrainSection
@@ -25,7 +24,7 @@ from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order, learning_rate
-from xkd_trainer.training import loop
+from xkd_trainer.training import export, loop
 from xkd_trainer.training.checkpoint import load_newest
 from xkd_trainer.training.loop import train
 
@@ -360,7 +359,7 @@ def test_a_run_stopped_while_saving_its_student_finishes_when_it_is_run_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", stop)
+        patch.setattr(export, "digest", stop)  # all files are there, and not the mark of a finished student
         with pytest.raises(KeyboardInterrupt):
             train(run(tmp_path, steps=1), quiet=True)
     assert (tmp_path / "model.safetensors").exists()

@@ -168,7 +168,7 @@ def test_the_weights_that_pool_the_students_spans_are_constants() -> None:
     made, batch = ready("mta")
     hidden_BSd = torch.randn(*batch.student_ids_BS.shape, 16, requires_grad=True)
 
-    weights_BS = made.distiller.losses["mta"]._pooling(batch, batch.levels[0], hidden_BSd)
+    weights_BS = made.distiller.losses["mta"]._weigh_tokens(batch, batch.levels[0], hidden_BSd)
 
     assert not weights_BS.requires_grad
     torch.testing.assert_close(weights_BS.sum(1), torch.ones(len(ROWS)))
