@@ -26,6 +26,8 @@ OTHER, SAME = "S-all", "T-all"
 
 FOR_PRETRAINED = ("dskd_v2",)
 """Its projection is solved from the student's head; a new head moves away from it, and the sum may rise at first."""
+WHERE_BOTH_AGREE = ("dskd_v2.student_space",)
+"""Counts predictions whose projected argmax is the label: with random models a handful, with some sums none."""
 
 
 @functools.cache
@@ -69,7 +71,7 @@ def test_a_loss_falls_from_the_cache(loss: str, tmp_path: Path) -> None:
     assert terms
     for line in lines:
         assert all(math.isfinite(line[name]) for name in terms)
-        assert all(line[f"{name}.count"] > 0 for name in terms)
+        assert all(line[f"{name}.count"] > 0 for name in terms if name not in WHERE_BOTH_AGREE)
     assert lines[-1]["loss"] != lines[0]["loss"]
     assert loss in FOR_PRETRAINED or lines[-1]["loss"] < lines[0]["loss"]
 
