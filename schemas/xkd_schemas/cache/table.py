@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from xkd_schemas.cache.arrow_checks import UNREADABLE, check_schema, read_batch
 from xkd_schemas.cache.files import refuse_links, refuse_unnamed
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, RecordBatch, read_record
 from xkd_schemas.codecs import CODECS, PLAIN, Codec
@@ -49,7 +50,12 @@ class Row:
 
     def stored(self, column: str) -> Any:
         """The column as it lies in the shard, before a codec has read it."""
-        return self._columns.row(column, self._row)
+        try:
+            return self._columns.row(column, self._row)
+        except KeyError:
+            raise BadData(
+                f"a shard lacks column {column}", fix="xkd-cache verify CACHE --level deep names it"
+            ) from None
 
 
 class Shard:
@@ -74,17 +80,13 @@ class Shard:
         if xxh3_of(_frame(self._bytes, commit.batches)) != commit.frame_xxh3:
             raise BadData(f"{path} is corrupt: header or footer does not match its digest", fix=_AGAIN)
         try:
-            self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
-        except (pa.ArrowException, OSError) as error:
+            self.schema: pa.Schema = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map))).schema
+            check_schema(self.schema)
+        except UNREADABLE as error:
             raise BadData(f"{path} is not an Arrow IPC file: {error}", fix=_AGAIN) from error
         self._columns: OrderedDict[int, Columns] = OrderedDict()
-        self._decoders = _decoders(path, self._file.schema)
+        self._decoders = _decoders(path, self.schema)
         self._ends = list(accumulate(b.rows for b in commit.batches))
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Schema as the file holds it."""
-        return self._file.schema
 
     def batch(self, number: int) -> pa.RecordBatch:
         """Record batch `number`, after its bytes were compared with their digest once."""
@@ -99,8 +101,8 @@ class Shard:
             )
         self.checked.add(number)
         try:
-            return self._file.get_batch(number)
-        except (pa.ArrowException, OSError) as error:
+            return read_batch(data, self.schema, record.rows)
+        except UNREADABLE as error:
             raise BadData(f"{self.path}: record batch {number} cannot be read: {error}", fix=_AGAIN) from error
 
     def row(self, row: int) -> Row:
@@ -335,15 +337,10 @@ class JoinedShard(Shard):
         self._decoders = {name: decode for shard in self._shards[::-1] for name, decode in shard._decoders.items()}
         fields = {field.name: field for shard in self._shards[::-1] for field in shard.schema}
         own = [field.name for field in first.schema]
-        self._joined = pa.schema(
+        self.schema = pa.schema(
             [fields[name] for name in (*own, *sorted(set(fields) - set(own)))],
             metadata={k: v for shard in self._shards[::-1] for k, v in (shard.schema.metadata or {}).items()},
         )
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Columns of the first table, then those that only the others have, by name."""
-        return self._joined
 
     def batch(self, number: int) -> pa.RecordBatch:
         """Record batch `number` of all tables side by side, each checked when first touched; nothing is copied.
@@ -359,8 +356,8 @@ class JoinedShard(Shard):
                     fix=f"delete {shard.path.parent} and add its signals again",
                 )
         columns = {name: batch.column(name) for batch in batches[::-1] for name in batch.schema.names}
-        arrays = [columns[name] for name in self._joined.names]
-        return pa.RecordBatch.from_arrays(arrays, schema=self._joined)
+        arrays = [columns[name] for name in self.schema.names]
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
 
 class JoinedTable(Table):
