@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Options, interleaved
-from benchmarks.rows import Result, Row, Skipped, speed
+from benchmarks.rows import Result, Row, Skipped, cost, speed
 from benchmarks.states import HIDDEN, Sizes, states_cache
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
@@ -42,8 +42,10 @@ def run(options: Options) -> list[Result]:
     readers, results = peers(states, options.scratch)
     target_BRD = np.zeros((BATCH, max(map(len, states)), sizes.width), np.int16)
     cache = Cache(options.scratch / "cache", student="made")
+    shards = len(cache.teachers.manifest.commits)
     calls: dict[str, Callable[[], object]] = {
-        "first touch": lambda: read_all(Cache(options.scratch / "cache", student="made"), in_order)
+        "first touch": lambda: read_all(Cache(options.scratch / "cache", student="made"), in_order),
+        "declarations": lambda: [cache.teachers.shard(number).batch(0) for number in range(shards)],
     }
     for name, order in orders.items():
         calls |= {f"bare copy {name}": functools.partial(copy_all, readers["memory"], order, target_BRD)}
@@ -66,6 +68,8 @@ def run(options: Options) -> list[Result]:
         "shuffled reader / bare copy without the zeros": ("ours shuffled", "bare copy shuffled"),
     }
     rows += [row(what, *names, None) for what, names in others.items()]
+    what = "types, lengths and offsets of all shards checked / memory copy"
+    rows += [cost(what, seconds["declarations"], seconds["memory sequential"])]
     rows += [
         row(f"shuffled reader / {peer}", "ours shuffled", f"{peer} shuffled", PEER_BARS[peer])
         for peer in readers
