@@ -2,18 +2,14 @@
 
 `normalising(kind)` is cached for the session; `NORMALISING` names the kinds. All but the WordPiece ones spell every
 character, by bytes where they must, so that a test can read from the tokens what they stand for.
-
-`python tests/fakes/normalising_tokenizers.py` prints what becomes of TEXTS, by the library alone and by ours.
 """
 
 import functools
 import io
 import json
-import sys
 import unicodedata
 from typing import Any
 
-import numpy as np
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -190,33 +186,3 @@ TEXTS = {
     "Hebrew points": "ש\u05bc\u05c1ל\u05d5\u05b9ם",
 }
 """One text of each class that a normaliser changes."""
-
-SIGNS = {(True, 0): ".", (False, 0): "x", (True, 1): "~", (False, 1): "+"}
-
-
-def table() -> str:
-    """Lines of TEXTS, columns of NORMALISING: "." right as it is, "+" read now, "~" put right, "x" not read."""
-    from xkd_schemas.documents import document_of
-    from xkd_schemas.text.encode import Encoder
-    from xkd_schemas.text.offsets import EncodedText, content_intervals
-    from xkd_schemas.text.tokenizers import encode_texts
-
-    lines = [f"{'':32}" + " ".join(NORMALISING)]
-    for name, text in TEXTS.items():
-        signs = []
-        for kind in NORMALISING:
-            encoded = encode_texts(normalising(kind), [text])
-            read = EncodedText(
-                texts=[text], document_G=np.zeros(1, np.int64), segments_G2=np.array([[0, len(text)]], np.int32),
-                offsets_C2=encoded.offsets, first=encoded.first,
-            )  # fmt: skip
-            before = content_intervals(read)[1] == ["ok"]
-            encoder = Encoder(tokenizer=normalising(kind), template="none", max_tokens=1000)
-            row = encoder.encode(document_of([("text", text, True)], source="t", line=1))
-            signs.append(f"{SIGNS[before, int(row.extended > 0)]:{len(kind)}}")
-        lines.append(f"{name:32}" + " ".join(signs).rstrip())
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(table())
