@@ -11,15 +11,12 @@ import unicodedata
 from typing import Any
 
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import four_tokenizers
 from hostile_text import CLUSTERS, MARKS, NASTY
 
-QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 MORE = (
     "tiếng Việt không có dấu và người",
     "한국어 각 값",
@@ -32,27 +29,6 @@ MORE = (
 def corpus() -> list[str]:
     """Training text."""
     return [*four_tokenizers.corpus(), *MORE * 4]
-
-
-def _byte_level(normaliser: Any, *, pieces: bool = True) -> Tokenizer:
-    """As Qwen's: cut by its pattern; without `pieces` the normaliser writes bytes and nothing is cut."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normaliser
-    if pieces:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(QWEN), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=four_tokenizers.SPECIALS, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(corpus(), trainer)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def _unigram(normaliser: Any) -> Tokenizer:
@@ -73,9 +49,12 @@ def _unigram(normaliser: Any) -> Tokenizer:
     return tokenizer
 
 
-def _changed(kind: str, normaliser: Any) -> Tokenizer:
+def _changed(kind: str, normaliser: Any, *, pieces: bool = True) -> Tokenizer:
+    """One of four_tokenizers with a normaliser; without `pieces` that one writes bytes, and nothing is cut."""
     tokenizer = four_tokenizers.fresh(kind).backend_tokenizer
     tokenizer.normalizer = normaliser
+    if not pieces:
+        tokenizer.pre_tokenizer = None
     return tokenizer
 
 
@@ -114,9 +93,11 @@ def _t5() -> Any:
 
 
 MAKERS = {
-    "qwen": lambda: _byte_level(normalizers.NFC()),
-    "nfd": lambda: _byte_level(normalizers.NFD()),
-    "bytes": lambda: _byte_level(normalizers.Sequence([normalizers.NFC(), normalizers.ByteLevel()]), pieces=False),
+    "qwen": lambda: _changed("byte_level", normalizers.NFC()),
+    "nfd": lambda: _changed("byte_level", normalizers.NFD()),
+    "bytes": lambda: _changed(
+        "byte_level", normalizers.Sequence([normalizers.NFC(), normalizers.ByteLevel()]), pieces=False
+    ),
     "nfkc": lambda: _unigram(normalizers.NFKC()),
     "folded": lambda: _unigram(normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
     "t5": lambda: _unigram(_t5()),

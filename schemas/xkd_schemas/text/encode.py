@@ -111,11 +111,7 @@ class Encoder:
         return Normalised(self.tokenizer)
 
     def identity(self) -> dict[str, Any]:
-        """What the tokens depend on, for a plan: the tokenizer's identity, the template's name, the length.
-
-        And, of a tokenizer that normalises, how its intervals are taken through the normaliser; of a chat template,
-        how it is read.
-        """
+        """What the tokens depend on, for a plan, and the versions of what is done for this tokenizer and template."""
         found = {"tokenizer": identity(self.tokenizer), "template": self.template, "max_tokens": self.max_tokens}
         if self.template == CHAT:
             found["chat"] = {"version": CHAT_VERSION, "enable_thinking": self.enable_thinking}
@@ -231,24 +227,19 @@ class Encoder:
     def _make_frames(self, document: Document, pieces: Layout) -> tuple[Frame, ...]:
         """Glue behind a target gives its first token, if it can end a turn, as the end token; else that is eos."""
         frames: list[Frame] = []
-        before = self._start()
+        bos, by_itself = self.tokenizer.bos_token_id, self._ids("x")  # a start token that it puts before every text
+        before = by_itself[:1] if bos is not None and by_itself[:1] == [bos] else []
         for piece in pieces:
             if isinstance(piece, str):
                 ids = self._ids(piece, add_special_tokens=False)
                 if frames and frames[-1].end >= 0 and ids and ids[0] in self._enders():
-                    frames[-1] = Frame(before=frames[-1].before, end=ids.pop(0))
+                    frames[-1] = frames[-1]._replace(end=ids.pop(0))
                 before += ids
                 continue
-            target = document.segments[piece].target
-            end = int(self.tokenizer.eos_token_id) if target else -1
-            frames.append(Frame(before=np.array(before, dtype=np.int32), end=end))
+            end = int(self.tokenizer.eos_token_id) if document.segments[piece].target else -1
+            frames.append(Frame(np.array(before, np.int32), end))
             before = []
         return tuple(frames)
-
-    def _start(self) -> list[int]:
-        """The start token that the tokenizer puts before every text by itself."""
-        bos = self.tokenizer.bos_token_id
-        return [int(bos)] if bos is not None and self._ids("x")[:1] == [bos] else []
 
     def _enders(self) -> set[int]:
         """Special tokens that may end a turn: all but the start and the unknown token."""

@@ -81,11 +81,7 @@ class NotRendered(ValueError):
 
 
 class ChatTemplate:
-    """One tokenizer's chat template.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        enable_thinking: Handed to the template if it is not None.
+    """One tokenizer's chat template; `enable_thinking` is handed to it if it is not None.
 
     Raises:
         UsageError: The tokenizer has no chat template.

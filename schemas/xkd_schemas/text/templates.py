@@ -106,21 +106,14 @@ class Frame(NamedTuple):
 
 
 def assemble_rows(
-    block: DocumentBatch,
-    num_chars: Int32s,
-    tokenizer: Any,
-    normalised: Normalised,
-    frames: Sequence[Sequence[Frame]],
+    block: DocumentBatch, num_chars: Int32s, tokenizer: Any, normalised: Normalised, frames: Sequence[Sequence[Frame]]
 ) -> TokenBatch:
-    """The rows of the texts up to `num_chars`; `statuses` are the faults of their intervals, or "ok".
+    """The rows of the texts up to `num_chars` [R]; `statuses` are the faults of their intervals, or "ok".
 
     A start token, or an end token where there is none, is put in front where nothing else stands before the first
-    target token to predict it from.
+    target token to predict it from. The texts up to there must be valid Unicode.
 
     Args:
-        block: Documents whose texts, up to `num_chars`, are valid Unicode.
-        num_chars: [R] int32
-        tokenizer: A fast one.
         normalised: Of the tokenizer.
         frames: One for each segment of each document.
     """

@@ -57,15 +57,11 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Encoded:
 def encode_with(backend: Any, texts: Sequence[str]) -> Encoded:
     """`encode_texts` by a tokenizer of the tokenizers library, set by `set_plain`."""
     encodings = backend.encode_batch(list(texts), add_special_tokens=False)
-    ids = [encoding.ids for encoding in encodings]
-    first = row_offsets([len(found) for found in ids])
-    size, chain = int(first[-1]), itertools.chain.from_iterable
-    pairs = chain(encoding.offsets for encoding in encodings)
-    return Encoded(
-        np.fromiter(chain(ids), np.int32, count=size),
-        np.fromiter(chain(pairs), np.int32, count=2 * size).reshape(-1, 2),
-        first,
-    )
+    chain = itertools.chain.from_iterable
+    first = row_offsets([len(encoding) for encoding in encodings])
+    ids = np.fromiter(chain(encoding.ids for encoding in encodings), np.int32, int(first[-1]))
+    ends = np.fromiter(chain(chain(encoding.offsets for encoding in encodings)), np.int32, 2 * len(ids))
+    return Encoded(ids, ends.reshape(-1, 2), first)
 
 
 def set_plain(backend: Any, *, specials: bool = False) -> Any:
