@@ -32,21 +32,13 @@ from xkd_schemas.text.templates import CHAT, LAYOUTS, Frame, Layout, assemble_ro
 from xkd_schemas.text.tokenizers import encode_texts, identity, name_of
 from xkd_schemas.tokens import CONTENT, END, OK, Bools, Int32s, Int64s, Tokens
 
-MOST_CHARS: Final = 2**20
-"""Characters that are encoded at once, of more than one document; results do not depend on it."""
-
+MOST_CHARS: Final = 2**20  # encoded at once, of more than one document; results do not depend on it
+BORDER_REACH: Final = 200  # characters a cut goes back to the end of a word; else it is behind the last whole token
+TRIED: Final = 16  # documents of which a chat template must take one, before anything is begun
 CHAT_VERSION: Final = 2
 """Of `read_renderings` and `ChatTemplate`; bump it where a row's tokens change. 1 encoded each content on its own."""
-
-BORDER_REACH: Final = 200
-"""How many characters a cut goes back to find the end of a word; then it is made behind the last whole token."""
-
-TRIED: Final = 16
-"""Documents of which a chat template must take one, before anything is begun."""
-
 INTERVALS_VERSION: Final = 2
 """Of `repair_intervals`; bump it where a token's characters change. Without it (1) intervals were the library's."""
-
 REASONS: Final = {
     "lone_surrogate": "the text holds half of a surrogate pair, which no tokenizer takes",
     "outside_text": "a token's interval leaves its segment or ends before it starts",
@@ -76,14 +68,10 @@ class Encoder:
         UsageError: Unknown template, a slow tokenizer, no end token, or max_tokens < 2.
     """
 
-    tokenizer: Any
-    """A transformers fast tokenizer."""
-    template: str
-    """none, alpaca or chat."""
-    max_tokens: int
-    """Longest T, template and end tokens included."""
-    enable_thinking: bool | None = None
-    """Handed to the chat template; None leaves it to the template."""
+    tokenizer: Any  # a transformers fast tokenizer
+    template: str  # none, alpaca or chat
+    max_tokens: int  # longest T, template and end tokens included
+    enable_thinking: bool | None = None  # handed to the chat template; None leaves it to the template
     _frames: dict[Any, tuple[Frame, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

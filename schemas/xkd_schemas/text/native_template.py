@@ -24,8 +24,7 @@ from xkd_schemas.text.rendering import Rendered, Turn
 from xkd_schemas.text.tokenizers import Encoded, EncodedText, blanks, encode_with, set_plain
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Bools, Int32s, Int64s, Tokens
 
-NOTHING: Rendered = Rendered("", np.zeros(0, np.int32), ())
-"""Of a document that is not rendered."""
+NOTHING: Rendered = Rendered("", np.zeros(0, np.int32), ())  # of a document that is not rendered
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

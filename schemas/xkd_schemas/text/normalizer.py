@@ -67,15 +67,11 @@ def mark_classes() -> Classes:
 REACHES: Final = (1, 2, 4, 8, 16)
 """Characters to the left and right of a cut that must be normalised alike together and apart: more where fewer do not
 give the normalised text."""
-LONGEST_PART: Final = 64
-"""Characters; text that is only normalised in longer stretches keeps its intervals."""
-MOST_KNOWN: Final = 100_000
-"""Short strings whose normalised form is remembered."""
+LONGEST_PART: Final = 64  # characters; text that is only normalised in longer stretches keeps its intervals
+MOST_KNOWN: Final = 100_000  # short strings whose normalised form is remembered
 WORDS: Final = re.compile(r"\s+|\S+")
-ENDS: Final = frozenset({"Strip", "Prepend"})
-"""Normalisers that do to the ends of a text what they do not inside; they merge nothing."""
-DEEP: Final = frozenset({"NFKC", "NFKD", "Precompiled"})
-"""Normalisers that take more apart than canonical forms do."""
+ENDS: Final = frozenset({"Strip", "Prepend"})  # what they do to the ends they do not do inside; they merge nothing
+DEEP: Final = frozenset({"NFKC", "NFKD", "Precompiled"})  # they take more apart than canonical forms do
 
 
 class Cut(NamedTuple):

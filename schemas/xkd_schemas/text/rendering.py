@@ -38,21 +38,15 @@ TEMPLATE_DAY: Final = datetime.datetime(2025, 1, 1)
 REFUSED: Final = "template_refuses"
 CHANGED: Final = "template_changes_text"
 REORDERED: Final = "template_reorders"
-
 Codes = npt.NDArray[np.uint32]
 
-_FIRST: Final = 0x40000
-"""Characters from here on stand for those of the text; none of them is a letter, a blank or a sign."""
+_FIRST: Final = 0x40000  # characters from here on stand for those of the text; none is a letter, a blank or a sign
 _MOST: Final = 0x110000 - _FIRST
-_OUTER: Final = "\u2000"
-"""A blank that stands for those at the ends of a segment."""
+_OUTER: Final = "\u2000"  # a blank that stands for those at the ends of a segment
 _LONGEST_GAP: Final = 4_000
 _NO_TOOLS: Final[Sequence[list[Any] | None]] = (None, [])
 _CONSTANT: Final = re.compile(r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"")
-
-
-PROBE: Final = (("user", "Who lit it?", False), ("assistant", "Nobody.", True))
-"""Turns that every chat template takes."""
+PROBE: Final = (("user", "Who lit it?", False), ("assistant", "Nobody.", True))  # every chat template takes it
 
 
 class Turn(NamedTuple):
@@ -219,13 +213,12 @@ class _Trace:
         self._document = document
         self._codes_N = _codes(text)
         traced_N = self._codes_N.copy()
-        coded_N = ~blanks(text)
         self._marked_N = np.zeros(len(text), np.bool_)
         self._borders = {0, len(text)}
         for found in re.finditer("|".join(map(re.escape, markers)), text) if markers else ():
             self._marked_N[found.start() : found.end()] = True
             self._borders |= set(found.span())
-        coded_N &= ~self._marked_N
+        coded_N = ~blanks(text) & ~self._marked_N
         for segment in document.segments:
             own = slice(segment.start, segment.end)
             if segment.role == CALL:
@@ -258,9 +251,7 @@ class _Trace:
         other_L = ~known_L & (traced_L != real_L)
         _drop_disordered(self._document, source_L)
         self._fill(source_L, traced_L, real_L)
-        if (other_L & (traced_L != ord(_OUTER))).any():
-            return None
-        return source_L
+        return None if (other_L & (traced_L != ord(_OUTER))).any() else source_L
 
     def _fill(self, source_L: Int32s, traced_L: Codes, real_L: Codes) -> None:
         """Find the characters that were left as they are, between their neighbours."""
@@ -289,11 +280,8 @@ class _Trace:
     def _edge(self, source_L: Int32s, traced_L: Codes, own: tuple[int, int], room: tuple[int, int], step: int) -> None:
         """What is left of a segment in front of its first (-1) or behind its last (1) character that was found."""
         number_E = np.arange(*own)[::step]  # from the found character outwards
-        wanted_E, written_E, found_E = (
-            self._traced_N[number_E],
-            traced_L[slice(*room)][::step],
-            source_L[slice(*room)][::step],
-        )
+        there = slice(*room)
+        wanted_E, written_E, found_E = self._traced_N[number_E], traced_L[there][::step], source_L[there][::step]
         size = min(len(wanted_E), len(written_E))
         same_E = np.append((wanted_E[:size] == written_E[:size]) & (found_E[:size] < 0), False)
         size = int(same_E.argmin())

@@ -38,8 +38,6 @@ ALPACA_RESPONSE: Final = "\n\n### Response:\n"
 
 CHAT: Final = "chat"
 AUTO: Final = "auto"
-"""chat where the tokenizer has a chat template, none elsewhere."""
-
 
 Layout = tuple[str | int, ...]
 """Glue, with special tokens written out ("<|im_end|>"), and indices of the document's segments."""
@@ -94,8 +92,7 @@ LAYOUTS: Final[Mapping[str, Callable[[Document], Layout]]] = {
 }
 """The pieces of a document: each segment once, in order, with glue where there is some; they depend on roles alone.
 UsageError where the template has no place for these roles."""
-TEMPLATES: Final = (*LAYOUTS, CHAT)
-"""Every template by the name that `--template` takes."""
+TEMPLATES: Final = (*LAYOUTS, CHAT)  # by the name that `--template` takes
 
 
 class Frame(NamedTuple):

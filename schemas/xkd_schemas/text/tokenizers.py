@@ -40,8 +40,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Encoded:
 
     Text that looks like a special token ("</s>") is encoded as the characters it is made of, so that what stands in a
     document never ends a turn (a unigram vocabulary may still hold the string as an ordinary piece). Nothing is
-    truncated or padded, whatever the tokenizer file asks for. The tokenizers library is asked itself: going through
-    transformers costs a quarter more, for lists that nobody reads.
+    truncated or padded, whatever the tokenizer file asks for. The tokenizers library is asked itself, as transformers
+    costs a quarter more.
 
     Raises:
         UsageError: The tokenizer is a slow one, without offsets.
@@ -229,5 +229,4 @@ def _probes() -> Iterable[str]:
     yield "The quick brown fox, aged 7, jumps over the lazy dog's 13 bones.\n\nIt was 10:45 p.m. (UTC+2)!"
 
 
-PROBES: Final = tuple(_probes())
-"""What every tokenizer is asked to encode for its identity."""
+PROBES: Final = tuple(_probes())  # what every tokenizer is asked to encode for its identity
