@@ -244,6 +244,20 @@ def test_a_tokenizer_that_cuts_the_normalised_text_otherwise_is_not_explained(mo
     assert encoder.encode(lone("e\u0301")).status == "uncovered_characters"
 
 
+def test_a_bad_document_changes_no_other_of_its_batch_and_segments_keep_their_places() -> None:
+    texts = ["the lamp", "e\u0301 a\u0323", "\u0301\u0323", "it was", ""]
+    prompts = ["A", *["Ａ\u200b"] * 4]  # the first needs no repair
+    documents = [
+        document_of([("prompt", p, False), ("response", t, True)], source="t", line=1)
+        for p, t in zip(prompts, texts, strict=True)
+    ]
+    encoder = encoder_of("bert")
+
+    for row, document in zip(encoder.encode_batch(documents), documents, strict=True):
+        alone = encoder.encode(document)
+        assert (row.status, row.extended, row.spans.tolist()) == (alone.status, alone.extended, alone.spans.tolist())
+
+
 @pytest.mark.parametrize("kind", NORMALISING)
 def test_every_class_of_text_is_read_behind_every_normaliser(kind: str) -> None:
     for name, text in TEXTS.items():
