@@ -25,9 +25,9 @@ from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.config import StudentSection
 from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.alignment import align, content_of, grouped_spans, token_ranges
-from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch
+from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import Encoder
-from xkd_schemas.tokens import OK, STUDENTS, Int32s
+from xkd_schemas.tokens import OK, STUDENTS, Int32s, Int64s
 
 
 def run(options: Options) -> list[Figures]:

@@ -97,7 +97,7 @@ def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch) -> Ali
     encoded = rows.encode(encoder, limits)
     both = zip(encoded.statuses, teacher.statuses, strict=True)
     statuses = [ours if theirs == OK else f"teacher:{theirs}" for ours, theirs in both]
-    tokens = encoded.with_statuses(statuses, np.array(read, bool))
+    tokens = encoded.with_statuses(statuses)
     ends = Ragged(rows.block.segments.values[:, 1], rows.block.segments.first)
     student_spans, teacher_spans = align(tokens, teacher, ends)
     columns: dict[str, Any] = {

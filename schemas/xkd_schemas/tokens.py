@@ -28,6 +28,7 @@ OK: Final = "ok"
 """`status` of a row that can be used; any other value is the reason why the row has no tokens."""
 
 Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 TOKEN_FIELDS: Final = (

@@ -70,7 +70,7 @@ def _sentencepiece() -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=specials, show_progress=False)
     trained.train_from_iterator(common, trainer)
     vocabulary = trained.get_vocab()
-    merges = _merges(trained)
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.Sequence(
@@ -81,10 +81,6 @@ def _sentencepiece() -> Tokenizer:
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )
     return tokenizer
-
-
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def _unigram() -> Tokenizer:

@@ -2,28 +2,21 @@
 
 `normalising(kind)` is cached for the session; `NORMALISING` names the kinds. All but the WordPiece ones spell every
 character, by bytes where they must, so that a test can read from the tokens what they stand for.
-
-`python tests/fakes/normalising_tokenizers.py` prints what becomes of TEXTS, by the library alone and by ours.
 """
 
 import functools
 import io
 import json
-import sys
 import unicodedata
 from typing import Any
 
-import numpy as np
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import four_tokenizers
 from hostile_text import CLUSTERS, MARKS, NASTY
 
-QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 MORE = (
     "tiếng Việt không có dấu và người",
     "한국어 각 값",
@@ -36,27 +29,6 @@ MORE = (
 def corpus() -> list[str]:
     """Training text."""
     return [*four_tokenizers.corpus(), *MORE * 4]
-
-
-def _byte_level(normaliser: Any, *, pieces: bool = True) -> Tokenizer:
-    """As Qwen's: cut by its pattern; without `pieces` the normaliser writes bytes and nothing is cut."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normaliser
-    if pieces:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(QWEN), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=four_tokenizers.SPECIALS, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(corpus(), trainer)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def _unigram(normaliser: Any) -> Tokenizer:
@@ -77,9 +49,12 @@ def _unigram(normaliser: Any) -> Tokenizer:
     return tokenizer
 
 
-def _changed(kind: str, normaliser: Any) -> Tokenizer:
+def _changed(kind: str, normaliser: Any, *, pieces: bool = True) -> Tokenizer:
+    """One of four_tokenizers with a normaliser; without `pieces` that one writes bytes, and nothing is cut."""
     tokenizer = four_tokenizers.fresh(kind).backend_tokenizer
     tokenizer.normalizer = normaliser
+    if not pieces:
+        tokenizer.pre_tokenizer = None
     return tokenizer
 
 
@@ -118,9 +93,11 @@ def _t5() -> Any:
 
 
 MAKERS = {
-    "qwen": lambda: _byte_level(normalizers.NFC()),
-    "nfd": lambda: _byte_level(normalizers.NFD()),
-    "bytes": lambda: _byte_level(normalizers.Sequence([normalizers.NFC(), normalizers.ByteLevel()]), pieces=False),
+    "qwen": lambda: _changed("byte_level", normalizers.NFC()),
+    "nfd": lambda: _changed("byte_level", normalizers.NFD()),
+    "bytes": lambda: _changed(
+        "byte_level", normalizers.Sequence([normalizers.NFC(), normalizers.ByteLevel()]), pieces=False
+    ),
     "nfkc": lambda: _unigram(normalizers.NFKC()),
     "folded": lambda: _unigram(normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
     "t5": lambda: _unigram(_t5()),
@@ -190,33 +167,3 @@ TEXTS = {
     "Hebrew points": "ש\u05bc\u05c1ל\u05d5\u05b9ם",
 }
 """One text of each class that a normaliser changes."""
-
-SIGNS = {(True, 0): ".", (False, 0): "x", (True, 1): "~", (False, 1): "+"}
-
-
-def table() -> str:
-    """Lines of TEXTS, columns of NORMALISING: "." right as it is, "+" read now, "~" put right, "x" not read."""
-    from xkd_schemas.documents import document_of
-    from xkd_schemas.text.encode import Encoder
-    from xkd_schemas.text.offsets import EncodedText, content_intervals
-    from xkd_schemas.text.tokenizers import encode_texts
-
-    lines = [f"{'':32}" + " ".join(NORMALISING)]
-    for name, text in TEXTS.items():
-        signs = []
-        for kind in NORMALISING:
-            encoded = encode_texts(normalising(kind), [text])
-            read = EncodedText(
-                texts=[text], document_G=np.zeros(1, np.int64), segments_G2=np.array([[0, len(text)]], np.int32),
-                offsets_C2=encoded.offsets, first=encoded.first,
-            )  # fmt: skip
-            before = content_intervals(read)[1] == ["ok"]
-            encoder = Encoder(tokenizer=normalising(kind), template="none", max_tokens=1000)
-            row = encoder.encode(document_of([("text", text, True)], source="t", line=1))
-            signs.append(f"{SIGNS[before, int(row.extended > 0)]:{len(kind)}}")
-        lines.append(f"{name:32}" + " ".join(signs).rstrip())
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(table())

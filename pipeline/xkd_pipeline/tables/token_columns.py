@@ -5,6 +5,7 @@ from typing import Any
 
 from xkd_schemas.cache.manifest import Plan, Unit, read_record
 from xkd_schemas.cache.table import Table
+from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.tokens import OK
 
@@ -19,10 +20,10 @@ def token_columns(tokens: TokenBatch) -> dict[str, Any]:
     return {
         "status": tokens.statuses,
         "num_chars": tokens.num_chars,
-        "token_ids": tokens.as_rows(tokens.ids),
-        "token_spans": tokens.as_rows(tokens.spans),
-        "token_kinds": tokens.as_rows(tokens.kinds),
-        "targets": tokens.as_rows(tokens.targets),
+        "token_ids": Ragged(tokens.ids, tokens.first),
+        "token_spans": Ragged(tokens.spans, tokens.first),
+        "token_kinds": Ragged(tokens.kinds, tokens.first),
+        "targets": Ragged(tokens.targets, tokens.first),
     }
 
 

@@ -14,13 +14,10 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.batches import Line, TokenBatch
-from xkd_schemas.tokens import END, Int32s, Tokens
-
-Int64s = npt.NDArray[np.int64]
+from xkd_schemas.tokens import END, Int32s, Int64s, Tokens
 
 _FAR: Final = np.iinfo(np.int32).max
 

@@ -18,9 +18,7 @@ import numpy.typing as npt
 
 from xkd_schemas.documents import Document, Segment
 from xkd_schemas.ragged import Ragged, row_offsets
-from xkd_schemas.tokens import CONTENT, Bools, Int32s, Tokens
-
-Int64s = npt.NDArray[np.int64]
+from xkd_schemas.tokens import CONTENT, OK, Bools, Int32s, Int64s, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,17 +26,12 @@ class DocumentBatch:
     """Documents side by side. Segments must be adjacent and cover their text."""
 
     texts: Sequence[str]
-    segments: Ragged
-    """[G, 2] int32 characters of the document's own text."""
-    names: Sequence[str]
-    """Different roles."""
-    roles_G: Int32s
-    """Which of `names` each segment has."""
+    segments: Ragged  # [G, 2] int32 characters of the document's own text
+    names: Sequence[str]  # different roles
+    roles_G: Int32s  # which of `names` each segment has
     targets_G: Bools
-    places: Sequence[tuple[str, int]]
-    """Source and line of each document."""
-    messages: Sequence[str]
-    """As `Document.messages`."""
+    places: Sequence[tuple[str, int]]  # source and line of each document
+    messages: Sequence[str]  # as `Document.messages`
 
     @staticmethod
     def of(documents: Iterable[Document]) -> "DocumentBatch":
@@ -96,10 +89,8 @@ class DocumentBatch:
 class Line(NamedTuple):
     """Content tokens of all documents on one line of characters, a character left free between two documents."""
 
-    base_R: Int64s
-    """Where each document begins on the line, and where the next one would: [R + 1]."""
-    at_S: Int64s
-    """Which tokens they are."""
+    base_R: Int64s  # where each document begins on the line, and where the next one would: [R + 1]
+    at_S: Int64s  # which tokens they are
     start_S: Int64s
     end_S: Int64s
 
@@ -109,20 +100,13 @@ class TokenBatch(Sequence[Tokens]):
     """Many documents as one model reads them; row r is `Tokens`, of views into the flat arrays."""
 
     statuses: Sequence[str]
-    num_chars: Int32s
-    """[R]"""
-    first: Int64s
-    """[R + 1]; document r has the tokens first[r] to first[r + 1]."""
-    ids: Int32s
-    """[T]"""
-    spans: Int32s
-    """[T, 2] characters of the document's own text."""
-    kinds: npt.NDArray[np.uint8]
-    """[T]"""
-    targets: Bools
-    """[T]"""
-    extended: Int32s
-    """[R] as `Tokens.extended`."""
+    num_chars: Int32s  # [R]
+    first: Int64s  # [R + 1]; document r has the tokens first[r] to first[r + 1]
+    ids: Int32s  # [T]
+    spans: Int32s  # [T, 2] characters of the document's own text
+    kinds: npt.NDArray[np.uint8]  # [T]
+    targets: Bools  # [T]
+    extended: Int32s  # [R] as `Tokens.extended`
 
     @staticmethod
     def of(rows: Iterable[Tokens]) -> "TokenBatch":
@@ -170,17 +154,9 @@ class TokenBatch(Sequence[Tokens]):
         base_S = np.repeat(base_R[:-1], np.diff(np.searchsorted(at_S, self.first)))  # where its document begins
         return Line(base_R, at_S, *(self.spans[at_S] + base_S[:, None]).T)
 
-    def as_rows(self, values_T: npt.NDArray[np.generic]) -> Ragged:
-        """One of the flat arrays, or another value for each token, as rows."""
-        return Ragged(values_T, self.first)
-
-    def count_flags(self, flags_T: Bools) -> Int64s:
-        """In each document, tokens with a flag: [R]."""
-        return np.diff(row_offsets(flags_T)[self.first])
-
-    def with_statuses(self, statuses: Sequence[str], usable_R: Bools) -> "TokenBatch":
-        """The batch with other statuses, in which documents that are not usable have no tokens."""
-        counts = np.diff(self.first)
+    def with_statuses(self, statuses: Sequence[str]) -> "TokenBatch":
+        """The batch with other statuses, in which documents that are not "ok" have no tokens."""
+        counts, usable_R = np.diff(self.first), np.array([status == OK for status in statuses], np.bool_)
         keep_T = np.repeat(usable_R, counts)
         return TokenBatch(
             statuses=statuses, num_chars=self.num_chars, first=row_offsets(counts * usable_R), ids=self.ids[keep_T],

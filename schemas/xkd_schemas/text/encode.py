@@ -14,7 +14,7 @@ Shape legend for this file
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -23,27 +23,22 @@ import numpy as np
 from xkd_schemas.corpus.rows import WORKER_KILLED
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import UsageError
-from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch, pieces_of
+from xkd_schemas.ragged import row_offsets
+from xkd_schemas.text.batches import DocumentBatch, TokenBatch, pieces_of
 from xkd_schemas.text.native_template import NOTHING, Reader, cut_row, read_renderings
 from xkd_schemas.text.normalizer import Normalised
-from xkd_schemas.text.offsets import cut_point
 from xkd_schemas.text.rendering import CHANGED, PROBE, REFUSED, REORDERED, ChatTemplate, NotRendered, Rendered
 from xkd_schemas.text.templates import CHAT, LAYOUTS, Frame, Layout, assemble_rows, check_template, refuse_text, where
 from xkd_schemas.text.tokenizers import encode_texts, identity, name_of
-from xkd_schemas.tokens import END, OK, Bools, Int32s, Tokens
+from xkd_schemas.tokens import CONTENT, END, OK, Bools, Int32s, Int64s, Tokens
 
-MOST_CHARS: Final = 2**20
-"""Characters that are encoded at once, of more than one document; results do not depend on it."""
-
+MOST_CHARS: Final = 2**20  # encoded at once, of more than one document; results do not depend on it
+BORDER_REACH: Final = 200  # characters a cut goes back to the end of a word; else it is behind the last whole token
+TRIED: Final = 16  # documents of which a chat template must take one, before anything is begun
 CHAT_VERSION: Final = 2
 """Of `read_renderings` and `ChatTemplate`; bump it where a row's tokens change. 1 encoded each content on its own."""
-
-TRIED: Final = 16
-"""Documents of which a chat template must take one, before anything is begun."""
-
 INTERVALS_VERSION: Final = 2
 """Of `repair_intervals`; bump it where a token's characters change. Without it (1) intervals were the library's."""
-
 REASONS: Final = {
     "lone_surrogate": "the text holds half of a surrogate pair, which no tokenizer takes",
     "outside_text": "a token's interval leaves its segment or ends before it starts",
@@ -73,17 +68,11 @@ class Encoder:
         UsageError: Unknown template, a slow tokenizer, no end token, or max_tokens < 2.
     """
 
-    tokenizer: Any
-    """A transformers fast tokenizer."""
-    template: str
-    """none, alpaca or chat."""
-    max_tokens: int
-    """Longest T, template and end tokens included."""
-    enable_thinking: bool | None = None
-    """Handed to the chat template; None leaves it to the template."""
-    _frames: dict[tuple[tuple[str, bool], ...], tuple[Frame, ...]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    tokenizer: Any  # a transformers fast tokenizer
+    template: str  # none, alpaca or chat
+    max_tokens: int  # longest T, template and end tokens included
+    enable_thinking: bool | None = None  # handed to the chat template; None leaves it to the template
+    _frames: dict[Any, tuple[Frame, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_template(self.template)
@@ -110,11 +99,7 @@ class Encoder:
         return Normalised(self.tokenizer)
 
     def identity(self) -> dict[str, Any]:
-        """What the tokens depend on, for a plan: the tokenizer's identity, the template's name, the length.
-
-        And, of a tokenizer that normalises, how its intervals are taken through the normaliser; of a chat template,
-        how it is read.
-        """
+        """What the tokens depend on, for a plan, and the versions of what is done for this tokenizer and template."""
         found = {"tokenizer": identity(self.tokenizer), "template": self.template, "max_tokens": self.max_tokens}
         if self.template == CHAT:
             found["chat"] = {"version": CHAT_VERSION, "enable_thinking": self.enable_thinking}
@@ -139,59 +124,51 @@ class Encoder:
         wanted = [len(text) for text in block.texts]
         if limits is not None:
             wanted = [n if limit is None else min(n, limit) for n, limit in zip(wanted, limits, strict=True)]
-        encoded = self._encode_chat if self.template == CHAT else self._encode_segments
         parts = [
-            encoded(block.part(first, end), np.array(wanted[first:end], np.int32))
+            self._encode(block.part(first, end), np.array(wanted[first:end], np.int32))
             for first, end in pieces_of(wanted, MOST_CHARS)
         ]
         return parts[0] if len(parts) == 1 else TokenBatch.of(row for part in parts for row in part)
 
-    def _encode_chat(self, block: DocumentBatch, num_chars: Int32s) -> TokenBatch:
-        """One stretch of documents as the chat template writes them; rows that are too long are cut."""
+    def _encode(self, block: DocumentBatch, num_chars: Int32s) -> TokenBatch:
+        """One stretch of documents, cut where they are too long; rows that cannot be used have a reason, no tokens."""
         unicode_R = np.array([_is_unicode(text) for text in block.texts], np.bool_)
         first_target_R = _first_targets(block)
-        rendered, faults = self._render_all(block, unicode_R)
-        whole = read_renderings(block, rendered, self._reader)
+        if self.template == CHAT:
+            rows = self._encode_chat(block, num_chars, unicode_R)
+        else:
+            rows = self._encode_segments(block, num_chars, unicode_R, first_target_R)
+        return _judge(block, rows, unicode_R, first_target_R)
+
+    def _encode_chat(self, block: DocumentBatch, num_chars: Int32s, unicode_R: Bools) -> TokenBatch:
+        """Documents as the chat template writes them."""
+        found = [self._render(block.document(n)) if unicode else NOTHING for n, unicode in enumerate(unicode_R)]
+        rendered = [NOTHING if isinstance(one, NotRendered) else one for one in found]
         rows = []
-        for n, (text, limit) in enumerate(zip(block.texts, num_chars.tolist(), strict=True)):
-            row = replace(whole[n], status=faults.get(n, whole.statuses[n]), num_chars=limit)
+        for n, row in enumerate(read_renderings(block, rendered, self._reader)):
+            text, limit, why = block.texts[n], int(num_chars[n]), found[n]
+            row = replace(row, status=why.reason if isinstance(why, NotRendered) else row.status, num_chars=limit)
             if limit < len(text):
                 row = cut_row(text, row, limit)
             while len(row.ids) > self.max_tokens:
                 row = cut_row(text, row, cut_point(text, row, self.max_tokens))
             rows.append(row)
-        return _judge(block, TokenBatch.of(rows), unicode_R, first_target_R)
+        return TokenBatch.of(rows)
 
-    def _render_all(self, block: DocumentBatch, unicode_R: Bools) -> tuple[list[Rendered], dict[int, str]]:
-        """What the chat template makes of each document, and why it makes nothing of some."""
-        rendered, faults = [], {}
-        for n, readable in enumerate(unicode_R.tolist()):
-            document = block.document(n)
-            refuse_text(document, CHAT)
-            try:
-                rendered.append(self._chat.render(document) if readable else NOTHING)
-            except NotRendered as why:
-                rendered.append(NOTHING)
-                faults[n] = why.reason
-        return rendered, faults
-
-    def check(self, documents: Iterable[Document]) -> None:
-        """UsageError where a layout does not take each of the first documents, or a chat template not one of them."""
-        faults = [self._fault(document) for document in documents]
-        if faults and all(faults):
-            raise UsageError(f"{name_of(self.tokenizer)}: {faults[0]}", fix="fix the turns, or --template none")
-
-    def _fault(self, document: Document) -> str:
-        """Why the chat template does not take a document; empty if it does."""
-        if self.template != CHAT:
-            self._frame(document)
-            return ""
+    def _render(self, document: Document) -> Rendered | NotRendered:
+        """What the chat template makes of a document, or why it makes nothing of it."""
         refuse_text(document, CHAT)
         try:
-            self._chat.render(document)
+            return self._chat.render(document)
         except NotRendered as why:
-            return f"{where(document)}: {why}"
-        return ""
+            return why
+
+    def check(self, documents: Sequence[Document]) -> None:
+        """UsageError where a layout does not take each of the first documents, or a chat template not one of them."""
+        found = [self._render(d) if self.template == CHAT else self._frame(d) for d in documents]
+        faults = [f"{where(d)}: {w}" for d, w in zip(documents, found, strict=True) if isinstance(w, NotRendered)]
+        if found and len(faults) == len(found):
+            raise UsageError(f"{name_of(self.tokenizer)}: {faults[0]}", fix="fix the turns, or --template none")
 
     @functools.cached_property
     def _reader(self) -> Reader:
@@ -204,10 +181,10 @@ class Encoder:
         row = read_renderings(DocumentBatch.of([question]), [self._chat.render(question)], reader)[0]
         return replace(reader, usual=frozenset(row.ids[row.kinds == END].tolist()))
 
-    def _encode_segments(self, block: DocumentBatch, num_chars: Int32s) -> TokenBatch:
-        """One stretch of documents; rows that are too long are cut and encoded again until they fit."""
-        unicode_R = np.array([_is_unicode(text) for text in block.texts], np.bool_)
-        first_target_R = _first_targets(block)
+    def _encode_segments(
+        self, block: DocumentBatch, num_chars: Int32s, unicode_R: Bools, first_target_R: Int64s
+    ) -> TokenBatch:
+        """Documents segment by segment; those that are too long are cut and encoded again until they fit."""
         rows = self._assemble(block, np.where(unicode_R, num_chars, 0))
         rows = replace(rows, num_chars=num_chars.copy())
         again: dict[int, Tokens] = {}
@@ -219,19 +196,14 @@ class Encoder:
             cut = self._assemble(block.take(long), rows.num_chars[long])
             again |= zip(long, cut, strict=True)
             long = [n for n, row in zip(long, cut, strict=True) if len(row.ids) > self.max_tokens]
-        if again:
-            rows = TokenBatch.of(
-                replace(again.get(n, row), num_chars=int(rows.num_chars[n])) for n, row in enumerate(rows)
-            )
-        return _judge(block, rows, unicode_R, first_target_R)
+        if not again:
+            return rows
+        return TokenBatch.of(replace(again.get(n, row), num_chars=row.num_chars) for n, row in enumerate(rows))
 
     def _assemble(self, block: DocumentBatch, num_chars: Int32s) -> TokenBatch:
         """The texts up to `num_chars` in their frames; `statuses` are the faults of the intervals."""
-        encode = functools.partial(encode_texts, self.tokenizer)
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        start = eos if bos is None else bos  # what a first target token is predicted from
         frames = [self._frame(block.document(n)) for n in range(len(block))]
-        return assemble_rows(block, num_chars, encode, self._normaliser, frames, int(start))
+        return assemble_rows(block, num_chars, self.tokenizer, self._normaliser, frames)
 
     def _frame(self, document: Document) -> tuple[Frame, ...]:
         """The frame of every segment; the same for all documents with the same roles."""
@@ -243,25 +215,19 @@ class Encoder:
     def _make_frames(self, document: Document, pieces: Layout) -> tuple[Frame, ...]:
         """Glue behind a target gives its first token, if it can end a turn, as the end token; else that is eos."""
         frames: list[Frame] = []
-        before = self._start()
+        bos, by_itself = self.tokenizer.bos_token_id, self._ids("x")  # a start token that it puts before every text
+        before = by_itself[:1] if bos is not None and by_itself[:1] == [bos] else []
         for piece in pieces:
             if isinstance(piece, str):
-                ids = self._glue(piece)
+                ids = self._ids(piece, add_special_tokens=False)
                 if frames and frames[-1].end >= 0 and ids and ids[0] in self._enders():
-                    frames[-1] = Frame(before=frames[-1].before, end=ids.pop(0))
+                    frames[-1] = frames[-1]._replace(end=ids.pop(0))
                 before += ids
                 continue
-            target = document.segments[piece].target
-            end = int(self.tokenizer.eos_token_id) if target else -1
-            frames.append(Frame(before=np.array(before, dtype=np.int32), end=end))
+            end = int(self.tokenizer.eos_token_id) if document.segments[piece].target else -1
+            frames.append(Frame(np.array(before, np.int32), end))
             before = []
         return tuple(frames)
-
-    def _start(self) -> list[int]:
-        """The start token that the tokenizer puts before every text by itself."""
-        bos = self.tokenizer.bos_token_id
-        by_itself = self.tokenizer("x", verbose=False)["input_ids"]
-        return [int(bos)] if bos is not None and by_itself[:1] == [bos] else []
 
     def _enders(self) -> set[int]:
         """Special tokens that may end a turn: all but the start and the unknown token."""
@@ -269,8 +235,8 @@ class Encoder:
         no_end = {self.tokenizer.bos_token_id, self.tokenizer.unk_token_id} - {self.tokenizer.eos_token_id}
         return (added | {int(i) for i in self.tokenizer.all_special_ids}) - no_end
 
-    def _glue(self, text: str) -> list[int]:
-        encoded = self.tokenizer(text, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        encoded = self.tokenizer(text, padding=False, truncation=False, verbose=False, **options)
         return [int(token_id) for token_id in encoded["input_ids"]]
 
 
@@ -293,7 +259,7 @@ def _first_targets(block: DocumentBatch) -> Int64s:
 
 def _judge(block: DocumentBatch, rows: TokenBatch, unicode_R: Bools, first_target_R: Int64s) -> TokenBatch:
     """Rows that cannot be used lose their tokens and get their reason."""
-    idle_R = (rows.num_chars <= first_target_R) | (rows.count_flags(rows.targets) == 0)
+    idle_R = (rows.num_chars <= first_target_R) | (np.diff(row_offsets(rows.targets)[rows.first]) == 0)
     statuses = [
         "lone_surrogate" if not unicode
         else status if status != OK
@@ -304,7 +270,27 @@ def _judge(block: DocumentBatch, rows: TokenBatch, unicode_R: Bools, first_targe
             unicode_R.tolist(), rows.statuses, idle_R.tolist(), rows.num_chars.tolist(), block.texts, strict=True
         )
     ]  # fmt: skip
-    return rows.with_statuses(statuses, np.array([status == OK for status in statuses], np.bool_))
+    return rows.with_statuses(statuses)
+
+
+def cut_point(text: str, tokens: Tokens, max_tokens: int) -> int:
+    """Where to cut a text whose row is too long: a character before `tokens.num_chars`, 0 if nothing fits.
+
+    Behind the last word of which all tokens are among the first `max_tokens`; where no word ends within
+    BORDER_REACH characters before the last whole token's end (Chinese, a long number), right there.
+    """
+    spans_C2 = tokens.spans[tokens.kinds == CONTENT]
+    fitting = int((tokens.kinds[:max_tokens] == CONTENT).sum())
+    end_C = spans_C2[:, 1]
+    later_C = np.append(spans_C2[1:, 0], tokens.num_chars)
+    whole = np.flatnonzero((end_C <= later_C)[:fitting] & (end_C[:fitting] < tokens.num_chars))
+    if not len(whole):
+        return 0
+    last = int(end_C[whole[-1]])
+    for at in range(last, max(last - BORDER_REACH, 0), -1):
+        if text[at].isspace() and not text[at - 1].isspace():
+            return at
+    return last
 
 
 def unusable(status: str, num_chars: int) -> Tokens:

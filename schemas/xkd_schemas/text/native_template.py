@@ -13,43 +13,30 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from xkd_schemas.ragged import row_offsets
-from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch
+from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.normalizer import Normalised, repair_intervals
-from xkd_schemas.text.offsets import EncodedText, blanks
 from xkd_schemas.text.rendering import Rendered, Turn
-from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encode_with, set_plain
-from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Bools, Int32s, Tokens
+from xkd_schemas.text.tokenizers import Encoded, EncodedText, blanks, encode_with, set_plain
+from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Bools, Int32s, Int64s, Tokens
 
-NOTHING: Rendered = Rendered("", np.zeros(0, np.int32), ())
-"""Of a document that is not rendered."""
+NOTHING: Rendered = Rendered("", np.zeros(0, np.int32), ())  # of a document that is not rendered
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reader:
     """What is asked of a tokenizer to read renderings."""
 
-    tokenizer: FastTokenizer
+    tokenizer: Any
     normalised: Normalised
-    added: Int64s
-    """Ids of added tokens."""
-    enders: Collection[int]
-    """Ids of special tokens that may end a turn."""
-    usual: Collection[int]
-    """Those of them that end a turn of text."""
+    added: Int64s  # ids of added tokens
+    enders: Collection[int]  # ids of special tokens that may end a turn
+    usual: Collection[int]  # those of them that end a turn of text
     eos: int
-
-
-class _Own(NamedTuple):
-    """What of the documents each token has."""
-
-    content_C: Bools
-    spans_C2: Int32s
-    targets_C: Bools
 
 
 def read_renderings(block: DocumentBatch, rendered: Sequence[Rendered], reader: Reader) -> TokenBatch:
@@ -60,51 +47,45 @@ def read_renderings(block: DocumentBatch, rendered: Sequence[Rendered], reader: 
     """
     backend = set_plain(reader.tokenizer.backend_tokenizer, specials=True)
     encoded = encode_with(backend, [r.text for r in rendered])
-    read = _stretches([r.text for r in rendered], encoded, reader.added)
-    found = repair_intervals(read, encoded.ids, reader.normalised)
-    own = _own(block, rendered, encoded.first, found.spans_C2)
-    backward_C = own.content_C[1:] & own.content_C[:-1] & (np.diff(own.spans_C2, axis=0) < 0).any(axis=1)
-    bad_R = np.diff(row_offsets(np.append(backward_C, False))[encoded.first]) > 0
-    statuses = ["offsets_not_monotone" if b and s == OK else s for b, s in zip(bad_R, found.statuses, strict=True)]
-    rows = [
-        _row(block, rendered, n, _Row(
-            ids=encoded.ids[start:end], places=found.spans_C2[start:end],
-            kinds=np.where(own.content_C[start:end], CONTENT, TEMPLATE).astype(np.uint8),
-            spans=own.spans_C2[start:end], targets=own.targets_C[start:end],
-        ), reader)
-        for n, (start, end) in enumerate(itertools.pairwise(encoded.first.tolist()))
-    ]  # fmt: skip
-    return TokenBatch.of(
-        dataclasses.replace(row, status=status, extended=extended)
-        for row, status, extended in zip(rows, statuses, found.extended_R.tolist(), strict=True)
+    places_C2, statuses, extended_R = repair_intervals(
+        _stretches([r.text for r in rendered], encoded, reader.added), reader.normalised
     )
+    content_C, spans_C2, targets_C = _own(block, rendered, encoded.first, places_C2)
+    kinds_C = np.where(content_C, CONTENT, TEMPLATE).astype(np.uint8)
+    backward_C = content_C[1:] & content_C[:-1] & (np.diff(spans_C2, axis=0) < 0).any(axis=1)
+    bad_R = np.diff(row_offsets(np.append(backward_C, False))[encoded.first]) > 0
+    rows = TokenBatch(
+        statuses=["offsets_not_monotone" if b and s == OK else s for b, s in zip(bad_R, statuses, strict=True)],
+        num_chars=np.array([len(text) for text in block.texts], np.int32), first=encoded.first, ids=encoded.ids,
+        spans=spans_C2, kinds=kinds_C, targets=targets_C, extended=extended_R,
+    )  # fmt: skip
+    places = (places_C2[start:end] for start, end in itertools.pairwise(encoded.first.tolist()))
+    return TokenBatch.of(_finish(*one, reader) for one in zip(rows, places, rendered, strict=True))
 
 
 def _stretches(texts: Sequence[str], encoded: Encoded, added: Int64s) -> EncodedText:
     """The renderings, cut before and behind every added token."""
-    added_C = np.isin(encoded.ids, added)
-    filled_R = np.diff(encoded.first) > 0
-    starts_C = np.zeros(len(added_C), np.bool_)  # of a document
-    starts_C[encoded.first[:-1][filled_R]] = True
-    begins_C = starts_C | added_C  # tokens that begin a stretch
-    begins_C[1:] |= added_C[:-1]
-    first_G = np.flatnonzero(begins_C)
-    document_G = np.searchsorted(encoded.first, first_G, side="right") - 1
-    low_G = encoded.offsets[first_G, 0].copy()  # where each stretch begins in its rendering
-    loose_G = ~added_C[first_G]  # blanks in front of such a stretch may be in no token's offsets
-    low_G[loose_G] = np.where(starts_C[first_G], 0, encoded.offsets[first_G - 1, 1])[loose_G]
-    high_G = np.append(low_G[1:], np.int32(0))[: len(low_G)]  # where it ends: at the next one, or with its rendering
-    last_G = np.append(starts_C[first_G][1:], True)[: len(first_G)]
-    high_G[last_G] = np.array([len(text) for text in texts], np.int32)[document_G[last_G]]
+    document_C = np.repeat(np.arange(len(texts)), np.diff(encoded.first))
+    added_C, starts_C = np.isin(encoded.ids, added), np.diff(document_C, prepend=-1) > 0
+    first_G = np.flatnonzero(starts_C | added_C | np.append(False, added_C)[:-1])  # tokens that begin a stretch
+    document_G = document_C[first_G]
+    # where each begins: blanks in front of one without an added token may be in no token's offsets
+    before_C = np.where(starts_C, 0, np.append(0, encoded.offsets[:, 1])[:-1])
+    low_G = np.where(added_C, encoded.offsets[:, 0], before_C)[first_G].astype(np.int32)
+    high_G = np.append(low_G, np.int32(0))[1:]  # where it ends: at the next one, or with its rendering
+    last_G = np.diff(document_G, append=-1) != 0
+    high_G[last_G] = [len(texts[n]) for n in document_G[last_G]]
     behind_G = np.append(first_G, len(encoded.ids))
     return EncodedText(
         texts=texts, document_G=document_G, segments_G2=np.stack([low_G, high_G], axis=1),
-        offsets_C2=(encoded.offsets - np.repeat(low_G, np.diff(behind_G))[:, None]).astype(np.int32), first=behind_G,
+        encoded=Encoded(encoded.ids, encoded.offsets - np.repeat(low_G, np.diff(behind_G))[:, None], behind_G),
     )  # fmt: skip
 
 
-def _own(block: DocumentBatch, rendered: Sequence[Rendered], first: Int64s, places_C2: Int32s) -> _Own:
-    """Of each token the characters of its document."""
+def _own(
+    block: DocumentBatch, rendered: Sequence[Rendered], first: Int64s, places_C2: Int32s
+) -> tuple[Bools, Int32s, Bools]:
+    """Of tokens at these places whether they are the document's, [C], characters there, [C, 2], and targets, [C]."""
     line = " ".join([*(r.text for r in rendered), ""])
     base_R = row_offsets([len(r.text) + 1 for r in rendered])
     chars_R = row_offsets([len(text) for text in block.texts])
@@ -137,55 +118,46 @@ def _own(block: DocumentBatch, rendered: Sequence[Rendered], first: Int64s, plac
         high = np.minimum(high, ends_G[segment])  # no token goes over the end of its first segment
         spans_C2[at] = np.stack([low, high], axis=1) - chars_R[document_C[at]][:, None]
         targets_C[at] = block.targets_G[segment]
-    return _Own(content_C, spans_C2, targets_C)
+    return content_C, spans_C2, targets_C
 
 
-class _Row(NamedTuple):
-    """The tokens of one document, and where they stand in its rendering."""
-
-    ids: Int32s
-    places: Int32s
-    kinds: Any
-    spans: Int32s
-    targets: Bools
-
-
-def _row(block: DocumentBatch, rendered: Sequence[Rendered], number: int, row: _Row, reader: Reader) -> Tokens:
+def _finish(row: Tokens, places_T2: Int32s, rendered: Rendered, reader: Reader) -> Tokens:
     """The row with its end tokens and what else a model writes itself marked, cut behind the last of these."""
-    text = rendered[number].text
     closed = True
-    for turn in rendered[number].turns:
-        closed = _close(row, text, turn, reader)
-    used = np.flatnonzero((row.kinds != TEMPLATE) | row.targets)
-    size = int(used[-1]) + 1 if len(used) else 0
-    num_chars = len(block.texts[number])
-    ids, spans, kinds, targets = row.ids[:size], row.spans[:size], row.kinds[:size], row.targets[:size]
-    if size and targets[-1] and not closed:
-        ids = np.append(ids, np.int32(reader.eos))
-        spans = np.append(spans, np.full((1, 2), rendered[number].turns[-1].char, np.int32), axis=0)
-        kinds, targets = np.append(kinds, np.uint8(END)), np.append(targets, True)
-    if size and targets[0]:
-        targets = targets.copy()
-        targets[0] = False  # nothing stands before it
-    return Tokens(
-        status=OK, num_chars=num_chars, ids=ids.astype(np.int32), spans=spans, kinds=kinds, targets=targets
-    )  # fmt: skip
+    for turn in rendered.turns:
+        closed = _close(row, places_T2, rendered.text, turn, reader)
+    row = _until(row, (row.kinds != TEMPLATE) | row.targets)
+    if len(row.ids) and row.targets[-1] and not closed:
+        row = dataclasses.replace(
+            row, ids=np.append(row.ids, np.int32(reader.eos)), kinds=np.append(row.kinds, np.uint8(END)),
+            spans=np.append(row.spans, np.full((1, 2), rendered.turns[-1].char, np.int32), axis=0),
+            targets=np.append(row.targets, True),
+        )  # fmt: skip
+    row.targets[:1] = False  # nothing stands before it
+    return row
 
 
-def _close(row: _Row, text: str, turn: Turn, reader: Reader) -> bool:
+def _until(row: Tokens, marked_T: Bools) -> Tokens:
+    """The row up to its last marked token."""
+    size = int(np.flatnonzero(marked_T)[-1]) + 1 if marked_T.any() else 0
+    return dataclasses.replace(
+        row, ids=row.ids[:size], spans=row.spans[:size], kinds=row.kinds[:size], targets=row.targets[:size]
+    )
+
+
+def _close(row: Tokens, places_T2: Int32s, text: str, turn: Turn, reader: Reader) -> bool:
     """Mark what a model writes round and between the segments of its turn, and the end token; is there one?"""
-    first, behind = np.searchsorted(row.places[:, 0], [turn.start, turn.end]).tolist()
+    first, behind = np.searchsorted(places_T2[:, 0], [turn.start, turn.end]).tolist()
     inside = slice(first, behind)
-    row.targets[inside] |= (row.kinds[inside] == TEMPLATE) & (row.places[inside, 1] <= turn.end)
+    row.targets[inside] |= (row.kinds[inside] == TEMPLATE) & (places_T2[inside, 1] <= turn.end)
     size = int(np.append(row.kinds[behind:], CONTENT).argmax())  # CONTENT is 1, TEMPLATE 0; no END is there yet
     ids = row.ids[behind : behind + size].tolist()
-    found = next((n for n, i in enumerate(ids) if turn.closes and i in reader.usual), None)
-    if found is None:
-        found = next((n for n, i in enumerate(ids) if i in reader.enders), None)
-    if found is None:
+    usual = reader.usual if turn.closes else ()
+    found = [n for n, i in enumerate(ids) if i in usual] or [n for n, i in enumerate(ids) if i in reader.enders]
+    if not found:
         return False
-    end = behind + found
-    if not turn.closes and text[turn.end : int(row.places[end, 0])].strip():
+    end = behind + found[0]
+    if not turn.closes and text[turn.end : int(places_T2[end, 0])].strip():
         return False
     row.kinds[end], row.spans[end], row.targets[behind : end + 1] = END, turn.char, turn.closes
     row.targets[end] = True
@@ -194,19 +166,12 @@ def _close(row: _Row, text: str, turn: Turn, reader: Reader) -> bool:
 
 def cut_row(text: str, row: Tokens, num_chars: int) -> Tokens:
     """The row's tokens up to a character of the text; a token that goes on behind it in blanks ends there."""
-    inside = row.kinds != TEMPLATE
-    late = inside & (row.spans[:, 1] > num_chars)
-    size = len(row.ids)
+    inside_T = row.kinds != TEMPLATE
     spans = row.spans.copy()
-    for at in np.flatnonzero(late).tolist():
+    for at in np.flatnonzero(inside_T & (row.spans[:, 1] > num_chars)).tolist():
         start, end = spans[at].tolist()
         if start >= num_chars or text[num_chars:end].strip():
-            size = at
+            inside_T[at:] = False
             break
         spans[at, 1] = num_chars
-    used = np.flatnonzero(inside[:size])
-    size = int(used[-1]) + 1 if len(used) else 0
-    return dataclasses.replace(
-        row, num_chars=num_chars, ids=row.ids[:size], spans=spans[:size], kinds=row.kinds[:size],
-        targets=row.targets[:size],
-    )  # fmt: skip
+    return _until(dataclasses.replace(row, num_chars=num_chars, spans=spans), inside_T)

@@ -1,25 +1,21 @@
 """Offsets in a text whose normaliser merged, swapped or deleted characters, which the tokenizers library loses.
 
-The library gives the token for "e" + U+0301 the interval of the "e" alone, and a deleted character to nobody: both
-leave a hole. So the text is cut into the smallest parts whose normalised forms, written one after the other, are the
-normalised text. The tokenizer then reads the normalised text, must give the ids it gave before, and a token has the
-characters of all parts that it touches there. A part that vanishes joins a neighbour. A text for which this does not
-work out keeps the library's offsets, and so does a document whose intervals the library gets right.
+The library gives the token for "e" + U+0301 the interval of the "e" alone, and a deleted character to nobody. So the
+text is cut into the smallest parts whose normalised forms, one after the other, are the normalised text; nothing is
+assumed about the normaliser. The tokenizer then reads the normalised text, must give the ids it gave before, and a
+token has the characters of all parts that it touches there. A part that vanishes joins a neighbour. A text for which
+this does not work out keeps the library's offsets, and so does a document whose intervals the library gets right.
 
-Nothing is assumed about the normaliser or its version of Unicode: two characters are apart where their normalised
-forms, one after the other, are the form of both together. Where the forms of such parts do not add up to the form of
-the text, more characters on both sides are looked at.
-
-Offsets that cover a text may still stand at the wrong characters. Canonical order sorts the marks behind a letter by
-their class (Unicode Standard, section 3.11, D108 to D109); the offsets of the library stay in the old order. A mark
-that merges with the last letter of what was a ligature takes that letter's place in its offsets. And the SentencePiece
-normaliser looks up a letter with its marks as one string, takes the longest beginning that it knows for all of it, and
-is one off after a control that it deletes. Texts with such marks are repaired too.
+Offsets that cover a text may still stand at the wrong characters, so texts with such marks are repaired too. Canonical
+order sorts the marks behind a letter by their class (Unicode Standard, section 3.11, D108 to D109), the offsets stay
+in the old order. A mark that merges with the last letter of what was a ligature takes that letter's place. The
+SentencePiece normaliser looks up a letter with its marks as one string, and is one off after a control it deletes.
 
 Shape legend for this file
     N texts    R documents    G encoded segments    C content tokens    P parts of a text    L characters
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -33,118 +29,70 @@ import numpy as np
 import numpy.typing as npt
 
 from xkd_schemas.ragged import row_offsets
-from xkd_schemas.text.offsets import EncodedText, blanks, content_intervals
-from xkd_schemas.text.tokenizers import Encoded, FastTokenizer, encode_with, set_plain
-from xkd_schemas.tokens import OK, Bools, Int32s
-
-Int64s = npt.NDArray[np.int64]
+from xkd_schemas.text.tokenizers import Encoded, EncodedText, blanks, content_intervals, encode_with, set_plain
+from xkd_schemas.tokens import OK, Bools, Int32s, Int64s
 
 LETTERS: Final = frozenset("\u0e33\u0eb3\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
 """Vowels and skin tones that are one sign with what is before them, but no marks by their category."""
-LINE_BLANKS: Final = "\t\n\f\r"
-"""Controls that every normaliser takes for blanks."""
-LAST_CODE: Final = 0x1FFFF
-"""Characters behind it are no marks and end in none."""
+LINE_BLANKS: Final = "\t\n\f\r"  # controls that every normaliser takes for blanks
+LAST_CODE: Final = 0x1FFFF  # characters behind it are no marks and end in none
 
 
 class Classes(NamedTuple):
     """What is looked up for each character up to LAST_CODE."""
 
-    first: npt.NDArray[np.uint8]
-    """Combining class of the first character of its compatibility decomposition; 0 for what is no mark."""
-    last: npt.NDArray[np.uint8]
-    """Of the last character."""
-    follows: Bools
-    """It may join the character before it or vanish behind it."""
-    changes: Bools
-    """NFKC or folding its case changes it."""
-    controls: Bools
-    """It is a control and no blank of a line."""
+    first: npt.NDArray[np.uint8]  # combining class of the first character of its compatibility decomposition
+    last: npt.NDArray[np.uint8]  # of the last one
+    follows: Bools  # it may join the character before it or vanish behind it
+    changes: Bools  # NFKC or folding its case changes it
+    controls: Bools  # it is a control and no blank of a line
 
 
 @functools.cache
 def mark_classes() -> Classes:
     """The tables, made once in a process."""
-    size = LAST_CODE + 1
-    first, last = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
-    follows, changes, controls = np.zeros((3, size), np.bool_)
-    found = Classes(first, last, follows, changes, controls)
-    for code in range(size):
-        char = chr(code)
-        parts = unicodedata.normalize("NFKD", char) if unicodedata.decomposition(char) else char
-        found.first[code], found.last[code] = unicodedata.combining(parts[0]), unicodedata.combining(parts[-1])
-        category = unicodedata.category(char)
-        joins = category[0] in "MC" or found.first[code] > 0 or char in LETTERS
-        found.follows[code] = joins and char not in LINE_BLANKS
-        found.controls[code] = category == "Cc" and char not in LINE_BLANKS
-        found.changes[code] = char.casefold() != char or unicodedata.normalize("NFKC", char) != char
-    return found
-
-
-def find_doubtful(texts: Sequence[str], *, deep: bool, maps: bool = False) -> Bools:
-    """In which texts [N] marks stand that a normaliser may swap, or merge unseen with a part of what is before them.
-
-    Args:
-        texts: Valid Unicode.
-        deep: The normaliser takes apart what is only compatible, such as a ligature.
-        maps: It looks strings up in a map; then it is `deep` as well.
-
-    >>> find_doubtful(["e\\u0301", "q\\u0301\\u0323", "\\ufb01\\u0300"], deep=True).tolist()
-    [False, True, True]
-    """
-    found = np.zeros(len(texts), np.bool_)
-    numbers = [n for n, text in enumerate(texts) if maps or not text.isascii()]
-    if not numbers:
-        return found
-    codes_L = np.frombuffer("\n".join([texts[n] for n in numbers]).encode("utf-32-le"), np.uint32)
-    known = mark_classes()
-    # characters that may have merged with, or changed places with, the one before them
-    at = np.flatnonzero((known.follows if deep else known.first).take(codes_L, mode="clip"))
-    code, before = (np.minimum(codes_L[places], LAST_CODE) for places in (at, np.maximum(at - 1, 0)))
-    bad = (known.first[code] > 0) & (known.last[before] > known.first[code])
-    if deep:
-        bad |= known.changes[before]
-    if maps:
-        bad |= known.controls[code]
-    ends = row_offsets([len(texts[n]) + 1 for n in numbers])[1:]
-    found[np.array(numbers)[np.searchsorted(ends, at[bad], side="right")]] = True
-    return found
+    chars = [chr(code) for code in range(LAST_CODE + 1)]
+    parts = [unicodedata.normalize("NFKD", char) for char in chars]
+    categories = [unicodedata.category(char) for char in chars]
+    first, last = (np.array([unicodedata.combining(part[at]) for part in parts], np.uint8) for at in (0, -1))
+    joins = np.array([c[0] in "MC" or char in LETTERS for c, char in zip(categories, chars, strict=True)], np.bool_)
+    no_blank = np.array([char not in LINE_BLANKS for char in chars], np.bool_)
+    changes = [char.casefold() != char or unicodedata.normalize("NFKC", char) != char for char in chars]
+    return Classes(
+        first, last, follows=(joins | (first > 0)) & no_blank, changes=np.array(changes, np.bool_),
+        controls=(np.array(categories) == "Cc") & no_blank,
+    )  # fmt: skip
 
 
 REACHES: Final = (1, 2, 4, 8, 16)
 """Characters to the left and right of a cut that must be normalised alike together and apart: more where fewer do not
 give the normalised text."""
-LONGEST_PART: Final = 64
-"""Characters; text that is only normalised in longer stretches is not repair_intervals."""
-MOST_KNOWN: Final = 100_000
-"""Short strings whose normalised form is remembered."""
+LONGEST_PART: Final = 64  # characters; text that is only normalised in longer stretches keeps its intervals
+MOST_KNOWN: Final = 100_000  # short strings whose normalised form is remembered
 WORDS: Final = re.compile(r"\s+|\S+")
-
-Normalise = Callable[[str], str]
+ENDS: Final = frozenset({"Strip", "Prepend"})  # what they do to the ends they do not do inside; they merge nothing
+DEEP: Final = frozenset({"NFKC", "NFKD", "Precompiled"})  # they take more apart than canonical forms do
 
 
 class Cut(NamedTuple):
     """The parts of a text, and what became of them."""
 
-    first_P: Int64s
-    """[P + 1] where each part begins in the text, and the end of the last."""
-    normal_P: Int64s
-    """[P + 1] the same in the normalised text."""
-    blank_P: Bools
-    """[P] nothing of it is left, or only blanks."""
+    first_P: Int64s  # [P + 1] where each part begins in the text, and the end of the last
+    normal_P: Int64s  # [P + 1] the same in the normalised text
+    blank_P: Bools  # [P] nothing of it is left, or only blanks
 
 
 class Parts:
     """Cuts texts into the smallest parts that a normaliser treats on their own."""
 
-    def __init__(self, normalise: Normalise) -> None:
-        self.normalise = normalise
-        self._form = Memo(normalise)
-        self._apart = Memo(self._is_apart)
-        self._word = Memo(lambda word: self._cut(word, self._form[word]))
+    def __init__(self, normalise: Callable[[str], str]) -> None:
+        remember = functools.lru_cache(MOST_KNOWN)
+        self._form = form = remember(normalise)
+        self._is_apart = remember(lambda left, right: form(left + right) == form(left) + form(right))
+        self._cut_word = remember(lambda word: self._cut(word, form(word)))
 
     def of(self, text: str, normal: str) -> Cut | None:
-        """The parts of a text and its normalised form; None if it is not repair_intervals.
+        """The parts of a text and its normalised form; None if they do not explain it.
 
         Words are cut once; only where a text is more than its words one after the other it is cut as a whole.
 
@@ -154,59 +102,28 @@ class Parts:
         [[0, 2, 3, 4], [0, 1, 2, 4], [False, True, False]]
         """
         words = WORDS.findall(text)
-        if max(map(len, words), default=0) <= LONGEST_PART and "".join(map(self._form.__getitem__, words)) == normal:
-            pieces = list(map(self._word.__getitem__, words))
+        if max(map(len, words), default=0) <= LONGEST_PART and "".join(map(self._form, words)) == normal:
+            found = list(map(self._cut_word, words))
         else:
-            pieces = [self._cut(text, normal)]
-        if not pieces or None in pieces:
+            found = [self._cut(text, normal)]
+        if not found or None in found:
             return None
-        sizes, forms, blank = (list(itertools.chain.from_iterable(part)) for part in zip(*pieces, strict=True))
+        sizes, forms, blank = zip(*(part for pieces in found for part in pieces or ()), strict=True)
         return Cut(row_offsets(sizes), row_offsets(forms), np.array(blank, np.bool_))
 
-    def _cut(self, text: str, normal: str) -> tuple[list[int], list[int], list[bool]] | None:
+    def _cut(self, text: str, normal: str) -> list[tuple[int, int, bool]] | None:
         """Of each part the length, the length of its form, and whether nothing or only blanks are left of it."""
         cuts: Sequence[int] = range(1, len(text))
         for reach in REACHES:
-            sides = ((text[max(0, at - reach) : at], text[at : at + reach]) for at in cuts)
-            cuts = list(itertools.compress(cuts, map(self._apart.__getitem__, sides)))
+            cuts = [at for at in cuts if self._is_apart(text[max(0, at - reach) : at], text[at : at + reach])]
             pieces = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
             if max(len(piece.strip()) for piece in pieces) > LONGEST_PART:
                 return None
-            forms = [self._form[piece] for piece in pieces]
+            forms = [self._form(piece) for piece in pieces]
             if "".join(forms) == normal:
-                blank = [not form.replace("▁", " ").strip() for form in forms]
-                return [len(piece) for piece in pieces], [len(form) for form in forms], blank
+                blank = (not form.replace("▁", " ").strip() for form in forms)
+                return list(zip(map(len, pieces), map(len, forms), blank, strict=True))
         return None
-
-    def _is_apart(self, sides: tuple[str, str]) -> bool:
-        left, right = sides
-        return bool(self._form[left + right] == self._form[left] + self._form[right])
-
-
-class Memo(dict[Any, Any]):
-    """What a function gave for short strings; forgotten when it is too much."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self._function = function
-
-    def __missing__(self, key: Any) -> Any:
-        if len(self) >= MOST_KNOWN:
-            self.clear()
-        value = self[key] = self._function(key)
-        return value
-
-
-ENDS: Final = frozenset({"Strip", "Prepend"})
-"""Normalisers that do to the ends of a text what they do not inside; they merge nothing."""
-BLANKS: Final = " \t\n\r▁"
-"""What is taken from the ends."""
-DEEP: Final = frozenset({"NFKC", "NFKD", "Precompiled"})
-"""Normalisers that take more apart than canonical forms do."""
-BARE: Final[Mapping[str, Any]] = {
-    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "pre_tokenizer": None,
-    "post_processor": None, "decoder": None, "model": {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"},
-}  # fmt: skip
-"""A tokenizer that does nothing, as JSON."""
 
 
 class Normalised:
@@ -216,7 +133,7 @@ class Normalised:
         tokenizer: A fast one; it must not be changed afterwards.
     """
 
-    def __init__(self, tokenizer: FastTokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._backend = set_plain(tokenizer.backend_tokenizer)
         steps = _steps(self._backend.normalizer)
         self._inside = [step for step in steps if step["type"] not in ENDS]
@@ -228,30 +145,47 @@ class Normalised:
         return bool(self._inside)
 
     def find_doubtful(self, texts: Sequence[str]) -> Bools:
-        """In which texts [N] the library's offsets may be wrong although they leave no hole."""
+        """In which texts [N] marks stand that it may swap, or merge unseen with a part of what is before them."""
         types = {step["type"] for step in self._inside}
-        return find_doubtful(texts, deep=bool(types & DEEP), maps="Precompiled" in types)
+        deep, maps = types & DEEP, "Precompiled" in types
+        found = np.zeros(len(texts), np.bool_)
+        numbers = [n for n, text in enumerate(texts) if maps or not text.isascii()]
+        if not numbers:
+            return found
+        codes_L = np.frombuffer("\n".join([texts[n] for n in numbers]).encode("utf-32-le"), np.uint32)
+        known = mark_classes()
+        # characters that may have merged with, or changed places with, the one before them
+        at = np.flatnonzero((known.follows if deep else known.first).take(codes_L, mode="clip"))
+        code, before = (np.minimum(codes_L[places], LAST_CODE) for places in (at, np.maximum(at - 1, 0)))
+        bad = (known.first[code] > 0) & (known.last[before] > known.first[code])
+        if deep:
+            bad |= known.changes[before]
+        if maps:
+            bad |= known.controls[code]
+        ends = row_offsets([len(texts[n]) + 1 for n in numbers])[1:]
+        found[np.array(numbers)[np.searchsorted(ends, at[bad], side="right")]] = True
+        return found
 
     def offsets(self, texts: Sequence[str], encoded: Encoded) -> Int32s:
-        """The offsets [C, 2] of all texts in characters of each; of a text that is not repair_intervals those it had.
+        """The offsets [C, 2] of all texts in characters of each; those it had of a text that the parts do not explain.
 
         Args:
             texts: Valid Unicode.
             encoded: Their ids and offsets as the tokenizer gave them.
         """
-        read = [self._backend.normalizer.normalize_str(text) for text in texts]
-        again = encode_with(self._rest, read)
+        forms = [self._backend.normalizer.normalize_str(text) for text in texts]
+        again = encode_with(self._rest, forms)
         found = encoded.offsets.copy()
-        own, other = (itertools.pairwise(e.first.tolist()) for e in (encoded, again))
-        for text, form, mine, theirs in zip(texts, read, own, other, strict=True):
-            if np.array_equal(encoded.ids[slice(*mine)], again.ids[slice(*theirs)]):
-                offsets_C2 = self._through(text, form, again.offsets[slice(*theirs)])
-                found[slice(*mine)] = encoded.offsets[slice(*mine)] if offsets_C2 is None else offsets_C2
+        own, other = (itertools.starmap(slice, itertools.pairwise(e.first.tolist())) for e in (encoded, again))
+        for text, form, mine, theirs in zip(texts, forms, own, other, strict=True):
+            if np.array_equal(encoded.ids[mine], again.ids[theirs]):
+                offsets_C2 = self._through(text, form, again.offsets[theirs])
+                found[mine] = encoded.offsets[mine] if offsets_C2 is None else offsets_C2
         return found
 
     def _through(self, text: str, form: str, offsets_C2: Int32s) -> Int32s | None:
-        """Offsets in the normalised text as offsets in the text; None if it is not repair_intervals."""
-        normal = self._parts.normalise(text) if self._ends else form
+        """Offsets in the normalised text as offsets in the text; None if the parts do not explain it."""
+        normal = self._inner.normalize_str(text) if self._ends else form
         place = find_shift(form, normal, "".join(step.get("prepend", "") for step in self._ends))
         parts = None if place is None else self._parts.of(text, normal)
         if place is None or parts is None:
@@ -261,8 +195,17 @@ class Normalised:
         return map_to_text(text, parts, inside_C2)
 
     @functools.cached_property
+    def _inner(self) -> Any:
+        """The normaliser without what it does to the ends of a text."""
+        if not self._ends:
+            return self._backend.normalizer
+        inner = copy.copy(self._backend.normalizer)  # a sequence, as there is more than the ends
+        inner.__setstate__(json.dumps({"type": "Sequence", "normalizers": self._inside}).encode())
+        return inner
+
+    @functools.cached_property
     def _parts(self) -> Parts:
-        return Parts(_normaliser(type(self._backend), self._inside).normalize_str)
+        return Parts(self._inner.normalize_str)
 
     @functools.cached_property
     def _rest(self) -> Any:
@@ -275,38 +218,24 @@ class Normalised:
 def find_shift(form: str, normal: str, prefix: str) -> int | None:
     """How far a form lies behind a normalised text of which blanks at the ends were taken and a prefix was given.
 
-    >>> find_shift("▁the lamp", " the lamp  ", "▁"), find_shift("the", " the", ""), find_shift("the", "then", "")
+    >>> find_shift("▁the lamp", " the lamp  ", "▁"), find_shift("the", " the\\x85", ""), find_shift("the", "then", "")
     (0, 1, None)
     """
     given = len(prefix) if prefix and form.startswith(prefix) else 0
-    for taken in (0, len(normal) - len(normal.lstrip(BLANKS))):
-        end = taken + len(form) - given
-        if normal[taken:end] == form[given:] and not normal[end:].strip(BLANKS):
-            return taken - given
-    return None
+    taken = normal.find(form[given:])
+    left = normal[:taken] + normal[taken + len(form) - given :]
+    return None if taken < 0 or left.replace("▁", " ").strip() else taken - given
 
 
 def _steps(normaliser: Any) -> list[Mapping[str, Any]]:
     """The steps of the library's normaliser in order; none of one that is written in Python."""
-    if normaliser is None:
-        return []
     try:
-        described = json.loads(normaliser.__getstate__())
+        steps = [] if normaliser is None else [json.loads(normaliser.__getstate__())]
     except Exception:  # the library's bare one: it cannot be written down
         return []
-    return _flatten(described)
-
-
-def _flatten(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    if described["type"] == "Sequence":
-        return [step for part in described["normalizers"] for step in _flatten(part)]
-    return [described]
-
-
-def _normaliser(kind: Any, steps: Sequence[Mapping[str, Any]]) -> Any:
-    """The library's normaliser of these steps."""
-    described = {**BARE, "normalizer": {"type": "Sequence", "normalizers": steps}}
-    return kind.from_str(json.dumps(described)).normalizer
+    while any(step["type"] == "Sequence" for step in steps):
+        steps = [part for step in steps for part in step.get("normalizers", [step])]
+    return steps
 
 
 def map_to_text(text: str, parts: Cut, offsets_C2: Int32s) -> Int32s:
@@ -365,22 +294,13 @@ def _give_vanished(start_C: Int64s, end_C: Int64s, text: str, gone_L: Bools) -> 
 class Intervals(NamedTuple):
     """Where the tokens of a block stand."""
 
-    spans_C2: Int32s
-    """[C, 2] characters of each token's document."""
-    statuses: list[str]
-    """[R] "ok" or what is wrong with each document's."""
-    extended_R: Int32s
-    """[R] tokens that have other characters than the library's offsets say."""
+    spans_C2: Int32s  # [C, 2] characters of each token's document
+    statuses: list[str]  # [R] "ok" or what is wrong with each document's
+    extended_R: Int32s  # [R] tokens that have other characters than the library's offsets say
 
 
-def repair_intervals(read: EncodedText, ids_C: Int32s, normalised: Normalised) -> Intervals:
-    """`content_intervals`, of what was merged, swapped or deleted too.
-
-    Args:
-        read: What the tokenizer was given, and its offsets.
-        ids_C: The tokens.
-        normalised: Of the tokenizer.
-    """
+def repair_intervals(read: EncodedText, normalised: Normalised) -> Intervals:
+    """`content_intervals`, of what was merged, swapped or deleted too; `normalised` is of the tokenizer that read."""
     spans_C2, statuses = content_intervals(read)
     found = Intervals(spans_C2, statuses, np.zeros(len(statuses), np.int32))
     if not normalised.changes:
@@ -388,28 +308,28 @@ def repair_intervals(read: EncodedText, ids_C: Int32s, normalised: Normalised) -
     bad_R = normalised.find_doubtful(read.texts) | np.array([status != OK for status in statuses], np.bool_)
     if not bad_R.any():
         return found
-    bad_C = np.repeat(bad_R[read.document_G], np.diff(read.first))
-    part = _part(read, bad_R, bad_C)
+    part = _take(read, bad_R)
     places = zip(part.document_G.tolist(), part.segments_G2.tolist(), strict=True)
-    texts = [part.texts[d][start:end] for d, (start, end) in places]
-    offsets_C2 = normalised.offsets(texts, Encoded(ids_C[bad_C], part.offsets_C2, part.first))
-    better_C2, better = content_intervals(replace(part, offsets_C2=offsets_C2))
+    offsets_C2 = normalised.offsets([part.texts[d][start:end] for d, (start, end) in places], part.encoded)
+    better_C2, better = content_intervals(replace(part, encoded=part.encoded._replace(offsets=offsets_C2)))
     good_R = bad_R.copy()  # those that the normaliser explains
     good_R[bad_R] = [status == OK for status in better]
-    document_C = np.repeat(read.document_G, np.diff(read.first))
+    document_C = np.repeat(read.document_G, np.diff(read.encoded.first))
     good_C = good_R[document_C]
-    better_C2 = better_C2[good_C[bad_C]]
+    better_C2 = better_C2[good_C[bad_R[document_C]]]
     other_C = (spans_C2[good_C] != better_C2).any(axis=1)
     found.extended_R[:] = np.bincount(document_C[good_C][other_C], minlength=len(statuses))
     spans_C2[good_C] = better_C2
     return found._replace(statuses=[OK if good else s for good, s in zip(good_R.tolist(), statuses, strict=True)])
 
 
-def _part(read: EncodedText, wanted_R: Bools, wanted_C: Bools) -> EncodedText:
+def _take(read: EncodedText, wanted_R: Bools) -> EncodedText:
     """The wanted documents alone."""
     wanted_G = wanted_R[read.document_G]
-    return replace(
-        read, texts=list(itertools.compress(read.texts, wanted_R.tolist())),
+    counts_G = np.diff(read.encoded.first)
+    wanted_C = np.repeat(wanted_G, counts_G)
+    return EncodedText(
+        texts=list(itertools.compress(read.texts, wanted_R.tolist())),
         document_G=(np.cumsum(wanted_R) - 1)[read.document_G[wanted_G]], segments_G2=read.segments_G2[wanted_G],
-        offsets_C2=read.offsets_C2[wanted_C], first=row_offsets(np.diff(read.first)[wanted_G]),
+        encoded=Encoded(read.encoded.ids[wanted_C], read.encoded.offsets[wanted_C], row_offsets(counts_G[wanted_G])),
     )  # fmt: skip

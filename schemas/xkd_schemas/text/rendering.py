@@ -30,8 +30,7 @@ from jinja2.exceptions import TemplateError
 from xkd_schemas.corpus.conversation import CALL, REASONING, Conversation, Message, call_strings, conversation
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import UsageError
-from xkd_schemas.text.offsets import blanks
-from xkd_schemas.text.tokenizers import name_of
+from xkd_schemas.text.tokenizers import blanks, name_of
 from xkd_schemas.tokens import Int32s
 
 TEMPLATE_DAY: Final = datetime.datetime(2025, 1, 1)
@@ -39,42 +38,32 @@ TEMPLATE_DAY: Final = datetime.datetime(2025, 1, 1)
 REFUSED: Final = "template_refuses"
 CHANGED: Final = "template_changes_text"
 REORDERED: Final = "template_reorders"
+Codes = npt.NDArray[np.uint32]
 
-_FIRST: Final = 0x40000
-"""Characters from here on stand for those of the text; none of them is a letter, a blank or a sign."""
+_FIRST: Final = 0x40000  # characters from here on stand for those of the text; none is a letter, a blank or a sign
 _MOST: Final = 0x110000 - _FIRST
-_OUTER: Final = "\u2000"
-"""A blank that stands for those at the ends of a segment."""
+_OUTER: Final = "\u2000"  # a blank that stands for those at the ends of a segment
 _LONGEST_GAP: Final = 4_000
 _NO_TOOLS: Final[Sequence[list[Any] | None]] = (None, [])
 _CONSTANT: Final = re.compile(r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"")
-
-
-PROBE: Final = (("user", "Who lit it?", False), ("assistant", "Nobody.", True))
-"""Turns that every chat template takes."""
+PROBE: Final = (("user", "Who lit it?", False), ("assistant", "Nobody.", True))  # every chat template takes it
 
 
 class Turn(NamedTuple):
     """What a model writes in one go."""
 
-    start: int
-    """First character of the rendering that it writes."""
-    end: int
-    """Behind the last one of the document's text; an end token may follow."""
-    char: int
-    """Where its last segment ends in the document."""
-    closes: bool
-    """The template closes it with more than an end token."""
+    start: int  # first character of the rendering that it writes
+    end: int  # behind the last one of the document's text; an end token may follow
+    char: int  # where its last segment ends in the document
+    closes: bool  # the template closes it with more than an end token
 
 
 class Rendered(NamedTuple):
     """A document as its chat template writes it."""
 
     text: str
-    source_L: Int32s
-    """The document's character that each one is, -1 for the template's own."""
-    turns: Sequence[Turn]
-    """Of targets."""
+    source_L: Int32s  # the document's character that each one is, -1 for the template's own
+    turns: Sequence[Turn]  # of targets
 
 
 class NotRendered(ValueError):
@@ -86,11 +75,7 @@ class NotRendered(ValueError):
 
 
 class ChatTemplate:
-    """One tokenizer's chat template.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        enable_thinking: Handed to the template if it is not None.
+    """One tokenizer's chat template; `enable_thinking` is handed to it if it is not None.
 
     Raises:
         UsageError: The tokenizer has no chat template.
@@ -141,17 +126,13 @@ class ChatTemplate:
 
     def _reuse_glue(self, document: Document, real: str, glue: list[str] | None) -> Int32s | None:
         """Where everything is as in the rows before."""
-        if glue is None:
-            return None
         texts = [document.text[s.start : s.end] for s in document.segments]
-        if real != "".join(itertools.chain.from_iterable(itertools.zip_longest(glue, texts, fillvalue=""))):
+        if glue is None or real != "".join(itertools.chain(*itertools.zip_longest(glue, texts, fillvalue=""))):
             return None
+        shift_G = np.cumsum([len(before) for before in glue[:-1]])
+        own_N = np.arange(len(document.text))
         source_L = np.full(len(real), -1, np.int32)
-        at = 0
-        for before, segment in zip(glue, document.segments, strict=False):
-            at += len(before)
-            source_L[at : at + segment.end - segment.start] = np.arange(segment.start, segment.end)
-            at += segment.end - segment.start
+        source_L[own_N + np.repeat(shift_G, [len(text) for text in texts])] = own_N
         return source_L
 
     def _trace(self, document: Document, real: str) -> Int32s:
@@ -232,13 +213,12 @@ class _Trace:
         self._document = document
         self._codes_N = _codes(text)
         traced_N = self._codes_N.copy()
-        coded_N = ~blanks(text)
         self._marked_N = np.zeros(len(text), np.bool_)
         self._borders = {0, len(text)}
         for found in re.finditer("|".join(map(re.escape, markers)), text) if markers else ():
             self._marked_N[found.start() : found.end()] = True
             self._borders |= set(found.span())
-        coded_N &= ~self._marked_N
+        coded_N = ~blanks(text) & ~self._marked_N
         for segment in document.segments:
             own = slice(segment.start, segment.end)
             if segment.role == CALL:
@@ -271,11 +251,9 @@ class _Trace:
         other_L = ~known_L & (traced_L != real_L)
         _drop_disordered(self._document, source_L)
         self._fill(source_L, traced_L, real_L)
-        if (other_L & (traced_L != ord(_OUTER))).any():
-            return None
-        return source_L
+        return None if (other_L & (traced_L != ord(_OUTER))).any() else source_L
 
-    def _fill(self, source_L: Int32s, traced_L: npt.NDArray[np.uint32], real_L: npt.NDArray[np.uint32]) -> None:
+    def _fill(self, source_L: Int32s, traced_L: Codes, real_L: Codes) -> None:
         """Find the characters that were left as they are, between their neighbours."""
         at = np.flatnonzero(source_L >= 0)
         starts = np.array([s.start for s in self._document.segments])
@@ -290,37 +268,29 @@ class _Trace:
                 left_N = np.where(self._traced_N[i:j] < _FIRST, self._codes_N[i:j], 0)
                 for k, m, size in _blocks(left_N, real_L[a:b]):
                     source_L[a + m : a + m + size] = np.arange(i + k, i + k + size)
-        for first, last in _runs(segment):
-            number = int(segment[first])
+        for number in np.unique(segment).tolist():
+            own_segment = self._document.segments[number]
+            first, last = np.searchsorted(segment, [number, number + 1]) - [0, 1]
             before = int(at[first - 1]) + 1 if first else 0
             behind = int(at[last + 1]) if last + 1 < len(at) else len(source_L)
-            self._edge(source_L, traced_L, number, int(at[first]), before, -1)
-            self._edge(source_L, traced_L, number, int(at[last]), behind, 1)
+            low, high = int(source_L[at[first]]), int(source_L[at[last]]) + 1
+            self._edge(source_L, traced_L, (own_segment.start, low), (before, int(at[first])), -1)
+            self._edge(source_L, traced_L, (high, own_segment.end), (int(at[last]) + 1, behind), 1)
 
-    def _edge(
-        self, source_L: Int32s, traced_L: npt.NDArray[np.uint32], number: int, place: int, stop: int, step: int
-    ) -> None:
-        """What is left of a segment before its first or behind its last character that was found, up to `stop`."""
-        segment = self._document.segments[number]
-        at = int(source_L[place])
-        if step < 0:
-            room, own = place - stop, at - segment.start
-        else:
-            room, own = stop - place - 1, segment.end - at - 1
-        size = 0
-        while size < min(room, own):
-            wanted, written = self._traced_N[at + step * (size + 1)], traced_L[place + step * (size + 1)]
-            if wanted != written or source_L[place + step * (size + 1)] >= 0:
-                break
-            size += 1
-        while size and self._marked_N[at + step * size] and at + step * size + (step > 0) not in self._borders:
+    def _edge(self, source_L: Int32s, traced_L: Codes, own: tuple[int, int], room: tuple[int, int], step: int) -> None:
+        """What is left of a segment in front of its first (-1) or behind its last (1) character that was found."""
+        number_E = np.arange(*own)[::step]  # from the found character outwards
+        there = slice(*room)
+        wanted_E, written_E, found_E = self._traced_N[number_E], traced_L[there][::step], source_L[there][::step]
+        size = min(len(wanted_E), len(written_E))
+        same_E = np.append((wanted_E[:size] == written_E[:size]) & (found_E[:size] < 0), False)
+        size = int(same_E.argmin())
+        borders = [0, *(number_E + (step > 0)).tolist()]
+        while size and self._marked_N[number_E[size - 1]] and borders[size] not in self._borders:
             size -= 1  # no marker is there in part
-        taken = self._traced_N[at + step : at + step * (size + 1) : step] if size else self._traced_N[:0]
-        certain = size == own or (taken == ord(_OUTER)).all() or at + step * size + (step > 0) in self._borders
-        if size and certain:
-            source_L[place + step : place + step * (size + 1) if place + step * (size + 1) >= 0 else None : step] = (
-                np.arange(at + step, at + step * (size + 1), step)
-            )
+        blank = (wanted_E[:size] == ord(_OUTER)).all()
+        if size == len(number_E) or blank or borders[size] in self._borders:
+            found_E[:size] = number_E[:size]
 
 
 def _in_parts(message: Message) -> Message:
@@ -328,18 +298,11 @@ def _in_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
-def _codes(text: str) -> npt.NDArray[np.uint32]:
+def _codes(text: str) -> Codes:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
-def _runs(values: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """First and last place of each stretch of equal values."""
-    if len(values):
-        cuts = np.flatnonzero(np.diff(values)) + 1
-        yield from zip([0, *cuts.tolist()], [*(cuts - 1).tolist(), len(values) - 1], strict=True)
-
-
-def _blocks(own: npt.NDArray[np.uint32], written: npt.NDArray[np.uint32]) -> Iterator[tuple[int, int, int]]:
+def _blocks(own: Codes, written: Codes) -> Iterator[tuple[int, int, int]]:
     """Equal stretches of two short pieces, in order: blanks alone, or ones with a letter or digit."""
     if len(own) * len(written) <= _LONGEST_GAP**2:
         matcher = difflib.SequenceMatcher(None, own.tolist(), written.tolist(), autojunk=False)
@@ -358,24 +321,21 @@ def _drop_disordered(document: Document, source_L: Int32s) -> None:
     at = np.flatnonzero(source_L >= 0)
     if (np.diff(source_L[at]) > 0).all():
         return
-    _, first = np.unique(source_L[at], return_index=True)
-    twice = np.setdiff1d(np.arange(len(at)), first)
-    source_L[at[twice]] = -1
-    at = np.flatnonzero(source_L >= 0)
+    at = at[np.sort(np.unique(source_L[at], return_index=True)[1])]  # of what is written twice the first
+    found = source_L[at]
+    source_L[:] = -1
     starts = [s.start for s in document.segments]
-    segment = np.searchsorted(starts, source_L[at], side="right") - 1
-    places = {n: at[segment == n] for n in np.unique(segment).tolist()}
+    segment = np.searchsorted(starts, found, side="right") - 1
     kept: dict[int, tuple[int, int]] = {}
-    for n in sorted(places, key=lambda n: (not document.segments[n].target, n)):
-        own = places[n]
+    for n in sorted(np.unique(segment).tolist(), key=lambda n: (not document.segments[n].target, n)):
+        own, chars = at[segment == n], found[segment == n]
         low = max((end for m, (_, end) in kept.items() if m < n), default=-1)
         high = min((start for m, (start, _) in kept.items() if m > n), default=len(source_L))
-        if own[0] > low and own[-1] < high and (np.diff(source_L[own]) > 0).all():
+        if own[0] > low and own[-1] < high and (np.diff(chars) > 0).all():
             kept[n] = (int(own[0]), int(own[-1]))
+            source_L[own] = chars
         elif document.segments[n].target:
             raise NotRendered(REORDERED, "the chat template writes its targets in another order")
-        else:
-            source_L[own] = -1
 
 
 def _glue_of(document: Document, real: str, source_L: Int32s) -> list[str] | None:
@@ -385,11 +345,11 @@ def _glue_of(document: Document, real: str, source_L: Int32s) -> list[str] | Non
         return None
     glue, end = [], 0
     for segment in document.segments:
-        first, last = int(at[segment.start]), int(at[segment.end - 1])
-        if last - first != segment.end - 1 - segment.start:
-            return None
+        first = int(at[segment.start])
         glue.append(real[end:first])
-        end = last + 1
+        end = first + segment.end - segment.start
+        if at[segment.end - 1] != end - 1:
+            return None
     return [*glue, real[end:]]
 
 

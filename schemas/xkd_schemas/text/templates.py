@@ -13,19 +13,17 @@ Shape legend for this file
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import row_offsets
-from xkd_schemas.text.batches import DocumentBatch, Int64s, TokenBatch
+from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.normalizer import Normalised, repair_intervals
-from xkd_schemas.text.offsets import EncodedText
-from xkd_schemas.text.tokenizers import Encoded
-from xkd_schemas.tokens import CONTENT, END, TEMPLATE, Bools, Int32s
+from xkd_schemas.text.tokenizers import EncodedText, encode_texts
+from xkd_schemas.tokens import CONTENT, END, TEMPLATE, Int32s
 
 ALPACA: Final = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -40,8 +38,6 @@ ALPACA_RESPONSE: Final = "\n\n### Response:\n"
 
 CHAT: Final = "chat"
 AUTO: Final = "auto"
-"""chat where the tokenizer has a chat template, none elsewhere."""
-
 
 Layout = tuple[str | int, ...]
 """Glue, with special tokens written out ("<|im_end|>"), and indices of the document's segments."""
@@ -57,10 +53,6 @@ def check_template(name: str) -> None:
 def chosen_template(name: str, tokenizer: Any) -> str:
     """The template that a name stands for with this tokenizer."""
     return name if name != AUTO else CHAT if tokenizer.chat_template else "none"
-
-
-def _none(document: Document) -> Layout:
-    return tuple(range(len(document.segments)))
 
 
 def _alpaca(document: Document) -> Layout:
@@ -94,42 +86,33 @@ def where(document: Document) -> str:
     return f"{document.source}:{document.line}"
 
 
-LAYOUTS: Final[Mapping[str, Callable[[Document], Layout]]] = {"none": _none, "alpaca": _alpaca}
+LAYOUTS: Final[Mapping[str, Callable[[Document], Layout]]] = {
+    "none": lambda document: tuple(range(len(document.segments))),
+    "alpaca": _alpaca,
+}
 """The pieces of a document: each segment once, in order, with glue where there is some; they depend on roles alone.
 UsageError where the template has no place for these roles."""
-TEMPLATES: Final = (*LAYOUTS, CHAT)
-"""Every template by the name that `--template` takes."""
+TEMPLATES: Final = (*LAYOUTS, CHAT)  # by the name that `--template` takes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """What stands round one segment."""
 
-    before: Int32s
-    """Ids of the template tokens in front of it."""
-    end: int
-    """Id of the end token behind it, -1 for a segment that is not a target."""
+    before: Int32s  # ids of the template tokens in front of it
+    end: int  # id of the end token behind it, -1 for a segment that is not a target
 
 
 def assemble_rows(
-    block: DocumentBatch,
-    num_chars: Int32s,
-    encode: Callable[[Sequence[str]], Encoded],
-    normalised: Normalised,
-    frames: Sequence[Sequence[Frame]],
-    start_id: int,
+    block: DocumentBatch, num_chars: Int32s, tokenizer: Any, normalised: Normalised, frames: Sequence[Sequence[Frame]]
 ) -> TokenBatch:
-    """The rows of the texts up to `num_chars`; `statuses` are the faults of their intervals, or "ok".
+    """The rows of the texts up to `num_chars` [R]; `statuses` are the faults of their intervals, or "ok".
 
-    A start token is put in front where nothing else stands before the first target token to predict it from.
+    A start token, or an end token where there is none, is put in front where nothing else stands before the first
+    target token to predict it from. The texts up to there must be valid Unicode.
 
     Args:
-        block: Documents whose texts, up to `num_chars`, are valid Unicode.
-        num_chars: [R] int32
-        encode: Ids and offsets of texts.
-        normalised: Of the tokenizer that encodes.
+        normalised: Of the tokenizer.
         frames: One for each segment of each document.
-        start_id: The start token.
     """
     document_G = np.repeat(np.arange(len(block)), block.segments.counts)
     segment_G = np.flatnonzero(block.segments.values[:, 0] < num_chars[document_G])  # those that begin before the cut
@@ -137,49 +120,37 @@ def assemble_rows(
     start_G, stop_G = block.segments.values[segment_G].T
     ends_G = np.minimum(stop_G, num_chars[document_G])
     places = zip(document_G.tolist(), start_G.tolist(), ends_G.tolist(), strict=True)
-    encoded = encode([block.texts[d][start:end] for d, start, end in places])
+    encoded = encode_texts(tokenizer, [block.texts[d][start:end] for d, start, end in places])
     read = EncodedText(
         texts=[text[:n] for text, n in zip(block.texts, num_chars.tolist(), strict=True)], document_G=document_G,
-        segments_G2=np.stack([start_G, ends_G], axis=1), offsets_C2=encoded.offsets, first=encoded.first,
+        segments_G2=np.stack([start_G, ends_G], axis=1), encoded=encoded,
     )  # fmt: skip
-    intervals = repair_intervals(read, encoded.ids, normalised)
+    intervals = repair_intervals(read, normalised)
     numbers = np.bincount(document_G, minlength=len(block)).tolist()
     framed = [frame for own, n in zip(frames, numbers, strict=True) for frame in own[:n]]
-    before = [frame.before for frame in framed]
     end_G = np.array([frame.end for frame in framed], np.int32)
     target_G = block.targets_G[segment_G]
+    has_end_G = (end_G >= 0) & (stop_G <= num_chars[document_G])  # none behind a segment that is cut
     counts_G3 = np.empty((len(framed), 3), np.int64)  # tokens of each piece: template, content, end
-    counts_G3[:, 0] = [len(ids) for ids in before]
-    counts_G3[:, 1] = np.diff(encoded.first)
-    counts_G3[:, 2] = (end_G >= 0) & (stop_G <= num_chars[document_G])  # none behind a segment that is cut
-    for g in _without_start(document_G, counts_G3, target_G):
-        before[g] = np.array([start_id], np.int32)
-        counts_G3[g, 0] = 1
+    counts_G3.T[:] = [len(frame.before) for frame in framed], np.diff(encoded.first), has_end_G
     counts_P = counts_G3.reshape(-1)  # pieces in the order in which they are read
-    kinds_T = np.repeat(np.tile(np.array([TEMPLATE, CONTENT, END], np.uint8), len(before)), counts_P)
-    has_end_G = counts_G3[:, 2] > 0
+    kinds_T = np.repeat(np.tile(np.array([TEMPLATE, CONTENT, END], np.uint8), len(framed)), counts_P)
     ids_T = np.empty(len(kinds_T), np.int32)  # each kind is filled in its own order
-    ids_T[kinds_T == TEMPLATE] = np.concatenate([np.zeros(0, np.int32), *before])
+    ids_T[kinds_T == TEMPLATE] = np.concatenate([np.zeros(0, np.int32), *(frame.before for frame in framed)])
     ids_T[kinds_T == CONTENT] = encoded.ids
     ids_T[kinds_T == END] = end_G[has_end_G]
     spans_T2 = np.full((len(kinds_T), 2), -1, np.int32)  # template tokens keep (-1, -1)
     spans_T2[kinds_T == CONTENT] = intervals.spans_C2
     spans_T2[kinds_T == END] = stop_G[has_end_G, None]
-    targets_P = np.stack([np.zeros_like(target_G), target_G, target_G], axis=1).reshape(-1)
+    targets_T = np.repeat(np.stack([np.zeros_like(target_G), target_G, target_G], axis=1).reshape(-1), counts_P)
     counts_R = np.bincount(document_G, weights=counts_G3.sum(axis=1), minlength=len(block)).astype(np.int64)
+    first = row_offsets(counts_R)
+    at = first[:-1][counts_R > 0]
+    at = at[targets_T[at]]  # rows that begin with a target get a start token
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return TokenBatch(
-        statuses=intervals.statuses, extended=intervals.extended_R, num_chars=num_chars, ids=ids_T, spans=spans_T2,
-        first=row_offsets(counts_R), kinds=kinds_T, targets=np.repeat(targets_P, counts_P),
+        statuses=intervals.statuses, extended=intervals.extended_R, num_chars=num_chars,
+        first=first + np.searchsorted(at, first), ids=np.insert(ids_T, at, start),
+        spans=np.insert(spans_T2, at, -1, axis=0), kinds=np.insert(kinds_T, at, TEMPLATE),
+        targets=np.insert(targets_T, at, False),
     )  # fmt: skip
-
-
-def _without_start(document_G: Int64s, counts_G3: Int64s, target_G: Bools) -> list[int]:
-    """The first segment of each document whose first token, of whichever segment, is a target."""
-    first_G = np.flatnonzero(np.diff(document_G, prepend=-1) > 0)
-    filled = np.flatnonzero(counts_G3.sum(axis=1))
-    at = np.searchsorted(filled, first_G)  # the first segment with tokens, of this document or of a later one
-    first_G, at = first_G[at < len(filled)], at[at < len(filled)]
-    begun = filled[at]
-    alone = (document_G[begun] == document_G[first_G]) & (counts_G3[begun, 0] == 0) & target_G[begun]
-    found: list[int] = first_G[alone].tolist()
-    return found

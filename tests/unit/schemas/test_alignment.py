@@ -1,6 +1,7 @@
 """Boundaries, aligned spans and token ranges against their definitions written out the slow way."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,51 +78,18 @@ def test_the_spans_of_many_groups_are_those_of_each(groups: list[tuple[np.ndarra
     assert found.tolist() == expected
 
 
-def test_a_group_does_not_leak_into_the_next() -> None:
-    student, teacher = as_spans([(0, 2), (2, 5), (5, 9)]), as_spans([(0, 2), (2, 4), (5, 9)])
-
-    spans = grouped_spans(student, np.array([0, 2, 3]), teacher, np.array([0, 2, 3]))
-
-    assert spans.tolist() == [[0, 1, 0, 1], [2, 3, 2, 3]]
-
-
-def test_no_boundary_stands_inside_a_character() -> None:
-    emoji_in_four_pieces = as_spans([(0, 1), (1, 2), (1, 2), (1, 2), (1, 2), (2, 3)])
-    emoji_in_two = as_spans([(0, 1), (1, 2), (1, 2), (2, 3)])
-
-    assert common_boundaries(emoji_in_four_pieces, emoji_in_two).tolist() == [[1, 1], [5, 3], [6, 4]]
-
-
-def test_a_token_over_the_end_of_one_character_and_the_next_closes_the_border_between_them() -> None:
-    across = as_spans([(0, 1), (0, 2), (2, 3)])
-    whole = as_spans([(0, 1), (1, 2), (2, 3)])
-
-    assert common_boundaries(across, whole).tolist() == [[2, 2], [3, 3]]
-
-
-def test_empty_intervals_at_one_character_pair_first_with_first() -> None:
-    two_empty = as_spans([(0, 1), (1, 1), (1, 1), (1, 2)])
-    one_empty = as_spans([(0, 1), (1, 1), (1, 2)])
-
-    assert common_boundaries(two_empty, one_empty).tolist() == [[1, 1], [2, 2], [4, 3]]
-
-
-def test_nothing_aligns_with_nothing() -> None:
-    some, none = as_spans([(0, 1)]), as_spans([])
-
-    assert common_boundaries(some, none).shape == (0, 2)
-    assert common_boundaries(none, some).shape == (0, 2)
-    assert common_boundaries(none, none).shape == (0, 2)
-
-
-def test_read_only_and_strided_arrays_are_taken() -> None:
-    wide = np.zeros((3, 4), dtype=np.int32)
-    wide[:, 1] = [1, 2, 3]
-    wide[:, 0] = [0, 1, 2]
-    fixed = as_spans([(0, 1), (1, 3)])
-    fixed.setflags(write=False)
-
-    assert common_boundaries(wide[:, :2], fixed).tolist() == [[1, 1], [3, 2]]
+@pytest.mark.parametrize(
+    ("student", "teacher", "pairs"),
+    [  # an emoji in four pieces and in two; a token over the end of one character; empty intervals at one character
+        ([(0, 1), *[(1, 2)] * 4, (2, 3)], [(0, 1), (1, 2), (1, 2), (2, 3)], [[1, 1], [5, 3], [6, 4]]),
+        ([(0, 1), (0, 2), (2, 3)], [(0, 1), (1, 2), (2, 3)], [[2, 2], [3, 3]]),
+        ([(0, 1), (1, 1), (1, 1), (1, 2)], [(0, 1), (1, 1), (1, 2)], [[1, 1], [2, 2], [4, 3]]),
+    ],
+)
+def test_no_boundary_stands_inside_a_character_and_empty_intervals_pair_first_with_first(
+    student: list[tuple[int, int]], teacher: list[tuple[int, int]], pairs: list[list[int]]
+) -> None:
+    assert common_boundaries(as_spans(student), as_spans(teacher)).tolist() == pairs
 
 
 def row(*tokens: tuple[int, int, int], num_chars: int = 100, targets: bool = True) -> Tokens:
@@ -140,61 +108,60 @@ def row(*tokens: tuple[int, int, int], num_chars: int = 100, targets: bool = Tru
 GLUE = (TEMPLATE, -1, -1)
 
 
-def spans_of(student: Tokens, teacher: Tokens, segment_ends: np.ndarray) -> list[np.ndarray]:
+def spans_of(student: Tokens, teacher: Tokens, segment_ends: list[int]) -> list[np.ndarray]:
     """Both sides of one document's aligned spans."""
-    return [side[0] for side in align([student], [teacher], [segment_ends])]
+    return [side[0] for side in align([student], [teacher], [np.array(segment_ends)])]
 
 
 def test_spans_skip_template_tokens_and_pair_the_end_tokens() -> None:
     student = row(GLUE, (CONTENT, 0, 2), (CONTENT, 2, 5), GLUE, GLUE, (CONTENT, 5, 9), (END, 9, 9))
     teacher = row((CONTENT, 0, 5), (CONTENT, 5, 7), (CONTENT, 7, 9), (END, 9, 9))
 
-    ours, theirs = spans_of(student, teacher, np.array([5, 9]))
+    ours, theirs = spans_of(student, teacher, [5, 9])
 
     assert ours.tolist() == [[1, 3], [5, 6], [6, 7]]
     assert theirs.tolist() == [[0, 1], [1, 3], [3, 4]]
     assert exact_pairs(ours, theirs).tolist() == [[6, 3]]
 
 
-def test_an_end_token_that_only_one_model_has_is_in_no_span() -> None:
-    student = row((CONTENT, 0, 5), (END, 5, 5), (CONTENT, 5, 9), (END, 9, 9))
-    teacher = row((CONTENT, 0, 5), (CONTENT, 5, 9), (END, 9, 9))
-
-    ours, theirs = spans_of(student, teacher, np.array([5, 9]))
-
-    assert ours.tolist() == [[0, 1], [2, 3], [3, 4]]
-    assert theirs.tolist() == [[0, 1], [1, 2], [2, 3]]
+THREE = ((CONTENT, 0, 3), (END, 3, 3))
 
 
-def test_no_span_reaches_behind_the_shorter_models_cut() -> None:
-    student = row((CONTENT, 0, 3), (CONTENT, 3, 6), (CONTENT, 6, 9), (END, 9, 9))
-    teacher = row((CONTENT, 0, 3), (CONTENT, 3, 5), num_chars=5)
-
-    ours, theirs = spans_of(student, teacher, np.array([9]))
-
-    assert (ours.tolist(), theirs.tolist()) == ([[0, 1]], [[0, 1]])
-
-
-def test_end_tokens_behind_the_cut_are_no_pair() -> None:
-    student, teacher = (row((CONTENT, 0, 3), (END, 3, 3), num_chars=n) for n in (3, 2))
-
-    assert spans_of(student, teacher, np.array([3]))[0].shape == (0, 2)
+@pytest.mark.parametrize(
+    ("student", "teacher", "ends", "ours", "theirs"),
+    [
+        pytest.param(
+            row((CONTENT, 0, 5), (END, 5, 5), (CONTENT, 5, 9), (END, 9, 9)),
+            row((CONTENT, 0, 5), (CONTENT, 5, 9), (END, 9, 9)), [5, 9],
+            [[0, 1], [2, 3], [3, 4]], [[0, 1], [1, 2], [2, 3]], id="an end token of one model is in no span",
+        ),
+        pytest.param(
+            row((CONTENT, 0, 3), (CONTENT, 3, 6), (CONTENT, 6, 9), (END, 9, 9)),
+            row((CONTENT, 0, 3), (CONTENT, 3, 5), num_chars=5), [9],
+            [[0, 1]], [[0, 1]], id="none reaches behind the shorter cut",
+        ),
+        pytest.param(
+            row((CONTENT, 0, 3), (CONTENT, 3, 3), (CONTENT, 3, 6)), row((CONTENT, 0, 3), (CONTENT, 3, 6)), [3, 6],
+            [[0, 1], [1, 3]], [[0, 1], [1, 2]], id="an empty token at a border belongs to what follows",
+        ),
+        pytest.param(
+            row(*THREE, (END, 3, 3)), row(*THREE), [3],
+            [[0, 1], [2, 3]], [[0, 1], [1, 2]], id="of several end tokens at one character the last is paired",
+        ),
+        pytest.param(row(*THREE, num_chars=3), row(*THREE, num_chars=2), [3], [], [], id="behind the cut is no pair"),
+    ],
+)  # fmt: skip
+def test_spans_are_those_of_both_models(
+    student: Tokens, teacher: Tokens, ends: list[int], ours: list[list[int]], theirs: list[list[int]]
+) -> None:
+    assert [side.tolist() for side in spans_of(student, teacher, ends)] == [ours, theirs]
 
 
 def test_a_row_that_cannot_be_used_aligns_with_nothing() -> None:
-    ours, theirs = spans_of(row(), row((CONTENT, 0, 3), (END, 3, 3)), np.array([3]))
+    ours, theirs = spans_of(row(), row(*THREE), [3])
 
     assert ours.shape == theirs.shape == (0, 2)
     assert ours.dtype == theirs.dtype == np.int32
-
-
-def test_an_empty_token_at_a_border_belongs_to_what_follows() -> None:
-    student = row((CONTENT, 0, 3), (CONTENT, 3, 3), (CONTENT, 3, 6))
-    teacher = row((CONTENT, 0, 3), (CONTENT, 3, 6))
-
-    ours, theirs = spans_of(student, teacher, np.array([3, 6]))
-
-    assert (ours.tolist(), theirs.tolist()) == ([[0, 1], [1, 3]], [[0, 1], [1, 2]])
 
 
 @settings(deadline=None, max_examples=200)
@@ -222,27 +189,6 @@ def test_token_ranges_hold_exactly_the_tokens_inside(
             assert first == end
 
 
-def test_a_blank_in_front_of_a_word_does_not_keep_its_token_out() -> None:
-    tokens = row((CONTENT, 0, 3), (CONTENT, 4, 7), (CONTENT, 7, 9))  # "the lamp's" with the blank left out
-
-    ranges = token_ranges([tokens], [as_spans([(0, 3), (4, 9), (5, 9), (5, 6)])])[0]
-
-    assert ranges.tolist() == [
-        [0, 1],
-        [1, 3],
-        [2, 3],
-        [2, 2],
-    ]
-
-
 def test_no_documents_give_no_rows() -> None:
     assert [len(side) for side in align([], [], [])] == [0, 0]
     assert len(token_ranges([], [])) == 0
-
-
-def test_of_several_end_tokens_at_one_character_the_last_is_paired() -> None:
-    student = row((CONTENT, 0, 3), (END, 3, 3), (END, 3, 3))
-
-    ours, theirs = spans_of(student, row((CONTENT, 0, 3), (END, 3, 3)), np.array([3]))
-
-    assert (ours.tolist(), theirs.tolist()) == ([[0, 1], [2, 3]], [[0, 1], [1, 2]])

@@ -13,7 +13,7 @@ from chat_templates import TEMPLATES
 from xkd_schemas.corpus.rows import RawRow, read_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.text.encode import Encoder
-from xkd_schemas.tokens import CONTENT, END, OK, Tokens
+from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
 
 Message = dict[str, Any]
 TOOL = {
@@ -45,12 +45,7 @@ ROWS: dict[str, list[Message]] = {
     "system": [system("Be short."), user("Who?"), answer("Him."), user("Why?"), answer("Duty, a\nlamp.")],
     "blanks": [system(" Be\n"), user("\n Who  lit it? \n"), answer("  Him.\n\n"), user("Why?\t"), answer("\nDuty. ")],
     "think": [user("Who?"), answer(THINK), user("Why?"), answer("<think>let me see</think>Duty.")],
-    "reasoning": [
-        user("Who?"),
-        answer("Him.", reasoning_content="Hmm."),
-        user("Why?"),
-        answer("x", thinking="\nEh.\n"),
-    ],
+    "reasoning": [user("a"), answer("Him.", reasoning_content="Hmm."), user("Why?"), answer("x", thinking="\nEh.\n")],
     "tools": [user("How warm?"), answer("", tool_calls=calls({"city": 'Huế "x"', "days": 3})), RESULT, answer("31.")],
     "call": [user("How warm?"), answer("Look:", tool_calls=calls('{"city":"Hue"}')), RESULT, answer("It is 31.")],
     "no system": [system(""), user("Who?"), answer("Him.")],
@@ -62,7 +57,7 @@ ROWS: dict[str, list[Message]] = {
     "first answer": [answer("Hello."), user("a"), answer("b")],
 }
 MARKS = ["<|end|>", "<|User|>", "<|Assistant|>", "<|eos|>", "<end_of_turn>", "<|eot_id|>", "<|return|>"]
-MARKS += ["<|im_start|>", "<|im_end|>"]
+MARKS += ["<|im_end|>", "<|im_start|>"]
 KINDS = {"byte_level": TEMPLATES, "sentencepiece": ("llama2", "mistral v1", "mistral v3", "zephyr", "gemma", "chatml")}
 CASES = [(kind, name) for kind, names in KINDS.items() for name in names]
 
@@ -80,17 +75,7 @@ def document_of_row(row: dict[str, Any]) -> Document:
 @functools.cache
 def encoder_of(kind: str, name: str, thinking: bool | None = None) -> Encoder:
     tokenizer = four_tokenizers.fresh(kind)
-    marks = [
-        "<|end|>",
-        "<|User|>",
-        "<|Assistant|>",
-        "<|eos|>",
-        "<end_of_turn>",
-        "<|eot_id|>",
-        "<|return|>",
-        "<|im_end|>",
-    ]
-    tokenizer.add_special_tokens({"additional_special_tokens": [*marks, "<|im_start|>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
     tokenizer.chat_template = TEMPLATES[name]
     return Encoder(tokenizer=tokenizer, template="chat", max_tokens=10_000, enable_thinking=thinking)
 
@@ -163,15 +148,9 @@ SHOWN = {
     ("qwen3", "call"): 'assistant\n[Look:\n<tool_call>\n{"name": "weather", "arguments": {"city":"Hue"}}\n</tool_call>'
     "<|im_end|>]\n<|im_start|>user\n<tool_response>",
     ("qwen3-coder", "tools"): "[<tool_call>\n<function=weather>\n<parameter=city>\nHu",
-    (
-        "gpt-oss",
-        "reasoning",
-    ): "assistant[<|channel|>analysis<|message|>\nEh.\n<|end|><|start|>assistant"
+    ("gpt-oss", "reasoning"): "assistant[<|channel|>analysis<|message|>\nEh.\n<|end|><|start|>assistant"
     "<|channel|>final<|message|>x<|return|>]",
-    (
-        "chatml",
-        "weights",
-    ): "assistant\nHim.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n[",
+    ("chatml", "weights"): "assistant\nHim.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n[",
     ("deepseek-r1", "think"): "<|Assistant|>[Duty.<|eos|>]",
     ("llama2", "plain"): "[/INST] [Nobody knew.] [</s>]",
     ("vicuna", "plain"): "ASSISTANT: [Nobody knew.</s>]",
@@ -208,6 +187,7 @@ def test_a_cut_row_is_the_beginning_of_the_whole_one() -> None:
         cut = Encoder(tokenizer=encoder.tokenizer, template="chat", max_tokens=limit).encode(document)
         assert len(cut.ids) <= limit
         assert cut.ids.tolist() == whole.ids[: len(cut.ids)].tolist()
+        assert not len(cut.ids) or cut.kinds[-1] != TEMPLATE  # no glue behind the cut
         if cut.status == OK:
             again = encoder.encode(document, cut.num_chars)
             assert (again.ids.tolist(), again.num_chars) == (cut.ids.tolist(), cut.num_chars)

@@ -15,9 +15,8 @@ from normalising_tokenizers import NORMALISING, TEXTS, denormal_texts, normalisi
 from slow_alignment import align_one
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.text.encode import INTERVALS_VERSION, Encoder
-from xkd_schemas.text.normalizer import LONGEST_PART, REACHES, Memo, Normalised, repair_intervals
-from xkd_schemas.text.offsets import EncodedText, content_intervals
-from xkd_schemas.text.tokenizers import Encoded, encode_texts, encode_with
+from xkd_schemas.text.normalizer import LONGEST_PART, REACHES, Normalised, repair_intervals
+from xkd_schemas.text.tokenizers import Encoded, EncodedText, content_intervals, encode_texts, encode_with
 from xkd_schemas.tokens import CONTENT, OK, Tokens
 from xkd_trainer.losses.ops.vocabulary import BYTES_OF_CHARACTERS
 
@@ -118,13 +117,10 @@ def test_a_boundary_shared_with_a_tokenizer_that_changes_nothing_cuts_nothing_th
 def test_what_the_library_gets_right_stays_as_it_is(kind: str, texts: list[str]) -> None:
     encoded = encode_texts(normalising(kind), texts)
     places = np.array([(0, len(text)) for text in texts], np.int32).reshape(-1, 2)
-    read = EncodedText(
-        texts=texts, document_G=np.arange(len(texts)), segments_G2=places, offsets_C2=encoded.offsets,
-        first=encoded.first,
-    )  # fmt: skip
+    read = EncodedText(texts=texts, document_G=np.arange(len(texts)), segments_G2=places, encoded=encoded)
     normalised = Normalised(normalising(kind))
 
-    spans, statuses, extended = repair_intervals(read, encoded.ids, normalised)
+    spans, statuses, extended = repair_intervals(read, normalised)
 
     library, before = content_intervals(read)
     for n, (start, end) in enumerate(itertools.pairwise(encoded.first.tolist())):
@@ -174,6 +170,7 @@ def test_decomposed_text_gives_the_tokens_of_the_composed_and_their_characters(k
         ("bert", "\u0301lamp\u0301\u0301,", [(0, 7), (7, 8)]),
         ("t5", "the \u200b\n", [(0, 5)]),
         ("t5", "\uff41\u0301\x07  ", [(0, 3)]),
+        ("t5", "¨\x1f\x85", [(0, 1)]),
         ("albert", "x\u200b\x07", [(0, 1), (1, 3)]),
         ("albert", "\x080 ", [(0, 2), (2, 3)]),
         ("albert", "the a\u0301", [(0, 3), (3, 4), (4, 6)]),
@@ -249,37 +246,16 @@ def test_a_tokenizer_that_cuts_the_normalised_text_otherwise_is_not_explained(mo
 
 def test_a_bad_document_changes_no_other_of_its_batch_and_segments_keep_their_places() -> None:
     texts = ["the lamp", "e\u0301 a\u0323", "\u0301\u0323", "it was", ""]
+    prompts = ["A", *["Ａ\u200b"] * 4]  # the first needs no repair
     documents = [
-        document_of([("prompt", "Ａ\u200b", False), ("response", t, True)], source="t", line=1) for t in texts
+        document_of([("prompt", p, False), ("response", t, True)], source="t", line=1)
+        for p, t in zip(prompts, texts, strict=True)
     ]
     encoder = encoder_of("bert")
 
     for row, document in zip(encoder.encode_batch(documents), documents, strict=True):
         alone = encoder.encode(document)
         assert (row.status, row.extended, row.spans.tolist()) == (alone.status, alone.extended, alone.spans.tolist())
-
-
-def test_what_is_known_of_short_strings_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xkd_schemas.text.normalizer.MOST_KNOWN", 3)
-    asked: list[str] = []
-    known = Memo(lambda key: asked.append(key) or key.upper())
-
-    assert [known[key] for key in "abcabcd"] == list("ABCABCD")
-    assert asked == list("abcd")
-    assert list(known) == ["d"]
-
-
-@settings(deadline=None, max_examples=40)
-@given(text=denormal_texts, limit=st.integers(0, 12))
-def test_a_cut_text_is_the_text_up_to_the_cut(text: str, limit: int) -> None:
-    encoder = encoder_of("qwen")
-    limit = min(limit, len(text))
-
-    part, own = encoder.encode(lone(text), limit), encoder.encode(lone(text[:limit]))
-
-    content = part.kinds == CONTENT
-    assert part.spans[content].tolist() == own.spans[own.kinds == CONTENT].tolist()
-    assert part.extended == own.extended
 
 
 @pytest.mark.parametrize("kind", NORMALISING)

@@ -37,43 +37,31 @@ def decoded(tokens: Tokens, *kinds: int) -> str:
     return str(tokenizer.decode(tokens.ids[np.isin(tokens.kinds, kinds)].tolist()))
 
 
-def test_none_is_nothing_but_the_segments() -> None:
-    doc = document(("prompt", "Who lit it?"), ("response", "Nobody."))
-
-    assert written_out("none", doc) == doc.text
-
-
-def test_alpaca_is_the_published_prompt() -> None:
-    doc = document(("instruction", "Name it."), ("response", "A lamp."))
-
-    assert written_out("alpaca", doc) == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nName it.\n\n### Response:\nA lamp."
-    )
+ASKED = "Below is an instruction that describes a task"
+MORE = ", paired with an input that provides further context"
+WRITE = ". Write a response that appropriately completes the request.\n\n### Instruction:\nName it."
 
 
-def test_alpaca_with_an_input_says_so() -> None:
-    doc = document(("instruction", "Name it."), ("input", "a light"), ("response", "A lamp."))
-
-    assert written_out("alpaca", doc) == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nName it.\n\n### Input:\na light\n\n### Response:\nA lamp."
-    )
-
-
-def test_chat_is_what_the_tokenizers_template_renders() -> None:
-    tokenizer = four_tokenizers.chat_tokenizer()
-    turns = [
-        ("system", "Be short."),
-        ("user", "Who?"),
-        ("assistant", "The keeper."),
-        ("user", "Why?"),
-        ("assistant", "x"),
-    ]
-    messages = [{"role": role, "content": text} for role, text in turns]
-
-    assert chat(document(*turns)) == tokenizer.apply_chat_template(messages, tokenize=False)
+@pytest.mark.parametrize(
+    ("template", "turns", "text"),
+    [
+        ("none", [("prompt", "Who lit it?"), ("response", "Nobody.")], "Who lit it?Nobody."),
+        (
+            "alpaca",
+            [("instruction", "Name it."), ("response", "A lamp.")],
+            f"{ASKED}{WRITE}\n\n### Response:\nA lamp.",
+        ),
+        (
+            "alpaca",
+            [("instruction", "Name it."), ("input", "a light"), ("response", "A lamp.")],
+            f"{ASKED}{MORE}{WRITE}\n\n### Input:\na light\n\n### Response:\nA lamp.",
+        ),
+    ],
+)
+def test_none_is_nothing_but_the_segments_and_alpaca_is_the_published_prompt(
+    template: str, turns: list[tuple[str, str]], text: str
+) -> None:
+    assert written_out(template, document(*turns)) == text
 
 
 def test_instruction_and_input_are_one_user_message() -> None:
@@ -96,31 +84,27 @@ def test_the_templates_own_end_token_ends_a_target_and_what_follows_the_last_is_
     )
     assert tokens.kinds[-1] == END
     assert tokens.spans[tokens.kinds == END].tolist() == [[15, 15], [24, 24]]
-    whole = tokenizer.apply_chat_template(
-        [{"role": s.role, "content": doc.text[s.start : s.end]} for s in doc.segments], tokenize=False
-    )
-    assert decoded(tokens, TEMPLATE, CONTENT, END) + "\n" == whole
 
 
-def test_a_template_without_an_end_token_gets_eos_behind_its_last_target() -> None:
+@pytest.mark.parametrize(
+    ("chat_template", "text"),
+    [
+        (
+            "{{ m['role'] + ': ' + m['content'] + '\n' }}",
+            "user: Who?\nassistant: Him.\nuser: Why?\nassistant: x</s>",
+        ),
+        ("{{ '<s>' + m['content'] }}", "<s>Who?<s>Him.<s>Why?<s>x</s>"),  # a start token ends no turn
+    ],
+)
+def test_a_template_without_an_end_token_gets_eos_behind_its_last_target(chat_template: str, text: str) -> None:
     tokenizer = four_tokenizers.fresh("byte_level")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    doc = document(("user", "Who?"), ("assistant", "Him."), ("user", "Why?"), ("assistant", "Duty."))
+    tokenizer.chat_template = f"{{% for m in messages %}}{chat_template}{{% endfor %}}"
+    doc = document(("user", "Who?"), ("assistant", "Him."), ("user", "Why?"), ("assistant", "x"))
 
     tokens = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200).encode(doc)
 
     assert tokens.ids[tokens.kinds == END].tolist() == [tokenizer.eos_token_id]
-    assert tokenizer.decode(tokens.ids.tolist()) == "user: Who?\nassistant: Him.\nuser: Why?\nassistant: Duty.</s>"
-
-
-def test_the_start_token_of_the_next_turn_does_not_end_the_last() -> None:
-    tokenizer = four_tokenizers.fresh("byte_level")
-    tokenizer.chat_template = "{% for m in messages %}{{ '<s>' + m['content'] }}{% endfor %}"
-    doc = document(("user", "Who?"), ("assistant", "Him."), ("user", "Why?"), ("assistant", "Duty."))
-
-    tokens = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200).encode(doc)
-
-    assert tokenizer.decode(tokens.ids.tolist()) == "<s>Who?<s>Him.<s>Why?<s>Duty.</s>"
+    assert tokenizer.decode(tokens.ids.tolist()) == text
 
 
 def test_only_templates_without_one_of_their_own_get_the_start_token_that_the_tokenizer_adds() -> None:
@@ -145,17 +129,6 @@ def test_the_same_text_has_the_same_intervals_under_every_template() -> None:
 
     assert len({str(row.spans[row.kinds != TEMPLATE].tolist()) for row in rows}) == 1
     assert len({str(row.spans[row.targets].tolist()) for row in rows}) == 1
-
-
-def test_a_cut_row_keeps_no_glue_behind_the_cut() -> None:
-    doc = document(("user", "Who?"), ("assistant", "The old keeper, I think."), ("user", "Why?"), ("assistant", "x"))
-    encoder = Encoder(tokenizer=four_tokenizers.chat_tokenizer(), template="chat", max_tokens=200)
-    full = len(encoder.encode(doc).ids)
-
-    for max_tokens in range(2, full):
-        tokens = Encoder(tokenizer=encoder.tokenizer, template="chat", max_tokens=max_tokens).encode(doc)
-        assert len(tokens.ids) <= max_tokens
-        assert not len(tokens.ids) or tokens.kinds[-1] != TEMPLATE
 
 
 def test_todays_date_in_a_template_is_not_todays() -> None:
