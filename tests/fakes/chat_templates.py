@@ -25,11 +25,15 @@ def framed(
     before, between, end = frame
     content = "m.content|trim" if trim else "m.content"
     role = f"{{{names}}}.get(m.role, m.role)" if names else "m.role"
-    first = "{%- if not messages[0].role == 'system' or not messages[0].content %}"
-    first += f"{{{{- '{before}system{between}{default}{end}' }}}}{{%- endif %}}"
+    first = (
+        f"{{%- if not messages[0].role == 'system' or not messages[0].content %}}"
+        f"{{{{- '{before}system{between}{default}{end}' }}}}{{%- endif %}}"
+        if default
+        else ""
+    )
     skip = "{%- if m.role != 'system' or m.content %}" if default else "{%- if true %}"
     return (
-        f"{start}{first if default else ''}{{%- for m in messages %}}{skip}{{{{- '{before}' + {role} + '{between}' + {content} + '{end}' }}}}"
+        f"{start}{first}{{%- for m in messages %}}{skip}{{{{- '{before}' + {role} + '{between}' + {content} + '{end}' }}}}"
         f"{{%- endif %}}{{%- endfor %}}{rest}"
         f"{{%- if add_generation_prompt %}}{{{{- '{before}assistant{between}' }}}}{{%- endif %}}"
     ).replace("\n", "\\n")
@@ -134,16 +138,37 @@ MODEL: Final = "'<start_of_turn>model\\n' + m.content|trim + '<end_of_turn>\\n'"
 
 TEMPLATES: Final[Mapping[str, str]] = {
     "chatml": framed(IM),
+    "qwen1.5": framed(IM, default="You are a helpful assistant"),
     "qwen2.5": framed(IM, default="You are Qwen."),
+    "smollm2": framed(IM, default="You are a helpful AI assistant named SmolLM."),
+    "yi": framed(IM, start="{%- if messages[0].role == 'system' %}{%- endif %}"),
+    "internlm2": framed(IM, start="{{- bos_token }}"),
     "hermes": TOOLS + framed(IM),
+    "orca": framed(("<|im_start|>", "\n", "<|im_end|>")),
     "openchat": framed(("GPT4 Correct ", ": ", "<|end_of_turn|>"), start="{{- bos_token }}", names="'user': 'User'"),
+    "starling": framed(("GPT4 Correct ", ": ", "<|end_of_turn|>"), trim=True),
     "zephyr": framed(("<|", "|>\n", "</s>\n")),
+    "tinyllama": framed(("<|", "|>\n", "</s>\n"), trim=True),
+    "stablelm": framed(("<|", "|>\n", "<|endoftext|>\n")),
+    "phi3": framed(("<|", "|>\n", "<|end|>\n")),
+    "phi4": framed(("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
     "phi3.5": framed(("<|", "|>\n", "<|end|>\n"), rest="{%- if not add_generation_prompt %}{{- eos_token }}{%- endif %}"),
+    "falcon": framed(("", ": ", "\n\n"), names="'user': 'User', 'assistant': 'Falcon'"),
+    "falcon3": framed(("<|", "|>\n", "\n"), rest="{%- if not add_generation_prompt %}{{- eos_token }}{%- endif %}"),
     "vicuna": framed(("", ": ", " "), names="'user': 'USER', 'assistant': 'ASSISTANT'"),
+    "alpaca": framed(("### ", ":\n", "\n\n"), names="'user': 'Instruction', 'assistant': 'Response'"),
+    "solar": framed(("### ", ":\n", "\n\n"), trim=True, names="'user': 'User', 'assistant': 'Assistant'"),
+    "olmo2": framed(("<|", "|>\n", "\n"), start="{{- bos_token }}"),
+    "granite": framed(("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>\n"), default="You are Granite."),
+    "exaone": framed(("[|", "|]", "[|endofturn|]\n"), trim=True),
     "glm4": framed(("<|", "|>\n", ""), start="{{- '[gMASK]<sop>' }}"),
+    "baichuan": framed(("<reserved_", ">", "")),
     "llama3": framed(HEADER, start="{{- bos_token }}", trim=True),
     "llama3.1": framed(HEADER, start="{{- bos_token }}", trim=True, default="Cutting Knowledge Date: December 2023"),
     "llama3 tools": LLAMA_TOOLS,
+    "command-r": framed(("<|START_OF_TURN_TOKEN|><|", "_TOKEN|>", "<|END_OF_TURN_TOKEN|>"), start="{{- bos_token }}"),
+    "nemotron": framed(("<extra_id_1>", "\n", "\n"), trim=True),
+    "lfm2": framed(IM, start="{{- bos_token }}", trim=True),
     "qwen3": qwen3(think="think or loop.last", drops=True),
     "qwen3 training": qwen3(think="think", drops=False),
     "qwen3 thinking": qwen3(think="true", drops=True, prompt="<think>\\n"),
