@@ -17,7 +17,7 @@ from xkd_schemas.cache.files import outside_tables, refuse_links, unnamed_files
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_paths
 from xkd_schemas.cache.table import TABLES, Shard, check_cache
 from xkd_schemas.durable_files import inside, sha256_of
-from xkd_schemas.errors import BadData, InputMissing, UsageError
+from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
 
 LEVELS: Final = ("quick", "full", "deep")
 
@@ -27,8 +27,8 @@ def tables_of(root: Path) -> list[str]:
     check_cache(root)
     refuse_links(root)
     found = [path for pattern in TABLES for path in sorted(root.glob(pattern)) if path.is_dir()]
-    if not found:
-        raise InputMissing(f"{root} holds no table", fix="make one with xkd-cache documents")
+    if not any((path / name).exists() for path in found for name in ("plan.json", "manifest.json", "commits")):
+        raise InputMissing(f"{root} is no cache: it holds no table", fix=f"xkd-cache documents CORPUS --out {root}")
     return [path.relative_to(root).as_posix() for path in found]
 
 
@@ -172,7 +172,11 @@ def _check_root_files(root: Path, level: str) -> Iterator[Finding]:
         if not name:
             yield add(sums, f"has a line without a file name: {json.dumps(line[:80])}")
             continue
-        path = inside(root, *name.split("/"))
+        try:
+            path = inside(root, *name.split("/"))
+        except Refused:  # and it is opened by nobody
+            yield add(sums, f"names {json.dumps(name)}, which is no file of a cache")
+            continue
         listed.add(path)
         if fault := _check_sum(path, name, digest, known, level):
             yield add(path if fault == _OTHER else sums, fault)

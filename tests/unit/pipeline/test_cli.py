@@ -442,10 +442,17 @@ def test_other_bad_input_of_teacher_is_one_line(xkd_cache: Cache, odd_files: Pat
     model = ["--model", made() / "teacher"]
     cache = made() / "cache"
 
+    Path("mine/documents").mkdir(parents=True)
+    Path("mine/documents/a.arrow").write_text("of somebody else")
+    os.utime("mine/documents/a.arrow", (0, 0))
     missing = ("cache nowhere is not a folder", "Next: xkd-cache documents CORPUS --out nowhere")
     for command in (("teacher", "nowhere", *model), ("align", "nowhere", "--student", "x"), ("add", "nowhere")):
         refused(xkd_cache(*command), 66, *missing)
+    for cares in (["verify"], ["repair"], ["gc"], ["gc", "--dry-run"], ["drop", "students/S"]):
+        refused(xkd_cache(cares[0], "nowhere", *cares[1:]), 66, *missing)
+        refused(xkd_cache(cares[0], "mine", *cares[1:]), 66, "mine is no cache", "xkd-cache documents CORPUS")
     assert not Path("nowhere").exists()
+    assert [path.as_posix() for path in Path("mine").rglob("*")] == ["mine/documents", "mine/documents/a.arrow"]
     Path("begun").mkdir()
     refused(xkd_cache("teacher", "begun", *model), 66, "Next: xkd-cache documents CORPUS --out begun")
     refused(xkd_cache("teacher", cache, *model, "--for", "mta,sar"), 2, "'sar' is not a loss", "sra")
