@@ -11,7 +11,7 @@ from typing import Any, Final
 from benchmarks.bench_size import naive_bytes
 from benchmarks.measure import Options
 from benchmarks.rows import Result, Row
-from xkd_pipeline.reports.table_size import Counts, signal_bytes
+from xkd_pipeline.reports.plan import Counts, signal_bytes
 from xkd_schemas.signals import Signal
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.registry import loss_named

@@ -18,7 +18,7 @@ from benchmarks.measure import Options, interleaved
 from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Result, Row, cost
 from xkd_pipeline.capture.sampled_logits import draw_classes
-from xkd_pipeline.reports.table_size import Counts, signal_bytes
+from xkd_pipeline.reports.plan import Counts, signal_bytes
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.cache import Cache
