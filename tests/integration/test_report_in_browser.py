@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import small_cache
-from xkd_pipeline.reports.report_page import write_report
+from xkd_pipeline.reports.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")

@@ -12,8 +12,7 @@ import pytest
 import small_cache
 from small_cache import made
 from xkd_pipeline.reports import report as reports
-from xkd_pipeline.reports.report import MAX_BINS, Sizes, exact_shares, gather
-from xkd_pipeline.reports.report_page import write_report
+from xkd_pipeline.reports.report import MAX_BINS, Histogram, exact_shares, gather, write_report
 from xkd_pipeline.stages import documents_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing
@@ -105,7 +104,7 @@ def test_shapes_and_worst_documents_are_those_of_a_plain_count() -> None:
 
     (found,) = gather(made() / "cache")["alignments"]
 
-    assert dict(found.shapes) == {"1:1": 0, "1:n": 0, "n:1": 0, "n:m": 0} | shapes
+    assert found.shapes == {"1:1": 0, "1:n": 0, "n:1": 0, "n:m": 0} | shapes
     assert [row for _, row in found.worst] == [row for _, row in sorted(shares)]
     assert [share for share, _ in found.worst] == pytest.approx([share for share, _ in sorted(shares)])
 
@@ -198,15 +197,15 @@ def test_no_cache_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_histogram_holds_every_size_once_in_few_bars() -> None:
-    sizes = Sizes()
+    sizes = Histogram("x")
     for seed in range(3):
         sizes.add(np.random.default_rng(seed).integers(5, 5000, 400))
-    bars = sizes.histogram("x").bars
+    bars = sizes.bars
 
     assert sum(count for _, _, count in bars) == 1200
     assert len(bars) <= MAX_BINS
     assert all(after[0] == before[1] + 1 for before, after in pairwise(bars))
-    assert Sizes().histogram("x").bars == ()
+    assert Histogram("x").bars == []
 
 
 def test_a_document_without_spans_is_the_worst() -> None:
