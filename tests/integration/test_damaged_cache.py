@@ -42,7 +42,7 @@ def test_a_list_of_digests_with_another_line_end_is_found(tmp_path: Path) -> Non
         (cache / "SHA256SUMS").write_bytes(changed)
         assert {one.file for one in verify(cache, "quick")} == {"SHA256SUMS"}
     (cache / "SHA256SUMS").write_bytes(content.replace(b"\n", b"\x0b", 1))
-    assert any("which is no file of a cache" in one.reason for one in verify(cache, "quick"))
+    assert any("names no file of a cache" in one.reason for one in verify(cache, "quick"))
 
 
 def test_no_cut_file_is_silent_and_none_crashes(tmp_path: Path) -> None:
