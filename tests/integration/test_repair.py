@@ -1,4 +1,4 @@
-"""repair makes the bad units again from what it is given, and says what to type where something is missing."""
+"""repair makes the bad shards again from what it is given, and says what to type where something is missing."""
 
 import json
 import shlex
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import small_cache
+from damages import flip
 from fake_hardware import hardware_is
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.capture.extra_signals import add_signals, signals_named
@@ -19,12 +20,6 @@ from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Mismatch, UsageError
 
 PARSER = {"spacy_model": small_cache.SPACY}
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def shard(cache: Path, table: str, unit: int) -> Path:
@@ -147,7 +142,7 @@ def test_a_damaged_tokenizer_of_a_student_is_written_again_by_the_command(tmp_pa
     assert files_of(cache) == before
 
 
-def test_tables_are_mended_and_added_to_in_their_own_dtype_with_one_warning_where_that_is_slow(
+def test_tables_are_repaired_and_added_to_in_their_own_dtype_with_one_warning_where_that_is_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache, model = small_cache.copied(tmp_path), str(small_cache.made() / "teacher")

@@ -1,4 +1,4 @@
-"""Is a cache what its manifests say? Every bad unit with its reason; nothing is changed.
+"""Is a cache what its manifests say? Every bad shard with its reason; nothing is changed.
 
 quick   manifests, plans and records are whole and agree; every file is there, shards with size, header and footer
 full    every byte: sha256 of all files, xxh3 of every record batch
@@ -36,7 +36,7 @@ def tables_of(root: Path) -> list[str]:
 
 
 def verify(root: Path, level: str = "full") -> list[Finding]:
-    """Everything that is wrong with the cache, in the order of its tables and units.
+    """Everything that is wrong with the cache, in the order of its tables and shards.
 
     Raises:
         InputMissing: There is no cache.
@@ -67,7 +67,7 @@ def _check_table(root: Path, name: str, level: str) -> Iterator[Fault]:
         yield folder / "plan.json", error.what, None
     if not path.exists():
         count = f"{len(record_paths(folder))} of {len(plan.units) if plan else '?'}"
-        yield path, f"missing: the table is not finished, {count} units are done", None
+        yield path, f"missing: the table is not finished, {count} shards are done", None
         return
     try:
         manifest = _read_manifest(root, name)
@@ -78,7 +78,7 @@ def _check_table(root: Path, name: str, level: str) -> Iterator[Fault]:
     if plan and (plan.table, plan.spec, len(plan.units)) != (name, manifest.spec, len(manifest.commits)):
         yield folder / "plan.json", "is not the plan that the manifest was made from", None
     for number, commit in enumerate(manifest.commits):
-        yield from _check_unit(folder, number, commit, level)
+        yield from _check_shard(folder, number, commit, level)
     for file, digest in manifest.files.items():
         places = (inside(folder, file), inside(folder, "tokenizer", file))
         path = next((place for place in places if place.is_file()), places[0])
@@ -100,7 +100,7 @@ def _check_digest(path: Path, digest: str, number: int | None, level: str) -> It
 
 
 def _check_commits(folder: Path) -> Iterator[Fault]:
-    """Without a manifest the records say which units are bad too."""
+    """Without a manifest the records say which shards are bad too."""
     for path in record_paths(folder):
         try:
             commit = read_record(path, Commit)
@@ -110,7 +110,7 @@ def _check_commits(folder: Path) -> Iterator[Fault]:
         yield from _check_digest(inside(folder, commit.file), commit.sha256, commit.unit, "full")
 
 
-def _check_unit(folder: Path, number: int, commit: Commit, level: str) -> Iterator[Fault]:
+def _check_shard(folder: Path, number: int, commit: Commit, level: str) -> Iterator[Fault]:
     record = folder / "commits" / f"{number:05d}.json"
     try:
         if read_record(record, Commit).bound != commit:
@@ -119,14 +119,14 @@ def _check_unit(folder: Path, number: int, commit: Commit, level: str) -> Iterat
         yield record, error.what, number
     path = inside(folder, commit.file)
     if commit.unit != number or not commit.file.startswith(f"{number:05d}-{commit.sha256[:12]}"):
-        yield path, f"the manifest names unit {commit.unit} here", number
+        yield path, f"the manifest names shard {commit.unit} here", number
     try:
         shard = Shard(path, commit)
         for batch in range(len(commit.batches) if level != "quick" else 0):
             shard.batch(batch)
         mark = (shard.schema.metadata or {}).get(b"unit", b"?").decode(errors="replace")
         if mark != str(number):
-            yield path, f"holds unit {mark}", number
+            yield path, f"holds shard {mark}", number
         yield from _check_digest(path, commit.sha256, number, level)
     except (BadData, OSError) as error:
         yield path, error.what if isinstance(error, BadData) else f"cannot be read: {error.strerror}", number

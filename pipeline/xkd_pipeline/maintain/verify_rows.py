@@ -4,8 +4,7 @@ Shape legend for this file
     T tokens    K spans, words or phrases    R kept rows    N predicted targets    D width
 """
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from xkd_schemas.cache.manifest import Commit
-from xkd_schemas.cache.table import Row, Table
+from xkd_pipeline.tables.read_units import documents_of, tokens_of
+from xkd_pipeline.tables.token_columns import token_counts
+from xkd_schemas.cache.table import Row, Shard, Table
 from xkd_schemas.codecs import CODECS
 from xkd_schemas.documents import documents_schema
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, XkdError
@@ -33,7 +33,7 @@ class Finding:
     table: str
     """"" for files of the cache itself."""
     unit: int | None
-    """None where it is not about one unit."""
+    """Number of the shard; None where it is not about one."""
     file: str
     """Relative to the cache."""
     reason: str
@@ -41,7 +41,7 @@ class Finding:
     @property
     def line(self) -> str:
         """For people."""
-        unit = "" if self.unit is None else f" (unit {self.unit})"
+        unit = "" if self.unit is None else f" (shard {self.unit})"
         return f"{self.file}{unit}: {self.reason}"
 
 
@@ -87,7 +87,7 @@ def find_faults(root: Path, table: Table, number: int) -> Iterator[str]:
         if fault := _check_row(table, row, teachers[at], documents[at], shard.schema, classes):
             yield f"row {at} ({row['doc_id']}): {fault}"
     if kind != "signals":
-        yield from _check_counts(table, commit, rows)
+        yield from _check_counts(shard, [] if kind == "documents" else documents)
 
 
 def _check_row(table: Table, row: Row, teacher: Row, document: Row, schema: pa.Schema, classes: int) -> str:
@@ -147,16 +147,15 @@ def _check_tokens(row: Row, document: Row, table: Table) -> str:
 
 def _check_signals(row: Row, tokens: Row, document: Row, schema: pa.Schema, classes: int) -> str:
     targets_T = tokens["targets"]
-    read = (
-        {n: len(spans_read(document[n], tokens["num_chars"])) for n in ("words", "phrases")} if len(targets_T) else {}
-    )
+    end = tokens["num_chars"] if len(targets_T) else 0
+    read = {name: len(spans_read(document[name], end)) for name in ("words", "phrases")}
     lengths = {"T": len(targets_T), "R": len(kept_rows(targets_T)), "N": len(predictors(targets_T))}
     for field in schema:
         metadata = field.metadata or {}
         if b"per" not in metadata:
             continue
         values, per = row[field.name], metadata[b"per"].decode()
-        spans = read.get("words" if field.name.endswith(":word") else "phrases", 0)
+        spans = read["words" if field.name.endswith(":word") else "phrases"]
         wanted = (lengths | {"K": spans, "K(K-1)/2": spans * (spans - 1) // 2}).get(per)
         if wanted is not None and len(values) != wanted:
             return f"{field.name} has {len(values)} entries for {wanted}"
@@ -197,24 +196,18 @@ def _check_alignment(row: Row, teacher: Row, document: Row) -> str:
     return ""
 
 
-def _check_counts(table: Table, commit: Commit, rows: list[Row]) -> Iterator[str]:
-    """The record's counts are those of the columns."""
-    if table.name == "documents":
-        found = {
-            "characters": sum(len(r["text"]) for r in rows),
-            "words": sum(len(r["words"]) for r in rows),
-            "phrases": sum(len(r["phrases"]) for r in rows),
-        }
-    else:
-        statuses = Counter(r["status"] for r in rows)
-        found = {
-            "tokens": sum(len(r["token_ids"]) for r in rows),
-            "targets": sum(int(r["targets"].sum()) for r in rows),
-            **{f"status:{status}": number for status, number in statuses.items()},
-        }
-        unusable = tuple(i for i, r in enumerate(rows) if r["status"] != OK)
-        if unusable != commit.unusable:
+def _check_counts(shard: Shard, documents: Sequence[Row]) -> Iterator[str]:
+    """The record's counts are those of the columns; `documents` are empty for those of the documents themselves."""
+    commit = shard.commit
+    if documents:
+        tokens = tokens_of(shard)
+        found = token_counts([document["text"] for document in documents], tokens)
+        if commit.unusable != tuple(at for at, status in enumerate(tokens.statuses) if status != OK):
             yield "the record's unusable rows are not those of the column"
+    else:
+        rows = documents_of(shard)
+        found = {"words": len(rows.words.values), "phrases": len(rows.phrases.values)}
+        found["characters"] = sum(map(len, rows.block.texts))
     for name, number in found.items():
         if commit.counts.get(name, 0) != number:
             yield f"the record counts {commit.counts.get(name, 0)} {name}, the columns hold {number}"

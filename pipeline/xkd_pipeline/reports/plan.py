@@ -9,6 +9,7 @@ Legend for this file
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,38 +49,27 @@ OFFSET_BYTES: Final = 8
 """A list column has one offset for each row."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Counts:
-    """What the signals of one document are counted in; all 0 for a document that the teacher cannot read."""
+def count_values(tokens: Tokens, words: Iterable[Any], phrases: Iterable[Any]) -> Counter[str]:
+    """How many values each kind of signal has of a document, by T, R, N, "word K", "phrase K(K-1)/2" and so on.
 
-    tokens: int
-    kept: int
-    targets: int
-    spans: Mapping[str, int]
-    """"word" and "phrase" -> K."""
-
-
-def counts_of(tokens: Tokens, words: Iterable[Any], phrases: Iterable[Any]) -> Counts:
-    """The counts of a document; intervals count up to where the teacher reads (see `spans_read`)."""
+    Nothing of a document that the teacher cannot read; intervals count up to where it reads (see `spans_read`).
+    """
     end = tokens.num_chars if len(tokens.ids) else 0
-    return Counts(
-        tokens=len(tokens.ids), kept=len(kept_rows(tokens.targets)), targets=len(predictors(tokens.targets)),
-        spans={"word": sum(start < end for start, _ in words), "phrase": sum(start < end for start, _ in phrases)},
-    )  # fmt: skip
+    found = Counter(T=len(tokens.ids), R=len(kept_rows(tokens.targets)), N=len(predictors(tokens.targets)))
+    for unit, spans in (("word", words), ("phrase", phrases)):
+        k = sum(start < end for start, _ in spans)
+        found.update({f"{unit} K": k, f"{unit} K(K-1)/2": k * (k - 1) // 2})
+    return found
 
 
-def signal_bytes(signal: Signal, width: int, codec: str, counts: Sequence[Counts]) -> int:
-    """Bytes of one signal's columns in the teacher table of these documents."""
-    spans = [one.spans[signal.unit or "word"] for one in counts]
-    values = {
-        "T": sum(one.tokens for one in counts), "R": sum(one.kept for one in counts),
-        "N": sum(one.targets for one in counts), "K": sum(spans), "K(K-1)/2": sum(k * (k - 1) // 2 for k in spans),
-    }[signal.kind.per]  # fmt: skip
+def signal_bytes(signal: Signal, width: int, codec: str, counts: Mapping[str, int], documents: int) -> int:
+    """Bytes of one signal's columns in the teacher table of so many documents, which have `counts` together."""
+    values = counts.get(f"{signal.unit} {signal.kind.per}" if signal.unit else signal.kind.per, 0)
     if signal.kind.wide:
-        size = vector_bytes(codec, width, values // max(1, len(counts)))
+        size = vector_bytes(codec, width, values // max(1, documents))
     else:
         size = VALUE_BYTES[signal.kind.dtype] * (signal.top or 1)
-    return round(size * values) + OFFSET_BYTES * len(counts)
+    return round(size * values) + OFFSET_BYTES * documents
 
 
 def vector_bytes(codec: str, width: int, vectors: int) -> float:
@@ -101,7 +91,8 @@ class PlanSample:
     encoder: Encoder
     """The teacher's."""
     tokens: TokenBatch
-    counts: list[Counts]
+    counts: Counter[str]
+    """See `count_values`."""
     shards: int
     """Of one table of the whole corpus."""
 
@@ -129,7 +120,7 @@ def read_plan_sample(run: RunConfig, wanted: int) -> PlanSample:
     tokens = encoder.encode_batch(sample.documents)
     return PlanSample(
         sample=sample, spans=spans, encoder=encoder, tokens=tokens,
-        counts=[counts_of(t, s.words, s.phrases) for t, s in zip(tokens, spans, strict=True)],
+        counts=sum((count_values(t, s.words, s.phrases) for t, s in zip(tokens, spans, strict=True)), Counter()),
         shards=len(units_of(sample.sources, rows_per_shard(run, sample.sources)[0])),
     )  # fmt: skip
 
@@ -137,8 +128,10 @@ def read_plan_sample(run: RunConfig, wanted: int) -> PlanSample:
 def teacher_parts(run: RunConfig, look: PlanSample, model: Sizes, codec: str) -> dict[str, int]:
     """Bytes of the corpus's teacher table by column, the largest first; "tokens" are the shared columns."""
     signals, tokens = signals_for(run, model.layers), pa.schema(TOKEN_FIELDS)
-    parts = {s.column: look.of_corpus(PADDING * signal_bytes(s, model.width, codec, look.counts)) for s in signals}
-    shared = {"doc_id": [d.doc_id for d in look.sample.documents], **token_columns(look.tokens)}
+    documents = look.sample.documents
+    sizes = {s.column: signal_bytes(s, model.width, codec, look.counts, len(documents)) for s in signals}
+    parts = {column: look.of_corpus(PADDING * size) for column, size in sizes.items()}
+    shared = {"doc_id": [d.doc_id for d in documents], **token_columns(look.tokens)}
     parts["tokens"] = look.table_bytes(tokens, shared)
     parts["frames"] = look.frame_bytes(teacher_schema(signals, model.width, codec)) - look.frame_bytes(tokens)
     return dict(sorted(parts.items(), key=lambda part: -part[1]))
@@ -180,7 +173,7 @@ def memory_parts(run: RunConfig, look: PlanSample, model: Sizes, dtype: str, tea
     """Estimated peak of one worker of the teacher stage, in bytes."""
     layers = len({s.layer for s in signals_for(run, model.layers) if s.layer is not None})
     size = dtype_named(dtype).itemsize
-    longest = max((c.tokens for c in look.counts), default=0)
+    longest = int(np.diff(look.tokens.first).max())
     tokens = max(run.teacher.batch_tokens, longest)
     return {
         "libraries": LIBRARIES,
@@ -211,7 +204,7 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
     signals_for(run, model.layers)  # refuses an unknown loss or layer before anything is read
     dtype = teacher_dtype(run, this_device())
     look = read_plan_sample(run, sample)
-    documents, counts = look.sample.documents, look.counts
+    documents, lengths = look.sample.documents, np.diff(look.tokens.first).tolist()
     student = s.tokenizer or ("" if s.model.startswith("new:") else s.model)
     students = [encoder_for(student, s)] if student else []
     fixed = {
@@ -225,7 +218,7 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
     parts, needs = by_codec[t.codec], losses_of(run, model.layers)
     teacher = sum(parts.values())
     memory = memory_parts(run, look, model, dtype.dtype, teacher)
-    tokens = look.of_corpus(sum(c.tokens for c in counts))
+    tokens = look.of_corpus(sum(lengths))
     cache = Path(run.cache).absolute()
     there = next(path for path in (cache, *cache.parents) if path.is_dir())
     return {
@@ -240,8 +233,8 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
         "template": look.encoder.template,
         "dtype": dtype.dtype, "dtype_why": dtype.why, "dtype_warning": dtype.warning,
         "tokens": tokens,
-        "give_or_take": give_or_take([c.tokens for c in counts], look.sample.sizes, look.sample.scale),
-        "targets": look.of_corpus(sum(c.targets for c in counts)),
+        "give_or_take": give_or_take(lengths, look.sample.sizes, look.sample.scale),
+        "targets": look.of_corpus(look.counts["N"]),
         "words": look.of_corpus(sum(len(s.words) for s in look.spans)),
         "phrases": look.of_corpus(sum(len(s.phrases) for s in look.spans)),
         "columns": [

@@ -68,7 +68,7 @@ def _escape(char: str) -> str:
 
 
 def show_blanks(text: str) -> str:
-    """`visible`, with blanks as signs: for a single token.
+    """`escape_text`, with blanks as signs: for a single token.
 
     >>> show_blanks(" a\\n")
     '·a⏎'

@@ -68,29 +68,40 @@ def corpus(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", corpus_rows(6))
 
 
-def test_the_three_commands_make_the_tables_and_say_so(xkd_cache: Cache, corpus: Path, tmp_path: Path) -> None:
+def test_the_three_commands_make_the_tables_and_say_so_in_lines_or_in_one_object(
+    xkd_cache: Cache, corpus: Path, tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
+    flags = ["--for", "sra,dwa", "--name", "A", "--dtype", "fp32", "--max-tokens", 99, "--template", "none"]
+    typed = [
+        ("documents", corpus, "--out", cache, "--spacy-model", SPACY),
+        ("teacher", cache, "--model", made() / "teacher", *flags),
+        ("align", cache, "--student", made() / "student", "--name", "B", "--template", "alpaca"),
+    ]
+    said = [xkd_cache(*command) for command in typed]
+    objects = [xkd_cache(*command, "--json") for command in (*typed, ("status", cache))]
 
-    code, out, _ = xkd_cache("documents", corpus, "--out", cache, "--spacy-model", SPACY)
-    assert code == 0
-    form, size, result = out.splitlines()
+    assert [code for code, *_ in (*said, *objects)] == [0] * 7
+    assert [out.count("\n") for _, out, _ in objects] == [1] * 4
+    (form, size, result), taught, (aligned,) = (out.splitlines() for _, out, _ in said)
     assert size.startswith("shards of ")
     assert form == f"{corpus}: 6 rows, prompt and response (prompt, response)"
     assert result.startswith("documents: 6 documents, ")
-
-    flags = ["--for", "sra,dwa", "--name", "A", "--dtype", "fp32", "--max-tokens", 99, "--template", "none"]
-    code, out, _ = xkd_cache("teacher", cache, "--model", made() / "teacher", *flags)
-    assert code == 0
-    assert [line.split(": ")[0] for line in out.splitlines()] == ["template", "dtype", "teachers/A"]
-
-    code, out, _ = xkd_cache("align", cache, "--student", made() / "student", "--name", "B", "--template", "alpaca")
-    assert (code, out.count("\n")) == (0, 1)
-    assert out.startswith("students/B: ")
+    assert [line.split(": ")[0] for line in taught] == ["template", "dtype", "teachers/A"]
+    assert aligned.startswith("students/B: ")
 
     spec = Table(cache, "teachers/A").manifest.spec
     assert (spec["dtype"], spec["encoder"]["max_tokens"], spec["encoder"]["template"]) == ("float32", 99, "none")
     assert "span_mass" not in str(spec["signals"])
     assert Table(cache, "students/B").manifest.constants["template"] == "alpaca"
+
+    documents, teacher, align, status = (json.loads(out) for _, out, _ in objects)
+    assert documents["sources"] == [form]
+    assert (documents["table"], documents["documents"]) == ("documents", 6)
+    assert teacher["root"] == Table(cache, "teachers/A").manifest.root
+    assert align["spans"] > align["exact_pairs"] > 0
+    assert [table["table"] for table in status["tables"]] == ["documents", "teachers/A", "students/B"]
+    assert all(table["sealed"] and table["done"] == table["units"] for table in status["tables"])
 
 
 def test_layers_are_lists_of_numbers(xkd_cache: Cache, tmp_path: Path) -> None:
@@ -183,29 +194,6 @@ def test_a_flag_with_two_faces_takes_no_value(xkd_cache: Cache, corpus: Path, tm
         cache = tmp_path / kept
         assert xkd_cache("documents", corpus, "--out", cache, "--spacy-model", SPACY, flag)[0] == 0
         assert Table(cache, "documents").manifest.spec["parser"]["drop_contained"] == kept
-
-
-def test_json_is_one_object_of_every_command(xkd_cache: Cache, corpus: Path, tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    typed = {
-        "documents": ["documents", corpus, "--out", tmp_path / "other", "--spacy-model", SPACY],
-        "teacher": ["teacher", cache, "--model", made() / "teacher", "--name", "J", "--dtype", "float32"],
-        "align": ["align", cache, "--student", made() / "student", "--teacher", "T", "--name", "J"],
-        "status": ["status", cache],
-    }
-    said = {}
-    for command, arguments in typed.items():
-        code, out, _ = xkd_cache(*arguments, "--json")
-        assert (code, out.count("\n")) == (0, 1), command
-        said[command] = json.loads(out)
-
-    assert said["documents"]["sources"] == [f"{corpus}: 6 rows, prompt and response (prompt, response)"]
-    assert (said["documents"]["table"], said["documents"]["documents"]) == ("documents", 6)
-    assert said["teacher"]["root"] == Table(cache, "teachers/J").manifest.root
-    assert said["align"]["spans"] > said["align"]["exact_pairs"] > 0
-    names = [table["table"] for table in said["status"]["tables"]]
-    assert names == ["documents", "teachers/J", "teachers/T", "students/J", "students/S"]
-    assert all(table["sealed"] and table["done"] == table["units"] == 3 for table in said["status"]["tables"])
 
 
 def test_json_of_an_error_is_one_object_too(xkd_cache: Cache, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from xkd_pipeline.reports import plan as size
 from xkd_pipeline.reports.plan import make_plan, read_plan_sample
 from xkd_pipeline.reports.plan_text import parse_size, plan_lines
 from xkd_pipeline.reports.sample import spread_evenly
-from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import CODECS, PLAIN
 from xkd_schemas.config import RunConfig
@@ -67,15 +66,7 @@ def test_the_plan_counts_tokens_shards_and_the_whole_folder(whole: dict[str, Any
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_plan_is_within_five_percent_of_the_shards_of_every_codec(codec: str, tmp_path: Path) -> None:
     corpus = write_rows(tmp_path / "many.jsonl", corpus_rows(64))
-    sections: dict[str, Any] = {
-        "documents": {"corpus": [str(corpus)], "rows_per_shard": 32},
-        "teacher": {"model": str(made() / "teacher"), "codec": codec},
-        "student": {"tokenizer": str(made() / "student")},
-    }
-    run = run_file(tmp_path / "cache", **sections)
-    documents_stage(run, small_cache.IN_PROCESS)
-    teacher_stage(run, small_cache.IN_PROCESS)
-    align_stage(run, small_cache.IN_PROCESS)
+    run = small_cache.cache_of(tmp_path / "cache", corpus, documents={"rows_per_shard": 32}, teacher={"codec": codec})
 
     found = planned(run)
 
@@ -136,10 +127,10 @@ def test_sizes_from_the_configuration_are_those_of_the_loaded_model(make: Any, t
 
 
 def test_every_kind_of_signal_can_be_counted() -> None:
-    counts = size.Counts(tokens=9, kept=5, targets=4, spans={"word": 3, "phrase": 2})
+    spans = {f"{unit} {per}": 2 for unit in ("word", "phrase") for per in ("K", "K(K-1)/2")}
     for name, kind in KINDS.items():
         signal = Signal(name, 1 if kind.layer else None, "word" if kind.unit else None, 2 if kind.top else None)
-        assert size.signal_bytes(signal, 8, PLAIN, [counts]) > size.OFFSET_BYTES, name
+        assert size.signal_bytes(signal, 8, PLAIN, {"T": 9, "R": 5, "N": 4, **spans}, 1) > size.OFFSET_BYTES, name
 
 
 # budget

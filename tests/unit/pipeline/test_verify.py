@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import small_cache
+from damages import flip
 from fake_hardware import hardware_is
 from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.cli.app import app
@@ -35,9 +36,7 @@ def test_a_whole_cache_is_whole_at_every_level() -> None:
 def test_a_damaged_shard_is_exit_65_and_named(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     shard = sorted((cache / "teachers/T").glob("00001-*.arrow"))[0]
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 4
-    shard.write_bytes(content)
+    flip(shard)
     assert verify(cache, "quick") == []
 
     code, said = asked("verify", cache)
@@ -62,7 +61,7 @@ def test_a_table_that_was_only_begun_is_one_line(tmp_path: Path) -> None:
     for name in ("plan.json", "commits/00000.json"):
         (begun / name).write_bytes((cache / "students/S" / name).read_bytes())
     assert [one.reason for one in verify(cache, "quick")] == [
-        "missing: the table is not finished, 1 of 3 units are done",
+        "missing: the table is not finished, 1 of 3 shards are done",
     ]
 
 
