@@ -444,10 +444,13 @@ def test_bad_input_of_align_show_and_status_is_one_line(xkd_cache: Cache, odd_fi
     refused(xkd_cache("status", "nowhere"), 66, "nowhere is not a folder", "xkd-cache documents")
 
 
-def test_a_wrong_setting_of_a_loss_is_one_line_before_anything_is_made(xkd_cache: Cache, odd_files: Path) -> None:
-    (odd_files / "run.toml").write_text("[losses.mta]\nhidden = 'off'\n")
+def test_a_wrong_setting_of_a_loss_is_one_line(xkd_cache: Cache, corpus: Path, tmp_path: Path) -> None:
+    run = run_toml(tmp_path, corpus)
+    run.write_text(f"{run.read_text()}[losses.mta]\nhidden = 'off'\n")
 
-    refused(xkd_cache("preprocess", "run.toml"), 2, "hidden")
+    found, _, err = xkd_cache("preprocess", run)
+
+    assert (found, err.count("\n"), "hidden" in err) == (2, 1, True)
 
 
 SLOW = """
