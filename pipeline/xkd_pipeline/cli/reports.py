@@ -5,6 +5,7 @@ from typing import Annotated, Final
 
 import typer
 
+from xkd_pipeline.cli.maintain import CacheArgument
 from xkd_schemas.cache.table import check_cache, names_in, only_student, only_teacher
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import answer, say
@@ -17,7 +18,6 @@ DOCUMENTS: Final = FlagsOf(
     flags={"corpus": "corpus", "columns": "--column", "drop_contained": "--drop-contained/--no-drop-contained"},
 )
 TEACHER: Final = FlagsOf("teacher", flags={"losses": "--for"})
-CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.")]
 SampleOption = Annotated[int, typer.Option(min=1, help="Rows to look at, spread over the corpus.")]
 
 

@@ -199,13 +199,10 @@ def pair_lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _draw_histogram(lengths: dict[str, int], spans: int) -> Iterator[str]:
     """Bars of at most 40 signs."""
-    for number, (name, count) in enumerate(lengths.items()):
-        if number == MOST_LENGTHS:
-            rest = sum(list(lengths.values())[MOST_LENGTHS:])
-            yield f"  other {100 * rest / spans:6.1f} %"
-            return
-        bar = "#" * round(40 * count / spans)
-        yield f"  {name:<5} {100 * count / spans:6.1f} % {bar}".rstrip()
+    bars = list(lengths.items())[:MOST_LENGTHS]
+    rest = spans - sum(count for _, count in bars)
+    for name, count in [*bars, ("other", rest)] if rest else bars:
+        yield f"  {name:<5} {100 * count / spans:6.1f} % {'#' * round(40 * count / spans)}".rstrip()
     if lengths:
         yield "  (student tokens : teacher tokens of a span)"
 
