@@ -333,8 +333,6 @@ BAD_DOCUMENTS = {
     "an empty folder": (["folder"], 66, ["folder holds no file"]),
     "a data set that no hub gives": (["no/such-data"], 66, ["no/such-data", "check the path"]),
     "no row": (["empty.jsonl", "--form", "text"], 65, ["the corpus has no rows"]),
-    "no usable row": (["blank.jsonl", "--max-reject", "1"], 65, ["no usable row in 2 (no_target 2)"]),
-    "too many rejects": (["half.jsonl"], 65, ["1 of 2 rows cannot be used", "--max-reject"]),
     "rows of no form": (["strange.jsonl"], 2, ["strange.jsonl", "--column"]),
     "an unknown form": (["rows.jsonl", "--form", "csv"], 2, ["form 'csv' is not known"]),
     "an unknown field": (["rows.jsonl", "--column", "promt=prompt"], 2, ["promt", "prompt"]),
@@ -349,12 +347,6 @@ BAD_DOCUMENTS = {
         2,
         ["--parser: 'stanza' is not a parser", "spacy or benepar"],
     ),
-    "an unknown key": (
-        ["rows.jsonl", "--set", "documents.spacy_modle=x"],
-        2,
-        ["'documents.spacy_modle' is not a key", "'spacy_model'"],
-    ),
-    "an unknown section": (["rows.jsonl", "--set", "document.form=text"], 2, ["'document'", "'documents'"]),
     "a cache that is a file": (["rows.jsonl", "--out", "empty.jsonl"], 2, ["empty.jsonl is a file"]),
     "lists for texts": (["lists.jsonl"], 65, ['row 1, field "instruction" is a list, not a string', "--column"]),
 }
@@ -365,8 +357,6 @@ def odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder of the bad inputs."""
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", corpus_rows(2))
-    write_rows(tmp_path / "blank.jsonl", [{"prompt": "q", "response": " "}] * 2)
-    write_rows(tmp_path / "half.jsonl", [*corpus_rows(1), "{"])
     write_rows(tmp_path / "strange.jsonl", [{"frage": "Who?"}])
     write_rows(tmp_path / "lists.jsonl", [{"instruction": ["Say hi."], "output": "Hi."}] * 3)
     for name in ("empty.jsonl", "notes.txt"):
