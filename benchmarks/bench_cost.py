@@ -11,7 +11,7 @@ from typing import Any, Final
 from benchmarks.bench_size import naive_bytes
 from benchmarks.measure import Options
 from benchmarks.rows import Result, Row
-from xkd_pipeline.reports.table_size import Counts, signal_bytes
+from xkd_pipeline.reports.plan import signal_bytes
 from xkd_schemas.signals import Signal
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.registry import loss_named
@@ -21,7 +21,11 @@ TOKENS = 100e6
 FLOPS = 400e12
 """Assumed of one GPU: some 40 % of the dense bfloat16 peak of an H100."""
 LEVELS: Final = Levels(((14, "word"), (21, "phrase"), (28, "phrase")), num_layers=LAYERS, states=(14, 21, 28))
-DOCUMENT: Final = Counts(tokens=512, kept=308, targets=307, spans={"word": 363, "phrase": 159})
+DOCUMENT: Final = {"T": 512, "R": 308, "N": 307} | {
+    f"{unit} {per}": number
+    for unit, k in (("word", 363), ("phrase", 159))
+    for per, number in (("K", k), ("K(K-1)/2", k * (k - 1) // 2))
+}
 TIERS: Final[tuple[tuple[str, str, Mapping[str, Any], str], ...]] = (
     ("argmax alone: agreement, no loss", "ce", {}, "bf16"),
     ("rskd: 16 drawn classes", "rskd", {}, "bf16"),
@@ -56,4 +60,4 @@ def _bytes_per_token(loss: str, settings: Mapping[str, Any], codec: str) -> floa
     declaration = loss_named(loss)
     wanted = {Signal("argmax"), *declaration.needs(declaration.parse(settings), LEVELS)}
     sized = [Signal(s.name, s.layer, s.unit, (16 if s.kind.drawn else 64) if s.kind.top else None) for s in wanted]
-    return sum(signal_bytes(signal, WIDTH, codec, [DOCUMENT]) for signal in sized) / DOCUMENT.tokens
+    return sum(signal_bytes(signal, WIDTH, codec, DOCUMENT, 1) for signal in sized) / DOCUMENT["T"]

@@ -5,14 +5,14 @@ and tokens of the pair's documents; and once by a real run of a small teacher wh
 ratio. Codec bf16: nothing is rounded on either side.
 """
 
-from collections.abc import Sequence
+from collections import Counter
 
 from benchmarks.measure import Options
 from benchmarks.pair import METHODS, TEMPLATE, Pair, Shape, fast_dtype, made, pair_of
 from benchmarks.rows import Result, Row
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher
-from xkd_pipeline.reports.table_size import Counts, counts_of, signal_bytes
+from xkd_pipeline.reports.plan import count_values, signal_bytes
 from xkd_pipeline.tables.read_units import tokens_at
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import Table, names_in
@@ -61,17 +61,19 @@ def naive_bytes(tokens: int, layers: int, width: int, classes: int) -> int:
 
 def by_arithmetic(pair: Pair) -> Row:
     """Width 4096, 152,000 classes, on what the pair's teacher table says its documents are made of."""
-    counts = counted(pair)
-    tokens = sum(c.tokens for c in counts)
-    ours = TOKEN_BYTES * tokens + sum(signal_bytes(signal, WIDTH, PLAIN, counts) for signal in signals(32))
+    counts, documents = counted(pair)
+    tokens = counts["T"]
+    sizes = (signal_bytes(signal, WIDTH, PLAIN, counts, documents) for signal in signals(32))
+    ours = TOKEN_BYTES * tokens + sum(sizes)
     return _row("arithmetic, D=4096, V=152k, 4 layers", ours / tokens, naive_bytes(1, 4, WIDTH, CLASSES))
 
 
-def counted(pair: Pair) -> Sequence[Counts]:
-    """Tokens and spans of every document of the pair's cache."""
+def counted(pair: Pair) -> tuple[Counter[str], int]:
+    """Values of every kind of signal in the pair's cache, and its documents."""
     teacher = Table(pair.cache, f"students/{names_in(pair.cache, 'students')[0]}").manifest.spec["teacher"]
     rows = zip(Table(pair.cache, "documents"), Table(pair.cache, f"teachers/{teacher}"), strict=True)
-    return [counts_of(tokens_at(read), row["words"], row["phrases"]) for row, read in rows]
+    counts = [count_values(tokens_at(read), row["words"], row["phrases"]) for row, read in rows]
+    return sum(counts, Counter()), len(counts)
 
 
 def by_a_run(pair: Pair, shape: Shape) -> Row:

@@ -18,7 +18,7 @@ from benchmarks.measure import Options, interleaved
 from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Result, Row, cost
 from xkd_pipeline.capture.sampled_logits import draw_classes
-from xkd_pipeline.reports.table_size import Counts, signal_bytes
+from xkd_pipeline.reports.plan import signal_bytes
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.cache import Cache
@@ -106,18 +106,18 @@ def speed(logits_NV: Tensor, repeats: int) -> Row:
 
 def sizes(pair: Pair) -> list[Row]:
     """By the plan's arithmetic at width 4096, on the pair's documents and on one of 512 tokens with 159 phrases."""
-    counts = counted(pair)
-    tokens = sum(c.tokens for c in counts)
-    long = Counts(tokens=512, kept=512, targets=511, spans={"word": 0, "phrase": 159})
+    counts, documents = counted(pair)
+    tokens = counts["T"]
+    long = {"T": 512, "R": 512, "N": 511, "phrase K": 159, "phrase K(K-1)/2": 159 * 158 // 2}
 
     def bytes_of(*signals: Signal) -> float:
-        return sum(signal_bytes(s, WIDTH, PLAIN, counts) for s in signals) / tokens
+        return sum(signal_bytes(s, WIDTH, PLAIN, counts, documents) for s in signals) / tokens
 
     def of_levels(name: str) -> float:
         return bytes_of(*(Signal(name, *level) for level in levels_of(32)))
 
     def of_long(name: str) -> float:
-        return sum(signal_bytes(Signal(name, n, "phrase"), WIDTH, PLAIN, [long]) for n in range(4)) / long.tokens
+        return sum(signal_bytes(Signal(name, n, "phrase"), WIDTH, PLAIN, long, 1) for n in range(4)) / long["T"]
 
     draws = bytes_of(Signal("sampled", top=DRAWS[1]), Signal("entropy"))
     state, geometry = bytes_of(Signal("hidden_last")), of_levels("span_geometry")

@@ -24,6 +24,12 @@ def flipped(content: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
+def flip(path: Path) -> None:
+    """Turn a bit in the middle of a file."""
+    content = path.read_bytes()
+    path.write_bytes(flipped(content, 8 * (len(content) // 2)))
+
+
 def read_all(cache: Path) -> None:
     """What a trainer reads: every column of every row of every table."""
     for name in ("documents", *(f"{p.parent.name}/{p.name}" for p in sorted(cache.glob("[ts]*/*")) if p.is_dir())):

@@ -103,6 +103,19 @@ def run_file(cache: Path, **sections: dict[str, object]) -> RunConfig:
     return load_run(None, given)
 
 
+def cache_of(cache: Path, corpus: Path, **sections: dict[str, object]) -> RunConfig:
+    """All three tables of a corpus, by the teacher and the tokenizer of `made()`."""
+    given: dict[str, dict[str, object]] = {
+        "documents": {"corpus": [str(corpus)]},
+        "teacher": {"model": str(made() / "teacher")},
+        "student": {"tokenizer": str(made() / "student")},
+    }
+    run = run_file(cache, **{name: section | sections.get(name, {}) for name, section in given.items()})
+    for stage in (documents_stage, teacher_stage, align_stage):
+        stage(run, IN_PROCESS)
+    return run
+
+
 @functools.cache
 def made() -> Path:
     """A folder with corpus.jsonl, teacher/, student/ and the finished cache/ of 12 documents in 3 shards."""

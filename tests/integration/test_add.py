@@ -14,7 +14,7 @@ from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.capture.extra_signals import add_signals
 from xkd_pipeline.maintain.recompute import Recomputed, recompute
 from xkd_pipeline.maintain.verify import verify
-from xkd_pipeline.reports.report_page import write_report
+from xkd_pipeline.reports.report import write_report
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError

@@ -14,7 +14,7 @@ from xkd_pipeline.maintain.export_parquet import export_parquet
 from xkd_pipeline.maintain.gc import collect
 from xkd_pipeline.maintain.repair import repair
 from xkd_pipeline.maintain.verify import verify
-from xkd_pipeline.reports.report_page import write_report
+from xkd_pipeline.reports.report import write_report
 from xkd_pipeline.stages import align_stage
 from xkd_pipeline.tables.status import table_states
 from xkd_pipeline.tables.writer import locked
@@ -135,10 +135,17 @@ def test_what_a_late_worker_leaves_is_reported_by_verify_removed_by_gc_and_keeps
     assert verify(cache) == []
 
 
-def test_gc_makes_nothing_where_there_is_no_cache(tmp_path: Path) -> None:
-    with pytest.raises(InputMissing, match="is not a folder"):
-        COMMANDS["gc"](tmp_path / "mistyped")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("command", ["gc", "gc --dry-run", "repair", "verify"])
+def test_a_folder_that_is_not_there_or_no_cache_is_left_as_it_is(tmp_path: Path, command: str) -> None:
+    mine = tmp_path / "mine/documents/00000-0123456789ab.arrow"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("of somebody else")
+    os.utime(mine, (0, 0))
+
+    for folder, said in (("mistyped", "is not a folder"), ("mine", "mine is no cache: it holds no table")):
+        with pytest.raises(InputMissing, match=said):
+            COMMANDS[command](tmp_path / folder)
+    assert {path for path in tmp_path.rglob("*") if path.name == "LOCK" or path.is_file()} == {mine}
 
 
 def test_a_manifest_vouches_for_names_of_its_own_table_alone(tmp_path: Path) -> None:

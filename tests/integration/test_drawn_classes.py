@@ -19,12 +19,13 @@ from xkd_pipeline.capture import stage as teachers
 from xkd_pipeline.capture.stage import check_top
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain import verify_rows as deep
-from xkd_pipeline.maintain.verify_rows import _check_draws, _check_values
+from xkd_pipeline.maintain.verify_rows import _check_values
 from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
+from xkd_schemas.sampled_classes import fault_of
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.models.loading import load_model
@@ -107,20 +108,14 @@ def test_more_draws_can_be_added_beside_the_table(tmp_path: Path) -> None:
 
 
 def test_deep_verification_sees_what_cannot_be() -> None:
-    table = Table(captured(), "teachers/drawn")
-    schema = table.shard(0).schema
-    entries: Any = np.array(table[0][COLUMN])
-
-    def fault(entries: Any, classes: int = 10**5) -> str:
-        row: Any = {COLUMN: entries}
-        return _check_draws(row, schema, classes)
-
+    entries: Any = np.array(Table(captured(), "teachers/drawn")[0][COLUMN])
     wrong = entries.copy()
     wrong[1, 0] += 1
-    assert fault(entries) == ""
-    assert fault(wrong) == f"{COLUMN}: shares add up to 4096, not to 4095"
-    assert "not ascending" in fault(entries[:, ::-1])
-    assert "a class is not from 0 to 2" in fault(entries, classes=3)
+
+    assert fault_of(entries, 10**5) == ""
+    assert fault_of(wrong, 10**5) == "shares add up to 4096, not to 4095"
+    assert "not ascending" in fault_of(entries[:, ::-1], 10**5)
+    assert "a class is not from 0 to 2" in fault_of(entries, 3)
 
 
 def test_deep_verification_looks_at_drawn_classes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""repair makes the bad units again from what it is given, and says what to type where something is missing."""
+"""repair makes the bad shards again from what it is given, and says what to type where something is missing."""
 
 import json
 import shlex
@@ -9,22 +9,17 @@ from pathlib import Path
 import pytest
 
 import small_cache
+from damages import flip
 from fake_hardware import hardware_is
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.capture.extra_signals import add_signals, signals_named
-from xkd_pipeline.maintain.repair import RepairInputs, repair
+from xkd_pipeline.maintain.repair import Repaired, repair
 from xkd_pipeline.stages import teacher_stage
 from xkd_schemas.cache.manifest import Plan, read_record, to_json
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Mismatch, UsageError
 
 PARSER = {"spacy_model": small_cache.SPACY}
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def shard(cache: Path, table: str, unit: int) -> Path:
@@ -50,9 +45,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
 }
 
 
-def means() -> RepairInputs:
+def repaired(cache: Path) -> Repaired:
+    """With all that the cache was made from."""
     made = small_cache.made()
-    return RepairInputs(corpus=(str(made / "corpus.jsonl"),), models=(str(made / "teacher"),), parser=PARSER)
+    corpus, models = [str(made / "corpus.jsonl")], [str(made / "teacher")]
+    return repair(cache, IN_PROCESS, corpus=corpus, models=models, parser=PARSER)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -62,7 +59,7 @@ def test_what_is_bad_is_made_again_and_nothing_else(tmp_path: Path, damage: str)
     change, made = DAMAGES[damage]
     change(cache)
 
-    done = repair(cache, IN_PROCESS, means())
+    done = repaired(cache)
 
     assert (done.made, done.commands, done.left) == (made, [], [])
     assert files_of(cache) == before
@@ -107,18 +104,18 @@ def test_a_corpus_or_a_teacher_that_is_another_is_refused(tmp_path: Path) -> Non
     other = small_cache.write_rows(tmp_path / "other.jsonl", small_cache.corpus_rows(3))
 
     with pytest.raises(UsageError, match=r"other.jsonl: not what the documents were made from"):
-        repair(cache, IN_PROCESS, RepairInputs(corpus=(str(other),), parser=PARSER))
+        repair(cache, IN_PROCESS, corpus=[str(other)], parser=PARSER)
     with pytest.raises(UsageError, match=r"none of the teachers of .*model.safetensors"):
-        repair(cache, IN_PROCESS, RepairInputs(models=(str(small_cache.llama(tmp_path / "llama", seed=9)),)))
+        repair(cache, IN_PROCESS, models=[str(small_cache.llama(tmp_path / "llama", seed=9))])
 
 
 def test_another_parser_makes_no_unit(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     flip(shard(cache, "documents", 0))
-    parser = PARSER | {"max_words": 3}
+    corpus, parser = [str(small_cache.made() / "corpus.jsonl")], PARSER | {"max_words": 3}
 
     with pytest.raises(Mismatch, match=r"parser.max_words: cache has 12, this run has 3"):
-        repair(cache, IN_PROCESS, RepairInputs(corpus=means().corpus, parser=parser))
+        repair(cache, IN_PROCESS, corpus=corpus, parser=parser)
 
 
 def test_a_student_is_made_again_when_its_teacher_is_whole(tmp_path: Path) -> None:
@@ -145,7 +142,7 @@ def test_a_damaged_tokenizer_of_a_student_is_written_again_by_the_command(tmp_pa
     assert files_of(cache) == before
 
 
-def test_tables_are_mended_and_added_to_in_their_own_dtype_with_one_warning_where_that_is_slow(
+def test_tables_are_repaired_and_added_to_in_their_own_dtype_with_one_warning_where_that_is_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache, model = small_cache.copied(tmp_path), str(small_cache.made() / "teacher")
@@ -158,7 +155,7 @@ def test_tables_are_mended_and_added_to_in_their_own_dtype_with_one_warning_wher
     for table in tables:
         shard(cache, table, 1).unlink()
 
-    assert repair(cache, IN_PROCESS, means()).made == dict.fromkeys(tables, 1)
+    assert repaired(cache).made == dict.fromkeys(tables, 1)
 
     assert [Table(cache, table).manifest.spec["dtype"] for table in tables] == ["bfloat16", "bfloat16"]
     assert capsys.readouterr().err.count("warning: bfloat16 products take 63 times") == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import small_cache
-from xkd_pipeline.reports.report_page import write_report
+from xkd_pipeline.reports.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
@@ -67,14 +67,7 @@ def hostile_report(tmp_path: Path, address: str) -> Path:
     )
     rows = [{"prompt": f"Who said {attack}?", "response": f"The old keeper said {attack}."} for attack in attacks]
     corpus = small_cache.write_rows(tmp_path / "corpus.jsonl", [*rows, f"{{broken {attacks[0]}"])
-    run = small_cache.run_file(
-        tmp_path / "cache",
-        documents={"corpus": [str(corpus)], "max_reject": 0.9},
-        teacher={"model": str(small_cache.made() / "teacher")},
-        student={"tokenizer": str(small_cache.made() / "student")},
-    )
-    for stage in (small_cache.documents_stage, small_cache.teacher_stage, small_cache.align_stage):
-        stage(run, small_cache.IN_PROCESS)
+    small_cache.cache_of(tmp_path / "cache", corpus, documents={"max_reject": 0.9})
     write_report(tmp_path / "cache", tmp_path / "report.html")
     return tmp_path / "report.html"
 

@@ -1,12 +1,12 @@
 """The commands that look after a finished cache: verify, repair, gc, drop. app.py registers them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from xkd_schemas.cache.table import only_teacher
-from xkd_schemas.console import answer, say, say_json
+from xkd_schemas.console import answer
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.flags import JsonOption
 
@@ -24,7 +24,7 @@ def verify(
     ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Check every file of a cache; each bad unit is named with its reason, and the exit code is 65.
+    """Check every file of a cache; each bad file is named with its reason, and the exit code is 65.
 
     Example: xkd-cache verify cache/ --level deep
     """
@@ -34,66 +34,59 @@ def verify(
 
     if recompute and not model:
         raise UsageError("--recompute needs the teacher", fix="add --model FOLDER")
-    bad, rows, skipped, recomputed = check(cache, level), 0, list[str](), ""
-    differences: dict[str, float] = {}
+    bad, whole = check(cache, level), f"{cache} is whole ({level})"
+    values: dict[str, Any] = {"level": level, "recomputed": 0, "not_compared": [], "differences": {}}
     if recompute and not bad:
         from xkd_pipeline.maintain.recompute import recompute as compare
 
-        found = compare(cache, f"teachers/{teacher or only_teacher(cache)}", model, recompute, dtype)
-        bad, rows, skipped, differences = found.bad, found.rows, found.skipped, found.differences
-        recomputed = f", {rows} rows recomputed in {found.dtype}: {found.line}"
-    if as_json:
-        values = {"level": level, "recomputed": rows, "bad": [asdict(one) for one in bad], "whole": not bad}
-        say_json(values | {"not_compared": skipped, "differences": differences})
-        raise typer.Exit(BadData.exit_code if bad else 0)
-    for one in bad:
-        say(one.line)
-    if skipped:
-        say(f"not compared, because they may differ: {', '.join(skipped)}")
+        live = compare(cache, f"teachers/{teacher or only_teacher(cache)}", model, recompute, dtype)
+        bad, whole = live.bad, f"{whole[:-1]}, {live.rows} rows recomputed in {live.dtype}: {live.line})"
+        values |= {"recomputed": live.rows, "not_compared": live.skipped, "differences": live.differences}
+    lines, skipped = [one.line for one in bad], values["not_compared"]
+    lines += [f"not compared, because they may differ: {', '.join(skipped)}"] if skipped else []
+    lines += [] if bad else [whole]
+    answer(values | {"bad": [asdict(one) for one in bad], "whole": not bad}, lines, as_json)
     if bad:
-        raise BadData(
-            f"{len(bad)} {'problem' if len(bad) == 1 else 'problems'} found in {cache}",
-            fix=f"xkd-cache repair {cache}",
-        )
-    say(f"{cache} is whole ({level}{recomputed})")
+        problems = "problem" if len(bad) == 1 else "problems"
+        _end(f"{len(bad)} {problems} found", cache, f"xkd-cache repair {cache}", as_json)
+
+
+def _end(what: str, cache: Path, fix: str, as_json: bool) -> NoReturn:
+    """Exit with 65, and with one line where no JSON says it."""
+    if as_json:
+        raise typer.Exit(BadData.exit_code)
+    raise BadData(f"{what} in {cache}", fix=fix)
 
 
 def repair(
     cache: CacheArgument,
     corpus: Annotated[list[str] | None, typer.Option(help="What the documents were read from; repeatable.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="The teacher of bad teachers' units; repeatable.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="The teacher of a bad table; repeatable.")] = None,
     spacy_model: Annotated[str | None, typer.Option(help="spaCy pipeline of the documents.")] = None,
     parser_model: Annotated[str | None, typer.Option(help="Folder of the benepar model.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray actors; 0 works in this process.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the bad units again and no other; without the corpus or teacher they need, print the command to type.
+    """Make the bad shards again and no other; without the corpus or teacher they need, print the command to type.
 
     Example: xkd-cache repair cache/ --corpus train.jsonl --model models/teacher
     """
     from dataclasses import asdict
 
-    from xkd_pipeline.maintain.repair import RepairInputs
     from xkd_pipeline.maintain.repair import repair as repair_cache
     from xkd_pipeline.workers.contract import Workers
 
     named = {"spacy_model": spacy_model, "parser_model": parser_model}
     parser = {field: name for field, name in named.items() if name is not None}
-    means = RepairInputs(corpus=tuple(corpus or ()), models=tuple(model or ()), parser=parser)
-    done = repair_cache(cache, Workers(count=workers), means)
-    if as_json:
-        found = {"bad": [asdict(b) for b in done.bad], "left": [asdict(b) for b in done.left]}
-        say_json(found | {"made": done.made, "commands": done.commands})
-        raise typer.Exit(BadData.exit_code if done.left else 0)
-    for one in done.bad:
-        say(one.line)
-    for name, units in done.made.items():
-        say(f"{name}: {units} units made again")
-    for command in done.commands:
-        say(f"to run: {command}")
+    done = repair_cache(cache, Workers(count=workers), corpus=corpus or (), models=model or (), parser=parser)
+    lines = [one.line for one in done.bad]
+    lines += [f"{name}: {shards} shards made again" for name, shards in done.made.items()]
+    lines += [f"to run: {command}" for command in done.commands]
+    found = {"bad": [asdict(b) for b in done.bad], "left": [asdict(b) for b in done.left]}
+    values = found | {"made": done.made, "commands": done.commands}
+    answer(values, lines if done.left else [*lines, f"{cache} is whole"], as_json)
     if done.left:
-        raise BadData(f"{len(done.left)} problems left in {cache}", fix="run what is listed above")
-    say(f"{cache} is whole")
+        _end(f"{len(done.left)} problems left", cache, "run what is listed above", as_json)
 
 
 def gc(

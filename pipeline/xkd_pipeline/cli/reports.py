@@ -5,6 +5,7 @@ from typing import Annotated, Final
 
 import typer
 
+from xkd_pipeline.cli.maintain import CacheArgument
 from xkd_schemas.cache.table import check_cache, names_in, only_student, only_teacher
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import answer, say
@@ -17,7 +18,6 @@ DOCUMENTS: Final = FlagsOf(
     flags={"corpus": "corpus", "columns": "--column", "drop_contained": "--drop-contained/--no-drop-contained"},
 )
 TEACHER: Final = FlagsOf("teacher", flags={"losses": "--for"})
-CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.")]
 SampleOption = Annotated[int, typer.Option(min=1, help="Rows to look at, spread over the corpus.")]
 
 
@@ -75,7 +75,7 @@ def pair(
 
     Example: xkd-cache pair models/teacher models/student train.jsonl
     """
-    from xkd_pipeline.reports.compare_tokenizers import compare, pair_lines
+    from xkd_pipeline.reports.compare import compare, pair_lines
     from xkd_pipeline.reports.sample import encoder_for, read_sample
 
     theirs, ours = encoder_for(teacher, run.teacher), encoder_for(student, run.student)
@@ -83,7 +83,7 @@ def pair(
     found = compare(theirs, ours, rows, worst=worst, width=width)
     lines = [*pair_lines(found)]
     if with_models:
-        from xkd_pipeline.reports.compare_models import compare_models, model_lines
+        from xkd_pipeline.reports.compare import compare_models, model_lines
 
         found["bits_per_byte"] = compare_models((teacher, student), (theirs, ours), run.teacher.dtype, rows)
         lines += model_lines(found["bits_per_byte"])
@@ -101,7 +101,7 @@ def show(
 
     Example: xkd-cache show cache/ 0
     """
-    from xkd_pipeline.reports.show import draw
+    from xkd_pipeline.reports.render import draw
 
     check_cache(cache)
     taught = teacher or (only_teacher(cache) if names_in(cache, "teachers") else "")
@@ -139,7 +139,7 @@ def report(
 
     Example: xkd-cache report cache/ --out report.html
     """
-    from xkd_pipeline.reports.report_page import write_report
+    from xkd_pipeline.reports.report import write_report
 
     values = write_report(cache, out)
     pairs = "".join(f"; teacher {teacher}, student {student}" for teacher, student in values["pairs"])

@@ -34,7 +34,7 @@ def export_parquet(root: Path, out: Path) -> dict[str, Any]:
     tables = [Table(root, name) for name in sealed_tables(root)]
     names = {f"{t.name}/{unit:05d}.parquet" for t in tables for unit in range(len(t.manifest.commits))}
     names |= {f"{table.name}/manifest.json" for table in tables}
-    there = _files_in(out)
+    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
     if there != names:
         refuse_full(out)
     with disk_errors(out):
@@ -48,10 +48,6 @@ def export_parquet(root: Path, out: Path) -> dict[str, Any]:
                 temporary.rename(out)
         sync_folder(out.parent)
     return {"parquet": str(out), "tables": len(tables), "bytes": written}
-
-
-def _files_in(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
 def refuse_full(folder: Path) -> None:

@@ -1,11 +1,12 @@
 """Clear away what nothing in a cache refers to, and tables that nobody wants any more."""
 
+import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from xkd_pipeline.maintain.verify import tables_of
 from xkd_pipeline.tables.dataset_card import forget
@@ -27,55 +28,46 @@ class Orphan:
     why: str
 
 
-def find_orphans(root: Path, *, older_than: float) -> list[Orphan]:
-    """Unreferenced shards and rejects, leftovers of writers that died, and quarantine older than `older_than` hours.
+def collect(root: Path, *, older_than: float, dry_run: bool) -> list[Orphan]:
+    """Remove unreferenced shards and rejects, leftovers of writers that died, and quarantine older than so many hours.
 
-    A table whose records cannot all be read keeps every shard: what they name is not known.
+    With `dry_run` only say what would go. A table whose records cannot all be read keeps every shard: what they name
+    is not known.
     """
-    moment = time.time()
-    found: list[Orphan] = []
-    for folder in (root, *(inside(root, *name.split("/")) for name in tables_of(root))):
-        for place in (folder, *(folder / name for name in ("commits", "rejects", "tokenizer"))):
-            found += _list_orphans(place.glob(".tmp-*"), "left by a writer that died", moment - YOUNG_SECONDS)
-        found += _list_orphans((folder / "quarantine").glob("*"), "quarantined", moment - 3600 * older_than)
-        named = _referenced_files(folder) if folder != root else None
-        if named is not None:
-            files = (*folder.glob("*.arrow"), *folder.glob("rejects/*.jsonl"))
-            loose = [path for path in files if path.name not in named]
-            found += _list_orphans(loose, "no record names it", moment - YOUNG_SECONDS)
+    folders = [inside(root, *name.split("/")) for name in tables_of(root)]
+    with contextlib.nullcontext() if dry_run else locked(root):
+        young, old = time.time() - YOUNG_SECONDS, time.time() - 3600 * older_than
+        found: list[Orphan] = []
+        for folder in (root, *folders):
+            for place in (folder, *(folder / name for name in ("commits", "rejects", "tokenizer"))):
+                found += _list_orphans(place.glob(".tmp-*"), "left by a writer that died", young)
+            found += _list_orphans((folder / "quarantine").glob("*"), "quarantined", old)
+        for folder in folders:
+            loose = [*folder.glob("*.arrow"), *folder.glob("rejects/*.jsonl")]
+            named = _referenced_files(folder, {path.name for path in loose})
+            found += _list_orphans((p for p in loose if p.name not in named), "no record names it", young)
+        if not dry_run:
+            _remove(found)
     return found
 
 
-def _list_orphans(paths: Any, why: str, before: float) -> list[Orphan]:
-    found = []
+def _list_orphans(paths: Iterable[Path], why: str, before: float) -> Iterator[Orphan]:
     for path in sorted(paths):
         for file in sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path]:
             status = file.lstat()
             if status.st_mtime <= before and not file.is_dir():
-                found.append(Orphan(file=file, size=status.st_size, why=why))
-    return found
+                yield Orphan(file=file, size=status.st_size, why=why)
 
 
-def _referenced_files(folder: Path) -> set[str] | None:
-    records: list[Commit] = []
+def _referenced_files(folder: Path, everything: set[str]) -> set[str]:
+    """Names of the shards and rejects that a table's records name; `everything` where one cannot be read."""
     try:
-        records += [read_record(path, Commit) for path in record_paths(folder)]
+        records = [read_record(path, Commit) for path in record_paths(folder)]
         if (folder / "manifest.json").exists():
             records += read_record(folder / "manifest.json", Manifest).commits
     except (BadData, InputMissing):
-        return None
+        return everything
     return {r.file for r in records} | {r.rejects.file for r in records if r.rejects is not None}
-
-
-def collect(root: Path, *, older_than: float, dry_run: bool) -> list[Orphan]:
-    """Remove orphans, holding the lock; with `dry_run` only say what would go."""
-    if dry_run:
-        return find_orphans(root, older_than=older_than)
-    tables_of(root)  # a folder that is no cache gets no lock file
-    with locked(root):
-        found = find_orphans(root, older_than=older_than)
-        _remove(found)
-    return found
 
 
 def _remove(found: Sequence[Orphan]) -> None:

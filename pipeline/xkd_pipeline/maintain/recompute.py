@@ -4,7 +4,7 @@ Shape legend for this file
     N predictions    k stored classes of one    M largest logits of the live teacher
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -85,11 +85,12 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
     chosen = [usable[i] for i in np.linspace(0, len(usable) - 1, min(rows, len(usable))).round().astype(int)]
     others = [open_table(root, f"signals/{other}") for other in names_in(root, "signals")]
     beside = [other for other in others if f"teachers/{other.manifest.spec['teacher']}" == name]
-    compared = [_Compared(one) for one in (table, *beside)]
-    compared_signals = {signal_named(column) for one in compared for column in one.columns}
-    live = _rank_signals(compared_signals, head_of(live_model).weight_VD.shape[0])
-    wanted = sorted(compared_signals | set(live), key=lambda s: s.column)
-    bad = []
+    compared = [(one, _comparable(one)) for one in (table, *beside)]
+    signals = {signal_named(column) for _, columns in compared for column in columns}
+    live = _rank_signals(signals, head_of(live_model).weight_VD.shape[0])
+    wanted = sorted(signals | set(live), key=lambda s: s.column)
+    bad: list[Finding] = []
+    differences: dict[str, float] = {}
     for at in chosen:
         reading = _read_document(documents[at], encoder)
         if not np.array_equal(reading.tokens.ids, table[at]["token_ids"]):
@@ -97,10 +98,13 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
             continue
         (found,) = capture(live_model, [reading], wanted, settings)
         ranked = tuple(found[signal.column] for signal in live)
-        for one in compared:
-            bad += [_finding_of(one.table, at, root, reason) for reason in one.reasons(found, ranked, at)]
-    skipped = [column for one in compared for column in one.skipped]
-    differences = {name: error for one in compared for name, error in one.differences.items()}
+        for one, columns in compared:
+            for column, codec in columns.items():
+                reason, error = _compare(column, codec, found[column], one[at][column], ranked)
+                if codec != "int32":
+                    differences[column] = max(error, differences.get(column, 0.0))
+                bad += [_finding_of(one, at, root, reason)] if reason else []
+    skipped = [c for one, columns in compared for c in one.manifest.spec["signals"] if c not in columns]
     return Recomputed(bad=bad, rows=len(chosen), skipped=skipped, dtype=settings.dtype, differences=differences)
 
 
@@ -118,32 +122,21 @@ def _rank_signals(wanted: Iterable[Signal], classes: int) -> tuple[Signal, ...]:
     return (Signal("topk_ids", top=many), Signal("topk_logits", top=many)) if most else ()
 
 
-class _Compared:
-    """A table and those of its columns that can be compared."""
+def _comparable(table: Table) -> dict[str, str]:
+    """How each column that can be compared is stored."""
+    stored = {f.name: (f.metadata or {}).get(b"codec", b"").decode() for f in table.shard(0).schema}
+    signals = (c for c in table.manifest.spec["signals"] if not signal_named(c).kind.drawn)
+    return {c: stored[c] for c in signals if stored.get(c) in TOLERANCE}
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
-        self._stored_as = {f.name: (f.metadata or {}).get(b"codec", b"").decode() for f in table.shard(0).schema}
-        signals: list[str] = table.manifest.spec["signals"]
-        self.columns = [c for c in signals if self._stored_as.get(c) in TOLERANCE and not signal_named(c).kind.drawn]
-        self.skipped = [c for c in signals if c not in self.columns]
-        self.differences: dict[str, float] = {}
 
-    def reasons(self, found: Mapping[str, Any], ranked: tuple[Any, ...], at: int) -> Iterator[str]:
-        """What of row `at` is not as it was found; nothing where the table does not reach so far."""
-        for column in self.columns if at < len(self.table) else ():
-            ours, stored, codec = found[column], self.table[at][column], self._stored_as[column]
-            if np.shape(ours) != np.shape(stored):
-                reason = f"{column} has shape {np.shape(stored)}, the live teacher gives {np.shape(ours)}"
-            elif codec == "int32":
-                reason = _compare_classes(column, stored, *ranked)
-            else:
-                error = _measure_difference(ours, stored, codec)
-                self.differences[column] = max(error, self.differences.get(column, 0.0))
-                limit = TOLERANCE[codec]
-                reason = f"{column} differs by {error:.3f}, more than {limit}" if error > limit else ""
-            if reason:
-                yield reason
+def _compare(column: str, codec: str, ours: Any, stored: Any, ranked: tuple[Any, ...]) -> tuple[str, float]:
+    """What is wrong with a row's column, or "", and its relative difference; that of classes is 0."""
+    if np.shape(ours) != np.shape(stored):
+        return f"{column} has shape {np.shape(stored)}, the live teacher gives {np.shape(ours)}", 0.0
+    if codec == "int32":
+        return _compare_classes(column, stored, *ranked), 0.0
+    error, limit = _measure_difference(ours, stored, codec), TOLERANCE[codec]
+    return f"{column} differs by {error:.3f}, more than {limit}" if error > limit else "", error
 
 
 def _read_document(row: Row, encoder: Any) -> Reading:

@@ -1,6 +1,6 @@
-"""Is a cache what its manifests say? Every bad unit with its reason; nothing is changed.
+"""Is a cache what its manifests say? Every bad shard with its reason; nothing is changed.
 
-quick   manifests, plans and records are whole and agree; every file is there with its size
+quick   manifests, plans and records are whole and agree; every file is there, shards with size, header and footer
 full    every byte: sha256 of all files, xxh3 of every record batch
 deep    what the bytes mean: see verify_rows.py
 """
@@ -8,7 +8,7 @@ deep    what the bytes mean: see verify_rows.py
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,9 +17,12 @@ from xkd_schemas.cache.files import outside_tables, refuse_links, unnamed_files
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_paths
 from xkd_schemas.cache.table import TABLES, Shard, check_cache
 from xkd_schemas.durable_files import inside, sha256_of
-from xkd_schemas.errors import BadData, InputMissing, UsageError
+from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
 
 LEVELS: Final = ("quick", "full", "deep")
+
+Fault = tuple[Path, str, int | None]
+"""A file, what is wrong with it, and the shard that it belongs to."""
 
 
 def tables_of(root: Path) -> list[str]:
@@ -27,13 +30,13 @@ def tables_of(root: Path) -> list[str]:
     check_cache(root)
     refuse_links(root)
     found = [path for pattern in TABLES for path in sorted(root.glob(pattern)) if path.is_dir()]
-    if not found:
-        raise InputMissing(f"{root} holds no table", fix="make one with xkd-cache documents")
+    if not any((path / name).exists() for path in found for name in ("plan.json", "manifest.json", "commits")):
+        raise InputMissing(f"{root} is no cache: it holds no table", fix=f"xkd-cache documents CORPUS --out {root}")
     return [path.relative_to(root).as_posix() for path in found]
 
 
 def verify(root: Path, level: str = "full") -> list[Finding]:
-    """Everything that is wrong with the cache, in the order of its tables and units.
+    """Everything that is wrong with the cache, in the order of its tables and shards.
 
     Raises:
         InputMissing: There is no cache.
@@ -43,173 +46,144 @@ def verify(root: Path, level: str = "full") -> list[Finding]:
     """
     if level not in LEVELS:
         raise UsageError(f"level {level!r} is not known", fix=f"use one of: {', '.join(LEVELS)}")
-    found = {name: list(_check_table(root, name, level)) for name in tables_of(root)}
-    if level == "deep":
-        found |= {name: list(verify_rows(root, name)) for name, bad in found.items() if not bad}
-    return [*itertools.chain.from_iterable(found.values()), *_check_root_files(root, level)]
+    found: list[Finding] = []
+    for name in tables_of(root):
+        bad = [_finding(root, name, *fault) for fault in _check_table(root, name, level)]
+        found += bad if bad or level != "deep" else verify_rows(root, name)
+    return found + [_finding(root, "", *fault) for fault in _check_root(root, level)]
 
 
-def _check_table(root: Path, name: str, level: str) -> Iterator[Finding]:
+def _finding(root: Path, table: str, path: Path, reason: str, unit: int | None) -> Finding:
+    reason = reason.replace(f"{path} ", "").replace(f"{path}: ", "")
+    return Finding(table=table, unit=unit, file=path.relative_to(root).as_posix(), reason=reason)
+
+
+def _check_table(root: Path, name: str, level: str) -> Iterator[Fault]:
     folder = inside(root, *name.split("/"))
-    add = _finding_maker(root, name)
-    plan = None
+    plan, path = None, folder / "manifest.json"
     try:
         plan = read_record(folder / "plan.json", Plan)
     except (BadData, InputMissing) as error:
-        yield add(folder / "plan.json", error.what)
-    if not (folder / "manifest.json").exists():
+        yield folder / "plan.json", error.what, None
+    if not path.exists():
         count = f"{len(record_paths(folder))} of {len(plan.units) if plan else '?'}"
-        yield add(folder / "manifest.json", f"missing: the table is not finished, {count} units are done")
+        yield path, f"missing: the table is not finished, {count} shards are done", None
         return
     try:
-        manifest = read_record(folder / "manifest.json", Manifest)
-        if manifest.table != name:
-            raise BadData(f"belongs to {manifest.table}")
+        manifest = _read_manifest(root, name)
     except BadData as error:
-        yield add(folder / "manifest.json", error.what)
-        yield from _check_commits(folder, add)
+        yield path, error.what, None
+        yield from _check_commits(folder)
         return
     if plan and (plan.table, plan.spec, len(plan.units)) != (name, manifest.spec, len(manifest.commits)):
-        yield add(folder / "plan.json", "is not the plan that the manifest was made from")
+        yield folder / "plan.json", "is not the plan that the manifest was made from", None
     for number, commit in enumerate(manifest.commits):
-        yield from _check_unit(folder, number, commit, add, level)
+        yield from _check_shard(folder, number, commit, level)
     for file, digest in manifest.files.items():
-        path = next((p for p in (inside(folder, file), inside(folder, "tokenizer", file)) if p.is_file()), None)
-        if path is None:
-            yield add(folder / file, "missing")
-        elif level != "quick" and sha256_of(path) != digest:
-            yield add(path, "does not match its sha256")
-    strange = _finding_maker(root, "")  # no unit of the table is bad
-    yield from (strange(path, _STRANGE) for path in unnamed_files(folder, manifest))
+        places = (inside(folder, file), inside(folder, "tokenizer", file))
+        path = next((place for place in places if place.is_file()), places[0])
+        yield from _check_digest(path, digest, None, level)
 
 
-_STRANGE: Final = "no manifest names it: delete it (xkd-cache gc does for shards)"
+def _read_manifest(root: Path, name: str) -> Manifest:
+    manifest = read_record(inside(root, *name.split("/"), "manifest.json"), Manifest)
+    if manifest.table != name:
+        raise BadData(f"belongs to {manifest.table}")
+    return manifest
 
 
-def _check_commits(folder: Path, add: "_Add") -> Iterator[Finding]:
-    """Without a manifest the records say which units are bad too."""
+def _check_digest(path: Path, digest: str, number: int | None, level: str) -> Iterator[Fault]:
+    if not path.is_file():
+        yield path, "missing", number
+    elif level != "quick" and sha256_of(path) != digest:
+        yield path, "does not match its sha256", number
+
+
+def _check_commits(folder: Path) -> Iterator[Fault]:
+    """Without a manifest the records say which shards are bad too."""
     for path in record_paths(folder):
         try:
             commit = read_record(path, Commit)
         except (BadData, InputMissing) as error:
-            yield add(path, error.what, int(path.stem) if path.stem.isdigit() else None)
+            yield path, error.what, int(path.stem) if path.stem.isdigit() else None
             continue
-        shard = inside(folder, commit.file)
-        if not shard.is_file() or sha256_of(shard) != commit.sha256:
-            yield add(shard, "missing" if not shard.is_file() else "does not match its sha256", commit.unit)
+        yield from _check_digest(inside(folder, commit.file), commit.sha256, commit.unit, "full")
 
 
-_Add = Callable[..., Finding]
-
-
-def _finding_maker(root: Path, table: str) -> _Add:
-    def add(path: Path, reason: str, unit: int | None = None) -> Finding:
-        file = path.relative_to(root).as_posix()
-        return Finding(
-            table=table, unit=unit, file=file, reason=reason.replace(f"{path} ", "").replace(f"{path}: ", "")
-        )
-
-    return add
-
-
-def _check_unit(folder: Path, number: int, commit: Commit, add: _Add, level: str) -> Iterator[Finding]:
+def _check_shard(folder: Path, number: int, commit: Commit, level: str) -> Iterator[Fault]:
     record = folder / "commits" / f"{number:05d}.json"
     try:
         if read_record(record, Commit).bound != commit:
-            yield add(record, "is not the record in the manifest", number)
+            yield record, "is not the record in the manifest", number
     except (BadData, InputMissing) as error:
-        yield add(record, error.what, number)
+        yield record, error.what, number
     path = inside(folder, commit.file)
     if commit.unit != number or not commit.file.startswith(f"{number:05d}-{commit.sha256[:12]}"):
-        yield add(path, f"the manifest names unit {commit.unit} here", number)
-    if not path.is_file():
-        yield add(path, "missing", number)
-    elif (size := path.stat().st_size) != commit.size:
-        yield add(path, f"has {size} bytes, its record says {commit.size}", number)
-    elif level != "quick":
-        yield from _check_bytes(path, number, commit, add)
-    if commit.rejects is not None:
-        rejects = inside(folder, "rejects", commit.rejects.file)
-        if not rejects.is_file():
-            yield add(rejects, "missing", number)
-        elif level != "quick" and sha256_of(rejects) != commit.rejects.sha256:
-            yield add(rejects, "does not match its sha256", number)
-
-
-def _check_bytes(path: Path, number: int, commit: Commit, add: _Add) -> Iterator[Finding]:
+        yield path, f"the manifest names shard {commit.unit} here", number
     try:
         shard = Shard(path, commit)
-        for batch in range(len(commit.batches)):
+        for batch in range(len(commit.batches) if level != "quick" else 0):
             shard.batch(batch)
         mark = (shard.schema.metadata or {}).get(b"unit", b"?").decode(errors="replace")
         if mark != str(number):
-            yield add(path, f"holds unit {mark}", number)
-    except BadData as error:
-        yield add(path, error.what, number)
-        return
-    if sha256_of(path) != commit.sha256:
-        yield add(path, "does not match its sha256", number)
+            yield path, f"holds shard {mark}", number
+        yield from _check_digest(path, commit.sha256, number, level)
+    except (BadData, OSError) as error:
+        yield path, error.what if isinstance(error, BadData) else f"cannot be read: {error.strerror}", number
+    if commit.rejects is not None:
+        rejects = inside(folder, "rejects", commit.rejects.file)
+        yield from _check_digest(rejects, commit.rejects.sha256, number, level)
 
 
-def _check_root_files(root: Path, level: str) -> Iterator[Finding]:
-    """SHA256SUMS covers what no manifest does: plans, records, tokenizers' small files, the card."""
-    add = _finding_maker(root, "")
-    yield from (add(path, _STRANGE) for path in outside_tables(root))
+def _check_root(root: Path, level: str) -> Iterator[Fault]:
+    """Files that no manifest names, and SHA256SUMS."""
+    manifests: dict[str, Manifest] = {}
+    for name in tables_of(root):
+        with contextlib.suppress(BadData, InputMissing):  # reported with its table
+            manifests[name] = _read_manifest(root, name)
+    unnamed = (path for name, manifest in manifests.items() for path in unnamed_files(root / name, manifest))
+    for path in itertools.chain(outside_tables(root), unnamed):
+        yield path, "no manifest names it: delete it (xkd-cache gc does for shards)", None
     sums = root / "SHA256SUMS"
     try:
         lines = sums.read_bytes().decode().split("\n")  # and at nothing else that ends a line
-    except FileNotFoundError:
-        yield add(sums, "missing")
-        return
     except (OSError, UnicodeDecodeError) as error:
-        yield add(sums, f"cannot be read: {error}")
+        yield sums, f"cannot be read: {error}" if sums.exists() else "missing", None
         return
-    listed, known = set(), _shard_digests(root)
     if lines.pop():
-        yield add(sums, "does not end with a line's end")
+        yield sums, "does not end with a line's end", None
+    digests = {root / name / commit.file: commit.sha256 for name, m in manifests.items() for commit in m.commits}
+    yield from _check_sums(root, lines, digests, level)
+
+
+def _check_sums(root: Path, lines: Sequence[str], digests: Mapping[Path, str], level: str) -> Iterator[Fault]:
+    """The lines of SHA256SUMS; `digests` are those of the shards, whose bytes were compared already."""
+    sums, listed = root / "SHA256SUMS", set[Path]()
     for line in lines:
         digest, _, name = line.partition("  ")
-        if not name:
-            yield add(sums, f"has a line without a file name: {json.dumps(line[:80])}")
+        try:
+            path = inside(root, *name.split("/"))
+        except Refused:  # and nobody opens it
+            yield sums, f"has a line that names no file of a cache: {json.dumps(line[-80:])}", None
             continue
-        path = inside(root, *name.split("/"))
         listed.add(path)
-        if fault := _check_sum(path, name, digest, known, level):
-            yield add(path if fault == _OTHER else sums, fault)
+        if not path.is_file():
+            yield sums, f"names {name}, which is missing", None
+        elif digests.get(path, digest) != digest:
+            yield sums, f"gives {name} another digest than its manifest", None
+        elif level != "quick" and path not in digests and sha256_of(path) != digest:
+            yield path, "does not match SHA256SUMS", None
     for path in _expected_files(root):
         if path not in listed:
-            yield add(sums, f"does not name {path.relative_to(root).as_posix()}")
-
-
-_OTHER: Final = "does not match SHA256SUMS"
-
-
-def _check_sum(path: Path, name: str, digest: str, known: dict[Path, str], level: str) -> str:
-    """What is wrong with one line of SHA256SUMS, or ""."""
-    if not path.is_file():
-        return f"names {name}, which is missing"
-    if path in known:
-        return f"gives {name} another digest than its manifest" if known[path] != digest else ""
-    return _OTHER if level != "quick" and sha256_of(path) != digest else ""
-
-
-def _shard_digests(root: Path) -> dict[Path, str]:
-    """sha256 of every shard as its manifest has it; their bytes were compared with that already."""
-    known: dict[Path, str] = {}
-    for name in tables_of(root):
-        with contextlib.suppress(BadData, InputMissing):  # reported with its table
-            manifest = read_record(root / name / "manifest.json", Manifest)
-            known |= {root / name / commit.file: commit.sha256 for commit in manifest.commits}
-    return known
+            yield sums, f"does not name {path.relative_to(root).as_posix()}", None
 
 
 def _expected_files(root: Path) -> Iterator[Path]:
-    for name in tables_of(root):
-        folder = root / name
-        if not (folder / "manifest.json").exists():
-            continue  # begun, and told of with its table: only what is finished is listed
-        yield from (path for path in (folder / "plan.json", folder / "manifest.json") if path.is_file())
-        yield from record_paths(folder)
-        yield from sorted(path for path in (folder / "tokenizer").glob("*") if path.is_file())
+    """What SHA256SUMS covers and no manifest does: plans, records, tokenizers' small files, the card."""
+    for folder in (root / name for name in tables_of(root)):
+        if (folder / "manifest.json").exists():  # what is only begun is told of with its table
+            own = (folder / "plan.json", folder / "manifest.json", *sorted((folder / "tokenizer").glob("*")))
+            yield from (path for path in own if path.is_file())
+            yield from record_paths(folder)
     if (root / "README.md").exists():
         yield root / "README.md"

@@ -4,8 +4,7 @@ Shape legend for this file
     T tokens    K spans, words or phrases    R kept rows    N predicted targets    D width
 """
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from xkd_schemas.cache.manifest import Commit
-from xkd_schemas.cache.table import Row, Table
+from xkd_pipeline.tables.read_units import documents_of, tokens_of
+from xkd_pipeline.tables.token_columns import token_counts
+from xkd_schemas.cache.table import Row, Shard, Table
 from xkd_schemas.codecs import CODECS
 from xkd_schemas.documents import documents_schema
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, XkdError
@@ -33,7 +33,7 @@ class Finding:
     table: str
     """"" for files of the cache itself."""
     unit: int | None
-    """None where it is not about one unit."""
+    """Number of the shard; None where it is not about one."""
     file: str
     """Relative to the cache."""
     reason: str
@@ -41,7 +41,7 @@ class Finding:
     @property
     def line(self) -> str:
         """For people."""
-        unit = "" if self.unit is None else f" (unit {self.unit})"
+        unit = "" if self.unit is None else f" (shard {self.unit})"
         return f"{self.file}{unit}: {self.reason}"
 
 
@@ -58,74 +58,52 @@ def verify_rows(root: Path, name: str) -> Iterator[Finding]:
     table = open_table(root, name)
     for number in range(len(table.manifest.commits)):
         file = table.path(number).relative_to(root).as_posix()
-        for reason in _find_unit_faults(root, table, number):
-            yield Finding(table=name, unit=number, file=file, reason=reason)
-
-
-def _find_unit_faults(root: Path, table: Table, number: int) -> Iterator[str]:
-    try:
-        yield from find_faults(root, table, number)
-    except XkdError as error:
-        yield error.what
-    except Exception as error:  # a shard that Arrow reads may be made to raise anything
-        yield f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        try:
+            faults = list(find_faults(root, table, number))
+        except XkdError as error:
+            faults = [error.what]
+        except Exception as error:  # a shard that Arrow reads may be made to raise anything
+            faults = [f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:160]}"]
+        for fault in faults:
+            yield Finding(table=name, unit=number, file=file, reason=fault)
 
 
 def find_faults(root: Path, table: Table, number: int) -> Iterator[str]:
-    """What is wrong with the rows of one unit."""
+    """What is wrong with the rows of one shard."""
     shard, commit = table.shard(number), table.manifest.commits[number]
-    version = table.manifest.spec["schema"]
-    expected = {"documents": documents_schema(version), "students": STUDENTS}.get(table.name.partition("/")[0])
+    version, (kind, _, name) = table.manifest.spec["schema"], table.name.partition("/")
+    expected = {"documents": documents_schema(version), "students": STUDENTS}.get(kind)
     if expected is not None and not shard.schema.equals(expected):
         yield "its schema is not the one of this version"
         return
-    try:
-        for batch in range(len(commit.batches)):
-            shard.batch(batch).validate(full=True)
-    except pa.ArrowInvalid as error:
-        yield f"invalid Arrow data: {' '.join(str(error).split())[:160]}"
-        return
+    for batch in range(len(commit.batches)):
+        shard.batch(batch).validate(full=True)
     rows = [shard.row(i) for i in range(commit.rows)]
-    documents = rows if table.name == "documents" else _read_rows(root, "documents", number)
-    teacher = table.manifest.spec.get("teacher")
+    teacher = name if kind == "teachers" else table.manifest.spec.get("teacher")
+    documents = rows if kind == "documents" else _read_rows(root, "documents", number)
     teachers = _read_rows(root, f"teachers/{teacher}", number) if teacher else documents
-    classes = _count_classes(root, table)
+    classes = int(open_table(root, f"teachers/{teacher}").manifest.constants["vocab_size"]) if teacher else 0
     for at, row in enumerate(rows):
-        fault = _check_row(table, row, teachers[at], documents[at], shard.schema) or _check_draws(
-            row, shard.schema, classes
-        )
-        if fault:
+        if fault := _check_row(table, row, teachers[at], documents[at], shard.schema, classes):
             yield f"row {at} ({row['doc_id']}): {fault}"
-    if not table.name.startswith("signals/"):
-        yield from _check_counts(table, commit, rows)
+    if kind != "signals":
+        yield from _check_counts(shard, [] if kind == "documents" else documents)
 
 
-def _check_row(table: Table, row: Row, teacher: Row, document: Row, schema: pa.Schema) -> str:
-    """What is wrong with one row; `teacher` counts only for tables that are made from a teacher's."""
+def _check_row(table: Table, row: Row, teacher: Row, document: Row, schema: pa.Schema, classes: int) -> str:
+    """What is wrong with one row; `teacher` is itself in a teacher's table, `classes` the rows of the head."""
     kind = table.name.partition("/")[0]
     if kind == "documents":
         return _check_document(row)
-    if kind != "teachers" and row["doc_id"] != teacher["doc_id"]:
+    if row["doc_id"] != teacher["doc_id"]:
         return f"the teacher table has {teacher['doc_id']} here"
     if kind == "signals":
-        return _check_signals(row, teacher, document, schema)
+        return _check_signals(row, teacher, document, schema, classes)
     return _check_tokens(row, document, table) or (
-        _check_signals(row, row, document, schema) if kind == "teachers" else _check_alignment(row, teacher, document)
+        _check_signals(row, row, document, schema, classes)
+        if kind == "teachers"
+        else _check_alignment(row, teacher, document)
     )
-
-
-def _count_classes(root: Path, table: Table) -> int:
-    """Rows of the teacher's head, for tables that have something of it; 0 for others."""
-    kind, _, name = table.name.partition("/")
-    teacher = {"teachers": name, "signals": table.manifest.spec.get("teacher")}.get(kind)
-    return int(open_table(root, f"teachers/{teacher}").manifest.constants["vocab_size"]) if teacher else 0
-
-
-def _check_draws(row: Row, schema: pa.Schema, classes: int) -> str:
-    """What is wrong with drawn classes and their shares."""
-    columns = [name for name in schema.names if name.startswith("sampled#")]
-    faults = ((name, fault_of(row[name], classes)) for name in columns)
-    return next((f"{name}: {fault}" for name, fault in faults if fault), "")
 
 
 def _read_rows(root: Path, name: str, number: int) -> list[Row]:
@@ -167,23 +145,24 @@ def _check_tokens(row: Row, document: Row, table: Table) -> str:
     return _check_ranges("token spans", spans_T2[kinds_T != TEMPLATE], row["num_chars"])
 
 
-def _check_signals(row: Row, tokens: Row, document: Row, schema: pa.Schema) -> str:
+def _check_signals(row: Row, tokens: Row, document: Row, schema: pa.Schema, classes: int) -> str:
     targets_T = tokens["targets"]
-    read = (
-        {n: len(spans_read(document[n], tokens["num_chars"])) for n in ("words", "phrases")} if len(targets_T) else {}
-    )
+    end = tokens["num_chars"] if len(targets_T) else 0
+    read = {name: len(spans_read(document[name], end)) for name in ("words", "phrases")}
     lengths = {"T": len(targets_T), "R": len(kept_rows(targets_T)), "N": len(predictors(targets_T))}
     for field in schema:
         metadata = field.metadata or {}
         if b"per" not in metadata:
             continue
         values, per = row[field.name], metadata[b"per"].decode()
-        spans = read.get("words" if field.name.endswith(":word") else "phrases", 0)
+        spans = read["words" if field.name.endswith(":word") else "phrases"]
         wanted = (lengths | {"K": spans, "K(K-1)/2": spans * (spans - 1) // 2}).get(per)
         if wanted is not None and len(values) != wanted:
             return f"{field.name} has {len(values)} entries for {wanted}"
         if fault := _check_values(field.name, values, metadata.get(b"codec", b"").decode()):
             return fault
+        if field.name.startswith("sampled#") and (fault := fault_of(values, classes)):
+            return f"{field.name}: {fault}"
     return ""
 
 
@@ -217,24 +196,18 @@ def _check_alignment(row: Row, teacher: Row, document: Row) -> str:
     return ""
 
 
-def _check_counts(table: Table, commit: Commit, rows: list[Row]) -> Iterator[str]:
-    """The record's counts are those of the columns."""
-    if table.name == "documents":
-        found = {
-            "characters": sum(len(r["text"]) for r in rows),
-            "words": sum(len(r["words"]) for r in rows),
-            "phrases": sum(len(r["phrases"]) for r in rows),
-        }
-    else:
-        statuses = Counter(r["status"] for r in rows)
-        found = {
-            "tokens": sum(len(r["token_ids"]) for r in rows),
-            "targets": sum(int(r["targets"].sum()) for r in rows),
-            **{f"status:{status}": number for status, number in statuses.items()},
-        }
-        unusable = tuple(i for i, r in enumerate(rows) if r["status"] != OK)
-        if unusable != commit.unusable:
+def _check_counts(shard: Shard, documents: Sequence[Row]) -> Iterator[str]:
+    """The record's counts are those of the columns; `documents` are empty for those of the documents themselves."""
+    commit = shard.commit
+    if documents:
+        tokens = tokens_of(shard)
+        found = token_counts([document["text"] for document in documents], tokens)
+        if commit.unusable != tuple(at for at, status in enumerate(tokens.statuses) if status != OK):
             yield "the record's unusable rows are not those of the column"
+    else:
+        rows = documents_of(shard)
+        found = {"words": len(rows.words.values), "phrases": len(rows.phrases.values)}
+        found["characters"] = sum(map(len, rows.block.texts))
     for name, number in found.items():
         if commit.counts.get(name, 0) != number:
             yield f"the record counts {commit.counts.get(name, 0)} {name}, the columns hold {number}"

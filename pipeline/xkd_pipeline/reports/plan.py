@@ -1,12 +1,16 @@
 """What a cache will need before it is made: bytes, shards, memory, time. Reads a sample and a model's config only.
 
-The sample is parsed and tokenized as the run would do it, and table_size.py counts bytes. What is not in the sample is
-taken to be like it.
+The sample is parsed and tokenized as the run would do it. Its signals are counted: values of a document times bytes of
+a value. What is not in the sample is taken to be like it.
+
+Legend for this file
+    T tokens    R kept rows    N predicted targets    K words or phrases of a document (see xkd_schemas.signals)
 """
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,29 +24,62 @@ from xkd_pipeline.capture.model_sizes import Sizes, sizes_of
 from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.stage import columns_of, units_of
 from xkd_pipeline.reports.sample import Sample, encoder_for, read_sample, reasons
-from xkd_pipeline.reports.table_size import Counts, batches_bytes, counts_of, frame_bytes, signal_bytes
 from xkd_pipeline.shard_rows import rows_per_shard
 from xkd_pipeline.stages import signals_for, teacher_dtype
 from xkd_pipeline.tables.read_units import DocumentRows
-from xkd_pipeline.tables.shard import ROWS_PER_BATCH
 from xkd_pipeline.tables.token_columns import token_columns, token_counts
-from xkd_schemas.codecs import CODECS
+from xkd_schemas.codecs import CODECS, bits_of
 from xkd_schemas.config import RunConfig
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
 from xkd_schemas.durable_files import bytes_below
 from xkd_schemas.progress import Progress
-from xkd_schemas.ragged import Ragged
-from xkd_schemas.signals import teacher_schema
+from xkd_schemas.ragged import Ragged, batch_of
+from xkd_schemas.signals import Signal, teacher_schema
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch
-from xkd_schemas.text.encode import TRIED
-from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS
+from xkd_schemas.text.encode import TRIED, Encoder
+from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, Tokens, kept_rows, predictors
 from xkd_trainer.models.compute_dtype import dtype_named, this_device
-from xkd_trainer.models.loading import load_tokenizer
 
 LIBRARIES: Final = 600 * 2**20
 """Resident bytes of Python with torch and transformers."""
 PADDING: Final = 1.01
 """Of Arrow's buffers, as a share of their bytes."""
+VALUE_BYTES: Final = {"bf16": 2, "float16": 2, "float32": 4, "int32": 4}
+OFFSET_BYTES: Final = 8
+"""A list column has one offset for each row."""
+
+
+def count_values(tokens: Tokens, words: Iterable[Any], phrases: Iterable[Any]) -> Counter[str]:
+    """How many values each kind of signal has of a document, by T, R, N, "word K", "phrase K(K-1)/2" and so on.
+
+    Nothing of a document that the teacher cannot read; intervals count up to where it reads (see `spans_read`).
+    """
+    end = tokens.num_chars if len(tokens.ids) else 0
+    found = Counter(T=len(tokens.ids), R=len(kept_rows(tokens.targets)), N=len(predictors(tokens.targets)))
+    for unit, spans in (("word", words), ("phrase", phrases)):
+        k = sum(start < end for start, _ in spans)
+        found.update({f"{unit} K": k, f"{unit} K(K-1)/2": k * (k - 1) // 2})
+    return found
+
+
+def signal_bytes(signal: Signal, width: int, codec: str, counts: Mapping[str, int], documents: int) -> int:
+    """Bytes of one signal's columns in the teacher table of so many documents, which have `counts` together."""
+    values = counts.get(f"{signal.unit} {signal.kind.per}" if signal.unit else signal.kind.per, 0)
+    if signal.kind.wide:
+        size = vector_bytes(codec, width, values // max(1, documents))
+    else:
+        size = VALUE_BYTES[signal.kind.dtype] * (signal.top or 1)
+    return round(size * values) + OFFSET_BYTES * documents
+
+
+def vector_bytes(codec: str, width: int, vectors: int) -> float:
+    """Bytes of one vector, measured on made-up states of a document with `vectors` of them.
+
+    What a codec compresses depends on the numbers; the exponents of states are spread about as those of a normal draw.
+    """
+    states = np.random.default_rng(0).standard_normal((max(1, vectors), width)).astype(np.float32)
+    encoded = CODECS[codec].encode("states", [bits_of(states)])
+    return float(sum(rows[0].nbytes for rows in encoded.columns.values()) / len(states))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,99 +88,92 @@ class PlanSample:
 
     sample: Sample
     spans: tuple[Spans, ...]
+    encoder: Encoder
+    """The teacher's."""
     tokens: TokenBatch
-    counts: list[Counts]
+    counts: Counter[str]
+    """See `count_values`."""
     shards: int
     """Of one table of the whole corpus."""
-    batches: int
-    """Record batches of these shards."""
-    template: str
 
     def of_corpus(self, number: float) -> int:
         """A number of the sample for the whole corpus."""
         return round(number * self.sample.scale)
 
+    def table_bytes(self, schema: pa.Schema, columns: Mapping[str, Any]) -> int:
+        """Bytes of the corpus's table that has these columns of the sample."""
+        return self.of_corpus(PADDING * batch_of(schema, dict(columns)).serialize().size) + self.frame_bytes(schema)
+
+    def frame_bytes(self, schema: pa.Schema) -> int:
+        """Bytes of a table without rows: the schema at both ends of each shard, and the header of its record batch."""
+        return self.shards * int(2 * schema.serialize().size + pa.RecordBatch.from_pylist([], schema).serialize().size)
+
 
 def read_plan_sample(run: RunConfig, wanted: int) -> PlanSample:
     """Read, parse and tokenize a sample of at most `wanted` rows; raises as those do."""
     sample = read_sample(run, wanted)
-    t = run.teacher
-    encoder = encoder_for(t.model, t)
+    encoder = encoder_for(run.teacher.model, run.teacher)
     encoder.check(sample.documents[:TRIED])
     with Progress("parse the sample", len(sample.documents)):
         parsed = parser_for(run.documents).parse(sample.documents)
     spans = tuple(checked_spans(d, s) for d, s in zip(sample.documents, parsed, strict=True))
     tokens = encoder.encode_batch(sample.documents)
-    units = units_of(sample.sources, rows_per_shard(run, sample.sources)[0])
-    counts = [counts_of(t, s.words, s.phrases) for t, s in zip(tokens, spans, strict=True)]
     return PlanSample(
-        sample=sample, spans=spans, tokens=tokens, counts=counts, shards=len(units),
-        batches=sum(-(-unit.rows // ROWS_PER_BATCH) for unit in units), template=encoder.template,
+        sample=sample, spans=spans, encoder=encoder, tokens=tokens,
+        counts=sum((count_values(t, s.words, s.phrases) for t, s in zip(tokens, spans, strict=True)), Counter()),
+        shards=len(units_of(sample.sources, rows_per_shard(run, sample.sources)[0])),
     )  # fmt: skip
 
 
-def teacher_parts(run: RunConfig, look: PlanSample, model: Sizes) -> dict[str, int]:
+def teacher_parts(run: RunConfig, look: PlanSample, model: Sizes, codec: str) -> dict[str, int]:
     """Bytes of the corpus's teacher table by column, the largest first; "tokens" are the shared columns."""
-    signals, codec = signals_for(run, model.layers), run.teacher.codec
-    sizes = {s.column: signal_bytes(s, model.width, codec, look.counts) for s in signals}
-    shared = {"doc_id": [d.doc_id for d in look.sample.documents], **token_columns(look.tokens)}
-    sizes["tokens"] = batches_bytes(pa.schema(TOKEN_FIELDS), shared)
-    parts = {name: look.of_corpus(PADDING * size) for name, size in sizes.items()}
-    parts["frames"] = frame_bytes(teacher_schema(signals, model.width, codec), look.shards, look.batches)
+    signals, tokens = signals_for(run, model.layers), pa.schema(TOKEN_FIELDS)
+    documents = look.sample.documents
+    sizes = {s.column: signal_bytes(s, model.width, codec, look.counts, len(documents)) for s in signals}
+    parts = {column: look.of_corpus(PADDING * size) for column, size in sizes.items()}
+    shared = {"doc_id": [d.doc_id for d in documents], **token_columns(look.tokens)}
+    parts["tokens"] = look.table_bytes(tokens, shared)
+    parts["frames"] = look.frame_bytes(teacher_schema(signals, model.width, codec)) - look.frame_bytes(tokens)
     return dict(sorted(parts.items(), key=lambda part: -part[1]))
-
-
-def table_bytes(schema: pa.Schema, columns: dict[str, Any], look: PlanSample) -> int:
-    """Bytes of the corpus's table with these columns of the sample."""
-    return look.of_corpus(PADDING * batches_bytes(schema, columns)) + frame_bytes(schema, look.shards)
 
 
 def losses_of(run: RunConfig, layers: int) -> dict[str, list[str]]:
     """Column -> the losses that need it, or "evaluation"."""
-    wanted = {loss: signals_for(_with_teacher(run, losses=(loss,)), layers) for loss in run.teacher.losses}
-    found = {s.column: [loss for loss in wanted if s in wanted[loss]] for s in signals_for(run, layers)}
-    return found | {s.column: ["evaluation"] for s in signals_for(_with_teacher(run, losses=()), layers)}
+    found: dict[str, list[str]] = {}
+    for loss in ("evaluation", *run.teacher.losses):
+        teacher = run.teacher.model_copy(update={"losses": () if loss == "evaluation" else (loss,)})
+        for signal in signals_for(run.model_copy(update={"teacher": teacher}), layers):
+            if found.get(signal.column) != ["evaluation"]:
+                found.setdefault(signal.column, []).append(loss)
+    return found
 
 
-def _with_teacher(run: RunConfig, **changes: Any) -> RunConfig:
-    return run.model_copy(update={"teacher": run.teacher.model_copy(update=changes)})
-
-
-def _student_of(run: RunConfig) -> str:
-    """Name of the student's tokenizer, "" without a student."""
-    s = run.student
-    return s.tokenizer or ("" if s.model.startswith("new:") else s.model)
-
-
-def tokenizer_bytes(*names: str) -> int:
-    """Bytes of these tokenizers as they are saved in a cache; "" is none."""
-    size = 0
-    for name in filter(None, names):
-        with tempfile.TemporaryDirectory(prefix="xkd-plan-") as folder:
-            load_tokenizer(name).save_pretrained(folder)
-            size += bytes_below(Path(folder))
-    return size
-
-
-def student_bytes(run: RunConfig, look: PlanSample) -> int | None:
-    """Bytes of the students table; None without a student."""
-    s, name = run.student, _student_of(run)
-    if not name:
-        return None
+def student_bytes(look: PlanSample, encoder: Encoder) -> int:
+    """Bytes of the students table."""
     documents = look.sample.documents
     rows = DocumentRows(
         doc_ids=[d.doc_id for d in documents], block=DocumentBatch.of(documents),
         words=Ragged.of([spans.words for spans in look.spans], np.int32, 2),
         phrases=Ragged.of([spans.phrases for spans in look.spans], np.int32, 2),
     )  # fmt: skip
-    return table_bytes(STUDENTS, align_rows(encoder_for(name, s), rows, look.tokens)[1], look)
+    return look.table_bytes(STUDENTS, align_rows(encoder, rows, look.tokens)[1])
+
+
+def tokenizer_bytes(encoders: Iterable[Encoder]) -> int:
+    """Bytes of these tokenizers as they are saved in a cache."""
+    size = 0
+    for encoder in encoders:
+        with tempfile.TemporaryDirectory(prefix="xkd-plan-") as folder:
+            encoder.tokenizer.save_pretrained(folder)
+            size += bytes_below(Path(folder))
+    return size
 
 
 def memory_parts(run: RunConfig, look: PlanSample, model: Sizes, dtype: str, teacher: int) -> dict[str, int]:
     """Estimated peak of one worker of the teacher stage, in bytes."""
     layers = len({s.layer for s in signals_for(run, model.layers) if s.layer is not None})
     size = dtype_named(dtype).itemsize
-    longest = max((c.tokens for c in look.counts), default=0)
+    longest = int(np.diff(look.tokens.first).max())
     tokens = max(run.teacher.batch_tokens, longest)
     return {
         "libraries": LIBRARIES,
@@ -169,67 +199,55 @@ def give_or_take(values: Sequence[int], sizes: Sequence[int], scale: float) -> f
 
 def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | None) -> dict[str, Any]:
     """Everything `xkd-cache plan` says, of at most `sample` rows; `rate` is the teacher's tokens per second."""
-    model = sizes_of(run.teacher.model)
+    t, s = run.teacher, run.student
+    model = sizes_of(t.model)
     signals_for(run, model.layers)  # refuses an unknown loss or layer before anything is read
     dtype = teacher_dtype(run, this_device())
     look = read_plan_sample(run, sample)
-    parts = teacher_parts(run, look, model)
-    teacher = sum(parts.values())
-    tokens = look.of_corpus(sum(c.tokens for c in look.counts))
+    documents, lengths = look.sample.documents, np.diff(look.tokens.first).tolist()
+    student = s.tokenizer or ("" if s.model.startswith("new:") else s.model)
+    students = [encoder_for(student, s)] if student else []
     fixed = {
-        "documents": table_bytes(DOCUMENTS, columns_of(look.sample.documents, look.spans), look),
-        "students": student_bytes(run, look),
-        "tokenizers": tokenizer_bytes(run.teacher.model, _student_of(run)),
+        "documents": look.table_bytes(DOCUMENTS, columns_of(documents, look.spans)),
+        "students": student_bytes(look, students[0]) if students else None,
+        "tokenizers": tokenizer_bytes([look.encoder, *students]),
         "files": model.file_numbers * min(model.number_bytes, dtype_named(dtype.dtype).itemsize),
     }
     others = sum(size or 0 for size in fixed.values())
+    by_codec = {codec: teacher_parts(run, look, model, codec) for codec in CODECS}
+    parts, needs = by_codec[t.codec], losses_of(run, model.layers)
+    teacher = sum(parts.values())
     memory = memory_parts(run, look, model, dtype.dtype, teacher)
-    codecs = {
-        codec: others + sum(teacher_parts(_with_teacher(run, codec=codec), look, model).values())
-        for codec in CODECS
-        if codec != run.teacher.codec
-    }
-    needs = losses_of(run, model.layers)
-    share = max(1, tokens)
+    tokens = look.of_corpus(sum(lengths))
     cache = Path(run.cache).absolute()
     there = next(path for path in (cache, *cache.parents) if path.is_dir())
     return {
         "corpus": [source.describe() for source in look.sample.sources],
         "rows": look.sample.corpus_rows,
         "sample": {
-            "rows": look.sample.rows,
-            "documents": len(look.sample.documents),
-            "rejected": len(look.sample.rejected),
-            "reasons": reasons(look.sample.rejected),
-            "unusable": sum(status != OK for status in look.tokens.statuses),
-            "cut": token_counts([d.text for d in look.sample.documents], look.tokens)["cut"],
+            "rows": look.sample.rows, "documents": len(documents), "rejected": len(look.sample.rejected),
+            "reasons": reasons(look.sample.rejected), "unusable": sum(s != OK for s in look.tokens.statuses),
+            "cut": token_counts([d.text for d in documents], look.tokens)["cut"],
         },
         "model": {name: getattr(model, name) for name in ("architecture", "layers", "width", "classes", "weights")},
-        "template": look.template,
-        "dtype": dtype.dtype,
-        "dtype_why": dtype.why,
-        "dtype_warning": dtype.warning,
-        "codec": run.teacher.codec,
+        "template": look.encoder.template,
+        "dtype": dtype.dtype, "dtype_why": dtype.why, "dtype_warning": dtype.warning,
         "tokens": tokens,
-        "give_or_take": give_or_take([c.tokens for c in look.counts], look.sample.sizes, look.sample.scale),
-        "targets": look.of_corpus(sum(c.targets for c in look.counts)),
+        "give_or_take": give_or_take(lengths, look.sample.sizes, look.sample.scale),
+        "targets": look.of_corpus(look.counts["N"]),
         "words": look.of_corpus(sum(len(s.words) for s in look.spans)),
         "phrases": look.of_corpus(sum(len(s.phrases) for s in look.spans)),
         "columns": [
-            {"column": name, "bytes": size, "bytes_per_token": size / share, "losses": needs.get(name, [])}
+            {"column": name, "bytes": size, "bytes_per_token": size / max(1, tokens), "losses": needs.get(name, [])}
             for name, size in parts.items()
         ],
-        "teacher_bytes": teacher,
-        "bytes_per_token": teacher / share,
+        "teacher_bytes": teacher, "bytes_per_token": teacher / max(1, tokens),
         **{f"{name}_bytes": size for name, size in fixed.items()},
-        "bytes": teacher + others,
-        "free": shutil.disk_usage(there).free,
-        "shards": look.shards,
-        "shard_bytes": teacher // max(1, look.shards),
-        "memory": memory,
-        "memory_bytes": sum(memory.values()),
-        "seconds": tokens / rate if rate else None,
-        "rate": rate,
+        "bytes": teacher + others, "free": shutil.disk_usage(there).free,
+        "codec": t.codec,
+        "codecs": {c: others + sum(sizes.values()) for c, sizes in by_codec.items() if c != t.codec},
+        "shards": look.shards, "shard_bytes": teacher // max(1, look.shards),
+        "memory": memory, "memory_bytes": sum(memory.values()),
+        "seconds": tokens / rate if rate else None, "rate": rate,
         "budget": budget,
-        "codecs": codecs,
-    }
+    }  # fmt: skip

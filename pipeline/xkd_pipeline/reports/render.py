@@ -6,20 +6,26 @@
              =   ~     =    =   =
     student  The│o│ld │lamp│was│lit
 
-A pure function from arrays to a string. Nothing of the text reaches the terminal raw that could move its cursor or
+Nothing of the text reaches the terminal raw that could move its cursor or
 turn its writing direction: control, format and bidirectional characters are shown escaped, blanks as signs. Widths
 are terminal cells, so that East Asian text and emoji stay in their columns.
 """
 
+import shutil
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Final
 
 from rich.cells import cell_len
 
+from xkd_pipeline.tables.read_units import document_at, tokens_at
+from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, Interval, Spans
+from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Int32s, Tokens
 
 SIGNS: Final = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
@@ -34,7 +40,6 @@ ALONE: Final = " "
 
 _SKIN_TONES: Final = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 _JOIN: Final = "│"
-_TITLES: Final = ("teacher", "", "student")
 _MARGIN: Final = 9
 
 
@@ -63,7 +68,7 @@ def _escape(char: str) -> str:
 
 
 def show_blanks(text: str) -> str:
-    """`visible`, with blanks as signs: for a single token.
+    """`escape_text`, with blanks as signs: for a single token.
 
     >>> show_blanks(" a\\n")
     '·a⏎'
@@ -108,6 +113,40 @@ def _find_crossing(phrases: Sequence[Interval]) -> list[bool]:
         ended = by_end[bisect_right(by_end, (start, last)) : bisect_left(by_end, (end, 0))]
         found.append(any(other > end for _, other in begun) or any(other < start for _, other in ended))
     return found
+
+
+def find(documents: Table, doc: str) -> int:
+    """Row number of a document, by number or by the beginning of its doc_id; refused where that is not one text."""
+    if doc.isdecimal() and int(doc) < len(documents):
+        return int(doc)
+    found = [(i, row["doc_id"]) for i, row in enumerate(documents) if doc and row["doc_id"].startswith(doc)]
+    if not found:
+        raise InputMissing(
+            f"no document {doc!r} among {len(documents)}", fix="give a row number from 0 on, or a doc_id"
+        )
+    if len({doc_id for _, doc_id in found}) > 1:
+        raise UsageError(f"{len(found)} documents begin with {doc!r}", fix="give more digits of the doc_id")
+    return found[0][0]
+
+
+def draw(root: Path, doc: str, *, teacher: str, student: str, width: int) -> list[str]:
+    """Lines of the drawing of a row number or doc_id; "" is no teacher or student, width 0 fits the terminal."""
+    documents = Table(root, "documents")
+    number = find(documents, doc)
+    row = documents[number]
+    document = document_at(row)
+    phrases = tuple((int(a), int(b)) for a, b in row["phrases"])
+    if not teacher:
+        text = bracket_phrases(document.text, phrases, row["labels"])
+        return [f"{document.doc_id}  {document.source}:{document.line}", *map(escape_text, text.split("\n"))]
+    spans = Spans(words=(), phrases=phrases, labels=tuple(row["labels"]))
+    columns = width or shutil.get_terminal_size().columns
+    taught = tokens_at(Table(root, f"teachers/{teacher}")[number])
+    if not student:
+        return render(document, spans, None, taught, None, columns).split("\n")
+    learned = Table(root, f"students/{student}")[number]
+    aligned = (learned["student_spans"], learned["teacher_spans"])
+    return render(document, spans, tokens_at(learned), taught, aligned, columns).split("\n")
 
 
 def render(
@@ -161,9 +200,8 @@ def columns_of(
 ) -> list[Column]:
     """The drawing column by column: aligned spans and what lies between them; arguments as `render` takes them."""
     if student is None or aligned is None:
-        return [
-            Column(text, "", ALONE) for n in range(len(teacher.ids)) if (text := _texts(document, teacher, n, n + 1))
-        ]
+        texts = (_texts(document, teacher, n, n + 1) for n in range(len(teacher.ids)))
+        return [Column(text, "", ALONE) for text in texts if text]
 
     def column(theirs: tuple[int, int], ours: tuple[int, int], mark: str) -> Column:
         return Column(_texts(document, teacher, *theirs), _texts(document, student, *ours), mark)
@@ -194,36 +232,36 @@ def _lay_out(columns: Iterable[Column], width: int, both: bool) -> list[str]:
     """Groups of lines: teacher over marks over student; columns that do not fit are folded."""
     room = width - _MARGIN
     lines: list[str] = []
-    rows: tuple[list[str], list[str], list[str]] = ([], [], [])
+    group: list[tuple[str, str, str]] = []
     used = 0
     for column in (part for whole in columns for part in _fold(whole, room - 1)):
         size = max(cell_len(column.teacher), cell_len(column.student), 1)
         if used and used + size + 1 > room:
-            lines += _group(rows, both)
-            rows, used = ([], [], []), 0
-        for row, cell in zip(rows, (column.teacher, column.mark, column.student), strict=True):
-            row.append(cell + " " * (size - cell_len(cell)))
+            lines += _draw_group(group, both)
+            group, used = [], 0
+        group.append((_pad(column.teacher, size), _pad(column.mark, size), _pad(column.student, size)))
         used += size + 1
-    return lines + _group(rows, both)
+    return lines + _draw_group(group, both)
 
 
-def _group(rows: tuple[list[str], list[str], list[str]], both: bool) -> list[str]:
-    if not rows[0]:
+def _pad(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
+
+
+def _draw_group(group: Sequence[tuple[str, str, str]], both: bool) -> list[str]:
+    if not group:
         return []
-    joints = (_JOIN, " ", _JOIN)
-    drawn = [
-        f"{title:<{_MARGIN}}{joint.join(row)}".rstrip()
-        for title, row, joint in zip(_TITLES, rows, joints, strict=True)
-    ]
-    return [*drawn, ""] if both else [drawn[0], ""]
+    above, marks, below = zip(*group, strict=True)
+    lines = [f"{'teacher':<{_MARGIN}}{_JOIN.join(above)}"]
+    if both:
+        lines += [" " * _MARGIN + " ".join(marks), f"{'student':<{_MARGIN}}{_JOIN.join(below)}"]
+    return [*(line.rstrip() for line in lines), ""]
 
 
 def _fold(column: Column, room: int) -> list[Column]:
     """The column in parts of at most `room` cells; only the first has the mark."""
-    above, below = chop_word(column.teacher, room), chop_word(column.student, room)
-    size = max(len(above), len(below))
-    above, below = above + [""] * (size - len(above)), below + [""] * (size - len(below))
-    return [Column(a, b, column.mark if n == 0 else ALONE) for n, (a, b) in enumerate(zip(above, below, strict=True))]
+    parts = zip_longest(chop_word(column.teacher, room), chop_word(column.student, room), fillvalue="")
+    return [Column(above, below, ALONE if n else column.mark) for n, (above, below) in enumerate(parts)]
 
 
 def wrap_line(text: str, width: int) -> list[str]:

@@ -1,7 +1,11 @@
-"""What a cache holds, as plain data for a page: streamed batch by batch, nothing kept but counts and the worst few.
+"""One HTML file about a cache: what it holds, where it comes from, how well it aligns, and its worst documents.
 
-The documents and students tables are read whole. Of a teacher table, whose states are large, at most SAMPLED_SHARDS
-shards are read, evenly spaced; the page says so wherever a figure comes from them.
+No script, and nothing that is fetched: style and bar charts are in the file. Text of the corpus is the attacker's:
+`escape_text` shows control and bidirectional characters as code points, jinja2 escapes every value, and the page's own
+policy forbids scripts and requests.
+
+Tables are streamed batch by batch; nothing is kept but counts and the worst few. Of a teacher table, whose states are
+large, at most SAMPLED_SHARDS shards are read, evenly spaced; the page says so wherever a figure comes from them.
 
 Shape legend for this file
     B documents of one record batch    K aligned spans of the batch, document after document
@@ -15,19 +19,27 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from xkd_pipeline.reports.plan_text import format_size
+from xkd_pipeline.reports.render import bracket_phrases, columns_of, escape_text
+from xkd_pipeline.tables.read_units import document_at, tokens_at
 from xkd_pipeline.tables.status import table_states
 from xkd_schemas.cache.manifest import Manifest
 from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
-from xkd_schemas.durable_files import bytes_below, inside, sha256_of
-from xkd_schemas.errors import BadData
+from xkd_schemas.durable_files import bytes_below, inside, replace, sha256_of
+from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.tokens import OK, TOKEN_FIELDS
 
 WORST: Final = 20
 """Documents that are drawn."""
+MAX_COLUMNS: Final = 200
+"""Aligned spans of one document that are drawn."""
+MAX_CHARS: Final = 1200
+"""Characters of one document's text, brackets included, that are shown."""
 SAMPLED_SHARDS: Final = 32
 """Shards of a teacher table that are read at most."""
 MAX_REJECTS: Final = 20
@@ -38,20 +50,41 @@ MAX_BINS: Final = 24
 Int64s = npt.NDArray[np.int64]
 
 
-class Histogram(NamedTuple):
-    """How many things have a size between first and last, both included."""
+class Histogram:
+    """How often each size was seen; grows with the largest size, never with the number of things."""
 
-    title: str
-    bars: tuple[tuple[int, int, int], ...]
-    """(first, last, how many), without a hole."""
-    remark: str = ""
+    def __init__(self, title: str, remark: str = "") -> None:
+        self.title, self.remark = title, remark
+        self._counts: Int64s = np.zeros(0, dtype=np.int64)
+
+    def add(self, sizes: npt.NDArray[Any]) -> None:
+        """Count sizes, 0 or more, of any shape."""
+        seen = np.bincount(np.asarray(sizes, dtype=np.int64).ravel(), minlength=len(self._counts))
+        seen[: len(self._counts)] += self._counts
+        self._counts = seen
+
+    @property
+    def bars(self) -> list[tuple[int, int, int]]:
+        """(first, last, how many) of equal bins of whole numbers, both ends included, MAX_BINS at most.
+
+        >>> sizes = Histogram("tokens")
+        >>> sizes.add(np.array([1, 1, 3]))
+        >>> sizes.bars
+        [(1, 1, 2), (2, 2, 0), (3, 3, 1)]
+        """
+        seen = np.flatnonzero(self._counts).tolist()
+        if not seen:
+            return []
+        low, high = seen[0], seen[-1]
+        step = -(-(high - low + 1) // MAX_BINS)
+        return [(at, at + step - 1, int(self._counts[at : at + step].sum())) for at in range(low, high + 1, step)]
 
 
 class SignalSizes(NamedTuple):
     """Bytes of a teacher's columns."""
 
     table: str
-    signals: tuple[tuple[str, int], ...]
+    signals: list[tuple[str, int]]
     """(signal, bytes) with the largest first; "tokens" stands for ids, intervals and kinds."""
     read: int
     """Shards that were read."""
@@ -63,40 +96,46 @@ class Alignment(NamedTuple):
 
     student: str
     teacher: str
-    shapes: tuple[tuple[str, int], ...]
+    shapes: dict[str, int]
     """1:1, 1:n, n:1 and n:m (student tokens : teacher tokens) with the number of aligned spans."""
     spans: int
-    worst: tuple[tuple[float, int], ...]
+    worst: list[tuple[float, int]]
     """(share of the document's aligned tokens that stand one to one, row number), the worst first."""
 
 
-class Sizes:
-    """How often each size was seen; grows with the largest size, never with the number of things."""
+def write_report(root: Path, out: Path) -> dict[str, Any]:
+    """Write the report of a cache to `out`, whole or not at all; raises as `gather`."""
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder", fix=f"--out {out / 'report.html'}")
+    report = gather(root)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"visible": escape_text, "size": format_size, "flatten": flatten}
+    worst = {alignment.student: list(_draw_worst(root, alignment)) for alignment in report["alignments"]}
+    page = environment.get_template("report.html.j2").render(
+        report=report, worst=worst, max_chars=MAX_CHARS, max_columns=MAX_COLUMNS
+    )
+    replace(out, page.encode())
+    pairs = [(a.teacher, a.student) for a in report["alignments"]]
+    return {"report": str(out), "bytes": len(page.encode()), "tables": len(report["tables"]), "pairs": pairs}
 
-    def __init__(self) -> None:
-        self.counts: Int64s = np.zeros(0, dtype=np.int64)
 
-    def add(self, sizes: npt.NDArray[Any]) -> None:
-        """Count sizes, 0 or more, of any shape."""
-        seen = np.bincount(np.asarray(sizes, dtype=np.int64).ravel(), minlength=len(self.counts))
-        seen[: len(self.counts)] += self.counts
-        self.counts = seen
-
-    def histogram(self, title: str, remark: str = "") -> Histogram:
-        """Equal bins of whole numbers, MAX_BINS at most.
-
-        >>> sizes = Sizes()
-        >>> sizes.add(np.array([1, 1, 3]))
-        >>> sizes.histogram("tokens").bars
-        ((1, 1, 2), (2, 2, 0), (3, 3, 1))
-        """
-        seen = np.flatnonzero(self.counts)
-        if not len(seen):
-            return Histogram(title=title, bars=(), remark=remark)
-        low, high = int(seen[0]), int(seen[-1])
-        step = -(-(high - low + 1) // MAX_BINS)
-        bars = [(at, at + step - 1, int(self.counts[at : at + step].sum())) for at in range(low, high + 1, step)]
-        return Histogram(title=title, bars=tuple(bars), remark=remark)
+def _draw_worst(root: Path, alignment: Alignment) -> Iterator[dict[str, Any]]:
+    """The worst documents with their phrases in brackets and their tokens over each other."""
+    names = ("documents", f"students/{alignment.student}", f"teachers/{alignment.teacher}")
+    for share, row in alignment.worst:  # a table for each: no more than three shards are open at a time
+        source, student, teacher = (Table(root, name)[row] for name in names)
+        document, spans = document_at(source), (student["student_spans"], student["teacher_spans"])
+        phrases = [(int(a), int(b)) for a, b in source["phrases"]]
+        yield {
+            "title": document.doc_id,
+            "where": escape_text(f"{document.source}:{document.line}"),
+            "share": share,
+            "text": escape_text(bracket_phrases(document.text, phrases, source["labels"])),
+            "columns": columns_of(document, tokens_at(student), tokens_at(teacher), spans),
+        }
 
 
 def gather(root: Path) -> dict[str, Any]:
@@ -109,12 +148,9 @@ def gather(root: Path) -> dict[str, Any]:
     check_cache(root)
     tables = [Table(root, name) for name in sealed_tables(root)]
     documents = tables[0]
-    histograms, kept, alignments = _measure_documents(documents), [], []
-    for table in tables[1:]:
-        if table.name.startswith(("teachers/", "signals/")):
-            kept.append(_measure_signals(table, histograms))
-        else:
-            alignments.append(_measure_alignment(table, histograms))
+    histograms = _measure_documents(documents)
+    kept = [_measure_signals(t, histograms) for t in tables[1:] if not t.name.startswith("students/")]
+    alignments = [_measure_alignment(t, histograms) for t in tables[1:] if t.name.startswith("students/")]
     manifests = [t.manifest for t in tables]
     reasons = Counter[str]()
     for commit in documents.manifest.commits:
@@ -158,35 +194,32 @@ def _pairs(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.int32]:
 
 
 def _measure_documents(documents: Table) -> list[Histogram]:
-    words, phrases, lengths = Sizes(), Sizes(), Sizes()
+    titles = ("words of a document", "phrases of a document", "characters of a phrase")
+    words, phrases, lengths = histograms = [Histogram(title) for title in titles]
     for _, batch in read_batches(documents):
         words.add(_lengths(batch, "words"))
         phrases.add(_lengths(batch, "phrases"))
         lengths.add(np.diff(_pairs(batch, "phrases"), axis=1))
-    return [
-        words.histogram("words of a document"),
-        phrases.histogram("phrases of a document"),
-        lengths.histogram("characters of a phrase"),
-    ]
+    return histograms
 
 
 def _measure_signals(table: Table, histograms: list[Histogram]) -> SignalSizes:
     """Bytes of each signal; the sizes of the rows are added to `histograms`."""
-    shards = len(table.manifest.commits)
-    units = sorted({int(u) for u in np.linspace(0, shards - 1, min(shards, SAMPLED_SHARDS)).round()}) if shards else []
-    tokens, found = Sizes(), Counter[str]()
+    commits = table.manifest.commits
+    shards = len(commits)
+    units = sorted({int(u) for u in np.linspace(0, shards - 1, min(shards, SAMPLED_SHARDS)).round()})
+    remark = f"from {len(units)} of {shards} shards" if len(units) < shards else ""
+    tokens, found = Histogram(f"tokens of a document, {table.name}", remark), Counter[str]()
     for _, batch in read_batches(table, units):
         if "token_ids" in batch.schema.names:
             tokens.add(_lengths(batch, "token_ids"))
         signals = {f.name for f in batch.schema if f.metadata and b"per" in f.metadata}
         for name in batch.schema.names:
             found[_signal(name, signals)] += batch.column(name).nbytes
-    part = sum(table.manifest.commits[unit].size for unit in units)
-    scale = sum(c.size for c in table.manifest.commits) / part if len(units) < shards else 1.0
-    remark = f"from {len(units)} of {shards} shards" if len(units) < shards else ""
-    histograms.append(tokens.histogram(f"tokens of a document, {table.name}", remark))
+    histograms.append(tokens)
+    scale = sum(c.size for c in commits) / max(1, sum(commits[unit].size for unit in units)) if remark else 1.0
     sized = sorted(((name, round(n * scale)) for name, n in found.items()), key=lambda pair: (-pair[1], pair[0]))
-    return SignalSizes(table=table.name, signals=tuple(sized), read=len(units), shards=shards)
+    return SignalSizes(table=table.name, signals=sized, read=len(units), shards=shards)
 
 
 def _signal(column: str, signals: set[str]) -> str:
@@ -198,28 +231,23 @@ def _signal(column: str, signals: set[str]) -> str:
 
 
 def _measure_alignment(table: Table, histograms: list[Histogram]) -> Alignment:
-    tokens, ours_, theirs_ = Sizes(), Sizes(), Sizes()
+    titles = ("tokens of a document", "student tokens of an aligned span", "teacher tokens of an aligned span")
+    sizes = [Histogram(f"{title}, {table.name}") for title in titles]
     shapes = np.zeros(4, dtype=np.int64)
     worst: list[tuple[float, int]] = []
     for first, batch in read_batches(table):
-        tokens.add(_lengths(batch, "token_ids"))
         ours, theirs = (np.diff(_pairs(batch, f"{side}_spans"), axis=1)[:, 0] for side in ("student", "teacher"))
-        ours_.add(ours)
-        theirs_.add(theirs)
+        for histogram, found in zip(sizes, (_lengths(batch, "token_ids"), ours, theirs), strict=True):
+            histogram.add(found)
         shapes += np.bincount(2 * (ours > 1) + (theirs > 1), minlength=4)
-        usable = np.array([status == OK for status in batch.column("status").to_pylist()], dtype=bool)
-        shares = exact_shares(ours, theirs, _lengths(batch, "student_spans"))
-        candidates = [(float(shares[row]), first + int(row)) for row in np.flatnonzero(usable)]
-        worst = heapq.nsmallest(WORST, [*worst, *candidates])
-    histograms += [
-        tokens.histogram(f"tokens of a document, {table.name}"),
-        ours_.histogram(f"student tokens of an aligned span, {table.name}"),
-        theirs_.histogram(f"teacher tokens of an aligned span, {table.name}"),
-    ]
-    named = tuple(zip(("1:1", "1:n", "n:1", "n:m"), map(int, shapes), strict=True))
+        shares = exact_shares(ours, theirs, _lengths(batch, "student_spans")).tolist()
+        usable = [at for at, status in enumerate(batch.column("status").to_pylist()) if status == OK]
+        worst = heapq.nsmallest(WORST, [*worst, *((shares[at], first + at) for at in usable)])
+    histograms += sizes
     return Alignment(
-        student=table.name.removeprefix("students/"), teacher=str(table.manifest.spec["teacher"]), shapes=named,
-        spans=int(shapes.sum()), worst=tuple(worst),
+        student=table.name.removeprefix("students/"), teacher=str(table.manifest.spec["teacher"]),
+        shapes=dict(zip(("1:1", "1:n", "n:1", "n:m"), shapes.tolist(), strict=True)),
+        spans=int(shapes.sum()), worst=worst,
     )  # fmt: skip
 
 

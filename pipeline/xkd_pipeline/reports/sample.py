@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,34 +28,23 @@ class Sample:
     rejected: tuple[RejectedRow, ...]
     sizes: tuple[int, ...]
     """Of each document, the size of the row that it was read from; see `size_of`."""
-    read_size: int
-    """Sizes of the rows that were read, rejected ones included."""
-    corpus_size: int
-    """Sizes of all rows of the corpus."""
-
-    @property
-    def corpus_rows(self) -> int:
-        """Rows of the whole corpus."""
-        return sum(source.num_rows for source in self.sources)
-
-    @property
-    def scale(self) -> float:
-        """Bytes of the corpus for each byte that was read; 1 if all were."""
-        return self.corpus_size / self.read_size if self.read_size else self.corpus_rows / self.rows
+    corpus_rows: int
+    """Rows of the whole corpus."""
+    scale: float
+    """Size of the corpus for each size that was read; 1 if all were."""
 
 
-def spread_evenly(total: int, wanted: int) -> Iterator[int]:
+def spread_evenly(total: int, wanted: int) -> list[int]:
     """At most `wanted` different numbers below `total`: one from each of as many equal stretches, at a drawn place.
 
     Always the same ones; drawn, because a corpus may repeat itself at the distance of the stretches.
 
-    >>> len(list(spread_evenly(100, 4))), list(spread_evenly(2, 4))
+    >>> len(spread_evenly(100, 4)), spread_evenly(2, 4)
     (4, [0, 1])
     """
     draw = random.Random(0)
     count = min(total, wanted)
-    for number in range(count):
-        yield draw.randrange(number * total // count, (number + 1) * total // count)
+    return [draw.randrange(number * total // count, (number + 1) * total // count) for number in range(count)]
 
 
 def read_sample(run: RunConfig, wanted: int) -> Sample:
@@ -73,34 +62,34 @@ def read_sample(run: RunConfig, wanted: int) -> Sample:
     total = sum(source.num_rows for source in sources)
     if total == 0:
         raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
-    encoder = prompt_encoder(d)
-    chosen = list(spread_evenly(total, wanted))
+    encoder, chosen = prompt_encoder(d), set(spread_evenly(total, wanted))
     documents: list[Document] = []
     rejected: list[RejectedRow] = []
     sizes: list[int] = []
-    before = read_size = corpus_size = 0
+    at = read_size = corpus_size = 0
     for source in sources:
-        places = {at - before for at in chosen if before <= at < before + source.num_rows}
-        rows, size = _rows(source, places)
-        found, refused = read_documents(
-            Path(source.name).name, source.form, source.columns, rows, max_chars=d.max_chars
-        )
-        cut = cut_prompts(found, encoder, d.max_prompt_tokens)
-        found = [document for document in cut if document is not None]
-        by_line = {row.line: size_of(row.content) for row in rows}
-        documents += found
+        rows: dict[int, tuple[RawRow, int]] = {}
+        for row in source.rows():
+            size = size_of(row.content)
+            corpus_size += size
+            if at in chosen:
+                rows[row.line] = row, size
+            at += 1
+        raw = [row for row, _ in rows.values()]
+        name = Path(source.name).name
+        found, refused = read_documents(name, source.form, source.columns, raw, max_chars=d.max_chars)
+        cut = [document for document in cut_prompts(found, encoder, d.max_prompt_tokens) if document is not None]
+        documents += cut
         rejected += refused
-        sizes += [by_line[document.line] for document in found]
-        read_size += sum(by_line.values())
-        corpus_size += size
-        before += source.num_rows
+        sizes += [rows[document.line][1] for document in cut]
+        read_size += sum(size for _, size in rows.values())
     if not documents:
         raise BadData(
             f"none of {len(chosen)} sampled rows can be used ({reasons(rejected)})", fix="check the form of the rows"
         )
     return Sample(
-        sources=sources, rows=len(chosen), documents=tuple(documents), rejected=tuple(rejected),
-        sizes=tuple(sizes), read_size=read_size, corpus_size=corpus_size,
+        sources=sources, rows=len(chosen), documents=tuple(documents), rejected=tuple(rejected), sizes=tuple(sizes),
+        corpus_rows=total, scale=corpus_size / read_size if read_size else total / len(chosen),
     )  # fmt: skip
 
 
@@ -111,16 +100,6 @@ def encoder_for(name: str, section: TeacherSection | StudentSection) -> Encoder:
         tokenizer=tokenizer, template=chosen_template(section.template, tokenizer), max_tokens=section.max_tokens,
         enable_thinking=section.enable_thinking,
     )  # fmt: skip
-
-
-def _rows(source: Source, places: Set[int]) -> tuple[list[RawRow], int]:
-    """The rows at these places, and the sizes of all rows; the source is read once."""
-    rows, size = [], 0
-    for at, row in enumerate(source.rows()):
-        size += size_of(row.content)
-        if at in places:
-            rows.append(row)
-    return rows, size
 
 
 def size_of(content: Content) -> int:

@@ -16,10 +16,10 @@ import tiny_models as tiny
 from normalising_tokenizers import normalising
 from small_cache import corpus_rows, made, run_file, write_rows
 from xkd_pipeline.cli.app import app
-from xkd_pipeline.reports import compare_models as pair_models
-from xkd_pipeline.reports.compare_models import compare_models
-from xkd_pipeline.reports.compare_tokenizers import (
+from xkd_pipeline.reports import compare as pair_models
+from xkd_pipeline.reports.compare import (
     compare,
+    compare_models,
     normaliser_of,
     pair_lines,
     special_differences,

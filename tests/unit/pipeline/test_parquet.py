@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import small_cache
+from damages import flip
 from small_cache import made
 from xkd_pipeline.maintain.export_parquet import export_parquet
 from xkd_schemas.cache.table import Table
@@ -56,28 +57,22 @@ def test_the_metadata_turns_bf16_bits_into_the_numbers_of_the_states(exported: P
     assert b"xkd_bf16" not in pq.read_schema(exported / "documents" / "00000.parquet").metadata
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("x")
-
-    with pytest.raises(UsageError, match="exists and is not empty"):
-        export_parquet(made() / "cache", tmp_path / "out")
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine"]
-
-
-def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_left_alone_and_what_a_killed_export_left_goes(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / ".tmp-out-1-ab" / "documents").mkdir(parents=True)
 
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        export_parquet(made() / "cache", tmp_path / "full")
     export_parquet(made() / "cache", tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "out"]
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine"]
 
 
 def test_a_damaged_shard_leaves_nothing_behind(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     shard = max((cache / "teachers" / "T").glob("*.arrow"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    flip(shard)
 
     with pytest.raises(BadData, match="corrupt"):
         export_parquet(cache, tmp_path / "out")

@@ -15,11 +15,10 @@ from fake_hardware import hardware_is
 from small_cache import SPACY, corpus_rows, made, run_file, write_rows
 from xkd_pipeline.capture.model_sizes import empty_model, sizes_of
 from xkd_pipeline.cli.app import app
-from xkd_pipeline.reports import table_size as size
+from xkd_pipeline.reports import plan as size
 from xkd_pipeline.reports.plan import make_plan, read_plan_sample
 from xkd_pipeline.reports.plan_text import parse_size, plan_lines
 from xkd_pipeline.reports.sample import spread_evenly
-from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import CODECS, PLAIN
 from xkd_schemas.config import RunConfig
@@ -51,27 +50,23 @@ def whole() -> dict[str, Any]:
     return planned(small_run())
 
 
-def test_the_plan_counts_tokens_shards_and_files_that_are_made(whole: dict[str, Any]) -> None:
+def test_the_plan_counts_tokens_shards_and_the_whole_folder(whole: dict[str, Any]) -> None:
     manifest = Table(made() / "cache", "teachers/T").manifest
+    sizes = {path: path.stat().st_size for path in (made() / "cache").rglob("*") if path.is_file()}
+
     assert whole["tokens"] == manifest.count("tokens")
     assert whole["shards"] == len(manifest.commits)
-    folder = made() / "cache" / "teachers" / "T"
-    files = sum((folder / f"{name}.safetensors").stat().st_size for name in ("head", "embeddings"))
-    assert whole["files_bytes"] == pytest.approx(files, rel=0.002)
+    weights = sum(size for path, size in sizes.items() if path.suffix == ".safetensors")
+    assert whole["files_bytes"] == pytest.approx(weights, rel=0.002)
+    kinds = (".arrow", ".safetensors", ".jsonl")
+    size = sum(size for path, size in sizes.items() if path.parent.name == "tokenizer" or path.suffix in kinds)
+    assert whole["bytes"] == pytest.approx(size, rel=0.02)
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_plan_is_within_five_percent_of_the_shards_of_every_codec(codec: str, tmp_path: Path) -> None:
     corpus = write_rows(tmp_path / "many.jsonl", corpus_rows(64))
-    sections: dict[str, Any] = {
-        "documents": {"corpus": [str(corpus)], "rows_per_shard": 32},
-        "teacher": {"model": str(made() / "teacher"), "codec": codec},
-        "student": {"tokenizer": str(made() / "student")},
-    }
-    run = run_file(tmp_path / "cache", **sections)
-    documents_stage(run, small_cache.IN_PROCESS)
-    teacher_stage(run, small_cache.IN_PROCESS)
-    align_stage(run, small_cache.IN_PROCESS)
+    run = small_cache.cache_of(tmp_path / "cache", corpus, documents={"rows_per_shard": 32}, teacher={"codec": codec})
 
     found = planned(run)
 
@@ -79,21 +74,6 @@ def test_the_plan_is_within_five_percent_of_the_shards_of_every_codec(codec: str
         real = sum(commit.size for commit in Table(tmp_path / "cache", table).manifest.commits)
         assert found[f"{key}_bytes"] == pytest.approx(real, rel=0.05), key
     assert sum(column["bytes"] for column in found["columns"]) == found["teacher_bytes"]
-
-
-def test_a_part_of_the_rows_tells_the_whole_within_five_percent(tmp_path: Path) -> None:
-    corpus = write_rows(tmp_path / "many.jsonl", corpus_rows(200))
-    run = small_run(documents={"corpus": [str(corpus)], "rows_per_shard": 512})
-
-    part, all_rows = planned(run, sample=80), planned(run, sample=1000)
-
-    assert (part["sample"]["rows"], all_rows["sample"]["rows"], all_rows["shards"]) == (80, 200, 1)
-    assert part["teacher_bytes"] != all_rows["teacher_bytes"]
-    assert part["give_or_take"] > all_rows["give_or_take"] == 0.0
-    assert "give or take" in "\n".join(plan_lines(part))
-    assert "give or take" not in "\n".join(plan_lines(all_rows))
-    for key in ("teacher_bytes", "documents_bytes", "students_bytes", "tokens", "words"):
-        assert part[key] == pytest.approx(all_rows[key], rel=0.05), key
 
 
 def uneven_rows(number: int) -> list[dict[str, object]]:
@@ -104,15 +84,21 @@ def uneven_rows(number: int) -> list[dict[str, object]]:
     return [{"prompt": f"{n}. What is there?", "response": t} for n, t in enumerate(text)]
 
 
-def test_a_sample_is_scaled_by_the_sizes_of_its_rows(tmp_path: Path) -> None:
+def test_a_part_of_the_rows_scaled_by_their_sizes_tells_the_whole_within_five_percent(tmp_path: Path) -> None:
     corpus = write_rows(tmp_path / "uneven.jsonl", uneven_rows(240))
-    run = small_run(documents={"corpus": [str(corpus)]})
-    part, whole = planned(run, sample=60), planned(run, sample=240)
+    run = small_run(documents={"corpus": [str(corpus)], "rows_per_shard": 512})
 
+    part, whole = planned(run, sample=60), planned(run, sample=1000)
+
+    assert (part["sample"]["rows"], whole["sample"]["rows"], whole["shards"]) == (60, 240, 1)
     for key in ("teacher_bytes", "documents_bytes", "students_bytes", "tokens", "words"):
         assert part[key] == pytest.approx(whole[key], rel=0.05), key
+        assert part[key] != whole[key]
     by_rows = part["tokens"] / read_plan_sample(run, 60).sample.scale * 4.0
     assert abs(by_rows / whole["tokens"] - 1.0) > 0.05
+    assert part["give_or_take"] > whole["give_or_take"] == 0.0
+    assert "give or take" in "\n".join(plan_lines(part))
+    assert "give or take" not in "\n".join(plan_lines(whole))
 
 
 def test_no_weight_is_read(whole: dict[str, Any], tmp_path: Path) -> None:
@@ -141,10 +127,10 @@ def test_sizes_from_the_configuration_are_those_of_the_loaded_model(make: Any, t
 
 
 def test_every_kind_of_signal_can_be_counted() -> None:
-    counts = size.Counts(tokens=9, kept=5, targets=4, spans={"word": 3, "phrase": 2})
+    spans = {f"{unit} {per}": 2 for unit in ("word", "phrase") for per in ("K", "K(K-1)/2")}
     for name, kind in KINDS.items():
         signal = Signal(name, 1 if kind.layer else None, "word" if kind.unit else None, 2 if kind.top else None)
-        assert size.signal_bytes(signal, 8, PLAIN, [counts]) > size.OFFSET_BYTES, name
+        assert size.signal_bytes(signal, 8, PLAIN, {"T": 9, "R": 5, "N": 4, **spans}, 1) > size.OFFSET_BYTES, name
 
 
 # budget
@@ -162,21 +148,9 @@ def test_a_budget_says_what_to_change_and_what_each_codec_needs(whole: dict[str,
     assert "drop a loss from --for" in advice[2]
     assert "% of the documents" in advice[3]
     assert list(plan_lines(whole | {"budget": whole["bytes"]}))[-1].endswith("the cache fits")
-
-
-def test_a_budget_that_head_embeddings_and_tokenizers_exceed_is_said_to_be_one(whole: dict[str, Any]) -> None:
     once = whole["files_bytes"] + whole["tokenizers_bytes"]
-
     assert "head, embeddings and tokenizers alone take" in list(plan_lines(whole | {"budget": once}))[-1]
     assert "alone" not in "\n".join(plan_lines(whole | {"budget": once + 1}))
-
-
-def test_the_plan_counts_the_whole_folder(whole: dict[str, Any]) -> None:
-    records = {"README.md", "SHA256SUMS", "LOCK"}
-    files = [p for p in (made() / "cache").rglob("*") if p.is_file() and p.name not in records]
-    size = sum(p.stat().st_size for p in files if p.parent.name == "tokenizer" or p.suffix != ".json")
-
-    assert whole["bytes"] == pytest.approx(size, rel=0.02)
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1e9"])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import small_cache
+from damages import flip
 from small_cache import made
 from xkd_pipeline.reports import report as reports
-from xkd_pipeline.reports.report import MAX_BINS, Sizes, exact_shares, gather
-from xkd_pipeline.reports.report_page import write_report
+from xkd_pipeline.reports.report import MAX_BINS, Histogram, exact_shares, gather, write_report
 from xkd_pipeline.stages import documents_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing
@@ -68,8 +68,9 @@ def assert_harmless(content: str, page: Page) -> None:
     assert "default-src 'none'" in content
 
 
-def test_a_full_cache_has_every_section() -> None:
+def test_a_full_cache_has_every_section_and_all_documents_are_drawn(tmp_path: Path) -> None:
     report = gather(made() / "cache")
+    content, page = written(made() / "cache", tmp_path)
 
     assert [manifest.table for manifest, _ in report["tables"]] == ["documents", "teachers/T", "students/S"]
     assert {name for name, _ in report["kept"][0].signals} >= {"tokens", "hidden_last", "span_geometry@2:word"}
@@ -78,11 +79,6 @@ def test_a_full_cache_has_every_section() -> None:
         ("students/S", "cut at the longest length", 0),
         ("students/S", "cut before the teacher's cut", 0),
     ]
-
-
-def test_the_page_draws_every_section_and_all_documents(tmp_path: Path) -> None:
-    content, page = written(made() / "cache", tmp_path)
-
     assert page.ids == ["inside", "provenance", "bytes", "sizes", "alignment", "rejects", "cuts", "codecs"]
     assert page.tags["svg"] == 1 + 7 + 1
     assert "bf16 rounding only" in page.text
@@ -105,24 +101,23 @@ def test_shapes_and_worst_documents_are_those_of_a_plain_count() -> None:
 
     (found,) = gather(made() / "cache")["alignments"]
 
-    assert dict(found.shapes) == {"1:1": 0, "1:n": 0, "n:1": 0, "n:m": 0} | shapes
+    assert found.shapes == {"1:1": 0, "1:n": 0, "n:1": 0, "n:m": 0} | shapes
     assert [row for _, row in found.worst] == [row for _, row in sorted(shares)]
     assert [share for share, _ in found.worst] == pytest.approx([share for share, _ in sorted(shares)])
 
 
-def test_only_the_worst_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_worst_few_are_kept_and_a_sample_of_teacher_shards_is_said_to_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     everything = gather(made() / "cache")["alignments"][0].worst
     monkeypatch.setattr(reports, "WORST", 3)
-
-    assert gather(made() / "cache")["alignments"][0].worst == everything[:3]
-
-
-def test_a_sample_of_teacher_shards_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reports, "SAMPLED_SHARDS", 2)
-    _, page = written(made() / "cache", tmp_path)
 
-    assert "estimated from 2 of 3 shards" in page.text
-    assert "from 2 of 3 shards" in {h.remark for h in gather(made() / "cache")["histograms"]}
+    found = gather(made() / "cache")
+
+    assert found["alignments"][0].worst == everything[:3]
+    assert "from 2 of 3 shards" in {h.remark for h in found["histograms"]}
+    assert "estimated from 2 of 3 shards" in written(made() / "cache", tmp_path)[1].text
 
 
 def test_bytes_by_signal_are_the_bytes_of_the_columns() -> None:
@@ -137,14 +132,7 @@ def test_bytes_by_signal_are_the_bytes_of_the_columns() -> None:
 def hostile_cache(tmp_path: Path) -> Path:
     rows: list[object] = [{"prompt": HOSTILE, "response": f"The old lamp {HOSTILE} was lit."}, "{not json " + HOSTILE]
     corpus = small_cache.write_rows(tmp_path / "a<img src=x onerror=alert(3)>.jsonl", [*rows, *[rows[0]] * 3])
-    sections: dict[str, dict[str, object]] = {
-        "documents": {"corpus": [str(corpus)], "max_reject": 0.9},
-        "student": {"tokenizer": str(made() / "student")},
-        "teacher": {"model": str(made() / "teacher")},
-    }
-    run = small_cache.run_file(tmp_path / "cache", **sections)
-    for stage in (documents_stage, small_cache.teacher_stage, small_cache.align_stage):
-        stage(run, small_cache.IN_PROCESS)
+    small_cache.cache_of(tmp_path / "cache", corpus, documents={"max_reject": 0.9})
     return tmp_path / "cache"
 
 
@@ -189,24 +177,22 @@ def test_no_cache_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "none", tmp_path / "r.html")
     cache = small_cache.copied(tmp_path)
     shard = next((cache / "students" / "S").glob("*.arrow"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    flip(shard)
     with pytest.raises(BadData, match="corrupt"):
         write_report(cache, tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
 
 def test_a_histogram_holds_every_size_once_in_few_bars() -> None:
-    sizes = Sizes()
+    sizes = Histogram("x")
     for seed in range(3):
         sizes.add(np.random.default_rng(seed).integers(5, 5000, 400))
-    bars = sizes.histogram("x").bars
+    bars = sizes.bars
 
     assert sum(count for _, _, count in bars) == 1200
     assert len(bars) <= MAX_BINS
     assert all(after[0] == before[1] + 1 for before, after in pairwise(bars))
-    assert Sizes().histogram("x").bars == ()
+    assert Histogram("x").bars == []
 
 
 def test_a_document_without_spans_is_the_worst() -> None:

@@ -1,6 +1,8 @@
-"""The drawing: columns that line up, every token in it, and nothing a terminal obeys."""
+"""The drawing: columns that line up, every token in it, nothing a terminal obeys; and finding what to draw."""
 
+import shutil
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,16 +11,23 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 import four_tokenizers
+import small_cache
 from slow_alignment import align_one
+from small_cache import made
 from xkd_pipeline.reports.render import (
     _find_crossing,
     bracket_phrases,
+    draw,
     escape_text,
+    find,
     render,
     show_blanks,
     wrap_line,
 )
+from xkd_pipeline.stages import documents_stage
+from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, Spans, document_of
+from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT
 
@@ -174,3 +183,57 @@ def test_phrases_that_cross_are_those_that_overlap_and_do_not_nest(phrases: list
         return one[0] < other[0] < one[1] < other[1] or other[0] < one[0] < other[1] < one[1]
 
     assert _find_crossing(phrases) == [any(cross(one, other) for other in phrases) for one in phrases]
+
+
+def documents() -> Table:
+    return Table(made() / "cache", "documents")
+
+
+def test_a_document_is_found_by_row_by_id_and_by_the_beginning_of_its_id() -> None:
+    ids = [row["doc_id"] for row in documents()]
+
+    assert [find(documents(), str(n)) for n in range(12)] == list(range(12))
+    assert [find(documents(), doc_id) for doc_id in ids] == list(range(12))
+    short = next(n for n in range(3, 16) if len({i[:n] for i in ids}) == 12 and not ids[5][:n].isdecimal())
+    assert find(documents(), ids[5][:short]) == 5
+
+
+@pytest.mark.parametrize("doc", ["12", "-1", "zzz", "", "²"])
+def test_a_document_that_is_not_there_is_missing_with_the_number_there_are(doc: str) -> None:
+    with pytest.raises(InputMissing, match=rf"no document {doc!r} among 12\. Next: give a row number"):
+        find(documents(), doc)
+
+
+def test_a_beginning_that_fits_several_texts_is_not_guessed_and_a_text_that_is_there_twice_is_found_once() -> None:
+    table = [{"doc_id": doc_id} for doc_id in ("ab10", "ab20", "c300", "c300")]
+
+    with pytest.raises(UsageError, match=r"2 documents begin with 'ab'.*give more digits"):
+        find(table, "ab")
+    assert (find(table, "ab2"), find(table, "c3")) == (1, 2)
+
+
+def test_without_a_student_the_teachers_tokens_are_drawn() -> None:
+    lines = draw(made() / "cache", "1", teacher="T", student="", width=80)
+
+    assert any(line.startswith("teacher") for line in lines)
+    assert not any(line.startswith("student") for line in lines)
+
+
+def test_without_any_model_the_phrases_are_drawn(tmp_path: Path) -> None:
+    shutil.copytree(made() / "cache" / "documents", tmp_path / "documents")
+
+    lines = draw(tmp_path, "0", teacher="", student="", width=80)
+
+    assert lines[0] == f"{documents()[0]['doc_id']}  corpus.jsonl:1"
+    assert "[NP The old keeper] [VP lit] [NP it]" in " ".join(lines[1:])
+
+
+def test_a_hostile_text_is_drawn_without_a_character_that_a_terminal_obeys(tmp_path: Path) -> None:
+    corpus = small_cache.write_rows(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b\x1b[2J\u202ec\nd\x07"}])
+    documents_stage(
+        small_cache.run_file(tmp_path / "cache", documents={"corpus": [str(corpus)]}), small_cache.IN_PROCESS
+    )
+
+    drawn = "".join(draw(tmp_path / "cache", "0", teacher="", student="", width=80))
+
+    assert not {"\x1b", "\x07", "\n", "\u202e"} & set(drawn)

@@ -1,23 +1,25 @@
 """verify, repair and gc as commands, and rows against the live teacher."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import faulty_disk
 import small_cache
+from damages import flip
 from fake_hardware import hardware_is
+from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain.recompute import Recomputed, _compare_classes, _live_settings, recompute
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.maintain.verify_rows import _check_values
 from xkd_pipeline.tables.status import table_states
-from xkd_schemas import durable_files as files
 from xkd_schemas.cache.table import Table
-from xkd_schemas.errors import BadData, DiskFailed, InputMissing, Mismatch, UsageError
+from xkd_schemas.errors import BadData, Mismatch, UsageError
 
 
 def asked(*words: object) -> tuple[int, dict[str, object]]:
@@ -34,9 +36,7 @@ def test_a_whole_cache_is_whole_at_every_level() -> None:
 def test_a_damaged_shard_is_exit_65_and_named(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     shard = sorted((cache / "teachers/T").glob("00001-*.arrow"))[0]
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 4
-    shard.write_bytes(content)
+    flip(shard)
     assert verify(cache, "quick") == []
 
     code, said = asked("verify", cache)
@@ -48,12 +48,6 @@ def test_a_damaged_shard_is_exit_65_and_named(tmp_path: Path) -> None:
     assert shard.name in result.stdout
 
 
-def test_a_table_that_is_not_finished_is_reported(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    (cache / "students/S/manifest.json").unlink()
-    assert any("not finished, 3 of 3" in one.reason for one in verify(cache, "quick"))
-
-
 def test_a_table_that_was_only_begun_is_one_line(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     begun = cache / "students" / "begun"
@@ -61,14 +55,12 @@ def test_a_table_that_was_only_begun_is_one_line(tmp_path: Path) -> None:
     for name in ("plan.json", "commits/00000.json"):
         (begun / name).write_bytes((cache / "students/S" / name).read_bytes())
     assert [one.reason for one in verify(cache, "quick")] == [
-        "missing: the table is not finished, 1 of 3 units are done",
+        "missing: the table is not finished, 1 of 3 shards are done",
     ]
 
 
-def test_what_is_no_cache_or_no_level_is_said(tmp_path: Path) -> None:
-    with pytest.raises(InputMissing):
-        verify(tmp_path / "nothing")
-    with pytest.raises(UsageError):
+def test_what_is_no_level_is_said() -> None:
+    with pytest.raises(UsageError, match=r"'shallow' is not known\. Next: use one of: quick, full, deep"):
         verify(small_cache.made() / "cache", "shallow")
 
 
@@ -92,9 +84,19 @@ def test_the_live_teacher_runs_in_the_tables_dtype_where_that_is_fast_and_otherw
     assert [_live_settings(spec, model, asked).dtype for asked in ("auto", "fp32")] == ["bfloat16", "float32"]
 
 
+def live_says(monkeypatch: pytest.MonkeyPatch, column: str, change: Callable[[Any], Any]) -> Path:
+    """The live teacher gives another column; the folder of the small cache."""
+
+    def changed(*given: object) -> list[dict[str, object]]:
+        (row,) = capture(*given)
+        return [row | {column: change(row[column])}]
+
+    monkeypatch.setattr("xkd_pipeline.maintain.recompute.capture", changed)
+    return small_cache.made()
+
+
 def test_rows_that_do_not_agree_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = small_cache.made()
-    monkeypatch.setattr("xkd_pipeline.maintain.recompute.capture", _shifted)
+    made = live_says(monkeypatch, "hidden_last", lambda states: states[::-1])
     found = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2)
     assert found.rows == 2
     assert any(one.unit == 0 and "hidden_last differs by" in one.reason for one in found.bad)
@@ -103,32 +105,14 @@ def test_rows_that_do_not_agree_are_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_differences_within_rounding_are_measured_and_no_reason_to_call_a_row_bad(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = small_cache.made()
-    monkeypatch.setattr("xkd_pipeline.maintain.recompute.capture", _rounded)
+    made = live_says(monkeypatch, "entropy", lambda entropy: entropy * 1.01)
     found = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2)
     assert found.bad == []
     assert found.differences["entropy"] == pytest.approx(0.01, rel=0.05)
     assert found.line.endswith("columns differ within rounding, by 0.01 at most (entropy)")
 
-    said = CliRunner().invoke(
-        app, ["verify", str(made / "cache"), "--recompute", "2", "--model", str(made / "teacher")]
-    ).output  # fmt: skip
-    assert "2 rows recomputed in float32: " in said
-    assert "differ within rounding, by 0.01 at most (entropy)" in said
-
-
-def _rounded(*given: object) -> list[dict[str, object]]:
-    from xkd_pipeline.capture.capture import capture
-
-    (row,) = capture(*given)
-    return [row | {"entropy": row["entropy"] * 1.01}]
-
-
-def _shifted(*given: object) -> list[dict[str, object]]:
-    from xkd_pipeline.capture.capture import capture
-
-    (row,) = capture(*given)
-    return [row | {"hidden_last": row["hidden_last"][::-1]}]
+    command = ["verify", str(made / "cache"), "--recompute", "2", "--model", str(made / "teacher")]
+    assert f"2 rows recomputed in float32: {found.line}" in CliRunner().invoke(app, command).output
 
 
 def test_classes_whose_logits_are_no_further_apart_than_rounding_may_change_places() -> None:
@@ -142,17 +126,9 @@ def test_classes_whose_logits_are_no_further_apart_than_rounding_may_change_plac
 
 
 def test_classes_of_other_positions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = small_cache.made()
-    monkeypatch.setattr("xkd_pipeline.maintain.recompute.capture", _rolled)
+    made = live_says(monkeypatch, "topk_ids#16", lambda ids: np.roll(ids, 1, axis=0))
     bad = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2).bad
     assert {one.reason.split(": ")[1] for one in bad} == {"argmax"}
-
-
-def _rolled(*given: object) -> list[dict[str, object]]:
-    from xkd_pipeline.capture.capture import capture
-
-    (row,) = capture(*given)
-    return [row | {"topk_ids#16": np.roll(row["topk_ids#16"], 1, axis=0)}]
 
 
 def test_another_teacher_is_refused(tmp_path: Path) -> None:
@@ -167,22 +143,6 @@ def test_status_counts_what_is_damaged_or_left(tmp_path: Path) -> None:
     (cache / "documents/.tmp-1-aa").write_bytes(b"")
     state = next(state for state in table_states(cache) if state["table"] == "documents")
     assert (state["done"], state["unreadable"], state["leftovers"]) == (2, 1, 1)
-
-
-def test_a_fault_hits_its_point_once_or_from_then_on(tmp_path: Path) -> None:
-    with faulty_disk.injected("commit.write:2:ENOSPC"):
-        assert [_fails(tmp_path / "commits" / f"{n}.json") for n in range(4)] == [False, True, False, False]
-    with faulty_disk.injected("*.fsync:2:EIO+"):
-        assert [_fails(tmp_path / f"{n}") for n in range(4)] == [False, True, True, True]
-    assert sorted(p.name for p in tmp_path.glob("[0-9]*")) == ["0"]
-
-
-def _fails(path: Path) -> bool:
-    try:
-        files.replace(path, b"x" * 100)
-    except DiskFailed:
-        return True
-    return False
 
 
 def test_no_other_module_of_the_pipeline_writes_files() -> None:

@@ -1,5 +1,10 @@
-"""How well two tokenizers go together: vocabularies, special tokens, normalisers, aligned spans."""
+"""How well two models go together on some text.
 
+Of their tokenizers: vocabularies, special tokens, normalisers, aligned spans. Of the models: whether the teacher is
+better at predicting the targets than the untrained student, so that it can help at all.
+"""
+
+import gc
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +16,16 @@ from xkd_pipeline.reports.render import render
 from xkd_pipeline.reports.sample import Sample, reasons
 from xkd_pipeline.tables.token_columns import extended_counts, token_counts
 from xkd_schemas.documents import Document, Spans
-from xkd_schemas.errors import UsageError
+from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.alignment import align
 from xkd_schemas.text.encode import REASONS, Encoder
 from xkd_schemas.text.tokenizers import NAMED_TOKENS
 from xkd_schemas.tokens import CONTENT, OK, Int32s, Tokens
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
+from xkd_trainer.models.bits_per_byte import bits_per_byte
+from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device
+from xkd_trainer.models.head import check_model
+from xkd_trainer.models.loading import load_model
 
 LONGEST: Final = 4
 """Span lengths from here on are one class of the histogram."""
@@ -100,15 +109,15 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
     """
     documents = sample.documents
     theirs = teacher.encode_batch(documents)
-    ours = student.encode_batch(documents, [t.num_chars if t.status == OK else None for t in theirs])
+    ours = student.encode_batch(documents, _ends(theirs))
     ends = [np.array([s.end for s in d.segments], np.int32) for d in documents]
     aligned = list(zip(*align(ours, theirs, ends), strict=True))
     usable = [i for i, (s, t) in enumerate(zip(ours, theirs, strict=True)) if s.status == OK and t.status == OK]
     shares = {i: exact_share(aligned[i], ours[i]) for i in usable}
     lengths = span_lengths([aligned[i] for i in usable])
-    spans = sum(lengths.values())
+    spans, exact = sum(lengths.values()), lengths.get("1:1", 0)
     texts = [d.text for d in documents]
-    low = sorted(usable, key=lambda i: (shares[i], i))[:worst]
+    sides = (("teacher", teacher, theirs), ("student", student, ours))
     return {
         "corpus": [source.describe() for source in sample.sources],
         "sample": {
@@ -117,26 +126,28 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
         },
         "vocabulary": vocabularies(student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()),
         "special_tokens": special_differences(teacher.tokenizer, student.tokenizer),
-        "normaliser": {"teacher": normaliser_of(teacher.tokenizer), "student": normaliser_of(student.tokenizer)},
-        "template": {"teacher": teacher.template, "student": student.template},
-        "fertility": {"teacher": measure_fertility(theirs, documents), "student": measure_fertility(ours, documents)},
-        "extended": {"teacher": extended_counts(theirs), "student": extended_counts(ours)},
-        "unusable": {"teacher": _count_reasons(theirs), "student": _count_reasons(ours)},
-        "cut": {"teacher": token_counts(texts, theirs)["cut"], "student": token_counts(texts, ours)["cut"]},
+        "normaliser": {side: normaliser_of(reader.tokenizer) for side, reader, _ in sides},
+        "template": {side: reader.template for side, reader, _ in sides},
+        "fertility": {side: measure_fertility(rows, documents) for side, _, rows in sides},
+        "extended": {side: extended_counts(rows) for side, _, rows in sides},
+        "unusable": {side: _count_reasons(rows) for side, _, rows in sides},
+        "cut": {side: token_counts(texts, rows)["cut"] for side, _, rows in sides},
         "aligned_documents": len(usable),
-        "spans": spans,
-        "exact_pairs": lengths.get("1:1", 0),
-        "exact_share": lengths.get("1:1", 0) / max(1, spans),
-        "span_lengths": lengths,
+        "spans": spans, "exact_pairs": exact, "exact_share": exact / max(1, spans), "span_lengths": lengths,
         "worst": [
             {
                 "source": documents[i].source, "line": documents[i].line, "doc_id": documents[i].doc_id,
                 "exact_share": shares[i],
                 "drawing": render(documents[i], NO_SPANS, ours[i], theirs[i], aligned[i], width).split("\n"),
             }
-            for i in low
+            for i in sorted(usable, key=lambda i: (shares[i], i))[:worst]
         ],
     }  # fmt: skip
+
+
+def _ends(rows: Sequence[Tokens]) -> list[int | None]:
+    """Where each document is cut; None for one that cannot be read."""
+    return [row.num_chars if row.status == OK else None for row in rows]
 
 
 def _count_reasons(rows: Sequence[Tokens]) -> dict[str, dict[str, Any]]:
@@ -188,12 +199,48 @@ def pair_lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _draw_histogram(lengths: dict[str, int], spans: int) -> Iterator[str]:
     """Bars of at most 40 signs."""
-    for number, (name, count) in enumerate(lengths.items()):
-        if number == MOST_LENGTHS:
-            rest = sum(list(lengths.values())[MOST_LENGTHS:])
-            yield f"  other {100 * rest / spans:6.1f} %"
-            return
-        bar = "#" * round(40 * count / spans)
-        yield f"  {name:<5} {100 * count / spans:6.1f} % {bar}".rstrip()
+    bars = list(lengths.items())[:MOST_LENGTHS]
+    rest = spans - sum(count for _, count in bars)
+    for name, count in [*bars, ("other", rest)] if rest else bars:
+        yield f"  {name:<5} {100 * count / spans:6.1f} % {'#' * round(40 * count / spans)}".rstrip()
     if lengths:
         yield "  (student tokens : teacher tokens of a span)"
+
+
+def compare_models(
+    models: tuple[str, str], encoders: tuple[Encoder, Encoder], dtype: str, sample: Sample
+) -> dict[str, Any]:
+    """Bits per byte of teacher and student, in this order, over the same characters."""
+    documents = sample.documents
+    ours = encoders[1].encode_batch(documents, _ends(encoders[0].encode_batch(documents)))
+    theirs = encoders[0].encode_batch(documents, _ends(ours))
+    usable = [i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a.status == OK and b.status == OK]
+    if not usable:
+        raise BadData("no row of the sample can be used by both models", fix="check the form of the rows")
+    device = this_device()
+    choice = choose_dtype(dtype, device)
+    measured = []
+    for name, rows in zip(models, (theirs, ours), strict=True):
+        model = load_model(name, dtype=dtype_named(choice.dtype)).to(device)
+        check_model(model)
+        measured.append(bits_per_byte(model, [(documents[i], rows[i]) for i in usable]))
+        del model
+        gc.collect()  # before the next one comes
+    teacher, student = (found["bits_per_byte"] for found in measured)
+    return {
+        "documents": len(usable), "bytes": measured[0]["bytes"], "teacher": teacher, "student": student,
+        "teacher_is_better": teacher < student, "dtype": choice.dtype,
+    }  # fmt: skip
+
+
+def model_lines(found: dict[str, Any]) -> Iterator[str]:
+    """Lines of `compare_models`' result."""
+    yield (
+        f"bits per byte of {found['documents']} documents' targets: teacher {found['teacher']:.3f}, untrained student "
+        f"{found['student']:.3f} ({found['dtype']})"
+    )
+    if not found["teacher_is_better"]:
+        yield (
+            "warning: the teacher is not better than the untrained student on these rows, so no loss is likely to "
+            "help. Next: use a teacher that was trained on such rows, or train the student alone with --loss ce"
+        )
