@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from xkd_pipeline.capture.model_sizes import sizes_of
+from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_schemas.cache.manifest import Plan, read_record
 from xkd_schemas.config import RunConfig
 from xkd_schemas.corpus.sources import Source, read_documents

@@ -11,7 +11,7 @@ import pytest
 import small_cache
 from fake_hardware import hardware_is
 from small_cache import IN_PROCESS, files_of
-from xkd_pipeline.capture.extra_signals import add_signals, signals_named
+from xkd_pipeline.capture.stage import add_signals, signals_named
 from xkd_pipeline.maintain.repair import RepairInputs, repair
 from xkd_pipeline.stages import teacher_stage
 from xkd_schemas.cache.manifest import Plan, read_record, to_json

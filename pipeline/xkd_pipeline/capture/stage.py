@@ -12,18 +12,17 @@ import transformers
 from transformers import PreTrainedModel
 
 from xkd_pipeline.capture.artifacts import constants_of, export, std_of, sum_moments, weights_identity
-from xkd_pipeline.capture.capture import TeacherSettings, capture, reads_of
-from xkd_pipeline.capture.encode_signals import codec_error, encode_signals
+from xkd_pipeline.capture.capture import TeacherSettings, capture, codec_error, encode_signals, reads_of
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.token_columns import token_columns, token_counts, units_like
-from xkd_pipeline.tables.writer import Store
+from xkd_pipeline.tables.writer import Store, locked
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
-from xkd_schemas.cache.manifest import Commit, MadeDifferently, Spec
-from xkd_schemas.cache.table import Table
-from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.cache.manifest import Commit, MadeDifferently, Plan, Spec, read_record, refuse_differences
+from xkd_schemas.cache.table import Table, names_in
+from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.sampled_classes import MOST_CLASSES
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_schemas.text.alignment import token_ranges
@@ -50,8 +49,8 @@ class TeacherStage:
     folder: Path
     settings: TeacherSettings
     signals: tuple[str, ...]
-    tokens: bool = True
-    """False: only doc_id and the signals, beside a table that has the tokens."""
+    beside: str = ""
+    """Name of a teacher whose table has the tokens: only doc_id and the signals are written."""
 
     def load(self) -> Make:
         """Load tokenizer and model once."""
@@ -67,7 +66,9 @@ class TeacherStage:
         documents = Table(self.root, "documents")
         wanted = [signal_named(column) for column in self.signals]
         schema = teacher_schema(wanted, model.get_input_embeddings().weight.shape[1], self.settings.codec)
-        schema = schema if self.tokens else signals_schema(schema)
+        shards: Sequence[Commit] = ()
+        if self.beside:
+            schema, shards = signals_schema(schema), Table(self.root, f"teachers/{self.beside}").manifest.commits
         head, kind = head_of(model), processor_kind(device)
 
         def make(unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
@@ -76,7 +77,8 @@ class TeacherStage:
             if care.batch:
                 torch.cuda.empty_cache()
                 settings = settings.model_copy(update={"batch_tokens": care.batch})
-            rows = documents_of(documents.shard(unit), care.lost)
+            theirs = shards[unit].care if shards else None
+            rows = documents_of(documents.shard(unit), {*care.lost, *(theirs.lost if theirs else ())})
             tokens, readings = _read(rows, encoder)
             captured = capture(model, readings, wanted, settings)
             stored, errors = encode_signals(captured, wanted, self.settings.codec, head)
@@ -118,11 +120,6 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
         check_model(model)
         _loaded[settings] = model.requires_grad_(False)
     return _loaded[settings]
-
-
-def forget_teacher() -> None:
-    """Free the memory of the loaded teacher, which the workers load for themselves."""
-    _loaded.clear()
 
 
 def encoder_of(settings: TeacherSettings) -> Encoder:
@@ -224,14 +221,19 @@ def make_teacher(
     settings: TeacherSettings,
     signals: Callable[[int], Sequence[Signal]],
     workers: Workers,
+    *,
+    beside: str = "",
 ) -> Built:
     """Run the teacher over the documents and make the table teachers/NAME.
+
+    With `beside`, the name of a teacher's finished table, make signals/NAME instead: shard k holds the documents of
+    shard k of that table, in the same order, and nothing twice. Template and lengths must be those of that table.
 
     `signals` is asked once, with the teacher's number of layers.
 
     Raises:
         InputMissing: The documents table is not finished, or the model is not there.
-        Mismatch: teachers/NAME was begun with other settings.
+        Mismatch: The table was begun with other settings, or `beside` is another teacher's.
         UsageError: The model or the template cannot do what is asked.
     """
     documents = Table(root, "documents")
@@ -242,17 +244,89 @@ def make_teacher(
     check_wanted(wanted, model, settings.model)
     columns = tuple(sorted({s.column for s in wanted}))
     spec = teacher_spec(settings, columns, documents.manifest.root)
-    store = Store(root, f"teachers/{name}", spec, units_like(documents))
+    shards: Sequence[Commit] = ()
+    constants = constants_of(model) | {"template": settings.template}
+    if beside:
+        shards = _same_teacher(Table(root, f"teachers/{beside}"), spec).manifest.commits
+        constants = {"teacher": beside}
+        spec |= constants
+    store = Store(root, f"signals/{name}" if beside else f"teachers/{name}", spec, units_like(documents))
     warn_of_slow_dtype(settings.dtype, settings.device)
-    stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns)
-    constants = constants_of(model)
+    stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns, beside=beside)
+    stds = ("hidden", "embedding") if not beside else ("hidden",) if "hidden_last" in columns else ()
+
+    def watch(commits: Sequence[Commit]) -> None:
+        for one in commits if beside else ():
+            if more := set(one.care.lost if one.care else ()) - set(shards[one.unit].unusable):
+                raise BadData(
+                    f"shard {one.unit}: row {min(more)} kills its worker here, and teachers/{beside} holds it",
+                    fix=f"delete {store.folder}; measure these signals in a new teacher table, with another --name",
+                )
 
     def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
-        files = export(teacher_of(settings), settings.model, store.folder)
-        measured = measured_constants(commits, ("hidden", "embedding"))
-        return {**constants, **measured, "template": settings.template}, files
+        files = {} if beside else export(teacher_of(settings), settings.model, store.folder)
+        return constants | measured_constants(commits, stds), files
 
     if workers.count:
         del model
-        forget_teacher()
-    return build(store, stage, lambda missing: iter(missing), workers, finish=finish)
+        _loaded.clear()  # the workers load it for themselves
+    return build(store, stage, list, workers, watch=watch, finish=finish)
+
+
+def _same_teacher(table: Table, spec: Spec) -> Table:
+    """The table; Mismatch where it was made by another teacher than `spec` names."""
+    ours, theirs = ({key: one[key] for key in ("weights", "encoder")} for one in (spec, table.manifest.spec))
+    refuse_differences(table.folder, ours, theirs, advice=f"name the model that {table.name} was made with")
+    return table
+
+
+def add_signals(
+    root: Path, teacher: str, model: str, wanted: Callable[[int], Sequence[Signal]], codec: str, workers: Workers
+) -> Built | None:
+    """Keep more signals of a teacher whose table is finished; None where the cache holds them all.
+
+    `wanted` is asked once, with the teacher's number of layers; codec "" is that of the teacher's table.
+    """
+    with locked(root):
+        spec = Table(root, f"teachers/{teacher}").manifest.spec
+        settings = teacher_settings(spec, model)
+        settings = settings.model_copy(update={"codec": codec or settings.codec})
+        name, left = missing_signals(root, teacher, wanted(num_layers(teacher_of(settings))))
+        if not left:
+            return None
+        return make_teacher(root, name, settings, lambda _layers: left, workers, beside=teacher)
+
+
+def missing_signals(root: Path, teacher: str, wanted: Sequence[Signal]) -> tuple[str, list[Signal]]:
+    """The name of the table that gets them, and those of `wanted` that the cache does not hold of this teacher yet.
+
+    A table that was begun for the same signals and is not finished is named again.
+    """
+    held = set(Table(root, f"teachers/{teacher}").manifest.spec["signals"])
+    sealed = set(names_in(root, "signals"))
+    begun: dict[str, set[str]] = {}
+    folder = root / "signals"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        spec = read_record(path / "plan.json", Plan).spec
+        if spec["teacher"] == teacher and path.name in sealed:
+            held |= set(spec["signals"])
+        elif spec["teacher"] == teacher:
+            begun[path.name] = set(spec["signals"])
+    left = [signal for signal in sorted(set(wanted), key=lambda s: s.column) if signal.column not in held]
+    columns = {signal.column for signal in left}
+    for name, signals in begun.items():
+        if signals == columns:
+            return name, left
+    numbers = range(1, 2 + len(list(folder.glob("*"))))
+    return next(name for n in numbers if not (folder / (name := f"{teacher[:120]}.{n}")).exists()), left
+
+
+def signals_named(columns: Sequence[str]) -> list[Signal]:
+    """Signals by the names of their columns.
+
+    Raises:
+        UsageError: One is not known, or none is named.
+    """
+    if not columns:
+        raise UsageError("no signal is named", fix="e.g. --signals hidden_last,topk_ids#64,topk_logits#64")
+    return [signal_named(column) for column in columns]

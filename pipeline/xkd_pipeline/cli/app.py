@@ -134,7 +134,7 @@ def add(
         raise UsageError("signals are read from a teacher", fix="add --model FOLDER")
     if "losses" not in given and not signals:
         raise UsageError("no signal is named", fix="add --for LOSS, or --signals hidden_last,topk_ids#64")
-    from xkd_pipeline.capture.extra_signals import add_signals, signals_named
+    from xkd_pipeline.capture.stage import add_signals, signals_named
     from xkd_pipeline.stages import signals_for
 
     named = signals_named([part.strip() for part in signals.split(",") if part.strip()]) if signals else []

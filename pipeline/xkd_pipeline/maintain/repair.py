@@ -8,7 +8,6 @@ from typing import Any
 
 from xkd_pipeline.alignment import make_students
 from xkd_pipeline.capture.artifacts import weights_identity
-from xkd_pipeline.capture.extra_signals import make_signals
 from xkd_pipeline.capture.stage import make_teacher, teacher_settings
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.maintain.verify_rows import Finding
@@ -165,9 +164,8 @@ def rerun_stage(root: Path, table: str, spec: Spec, model: str, workers: Workers
         return make_students(root, name, spec["teacher"], settings, workers)
     signals = [signal_named(column) for column in spec["signals"]]
     captured = teacher_settings(spec, model)
-    if kind == "signals":
-        return make_signals(root, name, spec["teacher"], captured, signals, workers)
-    return make_teacher(root, name, captured, lambda _layers: signals, workers)
+    beside = spec["teacher"] if kind == "signals" else ""
+    return make_teacher(root, name, captured, lambda _layers: signals, workers, beside=beside)
 
 
 def models_by_table(root: Path, models: Sequence[str]) -> dict[str, str]:

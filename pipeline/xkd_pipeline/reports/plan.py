@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from xkd_pipeline.alignment import align_rows
+from xkd_pipeline.capture.artifacts import Sizes, sizes_of
 from xkd_pipeline.capture.measure import LOGIT_BYTES
-from xkd_pipeline.capture.model_sizes import Sizes, sizes_of
 from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.stage import columns_of, units_of
 from xkd_pipeline.reports.sample import Sample, encoder_for, read_sample, reasons

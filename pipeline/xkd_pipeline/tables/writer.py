@@ -70,7 +70,6 @@ class Store:
         if self._is_lost(path, plan):
             replace(path, to_json(plan))
         self.plan = read_record(path, Plan)
-        self.known_cares: dict[int, MadeDifferently] = {}
         if (plan.spec, plan.units) == (self.plan.spec, self.plan.units):
             return
         _, _, name = table.partition("/")
@@ -110,8 +109,8 @@ class Store:
         return done
 
     def cares(self, units: Iterable[int]) -> dict[int, MadeDifferently]:
-        """Units that are known to need care: `known_cares`, and what quarantined records say of how they were made."""
-        found = dict(self.known_cares)
+        """How shards were made that could not be made as planned, as their quarantined records say."""
+        found = {}
         for unit in units:
             with contextlib.suppress(BadData, InputMissing):
                 record = read_record(self.folder / "quarantine" / f"{unit:05d}.json", Commit)

@@ -9,6 +9,7 @@ import torch
 import small_cache
 from fake_stage import FakeStage
 from small_cache import IN_PROCESS, files_of, run_file
+from xkd_pipeline.capture.stage import add_signals
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
@@ -18,6 +19,7 @@ from xkd_schemas.cache.manifest import Commit, MadeDifferently, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import BadData, OutOfMemory, UsageError
+from xkd_schemas.signals import Signal
 
 CARE = {1: MadeDifferently(lost=(2,), batch=1)}
 
@@ -81,6 +83,8 @@ def test_a_document_that_kills_the_teacher_is_a_row_without_tokens_and_the_stude
     assert (len(teacher[6]["token_ids"]), len(teacher[5]["token_ids"]) > 0) == (0, True)
     assert "documents not used or cut: 1 worker_killed" in said.line
     assert records(cache / "teachers/T")[1].unusable == (2,)
+    add_signals(cache, "T", str(small_cache.made() / "teacher"), lambda _: [Signal("logsumexp")], "", IN_PROCESS)
+    assert [len(Table(cache, "signals/T.1")[at]["logsumexp"]) > 0 for at in (5, 6, 7)] == [True, False, True]
     assert verify(cache, "deep") == []
 
 

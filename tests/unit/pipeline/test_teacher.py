@@ -15,9 +15,9 @@ import small_cache
 from fake_hardware import hardware_is
 from slow_alignment import ranges_of
 from small_cache import made
+from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.capture.measure import Reading
-from xkd_pipeline.capture.model_sizes import sizes_of
 from xkd_pipeline.capture.stage import TeacherSettings, encoder_of, teacher_layers
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import Outcome, align_stage, signals_for, teacher_stage
