@@ -19,8 +19,8 @@ from xkd_pipeline.alignment import align_rows
 from xkd_pipeline.alignment import encoder_of as student_encoder
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import encoder_of
-from xkd_pipeline.tables.read_units import DocumentRows, document_at, documents_of, tokens_of
 from xkd_pipeline.tables.shard import write_shard
+from xkd_pipeline.tables.shard_columns import DocumentRows, document_at, documents_of, tokens_of
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.config import StudentSection
 from xkd_schemas.ragged import Ragged

@@ -11,7 +11,7 @@ from benchmarks.rows import Result, cost
 from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
 from xkd_pipeline.capture.measure import LOGIT_BYTES, Reading, pad_readings
 from xkd_pipeline.capture.stage import encoder_of
-from xkd_pipeline.tables.read_units import document_at
+from xkd_pipeline.tables.shard_columns import document_at
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.encode import Encoder

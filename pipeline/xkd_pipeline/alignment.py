@@ -9,10 +9,16 @@ from typing import Any
 import numpy as np
 
 from xkd_pipeline.tables.build import Built, build
-from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents, tokens_of
 from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.token_columns import token_columns, token_counts, units_like
-from xkd_pipeline.tables.writer import Store
+from xkd_pipeline.tables.shard_columns import (
+    DocumentRows,
+    documents_of,
+    first_documents,
+    token_columns,
+    token_counts,
+    tokens_of,
+)
+from xkd_pipeline.tables.writer import Store, shards_like
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table
@@ -136,7 +142,7 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSection,
         "encoder": encoder.identity(),
     }
     encoder.check(first_documents(documents))
-    store = Store(root, f"students/{name}", spec, units_like(documents))
+    store = Store(root, f"students/{name}", spec, shards_like(documents))
     stage = AlignStage(root=root, folder=store.folder, teacher=f"teachers/{teacher}", settings=settings)
 
     def finish(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:

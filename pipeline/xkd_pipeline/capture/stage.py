@@ -15,10 +15,9 @@ from xkd_pipeline.capture.artifacts import constants_of, export, std_of, sum_mom
 from xkd_pipeline.capture.capture import TeacherSettings, capture, codec_error, encode_signals, reads_of
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.tables.build import Built, build
-from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents
 from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.token_columns import token_columns, token_counts, units_like
-from xkd_pipeline.tables.writer import Store, locked
+from xkd_pipeline.tables.shard_columns import DocumentRows, documents_of, first_documents, token_columns, token_counts
+from xkd_pipeline.tables.writer import Store, locked, shards_like
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Plan, Spec, read_record, refuse_differences
 from xkd_schemas.cache.table import Table, names_in
@@ -250,7 +249,7 @@ def make_teacher(
         shards = _same_teacher(Table(root, f"teachers/{beside}"), spec).manifest.commits
         constants = {"teacher": beside}
         spec |= constants
-    store = Store(root, f"signals/{name}" if beside else f"teachers/{name}", spec, units_like(documents))
+    store = Store(root, f"signals/{name}" if beside else f"teachers/{name}", spec, shards_like(documents))
     warn_of_slow_dtype(settings.dtype, settings.device)
     stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns, beside=beside)
     stds = ("hidden", "embedding") if not beside else ("hidden",) if "hidden_last" in columns else ()

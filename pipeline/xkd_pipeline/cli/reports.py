@@ -117,7 +117,7 @@ def status(cache: CacheArgument, as_json: JsonOption = False) -> None:
 
     Example: xkd-cache status cache/
     """
-    from xkd_pipeline.tables.status import table_states
+    from xkd_pipeline.tables.dataset_card import table_states
 
     check_cache(cache)
     states = table_states(cache)

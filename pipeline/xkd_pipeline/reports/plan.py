@@ -21,11 +21,9 @@ from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.stage import columns_of, units_of
 from xkd_pipeline.reports.sample import Sample, encoder_for, read_sample, reasons
 from xkd_pipeline.reports.table_size import Counts, batches_bytes, counts_of, frame_bytes, signal_bytes
-from xkd_pipeline.shard_rows import rows_per_shard
-from xkd_pipeline.stages import signals_for, teacher_dtype
-from xkd_pipeline.tables.read_units import DocumentRows
+from xkd_pipeline.stages import rows_per_shard, signals_for, teacher_dtype
 from xkd_pipeline.tables.shard import ROWS_PER_BATCH
-from xkd_pipeline.tables.token_columns import token_columns, token_counts
+from xkd_pipeline.tables.shard_columns import DocumentRows, token_columns, token_counts
 from xkd_schemas.codecs import CODECS
 from xkd_schemas.config import RunConfig
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from xkd_pipeline.tables.status import table_states
+from xkd_pipeline.tables.dataset_card import table_states
 from xkd_schemas.cache.manifest import Manifest
 from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
 from xkd_schemas.durable_files import bytes_below, inside, sha256_of

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from xkd_pipeline.parsing.prompts import cut_prompts, prompt_encoder
+from xkd_pipeline.parsing.stage import cut_prompts, prompt_encoder
 from xkd_schemas.config import RunConfig, StudentSection, TeacherSection
 from xkd_schemas.corpus.files import Content
 from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, open_source, read_documents

@@ -26,6 +26,7 @@ from xkd_schemas.cache.manifest import (
     sealed,
     to_json,
 )
+from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import (
     disk_errors,
     held,
@@ -188,3 +189,8 @@ def holds(folder: Path, commit: Commit) -> bool:
         rejects = inside(folder, "rejects", commit.rejects.file)
         whole = whole and rejects.is_file() and sha256_of(rejects) == commit.rejects.sha256
     return whole
+
+
+def shards_like(documents: Table) -> tuple[Unit, ...]:
+    """The planned shards of a table whose rows are those of the documents."""
+    return read_record(documents.folder / "plan.json", Plan).units

@@ -2,7 +2,7 @@
 
 Nothing here knows Ray: a pool starts and kills workers and reports what became of what they were given.
 
-A unit whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart (bisect_rows.py),
+A unit whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart by halves,
 and those that kill every worker alone are left out. Rows that only kill together, and units that run out of memory, go
 on in batches half as large. A worker that is silent for too long is killed; its unit is tried three times.
 """
@@ -10,11 +10,10 @@ on in batches half as large. A worker that is silent for too long is killed; its
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from xkd_pipeline.workers.bisect_rows import Search, culprits
 from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, smaller, unit_of, with_care
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
@@ -73,6 +72,10 @@ class Pool(Protocol):
 
     def kill(self, worker: Hashable) -> None:
         """End a worker, which reports no more."""
+
+
+Search = Generator[tuple[int, ...], bool, tuple[int, ...]]
+"""Yields rows to try together, is sent whether they killed their process, returns the rows that do it alone."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -257,3 +260,51 @@ class Schedule:
         if not self._seconds:
             return FIRST_SECONDS
         return max(SHORTEST_SECONDS, MEDIANS * statistics.median(self._seconds))
+
+
+def culprits(rows: Sequence[int], *, tries: int, most: int) -> Search:
+    """Search `rows`, which together have killed their process.
+
+    A group that kills once is searched further, as a wrong suspicion costs time only. A single row is a culprit after
+    it has killed `tries` times in a row. Where the first half is harmless the second is taken for guilty untried, so
+    rows that kill only in company give no culprit.
+
+    >>> search = culprits(range(4), tries=2, most=9)
+    >>> group = next(search)
+    >>> while True:
+    ...     print(group, end=" ")
+    ...     try:
+    ...         group = search.send(2 in group)
+    ...     except StopIteration as end:
+    ...         print("->", end.value)
+    ...         break
+    (0, 1) (2,) (3,) (2,) (2,) -> (2,)
+
+    Args:
+        rows: At least one.
+        tries: How often a single row must kill.
+        most: The search ends early once it has found more culprits than this.
+    """
+    found: list[int] = []
+    suspects = [tuple(rows)]
+    while suspects and len(found) <= most:
+        group = suspects.pop()
+        if len(group) == 1:
+            if (yield from _always(group, tries)):
+                found.append(group[0])
+            continue
+        first, second = group[: len(group) // 2], group[len(group) // 2 :]
+        if not (yield first):
+            suspects.append(second)
+            continue
+        if (yield second):
+            suspects.append(second)
+        suspects.append(first)
+    return tuple(sorted(found))
+
+
+def _always(group: tuple[int, ...], tries: int) -> Generator[tuple[int, ...], bool, bool]:
+    for _ in range(tries):
+        if not (yield group):
+            return False
+    return True

@@ -14,7 +14,7 @@ from small_cache import made
 from xkd_pipeline.reports.report import gather
 from xkd_pipeline.reports.sample import encoder_for
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, teacher_stage
-from xkd_pipeline.tables.read_units import document_at, tokens_at
+from xkd_pipeline.tables.shard_columns import document_at, tokens_at
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import small_cache
-from xkd_pipeline.tables.status import table_states
+from xkd_pipeline.tables.dataset_card import table_states
 from xkd_schemas.cache.table import Table
 
 CONFIGS = ("documents", "students/S", "teachers/T")

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, llama, run_file, write_rows
-from xkd_pipeline import shard_rows
+from xkd_pipeline import stages
 from xkd_pipeline.parsing import parsers
 from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.stage import units_of
 from xkd_pipeline.stages import Outcome, documents_stage
-from xkd_pipeline.tables.read_units import document_at
+from xkd_pipeline.tables.shard_columns import document_at
 from xkd_schemas.cache.manifest import Unit
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import DocumentsSection
@@ -218,8 +218,8 @@ def test_another_content_of_the_corpus_is_refused(tmp_path: Path) -> None:
 def test_a_shard_is_a_minute_of_a_teacher_by_characters_decided_once_and_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_rows, "this_device", lambda: "cpu")
-    monkeypatch.setitem(shard_rows.FLOPS, "cpu", 8e9)  # 4,800 characters
+    monkeypatch.setattr(stages, "this_device", lambda: "cpu")
+    monkeypatch.setitem(stages.FLOPS, "cpu", 8e9)  # 4,800 characters
     said: list[str] = []
     rows = {"short": [{"text": "x" * 100}] * 40, "sorted": [{"text": "x" * 10}] * 30 + [{"text": "y" * 1000}] * 10}
     for name, content in rows.items():
@@ -233,9 +233,9 @@ def test_a_shard_is_a_minute_of_a_teacher_by_characters_decided_once_and_printed
         in said[-1]
     )
 
-    monkeypatch.setattr(shard_rows, "this_device", lambda: "cuda")
+    monkeypatch.setattr(stages, "this_device", lambda: "cuda")
     assert documents_stage(run, IN_PROCESS, said.append).values["made"] == 0
     assert "shards of" not in said[-1]
     llama(tmp_path / "teacher")
     named = run_file(tmp_path / "new", documents={"rows_per_shard": 0}, teacher={"model": str(tmp_path / "teacher")})
-    assert shard_rows.rows_per_shard(named, [open_source(str(corpus), columns={})])[0] == shard_rows.MOST_CHARS // 1000
+    assert stages.rows_per_shard(named, [open_source(str(corpus), columns={})])[0] == stages.MOST_CHARS // 1000

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xkd_pipeline.workers.bisect_rows import culprits
+from xkd_pipeline.workers.scheduler import culprits
 
 
 def searched(rows: range, kills, *, tries: int = 3, most: int = 99) -> tuple[tuple[int, ...], int]:

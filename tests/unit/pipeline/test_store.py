@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fake_stage import UNITS, build_all, opened
 from small_cache import files_of
-from xkd_pipeline.tables.status import table_states
+from xkd_pipeline.tables.dataset_card import table_states
 from xkd_pipeline.tables.writer import locked
 from xkd_schemas.cache.manifest import Commit, Plan, is_whole, read_record
 from xkd_schemas.cache.table import Table

@@ -1,4 +1,4 @@
-"""A unit of a table read at once: columns of all its record batches as flat arrays, not row by row.
+"""Columns of a whole shard: read at once as flat arrays, not row by row, and those made of tokens.
 
 Shape legend for this file
     R documents    G segments    T tokens    K words or phrases
@@ -6,6 +6,7 @@ Shape legend for this file
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,14 +17,14 @@ from xkd_schemas.documents import Document, Segment
 from xkd_schemas.ragged import Ragged, row_offsets
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import TRIED, Encoder, unusable
-from xkd_schemas.tokens import Tokens
+from xkd_schemas.tokens import OK, Tokens
 
 DOCUMENT_COLUMNS = ("doc_id", "source", "line", "text", "segments", "roles", "targets", "messages", "words", "phrases")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentRows:
-    """Documents as a unit of the documents table holds them."""
+    """Documents as a shard of the documents table holds them."""
 
     doc_ids: Sequence[str]
     block: DocumentBatch
@@ -140,3 +141,35 @@ def document_at(row: Row) -> Document:
 def first_documents(table: Table) -> list[Document]:
     """Those that a template is tried on before anything is begun."""
     return [document_at(table[n]) for n in range(min(len(table), TRIED))]
+
+
+def token_columns(tokens: TokenBatch) -> dict[str, Any]:
+    """The columns that teacher and student tables share, without doc_id."""
+    return {
+        "status": tokens.statuses,
+        "num_chars": tokens.num_chars,
+        "token_ids": tokens.as_rows(tokens.ids),
+        "token_spans": tokens.as_rows(tokens.spans),
+        "token_kinds": tokens.as_rows(tokens.kinds),
+        "targets": tokens.as_rows(tokens.targets),
+    }
+
+
+def extended_counts(tokens: TokenBatch) -> dict[str, int]:
+    """Tokens with characters that a normaliser merged, swapped or deleted, and the documents these are in."""
+    return {"extended": int(tokens.extended.sum()), "extended_documents": int((tokens.extended > 0).sum())}
+
+
+def token_counts(texts: Sequence[str], tokens: TokenBatch) -> dict[str, int]:
+    """Totals over one shard: tokens, targets, cut documents, documents by status, and extended intervals if any."""
+    lengths = zip(tokens.statuses, tokens.num_chars.tolist(), texts, strict=True)
+    counts = {
+        "tokens": len(tokens.ids),
+        "targets": int(tokens.targets.sum()),
+        "cut": sum(status == OK and num_chars < len(text) for status, num_chars, text in lengths),
+    }
+    if tokens.extended.any():
+        counts |= extended_counts(tokens)
+    for status in tokens.statuses:
+        counts[f"status:{status}"] = counts.get(f"status:{status}", 0) + 1
+    return dict(sorted(counts.items()))
