@@ -12,7 +12,6 @@ import typer
 from xkd_pipeline.cli import maintain, reports
 from xkd_pipeline.tables.build import Outcome
 from xkd_pipeline.workers.contract import Workers
-from xkd_pipeline.workers.executor import asked_workers
 from xkd_schemas.cache.table import check_cache, only_teacher
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import answer, say, say_json
@@ -36,7 +35,7 @@ GPU_WORKERS: Final = FlagsOf("", only=("workers", "gpus_per_worker", "ray_addres
 
 def _workers(run: RunConfig) -> Workers:
     gpus, address, stall = run.gpus_per_worker, run.ray_address, run.stall_timeout
-    return asked_workers(Workers(count=run.workers, gpus=gpus, address=address, stall_seconds=stall))
+    return Workers(count=run.workers, gpus=gpus, address=address, stall_seconds=stall)
 
 
 def _tell(stage: Callable[..., Outcome], run: RunConfig, as_json: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol
 
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
-from xkd_schemas.errors import OutOfMemory, XkdError
+from xkd_schemas.errors import OutOfMemory, UsageError, XkdError
 
 AS_PLANNED: Final = MadeDifferently()
 KEPT: Final = "every committed unit"
@@ -47,7 +47,14 @@ class Workers:
     address: str | None = None
     """Ray cluster to join; None starts one on this machine's loopback."""
     stall_seconds: float | None = None
-    """A unit that takes longer is taken for hung; None: five times the median, see scheduler.py."""
+    """A shard that takes longer is taken for hung; None: five times the median, see scheduler.py."""
+
+    def __post_init__(self) -> None:
+        if self.count == 0 and (self.address is not None or self.gpus or self.stall_seconds is not None):
+            raise UsageError(
+                "--ray-address, --gpus-per-worker and --stall-timeout need Ray workers, found --workers 0",
+                fix="add --workers N",
+            )
 
 
 def local_paths(*names: str | Path | None) -> tuple[Path, ...]:

@@ -20,21 +20,7 @@ from xkd_pipeline.workers.contract import (
     with_care,
 )
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
-from xkd_schemas.errors import OutOfMemory, UsageError
-
-
-def asked_workers(workers: Workers) -> Workers:
-    """The same.
-
-    Raises:
-        UsageError: What is asked of workers is asked without any.
-    """
-    if workers.count == 0 and (workers.address is not None or workers.gpus or workers.stall_seconds is not None):
-        raise UsageError(
-            "--ray-address, --gpus-per-worker and --stall-timeout need Ray workers, found --workers 0",
-            fix="add --workers N",
-        )
-    return workers
+from xkd_schemas.errors import OutOfMemory
 
 
 def run_units(

@@ -10,8 +10,9 @@ on in batches half as large. A worker that is silent for too long is killed; its
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, smaller, unit_of, with_care
@@ -34,48 +35,33 @@ _SILENT: Final = "it does not answer"
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """A worker has loaded the stage."""
-
-
-@dataclass(frozen=True, slots=True)
-class Died:
-    """A worker's process is gone."""
+class Failed:
+    """A worker's process is gone, or it could not do what it was given."""
 
     reason: str
-    for_memory: bool = False
-    """Killed because its machine ran out of memory."""
+    memory: bool = False
+    """It, or its machine, ran out of memory."""
+    alive: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Exhausted:
-    """Memory ran out in a worker, which lives on."""
-
-    reason: str
-
-
-Report = tuple[Hashable, Ready | Commit | Died | Exhausted]
-"""Worker, and what became of it or of what it was given."""
+Report = tuple[Hashable, Commit | Failed | None]
+"""Worker, and what it made; None once it has loaded the stage."""
 
 
 class Pool(Protocol):
     """Worker processes. Both `give` and `reports` raise what a stage raised, and WorkersGone when all is lost."""
 
     def start(self) -> Hashable:
-        """Start a worker, which reports Ready or Died."""
+        """Start a worker; it reports None or Failed."""
 
     def give(self, worker: Hashable, job: Any, care: MadeDifferently) -> None:
-        """Let a worker make a unit; it reports a Commit, Died or Exhausted."""
+        """Let a worker make a shard; it reports a Commit or Failed."""
 
     def reports(self, seconds: float) -> list[Report]:
         """What there is to report; waits for the first so long, then returns none."""
 
     def kill(self, worker: Hashable) -> None:
         """End a worker, which reports no more."""
-
-
-Search = Generator[tuple[int, ...], bool, tuple[int, ...]]
-"""Yields rows to try together, is sent whether they killed their process, returns the rows that do it alone."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,9 +71,10 @@ class _Task:
     care: MadeDifferently
     deaths: int = 0
     hangs: int = 0
-    search: Search | None = None
+    search: Generator[tuple[int, ...], bool, None] | None = None
     rows: tuple[int, ...] = ()
     """What the search wants tried alone."""
+    culprits: list[int] = field(default_factory=list)
 
 
 class Schedule:
@@ -156,15 +143,13 @@ class Schedule:
         others = set(range(self._stage.rows(task.job))) - set(task.rows)
         return task.care.model_copy(update={"lost": tuple(sorted(others))})
 
-    def _note_start(self, worker: Hashable, what: object) -> None:
+    def _note_start(self, worker: Hashable, what: Commit | Failed | None) -> None:
         del self._loading[worker]
-        if isinstance(what, Ready):
+        if isinstance(what, Failed):
+            self._note_bad_start(what.reason, OutOfMemory if what.memory else WorkersGone)
+        else:
             self._idle.append(worker)
             self._bad_starts = 0
-        else:
-            memory = isinstance(what, Exhausted) or (isinstance(what, Died) and what.for_memory)
-            reason = what.reason if isinstance(what, Died | Exhausted) else _SILENT
-            self._note_bad_start(reason, OutOfMemory if memory else WorkersGone)
 
     def _note_bad_start(self, reason: str, kind: type[XkdError] = WorkersGone) -> None:
         self._bad_starts += 1
@@ -175,49 +160,49 @@ class Schedule:
             raise kind(f"no worker starts, {TRIES} in a row ended in loading: {reason}", kept=KEPT, fix=AGAIN)
         warn(f"{TRIES} workers in a row did not start: {reason}; continuing with {self._count}")
 
-    def _note_report(self, worker: Hashable, what: object, done: Callable[[Commit], None]) -> None:
+    def _note_report(self, worker: Hashable, what: Commit | Failed | None, done: Callable[[Commit], None]) -> None:
         task, since = self._busy.pop(worker)
-        if isinstance(what, Died):
-            self._note_death(task, what)
-            return
-        self._idle.append(worker)
-        if isinstance(what, Exhausted):
-            task.care, task.deaths = smaller(self._stage, task.job, task.care, what.reason), 0
-            self._queue.appendleft(task)
+        if not isinstance(what, Failed) or what.alive:
+            self._idle.append(worker)
+        if isinstance(what, Failed) and what.alive:
+            self._try_smaller(task, what.reason)
         elif task.search is not None:
-            self._go_on(task, died=False)
-        elif isinstance(what, Commit):
+            self._search_on(task, killed=isinstance(what, Failed))
+        elif isinstance(what, Failed):
+            self._note_death(task, what)
+        elif what is not None:
             self._seconds.append(self._clock() - since)
             done(with_care(what, task.care))
 
-    def _note_death(self, task: _Task, death: Died) -> None:
-        if task.search is not None:
-            self._go_on(task, died=True)
-            return
+    def _try_smaller(self, task: _Task, reason: str, kind: type[XkdError] = OutOfMemory) -> None:
+        task.care, task.deaths = smaller(self._stage, task.job, task.care, reason, kind), 0
+        self._queue.appendleft(task)
+
+    def _note_death(self, task: _Task, death: Failed) -> None:
         task.deaths += 1
         if task.deaths < TRIES:
             warn(f"shard {task.unit}: its worker died ({death.reason}); try {task.deaths + 1} of {TRIES}")
-        elif death.for_memory:
-            task.care, task.deaths = smaller(self._stage, task.job, task.care, death.reason), 0
+            self._queue.appendleft(task)
+        elif death.memory:
+            self._try_smaller(task, death.reason)
         else:
-            rows = [row for row in range(self._stage.rows(task.job)) if row not in task.care.lost]
+            rows = tuple(row for row in range(self._stage.rows(task.job)) if row not in task.care.lost)
             if not rows:
                 raise WorkersGone(f"shard {task.unit} kills its worker even without its rows", kept=KEPT, fix=AGAIN)
             warn(f"shard {task.unit}: {TRIES} workers died ({death.reason}); trying its rows separately")
-            task.search = culprits(rows, tries=TRIES, most=MOST_LOST)
-            self._go_on(task, died=None)
-            return
-        self._queue.appendleft(task)
+            task.culprits = []
+            task.search = find_culprits(rows, task.culprits)
+            self._search_on(task, killed=None)
 
-    def _go_on(self, task: _Task, *, died: bool | None) -> None:
-        """Take the search one step on; at its end the unit is made without what it found."""
+    def _search_on(self, task: _Task, *, killed: bool | None) -> None:
+        """Take the search one step on; at its end the shard is made without what it found."""
         assert task.search is not None
-        self._queue.appendleft(task)
-        try:
-            task.rows = next(task.search) if died is None else task.search.send(died)
-            return
-        except StopIteration as end:
-            found: tuple[int, ...] = end.value
+        found = task.culprits
+        with suppress(StopIteration):
+            task.rows = task.search.send(killed)  # type: ignore[arg-type]  # None starts it
+            if len(found) <= MOST_LOST:
+                self._queue.appendleft(task)
+                return
         task.search, task.deaths = None, 0
         if len(found) > MOST_LOST:
             raise WorkersGone(
@@ -228,9 +213,9 @@ class Schedule:
         if found:
             warn(f"shard {task.unit}: left out, as they kill their worker: row {', '.join(map(str, found))}")
             task.care = task.care.model_copy(update={"lost": tuple(sorted({*task.care.lost, *found}))})
+            self._queue.appendleft(task)
         else:
-            reason = "its rows kill their worker together and not alone"
-            task.care = smaller(self._stage, task.job, task.care, reason, WorkersGone)
+            self._try_smaller(task, "its rows kill their worker together and not alone", WorkersGone)
 
     def _end_the_silent(self) -> None:
         now = self._clock()
@@ -262,49 +247,22 @@ class Schedule:
         return max(SHORTEST_SECONDS, MEDIANS * statistics.median(self._seconds))
 
 
-def culprits(rows: Sequence[int], *, tries: int, most: int) -> Search:
-    """Search `rows`, which together have killed their process.
+def find_culprits(rows: tuple[int, ...], found: list[int]) -> Generator[tuple[int, ...], bool, None]:
+    """Yield some of `rows`, which have killed their process together, and be sent whether these kill it too.
 
-    A group that kills once is searched further, as a wrong suspicion costs time only. A single row is a culprit after
-    it has killed `tries` times in a row. Where the first half is harmless the second is taken for guilty untried, so
-    rows that kill only in company give no culprit.
-
-    >>> search = culprits(range(4), tries=2, most=9)
-    >>> group = next(search)
-    >>> while True:
-    ...     print(group, end=" ")
-    ...     try:
-    ...         group = search.send(2 in group)
-    ...     except StopIteration as end:
-    ...         print("->", end.value)
-    ...         break
-    (0, 1) (2,) (3,) (2,) (2,) -> (2,)
-
-    Args:
-        rows: At least one.
-        tries: How often a single row must kill.
-        most: The search ends early once it has found more culprits than this.
+    Rows that kill alone, TRIES times in a row, are added to `found`, in order. A group that kills once is searched
+    further: a wrong suspicion costs time only. Where the first half is harmless the second is taken for guilty
+    untried, so rows that kill only in company are no culprits.
     """
-    found: list[int] = []
-    suspects = [tuple(rows)]
-    while suspects and len(found) <= most:
-        group = suspects.pop()
-        if len(group) == 1:
-            if (yield from _always(group, tries)):
-                found.append(group[0])
-            continue
-        first, second = group[: len(group) // 2], group[len(group) // 2 :]
-        if not (yield first):
-            suspects.append(second)
-            continue
-        if (yield second):
-            suspects.append(second)
-        suspects.append(first)
-    return tuple(sorted(found))
-
-
-def _always(group: tuple[int, ...], tries: int) -> Generator[tuple[int, ...], bool, bool]:
-    for _ in range(tries):
-        if not (yield group):
-            return False
-    return True
+    if len(rows) == 1:
+        for _ in range(TRIES):
+            if not (yield rows):
+                return
+        found.append(rows[0])
+        return
+    first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    if (yield first):
+        yield from find_culprits(first, found)
+        if not (yield second):
+            return
+    yield from find_culprits(second, found)

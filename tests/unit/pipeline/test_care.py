@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Make, Workers
-from xkd_pipeline.workers.executor import asked_workers, run_units
+from xkd_pipeline.workers.executor import run_units
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig
@@ -177,8 +178,8 @@ def test_a_model_that_does_not_fit_is_out_of_memory_and_no_traceback(tmp_path: P
         run_units(Huge(folder=tmp_path), [0], IN_PROCESS, lambda _commit: None)
 
 
-def test_what_is_asked_of_workers_without_any_is_refused() -> None:
-    assert asked_workers(Workers(count=2, gpus=1.0)).count == 2
-    for workers in (Workers(gpus=1.0), Workers(address="127.0.0.1:6379"), Workers(stall_seconds=9.0)):
-        with pytest.raises(UsageError, match=r"found --workers 0\. Next: add --workers N"):
-            asked_workers(workers)
+@pytest.mark.parametrize("asked", [{"gpus": 1.0}, {"address": "127.0.0.1:6379"}, {"stall_seconds": 9.0}])
+def test_what_is_asked_of_workers_without_any_is_refused(asked: dict[str, Any]) -> None:
+    Workers(count=2, **asked)
+    with pytest.raises(UsageError, match=r"found --workers 0\. Next: add --workers N"):
+        Workers(**asked)
