@@ -189,14 +189,3 @@ def test_a_pipeline_may_be_named_by_its_folder(parser: SpacyParser) -> None:
     by_folder = SpacyParser(DocumentsSection(spacy_model=os.fspath(parser.nlp.path)))
 
     assert by_folder.identity() == parser.identity()
-
-
-def test_two_parsers_of_one_loaded_pipeline_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = load_pipeline(MODEL)
-    monkeypatch.setattr("xkd_pipeline.parsing.spacy_parser.load_pipeline", lambda _name: loaded)
-    document = document_of([("prompt", "The old fisherman quietly repaired his torn net.", False)], source="a", line=1)
-
-    first, second = (SpacyParser(DocumentsSection(spacy_model=MODEL)).parse([document]) for _ in range(2))
-
-    assert first[0].phrases == second[0].phrases
-    assert "VP" in second[0].labels
