@@ -10,9 +10,10 @@ import numpy as np
 
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.shard_columns import (
+from xkd_pipeline.tables.shard_columns import (  # fmt: skip
     DocumentRows,
     documents_of,
+    encoder_for,
     first_documents,
     token_columns,
     token_counts,
@@ -29,15 +30,6 @@ from xkd_schemas.text.alignment import align, token_ranges
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION
-from xkd_trainer.models.loading import load_tokenizer
-
-
-def encoder_of(student: StudentSection) -> Encoder:
-    """How the student reads a document; loads its tokenizer."""
-    return Encoder(
-        tokenizer=load_tokenizer(student.tokenizer), template=student.template, max_tokens=student.max_tokens,
-        enable_thinking=student.enable_thinking,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +43,7 @@ class AlignStage:
 
     def load(self) -> Make:
         """Load the tokenizer once."""
-        encoder = encoder_of(self.settings)
+        encoder = encoder_for(self.settings.tokenizer, self.settings)
         documents, teachers = Table(self.root, "documents"), Table(self.root, self.teacher)
 
         def make(unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
@@ -133,7 +125,7 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSection,
         Mismatch: students/NAME was begun with other settings.
     """
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
-    encoder = encoder_of(settings)
+    encoder = encoder_for(settings.tokenizer, settings)
     spec = {
         "schema": STUDENTS_VERSION,
         "documents": documents.manifest.root,

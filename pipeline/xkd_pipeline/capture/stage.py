@@ -16,7 +16,14 @@ from xkd_pipeline.capture.capture import TeacherSettings, capture, codec_error, 
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.shard_columns import DocumentRows, documents_of, first_documents, token_columns, token_counts
+from xkd_pipeline.tables.shard_columns import (
+    DocumentRows,
+    documents_of,
+    encoder_for,
+    first_documents,
+    token_columns,
+    token_counts,
+)
 from xkd_pipeline.tables.writer import Store, locked, shards_like
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Plan, Spec, read_record, refuse_differences
@@ -32,7 +39,7 @@ from xkd_trainer.models.architecture import num_layers
 from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, warn_of_slow_dtype
 from xkd_trainer.models.forward import rehearse
 from xkd_trainer.models.head import check_model, head_of
-from xkd_trainer.models.loading import check_model_name, load_model, load_tokenizer
+from xkd_trainer.models.loading import check_model_name, load_model
 
 CAPTURE_VERSION: Final = 5
 """Bump when the same settings would give other bytes."""
@@ -61,7 +68,7 @@ class TeacherStage:
                 fix="give each worker one with --gpus-per-worker 1, or look at CUDA_VISIBLE_DEVICES there",
             )
         model = teacher_of(self.settings).to(device)
-        encoder = encoder_of(self.settings)
+        encoder = encoder_for(self.settings.model, self.settings)
         documents = Table(self.root, "documents")
         wanted = [signal_named(column) for column in self.signals]
         schema = teacher_schema(wanted, model.get_input_embeddings().weight.shape[1], self.settings.codec)
@@ -121,14 +128,6 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
     return _loaded[settings]
 
 
-def encoder_of(settings: TeacherSettings) -> Encoder:
-    """How the teacher reads a document."""
-    return Encoder(
-        tokenizer=load_tokenizer(settings.model), template=settings.template, max_tokens=settings.max_tokens,
-        enable_thinking=settings.enable_thinking,
-    )  # fmt: skip
-
-
 def _read(rows: DocumentRows, encoder: Encoder) -> tuple[TokenBatch, list[Reading]]:
     encoded = rows.encode(encoder)
     words, phrases = (
@@ -179,17 +178,11 @@ def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: s
         "capture": CAPTURE_VERSION,
         "documents": documents,
         "weights": weights_identity(settings.model),
-        "encoder": encoder_of(settings).identity(),
+        "encoder": encoder_for(settings.model, settings).identity(),
         "signals": list(columns),
         **{key: getattr(settings, key) for key in RUN_SETTINGS},
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
     }
-
-
-def check_wanted(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> None:
-    """Raise UsageError where the model cannot give a signal: layers, attention or classes that it does not have."""
-    check_top(wanted, model, name)
-    rehearse(model, **reads_of(wanted))
 
 
 def check_top(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> None:
@@ -206,12 +199,6 @@ def check_top(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> No
                 f"{name} has {vocab_size} classes; {signal.column} can hold numbers of {MOST_CLASSES}",
                 fix="use a loss that needs hidden_last, such as kl",
             )
-
-
-def measured_constants(commits: Sequence[Commit], stds: Sequence[str]) -> dict[str, Any]:
-    """Standard deviations over the corpus, and what codecs lost where they lost anything."""
-    error = codec_error(commits)
-    return {f"{name}_std": std_of(commits, name) for name in stds} | ({"codec_error": error} if error else {})
 
 
 def make_teacher(
@@ -237,10 +224,11 @@ def make_teacher(
     """
     documents = Table(root, "documents")
     check_model_name(settings.model)
-    encoder_of(settings).check(first_documents(documents))
+    encoder_for(settings.model, settings).check(first_documents(documents))
     model = teacher_of(settings)
     wanted = signals(num_layers(model))
-    check_wanted(wanted, model, settings.model)
+    check_top(wanted, model, settings.model)
+    rehearse(model, **reads_of(wanted))
     columns = tuple(sorted({s.column for s in wanted}))
     spec = teacher_spec(settings, columns, documents.manifest.root)
     shards: Sequence[Commit] = ()
@@ -264,7 +252,9 @@ def make_teacher(
 
     def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
         files = {} if beside else export(teacher_of(settings), settings.model, store.folder)
-        return constants | measured_constants(commits, stds), files
+        error = codec_error(commits)
+        measured = {f"{name}_std": std_of(commits, name) for name in stds}
+        return constants | measured | ({"codec_error": error} if error else {}), files
 
     if workers.count:
         del model
@@ -318,14 +308,3 @@ def missing_signals(root: Path, teacher: str, wanted: Sequence[Signal]) -> tuple
             return name, left
     numbers = range(1, 2 + len(list(folder.glob("*"))))
     return next(name for n in numbers if not (folder / (name := f"{teacher[:120]}.{n}")).exists()), left
-
-
-def signals_named(columns: Sequence[str]) -> list[Signal]:
-    """Signals by the names of their columns.
-
-    Raises:
-        UsageError: One is not known, or none is named.
-    """
-    if not columns:
-        raise UsageError("no signal is named", fix="e.g. --signals hidden_last,topk_ids#64,topk_logits#64")
-    return [signal_named(column) for column in columns]

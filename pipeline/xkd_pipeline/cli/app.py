@@ -131,12 +131,14 @@ def add(
     check_cache(cache)
     if not run.teacher.model:
         raise UsageError("signals are read from a teacher", fix="add --model FOLDER")
-    if "losses" not in given and not signals:
+    from xkd_schemas.signals import signal_named
+
+    named = [signal_named(part.strip()) for part in signals.split(",") if part.strip()]
+    if "losses" not in given and not named:
         raise UsageError("no signal is named", fix="add --for LOSS, or --signals hidden_last,topk_ids#64")
-    from xkd_pipeline.capture.stage import add_signals, signals_named
+    from xkd_pipeline.capture.stage import add_signals
     from xkd_pipeline.stages import signals_for
 
-    named = signals_named([part.strip() for part in signals.split(",") if part.strip()]) if signals else []
     table, codec = run.teacher.name or only_teacher(cache), run.teacher.codec if "codec" in given else ""
     built = add_signals(
         cache, table, run.teacher.model,

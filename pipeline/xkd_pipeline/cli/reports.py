@@ -76,7 +76,8 @@ def pair(
     Example: xkd-cache pair models/teacher models/student train.jsonl
     """
     from xkd_pipeline.reports.compare_tokenizers import compare, pair_lines
-    from xkd_pipeline.reports.sample import encoder_for, read_sample
+    from xkd_pipeline.reports.sample import read_sample
+    from xkd_pipeline.tables.shard_columns import encoder_for
 
     theirs, ours = encoder_for(teacher, run.teacher), encoder_for(student, run.student)
     rows = read_sample(run, sample)

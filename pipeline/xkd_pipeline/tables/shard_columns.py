@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from xkd_schemas.cache.table import Row, Shard, Table
+from xkd_schemas.config import StudentSection, TeacherSection
 from xkd_schemas.corpus.rows import WORKER_KILLED
 from xkd_schemas.documents import Document, Segment
 from xkd_schemas.ragged import Ragged, row_offsets
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import TRIED, Encoder, unusable
+from xkd_schemas.text.templates import chosen_template
 from xkd_schemas.tokens import OK, Tokens
 
 DOCUMENT_COLUMNS = ("doc_id", "source", "line", "text", "segments", "roles", "targets", "messages", "words", "phrases")
@@ -136,6 +138,17 @@ def document_at(row: Row) -> Document:
     )
     messages = row.get("messages", "")  # none in a table of version 1
     return Document(text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=messages)
+
+
+def encoder_for(tokenizer: str, section: TeacherSection | StudentSection) -> Encoder:
+    """How the model with this tokenizer reads a document; loads the tokenizer."""
+    from xkd_trainer.models.loading import load_tokenizer  # torch, which documents do without
+
+    loaded = load_tokenizer(tokenizer)
+    return Encoder(
+        tokenizer=loaded, template=chosen_template(section.template, loaded), max_tokens=section.max_tokens,
+        enable_thinking=section.enable_thinking,
+    )  # fmt: skip
 
 
 def first_documents(table: Table) -> list[Document]:
