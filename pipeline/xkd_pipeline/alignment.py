@@ -20,7 +20,7 @@ from xkd_pipeline.tables.shard_columns import (  # fmt: skip
     tokens_of,
 )
 from xkd_pipeline.tables.writer import Store, shards_like
-from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
+from xkd_pipeline.workers.contract import AS_PLANNED, Make, Stage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import StudentSection
@@ -33,7 +33,7 @@ from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AlignStage:
+class AlignStage(Stage):
     """Tokenizes and aligns the documents of one unit."""
 
     root: Path
@@ -57,10 +57,6 @@ class AlignStage:
     def rows(self, unit: int) -> int:
         """Documents of a unit."""
         return Table(self.root, "documents").manifest.commits[unit].rows
-
-    def batch(self, unit: int) -> int:
-        """Documents encoded and aligned at once; rows do not depend on it."""
-        return self.rows(unit)
 
     def paths(self) -> tuple[Path, ...]:
         """The table's folder, the two tables it is made from, and the tokenizer."""

@@ -82,20 +82,15 @@ def rows_per_shard(run: RunConfig, sources: Sequence[Source]) -> tuple[int, str]
     with contextlib.suppress(InputMissing, BadData):
         return int(read_record(Path(run.cache) / "documents" / "plan.json", Plan).spec["rows_per_shard"]), ""
     device = this_device()
-    weights, whose = _weights(run, device)
+    weights, whose = USUAL_WEIGHTS[device], "a teacher"
+    if run.teacher.model:
+        with contextlib.suppress(XkdError):  # said by the stage that needs it
+            weights, whose = float(sizes_of(run.teacher.model).weights), "the teacher"
     flops = FLOPS[device] * (run.teacher.threads if device == "cpu" else 1)
     chars = min(MOST_CHARS, round(SECONDS * flops / (2 * weights)) * CHARS_PER_TOKEN)
     rows = max(1, int(chars / max(1.0, *(_mean_chars(source, run.documents.max_chars) for source in sources))))
     about = f"about {chars:,} characters, which {whose} of {weights / 1e9:.2g} billion weights reads in a minute"
     return rows, f"{about} or less on this {'CPU' if device == 'cpu' else 'GPU'}"
-
-
-def _weights(run: RunConfig, device: str) -> tuple[float, str]:
-    """Weights of the teacher, and what to call it."""
-    if run.teacher.model:
-        with contextlib.suppress(XkdError):  # said by the stage that needs it
-            return float(sizes_of(run.teacher.model).weights), "the teacher"
-    return USUAL_WEIGHTS[device], "a teacher"
 
 
 def _mean_chars(source: Source, max_chars: int) -> float:

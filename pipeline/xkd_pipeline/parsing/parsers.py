@@ -33,12 +33,6 @@ def check_parser(name: str) -> None:
 
 
 def parser_for(settings: DocumentsSection) -> Parser:
-    """Load the parser of these settings.
-
-    Raises:
-        InputMissing: the pipeline or model is not installed or not there.
-        UsageError: the pipeline cannot do what is asked of it.
-        BadData, Refused: the model's files are broken, or would run code.
-    """
+    """Load the parser of these settings; InputMissing, UsageError, BadData or Refused says why it cannot be."""
     check_parser(settings.parser)
     return PARSERS[settings.parser](settings)

@@ -1,6 +1,7 @@
 """Stage 1: corpus rows become documents with words and phrases."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -14,11 +15,11 @@ from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
+from xkd_pipeline.workers.contract import AS_PLANNED, Make, Stage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import WORKER_KILLED, rejected_row
-from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, read_documents
+from xkd_schemas.corpus.sources import RawRow, Source, read_documents
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, checked_spans, document_of
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.encode import Encoder
@@ -43,7 +44,7 @@ class DocumentsJob:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DocumentsStage:
+class DocumentsStage(Stage):
     """Reads, parses and writes one unit."""
 
     folder: Path
@@ -58,10 +59,6 @@ class DocumentsStage:
         """Rows of a unit."""
         return len(job.rows)
 
-    def batch(self, job: DocumentsJob) -> int:
-        """Documents handed to the parser at once; spans do not depend on it."""
-        return len(job.rows)
-
     def paths(self) -> tuple[Path, ...]:
         """The table's folder and the parser's files."""
         s = self.settings
@@ -74,7 +71,10 @@ class DocumentsStage:
             job.source, job.form, job.columns, rows, max_chars=self.settings.max_chars, unused=unused
         )
         killers = [rejected_row(job.source, job.rows[at], WORKER_KILLED, _KILLS) for at in care.lost]
-        documents, too_long, num_cut = self._shorter(documents, encoder, job)
+        cut = cut_prompts(documents, encoder, self.settings.max_prompt_tokens)
+        whole = {document.line for document, short in zip(documents, cut, strict=True) if short is None}
+        too_long = [rejected_row(job.source, row, LONG_PROMPT, _LONG) for row in rows if row.line in whole]
+        before, documents = documents, [document for document in cut if document is not None]
         rejects = sorted([*rejects, *killers, *too_long], key=lambda reject: reject.line)
         size = care.batch or max(1, len(documents))
         parsed = [s for at in range(0, len(documents), size) for s in parser.parse(documents[at : at + size])]
@@ -84,24 +84,13 @@ class DocumentsStage:
             "characters": sum(len(d.text) for d in documents),
             "words": sum(len(s.words) for s in found),
             "phrases": sum(len(s.phrases) for s in found),
-        } | ({PROMPTS_CUT: num_cut} if encoder else {})
+        } | ({PROMPTS_CUT: len(set(map(id, documents)) - set(map(id, before)))} if encoder else {})
         counts.update({f"parser:{reason}": number for reason, number in sorted(parser.notes.items())})
         counts.update({f"{UNUSED}{key}": number for key, number in sorted(unused.items())})
         parser.notes.clear()
         rejected = [asdict(r) for r in rejects]
         columns, totals = columns_of(documents, found), Totals(counts=counts)
         return write_shard(self.folder, job.unit, DOCUMENTS, columns, rejects=rejected, totals=totals)
-
-    def _shorter(
-        self, documents: list[Document], encoder: Encoder | None, job: DocumentsJob
-    ) -> tuple[list[Document], list[RejectedRow], int]:
-        """The documents with prompts within the limit, rows of which none can be made, and how many were cut."""
-        cut = cut_prompts(documents, encoder, self.settings.max_prompt_tokens)
-        rows = {row.line: row for row in job.rows}
-        whole = [d.line for d, short in zip(documents, cut, strict=True) if short is None]
-        refused = [rejected_row(job.source, rows[line], LONG_PROMPT, _LONG) for line in whole]
-        num_cut = sum(short is not None and short is not d for d, short in zip(documents, cut, strict=True))
-        return [d for d in cut if d is not None], refused, num_cut
 
 
 UNUSED: Final = "unused:"
@@ -220,7 +209,10 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
         raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
     spec = {
         "schema": DOCUMENTS_VERSION,
-        "corpus": corpus_spec(sources),
+        "corpus": [
+            {"name": Path(s.name).name, "sha256": s.digest, "form": s.form, "columns": dict(s.columns)}
+            for s in sources
+        ],
         "parser": parser_for(settings).identity(),
         "max_chars": settings.max_chars,
         "rows_per_shard": size,
@@ -246,13 +238,6 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
     return build(store, stage, lambda missing: jobs_of(sources, size, missing), workers, watch=watch)
 
 
-def corpus_spec(sources: Sequence[Source]) -> list[dict[str, object]]:
-    """What a plan says of its sources."""
-    return [
-        {"name": Path(s.name).name, "sha256": s.digest, "form": s.form, "columns": dict(s.columns)} for s in sources
-    ]
-
-
 def _first_reject(folder: Path) -> str:
     """Line and detail of the first row that was rejected, as the list of a unit has it."""
     with min(folder.glob("*.jsonl")).open(encoding="utf-8") as lines:
@@ -261,8 +246,7 @@ def _first_reject(folder: Path) -> str:
 
 
 def _reasons(commits: Iterable[Commit]) -> str:
-    found: dict[str, int] = {}
+    found = Counter[str]()
     for commit in commits:
-        for reason, number in (commit.rejects.reasons if commit.rejects else {}).items():
-            found[reason] = found.get(reason, 0) + number
-    return ", ".join(f"{reason} {number}" for reason, number in sorted(found.items())) or "no reason recorded"
+        found.update(commit.rejects.reasons if commit.rejects else {})
+    return ", ".join(f"{reason} {number}" for reason, number in sorted(found.items()))

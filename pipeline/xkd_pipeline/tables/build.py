@@ -69,15 +69,15 @@ def build(
                 _tell_other_kind(store.plan.table, commit, kinds)
                 watch(list(done.values()))
 
-            with tell_kept(lambda: _describe_kept(store.plan.table, done, len(store.plan.units))):
+            def describe_kept() -> str:
+                kept = f"{len(done)} of {len(store.plan.units)} shards of {store.plan.table}"
+                documents = sum(commit.rows for commit in done.values())
+                return f"{kept} ({documents} documents); lost: what was done of the shards in work"
+
+            with tell_kept(describe_kept):
                 run_units(stage, jobs(missing), workers, take, store.cares(missing))
     constants, files = finish([done[unit] for unit in sorted(done)])
     return Built(manifest=store.seal(done, constants, files), made=len(missing), kept=kept)
-
-
-def _describe_kept(table: str, done: dict[int, Commit], units: int) -> str:
-    rows = sum(commit.rows for commit in done.values())
-    return f"{len(done)} of {units} shards of {table} ({rows} documents); lost: what was done of the shards in work"
 
 
 def _tell_other_kind(table: str, commit: Commit, kinds: set[str]) -> None:

@@ -82,28 +82,27 @@ def table_states(root: Path) -> list[dict[str, Any]]:
     `unreadable` counts plans and records that are damaged, `quarantined` and `leftovers` what `gc` would look at.
     """
     refuse_links(root)
-    plans = [path for pattern in TABLES for path in sorted(root.glob(f"{pattern}/plan.json"))]
-    return [_state(root, path) for path in plans]
-
-
-def _state(root: Path, path: Path) -> dict[str, Any]:
-    folder = path.parent
-    records = record_paths(folder)
-    commits: list[Commit] = []
-    for record in records:
+    states = []
+    for path in (path for pattern in TABLES for path in sorted(root.glob(f"{pattern}/plan.json"))):
+        folder, records = path.parent, record_paths(path.parent)
+        plan: Plan | None = None
+        commits: list[Commit] = []
         with contextlib.suppress(BadData):
-            commits.append(read_record(record, Commit))
-    plan: Plan | None = None
-    with contextlib.suppress(BadData):
-        plan = read_record(path, Plan)
-    return {
-        "table": folder.relative_to(root).as_posix(),
-        "units": len(plan.units) if plan else len(records),
-        "done": len(commits),
-        "documents": sum(c.rows for c in commits),
-        "bytes": bytes_below(folder),
-        "sealed": (folder / "manifest.json").exists(),
-        "unreadable": len(records) - len(commits) + (plan is None),
-        "quarantined": len(list((folder / "quarantine").glob("*"))),
-        "leftovers": len(list(folder.rglob(".tmp-*"))),
-    }
+            plan = read_record(path, Plan)
+        for record in records:
+            with contextlib.suppress(BadData):
+                commits.append(read_record(record, Commit))
+        states.append(
+            {
+                "table": folder.relative_to(root).as_posix(),
+                "units": len(plan.units) if plan else len(records),
+                "done": len(commits),
+                "documents": sum(c.rows for c in commits),
+                "bytes": bytes_below(folder),
+                "sealed": (folder / "manifest.json").exists(),
+                "unreadable": len(records) - len(commits) + (plan is None),
+                "quarantined": len(list((folder / "quarantine").glob("*"))),
+                "leftovers": len(list(folder.rglob(".tmp-*"))),
+            }
+        )
+    return states

@@ -27,10 +27,12 @@ class Stage(Protocol):
         """Load models and parsers, and return the function that makes one unit."""
 
     def rows(self, job: Any) -> int:
-        """Rows of a unit, which are tried apart when it kills its worker."""
+        """Rows of a shard, which are tried apart when it kills its worker."""
+        raise NotImplementedError
 
     def batch(self, job: Any) -> int:
-        """Size of a batch as planned, which is halved when memory runs out: tokens or documents."""
+        """Size of a batch as planned, which is halved when memory runs out: tokens, or documents at once."""
+        return self.rows(job)
 
     def paths(self) -> tuple[Path, ...]:
         """Folder that shards are written to, then what else is read: every machine of a cluster must have them."""

@@ -101,12 +101,7 @@ class Schedule:
         self._bad_starts = 0
 
     def run(self, done: Callable[[Commit], None]) -> None:
-        """Until every job is made and handed to `done`.
-
-        Raises:
-            WorkersGone: A unit hangs every worker, or workers do not start.
-            OutOfMemory: Not even one document of a unit fits.
-        """
+        """Until every job is made and handed to `done`; raises as `run_units`."""
         while True:
             self._hand_out()
             if not self._busy and not self._queue:
