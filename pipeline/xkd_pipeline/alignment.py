@@ -20,7 +20,7 @@ from xkd_pipeline.tables.shard_columns import (  # fmt: skip
     tokens_of,
 )
 from xkd_pipeline.tables.writer import Store, shards_like
-from xkd_pipeline.workers.contract import AS_PLANNED, Make, Stage, Workers, local_paths
+from xkd_pipeline.workers.contract import Make, Stage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import StudentSection
@@ -46,7 +46,7 @@ class AlignStage(Stage):
         encoder = encoder_for(self.settings.tokenizer, self.settings)
         documents, teachers = Table(self.root, "documents"), Table(self.root, self.teacher)
 
-        def make(unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
+        def make(unit: int, care: MadeDifferently) -> Commit:
             rows, teacher = documents_of(documents.shard(unit), care.lost), tokens_of(teachers.shard(unit))
             tokens, columns, counts = _in_batches(encoder, rows, teacher, care.batch or len(teacher))
             totals = Totals(counts=counts | token_counts(rows.block.texts, tokens))
@@ -139,4 +139,4 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSection,
         constants = {"template": settings.template, "vocab_size": len(encoder.tokenizer), "teacher": teacher}
         return constants, {name: sha256_of(folder / name) for name in names}
 
-    return build(store, stage, lambda missing: iter(missing), workers, finish=finish)
+    return build(store, stage, list, workers, finish=finish)

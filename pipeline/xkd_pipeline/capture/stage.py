@@ -25,7 +25,7 @@ from xkd_pipeline.tables.shard_columns import (
     token_counts,
 )
 from xkd_pipeline.tables.writer import Store, locked, shards_like
-from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
+from xkd_pipeline.workers.contract import Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Plan, Spec, read_record, refuse_differences
 from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.errors import BadData, InputMissing, UsageError
@@ -77,7 +77,7 @@ class TeacherStage:
             schema, shards = signals_schema(schema), Table(self.root, f"teachers/{self.beside}").manifest.commits
         head, kind = head_of(model), processor_kind(device)
 
-        def make(unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
+        def make(unit: int, care: MadeDifferently) -> Commit:
             torch.set_num_threads(self.settings.threads)
             settings = self.settings
             if care.batch:

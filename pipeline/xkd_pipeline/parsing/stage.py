@@ -15,7 +15,7 @@ from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.contract import AS_PLANNED, Make, Stage, Workers, local_paths
+from xkd_pipeline.workers.contract import Make, Stage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import WORKER_KILLED, rejected_row
@@ -53,7 +53,7 @@ class DocumentsStage(Stage):
     def load(self) -> Make:
         """Load the parser, and the tokenizer that counts prompts, once."""
         parser, encoder = parser_for(self.settings), prompt_encoder(self.settings)
-        return lambda job, care=AS_PLANNED: self._make(parser, encoder, job, care)
+        return lambda job, care: self._make(parser, encoder, job, care)
 
     def rows(self, job: DocumentsJob) -> int:
         """Rows of a unit."""

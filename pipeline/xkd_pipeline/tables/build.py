@@ -16,13 +16,11 @@ Finish = Callable[[Sequence[Commit]], tuple[dict[str, Any], dict[str, str]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
-    """A sealed table, and how much of it was made by this run."""
+    """A sealed table, with the number of shards made now and of those that were there already."""
 
     manifest: Manifest
     made: int
-    """Units made now."""
     kept: int
-    """Units that were there already."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,6 @@
 """What a stage and the workers that run it promise each other; nothing here knows where they run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -13,11 +14,8 @@ KEPT: Final = "every committed unit"
 AGAIN: Final = "run the same command again to go on"
 
 
-class Make(Protocol):
-    """Makes one unit."""
-
-    def __call__(self, job: Any, care: MadeDifferently = AS_PLANNED, /) -> Commit:
-        """Write the shard of `job`, leaving out `care.lost` rows and in batches of `care.batch`; its record."""
+Make = Callable[[Any, MadeDifferently], Commit]
+"""Writes the shard of a job, leaving out `lost` rows and in batches of `batch`, and returns its record."""
 
 
 class Stage(Protocol):
