@@ -34,7 +34,7 @@ from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlignStage(Stage):
-    """Tokenizes and aligns the documents of one unit."""
+    """Tokenizes and aligns the documents of one shard."""
 
     root: Path
     folder: Path
@@ -55,7 +55,7 @@ class AlignStage(Stage):
         return make
 
     def rows(self, unit: int) -> int:
-        """Documents of a unit."""
+        """Documents of a shard."""
         return Table(self.root, "documents").manifest.commits[unit].rows
 
     def paths(self) -> tuple[Path, ...]:

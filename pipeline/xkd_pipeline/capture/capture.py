@@ -110,7 +110,7 @@ def capture(
 def encode_signals(
     captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signal], codec: str, head: Head
 ) -> tuple[Encoded, dict[str, float]]:
-    """All signals of a unit as columns, wide ones through `codec`, and sums of errors for the unit's record."""
+    """All signals of a shard as columns, wide ones through `codec`, and sums of errors for the shard's record."""
     made, sums = Encoded({}, {}), dict[str, float]()
     for signal in wanted:
         rows = [row[signal.column] for row in captured]

@@ -49,7 +49,7 @@ RUN_SETTINGS: Final = ("dtype", "codec", "batch_tokens", "pad_multiple", "thread
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherStage:
-    """Runs the teacher over the documents of one unit."""
+    """Runs the teacher over the documents of one shard."""
 
     root: Path
     folder: Path
@@ -98,7 +98,7 @@ class TeacherStage:
         return make
 
     def rows(self, unit: int) -> int:
-        """Documents of a unit."""
+        """Documents of a shard."""
         return Table(self.root, "documents").manifest.commits[unit].rows
 
     def batch(self, _unit: int) -> int:

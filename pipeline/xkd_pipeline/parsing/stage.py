@@ -34,7 +34,7 @@ _NO_END: Final = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentsJob:
-    """The raw rows of one unit."""
+    """The raw rows of one shard."""
 
     unit: int
     source: str
@@ -45,7 +45,7 @@ class DocumentsJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentsStage(Stage):
-    """Reads, parses and writes one unit."""
+    """Reads, parses and writes one shard."""
 
     folder: Path
     settings: DocumentsSection
@@ -56,7 +56,7 @@ class DocumentsStage(Stage):
         return lambda job, care: self._make(parser, encoder, job, care)
 
     def rows(self, job: DocumentsJob) -> int:
-        """Rows of a unit."""
+        """Rows of a shard."""
         return len(job.rows)
 
     def paths(self) -> tuple[Path, ...]:
@@ -170,8 +170,8 @@ def columns_of(documents: Sequence[Document], spans: Sequence[Spans]) -> dict[st
     }
 
 
-def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]:
-    """Cut every source into units by input rows, so that no worker count can change a shard; folders are not named."""
+def plan_shards(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]:
+    """Cut every source into shards by input rows, so that no worker count changes a shard; folders are not named."""
     return tuple(
         Unit(source=Path(source.name).name, first=first, rows=min(rows_per_shard, source.num_rows - first))
         for source in sources
@@ -181,8 +181,8 @@ def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]
 
 def jobs_of(sources: Sequence[Source], rows_per_shard: int, missing: Iterable[int]) -> Iterator[DocumentsJob]:
     """Jobs in order; each source is read forward once, from the first row that is needed."""
-    units = units_of(sources, rows_per_shard)
-    owners = [number for number, source in enumerate(sources) for _ in units_of([source], rows_per_shard)]
+    units = plan_shards(sources, rows_per_shard)
+    owners = [number for number, source in enumerate(sources) for _ in plan_shards([source], rows_per_shard)]
     current: tuple[int, int, Iterator[RawRow]] | None = None
     for number in sorted(missing):
         unit, owner = units[number], owners[number]
@@ -203,7 +203,7 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
         Mismatch: The folder holds documents of another corpus or parser.
     """
     size = settings.rows_per_shard
-    units = units_of(sources, size)
+    units = plan_shards(sources, size)
     total = sum(s.num_rows for s in sources)
     if total == 0:
         raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
@@ -239,7 +239,7 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
 
 
 def _first_reject(folder: Path) -> str:
-    """Line and detail of the first row that was rejected, as the list of a unit has it."""
+    """Line and detail of the first row that was rejected, as the list of a shard has it."""
     with min(folder.glob("*.jsonl")).open(encoding="utf-8") as lines:
         row = json.loads(next(lines))
     return f"row {row['line']}, {row['detail']}"

@@ -18,7 +18,7 @@ from xkd_pipeline.alignment import align_rows
 from xkd_pipeline.capture.artifacts import Sizes, sizes_of
 from xkd_pipeline.capture.measure import LOGIT_BYTES
 from xkd_pipeline.parsing.parsers import parser_for
-from xkd_pipeline.parsing.stage import columns_of, units_of
+from xkd_pipeline.parsing.stage import columns_of, plan_shards
 from xkd_pipeline.reports.sample import Sample, read_sample, reasons
 from xkd_pipeline.reports.table_size import Counts, batches_bytes, counts_of, frame_bytes, signal_bytes
 from xkd_pipeline.stages import rows_per_shard, signals_for, teacher_dtype
@@ -72,7 +72,7 @@ def read_plan_sample(run: RunConfig, wanted: int) -> PlanSample:
         parsed = parser_for(run.documents).parse(sample.documents)
     spans = tuple(checked_spans(d, s) for d, s in zip(sample.documents, parsed, strict=True))
     tokens = encoder.encode_batch(sample.documents)
-    units = units_of(sample.sources, rows_per_shard(run, sample.sources)[0])
+    units = plan_shards(sample.sources, rows_per_shard(run, sample.sources)[0])
     counts = [counts_of(t, s.words, s.phrases) for t, s in zip(tokens, spans, strict=True)]
     return PlanSample(
         sample=sample, spans=spans, tokens=tokens, counts=counts, shards=len(units),

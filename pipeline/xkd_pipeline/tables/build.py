@@ -6,7 +6,7 @@ from typing import Any
 
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Stage, Workers
-from xkd_pipeline.workers.executor import run_units
+from xkd_pipeline.workers.executor import make_shards
 from xkd_schemas.cache.manifest import Commit, Manifest
 from xkd_schemas.console import tell_kept, warn
 from xkd_schemas.progress import Progress
@@ -40,13 +40,13 @@ def build(
     watch: Callable[[Sequence[Commit]], None] = lambda _commits: None,
     finish: Finish = lambda _commits: ({}, {}),
 ) -> Built:
-    """Make the units that are not there yet, then seal.
+    """Make the shards that are not there yet, then seal.
 
-    `jobs` gives the jobs for the missing units, lazily and in order. `watch` sees all records after each new one, and
+    `jobs` gives the jobs for the missing shards, lazily and in order. `watch` sees all records after each new one, and
     raises to stop, e.g. on too many rejects. `finish` turns all records into the manifest's constants and further
     files (name -> sha256).
     """
-    manifest = store.manifest()  # before bad units are quarantined, and it with them
+    manifest = store.manifest()  # before bad shards are quarantined, and it with them
     done = store.commits()
     kept = len(done)
     missing = [unit for unit in range(len(store.plan.units)) if unit not in done]
@@ -73,7 +73,7 @@ def build(
                 return f"{kept} ({documents} documents); lost: what was done of the shards in work"
 
             with tell_kept(describe_kept):
-                run_units(stage, jobs(missing), workers, take, store.cares(missing))
+                make_shards(stage, jobs(missing), workers, take, store.cares(missing))
     constants, files = finish([done[unit] for unit in sorted(done)])
     return Built(manifest=store.seal(done, constants, files), made=len(missing), kept=kept)
 

@@ -1,4 +1,4 @@
-"""Write one unit as one Arrow IPC file, named by its content, and describe it in a commit record.
+"""Write one shard as one Arrow IPC file, named by its content, and describe it in a commit record.
 
 This runs in workers: it writes into the table's folder and commits nothing. A file that no
 record names is garbage, so a worker that dies or comes too late harms nobody.
@@ -28,7 +28,7 @@ Columns = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Totals:
-    """What a unit adds up to; the driver sums it over all units."""
+    """What a shard adds up to; the driver sums it over all shards."""
 
     counts: dict[str, int]
     sums: dict[str, float] = field(default_factory=dict)
@@ -48,9 +48,9 @@ def write_shard(
     rejects: Sequence[Mapping[str, Any]] = (),
     totals: Totals | None = None,
 ) -> Commit:
-    """Write the rows of one unit and return the record that the driver commits.
+    """Write the rows of one shard and return the record that the driver commits.
 
-    The unit's number stands in the shard's metadata, so that swapped files are found.
+    Its number stands in its metadata, so that swapped files are found.
 
     Raises:
         DiskFailed: The disk is full or failing; no file is left behind.

@@ -78,7 +78,7 @@ class Store:
         other = f"or give this one another --name (now {name})" if name else other
         advice = f"repeat the first command's settings; {other}"
         refuse_differences(self.folder, plan.spec, self.plan.spec, advice=advice)
-        raise BadData(f"{path} lists other units than this corpus gives", fix=advice)
+        raise BadData(f"{path} lists other shards than this corpus gives", fix=advice)
 
     def _is_lost(self, path: Path, plan: Plan) -> bool:
         """Whether `plan` is to be written: of a new table, or because its file is damaged or not there."""
@@ -90,7 +90,7 @@ class Store:
         return (manifest.spec, len(manifest.commits)) == (plan.spec, len(plan.units))
 
     def commits(self) -> dict[int, Commit]:
-        """Units that are done: the record is whole and its shard has the right size and digest.
+        """Shards that are done: the record is whole and its file has the right size and digest.
 
         What does not verify is moved to quarantine/ and will be made again.
         """
@@ -120,7 +120,7 @@ class Store:
         return found
 
     def commit(self, record: Commit) -> None:
-        """Make one finished unit count."""
+        """Make one finished shard count."""
         put_if_absent(self.folder / "commits" / f"{record.unit:05d}.json", to_json(record))
 
     def manifest(self) -> Manifest | None:
@@ -140,12 +140,12 @@ class Store:
         return any(path.is_file() and sha256_of(path) == digest for path in places)
 
     def is_all(self, manifest: Manifest, done: Mapping[int, Commit]) -> bool:
-        """Whether a manifest names every unit, and each of them is done."""
+        """Whether a manifest names every shard, and each of them is done."""
         enough = len(manifest.commits) == len(self.plan.units)
         return enough and all(c.unit in done and done[c.unit].bound == c for c in manifest.commits)
 
     def seal(self, commits: dict[int, Commit], constants: dict[str, Any], files: dict[str, str]) -> Manifest:
-        """Write the manifest once all units are done, and remove files that no record names."""
+        """Write the manifest once all shards are done, and remove files that no record names."""
         ordered = tuple(commits[unit] for unit in range(len(self.plan.units)))
         manifest = sealed(self.plan, ordered, constants, files)
         self._sweep(ordered)

@@ -10,7 +10,7 @@ from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, UsageError, XkdError
 
 AS_PLANNED: Final = MadeDifferently()
-KEPT: Final = "every committed unit"
+KEPT: Final = "every committed shard"
 AGAIN: Final = "run the same command again to go on"
 
 
@@ -22,7 +22,7 @@ class Stage(Protocol):
     """Settings of one kind of work; it is sent to every worker once."""
 
     def load(self) -> Make:
-        """Load models and parsers, and return the function that makes one unit."""
+        """Load models and parsers, and return the function that makes one shard."""
 
     def rows(self, job: Any) -> int:
         """Rows of a shard, which are tried apart when it kills its worker."""
@@ -38,10 +38,10 @@ class Stage(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workers:
-    """How units are run; nothing here changes a byte of the result."""
+    """How shards are run; nothing here changes a byte of the result."""
 
     count: int = 0
-    """Ray actors; 0 makes the units in this process."""
+    """Ray actors; 0 makes the shards in this process."""
     gpus: float = 0.0
     """GPUs of each actor."""
     address: str | None = None
@@ -62,8 +62,8 @@ def local_paths(*names: str | Path | None) -> tuple[Path, ...]:
     return tuple(Path(name).absolute() for name in names if name and Path(name).exists())
 
 
-def unit_of(job: Any) -> int:
-    """Number of the unit that a job makes; a job may be just that number."""
+def shard_of(job: Any) -> int:
+    """Number of the shard that a job makes; a job may be just that number."""
     return int(getattr(job, "unit", job))
 
 
@@ -89,7 +89,7 @@ def first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def smaller(
+def halve_batch(
     stage: Stage, job: Any, care: MadeDifferently, reason: str, kind: type[XkdError] = OutOfMemory
 ) -> MadeDifferently:
     """The same with batches half as large; says so on standard error.
@@ -97,12 +97,12 @@ def smaller(
     Raises:
         XkdError: Of `kind`, where a batch is one document already.
     """
-    unit, batch = unit_of(job), (care.batch or stage.batch(job)) // 2
+    shard, batch = shard_of(job), (care.batch or stage.batch(job)) // 2
     if batch == 0:
         raise kind(
-            f"shard {unit}: even a batch of one document fails: {reason}",
+            f"shard {shard}: even a batch of one document fails: {reason}",
             kept=KEPT,
             fix="free memory, use a machine with more, or cut documents shorter (--max-tokens); then run this again",
         )
-    warn(f"shard {unit}: {reason}; trying again in batches of {batch}")
+    warn(f"shard {shard}: {reason}; trying again in batches of {batch}")
     return care.model_copy(update={"batch": batch})

@@ -1,4 +1,4 @@
-"""Where units are made: in this process, or by worker processes on Ray.
+"""Where shards are made: in this process, or by worker processes on Ray.
 
 A stage is a picklable bag of settings; `load()` gives a function from a job to a commit record.
 The same function runs either way, so the bytes are the same.
@@ -14,16 +14,16 @@ from xkd_pipeline.workers.contract import (
     Stage,
     Workers,
     first_line,
+    halve_batch,
     out_of_memory,
-    smaller,
-    unit_of,
+    shard_of,
     with_care,
 )
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import OutOfMemory
 
 
-def run_units(
+def make_shards(
     stage: Stage,
     jobs: Iterable[Any],
     workers: Workers,
@@ -32,18 +32,18 @@ def run_units(
 ) -> None:
     """Make every job and hand each record to `done` as soon as it is there, in any order.
 
-    `cares` are units that are known to need care: they are made so from the start.
+    `cares` are shards that are known to need care: they are made so from the start.
 
     Raises:
         WorkersGone: Workers died or hung more often than they are restarted; what was handed over stays.
-        OutOfMemory: Not even one document of a unit fits.
+        OutOfMemory: Not even one document of a shard fits.
         XkdError: What a stage raised, as it raised it.
     """
     known = cares or {}
     if workers.count == 0:
         make = _load(stage)
         for job in jobs:
-            done(_make(make, stage, job, known.get(unit_of(job), AS_PLANNED)))
+            done(_make(make, stage, job, known.get(shard_of(job), AS_PLANNED)))
         return
     from xkd_pipeline.workers.ray_pool import RayPool
     from xkd_pipeline.workers.scheduler import Schedule
@@ -60,7 +60,7 @@ def _load(stage: Stage) -> Make:
             raise
         reason = first_line(error)
     raise OutOfMemory(
-        f"out of memory while loading: {reason}", kept=KEPT, fix="use a smaller model, or a machine with more"
+        f"out of memory while loading: {reason}", kept=KEPT, fix="use a halve_batch model, or a machine with more"
     )
 
 
@@ -72,4 +72,4 @@ def _make(make: Make, stage: Stage, job: Any, care: MadeDifferently) -> Commit:
             if not out_of_memory(error):
                 raise
             reason = first_line(error)
-        care = smaller(stage, job, care, reason)  # out of the handler, whose traceback holds on to the memory
+        care = halve_batch(stage, job, care, reason)  # out of the handler, whose traceback holds on to the memory

@@ -1,6 +1,6 @@
 """Workers on Ray: on this machine's loopback, or on a cluster that is joined. The only module that imports ray.
 
-Ray's own restarts and retries are off: scheduler.py counts tries by unit, which tells a bad document from a bad
+Ray's own restarts and retries are off: scheduler.py counts tries by shard, which tells a bad document from a bad
 worker.
 """
 
@@ -310,7 +310,7 @@ class RayPool:
         return worker  # type: ignore[no-any-return]
 
     def give(self, worker: Any, job: Any, care: MadeDifferently) -> None:
-        """Let a worker make a unit."""
+        """Let a worker make a shard."""
         self._open[worker.make.remote(job, care)] = worker
 
     def kill(self, worker: Any) -> None:
@@ -319,7 +319,7 @@ class RayPool:
         self._open = {reference: owner for reference, owner in self._open.items() if owner is not worker}
 
     def reports(self, seconds: float) -> list[Report]:
-        """What became of workers and units; the first within `seconds`."""
+        """What became of workers and shards; the first within `seconds`."""
         references = list(self._open)
         first, _ = self._ray.wait(references, timeout=seconds)
         if first:

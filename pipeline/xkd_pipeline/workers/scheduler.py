@@ -1,10 +1,10 @@
-"""Units on workers that die, hang and run out of memory: what is tried again, how, and when it is given up.
+"""Shards on workers that die, hang and run out of memory: what is tried again, how, and when it is given up.
 
 Nothing here knows Ray: a pool starts and kills workers and reports what became of what they were given.
 
-A unit whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart by halves,
-and those that kill every worker alone are left out. Rows that only kill together, and units that run out of memory, go
-on in batches half as large. A worker that is silent for too long is killed; its unit is tried three times.
+A shard whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart by halves,
+and those that kill every worker alone are left out. Rows that only kill together, and shards that run out of memory,
+go on in batches half as large. A worker that is silent for too long is killed; its shard is tried three times.
 """
 
 import statistics
@@ -15,18 +15,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, smaller, unit_of, with_care
+from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, halve_batch, shard_of, with_care
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
 from xkd_schemas.progress import remark
 
 TRIES: Final = 3
-"""Workers that a unit, or a row, may kill or hang; starts of a worker that may fail in a row."""
+"""Workers that a shard, or a row, may kill or hang; starts of a worker that may fail in a row."""
 MOST_LOST: Final = 16
-"""Rows of one unit that may be left out at once; if more kill their worker, something else is wrong."""
+"""Rows of one shard that may be left out at once; if more kill their worker, something else is wrong."""
 FIRST_SECONDS: Final = 1800.0
-"""How long a worker may load at least, and a unit take while none has finished."""
+"""How long a worker may load at least, and a shard take while none has finished."""
 SHORTEST_SECONDS: Final = 300.0
 MEDIANS: Final = 5
 
@@ -67,7 +67,7 @@ class Pool(Protocol):
 @dataclass(kw_only=True, slots=True)
 class _Task:
     job: Any
-    unit: int
+    shard: int
     care: MadeDifferently
     deaths: int = 0
     hangs: int = 0
@@ -101,7 +101,7 @@ class Schedule:
         self._bad_starts = 0
 
     def run(self, done: Callable[[Commit], None]) -> None:
-        """Until every job is made and handed to `done`; raises as `run_units`."""
+        """Until every job is made and handed to `done`; raises as `make_shards`."""
         while True:
             self._hand_out()
             if not self._busy and not self._queue:
@@ -115,16 +115,16 @@ class Schedule:
             self._end_the_silent()
 
     def _at_work(self) -> str:
-        units = sorted(task.unit for task, _ in self._busy.values())
+        shards = sorted(task.shard for task, _ in self._busy.values())
         loading = f", {len(self._loading)} workers loading" if self._loading else ""
-        return f"at work: shard {', '.join(map(str, units[:8])) or 'none'}{', ...' * (len(units) > 8)}{loading}"
+        return f"at work: shard {', '.join(map(str, shards[:8])) or 'none'}{', ...' * (len(shards) > 8)}{loading}"
 
     def _hand_out(self) -> None:
         """Start as many workers as there is work for, and give the idle ones a task each."""
         room = self._count - len(self._busy)
         while len(self._queue) < room and (job := next(self._jobs, None)) is not None:
-            unit = unit_of(job)
-            self._queue.append(_Task(job=job, unit=unit, care=self._cares.get(unit, AS_PLANNED)))
+            shard = shard_of(job)
+            self._queue.append(_Task(job=job, shard=shard, care=self._cares.get(shard, AS_PLANNED)))
         for _ in range(min(room, len(self._queue)) - len(self._idle) - len(self._loading)):
             self._loading[self._pool.start()] = self._clock()
         while self._idle and self._queue:
@@ -169,22 +169,22 @@ class Schedule:
             self._seconds.append(self._clock() - since)
             done(with_care(what, task.care))
 
-    def _try_smaller(self, task: _Task, reason: str, kind: type[XkdError] = OutOfMemory) -> None:
-        task.care, task.deaths = smaller(self._stage, task.job, task.care, reason, kind), 0
+    def _try_halve_batch(self, task: _Task, reason: str, kind: type[XkdError] = OutOfMemory) -> None:
+        task.care, task.deaths = halve_batch(self._stage, task.job, task.care, reason, kind), 0
         self._queue.appendleft(task)
 
     def _note_death(self, task: _Task, death: Failed) -> None:
         task.deaths += 1
         if task.deaths < TRIES:
-            warn(f"shard {task.unit}: its worker died ({death.reason}); try {task.deaths + 1} of {TRIES}")
+            warn(f"shard {task.shard}: its worker died ({death.reason}); try {task.deaths + 1} of {TRIES}")
             self._queue.appendleft(task)
         elif death.memory:
             self._try_smaller(task, death.reason)
         else:
             rows = tuple(row for row in range(self._stage.rows(task.job)) if row not in task.care.lost)
             if not rows:
-                raise WorkersGone(f"shard {task.unit} kills its worker even without its rows", kept=KEPT, fix=AGAIN)
-            warn(f"shard {task.unit}: {TRIES} workers died ({death.reason}); trying its rows separately")
+                raise WorkersGone(f"shard {task.shard} kills its worker even without its rows", kept=KEPT, fix=AGAIN)
+            warn(f"shard {task.shard}: {TRIES} workers died ({death.reason}); trying its rows separately")
             task.culprits = []
             task.search = find_culprits(rows, task.culprits)
             self._search_on(task, killed=None)
@@ -201,12 +201,12 @@ class Schedule:
         task.search, task.deaths = None, 0
         if len(found) > MOST_LOST:
             raise WorkersGone(
-                f"shard {task.unit}: more than {MOST_LOST} rows kill their worker, so the rows are not the cause",
+                f"shard {task.shard}: more than {MOST_LOST} rows kill their worker, so the rows are not the cause",
                 kept=KEPT,
                 fix=f"run with --workers 0 to see what happens in this process; {AGAIN}",
             )
         if found:
-            warn(f"shard {task.unit}: left out, as they kill their worker: row {', '.join(map(str, found))}")
+            warn(f"shard {task.shard}: left out, as they kill their worker: row {', '.join(map(str, found))}")
             task.care = task.care.model_copy(update={"lost": tuple(sorted({*task.care.lost, *found}))})
             self._queue.appendleft(task)
         else:
@@ -222,11 +222,11 @@ class Schedule:
             task.hangs += 1
             if task.hangs >= TRIES:
                 raise WorkersGone(
-                    f"shard {task.unit} was not finished within {limit:g} s, {TRIES} times",
+                    f"shard {task.shard} was not finished within {limit:g} s, {TRIES} times",
                     kept=KEPT,
                     fix="allow it more with --stall-timeout SECONDS, or look at its documents",
                 )
-            warn(f"shard {task.unit}: no answer for {limit:g} s, worker killed; try {task.hangs + 1} of {TRIES}")
+            warn(f"shard {task.shard}: no answer for {limit:g} s, worker killed; try {task.hangs + 1} of {TRIES}")
             self._queue.appendleft(task)
         for worker, since in list(self._loading.items()):
             if now - since > max(FIRST_SECONDS, self._stall or 0.0):

@@ -15,7 +15,7 @@ from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Make, Workers
-from xkd_pipeline.workers.executor import run_units
+from xkd_pipeline.workers.executor import make_shards
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig
@@ -175,7 +175,7 @@ def test_a_model_that_does_not_fit_is_out_of_memory_and_no_traceback(tmp_path: P
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
     with pytest.raises(OutOfMemory, match=r"out of memory while loading: .*DefaultCPUAllocator"):
-        run_units(Huge(folder=tmp_path), [0], IN_PROCESS, lambda _commit: None)
+        make_shards(Huge(folder=tmp_path), [0], IN_PROCESS, lambda _commit: None)
 
 
 @pytest.mark.parametrize("asked", [{"gpus": 1.0}, {"address": "127.0.0.1:6379"}, {"stall_seconds": 9.0}])

@@ -12,7 +12,7 @@ from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, llama, run_fil
 from xkd_pipeline import stages
 from xkd_pipeline.parsing import parsers
 from xkd_pipeline.parsing.parsers import parser_for
-from xkd_pipeline.parsing.stage import units_of
+from xkd_pipeline.parsing.stage import plan_shards
 from xkd_pipeline.stages import Outcome, documents_stage
 from xkd_pipeline.tables.shard_columns import document_at
 from xkd_schemas.cache.manifest import Unit
@@ -180,7 +180,7 @@ def test_units_missing_in_the_middle_are_read_from_the_right_rows(tmp_path: Path
 def test_units_are_cut_by_input_rows_and_end_with_their_source(tmp_path: Path) -> None:
     sources = [open_source(str(write_rows(tmp_path / f"{n}.jsonl", corpus_rows(n))), columns={}) for n in (4, 3)]
 
-    assert units_of(sources, 3) == (
+    assert plan_shards(sources, 3) == (
         Unit(source="4.jsonl", first=0, rows=3),
         Unit(source="4.jsonl", first=3, rows=1),
         Unit(source="3.jsonl", first=0, rows=3),

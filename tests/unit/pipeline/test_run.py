@@ -13,7 +13,7 @@ from xkd_pipeline.cli import app as cli
 from xkd_pipeline.stages import Outcome
 from xkd_pipeline.workers import ray_pool
 from xkd_pipeline.workers.contract import Workers
-from xkd_pipeline.workers.executor import run_units
+from xkd_pipeline.workers.executor import make_shards
 from xkd_pipeline.workers.ray_pool import Place, versions
 from xkd_schemas.errors import InputMissing, Mismatch, Refused, WorkersGone
 
@@ -28,7 +28,7 @@ def test_in_process_each_unit_is_handed_over_before_the_next_job_is_asked_for(tm
             log.append(f"job {unit}")
             yield unit
 
-    run_units(FakeStage(folder=tmp_path), jobs(), Workers(), lambda commit: log.append(f"done {commit.unit}"))
+    make_shards(FakeStage(folder=tmp_path), jobs(), Workers(), lambda commit: log.append(f"done {commit.unit}"))
 
     assert log == ["job 3", "done 3", "job 0", "done 0", "job 1", "done 1"]
 
@@ -37,7 +37,7 @@ def test_a_cluster_in_the_environment_is_not_joined_unless_asked_for(tmp_path: P
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
 
     with pytest.raises(Refused, match=r"RAY_ADDRESS is set to 10\.0\.0\.1:6379.*Next: pass --ray-address, or unset"):
-        run_units(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
+        make_shards(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
 
     assert list(tmp_path.iterdir()) == []
 
@@ -54,7 +54,7 @@ def test_ray_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch) -> Non
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(WorkersGone, match="Ray did not start on this machine: Timed out waiting for file") as caught:
-        run_units(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
+        make_shards(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
     assert caught.value.exit_code == 69
 
 

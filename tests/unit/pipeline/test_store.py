@@ -304,7 +304,7 @@ def test_another_spec_is_a_mismatch_that_lists_the_fields_with_both_values(tmp_p
 def test_other_units_are_bad_data(tmp_path: Path) -> None:
     build_all(tmp_path)
 
-    with pytest.raises(BadData, match="lists other units than this corpus gives"):
+    with pytest.raises(BadData, match="lists other shards than this corpus gives"):
         opened(tmp_path, units=UNITS + 1)
 
 
