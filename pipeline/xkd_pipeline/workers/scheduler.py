@@ -169,7 +169,7 @@ class Schedule:
             self._seconds.append(self._clock() - since)
             done(with_care(what, task.care))
 
-    def _try_halve_batch(self, task: _Task, reason: str, kind: type[XkdError] = OutOfMemory) -> None:
+    def _try_smaller(self, task: _Task, reason: str, kind: type[XkdError] = OutOfMemory) -> None:
         task.care, task.deaths = halve_batch(self._stage, task.job, task.care, reason, kind), 0
         self._queue.appendleft(task)
 
