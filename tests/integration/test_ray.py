@@ -20,7 +20,7 @@ from small_cache import files_of
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
-from xkd_pipeline.workers.executor import make_shards
+from xkd_pipeline.workers.scheduler import make_shards
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import BadData, UsageError, WorkersGone
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Stage, Workers
-from xkd_pipeline.workers.executor import make_shards
+from xkd_pipeline.workers.scheduler import make_shards
 from xkd_schemas.cache.manifest import Commit, Manifest
 from xkd_schemas.console import tell_kept, warn
 from xkd_schemas.progress import Progress

@@ -1,6 +1,6 @@
 """What a stage and the workers that run it promise each other; nothing here knows where they run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -55,6 +55,20 @@ class Workers:
                 "--ray-address, --gpus-per-worker and --stall-timeout need Ray workers, found --workers 0",
                 fix="add --workers N",
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A worker's process is gone, or it could not do what it was given."""
+
+    reason: str
+    memory: bool = False
+    """It, or its machine, ran out of memory."""
+    alive: bool = False
+
+
+Report = tuple[Hashable, Commit | Failed | None]
+"""Worker, and what it made; None once it has loaded the stage."""
 
 
 def local_paths(*names: str | Path | None) -> tuple[Path, ...]:

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from xkd_pipeline.workers.contract import AGAIN, KEPT, Make, Stage, Workers, first_line, out_of_memory
-from xkd_pipeline.workers.scheduler import Failed, Report
+from xkd_pipeline.workers.contract import AGAIN, KEPT, Failed, Make, Report, Stage, Workers, first_line, out_of_memory
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
 from xkd_schemas.durable_files import own_folder, remove, write_beside

@@ -1,6 +1,7 @@
-"""Shards on workers that die, hang and run out of memory: what is tried again, how, and when it is given up.
+"""How shards are made, in this process or on workers: what is tried again, how, and when it is given up.
 
-Nothing here knows Ray: a pool starts and kills workers and reports what became of what they were given.
+A stage is a picklable bag of settings; `load()` gives a function from a job to a commit record. The same function runs
+either way, so the bytes are the same. The scheduler knows no Ray: a pool starts and kills workers, and reports.
 
 A shard whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart by halves,
 and those that kill every worker alone are left out. Rows that only kill together, and shards that run out of memory,
@@ -15,7 +16,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, halve_batch, shard_of, with_care
+from xkd_pipeline.workers.contract import (
+    AGAIN,
+    AS_PLANNED,
+    KEPT,
+    Failed,
+    Make,
+    Report,
+    Stage,
+    Workers,
+    first_line,
+    halve_batch,
+    out_of_memory,
+    shard_of,
+    with_care,
+)  # fmt: skip
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
@@ -32,20 +47,6 @@ MEDIANS: Final = 5
 
 
 _SILENT: Final = "it does not answer"
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A worker's process is gone, or it could not do what it was given."""
-
-    reason: str
-    memory: bool = False
-    """It, or its machine, ran out of memory."""
-    alive: bool = False
-
-
-Report = tuple[Hashable, Commit | Failed | None]
-"""Worker, and what it made; None once it has loaded the stage."""
 
 
 class Pool(Protocol):
@@ -261,3 +262,54 @@ def find_culprits(rows: tuple[int, ...], found: list[int]) -> Generator[tuple[in
         if not (yield second):
             return
     yield from find_culprits(second, found)
+
+
+def make_shards(
+    stage: Stage,
+    jobs: Iterable[Any],
+    workers: Workers,
+    done: Callable[[Commit], None],
+    cares: Mapping[int, MadeDifferently] | None = None,
+) -> None:
+    """Make every job and hand each record to `done` as soon as it is there, in any order.
+
+    `cares` are shards that are known to need care: they are made so from the start.
+
+    Raises:
+        WorkersGone: Workers died or hung more often than they are restarted; what was handed over stays.
+        OutOfMemory: Not even one document of a shard fits.
+        XkdError: What a stage raised, as it raised it.
+    """
+    known = cares or {}
+    if workers.count == 0:
+        make = _load(stage)
+        for job in jobs:
+            done(_make(make, stage, job, known.get(shard_of(job), AS_PLANNED)))
+        return
+    from xkd_pipeline.workers.ray_pool import RayPool
+
+    with RayPool(stage, workers) as pool:
+        Schedule(pool, stage, jobs, workers, known).run(done)
+
+
+def _load(stage: Stage) -> Make:
+    try:
+        return stage.load()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = first_line(error)
+    raise OutOfMemory(
+        f"out of memory while loading: {reason}", kept=KEPT, fix="use a halve_batch model, or a machine with more"
+    )
+
+
+def _make(make: Make, stage: Stage, job: Any, care: MadeDifferently) -> Commit:
+    while True:
+        try:
+            return with_care(make(job, care), care)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = first_line(error)
+        care = halve_batch(stage, job, care, reason)  # out of the handler, whose traceback holds on to the memory

@@ -13,8 +13,8 @@ from xkd_pipeline.cli import app as cli
 from xkd_pipeline.stages import Outcome
 from xkd_pipeline.workers import ray_pool
 from xkd_pipeline.workers.contract import Workers
-from xkd_pipeline.workers.executor import make_shards
 from xkd_pipeline.workers.ray_pool import Place, versions
+from xkd_pipeline.workers.scheduler import make_shards
 from xkd_schemas.errors import InputMissing, Mismatch, Refused, WorkersGone
 
 DEMO = Path(__file__).parents[3] / "runs" / "demo.toml"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xkd_pipeline.workers.contract import Workers
-from xkd_pipeline.workers.scheduler import FIRST_SECONDS, SHORTEST_SECONDS, Failed, Report, Schedule, find_culprits
+from xkd_pipeline.workers.contract import Failed, Report, Workers
+from xkd_pipeline.workers.scheduler import FIRST_SECONDS, SHORTEST_SECONDS, Schedule, find_culprits
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import OutOfMemory, WorkersGone
 
