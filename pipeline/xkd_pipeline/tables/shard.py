@@ -7,7 +7,7 @@ record names is garbage, so a worker that dies or comes too late harms nobody.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,6 @@ class Totals:
     sums: dict[str, float] = field(default_factory=dict)
 
 
-def _cut_batches(schema: pa.Schema, columns: Columns, rows: int) -> Iterator[pa.RecordBatch]:
-    for first in range(0, rows, ROWS_PER_BATCH):
-        yield batch_of(schema, {n: columns[n][first : first + ROWS_PER_BATCH] for n in schema.names})
-
-
 def write_shard(
     folder: Path,
     unit: int,
@@ -60,7 +55,8 @@ def write_shard(
     spans: list[tuple[int, int, int]] = []
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, marked) as writer:
-        for batch in _cut_batches(marked, columns, rows):
+        for first in range(0, rows, ROWS_PER_BATCH):
+            batch = batch_of(marked, {n: columns[n][first : first + ROWS_PER_BATCH] for n in marked.names})
             before = sink.tell()
             writer.write_batch(batch)
             spans.append((before, sink.tell() - before, batch.num_rows))

@@ -6,7 +6,7 @@ records; a record counts from the moment it is linked into commits/.
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +138,6 @@ class Store:
     def _holds(self, name: str, digest: str) -> bool:
         places = (inside(self.folder, name), inside(self.folder, "tokenizer", name))
         return any(path.is_file() and sha256_of(path) == digest for path in places)
-
-    def is_all(self, manifest: Manifest, done: Mapping[int, Commit]) -> bool:
-        """Whether a manifest names every shard, and each of them is done."""
-        enough = len(manifest.commits) == len(self.plan.units)
-        return enough and all(c.unit in done and done[c.unit].bound == c for c in manifest.commits)
 
     def seal(self, commits: dict[int, Commit], constants: dict[str, Any], files: dict[str, str]) -> Manifest:
         """Write the manifest once all shards are done, and remove files that no record names."""

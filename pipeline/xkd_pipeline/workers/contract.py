@@ -81,11 +81,6 @@ def shard_of(job: Any) -> int:
     return int(getattr(job, "unit", job))
 
 
-def with_care(commit: Commit, care: MadeDifferently) -> Commit:
-    """The record, with how it was made where that was not as planned."""
-    return commit.model_copy(update={"care": care}) if care else commit
-
-
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether an error says that memory ran out: Python's, Arrow's and numpy's, torch's on any device.
 

@@ -29,7 +29,6 @@ from xkd_pipeline.workers.contract import (
     halve_batch,
     out_of_memory,
     shard_of,
-    with_care,
 )  # fmt: skip
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
@@ -87,13 +86,12 @@ class Schedule:
         stage: Stage,
         jobs: Iterable[Any],
         workers: Workers,
-        cares: Mapping[int, MadeDifferently] | None = None,
+        cares: Mapping[int, MadeDifferently],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool, self._stage, self._jobs, self._clock = pool, stage, iter(jobs), clock
-        self._cares = cares or {}
-        self._count, self._stall = workers.count, workers.stall_seconds
+        self._cares, self._count, self._stall = cares, workers.count, workers.stall_seconds
         self._queue: deque[_Task] = deque()
         self._loading: dict[Hashable, float] = {}
         self._idle: list[Hashable] = []
@@ -168,7 +166,7 @@ class Schedule:
             self._note_death(task, what)
         elif what is not None:
             self._seconds.append(self._clock() - since)
-            done(with_care(what, task.care))
+            done(what.model_copy(update={"care": task.care or None}))
 
     def _try_smaller(self, task: _Task, reason: str, kind: type[XkdError] = OutOfMemory) -> None:
         task.care, task.deaths = halve_batch(self._stage, task.job, task.care, reason, kind), 0
@@ -307,7 +305,7 @@ def _load(stage: Stage) -> Make:
 def _make(make: Make, stage: Stage, job: Any, care: MadeDifferently) -> Commit:
     while True:
         try:
-            return with_care(make(job, care), care)
+            return make(job, care).model_copy(update={"care": care or None})
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise

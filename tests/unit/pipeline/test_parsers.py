@@ -169,14 +169,6 @@ def test_a_long_segment_is_cut_at_blanks_and_counted(spacy: SpacyParser, monkeyp
     assert [text[a:b] for a, b in spans.words[:-1]] == text.replace(".", "").split()
 
 
-def test_a_megabyte_without_blanks_is_no_error(spacy: SpacyParser) -> None:
-    whole = document("x" * 300_000)
-
-    (spans,) = spacy.parse([whole])
-
-    assert_sound(whole, spans)
-
-
 def test_phrases_above_the_limit_are_left_out_and_counted(spacy: SpacyParser) -> None:
     """And before phrases inside others: "torn" is a verb group that the noun chunk would have taken along."""
     short = SpacyParser(DocumentsSection(spacy_model=SPACY, max_words=2))
@@ -211,12 +203,6 @@ def test_a_pipeline_without_tagger_and_parser_is_a_usage_error() -> None:
         parser_for(DocumentsSection(spacy_model="blank:en"))
     with pytest.raises(UsageError, match="no language 'qq'"):
         load_pipeline("blank:qq")
-
-
-def test_a_pipeline_may_be_named_by_its_folder(spacy: SpacyParser) -> None:
-    by_folder = SpacyParser(DocumentsSection(spacy_model=os.fspath(spacy.nlp.path)))
-
-    assert by_folder.identity() == spacy.identity()
 
 
 def gold(tree: str) -> tuple[str, list[tuple[str, str]]]:

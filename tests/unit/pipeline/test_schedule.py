@@ -75,7 +75,7 @@ class FakePool:
 def ran(pool: FakePool, jobs: range, *, count: int = 2, stall: float | None = None, cares=None) -> list[Commit]:
     done: list[Commit] = []
     workers = Workers(count=count, stall_seconds=stall)
-    Schedule(pool, Stage(), jobs, workers, cares, clock=lambda: pool.now).run(done.append)
+    Schedule(pool, Stage(), jobs, workers, cares or {}, clock=lambda: pool.now).run(done.append)
     return sorted(done, key=lambda commit: commit.unit)
 
 
