@@ -1,5 +1,6 @@
 """Stage 2: the teacher reads every document once, and what the losses need is kept."""
 
+import itertools
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -291,20 +292,12 @@ def missing_signals(root: Path, teacher: str, wanted: Sequence[Signal]) -> tuple
 
     A table that was begun for the same signals and is not finished is named again.
     """
-    held = set(Table(root, f"teachers/{teacher}").manifest.spec["signals"])
-    sealed = set(names_in(root, "signals"))
-    begun: dict[str, set[str]] = {}
-    folder = root / "signals"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        spec = read_record(path / "plan.json", Plan).spec
-        if spec["teacher"] == teacher and path.name in sealed:
-            held |= set(spec["signals"])
-        elif spec["teacher"] == teacher:
-            begun[path.name] = set(spec["signals"])
-    left = [signal for signal in sorted(set(wanted), key=lambda s: s.column) if signal.column not in held]
+    specs = {path.name: read_record(path / "plan.json", Plan).spec for path in sorted((root / "signals").glob("*"))}
+    begun = {name: set(spec["signals"]) for name, spec in specs.items() if spec["teacher"] == teacher}
+    stored = set(Table(root, f"teachers/{teacher}").manifest.spec["signals"])
+    stored.update(*(begun.pop(name, ()) for name in names_in(root, "signals")))
+    left = [signal for signal in sorted(set(wanted), key=lambda s: s.column) if signal.column not in stored]
     columns = {signal.column for signal in left}
-    for name, signals in begun.items():
-        if signals == columns:
-            return name, left
-    numbers = range(1, 2 + len(list(folder.glob("*"))))
-    return next(name for n in numbers if not (folder / (name := f"{teacher[:120]}.{n}")).exists()), left
+    free = (f"{teacher[:120]}.{n}" for n in range(1, 2 + len(specs)))
+    again = (name for name, signals in begun.items() if signals == columns)
+    return next(itertools.chain(again, (name for name in free if name not in specs))), left

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.parsing.parser import TEXTS_AT_ONCE, probe
+from xkd_pipeline.parsing.parser import TEXTS_AT_ONCE, Parser, probe
 from xkd_pipeline.parsing.phrases import Phrase, cut_pieces, joined_spans, select_phrases, trim, verb_groups, word_in
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, Interval, Spans
@@ -75,7 +75,7 @@ def words_of(doc: Any) -> list[Interval]:
     return [(at + word[0], at + word[1]) for at, word in found if word is not None]
 
 
-class PipelineParser:
+class PipelineParser(Parser):
     """What parsers share that read a spaCy pipeline's tokens: pieces of documents, the choice of phrases, identity."""
 
     def __init__(
@@ -86,10 +86,6 @@ class PipelineParser:
         self.notes: Counter[str] = Counter()
         self.nlp = load_pipeline(settings.spacy_model, exclude=exclude)
         self.max_piece_chars = min(MAX_PIECE_CHARS, int(self.nlp.max_length))
-
-    def parse(self, documents: Sequence[Document]) -> list[Spans]:
-        """Spans of each document, in order; a segment parsed in pieces counts as "segment_cut"."""
-        raise NotImplementedError
 
     def _pieces(self, document: Document) -> list[Interval]:
         """The stretches that are parsed as one text each: segments, cut where they are too long."""
