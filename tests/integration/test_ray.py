@@ -61,7 +61,7 @@ def undisturbed(tmp_path: Path) -> dict[str, bytes]:
     return files_of(tmp_path / "undisturbed")
 
 
-def test_of_two_workers_one_killed_in_a_unit_is_replaced_and_the_bytes_are_the_same(
+def test_of_two_workers_one_killed_in_a_shard_is_replaced_and_the_bytes_are_the_same(
     cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     built = build_all(tmp_path / "t", Workers(address=cluster.address, count=2), trouble="kill")
@@ -86,7 +86,7 @@ def test_a_row_that_kills_its_worker_each_time_is_found_and_the_rest_is_kept(
     }  # fmt: skip
 
 
-def test_a_unit_out_of_memory_is_made_in_smaller_batches_by_the_worker_it_has(cluster: Any, tmp_path: Path) -> None:
+def test_a_shard_out_of_memory_is_made_in_smaller_batches_by_the_worker_it_has(cluster: Any, tmp_path: Path) -> None:
     done: list[Commit] = []
 
     make_shards(
@@ -108,7 +108,7 @@ def test_an_error_a_stage_raises_arrives_as_itself(cluster: Any, tmp_path: Path,
     assert str(caught.value) == f"{sentence}. Kept: k. Next: mend it"
 
 
-def test_a_stopped_worker_is_killed_and_its_unit_made_by_another(
+def test_a_stopped_worker_is_killed_and_its_shard_made_by_another(
     cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     build_all(tmp_path / "t", Workers(address=cluster.address, count=1, stall_seconds=8.0), trouble="stop")

@@ -117,7 +117,7 @@ def test_documents_and_students_are_the_same_in_any_batches(tmp_path: Path, monk
     assert {n for n, content in files_of(cache).items() if n.endswith(".arrow") and whole.get(n) != content} == set()
 
 
-def test_a_unit_that_needed_care_is_made_so_again_after_damage(tmp_path: Path, monkeypatch) -> None:
+def test_a_shard_that_needed_care_is_made_so_again_after_damage(tmp_path: Path, monkeypatch) -> None:
     needing(monkeypatch, CARE)
     cache, run = begun(tmp_path, "teachers", "students")
     teacher_stage(run, IN_PROCESS)

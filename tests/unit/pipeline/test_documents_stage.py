@@ -1,7 +1,6 @@
 """From corpus rows to the documents table: nothing is lost in silence, and the table is the same however made."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 
 from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, llama, run_file, write_rows
 from xkd_pipeline import stages
-from xkd_pipeline.parsing import parsers
 from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.stage import plan_shards
 from xkd_pipeline.stages import Outcome, documents_stage
@@ -20,7 +18,6 @@ from xkd_schemas.cache.table import Table
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import RawRow, read_documents
 from xkd_schemas.corpus.sources import open_source
-from xkd_schemas.documents import Document, Spans
 from xkd_schemas.errors import BadData, Mismatch
 
 
@@ -32,30 +29,6 @@ def build(root: Path, corpora: Sequence[Path | str], **changed: Any) -> Outcome:
     sections = {"documents": {"corpus": [str(path) for path in corpora], "rows_per_shard": 3, **changed}}
     sections["documents.columns"] = sections["documents"].pop("columns", {})
     return documents_stage(run_file(root, **sections), IN_PROCESS, silent)
-
-
-class FirstLetters:
-    """A parser that takes the first letter of a document for its only word."""
-
-    def __init__(self) -> None:
-        self.notes: Counter[str] = Counter()
-
-    def parse(self, documents: Sequence[Document]) -> list[Spans]:
-        return [Spans(words=((0, 1),), phrases=(), labels=()) for _ in documents]
-
-    def identity(self) -> dict[str, str]:
-        return {"kind": "letters"}
-
-
-def test_a_new_parser_is_one_class_and_one_line_in_the_registry(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parsers, "PARSERS", parsers.PARSERS | {"letters": lambda _settings: FirstLetters()})
-
-    outcome = build(tmp_path / "c", [corpus], max_reject=1, parser="letters")
-
-    assert outcome.values["words"] == outcome.values["documents"] == 8
-    assert Table(tmp_path / "c", "documents").manifest.spec["parser"] == {"kind": "letters"}
 
 
 @pytest.fixture
@@ -164,7 +137,7 @@ def test_from_which_folder_a_corpus_is_named_does_not_matter(tmp_path: Path, mon
     assert all(str(tmp_path).encode() not in content for content in files_of(tmp_path / "c").values())
 
 
-def test_units_missing_in_the_middle_are_read_from_the_right_rows(tmp_path: Path) -> None:
+def test_shards_missing_in_the_middle_are_read_from_the_right_rows(tmp_path: Path) -> None:
     paths = [write_rows(tmp_path / f"{n}.jsonl", corpus_rows(8 + n)) for n in range(2)]
     build(tmp_path / "c", paths)
     before = files_of(tmp_path / "c")
@@ -177,7 +150,7 @@ def test_units_missing_in_the_middle_are_read_from_the_right_rows(tmp_path: Path
     assert files_of(tmp_path / "c") == before
 
 
-def test_units_are_cut_by_input_rows_and_end_with_their_source(tmp_path: Path) -> None:
+def test_shards_are_cut_by_input_rows_and_end_with_their_source(tmp_path: Path) -> None:
     sources = [open_source(str(write_rows(tmp_path / f"{n}.jsonl", corpus_rows(n))), columns={}) for n in (4, 3)]
 
     assert plan_shards(sources, 3) == (

@@ -20,7 +20,7 @@ from xkd_schemas.errors import InputMissing, Mismatch, Refused, WorkersGone
 DEMO = Path(__file__).parents[3] / "runs" / "demo.toml"
 
 
-def test_in_process_each_unit_is_handed_over_before_the_next_job_is_asked_for(tmp_path: Path) -> None:
+def test_in_process_each_shard_is_handed_over_before_the_next_job_is_asked_for(tmp_path: Path) -> None:
     log: list[str] = []
 
     def jobs() -> Iterator[int]:

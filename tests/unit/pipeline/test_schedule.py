@@ -79,14 +79,14 @@ def ran(pool: FakePool, jobs: range, *, count: int = 2, stall: float | None = No
     return sorted(done, key=lambda commit: commit.unit)
 
 
-def test_every_unit_is_made_once_and_no_more_workers_are_started_than_there_is_work() -> None:
+def test_every_shard_is_made_once_and_no_more_workers_are_started_than_there_is_work() -> None:
     pool = FakePool(lambda unit, _care, _tries: made(unit))
 
     assert ran(pool, range(2), count=9) == [made(0), made(1)]
     assert (pool.started, len(pool.given)) == (2, 2)
 
 
-def test_the_units_at_work_are_said_while_they_are(monkeypatch) -> None:
+def test_the_shards_at_work_are_said_while_they_are(monkeypatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("xkd_pipeline.workers.scheduler.remark", said.append)
     ran(FakePool(lambda unit, _care, _tries: made(unit)), range(3))
@@ -95,7 +95,7 @@ def test_the_units_at_work_are_said_while_they_are(monkeypatch) -> None:
     assert {"at work: shard 0", "at work: shard 2"} <= {line.partition(",")[0] for line in said}
 
 
-def test_a_unit_whose_worker_dies_is_given_to_a_fresh_one() -> None:
+def test_a_shard_whose_worker_dies_is_given_to_a_fresh_one() -> None:
     pool = FakePool(lambda unit, _care, tries: Failed("kill") if (unit, tries) in ((1, 0), (1, 1)) else made(unit))
 
     assert ran(pool, range(4)) == [made(unit) for unit in range(4)]
@@ -111,7 +111,7 @@ def test_rows_that_kill_are_found_left_out_and_written_into_the_record() -> None
     assert [commit.care for commit in done] == [None, MadeDifferently(lost=(2, 5)), None]
 
 
-def test_a_unit_that_needed_care_before_is_made_with_it_at_once() -> None:
+def test_a_shard_that_needed_care_before_is_made_with_it_at_once() -> None:
     pool = FakePool(lambda unit, _care, _tries: made(unit))
     care = MadeDifferently(lost=(3,), batch=2)
 
@@ -126,7 +126,7 @@ def test_rows_that_kill_together_are_made_in_smaller_batches() -> None:
     assert [commit.care for commit in ran(FakePool(fate), range(1))] == [MadeDifferently(batch=1)]
 
 
-def test_a_unit_that_kills_in_any_size_is_named() -> None:
+def test_a_shard_that_kills_in_any_size_is_named() -> None:
     with pytest.raises(
         WorkersGone, match=r"shard 0: even a batch of one document fails.*rows kill their worker together"
     ) as caught:
@@ -141,7 +141,7 @@ def test_where_every_row_kills_the_rows_are_not_to_blame(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("death", [Failed("no memory", memory=True, alive=True), Failed("low on memory", memory=True)])
-def test_a_unit_out_of_memory_is_made_in_smaller_batches_and_the_record_says_so(death: object) -> None:
+def test_a_shard_out_of_memory_is_made_in_smaller_batches_and_the_record_says_so(death: object) -> None:
     pool = FakePool(lambda unit, care, _tries: death if unit == 0 and care.batch != 1 else made(unit))
 
     assert [commit.care for commit in ran(pool, range(2))] == [MadeDifferently(batch=1), None]
@@ -153,14 +153,14 @@ def test_out_of_memory_with_one_document_ends_the_run() -> None:
     assert caught.value.exit_code == 71
 
 
-def test_a_silent_worker_is_killed_and_its_unit_tried_again() -> None:
+def test_a_silent_worker_is_killed_and_its_shard_tried_again() -> None:
     pool = FakePool(lambda unit, _care, tries: NEVER if (unit, tries) == (1, 0) else made(unit))
 
     assert ran(pool, range(3), stall=100.0) == [made(unit) for unit in range(3)]
     assert len(pool.killed) == 1
 
 
-def test_a_unit_that_hangs_three_workers_is_named() -> None:
+def test_a_shard_that_hangs_three_workers_is_named() -> None:
     pool = FakePool(lambda _unit, _care, _tries: NEVER)
 
     with pytest.raises(WorkersGone, match="shard 0 was not finished within 100 s, 3 times") as caught:
@@ -169,7 +169,7 @@ def test_a_unit_that_hangs_three_workers_is_named() -> None:
     assert (pool.started, len(pool.killed)) == (3, 3)
 
 
-def test_how_long_a_unit_may_take_is_learnt_from_the_others() -> None:
+def test_how_long_a_shard_may_take_is_learnt_from_the_others() -> None:
     pool = FakePool(lambda unit, _care, tries: NEVER if (unit, tries) == (3, 0) else made(unit))
     ran(pool, range(4), count=1)
     assert SHORTEST_SECONDS < pool.now < 2 * SHORTEST_SECONDS
@@ -206,7 +206,7 @@ def test_a_worker_that_cannot_be_replaced_is_done_without() -> None:
     assert pool.started <= 5
 
 
-def test_a_unit_is_given_to_three_workers_before_its_rows_are_tried_apart() -> None:
+def test_a_shard_is_given_to_three_workers_before_its_rows_are_tried_apart() -> None:
     pool = FakePool(lambda unit, care, _tries: made(unit) if 2 in care.lost else Failed("exit 9"))
 
     assert [commit.care for commit in ran(pool, range(1), count=1)] == [MadeDifferently(lost=(2,))]

@@ -52,7 +52,7 @@ def test_a_table_that_documents_were_added_to_is_left_as_it_is(tmp_path: Path) -
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.permutations(range(UNITS)))
-def test_the_order_in_which_units_are_finished_changes_no_byte(
+def test_the_order_in_which_shards_are_finished_changes_no_byte(
     tmp_path: Path, undisturbed: dict[str, bytes], order: list[int]
 ) -> None:
     root = tmp_path / "-".join(map(str, order))
@@ -63,7 +63,7 @@ def test_the_order_in_which_units_are_finished_changes_no_byte(
 
 
 @pytest.mark.parametrize("trouble", ["error", "bug", "interrupt"])
-def test_a_run_that_breaks_off_keeps_its_units_and_the_next_makes_only_the_others(
+def test_a_run_that_breaks_off_keeps_its_shards_and_the_next_makes_only_the_others(
     tmp_path: Path, undisturbed: dict[str, bytes], trouble: str
 ) -> None:
     root = tmp_path / "t"
@@ -75,17 +75,6 @@ def test_a_run_that_breaks_off_keeps_its_units_and_the_next_makes_only_the_other
 
     assert (built.made, built.kept) == (3, 2)
     assert files_of(root) == undisturbed
-
-
-def test_a_watcher_that_stops_the_run_stops_it_after_the_commit(tmp_path: Path) -> None:
-    def watch(commits: Sequence[Commit]) -> None:
-        if len(commits) == 3:
-            raise BadData("too many rejects")
-
-    with pytest.raises(BadData, match="too many rejects"):
-        build_all(tmp_path, watch=watch)
-
-    assert sorted(opened(tmp_path).commits()) == [0, 1, 2]
 
 
 def flip(path: Path) -> None:
@@ -112,7 +101,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("sealed", [True, False])
-def test_a_damaged_unit_is_set_aside_and_only_it_is_made_again(
+def test_a_damaged_shard_is_set_aside_and_only_it_is_made_again(
     tmp_path: Path, undisturbed: dict[str, bytes], damage: str, sealed: bool
 ) -> None:
     root = tmp_path / "t"
@@ -213,7 +202,7 @@ def test_a_plan_of_which_nothing_is_left_is_bad_data_and_never_a_mismatch(tmp_pa
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-def test_the_command_that_wrote_a_plan_puts_it_right_when_it_is_damaged_and_loses_no_unit(
+def test_the_command_that_wrote_a_plan_puts_it_right_when_it_is_damaged_and_loses_no_shard(
     tmp_path: Path, undisturbed: dict[str, bytes], sealed: bool
 ) -> None:
     root = tmp_path / "t"
@@ -301,7 +290,7 @@ def test_another_spec_is_a_mismatch_that_lists_the_fields_with_both_values(tmp_p
     assert files_of(tmp_path) == before
 
 
-def test_other_units_are_bad_data(tmp_path: Path) -> None:
+def test_other_shards_are_bad_data(tmp_path: Path) -> None:
     build_all(tmp_path)
 
     with pytest.raises(BadData, match="lists other shards than this corpus gives"):
