@@ -16,8 +16,7 @@ from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Row as Figures
 from benchmarks.rows import cost
 from xkd_pipeline.alignment import align_rows
-from xkd_pipeline.tables.shard import write_shard
-from xkd_pipeline.tables.shard_columns import DocumentRows, document_at, documents_of, encoder_for, tokens_of
+from xkd_pipeline.tables.shard import DocumentRows, document_at, documents_of, encoder_for, tokens_of, write_shard
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.config import StudentSection
 from xkd_schemas.ragged import Ragged

@@ -10,7 +10,7 @@ from benchmarks.pair import fast_dtype, pair_of, wanted_signals
 from benchmarks.rows import Result, cost
 from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
 from xkd_pipeline.capture.measure import LOGIT_BYTES, Reading, pad_readings
-from xkd_pipeline.tables.shard_columns import document_at, encoder_for
+from xkd_pipeline.tables.shard import document_at, encoder_for
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.encode import Encoder

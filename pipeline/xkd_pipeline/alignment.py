@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from xkd_pipeline.tables.build import Built, build
-from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.shard_columns import (  # fmt: skip
+from xkd_pipeline.tables.shard import (  # fmt: skip
     DocumentRows,
+    Totals,
     documents_of,
     encoder_for,
     first_documents,
     token_columns,
     token_counts,
     tokens_of,
+    write_shard,
 )
 from xkd_pipeline.tables.writer import Store, shards_like
 from xkd_pipeline.workers.contract import Make, Stage, Workers, local_paths

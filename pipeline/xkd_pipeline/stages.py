@@ -12,8 +12,7 @@ from xkd_pipeline.alignment import make_students
 from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher, teacher_layers
-from xkd_pipeline.parsing.parsers import check_parser
-from xkd_pipeline.parsing.stage import PROMPTS_CUT, UNUSED, make_documents
+from xkd_pipeline.parsing.stage import PROMPTS_CUT, UNUSED, check_parser, make_documents
 from xkd_pipeline.tables.build import Built, Outcome
 from xkd_pipeline.tables.writer import locked
 from xkd_pipeline.workers.contract import Workers

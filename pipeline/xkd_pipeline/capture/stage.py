@@ -16,14 +16,15 @@ from xkd_pipeline.capture.artifacts import constants_of, export, std_of, sum_mom
 from xkd_pipeline.capture.capture import TeacherSettings, capture, codec_error, encode_signals, reads_of
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.tables.build import Built, build
-from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.shard_columns import (
+from xkd_pipeline.tables.shard import (
     DocumentRows,
+    Totals,
     documents_of,
     encoder_for,
     first_documents,
     token_columns,
     token_counts,
+    write_shard,
 )
 from xkd_pipeline.tables.writer import Store, locked, shards_like
 from xkd_pipeline.workers.contract import Make, Workers, local_paths

@@ -77,7 +77,7 @@ def pair(
     """
     from xkd_pipeline.reports.compare_tokenizers import compare, pair_lines
     from xkd_pipeline.reports.sample import read_sample
-    from xkd_pipeline.tables.shard_columns import encoder_for
+    from xkd_pipeline.tables.shard import encoder_for
 
     theirs, ours = encoder_for(teacher, run.teacher), encoder_for(student, run.student)
     rows = read_sample(run, sample)

@@ -16,7 +16,7 @@ from xkd_pipeline.capture.capture import TeacherSettings, capture
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.capture.stage import teacher_of, teacher_settings
 from xkd_pipeline.maintain.verify_rows import Finding, open_table
-from xkd_pipeline.tables.shard_columns import document_at, encoder_for
+from xkd_pipeline.tables.shard import document_at, encoder_for
 from xkd_schemas.cache.manifest import Spec, refuse_differences
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.codecs import numbers_of

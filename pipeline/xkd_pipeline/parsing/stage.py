@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any, Final
 import numpy as np
 
 from xkd_pipeline.parsing.parser import Parser
-from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
@@ -30,6 +29,34 @@ LONG_PROMPT: Final = "long_prompt"
 PROMPTS_CUT: Final = "prompts_cut"
 """Count of documents whose prompt was cut."""
 _NO_END: Final = 2**31 - 1
+
+
+def _spacy(settings: DocumentsSection) -> Parser:
+    from xkd_pipeline.parsing.spacy_parser import SpacyParser
+
+    return SpacyParser(settings)
+
+
+def _benepar(settings: DocumentsSection) -> Parser:
+    from xkd_pipeline.parsing.benepar_parser import BeneparParser
+
+    return BeneparParser(settings)
+
+
+PARSERS: Mapping[str, Callable[[DocumentsSection], Parser]] = {"spacy": _spacy, "benepar": _benepar}
+"""To add a parser, write a class as `Parser` says in a module of its own, which is imported when one is made."""
+
+
+def check_parser(name: str) -> None:
+    """Raise UsageError where there is no such parser."""
+    if name not in PARSERS:
+        raise UsageError(f"--parser: '{name}' is not a parser", fix=f"use {' or '.join(PARSERS)}")
+
+
+def parser_for(settings: DocumentsSection) -> Parser:
+    """Load the parser of these settings; InputMissing, UsageError, BadData or Refused says why it cannot be."""
+    check_parser(settings.parser)
+    return PARSERS[settings.parser](settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

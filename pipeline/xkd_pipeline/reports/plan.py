@@ -17,13 +17,11 @@ import pyarrow as pa
 from xkd_pipeline.alignment import align_rows
 from xkd_pipeline.capture.artifacts import Sizes, sizes_of
 from xkd_pipeline.capture.measure import LOGIT_BYTES
-from xkd_pipeline.parsing.parsers import parser_for
-from xkd_pipeline.parsing.stage import columns_of, plan_shards
+from xkd_pipeline.parsing.stage import columns_of, parser_for, plan_shards
 from xkd_pipeline.reports.sample import Sample, read_sample, reasons
 from xkd_pipeline.reports.table_size import Counts, batches_bytes, counts_of, frame_bytes, signal_bytes
 from xkd_pipeline.stages import rows_per_shard, signals_for, teacher_dtype
-from xkd_pipeline.tables.shard import ROWS_PER_BATCH
-from xkd_pipeline.tables.shard_columns import DocumentRows, encoder_for, token_columns, token_counts
+from xkd_pipeline.tables.shard import ROWS_PER_BATCH, DocumentRows, encoder_for, token_columns, token_counts
 from xkd_schemas.codecs import CODECS
 from xkd_schemas.config import RunConfig
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans

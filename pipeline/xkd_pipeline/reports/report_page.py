@@ -13,7 +13,7 @@ import jinja2
 from xkd_pipeline.reports.plan_text import format_size
 from xkd_pipeline.reports.render import bracket_phrases, columns_of, escape_text
 from xkd_pipeline.reports.report import Alignment, flatten, gather
-from xkd_pipeline.tables.shard_columns import document_at, tokens_at
+from xkd_pipeline.tables.shard import document_at, tokens_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import replace
 from xkd_schemas.errors import UsageError

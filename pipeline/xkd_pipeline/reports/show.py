@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from xkd_pipeline.reports.render import bracket_phrases, escape_text, render
-from xkd_pipeline.tables.shard_columns import document_at, tokens_at
+from xkd_pipeline.tables.shard import document_at, tokens_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Spans
 from xkd_schemas.errors import InputMissing, UsageError

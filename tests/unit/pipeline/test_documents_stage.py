@@ -9,10 +9,9 @@ import pytest
 
 from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, llama, run_file, write_rows
 from xkd_pipeline import stages
-from xkd_pipeline.parsing.parsers import parser_for
-from xkd_pipeline.parsing.stage import plan_shards
+from xkd_pipeline.parsing.stage import parser_for, plan_shards
 from xkd_pipeline.stages import Outcome, documents_stage
-from xkd_pipeline.tables.shard_columns import document_at
+from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.manifest import Unit
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import DocumentsSection

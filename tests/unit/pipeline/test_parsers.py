@@ -17,8 +17,8 @@ from tiny_benepar import MAX_POSITIONS, TREES, train_tiny_benepar
 from xkd_pipeline.parsing import benepar_parser
 from xkd_pipeline.parsing.benepar_parser import BeneparParser, answer_special_tokens, load_model, phrase_labels
 from xkd_pipeline.parsing.parser import Parser
-from xkd_pipeline.parsing.parsers import parser_for
 from xkd_pipeline.parsing.spacy_parser import SpacyParser, load_pipeline
+from xkd_pipeline.parsing.stage import parser_for
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, Spans, checked_spans, document_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from xkd_pipeline.parsing.parsers import PARSERS
 from xkd_pipeline.parsing.phrases import cut_pieces, select_phrases, trim, verb_groups
+from xkd_pipeline.parsing.stage import PARSERS
 from xkd_schemas.config import DocumentsSection
 
 LETTERS = {"AUX": "A", "ADV": "D", "VERB": "V", "NOUN": "n"}

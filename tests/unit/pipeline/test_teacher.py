@@ -20,7 +20,7 @@ from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.capture.stage import TeacherSettings, teacher_layers
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import Outcome, align_stage, signals_for, teacher_stage
-from xkd_pipeline.tables.shard_columns import document_at
+from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.manifest import Commit, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import sha256_of

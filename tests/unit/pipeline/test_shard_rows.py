@@ -10,7 +10,7 @@ import hostile_text
 from slow_alignment import align_one, ranges_of
 from small_cache import made
 from xkd_pipeline.alignment import align_rows
-from xkd_pipeline.tables.shard_columns import DocumentRows, document_at, documents_of, tokens_at, tokens_of
+from xkd_pipeline.tables.shard import DocumentRows, document_at, documents_of, tokens_at, tokens_of
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.ragged import Ragged
