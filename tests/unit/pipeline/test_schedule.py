@@ -141,10 +141,11 @@ def test_where_every_row_kills_the_rows_are_not_to_blame(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("death", [Failed("no memory", memory=True, alive=True), Failed("low on memory", memory=True)])
-def test_a_shard_out_of_memory_is_made_in_smaller_batches_and_the_record_says_so(death: object) -> None:
+def test_a_shard_out_of_memory_is_made_in_smaller_batches_and_the_record_says_so(death: Failed) -> None:
     pool = FakePool(lambda unit, care, _tries: death if unit == 0 and care.batch != 1 else made(unit))
 
     assert [commit.care for commit in ran(pool, range(2))] == [MadeDifferently(batch=1), None]
+    assert (pool.started == 2) == death.alive  # a worker that lives on is given the next shard
 
 
 def test_out_of_memory_with_one_document_ends_the_run() -> None:
