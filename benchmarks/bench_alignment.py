@@ -16,11 +16,7 @@ from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Row as Figures
 from benchmarks.rows import cost
 from xkd_pipeline.alignment import align_rows
-from xkd_pipeline.alignment import encoder_of as student_encoder
-from xkd_pipeline.capture.capture import TeacherSettings
-from xkd_pipeline.capture.stage import encoder_of
-from xkd_pipeline.tables.read_units import DocumentRows, document_at, documents_of, tokens_of
-from xkd_pipeline.tables.shard import write_shard
+from xkd_pipeline.tables.shard import DocumentRows, document_at, documents_of, encoder_for, tokens_of, write_shard
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.config import StudentSection
 from xkd_schemas.ragged import Ragged
@@ -36,14 +32,9 @@ def run(options: Options) -> list[Figures]:
     documents = Table(pair.cache, "documents")
     number = min(len(documents), options.size(512, 16))
     rows = [documents[i] for i in range(number)]
-    reader = encoder_of(
-        TeacherSettings(model=pair.teacher, dtype="float32", template=pair.template, max_tokens=100_000)
-    )
-    settings = StudentSection(tokenizer=pair.tokenizer, template=pair.template, max_tokens=100_000)
-    return [
-        _files(options, pair, student_encoder(settings)),
-        *_rows(options, student_encoder(settings), reader, rows),
-    ]
+    settings = StudentSection(template=pair.template, max_tokens=100_000)
+    reader, encoder = encoder_for(pair.teacher, settings), encoder_for(pair.tokenizer, settings)
+    return [_files(options, pair, encoder), *_rows(options, encoder, reader, rows)]
 
 
 def _rows(options: Options, encoder: Encoder, reader: Encoder, rows: Sequence[Row]) -> list[Figures]:

@@ -10,8 +10,7 @@ from benchmarks.pair import fast_dtype, pair_of, wanted_signals
 from benchmarks.rows import Result, cost
 from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
 from xkd_pipeline.capture.measure import LOGIT_BYTES, Reading, pad_readings
-from xkd_pipeline.capture.stage import encoder_of
-from xkd_pipeline.tables.read_units import document_at
+from xkd_pipeline.tables.shard import document_at, encoder_for
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.encode import Encoder
@@ -29,7 +28,7 @@ def run(options: Options) -> list[Result]:
     ours, bare = (load_model(pair.teacher, dtype=dtype_named(settings.dtype)) for _ in range(2))
     documents = Table(pair.cache, "documents")
     rows = [documents[i] for i in range(min(len(documents), options.size(32, 16)))]
-    readings = readings_of(rows, encoder_of(settings))
+    readings = readings_of(rows, encoder_for(settings.model, settings))
     wanted = wanted_signals(num_layers(ours))
     seconds = interleaved(
         {

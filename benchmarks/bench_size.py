@@ -13,7 +13,7 @@ from benchmarks.rows import Result, Row
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher
 from xkd_pipeline.reports.plan import count_values, signal_bytes
-from xkd_pipeline.tables.read_units import tokens_at
+from xkd_pipeline.tables.shard import tokens_at
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.codecs import PLAIN

@@ -14,7 +14,7 @@ from benchmarks.pair import pair_of
 from benchmarks.rows import Result, Row, Skipped
 from xkd_pipeline.parsing.phrases import is_word, joined_spans, select_phrases
 from xkd_pipeline.parsing.spacy_parser import PYPI_PIPELINE, SpacyParser, document_pieces
-from xkd_pipeline.tables.read_units import document_at
+from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Interval, Spans

@@ -9,11 +9,19 @@ from typing import Any
 import numpy as np
 
 from xkd_pipeline.tables.build import Built, build
-from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents, tokens_of
-from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.token_columns import token_columns, token_counts, units_like
-from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
+from xkd_pipeline.tables.shard import (  # fmt: skip
+    DocumentRows,
+    Totals,
+    documents_of,
+    encoder_for,
+    first_documents,
+    token_columns,
+    token_counts,
+    tokens_of,
+    write_shard,
+)
+from xkd_pipeline.tables.writer import Store, shards_like
+from xkd_pipeline.workers.contract import Make, Stage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import StudentSection
@@ -23,20 +31,11 @@ from xkd_schemas.text.alignment import align, token_ranges
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION
-from xkd_trainer.models.loading import load_tokenizer
-
-
-def encoder_of(student: StudentSection) -> Encoder:
-    """How the student reads a document; loads its tokenizer."""
-    return Encoder(
-        tokenizer=load_tokenizer(student.tokenizer), template=student.template, max_tokens=student.max_tokens,
-        enable_thinking=student.enable_thinking,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AlignStage:
-    """Tokenizes and aligns the documents of one unit."""
+class AlignStage(Stage):
+    """Tokenizes and aligns the documents of one shard."""
 
     root: Path
     folder: Path
@@ -45,10 +44,10 @@ class AlignStage:
 
     def load(self) -> Make:
         """Load the tokenizer once."""
-        encoder = encoder_of(self.settings)
+        encoder = encoder_for(self.settings.tokenizer, self.settings)
         documents, teachers = Table(self.root, "documents"), Table(self.root, self.teacher)
 
-        def make(unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
+        def make(unit: int, care: MadeDifferently) -> Commit:
             rows, teacher = documents_of(documents.shard(unit), care.lost), tokens_of(teachers.shard(unit))
             tokens, columns, counts = _in_batches(encoder, rows, teacher, care.batch or len(teacher))
             totals = Totals(counts=counts | token_counts(rows.block.texts, tokens))
@@ -57,12 +56,8 @@ class AlignStage:
         return make
 
     def rows(self, unit: int) -> int:
-        """Documents of a unit."""
+        """Documents of a shard."""
         return Table(self.root, "documents").manifest.commits[unit].rows
-
-    def batch(self, unit: int) -> int:
-        """Documents encoded and aligned at once; rows do not depend on it."""
-        return self.rows(unit)
 
     def paths(self) -> tuple[Path, ...]:
         """The table's folder, the two tables it is made from, and the tokenizer."""
@@ -127,7 +122,7 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSection,
         Mismatch: students/NAME was begun with other settings.
     """
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
-    encoder = encoder_of(settings)
+    encoder = encoder_for(settings.tokenizer, settings)
     spec = {
         "schema": STUDENTS_VERSION,
         "documents": documents.manifest.root,
@@ -136,7 +131,7 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSection,
         "encoder": encoder.identity(),
     }
     encoder.check(first_documents(documents))
-    store = Store(root, f"students/{name}", spec, units_like(documents))
+    store = Store(root, f"students/{name}", spec, shards_like(documents))
     stage = AlignStage(root=root, folder=store.folder, teacher=f"teachers/{teacher}", settings=settings)
 
     def finish(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -145,4 +140,4 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSection,
         constants = {"template": settings.template, "vocab_size": len(encoder.tokenizer), "teacher": teacher}
         return constants, {name: sha256_of(folder / name) for name in names}
 
-    return build(store, stage, lambda missing: iter(missing), workers, finish=finish)
+    return build(store, stage, list, workers, finish=finish)

@@ -2,18 +2,17 @@
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from xkd_pipeline.alignment import make_students
+from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher, teacher_layers
-from xkd_pipeline.parsing.parsers import check_parser
-from xkd_pipeline.parsing.prompts import PROMPTS_CUT
-from xkd_pipeline.parsing.stage import UNUSED, make_documents
-from xkd_pipeline.shard_rows import rows_per_shard
+from xkd_pipeline.parsing.stage import PROMPTS_CUT, UNUSED, check_parser, make_documents
 from xkd_pipeline.tables.build import Built, Outcome
 from xkd_pipeline.tables.writer import locked
 from xkd_pipeline.workers.contract import Workers
@@ -22,16 +21,27 @@ from xkd_schemas.cache.table import Table, check_name, only_teacher
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import say
-from xkd_schemas.corpus.sources import open_source
+from xkd_schemas.corpus.sources import Source, open_source, read_documents
 from xkd_schemas.dtypes import AUTO
 from xkd_schemas.durable_files import inside
-from xkd_schemas.errors import BadData, InputMissing, UsageError
+from xkd_schemas.errors import BadData, InputMissing, UsageError, XkdError
 from xkd_schemas.signals import Signal
 from xkd_schemas.text.templates import chosen_template
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.registry import loss_named
 from xkd_trainer.models.compute_dtype import Choice, choose_dtype, this_device
 from xkd_trainer.models.loading import check_model_name, load_tokenizer
+
+SECONDS: Final = 60
+FLOPS: Final = {"cpu": 50e9, "cuda": 100e12}
+"""What a core and a GPU may do in a second of a teacher's pass; of either there are slower and faster ones."""
+USUAL_WEIGHTS: Final = {"cpu": 200e6, "cuda": 7e9}
+"""Of a teacher that nobody has named yet."""
+CHARS_PER_TOKEN: Final = 4
+MOST_CHARS: Final = 400_000
+"""Of a shard, which lies in memory while it is made."""
+PLACES: Final = 4
+ROWS_AT_A_PLACE: Final = 64
 
 
 def documents_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
@@ -62,6 +72,34 @@ def documents_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None
     }  # fmt: skip
     words = f"{m.count('words')} words, {m.count('phrases')} phrases"
     return _outcome(built, f"{m.rows} documents, {words}, {rejected} rows rejected{extra}", values)
+
+
+def rows_per_shard(run: RunConfig, sources: Sequence[Source]) -> tuple[int, str]:
+    """Rows of a shard, and why it is so many where that is decided now: "" where run file or plan have it."""
+    if run.documents.rows_per_shard:
+        return run.documents.rows_per_shard, ""
+    with contextlib.suppress(InputMissing, BadData):
+        return int(read_record(Path(run.cache) / "documents" / "plan.json", Plan).spec["rows_per_shard"]), ""
+    device = this_device()
+    weights, whose = USUAL_WEIGHTS[device], "a teacher"
+    if run.teacher.model:
+        with contextlib.suppress(XkdError):  # said by the stage that needs it
+            weights, whose = float(sizes_of(run.teacher.model).weights), "the teacher"
+    flops = FLOPS[device] * (run.teacher.threads if device == "cpu" else 1)
+    chars = min(MOST_CHARS, round(SECONDS * flops / (2 * weights)) * CHARS_PER_TOKEN)
+    rows = max(1, int(chars / max(1.0, *(_mean_chars(source, run.documents.max_chars) for source in sources))))
+    about = f"about {chars:,} characters, which {whose} of {weights / 1e9:.2g} billion weights reads in a minute"
+    return rows, f"{about} or less on this {'CPU' if device == 'cpu' else 'GPU'}"
+
+
+def _mean_chars(source: Source, max_chars: int) -> float:
+    """Mean length of a row, at the place of the source where rows are longest."""
+    found = [0.0]
+    for place in range(PLACES):
+        rows = list(islice(source.rows(place * source.num_rows // PLACES), ROWS_AT_A_PLACE))
+        documents, _ = read_documents(source.name, source.form, source.columns, rows, max_chars=max_chars)
+        found.append(sum(len(document.text) for document in documents) / max(1, len(rows)))
+    return max(found)
 
 
 def signals_for(run: RunConfig, num_layers: int) -> list[Signal]:

@@ -11,7 +11,7 @@ import torch
 import small_cache
 from small_cache import IN_PROCESS, files_of, run_file
 from xkd_pipeline.capture.capture import capture
-from xkd_pipeline.capture.extra_signals import add_signals
+from xkd_pipeline.capture.stage import add_signals
 from xkd_pipeline.maintain.recompute import Recomputed, recompute
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.reports.report import write_report

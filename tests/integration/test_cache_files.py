@@ -16,7 +16,7 @@ from xkd_pipeline.maintain.repair import repair
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.reports.report import write_report
 from xkd_pipeline.stages import align_stage
-from xkd_pipeline.tables.status import table_states
+from xkd_pipeline.tables.dataset_card import table_states
 from xkd_pipeline.tables.writer import locked
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing, Refused

@@ -9,7 +9,7 @@ import pytest
 import small_cache
 from damages import outcome, read_all
 from xkd_pipeline.maintain.verify import verify
-from xkd_pipeline.tables.status import table_states
+from xkd_pipeline.tables.dataset_card import table_states
 
 ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
 SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 import small_cache
-from xkd_pipeline.parsing import parsers
+from xkd_pipeline.parsing import stage as parsing
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_schemas import codecs
 from xkd_schemas.cache.rows import open_cache
@@ -77,7 +77,7 @@ def changed(run: RunConfig, section: str, **values: str) -> RunConfig:
 
 
 def test_a_parser_and_a_codec_are_one_class_and_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(parsers.PARSERS, "first", FirstWords)  # type: ignore[arg-type]
+    monkeypatch.setitem(parsing.PARSERS, "first", FirstWords)  # type: ignore[arg-type]
     monkeypatch.setitem(codecs.CODECS, "inverted", Inverted())  # type: ignore[arg-type]
     run = changed(changed(run_of(tmp_path), "documents", parser="first"), "teacher", codec="inverted")
     documents_stage(run, small_cache.IN_PROCESS)

@@ -20,7 +20,7 @@ from small_cache import files_of
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
-from xkd_pipeline.workers.executor import run_units
+from xkd_pipeline.workers.scheduler import make_shards
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import BadData, UsageError, WorkersGone
 
@@ -61,7 +61,7 @@ def undisturbed(tmp_path: Path) -> dict[str, bytes]:
     return files_of(tmp_path / "undisturbed")
 
 
-def test_of_two_workers_one_killed_in_a_unit_is_replaced_and_the_bytes_are_the_same(
+def test_of_two_workers_one_killed_in_a_shard_is_replaced_and_the_bytes_are_the_same(
     cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     built = build_all(tmp_path / "t", Workers(address=cluster.address, count=2), trouble="kill")
@@ -86,10 +86,10 @@ def test_a_row_that_kills_its_worker_each_time_is_found_and_the_rest_is_kept(
     }  # fmt: skip
 
 
-def test_a_unit_out_of_memory_is_made_in_smaller_batches_by_the_worker_it_has(cluster: Any, tmp_path: Path) -> None:
+def test_a_shard_out_of_memory_is_made_in_smaller_batches_by_the_worker_it_has(cluster: Any, tmp_path: Path) -> None:
     done: list[Commit] = []
 
-    run_units(
+    make_shards(
         FakeStage(folder=tmp_path, trouble="memory", at=1),
         [0, 1],
         Workers(address=cluster.address, count=1),
@@ -108,7 +108,7 @@ def test_an_error_a_stage_raises_arrives_as_itself(cluster: Any, tmp_path: Path,
     assert str(caught.value) == f"{sentence}. Kept: k. Next: mend it"
 
 
-def test_a_stopped_worker_is_killed_and_its_unit_made_by_another(
+def test_a_stopped_worker_is_killed_and_its_shard_made_by_another(
     cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     build_all(tmp_path / "t", Workers(address=cluster.address, count=1, stall_seconds=8.0), trouble="stop")
@@ -130,7 +130,7 @@ def test_the_teacher_makes_the_same_table_on_several_nodes_as_in_process(cluster
 def test_each_worker_gets_its_gpu_and_runs_the_code_that_was_shipped(cluster: Any, tmp_path: Path) -> None:
     done: list[Commit] = []
 
-    run_units(Telling(folder=tmp_path), range(4), Workers(count=2, gpus=1.0, address=cluster.address), done.append)
+    make_shards(Telling(folder=tmp_path), range(4), Workers(count=2, gpus=1.0, address=cluster.address), done.append)
 
     told = {name for commit in done for name in commit.counts}
     assert {name for name in told if name.startswith("gpu ")} == {"gpu 0", "gpu 1"}
@@ -143,7 +143,7 @@ def test_more_gpus_than_any_node_has_are_refused_at_once(cluster: Any, tmp_path:
     workers = Workers(count=1, gpus=3.0, address=cluster.address)
 
     with pytest.raises(UsageError, match="no machine has room for a worker of 1 CPU and 3 GPUs"):
-        run_units(Telling(folder=tmp_path), [0], workers, lambda _commit: None)
+        make_shards(Telling(folder=tmp_path), [0], workers, lambda _commit: None)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_more_gpus_than_any_node_has_are_refused_at_once(cluster: Any, tmp_path:
 )
 def test_an_address_without_a_cluster_is_one_line(tmp_path: Path, address: str, kind: type, sentence: str) -> None:
     with pytest.raises(kind, match=sentence):
-        run_units(Telling(folder=tmp_path), [0], Workers(count=1, address=address), lambda _commit: None)
+        make_shards(Telling(folder=tmp_path), [0], Workers(count=1, address=address), lambda _commit: None)
 
 
 def test_a_node_that_goes_in_the_middle_costs_time_and_no_byte(cluster: Any, tmp_path: Path, monkeypatch) -> None:

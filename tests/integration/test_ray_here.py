@@ -79,7 +79,7 @@ def test_what_ray_runs_on_is_killed_and_the_same_command_goes_on(tmp_path: Path,
     assert status in ray_kills.EXITS[target]
     if status == 69:
         assert "the Ray cluster is gone" in said
-        assert "Kept: every committed unit. Next: run the same command again to go on" in said
+        assert "Kept: every committed shard. Next: run the same command again to go on" in said
     assert "Traceback" not in said
     work("align", cache, made, IN_PROCESS)
     assert files_of(cache) == files_of(made / "cache")

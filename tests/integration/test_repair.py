@@ -12,12 +12,13 @@ import small_cache
 from damages import flip
 from fake_hardware import hardware_is
 from small_cache import IN_PROCESS, files_of
-from xkd_pipeline.capture.extra_signals import add_signals, signals_named
+from xkd_pipeline.capture.stage import add_signals
 from xkd_pipeline.maintain.repair import Repaired, repair
 from xkd_pipeline.stages import teacher_stage
 from xkd_schemas.cache.manifest import Plan, read_record, to_json
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Mismatch, UsageError
+from xkd_schemas.signals import Signal
 
 PARSER = {"spacy_model": small_cache.SPACY}
 
@@ -150,7 +151,7 @@ def test_tables_are_repaired_and_added_to_in_their_own_dtype_with_one_warning_wh
     teacher = {"name": "half", "model": model, "losses": [], "dtype": "auto"}
     teacher_stage(small_cache.run_file(cache, teacher=teacher), IN_PROCESS)
     hardware_is(monkeypatch, has_bfloat16=False, factor=63.4)
-    add_signals(cache, "half", model, lambda _layers: signals_named(["entropy"]), "", IN_PROCESS)
+    add_signals(cache, "half", model, lambda _layers: [Signal("entropy")], "", IN_PROCESS)
     tables = ("teachers/half", "signals/half.1")
     for table in tables:
         shard(cache, table, 1).unlink()

@@ -79,7 +79,7 @@ class PoisonedTeacher(TeacherStage):
     """Its tokenizer dies of one document."""
 
     def load(self) -> Make:
-        encoder_of = teacher.encoder_of
+        encoder_for = teacher.encoder_for
 
         class Deadly:
             def __init__(self, encoder: Any) -> None:
@@ -90,7 +90,7 @@ class PoisonedTeacher(TeacherStage):
                     os._exit(9)
                 return self._encoder.encode_batch(block, limits)
 
-        teacher.encoder_of = lambda settings: Deadly(encoder_of(settings))
+        teacher.encoder_for = lambda *given: Deadly(encoder_for(*given))
         return super().load()
 
 

@@ -1,7 +1,7 @@
-"""The teacher's forward passes over one unit: which documents run together, and what is kept of each."""
+"""The teacher's forward passes over one shard: which documents run together, what is kept of each, and how coded."""
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from xkd_pipeline.capture.measure import ROWS, Reading, pad_readings, signals_of
+from xkd_schemas.cache.manifest import Commit
+from xkd_schemas.codecs import CODECS, PLAIN, Bits, Encoded, numbers_of, squared_error
 from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import BadData
 from xkd_schemas.progress import tick
@@ -17,8 +19,11 @@ from xkd_schemas.signals import KINDS, Signal
 from xkd_schemas.tokens import last_text
 from xkd_trainer.models.compute_dtype import this_device
 from xkd_trainer.models.forward import run
-from xkd_trainer.models.head import head_of
+from xkd_trainer.models.head import Head, head_of
 from xkd_trainer.models.loading import load_tokenizer
+
+KL_ROWS = 32
+"""States of a shard whose next-token distributions are compared before and after the codec."""
 
 
 class TeacherSettings(TeacherSection):
@@ -100,3 +105,63 @@ def capture(
             captured[index] = row
         tick(len(readings) * sum(lengths[i] for i in indices) / sum(lengths))
     return captured
+
+
+def encode_signals(
+    captured: Sequence[Mapping[str, Any]], wanted: Sequence[Signal], codec: str, head: Head
+) -> tuple[Encoded, dict[str, float]]:
+    """All signals of a shard as columns, wide ones through `codec`, and sums of errors for the shard's record."""
+    made, sums = Encoded({}, {}), dict[str, float]()
+    for signal in wanted:
+        rows = [row[signal.column] for row in captured]
+        sums.update(_sum_capture_errors(signal.column, captured))
+        if not signal.kind.wide or codec == PLAIN:
+            made.columns[signal.column] = rows
+            continue
+        encoded = CODECS[codec].encode(signal.column, rows)
+        again = [
+            CODECS[codec].decode(signal.column, {name: c[i] for name, c in encoded.columns.items()}.__getitem__,
+                                 encoded.metadata)
+            for i in range(len(rows))
+        ]  # fmt: skip
+        made.columns.update(encoded.columns)
+        made.metadata.update(encoded.metadata)
+        lost, kept = squared_error(rows, again)
+        sums.update({f"codec:{signal.column}:lost": lost, f"codec:{signal.column}:kept": kept})
+        if signal.name == "hidden_last" and rows:
+            sums.update(_measure_kl(rows, again, head))
+    return made, sums
+
+
+def _sum_capture_errors(column: str, captured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Squared error that capture itself made and noted beside the column, and what it is a part of; {} for none."""
+    noted = [row for row in captured if f"{column}.lost" in row]
+    sums = {part: sum(float(np.sum(row[f"{column}.{part}"])) for row in noted) for part in ("lost", "kept")}
+    return {f"codec:{column}:{part}": value for part, value in sums.items()} if noted else {}
+
+
+def _measure_kl(rows: Sequence[Bits], again: Sequence[Bits], head: Head) -> dict[str, float]:
+    """Sum over some states of KL(head of the exact state || head of the stored one), in nats, and their number."""
+    exact_ND, stored_ND = (np.concatenate(list(side)) for side in (rows, again))
+    chosen = np.unique(np.linspace(0, max(0, len(exact_ND) - 1), min(KL_ROWS, len(exact_ND))).astype(np.int64))
+    states = (torch.from_numpy(numbers_of(bits[chosen])).to(head.weight_VD) for bits in (exact_ND, stored_ND))
+    exact, stored = (head(values).float().log_softmax(-1) for values in states)
+    kl = float((exact.exp() * (exact - stored)).sum())
+    return {"codec:kl": kl, "codec:kl_n": float(len(chosen))}
+
+
+def codec_error(commits: Sequence[Commit]) -> dict[str, float]:
+    """Relative root-mean-square error of each coded signal, and the mean KL in nats of the last states.
+
+    Empty where nothing was coded.
+    """
+    total: dict[str, float] = {}
+    for commit in commits:
+        for name, value in commit.sums.items():
+            if name.startswith("codec:"):
+                total[name.removeprefix("codec:")] = total.get(name.removeprefix("codec:"), 0.0) + value
+    signals = sorted(name.removesuffix(":kept") for name in total if name.endswith(":kept"))
+    found = {
+        s: float(np.sqrt(total[f"{s}:lost"] / total[f"{s}:kept"])) if total[f"{s}:kept"] else 0.0 for s in signals
+    }
+    return found | ({"kl_nats": total["kl"] / max(1.0, total["kl_n"])} if "kl" in total else {})

@@ -1,5 +1,6 @@
 """Stage 2: the teacher reads every document once, and what the losses need is kept."""
 
+import itertools
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -12,18 +13,24 @@ import transformers
 from transformers import PreTrainedModel
 
 from xkd_pipeline.capture.artifacts import constants_of, export, std_of, sum_moments, weights_identity
-from xkd_pipeline.capture.capture import TeacherSettings, capture, reads_of
-from xkd_pipeline.capture.encode_signals import codec_error, encode_signals
+from xkd_pipeline.capture.capture import TeacherSettings, capture, codec_error, encode_signals, reads_of
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.tables.build import Built, build
-from xkd_pipeline.tables.read_units import DocumentRows, documents_of, first_documents
-from xkd_pipeline.tables.shard import Totals, write_shard
-from xkd_pipeline.tables.token_columns import token_columns, token_counts, units_like
-from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
-from xkd_schemas.cache.manifest import Commit, MadeDifferently, Spec
-from xkd_schemas.cache.table import Table
-from xkd_schemas.errors import InputMissing, UsageError
+from xkd_pipeline.tables.shard import (
+    DocumentRows,
+    Totals,
+    documents_of,
+    encoder_for,
+    first_documents,
+    token_columns,
+    token_counts,
+    write_shard,
+)
+from xkd_pipeline.tables.writer import Store, locked, shards_like
+from xkd_pipeline.workers.contract import Make, Workers, local_paths
+from xkd_schemas.cache.manifest import Commit, MadeDifferently, Plan, Spec, read_record, refuse_differences
+from xkd_schemas.cache.table import Table, names_in
+from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.sampled_classes import MOST_CLASSES
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_schemas.text.alignment import token_ranges
@@ -34,7 +41,7 @@ from xkd_trainer.models.architecture import num_layers
 from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, warn_of_slow_dtype
 from xkd_trainer.models.forward import rehearse
 from xkd_trainer.models.head import check_model, head_of
-from xkd_trainer.models.loading import check_model_name, load_model, load_tokenizer
+from xkd_trainer.models.loading import check_model_name, load_model
 
 CAPTURE_VERSION: Final = 5
 """Bump when the same settings would give other bytes."""
@@ -44,14 +51,14 @@ RUN_SETTINGS: Final = ("dtype", "codec", "batch_tokens", "pad_multiple", "thread
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherStage:
-    """Runs the teacher over the documents of one unit."""
+    """Runs the teacher over the documents of one shard."""
 
     root: Path
     folder: Path
     settings: TeacherSettings
     signals: tuple[str, ...]
-    tokens: bool = True
-    """False: only doc_id and the signals, beside a table that has the tokens."""
+    beside: str = ""
+    """Name of a teacher whose table has the tokens: only doc_id and the signals are written."""
 
     def load(self) -> Make:
         """Load tokenizer and model once."""
@@ -63,20 +70,23 @@ class TeacherStage:
                 fix="give each worker one with --gpus-per-worker 1, or look at CUDA_VISIBLE_DEVICES there",
             )
         model = teacher_of(self.settings).to(device)
-        encoder = encoder_of(self.settings)
+        encoder = encoder_for(self.settings.model, self.settings)
         documents = Table(self.root, "documents")
         wanted = [signal_named(column) for column in self.signals]
         schema = teacher_schema(wanted, model.get_input_embeddings().weight.shape[1], self.settings.codec)
-        schema = schema if self.tokens else signals_schema(schema)
+        shards: Sequence[Commit] = ()
+        if self.beside:
+            schema, shards = signals_schema(schema), Table(self.root, f"teachers/{self.beside}").manifest.commits
         head, kind = head_of(model), processor_kind(device)
 
-        def make(unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
+        def make(unit: int, care: MadeDifferently) -> Commit:
             torch.set_num_threads(self.settings.threads)
             settings = self.settings
             if care.batch:
                 torch.cuda.empty_cache()
                 settings = settings.model_copy(update={"batch_tokens": care.batch})
-            rows = documents_of(documents.shard(unit), care.lost)
+            theirs = shards[unit].care if shards else None
+            rows = documents_of(documents.shard(unit), {*care.lost, *(theirs.lost if theirs else ())})
             tokens, readings = _read(rows, encoder)
             captured = capture(model, readings, wanted, settings)
             stored, errors = encode_signals(captured, wanted, self.settings.codec, head)
@@ -90,7 +100,7 @@ class TeacherStage:
         return make
 
     def rows(self, unit: int) -> int:
-        """Documents of a unit."""
+        """Documents of a shard."""
         return Table(self.root, "documents").manifest.commits[unit].rows
 
     def batch(self, _unit: int) -> int:
@@ -118,19 +128,6 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
         check_model(model)
         _loaded[settings] = model.requires_grad_(False)
     return _loaded[settings]
-
-
-def forget_teacher() -> None:
-    """Free the memory of the loaded teacher, which the workers load for themselves."""
-    _loaded.clear()
-
-
-def encoder_of(settings: TeacherSettings) -> Encoder:
-    """How the teacher reads a document."""
-    return Encoder(
-        tokenizer=load_tokenizer(settings.model), template=settings.template, max_tokens=settings.max_tokens,
-        enable_thinking=settings.enable_thinking,
-    )  # fmt: skip
 
 
 def _read(rows: DocumentRows, encoder: Encoder) -> tuple[TokenBatch, list[Reading]]:
@@ -183,17 +180,11 @@ def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: s
         "capture": CAPTURE_VERSION,
         "documents": documents,
         "weights": weights_identity(settings.model),
-        "encoder": encoder_of(settings).identity(),
+        "encoder": encoder_for(settings.model, settings).identity(),
         "signals": list(columns),
         **{key: getattr(settings, key) for key in RUN_SETTINGS},
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
     }
-
-
-def check_wanted(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> None:
-    """Raise UsageError where the model cannot give a signal: layers, attention or classes that it does not have."""
-    check_top(wanted, model, name)
-    rehearse(model, **reads_of(wanted))
 
 
 def check_top(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> None:
@@ -212,47 +203,102 @@ def check_top(wanted: Sequence[Signal], model: PreTrainedModel, name: str) -> No
             )
 
 
-def measured_constants(commits: Sequence[Commit], stds: Sequence[str]) -> dict[str, Any]:
-    """Standard deviations over the corpus, and what codecs lost where they lost anything."""
-    error = codec_error(commits)
-    return {f"{name}_std": std_of(commits, name) for name in stds} | ({"codec_error": error} if error else {})
-
-
 def make_teacher(
     root: Path,
     name: str,
     settings: TeacherSettings,
     signals: Callable[[int], Sequence[Signal]],
     workers: Workers,
+    *,
+    beside: str = "",
 ) -> Built:
     """Run the teacher over the documents and make the table teachers/NAME.
+
+    With `beside`, the name of a teacher's finished table, make signals/NAME instead: shard k holds the documents of
+    shard k of that table, in the same order, and nothing twice. Template and lengths must be those of that table.
 
     `signals` is asked once, with the teacher's number of layers.
 
     Raises:
         InputMissing: The documents table is not finished, or the model is not there.
-        Mismatch: teachers/NAME was begun with other settings.
+        Mismatch: The table was begun with other settings, or `beside` is another teacher's.
         UsageError: The model or the template cannot do what is asked.
     """
     documents = Table(root, "documents")
     check_model_name(settings.model)
-    encoder_of(settings).check(first_documents(documents))
+    encoder_for(settings.model, settings).check(first_documents(documents))
     model = teacher_of(settings)
     wanted = signals(num_layers(model))
-    check_wanted(wanted, model, settings.model)
+    check_top(wanted, model, settings.model)
+    rehearse(model, **reads_of(wanted))
     columns = tuple(sorted({s.column for s in wanted}))
     spec = teacher_spec(settings, columns, documents.manifest.root)
-    store = Store(root, f"teachers/{name}", spec, units_like(documents))
+    shards: Sequence[Commit] = ()
+    constants = constants_of(model) | {"template": settings.template}
+    if beside:
+        shards = _same_teacher(Table(root, f"teachers/{beside}"), spec).manifest.commits
+        constants = {"teacher": beside}
+        spec |= constants
+    store = Store(root, f"signals/{name}" if beside else f"teachers/{name}", spec, shards_like(documents))
     warn_of_slow_dtype(settings.dtype, settings.device)
-    stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns)
-    constants = constants_of(model)
+    stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns, beside=beside)
+    stds = ("hidden", "embedding") if not beside else ("hidden",) if "hidden_last" in columns else ()
+
+    def watch(commits: Sequence[Commit]) -> None:
+        for one in commits if beside else ():
+            if more := set(one.care.lost if one.care else ()) - set(shards[one.unit].unusable):
+                raise BadData(
+                    f"shard {one.unit}: row {min(more)} kills its worker here, and teachers/{beside} holds it",
+                    fix=f"delete {store.folder}; measure these signals in a new teacher table, with another --name",
+                )
 
     def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
-        files = export(teacher_of(settings), settings.model, store.folder)
-        measured = measured_constants(commits, ("hidden", "embedding"))
-        return {**constants, **measured, "template": settings.template}, files
+        files = {} if beside else export(teacher_of(settings), settings.model, store.folder)
+        error = codec_error(commits)
+        measured = {f"{name}_std": std_of(commits, name) for name in stds}
+        return constants | measured | ({"codec_error": error} if error else {}), files
 
     if workers.count:
         del model
-        forget_teacher()
-    return build(store, stage, lambda missing: iter(missing), workers, finish=finish)
+        _loaded.clear()  # the workers load it for themselves
+    return build(store, stage, list, workers, watch=watch, finish=finish)
+
+
+def _same_teacher(table: Table, spec: Spec) -> Table:
+    """The table; Mismatch where it was made by another teacher than `spec` names."""
+    ours, theirs = ({key: one[key] for key in ("weights", "encoder")} for one in (spec, table.manifest.spec))
+    refuse_differences(table.folder, ours, theirs, advice=f"name the model that {table.name} was made with")
+    return table
+
+
+def add_signals(
+    root: Path, teacher: str, model: str, wanted: Callable[[int], Sequence[Signal]], codec: str, workers: Workers
+) -> Built | None:
+    """Keep more signals of a teacher whose table is finished; None where the cache holds them all.
+
+    `wanted` is asked once, with the teacher's number of layers; codec "" is that of the teacher's table.
+    """
+    with locked(root):
+        spec = Table(root, f"teachers/{teacher}").manifest.spec
+        settings = teacher_settings(spec, model)
+        settings = settings.model_copy(update={"codec": codec or settings.codec})
+        name, left = missing_signals(root, teacher, wanted(num_layers(teacher_of(settings))))
+        if not left:
+            return None
+        return make_teacher(root, name, settings, lambda _layers: left, workers, beside=teacher)
+
+
+def missing_signals(root: Path, teacher: str, wanted: Sequence[Signal]) -> tuple[str, list[Signal]]:
+    """The name of the table that gets them, and those of `wanted` that the cache does not hold of this teacher yet.
+
+    A table that was begun for the same signals and is not finished is named again.
+    """
+    specs = {path.name: read_record(path / "plan.json", Plan).spec for path in sorted((root / "signals").glob("*"))}
+    begun = {name: set(spec["signals"]) for name, spec in specs.items() if spec["teacher"] == teacher}
+    stored = set(Table(root, f"teachers/{teacher}").manifest.spec["signals"])
+    stored.update(*(begun.pop(name, ()) for name in names_in(root, "signals")))
+    left = [signal for signal in sorted(set(wanted), key=lambda s: s.column) if signal.column not in stored]
+    columns = {signal.column for signal in left}
+    free = (f"{teacher[:120]}.{n}" for n in range(1, 2 + len(specs)))
+    again = (name for name, signals in begun.items() if signals == columns)
+    return next(itertools.chain(again, (name for name in free if name not in specs))), left

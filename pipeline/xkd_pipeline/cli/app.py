@@ -12,7 +12,6 @@ import typer
 from xkd_pipeline.cli import maintain, reports
 from xkd_pipeline.tables.build import Outcome
 from xkd_pipeline.workers.contract import Workers
-from xkd_pipeline.workers.executor import asked_workers
 from xkd_schemas.cache.table import check_cache, only_teacher
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import answer, say, say_json
@@ -36,7 +35,7 @@ GPU_WORKERS: Final = FlagsOf("", only=("workers", "gpus_per_worker", "ray_addres
 
 def _workers(run: RunConfig) -> Workers:
     gpus, address, stall = run.gpus_per_worker, run.ray_address, run.stall_timeout
-    return asked_workers(Workers(count=run.workers, gpus=gpus, address=address, stall_seconds=stall))
+    return Workers(count=run.workers, gpus=gpus, address=address, stall_seconds=stall)
 
 
 def _tell(stage: Callable[..., Outcome], run: RunConfig, as_json: bool) -> None:
@@ -132,12 +131,14 @@ def add(
     check_cache(cache)
     if not run.teacher.model:
         raise UsageError("signals are read from a teacher", fix="add --model FOLDER")
-    if "losses" not in given and not signals:
+    from xkd_schemas.signals import signal_named
+
+    named = [signal_named(part.strip()) for part in signals.split(",") if part.strip()]
+    if "losses" not in given and not named:
         raise UsageError("no signal is named", fix="add --for LOSS, or --signals hidden_last,topk_ids#64")
-    from xkd_pipeline.capture.extra_signals import add_signals, signals_named
+    from xkd_pipeline.capture.stage import add_signals
     from xkd_pipeline.stages import signals_for
 
-    named = signals_named([part.strip() for part in signals.split(",") if part.strip()]) if signals else []
     table, codec = run.teacher.name or only_teacher(cache), run.teacher.codec if "codec" in given else ""
     built = add_signals(
         cache, table, run.teacher.model,

@@ -76,7 +76,8 @@ def pair(
     Example: xkd-cache pair models/teacher models/student train.jsonl
     """
     from xkd_pipeline.reports.compare import compare, pair_lines
-    from xkd_pipeline.reports.sample import encoder_for, read_sample
+    from xkd_pipeline.reports.sample import read_sample
+    from xkd_pipeline.tables.shard import encoder_for
 
     theirs, ours = encoder_for(teacher, run.teacher), encoder_for(student, run.student)
     rows = read_sample(run, sample)
@@ -117,7 +118,7 @@ def status(cache: CacheArgument, as_json: JsonOption = False) -> None:
 
     Example: xkd-cache status cache/
     """
-    from xkd_pipeline.tables.status import table_states
+    from xkd_pipeline.tables.dataset_card import table_states
 
     check_cache(cache)
     states = table_states(cache)

@@ -14,9 +14,9 @@ import numpy as np
 from xkd_pipeline.capture.artifacts import weights_identity
 from xkd_pipeline.capture.capture import TeacherSettings, capture
 from xkd_pipeline.capture.measure import Reading
-from xkd_pipeline.capture.stage import encoder_of, teacher_of, teacher_settings
+from xkd_pipeline.capture.stage import teacher_of, teacher_settings
 from xkd_pipeline.maintain.verify_rows import Finding, open_table
-from xkd_pipeline.tables.read_units import document_at
+from xkd_pipeline.tables.shard import document_at, encoder_for
 from xkd_schemas.cache.manifest import Spec, refuse_differences
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.codecs import numbers_of
@@ -75,7 +75,7 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
     table, documents = open_table(root, name), open_table(root, "documents")
     spec = table.manifest.spec
     settings = _live_settings(spec, model, dtype)
-    encoder = encoder_of(settings)
+    encoder = encoder_for(model, settings)
     ours = {"weights": weights_identity(model), "encoder": encoder.identity()}
     stored = {key: spec[key] for key in ours}
     refuse_differences(table.folder, ours, stored, advice="name the teacher that the table was made with")

@@ -8,7 +8,6 @@ from typing import Any
 
 from xkd_pipeline.alignment import make_students
 from xkd_pipeline.capture.artifacts import weights_identity
-from xkd_pipeline.capture.extra_signals import make_signals
 from xkd_pipeline.capture.stage import make_teacher, teacher_settings
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.maintain.verify_rows import Finding
@@ -143,9 +142,8 @@ def _remake_table(
         return make_students(root, own, spec["teacher"], student, workers).made
     signals = [signal_named(column) for column in spec["signals"]]
     settings = teacher_settings(spec, inputs[0])
-    if kind == "signals":
-        return make_signals(root, own, spec["teacher"], settings, signals, workers).made
-    return make_teacher(root, own, settings, lambda _layers: signals, workers).made
+    beside = spec["teacher"] if kind == "signals" else ""
+    return make_teacher(root, own, settings, lambda _layers: signals, workers, beside=beside).made
 
 
 def _section_of(spec: Spec) -> DocumentsSection:

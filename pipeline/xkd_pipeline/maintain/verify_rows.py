@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from xkd_pipeline.tables.read_units import documents_of, tokens_of
-from xkd_pipeline.tables.token_columns import token_counts
+from xkd_pipeline.tables.shard import documents_of, token_counts, tokens_of
 from xkd_schemas.cache.table import Row, Shard, Table
 from xkd_schemas.codecs import CODECS
 from xkd_schemas.documents import documents_schema

@@ -15,25 +15,14 @@ import json
 import struct
 import unicodedata
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.parsing.parser import TEXTS_AT_ONCE, probe
-from xkd_pipeline.parsing.phrases import Phrase, joined_spans, select_phrases
-from xkd_pipeline.parsing.spacy_parser import (
-    MAX_PIECE_CHARS,
-    MAX_RUN_CHARS,
-    UNUSED,
-    document_pieces,
-    folder_digest,
-    load_pipeline,
-    pipeline_identity,
-    words_of,
-)
+from xkd_pipeline.parsing.phrases import Phrase, joined_spans
+from xkd_pipeline.parsing.spacy_parser import UNUSED, PipelineParser, folder_digest, words_of
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.durable_files import sha256_of
@@ -83,53 +72,35 @@ def sentence_of(tokens: Sequence[Any], normalise: dict[str, str]) -> Sentence:
     return Sentence(words=tuple(words), space_after=tuple(space_after), intervals=tuple(intervals))
 
 
-class BeneparParser:
+class BeneparParser(PipelineParser):
     """Constituents NP and VP; see the module."""
 
     def __init__(self, settings: DocumentsSection) -> None:
-        self.settings, self.texts_at_once = settings, TEXTS_AT_ONCE
-        self._drop_contained = bool(settings.drop_contained)
-        self.notes: Counter[str] = Counter()
         self.path = locate_model(settings.parser_model)
-        self.nlp = load_pipeline(settings.spacy_model, exclude=(*UNUSED, "tagger", "attribute_ruler"))
+        super().__init__(
+            settings, "benepar", drop_contained=bool(settings.drop_contained),
+            exclude=(*UNUSED, "tagger", "attribute_ruler"),
+        )  # fmt: skip
         if not set(SEGMENTERS) & set(self.nlp.pipe_names):
             raise UsageError(f"the spaCy pipeline '{settings.spacy_model}' cuts no sentences", fix="use blank:en")
         self.model = load_model(self.path)
         self.labels = phrase_labels(self.model.label_vocab)
-        self.max_piece_chars = min(MAX_PIECE_CHARS, int(self.nlp.max_length))
 
     def parse(self, documents: Sequence[Document]) -> list[Spans]:
         """Spans of each document, in order; a segment parsed in pieces counts as "segment_cut"."""
         spans = []
         for document in tick_each(documents):
-            pieces = list(document_pieces(document, self.max_piece_chars))
-            if len(pieces) > len(document.segments):
-                self.notes["segment_cut"] += len(pieces) - len(document.segments)
+            pieces = self._pieces(document)
             with self.nlp.memory_zone():
                 texts = [document.text[start:end] for start, end in pieces]
                 docs = list(self.nlp.pipe(texts, batch_size=self.texts_at_once))
-                spans.append(self._document(pieces, docs))
+                sentences = [list(self._sentences(doc)) for doc in docs]
+                phrases = self._phrases(list(itertools.chain(*sentences)))
+                found = [list(itertools.chain(*itertools.islice(phrases, len(own)))) for own in sentences]
+                words = [words_of(doc) for doc in docs]
+            kept = map(self._select, found, words)
+            spans.append(joined_spans(zip((start for start, _ in pieces), words, kept, strict=True)))
         return spans
-
-    def _document(self, pieces: Sequence[Interval], docs: Sequence[Any]) -> Spans:
-        """Parse the sentences of all pieces at once and put the phrases back into their pieces."""
-        owners, sentences = [], []
-        for number, doc in enumerate(docs):
-            for sentence in self._sentences(doc):
-                owners.append(number)
-                sentences.append(sentence)
-        found: list[list[Phrase]] = [[] for _ in docs]
-        for owner, phrases in zip(owners, self._phrases(sentences), strict=True):
-            found[owner] += phrases
-        joined = []
-        for (start, _), doc, phrases in zip(pieces, docs, found, strict=True):
-            words = words_of(doc)
-            kept = select_phrases(
-                phrases, words, max_words=self.settings.max_words, drop_contained=self._drop_contained,
-                notes=self.notes,
-            )  # fmt: skip
-            joined.append((start, words, kept))
-        return joined_spans(joined)
 
     def _sentences(self, doc: Any) -> Iterator[Sentence]:
         """The sentences that can be parsed; each other one is counted."""
@@ -175,38 +146,27 @@ class BeneparParser:
             return float("inf")
         return float(positions - 2)
 
-    def _phrases(self, sentences: Sequence[Sentence]) -> Iterable[list[Phrase]]:
+    def _phrases(self, sentences: Sequence[Sentence]) -> Iterator[list[Phrase]]:
         """NP and VP of each sentence, in characters of its piece."""
         if not sentences:
-            return []
+            return
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*TreeCRF.*arg_constraints")  # torch_struct, on every call
             parses = self.model.parse(sentences, return_compressed=True, subbatch_max_tokens=SUBBATCH_TOKENS)
-        return [self._constituents(s, p) for s, p in zip(sentences, parses, strict=True)]
-
-    def _constituents(self, sentence: Sentence, parse: Any) -> list[Phrase]:
-        at = sentence.intervals
-        return [
-            (at[start][0], at[end - 1][1], self.labels[label])
-            for start, end, label in zip(
-                parse.starts.tolist(), parse.ends.tolist(), parse.labels.tolist(), strict=True
-            )
-            if label in self.labels
-        ]
+        for sentence, parse in zip(sentences, parses, strict=True):
+            at, found = sentence.intervals, (parse.starts.tolist(), parse.ends.tolist(), parse.labels.tolist())
+            yield [
+                (at[start][0], at[end - 1][1], self.labels[label])
+                for start, end, label in zip(*found, strict=True)
+                if label in self.labels
+            ]
 
     def identity(self) -> dict[str, str]:
         """Everything the spans depend on, with a probe of what is found in fixed texts."""
-        return {
-            "kind": "benepar",
-            **pipeline_identity(self.nlp),
+        return super().identity() | {
             "benepar": version("benepar"),
             "benepar_sha256": folder_digest(self.path) if self.path.is_dir() else sha256_of(self.path),
-            "max_words": str(self.settings.max_words),
-            "drop_contained": str(self._drop_contained),
             "max_sentence_tokens": str(MAX_SENTENCE_TOKENS),
-            "max_piece_chars": str(self.max_piece_chars),
-            "max_run_chars": str(MAX_RUN_CHARS),
-            "probe": probe(self),
         }
 
 

@@ -75,18 +75,11 @@ def verb_groups(tags: Sequence[str]) -> Iterator[Interval]:
 def select_phrases(
     found: Iterable[Phrase], words: Sequence[Interval], *, max_words: int, drop_contained: bool, notes: Counter[str]
 ) -> list[Phrase]:
-    """Phrases that are kept, sorted by (start, -end).
+    """Those of `found` (trimmed, in any order) that are kept, sorted by (start, -end); `words` are sorted, disjoint.
 
-    First a phrase without words or with too many goes, so that a long phrase does not take the short
-    ones inside it along; then the second of two equal intervals (NP stays before VP); then, if asked,
-    each one that lies inside a kept one. Phrases that overlap in part stay.
-
-    Args:
-        found: In any order, trimmed.
-        words: Of the same text, sorted and disjoint.
-        max_words: Words a phrase may have; 0: any number.
-        drop_contained: Leave out phrases inside others.
-        notes: Counts "phrase_too_long".
+    First a phrase without words or with more than `max_words` (0: any number) goes, so that a long phrase does not
+    take the short ones inside it along; then the second of two equal intervals (NP stays before VP); then, if asked,
+    each one that lies inside a kept one. Phrases that overlap in part stay. `notes` counts "phrase_too_long".
     """
     starts, ends = [start for start, _ in words], [end for _, end in words]
     kept: list[Phrase] = []

@@ -11,11 +11,11 @@ copies the rest each time, which for 16,000 quotes or emoji in a row is most of 
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from xkd_pipeline.parsing.parser import TEXTS_AT_ONCE, probe
+from xkd_pipeline.parsing.parser import TEXTS_AT_ONCE, Parser, probe
 from xkd_pipeline.parsing.phrases import Phrase, cut_pieces, joined_spans, select_phrases, trim, verb_groups, word_in
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, Interval, Spans
@@ -61,18 +61,6 @@ def load_pipeline(name: str, *, exclude: Sequence[str] = UNUSED) -> Any:
         ) from error
 
 
-def pipeline_identity(nlp: Any) -> dict[str, str]:
-    """Name, version and weights of a pipeline, and the version of spaCy."""
-    import spacy
-
-    meta = nlp.meta
-    return {
-        "pipeline": f"{meta['lang']}_{meta['name']} {meta['version']}",
-        "spacy": str(spacy.__version__),
-        "pipeline_sha256": folder_digest(Path(nlp.path)) if nlp.path is not None else "none",
-    }
-
-
 def folder_digest(folder: Path) -> str:
     """sha256 over the names and digests of the files below a folder, byte code left out."""
     whole = hashlib.sha256()
@@ -81,69 +69,85 @@ def folder_digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def document_pieces(document: Document, limit: int) -> Iterator[Interval]:
-    """The stretches of a document that are parsed as one text each: its segments, cut where they are too long."""
-    for segment in document.segments:
-        for start, end in cut_pieces(document.text[segment.start : segment.end], limit, MAX_RUN_CHARS):
-            yield segment.start + start, segment.start + end
-
-
 def words_of(doc: Any) -> list[Interval]:
     """Intervals of a spaCy Doc's tokens that are words, [K], sorted and disjoint."""
     found = ((token.idx, word_in(token.text)) for token in doc)
     return [(at + word[0], at + word[1]) for at, word in found if word is not None]
 
 
-class SpacyParser:
-    """Noun chunks and verb groups; see the module."""
+class PipelineParser(Parser):
+    """What parsers share that read a spaCy pipeline's tokens: pieces of documents, the choice of phrases, identity."""
 
-    def __init__(self, settings: DocumentsSection) -> None:
-        self.settings, self.texts_at_once = settings, TEXTS_AT_ONCE
-        self._drop_contained = settings.drop_contained is not False  # MTA's code drops them
+    def __init__(
+        self, settings: DocumentsSection, kind: str, *, drop_contained: bool, exclude: Sequence[str] = UNUSED
+    ) -> None:
+        self.settings, self.texts_at_once, self._kind = settings, TEXTS_AT_ONCE, kind
+        self._drop_contained = drop_contained
         self.notes: Counter[str] = Counter()
-        self.nlp = load_pipeline(settings.spacy_model)
-        missing = [name for name in ("tagger", "parser") if name not in self.nlp.pipe_names]
-        if missing or self.nlp.vocab.get_noun_chunks is None:
-            what = f"no {' and no '.join(missing)}" if missing else "no noun chunks for its language"
-            raise UsageError(f"the spaCy pipeline '{settings.spacy_model}' has {what}", fix=f"use {DEFAULT_PIPELINE}")
-        self._verbal = {self.nlp.vocab.strings[tag]: tag for tag in ("AUX", "ADV", "VERB")}
+        self.nlp = load_pipeline(settings.spacy_model, exclude=exclude)
         self.max_piece_chars = min(MAX_PIECE_CHARS, int(self.nlp.max_length))
 
-    def parse(self, documents: Sequence[Document]) -> list[Spans]:
-        """Spans of each document, in order; a segment parsed in pieces counts as "segment_cut"."""
-        pieces = [list(document_pieces(d, self.max_piece_chars)) for d in documents]
-        texts = [d.text[start:end] for d, cuts in zip(documents, pieces, strict=True) for start, end in cuts]
-        self.notes["segment_cut"] += sum(len(p) - len(d.segments) for d, p in zip(documents, pieces, strict=True))
-        self.notes += Counter()  # leaves out zeros
-        with self.nlp.memory_zone():  # else each new word stays in spaCy's vocabulary for good
-            parsed = map(self._piece, self.nlp.pipe(texts, batch_size=self.texts_at_once))
-            return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in tick_each(pieces)]
-
-    def _piece(self, doc: Any) -> tuple[list[Interval], list[Phrase]]:
-        words, text = words_of(doc), doc.text
-        ranges = [(chunk.start, chunk.end, "NP") for chunk in doc.noun_chunks]
-        ranges += [(start, end, "VP") for start, end in verb_groups(self._tags(doc))]
-        found = [
-            (*trim(text, doc[start].idx, doc[end - 1].idx + len(doc[end - 1])), label) for start, end, label in ranges
+    def _pieces(self, document: Document) -> list[Interval]:
+        """The stretches that are parsed as one text each: segments, cut where they are too long."""
+        pieces = [
+            (segment.start + start, segment.start + end)
+            for segment in document.segments
+            for start, end in cut_pieces(
+                document.text[segment.start : segment.end], self.max_piece_chars, MAX_RUN_CHARS
+            )
         ]
-        settings = self.settings
-        kept = select_phrases(
-            found, words, max_words=settings.max_words, drop_contained=self._drop_contained, notes=self.notes
-        )
-        return words, kept
+        if len(pieces) > len(document.segments):
+            self.notes["segment_cut"] += len(pieces) - len(document.segments)
+        return pieces
 
-    def _tags(self, doc: Any) -> list[str]:
-        """Universal part of speech of each token, as far as verb groups need it."""
-        return [self._verbal.get(pos, "") for pos in doc.to_array("POS").tolist()]
+    def _select(self, found: Iterable[Phrase], words: Sequence[Interval]) -> list[Phrase]:
+        return select_phrases(
+            found, words, max_words=self.settings.max_words, drop_contained=self._drop_contained, notes=self.notes
+        )
 
     def identity(self) -> dict[str, str]:
         """Everything the spans depend on, with a probe of what is found in fixed texts."""
+        import spacy
+
+        meta = self.nlp.meta
         return {
-            "kind": "spacy",
-            **pipeline_identity(self.nlp),
+            "kind": self._kind,
+            "pipeline": f"{meta['lang']}_{meta['name']} {meta['version']}",
+            "spacy": str(spacy.__version__),
+            "pipeline_sha256": folder_digest(Path(self.nlp.path)) if self.nlp.path is not None else "none",
             "max_words": str(self.settings.max_words),
             "drop_contained": str(self._drop_contained),
             "max_piece_chars": str(self.max_piece_chars),
             "max_run_chars": str(MAX_RUN_CHARS),
             "probe": probe(self),
         }
+
+
+class SpacyParser(PipelineParser):
+    """Noun chunks and verb groups; see the module."""
+
+    def __init__(self, settings: DocumentsSection) -> None:
+        super().__init__(settings, "spacy", drop_contained=settings.drop_contained is not False)  # as MTA's code
+        missing = [name for name in ("tagger", "parser") if name not in self.nlp.pipe_names]
+        if missing or self.nlp.vocab.get_noun_chunks is None:
+            what = f"no {' and no '.join(missing)}" if missing else "no noun chunks for its language"
+            raise UsageError(f"the spaCy pipeline '{settings.spacy_model}' has {what}", fix=f"use {DEFAULT_PIPELINE}")
+        self._verbal = {self.nlp.vocab.strings[tag]: tag for tag in ("AUX", "ADV", "VERB")}
+
+    def parse(self, documents: Sequence[Document]) -> list[Spans]:
+        """Spans of each document, in order; a segment parsed in pieces counts as "segment_cut"."""
+        pieces = [self._pieces(document) for document in documents]
+        texts = [d.text[start:end] for d, cuts in zip(documents, pieces, strict=True) for start, end in cuts]
+        with self.nlp.memory_zone():  # else each new word stays in spaCy's vocabulary for good
+            parsed = map(self._piece, self.nlp.pipe(texts, batch_size=self.texts_at_once))
+            return [joined_spans([(start, *next(parsed)) for start, _ in cuts]) for cuts in tick_each(pieces)]
+
+    def _piece(self, doc: Any) -> tuple[list[Interval], list[Phrase]]:
+        words, text = words_of(doc), doc.text
+        tags = [self._verbal.get(pos, "") for pos in doc.to_array("POS").tolist()]  # of each token, as far as needed
+        ranges = [(chunk.start, chunk.end, "NP") for chunk in doc.noun_chunks]
+        ranges += [(start, end, "VP") for start, end in verb_groups(tags)]
+        found = [
+            (*trim(text, doc[start].idx, doc[end - 1].idx + len(doc[end - 1])), label) for start, end, label in ranges
+        ]
+        return words, self._select(found, words)

@@ -1,31 +1,67 @@
 """Stage 1: corpus rows become documents with words and phrases."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from xkd_pipeline.parsing.parser import Parser
-from xkd_pipeline.parsing.parsers import parser_for
-from xkd_pipeline.parsing.prompts import LONG_PROMPT, PROMPTS_CUT, cut_prompts, prompt_encoder, prompt_spec
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
+from xkd_pipeline.workers.contract import Make, Stage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import WORKER_KILLED, rejected_row
-from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, read_documents
-from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, checked_spans
-from xkd_schemas.errors import BadData
+from xkd_schemas.corpus.sources import RawRow, Source, read_documents
+from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, checked_spans, document_of
+from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.encode import Encoder
+from xkd_schemas.tokens import CONTENT, OK, Tokens
+
+LONG_PROMPT: Final = "long_prompt"
+"""Reason of a row whose prompt is too long and cannot be cut."""
+PROMPTS_CUT: Final = "prompts_cut"
+"""Count of documents whose prompt was cut."""
+_NO_END: Final = 2**31 - 1
+
+
+def _spacy(settings: DocumentsSection) -> Parser:
+    from xkd_pipeline.parsing.spacy_parser import SpacyParser
+
+    return SpacyParser(settings)
+
+
+def _benepar(settings: DocumentsSection) -> Parser:
+    from xkd_pipeline.parsing.benepar_parser import BeneparParser
+
+    return BeneparParser(settings)
+
+
+PARSERS: Mapping[str, Callable[[DocumentsSection], Parser]] = {"spacy": _spacy, "benepar": _benepar}
+"""To add a parser, write a class as `Parser` says in a module of its own, which is imported when one is made."""
+
+
+def check_parser(name: str) -> None:
+    """Raise UsageError where there is no such parser."""
+    if name not in PARSERS:
+        raise UsageError(f"--parser: '{name}' is not a parser", fix=f"use {' or '.join(PARSERS)}")
+
+
+def parser_for(settings: DocumentsSection) -> Parser:
+    """Load the parser of these settings; InputMissing, UsageError, BadData or Refused says why it cannot be."""
+    check_parser(settings.parser)
+    return PARSERS[settings.parser](settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentsJob:
-    """The raw rows of one unit."""
+    """The raw rows of one shard."""
 
     unit: int
     source: str
@@ -35,8 +71,8 @@ class DocumentsJob:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DocumentsStage:
-    """Reads, parses and writes one unit."""
+class DocumentsStage(Stage):
+    """Reads, parses and writes one shard."""
 
     folder: Path
     settings: DocumentsSection
@@ -44,14 +80,10 @@ class DocumentsStage:
     def load(self) -> Make:
         """Load the parser, and the tokenizer that counts prompts, once."""
         parser, encoder = parser_for(self.settings), prompt_encoder(self.settings)
-        return lambda job, care=AS_PLANNED: self._make(parser, encoder, job, care)
+        return lambda job, care: self._make(parser, encoder, job, care)
 
     def rows(self, job: DocumentsJob) -> int:
-        """Rows of a unit."""
-        return len(job.rows)
-
-    def batch(self, job: DocumentsJob) -> int:
-        """Documents handed to the parser at once; spans do not depend on it."""
+        """Rows of a shard."""
         return len(job.rows)
 
     def paths(self) -> tuple[Path, ...]:
@@ -66,7 +98,10 @@ class DocumentsStage:
             job.source, job.form, job.columns, rows, max_chars=self.settings.max_chars, unused=unused
         )
         killers = [rejected_row(job.source, job.rows[at], WORKER_KILLED, _KILLS) for at in care.lost]
-        documents, too_long, num_cut = self._shorter(documents, encoder, job)
+        cut = cut_prompts(documents, encoder, self.settings.max_prompt_tokens)
+        whole = {document.line for document, short in zip(documents, cut, strict=True) if short is None}
+        too_long = [rejected_row(job.source, row, LONG_PROMPT, _LONG) for row in rows if row.line in whole]
+        before, documents = documents, [document for document in cut if document is not None]
         rejects = sorted([*rejects, *killers, *too_long], key=lambda reject: reject.line)
         size = care.batch or max(1, len(documents))
         parsed = [s for at in range(0, len(documents), size) for s in parser.parse(documents[at : at + size])]
@@ -76,7 +111,7 @@ class DocumentsStage:
             "characters": sum(len(d.text) for d in documents),
             "words": sum(len(s.words) for s in found),
             "phrases": sum(len(s.phrases) for s in found),
-        } | ({PROMPTS_CUT: num_cut} if encoder else {})
+        } | ({PROMPTS_CUT: len(set(map(id, documents)) - set(map(id, before)))} if encoder else {})
         counts.update({f"parser:{reason}": number for reason, number in sorted(parser.notes.items())})
         counts.update({f"{UNUSED}{key}": number for key, number in sorted(unused.items())})
         parser.notes.clear()
@@ -84,22 +119,65 @@ class DocumentsStage:
         columns, totals = columns_of(documents, found), Totals(counts=counts)
         return write_shard(self.folder, job.unit, DOCUMENTS, columns, rejects=rejected, totals=totals)
 
-    def _shorter(
-        self, documents: list[Document], encoder: Encoder | None, job: DocumentsJob
-    ) -> tuple[list[Document], list[RejectedRow], int]:
-        """The documents with prompts within the limit, rows of which none can be made, and how many were cut."""
-        cut = cut_prompts(documents, encoder, self.settings.max_prompt_tokens)
-        rows = {row.line: row for row in job.rows}
-        whole = [d.line for d, short in zip(documents, cut, strict=True) if short is None]
-        refused = [rejected_row(job.source, rows[line], LONG_PROMPT, _LONG) for line in whole]
-        num_cut = sum(short is not None and short is not d for d, short in zip(documents, cut, strict=True))
-        return [d for d in cut if d is not None], refused, num_cut
-
 
 UNUSED: Final = "unused:"
 """Begins the names of counts of keys that were not used."""
 _KILLS: Final = "ends the process that reads or parses it, every time"
 _LONG: Final = "its prompt is longer than max_prompt_tokens, and has tools or reasoning, or a template as long"
+
+
+def prompt_encoder(documents: DocumentsSection) -> Encoder | None:
+    """What counts the tokens of prompts; None without a limit."""
+    if not documents.max_prompt_tokens:
+        return None
+    if not documents.prompt_tokenizer:
+        raise UsageError(
+            "documents.max_prompt_tokens is set, and no tokenizer counts them", fix="--prompt-tokenizer STUDENT"
+        )
+    from xkd_trainer.models.loading import load_tokenizer  # torch, for those alone who set a limit
+
+    tokenizer = load_tokenizer(documents.prompt_tokenizer)
+    return Encoder(tokenizer=tokenizer, template=documents.prompt_template, max_tokens=_NO_END)
+
+
+def prompt_spec(documents: DocumentsSection) -> dict[str, Any]:
+    """What a plan says of the limit of prompts: nothing without one."""
+    encoder = prompt_encoder(documents)
+    if encoder is None:
+        return {}
+    identity = {key: value for key, value in encoder.identity().items() if key != "max_tokens"}
+    return {"prompts": {"tokens": documents.max_prompt_tokens, "name": documents.prompt_tokenizer, **identity}}
+
+
+def cut_prompts(documents: Sequence[Document], encoder: Encoder | None, most: int) -> list[Document | None]:
+    """The documents with prompts of at most `most` tokens, None for one that cannot be cut.
+
+    That is one whose template alone is as long, and a chat row with reasoning, tools or calls. A document that the
+    tokenizer cannot take stays as it is: the stages that read it say why.
+    """
+    if encoder is None:
+        return list(documents)
+    rows = encoder.encode_batch(documents)
+    return [_cut(document, row, most) for document, row in zip(documents, rows, strict=True)]
+
+
+def _cut(document: Document, row: Tokens, most: int) -> Document | None:
+    excess = int(np.argmax(row.targets)) - most if row.status == OK else 0
+    if excess <= 0:
+        return document
+    text_T = np.flatnonzero(row.kinds[: most + excess] == CONTENT)
+    keep = len(text_T) - excess
+    while keep > 0 and row.spans[text_T[keep], 0] < row.spans[text_T[keep - 1], 1]:
+        keep -= 1  # pieces of one character stay together
+    if document.messages or keep < 1:
+        return None
+    end = int(row.spans[text_T[keep - 1], 1])
+    first = next(segment.start for segment in document.segments if segment.target)
+    parts = [
+        (s.role, document.text[s.start : s.end if s.start >= first else min(s.end, end)], s.target)
+        for s in document.segments
+    ]
+    return document_of(parts, source=document.source, line=document.line)
 
 
 def columns_of(documents: Sequence[Document], spans: Sequence[Spans]) -> dict[str, list[object]]:
@@ -119,8 +197,8 @@ def columns_of(documents: Sequence[Document], spans: Sequence[Spans]) -> dict[st
     }
 
 
-def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]:
-    """Cut every source into units by input rows, so that no worker count can change a shard; folders are not named."""
+def plan_shards(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]:
+    """Cut every source into shards by input rows, so that no worker count changes a shard; folders are not named."""
     return tuple(
         Unit(source=Path(source.name).name, first=first, rows=min(rows_per_shard, source.num_rows - first))
         for source in sources
@@ -130,8 +208,8 @@ def units_of(sources: Sequence[Source], rows_per_shard: int) -> tuple[Unit, ...]
 
 def jobs_of(sources: Sequence[Source], rows_per_shard: int, missing: Iterable[int]) -> Iterator[DocumentsJob]:
     """Jobs in order; each source is read forward once, from the first row that is needed."""
-    units = units_of(sources, rows_per_shard)
-    owners = [number for number, source in enumerate(sources) for _ in units_of([source], rows_per_shard)]
+    units = plan_shards(sources, rows_per_shard)
+    owners = [number for number, source in enumerate(sources) for _ in plan_shards([source], rows_per_shard)]
     current: tuple[int, int, Iterator[RawRow]] | None = None
     for number in sorted(missing):
         unit, owner = units[number], owners[number]
@@ -152,13 +230,16 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
         Mismatch: The folder holds documents of another corpus or parser.
     """
     size = settings.rows_per_shard
-    units = units_of(sources, size)
+    units = plan_shards(sources, size)
     total = sum(s.num_rows for s in sources)
     if total == 0:
         raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
     spec = {
         "schema": DOCUMENTS_VERSION,
-        "corpus": corpus_spec(sources),
+        "corpus": [
+            {"name": Path(s.name).name, "sha256": s.digest, "form": s.form, "columns": dict(s.columns)}
+            for s in sources
+        ],
         "parser": parser_for(settings).identity(),
         "max_chars": settings.max_chars,
         "rows_per_shard": size,
@@ -184,23 +265,15 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
     return build(store, stage, lambda missing: jobs_of(sources, size, missing), workers, watch=watch)
 
 
-def corpus_spec(sources: Sequence[Source]) -> list[dict[str, object]]:
-    """What a plan says of its sources."""
-    return [
-        {"name": Path(s.name).name, "sha256": s.digest, "form": s.form, "columns": dict(s.columns)} for s in sources
-    ]
-
-
 def _first_reject(folder: Path) -> str:
-    """Line and detail of the first row that was rejected, as the list of a unit has it."""
+    """Line and detail of the first row that was rejected, as the list of a shard has it."""
     with min(folder.glob("*.jsonl")).open(encoding="utf-8") as lines:
         row = json.loads(next(lines))
     return f"row {row['line']}, {row['detail']}"
 
 
 def _reasons(commits: Iterable[Commit]) -> str:
-    found: dict[str, int] = {}
+    found = Counter[str]()
     for commit in commits:
-        for reason, number in (commit.rejects.reasons if commit.rejects else {}).items():
-            found[reason] = found.get(reason, 0) + number
-    return ", ".join(f"{reason} {number}" for reason, number in sorted(found.items())) or "no reason recorded"
+        found.update(commit.rejects.reasons if commit.rejects else {})
+    return ", ".join(f"{reason} {number}" for reason, number in sorted(found.items()))

@@ -14,7 +14,7 @@ import numpy as np
 
 from xkd_pipeline.reports.render import render
 from xkd_pipeline.reports.sample import Sample, reasons
-from xkd_pipeline.tables.token_columns import extended_counts, token_counts
+from xkd_pipeline.tables.shard import extended_counts, token_counts
 from xkd_schemas.documents import Document, Spans
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.alignment import align

@@ -19,15 +19,12 @@ import numpy as np
 import pyarrow as pa
 
 from xkd_pipeline.alignment import align_rows
+from xkd_pipeline.capture.artifacts import Sizes, sizes_of
 from xkd_pipeline.capture.measure import LOGIT_BYTES
-from xkd_pipeline.capture.model_sizes import Sizes, sizes_of
-from xkd_pipeline.parsing.parsers import parser_for
-from xkd_pipeline.parsing.stage import columns_of, units_of
-from xkd_pipeline.reports.sample import Sample, encoder_for, read_sample, reasons
-from xkd_pipeline.shard_rows import rows_per_shard
-from xkd_pipeline.stages import signals_for, teacher_dtype
-from xkd_pipeline.tables.read_units import DocumentRows
-from xkd_pipeline.tables.token_columns import token_columns, token_counts
+from xkd_pipeline.parsing.stage import columns_of, parser_for, plan_shards
+from xkd_pipeline.reports.sample import Sample, read_sample, reasons
+from xkd_pipeline.stages import rows_per_shard, signals_for, teacher_dtype
+from xkd_pipeline.tables.shard import DocumentRows, encoder_for, token_columns, token_counts
 from xkd_schemas.codecs import CODECS, bits_of
 from xkd_schemas.config import RunConfig
 from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
@@ -121,7 +118,7 @@ def read_plan_sample(run: RunConfig, wanted: int) -> PlanSample:
     return PlanSample(
         sample=sample, spans=spans, encoder=encoder, tokens=tokens,
         counts=sum((count_values(t, s.words, s.phrases) for t, s in zip(tokens, spans, strict=True)), Counter()),
-        shards=len(units_of(sample.sources, rows_per_shard(run, sample.sources)[0])),
+        shards=len(plan_shards(sample.sources, rows_per_shard(run, sample.sources)[0])),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from typing import Final
 
 from rich.cells import cell_len
 
-from xkd_pipeline.tables.read_units import document_at, tokens_at
+from xkd_pipeline.tables.shard import document_at, tokens_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.errors import InputMissing, UsageError

@@ -26,8 +26,8 @@ import pyarrow as pa
 
 from xkd_pipeline.reports.plan_text import format_size
 from xkd_pipeline.reports.render import bracket_phrases, columns_of, escape_text
-from xkd_pipeline.tables.read_units import document_at, tokens_at
-from xkd_pipeline.tables.status import table_states
+from xkd_pipeline.tables.dataset_card import table_states
+from xkd_pipeline.tables.shard import document_at, tokens_at
 from xkd_schemas.cache.manifest import Manifest
 from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
 from xkd_schemas.durable_files import bytes_below, inside, replace, sha256_of

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xkd_pipeline.parsing.prompts import cut_prompts, prompt_encoder
-from xkd_schemas.config import RunConfig, StudentSection, TeacherSection
+from xkd_pipeline.parsing.stage import cut_prompts, prompt_encoder
+from xkd_schemas.config import RunConfig
 from xkd_schemas.corpus.files import Content
 from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, open_source, read_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import BadData, UsageError
-from xkd_schemas.text.encode import Encoder
-from xkd_schemas.text.templates import chosen_template
-from xkd_trainer.models.loading import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,15 +87,6 @@ def read_sample(run: RunConfig, wanted: int) -> Sample:
     return Sample(
         sources=sources, rows=len(chosen), documents=tuple(documents), rejected=tuple(rejected), sizes=tuple(sizes),
         corpus_rows=total, scale=corpus_size / read_size if read_size else total / len(chosen),
-    )  # fmt: skip
-
-
-def encoder_for(name: str, section: TeacherSection | StudentSection) -> Encoder:
-    """How the model with this tokenizer reads the sample."""
-    tokenizer = load_tokenizer(name)
-    return Encoder(
-        tokenizer=tokenizer, template=chosen_template(section.template, tokenizer), max_tokens=section.max_tokens,
-        enable_thinking=section.enable_thinking,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Stage, Workers
-from xkd_pipeline.workers.executor import run_units
+from xkd_pipeline.workers.scheduler import make_shards
 from xkd_schemas.cache.manifest import Commit, Manifest
 from xkd_schemas.console import tell_kept, warn
 from xkd_schemas.progress import Progress
@@ -16,13 +16,11 @@ Finish = Callable[[Sequence[Commit]], tuple[dict[str, Any], dict[str, str]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
-    """A sealed table, and how much of it was made by this run."""
+    """A sealed table, with the number of shards made now and of those that were there already."""
 
     manifest: Manifest
     made: int
-    """Units made now."""
     kept: int
-    """Units that were there already."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,18 +40,18 @@ def build(
     watch: Callable[[Sequence[Commit]], None] = lambda _commits: None,
     finish: Finish = lambda _commits: ({}, {}),
 ) -> Built:
-    """Make the units that are not there yet, then seal.
+    """Make the shards that are not there yet, then seal.
 
-    `jobs` gives the jobs for the missing units, lazily and in order. `watch` sees all records after each new one, and
+    `jobs` gives the jobs for the missing shards, lazily and in order. `watch` sees all records after each new one, and
     raises to stop, e.g. on too many rejects. `finish` turns all records into the manifest's constants and further
     files (name -> sha256).
     """
-    manifest = store.manifest()  # before bad units are quarantined, and it with them
+    manifest = store.manifest()  # before bad shards are quarantined, and it with them
     done = store.commits()
     kept = len(done)
     missing = [unit for unit in range(len(store.plan.units)) if unit not in done]
     watch(list(done.values()))
-    if manifest is not None and not missing and store.is_all(manifest, done):
+    if manifest is not None and not missing and list(manifest.commits) == [done[n].bound for n in sorted(done)]:
         store.describe()
         return Built(manifest=manifest, made=0, kept=kept)
     if missing:
@@ -69,15 +67,15 @@ def build(
                 _tell_other_kind(store.plan.table, commit, kinds)
                 watch(list(done.values()))
 
-            with tell_kept(lambda: _describe_kept(store.plan.table, done, len(store.plan.units))):
-                run_units(stage, jobs(missing), workers, take, store.cares(missing))
+            def describe_kept() -> str:
+                kept = f"{len(done)} of {len(store.plan.units)} shards of {store.plan.table}"
+                documents = sum(commit.rows for commit in done.values())
+                return f"{kept} ({documents} documents); lost: what was done of the shards in work"
+
+            with tell_kept(describe_kept):
+                make_shards(stage, jobs(missing), workers, take, store.cares(missing))
     constants, files = finish([done[unit] for unit in sorted(done)])
     return Built(manifest=store.seal(done, constants, files), made=len(missing), kept=kept)
-
-
-def _describe_kept(table: str, done: dict[int, Commit], units: int) -> str:
-    rows = sum(commit.rows for commit in done.values())
-    return f"{len(done)} of {units} shards of {table} ({rows} documents); lost: what was done of the shards in work"
 
 
 def _tell_other_kind(table: str, commit: Commit, kinds: set[str]) -> None:

@@ -1,11 +1,13 @@
-"""README.md and SHA256SUMS of a cache: what it holds, the lines that let `load_dataset` open it, and every digest."""
+"""What a cache says of itself: README.md (with what `load_dataset` reads), SHA256SUMS, and how far each table is."""
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
-from xkd_schemas.cache.manifest import Commit, Manifest, read_record
+from xkd_schemas.cache.files import refuse_links
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_paths
 from xkd_schemas.cache.table import TABLES
-from xkd_schemas.durable_files import replace, sha256_of
+from xkd_schemas.durable_files import bytes_below, replace, sha256_of
 from xkd_schemas.errors import BadData, DiskFailed, InputMissing
 
 
@@ -72,3 +74,35 @@ def _sum(root: Path, path: Path) -> str:
         return sha256_of(path)
     except OSError as error:
         raise DiskFailed(f"{path.relative_to(root)}: {error.strerror}") from error
+
+
+def table_states(root: Path) -> list[dict[str, Any]]:
+    """One dict per table that was begun: table, units, done, documents, bytes of its whole folder, sealed.
+
+    `unreadable` counts plans and records that are damaged, `quarantined` and `leftovers` what `gc` would look at.
+    """
+    refuse_links(root)
+    states = []
+    for path in (path for pattern in TABLES for path in sorted(root.glob(f"{pattern}/plan.json"))):
+        folder, records = path.parent, record_paths(path.parent)
+        plan: Plan | None = None
+        commits: list[Commit] = []
+        with contextlib.suppress(BadData):
+            plan = read_record(path, Plan)
+        for record in records:
+            with contextlib.suppress(BadData):
+                commits.append(read_record(record, Commit))
+        states.append(
+            {
+                "table": folder.relative_to(root).as_posix(),
+                "units": len(plan.units) if plan else len(records),
+                "done": len(commits),
+                "documents": sum(c.rows for c in commits),
+                "bytes": bytes_below(folder),
+                "sealed": (folder / "manifest.json").exists(),
+                "unreadable": len(records) - len(commits) + (plan is None),
+                "quarantined": len(list((folder / "quarantine").glob("*"))),
+                "leftovers": len(list(folder.rglob(".tmp-*"))),
+            }
+        )
+    return states

@@ -1,24 +1,35 @@
-"""Write one unit as one Arrow IPC file, named by its content, and describe it in a commit record.
+"""One shard: written as an Arrow IPC file named by its content, and read at once as flat arrays.
 
-This runs in workers: it writes into the table's folder and commits nothing. A file that no
-record names is garbage, so a worker that dies or comes too late harms nobody.
+Workers write: into the table's folder, and they commit nothing. A file that no record names is garbage, so a worker
+that dies or comes too late harms nobody.
+
+Shape legend for this file
+    R documents    G segments    T tokens    K words or phrases
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
 from xkd_schemas.cache.manifest import Commit, RecordBatch, Reject
+from xkd_schemas.cache.table import Row, Shard, Table
+from xkd_schemas.config import StudentSection, TeacherSection
+from xkd_schemas.corpus.rows import WORKER_KILLED
+from xkd_schemas.documents import Document, Segment
 from xkd_schemas.durable_files import replace, xxh3_of
-from xkd_schemas.ragged import batch_of
-from xkd_schemas.tokens import OK
+from xkd_schemas.ragged import Ragged, batch_of, row_offsets
+from xkd_schemas.text.batches import DocumentBatch, TokenBatch
+from xkd_schemas.text.encode import TRIED, Encoder, unusable
+from xkd_schemas.text.templates import chosen_template
+from xkd_schemas.tokens import OK, Tokens
 
 ROWS_PER_BATCH = 32
 """Rows of a record batch: the piece that is checked and mapped at once."""
@@ -28,15 +39,10 @@ Columns = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Totals:
-    """What a unit adds up to; the driver sums it over all units."""
+    """What a shard adds up to; the driver sums it over all shards."""
 
     counts: dict[str, int]
     sums: dict[str, float] = field(default_factory=dict)
-
-
-def _cut_batches(schema: pa.Schema, columns: Columns, rows: int) -> Iterator[pa.RecordBatch]:
-    for first in range(0, rows, ROWS_PER_BATCH):
-        yield batch_of(schema, {n: columns[n][first : first + ROWS_PER_BATCH] for n in schema.names})
 
 
 def write_shard(
@@ -48,9 +54,9 @@ def write_shard(
     rejects: Sequence[Mapping[str, Any]] = (),
     totals: Totals | None = None,
 ) -> Commit:
-    """Write the rows of one unit and return the record that the driver commits.
+    """Write the rows of one shard and return the record that the driver commits.
 
-    The unit's number stands in the shard's metadata, so that swapped files are found.
+    Its number stands in its metadata, so that swapped files are found.
 
     Raises:
         DiskFailed: The disk is full or failing; no file is left behind.
@@ -60,7 +66,8 @@ def write_shard(
     spans: list[tuple[int, int, int]] = []
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, marked) as writer:
-        for batch in _cut_batches(marked, columns, rows):
+        for first in range(0, rows, ROWS_PER_BATCH):
+            batch = batch_of(marked, {n: columns[n][first : first + ROWS_PER_BATCH] for n in marked.names})
             before = sink.tell()
             writer.write_batch(batch)
             spans.append((before, sink.tell() - before, batch.num_rows))
@@ -97,3 +104,170 @@ def _write_rejects(folder: Path, unit: int, rejects: Sequence[Mapping[str, Any]]
     replace(folder / name, content)
     reasons = Counter(str(reject["reason"]) for reject in rejects)
     return Reject(file=name, rows=len(rejects), sha256=sha256, reasons=dict(sorted(reasons.items())))
+
+
+DOCUMENT_COLUMNS = ("doc_id", "source", "line", "text", "segments", "roles", "targets", "messages", "words", "phrases")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentRows:
+    """Documents as a shard of the documents table holds them."""
+
+    doc_ids: Sequence[str]
+    block: DocumentBatch
+    words: Ragged
+    """[K, 2] int32 characters."""
+    phrases: Ragged
+    """[K, 2] int32 characters."""
+    killers: frozenset[int] = frozenset()
+    """Rows that no tokenizer may see: each of them killed every process that worked on it."""
+
+    def part(self, first: int, end: int) -> "DocumentRows":
+        """The documents from `first` up to `end`."""
+        return DocumentRows(
+            doc_ids=self.doc_ids[first:end], block=self.block.part(first, end), words=self.words[first:end],
+            phrases=self.phrases[first:end], killers=frozenset(row - first for row in self.killers),
+        )  # fmt: skip
+
+    def encode(self, encoder: Encoder, limits: Sequence[int | None] | None = None) -> TokenBatch:
+        """`encoder.encode_batch` of all documents but the killers, whose status is worker_killed."""
+        if not self.killers:
+            return encoder.encode_batch(self.block, limits)
+        kept = [at for at in range(len(self.block)) if at not in self.killers]
+        tokens = dict(
+            zip(kept, encoder.encode_batch(self.block.take(kept), limits and [limits[at] for at in kept]), strict=True)
+        )
+        texts = enumerate(self.block.texts)
+        return TokenBatch.of(tokens.get(at) or unusable(WORKER_KILLED, len(text)) for at, text in texts)
+
+
+def documents_of(shard: Shard, killers: Iterable[int] = ()) -> DocumentRows:
+    """All rows of a shard of the documents table; `killers` are those that kill their process.
+
+    Raises:
+        BadData: A record batch does not match its digest.
+    """
+    columns = _columns(shard, [name for name in DOCUMENT_COLUMNS if name in shard.schema.names])
+    roles = _flat(columns["roles"]).combine_chunks().dictionary_encode()
+    return DocumentRows(
+        doc_ids=columns["doc_id"].to_pylist(),
+        block=DocumentBatch(
+            texts=columns["text"].to_pylist(),
+            segments=_lists(columns["segments"]),
+            names=roles.dictionary.to_pylist(),
+            roles_G=roles.indices.to_numpy(),
+            targets_G=_lists(columns["targets"]).values,
+            places=list(zip(columns["source"].to_pylist(), columns["line"].to_pylist(), strict=True)),
+            messages=columns["messages"].to_pylist() if "messages" in columns else [""] * shard.commit.rows,
+        ),
+        words=_lists(columns["words"]),
+        phrases=_lists(columns["phrases"]),
+        killers=frozenset(killers),
+    )
+
+
+def tokens_of(shard: Shard) -> TokenBatch:
+    """All rows of a shard of a teacher or student table, their tokens alone; raises as `documents_of`."""
+    columns = _columns(shard, ("status", "num_chars", "token_ids", "token_spans", "token_kinds", "targets"))
+    ids = _lists(columns["token_ids"])
+    return TokenBatch(
+        statuses=columns["status"].to_pylist(),
+        num_chars=columns["num_chars"].to_numpy(),
+        first=ids.first,
+        ids=ids.values,
+        spans=_lists(columns["token_spans"]).values,
+        kinds=_lists(columns["token_kinds"]).values,
+        targets=_lists(columns["targets"]).values,
+        extended=np.zeros(len(ids), np.int32),
+    )
+
+
+def tokens_at(row: Row) -> Tokens:
+    """The tokens of one row of a teacher or student table."""
+    return Tokens(
+        status=row["status"],
+        num_chars=row["num_chars"],
+        ids=row["token_ids"],
+        spans=row["token_spans"],
+        kinds=row["token_kinds"],
+        targets=row["targets"],
+    )
+
+
+def _columns(shard: Shard, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+    batches = [shard.batch(number) for number in range(len(shard.commit.batches))]
+    return {name: pa.chunked_array([b.column(name) for b in batches], shard.schema.field(name).type) for name in names}
+
+
+def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The items of all lists."""
+    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
+
+
+def _lists(column: pa.ChunkedArray) -> Ragged:
+    """A list column of numbers, or of pairs of them, with its chunks joined."""
+    counts = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
+    first = row_offsets(np.concatenate([np.zeros(0, np.int64), *counts]))
+    items = _flat(column)
+    if not pa.types.is_fixed_size_list(items.type):
+        return Ragged(items.to_numpy(), first)
+    values = pa.chunked_array([chunk.flatten() for chunk in items.chunks], items.type.value_type)
+    return Ragged(values.to_numpy().reshape(-1, items.type.list_size), first)
+
+
+def document_at(row: Row) -> Document:
+    """The document of one row of the documents table."""
+    segments = tuple(
+        Segment(role=role, start=int(start), end=int(end), target=bool(target))
+        for (start, end), role, target in zip(row["segments"], row["roles"], row["targets"], strict=True)
+    )
+    messages = row.get("messages", "")  # none in a table of version 1
+    return Document(text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=messages)
+
+
+def encoder_for(tokenizer: str, section: TeacherSection | StudentSection) -> Encoder:
+    """How the model with this tokenizer reads a document; loads the tokenizer."""
+    from xkd_trainer.models.loading import load_tokenizer  # torch, which documents do without
+
+    loaded = load_tokenizer(tokenizer)
+    return Encoder(
+        tokenizer=loaded, template=chosen_template(section.template, loaded), max_tokens=section.max_tokens,
+        enable_thinking=section.enable_thinking,
+    )  # fmt: skip
+
+
+def first_documents(table: Table) -> list[Document]:
+    """Those that a template is tried on before anything is begun."""
+    return [document_at(table[n]) for n in range(min(len(table), TRIED))]
+
+
+def token_columns(tokens: TokenBatch) -> dict[str, Any]:
+    """The columns that teacher and student tables share, without doc_id."""
+    return {
+        "status": tokens.statuses,
+        "num_chars": tokens.num_chars,
+        "token_ids": Ragged(tokens.ids, tokens.first),
+        "token_spans": Ragged(tokens.spans, tokens.first),
+        "token_kinds": Ragged(tokens.kinds, tokens.first),
+        "targets": Ragged(tokens.targets, tokens.first),
+    }
+
+
+def extended_counts(tokens: TokenBatch) -> dict[str, int]:
+    """Tokens with characters that a normaliser merged, swapped or deleted, and the documents these are in."""
+    return {"extended": int(tokens.extended.sum()), "extended_documents": int((tokens.extended > 0).sum())}
+
+
+def token_counts(texts: Sequence[str], tokens: TokenBatch) -> dict[str, int]:
+    """Totals over one shard: tokens, targets, cut documents, documents by status, and extended intervals if any."""
+    lengths = zip(tokens.statuses, tokens.num_chars.tolist(), texts, strict=True)
+    counts = {
+        "tokens": len(tokens.ids),
+        "targets": int(tokens.targets.sum()),
+        "cut": sum(status == OK and num_chars < len(text) for status, num_chars, text in lengths),
+    }
+    if tokens.extended.any():
+        counts |= extended_counts(tokens)
+    for status in tokens.statuses:
+        counts[f"status:{status}"] = counts.get(f"status:{status}", 0) + 1
+    return dict(sorted(counts.items()))

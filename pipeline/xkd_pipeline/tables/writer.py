@@ -6,7 +6,7 @@ records; a record counts from the moment it is linked into commits/.
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from xkd_schemas.cache.manifest import (
     sealed,
     to_json,
 )
+from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import (
     disk_errors,
     held,
@@ -70,7 +71,6 @@ class Store:
         if self._is_lost(path, plan):
             replace(path, to_json(plan))
         self.plan = read_record(path, Plan)
-        self.known_cares: dict[int, MadeDifferently] = {}
         if (plan.spec, plan.units) == (self.plan.spec, self.plan.units):
             return
         _, _, name = table.partition("/")
@@ -78,7 +78,7 @@ class Store:
         other = f"or give this one another --name (now {name})" if name else other
         advice = f"repeat the first command's settings; {other}"
         refuse_differences(self.folder, plan.spec, self.plan.spec, advice=advice)
-        raise BadData(f"{path} lists other units than this corpus gives", fix=advice)
+        raise BadData(f"{path} lists other shards than this corpus gives", fix=advice)
 
     def _is_lost(self, path: Path, plan: Plan) -> bool:
         """Whether `plan` is to be written: of a new table, or because its file is damaged or not there."""
@@ -90,7 +90,7 @@ class Store:
         return (manifest.spec, len(manifest.commits)) == (plan.spec, len(plan.units))
 
     def commits(self) -> dict[int, Commit]:
-        """Units that are done: the record is whole and its shard has the right size and digest.
+        """Shards that are done: the record is whole and its file has the right size and digest.
 
         What does not verify is moved to quarantine/ and will be made again.
         """
@@ -110,8 +110,8 @@ class Store:
         return done
 
     def cares(self, units: Iterable[int]) -> dict[int, MadeDifferently]:
-        """Units that are known to need care: `known_cares`, and what quarantined records say of how they were made."""
-        found = dict(self.known_cares)
+        """How shards were made that could not be made as planned, as their quarantined records say."""
+        found = {}
         for unit in units:
             with contextlib.suppress(BadData, InputMissing):
                 record = read_record(self.folder / "quarantine" / f"{unit:05d}.json", Commit)
@@ -120,7 +120,7 @@ class Store:
         return found
 
     def commit(self, record: Commit) -> None:
-        """Make one finished unit count."""
+        """Make one finished shard count."""
         put_if_absent(self.folder / "commits" / f"{record.unit:05d}.json", to_json(record))
 
     def manifest(self) -> Manifest | None:
@@ -139,13 +139,8 @@ class Store:
         places = (inside(self.folder, name), inside(self.folder, "tokenizer", name))
         return any(path.is_file() and sha256_of(path) == digest for path in places)
 
-    def is_all(self, manifest: Manifest, done: Mapping[int, Commit]) -> bool:
-        """Whether a manifest names every unit, and each of them is done."""
-        enough = len(manifest.commits) == len(self.plan.units)
-        return enough and all(c.unit in done and done[c.unit].bound == c for c in manifest.commits)
-
     def seal(self, commits: dict[int, Commit], constants: dict[str, Any], files: dict[str, str]) -> Manifest:
-        """Write the manifest once all units are done, and remove files that no record names."""
+        """Write the manifest once all shards are done, and remove files that no record names."""
         ordered = tuple(commits[unit] for unit in range(len(self.plan.units)))
         manifest = sealed(self.plan, ordered, constants, files)
         self._sweep(ordered)
@@ -189,3 +184,8 @@ def holds(folder: Path, commit: Commit) -> bool:
         rejects = inside(folder, "rejects", commit.rejects.file)
         whole = whole and rejects.is_file() and sha256_of(rejects) == commit.rejects.sha256
     return whole
+
+
+def shards_like(documents: Table) -> tuple[Unit, ...]:
+    """The planned shards of a table whose rows are those of the documents."""
+    return read_record(documents.folder / "plan.json", Plan).units

@@ -1,36 +1,36 @@
 """What a stage and the workers that run it promise each other; nothing here knows where they run."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
-from xkd_schemas.errors import OutOfMemory, XkdError
+from xkd_schemas.errors import OutOfMemory, UsageError, XkdError
 
 AS_PLANNED: Final = MadeDifferently()
-KEPT: Final = "every committed unit"
+KEPT: Final = "every committed shard"
 AGAIN: Final = "run the same command again to go on"
 
 
-class Make(Protocol):
-    """Makes one unit."""
-
-    def __call__(self, job: Any, care: MadeDifferently = AS_PLANNED, /) -> Commit:
-        """Write the shard of `job`, leaving out `care.lost` rows and in batches of `care.batch`; its record."""
+Make = Callable[[Any, MadeDifferently], Commit]
+"""Writes the shard of a job, leaving out `lost` rows and in batches of `batch`, and returns its record."""
 
 
 class Stage(Protocol):
     """Settings of one kind of work; it is sent to every worker once."""
 
     def load(self) -> Make:
-        """Load models and parsers, and return the function that makes one unit."""
+        """Load models and parsers, and return the function that makes one shard."""
 
     def rows(self, job: Any) -> int:
-        """Rows of a unit, which are tried apart when it kills its worker."""
+        """Rows of a shard, which are tried apart when it kills its worker."""
+        raise NotImplementedError
 
     def batch(self, job: Any) -> int:
-        """Size of a batch as planned, which is halved when memory runs out: tokens or documents."""
+        """Size of a batch as planned, which is halved when memory runs out: tokens, or documents at once."""
+        return self.rows(job)
 
     def paths(self) -> tuple[Path, ...]:
         """Folder that shards are written to, then what else is read: every machine of a cluster must have them."""
@@ -38,16 +38,37 @@ class Stage(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workers:
-    """How units are run; nothing here changes a byte of the result."""
+    """How shards are run; nothing here changes a byte of the result."""
 
     count: int = 0
-    """Ray actors; 0 makes the units in this process."""
+    """Ray actors; 0 makes the shards in this process."""
     gpus: float = 0.0
     """GPUs of each actor."""
     address: str | None = None
     """Ray cluster to join; None starts one on this machine's loopback."""
     stall_seconds: float | None = None
-    """A unit that takes longer is taken for hung; None: five times the median, see scheduler.py."""
+    """A shard that takes longer is taken for hung; None: five times the median, see scheduler.py."""
+
+    def __post_init__(self) -> None:
+        if self.count == 0 and (self.address is not None or self.gpus or self.stall_seconds is not None):
+            raise UsageError(
+                "--ray-address, --gpus-per-worker and --stall-timeout need Ray workers, found --workers 0",
+                fix="add --workers N",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A worker's process is gone, or it could not do what it was given."""
+
+    reason: str
+    memory: bool = False
+    """It, or its machine, ran out of memory."""
+    alive: bool = False
+
+
+Report = tuple[Hashable, Commit | Failed | None]
+"""Worker, and what it made; None once it has loaded the stage."""
 
 
 def local_paths(*names: str | Path | None) -> tuple[Path, ...]:
@@ -55,14 +76,9 @@ def local_paths(*names: str | Path | None) -> tuple[Path, ...]:
     return tuple(Path(name).absolute() for name in names if name and Path(name).exists())
 
 
-def unit_of(job: Any) -> int:
-    """Number of the unit that a job makes; a job may be just that number."""
+def shard_of(job: Any) -> int:
+    """Number of the shard that a job makes; a job may be just that number."""
     return int(getattr(job, "unit", job))
-
-
-def with_care(commit: Commit, care: MadeDifferently) -> Commit:
-    """The record, with how it was made where that was not as planned."""
-    return commit.model_copy(update={"care": care}) if care else commit
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -82,7 +98,7 @@ def first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def smaller(
+def halve_batch(
     stage: Stage, job: Any, care: MadeDifferently, reason: str, kind: type[XkdError] = OutOfMemory
 ) -> MadeDifferently:
     """The same with batches half as large; says so on standard error.
@@ -90,12 +106,12 @@ def smaller(
     Raises:
         XkdError: Of `kind`, where a batch is one document already.
     """
-    unit, batch = unit_of(job), (care.batch or stage.batch(job)) // 2
+    shard, batch = shard_of(job), (care.batch or stage.batch(job)) // 2
     if batch == 0:
         raise kind(
-            f"shard {unit}: even a batch of one document fails: {reason}",
+            f"shard {shard}: even a batch of one document fails: {reason}",
             kept=KEPT,
             fix="free memory, use a machine with more, or cut documents shorter (--max-tokens); then run this again",
         )
-    warn(f"shard {unit}: {reason}; trying again in batches of {batch}")
+    warn(f"shard {shard}: {reason}; trying again in batches of {batch}")
     return care.model_copy(update={"batch": batch})

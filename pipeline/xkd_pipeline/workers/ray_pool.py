@@ -1,6 +1,6 @@
 """Workers on Ray: on this machine's loopback, or on a cluster that is joined. The only module that imports ray.
 
-Ray's own restarts and retries are off: scheduler.py counts tries by unit, which tells a bad document from a bad
+Ray's own restarts and retries are off: scheduler.py counts tries by shard, which tells a bad document from a bad
 worker.
 """
 
@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from xkd_pipeline.workers.contract import AGAIN, KEPT, Make, Stage, Workers, first_line, out_of_memory
-from xkd_pipeline.workers.scheduler import Died, Exhausted, Ready, Report
+from xkd_pipeline.workers.contract import AGAIN, KEPT, Failed, Make, Report, Stage, Workers, first_line, out_of_memory
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
 from xkd_schemas.durable_files import own_folder, remove, write_beside
@@ -90,34 +89,19 @@ def find_ray_processes(ray: Any) -> list[tuple[str, str, int]]:
     ]
 
 
-def start(workers: Workers, folder: Path) -> None:
-    """Start a cluster, whose files lie in `folder`, or join the one that `workers` names.
-
-    Ray lets workers import from the folder that the driver is in, and starts its own processes there: both is an empty
-    one, so that no file of the user's folder is taken for a module.
-    """
-    empty = folder / "empty"
-    empty.mkdir()
-    if token := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(token).expanduser().absolute())
-    with handlers_kept(), chdir(empty):  # Ray puts its own handlers in their place
-        if workers.address is None:
-            _start_here(workers.count, folder)
-        else:
-            _join(workers.address)
-
-
 END_SECONDS: Final = 20.0
 """A Ray whose head is gone may wait for it for a minute and then end this process with its own exit status."""
 
 
-def shut_down(ray: Any) -> None:
+def shut_down() -> None:
     """Shut Ray down; where it does not come back in time it is left to die with this process."""
-    closing = threading.Thread(target=ray.shutdown, daemon=True)
-    closing.start()
-    closing.join(END_SECONDS)
-    if closing.is_alive():
-        atexit.unregister(ray.shutdown)
+    if ray := sys.modules.get("ray"):
+        with handlers_kept(default=True):  # a second signal does not wait
+            closing = threading.Thread(target=ray.shutdown, daemon=True)
+            closing.start()
+            closing.join(END_SECONDS)
+        if closing.is_alive():
+            atexit.unregister(ray.shutdown)
 
 
 @contextmanager
@@ -272,8 +256,7 @@ class RayPool:
         self._open: dict[Any, Hashable] = {}
         self._own = ExitStack()
         self._cwd = str(Path.cwd())
-        self._mark: Path | None = None
-        self._processes: list[tuple[str, str, int]] = []
+        self._place: Place | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -282,32 +265,41 @@ class RayPool:
             # a folder that only this user can enter: Ray opens the one it is given, inside, to all users
             self._enter(self._own.enter_context(own_folder(parent, "xkd-ray-", mode=0o700)))
         except BaseException:
-            self.__exit__()
+            self._own.close()
             raise
         return self
 
     def _enter(self, folder: Path) -> None:
-        start(self._workers, folder)
+        """Start a cluster, whose files lie in `folder`, or join the one that was named.
+
+        Ray lets workers import from the folder that the driver is in, and starts its own processes there: both is an
+        empty one, so that no file of the user's folder is taken for a module.
+        """
+        (empty := folder / "empty").mkdir()
+        if token := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(token).expanduser().absolute())
+        address = self._workers.address
+        self._own.callback(shut_down)
+        with handlers_kept(), chdir(empty):  # Ray puts its own handlers in their place
+            if address is None:
+                _start_here(self._workers.count, folder)
+            else:
+                _join(address)
         import ray
 
         self._ray = ray
         self._processes = find_ray_processes(ray)
-        self._place: Place | None = None
         refuse_too_small(ray, self._workers)
-        if self._workers.address is not None:
+        if address is not None:
             paths = self._stage.paths()
-            self._mark = write_beside(paths[0], lambda _stream: None)
-            self._place = Place(paths=paths, mark=self._mark, versions=versions())
+            mark = write_beside(paths[0], lambda _stream: None)
+            self._own.enter_context(suppress(OSError))
+            self._own.callback(remove, mark)
+            self._place = Place(paths=paths, mark=mark, versions=versions())
         options = {"num_cpus": 1, "num_gpus": self._workers.gpus, "max_restarts": 0, "max_task_retries": 0}
         self._kind = ray.remote(**options)(_Actor)
 
     def __exit__(self, *_raised: object) -> None:
-        if "ray" in sys.modules:
-            with handlers_kept(default=True):  # a second signal does not wait
-                shut_down(sys.modules["ray"])
-        if self._mark is not None:
-            with suppress(OSError):
-                remove(self._mark)
         self._own.close()
 
     def start(self) -> Hashable:
@@ -317,7 +309,7 @@ class RayPool:
         return worker  # type: ignore[no-any-return]
 
     def give(self, worker: Any, job: Any, care: MadeDifferently) -> None:
-        """Let a worker make a unit."""
+        """Let a worker make a shard."""
         self._open[worker.make.remote(job, care)] = worker
 
     def kill(self, worker: Any) -> None:
@@ -326,17 +318,17 @@ class RayPool:
         self._open = {reference: owner for reference, owner in self._open.items() if owner is not worker}
 
     def reports(self, seconds: float) -> list[Report]:
-        """What became of workers and units; the first within `seconds`."""
+        """What became of workers and shards; the first within `seconds`."""
         references = list(self._open)
         first, _ = self._ray.wait(references, timeout=seconds)
         if first:
             first, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
         found = [(self._open.pop(reference), self._result(reference)) for reference in first]
-        if not found or any(isinstance(what, Died) for _, what in found):
+        if not found or any(isinstance(what, Failed) for _, what in found):
             self._refuse_silence()
         return found
 
-    def _result(self, reference: Any) -> Ready | Commit | Died | Exhausted:
+    def _result(self, reference: Any) -> Commit | Failed | None:
         from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
         try:
@@ -346,15 +338,15 @@ class RayPool:
             if isinstance(cause, XkdError):
                 raise cause from None
             if out_of_memory(cause):
-                return Exhausted(first_line(cause))
+                return Failed(first_line(cause), memory=True, alive=True)
             raise
         except OutOfMemoryError as error:
-            return Died(telling_line(error), for_memory=True)
+            return Failed(telling_line(error), memory=True)
         except RayActorError as error:
-            return Died(telling_line(error))
+            return Failed(telling_line(error))
         except RayError as error:
             raise WorkersGone(f"Ray fails: {telling_line(error)}", kept=KEPT, fix=AGAIN) from error
-        return value if isinstance(value, Commit) else Ready()
+        return value if isinstance(value, Commit) else None
 
     def _refuse_silence(self) -> None:
         """Raise WorkersGone where Ray's own processes do not answer: Ray itself would wait for a minute and exit."""

@@ -1,32 +1,46 @@
-"""Units on workers that die, hang and run out of memory: what is tried again, how, and when it is given up.
+"""How shards are made, in this process or on workers: what is tried again, how, and when it is given up.
 
-Nothing here knows Ray: a pool starts and kills workers and reports what became of what they were given.
+A stage is a picklable bag of settings; `load()` gives a function from a job to a commit record. The same function runs
+either way, so the bytes are the same. The scheduler knows no Ray: a pool starts and kills workers, and reports.
 
-A unit whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart (bisect_rows.py),
-and those that kill every worker alone are left out. Rows that only kill together, and units that run out of memory, go
-on in batches half as large. A worker that is silent for too long is killed; its unit is tried three times.
+A shard whose worker dies is given to a fresh one, three times in all. Then its rows are tried apart by halves,
+and those that kill every worker alone are left out. Rows that only kill together, and shards that run out of memory,
+go on in batches half as large. A worker that is silent for too long is killed; its shard is tried three times.
 """
 
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from xkd_pipeline.workers.bisect_rows import Search, culprits
-from xkd_pipeline.workers.contract import AGAIN, AS_PLANNED, KEPT, Stage, Workers, smaller, unit_of, with_care
+from xkd_pipeline.workers.contract import (
+    AGAIN,
+    AS_PLANNED,
+    KEPT,
+    Failed,
+    Make,
+    Report,
+    Stage,
+    Workers,
+    first_line,
+    halve_batch,
+    out_of_memory,
+    shard_of,
+)  # fmt: skip
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
 from xkd_schemas.progress import remark
 
 TRIES: Final = 3
-"""Workers that a unit, or a row, may kill or hang; starts of a worker that may fail in a row."""
+"""Workers that a shard, or a row, may kill or hang; starts of a worker that may fail in a row."""
 MOST_LOST: Final = 16
-"""Rows of one unit that may be left out at once; if more kill their worker, something else is wrong."""
+"""Rows of one shard that may be left out at once; if more kill their worker, something else is wrong."""
 FIRST_SECONDS: Final = 1800.0
-"""How long a worker may load at least, and a unit take while none has finished."""
+"""How long a worker may load at least, and a shard take while none has finished."""
 SHORTEST_SECONDS: Final = 300.0
 MEDIANS: Final = 5
 
@@ -34,39 +48,14 @@ MEDIANS: Final = 5
 _SILENT: Final = "it does not answer"
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """A worker has loaded the stage."""
-
-
-@dataclass(frozen=True, slots=True)
-class Died:
-    """A worker's process is gone."""
-
-    reason: str
-    for_memory: bool = False
-    """Killed because its machine ran out of memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Exhausted:
-    """Memory ran out in a worker, which lives on."""
-
-    reason: str
-
-
-Report = tuple[Hashable, Ready | Commit | Died | Exhausted]
-"""Worker, and what became of it or of what it was given."""
-
-
 class Pool(Protocol):
     """Worker processes. Both `give` and `reports` raise what a stage raised, and WorkersGone when all is lost."""
 
     def start(self) -> Hashable:
-        """Start a worker, which reports Ready or Died."""
+        """Start a worker; it reports None or Failed."""
 
     def give(self, worker: Hashable, job: Any, care: MadeDifferently) -> None:
-        """Let a worker make a unit; it reports a Commit, Died or Exhausted."""
+        """Let a worker make a shard; it reports a Commit or Failed."""
 
     def reports(self, seconds: float) -> list[Report]:
         """What there is to report; waits for the first so long, then returns none."""
@@ -78,13 +67,14 @@ class Pool(Protocol):
 @dataclass(kw_only=True, slots=True)
 class _Task:
     job: Any
-    unit: int
+    shard: int
     care: MadeDifferently
     deaths: int = 0
     hangs: int = 0
-    search: Search | None = None
+    search: Generator[tuple[int, ...], bool, None] | None = None
     rows: tuple[int, ...] = ()
     """What the search wants tried alone."""
+    culprits: list[int] = field(default_factory=list)
 
 
 class Schedule:
@@ -96,13 +86,12 @@ class Schedule:
         stage: Stage,
         jobs: Iterable[Any],
         workers: Workers,
-        cares: Mapping[int, MadeDifferently] | None = None,
+        cares: Mapping[int, MadeDifferently],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool, self._stage, self._jobs, self._clock = pool, stage, iter(jobs), clock
-        self._cares = cares or {}
-        self._count, self._stall = workers.count, workers.stall_seconds
+        self._cares, self._count, self._stall = cares, workers.count, workers.stall_seconds
         self._queue: deque[_Task] = deque()
         self._loading: dict[Hashable, float] = {}
         self._idle: list[Hashable] = []
@@ -111,12 +100,7 @@ class Schedule:
         self._bad_starts = 0
 
     def run(self, done: Callable[[Commit], None]) -> None:
-        """Until every job is made and handed to `done`.
-
-        Raises:
-            WorkersGone: A unit hangs every worker, or workers do not start.
-            OutOfMemory: Not even one document of a unit fits.
-        """
+        """Until every job is made and handed to `done`; raises as `make_shards`."""
         while True:
             self._hand_out()
             if not self._busy and not self._queue:
@@ -130,16 +114,16 @@ class Schedule:
             self._end_the_silent()
 
     def _at_work(self) -> str:
-        units = sorted(task.unit for task, _ in self._busy.values())
+        shards = sorted(task.shard for task, _ in self._busy.values())
         loading = f", {len(self._loading)} workers loading" if self._loading else ""
-        return f"at work: shard {', '.join(map(str, units[:8])) or 'none'}{', ...' * (len(units) > 8)}{loading}"
+        return f"at work: shard {', '.join(map(str, shards[:8])) or 'none'}{', ...' * (len(shards) > 8)}{loading}"
 
     def _hand_out(self) -> None:
         """Start as many workers as there is work for, and give the idle ones a task each."""
         room = self._count - len(self._busy)
         while len(self._queue) < room and (job := next(self._jobs, None)) is not None:
-            unit = unit_of(job)
-            self._queue.append(_Task(job=job, unit=unit, care=self._cares.get(unit, AS_PLANNED)))
+            shard = shard_of(job)
+            self._queue.append(_Task(job=job, shard=shard, care=self._cares.get(shard, AS_PLANNED)))
         for _ in range(min(room, len(self._queue)) - len(self._idle) - len(self._loading)):
             self._loading[self._pool.start()] = self._clock()
         while self._idle and self._queue:
@@ -153,15 +137,13 @@ class Schedule:
         others = set(range(self._stage.rows(task.job))) - set(task.rows)
         return task.care.model_copy(update={"lost": tuple(sorted(others))})
 
-    def _note_start(self, worker: Hashable, what: object) -> None:
+    def _note_start(self, worker: Hashable, what: Commit | Failed | None) -> None:
         del self._loading[worker]
-        if isinstance(what, Ready):
+        if isinstance(what, Failed):
+            self._note_bad_start(what.reason, OutOfMemory if what.memory else WorkersGone)
+        else:
             self._idle.append(worker)
             self._bad_starts = 0
-        else:
-            memory = isinstance(what, Exhausted) or (isinstance(what, Died) and what.for_memory)
-            reason = what.reason if isinstance(what, Died | Exhausted) else _SILENT
-            self._note_bad_start(reason, OutOfMemory if memory else WorkersGone)
 
     def _note_bad_start(self, reason: str, kind: type[XkdError] = WorkersGone) -> None:
         self._bad_starts += 1
@@ -172,62 +154,62 @@ class Schedule:
             raise kind(f"no worker starts, {TRIES} in a row ended in loading: {reason}", kept=KEPT, fix=AGAIN)
         warn(f"{TRIES} workers in a row did not start: {reason}; continuing with {self._count}")
 
-    def _note_report(self, worker: Hashable, what: object, done: Callable[[Commit], None]) -> None:
+    def _note_report(self, worker: Hashable, what: Commit | Failed | None, done: Callable[[Commit], None]) -> None:
         task, since = self._busy.pop(worker)
-        if isinstance(what, Died):
-            self._note_death(task, what)
-            return
-        self._idle.append(worker)
-        if isinstance(what, Exhausted):
-            task.care, task.deaths = smaller(self._stage, task.job, task.care, what.reason), 0
-            self._queue.appendleft(task)
+        if not isinstance(what, Failed) or what.alive:
+            self._idle.append(worker)
+        if isinstance(what, Failed) and what.alive:
+            self._try_smaller(task, what.reason)
         elif task.search is not None:
-            self._go_on(task, died=False)
-        elif isinstance(what, Commit):
+            self._search_on(task, killed=isinstance(what, Failed))
+        elif isinstance(what, Failed):
+            self._note_death(task, what)
+        elif what is not None:
             self._seconds.append(self._clock() - since)
-            done(with_care(what, task.care))
+            done(what.model_copy(update={"care": task.care or None}))
 
-    def _note_death(self, task: _Task, death: Died) -> None:
-        if task.search is not None:
-            self._go_on(task, died=True)
-            return
+    def _try_smaller(self, task: _Task, reason: str, kind: type[XkdError] = OutOfMemory) -> None:
+        task.care, task.deaths = halve_batch(self._stage, task.job, task.care, reason, kind), 0
+        self._queue.appendleft(task)
+
+    def _note_death(self, task: _Task, death: Failed) -> None:
         task.deaths += 1
         if task.deaths < TRIES:
-            warn(f"shard {task.unit}: its worker died ({death.reason}); try {task.deaths + 1} of {TRIES}")
-        elif death.for_memory:
-            task.care, task.deaths = smaller(self._stage, task.job, task.care, death.reason), 0
+            warn(f"shard {task.shard}: its worker died ({death.reason}); try {task.deaths + 1} of {TRIES}")
+            self._queue.appendleft(task)
+        elif death.memory:
+            self._try_smaller(task, death.reason)
         else:
-            rows = [row for row in range(self._stage.rows(task.job)) if row not in task.care.lost]
+            rows = tuple(row for row in range(self._stage.rows(task.job)) if row not in task.care.lost)
             if not rows:
-                raise WorkersGone(f"shard {task.unit} kills its worker even without its rows", kept=KEPT, fix=AGAIN)
-            warn(f"shard {task.unit}: {TRIES} workers died ({death.reason}); trying its rows separately")
-            task.search = culprits(rows, tries=TRIES, most=MOST_LOST)
-            self._go_on(task, died=None)
-            return
-        self._queue.appendleft(task)
+                raise WorkersGone(f"shard {task.shard} kills its worker even without its rows", kept=KEPT, fix=AGAIN)
+            warn(f"shard {task.shard}: {TRIES} workers died ({death.reason}); trying its rows separately")
+            task.culprits = []
+            task.search = find_culprits(rows, task.culprits)
+            self._search_on(task, killed=None)
 
-    def _go_on(self, task: _Task, *, died: bool | None) -> None:
-        """Take the search one step on; at its end the unit is made without what it found."""
+    def _search_on(self, task: _Task, *, killed: bool | None) -> None:
+        """Take the search one step on; at its end the shard is made without what it found."""
         assert task.search is not None
-        self._queue.appendleft(task)
-        try:
-            task.rows = next(task.search) if died is None else task.search.send(died)
-            return
-        except StopIteration as end:
-            found: tuple[int, ...] = end.value
+        found = task.culprits
+        with suppress(StopIteration):
+            task.rows = task.search.send(killed)  # type: ignore[arg-type]  # None starts it
+            if len(found) <= MOST_LOST:
+                self._queue.appendleft(task)
+                return
         task.search, task.deaths = None, 0
         if len(found) > MOST_LOST:
             raise WorkersGone(
-                f"shard {task.unit}: more than {MOST_LOST} rows kill their worker, so the rows are not the cause",
+                f"shard {task.shard}: more than {MOST_LOST} rows kill their worker, so the rows are not the cause",
                 kept=KEPT,
                 fix=f"run with --workers 0 to see what happens in this process; {AGAIN}",
             )
         if found:
-            warn(f"shard {task.unit}: left out, as they kill their worker: row {', '.join(map(str, found))}")
+            warn(f"shard {task.shard}: left out, as they kill their worker: row {', '.join(map(str, found))}")
             task.care = task.care.model_copy(update={"lost": tuple(sorted({*task.care.lost, *found}))})
+            self._queue.appendleft(task)
         else:
-            reason = "its rows kill their worker together and not alone"
-            task.care = smaller(self._stage, task.job, task.care, reason, WorkersGone)
+            self._try_smaller(task, "its rows kill their worker together and not alone", WorkersGone)
 
     def _end_the_silent(self) -> None:
         now = self._clock()
@@ -239,11 +221,11 @@ class Schedule:
             task.hangs += 1
             if task.hangs >= TRIES:
                 raise WorkersGone(
-                    f"shard {task.unit} was not finished within {limit:g} s, {TRIES} times",
+                    f"shard {task.shard} was not finished within {limit:g} s, {TRIES} times",
                     kept=KEPT,
                     fix="allow it more with --stall-timeout SECONDS, or look at its documents",
                 )
-            warn(f"shard {task.unit}: no answer for {limit:g} s, worker killed; try {task.hangs + 1} of {TRIES}")
+            warn(f"shard {task.shard}: no answer for {limit:g} s, worker killed; try {task.hangs + 1} of {TRIES}")
             self._queue.appendleft(task)
         for worker, since in list(self._loading.items()):
             if now - since > max(FIRST_SECONDS, self._stall or 0.0):
@@ -257,3 +239,75 @@ class Schedule:
         if not self._seconds:
             return FIRST_SECONDS
         return max(SHORTEST_SECONDS, MEDIANS * statistics.median(self._seconds))
+
+
+def find_culprits(rows: tuple[int, ...], found: list[int]) -> Generator[tuple[int, ...], bool, None]:
+    """Yield some of `rows`, which have killed their process together, and be sent whether these kill it too.
+
+    Rows that kill alone, TRIES times in a row, are added to `found`, in order. A group that kills once is searched
+    further: a wrong suspicion costs time only. Where the first half is harmless the second is taken for guilty
+    untried, so rows that kill only in company are no culprits.
+    """
+    if len(rows) == 1:
+        for _ in range(TRIES):
+            if not (yield rows):
+                return
+        found.append(rows[0])
+        return
+    first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    if (yield first):
+        yield from find_culprits(first, found)
+        if not (yield second):
+            return
+    yield from find_culprits(second, found)
+
+
+def make_shards(
+    stage: Stage,
+    jobs: Iterable[Any],
+    workers: Workers,
+    done: Callable[[Commit], None],
+    cares: Mapping[int, MadeDifferently] | None = None,
+) -> None:
+    """Make every job and hand each record to `done` as soon as it is there, in any order.
+
+    `cares` are shards that are known to need care: they are made so from the start.
+
+    Raises:
+        WorkersGone: Workers died or hung more often than they are restarted; what was handed over stays.
+        OutOfMemory: Not even one document of a shard fits.
+        XkdError: What a stage raised, as it raised it.
+    """
+    known = cares or {}
+    if workers.count == 0:
+        make = _load(stage)
+        for job in jobs:
+            done(_make(make, stage, job, known.get(shard_of(job), AS_PLANNED)))
+        return
+    from xkd_pipeline.workers.ray_pool import RayPool
+
+    with RayPool(stage, workers) as pool:
+        Schedule(pool, stage, jobs, workers, known).run(done)
+
+
+def _load(stage: Stage) -> Make:
+    try:
+        return stage.load()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = first_line(error)
+    raise OutOfMemory(
+        f"out of memory while loading: {reason}", kept=KEPT, fix="use a halve_batch model, or a machine with more"
+    )
+
+
+def _make(make: Make, stage: Stage, job: Any, care: MadeDifferently) -> Commit:
+    while True:
+        try:
+            return make(job, care).model_copy(update={"care": care or None})
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = first_line(error)
+        care = halve_batch(stage, job, care, reason)  # out of the handler, whose traceback holds on to the memory

@@ -12,9 +12,8 @@ from normalising_tokenizers import normalising
 from slow_alignment import align_one, exact_pairs, ranges_of
 from small_cache import made
 from xkd_pipeline.reports.report import gather
-from xkd_pipeline.reports.sample import encoder_for
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, teacher_stage
-from xkd_pipeline.tables.read_units import document_at, tokens_at
+from xkd_pipeline.tables.shard import document_at, encoder_for, tokens_at
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError

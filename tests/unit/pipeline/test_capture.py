@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import small_cache
+from xkd_pipeline.capture import measure
 from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
-from xkd_pipeline.capture.measure import Reading
+from xkd_pipeline.capture.measure import Reading, bf16_bits, pad_readings
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import CONTENT, Tokens
@@ -244,3 +245,30 @@ def test_batches_hold_every_document_with_tokens_once_within_the_budget() -> Non
         assert len(batch) * width <= 64 or len(batch) == 1
     assert [7] in batches
     assert sorted(len(batch) for batch in batches) == [1, 1, 1, 2, 2, 2]
+
+
+def test_padding_is_on_the_right_to_a_multiple() -> None:
+    short, long = reading(7, 1), reading(19, 2)
+
+    ids_BL, valid_BL = pad_readings([short, long], 8)
+
+    assert ids_BL.shape == (2, 24)
+    assert ids_BL[0].tolist() == [*short.tokens.ids.tolist(), *[0] * 17]
+    assert valid_BL.sum(1).tolist() == [7, 19]
+    assert valid_BL[0, :7].all()
+
+
+def test_bf16_bits_round_to_nearest_even() -> None:
+    values = torch.tensor([1.0, -2.0, 1.00390625, 3.140625])
+
+    assert bf16_bits(values).tolist() == [0x3F80, 0xC000, 0x3F80, 0x4049]
+
+
+def test_pieces_of_logits_give_the_same_predictions_as_the_whole(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [Signal("entropy"), Signal("argmax"), Signal("logsumexp")]
+    whole = capture(model, READINGS, wanted, SETTINGS)
+    monkeypatch.setattr(measure, "LOGIT_BYTES", 1)  # one position at a time
+
+    for ours, theirs in zip(capture(model, READINGS, wanted, SETTINGS), whole, strict=True):
+        for column, values in theirs.items():
+            np.testing.assert_allclose(ours[column], values, rtol=1e-5)

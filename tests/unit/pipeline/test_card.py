@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import small_cache
-from xkd_pipeline.tables.status import table_states
+from xkd_pipeline.tables.dataset_card import table_states
 from xkd_schemas.cache.table import Table
 
 CONFIGS = ("documents", "students/S", "teachers/T")
@@ -39,31 +39,13 @@ def test_datasets_opens_every_table_by_name_and_the_documents_by_default(
             assert np.array_equal(ours, np.reshape(theirs, np.shape(ours)))
 
 
-def check_sums(cache: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=cache, capture_output=True, text=True)
-
-
 def test_sha256sum_passes_over_every_file_that_belongs_to_the_cache(cache: Path) -> None:
-    done = check_sums(cache)
+    words = ["sha256sum", "--strict", "-c", "SHA256SUMS"]
+    done = subprocess.run(words, cwd=cache, capture_output=True, text=True, check=False)
     checked = {line.removesuffix(": OK") for line in done.stdout.splitlines()}
 
     assert done.returncode == 0, done.stderr
     assert checked == set(small_cache.files_of(cache)) - {"SHA256SUMS"}
-
-
-@pytest.mark.parametrize("pattern", ["documents/00001-*.arrow", "teachers/T/head.safetensors", "README.md"])
-def test_sha256sum_finds_a_flipped_bit(tmp_path: Path, pattern: str) -> None:
-    copy = small_cache.copied(tmp_path)
-    (path,) = copy.glob(pattern)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-    done = check_sums(copy)
-
-    assert done.returncode == 1
-    failed = [line for line in done.stdout.splitlines() if not line.endswith(": OK")]
-    assert failed == [f"{path.relative_to(copy)}: FAILED"]
 
 
 def test_the_card_says_how_large_every_table_is(cache: Path) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,15 +10,17 @@ import torch
 import small_cache
 from fake_stage import FakeStage
 from small_cache import IN_PROCESS, files_of, run_file
+from xkd_pipeline.capture.stage import add_signals
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Make, Workers
-from xkd_pipeline.workers.executor import asked_workers, run_units
+from xkd_pipeline.workers.scheduler import make_shards
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import BadData, OutOfMemory, UsageError
+from xkd_schemas.signals import Signal
 
 CARE = {1: MadeDifferently(lost=(2,), batch=1)}
 
@@ -81,6 +84,11 @@ def test_a_document_that_kills_the_teacher_is_a_row_without_tokens_and_the_stude
     assert (len(teacher[6]["token_ids"]), len(teacher[5]["token_ids"]) > 0) == (0, True)
     assert "documents not used or cut: 1 worker_killed" in said.line
     assert records(cache / "teachers/T")[1].unusable == (2,)
+    more = "T", str(small_cache.made() / "teacher"), lambda _: [Signal("logsumexp")], "", IN_PROCESS
+    add_signals(cache, *more)
+    (cache / "signals/T.1/manifest.json").unlink()  # begun, not finished: it goes on
+    assert (add_signals(cache, *more).manifest.table, add_signals(cache, *more)) == ("signals/T.1", None)
+    assert [len(Table(cache, "signals/T.1")[at]["logsumexp"]) > 0 for at in (5, 6, 7)] == [True, False, True]
     assert verify(cache, "deep") == []
 
 
@@ -109,7 +117,7 @@ def test_documents_and_students_are_the_same_in_any_batches(tmp_path: Path, monk
     assert {n for n, content in files_of(cache).items() if n.endswith(".arrow") and whole.get(n) != content} == set()
 
 
-def test_a_unit_that_needed_care_is_made_so_again_after_damage(tmp_path: Path, monkeypatch) -> None:
+def test_a_shard_that_needed_care_is_made_so_again_after_damage(tmp_path: Path, monkeypatch) -> None:
     needing(monkeypatch, CARE)
     cache, run = begun(tmp_path, "teachers", "students")
     teacher_stage(run, IN_PROCESS)
@@ -170,11 +178,11 @@ def test_a_model_that_does_not_fit_is_out_of_memory_and_no_traceback(tmp_path: P
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
     with pytest.raises(OutOfMemory, match=r"out of memory while loading: .*DefaultCPUAllocator"):
-        run_units(Huge(folder=tmp_path), [0], IN_PROCESS, lambda _commit: None)
+        make_shards(Huge(folder=tmp_path), [0], IN_PROCESS, lambda _commit: None)
 
 
-def test_what_is_asked_of_workers_without_any_is_refused() -> None:
-    assert asked_workers(Workers(count=2, gpus=1.0)).count == 2
-    for workers in (Workers(gpus=1.0), Workers(address="127.0.0.1:6379"), Workers(stall_seconds=9.0)):
-        with pytest.raises(UsageError, match=r"found --workers 0\. Next: add --workers N"):
-            asked_workers(workers)
+@pytest.mark.parametrize("asked", [{"gpus": 1.0}, {"address": "127.0.0.1:6379"}, {"stall_seconds": 9.0}])
+def test_what_is_asked_of_workers_without_any_is_refused(asked: dict[str, Any]) -> None:
+    Workers(count=2, **asked)
+    with pytest.raises(UsageError, match=r"found --workers 0\. Next: add --workers N"):
+        Workers(**asked)

@@ -1,7 +1,6 @@
 """From corpus rows to the documents table: nothing is lost in silence, and the table is the same however made."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,15 @@ from typing import Any
 import pytest
 
 from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, llama, run_file, write_rows
-from xkd_pipeline import shard_rows
-from xkd_pipeline.parsing import parsers
-from xkd_pipeline.parsing.parsers import parser_for
-from xkd_pipeline.parsing.stage import units_of
+from xkd_pipeline import stages
+from xkd_pipeline.parsing.stage import parser_for, plan_shards
 from xkd_pipeline.stages import Outcome, documents_stage
-from xkd_pipeline.tables.read_units import document_at
+from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.manifest import Unit
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import RawRow, read_documents
 from xkd_schemas.corpus.sources import open_source
-from xkd_schemas.documents import Document, Spans
 from xkd_schemas.errors import BadData, Mismatch
 
 
@@ -32,30 +28,6 @@ def build(root: Path, corpora: Sequence[Path | str], **changed: Any) -> Outcome:
     sections = {"documents": {"corpus": [str(path) for path in corpora], "rows_per_shard": 3, **changed}}
     sections["documents.columns"] = sections["documents"].pop("columns", {})
     return documents_stage(run_file(root, **sections), IN_PROCESS, silent)
-
-
-class FirstLetters:
-    """A parser that takes the first letter of a document for its only word."""
-
-    def __init__(self) -> None:
-        self.notes: Counter[str] = Counter()
-
-    def parse(self, documents: Sequence[Document]) -> list[Spans]:
-        return [Spans(words=((0, 1),), phrases=(), labels=()) for _ in documents]
-
-    def identity(self) -> dict[str, str]:
-        return {"kind": "letters"}
-
-
-def test_a_new_parser_is_one_class_and_one_line_in_the_registry(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parsers, "PARSERS", parsers.PARSERS | {"letters": lambda _settings: FirstLetters()})
-
-    outcome = build(tmp_path / "c", [corpus], max_reject=1, parser="letters")
-
-    assert outcome.values["words"] == outcome.values["documents"] == 8
-    assert Table(tmp_path / "c", "documents").manifest.spec["parser"] == {"kind": "letters"}
 
 
 @pytest.fixture
@@ -164,7 +136,7 @@ def test_from_which_folder_a_corpus_is_named_does_not_matter(tmp_path: Path, mon
     assert all(str(tmp_path).encode() not in content for content in files_of(tmp_path / "c").values())
 
 
-def test_units_missing_in_the_middle_are_read_from_the_right_rows(tmp_path: Path) -> None:
+def test_shards_missing_in_the_middle_are_read_from_the_right_rows(tmp_path: Path) -> None:
     paths = [write_rows(tmp_path / f"{n}.jsonl", corpus_rows(8 + n)) for n in range(2)]
     build(tmp_path / "c", paths)
     before = files_of(tmp_path / "c")
@@ -177,10 +149,10 @@ def test_units_missing_in_the_middle_are_read_from_the_right_rows(tmp_path: Path
     assert files_of(tmp_path / "c") == before
 
 
-def test_units_are_cut_by_input_rows_and_end_with_their_source(tmp_path: Path) -> None:
+def test_shards_are_cut_by_input_rows_and_end_with_their_source(tmp_path: Path) -> None:
     sources = [open_source(str(write_rows(tmp_path / f"{n}.jsonl", corpus_rows(n))), columns={}) for n in (4, 3)]
 
-    assert units_of(sources, 3) == (
+    assert plan_shards(sources, 3) == (
         Unit(source="4.jsonl", first=0, rows=3),
         Unit(source="4.jsonl", first=3, rows=1),
         Unit(source="3.jsonl", first=0, rows=3),
@@ -218,8 +190,8 @@ def test_another_content_of_the_corpus_is_refused(tmp_path: Path) -> None:
 def test_a_shard_is_a_minute_of_a_teacher_by_characters_decided_once_and_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_rows, "this_device", lambda: "cpu")
-    monkeypatch.setitem(shard_rows.FLOPS, "cpu", 8e9)  # 4,800 characters
+    monkeypatch.setattr(stages, "this_device", lambda: "cpu")
+    monkeypatch.setitem(stages.FLOPS, "cpu", 8e9)  # 4,800 characters
     said: list[str] = []
     rows = {"short": [{"text": "x" * 100}] * 40, "sorted": [{"text": "x" * 10}] * 30 + [{"text": "y" * 1000}] * 10}
     for name, content in rows.items():
@@ -233,9 +205,9 @@ def test_a_shard_is_a_minute_of_a_teacher_by_characters_decided_once_and_printed
         in said[-1]
     )
 
-    monkeypatch.setattr(shard_rows, "this_device", lambda: "cuda")
+    monkeypatch.setattr(stages, "this_device", lambda: "cuda")
     assert documents_stage(run, IN_PROCESS, said.append).values["made"] == 0
     assert "shards of" not in said[-1]
     llama(tmp_path / "teacher")
     named = run_file(tmp_path / "new", documents={"rows_per_shard": 0}, teacher={"model": str(tmp_path / "teacher")})
-    assert shard_rows.rows_per_shard(named, [open_source(str(corpus), columns={})])[0] == shard_rows.MOST_CHARS // 1000
+    assert stages.rows_per_shard(named, [open_source(str(corpus), columns={})])[0] == stages.MOST_CHARS // 1000

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import small_cache
 from fake_hardware import hardware_is
 from small_cache import SPACY, corpus_rows, made, run_file, write_rows
-from xkd_pipeline.capture.model_sizes import empty_model, sizes_of
+from xkd_pipeline.capture.artifacts import empty_model, sizes_of
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.reports import plan as size
 from xkd_pipeline.reports.plan import make_plan, read_plan_sample

@@ -8,10 +8,10 @@ import pytest
 
 import four_tokenizers as four
 from small_cache import IN_PROCESS, run_file, student_tokenizer, write_rows
-from xkd_pipeline.parsing.prompts import cut_prompts
+from xkd_pipeline.parsing.stage import cut_prompts
 from xkd_pipeline.reports.sample import read_sample
 from xkd_pipeline.stages import Outcome, documents_stage
-from xkd_pipeline.tables.read_units import document_at
+from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import UsageError

@@ -1,4 +1,4 @@
-"""Units in this process; Ray itself is in tests/integration/test_ray.py."""
+"""Shards in this process, and what a worker elsewhere refuses to go on without."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,15 +11,16 @@ from fake_stage import FakeStage
 from xkd_pipeline import stages
 from xkd_pipeline.cli import app as cli
 from xkd_pipeline.stages import Outcome
+from xkd_pipeline.workers import ray_pool
 from xkd_pipeline.workers.contract import Workers
-from xkd_pipeline.workers.executor import run_units
-from xkd_schemas.cache.manifest import Commit
-from xkd_schemas.errors import BadData, Refused, WorkersGone
+from xkd_pipeline.workers.ray_pool import Place, versions
+from xkd_pipeline.workers.scheduler import make_shards
+from xkd_schemas.errors import InputMissing, Mismatch, Refused, WorkersGone
 
 DEMO = Path(__file__).parents[3] / "runs" / "demo.toml"
 
 
-def test_in_process_each_unit_is_handed_over_before_the_next_job_is_asked_for(tmp_path: Path) -> None:
+def test_in_process_each_shard_is_handed_over_before_the_next_job_is_asked_for(tmp_path: Path) -> None:
     log: list[str] = []
 
     def jobs() -> Iterator[int]:
@@ -27,25 +28,16 @@ def test_in_process_each_unit_is_handed_over_before_the_next_job_is_asked_for(tm
             log.append(f"job {unit}")
             yield unit
 
-    run_units(FakeStage(folder=tmp_path), jobs(), Workers(), lambda commit: log.append(f"done {commit.unit}"))
+    make_shards(FakeStage(folder=tmp_path), jobs(), Workers(), lambda commit: log.append(f"done {commit.unit}"))
 
     assert log == ["job 3", "done 3", "job 0", "done 0", "job 1", "done 1"]
-
-
-def test_what_was_handed_over_before_an_error_stays(tmp_path: Path) -> None:
-    done: list[Commit] = []
-
-    with pytest.raises(BadData, match="unit 2 is broken"):
-        run_units(FakeStage(folder=tmp_path, trouble="error"), [0, 1, 2, 3], Workers(), done.append)
-
-    assert [commit.unit for commit in done] == [0, 1]
 
 
 def test_a_cluster_in_the_environment_is_not_joined_unless_asked_for(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
 
     with pytest.raises(Refused, match=r"RAY_ADDRESS is set to 10\.0\.0\.1:6379.*Next: pass --ray-address, or unset"):
-        run_units(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
+        make_shards(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
 
     assert list(tmp_path.iterdir()) == []
 
@@ -62,7 +54,7 @@ def test_ray_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch) -> Non
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(WorkersGone, match="Ray did not start on this machine: Timed out waiting for file") as caught:
-        run_units(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
+        make_shards(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
     assert caught.value.exit_code == 69
 
 
@@ -87,3 +79,38 @@ def test_what_the_flags_say_of_workers_reaches_the_stage_and_gpus_only_the_teach
     assert CliRunner().invoke(cli.app, ["preprocess", str(DEMO), *flags]).exit_code == 0
     without = replace(whole, gpus=0.0)
     assert told == {"documents": without, "teacher": whole, "align": without}
+
+
+def here(folder: Path, **changes: object) -> Place:
+    (folder / "mark").touch()
+    values = {"paths": (folder,), "mark": folder / "mark", "versions": versions()}
+    return Place(**{**values, **changes})
+
+
+def test_the_same_machine_has_all_of_it(tmp_path: Path) -> None:
+    here(tmp_path).check()
+    assert {"numpy", "torch", "transformers"} <= set(versions())
+
+
+def test_a_path_that_is_not_there_is_named_with_the_machine(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "node-7")
+    with pytest.raises(
+        InputMissing, match=r"worker on node-7: .*/model is not there. Next: put it on storage that all"
+    ):
+        here(tmp_path, paths=(tmp_path, tmp_path / "model")).check()
+
+
+def test_a_folder_of_the_same_name_that_is_not_the_same_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ray_pool, "LOOK_SECONDS", 0.0)
+    with pytest.raises(InputMissing, match=f"{tmp_path} is another folder there"):
+        here(tmp_path, mark=tmp_path / "other").check()
+
+
+def test_another_version_of_what_results_depend_on_is_refused_and_a_package_that_is_not_there_is_not_asked_for(
+    tmp_path: Path,
+) -> None:
+    here(tmp_path, versions={name: version for name, version in versions().items() if name != "spacy"}).check()
+    with pytest.raises(
+        Mismatch, match=r"has torch .*, this process 1\.0\. Kept: every .* Next: install torch 1\.0 on"
+    ):
+        here(tmp_path, versions={**versions(), "torch": "1.0"}).check()

@@ -2,16 +2,21 @@
 
 from collections import deque
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from xkd_pipeline.workers.contract import Workers
-from xkd_pipeline.workers.scheduler import FIRST_SECONDS, SHORTEST_SECONDS, Died, Exhausted, Ready, Report, Schedule
+from xkd_pipeline.workers.contract import Failed, Report, Workers
+from xkd_pipeline.workers.scheduler import FIRST_SECONDS, SHORTEST_SECONDS, Schedule, find_culprits
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import OutOfMemory, WorkersGone
 
 ROWS = 8
+NEVER = object()
+"""What a worker reports that is not heard of again."""
 
 
 class Stage:
@@ -33,12 +38,12 @@ def made(unit: int) -> Commit:
 
 
 class FakePool:
-    """`fate(unit, care, tries so far)` says what becomes of a unit; None: nothing, for ever. A wait takes 60 s."""
+    """`fate(unit, care, tries so far)` says what becomes of a shard. A wait takes 60 s."""
 
     def __init__(
         self, fate: Callable[[int, MadeDifferently, int], object], starts: Callable[[int], object] | None = None
     ) -> None:
-        self.fate, self.starts = fate, starts or (lambda _number: Ready())
+        self.fate, self.starts = fate, starts or (lambda _number: None)
         self.given: list[tuple[int, MadeDifferently]] = []
         self.killed: list[Hashable] = []
         self.started = 0
@@ -47,14 +52,14 @@ class FakePool:
 
     def start(self) -> Hashable:
         self.started += 1
-        if (what := self.starts(self.started)) is not None:
+        if (what := self.starts(self.started)) is not NEVER:
             self._reports.append((self.started, what))
         return self.started
 
     def give(self, worker: Hashable, job: int, care: MadeDifferently) -> None:
         tries = sum(unit == job for unit, _ in self.given)
         self.given.append((job, care))
-        if (what := self.fate(job, care, tries)) is not None:
+        if (what := self.fate(job, care, tries)) is not NEVER:
             self._reports.append((worker, what))
 
     def reports(self, _seconds: float) -> list[Report]:
@@ -70,18 +75,18 @@ class FakePool:
 def ran(pool: FakePool, jobs: range, *, count: int = 2, stall: float | None = None, cares=None) -> list[Commit]:
     done: list[Commit] = []
     workers = Workers(count=count, stall_seconds=stall)
-    Schedule(pool, Stage(), jobs, workers, cares, clock=lambda: pool.now).run(done.append)
+    Schedule(pool, Stage(), jobs, workers, cares or {}, clock=lambda: pool.now).run(done.append)
     return sorted(done, key=lambda commit: commit.unit)
 
 
-def test_every_unit_is_made_once_and_no_more_workers_are_started_than_there_is_work() -> None:
+def test_every_shard_is_made_once_and_no_more_workers_are_started_than_there_is_work() -> None:
     pool = FakePool(lambda unit, _care, _tries: made(unit))
 
     assert ran(pool, range(2), count=9) == [made(0), made(1)]
     assert (pool.started, len(pool.given)) == (2, 2)
 
 
-def test_the_units_at_work_are_said_while_they_are(monkeypatch) -> None:
+def test_the_shards_at_work_are_said_while_they_are(monkeypatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("xkd_pipeline.workers.scheduler.remark", said.append)
     ran(FakePool(lambda unit, _care, _tries: made(unit)), range(3))
@@ -90,8 +95,8 @@ def test_the_units_at_work_are_said_while_they_are(monkeypatch) -> None:
     assert {"at work: shard 0", "at work: shard 2"} <= {line.partition(",")[0] for line in said}
 
 
-def test_a_unit_whose_worker_dies_is_given_to_a_fresh_one() -> None:
-    pool = FakePool(lambda unit, _care, tries: Died("kill") if (unit, tries) in ((1, 0), (1, 1)) else made(unit))
+def test_a_shard_whose_worker_dies_is_given_to_a_fresh_one() -> None:
+    pool = FakePool(lambda unit, _care, tries: Failed("kill") if (unit, tries) in ((1, 0), (1, 1)) else made(unit))
 
     assert ran(pool, range(4)) == [made(unit) for unit in range(4)]
     assert pool.started == 4
@@ -99,14 +104,14 @@ def test_a_unit_whose_worker_dies_is_given_to_a_fresh_one() -> None:
 
 def test_rows_that_kill_are_found_left_out_and_written_into_the_record() -> None:
     def fate(unit: int, care: MadeDifferently, _tries: int) -> object:
-        return Died("exit 9") if unit == 1 and not {2, 5} <= set(care.lost) else made(unit)
+        return Failed("exit 9") if unit == 1 and not {2, 5} <= set(care.lost) else made(unit)
 
     done = ran(FakePool(fate), range(3))
 
     assert [commit.care for commit in done] == [None, MadeDifferently(lost=(2, 5)), None]
 
 
-def test_a_unit_that_needed_care_before_is_made_with_it_at_once() -> None:
+def test_a_shard_that_needed_care_before_is_made_with_it_at_once() -> None:
     pool = FakePool(lambda unit, _care, _tries: made(unit))
     care = MadeDifferently(lost=(3,), batch=2)
 
@@ -116,47 +121,50 @@ def test_a_unit_that_needed_care_before_is_made_with_it_at_once() -> None:
 
 def test_rows_that_kill_together_are_made_in_smaller_batches() -> None:
     def fate(unit: int, care: MadeDifferently, _tries: int) -> object:
-        return Died("killed") if len(care.lost) == 0 and care.batch != 1 else made(unit)
+        return Failed("killed") if len(care.lost) == 0 and care.batch != 1 else made(unit)
 
     assert [commit.care for commit in ran(FakePool(fate), range(1))] == [MadeDifferently(batch=1)]
 
 
-def test_a_unit_that_kills_in_any_size_is_named() -> None:
+def test_a_shard_that_kills_in_any_size_is_named() -> None:
     with pytest.raises(
         WorkersGone, match=r"shard 0: even a batch of one document fails.*rows kill their worker together"
     ) as caught:
-        ran(FakePool(lambda _unit, care, _tries: made(0) if care.lost else Died("killed")), range(1))
+        ran(FakePool(lambda _unit, care, _tries: made(0) if care.lost else Failed("killed")), range(1))
     assert caught.value.exit_code == 69
 
 
 def test_where_every_row_kills_the_rows_are_not_to_blame(monkeypatch) -> None:
     monkeypatch.setattr("xkd_pipeline.workers.scheduler.MOST_LOST", 4)
+    pool = FakePool(lambda unit, _care, _tries: Failed("kill") if unit == 0 else made(unit))
     with pytest.raises(WorkersGone, match="shard 0: more than 4 rows kill their worker"):
-        ran(FakePool(lambda unit, _care, _tries: Died("kill") if unit == 0 else made(unit)), range(2))
+        ran(pool, range(2))
+    assert len(pool.given) < 32  # it ends with the fifth row, and does not try all eight
 
 
-@pytest.mark.parametrize("death", [Exhausted("no memory"), Died("low on memory", for_memory=True)])
-def test_a_unit_out_of_memory_is_made_in_smaller_batches_and_the_record_says_so(death: object) -> None:
+@pytest.mark.parametrize("death", [Failed("no memory", memory=True, alive=True), Failed("low on memory", memory=True)])
+def test_a_shard_out_of_memory_is_made_in_smaller_batches_and_the_record_says_so(death: Failed) -> None:
     pool = FakePool(lambda unit, care, _tries: death if unit == 0 and care.batch != 1 else made(unit))
 
     assert [commit.care for commit in ran(pool, range(2))] == [MadeDifferently(batch=1), None]
+    assert (pool.started == 2) == death.alive  # a worker that lives on is given the next shard
 
 
 def test_out_of_memory_with_one_document_ends_the_run() -> None:
     with pytest.raises(OutOfMemory, match="shard 0: even a batch of one document fails: no memory") as caught:
-        ran(FakePool(lambda _unit, _care, _tries: Exhausted("no memory")), range(1))
+        ran(FakePool(lambda _unit, _care, _tries: Failed("no memory", memory=True, alive=True)), range(1))
     assert caught.value.exit_code == 71
 
 
-def test_a_silent_worker_is_killed_and_its_unit_tried_again() -> None:
-    pool = FakePool(lambda unit, _care, tries: None if (unit, tries) == (1, 0) else made(unit))
+def test_a_silent_worker_is_killed_and_its_shard_tried_again() -> None:
+    pool = FakePool(lambda unit, _care, tries: NEVER if (unit, tries) == (1, 0) else made(unit))
 
     assert ran(pool, range(3), stall=100.0) == [made(unit) for unit in range(3)]
     assert len(pool.killed) == 1
 
 
-def test_a_unit_that_hangs_three_workers_is_named() -> None:
-    pool = FakePool(lambda _unit, _care, _tries: None)
+def test_a_shard_that_hangs_three_workers_is_named() -> None:
+    pool = FakePool(lambda _unit, _care, _tries: NEVER)
 
     with pytest.raises(WorkersGone, match="shard 0 was not finished within 100 s, 3 times") as caught:
         ran(pool, range(1), stall=100.0)
@@ -164,17 +172,17 @@ def test_a_unit_that_hangs_three_workers_is_named() -> None:
     assert (pool.started, len(pool.killed)) == (3, 3)
 
 
-def test_how_long_a_unit_may_take_is_learnt_from_the_others() -> None:
-    pool = FakePool(lambda unit, _care, tries: None if (unit, tries) == (3, 0) else made(unit))
+def test_how_long_a_shard_may_take_is_learnt_from_the_others() -> None:
+    pool = FakePool(lambda unit, _care, tries: NEVER if (unit, tries) == (3, 0) else made(unit))
     ran(pool, range(4), count=1)
     assert SHORTEST_SECONDS < pool.now < 2 * SHORTEST_SECONDS
 
-    first = FakePool(lambda unit, _care, tries: None if tries == 0 else made(unit))
+    first = FakePool(lambda unit, _care, tries: NEVER if tries == 0 else made(unit))
     ran(first, range(1), count=1)
     assert FIRST_SECONDS < first.now < FIRST_SECONDS + 120
 
 
-@pytest.mark.parametrize("what", [Died("no such library"), None])
+@pytest.mark.parametrize("what", [Failed("no such library"), NEVER])
 def test_workers_that_never_start_end_the_run(what: object) -> None:
     pool = FakePool(lambda unit, _care, _tries: made(unit), starts=lambda _number: what)
 
@@ -183,7 +191,9 @@ def test_workers_that_never_start_end_the_run(what: object) -> None:
     assert pool.started == 3
 
 
-@pytest.mark.parametrize("what", [Died("low on memory", for_memory=True), Exhausted("no memory for 9 GiB")])
+@pytest.mark.parametrize(
+    "what", [Failed("low on memory", memory=True), Failed("no memory for 9 GiB", memory=True, alive=True)]
+)
 def test_workers_that_have_no_memory_to_load_end_the_run_as_out_of_memory(what: object) -> None:
     with pytest.raises(OutOfMemory, match="3 in a row ended in loading"):
         ran(FakePool(lambda unit, _care, _tries: made(unit), starts=lambda _number: what), range(2), count=1)
@@ -191,17 +201,59 @@ def test_workers_that_have_no_memory_to_load_end_the_run_as_out_of_memory(what: 
 
 def test_a_worker_that_cannot_be_replaced_is_done_without() -> None:
     pool = FakePool(
-        lambda unit, _care, tries: Died("node lost") if (unit, tries) == (0, 0) else made(unit),
-        starts=lambda number: Ready() if number < 3 else Died("no room"),
+        lambda unit, _care, tries: Failed("node lost") if (unit, tries) == (0, 0) else made(unit),
+        starts=lambda number: None if number < 3 else Failed("no room"),
     )
 
     assert ran(pool, range(6)) == [made(unit) for unit in range(6)]
     assert pool.started <= 5
 
 
-def test_a_unit_is_given_to_three_workers_before_its_rows_are_tried_apart() -> None:
-    pool = FakePool(lambda unit, care, _tries: made(unit) if 2 in care.lost else Died("exit 9"))
+def test_a_shard_is_given_to_three_workers_before_its_rows_are_tried_apart() -> None:
+    pool = FakePool(lambda unit, care, _tries: made(unit) if 2 in care.lost else Failed("exit 9"))
 
     assert [commit.care for commit in ran(pool, range(1), count=1)] == [MadeDifferently(lost=(2,))]
     assert [care.lost for _, care in pool.given[:4]] == [(), (), (), pool.given[3][1].lost]
     assert pool.given[3][1].lost != ()
+
+
+def search(size: int, kills) -> tuple[set[int], int]:
+    """What a search finds, and how many groups it had tried; `kills` says whether a group kills."""
+    found: list[int] = []
+    tries, count = find_culprits(tuple(range(size)), found), 0
+    with suppress(StopIteration):
+        group = next(tries)
+        while True:
+            count += 1
+            group = tries.send(kills(group))
+    assert found == sorted(found)
+    return set(found), count
+
+
+@given(st.integers(1, 300), st.sets(st.integers(0, 299), min_size=1, max_size=6))
+def test_exactly_the_rows_that_kill_are_found(size: int, bad: set[int]) -> None:
+    bad = {row % size for row in bad}
+
+    found, tried = search(size, lambda group: bad & set(group))
+
+    assert found == bad
+    assert tried <= len(bad) * (2 * size.bit_length() + 3)
+
+
+@given(st.integers(2, 100), st.data())
+def test_rows_that_kill_only_in_company_are_no_culprits(size: int, data: st.DataObject) -> None:
+    pair = {data.draw(st.integers(0, size - 2)), size - 1}
+
+    assert search(size, lambda group: pair <= set(group))[0] == set()
+
+
+@given(st.integers(1, 100), st.randoms())
+def test_a_kill_from_outside_that_happens_twice_in_a_row_at_most_costs_no_row(size: int, chance) -> None:
+    kills = 0
+
+    def unlucky(_group: tuple[int, ...]) -> bool:
+        nonlocal kills
+        kills = kills + 1 if kills < 2 and chance.random() < 0.5 else 0
+        return kills > 0
+
+    assert search(size, unlucky)[0] == set()

@@ -1,4 +1,4 @@
-"""A unit's file and the record that describes it."""
+"""A shard's file and the record that describes it."""
 
 import errno
 import hashlib
@@ -53,14 +53,7 @@ def test_the_file_is_plain_arrow_and_marked_with_its_unit(tmp_path: Path) -> Non
     assert table.column("values").to_pylist() == [v.tolist() for v in columns(40)["values"]]
 
 
-def test_equal_rows_make_equal_files_and_records(tmp_path: Path) -> None:
-    one, two = (write_shard(tmp_path / name, 3, SCHEMA, columns(40)) for name in ("a", "b"))
-
-    assert one == two
-    assert (tmp_path / "a" / one.file).read_bytes() == (tmp_path / "b" / two.file).read_bytes()
-
-
-def test_a_unit_without_rows_is_a_file_too(tmp_path: Path) -> None:
+def test_a_shard_without_rows_is_a_file_too(tmp_path: Path) -> None:
     commit = write_shard(tmp_path, 0, SCHEMA, columns(0))
 
     assert (commit.rows, commit.batches) == (0, ())

@@ -1,13 +1,11 @@
 """A table on its way: what counts as done, what is made again, and who may write."""
 
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from hypothesis import strategies as st
 
 from fake_stage import UNITS, build_all, opened
 from small_cache import files_of
-from xkd_pipeline.tables.status import table_states
 from xkd_pipeline.tables.writer import locked
 from xkd_schemas.cache.manifest import Commit, Plan, is_whole, read_record
 from xkd_schemas.cache.table import Table
@@ -55,7 +52,7 @@ def test_a_table_that_documents_were_added_to_is_left_as_it_is(tmp_path: Path) -
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.permutations(range(UNITS)))
-def test_the_order_in_which_units_are_finished_changes_no_byte(
+def test_the_order_in_which_shards_are_finished_changes_no_byte(
     tmp_path: Path, undisturbed: dict[str, bytes], order: list[int]
 ) -> None:
     root = tmp_path / "-".join(map(str, order))
@@ -66,7 +63,7 @@ def test_the_order_in_which_units_are_finished_changes_no_byte(
 
 
 @pytest.mark.parametrize("trouble", ["error", "bug", "interrupt"])
-def test_a_run_that_breaks_off_keeps_its_units_and_the_next_makes_only_the_others(
+def test_a_run_that_breaks_off_keeps_its_shards_and_the_next_makes_only_the_others(
     tmp_path: Path, undisturbed: dict[str, bytes], trouble: str
 ) -> None:
     root = tmp_path / "t"
@@ -78,17 +75,6 @@ def test_a_run_that_breaks_off_keeps_its_units_and_the_next_makes_only_the_other
 
     assert (built.made, built.kept) == (3, 2)
     assert files_of(root) == undisturbed
-
-
-def test_a_watcher_that_stops_the_run_stops_it_after_the_commit(tmp_path: Path) -> None:
-    def watch(commits: Sequence[Commit]) -> None:
-        if len(commits) == 3:
-            raise BadData("too many rejects")
-
-    with pytest.raises(BadData, match="too many rejects"):
-        build_all(tmp_path, watch=watch)
-
-    assert sorted(opened(tmp_path).commits()) == [0, 1, 2]
 
 
 def flip(path: Path) -> None:
@@ -115,7 +101,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("sealed", [True, False])
-def test_a_damaged_unit_is_set_aside_and_only_it_is_made_again(
+def test_a_damaged_shard_is_set_aside_and_only_it_is_made_again(
     tmp_path: Path, undisturbed: dict[str, bytes], damage: str, sealed: bool
 ) -> None:
     root = tmp_path / "t"
@@ -216,7 +202,7 @@ def test_a_plan_of_which_nothing_is_left_is_bad_data_and_never_a_mismatch(tmp_pa
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-def test_the_command_that_wrote_a_plan_puts_it_right_when_it_is_damaged_and_loses_no_unit(
+def test_the_command_that_wrote_a_plan_puts_it_right_when_it_is_damaged_and_loses_no_shard(
     tmp_path: Path, undisturbed: dict[str, bytes], sealed: bool
 ) -> None:
     root = tmp_path / "t"
@@ -304,86 +290,34 @@ def test_another_spec_is_a_mismatch_that_lists_the_fields_with_both_values(tmp_p
     assert files_of(tmp_path) == before
 
 
-def test_other_units_are_bad_data(tmp_path: Path) -> None:
+def test_other_shards_are_bad_data(tmp_path: Path) -> None:
     build_all(tmp_path)
 
-    with pytest.raises(BadData, match="lists other units than this corpus gives"):
+    with pytest.raises(BadData, match="lists other shards than this corpus gives"):
         opened(tmp_path, units=UNITS + 1)
 
 
-def test_how_far_a_table_is_can_be_read_before_it_is_sealed(tmp_path: Path) -> None:
-    with pytest.raises(BadData):
-        build_all(tmp_path, trouble="error")
-    begun = table_states(tmp_path)
-    build_all(tmp_path)
-    (done,) = table_states(tmp_path)
-
-    assert [(s["table"], s["units"], s["done"], s["documents"], s["sealed"]) for s in begun] == [
-        ("documents", UNITS, 2, 3, False)
-    ]
-    assert (done["done"], done["documents"], done["sealed"]) == (UNITS, 9, True)
-    assert done["bytes"] == sum(p.stat().st_size for p in (tmp_path / "documents").rglob("*") if p.is_file())
-
-
-HOLDER = """
-import sys
+def test_a_second_writer_is_told_who_has_the_cache_until_that_process_dies(tmp_path: Path) -> None:
+    code = f"""
 from pathlib import Path
 from xkd_pipeline.tables.writer import locked
-from xkd_schemas.errors import Busy
-print("ready", flush=True)
-sys.stdin.readline()
-try:
-    with locked(Path(sys.argv[1])):
-        print("held", flush=True)
-        sys.stdin.readline()
-except Busy:
-    print("busy", flush=True)
+with locked(Path({str(tmp_path)!r})):
+    input(print("locked", flush=True))
 """
-
-
-@contextlib.contextmanager
-def holders(root: Path, count: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that wait for a line, then try to take the lock, say how it went, and keep it until the next line."""
-    command = [sys.executable, "-c", HOLDER, str(root)]
-    running = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
-    ]
-    try:
-        for process in running:
-            assert line_from(process) == "ready"
-        yield running
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
-
-
-def line_from(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-def go(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def test_a_second_writer_is_told_who_has_the_cache_until_that_process_dies(tmp_path: Path) -> None:
-    with holders(tmp_path, 1) as (holder,):
-        go(holder)
-        assert line_from(holder) == "held"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
         with (
             pytest.raises(Busy, match=rf"is being written by pid {holder.pid} on .*Next: wait for it") as caught,
             locked(tmp_path),
         ):
             pass
-        assert caught.value.exit_code == 75
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-
-        with locked(tmp_path):
-            assert f"pid {os.getpid()} on" in (tmp_path / "LOCK").read_text()
+        holder.kill()
+    assert caught.value.exit_code == 75
+    with locked(tmp_path):
+        assert f"pid {os.getpid()} on" in (tmp_path / "LOCK").read_text()
 
 
 def test_the_lock_is_free_after_an_error_and_its_file_stays(tmp_path: Path) -> None:

