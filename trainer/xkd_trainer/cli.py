@@ -71,6 +71,8 @@ def evaluate(
 ) -> None:
     """Bits per byte, ROUGE-L and agreement with the teacher on held-out rows.
 
+    Prompts are read whole, also where the training cache was made with --max-prompt-tokens.
+
     Example: xkd-train eval out/student --data held.jsonl
     """
     from xkd_trainer.evaluation import Request, evaluate_student

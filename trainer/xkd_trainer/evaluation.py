@@ -149,7 +149,7 @@ def _rows_of(cache: Cache, doc_ids: Collection[str] | None) -> list[int]:
     if missing := set(doc_ids) - set(ids):
         raise Mismatch(
             f"{len(missing)} of {len(set(doc_ids))} documents of --data are not in {cache.root}",
-            fix="name the cache of these rows with --shards, or leave --shards out",
+            fix="name the cache of these rows with --shards, made without --max-prompt-tokens, or leave --shards out",
         )
     return [row for row in usable if ids[row] in doc_ids]
 

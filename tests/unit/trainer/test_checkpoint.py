@@ -114,6 +114,21 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path, file: s
         assert "step-00000006 is damaged and was passed over" in skipped[0]
 
 
+def test_a_damaged_newer_checkpoint_does_not_count_as_one_of_those_that_stay(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, snapshot(step))
+    (tmp_path / "checkpoints/step-00000002/state.json").write_text("{}")
+    newest = save(tmp_path, snapshot(3))
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000001", "step-00000003"]
+
+    (newest / "COMPLETE").write_text("{}")  # digests of nothing vouch for nothing
+
+    read, (line,) = load_newest(tmp_path)
+    assert read is not None
+    assert read.step == 1
+    assert "step-00000003 is damaged and was passed over" in line
+
+
 def test_no_checkpoint_and_a_torn_one_are_no_snapshot(tmp_path: Path) -> None:
     assert load_newest(tmp_path) == (None, [])
     save(tmp_path, snapshot(1)).rename(tmp_path / "checkpoints/.tmp-step-00000001-77")
@@ -162,6 +177,20 @@ def test_metrics_are_appended_and_a_resumed_run_drops_what_it_does_again(tmp_pat
     resumed.write(step=6, loss=0.5)
 
     assert lines(resumed.path) == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 6, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("damaged", [b"\xff\xfe", b"3", b"[1]", b'{"loss": 1.0}', b'{"step": 2, "lo\n{"step": 4}'])
+def test_metrics_that_cannot_be_read_are_one_line_that_says_what_to_type(tmp_path: Path, damaged: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damaged + b"\n")
+
+    with pytest.raises(BadData, match=rf"line 2 is no JSON .*: mv {path} {path}.damaged, and run the same") as caught:
+        Metrics(tmp_path, resumed_step=4)
+
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == b'{"step": 1}\n' + damaged + b"\n"
+    Metrics(tmp_path, resumed_step=0).write(step=1)
+    assert (tmp_path / "metrics-1.jsonl").exists()
 
 
 def test_a_run_from_the_start_begins_a_new_file_and_keeps_those_of_before(tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def test_help_names_every_command_and_flag_of_training(xkd_train: XkdTrain) -> N
 
     for word in ("--run", "--shards", "--student", "--loss", "--out", "--set", "--json", "eval", "losses"):
         assert word in text
+    said = " ".join(xkd_train("eval", "--help").out.split())
+    assert "Prompts are read whole, also where" in said
 
 
 def test_losses_are_listed_with_what_they_need_and_their_settings(xkd_train: XkdTrain) -> None:
@@ -114,6 +116,13 @@ def test_training_says_where_the_student_is_and_a_second_time_that_there_is_noth
     recorded = json.loads((tmp_path / "out" / "xkd.json").read_text())["run"]["weights"]
     assert recorded == {"ce.ce": 0.5, "sra.cos": 0.5, "sra.geo": 25.0, "sra.kd": 0.5}
     assert "already trained for 1 steps with these settings, nothing to do" in second.out
+
+
+def test_a_run_without_a_loss_says_that_it_learns_nothing_of_the_teacher(xkd_train: XkdTrain, tmp_path: Path) -> None:
+    said = [xkd_train(*flags(tmp_path / str(n), *more)).out for n, more in enumerate(([], ["--loss", "ce"]))]
+
+    assert "loss: ce: cross-entropy alone, which learns nothing of the teacher; --loss names a loss" in said[0]
+    assert "loss: ce\n" in said[1]
 
 
 def test_json_is_one_object_on_standard_output(xkd_train: XkdTrain, tmp_path: Path) -> None:
@@ -270,7 +279,7 @@ def test_eval_compares_the_rows_of_data_alone_and_refuses_those_the_cache_lacks(
     other = tiny.corpus_file(tmp_path, [*tiny.PAIRS[:2], ("Another?", "Yes.")])
     ended = xkd_train(*arguments[:-2], "--data", other)
 
-    one_line(ended, 78, "1 of 3 documents of --data are not in", "--shards")
+    one_line(ended, 78, "1 of 3 documents of --data are not in", "made without --max-prompt-tokens")
 
 
 def test_eval_prints_numbers_and_json(xkd_train: XkdTrain) -> None:

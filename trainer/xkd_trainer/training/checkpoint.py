@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +23,8 @@ from xkd_schemas.errors import BadData
 from xkd_trainer.models.student_files import save_tensors
 
 KEPT = 2
-"""Newest checkpoints that stay."""
+"""Newest whole checkpoints that stay."""
+FILES: Final = ("student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def _optimizer_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dic
 
 
 def save(out: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint and drop all but the newest KEPT; DiskFailed leaves earlier checkpoints untouched."""
+    """Write a checkpoint and drop all but the newest KEPT that are whole; DiskFailed leaves earlier ones untouched."""
     folder = out / "checkpoints"
     target = folder / f"step-{snapshot.step:08d}"
     tensors, plain = _optimizer_tensors(snapshot.optimizer)
@@ -79,8 +80,11 @@ def save(out: Path, snapshot: Snapshot) -> Path:
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
         sync_folder(folder)
-        for old in _find_checkpoints(out)[:-KEPT]:
-            shutil.rmtree(old)
+        found = _find_checkpoints(out)
+        if len(found) > KEPT:
+            whole = [path for path in found if path == target or _is_whole(path)]
+            for old in set(found) - set(whole[-KEPT:]):
+                shutil.rmtree(old)
     return target
 
 
@@ -117,16 +121,31 @@ def load_newest(out: Path) -> tuple[Snapshot | None, list[str]]:
     for path in reversed(_find_checkpoints(out)):
         try:
             return _load(path), skipped
-        except (OSError, ValueError, KeyError, SafetensorError, BadData) as error:
+        except UNREADABLE as error:
             skipped.append(f"{path} is damaged and was passed over: {error}")
     return None, skipped
 
 
-def _load(path: Path) -> Snapshot:
+UNREADABLE: Final = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, BadData)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _check(path)
+    except UNREADABLE:
+        return False
+    return True
+
+
+def _check(path: Path) -> None:
     sums = json.loads((path / "COMPLETE").read_text())
-    for name, expected in sums.items():
-        if sha256_of(path / name) != expected:
+    for name in FILES:
+        if sha256_of(path / name) != sums[name]:
             raise BadData(f"{name} does not match its digest")
+
+
+def _load(path: Path) -> Snapshot:
+    _check(path)
     state = json.loads((path / "state.json").read_text())
     tensors = load_file(path / "optimizer.safetensors")
     random = tensors.pop("random")

@@ -32,6 +32,9 @@ from xkd_trainer.training.prepare import Ready, set_up
 LOOKED_AT: Final = 1024
 """Rows whose end tokens are looked up when the student is saved."""
 
+UNASKED: Final = ": cross-entropy alone, which learns nothing of the teacher; --loss names a loss that does"
+"""What the line of the loss says besides where nobody chose one."""
+
 SAVE_SECONDS: Final = 600.0
 """Where nobody says how often, a checkpoint is written after so long."""
 
@@ -113,6 +116,7 @@ class _Run:
     ) -> None:
         self.settings, self.ready, self.order, self.total = run.train, ready, order, total
         self.fingerprint, self.quiet = fingerprint, quiet
+        self.unasked = "" if "loss" in run.train.model_fields_set else UNASKED
         self.out = Path(run.train.out)
         self.saved = 0
         self.seen = Window()
@@ -165,7 +169,7 @@ class _Run:
         self.clock, self.saved_at = clock, clock()
         main = self.accelerator.is_main_process
         if main and not self.quiet:
-            say(f"loss: {self.distiller.describe(self.total - 1)}")
+            say(f"loss: {self.distiller.describe(self.total - 1)}{self.unasked}")
         metrics = Metrics(self.out, resumed_step=self.start) if main else None
         self.module.train()
         last: dict[str, float] = {}

@@ -1,5 +1,6 @@
 """metrics.jsonl: one JSON object per line, appended; what a run measured, in the order it measured it."""
 
+import contextlib
 import itertools
 import json
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xkd_schemas.durable_files import disk_errors, rename, replace
+from xkd_schemas.errors import BadData
 
 
 class Metrics:
@@ -20,10 +22,11 @@ class Metrics:
         self.path = out / "metrics.jsonl"
         with disk_errors(self.path):
             out.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         if resumed_step:
-            kept = [line for line in lines if _step(line) <= resumed_step]
-            replace(self.path, "".join(f"{line}\n" for line in kept).encode())
+            whole = [line for line in lines if line.endswith(b"\n")]  # the last one may be half of a killed run's
+            kept = [line for n, line in enumerate(whole, start=1) if self._step(line, n) <= resumed_step]
+            replace(self.path, b"".join(kept))
         elif lines:
             taken = {path.name for path in out.glob("metrics-*.jsonl")}
             free = next(name for n in itertools.count(1) if (name := f"metrics-{n}.jsonl") not in taken)
@@ -34,12 +37,13 @@ class Metrics:
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(values) + "\n")
 
-
-def _step(line: str) -> int:
-    try:
-        return int(json.loads(line).get("step", 0))
-    except ValueError:  # the last line of a run that was killed while writing it
-        return 2**62
+    def _step(self, line: bytes, number: int) -> int:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["step"])
+        raise BadData(
+            f"{self.path}: line {number} is no JSON object with a step", kept="the checkpoints",
+            fix=f"mv {self.path} {self.path}.damaged, and run the same command again",
+        )  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)
