@@ -40,14 +40,17 @@ def train(
     """
     if context.invoked_subcommand is not None:
         return
-    from xkd_trainer.training.loop import describe
     from xkd_trainer.training.loop import train as train_student
 
     trained = train_student(run, student_table=student_table, on_missing=on_missing, quiet=as_json)
     if as_json:
         say_json({"out": str(trained.out), "steps": trained.steps, "terms": trained.terms, "weights": trained.weights})
+    elif trained.resumed_at == trained.steps:
+        say(f"{trained.out}: already trained for {trained.steps} steps with these settings, nothing to do")
     else:
-        describe(trained)
+        resumed = f" (resumed at step {trained.resumed_at})" if trained.resumed_at else ""
+        terms = ", ".join(f"{name} {value:.4f}" for name, value in sorted(trained.terms.items()))
+        say(f"{trained.out}: trained for {trained.steps} steps{resumed}; {terms}")
 
 
 @app.command("eval")
