@@ -87,8 +87,8 @@ def evaluate(
         rouge=rouge, seeds=_seeds(seeds), max_new_tokens=max_new_tokens, limit=limit, dtype=dtype,
     )  # fmt: skip
     result = evaluate_student(request)
-    shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in result.items()}
-    answer(result, [f"{name}: {value}" for name, value in shown.items()], as_json)
+    texts = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in result.items()}
+    answer(result, [f"{name}: {value}" for name, value in texts.items()], as_json)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from xkd_schemas.config import RunConfig, TrainSection
 from xkd_schemas.console import run as run_app
 from xkd_schemas.durable_files import held
 from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite
-from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order, learning_rate
 from xkd_trainer.training import files, loop
@@ -179,20 +179,6 @@ def test_mixed_precision_trains_about_the_same(tmp_path: Path) -> None:
 # Stopping and going on
 
 
-def failing_after(calls: int, error: Exception) -> Callable[..., Batch]:
-    """batch_of that works so many times."""
-    made = 0
-
-    def make(*given: Any) -> Batch:
-        nonlocal made
-        made += 1
-        if made > calls:
-            raise error
-        return batch_of(*given)
-
-    return make
-
-
 def new() -> dict[str, str]:
     """A fresh student with dropout: random numbers must go on, too."""
     tokenizer = str(tiny.tiny_cache().student)
@@ -209,8 +195,13 @@ def eight_steps() -> Path:
 
 def stopped_after(out: Path, monkeypatch: pytest.MonkeyPatch, batches: int) -> int:
     """The same run, ended by an error; the step of its newest checkpoint."""
+
+    def fail(*_: Any) -> Batch:
+        raise BadData("a shard is gone")
+
+    made = itertools.chain([batch_of] * batches, itertools.repeat(fail))
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "batch_of", failing_after(batches, BadData("a shard is gone")))
+        patched.setattr(loop, "batch_of", lambda *given: next(made)(*given))
         with pytest.raises(BadData, match="a shard is gone"):
             train(run(out, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
     snapshot, _ = load_newest(out)
@@ -372,27 +363,17 @@ def test_terms_that_nothing_qualified_for_are_named(
     assert "ce.ce" not in said
 
 
-# What is not finite
-
-
-def with_nan(rows_of_step: Sequence[int]) -> Callable[..., Batch]:
-    """batch_of whose teacher states are NaN in the batch of just these rows."""
-
-    def make(cache: Any, rows: Sequence[int], wanted: Any) -> Batch:
-        batch = batch_of(cache, rows, wanted)
-        if list(rows) != list(rows_of_step):
-            return batch
-        assert batch.teacher_hidden_BRD is not None
-        return replace(batch, teacher_hidden_BRD=torch.full_like(batch.teacher_hidden_BRD, math.nan))
-
-    return make
-
-
 def test_a_term_that_is_not_finite_stops_the_run_before_the_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = Order(size=len(tiny.PAIRS), batch_size=6, seed=0).step(2).tolist()
-    monkeypatch.setattr(loop, "batch_of", with_nan(rows))
+    nan_rows = Order(size=len(tiny.PAIRS), batch_size=6, seed=0).step(2).tolist()
+
+    def make(cache: Any, rows: Sequence[int], wanted: Any) -> Batch:
+        batch = batch_of(cache, rows, wanted)
+        states = unwrap(batch.teacher_hidden_BRD)
+        return replace(batch, teacher_hidden_BRD=torch.full_like(states, math.nan)) if rows == nan_rows else batch
+
+    monkeypatch.setattr(loop, "batch_of", make)
     updates: list[None] = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: updates.append(None))
 
@@ -401,7 +382,7 @@ def test_a_term_that_is_not_finite_stops_the_run_before_the_update(
 
     text = str(caught.value)
     assert caught.value.exit_code == 76
-    assert re.match(r"step 3: .*sra\.cos, .*gradient norm not finite on cache rows " + re.escape(str(rows)), text)
+    assert re.match(r"step 3: .*sra\.cos, .*gradient norm not finite on cache rows " + re.escape(str(nan_rows)), text)
     assert "ce.ce" not in text
     assert "\n" not in text
     assert len(updates) == 2

@@ -63,6 +63,11 @@ def test_the_union_has_the_rows_of_one_cache_of_all_documents(both: CacheUnion) 
     texts = [both.at(int(row))[0].documents[both.at(int(row))[1]]["text"] for row in both.usable]
 
     assert texts == [whole.documents[int(row)]["text"] for row in whole.usable]
+    for most in (2, 99):
+        for one, other in zip(both.rows_of_student(most), whole.rows_of_student(most), strict=True):
+            assert all(map(np.array_equal, one, other))
+    ends = [ids.tolist() for ids, _, _ in both.rows_of_student(2)]
+    assert ends == [whole.students[int(row)]["token_ids"].tolist() for row in whole.usable[[0, -1]]]
 
 
 @pytest.mark.parametrize("weights", [(1, 2), (2, 1), (0.5, 1)])
