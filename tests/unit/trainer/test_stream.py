@@ -208,6 +208,7 @@ def test_a_first_token_that_nothing_predicts_is_a_span_and_no_pair() -> None:
     assert aligned([(1, 2), (3, 4)], [(1, 2), (3, 4)])["span_text_BK"].tolist() == [True, False]
     assert aligned([(0, 1)], [(1, 2)])["pairs_BE2"].tolist() == []
     assert aligned([(1, 2)], [(0, 1)])["pairs_BE2"].tolist() == []
+    assert aligned([(1, 2)], [(1, 3)])["pairs_BE2"].tolist() == []
 
 
 @pytest.mark.parametrize(("student", "teacher"), [((3, 5), (0, 1)), ((0, 1), (4, 5))])
