@@ -3,14 +3,16 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tiny_models as tiny
 from xkd_pipeline.stages import align_stage
 from xkd_pipeline.workers.contract import Workers
+from xkd_schemas.tokens import CONTENT, END
 from xkd_trainer.evaluation import Request, evaluate_student
-from xkd_trainer.training.export import find_turn_ends
+from xkd_trainer.training.files import find_turn_ends
 from xkd_trainer.training.loop import train
 
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -64,4 +66,5 @@ def test_ends_that_a_pretrained_student_came_with_are_kept() -> None:
     model, tokenizer = tiny.llama("sentencepiece"), tiny.tokenizer_of("sentencepiece")
     model.generation_config = GenerationConfig(eos_token_id=[5, 9])
 
-    assert find_turn_ends(model, tokenizer, {7}) == sorted({5, 7, 9, tokenizer.eos_token_id})
+    learnt = (np.array([4, 7]), np.array([CONTENT, END]), np.array([True, True]))
+    assert find_turn_ends(model, tokenizer, [learnt]) == sorted({5, 7, 9, tokenizer.eos_token_id})

@@ -14,7 +14,7 @@ from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
-from xkd_trainer.training import student_table as missing
+from xkd_trainer.training import prepare
 from xkd_trainer.training.prepare import set_up
 
 
@@ -77,7 +77,7 @@ def test_what_align_cannot_do_is_one_line_with_the_command(
     with pytest.raises(UsageError, match=r"several processes .*once, before training: xkd-cache align"):
         set_up(run, "", on_missing="align")
     monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.setattr(missing.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputMissing, match=r"pip install 'xkd-toolkit\[pipeline\]', then xkd-cache align"):
         set_up(run, "", on_missing="align")
     assert not (cache / "students/pieces").exists()

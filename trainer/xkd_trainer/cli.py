@@ -40,14 +40,17 @@ def train(
     """
     if context.invoked_subcommand is not None:
         return
-    from xkd_trainer.training.loop import describe
     from xkd_trainer.training.loop import train as train_student
 
     trained = train_student(run, student_table=student_table, on_missing=on_missing, quiet=as_json)
     if as_json:
         say_json({"out": str(trained.out), "steps": trained.steps, "terms": trained.terms, "weights": trained.weights})
+    elif trained.resumed_at == trained.steps:
+        say(f"{trained.out}: already trained for {trained.steps} steps with these settings, nothing to do")
     else:
-        describe(trained)
+        resumed = f" (resumed at step {trained.resumed_at})" if trained.resumed_at else ""
+        terms = ", ".join(f"{name} {value:.4f}" for name, value in sorted(trained.terms.items()))
+        say(f"{trained.out}: trained for {trained.steps} steps{resumed}; {terms}")
 
 
 @app.command("eval")
@@ -71,6 +74,8 @@ def evaluate(
 ) -> None:
     """Bits per byte, ROUGE-L and agreement with the teacher on held-out rows.
 
+    Prompts are read whole, also where the training cache was made with --max-prompt-tokens.
+
     Example: xkd-train eval out/student --data held.jsonl
     """
     from xkd_trainer.evaluation import Request, evaluate_student
@@ -82,8 +87,8 @@ def evaluate(
         rouge=rouge, seeds=_seeds(seeds), max_new_tokens=max_new_tokens, limit=limit, dtype=dtype,
     )  # fmt: skip
     result = evaluate_student(request)
-    shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in result.items()}
-    answer(result, [f"{name}: {value}" for name, value in shown.items()], as_json)
+    texts = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in result.items()}
+    answer(result, [f"{name}: {value}" for name, value in texts.items()], as_json)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -3,8 +3,7 @@
 Bits per byte count the text of the target segments only, so they compare models with different tokenizers.
 """
 
-import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,9 @@ from xkd_schemas.documents import Document
 from xkd_schemas.dtypes import AUTO
 from xkd_schemas.errors import BadData, Mismatch, UsageError
 from xkd_schemas.progress import Progress
+from xkd_schemas.signals import Signal
 from xkd_schemas.text.encode import TRIED, Encoder
+from xkd_schemas.text.templates import AUTO as AUTO_TEMPLATE
 from xkd_schemas.text.templates import CHAT, chosen_template
 from xkd_schemas.text.tokenizers import identity
 from xkd_schemas.tokens import OK, Tokens
@@ -34,7 +35,9 @@ from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_dev
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.head import check_model, head_of
 from xkd_trainer.models.loading import check_model_name, load_model, load_tokenizer
-from xkd_trainer.training.export import find_learnt_ends, find_turn_ends, template_of, thinking_of
+from xkd_trainer.models.padding import pad
+from xkd_trainer.models.student_files import read_provenance
+from xkd_trainer.training.files import find_turn_ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,9 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     check_model_name(name)
     documents, rejected, references = held_out_documents(request.data, request.form, request.columns)
     tokenizer = load_tokenizer(name)
-    template = chosen_template(request.template or template_of(Path(name)), tokenizer)
-    thinking = thinking_of(Path(name)) if request.enable_thinking is None else request.enable_thinking
+    trained = read_provenance(Path(name)).get("run", {})
+    template = chosen_template(request.template or trained.get("template", AUTO_TEMPLATE), tokenizer)
+    thinking = trained.get("enable_thinking") if request.enable_thinking is None else request.enable_thinking
     encoder = Encoder(
         tokenizer=tokenizer, template=template, max_tokens=request.max_tokens,
         enable_thinking=thinking if template == CHAT else None,
@@ -90,13 +94,12 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     model = load_model(name, dtype=dtype_named(dtype)).to(device)
     check_model(model)
     pairs = [(d, t) for d, t in zip(documents, encoder.encode_batch(documents), strict=True) if t.status == OK]
-    unusable = len(rejected) + len(documents) - len(pairs)
     if not pairs:
         first = f"; the first: row {rejected[0].line}, {rejected[0].detail}" if rejected else ""
         raise BadData(f"{request.data}: no row can be used{first}", fix="name the columns with --column")
     result: dict[str, Any] = {
         "documents": len(pairs),
-        "unusable": unusable,
+        "unusable": len(rejected) + len(documents) - len(pairs),
         "template": template,
         "dtype": dtype,
         **bits_per_byte(model, pairs),
@@ -110,64 +113,49 @@ def evaluate_student(request: Request) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def agreement(
-    model: PreTrainedModel, tokenizer: Any, shards: Path, doc_ids: Collection[str] | None = None
-) -> dict[str, float]:
+def agreement(model: PreTrainedModel, tokenizer: Any, shards: Path, doc_ids: Set[str]) -> dict[str, float]:
     """Share of exact pairs at whose positions student and teacher would say the same next token, in percent.
 
     A pair counts where both models predict one token each for the same characters. Two tokens are the same where their
-    bytes are (`shared_vocabulary`); a teacher's token the student does not have counts as disagreement. `doc_ids` are
-    the rows to compare on, None for all of the cache; Mismatch where one is not in it.
+    bytes are (`shared_vocabulary`); a teacher's token the student does not have counts as disagreement.
+
+    Raises:
+        Mismatch: One of the documents is not in the cache.
     """
     cache = Cache(shards, student=find_student(shards, identity(tokenizer), ""))
-    argmax = tuple(s for s in cache.signals if s.name == "argmax")
-    if not argmax:
+    if ARGMAX not in cache.signals:
         raise UsageError(
             f"{shards} holds no argmax of the teacher", fix=f"xkd-cache add {shards} --model TEACHER --signals argmax"
         )
+    ids = [row["doc_id"] for row in cache.documents]
+    if missing := doc_ids - set(ids):
+        raise Mismatch(
+            f"{len(missing)} of {len(doc_ids)} documents of --data are not in {shards}",
+            fix="name the cache of these rows with --shards, made without --max-prompt-tokens, or leave --shards out",
+        )
+    compared = [row for row in cache.usable.tolist() if ids[row] in doc_ids]
     teacher_tokenizer = load_tokenizer(str(cache.teachers.folder / "tokenizer"))
     student_ids, teacher_ids = shared_vocabulary(tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), "mapped")
-    size = max(cache.sizes.vocab_size, len(teacher_tokenizer))
-    translated = torch.full((size,), -1, dtype=torch.int64)
+    translated = torch.full((max(cache.sizes.vocab_size, len(teacher_tokenizer)),), -1, dtype=torch.int64)
     translated[teacher_ids] = student_ids
     same = total = 0
-    compared = _rows_of(cache, doc_ids)
     with Progress("agreement with the teacher", len(compared)):
         for rows in make_batches(compared):
-            batch = batch_of(cache, rows, frozenset(argmax))
-            hits, pairs = _count_agreeing(model, batch, translated)
+            hits, pairs = _count_agreeing(model, batch_of(cache, rows, frozenset({ARGMAX})), translated)
             same, total = same + hits, total + pairs
     return {"agreement": 100.0 * same / max(1, total), "agreement_pairs": total}
 
 
-def _rows_of(cache: Cache, doc_ids: Collection[str] | None) -> list[int]:
-    """Usable rows of the cache that hold these documents."""
-    usable: list[int] = cache.usable.tolist()
-    if doc_ids is None:
-        return usable
-    ids = [row["doc_id"] for row in cache.documents]
-    if missing := set(doc_ids) - set(ids):
-        raise Mismatch(
-            f"{len(missing)} of {len(set(doc_ids))} documents of --data are not in {cache.root}",
-            fix="name the cache of these rows with --shards, or leave --shards out",
-        )
-    return [row for row in usable if ids[row] in doc_ids]
-
-
 def _count_agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple[int, int]:
-    states_BSd = run(
-        model, batch.student_ids_BS.to(model.device), batch.student_valid_BS.to(model.device)
-    ).last_BLD.cpu()
-    head = head_of(model)
-    same = total = 0
-    for row in range(len(batch.rows)):
-        pairs_E2 = batch.pairs_BE2[row, batch.pair_valid_BE[row]]
-        place_E = batch.predict_BN[row, pairs_E2[:, 0]]
-        student_E = head(states_BSd[row, place_E].to(model.device)).argmax(-1).cpu()
+    batch, translated = batch.to(model.device), translated.to(model.device)
+    states_BSd = run(model, batch.student_ids_BS, batch.student_valid_BS).last_BLD
+    same, head = 0, head_of(model)
+    for row, valid_E in enumerate(batch.pair_valid_BE):
+        pairs_E2 = batch.pairs_BE2[row, valid_E]
+        student_E = head(states_BSd[row, batch.predict_BN[row, pairs_E2[:, 0]]]).argmax(-1)
         teacher_E = translated[unwrap(batch.teacher_argmax_BM)[row, pairs_E2[:, 1]]]
         same += int((student_E == teacher_E).sum())
-        total += len(pairs_E2)
-    return same, total
+    return same, int(batch.pair_valid_BE.sum())
 
 
 def rouge_l(
@@ -184,17 +172,18 @@ def rouge_l(
     here by its line, the best counts.
     """
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    prompts, references = [], []
-    for document, tokens in pairs:
-        prompts.append(tokens.ids[: int(np.flatnonzero(tokens.targets)[0])])
+    prompts = [tokens.ids[: int(np.flatnonzero(tokens.targets)[0])] for _, tokens in pairs]
+    references = []
+    for document, _ in pairs:
         segment = next(s for s in document.segments if s.target)
         references.append(several.get(document.line) or [document.text[segment.start : segment.end]])
     means = []
-    ends = find_turn_ends(model, tokenizer, find_learnt_ends((t.ids, t.kinds, t.targets) for _, t in pairs))
-    longest = request.max_new_tokens
+    ends = find_turn_ends(model, tokenizer, ((t.ids, t.kinds, t.targets) for _, t in pairs))
     for number, seed in enumerate(request.seeds, start=1):
         with Progress(f"generate, seed {number} of {len(request.seeds)}", len(prompts), of="responses"):
-            responses = generate(model, tokenizer, prompts, seed=seed, ends=ends, max_new_tokens=longest)
+            responses = generate(
+                model, tokenizer, prompts, seed=seed, ends=ends, max_new_tokens=request.max_new_tokens
+            )
         scores = [
             max(scorer.score(one, response)["rougeL"].fmeasure for one in own)
             for own, response in zip(references, responses, strict=True)
@@ -203,6 +192,7 @@ def rouge_l(
     return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means)), "rouge_l_max": max(means)}
 
 
+ARGMAX: Final = Signal("argmax")
 _SAMPLED: Final = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
 
@@ -212,35 +202,26 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[Any],
     *,
-    seed: int | None,
+    seed: int,
     ends: Sequence[int],
     max_new_tokens: int,
 ) -> list[str]:
-    """One response for each prompt (arrays of token ids), in order, up to a token of `ends`.
-
-    Sampled at temperature 1; with no seed the likeliest token is taken each time.
-    """
-    torch.manual_seed(seed or 0)
-    random.seed(seed)
+    """One response for each prompt (arrays of token ids), in order, up to a token of `ends`."""
+    torch.manual_seed(seed)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     responses = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for group in make_batches(order):
-        longest = max(len(prompts[i]) for i in group)
-        ids_BL = torch.full((len(group), longest), filler, dtype=torch.int64)
-        seen_BL = torch.zeros_like(ids_BL)
-        for row, index in enumerate(group):
-            count = len(prompts[index])
-            ids_BL[row, longest - count :] = torch.from_numpy(prompts[index].astype(np.int64))
-            seen_BL[row, longest - count :] = 1
+        backwards = [prompts[i].astype(np.int64)[::-1] for i in group]
+        ids_BL, seen_BL = pad(backwards).flip(1), pad([np.ones(len(ids), np.int64) for ids in backwards]).flip(1)
         output = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=seen_BL.to(model.device),
-            **({"do_sample": False} if seed is None else _SAMPLED),
+            **_SAMPLED,
             max_new_tokens=max_new_tokens,
             pad_token_id=filler,
             eos_token_id=list(ends),
         )
-        for index, row_ids in zip(group, output[:, longest:].tolist(), strict=True):
+        for index, row_ids in zip(group, output[:, ids_BL.shape[1] :].tolist(), strict=True):
             responses[index] = tokenizer.decode(row_ids, skip_special_tokens=True)
     return responses

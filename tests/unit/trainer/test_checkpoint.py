@@ -17,9 +17,8 @@ from xkd_pipeline.capture import artifacts as teacher_files
 from xkd_schemas.errors import BadData, DiskFailed
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.loading import load_model, load_tokenizer
-from xkd_trainer.training.checkpoint import KEPT, Snapshot, load_newest, save
-from xkd_trainer.training.export import export_student, is_finished
-from xkd_trainer.training.metrics import Metrics
+from xkd_trainer.training.files import KEPT, Snapshot, export_student, is_finished, load_newest, save
+from xkd_trainer.training.loop import Metrics
 
 FINGERPRINT = {"train": {"seed": 1}, "steps": 8}
 
@@ -53,15 +52,15 @@ def assert_equal(found: Any, expected: Any, path: str = "") -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path, tied: bool) -> None:
+def test_a_checkpoint_comes_back_bit_for_bit_and_one_of_the_same_step_replaces_it(tmp_path: Path, tied: bool) -> None:
     wrote = snapshot(3, tied=tied)
 
-    save(tmp_path, wrote)
+    for one in (snapshot(3, tied=not tied), wrote):
+        save(tmp_path, one)
     read, skipped = load_newest(tmp_path)
 
-    assert skipped == []
     assert read is not None
-    assert read.step == 3
+    assert (read.step, skipped) == (3, [])
     assert dict(read.fingerprint) == FINGERPRINT
     assert_equal(read.random, wrote.random)
     assert_equal(dict(read.projectors), dict(wrote.projectors))
@@ -80,38 +79,34 @@ def test_only_the_newest_stay_and_no_file_is_a_pickle(tmp_path: Path) -> None:
 
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["step-00000009", "step-00000010"][:KEPT]
-    read, _ = load_newest(tmp_path)
-    assert read is not None
-    assert read.step == 10
     names = {path.name for path in (tmp_path / "checkpoints/step-00000010").iterdir()}
     assert names == {
         "student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "file", ["student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"]
-)
-@pytest.mark.parametrize("damage", ["flip", "half", "empty", "gone"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path, file: str, damage: str) -> None:
-    save(tmp_path, snapshot(4))
-    path = save(tmp_path, snapshot(6)) / file
-    content = path.read_bytes()
-    middle = len(content) // 2
-    broken = content[:middle] + bytes([content[middle] ^ 0x40]) + content[middle + 1 :]
-    path.write_bytes({"flip": broken, "half": content[:middle], "empty": b"", "gone": b""}[damage])
-    if damage == "gone":
-        path.unlink()
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path) -> None:
+    _, newer = (save(tmp_path, snapshot(step)) for step in (4, 6))
+    for path in sorted(newer.iterdir()):
+        content = path.read_bytes()
+        for damaged in (flipped(content, 4 * len(content)), content[: len(content) // 2], b"", b"{}", None):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            read, skipped = load_newest(tmp_path)
+            assert read is not None
+            assert read.step == 4
+            if damaged is None and path.name == "COMPLETE":
+                assert skipped == []  # as after a kill between writing and renaming
+            else:
+                assert [line.partition(": ")[0] for line in skipped] == [f"{newer} is damaged and was passed over"]
+        path.write_bytes(content)
 
-    read, skipped = load_newest(tmp_path)
 
-    assert read is not None
-    assert read.step == 4
-    if file == "COMPLETE" and damage == "gone":
-        assert skipped == []  # as after a kill between writing and renaming
-    else:
-        assert len(skipped) == 1
-        assert "step-00000006 is damaged and was passed over" in skipped[0]
+def test_a_damaged_newer_checkpoint_does_not_count_as_one_of_those_that_stay(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, snapshot(step))
+    (tmp_path / "checkpoints/step-00000002/state.json").write_text("{}")
+    newest = save(tmp_path, snapshot(3))
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000001", "step-00000003"]
 
 
 def test_no_checkpoint_and_a_torn_one_are_no_snapshot(tmp_path: Path) -> None:
@@ -120,27 +115,6 @@ def test_no_checkpoint_and_a_torn_one_are_no_snapshot(tmp_path: Path) -> None:
     assert load_newest(tmp_path) == (None, [])
     save(tmp_path, snapshot(2))
     assert not (tmp_path / "checkpoints/.tmp-step-00000001-77").exists()
-    assert load_newest(tmp_path)[0] is not None
-
-
-def test_a_step_that_is_saved_again_replaces_the_first(tmp_path: Path) -> None:
-    save(tmp_path, snapshot(5))
-    second = snapshot(5, tied=False)
-
-    save(tmp_path, second)
-
-    read, _ = load_newest(tmp_path)
-    assert read is not None
-    assert_equal(dict(read.student), dict(second.student))
-
-
-def test_a_disk_that_cannot_be_written_is_said_and_leaves_the_old_checkpoint(tmp_path: Path) -> None:
-    save(tmp_path, snapshot(1))
-    (tmp_path / "out").write_text("a file")
-
-    with pytest.raises(DiskFailed, match=r"step-00000002.*Kept: everything committed before") as caught:
-        save(tmp_path / "out", snapshot(2))
-    assert caught.value.exit_code == 74
     assert load_newest(tmp_path)[0] is not None
 
 
@@ -164,6 +138,20 @@ def test_metrics_are_appended_and_a_resumed_run_drops_what_it_does_again(tmp_pat
     assert lines(resumed.path) == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 6, "loss": 0.5}]
 
 
+@pytest.mark.parametrize("damaged", [b"\xff\xfe", b"3", b"[1]", b'{"loss": 1.0}', b'{"step": 2, "lo\n{"step": 4}'])
+def test_metrics_that_cannot_be_read_are_one_line_that_says_what_to_type(tmp_path: Path, damaged: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damaged + b"\n")
+
+    with pytest.raises(BadData, match=rf"line 2 is no JSON .*: mv {path} {path}.damaged, and run the same") as caught:
+        Metrics(tmp_path, resumed_step=4)
+
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == b'{"step": 1}\n' + damaged + b"\n"
+    Metrics(tmp_path, resumed_step=0).write(step=1)
+    assert (tmp_path / "metrics-1.jsonl").exists()
+
+
 def test_a_run_from_the_start_begins_a_new_file_and_keeps_those_of_before(tmp_path: Path) -> None:
     for run_number in range(3):
         Metrics(tmp_path, resumed_step=0).write(step=run_number)
@@ -183,36 +171,27 @@ def test_the_finished_folder_loads_with_transformers_and_says_the_same(tmp_path:
     expected = student(input_ids=ids_BL).logits
     student.generation_config.eos_token_id, student.generation_config.pad_token_id = 7, 8  # of a base model
 
-    export_student(tmp_path, student, tokenizer, FINGERPRINT, ends=[3, 7])
+    export_student(tmp_path, student, tokenizer, FINGERPRINT, [])
 
     loaded, words = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert torch.equal(loaded.eval()(input_ids=ids_BL).logits, expected)
     assert words("Who lit the lamp?")["input_ids"] == tokenizer("Who lit the lamp?")["input_ids"]
-    assert loaded.generation_config.eos_token_id == [3, 7]
+    assert loaded.generation_config.eos_token_id == sorted({tokenizer.eos_token_id, 7})
     assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id
     assert "xkd" not in (tmp_path / "config.json").read_text()
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
-
-
-def test_a_folder_is_finished_for_exactly_its_own_run(tmp_path: Path) -> None:
-    assert not is_finished(tmp_path, FINGERPRINT)
-    student, tokenizer = tiny.llama("sentencepiece"), tiny.tokenizer_of("sentencepiece")
-    export_student(tmp_path, student, tokenizer, FINGERPRINT, ends=[2])
-
-    assert is_finished(tmp_path, FINGERPRINT)
-    assert not is_finished(tmp_path, {**FINGERPRINT, "steps": 9})
     stored = json.loads((tmp_path / "xkd.json").read_text())
     assert stored["run"] == FINGERPRINT
     assert set(stored["versions"]) == {"torch", "transformers", "python"}
 
 
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    export_student(tmp_path, tiny.llama("sentencepiece"), tiny.tokenizer_of("sentencepiece"), FINGERPRINT, ends=[2])
-    return tmp_path
+def exported(out: Path, kind: str = "sentencepiece") -> Path:
+    export_student(out, tiny.llama(kind), tiny.tokenizer_of(kind), FINGERPRINT, [])
+    return out
 
 
-def test_a_bit_in_any_file_of_a_finished_student_is_found_by_training_again_and_by_loading(finished: Path) -> None:
+def test_a_bit_in_any_file_of_a_finished_student_is_found_by_training_again_and_by_loading(tmp_path: Path) -> None:
+    finished, folder = exported(tmp_path), str(tmp_path)
     paths = sorted(path for path in finished.iterdir() if path.is_file())
     assert {"model.safetensors", "tokenizer.json", "config.json", "xkd.json"} <= {path.name for path in paths}
     for path in paths:
@@ -223,24 +202,17 @@ def test_a_bit_in_any_file_of_a_finished_student_is_found_by_training_again_and_
             if damaged is None and path.name == "xkd.json":
                 assert not is_finished(finished, FINGERPRINT)
                 continue
-            for read in (lambda: is_finished(finished, FINGERPRINT), lambda: load_model(str(finished), dtype=F32)):
+            reads = [lambda: is_finished(finished, FINGERPRINT), lambda: load_model(folder, dtype=torch.float32)]
+            for read in (*reads, *[lambda: load_tokenizer(folder)] * (path.suffix != ".safetensors")):
                 with pytest.raises(BadData, match=rf"{path.name} .*delete {finished} and train again"):
                     read()
-            if path.suffix != ".safetensors":
-                with pytest.raises(BadData, match=path.name):
-                    load_tokenizer(str(finished))
         path.write_bytes(content)
     assert is_finished(finished, FINGERPRINT)
 
 
-F32 = torch.float32
-
-
 def test_every_file_of_a_student_is_durable_before_the_mark_that_it_is_finished(tmp_path: Path) -> None:
     with injected("*:0:count") as fault:
-        export_student(
-            tmp_path, tiny.llama("sentencepiece"), tiny.tokenizer_of("sentencepiece"), FINGERPRINT, ends=[2]
-        )
+        exported(tmp_path)
 
     mark = max(at for at, point in enumerate(fault.points) if point == "file.create")
     before = fault.points[:mark]
@@ -261,9 +233,7 @@ def full_disk() -> Iterator[None]:
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "checkpoint": lambda out: save(out, snapshot(1)),
-    "student": lambda out: export_student(
-        out, tiny.llama("byte_level"), tiny.tokenizer_of("byte_level"), FINGERPRINT, ends=[2]
-    ),
+    "student": lambda out: exported(out, "byte_level"),
     "head": lambda out: teacher_files.export(tiny.llama("byte_level"), "none", out),
 }
 

@@ -1,12 +1,10 @@
 """xkd-train as it is typed: help, a run file with flags over it, JSON, and one line with an exit code for mistakes."""
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -14,8 +12,7 @@ import tiny_models as tiny
 from xkd_trainer.cli import main
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """How a command ended."""
 
     code: int
@@ -23,28 +20,21 @@ class Ended:
     err: str
 
 
-class XkdTrain:
-    """Runs the command in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object) -> Ended:
-        self._monkeypatch.setattr(sys, "argv", ["xkd-train", *map(str, arguments)])
-        self._capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as left:
-            code = int(left.code or 0)
-        printed = self._capsys.readouterr()
-        return Ended(code, printed.out, printed.err)
+XkdTrain = Callable[..., Ended]
 
 
 @pytest.fixture
 def xkd_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> XkdTrain:
-    return XkdTrain(monkeypatch, capsys)
+    """Runs the command in this process."""
+
+    def call(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["xkd-train", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        return Ended(int(left.value.code or 0), *capsys.readouterr())
+
+    return call
 
 
 def flags(out: Path, *more: object) -> list[object]:
@@ -63,26 +53,17 @@ def one_line(ended: Ended, code: int, *parts: str) -> None:
         assert part in lines[0]
 
 
-@pytest.mark.parametrize(
-    ("command", "example"),
-    [
-        ((), "Example: xkd-train --shards cache/"),
-        (("eval",), "Example: xkd-train eval out/student --data held.jsonl"),
-        (("losses",), "Example: xkd-train losses"),
-    ],
-)
-def test_help_shows_an_example(xkd_train: XkdTrain, command: Sequence[str], example: str) -> None:
-    ended = xkd_train(*command, "--help")
+def test_help_shows_an_example_and_names_every_command_and_flag_of_training(xkd_train: XkdTrain) -> None:
+    train, evaluation, losses = (
+        " ".join(xkd_train(*command, "--help").out.split()) for command in ((), ("eval",), ("losses",))
+    )
 
-    assert ended.code == 0
-    assert example in " ".join(ended.out.split())
-
-
-def test_help_names_every_command_and_flag_of_training(xkd_train: XkdTrain) -> None:
-    text = xkd_train("--help").out
-
+    assert "Example: xkd-train --shards cache/" in train
     for word in ("--run", "--shards", "--student", "--loss", "--out", "--set", "--json", "eval", "losses"):
-        assert word in text
+        assert word in train
+    assert "Example: xkd-train eval out/student --data held.jsonl" in evaluation
+    assert "Prompts are read whole, also where" in evaluation
+    assert "Example: xkd-train losses" in losses
 
 
 def test_losses_are_listed_with_what_they_need_and_their_settings(xkd_train: XkdTrain) -> None:
@@ -116,15 +97,16 @@ def test_training_says_where_the_student_is_and_a_second_time_that_there_is_noth
     assert "already trained for 1 steps with these settings, nothing to do" in second.out
 
 
-def test_json_is_one_object_on_standard_output(xkd_train: XkdTrain, tmp_path: Path) -> None:
-    ended = xkd_train(*flags(tmp_path / "out", "--json"))
+def test_a_run_without_a_loss_says_that_it_learns_nothing_of_the_teacher(xkd_train: XkdTrain, tmp_path: Path) -> None:
+    plain, chosen, listed = (
+        xkd_train(*flags(tmp_path / str(n), *more)).out for n, more in enumerate(([], ["--loss", "ce"], ["--json"]))
+    )
 
-    result = json.loads(ended.out)
-    assert ended.out.count("\n") == 1
-    assert result["steps"] == 1
-    assert result["out"] == str(tmp_path / "out")
+    assert "loss: 1 ce (no --loss: cross-entropy alone, nothing of the teacher; xkd-train losses lists" in plain
+    assert "loss: 1 ce\n" in chosen
+    result = json.loads(listed)  # one object, and no other line
+    assert (result["steps"], result["out"], result["weights"]) == (1, str(tmp_path / "2"), {"ce.ce": 1.0})
     assert set(result["terms"]) == {"loss", "ce.ce"}
-    assert result["weights"] == {"ce.ce": 1.0}
 
 
 def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Path) -> None:
@@ -157,7 +139,6 @@ def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Pat
     [
         (["--out", "o"], 2, ["no student is named", "Next: --student"]),
         (["--shards", "nowhere", "--student", "STUDENT", "--out", "o"], 66, ["cache nowhere is not a folder"]),
-        (["--shards", "CACHE", "--student", "./nowhere", "--out", "o"], 66, ["./nowhere"]),
         (["--shards", "CACHE", "--student", "STUDENT"], 2, ["no output folder is named", "--out FOLDER"]),
         (["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--loss", "mtta"], 2, ["'mtta' is not a loss"]),
         (["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--loss", "mta=x"], 2, ["'mta=x' is not NAME"]),
@@ -167,8 +148,6 @@ def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Pat
             ["--batch-size: Input should be greater than or equal to 1, found '0'. Next: change --batch-size"],
         ),
         (["--set", "train.batchsize=3"], 2, ["'train.batchsize' is not a key", "did you mean 'batch_size'"]),
-        (["--set", "train"], 2, ["--set train: no '='"]),
-        (["--run", "nowhere.toml"], 66, ["run file nowhere.toml"]),
         (["--shards", "CACHE", "--student", "new:llama,layers=1", "--out", "o"], 2, ["--student-tokenizer"]),
         (
             ["--shards", "CACHE", "--student", "TEACHER", "--out", "o"],
@@ -187,7 +166,6 @@ def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Pat
             ["was made with template=none", "this run says alpaca", "leave student.template out, or xkd-cache align"],
         ),
         (["eval", "nosuch", "--data", "CORPUS"], 66, ["model nosuch is neither a model folder here nor a name"]),
-        (["eval", "nowhere/at/all", "--data", "CORPUS"], 66, ["nowhere/at/all"]),
         (["eval", "STUDENT", "--data", "nowhere.jsonl"], 66, ["nowhere.jsonl"]),
         (
             ["eval", "STUDENT", "--data", "CORPUS", "--template", "chatt"],
@@ -195,7 +173,6 @@ def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Pat
             ["--template: Input should be 'auto', 'none'", "found 'chatt'"],
         ),
         (["eval", "STUDENT", "--data", "CORPUS", "--seeds", "1,x"], 2, ["--seeds"]),
-        (["eval", "STUDENT", "--data", "CORPUS", "--seeds", ""], 2, ["--seeds"]),
     ],
 )
 def test_a_mistake_is_one_line_with_the_exit_code(
@@ -214,24 +191,6 @@ def test_a_mistake_is_one_line_with_the_exit_code(
 
     one_line(ended, code, *parts)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_with_json_a_mistake_is_also_an_object(xkd_train: XkdTrain, tmp_path: Path) -> None:
-    ended = xkd_train("--shards", tmp_path / "nowhere", "--student", tiny.tiny_cache().student, "--out", "o", "--json")
-
-    error = json.loads(ended.out)["error"]
-    assert ended.code == error["code"] == 66
-    assert error["kind"] == "InputMissing"
-    assert "nowhere is not a folder" in error["what"]
-    assert error["next"] == f"xkd-cache documents CORPUS --out {tmp_path / 'nowhere'}"
-
-
-def test_a_flag_that_does_not_exist_is_a_usage_error(xkd_train: XkdTrain) -> None:
-    ended = xkd_train("--nonsense")
-
-    assert ended.code == 2
-    assert "--nonsense" in ended.err
-    assert "Traceback" not in ended.err
 
 
 def test_eval_reads_what_documents_reads(xkd_train: XkdTrain, tmp_path: Path) -> None:
@@ -270,7 +229,7 @@ def test_eval_compares_the_rows_of_data_alone_and_refuses_those_the_cache_lacks(
     other = tiny.corpus_file(tmp_path, [*tiny.PAIRS[:2], ("Another?", "Yes.")])
     ended = xkd_train(*arguments[:-2], "--data", other)
 
-    one_line(ended, 78, "1 of 3 documents of --data are not in", "--shards")
+    one_line(ended, 78, "1 of 3 documents of --data are not in", "made without --max-prompt-tokens")
 
 
 def test_eval_prints_numbers_and_json(xkd_train: XkdTrain) -> None:
@@ -286,19 +245,3 @@ def test_eval_prints_numbers_and_json(xkd_train: XkdTrain) -> None:
     assert f"agreement: {result['agreement']:.4f}" in shown.out
     assert "rouge_l" not in shown.out
     assert 0 <= result["rouge_l"] <= 100
-
-
-def test_the_installed_command_answers_without_loading_torch() -> None:
-    code = (
-        "import sys; sys.argv = ['xkd-train', '--help']\n"
-        "from xkd_trainer.cli import main\n"
-        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False, timeout=120
-    )
-
-    assert ended.returncode == 0, ended.stderr
-    assert "Train a student from a cache" in ended.stdout

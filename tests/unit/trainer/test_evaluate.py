@@ -16,7 +16,7 @@ import tiny_models as tiny
 from fake_hardware import hardware_is
 from four_tokenizers import tokenizer_of
 from xkd_schemas.corpus.sources import held_out_documents
-from xkd_schemas.documents import Document
+from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT, Tokens
@@ -65,26 +65,18 @@ def slow_bits(model: PreTrainedModel, pairs: Pairs) -> float:
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "sentencepiece"), ("gpt2", "unigram")])
 def test_bits_per_byte_equal_a_loop_over_tokens_with_the_models_own_logits(
-    tmp_path: Path, family: str, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, kind: str
 ) -> None:
     model = {"llama": tiny.llama, "gpt2": tiny.gpt2}[family](kind)
     pairs = encoded(tokenizer_of(kind), tmp_path)
-
-    found = bits_per_byte(model, pairs)
-
-    assert found["bits_per_byte"] == pytest.approx(slow_bits(model, pairs), rel=1e-5)
-    assert found["bytes"] == sum(len(response.encode()) for _, response in HELD)
-
-
-def test_bits_per_byte_do_not_depend_on_which_documents_share_a_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, pairs = tiny.llama("sentencepiece"), encoded(tokenizer_of("sentencepiece"), tmp_path)
-    together = bits_per_byte(model, pairs)["bits_per_byte"]
-
-    for size in (1, 2, 3):
+    expected = slow_bits(model, pairs)
+    for size in (1, 2, 3, 16):
         monkeypatch.setattr("xkd_trainer.models.bits_per_byte.BATCH", size)
-        assert bits_per_byte(model, pairs[::-1])["bits_per_byte"] == pytest.approx(together, rel=1e-6)
+
+        found = bits_per_byte(model, pairs[:: 1 if size > 1 else -1])
+
+        assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+        assert found["bytes"] == sum(len(response.encode()) for _, response in HELD)
 
 
 def test_losses_and_responses_are_counted_as_they_come(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -104,7 +96,8 @@ def test_losses_and_responses_are_counted_as_they_come(tmp_path: Path, monkeypat
 
 
 def test_a_text_cut_to_the_models_length_counts_only_the_bytes_that_were_read() -> None:
-    documents = [_document("Why? ", "The old lamp on the wall and the old lamp on the harbour wall.")]
+    segments = [("prompt", "Why? ", False), ("response", "The old lamp and the old lamp on the harbour wall.", True)]
+    documents = [document_of(segments, source="here", line=1)]
     encoder = Encoder(tokenizer=tokenizer_of("sentencepiece"), template="none", max_tokens=14)
     pairs = list(zip(documents, encoder.encode_batch(documents), strict=True))
     end = pairs[0][1].num_chars
@@ -113,12 +106,6 @@ def test_a_text_cut_to_the_models_length_counts_only_the_bytes_that_were_read() 
 
     assert 5 < end < len(documents[0].text)
     assert found["bytes"] == len(documents[0].text[5:end].encode())
-
-
-def _document(prompt: str, response: str) -> Document:
-    from xkd_schemas.documents import document_of
-
-    return document_of([("prompt", prompt, False), ("response", response, True)], source="here", line=1)
 
 
 @torch.no_grad()
@@ -150,7 +137,7 @@ def test_agreement_equals_a_loop_over_the_exact_pairs() -> None:
     with torch.no_grad():  # a student that says the teacher's most frequent word at every other place
         model.get_output_embeddings().weight[translated[often]] *= 40
 
-    found = agreement(model, tokenizer, made.cache)
+    found = agreement(model, tokenizer, made.cache, {row["doc_id"] for row in cache.documents})
 
     same, total = slow_agreement(model, cache, translated)
     assert 0 < same < total
@@ -169,14 +156,15 @@ def greedy(model: PreTrainedModel, tokenizer: Any, prompt: list[int], count: int
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_padding_on_the_left_changes_no_response(family: str) -> None:
+def test_padding_on_the_left_changes_no_response(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "_SAMPLED", {"do_sample": False})
     tokenizer = tokenizer_of("sentencepiece")
     model = {"llama": tiny.llama, "gpt2": tiny.gpt2}[family]("sentencepiece")
     prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in ("On the long river", "Who?", "The")]
     assert len({len(prompt) for prompt in prompts}) == 3
     assert len(prompts[0]) > len(prompts[2])
 
-    said = generate(model, tokenizer, prompts, seed=None, ends=[tokenizer.eos_token_id], max_new_tokens=8)
+    said = generate(model, tokenizer, prompts, seed=0, ends=[tokenizer.eos_token_id], max_new_tokens=8)
 
     assert said == [greedy(model, tokenizer, prompt.tolist(), 8) for prompt in prompts]
     assert len(set(said)) == 3
@@ -192,29 +180,22 @@ def test_sampled_responses_depend_on_the_seed_alone() -> None:
     assert one == again != other
 
 
-def test_rouge_l_is_the_mean_deviation_and_best_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rouge_l_is_the_mean_deviation_and_best_over_seeds_and_of_several_references_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs = encoded(tokenizer_of("sentencepiece"), tmp_path)
     references = [response for _, response in HELD]
     said = {1: references, 2: ["…"] * len(HELD), 3: references[:2] + ["…"] * 2}
     monkeypatch.setattr(evaluate, "generate", lambda *_, seed, **__: said[seed])
     request = Request(student="x", data=Path("x"), seeds=(1, 2, 3))
 
-    found = rouge_l(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), pairs, request, {})
+    several = {pairs[3][0].line: ["other words", references[3], "no"]}
+
+    found = rouge_l(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), pairs, request, several)
 
     assert found["rouge_l"] == pytest.approx(50.0)
     assert found["rouge_l_std"] == pytest.approx(math.sqrt((50**2 + 50**2) / 3))
     assert found["rouge_l_max"] == pytest.approx(100.0)
-
-
-def test_of_several_references_the_best_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = encoded(tokenizer_of("sentencepiece"), tmp_path)[:1]
-    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: ["entirely other words"])
-    request, line = Request(student="x", data=Path("x"), seeds=(1,)), pairs[0][0].line
-    several = {line: [HELD[0][1], "entirely other words", "no"]}
-
-    found = rouge_l(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), pairs, request, several)
-
-    assert found["rouge_l"] == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
@@ -269,7 +250,7 @@ def test_a_cache_without_the_teachers_choices_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(evaluate, "Cache", lambda *_, **__: cache)
 
     with pytest.raises(UsageError, match="holds no argmax of the teacher"):
-        agreement(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), made.cache)
+        agreement(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), made.cache, set())
 
 
 def test_the_model_runs_in_what_is_fast_here_and_a_slow_dtype_is_obeyed_with_one_warning(

@@ -1,6 +1,5 @@
 """What a run is built from: students, projectors and groups of parameters; what does not fit is refused."""
 
-import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,37 +12,29 @@ import tiny_models as tiny
 from slow_documents import ROWS, ready, student_folder
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.errors import InputMissing, Mismatch, UsageError
+from xkd_schemas.errors import Mismatch, UsageError
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.training.prepare import set_up
-
-
-def refused(**changed: Any) -> UsageError:
-    with pytest.raises(UsageError) as caught:
-        set_up(tiny.tiny_cache().run(**changed), "")
-    assert "\n" not in str(caught.value)
-    return caught.value
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"loss": "mtaa"}, "'mtaa' is not a loss. Next: use one of: ce, "),
-        ({"loss": "mta=-1"}, "--loss mta=-1: mta=-1 is negative"),
         ({"loss": "mta=nan"}, "'mta=nan' is not NAME or NAME=NUMBER"),
-        ({"loss": "mta=much"}, "'mta=much' is not NAME or NAME=NUMBER"),
         ({"loss": "mta=1+mta=2"}, "'mta=2' names a loss that is there before"),
         ({"loss": "sra", "losses": {"sra": {"taw": 3}}}, "losses.sra: 'taw' is not a setting. Next: did you mean"),
         ({"loss": "sra", "losses": {"sra": {"kd": "most"}}}, "losses.sra.kd: "),
         ({"loss": "ce", "losses": {"sra": {"taw": 3}}}, "losses.sra: 'taw' is not a setting"),
         ({"loss": "ce", "losses": {"sar": {}}}, "'sar' is not a loss"),
         ({"loss": "mta", "losses": {"mta": {"student_layers": [1]}}}, "mta.student_layers has 1 layers, the cache"),
-        ({"student__model": ""}, "no student is named"),
-        ({"student__model": "new:llama"}, "a new student needs a tokenizer"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_trained(changed: dict[str, Any], message: str) -> None:
-    assert message in str(refused(**changed))
+    with pytest.raises(UsageError) as caught:
+        set_up(tiny.tiny_cache().run(**changed), "")
+
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("layer", [0, 3])
@@ -52,7 +43,6 @@ def test_a_student_layer_that_does_not_exist_is_refused_at_setup(layer: int) -> 
         ready("mta", student_layers=[1, 2, layer])
 
 
-@functools.cache
 def cache_for_sra() -> tiny.Tiny:
     """The documents of the tiny cache with a teacher that was captured for SRA only."""
     small = tiny.Tiny(tiny.tiny_cache().root / "for-sra")
@@ -63,38 +53,13 @@ def cache_for_sra() -> tiny.Tiny:
     return small
 
 
-@pytest.mark.parametrize(
-    ("loss", "missing", "command"),
-    [
-        (
-            "dwa",
-            "loss dwa needs entropy, which",
-            r"xkd-cache add .*/cache --model PATH_OF_teacher .*--signals ent",
-        ),
-        ("mta", "loss mta needs span_mass", r"xkd-cache add CACHE --model M --for mta"),
-    ],
-)
-def test_a_signal_that_is_not_cached_is_named_with_the_command_that_adds_it(
-    loss: str, missing: str, command: str
-) -> None:
-    run = tiny.tiny_cache().run(cache=str(cache_for_sra().cache), loss=loss)
+def test_a_level_that_is_not_cached_is_named_with_the_command_that_adds_it() -> None:
+    run = tiny.tiny_cache().run(cache=str(cache_for_sra().cache), loss="mta")
 
-    with pytest.raises(UsageError, match=command) as caught:
+    with pytest.raises(UsageError, match=r"loss mta needs span_mass.*xkd-cache add CACHE --model M --for mta"):
         set_up(run, "")
 
-    assert missing in str(caught.value)
-    assert caught.value.exit_code == 2
     assert set_up(run.model_copy(update={"train": run.train.model_copy(update={"loss": "sra"})}), "").wanted
-
-
-def test_another_tokenizer_is_a_mismatch_that_names_the_fields(tmp_path: Path) -> None:
-    folder = tiny.saved(tiny.llama("unigram"), "unigram", tmp_path / "student")
-
-    for table in ("", "student"):
-        with pytest.raises(Mismatch, match=r"vocabulary.*xkd-cache align") as caught:
-            set_up(tiny.tiny_cache().run(student__model=str(folder)), table)
-        assert "probe" in str(caught.value)
-        assert caught.value.exit_code == 78
 
 
 def test_a_tokenizer_with_another_end_token_alone_is_a_mismatch(tmp_path: Path) -> None:
@@ -103,8 +68,9 @@ def test_a_tokenizer_with_another_end_token_alone_is_a_mismatch(tmp_path: Path) 
     tiny.llama("sentencepiece").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
 
-    with pytest.raises(Mismatch, match=r"students/student has another special_tokens"):
-        set_up(tiny.tiny_cache().run(student__model=str(tmp_path)), "")
+    for table in ("", "student"):
+        with pytest.raises(Mismatch, match=r"students/student has another special_tokens\. .*xkd-cache align"):
+            set_up(tiny.tiny_cache().run(student__model=str(tmp_path)), table)
 
 
 def test_a_student_with_fewer_embeddings_than_tokens_is_refused(tmp_path: Path) -> None:
@@ -113,11 +79,6 @@ def test_a_student_with_fewer_embeddings_than_tokens_is_refused(tmp_path: Path) 
     run = tiny.tiny_cache().run(student__model=str(tmp_path))
     with pytest.raises(UsageError, match=r"has \d+ embeddings, its tokenizer \d+ tokens"):
         set_up(run, "")
-
-
-def test_a_cache_that_is_not_there_is_missing() -> None:
-    with pytest.raises(InputMissing, match=r"nowhere"):
-        set_up(tiny.tiny_cache().run(cache="nowhere/at/all"), "")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

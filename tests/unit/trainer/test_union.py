@@ -13,9 +13,8 @@ import tiny_models as tiny
 from tiny_models import PAIRS, TEACHER_TOKENIZER, Tiny
 from xkd_schemas.errors import Mismatch, UsageError
 from xkd_schemas.signals import signal_named
-from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.cache import Cache, CacheUnion, parse_shards
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.data.union import CacheUnion, Shards, parse_shards
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import set_up
 
@@ -64,25 +63,28 @@ def test_the_union_has_the_rows_of_one_cache_of_all_documents(both: CacheUnion) 
     texts = [both.at(int(row))[0].documents[both.at(int(row))[1]]["text"] for row in both.usable]
 
     assert texts == [whole.documents[int(row)]["text"] for row in whole.usable]
+    for most in (2, 99):
+        for one, other in zip(both.rows_of_student(most), whole.rows_of_student(most), strict=True):
+            assert all(map(np.array_equal, one, other))
+    ends = [ids.tolist() for ids, _, _ in both.rows_of_student(2)]
+    assert ends == [whole.students[int(row)]["token_ids"].tolist() for row in whole.usable[[0, -1]]]
 
 
-@pytest.mark.parametrize(("weights", "counts"), [((1, 2), (1, 2)), ((2, 1), (2, 1)), ((0.5, 1), (0.5, 1))])
-def test_a_weight_says_how_often_a_document_is_seen_in_an_epoch(
-    halves: Halves, weights: tuple[float, float], counts: tuple[float, float]
-) -> None:
+@pytest.mark.parametrize("weights", [(1, 2), (2, 1), (0.5, 1)])
+def test_a_weight_says_how_often_a_document_is_seen_in_an_epoch(halves: Halves, weights: tuple[float, float]) -> None:
     caches = [Cache(t.cache, student="student") for t in (halves.first, halves.second)]
     union = CacheUnion(caches, weights)
 
     rows, again, next_epoch = union.rows(0, 7), union.rows(0, 7), union.rows(1, 7)
 
-    assert len(rows) == union.size == sum(round(w * len(c.usable)) for w, c in zip(counts, caches, strict=True))
+    assert len(rows) == sum(round(w * len(c.usable)) for w, c in zip(weights, caches, strict=True))
     assert rows.tolist() == again.tolist()
     seen = np.bincount(rows, minlength=24)
-    for number, (cache, count) in enumerate(zip(caches, counts, strict=True)):
+    for number, (cache, count) in enumerate(zip(caches, weights, strict=True)):
         of_cache = seen[(0, 10)[number] + cache.usable]
         assert of_cache.sum() == round(count * len(cache.usable))
         assert of_cache.max() - of_cache.min() <= (0 if count == int(count) else 1)
-    if 0.5 in counts:
+    if 0.5 in weights:
         assert sorted(rows.tolist()) != sorted(next_epoch.tolist())
 
 
@@ -120,7 +122,7 @@ def test_a_weight_that_is_no_number_above_0_is_refused(text: str) -> None:
 def test_a_folder_whose_name_ends_like_a_weight_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "lr=2").mkdir()
 
-    assert parse_shards(str(tmp_path / "lr=2")) == Shards(tmp_path / "lr=2")
+    assert parse_shards(str(tmp_path / "lr=2")) == (tmp_path / "lr=2", 1.0)
 
 
 def test_a_run_over_two_caches_names_both_and_another_weight_is_another_run(halves: Halves, tmp_path: Path) -> None:

@@ -45,13 +45,13 @@ class TokenStates:
 
     layer: int
     """Teacher layer, Hugging Face index."""
-    hidden_BTD: Tensor | None
+    hidden_BTD: Tensor | None = None
     """Output of the block, bfloat16; final-normed if it is the last one."""
-    attention_BT: Tensor | None
+    attention_BT: Tensor | None = None
     """Last token's attention in the block, heads summed, rows sum to 1, float32."""
-    attention_text_BT: Tensor | None
+    attention_text_BT: Tensor | None = None
     """The same of the last text token."""
-    centrality_BT: Tensor | None
+    centrality_BT: Tensor | None = None
     """MTA eq. 5-7, float32."""
 
 

@@ -1,10 +1,16 @@
-"""The cache as the trainer sees it: three tables joined by row number, fingerprints checked, heads read once."""
+"""The cache as the trainer sees it: three tables joined by row number, fingerprints checked, heads read once.
+
+Several caches of one teacher are read as one: `--shards a/ --shards b/=2`.
+"""
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,18 +29,7 @@ from xkd_schemas.tokens import STUDENTS_VERSION, Bools, Int32s
 from xkd_trainer.models.compute_dtype import dtype_named
 from xkd_trainer.models.head import Head
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherSizes:
-    """What is known of the teacher without its weights."""
-
-    name: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    hidden_std: float
-    """Standard deviation of the states that predict targets: N(x) of DWA-KD."""
-    embedding_std: float
+Int64s = npt.NDArray[np.int64]
 
 
 class Cache:
@@ -59,21 +54,13 @@ class Cache:
 
     def _check_origin(self, student: str) -> None:
         documents, teachers, spec = self.documents.manifest, self.teachers.manifest, self.students.manifest.spec
-        found = {
-            "documents": spec["documents"],
-            "teacher_root": spec["teacher_root"],
-            "teacher documents": teachers.spec["documents"],
-        }
-        made_from = {
-            "documents": documents.root,
-            "teacher_root": teachers.root,
-            "teacher documents": documents.root,
-        }
+        made_from = {"documents": documents.root, "teacher_root": teachers.root, "teacher documents": documents.root}
+        found = {key: spec[key] for key in ("documents", "teacher_root")}
+        found["teacher documents"] = teachers.spec["documents"]
         for table in self.beside:
-            other = table.manifest.spec
-            found |= {f"{table.name} {key}": other[key] for key in ("documents", "weights", "encoder")}
-            made_from |= {f"{table.name} {key}": teachers.spec[key] for key in ("weights", "encoder")}
-            made_from[f"{table.name} documents"] = documents.root
+            expected = {"documents": documents.root} | {key: teachers.spec[key] for key in ("weights", "encoder")}
+            made_from |= {f"{table.name} {key}": value for key, value in expected.items()}
+            found |= {f"{table.name} {key}": table.manifest.spec[key] for key in expected}
         again = f"xkd-cache align {self.root} --student ... --name {student}-2"
         refuse_differences(self.students.folder, made_from, found, advice=again)
         versions = {"documents": DOCUMENTS_VERSION, "teachers": TEACHERS_VERSION, "students": STUDENTS_VERSION}
@@ -83,21 +70,15 @@ class Cache:
         refuse_differences(self.root, versions, stored, advice="use the xkd-toolkit version that wrote the cache")
 
     @cached_property
-    def usable(self) -> npt.NDArray[np.int64]:
+    def usable(self) -> Int64s:
         """Rows that the student can be trained on, ascending."""
-        first, bad = 0, []
-        for commit in self.students.manifest.commits:
-            bad += [first + row for row in commit.unusable]
-            first += commit.rows
-        return np.setdiff1d(np.arange(first, dtype=np.int64), np.array(bad, dtype=np.int64), assume_unique=True)
+        commits = self.students.manifest.commits
+        firsts = [0, *accumulate(commit.rows for commit in commits)]
+        bad = [first + row for first, commit in zip(firsts, commits, strict=False) for row in commit.unusable]
+        return np.setdiff1d(np.arange(firsts[-1]), np.array(bad, np.int64), assume_unique=True)
 
-    @property
-    def size(self) -> int:
-        """Documents of an epoch."""
-        return len(self.usable)
-
-    def rows(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
-        """The rows of one epoch, [size]; here the same in each."""
+    def rows(self, epoch: int, seed: int) -> Int64s:
+        """The rows of one epoch; here the same in each."""
         return self.usable
 
     def at(self, row: int) -> tuple["Cache", int]:
@@ -112,40 +93,39 @@ class Cache:
         return tuple(sorted(found, key=lambda signal: signal.top or 0))  # readers take the last: the most classes
 
     def rows_of_student(self, most: int) -> Iterator[tuple[Int32s, npt.NDArray[np.uint8], Bools]]:
-        """Ids, kinds and targets of the first usable rows."""
-        for row in map(self.students.__getitem__, self.usable[:most]):
-            yield row["token_ids"], row["token_kinds"], row["targets"]
+        """Ids, kinds and targets of some usable rows, as far from each other as can be."""
+        for place in np.unique(np.linspace(0, len(self.usable) - 1, most).astype(np.int64)):
+            cache, row = self.at(self.usable[place])
+            student = cache.students[row]
+            yield student["token_ids"], student["token_kinds"], student["targets"]
 
     def same_tokens(self) -> tuple[int, int]:
         """How many usable rows have the same token ids in both tables, and how many usable rows there are."""
-        equal = [np.array_equal(self.students[r]["token_ids"], self.teachers[r]["token_ids"]) for r in self.usable]
+        places = map(self.at, self.usable)
+        equal = [np.array_equal(c.students[r]["token_ids"], c.teachers[r]["token_ids"]) for c, r in places]
         return sum(equal), len(equal)
 
     @property
-    def sizes(self) -> TeacherSizes:
-        """Sizes and constants of the teacher."""
-        c = self.teachers.manifest.constants
-        for table in self.beside:
-            c = c | {key: value for key, value in table.manifest.constants.items() if key == "hidden_std"}
-        return TeacherSizes(
-            name=self.teacher_name,
-            num_layers=int(c["num_layers"]),
-            hidden_size=int(c["hidden_size"]),
-            vocab_size=int(c["vocab_size"]),
-            hidden_std=float(c["hidden_std"]),
-            embedding_std=float(c["embedding_std"]),
-        )
+    def sizes(self) -> SimpleNamespace:
+        """The teacher's constants: num_layers, hidden_size, vocab_size, embedding_std, and others.
 
-    def identity(self, wanted: Iterable[Signal]) -> str | list[str]:
+        `hidden_std` is the standard deviation of the states that predict targets: N(x) of DWA-KD.
+        """
+        found = dict(self.teachers.manifest.constants)
+        for table in self.beside:
+            found |= {key: value for key, value in table.manifest.constants.items() if key == "hidden_std"}
+        return SimpleNamespace(**found)
+
+    def identity(self, wanted: Iterable[Signal]) -> Any:
         """What names the rows and signals of a run: the student's root, and those of further tables it reads."""
-        columns = {replace(signal, top=None).column for signal in wanted}
-        read = [t for t in self.beside if any(_plain(c) in columns for c in t.manifest.spec["signals"])]
+        columns = set(map(_column, wanted))
+        read = [t for t in self.beside if any(_column(signal_named(c)) in columns for c in t.manifest.spec["signals"])]
         root = self.students.manifest.root
         return [root, *(table.manifest.root for table in read)] if read else root
 
     def require(self, loss: str, needed: tuple[Signal, ...]) -> None:
         """UsageError that names what `loss` needs and the cache lacks, with the command that adds it."""
-        missing = sorted({s.column for s in needed} - {replace(s, top=None).column for s in self.signals})
+        missing = sorted({s.column for s in needed} - set(map(_column, self.signals)))
         if missing:
             raise UsageError(
                 f"loss {loss} needs {', '.join(missing)}, which {self.teachers.folder} does not hold "
@@ -154,44 +134,31 @@ class Cache:
                 f"--signals {','.join(column + _usual_number(column) for column in missing)}",
             )
 
-    def check_tokenizer(self, identity: dict[str, str]) -> None:
-        """Mismatch where the student's tokenizer is not the one the cache was aligned for."""
-        stored: dict[str, Any] = self.students.manifest.spec["encoder"]["tokenizer"]
-        theirs = {key: stored.get(key, "absent") for key in identity}
-        refuse_differences(
-            self.students.folder, identity, theirs, advice=f"xkd-cache align {self.root} --student YOUR_STUDENT"
-        )
-
     def head(self) -> Head:
         """The teacher's head, in the dtype that the teacher ran in."""
-        c = self.teachers.manifest.constants
-        tensors = self._tensors("head.safetensors")
+        tensors, softcap = self._tensors("head.safetensors"), self.sizes.softcap
         return Head(
             weight_VD=tensors["weight"],
             bias_V=tensors.get("bias"),
-            scale=float(c["logit_scale"]),
-            softcap=None if c["softcap"] is None else float(c["softcap"]),
+            scale=float(self.sizes.logit_scale),
+            softcap=None if softcap is None else float(softcap),
         )
 
     def embeddings(self) -> Tensor:
         """The teacher's input embeddings, [V, D], in the dtype that the teacher ran in."""
-        tied = bool(self.teachers.manifest.constants["tied"])
-        return self._tensors("head.safetensors" if tied else "embeddings.safetensors")["weight"]
-
-    def _mending(self) -> str:
-        return f"xkd-cache repair {self.root} --model PATH_OF_{self.teacher_name}"
+        return self._tensors("head.safetensors" if self.sizes.tied else "embeddings.safetensors")["weight"]
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
-        path = inside(self.teachers.folder, name)
-        wanted = self.teachers.manifest.files.get(name)
-        dtype = dtype_named(self.teachers.manifest.spec["dtype"])  # files hold 16 bits where those are enough
+        path, manifest = inside(self.teachers.folder, name), self.teachers.manifest
+        dtype = dtype_named(manifest.spec["dtype"])  # files hold 16 bits where those are enough
+        fix = f"xkd-cache repair {self.root} --model PATH_OF_{self.teacher_name}"
         try:
-            if sha256_of(path) != wanted:
-                raise BadData(f"{path} does not match its digest", fix=self._mending())
+            if sha256_of(path) != manifest.files.get(name):
+                raise BadData(f"{path} does not match its digest", fix=fix)
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118 - not a mapping
         except OSError as error:
-            raise BadData(f"{path}: {error.strerror}", fix=self._mending()) from error
+            raise BadData(f"{path}: {error.strerror}", fix=fix) from error
 
     def same_document(self, row: int) -> None:
         """BadData where the three tables do not hold the same document at `row`."""
@@ -200,8 +167,9 @@ class Cache:
             raise BadData(f"{self.root}: row {row} is another document in each table: {json.dumps(ids)}")
 
 
-def _plain(column: str) -> str:
-    return replace(signal_named(column), top=None).column
+def _column(signal: Signal) -> str:
+    """Its column without the number of classes."""
+    return replace(signal, top=None).column
 
 
 def _usual_number(column: str) -> str:
@@ -211,20 +179,18 @@ def _usual_number(column: str) -> str:
 
 
 def find_student(root: Path, identity: dict[str, str], name: str) -> str:
-    """The student table to use: the one named, or the only one made with this tokenizer.
+    """The student table that was made with this tokenizer: the one named, or the only one.
 
     InputMissing where there is none at all, Mismatch where none was made with this tokenizer, UsageError for several.
     """
     check_cache(root)
     names = names_in(root, "students")
-    if name:
-        if name not in names:
-            raise InputMissing(f"{root} has no students table {name!r}; it has {', '.join(names) or 'none'}")
-        return name
+    if name and name not in names:
+        raise InputMissing(f"{root} has no students table {name!r}; it has {', '.join(names) or 'none'}")
     if not names:
         raise InputMissing(f"{root} has no finished students table", fix=f"xkd-cache align {root} --student ...")
     differing: dict[str, list[str]] = {}
-    for candidate in names:
+    for candidate in [name] if name else names:
         plan = read_record(inside(root, "students", candidate, "plan.json"), Plan)  # as the manifest, and shorter
         stored = plan.spec["encoder"]["tokenizer"]
         theirs = {key: stored.get(key, "absent") for key in identity}
@@ -242,7 +208,103 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
     return fitting[0]
 
 
-def layers_of(signals: tuple[Signal, ...]) -> list[tuple[int, str]]:
+def layers_of(signals: Iterable[Signal]) -> list[tuple[int, str]]:
     """(layer, unit) of the span signals that are stored, lowest layer first."""
-    found = {(s.layer, s.unit) for s in signals if KINDS[s.name].unit}
-    return sorted((layer, unit) for layer, unit in found if layer is not None and unit is not None)
+    return sorted({(s.layer, s.unit) for s in signals if s.layer is not None and s.unit is not None})
+
+
+def parse_shards(text: str) -> tuple[Path, float]:
+    """One `--shards`, `FOLDER` or `FOLDER=WEIGHT`, as both; a folder of that very name goes first.
+
+    >>> parse_shards("a/"), parse_shards("b=0.5")
+    ((PosixPath('a'), 1.0), (PosixPath('b'), 0.5))
+
+    Raises:
+        UsageError: The weight is not a number above 0.
+    """
+    root, equals, number = text.rpartition("=")
+    if not equals or Path(text).is_dir():
+        return Path(text), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not (root and 0 < weight < math.inf):
+        raise UsageError(f"--shards {text}: {number!r} is not a weight above 0", fix="e.g. --shards cache/=2")
+    return Path(root), weight
+
+
+class CacheUnion(Cache):
+    """What a `Cache` is, over several; rows are numbered through, and tables are those of the first.
+
+    `weights` say how often the documents of each are seen in an epoch.
+
+    Raises:
+        Mismatch: The caches are not of one teacher and one student tokenization; every differing field is named.
+        UsageError: One cache is named twice.
+    """
+
+    def __init__(self, caches: Sequence[Cache], weights: Sequence[float]) -> None:
+        self.caches, self.weights = tuple(caches), tuple(weights)
+        first = self.caches[0]
+        self.root, self.teacher_name, self.beside = first.root, first.teacher_name, first.beside
+        self.documents, self.teachers, self.students = first.documents, first.teachers, first.students
+        roots = [cache.students.manifest.root for cache in caches]
+        if twice := [cache.root for cache, root in zip(caches, roots, strict=True) if roots.count(root) > 1]:
+            raise UsageError(
+                f"--shards: {twice[0]} and {twice[-1]} are the same cache", fix="give it once, as CACHE=2"
+            )
+        for other in self.caches[1:]:
+            advice = f"train on caches that `xkd-cache teacher` and `align` made with the settings of {first.root}"
+            refuse_differences(other.root, _of_teacher(first), _of_teacher(other), advice=advice)
+        self._firsts = [0, *accumulate(len(cache.students) for cache in caches)]
+        self._shares = [round(w * len(cache.usable)) for w, cache in zip(weights, caches, strict=True)]
+
+    def at(self, row: int) -> tuple[Cache, int]:
+        """The cache that holds a row of the union, and the row's number there."""
+        number = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        return self.caches[number], row - self._firsts[number]
+
+    @cached_property
+    def usable(self) -> Int64s:
+        """Rows that the student can be trained on, ascending."""
+        return np.concatenate([f + cache.usable for f, cache in zip(self._firsts, self.caches, strict=False)])
+
+    def rows(self, epoch: int, seed: int) -> Int64s:
+        """The rows of one epoch: each cache's as many whole times as its weight says, and a drawn part."""
+        found = []
+        for number, (cache, share) in enumerate(zip(self.caches, self._shares, strict=True)):
+            usable = self._firsts[number] + cache.usable
+            whole, part = divmod(share, max(1, len(usable)))
+            drawn = np.random.Generator(np.random.PCG64([seed, epoch, number])).permutation(usable)[:part]
+            found += [*[usable] * whole, drawn]
+        return np.concatenate(found)
+
+    @cached_property
+    def signals(self) -> tuple[Signal, ...]:
+        """What is stored of the teacher in every cache."""
+        common = set.intersection(*(set(cache.signals) for cache in self.caches))
+        return tuple(signal for signal in self.caches[0].signals if signal in common)
+
+    @property
+    def sizes(self) -> SimpleNamespace:
+        """Those of the teacher; the deviation of its states is over the documents of all caches."""
+        each, shares = [cache.sizes for cache in self.caches], np.array(self._shares, np.float64)
+        hidden_std = math.sqrt(sum(shares * [s.hidden_std**2 for s in each]) / shares.sum())
+        return SimpleNamespace(**vars(each[0]) | {"hidden_std": hidden_std})
+
+    def identity(self, wanted: Iterable[Signal]) -> Any:
+        """What names the rows and signals of a run: that of each cache, and its weight."""
+        signals = tuple(wanted)
+        return [[cache.identity(signals), w] for cache, w in zip(self.caches, self.weights, strict=True)]
+
+
+def _of_teacher(cache: Cache) -> dict[str, Any]:
+    """What must be the same in caches that are read as one."""
+    teacher = cache.teachers.manifest
+    return {
+        "teacher": {key: teacher.spec[key] for key in ("weights", "encoder")},
+        "head": teacher.files.get("head.safetensors", "absent"),
+        "classes": {_column(s): s.top for s in cache.signals if s.top},
+        "student": {"encoder": cache.students.manifest.spec["encoder"]},
+    }

@@ -3,7 +3,7 @@
 Shape legend: see batch.py. T counts all tokens of one teacher row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -33,8 +33,14 @@ def batch_of(cache: Cache, rows: Sequence[int], wanted: frozenset[Signal]) -> Ba
     """
     samples = [_sample(cache, int(row), wanted) for row in rows]
     data: dict[str, Any] = {name: pad([s[name] for s in samples]) for name in samples[0] if " " not in name}
-    levels = tuple(_level(layer, unit, samples, wanted) for layer, unit in layers_of(tuple(wanted)))
-    return Batch(rows=tuple(int(r) for r in rows), levels=levels, token_states=_token_states(samples, wanted), **data)
+    levels = tuple(_level(layer, unit, samples, wanted) for layer, unit in layers_of(wanted))
+    states: dict[int, dict[str, Tensor]] = {}
+    for signal in wanted:
+        if signal.name in _TOKEN_FIELDS and signal.layer is not None:
+            values = pad([s[f"tokens {signal.column}"] for s in samples])
+            states.setdefault(signal.layer, {})[_TOKEN_FIELDS[signal.name]] = values
+    token_states = tuple(TokenStates(layer=layer, **found) for layer, found in sorted(states.items()))
+    return Batch(rows=tuple(int(r) for r in rows), levels=levels, token_states=token_states, **data)
 
 
 def _sample(cache: Cache, row: int, wanted: frozenset[Signal]) -> dict[str, Array]:
@@ -42,18 +48,13 @@ def _sample(cache: Cache, row: int, wanted: frozenset[Signal]) -> dict[str, Arra
     cache, row = cache.at(row)
     cache.same_document(row)
     document, teacher, student = cache.documents[row], cache.teachers[row], cache.students[row]
-    sample = _student_arrays(student)
-    stored = {s.name: s.column for s in cache.signals if s.kind.top}
-    sample |= _teacher_arrays(teacher)
-    for signal in wanted:
-        if signal.name in _FIELDS:
-            sample |= _signal_array(teacher, signal.name, stored.get(signal.name, signal.column))
-    if states := [s for s in wanted if s.name in _TOKEN_FIELDS]:
-        sample |= _token_arrays(teacher, states)
-    sample |= _alignment_arrays(student, teacher, row)
-    if any(s.kind.unit for s in wanted):
-        sample |= _level_arrays(document, student, teacher, wanted)
-    return sample
+    columns = {s.name: s.column for s in cache.signals if s.kind.top}
+    return {
+        **_student_arrays(student),
+        **_teacher_arrays(teacher, wanted, columns),
+        **_alignment_arrays(student, teacher, row),
+        **_level_arrays(document, student, teacher, wanted),
+    }
 
 
 def _true(count: int) -> Array:
@@ -73,17 +74,28 @@ def _student_arrays(student: Row) -> dict[str, Array]:
     }
 
 
-def _teacher_arrays(teacher: Row) -> dict[str, Array]:
-    """What one row of the teacher's table gives whatever the losses."""
+def _teacher_arrays(teacher: Row, wanted: frozenset[Signal], columns: Mapping[str, str]) -> dict[str, Array]:
+    """The teacher's predictions, and the signals of them and of all tokens; `columns` of those with classes."""
     ids, targets = teacher["token_ids"].astype(np.int64), teacher["targets"]
     kept_T, predict = kept_mask(targets), predictors(targets)
-    return {
+    arrays = {
         "teacher_valid_BR": _true(int(np.count_nonzero(kept_T))),
         "teacher_predict_BM": _before(kept_T)[predict],
         "teacher_input_BM": ids[predict],
         "teacher_target_BM": ids[predict + 1],
         "teacher_predict_valid_BM": _true(len(predict)),
     }
+    for signal in wanted:
+        if signal.name in _FIELDS:
+            arrays |= _signal_array(teacher, signal.name, columns.get(signal.name, signal.column))
+        elif signal.name in _TOKEN_FIELDS:
+            arrays |= {
+                "teacher_ids_BT": ids,
+                "teacher_valid_BT": _true(len(ids)),
+                "teacher_kept_BR": kept_rows(targets),
+            }
+            arrays[f"tokens {signal.column}"] = teacher[signal.column]
+    return arrays
 
 
 _FIELDS: Final = {
@@ -119,24 +131,6 @@ _TOKEN_FIELDS: Final = {
 """Signals of all tokens of a layer, and the field of TokenStates that each is."""
 
 
-def _token_arrays(teacher: Row, wanted: Sequence[Signal]) -> dict[str, Array]:
-    """All tokens of one row, and the signals of them."""
-    ids = teacher["token_ids"].astype(np.int64)
-    kept = kept_rows(teacher["targets"])
-    arrays = {"teacher_ids_BT": ids, "teacher_valid_BT": _true(len(ids)), "teacher_kept_BR": kept}
-    return arrays | {f"tokens {signal.column}": teacher[signal.column] for signal in wanted}
-
-
-def _token_states(samples: Sequence[dict[str, Array]], wanted: frozenset[Signal]) -> tuple[TokenStates, ...]:
-    def stacked(name: str, layer: int) -> Tensor | None:
-        signal = Signal(name, layer)
-        return pad([s[f"tokens {signal.column}"] for s in samples]) if signal in wanted else None
-
-    layers = sorted({s.layer for s in wanted if s.name in _TOKEN_FIELDS and s.layer is not None})
-    fields = {layer: {field: stacked(name, layer) for name, field in _TOKEN_FIELDS.items()} for layer in layers}
-    return tuple(TokenStates(layer=layer, **found) for layer, found in fields.items())
-
-
 def _alignment_arrays(student: Row, teacher: Row, row: int) -> dict[str, Array]:
     """Aligned spans inside the targets, and exact pairs of predictions."""
     s_KR, t_KR = student["student_spans"].astype(np.int64), student["teacher_spans"].astype(np.int64)
@@ -144,20 +138,15 @@ def _alignment_arrays(student: Row, teacher: Row, row: int) -> dict[str, Array]:
     if len(t_KR) and (t_KR[:, 1].max() > len(t_target) or s_KR[:, 1].max() > len(s_target)):
         raise BadData(f"row {row}: an aligned span lies outside the tokens of its document")
     inside = s_target[s_KR[:, 0]] & t_target[t_KR[:, 0]]
-    if not inside.all():
-        s_KR, t_KR = s_KR[inside], t_KR[inside]
-    s_first, t_first = s_KR[:, 0], t_KR[:, 0]
-    s_size, t_size = s_KR[:, 1] - s_first, t_KR[:, 1] - t_first
-    teacher_K2 = np.empty_like(t_KR)
-    teacher_K2[:, 0] = _before(kept_mask(t_target))[t_first]
-    np.add(teacher_K2[:, 0], t_size, out=teacher_K2[:, 1])
-    exact = (s_size == 1) & (t_size == 1) & (s_first > 0) & (t_first > 0)
-    pairs_E2 = np.empty((int(np.count_nonzero(exact)), 2), np.int64)
-    pairs_E2[:, 0] = _before(s_target[1:])[s_first[exact] - 1]
-    pairs_E2[:, 1] = _before(t_target[1:])[t_first[exact] - 1]
+    s_KR, t_KR = s_KR[inside], t_KR[inside]
+    (s_first, s_end), (t_first, t_end) = s_KR.T, t_KR.T
+    t_row = _before(kept_mask(t_target))[t_first]
+    exact = (s_end - s_first == 1) & (t_end - t_first == 1) & (s_first > 0) & (t_first > 0)
+    pairs = (_before(target[1:])[first[exact] - 1] for target, first in ((s_target, s_first), (t_target, t_first)))
+    pairs_E2 = np.stack([*pairs], axis=1)
     return {
         "span_student_BK2": s_KR,
-        "span_teacher_BK2": teacher_K2,
+        "span_teacher_BK2": np.stack([t_row, t_row + t_end - t_first], axis=1),
         "span_valid_BK": _true(len(s_KR)),
         "span_text_BK": student["token_kinds"][s_first] != END,
         "pairs_BE2": pairs_E2,
@@ -173,21 +162,19 @@ def _before(mask_T: Array) -> Array:
 
 
 def _level_arrays(document: Row, student: Row, teacher: Row, wanted: frozenset[Signal]) -> dict[str, Array]:
-    arrays: dict[str, Array] = {}
-    phrases = document["phrases"]
-    for unit, column in (("word", "words"), ("phrase", "phrases")):
-        kept = [len(teacher[s.column]) for s in wanted if s.unit == unit and s.name == "span_mass"]
-        spans = document[column][: min(kept, default=None)]  # those that the teacher has read
-        ranges = student[f"{unit}_tokens"][: len(spans)].astype(np.int64)
-        arrays[f"level {unit} student"] = ranges
-        arrays[f"level {unit} teacher"] = _kept_ranges(teacher, spans)
-        arrays[f"level {unit} seen"] = ranges[:, 1] > ranges[:, 0]
-        arrays[f"level {unit} in_phrase"] = inside_any(spans, phrases) if unit == "word" else _true(len(spans))
+    arrays = {f"level {signal.column}": teacher[signal.column] for signal in wanted if signal.kind.unit}
+    for unit in {signal.unit for signal in wanted if signal.unit}:
+        read = min(len(teacher[s.column]) for s in wanted if s.unit == unit and s.name == "span_mass")
+        spans = document[f"{unit}s"][:read]  # those that the teacher has read
+        ranges = student[f"{unit}_tokens"][:read].astype(np.int64)
         targets = document["segments"][np.asarray(document["targets"], np.bool_)]
-        arrays[f"level {unit} in_target"] = inside_any(spans, targets)
-    for signal in wanted:
-        if signal.kind.unit:
-            arrays[f"level {signal.column}"] = teacher[signal.column]
+        arrays |= {
+            f"level {unit} student": ranges,
+            f"level {unit} teacher": _kept_ranges(teacher, spans),
+            f"level {unit} seen": ranges[:, 1] > ranges[:, 0],
+            f"level {unit} in_phrase": inside_any(spans, document["phrases"]) if unit == "word" else _true(len(spans)),
+            f"level {unit} in_target": inside_any(spans, targets),
+        }
     return arrays
 
 
@@ -218,32 +205,27 @@ def inside_any(spans: Array, outer: Array) -> Array:
 
 
 def _level(layer: int, unit: str, samples: Sequence[dict[str, Array]], wanted: frozenset[Signal]) -> Level:
-    def column(name: str) -> str:
-        return f"level {Signal(name, layer, unit).column}"
+    def stack(name: str) -> Tensor:
+        return pad([s[f"level {name}"] for s in samples])
 
-    def stacked(name: str) -> Tensor:
-        return pad([s[f"level {unit} {name}"] for s in samples])
-
-    cosines = vectors = None
-    if Signal("span_geometry", layer, unit) in wanted:
-        most = max(1, *(len(s[f"level {unit} seen"]) for s in samples))
-        cosines = torch.zeros(len(samples), most, most)
-        for number, sample in enumerate(samples):
-            count = len(sample[f"level {unit} seen"])
-            packed = torch.from_numpy(sample[column("span_geometry")].astype(np.float32))
-            cosines[number, :count, :count] = unpack_triangle(packed, count)
-    if Signal("span_vectors", layer, unit) in wanted:
-        vectors = pad([s[column("span_vectors")] for s in samples])
-    mass_BU = pad([s[column("span_mass")] for s in samples])
+    mass, geometry, vectors = (Signal(f"span_{name}", layer, unit) for name in ("mass", "geometry", "vectors"))
+    cosines_BUU = None
+    if geometry in wanted:
+        counts = [len(s[f"level {unit} seen"]) for s in samples]
+        cosines_BUU = torch.zeros(len(samples), max(1, *counts), max(1, *counts))
+        for number, (sample, count) in enumerate(zip(samples, counts, strict=True)):
+            packed = torch.from_numpy(sample[f"level {geometry.column}"].astype(np.float32))
+            cosines_BUU[number, :count, :count] = unpack_triangle(packed, count)
+    mass_BU = stack(mass.column)
     return Level(
         layer=layer,
         unit=unit,
-        student_BU2=stacked("student"),
-        teacher_BU2=stacked("teacher"),
-        valid_BU=stacked("seen") & (mass_BU > 0),  # a span the teacher has no token in has no mass
-        in_phrase_BU=stacked("in_phrase"),
-        in_target_BU=stacked("in_target"),
+        student_BU2=stack(f"{unit} student"),
+        teacher_BU2=stack(f"{unit} teacher"),
+        valid_BU=stack(f"{unit} seen") & (mass_BU > 0),  # a span the teacher has no token in has no mass
+        in_phrase_BU=stack(f"{unit} in_phrase"),
+        in_target_BU=stack(f"{unit} in_target"),
         mass_BU=mass_BU,
-        cosines_BUU=cosines,
-        vectors_BUD=vectors,
+        cosines_BUU=cosines_BUU,
+        vectors_BUD=stack(vectors.column) if vectors in wanted else None,
     )

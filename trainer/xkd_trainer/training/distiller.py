@@ -129,8 +129,8 @@ class Distiller(nn.Module):
 
     def trained_projectors(self) -> dict[str, Projectors]:
         """How the projectors of each loss that has any are trained."""
-        learns = {name for name, loss in self.losses.items() if any(p.requires_grad for p in loss.parameters())}
-        return {name: how for name, how in self.projectors.items() if name in learns}
+        learns = {name: any(p.requires_grad for p in loss.parameters()) for name, loss in self.losses.items()}
+        return {name: how for name, how in self.projectors.items() if learns[name]}
 
 
 TINY = torch.finfo(torch.float32).tiny

@@ -1,13 +1,18 @@
 """The training loop: batches from the cache, terms divided once per step, AdamW, checkpoints, one metrics file."""
 
+import itertools
+import json
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+import shutil
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from time import monotonic
+from typing import Any, Final, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,22 +21,22 @@ from torch import Tensor
 from xkd_schemas.cache.manifest import refuse_differences
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import say, signals_noted, tell_kept, warn
-from xkd_schemas.durable_files import held
-from xkd_schemas.errors import DiskFailed, Mismatch, NonFinite, UsageError
+from xkd_schemas.durable_files import disk_errors, held, rename, replace
+from xkd_schemas.errors import BadData, DiskFailed, Mismatch, NonFinite, UsageError
 from xkd_schemas.progress import Progress
 from xkd_schemas.text.encode import reading_of
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.data.prefetch import prefetch
 from xkd_trainer.data.sampler import ORDER, Order, learning_rate
-from xkd_trainer.training.checkpoint import Snapshot, drop_checkpoints, load_newest, save
-from xkd_trainer.training.export import export_student, find_learnt_ends, find_turn_ends, is_finished, was_exporting
-from xkd_trainer.training.metrics import Metrics, Window
+from xkd_trainer.training.files import Snapshot, export_student, is_finished, load_newest, save, was_exporting
 from xkd_trainer.training.prepare import Ready, set_up
+
+T = TypeVar("T")
+Value = TypeVar("Value", float, Tensor)
 
 LOOKED_AT: Final = 1024
 """Rows whose end tokens are looked up when the student is saved."""
-
+_UNASKED: Final = " (no --loss: cross-entropy alone, nothing of the teacher; xkd-train losses lists the others)"
 SAVE_SECONDS: Final = 600.0
 """Where nobody says how often, a checkpoint is written after so long."""
 
@@ -56,9 +61,8 @@ def train(
     student_table: str = "",
     on_missing: str = "fail",
     quiet: bool = False,
-    clock: Callable[[], float] = time.monotonic,
 ) -> Trained:
-    """Train a student from a cache, or go on where the same command stopped. `clock` is monotonic seconds.
+    """Train a student from a cache, or go on where the same command stopped.
 
     Ctrl-C and SIGTERM end it after the step in work, with a checkpoint of it.
 
@@ -77,16 +81,17 @@ def train(
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
     ready = set_up(run, student_table, on_missing=on_missing, quiet=quiet)
-    order = Order(size=ready.cache.size, batch_size=run.train.batch_size, seed=run.train.seed)
-    if order.size == 0:
+    size = len(ready.cache.rows(0, run.train.seed))
+    if size == 0:
         raise UsageError(f"{ready.cache.root} has no usable document for this student")
+    order = Order(size=size, batch_size=run.train.batch_size, seed=run.train.seed)
     total = run.train.steps or max(1, round(run.train.epochs * order.steps_per_epoch))
     fingerprint = _fingerprint(run, ready, total)
     first = os.environ.get("RANK", "0") == "0"  # of the processes of one run
     with held(out) if first else nullcontext():
         if is_finished(out, fingerprint):
             return Trained(out=out, steps=total, resumed_at=total, terms={}, weights=fingerprint["weights"])
-        return _Run(run, ready, order, total, fingerprint, quiet).go(clock)
+        return _Run(run, ready, order, total, fingerprint, quiet).go()
 
 
 def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
@@ -105,6 +110,65 @@ def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
     } | ({} if thinking is None else {"enable_thinking": thinking})
 
 
+def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """The items, none of them None, made in a thread at most `depth` ahead; its errors are raised here."""
+    with ThreadPoolExecutor(1, thread_name_prefix="produce") as pool:
+        ahead = deque(pool.submit(next, items, None) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, items, None))
+            yield item
+
+
+class Metrics:
+    """Appends lines to OUT/metrics.jsonl: one JSON object each, what a run measured, in that order.
+
+    After a resume, lines of steps that are done again are dropped first. A run that starts at its first step gets a
+    new file, and what an earlier run measured is kept as metrics-1.jsonl, metrics-2.jsonl, ...
+    """
+
+    def __init__(self, out: Path, *, resumed_step: int) -> None:
+        self.path = out / "metrics.jsonl"
+        with disk_errors(self.path):
+            out.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        if resumed_step:
+            whole = [line for line in lines if line.endswith(b"\n")]  # the last one may be half of a killed run's
+            kept = [line for n, line in enumerate(whole, start=1) if self._step(line, n) <= resumed_step]
+            replace(self.path, b"".join(kept))
+        elif lines:
+            taken = {path.name for path in out.glob("metrics-*.jsonl")}
+            free = next(name for n in itertools.count(1) if (name := f"metrics-{n}.jsonl") not in taken)
+            rename(self.path, out / free)
+
+    def write(self, **values: Any) -> None:
+        """Append one line."""
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+    def _step(self, line: bytes, number: int) -> int:
+        with suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["step"])
+        raise BadData(
+            f"{self.path}: line {number} is no JSON object with a step", kept="the checkpoints",
+            fix=f"mv {self.path} {self.path}.damaged, and run the same command again",
+        )  # fmt: skip
+
+
+def add_values(sums: dict[str, Value], values: Mapping[str, Value]) -> None:
+    """Add numbers or tensors by name to what is there, or put them there."""
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+@dataclass(kw_only=True, slots=True)
+class Window:
+    """Sums of the terms and of their counts since the last logged step."""
+
+    steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+
 class _Run:
     """The state of one run."""
 
@@ -113,9 +177,7 @@ class _Run:
     ) -> None:
         self.settings, self.ready, self.order, self.total = run.train, ready, order, total
         self.fingerprint, self.quiet = fingerprint, quiet
-        self.out = Path(run.train.out)
-        self.saved = 0
-        self.seen = Window()
+        self.out, self.saved, self.seen = Path(run.train.out), 0, Window()
         precision = run.train.mixed_precision
         self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         self.distiller = ready.distiller
@@ -156,79 +218,81 @@ class _Run:
             batches.append(blank(batch_of(cache, rows_of_epoch[shares[0][0]].tolist(), wanted)))
         return batches
 
-    def _steps(self) -> Iterator[list[Batch]]:
-        for step in range(self.start, self.total):
-            yield self._micro_batches(step)
-
-    def go(self, clock: Callable[[], float]) -> Trained:
+    def go(self) -> Trained:
         """Run all remaining steps, save, and export the student."""
-        self.clock, self.saved_at = clock, clock()
+        self.saved_at = monotonic()
         main = self.accelerator.is_main_process
         if main and not self.quiet:
-            say(f"loss: {self.distiller.describe(self.total - 1)}")
+            alone = "" if "loss" in self.settings.model_fields_set else _UNASKED
+            say(f"loss: {self.distiller.describe(self.total - 1)}{alone}")
         metrics = Metrics(self.out, resumed_step=self.start) if main else None
         self.module.train()
-        last: dict[str, float] = {}
-        with Progress("train", self.total - self.start, of="steps", quiet=not main) as progress, self._stoppable():
-            for step, batches in enumerate(prefetch(self._steps), start=self.start):
-                terms, counts, norm = self._step(step, [b.to(self.accelerator.device) for b in batches])
-                self.seen.add(terms, counts)
-                if (step + 1) % self.settings.log_every == 0 or step + 1 == self.total:
-                    last = self.seen.means()
-                    if main and (idle := self.seen.idle()):
-                        warn(f"step {step + 1}: nothing qualified for {', '.join(idle)} since the last logged step")
-                    if metrics is not None:
-                        lr = float(self.optimizer.param_groups[0]["lr"])
-                        metrics.write(step=step + 1, grad_norm=norm, lr=lr, **last, **self.seen.totals())
-                    self.seen = Window()
-                stop = self._stop()
-                if main and (stop or self._is_due(step + 1)):
-                    self._save(step + 1)
-                if stop:
-                    break
-                progress.reach(step + 1 - self.start, f"loss {last['loss']:.4f}" if last else "")
-        if main:
-            if self.settings.save_every and self.saved != self.total:
-                self._save(self.total)
-            with tell_kept(self._kept), self._kept_on_a_full_disk():
+        last, stop = dict[str, float](), False
+        with self._telling_what_is_kept():
+            progress = Progress("train", self.total - self.start, of="steps", quiet=not main)
+            with progress, signals_noted() as noted:
+                made = prefetch(map(self._micro_batches, range(self.start, self.total)))
+                for step, batches in enumerate(made, start=self.start + 1):
+                    terms, counts, norm = self._step(step - 1, [b.to(self.accelerator.device) for b in batches])
+                    self.seen.steps += 1
+                    add_values(self.seen.sums, terms)
+                    add_values(self.seen.counts, counts)
+                    if step % self.settings.log_every == 0 or step == self.total:
+                        last = self._log(step, norm, metrics)
+                    stop = self._stop(noted())
+                    if main and (stop or self._is_due(step)):
+                        self._save(step)
+                    if stop:
+                        break
+                    progress.reach(step - self.start, f"loss {last['loss']:.4f}" if last else "")
+            if stop:  # by a signal to another process
+                raise KeyboardInterrupt
+            if main:
                 self._export()
         weights = self.fingerprint["weights"]
         return Trained(out=self.out, steps=self.total, resumed_at=self.start, terms=last, weights=weights)
 
+    def _log(self, step: int, norm: float, metrics: Metrics | None) -> dict[str, float]:
+        """Write what was measured since the last logged step, and return the means."""
+        seen, self.seen = self.seen, Window()
+        means = {name: value / seen.steps for name, value in seen.sums.items()}
+        if metrics is not None:
+            if idle := sorted(name for name, count in seen.counts.items() if count == 0):
+                warn(f"step {step}: nothing qualified for {', '.join(idle)} since the last logged step")
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            totals = {f"{name}.count": round(value, 6) for name, value in seen.counts.items()}
+            metrics.write(step=step, grad_norm=norm, lr=lr, **means, **totals)
+        return means
+
     def _export(self) -> None:
-        student, tokenizer = self.distiller.student, self.ready.tokenizer
-        ends = find_turn_ends(student, tokenizer, find_learnt_ends(self.ready.cache.rows_of_student(LOOKED_AT)))
-        export_student(self.out, student, tokenizer, self.fingerprint, ends=ends)
+        if self.settings.save_every and self.saved != self.total:
+            self._save(self.total)
+        rows = self.ready.cache.rows_of_student(LOOKED_AT)
+        export_student(self.out, self.distiller.student, self.ready.tokenizer, self.fingerprint, rows)
         if not self.settings.save_every:
-            drop_checkpoints(self.out)
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
 
     @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """Steps inside are ended whole by Ctrl-C and SIGTERM, which come out at the end."""
-        with tell_kept(self._kept), signals_noted() as noted:
-            self.noted = noted
-            yield
-
-    @contextmanager
-    def _kept_on_a_full_disk(self) -> Iterator[None]:
-        """What is kept of this run, where the disk fails inside."""
+    def _telling_what_is_kept(self) -> Iterator[None]:
+        """Where a signal or the disk ends the work inside, the last line says what is kept of this run."""
         try:
-            yield
+            with tell_kept(self._kept):
+                yield
         except DiskFailed as error:
             raise DiskFailed(error.what, kept=self._kept(), fix=error.fix) from error
 
-    def _stop(self) -> bool:
+    def _stop(self, noted: bool) -> bool:
         """Whether a signal came to any of the processes: all of them end at the same step."""
         if self.accelerator.num_processes == 1:
-            return self.noted()
-        flag = torch.tensor(float(self.noted()), device=self.accelerator.device)
+            return noted
+        flag = torch.tensor(float(noted), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def _is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after so many steps."""
         if self.settings.save_every:
             return step % self.settings.save_every == 0
-        return step < self.total and self.clock() - self.saved_at >= SAVE_SECONDS
+        return step < self.total and monotonic() - self.saved_at >= SAVE_SECONDS
 
     def _kept(self) -> str:
         if self.saved:
@@ -240,12 +304,16 @@ class _Run:
         factor = learning_rate(step, self.total, self.settings)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        denominators = self._denominators(batches)
+        denominators: dict[str, Tensor] = {}
+        for batch in batches:
+            add_values(denominators, {n: count.double() for n, count in self.distiller.counts(batch).items()})
+        denominators = self.accelerator.reduce(denominators, reduction="sum")
         parts: dict[str, Tensor] = {}
-        for number, batch in enumerate(batches):
-            share, terms = self._backward(batch, denominators, step, last=number + 1 == len(batches))
-            for name, value in {"loss": share, **terms}.items():
-                parts[name] = parts[name] + value if name in parts else value
+        for number, batch in enumerate(batches, start=1):
+            with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.module):
+                loss, terms = self.module(batch, denominators, step)
+                self.accelerator.backward(loss * self.accelerator.num_processes)  # wrappers average over processes
+            add_values(parts, {"loss": loss.detach().float(), **terms})
         means = self.accelerator.reduce(parts, reduction="sum")
         norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm))
         values = {name: float(value) for name, value in means.items()}
@@ -253,24 +321,6 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return values, {name: float(n) for name, n in denominators.items()}, norm
-
-    def _denominators(self, batches: list[Batch]) -> dict[str, Tensor]:
-        counts: dict[str, Tensor] = {}
-        for batch in batches:
-            for name, count in self.distiller.counts(batch).items():
-                count = count.detach().double()
-                counts[name] = counts[name] + count if name in counts else count
-        reduced: dict[str, Tensor] = self.accelerator.reduce(counts, reduction="sum")
-        return reduced
-
-    def _backward(
-        self, batch: Batch, denominators: dict[str, Tensor], step: int, *, last: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradient of one micro-batch. Wrappers average over processes, hence the factor."""
-        with nullcontext() if last else self.accelerator.no_sync(self.module):
-            loss, terms = self.module(batch, denominators, step)
-            self.accelerator.backward(loss * self.accelerator.num_processes)
-        return loss.detach().float(), terms
 
     def _refuse_non_finite(self, step: int, values: dict[str, float], norm: float, batches: list[Batch]) -> None:
         bad = [name for name, value in {**values, "gradient norm": norm}.items() if not math.isfinite(value)]
@@ -292,16 +342,5 @@ class _Run:
             fingerprint=self.fingerprint,
             window=asdict(self.seen),
         )
-        with self._kept_on_a_full_disk():
-            save(self.out, snapshot)
-        self.saved, self.saved_at = step, self.clock()
-
-
-def describe(trained: Trained) -> None:
-    """Say how a run ended."""
-    if trained.resumed_at == trained.steps:
-        say(f"{trained.out}: already trained for {trained.steps} steps with these settings, nothing to do")
-        return
-    resumed = f" (resumed at step {trained.resumed_at})" if trained.resumed_at else ""
-    terms = ", ".join(f"{name} {value:.4f}" for name, value in sorted(trained.terms.items()))
-    say(f"{trained.out}: trained for {trained.steps} steps{resumed}; {terms}")
+        save(self.out, snapshot)
+        self.saved, self.saved_at = step, monotonic()

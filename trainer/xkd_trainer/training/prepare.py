@@ -1,6 +1,15 @@
-"""From a run file to what a run needs: cache, student, losses. What can be refused is refused here."""
+"""From a run file to what a run needs: cache, student, losses. What can be refused is refused here.
 
+The trainer imports nothing of the pipeline: where the cache was not aligned for the student's tokenizer, it says the
+command, or runs `xkd-cache align` as a program of its own.
+"""
+
+import importlib.util
+import itertools
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,22 +19,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from xkd_schemas.cache.table import names_in
 from xkd_schemas.config import RunConfig
-from xkd_schemas.errors import Mismatch, UsageError
+from xkd_schemas.console import note, say
+from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import Signal
 from xkd_schemas.text.encode import reading_of
 from xkd_schemas.text.templates import AUTO
 from xkd_schemas.text.tokenizers import identity
-from xkd_trainer.data.cache import Cache, layers_of
-from xkd_trainer.data.union import CacheUnion, Shards, parse_shards
+from xkd_trainer.data.cache import Cache, CacheUnion, find_student, layers_of, parse_shards
 from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant_head
 from xkd_trainer.losses.registry import loss_named, parse_loss
 from xkd_trainer.models.architecture import num_layers
 from xkd_trainer.models.head import check_model, head_of
 from xkd_trainer.models.loading import load_model, load_tokenizer, new_model
 from xkd_trainer.training.distiller import Distiller
-from xkd_trainer.training.student_table import align_command
-from xkd_trainer.training.student_table import student_table as find_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,34 +47,6 @@ class Ready:
     """Signals that batches carry."""
 
 
-def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
-    """The student: loaded, or made new with the run's seed.
-
-    UsageError where its embedding table is smaller than the tokenizer, or it is no causal model under a plain linear
-    head.
-    """
-    name = run.student.model
-    if name.startswith("new:"):
-        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-        torch.manual_seed(run.train.seed)
-        new = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
-        return _check_student(new, name)
-    model = _check_student(load_model(name, dtype=torch.float32), name)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UsageError(
-            f"student {name} has {rows} embeddings, its tokenizer {len(tokenizer)} tokens",
-            fix="use the tokenizer the model was trained with",
-        )
-    return model
-
-
-def _check_student(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    check_model(model)
-    constant_head(head_of(model), f"student {name}", convert=False)
-    return model
-
-
 def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
     """Check and load everything; `on_missing` says what to do where the student's table is not there.
 
@@ -78,25 +58,23 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
         raise UsageError("a new student needs a tokenizer", fix="--student-tokenizer FOLDER")
     weights = parse_loss(run.train.loss)
     settings = {name: loss_named(name).parse(run.losses.get(name, {})) for name in weights}
-    unused = sorted(set(run.losses) - set(weights))
-    for name in unused:
+    for name in sorted(set(run.losses) - set(weights)):
         loss_named(name).parse(run.losses[name])
     tokenizer = load_tokenizer(run.student.tokenizer or run.student.model)
-    fingerprint = identity(tokenizer)
-    named = [parse_shards(text) for text in run.train.shards] or [Shards(Path(run.cache))]
-    caches = []
-    for shards in named:
-        of_root = run.model_copy(update={"cache": str(shards.root)})
-        table = find_table(of_root, fingerprint, student_table, on_missing=on_missing, quiet=quiet)
-        caches.append(cache := Cache(shards.root, student=table))
-        cache.check_tokenizer(fingerprint)
-        _check_template(of_root, cache)
-    weights_of_caches = [shards.weight for shards in named]
-    cache = CacheUnion(caches, weights_of_caches) if len(caches) > 1 or weights_of_caches != [1.0] else caches[0]
-    levels = levels_of(cache)
+    fingerprint, caches = identity(tokenizer), []
+    shards = [parse_shards(text) for text in run.train.shards] or [(Path(run.cache), 1.0)]
+    for root, _ in shards:
+        of_root = run.model_copy(update={"cache": str(root)})
+        table = _find_table(of_root, fingerprint, student_table, on_missing=on_missing, quiet=quiet)
+        caches.append(Cache(root, student=table))
+        _check_template(of_root, caches[-1])
+    seen = [weight for _, weight in shards]
+    cache = caches[0] if seen == [1.0] else CacheUnion(caches, seen)
+    states = [s.layer for s in cache.signals if s.name == "hidden" and s.layer is not None]
+    levels = Levels(layers_of(cache.signals), num_layers=cache.sizes.num_layers, states=states)
     needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
-    for name, signals in needs.items():
-        cache.require(name, signals)
+    for name, each in itertools.product(needs, caches):
+        each.require(name, needs[name])
     student = student_of(run, tokenizer)
     context = context_of(cache, student, tokenizer, levels)
     torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
@@ -104,6 +82,30 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
     wanted = frozenset(signal for signals in needs.values() for signal in signals)
     distiller = Distiller(student, losses, weights, _projectors(run, losses))
     return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted)
+
+
+def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
+    """The student: loaded, or made new with the run's seed.
+
+    UsageError where its embedding table is smaller than the tokenizer, or it is no causal model under a plain linear
+    head.
+    """
+    name = run.student.model
+    if name.startswith("new:"):
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        torch.manual_seed(run.train.seed)
+        model = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
+    else:
+        model = load_model(name, dtype=torch.float32)
+    check_model(model)
+    constant_head(head_of(model), f"student {name}", convert=False)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UsageError(
+            f"student {name} has {rows} embeddings, its tokenizer {len(tokenizer)} tokens",
+            fix="use the tokenizer the model was trained with",
+        )
+    return model
 
 
 def _check_template(run: RunConfig, cache: Cache) -> None:
@@ -115,7 +117,7 @@ def _check_template(run: RunConfig, cache: Cache) -> None:
         raise Mismatch(
             f"{cache.students.folder} was made with {wrong[0]}={encoder[wrong[0]]}, this run says {asked[wrong[0]]}",
             kept="the cache as it is",
-            fix=f"leave student.{wrong[0]} out, or {shlex.join(align_command(run, 'NEW_NAME'))}",
+            fix=f"leave student.{wrong[0]} out, or {shlex.join(_align_command(run, 'NEW_NAME'))}",
         )
 
 
@@ -129,12 +131,6 @@ def _projectors(run: RunConfig, losses: Mapping[str, nn.Module]) -> dict[str, Pr
         if idle and not any(p.requires_grad for p in loss.parameters()):
             raise UsageError(f"losses.{name}.{idle[0]}: {name} has no projectors here", fix=f"leave out {idle[0]}")
     return found
-
-
-def levels_of(cache: Cache) -> Levels:
-    """What is in the cache of the teacher's layers."""
-    states = [s.layer for s in cache.signals if s.name == "hidden" and s.layer is not None]
-    return Levels(layers_of(cache.signals), num_layers=cache.sizes.num_layers, states=states)
 
 
 def context_of(cache: Cache, student: PreTrainedModel, tokenizer: Any, levels: Levels) -> Context:
@@ -158,3 +154,56 @@ def context_of(cache: Cache, student: PreTrainedModel, tokenizer: Any, levels: L
         tokenizer_differences=tuple(key for key in ("vocabulary", "probe") if ours[key] != theirs[key]),
         same_tokens=cache.same_tokens,
     )
+
+
+def _find_table(run: RunConfig, identity: dict[str, str], name: str, *, on_missing: str, quiet: bool) -> str:
+    """`find_student`, which is made first where it is missing and `align` is chosen."""
+    if on_missing not in ("fail", "align"):
+        raise UsageError(f"--on-missing {on_missing}: not known", fix="use fail or align")
+    root = Path(run.cache)
+    try:
+        return find_student(root, identity, name)
+    except (InputMissing, Mismatch) as error:
+        if not root.is_dir() or not names_in(root, "teachers"):
+            raise
+        command = _align_command(run, name)
+        if on_missing == "fail":
+            fix = f"{shlex.join(command)}   (or add --on-missing align)"
+            raise type(error)(error.what, kept=error.kept, fix=fix) from None
+    _align(command, quiet)
+    return find_student(root, identity, name)
+
+
+def _align_command(run: RunConfig, name: str) -> list[str]:
+    """The `xkd-cache align` command for the student of a run.
+
+    >>> " ".join(_align_command(RunConfig(cache="c", student={"tokenizer": "tok", "template": "chat"}), ""))
+    'xkd-cache align c --student tok --template chat --max-tokens 1024'
+    """
+    student, thinking = run.student, run.student.enable_thinking
+    flags = {
+        "--student": student.tokenizer or student.model,
+        "--template": "" if student.template == AUTO else student.template,
+        "--max-tokens": str(student.max_tokens),
+        "--enable-thinking": "" if thinking is None else str(thinking).lower(),
+        "--name": name or student.name,
+        "--teacher": run.teacher.name,
+    }
+    return ["xkd-cache", "align", run.cache, *(word for flag in flags.items() if flag[1] for word in flag)]
+
+
+def _align(command: list[str], quiet: bool) -> None:
+    line = shlex.join(command)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes cannot align at once", fix=f"once, before training: {line}")
+    if importlib.util.find_spec("xkd_pipeline") is None:
+        raise InputMissing("xkd-cache is not installed here", fix=f"pip install 'xkd-toolkit[pipeline]', then {line}")
+    note(line)
+    program = "from xkd_pipeline.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, *command[1:]], stdout=subprocess.PIPE, text=True, check=False
+    )
+    for said in done.stdout.splitlines() if not quiet else ():
+        say(said)
+    if done.returncode:
+        raise InputMissing(f"aligning ended with exit code {done.returncode}", kept="the cache", fix=line)

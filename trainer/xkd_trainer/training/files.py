@@ -1,0 +1,218 @@
+"""What a run leaves on disk: checkpoints while it goes on, then the finished student.
+
+    OUT/checkpoints/step-00000200/  student.safetensors  projectors.safetensors  optimizer.safetensors
+                                    state.json  COMPLETE (sha256 of the others)
+A checkpoint appears whole, by rename, or not at all. The student lies in OUT itself, a folder that
+AutoModelForCausalLM and AutoTokenizer load, with `xkd.json`, which says where it came from.
+"""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xkd_schemas.cache.manifest import OWN
+from xkd_schemas.digests import digest
+from xkd_schemas.durable_files import disk_errors, own_folder, replace, save_folder, sha256_of, sync_folder
+from xkd_schemas.tokens import END, Bools, Int32s
+from xkd_trainer.models.student_files import PROVENANCE, check_student, save_tensors, tensor_errors
+
+KEPT = 2
+"""Newest whole checkpoints that stay."""
+FILES: Final = ("student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Everything a run needs to go on as if it had not stopped. The order of documents is a formula of the step."""
+
+    step: int
+    """Optimizer steps done."""
+    student: Mapping[str, Tensor]
+    projectors: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    """`state_dict()` of the optimizer."""
+    random: Tensor
+    """torch's CPU generator state, uint8."""
+    fingerprint: Mapping[str, Any]
+    """What must be the same to resume: cache root, losses, batch size, seed, ..."""
+    window: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured since the last logged step."""
+
+
+def _make_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    unique: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():  # tied weights appear twice in a state dict and once on disk
+        if not tensor.numel() or tensor.data_ptr() not in seen:
+            unique[name] = tensor.detach().cpu().contiguous()
+        seen.add(tensor.data_ptr())
+    return unique
+
+
+def save(out: Path, snapshot: Snapshot) -> Path:
+    """Write a checkpoint and drop all but the newest KEPT that are whole; DiskFailed leaves earlier ones untouched."""
+    folder = out / "checkpoints"
+    target = folder / f"step-{snapshot.step:08d}"
+    with disk_errors(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        with own_folder(folder, ".tmp-step-") as temporary:
+            _write(temporary, snapshot)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+        sync_folder(folder)
+        found = _find_checkpoints(out)
+        whole = (path for path in reversed(found) if path == target or not _find_fault(path))
+        for old in set(found) - set(islice(whole, KEPT)):
+            shutil.rmtree(old)
+    return target
+
+
+def _write(folder: Path, snapshot: Snapshot) -> None:
+    optimizer = {
+        f"{index}.{key}": tensor.detach().cpu().contiguous()
+        for index, values in snapshot.optimizer["state"].items()
+        for key, tensor in values.items()
+    }
+    save_tensors(_make_contiguous(snapshot.student), folder / "student.safetensors")
+    save_tensors(_make_contiguous(snapshot.projectors), folder / "projectors.safetensors")
+    save_tensors({**optimizer, "random": snapshot.random}, folder / "optimizer.safetensors")
+    state = {
+        "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "window": dict(snapshot.window),
+        "optimizer": {"groups": snapshot.optimizer["param_groups"]},
+    }  # fmt: skip
+    (folder / "state.json").write_text(json.dumps(state, sort_keys=True))
+    sums = {name: sha256_of(folder / name) for name in FILES}
+    (folder / "COMPLETE").write_text(json.dumps(sums, sort_keys=True))
+    for path in folder.iterdir():
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+    sync_folder(folder)
+
+
+def _find_checkpoints(out: Path) -> list[Path]:
+    return sorted(path for path in (out / "checkpoints").glob("step-[0-9]*") if (path / "COMPLETE").is_file())
+
+
+def load_newest(out: Path) -> tuple[Snapshot | None, list[str]]:
+    """The newest checkpoint that is whole, and a line for each newer one that is not."""
+    skipped: list[str] = []
+    for path in reversed(_find_checkpoints(out)):
+        if not (fault := _find_fault(path)):
+            return _load(path), skipped
+        skipped.append(f"{path} is damaged and was passed over: {fault}")
+    return None, skipped
+
+
+def _find_fault(path: Path) -> str:
+    """What is wrong with the files of a checkpoint; nothing where they are whole."""
+    try:
+        sums = json.loads((path / "COMPLETE").read_text())
+        wrong = [name for name in FILES if sha256_of(path / name) != sums[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return repr(error)
+    return f"{wrong[0]} does not match its digest" if wrong else ""
+
+
+def _load(path: Path) -> Snapshot:
+    state = json.loads((path / "state.json").read_text())
+    tensors = load_file(path / "optimizer.safetensors")
+    random = tensors.pop("random")
+    values: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        values.setdefault(int(index), {})[name] = tensor
+    return Snapshot(
+        step=int(state["step"]),
+        student=load_file(path / "student.safetensors"),
+        projectors=load_file(path / "projectors.safetensors"),
+        optimizer={"state": values, "param_groups": state["optimizer"]["groups"]},
+        random=random.to(torch.uint8),
+        fingerprint=state["fingerprint"],
+        window=state.get("window", {}),
+    )
+
+
+Learnt = tuple[Int32s, Any, Bools]
+"""Ids, kinds and targets of a row."""
+UNFINISHED = "xkd-unfinished.json"
+"""Names the run while its student is being saved."""
+
+
+def export_student(
+    out: Path, student: PreTrainedModel, tokenizer: Any, fingerprint: Mapping[str, Any], rows: Iterable[Learnt]
+) -> None:
+    """Save weights (safetensors), configuration, tokenizer, and last `xkd.json`, the mark of a finished folder.
+
+    Every file is durable before the mark is made, which holds their digests and its own. A generation stops at the
+    ends that `find_turn_ends` finds in `rows`.
+    """
+    ends = find_turn_ends(student, tokenizer, rows)
+    replace(out / UNFINISHED, json.dumps({"run": dict(fingerprint)}).encode())
+    student.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    student.generation_config.pad_token_id = (
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )
+
+    def save(folder: Path) -> None:
+        with tensor_errors():
+            student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    names = save_folder(out, save)
+    provenance: dict[str, Any] = {
+        "files": {name: sha256_of(out / name) for name in names},
+        "run": dict(fingerprint),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    provenance[OWN] = digest(provenance)
+    replace(out / PROVENANCE, (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
+    with disk_errors(out):
+        (out / UNFINISHED).unlink()
+
+
+def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """True where `out` holds the finished student of exactly this run; BadData where a file is not as it was saved."""
+    check_student(out, weights=True)
+    return _names_run(out / PROVENANCE, fingerprint)
+
+
+def was_exporting(out: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """True where exactly this run was stopped while it saved its student to `out`."""
+    return _names_run(out / UNFINISHED, fingerprint)
+
+
+def _names_run(path: Path, fingerprint: Mapping[str, Any]) -> bool:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(stored.get("run") == json.loads(json.dumps(dict(fingerprint))))
+
+
+def find_turn_ends(model: PreTrainedModel, tokenizer: Any, rows: Iterable[Learnt]) -> list[int]:
+    """All ids that end a turn, ascending: of the tokenizer, of the model's generation config, and targets of `rows`.
+
+    A chat template may end a turn with another token than the tokenizer's own (`<|im_end|>`, `<end_of_turn>`). A
+    generation that stops at the own one alone runs on behind the answer.
+    """
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [] if own is None else [own])}
+    for ids_T, kinds_T, targets_T in rows:
+        ends.update(ids_T[(kinds_T == END) & targets_T].tolist())
+    return sorted(map(int, ends))
