@@ -236,7 +236,7 @@ def test_classes_far_below_the_likeliest_change_nothing_and_equals_give_the_firs
     assert float(entropy[0]) == pytest.approx(math.log(2), rel=1e-6)
     assert int(argmax[0]) == 0
     assert float(logsumexp[0]) == pytest.approx(3 + math.log(2), rel=1e-6)
-    for broken in (math.nan, math.inf):
-        entropy, _, logsumexp = prediction_stats(torch.tensor([[1.0, broken, 0.0]]))
+    for broken in ([1.0, math.nan, 0.0], [1.0, math.inf, 0.0], [-math.inf] * 3):
+        entropy, _, logsumexp = prediction_stats(torch.tensor([broken]))
         assert entropy.isnan().all()
         assert logsumexp.isnan().all()

@@ -33,8 +33,8 @@ from xkd_trainer.losses.ops.softmax_rows import (
     parts,
     scratch_for,
     slices,
-    statistics_rows,
 )
+from xkd_trainer.models.measures import prediction_stats
 
 PASS_BYTES = 96 << 20
 """Size of one chunk of the student's logits; products of fewer positions are slower: each reads the head once."""
@@ -282,9 +282,11 @@ class _Pass:
         """[places, C]: entropies of the student, and peaks of the others, 0 where no weights read them."""
         seen = made[0].new_zeros(len(made), len(made[0]))
         for part in parts(made[0]):
-            seen[0, part] = statistics_rows(made[0][part], self.scratch).entropy
+            seen[0, part] = prediction_stats(made[0][part])[0].clamp_min(0.0)
             for place in {place for _, place, _ in self.weighed}:
-                seen[place, part] = statistics_rows(made[place][part], self.scratch).peak
+                _, best_P, logsumexp_P = prediction_stats(made[place][part])
+                best_P1 = made[place][part].gather(-1, best_P[:, None])
+                seen[place, part] = (best_P1[:, 0] - logsumexp_P).exp()
         return seen
 
     def _weigh(self, rows: slice, valid_BN: Tensor, seen: Tensor) -> None:
