@@ -9,7 +9,7 @@ import torch
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.codecs import CODECS, PLAIN, Bits, Encoded, numbers_of, squared_error
 from xkd_schemas.signals import Signal
-from xkd_trainer.models.head import Head
+from xkd_trainer.models.architecture import Head
 
 KL_ROWS = 32
 """States of a unit whose next-token distributions are compared before and after the codec."""

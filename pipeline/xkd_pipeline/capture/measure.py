@@ -16,8 +16,8 @@ from torch import Tensor
 from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import Int32s, Tokens, kept_rows, predictors
+from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.forward import States
-from xkd_trainer.models.head import Head
 from xkd_trainer.models.measures import centrality, cosine_matrix, pack_triangle, pool_spans, prediction_stats
 
 LOGIT_BYTES = 64 * 2**20

@@ -8,8 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_trainer.models.architecture import num_layers
-from xkd_trainer.models.head import head_of
+from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.loading import model_source, short
 
 

@@ -8,8 +8,8 @@ from xkd_pipeline.capture import measure
 from xkd_pipeline.capture.measure import Reading, bf16_bits, pad_readings, signals_of
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import CONTENT, Tokens
+from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.forward import States
-from xkd_trainer.models.head import Head
 
 
 def reading(ids: list[int], targets: list[bool], **ranges: list[list[int]]) -> Reading:

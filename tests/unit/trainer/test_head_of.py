@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import tiny_models as tiny
 from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.declaration import constant_head
-from xkd_trainer.models.forward import run
-from xkd_trainer.models.head import Head, check_head, head_of
+from xkd_trainer.models.architecture import Head, head_of
+from xkd_trainer.models.forward import check_head, run
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
