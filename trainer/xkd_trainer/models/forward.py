@@ -156,23 +156,13 @@ def _row(model: PreTrainedModel, heard: LastRows, which: str, layer: int, valid_
     return normalise_row(heard.rows[which, layer - 1], valid_BL)
 
 
-def rehearse(
-    model: PreTrainedModel,
-    *,
-    layers: Sequence[int] = (),
-    attention: bool = False,
-    attention_layers: Sequence[int] = (),
-    text_layers: Sequence[int] = (),
-) -> None:
-    """`run` on eight tokens: what a model cannot give is refused before there is work to lose."""
-    if attention or attention_layers or text_layers:
+def rehearse(model: PreTrainedModel, **reads: Any) -> None:
+    """`run` on eight tokens with what it is to read, so that what a model cannot give is refused before all work."""
+    if any(reads.get(name) for name in ("attention", "attention_layers", "text_layers")):
         check_attention(model)
     ids_BL = tokens_of_any(model)
     with torch.no_grad(), evaluating(model):
-        run(
-            model, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), layers=layers, attention=attention,
-            attention_layers=attention_layers, text_layers=text_layers, text_B=torch.full_like(ids_BL[:, 0], 6),
-        )  # fmt: skip
+        run(model, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), text_B=torch.full_like(ids_BL[:, 0], 6), **reads)
 
 
 @torch.no_grad()
