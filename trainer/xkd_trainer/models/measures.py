@@ -12,6 +12,8 @@ Shape legend for this file
 """
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -304,3 +306,12 @@ def normalise_row(attention_row_BHL: Tensor, valid_BL: Tensor) -> Tensor:
     """
     weights_BL = torch.where(valid_BL, at_least_float32(attention_row_BHL).sum(1), 0.0)
     return divide(weights_BL, weights_BL.sum(-1, keepdim=True))
+
+
+OF_STATES: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {"centrality": centrality}
+"""Signals of the tokens of a layer: states [B, L, D], valid [B, L] -> [B, L] or [B, L, D]."""
+
+OF_LOGITS: Final[Mapping[tuple[str, ...], Callable[[Tensor], tuple[Tensor, ...]]]] = {
+    ("entropy", "argmax", "logsumexp"): prediction_stats
+}
+"""Signals of predictions: logits [N, V] -> [N] for each name."""
