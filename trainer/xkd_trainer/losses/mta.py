@@ -34,18 +34,10 @@ from xkd_trainer.losses.declaration import (
     Weight,
     uniform_weights,
 )
+from xkd_trainer.losses.ops.divergence import cosine_distance, pair_disagreement, pair_weights
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pairing import check_layers, find_same_tokens, fit, refuse_other_tokens
-from xkd_trainer.models.measures import (
-    at_least_float32,
-    centrality,
-    cosine_distance,
-    cosine_matrix,
-    divide,
-    pair_disagreement,
-    pair_weights,
-    pool_spans,
-)
+from xkd_trainer.models.measures import at_least_float32, centrality, cosine_matrix, divide, pool_spans
 
 
 class MtaSettings(Settings):

@@ -31,22 +31,13 @@ from xkd_trainer.losses.declaration import (
     uniform_weights,
 )
 from xkd_trainer.losses.dual_space import TeacherHead
-from xkd_trainer.losses.ops.divergence import Comparison
+from xkd_trainer.losses.ops.divergence import Comparison, cosine_distance, pair_disagreement, pair_weights
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.shared_pass import head_divergence
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.losses.pairing import pair_layers
-from xkd_trainer.models.measures import (
-    at_least_float32,
-    centrality,
-    cosine_distance,
-    cosine_matrix,
-    divide,
-    pair_disagreement,
-    pair_weights,
-    pool_spans,
-)
+from xkd_trainer.models.measures import at_least_float32, centrality, cosine_matrix, divide, pool_spans
 
 
 class SraSettings(Settings):
