@@ -96,16 +96,6 @@ def test_zero_of_either_sign_is_the_largest_where_it_stands_first() -> None:
     assert prediction_stats(torch.tensor([[-1.0, -0.0, 0.0], [-1.0, 0.0, -0.0]]))[1].tolist() == [1, 1]
 
 
-def test_a_class_that_the_student_rules_out_costs_what_it_is_worth() -> None:
-    student_PV, teacher_PV = torch.tensor([[0.0, -3e4]]), torch.tensor([[-3e4, 0.0]])
-    how = Comparison(kind="forward_kl", temperature=2.0)
-
-    loss_P = divergence_rows(student_PV, teacher_PV, torch.ones(1, 1), how, Scratch(), student_PV)
-
-    assert loss_P.tolist() == pytest.approx([1.5e4])
-    assert student_PV.tolist() == [[0.5, -0.5]]
-
-
 @pytest.mark.parametrize("target", [-1, 3])
 def test_a_target_that_is_no_class_is_refused(target: int) -> None:
     with pytest.raises(IndexError, match="not one of the 3 classes"):

@@ -105,7 +105,7 @@ def _steps(cost: Any, diagonal: int, low: int, scale: float, bound: float, step:
 
 
 @compile_kernel
-def _forward(cost: Any, scale: float, mantissa: Any, exponent: Any, step: Any, shares: Any) -> float:
+def _forward(cost: Any, scale: float, mantissa: Any, exponent: Any, step: Any, shares: Any) -> Any:
     """Fill the shares of one pair; log2 Z of its last cell, NaN where a cost is beyond the exponent, NaN or -inf."""
     rows, columns = cost.shape
     bound = LIMIT / (rows + columns)
@@ -151,7 +151,7 @@ def _backward(shares: Any, mass: Any, gradient: Any) -> None:
 
 @compile_kernel
 def _batch(cost: Any, lengths: Any, gamma: float, values: Any, gradient: Any) -> None:
-    """Fill the values [B] and the gradient [B, S, T], zeros before; a gradient of size 0 is not made."""
+    """Fill the values [B] and the gradient [B, S, T], zeros before."""
     student_lengths, teacher_lengths = lengths
     rows, columns = cost.shape[1:]
     mantissa, exponent = np.zeros((3, rows + 1), np.float32), np.zeros((3, rows + 1), np.int32)
@@ -162,25 +162,23 @@ def _batch(cost: Any, lengths: Any, gamma: float, values: Any, gradient: Any) ->
         s, t = student_lengths[b], teacher_lengths[b]
         if s > 0 and t > 0:
             values[b] = _forward(cost[b, :s, :t], scale, mantissa, exponent, step, shares) / -scale
-            if gradient.size > 0 and not math.isnan(values[b]):
+            if not math.isnan(values[b]):
                 _backward(shares, mass, gradient[b, :s, :t])
 
 
 def soft_dtw(
-    cost_BST: Array, student_lengths_B: Array, teacher_lengths_B: Array, gamma: float, *, gradient: bool, threads: int
+    cost_BST: Array, student_lengths_B: Array, teacher_lengths_B: Array, gamma: float, threads: int
 ) -> tuple[Array, Array] | None:
-    """Values [B], float64, and their gradient by the costs [B, S, T], float32, of size 0 if not asked for.
+    """Values [B], float64, and their gradient by the costs [B, S, T], float32.
 
     Costs are C-contiguous float32, lengths int64 and not checked here; cells outside them are not read. A cost of +inf
     forbids its cell; a pair with no path has the value +inf. None where a cost is NaN, -inf or beyond the exponent:
     cost / gamma of about 2**26 / (S + T). Pairs are spread over threads where there is work enough.
     """
-    num_pairs = len(cost_BST)
-    values = np.zeros(num_pairs)
-    slopes = np.zeros(cost_BST.shape if gradient else (num_pairs, 0, 0), np.float32)
+    values, slopes = np.zeros(len(cost_BST)), np.zeros(cost_BST.shape, np.float32)
 
     def work(b: slice) -> None:
         _batch(cost_BST[b], (student_lengths_B[b], teacher_lengths_B[b]), float(gamma), values[b], slopes[b])
 
-    among_threads(work, num_pairs, max(1, min(threads, cost_BST.size // CELLS_WORTH_A_THREAD)))
+    among_threads(work, len(cost_BST), max(1, min(threads, cost_BST.size // CELLS_WORTH_A_THREAD)))
     return None if np.isnan(values).any() else (values, slopes)

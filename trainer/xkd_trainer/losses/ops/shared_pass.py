@@ -125,21 +125,22 @@ class HeadPlan:
         """The sum of factor times total, with gradient; and the totals, without.
 
         `wanted` are of this plan, in any order; for each a factor, a scalar without gradient. `size` is the positions
-        of a chunk.
+        of a chunk, given where all positions are valid.
         """
         if not wanted:
             return self.own.wide.new_zeros(()), []
         others = {id(p.request.other): p.request.other for p in wanted if p.request.other is not None}
         place_of = {number: place for place, number in enumerate(others, 1)}  # one object has one place
         placed = [(place_of.get(id(p.request.other), 0), p.request) for p in wanted]
-        own, *beside = (logits.at(self.valid_BN) for logits in (self.own, *others.values()))
+        chosen = slice(None) if size else self.valid_BN
+        own, *beside = (logits.at(chosen) for logits in (self.own, *others.values()))
         factors_K = torch.stack([factor.detach() for factor in factors])
         positions = size or max(1, PASS_BYTES // max(1, own.row_bytes))
 
         def make(learns: Sequence[bool], inputs: Sequence[Any]) -> Made:
             given = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
             fixed = [replace(other.detach(), hidden=hidden) for other, hidden in zip(beside, inputs[3:], strict=True)]
-            work = _Pass([given, *fixed], self.target_BN[self.valid_BN], placed, factors_K, learns)
+            work = _Pass([given, *fixed], self.target_BN[chosen], placed, factors_K, learns)
             return work.run(self.valid_BN, positions)
 
         total, sums_K = make_at_once(make, own.hidden, own.weight, own.bias, *(other.hidden for other in beside))

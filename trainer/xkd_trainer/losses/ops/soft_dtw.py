@@ -193,13 +193,12 @@ def _check(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tenso
 
 
 class _SoftDtw(torch.autograd.Function):
-    """Value and, where asked for, gradient in one forward; backward is one multiplication."""
+    """Value and gradient in one forward; backward is one multiplication."""
 
     @staticmethod
     def forward(ctx: Any, cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float) -> Tensor:
         """Run the backend of the device."""
-        gradient = bool(ctx.needs_input_grad[0])
-        done = _run_kernels(cost_BST, student_B, teacher_B, gamma, gradient=gradient)
+        done = _run_kernels(cost_BST, student_B, teacher_B, gamma)
         value_B, gradient_BST = done or torch_soft_dtw(cost_BST, student_B, teacher_B, gamma)
         ctx.save_for_backward(gradient_BST)
         return value_B.to(cost_BST.dtype)
@@ -212,9 +211,7 @@ class _SoftDtw(torch.autograd.Function):
         return upstream_B[:, None, None] * gradient_BST, None, None, None
 
 
-def _run_kernels(
-    cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float, *, gradient: bool
-) -> tuple[Tensor, Tensor] | None:
+def _run_kernels(cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float) -> tuple[Tensor, Tensor] | None:
     """Values and gradient by the compiled kernels; None where they cannot do it."""
     if cost_BST.device.type != "cpu" or cost_BST.dtype != torch.float32 or not has_cpu_kernels():
         return None
@@ -223,7 +220,7 @@ def _run_kernels(
     cost, students, teachers = (
         x.detach().contiguous().numpy() for x in (cost_BST, student_B.long(), teacher_B.long())
     )
-    found = kernels.soft_dtw(cost, students, teachers, gamma, gradient=gradient, threads=torch.get_num_threads())
+    found = kernels.soft_dtw(cost, students, teachers, gamma, torch.get_num_threads())
     return found and (torch.from_numpy(found[0]), torch.from_numpy(found[1]))
 
 
