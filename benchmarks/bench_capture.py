@@ -15,9 +15,8 @@ from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import predictors
-from xkd_trainer.models.architecture import num_layers
+from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named
-from xkd_trainer.models.head import head_of
 from xkd_trainer.models.loading import load_model
 
 

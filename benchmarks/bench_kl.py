@@ -24,6 +24,7 @@ from xkd_trainer.losses.ops import softmax_rows as head_rows
 from xkd_trainer.losses.ops.divergence import Comparison
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.shared_pass import head_divergence
+from xkd_trainer.models import measures
 
 SPACES = ("student", "teacher")
 FORMS = ("plain", "ours")
@@ -53,7 +54,7 @@ def rows_of_logits(options: Options) -> list[Result]:
     seconds = interleaved(row_calls(rows, classes), options.repeats)
     return [
         cost(f"{rows} rows of {classes} logits, {name}: compiled / torch", seconds[name], seconds[f"{name} torch"])
-        for name in ("forward KL", "cross-entropy", "entropy and peak")
+        for name in ("forward KL", "cross-entropy", "entropy")
     ]
 
 
@@ -66,9 +67,10 @@ def row_calls(rows: int, classes: int) -> dict[str, Callable[[], Tensor]]:
     how = Comparison(kind="forward_kl", temperature=TEMPERATURE)
 
     def each(work: Callable[[slice], Tensor], compiled: bool) -> Tensor:
-        off = mock.patch.object(head_rows, "_has_kernel", return_value=False)
         parts = head_rows.parts(student_PV) if compiled else head_rows.slices(0, rows, 1)
-        with contextlib.nullcontext() if compiled else off:
+        with contextlib.ExitStack() as off:
+            for module in () if compiled else (head_rows, measures):
+                off.enter_context(mock.patch.object(module, "has_cpu_kernels", return_value=False))
             return torch.cat([work(part) for part in parts])
 
     works: dict[str, Callable[[slice], Tensor]] = {
@@ -76,7 +78,7 @@ def row_calls(rows: int, classes: int) -> dict[str, Callable[[], Tensor]]:
             student_PV[p], teacher_PV[p], weights_P1[p], how, scratch, into_PV[p]
         ),
         "cross-entropy": lambda p: head_rows.cross_entropy_rows(into_PV[p].copy_(student_PV[p]), target_P[p], one),
-        "entropy and peak": lambda p: head_rows.statistics_rows(student_PV[p], scratch).entropy,
+        "entropy": lambda p: measures.prediction_stats(student_PV[p])[0],
     }
     compiled = {name: functools.partial(each, work, compiled=True) for name, work in works.items()}
     return compiled | {f"{name} torch": functools.partial(each, work, compiled=False) for name, work in works.items()}

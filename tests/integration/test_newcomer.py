@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md promises to somebody who adds a loss, a parser or a codec: so many places, and no other."""
+"""What CONTRIBUTING.md promises to somebody who adds a loss, signal, parser or codec: so many places, and no other."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 
 import small_cache
 from xkd_pipeline.parsing import stage as parsing
-from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
+from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_schemas import codecs
 from xkd_schemas.cache.rows import open_cache
 from xkd_schemas.codecs import Bits, Encoded
@@ -26,8 +26,10 @@ from xkd_schemas.documents import Document, Spans
 ROOT = Path(__file__).parents[2]
 TRAIN = """
 import json, sys
+from xkd_pipeline import preprocess
 from xkd_schemas import RunConfig
 from xkd_trainer import train
+preprocess(RunConfig.load(None, **json.loads(sys.argv[1])))
 print(json.dumps(train(RunConfig.load(None, **json.loads(sys.argv[1])), quiet=True).terms))
 """
 
@@ -94,21 +96,38 @@ def test_a_parser_and_a_codec_are_one_class_and_one_line_each(tmp_path: Path, mo
         assert np.array_equal(~stored, same.teacher.row.stored("hidden_last"))
 
 
-def test_a_loss_is_one_file_and_its_import_and_name_in_the_registry(tmp_path: Path) -> None:
-    for package in ("schemas/xkd_schemas", "trainer/xkd_trainer"):
+FUNCTION = """def surprise(logits_NV: Tensor) -> tuple[Tensor]:
+    return (logits_NV.float().logsumexp(-1) - logits_NV.float().amax(-1),)
+"""
+FIELD = '    teacher_surprise_BM: Tensor | None = field(default=None, metadata={"signal": "surprise"})\n'
+EDITS = {
+    "losses/registry.py": [
+        ("from xkd_trainer.losses.baselines.uld ", "from xkd_trainer.losses.baselines.sureness import SURENESS\n"),
+        ("KL, RSKD,", "SURENESS, "),
+    ],
+    "models/measures.py": [("OF_STATES: Final", FUNCTION), ('("entropy", "argmax",', '("surprise",): surprise, ')],
+    "data/batch.py": [("    teacher_argmax_BM:", FIELD)],
+    "../xkd_schemas/signals.py": [('    "argmax": Kind(', '    "surprise": Kind("float32", "N", wide=False),\n')],
+}  # fmt: skip
+
+
+def test_a_loss_is_one_file_and_two_lines_and_a_signal_a_line_a_function_and_a_field(tmp_path: Path) -> None:
+    for package in ("schemas/xkd_schemas", "trainer/xkd_trainer", "pipeline/xkd_pipeline"):
         copy = tmp_path / Path(package).name
         shutil.copytree(ROOT / package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    losses = tmp_path / "xkd_trainer" / "losses"
-    shutil.copy(ROOT / "docs" / "example-loss" / "xkd_sureness.py", losses / "baselines" / "sureness.py")
-    before = (losses / "registry.py").read_text()
-    named = before.replace("(CE, KL,", "(CE, SURENESS, KL,", 1)
-    line = "from xkd_trainer.losses.baselines.sureness import SURENESS\n"
-    after = named.replace("from xkd_trainer.losses.ce ", f"{line}from xkd_trainer.losses.ce ", 1)
-    assert after.count("SURENESS") == before.count("SURENESS") + 2
-    (losses / "registry.py").write_text(after)
+    for name, places in EDITS.items():
+        path = tmp_path / "xkd_trainer" / name
+        for before, new in places:
+            text = path.read_text()
+            assert text.count(before) == 1
+            path.write_text(text.replace(before, new + before))
+    loss = (
+        (ROOT / "docs" / "example-loss" / "xkd_sureness.py").read_text().replace("teacher_entropy", "teacher_surprise")
+    )
+    new_loss = tmp_path / "xkd_trainer" / "losses" / "baselines" / "sureness.py"
+    new_loss.write_text(loss.replace('Signal("entropy")', 'Signal("surprise")'))
     run = run_of(tmp_path)
-    for stage in (documents_stage, teacher_stage, align_stage):
-        stage(run, small_cache.IN_PROCESS)
+    run = run.model_copy(update={"teacher": run.teacher.model_copy(update={"losses": ("sureness",)})})
 
     code = [sys.executable, "-c", TRAIN, json.dumps(run.model_dump(exclude_unset=True))]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -116,3 +135,4 @@ def test_a_loss_is_one_file_and_its_import_and_name_in_the_registry(tmp_path: Pa
 
     assert ended.returncode == 0, ended.stderr
     assert np.isfinite(json.loads(ended.stdout.splitlines()[-1])["sureness.entropy"])
+    assert (open_cache(tmp_path / "cache")[0].teacher.row["surprise"] > 0).all()

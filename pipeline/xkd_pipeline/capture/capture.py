@@ -17,9 +17,9 @@ from xkd_schemas.errors import BadData
 from xkd_schemas.progress import tick
 from xkd_schemas.signals import KINDS, Signal
 from xkd_schemas.tokens import last_text
+from xkd_trainer.models.architecture import Head, head_of
 from xkd_trainer.models.compute_dtype import this_device
 from xkd_trainer.models.forward import run
-from xkd_trainer.models.head import Head, head_of
 from xkd_trainer.models.loading import load_tokenizer
 
 KL_ROWS = 32

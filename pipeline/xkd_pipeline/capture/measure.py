@@ -16,9 +16,9 @@ from torch import Tensor
 from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import Int32s, Tokens, kept_rows, predictors
+from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.forward import States
-from xkd_trainer.models.head import Head
-from xkd_trainer.models.measures import centrality, cosine_matrix, pack_triangle, pool_spans, prediction_stats
+from xkd_trainer.models.measures import OF_LOGITS, OF_STATES, cosine_matrix, pack_triangle, pool_spans
 
 LOGIT_BYTES = 64 * 2**20
 """Logits are made for so many bytes of positions at a time."""
@@ -69,16 +69,16 @@ def signals_of(
     """
     rows: list[dict[str, Any]] = [{} for _ in readings]
     _read_predictions(readings, states, head, wanted, rows, classes)
-    weighted = {s.layer for s in wanted if s.layer is not None and (s.name == "centrality" or s.kind.unit)}
-    weights = {layer: centrality(states.layers[layer], valid_BL) for layer in weighted}
+    of_layers = {("centrality" if s.kind.unit else s.name, s.layer) for s in wanted if s.layer is not None}
+    measured = {key: OF_STATES[key[0]](states.layers[key[1]], valid_BL) for key in of_layers if key[0] in OF_STATES}
     for signal in wanted:
         if signal.kind.per in {"T", "R"}:
-            values = _token_values(signal, states, weights)
+            values = _token_values(signal, states, measured)
             for number, reading in enumerate(readings):
                 rows[number][signal.column] = _cut_row(signal, values[number], reading.tokens)
     for layer, unit in {(s.layer, s.unit) for s in wanted if s.layer is not None and s.unit is not None}:
         ranges_BK2 = _pad_ranges([r.ranges[unit] for r in readings]).to(states.layers[layer].device)
-        vectors_BKD, mass_BK = pool_spans(states.layers[layer], weights[layer], ranges_BK2)
+        vectors_BKD, mass_BK = pool_spans(states.layers[layer], measured["centrality", layer], ranges_BK2)
         for signal in (s for s in wanted if (s.layer, s.unit) == (layer, unit)):
             for number, reading in enumerate(readings):
                 spans = len(reading.ranges[unit])
@@ -86,12 +86,12 @@ def signals_of(
     return rows
 
 
-def _token_values(signal: Signal, states: States, weights: Mapping[int, Tensor]) -> Any:
+def _token_values(signal: Signal, states: States, measured: Mapping[tuple[str, int], Tensor]) -> Any:
     """[B, L] or [B, L, D], of which a signal of tokens is a part."""
     if signal.layer is None:
         return states.last_BLD if signal.kind.wide else states.attention_BL
-    if signal.name == "centrality":
-        return weights[signal.layer]
+    if signal.name in OF_STATES:
+        return measured[signal.name, signal.layer]
     return (states.layers if signal.kind.wide else getattr(states, ROWS[signal.name]))[signal.layer]
 
 
@@ -132,8 +132,12 @@ def _read_logits(
     logits_NV: Tensor, random_N2: Tensor, wanted: Sequence[Signal], classes: int | None
 ) -> dict[str, Any]:
     """Every column that is made of logits; those of the k largest are [N, k], the largest first."""
-    of_all = dict(zip(("entropy", "argmax", "logsumexp"), prediction_stats(logits_NV), strict=True))
-    found: dict[str, Any] = {s.column: of_all[s.name].cpu().numpy() for s in wanted if s.name in of_all}
+    names = {s.name for s in wanted}
+    found: dict[str, Any] = {}
+    for measures, measure in OF_LOGITS.items():
+        if names & {*measures}:
+            values = zip(measures, measure(logits_NV), strict=True)
+            found |= {name: values_N.cpu().numpy() for name, values_N in values if name in names}
     for top in {s.top for s in wanted if s.top is not None and not s.kind.drawn}:
         logits_Nk, ids_Nk = logits_NV.float().topk(top, dim=-1)
         found |= {f"topk_logits#{top}": logits_Nk.cpu().numpy(), f"topk_ids#{top}": ids_Nk.cpu().numpy()}

@@ -37,10 +37,9 @@ from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder, reading_of
 from xkd_schemas.tokens import spans_read
-from xkd_trainer.models.architecture import num_layers
+from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, warn_of_slow_dtype
-from xkd_trainer.models.forward import rehearse
-from xkd_trainer.models.head import check_model, head_of
+from xkd_trainer.models.forward import check_model, rehearse
 from xkd_trainer.models.loading import check_model_name, load_model
 
 CAPTURE_VERSION: Final = 5

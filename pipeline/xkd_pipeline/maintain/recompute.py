@@ -24,8 +24,8 @@ from xkd_schemas.dtypes import AUTO, dtype_name
 from xkd_schemas.signals import Signal, signal_named
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.tokens import OK, spans_read
+from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.compute_dtype import choose_dtype, this_device, warn_of_slow_dtype
-from xkd_trainer.models.head import head_of
 
 TOLERANCE: Final = {"bf16": 0.06, "float16": 0.02, "float32": 0.06, "int32": 0.06}
 """Largest |a - b| / |b| of a row's column: bfloat16 results move by so much with batch mates and threads. Of classes,

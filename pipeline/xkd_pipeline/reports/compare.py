@@ -24,7 +24,7 @@ from xkd_schemas.tokens import CONTENT, OK, Int32s, Tokens
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.models.bits_per_byte import bits_per_byte
 from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device
-from xkd_trainer.models.head import check_model
+from xkd_trainer.models.forward import check_model
 from xkd_trainer.models.loading import load_model
 
 LONGEST: Final = 4

@@ -23,7 +23,7 @@ from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.mta import dsa, span_weights
-from xkd_trainer.models.head import Head
+from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.measures import cosine_matrix, unpack_triangle
 
 GEOMETRY = Signal("span_geometry", 3, "phrase")

@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import slow_losses as slow
-from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.ops.divergence import DIVERGENCES, Knobs, divergence
 
 KINDS = list(DIVERGENCES)
@@ -93,17 +92,6 @@ def test_bfloat16_logits_are_compared_in_float32(kind: str) -> None:
 
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, divergence(student.float(), teacher.float(), kind, temperature=2.0))
-
-
-def test_an_unknown_kind_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"'kl' is not a divergence.*forward_kl, .*adaptive_kl"):
-        divergence(torch.zeros(1, 2), torch.zeros(1, 2), "kl", temperature=1.0)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("temperature", [0.0, float("nan")])
-def test_a_temperature_out_of_range_is_named(temperature: float) -> None:
-    with pytest.raises(UsageError, match=r"temperature must be > 0, found "):
-        divergence(torch.zeros(1, 2), torch.zeros(1, 2), "js", temperature=temperature)
 
 
 @pytest.mark.parametrize("bad", [{"skew": 1.0}, {"adaptive_alpha": 0.0}, {"js_share": 1.0}, {"ab_beta": 0.0}])

@@ -25,8 +25,8 @@ from xkd_trainer.losses.dwa import (
     teacher_weights,
 )
 from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.forward import run
-from xkd_trainer.models.head import head_of
 from xkd_trainer.training.prepare import Ready
 
 Order = Literal["gate_before", "gate_after"]

@@ -16,9 +16,8 @@ from xkd_schemas.errors import UsageError
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import StudentPass
-from xkd_trainer.models.architecture import blocks_of, num_layers
-from xkd_trainer.models.forward import rehearse, run
-from xkd_trainer.models.head import check_model, head_of
+from xkd_trainer.models.architecture import blocks_of, head_of, num_layers
+from xkd_trainer.models.forward import check_model, rehearse, run
 from xkd_trainer.models.loading import load_model, new_model
 from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.prepare import Ready, set_up

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slow_losses as slow
-from xkd_trainer.losses.ops.geometry import cosine_distance, pair_disagreement, pair_weights
+from xkd_trainer.losses.ops.divergence import cosine_distance, pair_disagreement, pair_weights
 from xkd_trainer.models.measures import cosine_matrix
 
 SEEDS = st.integers(0, 2**31)

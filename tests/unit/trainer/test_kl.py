@@ -25,8 +25,8 @@ from xkd_trainer.losses.declaration import StudentPass
 from xkd_trainer.losses.ops.divergence import DIVERGENCES
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.forward import run
-from xkd_trainer.models.head import head_of
 from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (0, 5, 2)

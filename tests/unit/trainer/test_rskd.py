@@ -59,8 +59,8 @@ def ready(loss: str = "rskd") -> Ready:
 
 def term_of(made: Ready, batch: Batch) -> LossTerm:
     """The loss's one term, of the student's own states."""
+    from xkd_trainer.models.architecture import head_of
     from xkd_trainer.models.forward import run
-    from xkd_trainer.models.head import head_of
 
     student = made.distiller.student
     states = run(student, batch.student_ids_BS, batch.student_valid_BS)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Final
 
 import numba
+import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -38,6 +39,19 @@ def among_threads(work: Callable[[slice], None], rows: int, threads: int) -> Non
     elif parts:
         with ThreadPoolExecutor(len(parts)) as pool:
             list(pool.map(work, parts))
+
+
+TERMS: Final = tuple(np.float32(1.0 / f) for f in (5040.0, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0))
+"""Of the exponential's series, the highest power first: exact to float32 between -ln 2 / 2 and ln 2 / 2."""
+
+
+@compile_kernel
+def series(rest: Any) -> Any:
+    """The exponential of a number between -ln 2 / 2 and ln 2 / 2."""
+    value = TERMS[0]
+    for term in numba.literal_unroll(TERMS[1:]):
+        value = value * rest + term
+    return value
 
 
 def _reinterpret(to: Any) -> Callable[[Any, Any], Any]:

@@ -1,4 +1,4 @@
-"""CPU kernels of `losses.ops.softmax_rows`: softmaxes of float32 logits in one or two visits of a row.
+"""CPU kernels of softmaxes of float32 logits: what they say of a prediction, and losses with their gradient.
 
 In torch every step of a softmax is a pass over memory of its own, and there are ten and more. Here a row is read once
 for its maximum and once for everything else, piece by piece in the CPU's nearest cache; sums go on in double precision
@@ -7,7 +7,7 @@ from piece to piece.
 Imports numba: compiled at its first use in a process, in about two seconds.
 
 Shape legend for this file
-    P positions    V classes    C classes of a piece    L lanes
+    P positions    V classes    C classes of a piece    L lanes, parts of a sum on any processor
 """
 
 from typing import Any, Final
@@ -15,15 +15,18 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from xkd_trainer.cpu_kernels.compiled import among_threads, bits_of, compile_kernel, compile_sums, float_of
-from xkd_trainer.cpu_kernels.prediction_stats import LANES, LN2_HIGH, LN2_LOW, LOG2E, series
+from xkd_trainer.cpu_kernels.compiled import among_threads, bits_of, compile_kernel, compile_sums, float_of, series
 
 Array = npt.NDArray[Any]
 
 PIECE: Final = 1024
 """Classes taken at once: 4 KB."""
+LANES: Final = 64
 FLOOR: Final = np.float32(-80.0)
 """A class further below the likeliest, by a factor of 2e-35, counts as 0: no exponential is a denormal number."""
+LOG2E: Final = np.float32(1.44269504)
+LN2_HIGH: Final = np.float32(0.693359375)
+LN2_LOW: Final = np.float32(-2.12194440e-4)
 ZERO: Final = np.float32(0.0)
 
 
@@ -47,7 +50,7 @@ def _largest(row_V: Any) -> Any:
     return top_L.max()
 
 
-@compile_sums
+@compile_kernel
 def _exponential(below: Any) -> Any:
     """e to the power of a number that is at most 0, 0 below FLOOR; NaN of NaN."""
     given = below
@@ -58,29 +61,48 @@ def _exponential(below: Any) -> Any:
     return ZERO if given < FLOOR else odds
 
 
-@compile_sums
-def _entropy_sums(logits_C: Any, top: Any) -> Any:
-    """Sum of exponentials, and of their products with what they are of."""
-    total, dot = ZERO, ZERO
-    for c in range(len(logits_C)):
-        below = logits_C[c] - top
-        odds = _exponential(below)
-        total += odds
-        dot += odds * below
-    return total, dot
+@compile_kernel
+def _place(row_V: Any, top: Any) -> int:
+    """Where the first number equal to `top` stands, or -1."""
+    for first in range(0, len(row_V), PIECE):
+        piece_C, equal = row_V[first : first + PIECE], 0
+        for c in range(len(piece_C)):
+            equal += piece_C[c] == top
+        if equal > 0:
+            for c in range(len(piece_C)):
+                if piece_C[c] == top:
+                    return first + c
+    return -1
 
 
 @compile_kernel
-def _statistics(logits: Any, classes: Any, entropy_P: Any, peak_P: Any) -> None:
+def _add_odds(logits_L: Any, top: Any, total_L: Any, dot_L: Any) -> None:
+    """Add exponentials, FLOOR at least, and their products with what they are of to each lane's sums."""
+    for lane in range(len(logits_L)):
+        below = logits_L[lane] - top
+        below = FLOOR if below < FLOOR else below
+        odds = _exponential(below)
+        total_L[lane] += odds
+        dot_L[lane] += odds * below
+
+
+@compile_kernel
+def _statistics(logits: Any, classes: Any, entropy_P: Any, argmax_P: Any, logsumexp_P: Any) -> None:
+    part_2L, sums_2L = np.empty((2, LANES), np.float32), np.empty((2, LANES), np.float64)
     for p in range(len(entropy_P)):
         logits_V = _row(logits, p, classes)
-        top, total, dot = _largest(logits_V), 0.0, 0.0
-        for first in range(0, len(logits_V), PIECE):
-            sums = _entropy_sums(logits_V[first : first + PIECE], top)
-            total += sums[0]
-            dot += sums[1]
-        entropy_P[p] = np.log(total) - dot / total
-        peak_P[p] = 1.0 / total
+        top = _largest(logits_V)
+        sums_2L[:] = 0.0
+        for first in range(0, classes, PIECE):
+            piece_C = logits_V[first : first + PIECE]
+            part_2L[:] = ZERO
+            for start in range(0, len(piece_C), LANES):
+                _add_odds(piece_C[start : start + LANES], top, part_2L[0], part_2L[1])
+            sums_2L += part_2L
+        total = sums_2L[0].sum()
+        argmax_P[p] = _place(logits_V, top)
+        logsumexp_P[p] = top + np.log(total)
+        entropy_P[p] = np.log(total) - sums_2L[1].sum() / total
 
 
 @compile_sums
@@ -161,20 +183,23 @@ def _flat(x_PV: Array) -> tuple[Array, int]:
     return np.lib.stride_tricks.as_strided(x_PV, (size,), (x_PV.itemsize,)), step
 
 
-def statistics(logits_PV: Array, threads: int) -> tuple[Array, Array]:
-    """Entropy [P] in nats and probability of the likeliest class [P], float32, of float32 logits [P, V].
+def statistics(logits_PV: Array, threads: int) -> tuple[Array, Array, Array]:
+    """Entropy [P] in nats, first class of the largest logit [P], int64, and logsumexp [P] of float32 logits [P, V].
+
+    Entropy and logsumexp are float32. A row with NaN or +inf, or of -inf alone, has NaN, and a class that means
+    nothing. The number of threads changes no result.
 
     >>> statistics(np.zeros((1, 4), np.float32), 1)
-    (array([1.3862944], dtype=float32), array([0.25], dtype=float32))
+    (array([1.3862944], dtype=float32), array([0]), array([1.3862944], dtype=float32))
     """
-    entropy_P, peak_P = np.empty(len(logits_PV), np.float32), np.empty(len(logits_PV), np.float32)
-    classes = logits_PV.shape[1]
+    entropy_P, logsumexp_P = np.empty(len(logits_PV), np.float32), np.empty(len(logits_PV), np.float32)
+    argmax_P, classes = np.empty(len(logits_PV), np.int64), logits_PV.shape[1]
 
     def work(r: slice) -> None:
-        _statistics(_flat(logits_PV[r]), classes, entropy_P[r], peak_P[r])
+        _statistics(_flat(logits_PV[r]), classes, entropy_P[r], argmax_P[r], logsumexp_P[r])
 
     among_threads(work, len(logits_PV), threads)
-    return entropy_P, peak_P
+    return entropy_P, argmax_P, logsumexp_P
 
 
 def cross_entropy(logits_PV: Array, target_P: Array, factor: float, threads: int) -> Array:

@@ -6,11 +6,20 @@ Shape legend, here and wherever a Batch is used
 Every [.., 2] holds half-open ranges. Padding is on the right: id 0, range (0, 0), mask False.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def signal_fields(kind: type) -> dict[str, str]:
+    """Signal -> the field that it fills of Batch, or of TokenStates.
+
+    >>> signal_fields(TokenStates)["centrality"]
+    'centrality_BT'
+    """
+    return {f.metadata["signal"]: f.name for f in fields(kind) if "signal" in f.metadata}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +54,13 @@ class TokenStates:
 
     layer: int
     """Teacher layer, Hugging Face index."""
-    hidden_BTD: Tensor | None = None
+    hidden_BTD: Tensor | None = field(default=None, metadata={"signal": "hidden"})
     """Output of the block, bfloat16; final-normed if it is the last one."""
-    attention_BT: Tensor | None = None
+    attention_BT: Tensor | None = field(default=None, metadata={"signal": "attention"})
     """Last token's attention in the block, heads summed, rows sum to 1, float32."""
-    attention_text_BT: Tensor | None = None
+    attention_text_BT: Tensor | None = field(default=None, metadata={"signal": "attention_text"})
     """The same of the last text token."""
-    centrality_BT: Tensor | None = None
+    centrality_BT: Tensor | None = field(default=None, metadata={"signal": "centrality"})
     """MTA eq. 5-7, float32."""
 
 
@@ -88,20 +97,20 @@ class Batch:
     teacher_target_BM: Tensor
     """Ids they predict."""
     teacher_predict_valid_BM: Tensor
-    teacher_hidden_BRD: Tensor | None = None
+    teacher_hidden_BRD: Tensor | None = field(default=None, metadata={"signal": "hidden_last"})
     """Last hidden states, final-normed, bfloat16."""
-    teacher_attention_BR: Tensor | None = None
+    teacher_attention_BR: Tensor | None = field(default=None, metadata={"signal": "attention_last"})
     """Last token's attention at the kept rows, float32."""
-    teacher_entropy_BM: Tensor | None = None
+    teacher_entropy_BM: Tensor | None = field(default=None, metadata={"signal": "entropy"})
     """Nats, float32."""
-    teacher_argmax_BM: Tensor | None = None
-    teacher_logsumexp_BM: Tensor | None = None
+    teacher_argmax_BM: Tensor | None = field(default=None, metadata={"signal": "argmax"})
+    teacher_logsumexp_BM: Tensor | None = field(default=None, metadata={"signal": "logsumexp"})
     """Of the teacher's logits, float32."""
-    teacher_topk_logits_BMK: Tensor | None = None
+    teacher_topk_logits_BMK: Tensor | None = field(default=None, metadata={"signal": "topk_logits"})
     """The k largest logits, the largest first, float32; K is k here."""
-    teacher_topk_ids_BMK: Tensor | None = None
+    teacher_topk_ids_BMK: Tensor | None = field(default=None, metadata={"signal": "topk_ids"})
     """Their classes, int64."""
-    teacher_sampled_ids_BMK: Tensor | None = None
+    teacher_sampled_ids_BMK: Tensor | None = field(default=None, metadata={"signal": "sampled"})
     """K classes drawn of each prediction, int64, ascending."""
     teacher_sampled_weights_BMK: Tensor | None = None
     """What each stands for of the teacher's distribution, float32; they add up to 1."""

@@ -26,8 +26,8 @@ from xkd_schemas.durable_files import inside, sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import KINDS, TEACHERS_VERSION, Signal, signal_named
 from xkd_schemas.tokens import STUDENTS_VERSION, Bools, Int32s
+from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.compute_dtype import dtype_named
-from xkd_trainer.models.head import Head
 
 Int64s = npt.NDArray[np.int64]
 

@@ -17,7 +17,7 @@ from xkd_schemas.sampled_classes import unpacked
 from xkd_schemas.signals import KINDS, Signal
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.tokens import END, OK, Tokens, kept_mask, kept_rows, last_text, predictors
-from xkd_trainer.data.batch import Batch, Level, TokenStates
+from xkd_trainer.data.batch import Batch, Level, TokenStates, signal_fields
 from xkd_trainer.data.cache import Cache, layers_of
 from xkd_trainer.models.measures import unpack_triangle
 from xkd_trainer.models.padding import pad
@@ -98,17 +98,10 @@ def _teacher_arrays(teacher: Row, wanted: frozenset[Signal], columns: Mapping[st
     return arrays
 
 
-_FIELDS: Final = {
-    "hidden_last": "teacher_hidden_BRD",
-    "attention_last": "teacher_attention_BR",
-    "entropy": "teacher_entropy_BM",
-    "argmax": "teacher_argmax_BM",
-    "logsumexp": "teacher_logsumexp_BM",
-    "topk_logits": "teacher_topk_logits_BMK",
-    "topk_ids": "teacher_topk_ids_BMK",
-    "sampled": "teacher_sampled_ids_BMK",
-}
-"""Signals without a layer, and the field of Batch that each is; `sampled` is two."""
+_FIELDS: Final = signal_fields(Batch)
+"""Signals without a layer; `sampled` is two fields."""
+_TOKEN_FIELDS: Final = signal_fields(TokenStates)
+"""Signals of all tokens of a layer."""
 
 
 def _signal_array(teacher: Row, name: str, column: str) -> dict[str, Array]:
@@ -120,15 +113,6 @@ def _signal_array(teacher: Row, name: str, column: str) -> dict[str, Array]:
         ids, weights = unpacked(values)
         return {_FIELDS[name]: ids, "teacher_sampled_weights_BMK": weights}
     return {_FIELDS[name]: values.astype(np.int64) if values.dtype == np.int32 else values}
-
-
-_TOKEN_FIELDS: Final = {
-    "hidden": "hidden_BTD",
-    "attention": "attention_BT",
-    "attention_text": "attention_text_BT",
-    "centrality": "centrality_BT",
-}
-"""Signals of all tokens of a layer, and the field of TokenStates that each is."""
 
 
 def _alignment_arrays(student: Row, teacher: Row, row: int) -> dict[str, Array]:

@@ -20,8 +20,8 @@ from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, gather_rows
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.shared_pass import HeadPlan
+from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.forward import States
-from xkd_trainer.models.head import Head
 
 Kind = TypeVar("Kind", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -34,7 +34,7 @@ from xkd_trainer.losses.declaration import (
     Weight,
     uniform_weights,
 )
-from xkd_trainer.losses.ops.geometry import cosine_distance, pair_disagreement, pair_weights
+from xkd_trainer.losses.ops.divergence import cosine_distance, pair_disagreement, pair_weights
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pairing import check_layers, find_same_tokens, fit, refuse_other_tokens
 from xkd_trainer.models.measures import at_least_float32, centrality, cosine_matrix, divide, pool_spans

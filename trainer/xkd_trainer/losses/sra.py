@@ -31,8 +31,7 @@ from xkd_trainer.losses.declaration import (
     uniform_weights,
 )
 from xkd_trainer.losses.dual_space import TeacherHead
-from xkd_trainer.losses.ops.divergence import Comparison
-from xkd_trainer.losses.ops.geometry import cosine_distance, pair_disagreement, pair_weights
+from xkd_trainer.losses.ops.divergence import Comparison, cosine_distance, pair_disagreement, pair_weights
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.shared_pass import head_divergence
 from xkd_trainer.losses.ops.term import LossTerm, term

@@ -1,11 +1,12 @@
-"""Where a causal language model of any family keeps its parts.
+"""Where a causal language model of any family keeps its parts, and its head as plain numbers.
 
 Shape legend for this file
-    L tokens
+    L tokens    N positions    D width    V vocabulary
 """
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -41,6 +42,46 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
             return module
     raise UsageError(
         f"{type(model).__name__}: found no list of {count} blocks to read layers from", fix=LAST_STATES_ONLY
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """Weights and the two odd steps some families add after the matrix product."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    """Logits are multiplied by it (Granite, Cohere)."""
+    softcap: float | None = None
+    """Logits become softcap * tanh(logits / softcap) (Gemma 2 and later)."""
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] in the weight's dtype; states of some families (Mamba) are float32 under any weights."""
+        logits_NV = torch.nn.functional.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a causal language model, sharing its weights; UsageError where it is not linear."""
+    linear = model.get_output_embeddings()
+    if linear is None or not isinstance(getattr(linear, "weight", None), Tensor):
+        raise UsageError(f"{type(model).__name__} has no linear language-model head")
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    divisor = getattr(config, "logits_scaling", None)
+    caps = (
+        getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    )
+    return Head(
+        weight_VD=linear.weight,
+        bias_V=getattr(linear, "bias", None),
+        scale=scale / float(divisor) if divisor else scale,
+        softcap=next((float(cap) for cap in caps if cap is not None), None),
     )
 
 

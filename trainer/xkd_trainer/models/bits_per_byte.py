@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from xkd_schemas.documents import Document
 from xkd_schemas.progress import Progress, tick
 from xkd_schemas.tokens import CONTENT, Tokens, predictors
+from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.forward import run
-from xkd_trainer.models.head import head_of
 from xkd_trainer.models.padding import pad
 
 BATCH: Final = 16

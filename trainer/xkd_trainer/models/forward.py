@@ -21,10 +21,12 @@ from xkd_trainer.models.architecture import (
     backbone,
     blocks_of,
     evaluating,
+    head_of,
     num_layers,
     tokens_of_any,
 )
 from xkd_trainer.models.attention import UNIFORM, LastRows, check_attention, listen
+from xkd_trainer.models.loading import short
 from xkd_trainer.models.measures import normalise_row
 
 
@@ -154,23 +156,13 @@ def _row(model: PreTrainedModel, heard: LastRows, which: str, layer: int, valid_
     return normalise_row(heard.rows[which, layer - 1], valid_BL)
 
 
-def rehearse(
-    model: PreTrainedModel,
-    *,
-    layers: Sequence[int] = (),
-    attention: bool = False,
-    attention_layers: Sequence[int] = (),
-    text_layers: Sequence[int] = (),
-) -> None:
-    """`run` on eight tokens: what a model cannot give is refused before there is work to lose."""
-    if attention or attention_layers or text_layers:
+def rehearse(model: PreTrainedModel, **reads: Any) -> None:
+    """`run` on eight tokens with what it is to read, so that what a model cannot give is refused before all work."""
+    if any(reads.get(name) for name in ("attention", "attention_layers", "text_layers")):
         check_attention(model)
     ids_BL = tokens_of_any(model)
     with torch.no_grad(), evaluating(model):
-        run(
-            model, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), layers=layers, attention=attention,
-            attention_layers=attention_layers, text_layers=text_layers, text_B=torch.full_like(ids_BL[:, 0], 6),
-        )  # fmt: skip
+        run(model, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), text_B=torch.full_like(ids_BL[:, 0], 6), **reads)
 
 
 @torch.no_grad()
@@ -190,4 +182,42 @@ def check_causal(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: its states depend on tokens that come later (by {worst:.3g}), so it is "
             "no causal language model",
             fix="use a causal one; of the BERT family, those whose config.json says is_decoder",
+        )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Two passes over eight tokens; UsageError where they show no causal model under a linear head."""
+    with evaluating(model):
+        check_head(model)
+        check_causal(model)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Compare `head_of(model)` on the base model's states with the model's own logits on eight tokens.
+
+    UsageError where they differ, so that logits made from states would not be the model's; or where it cannot be run.
+    """
+    ids_BL, head = tokens_of_any(model), head_of(model)
+    try:
+        states_BLD = backbone(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
+        theirs = model(input_ids=ids_BL, use_cache=False).logits.float()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UsageError(
+            f"{type(model).__name__} does not run on token ids alone, or its sizes do not fit together: {short(error)}"
+        ) from error
+    embedded = model.get_input_embeddings().weight.shape[1]
+    if not states_BLD.shape[-1] == head.weight_VD.shape[1] == embedded:
+        raise UsageError(
+            f"{type(model).__name__}: its last states are {states_BLD.shape[-1]} wide, its head takes "
+            f"{head.weight_VD.shape[1]} and its embeddings are {embedded}; all must be the same"
+        )
+    worst = float((head(states_BLD).float() - theirs).abs().max())
+    share = 1e-4 if states_BLD.dtype == torch.float32 else 0.02
+    if not worst <= share * float(theirs.abs().max()):
+        raise UsageError(
+            f"{type(model).__name__}: its logits are no linear head on its last states (off by {worst:.3g}), "
+            "so they cannot be rebuilt from a cache"
         )

@@ -40,17 +40,18 @@ def _find_suspects(value: Any) -> set[str]:
     return found.union(*(_find_suspects(v) for v in inner))
 
 
+def _read_json(path: Path) -> Any:
+    """What a file says, None where there is none; of half a tokenizer.json the tokenizers library says less."""
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else None
+    except (ValueError, RecursionError) as error:
+        raise InputMissing(f"{path} is not JSON: {error}", fix="copy the model folder again") from error
+
+
 def check_config(folder: Path) -> None:
     """Refuse a model folder whose settings ask for code of their own; InputMissing where a file is not JSON."""
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            found = _find_suspects(json.loads(path.read_bytes()))
-        except (ValueError, RecursionError) as error:
-            raise InputMissing(f"{path} is not JSON: {error}") from error
-        if found:
+    for path in (folder / f"{name}.json" for name in ("config", "tokenizer_config", "generation_config")):
+        if found := _find_suspects(_read_json(path)):
             raise Refused(
                 f"{path} has {', '.join(sorted(found))}, which can run code that came with the model",
                 fix="use a model of a built-in architecture, or remove the key after reading what it does",
@@ -63,23 +64,10 @@ def short(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _quiet() -> None:
-    """No progress bars and warnings of the libraries between our lines; what matters is raised."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-
 def split_gguf(name: str) -> tuple[str, str | None]:
     """`folder/file.gguf` as (folder, file); any other name as (name, None)."""
     path = Path(name)
     return (str(path.parent), path.name) if path.suffix == ".gguf" else (name, None)
-
-
-def tell_of_hub(folder: str) -> None:
-    """Say that a name is looked up on the hub: without a network that takes a while, and then fails."""
-    if not Path(folder).exists():
-        note(f"{folder}: no such folder here, asking the Hugging Face hub")
 
 
 def check_model_name(name: str) -> None:
@@ -132,12 +120,15 @@ def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
         if not Path(name).is_file():
             raise InputMissing(f"model {name} is not there", fix="give the path of a .gguf file")
         options["gguf_file"] = gguf
-    _quiet()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if Path(folder).is_dir():
         check_student(Path(folder), weights=weights)
         check_config(Path(folder))
         return folder, options
-    tell_of_hub(folder)
+    if not Path(folder).exists():  # without a network the hub takes a while to fail
+        note(f"{folder}: no such folder here, asking the Hugging Face hub")
     try:
         settings = Path(snapshot_download(folder, allow_patterns=["*.json"]))
     except (OSError, ValueError) as error:
@@ -187,16 +178,14 @@ def load_tokenizer(name: str) -> Any:
         Refused: The tokenizer brings its own code.
         UsageError: It is a slow tokenizer, without character offsets.
     """
-    path = Path(name)
-    gguf = path.suffix == ".gguf"
-    folder = path.parent if gguf else path
-    looks_local = gguf or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if (gguf and not path.is_file()) or (looks_local and not folder.is_dir()):
+    folder, gguf = Path(split_gguf(name)[0]), split_gguf(name)[1]
+    looks_local = gguf or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if (gguf and not Path(name).is_file()) or (looks_local and not folder.is_dir()):
         raise InputMissing(f"{name} is not there", fix="name a model folder, FOLDER/FILE.gguf or a hub model")
     if folder.is_dir():
         check_tokenizer(folder)
     source, options = source_of(name, weights=False)
-    _readable_json(folder / "tokenizer.json")
+    _read_json(folder / "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -205,23 +194,13 @@ def load_tokenizer(name: str) -> Any:
                 f"{name}: this tokenizer runs code of its own", fix="use a tokenizer with a tokenizer.json"
             ) from error
         place = "in this folder" if folder.is_dir() else "here or on the hub"
-        first_line = next(iter(str(error).splitlines()), "")[:160]
         raise InputMissing(
-            f"{name}: no tokenizer {place} that can be read ({first_line})", fix="check the name and the connection"
+            f"{name}: no tokenizer {place} that can be read ({short(error)})", fix="check the name and the connection"
         ) from error
     encode_texts(tokenizer, [""])
     if "local_files_only" in tokenizer.init_kwargs:  # saved with it, and otherwise True where HF_HUB_OFFLINE is set
         tokenizer.init_kwargs["local_files_only"] = False
     return tokenizer
-
-
-def _readable_json(path: Path) -> None:
-    """Refuse half a tokenizer.json here, because the tokenizers library raises a bare Exception for it."""
-    if path.is_file():
-        try:
-            json.loads(path.read_bytes())
-        except ValueError as error:
-            raise InputMissing(f"{path} is not JSON: {error}", fix="copy the model folder again") from error
 
 
 def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> PreTrainedModel:

@@ -12,6 +12,8 @@ Shape legend for this file
 """
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,9 +22,6 @@ from xkd_schemas.errors import BadData
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of each temporary of `centrality` and `pool_spans`, 16 MB in float32 (64 MB was twice as slow)."""
-
-BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
-"""What the compiled `prediction_stats` takes, and integers of the same size."""
 
 STD_FLOOR = 1e-5
 """Added to the standard deviation in eq. 5 of MTA, as the authors' code does."""
@@ -216,24 +215,20 @@ def unpack_triangle(packed: Tensor, K: int) -> Tensor:
 def prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How sure a model is at each position, and of what: entropy [N] in nats, class [N], logsumexp [N].
 
-    The class of the largest logit, int64, is the first of equals. -inf is a class that cannot be, +inf and NaN give
-    NaN. Never has gradient. float32 and bfloat16 on a CPU are worked by the compiled kernel.
+    The class of the largest logit, int64, is the first of equals. -inf is a class that cannot be; +inf and NaN give
+    NaN, and a class that means nothing. Never has gradient. A compiled kernel works it on a CPU, but for float64.
 
     >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [-torch.inf, -torch.inf, 5.0, -torch.inf]])
     >>> entropy, argmax, logsumexp = prediction_stats(logits)
     >>> entropy.round(decimals=4), argmax, logsumexp
     (tensor([1.3863, 0.0000]), tensor([0, 2]), tensor([1.3863, 5.0000]))
     """
-    if logits_NV.device.type != "cpu" or logits_NV.dtype not in BITS or not has_cpu_kernels():
+    if logits_NV.device.type != "cpu" or logits_NV.dtype == torch.float64 or not has_cpu_kernels():
         return _prediction_stats(logits_NV)
-    from xkd_trainer.cpu_kernels.prediction_stats import stats_of_bits
+    from xkd_trainer.cpu_kernels.softmax_rows import statistics
 
-    bits_NV = logits_NV.detach().contiguous().view(BITS[logits_NV.dtype]).numpy()
-    entropy_N, argmax_N, logsumexp_N = map(torch.from_numpy, stats_of_bits(bits_NV, torch.get_num_threads()))
-    entropy_N, logsumexp_N = entropy_N.float(), logsumexp_N.float()
-    odd_N = ~entropy_N.isfinite()
-    if bool(odd_N.any()):
-        entropy_N[odd_N], argmax_N[odd_N], logsumexp_N[odd_N] = _prediction_stats(logits_NV[odd_N])
+    found = statistics(logits_NV.detach().float().contiguous().numpy(), torch.get_num_threads())
+    entropy_N, argmax_N, logsumexp_N = map(torch.from_numpy, found)
     return entropy_N, argmax_N, logsumexp_N
 
 
@@ -276,3 +271,12 @@ def normalise_row(attention_row_BHL: Tensor, valid_BL: Tensor) -> Tensor:
     """
     weights_BL = torch.where(valid_BL, at_least_float32(attention_row_BHL).sum(1), 0.0)
     return divide(weights_BL, weights_BL.sum(-1, keepdim=True))
+
+
+OF_STATES: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {"centrality": centrality}
+"""Signals of the tokens of a layer: states [B, L, D], valid [B, L] -> [B, L] or [B, L, D]."""
+
+OF_LOGITS: Final[Mapping[tuple[str, ...], Callable[[Tensor], tuple[Tensor, ...]]]] = {
+    ("entropy", "argmax", "logsumexp"): prediction_stats
+}
+"""Signals of predictions: logits [N, V] -> [N] for each name."""

@@ -9,9 +9,7 @@ Shape legend for this file
 """
 
 import math
-import threading
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -26,40 +24,26 @@ LARGE: Final = 2**18
 """Bytes from which on memory is kept; what is smaller the allocator keeps by itself."""
 
 
-class Buffers:
-    """Memory lent to tensors and taken back when they are gone; safe in several threads."""
-
-    def __init__(self) -> None:
-        self._free: list[Array] = []
-        self._returned: deque[Array] = deque()
-        self._lock = threading.Lock()
-
-    def lend(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """An array of this shape with anything in it, whose memory comes back when it and its tensors are gone."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        memory = self._take(size)
-        lent: Array = np.ndarray(shape, dtype, buffer=memory)
-        weakref.finalize(lent, self._take_back, memory).atexit = False
-        return lent
-
-    def _take(self, size: int) -> Array:
-        """The smallest free memory that is large enough; else new, in place of the largest that is too small."""
-        with self._lock:
-            while self._returned:
-                self._free.append(self._returned.popleft())
-            self._free.sort(key=len)
-            for place, memory in enumerate(self._free):
-                if len(memory) >= size:
-                    return self._free.pop(place)
-            if self._free:
-                self._free.pop()
-        return np.empty(size + size // 8, np.uint8)
-
-    def _take_back(self, memory: Array) -> None:
-        self._returned.append(memory)  # at any moment of any thread, also in the middle of `_take`: hence no lock
+_free: Final[dict[int, Array]] = {}
+"""Memory whose tensor is gone, by id; each step on it is one that no other thread can interrupt."""
 
 
-_buffers: Final = Buffers()
+def _lend(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """An array of this shape with anything in it, whose memory is free again when it and its tensors are gone.
+
+    Its memory is the smallest free one that is large enough; else new, in place of the largest that is too small.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    by_size = sorted(_free.copy().items(), key=lambda item: len(item[1]))
+    taken = (_free.pop(number, None) for number, memory in by_size if len(memory) >= size)
+    memory = next((memory for memory in taken if memory is not None), None)
+    if memory is None:
+        if by_size:
+            _free.pop(by_size[-1][0], None)
+        memory = np.empty(size + size // 8, np.uint8)
+    lent: Array = np.ndarray(shape, dtype, buffer=memory)
+    weakref.finalize(lent, _free.__setitem__, id(memory), memory).atexit = False
+    return lent
 
 
 def pad(arrays: Sequence[Array]) -> Tensor:
@@ -75,7 +59,7 @@ def pad(arrays: Sequence[Array]) -> Tensor:
     shape, dtype = (len(arrays), most, *arrays[0].shape[1:]), arrays[0].dtype
     stored = np.dtype(np.int16) if dtype == np.uint16 else dtype  # torch has the bits of bfloat16 as int16
     large = math.prod(shape) * dtype.itemsize >= LARGE
-    stacked_BN: Array = _buffers.lend(shape, stored) if large else np.empty(shape, stored)
+    stacked_BN: Array = _lend(shape, stored) if large else np.empty(shape, stored)
     for row, array in enumerate(arrays):
         stacked_BN[row, : len(array)] = array.view(stored) if dtype == np.uint16 else array
         stacked_BN[row, len(array) :] = 0

@@ -14,9 +14,8 @@ from xkd_trainer.data.batch import Batch
 from xkd_trainer.losses.declaration import Loss, Projectors, StudentPass
 from xkd_trainer.losses.ops.shared_pass import Planned
 from xkd_trainer.losses.registry import describe_weights, term_weights
-from xkd_trainer.models.architecture import num_layers
+from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.forward import rehearse, run
-from xkd_trainer.models.head import head_of
 
 
 class Distiller(nn.Module):

@@ -30,8 +30,8 @@ from xkd_schemas.text.tokenizers import identity
 from xkd_trainer.data.cache import Cache, CacheUnion, find_student, layers_of, parse_shards
 from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant_head
 from xkd_trainer.losses.registry import loss_named, parse_loss
-from xkd_trainer.models.architecture import num_layers
-from xkd_trainer.models.head import check_model, head_of
+from xkd_trainer.models.architecture import head_of, num_layers
+from xkd_trainer.models.forward import check_model
 from xkd_trainer.models.loading import load_model, load_tokenizer, new_model
 from xkd_trainer.training.distiller import Distiller
 

@@ -1,4 +1,4 @@
-"""How far the student's next-token distribution is from the teacher's, at each position.
+"""How far the student's next-token distribution is from the teacher's at each position, and its vectors in a document.
 
 DSKD (arXiv 2406.17328) offers the first six kinds; the skewed ones are DistiLLM's (arXiv 2402.03898), the adaptive one
 is AKL (arXiv 2404.02657), ab is ABKD (arXiv 2505.04560), csd Concrete Score Distillation (arXiv 2509.25837). p is the
@@ -6,7 +6,7 @@ teacher, q the student, both softened by the temperature. No kind is multiplied 
 DSKD, DWA-KD nor SRA does it.
 
 Shape legend for this file
-    N positions    V classes
+    N positions    V classes    B documents    K spans (or tokens)    D width
 """
 
 import math
@@ -18,8 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from xkd_schemas.errors import UsageError
-from xkd_trainer.models.measures import at_least_float32
+from xkd_trainer.models.measures import at_least_float32, unit_vectors
 
 Kind = Literal[
     "forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "tvd", "ab", "csd"
@@ -129,8 +128,7 @@ def divergence(
     """The divergence of `kind` between teacher and student at each position, [N], in nats.
 
     Both logits are divided by the temperature, and computed in float32, or float64 if they are. NOT detached here: in
-    the projected spaces of DSKD and DWA-KD the gradient may go either way, so the caller decides. UsageError for a
-    kind that is not known or a temperature that is not above 0.
+    the projected spaces of DSKD and DWA-KD the gradient may go either way, so the caller decides.
 
     Uniform student against a teacher that is sure of class 0 to three parts in four:
     0.75 log 1.5 + 0.25 log 0.5 = 0.1308.
@@ -139,10 +137,41 @@ def divergence(
     >>> [round(float(divergence(student, teacher, kind, temperature=1.0)), 4) for kind in DIVERGENCES]
     [0.1308, 0.1438, 0.0338, 0.107, 0.1131, 0.1373, 0.25, 0.152, 0.1509]
     """
-    if kind not in DIVERGENCES:
-        raise UsageError(f"{kind!r} is not a divergence", fix=f"use one of: {', '.join(DIVERGENCES)}")
-    if not temperature > 0:
-        raise UsageError(f"temperature must be > 0, found {temperature}")
     log_q_NV = (at_least_float32(student_logits_NV) / temperature).log_softmax(-1)
     log_p_NV = (at_least_float32(teacher_logits_NV) / temperature).log_softmax(-1)
     return DIVERGENCES[kind](log_p_NV, log_q_NV, knobs)
+
+
+def cosine_distance(first_BKD: Tensor, second_BKD: Tensor) -> Tensor:
+    """1 - cos of paired vectors, [B, K]; 1, without gradient, where either vector is zero.
+
+    >>> cosine_distance(torch.tensor([[[3.0, 4.0], [0.0, 0.0]]]), torch.tensor([[[8.0, 6.0], [1.0, 0.0]]]))
+    tensor([[0.0400, 1.0000]])
+    """
+    return 1.0 - (unit_vectors(first_BKD) * unit_vectors(second_BKD)).sum(-1)
+
+
+def pair_weights(omega_BK: Tensor, valid_BK: Tensor) -> Tensor:
+    """omega_i omega_j for the pairs i != j of valid spans of one document, 0 for all others, [B, K, K].
+
+    >>> pair_weights(torch.tensor([[0.5, 0.3, 9.0]]), torch.tensor([[True, True, False]]))
+    tensor([[[0.0000, 0.1500, 0.0000],
+             [0.1500, 0.0000, 0.0000],
+             [0.0000, 0.0000, 0.0000]]])
+    """
+    omega_BK = torch.where(valid_BK, at_least_float32(omega_BK), 0.0)
+    same_KK = torch.eye(omega_BK.shape[1], dtype=torch.bool, device=omega_BK.device)
+    return (omega_BK.unsqueeze(-1) * omega_BK.unsqueeze(-2)).masked_fill(same_KK, 0.0)
+
+
+def pair_disagreement(
+    student_cosines_BKK: Tensor, teacher_cosines_BKK: Tensor, weights_BKK: Tensor, valid_BK: Tensor
+) -> Tensor:
+    """sum_ij weights_ij (cos_ij of the student - cos_ij of the teacher)^2 for each document, [B].
+
+    Cosine distances 1 - cos differ by the same amount, so this is the bracket of MTA eq. 11 and of
+    SRA's L_Geo. Rows and columns that are not valid add nothing, whatever they hold.
+    """
+    both_BKK = valid_BK.unsqueeze(-1) & valid_BK.unsqueeze(-2)
+    gap_BKK = torch.where(both_BKK, at_least_float32(student_cosines_BKK) - at_least_float32(teacher_cosines_BKK), 0.0)
+    return (weights_BKK * gap_BKK * gap_BKK).sum((-2, -1))

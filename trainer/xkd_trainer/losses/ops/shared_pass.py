@@ -33,8 +33,8 @@ from xkd_trainer.losses.ops.softmax_rows import (
     parts,
     scratch_for,
     slices,
-    statistics_rows,
 )
+from xkd_trainer.models.measures import prediction_stats
 
 PASS_BYTES = 96 << 20
 """Size of one chunk of the student's logits; products of fewer positions are slower: each reads the head once."""
@@ -119,23 +119,31 @@ class HeadPlan:
         """
         return Planned(plan=self, request=PassRequest(other=other, how=how, weigh=weigh, classes=classes))
 
-    def run(self, wanted: Sequence[Planned], factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def run(
+        self, wanted: Sequence[Planned], factors: Sequence[Tensor], size: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """The sum of factor times total, with gradient; and the totals, without.
 
-        `wanted` are of this plan, in any order; for each a factor, a scalar without gradient.
+        `wanted` are of this plan, in any order; for each a factor, a scalar without gradient. `size` is the positions
+        of a chunk, given where all positions are valid.
         """
         if not wanted:
             return self.own.wide.new_zeros(()), []
-        at_valid: dict[int, LazyLogits] = {}
-        requests = []
-        for request in (planned.request for planned in wanted):
-            if request.other is not None:  # one object stays one object
-                other = at_valid.setdefault(id(request.other), request.other.at(self.valid_BN))
-                request = replace(request, other=other)
-            requests.append(request)
-        own, factors_K = self.own.at(self.valid_BN), torch.stack([factor.detach() for factor in factors])
-        size = max(1, PASS_BYTES // max(1, self.own.row_bytes))
-        total, sums_K = joint_sum(own, self.target_BN[self.valid_BN], self.valid_BN, requests, factors_K, size)
+        others = {id(p.request.other): p.request.other for p in wanted if p.request.other is not None}
+        place_of = {number: place for place, number in enumerate(others, 1)}  # one object has one place
+        placed = [(place_of.get(id(p.request.other), 0), p.request) for p in wanted]
+        chosen = slice(None) if size else self.valid_BN
+        own, *beside = (logits.at(chosen) for logits in (self.own, *others.values()))
+        factors_K = torch.stack([factor.detach() for factor in factors])
+        positions = size or max(1, PASS_BYTES // max(1, own.row_bytes))
+
+        def make(learns: Sequence[bool], inputs: Sequence[Any]) -> Made:
+            given = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
+            fixed = [replace(other.detach(), hidden=hidden) for other, hidden in zip(beside, inputs[3:], strict=True)]
+            work = _Pass([given, *fixed], self.target_BN[chosen], placed, factors_K, learns)
+            return work.run(self.valid_BN, positions)
+
+        total, sums_K = make_at_once(make, own.hidden, own.weight, own.bias, *(other.hidden for other in beside))
         return total, list(sums_K)
 
 
@@ -145,7 +153,7 @@ def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
     >>> head_cross_entropy(LazyLogits(hidden=torch.zeros(2, 3), weight=torch.zeros(4, 3)), torch.tensor([0, 3]))
     tensor(2.7726)
     """
-    return _single_sum(logits, target_N, PassRequest())
+    return _run_alone(logits, target_N, PassRequest())
 
 
 def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor | None, how: Comparison) -> Tensor:
@@ -165,12 +173,12 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
     """
     weights_N1 = None if weights_N is None else weights_N.detach()[:, None]
     nowhere_N = torch.zeros(student.hidden.shape[0], dtype=torch.int64, device=student.hidden.device)
-    return _single_sum(student, nowhere_N, PassRequest(other=teacher.detach(), how=how, weights_M1=weights_N1))
+    return _run_alone(student, nowhere_N, PassRequest(other=teacher.detach(), how=how, weights_M1=weights_N1))
 
 
-def _single_sum(own: LazyLogits, target_N: Tensor, request: PassRequest) -> Tensor:
-    everywhere_N = torch.ones_like(target_N, dtype=torch.bool)
-    return joint_sum(own, target_N, everywhere_N, [request], own.wide.new_ones(1), rows_at_once(own))[0]
+def _run_alone(own: LazyLogits, target_N: Tensor, request: PassRequest) -> Tensor:
+    plan = HeadPlan(own=own, target_BN=target_N, valid_BN=torch.ones_like(target_N, dtype=torch.bool))
+    return plan.run([Planned(plan=plan, request=request)], [own.wide.new_ones(())], rows_at_once(own))[0]
 
 
 Unit = tuple[slice, list[slice]]
@@ -189,28 +197,6 @@ def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
         last = max(bisect_right(ends, start + size) - 1, bisect_right(ends, start))
         yield slice(first, last), list(slices(start, ends[last], size))
         first = last
-
-
-def joint_sum(
-    own: LazyLogits, target_M: Tensor, valid_BN: Tensor, requests: Sequence[PassRequest], factors_K: Tensor, size: int
-) -> tuple[Tensor, Tensor]:
-    """Sum over k of factor times request k, and the requests' sums [K], without gradient.
-
-    The first has gradient by the states and head of `own` [M, D], and by the states of every other with a
-    cross-entropy. Of one and the same `other`, [M, E], the logits are made once. The targets are int64 and read for
-    cross-entropies, `valid` is True at the M positions (any leading shape where nothing is weighed by documents), the
-    factors are constants, and `size` is the positions of a chunk, at least 1.
-    """
-    others = list({id(request.other): request.other for request in requests if request.other is not None}.values())
-    place_of = {id(other): place for place, other in enumerate(others, 1)}
-    placed = [(place_of.get(id(request.other), 0), request) for request in requests]
-
-    def make(learns: Sequence[bool], inputs: Sequence[Any]) -> Made:
-        given = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
-        constant = [replace(other.detach(), hidden=hidden) for other, hidden in zip(others, inputs[3:], strict=True)]
-        return _Pass([given, *constant], target_M, placed, factors_K, learns).run(valid_BN, size)
-
-    return make_at_once(make, own.hidden, own.weight, own.bias, *(other.hidden for other in others))
 
 
 class _Pass:
@@ -282,9 +268,11 @@ class _Pass:
         """[places, C]: entropies of the student, and peaks of the others, 0 where no weights read them."""
         seen = made[0].new_zeros(len(made), len(made[0]))
         for part in parts(made[0]):
-            seen[0, part] = statistics_rows(made[0][part], self.scratch).entropy
+            seen[0, part] = prediction_stats(made[0][part])[0].clamp_min(0.0)
             for place in {place for _, place, _ in self.weighed}:
-                seen[place, part] = statistics_rows(made[place][part], self.scratch).peak
+                _, best_P, logsumexp_P = prediction_stats(made[place][part])
+                best_P1 = made[place][part].gather(-1, best_P[:, None])
+                seen[place, part] = (best_P1[:, 0] - logsumexp_P).exp()
         return seen
 
     def _weigh(self, rows: slice, valid_BN: Tensor, seen: Tensor) -> None:

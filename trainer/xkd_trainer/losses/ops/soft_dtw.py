@@ -4,9 +4,9 @@ Soft-DTW is Cuturi and Blondel's (arXiv 1703.01541): the soft minimum over all m
 Its gradient by the costs is the expected alignment. Band and divergence are those of DWA-KD (arXiv 2602.21669, eq.
 9-10 and 17-25). Nothing here knows models or batches.
 
-On a CPU the compiled kernels work it. On other devices, without the kernels, and for costs beyond their exponent it is
-the same recursion in torch, in log space, one anti-diagonal of all pairs at a time: a loop over S + T - 1 steps of
-a few torch calls on [B, S]; memory is six float64 a cell of the skewed square [S + T - 1, B, S].
+On a CPU the compiled kernels work float32. Elsewhere, in float64, and for costs that are no number or beyond the
+kernels' exponent it is the same recursion in torch, in log space, one anti-diagonal of all pairs at a time: a loop
+over S + T - 1 steps of a few torch calls on [B, S]; memory is six float64 a cell of the skewed square [D, B, S].
 
 Shape legend for this file
     B pairs    S student tokens    T teacher tokens    D anti-diagonals, S + T - 1    E width
@@ -193,13 +193,12 @@ def _check(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tenso
 
 
 class _SoftDtw(torch.autograd.Function):
-    """Value and, where asked for, gradient in one forward; backward is one multiplication."""
+    """Value and gradient in one forward; backward is one multiplication."""
 
     @staticmethod
     def forward(ctx: Any, cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float) -> Tensor:
         """Run the backend of the device."""
-        gradient = bool(ctx.needs_input_grad[0])
-        done = _run_kernels(cost_BST, student_B, teacher_B, gamma, gradient=gradient)
+        done = _run_kernels(cost_BST, student_B, teacher_B, gamma)
         value_B, gradient_BST = done or torch_soft_dtw(cost_BST, student_B, teacher_B, gamma)
         ctx.save_for_backward(gradient_BST)
         return value_B.to(cost_BST.dtype)
@@ -212,19 +211,17 @@ class _SoftDtw(torch.autograd.Function):
         return upstream_B[:, None, None] * gradient_BST, None, None, None
 
 
-def _run_kernels(
-    cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float, *, gradient: bool
-) -> tuple[Tensor, Tensor] | None:
+def _run_kernels(cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float) -> tuple[Tensor, Tensor] | None:
     """Values and gradient by the compiled kernels; None where they cannot do it."""
-    if cost_BST.device.type != "cpu" or not has_cpu_kernels():
+    if cost_BST.device.type != "cpu" or cost_BST.dtype != torch.float32 or not has_cpu_kernels():
         return None
     from xkd_trainer.cpu_kernels import soft_dtw as kernels
 
     cost, students, teachers = (
         x.detach().contiguous().numpy() for x in (cost_BST, student_B.long(), teacher_B.long())
     )
-    found = kernels.soft_dtw(cost, students, teachers, gamma, gradient=gradient, threads=torch.get_num_threads())
-    return found and (torch.from_numpy(found[0]), torch.from_numpy(found[1]).to(cost_BST.dtype))
+    found = kernels.soft_dtw(cost, students, teachers, gamma, torch.get_num_threads())
+    return found and (torch.from_numpy(found[0]), torch.from_numpy(found[1]))
 
 
 def torch_soft_dtw(

@@ -1,4 +1,4 @@
-"""Softmaxes, cross-entropies and divergences of a few rows of logits, with their gradients by the logits.
+"""Cross-entropies and divergences of a few rows of logits, with their gradients by the logits.
 
 float32 on a CPU is worked by the kernels of `cpu_kernels`, where there is one for the divergence; everything else by
 torch. Every exponential is taken once, of numbers at most 0. Products are summed in two passes, one in place: a
@@ -11,7 +11,6 @@ Shape legend for this file
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,15 +30,6 @@ STEP_ELEMENTS = 1 << 16
 
 PARTS_OFF_CPU = 8
 """Parts of a chunk where every piece is a kernel's launch: few, but fewer temporaries than the whole chunk."""
-
-
-class Statistics(NamedTuple):
-    """What the logits say at each position, at temperature 1, without gradient."""
-
-    entropy: Tensor
-    """[...] nats, at least 0."""
-    peak: Tensor
-    """[...] probability of the likeliest class."""
 
 
 class Scratch:
@@ -106,23 +96,6 @@ def _has_kernel(*logits_PV: Tensor) -> bool:
     """Whether the compiled kernels take these."""
     plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in logits_PV)
     return plain and has_cpu_kernels()
-
-
-def statistics_rows(logits_PV: Tensor, scratch: Scratch) -> Statistics:
-    """Entropy and peak of each row.
-
-    >>> statistics_rows(torch.zeros(1, 4), Scratch())
-    Statistics(entropy=tensor([1.3863]), peak=tensor([0.2500]))
-    """
-    if _has_kernel(logits_PV):
-        from xkd_trainer.cpu_kernels.softmax_rows import statistics
-
-        return Statistics(*map(torch.from_numpy, statistics(logits_PV.numpy(), torch.get_num_threads())))
-    below_PV = torch.sub(logits_PV, logits_PV.amax(-1, keepdim=True), out=scratch.like(logits_PV, 0))
-    odds_PV = torch.exp(below_PV, out=scratch.like(logits_PV, 1))
-    sum_P = odds_PV.sum(-1)
-    entropy_P = sum_P.log() - below_PV.mul_(odds_PV).sum(-1) / sum_P
-    return Statistics(entropy_P.clamp_min(0.0), sum_P.reciprocal())
 
 
 def cross_entropy_rows(logits_PV: Tensor, target_P: Tensor, factor: Tensor) -> Tensor:
