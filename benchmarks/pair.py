@@ -27,9 +27,8 @@ from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Unit
 from xkd_schemas.cache.table import Table, names_in
-from xkd_schemas.config import RunConfig, StudentSection
+from xkd_schemas.config import AUTO, RunConfig, StudentSection
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, document_of
-from xkd_schemas.dtypes import AUTO
 from xkd_schemas.signals import Signal
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.registry import LOSSES

@@ -8,8 +8,11 @@
 A plain int8 with one scale a token is not offered: a few large channels of final states take all of its range.
 A codec is one class here and one line in CODECS.
 
+Drawn classes of a prediction and their shares are one integer each: class * (TOTAL + 1) + share. The shares are whole
+numbers that add up to TOTAL, so the classes make a distribution exactly; entries, and so classes, are ascending.
+
 Shape legend for this file
-    N tokens or spans of one document    D width
+    N tokens, spans or predictions of one document    D width    k classes kept of each prediction
 """
 
 import functools
@@ -24,6 +27,7 @@ from xkd_schemas.errors import BadData
 
 Bits = npt.NDArray[np.uint16]
 """[N, D] bfloat16 numbers as their bits."""
+Array = npt.NDArray[Any]
 Read = Callable[[str], Any]
 """Column name -> what this row holds in it."""
 
@@ -202,3 +206,49 @@ def squared_error(rows: Sequence[Bits], again: Sequence[Bits]) -> tuple[float, f
         lost += float(np.square(exact - numbers_of(back)).sum())
         kept += float(np.square(exact).sum())
     return lost, kept
+
+
+TOTAL: Final = 4095
+"""What the shares of a prediction add up to."""
+MOST_CLASSES: Final = 2**31 // (TOTAL + 1)
+"""A class is below it, so that an entry is an int32."""
+
+
+def pack_classes(classes_Nk: Array, shares_Nk: Array) -> npt.NDArray[np.int32]:
+    """Entries in the order given.
+
+    >>> pack_classes(np.array([[2, 7]]), np.array([[4000, 95]]))
+    array([[12192, 28767]], dtype=int32)
+
+    Args:
+        classes_Nk: Integers from 0 to MOST_CLASSES - 1.
+        shares_Nk: Integers from 0 to TOTAL.
+    """
+    return (classes_Nk.astype(np.int64) * (TOTAL + 1) + shares_Nk).astype(np.int32)
+
+
+def unpack_classes(entries_Nk: Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Classes, and shares divided by TOTAL.
+
+    >>> classes, weights = unpack_classes(np.array([[12192, 28767]], np.int32))
+    >>> classes.tolist(), weights.round(3).tolist()
+    ([[2, 7]], [[0.9769999980926514, 0.023000000044703484]])
+    """
+    classes_Nk, shares_Nk = np.divmod(entries_Nk, TOTAL + 1)
+    return classes_Nk.astype(np.int64), shares_Nk.astype(np.float32) / np.float32(TOTAL)
+
+
+def find_class_fault(entries_Nk: Array, classes: int) -> str:
+    """What is wrong with stored entries of a teacher of so many classes; empty for nothing.
+
+    >>> find_class_fault(np.array([[12192, 28767]], np.int32), 7)
+    'a class is not from 0 to 6'
+    """
+    if entries_Nk.size == 0:
+        return ""
+    if entries_Nk.min() < 0 or int(entries_Nk.max()) // (TOTAL + 1) >= classes:
+        return f"a class is not from 0 to {classes - 1}"
+    if (np.diff(entries_Nk.astype(np.int64) // (TOTAL + 1), axis=1) <= 0).any():
+        return "classes of a prediction are not ascending"
+    sums_N = (entries_Nk % (TOTAL + 1)).sum(1)
+    return f"shares add up to {int(sums_N[sums_N != TOTAL][0])}, not to {TOTAL}" if (sums_N != TOTAL).any() else ""

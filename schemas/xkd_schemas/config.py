@@ -13,9 +13,22 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from xkd_schemas.dtypes import AUTO, DtypeName
 from xkd_schemas.errors import InputMissing, UsageError
 
+AUTO: Final = "auto"
+_DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def dtype_name(name: Any) -> Any:
+    """The full name of a dtype; anything else as it is.
+
+    >>> dtype_name("bf16"), dtype_name("auto")
+    ('bfloat16', 'auto')
+    """
+    return _DTYPES.get(name, name) if isinstance(name, str) else name
+
+
+DtypeName = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(dtype_name)]
 TemplateName = Literal["auto", "none", "alpaca", "chat"]
 """auto: chat where the tokenizer has a chat template, none elsewhere."""
 

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import xxhash
 
@@ -238,6 +239,20 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file: its identity."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+Json = Any
+
+
+def canonical(value: Json) -> bytes:
+    """JSON with sorted keys, no blanks and no NaN: equal values give equal bytes."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.encode()
+
+
+def digest(value: Json) -> str:
+    """Hex sha256 of the canonical JSON: names content."""
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def xxh3_of(data: bytes | memoryview) -> str:

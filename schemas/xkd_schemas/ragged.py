@@ -107,17 +107,12 @@ def batch_of(schema: pa.Schema, columns: dict[str, Sequence[Any]]) -> pa.RecordB
 class Columns:
     """Columns of a record batch, each made ready when first read, so that a row of it is no more than a slice."""
 
-    __slots__ = ("_batch", "_readers")
+    __slots__ = ("_batch", "_readers", "names")
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._batch = batch
         self._readers: dict[str, Callable[[int], Any]] = {}
-
-    @property
-    def names(self) -> list[str]:
-        """Of all columns."""
-        found: list[str] = self._batch.schema.names
-        return found
+        self.names = frozenset(batch.schema.names)
 
     def row(self, name: str, row: int) -> Any:
         """Row `row` of a column: a Python value, a list of strings, or a numpy view [n] or [n, width]."""

@@ -23,8 +23,8 @@ from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Spec
 from xkd_schemas.cache.table import Table
+from xkd_schemas.codecs import MOST_CLASSES
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_schemas.sampled_classes import MOST_CLASSES
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.batches import TokenBatch

@@ -15,10 +15,9 @@ import pyarrow as pa
 
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.cache.table import Row, Table
-from xkd_schemas.codecs import CODECS
+from xkd_schemas.codecs import CODECS, find_class_fault
 from xkd_schemas.documents import documents_schema
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, XkdError
-from xkd_schemas.sampled_classes import fault_of
 from xkd_schemas.tokens import CONTENT, END, OK, STUDENTS, TEMPLATE, kept_rows, predictors, spans_read
 
 BF16_EXPONENT = 0x7F80
@@ -124,7 +123,7 @@ def _count_classes(root: Path, table: Table) -> int:
 def _check_draws(row: Row, schema: pa.Schema, classes: int) -> str:
     """What is wrong with drawn classes and their shares."""
     columns = [name for name in schema.names if name.startswith("sampled#")]
-    faults = ((name, fault_of(row[name], classes)) for name in columns)
+    faults = ((name, find_class_fault(row[name], classes)) for name in columns)
     return next((f"{name}: {fault}" for name, fault in faults if fault), "")
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from xkd_pipeline.tables.dataset_card import write_root_files
-from xkd_schemas.cache.files import refuse_links
 from xkd_schemas.cache.manifest import (
     Commit,
     MadeDifferently,
@@ -23,6 +22,7 @@ from xkd_schemas.cache.manifest import (
     read_record,
     record_paths,
     refuse_differences,
+    refuse_links,
     sealed,
     to_json,
 )

@@ -5,15 +5,14 @@ import functools
 import mmap
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 
-from xkd_schemas.cache.files import refuse_links, refuse_unnamed
-from xkd_schemas.cache.manifest import Commit, Manifest, Plan, RecordBatch, read_record
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, RecordBatch, read_record, refuse_links, refuse_unnamed
 from xkd_schemas.codecs import CODECS, PLAIN, Codec
 from xkd_schemas.durable_files import SAFE_NAME, inside, sha256_of, xxh3_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
@@ -32,20 +31,29 @@ Decoder = Callable[[Callable[[str], Any]], Any]
 class Row:
     """One document of one table; columns are read on demand as views into the mapped shard."""
 
-    __slots__ = ("_columns", "_decoders", "_row")
+    __slots__ = ("_beside", "_columns", "_decoders", "_row")
 
     def __init__(self, columns: Columns, row: int, decoders: Mapping[str, Decoder]) -> None:
         self._columns = columns
         self._row = row
         self._decoders = decoders
+        self._beside: tuple[Row, ...] = ()
+
+    def join(self, others: Iterable["Row"]) -> "Row":
+        """The same row, which has the columns of these rows too where it has none of that name."""
+        self._beside = tuple(others)
+        return self
 
     def __getitem__(self, column: str) -> Any:
+        for other in self._beside if column not in self._columns.names else ():
+            if column in other._columns.names:
+                return other[column]
         decoder = self._decoders.get(column)
         return self.stored(column) if decoder is None else decoder(self.stored)
 
     def get(self, column: str, default: Any) -> Any:
         """The column, or `default` where the table has none of that name."""
-        return self[column] if column in self._columns.names else default
+        return self[column] if any(column in row._columns.names for row in (self, *self._beside)) else default
 
     def stored(self, column: str) -> Any:
         """The column as it lies in the shard, before a codec has read it."""
@@ -324,45 +332,6 @@ def _only(root: Path, what: str, names: list[str]) -> str:
     return names[0]
 
 
-class JoinedShard(Shard):
-    """Shard of one table with the columns of others that hold the same documents in the same record batches."""
-
-    def __init__(self, first: Shard, others: Sequence[Shard]) -> None:
-        self.path, self.commit = first.path, first.commit
-        self._shards = (first, *others)
-        self._ends = first._ends
-        self._columns: OrderedDict[int, Columns] = OrderedDict()
-        self._decoders = {name: decode for shard in self._shards[::-1] for name, decode in shard._decoders.items()}
-        fields = {field.name: field for shard in self._shards[::-1] for field in shard.schema}
-        own = [field.name for field in first.schema]
-        self._joined = pa.schema(
-            [fields[name] for name in (*own, *sorted(set(fields) - set(own)))],
-            metadata={k: v for shard in self._shards[::-1] for k, v in (shard.schema.metadata or {}).items()},
-        )
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Columns of the first table, then those that only the others have, by name."""
-        return self._joined
-
-    def batch(self, number: int) -> pa.RecordBatch:
-        """Record batch `number` of all tables side by side, each checked when first touched; nothing is copied.
-
-        Raises:
-            BadData: A batch is corrupt, or the tables hold other documents there.
-        """
-        batches = [shard.batch(number) for shard in self._shards]
-        for shard, batch in zip(self._shards[1:], batches[1:], strict=True):
-            if not batch.column("doc_id").equals(batches[0].column("doc_id")):
-                raise BadData(
-                    f"{shard.path}: record batch {number} holds other documents than {self.path}",
-                    fix=f"delete {shard.path.parent} and add its signals again",
-                )
-        columns = {name: batch.column(name) for batch in batches[::-1] for name in batch.schema.names}
-        arrays = [columns[name] for name in self._joined.names]
-        return pa.RecordBatch.from_arrays(arrays, schema=self._joined)
-
-
 class JoinedTable(Table):
     """A sealed table that gives its rows with the columns of `others`, which hold the same documents at least.
 
@@ -370,16 +339,18 @@ class JoinedTable(Table):
         InputMissing, BadData: as `Table`.
     """
 
-    def __init__(self, root: Path, name: str, others: Sequence[Table]) -> None:
+    def __init__(self, root: Path, name: str, others: Iterable[Table]) -> None:
         super().__init__(root, name)
         self._others = tuple(others)
-        self._joined: dict[int, Shard] = {}
 
-    def shard(self, number: int) -> Shard:
-        """Shard of unit `number`, with the columns of the other tables."""
-        if number not in self._joined:
-            others = [table.shard(number) for table in self._others]
-            self._joined[number] = JoinedShard(super().shard(number), others)
-            if len(self._joined) > OPEN_SHARDS:
-                del self._joined[next(iter(self._joined))]
-        return self._joined[number]
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`, with the columns of the other tables; BadData where one holds another document there."""
+        row = super().__getitem__(index)
+        others = [table[index] for table in self._others]
+        for table, other in zip(self._others, others, strict=True):
+            if other["doc_id"] != row["doc_id"]:
+                raise BadData(
+                    f"{table.folder}: row {index} is another document than in {self.folder}",
+                    fix=f"delete {table.folder} and add its signals again",
+                )
+        return row.join(others)

@@ -14,8 +14,8 @@ from typing import Final
 import orjson
 
 from xkd_schemas.corpus.conversation import CALL, REASONING, REASONING_KEYS, call_text
+from xkd_schemas.corpus.files import LongLine
 from xkd_schemas.corpus.formats import RowFormat, find_form
-from xkd_schemas.corpus.line_reader import LongLine
 from xkd_schemas.documents import Document, document_of
 
 MAX_CHARS: Final = 1_000_000

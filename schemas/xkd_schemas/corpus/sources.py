@@ -2,36 +2,33 @@
 
 A source never guesses in silence: the form of its rows is looked up in the first rows, recorded,
 and shown by `Source.describe`. `rows` may be called again and from another process, and refuses
-to go on where a file has changed since it was counted.
+to go on where a file has changed since it was counted. A corpus at an address that fsspec knows (s3://, https://) is
+copied once.
 """
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
 import re
+import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
-from xkd_schemas.corpus.address import is_url, local_copy, shown
-from xkd_schemas.corpus.files import (
-    FOLDER_SUFFIXES,
-    SUFFIXES,
-    Content,
-    CorpusFile,
-    count_file,
-    file_rows,
-    take_exactly,
-)
+from xkd_schemas.corpus.files import FOLDER_SUFFIXES, SUFFIXES, Content, CorpusFile, count_file, file_rows
 from xkd_schemas.corpus.formats import AUTO, FORMS, check_fields, choose_form
 from xkd_schemas.corpus.rows import ROW_KEYS, RawRow, RejectedRow, parsed_row, read_documents, references_of
 from xkd_schemas.documents import Document
-from xkd_schemas.errors import BadData, InputMissing, UsageError
+from xkd_schemas.durable_files import disk_errors
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError, XkdError
 
 __all__ = ["RawRow", "RejectedRow", "Source", "digest_of", "open_source", "read_documents"]
 
@@ -44,6 +41,8 @@ HUB_NAME: Final = re.compile(
 )
 """NAME@REVISION:SUBSET:SPLIT of a data set on the hub; NAME may have an owner, the rest may be left out."""
 HUB_FORM: Final = "NAME@REVISION:SUBSET:SPLIT"
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://.+", re.DOTALL)
+COPY_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +114,7 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
     if boms:
         remarks = (*remarks, f"{boms} byte order mark{'s' * (boms > 1)} dropped")
     return Source(
-        name=shown(name) if is_url(name) else name, form=chosen, columns=resolved,
+        name=_hide_secrets(name), form=chosen, columns=resolved,
         num_rows=sum(part.num_rows for part in parts), digest=digest, parts=parts, remarks=(*fit, *remarks),
     )  # fmt: skip
 
@@ -132,7 +131,9 @@ def digest_of(name: str) -> str:
 def _locate(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
     """(parts, digest, remarks)"""
     if is_url(name):
-        return _at_address(name)
+        _check_suffix(_hide_secrets(name))
+        part, digest = count_file(_copy_here(name))
+        return (part,), digest, (f"{part.state[0]} bytes copied here while this command runs",)
     path = Path(name).expanduser()
     try:
         mode = path.stat().st_mode
@@ -148,20 +149,13 @@ def _locate(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
     if not stat.S_ISREG(mode):
         raise InputMissing(f"{name} is not a regular file", fix="save the rows to a .jsonl file and name that")
     _check_suffix(name)
-    digest = hashlib.sha256()
-    return (count_file(path, digest),), digest.hexdigest(), ()
+    part, digest = count_file(path)
+    return (part,), digest, ()
 
 
 def _check_suffix(name: str) -> None:
     if not name.endswith(SUFFIXES):
         raise UsageError(f"{name}: unknown file extension", fix=f"use one of {' '.join(SUFFIXES)}")
-
-
-def _at_address(url: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
-    _check_suffix(shown(url))
-    digest = hashlib.sha256()
-    part = count_file(local_copy(url), digest)
-    return (part,), digest.hexdigest(), (f"{part.state[0]} bytes copied here while this command runs",)
 
 
 def _in_folder(folder: Path) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
@@ -175,9 +169,9 @@ def _in_folder(folder: Path) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ..
     whole = hashlib.sha256()
     parts = []
     for file in files:
-        own = hashlib.sha256()
-        parts.append(count_file(file, own))
-        whole.update(f"{file.relative_to(folder)}\0{own.hexdigest()}\n".encode())
+        part, digest = count_file(file)
+        parts.append(part)
+        whole.update(f"{file.relative_to(folder)}\0{digest}\n".encode())
     if not parts and not saved:
         raise InputMissing(f"{folder} holds no file that ends in {' '.join(FOLDER_SUFFIXES)}", fix="check the path")
     remarks = [f"{len(parts)} file{'s' * (len(parts) > 1)}"]
@@ -271,13 +265,73 @@ def _sample(parts: Sequence[CorpusFile]) -> list[dict[str, object]]:
 
 
 def _part_rows(part: CorpusFile, first: int, columns: Sequence[str] | None) -> Iterator[Content]:
-    if part.kind == "hub":
-        return take_exactly(part, _hub_rows(part.path, first), first)
-    return take_exactly(part, file_rows(part, first=first, columns=columns), first)
+    """The rows that were counted, from `first` on, or Mismatch where there are fewer."""
+    rows = _hub_rows(part.path, first) if part.kind == "hub" else file_rows(part, first, columns)
+    wanted = part.num_rows - first
+    number = 0
+    for number, content in enumerate(islice(rows, wanted), start=1):  # noqa: B007 # the count is used after the loop
+        yield content
+    if number != wanted:
+        raise Mismatch(
+            f"{part.path} had {part.num_rows} rows when it was counted and has {first + number} now",
+            fix="run again when nothing writes to it",
+        )
 
 
-MAX_CHARS: Final = 1_000_000
-"""A longer text counts as unusable."""
+def is_url(name: str) -> bool:
+    """True for what fsspec shall open.
+
+    >>> is_url("s3://bucket/a.jsonl"), is_url("data/a.jsonl"), is_url("owner/name:train")
+    (True, False, False)
+    """
+    return _URL.fullmatch(name) is not None
+
+
+def _hide_secrets(name: str) -> str:
+    """An address without name, password and query; any other name as it is.
+
+    >>> _hide_secrets("https://me:secret@host/a.jsonl?token=1")
+    'https://host/a.jsonl'
+    """
+    return re.sub(r"://[^/@]*@", "://", name.split("?", 1)[0]) if is_url(name) else name
+
+
+@functools.cache
+def _copy_here(url: str) -> Path:
+    """A remote file under its own name in a folder of this process, copied once and removed when it ends."""
+    import fsspec
+
+    with _remote_errors(url):
+        files, path = fsspec.core.url_to_fs(url)
+        if not files.isfile(path):
+            raise InputMissing(f"{_hide_secrets(url)} is not a file there", fix="name one file, with its ending")
+    folder = Path(tempfile.mkdtemp(prefix="xkd-corpus-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = folder / PurePosixPath(_hide_secrets(url)).name
+    with disk_errors(target):
+        stream = target.open("wb")
+    with stream, _remote_errors(url), files.open(path, "rb") as source:
+        while chunk := source.read(COPY_BYTES):
+            with disk_errors(target):
+                stream.write(chunk)
+                stream.flush()
+    return target
+
+
+@contextlib.contextmanager
+def _remote_errors(url: str) -> Iterator[None]:
+    """Whatever a store's own library raises, as one line of ours without secrets."""
+    try:
+        yield
+    except XkdError:
+        raise
+    except Exception as error:  # stores raise what their own libraries raise
+        said = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+        line = f"{_hide_secrets(url)}: {said[:160].replace(url, _hide_secrets(url))}"
+        if isinstance(error, ImportError | ValueError):
+            fix = "check the beginning of the address, and pip install what it names, e.g. pip install s3fs"
+            raise UsageError(line, fix=fix) from error
+        raise InputMissing(line, fix="check address and access") from error
 
 
 def held_out_documents(
@@ -294,8 +348,6 @@ def held_out_documents(
     rows = list(source.rows())
     if not rows:
         raise BadData(f"{name} has no rows", fix="check the path")
-    documents, rejected = read_documents(
-        Path(source.name).name, source.form, source.columns, rows, max_chars=MAX_CHARS
-    )
+    documents, rejected = read_documents(Path(source.name).name, source.form, source.columns, rows)
     references = {r.line: references_of(source.form, source.columns, parsed_row(r.content) or {}) for r in rows}
     return documents, rejected, {line: texts for line, texts in references.items() if texts}

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from xkd_schemas.digests import digest
+from xkd_schemas.durable_files import digest
 from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import row_offsets
 from xkd_schemas.tokens import Int32s

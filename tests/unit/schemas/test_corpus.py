@@ -12,12 +12,10 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas.corpus import columnar as tables
-from xkd_schemas.corpus import files as parts
+from xkd_schemas.corpus import files
 from xkd_schemas.corpus.sources import RawRow, Source, open_source, read_documents
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError, XkdError
@@ -37,7 +35,7 @@ def write(folder: Path, kind: str, rows: list) -> Path:
     elif kind == ".jsonl.gz":
         path.write_bytes(gzip.compress(jsonl(rows)))
     elif kind == ".jsonl.zst":
-        path.write_bytes(zstandard.ZstdCompressor().compress(jsonl(rows)))
+        path.write_bytes(pa.compress(jsonl(rows), "zstd", asbytes=True))
     elif kind == ".parquet":
         pq.write_table(table, path, row_group_size=5)
     elif kind == "-file.arrow":
@@ -94,7 +92,7 @@ def test_an_empty_source_has_no_rows(tmp_path: Path, kind: str) -> None:
 
 
 def test_marks_lead_to_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "MARK_EVERY", 4)
+    monkeypatch.setattr(files, "MARK_EVERY", 4)
     source = opened(tmp_path / "rows.jsonl", b"\xef\xbb\xbf" + jsonl(ROWS))
 
     assert len(source.parts[0].marks) == 6
@@ -438,7 +436,7 @@ def test_no_corpus_file_opens_the_network(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_batches_of_a_table_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "BATCH_ROWS", 3)
+    monkeypatch.setattr(files, "BATCH_ROWS", 3)
 
     for kind in (".parquet", "-file.arrow"):
         source = open_source(str(write(tmp_path, kind, ROWS)), columns={})

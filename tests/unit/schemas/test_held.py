@@ -74,5 +74,5 @@ def test_rows_of_no_form_are_refused_with_their_columns(tmp_path: Path) -> None:
 def test_a_broken_archive_is_bad_data(tmp_path: Path) -> None:
     (tmp_path / "dev.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS[0]).encode() * 50)[:-12])
 
-    with pytest.raises(BadData, match="gzip file ends in the middle"):
+    with pytest.raises(BadData, match=r"is broken or cut off: .*end-of-stream"):
         held_out_documents(tmp_path / "dev.jsonl.gz")

@@ -20,7 +20,7 @@ from xkd_schemas.cache.manifest import (
     sealed,
     to_json,
 )
-from xkd_schemas.digests import canonical, digest
+from xkd_schemas.durable_files import canonical, digest
 from xkd_schemas.errors import BadData, InputMissing, Mismatch
 
 PLAN = Plan(table="documents", spec={"a": {"b": 1}}, units=(Unit(source="x.jsonl", first=0, rows=3),))

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xkd_schemas.corpus.conversation import conversation
+from xkd_schemas.corpus.files import LongLine
 from xkd_schemas.corpus.formats import FORMS, choose_form
-from xkd_schemas.corpus.line_reader import LongLine
 from xkd_schemas.corpus.rows import RawRow, RejectedRow, read_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import UsageError

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xkd_schemas.sampled_classes import MOST_CLASSES, TOTAL, fault_of, packed, unpacked
+from xkd_schemas.codecs import MOST_CLASSES, TOTAL, find_class_fault, pack_classes, unpack_classes
 
 
 @given(st.lists(st.tuples(st.integers(0, MOST_CLASSES - 1), st.integers(0, TOTAL)), min_size=1, max_size=9))
 def test_an_entry_says_class_and_share(pairs: list[tuple[int, int]]) -> None:
     classes, shares = np.array(pairs).T[:, None]
 
-    entries = packed(classes, shares)
-    found, weights = unpacked(entries)
+    entries = pack_classes(classes, shares)
+    found, weights = unpack_classes(entries)
 
     assert entries.dtype == np.int32
     assert entries.min() >= 0
@@ -22,8 +22,8 @@ def test_an_entry_says_class_and_share(pairs: list[tuple[int, int]]) -> None:
 
 
 def test_what_capture_writes_has_no_fault() -> None:
-    assert fault_of(packed(np.array([[0, 5], [3, 9]]), np.array([[TOTAL, 0], [1, TOTAL - 1]])), 10) == ""
-    assert fault_of(np.zeros((0, 4), np.int32), 10) == ""
+    assert find_class_fault(pack_classes(np.array([[0, 5], [3, 9]]), np.array([[TOTAL, 0], [1, TOTAL - 1]])), 10) == ""
+    assert find_class_fault(np.zeros((0, 4), np.int32), 10) == ""
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,6 @@ def test_what_capture_writes_has_no_fault() -> None:
     ],
 )
 def test_a_fault_is_named(classes: list[int], shares: list[int], said: str) -> None:
-    good = packed(np.array([[0, 5]]), np.array([[1, TOTAL - 1]]))
+    good = pack_classes(np.array([[0, 5]]), np.array([[1, TOTAL - 1]]))
 
-    assert said in fault_of(np.concatenate([good, packed(np.array([classes]), np.array([shares]))]), 10)
+    assert said in find_class_fault(np.concatenate([good, pack_classes(np.array([classes]), np.array([shares]))]), 10)

@@ -17,7 +17,7 @@ from xkd_pipeline.tables import shard
 from xkd_pipeline.tables.shard import write_shard
 from xkd_schemas.cache import table as table_module
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, Unit, read_record, sealed, to_json
-from xkd_schemas.cache.table import JoinedShard, Shard, Table, names_in
+from xkd_schemas.cache.table import JoinedTable, Shard, Table, names_in
 from xkd_schemas.documents import INTERVALS, flat_list
 from xkd_schemas.errors import BadData, Mismatch, Refused, XkdError
 from xkd_schemas.ragged import Columns, batch_of
@@ -44,12 +44,12 @@ def columns(size: int, first: int = 0) -> dict[str, Any]:
     }
 
 
-def sealed_table(root: Path, sizes: tuple[int, ...] = (3, 40, 0)) -> Table:
+def sealed_table(root: Path, sizes: tuple[int, ...] = (3, 40, 0), first: int = 0) -> Table:
     """A table of these unit sizes named documents."""
     folder = root / "documents"
     folder.mkdir(parents=True)
     commits = tuple(
-        write_shard(folder, n, SCHEMA, columns(size, first=sum(sizes[:n]))) for n, size in enumerate(sizes)
+        write_shard(folder, n, SCHEMA, columns(size, first + sum(sizes[:n]))) for n, size in enumerate(sizes)
     )
     plan = Plan(table="documents", spec={}, units=tuple(Unit(source="x", first=0, rows=n) for n in sizes))
     (folder / "manifest.json").write_bytes(to_json(sealed(plan, commits, {}, {})))
@@ -310,8 +310,8 @@ def test_columns_stay_ready_for_few_record_batches_only(tmp_path: Path, monkeypa
 
 
 def test_tables_beside_each_other_hold_the_same_documents_or_are_refused(tmp_path: Path) -> None:
-    ours, theirs = sealed_table(tmp_path / "a", (4,)).shard(0), sealed_table(tmp_path / "b", (3, 4)).shard(1)
+    ours, theirs = sealed_table(tmp_path / "a", (4,)), sealed_table(tmp_path / "b", (4,), first=1)
 
-    assert JoinedShard(ours, [ours]).row(2)["doc_id"] == ours.row(2)["doc_id"]
-    with pytest.raises(BadData, match=r"record batch 0 holds other documents than .*a/documents/00000"):
-        JoinedShard(ours, [theirs]).row(2)
+    assert JoinedTable(tmp_path / "a", "documents", [ours])[2]["doc_id"] == "d2"
+    with pytest.raises(BadData, match=r"b/documents: row 0 is another document than in .*a/documents"):
+        list(JoinedTable(tmp_path / "a", "documents", [ours, theirs]))

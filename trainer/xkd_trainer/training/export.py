@@ -11,8 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from xkd_schemas.cache.manifest import OWN
-from xkd_schemas.digests import digest
-from xkd_schemas.durable_files import disk_errors, replace, save_folder, sha256_of
+from xkd_schemas.durable_files import digest, disk_errors, replace, save_folder, sha256_of
 from xkd_schemas.text.templates import AUTO
 from xkd_schemas.tokens import END, Bools, Int32s
 from xkd_trainer.models.student_files import PROVENANCE, check_student, read_provenance, tensor_errors
