@@ -17,7 +17,7 @@ Shape legend for this file
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,28 +33,11 @@ Read = Callable[[str], Any]
 
 
 class Encoded(NamedTuple):
-    """One unit's rows of one signal, ready to be written."""
+    """The rows of one signal in one shard, ready to be written."""
 
     columns: dict[str, list[Any]]
     metadata: dict[bytes, bytes]
-    """For the schema of this unit's shard."""
-
-
-class Codec(Protocol):
-    """One way to store a wide signal."""
-
-    def fields(self, column: str, width: int) -> list[tuple[str, pa.DataType]]:
-        """Columns it writes; the first is named like the signal."""
-
-    def encode(self, column: str, rows: Sequence[Bits]) -> Encoded:
-        """All rows of one unit."""
-
-    def decode(self, column: str, read: Read, metadata: Mapping[bytes, bytes]) -> Bits:
-        """One row, [N, D].
-
-        Raises:
-            BadData: The stored parts do not fit together.
-        """
+    """For the schema of the shard."""
 
 
 def _flat(item: pa.DataType) -> pa.DataType:
@@ -65,24 +48,24 @@ def _vectors(item: pa.DataType, width: int) -> pa.DataType:
     return _flat(pa.list_(pa.field("item", item, nullable=False), width))
 
 
-class Bf16:
-    """The bits as they are; a row is a view into the mapped shard."""
+class Codec:
+    """One way to store a wide signal; this one keeps the bits as they are, a row is a view into the mapped shard."""
 
     def fields(self, column: str, width: int) -> list[tuple[str, pa.DataType]]:
-        """One column."""
+        """Columns it writes; the first is named like the signal."""
         return [(column, _vectors(pa.uint16(), width))]
 
     def encode(self, column: str, rows: Sequence[Bits]) -> Encoded:
-        """Nothing to do."""
+        """All rows of one shard."""
         return Encoded({column: list(rows)}, {})
 
     def decode(self, column: str, read: Read, metadata: Mapping[bytes, bytes]) -> Bits:
-        """Nothing to do."""
+        """One row, [N, D]; BadData where the stored parts do not fit together."""
         bits: Bits = read(column)
         return bits
 
 
-class Bf16Planes:
+class Bf16Planes(Codec):
     """Sign and fraction in one byte, the exponent in another; exponents are few different ones and shrink."""
 
     def __init__(self) -> None:
@@ -112,7 +95,7 @@ class Bf16Planes:
         return np.asarray((rotated >> 1) | (rotated << 15), np.uint16)
 
 
-class Int8:
+class Int8(Codec):
     """(x - centre) / spread of each channel over the unit, then one scale for each token.
 
     Centre and spread lie in the shard's metadata; so a shard can be read by itself and is still a pure function of
@@ -190,7 +173,7 @@ def bits_of(values: npt.NDArray[np.float32]) -> Bits:
     return ((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-CODECS: Final[Mapping[str, Codec]] = {"bf16": Bf16(), "bf16-planes": Bf16Planes(), "int8": Int8()}
+CODECS: Final[Mapping[str, Codec]] = {"bf16": Codec(), "bf16-planes": Bf16Planes(), "int8": Int8()}
 PLAIN: Final = "bf16"
 
 

@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -294,12 +294,16 @@ def _explained(path: str, typed: Mapping[str, str], error: ValidationError) -> U
     said = [name for key, name in typed.items() if f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}.")]
     where = said[-1] if said else path
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), _known(first["loc"][:-1]), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(_known(first['loc'][:-1]))}"
+        hint = _suggest(str(first["loc"][-1]), _known(first["loc"][:-1]))
         return UsageError(f"{where}: {dotted!r} is not a key", fix=hint)
     name = dotted if where in ("--set", path) else where
     what = f"{first['msg'].removeprefix('Value error, ')}, found {first['input']!r}"
     return UsageError(f"{where}: {what}" if name == where else f"{where}: {dotted}: {what}", fix=f"change {name}")
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(known)}"
 
 
 def _known(path: Sequence[int | str]) -> list[str]:
@@ -317,9 +321,5 @@ def settings_error(loss: str, error: ValidationError, fields: Mapping[str, Any])
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, list(fields), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-        return UsageError(f"losses.{loss}: {key!r} is not a setting", fix=hint)
-    choices = get_args(fields[key].annotation) if key in fields else ()
-    known = f" (one of {', '.join(map(str, choices))})" if choices else ""
-    return UsageError(f"losses.{loss}.{key}: {first['msg']}{known}, found {first['input']!r}", fix=f"change {key}")
+        return UsageError(f"losses.{loss}: {key!r} is not a setting", fix=_suggest(key, list(fields)))
+    return UsageError(f"losses.{loss}.{key}: {first['msg']}, found {first['input']!r}", fix=f"change {key}")

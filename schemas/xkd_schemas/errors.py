@@ -1,19 +1,4 @@
-"""Every error a user can cause, with its exit code.
-
-XkdError
-    UsageError      2  a flag, key, value or name is wrong
-    BadData        65  corrupt shard, too many rejected rows, nothing usable
-    InputMissing   66  a file, folder, model or pipeline is not there or cannot be read
-    WorkersGone    69  Ray or a worker is gone; the same command resumes
-    OutOfMemory    71  out of memory after all fall-backs
-    DiskFailed     74  disk full, I/O error, read-only
-    Busy           75  another writer holds the cache
-    NonFinite      76  a loss or gradient is not finite
-    Refused        77  refused by the security rules
-    Mismatch       78  made for another teacher, tokenizer, parser, corpus or schema
-    Interrupted   130  Ctrl-C
-    Terminated    143  asked to end by SIGTERM
-"""
+"""Every error a user can cause, with its exit code; README.md lists the codes."""
 
 from typing import ClassVar
 
