@@ -189,17 +189,13 @@ def _sync(path: Path) -> None:
         disk.fsync(stream.fileno())
 
 
-def lock_file(path: Path) -> int:
-    """Descriptor of a lock file, created where it is not there; no forked child keeps it over an exec."""
-    with disk_errors(path):
-        make_folder(path.parent)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-
-
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold `folder/LOCK`; Busy names the process that has it. Freed by the system when we die."""
-    descriptor = lock_file(folder / "LOCK")
+    path = folder / "LOCK"
+    with disk_errors(path):
+        make_folder(folder)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
