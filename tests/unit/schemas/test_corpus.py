@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xkd_schemas.corpus import files
-from xkd_schemas.corpus.sources import RawRow, Source, open_source, read_documents
+from xkd_schemas.corpus.sources import RawRow, Source, held_out_documents, open_source, read_documents
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError, XkdError
 
@@ -185,7 +185,7 @@ def test_rows_that_fit_nothing_name_their_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "sharegpt"}, "form 'sharegpt' is not known"),
+        ({"form": "sharegpt"}, "form 'sharegpt' is not known.*messages, alpaca, prompt_response, text"),
         ({"columns": {"question": "prompt"}}, "'question' is not a field"),
         ({"columns": {"prompt": "a", "output": "b"}}, "no form has all of prompt, output"),
         ({"columns": {"text": "a"}, "form": "alpaca"}, "'text' is not a field"),
@@ -441,3 +441,32 @@ def test_batches_of_a_table_are_small(tmp_path: Path, monkeypatch: pytest.Monkey
     for kind in (".parquet", "-file.arrow"):
         source = open_source(str(write(tmp_path, kind, ROWS)), columns={})
         assert all(objects(source, first) == list(enumerate(ROWS, 1))[first:] for first in range(24))
+
+
+HELD = [{"prompt": "Who?", "response": "The keeper."}, {"prompt": "Where?", "response": "At home."}]
+
+
+def test_held_out_rows_come_in_order_and_unusable_ones_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "dev.jsonl").write_bytes(jsonl([HELD[0]]) + b'{broken\n{"prompt": "x"}\n' + jsonl([HELD[1]]))
+
+    documents, rejected, _ = held_out_documents(tmp_path / "dev.jsonl")
+
+    assert [(d.text, d.line, d.source) for d in documents] == [
+        ("Who?The keeper.", 1, "dev.jsonl"), ("Where?At home.", 4, "dev.jsonl"),
+    ]  # fmt: skip
+    assert [row.line for row in rejected] == [2, 3]
+
+
+def test_all_references_of_a_held_out_row_are_given_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "dev.jsonl").write_bytes(jsonl([HELD[0], {"prompt": "Why?", "response": ["Duty.", "A lamp."]}]))
+
+    documents, _, references = held_out_documents(tmp_path / "dev.jsonl")
+
+    assert (documents[1].text, references) == ("Why?Duty.", {2: ["Duty.", "A lamp."]})
+
+
+def test_a_held_out_file_without_rows_is_bad_data(tmp_path: Path) -> None:
+    (tmp_path / "dev.jsonl").write_bytes(b"\n  \n")
+
+    with pytest.raises(BadData, match=r"dev.jsonl has no rows"):
+        held_out_documents(tmp_path / "dev.jsonl")
