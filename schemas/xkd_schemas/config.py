@@ -219,9 +219,7 @@ def load_run(
 ) -> RunConfig:
     """Read a run file, then apply `section.key=value` overrides, then flags as (flag, key, value).
 
-    Raises:
-        InputMissing: The file is not there or not TOML.
-        UsageError: A key or value is wrong; the message names it and suggests the nearest known key.
+    Errors as `RunConfig.load`; the message names the flag and suggests the nearest known key.
     """
     data = _read(path)
     typed: dict[str, str] = {}

@@ -311,11 +311,7 @@ that came too late. No command reads them; gc removes them."""
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, at any depth, sorted; nothing where there is no such folder.
-
-    Raises:
-        Refused: A link, a pipe or a device is among them.
-    """
+    """Every file below a folder, at any depth, sorted, or none; Refused where a link, a pipe or a device is there."""
     try:
         with os.scandir(folder) as entries:
             ordered = sorted(entries, key=lambda entry: entry.name)
@@ -349,11 +345,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def unnamed_files(folder: Path, manifest: Manifest) -> Iterator[Path]:
-    """Files of a table's folder that its manifest does not name; hidden ones and quarantine are left alone.
-
-    Raises:
-        Refused: A link is among them.
-    """
+    """Files of a table's folder that its manifest does not name; hidden ones and quarantine are left alone."""
     named = {"plan.json", "manifest.json", *manifest.files, *(f"tokenizer/{name}" for name in manifest.files)}
     for number, commit in enumerate(manifest.commits):
         named |= {f"commits/{number:05d}.json", commit.file}

@@ -219,12 +219,9 @@ class Table:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Compare the tokenizer that lies in a table's folder with the table's manifest; any other folder is left alone.
+    """Raise BadData where a file of the tokenizer in a table's folder is missing, changed or not the table's.
 
-    Where there is no whole manifest, SHA256SUMS says what the files were.
-
-    Raises:
-        BadData: A file is missing, changed, or not the table's.
+    Where there is no whole manifest, SHA256SUMS says what the files were. Any other folder is left alone.
     """
     table = folder.absolute().parent
     if folder.name != "tokenizer" or not any((table / name).is_file() for name in ("manifest.json", "plan.json")):
@@ -303,12 +300,7 @@ def _making(root: Path, name: str) -> str:
 
 
 def only_teacher(root: Path) -> str:
-    """The teacher of a cache that has one.
-
-    Raises:
-        InputMissing: There is no cache, or no teacher yet.
-        UsageError: There are several; name one.
-    """
+    """The teacher of a cache; InputMissing where there is none yet, UsageError where there are several."""
     check_cache(root)
     names = names_in(root, "teachers")
     if not names:
@@ -333,11 +325,7 @@ def _only(root: Path, what: str, names: list[str]) -> str:
 
 
 class JoinedTable(Table):
-    """A sealed table that gives its rows with the columns of `others`, which hold the same documents at least.
-
-    Raises:
-        InputMissing, BadData: as `Table`.
-    """
+    """A sealed table that gives its rows with the columns of `others`, which hold the same documents at least."""
 
     def __init__(self, root: Path, name: str, others: Iterable[Table]) -> None:
         super().__init__(root, name)

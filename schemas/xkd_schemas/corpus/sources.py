@@ -61,11 +61,6 @@ class Source:
     remarks: tuple[str, ...] = ()
     """What a reader should know beyond form and columns; the end of `describe`."""
 
-    @property
-    def _read(self) -> tuple[str, ...]:
-        """Columns of a table that are read."""
-        return (*self.columns.values(), *(ROW_KEYS if self.form == "messages" else ()))
-
     def rows(self, first: int = 0) -> Iterator[RawRow]:
         """Rows in order, from row `first` on (0 is the first); exactly `num_rows - first` of them.
 
@@ -73,24 +68,25 @@ class Source:
             Mismatch: a file is not what it was when the source was opened, or rows of the hub are fewer.
             InputMissing, BadData, Refused: as `open_source`.
         """
+        columns = (*self.columns.values(), *(ROW_KEYS if self.form == "messages" else ()))
         before = 0
         for part in self.parts:
             skip = max(0, first - before)
             if skip < part.num_rows:
-                rows = _part_rows(part, skip, self._read)
+                rows = _part_rows(part, skip, columns)
                 for number, content in enumerate(rows, start=before + skip + 1):
                     yield RawRow(line=number, content=content)
             before += part.num_rows
 
     def describe(self) -> str:
         """One line: name, rows, form, columns, and everything that was not plain sailing."""
-        shown = [field if field == column else f"{field}={column}" for field, column in self.columns.items()]
-        line = f"{self.name}: {self.num_rows} rows, {FORMS[self.form].title} ({', '.join(shown)})"
+        read = [field if field == column else f"{field}={column}" for field, column in self.columns.items()]
+        line = f"{self.name}: {self.num_rows} rows, {FORMS[self.form].title} ({', '.join(read)})"
         return "; ".join((line, *self.remarks))
 
 
 def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> Source:
-    """Count and fingerprint a source in one pass and find the form of its rows.
+    """Count and fingerprint a source and find the form of its rows.
 
     Args:
         name: A file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow), a folder of such files
@@ -120,23 +116,15 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
 
 
 def digest_of(name: str) -> str:
-    """What `Source.digest` of this source would be, whatever the form of its rows.
-
-    Raises:
-        InputMissing, UsageError, BadData, Refused: as `open_source`.
-    """
+    """What `Source.digest` of this source would be, whatever the form of its rows; errors as `open_source`."""
     return _locate(name)[1]
 
 
 def _locate(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
     """(parts, digest, remarks)"""
-    if is_url(name):
-        _check_suffix(_hide_secrets(name))
-        part, digest = count_file(_copy_here(name))
-        return (part,), digest, (f"{part.state[0]} bytes copied here while this command runs",)
     path = Path(name).expanduser()
     try:
-        mode = path.stat().st_mode
+        mode = stat.S_IFREG if is_url(name) else path.stat().st_mode
     except OSError as error:
         found = HUB_NAME.fullmatch(name)
         if found is None or name.endswith(SUFFIXES) or path.is_symlink():
@@ -148,14 +136,10 @@ def _locate(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
         return _in_folder(path)
     if not stat.S_ISREG(mode):
         raise InputMissing(f"{name} is not a regular file", fix="save the rows to a .jsonl file and name that")
-    _check_suffix(name)
-    part, digest = count_file(path)
-    return (part,), digest, ()
-
-
-def _check_suffix(name: str) -> None:
-    if not name.endswith(SUFFIXES):
-        raise UsageError(f"{name}: unknown file extension", fix=f"use one of {' '.join(SUFFIXES)}")
+    if not _hide_secrets(name).endswith(SUFFIXES):
+        raise UsageError(f"{_hide_secrets(name)}: unknown file extension", fix=f"use one of {' '.join(SUFFIXES)}")
+    part, digest = count_file(_copy_here(name) if is_url(name) else path)
+    return (part,), digest, (f"{part.state[0]} bytes copied here while this command runs",) * is_url(name)
 
 
 def _in_folder(folder: Path) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
@@ -340,9 +324,6 @@ def held_out_documents(
     """Documents of a source, and the rows that could not be used; arguments and errors as `open_source`.
 
     Also, by their line, all the references of rows that have a list of them; the document has the first.
-
-    Raises:
-        BadData: It has no rows, or is broken.
     """
     source = open_source(str(name), form=form, columns=columns or {})
     rows = list(source.rows())
