@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from xkd_schemas.errors import BadData
+from xkd_schemas.ragged import flat_list
 
 Bits = npt.NDArray[np.uint16]
 """[N, D] bfloat16 numbers as their bits."""
@@ -40,12 +41,8 @@ class Encoded(NamedTuple):
     """For the schema of the shard."""
 
 
-def _flat(item: pa.DataType) -> pa.DataType:
-    return pa.large_list(pa.field("item", item, nullable=False))
-
-
 def _vectors(item: pa.DataType, width: int) -> pa.DataType:
-    return _flat(pa.list_(pa.field("item", item, nullable=False), width))
+    return flat_list(pa.list_(pa.field("item", item, nullable=False), width))
 
 
 class Codec:
@@ -73,7 +70,7 @@ class Bf16Planes(Codec):
 
     def fields(self, column: str, width: int) -> list[tuple[str, pa.DataType]]:
         """Bytes of sign and fraction, and one compressed block of exponents for each document."""
-        return [(column, _vectors(pa.uint8(), width)), (f"{column}.exponents", _flat(pa.uint8()))]
+        return [(column, _vectors(pa.uint8(), width)), (f"{column}.exponents", flat_list(pa.uint8()))]
 
     def encode(self, column: str, rows: Sequence[Bits]) -> Encoded:
         """Rotate the bits left by one: the exponent becomes the high byte."""
@@ -104,7 +101,7 @@ class Int8(Codec):
 
     def fields(self, column: str, width: int) -> list[tuple[str, pa.DataType]]:
         """Integers, and one scale for each vector."""
-        return [(column, _vectors(pa.int8(), width)), (f"{column}.scale", _flat(pa.float32()))]
+        return [(column, _vectors(pa.int8(), width)), (f"{column}.scale", flat_list(pa.float32()))]
 
     def encode(self, column: str, rows: Sequence[Bits]) -> Encoded:
         """Round to the nearest of 255 steps."""

@@ -190,7 +190,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def hold_lock(folder: Path) -> Iterator[None]:
     """Hold `folder/LOCK`; Busy names the process that has it. Freed by the system when we die."""
     path = folder / "LOCK"
     with disk_errors(path):

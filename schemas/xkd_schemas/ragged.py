@@ -74,6 +74,11 @@ def row_offsets(counts: Any) -> npt.NDArray[np.int64]:
 # Rows of different lengths in flat Arrow lists, and back as numpy views without a copy.
 
 
+def flat_list(kind: pa.DataType) -> pa.DataType:
+    """Arrow type of a flat list column without nulls and with 64-bit offsets."""
+    return pa.large_list(pa.field("item", kind, nullable=False))
+
+
 def column_of(rows: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """Build a column from one value per row; numpy rows of a list column are joined into one flat buffer.
 

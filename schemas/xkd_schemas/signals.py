@@ -15,8 +15,8 @@ from typing import Final, Literal
 import pyarrow as pa
 
 from xkd_schemas.codecs import CODECS, PLAIN
-from xkd_schemas.documents import flat_list
 from xkd_schemas.errors import UsageError
+from xkd_schemas.ragged import flat_list
 from xkd_schemas.tokens import TOKEN_FIELDS
 
 TEACHERS_VERSION = 1  # bump on any change here, and add tests/golden/teachers_v<N>.txt

@@ -23,12 +23,12 @@ from xkd_schemas.cache.manifest import (
     record_paths,
     refuse_differences,
     refuse_links,
-    sealed,
+    seal_table,
     to_json,
 )
 from xkd_schemas.durable_files import (
     disk_errors,
-    held,
+    hold_lock,
     inside,
     make_folder,
     put_if_absent,
@@ -51,7 +51,7 @@ def locked(root: Path) -> Iterator[None]:
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file, and a cache is a folder", kept="it as it is", fix="name a folder")
     refuse_links(root)
-    with held(root):
+    with hold_lock(root):
         yield
 
 
@@ -147,7 +147,7 @@ class Store:
     def seal(self, commits: dict[int, Commit], constants: dict[str, Any], files: dict[str, str]) -> Manifest:
         """Write the manifest once all units are done, and remove files that no record names."""
         ordered = tuple(commits[unit] for unit in range(len(self.plan.units)))
-        manifest = sealed(self.plan, ordered, constants, files)
+        manifest = seal_table(self.plan, ordered, constants, files)
         self._sweep(ordered)
         replace(self.folder / "manifest.json", to_json(manifest))
         self.describe()

@@ -143,7 +143,7 @@ class Manifest(_Record):
         return sum(c.counts.get(name, 0) for c in self.commits)
 
 
-def sealed(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], files: dict[str, str]) -> Manifest:
+def seal_table(plan: Plan, commits: tuple[Commit, ...], constants: dict[str, Json], files: dict[str, str]) -> Manifest:
     """The manifest of a table whose units are all committed."""
     commits = tuple(commit.bound for commit in commits)
     manifest = Manifest(

@@ -16,11 +16,11 @@ import small_cache
 from xkd_pipeline.tables import shard
 from xkd_pipeline.tables.shard import write_shard
 from xkd_schemas.cache import table as table_module
-from xkd_schemas.cache.manifest import Commit, Manifest, Plan, Unit, read_record, sealed, to_json
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, Unit, read_record, seal_table, to_json
 from xkd_schemas.cache.table import JoinedTable, Shard, Table, names_in
-from xkd_schemas.documents import INTERVALS, flat_list
+from xkd_schemas.documents import INTERVALS
 from xkd_schemas.errors import BadData, Mismatch, Refused, XkdError
-from xkd_schemas.ragged import Columns, batch_of
+from xkd_schemas.ragged import Columns, batch_of, flat_list
 
 SCHEMA = pa.schema(
     [
@@ -52,7 +52,7 @@ def sealed_table(root: Path, sizes: tuple[int, ...] = (3, 40, 0), first: int = 0
         write_shard(folder, n, SCHEMA, columns(size, first + sum(sizes[:n]))) for n, size in enumerate(sizes)
     )
     plan = Plan(table="documents", spec={}, units=tuple(Unit(source="x", first=0, rows=n) for n in sizes))
-    (folder / "manifest.json").write_bytes(to_json(sealed(plan, commits, {}, {})))
+    (folder / "manifest.json").write_bytes(to_json(seal_table(plan, commits, {}, {})))
     return Table(root, "documents")
 
 
@@ -66,7 +66,7 @@ def remanifest(root: Path, **changes: Any) -> None:
     old = read_record(path, Manifest)
     commits = tuple(c.model_copy(update={k: f(c) for k, f in changes.items()}) for c in old.commits)
     units = tuple(Unit(source="x", first=0, rows=c.rows) for c in commits)
-    path.write_bytes(to_json(sealed(Plan(table="documents", spec=old.spec, units=units), commits, {}, {})))
+    path.write_bytes(to_json(seal_table(Plan(table="documents", spec=old.spec, units=units), commits, {}, {})))
 
 
 rows_of_arrays = st.lists(st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1), st.integers(0, 9)), max_size=5))
