@@ -2,7 +2,6 @@ import copy
 import gzip
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,24 +27,18 @@ def jsonl(rows: list) -> bytes:
 
 
 def write(folder: Path, kind: str, rows: list) -> Path:
-    path = folder / f"rows{kind}"
-    table = pa.Table.from_pylist(rows)
-    if kind == ".jsonl":
-        path.write_bytes(jsonl(rows))
-    elif kind == ".jsonl.gz":
-        path.write_bytes(gzip.compress(jsonl(rows)))
-    elif kind == ".jsonl.zst":
-        path.write_bytes(pa.compress(jsonl(rows), "zstd", asbytes=True))
-    elif kind == ".parquet":
+    path, packed = folder / f"rows{kind}", jsonl(rows)
+    table = pa.Table.from_pylist(rows or ROWS).slice(0, len(rows))
+    if kind == ".parquet":
         pq.write_table(table, path, row_group_size=5)
-    elif kind == "-file.arrow":
-        with pa.ipc.new_file(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=5)
-    elif kind == "-stream.arrow":
-        with pa.ipc.new_stream(path, table.schema) as writer:
+    elif kind.endswith(".arrow"):
+        with (pa.ipc.new_file if "file" in kind else pa.ipc.new_stream)(path, table.schema) as writer:
             writer.write_table(table, max_chunksize=5)
     elif kind == "-saved":
-        datasets.Dataset.from_list(rows).save_to_disk(path, num_shards=2)
+        datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(path, num_shards=2 if rows else 1)
+    else:
+        pack = {".jsonl.gz": gzip.compress, ".jsonl.zst": lambda content: pa.compress(content, "zstd", asbytes=True)}
+        path.write_bytes(pack.get(kind, bytes)(packed))
     return path
 
 
@@ -64,8 +57,12 @@ def opened(path: Path, content: bytes, **options: object) -> Source:
     return open_source(str(path), **{"columns": {}, **options})
 
 
+@pytest.mark.parametrize("batch_rows", [3, 256])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_source_gives_the_same_rows_from_any_row_on(tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_source_gives_the_same_rows_from_any_row_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, batch_rows: int
+) -> None:
+    monkeypatch.setattr(files, "BATCH_ROWS", batch_rows)
     source = open_source(str(write(tmp_path, kind, ROWS)), columns={})
 
     assert (source.num_rows, source.form) == (23, "prompt_response")
@@ -75,28 +72,9 @@ def test_every_kind_of_source_gives_the_same_rows_from_any_row_on(tmp_path: Path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_source_has_no_rows(tmp_path: Path, kind: str) -> None:
-    path = write(tmp_path, kind, ROWS)
-    if "jsonl" in kind:
-        path = tmp_path / "rows.jsonl"
-        path.write_bytes(b"")
-    elif kind != "-saved":
-        schema = pa.schema([("text", pa.string())])
-        pq.write_table(schema.empty_table(), path) if kind == ".parquet" else pa.ipc.new_file(path, schema).close()
-    else:
-        path = tmp_path / "none"
-        datasets.Dataset.from_dict({"text": []}).save_to_disk(path)
-
-    source = open_source(str(path), columns={})
+    source = open_source(str(write(tmp_path, kind, [])), columns={})
 
     assert (source.num_rows, list(source.rows())) == (0, [])
-
-
-def test_marks_lead_to_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MARK_EVERY", 4)
-    source = opened(tmp_path / "rows.jsonl", b"\xef\xbb\xbf" + jsonl(ROWS))
-
-    assert len(source.parts[0].marks) == 6
-    assert all(objects(source, first) == list(enumerate(ROWS, 1))[first:] for first in range(24))
 
 
 def test_a_source_holds_no_open_file_and_can_be_copied(tmp_path: Path) -> None:
@@ -134,27 +112,18 @@ def test_carriage_returns_and_a_byte_order_mark_are_dropped_and_told(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("row", "shown"),
+    ("keys", "shown"),
     [
-        (
-            {"instruction": "a", "prompt": "b", "input": "c", "output": "d"},
-            "Alpaca/Dolly (instruction, input, output)",
-        ),
-        (
-            {"instruction": "a", "context": "b", "response": "c", "category": "qa"},
-            "Alpaca/Dolly (instruction, input=context, output=response)",
-        ),
-        ({"prompt": "a", "response": "b"}, "prompt and response (prompt, response)"),
-        ({"prompt": "a", "completion": "b"}, "prompt and response (prompt, response=completion)"),
-        (
-            {"messages": [], "prompt": "a", "response": "b"},
-            "chat messages (messages); the rows also fit prompt_response",
-        ),
-        ({"text": "a", "id": 1}, "plain text (text)"),
+        ("instruction prompt input output", "Alpaca/Dolly (instruction, input, output)"),
+        ("instruction context response type", "Alpaca/Dolly (instruction, input=context, output=response)"),
+        ("prompt response", "prompt and response (prompt, response)"),
+        ("prompt completion", "prompt and response (prompt, response=completion)"),
+        ("messages prompt response", "chat messages (messages); the rows also fit prompt_response"),
+        ("text id", "plain text (text)"),
     ],
 )
-def test_the_form_is_found_and_shown(tmp_path: Path, row: dict, shown: str) -> None:
-    source = opened(tmp_path / "train.jsonl", jsonl([row]))
+def test_the_form_is_found_and_shown(tmp_path: Path, keys: str, shown: str) -> None:
+    source = opened(tmp_path / "train.jsonl", jsonl([dict.fromkeys(keys.split(), "a")]))
 
     assert source.describe() == f"{tmp_path}/train.jsonl: 1 rows, {shown}"
 
@@ -426,21 +395,6 @@ def test_captured_and_rejected_add_up_for_any_bytes(tmp_path: Path, content: lis
     documents, rejected = read_documents("a", source.form, source.columns, list(source.rows()), max_chars=99)
 
     assert len(documents) + len(rejected) == source.num_rows
-
-
-def test_no_corpus_file_opens_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path, ".jsonl", ROWS)
-    monkeypatch.setattr(socket, "socket", None)
-
-    assert open_source(str(path), columns={}).num_rows == 23
-
-
-def test_batches_of_a_table_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BATCH_ROWS", 3)
-
-    for kind in (".parquet", "-file.arrow"):
-        source = open_source(str(write(tmp_path, kind, ROWS)), columns={})
-        assert all(objects(source, first) == list(enumerate(ROWS, 1))[first:] for first in range(24))
 
 
 HELD = [{"prompt": "Who?", "response": "The keeper."}, {"prompt": "Where?", "response": "At home."}]
