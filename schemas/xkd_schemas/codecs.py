@@ -65,8 +65,7 @@ class Codec:
 class Bf16Planes(Codec):
     """Sign and fraction in one byte, the exponent in another; exponents are few different ones and shrink."""
 
-    def __init__(self) -> None:
-        self._zstd = pa.Codec("zstd", compression_level=3)
+    _zstd = pa.Codec("zstd", compression_level=3)
 
     def fields(self, column: str, width: int) -> list[tuple[str, pa.DataType]]:
         """Bytes of sign and fraction, and one compressed block of exponents for each document."""
@@ -152,11 +151,7 @@ def _unhex(column: str, text: bytes | None) -> npt.NDArray[np.float32]:
 
 
 def numbers_of(bits: Bits) -> npt.NDArray[np.float32]:
-    """bfloat16 bits as float32, exactly.
-
-    >>> numbers_of(np.array([0x3FC0], np.uint16))
-    array([1.5], dtype=float32)
-    """
+    """bfloat16 bits as float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -175,11 +170,7 @@ PLAIN: Final = "bf16"
 
 
 def squared_error(rows: Sequence[Bits], again: Sequence[Bits]) -> tuple[float, float]:
-    """(sum of squared differences, sum of squares) over the numbers of both; their ratio's root is the error.
-
-    >>> squared_error([np.array([[0x3F80]], np.uint16)], [np.array([[0x3FC0]], np.uint16)])
-    (0.25, 1.0)
-    """
+    """(sum of squared differences, sum of squares) over the numbers of both; their ratio's root is the error."""
     lost = kept = 0.0
     for row, back in zip(rows, again, strict=True):
         exact = numbers_of(row).astype(np.float64)
@@ -208,12 +199,7 @@ def pack_classes(classes_Nk: Array, shares_Nk: Array) -> npt.NDArray[np.int32]:
 
 
 def unpack_classes(entries_Nk: Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Classes, and shares divided by TOTAL.
-
-    >>> classes, weights = unpack_classes(np.array([[12192, 28767]], np.int32))
-    >>> classes.tolist(), weights.round(3).tolist()
-    ([[2, 7]], [[0.9769999980926514, 0.023000000044703484]])
-    """
+    """Classes, and shares divided by TOTAL."""
     classes_Nk, shares_Nk = np.divmod(entries_Nk, TOTAL + 1)
     return classes_Nk.astype(np.int64), shares_Nk.astype(np.float32) / np.float32(TOTAL)
 

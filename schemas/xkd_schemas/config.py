@@ -20,11 +20,7 @@ _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def dtype_name(name: Any) -> Any:
-    """The full name of a dtype; anything else as it is.
-
-    >>> dtype_name("bf16"), dtype_name("auto")
-    ('bfloat16', 'auto')
-    """
+    """The full name of a dtype; anything else as it is."""
     return _DTYPES.get(name, name) if isinstance(name, str) else name
 
 
@@ -274,11 +270,7 @@ def _put(data: dict[str, Any], dotted: str, value: Any, typed: str) -> None:
 
 
 def toml_value(text: str) -> Any:
-    """A TOML value; what is not one is taken as a plain string.
-
-    >>> toml_value("0.5"), toml_value("chat")
-    (0.5, 'chat')
-    """
+    """A TOML value; what is not one is taken as a plain string."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:

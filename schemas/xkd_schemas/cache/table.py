@@ -4,7 +4,7 @@ import contextlib
 import functools
 import mmap
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -12,7 +12,16 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from xkd_schemas.cache.manifest import Commit, Manifest, Plan, RecordBatch, read_record, refuse_links, refuse_unnamed
+from xkd_schemas.cache.manifest import (
+    KINDS,
+    Commit,
+    Manifest,
+    Plan,
+    RecordBatch,
+    read_record,
+    refuse_links,
+    refuse_unnamed,
+)
 from xkd_schemas.codecs import CODECS, PLAIN, Codec
 from xkd_schemas.durable_files import SAFE_NAME, inside, sha256_of, xxh3_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
@@ -63,10 +72,10 @@ class Row:
 class Shard:
     """One Arrow IPC file whose size and digests are those of its commit record.
 
-    `checked` are the record batches whose bytes were compared before, when the file was open the last time.
+    `checked` are the record batches whose bytes were compared before; those that are compared now are added.
     """
 
-    def __init__(self, path: Path, commit: Commit, checked: Iterable[int] = ()) -> None:
+    def __init__(self, path: Path, commit: Commit, checked: set[int] | None = None) -> None:
         try:
             with path.open("rb") as stream:
                 size = stream.seek(0, 2)
@@ -77,7 +86,7 @@ class Shard:
             raise BadData(f"{path} is missing", fix=_AGAIN) from None
         self.path = path
         self.commit = commit
-        self.checked = set(checked)
+        self._checked = set() if checked is None else checked
         self._bytes = memoryview(self._map)
         if xxh3_of(_frame(self._bytes, commit.batches)) != commit.frame_xxh3:
             raise BadData(f"{path} is corrupt: header or footer does not match its digest", fix=_AGAIN)
@@ -98,14 +107,14 @@ class Shard:
         """Record batch `number`, after its bytes were compared with their digest once."""
         record = self.commit.batches[number]
         data = self._bytes[record.offset : record.offset + record.length]
-        if number not in self.checked and xxh3_of(data) != record.xxh3:
+        if number not in self._checked and xxh3_of(data) != record.xxh3:
             first = self._ends[number] - record.rows
             raise BadData(
                 f"{self.path} is corrupt: record batch {number} (rows {first} to {first + record.rows - 1}) "
                 "does not match its digest",
                 fix=_AGAIN,
             )
-        self.checked.add(number)
+        self._checked.add(number)
         try:
             return self._file.get_batch(number)
         except (pa.ArrowException, OSError) as error:
@@ -179,40 +188,39 @@ class Table:
         refuse_unnamed(root, self.folder, self.manifest)
         self._ends = list(accumulate(c.rows for c in self.manifest.commits))
         self._shards: OrderedDict[int, Shard] = OrderedDict()
-        self._checked: dict[int, set[int]] = {}
+        self._checked: defaultdict[int, set[int]] = defaultdict(set)
         self._first: tuple[str, pa.Schema] | None = None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def path(self, number: int) -> Path:
-        """Where the shard of unit `number` lies."""
+        """Where shard `number` lies."""
         return inside(self.folder, self.manifest.commits[number].file)
 
     def shard(self, number: int) -> Shard:
-        """Shard of unit `number`, checked once; OPEN_SHARDS stay open, those used last."""
+        """Shard `number`, checked once; OPEN_SHARDS stay open, those used last."""
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
-        shard = Shard(self.path(number), self.manifest.commits[number], self._checked.get(number, ()))
+        shard = Shard(self.path(number), self.manifest.commits[number], self._checked[number])
         mark = (shard.schema.metadata or {}).get(b"unit")
         if mark != str(number).encode():
-            raise BadData(f"{shard.path} holds unit {(mark or b'?').decode()}, expected {number}", fix=_AGAIN)
+            raise BadData(f"{shard.path} is shard {(mark or b'?').decode()}, expected {number}", fix=_AGAIN)
         name, schema = self._first = self._first or (shard.path.name, shard.schema)
         if not shard.schema.equals(schema):
             raise Mismatch(f"{shard.path} has another schema than {name}", fix=_AGAIN)
         self._shards[number] = shard
         if len(self._shards) > OPEN_SHARDS:
-            oldest, left = self._shards.popitem(last=False)
-            self._checked[oldest] = left.checked
+            self._shards.popitem(last=False)
         return shard
 
     def __getitem__(self, index: int) -> Row:
         """Row `index` of the table, in the order of the plan."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        unit = bisect_right(self._ends, index)
-        return self.shard(unit).row(index - (self._ends[unit] - self.manifest.commits[unit].rows))
+        number = bisect_right(self._ends, index)
+        return self.shard(number).row(index - (self._ends[number] - self.manifest.commits[number].rows))
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
@@ -257,14 +265,13 @@ def _tokenizer_again(table: Path) -> str:
     return f"xkd-cache repair {root} --model PATH_OF_{name}"
 
 
-TABLES: Final = ("documents", "teachers/*", "signals/*", "students/*")
+TABLES: Final = ("documents", *(f"{kind}/*" for kind in KINDS))
 """Patterns of table folders below a cache, each after those that it is made from."""
 
 
 def sealed_tables(root: Path) -> list[str]:
     """Every finished table of a cache, documents first; documents stands in it even where it is not there."""
-    kinds = [pattern.partition("/")[0] for pattern in TABLES[1:]]
-    return [TABLES[0], *(f"{kind}/{name}" for kind in kinds for name in names_in(root, kind))]
+    return ["documents", *(f"{kind}/{name}" for kind in KINDS for name in names_in(root, kind))]
 
 
 def names_in(root: Path, kind: str) -> list[str]:

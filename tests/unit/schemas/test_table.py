@@ -181,7 +181,7 @@ def test_files_swapped_together_with_their_records_are_found_by_their_unit_mark(
     names = ("file", "size", "sha256", "frame_xxh3", "batches")
     remanifest(tmp_path, **{n: lambda c, n=n: getattr(swapped[c.unit], n) for n in names})
 
-    with pytest.raises(BadData, match="holds unit 1, expected 0"):
+    with pytest.raises(BadData, match="is shard 1, expected 0"):
         Table(tmp_path, "documents")[0]
 
 
