@@ -48,9 +48,9 @@ class Row:
         self._decoders = decoders
         self._beside: tuple[Row, ...] = ()
 
-    def join(self, others: Iterable["Row"]) -> "Row":
+    def join(self, others: tuple["Row", ...]) -> "Row":
         """The same row, which has the columns of these rows too where it has none of that name."""
-        self._beside = tuple(others)
+        self._beside = others
         return self
 
     def __getitem__(self, column: str) -> Any:
@@ -167,6 +167,7 @@ class Table:
     Args:
         root: The cache folder.
         name: "documents", "teachers/NAME" or "students/NAME".
+        beside: Tables of the same documents; a row has their columns too.
 
     Raises:
         InputMissing: There is no manifest.
@@ -174,8 +175,9 @@ class Table:
         Refused: There is a link, or a file that no manifest names.
     """
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, beside: Iterable["Table"] = ()) -> None:
         self.name = name
+        self._beside = tuple(beside)
         check_cache(root)
         self.folder = inside(root, *name.split("/"))
         refuse_links(self.folder)
@@ -216,11 +218,19 @@ class Table:
         return shard
 
     def __getitem__(self, index: int) -> Row:
-        """Row `index` of the table, in the order of the plan."""
+        """Row `index` of the table, in the order of the plan; BadData where one beside holds another document."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self._ends, index)
-        return self.shard(number).row(index - (self._ends[number] - self.manifest.commits[number].rows))
+        row = self.shard(number).row(index - (self._ends[number] - self.manifest.commits[number].rows))
+        others = tuple(table[index] for table in self._beside)
+        for table, other in zip(self._beside, others, strict=True):
+            if other["doc_id"] != row["doc_id"]:
+                raise BadData(
+                    f"{table.folder}: row {index} is another document than in {self.folder}",
+                    fix=f"delete {table.folder} and add its signals again",
+                )
+        return row.join(others) if others else row
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
@@ -232,16 +242,20 @@ def check_tokenizer(folder: Path) -> None:
     Where there is no whole manifest, SHA256SUMS says what the files were. Any other folder is left alone.
     """
     table = folder.absolute().parent
+    root, kind = table.parent.parent, table.parent.name
     if folder.name != "tokenizer" or not any((table / name).is_file() for name in ("manifest.json", "plan.json")):
         return
-    refuse_links(inside(table.parent.parent, table.parent.name, table.name, "tokenizer"))
+    refuse_links(inside(root, kind, table.name, "tokenizer"))
     known = _tokenizer_digests(table)
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     for name in sorted(known.keys() | there):
         path = inside(folder, name)
         if name not in there or name not in known or sha256_of(path) != known[name]:
             what = "does not match its digest" if name in known else "is a file that no manifest vouches for"
-            raise BadData(f"{path} {what if name in there else 'is not there'}", fix=_tokenizer_again(table))
+            again = f"xkd-cache repair {root} --model PATH_OF_{table.name}"
+            if kind == "students":
+                again = f"xkd-cache align {root} --student PATH_OF_ITS_TOKENIZER --name {table.name}"
+            raise BadData(f"{path} {what if name in there else 'is not there'}", fix=again)
 
 
 def _tokenizer_digests(table: Path) -> dict[str, str]:
@@ -255,14 +269,6 @@ def _tokenizer_digests(table: Path) -> dict[str, str]:
         pairs = (line.partition("  ") for line in lines)
         return {name.removeprefix(prefix): digest for digest, _, name in pairs if name.startswith(prefix)}
     return {}
-
-
-def _tokenizer_again(table: Path) -> str:
-    """The command that writes the tokenizer of a table anew."""
-    root, name = table.parent.parent, table.name
-    if table.parent.name == "students":
-        return f"xkd-cache align {root} --student PATH_OF_ITS_TOKENIZER --name {name}"
-    return f"xkd-cache repair {root} --model PATH_OF_{name}"
 
 
 TABLES: Final = ("documents", *(f"{kind}/*" for kind in KINDS))
@@ -329,23 +335,3 @@ def _only(root: Path, what: str, names: list[str]) -> str:
     if len(names) > 1:
         raise UsageError(f"{root} has {what}s {', '.join(names)}", fix=f"choose one with --{what} NAME")
     return names[0]
-
-
-class JoinedTable(Table):
-    """A sealed table that gives its rows with the columns of `others`, which hold the same documents at least."""
-
-    def __init__(self, root: Path, name: str, others: Iterable[Table]) -> None:
-        super().__init__(root, name)
-        self._others = tuple(others)
-
-    def __getitem__(self, index: int) -> Row:
-        """Row `index`, with the columns of the other tables; BadData where one holds another document there."""
-        row = super().__getitem__(index)
-        others = [table[index] for table in self._others]
-        for table, other in zip(self._others, others, strict=True):
-            if other["doc_id"] != row["doc_id"]:
-                raise BadData(
-                    f"{table.folder}: row {index} is another document than in {self.folder}",
-                    fix=f"delete {table.folder} and add its signals again",
-                )
-        return row.join(others)

@@ -146,7 +146,9 @@ def _in_folder(folder: Path) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ..
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(p.parent.name for p in folder.glob("*/state.json"))
         raise UsageError(f"{folder} holds several splits: {', '.join(splits)}", fix=f"name one, as {folder}/train")
-    files, num_irregular, num_others = _walk(folder)
+    paths = [path for path in sorted(folder.rglob("*")) if not stat.S_ISDIR(path.lstat().st_mode)]
+    regular = [path for path in paths if stat.S_ISREG(path.lstat().st_mode)]
+    files = [path for path in regular if path.name.endswith(FOLDER_SUFFIXES) and not path.name.startswith(".")]
     saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     if saved:
         _check_complete(folder, files)
@@ -158,11 +160,9 @@ def _in_folder(folder: Path) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ..
         whole.update(f"{file.relative_to(folder)}\0{digest}\n".encode())
     if not parts and not saved:
         raise InputMissing(f"{folder} holds no file that ends in {' '.join(FOLDER_SUFFIXES)}", fix="check the path")
+    left_out = {"links, pipes or devices": len(paths) - len(regular), "other files": len(regular) - len(files)}
     remarks = [f"{len(parts)} file{'s' * (len(parts) > 1)}"]
-    if num_irregular:
-        remarks.append(f"{num_irregular} links, pipes or devices left out")
-    if num_others:
-        remarks.append(f"{num_others} other files left out")
+    remarks += [f"{number} {what} left out" for what, number in left_out.items() if number]
     return tuple(parts), whole.hexdigest(), tuple(remarks)
 
 
@@ -175,22 +175,6 @@ def _check_complete(folder: Path, files: Sequence[Path]) -> None:
     missing = sorted(set(listed) - {file.name for file in files})
     if missing:
         raise InputMissing(f"{folder} lacks {', '.join(missing[:3])}", fix="copy or save the data set again")
-
-
-def _walk(folder: Path) -> tuple[list[Path], int, int]:
-    """(regular corpus files below the folder by name, number of links and the like, number of other files)"""
-    files, num_irregular, num_others = [], 0, 0
-    for path in sorted(folder.rglob("*")):
-        mode = path.lstat().st_mode
-        if stat.S_ISDIR(mode):
-            continue
-        if not stat.S_ISREG(mode):
-            num_irregular += 1
-        elif path.name.endswith(FOLDER_SUFFIXES) and not path.name.startswith("."):
-            files.append(path)
-        else:
-            num_others += 1
-    return files, num_irregular, num_others
 
 
 def _on_hub(name: str, found: re.Match[str]) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:

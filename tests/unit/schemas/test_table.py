@@ -17,7 +17,7 @@ from xkd_pipeline.tables import shard
 from xkd_pipeline.tables.shard import write_shard
 from xkd_schemas.cache import table as table_module
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, Unit, read_record, seal_table, to_json
-from xkd_schemas.cache.table import JoinedTable, Shard, Table, names_in
+from xkd_schemas.cache.table import Shard, Table, names_in
 from xkd_schemas.documents import INTERVALS
 from xkd_schemas.errors import BadData, Mismatch, Refused, XkdError
 from xkd_schemas.ragged import Columns, batch_of, flat_list
@@ -312,6 +312,6 @@ def test_columns_stay_ready_for_few_record_batches_only(tmp_path: Path, monkeypa
 def test_tables_beside_each_other_hold_the_same_documents_or_are_refused(tmp_path: Path) -> None:
     ours, theirs = sealed_table(tmp_path / "a", (4,)), sealed_table(tmp_path / "b", (4,), first=1)
 
-    assert JoinedTable(tmp_path / "a", "documents", [ours])[2]["doc_id"] == "d2"
+    assert Table(tmp_path / "a", "documents", [ours])[2]["doc_id"] == "d2"
     with pytest.raises(BadData, match=r"b/documents: row 0 is another document than in .*a/documents"):
-        list(JoinedTable(tmp_path / "a", "documents", [ours, theirs]))
+        list(Table(tmp_path / "a", "documents", [ours, theirs]))
