@@ -180,13 +180,12 @@ class Table:
         self._beside = tuple(beside)
         check_cache(root)
         self.folder = inside(root, *name.split("/"))
-        refuse_links(self.folder)
-        path = self.folder / "manifest.json"
+        path = inside(self.folder, "manifest.json")
         if not path.exists():
             raise InputMissing(f"{path} is not there", fix=_making(root, name))
         self.manifest = read_record(path, Manifest)
         if self.manifest.table != name:
-            raise BadData(f"{self.folder / 'manifest.json'} is that of {self.manifest.table}", fix=_AGAIN)
+            raise BadData(f"{path} is that of {self.manifest.table}", fix=_AGAIN)
         refuse_unnamed(root, self.folder, self.manifest)
         self._ends = list(accumulate(c.rows for c in self.manifest.commits))
         self._shards: OrderedDict[int, Shard] = OrderedDict()

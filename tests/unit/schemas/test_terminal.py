@@ -31,15 +31,23 @@ def left(capsys, app) -> tuple[object, str, str]:
     return (caught.value.code, *capsys.readouterr())
 
 
+def app_of(work) -> typer.Typer:
+    app = typer.Typer()
+    app.command()(lambda: work())
+    return app
+
+
 def test_a_users_mistake_is_one_line_on_stderr_and_its_exit_code(capsys) -> None:
     code, out, err = left(capsys, raising(BadData("x.arrow is corrupt", kept="the rest", fix="run again")))
 
     assert (code, out, err) == (65, "", "xkd-cache: x.arrow is corrupt. Kept: the rest. Next: run again\n")
 
 
-def test_memory_and_ctrl_c_have_codes_of_their_own_and_say_what_was_kept(capsys) -> None:
-    for error, expected in ((MemoryError(), 71), (KeyboardInterrupt(), 130)):
-        code, _, err = left(capsys, raising(error))
+def test_memory_and_ctrl_c_have_codes_of_their_own_and_say_what_was_kept(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["xkd-cache"])
+    stopped = raising(KeyboardInterrupt())
+    for app, expected in ((raising(MemoryError()), 71), (stopped, 130), (app_of(stopped), 130)):
+        code, _, err = left(capsys, app)
 
         assert code == expected
         assert err.count("\n") == 1
@@ -88,19 +96,6 @@ def test_a_signal_that_a_library_swallows_comes_again_and_disturbs_no_clean_up(m
     assert (left.value.code, cleaned) == (130, [] if swallowed else [True])
     assert time.monotonic() - begun < 4
     assert capsys.readouterr().err.startswith("xkd-test: interrupted. ")
-
-
-def app_of(work) -> typer.Typer:
-    app = typer.Typer()
-    app.command()(lambda: work())
-    return app
-
-
-def test_ctrl_c_inside_a_typer_app_is_not_silent(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["xkd-cache"])
-    code, _, err = left(capsys, app_of(raising(KeyboardInterrupt())))
-
-    assert (code, err.strip().startswith("xkd-cache: interrupted. Kept: ")) == (130, True)
 
 
 def test_what_typer_refuses_is_one_line_too_and_json_where_asked(capsys, monkeypatch) -> None:
