@@ -170,7 +170,11 @@ PLAIN: Final = "bf16"
 
 
 def squared_error(rows: Sequence[Bits], again: Sequence[Bits]) -> tuple[float, float]:
-    """(sum of squared differences, sum of squares) over the numbers of both; their ratio's root is the error."""
+    """(sum of squared differences, sum of squares) over the numbers of both; their ratio's root is the error.
+
+    >>> squared_error([np.array([[0x3F80]], np.uint16)], [np.array([[0x3FC0]], np.uint16)])
+    (0.25, 1.0)
+    """
     lost = kept = 0.0
     for row, back in zip(rows, again, strict=True):
         exact = numbers_of(row).astype(np.float64)

@@ -68,21 +68,6 @@ def test_of_many_writers_of_one_record_one_wins_and_its_content_stays(tmp_path: 
     assert [path.name for path in target.parent.iterdir()] == ["00000.json"]
 
 
-def test_a_reader_of_a_replaced_file_sees_one_of_its_contents_whole(tmp_path: Path) -> None:
-    target, contents = tmp_path / "m", {bytes([65 + n]) * 200_000 for n in range(4)}
-    replace(target, b"A" * 200_000)
-    writer = threading.Thread(target=lambda: [replace(target, c) for _ in range(5) for c in sorted(contents)])
-
-    writer.start()
-    seen = set()
-    while writer.is_alive():
-        seen.add(target.read_bytes())
-    writer.join()
-
-    assert seen <= contents
-    assert target.read_bytes() == b"D" * 200_000
-
-
 @pytest.mark.parametrize("write", [replace, put_if_absent])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch, write) -> None:
     target = tmp_path / "m"
