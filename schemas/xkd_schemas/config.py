@@ -207,7 +207,7 @@ class RunConfig(Section):
             InputMissing: The file is not there or not TOML.
             UsageError: A key or value is wrong.
         """
-        return _checked(_merged(_read(path), changed), path, {})
+        return _check(_merge(_read(path), changed), path, {})
 
 
 def load_run(
@@ -228,24 +228,24 @@ def load_run(
     for flag, key, value in flags:
         _put(data, key, value, flag)
         typed[key] = flag
-    return _checked(data, path, typed)
+    return _check(data, path, typed)
 
 
-def _checked(data: dict[str, Any], path: str | Path | None, typed: Mapping[str, str]) -> RunConfig:
+def _check(data: dict[str, Any], path: str | Path | None, typed: Mapping[str, str]) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise _explained(str(path or "run file"), typed, error) from None
+        raise _explain(str(path or "run file"), typed, error) from None
 
 
-def _merged(data: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(data: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of both; sections are merged, other values are those of `changed`.
 
-    >>> _merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
+    >>> _merge({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
     {'a': {'b': 1, 'c': 3}}
     """
     sections = {key for key in changed if isinstance(data.get(key), dict) and isinstance(changed[key], Mapping)}
-    return {**data, **changed, **{key: _merged(data[key], changed[key]) for key in sections}}
+    return {**data, **changed, **{key: _merge(data[key], changed[key]) for key in sections}}
 
 
 def _read(path: str | Path | None) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def toml_value(text: str) -> Any:
         return text
 
 
-def _explained(path: str, typed: Mapping[str, str], error: ValidationError) -> UsageError:
+def _explain(path: str, typed: Mapping[str, str], error: ValidationError) -> UsageError:
     """The first mistake in one line, which begins with the flag, `--set` or file that made it."""
     first = error.errors()[0]
     dotted = ".".join(str(part) for part in first["loc"])

@@ -77,7 +77,7 @@ def run(command: str, app: Callable[..., object]) -> None:
         if code == Interrupted.exit_code:  # how typer reports Ctrl-C
             raise KeyboardInterrupt
     except BaseException as error:
-        ending = _ending(command, error)
+        ending = _translate_error(command, error)
         if os.environ.get("XKD_DEBUG"):
             traceback.print_exc()
         tell(ending, command)
@@ -90,12 +90,12 @@ def run(command: str, app: Callable[..., object]) -> None:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _ending(command: str, error: BaseException) -> XkdError:
+def _translate_error(command: str, error: BaseException) -> XkdError:
     """What ended a command, as one of ours; anything else is raised again."""
     if isinstance(error, XkdError):
         return error
     if isinstance(error, _MISUSE):
-        return _misuse(command, error)
+        return _translate_misuse(command, error)
     left = isinstance(error, SystemExit) and error.code == Interrupted.exit_code
     if left or _received or isinstance(error, typer.Abort | KeyboardInterrupt):  # C code makes other errors of it
         kind = Terminated if signal.SIGTERM in _received else Interrupted
@@ -167,7 +167,7 @@ def signals_noted() -> Iterator[Callable[[], bool]]:
         signal.raise_signal(came[0])
 
 
-def _misuse(command: str, error: Any) -> UsageError:
+def _translate_misuse(command: str, error: Any) -> UsageError:
     """What typer says of a command line, as one of ours."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":

@@ -182,7 +182,7 @@ class Table:
         self.folder = inside(root, *name.split("/"))
         path = inside(self.folder, "manifest.json")
         if not path.exists():
-            raise InputMissing(f"{path} is not there", fix=_making(root, name))
+            raise InputMissing(f"{path} is not there", fix=_how_to_make(root, name))
         self.manifest = read_record(path, Manifest)
         if self.manifest.table != name:
             raise BadData(f"{path} is that of {self.manifest.table}", fix=_AGAIN)
@@ -289,7 +289,7 @@ def names_in(root: Path, kind: str) -> list[str]:
 def check_cache(root: Path) -> None:
     """Raise InputMissing with the command that makes a cache where there is no such folder."""
     if not root.is_dir():
-        raise InputMissing(f"cache {root} is not a folder", fix=_making(root, "documents"))
+        raise InputMissing(f"cache {root} is not a folder", fix=_how_to_make(root, "documents"))
 
 
 def check_name(name: str, flag: str) -> None:
@@ -300,7 +300,7 @@ def check_name(name: str, flag: str) -> None:
         )
 
 
-def _making(root: Path, name: str) -> str:
+def _how_to_make(root: Path, name: str) -> str:
     """The command that makes a table."""
     kind, _, own = name.partition("/")
     commands = {
