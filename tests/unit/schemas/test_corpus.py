@@ -180,6 +180,7 @@ def test_a_folder_is_read_in_the_order_of_names_and_links_are_counted(tmp_path: 
     (folder / "b" / "2.jsonl").write_bytes(jsonl(ROWS[9:]))
     pq.write_table(pa.Table.from_pylist(ROWS[:9]), folder / "a.parquet")
     (folder / "notes.md").write_text("no rows")
+    (folder / ".hidden.jsonl").write_bytes(jsonl(ROWS))
     (tmp_path / "secret.jsonl").write_bytes(jsonl(ROWS))
     (folder / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     os.mkfifo(folder / "pipe.jsonl")
@@ -188,7 +189,7 @@ def test_a_folder_is_read_in_the_order_of_names_and_links_are_counted(tmp_path: 
 
     assert objects(source) == list(enumerate(ROWS, 1))
     assert all(objects(source, first) == list(enumerate(ROWS, 1))[first:] for first in (5, 9, 12, 22, 23))
-    assert source.describe().endswith("; 2 files; 2 links, pipes or devices left out; 1 other files left out")
+    assert source.describe().endswith("; 2 files; 2 links, pipes or devices left out; 2 other files left out")
     before = source.digest
     (folder / "a.parquet").rename(folder / "aa.parquet")
     assert open_source(str(folder), columns={}).digest != before
