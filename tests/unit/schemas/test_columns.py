@@ -60,7 +60,7 @@ def test_a_phrase_across_a_segment_border_is_refused_and_one_at_the_border_is_no
 
 @given(st.lists(st.booleans(), max_size=30))
 def test_states_are_kept_where_the_token_or_the_next_one_is_a_target(targets: list[bool]) -> None:
-    targets_T = np.array(targets)
+    targets_T = np.array(targets, np.bool_)
 
     following = [*targets[1:], False]
     assert kept_rows(targets_T).tolist() == [t for t, here in enumerate(targets) if here or following[t]]
