@@ -19,21 +19,9 @@ for _name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"):
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 NAMES: Final = (
-    "capture",
-    "alignment",
-    "spacy",
-    "step",
-    "memory",
-    "softdtw",
-    "kl",
-    "signals",
-    "size",
-    "small",
-    "cost",
-    "reader",
-    "start",
-    "commands",
-)
+    "capture", "alignment", "spacy", "step", "memory", "softdtw", "kl", "signals", "size", "small", "cost", "reader",
+    "start", "commands",
+)  # fmt: skip
 """Modules bench_NAME of this package; each has run(Options) -> list of results."""
 PARTS: Final = ("teacher", "tokenizer", "cache")
 

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.measure import Options, interleaved
 from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Row as Figures
-from benchmarks.rows import cost
+from benchmarks.rows import cost, ratio
 from xkd_pipeline.alignment import align_rows
 from xkd_pipeline.tables.shard import DocumentRows, document_at, documents_of, encoder_for, tokens_of, write_shard
 from xkd_schemas.cache.table import Row, Table, names_in
@@ -116,13 +116,16 @@ def _measured(what: str, encoder: Encoder, reader: Encoder, some: Sequence[Row],
     )
     bare, stage = seconds["student"] + seconds["teacher"], seconds["stage"] - seconds["student"]
     offsets = seconds["both"] + seconds["alignment"] - bare
+    millions = (len(merged[0]) + len(merged[2])) / 1e6  # a second of this core: the one bar that is no ratio
     return [
         cost(f"{what}: offsets of both models and alignment / both bare tokenizers", offsets, bare, bar=1.0),
         cost(f"{what}: all that the align stage adds / the bare tokenizer", stage, seconds["student"], bar=1.0),
         cost(f"{what}: all that it adds to ids alone / ids alone", seconds["stage"] - seconds["ids"], seconds["ids"]),
         cost(f"{what}: alignment / both tokenizations with offsets", seconds["alignment"], seconds["both"]),
         cost(f"{what}: word and phrase ranges / the same", seconds["ranges"], seconds["both"]),
-        speed(f"{what}: tokens aligned a second", len(merged[0]) + len(merged[2]), seconds["merge"]),
+        ratio(
+            f"{what}: tokens aligned a second", millions, seconds["merge"], "million tokens, s", bar=100, at_least=True
+        ),
         cost(f"{what}: that alignment / numpy's searchsorted of the same ends", seconds["merge"], seconds["search"]),
     ]
 
@@ -152,15 +155,6 @@ def intervals_of(tokens: TokenBatch, ends: Ragged) -> tuple[Int32s, Int64s]:
     """Intervals [S, 2] of the content tokens of all documents, and where each document's segments begin [G + 1]."""
     at_S, first = content_of(tokens, ends)
     return tokens.spans[at_S], first
-
-
-def speed(what: str, tokens: int, seconds: float) -> Figures:
-    """Million tokens a second of this core: the one bar that is no ratio, beside which a ratio is printed."""
-    millions = tokens / 1e6
-    return Figures(
-        what=what, ratio=millions / seconds, bar=100, at_least=True, ours=millions, theirs=seconds,
-        unit="million tokens, s",
-    )  # fmt: skip
 
 
 def _mean(rows: Sequence[Row]) -> int:

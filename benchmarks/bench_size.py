@@ -9,7 +9,7 @@ from collections import Counter
 
 from benchmarks.measure import Options
 from benchmarks.pair import METHODS, TEMPLATE, Pair, Shape, fast_dtype, made, pair_of
-from benchmarks.rows import Result, Row
+from benchmarks.rows import Result, Row, ratio
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher
 from xkd_pipeline.reports.plan import count_values, signal_bytes
@@ -88,11 +88,6 @@ def by_a_run(pair: Pair, shape: Shape) -> Row:
 
 
 def _row(what: str, ours: float, naive: float) -> Row:
-    return Row(
-        what=f"cache for mta, sra, dwa / bf16 states and full logits: {what}",
-        ratio=ours / naive,
-        bar=SHARE,
-        ours=ours,
-        theirs=naive,
-        unit="bytes a token",
+    return ratio(
+        f"cache for mta, sra, dwa / bf16 states and full logits: {what}", ours, naive, "bytes a token", bar=SHARE
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.bench_size import CLASSES, WIDTH, counted, levels_of
 from benchmarks.measure import Options, interleaved
 from benchmarks.pair import Pair, pair_of
-from benchmarks.rows import Result, Row, cost
+from benchmarks.rows import Result, Row, cost, ratio
 from xkd_pipeline.capture.sampled_logits import draw_classes
 from xkd_pipeline.reports.plan import signal_bytes
 from xkd_schemas.codecs import PLAIN
@@ -71,12 +71,12 @@ def errors(logits_NV: Tensor) -> list[Row]:
         what = (
             f"error of {k} drawn classes / of {number} draws with replacement, which are {k} different ones on average"
         )
-        rows.append(Row(what=what, ratio=ours / theirs, ours=ours, theirs=theirs, unit="of the probabilities"))
+        rows.append(ratio(what, ours, theirs, "of the probabilities"))
     top_Nk = p_NV.topk(DRAWS[1])
     kept_NV = torch.zeros_like(p_NV).scatter_(-1, top_Nk.indices, top_Nk.values / top_Nk.values.sum(-1, keepdim=True))
     biased, ours = _relative(kept_NV, p_NV), rows[1].ours
     what = f"error of {DRAWS[1]} drawn classes, 0 on average / of the {DRAWS[1]} largest, which stays"
-    return [*rows, Row(what=what, ratio=ours / biased, ours=ours, theirs=biased, unit="of the probabilities")]
+    return [*rows, ratio(what, ours, biased, "of the probabilities")]
 
 
 def _relative(estimate_NV: Tensor, p_NV: Tensor) -> float:
@@ -122,15 +122,14 @@ def sizes(pair: Pair) -> list[Row]:
     draws = bytes_of(Signal("sampled", top=DRAWS[1]), Signal("entropy"))
     state, geometry = bytes_of(Signal("hidden_last")), of_levels("span_geometry")
     at = f"D={WIDTH}, V={CLASSES // 1000}k"
-    long_ratio = of_long("span_geometry") / of_long("span_vectors")
     vectors, states = of_levels("span_vectors"), 2.0 * WIDTH * len(levels_of(32))
     return [
-        Row(what=f"{DRAWS[1]} drawn classes and entropy / last states, {at}", ratio=draws / state, ours=draws,
-            theirs=state, unit="bytes a token"),
-        Row(what=f"cosines of four layers' spans / their vectors, {at}", ratio=geometry / vectors, ours=geometry,
-            theirs=vectors, unit="bytes a token"),
-        Row(what="cosines of 159 phrases of 512 tokens, four layers / their vectors", ratio=long_ratio,
-            ours=of_long("span_geometry"), theirs=of_long("span_vectors"), unit="bytes a token"),
-        Row(what=f"cosines of four layers' spans / states of those layers, {at}", ratio=geometry / states,
-            ours=geometry, theirs=states, unit="bytes a token"),
+        ratio(what, ours, theirs, "bytes a token")
+        for what, ours, theirs in (
+            (f"{DRAWS[1]} drawn classes and entropy / last states, {at}", draws, state),
+            (f"cosines of four layers' spans / their vectors, {at}", geometry, vectors),
+            ("cosines of 159 phrases of 512 tokens, four layers / their vectors",
+             of_long("span_geometry"), of_long("span_vectors")),
+            (f"cosines of four layers' spans / states of those layers, {at}", geometry, states),
+        )
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.measure import Options, interleaved
 from benchmarks.pair import pair_of
-from benchmarks.rows import Result, Row, Skipped
+from benchmarks.rows import Result, Skipped, ratio
 from xkd_pipeline.parsing.phrases import is_word, joined_spans, select_phrases
 from xkd_pipeline.parsing.spacy_parser import PYPI_PIPELINE, SpacyParser, document_pieces
 from xkd_pipeline.tables.shard import document_at
@@ -47,10 +47,10 @@ def run(options: Options) -> list[Result]:
     )
     words = sum(len(s.words) for s in spans)
     ours, pipe, own = (words / seconds[name] / 1e3 for name in ("ours", "pipe", "spans"))
-    what = f"words and phrases of {len(documents)} documents"
+    what, unit = f"words and phrases of {len(documents)} documents", "thousand words a second"
     return [
-        _speed(f"{what} / nlp.pipe with all components", ours, pipe, bar=1.6),
-        _speed(f"{what} / the same and its spans read", ours, own),
+        ratio(f"{what} / nlp.pipe with all components", ours, pipe, unit, bar=1.6, at_least=True),
+        ratio(f"{what} / the same and its spans read", ours, own, unit, at_least=True),
     ]
 
 
@@ -89,8 +89,3 @@ def _solid(text: str) -> tuple[int, int]:
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
     first, last = _solid(text[start:end])
     return start + first, max(start + first, start + last)
-
-
-def _speed(what: str, ours: float, theirs: float, *, bar: float | None = None) -> Row:
-    unit = "thousand words a second"
-    return Row(what=what, ratio=ours / theirs, bar=bar, at_least=True, ours=ours, theirs=theirs, unit=unit)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,7 @@ from benchmarks.rows import Result, Row, cost
 
 SHARDS = 10_000
 SECONDS = 2.0
-TINY = Shape(
-    documents=2, characters=80, teacher_layers=4, teacher_width=64, student_layers=4, student_width=64,
-    teacher_classes=2_000, student_classes=1_000,
-)  # fmt: skip
+TINY = replace(Shape().small(), documents=2, characters=80)
 
 
 def run(options: Options) -> list[Result]:

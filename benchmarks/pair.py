@@ -18,18 +18,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import Options
+from benchmarks.states import write_table
 from xkd_pipeline.alignment import make_students
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher, teacher_layers
 from xkd_pipeline.parsing.stage import columns_of
-from xkd_pipeline.tables.shard import write_shard
-from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Unit
 from xkd_schemas.cache.table import Table, names_in
-from xkd_schemas.config import RunConfig, StudentSection
+from xkd_schemas.config import AUTO, RunConfig, StudentSection
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, document_of
-from xkd_schemas.dtypes import AUTO
 from xkd_schemas.signals import Signal
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.registry import LOSSES
@@ -112,7 +110,9 @@ def made(folder: Path, shape: Shape) -> Pair:
     _save(student, _unigram(texts, min(shape.student_classes, 1_000)), shape.student_layers, shape.student_width,
           shape.student_classes)  # fmt: skip
     cache, alone = folder / "cache", Workers()
-    _documents_table(cache, documents)
+    columns = columns_of(documents, [_spans(d) for d in documents])
+    units = (Unit(source="standard library", first=0, rows=len(documents)),)
+    write_table(cache, "documents", {"schema": DOCUMENTS_VERSION}, DOCUMENTS, columns, units)
     settings = TeacherSettings(model=str(teacher), dtype=fast_dtype(), template=TEMPLATE)
     make_teacher(cache, "teacher", settings, wanted_signals, alone)
     make_students(cache, "student", "teacher", StudentSection(tokenizer=str(student), template=TEMPLATE), alone)
@@ -151,15 +151,6 @@ def _spans(document: Document) -> Spans:
     phrases = [(a[0], b[1]) for words in found for a, b in zip(words[::3], words[1::3], strict=False)]
     words = tuple(word for words in found for word in words)
     return Spans(words=words, phrases=tuple(phrases), labels=("NP",) * len(phrases))
-
-
-def _documents_table(cache: Path, documents: Sequence[Document]) -> None:
-    units = (Unit(source="standard library", first=0, rows=len(documents)),)
-    store = Store(cache, "documents", {"schema": DOCUMENTS_VERSION}, units)
-    columns = columns_of(documents, [_spans(d) for d in documents])
-    commit = write_shard(store.folder, 0, DOCUMENTS, columns)
-    store.commit(commit)
-    store.seal({0: commit}, {}, {})
 
 
 def _save(folder: Path, tokenizer: Tokenizer, layers: int, width: int, classes: int) -> None:

@@ -46,21 +46,21 @@ class Skipped:
 Result = Row | Skipped
 
 
+def ratio(
+    what: str, ours: float, theirs: float, unit: str, *, bar: float | None = None, at_least: bool = False
+) -> Row:
+    """A row of two figures in the same unit: how many times theirs ours is."""
+    return Row(what=what, ratio=ours / theirs, bar=bar, at_least=at_least, ours=ours, theirs=theirs, unit=unit)
+
+
 def cost(what: str, ours: float, theirs: float, *, bar: float | None = None) -> Row:
-    """A row of two CPU times in seconds: how many times theirs ours is."""
-    return Row(what=what, ratio=ours / theirs, bar=bar, ours=ours * 1e3, theirs=theirs * 1e3, unit="ms")
+    """A row of two CPU times in seconds."""
+    return ratio(what, ours * 1e3, theirs * 1e3, "ms", bar=bar)
 
 
 def memory(what: str, ours: float, theirs: float, *, bar: float) -> Row:
-    """A row of two sizes in bytes: how many times theirs ours is."""
-    return Row(what=what, ratio=ours / theirs, bar=bar, ours=ours / 2**20, theirs=theirs / 2**20, unit="MiB")
-
-
-def speed(what: str, ours: float, theirs: float, *, bar: float | None = None) -> Row:
-    """A row of two speeds in bytes a second: how many times theirs ours is."""
-    return Row(
-        what=what, ratio=ours / theirs, bar=bar, at_least=True, ours=ours / 1e9, theirs=theirs / 1e9, unit="GB/s"
-    )
+    """A row of two sizes in bytes."""
+    return ratio(what, ours / 2**20, theirs / 2**20, "MiB", bar=bar)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -79,9 +79,9 @@ def _figures(result: Result) -> str:
     verdict = {True: "met", False: "NOT MET", None: ""}[result.met]
     bar = "printed, no bar" if result.bar is None else f"{'>=' if result.at_least else '<='} {result.bar:.3g}"
     small = 0 < abs(result.ratio) < 0.01
-    ratio = f"{result.ratio:.1e}" if small else f"{result.ratio:.2f}"
+    times = f"{result.ratio:.1e}" if small else f"{result.ratio:.2f}"
     raw = f"{result.ours:.3g} / {result.theirs:.3g} {result.unit}".strip()
-    return f"{ratio:>6}  {bar:<7} {verdict:<8} {raw}"
+    return f"{times:>6}  {bar:<7} {verdict:<8} {raw}"
 
 
 def as_json(benchmark: str, result: Result) -> dict[str, Any]:

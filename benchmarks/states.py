@@ -53,10 +53,10 @@ def states_cache(root: Path, sizes: Sizes) -> list[npt.NDArray[np.uint16]]:
     tokens = [_tokens(length) for length in sizes.lengths]
     common = {"doc_id": [d.doc_id for d in documents]} | {name: [t[name] for t in tokens] for name in tokens[0]}
     described = columns_of(documents, [NO_SPANS] * len(documents))
-    first = _table(root, "documents", {"schema": DOCUMENTS_VERSION}, DOCUMENTS, described, units)
+    first = write_table(root, "documents", {"schema": DOCUMENTS_VERSION}, DOCUMENTS, described, units)
     spec = {"schema": TEACHERS_VERSION, "documents": first.root, "signals": [HIDDEN.column]}
     schema = teacher_schema([HIDDEN], sizes.width)
-    second = _table(root, "teachers/made", spec, schema, common | {HIDDEN.column: states}, units)
+    second = write_table(root, "teachers/made", spec, schema, common | {HIDDEN.column: states}, units)
     empty = [np.zeros((0, 2), np.int32)] * len(documents)
     ranges = [_ranges(length) for length in sizes.lengths]
     aligned = {"student_spans": ranges, "teacher_spans": ranges, "word_tokens": empty, "phrase_tokens": empty}
@@ -64,7 +64,7 @@ def states_cache(root: Path, sizes: Sizes) -> list[npt.NDArray[np.uint16]]:
         "schema": STUDENTS_VERSION, "documents": first.root, "teacher": "made", "teacher_root": second.root,
         "encoder": {"tokenizer": {}, "template": "none"},
     }  # fmt: skip
-    _table(root, "students/made", spec, STUDENTS, common | aligned, units)
+    write_table(root, "students/made", spec, STUDENTS, common | aligned, units)
     return states
 
 
@@ -91,7 +91,7 @@ def _tokens(length: int) -> dict[str, Any]:
     }
 
 
-def _table(
+def write_table(
     root: Path,
     name: str,
     spec: dict[str, Any],
@@ -99,6 +99,7 @@ def _table(
     columns: Mapping[str, Sequence[Any]],
     units: tuple[Unit, ...],
 ) -> Manifest:
+    """Make one table of these units, each a shard of its rows."""
     store = Store(root, name, spec, units)
     commits: dict[int, Commit] = {}
     for number, unit in enumerate(units):

@@ -6,7 +6,7 @@ Lost without it: making caches; those that are there still train students.
 
 from typing import TYPE_CHECKING
 
-from xkd_schemas.lazy_names import lazy_names
+from xkd_schemas import lazy_names
 
 if TYPE_CHECKING:
     from xkd_pipeline.public import align, documents, plan, preprocess, teacher, verify

@@ -19,10 +19,9 @@ from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Plan, read_record
 from xkd_schemas.cache.table import Table, check_name, only_teacher
 from xkd_schemas.codecs import PLAIN
-from xkd_schemas.config import RunConfig
+from xkd_schemas.config import AUTO, RunConfig
 from xkd_schemas.console import say
 from xkd_schemas.corpus.sources import Source, open_source, read_documents
-from xkd_schemas.dtypes import AUTO
 from xkd_schemas.durable_files import inside
 from xkd_schemas.errors import BadData, InputMissing, UsageError, XkdError
 from xkd_schemas.signals import Signal

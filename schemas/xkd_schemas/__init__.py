@@ -4,9 +4,25 @@ May import: none of the other packages, and no torch.
 Lost without it: the contract between pipeline and trainer.
 """
 
-from typing import TYPE_CHECKING
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from xkd_schemas.lazy_names import lazy_names
+
+def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a package: each name and the `module:attribute` that is imported when it is first used.
+
+    >>> lazy_names("math2", {"root": "math:sqrt"})("root")(9.0)
+    3.0
+    """
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return pkgutil.resolve_name(homes[name])
+
+    return find
+
 
 if TYPE_CHECKING:
     from xkd_schemas.cache.rows import open_cache

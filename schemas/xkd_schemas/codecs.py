@@ -8,85 +8,68 @@
 A plain int8 with one scale a token is not offered: a few large channels of final states take all of its range.
 A codec is one class here and one line in CODECS.
 
+Drawn classes of a prediction and their shares are one integer each: class * (TOTAL + 1) + share. The shares are whole
+numbers that add up to TOTAL, so the classes make a distribution exactly; entries, and so classes, are ascending.
+
 Shape legend for this file
-    N tokens or spans of one document    D width
+    N tokens, spans or predictions of one document    D width    k classes kept of each prediction
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from xkd_schemas.errors import BadData
+from xkd_schemas.ragged import flat_list
 
 Bits = npt.NDArray[np.uint16]
 """[N, D] bfloat16 numbers as their bits."""
+Array = npt.NDArray[Any]
 Read = Callable[[str], Any]
 """Column name -> what this row holds in it."""
 
 
 class Encoded(NamedTuple):
-    """One unit's rows of one signal, ready to be written."""
+    """The rows of one signal in one shard, ready to be written."""
 
     columns: dict[str, list[Any]]
     metadata: dict[bytes, bytes]
-    """For the schema of this unit's shard."""
-
-
-class Codec(Protocol):
-    """One way to store a wide signal."""
-
-    def fields(self, column: str, width: int) -> list[tuple[str, pa.DataType]]:
-        """Columns it writes; the first is named like the signal."""
-
-    def encode(self, column: str, rows: Sequence[Bits]) -> Encoded:
-        """All rows of one unit."""
-
-    def decode(self, column: str, read: Read, metadata: Mapping[bytes, bytes]) -> Bits:
-        """One row, [N, D].
-
-        Raises:
-            BadData: The stored parts do not fit together.
-        """
-
-
-def _flat(item: pa.DataType) -> pa.DataType:
-    return pa.large_list(pa.field("item", item, nullable=False))
+    """For the schema of the shard."""
 
 
 def _vectors(item: pa.DataType, width: int) -> pa.DataType:
-    return _flat(pa.list_(pa.field("item", item, nullable=False), width))
+    return flat_list(pa.list_(pa.field("item", item, nullable=False), width))
 
 
-class Bf16:
-    """The bits as they are; a row is a view into the mapped shard."""
+class Codec:
+    """One way to store a wide signal; this one keeps the bits as they are, a row is a view into the mapped shard."""
 
     def fields(self, column: str, width: int) -> list[tuple[str, pa.DataType]]:
-        """One column."""
+        """Columns it writes; the first is named like the signal."""
         return [(column, _vectors(pa.uint16(), width))]
 
     def encode(self, column: str, rows: Sequence[Bits]) -> Encoded:
-        """Nothing to do."""
+        """All rows of one shard."""
         return Encoded({column: list(rows)}, {})
 
     def decode(self, column: str, read: Read, metadata: Mapping[bytes, bytes]) -> Bits:
-        """Nothing to do."""
+        """One row, [N, D]; BadData where the stored parts do not fit together."""
         bits: Bits = read(column)
         return bits
 
 
-class Bf16Planes:
+class Bf16Planes(Codec):
     """Sign and fraction in one byte, the exponent in another; exponents are few different ones and shrink."""
 
-    def __init__(self) -> None:
-        self._zstd = pa.Codec("zstd", compression_level=3)
+    _zstd = pa.Codec("zstd", compression_level=3)
 
     def fields(self, column: str, width: int) -> list[tuple[str, pa.DataType]]:
         """Bytes of sign and fraction, and one compressed block of exponents for each document."""
-        return [(column, _vectors(pa.uint8(), width)), (f"{column}.exponents", _flat(pa.uint8()))]
+        return [(column, _vectors(pa.uint8(), width)), (f"{column}.exponents", flat_list(pa.uint8()))]
 
     def encode(self, column: str, rows: Sequence[Bits]) -> Encoded:
         """Rotate the bits left by one: the exponent becomes the high byte."""
@@ -108,7 +91,7 @@ class Bf16Planes:
         return np.asarray((rotated >> 1) | (rotated << 15), np.uint16)
 
 
-class Int8:
+class Int8(Codec):
     """(x - centre) / spread of each channel over the unit, then one scale for each token.
 
     Centre and spread lie in the shard's metadata; so a shard can be read by itself and is still a pure function of
@@ -117,7 +100,7 @@ class Int8:
 
     def fields(self, column: str, width: int) -> list[tuple[str, pa.DataType]]:
         """Integers, and one scale for each vector."""
-        return [(column, _vectors(pa.int8(), width)), (f"{column}.scale", _flat(pa.float32()))]
+        return [(column, _vectors(pa.int8(), width)), (f"{column}.scale", flat_list(pa.float32()))]
 
     def encode(self, column: str, rows: Sequence[Bits]) -> Encoded:
         """Round to the nearest of 255 steps."""
@@ -168,11 +151,7 @@ def _unhex(column: str, text: bytes | None) -> npt.NDArray[np.float32]:
 
 
 def numbers_of(bits: Bits) -> npt.NDArray[np.float32]:
-    """bfloat16 bits as float32, exactly.
-
-    >>> numbers_of(np.array([0x3FC0], np.uint16))
-    array([1.5], dtype=float32)
-    """
+    """bfloat16 bits as float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -186,7 +165,7 @@ def bits_of(values: npt.NDArray[np.float32]) -> Bits:
     return ((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-CODECS: Final[Mapping[str, Codec]] = {"bf16": Bf16(), "bf16-planes": Bf16Planes(), "int8": Int8()}
+CODECS: Final[Mapping[str, Codec]] = {"bf16": Codec(), "bf16-planes": Bf16Planes(), "int8": Int8()}
 PLAIN: Final = "bf16"
 
 
@@ -202,3 +181,44 @@ def squared_error(rows: Sequence[Bits], again: Sequence[Bits]) -> tuple[float, f
         lost += float(np.square(exact - numbers_of(back)).sum())
         kept += float(np.square(exact).sum())
     return lost, kept
+
+
+TOTAL: Final = 4095
+"""What the shares of a prediction add up to."""
+MOST_CLASSES: Final = 2**31 // (TOTAL + 1)
+"""A class is below it, so that an entry is an int32."""
+
+
+def pack_classes(classes_Nk: Array, shares_Nk: Array) -> npt.NDArray[np.int32]:
+    """Entries in the order given.
+
+    >>> pack_classes(np.array([[2, 7]]), np.array([[4000, 95]]))
+    array([[12192, 28767]], dtype=int32)
+
+    Args:
+        classes_Nk: Integers from 0 to MOST_CLASSES - 1.
+        shares_Nk: Integers from 0 to TOTAL.
+    """
+    return (classes_Nk.astype(np.int64) * (TOTAL + 1) + shares_Nk).astype(np.int32)
+
+
+def unpack_classes(entries_Nk: Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Classes, and shares divided by TOTAL."""
+    classes_Nk, shares_Nk = np.divmod(entries_Nk, TOTAL + 1)
+    return classes_Nk.astype(np.int64), shares_Nk.astype(np.float32) / np.float32(TOTAL)
+
+
+def find_class_fault(entries_Nk: Array, classes: int) -> str:
+    """What is wrong with stored entries of a teacher of so many classes; empty for nothing.
+
+    >>> find_class_fault(np.array([[12192, 28767]], np.int32), 7)
+    'a class is not from 0 to 6'
+    """
+    if entries_Nk.size == 0:
+        return ""
+    if entries_Nk.min() < 0 or int(entries_Nk.max()) // (TOTAL + 1) >= classes:
+        return f"a class is not from 0 to {classes - 1}"
+    if (np.diff(entries_Nk.astype(np.int64) // (TOTAL + 1), axis=1) <= 0).any():
+        return "classes of a prediction are not ascending"
+    sums_N = (entries_Nk % (TOTAL + 1)).sum(1)
+    return f"shares add up to {int(sums_N[sums_N != TOTAL][0])}, not to {TOTAL}" if (sums_N != TOTAL).any() else ""

@@ -9,13 +9,22 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from xkd_schemas.dtypes import AUTO, DtypeName
 from xkd_schemas.errors import InputMissing, UsageError
 
+AUTO: Final = "auto"
+_DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def dtype_name(name: Any) -> Any:
+    """The full name of a dtype; anything else as it is."""
+    return _DTYPES.get(name, name) if isinstance(name, str) else name
+
+
+DtypeName = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(dtype_name)]
 TemplateName = Literal["auto", "none", "alpaca", "chat"]
 """auto: chat where the tokenizer has a chat template, none elsewhere."""
 
@@ -198,7 +207,7 @@ class RunConfig(Section):
             InputMissing: The file is not there or not TOML.
             UsageError: A key or value is wrong.
         """
-        return _checked(_merged(_read(path), changed), path, {})
+        return _check(_merge(_read(path), changed), path, {})
 
 
 def load_run(
@@ -206,9 +215,7 @@ def load_run(
 ) -> RunConfig:
     """Read a run file, then apply `section.key=value` overrides, then flags as (flag, key, value).
 
-    Raises:
-        InputMissing: The file is not there or not TOML.
-        UsageError: A key or value is wrong; the message names it and suggests the nearest known key.
+    Errors as `RunConfig.load`; the message names the flag and suggests the nearest known key.
     """
     data = _read(path)
     typed: dict[str, str] = {}
@@ -221,24 +228,24 @@ def load_run(
     for flag, key, value in flags:
         _put(data, key, value, flag)
         typed[key] = flag
-    return _checked(data, path, typed)
+    return _check(data, path, typed)
 
 
-def _checked(data: dict[str, Any], path: str | Path | None, typed: Mapping[str, str]) -> RunConfig:
+def _check(data: dict[str, Any], path: str | Path | None, typed: Mapping[str, str]) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise _explained(str(path or "run file"), typed, error) from None
+        raise _explain(str(path or "run file"), typed, error) from None
 
 
-def _merged(data: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(data: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of both; sections are merged, other values are those of `changed`.
 
-    >>> _merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
+    >>> _merge({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
     {'a': {'b': 1, 'c': 3}}
     """
     sections = {key for key in changed if isinstance(data.get(key), dict) and isinstance(changed[key], Mapping)}
-    return {**data, **changed, **{key: _merged(data[key], changed[key]) for key in sections}}
+    return {**data, **changed, **{key: _merge(data[key], changed[key]) for key in sections}}
 
 
 def _read(path: str | Path | None) -> dict[str, Any]:
@@ -263,30 +270,30 @@ def _put(data: dict[str, Any], dotted: str, value: Any, typed: str) -> None:
 
 
 def toml_value(text: str) -> Any:
-    """A TOML value; what is not one is taken as a plain string.
-
-    >>> toml_value("0.5"), toml_value("chat")
-    (0.5, 'chat')
-    """
+    """A TOML value; what is not one is taken as a plain string."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         return text
 
 
-def _explained(path: str, typed: Mapping[str, str], error: ValidationError) -> UsageError:
+def _explain(path: str, typed: Mapping[str, str], error: ValidationError) -> UsageError:
     """The first mistake in one line, which begins with the flag, `--set` or file that made it."""
     first = error.errors()[0]
     dotted = ".".join(str(part) for part in first["loc"])
     said = [name for key, name in typed.items() if f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}.")]
     where = said[-1] if said else path
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), _known(first["loc"][:-1]), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(_known(first['loc'][:-1]))}"
+        hint = _suggest(str(first["loc"][-1]), _known(first["loc"][:-1]))
         return UsageError(f"{where}: {dotted!r} is not a key", fix=hint)
     name = dotted if where in ("--set", path) else where
     what = f"{first['msg'].removeprefix('Value error, ')}, found {first['input']!r}"
     return UsageError(f"{where}: {what}" if name == where else f"{where}: {dotted}: {what}", fix=f"change {name}")
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(known)}"
 
 
 def _known(path: Sequence[int | str]) -> list[str]:
@@ -304,9 +311,5 @@ def settings_error(loss: str, error: ValidationError, fields: Mapping[str, Any])
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, list(fields), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-        return UsageError(f"losses.{loss}: {key!r} is not a setting", fix=hint)
-    choices = get_args(fields[key].annotation) if key in fields else ()
-    known = f" (one of {', '.join(map(str, choices))})" if choices else ""
-    return UsageError(f"losses.{loss}.{key}: {first['msg']}{known}, found {first['input']!r}", fix=f"change {key}")
+        return UsageError(f"losses.{loss}: {key!r} is not a setting", fix=_suggest(key, list(fields)))
+    return UsageError(f"losses.{loss}.{key}: {first['msg']}, found {first['input']!r}", fix=f"change {key}")

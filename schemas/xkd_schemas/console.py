@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import typer
 from rich.console import Console
@@ -25,9 +25,13 @@ CONTROLS = dict.fromkeys([*range(32), 127, *range(128, 160), *range(8234, 8239),
 
 def say(line: str) -> None:
     """Print one line on standard output, as it is: no markup, no control characters, no wrapping."""
+    _write(sys.stdout, line)
+
+
+def _write(stream: TextIO, line: str) -> None:
     progress.clear()
-    sys.stdout.write(line.translate(CONTROLS) + "\n")
-    sys.stdout.flush()
+    stream.write(line.translate(CONTROLS) + "\n")
+    stream.flush()
 
 
 def warn(line: str) -> None:
@@ -42,24 +46,19 @@ def note(line: str) -> None:
     Standard error of a script stays what it is: nothing, or the one line of an error.
     """
     if sys.stderr.isatty():
-        progress.clear()
-        sys.stderr.write(line.translate(CONTROLS) + "\n")
-        sys.stderr.flush()
+        _write(sys.stderr, line)
 
 
 def say_json(value: object) -> None:
     """Print one JSON object on standard output."""
-    progress.clear()
-    sys.stdout.write(json.dumps(value, ensure_ascii=True, sort_keys=True) + "\n")
-    sys.stdout.flush()
+    _write(sys.stdout, json.dumps(value, ensure_ascii=True, sort_keys=True))
 
 
 def answer(value: object, lines: Iterable[str], as_json: bool) -> None:
     """Print what a command found: one JSON object, or lines."""
     if as_json:
         say_json(value)
-        return
-    for line in lines:
+    for line in () if as_json else lines:
         say(line)
 
 
@@ -78,7 +77,11 @@ def run(command: str, app: Callable[..., object]) -> None:
         if code == Interrupted.exit_code:  # how typer reports Ctrl-C
             raise KeyboardInterrupt
     except BaseException as error:
-        _leave(command, _ending(command, error))
+        ending = _translate_error(command, error)
+        if os.environ.get("XKD_DEBUG"):
+            traceback.print_exc()
+        tell(ending, command)
+        raise SystemExit(ending.exit_code) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = unraisable
@@ -87,15 +90,16 @@ def run(command: str, app: Callable[..., object]) -> None:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _ending(command: str, error: BaseException) -> XkdError:
+def _translate_error(command: str, error: BaseException) -> XkdError:
     """What ended a command, as one of ours; anything else is raised again."""
     if isinstance(error, XkdError):
         return error
     if isinstance(error, _MISUSE):
-        return _misuse(command, error)
+        return _translate_misuse(command, error)
     left = isinstance(error, SystemExit) and error.code == Interrupted.exit_code
     if left or _received or isinstance(error, typer.Abort | KeyboardInterrupt):  # C code makes other errors of it
-        return _interrupted()
+        kind = Terminated if signal.SIGTERM in _received else Interrupted
+        return kind(kind.__name__.lower(), kept=(_kept or [_KEPT])[0], fix="run the same command again to go on")
     if isinstance(error, MemoryError):
         return OutOfMemory("out of memory", kept=_KEPT, fix="use smaller batches")
     raise error
@@ -163,7 +167,7 @@ def signals_noted() -> Iterator[Callable[[], bool]]:
         signal.raise_signal(came[0])
 
 
-def _misuse(command: str, error: Any) -> UsageError:
+def _translate_misuse(command: str, error: Any) -> UsageError:
     """What typer says of a command line, as one of ours."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -177,23 +181,11 @@ _MISUSE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__
 """Base of what typer raises for a command line; which package it lives in differs between its versions."""
 
 
-def _interrupted() -> XkdError:
-    kind = Terminated if signal.SIGTERM in _received else Interrupted
-    return kind(kind.__name__.lower(), kept=(_kept or [_KEPT])[0], fix="run the same command again to go on")
-
-
 _received: list[int] = []
 """Signals that came since the command began."""
 _kept: list[str] = []
 """What was kept, from the innermost work that was ended."""
 _KEPT = "everything that was committed or saved so far"
-
-
-def _leave(command: str, error: XkdError) -> None:
-    if os.environ.get("XKD_DEBUG"):
-        traceback.print_exc()
-    tell(error, command)
-    raise SystemExit(error.exit_code)
 
 
 def tell(error: XkdError, command: str = "") -> None:
@@ -202,5 +194,4 @@ def tell(error: XkdError, command: str = "") -> None:
         kind = type(error).__name__
         parts = {"code": error.exit_code, "kind": kind, "what": error.what, "kept": error.kept, "next": error.fix}
         say_json({"error": parts})
-    sys.stderr.write(f"{command or Path(sys.argv[0]).stem}: {str(error).translate(CONTROLS)}\n")
-    sys.stderr.flush()
+    _write(sys.stderr, f"{command or Path(sys.argv[0]).stem}: {error}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from xkd_schemas.errors import BadData
+from xkd_schemas.ragged import flat_list
 
 DOCUMENTS_VERSION = 2  # bump on any change to DOCUMENTS, and add tests/golden/documents_v<N>.txt
 
@@ -19,11 +20,6 @@ Interval = tuple[int, int]
 
 INTERVALS = pa.large_list(pa.field("item", pa.list_(pa.field("item", pa.int32(), nullable=False), 2), nullable=False))
 """Arrow type of [K, 2] int32 intervals; `column.flatten().flatten()` is one zero-copy buffer."""
-
-
-def flat_list(kind: pa.DataType) -> pa.DataType:
-    """Arrow type of a flat list column without nulls and with 64-bit offsets."""
-    return pa.large_list(pa.field("item", kind, nullable=False))
 
 
 DOCUMENTS = pa.schema(

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import xxhash
 
@@ -188,17 +189,13 @@ def _sync(path: Path) -> None:
         disk.fsync(stream.fileno())
 
 
-def lock_file(path: Path) -> int:
-    """Descriptor of a lock file, created where it is not there; no forked child keeps it over an exec."""
-    with disk_errors(path):
-        make_folder(path.parent)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-
-
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def hold_lock(folder: Path) -> Iterator[None]:
     """Hold `folder/LOCK`; Busy names the process that has it. Freed by the system when we die."""
-    descriptor = lock_file(folder / "LOCK")
+    path = folder / "LOCK"
+    with disk_errors(path):
+        make_folder(folder)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,6 +235,20 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file: its identity."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+Json = Any
+
+
+def canonical(value: Json) -> bytes:
+    """JSON with sorted keys, no blanks and no NaN: equal values give equal bytes."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.encode()
+
+
+def digest(value: Json) -> str:
+    """Hex sha256 of the canonical JSON: names content."""
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def xxh3_of(data: bytes | memoryview) -> str:

@@ -17,7 +17,7 @@ def train() -> None:
 
 
 def _start(command: str, module: str) -> None:
-    """Import the command and run it; terminal.run takes the signals over."""
+    """Import the command and run it; console.run takes the signals over."""
 
     def leave(number: int, _frame: FrameType | None) -> None:
         word, code = ("terminated", 143) if number == signal.SIGTERM else ("interrupted", 130)

@@ -1,20 +1,6 @@
-"""Every error a user can cause, with its exit code.
+"""Every error a user can cause, with its exit code; README.md lists the codes."""
 
-XkdError
-    UsageError      2  a flag, key, value or name is wrong
-    BadData        65  corrupt shard, too many rejected rows, nothing usable
-    InputMissing   66  a file, folder, model or pipeline is not there or cannot be read
-    WorkersGone    69  Ray or a worker is gone; the same command resumes
-    OutOfMemory    71  out of memory after all fall-backs
-    DiskFailed     74  disk full, I/O error, read-only
-    Busy           75  another writer holds the cache
-    NonFinite      76  a loss or gradient is not finite
-    Refused        77  refused by the security rules
-    Mismatch       78  made for another teacher, tokenizer, parser, corpus or schema
-    Interrupted   130  Ctrl-C
-    Terminated    143  asked to end by SIGTERM
-"""
-
+from functools import partial
 from typing import ClassVar
 
 
@@ -22,6 +8,9 @@ class XkdError(Exception):
     """What went wrong and where, what was kept, what to type next; printed as one line without traceback."""
 
     exit_code: ClassVar[int] = 2
+
+    def __init_subclass__(cls, *, exit_code: int = 0) -> None:
+        cls.exit_code = exit_code or cls.exit_code
 
     def __init__(self, what: str, *, kept: str = "", fix: str = "") -> None:
         super().__init__(what)
@@ -38,78 +27,52 @@ class XkdError(Exception):
         return " ".join(" ".join(parts).split())
 
     def __reduce__(self) -> tuple[object, ...]:  # so that it survives the way back from a worker process
-        return _rebuilt, (type(self), self.what, self.kept, self.fix)
-
-
-def _rebuilt(kind: type[XkdError], what: str, kept: str, fix: str) -> XkdError:
-    return kind(what, kept=kept, fix=fix)
+        return partial(type(self), kept=self.kept, fix=self.fix), (self.what,)
 
 
 class UsageError(XkdError):
     """A flag, a key of the run file, a value or a name is wrong."""
 
 
-class BadData(XkdError):
+class BadData(XkdError, exit_code=65):
     """Data was found and cannot be used: corrupt, too many rejects, nothing left."""
 
-    exit_code = 65
 
-
-class InputMissing(XkdError):
+class InputMissing(XkdError, exit_code=66):
     """A file, folder, model or parser that was named is not there or cannot be read."""
 
-    exit_code = 66
 
-
-class WorkersGone(XkdError):
+class WorkersGone(XkdError, exit_code=69):
     """The worker pool is gone; running the same command again resumes."""
 
-    exit_code = 69
 
-
-class OutOfMemory(XkdError):
+class OutOfMemory(XkdError, exit_code=71):
     """Memory ran out and no smaller step is left."""
 
-    exit_code = 71
 
-
-class DiskFailed(XkdError):
+class DiskFailed(XkdError, exit_code=74):
     """The disk is full, read-only or failing."""
 
-    exit_code = 74
 
-
-class Busy(XkdError):
+class Busy(XkdError, exit_code=75):
     """Another process is writing to this cache."""
 
-    exit_code = 75
 
-
-class NonFinite(XkdError):
+class NonFinite(XkdError, exit_code=76):
     """A loss or a gradient is NaN or infinite."""
 
-    exit_code = 76
 
-
-class Refused(XkdError):
+class Refused(XkdError, exit_code=77):
     """Refused by the security rules."""
 
-    exit_code = 77
 
-
-class Mismatch(XkdError):
+class Mismatch(XkdError, exit_code=78):
     """Two things that must be the same are not; the message shows both."""
 
-    exit_code = 78
 
-
-class Interrupted(XkdError):
+class Interrupted(XkdError, exit_code=130):
     """Ctrl-C or SIGINT."""
 
-    exit_code = 130
 
-
-class Terminated(XkdError):
+class Terminated(XkdError, exit_code=143):
     """SIGTERM, as a scheduler or a system that shuts down sends it."""
-
-    exit_code = 143

@@ -41,7 +41,7 @@ class FlagsOf:
     flags: Mapping[str, str] = field(default_factory=dict)
     default: str = ""
 
-    def made(self) -> Iterator["_Flag"]:
+    def make_flags(self) -> Iterator["_Flag"]:
         """A flag of every field."""
         model: Any = RunConfig.model_fields[self.section].annotation if self.section else RunConfig
         for name in self.only or model.model_fields:
@@ -64,7 +64,7 @@ class _Flag:
     def name(self) -> str:
         return self.keys[0].replace(".", "_")
 
-    def given(self, value: Any) -> Iterator[tuple[str, str, Any]]:
+    def read_value(self, value: Any) -> Iterator[tuple[str, str, Any]]:
         """What was typed, as `load_run` takes it."""
         pairs = {"": value} if _kind(self.info) is not dict else dict(self._pair(text) for text in value)
         yield from ((self.spelling, key + name, text) for name, text in pairs.items() for key in self.keys)
@@ -100,7 +100,7 @@ def with_flags(*parts: FlagsOf, run_file: str = "") -> Callable[[Command], Comma
         run_file: The flag, or argument, that names a run file; empty for a command that reads none.
     """
     flags: dict[str, _Flag] = {}
-    for flag in (flag for part in parts for flag in part.made()):
+    for flag in (flag for part in parts for flag in part.make_flags()):
         same = flags.get(flag.spelling)
         flags[flag.spelling] = replace(same, keys=same.keys + flag.keys) if same else flag
 
@@ -109,7 +109,7 @@ def with_flags(*parts: FlagsOf, run_file: str = "") -> Callable[[Command], Comma
         def call(**values: Any) -> None:
             path, sets = values.pop("run_file", None), values.pop("sets") or ()
             typed = [(flag, values.pop(flag.name)) for flag in flags.values()]
-            given = (one for flag, value in typed if value is not None for one in flag.given(value))
+            given = (one for flag, value in typed if value is not None for one in flag.read_value(value))
             command(run=load_run(path, sets, given), **values)
 
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(command).parameters.values()]

@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final, Self, TypeVar
 
 T = TypeVar("T")
@@ -33,21 +33,12 @@ _lock = threading.RLock()
 class Progress:
     """Work with a label, counted in `of` where its total is known."""
 
-    def __init__(
-        self,
-        label: str,
-        total: float = 0,
-        *,
-        of: str = "rows",
-        quiet: bool = False,
-        clock: Callable[[], float] | None = None,
-    ) -> None:
+    def __init__(self, label: str, total: float = 0, *, of: str = "rows", quiet: bool = False) -> None:
         self.label, self.total, self.of = label, total, of
         self.done = 0.0
         self.note = ""
         self._quiet = quiet
-        self._clock = clock or time.monotonic
-        self._start = self._shown = self._clock()
+        self._start = self._shown = time.monotonic()
         self._tty = sys.stderr.isatty()
         self._drawn = False
 
@@ -59,7 +50,7 @@ class Progress:
     def beat(self) -> None:
         """Show where the work is, if it is time to."""
         with _lock:
-            now = self._clock()
+            now = time.monotonic()
             if self._quiet or not _open or _open[-1] is not self or now - self._shown < self._pause():
                 return
             self._shown, self._drawn = now, self._tty
@@ -113,11 +104,7 @@ def tick(done: float = 1) -> None:
 
 
 def tick_each(items: Iterable[T]) -> Iterator[T]:
-    """The same items; one more is done each time that the next is asked for.
-
-    >>> list(tick_each("ab"))
-    ['a', 'b']
-    """
+    """The same items; one more is done each time that the next is asked for."""
     for item in items:
         yield item
         tick()
@@ -137,27 +124,17 @@ def clear() -> None:
 
 
 @contextlib.contextmanager
-def heartbeat(
-    label: str,
-    *,
-    quiet: bool = False,
-    clock: Callable[[], float] | None = None,
-    wait: Callable[[float], bool] | None = None,
-) -> Iterator[None]:
-    """Show the innermost open `Progress`, at least that of the whole under its `label`, while the body works.
-
-    `wait` replaces the pause between two looks; it returns whether to stop.
-    """
+def heartbeat(label: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show the innermost open `Progress`, at least that of the whole under its `label`, while the body works."""
     stopped = threading.Event()
-    pause = wait or stopped.wait
 
     def beat() -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody reads standard error any more
-            while not pause(BEAT) and not stopped.is_set():
+            while not stopped.wait(BEAT):
                 for progress in _open[-1:]:
                     progress.beat()
 
-    with Progress(label, quiet=quiet, clock=clock):
+    with Progress(label, quiet=quiet):
         thread = threading.Thread(target=beat, daemon=True, name="xkd-progress")
         thread.start()
         try:

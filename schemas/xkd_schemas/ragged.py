@@ -74,6 +74,11 @@ def row_offsets(counts: Any) -> npt.NDArray[np.int64]:
 # Rows of different lengths in flat Arrow lists, and back as numpy views without a copy.
 
 
+def flat_list(kind: pa.DataType) -> pa.DataType:
+    """Arrow type of a flat list column without nulls and with 64-bit offsets."""
+    return pa.large_list(pa.field("item", kind, nullable=False))
+
+
 def column_of(rows: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """Build a column from one value per row; numpy rows of a list column are joined into one flat buffer.
 
@@ -107,17 +112,12 @@ def batch_of(schema: pa.Schema, columns: dict[str, Sequence[Any]]) -> pa.RecordB
 class Columns:
     """Columns of a record batch, each made ready when first read, so that a row of it is no more than a slice."""
 
-    __slots__ = ("_batch", "_readers")
+    __slots__ = ("_batch", "_readers", "names")
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._batch = batch
         self._readers: dict[str, Callable[[int], Any]] = {}
-
-    @property
-    def names(self) -> list[str]:
-        """Of all columns."""
-        found: list[str] = self._batch.schema.names
-        return found
+        self.names = frozenset(batch.schema.names)
 
     def row(self, name: str, row: int) -> Any:
         """Row `row` of a column: a Python value, a list of strings, or a numpy view [n] or [n, width]."""

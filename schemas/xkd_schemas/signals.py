@@ -15,8 +15,8 @@ from typing import Final, Literal
 import pyarrow as pa
 
 from xkd_schemas.codecs import CODECS, PLAIN
-from xkd_schemas.documents import flat_list
 from xkd_schemas.errors import UsageError
+from xkd_schemas.ragged import flat_list
 from xkd_schemas.tokens import TOKEN_FIELDS
 
 TEACHERS_VERSION = 1  # bump on any change here, and add tests/golden/teachers_v<N>.txt
@@ -80,22 +80,14 @@ class Signal:
 
     @property
     def column(self) -> str:
-        """Name of its column.
-
-        >>> Signal("span_mass", 15, "word").column
-        'span_mass@15:word'
-        """
+        """Name of its column."""
         layer = "" if self.layer is None else f"@{self.layer}"
         unit = "" if self.unit is None else f":{self.unit}"
         return f"{self.name}{layer}{unit}" + ("" if self.top is None else f"#{self.top}")
 
 
 def signal_named(column: str) -> Signal:
-    """The signal of a column name; UsageError lists the known ones.
-
-    >>> signal_named("centrality@22").layer
-    22
-    """
+    """The signal of a column name; UsageError lists the known ones."""
     match = _PATTERN.fullmatch(column)
     kind = KINDS.get(match[1]) if match else None
     if match is None or kind is None or [match[n] is not None for n in (2, 3, 4)] != [kind.layer, kind.unit, kind.top]:

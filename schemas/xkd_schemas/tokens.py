@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from xkd_schemas.documents import INTERVALS, flat_list
+from xkd_schemas.documents import INTERVALS
+from xkd_schemas.ragged import flat_list
 
 STUDENTS_VERSION = 1  # bump on any change to STUDENTS, and add tests/golden/students_v<N>.txt
 

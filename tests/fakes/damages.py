@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xkd_pipeline.maintain.verify import verify
-from xkd_schemas.cache.manifest import Manifest, Plan, read_record, sealed, to_json
+from xkd_schemas.cache.manifest import Manifest, Plan, read_record, seal_table, to_json
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import xxh3_of
 from xkd_schemas.errors import XkdError
@@ -100,5 +100,5 @@ def resigned(cache: Path, table: str, unit: int, content: bytes) -> Path:
     (folder / commit.file).write_bytes(content)
     (folder / f"commits/{unit:05d}.json").write_bytes(to_json(commit))
     commits = (*manifest.commits[:unit], commit, *manifest.commits[unit + 1 :])
-    (folder / "manifest.json").write_bytes(to_json(sealed(plan, commits, manifest.constants, manifest.files)))
+    (folder / "manifest.json").write_bytes(to_json(seal_table(plan, commits, manifest.constants, manifest.files)))
     return folder / commit.file

@@ -20,8 +20,8 @@ from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
-from xkd_schemas.documents import flat_list
 from xkd_schemas.errors import BadData
+from xkd_schemas.ragged import flat_list
 
 SCHEMA = pa.schema(
     [

@@ -19,7 +19,7 @@ from xkd_pipeline.maintain.repair import repair
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, sealed, to_json
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, seal_table, to_json
 from xkd_schemas.errors import Mismatch
 
 ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
@@ -93,7 +93,7 @@ def resealed(cache: Path, table: str, change: Callable[[dict[str, Any]], object]
     change(data)
     commits = tuple(Commit.model_validate(record) for record in data["commits"])
     plan = Plan(table=table, spec=data["spec"], units=read_record(folder / "plan.json", Plan).units)
-    (folder / "manifest.json").write_bytes(to_json(sealed(plan, commits, data["constants"], data["files"])))
+    (folder / "manifest.json").write_bytes(to_json(seal_table(plan, commits, data["constants"], data["files"])))
 
 
 @pytest.mark.parametrize("name", ["../documents.arrow", "/etc/passwd", "a/b.arrow", "..", ".hidden", "nul\0.arrow"])

@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from damages import flipped
 from small_cache import corpus_rows
@@ -29,7 +28,7 @@ def files(folder: Path) -> list[Path]:
     lines = "".join(f'{{"prompt": "{row["prompt"]}", "response": "{row["response"]}"}}\n' for row in rows).encode()
     (folder / "a.jsonl").write_bytes(lines)
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
-    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (folder / "a.jsonl.zst").write_bytes(pa.compress(lines, "zstd", asbytes=True))
     pq.write_table(table, folder / "a.parquet")
     pq.write_table(table, folder / "b.parquet", compression="none", use_dictionary=False)
     with pa.ipc.new_file(folder / "a.arrow", table.schema) as writer:

@@ -23,9 +23,9 @@ from xkd_pipeline.maintain.verify_rows import _check_values
 from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_schemas.cache.table import Table
+from xkd_schemas.codecs import find_class_fault
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
-from xkd_schemas.sampled_classes import fault_of
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.models.loading import load_model
@@ -112,10 +112,10 @@ def test_deep_verification_sees_what_cannot_be() -> None:
     wrong = entries.copy()
     wrong[1, 0] += 1
 
-    assert fault_of(entries, 10**5) == ""
-    assert fault_of(wrong, 10**5) == "shares add up to 4096, not to 4095"
-    assert "not ascending" in fault_of(entries[:, ::-1], 10**5)
-    assert "a class is not from 0 to 2" in fault_of(entries, 3)
+    assert find_class_fault(entries, 10**5) == ""
+    assert find_class_fault(wrong, 10**5) == "shares add up to 4096, not to 4095"
+    assert "not ascending" in find_class_fault(entries[:, ::-1], 10**5)
+    assert "a class is not from 0 to 2" in find_class_fault(entries, 3)
 
 
 def test_deep_verification_looks_at_drawn_classes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 import small_cache
@@ -50,11 +49,8 @@ class FirstWords:
         return {"kind": "first", "version": "1"}
 
 
-class Inverted:
+class Inverted(codecs.Codec):
     """A codec of one class: every bit is turned."""
-
-    def fields(self, column: str, width: int) -> list[tuple[str, pa.DataType]]:
-        return codecs.Bf16().fields(column, width)
 
     def encode(self, column: str, rows: Sequence[Bits]) -> Encoded:
         return Encoded({column: [~row for row in rows]}, {})
@@ -80,7 +76,7 @@ def changed(run: RunConfig, section: str, **values: str) -> RunConfig:
 
 def test_a_parser_and_a_codec_are_one_class_and_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(parsing.PARSERS, "first", FirstWords)  # type: ignore[arg-type]
-    monkeypatch.setitem(codecs.CODECS, "inverted", Inverted())  # type: ignore[arg-type]
+    monkeypatch.setitem(codecs.CODECS, "inverted", Inverted())
     run = changed(changed(run_of(tmp_path), "documents", parser="first"), "teacher", codec="inverted")
     documents_stage(run, small_cache.IN_PROCESS)
     inverted = teacher_stage(run, small_cache.IN_PROCESS)

@@ -1,33 +1,20 @@
 """What data/demo.py runs and says, with commands that only pretend to run."""
 
-import doctest
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from data_scripts import load_script
 from xkd_schemas.config import load_run
 
 ROOT = Path(__file__).parents[2]
-
-
-def loaded() -> ModuleType:
-    if "demo" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("demo", ROOT / "data/demo.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["demo"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["demo"])
-    return sys.modules["demo"]
-
-
-demo = loaded()
+demo = load_script("demo")
 STAGE = {"stages": [{"made": 1}]}
 
 
@@ -113,8 +100,3 @@ def test_an_evaluation_is_made_again_only_for_another_model(commands: Commands) 
     kept = json.loads((commands.out / "eval-teacher.json").read_text())
     (commands.out / "eval-teacher.json").write_text(json.dumps(kept | {"stamp": [*kept["stamp"], "--other"]}))
     assert "teacher" in evaluated()
-
-
-def test_the_examples_in_the_docstrings_hold() -> None:
-    found = doctest.testmod(demo)
-    assert (found.failed, found.attempted >= 5) == (0, True)

@@ -1,7 +1,6 @@
 """What data/demo_assets.py makes, checked on small archives built here: no network, no model."""
 
 import doctest
-import importlib.util
 import io
 import json
 import os
@@ -11,7 +10,6 @@ import tarfile
 import unicodedata
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
@@ -19,26 +17,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from data_scripts import DATA, load_script
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import InputMissing, Mismatch
 
-DATA = Path(__file__).parents[2] / "data"
 PLAIN = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=60)
-
-
-def loaded(name: str) -> ModuleType:
-    """Import data/NAME.py, which lies in no package."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-text = loaded("demo_text")
-assets = loaded("demo_assets")
+text = load_script("demo_text")
+assets = load_script("demo_assets")
 
 
 def corpus(path: Path, **files: list[object]) -> Path:
@@ -111,8 +96,10 @@ def test_no_prompt_and_no_answer_is_on_both_sides_and_no_row_is_lost_uncounted(r
     assert text.split(again) == (train, held, dropped)
 
 
-def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(text) == doctest.TestResults(failed=0, attempted=2)
+@pytest.mark.parametrize(("script", "examples"), [("demo_text", 2), ("demo", 5)])
+def test_the_examples_in_the_docstrings_hold(script: str, examples: int) -> None:
+    found = doctest.testmod(load_script(script))
+    assert (found.failed, found.attempted >= examples) == (0, True)
 
 
 def test_about_a_tenth_is_held_out() -> None:

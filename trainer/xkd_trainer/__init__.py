@@ -6,7 +6,7 @@ Lost without it: training, and the signals that the losses declare.
 
 from typing import TYPE_CHECKING
 
-from xkd_schemas.lazy_names import lazy_names
+from xkd_schemas import lazy_names
 
 if TYPE_CHECKING:
     from xkd_trainer.data.batch import Batch

@@ -14,10 +14,10 @@ from rouge_score import rouge_scorer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from xkd_schemas.config import AUTO
 from xkd_schemas.corpus.formats import AUTO as FORM_AUTO
 from xkd_schemas.corpus.sources import held_out_documents
 from xkd_schemas.documents import Document
-from xkd_schemas.dtypes import AUTO
 from xkd_schemas.errors import BadData, Mismatch, UsageError
 from xkd_schemas.progress import Progress
 from xkd_schemas.signals import Signal

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from xkd_schemas.codecs import TOTAL, pack_classes
 from xkd_schemas.durable_files import xxh3_of
-from xkd_schemas.sampled_classes import TOTAL, packed
 from xkd_schemas.tokens import Int32s
 from xkd_trainer.models.measures import at_least_float32
 
@@ -30,7 +30,7 @@ class Draw:
     """What was drawn, and how far it is from what it stands for."""
 
     entries_Nk: npt.NDArray[np.int32]
-    """As `xkd_schemas.sampled_classes` has them."""
+    """As `xkd_schemas.codecs` has them."""
     lost_N: npt.NDArray[np.float64]
     """Sum over classes of (share / TOTAL - probability) squared."""
     kept_N: npt.NDArray[np.float64]
@@ -77,7 +77,7 @@ def _draw_chunk(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> tuple[npt.NDA
     kept_N = torch.linalg.vecdot(p_NV, p_NV).double()
     stored_Nk = shares_Nk.double() / TOTAL
     lost_N = kept_N + (stored_Nk.square() - 2 * stored_Nk * p_NV.gather(-1, classes_Nk)).sum(-1)
-    return packed(classes_Nk.cpu().numpy(), shares_Nk.cpu().numpy()), lost_N.clamp_min(0.0).cpu(), kept_N.cpu()
+    return pack_classes(classes_Nk.cpu().numpy(), shares_Nk.cpu().numpy()), lost_N.clamp_min(0.0).cpu(), kept_N.cpu()
 
 
 def _threshold_sample(p_NV: Tensor, u_N1: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,8 @@ from xkd_pipeline.tables.writer import Store, locked, shards_like
 from xkd_pipeline.workers.contract import Make, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Plan, Spec, read_record, refuse_differences
 from xkd_schemas.cache.table import Table, names_in
+from xkd_schemas.codecs import MOST_CLASSES
 from xkd_schemas.errors import BadData, InputMissing, UsageError
-from xkd_schemas.sampled_classes import MOST_CLASSES
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.batches import TokenBatch

@@ -20,7 +20,7 @@ from xkd_pipeline.tables.shard import document_at, encoder_for
 from xkd_schemas.cache.manifest import Spec, refuse_differences
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.codecs import numbers_of
-from xkd_schemas.dtypes import AUTO, dtype_name
+from xkd_schemas.config import AUTO, dtype_name
 from xkd_schemas.signals import Signal, signal_named
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.tokens import OK, spans_read

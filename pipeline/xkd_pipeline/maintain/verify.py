@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Final
 
 from xkd_pipeline.maintain.verify_rows import Finding, verify_rows
-from xkd_schemas.cache.files import outside_tables, refuse_links, unnamed_files
-from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_paths
+from xkd_schemas.cache.manifest import (
+    Commit,
+    Manifest,
+    Plan,
+    outside_tables,
+    read_record,
+    record_paths,
+    refuse_links,
+    unnamed_files,
+)
 from xkd_schemas.cache.table import TABLES, Shard, check_cache
 from xkd_schemas.durable_files import inside, sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError

@@ -14,10 +14,9 @@ import pyarrow as pa
 
 from xkd_pipeline.tables.shard import documents_of, token_counts, tokens_of
 from xkd_schemas.cache.table import Row, Shard, Table
-from xkd_schemas.codecs import CODECS
+from xkd_schemas.codecs import CODECS, find_class_fault
 from xkd_schemas.documents import documents_schema
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, XkdError
-from xkd_schemas.sampled_classes import fault_of
 from xkd_schemas.tokens import CONTENT, END, OK, STUDENTS, TEMPLATE, kept_rows, predictors, spans_read
 
 BF16_EXPONENT = 0x7F80
@@ -160,7 +159,7 @@ def _check_signals(row: Row, tokens: Row, document: Row, schema: pa.Schema, clas
             return f"{field.name} has {len(values)} entries for {wanted}"
         if fault := _check_values(field.name, values, metadata.get(b"codec", b"").decode()):
             return fault
-        if field.name.startswith("sampled#") and (fault := fault_of(values, classes)):
+        if field.name.startswith("sampled#") and (fault := find_class_fault(values, classes)):
             return f"{field.name}: {fault}"
     return ""
 

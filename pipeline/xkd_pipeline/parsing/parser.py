@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from xkd_schemas.digests import digest
 from xkd_schemas.documents import Document, Spans, document_of
+from xkd_schemas.durable_files import digest
 
 TEXTS_AT_ONCE: Final = 64
 """Texts handed to spaCy at once. Memory grows with it; spans do not depend on it."""

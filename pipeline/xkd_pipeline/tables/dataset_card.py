@@ -4,8 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from xkd_schemas.cache.files import refuse_links
-from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_paths
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_paths, refuse_links
 from xkd_schemas.cache.table import TABLES
 from xkd_schemas.durable_files import bytes_below, replace, sha256_of
 from xkd_schemas.errors import BadData, DiskFailed, InputMissing

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from xkd_pipeline.tables.dataset_card import write_root_files
-from xkd_schemas.cache.files import refuse_links
 from xkd_schemas.cache.manifest import (
     Commit,
     MadeDifferently,
@@ -23,13 +22,14 @@ from xkd_schemas.cache.manifest import (
     read_record,
     record_paths,
     refuse_differences,
-    sealed,
+    refuse_links,
+    seal_table,
     to_json,
 )
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import (
     disk_errors,
-    held,
+    hold_lock,
     inside,
     make_folder,
     put_if_absent,
@@ -52,7 +52,7 @@ def locked(root: Path) -> Iterator[None]:
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file, and a cache is a folder", kept="it as it is", fix="name a folder")
     refuse_links(root)
-    with held(root):
+    with hold_lock(root):
         yield
 
 
@@ -142,7 +142,7 @@ class Store:
     def seal(self, commits: dict[int, Commit], constants: dict[str, Any], files: dict[str, str]) -> Manifest:
         """Write the manifest once all shards are done, and remove files that no record names."""
         ordered = tuple(commits[unit] for unit in range(len(self.plan.units)))
-        manifest = sealed(self.plan, ordered, constants, files)
+        manifest = seal_table(self.plan, ordered, constants, files)
         self._sweep(ordered)
         replace(self.folder / "manifest.json", to_json(manifest))
         self.describe()

@@ -7,7 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from xkd_schemas.cache.table import JoinedTable, Row, Table, check_cache, names_in, only_student, only_teacher
+from xkd_schemas.cache.table import Row, Table, check_cache, names_in, only_student, only_teacher
 from xkd_schemas.codecs import numbers_of
 from xkd_schemas.errors import UsageError
 
@@ -108,8 +108,7 @@ def open_cache(path: str | Path, *, teacher: str = "", student: str = "") -> Ope
         )
     tables = [Table(root, f"signals/{further}") for further in names_in(root, "signals")]
     beside = [table for table in tables if table.manifest.spec["teacher"] == taught]
-    teachers = JoinedTable(root, f"teachers/{taught}", beside) if beside else Table(root, f"teachers/{taught}")
-    return OpenCache(documents, teachers, students)
+    return OpenCache(documents, Table(root, f"teachers/{taught}", beside), students)
 
 
 def _pieces(text: str, spans_K2: Any) -> list[str]:

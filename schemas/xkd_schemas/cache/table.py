@@ -4,8 +4,8 @@ import contextlib
 import functools
 import mmap
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +13,16 @@ from typing import Any, Final
 import pyarrow as pa
 
 from xkd_schemas.cache.arrow_checks import UNREADABLE, check_schema, read_batch
-from xkd_schemas.cache.files import refuse_links, refuse_unnamed
-from xkd_schemas.cache.manifest import Commit, Manifest, Plan, RecordBatch, read_record
+from xkd_schemas.cache.manifest import (
+    KINDS,
+    Commit,
+    Manifest,
+    Plan,
+    RecordBatch,
+    read_record,
+    refuse_links,
+    refuse_unnamed,
+)
 from xkd_schemas.codecs import CODECS, PLAIN, Codec
 from xkd_schemas.durable_files import SAFE_NAME, inside, sha256_of, xxh3_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
@@ -33,20 +41,29 @@ Decoder = Callable[[Callable[[str], Any]], Any]
 class Row:
     """One document of one table; columns are read on demand as views into the mapped shard."""
 
-    __slots__ = ("_columns", "_decoders", "_row")
+    __slots__ = ("_beside", "_columns", "_decoders", "_row")
 
     def __init__(self, columns: Columns, row: int, decoders: Mapping[str, Decoder]) -> None:
         self._columns = columns
         self._row = row
         self._decoders = decoders
+        self._beside: tuple[Row, ...] = ()
+
+    def join(self, others: tuple["Row", ...]) -> "Row":
+        """The same row, which has the columns of these rows too where it has none of that name."""
+        self._beside = others
+        return self
 
     def __getitem__(self, column: str) -> Any:
+        for other in self._beside if column not in self._columns.names else ():
+            if column in other._columns.names:
+                return other[column]
         decoder = self._decoders.get(column)
         return self.stored(column) if decoder is None else decoder(self.stored)
 
     def get(self, column: str, default: Any) -> Any:
         """The column, or `default` where the table has none of that name."""
-        return self[column] if column in self._columns.names else default
+        return self[column] if any(column in row._columns.names for row in (self, *self._beside)) else default
 
     def stored(self, column: str) -> Any:
         """The column as it lies in the shard, before a codec has read it."""
@@ -61,10 +78,10 @@ class Row:
 class Shard:
     """One Arrow IPC file whose size and digests are those of its commit record.
 
-    `checked` are the record batches whose bytes were compared before, when the file was open the last time.
+    `checked` are the record batches whose bytes were compared before; those that are compared now are added.
     """
 
-    def __init__(self, path: Path, commit: Commit, checked: Iterable[int] = ()) -> None:
+    def __init__(self, path: Path, commit: Commit, checked: set[int] | None = None) -> None:
         try:
             with path.open("rb") as stream:
                 size = stream.seek(0, 2)
@@ -75,7 +92,7 @@ class Shard:
             raise BadData(f"{path} is missing", fix=_AGAIN) from None
         self.path = path
         self.commit = commit
-        self.checked = set(checked)
+        self._checked = set() if checked is None else checked
         self._bytes = memoryview(self._map)
         if xxh3_of(_frame(self._bytes, commit.batches)) != commit.frame_xxh3:
             raise BadData(f"{path} is corrupt: header or footer does not match its digest", fix=_AGAIN)
@@ -92,14 +109,14 @@ class Shard:
         """Record batch `number`, after its bytes were compared with their digest once."""
         record = self.commit.batches[number]
         data = self._bytes[record.offset : record.offset + record.length]
-        if number not in self.checked and xxh3_of(data) != record.xxh3:
+        if number not in self._checked and xxh3_of(data) != record.xxh3:
             first = self._ends[number] - record.rows
             raise BadData(
                 f"{self.path} is corrupt: record batch {number} (rows {first} to {first + record.rows - 1}) "
                 "does not match its digest",
                 fix=_AGAIN,
             )
-        self.checked.add(number)
+        self._checked.add(number)
         try:
             return read_batch(data, self.schema, record.rows)
         except UNREADABLE as error:
@@ -152,6 +169,7 @@ class Table:
     Args:
         root: The cache folder.
         name: "documents", "teachers/NAME" or "students/NAME".
+        beside: Tables of the same documents; a row has their columns too.
 
     Raises:
         InputMissing: There is no manifest.
@@ -159,78 +177,86 @@ class Table:
         Refused: There is a link, or a file that no manifest names.
     """
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, beside: Iterable["Table"] = ()) -> None:
         self.name = name
+        self._beside = tuple(beside)
         check_cache(root)
         self.folder = inside(root, *name.split("/"))
-        refuse_links(self.folder)
-        path = self.folder / "manifest.json"
+        path = inside(self.folder, "manifest.json")
         if not path.exists():
-            raise InputMissing(f"{path} is not there", fix=_making(root, name))
+            raise InputMissing(f"{path} is not there", fix=_how_to_make(root, name))
         self.manifest = read_record(path, Manifest)
         if self.manifest.table != name:
-            raise BadData(f"{self.folder / 'manifest.json'} is that of {self.manifest.table}", fix=_AGAIN)
+            raise BadData(f"{path} is that of {self.manifest.table}", fix=_AGAIN)
         refuse_unnamed(root, self.folder, self.manifest)
         self._ends = list(accumulate(c.rows for c in self.manifest.commits))
         self._shards: OrderedDict[int, Shard] = OrderedDict()
-        self._checked: dict[int, set[int]] = {}
+        self._checked: defaultdict[int, set[int]] = defaultdict(set)
         self._first: tuple[str, pa.Schema] | None = None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def path(self, number: int) -> Path:
-        """Where the shard of unit `number` lies."""
+        """Where shard `number` lies."""
         return inside(self.folder, self.manifest.commits[number].file)
 
     def shard(self, number: int) -> Shard:
-        """Shard of unit `number`, checked once; OPEN_SHARDS stay open, those used last."""
+        """Shard `number`, checked once; OPEN_SHARDS stay open, those used last."""
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
-        shard = Shard(self.path(number), self.manifest.commits[number], self._checked.get(number, ()))
+        shard = Shard(self.path(number), self.manifest.commits[number], self._checked[number])
         mark = (shard.schema.metadata or {}).get(b"unit")
         if mark != str(number).encode():
-            raise BadData(f"{shard.path} holds unit {(mark or b'?').decode()}, expected {number}", fix=_AGAIN)
+            raise BadData(f"{shard.path} is shard {(mark or b'?').decode()}, expected {number}", fix=_AGAIN)
         name, schema = self._first = self._first or (shard.path.name, shard.schema)
         if not shard.schema.equals(schema):
             raise Mismatch(f"{shard.path} has another schema than {name}", fix=_AGAIN)
         self._shards[number] = shard
         if len(self._shards) > OPEN_SHARDS:
-            oldest, left = self._shards.popitem(last=False)
-            self._checked[oldest] = left.checked
+            self._shards.popitem(last=False)
         return shard
 
     def __getitem__(self, index: int) -> Row:
-        """Row `index` of the table, in the order of the plan."""
+        """Row `index` of the table, in the order of the plan; BadData where one beside holds another document."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        unit = bisect_right(self._ends, index)
-        return self.shard(unit).row(index - (self._ends[unit] - self.manifest.commits[unit].rows))
+        number = bisect_right(self._ends, index)
+        row = self.shard(number).row(index - (self._ends[number] - self.manifest.commits[number].rows))
+        others = tuple(table[index] for table in self._beside)
+        for table, other in zip(self._beside, others, strict=True):
+            if other["doc_id"] != row["doc_id"]:
+                raise BadData(
+                    f"{table.folder}: row {index} is another document than in {self.folder}",
+                    fix=f"delete {table.folder} and add its signals again",
+                )
+        return row.join(others) if others else row
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Compare the tokenizer that lies in a table's folder with the table's manifest; any other folder is left alone.
+    """Raise BadData where a file of the tokenizer in a table's folder is missing, changed or not the table's.
 
-    Where there is no whole manifest, SHA256SUMS says what the files were.
-
-    Raises:
-        BadData: A file is missing, changed, or not the table's.
+    Where there is no whole manifest, SHA256SUMS says what the files were. Any other folder is left alone.
     """
     table = folder.absolute().parent
+    root, kind = table.parent.parent, table.parent.name
     if folder.name != "tokenizer" or not any((table / name).is_file() for name in ("manifest.json", "plan.json")):
         return
-    refuse_links(inside(table.parent.parent, table.parent.name, table.name, "tokenizer"))
+    refuse_links(inside(root, kind, table.name, "tokenizer"))
     known = _tokenizer_digests(table)
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     for name in sorted(known.keys() | there):
         path = inside(folder, name)
         if name not in there or name not in known or sha256_of(path) != known[name]:
             what = "does not match its digest" if name in known else "is a file that no manifest vouches for"
-            raise BadData(f"{path} {what if name in there else 'is not there'}", fix=_tokenizer_again(table))
+            again = f"xkd-cache repair {root} --model PATH_OF_{table.name}"
+            if kind == "students":
+                again = f"xkd-cache align {root} --student PATH_OF_ITS_TOKENIZER --name {table.name}"
+            raise BadData(f"{path} {what if name in there else 'is not there'}", fix=again)
 
 
 def _tokenizer_digests(table: Path) -> dict[str, str]:
@@ -246,22 +272,13 @@ def _tokenizer_digests(table: Path) -> dict[str, str]:
     return {}
 
 
-def _tokenizer_again(table: Path) -> str:
-    """The command that writes the tokenizer of a table anew."""
-    root, name = table.parent.parent, table.name
-    if table.parent.name == "students":
-        return f"xkd-cache align {root} --student PATH_OF_ITS_TOKENIZER --name {name}"
-    return f"xkd-cache repair {root} --model PATH_OF_{name}"
-
-
-TABLES: Final = ("documents", "teachers/*", "signals/*", "students/*")
+TABLES: Final = ("documents", *(f"{kind}/*" for kind in KINDS))
 """Patterns of table folders below a cache, each after those that it is made from."""
 
 
 def sealed_tables(root: Path) -> list[str]:
     """Every finished table of a cache, documents first; documents stands in it even where it is not there."""
-    kinds = [pattern.partition("/")[0] for pattern in TABLES[1:]]
-    return [TABLES[0], *(f"{kind}/{name}" for kind in kinds for name in names_in(root, kind))]
+    return ["documents", *(f"{kind}/{name}" for kind in KINDS for name in names_in(root, kind))]
 
 
 def names_in(root: Path, kind: str) -> list[str]:
@@ -274,7 +291,7 @@ def names_in(root: Path, kind: str) -> list[str]:
 def check_cache(root: Path) -> None:
     """Raise InputMissing with the command that makes a cache where there is no such folder."""
     if not root.is_dir():
-        raise InputMissing(f"cache {root} is not a folder", fix=_making(root, "documents"))
+        raise InputMissing(f"cache {root} is not a folder", fix=_how_to_make(root, "documents"))
 
 
 def check_name(name: str, flag: str) -> None:
@@ -285,7 +302,7 @@ def check_name(name: str, flag: str) -> None:
         )
 
 
-def _making(root: Path, name: str) -> str:
+def _how_to_make(root: Path, name: str) -> str:
     """The command that makes a table."""
     kind, _, own = name.partition("/")
     commands = {
@@ -297,12 +314,7 @@ def _making(root: Path, name: str) -> str:
 
 
 def only_teacher(root: Path) -> str:
-    """The teacher of a cache that has one.
-
-    Raises:
-        InputMissing: There is no cache, or no teacher yet.
-        UsageError: There are several; name one.
-    """
+    """The teacher of a cache; InputMissing where there is none yet, UsageError where there are several."""
     check_cache(root)
     names = names_in(root, "teachers")
     if not names:
@@ -324,59 +336,3 @@ def _only(root: Path, what: str, names: list[str]) -> str:
     if len(names) > 1:
         raise UsageError(f"{root} has {what}s {', '.join(names)}", fix=f"choose one with --{what} NAME")
     return names[0]
-
-
-class JoinedShard(Shard):
-    """Shard of one table with the columns of others that hold the same documents in the same record batches."""
-
-    def __init__(self, first: Shard, others: Sequence[Shard]) -> None:
-        self.path, self.commit = first.path, first.commit
-        self._shards = (first, *others)
-        self._ends = first._ends
-        self._columns: OrderedDict[int, Columns] = OrderedDict()
-        self._decoders = {name: decode for shard in self._shards[::-1] for name, decode in shard._decoders.items()}
-        fields = {field.name: field for shard in self._shards[::-1] for field in shard.schema}
-        own = [field.name for field in first.schema]
-        self.schema = pa.schema(
-            [fields[name] for name in (*own, *sorted(set(fields) - set(own)))],
-            metadata={k: v for shard in self._shards[::-1] for k, v in (shard.schema.metadata or {}).items()},
-        )
-
-    def batch(self, number: int) -> pa.RecordBatch:
-        """Record batch `number` of all tables side by side, each checked when first touched; nothing is copied.
-
-        Raises:
-            BadData: A batch is corrupt, or the tables hold other documents there.
-        """
-        batches = [shard.batch(number) for shard in self._shards]
-        for shard, batch in zip(self._shards[1:], batches[1:], strict=True):
-            if not batch.column("doc_id").equals(batches[0].column("doc_id")):
-                raise BadData(
-                    f"{shard.path}: record batch {number} holds other documents than {self.path}",
-                    fix=f"delete {shard.path.parent} and add its signals again",
-                )
-        columns = {name: batch.column(name) for batch in batches[::-1] for name in batch.schema.names}
-        arrays = [columns[name] for name in self.schema.names]
-        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
-
-
-class JoinedTable(Table):
-    """A sealed table that gives its rows with the columns of `others`, which hold the same documents at least.
-
-    Raises:
-        InputMissing, BadData: as `Table`.
-    """
-
-    def __init__(self, root: Path, name: str, others: Sequence[Table]) -> None:
-        super().__init__(root, name)
-        self._others = tuple(others)
-        self._joined: dict[int, Shard] = {}
-
-    def shard(self, number: int) -> Shard:
-        """Shard of unit `number`, with the columns of the other tables."""
-        if number not in self._joined:
-            others = [table.shard(number) for table in self._others]
-            self._joined[number] = JoinedShard(super().shard(number), others)
-            if len(self._joined) > OPEN_SHARDS:
-                del self._joined[next(iter(self._joined))]
-        return self._joined[number]

@@ -22,6 +22,14 @@ class Field:
     """Segment role; empty for `messages`, whose rows bring their own."""
     target: bool = False
 
+    def column(self, present: Sequence[str]) -> str:
+        """The first of its names that the rows have, or its own.
+
+        >>> Field(name="output", aliases=("response",)).column(["instruction", "response"])
+        'response'
+        """
+        return next((name for name in (self.name, *self.aliases) if name in present), self.name)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowFormat:
@@ -55,43 +63,11 @@ FORMS: Final[Mapping[str, RowFormat]] = {
 """Every form, in the order in which they are tried."""
 
 
-def find_form(name: str) -> RowFormat:
-    """The form, or UsageError that lists the known ones."""
-    try:
-        return FORMS[name]
-    except KeyError:
-        known = ", ".join(FORMS)
-        raise UsageError(f"form '{name}' is not known", fix=f"use auto or one of: {known}") from None
-
-
-def resolve_columns(
-    form: RowFormat, columns: Mapping[str, str], rows: Sequence[Mapping[str, object]]
-) -> dict[str, str]:
-    """Field to column: as mapped by the user, else the field's name, else the alias that the rows have.
-
-    A field that no row has keeps its own name.
-
-    >>> resolve_columns(FORMS["alpaca"], {}, [{"instruction": "Say hi.", "response": "Hi."}])
-    {'instruction': 'instruction', 'input': 'input', 'output': 'response'}
-    """
-    present = {key for row in rows for key in row}
-    resolved = {}
-    for field in form.fields:
-        names = (field.name, *field.aliases)
-        resolved[field.name] = columns.get(field.name) or next((n for n in names if n in present), field.name)
-    return resolved
-
-
-def count_fitting(form: RowFormat, columns: Mapping[str, str], rows: Sequence[Mapping[str, object]]) -> int:
-    """Rows that have all required fields of the form, none of them null; `columns` is resolved."""
-    needed = [columns[field.name] for field in form.fields if field.required]
-    return sum(all(row.get(column) is not None for column in needed) for row in rows)
-
-
 def check_fields(form: str, columns: Mapping[str, str]) -> None:
     """Raise UsageError where the form is not known or a mapped field is none of its fields."""
-    forms = FORMS.values() if form == AUTO else [find_form(form)]
-    known = list(dict.fromkeys(field.name for f in forms for field in f.fields))
+    if form not in (AUTO, *FORMS):
+        raise UsageError(f"form '{form}' is not known", fix=f"use auto or one of: {', '.join(FORMS)}")
+    known = list(dict.fromkeys(field.name for key, f in FORMS.items() if form in (AUTO, key) for field in f.fields))
     for field in columns:
         if field not in known:
             raise UsageError(f"columns: '{field}' is not a field", fix=f"use {', '.join(known)}, as prompt=question")
@@ -111,21 +87,24 @@ def choose_form(
     Raises:
         UsageError: no sampled row fits, or no form has all mapped fields.
     """
+    present = sorted({key for row in sample for key in row})
     candidates = [
         key for key, f in FORMS.items() if form in (AUTO, key) and set(columns) <= {field.name for field in f.fields}
     ]
     if not candidates:
         raise UsageError(f"columns: no form has all of {', '.join(columns)}", fix="map the fields of one form")
-    resolved = {key: resolve_columns(FORMS[key], columns, sample) for key in candidates}
+    resolved = {
+        key: {f.name: columns.get(f.name) or f.column(present) for f in FORMS[key].fields} for key in candidates
+    }
     if not sample:
         chosen = candidates[0] if form != AUTO or columns else "text"
         return chosen, resolved[chosen], ("no readable row to tell the form by",) if form == AUTO else ()
-    fitting = {key: count_fitting(FORMS[key], resolved[key], sample) for key in candidates}
+    needed = {key: [resolved[key][field.name] for field in FORMS[key].fields if field.required] for key in candidates}
+    fitting = {k: sum(all(row.get(c) is not None for c in needed[k]) for row in sample) for k in candidates}
     chosen = max(candidates, key=lambda key: fitting[key])
     if not fitting[chosen]:
-        present = ", ".join(sorted({key for row in sample for key in row})[:20])
         raise UsageError(
-            f"{name}: no row fits {form if form != AUTO else 'any form'}; the rows have {present}",
+            f"{name}: no row fits {form if form != AUTO else 'any form'}; the rows have {', '.join(present[:20])}",
             fix="say which column is which, as --column prompt=question --column response=answer",
         )
     remarks = []

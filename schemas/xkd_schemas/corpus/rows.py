@@ -9,13 +9,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import orjson
 
 from xkd_schemas.corpus.conversation import CALL, REASONING, REASONING_KEYS, call_text
-from xkd_schemas.corpus.formats import RowFormat, find_form
-from xkd_schemas.corpus.line_reader import LongLine
+from xkd_schemas.corpus.files import LongLine
+from xkd_schemas.corpus.formats import FORMS, RowFormat
 from xkd_schemas.documents import Document, document_of
 
 MAX_CHARS: Final = 1_000_000
@@ -23,19 +23,13 @@ MAX_CHARS: Final = 1_000_000
 DETAIL_CHARS: Final = 200
 """Characters of a rejected row that are kept."""
 
-BAD_JSON: Final = "bad_json"
-BAD_TYPE: Final = "bad_type"
-MISSING_FIELD: Final = "missing_field"
-LONE_SURROGATE: Final = "lone_surrogate"
-BAD_UTF8: Final = "bad_utf8"
-BLANK: Final = "blank"
-EMPTY: Final = "empty"
-NO_TARGET: Final = "no_target"
-BAD_ROLE: Final = "bad_role"
-TOO_LONG: Final = "too_long"
-LINE_TOO_LONG: Final = "line_too_long"
 WORKER_KILLED: Final = "worker_killed"
 """Not found by looking at the row: a process that worked on it died, every time."""
+Reason = Literal[
+    "bad_json", "bad_type", "missing_field", "lone_surrogate", "bad_utf8", "blank", "empty", "no_target", "bad_role",
+    "too_long", "line_too_long",
+]  # fmt: skip
+"""What is found by looking at it."""
 
 CHAT_ROLES: Final = {"system": False, "developer": False, "user": False, "assistant": True, "tool": False}
 """Roles of a chat message, and whether the student learns to produce them."""
@@ -85,7 +79,7 @@ class RejectedRow:
     source: str
     line: int
     reason: str
-    """A code: one of the constants of this module."""
+    """A code: a `Reason`, or WORKER_KILLED."""
     detail: str
     """What is wrong and how the row begins: at most 200 characters of printable ASCII."""
     sha256: str
@@ -95,7 +89,7 @@ class RejectedRow:
 class RowRejected(ValueError):
     """Why one row becomes no document."""
 
-    def __init__(self, reason: str, what: str) -> None:
+    def __init__(self, reason: Reason, what: str) -> None:
         super().__init__(what)
         self.reason = reason
         self.what = what
@@ -119,11 +113,8 @@ def read_documents(
         rows: Any stretch of the source; results do not depend on how it is cut.
         max_chars: Characters above which a document is rejected as too_long.
         unused: Counts keys of chat rows and their messages that are not used, and references behind a first one.
-
-    Raises:
-        UsageError: the form is not known.
     """
-    kind = find_form(form)
+    kind = FORMS[form]
     names = {field.name: columns.get(field.name, field.name) for field in kind.fields}
     documents: list[Document] = []
     rejected: list[RejectedRow] = []
@@ -150,15 +141,15 @@ def _object_of(content: bytes | LongLine | dict[str, object]) -> dict[str, objec
     if isinstance(content, dict):
         return {key: _without_nulls(value) for key, value in content.items()}
     if isinstance(content, LongLine):
-        raise RowRejected(LINE_TOO_LONG, f"a line of {content.num_bytes} bytes")
+        raise RowRejected("line_too_long", f"a line of {content.num_bytes} bytes")
     if not content.strip():
-        raise RowRejected(BLANK, "a blank line between rows")
+        raise RowRejected("blank", "a blank line between rows")
     try:
         value = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise _json_error(content, error) from None
     if not isinstance(value, dict):
-        raise RowRejected(BAD_TYPE, f"the row is {_kind(value)}, not an object")
+        raise RowRejected("bad_type", f"the row is {_kind(value)}, not an object")
     return value
 
 
@@ -174,12 +165,12 @@ def _json_error(content: bytes, error: orjson.JSONDecodeError) -> RowRejected:
     try:
         content.decode()
     except UnicodeDecodeError as not_text:
-        return RowRejected(BAD_UTF8, f"byte {not_text.start} is not UTF-8")
+        return RowRejected("bad_utf8", f"byte {not_text.start} is not UTF-8")
     try:
         orjson.loads(_SURROGATE.sub(rb"\\ufffd", content))
     except orjson.JSONDecodeError:
-        return RowRejected(BAD_JSON, str(error))
-    return RowRejected(LONE_SURROGATE, str(error))
+        return RowRejected("bad_json", str(error))
+    return RowRejected("lone_surrogate", str(error))
 
 
 def references_of(form: str, columns: Mapping[str, str], row: Mapping[str, object]) -> list[str]:
@@ -188,7 +179,7 @@ def references_of(form: str, columns: Mapping[str, str], row: Mapping[str, objec
     >>> references_of("alpaca", {"output": "output"}, {"output": ["Hi.", "Hello."]})
     ['Hi.', 'Hello.']
     """
-    for field in find_form(form).fields:
+    for field in FORMS[form].fields:
         value = row.get(columns.get(field.name, field.name)) if field.role == "response" else None
         if isinstance(value, list):
             return value if all(isinstance(text, str) for text in value) else []
@@ -218,7 +209,7 @@ def _parts_of(
         value = row.get(column)
         if value is None:
             if field.required:
-                raise RowRejected(MISSING_FIELD, f'field "{column}" is {"null" if column in row else "missing"}')
+                raise RowRejected("missing_field", f'field "{column}" is {"null" if column in row else "missing"}')
         elif field.role:
             parts.append((field.role, _text(value, f'field "{column}"'), field.target))
         else:
@@ -229,7 +220,7 @@ def _parts_of(
 def _chat(value: object, column: str, row: Mapping[str, object], unused: dict[str, int]) -> tuple[list[Part], str]:
     """Parts of a chat row that hold text, and what they do not say."""
     if not isinstance(value, list):
-        raise RowRejected(BAD_TYPE, f'field "{column}" is {_kind(value)}, not a list')
+        raise RowRejected("bad_type", f'field "{column}" is {_kind(value)}, not a list')
     _count(unused, "row", [key for key in row if row[key] is not None and key not in (column, *ROW_KEYS)])
     parts: list[Part] = []
     value = [*_system_turn(row, value), *value]
@@ -245,7 +236,7 @@ def _system_turn(row: Mapping[str, object], messages: Sequence[object]) -> list[
     """The system turn that stands beside the messages."""
     found = [key for key in SYSTEM_KEYS if row.get(key)]
     if found and any(isinstance(m, dict) and "system" in (m.get("role"), m.get("from")) for m in messages):
-        raise RowRejected(BAD_TYPE, f'"{found[0]}" stands beside a system turn in the messages')
+        raise RowRejected("bad_type", f'"{found[0]}" stands beside a system turn in the messages')
     return [{"role": "system", "content": row[key]} for key in found[:1]]
 
 
@@ -266,34 +257,34 @@ def _json(value: object, what: str) -> object:
     try:
         return json.loads(value) if isinstance(value, str) and value.strip() else value
     except ValueError as error:
-        raise RowRejected(BAD_TYPE, f"{what} is no JSON: {error}") from None
+        raise RowRejected("bad_type", f"{what} is no JSON: {error}") from None
 
 
 def _message(message: object, where: str, parts: list[Part], unused: dict[str, int]) -> dict[str, object]:
     """A message in which a number stands for each text, which is put behind `parts`."""
     if not isinstance(message, dict):
-        raise RowRejected(BAD_TYPE, f"{where} is {_kind(message)}, not an object")
+        raise RowRejected("bad_type", f"{where} is {_kind(message)}, not an object")
     message = _rename_keys(message, where)
     said = {key: value for key, value in message.items() if value is not None}
     calls = said.pop("tool_calls", None) or []
     if "role" not in said or ("content" not in message and not calls and said.keys().isdisjoint(REASONING_KEYS)):
-        raise RowRejected(MISSING_FIELD, f'{where} has no "{"content" if "role" in said else "role"}"')
+        raise RowRejected("missing_field", f'{where} has no "{"content" if "role" in said else "role"}"')
     role = _text(said.pop("role"), f"the role of {where}")
     if role not in CHAT_ROLES:
-        raise RowRejected(BAD_ROLE, f'{where} has the role "{role[:40]}"')
+        raise RowRejected("bad_role", f'{where} has the role "{role[:40]}"')
     target = CHAT_ROLES[role] and _is_trained(said, where)
     reasoning = {key: said.pop(key) for key in REASONING_KEYS if key in said}
     only_assistant = [key for key, value in (*reasoning.items(), ("tool_calls", calls)) if value]
     for key in [k for k in OTHER_CONTENT if said.get(k)] + (only_assistant if role != "assistant" else []):
-        raise RowRejected(BAD_TYPE, f'{where} has "{key}", which is not read in a message of {role}')
+        raise RowRejected("bad_type", f'{where} has "{key}", which is not read in a message of {role}')
     if len(set(map(str, reasoning.values()))) > 1:
-        raise RowRejected(BAD_TYPE, f"{where} has different {' and '.join(reasoning)}")
+        raise RowRejected("bad_type", f"{where} has different {' and '.join(reasoning)}")
     found: dict[str, object] = {"role": role}
     texts: list[tuple[str, str, str]] = [
         (key, REASONING, _text(value, f'"{key}" of {where}')) for key, value in list(reasoning.items())[:1]
     ]
     if "content" not in said and "content" in message and not calls and not reasoning:
-        raise RowRejected(BAD_TYPE, f"the content of {where} is null, not a string")
+        raise RowRejected("bad_type", f"the content of {where} is null, not a string")
     if "content" in said:
         texts.append(("content", role, _content(said.pop("content"), where)))
     for key, name, text in texts:
@@ -310,7 +301,7 @@ def _call(call: object, where: str, parts: list[Part], *, target: bool) -> list[
     try:
         text, rest = call_text(call if isinstance(call, dict) else {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RowRejected(BAD_TYPE, f"a call in {where} has no name and arguments: {error}") from None
+        raise RowRejected("bad_type", f"a call in {where} has no name and arguments: {error}") from None
     parts.append((CALL, _text(text, f"a call in {where}"), target))
     return [len(parts) - 1, rest]
 
@@ -318,13 +309,13 @@ def _call(call: object, where: str, parts: list[Part], *, target: bool) -> list[
 def _is_trained(said: dict[str, object], where: str) -> bool:
     for key in TRAINED_KEYS:
         if key in said and said[key] not in (0, 1):
-            raise RowRejected(BAD_TYPE, f'"{key}" of {where} is {str(said[key])[:40]}, not 0, 1, true or false')
+            raise RowRejected("bad_type", f'"{key}" of {where} is {str(said[key])[:40]}, not 0, 1, true or false')
     return all(said.get(key, 1) for key in TRAINED_KEYS)
 
 
 def _list(value: object, what: str) -> list[object]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RowRejected(BAD_TYPE, f"{what} is {_kind(value)}, not a list of objects")
+        raise RowRejected("bad_type", f"{what} is {_kind(value)}, not a list of objects")
     return value
 
 
@@ -342,18 +333,18 @@ def _content(value: object, where: str) -> str:
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else _kind(part)
         if kind != "text":
-            raise RowRejected(BAD_TYPE, f"the content of {where} has a part of type {str(kind)[:40]}")
+            raise RowRejected("bad_type", f"the content of {where} has a part of type {str(kind)[:40]}")
         texts.append(_text(part.get("text"), f"a text part of {where}"))
     return "".join(texts)
 
 
 def _text(value: object, what: str) -> str:
     if not isinstance(value, str):
-        raise RowRejected(BAD_TYPE, f"{what} is {_kind(value)}, not a string")
+        raise RowRejected("bad_type", f"{what} is {_kind(value)}, not a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RowRejected(LONE_SURROGATE, f"{what} has half a surrogate pair at character {error.start}") from None
+        raise RowRejected("lone_surrogate", f"{what} has half a surrogate pair at character {error.start}") from None
     return value
 
 
@@ -366,11 +357,11 @@ def _kind(value: object) -> str:
 def _document(parts: Sequence[Part], messages: str, *, source: str, line: int, max_chars: int) -> Document:
     num_chars = sum(len(text) for _, text, _ in parts)
     if num_chars > max_chars:
-        raise RowRejected(TOO_LONG, f"{num_chars} characters, the limit is {max_chars}")
+        raise RowRejected("too_long", f"{num_chars} characters, the limit is {max_chars}")
     if not any(text.strip() for _, text, _ in parts):
-        raise RowRejected(EMPTY, "no text")
+        raise RowRejected("empty", "no text")
     if not any(target and text.strip() for _, text, target in parts):
-        raise RowRejected(NO_TARGET, "nothing to learn: no text in a response")
+        raise RowRejected("no_target", "nothing to learn: no text in a response")
     return document_of(parts, source=source, line=line, messages=messages)
 
 

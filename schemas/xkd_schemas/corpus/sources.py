@@ -2,36 +2,33 @@
 
 A source never guesses in silence: the form of its rows is looked up in the first rows, recorded,
 and shown by `Source.describe`. `rows` may be called again and from another process, and refuses
-to go on where a file has changed since it was counted.
+to go on where a file has changed since it was counted. A corpus at an address that fsspec knows (s3://, https://) is
+copied once.
 """
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
 import re
+import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
-from xkd_schemas.corpus.address import is_url, local_copy, shown
-from xkd_schemas.corpus.files import (
-    FOLDER_SUFFIXES,
-    SUFFIXES,
-    Content,
-    CorpusFile,
-    count_file,
-    file_rows,
-    take_exactly,
-)
+from xkd_schemas.corpus.files import FOLDER_SUFFIXES, SUFFIXES, Content, CorpusFile, count_file, file_rows
 from xkd_schemas.corpus.formats import AUTO, FORMS, check_fields, choose_form
 from xkd_schemas.corpus.rows import ROW_KEYS, RawRow, RejectedRow, parsed_row, read_documents, references_of
 from xkd_schemas.documents import Document
-from xkd_schemas.errors import BadData, InputMissing, UsageError
+from xkd_schemas.durable_files import disk_errors
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError, XkdError
 
 __all__ = ["RawRow", "RejectedRow", "Source", "digest_of", "open_source", "read_documents"]
 
@@ -44,6 +41,8 @@ HUB_NAME: Final = re.compile(
 )
 """NAME@REVISION:SUBSET:SPLIT of a data set on the hub; NAME may have an owner, the rest may be left out."""
 HUB_FORM: Final = "NAME@REVISION:SUBSET:SPLIT"
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://.+", re.DOTALL)
+COPY_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,11 +61,6 @@ class Source:
     remarks: tuple[str, ...] = ()
     """What a reader should know beyond form and columns; the end of `describe`."""
 
-    @property
-    def _read(self) -> tuple[str, ...]:
-        """Columns of a table that are read."""
-        return (*self.columns.values(), *(ROW_KEYS if self.form == "messages" else ()))
-
     def rows(self, first: int = 0) -> Iterator[RawRow]:
         """Rows in order, from row `first` on (0 is the first); exactly `num_rows - first` of them.
 
@@ -74,24 +68,25 @@ class Source:
             Mismatch: a file is not what it was when the source was opened, or rows of the hub are fewer.
             InputMissing, BadData, Refused: as `open_source`.
         """
+        columns = (*self.columns.values(), *(ROW_KEYS if self.form == "messages" else ()))
         before = 0
         for part in self.parts:
             skip = max(0, first - before)
             if skip < part.num_rows:
-                rows = _part_rows(part, skip, self._read)
+                rows = _part_rows(part, skip, columns)
                 for number, content in enumerate(rows, start=before + skip + 1):
                     yield RawRow(line=number, content=content)
             before += part.num_rows
 
     def describe(self) -> str:
         """One line: name, rows, form, columns, and everything that was not plain sailing."""
-        shown = [field if field == column else f"{field}={column}" for field, column in self.columns.items()]
-        line = f"{self.name}: {self.num_rows} rows, {FORMS[self.form].title} ({', '.join(shown)})"
+        read = [field if field == column else f"{field}={column}" for field, column in self.columns.items()]
+        line = f"{self.name}: {self.num_rows} rows, {FORMS[self.form].title} ({', '.join(read)})"
         return "; ".join((line, *self.remarks))
 
 
 def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> Source:
-    """Count and fingerprint a source in one pass and find the form of its rows.
+    """Count and fingerprint a source and find the form of its rows.
 
     Args:
         name: A file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow), a folder of such files
@@ -115,27 +110,21 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
     if boms:
         remarks = (*remarks, f"{boms} byte order mark{'s' * (boms > 1)} dropped")
     return Source(
-        name=shown(name) if is_url(name) else name, form=chosen, columns=resolved,
+        name=_hide_secrets(name), form=chosen, columns=resolved,
         num_rows=sum(part.num_rows for part in parts), digest=digest, parts=parts, remarks=(*fit, *remarks),
     )  # fmt: skip
 
 
 def digest_of(name: str) -> str:
-    """What `Source.digest` of this source would be, whatever the form of its rows.
-
-    Raises:
-        InputMissing, UsageError, BadData, Refused: as `open_source`.
-    """
+    """What `Source.digest` of this source would be, whatever the form of its rows; errors as `open_source`."""
     return _locate(name)[1]
 
 
 def _locate(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
     """(parts, digest, remarks)"""
-    if is_url(name):
-        return _at_address(name)
     path = Path(name).expanduser()
     try:
-        mode = path.stat().st_mode
+        mode = stat.S_IFREG if is_url(name) else path.stat().st_mode
     except OSError as error:
         found = HUB_NAME.fullmatch(name)
         if found is None or name.endswith(SUFFIXES) or path.is_symlink():
@@ -147,44 +136,33 @@ def _locate(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
         return _in_folder(path)
     if not stat.S_ISREG(mode):
         raise InputMissing(f"{name} is not a regular file", fix="save the rows to a .jsonl file and name that")
-    _check_suffix(name)
-    digest = hashlib.sha256()
-    return (count_file(path, digest),), digest.hexdigest(), ()
-
-
-def _check_suffix(name: str) -> None:
-    if not name.endswith(SUFFIXES):
-        raise UsageError(f"{name}: unknown file extension", fix=f"use one of {' '.join(SUFFIXES)}")
-
-
-def _at_address(url: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
-    _check_suffix(shown(url))
-    digest = hashlib.sha256()
-    part = count_file(local_copy(url), digest)
-    return (part,), digest.hexdigest(), (f"{part.state[0]} bytes copied here while this command runs",)
+    if not _hide_secrets(name).endswith(SUFFIXES):
+        raise UsageError(f"{_hide_secrets(name)}: unknown file extension", fix=f"use one of {' '.join(SUFFIXES)}")
+    part, digest = count_file(_copy_here(name) if is_url(name) else path)
+    return (part,), digest, (f"{part.state[0]} bytes copied here while this command runs",) * is_url(name)
 
 
 def _in_folder(folder: Path) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(p.parent.name for p in folder.glob("*/state.json"))
         raise UsageError(f"{folder} holds several splits: {', '.join(splits)}", fix=f"name one, as {folder}/train")
-    files, num_irregular, num_others = _walk(folder)
+    paths = [path for path in sorted(folder.rglob("*")) if not stat.S_ISDIR(path.lstat().st_mode)]
+    regular = [path for path in paths if stat.S_ISREG(path.lstat().st_mode)]
+    files = [path for path in regular if path.name.endswith(FOLDER_SUFFIXES) and not path.name.startswith(".")]
     saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     if saved:
         _check_complete(folder, files)
     whole = hashlib.sha256()
     parts = []
     for file in files:
-        own = hashlib.sha256()
-        parts.append(count_file(file, own))
-        whole.update(f"{file.relative_to(folder)}\0{own.hexdigest()}\n".encode())
+        part, digest = count_file(file)
+        parts.append(part)
+        whole.update(f"{file.relative_to(folder)}\0{digest}\n".encode())
     if not parts and not saved:
         raise InputMissing(f"{folder} holds no file that ends in {' '.join(FOLDER_SUFFIXES)}", fix="check the path")
+    left_out = {"links, pipes or devices": len(paths) - len(regular), "other files": len(regular) - len(files)}
     remarks = [f"{len(parts)} file{'s' * (len(parts) > 1)}"]
-    if num_irregular:
-        remarks.append(f"{num_irregular} links, pipes or devices left out")
-    if num_others:
-        remarks.append(f"{num_others} other files left out")
+    remarks += [f"{number} {what} left out" for what, number in left_out.items() if number]
     return tuple(parts), whole.hexdigest(), tuple(remarks)
 
 
@@ -197,22 +175,6 @@ def _check_complete(folder: Path, files: Sequence[Path]) -> None:
     missing = sorted(set(listed) - {file.name for file in files})
     if missing:
         raise InputMissing(f"{folder} lacks {', '.join(missing[:3])}", fix="copy or save the data set again")
-
-
-def _walk(folder: Path) -> tuple[list[Path], int, int]:
-    """(regular corpus files below the folder by name, number of links and the like, number of other files)"""
-    files, num_irregular, num_others = [], 0, 0
-    for path in sorted(folder.rglob("*")):
-        mode = path.lstat().st_mode
-        if stat.S_ISDIR(mode):
-            continue
-        if not stat.S_ISREG(mode):
-            num_irregular += 1
-        elif path.name.endswith(FOLDER_SUFFIXES) and not path.name.startswith("."):
-            files.append(path)
-        else:
-            num_others += 1
-    return files, num_irregular, num_others
 
 
 def _on_hub(name: str, found: re.Match[str]) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
@@ -271,13 +233,73 @@ def _sample(parts: Sequence[CorpusFile]) -> list[dict[str, object]]:
 
 
 def _part_rows(part: CorpusFile, first: int, columns: Sequence[str] | None) -> Iterator[Content]:
-    if part.kind == "hub":
-        return take_exactly(part, _hub_rows(part.path, first), first)
-    return take_exactly(part, file_rows(part, first=first, columns=columns), first)
+    """The rows that were counted, from `first` on, or Mismatch where there are fewer."""
+    rows = _hub_rows(part.path, first) if part.kind == "hub" else file_rows(part, first, columns)
+    wanted = part.num_rows - first
+    number = 0
+    for number, content in enumerate(islice(rows, wanted), start=1):  # noqa: B007 # the count is used after the loop
+        yield content
+    if number != wanted:
+        raise Mismatch(
+            f"{part.path} had {part.num_rows} rows when it was counted and has {first + number} now",
+            fix="run again when nothing writes to it",
+        )
 
 
-MAX_CHARS: Final = 1_000_000
-"""A longer text counts as unusable."""
+def is_url(name: str) -> bool:
+    """True for what fsspec shall open.
+
+    >>> is_url("s3://bucket/a.jsonl"), is_url("data/a.jsonl"), is_url("owner/name:train")
+    (True, False, False)
+    """
+    return _URL.fullmatch(name) is not None
+
+
+def _hide_secrets(name: str) -> str:
+    """An address without name, password and query; any other name as it is.
+
+    >>> _hide_secrets("https://me:secret@host/a.jsonl?token=1")
+    'https://host/a.jsonl'
+    """
+    return re.sub(r"://[^/@]*@", "://", name.split("?", 1)[0]) if is_url(name) else name
+
+
+@functools.cache
+def _copy_here(url: str) -> Path:
+    """A remote file under its own name in a folder of this process, copied once and removed when it ends."""
+    import fsspec
+
+    with _remote_errors(url):
+        files, path = fsspec.core.url_to_fs(url)
+        if not files.isfile(path):
+            raise InputMissing(f"{_hide_secrets(url)} is not a file there", fix="name one file, with its ending")
+    folder = Path(tempfile.mkdtemp(prefix="xkd-corpus-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = folder / PurePosixPath(_hide_secrets(url)).name
+    with disk_errors(target):
+        stream = target.open("wb")
+    with stream, _remote_errors(url), files.open(path, "rb") as source:
+        while chunk := source.read(COPY_BYTES):
+            with disk_errors(target):
+                stream.write(chunk)
+                stream.flush()
+    return target
+
+
+@contextlib.contextmanager
+def _remote_errors(url: str) -> Iterator[None]:
+    """Whatever a store's own library raises, as one line of ours without secrets."""
+    try:
+        yield
+    except XkdError:
+        raise
+    except Exception as error:  # stores raise what their own libraries raise
+        said = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+        line = f"{_hide_secrets(url)}: {said[:160].replace(url, _hide_secrets(url))}"
+        if isinstance(error, ImportError | ValueError):
+            fix = "check the beginning of the address, and pip install what it names, e.g. pip install s3fs"
+            raise UsageError(line, fix=fix) from error
+        raise InputMissing(line, fix="check address and access") from error
 
 
 def held_out_documents(
@@ -286,16 +308,11 @@ def held_out_documents(
     """Documents of a source, and the rows that could not be used; arguments and errors as `open_source`.
 
     Also, by their line, all the references of rows that have a list of them; the document has the first.
-
-    Raises:
-        BadData: It has no rows, or is broken.
     """
     source = open_source(str(name), form=form, columns=columns or {})
     rows = list(source.rows())
     if not rows:
         raise BadData(f"{name} has no rows", fix="check the path")
-    documents, rejected = read_documents(
-        Path(source.name).name, source.form, source.columns, rows, max_chars=MAX_CHARS
-    )
+    documents, rejected = read_documents(Path(source.name).name, source.form, source.columns, rows)
     references = {r.line: references_of(source.form, source.columns, parsed_row(r.content) or {}) for r in rows}
     return documents, rejected, {line: texts for line, texts in references.items() if texts}

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from xkd_schemas.digests import digest
+from xkd_schemas.durable_files import digest
 from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import row_offsets
 from xkd_schemas.tokens import OK, Bools, Int32s, Int64s

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from xkd_pipeline.capture import sampled_logits as draws
 from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
-from xkd_schemas.sampled_classes import TOTAL, fault_of, unpacked
+from xkd_schemas.codecs import TOTAL, find_class_fault, unpack_classes
 
 
 def estimates(logits_NV: Tensor, uniforms_N2: Tensor, k: int) -> Tensor:
     """The distributions that the drawn classes stand for, [N, V]."""
-    classes_Nk, weights_Nk = map(torch.from_numpy, unpacked(draw_classes(logits_NV, uniforms_N2, k).entries_Nk))
+    classes_Nk, weights_Nk = map(torch.from_numpy, unpack_classes(draw_classes(logits_NV, uniforms_N2, k).entries_Nk))
     return torch.zeros(logits_NV.shape, dtype=torch.float64).scatter_(-1, classes_Nk, weights_Nk.double())
 
 
@@ -79,7 +79,7 @@ def test_whatever_the_distribution_k_ascending_classes_share_all_of_it(
     draw = draw_classes(logits_NV, torch.rand(5, 2, generator=generator), k)
 
     assert draw.entries_Nk.shape == (5, k)
-    assert fault_of(draw.entries_Nk, classes) == ""
+    assert find_class_fault(draw.entries_Nk, classes) == ""
     assert np.isfinite(draw.lost_N).all()
 
 

@@ -10,8 +10,7 @@ import pytest
 import small_cache
 from small_cache import made
 from xkd_schemas.cache.table import Table
-from xkd_schemas.corpus.address import is_url
-from xkd_schemas.corpus.sources import open_source
+from xkd_schemas.corpus.sources import is_url, open_source
 from xkd_schemas.errors import InputMissing, UsageError, XkdError
 
 

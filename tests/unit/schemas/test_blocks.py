@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas.documents import INTERVALS, Document, document_of, flat_list
-from xkd_schemas.ragged import Ragged, column_of
+from xkd_schemas.documents import INTERVALS, Document, document_of
+from xkd_schemas.ragged import Ragged, column_of, flat_list
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch, pieces_of
 from xkd_schemas.tokens import OK, Tokens
 

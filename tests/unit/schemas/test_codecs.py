@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas.codecs import CODECS, Bits, Encoded, bits_of, numbers_of, squared_error
+from xkd_schemas.codecs import (
+    CODECS,
+    MOST_CLASSES,
+    TOTAL,
+    Bits,
+    Encoded,
+    bits_of,
+    find_class_fault,
+    numbers_of,
+    pack_classes,
+    unpack_classes,
+)
 from xkd_schemas.errors import BadData
 from xkd_schemas.ragged import Columns, batch_of
 
@@ -58,20 +69,6 @@ def test_int8_is_within_half_a_step_of_its_channel_and_token(shape: tuple[int, l
         assert np.all(np.abs(exact - got) <= 0.51 * step + 0.005 * np.abs(exact) + 1e-5)
 
 
-def test_int8_beats_one_scale_a_token_where_a_channel_is_large() -> None:
-    rng = np.random.default_rng(0)
-    states = rng.standard_normal((400, 64)).astype(np.float32)
-    states[:, 3] += 300.0
-    rows = [bits_of(states)]
-    scale = np.abs(states).max(-1, keepdims=True) / 127
-    plain = [bits_of(np.rint(states / scale) * scale)]
-    quiet = np.delete(np.arange(64), 3)
-
-    lost, _ = squared_error([rows[0][:, quiet]], [stored("int8", rows, 64)[0][:, quiet]])
-    lost_plain, _ = squared_error([rows[0][:, quiet]], [plain[0][:, quiet]])
-    assert lost < lost_plain / 1000
-
-
 def test_planes_are_smaller_on_states_as_models_make_them() -> None:
     rng = np.random.default_rng(0)
     rows = [bits_of(rng.standard_normal((200, 256)).astype(np.float32)) for _ in range(4)]
@@ -112,3 +109,38 @@ def test_rounding_to_bfloat16_is_that_of_torch() -> None:
     values[:3] = 0.0, -0.0, 1.00390625  # half between two
     theirs = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     assert np.array_equal(bits_of(values), theirs)
+
+
+@given(st.lists(st.tuples(st.integers(0, MOST_CLASSES - 1), st.integers(0, TOTAL)), min_size=1, max_size=9))
+def test_an_entry_says_class_and_share(pairs: list[tuple[int, int]]) -> None:
+    classes, shares = np.array(pairs).T[:, None]
+
+    entries = pack_classes(classes, shares)
+    found, weights = unpack_classes(entries)
+
+    assert entries.dtype == np.int32
+    assert entries.min() >= 0
+    assert found.tolist() == classes.tolist()
+    assert np.rint(weights * TOTAL).tolist() == shares.tolist()
+
+
+def test_what_capture_writes_has_no_fault() -> None:
+    assert find_class_fault(pack_classes(np.array([[0, 5], [3, 9]]), np.array([[TOTAL, 0], [1, TOTAL - 1]])), 10) == ""
+    assert find_class_fault(np.zeros((0, 4), np.int32), 10) == ""
+
+
+@pytest.mark.parametrize(
+    ("classes", "shares", "said"),
+    [
+        ([3, 10], [1, TOTAL - 1], "a class is not from 0 to 9"),
+        ([-1, 3], [1, TOTAL - 1], "a class is not from 0 to 9"),
+        ([5, 3], [1, TOTAL - 1], "not ascending"),
+        ([5, 5], [1, TOTAL - 1], "not ascending"),
+        ([3, 5], [2, TOTAL - 1], "shares add up to 4096, not to 4095"),
+        ([3, 5], [1, TOTAL - 2], "shares add up to 4094, not to 4095"),
+    ],
+)
+def test_a_fault_is_named(classes: list[int], shares: list[int], said: str) -> None:
+    good = pack_classes(np.array([[0, 5]]), np.array([[1, TOTAL - 1]]))
+
+    assert said in find_class_fault(np.concatenate([good, pack_classes(np.array([classes]), np.array([shares]))]), 10)

@@ -2,7 +2,6 @@ import copy
 import gzip
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +11,11 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas.corpus import columnar as tables
-from xkd_schemas.corpus import files as parts
-from xkd_schemas.corpus.sources import RawRow, Source, open_source, read_documents
+from xkd_schemas.corpus import files
+from xkd_schemas.corpus.sources import RawRow, Source, held_out_documents, open_source, read_documents
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError, XkdError
 
@@ -30,24 +27,18 @@ def jsonl(rows: list) -> bytes:
 
 
 def write(folder: Path, kind: str, rows: list) -> Path:
-    path = folder / f"rows{kind}"
-    table = pa.Table.from_pylist(rows)
-    if kind == ".jsonl":
-        path.write_bytes(jsonl(rows))
-    elif kind == ".jsonl.gz":
-        path.write_bytes(gzip.compress(jsonl(rows)))
-    elif kind == ".jsonl.zst":
-        path.write_bytes(zstandard.ZstdCompressor().compress(jsonl(rows)))
-    elif kind == ".parquet":
+    path, packed = folder / f"rows{kind}", jsonl(rows)
+    table = pa.Table.from_pylist(rows or ROWS).slice(0, len(rows))
+    if kind == ".parquet":
         pq.write_table(table, path, row_group_size=5)
-    elif kind == "-file.arrow":
-        with pa.ipc.new_file(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=5)
-    elif kind == "-stream.arrow":
-        with pa.ipc.new_stream(path, table.schema) as writer:
+    elif kind.endswith(".arrow"):
+        with (pa.ipc.new_file if "file" in kind else pa.ipc.new_stream)(path, table.schema) as writer:
             writer.write_table(table, max_chunksize=5)
     elif kind == "-saved":
-        datasets.Dataset.from_list(rows).save_to_disk(path, num_shards=2)
+        datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(path, num_shards=2 if rows else 1)
+    else:
+        pack = {".jsonl.gz": gzip.compress, ".jsonl.zst": lambda content: pa.compress(content, "zstd", asbytes=True)}
+        path.write_bytes(pack.get(kind, bytes)(packed))
     return path
 
 
@@ -66,8 +57,12 @@ def opened(path: Path, content: bytes, **options: object) -> Source:
     return open_source(str(path), **{"columns": {}, **options})
 
 
+@pytest.mark.parametrize("batch_rows", [3, 256])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_source_gives_the_same_rows_from_any_row_on(tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_source_gives_the_same_rows_from_any_row_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, batch_rows: int
+) -> None:
+    monkeypatch.setattr(files, "BATCH_ROWS", batch_rows)
     source = open_source(str(write(tmp_path, kind, ROWS)), columns={})
 
     assert (source.num_rows, source.form) == (23, "prompt_response")
@@ -77,28 +72,9 @@ def test_every_kind_of_source_gives_the_same_rows_from_any_row_on(tmp_path: Path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_source_has_no_rows(tmp_path: Path, kind: str) -> None:
-    path = write(tmp_path, kind, ROWS)
-    if "jsonl" in kind:
-        path = tmp_path / "rows.jsonl"
-        path.write_bytes(b"")
-    elif kind != "-saved":
-        schema = pa.schema([("text", pa.string())])
-        pq.write_table(schema.empty_table(), path) if kind == ".parquet" else pa.ipc.new_file(path, schema).close()
-    else:
-        path = tmp_path / "none"
-        datasets.Dataset.from_dict({"text": []}).save_to_disk(path)
-
-    source = open_source(str(path), columns={})
+    source = open_source(str(write(tmp_path, kind, [])), columns={})
 
     assert (source.num_rows, list(source.rows())) == (0, [])
-
-
-def test_marks_lead_to_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "MARK_EVERY", 4)
-    source = opened(tmp_path / "rows.jsonl", b"\xef\xbb\xbf" + jsonl(ROWS))
-
-    assert len(source.parts[0].marks) == 6
-    assert all(objects(source, first) == list(enumerate(ROWS, 1))[first:] for first in range(24))
 
 
 def test_a_source_holds_no_open_file_and_can_be_copied(tmp_path: Path) -> None:
@@ -136,27 +112,18 @@ def test_carriage_returns_and_a_byte_order_mark_are_dropped_and_told(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("row", "shown"),
+    ("keys", "shown"),
     [
-        (
-            {"instruction": "a", "prompt": "b", "input": "c", "output": "d"},
-            "Alpaca/Dolly (instruction, input, output)",
-        ),
-        (
-            {"instruction": "a", "context": "b", "response": "c", "category": "qa"},
-            "Alpaca/Dolly (instruction, input=context, output=response)",
-        ),
-        ({"prompt": "a", "response": "b"}, "prompt and response (prompt, response)"),
-        ({"prompt": "a", "completion": "b"}, "prompt and response (prompt, response=completion)"),
-        (
-            {"messages": [], "prompt": "a", "response": "b"},
-            "chat messages (messages); the rows also fit prompt_response",
-        ),
-        ({"text": "a", "id": 1}, "plain text (text)"),
+        ("instruction prompt input output", "Alpaca/Dolly (instruction, input, output)"),
+        ("instruction context response type", "Alpaca/Dolly (instruction, input=context, output=response)"),
+        ("prompt response", "prompt and response (prompt, response)"),
+        ("prompt completion", "prompt and response (prompt, response=completion)"),
+        ("messages prompt response", "chat messages (messages); the rows also fit prompt_response"),
+        ("text id", "plain text (text)"),
     ],
 )
-def test_the_form_is_found_and_shown(tmp_path: Path, row: dict, shown: str) -> None:
-    source = opened(tmp_path / "train.jsonl", jsonl([row]))
+def test_the_form_is_found_and_shown(tmp_path: Path, keys: str, shown: str) -> None:
+    source = opened(tmp_path / "train.jsonl", jsonl([dict.fromkeys(keys.split(), "a")]))
 
     assert source.describe() == f"{tmp_path}/train.jsonl: 1 rows, {shown}"
 
@@ -187,7 +154,7 @@ def test_rows_that_fit_nothing_name_their_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "sharegpt"}, "form 'sharegpt' is not known"),
+        ({"form": "sharegpt"}, "form 'sharegpt' is not known.*messages, alpaca, prompt_response, text"),
         ({"columns": {"question": "prompt"}}, "'question' is not a field"),
         ({"columns": {"prompt": "a", "output": "b"}}, "no form has all of prompt, output"),
         ({"columns": {"text": "a"}, "form": "alpaca"}, "'text' is not a field"),
@@ -213,6 +180,7 @@ def test_a_folder_is_read_in_the_order_of_names_and_links_are_counted(tmp_path: 
     (folder / "b" / "2.jsonl").write_bytes(jsonl(ROWS[9:]))
     pq.write_table(pa.Table.from_pylist(ROWS[:9]), folder / "a.parquet")
     (folder / "notes.md").write_text("no rows")
+    (folder / ".hidden.jsonl").write_bytes(jsonl(ROWS))
     (tmp_path / "secret.jsonl").write_bytes(jsonl(ROWS))
     (folder / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     os.mkfifo(folder / "pipe.jsonl")
@@ -221,7 +189,7 @@ def test_a_folder_is_read_in_the_order_of_names_and_links_are_counted(tmp_path: 
 
     assert objects(source) == list(enumerate(ROWS, 1))
     assert all(objects(source, first) == list(enumerate(ROWS, 1))[first:] for first in (5, 9, 12, 22, 23))
-    assert source.describe().endswith("; 2 files; 2 links, pipes or devices left out; 1 other files left out")
+    assert source.describe().endswith("; 2 files; 2 links, pipes or devices left out; 2 other files left out")
     before = source.digest
     (folder / "a.parquet").rename(folder / "aa.parquet")
     assert open_source(str(folder), columns={}).digest != before
@@ -430,16 +398,30 @@ def test_captured_and_rejected_add_up_for_any_bytes(tmp_path: Path, content: lis
     assert len(documents) + len(rejected) == source.num_rows
 
 
-def test_no_corpus_file_opens_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path, ".jsonl", ROWS)
-    monkeypatch.setattr(socket, "socket", None)
-
-    assert open_source(str(path), columns={}).num_rows == 23
+HELD = [{"prompt": "Who?", "response": "The keeper."}, {"prompt": "Where?", "response": "At home."}]
 
 
-def test_batches_of_a_table_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "BATCH_ROWS", 3)
+def test_held_out_rows_come_in_order_and_unusable_ones_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "dev.jsonl").write_bytes(jsonl([HELD[0]]) + b'{broken\n{"prompt": "x"}\n' + jsonl([HELD[1]]))
 
-    for kind in (".parquet", "-file.arrow"):
-        source = open_source(str(write(tmp_path, kind, ROWS)), columns={})
-        assert all(objects(source, first) == list(enumerate(ROWS, 1))[first:] for first in range(24))
+    documents, rejected, _ = held_out_documents(tmp_path / "dev.jsonl")
+
+    assert [(d.text, d.line, d.source) for d in documents] == [
+        ("Who?The keeper.", 1, "dev.jsonl"), ("Where?At home.", 4, "dev.jsonl"),
+    ]  # fmt: skip
+    assert [row.line for row in rejected] == [2, 3]
+
+
+def test_all_references_of_a_held_out_row_are_given_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "dev.jsonl").write_bytes(jsonl([HELD[0], {"prompt": "Why?", "response": ["Duty.", "A lamp."]}]))
+
+    documents, _, references = held_out_documents(tmp_path / "dev.jsonl")
+
+    assert (documents[1].text, references) == ("Why?Duty.", {2: ["Duty.", "A lamp."]})
+
+
+def test_a_held_out_file_without_rows_is_bad_data(tmp_path: Path) -> None:
+    (tmp_path / "dev.jsonl").write_bytes(b"\n  \n")
+
+    with pytest.raises(BadData, match=r"dev.jsonl has no rows"):
+        held_out_documents(tmp_path / "dev.jsonl")

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import faulty_disk
 from xkd_schemas.durable_files import (
     disk_errors,
     inside,
+    own_folder,
     put_if_absent,
+    remove_ownerless,
     replace,
     save_folder,
     sha256_of,
@@ -62,21 +66,6 @@ def test_of_many_writers_of_one_record_one_wins_and_its_content_stays(tmp_path: 
     assert len(wins) == 1
     assert target.read_bytes() == b"%d" % wins[0] * 1000
     assert [path.name for path in target.parent.iterdir()] == ["00000.json"]
-
-
-def test_a_reader_of_a_replaced_file_sees_one_of_its_contents_whole(tmp_path: Path) -> None:
-    target, contents = tmp_path / "m", {bytes([65 + n]) * 200_000 for n in range(4)}
-    replace(target, b"A" * 200_000)
-    writer = threading.Thread(target=lambda: [replace(target, c) for _ in range(5) for c in sorted(contents)])
-
-    writer.start()
-    seen = set()
-    while writer.is_alive():
-        seen.add(target.read_bytes())
-    writer.join()
-
-    assert seen <= contents
-    assert target.read_bytes() == b"D" * 200_000
 
 
 @pytest.mark.parametrize("write", [replace, put_if_absent])
@@ -160,3 +149,50 @@ def test_a_folder_that_a_dying_writer_left_half_saved_is_cleared_by_the_next(tmp
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         save_folder(tmp_path / f"{at}", save)
         assert sorted(path.name for path in (tmp_path / f"{at}").iterdir()) == ["a.json", "b.json"]
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from xkd_schemas.durable_files import own_folder
+with own_folder(Path(sys.argv[1]), ".tmp-x-") as folder:
+    (folder / "half").touch()
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_stays_while_its_process_lives_and_goes_after_it_was_killed(tmp_path: Path) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with owner:
+        assert owner.stdout is not None
+        theirs = Path(owner.stdout.readline().strip())
+        with own_folder(tmp_path, ".tmp-x-") as ours:
+            remove_ownerless(tmp_path, ".tmp-x-")
+            assert ours.is_dir()
+            assert theirs.is_dir()
+        assert not ours.exists()
+        owner.kill()
+    assert (theirs / "half").exists()
+    remove_ownerless(tmp_path, ".tmp-x-")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_and_other_names_and_other_users_folders_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("elsewhere", ".tmp-y-1", ".tmp-x-1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".tmp-x-link").symlink_to("elsewhere")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getuid", lambda: 12345)
+        remove_ownerless(tmp_path, ".tmp-x-")
+    assert (tmp_path / ".tmp-x-1").is_dir()
+    remove_ownerless(tmp_path, ".tmp-x-")
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", ".tmp-y-1", ".tmp-x-link"}
+
+
+def test_a_folder_that_was_renamed_stays(tmp_path: Path) -> None:
+    with own_folder(tmp_path, ".tmp-x-") as folder:
+        folder.rename(tmp_path / "done")
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]

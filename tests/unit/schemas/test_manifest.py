@@ -17,15 +17,15 @@ from xkd_schemas.cache.manifest import (
     is_whole,
     read_record,
     refuse_differences,
-    sealed,
+    seal_table,
     to_json,
 )
-from xkd_schemas.digests import canonical, digest
+from xkd_schemas.durable_files import canonical, digest
 from xkd_schemas.errors import BadData, InputMissing, Mismatch
 
 PLAN = Plan(table="documents", spec={"a": {"b": 1}}, units=(Unit(source="x.jsonl", first=0, rows=3),))
 COMMIT = Commit(unit=0, file="00000-ab.arrow", rows=3, size=9, sha256="0", frame_xxh3="1", batches=())
-MANIFEST = sealed(PLAN, (COMMIT,), {"std": 0.5}, {"head.safetensors": "0"})
+MANIFEST = seal_table(PLAN, (COMMIT,), {"std": 0.5}, {"head.safetensors": "0"})
 RECORDS = {"plan": PLAN, "commit": COMMIT, "manifest": MANIFEST}
 
 
@@ -142,7 +142,7 @@ def test_equal_values_have_one_canonical_form() -> None:
 
 def test_a_manifest_counts_over_its_units() -> None:
     commits = tuple(COMMIT.model_copy(update={"unit": n, "counts": {"tokens": 10 + n}}) for n in range(3))
-    manifest = sealed(PLAN, commits, {}, {})
+    manifest = seal_table(PLAN, commits, {}, {})
 
     assert (manifest.rows, manifest.count("tokens"), manifest.count("none")) == (9, 33, 0)
 

@@ -3,9 +3,11 @@
 import io
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+from xkd_schemas import progress
 from xkd_schemas.console import say
 from xkd_schemas.progress import Progress, heartbeat, remark, tick, tick_each
 
@@ -27,8 +29,10 @@ class Screen(io.StringIO):
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=clock))
+    return clock
 
 
 def on_screen(monkeypatch, *, tty: bool = False) -> Screen:
@@ -43,7 +47,7 @@ def test_off_a_terminal_a_plain_line_says_count_elapsed_and_left_at_least_every_
     clock, monkeypatch
 ) -> None:
     screen = on_screen(monkeypatch)
-    with Progress("teachers/T", 90, clock=clock):
+    with Progress("teachers/T", 90):
         for _ in tick_each(range(12)):
             clock.now += 5
     lines = screen.getvalue().splitlines()
@@ -56,7 +60,7 @@ def test_off_a_terminal_a_plain_line_says_count_elapsed_and_left_at_least_every_
 
 def test_work_that_takes_less_prints_nothing_off_a_terminal(clock, monkeypatch) -> None:
     screen = on_screen(monkeypatch)
-    with Progress("teachers/T", 90, clock=clock):
+    with Progress("teachers/T", 90):
         for _ in tick_each(range(90)):
             clock.now += 0.09
     assert screen.getvalue() == ""
@@ -66,7 +70,7 @@ def test_on_a_terminal_a_bar_is_rewritten_and_taken_off_before_other_lines_and_a
     clock, monkeypatch, capsys
 ) -> None:
     screen = on_screen(monkeypatch, tty=True)
-    with Progress("teachers/T", 90, clock=clock):
+    with Progress("teachers/T", 90):
         clock.now += 3
         tick(45)
         remark("shards 3, 4 at work")
@@ -85,14 +89,16 @@ def test_work_that_never_ticks_is_shown_by_the_heartbeat_with_what_was_counted_b
     screen = on_screen(monkeypatch)
     counted, over, beats = threading.Event(), threading.Event(), iter(range(4))
 
-    def wait(_seconds: float) -> bool:
-        counted.wait(60)
-        if next(beats, None) is None:
-            over.set()
-        clock.now += 9
-        return over.is_set()
+    class Beats(threading.Event):
+        def wait(self, _seconds: float | None = None) -> bool:
+            counted.wait(60)
+            if next(beats, None) is None:
+                over.set()
+            clock.now += 9
+            return over.is_set()
 
-    with heartbeat("xkd-cache", clock=clock, wait=wait), Progress("bits per byte", 64, clock=clock):
+    monkeypatch.setattr(progress, "threading", SimpleNamespace(Event=Beats, Thread=threading.Thread))
+    with heartbeat("xkd-cache"), Progress("bits per byte", 64):
         tick(16)
         counted.set()
         assert over.wait(60)
@@ -105,9 +111,9 @@ def test_work_that_never_ticks_is_shown_by_the_heartbeat_with_what_was_counted_b
 
 def test_only_the_innermost_work_is_shown_and_the_silence_counts_over_all_of_it(clock, monkeypatch) -> None:
     screen = on_screen(monkeypatch)
-    with Progress("xkd-train", clock=clock) as whole:
+    with Progress("xkd-train") as whole:
         clock.now += 5
-        with Progress("load", clock=clock):
+        with Progress("load"):
             whole.beat()
             clock.now += 5
             tick()
@@ -121,7 +127,7 @@ def test_only_the_innermost_work_is_shown_and_the_silence_counts_over_all_of_it(
 
 def test_a_quiet_process_shows_nothing(clock, monkeypatch) -> None:
     screen = on_screen(monkeypatch)
-    with Progress("train", 10, of="steps", quiet=True, clock=clock):
+    with Progress("train", 10, of="steps", quiet=True):
         clock.now += 100
         tick()
     assert screen.getvalue() == ""

@@ -16,11 +16,11 @@ import small_cache
 from xkd_pipeline.tables import shard
 from xkd_pipeline.tables.shard import write_shard
 from xkd_schemas.cache import table as table_module
-from xkd_schemas.cache.manifest import Commit, Manifest, Plan, Unit, read_record, sealed, to_json
-from xkd_schemas.cache.table import JoinedShard, Shard, Table, names_in
-from xkd_schemas.documents import INTERVALS, flat_list
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, Unit, read_record, seal_table, to_json
+from xkd_schemas.cache.table import Shard, Table, names_in
+from xkd_schemas.documents import INTERVALS
 from xkd_schemas.errors import BadData, Mismatch, Refused, XkdError
-from xkd_schemas.ragged import Columns, batch_of
+from xkd_schemas.ragged import Columns, batch_of, flat_list
 
 SCHEMA = pa.schema(
     [
@@ -44,15 +44,15 @@ def columns(size: int, first: int = 0) -> dict[str, Any]:
     }
 
 
-def sealed_table(root: Path, sizes: tuple[int, ...] = (3, 40, 0)) -> Table:
+def sealed_table(root: Path, sizes: tuple[int, ...] = (3, 40, 0), first: int = 0) -> Table:
     """A table of these unit sizes named documents."""
     folder = root / "documents"
     folder.mkdir(parents=True)
     commits = tuple(
-        write_shard(folder, n, SCHEMA, columns(size, first=sum(sizes[:n]))) for n, size in enumerate(sizes)
+        write_shard(folder, n, SCHEMA, columns(size, first + sum(sizes[:n]))) for n, size in enumerate(sizes)
     )
     plan = Plan(table="documents", spec={}, units=tuple(Unit(source="x", first=0, rows=n) for n in sizes))
-    (folder / "manifest.json").write_bytes(to_json(sealed(plan, commits, {}, {})))
+    (folder / "manifest.json").write_bytes(to_json(seal_table(plan, commits, {}, {})))
     return Table(root, "documents")
 
 
@@ -66,7 +66,7 @@ def remanifest(root: Path, **changes: Any) -> None:
     old = read_record(path, Manifest)
     commits = tuple(c.model_copy(update={k: f(c) for k, f in changes.items()}) for c in old.commits)
     units = tuple(Unit(source="x", first=0, rows=c.rows) for c in commits)
-    path.write_bytes(to_json(sealed(Plan(table="documents", spec=old.spec, units=units), commits, {}, {})))
+    path.write_bytes(to_json(seal_table(Plan(table="documents", spec=old.spec, units=units), commits, {}, {})))
 
 
 rows_of_arrays = st.lists(st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1), st.integers(0, 9)), max_size=5))
@@ -181,7 +181,7 @@ def test_files_swapped_together_with_their_records_are_found_by_their_unit_mark(
     names = ("file", "size", "sha256", "frame_xxh3", "batches")
     remanifest(tmp_path, **{n: lambda c, n=n: getattr(swapped[c.unit], n) for n in names})
 
-    with pytest.raises(BadData, match="holds unit 1, expected 0"):
+    with pytest.raises(BadData, match="is shard 1, expected 0"):
         Table(tmp_path, "documents")[0]
 
 
@@ -310,8 +310,8 @@ def test_columns_stay_ready_for_few_record_batches_only(tmp_path: Path, monkeypa
 
 
 def test_tables_beside_each_other_hold_the_same_documents_or_are_refused(tmp_path: Path) -> None:
-    ours, theirs = sealed_table(tmp_path / "a", (4,)).shard(0), sealed_table(tmp_path / "b", (3, 4)).shard(1)
+    ours, theirs = sealed_table(tmp_path / "a", (4,)), sealed_table(tmp_path / "b", (4,), first=1)
 
-    assert JoinedShard(ours, [ours]).row(2)["doc_id"] == ours.row(2)["doc_id"]
-    with pytest.raises(BadData, match=r"record batch 0 holds other documents than .*a/documents/00000"):
-        JoinedShard(ours, [theirs]).row(2)
+    assert Table(tmp_path / "a", "documents", [ours])[2]["doc_id"] == "d2"
+    with pytest.raises(BadData, match=r"b/documents: row 0 is another document than in .*a/documents"):
+        list(Table(tmp_path / "a", "documents", [ours, theirs]))

@@ -2,16 +2,19 @@
 
 import json
 import os
+import pickle
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
 
 from xkd_schemas import console as terminal
 from xkd_schemas.console import run, say, say_json, warn
-from xkd_schemas.errors import BadData, Mismatch
+from xkd_schemas.errors import BadData, Mismatch, XkdError
 
 
 def raising(error: BaseException):
@@ -28,15 +31,23 @@ def left(capsys, app) -> tuple[object, str, str]:
     return (caught.value.code, *capsys.readouterr())
 
 
+def app_of(work) -> typer.Typer:
+    app = typer.Typer()
+    app.command()(lambda: work())
+    return app
+
+
 def test_a_users_mistake_is_one_line_on_stderr_and_its_exit_code(capsys) -> None:
     code, out, err = left(capsys, raising(BadData("x.arrow is corrupt", kept="the rest", fix="run again")))
 
     assert (code, out, err) == (65, "", "xkd-cache: x.arrow is corrupt. Kept: the rest. Next: run again\n")
 
 
-def test_memory_and_ctrl_c_have_codes_of_their_own_and_say_what_was_kept(capsys) -> None:
-    for error, expected in ((MemoryError(), 71), (KeyboardInterrupt(), 130)):
-        code, _, err = left(capsys, raising(error))
+def test_memory_and_ctrl_c_have_codes_of_their_own_and_say_what_was_kept(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["xkd-cache"])
+    stopped = raising(KeyboardInterrupt())
+    for app, expected in ((raising(MemoryError()), 71), (stopped, 130), (app_of(stopped), 130)):
+        code, _, err = left(capsys, app)
 
         assert code == expected
         assert err.count("\n") == 1
@@ -87,19 +98,6 @@ def test_a_signal_that_a_library_swallows_comes_again_and_disturbs_no_clean_up(m
     assert capsys.readouterr().err.startswith("xkd-test: interrupted. ")
 
 
-def test_ctrl_c_inside_a_typer_app_is_not_silent(capsys, monkeypatch) -> None:
-    app = typer.Typer()
-
-    @app.command()
-    def work() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["xkd-cache"])
-    code, _, err = left(capsys, app)
-
-    assert (code, err.strip().startswith("xkd-cache: interrupted. Kept: ")) == (130, True)
-
-
 def test_what_typer_refuses_is_one_line_too_and_json_where_asked(capsys, monkeypatch) -> None:
     app = typer.Typer()
 
@@ -123,25 +121,13 @@ def test_what_typer_refuses_is_one_line_too_and_json_where_asked(capsys, monkeyp
     assert (code, json.loads(out)["error"]["code"]) == (2, 2)
 
 
-def test_an_app_that_leaves_with_a_code_leaves_with_it(capsys, monkeypatch) -> None:
-    app = typer.Typer()
-
-    @app.command()
-    def work() -> None:
-        raise typer.Exit(7)
-
+def test_other_exit_codes_and_our_own_bugs_pass_through(capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["xkd-cache"])
-    assert left(capsys, app) == (7, "", "")
-
-
-def test_other_exit_codes_and_our_own_bugs_pass_through(capsys) -> None:
+    assert left(capsys, app_of(raising(typer.Exit(7)))) == (7, "", "")
     assert left(capsys, raising(SystemExit(2))) == (2, "", "")
+    assert left(capsys, lambda **_: None) == (0, "", "")
     with pytest.raises(ZeroDivisionError):
         run("xkd-cache", raising(ZeroDivisionError()))
-
-
-def test_an_app_that_returns_is_done(capsys) -> None:
-    assert left(capsys, lambda **_: None) == (0, "", "")
 
 
 def test_with_json_the_error_is_an_object_too(capsys, monkeypatch) -> None:
@@ -173,3 +159,56 @@ def test_nothing_printed_can_steer_a_terminal(capsys) -> None:
     assert as_json.isascii()
     assert json.loads(as_json) == {"x": nasty}
     assert left(capsys, raising(BadData(nasty)))[2] == "xkd-cache: a[31m b[bold].\n"
+
+
+CODES = {
+    "UsageError": 2, "BadData": 65, "InputMissing": 66, "WorkersGone": 69, "OutOfMemory": 71, "DiskFailed": 74,
+    "Busy": 75, "NonFinite": 76, "Refused": 77, "Mismatch": 78, "Interrupted": 130, "Terminated": 143,
+}  # fmt: skip
+KINDS = XkdError.__subclasses__()
+
+
+def test_every_error_has_the_exit_code_that_is_documented() -> None:
+    assert {kind.__name__: kind.exit_code for kind in KINDS} == CODES
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    assert all(f" {code} " in readme for code in CODES.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_survives_the_way_back_from_a_worker(kind: type[XkdError]) -> None:
+    error = pickle.loads(pickle.dumps(kind("x is broken", kept="y", fix="z")))
+
+    assert type(error) is kind
+    assert (error.what, error.kept, error.fix, str(error)) == (
+        "x is broken",
+        "y",
+        "z",
+        "x is broken. Kept: y. Next: z",
+    )
+
+
+def test_an_error_is_one_line_whatever_it_quotes() -> None:
+    assert str(XkdError("two\nlines.", fix="a\r\n\tb")) == "two lines. Next: a b"
+
+
+PROGRAM = "import sys; sys.path.insert(0, {folder!r}); from xkd_schemas import entry; entry.train()"
+SIGNALLED = "import os, signal\nos.kill(os.getpid(), signal.{name})\n"
+WITH_ITS_OWN_ERROR = SIGNALLED + "raise ImportError('of the C code')\n"
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(
+    ("module", "content"), [("typer", SIGNALLED), ("torch", SIGNALLED), ("torch", WITH_ITS_OWN_ERROR)]
+)
+def test_a_signal_while_modules_are_imported_ends_in_one_line(
+    tmp_path: Path, module: str, content: str, name: str, code: int
+) -> None:
+    (tmp_path / f"{module}.py").write_text(content.format(name=name))
+    argv = ["--shards", "x", "--student", "y", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(folder=str(tmp_path)), *argv],
+        capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+    assert done.stderr.startswith(f"xkd-train: {'terminated' if code == 143 else 'interrupted'}. Kept: everything")

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import four_tokenizers
-from xkd_schemas.digests import digest
+from xkd_schemas.durable_files import digest
 from xkd_schemas.errors import UsageError
 from xkd_schemas.text.tokenizers import PROBES, encode_texts, identity
 

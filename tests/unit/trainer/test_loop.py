@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import tiny_models as tiny
 from xkd_schemas.config import RunConfig, TrainSection
 from xkd_schemas.console import run as run_app
-from xkd_schemas.durable_files import held
+from xkd_schemas.durable_files import hold_lock
 from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite
 from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.data.collate import batch_of
@@ -91,7 +91,7 @@ def test_micro_batches_make_the_same_steps(tmp_path: Path, micro: int) -> None:
 
 
 def test_a_second_trainer_in_the_same_folder_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    with held(tmp_path):
+    with hold_lock(tmp_path):
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         with pytest.raises(Busy, match=rf"{tmp_path} is being written by pid \d+") as caught:
             train(run(tmp_path, steps=1), quiet=True)

@@ -17,9 +17,9 @@ from one_step import gradients, widen
 from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.cache.table import Table
+from xkd_schemas.codecs import TOTAL
 from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import BadData, UsageError
-from xkd_schemas.sampled_classes import TOTAL
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import predictors
 from xkd_trainer.data.batch import Batch

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slow_sampled import sampled_kl
 from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
-from xkd_schemas.sampled_classes import unpacked
+from xkd_schemas.codecs import unpack_classes
 from xkd_trainer.losses.baselines.rskd import head_sampled_kl
 from xkd_trainer.losses.ops import lazy_logits
 from xkd_trainer.losses.ops.divergence import Comparison
@@ -36,7 +36,7 @@ def some(positions: int = 5, classes: int = 9, k: int = 3, seed: int = 0) -> tup
 def draws_of(teacher_NV: Tensor, seed: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Drawn classes, their weights, and the entropies of a teacher with these logits."""
     random_N2 = torch.from_numpy(uniforms(np.array([seed], np.int32), len(teacher_NV)))
-    ids_Nk, weights_Nk = map(torch.from_numpy, unpacked(draw_classes(teacher_NV, random_N2, k).entries_Nk))
+    ids_Nk, weights_Nk = map(torch.from_numpy, unpack_classes(draw_classes(teacher_NV, random_N2, k).entries_Nk))
     return ids_Nk, weights_Nk, torch.distributions.Categorical(logits=teacher_NV).entropy()
 
 

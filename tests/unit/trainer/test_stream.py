@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiny_models import Tiny, tiny_cache
-from xkd_schemas.cache.manifest import Manifest, Plan, read_record, sealed, to_json
+from xkd_schemas.cache.manifest import Manifest, Plan, read_record, seal_table, to_json
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import Signal, signal_named
@@ -244,7 +244,7 @@ def reseal(cache: Path, table: str, **changed: Any) -> None:
     folder = cache / table
     manifest, plan = read_record(folder / "manifest.json", Manifest), read_record(folder / "plan.json", Plan)
     spec = {**manifest.spec, **changed}
-    made = sealed(plan.model_copy(update={"spec": spec}), manifest.commits, manifest.constants, manifest.files)
+    made = seal_table(plan.model_copy(update={"spec": spec}), manifest.commits, manifest.constants, manifest.files)
     (folder / "manifest.json").write_bytes(to_json(made))
 
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from xkd_schemas.cache.manifest import Plan, differences, read_record, refuse_differences
-from xkd_schemas.cache.table import JoinedTable, Table, check_cache, names_in
+from xkd_schemas.cache.table import Table, check_cache, names_in
 from xkd_schemas.config import TeacherSection
 from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION
 from xkd_schemas.durable_files import inside, sha256_of
@@ -48,8 +48,7 @@ class Cache:
         self.teacher_name = str(self.students.manifest.spec["teacher"])
         further = (Table(root, f"signals/{name}") for name in names_in(root, "signals"))
         self.beside = [table for table in further if table.manifest.spec["teacher"] == self.teacher_name]
-        teacher = f"teachers/{self.teacher_name}"
-        self.teachers = JoinedTable(root, teacher, self.beside) if self.beside else Table(root, teacher)
+        self.teachers = Table(root, f"teachers/{self.teacher_name}", self.beside)
         self._check_origin(student)
 
     def _check_origin(self, student: str) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from xkd_schemas.cache.table import Row
+from xkd_schemas.codecs import unpack_classes
 from xkd_schemas.errors import BadData
-from xkd_schemas.sampled_classes import unpacked
 from xkd_schemas.signals import KINDS, Signal
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.tokens import END, OK, Tokens, kept_mask, kept_rows, last_text, predictors
@@ -110,7 +110,7 @@ def _signal_array(teacher: Row, name: str, column: str) -> dict[str, Array]:
     if KINDS[name].per == "T":
         values = values[kept_rows(teacher["targets"])]
     if name == "sampled":
-        ids, weights = unpacked(values)
+        ids, weights = unpack_classes(values)
         return {_FIELDS[name]: ids, "teacher_sampled_weights_BMK": weights}
     return {_FIELDS[name]: values.astype(np.int64) if values.dtype == np.int32 else values}
 

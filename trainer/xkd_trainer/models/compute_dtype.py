@@ -10,8 +10,8 @@ from typing import Final
 
 import torch
 
+from xkd_schemas.config import AUTO, dtype_name
 from xkd_schemas.console import warn
-from xkd_schemas.dtypes import AUTO, dtype_name
 from xkd_schemas.errors import UsageError
 
 DTYPES: Final[dict[str, torch.dtype]] = {

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xkd_schemas.cache.manifest import OWN
-from xkd_schemas.digests import digest
-from xkd_schemas.durable_files import sha256_of
+from xkd_schemas.durable_files import digest, sha256_of
 from xkd_schemas.errors import BadData
 
 PROVENANCE = "xkd.json"

@@ -23,8 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xkd_schemas.cache.manifest import OWN
-from xkd_schemas.digests import digest
-from xkd_schemas.durable_files import disk_errors, own_folder, replace, save_folder, sha256_of, sync_folder
+from xkd_schemas.durable_files import digest, disk_errors, own_folder, replace, save_folder, sha256_of, sync_folder
 from xkd_schemas.tokens import END, Bools, Int32s
 from xkd_trainer.models.student_files import PROVENANCE, check_student, save_tensors, tensor_errors
 

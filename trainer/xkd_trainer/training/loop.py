@@ -21,7 +21,7 @@ from torch import Tensor
 from xkd_schemas.cache.manifest import refuse_differences
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import say, signals_noted, tell_kept, warn
-from xkd_schemas.durable_files import disk_errors, held, rename, replace
+from xkd_schemas.durable_files import disk_errors, hold_lock, rename, replace
 from xkd_schemas.errors import BadData, DiskFailed, Mismatch, NonFinite, UsageError
 from xkd_schemas.progress import Progress
 from xkd_schemas.text.encode import reading_of
@@ -88,7 +88,7 @@ def train(
     total = run.train.steps or max(1, round(run.train.epochs * order.steps_per_epoch))
     fingerprint = _fingerprint(run, ready, total)
     first = os.environ.get("RANK", "0") == "0"  # of the processes of one run
-    with held(out) if first else nullcontext():
+    with hold_lock(out) if first else nullcontext():
         if is_finished(out, fingerprint):
             return Trained(out=out, steps=total, resumed_at=total, terms={}, weights=fingerprint["weights"])
         return _Run(run, ready, order, total, fingerprint, quiet).go()

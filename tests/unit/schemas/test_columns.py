@@ -1,0 +1,151 @@
+"""Documents, spans, signals and columns; a cache on somebody's disk is read by those that were released."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xkd_schemas.documents import DOCUMENTS_READ, Segment, Spans, checked_spans, document_of, documents_schema
+from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.signals import KINDS, TEACHERS_VERSION, Signal, signal_named, teacher_schema
+from xkd_schemas.tokens import STUDENTS, STUDENTS_VERSION, TOKEN_FIELDS, kept_rows, predictors
+
+PARTS = [("prompt", "Who lit it? ", False), ("response", "The keeper.", True)]
+
+
+def test_segments_are_adjacent_and_cover_the_joined_text() -> None:
+    document = document_of([*PARTS, ("response", "", True)], source="a.jsonl", line=7)
+
+    assert document.text == "Who lit it? The keeper."
+    assert document.segments == (
+        Segment(role="prompt", start=0, end=12, target=False),
+        Segment(role="response", start=12, end=23, target=True),
+    )
+
+
+def test_the_id_depends_on_text_and_segments_and_not_on_the_place() -> None:
+    here = document_of(PARTS, source="a", line=1)
+
+    assert here.doc_id == document_of(PARTS, source="b", line=2).doc_id == "f723fe869dcc27d5"
+    others = [
+        [("prompt", "Who lit it?", False), ("response", " The keeper.", True)],
+        [("user", "Who lit it? ", False), ("response", "The keeper.", True)],
+        [("prompt", "Who lit it? ", True), ("response", "The keeper.", True)],
+        [("prompt", "Who lit it? ", False), ("response", "The keeper!", True)],
+    ]
+    assert len({here.doc_id, *(document_of(parts, source="a", line=1).doc_id for parts in others)}) == 5
+
+
+@pytest.mark.parametrize("place", [(-1, 3), (5, 5), (6, 5), (20, 24)])
+@pytest.mark.parametrize("kind", ["word", "phrase"])
+def test_a_span_outside_the_text_names_the_row(place: tuple[int, int], kind: str) -> None:
+    words, phrases = ((place,), ()) if kind == "word" else ((), (place,))
+    spans = Spans(words=words, phrases=phrases, labels=("NP",) * len(phrases))
+
+    with pytest.raises(BadData, match=rf"a:7: {kind} \[{place[0]}, {place[1]}\) is not inside the text of 23 char"):
+        checked_spans(document_of(PARTS, source="a", line=7), spans)
+
+
+def test_a_phrase_across_a_segment_border_is_refused_and_one_at_the_border_is_not() -> None:
+    document = document_of(PARTS, source="a", line=7)
+    fitting = Spans(words=((0, 3), (12, 15)), phrases=((8, 12), (12, 23)), labels=("NP", "NP"))
+
+    assert checked_spans(document, fitting) is fitting
+    with pytest.raises(BadData, match=r"phrase \[8, 15\) crosses a segment border"):
+        checked_spans(document, Spans(words=(), phrases=((8, 15),), labels=("NP",)))
+
+
+@given(st.lists(st.booleans(), max_size=30))
+def test_states_are_kept_where_the_token_or_the_next_one_is_a_target(targets: list[bool]) -> None:
+    targets_T = np.array(targets, np.bool_)
+
+    following = [*targets[1:], False]
+    assert kept_rows(targets_T).tolist() == [t for t, here in enumerate(targets) if here or following[t]]
+    assert predictors(targets_T).tolist() == [t - 1 for t, here in enumerate(targets) if here and t > 0]
+    assert set(predictors(targets_T)) <= set(kept_rows(targets_T))
+
+
+signals = st.sampled_from(sorted(KINDS)).flatmap(
+    lambda name: st.builds(
+        Signal,
+        st.just(name),
+        st.integers(0, 200) if KINDS[name].layer else st.none(),
+        st.sampled_from(("word", "phrase")) if KINDS[name].unit else st.none(),
+        st.integers(1, 10**6) if KINDS[name].top else st.none(),
+    )
+)
+
+
+@given(signals)
+def test_a_column_name_says_the_whole_signal(signal: Signal) -> None:
+    assert signal_named(signal.column) == signal
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        "", "hidden", "hidden_last@3", "centrality", "centrality@", "centrality@x", "centrality@-1", "span_mass@3",
+        "span_mass:word", "span_mass@3:token", "entropy:word", "entropy@1", " entropy", "entropy\n",
+        "span_mass@3:word:word", "topk_ids", "topk_ids#", "topk_ids#0", "topk_ids#x", "entropy#4", "topk_ids@3#4",
+    ],
+)  # fmt: skip
+def test_a_name_that_is_no_signal_is_refused_and_the_known_ones_listed(column: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"is not known. Next: use one of: hidden_last, .*span_mass@LAYER:word\|:phrase"
+    ):
+        signal_named(column)
+
+
+def test_the_columns_are_the_tokens_and_then_the_signals_once_each_in_sorted_order() -> None:
+    wanted = [Signal("span_mass", 10, "word"), Signal("entropy"), Signal("span_mass", 9, "word"), Signal("entropy")]
+
+    names = teacher_schema(wanted, 8).names
+
+    assert names == [f.name for f in TOKEN_FIELDS] + ["entropy", "span_mass@10:word", "span_mass@9:word"]
+
+
+def test_a_wide_signal_is_as_wide_as_the_teacher_and_says_how_it_is_coded() -> None:
+    schema = teacher_schema([Signal("hidden_last"), Signal("span_geometry", 2, "word")], 576)
+    hidden, geometry = schema.field("hidden_last"), schema.field("span_geometry@2:word")
+
+    assert (hidden.type.value_type.list_size, hidden.type.value_type.value_type) == (576, pa.uint16())
+    assert hidden.metadata == {b"codec": b"bf16", b"per": b"R"}
+    assert geometry.type.value_type == pa.float16()
+    assert geometry.metadata == {b"codec": b"float16", b"per": b"K(K-1)/2"}
+
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+EVERY = [
+    Signal(name, 3 if k.layer else None, "word" if k.unit else None, 4 if k.top else None) for name, k in KINDS.items()
+]
+SCHEMAS = {
+    **{f"documents_v{version}": documents_schema(version) for version in DOCUMENTS_READ},
+    f"students_v{STUDENTS_VERSION}": STUDENTS,
+    f"teachers_v{TEACHERS_VERSION}": teacher_schema(EVERY, 8),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_is_the_one_that_was_released(name: str) -> None:
+    """If this fails you changed the format: bump the table's VERSION and add tests/golden/TABLE_vN.txt."""
+    text = SCHEMAS[name].to_string(truncate_metadata=False, show_field_metadata=True) + "\n"
+
+    assert text == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8"), (
+        f"the {name.split('_')[0]} schema is no longer version {name[-1]}: bump its VERSION and add a golden file"
+    )
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_no_column_can_be_null_and_every_list_has_64_bit_offsets(name: str) -> None:
+    def inner(kind: pa.DataType) -> list[pa.Field]:
+        return [kind.field(n) for n in range(kind.num_fields)]
+
+    fields = list(SCHEMAS[name])
+    while fields:
+        field = fields.pop()
+        assert not field.nullable, field
+        assert not pa.types.is_list(field.type), field
+        fields += inner(field.type)
