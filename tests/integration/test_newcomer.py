@@ -103,7 +103,7 @@ def test_a_loss_is_one_file_and_its_import_and_name_in_the_registry(tmp_path: Pa
     before = (losses / "registry.py").read_text()
     named = before.replace("(CE, KL,", "(CE, SURENESS, KL,", 1)
     line = "from xkd_trainer.losses.baselines.sureness import SURENESS\n"
-    after = named.replace("from xkd_trainer.losses.ce ", f"{line}from xkd_trainer.losses.ce ", 1)
+    after = named.replace("from xkd_trainer.losses.declaration", f"{line}from xkd_trainer.losses.declaration", 1)
     assert after.count("SURENESS") == before.count("SURENESS") + 2
     (losses / "registry.py").write_text(after)
     run = run_of(tmp_path)
