@@ -119,6 +119,7 @@ def student_weights(
 
     Two tokens of equal entropy, gates 0.9 and 0.3; gate_before shares out 2 in that ratio.
 
+    >>> import torch
     >>> entropy, gate, valid = torch.ones(1, 2), torch.tensor([[0.9, 0.3]]), torch.ones(1, 2, dtype=torch.bool)
     >>> student_weights(entropy, gate, valid, "gate_before"), student_weights(entropy, gate, valid, "gate_after")
     (tensor([[1.5000, 0.5000]]), tensor([[0.9000, 0.3000]]))
@@ -134,6 +135,7 @@ def teacher_weights(entropy_BM: Tensor, vocab_size: int, valid_BM: Tensor) -> Te
     H is the teacher's entropy in nats at temperature 1. Without gradient, 0 at invalid tokens; all 0 in a document
     whose every token is uniform. One sure token and one uniform one over two classes:
 
+    >>> import torch
     >>> teacher_weights(torch.tensor([[0.0, 0.6931472]]), 2, torch.ones(1, 2, dtype=torch.bool))
     tensor([[2., 0.]])
     """
@@ -182,6 +184,7 @@ def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, 
 
     One token each and orthogonal: cost 1 across, 0 within.
 
+    >>> import torch
     >>> x, y, one = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]), torch.tensor([1])
     >>> sequence_term(x, y, None, one, one, gamma=2.0, divergence=True)
     LossTerm(total=tensor(1.), count=tensor(1.))
