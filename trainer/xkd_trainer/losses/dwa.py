@@ -91,11 +91,7 @@ class DwaSettings(DualSpaceSettings):
 
     @staticmethod
     def share(step: int, warmup: int) -> float:
-        """How much of a warm-up's weight an optimiser step has, counted from 0: above 0 and at most 1, as in the code.
-
-        >>> [DwaSettings.share(step, 4) for step in (0, 1, 3, 9)], DwaSettings.share(0, 0)
-        ([0.25, 0.5, 1.0, 1.0], 1.0)
-        """
+        """How much of a warm-up's weight a step has, counted from 0: above 0 and at most 1, as in the code."""
         return min((step + 1) / warmup, 1.0) if warmup else 1.0
 
     def gamma_at(self, step: int) -> float:

@@ -167,9 +167,6 @@ def sequence_distance(
     """<P, W> between the positions of a document, summed; the count is the number of documents with a pair.
 
     P is blurred by epsilon, so this is not 0 where both sequences are equal, unless there is one position.
-
-    >>> sequence_distance(torch.zeros(1, 1, 2), torch.tensor([[[9.0, -9.0]]]), torch.tensor([[True]]), 0.1, 10)
-    LossTerm(total=tensor(0.9998), count=tensor(1.))
     """
     cost_BPP = torch.cdist((student_BPk / 2).softmax(-1), (teacher_BPk / 2).softmax(-1), p=1.0)
     both_BPP = valid_BP[:, :, None] & valid_BP[:, None, :]
