@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from xkd_pipeline.capture.stage import make_teacher
 from xkd_pipeline.stages import align_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.signals import Signal
+from xkd_schemas.tokens import kept_rows, predictors
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.ops.term import LossTerm
@@ -74,7 +77,7 @@ def ready(
     return made, batch_of(made.cache, ROWS, made.wanted)
 
 
-def every_term_of(distiller: Distiller, batch: Batch) -> dict[str, LossTerm]:
+def every_term_of(distiller: Distiller, batch: Batch, step: int = 0) -> dict[str, LossTerm]:
     """The terms of all losses, named LOSS.TERM."""
     found: dict[str, LossTerm] = {}
 
@@ -86,16 +89,16 @@ def every_term_of(distiller: Distiller, batch: Batch) -> dict[str, LossTerm]:
         for name, module in distiller.losses.items()
     ]
     ones: Mapping[str, Tensor] = {name: torch.ones(()) for name in distiller.counts(batch)}
-    distiller(batch, ones, 0)
+    distiller(batch, ones, step)
     for handle in handles:
         handle.remove()
     return found
 
 
-def terms_of(distiller: Distiller, batch: Batch) -> dict[str, LossTerm]:
+def terms_of(distiller: Distiller, batch: Batch, step: int = 0) -> dict[str, LossTerm]:
     """The terms of the only loss."""
     (loss,) = distiller.losses
-    return {name.removeprefix(f"{loss}."): term for name, term in every_term_of(distiller, batch).items()}
+    return {name.removeprefix(f"{loss}."): term for name, term in every_term_of(distiller, batch, step).items()}
 
 
 def means(made: Ready, batch: Batch) -> dict[str, float]:
@@ -114,6 +117,42 @@ def states_of(made: Ready, row: int) -> list[Tensor]:
     ids = torch.tensor([made.cache.students[row]["token_ids"].tolist()])
     out = made.distiller.student(input_ids=ids, output_hidden_states=True)
     return [states[0] for states in out.hidden_states]
+
+
+@torch.no_grad()
+def logits_of(made: Ready, row: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Logits of both models at their predictions of one document, float64 [N, V] and [M, W], and the N targets."""
+    student, teacher = made.cache.students[row], made.cache.teachers[row]
+    places, head = predictors(student["targets"]), made.distiller.student.get_output_embeddings().weight
+    rows = np.searchsorted(kept_rows(teacher["targets"]), predictors(teacher["targets"]))
+    own, theirs = states_of(made, row)[-1][places], numbers(teacher["hidden_last"])[rows]
+    targets = student["token_ids"][places + 1].tolist()
+    return own.double() @ head.double().T, theirs.double() @ made.cache.head().weight_VD.double().T, targets
+
+
+class Alone:
+    """One document: both models' tokens, states and embeddings at its predictions, unpadded, as lists."""
+
+    def __init__(self, made: Ready, row: int) -> None:
+        student, teacher = self.student, self.teacher = made.cache.students[row], made.cache.teachers[row]
+        ids, t_ids = student["token_ids"], teacher["token_ids"]
+        at, t_at = predictors(student["targets"]), predictors(teacher["targets"])
+        self.at, self.t_at = at.tolist(), t_at.tolist()
+        model, rows = made.distiller.student, np.searchsorted(kept_rows(teacher["targets"]), t_at)
+        self.states = states_of(made, row)[-1][at].tolist()
+        self.hidden = numbers(teacher["hidden_last"])[rows].tolist()
+        self.targets = ids[at + 1].tolist()
+        own, theirs = model.get_input_embeddings().weight.detach(), made.cache.embeddings().float()
+        self.s_in, self.s_out = (own[ids[at + k]].tolist() for k in (0, 1))
+        self.t_in, self.t_out = (theirs[t_ids[t_at + k]].tolist() for k in (0, 1))
+        self.head = model.get_output_embeddings().weight.detach().tolist()
+        self.wide = made.cache.head().weight_VD.float().tolist()
+
+
+def assert_term(found: LossTerm, total: float, count: float, rel: float = 2e-4) -> None:
+    """A term as the loops have it."""
+    assert float(found.total.detach()) == pytest.approx(total, rel=rel, abs=1e-6)
+    assert float(found.count) == pytest.approx(count, rel=1e-5)
 
 
 def only(batch: Batch, place: int) -> Batch:

@@ -6,6 +6,8 @@ Positions count from 1 in the comments, as in the papers, and from 0 in the code
 import math
 from collections.abc import Iterator, Sequence
 
+from slow_losses import cosine, softmax
+
 Matrix = Sequence[Sequence[float]]
 Row = Sequence[float]
 
@@ -65,12 +67,6 @@ def soft_dtw(cost: Matrix, gamma: float) -> tuple[float, list[list[float]]]:
     return r[rows][columns], [row[1:-1] for row in e[1:-1]]
 
 
-def cosine(x: Row, y: Row) -> float:
-    """Cosine; 0 where a vector is zero."""
-    lengths = math.sqrt(sum(a * a for a in x)) * math.sqrt(sum(b * b for b in y))
-    return sum(a * b for a, b in zip(x, y, strict=True)) / lengths if lengths else 0.0
-
-
 def cosine_cost(x: Matrix, y: Matrix) -> list[list[float]]:
     """1 - cos of every pair."""
     return [[1.0 - cosine(a, b) for b in y] for a in x]
@@ -87,27 +83,9 @@ def band(attention: Matrix, width: float, beta: float, mix: float, penalty: floa
     return out
 
 
-def softmax(row: Row) -> list[float]:
-    """exp over sum of exp."""
-    most = max(row)
-    parts = [math.exp(x - most) for x in row]
-    return [part / sum(parts) for part in parts]
-
-
 def entropy(logits: Row) -> float:
     """Nats, at temperature 1."""
     return -sum(p * math.log(p) for p in softmax(logits) if p > 0)
-
-
-def forward_kl(teacher: Row, student: Row, temperature: float) -> float:
-    """KL(teacher || student) of softened logits."""
-    p, q = (softmax([x / temperature for x in logits]) for logits in (teacher, student))
-    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-
-
-def cross_entropy(logits: Row, target: int) -> float:
-    """-log p(target)."""
-    return -math.log(softmax(logits)[target])
 
 
 def student_weights(entropies: Row, gates: Row, order: str) -> list[float]:
@@ -125,9 +103,3 @@ def teacher_weights(entropies: Row, vocab_size: int) -> list[float]:
     """Eq. 14 for one document."""
     raw = [min(1.0, max(0.0, 1.0 - h / math.log(vocab_size))) for h in entropies]
     return [x * len(raw) / sum(raw) for x in raw] if sum(raw) else [0.0] * len(raw)
-
-
-def attention(query: Matrix, key: Matrix) -> list[list[float]]:
-    """softmax over keys of Q K^T / sqrt(width)."""
-    scale = math.sqrt(len(query[0]))
-    return [softmax([sum(a * b for a, b in zip(q, k, strict=True)) / scale for k in key]) for q in query]

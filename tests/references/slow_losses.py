@@ -227,18 +227,19 @@ def divergence(
     q, p = softmax([x / tau for x in student]), softmax([x / tau for x in teacher])
     pairs = list(zip(p, q, strict=True))
     middle = [share * a + (1 - share) * b for a, b in pairs]
-    tail = tail_share(p, q, alpha)
+    if kind == "adaptive_kl":
+        tail = tail_share(p, q, alpha)
+        return (1 - tail) * kl(p, q) + tail * kl(q, p)
     return {
-        "forward_kl": kl(p, q),
-        "reverse_kl": kl(q, p),
-        "js": share * kl(p, middle) + (1 - share) * kl(q, middle),
-        "tvd": sum(abs(a - b) for a, b in pairs) / 2,
-        "ab": ab(p, q, 0.2, 0.7),
-        "csd": csd(p, q),
-        "skewed_forward_kl": kl(p, [skew * a + (1 - skew) * b for a, b in zip(p, q, strict=True)]),
-        "skewed_reverse_kl": kl(q, [(1 - skew) * a + skew * b for a, b in zip(p, q, strict=True)]),
-        "adaptive_kl": (1 - tail) * kl(p, q) + tail * kl(q, p),
-    }[kind]
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "js": lambda: share * kl(p, middle) + (1 - share) * kl(q, middle),
+        "tvd": lambda: sum(abs(a - b) for a, b in pairs) / 2,
+        "ab": lambda: ab(p, q, 0.2, 0.7),
+        "csd": lambda: csd(p, q),
+        "skewed_forward_kl": lambda: kl(p, [skew * a + (1 - skew) * b for a, b in pairs]),
+        "skewed_reverse_kl": lambda: kl(q, [(1 - skew) * a + skew * b for a, b in pairs]),
+    }[kind]()
 
 
 def cross_entropy(logits: Sequence[Vector], targets: Sequence[int], valid: Sequence[bool]) -> tuple[float, float]:

@@ -22,7 +22,8 @@ from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.mta import dsa, span_weights
+from xkd_trainer.losses.mta import dsa
+from xkd_trainer.losses.pairing import share_out
 from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.measures import cosine_matrix, unpack_triangle
 
@@ -66,7 +67,7 @@ def test_a_student_without_some_spans_compares_the_rows_and_columns_of_the_other
 
     def run(teacher_KK: Tensor, spans: list[int], valid_K: Tensor) -> tuple[Tensor, Tensor]:
         own_KD = student_KD[spans].clone().requires_grad_()
-        weights_1K = span_weights(omega_K[spans][None], valid_K[None])
+        weights_1K = share_out(omega_K[spans][None], valid_K[None])
         found = dsa(cosine_matrix(own_KD[None]), teacher_KK[None], weights_1K, valid_K[None])
         (found.total / found.count).backward()
         assert own_KD.grad is not None

@@ -1,20 +1,26 @@
-"""What holds for every loss: counts, padding, micro-batches, blank batches, what learns, and settings that matter."""
+"""What holds for every loss: counts, padding, micro-batches, blank batches, states that say nothing, states of the
+prompt, what learns, what one tokenizer means, and settings that matter."""
 
 import functools
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import one_tokenizer as one
-from one_step import assert_padding_and_cuts_change_nothing, gradients
+from one_step import assert_padding_and_cuts_change_nothing, gradients, widen
 from poison import poisoned
-from xkd_schemas.errors import UsageError
-from xkd_trainer.data.batch import blank
+from xkd_schemas.errors import BadData, UsageError
+from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import describe_loss
 from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.models.forward import run
+from xkd_trainer.training import distiller as distiller_module
 from xkd_trainer.training.distiller import Distiller
 
 SAME: dict[str, Any] = {"table": one.SAME}
@@ -29,7 +35,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mta", {**SAME, "hid": "token", "span_weights": "entropy"}),
     ("mta", {**SAME, "hid": "token", "span_weights": "uniform", "spans_over": "response"}),
     ("mta", {**SAME, "student_pooling": "teacher", "word_spans": "in_phrases"}),
-    ("mta", {"dsa_vectors": "projected", "student_pooling": "uniform"}),
+    ("mta", {"dsa_vectors": "projected", "student_pooling": "uniform", "spans_over": "response"}),
     ("sra", {}),
     ("sra", {"layers": [2, 3], "beta": [1, 2, 5], "spans": "phrase"}),
     ("sra", {"layers": [1, 4], "student_layers": [3], "weights": "centrality"}),
@@ -102,6 +108,145 @@ def test_losses_together_have_the_gradient_of_each_alone() -> None:
     for key, g in together.items():
         scale = max(1.0, float(g.abs().max()))
         torch.testing.assert_close(alone[key] / scale, g / scale, rtol=1e-4, atol=1e-5, msg=key)
+
+
+# States that say nothing, and states of the prompt
+
+Change = Callable[[Tensor], Tensor]
+AS_IT_IS: Change = lambda x: x  # noqa: E731
+ZERO: Change = lambda x: x * 0.0  # noqa: E731
+ALIKE: Change = lambda x: x * 0.0 + x.detach()[:1, :1]  # noqa: E731
+STUDENT = ("last_BLD", "layers")
+OF_TOKENS = ("hidden_BTD", "attention_BT", "attention_text_BT", "centrality_BT")
+
+
+def changed(one: Any, change: Change, *names: str) -> Any:
+    """The dataclass with some fields changed: tensors, dictionaries of them, or None."""
+
+    def apply(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: change(tensor) for key, tensor in value.items()}
+        return None if value is None else change(value)
+
+    return replace(one, **{name: apply(getattr(one, name)) for name in names})
+
+
+def change_student(monkeypatch: pytest.MonkeyPatch, change: Change, *names: str) -> None:
+    monkeypatch.setattr(distiller_module, "run", lambda *args, **named: changed(run(*args, **named), change, *names))
+
+
+def change_teacher(batch: Batch, change: Change) -> Batch:
+    """States, span vectors, attention, masses and entropies; ranges and masks as they are."""
+    levels = tuple(changed(level, change, "vectors_BUD", "mass_BU", "cosines_BUU") for level in batch.levels)
+    states = tuple(changed(kept, change, *OF_TOKENS) for kept in batch.token_states)
+    batch = changed(batch, change, "teacher_hidden_BRD", "teacher_attention_BR", "teacher_entropy_BM")
+    return replace(batch, levels=levels, token_states=states)
+
+
+def fewer(batch: Batch) -> Batch:
+    """Nothing to compare in the first document, and one prediction, span, pair, word and phrase in the others."""
+
+    def cut(valid: Tensor) -> Tensor:
+        found = valid & (valid.cumsum(-1) == 1)
+        found[0] = False
+        return found
+
+    levels = tuple(changed(level, cut, "valid_BU") for level in batch.levels)
+    names = ("predict_valid_BN", "teacher_predict_valid_BM", "span_valid_BK", "pair_valid_BE")
+    return replace(changed(batch, cut, *names), levels=levels)
+
+
+@pytest.mark.parametrize(("loss", "settings"), CASES)
+def test_states_that_say_nothing_have_a_finite_loss_and_gradient(
+    loss: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, batch = ready(loss, **settings)
+    students = (AS_IT_IS, ZERO, ALIKE, lambda x: x * 1e-20, lambda x: x * 1e4)
+    pairs = [(student, AS_IT_IS) for student in students]
+    pairs += [(student, teacher) for student in students[:2] for teacher in (ZERO, ALIKE)]
+
+    for student, teacher in pairs:
+        change_student(monkeypatch, student, *STUDENT)
+        for given in (batch, fewer(batch)):
+            given = change_teacher(given, teacher)
+            total, slopes = gradients(made.distiller, [given], made.distiller.counts(given))
+            assert math.isfinite(total)
+            assert all(slope.isfinite().all() for slope in slopes.values())
+
+
+def step_with(monkeypatch: pytest.MonkeyPatch, loss: str, settings: dict[str, Any], value: float) -> Any:
+    """Loss and gradients of one step with `value` in all states and weights outside the response, in both models."""
+    made, batch = ready(loss, **settings | {"table": one.FRAMED})
+    keep_BS = torch.zeros_like(batch.student_ids_BS)
+    for ahead in (0, 1):  # tokens that predict a target, and targets
+        place_BN = (batch.predict_BN + ahead).clamp_max(keep_BS.shape[1] - 1)
+        keep_BS = keep_BS.scatter_add(1, place_BN, batch.predict_valid_BN.long())
+    assert (batch.student_valid_BS & (keep_BS == 0)).sum() > (keep_BS > 0).sum()
+
+    def fill(keep_BL: Tensor) -> Change:
+        return lambda x: torch.where((keep_BL > 0).reshape(*keep_BL.shape, *[1] * (x.ndim - 2)), x, value)
+
+    change_student(monkeypatch, fill(keep_BS), *STUDENT, "attention_BL", "attention_layers", "text_layers")
+    if batch.teacher_kept_BR is not None:
+        zeros_BT, valid_BR = torch.zeros_like(batch.teacher_ids_BT), batch.teacher_valid_BR.long()
+        outside = fill(zeros_BT.scatter_add(1, batch.teacher_kept_BR, valid_BR))
+        batch = replace(batch, token_states=tuple(changed(kept, outside, *OF_TOKENS) for kept in batch.token_states))
+    return gradients(made.distiller, [batch], made.distiller.counts(batch))
+
+
+def reads_the_response_alone(loss: str, settings: dict[str, Any]) -> bool:
+    """Centrality is of all tokens of a document, and spans lie in the prompt too."""
+    if loss == "mta":
+        return settings.get("spans_over") == "response" and settings.get("student_pooling") == "uniform"
+    return settings.get("weights") != "centrality"
+
+
+@pytest.mark.parametrize(("loss", "settings"), [case for case in CASES if reads_the_response_alone(*case)])
+def test_prompt_and_template_change_no_bit_of_loss_or_gradient(
+    loss: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (total, slopes), (other, others) = (step_with(monkeypatch, loss, settings, value) for value in (3.0, -2.0))
+
+    assert total == other != 0
+    assert any(slope.any() for slope in slopes.values())
+    for name, slope in slopes.items():
+        assert torch.equal(slope, others[name]), name
+
+
+def test_it_would_be_seen_where_a_loss_reads_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    (total, _), (other, _) = (step_with(monkeypatch, "mta", {}, value) for value in (3.0, -2.0))
+
+    assert total != other
+
+
+# One tokenizer
+
+ONE_TOKENIZER = [loss for loss in LOSSES if LOSSES[loss].one_tokenizer]
+
+
+@pytest.mark.parametrize("loss", ONE_TOKENIZER)
+def test_another_tokenizer_and_responses_of_other_length_are_refused(loss: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"^loss {loss} needs one tokenizer .*vocabulary and probe .* differ"
+    ) as caught:
+        ready(loss)
+    assert "Next: use dskd_cma or dskd_v2" in str(caught.value)
+    made, batch = ready(loss, **SAME)
+    with pytest.raises(BadData, match=rf"loss {loss}: one of the rows 3, 19, 0, 11 has responses of different length"):
+        made.distiller.counts(replace(batch, teacher_predict_valid_BM=~batch.teacher_predict_valid_BM))
+
+
+@pytest.mark.parametrize(("loss", "settings"), [("kl", {}), ("kl", {"divergence": "csd"}), ("rskd", {}), ("fdd", {})])
+@torch.no_grad()
+def test_rows_of_a_head_beyond_the_tokenizer_take_no_part(loss: str, settings: dict[str, Any]) -> None:
+    made, batch = ready(loss, **SAME, **settings)
+    before = one.means(made, batch)
+
+    widen(made.distiller.student.lm_head, "weight")
+    assert one.means(made, batch) == pytest.approx(before, rel=1e-5)
+    if loss != "rskd":
+        widen(made.distiller.losses[loss].head, "weight_VD")
+        assert one.means(made, batch) == pytest.approx(before, rel=1e-5)
 
 
 # What learns

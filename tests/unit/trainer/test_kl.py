@@ -1,110 +1,46 @@
-"""The same-vocabulary divergences: loops over single documents, a teacher as its own student, and refusals."""
+"""ce, kl and rskd: loops over single documents, and what the drawn classes stand for."""
 
-import functools
 import math
-import shutil
-import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import slow_losses
-import small_cache
-from one_step import widen
-from slow_losses import tail_share
-from xkd_pipeline.stages import align_stage
-from xkd_schemas.errors import BadData, UsageError
-from xkd_trainer.data.batch import Batch
+import one_tokenizer as one
+import slow_losses as slow
+import tiny_models as tiny
+from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
+from xkd_schemas.cache.table import Table
+from xkd_schemas.codecs import TOTAL
+from xkd_schemas.errors import BadData
+from xkd_schemas.signals import Signal
+from xkd_schemas.tokens import predictors
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.declaration import StudentPass
 from xkd_trainer.losses.ops.divergence import DIVERGENCES
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
-from xkd_trainer.losses.ops.term import LossTerm
-from xkd_trainer.models.architecture import head_of
-from xkd_trainer.models.forward import run
-from xkd_trainer.training.prepare import Ready, set_up
 
-ROWS = (0, 5, 2)
-
-
-@functools.cache
-def cache() -> Path:
-    """The small cache with a student table of the teacher's own tokenizer and template."""
-    made = small_cache.made()
-    folder = Path(shutil.copytree(made / "cache", Path(tempfile.mkdtemp(prefix="xkd-kl-")) / "cache"))
-    student = {"tokenizer": str(made / "teacher"), "name": "same", "template": "chat"}
-    align_stage(small_cache.run_file(folder, student=student, teacher={"name": "T"}), small_cache.IN_PROCESS)
-    return folder
-
-
-@functools.cache
-def other_student() -> Path:
-    """Another Llama of the same shape and tokenizer."""
-    return small_cache.llama(Path(tempfile.mkdtemp(prefix="xkd-kl-student-")), seed=7)
-
-
-def ready(student: Path, table: str = "same", **settings: Any) -> Ready:
-    train = {"loss": "kl", "out": "unused"}
-    run_file = small_cache.run_file(
-        cache(), student={"model": str(student), "name": table}, train=train, **{"losses.kl": settings}
-    )
-    return set_up(run_file, table)
-
-
-def term_of(made: Ready, batch: Batch) -> LossTerm:
-    """The loss's one term, of the student's own states."""
-    student = made.distiller.student
-    states = run(student, batch.student_ids_BS, batch.student_valid_BS)
-    passed = StudentPass(batch, states, head_of(student), student.get_input_embeddings().weight)
-    return made.distiller.loss("kl")(batch, passed, 0)["kl"]
-
-
-def slow(kind: str, p: Sequence[float], q: Sequence[float]) -> float:
-    """Plain sums over classes of probabilities p (teacher) and q (student)."""
-    kl = lambda a, b: math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)  # noqa: E731
-    mixed = lambda share: [share * x + (1 - share) * y for x, y in zip(p, q, strict=True)]  # noqa: E731
-    return {
-        "forward_kl": lambda: kl(p, q),
-        "reverse_kl": lambda: kl(q, p),
-        "js": lambda: 0.5 * kl(p, mixed(0.5)) + 0.5 * kl(q, mixed(0.5)),
-        "skewed_forward_kl": lambda: kl(p, mixed(0.1)),
-        "skewed_reverse_kl": lambda: kl(q, mixed(0.9)),
-        "tvd": lambda: math.fsum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2,
-        "ab": lambda: slow_losses.ab(p, q, 0.2, 0.7),
-        "csd": lambda: slow_losses.csd(p, q),
-        "adaptive_kl": lambda: (1 - tail_share(p, q, 0.5)) * kl(p, q) + tail_share(p, q, 0.5) * kl(q, p),
-    }[kind]()
+COLUMN = "sampled#7"
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
-@torch.no_grad()
-def test_the_term_is_the_loops_over_single_documents(kind: str) -> None:
-    made = ready(other_student(), divergence=kind, temperature=2.0)
-    model = AutoModelForCausalLM.from_pretrained(other_student())
-    head = made.cache.head().weight_VD.double()
-    total, count = 0.0, 0
-    for row in ROWS:
-        teacher, student = made.cache.teachers[row], made.cache.students[row]
-        logits = model(torch.tensor([student["token_ids"].tolist()])).logits[0].double()
-        kept = [
-            t
-            for t, _ in enumerate(teacher["targets"])
-            if teacher["targets"][t] or teacher["targets"][t + 1 : t + 2].any()
-        ]
-        states = (torch.from_numpy(teacher["hidden_last"].astype("int32")) << 16).view(torch.float32).double()
-        for t in (t for t in range(len(teacher["targets"]) - 1) if teacher["targets"][t + 1]):
-            p = (head @ states[kept.index(t)] / 2).softmax(-1).tolist()
-            total += slow(kind, p, (logits[t] / 2).softmax(-1).tolist())
-            count += 1
+def test_kl_is_the_loops_over_predictions_of_single_documents(kind: str) -> None:
+    made, batch = one.ready("kl", ce=1.0, divergence=kind, temperature=2.0)
+    classes = len(tiny.tokenizer_of(tiny.TEACHER_TOKENIZER))
+    kl = ce = count = 0.0
+    for row in one.ROWS:
+        own, theirs, targets = one.logits_of(made, row)
+        both = zip(own[:, :classes].tolist(), theirs[:, :classes].tolist(), strict=True)
+        kl += sum(slow.divergence(q, p, kind, 2.0, 0.1, 0.5) for q, p in both)
+        ce += slow.cross_entropy(own.tolist(), targets, [True] * len(targets))[0]
+        count += len(targets)
 
-    found = term_of(made, batch_of(made.cache, ROWS, made.wanted))
-    assert float(found.total) == pytest.approx(total, rel=1e-4)
-    assert int(found.count) == count > 10
+    found = one.every_term_of(made.distiller, batch)
+
+    one.assert_term(found["kl.kl"], kl, count)
+    one.assert_term(found["ce.ce"], ce, count)
 
 
 def test_classes_beyond_the_tokenizer_take_no_part() -> None:
@@ -113,26 +49,63 @@ def test_classes_beyond_the_tokenizer_take_no_part() -> None:
     assert torch.equal(cut.dense(), (hidden @ weight.T + torch.arange(9.0))[:, :6])
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "csd"])
+# Drawn classes
+
+
+def test_rskd_is_the_loops_over_drawn_classes_of_single_documents() -> None:
+    made, batch = one.ready("rskd")
+    total, count = 0.0, 0
+    for row in one.ROWS:
+        teacher = made.cache.teachers[row]
+        log_q = one.logits_of(made, row)[0].log_softmax(-1).tolist()
+        for n, entries in enumerate(teacher[COLUMN].tolist()):
+            shares = [divmod(entry, TOTAL + 1) for entry in entries]
+            assert sum(share for _, share in shares) == TOTAL
+            total += math.fsum(-share / TOTAL * log_q[n][place] for place, share in shares)
+            total -= float(teacher["entropy"][n])
+            count += 1
+
+    one.assert_term(one.terms_of(made.distiller, batch)["sampled_kl"], total, count)
+
+
 @torch.no_grad()
-def test_nor_do_they_in_the_loss_whichever_head_has_them(kind: str) -> None:
-    made = ready(other_student(), divergence=kind)
-    batch = batch_of(made.cache, ROWS, made.wanted)
-    before = float(term_of(made, batch).total)
+def test_what_is_stored_is_what_is_drawn_from_the_live_teacher() -> None:
+    made, batch = one.ready("rskd")
+    teacher = AutoModelForCausalLM.from_pretrained(tiny.tiny_cache().teacher)
+    ids, weights = batch.teacher_sampled_ids_BMK.clone(), batch.teacher_sampled_weights_BMK.clone()
+    for place, row in enumerate(one.ROWS):
+        stored = made.cache.teachers[row]
+        where = torch.from_numpy(predictors(stored["targets"]))
+        logits = teacher(torch.tensor([stored["token_ids"].tolist()])).logits[0, where]
+        random = torch.from_numpy(uniforms(stored["token_ids"], len(where)))
+        found = np.divmod(draw_classes(logits, random, 7).entries_Nk, TOTAL + 1)
+        ids[place, : len(where)] = torch.from_numpy(found[0])
+        weights[place, : len(where)] = torch.from_numpy(found[1] / TOTAL)
 
-    for owner, name in ((made.distiller.student.lm_head, "weight"), (made.distiller.losses["kl"].head, "weight_VD")):
-        widen(owner, name)
-        assert float(term_of(made, batch).total) == pytest.approx(before, rel=1e-6)
+    valid = batch.teacher_predict_valid_BM
+    same = (ids == batch.teacher_sampled_ids_BMK).all(-1)[valid]
+    assert float(same.float().mean()) > 0.98  # a draw may fall on the other side of a rounding
+    online = replace(batch, teacher_sampled_ids_BMK=ids, teacher_sampled_weights_BMK=weights)
+    assert one.means(made, batch) == pytest.approx(one.means(made, online), rel=0.02)
 
 
-def test_two_tokenizers_and_other_lengths_are_refused(tmp_path: Path) -> None:
-    run_file = small_cache.run_file(
-        cache(), student={"model": "new:llama,layers=1,width=16", "tokenizer": str(small_cache.made() / "student")},
-        train={"loss": "kl"},
-    )  # fmt: skip
-    with pytest.raises(UsageError, match=r"loss kl needs one tokenizer on both sides.*Next: use dskd_cma"):
-        set_up(run_file, "S")
-    made = ready(other_student())
-    batch = batch_of(made.cache, ROWS, made.wanted)
-    with pytest.raises(BadData, match=r"loss kl: one of the rows 0, 5, 2 has responses of different length"):
-        made.distiller.counts(replace(batch, teacher_predict_valid_BM=~batch.teacher_predict_valid_BM))
+@torch.no_grad()
+def test_the_manifest_says_how_far_the_draws_are_from_the_distributions() -> None:
+    made, _ = one.ready("rskd")
+    wanted = frozenset({*made.wanted, Signal("hidden_last")})
+    head, lost, kept = made.cache.head(), 0.0, 0.0
+    for row in made.cache.usable:
+        batch: Any = batch_of(made.cache, [row], wanted)
+        p_MV = head(batch.teacher_hidden_BRD[0, batch.teacher_predict_BM[0]].float()).double().softmax(-1)
+        ids, weights = batch.teacher_sampled_ids_BMK[0], batch.teacher_sampled_weights_BMK[0].double()
+        lost += float((torch.zeros_like(p_MV).scatter_(-1, ids, weights) - p_MV).square().sum())
+        kept += float(p_MV.square().sum())
+
+    said = Table(one.cache(), "teachers/teacher").manifest.constants["codec_error"]
+    assert said[COLUMN] == pytest.approx((lost / kept) ** 0.5, rel=0.01)
+
+
+def test_a_drawn_class_that_the_tokenizer_lacks_is_refused() -> None:
+    made, batch = one.ready("rskd")
+    with pytest.raises(BadData, match=r"loss rskd: class 100000 is drawn in one of the rows 3, 19, 0, 11, .*verify"):
+        made.distiller.counts(replace(batch, teacher_sampled_ids_BMK=torch.full((4, 1, 1), 100_000)))

@@ -7,22 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import one_tokenizer as one
 import slow_chunks as slow
 import slow_losses as tools
 import tiny_models as tiny
-from slow_documents import ROWS, alone
 from xkd_schemas.errors import UsageError
-from xkd_trainer.data.batch import Batch
-from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.baselines.mined import (
-    _nearest,
-    partners,
-    token_texts,
-    usable_positions,
-    vocabulary_map,
-)
+from xkd_schemas.tokens import predictors
+from xkd_trainer.losses.baselines.mined import _nearest, partners, read_bare, vocabulary_map
 from xkd_trainer.losses.ops.vocabulary import token_bytes
-from xkd_trainer.training.prepare import Ready, set_up
 
 WORDS = st.text("abAé", max_size=6).map(lambda text: text.encode())
 LONG = st.text("ab", min_size=55, max_size=75).map(lambda text: text.encode())
@@ -117,7 +109,7 @@ def test_partners_are_those_of_the_walk_through_the_table(
 
     def side(which: int) -> Any:
         ids = [torch.tensor([strings.index(t) for t in pair[which]], dtype=torch.int64) for pair in documents]
-        return strings, tools.padded(ids, fill, 8), tools.mask([*map(len, ids), 8])[:-1]
+        return dict(enumerate(strings)), tools.padded(ids, fill, 8), tools.mask([*map(len, ids), 8])[:-1]
 
     found = partners(side(0), side(1))
 
@@ -127,56 +119,43 @@ def test_partners_are_those_of_the_walk_through_the_table(
 
 def test_the_same_tokens_are_each_others_partners() -> None:
     ids, yes = torch.tensor([[2, 0, 1, 2, 2]]), torch.ones(1, 5, dtype=torch.bool)
-    texts = token_texts({"Ġa": 0, "bc": 1, "de": 2})
+    texts = read_bare({"Ġa": 0, "bc": 1, "de": 2})
 
     assert partners((texts, ids, yes), (texts, ids, yes)).tolist() == [[0, 1, 2, 3, 4]]
-
-
-# The loss on logits
-
-
-def test_a_position_is_usable_only_where_the_partner_reads_the_same_token() -> None:
-    found = usable_positions(
-        torch.tensor([[0, 1, -1]]), torch.tensor([[7, 8, 7]]), torch.tensor([[1, 2]]), torch.tensor([0, 7, 9])
-    )
-
-    assert found.tolist() == [[True, False, False]]
 
 
 # The wired loss
 
 
-def ready(**changed: Any) -> tuple[Ready, Batch]:
-    made = set_up(tiny.tiny_cache().run(loss="ce=0+mined=2", losses={"mined": changed}), "")
-    return made, batch_of(made.cache, ROWS, made.wanted)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("vocabulary", ["inverse", "nearest"])
 def test_the_wired_loss_is_the_loops_over_single_documents(vocabulary: str) -> None:
-    made, batch = ready(vocabulary=vocabulary)
+    made, batch = one.ready("mined", table=one.OTHER, vocabulary=vocabulary)
     vocabularies = [tiny.tokenizer_of(kind).get_vocab() for kind in ("sentencepiece", "byte_level")]
     to_teacher = vocabulary_map(*vocabularies, "nearest").tolist()
     to_student = vocabulary_map(*reversed(vocabularies), "nearest").tolist()
     if vocabulary == "inverse":
         to_teacher = [to_student.index(n) if n in to_student else -1 for n in range(len(to_teacher))]
         assert len({t for t in to_teacher if t >= 0}) == sum(t >= 0 for t in to_teacher)
-    s_bytes, t_bytes = ({n: b.replace(b" ", b"") for n, b in token_bytes(v).items()} for v in vocabularies)
+    s_bytes, t_bytes = map(read_bare, vocabularies)
     positions, matched = [], 0
-    for d in alone(made):
-        ids, t_ids = d.ids, d.teacher["token_ids"].tolist()
-        logits, theirs = d.predictions(made)
-        found = slow.partners([s_bytes[ids[p]] for p in d.predict], [t_bytes[t_ids[p]] for p in d.teacher_predict])
-        for p, own, partner in zip(d.predict, logits, found, strict=True):
-            usable = partner >= 0 and to_student[t_ids[d.teacher_predict[partner]]] == ids[p]
-            positions.append((own, theirs[partner] if usable else None, ids[p + 1]))
+    for row in one.ROWS:
+        own, theirs, golds = one.logits_of(made, row)
+        inputs = [
+            side["token_ids"][predictors(side["targets"])].tolist()
+            for side in (made.cache.students[row], made.cache.teachers[row])
+        ]
+        found = slow.partners([s_bytes[n] for n in inputs[0]], [t_bytes[n] for n in inputs[1]])
+        for number, logits, partner, gold in zip(inputs[0], own.tolist(), found, golds, strict=True):
+            usable = partner >= 0 and to_student[inputs[1][partner]] == number
+            positions.append((logits, theirs[partner].tolist() if usable else None, gold))
             matched += usable
 
-    loss, parts = made.distiller(batch, made.distiller.counts(batch), 0)
+    found = one.terms_of(made.distiller, batch)
 
     total, count = slow.mined(positions, to_teacher, 2.0)
-    assert float(loss) == pytest.approx(total / count, rel=1e-4)
-    assert float(parts["mined.matched"]) == pytest.approx(matched / count)
+    one.assert_term(found["mined"], total, count)
+    one.assert_term(found["matched"], matched, count)
     assert 0 < matched < count
 
 
@@ -184,4 +163,4 @@ def test_without_rapidfuzz_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("xkd_trainer.losses.baselines.mined.importlib.util.find_spec", lambda _name: None)
 
     with pytest.raises(UsageError, match="mined needs rapidfuzz"):
-        ready()
+        one.ready("mined", table=one.OTHER)

@@ -1,174 +1,339 @@
+"""MTA: its equations against loops, and all its options on a cache."""
+
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+import one_tokenizer as one
 import slow_losses as slow
-from slow_documents import ROWS, Alone, alone, ready, terms_of
-from slow_documents import assert_term as assert_wired
-from xkd_trainer.losses.mta import dsa, hid, span_weights
+from xkd_schemas.errors import UsageError
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.losses.declaration import Levels
+from xkd_trainer.losses.mta import MtaSettings, dsa, find_covered, needs, phi, strided_layers
 from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.losses.pairing import compare_vectors
 from xkd_trainer.models.measures import cosine_matrix
 from xkd_trainer.training.prepare import Ready
 
-SEEDS = st.integers(0, 2**31)
-D = 4
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"table": one.OTHER},
+    {"hid": "token"},
+    {"hid": "token", "span_weights": "entropy"},
+    {"hid": "token", "span_weights": "uniform", "spans_over": "response"},
+    {"student_pooling": "teacher"},
+    {"span_weights": "entropy"},
+    {"hid": "token", "student_pooling": "teacher", "word_spans": "in_phrases"},
+    {"student_pooling": "teacher", "student_layers": [2, 3, 3]},
+    {"student_pooling": "uniform", "span_weights": "uniform"},
+    {"word_spans": "in_phrases", "spans_over": "response"},
+    {"dsa_vectors": "projected"},
+    {"dsa_vectors": "projected", "hid": "off"},
+)
+KEYS = ["2:word", "3:phrase", "4:phrase"]
+POOLS = {"teacher": "centrality", "uniform": "uniform"}
 
 
-def cosines(seed: int, sizes: list[int], width: int = D) -> list[Tensor]:
-    return [cosine_matrix(v[None])[0] for v in slow.ragged(seed, sizes, width)]
+# The equations
 
 
-def assert_term(found: LossTerm, expected: tuple[float, float]) -> None:
-    assert float(found.total) == pytest.approx(expected[0], abs=1e-9)
-    assert float(found.count) == pytest.approx(expected[1], abs=1e-9)
+def ragged_pair(seed: int, same: int, other: int) -> Any:
+    """Sizes, and documents of student vectors, teacher vectors and masses."""
+    sizes = slow.lengths(seed)
+    return sizes, slow.ragged(seed + 1, sizes, same), slow.ragged(seed + 2, sizes, other), slow.masses(seed + 3, sizes)
+
+
+def assert_loops(found: LossTerm, loops: Any, *documents: Any) -> None:
+    total, count = loops([tuple(part.tolist() for part in each) for each in zip(*documents, strict=True)])
+    assert (float(found.total), float(found.count)) == pytest.approx((total, count), abs=1e-9)
     assert not found.count.requires_grad
 
 
-# DSA
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_dsa_is_equation_11_over_all_pairs_of_all_documents_and_hid_equation_13(seed: int) -> None:
+    sizes, student, teacher, weights = ragged_pair(seed, 4, 9)
+    cosines = [[cosine_matrix(v[None])[0] for v in side] for side in (student, teacher)]
+    squares = (slow.padded_square(side, torch.nan) for side in cosines)
+    own, theirs, omega = (slow.padded(x, torch.nan) for x in (student, [t[:, :4] for t in teacher], weights))
 
-
-@settings(max_examples=40, deadline=None)
-@given(seed=SEEDS)
-def test_dsa_equals_equation_11_over_all_pairs_of_all_documents(seed: int) -> None:
-    sizes = slow.lengths(seed)
-    student, teacher, omega = cosines(seed + 1, sizes), cosines(seed + 2, sizes, 9), slow.masses(seed + 3, sizes)
-
-    squares = (slow.padded_square(side, torch.nan) for side in (student, teacher))
-    found = dsa(*squares, slow.padded(omega, torch.nan), slow.mask(sizes))
-
-    documents = zip(student, teacher, omega, strict=True)
-    assert_term(found, slow.dsa([(s.tolist(), t.tolist(), w.tolist()) for s, t, w in documents]))
-
-
-def test_dsa_has_the_right_gradient_for_the_student_and_none_for_the_teacher() -> None:
-    sizes = [3, 1, 2]
-    student, teacher, omega = (
-        slow.padded_square(cosines(1, sizes)),
-        slow.padded_square(cosines(2, sizes)).requires_grad_(),
-        slow.padded(slow.masses(3, sizes)).requires_grad_(),
-    )
-
-    assert torch.autograd.gradcheck(
-        lambda s: dsa(s, teacher.detach(), omega.detach(), slow.mask(sizes)).total, student.requires_grad_()
-    )
-
-    dsa(student, teacher, omega, slow.mask(sizes)).total.backward()
-    assert teacher.grad is None
-    assert omega.grad is None
+    assert_loops(dsa(*squares, omega, slow.mask(sizes)), slow.dsa, *cosines, weights)
+    found = compare_vectors(own, theirs, omega, slow.mask(sizes))
+    assert_loops(found, slow.hid, student, [t[:, :4] for t in teacher], weights)
 
 
 def test_an_empty_batch_is_zero_over_zero() -> None:
-    none = torch.zeros(0, 3, 3)
-
-    assert_term(dsa(none, none, torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool)), (0.0, 0.0))
-    assert_term(hid(none, none, torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool)), (0.0, 0.0))
-
-
-# Hid
+    none, mask = torch.zeros(0, 3, 3), torch.zeros(0, 3, dtype=torch.bool)
+    for found in (dsa(none, none, none[..., 0], mask), compare_vectors(none, none, none[..., 0], mask)):
+        assert (float(found.total), float(found.count)) == (0.0, 0.0)
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=SEEDS)
-def test_hid_equals_equation_13_over_the_sum_of_weights(seed: int) -> None:
-    sizes = slow.lengths(seed)
-    student, teacher = slow.ragged(seed, sizes, D), slow.ragged(seed + 1, sizes, D)
-    weights = slow.masses(seed + 2, sizes)
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), length=st.integers(1, 7))
+def test_covered_tokens_are_those_of_the_loops(seed: int, length: int) -> None:
+    sizes, g = slow.lengths(seed), slow.generator(seed)
+    spans = torch.randint(0, length + 1, (len(sizes), max(sizes), 2), generator=g)
 
-    found = hid(*(slow.padded(x, torch.nan) for x in (student, teacher, weights)), slow.mask(sizes))
+    inside = find_covered(spans, slow.mask(sizes), length)
 
-    documents = zip(student, teacher, weights, strict=True)
-    assert_term(found, slow.hid([(s.tolist(), t.tolist(), w.tolist()) for s, t, w in documents]))
-
-
-def test_hid_has_the_right_gradient() -> None:
-    student, teacher, _ = slow.ragged(4, [3, 3, 3], D)
-
-    assert torch.autograd.gradcheck(
-        lambda s: hid(s, teacher[None], torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)).total,
-        student[None].requires_grad_(),
-    )
+    for b, size in enumerate(sizes):
+        tokens = {t for first, end in spans[b, :size].tolist() for t in range(first, end)}
+        assert inside[b].tolist() == [t in tokens for t in range(length)]
 
 
-def test_hid_is_zero_for_parallel_vectors_and_finite_for_zero_vectors() -> None:
-    (vectors,) = slow.ragged(8, [3], D)
-    ones = torch.ones(1, 3, dtype=torch.bool)
+@pytest.mark.parametrize(
+    ("depths", "num", "stride", "student", "teacher"),
+    [
+        ((12, 48), 3, 0, (6, 9, 12), (24, 36, 48)),
+        ((24, 24), 6, 2, (14, 16, 18, 20, 22, 24), (14, 16, 18, 20, 22, 24)),
+        ((24, 32), 5, 2, (16, 18, 20, 22, 24), (21, 24, 26, 29, 32)),
+    ],
+)
+def test_strided_layers_are_those_of_the_papers_three_pairs(
+    depths: tuple[int, int], num: int, stride: int, student: Any, teacher: Any
+) -> None:
+    picked = strided_layers(depths[0], num, stride)
 
-    assert float(hid(vectors[None] * 7, vectors[None], ones.double(), ones).total) < 1e-14
-    value, gradient = slow.with_gradient(
-        lambda s: hid(s, vectors[None], ones.double(), ones).total, torch.zeros(1, 3, D, dtype=torch.float64)
-    )
-    assert value == 3
-    assert (gradient == 0).all()
-
-
-# Weights, layers, settings
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=SEEDS)
-def test_span_weights_are_equation_9_in_each_document(seed: int) -> None:
-    sizes = slow.lengths(seed)
-    mass = slow.masses(seed, sizes)
-
-    found = span_weights(slow.padded(mass, fill=torch.nan).requires_grad_(), slow.mask(sizes))
-
-    assert not found.requires_grad
-    for row, m in enumerate(mass):
-        torch.testing.assert_close(found[row, : len(m)], torch.tensor(slow.omega(m.tolist(), 1.0), dtype=m.dtype))
-        assert (found[row, len(m) :] == 0).all()
+    assert picked == student
+    assert tuple(phi(layer, *depths) for layer in picked) == teacher
 
 
-def test_documents_without_mass_weigh_nothing() -> None:
-    assert (span_weights(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)) == 0).all()
+# Against loops over single documents
 
 
-# Wired to the cache
+def weights_of(made: Ready, row: int, layer: int, how: str) -> list[float]:
+    """The teacher's weight of each of its tokens."""
+    teacher = made.cache.teachers[row]
+    targets, vocab = teacher["targets"].tolist(), made.cache.sizes.vocab_size
+    if how == "centrality":
+        return list(map(float, teacher[f"centrality@{layer}"]))
+    if how == "uniform":
+        return [1.0] * len(made.cache.students[row]["targets"])
+    entropy = iter(teacher["entropy"].tolist())
+    return [
+        1 - next(entropy) / math.log(vocab) if t + 1 < len(targets) and targets[t + 1] else 0.0
+        for t in range(len(targets))
+    ]
 
 
-def mta_document(made: Ready, d: Alone, teacher_layer: int, unit: str, layer: int, projector: Any) -> Any:
-    """(student cosines, teacher cosines, omega) and (projected, teacher vectors, omega) over the valid spans."""
-    ranges, mass = d.student[f"{unit}_tokens"].tolist(), d.teacher[f"span_mass@{teacher_layer}:{unit}"].tolist()
-    valid = [u for u, (a, b) in enumerate(ranges) if b > a and mass[u] > 0]
-    weights = slow.centrality(d.layers[layer])
-    vectors = [slow.pool(d.layers[layer], weights, *ranges[u])[0] for u in valid]
-    packed, count = d.teacher[f"span_geometry@{teacher_layer}:{unit}"].tolist(), len(ranges)
-    place = {pair: n for n, pair in enumerate((i, j) for i in range(count) for j in range(i + 1, count))}
-    own = [[slow.cosine(a, b) for b in vectors] for a in vectors]
-    theirs = [[1.0 if i == j else packed[place[min(i, j), max(i, j)]] for j in valid] for i in valid]
-    omega = [mass[u] / math.fsum(mass[v] for v in valid) for u in valid]
-    bits = torch.from_numpy(d.teacher[f"span_vectors@{teacher_layer}:{unit}"].astype("int32")) << 16
-    wanted = bits.view(torch.float32).tolist()
-    projected = projector(torch.tensor(vectors)).tolist() if vectors else []
-    return (own, theirs, omega), (projected, [wanted[u] for u in valid], omega)
+def document(made: Ready, row: int, key: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the loops need of one document at one level."""
+    layer, unit = int(key.split(":")[0]), key.split(":")[1]
+    teacher, student, text = (t[row] for t in (made.cache.teachers, made.cache.students, made.cache.documents))
+    how, own = settings.get("span_weights", "centrality"), settings.get("student_pooling", "own")
+    beside = dict(zip(KEYS, settings.get("student_layers", [2, 3, 4]), strict=True))[key]
+    states = one.states_of(made, row)[beside].tolist()
+    targets, ranges = student["targets"].tolist(), student[f"{unit}_tokens"].tolist()
+    phrases = [range(a, b) for a, b in text["phrases"].tolist()]
+    central, wanted = teacher[f"span_mass@{key}"].tolist(), one.numbers(teacher[f"span_vectors@{key}"]).tolist()
+    chosen, wide, masses = [], [], []
+    for u, ((a, b), (x, y)) in enumerate(zip(ranges, text[f"{unit}s"].tolist(), strict=True)):
+        in_phrase = any(p.start <= x and y <= p.stop for p in phrases)
+        if b == a or (settings.get("word_spans") == "in_phrases" and unit == "word" and not in_phrase):
+            continue
+        if settings.get("spans_over") == "response" and not targets[a]:
+            continue
+        mass = {"uniform": 1.0, "centrality": central[u], "entropy": 0.0}[how]
+        if how == "entropy" and targets[a]:
+            mass = math.fsum(weights_of(made, row, layer, how)[a:b])
+        if mass > 0:
+            chosen.append((a, b))
+            wide.append(wanted[u])
+            masses.append(mass)
+    pooling = slow.centrality(states) if own == "own" else weights_of(made, row, layer, POOLS[own])
+    found = {"omega": slow.omega(masses, 1.0), "vectors": ([slow.pool(states, pooling, *s)[0] for s in chosen], wide)}
+    if settings.get("hid") != "token":
+        return found
+    tokens, weights = sorted({t for a, b in chosen for t in range(a, b)}), weights_of(made, row, layer, how)
+    theirs = one.numbers(teacher[f"hidden@{layer}"]).tolist()
+    return found | {
+        "tokens": ([states[t] for t in tokens], [theirs[t] for t in tokens]),
+        "token omega": slow.omega([weights[t] for t in tokens], 1.0),
+    }
 
 
-@pytest.mark.parametrize(("teacher_layer", "unit", "layer"), [(2, "word", 1), (3, "phrase", 2), (4, "phrase", 2)])
+def projected(layer: Any, vectors: list[list[float]]) -> list[list[float]]:
+    """The linear layer, weight and bias, of each vector."""
+    rows, bias = layer.weight.tolist(), layer.bias.tolist()
+    return [[slow.dot(row, v) + b for row, b in zip(rows, bias, strict=True)] for v in vectors]
+
+
+@pytest.mark.parametrize("settings", OPTIONS)
 @torch.no_grad()
-def test_mta_is_the_loops_over_spans_of_single_documents(teacher_layer: int, unit: str, layer: int) -> None:
-    made, batch = ready("mta")
-    key = f"{teacher_layer}:{unit}"
-    projector = made.distiller.losses["mta"].projectors[key]
+def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any]) -> None:
+    made, batch = one.ready("mta", **settings)
+    by_token = settings.get("hid") == "token"
 
-    found = terms_of(made.distiller, batch)
+    found = one.terms_of(made.distiller, batch)
 
-    both = [mta_document(made, d, teacher_layer, unit, layer, projector) for d in alone(made)]
-    assert_wired(found[f"mta.dsa@{key}"], *slow.dsa([dsa for dsa, _ in both]))
-    assert_wired(found[f"mta.hid@{key}"], *slow.hid([hid for _, hid in both]))
-    spans = [len(omega) for (_, _, omega), _ in both if omega]
-    assert_wired(found[f"mta.spans@{key}"], sum(spans), len(spans))
+    for key in KEYS:
+        documents = [document(made, row, key, settings) for row in one.ROWS]
+        projector = made.distiller.losses["mta"].projectors[key]
+        sides = [d["vectors"] for d in documents]
+        if settings.get("dsa_vectors"):
+            sides = [(projected(projector, own), theirs) for own, theirs in sides]
+        cosines = [[[[slow.cosine(u, v) for v in side] for u in side] for side in pair] for pair in sides]
+        total, count = slow.dsa([(*pair, d["omega"]) for pair, d in zip(cosines, documents, strict=True)])
+        one.assert_term(found[f"dsa@{key}"], total, count, rel=5e-3)
+        spans = [len(d["omega"]) for d in documents if d["omega"]]
+        one.assert_term(found[f"spans@{key}"], sum(spans), len(spans))
+        if settings.get("hid") == "off":
+            assert f"hid@{key}" not in found
+            continue
+        of, omega = ("tokens", "token omega") if by_token else ("vectors", "omega")
+        compared = [(projected(projector, d[of][0]), d[of][1], d[omega]) for d in documents]
+        total, count = slow.hid(compared)
+        assert count > 0
+        one.assert_term(found[f"hid@{key}"], total, count)
+    if by_token or settings.get("student_pooling") == "teacher":
+        assert (float(found["same_tokens"].total), float(found["same_tokens"].count)) == (4.0, 4.0)
+
+
+def test_dsa_is_averaged_over_levels_and_hid_too_unless_it_is_summed() -> None:
+    """Eq. 10 and 14, and eq. 13 as printed."""
+    given = {"lambda_dsa": 3.0, "lambda_hid": 0.6}
+    mean, summed = (
+        one.ready("mta", hid_layers=how, **given)[0].distiller.loss("mta").weights(0) for how in ("mean", "sum")
+    )
+
+    assert mean == pytest.approx({f"{t}@{k}": w for t, w in (("dsa", 1), ("hid", 0.2), ("spans", 0)) for k in KEYS})
+    assert summed == pytest.approx({f"{t}@{k}": w for t, w in (("dsa", 1), ("hid", 0.6), ("spans", 0)) for k in KEYS})
+
+
+# Documents that the two models read as other ids
+
+
+@pytest.mark.parametrize("settings", [{"hid": "token"}, {"student_pooling": "teacher"}])
+def test_a_document_with_other_ids_is_left_out_and_counted(settings: dict[str, Any]) -> None:
+    made, batch = one.ready("mta", **settings)
+    assert batch.teacher_ids_BT is not None
+    ids_BT, valid_BT = batch.teacher_ids_BT.clone(), batch.teacher_valid_BT.clone()
+    ids_BT[1, 2] += 1
+    lengths = valid_BT.sum(1).tolist()
+    longer = min((0, 2, 3), key=lengths.__getitem__)  # the teacher has a token more
+    valid_BT[longer, lengths[longer]] = True
+
+    def changed(batch: Batch) -> dict[str, float]:
+        found = one.terms_of(made.distiller, batch)
+        assert float(found["same_tokens"].count) == float(made.distiller.counts(batch)["mta.same_tokens"])
+        return {name: float(t.total.detach()) for name, t in found.items()}
+
+    found = changed(replace(batch, teacher_ids_BT=ids_BT, teacher_valid_BT=valid_BT))
+
+    without = [one.only(batch, place) for place in {0, 2, 3} - {longer}]
+    alone = [changed(b) for b in without]
+    kind = "hid" if settings.get("hid") else "dsa"
+    for key in KEYS:
+        assert found[f"{kind}@{key}"] == pytest.approx(sum(a[f"{kind}@{key}"] for a in alone), rel=1e-5)
+    assert found["same_tokens"] == 2.0
+
+
+def test_a_student_that_reads_no_document_as_the_teacher_does_is_refused() -> None:
+    for settings, instead in (
+        ({"hid": "token"}, "losses.mta.hid=spans"), ({"student_pooling": "teacher"}, "losses.mta.student_pooling=own")
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=rf"needs one tokenizer on both sides.*Next: --set {instead}"):
+            one.ready("mta", table=one.OTHER, **settings)
+        with pytest.raises(UsageError, match=rf"none of the \d+ is: the two tables have other templates.*{instead}"):
+            one.ready("mta", table=one.FRAMED, **settings)
+    made, batch = one.ready("mta", table=one.FRAMED, span_weights="entropy")
+    assert all(value > 0 for value in one.means(made, batch).values())
+
+
+# Identities
+
+
+def test_spans_of_the_prompt_take_no_part_with_entropy() -> None:
+    made, batch = one.ready("mta", span_weights="entropy")
+    found = one.means(made, batch)
+
+    levels = tuple(replace(lv, valid_BU=lv.valid_BU & lv.in_target_BU) for lv in batch.levels)
+    response = one.means(made, replace(batch, levels=levels))
+
+    assert found == response
+    assert one.means(*one.ready("mta", span_weights="centrality")) != found
+
+
+# Layers
+
+
+def test_strided_picks_layers_by_phi_and_reads_no_other_level() -> None:
+    made, batch = one.ready("mta", pick="strided")
+    assert made.distiller.losses["mta"].student_layer == {"2:word": 2, "3:phrase": 3, "4:phrase": 4}
+    made, batch = one.ready("mta", pick="strided", num_layers=2, stride=2)
+    assert made.distiller.losses["mta"].student_layer == {"2:word": 2, "4:phrase": 4}
+    assert sorted(one.terms_of(made.distiller, batch)) == [
+        f"{term}@{level}" for term in ("dsa", "hid", "spans") for level in ("2:word", "4:phrase")
+    ]
+    made, _ = one.ready("mta", pick="strided", student_layers=[1, 2], depth=2)
+    assert made.distiller.losses["mta"].student_layer == {"2:word": 1, "4:phrase": 2}
+    assert made.distiller.loss("mta").layers == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"num_layers": 4},
+            r"cache lacks 1:word, 2:phrase. Next: .* --word-layers 1 --phrase-layers 2,3,4",
+        ),
+        (
+            {"num_layers": 1},
+            r"beside 4:word of the teacher, and the cache lacks 4:word. Next: .*--word-layers 4",
+        ),
+        ({"num_layers": 5}, r"5 layers do not fit a student of 4. Next: --set losses.mta.num_layers=N"),
+        ({"student_layers": [5]}, r"layer 5 does not exist, the student has layers 1 to 4"),
+        ({"student_layers": [2, 4, 4]}, r"stand beside teacher layers 2, 4, 4, one of them twice"),
+    ],
+)
+def test_layers_that_cannot_be_picked_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        one.ready("mta", pick="strided", **settings)
+
+
+def test_needs_are_those_of_the_options() -> None:
+    levels = Levels([(2, "word"), (4, "phrase")], num_layers=4, states=[])
+
+    def columns(**settings: Any) -> set[str]:
+        return {s.column for s in needs(MtaSettings(**settings), levels)} - {"span_mass@2:word", "span_mass@4:phrase"}
+
+    geometry = {"span_geometry@2:word", "span_geometry@4:phrase"}
+    assert columns(lambda_hid=0) == geometry
+    assert columns(hid="token") == geometry | {"hidden@2", "hidden@4", "centrality@2", "centrality@4"}
+    assert columns(hid="token", span_weights="uniform", lambda_dsa=0) == {"hidden@2", "hidden@4"}
+    assert columns(hid="token", span_weights="entropy") == geometry | {"hidden@2", "hidden@4", "entropy"}
+    assert columns(hid="token", lambda_hid=0) == geometry
+    assert columns(student_pooling="teacher", hid="off") == geometry | {"centrality@2", "centrality@4"}
+
+
+# Two tokenizers
+
+
+def test_the_projected_geometry_of_two_tokenizers_teaches_student_and_projector() -> None:
+    """What the authors' code for two tokenizers compares: spans in the teacher's width, no Hid."""
+    made, batch = one.ready("mta", table=one.OTHER, dsa_vectors="projected", hid="off")
+    made.distiller(batch, made.distiller.counts(batch), 0)[0].backward()
+    mta = made.distiller.losses["mta"]
+
+    assert {s.name for s in made.wanted} == {"span_mass", "span_geometry"}
+    assert set(mta.projectors) == set(KEYS)
+    assert all(float(p.weight.grad.abs().sum()) > 0 for p in mta.projectors.values())
+    assert any(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in made.distiller.student.parameters())
+    own = one.means(*one.ready("mta", table=one.OTHER, hid="off"))
+    assert own != one.means(made, batch)
 
 
 def test_the_weights_that_pool_the_students_spans_are_constants() -> None:
     """MTA eq. 8 with w detached, as in the authors' code."""
-    made, batch = ready("mta")
+    made, batch = one.ready("mta", table=one.OTHER)
     hidden_BSd = torch.randn(*batch.student_ids_BS.shape, 16, requires_grad=True)
 
     weights_BS = made.distiller.losses["mta"]._weigh_tokens(batch, batch.levels[0], hidden_BSd)
 
     assert not weights_BS.requires_grad
-    torch.testing.assert_close(weights_BS.sum(1), torch.ones(len(ROWS)))
+    torch.testing.assert_close(weights_BS.sum(1), torch.ones(len(one.ROWS)))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import one_tokenizer as one
 import tiny_models as tiny
-from slow_documents import ROWS, ready, student_folder
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import Mismatch, UsageError
@@ -40,7 +40,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(changed: dict[s
 @pytest.mark.parametrize("layer", [0, 3])
 def test_a_student_layer_that_does_not_exist_is_refused_at_setup(layer: int) -> None:
     with pytest.raises(UsageError, match=f"layer {layer} does not exist, the student has layers 1 to 2"):
-        ready("mta", student_layers=[1, 2, layer])
+        one.ready("mta", depth=2, student_layers=[1, 2, layer])
 
 
 def cache_for_sra() -> tiny.Tiny:
@@ -89,7 +89,7 @@ def test_a_new_student_takes_part_in_every_loss(family: str) -> None:
         student__tokenizer=str(tiny.tiny_cache().student),
     )
     made = set_up(run, "")
-    batch = batch_of(made.cache, ROWS, made.wanted)
+    batch = batch_of(made.cache, one.ROWS, made.wanted)
 
     loss, parts = made.distiller(batch, made.distiller.counts(batch), 0)
     loss.backward()
@@ -106,14 +106,17 @@ def test_projectors_do_not_depend_on_how_the_student_was_made() -> None:
     def projector(**changed: Any) -> Tensor:
         return set_up(tiny.tiny_cache().run(loss="sra", **changed), "").distiller.losses["sra"].projector.weight
 
-    new = {"student__model": "new:llama,layers=1,width=16,heads=2", "student__tokenizer": student_folder(True)}
+    new = {
+        "student__model": "new:llama,layers=1,width=16,heads=2",
+        "student__tokenizer": str(tiny.tiny_cache().student),
+    }
     assert torch.equal(projector(), projector(**new))
     assert torch.equal(projector(**new), projector(**new))
     assert not torch.equal(projector(), projector(seed=1))
 
 
 def test_groups_decay_matrices_and_give_projectors_their_own_rate() -> None:
-    made, _ = ready("dwa")
+    made, _ = one.ready("dwa", table=one.OTHER)
 
     matrices, vectors, projectors = made.distiller.parameter_groups(lr=0.1, weight_decay=0.3)
 

@@ -1,83 +1,69 @@
+"""SRA: its equations against loops, and all its options on a cache."""
+
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
+import one_tokenizer as one
 import slow_losses as slow
 import tiny_models as tiny
-from slow_documents import Alone, alone, ready, terms_of
-from slow_documents import assert_term as assert_wired
+from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.capture.stage import make_teacher
+from xkd_pipeline.stages import align_stage
+from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import UsageError
-from xkd_trainer.losses.ops.term import LossTerm
+from xkd_schemas.signals import Signal
+from xkd_schemas.tokens import CONTENT
+from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
-from xkd_trainer.losses.sra import (
-    geometric,
-    span_omega,
-    weighted_cosine,
+from xkd_trainer.losses.sra import SraSettings, geometric, layer_shares, needs, span_omega
+from xkd_trainer.training.prepare import Ready, set_up
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"layers": [2, 3], "beta": [1, 2, 5], "spans": "phrase"},
+    {"layers": [1, 4], "student_layers": [3], "weights": "centrality", "spans": "phrase"},
+    {},
+    {"weights": "centrality", "tau": 4.0, "kd": "mean", "shared_vocab": "exact"},
+    {"layers": [3], "weights": "uniform", "weighted_pooling": False, "weighted_loss": False, "spans": "word"},
+    {"weighted_pooling": False, "p": 2.0},
+    {"weighted_loss": False},
+    {"layers": [3], "end_token": "include"},
 )
-from xkd_trainer.training.prepare import Ready
-
-SEEDS = st.integers(0, 2**31)
-D = 4
-VECTOR_LOSSES = [weighted_cosine, geometric]
-
-
-def assert_term(found: LossTerm, expected: tuple[float, float]) -> None:
-    assert float(found.total) == pytest.approx(expected[0], abs=1e-9)
-    assert float(found.count) == expected[1]
-    assert not found.count.requires_grad
+BESIDE = {2: {2: 2, 3: 3, 4: 4}, 1: {1: 3, 4: 4}, 3: {3: 3, 4: 4}, 4: {4: 4}}
 
 
 def omegas(seed: int, sizes: list[int]) -> list[Tensor]:
     return [torch.tensor(slow.omega(m.tolist(), 1.0), dtype=m.dtype) for m in slow.masses(seed, sizes)]
 
 
-# The two losses on vectors
-
-
-@pytest.mark.parametrize("name", ["weighted_cosine", "geometric"])
-@settings(max_examples=40, deadline=None)
-@given(seed=SEEDS)
-def test_vector_losses_equal_the_loops(name: str, seed: int) -> None:
-    fast, loops = {
-        "weighted_cosine": (weighted_cosine, slow.weighted_cosine),
-        "geometric": (geometric, slow.geometric),
-    }[name]
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_geometric_is_the_loops(seed: int) -> None:
     sizes = slow.lengths(seed)
-    student, teacher, omega = slow.ragged(seed, sizes, D), slow.ragged(seed + 1, sizes, D), omegas(seed + 2, sizes)
+    student, teacher, omega = slow.ragged(seed, sizes, 4), slow.ragged(seed + 1, sizes, 9), omegas(seed + 2, sizes)
 
-    found = fast(*(slow.padded(x, torch.nan) for x in (student, teacher, omega)), slow.mask(sizes))
+    found = geometric(*(slow.padded(x, torch.nan) for x in (student, teacher, omega)), slow.mask(sizes))
 
-    documents = zip(student, teacher, omega, strict=True)
-    assert_term(found, loops([(s.tolist(), t.tolist(), w.tolist()) for s, t, w in documents]))
-
-
-@pytest.mark.parametrize("loss", VECTOR_LOSSES)
-def test_vector_losses_have_the_right_gradient_for_the_student_only(loss) -> None:
-    student, teacher = slow.ragged(1, [3, 3], D)
-    omega, valid = torch.tensor([[0.2, 0.5, 0.3]]).double(), torch.ones(1, 3, dtype=torch.bool)
-    teacher.requires_grad_()
-
-    assert torch.autograd.gradcheck(lambda s: loss(s, teacher, omega, valid).total, student[None].requires_grad_())
-
-    loss(student[None].requires_grad_(), teacher[None], omega, valid).total.backward()
-    assert teacher.grad is None
+    total, count = slow.geometric([tuple(x.tolist() for x in d) for d in zip(student, teacher, omega, strict=True)])
+    assert (float(found.total), float(found.count)) == pytest.approx((total, count), abs=1e-9)
 
 
-# Weights
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=SEEDS, p=st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), p=st.sampled_from([0.0, 0.5, 1.0, 2.0]))
 def test_omega_is_the_power_of_the_mass_over_its_sum(seed: int, p: float) -> None:
     sizes = slow.lengths(seed)
     mass = slow.masses(seed, sizes)
 
-    found = span_omega(slow.padded(mass, fill=torch.nan).requires_grad_(), slow.mask(sizes), p, True)
+    found = span_omega(slow.padded(mass, fill=torch.nan).requires_grad_(), slow.mask(sizes), p)
 
     assert not found.requires_grad
     for row, m in enumerate(mass):
@@ -85,212 +71,184 @@ def test_omega_is_the_power_of_the_mass_over_its_sum(seed: int, p: float) -> Non
         assert (found[row, len(m) :] == 0).all()
 
 
-def test_unweighted_omega_is_one_over_the_number_of_spans() -> None:
-    found = span_omega(torch.rand(2, 4, generator=slow.generator(1)), slow.mask([4, 2]), 1.0, False)
-
-    assert found.tolist() == [[0.25] * 4, [0.5, 0.5, 0.0, 0.0]]
-
-
 def test_omega_of_no_mass_is_zero_and_a_high_power_does_not_underflow() -> None:
     ones = torch.ones(1, 2, dtype=torch.bool)
 
-    assert span_omega(torch.zeros(1, 2), ones, 1.0, True).tolist() == [[0.0, 0.0]]
-    assert span_omega(torch.tensor([[1e-20, 1e-20]]), ones, 4.0, True).tolist() == [[0.5, 0.5]]
-    assert span_omega(torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.bool), 1.0, True).shape == (3, 0)
+    assert span_omega(torch.zeros(1, 2), ones, 1.0).tolist() == [[0.0, 0.0]]
+    assert span_omega(torch.tensor([[1e-20, 1e-20]]), ones, 4.0).tolist() == [[0.5, 0.5]]
+    assert span_omega(torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.bool), 1.0).shape == (3, 0)
 
 
-# Shared vocabulary
-
-BYTE_LEVEL = {
-    token: number
-    for number, token in enumerate(("Ġthe", "the", "ing", "Ċ", "æ", "Ġ", "é", "Ã©", "<0x41>", "A", "ĠĠ", "</s>"))
-}
-SENTENCEPIECE = {
-    token: number
-    for number, token in enumerate(
-        ("▁the", "the", "ing", "<0x0A>", "<0xE6>", "▁", "é", "<0xE9>", "<0x41>", "A", "▁▁", "</s>", "▁new")
-    )
-}
-
-
-def named(student: dict[str, int], teacher: dict[str, int], mode: str = "mapped") -> dict[str, str]:
-    names = [{number: token for token, number in v.items()} for v in (student, teacher)]
-    pairs = zip(*shared_vocabulary(student, teacher, mode), strict=True)
-    return {names[0][int(s)]: names[1][int(t)] for s, t in pairs}
+def student_weights(made: Ready, row: int, layer: int, how: str, end_token: str) -> list[float]:
+    """a_t of the student at one of its layers, from transformers' own attention maps."""
+    if how == "centrality":
+        return slow.centrality(one.states_of(made, row)[layer].tolist())
+    ids = torch.tensor([made.cache.students[row]["token_ids"].tolist()])
+    if how == "uniform":
+        return [1.0] * ids.shape[1]
+    model = made.distiller.student
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    kinds = made.cache.students[row]["token_kinds"].tolist()
+    place = len(kinds) - 1 if end_token == "include" else max(t for t, kind in enumerate(kinds) if kind == CONTENT)
+    row_L = model(input_ids=ids, output_attentions=True).attentions[layer - 1][0, :, place].sum(0)
+    model.set_attn_implementation(before)
+    return (row_L / row_L.sum()).tolist()
 
 
-def test_byte_level_and_sentencepiece_meet_in_their_bytes() -> None:
-    assert named(BYTE_LEVEL, SENTENCEPIECE) == {
-        "Ġthe": "▁the",
-        "the": "the",
-        "ing": "ing",
-        "Ċ": "<0x0A>",
-        "æ": "<0xE6>",  # the character of the byte E6, not the letter
-        "Ġ": "▁",
-        "é": "<0xE9>",
-        "Ã©": "é",  # its two bytes in UTF-8
-        "A": "A",  # and not <0x41>, which text never reaches
-        "ĠĠ": "▁▁",
-        "</s>": "</s>",
-    }
-
-
-def test_the_map_is_the_same_from_the_other_side_and_in_any_order() -> None:
-    there = named(BYTE_LEVEL, SENTENCEPIECE)
-
-    assert named(SENTENCEPIECE, BYTE_LEVEL) == {t: s for s, t in there.items()}
-    assert named(dict(reversed(BYTE_LEVEL.items())), dict(reversed(SENTENCEPIECE.items()))) == there
-
-
-def test_a_byte_token_is_used_where_no_ordinary_token_is_that_byte() -> None:
-    without = {token: number for token, number in SENTENCEPIECE.items() if token != "A"}
-
-    assert named(BYTE_LEVEL, without)["A"] == "<0x41>"
-
-
-def test_every_byte_of_the_byte_level_alphabet_meets_its_byte_token() -> None:
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = sorted(set(range(256)) - set(printable))  # written as U+0100, U+0101, ...
-    character = {byte: chr(byte) for byte in printable} | {b: chr(256 + n) for n, b in enumerate(moved)}
-    byte_level = {character[byte]: byte for byte in range(256)} | {"Ġa": 300}
-    sentencepiece = {f"<0x{byte:02X}>": 500 + byte for byte in range(256)} | {"▁a": 900, "▁b": 901}
-
-    student, teacher = shared_vocabulary(byte_level, sentencepiece, "mapped")
-
-    assert student.tolist() == [*range(256), 300]
-    assert teacher.tolist() == [*range(500, 756), 900]
-    assert (character[0x0A], character[0x20], character[0xAD]) == ("Ċ", "Ġ", "Ń")
-
-
-def test_two_sentencepiece_vocabularies_pair_byte_tokens_with_byte_tokens() -> None:
-    other = {"▁the": 3, "<0x41>": 4, "A": 5, "<0x71>": 6}
-    more = SENTENCEPIECE | {"q": 20}
-
-    assert named(more, other) == {"▁the": "▁the", "<0x41>": "<0x41>", "A": "A", "q": "<0x71>"}
-    assert named({"▁a": 0, "A": 1}, {"▁a": 0, "A": 1, "<0x41>": 2}) == {"▁a": "▁a", "A": "A"}
-    assert named({"▁a": 0, "A": 1, "<0x41>": 2}, {"▁a": 0, "A": 1}) == {"▁a": "▁a", "A": "A"}
-
-
-def test_exact_compares_strings_and_nothing_else() -> None:
-    assert named(BYTE_LEVEL, SENTENCEPIECE, "exact") == {t: t for t in ("the", "ing", "é", "<0x41>", "A", "</s>")}
-
-
-def test_a_wordpiece_continuation_is_never_the_start_of_a_word() -> None:
-    wordpiece = {"the": 0, "##the": 1, "##ing": 2, "ing": 3, ",": 4, "[CLS]": 5, "##": 6}
-    other = {"Ġthe": 0, "the": 1, "ing": 2, "Ġing": 3, ",": 4, "[CLS]": 5, "Ġ,": 6, "##": 7}
-
-    assert named(wordpiece, other) == {
-        "the": "Ġthe",
-        "##the": "the",
-        "##ing": "ing",
-        "ing": "Ġing",
-        ",": ",",
-        "[CLS]": "[CLS]",
-        "##": "##",
-    }
-
-
-def test_added_tokens_outside_the_byte_alphabet_are_their_own_text() -> None:
-    assert named({"Ġa": 0, "你好": 1, "  ": 2}, {"▁a": 5, "你好": 6, "▁▁": 7}) == {
-        "Ġa": "▁a",
-        "你好": "你好",
-        "  ": "▁▁",
-    }
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=SEEDS)
-def test_no_id_of_either_side_occurs_twice_and_equal_vocabularies_share_all_texts(seed: int) -> None:
-    g = slow.generator(seed)
-    alphabet = ["", "▁", "##", "a", "b", "<0x41>", "A", "é"]
-
-    def vocabulary() -> dict[str, int]:
-        pieces = torch.randint(0, len(alphabet), (12, 2), generator=g).tolist()
-        tokens = sorted({"".join(alphabet[i] for i in piece) for piece in pieces} | {"a"})
-        return dict(zip(tokens, torch.randperm(len(tokens), generator=g).tolist(), strict=True))
-
-    student, teacher = vocabulary(), vocabulary()
-    for mode in ("exact", "mapped"):
-        same = shared_vocabulary(student, student, mode)
-        assert same[0].tolist() == same[1].tolist() == list(range(len(student)))
-    try:
-        pair = shared_vocabulary(student, teacher, "mapped")
-    except UsageError:
-        return
-    for ids in pair:
-        assert len(set(ids.tolist())) == len(ids)
-        assert ids.dtype == torch.int64
-    assert pair[0].tolist() == sorted(pair[0].tolist())
-
-
-def test_vocabularies_that_share_nothing_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"vocabularies of 1 and 2 tokens share none \(exact\)"):
-        shared_vocabulary({"Ġa": 0}, {"▁a": 0, "▁b": 1}, "exact")
-
-
-# Wired to the cache
-
-
-def linguistic_spans(d: Alone, unit: str) -> list[tuple[list[int], list[int]]]:
-    """Words or phrases with tokens of both models in them, as token ranges of student and teacher."""
+def spans_of(made: Ready, row: int, unit: str, end_token: str) -> list[tuple[list[int], list[int]]]:
+    """Ranges of student and teacher tokens of the response."""
+    student, teacher, text = (t[row] for t in (made.cache.students, made.cache.teachers, made.cache.documents))
+    if unit == "aligned":
+        both = zip(student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True)
+        text = [True] * len(student["targets"]) if end_token == "include" else student["token_kinds"] == CONTENT
+        return [(s, t) for s, t in both if student["targets"][s[0]] and text[s[0]]]
     found = []
-    intervals, kinds = d.teacher["token_spans"].tolist(), d.teacher["token_kinds"].tolist()
-    for (start, end), own in zip(
-        d.document[f"{unit}s"].tolist(), d.student[f"{unit}_tokens"].tolist(), strict=True
-    ):  # fmt: skip
-        inside = [t for t, (a, b) in enumerate(intervals) if kinds[t] == 1 and a < b and a >= start and b <= end]
-        if own[1] > own[0] and inside:
+    places, kinds = teacher["token_spans"].tolist(), teacher["token_kinds"].tolist()
+    for (start, end), own in zip(text[f"{unit}s"].tolist(), student[f"{unit}_tokens"].tolist(), strict=True):
+        inside = [t for t, (a, b) in enumerate(places) if kinds[t] == 1 and a < b and a >= start and b <= end]
+        if own[1] > own[0] and inside and student["targets"][own[0]]:
             found.append((own, [inside[0], inside[-1] + 1]))
     return found
 
 
-def sra_document(made: Ready, d: Alone, unit: str = "aligned") -> tuple[Any, Any, list[float]]:
-    """Student and teacher vectors of the spans in the response, and the loss weights."""
-    hidden, attention = d.hidden(), d.teacher["attention_text@4"].tolist()
-    at = {position: place for place, position in enumerate(d.kept)}
-    student, teacher, mass = [], [], []
-    spans = list(zip(d.student["student_spans"].tolist(), d.student["teacher_spans"].tolist(), strict=True))
-    for (a, b), (x, y) in spans if unit == "aligned" else linguistic_spans(d, unit):
-        if d.student["targets"][a] and d.student["token_kinds"][a] == 1:
-            student.append(slow.pool(d.layers[-1], d.attention, a, b)[0])
-            rows = [attention[t] for t in range(x, y)]
-            vector, weight = slow.pool([hidden[at[t]] for t in range(x, y)], rows, 0, y - x)
-            teacher.append(vector)
-            mass.append(weight)
-    return student, teacher, slow.omega(mass, 1.0)
+def document(made: Ready, row: int, layer: int, beside: int, settings: dict[str, Any]) -> Any:
+    """Student and teacher span vectors of one document at one layer, and the loss weights."""
+    how, teacher = settings.get("weights", "attention"), made.cache.teachers[row]
+    end_token = settings.get("end_token", "exclude")
+    theirs_T = {
+        "attention": lambda: teacher[f"attention{'' if end_token == 'include' else '_text'}@{layer}"].tolist(),
+        "centrality": lambda: teacher[f"centrality@{layer}"].tolist(),
+        "uniform": lambda: [1.0] * len(teacher["token_ids"]),
+    }[how]()
+    own_S = student_weights(made, row, beside, how, end_token)
+    states, hidden = one.states_of(made, row)[beside].tolist(), one.numbers(teacher[f"hidden@{layer}"]).tolist()
+    student, vectors, mass = [], [], []
+    for (a, b), (x, y) in spans_of(made, row, settings.get("spans", "aligned"), end_token):
+        weighted = settings.get("weighted_pooling", True)
+        student.append(slow.pool(states, own_S if weighted else [1.0] * len(states), a, b)[0])
+        vectors.append(slow.pool(hidden, theirs_T if weighted else [1.0] * len(hidden), x, y)[0])
+        mass.append(math.fsum(theirs_T[x:y]) if settings.get("weighted_loss", True) else 1.0)
+    return student, vectors, slow.omega(mass, settings.get("p", 1.0))
 
 
-@pytest.mark.parametrize("unit", ["aligned", "word", "phrase"])
-@pytest.mark.parametrize(("tau", "kd", "shared"), [(2.0, "sum", "mapped"), (4.0, "mean", "exact")])
+@pytest.mark.parametrize("table", [one.SAME, one.OTHER])
+@pytest.mark.parametrize("settings", OPTIONS)
 @torch.no_grad()
-def test_sra_is_the_loops_over_spans_of_single_documents(unit: str, tau: float, kd: str, shared: Any) -> None:
-    made, batch = ready("sra", spans=unit, tau=tau, kd=kd, shared_vocab=shared)
-    projector = made.distiller.losses["sra"].projector
+def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any], table: str) -> None:
+    made, batch = one.ready("sra", table=table, **settings)
+    module = made.distiller.losses["sra"]
+    layers = BESIDE[min(settings.get("layers", [4]))]
 
-    found = terms_of(made.distiller, batch)
+    found = one.terms_of(made.distiller, batch)
 
-    parts = [(d, *sra_document(made, d, unit)) for d in alone(made)]
-    parts = [part for part in parts if part[1]]
-    projected = [(projector(torch.tensor(s)).tolist(), t, w) for _, s, t, w in parts]
-    assert_wired(found["sra.cos"], *slow.weighted_cosine(projected))
-    assert_wired(found["sra.geo"], *slow.geometric([(s, t, w) for _, s, t, w in parts]))
-    vocabularies = [tiny.tokenizer_of(kind).get_vocab() for kind in ("sentencepiece", "byte_level")]
-    own, theirs = shared_vocabulary(*vocabularies, shared)
-    head = made.cache.head().weight_VD
+    names = {layer: f"cos@{layer}" if len(layers) > 1 else "cos" for layer in layers}
+    assert sorted(found) == sorted([*names.values(), "geo", "kd", "spans"])
+    for layer, beside in layers.items():
+        documents = [document(made, row, layer, beside, settings) for row in one.ROWS]
+        documents = [d for d in documents if d[0]]
+        projector = module.projector if layer == 4 else module.inner_projectors[str(layer)]
+        projected = [(projector(torch.tensor(s)).tolist(), t, w) for s, t, w in documents]
+        total, count = slow.weighted_cosine(projected)
+        assert float(found[names[layer]].total) == pytest.approx(total, rel=2e-4), layer
+        assert float(found[names[layer]].count) == count > 0
+    one.assert_term(found["geo"], *slow.geometric(documents), rel=2e-3)
+    one.assert_term(found["spans"], sum(len(s) for s, _, _ in documents), len(documents))
+    kinds = tiny.TEACHER_TOKENIZER if table == one.SAME else tiny.STUDENT_TOKENIZER, tiny.TEACHER_TOKENIZER
+    vocabularies = [tiny.tokenizer_of(kind).get_vocab() for kind in kinds]
+    ids = shared_vocabulary(*vocabularies, settings.get("shared_vocab", "mapped"))
+    heads = made.distiller.student.get_output_embeddings().weight, made.cache.head().weight_VD
     logits = [
-        ((torch.tensor(s) @ d.head[own].T).tolist(), (torch.tensor(t) @ head[theirs].T).tolist())
-        for d, s, t, _ in parts
+        [(torch.tensor(side) @ head[chosen].T).tolist() for side, head, chosen in zip(d, heads, ids, strict=False)]
+        for d in documents
     ]
-    assert_wired(found["sra.kd"], *slow.span_logits(logits, tau, mean=kd == "mean"))
-    assert_wired(found["sra.spans"], sum(len(s) for _, s, _, _ in parts), len(parts))
+    expected = slow.span_logits(logits, settings.get("tau", 2.0), mean=settings.get("kd") == "mean")
+    one.assert_term(found["kd"], *expected)
+
+
+def test_each_layers_cosine_teaches_that_layer_and_its_own_projector() -> None:
+    made, batch = one.ready("sra", layers=[2, 3])
+    body = made.distiller.student.base_model.layers
+    for layer in (2, 3, 4):
+        made.distiller.zero_grad(set_to_none=True)
+        one.terms_of(made.distiller, batch)[f"cos@{layer}"].total.backward()
+        reached = [any(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters()) for block in body]
+        assert reached == [number <= layer for number in (1, 2, 3, 4)]
+        with_slope = {n for n, p in made.distiller.losses.named_parameters() if p.grad is not None}
+        assert with_slope == {"sra.projector.weight" if layer == 4 else f"sra.inner_projectors.{layer}.weight"}
+
+
+def test_beta_shares_the_weight_of_the_cosines() -> None:
+    made, _ = one.ready("sra", layers=[2, 3], beta=[1, 2, 5], cos=2.0)
+
+    expected = {"cos@2": 0.25, "cos@3": 0.5, "cos@4": 1.25, "geo": 50.0, "kd": 1.0, "spans": 0.0}
+    assert made.distiller.loss("sra").weights(0) == pytest.approx(expected)
+    assert one.ready("sra")[0].distiller.loss("sra").weights(0) == {"cos": 1.0, "geo": 50.0, "kd": 1.0, "spans": 0.0}
+    assert layer_shares((), 4) == (0.25,) * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [2], "beta": [1]}, r"sra.beta has 1 weights, with sum 1, for 2 layers. Next: give one for each"),
+        ({"layers": [2], "beta": [0, 0]}, r"sra.beta has 2 weights, with sum 0, for 2 layers"),
+        (
+            {"layers": [2, 3], "student_layers": [1]},
+            r"sra.student_layers has 1 layers, sra.layers has 2 below the",
+        ),
+        ({"layers": [2], "student_layers": [4]}, r"sra would read a layer twice .*4 beside 2, 4 beside 4"),
+        ({"layers": [9]}, r"loss sra needs .*hidden@9"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        one.ready("sra", **settings)
+
+
+def test_needs_are_those_of_the_layers_and_the_weights() -> None:
+    levels = Levels([(2, "word"), (4, "phrase")], num_layers=4, states=[])
+
+    def columns(**settings: Any) -> set[str]:
+        return {s.column for s in needs(SraSettings(**settings), levels)} - {"hidden_last"}
+
+    assert columns() == {"attention_text@4"}
+    assert columns(end_token="include") == {"attention_last"}
+    assert columns(layers=(4, 2)) == {"attention_text@4", "attention_text@2", "hidden@2"}
+    assert columns(layers=(4, 2), end_token="include") == {"attention_last", "attention@2", "hidden@2"}
+    assert columns(layers=(2,), weights="centrality") == {"hidden@2", "centrality@2", "centrality@4"}
+    assert columns(weights="uniform", layers=(3,)) == {"hidden@3"}
+    with pytest.raises(ValidationError):
+        SraSettings(beta=(-1.0,))
+
+
+def test_a_cache_made_before_is_told_the_command_that_adds_the_text_tokens_row(tmp_path: Path) -> None:
+    """Its row is the end token's, under another name: it is read with end_token=include alone."""
+    shutil.copytree(one.cache() / "documents", tmp_path / "documents")
+    settings = TeacherSettings(
+        model=str(tiny.tiny_cache().teacher), template="none", dtype="float32", batch_tokens=256
+    )
+    before = (Signal("hidden_last"), Signal("attention_last"), Signal("argmax"))
+    make_teacher(tmp_path, "teacher", settings, lambda _: before, Workers(count=0))
+    student = {"student__model": one.student(one.SAME), "student__name": one.SAME, "student__template": "none"}
+    align_stage(tiny.tiny_cache().run(cache=str(tmp_path), **student), Workers(count=0))
+
+    def ready(**settings: Any) -> None:
+        set_up(tiny.tiny_cache().run(cache=str(tmp_path), loss="sra", losses={"sra": settings}, **student), one.SAME)
+
+    with pytest.raises(
+        UsageError,
+        match=r"loss sra needs .*attention_text@4.*Next: xkd-cache add .* --to teacher --signals attention_text@4",
+    ):
+        ready()
+    ready(end_token="include")
 
 
 def test_the_projector_of_sra_starts_by_xaviers_uniform_rule() -> None:
-    weight_Dd = ready("sra")[0].distiller.losses["sra"].projector.weight.detach()
+    weight_Dd = one.ready("sra")[0].distiller.losses["sra"].projector.weight.detach()
 
     bound = math.sqrt(6 / (16 + 32))  # the widths of both models
     assert 0.95 * bound < float(weight_Dd.abs().max()) <= bound
     assert float(weight_Dd.std()) == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
-    weight_Dd = ready("sra", projector="orthogonal")[0].distiller.losses["sra"].projector.weight.detach()
+    weight_Dd = one.ready("sra", projector="orthogonal")[0].distiller.losses["sra"].projector.weight.detach()
     torch.testing.assert_close(weight_Dd.T @ weight_Dd, torch.eye(16))

@@ -5,12 +5,11 @@ Capture, the size of the cache, the trainer and the error messages all read this
 Shape legend: see batch.py; d is the student's width, V its vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
@@ -48,12 +47,7 @@ class Levels(tuple[tuple[int, str], ...]):
     whose states are `hidden_last`."""
 
     def __new__(cls, pairs: Iterable[tuple[int, str]], *, num_layers: int, states: Iterable[int]) -> "Levels":
-        """Levels of a teacher.
-
-        >>> levels = Levels([(15, "word"), (30, "phrase")], num_layers=30, states=[15, 30])
-        >>> levels[0], levels.states
-        ((15, 'word'), (15,))
-        """
+        """Levels of a teacher; its last layer is taken out of `states`."""
         levels = super().__new__(cls, pairs)
         levels.num_layers = num_layers
         levels.states = tuple(sorted(set(states) - {num_layers}))
@@ -239,43 +233,27 @@ def constant_head(head: Head, who: str, *, convert: bool = True) -> Head:
     return Head(weight_VD=weight_VD, bias_V=bias_V)
 
 
-def uniform_weights(valid: Tensor) -> Tensor:
-    """1 where valid, float32."""
-    return valid.to(torch.float32)
-
-
 def describe_loss(declaration: Declaration) -> dict[str, Any]:
-    """Source, needs (with example layers), what single settings need besides, and defaults of a loss."""
-    settings = declaration.settings()
-    needs = _needs(declaration, {})
-    more = {f"{name}={value}": _needs(declaration, {name: value}) - needs for name, value in _choices(declaration)}
+    """Source, needs (of a teacher of two layers), what a choice or `layers` needs besides, and defaults of a loss."""
+    settings, fields = declaration.settings(), declaration.settings.model_fields
+    levels = Levels([(1, "word"), (2, "phrase")], num_layers=2, states=[1])
+
+    def needs(**values: Any) -> set[str]:
+        signals = declaration.needs(declaration.parse(values), levels)
+        return {s.name + "@LAYER" * (s.layer is not None) + ":UNIT" * (s.unit is not None) for s in signals}
+
+    def choices(name: str, annotation: Any) -> Sequence[Any]:
+        return [[1]] if name == "layers" else get_args(annotation) if get_origin(annotation) is Literal else []
+
+    pairs = [(name, value) for name, field in fields.items() for value in choices(name, field.annotation)]
+    more = {f"{name}={value}": sorted(needs(**{name: value}) - needs()) for name, value in pairs}
     return {
         "source": declaration.source,
         "one_tokenizer": declaration.one_tokenizer,
-        "needs": sorted(needs),
-        "more": {setting: sorted(signals) for setting, signals in more.items() if signals},
+        "needs": sorted(needs()),
+        "more": {setting: signals for setting, signals in more.items() if signals},
         "weight": declaration.default_weight,
         "ce_weight": declaration.ce_weight,
         "projectors": declaration.projectors.model_dump(),
-        "settings": {name: getattr(settings, name) for name in declaration.settings.model_fields},
+        "settings": {name: getattr(settings, name) for name in fields},
     }
-
-
-def _needs(declaration: Declaration, values: Mapping[str, Any]) -> set[str]:
-    """Patterns of the signals that a loss needs with some settings, at a teacher of two layers."""
-    levels = Levels([(1, "word"), (2, "phrase")], num_layers=2, states=[1])
-    return {_pattern(signal) for signal in declaration.needs(declaration.parse(values), levels)}
-
-
-def _choices(declaration: Declaration) -> Iterator[tuple[str, Any]]:
-    """Every setting that is one of several names or a list of teacher layers, with each of its values."""
-    for name, field in declaration.settings.model_fields.items():
-        if get_origin(field.annotation) is Literal:
-            yield from ((name, value) for value in get_args(field.annotation))
-        elif name == "layers":
-            yield name, [1]
-
-
-def _pattern(signal: Signal) -> str:
-    """A signal without its layer and unit."""
-    return signal.name + ("@LAYER" if signal.layer is not None else "") + (":UNIT" if signal.unit is not None else "")

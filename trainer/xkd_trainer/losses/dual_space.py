@@ -6,9 +6,13 @@ compares two distributions over one vocabulary. Which teacher state belongs to w
 by position where both models have one tokenizer, by cross-model attention where they do not: both models' token
 embeddings are projected into one space and attend across the two tokenizations.
 
-The functions are pure and take response tokens only. Every term is a sum over tokens, to be divided by the number of
-the student's response tokens in the whole step. Divergences divide logits by the temperature and have no factor of its
-square (as the authors' code).
+All of it takes response tokens only. Three terms, eq. 16, 13 and 15 of DWA-KD:
+    projected_ce   cross-entropy of the projected teacher, read with the student's head, which is fixed, against the
+                   student's targets; it trains the projectors
+    student_space  divergence of the student from the projected teacher, a constant, over the student's vocabulary
+    teacher_space  divergence of the projected student from the teacher over the teacher's vocabulary; a sum over the
+                   teacher's tokens that is divided by the number of the student's, like every other term
+Divergences divide logits by the temperature and have no factor of its square (as the authors' code).
 
 Shape legend for this file
     B documents    N student predictions    M teacher predictions    D width (of the teacher)    d the student's width
@@ -17,7 +21,6 @@ Shape legend for this file
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +30,6 @@ from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass, constant_head
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_argmax
-from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
-from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.models.measures import at_least_float32
 
 MASKED = -1e5
@@ -56,117 +57,23 @@ class DualSpaceSettings(Knobs):
         return Comparison(kind=self.teacher_divergence, temperature=self.temperature, knobs=self)
 
 
-class DskdSettings(DualSpaceSettings):
-    """Options of DSKD for one tokenizer."""
-
-
-class DskdCmaSettings(DualSpaceSettings):
-    """Options of DSKD with cross-model attention."""
-
-    correct_only: bool = True
-    """Compare in the student's space only where the projected teacher predicts the text's next token (the code)."""
-
-
 def align_scores(query_BNK: Tensor, key_BMK: Tensor, student_valid_BN: Tensor, teacher_valid_BM: Tensor) -> Tensor:
     """Q K^T / sqrt(K) where both tokens are valid, MASKED elsewhere: [B, N, M], float32 or better.
 
     Q is the projected [E^S(x_i); E^S(x_i+1)], whose embeddings DSKD detaches before the projector, K the teacher's
-    constant N([E^T(y_j); E^T(y_j+1)]). Vectors of invalid tokens are finite, on either side, and change nothing.
-
-    >>> query, key = torch.ones(1, 1, 4), torch.ones(1, 2, 4)
-    >>> align_scores(query, key, torch.tensor([[True]]), torch.tensor([[True, False]]))
-    tensor([[[ 2.0000e+00, -1.0000e+05]]])
+    constant N([E^T(y_j); E^T(y_j+1)]). Vectors of invalid tokens are finite, on either side, and change nothing. The
+    softmax of a row is uniform over all tokens where the row's own is padding, and exactly 0 at padding elsewhere.
     """
     scores_BNM = at_least_float32(query_BNK) @ at_least_float32(key_BMK).mT / math.sqrt(query_BNK.shape[-1])
     return torch.where(student_valid_BN[:, :, None] & teacher_valid_BM[:, None, :], scores_BNM, MASKED)
 
 
-def attend(scores_BNM: Tensor, over: Literal["teacher", "student"]) -> Tensor:
-    """Attention over one model's tokens, in the layout that multiplies that model's values.
-
-    teacher: A of h^{t->s} = A v^T, [B, N, M], rows sum to 1 over the teacher's tokens. student: A' of h^{s->t} = A'
-    v^S, [B, M, N], rows sum to 1 over the student's. A row of a padding token is uniform over all tokens, padding
-    included: finite, and to be masked by whoever uses it. Other rows are exactly 0 at padding.
-
-    >>> scores = torch.tensor([[[0.0, MASKED]]])
-    >>> attend(scores, "teacher"), attend(scores, "student")
-    (tensor([[[1., 0.]]]), tensor([[[1.],
-             [1.]]]))
-    """
-    return scores_BNM.softmax(-1) if over == "teacher" else scores_BNM.mT.softmax(-1)
-
-
-def projected_cross_entropy(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> LossTerm:
-    """Cross-entropy of the projected teacher, read with the student's head, against the student's targets.
-
-    Unweighted; eq. 16 of DWA-KD. The gradient goes to the projected states [B, N, d]: this is what trains the
-    projectors. DSKD holds the student's head fixed here: pass it detached.
-
-    >>> logits = LazyLogits(hidden=torch.zeros(1, 2, 3), weight=torch.zeros(4, 3))
-    >>> projected_cross_entropy(logits, torch.tensor([[1, 2]]), torch.tensor([[True, False]])).total
-    tensor(1.3863)
-    """
-    return term(head_cross_entropy(projected.at(valid_BN), target_BN[valid_BN]), valid_BN.sum())
-
-
 def find_correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
-    """Where the likeliest class of the projected teacher is the target: DSKD-CMA's mask of the student's space, bool
-    [B, N].
+    """Where the likeliest class of the projected teacher is the target: DSKD-CMA's mask, bool [B, N].
 
     Invalid positions are not read. Of equal logits the first class counts.
-    Two classes, states (1, 0) and (0, 1): the classes 0 and 1 are predicted.
-
-    >>> logits = LazyLogits(hidden=torch.eye(2)[None], weight=torch.eye(2))
-    >>> find_correct(logits, torch.tensor([[0, 0]]), torch.tensor([[True, True]]))
-    tensor([[ True, False]])
     """
     return valid_BN & (head_argmax(projected, valid_BN) == target_BN)
-
-
-def student_space(
-    student: LazyLogits,
-    projected_teacher: LazyLogits,
-    weights_BN: Tensor,
-    valid_BN: Tensor,
-    settings: DualSpaceSettings,
-) -> LossTerm:
-    """L_stu: weighted divergence of the student from the projected teacher, over the student's vocabulary.
-
-    Eq. 13 of DWA-KD; in DSKD the weight is 1, and in DSKD-CMA 0 where the projected teacher is wrong (`find_correct`).
-    A constant weight of 0 costs nothing, and the token is counted. States are [B, N, d], both read with the student's
-    head; the student learns unless detached by the caller, the teacher is detached here: nothing reaches the
-    projectors.
-
-    >>> same = LazyLogits(hidden=torch.ones(1, 2, 3), weight=torch.eye(3))
-    >>> student_space(same, same, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), DskdSettings())
-    LossTerm(total=tensor(0.), count=tensor(2.))
-    """
-    chosen_BN = valid_BN & (weights_BN != 0)
-    own, theirs = student.at(chosen_BN), projected_teacher.at(chosen_BN)
-    return term(head_divergence(own, theirs, weights_BN[chosen_BN], settings.student_space), valid_BN.sum())
-
-
-def teacher_space(
-    projected_student: LazyLogits,
-    teacher: LazyLogits,
-    weights_BM: Tensor,
-    valid_BM: Tensor,
-    settings: DualSpaceSettings,
-    *,
-    count: Tensor,
-) -> LossTerm:
-    """L_tea: weighted divergence of the projected student from the teacher, over the teacher's vocabulary.
-
-    Eq. 15 of DWA-KD; in DSKD the weight is 1. A sum over the teacher's tokens that is divided by `count`, the number
-    of the student's, like every other term. States are [B, M, D], both read with the teacher's head; the gradient
-    reaches projector and student, the teacher and the weights are constants.
-
-    >>> same, valid = LazyLogits(hidden=torch.ones(1, 2, 3), weight=torch.eye(3)), torch.ones(1, 2, dtype=torch.bool)
-    >>> teacher_space(same, same, torch.ones(1, 2), valid, DskdSettings(), count=torch.tensor(5))
-    LossTerm(total=tensor(0.), count=tensor(5.))
-    """
-    own, theirs = projected_student.at(valid_BM), teacher.at(valid_BM)
-    return term(head_divergence(own, theirs, weights_BM[valid_BM], settings.teacher_space), count)
 
 
 # -- wiring to the cache
@@ -203,12 +110,7 @@ def with_fixed_head(student: StudentPass, hidden_BNd: Tensor) -> LazyLogits:
 
 
 def at_valid(layer: nn.Module, x_BND: Tensor, valid_BN: Tensor) -> Tensor:
-    """The layer's output at valid positions and 0 elsewhere: a ragged batch is mostly padding.
-
-    >>> at_valid(nn.Identity(), torch.ones(1, 2, 1), torch.tensor([[True, False]]))
-    tensor([[[1.],
-             [0.]]])
-    """
+    """The layer's output at valid positions and 0 elsewhere: a ragged batch is mostly padding."""
     rows_P = valid_BN.flatten().nonzero()[:, 0]
     found_PE: Tensor = layer(x_BND.flatten(0, 1)[rows_P])
     out_QE = found_PE.new_zeros(valid_BN.numel(), found_PE.shape[-1]).index_copy(0, rows_P, found_PE)
@@ -254,10 +156,10 @@ class CrossModelLoss(Loss):
         )
         key_BMK = torch.cat([input_BMD, target_BMD], dim=-1) / self.embedding_std
         scores_BNM = align_scores(at_valid(self.query, query_BNk, s_valid_BN), key_BMK, s_valid_BN, t_valid_BM)
-        hidden_BMD, to_student_BNM = teacher_states(batch), attend(scores_BNM, "teacher")
+        hidden_BMD, to_student_BNM = teacher_states(batch), scores_BNM.softmax(-1)
         values_BMD = hidden_BMD / self.hidden_std + target_BMD / self.embedding_std
         mixed_BNd = to_student_BNM @ at_valid(self.t2s, values_BMD, t_valid_BM)
-        mixed_BMD = attend(scores_BNM, "student") @ at_valid(self.s2t, student.predict_hidden_BNd, s_valid_BN)
+        mixed_BMD = scores_BNM.mT.softmax(-1) @ at_valid(self.s2t, student.predict_hidden_BNd, s_valid_BN)
         return Mixed(
             hidden_BMD=hidden_BMD, target_BMD=target_BMD, to_student_BNM=to_student_BNM,
             projected=with_fixed_head(student, mixed_BNd), back=self.head(mixed_BMD),

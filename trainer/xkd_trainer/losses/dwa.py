@@ -7,35 +7,28 @@ of the settings where both make sense:
 * weights are scaled after the gate, as the paper's text says; the code scales before it (`student_weight`);
 * the student-space divergence is the forward KL of eq. 13; the scripts use skewed reverse or adaptive KL
   (`student_divergence`);
-* band positions count from 1, as in the paper; the code counts from 0.
+* band positions count from 1, as in the paper; the code counts from 0;
+* gamma has gone n / `gamma_steps` of its way at step n, counted from 0; the code has gone (n + 1) / `gamma_steps`, and
+  counts micro-batches, as it does in the warm-ups.
 
-Every term is a sum over tokens, to be divided by the number of the student's response tokens in the whole step. Call
-all of it outside an autocast context: costs, softmaxes and weights are meant to be float32 or better.
+Every term is a sum over tokens, to be divided by the number of the student's response tokens in the whole step.
 
 Shape legend: see batch.py; D width of both sequences, d the student's width, V classes.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, unwrap
-from xkd_trainer.losses.declaration import (
-    Context,
-    Declaration,
-    Positive,
-    Projectors,
-    StudentPass,
-    Weight,
-    uniform_weights,
-)
-from xkd_trainer.losses.dual_space import CrossModelLoss, DualSpaceSettings, Mixed, at_valid, teacher_space
+from xkd_trainer.losses.declaration import Context, Declaration, Positive, Projectors, StudentPass, Weight
+from xkd_trainer.losses.dual_space import CrossModelLoss, DualSpaceSettings, Mixed, at_valid
 from xkd_trainer.losses.ops.divergence import Kind
-from xkd_trainer.losses.ops.shared_pass import Planned, Weigh
+from xkd_trainer.losses.ops.shared_pass import Planned, Weigh, head_divergence
 from xkd_trainer.losses.ops.soft_dtw import (
     band_penalty,
     cosine_cost,
@@ -46,7 +39,8 @@ from xkd_trainer.losses.ops.soft_dtw import (
     soft_dtw_divergence,
 )
 from xkd_trainer.losses.ops.term import LossTerm, term
-from xkd_trainer.models.measures import at_least_float32, divide
+from xkd_trainer.losses.pairing import share_out
+from xkd_trainer.models.measures import at_least_float32
 
 Steps = Annotated[int, Field(ge=0)]
 
@@ -97,28 +91,17 @@ class DwaSettings(DualSpaceSettings):
 
     @staticmethod
     def share(step: int, warmup: int) -> float:
-        """How much of a warm-up's weight an optimiser step has, counted from 0: above 0 and at most 1, as in the code.
-
-        >>> [DwaSettings.share(step, 4) for step in (0, 1, 3, 9)], DwaSettings.share(0, 0)
-        ([0.25, 0.5, 1.0, 1.0], 1.0)
-        """
+        """How much of a warm-up's weight a step has, counted from 0: above 0 and at most 1, as in the code."""
         return min((step + 1) / warmup, 1.0) if warmup else 1.0
 
     def gamma_at(self, step: int) -> float:
-        """Smoothing at an optimiser step, counted from 0."""
-        return anneal(step, self.gamma, self.gamma_end, self.gamma_steps)
+        """Smoothing at an optimiser step, counted from 0: linear to `gamma_end` at step `gamma_steps`, then that.
 
-
-def anneal(step: int, start: float, end: float, steps: int) -> float:
-    """Linear from `start` at step 0 to `end` at step `steps`, then `end`; always `start` where `steps` is 0.
-
-    >>> [anneal(step, 2.0, 0.8, 4) for step in (0, 2, 4, 9)], anneal(9, 2.0, 0.8, 0)
-    ([2.0, 1.4, 0.8, 0.8], 2.0)
-    """
-    if steps == 0:
-        return start
-    share = min(step / steps, 1.0)
-    return (1.0 - share) * start + share * end
+        >>> [DwaSettings(gamma_steps=4).gamma_at(step) for step in (0, 2, 4, 9)], DwaSettings().gamma_at(9)
+        ([2.0, 1.4, 0.8, 0.8], 2.0)
+        """
+        share = min(step / self.gamma_steps, 1.0) if self.gamma_steps else 0.0
+        return (1.0 - share) * self.gamma + share * self.gamma_end
 
 
 def student_weights(
@@ -128,18 +111,18 @@ def student_weights(
 
     H is the student's entropy, in nats at temperature 1, g the peak probability of the projected teacher; ones where
     either is off. gate_before: the products sum to the number of valid tokens (the paper's text). gate_after: the
-    entropies do, and are then multiplied by the gate (the authors' code). All 0 in a document where what is scaled is
-    0.
+    entropies do, and are then multiplied by the gate (the code). All 0 in a document where what is scaled is 0.
 
     Two tokens of equal entropy, gates 0.9 and 0.3; gate_before shares out 2 in that ratio.
 
+    >>> import torch
     >>> entropy, gate, valid = torch.ones(1, 2), torch.tensor([[0.9, 0.3]]), torch.ones(1, 2, dtype=torch.bool)
     >>> student_weights(entropy, gate, valid, "gate_before"), student_weights(entropy, gate, valid, "gate_after")
     (tensor([[1.5000, 0.5000]]), tensor([[0.9000, 0.3000]]))
     """
-    if order == "gate_before":
-        return _share_out(entropy_BN * gate_BN, valid_BN)
-    return _share_out(entropy_BN, valid_BN) * at_least_float32(gate_BN.detach())
+    before = order == "gate_before"
+    scaled_BN = share_out(entropy_BN * gate_BN if before else entropy_BN, valid_BN) * valid_BN.sum(-1, keepdim=True)
+    return scaled_BN if before else scaled_BN * at_least_float32(gate_BN)
 
 
 def teacher_weights(entropy_BM: Tensor, vocab_size: int, valid_BM: Tensor) -> Tensor:
@@ -148,48 +131,34 @@ def teacher_weights(entropy_BM: Tensor, vocab_size: int, valid_BM: Tensor) -> Te
     H is the teacher's entropy in nats at temperature 1. Without gradient, 0 at invalid tokens; all 0 in a document
     whose every token is uniform. One sure token and one uniform one over two classes:
 
+    >>> import torch
     >>> teacher_weights(torch.tensor([[0.0, 0.6931472]]), 2, torch.ones(1, 2, dtype=torch.bool))
     tensor([[2., 0.]])
     """
-    entropy_BM = at_least_float32(entropy_BM.detach())
-    most = torch.tensor(float(vocab_size), dtype=entropy_BM.dtype, device=entropy_BM.device).log()
-    return _share_out((1.0 - entropy_BM / most).clamp(0.0, 1.0), valid_BM)
+    sure_BM = (1.0 - at_least_float32(entropy_BM) / math.log(vocab_size)).clamp(0.0, 1.0)
+    return share_out(sure_BM, valid_BM) * valid_BM.sum(-1, keepdim=True)
 
 
 def band(
-    attention_BNM: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, settings: DwaSettings
+    follows_BNM: Tensor,
+    lengths_B: Tensor,
+    teacher_lengths_B: Tensor,
+    settings: DwaSettings,
+    share: float = 1.0,
 ) -> Tensor | None:
     """What the settings add to the cross cost, [B, N, M] without gradient; None for no band.
 
-    >>> one, hard = torch.tensor([1]), DwaSettings(band="hard")
-    >>> band(torch.ones(1, 1, 1), one, one, hard), band(torch.ones(1, 1, 1), one, one, DwaSettings(band="none"))
-    (tensor([[[0.]]]), None)
-
-    `attention` is the teacher-to-student attention, or `alignment`; only its shape is read for the hard band.
+    `follows` is the teacher-to-student attention, or an expected alignment; the hard band reads its shape alone.
+    `share` of the soft band's penalty is added.
     """
     if settings.band == "none":
         return None
     if settings.band == "hard":
-        return hard_band(attention_BNM, student_lengths_B, teacher_lengths_B, width=settings.band_width)
+        return hard_band(follows_BNM, lengths_B, teacher_lengths_B, width=settings.band_width)
     return band_penalty(
-        attention_BNM, student_lengths_B, teacher_lengths_B, width=settings.band_width, beta=settings.band_beta,
-        centre_mix=settings.band_centre_mix, penalty=settings.band_penalty,
+        follows_BNM, lengths_B, teacher_lengths_B, width=settings.band_width, beta=settings.band_beta,
+        centre_mix=settings.band_centre_mix, penalty=share * settings.band_penalty,
     )  # fmt: skip
-
-
-def alignment(
-    student_BND: Tensor,
-    projected_teacher_BMD: Tensor,
-    student_lengths_B: Tensor,
-    teacher_lengths_B: Tensor,
-    *,
-    gamma: float,
-) -> Tensor:
-    """What `band` follows with band_source=sdtw: the expected alignment of two sequences, [B, N, M], no gradient."""
-    cost_BNM = cosine_cost(
-        _cut(student_BND.detach(), student_lengths_B), _cut(projected_teacher_BMD.detach(), teacher_lengths_B)
-    )
-    return expected_alignment(cost_BNM, student_lengths_B, teacher_lengths_B, gamma=gamma)
 
 
 def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, and two numbers
@@ -204,40 +173,28 @@ def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, 
 ) -> LossTerm:
     """Banded soft-DTW between cosine costs, summed over documents (eq. 17-25); used for embeddings and last states.
 
-    The gradient flows to the student's vectors and to the teacher's projector; vectors beyond the lengths are not
-    read. The band is on the cross cost only. With `divergence` nDTW, not clamped; else the cross term alone. Not
-    divided by lengths: the count is the number of the student's tokens. A document without tokens on one side adds 0.
+    The gradient flows to the student's vectors and to the teacher's projector; vectors beyond the lengths are finite
+    and change nothing. The band is on the cross cost only. With `divergence` nDTW, not clamped; else the cross term
+    alone. Not divided by lengths: the count is the number of the student's tokens. A document without tokens on one
+    side adds 0.
 
     One token each and orthogonal: cost 1 across, 0 within.
 
+    >>> import torch
     >>> x, y, one = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]), torch.tensor([1])
     >>> sequence_term(x, y, None, one, one, gamma=2.0, divergence=True)
     LossTerm(total=tensor(1.), count=tensor(1.))
     """
-    x_BND = _cut(student_BND, student_lengths_B)
-    y_BMD = _cut(projected_teacher_BMD, teacher_lengths_B)
-    penalty = 0.0 if band_BNM is None else band_BNM.detach()
+    penalty = 0.0 if band_BNM is None else band_BNM
     if divergence:
-        cross_BNM, student_BNN, teacher_BMM = cosine_costs(x_BND, y_BMD)
+        cross_BNM, student_BNN, teacher_BMM = cosine_costs(student_BND, projected_teacher_BMD)
         value_B = soft_dtw_divergence(
             cross_BNM + penalty, student_BNN, teacher_BMM, student_lengths_B, teacher_lengths_B, gamma=gamma
         )
     else:
-        cross_BNM = cosine_cost(x_BND, y_BMD) + penalty
+        cross_BNM = cosine_cost(student_BND, projected_teacher_BMD) + penalty
         value_B = soft_dtw(cross_BNM, student_lengths_B, teacher_lengths_B, gamma=gamma)
     return term(value_B.sum(), student_lengths_B.sum())
-
-
-def _cut(x_BND: Tensor, lengths_B: Tensor) -> Tensor:
-    """Zeros beyond the lengths."""
-    inside_BN = torch.arange(x_BND.shape[1], device=x_BND.device) < lengths_B[:, None]
-    return torch.where(inside_BN[:, :, None], x_BND, 0.0)
-
-
-def _share_out(raw_BN: Tensor, valid_BN: Tensor) -> Tensor:
-    """Proportional to `raw` at valid tokens and summing to their number in each document; all 0 where `raw` is."""
-    raw_BN = torch.where(valid_BN, at_least_float32(raw_BN.detach()), 0.0)
-    return divide(raw_BN, raw_BN.sum(-1, keepdim=True)) * valid_BN.sum(-1, keepdim=True)
 
 
 # -- wiring to the cache
@@ -275,60 +232,47 @@ class Dwa(CrossModelLoss):
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm | Planned]:
         """Eq. 7-25."""
-        s, mixed = self.settings, self.mix(batch, student)
-        weights_BM, theirs = self._teacher_weights(batch), self.head(mixed.hidden_BMD)
-        valid_BM, count = batch.teacher_predict_valid_BM, batch.num_predictions
+        s, mixed, valid_BM = self.settings, self.mix(batch, student), batch.teacher_predict_valid_BM
+        weights_M = None
+        if s.entropy_weights:
+            entropy_BM = unwrap(batch.teacher_entropy_BM)
+            weights_M = teacher_weights(entropy_BM, self.teacher_vocab_size, valid_BM)[valid_BM]
+        back, theirs = mixed.back.at(valid_BM), self.head(mixed.hidden_BMD).at(valid_BM)
         terms: dict[str, LossTerm | Planned] = {
             "projected_ce": student.plan.cross_entropy(mixed.projected),
             "student_space": student.plan.divergence(mixed.projected, s.student_space, weigh=self._weigh_student()),
-            "teacher_space": teacher_space(mixed.back, theirs, weights_BM, valid_BM, s, count=count),
+            "teacher_space": term(head_divergence(back, theirs, weights_M, s.teacher_space), batch.num_predictions),
         }
-        return terms | self._sequences(batch, student, mixed, step)
+        return terms | self._align(batch, student, mixed, step)
 
     def _weigh_student(self) -> Weigh | None:
         """Eq. 11-12 for some documents, from the student's entropies and the peaks of the projected teacher."""
         s = self.settings
 
         def weigh(entropy_BN: Tensor, peak_BN: Tensor, valid_BN: Tensor) -> Tensor:
-            ones_BN = uniform_weights(valid_BN)
-            gate_BN = peak_BN if s.gate else ones_BN
-            weight_BN = entropy_BN if s.entropy_weights else ones_BN
+            gate_BN = peak_BN if s.gate else valid_BN.float()
+            weight_BN = entropy_BN if s.entropy_weights else valid_BN.float()
             return student_weights(weight_BN, gate_BN, valid_BN, s.student_weight)
 
         return weigh if s.gate or s.entropy_weights else None
 
-    def _teacher_weights(self, batch: Batch) -> Tensor:
-        """Eq. 14."""
-        valid_BM = batch.teacher_predict_valid_BM
-        if not self.settings.entropy_weights:
-            return uniform_weights(valid_BM)
-        return teacher_weights(unwrap(batch.teacher_entropy_BM), self.teacher_vocab_size, valid_BM)
-
-    def _sequences(self, batch: Batch, student: StudentPass, mixed: Mixed, step: int) -> dict[str, LossTerm]:
+    def _align(self, batch: Batch, student: StudentPass, mixed: Mixed, step: int) -> dict[str, LossTerm | Planned]:
         """Soft-DTW on target embeddings and on last states (eq. 17-25)."""
         s, valid_BM = self.settings, batch.teacher_predict_valid_BM
         lengths = batch.predict_valid_BN.sum(-1), valid_BM.sum(-1)
-        gamma = s.gamma_at(step)
+        gamma, share = s.gamma_at(step), s.share(step, s.band_warmup_steps)
         pairs = {
             "dtw_embeddings": (student.target_embeddings_BNd, at_valid(self.embed_t2s, mixed.target_BMD, valid_BM)),
             "dtw_states": (student.predict_hidden_BNd, at_valid(self.t2s, mixed.hidden_BMD, valid_BM)),
         }
-        found = {}
+        found: dict[str, LossTerm | Planned] = {}
         for name, (x_BNd, y_BMd) in pairs.items():
-            follows_BNM = mixed.to_student_BNM.detach()
+            follows_BNM = mixed.to_student_BNM
             if s.band == "soft" and s.band_source == "sdtw":
-                follows_BNM = alignment(x_BNd, y_BMd, *lengths, gamma=gamma)
-            penalty_BNM = self._penalty(follows_BNM, *lengths, step)
-            found[name] = sequence_term(x_BNd, y_BMd, penalty_BNM, *lengths, gamma=gamma, divergence=s.dtw_divergence)
+                follows_BNM = expected_alignment(cosine_cost(x_BNd, y_BMd), *lengths, gamma=gamma)
+            wall_BNM = band(follows_BNM, *lengths, s, share)
+            found[name] = sequence_term(x_BNd, y_BMd, wall_BNM, *lengths, gamma=gamma, divergence=s.dtw_divergence)
         return found
-
-    def _penalty(self, follows_BNM: Tensor, lengths_B: Tensor, teacher_lengths_B: Tensor, step: int) -> Tensor | None:
-        """What the band adds to the cross cost, on its way up; None for nothing."""
-        share = self.settings.share(step, self.settings.band_warmup_steps)
-        penalty_BNM = band(follows_BNM, lengths_B, teacher_lengths_B, self.settings)
-        if penalty_BNM is None or self.settings.band == "hard":
-            return penalty_BNM
-        return share * penalty_BNM
 
 
 DWA = Declaration(

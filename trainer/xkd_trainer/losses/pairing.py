@@ -14,7 +14,40 @@ from torch import Tensor
 from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Loss, StudentPass
+from xkd_trainer.losses.ops.divergence import cosine_distance
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.models.measures import at_least_float32, divide
+
+
+def share_out(raw_BK: Tensor, valid_BK: Tensor) -> Tensor:
+    """Weights [B, K] without gradient, proportional to `raw` and with sum 1 over the valid ones of a document.
+
+    0 where not valid, and all 0 in a document whose `raw` is. Eq. 9 of MTA, m_k / sum m of SRA, and the scaling of
+    eq. 12 and 14 of DWA-KD.
+
+    >>> share_out(torch.tensor([[0.1, 0.3, 0.6]]), torch.tensor([[True, True, False]]))
+    tensor([[0.2500, 0.7500, 0.0000]])
+    """
+    raw_BK = torch.where(valid_BK, at_least_float32(raw_BK.detach()), 0.0)
+    return divide(raw_BK, raw_BK.sum(-1, keepdim=True))
+
+
+def compare_vectors(student_BKD: Tensor, teacher_BKD: Tensor, weights_BK: Tensor, valid_BK: Tensor) -> LossTerm:
+    """Sum of w (1 - cos) over valid pairs of vectors, and the sum of w: L_Hid of MTA (eq. 13), L_cos of SRA.
+
+    The student's vectors come projected, with gradient; the teacher's and the weights are constants. A valid zero
+    vector costs its weight and has no gradient.
+
+    >>> student, teacher = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[8.0, 6.0], [0.0, 2.0]]])
+    >>> compare_vectors(student, teacher, torch.tensor([[0.5, 0.25]]), torch.tensor([[True, True]]))
+    LossTerm(total=tensor(0.2700), count=tensor(0.7500))
+    """
+    valid_BK1 = valid_BK.unsqueeze(-1)
+    both = (torch.where(valid_BK1, at_least_float32(side), 0.0) for side in (student_BKD, teacher_BKD))
+    distance_BK = cosine_distance(*both)
+    weights_BK = torch.where(valid_BK, weights_BK.to(distance_BK.dtype), 0.0)
+    return term((weights_BK * distance_BK).sum(), weights_BK.sum())
 
 
 def check_layers(option: str, layers: Sequence[int], side: str, last: int) -> None:
@@ -95,7 +128,7 @@ def refuse_other_tokens(option: str, instead: str, context: Context) -> None:
         )
 
 
-def find_same_tokens(batch: Batch) -> Tensor:
+def match_tokens(batch: Batch) -> Tensor:
     """Which documents both models read as the same ids, template included, bool [B]."""
     valid_BS = batch.student_valid_BS
     theirs_BS = fit(unwrap(batch.teacher_ids_BT), valid_BS.shape[1])

@@ -13,15 +13,12 @@ from typing import Final
 
 from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.baselines.alm import ALM
-from xkd_trainer.losses.baselines.dskd import DSKD, DSKD_CMA
-from xkd_trainer.losses.baselines.dskd_v2 import DSKD_V2
+from xkd_trainer.losses.baselines.dskd import DSKD, DSKD_CMA, DSKD_V2
 from xkd_trainer.losses.baselines.fdd import FDD
-from xkd_trainer.losses.baselines.kl import KL
+from xkd_trainer.losses.baselines.kl import CE, KL, RSKD
 from xkd_trainer.losses.baselines.mined import MINED
 from xkd_trainer.losses.baselines.multilevelot import MULTILEVELOT
-from xkd_trainer.losses.baselines.rskd import RSKD
 from xkd_trainer.losses.baselines.uld import ULD
-from xkd_trainer.losses.ce import CE
 from xkd_trainer.losses.declaration import Declaration, Loss
 from xkd_trainer.losses.dwa import DWA
 from xkd_trainer.losses.mta import MTA
@@ -110,29 +107,20 @@ def parse_loss(text: str) -> dict[str, float]:
     if "," in text:
         raise _refuse_earlier(text)
     multiples: dict[str, float] = {}
-    for part in text.split("+"):
-        found = _PART.fullmatch(part.strip())
+    for part in map(str.strip, text.split("+")):
+        found = _PART.fullmatch(part)
         name = found[1] if found else part.partition("=")[0].strip()
         loss_named(name)
         if not found or name in multiples:
-            raise UsageError(f"--loss {text}: {_name_fault(part.strip(), name in multiples)}", fix=HOW)
+            negative = re.fullmatch(r"\s*-\s*[\d.]+", part.partition("=")[2])
+            fault = f"{part} is negative" if negative else f"{part!r} is not NAME or NAME=NUMBER"
+            twice = f"{part!r} names a loss that is there before"
+            raise UsageError(f"--loss {text}: {twice if name in multiples else fault}", fix=HOW)
         multiples[name] = float(found[2] or 1)
     if "=" in text and len(multiples) == 1 and "ce" not in multiples:
         raise _refuse_earlier(text)
     weights = _weigh_as_papers(multiples) | {name: value for name, value in multiples.items() if name == "ce"}
     return {name: weights[name] for name in ("ce", *multiples) if weights[name] > 0}
-
-
-def _name_fault(part: str, twice: bool) -> str:
-    """What is wrong with a part of `--loss`.
-
-    >>> _name_fault("mta=-1", False), _name_fault("mta=x", False)
-    ('mta=-1 is negative', "'mta=x' is not NAME or NAME=NUMBER")
-    """
-    if twice:
-        return f"{part!r} names a loss that is there before"
-    negative = re.fullmatch(r"\s*-\s*[\d.]+", part.partition("=")[2])
-    return f"{part} is negative" if negative else f"{part!r} is not NAME or NAME=NUMBER"
 
 
 def _weigh_as_papers(multiples: Mapping[str, float]) -> dict[str, float]:
@@ -176,17 +164,10 @@ def describe_weights(weights: Mapping[str, float], losses: Mapping[str, Loss], l
 
     For example `0.5 ce + 0.5 (sra.cos 1 + sra.geo 50 + sra.kd 1)`.
     """
-    return formula(
-        weights, {name: _describe_terms(name, losses[name].weights(0), losses[name].weights(last)) for name in weights}
-    )
-
-
-def _describe_terms(name: str, first: Mapping[str, float], last: Mapping[str, float]) -> str:
-    shown = {term: _describe_change(first[term], last[term]) for term in last if first[term] or last[term]}
-    if list(shown.items()) == [(name, "1")]:
-        return name
-    return f"({' + '.join(f'{name}.{term} {value}' for term, value in shown.items())})"
-
-
-def _describe_change(first: float, last: float) -> str:
-    return f"{last:g}" if first == last else f"{first:g} to {last:g}"
+    texts = {}
+    for name in weights:
+        first, then = losses[name].weights(0), losses[name].weights(last)
+        changes = {term: ("" if first[term] == then[term] else f"{first[term]:g} to ") for term in then}
+        terms = [f"{name}.{term} {changes[term]}{then[term]:g}" for term in then if first[term] or then[term]]
+        texts[name] = name if terms == [f"{name}.{name} 1"] else f"({' + '.join(terms)})"
+    return formula(weights, texts)

@@ -9,7 +9,7 @@ Shape legend: see batch.py; K any spans, d the student's width, V classes in bot
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,14 @@ from xkd_trainer.losses.declaration import (
     Settings,
     StudentPass,
     Weight,
-    uniform_weights,
 )
 from xkd_trainer.losses.dual_space import TeacherHead
-from xkd_trainer.losses.ops.divergence import Comparison, cosine_distance, pair_disagreement, pair_weights
+from xkd_trainer.losses.ops.divergence import Comparison, pair_disagreement, pair_weights
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.shared_pass import head_divergence
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
-from xkd_trainer.losses.pairing import pair_layers
+from xkd_trainer.losses.pairing import compare_vectors, pair_layers, share_out
 from xkd_trainer.models.measures import at_least_float32, centrality, cosine_matrix, divide, pool_spans
 
 
@@ -88,9 +87,6 @@ def layer_shares(beta: Sequence[float], count: int) -> tuple[float, ...]:
     """The weights of `count` layers divided by their sum; all alike where none are given.
 
     UsageError where there are not as many as layers, or all are 0.
-
-    >>> layer_shares((1.0, 3.0), 2), layer_shares((), 2)
-    ((0.25, 0.75), (0.5, 0.5))
     """
     given = tuple(beta) or (1.0,) * count
     if len(given) != count or not sum(given) > 0:
@@ -101,66 +97,39 @@ def layer_shares(beta: Sequence[float], count: int) -> tuple[float, ...]:
     return tuple(share / sum(given) for share in given)
 
 
-def span_omega(mass_BK: Tensor, valid_BK: Tensor, p: float, weighted: bool) -> Tensor:
+def span_omega(mass_BK: Tensor, valid_BK: Tensor, p: float) -> Tensor:
     """Loss weight of each span, m_k^p over their sum in the document, [B, K], without gradient; 0 where not valid.
 
-    With `weighted` False, one over the number of valid spans. All 0 for a document whose valid spans
-    have no mass at all (unless p is 0): such a document adds 0 to its losses.
+    All 0 for a document whose valid spans have no mass at all (unless p is 0): such a document adds 0 to its losses.
 
-    >>> span_omega(torch.tensor([[0.2, 0.6, 0.2]]), torch.tensor([[True, True, False]]), 1.0, True)
-    tensor([[0.2500, 0.7500, 0.0000]])
+    >>> span_omega(torch.tensor([[0.2, 0.6, 0.2]]), torch.tensor([[True, True, False]]), 2.0)
+    tensor([[0.1000, 0.9000, 0.0000]])
     """
-    mass_BK = at_least_float32(mass_BK.detach())
-    mass_BK = torch.where(valid_BK, mass_BK if weighted else torch.ones_like(mass_BK), 0.0)
-    largest_B1 = mass_BK.amax(-1, keepdim=True) if mass_BK.shape[-1] else mass_BK.sum(-1, keepdim=True)
-    relative_BK = divide(mass_BK, largest_B1)  # so that a high power does not underflow
-    power_BK = torch.where(valid_BK, relative_BK**p, 0.0)
-    return divide(power_BK, power_BK.sum(-1, keepdim=True))
-
-
-def weighted_cosine(projected_BKD: Tensor, teacher_BKD: Tensor, omega_BK: Tensor, valid_BK: Tensor) -> LossTerm:
-    """L_cos of one layer: sum_k omega_k (1 - cos(C_k^S W, C_k^T)) summed over documents.
-
-    The student's vectors come projected, with gradient; the teacher's and omega are constants. A valid zero vector
-    costs omega and has no gradient. The count is the number of documents with a valid span; the code divides by all
-    documents.
-
-    >>> student, teacher = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[8.0, 6.0], [0.0, 2.0]]])
-    >>> weighted_cosine(student, teacher, torch.tensor([[0.75, 0.25]]), torch.tensor([[True, True]]))
-    LossTerm(total=tensor(0.2800), count=tensor(1.))
-    """
-    student_BKD, teacher_BKD = _valid_vectors(projected_BKD, teacher_BKD, valid_BK)
-    distance_BK = cosine_distance(student_BKD, teacher_BKD)
-    omega_BK = torch.where(valid_BK, omega_BK.detach().to(distance_BK.dtype), 0.0)
-    return term((omega_BK * distance_BK).sum(), valid_BK.any(-1).sum())
+    mass_BK = torch.where(valid_BK, at_least_float32(mass_BK), 0.0)
+    if mass_BK.shape[-1]:  # so that a high power does not underflow
+        mass_BK = divide(mass_BK, mass_BK.amax(-1, keepdim=True))
+    return share_out(mass_BK**p, valid_BK)
 
 
 def geometric(student_BKD: Tensor, teacher_BKD: Tensor, omega_BK: Tensor, valid_BK: Tensor) -> LossTerm:
     """L_Geo: sum_ij pi_ij (cos(C_i^S, C_j^S) - cos(C_i^T, C_j^T))^2 summed over documents.
 
-    pi_ij = omega_i omega_j for i != j, divided by its sum in the document. A document with one valid
-    span has no pair: it adds 0 to the total and is counted, as in the paper's 1/B; one without valid
-    spans is not counted. Student vectors are not projected, the widths may differ.
+    pi_ij = omega_i omega_j for i != j, divided by its sum in the document. A document with one valid span has no pair:
+    it adds 0 to the total and is counted, as in the paper's 1/B; one without valid spans is not counted. Student
+    vectors are not projected, the widths may differ. The teacher's vectors and omega are constants.
 
     Two spans at right angles in the student, parallel in the teacher, differ by 1:
 
     >>> geometric(torch.eye(2)[None], torch.ones(1, 2, 4), torch.tensor([[0.5, 0.5]]), torch.tensor([[True, True]]))
     LossTerm(total=tensor(1.), count=tensor(1.))
-
-    Args and gradient as in `weighted_cosine`.
     """
-    student_BKD, teacher_BKD = _valid_vectors(student_BKD, teacher_BKD, valid_BK)
-    pi_BKK = pair_weights(omega_BK.detach(), valid_BK)
+    own_BKK, theirs_BKK = (
+        cosine_matrix(torch.where(valid_BK.unsqueeze(-1), at_least_float32(side), 0.0))
+        for side in (student_BKD, teacher_BKD)
+    )
+    pi_BKK = pair_weights(omega_BK, valid_BK)
     pi_BKK = divide(pi_BKK, pi_BKK.sum((-2, -1), keepdim=True))
-    squares_B = pair_disagreement(cosine_matrix(student_BKD), cosine_matrix(teacher_BKD), pi_BKK, valid_BK)
-    return term(squares_B.sum(), valid_BK.any(-1).sum())
-
-
-def _valid_vectors(student_BKD: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with zeros where not valid, the teacher's without gradient."""
-    valid_BK1 = valid_BK.unsqueeze(-1)
-    student_BKD = torch.where(valid_BK1, at_least_float32(student_BKD), 0.0)
-    return student_BKD, torch.where(valid_BK1, at_least_float32(teacher_BKD.detach()), 0.0)
+    return term(pair_disagreement(own_BKK, theirs_BKK, pi_BKK, valid_BK).sum(), valid_BK.any(-1).sum())
 
 
 # -- wiring to the cache
@@ -168,15 +137,22 @@ def _valid_vectors(student_BKD: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -
 
 def needs(settings: SraSettings, levels: Levels) -> tuple[Signal, ...]:
     """States of the last and the chosen layers, what weighs them, and for words or phrases a level that has them."""
-    inner = inner_layers(settings, levels.num_layers)
+    inner, last = inner_layers(settings, levels.num_layers), levels.num_layers
     found = [Signal("hidden_last"), *(Signal("hidden", layer) for layer in inner)]
     if settings.weights == "attention" and settings.end_token == "include":
         found += [Signal("attention_last"), *(Signal("attention", layer) for layer in inner)]
-    elif settings.weights == "attention":
-        found += [Signal("attention_text", layer) for layer in (*inner, levels.num_layers)]
-    if settings.weights == "centrality":
-        found += [Signal("centrality", layer) for layer in (*inner, levels.num_layers)]
-    return (*found, *_span_level(settings, levels))
+    elif settings.weights != "uniform":
+        name = "centrality" if settings.weights == "centrality" else "attention_text"
+        found += [Signal(name, layer) for layer in (*inner, last)]
+    if settings.spans == "aligned":
+        return tuple(found)
+    cached = [layer for layer, unit in levels if unit == settings.spans]
+    if not cached:
+        raise UsageError(
+            f"sra.spans={settings.spans} needs span_mass of some teacher layer on {settings.spans}s, none is cached",
+            fix="xkd-cache add CACHE --model M --for mta,sra",
+        )
+    return (*found, Signal("span_mass", cached[0], settings.spans))
 
 
 def inner_layers(settings: SraSettings, last: int) -> tuple[int, ...]:
@@ -184,33 +160,8 @@ def inner_layers(settings: SraSettings, last: int) -> tuple[int, ...]:
     return tuple(sorted(layer for layer in settings.layers if layer != last))
 
 
-def _span_level(settings: SraSettings, levels: Levels) -> tuple[Signal, ...]:
-    """The signal that brings the wanted words or phrases into the batch; UsageError where none are cached."""
-    if settings.spans == "aligned":
-        return ()
-    found = [layer for layer, unit in levels if unit == settings.spans]
-    if not found:
-        raise UsageError(
-            f"sra.spans={settings.spans} needs span_mass of some teacher layer on {settings.spans}s, none is cached",
-            fix="xkd-cache add CACHE --model M --for mta,sra",
-        )
-    return (Signal("span_mass", found[0], settings.spans),)
-
-
-class _Spans(NamedTuple):
-    """Ranges of student tokens and of kept teacher rows, [B, K, 2], and which count."""
-
-    student_BK2: Tensor
-    teacher_BK2: Tensor
-    valid_BK: Tensor
-
-
-class _Pooled(NamedTuple):
-    """Span vectors of both models at one layer, and the loss weights of the spans."""
-
-    student_BKd: Tensor
-    teacher_BKD: Tensor
-    omega_BK: Tensor
+Spans = tuple[Tensor, Tensor, Tensor]
+"""Ranges of student tokens and of kept teacher rows, [B, K, 2], and which count, [B, K]."""
 
 
 class Sra(Loss):
@@ -233,13 +184,11 @@ class Sra(Loss):
                 f"last ({last})"
             )
         ours = (*settings.student_layers, context.student_layers) if settings.student_layers else ()
-        self.inner = pair_layers("sra", (*inner, last), ours, context)[:-1]
-        self.layers = tuple(layer for _, layer in self.inner)
-        self.student_last = context.student_layers
-        shares = layer_shares(settings.beta, len(self.inner) + 1)
-        self.shares = dict(zip((*inner, last), shares, strict=True))
-        self.projector = _projector(context, settings)
-        self.inner_projectors = nn.ModuleDict({str(layer): _projector(context, settings) for layer, _ in self.inner})
+        self.beside = dict(pair_layers("sra", (*inner, last), ours, context))
+        self.layers = tuple(self.beside[layer] for layer in inner)
+        self.shares = dict(zip(self.beside, layer_shares(settings.beta, len(self.beside)), strict=True))
+        self.projector = _make_projector(context, settings)
+        self.inner_projectors = nn.ModuleDict({str(layer): _make_projector(context, settings) for layer in inner})
         student_ids_V, teacher_ids_V = shared_vocabulary(
             context.student_vocab, context.teacher_vocab, settings.shared_vocab
         )
@@ -253,72 +202,67 @@ class Sra(Loss):
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Documents with an aligned span."""
-        return dict.fromkeys(self.weights(0), self._spans(batch).valid_BK.any(-1).sum())
+        return dict.fromkeys(self.weights(0), self._find_spans(batch)[2].any(-1).sum())
 
     def _cos(self, layer: int) -> str:
-        return f"cos@{layer}" if self.inner else "cos"
+        return f"cos@{layer}" if self.layers else "cos"
 
-    def _spans(self, batch: Batch) -> _Spans:
+    def _find_spans(self, batch: Batch) -> Spans:
         """The pieces of the response that are compared."""
         if self.settings.spans == "aligned":
             valid_BK = batch.span_valid_BK & batch.span_text_BK if self.text_only else batch.span_valid_BK
-            return _Spans(batch.span_student_BK2, batch.span_teacher_BK2, valid_BK)
+            return batch.span_student_BK2, batch.span_teacher_BK2, valid_BK
         level = next(level for level in batch.levels if level.unit == self.settings.spans)
         whole_BK = level.teacher_BU2[..., 1] > level.teacher_BU2[..., 0]
-        return _Spans(level.student_BU2, level.teacher_BU2, level.valid_BU & level.in_target_BU & whole_BK)
+        return level.student_BU2, level.teacher_BU2, level.valid_BU & level.in_target_BU & whole_BK
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """The three terms of section 2.3, the first at every layer."""
-        spans = self._spans(batch)
-        last = self._pool(batch, student, spans, self.last, student.states.last_BLD)
-        terms = {
-            self._cos(self.last): self._cosine(self.projector, last, spans),
-            "geo": geometric(last.student_BKd, last.teacher_BKD, last.omega_BK, spans.valid_BK),
-            "kd": self._kd(student, last.student_BKd, last.teacher_BKD, spans.valid_BK),
-            "spans": term(spans.valid_BK.sum().float(), spans.valid_BK.any(-1).sum()),
+        spans, terms = self._find_spans(batch), {}
+        valid_BK, documents = spans[2], spans[2].any(-1).sum()
+        for layer in self.beside:  # geo and kd read the vectors of the last
+            student_BKd, teacher_BKD, omega_BK = self._pool(batch, student, spans, layer)
+            projector = self.projector if layer == self.last else self.inner_projectors[str(layer)]
+            total = compare_vectors(projector(student_BKd), teacher_BKD, omega_BK, valid_BK).total
+            terms[self._cos(layer)] = term(total, documents)
+        return terms | {
+            "geo": geometric(student_BKd, teacher_BKD, omega_BK, valid_BK),
+            "kd": term(self._kd(student, student_BKd, teacher_BKD, valid_BK), documents),
+            "spans": term(valid_BK.sum().float(), documents),
         }
-        for teacher_layer, student_layer in self.inner:
-            pooled = self._pool(batch, student, spans, teacher_layer, student.states.layers[student_layer])
-            projector = self.inner_projectors[str(teacher_layer)]
-            terms[self._cos(teacher_layer)] = self._cosine(projector, pooled, spans)
-        return terms
 
-    def _cosine(self, projector: nn.Module, pooled: _Pooled, spans: _Spans) -> LossTerm:
-        return weighted_cosine(projector(pooled.student_BKd), pooled.teacher_BKD, pooled.omega_BK, spans.valid_BK)
+    def _pool(self, batch: Batch, student: StudentPass, spans: Spans, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Section 2.2 at one teacher layer: span vectors of both models, and loss weights."""
+        student_BK2, teacher_BK2, valid_BK = spans
+        if layer == self.last:
+            hidden_BSd, teacher_BRD = student.states.last_BLD, unwrap(batch.teacher_hidden_BRD).float()
+        else:
+            hidden_BSd = student.states.layers[self.beside[layer]]
+            teacher_BRD = _at_kept_rows(batch, batch.states(layer).hidden_BTD).float()
+        teacher_BKD, mass_BK = pool_spans(teacher_BRD, self._weigh_teacher(batch, layer), teacher_BK2)
+        if self.settings.weighted_pooling:
+            student_BKd, _ = pool_spans(hidden_BSd, self._weigh_student(student, layer, hidden_BSd), student_BK2)
+        else:
+            student_BKd, _ = pool_spans(hidden_BSd, batch.student_valid_BS.float(), student_BK2)
+            teacher_BKD, _ = pool_spans(teacher_BRD, batch.teacher_valid_BR.float(), teacher_BK2)
+        mass_BK = mass_BK if self.settings.weighted_loss else valid_BK.float()
+        return student_BKd, teacher_BKD, span_omega(mass_BK, valid_BK, self.settings.p)
 
-    def _pool(self, batch: Batch, student: StudentPass, spans: _Spans, layer: int, hidden_BSd: Tensor) -> _Pooled:
-        """Section 2.2 at one teacher layer and the student's states beside it."""
-        teacher_BRD = self._teacher_states(batch, layer).float()
-        weights_BS = self._student_weights(student, layer, hidden_BSd)
-        student_BKd, _ = pool_spans(hidden_BSd, weights_BS, spans.student_BK2)
-        teacher_BKD, mass_BK = pool_spans(teacher_BRD, self._teacher_weights(batch, layer), spans.teacher_BK2)
-        if not self.settings.weighted_pooling:
-            student_BKd, _ = pool_spans(hidden_BSd, uniform_weights(batch.student_valid_BS), spans.student_BK2)
-            teacher_BKD, _ = pool_spans(teacher_BRD, uniform_weights(batch.teacher_valid_BR), spans.teacher_BK2)
-        omega_BK = span_omega(mass_BK, spans.valid_BK, self.settings.p, self.settings.weighted_loss)
-        return _Pooled(student_BKd, teacher_BKD, omega_BK)
-
-    def _student_weights(self, student: StudentPass, layer: int, hidden_BSd: Tensor) -> Tensor:
+    def _weigh_student(self, student: StudentPass, layer: int, hidden_BSd: Tensor) -> Tensor:
         """a_t of the student beside a teacher layer."""
         valid_BS = student.batch.student_valid_BS
         if self.settings.weights == "uniform":
-            return uniform_weights(valid_BS)
+            return valid_BS.float()
         if self.settings.weights == "centrality":
             with torch.no_grad():
                 return centrality(hidden_BSd, valid_BS)
         rows = student.states.text_layers if self.text_only else student.states.attention_layers
-        return rows[dict(self.inner).get(layer, self.student_last)]
+        return rows[self.beside[layer]]
 
-    def _teacher_states(self, batch: Batch, layer: int) -> Tensor:
-        """The teacher's states of a layer at the kept rows, [B, R, D]."""
-        if layer == self.last:
-            return unwrap(batch.teacher_hidden_BRD)
-        return _at_kept_rows(batch, batch.states(layer).hidden_BTD)
-
-    def _teacher_weights(self, batch: Batch, layer: int) -> Tensor:
+    def _weigh_teacher(self, batch: Batch, layer: int) -> Tensor:
         """a_t of the teacher at the kept rows, [B, R]."""
         if self.settings.weights == "uniform":
-            return uniform_weights(batch.teacher_valid_BR)
+            return batch.teacher_valid_BR.float()
         if self.settings.weights == "centrality":
             return _at_kept_rows(batch, batch.states(layer).centrality_BT)
         if self.text_only:
@@ -327,19 +271,18 @@ class Sra(Loss):
             return unwrap(batch.teacher_attention_BR)
         return _at_kept_rows(batch, batch.states(layer).attention_BT)
 
-    def _kd(self, student: StudentPass, student_BKd: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -> LossTerm:
+    def _kd(self, student: StudentPass, student_BKd: Tensor, teacher_BKD: Tensor, valid_BK: Tensor) -> Tensor:
         """KL between what both heads make of the span vectors, on the shared classes (2.3c)."""
         shared = student.logits.of_classes(self.student_ids_V)
         weights_BK = valid_BK.float()
         if self.settings.kd == "mean":
-            weights_BK = weights_BK / valid_BK.sum(-1, keepdim=True).clamp_min(1)
+            weights_BK = share_out(weights_BK, valid_BK)
         own = LazyLogits(hidden=student_BKd, weight=shared.weight, bias=shared.bias).at(valid_BK)
         how = Comparison(kind="forward_kl", temperature=self.settings.tau)
-        total = head_divergence(own, self.head(teacher_BKD).at(valid_BK), weights_BK[valid_BK], how)
-        return term(total, valid_BK.any(-1).sum())
+        return head_divergence(own, self.head(teacher_BKD).at(valid_BK), weights_BK[valid_BK], how)
 
 
-def _projector(context: Context, settings: SraSettings) -> nn.Linear:
+def _make_projector(context: Context, settings: SraSettings) -> nn.Linear:
     """W_l of L_cos: no bias."""
     projector = nn.Linear(context.student_width, context.teacher_width, bias=False)
     start = nn.init.orthogonal_ if settings.projector == "orthogonal" else nn.init.xavier_uniform_

@@ -1,4 +1,4 @@
-"""One file a baseline, with the same two parts.
+"""One file a baseline, or a family of them, with the same two parts.
 
 May import: `declaration`, `dual_space`, `pairing` and `ops` of the losses, data, models; schemas.
 Lost without it: that baseline.

@@ -25,7 +25,6 @@ from xkd_trainer.models.measures import at_least_float32
 
 FLOOR = 1e-6
 """Subtracted from every softened log-likelihood, as the authors' code does: a likelihood of 1 has a finite loss."""
-_LOG_HALF = -math.log(2.0)
 
 
 class AlmSettings(Settings):
@@ -61,34 +60,20 @@ def chunk_log_likelihoods(
     """
     if not valid_BK.numel():
         return at_least_float32(log_p_BN).new_zeros(valid_BK.shape), valid_BK
-    chunk_BN, inside_BN = _chunk_of(place_BN, predicted_BN, range_BK2, valid_BK)
-    log_p_BN = torch.where(inside_BN, at_least_float32(log_p_BN), 0.0)
-    whole_BK = whole_chunks(place_BN, predicted_BN, range_BK2, valid_BK)
-    sum_BK = log_p_BN.new_zeros(valid_BK.shape).scatter_add(1, chunk_BN, log_p_BN)
-    return torch.where(whole_BK, sum_BK, 0.0), whole_BK
-
-
-def whole_chunks(place_BN: Tensor, predicted_BN: Tensor, range_BK2: Tensor, valid_BK: Tensor) -> Tensor:
-    """Which chunks are valid and have a prediction for each of their tokens, bool [B, K]; see the function above."""
-    if not valid_BK.numel():
-        return valid_BK
-    chunk_BN, inside_BN = _chunk_of(place_BN, predicted_BN, range_BK2, valid_BK)
-    found_BK = torch.zeros_like(range_BK2[..., 0]).scatter_add(1, chunk_BN, inside_BN.to(range_BK2.dtype))
-    return valid_BK & (found_BK > 0) & (found_BK == range_BK2[..., 1] - range_BK2[..., 0])
-
-
-def _chunk_of(place_BN: Tensor, predicted_BN: Tensor, range_BK2: Tensor, valid_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of the chunk each prediction lies in, 0 where in none, and whether it lies in one."""
     never = torch.iinfo(range_BK2.dtype).max
     start_BK = torch.where(valid_BK, range_BK2[..., 0], never).contiguous()
     chunk_BN = (torch.searchsorted(start_BK, place_BN.contiguous(), right=True) - 1).clamp_min(0)
     end_BN = torch.where(valid_BK, range_BK2[..., 1], 0).gather(1, chunk_BN)
     inside_BN = predicted_BN & (place_BN < end_BN) & (place_BN >= start_BK.gather(1, chunk_BN))
-    return torch.where(inside_BN, chunk_BN, 0), inside_BN
+    log_p_BN = torch.where(inside_BN, at_least_float32(log_p_BN), 0.0)
+    sum_BK = log_p_BN.new_zeros(valid_BK.shape).scatter_add(1, chunk_BN, log_p_BN)
+    found_BK = torch.zeros_like(range_BK2[..., 0]).scatter_add(1, chunk_BN, inside_BN.to(range_BK2.dtype))
+    whole_BK = valid_BK & (found_BK > 0) & (found_BK == range_BK2[..., 1] - range_BK2[..., 0])
+    return torch.where(whole_BK, sum_BK, 0.0), whole_BK
 
 
 def binarised_divergence(student: Tensor, teacher: Tensor, settings: AlmSettings) -> Tensor:
-    """L(c) of each chunk from both log-likelihoods, of their shape; gradient by the student's only.
+    """L(c) of each chunk from both log-likelihoods, of their shape.
 
     p = 3/4 against q = 1/2: 0.75 log 1.5 + 0.25 log 0.5 = 0.1308.
 
@@ -96,9 +81,9 @@ def binarised_divergence(student: Tensor, teacher: Tensor, settings: AlmSettings
     >>> binarised_divergence(q, p, AlmSettings(temperature=1.0))
     tensor([0.1308])
 
-    `student` is log q(c), `teacher` log p(c), both at most 0; the latter is a constant, detached here.
+    `student` is log q(c), `teacher` log p(c), both at most 0; the latter is a constant.
     """
-    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
     if settings.divergence == "kl_limit":
         b, a = student - FLOOR, teacher - FLOOR
         return a - b + a * ((-b).log() - (-a).log())
@@ -112,14 +97,10 @@ def binarised_divergence(student: Tensor, teacher: Tensor, settings: AlmSettings
 
 
 def log_complement(log_p: Tensor) -> Tensor:
-    """log(1 - exp(log_p)) for log_p < 0, without losing digits at either end.
-
-    >>> log_complement(torch.tensor([-1e-6, -0.693147, -50.0]))
-    tensor([-1.3816e+01, -6.9315e-01, -1.9287e-22])
-    """
-    near = log_p > _LOG_HALF
-    below, above = torch.where(near, _LOG_HALF, log_p), torch.where(near, log_p, _LOG_HALF)
-    return torch.where(near, (-torch.expm1(above)).log(), torch.log1p(-below.exp()))
+    """log(1 - exp(log_p)) for log_p < 0, without losing digits at either end."""
+    half = -math.log(2.0)
+    below, above = log_p.clamp_max(half), log_p.clamp_min(half)
+    return torch.where(log_p > half, (-torch.expm1(above)).log(), torch.log1p(-below.exp()))
 
 
 def likelihood_matching(
@@ -127,17 +108,12 @@ def likelihood_matching(
 ) -> LossTerm:
     """Sum over chunks of weight times L(c); the count is the sum of the weights.
 
-    >>> p, q = torch.tensor([[0.75, 0.5]]).log(), torch.tensor([[0.5, 0.5]]).log()
-    >>> ones, whole = torch.ones(1, 2), torch.tensor([[True, True]])
-    >>> likelihood_matching(q, p, ones, whole, AlmSettings(temperature=1.0))
-    LossTerm(total=tensor(0.1308), count=tensor(2.))
-
     `student` is log q(c), with gradient, `teacher` log p(c); what stands where a chunk is not whole is not read.
     """
     loss_BK = binarised_divergence(
         torch.where(whole_BK, student_BK, -1.0), torch.where(whole_BK, teacher_BK, -1.0), settings
     )
-    weight_BK = torch.where(whole_BK, weight_BK.detach().to(loss_BK.dtype), 0.0)
+    weight_BK = torch.where(whole_BK, weight_BK.to(loss_BK.dtype), 0.0)
     return term((weight_BK * loss_BK).sum(), weight_BK.sum())
 
 
@@ -156,8 +132,8 @@ class Alm(Loss):
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Chunks, or their teacher tokens."""
-        student, teacher = _sides(batch)
-        return {"alm": self._weigh(batch)[whole_chunks(*student) & whole_chunks(*teacher)].sum()}
+        whole = [chunk_log_likelihoods(torch.zeros_like(side[0]), *side)[1] for side in _sides(batch)]
+        return {"alm": self._weigh(batch)[whole[0] & whole[1]].sum()}
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Both sides' chunks, compared."""
@@ -166,8 +142,8 @@ class Alm(Loss):
         with torch.no_grad():
             scores_BM = _score(self.head(teacher_states(batch)), batch.teacher_target_BM, theirs[1])
             teacher_BK, t_whole_BK = chunk_log_likelihoods(scores_BM, *theirs)
-        whole_BK = s_whole_BK & t_whole_BK
-        return {"alm": likelihood_matching(student_BK, teacher_BK, self._weigh(batch), whole_BK, self.settings)}
+        whole_BK, weight_BK = s_whole_BK & t_whole_BK, self._weigh(batch)
+        return {"alm": likelihood_matching(student_BK, teacher_BK, weight_BK, whole_BK, self.settings)}
 
     def _weigh(self, batch: Batch) -> Tensor:
         """Weight of each span in the mean, float32."""

@@ -72,17 +72,12 @@ def derivative(student: LazyLogits, teacher: LazyLogits) -> Tensor:
     >>> derivative(student, teacher)
     tensor(1.8717)
     """
-    constant = teacher.detach()
 
     def distances(rows: slice, logits_CPV: Tensor) -> Tensor:
-        return cosine_distance(_changes(logits_CPV), _changes(constant.at(rows).dense())).mean(-1)
+        both = logits_CPV, teacher.at(rows).dense()
+        return cosine_distance(*(z_CPV.log_softmax(-1).diff(dim=1) for z_CPV in both)).mean(-1)
 
     return chunked_sum(distances, student)
-
-
-def _changes(logits_CPV: Tensor) -> Tensor:
-    """log p of each layer less that of the layer before, [C, P - 1, V]."""
-    return logits_CPV.log_softmax(-1).diff(dim=1)
 
 
 # -- wiring to the cache
@@ -95,8 +90,8 @@ def pick_layers(settings: FddSettings, levels: Levels) -> tuple[int, ...]:
 
 def needs(settings: FddSettings, levels: Levels) -> tuple[Signal, ...]:
     """Last states, and those of the picked layers below."""
-    inner = [layer for layer in pick_layers(settings, levels) if layer != levels.num_layers]
-    return (Signal("hidden_last"), *(Signal("hidden", layer) for layer in inner))
+    picked = pick_layers(settings, levels)
+    return (Signal("hidden_last"), *(Signal("hidden", layer) for layer in picked if layer != levels.num_layers))
 
 
 class Fdd(OneTokenizerLoss):
@@ -131,7 +126,10 @@ class Fdd(OneTokenizerLoss):
             parts = [head_divergence(*pair, None, self.how) for pair in (layers[:-1] if ends_with_last else layers)]
             sums["trajectory"] = torch.stack([*parts, *([sums["final"]] if ends_with_last else [])]).mean(0)
         if "derivative" in self.factors:
-            sums["derivative"] = derivative(*(_stack(side) for side in zip(*layers, strict=True)))
+            sides = zip(*layers, strict=True)
+            sums["derivative"] = derivative(
+                *(replace(side[0], hidden=torch.stack([z.hidden for z in side], dim=1)) for side in sides)
+            )
         return {name: term(sums[name], batch.num_predictions) for name in self.factors}
 
     def _layer(
@@ -148,11 +146,6 @@ class Fdd(OneTokenizerLoss):
             theirs = self.head(gather_rows(hidden_BTD, kept_BR.gather(1, batch.teacher_predict_BM)).float())
         classes = slice(self.classes)
         return own.of_classes(classes).at(valid_BN), theirs.of_classes(classes).at(valid_BN)
-
-
-def _stack(layers: tuple[LazyLogits, ...]) -> LazyLogits:
-    """One head's logits of several layers, states [N, P, D]."""
-    return replace(layers[0], hidden=torch.stack([logits.hidden for logits in layers], dim=1))
 
 
 FDD = Declaration(

@@ -1,18 +1,35 @@
-"""The divergence between both next-token distributions, for a student with the teacher's tokenizer.
+"""Cross-entropy, and the divergence between both next-token distributions for a student with the teacher's tokenizer.
 
-Forward and reverse KL, Jensen-Shannon, the skewed kinds of DistiLLM (arXiv 2402.03898; SKL and SRKL with skew 0.1) and
-the adaptive one (arXiv 2404.02657), each a sum over predictions divided by their number. Responses are the corpus's:
-DistiLLM's branch on responses that the student generates needs a live teacher and does not fit a cache.
+`ce`: cross-entropy with the corpus's own responses, which is plain fine-tuning, the base of everything else.
+
+`kl`: forward and reverse KL, Jensen-Shannon, the skewed kinds of DistiLLM (arXiv 2402.03898; SKL and SRKL with skew
+0.1) and the adaptive one (arXiv 2404.02657), each a sum over predictions divided by their number. Responses are the
+corpus's: DistiLLM's branch on responses that the student generates needs a live teacher and does not fit a cache.
+
+`rskd`: forward KL from a few drawn classes, whose gradient is that of the full one on average. Of the teacher p in
+KL(p || q) = sum p log p - sum p log q the second sum, and all of the gradient by the student q, need nothing but an
+unbiased estimate: sum of w over drawn classes instead of p (random-sampling distillation, arXiv 2503.16870). The first
+sum is the teacher's entropy with its sign turned, which is stored exactly. Temperature 1. The cache holds some dozens
+of bytes a prediction instead of the teacher's last state; training needs no head of the teacher.
+
+Shape legend: see batch.py; N also all predictions of a batch, C those of one chunk, k (K in a batch) drawn classes.
 """
 
 from collections.abc import Mapping
 
-from xkd_trainer.data.batch import Batch
-from xkd_trainer.losses.declaration import Context, Declaration, Positive, StudentPass
+from torch import Tensor
+
+from xkd_schemas.errors import BadData
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.batch import Batch, unwrap
+from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass
 from xkd_trainer.losses.dual_space import TeacherHead, last_states, teacher_states
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
 from xkd_trainer.losses.ops.shared_pass import Planned
+from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pairing import OneTokenizerLoss
+from xkd_trainer.models.measures import at_least_float32
 
 
 class KlSettings(Knobs):
@@ -22,6 +39,43 @@ class KlSettings(Knobs):
     """DistiLLM: skewed_reverse_kl or skewed_forward_kl."""
     temperature: Positive = 1.0
     """Divides both logits; no factor of its square. DistiLLM: 1; DSKD's baselines: 2."""
+
+
+def head_sampled_kl(student: LazyLogits, ids_Nk: Tensor, weights_Nk: Tensor, entropy_N: Tensor) -> Tensor:
+    """Sum over positions of an unbiased estimate of KL(p || q), in nats, chunk by chunk; 0 where there are none.
+
+    The weights, adding up to 1 at a position, and the teacher's entropy are constants; it has gradient by the
+    student's states, and by its head where that requires one. Below 0 where the drawn classes suit the student better
+    than all do.
+
+    A uniform student over four classes and a teacher of entropy 0.6 of which classes 0 and 2 were drawn:
+    log 4 - 0.6 = 0.7863.
+
+    >>> import torch
+    >>> student = LazyLogits(hidden=torch.ones(1, 1), weight=torch.zeros(4, 1))
+    >>> head_sampled_kl(student, torch.tensor([[0, 2]]), torch.tensor([[0.8, 0.2]]), torch.tensor([0.6]))
+    tensor(0.7863)
+    """
+    constant_Nk = at_least_float32(weights_Nk)
+
+    def sampled(rows: slice, logits_CV: Tensor) -> Tensor:
+        log_q_Ck = logits_CV.log_softmax(-1).gather(-1, ids_Nk[rows])
+        return -(constant_Nk[rows] * log_q_Ck).sum(-1) - entropy_N[rows]
+
+    return chunked_sum(sampled, student)
+
+
+# -- wiring to the cache
+
+
+class CrossEntropy(Loss):
+    """One term, `ce`: nats per predicted target."""
+
+    terms = ("ce",)
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, Planned]:
+        """-log p(target) over the valid predictions."""
+        return {"ce": student.plan.cross_entropy()}
 
 
 class Kl(OneTokenizerLoss):
@@ -40,12 +94,53 @@ class Kl(OneTokenizerLoss):
         return {"kl": student.plan.divergence(theirs, self.how, classes=self.classes)}
 
 
+class Rskd(OneTokenizerLoss):
+    """One term, `sampled_kl`: an unbiased estimate of the forward KL, nats per prediction of the student."""
+
+    terms = ("sampled_kl",)
+
+    def __init__(self, _settings: Settings, context: Context) -> None:
+        super().__init__("rskd", context)
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Predictions; BadData also where a drawn class is no id of the tokenizer."""
+        highest = int(unwrap(batch.teacher_sampled_ids_BMK).max())
+        if highest >= self.classes:
+            raise BadData(
+                f"loss rskd: class {highest} is drawn in one of the rows {', '.join(map(str, batch.rows))}, the "
+                f"tokenizer has ids below {self.classes}",
+                fix="xkd-cache verify CACHE --level deep",
+            )
+        return super().counts(batch)
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+        """Forward KL at every valid prediction, over the tokenizer's ids."""
+        drawn = batch.teacher_sampled_ids_BMK, batch.teacher_sampled_weights_BMK, batch.teacher_entropy_BM
+        own = student.logits.of_classes(slice(self.classes)).at(batch.predict_valid_BN)
+        total = head_sampled_kl(own, *(unwrap(values)[batch.predict_valid_BN] for values in drawn))
+        return {"sampled_kl": term(total, batch.num_predictions)}
+
+
+CE = Declaration(
+    name="ce",
+    source="maximum likelihood; no teacher",
+    needs=lambda _settings, _levels: (),
+    build=lambda _settings, _context: CrossEntropy(),
+)
 KL = Declaration(
     name="kl",
     source="forward and reverse KL, JS; DistiLLM, arXiv 2402.03898, off-policy; AKL, arXiv 2404.02657",
     settings=KlSettings,
     needs=last_states,
     build=Kl,
+    one_tokenizer=True,
+    ce_weight=0,
+)
+RSKD = Declaration(
+    name="rskd",
+    source="random-sampling KD, arXiv 2503.16870, classes drawn by threshold (arXiv 0803.0473)",
+    needs=lambda _settings, _levels: (Signal("sampled"), Signal("entropy")),
+    build=Rskd,
     one_tokenizer=True,
     ce_weight=0,
 )

@@ -39,8 +39,8 @@ SEARCHED: Final = 512
 
 Array = npt.NDArray[Any]
 
-Tokens = tuple[list[bytes], Tensor, Tensor]
-"""`token_texts` of a model, ids int64 [B, N] on any device, and which are valid, bool [B, N], valid ones first."""
+Tokens = tuple[Mapping[int, bytes], Tensor, Tensor]
+"""`read_bare` of a model, ids int64 [B, N] on any device, and which are valid, bool [B, N], valid ones first."""
 
 
 class MinedSettings(Settings):
@@ -67,12 +67,9 @@ def edit_distances(queries: list[bytes], targets: list[bytes]) -> Array:
     return found
 
 
-def token_texts(vocabulary: Mapping[str, int]) -> list[bytes]:
-    """The strings of the ids 0, 1, ... without blanks; empty where no token has the id."""
-    strings = [b""] * (max(vocabulary.values(), default=-1) + 1)
-    for number, text in token_bytes(vocabulary).items():
-        strings[number] = text.replace(b" ", b"")
-    return strings
+def read_bare(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
+    """The bytes of each id's token without blanks."""
+    return {number: text.replace(b" ", b"") for number, text in token_bytes(vocabulary).items()}
 
 
 def vocabulary_map(source: Mapping[str, int], target: Mapping[str, int], mode: Literal["nearest", "exact"]) -> Tensor:
@@ -84,12 +81,9 @@ def vocabulary_map(source: Mapping[str, int], target: Mapping[str, int], mode: L
 
     >>> vocabulary_map({"Ġthe": 0, "cats": 1, "Ġ": 2}, {"cat": 5, "▁the": 6, "the": 7, "▁": 8}, "nearest")
     tensor([6, 5, 8])
-    >>> vocabulary_map({"Ġthe": 0, "cats": 1, "Ġ": 2}, {"cat": 5, "▁the": 6, "the": 7, "▁": 8}, "exact")
-    tensor([ 6, -1,  8])
     """
     found_V = np.full(max(source.values(), default=-1) + 1, -1, np.int64)
-    bare = {number: text.replace(b" ", b"") for number, text in token_bytes(source).items()}
-    to_bare = {number: text.replace(b" ", b"") for number, text in token_bytes(target).items()}
+    bare, to_bare = read_bare(source), read_bare(target)
     bytes_last = {number: BYTE_TOKEN.fullmatch(token) is not None for token, number in target.items()}
     first: dict[bytes, int] = {}
     for number in sorted(to_bare, key=lambda n: (bytes_last[n], n)):
@@ -127,7 +121,7 @@ def partners(student: Tokens, teacher: Tokens) -> Tensor:
     int64 [B, N]. The path has the least sum of edit distances; on equal sums it steps in both first, then in the
     teacher.
 
-    >>> student, teacher = [b"the", b"cats"], [b"the", b"cat", b"s"]
+    >>> student, teacher = {0: b"the", 1: b"cats"}, {0: b"the", 1: b"cat", 2: b"s"}
     >>> yes, ids = torch.ones(1, 3) > 0, torch.tensor([[0, 1, 2]])
     >>> partners((student, ids[:, :2], yes[:, :2]), (teacher, ids, yes))
     tensor([[ 0, -1]])
@@ -143,16 +137,11 @@ def _valid_texts(tokens: Tokens) -> list[list[bytes]]:
     """The token strings of each document."""
     texts, ids_BN, valid_BN = tokens
     sizes = valid_BN.sum(-1).tolist()
-    return [[texts[n] for n in ids[:size]] for ids, size in zip(ids_BN.tolist(), sizes, strict=True)]
+    return [[texts.get(n, b"") for n in ids[:size]] for ids, size in zip(ids_BN.tolist(), sizes, strict=True)]
 
 
 def _path_sums(cost_MN: Array) -> Array:
-    """In each cell the least sum of a path from the first cell.
-
-    >>> _path_sums(np.array([[0, 3], [4, 1]]))
-    array([[0, 3],
-           [4, 1]])
-    """
+    """In each cell the least sum of a path from the first cell."""
     sums_MN = cost_MN.cumsum(1, dtype=cost_MN.dtype)  # row i: what a path along it from its first cell costs
     before_MN = sums_MN - cost_MN
     for i in range(1, len(cost_MN)):
@@ -179,61 +168,16 @@ def _only_partners(sums_MN: Array) -> Array:
     return match
 
 
-def usable_positions(
-    partner_BN: Tensor, student_input_BN: Tensor, teacher_input_BM: Tensor, to_student_V: Tensor
-) -> Tensor:
-    """Where a student position has one partner whose input token maps to the student's, bool [B, N].
-
-    >>> partner, student, teacher = torch.tensor([[0, -1, 1]]), torch.tensor([[4, 5, 6]]), torch.tensor([[0, 1]])
-    >>> usable_positions(partner, student, teacher, torch.tensor([4, 5]))
-    tensor([[ True, False, False]])
-
-    `partner` is from `partners`, the inputs are ids at the predicting positions, and `to_student` is the
-    `vocabulary_map` from the teacher's ids to the student's.
-    """
-    theirs_BN = teacher_input_BM.gather(1, partner_BN.clamp_min(0))
-    return (partner_BN >= 0) & (to_student_V[theirs_BN] == student_input_BN)
-
-
 def invert(to_student_V: Tensor, size: int) -> Tensor:
-    """For each of the student's `size` classes the lowest teacher id that maps to it, [size] int64, or -1.
-
-    >>> invert(torch.tensor([2, 0, 2, -1]), 4)
-    tensor([ 1, -1,  0, -1])
-    """
+    """For each of the student's `size` classes the lowest teacher id that maps to it, [size] int64, or -1."""
     known = torch.nonzero(to_student_V >= 0)[:, 0]
     none = len(to_student_V)
     lowest = known.new_full((size,), none).scatter_reduce_(0, to_student_V[known], known, "amin")
     return torch.where(lowest == none, -1, lowest)
 
 
-def carry_head(weight_VD: Tensor, bias_V: Tensor | None, to_teacher_V: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The teacher's head with one row for each of the student's `size` classes, and its bias.
-
-    >>> carry_head(torch.tensor([[1.0], [2.0]]), None, torch.tensor([1, -1]), 3)
-    (tensor([[2.],
-            [0.],
-            [0.]]), tensor([      0., -100000., -100000.]))
-
-    `to_teacher` is the teacher's id for the student's ids 0, 1, ...; -1, or nothing, where there is none.
-    """
-    to_teacher_V = to_teacher_V[:size]
-    known = torch.nonzero(to_teacher_V >= 0)[:, 0]
-    chosen = to_teacher_V[known]
-    head_VD = weight_VD.new_zeros(size, weight_VD.shape[1])
-    logit_V = weight_VD.new_full((size,), UNMAPPED)
-    head_VD[known] = weight_VD[chosen]
-    logit_V[known] = 0.0 if bias_V is None else bias_V[chosen]
-    return head_VD, logit_V
-
-
 def mined_divergence(
-    student: LazyLogits,
-    teacher: LazyLogits,
-    target_BN: Tensor,
-    usable_BN: Tensor,
-    valid_BN: Tensor,
-    temperature: float,
+    student: LazyLogits, teacher: LazyLogits, target_BN: Tensor, usable_BN: Tensor, valid_BN: Tensor, tau: float
 ) -> LossTerm:
     """L of the module, summed; the count is the number of predictions.
 
@@ -248,10 +192,10 @@ def mined_divergence(
     LossTerm(total=tensor(0.8240), count=tensor(2.))
     """
     usable_BN, gold_BN = usable_BN & valid_BN, valid_BN & ~usable_BN
-    how = Comparison(kind="forward_kl", temperature=temperature)
+    how = Comparison(kind="forward_kl", temperature=tau)
     matched = head_divergence(student.at(usable_BN), teacher.at(usable_BN), None, how)
-    bias = None if student.bias is None else student.bias / temperature
-    softened = replace(student, hidden=student.hidden / temperature, bias=bias)
+    bias = None if student.bias is None else student.bias / tau
+    softened = replace(student, hidden=student.hidden / tau, bias=bias)
     return term(matched + head_cross_entropy(softened.at(gold_BN), target_BN[gold_BN]), valid_BN.sum())
 
 
@@ -272,46 +216,45 @@ class Mined(Loss):
             raise UsageError("mined needs rapidfuzz, which is not installed", fix="pip install rapidfuzz")
         self.settings = settings
         student, teacher = context.student_vocab, context.teacher_vocab
-        self._student_texts, self._teacher_texts = token_texts(student), token_texts(teacher)
+        self._student_texts, self._teacher_texts = read_bare(student), read_bare(teacher)
         mode: Literal["nearest", "exact"] = "exact" if settings.vocabulary == "exact" else "nearest"
         to_student_V = vocabulary_map(teacher, student, mode)
         if settings.vocabulary == "inverse":
             to_teacher_V = invert(to_student_V, max(student.values()) + 1)
         else:
             to_teacher_V = vocabulary_map(student, teacher, mode)
-        head = constant_head(context.teacher_head(), "mined")
-        size = context.student_head().weight_VD.shape[0]
-        head_VD, logit_V = carry_head(head.weight_VD, head.bias_V, to_teacher_V.to(head.weight_VD.device), size)
+        head, size = constant_head(context.teacher_head(), "mined"), context.student_head().weight_VD.shape[0]
+        known_V = torch.nonzero(to_teacher_V[:size] >= 0)[:, 0]
+        rows_V = to_teacher_V[known_V].to(head.weight_VD.device)
+        head_VD = head.weight_VD.new_zeros(size, head.weight_VD.shape[1])
+        logit_V = head.weight_VD.new_full((size,), UNMAPPED)
+        head_VD[known_V] = head.weight_VD[rows_V]
+        logit_V[known_V] = 0.0 if head.bias_V is None else head.bias_V[rows_V]
         self.to_student_V = nn.Buffer(to_student_V, persistent=False)
         self.head_VD, self.logit_V = nn.Buffer(head_VD, persistent=False), nn.Buffer(logit_V, persistent=False)
+        """The teacher's head with one row for each of the student's classes, and its bias."""
 
     def weights(self, step: int) -> Mapping[str, float]:
         """Factor 1; `matched` is there to be read."""
         return {"mined": 1.0, "matched": 0.0}
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
-        """Align, carry over, compare."""
-        valid_BN = batch.predict_valid_BN
-        partner_BN, usable_BN = self.align(batch)
-        hidden_BND = gather_rows(
-            unwrap(batch.teacher_hidden_BRD), batch.teacher_predict_BM.gather(1, partner_BN.clamp_min(0))
-        )
-        teacher = LazyLogits(hidden=hidden_BND, weight=self.head_VD, bias=self.logit_V)
-        target_BN, tau = batch.target_BN, self.settings.temperature
-        return {
-            "mined": mined_divergence(student.logits, teacher, target_BN, usable_BN, valid_BN, tau),
-            "matched": term(usable_BN.sum().float(), valid_BN.sum()),
-        }
-
-    @torch.no_grad()
-    def align(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Partner of each prediction by the tokens both models read there, and whether it is usable, [B, N]."""
-        input_BN = batch.student_ids_BS.gather(1, batch.predict_BN)
+        """Align by the tokens that both models read at their predictions, carry over, compare."""
+        valid_BN, input_BN = batch.predict_valid_BN, batch.student_ids_BS.gather(1, batch.predict_BN)
         partner_BN = partners(
-            (self._student_texts, input_BN, batch.predict_valid_BN),
+            (self._student_texts, input_BN, valid_BN),
             (self._teacher_texts, batch.teacher_input_BM, batch.teacher_predict_valid_BM),
         )
-        return partner_BN, usable_positions(partner_BN, input_BN, batch.teacher_input_BM, self.to_student_V)
+        known_BN = partner_BN.clamp_min(0)
+        same_BN = self.to_student_V[batch.teacher_input_BM.gather(1, known_BN)] == input_BN
+        usable_BN, index_BN = (partner_BN >= 0) & same_BN, batch.teacher_predict_BM.gather(1, known_BN)
+        hidden_BND = gather_rows(unwrap(batch.teacher_hidden_BRD), index_BN)
+        teacher = LazyLogits(hidden=hidden_BND, weight=self.head_VD, bias=self.logit_V)
+        tau = self.settings.temperature
+        return {
+            "mined": mined_divergence(student.logits, teacher, batch.target_BN, usable_BN, valid_BN, tau),
+            "matched": term(usable_BN.sum().float(), valid_BN.sum()),
+        }
 
 
 MINED = Declaration(

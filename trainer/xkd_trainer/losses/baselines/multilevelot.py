@@ -66,9 +66,6 @@ class MultiLevelOtSettings(Settings):
 def scale_logits(logits_NV: Tensor, temperature: float) -> Tensor:
     """Logits over their standard deviation (unbiased, plus 1e-4, mean not removed) and the temperature.
 
-    >>> scale_logits(torch.tensor([[0.0, 2.0, 4.0]]), 1.0).round(decimals=3)
-    tensor([[0., 1., 2.]])
-
     Equal logits have standard deviation 0, whose gradient is taken as 0.
     """
     logits_NV = at_least_float32(logits_NV)
@@ -80,29 +77,24 @@ def scale_logits(logits_NV: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def class_mass(logits: LazyLogits, document_N: Tensor, num_documents: int, temperature: float) -> Tensor:
-    """Probability of each class summed over the positions of a document, [B, V], without gradient."""
+def likeliest_classes(logits: LazyLogits, valid_BP: Tensor, settings: MultiLevelOtSettings) -> Tensor:
+    """The `classes` likeliest classes of each document (or all, if fewer), the likeliest first, ties by number.
+
+    By their probability, of `scale_logits`, summed over the positions of the document, or of the batch; [B, k] int64.
+    The logits are those at the valid positions.
+
+    >>> logits = LazyLogits(hidden=torch.tensor([[0.1, 0.5, 0.4], [0.9, 0.0, 0.1]]), weight=torch.eye(3))
+    >>> likeliest_classes(logits, torch.tensor([[True], [True]]), MultiLevelOtSettings(classes=2)).tolist()
+    [[1, 2], [0, 2]]
+    """
+    document_N, num_documents = valid_BP.nonzero()[:, 0], len(valid_BP)
     mass_BV = at_least_float32(logits.weight).new_zeros(num_documents, logits.weight.shape[0])
-    constant = logits.detach()
     for rows in chunks(logits):
         member_BC = F.one_hot(document_N[rows], num_documents).T.to(mass_BV.dtype)
-        mass_BV += member_BC @ scale_logits(constant.at(rows).dense(), temperature).softmax(-1)
-    return mass_BV
-
-
-def class_order(mass_BV: Tensor, classes: int, order: Literal["document", "batch"]) -> Tensor:
-    """The `classes` likeliest classes (or all, if fewer), the likeliest first, ties by number; [B, k] int64.
-
-    >>> class_order(torch.tensor([[0.1, 0.5, 0.4], [0.9, 0.0, 0.1]]), 2, "document")
-    tensor([[1, 2],
-            [0, 2]])
-    >>> class_order(torch.tensor([[0.1, 0.5, 0.4], [0.9, 0.0, 0.1]]), 2, "batch")
-    tensor([[0, 1],
-            [0, 1]])
-    """
-    if order == "batch":
+        mass_BV += member_BC @ scale_logits(logits.at(rows).dense(), settings.temperature).softmax(-1)
+    if settings.order == "batch":
         mass_BV = mass_BV.sum(0, keepdim=True).expand_as(mass_BV)
-    return torch.sort(mass_BV, dim=-1, descending=True, stable=True).indices[:, :classes]
+    return torch.sort(mass_BV, dim=-1, descending=True, stable=True).indices[:, : settings.classes]
 
 
 def chosen_probabilities(logits: LazyLogits, ids_Nk: Tensor, temperature: float) -> Tensor:
@@ -121,18 +113,11 @@ def chosen_probabilities(logits: LazyLogits, ids_Nk: Tensor, temperature: float)
 
 @torch.no_grad()
 def greedy_classes(student: LazyLogits, teacher_Nk: Tensor, sizes_B: Tensor, temperature: float) -> Tensor:
-    """Classes of the student beside the teacher's k, int64 [B, k]: each of those, in turn, takes the nearest that is
-    left.
+    """Classes of the student beside the teacher's k, [B, k] int64: each of those takes the nearest that is left.
 
     Distances are sums over a document's positions of | p^S - p^T |, to every class of the student; equal ones go to
     the lowest number. A student of fewer than k classes is given more, numbered from V on, of probability 0. Positions
     of a document stand side by side, `sizes` says how many; `teacher` holds the probabilities of its chosen classes.
-
-    Two classes of 0.7 and 0.3 beside 0.4 and 0.6:
-
-    >>> logits = LazyLogits(hidden=torch.tensor([[0.7, 0.3]]).log(), weight=torch.eye(2))
-    >>> greedy_classes(logits, torch.tensor([[0.4, 0.6]]), torch.tensor([1]), 0.6)
-    tensor([[1, 0]])
     """
     found, first, k = [], 0, teacher_Nk.shape[-1]
     for size in sizes_B.tolist():
@@ -158,7 +143,7 @@ def position_distance(student_BPk: Tensor, teacher_BPk: Tensor, valid_BP: Tensor
     >>> position_distance(torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[0.7, 0.3]]]), torch.tensor([[True]]))
     LossTerm(total=tensor(0.4000), count=tensor(1.))
     """
-    gap_BP = torch.where(valid_BP, (student_BPk - teacher_BPk.detach()).abs().sum(-1), 0.0)
+    gap_BP = torch.where(valid_BP, (student_BPk - teacher_BPk).abs().sum(-1), 0.0)
     return term((gap_BP.sum(-1) / valid_BP.sum(-1).clamp_min(1)).sum(), valid_BP.any(-1).sum())
 
 
@@ -168,11 +153,8 @@ def word_cross_entropy(
     """- sum softmax(p^T) log softmax(p^S) over the k classes, or with the two exchanged; a sum over pairs.
 
     Not 0 where both are equal: it is at least the entropy of softmax(p^T).
-
-    >>> word_cross_entropy(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.tensor([[True]]), "teacher")
-    LossTerm(total=tensor(0.6931), count=tensor(1.))
     """
-    weights, scored = teacher_BPk.detach(), student_BPk
+    weights, scored = teacher_BPk, student_BPk
     if target == "student":
         weights, scored = scored, weights
     entropy_BP = -torch.linalg.vecdot(weights.softmax(-1), scored.log_softmax(-1))
@@ -185,11 +167,8 @@ def sequence_distance(
     """<P, W> between the positions of a document, summed; the count is the number of documents with a pair.
 
     P is blurred by epsilon, so this is not 0 where both sequences are equal, unless there is one position.
-
-    >>> sequence_distance(torch.zeros(1, 1, 2), torch.tensor([[[9.0, -9.0]]]), torch.tensor([[True]]), 0.1, 10)
-    LossTerm(total=tensor(0.9998), count=tensor(1.))
     """
-    cost_BPP = torch.cdist((student_BPk / 2).softmax(-1), (teacher_BPk.detach() / 2).softmax(-1), p=1.0)
+    cost_BPP = torch.cdist((student_BPk / 2).softmax(-1), (teacher_BPk / 2).softmax(-1), p=1.0)
     both_BPP = valid_BP[:, :, None] & valid_BP[:, None, :]
     plan_BPP = torch.where(both_BPP, (-cost_BPP / epsilon).exp(), 0.0)
     for _ in range(rounds):
@@ -229,12 +208,13 @@ class MultiLevelOt(Loss):
         """The terms of the logits at all pairs, [N] positions each; the teacher's are a constant."""
         s = self.settings
         document_N = valid_BP.nonzero()[:, 0]
-        teacher_Nk = self._choose(teacher.detach(), document_N, self._likeliest(teacher, valid_BP))
+        ids_Nk = likeliest_classes(teacher, valid_BP, s)[document_N]
+        teacher_Nk = chosen_probabilities(teacher, ids_Nk, s.temperature)
         if s.match == "greedy":
-            ids_Bk = greedy_classes(student.detach(), teacher_Nk, valid_BP.sum(-1), s.temperature)
+            ids_Bk = greedy_classes(student, teacher_Nk, valid_BP.sum(-1), s.temperature)
         else:
-            ids_Bk = self._likeliest(student, valid_BP)
-        student_Nk = self._choose(student, document_N, ids_Bk)
+            ids_Bk = likeliest_classes(student, valid_BP, s)
+        student_Nk = chosen_probabilities(student, ids_Bk[document_N], s.temperature)
         k = max(student_Nk.shape[-1], teacher_Nk.shape[-1])  # a vocabulary of fewer classes is filled up with 0
         student_BPk, teacher_BPk = (
             p.new_zeros(*valid_BP.shape, k).index_put((valid_BP,), F.pad(p, (0, k - p.shape[-1])))
@@ -245,15 +225,6 @@ class MultiLevelOt(Loss):
             "word": word_cross_entropy(student_BPk, teacher_BPk, valid_BP, s.word_target),
             "sequence": sequence_distance(student_BPk, teacher_BPk, valid_BP, s.epsilon, s.rounds),
         }
-
-    def _likeliest(self, logits: LazyLogits, valid_BP: Tensor) -> Tensor:
-        """A model's likeliest classes of each document, [B, k]."""
-        s, document_N = self.settings, valid_BP.nonzero()[:, 0]
-        return class_order(class_mass(logits, document_N, len(valid_BP), s.temperature), s.classes, s.order)
-
-    def _choose(self, logits: LazyLogits, document_N: Tensor, ids_Bk: Tensor) -> Tensor:
-        """Probabilities of each document's classes at its pairs, [N, k]."""
-        return chosen_probabilities(logits, ids_Bk[document_N], self.settings.temperature)
 
 
 MULTILEVELOT = Declaration(

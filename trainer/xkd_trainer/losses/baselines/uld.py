@@ -60,7 +60,7 @@ def sorted_l1(student_logits_NV: Tensor, teacher_NW: Tensor, temperature: float 
     tensor([0.6000])
     """
     sorted_NV = (at_least_float32(student_logits_NV) / temperature).softmax(-1).sort(-1, descending=True).values
-    teacher_NW = teacher_NW.detach().to(sorted_NV.dtype)
+    teacher_NW = teacher_NW.to(sorted_NV.dtype)
     both = min(sorted_NV.shape[-1], teacher_NW.shape[-1])
     gap_N = (sorted_NV[:, :both] - teacher_NW[:, :both]).abs().sum(-1)
     return gap_N + sorted_NV[:, both:].sum(-1) + teacher_NW[:, both:].sum(-1)
@@ -68,12 +68,7 @@ def sorted_l1(student_logits_NV: Tensor, teacher_NW: Tensor, temperature: float 
 
 def sorted_teacher(logits: LazyLogits, temperature: float) -> SortedTeacher:
     """All of the teacher's probabilities, made for the positions that are asked for."""
-    constant = logits.detach()
-
-    def at(rows: slice) -> Tensor:
-        return (constant.at(rows).dense() / temperature).softmax(-1).sort(-1, descending=True).values
-
-    return at
+    return lambda rows: (logits.at(rows).dense() / temperature).softmax(-1).sort(-1, descending=True).values
 
 
 def topk_teacher(logits_NK: Tensor, logsumexp_N: Tensor) -> SortedTeacher:
@@ -81,12 +76,7 @@ def topk_teacher(logits_NK: Tensor, logsumexp_N: Tensor) -> SortedTeacher:
 
     They do not add up to 1; what is missing bounds the error of `sorted_l1` at that position, because every class
     that is left out changes it by at most its own probability.
-
-    >>> import torch
-    >>> topk_teacher(torch.tensor([[2.0, 1.0]]), torch.tensor([2.5]))(slice(0, 1))
-    tensor([[0.6065, 0.2231]])
     """
-    logits_NK, logsumexp_N = logits_NK.detach(), logsumexp_N.detach()
     return lambda rows: (at_least_float32(logits_NK[rows]) - logsumexp_N[rows, None]).exp()
 
 
@@ -97,11 +87,6 @@ def head_sorted_l1(
 
     It has gradient by the student's states, and by its head where that requires one. The weights are constants; None
     is 1 everywhere.
-
-    >>> import torch
-    >>> student = LazyLogits(hidden=torch.ones(2, 1), weight=torch.zeros(2, 1))
-    >>> head_sorted_l1(student, lambda rows: torch.tensor([[0.7, 0.2, 0.1]]).expand(2, 3)[rows], None)
-    tensor(1.2000)
     """
     return chunked_sum(lambda rows, logits_CV: sorted_l1(logits_CV, teacher(rows), temperature), student, weights_N)
 
@@ -139,18 +124,14 @@ class Uld(Loss):
         paired_BP, weights_N = find_pairs(batch), None
         if self.settings.mean == "documents":
             weights_N = (1.0 / paired_BP.sum(-1, keepdim=True).clamp_min(1)).expand_as(paired_BP)[paired_BP]
-        own, teacher = student_at_pairs(student, paired_BP), self._teacher(batch, paired_BP)
+        if self.head is not None:
+            teacher = sorted_teacher(self.head(teacher_at_pairs(batch, paired_BP)), self.settings.temperature)
+        else:
+            known = unwrap(batch.teacher_topk_logits_BMK), unwrap(batch.teacher_logsumexp_BM)
+            teacher = topk_teacher(*(values[:, : paired_BP.shape[1]][paired_BP] for values in known))
+        own = student_at_pairs(student, paired_BP)
         total = head_sorted_l1(own, teacher, weights_N, self.settings.temperature)
         return {name: term(total, count) for name, count in self.counts(batch).items()}
-
-    def _teacher(self, batch: Batch, paired_BP: Tensor) -> SortedTeacher:
-        if self.head is not None:
-            return sorted_teacher(self.head(teacher_at_pairs(batch, paired_BP)), self.settings.temperature)
-        most = paired_BP.shape[1]
-        return topk_teacher(
-            unwrap(batch.teacher_topk_logits_BMK)[:, :most][paired_BP],
-            unwrap(batch.teacher_logsumexp_BM)[:, :most][paired_BP],
-        )
 
 
 ULD = Declaration(
