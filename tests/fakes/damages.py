@@ -1,4 +1,4 @@
-"""Ways to damage a cache, and what its readers say to it; for tests and for fault_table.py."""
+"""Ways to damage a cache, and what its readers say to it."""
 
 import hashlib
 import random

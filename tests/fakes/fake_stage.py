@@ -19,6 +19,7 @@ from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
+from xkd_schemas import durable_files
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
 from xkd_schemas.documents import flat_list
 from xkd_schemas.errors import BadData
@@ -30,6 +31,25 @@ SCHEMA = pa.schema(
     ]
 )
 UNITS = 5
+SECONDS = 2.0
+"""How long a shard waits for its name where writes are slow."""
+
+
+def search_path() -> str:
+    """PYTHONPATH of a process that imports what the tests share."""
+    folders = [str(Path(__file__).parents[1] / name) for name in ("fakes", "programs")]
+    return os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def slow_writes() -> None:
+    """From now on a shard of this process is written whole and then waits for its name."""
+    rename = durable_files.rename
+
+    def late(source: Path, target: Path) -> None:
+        time.sleep(SECONDS * (target.suffix == ".arrow"))
+        rename(source, target)
+
+    durable_files.rename = late
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +59,14 @@ class FakeStage:
     folder: Path
     trouble: str = ""
     """"" none; error, bug, load: raises; kill: kills its process once; die: each time; hang: sleeps;
-    stop: stops its process; poison: dies of row 1; memory: needs batches of at most 2; starved: of none."""
+    stop: stops its process; poison: dies of row 1; memory: needs batches of at most 2; starved: of none;
+    slow: writes slowly."""
     at: int = 2
     """The unit it happens at."""
 
     def load(self) -> Make:
+        if self.trouble == "slow":
+            slow_writes()
         if self.trouble == "load":
             raise BadData("the parser is broken", kept="k", fix="mend it")
         return self.make

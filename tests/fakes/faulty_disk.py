@@ -8,7 +8,6 @@
 A point is WHAT.OPERATION. WHAT is folder, commit, rejects or tokenizer by the folder, plan, manifest, card, sums,
 shard or tensors by a file's final name, else file; the operation is create, write, fsync, rename, link, remove,
 mkdir or sync (of a folder).
-`arm(text)` is for a child process: `python -c "import faulty_disk; faulty_disk.arm(...); ..."`.
 """
 
 import errno
@@ -198,11 +197,6 @@ class Torn(io.RawIOBase):
     def close(self) -> None:
         self._raw.close()
         super().close()
-
-
-def arm(text: str) -> None:
-    """Order a fault for the rest of this process."""
-    files.disk = FaultyDisk(text)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Flipped bits, cuts, swapped, missing, doubled and hostile files: each is found by name, none ends in a traceback."""
+"""Flipped bits, cuts, swapped, missing, doubled, mutated and hostile files: each is found by name, no traceback."""
 
 import copy
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any
 import pytest
 
 import small_cache
-from damages import cuts, flips
+from damages import cuts, flips, outcome, read_all, resigned
 from small_cache import files_of
+from xkd_pipeline.maintain import verify_rows as deep
 from xkd_pipeline.maintain.gc import collect
 from xkd_pipeline.maintain.repair import repair
 from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.tables.status import table_states
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, sealed, to_json
+from xkd_schemas.cache.table import Row
 from xkd_schemas.errors import Mismatch, Refused
 
 ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
@@ -31,7 +35,7 @@ def shards(cache: Path, table: str) -> list[Path]:
 
 
 def test_no_flipped_bit_is_silent_and_none_crashes(tmp_path: Path) -> None:
-    count = 20 * ROUNDS
+    count = 10 * ROUNDS
     assert flips(small_cache.copied(tmp_path), count, SEED) == {"found": count}
 
 
@@ -47,7 +51,7 @@ def test_a_list_of_digests_with_another_line_end_is_found(tmp_path: Path) -> Non
 
 
 def test_no_cut_file_is_silent_and_none_crashes(tmp_path: Path) -> None:
-    assert set(cuts(small_cache.copied(tmp_path), 12 * 4096 // ROUNDS)) == {"found"}
+    assert set(cuts(small_cache.copied(tmp_path), 12 * 8192 // ROUNDS)) == {"found"}
 
 
 def swap(cache: Path, table: str) -> None:
@@ -153,15 +157,67 @@ def test_deep_finds_what_has_the_right_digests_and_the_wrong_sense(tmp_path: Pat
     cache = small_cache.copied(tmp_path)
     assert verify(cache, "deep") == []
     resealed(cache, "students/S", lambda data: data["constants"].update(vocab_size=3))
-    assert any("a token id is not below 3" in one.reason for one in _deep(cache, "students/S"))
+    assert any("a token id is not below 3" in one.reason for one in deep.verify_rows(cache, "students/S"))
     resealed(cache, "documents", lambda data: data["commits"][1]["counts"].update(words=1))
-    assert any("counts 1 words" in one.reason for one in _deep(cache, "documents"))
+    assert any("counts 1 words" in one.reason for one in deep.verify_rows(cache, "documents"))
 
 
-def _deep(cache: Path, table: str) -> list[Any]:
-    from xkd_pipeline.maintain.verify_rows import verify_rows
+def test_a_check_that_raises_is_a_finding_on_its_unit_and_the_rest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = deep._check_document
 
-    return list(verify_rows(cache, table))
+    def raising(row: Row) -> str:
+        return str(1 // 0) if row["line"] == 5 else plain(row)
+
+    monkeypatch.setattr(deep, "_check_document", raising)
+
+    found = verify(small_cache.made() / "cache", "deep")
+
+    assert [(one.table, one.unit) for one in found] == [("documents", 1)]
+    assert found[0].reason.startswith("cannot be read: ZeroDivisionError")
+
+
+def test_text_that_cannot_be_read_is_a_finding_that_names_the_unit(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    content = shards(cache, "documents")[0].read_bytes()
+    at = content.index(b"It prints")
+    resigned(cache, "documents", 0, content[:at] + b"\xff" + content[at + 1 :])
+
+    assert ("documents", 0) in {(one.table, one.unit) for one in verify(cache, "deep")}
+
+
+PIECES = (
+    b"", b"{", b"null", b"NaN", b"1e999", b'"\\ud800"', b"\xff", b"\0", b"[" * 5000, b"-1", b"9" * 5000, b'"../x"',
+)  # fmt: skip
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    """A stretch of the content replaced by a piece, by a copy of another stretch, or by nothing."""
+    first, end = sorted(chance.randrange(len(content) + 1) for _ in range(2))
+    end = min(end, first + chance.choice((0, 1, 8, 200)))
+    other = chance.randrange(len(content))
+    piece = chance.choice((*PIECES, content[other : other + chance.choice((1, 16, 300))]))
+    return content[:first] + piece + content[end:]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["plan.json", "manifest.json", "0*.json", "*.arrow", "SHA256SUMS", "tokenizer.json"]
+)
+def test_no_reader_meets_other_bytes_with_a_traceback(tmp_path: Path, pattern: str) -> None:
+    cache, chance = small_cache.copied(tmp_path), random.Random(SEED)
+    paths = sorted(cache.rglob(pattern))
+    for _ in range(2 * ROUNDS):
+        path = chance.choice(paths)
+        content = path.read_bytes()
+        changed = mutated(content, chance)
+        if changed == content:
+            continue
+        path.write_bytes(changed)
+        assert outcome(lambda: verify(cache, "full")) == "found", (path, changed[:200])
+        for look in (table_states, read_all):
+            said = outcome(lambda look=look: look(cache))
+            assert not said.startswith("crash"), (path, said)
+        path.write_bytes(content)
+    assert verify(cache, "full") == []
 
 
 def test_gc_removes_what_nothing_names_and_no_more(tmp_path: Path) -> None:

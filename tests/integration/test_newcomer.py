@@ -1,10 +1,5 @@
-"""What CONTRIBUTING.md promises to somebody who adds a loss, a parser or a codec: so many places, and no other."""
+"""What CONTRIBUTING.md promises to somebody who adds a parser or a codec; test_every_loss_trains adds a loss."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,20 +11,12 @@ import pytest
 
 import small_cache
 from xkd_pipeline.parsing import parsers
-from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
+from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_schemas import codecs
 from xkd_schemas.cache.rows import open_cache
 from xkd_schemas.codecs import Bits, Encoded
 from xkd_schemas.config import RunConfig
 from xkd_schemas.documents import Document, Spans
-
-ROOT = Path(__file__).parents[2]
-TRAIN = """
-import json, sys
-from xkd_schemas import RunConfig
-from xkd_trainer import train
-print(json.dumps(train(RunConfig.load(None, **json.loads(sys.argv[1])), quiet=True).terms))
-"""
 
 
 class FirstWords:
@@ -67,8 +54,6 @@ def run_of(folder: Path) -> RunConfig:
         folder / "cache",
         documents={"corpus": [str(corpus)]},
         teacher={"model": str(small_cache.llama(folder / "teacher")), "losses": ["dwa"]},
-        student={"tokenizer": str(folder / "teacher"), "model": "new:llama,layers=2,width=16"},
-        train={"out": str(folder / "out"), "loss": "ce=1+sureness=1", "steps": 1, "batch_size": 3},
     )
 
 
@@ -92,27 +77,3 @@ def test_a_parser_and_a_codec_are_one_class_and_one_line_each(tmp_path: Path, mo
         stored = row.teacher.row.stored("hidden_last")
         np.testing.assert_array_equal(row.teacher["hidden_last"], same.teacher["hidden_last"])
         assert np.array_equal(~stored, same.teacher.row.stored("hidden_last"))
-
-
-def test_a_loss_is_one_file_and_its_import_and_name_in_the_registry(tmp_path: Path) -> None:
-    for package in ("schemas/xkd_schemas", "trainer/xkd_trainer"):
-        copy = tmp_path / Path(package).name
-        shutil.copytree(ROOT / package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    losses = tmp_path / "xkd_trainer" / "losses"
-    shutil.copy(ROOT / "docs" / "example-loss" / "xkd_sureness.py", losses / "baselines" / "sureness.py")
-    before = (losses / "registry.py").read_text()
-    named = before.replace("(CE, KL,", "(CE, SURENESS, KL,", 1)
-    line = "from xkd_trainer.losses.baselines.sureness import SURENESS\n"
-    after = named.replace("from xkd_trainer.losses.ce ", f"{line}from xkd_trainer.losses.ce ", 1)
-    assert after.count("SURENESS") == before.count("SURENESS") + 2
-    (losses / "registry.py").write_text(after)
-    run = run_of(tmp_path)
-    for stage in (documents_stage, teacher_stage, align_stage):
-        stage(run, small_cache.IN_PROCESS)
-
-    code = [sys.executable, "-c", TRAIN, json.dumps(run.model_dump(exclude_unset=True))]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    ended = subprocess.run(code, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
-
-    assert ended.returncode == 0, ended.stderr
-    assert np.isfinite(json.loads(ended.stdout.splitlines()[-1])["sureness.entropy"])

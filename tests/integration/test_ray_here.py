@@ -14,11 +14,10 @@ import psutil
 import pytest
 
 import fake_stage
-import ray_kills
 import small_cache
-from fake_stage import UNITS, build_all
-from ray_kills import PARTS, children, killed_once, named, said_of, started, until_made, work
-from ray_stages import Importing, PoisonedDocuments, PoisonedTeacher, search_path
+from fake_stage import UNITS, build_all, search_path
+from ray_kills import EXITS, PARTS, children, killed_once, named, said_of, started, until_made, work
+from ray_stages import Importing, PoisonedDocuments, PoisonedTeacher
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.capture import stage as teacher
 from xkd_pipeline.parsing import stage as documents
@@ -43,11 +42,6 @@ def for_workers(monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", search_path())
 
 
-def begun(tmp_path: Path) -> Path:
-    """A cache without its student."""
-    return ray_kills.without(small_cache.copied(tmp_path), "align")
-
-
 def test_a_run_of_its_own_makes_the_same_bytes_listens_on_loopback_only_and_leaves_nothing(
     tmp_path: Path, for_workers, capfd
 ) -> None:
@@ -70,25 +64,47 @@ def test_a_run_of_its_own_makes_the_same_bytes_listens_on_loopback_only_and_leav
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("target", ["driver", "raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
-def test_what_ray_runs_on_is_killed_and_the_same_command_goes_on(tmp_path: Path, target: str) -> None:
-    cache, made = begun(tmp_path), small_cache.made()
+def prepared(tmp_path: Path, stage: str) -> tuple[Path, dict[str, bytes]]:
+    """A cache without what the stage makes, and the files of an undisturbed run."""
+    if stage == "fake":
+        build_all(tmp_path / "undisturbed")
+        return tmp_path / "cache", files_of(tmp_path / "undisturbed")
+    cache = small_cache.copied(tmp_path)
+    undisturbed = files_of(cache)
+    shutil.rmtree(cache / PARTS[stage])
+    return cache, undisturbed
 
-    status, said = killed_once(cache, made, "align", target, random.Random(SEED))
 
-    assert status in ray_kills.EXITS[target]
+@pytest.mark.parametrize(
+    ("stage", "target"),
+    [
+        pytest.param(s, t, marks=[] if s == "fake" and t in ("driver", "raylet") else pytest.mark.slow)
+        for s in PARTS for t in EXITS
+    ],
+)  # fmt: skip
+def test_what_a_run_consists_of_is_killed_and_the_same_command_goes_on(
+    tmp_path: Path, stage: str, target: str
+) -> None:
+    cache, undisturbed = prepared(tmp_path, stage)
+
+    status, said = killed_once(cache, small_cache.made(), stage, target, random.Random(SEED))
+
+    assert status in EXITS[target]
     if status == 69:
         assert "the Ray cluster is gone" in said
         assert "Kept: every committed unit. Next: run the same command again to go on" in said
     assert "Traceback" not in said
-    work("align", cache, made, IN_PROCESS)
-    assert files_of(cache) == files_of(made / "cache")
+    committed = len(list((cache / PARTS[stage]).rglob("commits/0*.json")))
+    assert work(stage, cache, small_cache.made(), IN_PROCESS) >= committed
+    for path in cache.rglob(".tmp-*"):
+        path.unlink()
+    assert files_of(cache) == undisturbed
 
 
 def test_a_signal_ends_the_run_within_seconds_and_leaves_no_process(tmp_path: Path) -> None:
-    cache, made = begun(tmp_path), small_cache.made()
-    driver = started("align", cache, made)
-    until_made(cache, "students", driver)
+    cache, undisturbed = prepared(tmp_path, "fake")
+    driver = started("fake", cache, tmp_path)
+    until_made(cache, PARTS["fake"], driver)
     family = children(driver)
 
     driver.send_signal(signal.SIGTERM)
@@ -97,8 +113,8 @@ def test_a_signal_ends_the_run_within_seconds_and_leaves_no_process(tmp_path: Pa
     said = [line for line in said_of(cache).read_text().splitlines() if " elapsed" not in line]
     assert len(said) == 1, said
     assert named(family, "ray") == []
-    work("align", cache, made, IN_PROCESS)
-    assert files_of(cache) == files_of(made / "cache")
+    work("fake", cache, tmp_path, IN_PROCESS)
+    assert files_of(cache) == undisturbed
 
 
 @pytest.mark.slow
@@ -106,7 +122,7 @@ def test_a_document_that_kills_parser_and_teacher_is_found_and_nothing_else_is_l
     tmp_path: Path, monkeypatch, for_workers
 ) -> None:
     cache, made = small_cache.copied(tmp_path), small_cache.made()
-    for part in PARTS.values():
+    for part in ("documents", "teachers", "students"):
         shutil.rmtree(cache / part)
     run = small_cache.run_file(
         cache,

@@ -1,9 +1,6 @@
 """States, attention rows and centrality of every token of a layer: from capture through every tool to a batch."""
 
-import functools
-import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from typer.testing import CliRunner
 import one_tokenizer as one
 import small_cache
 import tiny_models as tiny
+from small_cache import asked
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain.verify_rows import _check_values
 from xkd_pipeline.reports.plan import make_plan
@@ -57,20 +55,15 @@ def run_with(cache: Path, codec: str) -> RunConfig:
     )  # fmt: skip
 
 
-@functools.cache
-def captured() -> Path:
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small documents with a teacher table of three losses that read layers, under two codecs."""
-    folder = Path(tempfile.mkdtemp(prefix="xkd-layers-")) / "cache"
+    folder = tmp_path_factory.mktemp("layers") / "cache"
     shutil.copytree(small_cache.made() / "cache" / "documents", folder / "documents")
     for codec in BOTH:
         teacher_stage(run_with(folder, codec), small_cache.IN_PROCESS)
         align_stage(run_with(folder, codec), small_cache.IN_PROCESS)
     return folder
-
-
-def asked(*words: object) -> tuple[int, dict[str, Any]]:
-    result = CliRunner().invoke(app, [*map(str, words), "--json"])
-    return result.exit_code, json.loads(result.stdout)
 
 
 def test_what_is_kept_of_a_layer_is_what_transformers_gives_for_the_document_alone() -> None:
@@ -129,8 +122,8 @@ def test_a_batch_for_other_losses_has_none_of_it() -> None:
 
 
 @pytest.mark.parametrize("codec", BOTH)
-def test_every_tool_knows_the_columns_under_every_codec(codec: str, tmp_path: Path) -> None:
-    folder, name = captured(), f"teachers/T-{codec}"
+def test_every_tool_knows_the_columns_under_every_codec(captured: Path, codec: str, tmp_path: Path) -> None:
+    folder, name = captured, f"teachers/T-{codec}"
     table = Table(folder, name)
     assert set(table.manifest.spec["signals"]) >= COLUMNS
 
@@ -158,10 +151,10 @@ def test_every_tool_knows_the_columns_under_every_codec(codec: str, tmp_path: Pa
 
 
 @torch.no_grad()
-def test_losses_that_read_layers_are_nearly_the_same_from_coded_states() -> None:
+def test_losses_that_read_layers_are_nearly_the_same_from_coded_states(captured: Path) -> None:
     def means(codec: str) -> dict[str, float]:
         torch.manual_seed(0)
-        made = set_up(run_with(captured(), codec), f"S-{codec}")
+        made = set_up(run_with(captured, codec), f"S-{codec}")
         batch = batch_of(made.cache, (0, 5, 7), made.wanted)
         return {n: float(v) for n, v in made.distiller(batch, made.distiller.counts(batch), 0)[1].items()}
 
@@ -172,8 +165,8 @@ def test_losses_that_read_layers_are_nearly_the_same_from_coded_states() -> None
 
 
 @pytest.mark.parametrize("column", ["hidden@2", "attention@2", "centrality@3"])
-def test_deep_verification_sees_what_cannot_be(column: str) -> None:
-    values = np.array(Table(captured(), f"teachers/T-{PLAIN}")[0][column])
+def test_deep_verification_sees_what_cannot_be(captured: Path, column: str) -> None:
+    values = np.array(Table(captured, f"teachers/T-{PLAIN}")[0][column])
     codec = "bf16" if column == "hidden@2" else "float32"
     assert _check_values(column, values, codec) == ""
 

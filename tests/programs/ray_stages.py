@@ -3,59 +3,37 @@
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import xkd_pipeline
-from fake_stage import FakeStage
+from fake_stage import SECONDS, FakeStage, slow_writes
 from xkd_pipeline.alignment import AlignStage
 from xkd_pipeline.capture import stage as teacher
 from xkd_pipeline.capture.stage import TeacherStage
 from xkd_pipeline.parsing import stage as documents
 from xkd_pipeline.parsing.stage import DocumentsStage
 from xkd_pipeline.workers.contract import AS_PLANNED, Make
-from xkd_schemas import durable_files
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
-
-SECONDS = 2.0
-
-
-def search_path() -> str:
-    """PYTHONPATH of a process that imports what the tests share."""
-    folders = [str(Path(__file__).parents[1] / name) for name in ("fakes", "programs")]
-    return os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
-
 
 POISON = "2. What does the code print?"
 """The prompt of one document of small_cache."""
 
 
-def _slow_writes() -> None:
-    """In this process, a shard is written whole and then waits for its name."""
-    rename = durable_files.rename
-
-    def late(source: Path, target: Path) -> None:
-        time.sleep(SECONDS * (target.suffix == ".arrow"))
-        rename(source, target)
-
-    durable_files.rename = late
-
-
 class SlowDocuments(DocumentsStage):
     def load(self) -> Make:
-        _slow_writes()
+        slow_writes()
         return super().load()
 
 
 class SlowTeacher(TeacherStage):
     def load(self) -> Make:
-        _slow_writes()
+        slow_writes()
         return super().load()
 
 
 class SlowAlign(AlignStage):
     def load(self) -> Make:
-        _slow_writes()
+        slow_writes()
         return super().load()
 
 
