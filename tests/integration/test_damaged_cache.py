@@ -35,8 +35,7 @@ def shards(cache: Path, table: str) -> list[Path]:
 
 
 def test_no_flipped_bit_is_silent_and_none_crashes(tmp_path: Path) -> None:
-    count = 10 * ROUNDS
-    assert flips(small_cache.copied(tmp_path), count, SEED) == {"found": count}
+    assert flips(small_cache.copied(tmp_path), 10 * ROUNDS, SEED) == {"found"}
 
 
 def test_a_list_of_digests_with_another_line_end_is_found(tmp_path: Path) -> None:
@@ -51,7 +50,7 @@ def test_a_list_of_digests_with_another_line_end_is_found(tmp_path: Path) -> Non
 
 
 def test_no_cut_file_is_silent_and_none_crashes(tmp_path: Path) -> None:
-    assert set(cuts(small_cache.copied(tmp_path), 12 * 8192 // ROUNDS)) == {"found"}
+    assert cuts(small_cache.copied(tmp_path), 12 * 8192 // ROUNDS) == {"found"}
 
 
 def swap(cache: Path, table: str) -> None:
