@@ -1,21 +1,18 @@
-"""Drawn classes through every tool: plan, capture, verify, report, export, add; and what is refused."""
+"""Drawn classes: planned, captured, verified, added, and what is refused; test_token_states has every tool."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import small_cache
 from small_cache import asked
 from xkd_pipeline.capture import capture as capturing
 from xkd_pipeline.capture import stage as teachers
 from xkd_pipeline.capture.stage import check_top
-from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain import verify_rows as deep
 from xkd_pipeline.maintain.verify_rows import _check_draws, _check_values
 from xkd_pipeline.reports.plan import make_plan
@@ -58,22 +55,6 @@ def test_the_plan_is_within_five_percent_of_the_shards(captured: Path) -> None:
     column = next(c for c in plan["columns"] if c["column"] == COLUMN)
     targets = sum(c.counts["targets"] for c in commits)
     assert column["bytes"] == pytest.approx(4 * K * targets, rel=0.05)
-
-
-def test_every_tool_knows_the_column(captured: Path, tmp_path: Path) -> None:
-    code, said = asked("verify", captured, "--level", "deep")
-    assert (code, said["bad"]) == (0, [])
-    model = small_cache.made() / "teacher"
-    code, said = asked("verify", captured, "--recompute", 3, "--model", model)
-    assert (code, said["bad"], said["not_compared"]) == (0, [], [COLUMN])
-    page, files = tmp_path / "r.html", tmp_path / "parquet"
-    assert CliRunner().invoke(app, ["report", str(captured), "--out", str(page)]).exit_code == 0
-    assert page.read_text().count(COLUMN) >= 2
-    assert CliRunner().invoke(app, ["export", str(captured), "--parquet", str(files)]).exit_code == 0
-    table = Table(captured, "teachers/drawn")
-    stored = pq.read_table(sorted((files / "teachers/drawn").rglob("*.parquet"))[0])[COLUMN]
-    for number in (0, 7):
-        assert stored[number].as_py() == table[number][COLUMN].tolist()
 
 
 def test_capture_says_how_far_off_the_draws_are(captured: Path) -> None:

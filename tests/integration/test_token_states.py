@@ -1,4 +1,4 @@
-"""States, attention rows and centrality of every token of a layer: from capture through every tool to a batch."""
+"""What is kept of every token of a layer, and drawn classes: from capture through every tool to a batch."""
 
 import shutil
 from pathlib import Path
@@ -35,9 +35,10 @@ SETTINGS: dict[str, Any] = {
 }
 BOTH = (PLAIN, "int8")
 """Codecs; planes are int8's way through every tool, without a loss."""
+DRAWN = "sampled#5"
 COLUMNS = {
     "attention@2", "attention@3", "centrality@2", "centrality@3", "centrality@4", "hidden@1", "hidden@2", "hidden@3",
-    "hidden@4",
+    "hidden@4", DRAWN,
 }  # fmt: skip
 
 
@@ -47,7 +48,8 @@ def run_with(cache: Path, codec: str) -> RunConfig:
         cache,
         documents={"corpus": [str(made / "corpus.jsonl")]},
         teacher={
-            "model": str(made / "teacher"), "name": f"T-{codec}", "codec": codec, "losses": ["mta", "sra", "fdd"],
+            "model": str(made / "teacher"), "name": f"T-{codec}", "codec": codec,
+            "losses": ["mta", "sra", "fdd", "rskd"], "samples": 5,
         },
         student={"model": str(made / "teacher"), "name": f"S-{codec}", "template": "chat"},
         train={"loss": "mta+sra+fdd"},
@@ -57,7 +59,7 @@ def run_with(cache: Path, codec: str) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small documents with a teacher table of three losses that read layers, under two codecs."""
+    """The small documents with a teacher table of losses that read layers, and of RSKD, under two codecs."""
     folder = tmp_path_factory.mktemp("layers") / "cache"
     shutil.copytree(small_cache.made() / "cache" / "documents", folder / "documents")
     for codec in BOTH:
@@ -134,20 +136,21 @@ def test_every_tool_knows_the_columns_under_every_codec(captured: Path, codec: s
     error = table.manifest.constants.get("codec_error", {})
     wide = {c for c in table.manifest.spec["signals"] if c.startswith(("hidden", "span_vectors"))}
     rounded = {c for c in table.manifest.spec["signals"] if c.startswith("span_geometry")}
-    assert set(error) - {"kl_nats"} - rounded == (wide if codec != PLAIN else set())
-    assert all(value < 0.02 for value in error.values())
+    assert set(error) - {"kl_nats"} - rounded - {DRAWN} == (wide if codec != PLAIN else set())
+    assert all(value < 0.02 for column, value in error.items() if column != DRAWN)
 
     code, said = asked("verify", folder, "--level", "deep")
     assert (code, said["bad"]) == (0, [])
     model = small_cache.made() / "teacher"
     code, said = asked("verify", folder, "--recompute", 2, "--model", model, "--teacher", f"T-{codec}")
-    assert (code, said["bad"], said["recomputed"]) == (0, [], 2)
+    assert (code, said["bad"], said["recomputed"], DRAWN in said["not_compared"]) == (0, [], 2, True)
     page, files = tmp_path / "r.html", tmp_path / "parquet"
     assert CliRunner().invoke(app, ["report", str(folder), "--out", str(page)]).exit_code == 0
-    assert "hidden@2" in page.read_text()
+    assert all(column in page.read_text() for column in ("hidden@2", DRAWN))
     assert CliRunner().invoke(app, ["export", str(folder), "--parquet", str(files)]).exit_code == 0
     file = next((files / name).rglob("*.parquet"))
-    assert {c for c in pq.read_schema(file).names if c.partition("#")[0] in COLUMNS} >= COLUMNS
+    assert set(pq.read_schema(file).names) >= COLUMNS
+    assert pq.read_table(file)[DRAWN][1].as_py() == table[1][DRAWN].tolist()
 
 
 @torch.no_grad()
