@@ -6,6 +6,7 @@ Ray workers, which is why it is not inside a test.
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+import xkd_pipeline
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
@@ -113,6 +115,26 @@ class FakeStage:
         if self.trouble == "die" or (self.trouble == "kill" and not mark.exists()):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Telling(FakeStage):
+    """Puts into the record which GPUs a worker was given and where our code came from, as names of counts."""
+
+    def make(self, unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
+        time.sleep(SECONDS)
+        commit = super().make(unit, care)
+        told = {f"gpu {os.environ.get('CUDA_VISIBLE_DEVICES')}": 1, f"code {xkd_pipeline.__file__}": 1}
+        return commit.model_copy(update={"counts": told})
+
+
+class Importing(FakeStage):
+    """Puts into the record where a module of the standard library came from, and the path it was looked for in."""
+
+    def load(self) -> Make:
+        import colorsys
+
+        told = {f"module {colorsys.__file__}": 1, **dict.fromkeys((f"path {entry}" for entry in sys.path), 1)}
+        return lambda unit, care=AS_PLANNED: self.make(unit, care).model_copy(update={"counts": told})
 
 
 def opened(root: Path, *, spec: dict[str, Any] | None = None, units: int = UNITS) -> Store:

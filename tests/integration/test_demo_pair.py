@@ -12,15 +12,12 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 
 import small_cache
-from live_batch import live, terms_of
+from live_batch import both_terms, eager
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_schemas.config import RunConfig
-from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.registry import LOSSES
-from xkd_trainer.models.loading import load_model
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import set_up
 
@@ -96,11 +93,8 @@ def test_every_loss_trains_the_demos_student_from_the_cache(table: str, cache: P
 @pytest.mark.parametrize("table", TOKENIZERS)
 def test_every_term_from_the_cache_is_the_one_from_the_live_teacher(table: str, cache: Path) -> None:
     ready = set_up(run_of(cache, cache, table), table)
-    teacher = load_model(str(DEMO / "teacher"), dtype=torch.float32)
-    teacher.set_attn_implementation("eager")
-    batch = batch_of(ready.cache, ready.cache.usable.tolist(), ready.wanted)
 
-    cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, teacher))
+    cached, online = both_terms(ready, ready.cache.usable.tolist(), eager(DEMO / "teacher"))
 
     assert {name.partition(".")[0] for name in cached} == {"ce", *losses_of(table)}
     for name, value in online.items():

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 import small_cache
-from fake_stage import UNITS, FakeStage, build_all, search_path
-from ray_stages import Telling
+from fake_stage import UNITS, FakeStage, Telling, build_all, search_path
 from small_cache import files_of
 from xkd_pipeline.stages import teacher_stage
 from xkd_pipeline.tables.writer import Store

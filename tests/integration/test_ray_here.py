@@ -15,16 +15,10 @@ import pytest
 
 import fake_stage
 import small_cache
-from fake_stage import UNITS, build_all, search_path
+from fake_stage import UNITS, Importing, build_all, search_path
 from ray_kills import EXITS, PARTS, children, killed_once, named, said_of, started, until_made, work
-from ray_stages import Importing, PoisonedDocuments, PoisonedTeacher
 from small_cache import IN_PROCESS, files_of
-from xkd_pipeline.capture import stage as teacher
-from xkd_pipeline.parsing import stage as documents
-from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.cache.manifest import MadeDifferently
-from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Refused
 
 SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
@@ -42,23 +36,35 @@ def for_workers(monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", search_path())
 
 
-def test_a_run_of_its_own_makes_the_same_bytes_listens_on_loopback_only_and_leaves_nothing(
-    tmp_path: Path, for_workers, capfd
+def test_a_run_of_its_own_makes_the_same_bytes_is_closed_to_others_and_leaves_nothing(
+    tmp_path: Path, monkeypatch, for_workers, capfd
 ) -> None:
     build_all(tmp_path / "undisturbed")
-    heard, niceness, handler = set(), set(), signal.getsignal(signal.SIGTERM)
+    heard, niceness, handler, seen = set(), set(), signal.getsignal(signal.SIGTERM), []
+    other = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
 
-    def listening(_commits: object) -> None:
+    def look(_commits: object) -> None:
         for process in psutil.Process().children(recursive=True):
             niceness.add(process.nice())
             heard.update(c.laddr.ip.removeprefix("::ffff:") for c in process.net_connections() if c.status == "LISTEN")
+        for folder in Path(short).iterdir():
+            assert folder.stat().st_mode & 0o077 == 0
+            assert list((folder / "ray").glob("session_2*/sockets/raylet"))
+            for place in (folder, folder / "ray", folder / "ray/session_latest/sockets/raylet") if other else ():
+                ended = subprocess.run(["ls", str(place)], capture_output=True, text=True, check=False, **other)
+                seen.append(f"{ended.returncode} {ended.stderr}")
 
-    built = build_all(tmp_path / "t", Workers(count=1), watch=listening)
+    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:
+        Path(short).chmod(0o755)  # as /tmp itself: others may look there
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        built = build_all(tmp_path / "t", Workers(count=1), watch=look)
 
     assert (built.made, built.kept) == (UNITS, 0)
     assert files_of(tmp_path / "t") == files_of(tmp_path / "undisturbed")
     assert heard == {"127.0.0.1"}
     assert niceness == {psutil.Process().nice()}
+    assert bool(seen) == bool(other)
+    assert all(line.startswith("2 ") and "Permission denied" in line for line in seen)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert [p.name() for p in psutil.Process().children(recursive=True) if "ray" in p.name()] == []
     assert capfd.readouterr().out == ""
@@ -117,31 +123,6 @@ def test_a_signal_ends_the_run_within_seconds_and_leaves_no_process(tmp_path: Pa
     assert files_of(cache) == undisturbed
 
 
-@pytest.mark.slow
-def test_a_document_that_kills_parser_and_teacher_is_found_and_nothing_else_is_lost(
-    tmp_path: Path, monkeypatch, for_workers
-) -> None:
-    cache, made = small_cache.copied(tmp_path), small_cache.made()
-    for part in ("documents", "teachers", "students"):
-        shutil.rmtree(cache / part)
-    run = small_cache.run_file(
-        cache,
-        documents={"corpus": [str(made / "corpus.jsonl")], "max_reject": 0.1},
-        teacher={"model": str(made / "teacher")},
-    )
-    monkeypatch.setattr(documents, "DocumentsStage", PoisonedDocuments)
-    assert documents_stage(run, Workers(count=2)).values["rejected"] == 1
-    assert [r.care for r in Table(cache, "documents").manifest.commits] == [MadeDifferently(lost=(2,)), None, None]
-
-    monkeypatch.setattr(documents, "DocumentsStage", PoisonedDocuments.__base__)
-    shutil.rmtree(cache / "documents")
-    documents_stage(run, IN_PROCESS)
-    monkeypatch.setattr(teacher, "TeacherStage", PoisonedTeacher)
-    assert "1 worker_killed" in teacher_stage(run, Workers(count=2)).line
-    table = Table(cache, "teachers/T")
-    assert [at for at in range(len(table)) if table[at]["status"] != "ok"] == [2]
-
-
 def test_workers_take_no_file_of_the_current_folder_for_a_module_and_folders_of_killed_drivers_go(
     tmp_path: Path, monkeypatch, for_workers
 ) -> None:
@@ -163,27 +144,6 @@ def test_workers_take_no_file_of_the_current_folder_for_a_module_and_folders_of_
     paths = {Path(entry.removeprefix("path ")) for entry in told if entry.startswith("path ")}
     theirs = {path for path in paths if "ray" not in path.parts and path.name != "empty"}
     assert theirs <= {*map(Path, sys.path), Path(fake_stage.__file__).parent}
-
-
-def test_no_other_user_sees_into_the_folder_of_ray(tmp_path: Path, monkeypatch, for_workers) -> None:
-    seen: list[str] = []
-    other = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
-
-    def look(_commits: object) -> None:
-        for folder in Path(short).iterdir():
-            assert folder.stat().st_mode & 0o077 == 0
-            assert list((folder / "ray").glob("session_2*/sockets/raylet"))
-            for place in (folder, folder / "ray", folder / "ray/session_latest/sockets/raylet") if other else ():
-                ended = subprocess.run(["ls", str(place)], capture_output=True, text=True, check=False, **other)
-                seen.append(f"{ended.returncode} {ended.stderr}")
-
-    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:
-        Path(short).chmod(0o755)  # as /tmp itself: others may look there
-        monkeypatch.setattr(tempfile, "tempdir", short)
-        build_all(tmp_path / "t", Workers(count=1), watch=look)
-
-    assert bool(seen) == bool(other)
-    assert all(line.startswith("2 ") and "Permission denied" in line for line in seen)
 
 
 def test_a_cluster_without_authentication_is_not_started(tmp_path: Path, monkeypatch) -> None:
