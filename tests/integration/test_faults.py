@@ -19,7 +19,6 @@ import small_cache
 from fake_stage import build_all
 from small_cache import files_of
 from xkd_pipeline.cli.app import main
-from xkd_pipeline.stages import align_stage, documents_stage
 from xkd_pipeline.tables.build import Built
 from xkd_pipeline.tables.writer import locked
 from xkd_schemas.errors import DiskFailed, XkdError
@@ -134,42 +133,6 @@ def test_a_disk_that_is_full_at_any_size_is_a_disk_error_and_the_same_run_goes_o
             break
     assert fits
     assert pages > 9
-
-
-def begun(tmp_path: Path, name: str) -> Path:
-    """A cache that has a teacher's table and neither documents nor a student."""
-    root = Path(shutil.copytree(small_cache.made() / "cache", tmp_path / name))
-    for part in ("documents", "students"):
-        shutil.rmtree(root / part)
-    for file in ("README.md", "SHA256SUMS"):
-        (root / file).unlink()
-    return root
-
-
-def documents_and_align(root: Path) -> None:
-    source = small_cache.made()
-    run = small_cache.run_file(
-        root,
-        documents={"corpus": [str(source / "corpus.jsonl")]},
-        student={"tokenizer": str(source / "student")},
-    )
-    documents_stage(run, small_cache.IN_PROCESS)
-    align_stage(run, small_cache.IN_PROCESS)
-
-
-def test_a_disk_error_anywhere_in_documents_and_align_leaves_nothing_behind(tmp_path: Path) -> None:
-    undisturbed = files_of(small_cache.made() / "cache")
-    with faulty_disk.injected("*:0:count") as fault:
-        documents_and_align(begun(tmp_path, "undisturbed"))
-    assert files_of(tmp_path / "undisturbed") == undisturbed
-    assert {"file.fsync", "tokenizer.rename", "sums.rename"} <= set(fault.points)
-    chance = random.Random(SEED)
-    for number in sorted(chance.sample(range(1, fault.seen + 1), max(3, ROUNDS // 4))):
-        root = begun(tmp_path, f"{number}")
-        with faulty_disk.injected(f"*:{number}:{('ENOSPC', 'EIO')[number % 2]}"), pytest.raises(DiskFailed):
-            documents_and_align(root)
-        documents_and_align(root)
-        assert files_of(root) == undisturbed, fault.points[number - 1]
 
 
 def test_a_full_disk_is_exit_74_on_the_command_line_and_the_same_command_goes_on(

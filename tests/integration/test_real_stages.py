@@ -1,4 +1,4 @@
-"""Documents, teacher and align, killed and cut off from power at any moment.
+"""Documents, teacher and align on a failing disk, killed and cut off from power at any moment.
 
 The three commands run on a small corpus in a warm copy of this process: forked when everything is imported and loaded,
 it runs the command line's own functions without the seconds that a program takes to start. XKD_FAULT_ROUNDS sets how
@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from small_cache import files_of
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.tables.writer import Store
 from xkd_schemas.cache.manifest import Commit
-from xkd_schemas.errors import BadData
+from xkd_schemas.errors import BadData, DiskFailed
 
 ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
 SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
@@ -45,6 +45,11 @@ def commands(cache: Path) -> Iterator[list[str]]:
     yield ["align", str(cache), "--student", str(made / "student"), "--name", "S", "--teacher", "T"]
 
 
+def run(cache: Path) -> None:
+    for command in commands(cache):
+        app(command, standalone_mode=False)
+
+
 def start(cache: Path, fault: str = "", seed: str = "", *, synced: bool = True) -> int:
     """Fork a copy that runs the commands; its process id."""
     child = os.fork()
@@ -58,8 +63,7 @@ def start(cache: Path, fault: str = "", seed: str = "", *, synced: bool = True) 
         sys.stderr = os.fdopen(2, "w", closefd=False)
         note_commits(cache)
         with faulty_disk.injected(fault, seed, synced=synced) if fault else nullcontext():
-            for command in commands(cache):
-                app(command, standalone_mode=False)
+            run(cache)
         os._exit(0)
     except BadData:
         os._exit(65)
@@ -107,9 +111,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """Everything is loaded here, so that copies have it when they are forked; then the commands run once in a copy."""
     folder = tmp_path_factory.mktemp("undisturbed")
     small_cache.made()
-    with faulty_disk.injected("*:0:count") as fault, Path(os.devnull).open("w") as quiet, redirect_stdout(quiet):
-        for command in commands(folder / "counted"):
-            app(command, standalone_mode=False)
+    with faulty_disk.injected("*:0:count") as fault:
+        run(folder / "counted")
+    assert {"file.fsync", "tokenizer.rename", "sums.rename"} <= set(fault.points)
     begun = time.monotonic()
     assert exit_code(start(folder / "forked")) == 0
     seconds = time.monotonic() - begun
@@ -134,6 +138,15 @@ def committed(cache: Path) -> dict[str, tuple[int, int]]:
         shard = record.parents[1] / json.loads(record.read_bytes())["file"]
         found[record.relative_to(cache).as_posix()] = (record.stat().st_ino, shard.stat().st_ino)
     return found
+
+
+def test_a_disk_error_anywhere_leaves_nothing_behind(tmp_path: Path, whole: Undisturbed) -> None:
+    for number in random.Random(SEED).sample(range(1, whole.operations + 1), max(3, ROUNDS // 4)):
+        cache = tmp_path / f"{number}"
+        with faulty_disk.injected(f"*:{number}:{('ENOSPC', 'EIO')[number % 2]}"), pytest.raises(DiskFailed):
+            run(cache)
+        run(cache)
+        assert not differs(cache, whole)
 
 
 def test_killed_at_any_time_the_same_commands_finish_with_the_same_bytes(tmp_path: Path, whole: Undisturbed) -> None:

@@ -178,3 +178,9 @@ def test_deep_verification_sees_what_cannot_be(captured: Path, column: str) -> N
     assert _check_values(column, wrong, codec).startswith(f"{column} is ")
     if column != "hidden@2":
         assert f"{column} adds up to" in _check_values(column, values * 2, codec)
+
+
+def test_deep_verification_sees_a_cosine_beyond_1() -> None:
+    fine = np.array([1.0, -1.0, 0.5], np.float16)
+    assert _check_values("span_geometry@2:word", fine, "float16") == ""
+    assert "outside" in _check_values("span_geometry@2:word", np.nextafter(fine, np.float16(2)), "float16")
