@@ -67,21 +67,15 @@ def test_every_signal_of_a_batch_is_the_live_one_but_for_its_rounding(ready: Rea
     close(batch.teacher_hidden_BRD, online.teacher_hidden_BRD, rtol=2**-8, atol=1e-4)
     close(batch.states(4).attention_text_BT, online.states(4).attention_text_BT, rtol=1e-3, atol=1e-6)
     close(batch.teacher_entropy_BM, online.teacher_entropy_BM, rtol=1e-4, atol=1e-5)
-    assert batch.teacher_argmax_BM is not None
-    assert online.teacher_argmax_BM is not None
     assert torch.equal(batch.teacher_argmax_BM, online.teacher_argmax_BM)
     for stored, now in zip(batch.levels, online.levels, strict=True):
         close(stored.mass_BU, now.mass_BU, rtol=1e-3, atol=1e-6)
         close(stored.vectors_BUD, now.vectors_BUD, rtol=2**-8, atol=1e-4)
         both_BUU = stored.valid_BU[:, :, None] & stored.valid_BU[:, None, :]
-        assert stored.cosines_BUU is not None
-        assert now.cosines_BUU is not None
         close(stored.cosines_BUU[both_BUU], now.cosines_BUU[both_BUU], rtol=0, atol=2**-10)
 
 
 def close(stored: Tensor | None, now: Tensor | None, *, rtol: float, atol: float) -> None:
-    assert stored is not None
-    assert now is not None
     torch.testing.assert_close(stored.float(), now, rtol=rtol, atol=atol)
 
 

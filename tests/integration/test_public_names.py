@@ -20,10 +20,6 @@ DOCS = Path(__file__).parents[2] / "docs"
 PACKAGES = ("xkd_schemas", "xkd_pipeline", "xkd_trainer")
 
 
-def public(package: str) -> list[str]:
-    return list(importlib.import_module(package).__all__)
-
-
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_is_there_and_has_a_docstring(package: str) -> None:
     module = importlib.import_module(package)
@@ -37,7 +33,9 @@ def test_every_public_name_is_there_and_has_a_docstring(package: str) -> None:
 def test_the_documented_names_are_the_public_names(package: str) -> None:
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", (DOCS / "api.md").read_text(), re.M | re.S))
 
-    assert sorted(re.findall(r"^### `(\w+)`", sections[package], re.M)) == sorted(public(package))
+    assert sorted(re.findall(r"^### `(\w+)`", sections[package], re.M)) == sorted(
+        importlib.import_module(package).__all__
+    )
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,6 @@ def test_a_batch_has_them_at_the_tokens_of_the_table_and_padded_with_zeros() -> 
     batch = batch_of(cache, one.ROWS, frozenset(one.SIGNALS))
 
     assert [states.layer for states in batch.token_states] == list(one.LAYERS)
-    assert batch.teacher_ids_BT is not None
-    assert batch.teacher_valid_BT is not None
-    assert batch.teacher_kept_BR is not None
     for place, row in enumerate(one.ROWS):
         teacher = cache.teachers[row]
         count, targets = len(teacher["token_ids"]), teacher["targets"].tolist()
@@ -105,7 +102,6 @@ def test_a_batch_has_them_at_the_tokens_of_the_table_and_padded_with_zeros() -> 
                 ("attention", states.attention_BT),
                 ("centrality", states.centrality_BT),
             ):
-                assert values is not None
                 column = teacher[f"{name}@{layer}"]
                 stored = one.numbers(column) if name == "hidden" else torch.from_numpy(np.array(column))
                 assert torch.equal(values[place, :count].float(), stored)
