@@ -78,7 +78,7 @@ def test_a_kill_at_any_kind_of_operation_loses_nothing(tmp_path: Path) -> None:
     points = counted(tmp_path / "undisturbed")
     undisturbed = files_of(tmp_path / "undisturbed")
     numbers = {points.index(point) + 1 for point in points} | {len(points) - points[::-1].index(p) for p in points}
-    for number in numbers.union(random.Random(SEED).sample(range(1, len(points) + 1), ROUNDS)):
+    for number in numbers.union(random.Random(SEED).choices(range(1, len(points) + 1), k=ROUNDS)):
         root = tmp_path / f"{number}"
         dying(root, f"*:{number}:kill")
         work(root)
