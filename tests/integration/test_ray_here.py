@@ -56,8 +56,9 @@ def test_a_run_of_its_own_makes_the_same_bytes_is_closed_to_others_and_leaves_no
 
     with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:
         Path(short).chmod(0o755)  # as /tmp itself: others may look there
-        monkeypatch.setattr(tempfile, "tempdir", short)
-        built = build_all(tmp_path / "t", Workers(count=1), watch=look)
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", short)
+            built = build_all(tmp_path / "t", Workers(count=1), watch=look)
 
     assert (built.made, built.kept) == (UNITS, 0)
     assert files_of(tmp_path / "t") == files_of(tmp_path / "undisturbed")
