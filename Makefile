@@ -10,15 +10,15 @@ CHECK := build/wheel-check
 # A file's tests on one worker, in the order of the files: the long ones of tests/integration come first.
 JOBS  ?= 2
 SHARE := --dist loadgroup --no-loadscope-reorder
-# Unit tests without models, compiled kernels or the disk, found by what they name.
-SLOW  := tmp_path|subprocess|small_cache|tiny_models|from_pretrained|four_tokenizers|families|live_batch|one_step
+# Unit tests without models, compiled kernels, the disk or long statistics, found by what they name.
+SLOW  := tmp_path|subprocess|losses\.dwa|on_average|small_cache|tiny_models|from_pretrained|four_tokenizers|families|live_batch|one_step
 QUICK  = $(shell grep -rLE '$(SLOW)|spacy|numba|cpu_kernels' tests/unit --include='test_*.py') tests/integration/test_architecture.py
 # Each library's oldest instructions: another order of sums, other last bits.
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic
 # One thread a process: tests run several processes, and torch with more threads than free cores crawls.
 ONE   := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: help install fmt lint types layers check test plain demo preprocess bench wheel clean
+.PHONY: help install fmt lint types layers check quick test suite plain demo preprocess bench wheel clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk '{name = $$1; sub(/^[a-z]*: /, ""); sub(/:/, "", name); printf "make %-11s %s\n", name, $$0}'
@@ -55,10 +55,16 @@ types: install          ## mypy --strict over the three packages and the demo's 
 layers: install         ## who may import whom
 	$(BIN)/lint-imports --no-logo
 
-check: lint types layers ## the checks, and the quick tests: under a minute
+check: install          ## lint, types, layers and quick at once: under a minute
+	$(MAKE) --no-print-directory -j4 lint types layers quick
+
+quick: install          ## tests without models, compiled kernels or the disk
 	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) $(QUICK)
 
-test: lint types layers ## all checks, tests and docstring examples
+test: lint layers       ## all checks, tests and docstring examples
+	$(MAKE) --no-print-directory -j2 types suite
+
+suite: install          ## tests and docstring examples
 	$(ONE) $(BIN)/python -m pytest -n $(JOBS) $(SHARE) --doctest-modules tests schemas trainer pipeline
 
 plain: install          ## the trainer's unit tests again, with what the plainest processor computes

@@ -6,6 +6,7 @@ Ray workers, which is why it is not inside a test.
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+import xkd_pipeline
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import Totals, write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
+from xkd_schemas import durable_files
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
 from xkd_schemas.errors import BadData
 from xkd_schemas.ragged import flat_list
@@ -30,6 +33,25 @@ SCHEMA = pa.schema(
     ]
 )
 UNITS = 5
+SECONDS = 2.0
+"""How long a shard waits for its name where writes are slow."""
+
+
+def search_path() -> str:
+    """PYTHONPATH of a process that imports what the tests share."""
+    folders = [str(Path(__file__).parents[1] / name) for name in ("fakes", "programs")]
+    return os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def slow_writes() -> None:
+    """From now on a shard of this process is written whole and then waits for its name."""
+    rename = durable_files.rename
+
+    def late(source: Path, target: Path) -> None:
+        time.sleep(SECONDS * (target.suffix == ".arrow"))
+        rename(source, target)
+
+    durable_files.rename = late
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +61,14 @@ class FakeStage:
     folder: Path
     trouble: str = ""
     """"" none; error, bug, load: raises; kill: kills its process once; die: each time; hang: sleeps;
-    stop: stops its process; poison: dies of row 1; memory: needs batches of at most 2; starved: of none."""
+    stop: stops its process; poison: dies of row 1; memory: needs batches of at most 2; starved: of none;
+    slow: writes slowly."""
     at: int = 2
     """The unit it happens at."""
 
     def load(self) -> Make:
+        if self.trouble == "slow":
+            slow_writes()
         if self.trouble == "load":
             raise BadData("the parser is broken", kept="k", fix="mend it")
         return self.make
@@ -90,6 +115,26 @@ class FakeStage:
         if self.trouble == "die" or (self.trouble == "kill" and not mark.exists()):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Telling(FakeStage):
+    """Puts into the record which GPUs a worker was given and where our code came from, as names of counts."""
+
+    def make(self, unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
+        time.sleep(SECONDS)
+        commit = super().make(unit, care)
+        told = {f"gpu {os.environ.get('CUDA_VISIBLE_DEVICES')}": 1, f"code {xkd_pipeline.__file__}": 1}
+        return commit.model_copy(update={"counts": told})
+
+
+class Importing(FakeStage):
+    """Puts into the record where a module of the standard library came from, and the path it was looked for in."""
+
+    def load(self) -> Make:
+        import colorsys
+
+        told = {f"module {colorsys.__file__}": 1, **dict.fromkeys((f"path {entry}" for entry in sys.path), 1)}
+        return lambda unit, care=AS_PLANNED: self.make(unit, care).model_copy(update={"counts": told})
 
 
 def opened(root: Path, *, spec: dict[str, Any] | None = None, units: int = UNITS) -> Store:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tiny_models import seeded
 
 VOCABULARY: Final = 500
 
@@ -65,13 +66,7 @@ class Family:
 
     def made(self, vocabulary: int = VOCABULARY) -> PreTrainedModel:
         """The model, float32, with weights large enough that attention and predictions are far from uniform."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.tiny(vocabulary))
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.02))
-        return model.eval()
+        return seeded(AutoModelForCausalLM.from_config, self.tiny(vocabulary), 0)
 
 
 def _is_number(config: PretrainedConfig, key: str) -> bool:

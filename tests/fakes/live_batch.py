@@ -1,6 +1,8 @@
 """A batch with everything of the teacher measured now, for comparing with what the cache gives."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,14 @@ from slow_alignment import ranges_of
 from xkd_schemas.tokens import CONTENT, Tokens
 from xkd_trainer.data.batch import Batch, Level, TokenStates
 from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.models.loading import load_model
 from xkd_trainer.models.measures import centrality, cosine_matrix, pool_spans
 from xkd_trainer.models.padding import pad
 from xkd_trainer.training.prepare import Ready
+
+Terms = dict[str, float]
+"""By name."""
 
 
 def tokens_of(row: Any) -> Tokens:
@@ -85,7 +92,22 @@ def _live_states(states: TokenStates, kept: list[tuple[Tensor, ...]]) -> TokenSt
     )
 
 
+def eager(folder: Path) -> PreTrainedModel:
+    """A teacher in float32 that shows its attention."""
+    model = load_model(str(folder), dtype=torch.float32)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def both_terms(
+    ready: Ready, rows: Sequence[int], teacher: PreTrainedModel
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The terms of these rows from the cache, and the same from the live teacher."""
+    batch = batch_of(ready.cache, rows, ready.wanted)
+    return terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, teacher))
+
+
 @torch.no_grad()
-def terms_of(ready: Ready, batch: Batch) -> dict[str, float]:
+def terms_of(ready: Ready, batch: Batch) -> Terms:
     _, parts = ready.distiller(batch, ready.distiller.counts(batch), 0)
     return {name: float(value) for name, value in parts.items()}

@@ -40,65 +40,9 @@ def _line(row: Any, *, ascii_only: bool = False) -> bytes:
     return json.dumps(row, ensure_ascii=ascii_only).encode()
 
 
-def _plain(chance: random.Random, shape: Shape) -> bytes:
-    return _line(shape("Who lit the lamp?", f"The keeper, {chance.randrange(10**6)} times."))
-
-
-def _text(chance: random.Random, shape: Shape) -> bytes:
-    return _line(shape(some_text(chance), some_text(chance)), ascii_only=chance.random() < 0.5)
-
-
-def _marks(chance: random.Random, shape: Shape) -> bytes:
-    return _line(shape("marks", "".join("aé東ب"[n % 4] + "".join(chance.choices(MARKS, k=n % 40)) for n in range(60))))
-
-
-def _direction(chance: random.Random, shape: Shape) -> bytes:
-    return _line(shape("direction", "".join(chance.choice((*BIDI, "שלום", "مرحبا", " ", "abc")) for _ in range(60))))
-
-
-def _blank(chance: random.Random, shape: Shape) -> bytes:
-    blanks = ("", " ", "\n\n", "\u00a0\u3000", "\u200b", "\ufeff", "\x00", "\x1c\x1d", "\u0301")
-    return _line(shape(chance.choice(blanks), chance.choice(blanks)))
-
-
-def _between(chance: random.Random, _shape: Shape) -> bytes:
-    return chance.choice((b"", b" ", b"\t\r", b"\x0b\x0c", b"\xc2\xa0"))
-
-
 def _nul(chance: random.Random, shape: Shape) -> bytes:
     line = _line(shape("nul", "a\x00b\x00"), ascii_only=True)
     return line if chance.random() < 0.5 else line.replace(b"\\u0000", b"\0")
-
-
-def _surrogate(chance: random.Random, shape: Shape) -> bytes:
-    half = chance.choice((b"\\ud800", b"\\udfff", b"\\udc00\\ud800", b"\\ud83d \\ude00", b"\\uD83D\\u0041"))
-    return _line(shape("half", "HALF a")).replace(b"HALF", half)
-
-
-def _paired(chance: random.Random, shape: Shape) -> bytes:
-    return _line(shape("pair", chance.choice("\U0001f44b\U0001d4b3\U0010ffff") * 3), ascii_only=True)
-
-
-def _not_utf8(chance: random.Random, shape: Shape) -> bytes:
-    broken = (
-        b"\xff",
-        b"\xc3",
-        b"\xed\xa0\x80",
-        b"\xf5\x80\x80\x80",
-        b"\xc0\xaf",
-        b"\xe2\x28\xa1",
-        "é".encode("latin-1"),
-    )
-    return _line(shape("bytes", "HERE")).replace(b"HERE", chance.choice(broken))
-
-
-def _bom(chance: random.Random, shape: Shape) -> bytes:
-    line = _line(shape("\ufeffmark", "in \ufeff it"))
-    return chance.choice((b"\xef\xbb\xbf", b"\xff\xfe", b"")) + line
-
-
-def _megabyte(chance: random.Random, shape: Shape) -> bytes:
-    return _line(shape("a megabyte", chance.choice("x0 -\n") * (MEGABYTE - 100)))
 
 
 def _huge(chance: random.Random, shape: Shape) -> bytes:
@@ -107,24 +51,10 @@ def _huge(chance: random.Random, shape: Shape) -> bytes:
     return _line(shape("huge", unit * (size // len(unit.encode()))))
 
 
-def _one_word(chance: random.Random, shape: Shape) -> bytes:
-    return _line(shape("one word", chance.choice(("x", "ab", "0", "\u0301", "'", "-")) * 50_000))
-
-
-def _too_long(_chance: random.Random, shape: Shape) -> bytes:
-    return _line(shape("too long", "y" * (MEGABYTE + 1)))
-
-
 def _missing(chance: random.Random, shape: Shape) -> bytes:
     row = shape("a", "b")
     del row[chance.choice(sorted(row))]
     return _line(row | {"other": 1})
-
-
-def _extra(chance: random.Random, shape: Shape) -> bytes:
-    return _line(
-        {"": 0, "\x00": [], "prompt ": "x", "__class__": "y", "id": chance.random()} | shape("a", "extra keys")
-    )
 
 
 def _wrong_type(chance: random.Random, shape: Shape) -> bytes:
@@ -134,34 +64,10 @@ def _wrong_type(chance: random.Random, shape: Shape) -> bytes:
     return _line(row)
 
 
-def _no_object(chance: random.Random, _shape: Shape) -> bytes:
-    return chance.choice((b"null", b"1", b'"a"', b"[]", b"[{}]", b"true", b"{}", b'{"a"}', b"{,}", b"}", b"{" * 40))
-
-
-def _numbers(chance: random.Random, shape: Shape) -> bytes:
-    number = chance.choice(
-        (b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"1" + b"0" * 400, b"-0", b"01", b"1e-999", b"0x1")
-    )
-    return _line({"n": "NUMBER"} | shape("a", "a number beside it")).replace(b'"NUMBER"', number)
-
-
 def _deep(chance: random.Random, shape: Shape) -> bytes:
     depth = chance.choice((10, 900, 1_100, 100_000))
     inner = b"[" * depth + b"]" * depth if chance.random() < 0.5 else b'{"a":' * depth + b"1" + b"}" * depth
     return _line({"deep": "DEEP"} | shape("a", "something deep beside it")).replace(b'"DEEP"', inner)
-
-
-def _twice(_chance: random.Random, shape: Shape) -> bytes:
-    first, second = _line(shape("first", "one")), _line(shape("second", "the other"))
-    return first[:-1] + b", " + second[1:]
-
-
-def _same(_chance: random.Random, shape: Shape) -> bytes:
-    return _line({"id": 7} | shape("the same row", "again and again"))
-
-
-def _windows(chance: random.Random, shape: Shape) -> bytes:
-    return _line(shape("line ends", "a\r\nb\rc\u2028d\u0085e\x0bf")) + chance.choice((b"\r", b"\r\r", b" "))
 
 
 def _broken(chance: random.Random, shape: Shape) -> bytes:
@@ -175,70 +81,95 @@ def _broken(chance: random.Random, shape: Shape) -> bytes:
     return line[:at] + (bytes([chance.randrange(256)]) if kind == 2 else b'"') + line[at + 1 :]
 
 
-def _noise(chance: random.Random, _shape: Shape) -> bytes:
-    return chance.randbytes(chance.randint(0, 200))
+ROLES = ("user", "assistant", "system", "tool", "User", "", "\x00", "<|im_start|>", "function", "assistant ")
+CONTENTS = (
+    "", None, 5, [], [{"type": "text", "text": "part"}], [{"type": "text"}], {"a": 1}, [{"type": "image", "url": "x"}],
+    [{"type": "text", "text": "a"}, {"type": "text", "text": "\u0301b"}], ["a"],
+)  # fmt: skip
+TURNS = (None, [], "x", {"role": "assistant"}, {"content": "x"}, {"role": 3, "content": "x"})
 
 
 def _chat(chance: random.Random, shape: Shape) -> bytes:
     if "messages" not in shape("", ""):
-        return _text(chance, shape)
-    roles = ("user", "assistant", "system", "tool", "User", "", "\x00", "<|im_start|>", "function", "assistant ")
-    contents = (
-        some_text(chance),
-        "",
-        None,
-        5,
-        [],
-        [{"type": "text", "text": "part"}],
-        [{"type": "text"}],
-        {"a": 1},
-        [{"type": "image", "url": "x"}],
-        [{"type": "text", "text": "a"}, {"type": "text", "text": "\u0301b"}],
-        ["a"],
-    )
+        return _line(shape(some_text(chance), some_text(chance)), ascii_only=chance.random() < 0.5)
+    contents = (some_text(chance), *CONTENTS)
     turns: list[Any] = [
         {
-            "role": chance.choice(roles[: chance.choice((2, 4, 10))]),
+            "role": chance.choice(ROLES[: chance.choice((2, 4, 10))]),
             "content": contents[chance.choice((0, 0, 0, chance.randrange(11)))],
         }
         for _ in range(chance.randint(0, 6))
     ]
     if chance.random() < 0.1:
-        turns.append(
-            chance.choice((None, [], "x", {"role": "assistant"}, {"content": "x"}, {"role": 3, "content": "x"}))
-        )
+        turns.append(chance.choice(TURNS))
     if chance.random() < 0.1:
         turns.append({"role": "assistant", "content": "calls", "tool_calls": [{"id": 1}]})
     return _line({"messages": turns})
 
 
+BLANKS = ("", " ", "\n\n", "\u00a0\u3000", "\u200b", "\ufeff", "\x00", "\x1c\x1d", "\u0301")
+DIRECTIONS = (*BIDI, "שלום", "مرحبا", " ", "abc")
+HALVES = (b"\\ud800", b"\\udfff", b"\\udc00\\ud800", b"\\ud83d \\ude00", b"\\uD83D\\u0041")
+BROKEN = (
+    b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xc0\xaf", b"\xe2\x28\xa1", "é".encode("latin-1"),
+)  # fmt: skip
+NO_OBJECTS = (b"null", b"1", b'"a"', b"[]", b"[{}]", b"true", b"{}", b'{"a"}', b"{,}", b"}", b"{" * 40)
+NUMBERS = (b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"1" + b"0" * 400, b"-0", b"01", b"1e-999", b"0x1")
+
 KINDS: dict[str, tuple[Row, int]] = {
-    "plain": (_plain, 80),
-    "text": (_text, 300),
-    "marks": (_marks, 30),
-    "direction": (_direction, 30),
-    "blank": (_blank, 30),
-    "between": (_between, 20),
+    "plain": (lambda c, shape: _line(shape("Who lit the lamp?", f"The keeper, {c.randrange(10**6)} times.")), 80),
+    "text": (lambda c, shape: _line(shape(some_text(c), some_text(c)), ascii_only=c.random() < 0.5), 300),
+    "marks": (
+        lambda c, shape: _line(
+            shape("marks", "".join("aé東ب"[n % 4] + "".join(c.choices(MARKS, k=n % 40)) for n in range(60)))
+        ),
+        30,
+    ),
+    "direction": (lambda c, shape: _line(shape("direction", "".join(c.choice(DIRECTIONS) for _ in range(60)))), 30),
+    "blank": (lambda c, shape: _line(shape(c.choice(BLANKS), c.choice(BLANKS))), 30),
+    "between": (lambda c, _shape: c.choice((b"", b" ", b"\t\r", b"\x0b\x0c", b"\xc2\xa0")), 20),
     "nul": (_nul, 20),
-    "surrogate": (_surrogate, 30),
-    "paired": (_paired, 20),
-    "not_utf8": (_not_utf8, 30),
-    "bom": (_bom, 20),
+    "surrogate": (lambda c, shape: _line(shape("half", "HALF a")).replace(b"HALF", c.choice(HALVES)), 30),
+    "paired": (
+        lambda c, shape: _line(shape("pair", c.choice("\U0001f44b\U0001d4b3\U0010ffff") * 3), ascii_only=True),
+        20,
+    ),
+    "not_utf8": (lambda c, shape: _line(shape("bytes", "HERE")).replace(b"HERE", c.choice(BROKEN)), 30),
+    "bom": (
+        lambda c, shape: c.choice((b"\xef\xbb\xbf", b"\xff\xfe", b"")) + _line(shape("\ufeffmark", "in \ufeff it")),
+        20,
+    ),
     "huge": (_huge, 3),
-    "megabyte": (_megabyte, 2),
-    "one_word": (_one_word, 2),
-    "too_long": (_too_long, 2),
+    "megabyte": (lambda c, shape: _line(shape("a megabyte", c.choice("x0 -\n") * (MEGABYTE - 100))), 2),
+    "one_word": (
+        lambda c, shape: _line(shape("one word", c.choice(("x", "ab", "0", "\u0301", "'", "-")) * 50_000)),
+        2,
+    ),
+    "too_long": (lambda _c, shape: _line(shape("too long", "y" * (MEGABYTE + 1))), 2),
     "missing": (_missing, 30),
-    "extra": (_extra, 30),
+    "extra": (
+        lambda c, shape: _line(
+            {"": 0, "\x00": [], "prompt ": "x", "__class__": "y", "id": c.random()} | shape("a", "extra keys")
+        ),
+        30,
+    ),
     "wrong_type": (_wrong_type, 50),
-    "no_object": (_no_object, 20),
-    "numbers": (_numbers, 30),
+    "no_object": (lambda c, _shape: c.choice(NO_OBJECTS), 20),
+    "numbers": (
+        lambda c, shape: _line({"n": "NUMBER"} | shape("a", "a number beside it")).replace(
+            b'"NUMBER"', c.choice(NUMBERS)
+        ),
+        30,
+    ),
     "deep": (_deep, 10),
-    "twice": (_twice, 20),
-    "same": (_same, 30),
-    "windows": (_windows, 30),
+    "twice": (lambda _c, shape: _line(shape("first", "one"))[:-1] + b", " + _line(shape("second", "other"))[1:], 20),
+    "same": (lambda _c, shape: _line({"id": 7} | shape("the same row", "again and again")), 30),
+    "windows": (
+        lambda c, shape: _line(shape("line ends", "a\r\nb\rc\u2028d\u0085e\x0bf")) + c.choice((b"\r", b"\r\r", b" ")),
+        30,
+    ),
     "broken": (_broken, 80),
-    "noise": (_noise, 20),
+    "noise": (lambda c, _shape: c.randbytes(c.randint(0, 200)), 20),
     "chat": (_chat, 100),
 }
 """Kind -> how a row of it is made, and its share."""
@@ -251,7 +182,7 @@ def lines(count: int, shape: Shape, seed: int) -> list[bytes]:
     names = list(KINDS)[: count - 2] + [chance.choice(weighted) for _ in range(count - 2 - len(KINDS))]
     chance.shuffle(names)
     made = [KINDS[name][0](chance, shape).replace(b"\n", b" ") for name in names]
-    return [_plain(chance, shape), *made, _line(shape("cut off", "in the middle of " + "x" * 30))[:-20]]
+    return [KINDS["plain"][0](chance, shape), *made, _line(shape("cut off", "in the middle of " + "x" * 30))[:-20]]
 
 
 def write(folder: Path, count: int, seed: int) -> list[Path]:

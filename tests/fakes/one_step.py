@@ -37,14 +37,7 @@ def widen(owner: Any, name: str) -> None:
 def assert_padding_and_cuts_change_nothing(
     distiller: Distiller, whole: Batch, parts: Sequence[Batch], counts: Mapping[str, Tensor]
 ) -> None:
-    """What stands in padding changes no bit; `parts` of the batch, and one without documents, add up to it.
-
-    Args:
-        distiller: Its losses.
-        whole: A batch.
-        parts: The same documents, in several batches.
-        counts: Denominators of the whole.
-    """
+    """What stands in padding changes no bit; `parts` of the batch, and one without documents, add up to it."""
     clean, slopes = gradients(distiller, [whole], counts)
     assert sum(float(slope.abs().sum()) for slope in slopes.values()) > 0
 

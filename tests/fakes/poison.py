@@ -28,41 +28,36 @@ def _level(one: Level) -> Level:
 
 
 def _states(one: TokenStates, valid: Tensor | None) -> TokenStates:
-    return replace(
-        one,
-        hidden_BTD=_fill(one.hidden_BTD, valid, math.nan),
-        attention_BT=_fill(one.attention_BT, valid, math.nan),
-        centrality_BT=_fill(one.centrality_BT, valid, math.nan),
-    )
+    names = ("hidden_BTD", "attention_BT", "centrality_BT")
+    return replace(one, **{name: _fill(getattr(one, name), valid, math.nan) for name in names})
+
+
+FILLED: dict[str, dict[str, float]] = {
+    "student_valid_BS": {"student_ids_BS": 77},
+    "predict_valid_BN": {"predict_BN": 2, "target_BN": 55},
+    "teacher_predict_valid_BM": {
+        "teacher_predict_BM": 1, "teacher_input_BM": 44, "teacher_target_BM": 33, "teacher_argmax_BM": 22,
+        "teacher_sampled_ids_BMK": 11, "teacher_entropy_BM": math.nan, "teacher_logsumexp_BM": math.nan,
+        "teacher_topk_logits_BMK": math.nan, "teacher_sampled_weights_BMK": math.nan,
+    },
+    "teacher_valid_BR": {"teacher_hidden_BRD": math.nan, "teacher_attention_BR": math.nan, "teacher_kept_BR": 1},
+    "span_valid_BK": {"span_student_BK2": 1, "span_teacher_BK2": 1},
+    "pair_valid_BE": {"pairs_BE2": 1},
+    "teacher_valid_BT": {"teacher_ids_BT": 77},
+}  # fmt: skip
+"""Mask -> what it masks, and the value that stands where it is false."""
 
 
 def poisoned(batch: Batch) -> Batch:
     """The same batch with other values wherever nothing is valid."""
-    s, n, m, r, t, k = (
-        batch.student_valid_BS, batch.predict_valid_BN, batch.teacher_predict_valid_BM, batch.teacher_valid_BR,
-        batch.teacher_valid_BT, batch.span_valid_BK,
-    )  # fmt: skip
+    filled = {
+        name: _fill(getattr(batch, name), getattr(batch, mask), value)
+        for mask, values in FILLED.items()
+        for name, value in values.items()
+    }
     return replace(
         batch,
-        student_ids_BS=_fill(batch.student_ids_BS, s, 77),
-        predict_BN=_fill(batch.predict_BN, n, 2),
-        target_BN=_fill(batch.target_BN, n, 55),
-        teacher_predict_BM=_fill(batch.teacher_predict_BM, m, 1),
-        teacher_input_BM=_fill(batch.teacher_input_BM, m, 44),
-        teacher_target_BM=_fill(batch.teacher_target_BM, m, 33),
-        teacher_hidden_BRD=_fill(batch.teacher_hidden_BRD, r, math.nan),
-        teacher_attention_BR=_fill(batch.teacher_attention_BR, r, math.nan),
-        teacher_entropy_BM=_fill(batch.teacher_entropy_BM, m, math.nan),
-        teacher_argmax_BM=_fill(batch.teacher_argmax_BM, m, 22),
-        teacher_logsumexp_BM=_fill(batch.teacher_logsumexp_BM, m, math.nan),
-        teacher_topk_logits_BMK=_fill(batch.teacher_topk_logits_BMK, m, math.nan),
-        teacher_sampled_ids_BMK=_fill(batch.teacher_sampled_ids_BMK, m, 11),
-        teacher_sampled_weights_BMK=_fill(batch.teacher_sampled_weights_BMK, m, math.nan),
-        span_student_BK2=_fill(batch.span_student_BK2, k, 1),
-        span_teacher_BK2=_fill(batch.span_teacher_BK2, k, 1),
-        pairs_BE2=_fill(batch.pairs_BE2, batch.pair_valid_BE, 1),
-        teacher_ids_BT=_fill(batch.teacher_ids_BT, t, 77),
-        teacher_kept_BR=_fill(batch.teacher_kept_BR, r, 1),
-        token_states=tuple(_states(one, t) for one in batch.token_states),
+        **filled,
+        token_states=tuple(_states(one, batch.teacher_valid_BT) for one in batch.token_states),
         levels=tuple(_level(one) for one in batch.levels),
     )

@@ -11,11 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 import four_tokenizers
+from xkd_pipeline.cli.app import app
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import RunConfig, load_run
@@ -58,27 +61,22 @@ def write_rows(path: Path, rows: Sequence[object]) -> Path:
 
 def llama(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
     """Four blocks with grouped queries, float32, and the byte-level tokenizer with its chat template."""
-    tokenizer = four_tokenizers.chat_tokenizer()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.2,
+    return _save(
+        LlamaForCausalLM, LlamaConfig, folder, seed, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def gpt2(folder: Path, *, seed: int = 0) -> Path:
     """Three blocks with learned positions and tied embeddings, float32, the same tokenizer."""
+    return _save(GPT2LMHeadModel, GPT2Config, folder, seed, n_embd=32, n_layer=3, n_head=4, n_positions=512)
+
+
+def _save(kind: Any, config: Any, folder: Path, seed: int, **sizes: Any) -> Path:
     tokenizer = four_tokenizers.chat_tokenizer()
     torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=32, n_layer=3, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.2,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    special = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
+    kind(config(vocab_size=len(tokenizer), **special, **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -137,6 +135,12 @@ def made() -> Path:
 def copied(tmp_path: Path) -> Path:
     """The finished cache, to be changed by one test."""
     return Path(shutil.copytree(made() / "cache", tmp_path / "cache"))
+
+
+def asked(*words: object) -> tuple[int, dict[str, Any]]:
+    """Exit code of xkd-cache with `--json`, and what it says."""
+    result = CliRunner().invoke(app, [*map(str, words), "--json"])
+    return result.exit_code, json.loads(result.stdout)
 
 
 def files_of(root: Path) -> dict[str, bytes]:

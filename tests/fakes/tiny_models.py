@@ -69,7 +69,7 @@ def llama(kind: str, *, seed: int = 0, layers: int = 2, width: int = 16, tied: b
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied,
         **specials(kind),
     )  # fmt: skip
-    return _seeded(LlamaForCausalLM, config, seed)
+    return seeded(LlamaForCausalLM, config, seed)
 
 
 def gpt2(kind: str, *, seed: int = 0, layers: int = 2, width: int = 16, tied: bool = True) -> PreTrainedModel:
@@ -78,7 +78,7 @@ def gpt2(kind: str, *, seed: int = 0, layers: int = 2, width: int = 16, tied: bo
         vocab_size=len(tokenizer_of(kind)), n_embd=width, n_layer=layers, n_head=4, n_positions=512,
         tie_word_embeddings=tied, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **specials(kind),
     )  # fmt: skip
-    return _seeded(GPT2LMHeadModel, config, seed)
+    return seeded(GPT2LMHeadModel, config, seed)
 
 
 def specials(kind: str) -> dict[str, int]:
@@ -87,7 +87,8 @@ def specials(kind: str) -> dict[str, int]:
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def _seeded(kind: Any, config: Any, seed: int) -> PreTrainedModel:
+def seeded(kind: Any, config: Any, seed: int) -> PreTrainedModel:
+    """A model with weights large enough that attention and predictions are far from uniform."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = kind(config)

@@ -1,4 +1,4 @@
-"""From a cache to a student on machines that lack things: the teacher, the offline stack, a second process, memory."""
+"""From a cache to a student on machines that lack things: the teacher, the offline stack, kernels, memory."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,41 +14,33 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_models as tiny
+from xkd_schemas.cache import table
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.data.sampler import Order
 from xkd_trainer.training.loop import train
 
 ALL = "mta+sra+dwa"
 
 BLOCKED = """
 import sys
-for name in ("ray", "spacy", "benepar", "datasets", "xkd_pipeline"):
+for name in ("ray", "spacy", "benepar", "datasets", "xkd_pipeline", "numba"):
     sys.modules[name] = None
 from xkd_trainer.cli import main
 sys.argv = ["xkd-train", *sys.argv[1:]]
 main()
 """
-
-LOAD = """
-import sys
-for name in ("xkd_trainer", "xkd_schemas", "xkd_pipeline"):
-    sys.modules[name] = None
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from safetensors.torch import save_file
-folder, to = sys.argv[1:]
-model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-ids = tokenizer("The old keeper lit the lamp.", return_tensors="pt")["input_ids"]
-said = model.generate(ids, max_new_tokens=5, do_sample=False)
-save_file({"ids": ids, "said": said, "logits": model(ids).logits.detach()}, to)
-"""
+"""Nothing of the offline stack; kernels are not compiled, which takes as long as all else."""
 
 
-def python(code: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
-    """A Python without network."""
+def trainer(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    """xkd-train without network."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", BLOCKED, *arguments],
         env={**os.environ, **offline, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -99,26 +92,27 @@ def test_training_needs_no_teacher_folder_no_corpus_and_no_offline_stack(tmp_pat
     shutil.copytree(tiny.tiny_cache().student, root / "student")
     away = tiny.tiny_cache().teacher.rename(tmp_path / "teacher-is-away")
     try:
-        out = finished(python(BLOCKED, *flags(root, tmp_path / "out"), "--set", "train.log_every=1", "--json"))
+        out = finished(trainer(*flags(root, tmp_path / "out"), "--set", "train.log_every=1", "--json"))
     finally:
         away.rename(tiny.tiny_cache().teacher)
 
     told = json.loads(out)
     assert told["steps"] == 4
     assert told["terms"].keys() >= {"loss", "ce.ce", "sra.kd", "dwa.dtw_states", "mta.dsa@2:word"}
-    assert_weights(tmp_path / "out", reference, atol=0)
-    assert moved(reference) > 1e-5
+    assert_weights(tmp_path / "out", reference, atol=2e-5)
+    assert moved(reference) > 2e-4
 
 
-def test_the_student_loads_in_a_program_that_has_only_transformers(tmp_path: Path, reference: Path) -> None:
-    finished(python(LOAD, str(reference), str(tmp_path / "said.safetensors")))
-
-    said = load_file(tmp_path / "said.safetensors")
+def test_the_student_loads_as_any_model_of_transformers(reference: Path) -> None:
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(reference), AutoTokenizer.from_pretrained(reference)
     model = tiny.llama("sentencepiece")
     model.load_state_dict(load_file(reference / "model.safetensors"), strict=False)
+    ids = tokenizer("The old keeper lit the lamp.", return_tensors="pt")["input_ids"]
+
     with torch.no_grad():
-        torch.testing.assert_close(said["logits"], model(said["ids"]).logits, rtol=1e-5, atol=1e-5)
-    assert torch.equal(said["said"], model.generate(said["ids"], max_new_tokens=5, do_sample=False))
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert ids.tolist() == [tiny.tokenizer_of("sentencepiece")("The old keeper lit the lamp.")["input_ids"]]
+    assert torch.equal(*(m.generate(ids, max_new_tokens=5, do_sample=False) for m in (loaded, model)))
 
 
 def port() -> int:
@@ -132,7 +126,7 @@ def ranks(world: int, *arguments: str) -> None:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "WORLD_SIZE": str(world)}
     common |= {"LOCAL_WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
     processes = [
-        python(BLOCKED, *arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)
+        trainer(*arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)
     ]  # fmt: skip
     for process in processes:
         finished(process)
@@ -156,40 +150,40 @@ def test_two_processes_train_the_student_that_one_trains(tmp_path: Path, referen
     assert sorted(p.name for p in (tmp_path / "two/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
 
 
-MEMORY = """
-import resource, sys
-from pathlib import Path
-import numpy as np
-from xkd_schemas.cache import table
-from xkd_trainer.data.cache import Cache
-from xkd_trainer.data.collate import batch_of
-table.READY_BATCHES = table.OPEN_SHARDS = 1
-root, rows = Path(sys.argv[1]), int(sys.argv[2])
-cache = Cache(root, student="student")
-wanted = frozenset(cache.signals)
-digest = 0.0
-batch_of(cache, [0, 1], wanted)
-start = tracked = 0
-import tracemalloc
-tracemalloc.start()
-for first in range(0, 96, 8):
-    batch = batch_of(cache, [(first + i) % rows for i in range(8)], wanted)
-    if first < 24:
-        digest += float(batch.teacher_hidden_BRD.float().abs().sum()) + float(batch.student_ids_BS.sum())
-print(tracemalloc.get_traced_memory()[1], digest)
-"""
-
-
-def test_reading_four_times_the_rows_takes_no_more_memory(tmp_path: Path) -> None:
+def test_reading_four_times_the_rows_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same documents, written or read four times over: batches are equal and Python's peak does not grow."""
     big = tiny.made(tmp_path / "big", pairs=tiny.PAIRS * 4)
-    small = tiny.tiny_cache()
-
+    monkeypatch.setattr(table, "READY_BATCHES", 1)
+    monkeypatch.setattr(table, "OPEN_SHARDS", 1)
     peaks, digests = [], []
-    for cache, rows in ((small.cache, 24), (big.cache, 96)):
-        peak, digest = finished(python(MEMORY, str(cache), str(rows))).split()
-        peaks.append(int(peak))
-        digests.append(float(digest))
+    for root, rows in ((tiny.tiny_cache().cache, 24), (big.cache, 96)):
+        cache = Cache(root, student="student")
+        wanted = frozenset(cache.signals)
+        batch_of(cache, [0, 1], wanted)
+        tracemalloc.start()
+        batches = (batch_of(cache, [(first + i) % rows for i in range(8)], wanted) for first in range(0, 96, 8))
+        sums = [float(b.teacher_hidden_BRD.float().abs().sum()) + float(b.student_ids_BS.sum()) for b in batches]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        digests.append(sums[:3])
 
     assert digests[0] == pytest.approx(digests[1], rel=1e-6)
     assert peaks[1] < 1.3 * peaks[0] + 50_000
+
+
+def test_training_opens_the_shards_of_the_documents_of_its_steps_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    shard = table.Shard
+    monkeypatch.setattr(table, "Shard", lambda path, *more: opened.append(path) or shard(path, *more))
+    run = tiny.tiny_cache().run(out=str(tmp_path / "out"), loss="sra", steps=1, batch_size=1)
+
+    train(run, quiet=True)
+
+    (row,) = Order(size=24, batch_size=1, seed=run.train.seed).step(0)
+    names = ("documents", "teachers/teacher", "students/student")
+    needed = {name: table.Table(tiny.tiny_cache().cache, name).path(int(row) // 10) for name in names}
+    assert set(needed.values()) <= set(opened)
+    extra = {path.parent for path in opened if path not in needed.values()}
+    assert extra <= {needed["students/student"].parent}  # how the first rows end is looked at for the export

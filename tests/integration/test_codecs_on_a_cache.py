@@ -1,8 +1,5 @@
 """A teacher captured with each codec: what is read back, what the manifest says it cost, and the loss it gives."""
 
-import functools
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,10 @@ from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import Mismatch
 
 
-@functools.cache
-def captured() -> Path:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small cache with one more teacher and student table for each codec that changes bytes."""
-    made = small_cache.made()
-    cache = Path(shutil.copytree(made / "cache", Path(tempfile.mkdtemp(prefix="xkd-codecs-")) / "cache"))
+    cache = small_cache.copied(tmp_path_factory.mktemp("codecs"))
     for codec in ("bf16-planes", "int8"):
         run = run_with(cache, codec)
         teacher_stage(run, small_cache.IN_PROCESS)
@@ -38,26 +34,29 @@ def run_with(cache: Path, name: str, codec: str = "") -> Any:
     )
 
 
-def tables() -> tuple[Table, Table, Table]:
-    return tuple(Table(captured(), f"teachers/{name}") for name in ("T", "bf16-planes", "int8"))  # type: ignore[return-value]
+@pytest.fixture
+def tables(cache: Path) -> tuple[Table, Table, Table]:
+    return tuple(Table(cache, f"teachers/{name}") for name in ("T", "bf16-planes", "int8"))  # type: ignore[return-value]
 
 
 def wide(table: Table) -> list[str]:
     return [c for c in table.manifest.spec["signals"] if c.startswith(("hidden", "span_vectors"))]
 
 
-def test_planes_give_the_same_bits_in_every_row_and_column() -> None:
-    plain, planes, _ = tables()
+def test_planes_change_no_bit_and_int8_none_but_of_states(tables: tuple[Table, Table, Table]) -> None:
+    plain, planes, coded = tables
+    columns = {*plain.manifest.spec["signals"], "token_ids", "targets"}
     assert wide(plain)
-    for row in range(len(plain)):
-        for column in wide(plain):
-            assert np.array_equal(plain[row][column], planes[row][column]), (row, column)
+    for other, same in ((planes, columns), (coded, columns - set(wide(plain)))):
+        for row in range(len(plain)):
+            for column in same:
+                assert np.array_equal(plain[row][column], other[row][column]), (row, column)
     error = planes.manifest.constants["codec_error"]
     assert {error[column] for column in (*wide(plain), "kl_nats")} == {0.0}
 
 
-def test_int8_errs_as_much_as_the_manifest_says() -> None:
-    plain, _, coded = tables()
+def test_int8_errs_as_much_as_the_manifest_says(tables: tuple[Table, Table, Table]) -> None:
+    plain, _, coded = tables
     error = coded.manifest.constants["codec_error"]
     for column in wide(plain):
         lost = kept = 0.0
@@ -69,35 +68,26 @@ def test_int8_errs_as_much_as_the_manifest_says() -> None:
     assert 0 < error["kl_nats"] < 1e-3
 
 
-def test_int8_tables_are_smaller_and_say_what_they_are() -> None:
-    plain, planes, coded = tables()
+def test_int8_tables_are_smaller_and_say_what_they_are(tables: tuple[Table, Table, Table]) -> None:
+    plain, planes, coded = tables
     sizes = [sum(c.size for c in t.manifest.commits) for t in (plain, planes, coded)]
     assert sizes[2] < sizes[0]
     assert [t.manifest.spec["codec"] for t in (plain, planes, coded)] == ["bf16", "bf16-planes", "int8"]
 
 
-def test_the_rest_of_the_row_is_the_same_under_every_codec() -> None:
-    plain, *others = tables()
-    narrow = [c for c in (*plain.manifest.spec["signals"], "token_ids", "targets") if c not in wide(plain)]
-    for other in others:
-        for row in range(len(plain)):
-            for column in narrow:
-                assert np.array_equal(plain[row][column], other[row][column]), (row, column)
-
-
-def test_a_table_begun_with_another_codec_is_refused_by_name() -> None:
+def test_a_table_begun_with_another_codec_is_refused_by_name(cache: Path) -> None:
     with pytest.raises(Mismatch, match="codec: cache has int8, this run has bf16"):
-        teacher_stage(run_with(captured(), "int8", codec="bf16"), small_cache.IN_PROCESS)
+        teacher_stage(run_with(cache, "int8", codec="bf16"), small_cache.IN_PROCESS)
 
 
-def test_losses_from_int8_are_close_to_those_from_bf16(tmp_path: Path) -> None:
+def test_losses_from_int8_are_close_to_those_from_bf16(cache: Path, tmp_path: Path) -> None:
     from xkd_trainer.training.loop import train
 
     tokenizer = small_cache.made() / "student"
     terms = {}
     for table in ("S", "S-bf16-planes", "S-int8"):
         run = small_cache.run_file(
-            captured(), student={"model": "new:llama,layers=2,width=16", "tokenizer": str(tokenizer)},
+            cache, student={"model": "new:llama,layers=2,width=16", "tokenizer": str(tokenizer)},
             train={"loss": "mta+sra+dwa", "steps": 1, "batch_size": 12, "out": str(tmp_path / table)},
         )  # fmt: skip
         terms[table] = train(run, student_table=table, quiet=True).terms
@@ -106,8 +96,8 @@ def test_losses_from_int8_are_close_to_those_from_bf16(tmp_path: Path) -> None:
         assert terms["S-int8"][name] == pytest.approx(value, rel=0.02, abs=1e-3), name
 
 
-def test_without_a_codec_the_error_is_that_of_rounded_cosines_alone() -> None:
-    manifest = read_record(captured() / "teachers" / "T" / "manifest.json", Manifest)
+def test_without_a_codec_the_error_is_that_of_rounded_cosines_alone(cache: Path) -> None:
+    manifest = read_record(cache / "teachers" / "T" / "manifest.json", Manifest)
     error = manifest.constants["codec_error"]
     assert set(error) == {c for c in manifest.spec["signals"] if c.startswith("span_geometry@")} != set()
     assert all(2**-14 < value < 2**-11 for value in error.values())

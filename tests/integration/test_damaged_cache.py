@@ -1,8 +1,9 @@
-"""Flipped bits, cuts, swapped, missing, doubled and hostile files: each is found by name, none ends in a traceback."""
+"""Flipped bits, cuts, swapped, missing, doubled, mutated and hostile files: each is found by name, no traceback."""
 
 import copy
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 
 import small_cache
-from damages import cuts, flips, resigned
+from damages import cuts, flips, outcome, read_all, resigned
 from small_cache import files_of
 from xkd_pipeline.maintain import verify_rows
 from xkd_pipeline.maintain.gc import collect
 from xkd_pipeline.maintain.repair import repair
 from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.tables.dataset_card import table_states
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, seal_table, to_json
@@ -32,11 +34,10 @@ def shards(cache: Path, table: str) -> list[Path]:
 
 
 def test_no_flipped_bit_is_silent_and_none_crashes(tmp_path: Path) -> None:
-    count = 20 * ROUNDS
-    assert flips(small_cache.copied(tmp_path), count, SEED) == {"found": count}
+    assert flips(small_cache.copied(tmp_path), 10 * ROUNDS, SEED) == {"found"}
 
 
-def test_a_list_of_digests_with_another_line_end_is_found(tmp_path: Path) -> None:
+def test_a_list_of_digests_with_another_line_end_is_found_and_names_outside_are_refused(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     content = (cache / "SHA256SUMS").read_bytes()
     for changed in (content[:-1] + b"\x0b", content[:-1]):
@@ -47,7 +48,7 @@ def test_a_list_of_digests_with_another_line_end_is_found(tmp_path: Path) -> Non
 
 
 def test_no_cut_file_is_silent_and_none_crashes(tmp_path: Path) -> None:
-    assert set(cuts(small_cache.copied(tmp_path), 12 * 4096 // ROUNDS)) == {"found"}
+    assert cuts(small_cache.copied(tmp_path), 12 * 8192 // ROUNDS) == {"found"}
 
 
 def swap(cache: Path, table: str) -> None:
@@ -174,6 +175,41 @@ def test_text_that_cannot_be_read_is_a_finding_that_names_the_unit(tmp_path: Pat
     resigned(cache, "documents", 0, content.replace(b"It prints", b"\xfft prints", 1))
 
     assert ("documents", 0) in {(one.table, one.unit) for one in verify(cache, "deep")}
+
+
+PIECES = (
+    b"", b"{", b"null", b"NaN", b"1e999", b'"\\ud800"', b"\xff", b"\0", b"[" * 5000, b"-1", b"9" * 5000, b'"../x"',
+)  # fmt: skip
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    """A stretch of the content replaced by a piece, by a copy of another stretch, or by nothing."""
+    first, end = sorted(chance.randrange(len(content) + 1) for _ in range(2))
+    end = min(end, first + chance.choice((0, 1, 8, 200)))
+    other = chance.randrange(len(content))
+    piece = chance.choice((*PIECES, content[other : other + chance.choice((1, 16, 300))]))
+    return content[:first] + piece + content[end:]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["plan.json", "manifest.json", "0*.json", "*.arrow", "SHA256SUMS", "tokenizer.json"]
+)
+def test_no_reader_meets_other_bytes_with_a_traceback(tmp_path: Path, pattern: str) -> None:
+    cache, chance = small_cache.copied(tmp_path), random.Random(SEED)
+    paths = sorted(cache.rglob(pattern))
+    for _ in range(2 * ROUNDS):
+        path = chance.choice(paths)
+        content = path.read_bytes()
+        changed = mutated(content, chance)
+        if changed == content:
+            continue
+        path.write_bytes(changed)
+        assert outcome(lambda: verify(cache, "full")) == "found", (path, changed[:200])
+        for look in (table_states, read_all):
+            said = outcome(lambda look=look: look(cache))
+            assert not said.startswith("crash"), (path, said)
+        path.write_bytes(content)
+    assert verify(cache, "full") == []
 
 
 def test_gc_removes_what_nothing_names_and_no_more(tmp_path: Path) -> None:

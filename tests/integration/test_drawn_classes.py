@@ -1,25 +1,19 @@
-"""Drawn classes through every tool: plan, capture, verify, report, export, add; and what is refused."""
+"""Drawn classes: planned, captured, verified, added, and what is refused; test_token_states has every tool."""
 
-import functools
-import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import small_cache
+from small_cache import asked
 from xkd_pipeline.capture import capture as capturing
 from xkd_pipeline.capture import stage as teachers
 from xkd_pipeline.capture.stage import check_top
-from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain import verify_rows as deep
-from xkd_pipeline.maintain.verify_rows import _check_values
 from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_schemas.cache.table import Table
@@ -42,10 +36,10 @@ def run_with(cache: Path, **teacher: Any) -> RunConfig:
     )
 
 
-@functools.cache
-def captured() -> Path:
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 40 documents with drawn classes, and what its capture said."""
-    folder = Path(tempfile.mkdtemp(prefix="xkd-drawn-")) / "cache"
+    folder = tmp_path_factory.mktemp("drawn") / "cache"
     small_cache.write_rows(folder.parent / "many.jsonl", small_cache.corpus_rows(40))
     documents_stage(run_with(folder), small_cache.IN_PROCESS)
     outcome = teacher_stage(run_with(folder), small_cache.IN_PROCESS)
@@ -53,14 +47,9 @@ def captured() -> Path:
     return folder
 
 
-def asked(*words: object) -> tuple[int, dict[str, Any]]:
-    result = CliRunner().invoke(app, [*map(str, words), "--json"])
-    return result.exit_code, json.loads(result.stdout)
-
-
-def test_the_plan_is_within_five_percent_of_the_shards() -> None:
-    plan = make_plan(run_with(captured()), sample=256, budget=None, rate=None)
-    commits = Table(captured(), "teachers/drawn").manifest.commits
+def test_the_plan_is_within_five_percent_of_the_shards(captured: Path) -> None:
+    plan = make_plan(run_with(captured), sample=256, budget=None, rate=None)
+    commits = Table(captured, "teachers/drawn").manifest.commits
 
     assert plan["teacher_bytes"] == pytest.approx(sum(c.size for c in commits), rel=0.05)
     column = next(c for c in plan["columns"] if c["column"] == COLUMN)
@@ -68,32 +57,16 @@ def test_the_plan_is_within_five_percent_of_the_shards() -> None:
     assert column["bytes"] == pytest.approx(4 * K * targets, rel=0.05)
 
 
-def test_every_tool_knows_the_column(tmp_path: Path) -> None:
-    code, said = asked("verify", captured(), "--level", "deep")
-    assert (code, said["bad"]) == (0, [])
-    model = small_cache.made() / "teacher"
-    code, said = asked("verify", captured(), "--recompute", 3, "--model", model)
-    assert (code, said["bad"], said["not_compared"]) == (0, [], [COLUMN])
-    page, files = tmp_path / "r.html", tmp_path / "parquet"
-    assert CliRunner().invoke(app, ["report", str(captured()), "--out", str(page)]).exit_code == 0
-    assert page.read_text().count(COLUMN) >= 2
-    assert CliRunner().invoke(app, ["export", str(captured()), "--parquet", str(files)]).exit_code == 0
-    table = Table(captured(), "teachers/drawn")
-    stored = pq.read_table(sorted((files / "teachers/drawn").rglob("*.parquet"))[0])[COLUMN]
-    for number in (0, 7):
-        assert stored[number].as_py() == table[number][COLUMN].tolist()
-
-
-def test_capture_says_how_far_off_the_draws_are() -> None:
-    error = Table(captured(), "teachers/drawn").manifest.constants["codec_error"][COLUMN]
-    said = (captured().parent / "said.txt").read_text()
+def test_capture_says_how_far_off_the_draws_are(captured: Path) -> None:
+    error = Table(captured, "teachers/drawn").manifest.constants["codec_error"][COLUMN]
+    said = (captured.parent / "said.txt").read_text()
     assert f"{COLUMN}: off by {error:.2g}, right on average" in said
     assert "codec" not in said
 
 
-def test_more_draws_can_be_added_beside_the_table(tmp_path: Path) -> None:
+def test_more_draws_can_be_added_beside_the_table(captured: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    shutil.copytree(captured(), folder)
+    shutil.copytree(captured, folder)
 
     code, said = asked("add", folder, "--model", small_cache.made() / "teacher", "--signals", "sampled#9,topk_ids#3")
 
@@ -107,8 +80,8 @@ def test_more_draws_can_be_added_beside_the_table(tmp_path: Path) -> None:
     assert (code, said["bad"]) == (0, [])
 
 
-def test_deep_verification_sees_what_cannot_be() -> None:
-    entries: Any = np.array(Table(captured(), "teachers/drawn")[0][COLUMN])
+def test_deep_verification_sees_what_cannot_be(captured: Path) -> None:
+    entries: Any = np.array(Table(captured, "teachers/drawn")[0][COLUMN])
     wrong = entries.copy()
     wrong[1, 0] += 1
 
@@ -118,24 +91,18 @@ def test_deep_verification_sees_what_cannot_be() -> None:
     assert "a class is not from 0 to 2" in find_class_fault(entries, 3)
 
 
-def test_deep_verification_looks_at_drawn_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deep, "fault_of", lambda entries, classes: f"{entries.shape[1]} of {classes > 300}")
+def test_deep_verification_looks_at_drawn_classes(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deep, "find_class_fault", lambda entries, classes: f"{entries.shape[1]} of {classes > 300}")
 
-    reasons = list(deep.find_faults(captured(), Table(captured(), "teachers/drawn"), 1))
+    reasons = list(deep.find_faults(captured, Table(captured, "teachers/drawn"), 1))
 
     assert len(reasons) == 8
     assert f"{COLUMN}: {K} of True" in reasons[0]
 
 
-def test_deep_verification_sees_a_cosine_beyond_1() -> None:
-    fine = np.array([1.0, -1.0, 0.5], np.float16)
-    assert _check_values("span_geometry@2:word", fine, "float16") == ""
-    assert "outside" in _check_values("span_geometry@2:word", np.nextafter(fine, np.float16(2)), "float16")
-
-
-def test_only_ids_of_the_tokenizer_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_ids_of_the_tokenizer_are_drawn(captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "cache"
-    shutil.copytree(captured() / "documents", folder / "documents")
+    shutil.copytree(captured / "documents", folder / "documents")
     monkeypatch.setattr(capturing, "classes_of", lambda model: 50)
 
     teacher_stage(run_with(folder), small_cache.IN_PROCESS)
@@ -144,8 +111,8 @@ def test_only_ids_of_the_tokenizer_are_drawn(tmp_path: Path, monkeypatch: pytest
     assert max(entries.max() for entries in drawn) == 49
 
 
-def test_too_many_draws_and_too_many_classes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_with(captured(), samples=10**6, name="big")
+def test_too_many_draws_and_too_many_classes_are_refused(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_with(captured, samples=10**6, name="big")
     with pytest.raises(UsageError, match=r"samples is 1000000, .* has \d+ classes. Next: --samples \d+ at most"):
         teacher_stage(run, small_cache.IN_PROCESS)
     monkeypatch.setattr(teachers, "MOST_CLASSES", 100)

@@ -1,13 +1,11 @@
 """Every loss of the registry: captured for, aligned for two tokenizers, and trained with for a few steps."""
 
-import functools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,11 +28,10 @@ WHERE_BOTH_AGREE = ("dskd_v2.student_space",)
 """Counts predictions whose projected argmax is the label: with random models a handful, with some sums none."""
 
 
-@functools.cache
-def cache() -> Path:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small cache with a teacher table that holds what all losses need."""
-    made = small_cache.made()
-    folder = Path(shutil.copytree(made / "cache", Path(tempfile.mkdtemp(prefix="xkd-all-")) / "cache"))
+    made, folder = small_cache.made(), small_cache.copied(tmp_path_factory.mktemp("all"))
     teacher = {"model": str(made / "teacher"), "name": "all", "losses": list(LOSSES)}
     for name, tokenizer, template in ((OTHER, made / "student", "none"), (SAME, made / "teacher", "chat")):
         student = {"tokenizer": str(tokenizer), "name": name, "template": template}
@@ -44,27 +41,27 @@ def cache() -> Path:
     return folder
 
 
-def run_of(table: str, loss: str, out: Path) -> RunConfig:
+def run_of(cache: Path, table: str, loss: str, out: Path, *, steps: int = 6) -> RunConfig:
     tokenizer = small_cache.made() / ("student" if table == OTHER else "teacher")
     return small_cache.run_file(
-        cache(),
+        cache,
         student={"model": "new:llama,layers=4,width=32", "tokenizer": str(tokenizer)},
         train={
-            "loss": f"ce=0+{loss}" if loss != "ce" else "ce", "steps": 6, "batch_size": 12, "out": str(out),
-            "lr": 1e-3, "projector_lr": 1e-3, "log_every": 1,
+            "loss": loss if loss.startswith("ce") else f"ce=0+{loss}", "steps": steps, "batch_size": 12,
+            "out": str(out), "lr": 1e-3, "projector_lr": 1e-3, "log_every": 1,
         },
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
-def test_a_loss_falls_from_the_cache(loss: str, tmp_path: Path) -> None:
+def test_a_loss_falls_from_the_cache(loss: str, cache: Path, tmp_path: Path) -> None:
     if LOSSES[loss].one_tokenizer:
         with pytest.raises(UsageError, match="tokenizer"):
-            train(run_of(OTHER, loss, tmp_path), student_table=OTHER, quiet=True)
+            train(run_of(cache, OTHER, loss, tmp_path), student_table=OTHER, quiet=True)
         table = SAME
     else:
         table = OTHER
-    train(run_of(table, loss, tmp_path), student_table=table, quiet=True)
+    train(run_of(cache, table, loss, tmp_path), student_table=table, quiet=True)
 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     terms = [name for name in lines[0] if name.startswith(f"{loss}.") and not name.endswith(".count")]
@@ -76,9 +73,10 @@ def test_a_loss_falls_from_the_cache(loss: str, tmp_path: Path) -> None:
     assert loss in FOR_PRETRAINED or lines[-1]["loss"] < lines[0]["loss"]
 
 
-@pytest.mark.parametrize("loss", list(LOSSES))
-def test_a_loss_trains_a_student_with_the_teachers_tokenizer_too(loss: str, tmp_path: Path) -> None:
-    trained = train(run_of(SAME, loss, tmp_path), student_table=SAME, quiet=True)
+def test_every_loss_trains_a_student_with_the_teachers_tokenizer_too(cache: Path, tmp_path: Path) -> None:
+    trained = train(run_of(cache, SAME, "+".join(LOSSES), tmp_path, steps=1), student_table=SAME, quiet=True)
+
+    assert {name.partition(".")[0] for name in trained.weights} == set(LOSSES)
     assert all(math.isfinite(value) for value in trained.terms.values())
 
 
@@ -92,12 +90,22 @@ print(json.dumps([xkd_trainer.__file__, "numba" in sys.modules, trained.terms]))
 """
 
 
-def test_every_loss_trains_without_the_folder_of_compiled_kernels(tmp_path: Path) -> None:
+def test_a_new_loss_is_one_file_and_one_line_and_all_train_without_the_folder_of_compiled_kernels(
+    cache: Path, tmp_path: Path
+) -> None:
     for package in ("schemas/xkd_schemas", "trainer/xkd_trainer"):
         copy = tmp_path / Path(package).name
         shutil.copytree(ROOT / package, copy, ignore=shutil.ignore_patterns("__pycache__", "cpu_kernels"))
-    run = run_of(SAME, "+".join(LOSSES), tmp_path / "out").model_dump(exclude_unset=True)
-    run["train"] |= {"loss": "+".join(f"{name}=1" for name in LOSSES), "steps": 1, "batch_size": 4}
+    losses = tmp_path / "xkd_trainer" / "losses"
+    shutil.copy(ROOT / "docs" / "example-loss" / "xkd_sureness.py", losses / "baselines" / "sureness.py")
+    before = (losses / "registry.py").read_text()
+    named = before.replace("(CE, KL,", "(CE, SURENESS, KL,", 1)
+    line = "from xkd_trainer.losses.baselines.sureness import SURENESS\n"
+    after = named.replace("from xkd_trainer.losses.declaration", f"{line}from xkd_trainer.losses.declaration", 1)
+    assert after.count("SURENESS") == before.count("SURENESS") + 2
+    (losses / "registry.py").write_text(after)
+    run = run_of(cache, SAME, "ce", tmp_path / "out", steps=1).model_dump(exclude_unset=True)
+    run["train"] |= {"loss": "+".join(f"{name}=1" for name in (*LOSSES, "sureness")), "batch_size": 4}
 
     code = [sys.executable, "-c", ONE_STEP, json.dumps(run), SAME]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -107,5 +115,5 @@ def test_every_loss_trains_without_the_folder_of_compiled_kernels(tmp_path: Path
     trainer, compiled, terms = json.loads(ended.stdout.splitlines()[-1])
     assert Path(trainer).is_relative_to(tmp_path)
     assert not compiled
-    assert set(LOSSES) <= {name.partition(".")[0] for name in terms}
+    assert {*LOSSES, "sureness"} <= {name.partition(".")[0] for name in terms}
     assert all(math.isfinite(value) for value in terms.values())

@@ -1,7 +1,6 @@
 """Every operation on the disk fails once, dies once or loses its power once; the next run gives the undisturbed bytes.
 
-XKD_FAULT_ROUNDS sets how many of each are drawn where not all are tried; `tests/programs/fault_table.py` runs
-the full numbers.
+XKD_FAULT_ROUNDS sets how many of each are drawn where not all are tried.
 """
 
 import errno
@@ -18,9 +17,8 @@ import pytest
 import faulty_disk
 import small_cache
 from fake_stage import build_all
-from forked import in_a_copy
 from small_cache import files_of
-from xkd_pipeline.stages import align_stage, documents_stage
+from xkd_pipeline.cli.app import main
 from xkd_pipeline.tables.build import Built
 from xkd_pipeline.tables.writer import locked
 from xkd_schemas.errors import DiskFailed, XkdError
@@ -50,14 +48,14 @@ def counted(root: Path) -> list[str]:
 
 def dying(root: Path, fault: str, *, seed: str = "", synced: bool = True) -> None:
     """Work in a copy of this process that `fault` kills."""
-
-    def job() -> None:
-        with faulty_disk.injected(fault, seed, synced=synced):
-            work(root)
-
-    status = in_a_copy(job)
-    assert os.WIFSIGNALED(status), f"{fault}: not killed"
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    child = os.fork()
+    if child == 0:
+        try:
+            with faulty_disk.injected(fault, seed, synced=synced):
+                work(root)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, f"{fault}: not killed"
 
 
 def test_every_operation_failing_once_is_a_disk_error_and_the_next_run_is_undisturbed(tmp_path: Path) -> None:
@@ -75,14 +73,16 @@ def test_every_operation_failing_once_is_a_disk_error_and_the_next_run_is_undist
         assert files_of(root) == undisturbed, f"{name} at operation {number}, {point}"
 
 
-def test_a_kill_at_any_operation_loses_nothing(tmp_path: Path) -> None:
+def test_a_kill_at_any_kind_of_operation_loses_nothing(tmp_path: Path) -> None:
+    """The first and the last of each kind, and some between."""
     points = counted(tmp_path / "undisturbed")
     undisturbed = files_of(tmp_path / "undisturbed")
-    for number, point in enumerate(points, start=1):
+    numbers = {points.index(point) + 1 for point in points} | {len(points) - points[::-1].index(p) for p in points}
+    for number in numbers.union(random.Random(SEED).choices(range(1, len(points) + 1), k=ROUNDS)):
         root = tmp_path / f"{number}"
         dying(root, f"*:{number}:kill")
         work(root)
-        assert files_of(root) == undisturbed, f"killed at operation {number}, {point}"
+        assert files_of(root) == undisturbed, f"killed at operation {number}, {points[number - 1]}"
 
 
 def bad_after_cuts(tmp_path: Path, cuts: int, *, synced: bool) -> int:
@@ -111,57 +111,47 @@ def test_the_simulated_power_cut_finds_a_program_that_does_not_fsync(tmp_path: P
     assert bad_after_cuts(tmp_path, 2 * ROUNDS, synced=False) > ROUNDS // 2
 
 
-def begun(tmp_path: Path, name: str) -> Path:
-    """A cache that has a teacher's table and neither documents nor a student."""
-    root = Path(shutil.copytree(small_cache.made() / "cache", tmp_path / name))
-    for part in ("documents", "students"):
-        shutil.rmtree(root / part)
-    for file in ("README.md", "SHA256SUMS"):
-        (root / file).unlink()
-    return root
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_size_is_a_disk_error_and_the_same_run_goes_on_with_room(tmp_path: Path) -> None:
+    """A tmpfs of one page more each time, until the run fits; needs the right to mount one."""
+    build_all(tmp_path / "undisturbed")
+    undisturbed, disk, fits = files_of(tmp_path / "undisturbed"), tmp_path / "disk", False
+    disk.mkdir()
+    for pages in range(1, 200):
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={4 * pages}k", "tmpfs", disk]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("no tmpfs can be mounted here")
+        try:
+            try:
+                build_all(disk / "cache")
+                fits = True
+            except DiskFailed:
+                subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+                build_all(disk / "cache")
+            assert files_of(disk / "cache") == undisturbed
+        finally:
+            subprocess.run(["umount", disk], check=True)
+        if fits:
+            break
+    assert fits
+    assert pages > 9
 
 
-def documents_and_align(root: Path) -> None:
-    source = small_cache.made()
-    run = small_cache.run_file(
-        root,
-        documents={"corpus": [str(source / "corpus.jsonl")]},
-        student={"tokenizer": str(source / "student")},
-    )
-    documents_stage(run, small_cache.IN_PROCESS)
-    align_stage(run, small_cache.IN_PROCESS)
-
-
-def test_a_disk_error_anywhere_in_documents_and_align_leaves_nothing_behind(tmp_path: Path) -> None:
-    undisturbed = files_of(small_cache.made() / "cache")
-    with faulty_disk.injected("*:0:count") as fault:
-        documents_and_align(begun(tmp_path, "undisturbed"))
-    assert files_of(tmp_path / "undisturbed") == undisturbed
-    assert {"file.fsync", "tokenizer.rename", "sums.rename"} <= set(fault.points)
-    chance = random.Random(SEED)
-    for number in sorted(chance.sample(range(1, fault.seen + 1), max(3, ROUNDS // 2))):
-        root = begun(tmp_path, f"{number}")
-        with faulty_disk.injected(f"*:{number}:{('ENOSPC', 'EIO')[number % 2]}"), pytest.raises(DiskFailed):
-            documents_and_align(root)
-        documents_and_align(root)
-        assert files_of(root) == undisturbed, fault.points[number - 1]
-
-
-def test_a_full_disk_is_exit_74_on_the_command_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_full_disk_is_exit_74_on_the_command_line_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache, undisturbed = small_cache.copied(tmp_path), files_of(small_cache.made() / "cache")
     shutil.rmtree(cache / "students")
-    tests, student = str(Path(faulty_disk.__file__).parent), str(small_cache.made() / "student")
-    armed = f"import sys; sys.path.append({tests!r}); import faulty_disk; faulty_disk.arm('commit.write:2:ENOSPC'); "
+    student = str(small_cache.made() / "student")
+    monkeypatch.setattr(sys, "argv", ["xkd-cache", "align", str(cache), "--student", student, "--name", "S"])
 
-    def ran(before: str = "") -> subprocess.CompletedProcess[str]:
-        program = f"{before}from xkd_pipeline.cli.app import main; main()"
-        command = [sys.executable, "-c", program, "align", str(cache), "--student", student, "--name", "S"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    with faulty_disk.injected("commit.write:2:ENOSPC"), pytest.raises(SystemExit) as ended:
+        main()
 
-    failed = ran(armed)
-    assert failed.returncode == 74, failed.stderr
-    assert "Kept: everything committed before" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert ended.value.code == 74
+    assert "Kept: everything committed before" in capsys.readouterr().err
     assert len(list((cache / "students/S/commits").glob("0*.json"))) == 1
-    assert ran().returncode == 0
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
     assert files_of(cache) == undisturbed

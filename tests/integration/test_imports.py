@@ -1,54 +1,90 @@
-"""Commands that need no model start without the libraries of models, which take seconds to import."""
+"""What is imported when: nothing with the packages, no models for most commands, no offline stack for the trainer."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import small_cache
+import tiny_models as tiny
 
-HEAVY = ("torch", "transformers")
-PROGRAM = """
-import json, sys
-from {package} import main
-sys.argv[1:] = {arguments!r}
-try:
-    main()
-except SystemExit as leaving:
-    code = leaving.code
-print(json.dumps([code, [name for name in {heavy!r} if name in sys.modules]]), file=sys.stderr)
+COMMANDS = """
+import json, sys, xkd_schemas, xkd_pipeline, xkd_trainer
+heavy = ("torch", "transformers")
+light = {*heavy, "pyarrow", "numpy", "pydantic", "ray", "spacy"} & set(sys.modules)
+from xkd_pipeline.cli.app import main as cache
+from xkd_trainer.cli import main as train
+found = [["import", 0, list(light)]]
+for words in json.loads(sys.argv[1]):
+    sys.argv = list(words)
+    try:
+        {"xkd-cache": cache, "xkd-train": train}[words[0]]()
+    except SystemExit as leaving:
+        found.append([words, leaving.code, [name for name in heavy if name in sys.modules]])
+print(json.dumps(found), file=sys.stderr)
+"""
+BLOCKED = ("ray", "spacy", "benepar", "datasets", "xkd_pipeline")
+BLOCK = """
+import importlib, json, pkgutil, sys
+from pathlib import Path
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError("blocked: " + name, name=name)
+
+sys.meta_path.insert(0, Blocker())
+for name in {blocked!r}:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        print(error)
+for package in ("xkd_schemas", "xkd_trainer"):
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
+        importlib.import_module(module.name)
+        print(module.name)
+from xkd_trainer.evaluation import Request, evaluate_student
+student, data, cache = map(Path, sys.argv[1:])
+print(json.dumps(evaluate_student(Request(student=student, data=data, shards=cache, rouge=False))))
 """
 
 
-def loaded(package: str, *arguments: object) -> tuple[int, list[str]]:
-    """Exit code of a command line in a process of its own, and what it imported of HEAVY."""
-    given = [str(argument) for argument in arguments]
-    program = PROGRAM.format(package=package, arguments=given, heavy=HEAVY)
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    code, found = json.loads(ended.stderr.splitlines()[-1])
-    return code, found
+def ran(program: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    return ended
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["teacher", "--help"], ["status"], ["show"], ["verify"], ["verify", "deep"], ["gc"], ["report"],
-     ["export"], ["train", "--help"]],
-    ids=" ".join,
-)  # fmt: skip
-def test_commands_without_a_model_import_neither_torch_nor_transformers(arguments: list[str], tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    further = {
-        "show": [cache, 0], "verify": [cache], "status": [cache], "gc": [cache],
-        "report": [cache, "--out", tmp_path / "report.html"], "export": [cache, "--parquet", tmp_path / "parquet"],
-    }  # fmt: skip
-    package, command = "xkd_pipeline.cli.app", arguments
-    if arguments[0] == "train":
-        package, command = "xkd_trainer.cli", arguments[1:]
-    elif arguments == ["verify", "deep"]:
-        command = ["verify", str(cache), "--level", "deep"]
-    else:
-        command = [*arguments, *map(str, further.get(arguments[0], []))]
+def test_the_packages_import_no_library_and_commands_without_a_model_no_torch(tmp_path: Path) -> None:
+    cache = str(small_cache.copied(tmp_path))
+    commands = [
+        ["xkd-cache", *words]
+        for words in (
+            ["--help"], ["teacher", "--help"], ["status", cache], ["show", cache, "0"], ["verify", cache],
+            ["verify", cache, "--level", "deep"], ["gc", cache], ["report", cache, "--out", str(tmp_path / "r.html")],
+            ["export", cache, "--parquet", str(tmp_path / "parquet")],
+        )
+    ]  # fmt: skip
+    commands.append(["xkd-train", "--help"])
 
-    assert loaded(package, *command) == (0, [])
+    ended = ran(COMMANDS, json.dumps(commands))
+
+    found = json.loads(ended.stderr.splitlines()[-1])
+    assert found == [["import", 0, []], *([words, 0, []] for words in commands)]
+
+
+def test_trainer_and_schemas_import_and_evaluate_without_the_pipeline_and_its_libraries() -> None:
+    made = tiny.tiny_cache()
+
+    said = ran(BLOCK.format(blocked=BLOCKED), made.student, made.corpus, made.cache).stdout.splitlines()
+
+    assert said[: len(BLOCKED)] == [f"blocked: {name}" for name in BLOCKED]
+    assert {
+        "xkd_trainer.training.loop", "xkd_trainer.losses.dwa", "xkd_schemas.corpus.sources", "xkd_trainer.evaluation",
+    } <= set(said)  # fmt: skip
+    scores = json.loads(said[-1])
+    assert scores["documents"] == len(tiny.PAIRS)
+    assert scores["agreement_pairs"] > 0

@@ -1,4 +1,7 @@
-"""What CONTRIBUTING.md promises to somebody who adds a loss, signal, parser or codec: so many places, and no other."""
+"""What CONTRIBUTING.md promises to somebody who adds a loss, signal, parser or codec: so many places, and no other.
+
+Of losses the example is also installed as a package of its own.
+"""
 
 import json
 import os
@@ -6,14 +9,16 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import small_cache
+from xkd_pipeline.cli.app import app as cache_app
 from xkd_pipeline.parsing import stage as parsing
 from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_schemas import codecs
@@ -21,6 +26,9 @@ from xkd_schemas.cache.rows import open_cache
 from xkd_schemas.codecs import Bits, Encoded
 from xkd_schemas.config import RunConfig
 from xkd_schemas.documents import Document, Spans
+from xkd_trainer.cli import app as train_app
+from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.losses.registry import find_installed
 
 ROOT = Path(__file__).parents[2]
 TRAIN = """
@@ -132,3 +140,59 @@ def test_a_loss_is_one_file_and_two_lines_and_a_signal_a_line_a_function_and_a_f
     assert ended.returncode == 0, ended.stderr
     assert np.isfinite(json.loads(ended.stdout.splitlines()[-1])["sureness.entropy"])
     assert (open_cache(tmp_path / "cache")[0].teacher.row["surprise"] > 0).all()
+
+
+EXAMPLE = ROOT / "docs" / "example-loss"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("site")
+    command = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, *command, "--target", folder, EXAMPLE], check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        find_installed.cache_clear()
+        yield
+    find_installed.cache_clear()
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_installed_loss_is_listed_with_its_settings_and_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    train_app(["losses", "--json"], standalone_mode=False)
+
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["sureness"]["needs"] == ["entropy"]
+    assert listed["sureness"]["settings"] == {"scale": 1.0}
+    assert "ce" in listed
+
+
+@pytest.mark.usefixtures("installed")
+def test_capture_stores_what_an_installed_loss_needs_and_a_student_is_trained(tmp_path: Path) -> None:
+    cache, student = small_cache.copied(tmp_path), small_cache.gpt2(tmp_path / "gpt2")
+    loss = ["--loss", "ce=0+sureness", "--set", "losses.sureness.scale=2", "--steps", "12", "--lr", "2e-3"]
+    for app, *words in (
+        (cache_app, "teacher", cache, "--model", small_cache.made() / "teacher", "--for", "sureness",
+         "--name", "sure", "--dtype", "float32"),
+        (cache_app, "align", cache, "--student", student, "--teacher", "sure", "--name", "G"),
+        (train_app, "--shards", cache, "--student", student, "--student-table", "G", *loss,
+         "--set", "train.log_every=1", "--out", tmp_path / "out"),
+    ):  # fmt: skip
+        app([*map(str, words)], standalone_mode=False)
+
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    assert all(line["sureness.entropy.count"] > 0 for line in lines)
+    assert lines[-1]["sureness.entropy"] < 0.5 * lines[0]["sureness.entropy"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_gradient_of_the_example_is_that_of_the_plain_formula() -> None:
+    from xkd_sureness import squared_gaps
+
+    student_E = torch.tensor([0.3, 2.0, 1.5], dtype=torch.float64, requires_grad=True)
+    made: LossTerm = squared_gaps(student_E, torch.tensor([0.1, 2.5, 1.5], dtype=torch.float64), 0.5)
+
+    assert torch.allclose(made.total, torch.tensor((0.2**2 + 0.5**2) / 0.25, dtype=torch.float64))
+    made.total.backward()
+    assert torch.allclose(student_E.grad, torch.tensor([1.6, -4.0, 0.0], dtype=torch.float64))

@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 import one_tokenizer as one
 import tiny_models as tiny
-from live_batch import live, terms_of
+from live_batch import both_terms, eager, live
 from xkd_pipeline.stages import align_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.models.loading import load_model
 from xkd_trainer.models.padding import pad
 from xkd_trainer.training.prepare import Ready, set_up
 
@@ -51,9 +50,14 @@ def one_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Ready:
 
 @pytest.fixture(scope="module")
 def teacher() -> PreTrainedModel:
-    model = load_model(str(tiny.tiny_cache().teacher), dtype=torch.float32)
-    model.set_attn_implementation("eager")
-    return model
+    return eager(tiny.tiny_cache().teacher)
+
+
+@pytest.fixture(scope="module")
+def stranger() -> PreTrainedModel:
+    other = tiny.llama(tiny.TEACHER_TOKENIZER, seed=5, layers=4, width=32, tied=False)
+    other.set_attn_implementation("eager")
+    return other
 
 
 def test_every_signal_of_a_batch_is_the_live_one_but_for_its_rounding(ready: Ready, teacher: PreTrainedModel) -> None:
@@ -63,32 +67,30 @@ def test_every_signal_of_a_batch_is_the_live_one_but_for_its_rounding(ready: Rea
     close(batch.teacher_hidden_BRD, online.teacher_hidden_BRD, rtol=2**-8, atol=1e-4)
     close(batch.states(4).attention_text_BT, online.states(4).attention_text_BT, rtol=1e-3, atol=1e-6)
     close(batch.teacher_entropy_BM, online.teacher_entropy_BM, rtol=1e-4, atol=1e-5)
-    assert batch.teacher_argmax_BM is not None
-    assert online.teacher_argmax_BM is not None
     assert torch.equal(batch.teacher_argmax_BM, online.teacher_argmax_BM)
     for stored, now in zip(batch.levels, online.levels, strict=True):
         close(stored.mass_BU, now.mass_BU, rtol=1e-3, atol=1e-6)
         close(stored.vectors_BUD, now.vectors_BUD, rtol=2**-8, atol=1e-4)
         both_BUU = stored.valid_BU[:, :, None] & stored.valid_BU[:, None, :]
-        assert stored.cosines_BUU is not None
-        assert now.cosines_BUU is not None
         close(stored.cosines_BUU[both_BUU], now.cosines_BUU[both_BUU], rtol=0, atol=2**-10)
 
 
 def close(stored: Tensor | None, now: Tensor | None, *, rtol: float, atol: float) -> None:
-    assert stored is not None
-    assert now is not None
     torch.testing.assert_close(stored.float(), now, rtol=rtol, atol=atol)
 
 
-def test_every_term_from_the_cache_is_the_one_from_the_live_teacher(ready: Ready, teacher: PreTrainedModel) -> None:
-    batch = batch_of(ready.cache, ROWS, ready.wanted)
+def test_every_term_from_the_cache_is_the_one_from_the_live_teacher_and_not_from_another(
+    ready: Ready, teacher: PreTrainedModel, stranger: PreTrainedModel
+) -> None:
+    cached, online = both_terms(ready, ROWS, teacher)
+    _, others = both_terms(ready, ROWS, stranger)
 
-    cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, teacher))
-
-    losses = {name.split(".")[0] for name in cached}
-    assert losses == set(LOSSES.split("+"))
+    assert {name.split(".")[0] for name in cached} == set(LOSSES.split("+"))
     same_terms(cached, online)
+    moved = {name for name in others if cached[name] != pytest.approx(others[name], rel=WITHIN.get(name, 0.01))}
+    assert {"mta.dsa@2:word", "mta.dsa@3:phrase", "sra.geo", "dwa.student_space", "dwa.dtw_states"} <= moved
+    assert {"dskd_cma.teacher_space", "dskd_v2.projected_ce", "dskd_v2.teacher_space"} <= moved
+    assert {"alm.alm", "uld.l1", "mined.mined", "multilevelot.sequence"} <= moved
 
 
 def same_terms(cached: dict[str, float], online: dict[str, float]) -> None:
@@ -98,12 +100,10 @@ def same_terms(cached: dict[str, float], online: dict[str, float]) -> None:
 
 
 def test_so_is_every_term_of_the_losses_for_one_tokenizer(one_tokenizer: Ready, teacher: PreTrainedModel) -> None:
-    batch = batch_of(one_tokenizer.cache, ROWS, one_tokenizer.wanted)
-
-    cached = terms_of(one_tokenizer, batch)
+    cached, online = both_terms(one_tokenizer, ROWS, teacher)
 
     assert sorted(cached) == ["dskd.projected_ce", "dskd.student_space", "dskd.teacher_space", "kl.kl"]
-    same_terms(cached, terms_of(one_tokenizer, live(batch, one_tokenizer.cache, teacher)))
+    same_terms(cached, online)
 
 
 READS_LAYERS: dict[str, dict[str, Any]] = {
@@ -114,32 +114,18 @@ READS_LAYERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("loss", READS_LAYERS)
-def test_so_is_every_term_of_the_losses_that_read_layers(loss: str, teacher: PreTrainedModel) -> None:
+def test_so_is_every_term_of_the_losses_that_read_layers(
+    loss: str, teacher: PreTrainedModel, stranger: PreTrainedModel
+) -> None:
     ready, _ = one.ready(loss, **READS_LAYERS[loss])
-    batch = batch_of(ready.cache, ROWS, ready.wanted)
 
-    cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, teacher))
-    strange = tiny.llama(tiny.TEACHER_TOKENIZER, seed=5, layers=4, width=32, tied=False)
-    strange.set_attn_implementation("eager")
-    others = terms_of(ready, live(batch, ready.cache, strange))
+    cached, online = both_terms(ready, ROWS, teacher)
+    _, others = both_terms(ready, ROWS, stranger)
 
     assert len(cached) >= 3
     same_terms(cached, online)
     moved = {name for name in cached if cached[name] != pytest.approx(others[name], rel=0.01)}
     assert {"mta": {"mta.hid@2:word"}, "sra": {"sra.cos@2"}, "fdd": {"fdd.trajectory"}}[loss] <= moved
-
-
-def test_the_comparison_would_see_another_teacher(ready: Ready) -> None:
-    batch = batch_of(ready.cache, ROWS, ready.wanted)
-    other = tiny.llama(tiny.TEACHER_TOKENIZER, seed=5, layers=4, width=32, tied=False)
-    other.set_attn_implementation("eager")
-
-    cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, other))
-
-    moved = {name for name in online if cached[name] != pytest.approx(online[name], rel=WITHIN.get(name, 0.01))}
-    assert {"mta.dsa@2:word", "mta.dsa@3:phrase", "sra.geo", "dwa.student_space", "dwa.dtw_states"} <= moved
-    assert {"dskd_cma.teacher_space", "dskd_v2.projected_ce", "dskd_v2.teacher_space"} <= moved
-    assert {"alm.alm", "uld.l1", "mined.mined", "multilevelot.sequence"} <= moved
 
 
 def test_logits_from_the_stored_head_and_states_are_the_teachers(ready: Ready, teacher: PreTrainedModel) -> None:

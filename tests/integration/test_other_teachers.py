@@ -5,17 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import tiny_models as tiny
 from families import HERE
-from live_batch import live, terms_of
+from live_batch import both_terms, eager
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
-from xkd_trainer.data.collate import batch_of
-from xkd_trainer.models.loading import load_model
 from xkd_trainer.training.prepare import set_up
 
 ROWS = (0, 3, 7, 17, 19)
@@ -49,12 +46,8 @@ def test_terms_from_the_cache_of_another_family_are_those_of_the_live_teacher(
     run = prepared(name, tmp_path, loss, **settings)
     teacher_stage(run, WORKERS)
     align_stage(run, WORKERS)
-    teacher = load_model(str(tmp_path / "teacher"), dtype=torch.float32)
-    teacher.set_attn_implementation("eager")
 
-    ready = set_up(run, "")
-    batch = batch_of(ready.cache, ROWS, ready.wanted)
-    cached, online = terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, teacher))
+    cached, online = both_terms(set_up(run, ""), ROWS, eager(tmp_path / "teacher"))
 
     assert {term.split(".")[0] for term in cached} == {"ce", *loss.split("+")}
     for term, value in online.items():

