@@ -182,7 +182,8 @@ class Table:
         self._beside = tuple(beside)
         check_cache(root)
         self.folder = inside(root, *name.split("/"))
-        path = inside(self.folder, "manifest.json")
+        refuse_links(self.folder)  # before anything is read: a pipe would be waited for
+        path = self.folder / "manifest.json"
         if not path.exists():
             raise InputMissing(f"{path} is not there", fix=_how_to_make(root, name))
         self.manifest = read_record(path, Manifest)
