@@ -24,7 +24,7 @@ from xkd_schemas.corpus import rows
 from xkd_schemas.text.encode import REASONS
 from xkd_schemas.tokens import CONTENT, OK
 
-ROWS = int(os.environ.get("XKD_NASTY_ROWS", "600"))
+ROWS = int(os.environ.get("XKD_NASTY_ROWS", "300"))
 SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
 REJECTS = {value for name, value in vars(rows).items() if name.isupper() and isinstance(value, str)}
 """The reasons a row can be rejected for."""
