@@ -15,16 +15,11 @@ from typing import Final, Self, TypeVar
 
 T = TypeVar("T")
 
-EVERY: Final = 9.0
-"""Seconds between two plain lines; with a beat more it is ten at most."""
-REDRAWN: Final = 0.2
-"""Seconds between two drawings of a bar at least."""
-BEAT: Final = 1.0
-"""Seconds between two looks at the clock while nothing ticks."""
-PATIENCE: Final = 2.0
-"""Seconds before a bar without a count appears."""
-BAR: Final = 20
-"""Signs of a bar."""
+EVERY: Final = 9.0  # seconds between two plain lines; with a beat more it is ten at most
+REDRAWN: Final = 0.2  # seconds between two drawings of a bar at least
+BEAT: Final = 1.0  # seconds between two looks at the clock while nothing ticks
+PATIENCE: Final = 2.0  # seconds before a bar without a count appears
+BAR: Final = 20  # signs of a bar
 
 _open: "list[Progress]" = []
 _lock = threading.RLock()

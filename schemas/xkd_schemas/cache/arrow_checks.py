@@ -5,8 +5,7 @@ from typing import Final
 
 import pyarrow as pa
 
-MAGIC: Final = 8
-"""Bytes of an Arrow file before its first message, the schema."""
+MAGIC: Final = 8  # bytes of an Arrow file before its first message, the schema
 UNREADABLE: Final = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
 """What pyarrow raises for a file that it cannot read."""
 

@@ -34,8 +34,7 @@ OPEN_SHARDS: Final = 128
 READY_BATCHES: Final = 16
 """Record batches of an open shard whose columns stay ready: Python objects of some KB each, whatever their rows."""
 
-Decoder = Callable[[Callable[[str], Any]], Any]
-"""Given a reader of stored columns, the values of one coded column."""
+Decoder = Callable[[Callable[[str], Any]], Any]  # given a reader of stored columns, the values of one coded column
 
 
 class Row:

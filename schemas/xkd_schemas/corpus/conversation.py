@@ -17,8 +17,7 @@ from xkd_schemas.documents import Document
 
 USER_ROLES: Final = frozenset({"prompt", "instruction", "input"})
 """Segments of these roles that stand together are one user message."""
-TURN_BREAK: Final = "\n\n"
-"""Between instruction and input in one user message."""
+TURN_BREAK: Final = "\n\n"  # between instruction and input in one user message
 CHAT_ROLES: Final[Mapping[str, str]] = {"response": "assistant"} | dict.fromkeys(USER_ROLES, "user")
 """Roles of segments that chat templates call otherwise."""
 REASONING_KEYS: Final = ("reasoning_content", "reasoning", "thinking")
@@ -38,8 +37,7 @@ class Conversation(NamedTuple):
 
     messages: list[Message]
     tools: list[Any] | None
-    message_of: list[int]
-    """[G] the message that has the segment."""
+    message_of: list[int]  # [G] the message that has the segment
 
 
 def conversation(document: Document, text: str) -> Conversation:

@@ -6,8 +6,7 @@ from typing import Final
 
 from xkd_schemas.errors import UsageError
 
-AUTO: Final = "auto"
-"""The form is looked up in the first rows."""
+AUTO: Final = "auto"  # the form is looked up in the first rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,11 +14,9 @@ class Field:
     """One field of a form."""
 
     name: str
-    aliases: tuple[str, ...] = ()
-    """Column names that also stand for it, when `name` itself is not there."""
+    aliases: tuple[str, ...] = ()  # column names that also stand for it, when `name` itself is not there
     required: bool = True
-    role: str = ""
-    """Segment role; empty for `messages`, whose rows bring their own."""
+    role: str = ""  # segment role; empty for `messages`, whose rows bring their own
     target: bool = False
 
     def column(self, present: Sequence[str]) -> str:
