@@ -185,14 +185,10 @@ MOST_CLASSES: Final = 2**31 // (TOTAL + 1)  # a class is below it, so that an en
 
 
 def pack_classes(classes_Nk: Array, shares_Nk: Array) -> npt.NDArray[np.int32]:
-    """Entries in the order given.
+    """Entries in the order given, of classes from 0 to MOST_CLASSES - 1 and shares from 0 to TOTAL.
 
     >>> pack_classes(np.array([[2, 7]]), np.array([[4000, 95]]))
     array([[12192, 28767]], dtype=int32)
-
-    Args:
-        classes_Nk: Integers from 0 to MOST_CLASSES - 1.
-        shares_Nk: Integers from 0 to TOTAL.
     """
     return (classes_Nk.astype(np.int64) * (TOTAL + 1) + shares_Nk).astype(np.int32)
 

@@ -66,8 +66,7 @@ class Signal:
     name: str
     layer: int | None = None
     unit: str | None = None
-    top: int | None = None
-    """k of the top-k and drawn signals; None where a loss needs one and takes the k of the cache."""
+    top: int | None = None  # k of the top-k and drawn signals; None where a loss takes the k of the cache
 
     @property
     def kind(self) -> Kind:

@@ -60,8 +60,7 @@ class MadeDifferently(_Record):
     """How this shard deviates from the plan; the default means not at all."""
 
     lost: tuple[int, ...] = ()  # rows left out, ascending: each killed every process that worked on it
-    batch: int = 0
-    """Size of a batch after memory ran out: tokens of a forward pass, or documents of a call. 0: the plan's."""
+    batch: int = 0  # tokens of a forward pass, or documents of a call, after memory ran out; 0: the plan's
 
     def __bool__(self) -> bool:
         return bool(self.lost or self.batch)

@@ -25,7 +25,6 @@ MARK_EVERY: Final = 4096  # rows between two remembered places of a plain JSONL 
 COMPRESSED: Final = (".gz", ".zst")
 TABLES: Final = (".parquet", ".arrow")
 SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz", ".json.zst", *TABLES)
-"""File endings that can be read."""
 FOLDER_SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", *TABLES)
 """Those that are taken from a folder, where a .json is something else more often than rows."""
 MAX_LINE_BYTES: Final = 64 << 20  # a longer line is kept as its length, digest and head only
@@ -34,8 +33,7 @@ MAX_RATIO: Final = 200  # expanded bytes a compressed byte may stand for, once F
 FREE_BYTES: Final = 64 << 20  # expanded bytes before the ratio is looked at: a small file of equal lines is no bomb
 MAX_EXPANDED_BYTES: Final = 64 << 30  # expanded size of one compressed file
 BATCH_ROWS: Final = 256  # rows of a table turned into Python objects at once
-STREAM_END: Final = b"\xff\xff\xff\xff\0\0\0\0"
-"""Last bytes of an Arrow stream that was written to its end. Without them a cut stream reads as a shorter table."""
+STREAM_END: Final = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream; without them a cut one reads as a shorter table
 BOM: Final = b"\xef\xbb\xbf"
 
 
@@ -59,8 +57,7 @@ class CorpusFile:
     path: str  # file, or NAME@COMMIT:SUBSET:SPLIT of a data set on the hub
     kind: str  # lines, table or hub
     num_rows: int
-    state: tuple[int, int] = (0, 0)
-    """Size in bytes and time of change in nanoseconds when it was counted; of a file only."""
+    state: tuple[int, int] = (0, 0)  # bytes and time of change in nanoseconds when it was counted; of a file only
     marks: tuple[int, ...] = ()  # byte offset of every MARK_EVERY-th row of a plain JSONL file
     num_boms: int = 0  # 1 where the file began with a byte order mark
 

@@ -35,11 +35,9 @@ OTHER_ROLES: Final = {
     "function_response": "tool",
 }  # fmt: skip
 """What other files call these roles."""
-FUNCTION_CALL: Final = "function_call"
-"""Role of a message of ShareGPT files whose content is the JSON of an assistant's calls."""
+FUNCTION_CALL: Final = "function_call"  # a role of ShareGPT files: its content is the JSON of an assistant's calls
 OTHER_KEYS: Final = {"from": "role", "value": "content"}  # what ShareGPT files call the keys of a message
-OTHER_CONTENT: Final = (FUNCTION_CALL, "images", "audio", "refusal", "prefix")
-"""Keys of a message whose content is not read; leaving them out would change what was said."""
+OTHER_CONTENT: Final = (FUNCTION_CALL, "images", "audio", "refusal", "prefix")  # keys of content that is not read
 PASSED_KEYS: Final = ("name", "tool_call_id")  # keys of a message that are handed to the chat template as they are
 TRAINED_KEYS: Final = ("weight", "train")  # keys of a message that turn its target off with 0 or false
 TOOLS: Final = "tools"  # key of a chat row with the tools that may be called

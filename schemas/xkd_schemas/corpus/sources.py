@@ -51,8 +51,7 @@ class Source:
     form: str  # a key of FORMS
     columns: dict[str, str]  # field of the form to column of the rows
     num_rows: int
-    digest: str
-    """sha256 of the file; of a folder, over the names and sha256 of its files; of a data set, its fingerprint."""
+    digest: str  # sha256 of the file, over the names and sha256 of a folder's files, or a data set's fingerprint
     parts: tuple[CorpusFile, ...]
     remarks: tuple[str, ...] = ()  # what a reader should know beyond form and columns; the end of `describe`
 
