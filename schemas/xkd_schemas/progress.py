@@ -46,18 +46,14 @@ class Progress:
         """Show where the work is, if it is time to."""
         with _lock:
             now = time.monotonic()
-            if self._quiet or not _open or _open[-1] is not self or now - self._shown < self._pause():
+            pause = EVERY if not self._tty else REDRAWN if self.total or self._drawn else PATIENCE
+            if self._quiet or not _open or _open[-1] is not self or now - self._shown < pause:
                 return
             self._shown, self._drawn = now, self._tty
             line = self._line(now - self._start)
             width = shutil.get_terminal_size().columns - 1
             sys.stderr.write(f"\r\x1b[K{line[:width]}" if self._tty else f"{line}\n")
             sys.stderr.flush()
-
-    def _pause(self) -> float:
-        if not self._tty:
-            return EVERY
-        return REDRAWN if self.total or self._drawn else PATIENCE
 
     def _line(self, elapsed: float) -> str:
         done = min(self.done, self.total)

@@ -60,8 +60,7 @@ class Tokens:
     spans: Int32s  # [T, 2] characters
     kinds: npt.NDArray[np.uint8]  # [T]
     targets: Bools  # [T]
-    extended: int = 0
-    """Tokens with characters that the tokenizer's normaliser merged, swapped or deleted; counted, not stored."""
+    extended: int = 0  # tokens with characters that the normaliser merged, swapped or deleted; not stored
 
 
 def spans_read(intervals_K2: Int32s, num_chars: int) -> Int32s:

@@ -81,9 +81,7 @@ class Commit(_Record):
     sums: dict[str, float] = {}  # named sums that constants are made from
     unusable: tuple[int, ...] = ()  # rows of the unit whose `status` is not "ok"
     care: MadeDifferently | None = None  # what differed from the plan; not written where nothing did
-    made_on: str | None = None
-    """Kind of processor that ran the model, e.g. "CPU AVX2"; not written where no model ran, nor in a manifest: the
-    same bytes have the same name whatever made them."""
+    made_on: str | None = None  # kind of processor, e.g. "CPU AVX2"; not where no model ran, nor in a manifest
 
     @model_serializer(mode="wrap")
     def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:

@@ -97,10 +97,8 @@ def _call(stored: Message, text: str) -> Message:
     name, end = json.JSONDecoder(strict=False).raw_decode(text, len(_NAME))
     arguments = text[end + len(_ARGUMENTS) : -1]
     function = stored.get("function", stored)
-    filled = {
-        **function, "name": name,
-        "arguments": arguments if isinstance(function["arguments"], str) else json.loads(arguments, strict=False),
-    }  # fmt: skip
+    given = arguments if isinstance(function["arguments"], str) else json.loads(arguments, strict=False)
+    filled = {**function, "name": name, "arguments": given}
     return {**stored, "function": filled} if "function" in stored else filled
 
 

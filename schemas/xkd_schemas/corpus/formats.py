@@ -98,10 +98,8 @@ def choose_form(
             f"{name}: no row fits {form if form != AUTO else 'any form'}; the rows have {', '.join(present[:20])}",
             fix="say which column is which, as --column prompt=question --column response=answer",
         )
-    remarks = []
-    if fitting[chosen] < len(sample):
-        remarks.append(f"{fitting[chosen]} of the first {len(sample)} readable rows fit")
+    few = fitting[chosen] < len(sample)
+    remarks = [f"{fitting[chosen]} of the first {len(sample)} readable rows fit"] if few else []
     others = [key for key in candidates if key != chosen and fitting[key]]
-    if others:
-        remarks.append(f"the rows also fit {', '.join(others)}")
+    remarks += [f"the rows also fit {', '.join(others)}"] if others else []
     return chosen, resolved[chosen], tuple(remarks)

@@ -26,7 +26,6 @@ Reason = Literal[
     "bad_json", "bad_type", "missing_field", "lone_surrogate", "bad_utf8", "blank", "empty", "no_target", "bad_role",
     "too_long", "line_too_long",
 ]  # fmt: skip
-"""What is found by looking at it."""
 
 CHAT_ROLES: Final = {"system": False, "developer": False, "user": False, "assistant": True, "tool": False}
 """Roles of a chat message, and whether the student learns to produce them."""
@@ -76,7 +75,6 @@ class RowRejected(ValueError):
     def __init__(self, reason: Reason, what: str) -> None:
         super().__init__(what)
         self.reason = reason
-        self.what = what
 
 
 def read_documents(
@@ -109,7 +107,7 @@ def read_documents(
             parts, messages = _parts_of(kind, names, content, counts)
             documents.append(_document(parts, messages, source=source, line=row.line, max_chars=max_chars))
         except RowRejected as why:
-            rejected.append(rejected_row(source, row, why.reason, why.what))
+            rejected.append(rejected_row(source, row, why.reason, str(why)))
     return documents, rejected
 
 

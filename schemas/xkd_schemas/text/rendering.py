@@ -164,11 +164,10 @@ class ChatTemplate:
     def _prompt(self) -> str:
         """What the template puts behind the messages for a model to go on."""
         row = Conversation([{"role": "user", "content": "x"}], None, [])
-        try:
+        with contextlib.suppress(NotRendered):
             without, asked = self._write(row), self._write(row, prompt=True)
-        except NotRendered:
-            return ""
-        return asked.removeprefix(without) if asked.startswith(without) else ""
+            return asked.removeprefix(without) if asked.startswith(without) else ""
+        return ""
 
     def _turns(self, document: Document, real: str, source_L: Int32s) -> list[Turn]:
         """The targets of each message, with what the model writes round them."""

@@ -86,8 +86,7 @@ LAYOUTS: Final[Mapping[str, Callable[[Document], Layout]]] = {
     "none": lambda document: tuple(range(len(document.segments))),
     "alpaca": _alpaca,
 }
-"""The pieces of a document: each segment once, in order, with glue where there is some; they depend on roles alone.
-UsageError where the template has no place for these roles."""
+"""The pieces of a document, by its roles alone: each segment once, in order; UsageError where there is no place."""
 TEMPLATES: Final = (*LAYOUTS, CHAT)  # by the name that `--template` takes
 
 

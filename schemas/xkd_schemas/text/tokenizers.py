@@ -207,8 +207,7 @@ def _probes() -> Iterable[str]:
         "##c", "{{}}",
     )  # fmt: skip
     pieces = (*words, *marks, *scripts, *emoji, *hidden, *blanks, *numbers, *code)
-    yield ""
-    yield from pieces
+    yield from ("", *pieces)
     yield from (f"a{piece}b" for piece in (*marks, *emoji, *hidden, *blanks, *code))
     yield from (f" {piece} " for piece in (*words, *scripts, *emoji, *numbers))
     yield "".join(pieces)
