@@ -32,9 +32,8 @@ from xkd_schemas.ragged import row_offsets
 from xkd_schemas.text.tokenizers import Encoded, EncodedText, blanks, content_intervals, encode_with, set_plain
 from xkd_schemas.tokens import OK, Bools, Int32s, Int64s
 
-LETTERS: Final = frozenset(
-    "\u0e33\u0eb3\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
-)  # they join, but are no marks
+LETTERS: Final = frozenset("\u0e33\u0eb3\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
+"""Vowels and skin tones that are one sign with what is before them, but no marks by their category."""
 LINE_BLANKS: Final = "\t\n\f\r"  # controls that every normaliser takes for blanks
 LAST_CODE: Final = 0x1FFFF  # characters behind it are no marks and end in none
 
