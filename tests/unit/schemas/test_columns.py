@@ -140,12 +140,9 @@ def test_a_schema_is_the_one_that_was_released(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_no_column_can_be_null_and_every_list_has_64_bit_offsets(name: str) -> None:
-    def inner(kind: pa.DataType) -> list[pa.Field]:
-        return [kind.field(n) for n in range(kind.num_fields)]
-
     fields = list(SCHEMAS[name])
     while fields:
         field = fields.pop()
         assert not field.nullable, field
         assert not pa.types.is_list(field.type), field
-        fields += inner(field.type)
+        fields += [field.type.field(n) for n in range(field.type.num_fields)]
