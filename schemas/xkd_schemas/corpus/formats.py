@@ -47,8 +47,7 @@ FORMS: Final[Mapping[str, RowFormat]] = {
         ),
     ),
     "prompt_response": RowFormat(
-        "prompt and response",
-        (Field("prompt", "prompt"), Field("response", "response", ("completion",), target=True)),
+        "prompt and response", (Field("prompt", "prompt"), Field("response", "response", ("completion",), target=True))
     ),
     "text": RowFormat("plain text", (Field("text", "text", target=True),)),
 }

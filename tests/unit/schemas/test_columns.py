@@ -107,16 +107,6 @@ def test_the_columns_are_the_tokens_and_then_the_signals_once_each_in_sorted_ord
     assert names == [f.name for f in TOKEN_FIELDS] + ["entropy", "span_mass@10:word", "span_mass@9:word"]
 
 
-def test_a_wide_signal_is_as_wide_as_the_teacher_and_says_how_it_is_coded() -> None:
-    schema = teacher_schema([Signal("hidden_last"), Signal("span_geometry", 2, "word")], 576)
-    hidden, geometry = schema.field("hidden_last"), schema.field("span_geometry@2:word")
-
-    assert (hidden.type.value_type.list_size, hidden.type.value_type.value_type) == (576, pa.uint16())
-    assert hidden.metadata == {b"codec": b"bf16", b"per": b"R"}
-    assert geometry.type.value_type == pa.float16()
-    assert geometry.metadata == {b"codec": b"float16", b"per": b"K(K-1)/2"}
-
-
 GOLDEN = Path(__file__).parents[2] / "golden"
 EVERY = [
     Signal(name, 3 if k.layer else None, "word" if k.unit else None, 4 if k.top else None) for name, k in KINDS.items()

@@ -22,16 +22,11 @@ TOOL = {
 }
 
 
-def user(text: str) -> Message:
-    return {"role": "user", "content": text}
+def turn(role: str, text: str, **more: Any) -> Message:
+    return {"role": role, "content": text, **more}
 
 
-def answer(text: str | None, **more: Any) -> Message:
-    return {"role": "assistant", "content": text, **more}
-
-
-def system(text: str) -> Message:
-    return {"role": "system", "content": text}
+user, answer, system = (functools.partial(turn, role) for role in ("user", "assistant", "system"))
 
 
 def calls(arguments: Any) -> list[Message]:

@@ -86,9 +86,7 @@ def test_intervals_are_in_order_cover_the_text_and_say_what_their_tokens_say(kin
     for start, end, ids in groups(tokens, text):
         own = spelled(kind, ids)
         if own is not None:
-            glued = len(
-                text[:start].rstrip()
-            )  # blanks in front are not in the interval, but may be normalised with it
+            glued = len(text[:start].rstrip())  # blanks in front are not in it, but may be normalised with it
             assert solid(own) in {solid(said(kind, text[at:end])) for at in (start, glued)}, (start, end, ids)
 
 
@@ -134,13 +132,7 @@ def test_what_the_library_gets_right_stays_as_it_is(kind: str, texts: list[str])
 @pytest.mark.parametrize("kind", ["qwen", "nfkc", "bytes", "prepended", "t5"])
 @pytest.mark.parametrize(
     "text",
-    [
-        "tiếng Việt, được nhiều người dùng",
-        "La fête a été très réussie",
-        "한국어를 공부합니다",
-        "ガギグ パピプ",
-        "мой чай, ёлка",
-    ],
+    ["tiếng Việt, được nhiều người dùng", "La fête a été", "한국어를 공부합니다", "ガギグ パピプ", "мой чай, ёлка"],
 )
 def test_decomposed_text_gives_the_tokens_of_the_composed_and_their_characters(kind: str, text: str) -> None:
     """Every character's decomposition stands where the character stood."""
@@ -242,7 +234,4 @@ def test_every_class_of_text_is_read_behind_every_normaliser(kind: str) -> None:
 
 def test_the_identity_of_a_tokenizer_that_normalises_names_the_version_of_its_intervals() -> None:
     assert encoder_of("qwen").identity()["intervals"] == INTERVALS_VERSION
-    assert (
-        "intervals"
-        not in Encoder(tokenizer=four_tokenizers.tokenizer_of("byte_level"), template="none", max_tokens=64).identity()
-    )
+    assert "intervals" not in with_normaliser(None).identity()

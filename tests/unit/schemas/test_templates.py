@@ -94,10 +94,7 @@ def test_the_templates_own_end_token_ends_a_target_and_what_follows_the_last_is_
 @pytest.mark.parametrize(
     ("chat_template", "text"),
     [
-        (
-            "{{ m['role'] + ': ' + m['content'] + '\n' }}",
-            "user: Who?\nassistant: Him.\nuser: Why?\nassistant: x</s>",
-        ),
+        ("{{ m['role'] + ': ' + m['content'] + '\n' }}", "user: Who?\nassistant: Him.\nuser: Why?\nassistant: x</s>"),
         ("{{ '<s>' + m['content'] }}", "<s>Who?<s>Him.<s>Why?<s>x</s>"),  # a start token ends no turn
     ],
 )
