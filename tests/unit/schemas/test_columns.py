@@ -120,7 +120,6 @@ SCHEMAS = {
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_schema_is_the_one_that_was_released(name: str) -> None:
-    """If this fails you changed the format: bump the table's VERSION and add tests/golden/TABLE_vN.txt."""
     text = SCHEMAS[name].to_string(truncate_metadata=False, show_field_metadata=True) + "\n"
 
     assert text == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8"), (

@@ -96,7 +96,6 @@ def test_intervals_are_in_order_cover_the_text_and_say_what_their_tokens_say(kin
 def test_a_boundary_shared_with_a_tokenizer_that_changes_nothing_cuts_nothing_that_was_merged(
     kind: str, text: str
 ) -> None:
-    """The parts on both sides of it are normalised as the whole is."""
     plain = Encoder(tokenizer=four_tokenizers.tokenizer_of("byte_level"), template="none", max_tokens=100_000)
     document = lone(text)
     changed, raw = encoder_of(kind).encode(document), plain.encode(document)
@@ -135,7 +134,6 @@ def test_what_the_library_gets_right_stays_as_it_is(kind: str, texts: list[str])
     ["tiếng Việt, được nhiều người dùng", "La fête a été", "한국어를 공부합니다", "ガギグ パピプ", "мой чай, ёлка"],
 )
 def test_decomposed_text_gives_the_tokens_of_the_composed_and_their_characters(kind: str, text: str) -> None:
-    """Every character's decomposition stands where the character stood."""
     parts = [unicodedata.normalize("NFD", char) for char in text]
     at = np.cumsum([0, *map(len, parts)])
 
@@ -213,7 +211,6 @@ def test_text_normalised_by_what_stands_far_away_is_not_explained() -> None:
 
 
 def test_a_tokenizer_that_cuts_the_normalised_text_otherwise_is_not_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one with dropout does."""
     encoder = encoder_of("qwen")
     assert encoder.encode(lone("e\u0301")).status == OK
 

@@ -100,7 +100,3 @@ def test_what_is_not_there_or_not_toml_is_unreadable_input(tmp_path: Path) -> No
         (tmp_path / "run.toml").write_bytes(content)
         with pytest.raises(InputMissing, match=r"run.toml is not TOML"):
             load_run(tmp_path / "run.toml")
-
-
-def test_the_demo_run_file_of_this_repository_is_valid() -> None:
-    assert load_run(Path(__file__).parents[3] / "runs" / "demo.toml").documents.corpus

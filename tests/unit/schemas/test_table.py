@@ -1,7 +1,6 @@
 """Ragged columns, shards and sealed tables: what was written is read, and nothing that was damaged is."""
 
 import gc
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import small_cache
 from xkd_pipeline.tables import shard
@@ -70,29 +67,6 @@ def remanifest(root: Path, change: Callable[[Commit], Commit]) -> None:
     path.write_bytes(to_json(seal_table(Plan(table="documents", spec=old.spec, units=units), commits, {}, {})))
 
 
-rows_of_arrays = st.lists(st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1), st.integers(0, 9)), max_size=5))
-
-
-@settings(deadline=None)
-@given(rows=rows_of_arrays)
-def test_ragged_rows_come_back_as_they_went_in(rows: list[list[tuple[int, int]]]) -> None:
-    flags = [[b % 2 == 1 for _, b in row] for row in rows]
-    labels = [[str(a) for a, _ in row] for row in rows]
-    kinds = {"pair": INTERVALS, "flag": flat_list(pa.bool_()), "label": flat_list(pa.string()), "n": pa.int32()}
-    schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
-
-    batch = batch_of(schema, {"pair": rows, "flag": flags, "label": labels, "n": [len(row) for row in rows]})
-
-    batch.validate(full=True)
-    assert batch.schema == schema
-    for number, row in enumerate(rows):
-        assert Columns(batch).row("pair", number).tolist() == [list(pair) for pair in row]
-        assert Columns(batch).row("pair", number).shape == (len(row), 2)
-        assert Columns(batch).row("flag", number).tolist() == flags[number]
-        assert Columns(batch).row("label", number) == labels[number]
-        assert Columns(batch).row("n", number) == len(row)
-
-
 def test_numbers_are_views_into_the_batch_and_cannot_be_written() -> None:
     batch = batch_of(SCHEMA, columns(8))
     buffers = [(b.address, b.address + b.size) for b in batch.column("values").buffers() if b is not None]
@@ -108,10 +82,10 @@ def test_a_table_gives_every_row_of_every_shard_in_order(tmp_path: Path) -> None
     table, wanted = sealed_table(tmp_path), columns(43)
 
     assert len(table) == 43
-    assert [row["doc_id"] for row in table] == wanted["doc_id"]
     assert all(np.array_equal(row["spans"], spans) for row, spans in zip(table, wanted["spans"], strict=True))
-    assert [row["labels"] for row in table] == wanted["labels"]
-    assert table[42]["values"].tolist() == wanted["values"][42].tolist()
+    for name, values in wanted.items():
+        assert [np.asarray(row[name]).tolist() for row in table] == [np.asarray(value).tolist() for value in values]
+    assert [type(table[3][name]) for name in ("doc_id", "labels")] == [str, list]
     for index in (-1, 43):
         with pytest.raises(IndexError):
             table[index]
@@ -213,16 +187,6 @@ def test_a_table_name_cannot_lead_out_of_the_cache(tmp_path: Path, name: str) ->
 
     with pytest.raises(Refused, match="is not a plain file name"):
         Table(tmp_path / "inner", name)
-
-
-def test_an_edited_manifest_does_not_match_its_digest(tmp_path: Path) -> None:
-    path = small_cache.copied(tmp_path) / "teachers" / "T" / "manifest.json"
-    content = json.loads(path.read_bytes())
-    content["constants"]["hidden_std"] = 1.0
-    path.write_text(json.dumps(content))
-
-    with pytest.raises(BadData, match=r"manifest.json.*does not match its own digest"):
-        Table(tmp_path / "cache", "teachers/T")
 
 
 def test_the_manifest_of_one_table_does_not_pass_for_another(tmp_path: Path) -> None:
