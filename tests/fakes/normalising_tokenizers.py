@@ -26,7 +26,6 @@ MORE = (
 
 
 def corpus() -> list[str]:
-    """Training text."""
     return [*four_tokenizers.corpus(), *MORE * 4]
 
 

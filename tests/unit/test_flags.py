@@ -20,8 +20,6 @@ COMMANDS |= {f"xkd-train {n}": c for n, c in TRAIN.commands.items()}
 
 
 class TrainSection(config.TrainSection):
-    """With one more field."""
-
     half_life: float = Field(default=2.5, gt=0)
     """Epochs after which something is halved."""
 

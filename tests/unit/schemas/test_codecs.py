@@ -33,7 +33,6 @@ def finite_rows(width: int, lengths: list[int], seed: int) -> list[Bits]:
 
 
 def stored(name: str, rows: list[Bits], width: int) -> list[Bits]:
-    """Written as Arrow and read back."""
     codec = CODECS[name]
     encoded = codec.encode("h", rows)
     schema = pa.schema([pa.field(n, kind, nullable=False) for n, kind in codec.fields("h", width)])

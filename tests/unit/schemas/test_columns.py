@@ -39,23 +39,21 @@ def test_the_id_depends_on_text_and_segments_and_not_on_the_place() -> None:
     assert len({here.doc_id, *(document_of(parts, source="a", line=1).doc_id for parts in others)}) == 5
 
 
-@pytest.mark.parametrize("place", [(-1, 3), (5, 5), (6, 5), (20, 24)])
+@pytest.mark.parametrize("place", [(-1, 3), (5, 5), (6, 5), (20, 24), (8, 15)])
 @pytest.mark.parametrize("kind", ["word", "phrase"])
-def test_a_span_outside_the_text_names_the_row(place: tuple[int, int], kind: str) -> None:
+def test_a_span_outside_the_text_or_across_a_segment_border_names_the_row(place: tuple[int, int], kind: str) -> None:
     words, phrases = ((place,), ()) if kind == "word" else ((), (place,))
     spans = Spans(words=words, phrases=phrases, labels=("NP",) * len(phrases))
 
-    with pytest.raises(BadData, match=rf"a:7: {kind} \[{place[0]}, {place[1]}\) is not inside the text of 23 char"):
+    why = "crosses a segment border" if place == (8, 15) else "is not inside the text of 23 char"
+    with pytest.raises(BadData, match=rf"a:7: {kind} \[{place[0]}, {place[1]}\) {why}"):
         checked_spans(document_of(PARTS, source="a", line=7), spans)
 
 
-def test_a_phrase_across_a_segment_border_is_refused_and_one_at_the_border_is_not() -> None:
-    document = document_of(PARTS, source="a", line=7)
+def test_spans_at_a_segment_border_are_taken() -> None:
     fitting = Spans(words=((0, 3), (12, 15)), phrases=((8, 12), (12, 23)), labels=("NP", "NP"))
 
-    assert checked_spans(document, fitting) is fitting
-    with pytest.raises(BadData, match=r"phrase \[8, 15\) crosses a segment border"):
-        checked_spans(document, Spans(words=(), phrases=((8, 15),), labels=("NP",)))
+    assert checked_spans(document_of(PARTS, source="a", line=7), fitting) is fitting
 
 
 @given(st.lists(st.booleans(), max_size=30))

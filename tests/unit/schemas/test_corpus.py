@@ -214,7 +214,7 @@ def test_a_file_that_changed_after_counting_is_refused(tmp_path: Path, kind: str
         list(source.rows())
 
 
-def test_what_is_not_a_regular_readable_file_is_named(tmp_path: Path) -> None:
+def test_what_is_not_a_regular_readable_file_of_rows_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     (tmp_path / "empty").mkdir()
@@ -224,9 +224,6 @@ def test_what_is_not_a_regular_readable_file_is_named(tmp_path: Path) -> None:
             open_source(str(tmp_path / name), columns={})
     with pytest.raises(UsageError, match="unknown file extension"):
         opened(tmp_path / "rows.csv", b"a,b\n")
-
-
-def test_a_json_list_is_answered_with_the_command_that_cuts_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"jq -c '\.\[\]' rows\.json"):
         opened(tmp_path / "rows.json", json.dumps(ROWS).encode())
 

@@ -42,7 +42,6 @@ documents = st.one_of(
 
 
 def solid(text: str, start: int, end: int) -> set[int]:
-    """Places of the characters that are not blank."""
     return {at for at in range(start, end) if not text[at].isspace()}
 
 

@@ -30,15 +30,14 @@ def test_a_name_that_is_not_plain_is_refused(tmp_path: Path, name: str) -> None:
         inside(tmp_path, "fine", name)
 
 
-@pytest.mark.parametrize("link", ["folder", "file"])
-def test_a_symbolic_link_is_refused_wherever_it_leads(tmp_path: Path, link: str) -> None:
+@pytest.mark.parametrize("names", [("folder", "file"), ("real", "link")])
+def test_a_symbolic_link_is_refused_wherever_it_leads(tmp_path: Path, names: tuple[str, str]) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "file").write_bytes(b"")
     (tmp_path / "folder").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "link").symlink_to(tmp_path / "real" / "file")
-    names = ("folder", "file") if link == "folder" else ("real", "link")
 
-    with pytest.raises(Refused, match=f"{'folder' if link == 'folder' else 'link'} is a symbolic link"):
+    with pytest.raises(Refused, match=r"/(folder|real/link) is a symbolic link"):
         inside(tmp_path, *names)
 
 

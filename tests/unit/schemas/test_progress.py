@@ -13,8 +13,6 @@ from xkd_schemas.progress import Progress, heartbeat, remark, tick, tick_each
 
 
 class Clock:
-    """Seconds that pass when told to."""
-
     now = 1000.0
 
     def __call__(self) -> float:

@@ -39,10 +39,11 @@ TURNS = [
         ("alpaca", {"instruction": "Go.", "input": None, "output": "No."}, ["instruction Go.", "response* No."]),
         ("alpaca", {"instruction": "Go.", "output": "No."}, ["instruction Go.", "response* No."]),
         ("text", {"text": " kept as it is \n"}, ["text*  kept as it is \n"]),
+        ("text", b'{"text": "a\\u0000b\\u2028c\\u0085"}', ["text* a\0b\u2028c\x85"]),
         ("messages", {"messages": TURNS}, ["system Be kind.", "user AB", "assistant* C", "tool D"]),
     ],
 )
-def test_each_form_becomes_its_segments(form: str, row: dict, wanted: list) -> None:
+def test_each_form_becomes_its_segments(form: str, row: object, wanted: list) -> None:
     (document,), rejected = read(form, row)
 
     assert rejected == []
@@ -114,12 +115,6 @@ def test_a_table_row_is_read_from_its_mapped_column_and_half_a_surrogate_pair_in
     (document,), (rejected,) = read_documents("a", "prompt_response", {"prompt": "question"}, rows)
 
     assert (document.text, rejected.reason) == ("Why?So.", "lone_surrogate")
-
-
-def test_nul_and_other_controls_in_escapes_are_kept() -> None:
-    (document,), _ = read("text", b'{"text": "a\\u0000b\\u2028c\\u0085"}')
-
-    assert document.text == "a\0b\u2028c\x85"
 
 
 def test_a_reject_shows_what_is_wrong_in_printable_ascii() -> None:

@@ -189,19 +189,14 @@ def test_a_table_name_cannot_lead_out_of_the_cache(tmp_path: Path, name: str) ->
         Table(tmp_path / "inner", name)
 
 
-def test_the_manifest_of_one_table_does_not_pass_for_another(tmp_path: Path) -> None:
+def test_only_sealed_tables_have_names_and_the_manifest_of_one_does_not_pass_for_another(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
+    (cache / "teachers" / "begun" / "commits").mkdir(parents=True)
+    assert (names_in(cache, "teachers"), names_in(cache, "students"), names_in(cache, "nothing")) == (["T"], ["S"], [])
     shutil.copytree(cache / "teachers" / "T", cache / "teachers" / "U")
 
     with pytest.raises(BadData, match="is that of"):
         Table(cache, "teachers/U")
-
-
-def test_only_sealed_tables_have_names(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    (cache / "teachers" / "begun" / "commits").mkdir(parents=True)
-
-    assert (names_in(cache, "teachers"), names_in(cache, "students"), names_in(cache, "nothing")) == (["T"], ["S"], [])
 
 
 def test_what_a_sealed_manifest_claims_beyond_its_shard_is_no_traceback(tmp_path: Path) -> None:

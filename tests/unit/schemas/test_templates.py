@@ -17,14 +17,6 @@ def document(*roles_and_texts: tuple[str, str]) -> Document:
     return document_of([(role, text, role in targets) for role, text in roles_and_texts], source="d.jsonl", line=7)
 
 
-def written_out(template: str, doc: Document) -> str:
-    """The whole sequence as text."""
-    return "".join(
-        piece if isinstance(piece, str) else doc.text[doc.segments[piece].start : doc.segments[piece].end]
-        for piece in LAYOUTS[template](doc)
-    )
-
-
 def encoder(
     chat_template: str = four_tokenizers.CHAT_TEMPLATE, *, kind: str = "byte_level", template: str = "chat"
 ) -> Encoder:
@@ -34,7 +26,6 @@ def encoder(
 
 
 def chat(doc: Document, chat_template: str = four_tokenizers.CHAT_TEMPLATE) -> str:
-    """What the chat template writes."""
     return ChatTemplate(encoder(chat_template).tokenizer).render(doc).text
 
 
@@ -67,7 +58,10 @@ WRITE = ". Write a response that appropriately completes the request.\n\n### Ins
 def test_none_is_nothing_but_the_segments_and_alpaca_is_the_published_prompt(
     template: str, turns: list[tuple[str, str]], text: str
 ) -> None:
-    assert written_out(template, document(*turns)) == text
+    doc = document(*turns)
+    said = [doc.text[segment.start : segment.end] for segment in doc.segments]
+
+    assert "".join(p if isinstance(p, str) else said[p] for p in LAYOUTS[template](doc)) == text
 
 
 def test_instruction_and_input_are_one_user_message() -> None:
