@@ -26,19 +26,16 @@ import pyarrow as pa
 from xkd_schemas.errors import BadData
 from xkd_schemas.ragged import flat_list
 
-Bits = npt.NDArray[np.uint16]
-"""[N, D] bfloat16 numbers as their bits."""
+Bits = npt.NDArray[np.uint16]  # [N, D] bfloat16 numbers as their bits
 Array = npt.NDArray[Any]
-Read = Callable[[str], Any]
-"""Column name -> what this row holds in it."""
+Read = Callable[[str], Any]  # column name -> what this row holds in it
 
 
 class Encoded(NamedTuple):
     """The rows of one signal in one shard, ready to be written."""
 
     columns: dict[str, list[Any]]
-    metadata: dict[bytes, bytes]
-    """For the schema of the shard."""
+    metadata: dict[bytes, bytes]  # for the schema of the shard
 
 
 def _vectors(item: pa.DataType, width: int) -> pa.DataType:
@@ -183,21 +180,15 @@ def squared_error(rows: Sequence[Bits], again: Sequence[Bits]) -> tuple[float, f
     return lost, kept
 
 
-TOTAL: Final = 4095
-"""What the shares of a prediction add up to."""
-MOST_CLASSES: Final = 2**31 // (TOTAL + 1)
-"""A class is below it, so that an entry is an int32."""
+TOTAL: Final = 4095  # what the shares of a prediction add up to
+MOST_CLASSES: Final = 2**31 // (TOTAL + 1)  # a class is below it, so that an entry is an int32
 
 
 def pack_classes(classes_Nk: Array, shares_Nk: Array) -> npt.NDArray[np.int32]:
-    """Entries in the order given.
+    """Entries in the order given, of classes from 0 to MOST_CLASSES - 1 and shares from 0 to TOTAL.
 
     >>> pack_classes(np.array([[2, 7]]), np.array([[4000, 95]]))
     array([[12192, 28767]], dtype=int32)
-
-    Args:
-        classes_Nk: Integers from 0 to MOST_CLASSES - 1.
-        shares_Nk: Integers from 0 to TOTAL.
     """
     return (classes_Nk.astype(np.int64) * (TOTAL + 1) + shares_Nk).astype(np.int32)
 

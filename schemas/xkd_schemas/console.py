@@ -106,8 +106,7 @@ def _translate_error(command: str, error: BaseException) -> XkdError:
 
 
 STOPS: Final = (signal.SIGINT, signal.SIGTERM)
-AGAIN: Final = 1.0
-"""Seconds after which a signal that ended nothing is raised again."""
+AGAIN: Final = 1.0  # seconds after which a signal that ended nothing is raised again
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -181,10 +180,8 @@ _MISUSE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__
 """Base of what typer raises for a command line; which package it lives in differs between its versions."""
 
 
-_received: list[int] = []
-"""Signals that came since the command began."""
-_kept: list[str] = []
-"""What was kept, from the innermost work that was ended."""
+_received: list[int] = []  # signals that came since the command began
+_kept: list[str] = []  # what was kept, from the innermost work that was ended
 _KEPT = "everything that was committed or saved so far"
 
 

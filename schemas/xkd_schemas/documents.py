@@ -40,8 +40,7 @@ DOCUMENTS = pa.schema(
 )
 
 
-DOCUMENTS_READ = (1, 2)
-"""Versions that this program reads; 1 has no `messages`."""
+DOCUMENTS_READ = (1, 2)  # versions that this program reads; 1 has no `messages`
 
 
 def documents_schema(version: int) -> pa.Schema:
@@ -60,8 +59,7 @@ class Segment:
     """system, developer, user, assistant, reasoning, tool_call, tool, prompt, instruction, input, response or text."""
     start: int
     end: int
-    target: bool
-    """True where the student learns to produce the text."""
+    target: bool  # True where the student learns to produce the text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +87,7 @@ class Spans:
 
     words: tuple[Interval, ...]
     phrases: tuple[Interval, ...]
-    labels: tuple[str, ...]
-    """NP or VP, one for each phrase."""
+    labels: tuple[str, ...]  # NP or VP, one for each phrase
 
 
 def document_of(parts: Iterable[tuple[str, str, bool]], *, source: str, line: int, messages: str = "") -> Document:

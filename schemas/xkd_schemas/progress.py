@@ -15,16 +15,11 @@ from typing import Final, Self, TypeVar
 
 T = TypeVar("T")
 
-EVERY: Final = 9.0
-"""Seconds between two plain lines; with a beat more it is ten at most."""
-REDRAWN: Final = 0.2
-"""Seconds between two drawings of a bar at least."""
-BEAT: Final = 1.0
-"""Seconds between two looks at the clock while nothing ticks."""
-PATIENCE: Final = 2.0
-"""Seconds before a bar without a count appears."""
-BAR: Final = 20
-"""Signs of a bar."""
+EVERY: Final = 9.0  # seconds between two plain lines; with a beat more it is ten at most
+REDRAWN: Final = 0.2  # seconds between two drawings of a bar at least
+BEAT: Final = 1.0  # seconds between two looks at the clock while nothing ticks
+PATIENCE: Final = 2.0  # seconds before a bar without a count appears
+BAR: Final = 20  # signs of a bar
 
 _open: "list[Progress]" = []
 _lock = threading.RLock()
@@ -51,18 +46,14 @@ class Progress:
         """Show where the work is, if it is time to."""
         with _lock:
             now = time.monotonic()
-            if self._quiet or not _open or _open[-1] is not self or now - self._shown < self._pause():
+            pause = EVERY if not self._tty else REDRAWN if self.total or self._drawn else PATIENCE
+            if self._quiet or not _open or _open[-1] is not self or now - self._shown < pause:
                 return
             self._shown, self._drawn = now, self._tty
             line = self._line(now - self._start)
             width = shutil.get_terminal_size().columns - 1
             sys.stderr.write(f"\r\x1b[K{line[:width]}" if self._tty else f"{line}\n")
             sys.stderr.flush()
-
-    def _pause(self) -> float:
-        if not self._tty:
-            return EVERY
-        return REDRAWN if self.total or self._drawn else PATIENCE
 
     def _line(self, elapsed: float) -> str:
         done = min(self.done, self.total)

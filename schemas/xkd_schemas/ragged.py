@@ -22,10 +22,8 @@ class Ragged(Sequence[npt.NDArray[Any]]):
     ([0, 2, 2, 3], [1, 2], [[], [3]])
     """
 
-    values: npt.NDArray[Any]
-    """[N] or [N, width]"""
-    first: npt.NDArray[np.int64]
-    """[R + 1]; row r is values[first[r] : first[r + 1]]."""
+    values: npt.NDArray[Any]  # [N] or [N, width]
+    first: npt.NDArray[np.int64]  # [R + 1]; row r is values[first[r] : first[r + 1]]
 
     @staticmethod
     def of(rows: Iterable[Any], dtype: npt.DTypeLike, width: int = 0) -> "Ragged":

@@ -30,16 +30,12 @@ class Kind:
     """How one kind of signal is stored."""
 
     dtype: Dtype
-    per: Literal["T", "R", "N", "K", "K(K-1)/2"]
-    """What the first dimension of a row counts."""
-    wide: bool
-    """True where each of those is a vector of D numbers."""
+    per: Literal["T", "R", "N", "K", "K(K-1)/2"]  # what the first dimension of a row counts
+    wide: bool  # True where each of those is a vector of D numbers
     layer: bool = False
     unit: bool = False
-    top: bool = False
-    """True where each of those is k numbers, k being the signal's `top`."""
-    drawn: bool = False
-    """True where those k are drawn, not the largest."""
+    top: bool = False  # True where each of those is k numbers, k being the signal's `top`
+    drawn: bool = False  # True where those k are drawn, not the largest
 
 
 KINDS: Final[dict[str, Kind]] = {
@@ -70,8 +66,7 @@ class Signal:
     name: str
     layer: int | None = None
     unit: str | None = None
-    top: int | None = None
-    """k of the top-k and drawn signals; None where a loss needs one and takes the k of the cache."""
+    top: int | None = None  # k of the top-k and drawn signals; None where a loss takes the k of the cache
 
     @property
     def kind(self) -> Kind:

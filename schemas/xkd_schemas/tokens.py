@@ -18,15 +18,11 @@ from xkd_schemas.ragged import flat_list
 
 STUDENTS_VERSION = 1  # bump on any change to STUDENTS, and add tests/golden/students_v<N>.txt
 
-TEMPLATE: Final = 0
-"""A token of the template or a start token: no interval, (-1, -1), and in no loss."""
-CONTENT: Final = 1
-"""A token of the text; its interval leaves out the blanks glued to its front."""
-END: Final = 2
-"""The end-of-turn token after a segment; its interval is empty and stands at the segment's end."""
+TEMPLATE: Final = 0  # a token of the template or a start token: no interval, (-1, -1), and in no loss
+CONTENT: Final = 1  # a token of the text; its interval leaves out the blanks glued to its front
+END: Final = 2  # the end-of-turn token after a segment; its interval is empty and stands at the segment's end
 
-OK: Final = "ok"
-"""`status` of a row that can be used; any other value is the reason why the row has no tokens."""
+OK: Final = "ok"  # `status` of a row that can be used; any other value is the reason why the row has no tokens
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
@@ -59,18 +55,12 @@ class Tokens:
     """One document as one model reads it. A row that cannot be used has `status` != "ok" and T = 0."""
 
     status: str
-    num_chars: int
-    """Characters of the text that were encoded."""
-    ids: Int32s
-    """[T]"""
-    spans: Int32s
-    """[T, 2] characters."""
-    kinds: npt.NDArray[np.uint8]
-    """[T]"""
-    targets: Bools
-    """[T]"""
-    extended: int = 0
-    """Tokens with characters that the tokenizer's normaliser merged, swapped or deleted; counted, not stored."""
+    num_chars: int  # characters of the text that were encoded
+    ids: Int32s  # [T]
+    spans: Int32s  # [T, 2] characters
+    kinds: npt.NDArray[np.uint8]  # [T]
+    targets: Bools  # [T]
+    extended: int = 0  # tokens with characters that the normaliser merged, swapped or deleted; not stored
 
 
 def spans_read(intervals_K2: Int32s, num_chars: int) -> Int32s:

@@ -8,29 +8,20 @@ want lists of parts, or write reasoning and calls in their own way.
 from collections.abc import Mapping
 from typing import Final
 
+Frame = tuple[str, str, str]
 IM: Final = ("<|im_start|>", "\n", "<|im_end|>\n")
 HEADER: Final = ("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>")
 
 
 def framed(
-    frame: tuple[str, str, str],
-    *,
-    start: str = "",
-    default: str = "",
-    trim: bool = False,
-    names: str = "",
-    rest: str = "",
+    frame: Frame, *, start: str = "", default: str = "", trim: bool = False, names: str = "", rest: str = ""
 ) -> str:
     """Each content between a role and an end; `default` is a system turn where there is none."""
     before, between, end = frame
     content = "m.content|trim" if trim else "m.content"
     role = f"{{{names}}}.get(m.role, m.role)" if names else "m.role"
-    first = (
-        f"{{%- if not messages[0].role == 'system' or not messages[0].content %}}"
-        f"{{{{- '{before}system{between}{default}{end}' }}}}{{%- endif %}}"
-        if default
-        else ""
-    )
+    missing = "{%- if not messages[0].role == 'system' or not messages[0].content %}"
+    first = f"{missing}{{{{- '{before}system{between}{default}{end}' }}}}{{%- endif %}}" if default else ""
     skip = "{%- if m.role != 'system' or m.content %}" if default else "{%- if true %}"
     return (
         f"{start}{first}{{%- for m in messages %}}{skip}{{{{- '{before}' + {role} + '{between}' + {content} + '{end}' }}}}"

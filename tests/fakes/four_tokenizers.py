@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hostile_text import CLUSTERS, MARKS, NASTY
+
 KINDS = ("byte_level", "sentencepiece", "unigram", "wordpiece")
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -141,14 +143,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-NASTY_PIECES = (
-    "the", "lamp", "Harbour", "area(12, 3)", "x", "3.50", "naïve", "e\u0301", "Å", "ﬁ", "½", "①", "東京", "夜", "漢",
-    "我们", "السلام", "كيف", "שלום", "\u200f", "\u202e", "🙂", "👩‍👩‍👧", "🇩🇪", "👍🏽", "❤️", "\u200d", "\u0301",
-    "\x00", "\x07",
-    " ", "  ", "     ", "\t", "\n", "\r\n", "\n\n", "\u00a0", "\u3000", "\u2028", "▁", "<s>", "</s>", "한국어", "ẞ",
-    "İ",
-    "𝒳", "\U000e0061", "…", "'s", "--",
-)  # fmt: skip
+NASTY_PIECES = (*NASTY, *CLUSTERS, *MARKS, "area(12, 3)", "①", "漢", "▁", "<s>", "</s>", "\U000e0061")
 
 nasty_text = st.lists(
     st.one_of(st.sampled_from(NASTY_PIECES), st.text(st.characters(exclude_categories=("Cs",)), max_size=3)),

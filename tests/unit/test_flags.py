@@ -1,14 +1,15 @@
 """A setting is declared once: a field of the run file is a flag with its docstring as help."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import click
 import pytest
 import typer
+from pydantic import Field
+from typer.testing import CliRunner
 
 from xkd_pipeline.cli.app import app as cache_app
+from xkd_schemas import config, flags
 from xkd_schemas.config import RunConfig
 from xkd_schemas.flags import FlagsOf, with_flags
 from xkd_trainer.cli import app as train_app
@@ -17,61 +18,28 @@ CACHE, TRAIN = typer.main.get_command(cache_app), typer.main.get_command(train_a
 COMMANDS = {**{f"xkd-cache {n}": c for n, c in CACHE.commands.items()}, "xkd-train": TRAIN}
 COMMANDS |= {f"xkd-train {n}": c for n, c in TRAIN.commands.items()}
 
-ONE_MORE_FIELD = '''
-"""xkd-train with one more field in a copy of the section [train]."""
-
-import sys
-
-from pydantic import Field
-
-from xkd_schemas import config
-from xkd_schemas.errors import UsageError
-
 
 class TrainSection(config.TrainSection):
-    """How the student is trained."""
-
     half_life: float = Field(default=2.5, gt=0)
     """Epochs after which something is halved."""
 
 
-class RunConfig(config.RunConfig):
-    """Everything one experiment needs."""
-
+class OneMore(RunConfig):
     train: TrainSection = TrainSection()
 
 
-config.RunConfig = RunConfig
-
-import typer
-
-from xkd_schemas.flags import FlagsOf, with_flags
-
-
-@with_flags(FlagsOf("train"), run_file="--run")
-def command(run: RunConfig) -> None:
-    """Print the field."""
-    print(run.train.half_life)
-
-
-app = typer.Typer(rich_markup_mode=None)
-app.command()(command)
-try:
-    app(sys.argv[1:], standalone_mode=False)
-except UsageError as error:
-    print(error)
-'''
-
-
-def test_a_field_added_to_a_copy_of_a_section_is_a_flag_a_key_and_a_refusal(tmp_path: Path) -> None:
-    program, run = tmp_path / "program.py", tmp_path / "run.toml"
-    program.write_text(ONE_MORE_FIELD)
+def test_a_field_added_to_a_section_is_a_flag_a_key_and_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (config, flags):
+        monkeypatch.setattr(module, "RunConfig", OneMore)
+    app, run = typer.Typer(rich_markup_mode=None), tmp_path / "run.toml"
+    app.command()(with_flags(FlagsOf("train"), run_file="--run")(lambda run: typer.echo(run.train.half_life)))
     run.write_text("[train]\nhalf_life = 4.0\n")
 
     def said(*arguments: object) -> str:
-        command = [sys.executable, program, *arguments]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, timeout=60)
-        return " ".join(done.stdout.split())
+        done = CliRunner().invoke(app, list(map(str, arguments)), standalone_mode=False)
+        return " ".join(f"{done.output} {done.exception or ''}".split())
 
     assert "--half-life NUMBER Epochs after which something is halved. [default: 2.5]" in said("--help")
     assert said() == "2.5"

@@ -5,10 +5,8 @@ from typing import Final
 
 import pyarrow as pa
 
-MAGIC: Final = 8
-"""Bytes of an Arrow file before its first message, the schema."""
-UNREADABLE: Final = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
-"""What pyarrow raises for a file that it cannot read."""
+MAGIC: Final = 8  # bytes of an Arrow file before its first message, the schema
+UNREADABLE: Final = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)  # what pyarrow raises for it
 
 
 def check_schema(schema: pa.Schema) -> None:
@@ -29,8 +27,7 @@ def _is_known(kind: pa.DataType) -> bool:
 def read_batch(data: memoryview, schema: pa.Schema, rows: int) -> pa.RecordBatch:
     """The record batch in `data`, as views of it: nothing is copied, so what it declares costs no memory.
 
-    Raises:
-        pa.ArrowInvalid: It is compressed, has another number of rows, nulls, or offsets that do not fit its values.
+    pa.ArrowInvalid where it is compressed, or has other rows, nulls, or offsets that do not fit its values.
     """
     stream = pa.BufferReader(pa.py_buffer(data[MAGIC:] if bytes(data[:6]) == b"ARROW1" else data))
     message = pa.ipc.read_message(stream)

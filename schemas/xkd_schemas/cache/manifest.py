@@ -20,8 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from xkd_schemas.durable_files import SAFE_NAME, Json, digest
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused
 
-FORMAT = 1
-"""Version of these three files; a reader refuses a larger `min_reader`."""
+FORMAT = 1  # version of these three files; a reader refuses a larger `min_reader`
 
 Name = Annotated[str, Field(pattern=f"^{SAFE_NAME.pattern}$")]
 Spec = dict[str, Json]
@@ -60,10 +59,8 @@ class Reject(_Record):
 class MadeDifferently(_Record):
     """How this shard deviates from the plan; the default means not at all."""
 
-    lost: tuple[int, ...] = ()
-    """Rows left out, ascending: each killed every process that worked on it."""
-    batch: int = 0
-    """Size of a batch after memory ran out: tokens of a forward pass, or documents of a call. 0: the plan's."""
+    lost: tuple[int, ...] = ()  # rows left out, ascending: each killed every process that worked on it
+    batch: int = 0  # tokens of a forward pass, or documents of a call, after memory ran out; 0: the plan's
 
     def __bool__(self) -> bool:
         return bool(self.lost or self.batch)
@@ -75,24 +72,16 @@ class Commit(_Record):
     unit: int
     file: Name
     rows: int
-    size: int
-    """Bytes."""
+    size: int  # bytes
     sha256: str
-    frame_xxh3: str
-    """xxh3 of the bytes before the first and after the last record batch."""
+    frame_xxh3: str  # xxh3 of the bytes before the first and after the last record batch
     batches: tuple[RecordBatch, ...]
     rejects: Reject | None = None
-    counts: dict[str, int] = {}
-    """Named totals over the unit's rows: tokens, words, cut documents, rows by status, ..."""
-    sums: dict[str, float] = {}
-    """Named sums that constants are made from."""
-    unusable: tuple[int, ...] = ()
-    """Rows of the unit whose `status` is not "ok"."""
-    care: MadeDifferently | None = None
-    """What differed from the plan; not written where nothing did."""
-    made_on: str | None = None
-    """Kind of processor that ran the model, e.g. "CPU AVX2"; not written where no model ran, nor in a manifest: the
-    same bytes have the same name whatever made them."""
+    counts: dict[str, int] = {}  # named totals over the unit's rows: tokens, words, cut documents, rows by status
+    sums: dict[str, float] = {}  # named sums that constants are made from
+    unusable: tuple[int, ...] = ()  # rows of the unit whose `status` is not "ok"
+    care: MadeDifferently | None = None  # what differed from the plan; not written where nothing did
+    made_on: str | None = None  # kind of processor, e.g. "CPU AVX2"; not where no model ran, nor in a manifest
 
     @model_serializer(mode="wrap")
     def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
@@ -110,10 +99,8 @@ class Plan(_Record):
 
     format: int = FORMAT
     min_reader: int = FORMAT
-    table: str
-    """documents, teachers/NAME or students/NAME."""
-    spec: Spec
-    """Everything the bytes depend on; operational settings are not in it."""
+    table: str  # documents, teachers/NAME or students/NAME
+    spec: Spec  # everything the bytes depend on; operational settings are not in it
     units: tuple[Unit, ...]
 
 
@@ -126,12 +113,9 @@ class Manifest(_Record):
     spec: Spec
     spec_id: str
     commits: tuple[Commit, ...]
-    constants: dict[str, Json] = {}
-    """Measured once over the whole table: sizes of the model, standard deviations, ..."""
-    files: dict[Name, str] = {}
-    """sha256 of the other files of the folder that belong to the table."""
-    root: str
-    """sha256 over spec, commits, constants and files: names this table's content."""
+    constants: dict[str, Json] = {}  # measured once over the whole table: sizes of the model, standard deviations
+    files: dict[Name, str] = {}  # sha256 of the other files of the folder that belong to the table
+    root: str  # sha256 over spec, commits, constants and files: names this table's content
 
     @property
     def rows(self) -> int:
@@ -176,8 +160,7 @@ def to_json(record: BaseModel) -> bytes:
     return (json.dumps(data, sort_keys=True, indent=1) + "\n").encode()
 
 
-OWN: Final = "digest"
-"""Field of a plan's and a commit's file that the record itself does not have."""
+OWN: Final = "digest"  # field of a plan's and a commit's file that the record itself does not have
 
 
 M = TypeVar("M", Plan, Commit, Manifest)
@@ -301,8 +284,7 @@ def refuse_differences(where: Path, ours: Spec, theirs: Spec, *, advice: str) ->
 
 # Which files a cache may hold: plain files that its manifests name, and no link to anything outside.
 
-KINDS: Final = ("teachers", "signals", "students")
-"""Folders of a cache that hold table folders."""
+KINDS: Final = ("teachers", "signals", "students")  # folders of a cache that hold table folders
 ROOT_FILES: Final = ("README.md", "SHA256SUMS", "LOCK")
 
 _LEFT = re.compile(r"plan\.json|commits/\d{5}\.json|(rejects/)?\d{5}-[0-9a-f]{12}\.(arrow|jsonl)")

@@ -35,10 +35,8 @@ class CacheRow:
     """One document of a cache."""
 
     document: Row
-    teacher: ModelRow | None
-    """None where the cache has no teacher yet."""
-    student: ModelRow | None
-    """None where the cache was aligned for no student yet."""
+    teacher: ModelRow | None  # None where the cache has no teacher yet
+    student: ModelRow | None  # None where the cache was aligned for no student yet
 
     @property
     def text(self) -> str:

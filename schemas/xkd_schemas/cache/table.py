@@ -28,14 +28,10 @@ from xkd_schemas.durable_files import SAFE_NAME, inside, sha256_of, xxh3_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.ragged import Columns
 
-OPEN_SHARDS: Final = 128
-"""Shards of a table that are open at once: each takes a file descriptor, of which a process often has 1024."""
+OPEN_SHARDS: Final = 128  # of a table at once: each takes a file descriptor, of which a process often has 1024
+READY_BATCHES: Final = 16  # record batches of an open shard whose columns stay ready: some KB each
 
-READY_BATCHES: Final = 16
-"""Record batches of an open shard whose columns stay ready: Python objects of some KB each, whatever their rows."""
-
-Decoder = Callable[[Callable[[str], Any]], Any]
-"""Given a reader of stored columns, the values of one coded column."""
+Decoder = Callable[[Callable[[str], Any]], Any]  # given a reader of stored columns, the values of one coded column
 
 
 class Row:
@@ -273,8 +269,7 @@ def _tokenizer_digests(table: Path) -> dict[str, str]:
     return {}
 
 
-TABLES: Final = ("documents", *(f"{kind}/*" for kind in KINDS))
-"""Patterns of table folders below a cache, each after those that it is made from."""
+TABLES: Final = ("documents", *(f"{kind}/*" for kind in KINDS))  # each after those that it is made from
 
 
 def sealed_tables(root: Path) -> list[str]:

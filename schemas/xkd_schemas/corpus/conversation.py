@@ -15,14 +15,11 @@ from typing import Any, Final, NamedTuple
 
 from xkd_schemas.documents import Document
 
-USER_ROLES: Final = frozenset({"prompt", "instruction", "input"})
-"""Segments of these roles that stand together are one user message."""
-TURN_BREAK: Final = "\n\n"
-"""Between instruction and input in one user message."""
+USER_ROLES: Final = frozenset({"prompt", "instruction", "input"})  # those that stand together are one user message
+TURN_BREAK: Final = "\n\n"  # between instruction and input in one user message
 CHAT_ROLES: Final[Mapping[str, str]] = {"response": "assistant"} | dict.fromkeys(USER_ROLES, "user")
 """Roles of segments that chat templates call otherwise."""
-REASONING_KEYS: Final = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message with what an assistant thinks before it answers."""
+REASONING_KEYS: Final = ("reasoning_content", "reasoning", "thinking")  # what an assistant thinks before it answers
 TEXT_KEYS: Final = (*REASONING_KEYS, "content")
 CALL: Final = "tool_call"
 REASONING: Final = "reasoning"
@@ -38,8 +35,7 @@ class Conversation(NamedTuple):
 
     messages: list[Message]
     tools: list[Any] | None
-    message_of: list[int]
-    """[G] the message that has the segment."""
+    message_of: list[int]  # [G] the message that has the segment
 
 
 def conversation(document: Document, text: str) -> Conversation:
@@ -79,13 +75,10 @@ def _by_roles(document: Document, pieces: list[str]) -> Conversation:
 
 
 def call_text(call: Mapping[str, Any]) -> tuple[str, Message]:
-    """A call's text, and what else it holds.
+    """A call's text, and what else it holds; KeyError, TypeError or ValueError where it has no name or arguments.
 
     >>> call_text({"id": "a", "function": {"name": "add", "arguments": {"x": 1}}})
     ('{"name": "add", "arguments": {"x": 1}}', {'id': 'a', 'function': {'name': '', 'arguments': {}}})
-
-    Raises:
-        KeyError, TypeError, ValueError: It has no name, or no arguments.
     """
     function = call.get("function", call)
     name, arguments = function["name"], function["arguments"]
@@ -104,10 +97,8 @@ def _call(stored: Message, text: str) -> Message:
     name, end = json.JSONDecoder(strict=False).raw_decode(text, len(_NAME))
     arguments = text[end + len(_ARGUMENTS) : -1]
     function = stored.get("function", stored)
-    filled = {
-        **function, "name": name,
-        "arguments": arguments if isinstance(function["arguments"], str) else json.loads(arguments, strict=False),
-    }  # fmt: skip
+    given = arguments if isinstance(function["arguments"], str) else json.loads(arguments, strict=False)
+    filled = {**function, "name": name, "arguments": given}
     return {**stored, "function": filled} if "function" in stored else filled
 
 

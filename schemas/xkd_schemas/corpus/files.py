@@ -21,28 +21,19 @@ import pyarrow.parquet as pq
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, UsageError
 
-MARK_EVERY: Final = 4096
-"""Rows between two remembered places of a plain JSONL file."""
+MARK_EVERY: Final = 4096  # rows between two remembered places of a plain JSONL file
 COMPRESSED: Final = (".gz", ".zst")
 TABLES: Final = (".parquet", ".arrow")
 SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz", ".json.zst", *TABLES)
-"""File endings that can be read."""
 FOLDER_SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", *TABLES)
 """Those that are taken from a folder, where a .json is something else more often than rows."""
-MAX_LINE_BYTES: Final = 64 << 20
-"""A longer line is kept as its length, digest and head only."""
-HEAD_BYTES: Final = 256
-"""How much of such a line is kept."""
-MAX_RATIO: Final = 200
-"""Expanded bytes a compressed byte may stand for, once FREE_BYTES have been expanded."""
-FREE_BYTES: Final = 64 << 20
-"""Expanded bytes before the ratio is looked at: a small file of equal lines is no bomb."""
-MAX_EXPANDED_BYTES: Final = 64 << 30
-"""Expanded size of one compressed file."""
-BATCH_ROWS: Final = 256
-"""Rows of a table turned into Python objects at once."""
-STREAM_END: Final = b"\xff\xff\xff\xff\0\0\0\0"
-"""Last bytes of an Arrow stream that was written to its end. Without them a cut stream reads as a shorter table."""
+MAX_LINE_BYTES: Final = 64 << 20  # a longer line is kept as its length, digest and head only
+HEAD_BYTES: Final = 256  # how much of such a line is kept
+MAX_RATIO: Final = 200  # expanded bytes a compressed byte may stand for, once FREE_BYTES have been expanded
+FREE_BYTES: Final = 64 << 20  # expanded bytes before the ratio is looked at: a small file of equal lines is no bomb
+MAX_EXPANDED_BYTES: Final = 64 << 30  # expanded size of one compressed file
+BATCH_ROWS: Final = 256  # rows of a table turned into Python objects at once
+STREAM_END: Final = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream; without them a cut one reads as a shorter table
 BOM: Final = b"\xef\xbb\xbf"
 
 
@@ -52,8 +43,7 @@ class LongLine:
 
     num_bytes: int
     sha256: str
-    head: bytes
-    """The first HEAD_BYTES bytes."""
+    head: bytes  # the first HEAD_BYTES bytes
 
 
 Line = bytes | LongLine
@@ -64,17 +54,12 @@ Content = Line | dict[str, object]
 class CorpusFile:
     """One file of a source, or one data set."""
 
-    path: str
-    """File, or NAME@COMMIT:SUBSET:SPLIT of a data set on the hub."""
-    kind: str
-    """lines, table or hub."""
+    path: str  # file, or NAME@COMMIT:SUBSET:SPLIT of a data set on the hub
+    kind: str  # lines, table or hub
     num_rows: int
-    state: tuple[int, int] = (0, 0)
-    """Size in bytes and time of change in nanoseconds when it was counted; of a file only."""
-    marks: tuple[int, ...] = ()
-    """Byte offset of every MARK_EVERY-th row of a plain JSONL file."""
-    num_boms: int = 0
-    """1 where the file began with a byte order mark."""
+    state: tuple[int, int] = (0, 0)  # bytes and time of change in nanoseconds when it was counted; of a file only
+    marks: tuple[int, ...] = ()  # byte offset of every MARK_EVERY-th row of a plain JSONL file
+    num_boms: int = 0  # 1 where the file began with a byte order mark
 
 
 def count_file(path: Path) -> tuple[CorpusFile, str]:

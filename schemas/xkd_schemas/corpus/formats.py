@@ -6,32 +6,29 @@ from typing import Final
 
 from xkd_schemas.errors import UsageError
 
-AUTO: Final = "auto"
-"""The form is looked up in the first rows."""
+AUTO: Final = "auto"  # the form is looked up in the first rows
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Field:
     """One field of a form."""
 
     name: str
-    aliases: tuple[str, ...] = ()
-    """Column names that also stand for it, when `name` itself is not there."""
+    role: str = ""  # segment role; empty for `messages`, whose rows bring their own
+    aliases: tuple[str, ...] = ()  # column names that also stand for it, when `name` itself is not there
     required: bool = True
-    role: str = ""
-    """Segment role; empty for `messages`, whose rows bring their own."""
     target: bool = False
 
     def column(self, present: Sequence[str]) -> str:
         """The first of its names that the rows have, or its own.
 
-        >>> Field(name="output", aliases=("response",)).column(["instruction", "response"])
+        >>> Field("output", aliases=("response",)).column(["instruction", "response"])
         'response'
         """
         return next((name for name in (self.name, *self.aliases) if name in present), self.name)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class RowFormat:
     """What a row looks like; segments stand in the order of the fields."""
 
@@ -40,25 +37,19 @@ class RowFormat:
 
 
 FORMS: Final[Mapping[str, RowFormat]] = {
-    "messages": RowFormat(
-        title="chat messages", fields=(Field(name="messages", aliases=("conversations", "interactions")),)
-    ),
+    "messages": RowFormat("chat messages", (Field("messages", aliases=("conversations", "interactions")),)),
     "alpaca": RowFormat(
-        title="Alpaca/Dolly",
-        fields=(
-            Field(name="instruction", role="instruction"),
-            Field(name="input", aliases=("context",), required=False, role="input"),
-            Field(name="output", aliases=("response",), role="response", target=True),
+        "Alpaca/Dolly",
+        (
+            Field("instruction", "instruction"),
+            Field("input", "input", ("context",), required=False),
+            Field("output", "response", ("response",), target=True),
         ),
     ),
     "prompt_response": RowFormat(
-        title="prompt and response",
-        fields=(
-            Field(name="prompt", role="prompt"),
-            Field(name="response", aliases=("completion",), role="response", target=True),
-        ),
+        "prompt and response", (Field("prompt", "prompt"), Field("response", "response", ("completion",), target=True))
     ),
-    "text": RowFormat(title="plain text", fields=(Field(name="text", role="text", target=True),)),
+    "text": RowFormat("plain text", (Field("text", "text", target=True),)),
 }
 """Every form, in the order in which they are tried."""
 
@@ -78,14 +69,13 @@ def choose_form(
 ) -> tuple[str, dict[str, str], tuple[str, ...]]:
     """(form, resolved columns, remarks): the form that most of the sampled rows fit, of equals the first in FORMS.
 
+    UsageError where no sampled row fits, or no form has all mapped fields.
+
     Args:
         name: What the source is called in an error.
         form: A key of FORMS, or AUTO.
         columns: Field to column as mapped by the user; a form without one of these fields is left aside.
         sample: The first readable rows of the source; may be empty.
-
-    Raises:
-        UsageError: no sampled row fits, or no form has all mapped fields.
     """
     present = sorted({key for row in sample for key in row})
     candidates = [
@@ -107,10 +97,8 @@ def choose_form(
             f"{name}: no row fits {form if form != AUTO else 'any form'}; the rows have {', '.join(present[:20])}",
             fix="say which column is which, as --column prompt=question --column response=answer",
         )
-    remarks = []
-    if fitting[chosen] < len(sample):
-        remarks.append(f"{fitting[chosen]} of the first {len(sample)} readable rows fit")
+    few = fitting[chosen] < len(sample)
+    remarks = [f"{fitting[chosen]} of the first {len(sample)} readable rows fit"] if few else []
     others = [key for key in candidates if key != chosen and fitting[key]]
-    if others:
-        remarks.append(f"the rows also fit {', '.join(others)}")
+    remarks += [f"the rows also fit {', '.join(others)}"] if others else []
     return chosen, resolved[chosen], tuple(remarks)

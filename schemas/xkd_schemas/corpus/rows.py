@@ -18,18 +18,14 @@ from xkd_schemas.corpus.files import LongLine
 from xkd_schemas.corpus.formats import FORMS, RowFormat
 from xkd_schemas.documents import Document, document_of
 
-MAX_CHARS: Final = 1_000_000
-"""Characters of the longest document that is taken."""
-DETAIL_CHARS: Final = 200
-"""Characters of a rejected row that are kept."""
+MAX_CHARS: Final = 1_000_000  # characters of the longest document that is taken
+DETAIL_CHARS: Final = 200  # characters of a rejected row that are kept
 
-WORKER_KILLED: Final = "worker_killed"
-"""Not found by looking at the row: a process that worked on it died, every time."""
+WORKER_KILLED: Final = "worker_killed"  # not found by looking at the row: a process that worked on it died, every time
 Reason = Literal[
     "bad_json", "bad_type", "missing_field", "lone_surrogate", "bad_utf8", "blank", "empty", "no_target", "bad_role",
     "too_long", "line_too_long",
 ]  # fmt: skip
-"""What is found by looking at it."""
 
 CHAT_ROLES: Final = {"system": False, "developer": False, "user": False, "assistant": True, "tool": False}
 """Roles of a chat message, and whether the student learns to produce them."""
@@ -38,35 +34,25 @@ OTHER_ROLES: Final = {
     "function_response": "tool",
 }  # fmt: skip
 """What other files call these roles."""
-FUNCTION_CALL: Final = "function_call"
-"""Role of a message of ShareGPT files whose content is the JSON of an assistant's calls."""
-OTHER_KEYS: Final = {"from": "role", "value": "content"}
-"""What ShareGPT files call the keys of a message."""
-OTHER_CONTENT: Final = (FUNCTION_CALL, "images", "audio", "refusal", "prefix")
-"""Keys of a message whose content is not read; leaving them out would change what was said."""
-PASSED_KEYS: Final = ("name", "tool_call_id")
-"""Keys of a message that are handed to the chat template as they are."""
-TRAINED_KEYS: Final = ("weight", "train")
-"""Keys of a message that turn its target off with 0 or false."""
-TOOLS: Final = "tools"
-"""Key of a chat row with the tools that may be called."""
-SYSTEM_KEYS: Final = ("system", "system_prompt")
-"""Keys of a chat row with a system turn that is none of its messages."""
-ROW_KEYS: Final = (TOOLS, *SYSTEM_KEYS)
-"""Columns of a chat row that are read beside its messages."""
+FUNCTION_CALL: Final = "function_call"  # a role of ShareGPT files: its content is the JSON of an assistant's calls
+OTHER_KEYS: Final = {"from": "role", "value": "content"}  # what ShareGPT files call the keys of a message
+OTHER_CONTENT: Final = (FUNCTION_CALL, "images", "audio", "refusal", "prefix")  # keys of content that is not read
+PASSED_KEYS: Final = ("name", "tool_call_id")  # keys of a message that are handed to the chat template as they are
+TRAINED_KEYS: Final = ("weight", "train")  # keys of a message that turn its target off with 0 or false
+TOOLS: Final = "tools"  # key of a chat row with the tools that may be called
+SYSTEM_KEYS: Final = ("system", "system_prompt")  # keys of a chat row with a system turn that is none of its messages
+ROW_KEYS: Final = (TOOLS, *SYSTEM_KEYS)  # columns of a chat row that are read beside its messages
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
-Part = tuple[str, str, bool]
-"""(role, text, is target)"""
+Part = tuple[str, str, bool]  # (role, text, is target)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawRow:
     """One row of a source, not yet looked at."""
 
-    line: int
-    """Row in the source, first is 1; of a JSONL file the line, of a folder counted through its files."""
+    line: int  # row in the source, first is 1; of a JSONL file the line, of a folder counted through its files
     content: bytes | LongLine | dict[str, object]
     """One JSONL line without its end, a line too long to hold, or a row of a table. Of a table row
     with text that is not UTF-8: the bytes of that text."""
@@ -78,12 +64,9 @@ class RejectedRow:
 
     source: str
     line: int
-    reason: str
-    """A code: a `Reason`, or WORKER_KILLED."""
-    detail: str
-    """What is wrong and how the row begins: at most 200 characters of printable ASCII."""
-    sha256: str
-    """Of the row's bytes; of a table row, of its JSON with sorted keys."""
+    reason: str  # a code: a `Reason`, or WORKER_KILLED
+    detail: str  # what is wrong and how the row begins: at most 200 characters of printable ASCII
+    sha256: str  # of the row's bytes; of a table row, of its JSON with sorted keys
 
 
 class RowRejected(ValueError):
@@ -92,7 +75,6 @@ class RowRejected(ValueError):
     def __init__(self, reason: Reason, what: str) -> None:
         super().__init__(what)
         self.reason = reason
-        self.what = what
 
 
 def read_documents(
@@ -125,7 +107,7 @@ def read_documents(
             parts, messages = _parts_of(kind, names, content, counts)
             documents.append(_document(parts, messages, source=source, line=row.line, max_chars=max_chars))
         except RowRejected as why:
-            rejected.append(rejected_row(source, row, why.reason, why.what))
+            rejected.append(rejected_row(source, row, why.reason, str(why)))
     return documents, rejected
 
 

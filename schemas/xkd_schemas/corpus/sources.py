@@ -32,10 +32,8 @@ from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError, XkdE
 
 __all__ = ["RawRow", "RejectedRow", "Source", "digest_of", "open_source", "read_documents"]
 
-SAMPLE_ROWS: Final = 64
-"""Rows that the form is looked up in."""
-SAMPLE_SCAN: Final = 4096
-"""Rows read at most to find them, should the first ones be broken."""
+SAMPLE_ROWS: Final = 64  # rows that the form is looked up in
+SAMPLE_SCAN: Final = 4096  # rows read at most to find them, should the first ones be broken
 HUB_NAME: Final = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<subset>[\w.+-]+)(?=:))?(:(?P<split>[\w.+-]+))?"
 )
@@ -50,16 +48,12 @@ class Source:
     """A corpus as named on the command line: what it is and how to read it, but no open file."""
 
     name: str
-    form: str
-    """A key of FORMS."""
-    columns: dict[str, str]
-    """Field of the form to column of the rows."""
+    form: str  # a key of FORMS
+    columns: dict[str, str]  # field of the form to column of the rows
     num_rows: int
-    digest: str
-    """sha256 of the file; of a folder, over the names and sha256 of its files; of a data set, its fingerprint."""
+    digest: str  # sha256 of the file, over the names and sha256 of a folder's files, or a data set's fingerprint
     parts: tuple[CorpusFile, ...]
-    remarks: tuple[str, ...] = ()
-    """What a reader should know beyond form and columns; the end of `describe`."""
+    remarks: tuple[str, ...] = ()  # what a reader should know beyond form and columns; the end of `describe`
 
     def rows(self, first: int = 0) -> Iterator[RawRow]:
         """Rows in order, from row `first` on (0 is the first); exactly `num_rows - first` of them.

@@ -35,10 +35,8 @@ from xkd_schemas.tokens import CONTENT, END, OK, Bools, Int32s, Int64s, Tokens
 MOST_CHARS: Final = 2**20  # encoded at once, of more than one document; results do not depend on it
 BORDER_REACH: Final = 200  # characters a cut goes back to the end of a word; else it is behind the last whole token
 TRIED: Final = 16  # documents of which a chat template must take one, before anything is begun
-CHAT_VERSION: Final = 2
-"""Of `read_renderings` and `ChatTemplate`; bump it where a row's tokens change. 1 encoded each content on its own."""
-INTERVALS_VERSION: Final = 2
-"""Of `repair_intervals`; bump it where a token's characters change. Without it (1) intervals were the library's."""
+CHAT_VERSION: Final = 2  # bump it where a row's tokens change under chat; 1 encoded each content on its own
+INTERVALS_VERSION: Final = 2  # bump it where `repair_intervals` changes; without it (1) they were the library's
 REASONS: Final = {
     "lone_surrogate": "the text holds half of a surrogate pair, which no tokenizer takes",
     "outside_text": "a token's interval leaves its segment or ends before it starts",
@@ -64,8 +62,7 @@ def reading_of(identity: Mapping[str, Any]) -> dict[str, Any]:
 class Encoder:
     """Documents in, Tokens out, for one tokenizer, template and length.
 
-    Raises:
-        UsageError: Unknown template, a slow tokenizer, no end token, or max_tokens < 2.
+    UsageError: unknown template, a slow tokenizer, no end token, or max_tokens < 2.
     """
 
     tokenizer: Any  # a transformers fast tokenizer
@@ -115,10 +112,8 @@ class Encoder:
         """Tokens of documents, some thousand at once; `limits` are the characters at which the other model cut them.
 
         A row is a function of its document and of the returned `num_chars` alone: encoding the document again up to
-        that character gives the same row. A target that goes on behind the limit has no end token.
-
-        Raises:
-            UsageError: The template has no place for a document's roles; a chat template's refusal is a status.
+        that character gives the same row. A target that goes on behind the limit has no end token. UsageError where
+        the template has no place for a document's roles; a chat template's refusal is a status.
         """
         block = documents if isinstance(documents, DocumentBatch) else DocumentBatch.of(documents)
         wanted = [len(text) for text in block.texts]

@@ -64,9 +64,7 @@ def mark_classes() -> Classes:
     )  # fmt: skip
 
 
-REACHES: Final = (1, 2, 4, 8, 16)
-"""Characters to the left and right of a cut that must be normalised alike together and apart: more where fewer do not
-give the normalised text."""
+REACHES: Final = (1, 2, 4, 8, 16)  # characters beside a cut that are normalised alike together and apart
 LONGEST_PART: Final = 64  # characters; text that is only normalised in longer stretches keeps its intervals
 MOST_KNOWN: Final = 100_000  # short strings whose normalised form is remembered
 WORDS: Final = re.compile(r"\s+|\S+")
@@ -127,10 +125,9 @@ class Parts:
 
 
 class Normalised:
-    """Offsets through one tokenizer's normaliser; results do not depend on what it has seen.
+    """Offsets through the normaliser of one fast tokenizer, which must not be changed afterwards.
 
-    Args:
-        tokenizer: A fast one; it must not be changed afterwards.
+    Results do not depend on what it has seen.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -169,9 +166,7 @@ class Normalised:
     def offsets(self, texts: Sequence[str], encoded: Encoded) -> Int32s:
         """The offsets [C, 2] of all texts in characters of each; those it had of a text that the parts do not explain.
 
-        Args:
-            texts: Valid Unicode.
-            encoded: Their ids and offsets as the tokenizer gave them.
+        `encoded` is what the tokenizer makes of the texts, which are valid Unicode.
         """
         forms = [self._backend.normalizer.normalize_str(text) for text in texts]
         again = encode_with(self._rest, forms)
@@ -240,11 +235,6 @@ def _steps(normaliser: Any) -> list[Mapping[str, Any]]:
 
 def map_to_text(text: str, parts: Cut, offsets_C2: Int32s) -> Int32s:
     """Offsets in the normalised text as offsets in the text, [C, 2] int32: those of all parts that a token touches.
-
-    Args:
-        text: Before it is normalised.
-        parts: Of the text.
-        offsets_C2: Of tokens, in the normalised text.
 
     Example: "e" + U+0301, U+200B, "ﬁ" that became "é", nothing, "fi"
 

@@ -33,8 +33,7 @@ from xkd_schemas.errors import UsageError
 from xkd_schemas.text.tokenizers import blanks, name_of
 from xkd_schemas.tokens import Int32s
 
-TEMPLATE_DAY: Final = datetime.datetime(2025, 1, 1)
-"""What a chat template gets when it asks for today's date, so that a cache does not depend on the day it was made."""
+TEMPLATE_DAY: Final = datetime.datetime(2025, 1, 1)  # today for a chat template, whatever day a cache is made on
 REFUSED: Final = "template_refuses"
 CHANGED: Final = "template_changes_text"
 REORDERED: Final = "template_reorders"
@@ -75,11 +74,7 @@ class NotRendered(ValueError):
 
 
 class ChatTemplate:
-    """One tokenizer's chat template; `enable_thinking` is handed to it if it is not None.
-
-    Raises:
-        UsageError: The tokenizer has no chat template.
-    """
+    """One tokenizer's chat template, or UsageError; `enable_thinking` is handed to it if it is not None."""
 
     def __init__(self, tokenizer: Any, enable_thinking: bool | None = None) -> None:
         if not tokenizer.chat_template:
@@ -109,11 +104,7 @@ class ChatTemplate:
         raise UsageError(f"{name_of(self._tokenizer)}: {faults[0]}", fix="--template none or --template alpaca")
 
     def render(self, document: Document) -> Rendered:
-        """The document as the template writes it.
-
-        Raises:
-            NotRendered: The template refuses it, or its characters are not found again.
-        """
+        """The document as the template writes it; NotRendered where it refuses, or characters are not found again."""
         real = self._write(conversation(document, document.text))
         key = tuple((s.role, s.target) for s in document.segments)
         source_L = None if document.messages else self._reuse_glue(document, real, self._frames.get(key))
@@ -173,11 +164,10 @@ class ChatTemplate:
     def _prompt(self) -> str:
         """What the template puts behind the messages for a model to go on."""
         row = Conversation([{"role": "user", "content": "x"}], None, [])
-        try:
+        with contextlib.suppress(NotRendered):
             without, asked = self._write(row), self._write(row, prompt=True)
-        except NotRendered:
-            return ""
-        return asked.removeprefix(without) if asked.startswith(without) else ""
+            return asked.removeprefix(without) if asked.startswith(without) else ""
+        return ""
 
     def _turns(self, document: Document, real: str, source_L: Int32s) -> list[Turn]:
         """The targets of each message, with what the model writes round them."""
@@ -236,11 +226,7 @@ class _Trace:
         self.text = traced_N.tobytes().decode("utf-32-le")
 
     def found(self, rendered: str, real: str) -> Int32s | None:
-        """Which character of the text each one of the real rendering is; None if this is not its trace.
-
-        Raises:
-            NotRendered: The targets are in another order.
-        """
+        """Which character of the text each one of the real rendering is; None if this is not its trace."""
         if len(rendered) != len(real):
             return None
         traced_L, real_L = _codes(rendered), _codes(real)
@@ -315,8 +301,7 @@ def _blocks(own: Codes, written: Codes) -> Iterator[tuple[int, int, int]]:
 def _drop_disordered(document: Document, source_L: Int32s) -> None:
     """Make what is written twice, or in another order than the row has it, the template's own, in place.
 
-    Raises:
-        NotRendered: That would be part of a target.
+    NotRendered where that would be part of a target.
     """
     at = np.flatnonzero(source_L >= 0)
     if (np.diff(source_L[at]) > 0).all():

@@ -26,21 +26,17 @@ from xkd_schemas.text.tokenizers import EncodedText, encode_texts
 from xkd_schemas.tokens import CONTENT, END, TEMPLATE, Int32s
 
 ALPACA: Final = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n"
 )
-ALPACA_WITH_INPUT: Final = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n"
-)
+ALPACA_INPUT_TOO: Final = ", paired with an input that provides further context"
 ALPACA_INPUT: Final = "\n\n### Input:\n"
 ALPACA_RESPONSE: Final = "\n\n### Response:\n"
 
 CHAT: Final = "chat"
 AUTO: Final = "auto"
 
-Layout = tuple[str | int, ...]
-"""Glue, with special tokens written out ("<|im_end|>"), and indices of the document's segments."""
+Layout = tuple[str | int, ...]  # glue, special tokens written out ("<|im_end|>"), and indices of the segments
 
 
 def check_template(name: str) -> None:
@@ -64,7 +60,7 @@ def _alpaca(document: Document) -> Layout:
             f"{where(document)}: the alpaca template takes instruction, input and response, found {', '.join(roles)}",
             fix="--template chat or --template none",
         )
-    pieces: list[str | int] = [ALPACA_WITH_INPUT if "input" in asked else ALPACA]
+    pieces: list[str | int] = [ALPACA.format(ALPACA_INPUT_TOO if "input" in asked else "")]
     for index, role in enumerate(asked):
         if role == "input":
             pieces.append(ALPACA_INPUT)
@@ -90,8 +86,7 @@ LAYOUTS: Final[Mapping[str, Callable[[Document], Layout]]] = {
     "none": lambda document: tuple(range(len(document.segments))),
     "alpaca": _alpaca,
 }
-"""The pieces of a document: each segment once, in order, with glue where there is some; they depend on roles alone.
-UsageError where the template has no place for these roles."""
+"""The pieces of a document, by its roles alone: each segment once, in order; UsageError where there is no place."""
 TEMPLATES: Final = (*LAYOUTS, CHAT)  # by the name that `--template` takes
 
 
@@ -108,11 +103,8 @@ def assemble_rows(
     """The rows of the texts up to `num_chars` [R]; `statuses` are the faults of their intervals, or "ok".
 
     A start token, or an end token where there is none, is put in front where nothing else stands before the first
-    target token to predict it from. The texts up to there must be valid Unicode.
-
-    Args:
-        normalised: Of the tokenizer.
-        frames: One for each segment of each document.
+    target token to predict it from. The texts up to there must be valid Unicode. `frames` has one for each segment of
+    each document.
     """
     document_G = np.repeat(np.arange(len(block)), block.segments.counts)
     segment_G = np.flatnonzero(block.segments.values[:, 0] < num_chars[document_G])  # those that begin before the cut

@@ -41,10 +41,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Encoded:
     Text that looks like a special token ("</s>") is encoded as the characters it is made of, so that what stands in a
     document never ends a turn (a unigram vocabulary may still hold the string as an ordinary piece). Nothing is
     truncated or padded, whatever the tokenizer file asks for. The tokenizers library is asked itself, as transformers
-    costs a quarter more.
-
-    Raises:
-        UsageError: The tokenizer is a slow one, without offsets.
+    costs a quarter more. UsageError where the tokenizer is a slow one, without offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(
@@ -171,9 +168,6 @@ def identity(tokenizer: Any) -> dict[str, str]:
     special_tokens  added tokens with their ids and flags; which ones are bos, eos, pad and unk
     chat_template   the template, or "none"
     probe           ids and offsets of PROBES, and which special tokens it adds by itself
-
-    Raises:
-        UsageError: The tokenizer is a slow one, without offsets.
     """
     ids, offsets, first = (part.tolist() for part in encode_texts(tokenizer, PROBES))
     probed = [[ids[start:end], offsets[start:end]] for start, end in itertools.pairwise(first)]
@@ -198,30 +192,22 @@ _FLAGS: Final = ("special", "lstrip", "rstrip", "normalized", "single_word")
 def _probes() -> Iterable[str]:
     """~200 strings on which tokenizers differ. Never change one: every cache's fingerprint depends on them."""
     words = (
-        "the", "Hello", "don't", "state-of-the-art", "naïve", "Straße", "İstanbul", "Ⅷ",
-        "ﬁnal", "½", "①", "ＡＢＣ",
+        "the", "Hello", "don't", "state-of-the-art", "naïve", "Straße", "İstanbul", "Ⅷ", "ﬁnal", "½", "①", "ＡＢＣ",
     )  # fmt: skip
     marks = ("e\u0301", "a\u0308\u0323", "\u0301", "ก็", "हिन्दी", "각", "\u1112\u1161\u11ab", "ǆ", "ẞ", "\u0345")
     scripts = (
-        "東京の夜", "我们在这里", "한국어", "السلام عليكم", "שלום עולם",
-        "Здравствуйте", "ελληνικά", "ไทย", "ქართული",
+        "東京の夜", "我们在这里", "한국어", "السلام عليكم", "שלום עולם", "Здравствуйте", "ελληνικά", "ไทย", "ქართული",
     )  # fmt: skip
     emoji = ("🙂", "👩‍👩‍👧", "🇩🇪", "👍🏽", "❤️", "🏳️‍🌈", "1️⃣", "🙂🙂", "\U0001f9d1\u200d\U0001f52c")
-    hidden = (
-        "\x00", "\x07", "\x1b[0m", "\u200b", "\u200d", "\u200f", "\u202e", "\ufeff", "\u00ad", "\ufffd", "\U000e0061",
-    )  # fmt: skip
-    blanks = (
-        " ", "  ", " " * 7, " " * 40, "\t", "\t\t", "\n", "\n\n", "\n" * 9, "\r\n", "\u00a0", "\u3000", "\u2028",
-        "\x85",
-    )  # fmt: skip
+    hidden = ("\x00", "\x07", "\x1b[0m", *"\u200b\u200d\u200f\u202e\ufeff\u00ad\ufffd\U000e0061")
+    blanks = (" ", "  ", " " * 7, " " * 40, "\t", "\t\t", "\n", "\n\n", "\n" * 9, "\r\n", *"\u00a0\u3000\u2028\x85")
     numbers = ("0 7 42 1987 12,345.67 -3e-10 0x1F ٣٤ 1/2 100% 3.14159265358979 " + "0" * 30).split()
     code = (
         "def f(x):\n    return x", "a[i]->b.c", "x += 1;", "</s>", "<s>", "<|im_end|>", "[INST]", "<0x0A>", "▁a", "Ġb",
         "##c", "{{}}",
     )  # fmt: skip
     pieces = (*words, *marks, *scripts, *emoji, *hidden, *blanks, *numbers, *code)
-    yield ""
-    yield from pieces
+    yield from ("", *pieces)
     yield from (f"a{piece}b" for piece in (*marks, *emoji, *hidden, *blanks, *code))
     yield from (f" {piece} " for piece in (*words, *scripts, *emoji, *numbers))
     yield "".join(pieces)

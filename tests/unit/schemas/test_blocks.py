@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas.documents import INTERVALS, Document, document_of
+from xkd_schemas.documents import INTERVALS, document_of
 from xkd_schemas.ragged import Ragged, column_of, flat_list
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch, pieces_of
 from xkd_schemas.tokens import OK, Tokens
@@ -27,10 +27,6 @@ def tokens(size: int, status: str = OK) -> Tokens:
 def plain(row: Tokens) -> tuple[object, ...]:
     arrays = (row.ids, row.spans, row.kinds, row.targets)
     return row.status, row.num_chars, row.extended, *(a.tolist() for a in arrays)
-
-
-def documents_of(parts: list[list[tuple[str, str, bool]]]) -> list[Document]:
-    return [document_of(p, source="s", line=n) for n, p in enumerate(parts)]
 
 
 @settings(deadline=None)
@@ -72,7 +68,7 @@ def test_a_row_behind_the_last_or_in_front_of_the_first_is_not_there() -> None:
 def test_documents_come_out_of_a_block_and_of_its_parts(
     parts: list[list[tuple[str, str, bool]]], first: int, size: int
 ) -> None:
-    documents = documents_of(parts)
+    documents = [document_of(p, source="s", line=n) for n, p in enumerate(parts)]
     first, end = min(first, len(documents)), min(first + size, len(documents))
     block = DocumentBatch.of(documents)
 

@@ -63,9 +63,11 @@ def test_every_kind_of_source_gives_the_same_rows_from_any_row_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, batch_rows: int
 ) -> None:
     monkeypatch.setattr(files, "BATCH_ROWS", batch_rows)
-    source = open_source(str(write(tmp_path, kind, ROWS)), columns={})
+    path = write(tmp_path, kind, ROWS)
+    source = copy.deepcopy(open_source(str(path), columns={}))  # which holds no open file
 
     assert (source.num_rows, source.form) == (23, "prompt_response")
+    assert path.is_dir() or source.digest == sha256_of(path)
     numbered = list(enumerate(ROWS, 1))
     assert all(objects(source, first) == numbered[first:] for first in range(25))
 
@@ -75,18 +77,6 @@ def test_an_empty_source_has_no_rows(tmp_path: Path, kind: str) -> None:
     source = open_source(str(write(tmp_path, kind, [])), columns={})
 
     assert (source.num_rows, list(source.rows())) == (0, [])
-
-
-def test_a_source_holds_no_open_file_and_can_be_copied(tmp_path: Path) -> None:
-    source = open_source(str(write(tmp_path, ".jsonl", ROWS)), columns={})
-
-    assert list(copy.deepcopy(source).rows()) == list(source.rows())
-
-
-def test_the_digest_of_a_file_is_its_sha256(tmp_path: Path) -> None:
-    for kind in (".jsonl", ".jsonl.gz", ".parquet"):
-        path = write(tmp_path, kind, ROWS)
-        assert open_source(str(path), columns={}).digest == sha256_of(path)
 
 
 def test_blank_lines_are_rows_only_before_the_last_row(tmp_path: Path) -> None:
@@ -147,14 +137,13 @@ def test_mapped_columns_settle_the_form(tmp_path: Path) -> None:
 def test_rows_that_fit_nothing_name_their_columns(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no row fits any form; the rows have answer, question\. Next: say which"):
         opened(tmp_path / "a.jsonl", jsonl([{"question": "a", "answer": "b"}]))
-    with pytest.raises(UsageError, match="no row fits alpaca"):
-        opened(tmp_path / "a.jsonl", jsonl(ROWS), form="alpaca")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"form": "sharegpt"}, "form 'sharegpt' is not known.*messages, alpaca, prompt_response, text"),
+        ({"form": "alpaca"}, "no row fits alpaca"),
         ({"columns": {"question": "prompt"}}, "'question' is not a field"),
         ({"columns": {"prompt": "a", "output": "b"}}, "no form has all of prompt, output"),
         ({"columns": {"text": "a"}, "form": "alpaca"}, "'text' is not a field"),
@@ -225,7 +214,7 @@ def test_a_file_that_changed_after_counting_is_refused(tmp_path: Path, kind: str
         list(source.rows())
 
 
-def test_what_is_not_a_regular_readable_file_is_named(tmp_path: Path) -> None:
+def test_what_is_not_a_regular_readable_file_of_rows_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     (tmp_path / "empty").mkdir()
@@ -235,19 +224,15 @@ def test_what_is_not_a_regular_readable_file_is_named(tmp_path: Path) -> None:
             open_source(str(tmp_path / name), columns={})
     with pytest.raises(UsageError, match="unknown file extension"):
         opened(tmp_path / "rows.csv", b"a,b\n")
-
-
-def test_a_json_list_is_answered_with_the_command_that_cuts_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"jq -c '\.\[\]' rows\.json"):
         opened(tmp_path / "rows.json", json.dumps(ROWS).encode())
 
 
 def test_an_arrow_stream_that_was_cut_off_is_bad_data(tmp_path: Path) -> None:
     whole = write(tmp_path, "-stream.arrow", ROWS).read_bytes()
-    start = whole[:-8]  # a reader takes this for a complete table
 
     with pytest.raises(BadData, match="has no end"):
-        opened(tmp_path / "cut.arrow", start)
+        opened(tmp_path / "cut.arrow", whole[:-8])  # which a reader takes for a complete table
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -401,23 +386,18 @@ def test_captured_and_rejected_add_up_for_any_bytes(tmp_path: Path, content: lis
 HELD = [{"prompt": "Who?", "response": "The keeper."}, {"prompt": "Where?", "response": "At home."}]
 
 
-def test_held_out_rows_come_in_order_and_unusable_ones_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "dev.jsonl").write_bytes(jsonl([HELD[0]]) + b'{broken\n{"prompt": "x"}\n' + jsonl([HELD[1]]))
+def test_held_out_rows_come_in_order_with_all_references_by_line_and_unusable_ones_are_counted(
+    tmp_path: Path,
+) -> None:
+    several = {"prompt": "Why?", "response": ["Duty.", "A lamp."]}
+    (tmp_path / "dev.jsonl").write_bytes(jsonl(HELD[:1]) + b'{broken\n{"prompt": "x"}\n' + jsonl([HELD[1], several]))
 
-    documents, rejected, _ = held_out_documents(tmp_path / "dev.jsonl")
+    documents, rejected, references = held_out_documents(tmp_path / "dev.jsonl")
 
-    assert [(d.text, d.line, d.source) for d in documents] == [
-        ("Who?The keeper.", 1, "dev.jsonl"), ("Where?At home.", 4, "dev.jsonl"),
-    ]  # fmt: skip
+    assert [(d.text, d.line) for d in documents] == [("Who?The keeper.", 1), ("Where?At home.", 4), ("Why?Duty.", 5)]
+    assert {d.source for d in documents} == {"dev.jsonl"}
     assert [row.line for row in rejected] == [2, 3]
-
-
-def test_all_references_of_a_held_out_row_are_given_by_its_line(tmp_path: Path) -> None:
-    (tmp_path / "dev.jsonl").write_bytes(jsonl([HELD[0], {"prompt": "Why?", "response": ["Duty.", "A lamp."]}]))
-
-    documents, _, references = held_out_documents(tmp_path / "dev.jsonl")
-
-    assert (documents[1].text, references) == ("Why?Duty.", {2: ["Duty.", "A lamp."]})
+    assert references == {5: ["Duty.", "A lamp."]}
 
 
 def test_a_held_out_file_without_rows_is_bad_data(tmp_path: Path) -> None:

@@ -42,7 +42,6 @@ documents = st.one_of(
 
 
 def solid(text: str, start: int, end: int) -> set[int]:
-    """Places of the characters that are not blank."""
     return {at for at in range(start, end) if not text[at].isspace()}
 
 
@@ -163,10 +162,11 @@ def test_encoding_up_to_a_character_is_encoding_the_text_that_ends_there(
     assert part.num_chars == num_chars
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "wordpiece"])
 @settings(deadline=None, max_examples=40)
 @given(several=st.lists(documents, max_size=5), data=st.data())
-def test_a_batch_gives_what_its_documents_give_alone(several: list[Document], data: st.DataObject) -> None:
-    encoder = encoder_of("sentencepiece", max_tokens=25)
+def test_a_batch_gives_what_its_documents_give_alone(kind: str, several: list[Document], data: st.DataObject) -> None:
+    encoder = encoder_of(kind, max_tokens=25)
     limits = [data.draw(st.one_of(st.none(), st.integers(0, len(d.text) + 2))) for d in several]
 
     rows = encoder.encode_batch(several, limits)
@@ -261,21 +261,14 @@ def test_offsets_that_lie_are_found(offsets: list[tuple[int, int]], status: str)
     assert intervals_of(document, [pairs])[1] == status
 
 
-def test_an_interval_trimmed_to_nothing_gets_its_blanks_back() -> None:
-    document = document_of([("text", "a  b  ", True)], source="t", line=1)
-    trimmed = np.array([(0, 1), (3, 3), (3, 4), (6, 6)], np.int32)
+def test_a_token_trimmed_to_nothing_gets_its_blanks_back_and_others_stay_empty_or_share_the_last_interval() -> None:
+    trimmed = [np.array([(0, 1), (3, 3), (3, 4), (6, 6)], np.int32)]
+    empty = [np.array([(0, 0), (0, 2), (2, 2)], np.int32), np.array([(0, 0), (0, 2)], np.int32)]
 
-    spans, status = intervals_of(document, [trimmed])
+    blank, blank_status = intervals_of(document_of([("text", "a  b  ", True)], source="t", line=1), trimmed)
+    spans, status = intervals_of(question("ab", "cd"), empty)
 
-    assert (spans.tolist(), status) == ([[0, 1], [1, 3], [3, 4], [4, 6]], OK)
-
-
-def test_a_token_for_nothing_stays_empty_or_shares_the_last_interval_of_its_segment() -> None:
-    document = question("ab", "cd")
-    offsets = [np.array([(0, 0), (0, 2), (2, 2)], np.int32), np.array([(0, 0), (0, 2)], np.int32)]
-
-    spans, status = intervals_of(document, offsets)
-
+    assert (blank.tolist(), blank_status) == ([[0, 1], [1, 3], [3, 4], [4, 6]], OK)
     assert (spans.tolist(), status) == ([[0, 0], [0, 2], [0, 2], [2, 2], [2, 4]], OK)
 
 
@@ -301,23 +294,17 @@ def test_a_cut_is_made_behind_a_word() -> None:
             assert END not in tokens.kinds.tolist()
 
 
-def test_a_text_without_blanks_is_cut_behind_a_whole_token() -> None:
-    text = "東読夜河字静走漢" * 60
-    document = document_of([("text", text, True)], source="t", line=1)
+def test_a_text_without_a_word_border_in_reach_is_cut_behind_a_whole_token() -> None:
+    solid, far = (
+        document_of([("text", text, True)], source="t", line=1)
+        for text in ("東読夜河字静走漢" * 60, "lamp " + "漢" * (BORDER_REACH + 400))
+    )
 
-    tokens = encoder_of("byte_level", max_tokens=300).encode(document)
+    tokens = encoder_of("byte_level", max_tokens=300).encode(solid)
 
-    assert tokens.status == OK
-    assert 0 < tokens.num_chars < len(text)
-    assert 290 <= len(tokens.ids) <= 300
-
-
-def test_a_word_border_out_of_reach_is_not_used() -> None:
-    text = "lamp " + "漢" * (BORDER_REACH + 400)
-    document = document_of([("text", text, True)], source="t", line=1)
-
-    assert encoder_of("sentencepiece", max_tokens=BORDER_REACH * 3 + 60).encode(document).num_chars > BORDER_REACH
-    assert encoder_of("sentencepiece", max_tokens=60).encode(document).num_chars == 4
+    assert (tokens.status, tokens.num_chars < 480, 290 <= len(tokens.ids) <= 300) == (OK, True, True)
+    assert encoder_of("sentencepiece", max_tokens=BORDER_REACH * 3 + 60).encode(far).num_chars > BORDER_REACH
+    assert encoder_of("sentencepiece", max_tokens=60).encode(far).num_chars == 4
 
 
 def test_a_prompt_that_fills_the_row_leaves_no_target() -> None:

@@ -22,16 +22,11 @@ TOOL = {
 }
 
 
-def user(text: str) -> Message:
-    return {"role": "user", "content": text}
+def turn(role: str, text: str, **more: Any) -> Message:
+    return {"role": role, "content": text, **more}
 
 
-def answer(text: str | None, **more: Any) -> Message:
-    return {"role": "assistant", "content": text, **more}
-
-
-def system(text: str) -> Message:
-    return {"role": "system", "content": text}
+user, answer, system = (functools.partial(turn, role) for role in ("user", "assistant", "system"))
 
 
 def calls(arguments: Any) -> list[Message]:
@@ -179,9 +174,8 @@ def test_enable_thinking_reaches_the_template_and_is_part_of_the_identity() -> N
 
 
 def test_a_cut_row_is_the_beginning_of_the_whole_one() -> None:
-    whole = encoder_of("byte_level", "qwen3 training").encode(document_of_row(row_of("reasoning")))
-    encoder = encoder_of("byte_level", "qwen3 training")
-    document = document_of_row(row_of("reasoning"))
+    encoder, document = encoder_of("byte_level", "qwen3 training"), document_of_row(row_of("reasoning"))
+    whole = encoder.encode(document)
 
     for limit in range(2, len(whole.ids)):
         cut = Encoder(tokenizer=encoder.tokenizer, template="chat", max_tokens=limit).encode(document)

@@ -11,7 +11,7 @@ from tokenizers import NormalizedString, Regex, normalizers
 
 import four_tokenizers
 from hostile_text import hostile_texts
-from normalising_tokenizers import NORMALISING, TEXTS, denormal_texts, normalising
+from normalising_tokenizers import DENORMAL, NORMALISING, denormal_texts, normalising
 from slow_alignment import align_one
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.text.encode import INTERVALS_VERSION, Encoder
@@ -86,9 +86,7 @@ def test_intervals_are_in_order_cover_the_text_and_say_what_their_tokens_say(kin
     for start, end, ids in groups(tokens, text):
         own = spelled(kind, ids)
         if own is not None:
-            glued = len(
-                text[:start].rstrip()
-            )  # blanks in front are not in the interval, but may be normalised with it
+            glued = len(text[:start].rstrip())  # blanks in front are not in it, but may be normalised with it
             assert solid(own) in {solid(said(kind, text[at:end])) for at in (start, glued)}, (start, end, ids)
 
 
@@ -98,7 +96,6 @@ def test_intervals_are_in_order_cover_the_text_and_say_what_their_tokens_say(kin
 def test_a_boundary_shared_with_a_tokenizer_that_changes_nothing_cuts_nothing_that_was_merged(
     kind: str, text: str
 ) -> None:
-    """The parts on both sides of it are normalised as the whole is."""
     plain = Encoder(tokenizer=four_tokenizers.tokenizer_of("byte_level"), template="none", max_tokens=100_000)
     document = lone(text)
     changed, raw = encoder_of(kind).encode(document), plain.encode(document)
@@ -134,16 +131,9 @@ def test_what_the_library_gets_right_stays_as_it_is(kind: str, texts: list[str])
 @pytest.mark.parametrize("kind", ["qwen", "nfkc", "bytes", "prepended", "t5"])
 @pytest.mark.parametrize(
     "text",
-    [
-        "tiếng Việt, được nhiều người dùng",
-        "La fête a été très réussie",
-        "한국어를 공부합니다",
-        "ガギグ パピプ",
-        "мой чай, ёлка",
-    ],
+    ["tiếng Việt, được nhiều người dùng", "La fête a été", "한국어를 공부합니다", "ガギグ パピプ", "мой чай, ёлка"],
 )
 def test_decomposed_text_gives_the_tokens_of_the_composed_and_their_characters(kind: str, text: str) -> None:
-    """Every character's decomposition stands where the character stood."""
     parts = [unicodedata.normalize("NFD", char) for char in text]
     at = np.cumsum([0, *map(len, parts)])
 
@@ -180,16 +170,6 @@ def test_what_vanishes_joins_what_it_touches(kind: str, text: str, spans: list[t
     tokens = encoder_of(kind).encode(lone(text))
 
     assert [(start, end) for start, end, _ in groups(tokens)] == spans
-
-
-@pytest.mark.parametrize("kind", ["bert", "albert", "t5"])
-def test_a_segment_of_which_nothing_is_left_is_rejected_as_before(kind: str) -> None:
-    gone = "\x07" if kind == "t5" else "\u0301"
-    document = document_of([("prompt", gone, False), ("response", "the lamp", True)], source="t", line=1)
-
-    tokens = encoder_of(kind).encode(document)
-
-    assert (tokens.status, len(tokens.ids), tokens.extended) == ("uncovered_characters", 0, 0)
 
 
 def with_normaliser(normaliser: object) -> Encoder:
@@ -231,7 +211,6 @@ def test_text_normalised_by_what_stands_far_away_is_not_explained() -> None:
 
 
 def test_a_tokenizer_that_cuts_the_normalised_text_otherwise_is_not_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one with dropout does."""
     encoder = encoder_of("qwen")
     assert encoder.encode(lone("e\u0301")).status == OK
 
@@ -244,29 +223,12 @@ def test_a_tokenizer_that_cuts_the_normalised_text_otherwise_is_not_explained(mo
     assert encoder.encode(lone("e\u0301")).status == "uncovered_characters"
 
 
-def test_a_bad_document_changes_no_other_of_its_batch_and_segments_keep_their_places() -> None:
-    texts = ["the lamp", "e\u0301 a\u0323", "\u0301\u0323", "it was", ""]
-    prompts = ["A", *["Ａ\u200b"] * 4]  # the first needs no repair
-    documents = [
-        document_of([("prompt", p, False), ("response", t, True)], source="t", line=1)
-        for p, t in zip(prompts, texts, strict=True)
-    ]
-    encoder = encoder_of("bert")
-
-    for row, document in zip(encoder.encode_batch(documents), documents, strict=True):
-        alone = encoder.encode(document)
-        assert (row.status, row.extended, row.spans.tolist()) == (alone.status, alone.extended, alone.spans.tolist())
-
-
 @pytest.mark.parametrize("kind", NORMALISING)
 def test_every_class_of_text_is_read_behind_every_normaliser(kind: str) -> None:
-    for name, text in TEXTS.items():
-        assert encoder_of(kind).encode(lone(text)).status == OK, name
+    for piece in DENORMAL:
+        assert encoder_of(kind).encode(lone(f"the {piece}lamp a{piece}b")).status == OK, ascii(piece)
 
 
 def test_the_identity_of_a_tokenizer_that_normalises_names_the_version_of_its_intervals() -> None:
     assert encoder_of("qwen").identity()["intervals"] == INTERVALS_VERSION
-    assert (
-        "intervals"
-        not in Encoder(tokenizer=four_tokenizers.tokenizer_of("byte_level"), template="none", max_tokens=64).identity()
-    )
+    assert "intervals" not in with_normaliser(None).identity()

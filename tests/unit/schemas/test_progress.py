@@ -13,8 +13,6 @@ from xkd_schemas.progress import Progress, heartbeat, remark, tick, tick_each
 
 
 class Clock:
-    """Seconds that pass when told to."""
-
     now = 1000.0
 
     def __call__(self) -> float:
@@ -58,11 +56,14 @@ def test_off_a_terminal_a_plain_line_says_count_elapsed_and_left_at_least_every_
     assert len(lines) == 6
 
 
-def test_work_that_takes_less_prints_nothing_off_a_terminal(clock, monkeypatch) -> None:
+@pytest.mark.parametrize(("seconds", "quiet"), [(0.09, False), (9, True)])
+def test_work_that_takes_less_and_a_quiet_process_print_nothing_off_a_terminal(
+    clock, monkeypatch, seconds: float, quiet: bool
+) -> None:
     screen = on_screen(monkeypatch)
-    with Progress("teachers/T", 90):
+    with Progress("teachers/T", 90, quiet=quiet):
         for _ in tick_each(range(90)):
-            clock.now += 0.09
+            clock.now += seconds
     assert screen.getvalue() == ""
 
 
@@ -123,11 +124,3 @@ def test_only_the_innermost_work_is_shown_and_the_silence_counts_over_all_of_it(
         whole.beat()
 
     assert screen.getvalue().splitlines() == ["load: 0:05 elapsed", "xkd-train: 0:20 elapsed"]
-
-
-def test_a_quiet_process_shows_nothing(clock, monkeypatch) -> None:
-    screen = on_screen(monkeypatch)
-    with Progress("train", 10, of="steps", quiet=True):
-        clock.now += 100
-        tick()
-    assert screen.getvalue() == ""

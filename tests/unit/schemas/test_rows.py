@@ -11,19 +11,11 @@ from xkd_schemas.corpus.rows import RawRow, RejectedRow, read_documents
 from xkd_schemas.documents import Document
 
 
-def read(form: str, *contents: object, max_chars: int = 1000) -> tuple[list[Document], list[RejectedRow]]:
-    rows = [
-        RawRow(line=n, content=c if isinstance(c, bytes | LongLine) else json.dumps(c).encode())
-        for n, c in enumerate(contents, 1)
-    ]
-    return read_documents("a.jsonl", form, {}, rows, max_chars=max_chars)
-
-
-def reason_of(form: str, content: object, **options: int) -> str:
-    documents, rejected = read(form, content, **options)
-    assert documents == []
-    assert len(rejected) == 1
-    return rejected[0].reason
+def read(form: str, *contents: object, **unused: dict[str, int]) -> tuple[list[Document], list[RejectedRow]]:
+    """Documents and rejects of lines, or of rows as JSON."""
+    lines = [c if isinstance(c, bytes | LongLine) else json.dumps(c).encode() for c in contents]
+    rows = [RawRow(line=n, content=line) for n, line in enumerate(lines, 1)]
+    return read_documents("a.jsonl", form, {}, rows, max_chars=1000, **unused)
 
 
 def parts(document: Document) -> list[str]:
@@ -43,31 +35,20 @@ TURNS = [
     ("form", "row", "wanted"),
     [
         ("prompt_response", {"prompt": "Hi?", "response": "Yes"}, ["prompt Hi?", "response* Yes"]),
-        (
-            "alpaca",
-            {"instruction": "Add.", "input": "1 2", "output": "3"},
-            ["instruction Add.", "input 1 2", "response* 3"],
-        ),
+        ("alpaca", {"instruction": "Add", "input": "1", "output": "3"}, ["instruction Add", "input 1", "response* 3"]),
         ("alpaca", {"instruction": "Go.", "input": None, "output": "No."}, ["instruction Go.", "response* No."]),
         ("alpaca", {"instruction": "Go.", "output": "No."}, ["instruction Go.", "response* No."]),
         ("text", {"text": " kept as it is \n"}, ["text*  kept as it is \n"]),
+        ("text", b'{"text": "a\\u0000b\\u2028c\\u0085"}', ["text* a\0b\u2028c\x85"]),
         ("messages", {"messages": TURNS}, ["system Be kind.", "user AB", "assistant* C", "tool D"]),
     ],
 )
-def test_each_form_becomes_its_segments(form: str, row: dict, wanted: list) -> None:
+def test_each_form_becomes_its_segments(form: str, row: object, wanted: list) -> None:
     (document,), rejected = read(form, row)
 
     assert rejected == []
     assert parts(document) == wanted
     assert (document.source, document.line) == ("a.jsonl", 1)
-
-
-def test_a_mapped_column_is_read_in_place_of_the_field() -> None:
-    rows = [RawRow(line=7, content={"question": "Why?", "response": "So."})]
-
-    (document,), _ = read_documents("a", "prompt_response", {"prompt": "question"}, rows, max_chars=99)
-
-    assert document.text == "Why?So."
 
 
 @pytest.mark.parametrize(
@@ -100,7 +81,9 @@ def test_a_mapped_column_is_read_in_place_of_the_field() -> None:
     ],
 )
 def test_a_row_that_cannot_be_used_is_rejected_for_its_reason(content: object, reason: str) -> None:
-    assert reason_of("text", content) == reason
+    documents, rejected = read("text", content)
+
+    assert (documents, [r.reason for r in rejected]) == ([], [reason])
 
 
 @pytest.mark.parametrize(
@@ -112,8 +95,6 @@ def test_a_row_that_cannot_be_used_is_rejected_for_its_reason(content: object, r
         ([{"content": "x"}], "missing_field"),
         ([{"role": "robot", "content": "x"}], "bad_role"),
         ([{"role": 3, "content": "x"}], "bad_type"),
-        ([{"role": "assistant", "content": None}], "bad_type"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}], "bad_type"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}], "bad_type"),
         ([{"role": "user", "content": ["x"]}], "bad_type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "bad_type"),
@@ -123,19 +104,17 @@ def test_a_row_that_cannot_be_used_is_rejected_for_its_reason(content: object, r
     ],
 )
 def test_a_chat_that_cannot_be_used_is_rejected_for_its_reason(messages: object, reason: str) -> None:
-    assert reason_of("messages", {"messages": messages}) == reason
+    documents, rejected = read("messages", {"messages": messages})
+
+    assert (documents, [r.reason for r in rejected]) == ([], [reason])
 
 
-def test_a_table_row_with_half_a_surrogate_pair_is_rejected() -> None:
-    _, (rejected,) = read_documents("a", "text", {}, [RawRow(line=1, content={"text": "\ud800"})], max_chars=9)
+def test_a_table_row_is_read_from_its_mapped_column_and_half_a_surrogate_pair_in_it_is_rejected() -> None:
+    rows = [RawRow(line=7, content={"question": text, "response": "So."}) for text in ("Why?", "\ud800")]
 
-    assert rejected.reason == "lone_surrogate"
+    (document,), (rejected,) = read_documents("a", "prompt_response", {"prompt": "question"}, rows)
 
-
-def test_nul_and_other_controls_in_escapes_are_kept() -> None:
-    (document,), _ = read("text", b'{"text": "a\\u0000b\\u2028c\\u0085"}')
-
-    assert document.text == "a\0b\u2028c\x85"
+    assert (document.text, rejected.reason) == ("Why?So.", "lone_surrogate")
 
 
 def test_a_reject_shows_what_is_wrong_in_printable_ascii() -> None:
@@ -181,10 +160,7 @@ def test_keys_that_are_not_used_are_counted_and_those_that_hold_content_are_refu
     bad = {"messages": [{"role": "user", "content": "a", "images": ["x.png"]}, said]}
     unused: dict[str, int] = {}
 
-    documents, rejected = read_documents(
-        "s", "messages", {}, [RawRow(line=n, content=json.dumps(row).encode()) for n, row in enumerate((good, bad))],
-        unused=unused,
-    )  # fmt: skip
+    documents, rejected = read("messages", good, bad, unused=unused)
 
     assert (len(documents), documents[0].messages, [r.reason for r in rejected]) == (1, "", ["bad_type"])
     assert '"messages"[0] has "images", which is not read in a message of user' in rejected[0].detail
@@ -268,9 +244,8 @@ def test_a_system_turn_twice_is_refused_and_so_is_a_call_that_is_no_json() -> No
 def test_of_several_references_the_first_is_learnt_and_the_others_are_counted() -> None:
     unused: dict[str, int] = {}
     rows = [{"instruction": "Go.", "input": "", "output": ["No.", "Never."]}, {"instruction": "Go.", "output": [3]}]
-    raw = [RawRow(line=n, content=json.dumps(row).encode()) for n, row in enumerate(rows)]
 
-    (document,), rejected = read_documents("a", choose_form("a", "auto", {}, rows)[0], {}, raw, unused=unused)
+    (document,), rejected = read(choose_form("a", "auto", {}, rows)[0], *rows, unused=unused)
 
     assert parts(document)[-1] == "response* No."
     assert unused == {"row.output[1:]": 1}

@@ -61,10 +61,7 @@ def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: P
         ("documents.qqqq=1", "--set: 'documents.qqqq' is not a key. Next: use one of: corpus, form, columns"),
         ("workers", "--set workers: no '='. Next: write --set section.key=value"),
         ("cache.x=1", "cache: Input should be a valid string, found {'x': 1}"),
-        (
-            "teacher.dtype=int8",
-            "teacher.dtype: Input should be 'auto', 'bfloat16', 'float16' or 'float32', found",
-        ),
+        ("teacher.dtype=int8", "teacher.dtype: Input should be 'auto', 'bfloat16', 'float16' or 'float32', found"),
         ("documents.max_reject=2", "documents.max_reject: Input should be less than or equal to 1, found 2"),
         ("workers=-1", "workers: Input should be greater than or equal to 0, found -1"),
         ("workers=two", "workers: Input should be a valid integer, unable to parse string as an integer, found 'two'"),
@@ -103,7 +100,3 @@ def test_what_is_not_there_or_not_toml_is_unreadable_input(tmp_path: Path) -> No
         (tmp_path / "run.toml").write_bytes(content)
         with pytest.raises(InputMissing, match=r"run.toml is not TOML"):
             load_run(tmp_path / "run.toml")
-
-
-def test_the_demo_run_file_of_this_repository_is_valid() -> None:
-    assert load_run(Path(__file__).parents[3] / "runs" / "demo.toml").documents.corpus

@@ -1,16 +1,14 @@
 """Ragged columns, shards and sealed tables: what was written is read, and nothing that was damaged is."""
 
 import gc
-import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import small_cache
 from xkd_pipeline.tables import shard
@@ -60,36 +58,13 @@ def read_all(opened: Shard) -> list[Any]:
     return [opened.batch(n).to_pylist() for n in range(len(opened.commit.batches))]
 
 
-def remanifest(root: Path, **changes: Any) -> None:
-    """Change the manifest's commits (by keyword: field -> function) and seal it again, as one with the tools could."""
+def remanifest(root: Path, change: Callable[[Commit], Commit]) -> None:
+    """Change the manifest's commits and seal it again, as one with the tools could."""
     path = root / "documents" / "manifest.json"
     old = read_record(path, Manifest)
-    commits = tuple(c.model_copy(update={k: f(c) for k, f in changes.items()}) for c in old.commits)
+    commits = tuple(map(change, old.commits))
     units = tuple(Unit(source="x", first=0, rows=c.rows) for c in commits)
     path.write_bytes(to_json(seal_table(Plan(table="documents", spec=old.spec, units=units), commits, {}, {})))
-
-
-rows_of_arrays = st.lists(st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1), st.integers(0, 9)), max_size=5))
-
-
-@settings(deadline=None)
-@given(rows=rows_of_arrays)
-def test_ragged_rows_come_back_as_they_went_in(rows: list[list[tuple[int, int]]]) -> None:
-    flags = [[b % 2 == 1 for _, b in row] for row in rows]
-    labels = [[str(a) for a, _ in row] for row in rows]
-    kinds = {"pair": INTERVALS, "flag": flat_list(pa.bool_()), "label": flat_list(pa.string()), "n": pa.int32()}
-    schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
-
-    batch = batch_of(schema, {"pair": rows, "flag": flags, "label": labels, "n": [len(row) for row in rows]})
-
-    batch.validate(full=True)
-    assert batch.schema == schema
-    for number, row in enumerate(rows):
-        assert Columns(batch).row("pair", number).tolist() == [list(pair) for pair in row]
-        assert Columns(batch).row("pair", number).shape == (len(row), 2)
-        assert Columns(batch).row("flag", number).tolist() == flags[number]
-        assert Columns(batch).row("label", number) == labels[number]
-        assert Columns(batch).row("n", number) == len(row)
 
 
 def test_numbers_are_views_into_the_batch_and_cannot_be_written() -> None:
@@ -107,10 +82,10 @@ def test_a_table_gives_every_row_of_every_shard_in_order(tmp_path: Path) -> None
     table, wanted = sealed_table(tmp_path), columns(43)
 
     assert len(table) == 43
-    assert [row["doc_id"] for row in table] == wanted["doc_id"]
     assert all(np.array_equal(row["spans"], spans) for row, spans in zip(table, wanted["spans"], strict=True))
-    assert [row["labels"] for row in table] == wanted["labels"]
-    assert table[42]["values"].tolist() == wanted["values"][42].tolist()
+    for name, values in wanted.items():
+        assert [np.asarray(row[name]).tolist() for row in table] == [np.asarray(value).tolist() for value in values]
+    assert [type(table[3][name]) for name in ("doc_id", "labels")] == [str, list]
     for index in (-1, 43):
         with pytest.raises(IndexError):
             table[index]
@@ -177,9 +152,7 @@ def test_a_missing_shard_says_how_to_get_it_back(tmp_path: Path) -> None:
 def test_files_swapped_together_with_their_records_are_found_by_their_unit_mark(tmp_path: Path) -> None:
     sealed_table(tmp_path, (3, 3))
     old = read_record(tmp_path / "documents" / "manifest.json", Manifest).commits
-    swapped: dict[int, Commit] = {0: old[1], 1: old[0]}
-    names = ("file", "size", "sha256", "frame_xxh3", "batches")
-    remanifest(tmp_path, **{n: lambda c, n=n: getattr(swapped[c.unit], n) for n in names})
+    remanifest(tmp_path, lambda c: old[1 - c.unit].model_copy(update={"unit": c.unit}))
 
     with pytest.raises(BadData, match="is shard 1, expected 0"):
         Table(tmp_path, "documents")[0]
@@ -189,8 +162,7 @@ def test_a_shard_with_other_columns_is_a_mismatch(tmp_path: Path) -> None:
     table = sealed_table(tmp_path, (3, 3))
     other = pa.schema([*list(SCHEMA)[:-1]])
     new = write_shard(table.folder, 1, other, {k: v for k, v in columns(3).items() if k != "labels"})
-    names = ("file", "size", "sha256", "frame_xxh3", "batches")
-    remanifest(tmp_path, **{n: lambda c, n=n: getattr(new if c.unit == 1 else c, n) for n in names})
+    remanifest(tmp_path, lambda c: new if c.unit == 1 else c)
     table = Table(tmp_path, "documents")
 
     assert table[0]["doc_id"] == "d0"
@@ -217,37 +189,22 @@ def test_a_table_name_cannot_lead_out_of_the_cache(tmp_path: Path, name: str) ->
         Table(tmp_path / "inner", name)
 
 
-def test_an_edited_manifest_does_not_match_its_digest(tmp_path: Path) -> None:
-    path = small_cache.copied(tmp_path) / "teachers" / "T" / "manifest.json"
-    content = json.loads(path.read_bytes())
-    content["constants"]["hidden_std"] = 1.0
-    path.write_text(json.dumps(content))
-
-    with pytest.raises(BadData, match=r"manifest.json.*does not match its own digest"):
-        Table(tmp_path / "cache", "teachers/T")
-
-
-def test_the_manifest_of_one_table_does_not_pass_for_another(tmp_path: Path) -> None:
+def test_only_sealed_tables_have_names_and_the_manifest_of_one_does_not_pass_for_another(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
+    (cache / "teachers" / "begun" / "commits").mkdir(parents=True)
+    assert (names_in(cache, "teachers"), names_in(cache, "students"), names_in(cache, "nothing")) == (["T"], ["S"], [])
     shutil.copytree(cache / "teachers" / "T", cache / "teachers" / "U")
 
     with pytest.raises(BadData, match="is that of"):
         Table(cache, "teachers/U")
 
 
-def test_only_sealed_tables_have_names(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    (cache / "teachers" / "begun" / "commits").mkdir(parents=True)
-
-    assert (names_in(cache, "teachers"), names_in(cache, "students"), names_in(cache, "nothing")) == (["T"], ["S"], [])
-
-
 def test_what_a_sealed_manifest_claims_beyond_its_shard_is_no_traceback(tmp_path: Path) -> None:
     sealed_table(tmp_path, (3, 3))
-    for changes in ({"size": lambda c: c.size + 1}, {"sha256": lambda c: "0"}, {"frame_xxh3": lambda c: "0"}):
+    for changes in ({"size": 99}, {"sha256": "0"}, {"frame_xxh3": "0"}):
         copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
         shutil.copytree(tmp_path / "documents", copy / "documents")
-        remanifest(copy, **changes)
+        remanifest(copy, lambda c, changes=changes: c.model_copy(update=changes))
         try:
             list(Table(copy, "documents"))
         except XkdError:

@@ -17,19 +17,16 @@ def document(*roles_and_texts: tuple[str, str]) -> Document:
     return document_of([(role, text, role in targets) for role, text in roles_and_texts], source="d.jsonl", line=7)
 
 
-def written_out(template: str, doc: Document) -> str:
-    """The whole sequence as text."""
-    return "".join(
-        piece if isinstance(piece, str) else doc.text[doc.segments[piece].start : doc.segments[piece].end]
-        for piece in LAYOUTS[template](doc)
-    )
+def encoder(
+    chat_template: str = four_tokenizers.CHAT_TEMPLATE, *, kind: str = "byte_level", template: str = "chat"
+) -> Encoder:
+    tokenizer = four_tokenizers.fresh(kind)
+    tokenizer.chat_template = chat_template
+    return Encoder(tokenizer=tokenizer, template=template, max_tokens=300)
 
 
-def chat(doc: Document, chat_template: str = "") -> str:
-    """What the chat template writes."""
-    tokenizer = four_tokenizers.fresh("byte_level")
-    tokenizer.chat_template = chat_template or four_tokenizers.CHAT_TEMPLATE
-    return ChatTemplate(tokenizer).render(doc).text
+def chat(doc: Document, chat_template: str = four_tokenizers.CHAT_TEMPLATE) -> str:
+    return ChatTemplate(encoder(chat_template).tokenizer).render(doc).text
 
 
 def decoded(tokens: Tokens, *kinds: int) -> str:
@@ -61,7 +58,10 @@ WRITE = ". Write a response that appropriately completes the request.\n\n### Ins
 def test_none_is_nothing_but_the_segments_and_alpaca_is_the_published_prompt(
     template: str, turns: list[tuple[str, str]], text: str
 ) -> None:
-    assert written_out(template, document(*turns)) == text
+    doc = document(*turns)
+    said = [doc.text[segment.start : segment.end] for segment in doc.segments]
+
+    assert "".join(p if isinstance(p, str) else said[p] for p in LAYOUTS[template](doc)) == text
 
 
 def test_instruction_and_input_are_one_user_message() -> None:
@@ -71,10 +71,9 @@ def test_instruction_and_input_are_one_user_message() -> None:
 
 
 def test_the_templates_own_end_token_ends_a_target_and_what_follows_the_last_is_left_out() -> None:
-    tokenizer = four_tokenizers.chat_tokenizer()
     doc = document(("user", "Who?"), ("assistant", "The keeper."), ("user", "Why?"), ("assistant", "Duty."))
 
-    tokens = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200).encode(doc)
+    tokens = encoder().encode(doc)
 
     assert tokens.status == OK
     assert decoded(tokens, CONTENT) == doc.text
@@ -89,43 +88,32 @@ def test_the_templates_own_end_token_ends_a_target_and_what_follows_the_last_is_
 @pytest.mark.parametrize(
     ("chat_template", "text"),
     [
-        (
-            "{{ m['role'] + ': ' + m['content'] + '\n' }}",
-            "user: Who?\nassistant: Him.\nuser: Why?\nassistant: x</s>",
-        ),
+        ("{{ m['role'] + ': ' + m['content'] + '\n' }}", "user: Who?\nassistant: Him.\nuser: Why?\nassistant: x</s>"),
         ("{{ '<s>' + m['content'] }}", "<s>Who?<s>Him.<s>Why?<s>x</s>"),  # a start token ends no turn
     ],
 )
 def test_a_template_without_an_end_token_gets_eos_behind_its_last_target(chat_template: str, text: str) -> None:
-    tokenizer = four_tokenizers.fresh("byte_level")
-    tokenizer.chat_template = f"{{% for m in messages %}}{chat_template}{{% endfor %}}"
+    own = encoder(f"{{% for m in messages %}}{chat_template}{{% endfor %}}")
     doc = document(("user", "Who?"), ("assistant", "Him."), ("user", "Why?"), ("assistant", "x"))
 
-    tokens = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200).encode(doc)
+    tokens = own.encode(doc)
 
-    assert tokens.ids[tokens.kinds == END].tolist() == [tokenizer.eos_token_id]
-    assert tokenizer.decode(tokens.ids.tolist()) == text
+    assert tokens.ids[tokens.kinds == END].tolist() == [own.tokenizer.eos_token_id]
+    assert own.tokenizer.decode(tokens.ids.tolist()) == text
 
 
 def test_only_templates_without_one_of_their_own_get_the_start_token_that_the_tokenizer_adds() -> None:
-    tokenizer = four_tokenizers.fresh("sentencepiece")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+    turns = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
     doc = document(("prompt", "Who?"), ("response", "Him."))
 
-    starts = {
-        name: bool(Encoder(tokenizer=tokenizer, template=name, max_tokens=200).encode(doc).ids[0] == 1)
-        for name in ("none", "alpaca", "chat")
-    }
-
-    assert starts == {"none": True, "alpaca": True, "chat": False}
+    for name, starts in (("none", True), ("alpaca", True), ("chat", False)):
+        tokens = encoder(turns, kind="sentencepiece", template=name).encode(doc)
+        assert (tokens.ids[0] == 1) == starts, name
 
 
 def test_the_same_text_has_the_same_intervals_under_every_template() -> None:
     doc = document(("prompt", "Who lit the lamp?"), ("response", "Nobody knew."))
-    rows = [
-        Encoder(tokenizer=four_tokenizers.chat_tokenizer(), template=name, max_tokens=300).encode(doc)
-        for name in ("none", "alpaca", "chat")
-    ]
+    rows = [encoder(template=name).encode(doc) for name in ("none", "alpaca", "chat")]
 
     assert len({str(row.spans[row.kinds != TEMPLATE].tolist()) for row in rows}) == 1
     assert len({str(row.spans[row.targets].tolist()) for row in rows}) == 1
@@ -147,22 +135,18 @@ def test_todays_date_in_a_template_is_not_todays() -> None:
     ],
 )
 def test_what_cannot_be_mapped_has_a_reason_of_its_own(chat_template: str, status: str) -> None:
-    tokenizer = four_tokenizers.fresh("byte_level")
-    tokenizer.chat_template = (
-        "{% if messages|length == 2 %}{% for m in messages %}{{ m['content'] }}{% endfor %}{% else %}"
-        f"{chat_template}{{% endif %}}"
-    )
+    short = "{% if messages|length == 2 %}{% for m in messages %}{{ m['content'] }}{% endfor %}{% else %}"
+    own = encoder(f"{short}{chat_template}{{% endif %}}")
     turns = document(("user", "a b"), ("assistant", "c d"), ("user", "e f"), ("assistant", "g h"))
-    encoder = Encoder(tokenizer=tokenizer, template="chat", max_tokens=200)
 
-    tokens = encoder.encode(turns)
+    tokens = own.encode(turns)
 
     assert tokens.status == status
     assert status == OK or (status in REASONS and not len(tokens.ids))
     if status != OK:
         with pytest.raises(UsageError, match=r"d\.jsonl:7: .*the chat template .*Next: fix the turns, or --template"):
-            encoder.check([turns])
-        encoder.check([turns, document(("user", "a"), ("assistant", "b"))])
+            own.check([turns])
+        own.check([turns, document(("user", "a"), ("assistant", "b"))])
 
 
 @pytest.mark.parametrize(
@@ -174,24 +158,19 @@ def test_what_cannot_be_mapped_has_a_reason_of_its_own(chat_template: str, statu
     ],
 )
 def test_a_template_that_takes_no_question_is_refused_with_its_tokenizer(chat_template: str, why: str) -> None:
-    tokenizer = four_tokenizers.fresh("byte_level")
-    tokenizer.chat_template = chat_template
-
     with pytest.raises(UsageError, match=rf"{why}.*Next: --template none or --template alpaca"):
-        Encoder(tokenizer=tokenizer, template="chat", max_tokens=200)
+        encoder(chat_template)
 
 
 def test_a_tokenizer_without_a_chat_template_is_told_what_to_type() -> None:
     with pytest.raises(UsageError, match=r"has no chat template\. Next: --template none or --template alpaca"):
-        Encoder(tokenizer=four_tokenizers.tokenizer_of("byte_level"), template="chat", max_tokens=200)
+        encoder("")
 
 
 @pytest.mark.parametrize("name", ["chat", "alpaca"])
 def test_plain_text_is_refused_by_templates_with_turns(name: str) -> None:
     with pytest.raises(UsageError, match=rf"d\.jsonl:7: plain text has no turns, the {name} .*Next: --template none"):
-        Encoder(tokenizer=four_tokenizers.chat_tokenizer(), template=name, max_tokens=9).encode(
-            document(("text", "a"))
-        )
+        encoder(template=name).encode(document(("text", "a")))
 
 
 def test_alpaca_refuses_a_conversation() -> None:
