@@ -361,7 +361,6 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "alm": [{"divergence": "reverse_kl"}, {"divergence": "tv"}, {"divergence": "kl_limit"}, {"temperature": 1.0},
             {"scaled": False}, {"average": "tokens"}],
     "mined": [{"temperature": 1.0}, {"vocabulary": "exact"}],
-    "uld": [{"temperature": 2.0}],
 }  # fmt: skip
 
 
