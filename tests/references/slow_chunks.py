@@ -1,7 +1,10 @@
-"""The definitions of ALM and MinED as loops over plain numbers: one document, one chunk, one token at a time."""
+"""The definitions of ALM, MinED and FDD as loops over plain numbers: one document, chunk or token at a time."""
 
+import itertools
 import math
 from collections.abc import Sequence
+
+from slow_losses import Vector, cosine
 
 Range = tuple[int, int]
 
@@ -116,3 +119,15 @@ def mined(
             log_p = softened([-1e5 if t < 0 else teacher[t] for t in to_teacher], tau)
             total += math.fsum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
     return total, float(len(positions))
+
+
+# FDD
+
+
+def derivative(teacher: Sequence[Vector], student: Sequence[Vector]) -> float:
+    """Mean over neighbouring layers of 1 - cos between the changes of log p."""
+    changes = []
+    for side in (teacher, student):
+        logs = [log_softmax(z) for z in side]
+        changes.append([[b - a for a, b in zip(x, y, strict=True)] for x, y in itertools.pairwise(logs)])
+    return math.fsum(1 - cosine(a, b) for a, b in zip(*changes, strict=True)) / (len(teacher) - 1)

@@ -4,18 +4,12 @@ A matrix is a list of rows; a head is a list of one row for each class.
 """
 
 import math
-import operator
 from collections.abc import Sequence
 
-import slow_losses
+from slow_losses import divergence, dot, softmax
 
 Row = Sequence[float]
 Matrix = Sequence[Row]
-
-
-def dot(a: Row, b: Row) -> float:
-    """Sum of products."""
-    return sum(map(operator.mul, a, b))
 
 
 def linear(rows: Matrix, weight: Matrix, bias: Row | None = None) -> list[list[float]]:
@@ -26,7 +20,7 @@ def linear(rows: Matrix, weight: Matrix, bias: Row | None = None) -> list[list[f
 
 def attention(query: Matrix, key: Matrix) -> list[list[float]]:
     """softmax over keys of Q K^T / sqrt(width)."""
-    return [slow_losses.softmax([dot(q, k) / math.sqrt(len(q)) for k in key]) for q in query]
+    return [softmax([dot(q, k) / math.sqrt(len(q)) for k in key]) for q in query]
 
 
 def mixed(shares: Matrix, values: Matrix) -> list[list[float]]:
@@ -39,25 +33,10 @@ def best(logits: Row) -> int:
     return list(logits).index(max(logits))
 
 
-def projected_ce(projected: Matrix, targets: Sequence[int]) -> float:
-    """L_ce of one document."""
-    return slow_losses.cross_entropy(projected, targets, [True] * len(targets))[0]
-
-
-def student_space(
-    own: Matrix, projected: Matrix, targets: Sequence[int] | None, kind: str, tau: float, skew: float, alpha: float
-) -> float:
-    """L_stu of one document; with targets, only where the projected teacher predicts them."""
-    total = 0.0
-    for n, (mine, theirs) in enumerate(zip(own, projected, strict=True)):
-        if targets is None or best(theirs) == targets[n]:
-            total += slow_losses.divergence(mine, theirs, kind, tau, skew, alpha)
-    return total
-
-
-def teacher_space(back: Matrix, teacher: Matrix, kind: str, tau: float, skew: float, alpha: float) -> float:
-    """L_tea of one document."""
+def space(own: Matrix, other: Matrix, targets: Sequence[int] | None = None) -> float:
+    """L_stu or L_tea of one document, as by default; with targets, only where the other side predicts them."""
     return math.fsum(
-        slow_losses.divergence(mine, theirs, kind, tau, skew, alpha)
-        for mine, theirs in zip(back, teacher, strict=True)
+        divergence(mine, theirs, "forward_kl", 2.0, 0.1, 0.5)
+        for n, (mine, theirs) in enumerate(zip(own, other, strict=True))
+        if targets is None or best(theirs) == targets[n]
     )

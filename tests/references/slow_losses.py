@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Vector = Sequence[float]
@@ -48,11 +49,8 @@ def padded(documents: Sequence[Tensor], fill: float = 0.0, length: int | None = 
 
 def padded_square(matrices: Sequence[Tensor], fill: float = 0.0) -> Tensor:
     """[B, K, K] with `fill` outside each document's own square."""
-    longest = max(len(m) for m in matrices)
-    out = torch.full((len(matrices), longest, longest), fill, dtype=matrices[0].dtype)
-    for row, matrix in enumerate(matrices):
-        out[row, : len(matrix), : len(matrix)] = matrix
-    return out
+    longest = max(map(len, matrices))
+    return padded([F.pad(m, (0, longest - len(m)), value=fill) for m in matrices], fill)
 
 
 def mask(sizes: Sequence[int]) -> Tensor:
@@ -66,10 +64,6 @@ def with_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor,
     value = loss(at)
     (gradient,) = torch.autograd.grad(value, at)
     return value.detach(), gradient
-
-
-def assert_same_bits(left: Tensor, right: Tensor) -> None:
-    torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=False)
 
 
 # Vectors
@@ -154,12 +148,6 @@ def omega(mass: Vector, p: float) -> list[float]:
     return [x / math.fsum(powers) for x in powers]
 
 
-def weighted_cosine(documents: Sequence[tuple[Sequence[Vector], Sequence[Vector], Vector]]) -> tuple[float, float]:
-    """(projected student, teacher, omega) of each document -> sum, documents with a span."""
-    total, _ = hid(documents)
-    return total, sum(1.0 for _, _, w in documents if len(w))
-
-
 def geometric(documents: Sequence[tuple[Sequence[Vector], Sequence[Vector], Vector]]) -> tuple[float, float]:
     """(student, teacher, omega) of each document -> sum, documents with a span."""
     total = 0.0
@@ -242,6 +230,5 @@ def divergence(
     }[kind]()
 
 
-def cross_entropy(logits: Sequence[Vector], targets: Sequence[int], valid: Sequence[bool]) -> tuple[float, float]:
-    chosen = [-math.log(softmax(z)[y]) for z, y, v in zip(logits, targets, valid, strict=True) if v]
-    return math.fsum(chosen), float(len(chosen))
+def cross_entropy(logits: Sequence[Vector], targets: Sequence[int]) -> float:
+    return -math.fsum(math.log(softmax(z)[y]) for z, y in zip(logits, targets, strict=True))

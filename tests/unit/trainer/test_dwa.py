@@ -168,7 +168,7 @@ def dwa_document(made: Ready, d: one.Alone) -> dict[str, float]:
         return sum(w * slow_losses.divergence(q, p, kind, s.temperature, s.skew, s.adaptive_alpha) for w, q, p in each)
 
     return {
-        "projected_ce": slow_dskd.projected_ce(projected, d.targets),
+        "projected_ce": slow_losses.cross_entropy(projected, d.targets),
         "student_space": compared(w_s, own, projected, s.student_divergence),
         "teacher_space": compared(w_t, projected_back, theirs, s.teacher_divergence),
         "dtw_embeddings": divergence(s_out, m.embed_t2s(t_out)),

@@ -346,51 +346,25 @@ def value(loss: str, **settings: Any) -> float:
 default = functools.cache(value)
 
 
-@pytest.mark.parametrize(
-    ("loss", "settings"),
-    [
-        ("mta", {"student_pooling": "uniform"}),
-        ("mta", {"word_spans": "in_phrases"}),
-        ("mta", {"spans_over": "response"}),
-        ("mta", {"span_weights": "uniform"}),
-        ("mta", {"hid_layers": "sum"}),
-        ("mta", {"lambda_dsa": 1.0}),
-        ("mta", {"student_layers": [1, 1, 2]}),
-        ("sra", {"weights": "uniform"}),
-        ("sra", {"kd": "mean"}),
-        ("sra", {"weighted_pooling": False}),
-        ("sra", {"weighted_loss": False}),
-        ("sra", {"shared_vocab": "exact"}),
-        ("sra", {"tau": 4.0}),
-        ("sra", {"p": 2.0}),
-        ("sra", {"geo": 10.0}),
-        ("sra", {"spans": "word"}),
-        ("sra", {"spans": "phrase"}),
-        ("dwa", {"entropy_weights": False}),
-        ("dwa", {"gate": False}),
-        ("dwa", {"student_weight": "gate_after"}),
-        ("dwa", {"student_divergence": "reverse_kl"}),
-        ("dwa", {"teacher_divergence": "js"}),
-        ("dwa", {"temperature": 1.0}),
-        ("dwa", {"gamma": 1.0}),
-        ("dwa", {"dtw_divergence": False}),
-        ("dwa", {"band": "none"}),
-        ("dwa", {"band": "hard", "band_width": 1.0}),
-        ("dwa", {"band_source": "sdtw"}),
-        ("dwa", {"band_warmup_steps": 3}),
-        ("dwa", {"gate_warmup_steps": 3}),
-        ("dwa", {"dtw_warmup_steps": 3}),
-        ("dwa", {"kd": 1.0}),
-        ("alm", {"divergence": "reverse_kl"}),
-        ("alm", {"divergence": "tv"}),
-        ("alm", {"divergence": "kl_limit"}),
-        ("alm", {"temperature": 1.0}),
-        ("alm", {"scaled": False}),
-        ("alm", {"average": "tokens"}),
-        ("mined", {"temperature": 1.0}),
-        ("mined", {"vocabulary": "exact"}),
-    ],
-)
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "mta": [{"student_pooling": "uniform"}, {"word_spans": "in_phrases"}, {"spans_over": "response"},
+            {"span_weights": "uniform"}, {"student_layers": [1, 1, 2]}],
+    "sra": [{"weights": "uniform"}, {"kd": "mean"}, {"weighted_pooling": False}, {"weighted_loss": False},
+            {"shared_vocab": "exact"}, {"tau": 4.0}, {"p": 2.0}, {"geo": 10.0}, {"spans": "word"},
+            {"spans": "phrase"}],
+    "dwa": [{"entropy_weights": False}, {"gate": False}, {"student_weight": "gate_after"}, {"kd": 1.0},
+            {"student_divergence": "reverse_kl"}, {"teacher_divergence": "js"}, {"temperature": 1.0}, {"gamma": 1.0},
+            {"dtw_divergence": False}, {"band": "none"}, {"band": "hard", "band_width": 1.0},
+            {"band_source": "sdtw"}],
+    "dskd_cma": [{"correct_only": False}],
+    "dskd_v2": [{"agreement": False}],
+    "alm": [{"divergence": "reverse_kl"}, {"divergence": "tv"}, {"divergence": "kl_limit"}, {"temperature": 1.0},
+            {"scaled": False}, {"average": "tokens"}],
+    "mined": [{"temperature": 1.0}, {"vocabulary": "exact"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "settings"), [(loss, how) for loss, every in CHANGES.items() for how in every])
 def test_every_setting_changes_something(loss: str, settings: dict[str, Any]) -> None:
     found = value(loss, **settings)
 

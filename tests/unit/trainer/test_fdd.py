@@ -8,11 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch import Tensor
 
 import one_tokenizer as one
-import slow_fdd as slow
+import slow_chunks as slow
 import slow_losses
 import tiny_models as tiny
 from xkd_schemas.errors import UsageError
@@ -139,16 +138,11 @@ def test_needs_are_the_last_states_and_those_of_the_picked_layers_below() -> Non
         ({"layers": [2, 4], "student_layers": [1]}, r"fdd.student_layers has 1 layers for the teacher's 2, 4"),
         ({"layers": [2], "student_layers": [5]}, r"layer 5 does not exist, the student has layers 1 to 4"),
         ({"layers": [2, 4], "student_layers": [3, 3]}, r"read a layer twice .*3 beside 2, 3 beside 4\). Next: --set"),
+        ({"depth": 2}, r"fdd would read a layer twice .*Next: --set losses.fdd.layers"),
+        ({"layers": [0]}, r"fdd.layers"),
         ({"final": 0.0, "trajectory": 0.0, "layers": [3]}, r"loss fdd has no term left"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_trained(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         one.ready("fdd", **settings)
-
-
-def test_a_student_too_shallow_for_the_layers_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"fdd would read a layer twice .*Next: --set losses.fdd.layers"):
-        one.ready("fdd", depth=2)
-    with pytest.raises(ValidationError):
-        FddSettings(layers=(0,))

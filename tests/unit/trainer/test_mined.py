@@ -75,23 +75,10 @@ def test_the_search_for_nearest_classes_is_counted_and_does_not_depend_on_its_pi
     assert "mined: nearest classes: 1 of 2 classes" in capsys.readouterr().err
 
 
-def test_a_vocabulary_maps_to_itself() -> None:
-    vocabulary = tiny.tokenizer_of("sentencepiece").get_vocab()
-
-    for mode in ("nearest", "exact"):
-        found = vocabulary_map(vocabulary, vocabulary, mode)  # type: ignore[arg-type]
-        assert found.tolist() == list(range(len(vocabulary)))
-
-
 def test_a_token_of_text_is_taken_before_a_byte_token_and_a_blank_counts_only_where_it_is_equal() -> None:
     target = {"<0x41>": 0, "A": 1, "▁B": 2, "▁": 3, "C": 4, "▁C": 5}
 
     assert vocabulary_map({"A": 0, "ĠA": 1, "B": 2, "ĠC": 3, "C": 4}, target, "exact").tolist() == [1, 1, 2, 5, 4]
-
-
-def test_vocabularies_that_share_nothing_are_refused() -> None:
-    with pytest.raises(UsageError, match="share none"):
-        vocabulary_map({"a": 0}, {"b": 0}, "nearest")
 
 
 # Partners
@@ -115,13 +102,6 @@ def test_partners_are_those_of_the_walk_through_the_table(
 
     for row, (student, teacher) in enumerate(documents):
         assert found[row].tolist() == slow.partners(student, teacher) + [-1] * (8 - len(student))
-
-
-def test_the_same_tokens_are_each_others_partners() -> None:
-    ids, yes = torch.tensor([[2, 0, 1, 2, 2]]), torch.ones(1, 5, dtype=torch.bool)
-    texts = read_bare({"Ġa": 0, "bc": 1, "de": 2})
-
-    assert partners((texts, ids, yes), (texts, ids, yes)).tolist() == [[0, 1, 2, 3, 4]]
 
 
 # The wired loss

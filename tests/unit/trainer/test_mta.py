@@ -67,12 +67,6 @@ def test_dsa_is_equation_11_over_all_pairs_of_all_documents_and_hid_equation_13(
     assert_loops(found, slow.hid, student, [t[:, :4] for t in teacher], weights)
 
 
-def test_an_empty_batch_is_zero_over_zero() -> None:
-    none, mask = torch.zeros(0, 3, 3), torch.zeros(0, 3, dtype=torch.bool)
-    for found in (dsa(none, none, none[..., 0], mask), compare_vectors(none, none, none[..., 0], mask)):
-        assert (float(found.total), float(found.count)) == (0.0, 0.0)
-
-
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31), length=st.integers(1, 7))
 def test_covered_tokens_are_those_of_the_loops(seed: int, length: int) -> None:
@@ -248,17 +242,6 @@ def test_a_student_that_reads_no_document_as_the_teacher_does_is_refused() -> No
 # Identities
 
 
-def test_spans_of_the_prompt_take_no_part_with_entropy() -> None:
-    made, batch = one.ready("mta", span_weights="entropy")
-    found = one.means(made, batch)
-
-    levels = tuple(replace(lv, valid_BU=lv.valid_BU & lv.in_target_BU) for lv in batch.levels)
-    response = one.means(made, replace(batch, levels=levels))
-
-    assert found == response
-    assert one.means(*one.ready("mta", span_weights="centrality")) != found
-
-
 # Layers
 
 
@@ -318,14 +301,10 @@ def test_the_projected_geometry_of_two_tokenizers_teaches_student_and_projector(
     """What the authors' code for two tokenizers compares: spans in the teacher's width, no Hid."""
     made, batch = one.ready("mta", table=one.OTHER, dsa_vectors="projected", hid="off")
     made.distiller(batch, made.distiller.counts(batch), 0)[0].backward()
-    mta = made.distiller.losses["mta"]
 
-    assert {s.name for s in made.wanted} == {"span_mass", "span_geometry"}
-    assert set(mta.projectors) == set(KEYS)
-    assert all(float(p.weight.grad.abs().sum()) > 0 for p in mta.projectors.values())
-    assert any(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in made.distiller.student.parameters())
-    own = one.means(*one.ready("mta", table=one.OTHER, hid="off"))
-    assert own != one.means(made, batch)
+    first = made.distiller.student.base_model.layers[0].mlp.up_proj
+    taught = [first, *made.distiller.losses["mta"].projectors.values()]
+    assert all(layer.weight.grad.any() for layer in taught)
 
 
 def test_the_weights_that_pool_the_students_spans_are_constants() -> None:

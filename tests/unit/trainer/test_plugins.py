@@ -7,33 +7,32 @@ from pathlib import Path
 import pytest
 
 from xkd_schemas.errors import UsageError
-from xkd_trainer.losses import registry as methods
-from xkd_trainer.losses import registry as plugins
+from xkd_trainer.losses import registry
 from xkd_trainer.losses.registry import loss_named, loss_names
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    plugins.find_installed.cache_clear()
+    registry.find_installed.cache_clear()
     yield
-    plugins.find_installed.cache_clear()
+    registry.find_installed.cache_clear()
 
 
 def declare(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
-    found = [EntryPoint(name=name.rstrip("_"), value=value, group=plugins.GROUP) for name, value in points.items()]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: found)
+    found = [EntryPoint(name=name.rstrip("_"), value=value, group=registry.GROUP) for name, value in points.items()]
+    monkeypatch.setattr(registry, "entry_points", lambda group: found)
 
 
 def test_without_packages_there_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch)
-    assert loss_names() == tuple(methods.LOSSES)
+    assert loss_names() == tuple(registry.LOSSES)
     with pytest.raises(UsageError, match="'mat' is not a loss"):
         loss_named("mat")
 
 
 def test_a_package_cannot_replace_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch, sra="elsewhere:SRA")
-    assert loss_named("sra") is methods.LOSSES["sra"]
+    assert loss_named("sra") is registry.LOSSES["sra"]
     with pytest.raises(UsageError, match=r"elsewhere:SRA declares a loss named 'sra', which is one of XKD's"):
         loss_names()
 

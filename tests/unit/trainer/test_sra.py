@@ -1,8 +1,6 @@
 """SRA: its equations against loops, and all its options on a cache."""
 
 import math
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,17 +14,12 @@ from torch import Tensor
 import one_tokenizer as one
 import slow_losses as slow
 import tiny_models as tiny
-from xkd_pipeline.capture.capture import TeacherSettings
-from xkd_pipeline.capture.stage import make_teacher
-from xkd_pipeline.stages import align_stage
-from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import UsageError
-from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import CONTENT
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.losses.sra import SraSettings, geometric, layer_shares, needs, span_omega
-from xkd_trainer.training.prepare import Ready, set_up
+from xkd_trainer.training.prepare import Ready
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"layers": [2, 3], "beta": [1, 2, 5], "spans": "phrase"},
@@ -149,7 +142,7 @@ def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any],
         documents = [d for d in documents if d[0]]
         projector = module.projector if layer == 4 else module.inner_projectors[str(layer)]
         projected = [(projector(torch.tensor(s)).tolist(), t, w) for s, t, w in documents]
-        total, count = slow.weighted_cosine(projected)
+        total, count = slow.hid(projected)[0], len(projected)
         assert float(found[names[layer]].total) == pytest.approx(total, rel=2e-4), layer
         assert float(found[names[layer]].count) == count > 0
     one.assert_term(found["geo"], *slow.geometric(documents), rel=2e-3)
@@ -197,7 +190,7 @@ def test_beta_shares_the_weight_of_the_cosines() -> None:
             r"sra.student_layers has 1 layers, sra.layers has 2 below the",
         ),
         ({"layers": [2], "student_layers": [4]}, r"sra would read a layer twice .*4 beside 2, 4 beside 4"),
-        ({"layers": [9]}, r"loss sra needs .*hidden@9"),
+        ({"layers": [9]}, r"loss sra needs .*hidden@9.*Next: xkd-cache add .* --signals attention_text@9,hidden@9"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -219,28 +212,6 @@ def test_needs_are_those_of_the_layers_and_the_weights() -> None:
     assert columns(weights="uniform", layers=(3,)) == {"hidden@3"}
     with pytest.raises(ValidationError):
         SraSettings(beta=(-1.0,))
-
-
-def test_a_cache_made_before_is_told_the_command_that_adds_the_text_tokens_row(tmp_path: Path) -> None:
-    """Its row is the end token's, under another name: it is read with end_token=include alone."""
-    shutil.copytree(one.cache() / "documents", tmp_path / "documents")
-    settings = TeacherSettings(
-        model=str(tiny.tiny_cache().teacher), template="none", dtype="float32", batch_tokens=256
-    )
-    before = (Signal("hidden_last"), Signal("attention_last"), Signal("argmax"))
-    make_teacher(tmp_path, "teacher", settings, lambda _: before, Workers(count=0))
-    student = {"student__model": one.student(one.SAME), "student__name": one.SAME, "student__template": "none"}
-    align_stage(tiny.tiny_cache().run(cache=str(tmp_path), **student), Workers(count=0))
-
-    def ready(**settings: Any) -> None:
-        set_up(tiny.tiny_cache().run(cache=str(tmp_path), loss="sra", losses={"sra": settings}, **student), one.SAME)
-
-    with pytest.raises(
-        UsageError,
-        match=r"loss sra needs .*attention_text@4.*Next: xkd-cache add .* --to teacher --signals attention_text@4",
-    ):
-        ready()
-    ready(end_token="include")
 
 
 def test_the_projector_of_sra_starts_by_xaviers_uniform_rule() -> None:

@@ -19,7 +19,7 @@ def compile_kernel(function: Callable[..., Any]) -> Any:
 
 
 def compile_sums(function: Callable[..., Any]) -> Any:
-    """`compiled`, and a sum may be taken in any order, as many numbers at a time as a vector register holds.
+    """`compile_kernel`, and a sum may be taken in any order, as many numbers at a time as a vector register holds.
 
     So the last bit differs between kinds of processors, never between two runs on one. Not for what a cache keeps.
     """

@@ -6,9 +6,9 @@ Shape legend: see batch.py; d is the student's width, V its vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
@@ -169,9 +169,6 @@ class Projectors(BaseModel):
     """Of all their parameters."""
 
 
-AS_EVER: Final = Projectors()
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Declaration:
     """One loss of the registry."""
@@ -192,7 +189,7 @@ class Declaration:
     """Whether it is put on another loss, whose cross-entropy and weight it then has."""
     plug_weight: float | None = None
     """What a plug-in weighs beside this loss; None for `default_weight`."""
-    projectors: Projectors = AS_EVER
+    projectors: Projectors = field(default_factory=Projectors)
     """How the paper trains its projectors, if it has any."""
     one_tokenizer: bool = False
     """Whether it compares token with token, so that student and teacher must have the same tokenizer."""

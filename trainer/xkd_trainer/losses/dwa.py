@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -29,15 +30,7 @@ from xkd_trainer.losses.declaration import Context, Declaration, Positive, Proje
 from xkd_trainer.losses.dual_space import CrossModelLoss, DualSpaceSettings, Mixed, at_valid
 from xkd_trainer.losses.ops.divergence import Kind
 from xkd_trainer.losses.ops.shared_pass import Planned, Weigh, head_divergence
-from xkd_trainer.losses.ops.soft_dtw import (
-    band_penalty,
-    cosine_cost,
-    cosine_costs,
-    expected_alignment,
-    hard_band,
-    soft_dtw,
-    soft_dtw_divergence,
-)
+from xkd_trainer.losses.ops.soft_dtw import band_penalty, cosine_cost, expected_alignment, hard_band, soft_dtw
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pairing import share_out
 from xkd_trainer.models.measures import at_least_float32
@@ -115,7 +108,6 @@ def student_weights(
 
     Two tokens of equal entropy, gates 0.9 and 0.3; gate_before shares out 2 in that ratio.
 
-    >>> import torch
     >>> entropy, gate, valid = torch.ones(1, 2), torch.tensor([[0.9, 0.3]]), torch.ones(1, 2, dtype=torch.bool)
     >>> student_weights(entropy, gate, valid, "gate_before"), student_weights(entropy, gate, valid, "gate_after")
     (tensor([[1.5000, 0.5000]]), tensor([[0.9000, 0.3000]]))
@@ -131,7 +123,6 @@ def teacher_weights(entropy_BM: Tensor, vocab_size: int, valid_BM: Tensor) -> Te
     H is the teacher's entropy in nats at temperature 1. Without gradient, 0 at invalid tokens; all 0 in a document
     whose every token is uniform. One sure token and one uniform one over two classes:
 
-    >>> import torch
     >>> teacher_weights(torch.tensor([[0.0, 0.6931472]]), 2, torch.ones(1, 2, dtype=torch.bool))
     tensor([[2., 0.]])
     """
@@ -140,11 +131,7 @@ def teacher_weights(entropy_BM: Tensor, vocab_size: int, valid_BM: Tensor) -> Te
 
 
 def band(
-    follows_BNM: Tensor,
-    lengths_B: Tensor,
-    teacher_lengths_B: Tensor,
-    settings: DwaSettings,
-    share: float = 1.0,
+    follows_BNM: Tensor, lengths_B: Tensor, teacher_lengths_B: Tensor, settings: DwaSettings, share: float = 1.0
 ) -> Tensor | None:
     """What the settings add to the cross cost, [B, N, M] without gradient; None for no band.
 
@@ -174,26 +161,26 @@ def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, 
     """Banded soft-DTW between cosine costs, summed over documents (eq. 17-25); used for embeddings and last states.
 
     The gradient flows to the student's vectors and to the teacher's projector; vectors beyond the lengths are finite
-    and change nothing. The band is on the cross cost only. With `divergence` nDTW, not clamped; else the cross term
-    alone. Not divided by lengths: the count is the number of the student's tokens. A document without tokens on one
-    side adds 0.
+    and change nothing. The band is on the cross cost only. With `divergence` nDTW = s(X, Y) - (s(X, X) + s(Y, Y)) / 2
+    (Blondel et al., arXiv 2010.08354), 0 for equal sequences and not clamped; else the cross term alone. Not divided
+    by lengths: the count is the number of the student's tokens. A document without tokens on one side adds 0.
 
     One token each and orthogonal: cost 1 across, 0 within.
 
-    >>> import torch
     >>> x, y, one = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]), torch.tensor([1])
     >>> sequence_term(x, y, None, one, one, gamma=2.0, divergence=True)
     LossTerm(total=tensor(1.), count=tensor(1.))
     """
-    penalty = 0.0 if band_BNM is None else band_BNM
+    cross_BNM = cosine_cost(student_BND, projected_teacher_BMD) + (0.0 if band_BNM is None else band_BNM)
+    lengths = student_lengths_B, teacher_lengths_B
+    value_B = soft_dtw(cross_BNM, *lengths, gamma=gamma)
     if divergence:
-        cross_BNM, student_BNN, teacher_BMM = cosine_costs(student_BND, projected_teacher_BMD)
-        value_B = soft_dtw_divergence(
-            cross_BNM + penalty, student_BNN, teacher_BMM, student_lengths_B, teacher_lengths_B, gamma=gamma
+        sides = zip((student_BND, projected_teacher_BMD), lengths, strict=True)
+        student_B, teacher_B = (
+            soft_dtw(cosine_cost(x_BKD, x_BKD), size_B, size_B, gamma=gamma) for x_BKD, size_B in sides
         )
-    else:
-        cross_BNM = cosine_cost(student_BND, projected_teacher_BMD) + penalty
-        value_B = soft_dtw(cross_BNM, student_lengths_B, teacher_lengths_B, gamma=gamma)
+        both_B = (student_lengths_B > 0) & (teacher_lengths_B > 0)
+        value_B = torch.where(both_B, value_B - 0.5 * (student_B + teacher_B), 0.0)
     return term(value_B.sum(), student_lengths_B.sum())
 
 
@@ -257,7 +244,6 @@ class Dwa(CrossModelLoss):
         return weigh if s.gate or s.entropy_weights else None
 
     def _align(self, batch: Batch, student: StudentPass, mixed: Mixed, step: int) -> dict[str, LossTerm | Planned]:
-        """Soft-DTW on target embeddings and on last states (eq. 17-25)."""
         s, valid_BM = self.settings, batch.teacher_predict_valid_BM
         lengths = batch.predict_valid_BN.sum(-1), valid_BM.sum(-1)
         gamma, share = s.gamma_at(step), s.share(step, s.band_warmup_steps)

@@ -322,7 +322,6 @@ class Mta(Loss):
         return share_out(weights_BS, valid_BS), valid_BS
 
     def _weigh_tokens(self, batch: Batch, level: Level, hidden_BSd: Tensor) -> Tensor:
-        """Weights that pool the student's tokens, [B, S]."""
         if self.settings.student_pooling == "uniform":
             return batch.student_valid_BS.float()
         if self.settings.student_pooling == "teacher":

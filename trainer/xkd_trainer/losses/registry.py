@@ -45,12 +45,24 @@ def loss_names() -> tuple[str, ...]:
 
 
 def loss_named(name: str) -> Declaration:
-    """The declaration of a loss; UsageError lists the known ones."""
+    """The declaration of a loss; UsageError lists the known ones, or says what is wrong with a package's."""
     if name in LOSSES:
         return LOSSES[name]
     if name not in loss_names():
         raise UsageError(f"{name!r} is not a loss", fix=f"use one of: {', '.join(loss_names())}")
-    return load_foreign(name, find_installed()[name])
+    point = find_installed()[name]
+    where = f"loss {name!r} ({point.value}{f' of {point.dist.name}' if point.dist else ''})"
+    try:
+        declaration = point.load()
+    except Exception as error:  # whatever a foreign module does when imported
+        raise UsageError(
+            f"{where} cannot be imported: {type(error).__name__}: {error}", fix="fix or uninstall that package"
+        ) from error
+    if not isinstance(declaration, Declaration) or declaration.name != name:
+        raise UsageError(
+            f"{where} is no Declaration named {name!r}", fix="see docs/adding-a-loss.md for what a loss declares"
+        )
+    return declaration
 
 
 @functools.cache
@@ -65,22 +77,6 @@ def find_installed() -> Mapping[str, EntryPoint]:
                 fix="uninstall one of the two packages",
             )
     return found
-
-
-def load_foreign(name: str, point: EntryPoint) -> Declaration:
-    """The declaration behind an entry point; UsageError where it is none, or fails to import."""
-    where = f"loss {name!r} ({point.value}{f' of {point.dist.name}' if point.dist else ''})"
-    try:
-        declaration = point.load()
-    except Exception as error:  # whatever a foreign module does when imported
-        raise UsageError(
-            f"{where} cannot be imported: {type(error).__name__}: {error}", fix="fix or uninstall that package"
-        ) from error
-    if not isinstance(declaration, Declaration) or declaration.name != name:
-        raise UsageError(
-            f"{where} is no Declaration named {name!r}", fix="see docs/adding-a-loss.md for what a loss declares"
-        )
-    return declaration
 
 
 # -- what `--loss` says

@@ -208,7 +208,6 @@ class Sra(Loss):
         return f"cos@{layer}" if self.layers else "cos"
 
     def _find_spans(self, batch: Batch) -> Spans:
-        """The pieces of the response that are compared."""
         if self.settings.spans == "aligned":
             valid_BK = batch.span_valid_BK & batch.span_text_BK if self.text_only else batch.span_valid_BK
             return batch.span_student_BK2, batch.span_teacher_BK2, valid_BK
@@ -249,7 +248,6 @@ class Sra(Loss):
         return student_BKd, teacher_BKD, span_omega(mass_BK, valid_BK, self.settings.p)
 
     def _weigh_student(self, student: StudentPass, layer: int, hidden_BSd: Tensor) -> Tensor:
-        """a_t of the student beside a teacher layer."""
         valid_BS = student.batch.student_valid_BS
         if self.settings.weights == "uniform":
             return valid_BS.float()
@@ -283,7 +281,6 @@ class Sra(Loss):
 
 
 def _make_projector(context: Context, settings: SraSettings) -> nn.Linear:
-    """W_l of L_cos: no bias."""
     projector = nn.Linear(context.student_width, context.teacher_width, bias=False)
     start = nn.init.orthogonal_ if settings.projector == "orthogonal" else nn.init.xavier_uniform_
     start(projector.weight)

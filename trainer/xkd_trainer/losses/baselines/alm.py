@@ -146,7 +146,6 @@ class Alm(Loss):
         return {"alm": likelihood_matching(student_BK, teacher_BK, weight_BK, whole_BK, self.settings)}
 
     def _weigh(self, batch: Batch) -> Tensor:
-        """Weight of each span in the mean, float32."""
         length_BK = batch.span_teacher_BK2[..., 1] - batch.span_teacher_BK2[..., 0]
         return (torch.ones_like(length_BK) if self.settings.average == "chunks" else length_BK).float()
 

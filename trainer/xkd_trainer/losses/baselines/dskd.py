@@ -185,7 +185,6 @@ class DskdV2(Loss):
         return dict(zip(TERMS, (labelled_BE.sum(), kept_BE.sum(), batch.pair_valid_BE.sum()), strict=True))
 
     def _choose(self, projected: LazyLogits, label_BE: Tensor, labelled_BE: Tensor) -> Tensor:
-        """The pairs that `student_space` compares, [B, E]."""
         if not self.settings.agreement:
             return labelled_BE
         agreeing_BE = find_correct(projected, label_BE, labelled_BE)
@@ -230,13 +229,8 @@ DSKD_CMA = replace(
     DSKD, name="dskd_cma", source="DSKD with cross-model attention, arXiv 2406.17328", settings=DskdCmaSettings,
     build=DskdCma, one_tokenizer=False,
 )  # fmt: skip
-DSKD_V2 = Declaration(
-    name="dskd_v2",
-    source="DSKDv2 with exact token alignment, arXiv 2504.11426",
-    settings=DskdV2Settings,
-    needs=lambda _settings, _levels: (Signal("hidden_last"), Signal("argmax")),
-    build=DskdV2,
-    default_weight=0.5,
-    ce_weight=0.5,
+DSKD_V2 = replace(
+    DSKD_CMA, name="dskd_v2", source="DSKDv2 with exact token alignment, arXiv 2504.11426", settings=DskdV2Settings,
+    needs=lambda _settings, _levels: (Signal("hidden_last"), Signal("argmax")), build=DskdV2,
     projectors=Projectors(projector_lr=5e-4, projector_weight_decay=0.01),
-)
+)  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, unwrap
-from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass
+from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, StudentPass
 from xkd_trainer.losses.dual_space import TeacherHead, last_states, teacher_states
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
@@ -99,9 +99,6 @@ class Rskd(OneTokenizerLoss):
 
     terms = ("sampled_kl",)
 
-    def __init__(self, _settings: Settings, context: Context) -> None:
-        super().__init__("rskd", context)
-
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Predictions; BadData also where a drawn class is no id of the tokenizer."""
         highest = int(unwrap(batch.teacher_sampled_ids_BMK).max())
@@ -140,7 +137,7 @@ RSKD = Declaration(
     name="rskd",
     source="random-sampling KD, arXiv 2503.16870, classes drawn by threshold (arXiv 0803.0473)",
     needs=lambda _settings, _levels: (Signal("sampled"), Signal("entropy")),
-    build=Rskd,
+    build=lambda _settings, context: Rskd("rskd", context),
     one_tokenizer=True,
     ce_weight=0,
 )

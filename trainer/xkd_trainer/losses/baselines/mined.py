@@ -134,7 +134,6 @@ def partners(student: Tokens, teacher: Tokens) -> Tensor:
 
 
 def _valid_texts(tokens: Tokens) -> list[list[bytes]]:
-    """The token strings of each document."""
     texts, ids_BN, valid_BN = tokens
     sizes = valid_BN.sum(-1).tolist()
     return [[texts.get(n, b"") for n in ids[:size]] for ids, size in zip(ids_BN.tolist(), sizes, strict=True)]

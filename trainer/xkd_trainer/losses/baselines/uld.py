@@ -80,17 +80,6 @@ def topk_teacher(logits_NK: Tensor, logsumexp_N: Tensor) -> SortedTeacher:
     return lambda rows: (at_least_float32(logits_NK[rows]) - logsumexp_N[rows, None]).exp()
 
 
-def head_sorted_l1(
-    student: LazyLogits, teacher: SortedTeacher, weights_N: Tensor | None, temperature: float = 1.0
-) -> Tensor:
-    """Sum over positions of weight times `sorted_l1`, chunk by chunk; 0 where there are none.
-
-    It has gradient by the student's states, and by its head where that requires one. The weights are constants; None
-    is 1 everywhere.
-    """
-    return chunked_sum(lambda rows, logits_CV: sorted_l1(logits_CV, teacher(rows), temperature), student, weights_N)
-
-
 # -- wiring to the cache
 
 
@@ -129,8 +118,11 @@ class Uld(Loss):
         else:
             known = unwrap(batch.teacher_topk_logits_BMK), unwrap(batch.teacher_logsumexp_BM)
             teacher = topk_teacher(*(values[:, : paired_BP.shape[1]][paired_BP] for values in known))
-        own = student_at_pairs(student, paired_BP)
-        total = head_sorted_l1(own, teacher, weights_N, self.settings.temperature)
+
+        def distances(rows: slice, logits_CV: Tensor) -> Tensor:
+            return sorted_l1(logits_CV, teacher(rows), self.settings.temperature)
+
+        total = chunked_sum(distances, student_at_pairs(student, paired_BP), weights_N)
         return {name: term(total, count) for name, count in self.counts(batch).items()}
 
 

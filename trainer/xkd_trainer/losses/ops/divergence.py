@@ -57,17 +57,14 @@ class Comparison:
 
 
 def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """KL(p || q) at each position, [N]."""
     return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
 
 
 def _mixture(log_a_NV: Tensor, log_b_NV: Tensor, share_a: float) -> Tensor:
-    """log(share_a * a + (1 - share_a) * b), [N, V], without leaving log space."""
     return torch.logaddexp(log_a_NV + math.log(share_a), log_b_NV + math.log1p(-share_a))
 
 
 def _js(log_p_NV: Tensor, log_q_NV: Tensor, knobs: Knobs) -> Tensor:
-    """w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q, w being `js_share`."""
     log_m_NV = _mixture(log_p_NV, log_q_NV, knobs.js_share)
     return knobs.js_share * _kl(log_p_NV, log_m_NV) + (1.0 - knobs.js_share) * _kl(log_q_NV, log_m_NV)
 

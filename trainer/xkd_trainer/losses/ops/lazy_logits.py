@@ -209,7 +209,6 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, function: Function, *inputs: Tensor | None) -> Tensor:
-        """Values alone."""
         ctx.function = function
         ctx.save_for_backward(*inputs)
         return _run(function, inputs, (False,) * 3, None)[0]
@@ -217,7 +216,6 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Values and gradients again."""
         inputs = ctx.saved_tensors
         _, slopes = _run(ctx.function, inputs, ctx.needs_input_grad[1:], upstream)
         return (None, *(None if s is None else s.to(x.dtype) for s, x in zip(slopes, inputs, strict=True)))
@@ -240,11 +238,8 @@ def make_at_once(make: Make, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 class _MadeAtOnce(torch.autograd.Function):
-    """Forward does the work."""
-
     @staticmethod
     def forward(ctx: Any, make: Make, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keep the gradients, and the inputs for a second backward pass."""
         total, seen, ctx.slopes = make(ctx.needs_input_grad[1:], inputs)
         ctx.make = make
         ctx.save_for_backward(*inputs)
@@ -254,7 +249,6 @@ class _MadeAtOnce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _seen: Tensor) -> tuple[Tensor | None, ...]:
-        """Give the gradients away."""
         inputs, slopes, ctx.slopes = ctx.saved_tensors, ctx.slopes, None
         if slopes is None:
             _, _, slopes = ctx.make(ctx.needs_input_grad[1:], inputs)
@@ -262,7 +256,6 @@ class _MadeAtOnce(torch.autograd.Function):
 
 
 def _scale(slope: Tensor | None, of: Tensor | None, upstream: Tensor) -> Tensor | None:
-    """In place, then in the dtype of the input."""
     if slope is None or of is None:
         return None
     if upstream.device.type == "cpu" and float(upstream) == 1.0:

@@ -27,13 +27,7 @@ from torch import Tensor
 
 from xkd_trainer.losses.ops.divergence import Comparison
 from xkd_trainer.losses.ops.lazy_logits import Chunk, HeadSlopes, LazyLogits, Made, make_at_once, rows_at_once
-from xkd_trainer.losses.ops.softmax_rows import (
-    cross_entropy_rows,
-    divergence_rows,
-    parts,
-    scratch_for,
-    slices,
-)
+from xkd_trainer.losses.ops.softmax_rows import cross_entropy_rows, divergence_rows, parts, scratch_for, slices
 from xkd_trainer.models.measures import prediction_stats
 
 PASS_BYTES = 96 << 20
@@ -47,28 +41,21 @@ Both at temperature 1, without gradient, 0 where not valid. A document's weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PassRequest:
-    """One sum over the valid positions."""
+class Planned:
+    """What a loss returns instead of a `LossTerm`: the same two scalars, the first of them made when it is asked for.
 
+    It is one sum over the valid positions. Whoever runs several at once calls `HeadPlan.run` instead.
+    """
+
+    plan: "HeadPlan"
     other: LazyLogits | None = None
-    """Logits at the same positions; None: the request is about the student's own alone."""
+    """Logits at the same positions; None: the sum is of the student's own alone."""
     how: Comparison | None = None
     """The divergence of the student from `other`; None: a cross-entropy."""
     weigh: Weigh | None = None
     weights_M1: Tensor | None = None
     """Constants instead of `weigh`, [M, 1]; without both, 1."""
     classes: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Planned:
-    """What a loss returns instead of a `LossTerm`: the same two scalars, the first of them made when it is asked for.
-
-    Whoever runs several at once calls `HeadPlan.run` instead.
-    """
-
-    plan: "HeadPlan"
-    request: PassRequest
 
     @property
     def total(self) -> Tensor:
@@ -106,7 +93,7 @@ class HeadPlan:
 
         `other` has states [B, N, E], which learn, and a head of the student's classes, which does not.
         """
-        return Planned(plan=self, request=PassRequest(other=other))
+        return Planned(plan=self, other=other)
 
     def divergence(
         self, other: LazyLogits, how: Comparison, *, weigh: Weigh | None = None, classes: int | None = None
@@ -117,7 +104,7 @@ class HeadPlan:
         documents; None: 1 everywhere. The first `classes` classes, which both heads have, are compared; None: all, and
         they are the same.
         """
-        return Planned(plan=self, request=PassRequest(other=other, how=how, weigh=weigh, classes=classes))
+        return Planned(plan=self, other=other, how=how, weigh=weigh, classes=classes)
 
     def run(
         self, wanted: Sequence[Planned], factors: Sequence[Tensor], size: int | None = None
@@ -129,9 +116,9 @@ class HeadPlan:
         """
         if not wanted:
             return self.own.wide.new_zeros(()), []
-        others = {id(p.request.other): p.request.other for p in wanted if p.request.other is not None}
+        others = {id(p.other): p.other for p in wanted if p.other is not None}
         place_of = {number: place for place, number in enumerate(others, 1)}  # one object has one place
-        placed = [(place_of.get(id(p.request.other), 0), p.request) for p in wanted]
+        placed = [(place_of.get(id(p.other), 0), p) for p in wanted]
         chosen = slice(None) if size else self.valid_BN
         own, *beside = (logits.at(chosen) for logits in (self.own, *others.values()))
         factors_K = torch.stack([factor.detach() for factor in factors])
@@ -153,7 +140,7 @@ def head_cross_entropy(logits: LazyLogits, target_N: Tensor) -> Tensor:
     >>> head_cross_entropy(LazyLogits(hidden=torch.zeros(2, 3), weight=torch.zeros(4, 3)), torch.tensor([0, 3]))
     tensor(2.7726)
     """
-    return _run_alone(logits, target_N, PassRequest())
+    return _run_alone(logits, target_N)
 
 
 def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor | None, how: Comparison) -> Tensor:
@@ -173,22 +160,18 @@ def head_divergence(student: LazyLogits, teacher: LazyLogits, weights_N: Tensor 
     """
     weights_N1 = None if weights_N is None else weights_N.detach()[:, None]
     nowhere_N = torch.zeros(student.hidden.shape[0], dtype=torch.int64, device=student.hidden.device)
-    return _run_alone(student, nowhere_N, PassRequest(other=teacher.detach(), how=how, weights_M1=weights_N1))
+    return _run_alone(student, nowhere_N, other=teacher.detach(), how=how, weights_M1=weights_N1)
 
 
-def _run_alone(own: LazyLogits, target_N: Tensor, request: PassRequest) -> Tensor:
+def _run_alone(own: LazyLogits, target_N: Tensor, **wanted: Any) -> Tensor:
     plan = HeadPlan(own=own, target_BN=target_N, valid_BN=torch.ones_like(target_N, dtype=torch.bool))
-    return plan.run([Planned(plan=plan, request=request)], [own.wide.new_ones(())], rows_at_once(own))[0]
+    return plan.run([Planned(plan=plan, **wanted)], [own.wide.new_ones(())], rows_at_once(own))[0]
 
 
-Unit = tuple[slice, list[slice]]
-"""Documents whose statistics are taken together, and their positions in chunks; more than one for one document."""
+def batches(lengths: Sequence[int], size: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Documents whose statistics are taken together, at most `size` positions or one document; and those in chunks.
 
-
-def units(lengths: Sequence[int], size: int) -> Iterator[Unit]:
-    """Consecutive documents of at most `size` positions together, or one that is longer.
-
-    >>> list(units([2, 0, 1, 5], 3))
+    >>> list(batches([2, 0, 1, 5], 3))
     [(slice(0, 3, None), [slice(0, 3, None)]), (slice(3, 4, None), [slice(3, 6, None), slice(6, 8, None)])]
     """
     ends, first = [0, *accumulate(lengths)], 0
@@ -206,25 +189,25 @@ class _Pass:
         self,
         logits: Sequence[LazyLogits],
         target_M: Tensor,
-        placed: Sequence[tuple[int, PassRequest]],
+        placed: Sequence[tuple[int, Planned]],
         factors_K: Tensor,
         learns: Sequence[bool],
     ) -> None:
         self.logits, self.target_M = logits, target_M
         self.cross_entropies = [
-            [k for k, (at, request) in enumerate(placed) if at == place and request.how is None]
+            [k for k, (at, wanted) in enumerate(placed) if at == place and wanted.how is None]
             for place in range(len(logits))
         ]
-        self.compared = [(k, at, request, request.how) for k, (at, request) in enumerate(placed) if request.how]
-        self.weighed = [(k, at, request.weigh) for k, at, request, _ in self.compared if request.weigh]
+        self.compared = [(k, at, wanted, wanted.how) for k, (at, wanted) in enumerate(placed) if wanted.how]
+        self.weighed = [(k, at, wanted.weigh) for k, at, wanted, _ in self.compared if wanted.weigh]
         own, self.scratch = logits[0], scratch_for(logits[0].weight)
         self.needs_own = bool(self.cross_entropies[0] or self.compared)
-        whole = {request.classes for _, _, request, _ in self.compared} <= {None, len(own.weight)}
+        whole = {wanted.classes for _, _, wanted, _ in self.compared} <= {None, len(own.weight)}
         self.in_place = not self.cross_entropies[0] and len(self.compared) == 1 and whole
-        self.factors_K = factors_K.detach().to(own.wide)
+        self.factors_K = factors_K.to(own.wide)
         self.sums_K = torch.zeros_like(self.factors_K)
         ones_M1 = own.wide.new_ones(len(target_M), 1)
-        given = {k: request.weights_M1 for k, _, request, _ in self.compared}
+        given = {k: wanted.weights_M1 for k, _, wanted, _ in self.compared}
         self.weights = {k: ones_M1 if weights is None else weights.to(own.wide) for k, weights in given.items()}
         self.weights |= {k: torch.empty_like(ones_M1) for k, _, _ in self.weighed}
         self.slopes = [HeadSlopes(own, learns[:3] if self.needs_own else (False,) * 3)]
@@ -232,9 +215,8 @@ class _Pass:
             self.slopes.append(HeadSlopes(other, (learn and bool(numbers), False, False)))
 
     def run(self, valid_BN: Tensor, size: int) -> Made:
-        """Unit by unit."""
         lengths = valid_BN.sum(-1).tolist() if self.weighed else [len(self.target_M)]
-        plan = list(units(lengths, size))
+        plan = list(batches(lengths, size))
         most = max((chunk.stop - chunk.start for _, chunks in plan for chunk in chunks), default=0)
         memory = [
             Chunk(most if number or self.needs_own else 0, logits, self.scratch, number)
@@ -276,7 +258,6 @@ class _Pass:
         return seen
 
     def _weigh(self, rows: slice, valid_BN: Tensor, seen: Tensor) -> None:
-        """Fill in the weights of a unit's positions."""
         by_document = [values_C.new_zeros(valid_BN.shape).masked_scatter(valid_BN, values_C) for values_C in seen]
         for k, place, weigh in self.weighed:
             weights_BN = weigh(by_document[0], by_document[place], valid_BN)
@@ -284,29 +265,22 @@ class _Pass:
 
     def _turn_into_slopes(self, rows: slice, made: Sequence[Tensor]) -> None:
         """Add a part to the sums; its logits become their factor times the gradient."""
-        own_PV, target_P = made[0], self.target_M[rows]
-        slopes: list[Tensor] = []
-        for k, place, request, how in self.compared:
-            student_PV, teacher_PV = own_PV[:, : request.classes], made[place][:, : request.classes]
-            into_PV = own_PV if self.in_place else self.scratch.like(student_PV, 3 + len(slopes))
+        own_PV, slopes = made[0], list[Tensor]()
+        for k, place, wanted, how in self.compared:
+            student_PV, teacher_PV = own_PV[:, : wanted.classes], made[place][:, : wanted.classes]
+            into_PV = own_PV if self.in_place else self.scratch.of(3 + len(slopes), student_PV.shape, student_PV)
             weights_P1 = self.weights[k][rows]
             factor_P1 = weights_P1 * self.factors_K[k]
             loss_P = divergence_rows(student_PV, teacher_PV, factor_P1, how, self.scratch, into_PV)
             self.sums_K[k] += loss_P @ weights_P1[:, 0]
             slopes.append(into_PV)
-        for other_PV, numbers in zip(made[1:], self.cross_entropies[1:], strict=True):
+        for logits_PV, numbers in zip(made, self.cross_entropies, strict=True):
             if numbers:
-                self._add_cross_entropy(other_PV, target_P, numbers)
+                factor = self.factors_K[numbers].sum()
+                self.sums_K[numbers] += cross_entropy_rows(logits_PV, self.target_M[rows], factor).sum()
         if self.in_place:
             return
-        if self.cross_entropies[0]:
-            self._add_cross_entropy(own_PV, target_P, self.cross_entropies[0])
-        else:
+        if not self.cross_entropies[0]:
             own_PV.zero_()
         for slope_PV in slopes:
             own_PV[:, : slope_PV.shape[1]] += slope_PV
-
-    def _add_cross_entropy(self, logits_PV: Tensor, target_P: Tensor, numbers: Sequence[int]) -> None:
-        """One cross-entropy, in all the sums that want it."""
-        chosen = list(numbers)
-        self.sums_K[chosen] += cross_entropy_rows(logits_PV, target_P, self.factors_K[chosen].sum()).sum()

@@ -1,7 +1,7 @@
-"""Soft-DTW between two sequences of different length, its divergence, and the costs and bands that DWA-KD feeds it.
+"""Soft-DTW between two sequences of different length, and the costs and bands that DWA-KD feeds it.
 
 Soft-DTW is Cuturi and Blondel's (arXiv 1703.01541): the soft minimum over all monotone alignments of the summed cost.
-Its gradient by the costs is the expected alignment. Band and divergence are those of DWA-KD (arXiv 2602.21669, eq.
+Its gradient by the costs is the expected alignment. Costs and band are those of DWA-KD (arXiv 2602.21669, eq.
 9-10 and 17-25). Nothing here knows models or batches.
 
 On a CPU the compiled kernels work float32. Elsewhere, in float64, and for costs that are no number or beyond the
@@ -48,31 +48,6 @@ def soft_dtw(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Ten
     return value_B.to(cost_BST.dtype)
 
 
-def soft_dtw_divergence(
-    cost_xy_BST: Tensor,
-    cost_xx_BSS: Tensor,
-    cost_yy_BTT: Tensor,
-    student_lengths_B: Tensor,
-    teacher_lengths_B: Tensor,
-    *,
-    gamma: float,
-) -> Tensor:
-    """nDTW(X, Y) = s(X, Y) - (s(X, X) + s(Y, Y)) / 2, DWA-KD eq. 17-25 (Blondel et al., arXiv 2010.08354); [B].
-
-    It is 0 for equal sequences. With costs that are not a suitable kernel's, cosine among them, it can be slightly
-    negative; it is not clamped. A band belongs on the cross cost only. Empty pairs and errors as `soft_dtw`.
-
-    >>> same = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
-    >>> soft_dtw_divergence(same, same, same, torch.tensor([2]), torch.tensor([2]), gamma=2.0)
-    tensor([0.])
-    """
-    cross_B = soft_dtw(cost_xy_BST, student_lengths_B, teacher_lengths_B, gamma=gamma)
-    student_B = soft_dtw(cost_xx_BSS, student_lengths_B, student_lengths_B, gamma=gamma)
-    teacher_B = soft_dtw(cost_yy_BTT, teacher_lengths_B, teacher_lengths_B, gamma=gamma)
-    both_full_B = (student_lengths_B > 0) & (teacher_lengths_B > 0)
-    return torch.where(both_full_B, cross_B - 0.5 * (student_B + teacher_B), 0.0)
-
-
 def expected_alignment(
     cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, gamma: float
 ) -> Tensor:
@@ -85,10 +60,7 @@ def expected_alignment(
     tensor([[[0.7500, 0.2500],
              [0.2500, 0.7500]]])
     """
-    with torch.enable_grad():
-        cost_BST = cost_BST.detach().requires_grad_()
-        value_B = soft_dtw(cost_BST, student_lengths_B, teacher_lengths_B, gamma=gamma)
-        (visits_BST,) = torch.autograd.grad(value_B.sum(), cost_BST)
+    _, visits_BST = _solve(at_least_float32(cost_BST.detach()), student_lengths_B, teacher_lengths_B, gamma)
     return divide(visits_BST, visits_BST.sum(-1, keepdim=True))
 
 
@@ -102,16 +74,6 @@ def cosine_cost(x_BSE: Tensor, y_BTE: Tensor) -> Tensor:
              [1., 1.]]])
     """
     return 1.0 - unit_vectors(x_BSE) @ unit_vectors(y_BTE).mT
-
-
-def cosine_costs(x_BSE: Tensor, y_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`cosine_cost` of x with y, x with x and y with y, as a divergence wants them; vectors are measured once.
-
-    >>> [cost.tolist() for cost in cosine_costs(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]]))]
-    [[[[1.0]]], [[[0.0]]], [[[0.0]]]]
-    """
-    x_BSE, y_BTE = unit_vectors(x_BSE), unit_vectors(y_BTE)
-    return 1.0 - x_BSE @ y_BTE.mT, 1.0 - x_BSE @ x_BSE.mT, 1.0 - y_BTE @ y_BTE.mT
 
 
 def band_penalty(  # noqa: PLR0913 - the four numbers of the paper's Table 5 keep their own names
@@ -164,8 +126,7 @@ def hard_band(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Te
     """
     like_BST = at_least_float32(like_BST.detach())
     diagonal_BS1, column_T = _diagonal(like_BST, student_lengths_B, teacher_lengths_B)
-    slope_B = teacher_lengths_B.to(like_BST.dtype) / student_lengths_B.clamp_min(1)
-    reach_B11 = slope_B.clamp_min(max(width, 1.0))[:, None, None]
+    reach_B11 = diagonal_BS1[:, :1].clamp_min(max(width, 1.0))  # the first row's place is the slope
     outside_BST = (column_T - diagonal_BS1).abs() > reach_B11 * (1.0 + 1e-6)  # the corner itself is at `slope`
     outside_BST = outside_BST & inside_lengths(like_BST, student_lengths_B, teacher_lengths_B)
     return torch.zeros_like(like_BST).masked_fill(outside_BST, math.inf)
@@ -180,7 +141,6 @@ def _diagonal(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Te
 
 
 def _check(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, gamma: float) -> None:
-    """Raise ValueError where `soft_dtw` says so; on a GPU lengths are not read back."""
     if not 0.0 < gamma < math.inf:
         raise ValueError(f"soft_dtw: gamma is {gamma}, it has to be a positive number")
     if cost_BST.dim() != 3 or not cost_BST.is_floating_point():
@@ -193,35 +153,28 @@ def _check(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tenso
 
 
 class _SoftDtw(torch.autograd.Function):
-    """Value and gradient in one forward; backward is one multiplication."""
-
     @staticmethod
     def forward(ctx: Any, cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float) -> Tensor:
-        """Run the backend of the device."""
-        done = _run_kernels(cost_BST, student_B, teacher_B, gamma)
-        value_B, gradient_BST = done or torch_soft_dtw(cost_BST, student_B, teacher_B, gamma)
+        value_B, gradient_BST = _solve(cost_BST, student_B, teacher_B, gamma)
         ctx.save_for_backward(gradient_BST)
         return value_B.to(cost_BST.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream_B: Tensor) -> tuple[Tensor, None, None, None]:
-        """Upstream gradient times expected alignment; exactly 0 where the alignment is."""
         (gradient_BST,) = ctx.saved_tensors
         return upstream_B[:, None, None] * gradient_BST, None, None, None
 
 
-def _run_kernels(cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float) -> tuple[Tensor, Tensor] | None:
-    """Values and gradient by the compiled kernels; None where they cannot do it."""
-    if cost_BST.device.type != "cpu" or cost_BST.dtype != torch.float32 or not has_cpu_kernels():
-        return None
-    from xkd_trainer.cpu_kernels import soft_dtw as kernels
+def _solve(cost_BST: Tensor, student_B: Tensor, teacher_B: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Values and gradient, by the compiled kernels where they can do it."""
+    if cost_BST.device.type == "cpu" and cost_BST.dtype == torch.float32 and has_cpu_kernels():
+        from xkd_trainer.cpu_kernels import soft_dtw as kernels
 
-    cost, students, teachers = (
-        x.detach().contiguous().numpy() for x in (cost_BST, student_B.long(), teacher_B.long())
-    )
-    found = kernels.soft_dtw(cost, students, teachers, gamma, torch.get_num_threads())
-    return found and (torch.from_numpy(found[0]), torch.from_numpy(found[1]))
+        cost, *lengths = (x.detach().contiguous().numpy() for x in (cost_BST, student_B.long(), teacher_B.long()))
+        if found := kernels.soft_dtw(cost, lengths[0], lengths[1], gamma, torch.get_num_threads()):
+            return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    return torch_soft_dtw(cost_BST, student_B, teacher_B, gamma)
 
 
 def torch_soft_dtw(

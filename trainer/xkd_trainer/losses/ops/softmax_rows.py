@@ -52,10 +52,6 @@ class Scratch:
                 kept = self._kept[name] = like.new_empty(size)
         return kept[:size].view(*shape)
 
-    def like(self, logits_PV: Tensor, name: object) -> Tensor:
-        """`of` that shape."""
-        return self.of(name, logits_PV.shape, logits_PV)
-
 
 _kept = threading.local()
 
@@ -93,7 +89,6 @@ def parts(logits_CV: Tensor) -> Iterator[slice]:
 
 
 def _has_kernel(*logits_PV: Tensor) -> bool:
-    """Whether the compiled kernels take these."""
     plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in logits_PV)
     return plain and has_cpu_kernels()
 
@@ -137,21 +132,15 @@ def divergence_rows(
         return _forward_kl_rows(student_PV, teacher_PV, factor_P1 / how.temperature, how.temperature, scratch, into_PV)
     rows, classes = student_PV.shape
     alone = student_PV.device.type == "cpu" and torch.get_num_threads() == 1
-    steps = slices(0, rows, max(1, STEP_ELEMENTS // max(1, classes) if alone else rows))
-    losses = [_divergence_step(student_PV[r], teacher_PV[r], factor_P1[r], how, into_PV[r]) for r in steps]
-    return torch.cat(losses) if losses else factor_P1[:, 0]
-
-
-def _divergence_step(
-    student_PV: Tensor, teacher_PV: Tensor, factor_P1: Tensor, how: Comparison, into_PV: Tensor
-) -> Tensor:
-    """`divergence_rows` of any kind, by torch's own gradient."""
-    leaf_PV = student_PV.detach().requires_grad_()
-    with torch.enable_grad():
-        loss_P = divergence(leaf_PV, teacher_PV, how.kind, temperature=how.temperature, knobs=how.knobs)
-        (slope_PV,) = torch.autograd.grad(loss_P, leaf_PV, grad_outputs=factor_P1[:, 0].to(loss_P.dtype))
-    into_PV.copy_(slope_PV)
-    return loss_P.detach()
+    losses = [factor_P1[:0, 0]]
+    for r in slices(0, rows, max(1, STEP_ELEMENTS // max(1, classes) if alone else rows)):
+        leaf_PV = student_PV[r].detach().requires_grad_()
+        with torch.enable_grad():
+            loss_P = divergence(leaf_PV, teacher_PV[r], how.kind, temperature=how.temperature, knobs=how.knobs)
+            (slope_PV,) = torch.autograd.grad(loss_P, leaf_PV, grad_outputs=factor_P1[r, 0].to(loss_P.dtype))
+        into_PV[r] = slope_PV
+        losses.append(loss_P.detach())
+    return torch.cat(losses)
 
 
 def _forward_kl_rows(
@@ -168,7 +157,7 @@ def _forward_kl_rows(
             into_PV=into_PV.numpy(), odds_P2V=odds_P2V.numpy(), threads=torch.get_num_threads(),
         )  # fmt: skip
         return torch.from_numpy(loss_P)
-    q_PV, gap_PV, p_PV = (scratch.like(student_PV, number) for number in range(3))
+    q_PV, gap_PV, p_PV = (scratch.of(number, student_PV.shape, student_PV) for number in range(3))
     torch.sub(student_PV, student_PV.amax(-1, keepdim=True), out=q_PV).mul_(1.0 / temperature)
     torch.sub(teacher_PV, teacher_PV.amax(-1, keepdim=True), out=gap_PV).mul_(1.0 / temperature)
     torch.exp(gap_PV, out=p_PV)

@@ -62,7 +62,6 @@ MARKS: Mapping[str, Callable[[str], bytes]] = {"Ġ": _byte_level, "▁": _senten
 
 
 def _reading(vocabulary: Mapping[str, int]) -> Callable[[str], bytes]:
-    """How this vocabulary's strings are read."""
     marked = {mark: sum(token.startswith(mark) for token in vocabulary) for mark in MARKS}
     mark = max(marked, key=marked.__getitem__)
     return MARKS[mark] if marked[mark] else _plain
@@ -103,7 +102,6 @@ def _same_bytes(student_vocab: Mapping[str, int], teacher_vocab: Mapping[str, in
 
 
 def _same_strings(student_vocab: Mapping[str, int], teacher_vocab: Mapping[str, int]) -> list[tuple[int, int]]:
-    """Pairs of ids of equal token strings."""
     return [(number, teacher_vocab[token]) for token, number in student_vocab.items() if token in teacher_vocab]
 
 
