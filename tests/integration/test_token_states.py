@@ -43,18 +43,10 @@ COLUMNS = {
 
 
 def run_with(cache: Path, codec: str) -> RunConfig:
-    made = small_cache.made()
-    return small_cache.run_file(
-        cache,
-        documents={"corpus": [str(made / "corpus.jsonl")]},
-        teacher={
-            "model": str(made / "teacher"), "name": f"T-{codec}", "codec": codec,
-            "losses": ["mta", "sra", "fdd", "rskd"], "samples": 5,
-        },
-        student={"model": str(made / "teacher"), "name": f"S-{codec}", "template": "chat"},
-        train={"loss": "mta+sra+fdd"},
-        **SETTINGS,
-    )  # fmt: skip
+    model = str(small_cache.made() / "teacher")
+    teacher = {"name": f"T-{codec}", "codec": codec, "losses": ["mta", "sra", "fdd", "rskd"], "samples": 5}
+    student = {"model": model, "tokenizer": "", "name": f"S-{codec}", "template": "chat"}
+    return small_cache.whole_run(cache, teacher=teacher, student=student, train={"loss": "mta+sra+fdd"}, **SETTINGS)
 
 
 @pytest.fixture(scope="module")

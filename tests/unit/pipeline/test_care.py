@@ -9,7 +9,7 @@ import torch
 
 import small_cache
 from fake_stage import FakeStage
-from small_cache import IN_PROCESS, files_of, run_file
+from small_cache import IN_PROCESS, files_of, whole_run
 from xkd_pipeline.capture.stage import add_signals
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
@@ -27,15 +27,10 @@ CARE = {1: MadeDifferently(lost=(2,), batch=1)}
 
 def begun(tmp_path: Path, *parts: str, **documents: object) -> tuple[Path, RunConfig]:
     """A finished cache without these tables."""
-    cache, made = small_cache.copied(tmp_path), small_cache.made()
+    cache = small_cache.copied(tmp_path)
     for part in parts:
         shutil.rmtree(cache / part)
-    return cache, run_file(
-        cache,
-        documents={"corpus": [str(made / "corpus.jsonl")], **documents},
-        teacher={"model": str(made / "teacher")},
-        student={"tokenizer": str(made / "student")},
-    )
+    return cache, whole_run(cache, documents=documents)
 
 
 def needing(monkeypatch: pytest.MonkeyPatch, cares: dict[int, MadeDifferently]) -> None:

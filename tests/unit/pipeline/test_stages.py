@@ -101,13 +101,8 @@ def test_layers_and_settings_of_a_loss_choose_its_signals(tmp_path: Path) -> Non
 
 
 def test_documents_and_teacher_say_how_far_they_are_inside_a_shard(tmp_path: Path, monkeypatch, capsys) -> None:
-    folder = made()
     monkeypatch.setattr("xkd_schemas.progress.EVERY", -1.0)  # every tick is shown
-    run = small_cache.run_file(
-        tmp_path / "cache",
-        documents={"corpus": [str(folder / "corpus.jsonl")], "rows_per_shard": 6},
-        teacher={"model": str(folder / "teacher"), "batch_tokens": 100},
-    )
+    run = small_cache.whole_run(tmp_path / "cache", documents={"rows_per_shard": 6}, teacher={"batch_tokens": 100})
     capsys.readouterr()
     documents_stage(run, small_cache.IN_PROCESS)
     teacher_stage(run, small_cache.IN_PROCESS)

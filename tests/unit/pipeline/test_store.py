@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from damages import flip
 from fake_stage import UNITS, build_all, opened
 from small_cache import files_of
 from xkd_pipeline.tables.writer import locked
@@ -75,12 +76,6 @@ def test_a_run_that_breaks_off_keeps_its_shards_and_the_next_makes_only_the_othe
 
     assert (built.made, built.kept) == (3, 2)
     assert files_of(root) == undisturbed
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {

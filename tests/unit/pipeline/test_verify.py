@@ -1,6 +1,5 @@
 """verify, repair and gc as commands, and rows against the live teacher."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typer.testing import CliRunner
 import small_cache
 from damages import flip
 from fake_hardware import hardware_is
+from small_cache import asked
 from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain.recompute import Recomputed, _compare_classes, _live_settings, recompute
@@ -20,11 +20,6 @@ from xkd_pipeline.maintain.verify_rows import _check_values
 from xkd_pipeline.tables.dataset_card import table_states
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, Mismatch, UsageError
-
-
-def asked(*words: object) -> tuple[int, dict[str, object]]:
-    result = CliRunner().invoke(app, [*map(str, words), "--json"])
-    return result.exit_code, json.loads(result.stdout)
 
 
 def test_a_whole_cache_is_whole_at_every_level() -> None:
