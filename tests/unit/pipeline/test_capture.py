@@ -1,5 +1,6 @@
 """What is captured equals a plain computation on transformers' own hidden states and eager attention maps."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import slow_losses
 import small_cache
 from xkd_pipeline.capture import measure
 from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
@@ -94,29 +96,6 @@ def bf16(bits: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(torch.bfloat16).float()
 
 
-def slow_centrality(hidden_LD: torch.Tensor) -> list[float]:
-    """MTA eq. 5 to 7, one token at a time."""
-    rows = [h / (h.std() + 1e-5) for h in hidden_LD.double()]
-    total = torch.zeros(len(rows), dtype=torch.float64)
-    for s, ours in enumerate(rows):
-        others = [t for t in range(len(rows)) if t != s]
-        scores = torch.stack([ours @ rows[t] / len(ours) ** 0.5 for t in others]).softmax(0)
-        total[others] += scores
-    return (total / len(rows)).tolist()
-
-
-def slow_spans(hidden_LD: torch.Tensor, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mass [K] and weighted mean [K, D] of each span."""
-    weights = torch.tensor(slow_centrality(hidden_LD), dtype=torch.float64)
-    masses, vectors = [], []
-    for first, end in ranges:
-        mass = weights[first:end].sum()
-        masses.append(float(mass))
-        mean = (weights[first:end, None] * hidden_LD[first:end].double()).sum(0) / mass if end > first else None
-        vectors.append(np.zeros(hidden_LD.shape[1]) if mean is None else mean.numpy())
-    return np.array(masses), np.array(vectors)
-
-
 def test_hidden_last_is_the_normed_state_of_targets_and_of_the_position_before(model, eager) -> None:
     for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
         first, last = np.flatnonzero(one.tokens.targets)[[0, -1]]
@@ -144,21 +123,20 @@ def test_the_row_of_the_last_text_token_is_that_in_front_of_the_end_token(model,
 @pytest.mark.parametrize("layer", [1, 3])
 def test_centrality_is_that_of_hidden_states_of_the_named_layer(model, eager, layer: int) -> None:
     for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
-        expected_L = slow_centrality(plain(eager, one).hidden_states[layer][0])
+        expected_L = slow_losses.centrality(plain(eager, one).hidden_states[layer][0].tolist())
         np.testing.assert_allclose(row[f"centrality@{layer}"], expected_L, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("layer", "unit"), [(1, "word"), (3, "phrase")])
 def test_span_signals_are_those_of_the_named_layer_and_unit(model, eager, layer: int, unit: str) -> None:
     for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
-        mass_K, vectors_KD = slow_spans(plain(eager, one).hidden_states[layer][0], one.ranges[unit])
+        hidden = plain(eager, one).hidden_states[layer][0].tolist()
+        weights = slow_losses.centrality(hidden)
+        pooled = [slow_losses.pool(hidden, weights, first, end) for first, end in one.ranges[unit].tolist()]
+        vectors_KD, mass_K = ([part[at] for part in pooled] for at in (0, 1))
         np.testing.assert_allclose(row[f"span_mass@{layer}:{unit}"], mass_K, rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(bf16(row[f"span_vectors@{layer}:{unit}"]), vectors_KD, rtol=2**-7, atol=1e-3)
-        expected = []
-        for i in range(len(mass_K)):
-            for j in range(i + 1, len(mass_K)):
-                size = np.linalg.norm(vectors_KD[i]) * np.linalg.norm(vectors_KD[j])
-                expected.append(vectors_KD[i] @ vectors_KD[j] / size if size else 0.0)
+        expected = [slow_losses.cosine(a, b) for a, b in itertools.combinations(vectors_KD, 2)]
         found = row[f"span_geometry@{layer}:{unit}"]
         assert found.dtype == np.float16
         np.testing.assert_allclose(found, np.array(expected), atol=2e-3)

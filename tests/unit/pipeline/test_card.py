@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import small_cache
-from xkd_pipeline.tables.dataset_card import table_states
 from xkd_schemas.cache.table import Table
 
 CONFIGS = ("documents", "students/S", "teachers/T")
@@ -55,25 +54,3 @@ def test_the_card_says_how_large_every_table_is(cache: Path) -> None:
         table = Table(cache, name)
         size = sum(path.stat().st_size for path in (cache / name).glob("*.arrow"))
         assert f"| {name} | 12 | 3 | {size:,} | `{table.manifest.root[:16]}` |\n" in card
-
-
-def test_every_table_that_was_begun_is_listed_with_how_far_it_is(tmp_path: Path) -> None:
-    copy = small_cache.copied(tmp_path)
-    (copy / "students" / "S" / "manifest.json").unlink()
-    (copy / "students" / "S" / "commits" / "00002.json").unlink()
-    (copy / "other").mkdir()
-
-    states = table_states(copy)
-
-    assert [(s["table"], s["units"], s["done"], s["documents"], s["sealed"]) for s in states] == [
-        ("documents", 3, 3, 12, True),
-        ("teachers/T", 3, 3, 12, True),
-        ("students/S", 3, 2, 8, False),
-    ]
-    for state in states:
-        files = [path for path in (copy / state["table"]).rglob("*") if path.is_file()]
-        assert state["bytes"] == sum(path.stat().st_size for path in files)
-
-
-def test_a_folder_without_tables_lists_none(tmp_path: Path) -> None:
-    assert table_states(tmp_path) == []

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ from xkd_pipeline.capture.stage import add_signals
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers.contract import Make, Workers
+from xkd_pipeline.workers.contract import Make
 from xkd_pipeline.workers.scheduler import make_shards
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig
-from xkd_schemas.errors import BadData, OutOfMemory, UsageError
+from xkd_schemas.errors import BadData, OutOfMemory
 from xkd_schemas.signals import Signal
 
 CARE = {1: MadeDifferently(lost=(2,), batch=1)}
@@ -174,10 +173,3 @@ def test_a_model_that_does_not_fit_is_out_of_memory_and_no_traceback(tmp_path: P
 
     with pytest.raises(OutOfMemory, match=r"out of memory while loading: .*DefaultCPUAllocator"):
         make_shards(Huge(folder=tmp_path), [0], IN_PROCESS, lambda _commit: None)
-
-
-@pytest.mark.parametrize("asked", [{"gpus": 1.0}, {"address": "127.0.0.1:6379"}, {"stall_seconds": 9.0}])
-def test_what_is_asked_of_workers_without_any_is_refused(asked: dict[str, Any]) -> None:
-    Workers(count=2, **asked)
-    with pytest.raises(UsageError, match=r"found --workers 0\. Next: add --workers N"):
-        Workers(**asked)

@@ -27,16 +27,12 @@ from xkd_schemas.errors import InputMissing, Mismatch, UsageError
         ("é", "model"),
         ("é..", "model"),
         ("a" * 300, "a" * 128),
+        *((nothing, "model") for nothing in ("/", "", "//")),
     ],
 )
 def test_a_models_name_becomes_a_name_that_a_folder_may_have(model: str, name: str) -> None:
     assert plain_name(model) == name
     assert SAFE_NAME.fullmatch(plain_name(model))
-
-
-@pytest.mark.parametrize("model", ["/", "", "//"])
-def test_a_path_without_a_name_still_gives_one(model: str) -> None:
-    assert plain_name(model) == "model"
 
 
 def test_the_only_teacher_is_chosen_and_several_are_listed(tmp_path: Path) -> None:
@@ -81,10 +77,21 @@ def test_auto_is_resolved_once_and_a_table_goes_on_in_the_dtype_that_it_was_begu
         taught("fp32")
 
 
-def test_no_loss_keeps_just_the_teachers_choice(tmp_path: Path) -> None:
-    run = small_cache.run_file(tmp_path, teacher={"losses": []})
+@pytest.mark.parametrize(
+    ("losses", "own"),
+    [
+        ([], set()),
+        (["mta"], {"span_mass", "span_geometry", "span_vectors"}),
+        (["sra"], {"hidden_last", "attention_text"}),
+        (["dwa"], {"hidden_last", "entropy"}),
+    ],
+)
+def test_a_loss_keeps_its_own_signals_and_the_teachers_choice(
+    tmp_path: Path, losses: list[str], own: set[str]
+) -> None:
+    run = small_cache.run_file(tmp_path, teacher={"losses": losses})
 
-    assert [s.column for s in signals_for(run, 4)] == ["argmax"]
+    assert {s.name for s in signals_for(run, 4)} == own | {"argmax"}
 
 
 def test_layers_and_settings_of_a_loss_choose_its_signals(tmp_path: Path) -> None:
