@@ -63,17 +63,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1), action=st.sampled_from(["kill", "cut"]), seed=st.sampled_from(["", "1", "2"]))
     def start_and_die(self, share: float, action: str, seed: str) -> None:
-        child = os.fork()
-        if child == 0:
-            try:
-                with faulty_disk.injected(f"*:{1 + int(share * undisturbed()[1])}:{action}", seed):
-                    work(self.root)
-                os._exit(0)
-            except BadData:
-                os._exit(65)
-            finally:
-                os._exit(1)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with faulty_disk.injected(f"*:{1 + int(share * undisturbed()[1])}:{action}", seed):
+            code = faulty_disk.exit_code_of(lambda: work(self.root))
         assert code in (0, -9) or (code == 65 and self.damaged)
         self.finished = self.finished and not self.damaged
 

@@ -48,14 +48,8 @@ def counted(root: Path) -> list[str]:
 
 def dying(root: Path, fault: str, *, seed: str = "", synced: bool = True) -> None:
     """Work in a copy of this process that `fault` kills."""
-    child = os.fork()
-    if child == 0:
-        try:
-            with faulty_disk.injected(fault, seed, synced=synced):
-                work(root)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, f"{fault}: not killed"
+    with faulty_disk.injected(fault, seed, synced=synced):
+        assert faulty_disk.exit_code_of(lambda: work(root)) == -signal.SIGKILL, f"{fault}: not killed"
 
 
 def test_every_operation_failing_once_is_a_disk_error_and_the_next_run_is_undisturbed(tmp_path: Path) -> None:

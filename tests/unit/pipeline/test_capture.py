@@ -15,6 +15,7 @@ import small_cache
 from xkd_pipeline.capture import measure
 from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
 from xkd_pipeline.capture.measure import Reading, bf16_bits, pad_readings
+from xkd_schemas.codecs import numbers_of
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import CONTENT, Tokens
@@ -92,15 +93,11 @@ def plain(model: PreTrainedModel, one: Reading) -> Any:
     return model(ids_1L, output_hidden_states=True, output_attentions=True)
 
 
-def bf16(bits: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(torch.bfloat16).float()
-
-
 def test_hidden_last_is_the_normed_state_of_targets_and_of_the_position_before(model, eager) -> None:
     for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
         first, last = np.flatnonzero(one.tokens.targets)[[0, -1]]
         expected_RD = plain(eager, one).hidden_states[-1][0, first - 1 : last + 1]
-        torch.testing.assert_close(bf16(row["hidden_last"]), expected_RD, rtol=2**-7, atol=1e-3)
+        np.testing.assert_allclose(numbers_of(row["hidden_last"]), expected_RD, rtol=2**-7, atol=1e-3)
 
 
 def test_the_attention_row_is_the_last_tokens_in_the_last_block_summed_over_heads(model, eager) -> None:
@@ -135,7 +132,7 @@ def test_span_signals_are_those_of_the_named_layer_and_unit(model, eager, layer:
         pooled = [slow_losses.pool(hidden, weights, first, end) for first, end in one.ranges[unit].tolist()]
         vectors_KD, mass_K = ([part[at] for part in pooled] for at in (0, 1))
         np.testing.assert_allclose(row[f"span_mass@{layer}:{unit}"], mass_K, rtol=1e-3, atol=1e-6)
-        np.testing.assert_allclose(bf16(row[f"span_vectors@{layer}:{unit}"]), vectors_KD, rtol=2**-7, atol=1e-3)
+        np.testing.assert_allclose(numbers_of(row[f"span_vectors@{layer}:{unit}"]), vectors_KD, rtol=2**-7, atol=1e-3)
         expected = [slow_losses.cosine(a, b) for a, b in itertools.combinations(vectors_KD, 2)]
         found = row[f"span_geometry@{layer}:{unit}"]
         assert found.dtype == np.float16
@@ -160,9 +157,9 @@ def test_a_document_has_the_same_signals_alone_and_padded_in_a_batch(model) -> N
         (alone,) = capture(model, [one], WANTED, SETTINGS.model_copy(update={"pad_multiple": 1}))
         assert row.keys() == alone.keys()
         for column, values in ((s.column, row[s.column]) for s in WANTED):
-            a, b = (bf16(v) if v.dtype == np.uint16 else torch.from_numpy(v) for v in (values, alone[column]))
+            a, b = (numbers_of(v) if v.dtype == np.uint16 else v for v in (values, alone[column]))
             close = {np.uint16: 2**-7, np.float16: 2e-3}.get(values.dtype.type, 1e-4)
-            torch.testing.assert_close(a, b, rtol=close, atol=1e-3 if close > 1e-4 else 1e-6, msg=column)
+            np.testing.assert_allclose(a, b, rtol=close, atol=1e-3 if close > 1e-4 else 1e-6, err_msg=column)
 
 
 def test_a_document_without_tokens_has_empty_rows_and_disturbs_no_other(model) -> None:

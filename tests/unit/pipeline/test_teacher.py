@@ -23,6 +23,7 @@ from xkd_pipeline.stages import Outcome, align_stage, teacher_stage
 from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.manifest import Commit, read_record
 from xkd_schemas.cache.table import Table
+from xkd_schemas.codecs import numbers_of
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import signal_named
@@ -42,10 +43,6 @@ def made_table() -> Table:
 
 def model_in(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def bf16(bits: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)
 
 
 def test_every_row_has_the_teachers_own_tokens_and_the_captured_columns() -> None:
@@ -176,7 +173,7 @@ def test_standard_deviations_are_those_over_all_targets_of_the_corpus() -> None:
     for row in table:
         at = np.flatnonzero(row["targets"])
         kept = kept_rows(row["targets"]).tolist()
-        states.append(bf16(row["hidden_last"])[[kept.index(t - 1) for t in at]].double())
+        states.append(torch.from_numpy(numbers_of(row["hidden_last"]))[[kept.index(t - 1) for t in at]].double())
         embedded.append(model.get_input_embeddings().weight.detach()[row["token_ids"][at].astype(np.int64)].double())
 
     for name, values in (("hidden_std", states), ("embedding_std", embedded)):
