@@ -12,22 +12,22 @@ from xkd_schemas.config import RunConfig
 
 def documents(run: RunConfig) -> Outcome:
     """Read and parse the corpus, as `xkd-cache documents`."""
-    return stages.documents_stage(run, _workers(run))
+    return stages.documents_stage(run, Workers.of(run))
 
 
 def teacher(run: RunConfig) -> Outcome:
     """Run the teacher over the documents and keep its signals, as `xkd-cache teacher`."""
-    return stages.teacher_stage(run, _workers(run))
+    return stages.teacher_stage(run, Workers.of(run))
 
 
 def align(run: RunConfig) -> Outcome:
     """Tokenize and align for the student, as `xkd-cache align`."""
-    return stages.align_stage(run, _workers(run))
+    return stages.align_stage(run, Workers.of(run))
 
 
 def preprocess(run: RunConfig) -> list[Outcome]:
     """All three stages, as `xkd-cache preprocess`; what is there is reused."""
-    return stages.preprocess(run, _workers(run))
+    return stages.preprocess(run, Workers.of(run))
 
 
 def plan(run: RunConfig, *, sample: int = 256, budget: int | None = None) -> dict[str, Any]:
@@ -53,7 +53,3 @@ def verify(run: RunConfig, *, level: str = "full") -> list[Finding]:
     from xkd_pipeline.maintain.verify import verify as check
 
     return check(Path(run.cache), level)
-
-
-def _workers(run: RunConfig) -> Workers:
-    return Workers(count=run.workers)

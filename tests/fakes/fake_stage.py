@@ -18,7 +18,7 @@ import pyarrow as pa
 
 import xkd_pipeline
 from xkd_pipeline.tables.build import Built, build
-from xkd_pipeline.tables.shard import Totals, write_shard
+from xkd_pipeline.tables.shard import write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas import durable_files
@@ -92,8 +92,7 @@ class FakeStage:
         }
         rejects = [{"reason": "blank", "line": 9}] if unit == UNITS - 1 else []
         rejects += [{"reason": "worker_killed", "line": row} for row in care.lost]
-        counts = {"rows": len(rows)}
-        return write_shard(self.folder, unit, SCHEMA, columns, rejects=rejects, totals=Totals(counts=counts))
+        return write_shard(self.folder, unit, SCHEMA, columns, rejects=rejects, counts={"rows": len(rows)})
 
     def _fail(self, care: MadeDifferently) -> None:
         if self.trouble == "starved" or (self.trouble == "memory" and not 0 < care.batch <= 2):

@@ -18,7 +18,6 @@ from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import (
     DocumentRows,
-    Totals,
     documents_of,
     encoder_for,
     first_documents,
@@ -91,10 +90,10 @@ class TeacherStage:
             stored, errors = encode_signals(captured, wanted, self.settings.codec, head)
             columns = {"doc_id": rows.doc_ids, **token_columns(tokens), **stored.columns}
             sums = sum_moments(tokens, captured, model) | errors
-            totals = Totals(counts=token_counts(rows.block.texts, tokens), sums=sums)
+            counts = token_counts(rows.block.texts, tokens)
             marked = schema.with_metadata({**schema.metadata, **stored.metadata})
-            commit = write_shard(self.folder, unit, marked, columns, totals=totals)
-            return commit.model_copy(update={"made_on": kind})
+            commit = write_shard(self.folder, unit, marked, columns, counts=counts)
+            return commit.model_copy(update={"made_on": kind, "sums": sums})
 
         return make
 
