@@ -1,5 +1,6 @@
 """The stages, the plan and the check of a cache as functions of a run file, for notebooks and scripts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from xkd_schemas.config import RunConfig
 
 def documents(run: RunConfig) -> Outcome:
     """Read and parse the corpus, as `xkd-cache documents`."""
-    return stages.documents_stage(run, Workers.of(run))
+    return stages.documents_stage(run, replace(Workers.of(run), gpus=0.0))
 
 
 def teacher(run: RunConfig) -> Outcome:
@@ -22,7 +23,7 @@ def teacher(run: RunConfig) -> Outcome:
 
 def align(run: RunConfig) -> Outcome:
     """Tokenize and align for the student, as `xkd-cache align`."""
-    return stages.align_stage(run, Workers.of(run))
+    return stages.align_stage(run, replace(Workers.of(run), gpus=0.0))
 
 
 def preprocess(run: RunConfig) -> list[Outcome]:
