@@ -3,7 +3,7 @@
 import itertools
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -234,7 +234,9 @@ def make_teacher(
     shards: Sequence[Commit] = ()
     constants = constants_of(model) | {"template": settings.template}
     if beside:
-        shards = _same_teacher(Table(root, f"teachers/{beside}"), spec).manifest.commits
+        teacher = Table(root, f"teachers/{beside}")
+        refuse_other_teacher(teacher, spec)
+        shards = teacher.manifest.commits
         constants = {"teacher": beside}
         spec |= constants
     store = Store(root, f"signals/{name}" if beside else f"teachers/{name}", spec, shards_like(documents))
@@ -262,11 +264,10 @@ def make_teacher(
     return build(store, stage, list, workers, watch=watch, finish=finish)
 
 
-def _same_teacher(table: Table, spec: Spec) -> Table:
-    """The table; Mismatch where it was made by another teacher than `spec` names."""
-    ours, theirs = ({key: one[key] for key in ("weights", "encoder")} for one in (spec, table.manifest.spec))
-    refuse_differences(table.folder, ours, theirs, advice=f"name the model that {table.name} was made with")
-    return table
+def refuse_other_teacher(table: Table, ours: Mapping[str, Any]) -> None:
+    """Raise Mismatch where the table was made with other "weights" or another "encoder" than `ours`."""
+    named, stored = ({key: spec[key] for key in ("weights", "encoder")} for spec in (ours, table.manifest.spec))
+    refuse_differences(table.folder, named, stored, advice=f"name the model that {table.name} was made with")
 
 
 def add_signals(

@@ -216,20 +216,18 @@ def locate_model(name: str | None) -> Path:
         path = Path(downloader.locate_model(name))
     except LookupError:
         raise InputMissing(f"there is no benepar model '{name}' here", fix=advice) from None
-    if path.is_dir():
-        _check_config(path / "config.json")
-    return path
-
-
-def _check_config(path: Path) -> None:
+    if not path.is_dir():
+        return path
+    place = path / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(place.read_bytes())
     except (OSError, ValueError) as error:
-        raise BadData(f"{path} cannot be read: {error}", fix="name the folder of a benepar model") from error
+        raise BadData(f"{place} cannot be read: {error}", fix="name the folder of a benepar model") from error
     if "auto_map" in json.dumps(config):
-        raise Refused(f"{path} names code of its own to run (auto_map)", fix="use a model without custom code")
+        raise Refused(f"{place} names code of its own to run (auto_map)", fix="use a model without custom code")
     if not isinstance(config, dict) or "benepar" not in config:
-        raise BadData(f"{path} has no entry 'benepar'", fix="name the folder of a benepar model")
+        raise BadData(f"{place} has no entry 'benepar'", fix="name the folder of a benepar model")
+    return path
 
 
 def load_model(path: Path) -> Any:

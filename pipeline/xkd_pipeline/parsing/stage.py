@@ -150,15 +150,6 @@ def prompt_encoder(documents: DocumentsSection) -> Encoder | None:
     return Encoder(tokenizer=tokenizer, template=documents.prompt_template, max_tokens=_NO_END)
 
 
-def prompt_spec(documents: DocumentsSection) -> dict[str, Any]:
-    """What a plan says of the limit of prompts: nothing without one."""
-    encoder = prompt_encoder(documents)
-    if encoder is None:
-        return {}
-    identity = {key: value for key, value in encoder.identity().items() if key != "max_tokens"}
-    return {"prompts": {"tokens": documents.max_prompt_tokens, "name": documents.prompt_tokenizer, **identity}}
-
-
 def cut_prompts(documents: Sequence[Document], encoder: Encoder | None, most: int) -> list[Document | None]:
     """The documents with prompts of at most `most` tokens, None for one that cannot be cut.
 
@@ -242,7 +233,7 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
     size = settings.rows_per_shard
     units = plan_shards(sources, size)
     total = sum(s.num_rows for s in sources)
-    spec = {
+    spec: dict[str, Any] = {
         "schema": DOCUMENTS_VERSION,
         "corpus": [
             {"name": Path(s.name).name, "sha256": s.digest, "form": s.form, "columns": dict(s.columns)}
@@ -251,8 +242,10 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
         "parser": parser_for(settings).identity(),
         "max_chars": settings.max_chars,
         "rows_per_shard": size,
-        **prompt_spec(settings),
     }
+    if encoder := prompt_encoder(settings):  # without a limit the plan says nothing of it
+        identity = {key: value for key, value in encoder.identity().items() if key != "max_tokens"}
+        spec["prompts"] = {"tokens": settings.max_prompt_tokens, "name": settings.prompt_tokenizer, **identity}
     store = Store(root, "documents", spec, units)
     stage = DocumentsStage(folder=store.folder, settings=settings)
 

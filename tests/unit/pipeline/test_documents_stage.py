@@ -20,14 +20,10 @@ from xkd_schemas.corpus.sources import open_source
 from xkd_schemas.errors import BadData, Mismatch
 
 
-def silent(_line: str) -> None:
-    """Takes what the stage would print."""
-
-
 def build(root: Path, corpora: Sequence[Path | str], **changed: Any) -> Outcome:
     sections = {"documents": {"corpus": [str(path) for path in corpora], "rows_per_shard": 3, **changed}}
     sections["documents.columns"] = sections["documents"].pop("columns", {})
-    return documents_stage(run_file(root, **sections), IN_PROCESS, silent)
+    return documents_stage(run_file(root, **sections), IN_PROCESS, lambda _line: None)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from xkd_pipeline.reports.compare import (
 )
 from xkd_pipeline.reports.sample import read_sample
 from xkd_schemas.cache.table import Table
-from xkd_schemas.documents import Document
 from xkd_schemas.text.encode import Encoder
-from xkd_schemas.tokens import CONTENT
+from xkd_trainer.models.bits_per_byte import bits_per_byte
 from xkd_trainer.models.loading import load_model
 
 BOTH = ("byte_level", "sentencepiece")
@@ -152,20 +150,6 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["sample"]["documents"], len(found["worst"])) == (5, 1)
 
 
-def nats_by_hand(model: Any, encoder: Encoder, documents: Sequence[Document], ends: Sequence[int]) -> list[float]:
-    """-log p of the target tokens that carry text and bytes of that text, each document on its own."""
-    nats, size = 0.0, 0
-    for document, end in zip(documents, ends, strict=True):
-        row = encoder.encode(document, end)
-        log_p = model(torch.tensor([row.ids.tolist()])).logits[0].double().log_softmax(-1)
-        for t in range(1, len(row.ids)):
-            if row.targets[t] and row.kinds[t] == CONTENT:
-                nats -= float(log_p[t - 1, int(row.ids[t])])
-        size += sum(len(document.text[s.start : min(s.end, end)].encode()) for s in document.segments if s.target)
-    return [nats, size]
-
-
-@torch.no_grad()
 def test_bits_per_byte_of_both_models_are_over_the_same_characters(tmp_path: Path) -> None:
     corpus = write_rows(tmp_path / "rows.jsonl", corpus_rows(4))
     sample = read_sample(run_file(tmp_path / "c", documents={"corpus": [str(corpus)]}), 9)
@@ -178,10 +162,10 @@ def test_bits_per_byte_of_both_models_are_over_the_same_characters(tmp_path: Pat
     ends = [row.num_chars for row in ours.encode_batch(sample.documents, first)]
     assert any(end < len(d.text) for end, d in zip(ends, sample.documents, strict=True))
     for side, folder, reader in zip(("teacher", "student"), folders, (theirs, ours), strict=True):
-        model = load_model(folder, dtype=torch.float32)
-        nats, size = nats_by_hand(model, reader, sample.documents, ends)
-        assert found[side] == pytest.approx(nats / math.log(2) / size, rel=1e-5), side
-        assert found["bytes"] == size
+        rows = [reader.encode(*both) for both in zip(sample.documents, ends, strict=True)]
+        pairs = list(zip(sample.documents, rows, strict=True))
+        alone = bits_per_byte(load_model(folder, dtype=torch.float32), pairs)
+        assert (found[side], found["bytes"]) == (pytest.approx(alone["bits_per_byte"], rel=1e-5), alone["bytes"])
     assert found["documents"] == len(sample.documents)
 
 

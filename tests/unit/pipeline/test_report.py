@@ -13,7 +13,7 @@ import small_cache
 from damages import flip
 from small_cache import made
 from xkd_pipeline.reports import report as reports
-from xkd_pipeline.reports.report import MAX_BINS, Histogram, exact_shares, gather, write_report
+from xkd_pipeline.reports.report import MAX_BINS, Histogram, gather, write_report
 from xkd_pipeline.stages import documents_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing
@@ -192,11 +192,6 @@ def test_a_histogram_holds_every_size_once_in_few_bars() -> None:
     assert len(bars) <= MAX_BINS
     assert all(after[0] == before[1] + 1 for before, after in pairwise(bars))
     assert Histogram("x").bars == []
-
-
-def test_a_document_without_spans_is_the_worst() -> None:
-    one = np.ones(0, dtype=np.int64)
-    assert exact_shares(one, one, np.array([0, 0])).tolist() == [0.0, 0.0]
 
 
 def test_two_students_of_one_teacher_are_both_drawn(tmp_path: Path) -> None:

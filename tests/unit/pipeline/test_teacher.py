@@ -100,7 +100,7 @@ def test_a_16_bit_checkpoint_that_runs_in_float32_keeps_a_16_bit_head_and_is_rea
     align_stage(small_cache.run_file(cache, student=student, teacher={"name": "half"}), small_cache.IN_PROCESS)
 
     folder, read = cache / "teachers/half", Cache(cache, student="new")
-    planned = planned_files(tmp_path / "half")
+    sizes = sizes_of(str(tmp_path / "half"))
     weights = {"head": model.lm_head.weight, "embeddings": model.get_input_embeddings().weight}
     for name, weight in weights.items():
         assert load_file(folder / f"{name}.safetensors")["weight"].dtype == dtype
@@ -108,7 +108,7 @@ def test_a_16_bit_checkpoint_that_runs_in_float32_keeps_a_16_bit_head_and_is_rea
         assert read_back.dtype == torch.float32
         assert torch.equal(read_back, weight.float())
     stored = sum((folder / f"{name}.safetensors").stat().st_size for name in weights)
-    assert planned == pytest.approx(stored, abs=1000)
+    assert sizes.file_numbers * min(sizes.number_bytes, 4) == pytest.approx(stored, abs=1000)
 
 
 def test_a_table_that_continues_on_another_kind_of_processor_says_so_once_and_keeps_its_name(
@@ -134,12 +134,6 @@ def test_a_table_that_continues_on_another_kind_of_processor_says_so_once_and_ke
     assert [record.bound for record in records] == list(manifest.commits)
     assert manifest.root == root  # the same bytes: students that were aligned to it stay its students
     assert verify(cache) == []
-
-
-def planned_files(model: Path) -> int:
-    """Bytes of head and embeddings by the configuration alone, of a teacher that runs in float32."""
-    sizes = sizes_of(str(model))
-    return sizes.file_numbers * min(sizes.number_bytes, 4)
 
 
 def test_a_tied_teacher_has_no_second_copy_of_its_table(tmp_path: Path) -> None:
