@@ -68,7 +68,6 @@ Aligned = tuple[TokenBatch, dict[str, Any], dict[str, int]]
 
 
 def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch, size: int) -> Aligned:
-    """`align_rows` of `size` rows at a time."""
     if len(teacher) <= size:
         return align_rows(encoder, rows, teacher)
     cuts = [*range(0, len(teacher), size), len(teacher)]

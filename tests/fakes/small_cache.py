@@ -119,6 +119,18 @@ def cache_of(cache: Path, corpus: Path, **sections: dict[str, object]) -> RunCon
     return run
 
 
+def without_entropy(tmp_path: Path, **sections: dict[str, object]) -> RunConfig:
+    """A copy of the cache whose teacher was captured for ALM alone, with its student."""
+    cache = copied(tmp_path)
+    for kind in ("teachers", "students"):
+        shutil.rmtree(cache / kind)
+    teacher = {"losses": ["alm"], **sections.pop("teacher", {})}
+    run = whole_run(cache, teacher=teacher, **sections)
+    for stage in (teacher_stage, align_stage):
+        stage(run, IN_PROCESS)
+    return run
+
+
 @functools.cache
 def made() -> Path:
     """A folder with corpus.jsonl, teacher/, student/ and the finished cache/ of 12 documents in 3 shards."""

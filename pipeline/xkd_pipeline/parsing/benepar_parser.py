@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from xkd_pipeline.parsing.phrases import Phrase, joined_spans
 from xkd_pipeline.parsing.spacy_parser import UNUSED, PipelineParser, folder_digest, words_of
+from xkd_pipeline.workers.contract import first_line
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.durable_files import sha256_of
@@ -245,8 +246,8 @@ def load_model(path: Path) -> Any:
         with answer_special_tokens():
             return ChartParser.from_trained(str(path)).eval()
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, *not_tensors) as error:
-        line = " ".join(str(error).split())[:200]
-        raise BadData(f"{path} cannot be loaded as a benepar model: {line}", fix="copy it again") from error
+        said = first_line(error)
+        raise BadData(f"{path} cannot be loaded as a benepar model: {said}", fix="copy it again") from error
 
 
 def phrase_labels(label_vocab: dict[str, int]) -> dict[int, str]:

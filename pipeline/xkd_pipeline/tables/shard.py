@@ -188,7 +188,6 @@ def _columns(shard: Shard, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
 
 
 def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The items of all lists."""
     return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
 
 

@@ -77,7 +77,8 @@ def test_a_document_that_the_teacher_could_not_read_says_so_and_has_no_tokens(tm
 
     outcome = stage(cache, teacher="short", name="unread")
 
-    for document, _, row in joined(cache, "short", "unread"):
+    for document, taught, row in joined(cache, "short", "unread"):
+        assert len(taught["token_ids"]) == len(taught["hidden_last"]) == len(taught["argmax"]) == 0
         assert row["status"] == "teacher:no_target_after_cut"
         for column in ("token_ids", "token_spans", "token_kinds", "targets", "student_spans", "teacher_spans"):
             assert len(row[column]) == 0, column
