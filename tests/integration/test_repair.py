@@ -95,8 +95,13 @@ def test_the_printed_commands_work_when_their_capitals_are_replaced(
 def test_a_lost_plan_of_the_documents_asks_for_the_whole_corpus(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     (cache / "documents/plan.json").write_bytes(b"")
+    before = files_of(cache)
 
-    assert repair(cache, IN_PROCESS).commands == [f"xkd-cache repair {cache} --corpus PATH_OF/corpus.jsonl"]
+    done = repair(cache, IN_PROCESS)
+
+    assert done.commands == [f"xkd-cache repair {cache} --corpus PATH_OF/corpus.jsonl"]
+    assert done.left
+    assert files_of(cache) == before
 
 
 def test_a_corpus_or_a_teacher_that_is_another_is_refused(tmp_path: Path) -> None:

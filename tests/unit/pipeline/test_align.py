@@ -150,22 +150,6 @@ def test_tokenizer_and_constants_stand_beside_the_table() -> None:
     assert table.manifest.spec["teacher_root"] == Table(made() / "cache", "teachers/T").manifest.root
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"template": "alpaca"}, r"encoder\.template: cache has none, this run has alpaca"),
-        ({"max_tokens": 512}, r"encoder\.max_tokens: cache has 1024, this run has 512"),
-        ({"tokenizer": "teacher"}, r"encoder\.tokenizer\.\w+: cache has .*, this run has"),
-    ],
-)
-def test_the_same_table_with_other_settings_is_refused_by_field(changed: dict[str, object], said: str) -> None:
-    if "tokenizer" in changed:
-        changed = {"tokenizer": str(made() / "teacher")}
-
-    with pytest.raises(Mismatch, match=said):
-        stage(made() / "cache", **changed)
-
-
 def test_a_table_made_for_another_teacher_is_refused(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     short_teacher(cache, 36)

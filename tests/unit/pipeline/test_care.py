@@ -158,14 +158,6 @@ def test_memory_that_runs_out_in_this_process_is_answered_by_smaller_batches(
     assert verify(cache, "deep") == []
 
 
-def test_one_document_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch) -> None:
-    hungry(monkeypatch, 0)
-    _, run = begun(tmp_path, "teachers", "students")
-
-    with pytest.raises(OutOfMemory, match=r"shard 0: even a batch of one document fails: CUDA out of memory"):
-        teacher_stage(run, IN_PROCESS)
-
-
 def test_a_model_that_does_not_fit_is_out_of_memory_and_no_traceback(tmp_path: Path) -> None:
     class Huge(FakeStage):
         def load(self) -> Make:

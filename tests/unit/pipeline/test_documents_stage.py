@@ -17,7 +17,7 @@ from xkd_schemas.cache.table import Table
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import RawRow, read_documents
 from xkd_schemas.corpus.sources import open_source
-from xkd_schemas.errors import BadData, Mismatch
+from xkd_schemas.errors import BadData
 
 
 def build(root: Path, corpora: Sequence[Path | str], **changed: Any) -> Outcome:
@@ -135,25 +135,6 @@ def test_shards_are_cut_by_input_rows_and_end_with_their_source(tmp_path: Path) 
         Unit(source="4.jsonl", first=3, rows=1),
         Unit(source="3.jsonl", first=0, rows=3),
     )
-
-
-@pytest.mark.parametrize(
-    ("changed", "field"),
-    [
-        ({"max_words": 5}, "parser.max_words: cache has 12, this run has 5"),
-        ({"drop_contained": False}, "parser.drop_contained: cache has True, this run has False"),
-        ({"rows_per_shard": 4}, "rows_per_shard: cache has 3, this run has 4"),
-        ({"max_chars": 9000}, "max_chars: cache has 1000000, this run has 9000"),
-        ({"columns": {"response": "prompt"}}, "corpus.0.columns.response: cache has response, this run has prompt"),
-    ],
-)
-def test_other_settings_are_refused_and_named(tmp_path: Path, changed: dict[str, Any], field: str) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", corpus_rows(4))
-    build(tmp_path / "c", [path])
-
-    with pytest.raises(Mismatch) as caught:
-        build(tmp_path / "c", [path], **changed)
-    assert field in str(caught.value)
 
 
 def test_a_shard_is_a_minute_of_a_teacher_by_characters_decided_once_and_printed(

@@ -8,7 +8,7 @@ import pytest
 import small_cache
 from fake_hardware import hardware_is
 from small_cache import made
-from xkd_pipeline.stages import documents_stage, plain_name, signals_for, teacher_stage
+from xkd_pipeline.stages import align_stage, documents_stage, plain_name, signals_for, teacher_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import Table, only_teacher
 from xkd_schemas.durable_files import SAFE_NAME
@@ -92,6 +92,42 @@ def test_a_loss_keeps_its_own_signals_and_the_teachers_choice(
     run = small_cache.run_file(tmp_path, teacher={"losses": losses})
 
     assert {s.name for s in signals_for(run, 4)} == own | {"argmax"}
+
+
+STAGES = {"documents": documents_stage, "teacher": teacher_stage, "student": align_stage}
+
+
+@pytest.mark.parametrize(
+    ("section", "changed", "said"),
+    [
+        ("documents", {"max_words": 5}, "parser.max_words: cache has 12, this run has 5"),
+        ("documents", {"drop_contained": False}, "parser.drop_contained: cache has True, this run has False"),
+        ("documents", {"rows_per_shard": 5}, "rows_per_shard: cache has 4, this run has 5"),
+        ("documents", {"max_chars": 9000}, "max_chars: cache has 1000000, this run has 9000"),
+        ("documents.columns", {"response": "prompt"}, "response: cache has response, this run has prompt"),
+        ("teacher", {"dtype": "bfloat16"}, "dtype: cache has float32, this run has bfloat16"),
+        ("teacher", {"template": "none"}, "encoder.template: cache has chat, this run has none"),
+        ("teacher", {"max_tokens": 64}, "encoder.max_tokens: cache has 1024, this run has 64"),
+        ("teacher", {"batch_tokens": 512}, "batch_tokens: cache has 256, this run has 512"),
+        ("teacher", {"codec": "int8"}, "codec: cache has bf16, this run has int8"),
+        ("teacher", {"losses": ["sra"]}, "signals: cache has "),
+        ("teacher", {"phrase_layers": [2, 4]}, "signals: cache has "),
+        ("student", {"template": "alpaca"}, "encoder.template: cache has none, this run has alpaca"),
+        ("student", {"max_tokens": 512}, "encoder.max_tokens: cache has 1024, this run has 512"),
+        ("student", {"tokenizer": "teacher"}, "encoder.tokenizer."),
+    ],
+)
+def test_the_same_table_with_other_settings_is_refused_by_field(
+    section: str, changed: dict[str, object], said: str
+) -> None:
+    if "tokenizer" in changed:
+        changed = {"tokenizer": str(made() / "teacher")}
+    run, name = small_cache.whole_run(made() / "cache", **{section: changed}), section.partition(".")[0]
+
+    with pytest.raises(Mismatch) as caught:
+        STAGES[name](run, small_cache.IN_PROCESS, lambda _line: None)
+    assert said in str(caught.value)
+    assert ("give this one another --name" in str(caught.value)) == (name != "documents")
 
 
 def test_layers_and_settings_of_a_loss_choose_its_signals(tmp_path: Path) -> None:
