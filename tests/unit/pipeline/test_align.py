@@ -16,7 +16,7 @@ from xkd_pipeline.stages import Outcome, align_stage, documents_stage, teacher_s
 from xkd_pipeline.tables.shard import document_at, encoder_for, tokens_at
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.config import TeacherSection
-from xkd_schemas.errors import InputMissing, Mismatch, UsageError
+from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.text.encode import Encoder
 
 
@@ -147,15 +147,8 @@ def test_tokenizer_and_constants_stand_beside_the_table() -> None:
     assert table.manifest.constants == {"template": "none", "vocab_size": len(tokenizer), "teacher": "T"}
     text = "The old keeper lit the lamp 🙂."
     assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(made() / "student")(text)["input_ids"]
-    assert table.manifest.spec["teacher_root"] == Table(made() / "cache", "teachers/T").manifest.root
-
-
-def test_a_table_made_for_another_teacher_is_refused(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    short_teacher(cache, 36)
-
-    with pytest.raises(Mismatch, match="teacher: cache has T, this run has short"):
-        stage(cache, teacher="short")
+    root = Table(made() / "cache", "teachers/T").manifest.root
+    assert (table.manifest.spec["teacher"], table.manifest.spec["teacher_root"]) == ("T", root)
 
 
 def test_no_student_and_no_tokenizer_are_said_apart(tmp_path: Path) -> None:

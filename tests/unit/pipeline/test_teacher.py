@@ -206,11 +206,9 @@ def test_missing_documents_are_missing_before_the_model_is_looked_at(tmp_path: P
         stage(tmp_path / "cache", model=str(tmp_path / "no-model"))
 
 
-def test_no_model_and_unknown_losses_are_usage_errors(tmp_path: Path) -> None:
+def test_no_model_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no teacher is named.*xkd-cache teacher"):
         stage(tmp_path, model="")
-    with pytest.raises(UsageError, match=r"'mtta' is not a loss.*mta, sra, dwa"):
-        stage(tmp_path, losses=["mtta"])
 
 
 def test_a_template_that_the_tokenizer_lacks_is_a_usage_error(tmp_path: Path) -> None:
