@@ -1,7 +1,6 @@
 """Any order of starts, deaths, damages and repairs ends, after one more run, with the undisturbed bytes."""
 
 import functools
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import faulty_disk
-from damages import flipped, outcome, targets
+from damages import ROUNDS, flipped, outcome, targets
 from fake_stage import build_all
 from small_cache import files_of
 from xkd_pipeline.maintain.gc import collect
@@ -21,8 +20,6 @@ from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.tables.writer import locked
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import BadData, DiskFailed
-
-EXAMPLES = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
 
 
 def work(root: Path) -> None:
@@ -134,7 +131,7 @@ class CacheMachine(RuleBasedStateMachine):
 @pytest.mark.filterwarnings("default")
 class TestCache(CacheMachine.TestCase):  # type: ignore[misc, name-defined]
     settings = settings(
-        max_examples=EXAMPLES, stateful_step_count=14, deadline=None, derandomize=True,
+        max_examples=ROUNDS, stateful_step_count=14, deadline=None, derandomize=True,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip

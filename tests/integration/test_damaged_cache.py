@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import small_cache
-from damages import cuts, flips, outcome, read_all, resigned
+from damages import ROUNDS, SEED, cuts, flips, outcome, read_all, resigned
 from small_cache import files_of
 from xkd_pipeline.maintain import verify_rows
 from xkd_pipeline.maintain.gc import collect
@@ -23,8 +23,6 @@ from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, seal_table, to_json
 from xkd_schemas.errors import Mismatch
 
-ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
-SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
 TABLES = ("documents", "teachers/T", "students/S")
 
 

@@ -1,7 +1,6 @@
 """Corpus files with flipped bits and cuts: rows or a one-line error, and no end of the process."""
 
 import gzip
-import os
 import random
 from pathlib import Path
 
@@ -9,14 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from damages import flipped
+from damages import ROUNDS, SEED, flipped
 from faulty_disk import exit_code_of
 from small_cache import corpus_rows
 from xkd_schemas.corpus.sources import open_source, read_documents
 from xkd_schemas.errors import XkdError
 
-ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
-SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
 ROWS = 40
 
 

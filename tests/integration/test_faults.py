@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 
 import faulty_disk
+from damages import ROUNDS, SEED
 from fake_stage import build_all
 from small_cache import files_of
 from xkd_pipeline.tables.build import Built
 from xkd_pipeline.tables.writer import locked
 from xkd_schemas.errors import DiskFailed, XkdError
-
-ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
-SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
 
 
 def work(root: Path) -> Built:

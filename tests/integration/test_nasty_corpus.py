@@ -14,6 +14,7 @@ import numpy as np
 import nasty_corpus
 import small_cache
 import tiny_models
+from damages import SEED
 from nasty_corpus import KINDS, SHAPES, lines
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain.verify import verify
@@ -25,7 +26,6 @@ from xkd_schemas.text.encode import REASONS
 from xkd_schemas.tokens import CONTENT, OK
 
 ROWS = int(os.environ.get("XKD_NASTY_ROWS", "600"))
-SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
 TABLES = ("teachers/T", "students/unigram", "students/wordpiece")
 REJECTS = {value for name, value in vars(rows).items() if name.isupper() and isinstance(value, str)}
 """The reasons a row can be rejected for."""

@@ -22,14 +22,13 @@ import pytest
 
 import faulty_disk
 import small_cache
+from damages import ROUNDS, SEED
 from small_cache import files_of
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.tables.writer import Store
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.errors import BadData, DiskFailed
 
-ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
-SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
 PATIENCE = 120.0
 """Seconds after which a run counts as hung."""
 
