@@ -11,7 +11,6 @@ import numpy as np
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import (  # fmt: skip
     DocumentRows,
-    Totals,
     documents_of,
     encoder_for,
     first_documents,
@@ -50,8 +49,8 @@ class AlignStage(Stage):
         def make(unit: int, care: MadeDifferently) -> Commit:
             rows, teacher = documents_of(documents.shard(unit), care.lost), tokens_of(teachers.shard(unit))
             tokens, columns, counts = _in_batches(encoder, rows, teacher, care.batch or len(teacher))
-            totals = Totals(counts=counts | token_counts(rows.block.texts, tokens))
-            return write_shard(self.folder, unit, STUDENTS, columns, totals=totals)
+            counts |= token_counts(rows.block.texts, tokens)
+            return write_shard(self.folder, unit, STUDENTS, columns, counts=counts)
 
         return make
 
@@ -69,7 +68,6 @@ Aligned = tuple[TokenBatch, dict[str, Any], dict[str, int]]
 
 
 def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch, size: int) -> Aligned:
-    """`align_rows` of `size` rows at a time."""
     if len(teacher) <= size:
         return align_rows(encoder, rows, teacher)
     cuts = [*range(0, len(teacher), size), len(teacher)]

@@ -1,5 +1,6 @@
 """The stages, the plan and the check of a cache as functions of a run file, for notebooks and scripts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,22 @@ from xkd_schemas.config import RunConfig
 
 def documents(run: RunConfig) -> Outcome:
     """Read and parse the corpus, as `xkd-cache documents`."""
-    return stages.documents_stage(run, _workers(run))
+    return stages.documents_stage(run, replace(Workers.of(run), gpus=0.0))
 
 
 def teacher(run: RunConfig) -> Outcome:
     """Run the teacher over the documents and keep its signals, as `xkd-cache teacher`."""
-    return stages.teacher_stage(run, _workers(run))
+    return stages.teacher_stage(run, Workers.of(run))
 
 
 def align(run: RunConfig) -> Outcome:
     """Tokenize and align for the student, as `xkd-cache align`."""
-    return stages.align_stage(run, _workers(run))
+    return stages.align_stage(run, replace(Workers.of(run), gpus=0.0))
 
 
 def preprocess(run: RunConfig) -> list[Outcome]:
     """All three stages, as `xkd-cache preprocess`; what is there is reused."""
-    return stages.preprocess(run, _workers(run))
+    return stages.preprocess(run, Workers.of(run))
 
 
 def plan(run: RunConfig, *, sample: int = 256, budget: int | None = None) -> dict[str, Any]:
@@ -53,7 +54,3 @@ def verify(run: RunConfig, *, level: str = "full") -> list[Finding]:
     from xkd_pipeline.maintain.verify import verify as check
 
     return check(Path(run.cache), level)
-
-
-def _workers(run: RunConfig) -> Workers:
-    return Workers(count=run.workers)

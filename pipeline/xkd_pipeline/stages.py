@@ -12,7 +12,7 @@ from xkd_pipeline.alignment import make_students
 from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher, teacher_layers
-from xkd_pipeline.parsing.stage import PROMPTS_CUT, UNUSED, check_parser, make_documents
+from xkd_pipeline.parsing.stage import PROMPTS_CUT, UNUSED, check_parser, make_documents, open_corpus
 from xkd_pipeline.tables.build import Built, Outcome
 from xkd_pipeline.tables.writer import locked
 from xkd_pipeline.workers.contract import Workers
@@ -21,7 +21,7 @@ from xkd_schemas.cache.table import Table, check_name, only_teacher
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.config import AUTO, RunConfig
 from xkd_schemas.console import say
-from xkd_schemas.corpus.sources import Source, open_source, read_documents
+from xkd_schemas.corpus.sources import Source, read_documents
 from xkd_schemas.durable_files import inside
 from xkd_schemas.errors import BadData, InputMissing, UsageError, XkdError
 from xkd_schemas.signals import Signal
@@ -46,10 +46,8 @@ ROWS_AT_A_PLACE: Final = 64
 def documents_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
     """Read and parse the corpus; `echo` is told at once what each source was taken for."""
     d = run.documents
-    if not d.corpus:
-        raise UsageError("no corpus is named", fix="xkd-cache documents FILE... --out cache/")
     check_parser(d.parser)
-    sources = [open_source(name, form=d.form, columns=d.columns) for name in d.corpus]
+    sources = open_corpus(d)
     for source in sources:
         echo(source.describe())
     rows, why = rows_per_shard(run, sources)

@@ -1,6 +1,7 @@
 """Ways to damage a cache, and what its readers say to it."""
 
 import hashlib
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from xkd_schemas.cache.manifest import Manifest, Plan, read_record, seal_table, 
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import xxh3_of
 from xkd_schemas.errors import XkdError
+
+ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
+SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
 
 
 def targets(cache: Path) -> list[Path]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 import xkd_pipeline
 from xkd_pipeline.tables.build import Built, build
-from xkd_pipeline.tables.shard import Totals, write_shard
+from xkd_pipeline.tables.shard import write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas import durable_files
@@ -60,9 +60,8 @@ class FakeStage:
 
     folder: Path
     trouble: str = ""
-    """"" none; error, bug, load: raises; kill: kills its process once; die: each time; hang: sleeps;
-    stop: stops its process; poison: dies of row 1; memory: needs batches of at most 2; starved: of none;
-    slow: writes slowly."""
+    """"" none; error, bug, load: raises; kill, stop: kills or stops its process once; poison: dies of row 1;
+    memory: needs batches of at most 2; slow: writes slowly."""
     at: int = 2
     """The unit it happens at."""
 
@@ -92,11 +91,10 @@ class FakeStage:
         }
         rejects = [{"reason": "blank", "line": 9}] if unit == UNITS - 1 else []
         rejects += [{"reason": "worker_killed", "line": row} for row in care.lost]
-        counts = {"rows": len(rows)}
-        return write_shard(self.folder, unit, SCHEMA, columns, rejects=rejects, totals=Totals(counts=counts))
+        return write_shard(self.folder, unit, SCHEMA, columns, rejects=rejects, counts={"rows": len(rows)})
 
     def _fail(self, care: MadeDifferently) -> None:
-        if self.trouble == "starved" or (self.trouble == "memory" and not 0 < care.batch <= 2):
+        if self.trouble == "memory" and not 0 < care.batch <= 2:
             raise MemoryError("no memory for 9 GiB")
         if self.trouble == "poison" and 1 not in care.lost:
             os._exit(9)
@@ -106,15 +104,10 @@ class FakeStage:
             raise ZeroDivisionError("ours")
         if self.trouble == "interrupt":
             raise KeyboardInterrupt
-        if self.trouble == "hang":
-            time.sleep(600)
         mark = self.folder.parents[1] / "killed"
-        if self.trouble == "stop" and not mark.exists():
+        if self.trouble in ("stop", "kill") and not mark.exists():
             mark.touch()
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if self.trouble == "die" or (self.trouble == "kill" and not mark.exists()):
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSTOP if self.trouble == "stop" else signal.SIGKILL)
 
 
 class Telling(FakeStage):

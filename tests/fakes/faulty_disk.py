@@ -17,6 +17,8 @@ import random
 import shutil
 import signal
 import stat
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from xkd_schemas import durable_files as files
+from xkd_schemas.errors import BadData
 
 
 def _vanish(path: Path) -> None:
@@ -178,3 +181,20 @@ def injected(text: str, seed: str = "", *, synced: bool = True) -> Iterator[Faul
         yield faulty
     finally:
         files.disk = before
+
+
+def exit_code_of(work: Callable[[], object]) -> int:
+    """How a copy of this process ends that does the work: 0, 65 for BadData, 1 for another error, -9 if killed."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BadData:
+            code = BadData.exit_code
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

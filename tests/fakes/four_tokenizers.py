@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from hostile_text import CLUSTERS, MARKS, NASTY
+from xkd_schemas.text.encode import Encoder
 
 KINDS = ("byte_level", "sentencepiece", "unigram", "wordpiece")
 
@@ -133,6 +134,10 @@ def _serialised(kind: str) -> str:
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     """The session's tokenizer of that kind; do not change it."""
     return fresh(kind)
+
+
+def encoder_of(kind: str, max_tokens: int = 1000, template: str = "none") -> Encoder:
+    return Encoder(tokenizer=tokenizer_of(kind), template=template, max_tokens=max_tokens)
 
 
 @functools.cache

@@ -101,15 +101,32 @@ def run_file(cache: Path, **sections: dict[str, object]) -> RunConfig:
     return load_run(None, given)
 
 
-def cache_of(cache: Path, corpus: Path, **sections: dict[str, object]) -> RunConfig:
-    """All three tables of a corpus, by the teacher and the tokenizer of `made()`."""
+def whole_run(cache: Path, **sections: dict[str, object]) -> RunConfig:
+    """A run file of all three stages: `run_file` with the corpus, the teacher and the tokenizer of `made()`."""
     given: dict[str, dict[str, object]] = {
-        "documents": {"corpus": [str(corpus)]},
+        "documents": {"corpus": [str(made() / "corpus.jsonl")]},
         "teacher": {"model": str(made() / "teacher")},
         "student": {"tokenizer": str(made() / "student")},
     }
-    run = run_file(cache, **{name: section | sections.get(name, {}) for name, section in given.items()})
+    return run_file(cache, **sections | {name: values | sections.get(name, {}) for name, values in given.items()})
+
+
+def cache_of(cache: Path, corpus: Path, **sections: dict[str, object]) -> RunConfig:
+    """All three tables of a corpus, made by `whole_run`."""
+    run = whole_run(cache, **sections | {"documents": {"corpus": [str(corpus)], **sections.get("documents", {})}})
     for stage in (documents_stage, teacher_stage, align_stage):
+        stage(run, IN_PROCESS)
+    return run
+
+
+def without_entropy(tmp_path: Path, **sections: dict[str, object]) -> RunConfig:
+    """A copy of the cache whose teacher was captured for ALM alone, with its student."""
+    cache = copied(tmp_path)
+    for kind in ("teachers", "students"):
+        shutil.rmtree(cache / kind)
+    teacher = {"losses": ["alm"], **sections.pop("teacher", {})}
+    run = whole_run(cache, teacher=teacher, **sections)
+    for stage in (teacher_stage, align_stage):
         stage(run, IN_PROCESS)
     return run
 

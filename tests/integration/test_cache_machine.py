@@ -1,7 +1,6 @@
 """Any order of starts, deaths, damages and repairs ends, after one more run, with the undisturbed bytes."""
 
 import functools
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import faulty_disk
-from damages import flipped, outcome, targets
+from damages import ROUNDS, flipped, outcome, targets
 from fake_stage import build_all
 from small_cache import files_of
 from xkd_pipeline.maintain.gc import collect
@@ -21,8 +20,6 @@ from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.tables.writer import locked
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import BadData, DiskFailed
-
-EXAMPLES = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
 
 
 def work(root: Path) -> None:
@@ -63,17 +60,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1), action=st.sampled_from(["kill", "cut"]), seed=st.sampled_from(["", "1", "2"]))
     def start_and_die(self, share: float, action: str, seed: str) -> None:
-        child = os.fork()
-        if child == 0:
-            try:
-                with faulty_disk.injected(f"*:{1 + int(share * undisturbed()[1])}:{action}", seed):
-                    work(self.root)
-                os._exit(0)
-            except BadData:
-                os._exit(65)
-            finally:
-                os._exit(1)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with faulty_disk.injected(f"*:{1 + int(share * undisturbed()[1])}:{action}", seed):
+            code = faulty_disk.exit_code_of(lambda: work(self.root))
         assert code in (0, -9) or (code == 65 and self.damaged)
         self.finished = self.finished and not self.damaged
 
@@ -143,7 +131,7 @@ class CacheMachine(RuleBasedStateMachine):
 @pytest.mark.filterwarnings("default")
 class TestCache(CacheMachine.TestCase):  # type: ignore[misc, name-defined]
     settings = settings(
-        max_examples=EXAMPLES, stateful_step_count=14, deadline=None, derandomize=True,
+        max_examples=ROUNDS, stateful_step_count=14, deadline=None, derandomize=True,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """A bit flips in any file of a cache: the trainer names the file before it trains, or it never reads that file."""
 
-import os
 import random
 from dataclasses import fields
 from pathlib import Path
@@ -10,15 +9,14 @@ import pytest
 import torch
 
 import small_cache
-from damages import flipped, targets
+from damages import ROUNDS, SEED, flipped, targets
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import BadData, XkdError
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.models.loading import load_tokenizer
 from xkd_trainer.training.prepare import set_up
 
-FLIPS = int(os.environ.get("XKD_FAULT_ROUNDS", "12")) // 6
-SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
+FLIPS = ROUNDS // 6
 
 
 def run_of(cache: Path) -> RunConfig:

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from xkd_pipeline.maintain import verify_rows as deep
 from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.stages import documents_stage, teacher_stage
 from xkd_schemas.cache.table import Table
-from xkd_schemas.codecs import find_class_fault
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
@@ -78,17 +76,6 @@ def test_more_draws_can_be_added_beside_the_table(captured: Path, tmp_path: Path
     assert all(len(a["sampled#9"]) == len(b[COLUMN]) for a, b in zip(beside, table, strict=True))
     code, said = asked("verify", folder, "--level", "deep")
     assert (code, said["bad"]) == (0, [])
-
-
-def test_deep_verification_sees_what_cannot_be(captured: Path) -> None:
-    entries: Any = np.array(Table(captured, "teachers/drawn")[0][COLUMN])
-    wrong = entries.copy()
-    wrong[1, 0] += 1
-
-    assert find_class_fault(entries, 10**5) == ""
-    assert find_class_fault(wrong, 10**5) == "shares add up to 4096, not to 4095"
-    assert "not ascending" in find_class_fault(entries[:, ::-1], 10**5)
-    assert "a class is not from 0 to 2" in find_class_fault(entries, 3)
 
 
 def test_deep_verification_looks_at_drawn_classes(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,25 +6,19 @@ XKD_FAULT_ROUNDS sets how many of each are drawn where not all are tried.
 import errno
 import os
 import random
-import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import faulty_disk
-import small_cache
+from damages import ROUNDS, SEED
 from fake_stage import build_all
 from small_cache import files_of
-from xkd_pipeline.cli.app import main
 from xkd_pipeline.tables.build import Built
 from xkd_pipeline.tables.writer import locked
 from xkd_schemas.errors import DiskFailed, XkdError
-
-ROUNDS = int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
-SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
 
 
 def work(root: Path) -> Built:
@@ -48,14 +42,8 @@ def counted(root: Path) -> list[str]:
 
 def dying(root: Path, fault: str, *, seed: str = "", synced: bool = True) -> None:
     """Work in a copy of this process that `fault` kills."""
-    child = os.fork()
-    if child == 0:
-        try:
-            with faulty_disk.injected(fault, seed, synced=synced):
-                work(root)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, f"{fault}: not killed"
+    with faulty_disk.injected(fault, seed, synced=synced):
+        assert faulty_disk.exit_code_of(lambda: work(root)) == -signal.SIGKILL, f"{fault}: not killed"
 
 
 def test_every_operation_failing_once_is_a_disk_error_and_the_next_run_is_undisturbed(tmp_path: Path) -> None:
@@ -135,23 +123,3 @@ def test_a_disk_that_is_full_at_any_size_is_a_disk_error_and_the_same_run_goes_o
             break
     assert fits
     assert pages > 9
-
-
-def test_a_full_disk_is_exit_74_on_the_command_line_and_the_same_command_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cache, undisturbed = small_cache.copied(tmp_path), files_of(small_cache.made() / "cache")
-    shutil.rmtree(cache / "students")
-    student = str(small_cache.made() / "student")
-    monkeypatch.setattr(sys, "argv", ["xkd-cache", "align", str(cache), "--student", student, "--name", "S"])
-
-    with faulty_disk.injected("commit.write:2:ENOSPC"), pytest.raises(SystemExit) as ended:
-        main()
-
-    assert ended.value.code == 74
-    assert "Kept: everything committed before" in capsys.readouterr().err
-    assert len(list((cache / "students/S/commits").glob("0*.json"))) == 1
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0
-    assert files_of(cache) == undisturbed

@@ -14,6 +14,7 @@ import numpy as np
 import nasty_corpus
 import small_cache
 import tiny_models
+from damages import SEED
 from nasty_corpus import KINDS, SHAPES, lines
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain.verify import verify
@@ -25,7 +26,7 @@ from xkd_schemas.text.encode import REASONS
 from xkd_schemas.tokens import CONTENT, OK
 
 ROWS = int(os.environ.get("XKD_NASTY_ROWS", "300"))
-SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
+TABLES = ("teachers/T", "students/unigram", "students/wordpiece")
 REJECTS = {value for name, value in vars(rows).items() if name.isupper() and isinstance(value, str)}
 """The reasons a row can be rejected for."""
 
@@ -49,12 +50,8 @@ def through(folder: Path, count: int, seed: int) -> Counter[str]:
     assert verify(cache, "deep") == []
     report(cache)
     found = rows_accounted_for(cache, {path.name: count_lines(path) for path in paths})
-    found["checked"] = sum(check_documents(Table(cache, "documents"), Table(cache, name)) for name in tables(cache))
+    found["checked"] = sum(check_documents(Table(cache, "documents"), Table(cache, name)) for name in TABLES)
     return found
-
-
-def tables(cache: Path) -> list[str]:
-    return ["teachers/T", "students/unigram", "students/wordpiece"]
 
 
 def count_lines(path: Path) -> int:

@@ -18,7 +18,6 @@ from live_batch import both_terms, eager, live
 from xkd_pipeline.stages import align_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.models.padding import pad
 from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (0, 3, 7, 17, 19)
@@ -128,34 +127,9 @@ def test_so_is_every_term_of_the_losses_that_read_layers(
     assert {"mta": {"mta.hid@2:word"}, "sra": {"sra.cos@2"}, "fdd": {"fdd.trajectory"}}[loss] <= moved
 
 
-def test_logits_from_the_stored_head_and_states_are_the_teachers(ready: Ready, teacher: PreTrainedModel) -> None:
-    head = ready.cache.head()
-    for row in ROWS:
-        stored = ready.cache.teachers[row]
-        targets = stored["targets"]
-        keep = [t for t in range(len(targets)) if targets[t] or (t + 1 < len(targets) and targets[t + 1])]
-        with torch.no_grad():
-            expected_RV = teacher(input_ids=torch.tensor(stored["token_ids"].tolist())[None]).logits[0, keep]
-            found_RV = head(pad([stored["hidden_last"]])[0].float())
-
-        spread = float(expected_RV.std())
-        assert float((found_RV - expected_RV).abs().max()) < 0.02 * spread * 4
-        both = torch.stack([found_RV, expected_RV]).log_softmax(-1)
-        assert float((both[1].exp() * (both[1] - both[0])).sum(-1).max()) < 1e-3
-
-
 def test_the_stored_embeddings_and_constants_are_the_teachers(ready: Ready, teacher: PreTrainedModel) -> None:
     torch.testing.assert_close(
         ready.cache.embeddings().float(), teacher.get_input_embeddings().weight.detach(), rtol=0.01, atol=0
     )
-    states, embedded = [], []
-    for row in ready.cache.usable.tolist():
-        stored = ready.cache.teachers[row]
-        predict = [t - 1 for t in range(1, len(stored["targets"])) if stored["targets"][t]]
-        ids = torch.tensor(stored["token_ids"].tolist())
-        with torch.no_grad():
-            states.append(teacher.base_model(input_ids=ids[None]).last_hidden_state[0, predict])
-            embedded.append(teacher.get_input_embeddings()(ids[[t + 1 for t in predict]]))
-
-    assert ready.cache.sizes.hidden_std == pytest.approx(float(torch.cat(states).std()), rel=0.01)
-    assert ready.cache.sizes.embedding_std == pytest.approx(float(torch.cat(embedded).std()), rel=0.01)
+    sizes, constants = ready.cache.sizes, ready.cache.teachers.manifest.constants
+    assert (sizes.hidden_std, sizes.embedding_std) == (constants["hidden_std"], constants["embedding_std"])

@@ -2,15 +2,13 @@
 
 import json
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
 
 import four_tokenizers
 import small_cache
-from small_cache import IN_PROCESS, files_of, run_file
-from xkd_pipeline.stages import align_stage, teacher_stage
+from small_cache import files_of, run_file
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
@@ -95,14 +93,9 @@ def test_a_missing_signal_is_refused_with_the_command_that_adds_it(
 ) -> None:
     from xkd_pipeline.cli.app import app
 
-    cache, made = small_cache.copied(tmp_path), small_cache.made()
-    for kind in ("teachers", "students"):
-        shutil.rmtree(cache / kind)
-    student = {"model": "new:llama,layers=2,width=16,heads=2", "tokenizer": str(made / "student")}
-    teacher = {"model": str(made / "teacher"), "losses": ["alm"]}
-    run = run_file(cache, teacher=teacher, student=student, train={"loss": "dwa"})
-    for stage in (teacher_stage, align_stage):
-        stage(run, IN_PROCESS)
+    student: dict[str, object] = {"model": "new:llama,layers=2,width=16,heads=2"}
+    run = small_cache.without_entropy(tmp_path, student=student, train={"loss": "dwa"})
+    cache = tmp_path / "cache"
     capsys.readouterr()
     before = files_of(cache)
     with pytest.raises(UsageError, match=r"loss dwa needs entropy, .*xkd-cache add .*--signals entropy") as caught:

@@ -15,13 +15,12 @@ import pytest
 
 import fake_stage
 import small_cache
+from damages import SEED
 from fake_stage import UNITS, Importing, build_all, search_path
 from ray_kills import EXITS, PARTS, children, killed_once, named, said_of, started, until_made, work
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import Refused
-
-SEED = int(os.environ.get("XKD_FAULT_SEED", "20261124"))
 
 pytestmark = [
     pytest.mark.ray,

@@ -1,4 +1,4 @@
-"""repair makes the bad shards again from what it is given, and says what to type where something is missing."""
+"""repair makes the bad shards again from what it is given, or says what to type; a whole cache is left alone."""
 
 import json
 import shlex
@@ -11,10 +11,10 @@ import pytest
 import small_cache
 from damages import flip
 from fake_hardware import hardware_is
-from small_cache import IN_PROCESS, files_of
+from small_cache import IN_PROCESS, files_of, whole_run
 from xkd_pipeline.capture.stage import add_signals
 from xkd_pipeline.maintain.repair import Repaired, repair
-from xkd_pipeline.stages import teacher_stage
+from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_schemas.cache.manifest import Plan, read_record, to_json
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import Mismatch, UsageError
@@ -95,8 +95,13 @@ def test_the_printed_commands_work_when_their_capitals_are_replaced(
 def test_a_lost_plan_of_the_documents_asks_for_the_whole_corpus(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     (cache / "documents/plan.json").write_bytes(b"")
+    before = files_of(cache)
 
-    assert repair(cache, IN_PROCESS).commands == [f"xkd-cache repair {cache} --corpus PATH_OF/corpus.jsonl"]
+    done = repair(cache, IN_PROCESS)
+
+    assert done.commands == [f"xkd-cache repair {cache} --corpus PATH_OF/corpus.jsonl"]
+    assert done.left
+    assert files_of(cache) == before
 
 
 def test_a_corpus_or_a_teacher_that_is_another_is_refused(tmp_path: Path) -> None:
@@ -160,3 +165,27 @@ def test_tables_are_repaired_and_added_to_in_their_own_dtype_with_one_warning_wh
 
     assert [Table(cache, table).manifest.spec["dtype"] for table in tables] == ["bfloat16", "bfloat16"]
     assert capsys.readouterr().err.count("warning: bfloat16 products take 63 times") == 1
+
+
+def test_a_cache_that_is_whole_is_not_written_to(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.name != "LOCK"}
+
+    made = [
+        stage(whole_run(cache), IN_PROCESS).values["made"] for stage in (documents_stage, teacher_stage, align_stage)
+    ]
+
+    assert made == [0, 0, 0]
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.name != "LOCK"} == before
+
+
+@pytest.mark.parametrize("part", ["manifest.json", "commits/00001.json"])
+def test_a_damaged_record_of_one_table_does_not_stop_the_command_that_makes_another(tmp_path: Path, part: str) -> None:
+    cache = small_cache.copied(tmp_path)
+    before = files_of(cache)
+    (cache / "teachers" / "T" / part).write_bytes(b"{")
+
+    again = [stage(whole_run(cache), IN_PROCESS).values["made"] for stage in (documents_stage, teacher_stage)]
+
+    assert again == [0, 0 if part == "manifest.json" else 1]
+    assert files_of(cache) == before

@@ -19,6 +19,7 @@ from xkd_schemas.tokens import Int32s, Tokens, kept_rows, predictors
 from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.forward import States
 from xkd_trainer.models.measures import OF_LOGITS, OF_STATES, cosine_matrix, pack_triangle, pool_spans
+from xkd_trainer.models.padding import pad
 
 LOGIT_BYTES = 64 * 2**20
 """Logits are made for so many bytes of positions at a time."""
@@ -38,15 +39,11 @@ class Reading:
 
 def pad_readings(readings: Sequence[Reading], multiple: int) -> tuple[Tensor, Tensor]:
     """Token ids and validity, [B, L] with L a multiple of `multiple`, padded on the right with 0."""
-    longest = max(len(r.tokens.ids) for r in readings)
-    length = -(-longest // multiple) * multiple
-    ids_BL = torch.zeros(len(readings), length, dtype=torch.int64)
-    valid_BL = torch.zeros(len(readings), length, dtype=torch.bool)
-    for row, reading in enumerate(readings):
-        count = len(reading.tokens.ids)
-        ids_BL[row, :count] = torch.from_numpy(reading.tokens.ids.astype(np.int64))
-        valid_BL[row, :count] = True
-    return ids_BL, valid_BL
+    lengths_B = torch.tensor([len(r.tokens.ids) for r in readings])
+    length = -(-int(lengths_B.max()) // multiple) * multiple
+    ids_BL = pad([r.tokens.ids.astype(np.int64) for r in readings])
+    ids_BL = torch.nn.functional.pad(ids_BL, (0, length - ids_BL.shape[1]))
+    return ids_BL, torch.arange(length) < lengths_B[:, None]
 
 
 def bf16_bits(values: Tensor) -> Any:
@@ -77,7 +74,7 @@ def signals_of(
             for number, reading in enumerate(readings):
                 rows[number][signal.column] = _cut_row(signal, values[number], reading.tokens)
     for layer, unit in {(s.layer, s.unit) for s in wanted if s.layer is not None and s.unit is not None}:
-        ranges_BK2 = _pad_ranges([r.ranges[unit] for r in readings]).to(states.layers[layer].device)
+        ranges_BK2 = pad([r.ranges[unit].astype(np.int64) for r in readings]).to(states.layers[layer].device)
         vectors_BKD, mass_BK = pool_spans(states.layers[layer], measured["centrality", layer], ranges_BK2)
         for signal in (s for s in wanted if (s.layer, s.unit) == (layer, unit)):
             for number, reading in enumerate(readings):
@@ -147,14 +144,6 @@ def _read_logits(
             found[signal.column] = draw.entries_Nk
             found |= {f"{signal.column}.lost": draw.lost_N, f"{signal.column}.kept": draw.kept_N}
     return found
-
-
-def _pad_ranges(ranges: Sequence[Int32s]) -> Tensor:
-    most = max(1, *(len(r) for r in ranges))
-    padded_BK2 = torch.zeros(len(ranges), most, 2, dtype=torch.int64)
-    for row, one in enumerate(ranges):
-        padded_BK2[row, : len(one)] = torch.from_numpy(np.asarray(one, dtype=np.int64).reshape(-1, 2))
-    return padded_BK2
 
 
 def _span_signal(signal: Signal, vectors_KD: Tensor, mass_K: Tensor) -> dict[str, Any]:

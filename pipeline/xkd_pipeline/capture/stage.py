@@ -3,7 +3,7 @@
 import itertools
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,6 @@ from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import (
     DocumentRows,
-    Totals,
     documents_of,
     encoder_for,
     first_documents,
@@ -91,10 +90,10 @@ class TeacherStage:
             stored, errors = encode_signals(captured, wanted, self.settings.codec, head)
             columns = {"doc_id": rows.doc_ids, **token_columns(tokens), **stored.columns}
             sums = sum_moments(tokens, captured, model) | errors
-            totals = Totals(counts=token_counts(rows.block.texts, tokens), sums=sums)
+            counts = token_counts(rows.block.texts, tokens)
             marked = schema.with_metadata({**schema.metadata, **stored.metadata})
-            commit = write_shard(self.folder, unit, marked, columns, totals=totals)
-            return commit.model_copy(update={"made_on": kind})
+            commit = write_shard(self.folder, unit, marked, columns, counts=counts)
+            return commit.model_copy(update={"made_on": kind, "sums": sums})
 
         return make
 
@@ -235,7 +234,9 @@ def make_teacher(
     shards: Sequence[Commit] = ()
     constants = constants_of(model) | {"template": settings.template}
     if beside:
-        shards = _same_teacher(Table(root, f"teachers/{beside}"), spec).manifest.commits
+        teacher = Table(root, f"teachers/{beside}")
+        refuse_other_teacher(teacher, spec)
+        shards = teacher.manifest.commits
         constants = {"teacher": beside}
         spec |= constants
     store = Store(root, f"signals/{name}" if beside else f"teachers/{name}", spec, shards_like(documents))
@@ -263,11 +264,10 @@ def make_teacher(
     return build(store, stage, list, workers, watch=watch, finish=finish)
 
 
-def _same_teacher(table: Table, spec: Spec) -> Table:
-    """The table; Mismatch where it was made by another teacher than `spec` names."""
-    ours, theirs = ({key: one[key] for key in ("weights", "encoder")} for one in (spec, table.manifest.spec))
-    refuse_differences(table.folder, ours, theirs, advice=f"name the model that {table.name} was made with")
-    return table
+def refuse_other_teacher(table: Table, ours: Mapping[str, Any]) -> None:
+    """Raise Mismatch where the table was made with other "weights" or another "encoder" than `ours`."""
+    named, stored = ({key: spec[key] for key in ("weights", "encoder")} for spec in (ours, table.manifest.spec))
+    refuse_differences(table.folder, named, stored, advice=f"name the model that {table.name} was made with")
 
 
 def add_signals(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from xkd_pipeline.cli import maintain, reports
+from xkd_pipeline.cli import commands
 from xkd_pipeline.tables.build import Outcome
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import check_cache, only_teacher
@@ -33,13 +33,8 @@ CPU_WORKERS: Final = FlagsOf("", only=("workers", "ray_address", "stall_timeout"
 GPU_WORKERS: Final = FlagsOf("", only=("workers", "gpus_per_worker", "ray_address", "stall_timeout"))
 
 
-def _workers(run: RunConfig) -> Workers:
-    gpus, address, stall = run.gpus_per_worker, run.ray_address, run.stall_timeout
-    return Workers(count=run.workers, gpus=gpus, address=address, stall_seconds=stall)
-
-
 def _tell(stage: Callable[..., Outcome], run: RunConfig, as_json: bool) -> None:
-    outcome = stage(run, _workers(run), _echo(as_json))
+    outcome = stage(run, Workers.of(run), _echo(as_json))
     answer(outcome.values, [outcome.line], as_json)
 
 
@@ -49,7 +44,7 @@ def _echo(as_json: bool) -> Callable[[str], None]:
 
 
 @app.command()
-@with_flags(reports.DOCUMENTS, FlagsOf("", only=("cache",), flags={"cache": "--out"}), CPU_WORKERS)
+@with_flags(commands.DOCUMENTS, FlagsOf("", only=("cache",), flags={"cache": "--out"}), CPU_WORKERS)
 def documents(run: RunConfig, as_json: JsonOption = False) -> None:
     """Read a corpus and find its words and phrases.
 
@@ -61,7 +56,7 @@ def documents(run: RunConfig, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-@with_flags(CACHE, reports.TEACHER, GPU_WORKERS)
+@with_flags(CACHE, commands.TEACHER, GPU_WORKERS)
 def teacher(run: RunConfig, as_json: JsonOption = False) -> None:
     """Run the teacher over the documents, once.
 
@@ -98,7 +93,7 @@ def preprocess(run: RunConfig, as_json: JsonOption = False) -> None:
     """
     from xkd_pipeline.stages import preprocess as run_all
 
-    outcomes = run_all(run, _workers(run), _echo(as_json))
+    outcomes = run_all(run, Workers.of(run), _echo(as_json))
     if as_json:
         say_json({"stages": [outcome.values for outcome in outcomes]})
 
@@ -143,7 +138,7 @@ def add(
     built = add_signals(
         cache, table, run.teacher.model,
         lambda num_layers: [*named, *(signals_for(run, num_layers) if "losses" in given else ())],
-        codec, _workers(run),
+        codec, Workers.of(run),
     )  # fmt: skip
     if built is None:
         values: dict[str, Any] = {"table": f"teachers/{table}", "made": 0, "signals": []}
@@ -158,13 +153,13 @@ def add(
 
 
 for _command in (
-    reports.show, reports.status, reports.report, reports.export, reports.plan, reports.pair,
-    maintain.verify, maintain.repair, maintain.gc, maintain.drop,
+    commands.show, commands.status, commands.report, commands.export, commands.plan, commands.pair,
+    commands.verify, commands.repair, commands.gc, commands.drop,
 ):  # fmt: skip
     app.command()(_command)
 for _name in ("publish", "fetch"):
     app.command(_name, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
-        maintain.copied_by_others
+        commands.copied_by_others
     )
 
 

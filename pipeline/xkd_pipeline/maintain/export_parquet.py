@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xkd_schemas.cache.manifest import to_json
@@ -57,7 +56,6 @@ def refuse_full(folder: Path) -> None:
 
 
 def _write_table(table: Table, out: Path) -> int:
-    """Bytes written."""
     folder = out.joinpath(*table.name.split("/"))
     folder.mkdir(parents=True)
     size = 0
@@ -70,15 +68,10 @@ def _write_table(table: Table, out: Path) -> int:
     return size
 
 
-def describe_bf16(schema: pa.Schema) -> pa.Schema:
-    """The schema with its bf16 columns named in the metadata."""
-    names = [f.name for f in schema if (f.metadata or {}).get(b"codec") == b"bf16"]
-    about = {b"xkd_bf16": json.dumps({"columns": names, "meaning": BF16}).encode()} if names else {}
-    return schema.with_metadata({**(schema.metadata or {}), **about})
-
-
 def _write_parquet(shard: Shard, path: Path) -> None:
-    schema = describe_bf16(shard.schema)
+    bf16 = [f.name for f in shard.schema if (f.metadata or {}).get(b"codec") == b"bf16"]
+    about = {b"xkd_bf16": json.dumps({"columns": bf16, "meaning": BF16}).encode()} if bf16 else {}
+    schema = shard.schema.with_metadata({**(shard.schema.metadata or {}), **about})
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for number in range(len(shard.commit.batches)):
             writer.write_batch(shard.batch(number).replace_schema_metadata(schema.metadata))

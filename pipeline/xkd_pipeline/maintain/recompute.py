@@ -14,10 +14,10 @@ import numpy as np
 from xkd_pipeline.capture.artifacts import weights_identity
 from xkd_pipeline.capture.capture import TeacherSettings, capture
 from xkd_pipeline.capture.measure import Reading
-from xkd_pipeline.capture.stage import teacher_of, teacher_settings
+from xkd_pipeline.capture.stage import refuse_other_teacher, teacher_of, teacher_settings
 from xkd_pipeline.maintain.verify_rows import Finding, open_table
 from xkd_pipeline.tables.shard import document_at, encoder_for
-from xkd_schemas.cache.manifest import Spec, refuse_differences
+from xkd_schemas.cache.manifest import Spec
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.codecs import numbers_of
 from xkd_schemas.config import AUTO, dtype_name
@@ -76,9 +76,7 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
     spec = table.manifest.spec
     settings = _live_settings(spec, model, dtype)
     encoder = encoder_for(model, settings)
-    ours = {"weights": weights_identity(model), "encoder": encoder.identity()}
-    stored = {key: spec[key] for key in ours}
-    refuse_differences(table.folder, ours, stored, advice="name the teacher that the table was made with")
+    refuse_other_teacher(table, {"weights": weights_identity(model), "encoder": encoder.identity()})
     warn_of_slow_dtype(settings.dtype, settings.device)
     live_model = teacher_of(settings).to(settings.device)
     usable = [i for i in range(len(table)) if table[i]["status"] == OK]
@@ -135,8 +133,10 @@ def _compare(column: str, codec: str, ours: Any, stored: Any, ranked: tuple[Any,
         return f"{column} has shape {np.shape(stored)}, the live teacher gives {np.shape(ours)}", 0.0
     if codec == "int32":
         return _compare_classes(column, stored, *ranked), 0.0
-    error, limit = _measure_difference(ours, stored, codec), TOLERANCE[codec]
-    return f"{column} differs by {error:.3f}, more than {limit}" if error > limit else "", error
+    read = numbers_of if codec == "bf16" else np.asarray
+    live_X, stored_X = (read(np.asarray(values)).astype(np.float64) for values in (ours, stored))
+    error = float(np.linalg.norm(live_X - stored_X) / max(float(np.linalg.norm(stored_X)), 1e-6))
+    return f"{column} differs by {error:.3f}, more than {TOLERANCE[codec]}" if error > TOLERANCE[codec] else "", error
 
 
 def _read_document(row: Row, encoder: Any) -> Reading:
@@ -156,13 +156,6 @@ def _compare_classes(column: str, stored: Any, ids_NM: Any, logits_NM: Any) -> s
     off_Nk = np.abs(logits_Nk - logits_NM[:, : stored_Nk.shape[1]]) > TOLERANCE["int32"] * np.abs(logits_NM[:, :1])
     share = float(off_Nk.mean()) if off_Nk.size else 0.0
     return f"{column}: {100 * share:.1f} % are not what the live teacher ranks there" if share > TIES else ""
-
-
-def _measure_difference(ours: Any, stored: Any, codec: str) -> float:
-    """|ours - stored| / |stored|."""
-    read = numbers_of if codec == "bf16" else np.asarray
-    ours, stored = (read(np.asarray(values)).astype(np.float64) for values in (ours, stored))
-    return float(np.linalg.norm(ours - stored) / max(float(np.linalg.norm(stored)), 1e-6))
 
 
 def _finding_of(table: Table, at: int, root: Path, reason: str) -> Finding:

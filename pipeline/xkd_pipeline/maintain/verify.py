@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from xkd_pipeline.maintain.verify_rows import Finding, verify_rows
+from xkd_pipeline.tables.writer import further_file
 from xkd_schemas.cache.manifest import (
     Commit,
     Manifest,
@@ -88,9 +89,7 @@ def _check_table(root: Path, name: str, level: str) -> Iterator[Fault]:
     for number, commit in enumerate(manifest.commits):
         yield from _check_shard(folder, number, commit, level)
     for file, digest in manifest.files.items():
-        places = (inside(folder, file), inside(folder, "tokenizer", file))
-        path = next((place for place in places if place.is_file()), places[0])
-        yield from _check_digest(path, digest, None, level)
+        yield from _check_digest(further_file(folder, file), digest, None, level)
 
 
 def _read_manifest(root: Path, name: str) -> Manifest:

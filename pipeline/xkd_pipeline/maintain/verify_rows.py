@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from xkd_pipeline.tables.shard import documents_of, token_counts, tokens_of
+from xkd_pipeline.workers.contract import first_line
 from xkd_schemas.cache.table import Row, Shard, Table
 from xkd_schemas.codecs import CODECS, find_class_fault
 from xkd_schemas.documents import documents_schema
@@ -61,7 +62,7 @@ def verify_rows(root: Path, name: str) -> Iterator[Finding]:
         except XkdError as error:
             faults = [error.what]
         except Exception as error:  # a shard that Arrow reads may be made to raise anything
-            faults = [f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:160]}"]
+            faults = [f"cannot be read: {type(error).__name__}: {first_line(error)}"]
         for fault in faults:
             yield Finding(table=name, unit=number, file=file, reason=fault)
 

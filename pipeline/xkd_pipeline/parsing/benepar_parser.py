@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from xkd_pipeline.parsing.phrases import Phrase, joined_spans
 from xkd_pipeline.parsing.spacy_parser import UNUSED, PipelineParser, folder_digest, words_of
+from xkd_pipeline.workers.contract import first_line
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.durable_files import sha256_of
@@ -216,20 +217,18 @@ def locate_model(name: str | None) -> Path:
         path = Path(downloader.locate_model(name))
     except LookupError:
         raise InputMissing(f"there is no benepar model '{name}' here", fix=advice) from None
-    if path.is_dir():
-        _check_config(path / "config.json")
-    return path
-
-
-def _check_config(path: Path) -> None:
+    if not path.is_dir():
+        return path
+    place = path / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(place.read_bytes())
     except (OSError, ValueError) as error:
-        raise BadData(f"{path} cannot be read: {error}", fix="name the folder of a benepar model") from error
+        raise BadData(f"{place} cannot be read: {error}", fix="name the folder of a benepar model") from error
     if "auto_map" in json.dumps(config):
-        raise Refused(f"{path} names code of its own to run (auto_map)", fix="use a model without custom code")
+        raise Refused(f"{place} names code of its own to run (auto_map)", fix="use a model without custom code")
     if not isinstance(config, dict) or "benepar" not in config:
-        raise BadData(f"{path} has no entry 'benepar'", fix="name the folder of a benepar model")
+        raise BadData(f"{place} has no entry 'benepar'", fix="name the folder of a benepar model")
+    return path
 
 
 def load_model(path: Path) -> Any:
@@ -247,8 +246,8 @@ def load_model(path: Path) -> Any:
         with answer_special_tokens():
             return ChartParser.from_trained(str(path)).eval()
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, *not_tensors) as error:
-        line = " ".join(str(error).split())[:200]
-        raise BadData(f"{path} cannot be loaded as a benepar model: {line}", fix="copy it again") from error
+        said = first_line(error)
+        raise BadData(f"{path} cannot be loaded as a benepar model: {said}", fix="copy it again") from error
 
 
 def phrase_labels(label_vocab: dict[str, int]) -> dict[int, str]:

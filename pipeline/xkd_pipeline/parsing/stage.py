@@ -12,13 +12,13 @@ import numpy as np
 
 from xkd_pipeline.parsing.parser import Parser
 from xkd_pipeline.tables.build import Built, build
-from xkd_pipeline.tables.shard import Totals, write_shard
+from xkd_pipeline.tables.shard import write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Make, Stage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import WORKER_KILLED, rejected_row
-from xkd_schemas.corpus.sources import RawRow, Source, read_documents
+from xkd_schemas.corpus.sources import RawRow, Source, open_source, read_documents
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, checked_spans, document_of
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.encode import Encoder
@@ -116,14 +116,24 @@ class DocumentsStage(Stage):
         counts.update({f"{UNUSED}{key}": number for key, number in sorted(unused.items())})
         parser.notes.clear()
         rejected = [asdict(r) for r in rejects]
-        columns, totals = columns_of(documents, found), Totals(counts=counts)
-        return write_shard(self.folder, job.unit, DOCUMENTS, columns, rejects=rejected, totals=totals)
+        columns = columns_of(documents, found)
+        return write_shard(self.folder, job.unit, DOCUMENTS, columns, rejects=rejected, counts=counts)
 
 
 UNUSED: Final = "unused:"
 """Begins the names of counts of keys that were not used."""
 _KILLS: Final = "ends the process that reads or parses it, every time"
 _LONG: Final = "its prompt is longer than max_prompt_tokens, and has tools or reasoning, or a template as long"
+
+
+def open_corpus(documents: DocumentsSection) -> list[Source]:
+    """The sources of a run file; UsageError where it names none, BadData where they have no rows."""
+    if not documents.corpus:
+        raise UsageError("no corpus is named", fix="name files, folders or data sets")
+    sources = [open_source(name, form=documents.form, columns=documents.columns) for name in documents.corpus]
+    if not any(source.num_rows for source in sources):
+        raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
+    return sources
 
 
 def prompt_encoder(documents: DocumentsSection) -> Encoder | None:
@@ -138,15 +148,6 @@ def prompt_encoder(documents: DocumentsSection) -> Encoder | None:
 
     tokenizer = load_tokenizer(documents.prompt_tokenizer)
     return Encoder(tokenizer=tokenizer, template=documents.prompt_template, max_tokens=_NO_END)
-
-
-def prompt_spec(documents: DocumentsSection) -> dict[str, Any]:
-    """What a plan says of the limit of prompts: nothing without one."""
-    encoder = prompt_encoder(documents)
-    if encoder is None:
-        return {}
-    identity = {key: value for key, value in encoder.identity().items() if key != "max_tokens"}
-    return {"prompts": {"tokens": documents.max_prompt_tokens, "name": documents.prompt_tokenizer, **identity}}
 
 
 def cut_prompts(documents: Sequence[Document], encoder: Encoder | None, most: int) -> list[Document | None]:
@@ -232,9 +233,7 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
     size = settings.rows_per_shard
     units = plan_shards(sources, size)
     total = sum(s.num_rows for s in sources)
-    if total == 0:
-        raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
-    spec = {
+    spec: dict[str, Any] = {
         "schema": DOCUMENTS_VERSION,
         "corpus": [
             {"name": Path(s.name).name, "sha256": s.digest, "form": s.form, "columns": dict(s.columns)}
@@ -243,8 +242,10 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
         "parser": parser_for(settings).identity(),
         "max_chars": settings.max_chars,
         "rows_per_shard": size,
-        **prompt_spec(settings),
     }
+    if encoder := prompt_encoder(settings):  # without a limit the plan says nothing of it
+        identity = {key: value for key, value in encoder.identity().items() if key != "max_tokens"}
+        spec["prompts"] = {"tokens": settings.max_prompt_tokens, "name": settings.prompt_tokenizer, **identity}
     store = Store(root, "documents", spec, units)
     stage = DocumentsStage(folder=store.folder, settings=settings)
 

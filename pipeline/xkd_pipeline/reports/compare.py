@@ -130,7 +130,13 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
         "template": {side: reader.template for side, reader, _ in sides},
         "fertility": {side: measure_fertility(rows, documents) for side, _, rows in sides},
         "extended": {side: extended_counts(rows) for side, _, rows in sides},
-        "unusable": {side: _count_reasons(rows) for side, _, rows in sides},
+        "unusable": {
+            side: {
+                status: {"documents": number, "means": REASONS[status]}
+                for status, number in sorted(Counter(rows.statuses).items()) if status != OK
+            }
+            for side, _, rows in sides
+        },
         "cut": {side: token_counts(texts, rows)["cut"] for side, _, rows in sides},
         "aligned_documents": len(usable),
         "spans": spans, "exact_pairs": exact, "exact_share": exact / max(1, spans), "span_lengths": lengths,
@@ -148,11 +154,6 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
 def _ends(rows: Sequence[Tokens]) -> list[int | None]:
     """Where each document is cut; None for one that cannot be read."""
     return [row.num_chars if row.status == OK else None for row in rows]
-
-
-def _count_reasons(rows: Sequence[Tokens]) -> dict[str, dict[str, Any]]:
-    found = Counter(row.status for row in rows if row.status != OK)
-    return {status: {"documents": number, "means": REASONS[status]} for status, number in sorted(found.items())}
 
 
 def pair_lines(found: dict[str, Any]) -> Iterator[str]:

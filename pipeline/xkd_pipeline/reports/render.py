@@ -100,11 +100,7 @@ def bracket_phrases(text: str, phrases: Sequence[Interval], labels: Sequence[str
 
 
 def _find_crossing(phrases: Sequence[Interval]) -> list[bool]:
-    """Which phrases overlap another without one lying inside the other.
-
-    >>> _find_crossing([(0, 4), (2, 6), (4, 6), (7, 9)])
-    [True, True, False, False]
-    """
+    """Which phrases overlap another without one lying inside the other."""
     by_start, by_end = sorted(phrases), sorted((end, start) for start, end in phrases)
     last = max((end for _, end in phrases), default=0)
     found = []

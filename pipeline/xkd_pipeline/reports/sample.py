@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xkd_pipeline.parsing.stage import cut_prompts, prompt_encoder
+from xkd_pipeline.parsing.stage import cut_prompts, open_corpus, prompt_encoder
 from xkd_schemas.config import RunConfig
 from xkd_schemas.corpus.files import Content
-from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, open_source, read_documents
+from xkd_schemas.corpus.sources import RawRow, RejectedRow, Source, read_documents
 from xkd_schemas.documents import Document
-from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.errors import BadData
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +53,8 @@ def read_sample(run: RunConfig, wanted: int) -> Sample:
         InputMissing: A source is not there.
     """
     d = run.documents
-    if not d.corpus:
-        raise UsageError("no corpus is named", fix="name files, folders or data sets")
-    sources = tuple(open_source(name, form=d.form, columns=d.columns) for name in d.corpus)
+    sources = tuple(open_corpus(d))
     total = sum(source.num_rows for source in sources)
-    if total == 0:
-        raise BadData("the corpus has no rows", fix="check the paths and the form of the rows")
     encoder, chosen = prompt_encoder(d), set(spread_evenly(total, wanted))
     documents: list[Document] = []
     rejected: list[RejectedRow] = []

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,6 @@ ROWS_PER_BATCH = 32
 Columns = Mapping[str, Sequence[Any]]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Totals:
-    """What a shard adds up to; the driver sums it over all shards."""
-
-    counts: dict[str, int]
-    sums: dict[str, float] = field(default_factory=dict)
-
-
 def write_shard(
     folder: Path,
     unit: int,
@@ -52,11 +44,11 @@ def write_shard(
     columns: Columns,
     *,
     rejects: Sequence[Mapping[str, Any]] = (),
-    totals: Totals | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> Commit:
     """Write the rows of one shard and return the record that the driver commits.
 
-    Its number stands in its metadata, so that swapped files are found.
+    Its number stands in its metadata, so that swapped files are found. The driver adds up the counts of all shards.
 
     Raises:
         DiskFailed: The disk is full or failing; no file is left behind.
@@ -89,8 +81,7 @@ def write_shard(
         frame_xxh3=frame.hexdigest(),
         batches=batches,
         rejects=_write_rejects(folder / "rejects", unit, rejects),
-        counts=totals.counts if totals else {},
-        sums=totals.sums if totals else {},
+        counts=dict(counts or {}),
         unusable=tuple(i for i, status in enumerate(columns.get("status", ())) if status != OK),
     )
 
@@ -104,9 +95,6 @@ def _write_rejects(folder: Path, unit: int, rejects: Sequence[Mapping[str, Any]]
     replace(folder / name, content)
     reasons = Counter(str(reject["reason"]) for reject in rejects)
     return Reject(file=name, rows=len(rejects), sha256=sha256, reasons=dict(sorted(reasons.items())))
-
-
-DOCUMENT_COLUMNS = ("doc_id", "source", "line", "text", "segments", "roles", "targets", "messages", "words", "phrases")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +135,7 @@ def documents_of(shard: Shard, killers: Iterable[int] = ()) -> DocumentRows:
     Raises:
         BadData: A record batch does not match its digest.
     """
-    columns = _columns(shard, [name for name in DOCUMENT_COLUMNS if name in shard.schema.names])
+    columns = _columns(shard, shard.schema.names)
     roles = _flat(columns["roles"]).combine_chunks().dictionary_encode()
     return DocumentRows(
         doc_ids=columns["doc_id"].to_pylist(),
@@ -200,7 +188,6 @@ def _columns(shard: Shard, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
 
 
 def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The items of all lists."""
     return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
 
 

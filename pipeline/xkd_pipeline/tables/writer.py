@@ -132,12 +132,8 @@ class Store:
             manifest = read_record(path, Manifest)
         except BadData:
             return None
-        whole = all(self._holds(name, digest) for name, digest in manifest.files.items())
-        return manifest if whole else None
-
-    def _holds(self, name: str, digest: str) -> bool:
-        places = (inside(self.folder, name), inside(self.folder, "tokenizer", name))
-        return any(path.is_file() and sha256_of(path) == digest for path in places)
+        files = ((further_file(self.folder, name), digest) for name, digest in manifest.files.items())
+        return manifest if all(path.is_file() and sha256_of(path) == digest for path, digest in files) else None
 
     def seal(self, commits: dict[int, Commit], constants: dict[str, Any], files: dict[str, str]) -> Manifest:
         """Write the manifest once all shards are done, and remove files that no record names."""
@@ -165,6 +161,12 @@ class Store:
                 loose += folder.glob(".tmp-*")
             for path in loose:
                 remove(path)
+
+
+def further_file(folder: Path, name: str) -> Path:
+    """Where a file lies that a manifest names beside the shards: in the table's folder or its tokenizer/."""
+    places = inside(folder, name), inside(folder, "tokenizer", name)
+    return next((path for path in places if path.is_file()), places[0])
 
 
 def quarantine(folder: Path, paths: Iterable[Path]) -> None:

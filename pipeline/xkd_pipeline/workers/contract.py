@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
+from xkd_schemas.config import RunConfig
 from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, UsageError, XkdError
 
@@ -48,6 +49,12 @@ class Workers:
     """Ray cluster to join; None starts one on this machine's loopback."""
     stall_seconds: float | None = None
     """A shard that takes longer is taken for hung; None: five times the median, see scheduler.py."""
+
+    @classmethod
+    def of(cls, run: RunConfig) -> "Workers":
+        """As a run file asks for them."""
+        gpus, address, stall = run.gpus_per_worker, run.ray_address, run.stall_timeout
+        return cls(count=run.workers, gpus=gpus, address=address, stall_seconds=stall)
 
     def __post_init__(self) -> None:
         if self.count == 0 and (self.address is not None or self.gpus or self.stall_seconds is not None):

@@ -45,9 +45,6 @@ SHORTEST_SECONDS: Final = 300.0
 MEDIANS: Final = 5
 
 
-_SILENT: Final = "it does not answer"
-
-
 class Pool(Protocol):
     """Worker processes. Both `give` and `reports` raise what a stage raised, and WorkersGone when all is lost."""
 
@@ -231,7 +228,7 @@ class Schedule:
             if now - since > max(FIRST_SECONDS, self._stall or 0.0):
                 del self._loading[worker]
                 self._pool.kill(worker)
-                self._note_bad_start(_SILENT)
+                self._note_bad_start("it does not answer")
 
     def _limit(self) -> float:
         if self._stall is not None:
@@ -298,7 +295,7 @@ def _load(stage: Stage) -> Make:
             raise
         reason = first_line(error)
     raise OutOfMemory(
-        f"out of memory while loading: {reason}", kept=KEPT, fix="use a halve_batch model, or a machine with more"
+        f"out of memory while loading: {reason}", kept=KEPT, fix="use a smaller model, or a machine with more"
     )
 
 

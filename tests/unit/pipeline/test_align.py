@@ -16,7 +16,7 @@ from xkd_pipeline.stages import Outcome, align_stage, documents_stage, teacher_s
 from xkd_pipeline.tables.shard import document_at, encoder_for, tokens_at
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.config import TeacherSection
-from xkd_schemas.errors import InputMissing, Mismatch, UsageError
+from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.text.encode import Encoder
 
 
@@ -77,7 +77,8 @@ def test_a_document_that_the_teacher_could_not_read_says_so_and_has_no_tokens(tm
 
     outcome = stage(cache, teacher="short", name="unread")
 
-    for document, _, row in joined(cache, "short", "unread"):
+    for document, taught, row in joined(cache, "short", "unread"):
+        assert len(taught["token_ids"]) == len(taught["hidden_last"]) == len(taught["argmax"]) == 0
         assert row["status"] == "teacher:no_target_after_cut"
         for column in ("token_ids", "token_spans", "token_kinds", "targets", "student_spans", "teacher_spans"):
             assert len(row[column]) == 0, column
@@ -146,31 +147,8 @@ def test_tokenizer_and_constants_stand_beside_the_table() -> None:
     assert table.manifest.constants == {"template": "none", "vocab_size": len(tokenizer), "teacher": "T"}
     text = "The old keeper lit the lamp 🙂."
     assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(made() / "student")(text)["input_ids"]
-    assert table.manifest.spec["teacher_root"] == Table(made() / "cache", "teachers/T").manifest.root
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"template": "alpaca"}, r"encoder\.template: cache has none, this run has alpaca"),
-        ({"max_tokens": 512}, r"encoder\.max_tokens: cache has 1024, this run has 512"),
-        ({"tokenizer": "teacher"}, r"encoder\.tokenizer\.\w+: cache has .*, this run has"),
-    ],
-)
-def test_the_same_table_with_other_settings_is_refused_by_field(changed: dict[str, object], said: str) -> None:
-    if "tokenizer" in changed:
-        changed = {"tokenizer": str(made() / "teacher")}
-
-    with pytest.raises(Mismatch, match=said):
-        stage(made() / "cache", **changed)
-
-
-def test_a_table_made_for_another_teacher_is_refused(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    short_teacher(cache, 36)
-
-    with pytest.raises(Mismatch, match="teacher: cache has T, this run has short"):
-        stage(cache, teacher="short")
+    root = Table(made() / "cache", "teachers/T").manifest.root
+    assert (table.manifest.spec["teacher"], table.manifest.spec["teacher_root"]) == ("T", root)
 
 
 def test_no_student_and_no_tokenizer_are_said_apart(tmp_path: Path) -> None:

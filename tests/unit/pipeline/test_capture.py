@@ -1,5 +1,6 @@
 """What is captured equals a plain computation on transformers' own hidden states and eager attention maps."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import slow_losses
 import small_cache
 from xkd_pipeline.capture import measure
 from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
 from xkd_pipeline.capture.measure import Reading, bf16_bits, pad_readings
+from xkd_schemas.codecs import numbers_of
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import CONTENT, Tokens
@@ -90,38 +93,11 @@ def plain(model: PreTrainedModel, one: Reading) -> Any:
     return model(ids_1L, output_hidden_states=True, output_attentions=True)
 
 
-def bf16(bits: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(torch.bfloat16).float()
-
-
-def slow_centrality(hidden_LD: torch.Tensor) -> list[float]:
-    """MTA eq. 5 to 7, one token at a time."""
-    rows = [h / (h.std() + 1e-5) for h in hidden_LD.double()]
-    total = torch.zeros(len(rows), dtype=torch.float64)
-    for s, ours in enumerate(rows):
-        others = [t for t in range(len(rows)) if t != s]
-        scores = torch.stack([ours @ rows[t] / len(ours) ** 0.5 for t in others]).softmax(0)
-        total[others] += scores
-    return (total / len(rows)).tolist()
-
-
-def slow_spans(hidden_LD: torch.Tensor, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mass [K] and weighted mean [K, D] of each span."""
-    weights = torch.tensor(slow_centrality(hidden_LD), dtype=torch.float64)
-    masses, vectors = [], []
-    for first, end in ranges:
-        mass = weights[first:end].sum()
-        masses.append(float(mass))
-        mean = (weights[first:end, None] * hidden_LD[first:end].double()).sum(0) / mass if end > first else None
-        vectors.append(np.zeros(hidden_LD.shape[1]) if mean is None else mean.numpy())
-    return np.array(masses), np.array(vectors)
-
-
 def test_hidden_last_is_the_normed_state_of_targets_and_of_the_position_before(model, eager) -> None:
     for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
         first, last = np.flatnonzero(one.tokens.targets)[[0, -1]]
         expected_RD = plain(eager, one).hidden_states[-1][0, first - 1 : last + 1]
-        torch.testing.assert_close(bf16(row["hidden_last"]), expected_RD, rtol=2**-7, atol=1e-3)
+        np.testing.assert_allclose(numbers_of(row["hidden_last"]), expected_RD, rtol=2**-7, atol=1e-3)
 
 
 def test_the_attention_row_is_the_last_tokens_in_the_last_block_summed_over_heads(model, eager) -> None:
@@ -144,21 +120,20 @@ def test_the_row_of_the_last_text_token_is_that_in_front_of_the_end_token(model,
 @pytest.mark.parametrize("layer", [1, 3])
 def test_centrality_is_that_of_hidden_states_of_the_named_layer(model, eager, layer: int) -> None:
     for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
-        expected_L = slow_centrality(plain(eager, one).hidden_states[layer][0])
+        expected_L = slow_losses.centrality(plain(eager, one).hidden_states[layer][0].tolist())
         np.testing.assert_allclose(row[f"centrality@{layer}"], expected_L, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("layer", "unit"), [(1, "word"), (3, "phrase")])
 def test_span_signals_are_those_of_the_named_layer_and_unit(model, eager, layer: int, unit: str) -> None:
     for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
-        mass_K, vectors_KD = slow_spans(plain(eager, one).hidden_states[layer][0], one.ranges[unit])
+        hidden = plain(eager, one).hidden_states[layer][0].tolist()
+        weights = slow_losses.centrality(hidden)
+        pooled = [slow_losses.pool(hidden, weights, first, end) for first, end in one.ranges[unit].tolist()]
+        vectors_KD, mass_K = ([part[at] for part in pooled] for at in (0, 1))
         np.testing.assert_allclose(row[f"span_mass@{layer}:{unit}"], mass_K, rtol=1e-3, atol=1e-6)
-        np.testing.assert_allclose(bf16(row[f"span_vectors@{layer}:{unit}"]), vectors_KD, rtol=2**-7, atol=1e-3)
-        expected = []
-        for i in range(len(mass_K)):
-            for j in range(i + 1, len(mass_K)):
-                size = np.linalg.norm(vectors_KD[i]) * np.linalg.norm(vectors_KD[j])
-                expected.append(vectors_KD[i] @ vectors_KD[j] / size if size else 0.0)
+        np.testing.assert_allclose(numbers_of(row[f"span_vectors@{layer}:{unit}"]), vectors_KD, rtol=2**-7, atol=1e-3)
+        expected = [slow_losses.cosine(a, b) for a, b in itertools.combinations(vectors_KD, 2)]
         found = row[f"span_geometry@{layer}:{unit}"]
         assert found.dtype == np.float16
         np.testing.assert_allclose(found, np.array(expected), atol=2e-3)
@@ -182,9 +157,9 @@ def test_a_document_has_the_same_signals_alone_and_padded_in_a_batch(model) -> N
         (alone,) = capture(model, [one], WANTED, SETTINGS.model_copy(update={"pad_multiple": 1}))
         assert row.keys() == alone.keys()
         for column, values in ((s.column, row[s.column]) for s in WANTED):
-            a, b = (bf16(v) if v.dtype == np.uint16 else torch.from_numpy(v) for v in (values, alone[column]))
+            a, b = (numbers_of(v) if v.dtype == np.uint16 else v for v in (values, alone[column]))
             close = {np.uint16: 2**-7, np.float16: 2e-3}.get(values.dtype.type, 1e-4)
-            torch.testing.assert_close(a, b, rtol=close, atol=1e-3 if close > 1e-4 else 1e-6, msg=column)
+            np.testing.assert_allclose(a, b, rtol=close, atol=1e-3 if close > 1e-4 else 1e-6, err_msg=column)
 
 
 def test_a_document_without_tokens_has_empty_rows_and_disturbs_no_other(model) -> None:

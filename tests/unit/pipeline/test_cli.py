@@ -297,14 +297,6 @@ def test_a_drop_that_died_goes_on_and_takes_no_damage_for_whole(xkd_cache: Cache
     }
 
 
-def test_another_corpus_on_a_finished_cache_is_named(xkd_cache: Cache, odd_files: Path) -> None:
-    command = ["documents", made() / "corpus.jsonl", "rows.jsonl", "--out", made() / "cache", "--spacy-model", SPACY]
-
-    said = xkd_cache(*command, "--set", "documents.rows_per_shard=4")
-
-    refused(said, 78, 'corpus: cache has nothing else, this run has ["rows.jsonl"]', "--shards")
-
-
 def test_an_export_is_done_when_it_is_typed_again(xkd_cache: Cache, tmp_path: Path) -> None:
     command = ("export", made() / "cache", "--parquet", tmp_path / "parquet")
     code, out, _ = xkd_cache(*command, "--json")
@@ -432,15 +424,6 @@ def test_bad_input_of_align_show_and_status_is_one_line(xkd_cache: Cache, odd_fi
     refused(xkd_cache("show", cache, 0, "--student", "Q"), 66, "students/Q")
     refused(xkd_cache("show", "nowhere", 0), 66, "nowhere is not a folder", "xkd-cache documents")
     refused(xkd_cache("status", "nowhere"), 66, "nowhere is not a folder", "xkd-cache documents")
-
-
-def test_a_wrong_setting_of_a_loss_is_one_line(xkd_cache: Cache, corpus: Path, tmp_path: Path) -> None:
-    run = run_toml(tmp_path, corpus)
-    run.write_text(f"{run.read_text()}[losses.mta]\nhidden = 'off'\n")
-
-    found, _, err = xkd_cache("preprocess", run)
-
-    assert (found, err.count("\n"), "hidden" in err) == (2, 1, True)
 
 
 SLOW = """

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tokenizers import Regex, normalizers
 
 import four_tokenizers
 import tiny_models as tiny
+from four_tokenizers import encoder_of
 from normalising_tokenizers import normalising
 from small_cache import corpus_rows, made, run_file, write_rows
 from xkd_pipeline.cli.app import app
@@ -26,9 +26,8 @@ from xkd_pipeline.reports.compare import (
 )
 from xkd_pipeline.reports.sample import read_sample
 from xkd_schemas.cache.table import Table
-from xkd_schemas.documents import Document
 from xkd_schemas.text.encode import Encoder
-from xkd_schemas.tokens import CONTENT
+from xkd_trainer.models.bits_per_byte import bits_per_byte
 from xkd_trainer.models.loading import load_model
 
 BOTH = ("byte_level", "sentencepiece")
@@ -38,20 +37,17 @@ def command(*arguments: object) -> None:
     app(["pair", *map(str, arguments)], standalone_mode=False)
 
 
-def encoder(kind: str, max_tokens: int = 1000) -> Encoder:
-    return Encoder(tokenizer=four_tokenizers.tokenizer_of(kind), template="none", max_tokens=max_tokens)
-
-
 def compared(
-    tmp_path: Path, rows: Sequence[object], teacher: Encoder, student: Encoder, *, worst: int = 1
+    tmp_path: Path, rows: Sequence[object], teacher: Encoder | None = None, student: Encoder | None = None, **more: int
 ) -> dict[str, Any]:
     corpus = write_rows(tmp_path / "rows.jsonl", rows)
     sample = read_sample(run_file(tmp_path / "c", documents={"corpus": [str(corpus)]}), 100)
-    return compare(teacher, student, sample, worst=worst, width=80)
+    models = teacher or encoder_of("byte_level"), student or encoder_of("unigram")
+    return compare(*models, sample, **{"worst": 1, "width": 80, **more})
 
 
 def test_a_tokenizer_goes_with_itself_perfectly(tmp_path: Path) -> None:
-    one = encoder("byte_level")
+    one = encoder_of("byte_level")
 
     found = compared(tmp_path, corpus_rows(4), one, one)
 
@@ -64,11 +60,9 @@ def test_a_tokenizer_goes_with_itself_perfectly(tmp_path: Path) -> None:
 
 
 def test_spans_and_exact_pairs_are_those_of_the_cache(tmp_path: Path) -> None:
-    teacher = Encoder(
-        tokenizer=four_tokenizers.chat_tokenizer(), template="chat", max_tokens=1024
-    )  # fmt: skip
+    teacher = Encoder(tokenizer=four_tokenizers.chat_tokenizer(), template="chat", max_tokens=1024)
 
-    found = compared(tmp_path, corpus_rows(12), teacher, encoder("unigram"))
+    found = compared(tmp_path, corpus_rows(12), teacher)
 
     manifest = Table(made() / "cache", "students/S").manifest
     assert (found["spans"], found["exact_pairs"]) == (manifest.count("spans"), manifest.count("exact_pairs"))
@@ -77,7 +71,7 @@ def test_spans_and_exact_pairs_are_those_of_the_cache(tmp_path: Path) -> None:
 
 
 def test_fertility_is_content_tokens_over_words_and_characters(tmp_path: Path) -> None:
-    found = compared(tmp_path, [{"prompt": "ab cd", "response": " ef"}], encoder("byte_level"), encoder("unigram"))
+    found = compared(tmp_path, [{"prompt": "ab cd", "response": " ef"}])
 
     tokens = len(four_tokenizers.tokenizer_of("byte_level")("ab cd", add_special_tokens=False)["input_ids"])
     tokens += len(four_tokenizers.tokenizer_of("byte_level")(" ef", add_special_tokens=False)["input_ids"])
@@ -110,7 +104,7 @@ def test_normalisers_are_named_in_order() -> None:
 def test_a_document_that_one_side_cannot_use_is_counted_with_its_reason(tmp_path: Path) -> None:
     rows = [*corpus_rows(2), {"prompt": "word " * 60, "response": "Yes."}, "{"]
 
-    found = compared(tmp_path, rows, encoder("byte_level", max_tokens=40), encoder("unigram"))
+    found = compared(tmp_path, rows, encoder_of("byte_level", max_tokens=40))
 
     assert found["unusable"]["teacher"]["no_target_after_cut"]["documents"] == 1
     assert found["aligned_documents"] == 2
@@ -123,14 +117,12 @@ def test_a_document_that_one_side_cannot_use_is_counted_with_its_reason(tmp_path
 def test_the_least_aligned_document_is_drawn_with_both_tokenizations(tmp_path: Path) -> None:
     rows = corpus_rows(6)
 
-    found = compared(tmp_path, rows, encoder("byte_level"), encoder("unigram"), worst=6)
+    found = compared(tmp_path, rows, worst=6)
 
     shares = [document["exact_share"] for document in found["worst"]]
     assert shares == sorted(shares)
     assert shares[0] < shares[-1]
-    (alone,) = compared(tmp_path, [rows[found["worst"][0]["line"] - 1]], encoder("byte_level"), encoder("unigram"))[
-        "worst"
-    ]
+    (alone,) = compared(tmp_path, [rows[found["worst"][0]["line"] - 1]])["worst"]
     assert alone["exact_share"] == shares[0]
     drawn = found["worst"][0]["drawing"]
     assert any(line.startswith("teacher  ") for line in drawn)
@@ -158,25 +150,11 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["sample"]["documents"], len(found["worst"])) == (5, 1)
 
 
-def nats_by_hand(model: Any, encoder: Encoder, documents: Sequence[Document], ends: Sequence[int]) -> list[float]:
-    """-log p of the target tokens that carry text and bytes of that text, each document on its own."""
-    nats, size = 0.0, 0
-    for document, end in zip(documents, ends, strict=True):
-        row = encoder.encode(document, end)
-        log_p = model(torch.tensor([row.ids.tolist()])).logits[0].double().log_softmax(-1)
-        for t in range(1, len(row.ids)):
-            if row.targets[t] and row.kinds[t] == CONTENT:
-                nats -= float(log_p[t - 1, int(row.ids[t])])
-        size += sum(len(document.text[s.start : min(s.end, end)].encode()) for s in document.segments if s.target)
-    return [nats, size]
-
-
-@torch.no_grad()
 def test_bits_per_byte_of_both_models_are_over_the_same_characters(tmp_path: Path) -> None:
     corpus = write_rows(tmp_path / "rows.jsonl", corpus_rows(4))
     sample = read_sample(run_file(tmp_path / "c", documents={"corpus": [str(corpus)]}), 9)
     folders = [str(tiny.saved(tiny.llama(k, seed=n, layers=1, width=8), k, tmp_path / k)) for n, k in enumerate(BOTH)]
-    theirs, ours = encoder(BOTH[0], max_tokens=40), encoder(BOTH[1], max_tokens=30)
+    theirs, ours = encoder_of(BOTH[0], max_tokens=40), encoder_of(BOTH[1], max_tokens=30)
 
     found = compare_models((folders[0], folders[1]), (theirs, ours), "float32", sample)
 
@@ -184,10 +162,10 @@ def test_bits_per_byte_of_both_models_are_over_the_same_characters(tmp_path: Pat
     ends = [row.num_chars for row in ours.encode_batch(sample.documents, first)]
     assert any(end < len(d.text) for end, d in zip(ends, sample.documents, strict=True))
     for side, folder, reader in zip(("teacher", "student"), folders, (theirs, ours), strict=True):
-        model = load_model(folder, dtype=torch.float32)
-        nats, size = nats_by_hand(model, reader, sample.documents, ends)
-        assert found[side] == pytest.approx(nats / math.log(2) / size, rel=1e-5), side
-        assert found["bytes"] == size
+        rows = [reader.encode(*both) for both in zip(sample.documents, ends, strict=True)]
+        pairs = list(zip(sample.documents, rows, strict=True))
+        alone = bits_per_byte(load_model(folder, dtype=torch.float32), pairs)
+        assert (found[side], found["bytes"]) == (pytest.approx(alone["bits_per_byte"], rel=1e-5), alone["bytes"])
     assert found["documents"] == len(sample.documents)
 
 
@@ -212,7 +190,7 @@ def test_intervals_over_what_a_normaliser_merges_are_counted_for_each_side(tmp_p
     rows = [*corpus_rows(2), {"prompt": "Cafe\u0301?", "response": "Ange\u0301lique and e\u0301."}]
     changing = Encoder(tokenizer=normalising("qwen"), template="none", max_tokens=1000)
 
-    found = compared(tmp_path, rows, changing, encoder("byte_level"))
+    found = compared(tmp_path, rows, changing, encoder_of("byte_level"))
 
     assert found["extended"]["teacher"]["extended_documents"] == 1
     assert found["extended"]["teacher"]["extended"] >= 3

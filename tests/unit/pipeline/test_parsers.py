@@ -227,31 +227,23 @@ def test_a_chain_of_constituents_counts_by_its_outermost_np_or_vp(clean: Benepar
     assert phrase_labels(vocab) == {1: "VP", 2: "NP", 4: "VP", 5: "NP"}
 
 
+TWO = [phrase for tree in (TREES[3], TREES[2]) for phrase in gold(tree)[1]]
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "wanted"),
     [
-        "The lamp went out.\n\nShips passed in the dark.",
-        "The lamp went out .  \n \n Ships passed in the dark.\n\n\n",
-        "\n\n The lamp went out.\tShips passed in the dark.\r\n",
+        ("The lamp went out.\n\nShips passed in the dark.", TWO),
+        ("The lamp went out .  \n \n Ships passed in the dark.\n\n\n", TWO),
+        ("\n\n The lamp went out.\tShips passed in the dark.\r\n", TWO),
+        ("The \n  fox saw   a\n\ndog.", [("The \n  fox", "NP"), ("saw   a\n\ndog", "VP"), ("a\n\ndog", "NP")]),
+        *((blank, []) for blank in (" ", "\n\n\n", "\u00a0\u3000", "\t \n")),
     ],
 )
-def test_sentences_that_begin_or_end_in_blank_tokens_are_parsed(clean: BeneparParser, text: str) -> None:
-    wanted = [phrase for tree in (TREES[3], TREES[2]) for phrase in gold(tree)[1]]
-
+def test_blank_tokens_are_no_leaves_wherever_they_stand(
+    clean: BeneparParser, text: str, wanted: list[tuple[str, str]]
+) -> None:
     assert shown(clean, text) == wanted
-
-
-def test_blank_tokens_inside_a_sentence_are_no_leaves(clean: BeneparParser) -> None:
-    text = "The \n  fox saw   a\n\ndog."
-
-    assert shown(clean, text) == [("The \n  fox", "NP"), ("saw   a\n\ndog", "VP"), ("a\n\ndog", "NP")]
-
-
-@pytest.mark.parametrize("text", [" ", "\n\n\n", "\u00a0\u3000", "\t \n"])
-def test_a_blank_document_has_no_spans(clean: BeneparParser, text: str) -> None:
-    (spans,) = clean.parse([document(text)])
-
-    assert (spans.words, spans.phrases) == ((), ())
     assert not clean.notes
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import small_cache
 from fake_hardware import hardware_is
-from small_cache import SPACY, corpus_rows, made, run_file, write_rows
+from small_cache import SPACY, corpus_rows, made, whole_run, write_rows
 from xkd_pipeline.capture.artifacts import empty_model, sizes_of
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.reports import plan as size
@@ -32,13 +32,7 @@ def command(*arguments: object) -> None:
 
 
 def small_run(**sections: dict[str, object]) -> RunConfig:
-    folder = made()
-    return run_file(
-        folder / "cache",
-        documents={"corpus": [str(folder / "corpus.jsonl")]} | sections.get("documents", {}),
-        teacher={"model": str(folder / "teacher")} | sections.get("teacher", {}),
-        student={"tokenizer": str(folder / "student")},
-    )
+    return whole_run(made() / "cache", **sections)
 
 
 def planned(run: RunConfig, **options: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def prompt_tokens(document: Document, encoder: Encoder) -> int:
 @pytest.mark.parametrize("kind", four.KINDS)
 @pytest.mark.parametrize("template", ["none", "alpaca"])
 def test_a_long_prompt_keeps_the_first_tokens_and_loses_nothing_of_the_response(kind: str, template: str) -> None:
-    encoder = Encoder(tokenizer=four.tokenizer_of(kind), template=template, max_tokens=10**6)
+    encoder = four.encoder_of(kind, 10**6, template)
     documents = [row("Who swam?"), row(LONG), row("Tell it again.", LONG), row(LONG, "Short.")]
     most = prompt_tokens(documents[2], encoder) - 5
 
@@ -67,12 +67,12 @@ def test_a_long_prompt_keeps_the_first_tokens_and_loses_nothing_of_the_response(
 
 def test_without_a_limit_nothing_is_touched_and_what_cannot_be_cut_is_none() -> None:
     document = row(LONG)
-    encoder = Encoder(tokenizer=four.tokenizer_of(four.KINDS[0]), template="alpaca", max_tokens=10**6)
+    encoder = four.encoder_of(four.KINDS[0], 10**6, "alpaca")
     with_tools = document_of([("user", LONG, False), ("assistant", "Yes", True)], source="r", line=2, messages="{}")
 
     assert cut_prompts([document], None, 0) == [document]
     assert cut_prompts([document], encoder, 3) == [None]
-    plain = Encoder(tokenizer=encoder.tokenizer, template="none", max_tokens=10**6)
+    plain = four.encoder_of(four.KINDS[0], 10**6)
     assert cut_prompts([with_tools], plain, 8) == [None]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations import memory
 
 import small_cache
 from small_cache import made
@@ -55,22 +56,22 @@ def test_addresses_that_give_nothing_say_so(url: str, kind: type[XkdError], matc
         open_source(url, columns={})
 
 
-def test_what_a_stores_own_library_raises_is_one_line(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no credentials\nfound")
-
-    monkeypatch.setattr(type(store), "isfile", refused)
-    with pytest.raises(InputMissing, match=r"memory://bucket/refused\.jsonl: no credentials found"):
-        open_source("memory://bucket/refused.jsonl", columns={})
-
-
-def test_a_connection_that_is_lost_is_not_taken_for_a_disk(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(*_: Any, **__: Any) -> None:
-        raise ConnectionResetError("gone")
+@pytest.mark.parametrize(
+    ("kind", "method", "raised", "said"),
+    [
+        (memory.MemoryFileSystem, "isfile", RuntimeError("no credentials\nfound"), "no credentials found"),
+        (memory.MemoryFile, "read", ConnectionResetError("gone"), "gone"),
+    ],
+)
+def test_what_a_stores_own_library_raises_is_one_line_and_a_lost_connection_no_disk_error(
+    store: Any, monkeypatch: pytest.MonkeyPatch, kind: type, method: str, raised: Exception, said: str
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise raised
 
     store.pipe_file("/bucket/lost.jsonl", b"{}")
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFile, "read", lost)
-    with pytest.raises(InputMissing, match=r"lost\.jsonl: gone"):
+    monkeypatch.setattr(kind, method, fails)
+    with pytest.raises(InputMissing, match=rf"memory://bucket/lost\.jsonl: {said}"):
         open_source("memory://bucket/lost.jsonl", columns={})
 
 

@@ -13,7 +13,7 @@ import small_cache
 from damages import flip
 from small_cache import made
 from xkd_pipeline.reports import report as reports
-from xkd_pipeline.reports.report import MAX_BINS, Histogram, exact_shares, gather, write_report
+from xkd_pipeline.reports.report import MAX_BINS, Histogram, gather, write_report
 from xkd_pipeline.stages import documents_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing
@@ -150,9 +150,8 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 def test_a_cache_of_documents_alone_has_a_report(tmp_path: Path) -> None:
     corpus = small_cache.write_rows(tmp_path / "c.jsonl", small_cache.corpus_rows(3))
-    documents_stage(
-        small_cache.run_file(tmp_path / "cache", documents={"corpus": [str(corpus)]}), small_cache.IN_PROCESS
-    )
+    run = small_cache.run_file(tmp_path / "cache", documents={"corpus": [str(corpus)]})
+    documents_stage(run, small_cache.IN_PROCESS)
     (tmp_path / "cache" / "teachers" / "U").mkdir(parents=True)
     plan = json.loads((tmp_path / "cache" / "documents" / "plan.json").read_text())
     (tmp_path / "cache" / "teachers" / "U" / "plan.json").write_text(json.dumps(plan))
@@ -195,18 +194,10 @@ def test_a_histogram_holds_every_size_once_in_few_bars() -> None:
     assert Histogram("x").bars == []
 
 
-def test_a_document_without_spans_is_the_worst() -> None:
-    one = np.ones(0, dtype=np.int64)
-    assert exact_shares(one, one, np.array([0, 0])).tolist() == [0.0, 0.0]
-
-
 def test_two_students_of_one_teacher_are_both_drawn(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
-    run = small_cache.run_file(
-        cache,
-        documents={"corpus": [str(made() / "corpus.jsonl")]},
-        student={"name": "S2", "tokenizer": str(made() / "teacher"), "template": "chat"},
-    )
+    student = {"name": "S2", "tokenizer": str(made() / "teacher"), "template": "chat"}
+    run = small_cache.whole_run(cache, student=student)
     small_cache.align_stage(run, small_cache.IN_PROCESS)
     _, page = written(cache, tmp_path)
 

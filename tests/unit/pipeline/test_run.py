@@ -8,13 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from fake_stage import FakeStage
-from xkd_pipeline import stages
+from xkd_pipeline import public, stages
 from xkd_pipeline.cli import app as cli
 from xkd_pipeline.stages import Outcome
 from xkd_pipeline.workers import ray_pool
 from xkd_pipeline.workers.contract import Workers
 from xkd_pipeline.workers.ray_pool import Place, versions
 from xkd_pipeline.workers.scheduler import make_shards
+from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import InputMissing, Mismatch, Refused, WorkersGone
 
 DEMO = Path(__file__).parents[3] / "runs" / "demo.toml"
@@ -58,7 +59,7 @@ def test_ray_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch) -> Non
     assert caught.value.exit_code == 69
 
 
-def test_what_the_flags_say_of_workers_reaches_the_stage_and_gpus_only_the_teacher(monkeypatch) -> None:
+def test_what_flags_and_run_files_say_of_workers_reaches_the_stage_and_gpus_only_the_teacher(monkeypatch) -> None:
     told: dict[str, Workers] = {}
 
     def stage(name: str):
@@ -79,6 +80,12 @@ def test_what_the_flags_say_of_workers_reaches_the_stage_and_gpus_only_the_teach
     assert CliRunner().invoke(cli.app, ["preprocess", str(DEMO), *flags]).exit_code == 0
     without = replace(whole, gpus=0.0)
     assert told == {"documents": without, "teacher": whole, "align": without}
+    run = RunConfig.load(DEMO, workers=2, gpus_per_worker=0.5, ray_address="head:6379", stall_timeout=9.0)
+    found = dict(told)
+    for name in found:
+        told.clear()
+        getattr(public, name)(run)
+        assert told == {name: found[name]}
 
 
 def here(folder: Path, **changes: object) -> Place:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from xkd_pipeline.workers.contract import Failed, Report, Workers
 from xkd_pipeline.workers.scheduler import FIRST_SECONDS, SHORTEST_SECONDS, Schedule, find_culprits
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
-from xkd_schemas.errors import OutOfMemory, WorkersGone
+from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
 
 ROWS = 8
 NEVER = object()
@@ -182,21 +182,21 @@ def test_how_long_a_shard_may_take_is_learnt_from_the_others() -> None:
     assert FIRST_SECONDS < first.now < FIRST_SECONDS + 120
 
 
-@pytest.mark.parametrize("what", [Failed("no such library"), NEVER])
-def test_workers_that_never_start_end_the_run(what: object) -> None:
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        (Failed("no such library"), WorkersGone),
+        (NEVER, WorkersGone),
+        (Failed("low on memory", memory=True), OutOfMemory),
+        (Failed("no memory for 9 GiB", memory=True, alive=True), OutOfMemory),
+    ],
+)
+def test_workers_that_never_start_end_the_run_as_what_keeps_them(what: object, kind: type[XkdError]) -> None:
     pool = FakePool(lambda unit, _care, _tries: made(unit), starts=lambda _number: what)
 
-    with pytest.raises(WorkersGone, match="no worker starts, 3 in a row ended in loading"):
+    with pytest.raises(kind, match="no worker starts, 3 in a row ended in loading"):
         ran(pool, range(4), count=1)
     assert pool.started == 3
-
-
-@pytest.mark.parametrize(
-    "what", [Failed("low on memory", memory=True), Failed("no memory for 9 GiB", memory=True, alive=True)]
-)
-def test_workers_that_have_no_memory_to_load_end_the_run_as_out_of_memory(what: object) -> None:
-    with pytest.raises(OutOfMemory, match="3 in a row ended in loading"):
-        ran(FakePool(lambda unit, _care, _tries: made(unit), starts=lambda _number: what), range(2), count=1)
 
 
 def test_a_worker_that_cannot_be_replaced_is_done_without() -> None:

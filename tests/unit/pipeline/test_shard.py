@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 from fake_stage import SCHEMA
-from xkd_pipeline.tables.shard import ROWS_PER_BATCH, Totals, write_shard
+from xkd_pipeline.tables.shard import ROWS_PER_BATCH, write_shard
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.errors import DiskFailed
 
@@ -76,11 +76,9 @@ def test_totals_and_unusable_rows_stand_in_the_record(tmp_path: Path) -> None:
     schema = SCHEMA.append(pa.field("status", pa.string(), nullable=False))
     statuses = ["ok", "no_target", "ok", "teacher:cut"]
 
-    commit = write_shard(
-        tmp_path, 0, schema, {**columns(4), "status": statuses}, totals=Totals(counts={"tokens": 5}, sums={"x": 0.5})
-    )
+    commit = write_shard(tmp_path, 0, schema, {**columns(4), "status": statuses}, counts={"tokens": 5})
 
-    assert (commit.unusable, commit.counts, commit.sums) == ((1, 3), {"tokens": 5}, {"x": 0.5})
+    assert (commit.unusable, commit.counts) == ((1, 3), {"tokens": 5})
     assert Commit.model_validate_json(commit.model_dump_json()) == commit
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import four_tokenizers
 import hostile_text
+from four_tokenizers import encoder_of
 from slow_alignment import align_one, ranges_of
 from small_cache import made
 from xkd_pipeline.alignment import align_rows
@@ -16,7 +17,6 @@ from xkd_schemas.documents import Document, document_of
 from xkd_schemas.ragged import Ragged
 from xkd_schemas.text import encode
 from xkd_schemas.text.batches import DocumentBatch
-from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK
 
 PAIRS = [(a, b) for a in four_tokenizers.KINDS for b in four_tokenizers.KINDS]
@@ -55,10 +55,6 @@ def test_a_shard_of_tokens_is_its_rows(name: str) -> None:
             assert (ours.status, ours.num_chars) == (theirs.status, theirs.num_chars)
             for field in ("ids", "spans", "kinds", "targets"):
                 np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field))
-
-
-def encoder_of(kind: str, max_tokens: int) -> Encoder:
-    return Encoder(tokenizer=four_tokenizers.tokenizer_of(kind), template="none", max_tokens=max_tokens)
 
 
 @pytest.mark.parametrize(("student_kind", "teacher_kind"), PAIRS)

@@ -12,6 +12,7 @@ from rich.cells import cell_len
 
 import four_tokenizers
 import small_cache
+from four_tokenizers import encoder_of
 from slow_alignment import align_one
 from small_cache import made
 from xkd_pipeline.reports.render import (
@@ -28,17 +29,13 @@ from xkd_pipeline.stages import documents_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, Spans, document_of
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT
 
 NO_SPANS = Spans(words=(), phrases=(), labels=())
 
 
 def drawn(document: Document, spans: Spans = NO_SPANS, *, width: int = 80, kinds=("byte_level", "unigram")) -> str:
-    student, teacher = (
-        Encoder(tokenizer=four_tokenizers.tokenizer_of(kind), template="none", max_tokens=1000).encode(document)
-        for kind in kinds
-    )
+    student, teacher = (encoder_of(kind).encode(document) for kind in kinds)
     aligned = align_one(student, teacher, np.array([s.end for s in document.segments]))
     return render(document, spans, student, teacher, aligned, width)
 
@@ -89,9 +86,7 @@ def test_no_line_is_wider_than_the_terminal_and_none_can_command_it(text: str, w
 @given(text=four_tokenizers.nasty_text)
 def test_every_token_is_drawn(text: str) -> None:
     document = document_of([("text", text, True)], source="d", line=1)
-    teacher = Encoder(
-        tokenizer=four_tokenizers.tokenizer_of("sentencepiece"), template="none", max_tokens=1000
-    ).encode(document)
+    teacher = encoder_of("sentencepiece").encode(document)
 
     picture = render(document, NO_SPANS, None, teacher, width=100)
 
@@ -132,9 +127,7 @@ def test_a_row_without_tokens_says_why() -> None:
 
 def test_a_cut_is_said() -> None:
     document = document_of([("text", "the lamp on the wall " * 9, True)], source="d", line=1)
-    teacher = Encoder(tokenizer=four_tokenizers.tokenizer_of("byte_level"), template="none", max_tokens=20).encode(
-        document
-    )
+    teacher = encoder_of("byte_level", 20).encode(document)
 
     assert f"cut at character {teacher.num_chars}" in render(document, NO_SPANS, None, teacher)
 
@@ -230,9 +223,8 @@ def test_without_any_model_the_phrases_are_drawn(tmp_path: Path) -> None:
 
 def test_a_hostile_text_is_drawn_without_a_character_that_a_terminal_obeys(tmp_path: Path) -> None:
     corpus = small_cache.write_rows(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b\x1b[2J\u202ec\nd\x07"}])
-    documents_stage(
-        small_cache.run_file(tmp_path / "cache", documents={"corpus": [str(corpus)]}), small_cache.IN_PROCESS
-    )
+    run = small_cache.run_file(tmp_path / "cache", documents={"corpus": [str(corpus)]})
+    documents_stage(run, small_cache.IN_PROCESS)
 
     drawn = "".join(draw(tmp_path / "cache", "0", teacher="", student="", width=80))
 

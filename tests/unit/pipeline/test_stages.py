@@ -8,7 +8,7 @@ import pytest
 import small_cache
 from fake_hardware import hardware_is
 from small_cache import made
-from xkd_pipeline.stages import documents_stage, plain_name, signals_for, teacher_stage
+from xkd_pipeline.stages import align_stage, documents_stage, plain_name, signals_for, teacher_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import Table, only_teacher
 from xkd_schemas.durable_files import SAFE_NAME
@@ -27,16 +27,12 @@ from xkd_schemas.errors import InputMissing, Mismatch, UsageError
         ("é", "model"),
         ("é..", "model"),
         ("a" * 300, "a" * 128),
+        *((nothing, "model") for nothing in ("/", "", "//")),
     ],
 )
 def test_a_models_name_becomes_a_name_that_a_folder_may_have(model: str, name: str) -> None:
     assert plain_name(model) == name
     assert SAFE_NAME.fullmatch(plain_name(model))
-
-
-@pytest.mark.parametrize("model", ["/", "", "//"])
-def test_a_path_without_a_name_still_gives_one(model: str) -> None:
-    assert plain_name(model) == "model"
 
 
 def test_the_only_teacher_is_chosen_and_several_are_listed(tmp_path: Path) -> None:
@@ -81,10 +77,57 @@ def test_auto_is_resolved_once_and_a_table_goes_on_in_the_dtype_that_it_was_begu
         taught("fp32")
 
 
-def test_no_loss_keeps_just_the_teachers_choice(tmp_path: Path) -> None:
-    run = small_cache.run_file(tmp_path, teacher={"losses": []})
+@pytest.mark.parametrize(
+    ("losses", "own"),
+    [
+        ([], set()),
+        (["mta"], {"span_mass", "span_geometry", "span_vectors"}),
+        (["sra"], {"hidden_last", "attention_text"}),
+        (["dwa"], {"hidden_last", "entropy"}),
+    ],
+)
+def test_a_loss_keeps_its_own_signals_and_the_teachers_choice(
+    tmp_path: Path, losses: list[str], own: set[str]
+) -> None:
+    run = small_cache.run_file(tmp_path, teacher={"losses": losses})
 
-    assert [s.column for s in signals_for(run, 4)] == ["argmax"]
+    assert {s.name for s in signals_for(run, 4)} == own | {"argmax"}
+
+
+STAGES = {"documents": documents_stage, "teacher": teacher_stage, "student": align_stage}
+
+
+@pytest.mark.parametrize(
+    ("section", "changed", "said"),
+    [
+        ("documents", {"max_words": 5}, "parser.max_words: cache has 12, this run has 5"),
+        ("documents", {"drop_contained": False}, "parser.drop_contained: cache has True, this run has False"),
+        ("documents", {"rows_per_shard": 5}, "rows_per_shard: cache has 4, this run has 5"),
+        ("documents", {"max_chars": 9000}, "max_chars: cache has 1000000, this run has 9000"),
+        ("documents.columns", {"response": "prompt"}, "response: cache has response, this run has prompt"),
+        ("teacher", {"dtype": "bfloat16"}, "dtype: cache has float32, this run has bfloat16"),
+        ("teacher", {"template": "none"}, "encoder.template: cache has chat, this run has none"),
+        ("teacher", {"max_tokens": 64}, "encoder.max_tokens: cache has 1024, this run has 64"),
+        ("teacher", {"batch_tokens": 512}, "batch_tokens: cache has 256, this run has 512"),
+        ("teacher", {"codec": "int8"}, "codec: cache has bf16, this run has int8"),
+        ("teacher", {"losses": ["sra"]}, "signals: cache has "),
+        ("teacher", {"phrase_layers": [2, 4]}, "signals: cache has "),
+        ("student", {"template": "alpaca"}, "encoder.template: cache has none, this run has alpaca"),
+        ("student", {"max_tokens": 512}, "encoder.max_tokens: cache has 1024, this run has 512"),
+        ("student", {"tokenizer": "teacher"}, "encoder.tokenizer."),
+    ],
+)
+def test_the_same_table_with_other_settings_is_refused_by_field(
+    section: str, changed: dict[str, object], said: str
+) -> None:
+    if "tokenizer" in changed:
+        changed = {"tokenizer": str(made() / "teacher")}
+    run, name = small_cache.whole_run(made() / "cache", **{section: changed}), section.partition(".")[0]
+
+    with pytest.raises(Mismatch) as caught:
+        STAGES[name](run, small_cache.IN_PROCESS, lambda _line: None)
+    assert said in str(caught.value)
+    assert ("give this one another --name" in str(caught.value)) == (name != "documents")
 
 
 def test_layers_and_settings_of_a_loss_choose_its_signals(tmp_path: Path) -> None:
@@ -101,13 +144,8 @@ def test_layers_and_settings_of_a_loss_choose_its_signals(tmp_path: Path) -> Non
 
 
 def test_documents_and_teacher_say_how_far_they_are_inside_a_shard(tmp_path: Path, monkeypatch, capsys) -> None:
-    folder = made()
     monkeypatch.setattr("xkd_schemas.progress.EVERY", -1.0)  # every tick is shown
-    run = small_cache.run_file(
-        tmp_path / "cache",
-        documents={"corpus": [str(folder / "corpus.jsonl")], "rows_per_shard": 6},
-        teacher={"model": str(folder / "teacher"), "batch_tokens": 100},
-    )
+    run = small_cache.whole_run(tmp_path / "cache", documents={"rows_per_shard": 6}, teacher={"batch_tokens": 100})
     capsys.readouterr()
     documents_stage(run, small_cache.IN_PROCESS)
     teacher_stage(run, small_cache.IN_PROCESS)

@@ -1,5 +1,6 @@
 """A table on its way: what counts as done, what is made again, and who may write."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,13 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from damages import flip
 from fake_stage import UNITS, build_all, opened
 from small_cache import files_of
 from xkd_pipeline.tables.writer import locked
 from xkd_schemas.cache.manifest import Commit, Plan, is_whole, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.console import run as run_app
-from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch, Refused, XkdError
+from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch, Refused
 
 
 @pytest.fixture
@@ -75,12 +77,6 @@ def test_a_run_that_breaks_off_keeps_its_shards_and_the_next_makes_only_the_othe
 
     assert (built.made, built.kept) == (3, 2)
     assert files_of(root) == undisturbed
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
@@ -216,7 +212,8 @@ def test_the_command_that_wrote_a_plan_puts_it_right_when_it_is_damaged_and_lose
     kept = len(list(plan.parent.glob("commits/*.json")))
     for at in range(0, len(whole), 5):
         plan.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1 :])
-        assert _of(plan) in (BadData, None), at
+        with contextlib.suppress(BadData):
+            read_record(plan, Plan)
         opened(root)
         assert plan.read_bytes() == whole
     plan.write_bytes(whole[: len(whole) // 2])
@@ -225,15 +222,6 @@ def test_the_command_that_wrote_a_plan_puts_it_right_when_it_is_damaged_and_lose
 
     assert built.kept == kept
     assert files_of(root) == undisturbed
-
-
-def _of(plan: Path) -> type[XkdError] | None:
-    """What reading the plan ends with."""
-    try:
-        read_record(plan, Plan)
-    except XkdError as error:
-        return type(error)
-    return None
 
 
 def test_a_damaged_plan_of_something_else_is_not_written_over(tmp_path: Path) -> None:
@@ -316,17 +304,11 @@ with locked(Path({str(tmp_path)!r})):
             pass
         holder.kill()
     assert caught.value.exit_code == 75
+    with pytest.raises(BadData), locked(tmp_path):
+        raise BadData("it is free after an error, and its file stays")
+    assert (tmp_path / "LOCK").exists()
     with locked(tmp_path):
         assert f"pid {os.getpid()} on" in (tmp_path / "LOCK").read_text()
-
-
-def test_the_lock_is_free_after_an_error_and_its_file_stays(tmp_path: Path) -> None:
-    with pytest.raises(BadData), locked(tmp_path):
-        raise BadData("x")
-
-    with locked(tmp_path):
-        pass
-    assert (tmp_path / "LOCK").exists()
 
 
 def test_an_interruption_says_how_many_shards_were_kept_and_what_was_lost(

@@ -1,6 +1,5 @@
 """verify, repair and gc as commands, and rows against the live teacher."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typer.testing import CliRunner
 import small_cache
 from damages import flip
 from fake_hardware import hardware_is
+from small_cache import asked
 from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain.recompute import Recomputed, _compare_classes, _live_settings, recompute
@@ -20,11 +20,6 @@ from xkd_pipeline.maintain.verify_rows import _check_values
 from xkd_pipeline.tables.dataset_card import table_states
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, Mismatch, UsageError
-
-
-def asked(*words: object) -> tuple[int, dict[str, object]]:
-    result = CliRunner().invoke(app, [*map(str, words), "--json"])
-    return result.exit_code, json.loads(result.stdout)
 
 
 def test_a_whole_cache_is_whole_at_every_level() -> None:
@@ -172,9 +167,23 @@ def test_a_copy_with_a_copiers_own_files_beside_the_tables_is_whole(tmp_path: Pa
     assert verify(copy) == []
 
 
-@pytest.mark.parametrize("codec", ["bf16", "bf16-planes", "int8"])
-def test_states_that_are_not_finite_are_found_under_every_codec(codec: str) -> None:
-    one = np.full((2, 3), 0x3F80, np.uint16)
-    assert _check_values("hidden_last", one, codec) == ""
-    one[1, 2] = 0x7F80
-    assert _check_values("hidden_last", one, codec) == "hidden_last is not finite"
+BITS, SOME_INF = np.full((2, 3), 0x3F80, np.uint16), np.array([0, 0, 0x4000], np.uint16)
+WEIGHTS = np.full(4, 0.25, np.float32)
+COSINES = np.array([1.0, -1.0, 0.5], np.float16)
+
+
+@pytest.mark.parametrize(
+    ("column", "codec", "fine", "bad", "said"),
+    [
+        *(("hidden_last", codec, BITS, BITS + SOME_INF, "is not finite") for codec in ("bf16", "bf16-planes", "int8")),
+        ("attention@2", "float32", WEIGHTS, np.array([1.5, -0.5], np.float32), "is negative"),
+        ("centrality@3", "float32", WEIGHTS, WEIGHTS * 2, "adds up to 2.0000"),
+        ("entropy", "float32", WEIGHTS * 2, np.array([0.5, np.inf]), "is not finite"),
+        ("span_geometry@2", "float16", COSINES, np.nextafter(COSINES, np.float16(2)), "has a cosine outside [-1, 1]"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_are_found_under_every_codec(
+    column: str, codec: str, fine: Any, bad: Any, said: str
+) -> None:
+    assert _check_values(column, fine, codec) == ""
+    assert _check_values(column, bad, codec) == f"{column} {said}"

@@ -1,6 +1,8 @@
-"""Parquet files of a cache: the same values, bf16 documented, nothing overwritten and nothing half done."""
+"""A cache for programs that know nothing of us: datasets, sha256sum, and an export as Parquet files."""
 
 import json
+import subprocess
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +79,39 @@ def test_a_damaged_shard_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="corrupt"):
         export_parquet(cache, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize("name", [None, *TABLES])
+def test_datasets_opens_every_table_by_name_and_the_documents_by_default(tmp_path: Path, name: str | None) -> None:
+    from datasets import load_dataset
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        loaded = load_dataset(
+            str(made() / "cache"), name.replace("/", "-") if name else None, split="train", cache_dir=str(tmp_path)
+        )
+    table = Table(made() / "cache", name or "documents")
+
+    assert loaded["doc_id"][:] == [row["doc_id"] for row in table]
+    assert loaded.column_names == table.shard(0).schema.names
+    for column in table.shard(0).schema.names:
+        for ours, theirs in zip((row[column] for row in table), loaded[column], strict=True):
+            assert np.array_equal(ours, np.reshape(theirs, np.shape(ours)))
+
+
+def test_sha256sum_passes_over_every_file_that_belongs_to_the_cache() -> None:
+    words = ["sha256sum", "--strict", "-c", "SHA256SUMS"]
+    done = subprocess.run(words, cwd=made() / "cache", capture_output=True, text=True, check=False)
+    checked = {line.removesuffix(": OK") for line in done.stdout.splitlines()}
+
+    assert done.returncode == 0, done.stderr
+    assert checked == set(small_cache.files_of(made() / "cache")) - {"SHA256SUMS"}
+
+
+def test_the_card_says_how_large_every_table_is() -> None:
+    card = (made() / "cache" / "README.md").read_text(encoding="utf-8")
+
+    for name in TABLES:
+        table = Table(made() / "cache", name)
+        size = sum(path.stat().st_size for path in (made() / "cache" / name).glob("*.arrow"))
+        assert f"| {name} | 12 | 3 | {size:,} | `{table.manifest.root[:16]}` |\n" in card
