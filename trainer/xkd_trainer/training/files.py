@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from xkd_schemas.cache.manifest import OWN
 from xkd_schemas.durable_files import digest, disk_errors, own_folder, replace, save_folder, sha256_of, sync_folder
 from xkd_schemas.tokens import END, Bools, Int32s
-from xkd_trainer.models.student_files import PROVENANCE, check_student, save_tensors, tensor_errors
+from xkd_trainer.models.loading import PROVENANCE, check_student, save_tensors, tensor_errors
 
 KEPT = 2
 """Newest whole checkpoints that stay."""
