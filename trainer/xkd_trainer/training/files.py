@@ -79,14 +79,11 @@ def save(out: Path, snapshot: Snapshot) -> Path:
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
-    optimizer = {
-        f"{index}.{key}": tensor.detach().cpu().contiguous()
-        for index, values in snapshot.optimizer["state"].items()
-        for key, tensor in values.items()
-    }
-    save_tensors(_make_contiguous(snapshot.student), folder / "student.safetensors")
-    save_tensors(_make_contiguous(snapshot.projectors), folder / "projectors.safetensors")
-    save_tensors({**optimizer, "random": snapshot.random}, folder / "optimizer.safetensors")
+    states = snapshot.optimizer["state"].items()
+    optimizer = {f"{index}.{key}": tensor for index, values in states for key, tensor in values.items()}
+    tensors = snapshot.student, snapshot.projectors, {**optimizer, "random": snapshot.random}
+    for name, content in zip(FILES, tensors, strict=False):
+        save_tensors(_make_contiguous(content), folder / name)
     state = {
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "window": dict(snapshot.window),
         "optimizer": {"groups": snapshot.optimizer["param_groups"]},
