@@ -26,6 +26,7 @@ SIZES: Final[Mapping[str, Any]] = {
     "vocab_size_per_layer_input": VOCABULARY, "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 8,
     "mamba_d_head": 8, "mamba_n_groups": 1, "hidden_dropout": 0.0, "attention_dropout": 0.0, "resid_pdrop": 0.0,
     "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dropout": 0.0, "activation_dropout": 0.0, "attn_pdrop_prob": 0.0,
+    "logits_scaling": 8.0, "final_logit_softcapping": 3.0,
 }  # fmt: skip
 """What a family has of these is set, so that a document of 14 tokens is longer than every window."""
 
