@@ -83,11 +83,8 @@ def test_a_student_with_fewer_embeddings_than_tokens_is_refused(tmp_path: Path) 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_new_student_takes_part_in_every_loss(family: str) -> None:
-    run = tiny.tiny_cache().run(
-        loss="mta+sra+dwa",
-        student__model=f"new:{family},layers=3,width=16,heads=2",
-        student__tokenizer=str(tiny.tiny_cache().student),
-    )
+    new, tokenizer = f"new:{family},layers=3,width=16,heads=2", str(tiny.tiny_cache().student)
+    run = tiny.tiny_cache().run(loss="mta+sra+dwa", student__model=new, student__tokenizer=tokenizer)
     made = set_up(run, "")
     batch = batch_of(made.cache, one.ROWS, made.wanted)
 
@@ -106,10 +103,8 @@ def test_projectors_do_not_depend_on_how_the_student_was_made() -> None:
     def projector(**changed: Any) -> Tensor:
         return set_up(tiny.tiny_cache().run(loss="sra", **changed), "").distiller.losses["sra"].projector.weight
 
-    new = {
-        "student__model": "new:llama,layers=1,width=16,heads=2",
-        "student__tokenizer": str(tiny.tiny_cache().student),
-    }
+    tokenizer = str(tiny.tiny_cache().student)
+    new = {"student__model": "new:llama,layers=1,width=16,heads=2", "student__tokenizer": tokenizer}
     assert torch.equal(projector(), projector(**new))
     assert torch.equal(projector(**new), projector(**new))
     assert not torch.equal(projector(), projector(seed=1))
