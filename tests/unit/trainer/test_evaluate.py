@@ -106,9 +106,8 @@ def slow_agreement(model: PreTrainedModel, cache: Cache, translated: dict[int, i
         student, teacher = cache.students[row], cache.teachers[row]
         logits_LV = model(input_ids=torch.tensor(student["token_ids"].tolist())[None]).logits[0]
         predicted = [t for t in range(1, len(teacher["targets"])) if teacher["targets"][t]]
-        for (s, s_end), (t, t_end) in zip(
-            student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True
-        ):
+        both = zip(student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True)
+        for (s, s_end), (t, t_end) in both:
             if s_end - s == 1 and t_end - t == 1 and s and t and student["targets"][s] and teacher["targets"][t]:
                 total += 1
                 said = int(teacher["argmax"][predicted.index(t)])

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -336,14 +336,14 @@ def test_a_signal_to_another_process_alone_exports_nothing(tmp_path: Path, monke
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def change_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[Batch], Batch]) -> None:
+    monkeypatch.setattr(loop, "batch_of", lambda *given: change(batch_of(*given)))
+
+
 def test_terms_that_nothing_qualified_for_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(cache: Any, rows: Sequence[int], wanted: Any) -> Batch:
-        batch = batch_of(cache, rows, wanted)
-        return replace(batch, span_valid_BK=torch.zeros_like(batch.span_valid_BK))
-
-    monkeypatch.setattr(loop, "batch_of", nothing)
+    change_batches(monkeypatch, lambda batch: replace(batch, span_valid_BK=torch.zeros_like(batch.span_valid_BK)))
     train(run(tmp_path, loss="sra", steps=2, log_every=2), quiet=True)
 
     said = capsys.readouterr().err
@@ -356,12 +356,11 @@ def test_a_term_that_is_not_finite_stops_the_run_before_the_update(
 ) -> None:
     nan_rows = Order(size=len(tiny.PAIRS), batch_size=6, seed=0).step(2).tolist()
 
-    def make(cache: Any, rows: Sequence[int], wanted: Any) -> Batch:
-        batch = batch_of(cache, rows, wanted)
-        states = unwrap(batch.teacher_hidden_BRD)
-        return replace(batch, teacher_hidden_BRD=torch.full_like(states, math.nan)) if rows == nan_rows else batch
+    def spoil(batch: Batch) -> Batch:
+        states = torch.full_like(unwrap(batch.teacher_hidden_BRD), math.nan)
+        return replace(batch, teacher_hidden_BRD=states) if batch.rows == tuple(nan_rows) else batch
 
-    monkeypatch.setattr(loop, "batch_of", make)
+    change_batches(monkeypatch, spoil)
     updates: list[None] = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: updates.append(None))
 
