@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from one_tokenizer import LEVELS, ROWS, numbers
-from tiny_models import Tiny, tiny_cache
+from tiny_models import tiny_cache
 from xkd_schemas.cache.manifest import Manifest, Plan, read_record, seal_table, to_json
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
@@ -226,10 +226,8 @@ def test_a_span_without_a_token_on_one_side_is_not_valid() -> None:
 # Caches that do not fit together
 
 
-def copied(tmp_path: Path) -> Tiny:
-    tiny = Tiny(tmp_path)
-    shutil.copytree(tiny_cache().cache, tiny.cache)
-    return tiny
+def copied(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_cache().cache, tmp_path / "cache"))
 
 
 def reseal(cache: Path, table: str, **changed: Any) -> None:
@@ -260,23 +258,23 @@ def test_tables_that_hold_other_documents_in_a_row_are_bad_data(cache: Cache) ->
 def test_the_student_table_is_found_by_its_tokenizer_and_two_that_fit_must_be_named(tmp_path: Path) -> None:
     with pytest.raises(InputMissing, match=r"cache .*nowhere is not a folder"):
         Cache(tmp_path / "nowhere", student="student")
-    tiny = copied(tmp_path)
-    stored = json.loads((tiny.cache / "students/student/plan.json").read_text())["spec"]["encoder"]["tokenizer"]
+    root = copied(tmp_path)
+    stored = json.loads((root / "students/student/plan.json").read_text())["spec"]["encoder"]["tokenizer"]
     with pytest.raises(InputMissing, match=r"has no students table 'other'; it has student"):
-        find_student(tiny.cache, stored, "other")
+        find_student(root, stored, "other")
 
     assert set(stored) == {"vocabulary", "special_tokens", "chat_template", "probe"}
     for name in ("", "student"):
-        assert find_student(tiny.cache, stored, name) == "student"
+        assert find_student(root, stored, name) == "student"
         for field in stored:
             with pytest.raises(Mismatch, match=rf"students/student has another {field}\. .*xkd-cache align"):
-                find_student(tiny.cache, {**stored, field: "other"}, name)
-    shutil.copytree(tiny.cache / "students/student", tiny.cache / "students/twin")
+                find_student(root, {**stored, field: "other"}, name)
+    shutil.copytree(root / "students/student", root / "students/twin")
     with pytest.raises(UsageError, match=r"student, twin all fit this student.*--student-table NAME"):
-        find_student(tiny.cache, stored, "")
-    shutil.rmtree(tiny.cache / "students")
+        find_student(root, stored, "")
+    shutil.rmtree(root / "students")
     with pytest.raises(InputMissing, match=r"has no finished students table.*xkd-cache align"):
-        find_student(tiny.cache, stored, "")
+        find_student(root, stored, "")
 
 
 # The thread
@@ -322,18 +320,18 @@ def test_an_error_of_the_producer_is_raised_after_the_items_before_it_and_an_ear
 )  # fmt: skip
 def test_every_tie_between_the_tables_is_refused_by_name(tmp_path: Path, table: str, field: str, named: str) -> None:
     """Tables are sealed again and tied to each other anew, so that one tie alone is wrong."""
-    tiny = copied(tmp_path)
+    root = copied(tmp_path)
     other = 99 if field == "schema" else "other"
-    reseal(tiny.cache, table, **{field: other})
-    roots = {name: Table(tiny.cache, name).manifest.root for name in ("documents", "teachers/teacher")}
+    reseal(root, table, **{field: other})
+    roots = {name: Table(root, name).manifest.root for name in ("documents", "teachers/teacher")}
     if table == "documents":
-        reseal(tiny.cache, "teachers/teacher", documents=roots["documents"])
-        roots["teachers/teacher"] = Table(tiny.cache, "teachers/teacher").manifest.root
+        reseal(root, "teachers/teacher", documents=roots["documents"])
+        roots["teachers/teacher"] = Table(root, "teachers/teacher").manifest.root
     if table != "students/student":
         tied = {"documents": roots["documents"], "teacher_root": roots["teachers/teacher"]}
-        reseal(tiny.cache, "students/student", **tied)
+        reseal(root, "students/student", **tied)
 
     with pytest.raises(Mismatch) as caught:
-        Cache(tiny.cache, student="student")
+        Cache(root, student="student")
     assert f"{named}: cache has" in str(caught.value)
     assert str(caught.value).count("cache has") == 1
