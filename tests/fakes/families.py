@@ -26,6 +26,7 @@ SIZES: Final[Mapping[str, Any]] = {
     "vocab_size_per_layer_input": VOCABULARY, "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 8,
     "mamba_d_head": 8, "mamba_n_groups": 1, "hidden_dropout": 0.0, "attention_dropout": 0.0, "resid_pdrop": 0.0,
     "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dropout": 0.0, "activation_dropout": 0.0, "attn_pdrop_prob": 0.0,
+    "logits_scaling": 8.0, "final_logit_softcapping": 3.0,
 }  # fmt: skip
 """What a family has of these is set, so that a document of 14 tokens is longer than every window."""
 
@@ -79,8 +80,8 @@ def _is_number(config: PretrainedConfig, key: str) -> bool:
         return False
 
 
-def _plain(*kinds: str) -> dict[str, Family]:
-    return {kind: Family(kind=kind) for kind in kinds}
+def _each(*kinds: str, **expected: Any) -> dict[str, Family]:
+    return {kind: Family(kind=kind, **expected) for kind in kinds}
 
 
 _MLA: Final = {"head_dim": 4, "num_key_value_heads": 4}
@@ -92,7 +93,7 @@ _SHARED_KEYS: Final = {
 }  # fmt: skip
 
 FAMILIES: Final[Mapping[str, Family]] = {
-    **_plain(
+    **_each(
         "gpt2", "gpt_bigcode", "gpt_neox", "ctrl", "opt", "biogpt", "llama", "mistral", "ministral3", "mixtral",
         "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma3_text", "phi", "phi3", "phimoe", "stablelm",
         "starcoder2", "persimmon", "olmo", "olmo2", "olmo3", "olmoe", "granite", "granitemoe", "cohere", "cohere2",
@@ -106,39 +107,29 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "qwen2, windows from layer 2": Family(kind="qwen2", config={"use_sliding_window": True, "max_window_layers": 1}),
     "nemotron": Family(kind="nemotron", config={"num_key_value_heads": 2, "head_dim": 8}),
     "deepseek_v2": Family(kind="deepseek_v2", config={**_MLA, "num_experts_per_tok": 2}),
-    "deepseek_v3": Family(kind="deepseek_v3", config=_MLA),
-    "minicpm3": Family(kind="minicpm3", config=_MLA),
+    **_each("deepseek_v3", "minicpm3", config=_MLA),
     "gemma3, with images": Family(
         kind="gemma3",
         outer={"vision_config": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 14,
                                  "intermediate_size": 16, "patch_size": 14}, "mm_tokens_per_image": 1},
     ),
-    "gemma2": Family(kind="gemma2", capped=True),
+    **_each("gemma2", "nanochat", capped=True),
     "gemma3n_text": Family(
         kind="gemma3n_text", config={**_SHARED_KEYS, "activation_sparsity_pattern": None, "laurel_rank": 4},
         inner=False, capped=True,
     ),
     "gemma4_text": Family(kind="gemma4_text", config={**_SHARED_KEYS, "head_dim": 8, "global_head_dim": 8,
                                                       "num_attention_heads": 4, "num_key_value_heads": 2}),
-    "nanochat": Family(kind="nanochat", capped=True),
-    "falcon": Family(kind="falcon", rows=()),
+    **_each("falcon", "bloom", "mpt", "xglm", "openai-gpt", "diffllama", rows=()),
     "falcon, alibi": Family(kind="falcon", config={"alibi": True}, rows=()),
     "falcon, grouped keys": Family(
         kind="falcon", config={"new_decoder_architecture": True, "num_kv_heads": 2}, rows=()
     ),
-    "bloom": Family(kind="bloom", rows=()),
-    "mpt": Family(kind="mpt", rows=()),
     "gpt_neo": Family(kind="gpt_neo", config={"attention_types": [[["global", "local"], 2]], "num_hidden_layers": 4},
                       rows=()),
-    "gptj": Family(kind="gptj", config={"rotary_dim": 4}, rows=()),
-    "codegen": Family(kind="codegen", config={"rotary_dim": 4}, rows=()),
-    "xglm": Family(kind="xglm", rows=()),
-    "openai-gpt": Family(kind="openai-gpt", rows=()),
-    "diffllama": Family(kind="diffllama", rows=()),
-    "mamba": Family(kind="mamba", shift=1, rows=()),
+    **_each("gptj", "codegen", config={"rotary_dim": 4}, rows=()),
+    **_each("mamba", "falcon_mamba", "rwkv", shift=1, rows=()),
     "mamba2": Family(kind="mamba2", config={"num_heads": 8, "head_dim": 8, "n_groups": 1}, shift=1, rows=()),
-    "falcon_mamba": Family(kind="falcon_mamba", shift=1, rows=()),
-    "rwkv": Family(kind="rwkv", shift=1, rows=()),
     "recurrent_gemma": Family(
         kind="recurrent_gemma", config={"block_types": ["recurrent", "recurrent", "attention"]}, rows=(3,), capped=True
     ),
@@ -146,15 +137,11 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "jamba": Family(kind="jamba", config={"attn_layer_offset": 2, "attn_layer_period": 3}, rows=(3,)),
     "granitemoehybrid": Family(kind="granitemoehybrid", config=_MAMBAS, rows=(3,)),
     "lfm2": Family(kind="lfm2", config={"layer_types": ["conv", "full_attention", "full_attention"]}, rows=(2, 3)),
-    "qwen3_next": Family(kind="qwen3_next", config=_LINEAR, rows=(4,)),
-    "qwen3_5_text": Family(kind="qwen3_5_text", config=_LINEAR, rows=(4,)),
-    "bert": Family(kind="bert", refused="no linear head on its last states"),
-    "roberta": Family(kind="roberta", refused="no linear head on its last states"),
-    "modernbert-decoder": Family(kind="modernbert-decoder", refused="no linear head on its last states"),
+    **_each("qwen3_next", "qwen3_5_text", config=_LINEAR, rows=(4,)),
+    **_each("bert", "roberta", "modernbert-decoder", refused="no linear head on its last states"),
     "electra": Family(kind="electra", refused="its head takes 128"),
-    "bert-generation": Family(kind="bert-generation", refused="depend on tokens that come later"),
+    **_each("bert-generation", "xlm", refused="depend on tokens that come later"),
     "bert-generation, is_decoder": Family(kind="bert-generation", config={"is_decoder": True}),
-    "xlm": Family(kind="xlm", refused="depend on tokens that come later"),
     "reformer": Family(
         kind="reformer",
         config={

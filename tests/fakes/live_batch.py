@@ -80,16 +80,9 @@ def _live_level(level: Level, found: list[tuple[Tensor, Tensor]]) -> Level:
 
 
 def _live_states(states: TokenStates, kept: list[tuple[Tensor, ...]]) -> TokenStates:
-    hidden_BTD, attention_BT, text_BT, centrality_BT = (
-        pad([v.numpy() for v in side]) for side in zip(*kept, strict=True)
-    )
-    return replace(
-        states,
-        hidden_BTD=hidden_BTD,
-        attention_BT=attention_BT,
-        attention_text_BT=text_BT,
-        centrality_BT=centrality_BT,
-    )
+    names = "hidden_BTD", "attention_BT", "attention_text_BT", "centrality_BT"
+    values = (pad([v.numpy() for v in side]) for side in zip(*kept, strict=True))
+    return replace(states, **dict(zip(names, values, strict=True)))
 
 
 def eager(folder: Path) -> PreTrainedModel:
@@ -99,9 +92,7 @@ def eager(folder: Path) -> PreTrainedModel:
     return model
 
 
-def both_terms(
-    ready: Ready, rows: Sequence[int], teacher: PreTrainedModel
-) -> tuple[dict[str, float], dict[str, float]]:
+def both_terms(ready: Ready, rows: Sequence[int], teacher: PreTrainedModel) -> tuple[Terms, Terms]:
     """The terms of these rows from the cache, and the same from the live teacher."""
     batch = batch_of(ready.cache, rows, ready.wanted)
     return terms_of(ready, batch), terms_of(ready, live(batch, ready.cache, teacher))

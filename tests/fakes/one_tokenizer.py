@@ -7,7 +7,6 @@ many layers as asked for, width 16; words are read in layer 2, phrases in layers
 import functools
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ from xkd_pipeline.stages import align_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import kept_rows, predictors
-from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.ops.term import LossTerm
 from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (3, 19, 0, 11)
+MASKS = ("predict_valid_BN", "span_valid_BK", "pair_valid_BE", "teacher_predict_valid_BM")
 LAYERS = (1, 2, 3, 4)
 LEVELS = ((2, "word"), (3, "phrase"), (4, "phrase"))
 SIGNALS = (
@@ -119,17 +119,6 @@ def states_of(made: Ready, row: int) -> list[Tensor]:
     return [states[0] for states in out.hidden_states]
 
 
-@torch.no_grad()
-def logits_of(made: Ready, row: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Logits of both models at their predictions of one document, float64 [N, V] and [M, W], and the N targets."""
-    student, teacher = made.cache.students[row], made.cache.teachers[row]
-    places, head = predictors(student["targets"]), made.distiller.student.get_output_embeddings().weight
-    rows = np.searchsorted(kept_rows(teacher["targets"]), predictors(teacher["targets"]))
-    own, theirs = states_of(made, row)[-1][places], numbers(teacher["hidden_last"])[rows]
-    targets = student["token_ids"][places + 1].tolist()
-    return own.double() @ head.double().T, theirs.double() @ made.cache.head().weight_VD.double().T, targets
-
-
 class Alone:
     """One document: both models' tokens, states and embeddings at its predictions, unpadded, as lists."""
 
@@ -149,6 +138,13 @@ class Alone:
         self.wide = made.cache.head().weight_VD.float().tolist()
 
 
+def logits_of(made: Ready, row: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Logits of both models at their predictions of one document, float64 [N, V] and [M, W], and the N targets."""
+    one = Alone(made, row)
+    rows, head, t_rows, wide = (torch.tensor(m).double() for m in (one.states, one.head, one.hidden, one.wide))
+    return rows @ head.T, t_rows @ wide.T, one.targets
+
+
 def assert_term(found: LossTerm, total: float, count: float, rel: float = 2e-4) -> None:
     """A term as the loops have it."""
     assert float(found.total.detach()) == pytest.approx(total, rel=rel, abs=1e-6)
@@ -157,13 +153,9 @@ def assert_term(found: LossTerm, total: float, count: float, rel: float = 2e-4) 
 
 def only(batch: Batch, place: int) -> Batch:
     """The batch with no prediction, span or level valid but those of one document."""
-
-    def mask(values: Tensor) -> Tensor:
-        kept = torch.zeros_like(values)
-        kept[place] = values[place]
-        return kept
-
-    names = ("predict_valid_BN", "span_valid_BK", "pair_valid_BE", "teacher_predict_valid_BM")
-    masks: dict[str, Any] = {name: mask(getattr(batch, name)) for name in names}
-    levels = tuple(replace(level, valid_BU=mask(level.valid_BU)) for level in batch.levels)
-    return replace(batch, levels=levels, **masks)
+    empty = blank(batch)
+    pairs = [(getattr(empty, name), getattr(batch, name)) for name in MASKS]
+    pairs += [(none.valid_BU, level.valid_BU) for none, level in zip(empty.levels, batch.levels, strict=True)]
+    for none, valid in pairs:
+        none[place] = valid[place]
+    return empty

@@ -34,9 +34,8 @@ from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
 from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device, warn_of_slow_dtype
 from xkd_trainer.models.forward import check_model, run
-from xkd_trainer.models.loading import check_model_name, load_model, load_tokenizer
+from xkd_trainer.models.loading import check_model_name, load_model, load_tokenizer, read_provenance
 from xkd_trainer.models.padding import pad
-from xkd_trainer.models.student_files import read_provenance
 from xkd_trainer.training.files import find_turn_ends
 
 

@@ -18,8 +18,7 @@ from xkd_schemas.durable_files import save_file, save_folder, sha256_of
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
 from xkd_trainer.models.architecture import head_of, num_layers
-from xkd_trainer.models.loading import load_tokenizer, model_source, short, split_gguf
-from xkd_trainer.models.student_files import save_tensors
+from xkd_trainer.models.loading import load_tokenizer, model_source, save_tensors, short, split_gguf
 
 
 def weights_identity(name: str) -> dict[str, str]:

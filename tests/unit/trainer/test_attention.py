@@ -17,59 +17,48 @@ from xkd_trainer.models.attention import check_attention, last_row, listen
 LENGTHS = (9, 1, 4, 7)
 
 
-def slow_row(query: Tensor, key: Tensor, last: int, *, window: int | None, sinks: Tensor | None) -> list[list[float]]:
+def slow_row(query: Tensor, key: Tensor, last: int, **call: Any) -> list[list[float]]:
     """One document: for each query head the softmax over the tokens it sees, sinks in the denominator."""
     heads, _, width = query.shape
-    groups = heads // key.shape[0]
+    scale, window = call.get("scaling") or 1 / math.sqrt(width), call.get("sliding_window") or len(query[0])
     out = []
     for head in range(heads):
-        seen = [t for t in range(last + 1) if window is None or t > last - window]
-        scores = {t: float(query[head, last] @ key[head // groups, t]) / math.sqrt(width) for t in seen}
+        seen = [t for t in range(last + 1) if t > last - window and call["attends"][last, t]]
+        scores = {t: scale * float(query[head, last] @ key[head * len(key) // heads, t]) for t in seen}
+        if call.get("position_bias") is not None:
+            scores = {t: score + float(call["position_bias"][0, head, last, t]) for t, score in scores.items()}
         total = math.fsum(math.exp(s) for s in scores.values())
-        total += math.exp(float(sinks[head])) if sinks is not None else 0.0
+        total += math.exp(float(call["s_aux"][head])) if call.get("s_aux") is not None else 0.0
         out.append([math.exp(scores[t]) / total if t in scores else 0.0 for t in range(key.shape[1])])
     return out
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 50])
-@pytest.mark.parametrize("with_sinks", [False, True])
-def test_windows_and_sinks_equal_the_loop(window: int | None, with_sinks: bool) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(
+            {"sliding_window": window, "s_aux": sinks}
+            for window in (None, 1, 3, 50)
+            for sinks in (None, torch.randn(4))
+        ),
+        {"scaling": 2.0},
+        {"scaling": 0.5, "position_bias": torch.randn(1, 4, 6, 6)},
+    ],
+)
+def test_a_row_equals_the_loop_with_windows_sinks_scales_biases_and_masks_in_both_forms(call: dict[str, Any]) -> None:
     torch.manual_seed(3)
-    query_BHLE, key_BKLE = torch.randn(3, 4, 6, 5), torch.randn(3, 2, 6, 5)
-    last_B, sinks_H = torch.tensor([5, 0, 3]), torch.randn(4) if with_sinks else None
+    query_BHLE, key_BKLE, last_B = torch.randn(3, 4, 6, 5), torch.randn(3, 2, 6, 5), torch.tensor([5, 0, 3])
+    attends_B1LL = torch.ones(3, 1, 6, 6, dtype=torch.bool).tril()
+    whole_B1LL = attends_B1LL.clone()
+    attends_B1LL[0, 0, 5, 4] = attends_B1LL[2, 0, 3, 1] = False
+    masks = {None: whole_B1LL, attends_B1LL: attends_B1LL, attends_B1LL.float().log(): attends_B1LL}
 
-    row_BHL = last_row(query_BHLE, key_BKLE, last_B, None, {"sliding_window": window, "s_aux": sinks_H})
+    for mask, seen_B1LL in masks.items():
+        row_BHL = last_row(query_BHLE, key_BKLE, last_B, mask, call)
 
-    for b, last in enumerate(last_B.tolist()):
-        want = slow_row(query_BHLE[b], key_BKLE[b], last, window=window, sinks=sinks_H)
-        torch.testing.assert_close(row_BHL[b], torch.tensor(want), rtol=1e-4, atol=1e-6)
-
-
-def test_the_scale_of_the_call_is_used_and_a_mask_is_obeyed_in_both_of_its_forms() -> None:
-    torch.manual_seed(4)
-    query_BHLE, key_BKLE, last_B = torch.randn(2, 2, 4, 3), torch.randn(2, 2, 4, 3), torch.tensor([3, 2])
-    attends_B1LL = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
-    attends_B1LL[0, 0, 3, 1] = False
-    added_B1LL = torch.where(attends_B1LL, 0.0, -torch.inf)
-
-    by_bool = last_row(query_BHLE, key_BKLE, last_B, attends_B1LL, {"scaling": 2.0})
-    by_sum = last_row(query_BHLE, key_BKLE, last_B, added_B1LL, {"scaling": 2.0})
-
-    want_HL = (2.0 * torch.einsum("he,hle->hl", query_BHLE[0, :, 3], key_BKLE[0]))[:, [0, 2, 3]].softmax(-1)
-    torch.testing.assert_close(by_bool[0][:, [0, 2, 3]], want_HL)
-    assert by_bool[0, :, 1].abs().sum() == 0
-    torch.testing.assert_close(by_sum, by_bool)
-
-
-def test_a_bias_of_the_call_is_added_to_the_scores() -> None:
-    torch.manual_seed(5)
-    query_BHLE, key_BKLE, last_B = torch.randn(2, 2, 4, 3), torch.randn(2, 2, 4, 3), torch.tensor([3, 1])
-    bias_1HLL = torch.randn(1, 2, 4, 4)
-
-    row_BHL = last_row(query_BHLE, key_BKLE, last_B, None, {"scaling": 0.5, "position_bias": bias_1HLL})
-
-    scores_HL = 0.5 * torch.einsum("he,hle->hl", query_BHLE[1, :, 1], key_BKLE[1]) + bias_1HLL[0, :, 1]
-    torch.testing.assert_close(row_BHL[1, :, :2], scores_HL[:, :2].softmax(-1))
+        for b, last in enumerate(last_B.tolist()):
+            want = slow_row(query_BHLE[b], key_BKLE[b], last, attends=seen_B1LL[b, 0], **call)
+            torch.testing.assert_close(row_BHL[b], torch.tensor(want), rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

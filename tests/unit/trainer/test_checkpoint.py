@@ -39,18 +39,6 @@ def snapshot(step: int, *, tied: bool = True) -> Snapshot:
     )
 
 
-def assert_equal(found: Any, expected: Any, path: str = "") -> None:
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected), path
-        assert found.dtype == expected.dtype, path
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), path
-        for key in expected:
-            assert_equal(found[key], expected[key], f"{path}/{key}")
-    else:
-        assert found == (list(expected) if isinstance(expected, tuple) else expected), path
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_checkpoint_comes_back_bit_for_bit_and_one_of_the_same_step_replaces_it(tmp_path: Path, tied: bool) -> None:
     wrote = snapshot(3, tied=tied)
@@ -62,14 +50,14 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_one_of_the_same_step_replaces_i
     assert read is not None
     assert (read.step, skipped) == (3, [])
     assert dict(read.fingerprint) == FINGERPRINT
-    assert_equal(read.random, wrote.random)
-    assert_equal(dict(read.projectors), dict(wrote.projectors))
-    assert_equal(dict(read.optimizer)["state"], dict(wrote.optimizer)["state"])
-    for group, expected in zip(read.optimizer["param_groups"], wrote.optimizer["param_groups"], strict=True):
-        assert_equal(group, expected)
     other = tiny.llama("byte_level", seed=99, tied=tied)
     other.load_state_dict(dict(read.student), strict=False)
-    assert_equal(dict(other.state_dict()), dict(wrote.student))
+    groups = json.loads(json.dumps(wrote.optimizer["param_groups"]))  # tuples come back as lists
+    torch.testing.assert_close(
+        [read.random, dict(read.projectors), read.optimizer["state"], dict(other.state_dict())],
+        [wrote.random, dict(wrote.projectors), wrote.optimizer["state"], dict(wrote.student)], rtol=0, atol=0,
+    )  # fmt: skip
+    assert read.optimizer["param_groups"] == groups
     assert ("lm_head.weight" in read.student and "model.embed_tokens.weight" in read.student) != tied
 
 
@@ -80,9 +68,7 @@ def test_only_the_newest_stay_and_no_file_is_a_pickle(tmp_path: Path) -> None:
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["step-00000009", "step-00000010"][:KEPT]
     names = {path.name for path in (tmp_path / "checkpoints/step-00000010").iterdir()}
-    assert names == {
-        "student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"
-    }  # fmt: skip
+    assert names == {*(f"{n}.safetensors" for n in ("student", "projectors", "optimizer")), "state.json", "COMPLETE"}
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from xkd_trainer.cli import main
 
 
 class Ended(NamedTuple):
-    """How a command ended."""
-
     code: int
     out: str
     err: str
@@ -135,59 +133,47 @@ def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "parts"),
+    ("typed", "code", "parts"),
     [
-        (["--out", "o"], 2, ["no student is named", "Next: --student"]),
-        (["--shards", "nowhere", "--student", "STUDENT", "--out", "o"], 66, ["cache nowhere is not a folder"]),
-        (["--shards", "CACHE", "--student", "STUDENT"], 2, ["no output folder is named", "--out FOLDER"]),
-        (["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--loss", "mtta"], 2, ["'mtta' is not a loss"]),
-        (["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--loss", "mta=x"], 2, ["'mta=x' is not NAME"]),
+        ("--out o", 2, ["no student is named", "Next: --student"]),
+        ("--shards nowhere --student STUDENT --out o", 66, ["cache nowhere is not a folder"]),
+        ("--shards CACHE --student STUDENT", 2, ["no output folder is named", "--out FOLDER"]),
+        ("TRAIN --loss mtta", 2, ["'mtta' is not a loss"]),
+        ("TRAIN --loss mta=x", 2, ["'mta=x' is not NAME"]),
+        ("TRAIN --loss kl+mta=-1", 2, ["--loss kl+mta=-1: mta=-1 is negative", "a number from 0 on"]),
         (
-            ["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--batch-size", "0"],
-            2,
+            "TRAIN --batch-size 0", 2,
             ["--batch-size: Input should be greater than or equal to 1, found '0'. Next: change --batch-size"],
         ),
-        (["--set", "train.batchsize=3"], 2, ["'train.batchsize' is not a key", "did you mean 'batch_size'"]),
-        (["--shards", "CACHE", "--student", "new:llama,layers=1", "--out", "o"], 2, ["--student-tokenizer"]),
+        ("--set train.batchsize=3", 2, ["'train.batchsize' is not a key", "did you mean 'batch_size'"]),
+        ("--shards CACHE --student new:llama,layers=1 --out o", 2, ["--student-tokenizer"]),
         (
-            ["--shards", "CACHE", "--student", "TEACHER", "--out", "o"],
-            78,
+            "TRAIN --student TEACHER", 78,
             ["was not aligned", "students/student has another", "vocabulary", "xkd-cache align"],
         ),
-        (["--shards", "CACHE", "--student", "STUDENT", "--out", "CORPUS"], 2, ["is a file", "--out FOLDER"]),
+        ("TRAIN --out CORPUS", 2, ["is a file", "--out FOLDER"]),
         (
-            ["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--loss", "kl+mta=-1"],
-            2,
-            ["--loss kl+mta=-1: mta=-1 is negative", "a number from 0 on"],
-        ),
-        (
-            ["--shards", "CACHE", "--student", "STUDENT", "--out", "o", "--template", "alpaca"],
-            78,
+            "TRAIN --template alpaca", 78,
             ["was made with template=none", "this run says alpaca", "leave student.template out, or xkd-cache align"],
         ),
-        (["eval", "nosuch", "--data", "CORPUS"], 66, ["model nosuch is neither a model folder here nor a name"]),
-        (["eval", "STUDENT", "--data", "nowhere.jsonl"], 66, ["nowhere.jsonl"]),
+        ("eval nosuch --data CORPUS", 66, ["model nosuch is neither a model folder here nor a name"]),
+        ("eval STUDENT --data nowhere.jsonl", 66, ["nowhere.jsonl"]),
         (
-            ["eval", "STUDENT", "--data", "CORPUS", "--template", "chatt"],
-            2,
+            "eval STUDENT --data CORPUS --template chatt", 2,
             ["--template: Input should be 'auto', 'none'", "found 'chatt'"],
         ),
-        (["eval", "STUDENT", "--data", "CORPUS", "--seeds", "1,x"], 2, ["--seeds"]),
+        ("eval STUDENT --data CORPUS --seeds 1,x", 2, ["--seeds"]),
     ],
-)
+)  # fmt: skip
 def test_a_mistake_is_one_line_with_the_exit_code(
-    xkd_train: XkdTrain,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    code: int,
-    parts: list[str],
+    xkd_train: XkdTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, code: int, parts: list[str]
 ) -> None:
     made = tiny.tiny_cache()
     places = {"CACHE": made.cache, "STUDENT": made.student, "TEACHER": made.teacher, "CORPUS": made.corpus}
     monkeypatch.chdir(tmp_path)
 
-    ended = xkd_train(*(places.get(word, word) for word in arguments))
+    words = typed.replace("TRAIN", "--shards CACHE --student STUDENT --out o").split()
+    ended = xkd_train(*(places.get(word, word) for word in words))
 
     one_line(ended, code, *parts)
     assert list(tmp_path.iterdir()) == []

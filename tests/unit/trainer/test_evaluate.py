@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,8 @@ HELD = (
 Pairs = list[tuple[Document, Tokens]]
 
 
-def held_file(folder: Path, pairs: Sequence[tuple[str, str]] = HELD) -> Path:
-    return tiny.corpus_file(folder, pairs)
-
-
 def encoded(tokenizer: Any, folder: Path) -> Pairs:
-    documents, *_ = held_out_documents(held_file(folder))
+    documents, *_ = held_out_documents(tiny.corpus_file(folder, HELD))
     encoder = Encoder(tokenizer=tokenizer, template="none", max_tokens=512)
     return list(zip(documents, encoder.encode_batch(documents), strict=True))
 
@@ -48,26 +43,22 @@ def encoded(tokenizer: Any, folder: Path) -> Pairs:
 @torch.no_grad()
 def slow_bits(model: PreTrainedModel, pairs: Pairs) -> float:
     """One document at a time, one token at a time, from the model's own logits."""
-    bits, size = [], 0
+    bits, texts = [], []
     for document, tokens in pairs:
         logits_LV = model(input_ids=torch.tensor(tokens.ids.tolist())[None]).logits[0].double()
         for t in range(1, len(tokens.ids)):
             if tokens.targets[t] and tokens.kinds[t] == CONTENT:
-                scores = logits_LV[t - 1].tolist()
-                top = max(scores)
-                log_sum = top + math.log(math.fsum(math.exp(s - top) for s in scores))
-                bits.append((log_sum - scores[tokens.ids[t]]) / math.log(2))
-        for segment in document.segments:
-            if segment.target:
-                size += len(document.text[segment.start : segment.end].encode("utf-8"))
-    return math.fsum(bits) / size
+                odds = [math.exp(score) for score in logits_LV[t - 1].tolist()]
+                bits.append(-math.log2(odds[tokens.ids[t]] / math.fsum(odds)))
+        texts += [document.text[s.start : s.end] for s in document.segments if s.target]
+    return math.fsum(bits) / len("".join(texts).encode("utf-8"))
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "sentencepiece"), ("gpt2", "unigram")])
+@pytest.mark.parametrize(("family", "kind"), [(tiny.llama, "sentencepiece"), (tiny.gpt2, "unigram")])
 def test_bits_per_byte_equal_a_loop_over_tokens_with_the_models_own_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: Any, kind: str
 ) -> None:
-    model = {"llama": tiny.llama, "gpt2": tiny.gpt2}[family](kind)
+    model = family(kind)
     pairs = encoded(tokenizer_of(kind), tmp_path)
     expected = slow_bits(model, pairs)
     for size in (1, 2, 3, 16):
@@ -115,9 +106,8 @@ def slow_agreement(model: PreTrainedModel, cache: Cache, translated: dict[int, i
         student, teacher = cache.students[row], cache.teachers[row]
         logits_LV = model(input_ids=torch.tensor(student["token_ids"].tolist())[None]).logits[0]
         predicted = [t for t in range(1, len(teacher["targets"])) if teacher["targets"][t]]
-        for (s, s_end), (t, t_end) in zip(
-            student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True
-        ):
+        both = zip(student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True)
+        for (s, s_end), (t, t_end) in both:
             if s_end - s == 1 and t_end - t == 1 and s and t and student["targets"][s] and teacher["targets"][t]:
                 total += 1
                 said = int(teacher["argmax"][predicted.index(t)])
@@ -155,14 +145,12 @@ def greedy(model: PreTrainedModel, tokenizer: Any, prompt: list[int], count: int
     return str(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_padding_on_the_left_changes_no_response(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", [tiny.llama, tiny.gpt2])
+def test_padding_on_the_left_changes_no_response(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "_SAMPLED", {"do_sample": False})
-    tokenizer = tokenizer_of("sentencepiece")
-    model = {"llama": tiny.llama, "gpt2": tiny.gpt2}[family]("sentencepiece")
+    tokenizer, model = tokenizer_of("sentencepiece"), family("sentencepiece")
     prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in ("On the long river", "Who?", "The")]
     assert len({len(prompt) for prompt in prompts}) == 3
-    assert len(prompts[0]) > len(prompts[2])
 
     said = generate(model, tokenizer, prompts, seed=0, ends=[tokenizer.eos_token_id], max_new_tokens=8)
 
@@ -173,10 +161,8 @@ def test_padding_on_the_left_changes_no_response(family: str, monkeypatch: pytes
 def test_sampled_responses_depend_on_the_seed_alone() -> None:
     tokenizer, model = tokenizer_of("sentencepiece"), tiny.llama("sentencepiece")
     prompts = [np.array(tokenizer("Who lit it?")["input_ids"], np.int32)] * 2
-
     ends = [tokenizer.eos_token_id]
     one, again, other = (generate(model, tokenizer, prompts, seed=s, ends=ends, max_new_tokens=8) for s in (1, 1, 2))
-
     assert one == again != other
 
 
@@ -201,7 +187,7 @@ def test_rouge_l_is_the_mean_deviation_and_best_over_seeds_and_of_several_refere
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
 def test_a_folder_is_measured_from_rows_to_numbers_also_without_prompts(tmp_path: Path, kind: str) -> None:
     folder = tiny.saved(tiny.llama(kind), kind, tmp_path / "model")
-    request = Request(student=folder, data=held_file(tmp_path), seeds=(1, 2), max_new_tokens=4)
+    request = Request(student=folder, data=tiny.corpus_file(tmp_path, HELD), seeds=(1, 2), max_new_tokens=4)
 
     found = evaluate_student(request)
 
@@ -218,27 +204,30 @@ def test_a_foreign_student_is_read_with_its_own_chat_template_and_refused_before
     tokenizer = tiny.fresh("byte_level")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.save_pretrained(folder)
-    assert evaluate_student(Request(student=folder, data=held_file(tmp_path), rouge=False))["template"] == "chat"
+    assert (
+        evaluate_student(Request(student=folder, data=tiny.corpus_file(tmp_path, HELD), rouge=False))["template"]
+        == "chat"
+    )
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     tokenizer.save_pretrained(folder)
     monkeypatch.setattr(evaluate, "load_model", None)
 
     with pytest.raises(UsageError, match="the chat template refuses the turns user, assistant: no"):
-        evaluate_student(Request(student=folder, data=held_file(tmp_path), rouge=False))
+        evaluate_student(Request(student=folder, data=tiny.corpus_file(tmp_path, HELD), rouge=False))
 
 
 def test_rows_that_cannot_be_used_are_counted_and_only_unusable_rows_are_an_error(tmp_path: Path) -> None:
     folder = tiny.saved(tiny.llama("sentencepiece"), "sentencepiece", tmp_path / "model")
-    data = held_file(tmp_path, [*HELD[:2], ("What?", "")])
+    data = tiny.corpus_file(tmp_path, [*HELD[:2], ("What?", "")])
     request = Request(student=folder, data=data, rouge=False)
     found = evaluate_student(request)
     assert (found["documents"], found["unusable"]) == (2, 1)
 
-    held_file(tmp_path, [("Yes?", "No."), ("The old lamp on the harbour wall. " * 4, "Yes.")])
+    tiny.corpus_file(tmp_path, [("Yes?", "No."), ("The old lamp on the harbour wall. " * 4, "Yes.")])
     found = evaluate_student(Request(student=folder, data=data, rouge=False, max_tokens=20))  # the prompt fills it
     assert (found["documents"], found["unusable"]) == (1, 1)
 
-    held_file(tmp_path, [("What?", "")])
+    tiny.corpus_file(tmp_path, [("What?", "")])
     with pytest.raises(BadData, match=r"corpus\.jsonl: no row can be used|no row"):
         evaluate_student(request)
 
@@ -258,7 +247,9 @@ def test_the_model_runs_in_what_is_fast_here_and_a_slow_dtype_is_obeyed_with_one
 ) -> None:
     def dtype_of(asked: str) -> object:
         student = small_cache.made() / "teacher"
-        return evaluate_student(Request(student=student, data=held_file(tmp_path), rouge=False, dtype=asked))["dtype"]
+        return evaluate_student(
+            Request(student=student, data=tiny.corpus_file(tmp_path, HELD), rouge=False, dtype=asked)
+        )["dtype"]
 
     hardware_is(monkeypatch, has_bfloat16=False, factor=63.4)
     assert dtype_of("auto") == "float32"

@@ -100,9 +100,7 @@ def test_a_family_that_shows_no_attention_says_so_in_one_line_before_anything_ru
 
 @those(lambda f: not f.inner)
 def test_inner_layers_of_another_shape_are_refused(name: str) -> None:
-    with pytest.raises(
-        UsageError, match=r"block 1 gives states of shape .* Next: use losses that read no inner layer"
-    ):
+    with pytest.raises(UsageError, match=r"block 1 gives states of shape .* Next: use losses that read no inner"):
         rehearse(HERE[name].made(), layers=(1,))
 
 
@@ -117,10 +115,11 @@ def test_what_is_no_causal_model_under_a_linear_head_is_refused(name: str) -> No
     assert model.training
 
 
+ROUNDED = ["llama", "gpt2", "gemma2", "gpt_oss", "granite", "bloom", "mamba", "recurrent_gemma"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "gemma2", "gpt_oss", "granite", "bloom", "mamba", "recurrent_gemma"]
-)
+@pytest.mark.parametrize("name", ROUNDED)
 def test_rounding_of_half_precision_is_no_reason_to_refuse_a_model(name: str, dtype: torch.dtype) -> None:
     model = HERE[name].made().to(dtype)
 
@@ -144,20 +143,19 @@ def test_a_student_learns_from_ce_mta_sra_and_dwa_and_comes_back_from_disk(
     loss.backward()
 
     slopes = [p.grad for p in model.parameters() if p.grad is not None]
+    table_Vd = model.get_input_embeddings().weight
     assert torch.isfinite(loss)
     assert all(bool(torch.isfinite(slope).all()) for slope in slopes)
-    assert sum(bool(slope.abs().sum() > 0) for slope in slopes) > 0.6 * len(slopes) > 10
-    table_Vd = model.get_input_embeddings().weight
+    assert sum(bool(slope.any()) for slope in slopes) > 0.6 * len(slopes) > 10
     assert table_Vd.grad is not None
-    assert float(table_Vd.grad.abs().sum()) > 0
+    assert table_Vd.grad.any()
     rows_BNd, valid_BN = passes[0].target_embeddings_BNd, one.predict_valid_BN
     assert torch.equal(rows_BNd[valid_BN], table_Vd[one.target_BN][valid_BN])
 
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
     model.eval().save_pretrained(tmp_path / "trained")
     again = load_model(str(tmp_path / "trained"), dtype=torch.float32)
-    ids_BL, valid_BL = batch()
-    close(logits(again, ids_BL, valid_BL), logits(model, ids_BL, valid_BL), "logits")
+    close(logits(again), logits(model), "logits")
 
 
 def seen_by_losses(monkeypatch: pytest.MonkeyPatch) -> list[StudentPass]:
@@ -184,7 +182,8 @@ def distiller(family: Family, loss: str, folder: Path) -> Ready:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, ids_BL: Tensor, valid_BL: Tensor) -> Tensor:
+def logits(model: PreTrainedModel) -> Tensor:
+    ids_BL, valid_BL = batch()
     return head_of(model)(run(model, ids_BL, valid_BL).last_BLD[valid_BL])
 
 

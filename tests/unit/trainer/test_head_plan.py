@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xkd_trainer.losses.dwa import student_weights
+from xkd_trainer.losses.ops import lazy_logits
 from xkd_trainer.losses.ops import shared_pass as head_plan
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs, divergence
-from xkd_trainer.losses.ops.lazy_logits import Chunk, LazyLogits
-from xkd_trainer.losses.ops.shared_pass import HeadPlan, Planned
+from xkd_trainer.losses.ops.lazy_logits import Chunk, LazyLogits, chunked, chunked_sum
+from xkd_trainer.losses.ops.shared_pass import HeadPlan, Planned, head_cross_entropy, head_divergence
 
 F64 = torch.float64
 CLASSES = 7
@@ -70,9 +71,7 @@ class Case:
         cross = torch.nn.functional.cross_entropy
 
         def compared(student: Tensor, teacher: Tensor) -> Tensor:
-            return divergence(
-                student, teacher.detach(), how.kind, temperature=how.temperature, knobs=how.knobs,
-            )  # fmt: skip
+            return divergence(student, teacher.detach(), how.kind, temperature=how.temperature, knobs=how.knobs)
 
         few = slice(0, CLASSES - 1)
         sums = [
@@ -89,6 +88,19 @@ class Case:
 def positions_per_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(head_plan, "PASS_BYTES", CLASSES * 8 * request.param)
     return int(request.param)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of each chunk of logits that is made from now on."""
+    found, of = list[int](), Chunk.of
+
+    def watched(self: Chunk, logits: LazyLogits) -> Tensor:
+        found.append(logits.hidden.shape[0])
+        return of(self, logits)
+
+    monkeypatch.setattr(Chunk, "of", watched)
+    return found
 
 
 def assert_same(case: Case, first: Callable[[], Tensor], second: Callable[[], Tensor]) -> None:
@@ -155,16 +167,8 @@ def test_wishes_for_the_same_sum_add_up() -> None:
 
 @pytest.mark.parametrize(("positions", "times"), [(4, 1), (2, 2)])
 def test_logits_are_made_once_where_documents_fit_and_twice_where_not(
-    monkeypatch: pytest.MonkeyPatch, positions: int, times: int
+    made: list[int], monkeypatch: pytest.MonkeyPatch, positions: int, times: int
 ) -> None:
-    made: list[int] = []
-    of = Chunk.of
-
-    def watched(self: Chunk, logits: LazyLogits) -> Tensor:
-        made.append(logits.hidden.shape[0])
-        return of(self, logits)
-
-    monkeypatch.setattr(Chunk, "of", watched)
     monkeypatch.setattr(head_plan, "PASS_BYTES", CLASSES * 8 * positions)
     case = Case([4, 3, 4])
 
@@ -231,3 +235,68 @@ def test_a_head_in_bfloat16_gives_float32_sums_near_those_of_float32() -> None:
         assert (total.dtype, own.weight.grad.dtype, own.hidden.grad.dtype) == (torch.float32, dtype, torch.float32)
         values[dtype] = torch.stack(sums)
     torch.testing.assert_close(values[torch.bfloat16], values[torch.float32], rtol=0.05, atol=0.05)
+
+
+# Functions of their own pass
+
+
+def logits_of(seed: int, num: int = 5, width: int = 4) -> LazyLogits:
+    weight, bias = draw(seed + 1, CLASSES, width, grad=True), draw(seed + 2, CLASSES, grad=True)
+    return LazyLogits(hidden=draw(seed, num, width, grad=True), weight=weight, bias=bias)
+
+
+def test_nothing_reaches_the_teacher_or_the_weights_and_a_detached_head_stays_as_it_is() -> None:
+    student, teacher = logits_of(0), logits_of(1)
+    weights = torch.ones(5, dtype=F64, requires_grad=True)
+    fixed = LazyLogits(hidden=student.hidden, weight=student.weight.detach())
+
+    head_divergence(fixed, teacher, weights, HOW).backward()
+
+    assert student.hidden.grad is not None
+    constants = (student.weight, weights, teacher.hidden, teacher.weight, teacher.bias)
+    assert [x.grad for x in constants if x is not None] == [None] * 5
+    detached = student.detach()
+    assert not any(x.requires_grad for x in (detached.hidden, detached.weight, detached.bias) if x is not None)
+
+
+def test_no_positions_and_extreme_logits_are_finite() -> None:
+    none = logits_of(0, num=0)
+    loss = head_divergence(none, logits_of(1, num=0), None, replace(HOW, kind="js"))
+    loss.backward()
+    assert loss.item() == head_cross_entropy(none, torch.zeros(0, dtype=torch.int64)).item() == 0.0
+
+    weight_V1 = torch.tensor([[1.0], [-1.0], [0.0]])
+    sure = LazyLogits(hidden=torch.full((1, 1), 300.0, requires_grad=True), weight=weight_V1)
+    other = LazyLogits(hidden=torch.full((1, 1), 300.0), weight=-weight_V1)
+    loss = head_divergence(sure, other, None, Comparison(kind="forward_kl", temperature=1.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(600.0)
+    assert sure.hidden.grad is not None
+    assert sure.hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_logits_of_all_positions_are_never_held_at_once(
+    made: list[int], monkeypatch: pytest.MonkeyPatch, *, learns: bool
+) -> None:
+    monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", 64 * 4 * 10)
+    student = LazyLogits(hidden=torch.randn(95, 8), weight=torch.randn(64, 8, requires_grad=learns))
+
+    head_divergence(student, student, None, Comparison(kind="forward_kl", temperature=1.0))
+
+    assert max(made) == (10 if learns else 10 * lazy_logits.WIDER)
+    assert sum(made) == 2 * 95
+
+
+def test_a_function_in_chunks_reads_every_position_once_for_a_sum_and_twice_for_values(
+    made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", 2 * 64 * 4 * 10)
+    student = LazyLogits(hidden=torch.randn(95, 2, 8), weight=torch.randn(64, 8, requires_grad=True))
+
+    chunked_sum(lambda _, logits_CPV: logits_CPV.logsumexp(-1).mean(-1), student).backward()
+    once = made.copy()
+    chunked(lambda _, logits_CPV: logits_CPV.logsumexp(-1), student).sum().backward()
+
+    assert max(made) == 10
+    assert (sum(once), sum(made)) == (95, 3 * 95)

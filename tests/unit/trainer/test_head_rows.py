@@ -1,6 +1,9 @@
 """Rows of float32 logits against the equations in float64."""
 
 import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -19,7 +22,9 @@ from xkd_trainer.losses.ops.softmax_rows import (
 )
 from xkd_trainer.models.measures import _prediction_stats, prediction_stats
 
+T = TypeVar("T")
 ROUNDING = 2.0**-23
+HOW = Comparison(kind="forward_kl", temperature=2.0)
 shapes = st.tuples(
     st.integers(1, 5),
     st.sampled_from([1, 2, 17, 63, 64, 65, 1023, 1024, 1025, 3079]),
@@ -32,6 +37,25 @@ def drawn(shape: tuple[int, int, float], seed: int) -> Tensor:
     rows, classes, spread = shape
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, classes, generator=generator) * spread + 50.0 * torch.randn(rows, 1, generator=generator)
+
+
+def compared(
+    student_PV: Tensor, teacher_PV: Tensor, how: Comparison = HOW, scratch: Scratch | None = None
+) -> tuple[Tensor, Tensor]:
+    """Losses [P] and their gradient [P, V]."""
+    into_PV = torch.empty_like(student_PV)
+    ones_P1 = torch.ones(len(student_PV), 1)
+    return divergence_rows(student_PV, teacher_PV, ones_P1, how, scratch or Scratch(), into_PV), into_PV
+
+
+def on_threads(numbers: Sequence[int], work: Callable[[], T]) -> list[T]:
+    """What `work` returns on each number of threads."""
+    before, found = torch.get_num_threads(), []
+    for number in numbers:
+        torch.set_num_threads(number)
+        found.append(work())
+    torch.set_num_threads(before)
+    return found
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,9 +72,7 @@ def test_forward_kl_and_its_gradient_are_those_of_double_precision(
     reach = float(max((x.amax(-1) - x.amin(-1)).max() for x in (student_PV, teacher_PV)) / temperature) + 8.0
     kept_PV, into_PV = teacher_PV.clone(), student_PV.clone()
 
-    loss_P = divergence_rows(
-        into_PV, teacher_PV, factor_P1, Comparison(kind="forward_kl", temperature=temperature), Scratch(), into_PV
-    )
+    loss_P = divergence_rows(into_PV, teacher_PV, factor_P1, replace(HOW, temperature=temperature), Scratch(), into_PV)
 
     assert torch.equal(teacher_PV, kept_PV)
     torch.testing.assert_close(loss_P.double(), wide_P.detach(), rtol=0, atol=8 * ROUNDING * reach)
@@ -106,10 +128,9 @@ def test_a_target_that_is_no_class_is_refused(target: int) -> None:
 def test_numbers_that_are_none_are_not_hidden(what: str) -> None:
     logits_PV = torch.zeros(2, 3000)
     logits_PV[1, 2000] = float(what)
-    how = Comparison(kind="forward_kl", temperature=2.0)
 
     entropy_P, _, _ = prediction_stats(logits_PV)
-    kl_P = divergence_rows(logits_PV, logits_PV.clone(), torch.ones(2, 1), how, Scratch(), torch.empty_like(logits_PV))
+    kl_P, _ = compared(logits_PV, logits_PV.clone())
     loss_P = cross_entropy_rows(logits_PV.clone(), torch.tensor([0, 0]), torch.tensor(1.0))
 
     for found_P in (entropy_P, kl_P, loss_P):
@@ -120,45 +141,35 @@ def test_numbers_that_are_none_are_not_hidden(what: str) -> None:
 @given(shape=shapes, seed=st.integers(0, 99))
 def test_threads_and_memory_used_before_change_no_bit(shape: tuple[int, int, float], seed: int) -> None:
     student_PV, teacher_PV = drawn(shape, seed), drawn(shape, seed + 100)
-    how, ones_P1 = Comparison(kind="forward_kl", temperature=2.0), torch.ones(shape[0], 1)
-    used, before = Scratch(), torch.get_num_threads()
-    divergence_rows(torch.ones(7, 2000), torch.zeros(7, 2000), torch.ones(7, 1), how, used, torch.empty(7, 2000))
+    scratch = Scratch()
 
-    found = []
-    for threads, scratch in ((1, Scratch()), (2, used)):
-        torch.set_num_threads(threads)
-        into_PV, ce_PV = torch.empty_like(student_PV), student_PV.clone()
-        kl_P = divergence_rows(student_PV, teacher_PV, ones_P1, how, scratch, into_PV)
+    def work() -> tuple[Tensor, ...]:
+        ce_PV = student_PV.clone()
+        kl_P, into_PV = compared(student_PV, teacher_PV, scratch=scratch)
         ce_P = cross_entropy_rows(ce_PV, torch.zeros(shape[0], dtype=torch.int64), torch.tensor(1.0))
-        found.append((kl_P, into_PV, ce_P, ce_PV, *prediction_stats(student_PV)))
-    torch.set_num_threads(before)
+        compared(torch.ones(7, 2000), torch.zeros(7, 2000), scratch=scratch)
+        return kl_P, into_PV, ce_P, ce_PV, *prediction_stats(student_PV)
 
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    first, second = on_threads([1, 2], work)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_threads_at_work_at_the_same_time_have_memory_of_their_own() -> None:
     student_PV, teacher_PV = drawn((8, 200_000, 3.0), 0), drawn((8, 200_000, 3.0), 1)
-    how, before, found = Comparison(kind="forward_kl", temperature=2.0), torch.get_num_threads(), []
 
-    for threads in (1, *[4] * 8):
-        torch.set_num_threads(threads)
-        into_PV = torch.empty_like(student_PV)
-        kl_P = divergence_rows(student_PV, teacher_PV, torch.ones(8, 1), how, Scratch(), into_PV)
-        found.append((kl_P, into_PV))
-    torch.set_num_threads(before)
+    alone, *together = on_threads([1, *[4] * 8], lambda: compared(student_PV, teacher_PV))
 
-    alone, *together = found
     assert all(torch.equal(a, b) for other in together for a, b in zip(alone, other, strict=True))
 
 
 def test_rows_of_a_wider_matrix_are_worked_as_they_lie() -> None:
     wide_PW, teacher_PV = drawn((5, 1030, 1.0), 0), drawn((5, 1025, 1.0), 1)
-    student_PV, how = wide_PW[:, 3:1028], Comparison(kind="forward_kl", temperature=2.0)
-    whole_PV, kept_PW, ones_P1 = student_PV.clone(), wide_PW.clone(), torch.ones(5, 1)
+    student_PV, kept_PW = wide_PW[:, 3:1028], wide_PW.clone()
+    whole_P, whole_PV = compared(student_PV.clone(), teacher_PV)
 
-    kl_P = divergence_rows(student_PV, teacher_PV, ones_P1, how, Scratch(), student_PV)
+    kl_P = divergence_rows(student_PV, teacher_PV, torch.ones(5, 1), HOW, Scratch(), student_PV)
 
-    assert torch.equal(kl_P, divergence_rows(whole_PV, teacher_PV, ones_P1, how, Scratch(), whole_PV))
+    assert torch.equal(kl_P, whole_P)
     assert torch.equal(student_PV, whole_PV)
     assert torch.equal(wide_PW[:, :3], kept_PW[:, :3])
     assert torch.equal(wide_PW[:, 1028:], kept_PW[:, 1028:])
@@ -167,16 +178,10 @@ def test_rows_of_a_wider_matrix_are_worked_as_they_lie() -> None:
 @pytest.mark.parametrize("kind", ["reverse_kl", "adaptive_kl"])
 def test_a_divergence_taken_in_steps_is_the_whole_one(kind: Kind) -> None:
     student_PV, teacher_PV = drawn((3, 40_000, 1.0), 0), drawn((3, 40_000, 1.0), 1)
-    how, before, found = Comparison(kind=kind, temperature=2.0), torch.get_num_threads(), []
 
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        into_PV = torch.empty_like(student_PV)
-        found.append((divergence_rows(student_PV, teacher_PV, torch.ones(3, 1), how, Scratch(), into_PV), into_PV))
-    torch.set_num_threads(before)
+    steps, whole = on_threads([1, 2], lambda: compared(student_PV, teacher_PV, replace(HOW, kind=kind)))
 
-    for steps, whole in zip(*found, strict=True):
-        torch.testing.assert_close(steps, whole)
+    torch.testing.assert_close(steps, whole)
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (1, 7), (40, 30_000), (3, 2_000_000)])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,36 +16,24 @@ import tiny_models as tiny
 from xkd_pipeline.capture.artifacts import empty_model
 from xkd_schemas.errors import InputMissing, Refused, UsageError, XkdError
 from xkd_trainer.models.architecture import num_layers
-from xkd_trainer.models.loading import (
-    check_model_name,
-    load_model,
-    load_tokenizer,
-    new_model,
-    source_of,
-)
+from xkd_trainer.models.loading import check_model_name, load_model, load_tokenizer, new_model, source_of
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_new_model_has_the_sizes_that_were_asked_for(family: str) -> None:
-    model = new_model(f"{family},layers=3,width=32,heads=4,inner=48", vocab_size=101, special=SPECIAL)
+@pytest.mark.parametrize("spec", ["llama,kv_heads=2,tie_word_embeddings=false", "gpt2"])
+def test_a_new_model_has_the_sizes_that_were_asked_for(spec: str) -> None:
+    model = new_model(f"{spec},layers=3,width=32,heads=4,inner=48", vocab_size=101, special=SPECIAL)
 
     config = model.config
     assert num_layers(model) == 3
     assert tuple(model.get_input_embeddings().weight.shape) == (101, 32)
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert (tied, getattr(config, "num_key_value_heads", 4)) == ((True, 4) if spec == "gpt2" else (False, 2))
     assert config.num_attention_heads == 4
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 3)
     shapes = {tuple(p.shape) for p in model.parameters()}
     assert shapes & {(48, 32), (32, 48)}, f"no feed-forward of width 48 in {sorted(shapes)}"
-
-
-def test_a_new_llama_takes_fewer_key_heads_and_an_untied_head() -> None:
-    model = new_model("llama,width=32,heads=4,kv_heads=2,tie_word_embeddings=false", vocab_size=50, special=SPECIAL)
-
-    assert model.config.num_key_value_heads == 2
-    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize(
@@ -65,16 +54,19 @@ def test_settings_that_make_no_model_are_refused_in_one_line(spec: str, message:
     assert "\n" not in str(caught.value)
 
 
-def test_a_saved_model_comes_back_in_the_asked_for_type_and_in_evaluation_mode(tmp_path: Path) -> None:
-    model = tiny.llama("byte_level")
-    folder = tiny.saved(model, "byte_level", tmp_path / "model")
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
 
-    loaded = load_model(str(folder), dtype=torch.bfloat16)
+
+def test_a_saved_model_comes_back_in_the_asked_for_type_and_in_evaluation_mode(saved: Path) -> None:
+    loaded = load_model(str(saved), dtype=torch.bfloat16)
 
     assert not loaded.training
     assert loaded.dtype == torch.bfloat16
+    model = tiny.llama("byte_level").bfloat16()
     for name, weight in loaded.state_dict().items():
-        assert torch.equal(weight, model.state_dict()[name].bfloat16()), name
+        assert torch.equal(weight, model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("name", ["./nowhere/model", "/nowhere/at/all", "nowhere/model.gguf"])
@@ -86,69 +78,50 @@ def test_a_path_that_is_not_there_is_named(name: str) -> None:
         load_tokenizer(name)
 
 
-def test_pickled_weights_are_refused(tmp_path: Path) -> None:
-    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def test_pickled_weights_are_refused(saved: Path) -> None:
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
 
     with pytest.raises(Refused, match=r"no safetensors weights; pickled weights are not opened") as caught:
-        load_model(str(folder), dtype=torch.float32)
+        load_model(str(saved), dtype=torch.float32)
     assert caught.value.exit_code == 77
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_model_that_asks_for_its_own_code_is_refused(tmp_path: Path, file: str, nested: bool) -> None:
-    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
-    settings = json.loads((folder / file).read_text())
-    asks = {"auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoTokenizer": "evil.Tokenizer"}}
-    (folder / file).write_text(json.dumps({**settings, "text_config": [asks]} if nested else {**settings, **asks}))
-
-    for load in (lambda: load_model(str(folder), dtype=torch.float32), lambda: load_tokenizer(str(folder))):
-        with pytest.raises(Refused, match=rf"{file} has auto_map, which can run code") as caught:
-            load()
-        assert caught.value.exit_code == 77
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-@pytest.mark.parametrize("content", ["{", "\x00", '{"model_type": "llama"'])
-def test_a_config_that_is_not_json_is_named(tmp_path: Path, content: str) -> None:
-    (tmp_path / "config.json").write_text(content)
+@pytest.mark.parametrize(
+    ("file", "broken", "message"),
+    [
+        (WEIGHTS, lambda content: content[: len(content) // 2], "broken weights"),
+        (WEIGHTS, lambda _: b"", "broken weights"),
+        (WEIGHTS, lambda content: b"\xff" * 64 + content[64:], "broken weights"),
+        (CONFIG, lambda _: b"{", r"config\.json is not JSON"),
+        (CONFIG, lambda _: b"\x00", r"config\.json is not JSON"),
+        (CONFIG, lambda _: b'{"model_type": "llama"', r"config\.json is not JSON"),
+        (CONFIG, lambda _: b'{"model_type": "no_such_family"}', "no_such_family|cannot be loaded"),
+    ],
+)
+def test_a_damaged_model_folder_is_an_error_of_one_line(
+    saved: Path, file: str, broken: Callable[[bytes], bytes], message: str
+) -> None:
+    (saved / file).write_bytes(broken((saved / file).read_bytes()))
 
-    with pytest.raises(InputMissing, match=r"config\.json is not JSON"):
-        load_model(str(tmp_path), dtype=torch.float32)
-
-
-def test_a_folder_without_a_known_model_is_an_error_of_one_line(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "no_such_family"}')
-
-    with pytest.raises((UsageError, InputMissing), match=r"no_such_family|cannot be loaded") as caught:
-        load_model(str(tmp_path), dtype=torch.float32)
+    with pytest.raises((UsageError, InputMissing), match=message) as caught:
+        load_model(str(saved), dtype=torch.float32)
+    assert str(saved) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["half", "empty", "bits"])
-def test_damaged_weights_are_an_error_of_one_line(tmp_path: Path, damage: str) -> None:
-    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
-    weights = folder / "model.safetensors"
-    content = weights.read_bytes()
-    broken = {"half": content[: len(content) // 2], "empty": b"", "bits": b"\xff" * 64 + content[64:]}
-    weights.write_bytes(broken[damage])
-
-    with pytest.raises((UsageError, InputMissing, Refused), match=str(folder)) as caught:
-        load_model(str(folder), dtype=torch.float32)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_without_tokenizer_and_half_a_tokenizer_are_named(tmp_path: Path) -> None:
-    folder = tiny.saved(tiny.llama("byte_level"), "byte_level", tmp_path / "model")
-    half = folder / "tokenizer.json"
+def test_a_folder_without_tokenizer_and_half_a_tokenizer_are_named(saved: Path) -> None:
+    half = saved / "tokenizer.json"
     half.write_bytes(half.read_bytes()[:1000])
     with pytest.raises(InputMissing, match=r"tokenizer\.json is not JSON"):
-        load_tokenizer(str(folder))
+        load_tokenizer(str(saved))
 
-    for path in folder.glob("tokenizer*"):
+    for path in saved.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(InputMissing, match=r"no tokenizer in this folder"):
-        load_tokenizer(str(folder))
+        load_tokenizer(str(saved))
 
 
 def test_a_name_that_is_no_folder_is_said_on_a_terminal_before_the_hub_is_asked(
@@ -177,7 +150,7 @@ def test_a_saved_tokenizer_does_not_depend_on_being_offline(offline: str, tmp_pa
 CODE = "open({ran!r}, 'w').close()\n"
 CLASSES = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
 ASKS = {
-    "auto_map": {"auto_map": CLASSES},
+    "auto_map": {"text_config": [{"auto_map": CLASSES}]},
     "attn_implementation": {"attn_implementation": "someone/kernel"},
     "_attn_implementation": {"text_config": {"_attn_implementation": {"": "someone/kernel@main:attention"}}},
     "experts_implementation": {"experts_implementation": "someone/kernel"},
@@ -207,11 +180,6 @@ LOADERS = {
 }
 
 
-def asking(folder: Path, key: str) -> None:
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | ASKS[key]))
-
-
 def test_a_model_of_the_hub_is_loaded_at_the_commit_that_was_looked_at(on_the_hub: Path) -> None:
     for load in LOADERS.values():
         load("someone/model")
@@ -219,16 +187,17 @@ def test_a_model_of_the_hub_is_loaded_at_the_commit_that_was_looked_at(on_the_hu
 
 
 @pytest.mark.parametrize("place", ["hub", "folder", "gguf"])
-@pytest.mark.parametrize("key", ASKS)
+@pytest.mark.parametrize(("file", "key"), [*(("config", key) for key in ASKS), ("tokenizer_config", "auto_map")])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_code_and_kernels_are_refused_wherever_a_model_comes_from(
-    on_the_hub: Path, tmp_path: Path, place: str, key: str, loader: str
+    on_the_hub: Path, tmp_path: Path, place: str, file: str, key: str, loader: str
 ) -> None:
-    asking(on_the_hub, key)
+    settings = on_the_hub / f"{file}.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | ASKS[key]))
     (on_the_hub / "m.gguf").touch()
     name = {"hub": "someone/model", "folder": str(on_the_hub), "gguf": str(on_the_hub / "m.gguf")}[place]
 
-    with pytest.raises(Refused, match=rf"config\.json has {key}, which can run code") as caught:
+    with pytest.raises(Refused, match=rf"/{file}\.json has {key}, which can run code") as caught:
         LOADERS[loader](name)
 
     assert caught.value.exit_code == 77

@@ -43,18 +43,12 @@ def test_a_student_layer_that_does_not_exist_is_refused_at_setup(layer: int) -> 
         one.ready("mta", depth=2, student_layers=[1, 2, layer])
 
 
-def cache_for_sra() -> tiny.Tiny:
-    """The documents of the tiny cache with a teacher that was captured for SRA only."""
-    small = tiny.Tiny(tiny.tiny_cache().root / "for-sra")
-    shutil.copytree(tiny.tiny_cache().cache / "documents", small.cache / "documents")
-    run = tiny.tiny_cache().run(cache=str(small.cache), teacher__losses=("sra",))
-    teacher_stage(run, Workers(count=0))
-    align_stage(run, Workers(count=0))
-    return small
-
-
-def test_a_level_that_is_not_cached_is_named_with_the_command_that_adds_it() -> None:
-    run = tiny.tiny_cache().run(cache=str(cache_for_sra().cache), loss="mta")
+def test_a_level_that_is_not_cached_is_named_with_the_command_that_adds_it(tmp_path: Path) -> None:
+    shutil.copytree(tiny.tiny_cache().cache / "documents", tmp_path / "documents")
+    captured_for_sra = tiny.tiny_cache().run(cache=str(tmp_path), teacher__losses=("sra",))
+    for stage in (teacher_stage, align_stage):
+        stage(captured_for_sra, Workers(count=0))
+    run = tiny.tiny_cache().run(cache=str(tmp_path), loss="mta")
 
     with pytest.raises(UsageError, match=r"loss mta needs span_mass.*xkd-cache add CACHE --model M --for mta"):
         set_up(run, "")
@@ -83,11 +77,8 @@ def test_a_student_with_fewer_embeddings_than_tokens_is_refused(tmp_path: Path) 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_new_student_takes_part_in_every_loss(family: str) -> None:
-    run = tiny.tiny_cache().run(
-        loss="mta+sra+dwa",
-        student__model=f"new:{family},layers=3,width=16,heads=2",
-        student__tokenizer=str(tiny.tiny_cache().student),
-    )
+    new, tokenizer = f"new:{family},layers=3,width=16,heads=2", str(tiny.tiny_cache().student)
+    run = tiny.tiny_cache().run(loss="mta+sra+dwa", student__model=new, student__tokenizer=tokenizer)
     made = set_up(run, "")
     batch = batch_of(made.cache, one.ROWS, made.wanted)
 
@@ -106,10 +97,8 @@ def test_projectors_do_not_depend_on_how_the_student_was_made() -> None:
     def projector(**changed: Any) -> Tensor:
         return set_up(tiny.tiny_cache().run(loss="sra", **changed), "").distiller.losses["sra"].projector.weight
 
-    new = {
-        "student__model": "new:llama,layers=1,width=16,heads=2",
-        "student__tokenizer": str(tiny.tiny_cache().student),
-    }
+    tokenizer = str(tiny.tiny_cache().student)
+    new = {"student__model": "new:llama,layers=1,width=16,heads=2", "student__tokenizer": tokenizer}
     assert torch.equal(projector(), projector(**new))
     assert torch.equal(projector(**new), projector(**new))
     assert not torch.equal(projector(), projector(seed=1))

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiny_models import Tiny, tiny_cache
+from one_tokenizer import LEVELS, ROWS, numbers
+from tiny_models import tiny_cache
 from xkd_schemas.cache.manifest import Manifest, Plan, read_record, seal_table, to_json
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import Signal, signal_named
 from xkd_schemas.tokens import CONTENT, END
 from xkd_trainer.data import collate as stream
-from xkd_trainer.data.batch import Batch, Level, unwrap
+from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.data.cache import Cache, find_student
 from xkd_trainer.data.collate import batch_of, inside_any
 from xkd_trainer.training.loop import prefetch
@@ -34,7 +36,6 @@ WANTED = frozenset(
         "span_mass@4:phrase",
     )
 )  # fmt: skip
-ROWS = (3, 19, 0, 11)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +48,15 @@ def batch(cache: Cache) -> Batch:
     return batch_of(cache, ROWS, WANTED)
 
 
-def predicted(targets: Any) -> list[int]:
+def predicted(row: Any) -> list[int]:
     """Positions that predict a target."""
+    targets = row["targets"]
     return [t - 1 for t in range(1, len(targets)) if targets[t]]
 
 
-def kept(targets: Any) -> list[int]:
+def kept(row: Any) -> list[int]:
     """Positions whose state is stored."""
+    targets = row["targets"]
     return [t for t in range(len(targets)) if targets[t] or (t + 1 < len(targets) and targets[t + 1])]
 
 
@@ -66,9 +69,9 @@ def valid_part(values: Tensor, valid: Tensor, row: int) -> list[Any]:
 
 def test_tokens_and_predictions_of_both_models_are_those_of_the_tables(cache: Cache, batch: Batch) -> None:
     for place, row in enumerate(ROWS):
-        s_ids, s_targets = cache.students[row]["token_ids"].tolist(), cache.students[row]["targets"].tolist()
-        t_ids, t_targets = cache.teachers[row]["token_ids"].tolist(), cache.teachers[row]["targets"].tolist()
-        predict, t_predict, t_kept = predicted(s_targets), predicted(t_targets), kept(t_targets)
+        student, teacher = cache.students[row], cache.teachers[row]
+        s_ids, t_ids = student["token_ids"].tolist(), teacher["token_ids"].tolist()
+        predict, t_predict, t_kept = predicted(student), predicted(teacher), kept(teacher)
         assert len(predict) > 0
         valid_BN, valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
 
@@ -87,10 +90,8 @@ def test_hidden_states_keep_every_bit_of_bfloat16_and_scalars_stand_at_their_row
     assert hidden_BRD.dtype == torch.bfloat16
     for place, row in enumerate(ROWS):
         teacher, valid_BM = cache.teachers[row], batch.teacher_predict_valid_BM
-        rows = len(kept(teacher["targets"]))
-        bits = np.asarray(teacher["hidden_last"]).astype(np.uint32) << 16
-        exact = torch.from_numpy(bits.view(np.float32).copy())
-        assert torch.equal(hidden_BRD[place, :rows].float(), exact)
+        rows = len(kept(teacher))
+        assert torch.equal(hidden_BRD[place, :rows].float(), numbers(teacher["hidden_last"]))
         assert hidden_BRD[place, rows:].abs().sum() == 0
         assert valid_part(attention_BT, unwrap(batch.teacher_valid_BT), place) == teacher["attention_text@4"].tolist()
         assert valid_part(unwrap(batch.teacher_entropy_BM), valid_BM, place) == teacher["entropy"].tolist()
@@ -101,18 +102,12 @@ def test_spans_and_exact_pairs_are_those_of_the_tables_inside_the_response(cache
     seen = 0
     for place, row in enumerate(ROWS):
         student, teacher = cache.students[row], cache.teachers[row]
-        predict, t_predict, t_kept = (
-            f(r["targets"]) for f, r in ((predicted, student), (predicted, teacher), (kept, teacher))
-        )
-        spans = [
-            (s, t)
-            for s, t in zip(student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True)
-            if student["targets"][s[0]] and teacher["targets"][t[0]]
-        ]
+        predict, t_predict, t_kept = (f(r) for f, r in ((predicted, student), (predicted, teacher), (kept, teacher)))
+        both = zip(student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True)
+        spans = [(s, t) for s, t in both if student["targets"][s[0]] and teacher["targets"][t[0]]]
         pairs = [(s[0] - 1, t[0] - 1) for s, t in spans if s[1] - s[0] == t[1] - t[0] == 1]
-        found = (
-            valid_part(side, batch.span_valid_BK, place) for side in (batch.span_student_BK2, batch.span_teacher_BK2)
-        )
+        sides = batch.span_student_BK2, batch.span_teacher_BK2
+        found = (valid_part(side, batch.span_valid_BK, place) for side in sides)
 
         assert [(s, [t_kept[a], t_kept[b - 1] + 1]) for s, (a, b) in zip(*found, strict=True)] == spans
         found_pairs = valid_part(batch.pairs_BE2, batch.pair_valid_BE, place)
@@ -121,10 +116,10 @@ def test_spans_and_exact_pairs_are_those_of_the_tables_inside_the_response(cache
     assert seen > 10
 
 
-@pytest.mark.parametrize(("layer", "unit"), [(2, "word"), (3, "phrase"), (4, "phrase")])
+@pytest.mark.parametrize(("layer", "unit"), LEVELS)
 def test_levels_are_those_of_the_tables(cache: Cache, batch: Batch, layer: int, unit: str) -> None:
     level = next(level for level in batch.levels if level.layer == layer)
-    assert [(lv.layer, lv.unit) for lv in batch.levels] == [(2, "word"), (3, "phrase"), (4, "phrase")]
+    assert [(lv.layer, lv.unit) for lv in batch.levels] == list(LEVELS)
     assert level.unit == unit
     assert (level.cosines_BUU is None) == (layer == 4)
     assert (level.vectors_BUD is None) == (layer == 3)
@@ -177,10 +172,8 @@ def test_inside_any_equals_the_loops(spans: list[tuple[int, int]], outer: list[t
 def test_moving_a_batch_moves_every_tensor(batch: Batch) -> None:
     moved = batch.to(torch.device("meta"))
 
-    tensors = [v for v in (getattr(moved, name) for name in Batch.__slots__) if isinstance(v, Tensor)]
-    tensors += [
-        v for level in moved.levels for v in (getattr(level, n) for n in Level.__slots__) if isinstance(v, Tensor)
-    ]
+    values = [getattr(part, f.name) for part in (moved, *moved.levels, *moved.token_states) for f in fields(part)]
+    tensors = [value for value in values if isinstance(value, Tensor)]
     assert {t.device.type for t in tensors} == {"meta"}
     assert len(tensors) > 30
     assert moved.rows == ROWS
@@ -233,10 +226,8 @@ def test_a_span_without_a_token_on_one_side_is_not_valid() -> None:
 # Caches that do not fit together
 
 
-def copied(tmp_path: Path) -> Tiny:
-    tiny = Tiny(tmp_path)
-    shutil.copytree(tiny_cache().cache, tiny.cache)
-    return tiny
+def copied(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_cache().cache, tmp_path / "cache"))
 
 
 def reseal(cache: Path, table: str, **changed: Any) -> None:
@@ -267,23 +258,23 @@ def test_tables_that_hold_other_documents_in_a_row_are_bad_data(cache: Cache) ->
 def test_the_student_table_is_found_by_its_tokenizer_and_two_that_fit_must_be_named(tmp_path: Path) -> None:
     with pytest.raises(InputMissing, match=r"cache .*nowhere is not a folder"):
         Cache(tmp_path / "nowhere", student="student")
-    tiny = copied(tmp_path)
-    stored = json.loads((tiny.cache / "students/student/plan.json").read_text())["spec"]["encoder"]["tokenizer"]
+    root = copied(tmp_path)
+    stored = json.loads((root / "students/student/plan.json").read_text())["spec"]["encoder"]["tokenizer"]
     with pytest.raises(InputMissing, match=r"has no students table 'other'; it has student"):
-        find_student(tiny.cache, stored, "other")
+        find_student(root, stored, "other")
 
     assert set(stored) == {"vocabulary", "special_tokens", "chat_template", "probe"}
     for name in ("", "student"):
-        assert find_student(tiny.cache, stored, name) == "student"
+        assert find_student(root, stored, name) == "student"
         for field in stored:
             with pytest.raises(Mismatch, match=rf"students/student has another {field}\. .*xkd-cache align"):
-                find_student(tiny.cache, {**stored, field: "other"}, name)
-    shutil.copytree(tiny.cache / "students/student", tiny.cache / "students/twin")
+                find_student(root, {**stored, field: "other"}, name)
+    shutil.copytree(root / "students/student", root / "students/twin")
     with pytest.raises(UsageError, match=r"student, twin all fit this student.*--student-table NAME"):
-        find_student(tiny.cache, stored, "")
-    shutil.rmtree(tiny.cache / "students")
+        find_student(root, stored, "")
+    shutil.rmtree(root / "students")
     with pytest.raises(InputMissing, match=r"has no finished students table.*xkd-cache align"):
-        find_student(tiny.cache, stored, "")
+        find_student(root, stored, "")
 
 
 # The thread
@@ -305,26 +296,16 @@ def test_items_come_in_order_and_no_more_than_the_depth_ahead() -> None:
     assert taken == list(range(20))
 
 
-def test_an_error_of_the_producer_is_raised_after_the_items_before_it() -> None:
+def test_an_error_of_the_producer_is_raised_after_the_items_before_it_and_an_early_stop_ends_the_thread() -> None:
     def produce() -> Iterator[int]:
         yield 1
         raise BadData("row 7 is gone")
 
-    items = prefetch(produce())
-    assert next(items) == 1
+    items, zeros = prefetch(produce()), prefetch(iter(int, 1))
+    assert (next(items), next(zeros)) == (1, 0)
     with pytest.raises(BadData, match="row 7 is gone"):
         next(items)
-
-    assert not [t for t in threading.enumerate() if "produce" in t.name]
-
-
-def test_a_consumer_that_stops_early_stops_the_thread() -> None:
-    def produce() -> Iterator[int]:
-        yield from iter(int, 1)  # zeros, for ever
-
-    items = prefetch(produce())
-    assert next(items) == 0
-    items.close()  # type: ignore[attr-defined]
+    zeros.close()  # type: ignore[attr-defined]
 
     assert not [t for t in threading.enumerate() if "produce" in t.name]
 
@@ -332,28 +313,25 @@ def test_a_consumer_that_stops_early_stops_the_thread() -> None:
 @pytest.mark.parametrize(
     ("table", "field", "named"),
     [
-        ("students/student", "documents", "documents"),
-        ("students/student", "teacher_root", "teacher_root"),
-        ("teachers/teacher", "documents", "teacher documents"),
-        ("documents", "schema", "documents"),
-        ("teachers/teacher", "schema", "teachers"),
-        ("students/student", "schema", "students"),
+        ("students/student", "documents", "documents"), ("students/student", "teacher_root", "teacher_root"),
+        ("teachers/teacher", "documents", "teacher documents"), ("documents", "schema", "documents"),
+        ("teachers/teacher", "schema", "teachers"), ("students/student", "schema", "students"),
     ],
-)
+)  # fmt: skip
 def test_every_tie_between_the_tables_is_refused_by_name(tmp_path: Path, table: str, field: str, named: str) -> None:
     """Tables are sealed again and tied to each other anew, so that one tie alone is wrong."""
-    tiny = copied(tmp_path)
+    root = copied(tmp_path)
     other = 99 if field == "schema" else "other"
-    reseal(tiny.cache, table, **{field: other})
-    roots = {name: Table(tiny.cache, name).manifest.root for name in ("documents", "teachers/teacher")}
+    reseal(root, table, **{field: other})
+    roots = {name: Table(root, name).manifest.root for name in ("documents", "teachers/teacher")}
     if table == "documents":
-        reseal(tiny.cache, "teachers/teacher", documents=roots["documents"])
-        roots["teachers/teacher"] = Table(tiny.cache, "teachers/teacher").manifest.root
+        reseal(root, "teachers/teacher", documents=roots["documents"])
+        roots["teachers/teacher"] = Table(root, "teachers/teacher").manifest.root
     if table != "students/student":
         tied = {"documents": roots["documents"], "teacher_root": roots["teachers/teacher"]}
-        reseal(tiny.cache, "students/student", **tied)
+        reseal(root, "students/student", **tied)
 
     with pytest.raises(Mismatch) as caught:
-        Cache(tiny.cache, student="student")
+        Cache(root, student="student")
     assert f"{named}: cache has" in str(caught.value)
     assert str(caught.value).count("cache has") == 1

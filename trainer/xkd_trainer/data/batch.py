@@ -130,8 +130,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with all tensors on `device`."""
-        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
-        return Batch(**moved)
+        moved: Batch = _move(self, device)
+        return moved
 
     def states(self, layer: int) -> TokenStates:
         """Of one teacher layer that some loss asked for."""
@@ -141,7 +141,7 @@ class Batch:
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, Level | TokenStates):
+    if isinstance(value, Batch | Level | TokenStates):
         return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
     if isinstance(value, tuple):
         return tuple(_move(v, device) for v in value)

@@ -3,7 +3,6 @@
 Several caches of one teacher are read as one: `--shards a/ --shards b/=2`.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from xkd_schemas.config import TeacherSection
 from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION
 from xkd_schemas.durable_files import inside, sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
-from xkd_schemas.signals import KINDS, TEACHERS_VERSION, Signal, signal_named
+from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named
 from xkd_schemas.tokens import STUDENTS_VERSION, Bools, Int32s
 from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.compute_dtype import dtype_named
@@ -124,13 +123,16 @@ class Cache:
 
     def require(self, loss: str, needed: tuple[Signal, ...]) -> None:
         """UsageError that names what `loss` needs and the cache lacks, with the command that adds it."""
-        missing = sorted({s.column for s in needed} - set(map(_column, self.signals)))
+        stored, usual = set(map(_column, self.signals)), TeacherSection()
+        missing = sorted((s for s in set(needed) if s.column not in stored), key=_column)
         if missing:
+            numbers = (f"#{usual.samples if s.kind.drawn else usual.topk}" if s.kind.top else "" for s in missing)
+            columns = [s.column for s in missing]
             raise UsageError(
-                f"loss {loss} needs {', '.join(missing)}, which {self.teachers.folder} does not hold "
+                f"loss {loss} needs {', '.join(columns)}, which {self.teachers.folder} does not hold "
                 f"(it holds {', '.join(s.column for s in self.signals)})",
                 fix=f"xkd-cache add {self.root} --model PATH_OF_{self.teacher_name} --to {self.teacher_name} "
-                f"--signals {','.join(column + _usual_number(column) for column in missing)}",
+                f"--signals {','.join(map(str.__add__, columns, numbers))}",
             )
 
     def head(self) -> Head:
@@ -159,22 +161,10 @@ class Cache:
         except OSError as error:
             raise BadData(f"{path}: {error.strerror}", fix=fix) from error
 
-    def same_document(self, row: int) -> None:
-        """BadData where the three tables do not hold the same document at `row`."""
-        ids = {table.name: table[row]["doc_id"] for table in (self.documents, self.teachers, self.students)}
-        if len(set(ids.values())) != 1:
-            raise BadData(f"{self.root}: row {row} is another document in each table: {json.dumps(ids)}")
-
 
 def _column(signal: Signal) -> str:
     """Its column without the number of classes."""
     return replace(signal, top=None).column
-
-
-def _usual_number(column: str) -> str:
-    """How many classes are kept of a prediction where nobody says it."""
-    usual, kind = TeacherSection(), KINDS[column.partition("@")[0]]
-    return f"#{usual.samples if kind.drawn else usual.topk}" if kind.top else ""
 
 
 def find_student(root: Path, identity: dict[str, str], name: str) -> str:

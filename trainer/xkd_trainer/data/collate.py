@@ -3,6 +3,7 @@
 Shape legend: see batch.py. T counts all tokens of one teacher row.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -46,8 +47,11 @@ def batch_of(cache: Cache, rows: Sequence[int], wanted: frozenset[Signal]) -> Ba
 def _sample(cache: Cache, row: int, wanted: frozenset[Signal]) -> dict[str, Array]:
     """Arrays of one row, named like the fields of Batch; names with a blank are of a Level or TokenStates."""
     cache, row = cache.at(row)
-    cache.same_document(row)
-    document, teacher, student = cache.documents[row], cache.teachers[row], cache.students[row]
+    tables = cache.documents, cache.teachers, cache.students
+    document, teacher, student = (table[row] for table in tables)
+    if not document["doc_id"] == teacher["doc_id"] == student["doc_id"]:
+        ids = {table.name: table[row]["doc_id"] for table in tables}
+        raise BadData(f"{cache.root}: row {row} is another document in each table: {json.dumps(ids)}")
     columns = {s.name: s.column for s in cache.signals if s.kind.top}
     return {
         **_student_arrays(student),

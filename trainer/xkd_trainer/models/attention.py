@@ -67,8 +67,8 @@ def listen(layers: frozenset[int], places: Mapping[str, Tensor]) -> Iterator[Las
     with contextlib.ExitStack() as names:
         if layers:
             heard.sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-            names.enter_context(_rename("sdpa", partial(_sdpa, heard)))
-            names.enter_context(_rename("eager", partial(_eager, heard)))
+            for name in ("sdpa", "eager"):
+                names.enter_context(_rename(name, partial(_attend, heard, name)))
         yield heard
 
 
@@ -85,35 +85,25 @@ def _rename(name: str, function: Attention) -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS[name] = before
 
 
-def _sdpa(
-    heard: LastRows, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+def _attend(  # noqa: PLR0913 - as transformers calls it
+    heard: LastRows, name: str, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
     attention_mask: Tensor | None, **options: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """sdpa; the row from query and key."""
-    result = heard.sdpa(module, query, key, value, attention_mask, **options)
+    """What the name leads to; the row from query and key, or from the family's own map without dropout."""
+    own: Attention = heard.sdpa if name == "sdpa" else sys.modules[type(module).__module__].eager_attention_forward
+    call = partial(own, module, query, key, value, attention_mask)
+    result = call(**options)
     layer = getattr(module, "layer_idx", None)
-    if layer in heard.layers:
+    if layer not in heard.layers:
+        return result
+    if name == "sdpa":
         heard.keep(layer, lambda place_B: last_row(query, key, place_B, attention_mask, options), value, result[0])
-    return result
-
-
-def _eager(
-    heard: LastRows, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
-    attention_mask: Tensor | None, **options: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The family's own function; the row from its map, without dropout."""
-    own: Attention = sys.modules[type(module).__module__].eager_attention_forward
-    result = own(module, query, key, value, attention_mask, **options)
-    layer = getattr(module, "layer_idx", None)
-    if layer in heard.layers:
-        output, map_BHLL = result
-        if options.get("dropout"):
-            with torch.no_grad():
-                output, map_BHLL = own(module, query, key, value, attention_mask, **{**options, "dropout": 0.0})
-        assert map_BHLL is not None
-        rows_B = torch.arange(len(query), device=query.device)
-        map_BHLL = map_BHLL.float()
-        heard.keep(layer, lambda place_B: map_BHLL[rows_B, :, place_B], value, output)
+        return result
+    with torch.no_grad():
+        output, map_BHLL = call(**{**options, "dropout": 0.0}) if options.get("dropout") else result
+    assert map_BHLL is not None
+    rows_B, map_BHLL = torch.arange(len(query), device=query.device), map_BHLL.float()
+    heard.keep(layer, lambda place_B: map_BHLL[rows_B, :, place_B], value, output)
     return result
 
 
@@ -149,10 +139,8 @@ def last_row(
     sinks = options.get("s_aux")
     if sinks is not None:
         sinks_BH1 = sinks.float().view(1, heads, 1).expand(size_B, heads, 1)
-        with_sinks: Tensor = torch.cat([scores_BHL, sinks_BH1], dim=-1).softmax(dim=-1)
-        return with_sinks[..., :-1]
-    weights_BHL: Tensor = scores_BHL.softmax(dim=-1)
-    return weights_BHL
+        scores_BHL = torch.cat([scores_BHL, sinks_BH1], dim=-1)
+    return scores_BHL.softmax(dim=-1)[..., :length]
 
 
 @torch.no_grad()

@@ -94,11 +94,6 @@ def _choose_fast(here: Hardware) -> Choice:
 
 
 def _say_times(factor: float) -> str:
-    """A measured factor in words.
-
-    >>> _say_times(0.5), _say_times(1.54), _say_times(107.4)
-    ('0.5 times', '1.5 times', '107 times')
-    """
     return f"{factor:.2g} times" if factor < 10 else f"{factor:.0f} times"
 
 

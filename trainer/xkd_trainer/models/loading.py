@@ -1,9 +1,15 @@
-"""Load causal language models from a folder, a hub name or a GGUF file; refuse what could run foreign code."""
+"""Load causal language models from a folder, a hub name or a GGUF file; refuse what could run foreign code.
+
+A finished student's folder has `xkd.json`, which says where it came from and holds the digest of every file beside it.
+"""
 
 import contextlib
+import errno
 import json
+import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,15 +18,20 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from xkd_schemas.cache.manifest import OWN
 from xkd_schemas.cache.table import check_tokenizer
 from xkd_schemas.console import note
-from xkd_schemas.errors import InputMissing, Refused, UsageError
+from xkd_schemas.durable_files import digest, sha256_of
+from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
 from xkd_schemas.text.tokenizers import encode_texts
-from xkd_trainer.models.student_files import check_student
 
+PROVENANCE = "xkd.json"
+_FIX = "delete {folder} and train again; if you changed it yourself, delete " + PROVENANCE
 UNBUILDABLE: Final = (
     ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError, ZeroDivisionError,
     StrictDataclassError,
@@ -56,6 +67,35 @@ def check_config(folder: Path) -> None:
                 f"{path} has {', '.join(sorted(found))}, which can run code that came with the model",
                 fix="use a model of a built-in architecture, or remove the key after reading what it does",
             )
+
+
+def check_student(folder: Path, *, weights: bool) -> None:
+    """Compare the files of a finished student with their digests; without `weights` all but safetensors.
+
+    A folder without `xkd.json` was not made here, or is not finished, and is left alone. BadData where a file is not
+    there or not as it was saved.
+    """
+    for name, expected in read_provenance(folder).get("files", {}).items():
+        path = folder / name
+        if path.suffix == ".safetensors" and not weights:
+            continue
+        if not path.is_file() or sha256_of(path) != expected:
+            what = "does not match its digest" if path.is_file() else "is not there"
+            raise BadData(f"{path} {what} in {PROVENANCE}", fix=_FIX.format(folder=folder))
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What `xkd.json` says; nothing where there is none; BadData where it is damaged."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_bytes())
+        if data.pop(OWN) == digest(data):
+            return dict(data)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        pass
+    raise BadData(f"{path} does not match its own digest", fix=_FIX.format(folder=folder))
 
 
 def short(error: BaseException) -> str:
@@ -260,3 +300,20 @@ def _config(family: str, given: dict[str, Any], fixed: dict[str, Any]) -> Any:
     named = {name: value for key, value in sizes.items() for name in _SIZES[key] if hasattr(known, name)}
     others = {key: value for key, value in given.items() if key not in _SIZES}
     return AutoConfig.for_model(family, **{"tie_word_embeddings": True, **named, **others, **fixed})
+
+
+@contextlib.contextmanager
+def tensor_errors() -> Iterator[None]:
+    """Turn what safetensors raises while it writes into an OSError with the system's number."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error)) from error
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; OSError where the disk is full or fails."""
+    with tensor_errors():
+        save_file(dict(tensors), path)

@@ -75,7 +75,6 @@ def _documents_at_once(hidden_BLD: Tensor, columns: int) -> int:
 
 
 def _centrality(hidden_BLD: Tensor, valid_BL: Tensor) -> Tensor:
-    """`centrality` of a few documents."""
     hidden_BLD = at_least_float32(hidden_BLD)
     batch, length, width = hidden_BLD.shape
     mean_BL = hidden_BLD.mean(-1)
@@ -147,7 +146,6 @@ def pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tup
 
 
 def _pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tuple[Tensor, Tensor]:
-    """`pool_spans` of a few documents."""
     position_L = torch.arange(hidden_BLD.shape[1], device=hidden_BLD.device)
     member_BKL = (position_L >= spans_BK2[..., :1]) & (position_L < spans_BK2[..., 1:])
     hidden_BLD = at_least_float32(hidden_BLD)

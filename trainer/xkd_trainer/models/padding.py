@@ -22,8 +22,6 @@ Array = npt.NDArray[Any]
 
 LARGE: Final = 2**18
 """Bytes from which on memory is kept; what is smaller the allocator keeps by itself."""
-
-
 _free: Final[dict[int, Array]] = {}
 """Memory whose tensor is gone, by id; each step on it is one that no other thread can interrupt."""
 

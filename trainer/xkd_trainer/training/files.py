@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from xkd_schemas.cache.manifest import OWN
 from xkd_schemas.durable_files import digest, disk_errors, own_folder, replace, save_folder, sha256_of, sync_folder
 from xkd_schemas.tokens import END, Bools, Int32s
-from xkd_trainer.models.student_files import PROVENANCE, check_student, save_tensors, tensor_errors
+from xkd_trainer.models.loading import PROVENANCE, check_student, read_provenance, save_tensors, tensor_errors
 
 KEPT = 2
 """Newest whole checkpoints that stay."""
@@ -79,14 +79,11 @@ def save(out: Path, snapshot: Snapshot) -> Path:
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
-    optimizer = {
-        f"{index}.{key}": tensor.detach().cpu().contiguous()
-        for index, values in snapshot.optimizer["state"].items()
-        for key, tensor in values.items()
-    }
-    save_tensors(_make_contiguous(snapshot.student), folder / "student.safetensors")
-    save_tensors(_make_contiguous(snapshot.projectors), folder / "projectors.safetensors")
-    save_tensors({**optimizer, "random": snapshot.random}, folder / "optimizer.safetensors")
+    states = snapshot.optimizer["state"].items()
+    optimizer = {f"{index}.{key}": tensor for index, values in states for key, tensor in values.items()}
+    tensors = snapshot.student, snapshot.projectors, {**optimizer, "random": snapshot.random}
+    for name, content in zip(FILES, tensors, strict=False):
+        save_tensors(_make_contiguous(content), folder / name)
     state = {
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "window": dict(snapshot.window),
         "optimizer": {"groups": snapshot.optimizer["param_groups"]},
@@ -188,19 +185,18 @@ def export_student(
 def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
     """True where `out` holds the finished student of exactly this run; BadData where a file is not as it was saved."""
     check_student(out, weights=True)
-    return _names_run(out / PROVENANCE, fingerprint)
+    return _is_run(read_provenance(out), fingerprint)
 
 
 def was_exporting(out: Path, fingerprint: Mapping[str, Any]) -> bool:
     """True where exactly this run was stopped while it saved its student to `out`."""
-    return _names_run(out / UNFINISHED, fingerprint)
-
-
-def _names_run(path: Path, fingerprint: Mapping[str, Any]) -> bool:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        return _is_run(json.loads((out / UNFINISHED).read_bytes()), fingerprint)
     except (OSError, ValueError):
         return False
+
+
+def _is_run(stored: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> bool:
     return bool(stored.get("run") == json.loads(json.dumps(dict(fingerprint))))
 
 

@@ -55,13 +55,7 @@ class Trained:
     """What each term is multiplied by at the last step."""
 
 
-def train(
-    run: RunConfig,
-    *,
-    student_table: str = "",
-    on_missing: str = "fail",
-    quiet: bool = False,
-) -> Trained:
+def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", quiet: bool = False) -> Trained:
     """Train a student from a cache, or go on where the same command stopped.
 
     Ctrl-C and SIGTERM end it after the step in work, with a checkpoint of it.

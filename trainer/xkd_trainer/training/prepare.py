@@ -57,9 +57,7 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
     if run.student.model.startswith("new:") and not run.student.tokenizer:
         raise UsageError("a new student needs a tokenizer", fix="--student-tokenizer FOLDER")
     weights = parse_loss(run.train.loss)
-    settings = {name: loss_named(name).parse(run.losses.get(name, {})) for name in weights}
-    for name in sorted(set(run.losses) - set(weights)):
-        loss_named(name).parse(run.losses[name])
+    settings = {n: loss_named(n).parse(run.losses.get(n, {})) for n in (*weights, *sorted(run.losses))}
     tokenizer = load_tokenizer(run.student.tokenizer or run.student.model)
     fingerprint, caches = identity(tokenizer), []
     shards = [parse_shards(text) for text in run.train.shards] or [(Path(run.cache), 1.0)]
