@@ -34,11 +34,9 @@ from xkd_trainer.models.loading import check_model_name, load_tokenizer
 SECONDS: Final = 60
 FLOPS: Final = {"cpu": 50e9, "cuda": 100e12}
 """What a core and a GPU may do in a second of a teacher's pass; of either there are slower and faster ones."""
-USUAL_WEIGHTS: Final = {"cpu": 200e6, "cuda": 7e9}
-"""Of a teacher that nobody has named yet."""
+USUAL_WEIGHTS: Final = {"cpu": 200e6, "cuda": 7e9}  # of a teacher that nobody has named yet
 CHARS_PER_TOKEN: Final = 4
-MOST_CHARS: Final = 400_000
-"""Of a shard, which lies in memory while it is made."""
+MOST_CHARS: Final = 400_000  # of a shard, which lies in memory while it is made
 PLACES: Final = 4
 ROWS_AT_A_PLACE: Final = 64
 

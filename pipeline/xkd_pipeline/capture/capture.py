@@ -22,8 +22,7 @@ from xkd_trainer.models.compute_dtype import this_device
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.loading import load_tokenizer
 
-KL_ROWS = 32
-"""States of a shard whose next-token distributions are compared before and after the codec."""
+KL_ROWS = 32  # states of a shard whose next-token distributions are compared before and after the codec
 
 
 class TeacherSettings(TeacherSection):

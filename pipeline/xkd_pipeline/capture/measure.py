@@ -21,8 +21,7 @@ from xkd_trainer.models.forward import States
 from xkd_trainer.models.measures import OF_LOGITS, OF_STATES, cosine_matrix, pack_triangle, pool_spans
 from xkd_trainer.models.padding import pad
 
-LOGIT_BYTES = 64 * 2**20
-"""Logits are made for so many bytes of positions at a time."""
+LOGIT_BYTES = 64 * 2**20  # logits are made for so many bytes of positions at a time
 
 ROWS: Final = {"attention": "attention_layers", "attention_text": "text_layers"}
 """Signals that are one row of a block's attention map, and where `States` has it."""

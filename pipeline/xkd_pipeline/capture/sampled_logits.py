@@ -21,8 +21,7 @@ from xkd_schemas.durable_files import xxh3_of
 from xkd_schemas.tokens import Int32s
 from xkd_trainer.models.measures import at_least_float32
 
-ELEMENTS = 1 << 19
-"""Probabilities worked on at a time."""
+ELEMENTS = 1 << 19  # probabilities worked on at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

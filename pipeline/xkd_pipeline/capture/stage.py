@@ -41,8 +41,7 @@ from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, warn_o
 from xkd_trainer.models.forward import check_model, rehearse
 from xkd_trainer.models.loading import check_model_name, load_model
 
-CAPTURE_VERSION: Final = 5
-"""Bump when the same settings would give other bytes."""
+CAPTURE_VERSION: Final = 5  # bump when the same settings would give other bytes
 RUN_SETTINGS: Final = ("dtype", "codec", "batch_tokens", "pad_multiple", "threads", "device")
 """Fields of `TeacherSettings` that a table's spec names as they are."""
 

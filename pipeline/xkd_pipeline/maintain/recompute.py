@@ -31,8 +31,7 @@ TOLERANCE: Final = {"bf16": 0.06, "float16": 0.02, "float32": 0.06, "int32": 0.0
 """Largest |a - b| / |b| of a row's column: bfloat16 results move by so much with batch mates and threads. Of classes,
 how far their logits may be from those of the live teacher at the same rank, as a share of the largest one: of logits
 that are as close as that, any may come first. (Of a bfloat16 teacher's 16 largest, a third have another rank.)"""
-TIES: Final = 0.01
-"""Share of a row's classes that may be further off."""
+TIES: Final = 0.01  # share of a row's classes that may be further off
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

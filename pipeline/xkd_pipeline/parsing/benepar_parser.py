@@ -32,12 +32,10 @@ from xkd_schemas.progress import tick_each
 
 MAX_SENTENCE_TOKENS: Final = 256
 """Tokens of the longest sentence that is parsed: memory grows with their square, to 0.9 GB at 300."""
-SUBBATCH_TOKENS: Final = 500
-"""Sub-words benepar takes at once, padding included."""
+SUBBATCH_TOKENS: Final = 500  # sub-words benepar takes at once, padding included
 PLACEHOLDER: Final = "X"
 """Stands for a token that the model's tokenizer would drop, such as a lone zero-width character."""
-SEGMENTERS: Final = ("parser", "senter", "sentencizer")
-"""spaCy components that cut sentences."""
+SEGMENTERS: Final = ("parser", "senter", "sentencizer")  # spaCy components that cut sentences
 
 TOO_LONG: Final = "sentence_too_long"
 NOT_ENCODABLE: Final = "sentence_not_encodable"

@@ -7,8 +7,7 @@ from typing import Final, Protocol
 from xkd_schemas.documents import Document, Spans, document_of
 from xkd_schemas.durable_files import digest
 
-TEXTS_AT_ONCE: Final = 64
-"""Texts handed to spaCy at once. Memory grows with it; spans do not depend on it."""
+TEXTS_AT_ONCE: Final = 64  # texts handed to spaCy at once. Memory grows with it; spans do not depend on it
 
 
 class Parser(Protocol):

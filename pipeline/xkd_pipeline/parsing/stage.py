@@ -24,10 +24,8 @@ from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT, OK, Tokens
 
-LONG_PROMPT: Final = "long_prompt"
-"""Reason of a row whose prompt is too long and cannot be cut."""
-PROMPTS_CUT: Final = "prompts_cut"
-"""Count of documents whose prompt was cut."""
+LONG_PROMPT: Final = "long_prompt"  # reason of a row whose prompt is too long and cannot be cut
+PROMPTS_CUT: Final = "prompts_cut"  # count of documents whose prompt was cut
 _NO_END: Final = 2**31 - 1
 
 
@@ -120,8 +118,7 @@ class DocumentsStage(Stage):
         return write_shard(self.folder, job.unit, DOCUMENTS, columns, rejects=rejected, counts=counts)
 
 
-UNUSED: Final = "unused:"
-"""Begins the names of counts of keys that were not used."""
+UNUSED: Final = "unused:"  # begins the names of counts of keys that were not used
 _KILLS: Final = "ends the process that reads or parses it, every time"
 _LONG: Final = "its prompt is longer than max_prompt_tokens, and has tools or reasoning, or a template as long"
 

@@ -27,10 +27,8 @@ from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_dev
 from xkd_trainer.models.forward import check_model
 from xkd_trainer.models.loading import load_model
 
-LONGEST: Final = 4
-"""Span lengths from here on are one class of the histogram."""
-MOST_LENGTHS: Final = 8
-"""Classes of the histogram that are printed."""
+LONGEST: Final = 4  # span lengths from here on are one class of the histogram
+MOST_LENGTHS: Final = 8  # classes of the histogram that are printed
 NO_SPANS: Final = Spans(words=(), phrases=(), labels=())
 
 

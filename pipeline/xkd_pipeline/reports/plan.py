@@ -37,13 +37,10 @@ from xkd_schemas.text.encode import TRIED, Encoder
 from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, Tokens, kept_rows, predictors
 from xkd_trainer.models.compute_dtype import dtype_named, this_device
 
-LIBRARIES: Final = 600 * 2**20
-"""Resident bytes of Python with torch and transformers."""
-PADDING: Final = 1.01
-"""Of Arrow's buffers, as a share of their bytes."""
+LIBRARIES: Final = 600 * 2**20  # resident bytes of Python with torch and transformers
+PADDING: Final = 1.01  # of Arrow's buffers, as a share of their bytes
 VALUE_BYTES: Final = {"bf16": 2, "float16": 2, "float32": 4, "int32": 4}
-OFFSET_BYTES: Final = 8
-"""A list column has one offset for each row."""
+OFFSET_BYTES: Final = 8  # a list column has one offset for each row
 
 
 def count_values(tokens: Tokens, words: Iterable[Any], phrases: Iterable[Any]) -> Counter[str]:

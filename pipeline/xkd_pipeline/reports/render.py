@@ -28,15 +28,11 @@ from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Int32s, Tokens
 
-SIGNS: Final = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-"""What stands for a blank in a token."""
+SIGNS: Final = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}  # what stands for a blank in a token
 END_SIGN: Final = "∎"
-EXACT: Final = "="
-"""Under a pair of one token each."""
-MANY: Final = "~"
-"""Under a span of several tokens on one side."""
-ALONE: Final = " "
-"""Under tokens that are in no aligned span."""
+EXACT: Final = "="  # under a pair of one token each
+MANY: Final = "~"  # under a span of several tokens on one side
+ALONE: Final = " "  # under tokens that are in no aligned span
 
 _SKIN_TONES: Final = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 _JOIN: Final = "│"

@@ -34,18 +34,12 @@ from xkd_schemas.durable_files import bytes_below, inside, replace, sha256_of
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.tokens import OK, TOKEN_FIELDS
 
-WORST: Final = 20
-"""Documents that are drawn."""
-MAX_COLUMNS: Final = 200
-"""Aligned spans of one document that are drawn."""
-MAX_CHARS: Final = 1200
-"""Characters of one document's text, brackets included, that are shown."""
-SAMPLED_SHARDS: Final = 32
-"""Shards of a teacher table that are read at most."""
-MAX_REJECTS: Final = 20
-"""Rejected rows that are shown."""
-MAX_BINS: Final = 24
-"""Bars of a histogram at most."""
+WORST: Final = 20  # documents that are drawn
+MAX_COLUMNS: Final = 200  # aligned spans of one document that are drawn
+MAX_CHARS: Final = 1200  # characters of one document's text, brackets included, that are shown
+SAMPLED_SHARDS: Final = 32  # shards of a teacher table that are read at most
+MAX_REJECTS: Final = 20  # rejected rows that are shown
+MAX_BINS: Final = 24  # bars of a histogram at most
 
 Int64s = npt.NDArray[np.int64]
 

@@ -31,8 +31,7 @@ from xkd_schemas.text.encode import TRIED, Encoder, unusable
 from xkd_schemas.text.templates import chosen_template
 from xkd_schemas.tokens import OK, Tokens
 
-ROWS_PER_BATCH = 32
-"""Rows of a record batch: the piece that is checked and mapped at once."""
+ROWS_PER_BATCH = 32  # rows of a record batch: the piece that is checked and mapped at once
 
 Columns = Mapping[str, Sequence[Any]]
 

@@ -30,8 +30,7 @@ from xkd_schemas.errors import InputMissing, Mismatch, Refused, UsageError, Work
 
 SAME: Final = ("numpy", "pyarrow", "spacy", "tokenizers", "torch", "transformers")
 """Packages that results depend on, which must be the same everywhere."""
-LOOK_SECONDS: Final = 5.0
-"""How long a network file system may take to show a new file."""
+LOOK_SECONDS: Final = 5.0  # how long a network file system may take to show a new file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +72,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-SHIPPED: Final = ("xkd_schemas", "xkd_trainer", "xkd_pipeline")
-"""Our packages, sent to every worker of a cluster."""
+SHIPPED: Final = ("xkd_schemas", "xkd_trainer", "xkd_pipeline")  # our packages, sent to every worker of a cluster
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -35,12 +35,10 @@ from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
 from xkd_schemas.progress import remark
 
-TRIES: Final = 3
-"""Workers that a shard, or a row, may kill or hang; starts of a worker that may fail in a row."""
+TRIES: Final = 3  # workers that a shard, or a row, may kill or hang; starts of a worker that may fail in a row
 MOST_LOST: Final = 16
 """Rows of one shard that may be left out at once; if more kill their worker, something else is wrong."""
-FIRST_SECONDS: Final = 1800.0
-"""How long a worker may load at least, and a shard take while none has finished."""
+FIRST_SECONDS: Final = 1800.0  # how long a worker may load at least, and a shard take while none has finished
 SHORTEST_SECONDS: Final = 300.0
 MEDIANS: Final = 5
 

@@ -32,10 +32,8 @@ MANTISSA_BITS, BIAS = np.int32(23), np.int32(127)
 FRACTION_MASK, ONE_BITS = np.int32((1 << 23) - 1), np.int32(127 << 23)
 FAINT: Final = np.int32(60)
 """Smaller than 2**-FAINT of the largest predecessor is dropped; 2**(-2 * FAINT) is a normal number."""
-LIMIT: Final = float(1 << 27)
-"""Largest magnitude of the exponent along a whole path."""
-NEVER: Final = np.int32(-(1 << 29))
-"""Exponent of a cell that no path reaches."""
+LIMIT: Final = float(1 << 27)  # largest magnitude of the exponent along a whole path
+NEVER: Final = np.int32(-(1 << 29))  # exponent of a cell that no path reaches
 
 
 @compile_kernel

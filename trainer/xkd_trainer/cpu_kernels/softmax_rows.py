@@ -19,8 +19,7 @@ from xkd_trainer.cpu_kernels.compiled import among_threads, bits_of, compile_ker
 
 Array = npt.NDArray[Any]
 
-PIECE: Final = 1024
-"""Classes taken at once: 4 KB."""
+PIECE: Final = 1024  # classes taken at once: 4 KB
 LANES: Final = 64
 FLOOR: Final = np.float32(-80.0)
 """A class further below the likeliest, by a factor of 2e-35, counts as 0: no exponential is a denormal number."""

@@ -102,10 +102,8 @@ def _teacher_arrays(teacher: Row, wanted: frozenset[Signal], columns: Mapping[st
     return arrays
 
 
-_FIELDS: Final = signal_fields(Batch)
-"""Signals without a layer; `sampled` is two fields."""
-_TOKEN_FIELDS: Final = signal_fields(TokenStates)
-"""Signals of all tokens of a layer."""
+_FIELDS: Final = signal_fields(Batch)  # signals without a layer; `sampled` is two fields
+_TOKEN_FIELDS: Final = signal_fields(TokenStates)  # signals of all tokens of a layer
 
 
 def _signal_array(teacher: Row, name: str, column: str) -> dict[str, Array]:

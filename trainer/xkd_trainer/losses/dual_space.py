@@ -32,8 +32,7 @@ from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_argmax
 from xkd_trainer.models.measures import at_least_float32
 
-MASKED = -1e5
-"""Score of a pair in which either side is padding, as in the authors' code; its exponential is exactly 0."""
+MASKED = -1e5  # score of a pair in which either side is padding, as in the authors' code; its exponential is exactly 0
 
 
 class DualSpaceSettings(Knobs):

@@ -19,8 +19,7 @@ from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.padding import pad
 
-BATCH: Final = 16
-"""Documents of one forward pass."""
+BATCH: Final = 16  # documents of one forward pass
 
 
 def make_batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

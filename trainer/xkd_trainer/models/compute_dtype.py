@@ -19,8 +19,7 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-SLOW: Final = 1.5
-"""A dtype whose products take so many times as long as those of float32 is slow."""
+SLOW: Final = 1.5  # A dtype whose products take so many times as long as those of float32 is slow
 _PRODUCT: Final = {"cpu": (64, 256, 256), "cuda": (2048, 2048, 2048)}
 """Sizes of the product that is timed: at most some 50 ms where torch has nothing but a reference routine."""
 

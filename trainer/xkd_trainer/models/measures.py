@@ -23,11 +23,9 @@ from xkd_schemas.errors import BadData
 CHUNK_ELEMENTS = 1 << 22
 """Elements of each temporary of `centrality` and `pool_spans`, 16 MB in float32 (64 MB was twice as slow)."""
 
-STD_FLOOR = 1e-5
-"""Added to the standard deviation in eq. 5 of MTA, as the authors' code does."""
+STD_FLOOR = 1e-5  # added to the standard deviation in eq. 5 of MTA, as the authors' code does
 
-SHORTEST = 1e-12
-"""A vector shorter than this counts as zero: the slope of a length below 1e-13 is beyond float32."""
+SHORTEST = 1e-12  # A vector shorter than this counts as zero: the slope of a length below 1e-13 is beyond float32
 
 CANCELS = 1e-2
 """Share of the mean square below which a variance is not taken as a difference: it would lose two digits."""

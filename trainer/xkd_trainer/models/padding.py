@@ -20,8 +20,7 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 
-LARGE: Final = 2**18
-"""Bytes from which on memory is kept; what is smaller the allocator keeps by itself."""
+LARGE: Final = 2**18  # bytes from which on memory is kept; what is smaller the allocator keeps by itself
 _free: Final[dict[int, Array]] = {}
 """Memory whose tensor is gone, by id; each step on it is one that no other thread can interrupt."""
 

@@ -132,5 +132,4 @@ class Distiller(nn.Module):
         return {name: how for name, how in self.projectors.items() if learns[name]}
 
 
-TINY = torch.finfo(torch.float32).tiny
-"""Smallest denominator that is not 0."""
+TINY = torch.finfo(torch.float32).tiny  # smallest denominator that is not 0

@@ -27,8 +27,7 @@ from xkd_schemas.durable_files import digest, disk_errors, own_folder, replace, 
 from xkd_schemas.tokens import END, Bools, Int32s
 from xkd_trainer.models.loading import PROVENANCE, check_student, read_provenance, save_tensors, tensor_errors
 
-KEPT = 2
-"""Newest whole checkpoints that stay."""
+KEPT = 2  # newest whole checkpoints that stay
 FILES: Final = ("student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -142,8 +141,7 @@ def _load(path: Path) -> Snapshot:
 
 Learnt = tuple[Int32s, Any, Bools]
 """Ids, kinds and targets of a row."""
-UNFINISHED = "xkd-unfinished.json"
-"""Names the run while its student is being saved."""
+UNFINISHED = "xkd-unfinished.json"  # names the run while its student is being saved
 
 
 def export_student(

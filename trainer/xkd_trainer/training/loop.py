@@ -34,11 +34,9 @@ from xkd_trainer.training.prepare import Ready, set_up
 T = TypeVar("T")
 Value = TypeVar("Value", float, Tensor)
 
-LOOKED_AT: Final = 1024
-"""Rows whose end tokens are looked up when the student is saved."""
+LOOKED_AT: Final = 1024  # rows whose end tokens are looked up when the student is saved
 _UNASKED: Final = " (no --loss: cross-entropy alone, nothing of the teacher; xkd-train losses lists the others)"
-SAVE_SECONDS: Final = 600.0
-"""Where nobody says how often, a checkpoint is written after so long."""
+SAVE_SECONDS: Final = 600.0  # where nobody says how often, a checkpoint is written after so long
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,8 +37,7 @@ from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.losses.pairing import OneTokenizerLoss
 
 TERMS = ("projected_ce", "student_space", "teacher_space")
-RANK_TOLERANCE = 1e-6
-"""Singular values below this share of the largest count as 0 in `pseudo_inverse`."""
+RANK_TOLERANCE = 1e-6  # singular values below this share of the largest count as 0 in `pseudo_inverse`
 
 
 class DskdCmaSettings(DualSpaceSettings):

@@ -34,8 +34,7 @@ from xkd_trainer.losses.ops.vocabulary import BYTE_TOKEN, shared_vocabulary, tok
 UNMAPPED: Final = -1e5
 """Logit of a student class that no teacher class stands for, as in DSKD's code; its exponential is exactly 0."""
 
-SEARCHED: Final = 512
-"""Classes whose nearest are searched between two ticks."""
+SEARCHED: Final = 512  # classes whose nearest are searched between two ticks
 
 Array = npt.NDArray[Any]
 

@@ -31,8 +31,7 @@ from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pairing import find_pairs, student_at_pairs, teacher_at_pairs
 from xkd_trainer.models.measures import at_least_float32, divide
 
-STD_FLOOR = 1e-4
-"""Added to the standard deviation of the logits, as in the official code."""
+STD_FLOOR = 1e-4  # added to the standard deviation of the logits, as in the official code
 
 
 class MultiLevelOtSettings(Settings):

@@ -24,8 +24,7 @@ from xkd_trainer.models.measures import at_least_float32
 CHUNK_BYTES = 16 << 20
 """Size of one chunk of logits where the head learns: its gradient is memory enough. A divergence holds two chunks."""
 
-WIDER = 3
-"""How many times as much where the head is a constant: large products cost less a position."""
+WIDER = 3  # how many times as much where the head is a constant: large products cost less a position
 
 Function = Callable[[slice, Tensor], Tensor]
 """(positions, their logits [C, ..., V], left as they are) -> values [C, ...]; everything else it reads is constant."""
