@@ -21,17 +21,17 @@ BIN: Final = Path(sys.executable).parent
 RUN: Final = Path("runs/demo.toml")
 FEW: Final = ["--sample", "128"]
 STUDENTS: Final = ("without teacher", "with teacher")
-PROBE: Final = (0.10, 0.10)
+PROBE: Final = (0.045, 0.07)
 """Seconds of `probe` on two cores of an AMD EPYC with AVX2, where EXPECTED was measured with nothing else running."""
 EXPECTED: Final[Mapping[str, tuple[float, float]]] = {
-    "teacher, text and tokenizer": (20, 5),
-    "tokenizers compared, cache planned": (14, 0),
-    "cache of the training rows": (40, 80),
-    "cache of the held-out rows, teacher evaluated": (25, 35),
-    "students without teacher": (15, 50),
-    "students with teacher": (30, 220),
+    "teacher, text and tokenizer": (46, 5),
+    "tokenizers compared, cache planned": (13, 0),
+    "cache of the training rows": (35, 70),
+    "cache of the held-out rows, teacher evaluated": (14, 28),
+    "students without teacher": (20, 25),
+    "students with teacher": (18, 34),
     "students evaluated": (20, 6),
-    "report of the cache": (3, 0),
+    "report of the cache": (2, 0),
 }
 """Step -> seconds there that are Python's, and seconds that are matrix products."""
 Result = dict[str, Any]
@@ -104,9 +104,9 @@ def expected(python: float, products: float) -> str:
     """What the steps will take on a machine whose probe took so many seconds.
 
     >>> print(expected(*PROBE).splitlines()[0])
-    The demo takes about 9.4 minutes here once the packages are downloaded:
+    The demo takes about 5.6 minutes here once the packages are downloaded:
     >>> print(expected(2 * PROBE[0], 2 * PROBE[1]).splitlines()[0])
-    The demo takes about 18.8 minutes here once the packages are downloaded:
+    The demo takes about 11.2 minutes here once the packages are downloaded:
     """
     scales = (python / PROBE[0], products / PROBE[1])
     seconds = {title: sum(s * e for s, e in zip(scales, parts, strict=True)) for title, parts in EXPECTED.items()}
