@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.measure import Options, in_subprocess, peak_bytes
 from benchmarks.pair import Pair, pair_of
 from benchmarks.rows import Result, memory
-from xkd_pipeline.tables.shard import Totals, write_shard
+from xkd_pipeline.tables.shard import write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_schemas.cache.manifest import Commit, Unit
 from xkd_schemas.cache.table import Table, names_in
@@ -62,10 +62,10 @@ def _repeat(source: Path, target: Path, name: str, times: int, changed: dict[str
     store = Store(target, name, {**old.manifest.spec, **changed}, units)
     shard = old.shard(0)
     columns = {f.name: [shard.row(i)[f.name] for i in range(rows)] for f in shard.schema}
-    totals = Totals(counts=old.manifest.commits[0].counts)
+    counts = old.manifest.commits[0].counts
     commits: dict[int, Commit] = {}
     for unit in range(times):
-        commits[unit] = write_shard(store.folder, unit, shard.schema, columns, totals=totals)
+        commits[unit] = write_shard(store.folder, unit, shard.schema, columns, counts=counts)
         store.commit(commits[unit])
     for path in old.folder.iterdir():
         if path.name == "tokenizer":

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xkd_pipeline.parsing.stage import columns_of
-from xkd_pipeline.tables.shard import Totals, write_shard
+from xkd_pipeline.tables.shard import write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_schemas.cache.manifest import Commit, Manifest, Unit
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, document_of
@@ -104,6 +104,6 @@ def write_table(
     commits: dict[int, Commit] = {}
     for number, unit in enumerate(units):
         part = {column: values[unit.first : unit.first + unit.rows] for column, values in columns.items()}
-        commits[number] = write_shard(store.folder, number, schema, part, totals=Totals(counts={}))
+        commits[number] = write_shard(store.folder, number, schema, part)
         store.commit(commits[number])
     return store.seal(commits, {}, {})

@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -21,13 +21,13 @@ from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import Row, Table
-from xkd_schemas.corpus import rows
+from xkd_schemas.corpus.rows import Reason
 from xkd_schemas.text.encode import REASONS
 from xkd_schemas.tokens import CONTENT, OK
 
 ROWS = int(os.environ.get("XKD_NASTY_ROWS", "300"))
 TABLES = ("teachers/T", "students/unigram", "students/wordpiece")
-REJECTS = {value for name, value in vars(rows).items() if name.isupper() and isinstance(value, str)}
+REJECTS = set(get_args(Reason))
 """The reasons a row can be rejected for."""
 
 
