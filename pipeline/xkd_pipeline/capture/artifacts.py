@@ -38,16 +38,11 @@ class Sizes:
     architecture: str
     layers: int
     width: int
-    classes: int
-    """Rows of the head."""
-    inner: int
-    """Width of the feed-forward part."""
-    weights: int
-    """Numbers, a tied head counted once."""
-    file_numbers: int
-    """Numbers in head.safetensors and embeddings.safetensors."""
-    number_bytes: int
-    """Bytes of a number in the checkpoint, as its configuration says."""
+    classes: int  # rows of the head
+    inner: int  # width of the feed-forward part
+    weights: int  # numbers, a tied head counted once
+    file_numbers: int  # numbers in head.safetensors and embeddings.safetensors
+    number_bytes: int  # bytes of a number in the checkpoint, as its configuration says
 
 
 def empty_model(name: str) -> PreTrainedModel:

@@ -32,8 +32,7 @@ class Reading:
     """One document as the teacher tokenized it, with its words and phrases as token ranges."""
 
     tokens: Tokens
-    ranges: dict[str, Int32s]
-    """"word" and "phrase" -> [K, 2]."""
+    ranges: dict[str, Int32s]  # "word" and "phrase" -> [K, 2]
 
 
 def pad_readings(readings: Sequence[Reading], multiple: int) -> tuple[Tensor, Tensor]:

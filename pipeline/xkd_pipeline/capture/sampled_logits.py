@@ -28,12 +28,9 @@ ELEMENTS = 1 << 19  # probabilities worked on at a time
 class Draw:
     """What was drawn, and how far it is from what it stands for."""
 
-    entries_Nk: npt.NDArray[np.int32]
-    """As `xkd_schemas.codecs` has them."""
-    lost_N: npt.NDArray[np.float64]
-    """Sum over classes of (share / TOTAL - probability) squared."""
-    kept_N: npt.NDArray[np.float64]
-    """Sum over classes of the squared probability."""
+    entries_Nk: npt.NDArray[np.int32]  # as `xkd_schemas.codecs` has them
+    lost_N: npt.NDArray[np.float64]  # sum over classes of (share / TOTAL - probability) squared
+    kept_N: npt.NDArray[np.float64]  # sum over classes of the squared probability
 
 
 def uniforms(token_ids: Int32s, count: int) -> npt.NDArray[np.float64]:

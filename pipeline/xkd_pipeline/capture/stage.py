@@ -54,8 +54,7 @@ class TeacherStage:
     folder: Path
     settings: TeacherSettings
     signals: tuple[str, ...]
-    beside: str = ""
-    """Name of a teacher whose table has the tokens: only doc_id and the signals are written."""
+    beside: str = ""  # name of a teacher whose table has the tokens: only doc_id and the signals are written
 
     def load(self) -> Make:
         """Load tokenizer and model once."""

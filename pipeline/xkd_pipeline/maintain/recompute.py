@@ -39,13 +39,11 @@ class Recomputed:
     """What a comparison with the live teacher found."""
 
     bad: list[Finding]
-    rows: int
-    """Rows that were compared."""
+    rows: int  # rows that were compared
     skipped: list[str]
     """Columns that cannot be compared: those of some codecs, and drawn classes, which a last bit of a logit may
     change for others."""
-    dtype: str
-    """In which the live teacher ran."""
+    dtype: str  # in which the live teacher ran
     differences: dict[str, float] = field(default_factory=dict, compare=False)
     """Largest relative difference of a row, by column, for columns of which no bit need be the same."""
 

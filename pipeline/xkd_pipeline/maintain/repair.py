@@ -28,12 +28,9 @@ class Repaired:
     """What a repair found and did."""
 
     bad: list[Finding]
-    made: dict[str, int]
-    """Table -> shards made again; 0 where only other files were put right."""
-    commands: list[str]
-    """What to type, after the CAPITALS are replaced, for what needs the corpus or the teacher."""
-    left: list[Finding]
-    """What is still wrong."""
+    made: dict[str, int]  # table -> shards made again; 0 where only other files were put right
+    commands: list[str]  # what to type, after the CAPITALS are replaced, for what needs the corpus or the teacher
+    left: list[Finding]  # what is still wrong
 
 
 def repair(

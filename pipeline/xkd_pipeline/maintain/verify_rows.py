@@ -29,12 +29,9 @@ PER_TOKEN = ("attention_last", "attention", "attention_text", "centrality")
 class Finding:
     """One problem of a cache."""
 
-    table: str
-    """"" for files of the cache itself."""
-    unit: int | None
-    """Number of the shard; None where it is not about one."""
-    file: str
-    """Relative to the cache."""
+    table: str  # "" for files of the cache itself
+    unit: int | None  # number of the shard; None where it is not about one
+    file: str  # relative to the cache
     reason: str
 
     @property

@@ -45,14 +45,10 @@ NOT_ENCODABLE: Final = "sentence_not_encodable"
 class Sentence:
     """One sentence as benepar's model takes it; leaf i stands for `words[i]`."""
 
-    words: tuple[str, ...]
-    """[T] without blank ones."""
-    space_after: tuple[bool, ...]
-    """[T]"""
-    intervals: tuple[Interval, ...]
-    """[T] characters of the parsed text."""
-    tree: None = None
-    """benepar asks whether there is a gold tree."""
+    words: tuple[str, ...]  # [T] without blank ones
+    space_after: tuple[bool, ...]  # [T]
+    intervals: tuple[Interval, ...]  # [T] characters of the parsed text
+    tree: None = None  # benepar asks whether there is a gold tree
 
 
 def sentence_of(tokens: Sequence[Any], normalise: dict[str, str]) -> Sentence:

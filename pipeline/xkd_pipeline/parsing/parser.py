@@ -13,8 +13,7 @@ TEXTS_AT_ONCE: Final = 64  # texts handed to spaCy at once. Memory grows with it
 class Parser(Protocol):
     """Finds words and phrases. What it finds in a document depends on that document alone."""
 
-    notes: Counter[str]
-    """What could not be parsed in full since the caller last cleared it, by reason."""
+    notes: Counter[str]  # what could not be parsed in full since the caller last cleared it, by reason
 
     def parse(self, documents: Sequence[Document]) -> list[Spans]:
         """Spans of each document, in order; none crosses a segment border."""

@@ -82,13 +82,10 @@ class PlanSample:
 
     sample: Sample
     spans: tuple[Spans, ...]
-    encoder: Encoder
-    """The teacher's."""
+    encoder: Encoder  # the teacher's
     tokens: TokenBatch
-    counts: Counter[str]
-    """See `count_values`."""
-    shards: int
-    """Of one table of the whole corpus."""
+    counts: Counter[str]  # see `count_values`
+    shards: int  # of one table of the whole corpus
 
     def of_corpus(self, number: float) -> int:
         """A number of the sample for the whole corpus."""

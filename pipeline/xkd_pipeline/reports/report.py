@@ -80,8 +80,7 @@ class SignalSizes(NamedTuple):
     table: str
     signals: list[tuple[str, int]]
     """(signal, bytes) with the largest first; "tokens" stands for ids, intervals and kinds."""
-    read: int
-    """Shards that were read."""
+    read: int  # shards that were read
     shards: int
 
 
@@ -90,8 +89,7 @@ class Alignment(NamedTuple):
 
     student: str
     teacher: str
-    shapes: dict[str, int]
-    """1:1, 1:n, n:1 and n:m (student tokens : teacher tokens) with the number of aligned spans."""
+    shapes: dict[str, int]  # 1:1, 1:n, n:1 and n:m (student tokens : teacher tokens) with the number of aligned spans
     spans: int
     worst: list[tuple[float, int]]
     """(share of the document's aligned tokens that stand one to one, row number), the worst first."""

@@ -19,16 +19,12 @@ class Sample:
     """What was read, and what of."""
 
     sources: tuple[Source, ...]
-    rows: int
-    """Rows that were read, rejected ones included."""
+    rows: int  # rows that were read, rejected ones included
     documents: tuple[Document, ...]
     rejected: tuple[RejectedRow, ...]
-    sizes: tuple[int, ...]
-    """Of each document, the size of the row that it was read from; see `size_of`."""
-    corpus_rows: int
-    """Rows of the whole corpus."""
-    scale: float
-    """Size of the corpus for each size that was read; 1 if all were."""
+    sizes: tuple[int, ...]  # of each document, the size of the row that it was read from; see `size_of`
+    corpus_rows: int  # rows of the whole corpus
+    scale: float  # size of the corpus for each size that was read; 1 if all were
 
 
 def spread_evenly(total: int, wanted: int) -> list[int]:

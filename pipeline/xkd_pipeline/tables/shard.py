@@ -102,10 +102,8 @@ class DocumentRows:
 
     doc_ids: Sequence[str]
     block: DocumentBatch
-    words: Ragged
-    """[K, 2] int32 characters."""
-    phrases: Ragged
-    """[K, 2] int32 characters."""
+    words: Ragged  # [K, 2] int32 characters
+    phrases: Ragged  # [K, 2] int32 characters
     killers: frozenset[int] = frozenset()
     """Rows that no tokenizer may see: each of them killed every process that worked on it."""
 

@@ -41,12 +41,9 @@ class Stage(Protocol):
 class Workers:
     """How shards are run; nothing here changes a byte of the result."""
 
-    count: int = 0
-    """Ray actors; 0 makes the shards in this process."""
-    gpus: float = 0.0
-    """GPUs of each actor."""
-    address: str | None = None
-    """Ray cluster to join; None starts one on this machine's loopback."""
+    count: int = 0  # Ray actors; 0 makes the shards in this process
+    gpus: float = 0.0  # GPUs of each actor
+    address: str | None = None  # Ray cluster to join; None starts one on this machine's loopback
     stall_seconds: float | None = None
     """A shard that takes longer is taken for hung; None: five times the median, see scheduler.py."""
 
@@ -69,8 +66,7 @@ class Failed:
     """A worker's process is gone, or it could not do what it was given."""
 
     reason: str
-    memory: bool = False
-    """It, or its machine, ran out of memory."""
+    memory: bool = False  # it, or its machine, ran out of memory
     alive: bool = False
 
 

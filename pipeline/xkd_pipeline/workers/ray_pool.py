@@ -38,8 +38,7 @@ class Place:
     """What a worker on another machine must find there."""
 
     paths: tuple[Path, ...]
-    mark: Path
-    """A file that was written just now: a folder without it has the same name and is another one."""
+    mark: Path  # a file that was written just now: a folder without it has the same name and is another one
     versions: dict[str, str]
 
     def check(self) -> None:

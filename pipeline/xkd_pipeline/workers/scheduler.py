@@ -67,8 +67,7 @@ class _Task:
     deaths: int = 0
     hangs: int = 0
     search: Generator[tuple[int, ...], bool, None] | None = None
-    rows: tuple[int, ...] = ()
-    """What the search wants tried alone."""
+    rows: tuple[int, ...] = ()  # what the search wants tried alone
     culprits: list[int] = field(default_factory=list)
 
 

@@ -32,10 +32,8 @@ def permute(size: int, *, seed: int, epoch: int) -> Int64s:
 class Order:
     """The documents of every optimizer step of a run."""
 
-    size: int
-    """Usable documents."""
-    batch_size: int
-    """Documents of a step over all processes; the last step of an epoch may have fewer."""
+    size: int  # usable documents
+    batch_size: int  # documents of a step over all processes; the last step of an epoch may have fewer
     seed: int
 
     @property

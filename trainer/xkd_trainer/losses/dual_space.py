@@ -38,8 +38,7 @@ MASKED = -1e5  # score of a pair in which either side is padding, as in the auth
 class DualSpaceSettings(Knobs):
     """How the two distributions are compared, in each space."""
 
-    temperature: Positive = 2.0
-    """Divides the logits of both divergences; no factor of its square. Papers and code: 2."""
+    temperature: Positive = 2.0  # divides the logits of both divergences; no factor of its square. Papers and code: 2
     student_divergence: Kind = "forward_kl"
     """Student against projected teacher. DSKD's scripts: forward_kl; its code knows the first six."""
     teacher_divergence: Kind = "forward_kl"
@@ -120,16 +119,11 @@ def at_valid(layer: nn.Module, x_BND: Tensor, valid_BN: Tensor) -> Tensor:
 class Mixed:
     """Both sides of one batch, float32, brought together by cross-model attention."""
 
-    hidden_BMD: Tensor
-    """The teacher's states at its predictions."""
-    target_BMD: Tensor
-    """Its embeddings of the ids that are predicted."""
-    to_student_BNM: Tensor
-    """Which teacher tokens a student token looks at."""
-    projected: LazyLogits
-    """The teacher at the student's positions, read with the student's head, which is fixed."""
-    back: LazyLogits
-    """The student at the teacher's positions, read with the teacher's head."""
+    hidden_BMD: Tensor  # the teacher's states at its predictions
+    target_BMD: Tensor  # its embeddings of the ids that are predicted
+    to_student_BNM: Tensor  # which teacher tokens a student token looks at
+    projected: LazyLogits  # the teacher at the student's positions, read with the student's head, which is fixed
+    back: LazyLogits  # the student at the teacher's positions, read with the teacher's head
 
 
 class CrossModelLoss(Loss):

@@ -51,10 +51,8 @@ class Head:
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
-    scale: float = 1.0
-    """Logits are multiplied by it (Granite, Cohere)."""
-    softcap: float | None = None
-    """Logits become softcap * tanh(logits / softcap) (Gemma 2 and later)."""
+    scale: float = 1.0  # logits are multiplied by it (Granite, Cohere)
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap) (Gemma 2 and later)
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in the weight's dtype; states of some families (Mamba) are float32 under any weights."""

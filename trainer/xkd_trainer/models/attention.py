@@ -37,10 +37,8 @@ class LastRows:
     """Rows heard so far: (which, layer index; 0 is the first block) -> [B, H, L] float32, without gradient."""
 
     layers: frozenset[int]
-    places: Mapping[str, Tensor]
-    """Which row -> the position in each document of the token whose row it is, [B] int64."""
-    sdpa: Attention = sdpa_attention_forward
-    """What the name led to before."""
+    places: Mapping[str, Tensor]  # which row -> the position in each document of the token whose row it is, [B] int64
+    sdpa: Attention = sdpa_attention_forward  # what the name led to before
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     several: set[int] = field(default_factory=set)
     """Layers that attended more than once, so that no row is the layer's."""

@@ -30,8 +30,7 @@ class Choice:
 
     dtype: str
     why: str
-    warning: str = ""
-    """For the user, where this dtype is slow here."""
+    warning: str = ""  # for the user, where this dtype is slow here
 
     @property
     def line(self) -> str:
@@ -43,10 +42,8 @@ class Choice:
 class Hardware:
     """A processor, or a GPU of the workers that this process cannot ask: every one since 2020 has bfloat16."""
 
-    kind: str = "a GPU that only the workers see"
-    """What results may depend on, e.g. "CPU AVX2" or the name of a GPU."""
-    has_bfloat16: bool = True
-    """Whether it has instructions for products in bfloat16."""
+    kind: str = "a GPU that only the workers see"  # what results may depend on, e.g. "CPU AVX2" or the name of a GPU
+    has_bfloat16: bool = True  # whether it has instructions for products in bfloat16
     device: str = ""
 
     def slowdown(self, dtype: str) -> float:

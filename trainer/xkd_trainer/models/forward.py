@@ -34,10 +34,8 @@ from xkd_trainer.models.measures import normalise_row
 class States:
     """What one forward pass left behind."""
 
-    last_BLD: Tensor
-    """Last hidden states, final-normed: the head applies directly."""
-    layers: dict[int, Tensor]
-    """Hugging Face index -> [B, L, D]; the last index is `last_BLD` itself."""
+    last_BLD: Tensor  # last hidden states, final-normed: the head applies directly
+    layers: dict[int, Tensor]  # Hugging Face index -> [B, L, D]; the last index is `last_BLD` itself
     attention_BL: Tensor | None
     """Last valid token's attention in the last block, heads summed, rows sum to 1; float32, no gradient."""
     attention_layers: Mapping[int, Tensor] = field(default_factory=dict)

@@ -35,18 +35,13 @@ FILES: Final = ("student.safetensors", "projectors.safetensors", "optimizer.safe
 class Snapshot:
     """Everything a run needs to go on as if it had not stopped. The order of documents is a formula of the step."""
 
-    step: int
-    """Optimizer steps done."""
+    step: int  # optimizer steps done
     student: Mapping[str, Tensor]
     projectors: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]
-    """`state_dict()` of the optimizer."""
-    random: Tensor
-    """torch's CPU generator state, uint8."""
-    fingerprint: Mapping[str, Any]
-    """What must be the same to resume: cache root, losses, batch size, seed, ..."""
-    window: Mapping[str, Any] = field(default_factory=dict)
-    """What was measured since the last logged step."""
+    optimizer: Mapping[str, Any]  # `state_dict()` of the optimizer
+    random: Tensor  # torch's CPU generator state, uint8
+    fingerprint: Mapping[str, Any]  # what must be the same to resume: cache root, losses, batch size, seed, ...
+    window: Mapping[str, Any] = field(default_factory=dict)  # what was measured since the last logged step
 
 
 def _make_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -45,12 +45,9 @@ class Trained:
 
     out: Path
     steps: int
-    resumed_at: int
-    """Step of the checkpoint it went on from; `steps` if there was nothing left to do."""
-    terms: dict[str, float]
-    """Means over the last logged stretch of steps."""
-    weights: dict[str, float]
-    """What each term is multiplied by at the last step."""
+    resumed_at: int  # step of the checkpoint it went on from; `steps` if there was nothing left to do
+    terms: dict[str, float]  # means over the last logged stretch of steps
+    weights: dict[str, float]  # what each term is multiplied by at the last step
 
 
 def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", quiet: bool = False) -> Trained:

@@ -43,8 +43,7 @@ class Ready:
     cache: Cache
     tokenizer: Any
     distiller: Distiller
-    wanted: frozenset[Signal]
-    """Signals that batches carry."""
+    wanted: frozenset[Signal]  # signals that batches carry
 
 
 def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:

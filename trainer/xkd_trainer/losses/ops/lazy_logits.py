@@ -43,12 +43,9 @@ class LazyLogits:
     The states are brought to the head's dtype, so a head kept in bfloat16 gives logits with eight bits of mantissa.
     """
 
-    hidden: Tensor
-    """[..., D], finite. Post-final-norm states, or states projected into this head's space."""
-    weight: Tensor
-    """[V, D]. A constant unless it requires a gradient; detach it where the loss holds it fixed."""
-    bias: Tensor | None = None
-    """[V], or None."""
+    hidden: Tensor  # [..., D], finite. Post-final-norm states, or states projected into this head's space
+    weight: Tensor  # [V, D]. A constant unless it requires a gradient; detach it where the loss holds it fixed
+    bias: Tensor | None = None  # [V], or None
 
     @property
     def row_bytes(self) -> int:

@@ -48,13 +48,10 @@ class Planned:
     """
 
     plan: "HeadPlan"
-    other: LazyLogits | None = None
-    """Logits at the same positions; None: the sum is of the student's own alone."""
-    how: Comparison | None = None
-    """The divergence of the student from `other`; None: a cross-entropy."""
+    other: LazyLogits | None = None  # logits at the same positions; None: the sum is of the student's own alone
+    how: Comparison | None = None  # the divergence of the student from `other`; None: a cross-entropy
     weigh: Weigh | None = None
-    weights_M1: Tensor | None = None
-    """Constants instead of `weigh`, [M, 1]; without both, 1."""
+    weights_M1: Tensor | None = None  # constants instead of `weigh`, [M, 1]; without both, 1
     classes: int | None = None
 
     @property
@@ -81,12 +78,9 @@ class HeadPlan:
     (tensor(0.6931), tensor(1.), (tensor(2.0794), [tensor(0.6931)]))
     """
 
-    own: LazyLogits
-    """States [B, N, D]; states and head learn unless they are constants."""
-    target_BN: Tensor
-    """int64 classes; any value where not valid."""
-    valid_BN: Tensor
-    """Bool; states elsewhere are not read, here and in `other`."""
+    own: LazyLogits  # states [B, N, D]; states and head learn unless they are constants
+    target_BN: Tensor  # int64 classes; any value where not valid
+    valid_BN: Tensor  # bool; states elsewhere are not read, here and in `other`
 
     def cross_entropy(self, other: LazyLogits | None = None) -> Planned:
         """Sum of -log p(target) under the student's own logits, or under other ones.
