@@ -191,7 +191,6 @@ def _outcome(built: Built, line: str, values: dict[str, Any]) -> Outcome:
 
 
 def _counts(manifest: Any, prefix: str) -> dict[str, int]:
-    """The counts whose names begin so, by the rest of the name."""
     names = sorted({name for c in manifest.commits for name in c.counts if name.startswith(prefix)})
     return {name.removeprefix(prefix): manifest.count(name) for name in names}
 

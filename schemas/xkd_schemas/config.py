@@ -249,7 +249,6 @@ def _merge(data: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any
 
 
 def _read(path: str | Path | None) -> dict[str, Any]:
-    """The keys of a run file; none without a path."""
     if path is None:
         return {}
     try:

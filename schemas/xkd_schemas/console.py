@@ -167,7 +167,6 @@ def signals_noted() -> Iterator[Callable[[], bool]]:
 
 
 def _translate_misuse(command: str, error: Any) -> UsageError:
-    """What typer says of a command line, as one of ours."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()

@@ -125,7 +125,6 @@ def with_flags(*parts: FlagsOf, run_file: str = "") -> Callable[[Command], Comma
 
 
 def _parameter(name: str, kind: Any, spelling: str, needed: bool = True, **said: Any) -> inspect.Parameter:
-    """An option, or an argument that is `needed` or not."""
     if spelling.startswith("-"):
         needed, info = False, typer.Option(spelling, **said)
     else:
@@ -146,7 +145,6 @@ def _kind(info: FieldInfo) -> Any:
 
 
 def _metavar(info: FieldInfo) -> str:
-    """What a value looks like."""
     kind = _kind(info)
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))

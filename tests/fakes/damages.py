@@ -22,14 +22,12 @@ def targets(cache: Path) -> list[Path]:
 
 
 def flipped(content: bytes, bit: int) -> bytes:
-    """`content` with one bit turned."""
     changed = bytearray(content)
     changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)
 
 
 def flip(path: Path) -> None:
-    """Turn a bit in the middle of a file."""
     content = path.read_bytes()
     path.write_bytes(flipped(content, 8 * (len(content) // 2)))
 

@@ -9,7 +9,6 @@ DATA = Path(__file__).parents[2] / "data"
 
 
 def load_script(name: str) -> ModuleType:
-    """Import data/NAME.py once."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
         assert spec is not None

@@ -53,7 +53,6 @@ class Family:
     """Soft-capped logits: no student, and no teacher of SRA and DWA."""
 
     def tiny(self, vocabulary: int) -> PretrainedConfig:
-        """The configuration."""
         shape = AutoConfig.for_model(self.kind).get_text_config()
         settings = {key: value for key, value in SIZES.items() if _is_number(shape, key)} | dict(self.config)
         settings |= {key: vocabulary for key in ("vocab_size", "vocab_size_per_layer_input") if key in settings}
@@ -158,7 +157,6 @@ HERE: Final = {name: family for name, family in FAMILIES.items() if family.kind 
 
 
 def row_of(name: str, family: Family) -> str:
-    """One line of the table."""
     if family.refused:
         return f"| {name} | refused: {family.refused} | | |"
     rows = "every block" if family.rows == ALL else ", ".join(map(str, family.rows)) or "refused"
@@ -172,7 +170,6 @@ def row_of(name: str, family: Family) -> str:
 
 
 def table() -> str:
-    """The Markdown table."""
     head = "| family | states | attention row | as student |\n|---|---|---|---|\n"
     return head + "\n".join(row_of(*item) for item in FAMILIES.items()) + "\n"
 

@@ -28,7 +28,6 @@ SHAPES: dict[str, Shape] = {
 
 
 def some_text(chance: random.Random) -> str:
-    """A few pieces of everything."""
     pools = (NASTY, BIDI, MARKS, INJECTIONS, CLUSTERS, SENTENCES)
     pieces = [chance.choice(chance.choice(pools)) for _ in range(chance.randint(1, 12))]
     pieces += [chr(chance.choice((chance.randrange(0xD800), chance.randrange(0xE000, 0x110000)))) for _ in range(3)]

@@ -96,18 +96,15 @@ def every_term_of(distiller: Distiller, batch: Batch, step: int = 0) -> dict[str
 
 
 def terms_of(distiller: Distiller, batch: Batch, step: int = 0) -> dict[str, LossTerm]:
-    """The terms of the only loss."""
     (loss,) = distiller.losses
     return {name.removeprefix(f"{loss}."): term for name, term in every_term_of(distiller, batch, step).items()}
 
 
 def means(made: Ready, batch: Batch) -> dict[str, float]:
-    """Every term divided by its count."""
     return {name: float((t.total / t.count).detach()) for name, t in terms_of(made.distiller, batch).items()}
 
 
 def numbers(column: Any) -> Tensor:
-    """A column of bfloat16 bits as float32."""
     return (torch.from_numpy(column.astype("int32")) << 16).view(torch.float32)
 
 

@@ -82,7 +82,6 @@ def _save(kind: Any, config: Any, folder: Path, seed: int, **sizes: Any) -> Path
 
 
 def student_tokenizer(folder: Path) -> Path:
-    """The unigram tokenizer as a folder."""
     four_tokenizers.tokenizer_of("unigram").save_pretrained(folder)
     return folder
 

@@ -55,7 +55,6 @@ PAIRS = (
 
 
 def corpus_file(folder: Path, pairs: Sequence[tuple[str, str]] = PAIRS) -> Path:
-    """The pairs as JSONL."""
     path = folder / "corpus.jsonl"
     rows = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -73,7 +72,6 @@ def llama(kind: str, *, seed: int = 0, layers: int = 2, width: int = 16, tied: b
 
 
 def gpt2(kind: str, *, seed: int = 0, layers: int = 2, width: int = 16, tied: bool = True) -> PreTrainedModel:
-    """A GPT-2, float32, without dropout."""
     config = GPT2Config(
         vocab_size=len(tokenizer_of(kind)), n_embd=width, n_layer=layers, n_head=4, n_positions=512,
         tie_word_embeddings=tied, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **specials(kind),

@@ -37,7 +37,6 @@ main()
 
 
 def trainer(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
-    """xkd-train without network."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", BLOCKED, *arguments],

@@ -123,7 +123,6 @@ def killed_once(cache: Path, source: Path, name: str, target: str, chance: rando
 
 
 def main() -> None:
-    """The driver."""
     name, cache, source = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if name in REAL:
         module, stage = REAL[name]

@@ -65,7 +65,6 @@ def alm(
 
 
 def edit_distance(a: bytes, b: bytes) -> int:
-    """By the definition's table."""
     table = [[max(i, j) for j in range(len(b) + 1)] for i in range(len(a) + 1)]
     for i in range(1, len(a) + 1):
         for j in range(1, len(b) + 1):

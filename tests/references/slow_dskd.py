@@ -29,7 +29,6 @@ def mixed(shares: Matrix, values: Matrix) -> list[list[float]]:
 
 
 def best(logits: Row) -> int:
-    """The first class of the largest logit."""
     return list(logits).index(max(logits))
 
 

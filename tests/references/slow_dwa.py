@@ -68,7 +68,6 @@ def soft_dtw(cost: Matrix, gamma: float) -> tuple[float, list[list[float]]]:
 
 
 def cosine_cost(x: Matrix, y: Matrix) -> list[list[float]]:
-    """1 - cos of every pair."""
     return [[1.0 - cosine(a, b) for b in y] for a in x]
 
 

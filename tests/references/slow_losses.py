@@ -28,13 +28,11 @@ def lengths(seed: int, low: int = 0, high: int = 6) -> list[int]:
 
 
 def ragged(seed: int, sizes: Sequence[int], *shape: int) -> list[Tensor]:
-    """A float64 [size, *shape] for each size."""
     g = generator(seed)
     return [torch.randn(size, *shape, generator=g, dtype=torch.float64) for size in sizes]
 
 
 def masses(seed: int, sizes: Sequence[int]) -> list[Tensor]:
-    """Positive float64 [size] for each size."""
     return [values.exp() / 10 for values in ragged(seed, sizes)]
 
 
@@ -54,12 +52,10 @@ def padded_square(matrices: Sequence[Tensor], fill: float = 0.0) -> Tensor:
 
 
 def mask(sizes: Sequence[int]) -> Tensor:
-    """Bool [B, K]."""
     return torch.arange(max(sizes, default=0)) < torch.tensor(list(sizes))[:, None]
 
 
 def with_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and gradient of a scalar function."""
     at = at.detach().clone().requires_grad_()
     value = loss(at)
     (gradient,) = torch.autograd.grad(value, at)

@@ -92,7 +92,6 @@ def evaluate(
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    """`10,20` as numbers; UsageError for anything else."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) < 2**64 for part in parts):
         raise UsageError(f"--seeds {text!r}: not a list of whole numbers", fix="e.g. --seeds 10,20,30")

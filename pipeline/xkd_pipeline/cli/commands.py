@@ -201,7 +201,6 @@ def verify(
 
 
 def _end(what: str, cache: Path, fix: str, as_json: bool) -> NoReturn:
-    """Exit with 65, and with one line where no JSON says it."""
     if as_json:
         raise typer.Exit(BadData.exit_code)
     raise BadData(f"{what} in {cache}", fix=fix)

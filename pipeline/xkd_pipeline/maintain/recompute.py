@@ -118,7 +118,6 @@ def _rank_signals(wanted: Iterable[Signal], classes: int) -> tuple[Signal, ...]:
 
 
 def _comparable(table: Table) -> dict[str, str]:
-    """How each column that can be compared is stored."""
     stored = {f.name: (f.metadata or {}).get(b"codec", b"").decode() for f in table.shard(0).schema}
     signals = (c for c in table.manifest.spec["signals"] if not signal_named(c).kind.drawn)
     return {c: stored[c] for c in signals if stored.get(c) in TOLERANCE}

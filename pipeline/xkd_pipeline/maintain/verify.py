@@ -143,7 +143,6 @@ def _check_shard(folder: Path, number: int, commit: Commit, level: str) -> Itera
 
 
 def _check_root(root: Path, level: str) -> Iterator[Fault]:
-    """Files that no manifest names, and SHA256SUMS."""
     manifests: dict[str, Manifest] = {}
     for name in tables_of(root):
         with contextlib.suppress(BadData, InputMissing):  # reported with its table

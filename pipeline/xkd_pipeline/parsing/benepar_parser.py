@@ -98,7 +98,6 @@ class BeneparParser(PipelineParser):
         return spans
 
     def _sentences(self, doc: Any) -> Iterator[Sentence]:
-        """The sentences that can be parsed; each other one is counted."""
         from benepar.integrations.spacy_plugin import SentenceWrapper
 
         for span in doc.sents:
@@ -142,7 +141,6 @@ class BeneparParser(PipelineParser):
         return float(positions - 2)
 
     def _phrases(self, sentences: Sequence[Sentence]) -> Iterator[list[Phrase]]:
-        """NP and VP of each sentence, in characters of its piece."""
         if not sentences:
             return
         with warnings.catch_warnings():

@@ -150,7 +150,6 @@ def compare(teacher: Encoder, student: Encoder, sample: Sample, *, worst: int, w
 
 
 def _ends(rows: Sequence[Tokens]) -> list[int | None]:
-    """Where each document is cut; None for one that cannot be read."""
     return [row.num_chars if row.status == OK else None for row in rows]
 
 
@@ -197,7 +196,6 @@ def pair_lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _draw_histogram(lengths: dict[str, int], spans: int) -> Iterator[str]:
-    """Bars of at most 40 signs."""
     bars = list(lengths.items())[:MOST_LENGTHS]
     rest = spans - sum(count for _, count in bars)
     for name, count in [*bars, ("other", rest)] if rest else bars:

@@ -96,7 +96,6 @@ def _describe_needs(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _advise(plan: dict[str, Any]) -> Iterator[str]:
-    """What to change where the cache is larger than the budget."""
     budget, excess = plan["budget"], plan["bytes"] - plan["budget"]
     if excess <= 0:
         yield f"budget {format_size(budget)}: the cache fits"

@@ -152,7 +152,6 @@ _AGAIN = "run the same xkd-cache command again: it makes only what is missing or
 
 
 def _frame(data: memoryview, batches: tuple[RecordBatch, ...]) -> bytes:
-    """All bytes of the file that lie in no record batch."""
     if not batches:
         return bytes(data)
     end = batches[-1].offset + batches[-1].length
@@ -257,7 +256,6 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def _tokenizer_digests(table: Path) -> dict[str, str]:
-    """sha256 by name of the files of a table's tokenizer."""
     with contextlib.suppress(BadData, InputMissing):
         files = read_record(table / "manifest.json", Manifest).files
         return {name: digest for name, digest in files.items() if not name.endswith(".safetensors")}
@@ -299,7 +297,6 @@ def check_name(name: str, flag: str) -> None:
 
 
 def _how_to_make(root: Path, name: str) -> str:
-    """The command that makes a table."""
     kind, _, own = name.partition("/")
     commands = {
         "documents": f"xkd-cache documents CORPUS --out {root}",

@@ -93,7 +93,6 @@ def call_text(call: Mapping[str, Any]) -> tuple[str, Message]:
 
 
 def _call(stored: Message, text: str) -> Message:
-    """The call again."""
     name, end = json.JSONDecoder(strict=False).raw_decode(text, len(_NAME))
     arguments = text[end + len(_ARGUMENTS) : -1]
     function = stored.get("function", stored)

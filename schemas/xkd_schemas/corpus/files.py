@@ -147,7 +147,6 @@ def _check_unchanged(part: CorpusFile, path: Path) -> None:
 
 @contextlib.contextmanager
 def _file_errors(path: Path) -> Iterator[None]:
-    """What the libraries that read a file raise, as errors of ours."""
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeError) as error:
@@ -247,7 +246,6 @@ def _arrow_batches(path: Path, first: int) -> Iterator[pa.RecordBatch]:
 
 
 def _behind(skip: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The batches without their first `skip` rows."""
     for batch in batches:
         if skip < batch.num_rows:
             yield batch.slice(skip)

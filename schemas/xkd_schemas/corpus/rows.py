@@ -200,7 +200,6 @@ def _parts_of(
 
 
 def _chat(value: object, column: str, row: Mapping[str, object], unused: dict[str, int]) -> tuple[list[Part], str]:
-    """Parts of a chat row that hold text, and what they do not say."""
     if not isinstance(value, list):
         raise RowRejected("bad_type", f'field "{column}" is {_kind(value)}, not a list')
     _count(unused, "row", [key for key in row if row[key] is not None and key not in (column, *ROW_KEYS)])
@@ -215,7 +214,6 @@ def _chat(value: object, column: str, row: Mapping[str, object], unused: dict[st
 
 
 def _system_turn(row: Mapping[str, object], messages: Sequence[object]) -> list[object]:
-    """The system turn that stands beside the messages."""
     found = [key for key in SYSTEM_KEYS if row.get(key)]
     if found and any(isinstance(m, dict) and "system" in (m.get("role"), m.get("from")) for m in messages):
         raise RowRejected("bad_type", f'"{found[0]}" stands beside a system turn in the messages')
@@ -235,7 +233,6 @@ def _rename_keys(message: Mapping[str, object], where: str) -> dict[str, object]
 
 
 def _json(value: object, what: str) -> object:
-    """The value, or what its text says as JSON."""
     try:
         return json.loads(value) if isinstance(value, str) and value.strip() else value
     except ValueError as error:
@@ -308,7 +305,6 @@ def _count(unused: dict[str, int], what: str, keys: Sequence[str]) -> None:
 
 
 def _content(value: object, where: str) -> str:
-    """A string, or a list of text parts, joined."""
     if not isinstance(value, list):
         return _text(value, f"the content of {where}")
     texts = []

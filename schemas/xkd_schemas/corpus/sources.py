@@ -115,7 +115,6 @@ def digest_of(name: str) -> str:
 
 
 def _locate(name: str) -> tuple[tuple[CorpusFile, ...], str, tuple[str, ...]]:
-    """(parts, digest, remarks)"""
     path = Path(name).expanduser()
     try:
         mode = stat.S_IFREG if is_url(name) else path.stat().st_mode
@@ -203,7 +202,6 @@ def _hub_rows(path: str, first: int = 0) -> Iterator[Content]:
 
 @contextlib.contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """What the libraries of the hub raise, as errors of ours."""
     try:
         yield
     except Exception as error:  # those of an HTTP library too
@@ -220,7 +218,6 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 
 def _sample(parts: Sequence[CorpusFile]) -> list[dict[str, object]]:
-    """The first rows that are objects, all columns."""
     contents = chain.from_iterable(_part_rows(part, 0, None) for part in parts if part.num_rows)
     objects = filter(None, map(parsed_row, islice(contents, SAMPLE_SCAN)))
     return list(islice(objects, SAMPLE_ROWS))

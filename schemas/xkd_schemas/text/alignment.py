@@ -162,7 +162,6 @@ def token_ranges(rows: Sequence[Tokens], intervals: Sequence[Int32s]) -> Ragged:
 
 
 def _documents(first: Int64s) -> Int64s:
-    """The row of each value."""
     return np.repeat(np.arange(len(first) - 1), np.diff(first))
 
 

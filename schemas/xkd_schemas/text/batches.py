@@ -133,7 +133,6 @@ class TokenBatch(Sequence[Tokens]):
     @overload
     def __getitem__(self, index: slice) -> list[Tokens]: ...
     def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
-        """One row, or the list of several."""
         if isinstance(index, slice):
             return [self[n] for n in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):

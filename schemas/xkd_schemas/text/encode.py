@@ -136,7 +136,6 @@ class Encoder:
         return _judge(block, rows, unicode_R, first_target_R)
 
     def _encode_chat(self, block: DocumentBatch, num_chars: Int32s, unicode_R: Bools) -> TokenBatch:
-        """Documents as the chat template writes them."""
         found = [self._render(block.document(n)) if unicode else NOTHING for n, unicode in enumerate(unicode_R)]
         rendered = [NOTHING if isinstance(one, NotRendered) else one for one in found]
         rows = []

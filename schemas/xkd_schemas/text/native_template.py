@@ -64,7 +64,6 @@ def read_renderings(block: DocumentBatch, rendered: Sequence[Rendered], reader: 
 
 
 def _stretches(texts: Sequence[str], encoded: Encoded, added: Int64s) -> EncodedText:
-    """The renderings, cut before and behind every added token."""
     document_C = np.repeat(np.arange(len(texts)), np.diff(encoded.first))
     added_C, starts_C = np.isin(encoded.ids, added), np.diff(document_C, prepend=-1) > 0
     first_G = np.flatnonzero(starts_C | added_C | np.append(False, added_C)[:-1])  # tokens that begin a stretch
@@ -138,7 +137,6 @@ def _finish(row: Tokens, places_T2: Int32s, rendered: Rendered, reader: Reader) 
 
 
 def _until(row: Tokens, marked_T: Bools) -> Tokens:
-    """The row up to its last marked token."""
     size = int(np.flatnonzero(marked_T)[-1]) + 1 if marked_T.any() else 0
     return dataclasses.replace(
         row, ids=row.ids[:size], spans=row.spans[:size], kinds=row.kinds[:size], targets=row.targets[:size]

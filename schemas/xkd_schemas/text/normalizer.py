@@ -191,7 +191,6 @@ class Normalised:
 
     @functools.cached_property
     def _inner(self) -> Any:
-        """The normaliser without what it does to the ends of a text."""
         if not self._ends:
             return self._backend.normalizer
         inner = copy.copy(self._backend.normalizer)  # a sequence, as there is more than the ends
@@ -204,7 +203,6 @@ class Normalised:
 
     @functools.cached_property
     def _rest(self) -> Any:
-        """The tokenizer without a normaliser."""
         rest = type(self._backend).from_str(self._backend.to_str())
         rest.normalizer = None
         return set_plain(rest)
@@ -314,7 +312,6 @@ def repair_intervals(read: EncodedText, normalised: Normalised) -> Intervals:
 
 
 def _take(read: EncodedText, wanted_R: Bools) -> EncodedText:
-    """The wanted documents alone."""
     wanted_G = wanted_R[read.document_G]
     counts_G = np.diff(read.encoded.first)
     wanted_C = np.repeat(wanted_G, counts_G)

@@ -116,7 +116,6 @@ class ChatTemplate:
         return Rendered(real, source_L, self._turns(document, real, source_L))
 
     def _reuse_glue(self, document: Document, real: str, glue: list[str] | None) -> Int32s | None:
-        """Where everything is as in the rows before."""
         texts = [document.text[s.start : s.end] for s in document.segments]
         if glue is None or real != "".join(itertools.chain(*itertools.zip_longest(glue, texts, fillvalue=""))):
             return None

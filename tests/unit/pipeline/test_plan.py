@@ -71,7 +71,6 @@ def test_the_plan_is_within_five_percent_of_the_shards_of_every_codec(codec: str
 
 
 def uneven_rows(number: int) -> list[dict[str, object]]:
-    """Rows of very different lengths."""
     lengths = np.random.default_rng(7).lognormal(2.5, 0.7, (number, 2))[:, 0]
     words = ["The", "old", "tree", "near", "the", "small", "house", "was", "green", "and", "we", "saw", "it"]
     text = (" ".join(words[n % len(words)] for n in range(2 + int(length))) for length in lengths)

@@ -78,7 +78,6 @@ def test_the_spans_of_many_groups_are_those_of_each(groups: list[tuple[np.ndarra
 
 
 def row(*tokens: tuple[int, int, int], num_chars: int = 100, targets: bool = True) -> Tokens:
-    """Tokens from (kind, start, end)."""
     kinds = np.array([kind for kind, _, _ in tokens], dtype=np.uint8)
     return Tokens(
         status=OK,

@@ -60,7 +60,6 @@ def read_all(content: bytes, path: Path, rows: int = 2) -> None:
 
 
 def with_offsets(*offsets: int) -> bytes:
-    """The offsets of `ids`, [0, 3, 5], replaced."""
     content, true = written(), np.array([0, 3, 5], np.int64).tobytes()
     assert content.count(true) == 1
     return content.replace(true, np.array(offsets, np.int64).tobytes())

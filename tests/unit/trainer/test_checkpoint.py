@@ -24,7 +24,6 @@ FINGERPRINT = {"train": {"seed": 1}, "steps": 8}
 
 
 def snapshot(step: int, *, tied: bool = True) -> Snapshot:
-    """A model after one optimizer step."""
     model, projector = tiny.llama("byte_level", seed=step, tied=tied), torch.nn.Linear(3, 4)
     optimizer = torch.optim.AdamW([*model.parameters(), *projector.parameters()], lr=1e-3)
     model(input_ids=torch.arange(8)[None]).logits.square().mean().backward()

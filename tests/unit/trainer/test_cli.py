@@ -23,7 +23,6 @@ XkdTrain = Callable[..., Ended]
 
 @pytest.fixture
 def xkd_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> XkdTrain:
-    """Runs the command in this process."""
 
     def call(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["xkd-train", *map(str, arguments)])

@@ -220,7 +220,6 @@ def test_what_the_model_looked_up_are_the_embeddings_of_the_targets() -> None:
 
 
 def total_of(step: int = 0, **settings: Any) -> dict[str, float]:
-    """Each term times its factor."""
     made, batch = one.ready("dwa", table=one.OTHER, **settings)
     found, factors = one.terms_of(made.distiller, batch, step), made.distiller.loss("dwa").weights(step)
     return {name: float(found[name].total.detach()) * factor for name, factor in factors.items()}

@@ -49,13 +49,11 @@ def batch(cache: Cache) -> Batch:
 
 
 def predicted(row: Any) -> list[int]:
-    """Positions that predict a target."""
     targets = row["targets"]
     return [t - 1 for t in range(1, len(targets)) if targets[t]]
 
 
 def kept(row: Any) -> list[int]:
-    """Positions whose state is stored."""
     targets = row["targets"]
     return [t for t in range(len(targets)) if targets[t] or (t + 1 < len(targets) and targets[t + 1])]
 

@@ -38,7 +38,6 @@ NEVER: Final = np.int32(-(1 << 29))  # exponent of a cell that no path reaches
 
 @compile_kernel
 def _shrink(exponent: Any, largest: Any) -> Any:
-    """2**(exponent - largest), 0 where that is faint."""
     difference = np.int32(exponent - largest)
     power = float_of(np.int32(np.int32(max(difference, -FAINT) + BIAS) << MANTISSA_BITS))
     return power if difference > -FAINT else ZERO
@@ -79,7 +78,6 @@ def _pull(near: Any, far: Any, out: Any, shares: Any) -> None:
 
 @compile_kernel
 def _cells(diagonal: int, student_length: int, teacher_length: int) -> tuple[int, int]:
-    """Half-open range of the rows that an anti-diagonal crosses."""
     return max(0, diagonal - teacher_length + 1), min(student_length, diagonal + 1)
 
 
@@ -149,7 +147,6 @@ def _backward(shares: Any, mass: Any, gradient: Any) -> None:
 
 @compile_kernel
 def _batch(cost: Any, lengths: Any, gamma: float, values: Any, gradient: Any) -> None:
-    """Fill the values [B] and the gradient [B, S, T], zeros before."""
     student_lengths, teacher_lengths = lengths
     rows, columns = cost.shape[1:]
     mantissa, exponent = np.zeros((3, rows + 1), np.float32), np.zeros((3, rows + 1), np.int32)

@@ -31,13 +31,11 @@ ZERO: Final = np.float32(0.0)
 
 @compile_kernel
 def _row(rows: Any, number: Any, classes: Any) -> Any:
-    """One row of a matrix that came through `_flat`."""
     return rows[0][number * rows[1] : number * rows[1] + classes]
 
 
 @compile_kernel
 def _largest(row_V: Any) -> Any:
-    """The largest number; NaN counts as none."""
     top_L = np.full(LANES, -np.inf, np.float32)
     whole = len(row_V) // LANES * LANES
     for start in range(0, whole, LANES):
@@ -62,7 +60,6 @@ def _exponential(below: Any) -> Any:
 
 @compile_kernel
 def _place(row_V: Any, top: Any) -> int:
-    """Where the first number equal to `top` stands, or -1."""
     for first in range(0, len(row_V), PIECE):
         piece_C, equal = row_V[first : first + PIECE], 0
         for c in range(len(piece_C)):
@@ -106,7 +103,6 @@ def _statistics(logits: Any, classes: Any, entropy_P: Any, argmax_P: Any, logsum
 
 @compile_sums
 def _to_odds(logits_C: Any, top: Any) -> Any:
-    """Exponentials in place; their sum."""
     total = ZERO
     for c in range(len(logits_C)):
         odds = _exponential(logits_C[c] - top)

@@ -163,7 +163,6 @@ class Cache:
 
 
 def _column(signal: Signal) -> str:
-    """Its column without the number of classes."""
     return replace(signal, top=None).column
 
 
@@ -289,7 +288,6 @@ class CacheUnion(Cache):
 
 
 def _of_teacher(cache: Cache) -> dict[str, Any]:
-    """What must be the same in caches that are read as one."""
     teacher = cache.teachers.manifest
     return {
         "teacher": {key: teacher.spec[key] for key in ("weights", "encoder")},

@@ -123,7 +123,6 @@ def hardware(device: str) -> Hardware:
 
 @functools.cache
 def _time_product(device: str, dtype: str) -> float:
-    """Seconds of one product, the best of three."""
     m, k, n = _PRODUCT[device]
     a_MK, b_KN = (torch.ones(shape, dtype=DTYPES[dtype], device=device) for shape in ((m, k), (k, n)))
     seconds = []

@@ -43,7 +43,6 @@ _IMPLEMENTATION: Final = "_implementation"
 
 
 def _find_suspects(value: Any) -> set[str]:
-    """Keys that ask for foreign code, at any depth."""
     found = set(_SUSPECT & value.keys()) if isinstance(value, dict) else set()
     if isinstance(value, dict):
         found |= {key for key in value if key.endswith(_IMPLEMENTATION) and "/" in json.dumps(value[key])}
@@ -120,7 +119,6 @@ def check_model_name(name: str) -> None:
 
 @contextlib.contextmanager
 def _load_errors(name: str, source: str) -> Iterator[None]:
-    """What transformers raises for a model, as errors of ours."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

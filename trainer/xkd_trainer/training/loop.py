@@ -278,7 +278,6 @@ class _Run:
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def _is_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after so many steps."""
         if self.settings.save_every:
             return step % self.settings.save_every == 0
         return step < self.total and monotonic() - self.saved_at >= SAVE_SECONDS

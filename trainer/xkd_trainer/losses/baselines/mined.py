@@ -139,7 +139,6 @@ def _valid_texts(tokens: Tokens) -> list[list[bytes]]:
 
 
 def _path_sums(cost_MN: Array) -> Array:
-    """In each cell the least sum of a path from the first cell."""
     sums_MN = cost_MN.cumsum(1, dtype=cost_MN.dtype)  # row i: what a path along it from its first cell costs
     before_MN = sums_MN - cost_MN
     for i in range(1, len(cost_MN)):
