@@ -13,6 +13,8 @@ SHARE := --dist loadgroup --no-loadscope-reorder
 # Unit tests without models, compiled kernels, the disk or long statistics, found by what they name.
 SLOW  := tmp_path|subprocess|losses\.dwa|on_average|small_cache|tiny_models|from_pretrained|four_tokenizers|families|live_batch|one_step
 QUICK  = $(shell grep -rLE '$(SLOW)|spacy|numba|cpu_kernels' tests/unit --include='test_*.py') tests/integration/test_architecture.py
+# Unit tests of the pipeline that run a model.
+MODELS := $(addprefix tests/unit/pipeline/test_,capture.py teacher.py draws.py)
 # Each library's oldest instructions: another order of sums, other last bits.
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic
 # One thread a process: tests run several processes, and torch with more threads than free cores crawls.
@@ -67,9 +69,9 @@ test: lint layers       ## all checks, tests and docstring examples
 suite: install          ## tests and docstring examples
 	$(ONE) $(BIN)/python -m pytest -n $(JOBS) $(SHARE) --doctest-modules tests schemas trainer pipeline
 
-plain: install          ## the trainer's unit tests again, with what the plainest processor computes
+plain: install          ## the unit tests that compute again, with what the plainest processor computes
 	$(PLAIN) $(BIN)/python -c "import torch; assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'"
-	$(PLAIN) $(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) tests/unit/trainer
+	$(PLAIN) $(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) tests/unit/trainer $(MODELS)
 
 demo: install           ## teacher to distilled student on the demo's text
 	$(BIN)/python data/demo.py
