@@ -23,6 +23,7 @@ CONTENT: Final = 1  # a token of the text; its interval leaves out the blanks gl
 END: Final = 2  # the end-of-turn token after a segment; its interval is empty and stands at the segment's end
 
 OK: Final = "ok"  # `status` of a row that can be used; any other value is the reason why the row has no tokens
+WORKER_KILLED: Final = "worker_killed"  # such a reason: a process that worked on the row died, every time
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]

@@ -17,12 +17,12 @@ from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Make, Stage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
 from xkd_schemas.config import DocumentsSection
-from xkd_schemas.corpus.rows import WORKER_KILLED, rejected_row
+from xkd_schemas.corpus.rows import rejected_row
 from xkd_schemas.corpus.sources import RawRow, Source, open_source, read_documents
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, checked_spans, document_of
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.encode import Encoder
-from xkd_schemas.tokens import CONTENT, OK, Tokens
+from xkd_schemas.tokens import CONTENT, OK, WORKER_KILLED, Tokens
 
 LONG_PROMPT: Final = "long_prompt"  # reason of a row whose prompt is too long and cannot be cut
 PROMPTS_CUT: Final = "prompts_cut"  # count of documents whose prompt was cut

@@ -22,14 +22,13 @@ import xxhash
 from xkd_schemas.cache.manifest import Commit, RecordBatch, Reject
 from xkd_schemas.cache.table import Row, Shard, Table
 from xkd_schemas.config import StudentSection, TeacherSection
-from xkd_schemas.corpus.rows import WORKER_KILLED
 from xkd_schemas.documents import Document, Segment
 from xkd_schemas.durable_files import replace, xxh3_of
 from xkd_schemas.ragged import Ragged, batch_of, row_offsets
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import TRIED, Encoder, unusable
 from xkd_schemas.text.templates import chosen_template
-from xkd_schemas.tokens import OK, Tokens
+from xkd_schemas.tokens import OK, WORKER_KILLED, Tokens
 
 ROWS_PER_BATCH = 32  # rows of a record batch: the piece that is checked and mapped at once
 

@@ -21,7 +21,6 @@ from xkd_schemas.documents import Document, document_of
 MAX_CHARS: Final = 1_000_000  # characters of the longest document that is taken
 DETAIL_CHARS: Final = 200  # characters of a rejected row that are kept
 
-WORKER_KILLED: Final = "worker_killed"  # not found by looking at the row: a process that worked on it died, every time
 Reason = Literal[
     "bad_json", "bad_type", "missing_field", "lone_surrogate", "bad_utf8", "blank", "empty", "no_target", "bad_role",
     "too_long", "line_too_long",
@@ -64,7 +63,7 @@ class RejectedRow:
 
     source: str
     line: int
-    reason: str  # a code: a `Reason`, or WORKER_KILLED
+    reason: str  # a code: a `Reason`, or tokens.WORKER_KILLED
     detail: str  # what is wrong and how the row begins: at most 200 characters of printable ASCII
     sha256: str  # of the row's bytes; of a table row, of its JSON with sorted keys
 

@@ -20,7 +20,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from xkd_schemas.corpus.rows import WORKER_KILLED
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import row_offsets
@@ -30,7 +29,7 @@ from xkd_schemas.text.normalizer import Normalised
 from xkd_schemas.text.rendering import CHANGED, PROBE, REFUSED, REORDERED, ChatTemplate, NotRendered, Rendered
 from xkd_schemas.text.templates import CHAT, LAYOUTS, Frame, Layout, assemble_rows, check_template, refuse_text, where
 from xkd_schemas.text.tokenizers import encode_texts, identity, name_of
-from xkd_schemas.tokens import CONTENT, END, OK, Bools, Int32s, Int64s, Tokens
+from xkd_schemas.tokens import CONTENT, END, OK, WORKER_KILLED, Bools, Int32s, Int64s, Tokens
 
 MOST_CHARS: Final = 2**20  # encoded at once, of more than one document; results do not depend on it
 BORDER_REACH: Final = 200  # characters a cut goes back to the end of a word; else it is behind the last whole token
