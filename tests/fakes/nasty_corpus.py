@@ -46,8 +46,7 @@ def _nul(chance: random.Random, shape: Shape) -> bytes:
 
 def _huge(chance: random.Random, shape: Shape) -> bytes:
     unit = chance.choice(("\u200d", "a\u0301", "é", "東", "🙂", "'", "<|im_start|>", "the keeper "))
-    size = chance.choice((MEGABYTE - 100, 20_000, 20_000, 20_000, 20_000, 20_000))
-    return _line(shape("huge", unit * (size // len(unit.encode()))))
+    return _line(shape("huge", unit * (20_000 // len(unit.encode()))))
 
 
 def _missing(chance: random.Random, shape: Shape) -> bytes:
@@ -172,13 +171,15 @@ KINDS: dict[str, tuple[Row, int]] = {
     "chat": (_chat, 100),
 }
 """Kind -> how a row of it is made, and its share."""
+LONG = ("huge", "megabyte", "one_word", "too_long")  # seconds of spaCy each: of one form only
 
 
 def lines(count: int, shape: Shape, seed: int) -> list[bytes]:
     """`count` lines without their ends; the first is plain, every kind occurs where there is room."""
     chance = random.Random(seed)
-    weighted = [name for name, (_, share) in KINDS.items() for _ in range(share)]
-    names = list(KINDS)[: count - 2] + [chance.choice(weighted) for _ in range(count - 2 - len(KINDS))]
+    kinds = [name for name in KINDS if shape is SHAPES["messages"] or name not in LONG]
+    weighted = [name for name in kinds for _ in range(KINDS[name][1])]
+    names = kinds[: count - 2] + [chance.choice(weighted) for _ in range(count - 2 - len(kinds))]
     chance.shuffle(names)
     made = [KINDS[name][0](chance, shape).replace(b"\n", b" ") for name in names]
     return [KINDS["plain"][0](chance, shape), *made, _line(shape("cut off", "in the middle of " + "x" * 30))[:-20]]
