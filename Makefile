@@ -20,7 +20,7 @@ PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBL
 # One thread a process: tests run several processes, and torch with more threads than free cores crawls.
 ONE   := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: help install fmt lint types layers check quick test suite plain demo preprocess bench wheel clean
+.PHONY: help install fmt lint types layers check quick test suite coverage plain demo preprocess bench wheel clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk '{name = $$1; sub(/^[a-z]*: /, ""); sub(/:/, "", name); printf "make %-11s %s\n", name, $$0}'
@@ -68,6 +68,9 @@ test: lint layers       ## all checks, tests and docstring examples
 
 suite: install          ## tests and docstring examples
 	$(ONE) $(BIN)/python -m pytest -n $(JOBS) $(SHARE) --doctest-modules tests schemas trainer pipeline
+
+coverage: install       ## the suite once more, counting lines that no test runs: twice its time (decision 0019)
+	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) --cov=xkd_schemas --cov=xkd_trainer --cov=xkd_pipeline tests
 
 plain: install          ## the unit tests that compute again, with what the plainest processor computes
 	$(PLAIN) $(BIN)/python -c "import torch; assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'"
