@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,8 +19,8 @@ def one_spacy_pipeline() -> Iterator[None]:
     load = spacy_parser.load_pipeline
     once = cache(load)
 
-    def loaded(name: str, **more: Any) -> Any:
-        return load(name, **more) if more or not name.startswith("en_core_web_sm") else once(name)
+    def loaded(name: str, *, exclude: Sequence[str]) -> Any:
+        return (once if name.startswith("en_core_web_sm") else load)(name, exclude=tuple(exclude))
 
     spacy_parser.load_pipeline = loaded  # not by monkeypatch: fixtures of the session need it too
     yield
