@@ -85,23 +85,6 @@ def moved(out: Path) -> float:
     return max(float((end[name] - start[name]).abs().max()) for name in start)
 
 
-def test_training_needs_no_teacher_folder_no_corpus_and_no_offline_stack(tmp_path: Path, reference: Path) -> None:
-    root = tmp_path / "elsewhere"
-    shutil.copytree(tiny.tiny_cache().cache, root / "cache")  # without teacher/ and corpus.jsonl
-    shutil.copytree(tiny.tiny_cache().student, root / "student")
-    away = tiny.tiny_cache().teacher.rename(tmp_path / "teacher-is-away")
-    try:
-        out = finished(trainer(*flags(root, tmp_path / "out"), "--set", "train.log_every=1", "--json"))
-    finally:
-        away.rename(tiny.tiny_cache().teacher)
-
-    told = json.loads(out)
-    assert told["steps"] == 4
-    assert told["terms"].keys() >= {"loss", "ce.ce", "sra.kd", "dwa.dtw_states", "mta.dsa@2:word"}
-    assert_weights(tmp_path / "out", reference, atol=2e-5)
-    assert moved(reference) > 2e-4
-
-
 def test_the_student_loads_as_any_model_of_transformers(reference: Path) -> None:
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(reference), AutoTokenizer.from_pretrained(reference)
     model = tiny.llama("sentencepiece")
@@ -120,28 +103,35 @@ def port() -> int:
         return int(listener.getsockname()[1])
 
 
-def ranks(world: int, *arguments: str) -> None:
-    """The same command in `world` processes that find each other, as accelerate launch starts them."""
+def ranks(world: int, *arguments: str) -> list[str]:
+    """What the same command says in `world` processes that find each other, as accelerate launch starts them."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "WORLD_SIZE": str(world)}
     common |= {"LOCAL_WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
-    processes = [
-        trainer(*arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)
-    ]  # fmt: skip
-    for process in processes:
-        finished(process)
+    processes = [trainer(*arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
+    return [finished(process) for process in processes]
 
 
 def lines(out: Path) -> list[Mapping[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_train_the_student_that_one_trains(tmp_path: Path, reference: Path) -> None:
+def test_two_processes_without_teacher_corpus_and_offline_stack_train_the_student_that_one_trains(
+    tmp_path: Path, reference: Path
+) -> None:
     """Steps of 23 documents and of one, of which the second process has none."""
+    root = tmp_path / "elsewhere"
+    shutil.copytree(tiny.tiny_cache().cache, root / "cache")  # without teacher/ and corpus.jsonl
+    shutil.copytree(tiny.tiny_cache().student, root / "student")
     changed = {"micro_batch_size": 8, "save_every": 2}
-    extra = ("--set", "train.log_every=1")
+    away = tiny.tiny_cache().teacher.rename(tmp_path / "teacher-is-away")
+    try:
+        said, _ = ranks(2, *flags(root, tmp_path / "two", **changed), "--set", "train.log_every=1", "--json")
+    finally:
+        away.rename(tiny.tiny_cache().teacher)
 
-    ranks(2, *flags(tiny.tiny_cache().root, tmp_path / "two", **changed), *extra)
-
+    told = json.loads(said)
+    assert told["steps"] == 4
+    assert told["terms"].keys() >= {"loss", "ce.ce", "sra.kd", "dwa.dtw_states", "mta.dsa@2:word"}
     for found, expected in zip(lines(tmp_path / "two"), lines(reference), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert_weights(tmp_path / "two", reference, atol=2e-5)
