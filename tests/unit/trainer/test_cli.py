@@ -1,20 +1,15 @@
 """xkd-train as it is typed: help, a run file with flags over it, JSON, and one line with an exit code for mistakes."""
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import tiny_models as tiny
 from xkd_trainer.cli import main
-from xkd_trainer.training.files import load_newest
 
 
 class Ended(NamedTuple):
@@ -109,30 +104,6 @@ def test_a_run_without_a_loss_says_that_it_learns_nothing_of_the_teacher(xkd_tra
     result = json.loads(listed)  # one object, and no other line
     assert (result["steps"], result["out"], result["weights"]) == (1, str(tmp_path / "2"), {"ce.ce": 1.0})
     assert set(result["terms"]) == {"loss", "ce.ce"}
-
-
-def test_the_student_is_saved_in_the_dtype_it_came_in_unless_another_is_asked_for(
-    xkd_train: XkdTrain, tmp_path: Path
-) -> None:
-    begun = shutil.copytree(tiny.tiny_cache().student, tmp_path / "begun")
-    AutoModelForCausalLM.from_pretrained(begun, dtype=torch.bfloat16).save_pretrained(begun)
-    auto, full = tmp_path / "auto", tmp_path / "full"
-
-    first, second = (xkd_train(*flags(auto, "--student", begun, "--steps", 2, "--save-every", 3)) for _ in range(2))
-    other = json.loads(xkd_train(*flags(full, "--student", begun, "--steps", 2, "--save-dtype", "fp32", "--json")).out)
-
-    assert first.out.endswith("; saved in bfloat16\n")
-    assert "already trained for 2 steps" in second.out
-    assert other["saved_in"] == "float32"
-    short, long = (load_file(out / "model.safetensors") for out in (auto, full))
-    state = load_newest(auto)[0]
-    assert state is not None
-    for name, tensor in long.items():
-        assert (tensor.dtype, short[name].dtype) == (torch.float32, torch.bfloat16)
-        assert torch.equal(short[name], tensor.bfloat16())
-        assert torch.equal(state.student[name], tensor)
-    assert AutoModelForCausalLM.from_pretrained(auto).dtype == torch.bfloat16
-    assert xkd_train("eval", auto, "--data", tiny.tiny_cache().corpus, "--no-rouge", "--dtype", "float32").code == 0
 
 
 def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Path) -> None:
