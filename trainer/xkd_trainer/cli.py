@@ -44,10 +44,8 @@ def train(
 
     trained = train_student(run, student_table=student_table, on_missing=on_missing, quiet=as_json)
     if as_json:
-        say_json({
-            "out": str(trained.out), "steps": trained.steps, "terms": trained.terms, "weights": trained.weights,
-            "saved_in": trained.saved_in,
-        })  # fmt: skip
+        values = {name: getattr(trained, name) for name in ("steps", "terms", "weights", "saved_in")}
+        say_json({"out": str(trained.out), **values})
     elif trained.resumed_at == trained.steps:
         say(f"{trained.out}: already trained for {trained.steps} steps with these settings, nothing to do")
     else:
