@@ -6,7 +6,6 @@ Shape legend for this file
 Token ranges are half open indices into the row's own T tokens.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -64,8 +63,8 @@ class Tokens:
     extended: int = 0  # tokens with characters that the normaliser merged, swapped or deleted; not stored
 
 
-def tokens_at(row: Mapping[str, Any]) -> Tokens:
-    """The tokens of one row of a teacher or student table."""
+def tokens_at(row: Any) -> Tokens:
+    """The tokens of one row of a teacher or student table, a `cache.table.Row`."""
     return Tokens(
         status=row["status"], num_chars=row["num_chars"], ids=row["token_ids"], spans=row["token_spans"],
         kinds=row["token_kinds"], targets=row["targets"],
