@@ -148,7 +148,11 @@ def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] 
     line = f"{tokens} tokens, {size / 1e6:.1f} MB ({size / max(1, tokens):.0f} bytes a token), kept: {kept}"
     line += _codec_error(m) + _extended(m) + _unusable(m)
     values = {"tokens": tokens, "bytes": size, "signals": list(m.spec["signals"]), "extended": m.count("extended")}
-    return _outcome(built, line, values | {"codec_error": m.constants.get("codec_error", {})})
+    rate = built.tokens / built.seconds if built.made else None
+    values |= {"codec_error": m.constants.get("codec_error", {}), "tokens_per_second": rate}
+    outcome = _outcome(built, line, values | {"seconds": built.seconds if built.made else None})
+    said = f" in {built.seconds:.1f} s, {rate:.1f} tokens per second" if rate is not None else ""
+    return replace(outcome, line=outcome.line + said)
 
 
 def align_stage(run: RunConfig, workers: Workers, _echo: Callable[[str], None] = say) -> Outcome:

@@ -167,6 +167,8 @@ class TrainSection(Section):
     """Of order, new weights and dropout."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Forward passes in a shorter dtype; weights stay float32."""
+    save_dtype: DtypeName = AUTO
+    """Of the finished student's weights, which are trained in float32; auto is that of the model it began as."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 leaves torch's choice."""
     log_every: int = Field(default=10, ge=1)

@@ -7,7 +7,7 @@ Token ranges are half open indices into the row's own T tokens.
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,14 @@ class Tokens:
     kinds: npt.NDArray[np.uint8]  # [T]
     targets: Bools  # [T]
     extended: int = 0  # tokens with characters that the normaliser merged, swapped or deleted; not stored
+
+
+def tokens_at(row: Any) -> Tokens:
+    """The tokens of one row of a teacher or student table, a `cache.table.Row`."""
+    return Tokens(
+        status=row["status"], num_chars=row["num_chars"], ids=row["token_ids"], spans=row["token_spans"],
+        kinds=row["token_kinds"], targets=row["targets"],
+    )  # fmt: skip
 
 
 def spans_read(intervals_K2: Int32s, num_chars: int) -> Int32s:

@@ -14,6 +14,7 @@ from xkd_pipeline.capture.stage import add_signals
 from xkd_pipeline.maintain.recompute import Recomputed, recompute
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.reports.report import write_report
+from xkd_pipeline.tables.writer import Store
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import Signal, signal_named
@@ -25,13 +26,12 @@ def teacher() -> Path:
     return small_cache.made() / "teacher"
 
 
-def test_a_command_line_that_asks_for_nothing_or_for_documents_is_a_usage_error(tmp_path: Path) -> None:
+def test_a_command_line_that_asks_for_nothing_is_a_usage_error(tmp_path: Path) -> None:
     from xkd_pipeline.cli.app import app
 
     cache = small_cache.copied(tmp_path)
     before = files_of(cache)
     for words, message in (
-        (["--documents", "more.jsonl"], r"does not grow.*second cache.*xkd-train --shards a/ --shards b/"),
         (["--signals", "entropy"], "read from a teacher"),
         (["--model", str(teacher())], "no signal is named"),
         (["--signals", "entropies", "--model", str(teacher())], "signal 'entropies' is not known"),
@@ -42,6 +42,10 @@ def test_a_command_line_that_asks_for_nothing_or_for_documents_is_a_usage_error(
     with pytest.raises(InputMissing, match=r"is not a folder"):
         app(["add", str(tmp_path / "nothing")], standalone_mode=False)
     assert files_of(cache) == before
+
+
+def ends_the_run() -> None:
+    raise KeyboardInterrupt
 
 
 def entropy_doubled(*given: Any) -> list[dict[str, Any]]:
@@ -57,8 +61,13 @@ def test_signals_beside_a_teacher_are_read_as_if_they_had_been_captured_with_it(
     before = files_of(cache)
     wanted = [signal_named(c) for c in ("entropy", "hidden_last", "span_vectors@2:word", "span_mass@2:word")]
 
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "commit", lambda store, one, real=Store.commit: real(store, one) or ends_the_run())
+        with pytest.raises(KeyboardInterrupt):
+            add_signals(cache, "T", str(teacher()), lambda _layers: wanted, "bf16", IN_PROCESS)
     built = add_signals(cache, "T", str(teacher()), lambda _layers: wanted, "bf16", IN_PROCESS)
 
+    assert (built.manifest.table, built.made, built.kept) == ("signals/T.1", 2, 1)
     assert built.manifest.spec["signals"] == ["entropy", "span_mass@2:word", "span_vectors@2:word"]
     assert add_signals(cache, "T", str(teacher()), lambda _layers: wanted, "", IN_PROCESS) is None
     after = files_of(cache)

@@ -15,7 +15,10 @@ FOLDERS = [str(p.parent.relative_to(ROOT)) for package in PACKAGES for p in (ROO
 ROWS = {cells[0].strip("`"): cells[1:] for cells in re.findall(r"^\| (.*?) \| (.*) \| (.*) \| (.*) \|$", PAGE, re.M)}
 
 
-@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/api.md", "CONTRIBUTING.md", "SECURITY.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["CONTRIBUTING.md", "SECURITY.md", *(f"docs/{n}.md" for n in ("architecture", "api", "cluster", "reliability"))],
+)
 def test_every_file_that_a_page_names_is_there(page: str) -> None:
     text = (ROOT / page).read_text()
     roots = [(ROOT / page).parent, ROOT, *(ROOT / package for package in PACKAGES)]
@@ -24,6 +27,14 @@ def test_every_file_that_a_page_names_is_there(page: str) -> None:
 
     assert len(named) > 2
     assert [name for name in sorted(named) if not any((root / name).exists() for root in roots)] == []
+
+
+def test_no_module_opens_a_pickle_or_runs_text() -> None:
+    calls = re.compile(r"import (?:pickle|joblib|dill|marshal)|\b(?:torch\.(?:load|save)|exec|(?<!\.)eval)\(")
+    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    found = {path.name: calls.findall(path.read_text()) for path in paths}
+
+    assert {name: calls for name, calls in found.items() if calls} == {}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

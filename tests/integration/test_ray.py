@@ -60,10 +60,11 @@ def undisturbed(tmp_path: Path) -> dict[str, bytes]:
     return files_of(tmp_path / "undisturbed")
 
 
-def test_of_two_workers_one_killed_in_a_shard_is_replaced_and_the_bytes_are_the_same(
-    cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes]
+@pytest.mark.parametrize(("trouble", "how"), [("kill", {"count": 2}), ("stop", {"count": 1, "stall_seconds": 8.0})])
+def test_a_worker_killed_or_stopped_in_a_shard_is_replaced_and_the_bytes_are_the_same(
+    cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes], trouble: str, how: dict[str, Any]
 ) -> None:
-    built = build_all(tmp_path / "t", Workers(address=cluster.address, count=2), trouble="kill")
+    built = build_all(tmp_path / "t", Workers(address=cluster.address, **how), trouble=trouble)
 
     assert built.made == UNITS
     assert (tmp_path / "killed").exists()
@@ -105,15 +106,6 @@ def test_an_error_a_stage_raises_arrives_as_itself(cluster: Any, tmp_path: Path,
 
     assert type(caught.value) is BadData
     assert str(caught.value) == f"{sentence}. Kept: k. Next: mend it"
-
-
-def test_a_stopped_worker_is_killed_and_its_shard_made_by_another(
-    cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
-    build_all(tmp_path / "t", Workers(address=cluster.address, count=1, stall_seconds=8.0), trouble="stop")
-
-    assert (tmp_path / "killed").exists()
-    assert files_of(tmp_path / "t") == undisturbed
 
 
 def test_the_teacher_makes_the_same_table_on_several_nodes_as_in_process(cluster: Any, tmp_path: Path) -> None:

@@ -39,12 +39,14 @@ def test_a_run_of_its_own_makes_the_same_bytes_is_closed_to_others_and_leaves_no
     tmp_path: Path, monkeypatch, for_workers, capfd
 ) -> None:
     build_all(tmp_path / "undisturbed")
-    heard, niceness, handler, seen = set(), set(), signal.getsignal(signal.SIGTERM), []
+    heard, niceness, asked, handler, seen = set(), set(), set(), signal.getsignal(signal.SIGTERM), []
     other = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
 
     def look(_commits: object) -> None:
         for process in psutil.Process().children(recursive=True):
             niceness.add(process.nice())
+            if process.name() in ("raylet", "gcs_server"):
+                asked.add((process.environ().get("RAY_AUTH_MODE"), len(process.environ().get("RAY_AUTH_TOKEN", ""))))
             heard.update(c.laddr.ip.removeprefix("::ffff:") for c in process.net_connections() if c.status == "LISTEN")
         for folder in Path(short).iterdir():
             assert folder.stat().st_mode & 0o077 == 0
@@ -62,6 +64,7 @@ def test_a_run_of_its_own_makes_the_same_bytes_is_closed_to_others_and_leaves_no
     assert (built.made, built.kept) == (UNITS, 0)
     assert files_of(tmp_path / "t") == files_of(tmp_path / "undisturbed")
     assert heard == {"127.0.0.1"}
+    assert asked == {("token", 64)}
     assert niceness == {psutil.Process().nice()}
     assert bool(seen) == bool(other)
     assert all(line.startswith("2 ") and "Permission denied" in line for line in seen)

@@ -15,14 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xkd_schemas.config import AUTO
-from xkd_schemas.corpus.formats import AUTO as FORM_AUTO
 from xkd_schemas.corpus.sources import held_out_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.errors import BadData, Mismatch, UsageError
 from xkd_schemas.progress import Progress
 from xkd_schemas.signals import Signal
 from xkd_schemas.text.encode import TRIED, Encoder
-from xkd_schemas.text.templates import AUTO as AUTO_TEMPLATE
 from xkd_schemas.text.templates import CHAT, chosen_template
 from xkd_schemas.text.tokenizers import identity
 from xkd_schemas.tokens import OK, Tokens
@@ -46,7 +44,7 @@ class Request:
     student: Path | str
     data: Path | str
     """A file, folder, address or data set, as xkd-cache documents takes it."""
-    form: str = FORM_AUTO
+    form: str = AUTO
     columns: Mapping[str, str] = field(default_factory=dict)
     """Field of the form to column of the rows."""
     template: str | None = None
@@ -80,7 +78,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     documents, rejected, references = held_out_documents(request.data, request.form, request.columns)
     tokenizer = load_tokenizer(name)
     trained = read_provenance(Path(name)).get("run", {})
-    template = chosen_template(request.template or trained.get("template", AUTO_TEMPLATE), tokenizer)
+    template = chosen_template(request.template or trained.get("template", AUTO), tokenizer)
     thinking = trained.get("enable_thinking") if request.enable_thinking is None else request.enable_thinking
     encoder = Encoder(
         tokenizer=tokenizer, template=template, max_tokens=request.max_tokens,

@@ -87,12 +87,12 @@ def _describe_needs(plan: dict[str, Any]) -> Iterator[str]:
     yield f"memory of one worker, an estimate: {format_size(plan['memory_bytes'])} ({parts})"
     if plan["seconds"] is None:
         yield (
-            "time: not known. Run xkd-cache teacher on a few hundred rows, divide its tokens by its seconds, and "
-            "give that with --tokens-per-second"
+            "time: not known. Run xkd-cache teacher on a few hundred rows, and give the tokens per second of its last "
+            "line with --tokens-per-second"
         )
     else:
         hours, rest = divmod(round(plan["seconds"]), 3600)
-        yield f"time: {hours}:{rest // 60:02d}:{rest % 60:02d} at {plan['rate']:g} tokens per second, with one worker"
+        yield f"time: {hours}:{rest // 60:02d}:{rest % 60:02d} at {plan['rate']:g} tokens per second"
 
 
 def _advise(plan: dict[str, Any]) -> Iterator[str]:

@@ -22,11 +22,11 @@ from typing import Final
 
 from rich.cells import cell_len
 
-from xkd_pipeline.tables.shard import document_at, tokens_at
+from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Int32s, Tokens
+from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Int32s, Tokens, tokens_at
 
 SIGNS: Final = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}  # what stands for a blank in a token
 END_SIGN: Final = "∎"

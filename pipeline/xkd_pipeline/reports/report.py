@@ -27,12 +27,12 @@ import pyarrow as pa
 from xkd_pipeline.reports.plan_text import format_size
 from xkd_pipeline.reports.render import bracket_phrases, columns_of, escape_text
 from xkd_pipeline.tables.dataset_card import table_states
-from xkd_pipeline.tables.shard import document_at, tokens_at
+from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.manifest import Manifest
 from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
 from xkd_schemas.durable_files import bytes_below, inside, replace, sha256_of
 from xkd_schemas.errors import BadData, UsageError
-from xkd_schemas.tokens import OK, TOKEN_FIELDS
+from xkd_schemas.tokens import OK, TOKEN_FIELDS, tokens_at
 
 WORST: Final = 20  # documents that are drawn
 MAX_COLUMNS: Final = 200  # aligned spans of one document that are drawn

@@ -1,5 +1,6 @@
 """Make one table: what is there is kept, what is missing is made, and the whole is sealed."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ class Built:
     manifest: Manifest
     made: int
     kept: int
+    seconds: float = 0.0  # that making them took, with the start of workers
+    tokens: int = 0  # in the shards made now
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +57,7 @@ def build(
     if manifest is not None and not missing and list(manifest.commits) == [done[n].bound for n in sorted(done)]:
         store.describe()
         return Built(manifest=manifest, made=0, kept=kept)
+    start = time.monotonic()
     if missing:
         kinds = {commit.made_on for commit in done.values() if commit.made_on}
         rows = {unit: store.plan.units[unit].rows for unit in missing}
@@ -74,8 +78,11 @@ def build(
 
             with tell_kept(describe_kept):
                 make_shards(stage, jobs(missing), workers, take, store.cares(missing))
+    seconds = time.monotonic() - start
     constants, files = finish([done[unit] for unit in sorted(done)])
-    return Built(manifest=store.seal(done, constants, files), made=len(missing), kept=kept)
+    manifest = store.seal(done, constants, files)
+    tokens = sum(done[unit].counts.get("tokens", 0) for unit in missing)
+    return Built(manifest=manifest, made=len(missing), kept=kept, seconds=seconds, tokens=tokens)
 
 
 def _tell_other_kind(table: str, commit: Commit, kinds: set[str]) -> None:

@@ -28,7 +28,7 @@ from xkd_schemas.ragged import Ragged, batch_of, row_offsets
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import TRIED, Encoder, unusable
 from xkd_schemas.text.templates import chosen_template
-from xkd_schemas.tokens import OK, WORKER_KILLED, Tokens
+from xkd_schemas.tokens import OK, WORKER_KILLED
 
 ROWS_PER_BATCH = 32  # rows of a record batch: the piece that is checked and mapped at once
 
@@ -163,18 +163,6 @@ def tokens_of(shard: Shard) -> TokenBatch:
         kinds=_lists(columns["token_kinds"]).values,
         targets=_lists(columns["targets"]).values,
         extended=np.zeros(len(ids), np.int32),
-    )
-
-
-def tokens_at(row: Row) -> Tokens:
-    """The tokens of one row of a teacher or student table."""
-    return Tokens(
-        status=row["status"],
-        num_chars=row["num_chars"],
-        ids=row["token_ids"],
-        spans=row["token_spans"],
-        kinds=row["token_kinds"],
-        targets=row["targets"],
     )
 
 

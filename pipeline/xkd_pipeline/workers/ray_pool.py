@@ -322,7 +322,10 @@ class RayPool:
             first, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
         found = [(self._open.pop(reference), self._result(reference)) for reference in first]
         if not found or any(isinstance(what, Failed) for _, what in found):
-            self._refuse_silence()
+            for name, host, port in self._processes:  # where one is gone, Ray would wait for a minute and exit
+                if silence := no_answer(host, port):
+                    reason = f"its {name} at {host}:{port} does not answer: {silence}"
+                    raise WorkersGone(f"the Ray cluster is gone: {reason}", kept=KEPT, fix=AGAIN)
         return found
 
     def _result(self, reference: Any) -> Commit | Failed | None:
@@ -344,10 +347,3 @@ class RayPool:
         except RayError as error:
             raise WorkersGone(f"Ray fails: {telling_line(error)}", kept=KEPT, fix=AGAIN) from error
         return value if isinstance(value, Commit) else None
-
-    def _refuse_silence(self) -> None:
-        """Raise WorkersGone where Ray's own processes do not answer: Ray itself would wait for a minute and exit."""
-        for name, host, port in self._processes:
-            if silence := no_answer(host, port):
-                reason = f"its {name} at {host}:{port} does not answer: {silence}"
-                raise WorkersGone(f"the Ray cluster is gone: {reason}", kept=KEPT, fix=AGAIN)

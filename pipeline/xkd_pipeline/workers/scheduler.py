@@ -123,13 +123,11 @@ class Schedule:
         while self._idle and self._queue:
             worker, task = self._idle.pop(), self._queue.popleft()
             self._busy[worker] = task, self._clock()
-            self._pool.give(worker, task.job, self._care_for(task))
-
-    def _care_for(self, task: _Task) -> MadeDifferently:
-        if task.search is None:
-            return task.care
-        others = set(range(self._stage.rows(task.job))) - set(task.rows)
-        return task.care.model_copy(update={"lost": tuple(sorted(others))})
+            care = task.care
+            if task.search is not None:  # without the rows that are not tried now
+                others = set(range(self._stage.rows(task.job))) - set(task.rows)
+                care = care.model_copy(update={"lost": tuple(sorted(others))})
+            self._pool.give(worker, task.job, care)
 
     def _note_start(self, worker: Hashable, what: Commit | Failed | None) -> None:
         del self._loading[worker]

@@ -79,7 +79,11 @@ def count_file(path: Path) -> tuple[CorpusFile, str]:
     for number, (at, line) in enumerate(_read_lines(path)):
         if number == 0:
             num_boms, line = _without_bom(line)
-            _refuse_list(path, line)
+            if ".json" in path.suffixes[-2:] and isinstance(line, bytes) and line.lstrip().startswith(b"["):
+                raise UsageError(
+                    f"{path} begins with a list; rows are objects, one on each line",
+                    fix=f"jq -c '.[]' {path.name} > rows.jsonl",
+                )
         if number % MARK_EVERY == 0:
             marks.append(at)
         if isinstance(line, LongLine) or line.strip():
@@ -125,15 +129,6 @@ def _without_bom(line: Line) -> tuple[int, Line]:
     if isinstance(line, bytes) and line.startswith(BOM):
         return 1, line.removeprefix(BOM)
     return 0, line
-
-
-def _refuse_list(path: Path, line: Line) -> None:
-    """A .json file is one list more often than rows: say so at once, and how to cut it."""
-    if ".json" in path.suffixes[-2:] and isinstance(line, bytes) and line.lstrip().startswith(b"["):
-        raise UsageError(
-            f"{path} begins with a list; rows are objects, one on each line",
-            fix=f"jq -c '.[]' {path.name} > rows.jsonl",
-        )
 
 
 def _check_unchanged(part: CorpusFile, path: Path) -> None:

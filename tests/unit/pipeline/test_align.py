@@ -13,11 +13,12 @@ from slow_alignment import align_one, exact_pairs, ranges_of
 from small_cache import made
 from xkd_pipeline.reports.report import gather
 from xkd_pipeline.stages import Outcome, align_stage, documents_stage, teacher_stage
-from xkd_pipeline.tables.shard import document_at, encoder_for, tokens_at
+from xkd_pipeline.tables.shard import document_at, encoder_for
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.text.encode import Encoder
+from xkd_schemas.tokens import tokens_at
 
 
 def stage(cache: Path, *, teacher: str = "T", **student: object) -> Outcome:

@@ -185,6 +185,20 @@ def test_the_outcome_counts_tokens_and_bytes() -> None:
     assert outcome.line.startswith(f"teachers/T: {tokens} tokens, ")
     assert f"({size / tokens:.0f} bytes a token), kept: argmax, attention_text@4, " in outcome.line
     assert (outcome.values["made"], outcome.values["reused"]) == (0, 3)
+    assert outcome.line.endswith("; all 3 shards reused")
+    assert (outcome.values["seconds"], outcome.values["tokens_per_second"]) == (None, None)
+
+
+def test_the_last_line_has_seconds_and_tokens_per_second_of_what_this_run_made(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    commit = Table(cache, "teachers/T").manifest.commits[1]
+    (cache / "teachers" / "T" / commit.file).unlink()
+
+    outcome = stage(cache)
+
+    seconds, rate = outcome.values["seconds"], outcome.values["tokens_per_second"]
+    assert rate * seconds == pytest.approx(commit.counts["tokens"])
+    assert outcome.line.endswith(f"; 1 shards made, 2 reused in {seconds:.1f} s, {rate:.1f} tokens per second")
 
 
 def test_a_document_too_long_for_the_teacher_is_cut_at_a_word_and_counted(tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 from xkd_schemas.text.alignment import align, common_boundaries, grouped_spans, token_ranges
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
 
-FAR = 2**31 - 1
-
 
 def as_spans(pairs: list[tuple[int, int]]) -> np.ndarray:
     return np.array(pairs, dtype=np.int32).reshape(-1, 2)

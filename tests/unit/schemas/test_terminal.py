@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -170,8 +171,9 @@ KINDS = XkdError.__subclasses__()
 
 def test_every_error_has_the_exit_code_that_is_documented() -> None:
     assert {kind.__name__: kind.exit_code for kind in KINDS} == CODES
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    assert all(f" {code} " in readme for code in CODES.values())
+    for page in ("README.md", "docs/reliability.md"):
+        text = (Path(__file__).parents[3] / page).read_text(encoding="utf-8")
+        assert all(re.search(rf"[ |]{code}\b", text) for code in CODES.values()), page
 
 
 @pytest.mark.parametrize("kind", KINDS)

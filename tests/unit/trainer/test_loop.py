@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,12 +17,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import tiny_models as tiny
 from xkd_schemas.config import RunConfig, TrainSection
 from xkd_schemas.console import run as run_app
 from xkd_schemas.durable_files import hold_lock
 from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite
+from xkd_trainer.cli import app
 from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order, learning_rate
@@ -324,6 +327,30 @@ def test_a_run_stopped_while_saving_its_student_finishes_when_it_is_run_again(
     with pytest.raises(Mismatch, match=r"holds a student of another run.*choose another --out"):
         train(run(tmp_path, steps=2), quiet=True)
     assert contents(tmp_path) == before
+
+
+def test_the_student_is_saved_in_the_dtype_it_came_in_unless_another_is_asked_for(tmp_path: Path, capsys: Any) -> None:
+    made = tiny.tiny_cache()
+    begun = shutil.copytree(made.student, tmp_path / "begun")
+    AutoModelForCausalLM.from_pretrained(begun, dtype=torch.bfloat16).save_pretrained(begun)
+    auto, full = tmp_path / "auto", tmp_path / "full"
+
+    def typed(*words: object) -> str:
+        app([*map(str, words)], standalone_mode=False)
+        return capsys.readouterr().out
+
+    command = ["--shards", made.cache, "--student", begun, "--steps", 2, "--save-every", 3, "--out"]
+    assert typed(*command, auto).endswith("; saved in bfloat16\n")
+    assert "already trained for 2 steps" in typed(*command, auto)
+    assert json.loads(typed(*command, full, "--save-dtype", "fp32", "--json"))["saved_in"] == "float32"
+    state = load_newest(auto)[0]
+    assert state is not None
+    for name, tensor in weights(full).items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(weights(auto)[name], tensor.bfloat16())
+        assert torch.equal(state.student[name], tensor)
+    assert AutoModelForCausalLM.from_pretrained(auto).dtype == torch.bfloat16
+    assert "bits_per_byte" in typed("eval", auto, "--data", made.corpus, "--no-rouge", "--dtype", "float32")
 
 
 def test_a_signal_to_another_process_alone_exports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ import slow_losses as tools
 import tiny_models as tiny
 from xkd_schemas.errors import UsageError
 from xkd_schemas.tokens import predictors
-from xkd_trainer.losses.baselines.mined import _nearest, partners, read_bare, vocabulary_map
+from xkd_trainer.losses.baselines import mined
+from xkd_trainer.losses.baselines.mined import _search, partners, read_bare, vocabulary_map
 from xkd_trainer.losses.ops.vocabulary import token_bytes
 
 WORDS = st.text("abAé", max_size=6).map(lambda text: text.encode())
@@ -26,7 +27,7 @@ LONG = st.text("ab", min_size=55, max_size=75).map(lambda text: text.encode())
 @settings(max_examples=30, deadline=None)
 @given(queries=st.lists(WORDS | LONG, max_size=5), texts=st.lists(WORDS | LONG, min_size=1, max_size=12))
 def test_nearest_string_is_that_of_a_full_search(queries: list[bytes], texts: list[bytes]) -> None:
-    found = _nearest(queries, {7 * n: text for n, text in enumerate(texts)})
+    found = _search(queries, {7 * n: text for n, text in enumerate(texts)})
 
     assert found.tolist() == [7 * slow.nearest(query, texts) for query in queries]
 
@@ -73,6 +74,26 @@ def test_the_search_for_nearest_classes_is_counted_and_does_not_depend_on_its_pi
 
     assert vocabulary_map(source, target, "nearest").tolist() == whole == [2, 0, 1]
     assert "mined: nearest classes: 1 of 2 classes" in capsys.readouterr().err
+
+
+def test_a_long_search_is_made_once_and_a_damaged_result_is_searched_again(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("xkd_trainer.losses.baselines.mined.LONG_SEARCH", 0)
+    searches, source = [], {"aa": 0, "abx": 1, "cdd": 2}
+    monkeypatch.setattr(mined, "_search", lambda *asked, real=mined._search: searches.append(asked) or real(*asked))
+
+    def find(*targets: str) -> list[int]:
+        return vocabulary_map(source, {text: n for n, text in enumerate(targets)}, "nearest").tolist()
+
+    assert [find("ab", "cd", "aa"), find("ab", "cd", "aa"), find("cd", "ab", "aa")] == [[2, 0, 1]] * 2 + [[2, 1, 0]]
+    assert len(searches) == 2
+    for path in (kept := sorted((tmp_path / "home" / "xkd").iterdir())):
+        path.write_bytes(path.read_bytes().replace(b"[0,1]", b"[1,1]").replace(b"[1,0]", b"[1,1]"))
+    assert [find("ab", "cd", "aa"), find("ab", "cd", "aa")] == [[2, 0, 1]] * 2
+    assert (len(searches), len(kept)) == (3, 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept[0]))  # a file: nothing can be kept
+    assert find("ab", "cd", "aa") == [2, 0, 1]
+    assert "the next run searches again" in capsys.readouterr().err
 
 
 def test_a_token_of_text_is_taken_before_a_byte_token_and_a_blank_counts_only_where_it_is_equal() -> None:

@@ -25,6 +25,12 @@ from xkd_trainer.training.prepare import set_up
         ({"loss": "sra", "losses": {"sra": {"taw": 3}}}, "losses.sra: 'taw' is not a setting. Next: did you mean"),
         ({"loss": "sra", "losses": {"sra": {"kd": "most"}}}, "losses.sra.kd: "),
         ({"loss": "ce", "losses": {"sra": {"taw": 3}}}, "losses.sra: 'taw' is not a setting"),
+        ({"losses": {"ce": {"projector_lr": 1e-3}}}, "losses.ce.projector_lr: ce has no projectors here"),
+        ({"loss": "sra", "losses": {"sra": {"projector_lr": -1}}}, "losses.sra.projector_lr: "),
+        (
+            {"loss": "sra", "losses": {"sra": {"projector_rate": 1}}},
+            "Next: did you mean 'projector_lr'?",
+        ),
         ({"loss": "ce", "losses": {"sar": {}}}, "'sar' is not a loss"),
         ({"loss": "mta", "losses": {"mta": {"student_layers": [1]}}}, "mta.student_layers has 1 layers, the cache"),
     ],

@@ -10,7 +10,7 @@ import slow_losses as slow
 from xkd_schemas.errors import BadData
 from xkd_trainer.models import measures as signals
 from xkd_trainer.models.measures import (
-    _variance,
+    _std,
     centrality,
     cosine_matrix,
     normalise_row,
@@ -210,8 +210,9 @@ def test_centrality_in_float32_is_that_of_float64_where_the_mean_is_large(mean: 
 
 def test_a_row_of_one_number_has_no_spread_also_beside_others() -> None:
     hidden_LD = torch.cat([torch.full((1, 8), 7.0), torch.randn(3, 8, generator=torch.Generator().manual_seed(1))])
-    assert _variance(hidden_LD, hidden_LD.mean(-1))[0] == 0
-    torch.testing.assert_close(_variance(hidden_LD, hidden_LD.mean(-1)), hidden_LD.var(-1), rtol=1e-5, atol=1e-6)
+    std_L1 = _std(hidden_LD, hidden_LD.mean(-1))
+    assert std_L1[0] == 0
+    torch.testing.assert_close(std_L1[:, 0], hidden_LD.std(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_classes_far_below_the_likeliest_change_nothing_and_equals_give_the_first() -> None:

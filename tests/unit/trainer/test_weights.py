@@ -80,18 +80,3 @@ def test_projectors_are_trained_as_their_paper_does_unless_the_run_or_the_loss_s
     assert groups(3e-3, sra={"projector_lr": 2e-3, "projector_weight_decay": 0.1}) == {
         "mta": (3e-3, 0.01), "sra": (2e-3, 0.1), "dwa": (3e-3, 0.01),
     }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("losses", "message"),
-    [
-        ({"ce": {"projector_lr": 1e-3}}, "losses.ce.projector_lr: ce has no projectors here"),
-        ({"sra": {"projector_lr": -1}}, "losses.sra.projector_lr: "),
-        ({"sra": {"projector_rate": 1}}, "'projector_rate' is not a setting. Next: did you mean 'projector_lr'?"),
-    ],
-)
-def test_a_key_of_projectors_that_does_not_fit_is_refused(losses: dict[str, dict[str, float]], message: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        set_up(tiny.tiny_cache().run(loss="sra", losses=losses), "")
-
-    assert message in str(caught.value)

@@ -17,7 +17,7 @@ from xkd_schemas.codecs import unpack_classes
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import KINDS, Signal
 from xkd_schemas.text.alignment import token_ranges
-from xkd_schemas.tokens import END, OK, Tokens, kept_mask, kept_rows, last_text, predictors
+from xkd_schemas.tokens import END, kept_mask, kept_rows, last_text, predictors, tokens_at
 from xkd_trainer.data.batch import Batch, Level, TokenStates, signal_fields
 from xkd_trainer.data.cache import Cache, layers_of
 from xkd_trainer.models.measures import unpack_triangle
@@ -167,11 +167,7 @@ def _level_arrays(document: Row, student: Row, teacher: Row, wanted: frozenset[S
 def _kept_ranges(teacher: Row, spans: Array) -> Array:
     """Words or phrases as ranges of the kept teacher rows, [U, 2]; (0, 0) for those not whole in a target."""
     targets = teacher["targets"]
-    tokens = Tokens(
-        status=OK, num_chars=teacher["num_chars"], ids=teacher["token_ids"], spans=teacher["token_spans"],
-        kinds=teacher["token_kinds"], targets=targets,
-    )  # fmt: skip
-    ranges = token_ranges([tokens], [spans])[0].astype(np.int64)
+    ranges = token_ranges([tokens_at(teacher)], [spans])[0].astype(np.int64)
     whole = (ranges[:, 1] > ranges[:, 0]) & np.append(targets, False)[ranges[:, 0]]
     first = np.searchsorted(kept_rows(targets), ranges[:, 0])
     return np.where(whole[:, None], np.stack([first, first + ranges[:, 1] - ranges[:, 0]], axis=1), 0)

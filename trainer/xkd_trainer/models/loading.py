@@ -117,6 +117,12 @@ def check_model_name(name: str) -> None:
             AutoConfig.from_pretrained(source, **options)
 
 
+def stored_dtype(name: str) -> torch.dtype:
+    """The dtype of a model that can be loaded, by its configuration; float32 where that says none."""
+    source, options = model_source(name, weights=False)
+    return AutoConfig.from_pretrained(source, **options).dtype or torch.float32
+
+
 @contextlib.contextmanager
 def _load_errors(name: str, source: str) -> Iterator[None]:
     try:

@@ -104,25 +104,20 @@ def _all_finite(values: Tensor) -> bool:
 
 
 def _std(hidden_BLD: Tensor, mean_BL: Tensor) -> Tensor:
-    """Unbiased standard deviation over the width, [B, L, 1]; its gradient is 0, not NaN, where it is 0."""
-    variance_BL1 = _variance(hidden_BLD, mean_BL).unsqueeze(-1)
-    varies_BL1 = variance_BL1 > 0
-    return torch.where(varies_BL1, torch.where(varies_BL1, variance_BL1, 1.0).sqrt(), 0.0)
+    """Unbiased standard deviation over the width, [B, L, 1]; its gradient is 0, not NaN, where it is 0.
 
-
-def _variance(hidden_BLD: Tensor, mean_BL: Tensor) -> Tensor:
-    """Unbiased variance over the width, [B, L]: mean square less squared mean, without a copy of the states.
-
-    Where that would cancel, in rows whose mean is large beside their spread, the mean is taken off first.
+    Mean square less squared mean, without a copy of the states; where that would cancel, the mean is taken off first.
     """
     width = hidden_BLD.shape[-1]
     square_BL = torch.linalg.vecdot(hidden_BLD, hidden_BLD) / width
     variance_BL: Tensor = (square_BL - mean_BL.square()) * (width / (width - 1))
     cancels_BL = variance_BL < CANCELS * square_BL
-    if not bool(cancels_BL.any()):
-        return variance_BL
-    centred_ND = hidden_BLD[cancels_BL] - mean_BL[cancels_BL].unsqueeze(-1)
-    return variance_BL.masked_scatter(cancels_BL, torch.linalg.vecdot(centred_ND, centred_ND) / (width - 1))
+    if bool(cancels_BL.any()):
+        centred_ND = hidden_BLD[cancels_BL] - mean_BL[cancels_BL].unsqueeze(-1)
+        square_N = torch.linalg.vecdot(centred_ND, centred_ND)
+        variance_BL = variance_BL.masked_scatter(cancels_BL, square_N / (width - 1))
+    varies_BL = variance_BL > 0
+    return torch.where(varies_BL, torch.where(varies_BL, variance_BL, 1.0).sqrt(), 0.0).unsqueeze(-1)
 
 
 def pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,7 @@ class Trained:
     resumed_at: int  # step of the checkpoint it went on from; `steps` if there was nothing left to do
     terms: dict[str, float]  # means over the last logged stretch of steps
     weights: dict[str, float]  # what each term is multiplied by at the last step
+    saved_in: str  # dtype of the student's weights on disk
 
 
 def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", quiet: bool = False) -> Trained:
@@ -79,8 +80,13 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
     first = os.environ.get("RANK", "0") == "0"  # of the processes of one run
     with hold_lock(out) if first else nullcontext():
         if is_finished(out, fingerprint):
-            return Trained(out=out, steps=total, resumed_at=total, terms={}, weights=fingerprint["weights"])
-        return _Run(run, ready, order, total, fingerprint, quiet).go()
+            resumed_at, terms = total, dict[str, float]()
+        else:
+            resumed_at, terms = _Run(run, ready, order, total, fingerprint, quiet).go()
+    return Trained(
+        out=out, steps=total, resumed_at=resumed_at, terms=terms, weights=fingerprint["weights"],
+        saved_in=str(ready.save_dtype).removeprefix("torch."),
+    )  # fmt: skip
 
 
 def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
@@ -207,8 +213,8 @@ class _Run:
             batches.append(blank(batch_of(cache, rows_of_epoch[shares[0][0]].tolist(), wanted)))
         return batches
 
-    def go(self) -> Trained:
-        """Run all remaining steps, save, and export the student."""
+    def go(self) -> tuple[int, dict[str, float]]:
+        """Run all remaining steps, save, and export the student: the step it began at, and the last logged means."""
         self.saved_at = monotonic()
         main = self.accelerator.is_main_process
         if main and not self.quiet:
@@ -238,8 +244,7 @@ class _Run:
                 raise KeyboardInterrupt
             if main:
                 self._export()
-        weights = self.fingerprint["weights"]
-        return Trained(out=self.out, steps=self.total, resumed_at=self.start, terms=last, weights=weights)
+        return self.start, last
 
     def _log(self, step: int, norm: float, metrics: Metrics | None) -> dict[str, float]:
         """Write what was measured since the last logged step, and return the means."""
@@ -257,7 +262,8 @@ class _Run:
         if self.settings.save_every and self.saved != self.total:
             self._save(self.total)
         rows = self.ready.cache.rows_of_student(LOOKED_AT)
-        export_student(self.out, self.distiller.student, self.ready.tokenizer, self.fingerprint, rows)
+        student = self.distiller.student.to(self.ready.save_dtype)
+        export_student(self.out, student, self.ready.tokenizer, self.fingerprint, rows)
         if not self.settings.save_every:
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
 

@@ -31,8 +31,9 @@ from xkd_trainer.data.cache import Cache, CacheUnion, find_student, layers_of, p
 from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant_head
 from xkd_trainer.losses.registry import loss_named, parse_loss
 from xkd_trainer.models.architecture import head_of, num_layers
+from xkd_trainer.models.compute_dtype import dtype_named
 from xkd_trainer.models.forward import check_model
-from xkd_trainer.models.loading import load_model, load_tokenizer, new_model
+from xkd_trainer.models.loading import load_model, load_tokenizer, new_model, stored_dtype
 from xkd_trainer.training.distiller import Distiller
 
 
@@ -44,6 +45,7 @@ class Ready:
     tokenizer: Any
     distiller: Distiller
     wanted: frozenset[Signal]  # signals that batches carry
+    save_dtype: torch.dtype  # of the finished student
 
 
 def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
@@ -72,13 +74,13 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
     needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
     for name, each in itertools.product(needs, caches):
         each.require(name, needs[name])
-    student = student_of(run, tokenizer)
+    student, save_dtype = student_of(run, tokenizer), _save_dtype(run)
     context = context_of(cache, student, tokenizer, levels)
     torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
     losses: Mapping[str, nn.Module] = {name: loss_named(name).build(settings[name], context) for name in weights}
     wanted = frozenset(signal for signals in needs.values() for signal in signals)
     distiller = Distiller(student, losses, weights, _projectors(run, losses))
-    return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted)
+    return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted, save_dtype=save_dtype)
 
 
 def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
@@ -103,6 +105,12 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
             fix="use the tokenizer the model was trained with",
         )
     return model
+
+
+def _save_dtype(run: RunConfig) -> torch.dtype:
+    if run.train.save_dtype != AUTO:
+        return dtype_named(run.train.save_dtype)
+    return torch.float32 if run.student.model.startswith("new:") else stored_dtype(run.student.model)
 
 
 def _check_template(run: RunConfig, cache: Cache) -> None:

@@ -10,9 +10,14 @@ The paper adds cross-entropy, half and half: `--loss mined`.
 Shape legend: see batch.py; V classes of a vocabulary, D the teacher's width.
 """
 
+import contextlib
+import hashlib
 import importlib.util
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -20,7 +25,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from xkd_schemas.errors import UsageError
+from xkd_schemas.console import note, warn
+from xkd_schemas.durable_files import canonical, digest
+from xkd_schemas.durable_files import replace as replace_file
+from xkd_schemas.errors import DiskFailed, UsageError
 from xkd_schemas.progress import Progress, tick
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass, constant_head
@@ -35,6 +43,7 @@ UNMAPPED: Final = -1e5
 """Logit of a student class that no teacher class stands for, as in DSKD's code; its exponential is exactly 0."""
 
 SEARCHED: Final = 512  # classes whose nearest are searched between two ticks
+LONG_SEARCH: Final = 10**8  # pairs of classes, some seconds of a core: the result is kept for the next run
 
 Array = npt.NDArray[Any]
 
@@ -57,12 +66,12 @@ class MinedSettings(Settings):
     """
 
 
-def edit_distances(queries: list[bytes], targets: list[bytes]) -> Array:
-    """Levenshtein distances [Q, T] in bytes, int32."""
+def edit_distances(queries: list[bytes], targets: list[bytes], dtype: Any = np.int32, threads: int = 1) -> Array:
+    """Levenshtein distances [Q, T] in bytes; `dtype` must hold the longest of all."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
-    found: Array = cdist(queries, targets, scorer=Levenshtein.distance, dtype=np.int32)
+    found: Array = cdist(queries, targets, scorer=Levenshtein.distance, dtype=dtype, workers=threads)
     return found
 
 
@@ -93,15 +102,35 @@ def vocabulary_map(source: Mapping[str, int], target: Mapping[str, int], mode: L
     found_V[equal_from.numpy()] = equal_to.numpy()
     if mode == "nearest":
         missing = np.array(sorted(n for n in bare if found_V[n] < 0), np.int64)
-        found_V[missing] = _nearest([bare[int(n)] for n in missing], to_bare)
+        found_V[missing] = _find_nearest([bare[int(n)] for n in missing], to_bare)
     return torch.from_numpy(found_V)
 
 
-def _nearest(queries: list[bytes], targets: Mapping[int, bytes]) -> Array:
+def _find_nearest(queries: list[bytes], targets: Mapping[int, bytes]) -> Array:
+    """`_search`; a long one is made once, and kept with its digest in this user's cache folder."""
+    if len(queries) * len(targets) < LONG_SEARCH:
+        return _search(queries, targets)
+    asked = hashlib.sha256(repr((queries, sorted(targets.items()))).encode()).hexdigest()
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xkd" / f"mined-{asked}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged
+        own, ids = json.loads(path.read_bytes())
+        if own == digest(ids):
+            return np.array(ids, np.int64)
+    found = _search(queries, targets)
+    try:
+        replace_file(path, canonical([digest(found.tolist()), found.tolist()]))
+        note(f"mined: the nearest classes are kept in {path}")
+    except DiskFailed as error:
+        warn(f"mined: the nearest classes are not kept, the next run searches again: {error.what}")
+    return found
+
+
+def _search(queries: list[bytes], targets: Mapping[int, bytes]) -> Array:
     """Ids of the nearest targets, by the distances to all of them; ties as `vocabulary_map` says."""
     found = np.zeros(len(queries), np.int64)
     ids = np.array(sorted(targets), np.int64)
     query_sizes, sizes = (np.array([len(text) for text in texts]) for texts in (queries, [targets[n] for n in ids]))
+    dtype, threads = np.min_scalar_type(max([*query_sizes, *sizes])), torch.get_num_threads()
     with Progress("mined: nearest classes", len(queries), of="classes"):
         for size in np.unique(query_sizes):
             # of equal distances argmin takes the first, so the targets stand in the order of the ties
@@ -109,7 +138,8 @@ def _nearest(queries: list[bytes], targets: Mapping[int, bytes]) -> Array:
             texts = [targets[n] for n in ranked]
             same_size = np.nonzero(query_sizes == size)[0]
             for part in np.split(same_size, range(SEARCHED, len(same_size), SEARCHED)):
-                found[part] = ranked[edit_distances([queries[k] for k in part], texts).argmin(1)]
+                distances = edit_distances([queries[k] for k in part], texts, dtype, threads)
+                found[part] = ranked[distances.argmin(1)]
                 tick(len(part))
     return found
 
