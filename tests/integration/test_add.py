@@ -26,12 +26,13 @@ def teacher() -> Path:
     return small_cache.made() / "teacher"
 
 
-def test_a_command_line_that_asks_for_nothing_is_a_usage_error(tmp_path: Path) -> None:
+def test_a_command_line_that_asks_for_nothing_or_for_documents_is_a_usage_error(tmp_path: Path) -> None:
     from xkd_pipeline.cli.app import app
 
     cache = small_cache.copied(tmp_path)
     before = files_of(cache)
     for words, message in (
+        (["--documents", "more.jsonl"], r"does not grow.*second cache.*xkd-train --shards a/ --shards b/"),
         (["--signals", "entropy"], "read from a teacher"),
         (["--model", str(teacher())], "no signal is named"),
         (["--signals", "entropies", "--model", str(teacher())], "signal 'entropies' is not known"),

@@ -110,6 +110,7 @@ def preprocess(run: RunConfig, as_json: JsonOption = False) -> None:
 def add(
     run: RunConfig,
     signals: Annotated[str, typer.Option(help="Signals to add, e.g. topk_ids#64,hidden@8.")] = "",
+    documents: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Add signals of a teacher to a finished cache; no shard that is there is touched.
@@ -117,6 +118,11 @@ def add(
     Example: xkd-cache add cache/ --model models/teacher --for dskd
     """
     given, cache = run.teacher.model_fields_set, Path(run.cache)
+    if documents:
+        raise UsageError(
+            "a cache does not grow: --documents is not an option of add",
+            fix="make a second cache of the new rows, and train with xkd-train --shards a/ --shards b/",
+        )
     check_cache(cache)
     if not run.teacher.model:
         raise UsageError("signals are read from a teacher", fix="add --model FOLDER")
@@ -151,6 +157,10 @@ for _command in (
     commands.verify, commands.repair, commands.gc, commands.drop,
 ):  # fmt: skip
     app.command()(_command)
+for _name in ("publish", "fetch"):
+    app.command(_name, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
+        commands.copied_by_others
+    )
 
 
 def main() -> None:

@@ -267,3 +267,11 @@ def drop(
 
     size = remove(cache, table)
     answer({"table": table, "bytes": size}, [f"dropped {table}, freed {size / 1e6:.1f} MB"], as_json)
+
+
+def copied_by_others(context: typer.Context) -> None:
+    """Say what took the place of publish and fetch."""
+    raise UsageError(
+        f"xkd-cache {context.info_name} is withdrawn",
+        fix="copy the folder with hf upload, aws s3 sync or rclone, then xkd-cache verify (docs/sharing.md)",
+    )

@@ -310,6 +310,12 @@ def test_an_export_is_done_when_it_is_typed_again(xkd_cache: Cache, tmp_path: Pa
     refused(xkd_cache(*command), 2, "exists and is not empty")
 
 
+@pytest.mark.parametrize("command", [["publish", "cache/", "s3://b/c", "--json"], ["fetch"]])
+def test_a_withdrawn_command_names_the_copiers_and_is_not_listed(xkd_cache: Cache, command: list[str]) -> None:
+    refused(xkd_cache(*command), 2, f"xkd-cache {command[0]} is withdrawn", "docs/sharing.md")
+    assert f" {command[0]} " not in xkd_cache("--help")[1]
+
+
 BAD_DOCUMENTS = {
     "a wrong path": (["nope.jsonl"], 66, ["nope.jsonl: No such file or directory", "check the path"]),
     "a wrong ending": (["notes.txt"], 2, ["notes.txt: unknown file extension", ".jsonl"]),
