@@ -77,7 +77,8 @@ def cosine(a: Vector, b: Vector) -> float:
 def softmax(scores: Vector) -> list[float]:
     peak = max(scores)
     powers = [math.exp(s - peak) for s in scores]
-    return [p / math.fsum(powers) for p in powers]
+    total = math.fsum(powers)
+    return [p / total for p in powers]
 
 
 # Signals
