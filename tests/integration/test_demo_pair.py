@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def run_of(cache: Path, corpus: Path, table: str, out: str = "") -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all losses need of the teacher, on a few short rows of the demo's text."""
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What all losses need of the teacher, on a few short rows of the demo's text; MinED's search is made once."""
     folder = tmp_path_factory.mktemp("demo-pair")
     corpus = folder / "rows.jsonl"
     with (DEMO / "train.jsonl").open(encoding="utf-8") as lines:
@@ -73,7 +74,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = run_of(folder / "cache", corpus, table)
         for stage in (documents_stage, teacher_stage, align_stage)[2 * min(number, 1) :]:
             stage(run, small_cache.IN_PROCESS)
-    return folder / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "kept"))
+        yield folder / "cache"
 
 
 @pytest.mark.parametrize("table", TOKENIZERS)
