@@ -14,6 +14,7 @@ import small_cache
 from fake_hardware import hardware_is
 from slow_alignment import ranges_of
 from small_cache import made
+from tiny_gguf import write_gguf
 from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.capture.measure import Reading
@@ -30,6 +31,7 @@ from xkd_schemas.signals import signal_named
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import kept_rows
 from xkd_trainer.data.cache import Cache
+from xkd_trainer.models.loading import load_tokenizer
 
 
 def stage(cache: Path, **teacher: object) -> Outcome:
@@ -229,3 +231,22 @@ def test_default_layers_are_half_three_quarters_and_the_top() -> None:
 def test_a_layer_that_does_not_exist_is_refused_with_the_range(layer: int) -> None:
     with pytest.raises(UsageError, match=f"layer {layer} does not exist: the teacher has layers 1 to 4"):
         teacher_layers(4, [], [layer])
+
+
+def test_a_gguf_teachers_tokenizer_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_gguf(tmp_path / "tiny.gguf")
+    cache = small_cache.copied(tmp_path)
+    built: list[str] = []
+    build = AutoTokenizer.from_pretrained
+
+    def count(name: str, **options: Any) -> Any:
+        built.append(name)
+        return build(name, **options)
+
+    monkeypatch.setattr("xkd_trainer.models.loading.AutoTokenizer.from_pretrained", count)
+    stage(cache, model=str(model), name="new", losses=["kl"], template="none")
+
+    assert len(Table(cache, "teachers/new")) == 12
+    assert built == [str(tmp_path)]
+    load_tokenizer(str(write_gguf(model)))  # another file, for all that is known
+    assert built == [str(tmp_path)] * 2
