@@ -35,6 +35,7 @@ class Sizes:
     architecture: str
     layers: int
     width: int
+    embeddings: int  # rows of their table
     classes: int  # rows of the head
     inner: int  # width of the feed-forward part
     weights: int  # numbers, a tied head counted once
@@ -69,6 +70,7 @@ def sizes_of(name: str) -> Sizes:
         architecture=type(model).__name__,
         layers=num_layers(model),
         width=width,
+        embeddings=len(embeddings),
         classes=int(head.weight_VD.shape[0]),
         inner=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width),
         weights=sum(parameter.numel() for parameter in model.parameters()),
