@@ -173,7 +173,7 @@ def export_student(
     replace(out / PROVENANCE, (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
 
 
-def clear_away(out: Path, *, keep_checkpoints: bool) -> None:
+def tidy_up(out: Path, *, keep_checkpoints: bool) -> None:
     """Remove what a run whose student is just finished needs no more; a killed one leaves it to the next."""
     with disk_errors(out):
         if (out / UNFINISHED).exists():

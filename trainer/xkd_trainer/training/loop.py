@@ -27,15 +27,7 @@ from xkd_schemas.text.encode import reading_of
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import ORDER, Order, learning_rate
-from xkd_trainer.training.files import (
-    Snapshot,
-    clear_away,
-    export_student,
-    is_finished,
-    load_newest,
-    save,
-    was_exporting,
-)
+from xkd_trainer.training.files import Snapshot, export_student, is_finished, load_newest, save, tidy_up, was_exporting
 from xkd_trainer.training.prepare import Ready, set_up
 
 T = TypeVar("T")
@@ -86,7 +78,7 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
     first = os.environ.get("RANK", "0") == "0"  # of the processes of one run
     with hold_lock(out) if first else nullcontext():
         if is_finished(out, fingerprint):
-            clear_away(out, keep_checkpoints=bool(run.train.save_every))
+            tidy_up(out, keep_checkpoints=bool(run.train.save_every))
             return Trained(out=out, steps=total, resumed_at=total, terms={}, weights=fingerprint["weights"])
         return _Run(run, ready, order, total, fingerprint, quiet).go()
 
@@ -266,7 +258,7 @@ class _Run:
             self._save(self.total)
         rows = self.ready.cache.rows_of_student(LOOKED_AT)
         export_student(self.out, self.distiller.student, self.ready.tokenizer, self.fingerprint, rows)
-        clear_away(self.out, keep_checkpoints=bool(self.settings.save_every))
+        tidy_up(self.out, keep_checkpoints=bool(self.settings.save_every))
 
     @contextmanager
     def _telling_what_is_kept(self) -> Iterator[None]:
