@@ -79,8 +79,9 @@ def _end(owner: int, child: int) -> int:
 
 def _serve(function: Callable[..., Any], ours: socket.socket) -> None:
     """Answer calls until our parent is gone."""
-    os.closerange(3, ours.fileno())  # locks among them
-    os.closerange(ours.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+    for number in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - {0, 1, 2, ours.fileno()}:
+        with contextlib.suppress(OSError):  # the folder itself was open
+            os.close(number)  # locks among them
     gc.freeze()  # nothing of our parent is finalised here
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
