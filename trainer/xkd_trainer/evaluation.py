@@ -31,7 +31,7 @@ from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
 from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device, warn_of_slow_dtype
-from xkd_trainer.models.forward import check_model, run
+from xkd_trainer.models.forward import check_ids, check_model, run
 from xkd_trainer.models.loading import check_model_name, load_model, load_tokenizer, read_provenance
 from xkd_trainer.models.padding import pad
 from xkd_trainer.training.files import find_turn_ends
@@ -90,7 +90,9 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     warn_of_slow_dtype(dtype, device)
     model = load_model(name, dtype=dtype_named(dtype)).to(device)
     check_model(model)
-    pairs = [(d, t) for d, t in zip(documents, encoder.encode_batch(documents), strict=True) if t.status == OK]
+    tokens = encoder.encode_batch(documents)
+    check_ids(tokens.ids, tokenizer, len(model.get_input_embeddings().weight))
+    pairs = [(d, t) for d, t in zip(documents, tokens, strict=True) if t.status == OK]
     if not pairs:
         first = f"; the first: row {rejected[0].line}, {rejected[0].detail}" if rejected else ""
         raise BadData(f"{request.data}: no row can be used{first}", fix="name the columns with --column")
@@ -205,7 +207,8 @@ def generate(
 ) -> list[str]:
     """One response for each prompt (arrays of token ids), in order, up to a token of `ends`."""
     torch.manual_seed(seed)
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    embeddings = len(model.get_input_embeddings().weight)
+    filler = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < embeddings)
     responses = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for group in make_batches(order):

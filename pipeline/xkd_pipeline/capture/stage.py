@@ -38,7 +38,7 @@ from xkd_schemas.text.encode import Encoder, reading_of
 from xkd_schemas.tokens import spans_read
 from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, warn_of_slow_dtype
-from xkd_trainer.models.forward import check_model, rehearse
+from xkd_trainer.models.forward import check_ids, check_model, rehearse
 from xkd_trainer.models.loading import check_model_name, load_model
 
 CAPTURE_VERSION: Final = 5  # bump when the same settings would give other bytes
@@ -84,6 +84,7 @@ class TeacherStage:
             theirs = shards[unit].care if shards else None
             rows = documents_of(documents.shard(unit), {*care.lost, *(theirs.lost if theirs else ())})
             tokens, readings = _read(rows, encoder)
+            check_ids(tokens.ids, encoder.tokenizer, len(model.get_input_embeddings().weight))
             captured = capture(model, readings, wanted, settings)
             stored, errors = encode_signals(captured, wanted, self.settings.codec, head)
             columns = {"doc_id": rows.doc_ids, **token_columns(tokens), **stored.columns}

@@ -24,7 +24,7 @@ from xkd_schemas.tokens import CONTENT, OK, Int32s, Tokens
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.models.bits_per_byte import bits_per_byte
 from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device
-from xkd_trainer.models.forward import check_model
+from xkd_trainer.models.forward import check_ids, check_model
 from xkd_trainer.models.loading import load_model
 
 LONGEST: Final = 4  # span lengths from here on are one class of the histogram
@@ -217,8 +217,9 @@ def compare_models(
     device = this_device()
     choice = choose_dtype(dtype, device)
     measured = []
-    for name, rows in zip(models, (theirs, ours), strict=True):
+    for name, encoder, rows in zip(models, encoders, (theirs, ours), strict=True):
         model = load_model(name, dtype=dtype_named(choice.dtype)).to(device)
+        check_ids(rows.ids, encoder.tokenizer, len(model.get_input_embeddings().weight))
         check_model(model)
         measured.append(bits_per_byte(model, [(documents[i], rows[i]) for i in usable]))
         del model

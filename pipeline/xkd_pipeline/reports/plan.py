@@ -36,6 +36,7 @@ from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import TRIED, Encoder
 from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, Tokens, kept_rows, predictors
 from xkd_trainer.models.compute_dtype import dtype_named, this_device
+from xkd_trainer.models.forward import check_ids
 
 LIBRARIES: Final = 600 * 2**20  # resident bytes of Python with torch and transformers
 PADDING: Final = 1.01  # of Arrow's buffers, as a share of their bytes
@@ -195,6 +196,7 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
     signals_for(run, model.layers)  # refuses an unknown loss or layer before anything is read
     dtype = teacher_dtype(run, this_device())
     look = read_plan_sample(run, sample)
+    check_ids(look.tokens.ids, look.encoder.tokenizer, model.embeddings)
     documents, lengths = look.sample.documents, np.diff(look.tokens.first).tolist()
     student = s.tokenizer or ("" if s.model.startswith("new:") else s.model)
     students = [encoder_for(student, s)] if student else []

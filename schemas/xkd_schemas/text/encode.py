@@ -135,7 +135,8 @@ class Encoder:
         return _judge(block, rows, unicode_R, first_target_R)
 
     def _encode_chat(self, block: DocumentBatch, num_chars: Int32s, unicode_R: Bools) -> TokenBatch:
-        found = [self._render(block.document(n)) if unicode else NOTHING for n, unicode in enumerate(unicode_R)]
+        written = iter(self._render([block.document(n) for n in np.flatnonzero(unicode_R).tolist()]))
+        found = [next(written) if unicode else NOTHING for unicode in unicode_R]
         rendered = [NOTHING if isinstance(one, NotRendered) else one for one in found]
         rows = []
         for n, row in enumerate(read_renderings(block, rendered, self._reader)):
@@ -148,17 +149,15 @@ class Encoder:
             rows.append(row)
         return TokenBatch.of(rows)
 
-    def _render(self, document: Document) -> Rendered | NotRendered:
-        """What the chat template makes of a document, or why it makes nothing of it."""
-        refuse_text(document, CHAT)
-        try:
-            return self._chat.render(document)
-        except NotRendered as why:
-            return why
+    def _render(self, documents: Sequence[Document]) -> list[Rendered | NotRendered]:
+        """What the chat template makes of documents, or why it makes nothing of them."""
+        for document in documents:
+            refuse_text(document, CHAT)
+        return self._chat.render(documents)
 
     def check(self, documents: Sequence[Document]) -> None:
         """UsageError where a layout does not take each of the first documents, or a chat template not one of them."""
-        found = [self._render(d) if self.template == CHAT else self._frame(d) for d in documents]
+        found = self._render(documents) if self.template == CHAT else [self._frame(d) for d in documents]
         faults = [f"{where(d)}: {w}" for d, w in zip(documents, found, strict=True) if isinstance(w, NotRendered)]
         if found and len(faults) == len(found):
             raise UsageError(f"{name_of(self.tokenizer)}: {faults[0]}", fix="fix the turns, or --template none")
@@ -171,7 +170,8 @@ class Encoder:
             eos=int(self.tokenizer.eos_token_id),
         )  # fmt: skip
         question = document_of(PROBE, source="a question", line=1)
-        row = read_renderings(DocumentBatch.of([question]), [self._chat.render(question)], reader)[0]
+        rendered = [found for found in self._render([question]) if isinstance(found, Rendered)]
+        row = read_renderings(DocumentBatch.of([question]), rendered, reader)[0]
         return replace(reader, usual=frozenset(row.ids[row.kinds == END].tolist()))
 
     def _encode_segments(

@@ -25,11 +25,11 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from jinja2.exceptions import TemplateError
 
 from xkd_schemas.corpus.conversation import CALL, REASONING, Conversation, Message, call_strings, conversation
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.errors import UsageError
+from xkd_schemas.errors import Refused, UsageError
+from xkd_schemas.text.limited import Limited, LimitExceededError
 from xkd_schemas.text.tokenizers import blanks, name_of
 from xkd_schemas.tokens import Int32s
 
@@ -82,11 +82,23 @@ class ChatTemplate:
                 f"{name_of(tokenizer)}: this tokenizer has no chat template",
                 fix="--template none or --template alpaca",
             )
-        self._tokenizer = tokenizer
-        self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self._templates = [
+        options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        templates = [
             with_frozen_day(str(tokenizer.get_chat_template(tools=tools))) for tools in _NO_TOOLS
         ]  # without and with tools: some tokenizers have two
+
+        def answer(messages: list[Message] | None, tools: list[Any] | None, prompt: bool) -> str | list[str]:
+            """What the template makes of messages; without any, the constants that it looks for."""
+            if messages is None:
+                return _find_constants("".join(templates))
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, tools=tools, chat_template=templates[tools is not None], tokenize=False,
+                    add_generation_prompt=prompt, **options,
+                )
+            )  # fmt: skip
+
+        self._name, self._child = name_of(tokenizer), Limited(answer)
         self._parts = False  # contents are lists of parts
         self._frames: dict[tuple[tuple[str, bool], ...], list[str]] = {}
 
@@ -95,21 +107,31 @@ class ChatTemplate:
         question = document_of(PROBE, source="a question", line=1)
         faults = []
         for self._parts in (False, True):
-            try:
-                if self.render(question).turns:
-                    return
-                faults.append("the chat template leaves the text out")
-            except NotRendered as why:
-                faults.append(str(why))
-        raise UsageError(f"{name_of(self._tokenizer)}: {faults[0]}", fix="--template none or --template alpaca")
+            found = self.render([question])[0]
+            if not isinstance(found, NotRendered) and found.turns:
+                return
+            faults.append(str(found) if isinstance(found, NotRendered) else "the chat template leaves the text out")
+        raise UsageError(f"{self._name}: {faults[0]}", fix="--template none or --template alpaca")
 
-    def render(self, document: Document) -> Rendered:
-        """The document as the template writes it; NotRendered where it refuses, or characters are not found again."""
-        real = self._write(conversation(document, document.text))
+    def render(self, documents: Sequence[Document]) -> list[Rendered | NotRendered]:
+        """Documents as the template writes them; NotRendered where it refuses, or characters are not found again.
+
+        Raises:
+            Refused: The template takes more time or memory than it may.
+        """
+        written = self._write([conversation(document, document.text) for document in documents])
+        return [self._follow(document, real) for document, real in zip(documents, written, strict=True)]
+
+    def _follow(self, document: Document, real: str | NotRendered) -> Rendered | NotRendered:
+        if isinstance(real, NotRendered):
+            return real
         key = tuple((s.role, s.target) for s in document.segments)
         source_L = None if document.messages else self._reuse_glue(document, real, self._frames.get(key))
         if source_L is None:
-            source_L = self._trace(document, real)
+            try:
+                source_L = self._trace(document, real)
+            except NotRendered as why:
+                return why
             glue = None if document.messages else _glue_of(document, real, source_L)
             if glue is not None:
                 self._frames[key] = glue
@@ -132,40 +154,45 @@ class ChatTemplate:
             _Trace(document, (), outer=True), _Trace(document, markers, outer=True),
             _Trace(document, markers, outer=False),
         ):  # fmt: skip
-            source_L = trace.found(self._write(conversation(document, trace.text)), real)
+            traced = self._write([conversation(document, trace.text)])[0]
+            if isinstance(traced, NotRendered):
+                raise traced
+            source_L = trace.found(traced, real)
             if source_L is not None:
                 return source_L
         raise NotRendered(CHANGED, "its characters are not found again in what the chat template writes")
 
-    def _write(self, row: Conversation, *, prompt: bool = False) -> str:
-        messages = [_in_parts(message) for message in row.messages] if self._parts else row.messages
+    def _write(self, rows: Sequence[Conversation], *, prompt: bool = False) -> list[str | NotRendered]:
+        contents = [[_in_parts(message) for message in row.messages] if self._parts else row.messages for row in rows]
+        written = self._ask([(own, row.tools, prompt) for own, row in zip(contents, rows, strict=True)])
+        refusal = "the chat template refuses the turns {}: {}"
+        return [
+            NotRendered(REFUSED, refusal.format(", ".join(str(m["role"]) for m in row.messages), why)) if why else text
+            for (text, why), row in zip(written, rows, strict=True)
+        ]
+
+    def _ask(self, calls: Sequence[Sequence[Any]]) -> list[tuple[Any, str]]:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, tools=row.tools, chat_template=self._templates[row.tools is not None],
-                    tokenize=False, add_generation_prompt=prompt, **self._options,
-                )
-            )  # fmt: skip
-        except (TemplateError, ValueError, TypeError, AttributeError, KeyError) as error:
-            roles = ", ".join(str(message["role"]) for message in row.messages)
-            raise NotRendered(REFUSED, f"the chat template refuses the turns {roles}: {error}") from error
+            return self._child.map(calls)
+        except LimitExceededError as error:
+            raise Refused(
+                f"{self._name}: its chat template takes more than {error} for one row",
+                fix="--template none or --template alpaca, or a tokenizer with another chat template",
+            ) from error
 
     @functools.cached_property
     def _markers(self) -> list[str]:
         """What the template may look for in a content: its constants, and what JSON escapes; the longest first."""
-        found = {'"', "\\"}
-        for constant in _CONSTANT.findall("".join(self._templates)):
-            with contextlib.suppress(SyntaxError, ValueError):
-                found.add(str(ast.literal_eval(constant)))
+        found = {'"', "\\", *self._ask([(None, None, False)])[0][0]}
         return sorted((m.strip() for m in found if m.strip()), key=lambda m: (-len(m), m))
 
     @functools.cached_property
     def _prompt(self) -> str:
         """What the template puts behind the messages for a model to go on."""
         row = Conversation([{"role": "user", "content": "x"}], None, [])
-        with contextlib.suppress(NotRendered):
-            without, asked = self._write(row), self._write(row, prompt=True)
-            return asked.removeprefix(without) if asked.startswith(without) else ""
+        match [self._write([row], prompt=prompt)[0] for prompt in (False, True)]:
+            case [str(without), str(asked)] if asked.startswith(without):
+                return asked.removeprefix(without)
         return ""
 
     def _turns(self, document: Document, real: str, source_L: Int32s) -> list[Turn]:
@@ -276,6 +303,14 @@ class _Trace:
         blank = (wanted_E[:size] == ord(_OUTER)).all()
         if size == len(number_E) or blank or borders[size] in self._borders:
             found_E[:size] = number_E[:size]
+
+
+def _find_constants(template: str) -> list[str]:
+    found = []
+    for constant in _CONSTANT.findall(template):
+        with contextlib.suppress(SyntaxError, ValueError):
+            found.append(str(ast.literal_eval(constant)))
+    return found
 
 
 def _in_parts(message: Message) -> Message:

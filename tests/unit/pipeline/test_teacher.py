@@ -14,13 +14,17 @@ import small_cache
 from fake_hardware import hardware_is
 from slow_alignment import ranges_of
 from small_cache import made
+from tiny_gguf import write_gguf
 from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.capture.stage import TeacherSettings, teacher_layers
 from xkd_pipeline.maintain.verify import verify
+from xkd_pipeline.reports.compare import compare_models
+from xkd_pipeline.reports.plan import make_plan
+from xkd_pipeline.reports.sample import read_sample
 from xkd_pipeline.stages import Outcome, align_stage, teacher_stage
-from xkd_pipeline.tables.shard import document_at
+from xkd_pipeline.tables.shard import document_at, encoder_for
 from xkd_schemas.cache.manifest import Commit, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import numbers_of
@@ -30,6 +34,8 @@ from xkd_schemas.signals import signal_named
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import kept_rows
 from xkd_trainer.data.cache import Cache
+from xkd_trainer.evaluation import Request, evaluate_student
+from xkd_trainer.models.loading import load_tokenizer
 
 
 def stage(cache: Path, **teacher: object) -> Outcome:
@@ -243,3 +249,67 @@ def test_default_layers_are_half_three_quarters_and_the_top() -> None:
 def test_a_layer_that_does_not_exist_is_refused_with_the_range(layer: int) -> None:
     with pytest.raises(UsageError, match=f"layer {layer} does not exist: the teacher has layers 1 to 4"):
         teacher_layers(4, [], [layer])
+
+
+def test_a_gguf_teachers_tokenizer_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_gguf(tmp_path / "tiny.gguf")
+    cache = small_cache.copied(tmp_path)
+    built: list[str] = []
+    build = AutoTokenizer.from_pretrained
+
+    def count(name: str, **options: Any) -> Any:
+        built.append(name)
+        return build(name, **options)
+
+    monkeypatch.setattr("xkd_trainer.models.loading.AutoTokenizer.from_pretrained", count)
+    stage(cache, model=str(model), name="new", losses=["kl"], template="none")
+
+    assert len(Table(cache, "teachers/new")) == 12
+    assert built == [str(tmp_path)]
+    load_tokenizer(str(write_gguf(model)))  # another file, for all that is known
+    assert built == [str(tmp_path)] * 2
+
+
+@pytest.fixture(scope="module")
+def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with 600 embeddings, and a tokenizer with more tokens."""
+    folder = shutil.copytree(made() / "teacher", tmp_path_factory.mktemp("short") / "model")
+    model = model_in(folder)
+    model.resize_token_embeddings(600)
+    model.save_pretrained(folder)
+    return folder
+
+
+def compare_with_itself(model: Path) -> object:
+    run = small_cache.run_file(model, documents={"corpus": [str(made() / "corpus.jsonl")]})
+    encoder = encoder_for(str(model), run.teacher)
+    return compare_models((str(model), str(model)), (encoder, encoder), "float32", read_sample(run, 12))
+
+
+USES = {
+    "teacher": lambda model, folder: stage(small_cache.copied(folder), model=str(model), name="new"),
+    "plan": lambda model, _: make_plan(
+        small_cache.run_file(made() / "cache", documents={"corpus": [str(made() / "corpus.jsonl")]},
+                             teacher={"model": str(model)}), sample=4, budget=None, rate=None,
+    ),
+    "pair": lambda model, _: compare_with_itself(model),
+    "eval": lambda model, _: evaluate_student(Request(student=model, data=made() / "corpus.jsonl", seeds=(1,))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_id_without_an_embedding_is_refused_with_its_token(short_model: Path, tmp_path: Path, use: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"{short_model}: its tokenizer gives id \d+ \('.*'\), the model has 600 emb"
+    ):
+        USES[use](short_model, tmp_path)
+
+
+def test_tokens_without_embeddings_that_nothing_uses_are_no_fault(tmp_path: Path) -> None:
+    folder = shutil.copytree(made() / "teacher", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    tokenizer.save_pretrained(folder)
+
+    assert USES["eval"](folder, tmp_path)["documents"] == 12  # responses are padded
+    assert USES["pair"](folder, tmp_path)["documents"] == 12

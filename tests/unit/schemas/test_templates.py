@@ -7,7 +7,7 @@ import four_tokenizers
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.text.encode import REASONS, Encoder
-from xkd_schemas.text.rendering import ChatTemplate
+from xkd_schemas.text.rendering import ChatTemplate, Rendered
 from xkd_schemas.text.templates import LAYOUTS
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
 
@@ -26,7 +26,9 @@ def encoder(
 
 
 def chat(doc: Document, chat_template: str = four_tokenizers.CHAT_TEMPLATE) -> str:
-    return ChatTemplate(encoder(chat_template).tokenizer).render(doc).text
+    found = ChatTemplate(encoder(chat_template).tokenizer).render([doc])[0]
+    assert isinstance(found, Rendered)
+    return found.text
 
 
 def decoded(tokens: Tokens, *kinds: int) -> str:

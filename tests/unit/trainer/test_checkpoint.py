@@ -17,7 +17,7 @@ from xkd_pipeline.capture import artifacts as teacher_files
 from xkd_schemas.errors import BadData, DiskFailed
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.loading import load_model, load_tokenizer
-from xkd_trainer.training.files import KEPT, Snapshot, export_student, is_finished, load_newest, save
+from xkd_trainer.training.files import KEPT, Snapshot, export_student, is_finished, load_newest, save, tidy_up
 from xkd_trainer.training.loop import Metrics
 
 FINGERPRINT = {"train": {"seed": 1}, "steps": 8}
@@ -172,6 +172,7 @@ def test_the_finished_folder_loads_with_transformers_and_says_the_same(tmp_path:
 
 def exported(out: Path, kind: str = "sentencepiece") -> Path:
     export_student(out, tiny.llama(kind), tiny.tokenizer_of(kind), FINGERPRINT, [])
+    tidy_up(out, keep_checkpoints=True)
     return out
 
 

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny_models as tiny
+from faulty_disk import exit_code_of
 from xkd_schemas.config import RunConfig, TrainSection
 from xkd_schemas.console import run as run_app
 from xkd_schemas.durable_files import hold_lock
@@ -212,7 +214,7 @@ def saved_step(out: Path) -> int:
     return 0 if snapshot is None else snapshot.step
 
 
-@pytest.mark.parametrize(("batches", "saved", "resumed"), [(1, 0, 0), (5, 4, 4), (7, 6, 4)])
+@pytest.mark.parametrize(("batches", "saved", "resumed"), [(1, 0, 0), (7, 6, 4)])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, batches: int, saved: int, resumed: int
 ) -> None:
@@ -230,6 +232,46 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert resumed or (tmp_path / "metrics-1.jsonl").read_bytes() == first
     said = " ".join(capsys.readouterr().err.split())
     assert ("warning: " in said and "step-00000006 is damaged and was passed over" in said) == (resumed < saved)
+
+
+@pytest.mark.parametrize(("operation", "calls", "saved"), [("save_tensors", 5, 2), ("sync_folder", 4, 4)])
+def test_a_run_killed_inside_a_save_has_the_metrics_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, calls: int, saved: int
+) -> None:
+    made, whole, settings = itertools.count(1), getattr(files, operation), {"loss": ALL, "steps": 8, **new()}
+
+    def kill(*given: Any) -> None:
+        whole(*given)
+        if next(made) == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, operation, kill)
+        assert exit_code_of(lambda: train(run(tmp_path, save_every=2, **settings), quiet=True)) == -signal.SIGKILL
+    assert saved_step(tmp_path) == saved
+    left = {path.name for path in (tmp_path / "checkpoints").glob(".*")}
+
+    assert train(run(tmp_path, save_every=2, **settings), quiet=True).resumed_at == saved
+    assert_same_run(tmp_path, eight_steps())
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (eight_steps() / "metrics.jsonl").read_bytes()
+    assert bool(left) == (operation == "save_tensors")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(path.name for path in eight_steps().rglob("*"))
+
+
+def test_what_a_run_killed_behind_its_mark_leaves_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "tidy_up", lambda *_, **__: None)
+        train(run(tmp_path, steps=2), quiet=True)
+    assert (tmp_path / "xkd-unfinished.json").exists()
+    assert (tmp_path / "checkpoints").exists()
+
+    assert train(run(tmp_path, steps=2), quiet=True).resumed_at == 2
+    assert not (tmp_path / "xkd-unfinished.json").exists()
+    assert not (tmp_path / "checkpoints").exists()
+    assert train(run(tmp_path, steps=2, save_every=1), quiet=True).resumed_at == 2
 
 
 def test_without_a_setting_a_checkpoint_is_written_at_least_every_ten_minutes_and_none_is_left(

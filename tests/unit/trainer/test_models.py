@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import tiny_models as tiny
+from tiny_gguf import write_gguf
 from xkd_pipeline.capture.artifacts import empty_model
 from xkd_schemas.errors import InputMissing, Refused, UsageError, XkdError
 from xkd_trainer.models.architecture import num_layers
@@ -219,3 +221,23 @@ def test_nobody_is_asked_whether_code_may_run(
         LOADERS[loader]("someone/model")
     assert not (tmp_path / "ran").exists()
     assert sys.stdin.read() == "y\n" * 9
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.mark.parametrize("loader", ["model", "tokenizer", "sizes"])
+def test_a_damaged_gguf_is_an_error_of_one_line(gguf: Path, tmp_path: Path, loader: str) -> None:
+    content, path = gguf.read_bytes(), tmp_path / "half.gguf"
+    path.write_bytes(content)
+    LOADERS[loader](str(path))
+    ends = [0, 3, 10, 24, 100, len(content) // 8, len(content) // 5]
+    ends += [len(content) // 2, len(content) - 1] if loader == "model" else []  # the others read no weights
+    token = content.index(b"tokens") + 30  # the length of a word: a later one is not in the file
+    for damaged in (*(content[:end] for end in ends), content[:token] + b"\xff" * 7 + content[token + 7 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputMissing, match=re.escape(str(path))) as caught:
+            LOADERS[loader](str(path))
+        assert "\n" not in str(caught.value)

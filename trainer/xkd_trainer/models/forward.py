@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from xkd_schemas.errors import UsageError
+from xkd_schemas.text.tokenizers import name_of
+from xkd_schemas.tokens import Int32s
 from xkd_trainer.models.architecture import (
     LAST_STATES_ONLY,
     backbone,
@@ -180,6 +182,19 @@ def check_causal(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: its states depend on tokens that come later (by {worst:.3g}), so it is "
             "no causal language model",
             fix="use a causal one; of the BERT family, those whose config.json says is_decoder",
+        )
+
+
+def check_ids(ids: Int32s, tokenizer: Any, embeddings: int) -> None:
+    """UsageError where one of the ids that a tokenizer gave has no row in so many embeddings.
+
+    A tokenizer may have more tokens than its model has rows, as long as no text and no template uses them.
+    """
+    if len(ids) and (highest := int(ids.max())) >= embeddings:
+        raise UsageError(
+            f"{name_of(tokenizer)}: its tokenizer gives id {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), "
+            f"the model has {embeddings} embeddings",
+            fix="use the tokenizer the model was trained with, or the model that was trained with this one",
         )
 
 

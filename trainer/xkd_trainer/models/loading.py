@@ -5,6 +5,7 @@ A finished student's folder has `xkd.json`, which says where it came from and ho
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -113,7 +114,7 @@ def check_model_name(name: str) -> None:
     """Refuse what is no model, before anything of it is loaded; raises as `load_model`."""
     source, options = model_source(name, weights=False)
     if not Path(source).is_dir():
-        with _load_errors(name, source):
+        with load_errors(name, source):
             AutoConfig.from_pretrained(source, **options)
 
 
@@ -124,7 +125,8 @@ def stored_dtype(name: str) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _load_errors(name: str, source: str) -> Iterator[None]:
+def load_errors(name: str, source: str) -> Iterator[None]:
+    """Turn what transformers and the readers of files raise for a model into one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -135,8 +137,15 @@ def _load_errors(name: str, source: str) -> Iterator[None]:
         raise InputMissing(
             f"model {name}: broken weights: {short(error)}", fix="copy the model folder again"
         ) from error
-    except UNBUILDABLE as error:
-        raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
+    except Exception as error:
+        if split_gguf(name)[1]:  # a damaged one: struct.error, OverflowError and others
+            raise InputMissing(
+                f"model {name}: this GGUF file cannot be read: {short(error)}",
+                fix="copy the file again, or use a model that transformers can read from GGUF",
+            ) from error
+        if isinstance(error, UNBUILDABLE):
+            raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
+        raise
 
 
 def model_source(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
@@ -196,7 +205,7 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
-    with _load_errors(name, folder):
+    with load_errors(name, folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return model.eval()
 
@@ -211,6 +220,12 @@ def _explain_missing(name: str, folder: str, error: OSError | ValueError) -> Inp
         f"model {name} is neither a model folder here nor a name the hub answers for: {short(error)}",
         fix="give a folder with config.json and model.safetensors, a .gguf file, or a hub name with a network",
     )
+
+
+@functools.lru_cache(maxsize=2)
+def _gguf_tokenizer(folder: str, file: str, _state: tuple[int, ...]) -> Any:
+    """Built once in this process while the file is the same: it can take a minute."""
+    return AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -231,16 +246,19 @@ def load_tokenizer(name: str) -> Any:
     source, options = source_of(name, weights=False)
     _read_json(folder / "tokenizer.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if gguf:
+            state = Path(name).stat()
+            tokenizer = _gguf_tokenizer(source, gguf, (state.st_ino, state.st_size, state.st_mtime_ns))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # the tokenizers library raises nothing narrower for what it cannot read
         if "trust_remote_code" in str(error):
             raise Refused(
                 f"{name}: this tokenizer runs code of its own", fix="use a tokenizer with a tokenizer.json"
             ) from error
-        place = "in this folder" if folder.is_dir() else "here or on the hub"
-        raise InputMissing(
-            f"{name}: no tokenizer {place} that can be read ({short(error)})", fix="check the name and the connection"
-        ) from error
+        place = "in this file" if gguf else "in this folder" if folder.is_dir() else "here or on the hub"
+        fix = "copy the file again" if gguf else "check the name and the connection"
+        raise InputMissing(f"{name}: no tokenizer {place} that can be read ({short(error)})", fix=fix) from error
     encode_texts(tokenizer, [""])
     if "local_files_only" in tokenizer.init_kwargs:  # saved with it, and otherwise True where HF_HUB_OFFLINE is set
         tokenizer.init_kwargs["local_files_only"] = False

@@ -171,8 +171,15 @@ def export_student(
     }
     provenance[OWN] = digest(provenance)
     replace(out / PROVENANCE, (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
+
+
+def tidy_up(out: Path, *, keep_checkpoints: bool) -> None:
+    """Remove what a run whose student is just finished needs no more; a killed one leaves it to the next."""
     with disk_errors(out):
-        (out / UNFINISHED).unlink()
+        if (out / UNFINISHED).exists():
+            if not keep_checkpoints:
+                shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            (out / UNFINISHED).unlink()
 
 
 def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:

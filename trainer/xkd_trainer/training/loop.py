@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from xkd_schemas.text.encode import reading_of
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import ORDER, Order, learning_rate
-from xkd_trainer.training.files import Snapshot, export_student, is_finished, load_newest, save, was_exporting
+from xkd_trainer.training.files import Snapshot, export_student, is_finished, load_newest, save, tidy_up, was_exporting
 from xkd_trainer.training.prepare import Ready, set_up
 
 T = TypeVar("T")
@@ -80,6 +79,7 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
     first = os.environ.get("RANK", "0") == "0"  # of the processes of one run
     with hold_lock(out) if first else nullcontext():
         if is_finished(out, fingerprint):
+            tidy_up(out, keep_checkpoints=bool(run.train.save_every))
             resumed_at, terms = total, dict[str, float]()
         else:
             resumed_at, terms = _Run(run, ready, order, total, fingerprint, quiet).go()
@@ -264,8 +264,7 @@ class _Run:
         rows = self.ready.cache.rows_of_student(LOOKED_AT)
         student = self.distiller.student.to(self.ready.save_dtype)
         export_student(self.out, student, self.ready.tokenizer, self.fingerprint, rows)
-        if not self.settings.save_every:
-            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        tidy_up(self.out, keep_checkpoints=bool(self.settings.save_every))
 
     @contextmanager
     def _telling_what_is_kept(self) -> Iterator[None]:
