@@ -5,9 +5,10 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from xkd_pipeline.maintain.verify import verify
-from xkd_schemas.cache.manifest import Manifest, Plan, read_record, seal_table, to_json
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, seal_table, to_json
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import xxh3_of
 from xkd_schemas.errors import XkdError
@@ -99,3 +100,16 @@ def resigned(cache: Path, table: str, unit: int, content: bytes) -> Path:
     commits = (*manifest.commits[:unit], commit, *manifest.commits[unit + 1 :])
     (folder / "manifest.json").write_bytes(to_json(seal_table(plan, commits, manifest.constants, manifest.files)))
     return folder / commit.file
+
+
+def resealed(cache: Path, table: str, change: Callable[[dict[str, Any]], object]) -> str:
+    """Change a manifest as someone would who can compute digests; its root."""
+    folder = cache / table
+    old = read_record(folder / "manifest.json", Manifest)
+    data = old.model_dump(mode="json")
+    change(data)
+    commits = tuple(Commit.model_validate(record) for record in data["commits"])
+    plan = Plan(table=table, spec=data["spec"], units=read_record(folder / "plan.json", Plan).units)
+    new = seal_table(plan, commits, data["constants"], data["files"])
+    (folder / "manifest.json").write_bytes(to_json(new))
+    return new.root
