@@ -77,7 +77,8 @@ def train_again(cache: Path, out: Path) -> tuple[Ended, list[bytes]]:
 
 
 def evaluate(student: Path, *words: object) -> tuple[Ended, list[bytes]]:
-    ended = xkd_train("eval", student, "--data", small_cache.made() / "corpus.jsonl", *words)
+    rows = small_cache.write_rows(student.parent / "rows.jsonl", small_cache.corpus_rows()[::4])  # of every shard one
+    ended = xkd_train("eval", student, "--data", rows, *words)
     return ended, [ended.out.encode()]
 
 

@@ -1,6 +1,5 @@
 """What is known of a teacher as a whole: identity, sizes, constants, and the files that are kept beside its table."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,15 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.durable_files import save_file, save_folder, sha256_of
-from xkd_schemas.errors import InputMissing, UsageError
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
 from xkd_trainer.models.architecture import head_of, num_layers
-from xkd_trainer.models.loading import load_tokenizer, model_source, save_tensors, short, split_gguf
+from xkd_trainer.models.loading import load_errors, load_tokenizer, model_source, save_tensors, split_gguf
 
 
 def weights_identity(name: str) -> dict[str, str]:
@@ -54,20 +51,9 @@ def empty_model(name: str) -> PreTrainedModel:
         Refused: It wants to run code of its own.
     """
     source, options = model_source(name, weights=False)
-    try:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(source, **options)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except OSError as error:
-        raise InputMissing(
-            f"model {name} is neither a model folder here nor a name the hub answers for: {short(error)}",
-            fix="give a folder with config.json, a .gguf file, or a hub name with a network",
-        ) from error
-    except (ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
-        raise UsageError(
-            f"model {name} is not a causal language model that transformers can make: {short(error)}"
-        ) from error
+    with load_errors(name, source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 

@@ -15,6 +15,7 @@ import tiny_models as tiny
 from damages import flipped
 from faulty_disk import injected
 from xkd_pipeline.capture import artifacts as teacher_files
+from xkd_schemas.durable_files import digest
 from xkd_schemas.errors import BadData, DiskFailed
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.loading import load_model, load_tokenizer
@@ -189,6 +190,14 @@ def test_a_bit_in_any_file_of_a_finished_student_is_found_by_training_again_and_
                     read()
         path.write_bytes(content)
     assert is_finished(finished, FINGERPRINT)
+
+
+@pytest.mark.parametrize("key", ["files", "run"])
+def test_an_xkd_json_that_lies_with_its_own_digest_right_is_one_line(tmp_path: Path, key: str) -> None:
+    data: dict[str, Any] = {key: ["config.json"]}
+    (tmp_path / "xkd.json").write_text(json.dumps({**data, "digest": digest(data)}))
+    with pytest.raises(BadData, match=r"xkd\.json does not match"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_every_file_of_a_student_is_durable_before_the_mark_that_it_is_finished(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "window": dict(snapshot.window),
         "optimizer": {"groups": snapshot.optimizer["param_groups"]},
     }  # fmt: skip
-    (folder / "state.json").write_text(json.dumps(state, sort_keys=True))
+    (folder / "state.json").write_text(json.dumps(state))  # terms stay in the order that they are logged in
     (folder / METRICS).write_bytes(snapshot.metrics)
     sums = {name: sha256_of(folder / name) for name in FILES}
     (folder / "COMPLETE").write_text(json.dumps(sums, sort_keys=True))
