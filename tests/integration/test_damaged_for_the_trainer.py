@@ -1,7 +1,5 @@
 """What xkd-train and its eval say of a damaged or lying cache, checkpoint or student: one line, or nothing changes."""
 
-import contextlib
-import io
 import random
 import re
 import shutil
@@ -10,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import pytest
 import safetensors.torch
@@ -20,94 +18,69 @@ import small_cache
 from damages import ROUNDS, SEED, flipped, resealed, targets
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData
-from xkd_trainer.cli import main
+from xkd_train import Ended, xkd_train
 from xkd_trainer.models.loading import load_tokenizer
 
 FLIPS = 5 * ROUNDS
+READ: Final = ("NNNNN.arrow", "manifest.json", "head.safetensors", "embeddings.safetensors")
 OUTCOMES: Final = ("refused", "harmless", "silent", "traceback")
 
 
-class Ended(NamedTuple):
-    code: object
-    out: str
-    err: str
+Result = tuple[Ended, list[bytes]]
+"""How a command ended, and what it gave."""
+TWO: Final = ("--steps", 2, "--batch-size", 2, "--save-every", 1)
+GENERATE: Final = ("--limit", 1, "--seeds", 1, "--max-new-tokens", 3)
 
 
-def xkd_train(*words: object) -> Ended:
-    """The command in this process; whatever is no exit is raised."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["xkd-train", *map(str, words), "--json"]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as ended:
-        return Ended(ended.code, out.getvalue(), err.getvalue())
-    finally:
-        sys.argv = before
-    raise AssertionError("main() leaves with an exit code")
-
-
-def train(cache: Path, out: Path, *words: object) -> tuple[Ended, list[bytes]]:
-    """One step over all rows with states, head, embeddings and vocabulary of the teacher; and what was left."""
+def train(cache: Path, out: Path, *words: object) -> Result:
+    """With states, head, embeddings and vocabulary of the teacher; by default one step over all rows."""
     student = ("new:llama,layers=1,width=8,heads=2", "--student-tokenizer", small_cache.made() / "student")
     words = words or ("--steps", 1, "--batch-size", 12)
-    ended = xkd_train("--shards", cache, "--student", *student, "--loss", "dwa", *words, "--out", out)
+    ended = xkd_train("--shards", cache, "--student", *student, "--loss", "dwa", *words, "--out", out, "--json")
     left = [path.read_bytes() for name in ("model.safetensors", "metrics.jsonl") if (path := out / name).exists()]
     return ended, left
 
 
-def train_anew(cache: Path, out: Path) -> tuple[Ended, list[bytes]]:
-    shutil.rmtree(out, ignore_errors=True)
-    return train(cache, out)
-
-
-TWO: Final = ("--steps", 2, "--batch-size", 2, "--save-every", 1)
-
-
-def resume(cache: Path, out: Path, stopped: Path) -> tuple[Ended, list[bytes]]:
+def train_from(stopped: Path, cache: Path, out: Path, *words: object) -> Result:
+    """In a folder with what a stopped run left, or nothing."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(stopped, out)
-    return train(cache, out, *TWO)
+    return train(cache, out, *words)
 
 
-def train_again(cache: Path, out: Path) -> tuple[Ended, list[bytes]]:
+def train_again(cache: Path, out: Path) -> Result:
     """A finished student is left as it is; its metrics are not read."""
     ended, (weights, _) = train(cache, out, *TWO)
     return ended, [weights, ended.out.encode()]
 
 
-def evaluate(student: Path, *words: object) -> tuple[Ended, list[bytes]]:
+def evaluate(student: Path, *words: object) -> Result:
     rows = small_cache.write_rows(student.parent / "rows.jsonl", small_cache.corpus_rows()[::4])  # of every shard one
-    ended = xkd_train("eval", student, "--data", rows, *words)
+    ended = xkd_train("eval", student, "--data", rows, *words, "--json")
     return ended, [ended.out.encode()]
 
 
-GENERATE: Final = ("--limit", 1, "--seeds", 1, "--max-new-tokens", 3)
-
-
-class Case(NamedTuple):
-    """Files in which bits are flipped, and a command that reads them: how it ended, and its result."""
-
-    files: list[Path]
-    read: Callable[[], tuple[Ended, list[bytes]]]
-
-
-def cases(root: Path) -> dict[str, Case]:
-    cache, student, stopped = small_cache.copied(root), root / "student", root / "stopped"
+def cases(root: Path) -> dict[str, tuple[list[Path], Callable[[], Result]]]:
+    """Files in which bits are flipped, and a command that reads them."""
+    cache, student, stopped, new, out = (
+        small_cache.copied(root),
+        *(root / n for n in ("student", "stopped", "new", "out")),
+    )
+    new.mkdir()
     train(cache, student, *TWO)
     shutil.copytree(student / "checkpoints/step-00000001", stopped / "checkpoints/step-00000001")
     shutil.copy(student / "metrics.jsonl", stopped)
     shutil.rmtree(student / "checkpoints")
     return {
-        "cache, training": Case(targets(cache), partial(train_anew, cache, root / "out")),
-        "cache, eval": Case(targets(cache), partial(evaluate, student, "--shards", cache, "--no-rouge")),
-        "checkpoint, training": Case(targets(stopped), partial(resume, cache, root / "out", stopped)),
-        "student, training again": Case(targets(student), partial(train_again, cache, student)),
-        "student, eval": Case(targets(student), partial(evaluate, student, *GENERATE)),
+        "cache, training": (targets(cache), partial(train_from, root / "nothing", cache, out)),
+        "cache, eval": (targets(cache), partial(evaluate, student, "--shards", cache, "--no-rouge")),
+        "checkpoint, training": (targets(stopped), partial(train_from, stopped, cache, out, *TWO)),
+        "student, training again": (targets(student), partial(train_again, cache, student)),
+        "student, eval": (targets(student), partial(evaluate, student, *GENERATE)),
     }
 
 
-def outcome_of(path: Path, read: Callable[[], tuple[Ended, list[bytes]]], whole: list[bytes]) -> str:
+def outcome_of(path: Path, read: Callable[[], Result], whole: list[bytes]) -> str:
     try:
         ended, result = read()
     except Exception as error:
@@ -118,22 +91,18 @@ def outcome_of(path: Path, read: Callable[[], tuple[Ended, list[bytes]]], whole:
     return "refused" if len(said) == 1 and path.name in said[0] and "Next: " in said[0] else f"traceback: {ended}"
 
 
-def kind_of(path: Path) -> str:
-    return "tokenizer/" if path.parent.name == "tokenizer" else re.sub(r"^\d{5}(-\w+)?", "NNNNN", path.name)
-
-
 def table(counts: dict[tuple[str, str], Counter[str]]) -> str:
     rows = [(*key, sum(said.values()), *(said[name] for name in OUTCOMES)) for key, said in sorted(counts.items())]
     rows.append(("all", "", *(sum(row[at] for row in rows) for at in range(2, 7))))
     heads = (("read by", "file", "flips", *OUTCOMES), ("---",) * 7)
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (*heads, *rows))
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (*heads, *rows)) + "\n"
 
 
 def test_no_flipped_bit_changes_what_training_and_eval_give_and_none_is_a_traceback(tmp_path: Path) -> None:
     chance, found = random.Random(SEED), cases(tmp_path)
-    wholes = {name: case.read() for name, case in found.items()}
-    assert {name: ended.code for name, (ended, _) in wholes.items()} == dict.fromkeys(found, 0)
-    drawn = [(name, path) for name, case in found.items() for path in case.files if path.stat().st_size]
+    wholes = {name: read() for name, (_, read) in found.items()}
+    assert {ended.code for ended, _ in wholes.values()} == {0}
+    drawn = [(name, path) for name, (files, _) in found.items() for path in files if path.stat().st_size]
     drawn += [(name, path) for name, path in drawn if path.suffix != ".arrow"]
     chance.shuffle(drawn)
     counts: dict[tuple[str, str], Counter[str]] = {}
@@ -143,13 +112,16 @@ def test_no_flipped_bit_changes_what_training_and_eval_give_and_none_is_a_traceb
         content = path.read_bytes()
         bit = chance.randrange(8 * len(content))
         path.write_bytes(flipped(content, bit))
-        said = outcome_of(path, found[name].read, wholes[name][1])
+        said = outcome_of(path, found[name][1], wholes[name][1])
         path.write_bytes(content)
-        counts.setdefault((name, kind_of(path)), Counter())[said.partition(":")[0]] += 1
+        kind = "tokenizer/" if path.parent.name == "tokenizer" else re.sub(r"^\d{5}(-\w+)?", "NNNNN", path.name)
+        counts.setdefault((name, kind), Counter())[said.partition(":")[0]] += 1
         if said not in ("refused", "harmless"):
             wrong.append((name, path.name, bit, said[:500]))
-    sys.stdout.write(table(counts) + "\n")  # pytest -s shows it
+    sys.stdout.write(table(counts))  # pytest -s shows it
     assert not wrong, wrong[:5]
+    read = [counts.get(("cache, training", file), Counter()) for file in READ]
+    assert sum(said["harmless"] for said in read) == 0
 
 
 # Right digests, hostile content
@@ -168,12 +140,11 @@ CONSTANTS: Final = [
 ]  # fmt: skip
 
 
-def refused(cache: Path, teacher: dict[str, Any], name: str, out: Path) -> str:
-    """The one line of training on a cache whose teacher says this, with all digests made right."""
-    root = resealed(cache, "teachers/T", lambda data: [data[key].update(new) for key, new in teacher.items()])
+def outcome_of_teacher(cache: Path, says: dict[str, Any], name: str) -> str:
+    """That of training on a cache whose teacher says this, with all digests made right."""
+    root = resealed(cache, "teachers/T", lambda data: [data[key].update(new) for key, new in says.items()])
     resealed(cache, "students/S", lambda data: data["spec"].update(teacher_root=root))
-    said = outcome_of(cache / name, partial(train, cache, out), [])
-    return "" if said == "refused" else said
+    return outcome_of(cache / name, partial(train, cache, cache.parent / "out"), [])
 
 
 def test_tensors_that_do_not_fit_the_teacher_are_one_line(tmp_path: Path) -> None:
@@ -183,19 +154,16 @@ def test_tensors_that_do_not_fit_the_teacher_are_one_line(tmp_path: Path) -> Non
         whole = path.read_bytes()
         for tensors in several:
             path.write_bytes(safetensors.torch.save(tensors) if tensors else b"no tensors")
-            assert not refused(cache, {"files": {name: sha256_of(path)}}, name, tmp_path / "out"), (
-                name,
-                tensors.keys(),
-            )
+            assert outcome_of_teacher(cache, {"files": {name: sha256_of(path)}}, name) == "refused"
         path.write_bytes(whole)
-        assert refused(cache, {"files": {name: sha256_of(path)}}, name, tmp_path / "out").startswith("silent")
+        assert outcome_of_teacher(cache, {"files": {name: sha256_of(path)}}, name) == "silent"  # it trains
         shutil.rmtree(tmp_path / "out")
 
 
 @pytest.mark.parametrize("constants", CONSTANTS, ids=str)
 def test_constants_that_are_none_of_a_teacher_are_one_line(tmp_path: Path, constants: dict[str, Any]) -> None:
     name = "00000" if constants == {"hidden_size": D // 2} else "manifest.json"
-    assert refused(small_cache.copied(tmp_path), {"constants": constants}, name, tmp_path / "out") == ""
+    assert outcome_of_teacher(small_cache.copied(tmp_path), {"constants": constants}, name) == "refused"
 
 
 @pytest.mark.parametrize("manifest", ["whole", "damaged"])
