@@ -26,8 +26,7 @@ READ: Final = ("NNNNN.arrow", "manifest.json", "head.safetensors", "embeddings.s
 OUTCOMES: Final = ("refused", "harmless", "silent", "traceback")
 
 
-Result = tuple[Ended, list[bytes]]
-"""How a command ended, and what it gave."""
+Result = tuple[Ended, list[bytes]]  # how a command ended, and what it gave
 TWO: Final = ("--steps", 2, "--batch-size", 2, "--save-every", 1)
 GENERATE: Final = ("--limit", 1, "--seeds", 1, "--max-new-tokens", 3)
 
@@ -42,7 +41,6 @@ def train(cache: Path, out: Path, *words: object) -> Result:
 
 
 def train_from(stopped: Path, cache: Path, out: Path, *words: object) -> Result:
-    """In a folder with what a stopped run left, or nothing."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(stopped, out)
     return train(cache, out, *words)
@@ -62,19 +60,16 @@ def evaluate(student: Path, *words: object) -> Result:
 
 def cases(root: Path) -> dict[str, tuple[list[Path], Callable[[], Result]]]:
     """Files in which bits are flipped, and a command that reads them."""
-    cache, student, stopped, new, out = (
-        small_cache.copied(root),
-        *(root / n for n in ("student", "stopped", "new", "out")),
-    )
-    new.mkdir()
+    cache, student, stopped, nothing = small_cache.copied(root), *(root / name for name in ("a", "stopped", "nothing"))
+    nothing.mkdir()
     train(cache, student, *TWO)
     shutil.copytree(student / "checkpoints/step-00000001", stopped / "checkpoints/step-00000001")
     shutil.copy(student / "metrics.jsonl", stopped)
     shutil.rmtree(student / "checkpoints")
     return {
-        "cache, training": (targets(cache), partial(train_from, root / "nothing", cache, out)),
+        "cache, training": (targets(cache), partial(train_from, nothing, cache, root / "b")),
         "cache, eval": (targets(cache), partial(evaluate, student, "--shards", cache, "--no-rouge")),
-        "checkpoint, training": (targets(stopped), partial(train_from, stopped, cache, out, *TWO)),
+        "checkpoint, training": (targets(stopped), partial(train_from, stopped, cache, root / "b", *TWO)),
         "student, training again": (targets(student), partial(train_again, cache, student)),
         "student, eval": (targets(student), partial(evaluate, student, *GENERATE)),
     }
@@ -120,8 +115,7 @@ def test_no_flipped_bit_changes_what_training_and_eval_give_and_none_is_a_traceb
             wrong.append((name, path.name, bit, said[:500]))
     sys.stdout.write(table(counts))  # pytest -s shows it
     assert not wrong, wrong[:5]
-    read = [counts.get(("cache, training", file), Counter()) for file in READ]
-    assert sum(said["harmless"] for said in read) == 0
+    assert not any(counts[key]["harmless"] for key in counts if key[0] == "cache, training" and key[1] in READ)
 
 
 # Right digests, hostile content

@@ -172,9 +172,7 @@ def exported(out: Path, kind: str = "sentencepiece") -> Path:
     return out
 
 
-def test_a_missing_or_changed_file_of_a_finished_student_is_found_by_training_again_and_by_loading(
-    tmp_path: Path,
-) -> None:
+def test_a_missing_or_changed_file_of_a_student_is_found_by_training_again_and_by_loading(tmp_path: Path) -> None:
     finished, folder = exported(tmp_path), str(tmp_path)
     for path in sorted(path for path in finished.iterdir() if path.is_file()):
         content = path.read_bytes()
