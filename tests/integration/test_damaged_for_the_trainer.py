@@ -128,9 +128,17 @@ TENSORS: Final = {
     ],
     "embeddings.safetensors": [{"weight": torch.zeros(V, D - 1)}, {"weight": torch.zeros(V)}],
 }  # fmt: skip
-CONSTANTS: Final = [
-    {"vocab_size": 0}, {"vocab_size": "3"}, {"hidden_size": D // 2}, {"num_layers": None}, {"softcap": "x"},
-    {"tied": 1}, {"logit_scale": [1.0]}, {"hidden_std": -1.0}, {"embedding_std": None}, {"num_layers": 1 << 40},
+LIES: Final = [
+    ("constants", one)
+    for one in (
+        {"vocab_size": 0}, {"vocab_size": "3"}, {"hidden_size": D // 2}, {"num_layers": None}, {"softcap": "x"},
+        {"tied": 1}, {"logit_scale": [1.0]}, {"hidden_std": -1.0}, {"embedding_std": None}, {"num_layers": 1 << 40},
+    )
+] + [
+    ("spec", one)
+    for one in (
+        {"codec": "zip"}, {"signals": [3]}, {"signals": ["entropy"]}, {"schema": "1"}, {"encoder": {}}, {"dtype": 16},
+    )
 ]  # fmt: skip
 
 
@@ -154,10 +162,9 @@ def test_tensors_that_do_not_fit_the_teacher_are_one_line(tmp_path: Path) -> Non
         shutil.rmtree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("constants", CONSTANTS, ids=str)
-def test_constants_that_are_none_of_a_teacher_are_one_line(tmp_path: Path, constants: dict[str, Any]) -> None:
-    name = "00000" if constants == {"hidden_size": D // 2} else "manifest.json"
-    assert outcome_of_teacher(small_cache.copied(tmp_path), {"constants": constants}, name) == "refused"
+@pytest.mark.parametrize("lie", LIES, ids=str)
+def test_a_manifest_that_cannot_be_that_of_a_teacher_is_one_line(tmp_path: Path, lie: tuple[str, Any]) -> None:
+    assert outcome_of_teacher(small_cache.copied(tmp_path), dict([lie]), "teachers/T") == "refused"
 
 
 @pytest.mark.parametrize("manifest", ["whole", "damaged"])

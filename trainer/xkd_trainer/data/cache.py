@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xkd_schemas.cache.manifest import Plan, differences, read_record, refuse_differences
 from xkd_schemas.cache.table import Table, check_cache, names_in
+from xkd_schemas.codecs import CODECS
 from xkd_schemas.config import TeacherSection
 from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION, documents_schema
 from xkd_schemas.durable_files import inside, sha256_of
@@ -30,12 +31,13 @@ from xkd_trainer.models.compute_dtype import dtype_named
 
 Int64s = npt.NDArray[np.int64]
 Size = Annotated[int, Field(gt=0, lt=2**31)]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Constants(BaseModel):
     """What a trainer must know of the teacher."""
 
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     num_layers: Size
     hidden_size: Size
@@ -45,6 +47,46 @@ class Constants(BaseModel):
     tied: bool  # the embeddings are the head
     hidden_std: float = Field(ge=0)  # of the states that predict targets: N(x) of DWA-KD
     embedding_std: float = Field(ge=0)
+
+
+class _Encoder(BaseModel):
+    tokenizer: dict[str, Any]
+    template: str
+    max_tokens: int
+    chat: dict[str, Any] = {}
+
+
+class _Spec(BaseModel):
+    version: int = Field(alias="schema")
+
+
+class _TokensSpec(_Spec):
+    documents: str
+    encoder: _Encoder
+
+
+class _TeacherSpec(_TokensSpec):
+    weights: dict[str, str]
+    signals: list[str]
+    dtype: str
+    codec: str
+
+
+class _StudentSpec(_TokensSpec):
+    teacher: str
+    teacher_root: str
+
+
+def _parse(kind: type[Model], values: Any, path: Path) -> Model:
+    """What a manifest or plan says; BadData where it is not what this program writes."""
+    try:
+        return kind.model_validate(values, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadData(
+            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            fix="copy the cache again from where it came, or make this table again",
+        ) from error
 
 
 class Cache:
@@ -60,10 +102,12 @@ class Cache:
         self.root = root
         self.documents = Table(root, "documents")
         self.students = Table(root, f"students/{student}")
-        self.teacher_name = str(self.students.manifest.spec["teacher"])
+        self.teacher_name = _parse(_StudentSpec, self.students.manifest.spec, self.students.folder).teacher
         further = (Table(root, f"signals/{name}") for name in names_in(root, "signals"))
-        self.beside = [table for table in further if table.manifest.spec["teacher"] == self.teacher_name]
+        self.beside = [table for table in further if table.manifest.spec.get("teacher") == self.teacher_name]
         self.teachers = Table(root, f"teachers/{self.teacher_name}", self.beside)
+        for table in (self.documents, self.teachers, *self.beside):
+            _parse(_Spec if table is self.documents else _TeacherSpec, table.manifest.spec, table.folder)
         self._check_origin(student)
         self._check_columns()
 
@@ -88,11 +132,11 @@ class Cache:
         """Raise BadData where a table has other columns, types or widths than its manifest says."""
         for table in (self.documents, self.students, self.teachers, *self.beside) if len(self.documents) else ():
             spec, kind = table.manifest.spec, table.name.partition("/")[0]
-            if kind in ("documents", "students"):
-                expected = STUDENTS if kind == "students" else documents_schema(spec["schema"])
-            else:
-                signals = map(signal_named, spec["signals"])
-                expected = teacher_schema(signals, self.sizes.hidden_size, spec["codec"])
+            expected = STUDENTS if kind == "students" else documents_schema(spec["schema"])
+            if kind in ("teachers", "signals"):
+                if spec["codec"] not in CODECS:
+                    raise Mismatch(f"{table.folder}: codec {spec['codec']} is not known", fix="upgrade xkd-toolkit")
+                expected = teacher_schema(map(signal_named, spec["signals"]), self.sizes.hidden_size, spec["codec"])
             if not table.shard(0).schema.equals(signals_schema(expected) if kind == "signals" else expected):
                 raise BadData(f"{table.path(0)}: its columns are not those of its manifest", fix=self._again)
 
@@ -138,11 +182,7 @@ class Cache:
         found = dict(self.teachers.manifest.constants)
         for table in self.beside:
             found |= {key: value for key, value in table.manifest.constants.items() if key == "hidden_std"}
-        try:
-            return Constants.model_validate(found)
-        except ValidationError as error:
-            name, said = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
-            raise BadData(f"{self.teachers.folder}/manifest.json: constant {name}: {said}", fix=self._again) from error
+        return _parse(Constants, found, self.teachers.folder)
 
     def identity(self, wanted: Iterable[Signal]) -> Any:
         """What names the rows and signals of a run: the student's root, and those of further tables it reads."""
@@ -221,8 +261,8 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
         raise InputMissing(f"{root} has no finished students table", fix=f"xkd-cache align {root} --student ...")
     differing: dict[str, list[str]] = {}
     for candidate in [name] if name else names:
-        plan = read_record(inside(root, "students", candidate, "plan.json"), Plan)  # as the manifest, and shorter
-        stored = plan.spec["encoder"]["tokenizer"]
+        path = inside(root, "students", candidate, "plan.json")  # as the manifest, and shorter
+        stored = _parse(_StudentSpec, read_record(path, Plan).spec, path).encoder.tokenizer
         theirs = {key: stored.get(key, "absent") for key in identity}
         differing[candidate] = [field for field, _, _ in differences(identity, theirs)]
     fitting = [candidate for candidate, fields in differing.items() if not fields]

@@ -84,19 +84,19 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
 
 
 def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
-    thinking = reading_of(ready.cache.students.manifest.spec["encoder"])["enable_thinking"]
+    reading = reading_of(ready.cache.students.manifest.spec["encoder"])
     train = run.train.model_dump(exclude={"out", "shards", "threads", "log_every", "save_every"})
     return {
         "cache": ready.cache.identity(ready.wanted),
         "student": run.student.model,
-        "template": ready.cache.students.manifest.constants["template"],
+        "template": reading["template"],
         "losses": {name: dict(values) for name, values in sorted(run.losses.items())},
         "weights": ready.distiller.term_weights(total - 1),
         "projectors": {n: how.model_dump() for n, how in ready.distiller.trained_projectors().items()},
         "steps": total,
         "order": ORDER,
         "train": train,
-    } | ({} if thinking is None else {"enable_thinking": thinking})
+    } | ({} if reading["enable_thinking"] is None else {"enable_thinking": reading["enable_thinking"]})
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
