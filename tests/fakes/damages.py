@@ -86,8 +86,7 @@ def cuts(cache: Path, step: int) -> set[str]:
 def resigned(cache: Path, table: str, unit: int, content: bytes) -> Path:
     """Put `content` in place of a shard of the same size, with every digest of the table made right."""
     folder = cache / table
-    plan, manifest = read_record(folder / "plan.json", Plan), read_record(folder / "manifest.json", Manifest)
-    old, sha256 = manifest.commits[unit], hashlib.sha256(content).hexdigest()
+    old, sha256 = read_record(folder / "manifest.json", Manifest).commits[unit], hashlib.sha256(content).hexdigest()
     batches = tuple(
         b.model_copy(update={"xxh3": xxh3_of(content[b.offset : b.offset + b.length])}) for b in old.batches
     )
@@ -97,8 +96,7 @@ def resigned(cache: Path, table: str, unit: int, content: bytes) -> Path:
     (folder / old.file).unlink()
     (folder / commit.file).write_bytes(content)
     (folder / f"commits/{unit:05d}.json").write_bytes(to_json(commit))
-    commits = (*manifest.commits[:unit], commit, *manifest.commits[unit + 1 :])
-    (folder / "manifest.json").write_bytes(to_json(seal_table(plan, commits, manifest.constants, manifest.files)))
+    resealed(cache, table, lambda data: data["commits"].__setitem__(unit, commit.model_dump(mode="json")))
     return folder / commit.file
 
 

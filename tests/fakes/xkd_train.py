@@ -6,6 +6,8 @@ import sys
 from typing import NamedTuple
 from unittest.mock import patch
 
+import pytest
+
 from xkd_trainer.cli import main
 
 
@@ -21,9 +23,7 @@ def xkd_train(*words: object) -> Ended:
         patch.object(sys, "argv", ["xkd-train", *map(str, words)]),
         contextlib.redirect_stdout(io.StringIO()) as out,
         contextlib.redirect_stderr(io.StringIO()) as err,
+        pytest.raises(SystemExit) as left,
     ):
-        try:
-            main()
-        except SystemExit as left:
-            return Ended(int(left.code or 0), out.getvalue(), err.getvalue())
-    raise AssertionError("it leaves with an exit code")
+        main()
+    return Ended(int(left.value.code or 0), out.getvalue(), err.getvalue())

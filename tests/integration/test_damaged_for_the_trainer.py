@@ -36,8 +36,8 @@ def train(cache: Path, out: Path, *words: object) -> Result:
     student = ("new:llama,layers=1,width=8,heads=2", "--student-tokenizer", small_cache.made() / "student")
     words = words or ("--steps", 1, "--batch-size", 12)
     ended = xkd_train("--shards", cache, "--student", *student, "--loss", "dwa", *words, "--out", out, "--json")
-    left = [path.read_bytes() for name in ("model.safetensors", "metrics.jsonl") if (path := out / name).exists()]
-    return ended, left
+    left = (out / name for name in ("model.safetensors", "metrics.jsonl"))
+    return ended, [path.read_bytes() for path in left if path.exists()]
 
 
 def train_from(stopped: Path, cache: Path, out: Path, *words: object) -> Result:
@@ -118,8 +118,6 @@ def test_no_flipped_bit_changes_what_training_and_eval_give_and_none_is_a_traceb
     assert not any(counts[key]["harmless"] for key in counts if key[0] == "cache, training" and key[1] in READ)
 
 
-# Right digests, hostile content
-
 V, D = 1000, 32
 TENSORS: Final = {
     "head.safetensors": [
@@ -128,18 +126,13 @@ TENSORS: Final = {
     ],
     "embeddings.safetensors": [{"weight": torch.zeros(V, D - 1)}, {"weight": torch.zeros(V)}],
 }  # fmt: skip
-LIES: Final = [
-    ("constants", one)
-    for one in (
+LIES: Final = {
+    "constants": [
         {"vocab_size": 0}, {"vocab_size": "3"}, {"hidden_size": D // 2}, {"num_layers": None}, {"softcap": "x"},
         {"tied": 1}, {"logit_scale": [1.0]}, {"hidden_std": -1.0}, {"embedding_std": None}, {"num_layers": 1 << 40},
-    )
-] + [
-    ("spec", one)
-    for one in (
-        {"codec": "zip"}, {"signals": [3]}, {"signals": ["entropy"]}, {"schema": "1"}, {"encoder": {}}, {"dtype": 16},
-    )
-]  # fmt: skip
+    ],
+    "spec": [{}, {"codec": "zip"}, {"signals": [3]}, {"signals": ["entropy"]}, {"schema": "1"}, {"encoder": {}}],
+}  # fmt: skip
 
 
 def outcome_of_teacher(cache: Path, says: dict[str, Any], name: str) -> str:
@@ -149,22 +142,17 @@ def outcome_of_teacher(cache: Path, says: dict[str, Any], name: str) -> str:
     return outcome_of(cache / name, partial(train, cache, cache.parent / "out"), [])
 
 
-def test_tensors_that_do_not_fit_the_teacher_are_one_line(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    for name, several in TENSORS.items():
-        path = cache / "teachers/T" / name
-        whole = path.read_bytes()
-        for tensors in several:
-            path.write_bytes(safetensors.torch.save(tensors) if tensors else b"no tensors")
-            assert outcome_of_teacher(cache, {"files": {name: sha256_of(path)}}, name) == "refused"
-        path.write_bytes(whole)
-        assert outcome_of_teacher(cache, {"files": {name: sha256_of(path)}}, name) == "silent"  # it trains
-        shutil.rmtree(tmp_path / "out")
+@pytest.mark.parametrize(("name", "tensors"), [(name, one) for name, several in TENSORS.items() for one in several])
+def test_tensors_that_do_not_fit_the_teacher_are_one_line(tmp_path: Path, name: str, tensors: Any) -> None:
+    path = small_cache.copied(tmp_path) / "teachers/T" / name
+    path.write_bytes(safetensors.torch.save(tensors) if tensors else b"no tensors")
+    assert outcome_of_teacher(tmp_path / "cache", {"files": {name: sha256_of(path)}}, name) == "refused"
 
 
-@pytest.mark.parametrize("lie", LIES, ids=str)
-def test_a_manifest_that_cannot_be_that_of_a_teacher_is_one_line(tmp_path: Path, lie: tuple[str, Any]) -> None:
-    assert outcome_of_teacher(small_cache.copied(tmp_path), dict([lie]), "teachers/T") == "refused"
+@pytest.mark.parametrize("lie", [{key: one} for key, several in LIES.items() for one in several], ids=str)
+def test_a_manifest_that_cannot_be_that_of_a_teacher_is_one_line(tmp_path: Path, lie: dict[str, Any]) -> None:
+    expected = "silent" if lie == {"spec": {}} else "refused"  # an honest one trains
+    assert outcome_of_teacher(small_cache.copied(tmp_path), lie, "teachers/T") == expected
 
 
 @pytest.mark.parametrize("manifest", ["whole", "damaged"])

@@ -102,19 +102,20 @@ class Cache:
         self.root = root
         self.documents = Table(root, "documents")
         self.students = Table(root, f"students/{student}")
-        self.teacher_name = _parse(_StudentSpec, self.students.manifest.spec, self.students.folder).teacher
+        spec = _parse(_StudentSpec, self.students.manifest.spec, self.students.folder)
+        self.teacher_name = spec.teacher
         further = (Table(root, f"signals/{name}") for name in names_in(root, "signals"))
         self.beside = [table for table in further if table.manifest.spec.get("teacher") == self.teacher_name]
         self.teachers = Table(root, f"teachers/{self.teacher_name}", self.beside)
         for table in (self.documents, self.teachers, *self.beside):
             _parse(_Spec if table is self.documents else _TeacherSpec, table.manifest.spec, table.folder)
-        self._check_origin(student)
+        self._check_origin(student, spec)
         self._check_columns()
 
-    def _check_origin(self, student: str) -> None:
-        documents, teachers, spec = self.documents.manifest, self.teachers.manifest, self.students.manifest.spec
+    def _check_origin(self, student: str, spec: _StudentSpec) -> None:
+        documents, teachers = self.documents.manifest, self.teachers.manifest
         made_from = {"documents": documents.root, "teacher_root": teachers.root, "teacher documents": documents.root}
-        found = {key: spec[key] for key in ("documents", "teacher_root")}
+        found = {"documents": spec.documents, "teacher_root": spec.teacher_root}
         found["teacher documents"] = teachers.spec["documents"]
         for table in self.beside:
             expected = {"documents": documents.root} | {key: teachers.spec[key] for key in ("weights", "encoder")}
