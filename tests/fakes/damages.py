@@ -5,9 +5,10 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from xkd_pipeline.maintain.verify import verify
-from xkd_schemas.cache.manifest import Manifest, Plan, read_record, seal_table, to_json
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, seal_table, to_json
 from xkd_schemas.cache.table import Table
 from xkd_schemas.durable_files import xxh3_of
 from xkd_schemas.errors import XkdError
@@ -85,8 +86,7 @@ def cuts(cache: Path, step: int) -> set[str]:
 def resigned(cache: Path, table: str, unit: int, content: bytes) -> Path:
     """Put `content` in place of a shard of the same size, with every digest of the table made right."""
     folder = cache / table
-    plan, manifest = read_record(folder / "plan.json", Plan), read_record(folder / "manifest.json", Manifest)
-    old, sha256 = manifest.commits[unit], hashlib.sha256(content).hexdigest()
+    old, sha256 = read_record(folder / "manifest.json", Manifest).commits[unit], hashlib.sha256(content).hexdigest()
     batches = tuple(
         b.model_copy(update={"xxh3": xxh3_of(content[b.offset : b.offset + b.length])}) for b in old.batches
     )
@@ -96,6 +96,18 @@ def resigned(cache: Path, table: str, unit: int, content: bytes) -> Path:
     (folder / old.file).unlink()
     (folder / commit.file).write_bytes(content)
     (folder / f"commits/{unit:05d}.json").write_bytes(to_json(commit))
-    commits = (*manifest.commits[:unit], commit, *manifest.commits[unit + 1 :])
-    (folder / "manifest.json").write_bytes(to_json(seal_table(plan, commits, manifest.constants, manifest.files)))
+    resealed(cache, table, lambda data: data["commits"].__setitem__(unit, commit.model_dump(mode="json")))
     return folder / commit.file
+
+
+def resealed(cache: Path, table: str, change: Callable[[dict[str, Any]], object]) -> str:
+    """Change a manifest as someone would who can compute digests; its root."""
+    folder = cache / table
+    old = read_record(folder / "manifest.json", Manifest)
+    data = old.model_dump(mode="json")
+    change(data)
+    commits = tuple(Commit.model_validate(record) for record in data["commits"])
+    plan = Plan(table=table, spec=data["spec"], units=read_record(folder / "plan.json", Plan).units)
+    new = seal_table(plan, commits, data["constants"], data["files"])
+    (folder / "manifest.json").write_bytes(to_json(new))
+    return new.root

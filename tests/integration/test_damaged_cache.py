@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import small_cache
-from damages import ROUNDS, SEED, cuts, flips, outcome, read_all, resigned
+from damages import ROUNDS, SEED, cuts, flips, outcome, read_all, resealed, resigned
 from small_cache import files_of
 from xkd_pipeline.maintain import verify_rows
 from xkd_pipeline.maintain.gc import collect
@@ -20,7 +20,7 @@ from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.tables.dataset_card import table_states
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, seal_table, to_json
+from xkd_schemas.cache.manifest import Plan, read_record
 from xkd_schemas.errors import Mismatch
 
 TABLES = ("documents", "teachers/T", "students/S")
@@ -71,17 +71,6 @@ def test_each_bad_unit_is_named(tmp_path: Path, damage: str) -> None:
     change, units = DAMAGES[damage]
     change(cache, table)
     assert {one.unit for one in verify(cache, "full") if one.table == table} == units
-
-
-def resealed(cache: Path, table: str, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest as someone would who can compute digests."""
-    folder = cache / table
-    old = read_record(folder / "manifest.json", Manifest)
-    data = old.model_dump(mode="json")
-    change(data)
-    commits = tuple(Commit.model_validate(record) for record in data["commits"])
-    plan = Plan(table=table, spec=data["spec"], units=read_record(folder / "plan.json", Plan).units)
-    (folder / "manifest.json").write_bytes(to_json(seal_table(plan, commits, data["constants"], data["files"])))
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "documents/plan,json"])

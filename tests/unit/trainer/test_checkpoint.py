@@ -3,6 +3,7 @@
 import json
 import resource
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import tiny_models as tiny
 from damages import flipped
 from faulty_disk import injected
 from xkd_pipeline.capture import artifacts as teacher_files
+from xkd_schemas.durable_files import digest
 from xkd_schemas.errors import BadData, DiskFailed
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.loading import load_model, load_tokenizer
@@ -35,6 +37,7 @@ def snapshot(step: int, *, tied: bool = True) -> Snapshot:
         optimizer=optimizer.state_dict(),
         random=torch.Generator().manual_seed(step).get_state(),
         fingerprint=FINGERPRINT,
+        metrics=b'{"step": 1}\n',
     )
 
 
@@ -67,7 +70,12 @@ def test_only_the_newest_stay_and_no_file_is_a_pickle(tmp_path: Path) -> None:
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["step-00000009", "step-00000010"][:KEPT]
     names = {path.name for path in (tmp_path / "checkpoints/step-00000010").iterdir()}
-    assert names == {*(f"{n}.safetensors" for n in ("student", "projectors", "optimizer")), "state.json", "COMPLETE"}
+    assert names == {
+        *(f"{n}.safetensors" for n in ("student", "projectors", "optimizer")),
+        "state.json",
+        "metrics.jsonl",
+        "COMPLETE",
+    }
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path) -> None:
@@ -110,36 +118,25 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_metrics_are_appended_and_a_resumed_run_drops_what_it_does_again(tmp_path: Path) -> None:
-    first = Metrics(tmp_path, resumed_step=0)
-    for step in (2, 4, 6):
+@pytest.mark.parametrize("damage", [b'{"step": 8, "lo', b"\xff\xfe", b'{"step": 3}\n'])
+def test_metrics_are_appended_and_a_resumed_run_takes_those_of_its_checkpoint(tmp_path: Path, damage: bytes) -> None:
+    first = Metrics(tmp_path, before=None)
+    for step in (2, 4):
         first.write(step=step, loss=1.0 / step)
-    with first.path.open("a") as stream:
-        stream.write('{"step": 8, "lo')  # killed while writing
+    save(tmp_path, replace(snapshot(4), metrics=first.path.read_bytes()))
+    first.write(step=6)
+    first.path.write_bytes(damage + first.path.read_bytes() + damage)  # killed while writing, or by a bad disk
 
-    resumed = Metrics(tmp_path, resumed_step=4)
-    resumed.write(step=6, loss=0.5)
+    read, _ = load_newest(tmp_path)
+    assert read is not None
+    Metrics(tmp_path, before=read.metrics).write(step=6, loss=0.5)
 
-    assert lines(resumed.path) == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 6, "loss": 0.5}]
-
-
-@pytest.mark.parametrize("damaged", [b"\xff\xfe", b"3", b"[1]", b'{"loss": 1.0}', b'{"step": 2, "lo\n{"step": 4}'])
-def test_metrics_that_cannot_be_read_are_one_line_that_says_what_to_type(tmp_path: Path, damaged: bytes) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + damaged + b"\n")
-
-    with pytest.raises(BadData, match=rf"line 2 is no JSON .*: mv {path} {path}.damaged, and run the same") as caught:
-        Metrics(tmp_path, resumed_step=4)
-
-    assert "\n" not in str(caught.value)
-    assert path.read_bytes() == b'{"step": 1}\n' + damaged + b"\n"
-    Metrics(tmp_path, resumed_step=0).write(step=1)
-    assert (tmp_path / "metrics-1.jsonl").exists()
+    assert lines(first.path) == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 6, "loss": 0.5}]
 
 
 def test_a_run_from_the_start_begins_a_new_file_and_keeps_those_of_before(tmp_path: Path) -> None:
     for run_number in range(3):
-        Metrics(tmp_path, resumed_step=0).write(step=run_number)
+        Metrics(tmp_path, before=None).write(step=run_number)
 
     found = {path.name: lines(path)[0]["step"] for path in tmp_path.iterdir()}
     assert found == {"metrics-1.jsonl": 0, "metrics-2.jsonl": 1, "metrics.jsonl": 2}
@@ -176,24 +173,28 @@ def exported(out: Path, kind: str = "sentencepiece") -> Path:
     return out
 
 
-def test_a_bit_in_any_file_of_a_finished_student_is_found_by_training_again_and_by_loading(tmp_path: Path) -> None:
+def test_a_missing_or_changed_file_of_a_student_is_found_by_training_again_and_by_loading(tmp_path: Path) -> None:
     finished, folder = exported(tmp_path), str(tmp_path)
-    paths = sorted(path for path in finished.iterdir() if path.is_file())
-    assert {"model.safetensors", "tokenizer.json", "config.json", "xkd.json"} <= {path.name for path in paths}
-    for path in paths:
+    for path in sorted(path for path in finished.iterdir() if path.is_file()):
         content = path.read_bytes()
-        damages = [flipped(content, bit) for bit in (3, 4 * len(content), 8 * len(content) - 9)]
-        for damaged in (*damages, bytes(len(content)), b"", None):
+        for damaged in (bytes(len(content)), *[None] * (path.name != "xkd.json")):
             path.unlink() if damaged is None else path.write_bytes(damaged)
-            if damaged is None and path.name == "xkd.json":
-                assert not is_finished(finished, FINGERPRINT)
-                continue
             reads = [lambda: is_finished(finished, FINGERPRINT), lambda: load_model(folder, dtype=torch.float32)]
             for read in (*reads, *[lambda: load_tokenizer(folder)] * (path.suffix != ".safetensors")):
                 with pytest.raises(BadData, match=rf"{path.name} .*delete {finished} and train again"):
                     read()
         path.write_bytes(content)
     assert is_finished(finished, FINGERPRINT)
+    (finished / "xkd.json").unlink()
+    assert not is_finished(finished, FINGERPRINT)
+
+
+@pytest.mark.parametrize("key", ["files", "run"])
+def test_an_xkd_json_that_lies_with_its_own_digest_right_is_one_line(tmp_path: Path, key: str) -> None:
+    data: dict[str, Any] = {key: ["config.json"]}
+    (tmp_path / "xkd.json").write_text(json.dumps({**data, "digest": digest(data)}))
+    with pytest.raises(BadData, match=r"xkd\.json does not match"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_every_file_of_a_student_is_durable_before_the_mark_that_it_is_finished(tmp_path: Path) -> None:

@@ -1,37 +1,12 @@
 """xkd-train as it is typed: help, a run file with flags over it, JSON, and one line with an exit code for mistakes."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 import tiny_models as tiny
-from xkd_trainer.cli import main
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-XkdTrain = Callable[..., Ended]
-
-
-@pytest.fixture
-def xkd_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> XkdTrain:
-
-    def call(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["xkd-train", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        return Ended(int(left.value.code or 0), *capsys.readouterr())
-
-    return call
+from xkd_train import Ended, xkd_train
 
 
 def flags(out: Path, *more: object) -> list[object]:
@@ -50,7 +25,7 @@ def one_line(ended: Ended, code: int, *parts: str) -> None:
         assert part in lines[0]
 
 
-def test_help_shows_an_example_and_names_every_command_and_flag_of_training(xkd_train: XkdTrain) -> None:
+def test_help_shows_an_example_and_names_every_command_and_flag_of_training() -> None:
     train, evaluation, losses = (
         " ".join(xkd_train(*command, "--help").out.split()) for command in ((), ("eval",), ("losses",))
     )
@@ -63,7 +38,7 @@ def test_help_shows_an_example_and_names_every_command_and_flag_of_training(xkd_
     assert "Example: xkd-train losses" in losses
 
 
-def test_losses_are_listed_with_what_they_need_and_their_settings(xkd_train: XkdTrain) -> None:
+def test_losses_are_listed_with_what_they_need_and_their_settings() -> None:
     shown, listed = xkd_train("losses"), xkd_train("losses", "--json")
 
     described = json.loads(listed.out)
@@ -81,9 +56,7 @@ def test_losses_are_listed_with_what_they_need_and_their_settings(xkd_train: Xkd
         assert line in shown.out
 
 
-def test_training_says_where_the_student_is_and_a_second_time_that_there_is_nothing_to_do(
-    xkd_train: XkdTrain, tmp_path: Path
-) -> None:
+def test_training_says_where_the_student_is_and_a_second_time_that_there_is_nothing_to_do(tmp_path: Path) -> None:
     first, second = (xkd_train(*flags(tmp_path / "out", "--loss", "sra")) for _ in range(2))
 
     assert (first.code, second.code) == (0, 0)
@@ -94,7 +67,7 @@ def test_training_says_where_the_student_is_and_a_second_time_that_there_is_noth
     assert "already trained for 1 steps with these settings, nothing to do" in second.out
 
 
-def test_a_run_without_a_loss_says_that_it_learns_nothing_of_the_teacher(xkd_train: XkdTrain, tmp_path: Path) -> None:
+def test_a_run_without_a_loss_says_that_it_learns_nothing_of_the_teacher(tmp_path: Path) -> None:
     plain, chosen, listed = (
         xkd_train(*flags(tmp_path / str(n), *more)).out for n, more in enumerate(([], ["--loss", "ce"], ["--json"]))
     )
@@ -106,7 +79,7 @@ def test_a_run_without_a_loss_says_that_it_learns_nothing_of_the_teacher(xkd_tra
     assert set(result["terms"]) == {"loss", "ce.ce"}
 
 
-def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Path) -> None:
+def test_flags_and_sets_override_the_run_file(tmp_path: Path) -> None:
     made = tiny.tiny_cache()
     runfile = tmp_path / "run.toml"
     runfile.write_text(
@@ -165,7 +138,7 @@ def test_flags_and_sets_override_the_run_file(xkd_train: XkdTrain, tmp_path: Pat
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_the_exit_code(
-    xkd_train: XkdTrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, code: int, parts: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, code: int, parts: list[str]
 ) -> None:
     made = tiny.tiny_cache()
     places = {"CACHE": made.cache, "STUDENT": made.student, "TEACHER": made.teacher, "CORPUS": made.corpus}
@@ -178,7 +151,7 @@ def test_a_mistake_is_one_line_with_the_exit_code(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_eval_reads_what_documents_reads(xkd_train: XkdTrain, tmp_path: Path) -> None:
+def test_eval_reads_what_documents_reads(tmp_path: Path) -> None:
     made = tiny.tiny_cache()
     rows = [{"frage": prompt, "antwort": response} for prompt, response in tiny.PAIRS[:6]]
     (tmp_path / "rows").mkdir()
@@ -199,9 +172,7 @@ def test_eval_reads_what_documents_reads(xkd_train: XkdTrain, tmp_path: Path) ->
     one_line(xkd_train("eval", made.student, "--data", lists), 65, 'row 1, field "prompt" is a list')
 
 
-def test_eval_compares_the_rows_of_data_alone_and_refuses_those_the_cache_lacks(
-    xkd_train: XkdTrain, tmp_path: Path
-) -> None:
+def test_eval_compares_the_rows_of_data_alone_and_refuses_those_the_cache_lacks(tmp_path: Path) -> None:
     made = tiny.tiny_cache()
     arguments = ["eval", made.student, "--shards", made.cache, "--no-rouge", "--json", "--data"]
     whole = json.loads(xkd_train(*arguments, made.corpus).out)["agreement_pairs"]
@@ -217,7 +188,7 @@ def test_eval_compares_the_rows_of_data_alone_and_refuses_those_the_cache_lacks(
     one_line(ended, 78, "1 of 3 documents of --data are not in", "made without --max-prompt-tokens")
 
 
-def test_eval_prints_numbers_and_json(xkd_train: XkdTrain) -> None:
+def test_eval_prints_numbers_and_json() -> None:
     made = tiny.tiny_cache()
     arguments = ["eval", made.student, "--data", made.corpus, "--shards", made.cache]
 

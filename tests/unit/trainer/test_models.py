@@ -101,6 +101,11 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
         (CONFIG, lambda _: b"\x00", r"config\.json is not JSON"),
         (CONFIG, lambda _: b'{"model_type": "llama"', r"config\.json is not JSON"),
         (CONFIG, lambda _: b'{"model_type": "no_such_family"}', "no_such_family|cannot be loaded"),
+        (
+            CONFIG,
+            lambda content: content.replace(b'"num_attention_heads": 4', b'"num_attention_heads": 64'),
+            "cannot be",
+        ),
     ],
 )
 def test_a_damaged_model_folder_is_an_error_of_one_line(
@@ -114,11 +119,17 @@ def test_a_damaged_model_folder_is_an_error_of_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_tokenizer_and_half_a_tokenizer_are_named(saved: Path) -> None:
-    half = saved / "tokenizer.json"
-    half.write_bytes(half.read_bytes()[:1000])
+def test_a_folder_without_tokenizer_and_a_damaged_tokenizer_are_named(saved: Path) -> None:
+    half, config = saved / "tokenizer.json", saved / "config.json"
+    whole = half.read_bytes()
+    half.write_bytes(whole[:1000])
     with pytest.raises(InputMissing, match=r"tokenizer\.json is not JSON"):
         load_tokenizer(str(saved))
+    for path, old, new in ((half, b'"special"', b'"specIal"'), (config, b'"float32"', b'"flo`t32"')):
+        half.write_bytes(whole)
+        path.write_bytes(path.read_bytes().replace(old, new))
+        with pytest.raises(InputMissing, match=r"no tokenizer in this folder that can be read"):
+            load_tokenizer(str(saved))
 
     for path in saved.glob("tokenizer*"):
         path.unlink()

@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from damages import resealed
 from one_tokenizer import LEVELS, ROWS, numbers
 from tiny_models import tiny_cache
-from xkd_schemas.cache.manifest import Manifest, Plan, read_record, seal_table, to_json
-from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import Signal, signal_named
 from xkd_schemas.tokens import CONTENT, END
@@ -228,15 +227,6 @@ def copied(tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_cache().cache, tmp_path / "cache"))
 
 
-def reseal(cache: Path, table: str, **changed: Any) -> None:
-    """Give a table another spec or order of shards, with a manifest that matches itself."""
-    folder = cache / table
-    manifest, plan = read_record(folder / "manifest.json", Manifest), read_record(folder / "plan.json", Plan)
-    spec = {**manifest.spec, **changed}
-    made = seal_table(plan.model_copy(update={"spec": spec}), manifest.commits, manifest.constants, manifest.files)
-    (folder / "manifest.json").write_bytes(to_json(made))
-
-
 def test_tables_that_hold_other_documents_in_a_row_are_bad_data(cache: Cache) -> None:
     other = Cache(tiny_cache().cache, student="student")
     real = other.teachers
@@ -319,15 +309,13 @@ def test_an_error_of_the_producer_is_raised_after_the_items_before_it_and_an_ear
 def test_every_tie_between_the_tables_is_refused_by_name(tmp_path: Path, table: str, field: str, named: str) -> None:
     """Tables are sealed again and tied to each other anew, so that one tie alone is wrong."""
     root = copied(tmp_path)
-    other = 99 if field == "schema" else "other"
-    reseal(root, table, **{field: other})
-    roots = {name: Table(root, name).manifest.root for name in ("documents", "teachers/teacher")}
-    if table == "documents":
-        reseal(root, "teachers/teacher", documents=roots["documents"])
-        roots["teachers/teacher"] = Table(root, "teachers/teacher").manifest.root
-    if table != "students/student":
-        tied = {"documents": roots["documents"], "teacher_root": roots["teachers/teacher"]}
-        reseal(root, "students/student", **tied)
+
+    def seal(name: str, **tied: str) -> str:
+        wrong = {field: 99 if field == "schema" else "other"} if name == table else {}
+        return resealed(root, name, lambda data: data["spec"].update(tied | wrong))
+
+    documents = seal("documents")
+    seal("students/student", documents=documents, teacher_root=seal("teachers/teacher", documents=documents))
 
     with pytest.raises(Mismatch) as caught:
         Cache(root, student="student")

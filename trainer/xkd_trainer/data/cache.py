@@ -9,26 +9,84 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xkd_schemas.cache.manifest import Plan, differences, read_record, refuse_differences
 from xkd_schemas.cache.table import Table, check_cache, names_in
+from xkd_schemas.codecs import CODECS
 from xkd_schemas.config import TeacherSection
-from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION
+from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION, documents_schema
 from xkd_schemas.durable_files import inside, sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
-from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named
-from xkd_schemas.tokens import STUDENTS_VERSION, Bools, Int32s
+from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
+from xkd_schemas.tokens import STUDENTS, STUDENTS_VERSION, Bools, Int32s
 from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.compute_dtype import dtype_named
 
 Int64s = npt.NDArray[np.int64]
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Constants(BaseModel):
+    """What a trainer must know of the teacher."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    num_layers: Size
+    hidden_size: Size
+    vocab_size: Size  # rows of the head
+    logit_scale: float
+    softcap: float | None
+    tied: bool  # the embeddings are the head
+    hidden_std: float = Field(ge=0)  # of the states that predict targets: N(x) of DWA-KD
+    embedding_std: float = Field(ge=0)
+
+
+class _Encoder(BaseModel):
+    tokenizer: dict[str, Any]
+    template: str
+    max_tokens: int
+    chat: dict[str, Any] = {}
+
+
+class _Spec(BaseModel):
+    version: int = Field(alias="schema")
+
+
+class _TokensSpec(_Spec):
+    documents: str
+    encoder: _Encoder
+
+
+class _TeacherSpec(_TokensSpec):
+    weights: dict[str, str]
+    signals: list[str]
+    dtype: str
+    codec: str
+
+
+class _StudentSpec(_TokensSpec):
+    teacher: str
+    teacher_root: str
+
+
+def _parse(kind: type[Model], values: Any, path: Path) -> Model:
+    """What a manifest or plan says; BadData where it is not what this program writes."""
+    try:
+        return kind.model_validate(values, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadData(
+            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            fix="copy the cache again from where it came, or make this table again",
+        ) from error
 
 
 class Cache:
@@ -44,16 +102,20 @@ class Cache:
         self.root = root
         self.documents = Table(root, "documents")
         self.students = Table(root, f"students/{student}")
-        self.teacher_name = str(self.students.manifest.spec["teacher"])
+        spec = _parse(_StudentSpec, self.students.manifest.spec, self.students.folder)
+        self.teacher_name = spec.teacher
         further = (Table(root, f"signals/{name}") for name in names_in(root, "signals"))
-        self.beside = [table for table in further if table.manifest.spec["teacher"] == self.teacher_name]
+        self.beside = [table for table in further if table.manifest.spec.get("teacher") == self.teacher_name]
         self.teachers = Table(root, f"teachers/{self.teacher_name}", self.beside)
-        self._check_origin(student)
+        for table in (self.documents, self.teachers, *self.beside):
+            _parse(_Spec if table is self.documents else _TeacherSpec, table.manifest.spec, table.folder)
+        self._check_origin(student, spec)
+        self._check_columns()
 
-    def _check_origin(self, student: str) -> None:
-        documents, teachers, spec = self.documents.manifest, self.teachers.manifest, self.students.manifest.spec
+    def _check_origin(self, student: str, spec: _StudentSpec) -> None:
+        documents, teachers = self.documents.manifest, self.teachers.manifest
         made_from = {"documents": documents.root, "teacher_root": teachers.root, "teacher documents": documents.root}
-        found = {key: spec[key] for key in ("documents", "teacher_root")}
+        found = {"documents": spec.documents, "teacher_root": spec.teacher_root}
         found["teacher documents"] = teachers.spec["documents"]
         for table in self.beside:
             expected = {"documents": documents.root} | {key: teachers.spec[key] for key in ("weights", "encoder")}
@@ -66,6 +128,18 @@ class Cache:
         if stored["documents"] in DOCUMENTS_READ:
             versions["documents"] = stored["documents"]
         refuse_differences(self.root, versions, stored, advice="use the xkd-toolkit version that wrote the cache")
+
+    def _check_columns(self) -> None:
+        """Raise BadData where a table has other columns, types or widths than its manifest says."""
+        for table in (self.documents, self.students, self.teachers, *self.beside) if len(self.documents) else ():
+            spec, kind = table.manifest.spec, table.name.partition("/")[0]
+            expected = STUDENTS if kind == "students" else documents_schema(spec["schema"])
+            if kind in ("teachers", "signals"):
+                if spec["codec"] not in CODECS:
+                    raise Mismatch(f"{table.folder}: codec {spec['codec']} is not known", fix="upgrade xkd-toolkit")
+                expected = teacher_schema(map(signal_named, spec["signals"]), self.sizes.hidden_size, spec["codec"])
+            if not table.shard(0).schema.equals(signals_schema(expected) if kind == "signals" else expected):
+                raise BadData(f"{table.path(0)}: its columns are not those of its manifest", fix=self._again)
 
     @cached_property
     def usable(self) -> Int64s:
@@ -104,15 +178,12 @@ class Cache:
         return sum(equal), len(equal)
 
     @property
-    def sizes(self) -> SimpleNamespace:
-        """The teacher's constants: num_layers, hidden_size, vocab_size, embedding_std, and others.
-
-        `hidden_std` is the standard deviation of the states that predict targets: N(x) of DWA-KD.
-        """
+    def sizes(self) -> Constants:
+        """The teacher's constants; BadData where they cannot be those of a model."""
         found = dict(self.teachers.manifest.constants)
         for table in self.beside:
             found |= {key: value for key, value in table.manifest.constants.items() if key == "hidden_std"}
-        return SimpleNamespace(**found)
+        return _parse(Constants, found, self.teachers.folder)
 
     def identity(self, wanted: Iterable[Signal]) -> Any:
         """What names the rows and signals of a run: the student's root, and those of further tables it reads."""
@@ -137,12 +208,9 @@ class Cache:
 
     def head(self) -> Head:
         """The teacher's head, in the dtype that the teacher ran in."""
-        tensors, softcap = self._tensors("head.safetensors"), self.sizes.softcap
+        tensors, sizes = self._tensors("head.safetensors"), self.sizes
         return Head(
-            weight_VD=tensors["weight"],
-            bias_V=tensors.get("bias"),
-            scale=float(self.sizes.logit_scale),
-            softcap=None if softcap is None else float(softcap),
+            weight_VD=tensors["weight"], bias_V=tensors.get("bias"), scale=sizes.logit_scale, softcap=sizes.softcap
         )
 
     def embeddings(self) -> Tensor:
@@ -150,16 +218,31 @@ class Cache:
         return self._tensors("head.safetensors" if self.sizes.tied else "embeddings.safetensors")["weight"]
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
-        path, manifest = inside(self.teachers.folder, name), self.teachers.manifest
+        """`weight` [V, D], of a head maybe `bias` [V]; BadData where the file is damaged or holds anything else."""
+        path, manifest, sizes = inside(self.teachers.folder, name), self.teachers.manifest, self.sizes
         dtype = dtype_named(manifest.spec["dtype"])  # files hold 16 bits where those are enough
-        fix = f"xkd-cache repair {self.root} --model PATH_OF_{self.teacher_name}"
         try:
             if sha256_of(path) != manifest.files.get(name):
-                raise BadData(f"{path} does not match its digest", fix=fix)
+                raise BadData(f"{path} does not match its digest", fix=self._again)
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except OSError as error:
-            raise BadData(f"{path}: {error.strerror}", fix=fix) from error
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError) as error:
+            raise BadData(f"{path}: {error}", fix=self._again) from error
+        weight, bias, classes = tensors.get("weight"), tensors.get("bias"), sizes.vocab_size
+        fits = weight is not None and weight.ndim == 2 and weight.shape[1] == sizes.hidden_size
+        if fits and name == "head.safetensors":
+            fits = len(tensors["weight"]) == classes and (bias is None or bias.shape == (classes,))
+        if not (fits and all(tensor.is_floating_point() for tensor in tensors.values())):
+            holds = ", ".join(f"{key} {list(tensor.shape)} {tensor.dtype}" for key, tensor in tensors.items())
+            raise BadData(
+                f"{path} does not fit a teacher of {classes} classes and width {sizes.hidden_size}: it holds {holds}",
+                fix=self._again,
+            )
+        return {key: tensor.to(dtype) for key, tensor in tensors.items()}
+
+    @property
+    def _again(self) -> str:
+        return f"xkd-cache repair {self.root} --model PATH_OF_{self.teacher_name}"
 
 
 def _column(signal: Signal) -> str:
@@ -179,8 +262,8 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
         raise InputMissing(f"{root} has no finished students table", fix=f"xkd-cache align {root} --student ...")
     differing: dict[str, list[str]] = {}
     for candidate in [name] if name else names:
-        plan = read_record(inside(root, "students", candidate, "plan.json"), Plan)  # as the manifest, and shorter
-        stored = plan.spec["encoder"]["tokenizer"]
+        path = inside(root, "students", candidate, "plan.json")  # as the manifest, and shorter
+        stored = _parse(_StudentSpec, read_record(path, Plan).spec, path).encoder.tokenizer
         theirs = {key: stored.get(key, "absent") for key in identity}
         differing[candidate] = [field for field, _, _ in differences(identity, theirs)]
     fitting = [candidate for candidate, fields in differing.items() if not fields]
@@ -275,11 +358,11 @@ class CacheUnion(Cache):
         return tuple(signal for signal in self.caches[0].signals if signal in common)
 
     @property
-    def sizes(self) -> SimpleNamespace:
+    def sizes(self) -> Constants:
         """Those of the teacher; the deviation of its states is over the documents of all caches."""
         each, shares = [cache.sizes for cache in self.caches], np.array(self._shares, np.float64)
         hidden_std = math.sqrt(sum(shares * [s.hidden_std**2 for s in each]) / shares.sum())
-        return SimpleNamespace(**vars(each[0]) | {"hidden_std": hidden_std})
+        return each[0].model_copy(update={"hidden_std": hidden_std})
 
     def identity(self, wanted: Iterable[Signal]) -> Any:
         """What names the rows and signals of a run: that of each cache, and its weight."""

@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -33,11 +32,6 @@ from xkd_schemas.text.tokenizers import encode_texts
 
 PROVENANCE = "xkd.json"
 _FIX = "delete {folder} and train again; if you changed it yourself, delete " + PROVENANCE
-UNBUILDABLE: Final = (
-    ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError, ZeroDivisionError,
-    StrictDataclassError,
-)  # fmt: skip
-"""What transformers' families raise for a configuration that they can make no model of."""
 _SUSPECT: Final = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_code"})
 _IMPLEMENTATION: Final = "_implementation"
 """End of the keys that choose how a part is computed; a value with a slash is a kernel to be fetched from the hub."""
@@ -91,7 +85,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_bytes())
-        if data.pop(OWN) == digest(data):
+        if data.pop(OWN) == digest(data) and all(isinstance(data.get(key, {}), dict) for key in ("files", "run")):
             return dict(data)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         pass
@@ -126,7 +120,7 @@ def stored_dtype(name: str) -> torch.dtype:
 
 @contextlib.contextmanager
 def load_errors(name: str, source: str) -> Iterator[None]:
-    """Turn what transformers and the readers of files raise for a model into one line."""
+    """Turn whatever a library raises for a model that it cannot make into InputMissing, UsageError or Refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,15 +131,15 @@ def load_errors(name: str, source: str) -> Iterator[None]:
         raise InputMissing(
             f"model {name}: broken weights: {short(error)}", fix="copy the model folder again"
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:
         if split_gguf(name)[1]:  # a damaged one: struct.error, OverflowError and others
             raise InputMissing(
                 f"model {name}: this GGUF file cannot be read: {short(error)}",
                 fix="copy the file again, or use a model that transformers can read from GGUF",
             ) from error
-        if isinstance(error, UNBUILDABLE):
-            raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
-        raise
+        raise UsageError(f"model {name} cannot be loaded as a causal language model: {short(error)}") from error
 
 
 def model_source(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
@@ -278,7 +272,7 @@ def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> 
     try:
         config = _config(family, dict(_pair(pair) for pair in pairs), {**special, "vocab_size": vocab_size})
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except UNBUILDABLE as error:
+    except Exception as error:
         raise UsageError(
             f"--student new:{spec}: {short(error.__cause__ or error)}",
             fix="e.g. new:llama,layers=4,width=256 or new:gpt2,layers=4",

@@ -1,7 +1,7 @@
 """What a run leaves on disk: checkpoints while it goes on, then the finished student.
 
     OUT/checkpoints/step-00000200/  student.safetensors  projectors.safetensors  optimizer.safetensors
-                                    state.json  COMPLETE (sha256 of the others)
+                                    state.json  metrics.jsonl  COMPLETE (sha256 of the others)
 A checkpoint appears whole, by rename, or not at all. The student lies in OUT itself, a folder that
 AutoModelForCausalLM and AutoTokenizer load, with `xkd.json`, which says where it came from.
 """
@@ -28,7 +28,8 @@ from xkd_schemas.tokens import END, Bools, Int32s
 from xkd_trainer.models.loading import PROVENANCE, check_student, read_provenance, save_tensors, tensor_errors
 
 KEPT = 2  # newest whole checkpoints that stay
-FILES: Final = ("student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json")
+METRICS: Final = "metrics.jsonl"
+FILES: Final = ("student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json", METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class Snapshot:
     random: Tensor  # torch's CPU generator state, uint8
     fingerprint: Mapping[str, Any]  # what must be the same to resume: cache root, losses, batch size, seed, ...
     window: Mapping[str, Any] = field(default_factory=dict)  # what was measured since the last logged step
+    metrics: bytes = b""  # the file of what was logged
 
 
 def _make_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,7 +84,8 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "window": dict(snapshot.window),
         "optimizer": {"groups": snapshot.optimizer["param_groups"]},
     }  # fmt: skip
-    (folder / "state.json").write_text(json.dumps(state, sort_keys=True))
+    (folder / "state.json").write_text(json.dumps(state))  # terms stay in the order that they are logged in
+    (folder / METRICS).write_bytes(snapshot.metrics)
     sums = {name: sha256_of(folder / name) for name in FILES}
     (folder / "COMPLETE").write_text(json.dumps(sums, sort_keys=True))
     for path in folder.iterdir():
@@ -131,6 +134,7 @@ def _load(path: Path) -> Snapshot:
         random=random.to(torch.uint8),
         fingerprint=state["fingerprint"],
         window=state.get("window", {}),
+        metrics=(path / METRICS).read_bytes(),
     )
 
 
@@ -148,7 +152,7 @@ def export_student(
     ends that `find_turn_ends` finds in `rows`.
     """
     ends = find_turn_ends(student, tokenizer, rows)
-    replace(out / UNFINISHED, json.dumps({"run": dict(fingerprint)}).encode())
+    replace(out / UNFINISHED, _mark(fingerprint))
     student.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     student.generation_config.pad_token_id = (
         tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -185,19 +189,17 @@ def tidy_up(out: Path, *, keep_checkpoints: bool) -> None:
 def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
     """True where `out` holds the finished student of exactly this run; BadData where a file is not as it was saved."""
     check_student(out, weights=True)
-    return _is_run(read_provenance(out), fingerprint)
+    return bool(read_provenance(out).get("run") == json.loads(json.dumps(dict(fingerprint))))
 
 
 def was_exporting(out: Path, fingerprint: Mapping[str, Any]) -> bool:
     """True where exactly this run was stopped while it saved its student to `out`."""
-    try:
-        return _is_run(json.loads((out / UNFINISHED).read_bytes()), fingerprint)
-    except (OSError, ValueError):
-        return False
+    path = out / UNFINISHED
+    return path.is_file() and path.read_bytes() == _mark(fingerprint)
 
 
-def _is_run(stored: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> bool:
-    return bool(stored.get("run") == json.loads(json.dumps(dict(fingerprint))))
+def _mark(fingerprint: Mapping[str, Any]) -> bytes:
+    return json.dumps({"run": dict(fingerprint)}, sort_keys=True).encode()
 
 
 def find_turn_ends(model: PreTrainedModel, tokenizer: Any, rows: Iterable[Learnt]) -> list[int]:

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -21,13 +21,22 @@ from xkd_schemas.cache.manifest import refuse_differences
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import say, signals_noted, tell_kept, warn
 from xkd_schemas.durable_files import disk_errors, hold_lock, rename, replace
-from xkd_schemas.errors import BadData, DiskFailed, Mismatch, NonFinite, UsageError
+from xkd_schemas.errors import DiskFailed, Mismatch, NonFinite, UsageError
 from xkd_schemas.progress import Progress
 from xkd_schemas.text.encode import reading_of
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import ORDER, Order, learning_rate
-from xkd_trainer.training.files import Snapshot, export_student, is_finished, load_newest, save, tidy_up, was_exporting
+from xkd_trainer.training.files import (
+    METRICS,
+    Snapshot,
+    export_student,
+    is_finished,
+    load_newest,
+    save,
+    tidy_up,
+    was_exporting,
+)
 from xkd_trainer.training.prepare import Ready, set_up
 
 T = TypeVar("T")
@@ -90,19 +99,19 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
 
 
 def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
-    thinking = reading_of(ready.cache.students.manifest.spec["encoder"])["enable_thinking"]
+    reading = reading_of(ready.cache.students.manifest.spec["encoder"])
     train = run.train.model_dump(exclude={"out", "shards", "threads", "log_every", "save_every"})
     return {
         "cache": ready.cache.identity(ready.wanted),
         "student": run.student.model,
-        "template": ready.cache.students.manifest.constants["template"],
+        "template": reading["template"],
         "losses": {name: dict(values) for name, values in sorted(run.losses.items())},
         "weights": ready.distiller.term_weights(total - 1),
         "projectors": {n: how.model_dump() for n, how in ready.distiller.trained_projectors().items()},
         "steps": total,
         "order": ORDER,
         "train": train,
-    } | ({} if thinking is None else {"enable_thinking": thinking})
+    } | ({} if reading["enable_thinking"] is None else {"enable_thinking": reading["enable_thinking"]})
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
@@ -117,20 +126,15 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
 class Metrics:
     """Appends lines to OUT/metrics.jsonl: one JSON object each, what a run measured, in that order.
 
-    After a resume, lines of steps that are done again are dropped first. A run that starts at its first step gets a
+    A run that goes on takes up what its checkpoint says was logged `before`. One that starts at its first step gets a
     new file, and what an earlier run measured is kept as metrics-1.jsonl, metrics-2.jsonl, ...
     """
 
-    def __init__(self, out: Path, *, resumed_step: int) -> None:
-        self.path = out / "metrics.jsonl"
-        with disk_errors(self.path):
-            out.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        if resumed_step:
-            whole = [line for line in lines if line.endswith(b"\n")]  # the last one may be half of a killed run's
-            kept = [line for n, line in enumerate(whole, start=1) if self._step(line, n) <= resumed_step]
-            replace(self.path, b"".join(kept))
-        elif lines:
+    def __init__(self, out: Path, *, before: bytes | None) -> None:
+        self.path = out / METRICS
+        if before is not None:
+            replace(self.path, before)
+        elif self.path.exists():
             taken = {path.name for path in out.glob("metrics-*.jsonl")}
             free = next(name for n in itertools.count(1) if (name := f"metrics-{n}.jsonl") not in taken)
             rename(self.path, out / free)
@@ -139,14 +143,6 @@ class Metrics:
         """Append one line."""
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(values) + "\n")
-
-    def _step(self, line: bytes, number: int) -> int:
-        with suppress(ValueError, KeyError, TypeError):
-            return int(json.loads(line)["step"])
-        raise BadData(
-            f"{self.path}: line {number} is no JSON object with a step", kept="the checkpoints",
-            fix=f"mv {self.path} {self.path}.damaged, and run the same command again",
-        )  # fmt: skip
 
 
 def add_values(sums: dict[str, Value], values: Mapping[str, Value]) -> None:
@@ -179,6 +175,7 @@ class _Run:
         groups = self.distiller.parameter_groups(lr=run.train.lr, weight_decay=run.train.weight_decay)
         self.optimizer: Any = torch.optim.AdamW(groups)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.logged: bytes | None = None  # in the metrics of the checkpoint
         self.start = self._resume()
         self.module, self.optimizer = self.accelerator.prepare(self.distiller, self.optimizer)
 
@@ -199,7 +196,7 @@ class _Run:
         self.optimizer.load_state_dict(dict(snapshot.optimizer))
         torch.set_rng_state(snapshot.random)
         self.seen = Window(**snapshot.window)
-        self.saved = snapshot.step
+        self.saved, self.logged = snapshot.step, snapshot.metrics
         return snapshot.step
 
     def _micro_batches(self, step: int) -> list[Batch]:
@@ -220,7 +217,7 @@ class _Run:
         if main and not self.quiet:
             alone = "" if "loss" in self.settings.model_fields_set else _UNASKED
             say(f"loss: {self.distiller.describe(self.total - 1)}{alone}")
-        metrics = Metrics(self.out, resumed_step=self.start) if main else None
+        metrics = Metrics(self.out, before=self.logged) if main else None
         self.module.train()
         last, stop = dict[str, float](), False
         with self._telling_what_is_kept():
@@ -334,6 +331,7 @@ class _Run:
             random=torch.get_rng_state(),
             fingerprint=self.fingerprint,
             window=asdict(self.seen),
+            metrics=path.read_bytes() if (path := self.out / METRICS).exists() else b"",
         )
         save(self.out, snapshot)
         self.saved, self.saved_at = step, monotonic()
