@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -79,13 +80,14 @@ def _end(owner: int, child: int) -> int:
 
 def _serve(function: Callable[..., Any], ours: socket.socket) -> None:
     """Answer calls until our parent is gone."""
-    for number in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - {0, 1, 2, ours.fileno()}:
+    for number in {int(path.name) for path in Path("/dev/fd").iterdir()} - {0, 1, 2, ours.fileno()}:
         with contextlib.suppress(OSError):  # the folder itself was open
             os.close(number)  # locks among them
     gc.freeze()  # nothing of our parent is finalised here
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEBIBYTES * 2**20,) * 2)
+    if sys.platform == "linux":  # no other system keeps to a limit of addresses
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEBIBYTES * 2**20,) * 2)
     stream = ours.makefile("rwb")
     for line in stream:
         try:
