@@ -193,6 +193,10 @@ class Table:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def expect(self, schema: pa.Schema) -> None:
+        """Refuse shards of another schema; without this call, of another than the shard that was opened first."""
+        self._first = "its manifest", schema
+
     def path(self, number: int) -> Path:
         """Where shard `number` lies."""
         return inside(self.folder, self.manifest.commits[number].file)

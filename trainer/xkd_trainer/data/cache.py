@@ -110,7 +110,7 @@ class Cache:
         for table in (self.documents, self.teachers, *self.beside):
             _parse(_Spec if table is self.documents else _TeacherSpec, table.manifest.spec, table.folder)
         self._check_origin(student, spec)
-        self._check_columns()
+        self._expect_columns()
 
     def _check_origin(self, student: str, spec: _StudentSpec) -> None:
         documents, teachers = self.documents.manifest, self.teachers.manifest
@@ -129,17 +129,16 @@ class Cache:
             versions["documents"] = stored["documents"]
         refuse_differences(self.root, versions, stored, advice="use the xkd-toolkit version that wrote the cache")
 
-    def _check_columns(self) -> None:
-        """Raise BadData where a table has other columns, types or widths than its manifest says."""
-        for table in (self.documents, self.students, self.teachers, *self.beside) if len(self.documents) else ():
+    def _expect_columns(self) -> None:
+        """Shards with other columns, types or widths than the manifests say are refused when they are opened."""
+        for table in (self.documents, self.students, self.teachers, *self.beside):
             spec, kind = table.manifest.spec, table.name.partition("/")[0]
             expected = STUDENTS if kind == "students" else documents_schema(spec["schema"])
             if kind in ("teachers", "signals"):
                 if spec["codec"] not in CODECS:
                     raise Mismatch(f"{table.folder}: codec {spec['codec']} is not known", fix="upgrade xkd-toolkit")
                 expected = teacher_schema(map(signal_named, spec["signals"]), self.sizes.hidden_size, spec["codec"])
-            if not table.shard(0).schema.equals(signals_schema(expected) if kind == "signals" else expected):
-                raise BadData(f"{table.path(0)}: its columns are not those of its manifest", fix=self._again)
+            table.expect(signals_schema(expected) if kind == "signals" else expected)
 
     @cached_property
     def usable(self) -> Int64s:
