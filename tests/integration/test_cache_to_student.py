@@ -163,10 +163,10 @@ def test_reading_four_times_the_rows_takes_no_more_memory(tmp_path: Path, monkey
 def test_training_opens_the_shards_of_the_documents_of_its_steps_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = tiny.tiny_cache().run(out=str(tmp_path / "out"), loss="sra", steps=1, batch_size=1)
     opened: list[Path] = []
     shard = table.Shard
     monkeypatch.setattr(table, "Shard", lambda path, *more: opened.append(path) or shard(path, *more))
-    run = tiny.tiny_cache().run(out=str(tmp_path / "out"), loss="sra", steps=1, batch_size=1)
 
     train(run, quiet=True)
 
