@@ -196,15 +196,6 @@ def test_a_flag_with_two_faces_takes_no_value(xkd_cache: Cache, corpus: Path, tm
         assert Table(cache, "documents").manifest.spec["parser"]["drop_contained"] == kept
 
 
-def test_json_of_an_error_is_one_object_too(xkd_cache: Cache, tmp_path: Path) -> None:
-    code, out, err = xkd_cache("documents", tmp_path / "nope.jsonl", "--json")
-
-    error = json.loads(out)["error"]
-    assert (code, error["code"], error["kind"]) == (66, 66, "InputMissing")
-    assert "nope.jsonl" in error["what"]
-    assert err.count("\n") == 1
-
-
 def test_status_says_how_far_each_table_is(xkd_cache: Cache, tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     (cache / "teachers" / "T" / "manifest.json").unlink()
