@@ -125,10 +125,7 @@ def test_no_prediction_gives_no_entry() -> None:
 
 
 def test_random_numbers_are_those_of_the_document_for_good() -> None:
-    first, second = (
-        uniforms(np.array([1, 2, 3], np.int32), 500),
-        uniforms(np.array([1, 2, 4], np.int32), 500),
-    )
+    first, second = (uniforms(np.array([1, 2, 3], np.int32), 500), uniforms(np.array([1, 2, 4], np.int32), 500))
 
     assert first[:2].tolist() == [[0.9217346151762534, 0.653027093431018], [0.581312661183809, 0.5363832065411938]]
     assert not np.isclose(first, second).any(1).all()

@@ -40,7 +40,6 @@ def solid(text: str, start: int, end: int) -> set[int]:
 
 
 def check(document: Document, tokens: Tokens) -> None:
-    """What every row that can be used promises."""
     text, content = document.text, tokens.spans[tokens.kinds == CONTENT]
     assert len(tokens.ids) == len(tokens.spans) == len(tokens.kinds) == len(tokens.targets)
     assert (np.diff(content, axis=0) >= 0).all()

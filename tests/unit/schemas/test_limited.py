@@ -30,6 +30,7 @@ HOSTILE = {
         GROW + "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}", TIME,
     ),
     "a product": ("{{ 'a' * 10**10 }}", MEMORY),
+    "an output that grows": ("{% for a in range(100000) %}{{ 'a' * 100000 }}{% endfor %}", MEMORY),
     "strings that grow": (GROW + "{% set n.x = n.x ~ n.x %}{% endfor %}", MEMORY),
     "lists of lists": (GROW + "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x|tojson }}", f"{MEMORY}|{TIME}"),
     "a macro without an end": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", REFUSED + "maximum recursion"),

@@ -280,7 +280,6 @@ REACHES = {
 
 
 def reached(distiller: Distiller) -> set[str]:
-    """Groups of parameters with a gradient that is not 0."""
     found = set()
     for name, parameter in distiller.named_parameters():
         if parameter.grad is not None and parameter.grad.any():
@@ -291,7 +290,6 @@ def reached(distiller: Distiller) -> set[str]:
 
 @functools.cache
 def slopes_of(loss: str) -> dict[str, set[str]]:
-    """Term -> what it teaches."""
     made, batch = ready(loss, **(SAME if loss == "dskd" else {}), **EVERYWHERE.get(loss, {}))
     found = {}
     for name in one.terms_of(made.distiller, batch):
