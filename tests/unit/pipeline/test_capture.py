@@ -18,7 +18,7 @@ from xkd_pipeline.capture.measure import Reading, bf16_bits, pad_readings
 from xkd_schemas.codecs import numbers_of
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import Signal
-from xkd_schemas.tokens import CONTENT, Tokens
+from xkd_schemas.tokens import CONTENT, END, Tokens
 
 SETTINGS = TeacherSettings(model="", dtype="float32", batch_tokens=64)
 WANTED = (
@@ -38,9 +38,11 @@ def reading(length: int, seed: int, *, targets: slice = slice(3, None), vocab: i
     ids = np.random.default_rng(seed).integers(4, vocab, length).astype(np.int32)
     is_target = np.zeros(length, np.bool_)
     is_target[targets] = True
+    kinds = np.full(length, CONTENT, np.uint8)
+    kinds[2:][-1:] = END
     tokens = Tokens(
         status="ok", num_chars=length, ids=ids, spans=np.stack([np.arange(length), np.arange(1, length + 1)], 1),
-        kinds=np.full(length, CONTENT, np.uint8), targets=is_target,
+        kinds=kinds, targets=is_target,
     )  # fmt: skip
     inside = np.array([s for s in SPANS if s[1] <= length], np.int32).reshape(-1, 2)
     return Reading(tokens=tokens, ranges={"word": inside, "phrase": inside[::-1].copy()})
@@ -105,7 +107,8 @@ def test_every_signal_is_the_plain_computation_on_the_named_layer_and_unit(model
         assert row["argmax"].tolist() == logits_NV.argmax(-1).tolist()
         np.testing.assert_allclose(row["logsumexp"], logits_NV.logsumexp(-1), rtol=1e-5)
         for column, layer in (("_last", 0), *((f"{kind}@{at}", at) for kind in ("", "_text") for at in (1, 3))):
-            expected_L = said.attentions[layer - 1][0, :, -1].sum(0)
+            token = np.flatnonzero(one.tokens.kinds == CONTENT)[-1] if "text" in column else -1
+            expected_L = said.attentions[layer - 1][0, :, token].sum(0)
             found = row[f"attention{column}"]
             np.testing.assert_allclose(found, expected_L / expected_L.sum(), rtol=1e-4, atol=1e-6, err_msg=column)
             assert found.dtype == np.float32
