@@ -27,10 +27,7 @@ from xkd_schemas.errors import BadData
 from xkd_schemas.ragged import flat_list
 
 SCHEMA = pa.schema(
-    [
-        pa.field("doc_id", pa.string(), nullable=False),
-        pa.field("values", flat_list(pa.float32()), nullable=False),
-    ]
+    [pa.field("doc_id", pa.string(), nullable=False), pa.field("values", flat_list(pa.float32()), nullable=False)]
 )
 UNITS = 5
 SECONDS = 2.0
@@ -131,7 +128,6 @@ class Importing(FakeStage):
 
 
 def opened(root: Path, *, spec: dict[str, Any] | None = None, units: int = UNITS) -> Store:
-    """The table "documents" of `root`, for the fake stage."""
     listed = tuple(Unit(source="x", first=3 * n, rows=3) for n in range(units))
     spec = spec or {"seed": 1, "parser": {"name": "a"}, "corpus": [{"name": "x", "sha256": "0"}]}
     return Store(root, "documents", spec, listed)

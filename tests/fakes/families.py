@@ -61,7 +61,6 @@ class Family:
         return AutoConfig.for_model(self.kind, **settings)
 
     def tells_last_row(self) -> bool:
-        """Whether the last block shows an attention row."""
         return self.rows == ALL or self.config.get("num_hidden_layers", SIZES["num_hidden_layers"]) in self.rows
 
     def made(self, vocabulary: int = VOCABULARY) -> PreTrainedModel:

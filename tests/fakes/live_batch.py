@@ -86,7 +86,6 @@ def _live_states(states: TokenStates, kept: list[tuple[Tensor, ...]]) -> TokenSt
 
 
 def eager(folder: Path) -> PreTrainedModel:
-    """A teacher in float32 that shows its attention."""
     model = load_model(str(folder), dtype=torch.float32)
     model.set_attn_implementation("eager")
     return model

@@ -58,7 +58,6 @@ def cache() -> Path:
 
 @functools.cache
 def student(table: str, depth: int = 4) -> str:
-    """A student with a tokenizer of that table."""
     kind = tiny.STUDENT_TOKENIZER if table == OTHER else tiny.TEACHER_TOKENIZER
     folder = tiny.tiny_cache().root / f"student-{table}-{depth}"
     return str(tiny.saved(tiny.llama(kind, seed=2, layers=depth, tied=False), kind, folder))
@@ -78,7 +77,6 @@ def ready(
 
 
 def every_term_of(distiller: Distiller, batch: Batch, step: int = 0) -> dict[str, LossTerm]:
-    """The terms of all losses, named LOSS.TERM."""
     found: dict[str, LossTerm] = {}
 
     def note(name: str, out: Mapping[str, LossTerm]) -> None:
@@ -143,7 +141,6 @@ def logits_of(made: Ready, row: int) -> tuple[Tensor, Tensor, list[int]]:
 
 
 def assert_term(found: LossTerm, total: float, count: float, rel: float = 2e-4) -> None:
-    """A term as the loops have it."""
     assert float(found.total.detach()) == pytest.approx(total, rel=rel, abs=1e-6)
     assert float(found.count) == pytest.approx(count, rel=1e-5)
 

@@ -111,7 +111,6 @@ def whole_run(cache: Path, **sections: dict[str, object]) -> RunConfig:
 
 
 def cache_of(cache: Path, corpus: Path, **sections: dict[str, object]) -> RunConfig:
-    """All three tables of a corpus, made by `whole_run`."""
     run = whole_run(cache, **sections | {"documents": {"corpus": [str(corpus)], **sections.get("documents", {})}})
     for stage in (documents_stage, teacher_stage, align_stage):
         stage(run, IN_PROCESS)
@@ -130,11 +129,17 @@ def without_entropy(tmp_path: Path, **sections: dict[str, object]) -> RunConfig:
     return run
 
 
+def session_folder(prefix: str) -> Path:
+    """Removed when Python ends."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @functools.cache
 def made() -> Path:
     """A folder with corpus.jsonl, teacher/, student/ and the finished cache/ of 12 documents in 3 shards."""
-    folder = Path(tempfile.mkdtemp(prefix="xkd-small-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = session_folder("xkd-small-")
     corpus = write_rows(folder / "corpus.jsonl", corpus_rows())
     run = run_file(
         folder / "cache",
@@ -149,7 +154,6 @@ def made() -> Path:
 
 
 def copied(tmp_path: Path) -> Path:
-    """The finished cache, to be changed by one test."""
     return Path(shutil.copytree(made() / "cache", tmp_path / "cache"))
 
 

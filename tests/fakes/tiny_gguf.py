@@ -18,24 +18,21 @@ NAMES = {
 def write_gguf(path: Path) -> Path:
     model, tokenizer = tiny.llama("byte_level", tied=False), tiny.tokenizer_of("byte_level")
     config, writer = model.config, GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     described = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get))
-    writer.add_token_types([3 if n in tokenizer.added_tokens_decoder else 1 for n in range(len(tokenizer))])
-    writer.add_token_merges([" ".join(pair) for pair in described["merges"]])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
+    keys = {
+        "name": "tiny", "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps, "vocab_size": config.vocab_size,
+        "rope_dimension_count": config.hidden_size // config.num_attention_heads,
+        "tokenizer_model": "gpt2", "tokenizer_pre": "default",
+        "token_list": sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get),
+        "token_types": [3 if n in tokenizer.added_tokens_decoder else 1 for n in range(len(tokenizer))],
+        "token_merges": [" ".join(pair) for pair in described["merges"]],
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    for key, value in keys.items():
+        getattr(writer, f"add_{key}")(value)
     for name, weight in model.state_dict().items():
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)

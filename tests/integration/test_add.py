@@ -11,6 +11,7 @@ import small_cache
 from small_cache import IN_PROCESS, files_of
 from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.capture.stage import add_signals
+from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain.recompute import Recomputed, recompute
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.reports.report import write_report
@@ -27,8 +28,6 @@ def teacher() -> Path:
 
 
 def test_a_command_line_that_asks_for_nothing_or_for_documents_is_a_usage_error(tmp_path: Path) -> None:
-    from xkd_pipeline.cli.app import app
-
     cache = small_cache.copied(tmp_path)
     before = files_of(cache)
     for words, message in (

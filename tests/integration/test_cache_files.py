@@ -67,10 +67,9 @@ def test_a_linked_folder_is_refused_by_name_and_nothing_in_it_is_touched(
     cache, before = small_cache.copied(tmp_path), sorted(elsewhere.iterdir())
     (cache / place).symlink_to(elsewhere)
 
-    with pytest.raises(Refused, match=rf"{place} is a symbolic link") as caught:
+    with pytest.raises(Refused, match=rf"{place} is a symbolic link"):
         COMMANDS[command](cache)
 
-    assert caught.value.exit_code == 77
     assert sorted(elsewhere.iterdir()) == before
     assert {path.read_text() for path in before} == {"dear"}
 
@@ -114,9 +113,8 @@ def test_a_file_that_no_manifest_names_is_refused_by_verify_and_by_opening(tmp_p
     shown = place.partition("/__init__")[0]
 
     for run in READERS.values():
-        with pytest.raises(Refused, match=rf"{shown}: no manifest names it") as caught:
+        with pytest.raises(Refused, match=rf"{shown}: no manifest names it"):
             run(cache)
-        assert caught.value.exit_code == 77
     assert [bad.file for bad in verify(cache) if "no manifest names it" in bad.reason] == [shown]
 
 

@@ -140,7 +140,6 @@ def test_two_processes_without_teacher_corpus_and_offline_stack_train_the_studen
 
 
 def test_reading_four_times_the_rows_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same documents, written or read four times over: batches are equal and Python's peak does not grow."""
     big = tiny.made(tmp_path / "big", pairs=tiny.PAIRS * 4)
     monkeypatch.setattr(table, "READY_BATCHES", 1)
     monkeypatch.setattr(table, "OPEN_SHARDS", 1)

@@ -110,7 +110,6 @@ def test_every_field_of_the_fingerprint_is_refused_by_name(tmp_path: Path, table
         inner[path[-1]] = changed(inner[path[-1]])
         with pytest.raises(Mismatch) as caught:
             Store(cache, table, spec, plan.units)
-        assert caught.value.exit_code == 78
         names = [key for key in path if isinstance(key, str)]
         assert ".".join(names) in str(caught.value).replace(".0.", "."), path
         assert str(inner[path[-1]])[:30] in str(caught.value), path

@@ -41,7 +41,6 @@ def counted(root: Path) -> list[str]:
 
 
 def dying(root: Path, fault: str, *, seed: str = "", synced: bool = True) -> None:
-    """Work in a copy of this process that `fault` kills."""
     with faulty_disk.injected(fault, seed, synced=synced):
         assert faulty_disk.exit_code_of(lambda: work(root)) == -signal.SIGKILL, f"{fault}: not killed"
 
@@ -55,7 +54,6 @@ def test_every_operation_failing_once_is_a_disk_error_and_the_next_run_is_undist
         root = tmp_path / f"{number}"
         with faulty_disk.injected(f"*:{number}:{name}"), pytest.raises(DiskFailed) as caught:
             work(root)
-        assert caught.value.exit_code == 74
         assert os.strerror(getattr(errno, name)) in str(caught.value), point
         work(root)
         assert files_of(root) == undisturbed, f"{name} at operation {number}, {point}"

@@ -26,6 +26,7 @@ from xkd_schemas.cache.rows import open_cache
 from xkd_schemas.codecs import Bits, Encoded
 from xkd_schemas.config import RunConfig
 from xkd_schemas.documents import Document, Spans
+from xkd_train import xkd_train
 from xkd_trainer.cli import app as train_app
 from xkd_trainer.losses.ops.term import LossTerm
 from xkd_trainer.losses.registry import find_installed
@@ -158,17 +159,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("installed")
-def test_an_installed_loss_is_listed_with_its_settings_and_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    train_app(["losses", "--json"], standalone_mode=False)
-
-    listed = json.loads(capsys.readouterr().out)
-    assert listed["sureness"]["needs"] == ["entropy"]
-    assert listed["sureness"]["settings"] == {"scale": 1.0}
+def test_an_installed_loss_is_listed_and_capture_stores_what_it_needs_and_a_student_is_trained(tmp_path: Path) -> None:
+    listed = json.loads(xkd_train("losses", "--json").out)
+    assert (listed["sureness"]["needs"], listed["sureness"]["settings"]) == (["entropy"], {"scale": 1.0})
     assert "ce" in listed
-
-
-@pytest.mark.usefixtures("installed")
-def test_capture_stores_what_an_installed_loss_needs_and_a_student_is_trained(tmp_path: Path) -> None:
     cache, student = small_cache.copied(tmp_path), small_cache.gpt2(tmp_path / "gpt2")
     loss = ["--loss", "ce=0+sureness", "--set", "losses.sureness.scale=2", "--steps", "12", "--lr", "2e-3"]
     for app, *words in (

@@ -9,6 +9,7 @@ import pytest
 import four_tokenizers
 import small_cache
 from small_cache import files_of, run_file
+from xkd_pipeline.cli.app import app
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
@@ -30,8 +31,6 @@ def run_with(cache: Path, folder: Path, loss: str = "sra") -> RunConfig:
 
 
 def test_without_a_table_the_command_is_printed_and_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from xkd_pipeline.cli.app import app
-
     cache = small_cache.copied(tmp_path)
     run = run_with(cache, tmp_path)
     with pytest.raises(Mismatch, match=r"xkd-cache align .*--max-tokens 300.*--on-missing align") as caught:
@@ -91,8 +90,6 @@ def test_a_cache_without_a_teacher_is_not_aligned(tmp_path: Path) -> None:
 def test_a_missing_signal_is_refused_with_the_command_that_adds_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from xkd_pipeline.cli.app import app
-
     student: dict[str, object] = {"model": "new:llama,layers=2,width=16,heads=2"}
     run = small_cache.without_entropy(tmp_path, student=student, train={"loss": "dwa"})
     cache = tmp_path / "cache"

@@ -41,7 +41,6 @@ def root() -> Path:
 
 @functools.cache
 def model(name: str) -> str:
-    """A model as deep as the real one and 8 wide."""
     depth, kind = MODELS[name]
     return str(tiny.saved(tiny.llama(kind, seed=depth, layers=depth, width=8, tied=False), kind, root() / name))
 

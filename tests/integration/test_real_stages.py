@@ -50,7 +50,6 @@ def run(cache: Path) -> None:
 
 
 def start(cache: Path, fault: str = "", seed: str = "") -> int:
-    """Fork a copy that runs the commands; its process id."""
     child = os.fork()
     if child:
         return child

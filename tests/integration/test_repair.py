@@ -13,6 +13,7 @@ from damages import flip
 from fake_hardware import hardware_is
 from small_cache import IN_PROCESS, files_of, whole_run
 from xkd_pipeline.capture.stage import add_signals
+from xkd_pipeline.cli.app import app
 from xkd_pipeline.maintain.repair import Repaired, repair
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_schemas.cache.manifest import Plan, read_record, to_json
@@ -69,8 +70,6 @@ def test_what_is_bad_is_made_again_and_nothing_else(tmp_path: Path, damage: str)
 def test_the_printed_commands_work_when_their_capitals_are_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from xkd_pipeline.cli.app import app
-
     cache = small_cache.copied(tmp_path)
     before = files_of(cache)
     DAMAGES["all three"][0](cache)
@@ -136,8 +135,6 @@ def test_a_student_is_made_again_when_its_teacher_is_whole(tmp_path: Path) -> No
 
 
 def test_a_damaged_tokenizer_of_a_student_is_written_again_by_the_command(tmp_path: Path) -> None:
-    from xkd_pipeline.cli.app import app
-
     cache = small_cache.copied(tmp_path)
     before = files_of(cache)
     flip(cache / "students/S/tokenizer/tokenizer.json")

@@ -21,7 +21,6 @@ def generator(seed: int) -> torch.Generator:
 
 
 def lengths(seed: int, low: int = 0, high: int = 6) -> list[int]:
-    """One to four document lengths."""
     g = generator(seed)
     count = int(torch.randint(1, 5, (), generator=g))
     return torch.randint(low, high + 1, (count,), generator=g).tolist()

@@ -18,7 +18,7 @@ from xkd_pipeline.capture.measure import Reading, bf16_bits, pad_readings
 from xkd_schemas.codecs import numbers_of
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import Signal
-from xkd_schemas.tokens import CONTENT, Tokens
+from xkd_schemas.tokens import CONTENT, END, Tokens
 
 SETTINGS = TeacherSettings(model="", dtype="float32", batch_tokens=64)
 WANTED = (
@@ -38,9 +38,11 @@ def reading(length: int, seed: int, *, targets: slice = slice(3, None), vocab: i
     ids = np.random.default_rng(seed).integers(4, vocab, length).astype(np.int32)
     is_target = np.zeros(length, np.bool_)
     is_target[targets] = True
+    kinds = np.full(length, CONTENT, np.uint8)
+    kinds[2:][-1:] = END
     tokens = Tokens(
         status="ok", num_chars=length, ids=ids, spans=np.stack([np.arange(length), np.arange(1, length + 1)], 1),
-        kinds=np.full(length, CONTENT, np.uint8), targets=is_target,
+        kinds=kinds, targets=is_target,
     )  # fmt: skip
     inside = np.array([s for s in SPANS if s[1] <= length], np.int32).reshape(-1, 2)
     return Reading(tokens=tokens, ranges={"word": inside, "phrase": inside[::-1].copy()})
@@ -93,59 +95,37 @@ def plain(model: PreTrainedModel, one: Reading) -> Any:
     return model(ids_1L, output_hidden_states=True, output_attentions=True)
 
 
-def test_hidden_last_is_the_normed_state_of_targets_and_of_the_position_before(model, eager) -> None:
-    for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
-        first, last = np.flatnonzero(one.tokens.targets)[[0, -1]]
-        expected_RD = plain(eager, one).hidden_states[-1][0, first - 1 : last + 1]
+def test_every_signal_is_the_plain_computation_on_the_named_layer_and_unit(model, eager) -> None:
+    layered = (Signal(name, layer) for name in ("hidden", "attention", "attention_text") for layer in (1, 3))
+    for one, row in zip(READINGS, capture(model, READINGS, [*WANTED, *layered], SETTINGS), strict=True):
+        said, targets = plain(eager, one), np.flatnonzero(one.tokens.targets)
+        expected_RD = said.hidden_states[-1][0, targets[0] - 1 : targets[-1] + 1]
         np.testing.assert_allclose(numbers_of(row["hidden_last"]), expected_RD, rtol=2**-7, atol=1e-3)
-
-
-def test_the_attention_row_is_the_last_tokens_in_the_last_block_summed_over_heads(model, eager) -> None:
-    for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
-        expected_L = plain(eager, one).attentions[-1][0, :, -1].sum(0)
-        np.testing.assert_allclose(row["attention_last"], expected_L / expected_L.sum(), rtol=1e-4, atol=1e-6)
-        assert row["attention_last"].dtype == np.float32
-
-
-@pytest.mark.parametrize("layer", [1, 3])
-def test_the_row_of_the_last_text_token_is_that_in_front_of_the_end_token(model, eager, layer: int) -> None:
-    wanted = [*WANTED, Signal("attention_text", layer)]
-    for one, row in zip(READINGS, capture(model, READINGS, wanted, SETTINGS), strict=True):
-        text = max(t for t, kind in enumerate(one.tokens.kinds.tolist()) if kind == CONTENT)
-        expected_L = plain(eager, one).attentions[layer - 1][0, :, text].sum(0)
-        np.testing.assert_allclose(row[f"attention_text@{layer}"], expected_L / expected_L.sum(), rtol=1e-4, atol=1e-6)
-        assert row["attention_last"].sum() == pytest.approx(1.0, abs=1e-5)
-
-
-@pytest.mark.parametrize("layer", [1, 3])
-def test_centrality_is_that_of_hidden_states_of_the_named_layer(model, eager, layer: int) -> None:
-    for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
-        expected_L = slow_losses.centrality(plain(eager, one).hidden_states[layer][0].tolist())
-        np.testing.assert_allclose(row[f"centrality@{layer}"], expected_L, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize(("layer", "unit"), [(1, "word"), (3, "phrase")])
-def test_span_signals_are_those_of_the_named_layer_and_unit(model, eager, layer: int, unit: str) -> None:
-    for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
-        hidden = plain(eager, one).hidden_states[layer][0].tolist()
-        weights = slow_losses.centrality(hidden)
-        pooled = [slow_losses.pool(hidden, weights, first, end) for first, end in one.ranges[unit].tolist()]
-        vectors_KD, mass_K = ([part[at] for part in pooled] for at in (0, 1))
-        np.testing.assert_allclose(row[f"span_mass@{layer}:{unit}"], mass_K, rtol=1e-3, atol=1e-6)
-        np.testing.assert_allclose(numbers_of(row[f"span_vectors@{layer}:{unit}"]), vectors_KD, rtol=2**-7, atol=1e-3)
-        expected = [slow_losses.cosine(a, b) for a, b in itertools.combinations(vectors_KD, 2)]
-        found = row[f"span_geometry@{layer}:{unit}"]
-        assert found.dtype == np.float16
-        np.testing.assert_allclose(found, np.array(expected), atol=2e-3)
-
-
-def test_entropy_argmax_and_logsumexp_are_those_of_the_models_own_logits_before_each_target(model, eager) -> None:
-    for one, row in zip(READINGS, capture(model, READINGS, WANTED, SETTINGS), strict=True):
-        logits_NV = plain(eager, one).logits[0, np.flatnonzero(one.tokens.targets) - 1].double()
+        logits_NV = said.logits[0, targets - 1].double()
         p_NV = logits_NV.softmax(-1)
         np.testing.assert_allclose(row["entropy"], -(p_NV * p_NV.log()).sum(-1), rtol=1e-4)
         assert row["argmax"].tolist() == logits_NV.argmax(-1).tolist()
         np.testing.assert_allclose(row["logsumexp"], logits_NV.logsumexp(-1), rtol=1e-5)
+        for column, layer in (("_last", 0), *((f"{kind}@{at}", at) for kind in ("", "_text") for at in (1, 3))):
+            token = np.flatnonzero(one.tokens.kinds == CONTENT)[-1] if "text" in column else -1
+            expected_L = said.attentions[layer - 1][0, :, token].sum(0)
+            found = row[f"attention{column}"]
+            np.testing.assert_allclose(found, expected_L / expected_L.sum(), rtol=1e-4, atol=1e-6, err_msg=column)
+            assert found.dtype == np.float32
+        for layer, unit in ((1, "word"), (3, "phrase")):
+            hidden = said.hidden_states[layer][0].tolist()
+            weights = slow_losses.centrality(hidden)
+            np.testing.assert_allclose(numbers_of(row[f"hidden@{layer}"]), hidden, rtol=2**-7, atol=1e-3)
+            np.testing.assert_allclose(row[f"centrality@{layer}"], weights, rtol=1e-3, atol=1e-6)
+            pooled = [slow_losses.pool(hidden, weights, first, end) for first, end in one.ranges[unit].tolist()]
+            vectors_KD, mass_K = ([part[at] for part in pooled] for at in (0, 1))
+            np.testing.assert_allclose(row[f"span_mass@{layer}:{unit}"], mass_K, rtol=1e-3, atol=1e-6)
+            vectors = numbers_of(row[f"span_vectors@{layer}:{unit}"])
+            np.testing.assert_allclose(vectors, vectors_KD, rtol=2**-7, atol=1e-3)
+            expected = [slow_losses.cosine(a, b) for a, b in itertools.combinations(vectors_KD, 2)]
+            found = row[f"span_geometry@{layer}:{unit}"]
+            assert found.dtype == np.float16
+            np.testing.assert_allclose(found, np.array(expected), atol=2e-3)
 
 
 def test_a_document_has_the_same_signals_alone_and_padded_in_a_batch(model) -> None:

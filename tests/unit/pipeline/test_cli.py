@@ -196,15 +196,6 @@ def test_a_flag_with_two_faces_takes_no_value(xkd_cache: Cache, corpus: Path, tm
         assert Table(cache, "documents").manifest.spec["parser"]["drop_contained"] == kept
 
 
-def test_json_of_an_error_is_one_object_too(xkd_cache: Cache, tmp_path: Path) -> None:
-    code, out, err = xkd_cache("documents", tmp_path / "nope.jsonl", "--json")
-
-    error = json.loads(out)["error"]
-    assert (code, error["code"], error["kind"]) == (66, 66, "InputMissing")
-    assert "nope.jsonl" in error["what"]
-    assert err.count("\n") == 1
-
-
 def test_status_says_how_far_each_table_is(xkd_cache: Cache, tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     (cache / "teachers" / "T" / "manifest.json").unlink()
@@ -346,7 +337,6 @@ BAD_DOCUMENTS = {
 
 @pytest.fixture
 def odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of the bad inputs."""
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", corpus_rows(2))
     write_rows(tmp_path / "strange.jsonl", [{"frage": "Who?"}])
@@ -368,21 +358,6 @@ def test_bad_input_of_documents_is_one_line(xkd_cache: Cache, odd_files: Path, b
     refused(xkd_cache("documents", *arguments, *spacy), code, *parts)
 
 
-@pytest.mark.parametrize(
-    ("model", "code", "parts"),
-    [
-        ("no-such-model-anywhere", 66, ["model no-such-model-anywhere", "give a folder"]),
-        ("/no/such/folder", 66, ["/no/such/folder"]),
-        ("missing.gguf", 66, ["missing.gguf"]),
-        ("folder", 66, ["model folder: the folder has no config.json"]),
-    ],
-)
-def test_an_unknown_model_is_one_line(
-    xkd_cache: Cache, odd_files: Path, model: str, code: int, parts: list[str]
-) -> None:
-    refused(xkd_cache("teacher", made() / "cache", "--model", model, "--name", "X"), code, *parts)
-
-
 def test_models_that_want_their_own_code_or_have_half_a_config_are_refused(xkd_cache: Cache, odd_files: Path) -> None:
     shutil.copytree(made() / "teacher", odd_files / "own")
     config = json.loads((odd_files / "own" / "config.json").read_text())
@@ -398,6 +373,11 @@ def test_other_bad_input_of_teacher_is_one_line(xkd_cache: Cache, odd_files: Pat
     model = ["--model", made() / "teacher"]
     cache = made() / "cache"
 
+    for unknown, *parts in (
+        ("no-such-model-anywhere", "model no-such-model-anywhere", "give a folder"), ("missing.gguf", "missing.gguf"),
+        ("/no/such/folder", "/no/such/folder"), ("folder", "model folder: the folder has no config.json"),
+    ):  # fmt: skip
+        refused(xkd_cache("teacher", cache, "--model", unknown, "--name", "X"), 66, *parts)
     missing = ("cache nowhere is not a folder", "Next: xkd-cache documents CORPUS --out nowhere")
     for command in (("teacher", "nowhere", *model), ("align", "nowhere", "--student", "x"), ("add", "nowhere")):
         refused(xkd_cache(*command), 66, *missing)

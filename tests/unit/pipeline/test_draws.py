@@ -84,24 +84,19 @@ def test_whatever_the_distribution_k_ascending_classes_share_all_of_it(
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
-def test_a_class_that_cannot_be_is_drawn_with_share_0_only(u: float) -> None:
-    logits_NV = torch.tensor([[0.0, -torch.inf, -torch.inf, 0.0], [-torch.inf, -torch.inf, 5.0, -torch.inf]])
+def test_a_class_that_cannot_be_is_drawn_with_share_0_only_also_at_the_ends_of_the_running_sum(u: float) -> None:
+    few_NV = torch.tensor([[0.0, -torch.inf, -torch.inf, 0.0], [-torch.inf, -torch.inf, 5.0, -torch.inf]])
+    many_NV = torch.zeros(2, 20)
+    many_NV[:, :3] = many_NV[:, 17:] = -torch.inf
 
-    found_NV = estimates(logits_NV, torch.full((2, 2), u, dtype=torch.float64), 3)
+    few, many = (
+        estimates(logits_NV, torch.full((2, 2), u, dtype=torch.float64), k)
+        for logits_NV, k in ((few_NV, 3), (many_NV, 4))
+    )
 
-    torch.testing.assert_close(found_NV, logits_NV.double().softmax(-1), rtol=0, atol=1.0 / TOTAL)
-    assert found_NV[torch.isinf(logits_NV)].abs().max() == 0.0
-
-
-@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
-def test_ends_of_the_running_sum_are_classes_that_can_be(u: float) -> None:
-    logits_NV = torch.zeros(1, 20)
-    logits_NV[:, :3] = logits_NV[:, 17:] = -torch.inf
-
-    found_NV = estimates(logits_NV, torch.full((1, 2), u, dtype=torch.float64), 4)
-
-    assert found_NV[torch.isinf(logits_NV)].abs().max() == 0.0
-    assert (found_NV > 0.2).sum() == 4
+    torch.testing.assert_close(few, few_NV.double().softmax(-1), rtol=0, atol=1.0 / TOTAL)
+    assert few[torch.isinf(few_NV)].abs().max() == many[torch.isinf(many_NV)].abs().max() == 0.0
+    assert ((many > 0.2).sum(-1) == 4).all()
 
 
 def test_shares_are_right_on_average_to_the_last_digit_and_always_add_up() -> None:
@@ -130,10 +125,7 @@ def test_no_prediction_gives_no_entry() -> None:
 
 
 def test_random_numbers_are_those_of_the_document_for_good() -> None:
-    first, second = (
-        uniforms(np.array([1, 2, 3], np.int32), 500),
-        uniforms(np.array([1, 2, 4], np.int32), 500),
-    )
+    first, second = (uniforms(np.array([1, 2, 3], np.int32), 500), uniforms(np.array([1, 2, 4], np.int32), 500))
 
     assert first[:2].tolist() == [[0.9217346151762534, 0.653027093431018], [0.581312661183809, 0.5363832065411938]]
     assert not np.isclose(first, second).any(1).all()

@@ -17,13 +17,7 @@ from normalising_tokenizers import normalising
 from small_cache import corpus_rows, made, run_file, write_rows
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.reports import compare as pair_models
-from xkd_pipeline.reports.compare import (
-    compare,
-    compare_models,
-    normaliser_of,
-    pair_lines,
-    special_differences,
-)
+from xkd_pipeline.reports.compare import compare, compare_models, normaliser_of, pair_lines, special_differences
 from xkd_pipeline.reports.sample import read_sample
 from xkd_schemas.cache.table import Table
 from xkd_schemas.text.encode import Encoder

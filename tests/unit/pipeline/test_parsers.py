@@ -247,29 +247,20 @@ def test_blank_tokens_are_no_leaves_wherever_they_stand(
     assert not clean.notes
 
 
-@pytest.mark.parametrize("limit", ["sub-words", "tokens"])
+@pytest.mark.parametrize("limit", ["sub-words", "tokens", "positions"])
 def test_a_sentence_that_is_too_long_keeps_its_words_and_is_counted(
     clean: BeneparParser, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     if limit == "tokens":
         monkeypatch.setattr(benepar_parser, "MAX_SENTENCE_TOKENS", 20)
-    long = " ".join(["dog"] * (MAX_POSITIONS if limit == "sub-words" else 21))
+    if limit == "positions":  # of an encoder whose tokenizer has no limit
+        monkeypatch.setattr(clean.model.retokenizer.tokenizer, "model_max_length", int(1e30))
+    long = " ".join(["dog"] * (21 if limit == "tokens" else MAX_POSITIONS))
 
     (spans,) = clean.parse([document(f"He slept. {long}. Go away")])
 
     assert len(spans.words) == 2 + len(long.split()) + 2
     assert len(spans.phrases) == 2 + 1
-    assert clean.notes == {"sentence_too_long": 1}
-
-
-def test_a_tokenizer_without_a_limit_is_held_to_the_positions_of_the_encoder(
-    clean: BeneparParser, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(clean.model.retokenizer.tokenizer, "model_max_length", int(1e30))
-
-    (spans,) = clean.parse([document(" ".join(["dog"] * (MAX_POSITIONS + 5)))])
-
-    assert spans.phrases == ()
     assert clean.notes == {"sentence_too_long": 1}
 
 

@@ -126,9 +126,6 @@ def test_every_kind_of_signal_can_be_counted() -> None:
         assert size.signal_bytes(signal, 8, PLAIN, {"T": 9, "R": 5, "N": 4, **spans}, 1) > size.OFFSET_BYTES, name
 
 
-# budget
-
-
 def test_a_budget_says_what_to_change_and_what_each_codec_needs(whole: dict[str, Any]) -> None:
     assert [c["bytes"] for c in whole["columns"]] == sorted((c["bytes"] for c in whole["columns"]), reverse=True)
     needs = {c["column"]: c["losses"] for c in whole["columns"]}
@@ -150,9 +147,6 @@ def test_a_budget_says_what_to_change_and_what_each_codec_needs(whole: dict[str,
 def test_a_size_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)
-
-
-# words
 
 
 def test_unknown_time_says_how_to_measure_and_a_rate_gives_it(whole: dict[str, Any]) -> None:

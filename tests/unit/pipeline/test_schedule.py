@@ -129,9 +129,8 @@ def test_rows_that_kill_together_are_made_in_smaller_batches() -> None:
 def test_a_shard_that_kills_in_any_size_is_named() -> None:
     with pytest.raises(
         WorkersGone, match=r"shard 0: even a batch of one document fails.*rows kill their worker together"
-    ) as caught:
+    ):
         ran(FakePool(lambda _unit, care, _tries: made(0) if care.lost else Failed("killed")), range(1))
-    assert caught.value.exit_code == 69
 
 
 def test_where_every_row_kills_the_rows_are_not_to_blame(monkeypatch) -> None:
@@ -151,9 +150,8 @@ def test_a_shard_out_of_memory_is_made_in_smaller_batches_and_the_record_says_so
 
 
 def test_out_of_memory_with_one_document_ends_the_run() -> None:
-    with pytest.raises(OutOfMemory, match="shard 0: even a batch of one document fails: no memory") as caught:
+    with pytest.raises(OutOfMemory, match="shard 0: even a batch of one document fails: no memory"):
         ran(FakePool(lambda _unit, _care, _tries: Failed("no memory", memory=True, alive=True)), range(1))
-    assert caught.value.exit_code == 71
 
 
 def test_a_silent_worker_is_killed_and_its_shard_tried_again() -> None:
@@ -166,9 +164,8 @@ def test_a_silent_worker_is_killed_and_its_shard_tried_again() -> None:
 def test_a_shard_that_hangs_three_workers_is_named() -> None:
     pool = FakePool(lambda _unit, _care, _tries: NEVER)
 
-    with pytest.raises(WorkersGone, match="shard 0 was not finished within 100 s, 3 times") as caught:
+    with pytest.raises(WorkersGone, match="shard 0 was not finished within 100 s, 3 times"):
         ran(pool, range(1), stall=100.0)
-    assert caught.value.exit_code == 69
     assert (pool.started, len(pool.killed)) == (3, 3)
 
 

@@ -1,21 +1,17 @@
 """A shard's file and the record that describes it."""
 
-import errno
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pytest
 import xxhash
 
 from fake_stage import SCHEMA
 from xkd_pipeline.tables.shard import ROWS_PER_BATCH, write_shard
 from xkd_schemas.cache.manifest import Commit
-from xkd_schemas.errors import DiskFailed
 
 
 def columns(rows: int) -> dict[str, Any]:
@@ -80,15 +76,3 @@ def test_totals_and_unusable_rows_stand_in_the_record(tmp_path: Path) -> None:
 
     assert (commit.unusable, commit.counts) == ((1, 3), {"tokens": 5})
     assert Commit.model_validate_json(commit.model_dump_json()) == commit
-
-
-def test_a_full_disk_leaves_no_file_behind(tmp_path: Path, monkeypatch) -> None:
-    def full(_descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskFailed, match="No space left on device") as caught:
-        write_shard(tmp_path, 0, SCHEMA, columns(3))
-
-    assert caught.value.exit_code == 74
-    assert list(tmp_path.iterdir()) == []

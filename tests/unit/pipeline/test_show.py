@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 import four_tokenizers
-import small_cache
 from four_tokenizers import encoder_of
 from slow_alignment import align_one
 from small_cache import made
@@ -25,7 +24,6 @@ from xkd_pipeline.reports.render import (
     show_blanks,
     wrap_line,
 )
-from xkd_pipeline.stages import documents_stage
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, Spans, document_of
 from xkd_schemas.errors import InputMissing, UsageError
@@ -220,13 +218,3 @@ def test_without_any_model_the_phrases_are_drawn(tmp_path: Path) -> None:
 
     assert lines[0] == f"{documents()[0]['doc_id']}  corpus.jsonl:1"
     assert "[NP The old keeper] [VP lit] [NP it]" in " ".join(lines[1:])
-
-
-def test_a_hostile_text_is_drawn_without_a_character_that_a_terminal_obeys(tmp_path: Path) -> None:
-    corpus = small_cache.write_rows(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b\x1b[2J\u202ec\nd\x07"}])
-    run = small_cache.run_file(tmp_path / "cache", documents={"corpus": [str(corpus)]})
-    documents_stage(run, small_cache.IN_PROCESS)
-
-    drawn = "".join(draw(tmp_path / "cache", "0", teacher="", student="", width=80))
-
-    assert not {"\x1b", "\x07", "\n", "\u202e"} & set(drawn)

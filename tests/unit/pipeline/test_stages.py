@@ -77,23 +77,6 @@ def test_auto_is_resolved_once_and_a_table_goes_on_in_the_dtype_that_it_was_begu
         taught("fp32")
 
 
-@pytest.mark.parametrize(
-    ("losses", "own"),
-    [
-        ([], set()),
-        (["mta"], {"span_mass", "span_geometry", "span_vectors"}),
-        (["sra"], {"hidden_last", "attention_text"}),
-        (["dwa"], {"hidden_last", "entropy"}),
-    ],
-)
-def test_a_loss_keeps_its_own_signals_and_the_teachers_choice(
-    tmp_path: Path, losses: list[str], own: set[str]
-) -> None:
-    run = small_cache.run_file(tmp_path, teacher={"losses": losses})
-
-    assert {s.name for s in signals_for(run, 4)} == own | {"argmax"}
-
-
 STAGES = {"documents": documents_stage, "teacher": teacher_stage, "student": align_stage}
 
 
@@ -134,6 +117,9 @@ def test_layers_and_settings_of_a_loss_choose_its_signals(tmp_path: Path) -> Non
     run = small_cache.run_file(tmp_path, teacher={"losses": ["mta"], "word_layers": [1], "phrase_layers": [3]})
     layers = {(s.layer, s.unit) for s in signals_for(run, 4) if s.name == "span_mass"}
     assert layers == {(1, "word"), (3, "phrase")}
+
+    none = small_cache.run_file(tmp_path, teacher={"losses": []})
+    assert signals_for(none, 4) == [s for s in signals_for(run, 4) if s.name == "argmax"] != []
 
     settings = run.model_copy(update={"losses": {"mta": {"lambda_dsa": 0.0}}})
     assert not any(s.name == "span_geometry" for s in signals_for(settings, 4))

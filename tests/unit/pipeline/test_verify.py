@@ -50,7 +50,7 @@ def test_a_table_that_was_only_begun_is_one_line(tmp_path: Path) -> None:
     for name in ("plan.json", "commits/00000.json"):
         (begun / name).write_bytes((cache / "students/S" / name).read_bytes())
     assert [one.reason for one in verify(cache, "quick")] == [
-        "missing: the table is not finished, 1 of 3 shards are done",
+        "missing: the table is not finished, 1 of 3 shards are done"
     ]
 
 

@@ -386,9 +386,7 @@ def test_captured_and_rejected_add_up_for_any_bytes(tmp_path: Path, content: lis
 HELD = [{"prompt": "Who?", "response": "The keeper."}, {"prompt": "Where?", "response": "At home."}]
 
 
-def test_held_out_rows_come_in_order_with_all_references_by_line_and_unusable_ones_are_counted(
-    tmp_path: Path,
-) -> None:
+def test_held_out_rows_come_in_order_with_all_references_by_line_and_unusable_ones_are_counted(tmp_path: Path) -> None:
     several = {"prompt": "Why?", "response": ["Duty.", "A lamp."]}
     (tmp_path / "dev.jsonl").write_bytes(jsonl(HELD[:1]) + b'{broken\n{"prompt": "x"}\n' + jsonl([HELD[1], several]))
 

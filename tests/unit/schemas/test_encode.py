@@ -1,7 +1,5 @@
 """What four kinds of tokenizer make of hostile text, alone and in pairs."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,20 +7,16 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 import four_tokenizers
+from four_tokenizers import encoder_of
 from slow_alignment import align_one
 from xkd_schemas.documents import Document, document_of
-from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import row_offsets
 from xkd_schemas.text.encode import BORDER_REACH, REASONS, Encoder
 from xkd_schemas.text.tokenizers import Encoded, EncodedText, blanks, content_intervals
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Tokens
-from xkd_trainer.models.loading import load_tokenizer
 
 PAIRS = [(a, b) for a in four_tokenizers.KINDS for b in four_tokenizers.KINDS]
-
-
-def encoder_of(kind: str, *, template: str = "none", max_tokens: int = 10_000) -> Encoder:
-    return Encoder(tokenizer=four_tokenizers.tokenizer_of(kind), template=template, max_tokens=max_tokens)
 
 
 def question(prompt: str, response: str) -> Document:
@@ -46,7 +40,6 @@ def solid(text: str, start: int, end: int) -> set[int]:
 
 
 def check(document: Document, tokens: Tokens) -> None:
-    """What every row that can be used promises."""
     text, content = document.text, tokens.spans[tokens.kinds == CONTENT]
     assert len(tokens.ids) == len(tokens.spans) == len(tokens.kinds) == len(tokens.targets)
     assert (np.diff(content, axis=0) >= 0).all()
@@ -330,17 +323,3 @@ def test_wrong_settings_are_refused_in_one_line() -> None:
     tokenizer.eos_token = None
     with pytest.raises(UsageError, match=r"has no end token"):
         Encoder(tokenizer=tokenizer, template="none", max_tokens=10)
-
-
-def test_a_tokenizer_that_is_not_there_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "tokenizer.json").write_text('{"version": "1.0", "mod')
-
-    for name in (tmp_path / "nowhere", tmp_path / "x.gguf", tmp_path / "empty", tmp_path / "half", "nobody/nothing"):
-        with pytest.raises(InputMissing) as caught:
-            load_tokenizer(str(name))
-        assert str(name) in str(caught.value)
-        assert "\n" not in str(caught.value)
-        assert len(str(caught.value)) < 500

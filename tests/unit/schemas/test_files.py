@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,8 @@ def test_of_many_writers_of_one_record_one_wins_and_its_content_stays(tmp_path: 
         if put_if_absent(target, b"%d" % number * 1000):
             wins.append(number)
 
-    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
 
     assert len(wins) == 1
     assert target.read_bytes() == b"%d" % wins[0] * 1000

@@ -26,18 +26,13 @@ TIME, MEMORY, REFUSED = "takes more than 0.2 s", "takes more than 64 MiB", "refu
 HOSTILE = {
     "loops without output": ("{% set r = range(100000) %}" + LOOPS, TIME),
     "a power": ("{{ 7**(10**7) % 7 }}", TIME),
-    "macros that call themselves twice": (
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}", TIME,
-    ),
     "a comparison": (
         GROW + "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}", TIME,
     ),
     "a product": ("{{ 'a' * 10**10 }}", MEMORY),
-    "strings that grow": (GROW + "{% set n.x = n.x ~ n.x %}{% endfor %}", MEMORY),
     "an output that grows": ("{% for a in range(100000) %}{{ 'a' * 100000 }}{% endfor %}", MEMORY),
+    "strings that grow": (GROW + "{% set n.x = n.x ~ n.x %}{% endfor %}", MEMORY),
     "lists of lists": (GROW + "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x|tojson }}", f"{MEMORY}|{TIME}"),
-    "a width": ("{{ '%9999999999d' % 1 }}", MEMORY),
-    "a replacement": ("{{ ('a' * 10**5).replace('a', 'b' * 10**5) }}", MEMORY),
     "a macro without an end": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", REFUSED + "maximum recursion"),
     "a deep expression": ("{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}", REFUSED),
     "a constant without an end": (TURNS + "{# '" + "\\'" * 40_000 + " #}", TIME),
@@ -63,20 +58,17 @@ def low_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_template_without_measure_is_ended_with_one_line(what: str, low_limits: None) -> None:
     template, said = HOSTILE[what]
+    kind = UsageError if said.startswith(REFUSED) else Refused
 
-    with pytest.raises((Refused, UsageError), match=rf"^someone/model: .*({said}).* Next: --template none") as caught:
+    with pytest.raises(kind, match=rf"^someone/model: .*({said}).* Next: --template none") as caught:
         encoder(template)
     assert "\n" not in str(caught.value)
-    assert caught.value.exit_code == (2 if said.startswith(REFUSED) else 77)
 
 
 def test_a_template_that_is_hostile_to_one_row_alone_is_ended_at_it(low_limits: None) -> None:
-    turns = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if messages|length > 2 %}{{ 'a' * 10**10 }}{% endif %}"
-    )
     question = [("user", "a", False), ("assistant", "b", True)]
     short, long = (document_of(question * n, source="d", line=n) for n in (1, 2))
-    own = encoder(turns)
+    own = encoder(TURNS + "{% if messages|length > 2 %}{{ 'a' * 10**10 }}{% endif %}")
 
     with pytest.raises(Refused, match=MEMORY):
         own.encode_batch([short, long, short])

@@ -12,7 +12,6 @@ from xkd_schemas.documents import Document
 
 
 def read(form: str, *contents: object, **unused: dict[str, int]) -> tuple[list[Document], list[RejectedRow]]:
-    """Documents and rejects of lines, or of rows as JSON."""
     lines = [c if isinstance(c, bytes | LongLine) else json.dumps(c).encode() for c in contents]
     rows = [RawRow(line=n, content=line) for n, line in enumerate(lines, 1)]
     return read_documents("a.jsonl", form, {}, rows, max_chars=1000, **unused)
@@ -68,12 +67,9 @@ def test_each_form_becomes_its_segments(form: str, row: object, wanted: list) ->
         (b"", "blank"),
         (b"  \t", "blank"),
         (b"[1, 2]", "bad_type"),
-        (b'"text"', "bad_type"),
-        (b"null", "bad_type"),
         ({}, "missing_field"),
         ({"text": None}, "missing_field"),
         ({"text": 3}, "bad_type"),
-        ({"text": ["a"]}, "bad_type"),
         ({"text": ""}, "empty"),
         ({"text": " \n\t"}, "empty"),
         ({"text": "x" * 1001}, "too_long"),

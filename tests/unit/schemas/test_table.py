@@ -43,7 +43,6 @@ def columns(size: int, first: int = 0) -> dict[str, Any]:
 
 
 def sealed_table(root: Path, sizes: tuple[int, ...] = (3, 40, 0), first: int = 0) -> Table:
-    """A table of these unit sizes named documents."""
     folder = root / "documents"
     folder.mkdir(parents=True)
     commits = tuple(
@@ -176,9 +175,8 @@ def test_a_linked_shard_is_refused_even_if_its_content_is_right(tmp_path: Path) 
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
 
-    with pytest.raises(Refused, match="is a symbolic link") as caught:
+    with pytest.raises(Refused, match="is a symbolic link"):
         table[0]
-    assert caught.value.exit_code == 77
 
 
 @pytest.mark.parametrize("name", ["../documents", "teachers/../documents", "students//x", "teachers/a/b/../.."])

@@ -31,7 +31,6 @@ class Side:
     """One model's ragged random side: places with a prediction, their log-probabilities, and chunks of places."""
 
     def __init__(self, seed: int, chunks: list[int]) -> None:
-        """`chunks` is the number of chunks of each document."""
         g = tools.generator(seed)
         self.places, self.values, self.ranges = [], [], []
         for count in chunks:
@@ -49,14 +48,12 @@ class Side:
         return dict(zip(self.places[row].tolist(), self.values[row].tolist(), strict=True))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Values, places, predicted, ranges."""
         ranges = [torch.tensor(r, dtype=torch.int64).reshape(-1, 2) for r in self.ranges]
         predicted = tools.mask([len(p) for p in self.places])
         return tools.padded(self.values, math.nan), tools.padded(self.places, 2), predicted, tools.padded(ranges, 0)
 
 
 def compared(student: Side, teacher: Side, **given: Any) -> Any:
-    """The loss of two sides."""
     how = AlmSettings(**given)
     valid = tools.mask([len(r) for r in student.ranges])
     (s, s_whole), (t, t_whole) = (chunk_log_likelihoods(*side.tensors(), valid) for side in (student, teacher))
@@ -105,9 +102,6 @@ def test_log_complement_keeps_its_digits_on_both_sides_of_a_half() -> None:
     assert found == pytest.approx([math.log(-math.expm1(v)) if v > -30 else -math.exp(v) for v in x.tolist()])
 
 
-# Log-probabilities in chunks
-
-
 @pytest.mark.parametrize("rows_per_chunk", [1, 2, 100])
 @pytest.mark.parametrize("bias", [True, False])
 def test_log_probabilities_are_those_of_dense_logits(
@@ -126,9 +120,6 @@ def test_log_probabilities_are_those_of_dense_logits(
     expected = [slow.log_softmax(row)[int(y)] for row, y in zip(rows, target, strict=True)]
     assert found(*inputs).tolist() == pytest.approx(expected, rel=1e-12)
     assert torch.autograd.gradcheck(found, inputs)
-
-
-# The wired loss
 
 
 @pytest.mark.parametrize("average", ["chunks", "tokens"])

@@ -4,7 +4,6 @@ Shape legend for this file
     B documents    K spans of the teacher's document    D width
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import one_tokenizer as one
-from one_step import gradients
 from xkd_pipeline.capture.capture import codec_error, encode_signals
 from xkd_pipeline.capture.measure import _span_signal
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch
-from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.mta import dsa
 from xkd_trainer.losses.pairing import share_out
 from xkd_trainer.models.architecture import Head
@@ -80,31 +75,6 @@ def test_a_student_without_some_spans_compares_the_rows_and_columns_of_the_other
     torch.testing.assert_close(whole, alone, rtol=2e-3, atol=1e-6)
     torch.testing.assert_close(slope_KD[chosen], slope_alone_KD, rtol=0, atol=2e-3 * float(slope_alone_KD.abs().max()))
     assert slope_KD[list(missing)].abs().sum() == 0
-
-
-def with_live_cosines(batch: Batch) -> Batch:
-    """The same batch with the cosines of its stored vectors."""
-    levels = []
-    for level in batch.levels:
-        assert level.vectors_BUD is not None
-        levels.append(replace(level, cosines_BUU=cosine_matrix(level.vectors_BUD.float())))
-    return replace(batch, levels=tuple(levels))
-
-
-def test_mta_without_hid_needs_no_vectors_and_learns_what_it_would_from_them() -> None:
-    made, _ = one.ready("mta", table=one.OTHER, hid="off")
-    assert {s.name for s in made.wanted} == {"span_mass", "span_geometry"}
-    vectors = {Signal("span_vectors", s.layer, s.unit) for s in made.wanted}
-    batch = batch_of(made.cache, one.ROWS, made.wanted | vectors)
-    counts = made.distiller.counts(batch)
-
-    value, slopes = gradients(made.distiller, [batch], counts)
-    slopes = {name: slope.clone() for name, slope in slopes.items()}
-    live_value, live_slopes = gradients(made.distiller, [with_live_cosines(batch)], counts)
-
-    assert value == pytest.approx(live_value, rel=0.01)  # the vectors themselves are rounded to bfloat16
-    ours, theirs = (torch.cat([s.flatten() for s in side.values()]) for side in (slopes, live_slopes))
-    assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
 
 def test_what_rounding_lost_is_a_codec_error() -> None:

@@ -45,7 +45,8 @@ def test_losses_are_listed_with_what_they_need_and_their_settings() -> None:
     assert set(described) >= {"ce", "mta", "sra", "dwa", "dskd", "dskd_cma"}
     assert described["ce"]["needs"] == []
     assert described["sra"]["needs"] == ["attention_text@LAYER", "hidden_last"]
-    assert described["mta"]["settings"]["lambda_dsa"] == 2.0
+    assert described["mta"]["needs"] == ["span_geometry@LAYER:UNIT", "span_mass@LAYER:UNIT", "span_vectors@LAYER:UNIT"]
+    assert (described["mta"]["settings"]["lambda_dsa"], described["dwa"]["settings"]["gamma"]) == (2.0, 2.0)
     assert described["mta"]["more"]["hid=token"] == ["centrality@LAYER", "hidden@LAYER"]
     assert {name for name, loss in described.items() if loss["one_tokenizer"]} >= {"kl", "fdd", "dskd"}
     for line in (

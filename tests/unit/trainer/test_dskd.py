@@ -29,9 +29,6 @@ TABLES = {"dskd": one.SAME, "dskd_cma": one.OTHER, "dskd_v2": one.OTHER}
 """Loss -> a student it can teach."""
 
 
-# The equations
-
-
 def test_defaults_are_those_of_the_scripts_and_every_divergence_can_be_chosen() -> None:
     s = DskdCmaSettings()
 
@@ -66,9 +63,6 @@ def test_mapped_states_are_the_least_squares_solution() -> None:
     mapped = hidden @ equal_logits(pseudo_inverse(student), teacher).T
 
     torch.testing.assert_close(mapped, torch.linalg.lstsq(student, (hidden @ teacher.T).T).solution.T)
-
-
-# Wired to a cache
 
 
 def half_agreeing(made: Ready, batch: Batch) -> None:
@@ -163,9 +157,6 @@ def test_terms_are_the_loops_over_single_documents(loss: str) -> None:
         total, count = map(sum, zip(*parts, strict=True))
         assert total > 1e-3
         one.assert_term(found[name], total, count)
-
-
-# DSKDv2
 
 
 def test_the_projection_starts_at_the_students_own_head_and_exact_shares_fewer_classes() -> None:

@@ -36,9 +36,6 @@ def valid_of(*lengths: int) -> Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-# cross-model attention
-
-
 @hypothesis_settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, sizes=PAIRS)
 def test_scores_attend_as_in_loops_and_padding_is_masked_and_changes_no_bit(
@@ -65,9 +62,6 @@ def test_half_precision_scores_are_float32_where_the_mask_fits(dtype: torch.dtyp
     assert (scores.dtype, float(scores.min())) == (torch.float32, MASKED)
 
 
-# weights
-
-
 def test_a_document_with_nothing_to_weigh_has_weights_of_zero() -> None:
     valid, zeros, full = valid_of(3, 0), torch.zeros(2, 3), torch.full((2, 3), math.log(5.0) + 1.0)
 
@@ -75,9 +69,6 @@ def test_a_document_with_nothing_to_weigh_has_weights_of_zero() -> None:
     assert not student_weights(torch.ones(2, 3), zeros, valid, "gate_before").any()
     assert not student_weights(zeros, torch.ones(2, 3), valid, "gate_after").any()
     assert not teacher_weights(full, 5, valid).any()
-
-
-# sequence level
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard", "none"])
@@ -114,9 +105,6 @@ def test_the_sequence_term_agrees_with_loops(
     assert term.count.item() == float(lengths.sum())
 
 
-# settings
-
-
 def test_defaults_are_those_of_the_paper_and_the_scripts() -> None:
     assert DwaSettings().model_dump() == {
         "kd": 0.5, "dtw": 0.2, "temperature": 2.0, "student_divergence": "forward_kl",
@@ -126,9 +114,6 @@ def test_defaults_are_those_of_the_paper_and_the_scripts() -> None:
         "adaptive_alpha": 0.5, "js_share": 0.5, "ab_alpha": 0.2, "ab_beta": 0.7,
         **dict.fromkeys(("gamma_steps", "gate_warmup_steps", "dtw_warmup_steps", "band_warmup_steps"), 0),
     }  # fmt: skip
-
-
-# Wired to the cache
 
 
 def dwa_document(made: Ready, d: one.Alone) -> dict[str, float]:

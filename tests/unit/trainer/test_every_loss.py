@@ -17,7 +17,6 @@ from poison import poisoned
 from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.declaration import describe_loss
 from xkd_trainer.losses.registry import LOSSES
 from xkd_trainer.models.forward import run
 from xkd_trainer.training import distiller as distiller_module
@@ -281,7 +280,6 @@ REACHES = {
 
 
 def reached(distiller: Distiller) -> set[str]:
-    """Groups of parameters with a gradient that is not 0."""
     found = set()
     for name, parameter in distiller.named_parameters():
         if parameter.grad is not None and parameter.grad.any():
@@ -292,7 +290,6 @@ def reached(distiller: Distiller) -> set[str]:
 
 @functools.cache
 def slopes_of(loss: str) -> dict[str, set[str]]:
-    """Term -> what it teaches."""
     made, batch = ready(loss, **(SAME if loss == "dskd" else {}), **EVERYWHERE.get(loss, {}))
     found = {}
     for name in one.terms_of(made.distiller, batch):
@@ -381,16 +378,6 @@ def test_no_number_of_the_settings_may_be_infinite_or_none_at_all(loss: str) -> 
             with pytest.raises(UsageError, match=name):
                 LOSSES[loss].parse({name: wrong})
     assert numbers or loss in ("ce", "rskd", "uld")
-
-
-def test_described_needs_are_the_declared_ones() -> None:
-    described = {name: describe_loss(declaration) for name, declaration in LOSSES.items()}
-
-    assert described["ce"]["needs"] == []
-    assert described["mta"]["needs"] == ["span_geometry@LAYER:UNIT", "span_mass@LAYER:UNIT", "span_vectors@LAYER:UNIT"]
-    assert described["sra"]["needs"] == ["attention_text@LAYER", "hidden_last"]
-    assert described["dwa"]["needs"] == ["entropy", "hidden_last"]
-    assert described["dwa"]["settings"]["gamma"] == 2.0
 
 
 def test_a_loss_that_is_off_has_no_term_no_projector_and_asks_for_no_signal() -> None:

@@ -127,9 +127,6 @@ def test_rounding_of_half_precision_is_no_reason_to_refuse_a_model(name: str, dt
     rehearse(model, layers=(1, 3), attention=HERE[name].tells_last_row())
 
 
-# Students
-
-
 @those(lambda f: not f.refused and not f.capped)
 def test_a_student_learns_from_ce_mta_sra_and_dwa_and_comes_back_from_disk(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -159,7 +156,6 @@ def test_a_student_learns_from_ce_mta_sra_and_dwa_and_comes_back_from_disk(
 
 
 def seen_by_losses(monkeypatch: pytest.MonkeyPatch) -> list[StudentPass]:
-    """What losses are given from now on."""
     seen: list[StudentPass] = []
     plain = Distiller._losses
 

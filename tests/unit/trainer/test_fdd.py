@@ -34,9 +34,6 @@ def drawn(seed: int, num: int, layers: int, width: int, classes: int, *, bias: b
     )
 
 
-# The equation
-
-
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31), num=st.integers(0, 5), layers=st.integers(2, 4))
 def test_the_derivative_is_the_loops_over_predictions_and_layers(seed: int, num: int, layers: int) -> None:
@@ -59,9 +56,6 @@ def test_the_derivative_has_the_right_gradient_in_any_chunks(monkeypatch: pytest
     monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", 1)
     assert torch.autograd.gradcheck(loss, leaves)
     torch.testing.assert_close(loss(*leaves), whole)
-
-
-# Wired to a cache
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"layers": [2, 4]}, {"layers": [1, 3]}])

@@ -237,9 +237,6 @@ def test_a_head_in_bfloat16_gives_float32_sums_near_those_of_float32() -> None:
     torch.testing.assert_close(values[torch.bfloat16], values[torch.float32], rtol=0.05, atol=0.05)
 
 
-# Functions of their own pass
-
-
 def logits_of(seed: int, num: int = 5, width: int = 4) -> LazyLogits:
     weight, bias = draw(seed + 1, CLASSES, width, grad=True), draw(seed + 2, CLASSES, grad=True)
     return LazyLogits(hidden=draw(seed, num, width, grad=True), weight=weight, bias=bias)

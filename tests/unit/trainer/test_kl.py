@@ -49,9 +49,6 @@ def test_classes_beyond_the_tokenizer_take_no_part() -> None:
     assert torch.equal(cut.dense(), (hidden @ weight.T + torch.arange(9.0))[:, :6])
 
 
-# Drawn classes
-
-
 def test_rskd_is_the_loops_over_drawn_classes_of_single_documents() -> None:
     made, batch = one.ready("rskd")
     total, count = 0.0, 0

@@ -21,9 +21,6 @@ WORDS = st.text("abAé", max_size=6).map(lambda text: text.encode())
 LONG = st.text("ab", min_size=55, max_size=75).map(lambda text: text.encode())
 
 
-# Distances and the nearest string
-
-
 @settings(max_examples=30, deadline=None)
 @given(queries=st.lists(WORDS | LONG, max_size=5), texts=st.lists(WORDS | LONG, min_size=1, max_size=12))
 def test_nearest_string_is_that_of_a_full_search(queries: list[bytes], texts: list[bytes]) -> None:
@@ -102,9 +99,6 @@ def test_a_token_of_text_is_taken_before_a_byte_token_and_a_blank_counts_only_wh
     assert vocabulary_map({"A": 0, "ĠA": 1, "B": 2, "ĠC": 3, "C": 4}, target, "exact").tolist() == [1, 1, 2, 5, 4]
 
 
-# Partners
-
-
 TOKENS = st.lists(st.sampled_from([b"", b"a", b"b", b"ab", b"abc", b"bc", b"c"]), max_size=7)
 
 
@@ -123,9 +117,6 @@ def test_partners_are_those_of_the_walk_through_the_table(
 
     for row, (student, teacher) in enumerate(documents):
         assert found[row].tolist() == slow.partners(student, teacher) + [-1] * (8 - len(student))
-
-
-# The wired loss
 
 
 @torch.no_grad()

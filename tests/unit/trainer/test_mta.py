@@ -39,9 +39,6 @@ KEYS = ["2:word", "3:phrase", "4:phrase"]
 POOLS = {"teacher": "centrality", "uniform": "uniform"}
 
 
-# The equations
-
-
 def ragged_pair(seed: int, same: int, other: int) -> Any:
     """Sizes, and documents of student vectors, teacher vectors and masses."""
     sizes = slow.lengths(seed)
@@ -97,11 +94,7 @@ def test_strided_layers_are_those_of_the_papers_three_pairs(
     assert tuple(phi(layer, *depths) for layer in picked) == teacher
 
 
-# Against loops over single documents
-
-
 def weights_of(made: Ready, row: int, layer: int, how: str) -> list[float]:
-    """The teacher's weight of each of its tokens."""
     teacher = made.cache.teachers[row]
     targets, vocab = teacher["targets"].tolist(), made.cache.sizes.vocab_size
     if how == "centrality":
@@ -116,7 +109,6 @@ def weights_of(made: Ready, row: int, layer: int, how: str) -> list[float]:
 
 
 def document(made: Ready, row: int, key: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the loops need of one document at one level."""
     layer, unit = int(key.split(":")[0]), key.split(":")[1]
     teacher, student, text = (t[row] for t in (made.cache.teachers, made.cache.students, made.cache.documents))
     how, own = settings.get("span_weights", "centrality"), settings.get("student_pooling", "own")
@@ -152,7 +144,6 @@ def document(made: Ready, row: int, key: str, settings: dict[str, Any]) -> dict[
 
 
 def projected(layer: Any, vectors: list[list[float]]) -> list[list[float]]:
-    """The linear layer, weight and bias, of each vector."""
     rows, bias = layer.weight.tolist(), layer.bias.tolist()
     return [[slow.dot(row, v) + b for row, b in zip(rows, bias, strict=True)] for v in vectors]
 
@@ -199,9 +190,6 @@ def test_dsa_is_averaged_over_levels_and_hid_too_unless_it_is_summed() -> None:
     assert summed == pytest.approx({f"{t}@{k}": w for t, w in (("dsa", 1), ("hid", 0.6), ("spans", 0)) for k in KEYS})
 
 
-# Documents that the two models read as other ids
-
-
 @pytest.mark.parametrize("settings", [{"hid": "token"}, {"student_pooling": "teacher"}])
 def test_a_document_with_other_ids_is_left_out_and_counted(settings: dict[str, Any]) -> None:
     made, batch = one.ready("mta", **settings)
@@ -239,12 +227,6 @@ def test_a_student_that_reads_no_document_as_the_teacher_does_is_refused() -> No
     assert all(value > 0 for value in one.means(made, batch).values())
 
 
-# Identities
-
-
-# Layers
-
-
 def test_strided_picks_layers_by_phi_and_reads_no_other_level() -> None:
     made, batch = one.ready("mta", pick="strided")
     assert made.distiller.losses["mta"].student_layer == {"2:word": 2, "3:phrase": 3, "4:phrase": 4}
@@ -261,14 +243,8 @@ def test_strided_picks_layers_by_phi_and_reads_no_other_level() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"num_layers": 4},
-            r"cache lacks 1:word, 2:phrase. Next: .* --word-layers 1 --phrase-layers 2,3,4",
-        ),
-        (
-            {"num_layers": 1},
-            r"beside 4:word of the teacher, and the cache lacks 4:word. Next: .*--word-layers 4",
-        ),
+        ({"num_layers": 4}, r"cache lacks 1:word, 2:phrase. Next: .* --word-layers 1 --phrase-layers 2,3,4"),
+        ({"num_layers": 1}, r"beside 4:word of the teacher, and the cache lacks 4:word. Next: .*--word-layers 4"),
         ({"num_layers": 5}, r"5 layers do not fit a student of 4. Next: --set losses.mta.num_layers=N"),
         ({"student_layers": [5]}, r"layer 5 does not exist, the student has layers 1 to 4"),
         ({"student_layers": [2, 4, 4]}, r"stand beside teacher layers 2, 4, 4, one of them twice"),
@@ -292,9 +268,6 @@ def test_needs_are_those_of_the_options() -> None:
     assert columns(hid="token", span_weights="entropy") == geometry | {"hidden@2", "hidden@4", "entropy"}
     assert columns(hid="token", lambda_hid=0) == geometry
     assert columns(student_pooling="teacher", hid="off") == geometry | {"centrality@2", "centrality@4"}
-
-
-# Two tokenizers
 
 
 def test_the_projected_geometry_of_two_tokenizers_teaches_student_and_projector() -> None:

@@ -121,9 +121,6 @@ def test_equal_logits_are_finite() -> None:
     assert bool(torch.isfinite(scale_logits(torch.tensor([[1e4, -1e4, 0.0]]), 1.0)).all())
 
 
-# Wired to the cache
-
-
 def test_the_terms_are_the_loops_over_predictions_of_single_documents() -> None:
     made, _ = one.ready("multilevelot", table=one.OTHER, classes=20)
     rows = one.ROWS[:2]

@@ -1,8 +1,8 @@
 """Padded tensors against plain loops; memory is used again only when nothing refers to it."""
 
 import gc
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -112,18 +112,10 @@ def test_no_more_memory_is_kept_than_was_in_use_at_once() -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_threads_that_make_batches_at_once_get_memory_of_their_own() -> None:
-    wrong: list[int] = []
-
     def work(number: int) -> None:
         for turn in range(200):
             padded = pad(rows([2 + turn % 5, 3], 100 * number))
-            if bits(padded)[0, 0, 0] != 100 * number or bits(padded)[1, 2, 0] != 100 * number + 1:
-                wrong.append(turn)
+            assert (bits(padded)[0, 0, 0], bits(padded)[1, 2, 0]) == (100 * number, 100 * number + 1)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-    assert wrong == []
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))

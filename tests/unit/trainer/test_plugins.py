@@ -37,24 +37,21 @@ def test_a_package_cannot_replace_one_of_ours(monkeypatch: pytest.MonkeyPatch) -
         loss_names()
 
 
-def test_two_packages_cannot_share_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    declare(monkeypatch, mine="one:LOSS", mine_="two:LOSS")
-    with pytest.raises(UsageError, match="'mine' is declared twice: one:LOSS and two:LOSS"):
-        loss_named("mine")
-
-
-def test_a_package_that_breaks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "points", "said"),
+    [
+        ("mine", {"mine": "one:LOSS", "mine_": "two:LOSS"}, "is declared twice: one:LOSS and two:LOSS"),
+        ("broken", {"broken": "broken_loss_of_a_package:LOSS"}, ".* cannot be imported: ZeroDivisionError"),
+        ("gone", {"gone": "no_such_module_at_all:LOSS"}, ".* cannot be imported: ModuleNotFoundError"),
+        ("other", {"other": "xkd_trainer.losses.sra:SRA"}, ".* is no Declaration named 'other'"),
+        ("path", {"path": "pathlib:Path"}, ".* is no Declaration named 'path'"),
+    ],
+)
+def test_a_package_that_breaks_or_declares_something_else_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, points: dict[str, str], said: str
+) -> None:
     (tmp_path / "broken_loss_of_a_package.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
-    declare(monkeypatch, broken="broken_loss_of_a_package:LOSS", gone="no_such_module_at_all:LOSS")
-    with pytest.raises(UsageError, match=r"'broken' .* cannot be imported: ZeroDivisionError"):
-        loss_named("broken")
-    with pytest.raises(UsageError, match=r"'gone' .* cannot be imported: ModuleNotFoundError"):
-        loss_named("gone")
-
-
-def test_what_is_no_declaration_of_that_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    declare(monkeypatch, other="xkd_trainer.losses.sra:SRA", path="pathlib:Path")
-    for name in ("other", "path"):
-        with pytest.raises(UsageError, match=f"'{name}' .* is no Declaration named '{name}'"):
-            loss_named(name)
+    declare(monkeypatch, **points)
+    with pytest.raises(UsageError, match=f"'{name}' {said}"):
+        loss_named(name)

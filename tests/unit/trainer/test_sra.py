@@ -90,7 +90,6 @@ def student_weights(made: Ready, row: int, layer: int, how: str, end_token: str)
 
 
 def spans_of(made: Ready, row: int, unit: str, end_token: str) -> list[tuple[list[int], list[int]]]:
-    """Ranges of student and teacher tokens of the response."""
     student, teacher, text = (t[row] for t in (made.cache.students, made.cache.teachers, made.cache.documents))
     if unit == "aligned":
         both = zip(student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True)
@@ -185,10 +184,7 @@ def test_beta_shares_the_weight_of_the_cosines() -> None:
     [
         ({"layers": [2], "beta": [1]}, r"sra.beta has 1 weights, with sum 1, for 2 layers. Next: give one for each"),
         ({"layers": [2], "beta": [0, 0]}, r"sra.beta has 2 weights, with sum 0, for 2 layers"),
-        (
-            {"layers": [2, 3], "student_layers": [1]},
-            r"sra.student_layers has 1 layers, sra.layers has 2 below the",
-        ),
+        ({"layers": [2, 3], "student_layers": [1]}, r"sra.student_layers has 1 layers, sra.layers has 2 below the"),
         ({"layers": [2], "student_layers": [4]}, r"sra would read a layer twice .*4 beside 2, 4 beside 4"),
         ({"layers": [9]}, r"loss sra needs .*hidden@9.*Next: xkd-cache add .* --signals attention_text@9,hidden@9"),
     ],

@@ -23,7 +23,6 @@ from xkd_trainer.losses.ops import lazy_logits
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
 from xkd_trainer.losses.pairing import find_pairs
 from xkd_trainer.losses.registry import loss_named
-from xkd_trainer.training.prepare import set_up
 
 
 def lazy(seed: int, positions: int, classes: int) -> LazyLogits:
@@ -92,9 +91,6 @@ def test_what_the_k_largest_leave_out_bounds_their_error(seed: int, kept: int, s
         torch.testing.assert_close(approximate, exact, rtol=0, atol=1e-12)
 
 
-# Wired to the cache
-
-
 @pytest.mark.parametrize("mean", ["tokens", "documents"])
 def test_the_term_is_the_loop_over_predictions_of_single_documents(mean: str) -> None:
     made, _ = one.ready("uld", table=one.OTHER, mean=mean, temperature=2.0)
@@ -137,11 +133,6 @@ def test_more_classes_than_the_teacher_has_are_refused_before_anything_is_made()
     with pytest.raises(UsageError, match=r"topk is 1000000, .* has \d+ classes. Next: --topk \d+ at most"):
         teacher_stage(run, Workers(count=0))
     assert not (t.cache / "teachers" / "big").exists()
-
-
-def test_a_cache_without_the_k_largest_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match=r"loss uld needs logsumexp, topk_logits, which .* does not hold"):
-        set_up(tiny.tiny_cache().run(loss="uld", losses={"uld": {"teacher": "topk"}}), "")
 
 
 def test_topk_has_no_other_temperature_than_its_own() -> None:
