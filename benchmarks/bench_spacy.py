@@ -13,7 +13,7 @@ from benchmarks.measure import Options, interleaved
 from benchmarks.pair import pair_of
 from benchmarks.rows import Result, Skipped, ratio
 from xkd_pipeline.parsing.phrases import is_word, joined_spans, select_phrases
-from xkd_pipeline.parsing.spacy_parser import PYPI_PIPELINE, SpacyParser, document_pieces
+from xkd_pipeline.parsing.spacy_parser import PYPI_PIPELINE, SpacyParser
 from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import DocumentsSection
@@ -32,8 +32,8 @@ def run(options: Options) -> list[Result]:
         return [Skipped(what="spaCy stage / nlp.pipe", why=str(error))]
     table = Table(pair_of(options).cache, "documents")
     documents = [document_at(table[n]) for n in range(min(len(table), options.size(512, 24)))]
-    whole = spacy.load(settings.model)
-    pieces = [list(document_pieces(d, parser.max_piece_chars)) for d in documents]
+    whole = spacy.load(settings.spacy_model)
+    pieces = [parser._pieces(d) for d in documents]
     texts = [d.text[start:end] for d, cuts in zip(documents, pieces, strict=True) for start, end in cuts]
     spans = parser.parse(documents)
     assert spans == spans_of(pieces, whole.pipe(texts), settings), "other spans than spaCy's own pipeline"
