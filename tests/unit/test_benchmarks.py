@@ -26,6 +26,11 @@ def test_a_benchmark_runs_and_every_row_is_a_figure_or_says_why_it_is_missing(na
         assert row.why if isinstance(row, Skipped) else row.ratio > 0, row
 
 
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_a_slow_benchmark_can_still_be_imported(name: str) -> None:
+    assert callable(__import__(f"benchmarks.bench_{name}", fromlist=["run"]).run)
+
+
 @pytest.mark.parametrize(
     ("ratio", "bar", "at_least", "met"),
     [
