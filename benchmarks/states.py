@@ -54,7 +54,9 @@ def states_cache(root: Path, sizes: Sizes) -> list[npt.NDArray[np.uint16]]:
     common = {"doc_id": [d.doc_id for d in documents]} | {name: [t[name] for t in tokens] for name in tokens[0]}
     described = columns_of(documents, [NO_SPANS] * len(documents))
     first = write_table(root, "documents", {"schema": DOCUMENTS_VERSION}, DOCUMENTS, described, units)
-    spec = {"schema": TEACHERS_VERSION, "documents": first.root, "signals": [HIDDEN.column]}
+    encoder = {"tokenizer": {}, "template": "none", "max_tokens": 4096}
+    spec = {"schema": TEACHERS_VERSION, "documents": first.root, "signals": [HIDDEN.column], "encoder": encoder}
+    spec |= {"weights": {}, "dtype": "bfloat16", "codec": "bf16"}
     schema = teacher_schema([HIDDEN], sizes.width)
     second = write_table(root, "teachers/made", spec, schema, common | {HIDDEN.column: states}, units)
     empty = [np.zeros((0, 2), np.int32)] * len(documents)
@@ -62,7 +64,7 @@ def states_cache(root: Path, sizes: Sizes) -> list[npt.NDArray[np.uint16]]:
     aligned = {"student_spans": ranges, "teacher_spans": ranges, "word_tokens": empty, "phrase_tokens": empty}
     spec = {
         "schema": STUDENTS_VERSION, "documents": first.root, "teacher": "made", "teacher_root": second.root,
-        "encoder": {"tokenizer": {}, "template": "none"},
+        "encoder": encoder,
     }  # fmt: skip
     write_table(root, "students/made", spec, STUDENTS, common | aligned, units)
     return states
@@ -106,4 +108,7 @@ def write_table(
         part = {column: values[unit.first : unit.first + unit.rows] for column, values in columns.items()}
         commits[number] = write_shard(store.folder, number, schema, part)
         store.commit(commits[number])
-    return store.seal(commits, {}, {})
+    width = next((field.type.value_type.list_size for field in schema if field.name == HIDDEN.column), 1)
+    constants = {"num_layers": 1, "hidden_size": width, "vocab_size": 1000, "logit_scale": 1.0, "softcap": None}
+    constants |= {"tied": False, "hidden_std": 1.0, "embedding_std": 1.0}
+    return store.seal(commits, constants, {})
