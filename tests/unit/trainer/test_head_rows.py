@@ -1,16 +1,21 @@
 """Rows of float32 logits against the equations in float64."""
 
+import runpy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
+import numba
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from xkd_trainer.cpu_kernels import compiled
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, divergence
 from xkd_trainer.losses.ops.softmax_rows import (
     PART_ELEMENTS,
@@ -209,3 +214,17 @@ def test_memory_is_used_again_by_a_later_pass_of_the_same_thread_and_no_other() 
 
     assert again.data_ptr() == first.data_ptr() != found[0].data_ptr()
     assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_compiled_kernels_are_kept_only_in_a_folder_that_somebody_names(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    if not kept:
+        monkeypatch.delenv("NUMBA_CACHE_DIR")
+    source = runpy.run_path(compiled.__file__)
+
+    source["series"](np.float32(0.1))
+
+    assert bool([*tmp_path.rglob("*.nbc")]) is kept

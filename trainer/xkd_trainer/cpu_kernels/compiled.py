@@ -1,5 +1,6 @@
 """How our CPU kernels are compiled, how they read the bits of a float, and how their rows are shared out."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -9,13 +10,15 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
+_KEPT: Final = "NUMBA_CACHE_DIR" in os.environ  # numba's cache is pickles, so only where somebody names a folder
+
 
 def compile_kernel(function: Callable[..., Any]) -> Any:
-    """Compile on first use, without the GIL and without numba's cache on disk, which is a pickle.
+    """Compile on first use, without the GIL, and into the folder NUMBA_CACHE_DIR if there is one.
 
     A product and a sum may become one instruction, which rounds once; no other liberty is taken with floats.
     """
-    return numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+    return numba.njit(nogil=True, error_model="numpy", fastmath={"contract"}, cache=_KEPT)(function)
 
 
 def compile_sums(function: Callable[..., Any]) -> Any:
@@ -23,7 +26,7 @@ def compile_sums(function: Callable[..., Any]) -> Any:
 
     So the last bit differs between kinds of processors, never between two runs on one. Not for what a cache keeps.
     """
-    return numba.njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})(function)
+    return numba.njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc"}, cache=_KEPT)(function)
 
 
 def among_threads(work: Callable[[slice], None], rows: int, threads: int) -> None:
