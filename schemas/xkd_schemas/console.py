@@ -23,9 +23,18 @@ CONTROLS = dict.fromkeys([*range(32), 127, *range(128, 160), *range(8234, 8239),
 """Characters that could steer a terminal or reorder a line; dropped from anything we print."""
 
 
+def rank() -> int:
+    """Which process of a run this is, as torchrun and accelerate launch number them; 0 where there is one."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def say(line: str) -> None:
-    """Print one line on standard output, as it is: no markup, no control characters, no wrapping."""
-    _write(sys.stdout, line)
+    """Print one line on standard output, as it is: no markup, no control characters, no wrapping.
+
+    Of several processes of a run the first one speaks; so do `warn`, `note` and `say_json`.
+    """
+    if rank() == 0:
+        _write(sys.stdout, line)
 
 
 def _write(stream: TextIO, line: str) -> None:
@@ -36,6 +45,8 @@ def _write(stream: TextIO, line: str) -> None:
 
 def warn(line: str) -> None:
     """Print one line on standard error."""
+    if rank():
+        return
     progress.clear()
     Console(stderr=True, soft_wrap=True).print(Text(f"warning: {line.translate(CONTROLS)}", style="yellow"))
 
@@ -45,13 +56,13 @@ def note(line: str) -> None:
 
     Standard error of a script stays what it is: nothing, or the one line of an error.
     """
-    if sys.stderr.isatty():
+    if rank() == 0 and sys.stderr.isatty():
         _write(sys.stderr, line)
 
 
 def say_json(value: object) -> None:
     """Print one JSON object on standard output."""
-    _write(sys.stdout, json.dumps(value, ensure_ascii=True, sort_keys=True))
+    say(json.dumps(value, ensure_ascii=True, sort_keys=True))
 
 
 def answer(value: object, lines: Iterable[str], as_json: bool) -> None:
@@ -65,14 +76,14 @@ def answer(value: object, lines: Iterable[str], as_json: bool) -> None:
 def run(command: str, app: Callable[..., object]) -> None:
     """Run a typer app and leave with an exit code of errors.py; one line, never a traceback, for a user's mistake.
 
-    Ctrl-C and SIGTERM end it and clean up; a second one ends it at once.
+    Ctrl-C, SIGTERM and SIGUSR1 end it and clean up; a second one ends it at once.
     """
     _received.clear()
     _kept.clear()
     unraisable = sys.unraisablehook
     before = {number: signal.signal(number, _stop) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        with progress.heartbeat(command, quiet=os.environ.get("RANK", "0") != "0"):
+        with progress.heartbeat(command, quiet=rank() > 0):
             code = app(standalone_mode=False)  # typer hands its own errors to us
         if code == Interrupted.exit_code:  # how typer reports Ctrl-C
             raise KeyboardInterrupt
@@ -98,14 +109,14 @@ def _translate_error(command: str, error: BaseException) -> XkdError:
         return _translate_misuse(command, error)
     left = isinstance(error, SystemExit) and error.code == Interrupted.exit_code
     if left or _received or isinstance(error, typer.Abort | KeyboardInterrupt):  # C code makes other errors of it
-        kind = Terminated if signal.SIGTERM in _received else Interrupted
+        kind = Terminated if {*_received} - {signal.SIGINT} else Interrupted
         return kind(kind.__name__.lower(), kept=(_kept or [_KEPT])[0], fix="run the same command again to go on")
     if isinstance(error, MemoryError):
         return OutOfMemory("out of memory", kept=_KEPT, fix="use smaller batches")
     raise error
 
 
-STOPS: Final = (signal.SIGINT, signal.SIGTERM)
+STOPS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a cluster sends the last before it takes a machine
 AGAIN: Final = 1.0  # seconds after which a signal that ended nothing is raised again
 
 
@@ -130,7 +141,7 @@ def _again(_number: int, _frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def tell_kept(describe: Callable[[], str]) -> Iterator[None]:
-    """Where Ctrl-C or SIGTERM ends the work inside, the last line says `describe()` of what was kept."""
+    """Where a signal of STOPS ends the work inside, the last line says `describe()` of what was kept."""
     try:
         yield
     except KeyboardInterrupt:
@@ -139,8 +150,8 @@ def tell_kept(describe: Callable[[], str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals_noted() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM came, so that the caller can end a step first; at the end it is raised as before.
+def signals_noted() -> Iterator[Callable[[], int]]:
+    """Which signal of STOPS came, 0 for none, so that the caller can end a step first; it is raised at the end.
 
     A second signal is raised at once. In other threads than the main one signals are not touched.
     """
@@ -159,7 +170,7 @@ def signals_noted() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is threading.main_thread():
         before.update({n: signal.signal(n, remember) for n in STOPS if signal.getsignal(n) != signal.SIG_IGN})
     try:
-        yield lambda: bool(came)
+        yield lambda: came[0] if came else 0
     finally:
         give_back()
     if came:
@@ -185,7 +196,12 @@ _KEPT = "everything that was committed or saved so far"
 
 
 def tell(error: XkdError, command: str = "") -> None:
-    """Print what went wrong as every command does; `command` is by default the name of the program that runs."""
+    """Print what went wrong as every command does; `command` is by default the name of the program that runs.
+
+    What is the same in all processes of a run is said by the first.
+    """
+    if rank() and (error.shared or isinstance(error, UsageError | Interrupted | Terminated)):
+        return
     if "--json" in sys.argv:
         kind = type(error).__name__
         parts = {"code": error.exit_code, "kind": kind, "what": error.what, "kept": error.kept, "next": error.fix}

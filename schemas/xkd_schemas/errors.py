@@ -8,6 +8,7 @@ class XkdError(Exception):
     """What went wrong and where, what was kept, what to type next; printed as one line without traceback."""
 
     exit_code: ClassVar[int] = 2
+    shared = False  # every process of a run ends with it
 
     def __init_subclass__(cls, *, exit_code: int = 0) -> None:
         cls.exit_code = exit_code or cls.exit_code
@@ -75,4 +76,4 @@ class Interrupted(XkdError, exit_code=130):
 
 
 class Terminated(XkdError, exit_code=143):
-    """SIGTERM, as a scheduler or a system that shuts down sends it."""
+    """SIGTERM or SIGUSR1, as a scheduler or a system that shuts down sends it."""

@@ -15,7 +15,7 @@ import typer
 
 from xkd_schemas import console as terminal
 from xkd_schemas.console import run, say, say_json, warn
-from xkd_schemas.errors import BadData, Mismatch, XkdError
+from xkd_schemas.errors import BadData, Mismatch, UsageError, XkdError
 
 
 def raising(error: BaseException):
@@ -55,22 +55,23 @@ def test_memory_and_ctrl_c_have_codes_of_their_own_and_say_what_was_kept(capsys,
         assert "Kept: everything that was committed or saved so far. Next: " in err
 
 
-def test_sigterm_cleans_up_says_what_was_kept_and_leaves_with_143(capsys) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_a_cluster_sends_cleans_up_says_what_was_kept_and_leaves_with_143(capsys, number: int) -> None:
     cleaned = []
 
     def work(**_options: object) -> None:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(10)
         finally:
-            cleaned.append(signal.getsignal(signal.SIGTERM))
+            cleaned.append(signal.getsignal(number))
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     code, _, err = left(capsys, work)
 
     assert (code, err.count("\n"), err.startswith("xkd-cache: terminated. Kept: ")) == (143, 1, True)
     assert cleaned == [signal.SIG_DFL], "a second one would end it at once"
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("swallowed", [True, False])
@@ -139,6 +140,25 @@ def test_with_json_the_error_is_an_object_too(capsys, monkeypatch) -> None:
     assert (code, err) == (78, "xkd-cache: a b. Next: c\n")
 
 
+def test_of_several_processes_the_first_says_what_is_the_same_in_all_and_each_what_is_its_own(
+    capsys, monkeypatch
+) -> None:
+    own, same = BadData("x"), BadData("x")
+    same.shared = True
+    errors = (same, UsageError("x"), KeyboardInterrupt(), own)
+
+    said = []
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        said.append([left(capsys, raising(error))[2].count("\n") for error in errors])
+        say("line")
+        say_json({})
+        warn("line")
+        out, err = capsys.readouterr()
+        said[-1] += [out.count("\n"), err.count("\n")]
+    assert said == [[1, 1, 1, 1, 2, 1], [0, 0, 0, 1, 0, 0]]
+
+
 def test_the_traceback_is_there_for_who_asks(capsys, monkeypatch) -> None:
     monkeypatch.setenv("XKD_DEBUG", "1")
     _, _, err = left(capsys, raising(BadData("x")))
@@ -190,7 +210,7 @@ SIGNALLED = "import os, signal\nos.kill(os.getpid(), signal.{name})\n"
 WITH_ITS_OWN_ERROR = SIGNALLED + "raise ImportError('of the C code')\n"
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143)])
 @pytest.mark.parametrize(
     ("module", "content"), [("typer", SIGNALLED), ("torch", SIGNALLED), ("torch", WITH_ITS_OWN_ERROR)]
 )

@@ -25,7 +25,7 @@ from faulty_disk import exit_code_of
 from xkd_schemas.config import RunConfig, TrainSection
 from xkd_schemas.console import run as run_app
 from xkd_schemas.durable_files import hold_lock
-from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite
+from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite, OutOfMemory
 from xkd_train import xkd_train
 from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.data.collate import batch_of
@@ -311,6 +311,51 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint_of_it(
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int, error: BaseException) -> list[int]:
+    """Memory runs out behind a backward pass of more rows; the micro-batches that went through, by their rows."""
+    backward, done = loop._Run._backward, list[int]()
+
+    def limited(self: Any, step: int, batch: Batch, *given: Any) -> Any:
+        parts = backward(self, step, batch, *given)
+        if len(batch.rows) > rows:
+            raise error
+        done.append(len(batch.rows))
+        return parts
+
+    monkeypatch.setattr(loop._Run, "_backward", limited)
+    return done
+
+
+def test_where_memory_runs_out_the_run_is_that_of_half_the_micro_batch_also_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"steps": 3, "save_every": 1, **new()}
+    train(run(tmp_path / "half", micro_batch_size=3, **settings), quiet=True)
+    capsys.readouterr()
+    done = limit_memory(monkeypatch, 3, torch.OutOfMemoryError("CUDA out of memory"))
+    looked = iter([(0, True), (signal.SIGINT, True)])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_look_around", lambda *_: next(looked))
+        with pytest.raises(KeyboardInterrupt):
+            train(run(tmp_path / "full", **settings), quiet=True)
+    assert train(run(tmp_path / "full", **settings), quiet=True).resumed_at == 2
+
+    assert done == [3] * 6
+    assert capsys.readouterr().err.count("step 1: out of memory with micro-batches of 6 documents") == 1
+    assert metrics(tmp_path / "full") == [{**line, "micro_batch_size": 3} for line in metrics(tmp_path / "half")]
+    for name, tensor in weights(tmp_path / "half").items():
+        assert torch.equal(weights(tmp_path / "full")[name], tensor), name
+
+
+def test_where_one_document_does_not_fit_its_row_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_memory(monkeypatch, 0, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+
+    with pytest.raises(
+        OutOfMemory, match=r"step 1: out of memory with one document, cache row \d+\. .*Next: add --gr"
+    ):
+        train(run(tmp_path, steps=1), quiet=True)
+
+
 @pytest.mark.parametrize(
     ("changed", "field"),
     [
@@ -388,7 +433,7 @@ def test_the_student_is_saved_in_the_dtype_it_came_in_unless_another_is_asked_fo
 
 
 def test_a_signal_to_another_process_alone_exports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop._Run, "_stop", lambda _self, noted: True)
+    monkeypatch.setattr(loop._Run, "_look_around", lambda *_: (signal.SIGINT, False))
 
     with pytest.raises(KeyboardInterrupt):
         train(run(tmp_path, steps=3), quiet=True)

@@ -34,16 +34,19 @@ FILES: Final = ("student.safetensors", "projectors.safetensors", "optimizer.safe
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Everything a run needs to go on as if it had not stopped. The order of documents is a formula of the step."""
+    """Everything a run needs to go on as if it had not stopped.
+
+    The order of documents and the seed of its random numbers are formulas of the step.
+    """
 
     step: int  # optimizer steps done
     student: Mapping[str, Tensor]
     projectors: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]  # `state_dict()` of the optimizer
-    random: Tensor  # torch's CPU generator state, uint8
     fingerprint: Mapping[str, Any]  # what must be the same to resume: cache root, losses, batch size, seed, ...
     window: Mapping[str, Any] = field(default_factory=dict)  # what was measured since the last logged step
     metrics: bytes = b""  # the file of what was logged
+    micro_batch_size: int = 0  # documents of a forward pass, fewer than asked for where memory ran out; 0 for all
 
 
 def _make_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,11 +80,12 @@ def save(out: Path, snapshot: Snapshot) -> Path:
 def _write(folder: Path, snapshot: Snapshot) -> None:
     states = snapshot.optimizer["state"].items()
     optimizer = {f"{index}.{key}": tensor for index, values in states for key, tensor in values.items()}
-    tensors = snapshot.student, snapshot.projectors, {**optimizer, "random": snapshot.random}
+    tensors = snapshot.student, snapshot.projectors, optimizer
     for name, content in zip(FILES, tensors, strict=False):
         save_tensors(_make_contiguous(content), folder / name)
     state = {
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "window": dict(snapshot.window),
+        "micro_batch_size": snapshot.micro_batch_size,
         "optimizer": {"groups": snapshot.optimizer["param_groups"]},
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state))  # terms stay in the order that they are logged in
@@ -121,7 +125,7 @@ def _find_fault(path: Path) -> str:
 def _load(path: Path) -> Snapshot:
     state = json.loads((path / "state.json").read_text())
     tensors = load_file(path / "optimizer.safetensors")
-    random = tensors.pop("random")
+    tensors.pop("random", None)  # written by versions before 0.2
     values: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
@@ -131,9 +135,9 @@ def _load(path: Path) -> Snapshot:
         student=load_file(path / "student.safetensors"),
         projectors=load_file(path / "projectors.safetensors"),
         optimizer={"state": values, "param_groups": state["optimizer"]["groups"]},
-        random=random.to(torch.uint8),
         fingerprint=state["fingerprint"],
         window=state.get("window", {}),
+        micro_batch_size=state.get("micro_batch_size", 0),
         metrics=(path / METRICS).read_bytes(),
     )
 

@@ -1,0 +1,196 @@
+"""Several processes on CPU train the student that one trains, and all end with one line when one cannot go on."""
+
+import functools
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny_models as tiny
+from forked import Ended, launched
+from one_step import gradients
+from xkd_schemas.errors import BadData
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.data.sampler import Order
+from xkd_trainer.training import loop
+from xkd_trainer.training.files import load_newest
+from xkd_trainer.training.prepare import Ready, set_up
+
+BATCH = 23
+"""Of 24 documents: every second step has one, and all processes but the first none."""
+SETTINGS = {"loss": "mta+sra+dwa", "batch_size": BATCH, "lr": 1e-4, "projector_lr": 1e-4, "save_every": 2}
+STEPS = 4
+
+
+@functools.cache
+def ready() -> Ready:
+    """Student and losses, and kernels compiled by one batch; every process of a launch has its own by the fork."""
+    made = set_up(tiny.tiny_cache().run(**SETTINGS), "", quiet=True)
+    batch = batch_of(made.cache, [0, 1], made.wanted)
+    gradients(made.distiller, [batch], made.distiller.counts(batch))
+    made.distiller.zero_grad(set_to_none=True)
+    return made
+
+
+@functools.cache
+def alone() -> Path:
+    """The run of one process."""
+    out = tiny.tiny_cache().root / "alone"
+    (ended,) = launch(1, out)
+    assert ended.code == 0, ended.err
+    return out
+
+
+def launch(world: int, out: Path, inside: Callable[[int], None] = lambda rank: None, **changed: Any) -> list[Ended]:
+    given = {"shards": tiny.tiny_cache().cache, "student": tiny.tiny_cache().student, "out": out, "steps": STEPS}
+    flags = {name.replace("_", "-"): value for name, value in {**given, **SETTINGS, **changed}.items()}
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    ready()
+
+    def prepare(rank: int) -> None:
+        loop.set_up = lambda *_, **__: ready()
+        inside(rank)
+
+    return launched(world, out.parent / f"said by {out.name}", *words, "--set", "train.log_every=1", inside=prepare)
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_as_alone(out: Path) -> None:
+    for found, expected in zip(lines(out), lines(alone()), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    found, expected = (load_file(folder / "model.safetensors") for folder in (out, alone()))
+    start = load_file(tiny.tiny_cache().student / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-5, msg=name)
+    assert max(float((expected[name] - start[name]).abs().max()) for name in start) > 2e-4
+
+
+def assert_one_line(ended: list[Ended], code: int, *words: str) -> None:
+    """All end with the code; the first process says one line about it, the others nothing."""
+    assert [process.code for process in ended] == [code] * len(ended), ended
+    assert [process.err for process in ended[1:]] == [""] * (len(ended) - 1)
+    said = [line for line in ended[0].err.splitlines() if line.startswith("xkd-train: ") and " elapsed" not in line]
+    assert len(said) == 1, ended[0].err
+    assert all(word in said[0] for word in words), said[0]
+    assert "Traceback" not in ended[0].err
+
+
+def at_batch(number: int, act: Callable[[Batch], Batch]) -> None:
+    """The batch of that number that this process makes is what `act` makes of it."""
+    made = itertools.count(1)
+    loop.batch_of = lambda *given: act(batch_of(*given)) if next(made) == number else batch_of(*given)
+
+
+@pytest.mark.parametrize(("world", "micro_batch_size"), [(2, 5), (3, 0)])
+def test_several_processes_train_the_student_of_one_and_the_first_alone_speaks_and_writes(
+    tmp_path: Path, world: int, micro_batch_size: int
+) -> None:
+    def watch(rank: int) -> None:
+        if rank:
+            loop.save = loop.export_student = loop.Metrics = loop.hold_lock = None  # would be called
+
+    ended = launch(world, tmp_path / "out", watch, micro_batch_size=micro_batch_size)
+
+    assert [process.code for process in ended] == [0] * world, ended
+    assert [(process.out, process.err) for process in ended[1:]] == [("", "")] * (world - 1)
+    assert ended[0].out.count("trained for 4 steps") == ended[0].out.count("loss: ") == 1
+    assert_as_alone(tmp_path / "out")
+
+
+def test_a_killed_process_ends_the_others_and_another_number_of_them_goes_on_in_the_same_order(tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", tmp_path / "rows"
+    step = loop._Run._step
+
+    def kill(rank: int) -> None:
+        def killed(self: Any, number: int, batches: list[Batch]) -> Any:
+            if (rank, number) == (1, 3):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, number, batches)
+
+        loop._Run._step = killed
+
+    ended = launch(2, out, kill)
+    assert ended[1].code == -signal.SIGKILL
+    assert_one_line(ended[:1], 69, "another process", "Kept: the checkpoint of step 2 of 4", "Next: run")
+
+    def note(rank: int) -> None:
+        def noted(self: Any, number: int, batches: list[Batch]) -> Any:
+            with rows.open("a") as stream:
+                stream.write(json.dumps([number, [r for b in batches if b.num_predictions for r in b.rows]]) + "\n")
+            return step(self, number, batches)
+
+        loop._Run._step = noted
+
+    assert [process.code for process in launch(3, out, note)] == [0, 0, 0]
+    assert_as_alone(out)
+    order = Order(size=24, batch_size=BATCH, seed=0)
+    seen = [json.loads(line) for line in rows.read_text().splitlines()]
+    for number in (2, 3):
+        assert sorted(row for n, part in seen if n == number for row in part) == sorted(order.step(number).tolist())
+
+
+def test_a_damaged_shard_and_a_loss_that_is_not_finite_in_one_process_end_all(tmp_path: Path) -> None:
+    def damage(rank: int) -> None:
+        def fail(_: Batch) -> Batch:
+            raise BadData("a shard is gone", kept="the rest")
+
+        at_batch(2, fail) if rank else None
+
+    assert_one_line(launch(2, tmp_path / "shard", damage), 65, "a shard is gone. Kept: the rest.")
+
+    backward = loop._Run._backward
+
+    def spoil(rank: int) -> None:
+        def nan(*given: Any) -> Any:
+            return {name: part / (1 - rank if name == "ce.ce" else 1) for name, part in backward(*given).items()}
+
+        loop._Run._backward = nan
+
+    second = Order(size=24, batch_size=BATCH, seed=0).share(0, 1, 2, 0)[0].tolist()
+    assert_one_line(launch(2, tmp_path / "nan", spoil), 76, "step 1: ", f"not finite on cache rows {second[:8]}")
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step_with_143(tmp_path: Path) -> None:
+    step = loop._Run._step
+
+    def send(rank: int) -> None:
+        def sent(self: Any, number: int, batches: list[Batch]) -> Any:
+            if (rank, number) == (1, 0):
+                signal.raise_signal(signal.SIGUSR1)
+            return step(self, number, batches)
+
+        loop._Run._step = sent
+
+    out = tmp_path / "out"
+    assert_one_line(launch(2, out, send), 143, f"terminated. Kept: the checkpoint of step 1 of 4 in {out}")
+    assert load_newest(out)[0].step == 1
+
+
+def test_processes_agree_on_smaller_micro_batches_where_memory_runs_out_in_one(tmp_path: Path) -> None:
+    backward = loop._Run._backward
+
+    def fill(rank: int) -> None:
+        def full(self: Any, number: int, batch: Batch, *given: Any) -> Any:
+            if rank and number == 2 and len(batch.rows) > 4:
+                torch.empty(2**50)
+            return backward(self, number, batch, *given)
+
+        loop._Run._backward = full
+
+    ended = launch(2, tmp_path / "out", fill)
+
+    assert [process.code for process in ended] == [0, 0]
+    assert ended[0].err.count("out of memory") == 2, ended[0].err
+    assert [line.pop("micro_batch_size", None) for line in lines(tmp_path / "out")] == [None, None, 3, 3]

@@ -1,0 +1,120 @@
+"""Several processes as one run: what ends one of them ends all, with one line; the same numbers as in one process.
+
+torchrun and accelerate launch start the processes and say in the environment which one this is. Each holds the whole
+student (DDP). Where there is one process nothing here does anything.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from torch import nn
+from torch.distributed import DistError
+
+from xkd_schemas import errors
+from xkd_schemas.errors import WorkersGone, XkdError
+
+T = TypeVar("T")
+
+
+def join() -> None:
+    """Meet the other processes of this run, before anything is loaded."""
+    PartialState(cpu=not torch.cuda.is_available())
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """For all processes of this run."""
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients once in memory, not twice
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+
+
+def largest(*values: float) -> list[float]:
+    """The largest of each value over all processes."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return [*values]
+    found = torch.tensor(values, dtype=torch.float64, device=state.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found.tolist()
+
+
+def agree(work: Callable[[], T]) -> T:
+    """What `work` returns in this process; an error of it in any process is raised in all of them.
+
+    Every process must call it at the same place. Of several errors that of the first process is raised.
+    """
+    state, failed = PartialState(), None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is goes on below
+        if state.num_processes == 1:
+            raise
+        failed = error
+    first = state.num_processes - int(largest(failed is not None and state.num_processes - state.process_index)[0])
+    if first == state.num_processes:
+        return result
+    raise _share(failed, first)
+
+
+def _share(failed: Exception | None, first: int) -> Exception:
+    """The error of process `first`, as it is there, and as one of ours in the others."""
+    state, text = PartialState(), b""
+    if state.process_index == first:
+        told = (
+            failed if isinstance(failed, XkdError) else WorkersGone(f"process {first} failed: {failed!r}", fix=_AGAIN)
+        )
+        text = json.dumps([type(told).__name__, told.what, told.kept, told.fix]).encode()
+    size = torch.tensor(len(text), device=state.device)
+    torch.distributed.broadcast(size, first)
+    sent = torch.tensor([*text] or [0] * int(size), dtype=torch.uint8, device=state.device)
+    torch.distributed.broadcast(sent, first)
+    if state.process_index == first and not isinstance(failed, XkdError):
+        assert failed is not None
+        return failed
+    kind, what, kept, fix = json.loads(bytes(sent.tolist()))
+    error: XkdError = getattr(errors, kind)(what, kept=kept, fix=fix)
+    error.shared = True
+    return error
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Random numbers of a step, such as dropout, are a function of the seed, the step and the process."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, PartialState().process_index]).generate_state(1)[0]))
+
+
+def sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
+    """Add up what the processes gathered without a word to each other; DDP does it in its buckets.
+
+    It is done when all micro-batches of all processes have gone through: one that runs out of memory in the middle of
+    a backward pass could not take back what it had sent. A gradient that no document of a process reached is 0.
+    """
+    if accelerator.num_processes > 1:
+        with accelerator.trigger_sync_in_backward(getattr(module, "_orig_mod", module)):
+            reach = [parameter.sum() for parameter in module.parameters() if parameter.requires_grad]
+            (torch.stack(reach).sum() * 0.0).backward()
+
+
+@contextmanager
+def losing_no_process(kept: Callable[[], str]) -> Iterator[None]:
+    """Where another process of the run dies, what it does to this one's work inside is WorkersGone."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, DistError) or any(words in str(error) for words in _LOST)
+        if PartialState().num_processes == 1 or not lost:
+            raise
+        raise WorkersGone("another process of this run is gone", kept=kept(), fix=_AGAIN) from error
+
+
+_LOST: Final = ("closed by peer", "reset by peer", "gloo", "NCCL")
+_AGAIN: Final = "run the same command again to go on"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on a CPU."""
+    words = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
