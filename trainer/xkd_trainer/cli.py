@@ -101,6 +101,25 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 @app.command()
+def export(
+    student: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
+    to: Annotated[Path, typer.Option(help="New folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Put a LoRA adapter into the weights below it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a student that LoRA trained as a whole model, which needs neither peft nor the model below it.
+
+    Example: xkd-train export out/adapter --merge --to out/student
+    """
+    from xkd_trainer.training.files import export_merged
+
+    if not merge:
+        raise UsageError("nothing is asked for", fix=f"xkd-train export {student} --merge --to {to}")
+    dtype = str(export_merged(student, to)).removeprefix("torch.")
+    answer({"out": str(to), "saved_in": dtype}, [f"{to}: a whole student; saved in {dtype}"], as_json)
+
+
+@app.command()
 def losses(as_json: JsonOption = False) -> None:
     """List the losses: what each needs from the cache, its settings, and its source.
 

@@ -24,8 +24,18 @@ from transformers import PreTrainedModel
 
 from xkd_schemas.cache.manifest import OWN
 from xkd_schemas.durable_files import digest, disk_errors, own_folder, replace, save_folder, sha256_of, sync_folder
+from xkd_schemas.errors import UsageError
 from xkd_schemas.tokens import END, Bools, Int32s
-from xkd_trainer.models.loading import PROVENANCE, check_student, read_provenance, save_tensors, tensor_errors
+from xkd_trainer.models.loading import (
+    PROVENANCE,
+    check_student,
+    load_tokenizer,
+    read_provenance,
+    save_tensors,
+    stored_dtype,
+    tensor_errors,
+)
+from xkd_trainer.models.lora import base_of, load_student
 
 KEPT = 2  # newest whole checkpoints that stay
 METRICS: Final = "metrics.jsonl"
@@ -177,6 +187,24 @@ def export_student(
     replace(out / PROVENANCE, (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
 
 
+def export_merged(folder: Path, to: Path) -> torch.dtype:
+    """Write the whole student that an adapter's folder stands for to a new folder; in the dtype of the model below it.
+
+    UsageError where there is no adapter, or the folder is not empty.
+    """
+    base = base_of(str(folder))
+    if base == str(folder):
+        raise UsageError(f"{folder} holds no adapter", fix="name a folder that xkd-train --lora-rank R finished")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UsageError(f"--to {to} is there already", kept="it as it is", fix="name a new folder")
+    dtype = stored_dtype(base)
+    student = load_student(str(folder), dtype=torch.float32, merged=True).to(dtype)
+    run = {**read_provenance(folder).get("run", {}), "merged": sha256_of(folder / "adapter_model.safetensors")}
+    export_student(to, student, load_tokenizer(str(folder)), run, ())
+    tidy_up(to, keep_checkpoints=True)
+    return dtype
+
+
 def tidy_up(out: Path, *, keep_checkpoints: bool) -> None:
     """Remove what a run whose student is just finished needs no more; a killed one leaves it to the next."""
     with disk_errors(out):
@@ -190,6 +218,11 @@ def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
     """True where `out` holds the finished student of exactly this run; BadData where a file is not as it was saved."""
     check_student(out, weights=True)
     return bool(read_provenance(out).get("run") == json.loads(json.dumps(dict(fingerprint))))
+
+
+def holds_student(out: Path) -> bool:
+    """Whether weights of a student, or of an adapter, lie in a folder."""
+    return any(out.glob("*model*.safetensors"))
 
 
 def was_exporting(out: Path, fingerprint: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from xkd_schemas.cache.table import names_in
-from xkd_schemas.config import RunConfig
+from xkd_schemas.config import LoraSection, RunConfig
 from xkd_schemas.console import note, say
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import Signal
@@ -34,6 +34,7 @@ from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named
 from xkd_trainer.models.forward import check_model
 from xkd_trainer.models.loading import load_model, load_tokenizer, new_model, stored_dtype
+from xkd_trainer.models.lora import add_adapter, base_of
 from xkd_trainer.training.distiller import Distiller
 
 
@@ -90,6 +91,7 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     head.
     """
     name = run.student.model
+    _check_lora(run)
     if name.startswith("new:"):
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         torch.manual_seed(run.train.seed)
@@ -104,13 +106,28 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
             f"student {name} has {rows} embeddings, its tokenizer {len(tokenizer)} tokens",
             fix="use the tokenizer the model was trained with",
         )
+    if run.train.lora.rank:
+        torch.manual_seed(run.train.seed)
+        add_adapter(model, run.train.lora, name)
     return model
+
+
+def _check_lora(run: RunConfig) -> None:
+    name, lora = run.student.model, run.train.lora
+    if not lora.rank and lora != LoraSection():
+        raise UsageError("settings of LoRA are given without its rank", fix="--lora-rank 16, or leave them out")
+    if lora.rank and name.startswith("new:"):
+        raise UsageError(f"--lora-rank adapts a trained model, {name} is a new one", fix="leave out --lora-rank")
+    if base_of(name) != name:
+        merge = f"xkd-train export {name} --merge --to FOLDER"
+        raise UsageError(f"student {name} is an adapter", fix=f"{merge}, then --student FOLDER")
 
 
 def _save_dtype(run: RunConfig) -> torch.dtype:
     if run.train.save_dtype != AUTO:
         return dtype_named(run.train.save_dtype)
-    return torch.float32 if run.student.model.startswith("new:") else stored_dtype(run.student.model)
+    begun_here = run.student.model.startswith("new:") or run.train.lora.rank  # of LoRA the adapter is saved
+    return torch.float32 if begun_here else stored_dtype(run.student.model)
 
 
 def _check_template(run: RunConfig, cache: Cache) -> None:
