@@ -178,6 +178,12 @@ class TrainSection(Section):
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Not applied to biases and norms."""
+    optimizer: Literal["adamw", "adamw_fused", "adafactor", "adamw_8bit"] = "adamw"
+    """adamw_fused is faster, adafactor holds next to nothing for each weight, adamw_8bit needs bitsandbytes."""
+    gradient_checkpointing: bool = False
+    """Compute each block a second time in the backward pass instead of keeping what is inside it."""
+    compile: bool = False
+    """Compile the student's blocks with torch.compile; the first steps take minutes."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Longer gradients are scaled down to this norm."""
     seed: int = Field(default=0, ge=0)

@@ -1,7 +1,7 @@
 """xkd-train: parse the command line, train or evaluate, say what happened."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -14,16 +14,27 @@ from xkd_schemas.flags import FlagsOf, JsonOption, with_flags
 app = typer.Typer(name="xkd-train", pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.callback(invoke_without_command=True)
-@with_flags(
+TRAINING: Final = (
     FlagsOf(
         "student",
-        only=("model", "tokenizer", "template"),
-        flags={"model": "--student", "tokenizer": "--student-tokenizer"},
+        only=("model", "tokenizer", "template", "dtype", "quantization"),
+        flags={
+            "model": "--student",
+            **{name: f"--student-{name}" for name in ("tokenizer", "dtype", "quantization")},
+        },
     ),
-    FlagsOf("train"),
-    run_file="--run",
+    FlagsOf(
+        "train",
+        flags={
+            "gradient_checkpointing": "--gradient-checkpointing/--no-gradient-checkpointing",
+            "compile": "--compile/--no-compile",
+        },
+    ),
 )
+
+
+@app.callback(invoke_without_command=True)
+@with_flags(*TRAINING, run_file="--run")
 def train(
     context: typer.Context,
     run: RunConfig,

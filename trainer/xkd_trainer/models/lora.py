@@ -32,6 +32,23 @@ def import_peft() -> Any:
     return peft
 
 
+def quantization(name: str) -> Any:
+    """What `load_model` is told for 4bit, None for none; UsageError where it cannot be had."""
+    if name == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
+        raise UsageError(
+            "student.quantization=4bit needs bitsandbytes and a GPU, which are not both here",
+            fix="pip install bitsandbytes, or --student-dtype bfloat16 with --lora-rank",
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
 def add_adapter(model: PreTrainedModel, settings: LoraSection, name: str) -> None:
     """Freeze a model and put an adapter beside its linear modules, float32, random by torch's current seed.
 

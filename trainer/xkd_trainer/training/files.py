@@ -86,13 +86,14 @@ def save(out: Path, snapshot: Snapshot) -> Path:
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
     states = snapshot.optimizer["state"].items()
-    optimizer = {f"{index}.{key}": tensor for index, values in states for key, tensor in values.items()}
+    optimizer = {f"{index}.{key}": value for index, values in states for key, value in values.items()}
+    plain = {key: optimizer.pop(key) for key, value in list(optimizer.items()) if not isinstance(value, Tensor)}
     tensors = snapshot.student, snapshot.projectors, {**optimizer, "random": snapshot.random}
     for name, content in zip(FILES, tensors, strict=False):
         save_tensors(_make_contiguous(content), folder / name)
     state = {
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "window": dict(snapshot.window),
-        "optimizer": {"groups": snapshot.optimizer["param_groups"]},
+        "optimizer": {"groups": snapshot.optimizer["param_groups"], "plain": plain},
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state))  # terms stay in the order that they are logged in
     (folder / METRICS).write_bytes(snapshot.metrics)
@@ -132,10 +133,10 @@ def _load(path: Path) -> Snapshot:
     state = json.loads((path / "state.json").read_text())
     tensors = load_file(path / "optimizer.safetensors")
     random = tensors.pop("random")
-    values: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    values: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **state["optimizer"].get("plain", {})}.items():
         index, name = key.split(".", 1)
-        values.setdefault(int(index), {})[name] = tensor
+        values.setdefault(int(index), {})[name] = value
     return Snapshot(
         step=int(state["step"]),
         student=load_file(path / "student.safetensors"),

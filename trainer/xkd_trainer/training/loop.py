@@ -39,6 +39,7 @@ from xkd_trainer.training.files import (
     tidy_up,
     was_exporting,
 )
+from xkd_trainer.training.optimizers import make_optimizer
 from xkd_trainer.training.prepare import Ready, set_up
 
 T = TypeVar("T")
@@ -110,6 +111,7 @@ def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
     dumped = run.train.model_dump(mode="json", exclude={"out", "shards", "threads", "log_every", "save_every"})
     changed = run.train.model_dump(exclude_defaults=True)
     train = {key: value for key, value in dumped.items() if key in FIRST_KEYS or key in changed}
+    weights = run.student.model_dump(include={"dtype", "quantization"}, exclude_defaults=True)
     return {
         "cache": ready.cache.identity(ready.wanted),
         "student": run.student.model,
@@ -121,6 +123,7 @@ def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
         "order": ORDER,
         "train": train,
         **({} if reading["enable_thinking"] is None else {"enable_thinking": reading["enable_thinking"]}),
+        **({"student_weights": weights} if weights else {}),
         **({"base": weights_identity(run.student.model)} if is_adapted(ready.distiller.student) else {}),
     }
 
@@ -184,7 +187,7 @@ class _Run:
         self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         self.distiller = ready.distiller
         groups = self.distiller.parameter_groups(lr=run.train.lr, weight_decay=run.train.weight_decay)
-        self.optimizer: Any = torch.optim.AdamW(groups)
+        self.optimizer = make_optimizer(run.train.optimizer, groups)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.logged: bytes | None = None  # in the metrics of the checkpoint
         self.start = self._resume()

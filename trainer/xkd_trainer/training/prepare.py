@@ -32,9 +32,9 @@ from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant
 from xkd_trainer.losses.registry import loss_named, parse_loss
 from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named
-from xkd_trainer.models.forward import check_model
+from xkd_trainer.models.forward import check_model, checkpoint_blocks, compile_blocks
 from xkd_trainer.models.loading import load_model, load_tokenizer, new_model, stored_dtype
-from xkd_trainer.models.lora import add_adapter, base_of
+from xkd_trainer.models.lora import add_adapter, base_of, quantization
 from xkd_trainer.training.distiller import Distiller
 
 
@@ -81,6 +81,8 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
     losses: Mapping[str, nn.Module] = {name: loss_named(name).build(settings[name], context) for name in weights}
     wanted = frozenset(signal for signals in needs.values() for signal in signals)
     distiller = Distiller(student, losses, weights, _projectors(run, losses))
+    if run.train.compile:
+        compile_blocks(student)  # behind the rehearsal, which would compile for itself
     return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted, save_dtype=save_dtype)
 
 
@@ -91,13 +93,14 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     head.
     """
     name = run.student.model
-    _check_lora(run)
+    _check_student_settings(run)
+    dtype = dtype_named(run.student.dtype)
     if name.startswith("new:"):
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         torch.manual_seed(run.train.seed)
-        model = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
+        model = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special).to(dtype)
     else:
-        model = load_model(name, dtype=torch.float32)
+        model = load_model(name, dtype=dtype, quantization=quantization(run.student.quantization))
     check_model(model)
     constant_head(head_of(model), f"student {name}", convert=False)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -109,11 +112,20 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     if run.train.lora.rank:
         torch.manual_seed(run.train.seed)
         add_adapter(model, run.train.lora, name)
+    if run.train.gradient_checkpointing:
+        checkpoint_blocks(model)
     return model
 
 
-def _check_lora(run: RunConfig) -> None:
+def _check_student_settings(run: RunConfig) -> None:
     name, lora = run.student.model, run.train.lora
+    if run.student.dtype != "float32" and run.train.mixed_precision != "no" and not lora.rank:
+        raise UsageError(
+            f"with mixed precision the weights that learn stay float32, and student.dtype is {run.student.dtype}",
+            fix="leave out --student-dtype, or --mixed-precision",
+        )
+    if run.student.quantization != "none" and not lora.rank:
+        raise UsageError("weights of four bits cannot learn by themselves", fix="--lora-rank 16")
     if not lora.rank and lora != LoraSection():
         raise UsageError("settings of LoRA are given without its rank", fix="--lora-rank 16, or leave them out")
     if lora.rank and name.startswith("new:"):
