@@ -33,8 +33,7 @@ class Distiller(nn.Module):
         projectors: Mapping[str, Projectors] | None = None,
     ) -> None:
         super().__init__()
-        student = student.get_base_model() if hasattr(student, "get_base_model") else student  # inside peft's wrapper
-        self.student: PreTrainedModel = student
+        self.student = student
         self.losses = nn.ModuleDict(losses)
         self.weights = dict(weights)
         self.projectors = {name: (projectors or {}).get(name, Projectors()) for name in losses}

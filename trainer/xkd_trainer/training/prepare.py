@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -49,11 +50,43 @@ class Ready:
     save_dtype: torch.dtype  # of the finished student
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The cache and the losses of a run, checked; no model loaded yet."""
+
+    cache: Cache
+    tokenizer: Any
+    weights: Mapping[str, float]
+    settings: Mapping[str, BaseModel]
+    levels: Levels
+    wanted: frozenset[Signal]
+
+    def build(self, context: Context) -> dict[str, nn.Module]:
+        """The losses, whose projectors are random by torch's current seed."""
+        return {name: loss_named(name).build(self.settings[name], context) for name in self.weights}
+
+
 def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
     """Check and load everything; `on_missing` says what to do where the student's table is not there.
 
     XkdError for whatever is wrong with names, settings, fingerprints or signals, before anything is trained.
     """
+    opened = open_run(run, student_table, on_missing=on_missing, quiet=quiet)
+    student, save_dtype = student_of(run, opened.tokenizer), _save_dtype(run)
+    context = context_of(opened.cache, student, opened.tokenizer, opened.levels)
+    torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
+    losses = opened.build(context)
+    distiller = Distiller(student, losses, opened.weights, _projectors(run, losses))
+    if run.train.compile:
+        compile_blocks(student)  # behind the rehearsal, which would compile for itself
+    return Ready(
+        cache=opened.cache, tokenizer=opened.tokenizer, distiller=distiller, wanted=opened.wanted,
+        save_dtype=save_dtype,
+    )  # fmt: skip
+
+
+def open_run(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Opened:
+    """Check everything but the student; errors and arguments as of `set_up`."""
     if not run.student.model:
         raise UsageError("no student is named", fix="--student FOLDER, a hub name, or new:llama,layers=4,width=256")
     if run.student.model.startswith("new:") and not run.student.tokenizer:
@@ -75,15 +108,10 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
     needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
     for name, each in itertools.product(needs, caches):
         each.require(name, needs[name])
-    student, save_dtype = student_of(run, tokenizer), _save_dtype(run)
-    context = context_of(cache, student, tokenizer, levels)
-    torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
-    losses: Mapping[str, nn.Module] = {name: loss_named(name).build(settings[name], context) for name in weights}
-    wanted = frozenset(signal for signals in needs.values() for signal in signals)
-    distiller = Distiller(student, losses, weights, _projectors(run, losses))
-    if run.train.compile:
-        compile_blocks(student)  # behind the rehearsal, which would compile for itself
-    return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted, save_dtype=save_dtype)
+    return Opened(
+        cache=cache, tokenizer=tokenizer, weights=weights, settings=settings, levels=levels,
+        wanted=frozenset(signal for signals in needs.values() for signal in signals),
+    )  # fmt: skip
 
 
 def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
@@ -93,7 +121,7 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     head.
     """
     name = run.student.model
-    _check_student_settings(run)
+    check_student_settings(run)
     dtype = dtype_named(run.student.dtype)
     if name.startswith("new:"):
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
@@ -117,7 +145,8 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     return model
 
 
-def _check_student_settings(run: RunConfig) -> None:
+def check_student_settings(run: RunConfig) -> None:
+    """UsageError where dtype, quantization, LoRA and student do not fit together."""
     name, lora = run.student.model, run.train.lora
     if run.student.dtype != "float32" and run.train.mixed_precision != "no" and not lora.rank:
         raise UsageError(
