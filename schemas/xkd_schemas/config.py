@@ -132,6 +132,23 @@ class StudentSection(Section):
     """Handed to the chat template, which decides unless this is given."""
     max_tokens: int = Field(default=1024, ge=8)
     """Longest document in tokens; a longer one is cut at a word border."""
+    dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(dtype_name)] = "float32"
+    """Of the weights while they are trained; with train.mixed_precision and without LoRA float32 alone."""
+    quantization: Literal["none", "4bit"] = "none"
+    """4bit keeps the frozen weights under LoRA in four bits; needs bitsandbytes and a GPU."""
+
+
+class LoraSection(Section):
+    """A LoRA adapter: small matrices beside frozen weights are trained, and nothing else of the student."""
+
+    rank: int = Field(default=0, ge=0)
+    """Inner width of the adapter; 0 trains the whole student."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The adapter is multiplied by alpha / rank."""
+    target: Annotated[tuple[str, ...], COMMAS] = ("all-linear",)
+    """Names of the linear modules that are adapted, e.g. q_proj,v_proj; all-linear for all but the head."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapter's inputs that are dropped in training."""
 
 
 class TrainSection(Section):
@@ -161,6 +178,12 @@ class TrainSection(Section):
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Not applied to biases and norms."""
+    optimizer: Literal["adamw", "adamw_fused", "adafactor", "adamw_8bit"] = "adamw"
+    """adamw_fused is faster, adafactor holds next to nothing for each weight, adamw_8bit needs bitsandbytes."""
+    gradient_checkpointing: bool = False
+    """Compute each block a second time in the backward pass instead of keeping what is inside it."""
+    compile: bool = False
+    """Compile the student's blocks with torch.compile; the first steps take minutes."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Longer gradients are scaled down to this norm."""
     seed: int = Field(default=0, ge=0)
@@ -169,6 +192,7 @@ class TrainSection(Section):
     """Forward passes in a shorter dtype; weights stay float32."""
     save_dtype: DtypeName = AUTO
     """Of the finished student's weights, which are trained in float32; auto is that of the model it began as."""
+    lora: LoraSection = LoraSection()
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 leaves torch's choice."""
     log_every: int = Field(default=10, ge=1)

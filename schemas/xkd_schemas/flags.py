@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from xkd_schemas.config import COMMAS, RunConfig, load_run
+from xkd_schemas.config import COMMAS, RunConfig, Section, load_run
 from xkd_schemas.errors import UsageError
 
 Command = Callable[..., None]
@@ -27,7 +27,8 @@ class FlagsOf:
     """The fields of one section of the run file that a command takes.
 
     Args:
-        section: Its key in the run file; "" for the run file's own fields, which have to be named in `only`.
+        section: Its key in the run file, with a dot for one inside another; "" for the run file's own fields, which
+            have to be named in `only`.
         only: Fields; empty for all.
         without: Fields that are no flags of this command.
         flags: Field to flag, where the command calls it otherwise. Without dashes it is an argument; `--a/--no-a`
@@ -42,13 +43,20 @@ class FlagsOf:
     default: str = ""
 
     def make_flags(self) -> Iterator["_Flag"]:
-        """A flag of every field."""
-        model: Any = RunConfig.model_fields[self.section].annotation if self.section else RunConfig
+        """A flag of every field; of a section inside, `lora`, those of its fields, as `--lora-rank`."""
+        model: Any = RunConfig
+        for part in self.section.split(".") if self.section else ():
+            model = model.model_fields[part].annotation
         for name in self.only or model.model_fields:
-            if name not in self.without:
-                spelling = self.flags.get(name, f"--{name.replace('_', '-')}")
-                key = f"{self.section}.{name}".lstrip(".")
-                yield _Flag(spelling, (key,), model.model_fields[name], self.default)
+            if name in self.without:
+                continue
+            spelling = self.flags.get(name, f"--{name.replace('_', '-')}")
+            key, info = f"{self.section}.{name}".lstrip("."), model.model_fields[name]
+            if isinstance(info.default, Section):
+                inner = {field: f"{spelling}-{field.replace('_', '-')}" for field in type(info.default).model_fields}
+                yield from FlagsOf(key, flags=inner, default=self.default).make_flags()
+            else:
+                yield _Flag(spelling, (key,), info, self.default)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """xkd-train: parse the command line, train or evaluate, say what happened."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -14,16 +14,27 @@ from xkd_schemas.flags import FlagsOf, JsonOption, with_flags
 app = typer.Typer(name="xkd-train", pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.callback(invoke_without_command=True)
-@with_flags(
+TRAINING: Final = (
     FlagsOf(
         "student",
-        only=("model", "tokenizer", "template"),
-        flags={"model": "--student", "tokenizer": "--student-tokenizer"},
+        only=("model", "tokenizer", "template", "dtype", "quantization"),
+        flags={
+            "model": "--student",
+            **{name: f"--student-{name}" for name in ("tokenizer", "dtype", "quantization")},
+        },
     ),
-    FlagsOf("train"),
-    run_file="--run",
+    FlagsOf(
+        "train",
+        flags={
+            "gradient_checkpointing": "--gradient-checkpointing/--no-gradient-checkpointing",
+            "compile": "--compile/--no-compile",
+        },
+    ),
 )
+
+
+@app.callback(invoke_without_command=True)
+@with_flags(*TRAINING, run_file="--run")
 def train(
     context: typer.Context,
     run: RunConfig,
@@ -98,6 +109,25 @@ def _seeds(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) < 2**64 for part in parts):
         raise UsageError(f"--seeds {text!r}: not a list of whole numbers", fix="e.g. --seeds 10,20,30")
     return tuple(int(part) for part in parts)
+
+
+@app.command()
+def export(
+    student: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
+    to: Annotated[Path, typer.Option(help="New folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Put a LoRA adapter into the weights below it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a student that LoRA trained as a whole model, which needs neither peft nor the model below it.
+
+    Example: xkd-train export out/adapter --merge --to out/student
+    """
+    from xkd_trainer.training.files import export_merged
+
+    if not merge:
+        raise UsageError("nothing is asked for", fix=f"xkd-train export {student} --merge --to {to}")
+    dtype = str(export_merged(student, to)).removeprefix("torch.")
+    answer({"out": str(to), "saved_in": dtype}, [f"{to}: a whole student; saved in {dtype}"], as_json)
 
 
 @app.command()

@@ -32,7 +32,8 @@ from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
 from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device, warn_of_slow_dtype
 from xkd_trainer.models.forward import check_ids, check_model, run
-from xkd_trainer.models.loading import check_model_name, load_model, load_tokenizer, read_provenance
+from xkd_trainer.models.loading import check_model_name, load_tokenizer, read_provenance
+from xkd_trainer.models.lora import base_of, load_student
 from xkd_trainer.models.padding import pad
 from xkd_trainer.training.files import find_turn_ends
 
@@ -74,7 +75,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
         InputMissing, UsageError, BadData: A model, file or cache cannot be used.
     """
     name = str(request.student)
-    check_model_name(name)
+    check_model_name(base_of(name))
     documents, rejected, references = held_out_documents(request.data, request.form, request.columns)
     tokenizer = load_tokenizer(name)
     trained = read_provenance(Path(name)).get("run", {})
@@ -88,7 +89,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     device = this_device()
     dtype = choose_dtype(request.dtype, device).dtype
     warn_of_slow_dtype(dtype, device)
-    model = load_model(name, dtype=dtype_named(dtype)).to(device)
+    model = load_student(name, dtype=dtype_named(dtype)).to(device)
     check_model(model)
     tokens = encoder.encode_batch(documents)
     check_ids(tokens.ids, tokenizer, len(model.get_input_embeddings().weight))

@@ -70,7 +70,7 @@ def teacher(run: RunConfig, as_json: JsonOption = False) -> None:
 @app.command()
 @with_flags(
     CACHE,
-    FlagsOf("student", without=("model",), flags={"tokenizer": "--student"}),
+    FlagsOf("student", without=("model", "dtype", "quantization"), flags={"tokenizer": "--student"}),
     FlagsOf("teacher", only=("name",), flags={"name": "--teacher"}),
     CPU_WORKERS,
 )

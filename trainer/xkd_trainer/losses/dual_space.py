@@ -143,7 +143,8 @@ class CrossModelLoss(Loss):
         """What each token takes from the other model; the student's embeddings are constants in the scores."""
         s_valid_BN, t_valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
         input_ids_BN = batch.student_ids_BS.gather(1, batch.predict_BN)
-        query_BNk = torch.cat([student.embeddings_Vd[ids] for ids in (input_ids_BN, batch.target_BN)], dim=-1).detach()
+        embeddings_Vd = student.embeddings_Vd.detach()
+        query_BNk = torch.cat([embeddings_Vd[ids] for ids in (input_ids_BN, batch.target_BN)], dim=-1).float()
         input_BMD, target_BMD = (
             self.embeddings_VD[ids].float() for ids in (batch.teacher_input_BM, batch.teacher_target_BM)
         )

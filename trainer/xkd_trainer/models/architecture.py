@@ -6,7 +6,7 @@ Shape legend for this file
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -53,6 +53,11 @@ class Head:
     bias_V: Tensor | None = None
     scale: float = 1.0  # logits are multiplied by it (Granite, Cohere)
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap) (Gemma 2 and later)
+
+    def as_float32(self) -> "Head":
+        """The same in float32, which losses compute in; the weights learn through it."""
+        bias_V = None if self.bias_V is None else self.bias_V.float()
+        return replace(self, weight_VD=self.weight_VD.float(), bias_V=bias_V)
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in the weight's dtype; states of some families (Mamba) are float32 under any weights."""

@@ -31,6 +31,8 @@ from xkd_trainer.models.attention import UNIFORM, LastRows, check_attention, lis
 from xkd_trainer.models.loading import short
 from xkd_trainer.models.measures import normalise_row
 
+BACKEND = "inductor"  # of torch.compile
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class States:
@@ -154,6 +156,25 @@ def _row(model: PreTrainedModel, heard: LastRows, which: str, layer: int, valid_
         what = "several attention maps" if layer - 1 in heard.several else "no attention map"
         raise UsageError(f"{type(model).__name__} shows {what} in {block}", fix=UNIFORM)
     return normalise_row(heard.rows[which, layer - 1], valid_BL)
+
+
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Let each block run a second time in the backward pass; UsageError where the family cannot."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})  # the other kind would not see what hooks keep
+    except ValueError as error:
+        raise UsageError(
+            f"{type(model).__name__} cannot be trained with gradient checkpointing: {short(error)}",
+            fix="--no-gradient-checkpointing, and a smaller --micro-batch-size",
+        ) from error
+    model.disable_input_require_grads()  # asked for by the other kind alone
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compile every block by itself, so that what is read between blocks is read as always."""
+    for block in blocks_of(model):
+        block.forward = torch.compile(block.forward, backend=BACKEND, dynamic=True)
 
 
 def rehearse(model: PreTrainedModel, **reads: Any) -> None:

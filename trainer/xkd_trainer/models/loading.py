@@ -184,8 +184,10 @@ def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
     return folder, options | {"revision": settings.name}
 
 
-def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(name: str, *, dtype: torch.dtype, quantization: Any = None) -> PreTrainedModel:
     """A causal language model in evaluation mode, from a folder, a `.gguf` file, or a name on the hub.
+
+    `quantization` is a configuration of transformers, for weights that are made smaller while they are read.
 
     Raises:
         InputMissing: There is no such folder, file or hub name, or it cannot be reached.
@@ -199,6 +201,8 @@ def load_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": 0}}
     with load_errors(name, folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return model.eval()

@@ -87,7 +87,7 @@ class Distiller(nn.Module):
         embedded = next((rows for rows, version in looked_up if rows._version == version), None)  # CTRL writes in them
         with torch.autocast(device_type=states.last_BLD.device.type, enabled=False):
             states = states.as_float32()
-            passed = StudentPass(batch, states, head_of(self.student), table.weight, embedded)
+            passed = StudentPass(batch, states, head_of(self.student).as_float32(), table.weight, embedded)
             return self._losses(batch, passed, denominators, step)
 
     def _losses(

@@ -24,8 +24,18 @@ from transformers import PreTrainedModel
 
 from xkd_schemas.cache.manifest import OWN
 from xkd_schemas.durable_files import digest, disk_errors, own_folder, replace, save_folder, sha256_of, sync_folder
+from xkd_schemas.errors import UsageError
 from xkd_schemas.tokens import END, Bools, Int32s
-from xkd_trainer.models.loading import PROVENANCE, check_student, read_provenance, save_tensors, tensor_errors
+from xkd_trainer.models.loading import (
+    PROVENANCE,
+    check_student,
+    load_tokenizer,
+    read_provenance,
+    save_tensors,
+    stored_dtype,
+    tensor_errors,
+)
+from xkd_trainer.models.lora import base_of, load_student
 
 KEPT = 2  # newest whole checkpoints that stay
 METRICS: Final = "metrics.jsonl"
@@ -79,14 +89,15 @@ def save(out: Path, snapshot: Snapshot) -> Path:
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
     states = snapshot.optimizer["state"].items()
-    optimizer = {f"{index}.{key}": tensor for index, values in states for key, tensor in values.items()}
+    optimizer = {f"{index}.{key}": value for index, values in states for key, value in values.items()}
+    plain = {key: optimizer.pop(key) for key, value in list(optimizer.items()) if not isinstance(value, Tensor)}
     tensors = snapshot.student, snapshot.projectors, optimizer
     for name, content in zip(FILES, tensors, strict=False):
         save_tensors(_make_contiguous(content), folder / name)
     state = {
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "window": dict(snapshot.window),
         "micro_batch_size": snapshot.micro_batch_size,
-        "optimizer": {"groups": snapshot.optimizer["param_groups"]},
+        "optimizer": {"groups": snapshot.optimizer["param_groups"], "plain": plain},
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state))  # terms stay in the order that they are logged in
     (folder / METRICS).write_bytes(snapshot.metrics)
@@ -126,10 +137,10 @@ def _load(path: Path) -> Snapshot:
     state = json.loads((path / "state.json").read_text())
     tensors = load_file(path / "optimizer.safetensors")
     tensors.pop("random", None)  # written by versions before 0.2
-    values: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    values: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **state["optimizer"].get("plain", {})}.items():
         index, name = key.split(".", 1)
-        values.setdefault(int(index), {})[name] = tensor
+        values.setdefault(int(index), {})[name] = value
     return Snapshot(
         step=int(state["step"]),
         student=load_file(path / "student.safetensors"),
@@ -181,6 +192,24 @@ def export_student(
     replace(out / PROVENANCE, (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
 
 
+def export_merged(folder: Path, to: Path) -> torch.dtype:
+    """Write the whole student that an adapter's folder stands for to a new folder; in the dtype of the model below it.
+
+    UsageError where there is no adapter, or the folder is not empty.
+    """
+    base = base_of(str(folder))
+    if base == str(folder):
+        raise UsageError(f"{folder} holds no adapter", fix="name a folder that xkd-train --lora-rank R finished")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UsageError(f"--to {to} is there already", kept="it as it is", fix="name a new folder")
+    dtype = stored_dtype(base)
+    student = load_student(str(folder), dtype=torch.float32, merged=True).to(dtype)
+    run = {**read_provenance(folder).get("run", {}), "merged": sha256_of(folder / "adapter_model.safetensors")}
+    export_student(to, student, load_tokenizer(str(folder)), run, ())
+    tidy_up(to, keep_checkpoints=True)
+    return dtype
+
+
 def tidy_up(out: Path, *, keep_checkpoints: bool) -> None:
     """Remove what a run whose student is just finished needs no more; a killed one leaves it to the next."""
     with disk_errors(out):
@@ -194,6 +223,11 @@ def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
     """True where `out` holds the finished student of exactly this run; BadData where a file is not as it was saved."""
     check_student(out, weights=True)
     return bool(read_provenance(out).get("run") == json.loads(json.dumps(dict(fingerprint))))
+
+
+def holds_student(out: Path) -> bool:
+    """Whether weights of a student, or of an adapter, lie in a folder."""
+    return any(out.glob("*model*.safetensors"))
 
 
 def was_exporting(out: Path, fingerprint: Mapping[str, Any]) -> bool:

@@ -26,6 +26,7 @@ from xkd_schemas.text.encode import reading_of
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import ORDER, Int64s, Order, learning_rate
+from xkd_trainer.models.lora import cast, is_adapted, trained_state, weights_identity
 from xkd_trainer.training.devices import (
     agree,
     is_out_of_memory,
@@ -40,12 +41,14 @@ from xkd_trainer.training.files import (
     METRICS,
     Snapshot,
     export_student,
+    holds_student,
     is_finished,
     load_newest,
     save,
     tidy_up,
     was_exporting,
 )
+from xkd_trainer.training.optimizers import make_optimizer
 from xkd_trainer.training.prepare import Ready, set_up
 
 T = TypeVar("T")
@@ -53,6 +56,11 @@ Value = TypeVar("Value", float, Tensor)
 
 LOOKED_AT: Final = 1024  # rows whose end tokens are looked up when the student is saved
 _UNASKED: Final = " (no --loss: cross-entropy alone, nothing of the teacher; xkd-train losses lists the others)"
+FIRST_KEYS: Final = {
+    "loss", "epochs", "steps", "batch_size", "micro_batch_size", "lr", "projector_lr", "min_lr_ratio", "warmup_ratio",
+    "weight_decay", "max_grad_norm", "seed", "mixed_precision", "save_dtype",
+}  # fmt: skip
+"""Settings that every checkpoint names; a later one is named where it has not its default."""
 SAVE_SECONDS: Final = 600.0  # where nobody says how often, a checkpoint is written after so long
 
 
@@ -113,7 +121,10 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
 
 def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
     reading = reading_of(ready.cache.students.manifest.spec["encoder"])
-    train = run.train.model_dump(exclude={"out", "shards", "threads", "log_every", "save_every"})
+    dumped = run.train.model_dump(mode="json", exclude={"out", "shards", "threads", "log_every", "save_every"})
+    changed = run.train.model_dump(exclude_defaults=True)
+    train = {key: value for key, value in dumped.items() if key in FIRST_KEYS or key in changed}
+    weights = run.student.model_dump(include={"dtype", "quantization"}, exclude_defaults=True)
     return {
         "cache": ready.cache.identity(ready.wanted),
         "student": run.student.model,
@@ -124,7 +135,10 @@ def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
         "steps": total,
         "order": ORDER,
         "train": train,
-    } | ({} if reading["enable_thinking"] is None else {"enable_thinking": reading["enable_thinking"]})
+        **({} if reading["enable_thinking"] is None else {"enable_thinking": reading["enable_thinking"]}),
+        **({"student_weights": weights} if weights else {}),
+        **({"base": weights_identity(run.student.model)} if is_adapted(ready.distiller.student) else {}),
+    }
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T]:
@@ -186,7 +200,7 @@ class _Run:
         self.accelerator = make_accelerator(run.train.mixed_precision)
         self.distiller = ready.distiller
         groups = self.distiller.parameter_groups(lr=run.train.lr, weight_decay=run.train.weight_decay)
-        self.optimizer: Any = torch.optim.AdamW(groups)
+        self.optimizer = make_optimizer(run.train.optimizer, groups)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.logged: bytes | None = None  # in the metrics of the checkpoint
         self.start = agree(self._resume)
@@ -198,7 +212,7 @@ class _Run:
         for line in skipped:
             warn(line)
         if snapshot is None:
-            if (self.out / "model.safetensors").exists() and not was_exporting(self.out, self.fingerprint):
+            if holds_student(self.out) and not was_exporting(self.out, self.fingerprint):
                 raise Mismatch(f"{self.out} holds a student of another run", fix="choose another --out")
             return 0
         refuse_differences(
@@ -315,7 +329,7 @@ class _Run:
         if not self.accelerator.is_main_process:
             return
         rows = self.ready.cache.rows_of_student(LOOKED_AT)
-        student = self.distiller.student.to(self.ready.save_dtype)
+        student = cast(self.distiller.student, self.ready.save_dtype)
         export_student(self.out, student, self.ready.tokenizer, self.fingerprint, rows)
         tidy_up(self.out, keep_checkpoints=bool(self.settings.save_every))
 
@@ -411,7 +425,7 @@ class _Run:
     def _save(self, step: int) -> None:
         snapshot = Snapshot(
             step=step,
-            student=self.distiller.student.state_dict(),
+            student=trained_state(self.distiller.student),
             projectors=self.distiller.losses.state_dict(),
             optimizer=self.optimizer.state_dict(),
             fingerprint=self.fingerprint,

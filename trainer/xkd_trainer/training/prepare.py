@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from xkd_schemas.cache.table import names_in
-from xkd_schemas.config import RunConfig
+from xkd_schemas.config import LoraSection, RunConfig
 from xkd_schemas.console import note, say
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import Signal
@@ -32,8 +33,9 @@ from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant
 from xkd_trainer.losses.registry import loss_named, parse_loss
 from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named
-from xkd_trainer.models.forward import check_model
+from xkd_trainer.models.forward import check_model, checkpoint_blocks, compile_blocks
 from xkd_trainer.models.loading import load_model, load_tokenizer, new_model, stored_dtype
+from xkd_trainer.models.lora import add_adapter, base_of, quantization
 from xkd_trainer.training.distiller import Distiller
 
 
@@ -48,11 +50,43 @@ class Ready:
     save_dtype: torch.dtype  # of the finished student
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The cache and the losses of a run, checked; no model loaded yet."""
+
+    cache: Cache
+    tokenizer: Any
+    weights: Mapping[str, float]
+    settings: Mapping[str, BaseModel]
+    levels: Levels
+    wanted: frozenset[Signal]
+
+    def build(self, context: Context) -> dict[str, nn.Module]:
+        """The losses, whose projectors are random by torch's current seed."""
+        return {name: loss_named(name).build(self.settings[name], context) for name in self.weights}
+
+
 def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
     """Check and load everything; `on_missing` says what to do where the student's table is not there.
 
     XkdError for whatever is wrong with names, settings, fingerprints or signals, before anything is trained.
     """
+    opened = open_run(run, student_table, on_missing=on_missing, quiet=quiet)
+    student, save_dtype = student_of(run, opened.tokenizer), _save_dtype(run)
+    context = context_of(opened.cache, student, opened.tokenizer, opened.levels)
+    torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
+    losses = opened.build(context)
+    distiller = Distiller(student, losses, opened.weights, _projectors(run, losses))
+    if run.train.compile:
+        compile_blocks(student)  # behind the rehearsal, which would compile for itself
+    return Ready(
+        cache=opened.cache, tokenizer=opened.tokenizer, distiller=distiller, wanted=opened.wanted,
+        save_dtype=save_dtype,
+    )  # fmt: skip
+
+
+def open_run(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Opened:
+    """Check everything but the student; errors and arguments as of `set_up`."""
     if not run.student.model:
         raise UsageError("no student is named", fix="--student FOLDER, a hub name, or new:llama,layers=4,width=256")
     if run.student.model.startswith("new:") and not run.student.tokenizer:
@@ -74,13 +108,10 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
     needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
     for name, each in itertools.product(needs, caches):
         each.require(name, needs[name])
-    student, save_dtype = student_of(run, tokenizer), _save_dtype(run)
-    context = context_of(cache, student, tokenizer, levels)
-    torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
-    losses: Mapping[str, nn.Module] = {name: loss_named(name).build(settings[name], context) for name in weights}
-    wanted = frozenset(signal for signals in needs.values() for signal in signals)
-    distiller = Distiller(student, losses, weights, _projectors(run, losses))
-    return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted, save_dtype=save_dtype)
+    return Opened(
+        cache=cache, tokenizer=tokenizer, weights=weights, settings=settings, levels=levels,
+        wanted=frozenset(signal for signals in needs.values() for signal in signals),
+    )  # fmt: skip
 
 
 def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
@@ -90,12 +121,14 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     head.
     """
     name = run.student.model
+    check_student_settings(run)
+    dtype = dtype_named(run.student.dtype)
     if name.startswith("new:"):
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         torch.manual_seed(run.train.seed)
-        model = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
+        model = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special).to(dtype)
     else:
-        model = load_model(name, dtype=torch.float32)
+        model = load_model(name, dtype=dtype, quantization=quantization(run.student.quantization))
     check_model(model)
     constant_head(head_of(model), f"student {name}", convert=False)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -104,13 +137,38 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
             f"student {name} has {rows} embeddings, its tokenizer {len(tokenizer)} tokens",
             fix="use the tokenizer the model was trained with",
         )
+    if run.train.lora.rank:
+        torch.manual_seed(run.train.seed)
+        add_adapter(model, run.train.lora, name)
+    if run.train.gradient_checkpointing:
+        checkpoint_blocks(model)
     return model
+
+
+def check_student_settings(run: RunConfig) -> None:
+    """UsageError where dtype, quantization, LoRA and student do not fit together."""
+    name, lora = run.student.model, run.train.lora
+    if run.student.dtype != "float32" and run.train.mixed_precision != "no" and not lora.rank:
+        raise UsageError(
+            f"with mixed precision the weights that learn stay float32, and student.dtype is {run.student.dtype}",
+            fix="leave out --student-dtype, or --mixed-precision",
+        )
+    if run.student.quantization != "none" and not lora.rank:
+        raise UsageError("weights of four bits cannot learn by themselves", fix="--lora-rank 16")
+    if not lora.rank and lora != LoraSection():
+        raise UsageError("settings of LoRA are given without its rank", fix="--lora-rank 16, or leave them out")
+    if lora.rank and name.startswith("new:"):
+        raise UsageError(f"--lora-rank adapts a trained model, {name} is a new one", fix="leave out --lora-rank")
+    if base_of(name) != name:
+        merge = f"xkd-train export {name} --merge --to FOLDER"
+        raise UsageError(f"student {name} is an adapter", fix=f"{merge}, then --student FOLDER")
 
 
 def _save_dtype(run: RunConfig) -> torch.dtype:
     if run.train.save_dtype != AUTO:
         return dtype_named(run.train.save_dtype)
-    return torch.float32 if run.student.model.startswith("new:") else stored_dtype(run.student.model)
+    begun_here = run.student.model.startswith("new:") or run.train.lora.rank  # of LoRA the adapter is saved
+    return torch.float32 if begun_here else stored_dtype(run.student.model)
 
 
 def _check_template(run: RunConfig, cache: Cache) -> None:
