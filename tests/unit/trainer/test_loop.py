@@ -85,7 +85,10 @@ def test_logged_lines_are_means_over_the_steps_since_the_last(tmp_path: Path) ->
     assert pairs[2]["loss"] == pytest.approx(each[4]["loss"])
 
 
-@pytest.mark.parametrize("changed", [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"mixed_precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"batch_tokens": 60}, {"mixed_precision": "bf16"}],
+)
 def test_micro_batches_make_the_same_steps_and_mixed_precision_about_the_same(
     tmp_path: Path, changed: dict[str, Any]
 ) -> None:
@@ -229,6 +232,19 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert resumed or (tmp_path / "metrics-1.jsonl").read_bytes() == first
     said = " ".join(capsys.readouterr().err.split())
     assert ("warning: " in said and "step-00000006 is damaged and was passed over" in said) == (resumed < saved)
+
+
+def test_settings_of_later_releases_are_named_in_a_run_only_where_they_are_used(tmp_path: Path) -> None:
+    """So that a student, or a checkpoint, of an earlier release counts as the same run."""
+    for name, more in {"usual": {}, "changed": {"batch_tokens": 60}}.items():
+        train(run(tmp_path / name, steps=1, **more), quiet=True)
+    usual, changed = (
+        json.loads((tmp_path / name / "xkd.json").read_text())["run"]["train"] for name in ("usual", "changed")
+    )
+
+    assert changed == {**usual, "batch_tokens": 60}
+    assert not set(loop.LATER) & set(usual)
+    assert set(loop.LATER.items()) <= set(TrainSection().model_dump().items())
 
 
 @pytest.mark.parametrize(("operation", "calls", "saved"), [("save_tensors", 5, 2), ("sync_folder", 4, 4)])

@@ -44,6 +44,8 @@ Value = TypeVar("Value", float, Tensor)
 
 LOOKED_AT: Final = 1024  # rows whose end tokens are looked up when the student is saved
 _UNASKED: Final = " (no --loss: cross-entropy alone, nothing of the teacher; xkd-train losses lists the others)"
+LATER: Final[Mapping[str, Any]] = {"batch_tokens": 0}
+"""Settings that runs of the first release did not have, with the value that stands for what they did."""
 SAVE_SECONDS: Final = 600.0  # where nobody says how often, a checkpoint is written after so long
 
 
@@ -101,6 +103,7 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
 def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
     reading = reading_of(ready.cache.students.manifest.spec["encoder"])
     train = run.train.model_dump(exclude={"out", "shards", "threads", "log_every", "save_every"})
+    train = {key: value for key, value in train.items() if key not in LATER or value != LATER[key]}
     return {
         "cache": ready.cache.identity(ready.wanted),
         "student": run.student.model,
@@ -202,9 +205,9 @@ class _Run:
     def _micro_batches(self, step: int) -> list[Batch]:
         """This process's micro-batches of a step; every process gets the same number, blank ones if need be."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        shares = [self.order.share(step, r, world, self.settings.micro_batch_size) for r in range(world)]
         cache, wanted = self.ready.cache, self.ready.wanted
         rows_of_epoch = cache.rows(step // self.order.steps_per_epoch, self.settings.seed)
+        shares = self.order.shares(step, world, self.settings, lambda places: cache.lengths(rows_of_epoch[places]))
         batches = [batch_of(cache, rows_of_epoch[places].tolist(), wanted) for places in shares[rank]]
         while len(batches) < max(len(share) for share in shares):
             batches.append(blank(batch_of(cache, rows_of_epoch[shares[0][0]].tolist(), wanted)))
