@@ -44,7 +44,7 @@ Value = TypeVar("Value", float, Tensor)
 
 LOOKED_AT: Final = 1024  # rows whose end tokens are looked up when the student is saved
 _UNASKED: Final = " (no --loss: cross-entropy alone, nothing of the teacher; xkd-train losses lists the others)"
-LATER: Final[Mapping[str, Any]] = {"batch_tokens": 0}
+LATER: Final[Mapping[str, Any]] = {"batch_tokens": 0, "packing": False}
 """Settings that runs of the first release did not have, with the value that stands for what they did."""
 SAVE_SECONDS: Final = 600.0  # where nobody says how often, a checkpoint is written after so long
 

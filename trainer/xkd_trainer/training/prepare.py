@@ -79,7 +79,7 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
     torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
     losses: Mapping[str, nn.Module] = {name: loss_named(name).build(settings[name], context) for name in weights}
     wanted = frozenset(signal for signals in needs.values() for signal in signals)
-    distiller = Distiller(student, losses, weights, _projectors(run, losses))
+    distiller = Distiller(student, losses, weights, _projectors(run, losses), packing=run.train.packing)
     return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted, save_dtype=save_dtype)
 
 
