@@ -1,5 +1,5 @@
-"""What holds for every loss: counts, padding, micro-batches, packing, blank batches, states that say nothing, states of the
-prompt, what learns, what one tokenizer means, and settings that matter."""
+"""What holds for every loss: counts, padding, micro-batches, packing, blank batches, states that say nothing, states
+of the prompt, what learns, what one tokenizer means, and settings that matter."""
 
 import functools
 import math
