@@ -47,9 +47,10 @@ def run(options: Options) -> list[Result]:
 class Step:
     """One optimizer step of a run on one batch of its cache, as the loop does it, repeated on demand."""
 
-    def __init__(self, pair: Pair, loss: str, documents: int) -> None:
+    def __init__(self, pair: Pair, loss: str, documents: int, **train: object) -> None:
         torch.set_num_threads(1)
-        self.ready: Ready = set_up(pair.run_file(loss, out=Path("unused")), "")
+        run = pair.run_file(loss, out=Path("unused"))
+        self.ready: Ready = set_up(run.model_copy(update={"train": run.train.model_copy(update=train)}), "")
         self.rows = self.ready.cache.usable[:documents].tolist()
         self.batch: Batch = self.read()
         self._optimizer = torch.optim.AdamW(

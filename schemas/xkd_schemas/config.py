@@ -168,6 +168,11 @@ class TrainSection(Section):
     """Documents of an optimizer step, over all processes."""
     micro_batch_size: int = Field(default=0, ge=0)
     """Documents of one forward pass on one process; 0 for its whole share of the step."""
+    batch_tokens: int = Field(default=0, ge=0)
+    """Student tokens of one forward pass on one process, padding included; a longer document runs alone. Documents of
+    like length go together, and a step has the same documents as without. 0 for no limit."""
+    packing: bool = False
+    """Several documents in one row of the student's forward pass, kept apart, so that little padding is computed."""
     lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate of the student."""
     projector_lr: float | None = Field(default=None, gt=0)

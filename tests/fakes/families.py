@@ -49,6 +49,8 @@ class Family:
     """Blocks with an attention row that can be read, from 1; the last one counts for SRA's default."""
     refused: str = ""
     """Words of the refusal, as teacher and as student."""
+    packs: bool = True
+    """Whether it keeps several documents of one row apart."""
     capped: bool = False
     """Soft-capped logits: no student, and no teacher of SRA and DWA."""
 
@@ -92,15 +94,16 @@ _SHARED_KEYS: Final = {
 
 FAMILIES: Final[Mapping[str, Family]] = {
     **_each(
-        "gpt2", "gpt_bigcode", "gpt_neox", "ctrl", "opt", "biogpt", "llama", "mistral", "ministral3", "mixtral",
+        "gpt2", "gpt_bigcode", "gpt_neox", "ctrl", "llama", "mistral", "ministral3", "mixtral",
         "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma3_text", "phi", "phi3", "phimoe", "stablelm",
         "starcoder2", "persimmon", "olmo", "olmo2", "olmo3", "olmoe", "granite", "granitemoe", "cohere", "cohere2",
         "smollm3", "glm", "glm4", "ernie4_5", "seed_oss", "helium", "exaone4", "arcee", "gpt_oss",
         "llama4_text", "minimax_m2", "bitnet",
     ),
-    "opt, norms after": Family(kind="opt", config={"do_layer_norm_before": False}),
+    **_each("opt", "biogpt", "gpt_oss", packs=False),
+    "opt, norms after": Family(kind="opt", config={"do_layer_norm_before": False}, packs=False),
     "opt, narrow embeddings (350m)": Family(
-        kind="opt", config={"word_embed_proj_dim": 16, "do_layer_norm_before": False}, inner=False
+        kind="opt", config={"word_embed_proj_dim": 16, "do_layer_norm_before": False}, inner=False, packs=False
     ),
     "qwen2, windows from layer 2": Family(kind="qwen2", config={"use_sliding_window": True, "max_window_layers": 1}),
     "nemotron": Family(kind="nemotron", config={"num_key_value_heads": 2, "head_dim": 8}),
@@ -118,28 +121,34 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "gemma4_text": Family(kind="gemma4_text", config={**_SHARED_KEYS, "head_dim": 8, "global_head_dim": 8,
                                                       "num_attention_heads": 4, "num_key_value_heads": 2}),
-    **_each("falcon", "bloom", "mpt", "xglm", "openai-gpt", "diffllama", rows=()),
-    "falcon, alibi": Family(kind="falcon", config={"alibi": True}, rows=()),
+    **_each("falcon", "bloom", "mpt", "xglm", "openai-gpt", rows=(), packs=False),
+    "diffllama": Family(kind="diffllama", rows=()),
+    "falcon, alibi": Family(kind="falcon", config={"alibi": True}, rows=(), packs=False),
     "falcon, grouped keys": Family(
-        kind="falcon", config={"new_decoder_architecture": True, "num_kv_heads": 2}, rows=()
+        kind="falcon", config={"new_decoder_architecture": True, "num_kv_heads": 2}, rows=(), packs=False
     ),
     "gpt_neo": Family(kind="gpt_neo", config={"attention_types": [[["global", "local"], 2]], "num_hidden_layers": 4},
                       rows=()),
     **_each("gptj", "codegen", config={"rotary_dim": 4}, rows=()),
-    **_each("mamba", "falcon_mamba", "rwkv", shift=1, rows=()),
-    "mamba2": Family(kind="mamba2", config={"num_heads": 8, "head_dim": 8, "n_groups": 1}, shift=1, rows=()),
-    "recurrent_gemma": Family(
-        kind="recurrent_gemma", config={"block_types": ["recurrent", "recurrent", "attention"]}, rows=(3,), capped=True
+    **_each("mamba", "falcon_mamba", "rwkv", shift=1, rows=(), packs=False),
+    "mamba2": Family(
+        kind="mamba2", config={"num_heads": 8, "head_dim": 8, "n_groups": 1}, shift=1, rows=(), packs=False
     ),
-    "bamba": Family(kind="bamba", config={"attn_layer_indices": [2]}, rows=(3,)),
-    "jamba": Family(kind="jamba", config={"attn_layer_offset": 2, "attn_layer_period": 3}, rows=(3,)),
-    "granitemoehybrid": Family(kind="granitemoehybrid", config=_MAMBAS, rows=(3,)),
-    "lfm2": Family(kind="lfm2", config={"layer_types": ["conv", "full_attention", "full_attention"]}, rows=(2, 3)),
-    **_each("qwen3_next", "qwen3_5_text", config=_LINEAR, rows=(4,)),
+    "recurrent_gemma": Family(
+        kind="recurrent_gemma", config={"block_types": ["recurrent", "recurrent", "attention"]}, rows=(3,),
+        capped=True, packs=False,
+    ),
+    "bamba": Family(kind="bamba", config={"attn_layer_indices": [2]}, rows=(3,), packs=False),
+    "jamba": Family(kind="jamba", config={"attn_layer_offset": 2, "attn_layer_period": 3}, rows=(3,), packs=False),
+    "granitemoehybrid": Family(kind="granitemoehybrid", config=_MAMBAS, rows=(3,), packs=False),
+    "lfm2": Family(
+        kind="lfm2", config={"layer_types": ["conv", "full_attention", "full_attention"]}, rows=(2, 3), packs=False
+    ),
+    **_each("qwen3_next", "qwen3_5_text", config=_LINEAR, rows=(4,), packs=False),
     **_each("bert", "roberta", "modernbert-decoder", refused="no linear head on its last states"),
     "electra": Family(kind="electra", refused="its head takes 128"),
     **_each("bert-generation", "xlm", refused="depend on tokens that come later"),
-    "bert-generation, is_decoder": Family(kind="bert-generation", config={"is_decoder": True}),
+    "bert-generation, is_decoder": Family(kind="bert-generation", config={"is_decoder": True}, packs=False),
     "reformer": Family(
         kind="reformer",
         config={
@@ -157,7 +166,7 @@ HERE: Final = {name: family for name, family in FAMILIES.items() if family.kind 
 
 def row_of(name: str, family: Family) -> str:
     if family.refused:
-        return f"| {name} | refused: {family.refused} | | |"
+        return f"| {name} | refused: {family.refused} | | | |"
     rows = "every block" if family.rows == ALL else ", ".join(map(str, family.rows)) or "refused"
     states = "every block" if family.inner else "last"
     student = "refused: soft-capped head" if family.capped else "yes"
@@ -165,11 +174,11 @@ def row_of(name: str, family: Family) -> str:
         student = "yes, SRA with `weights=uniform`"
     if not family.capped and not family.inner:
         student = "yes, with losses of the last states"
-    return f"| {name} | {states} | {rows} | {student} |"
+    return f"| {name} | {states} | {rows} | {student} | {'yes' if family.packs else 'refused'} |"
 
 
 def table() -> str:
-    head = "| family | states | attention row | as student |\n|---|---|---|---|\n"
+    head = "| family | states | attention row | as student | packing |\n|---|---|---|---|---|\n"
     return head + "\n".join(row_of(*item) for item in FAMILIES.items()) + "\n"
 
 

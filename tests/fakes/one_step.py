@@ -9,6 +9,7 @@ from torch import Tensor
 
 from poison import poisoned
 from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.models.packing import plan_rows
 from xkd_trainer.training.distiller import Distiller
 
 
@@ -23,6 +24,18 @@ def gradients(
         loss.backward()
         total += float(loss.detach())
     return total, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in distiller.named_parameters()}
+
+
+def gradients_of_packed(
+    distiller: Distiller, batch: Batch, counts: Mapping[str, Tensor]
+) -> tuple[float, dict[str, Tensor]]:
+    """The same where the student reads several documents in one row."""
+    distiller._reads["packing"] = True
+    try:
+        assert plan_rows(batch.student_valid_BS) is not None
+        return gradients(distiller, [batch], counts)
+    finally:
+        distiller._reads["packing"] = False
 
 
 @torch.no_grad()
@@ -51,6 +64,12 @@ def assert_padding_and_cuts_change_nothing(
     for name, slope in slopes.items():
         scale = max(1.0, float(slope.abs().max()))
         torch.testing.assert_close(many[name] / scale, slope / scale, rtol=1e-4, atol=1e-5, msg=name)
+
+    packed, those = gradients_of_packed(distiller, whole, counts)
+    assert packed == pytest.approx(clean, rel=1e-5)
+    for name, slope in slopes.items():
+        scale = max(1.0, float(slope.abs().max()))
+        torch.testing.assert_close(those[name] / scale, slope / scale, rtol=1e-4, atol=1e-5, msg=name)
 
     nothing, none = gradients(distiller, [blank(whole)], counts)
     assert nothing == 0.0

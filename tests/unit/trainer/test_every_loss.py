@@ -1,5 +1,5 @@
-"""What holds for every loss: counts, padding, micro-batches, blank batches, states that say nothing, states of the
-prompt, what learns, what one tokenizer means, and settings that matter."""
+"""What holds for every loss: counts, padding, micro-batches, packing, blank batches, states that say nothing, states
+of the prompt, what learns, what one tokenizer means, and settings that matter."""
 
 import functools
 import math
@@ -65,7 +65,7 @@ def test_no_loss_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize(("loss", "settings"), CASES)
-def test_counts_are_of_the_batch_and_padding_cuts_and_blank_batches_change_nothing(
+def test_counts_are_of_the_batch_and_padding_cuts_packing_and_blank_batches_change_nothing(
     loss: str, settings: dict[str, Any]
 ) -> None:
     made, whole = ready(loss, **settings)

@@ -19,6 +19,7 @@ from xkd_trainer.losses.declaration import StudentPass
 from xkd_trainer.models.architecture import blocks_of, head_of, num_layers
 from xkd_trainer.models.forward import check_model, rehearse, run
 from xkd_trainer.models.loading import load_model, new_model
+from xkd_trainer.models.packing import plan_rows
 from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.prepare import Ready, set_up
 
@@ -88,6 +89,39 @@ def test_attention_rows_are_those_of_the_eager_maps_and_listening_changes_no_bit
     for layer in set(range(1, count + 1)) - set(layers):
         with pytest.raises(UsageError, match=rf"no attention map in (block {layer}|its last block)\. {UNIFORM}"):
             run(model, ids_BL, valid_BL, attention_layers=(layer,))
+
+
+@those(lambda f: not f.refused)
+@torch.no_grad()
+def test_documents_of_one_row_have_the_states_and_rows_of_each_alone_or_packing_is_refused(name: str) -> None:
+    family, (ids_BL, valid_BL) = HERE[name], batch()
+    model = family.made()
+    if not family.packs:
+        with pytest.raises(UsageError, match=f"^{type(model).__name__} cannot keep documents of one row apart") as why:
+            rehearse(model, packing=True)
+        assert "\n" not in str(why.value)
+        return
+    rehearse(model, packing=True)
+    assert plan_rows(valid_BL) is not None
+    reads = {
+        "layers": range(1, num_layers(model) + 1) if family.inner else (),
+        "attention_layers": range(1, num_layers(model) + 1) if family.rows == ALL else family.rows,
+        "text_layers": (num_layers(model),) if family.tells_last_row() else (),
+        "text_B": torch.tensor([7, 0, 3, 11]),
+    }
+
+    alone, packed = (run(model, ids_BL, valid_BL, packing=packing, **reads) for packing in (False, True))
+
+    close(packed.last_BLD[valid_BL], alone.last_BLD[valid_BL], "last states")
+    for layer, states in alone.layers.items():
+        close(packed.layers[layer][valid_BL], states[valid_BL], f"layer {layer}")
+    for found, expected in (
+        (packed.attention_layers, alone.attention_layers),
+        (packed.text_layers, alone.text_layers),
+    ):
+        assert found.keys() == expected.keys()
+        for layer, rows in expected.items():
+            torch.testing.assert_close(found[layer], rows, rtol=0.0, atol=1e-5, msg=f"block {layer}")
 
 
 @those(lambda f: not f.rows)

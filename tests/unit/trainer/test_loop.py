@@ -85,7 +85,13 @@ def test_logged_lines_are_means_over_the_steps_since_the_last(tmp_path: Path) ->
     assert pairs[2]["loss"] == pytest.approx(each[4]["loss"])
 
 
-@pytest.mark.parametrize("changed", [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"mixed_precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"micro_batch_size": 1}, {"micro_batch_size": 4}, {"batch_tokens": 60, "packing": True},
+        {"mixed_precision": "bf16"},
+    ],
+)  # fmt: skip
 def test_micro_batches_make_the_same_steps_and_mixed_precision_about_the_same(
     tmp_path: Path, changed: dict[str, Any]
 ) -> None:
@@ -231,6 +237,20 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert ("warning: " in said and "step-00000006 is damaged and was passed over" in said) == (resumed < saved)
 
 
+def test_settings_of_later_releases_are_named_in_a_run_only_where_they_are_used(tmp_path: Path) -> None:
+    """So that a student, or a checkpoint, of an earlier release counts as the same run."""
+    used = {"batch_tokens": 60, "packing": True}
+    for name, more in {"usual": {}, "changed": used}.items():
+        train(run(tmp_path / name, steps=1, **more), quiet=True)
+    usual, changed = (
+        json.loads((tmp_path / name / "xkd.json").read_text())["run"]["train"] for name in ("usual", "changed")
+    )
+
+    assert changed == {**usual, **used}
+    assert not set(loop.LATER) & set(usual)
+    assert set(loop.LATER.items()) <= set(TrainSection().model_dump().items())
+
+
 @pytest.mark.parametrize(("operation", "calls", "saved"), [("save_tensors", 5, 2), ("sync_folder", 4, 4)])
 def test_a_run_killed_inside_a_save_has_the_metrics_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, calls: int, saved: int
@@ -290,7 +310,7 @@ def test_without_a_setting_a_checkpoint_is_written_at_least_every_ten_minutes_an
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"loss": ALL, "steps": 8, "log_every": 3, **new()}
+    settings = {"loss": ALL, "steps": 8, "log_every": 3, "batch_tokens": 60, "packing": True, **new()}
     step = loop._Run._step
 
     def signalled(self: Any, number: int, batches: list[Batch]) -> Any:

@@ -156,6 +156,11 @@ class Cache:
         """The cache that holds a row, and the row's number there; see `CacheUnion`."""
         return self, row
 
+    def lengths(self, rows: Iterable[int]) -> Int64s:
+        """Tokens of the student in some rows; reads the record batches of the student's table that hold them."""
+        places = map(self.at, map(int, rows))
+        return np.array([len(cache.students[row]["token_ids"]) for cache, row in places], np.int64)
+
     @cached_property
     def signals(self) -> tuple[Signal, ...]:
         """What is stored of the teacher."""

@@ -1,6 +1,7 @@
 """Which documents stand in which optimizer step: a closed form of (seed, epoch, step), so nothing must be saved."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -52,6 +53,36 @@ class Order:
         rows = self.step(step)[rank::world]
         size = micro_batch_size or max(1, len(rows))
         return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+    def shares(
+        self, step: int, world: int, train: TrainSection, lengths_of: Callable[[Int64s], Int64s]
+    ) -> list[list[Int64s]]:
+        """The micro-batches of every process; with a budget of tokens the step's documents are dealt out by length.
+
+        `lengths_of` tells the tokens of the documents at some positions, and is asked for those of this step alone.
+        """
+        if not train.batch_tokens:
+            return [self.share(step, rank, world, train.micro_batch_size) for rank in range(world)]
+        rows = self.step(step)
+        lengths = lengths_of(rows)
+        order = np.argsort(-lengths, kind="stable")
+        hands = [order[rank::world] for rank in range(world)]
+        return [[rows[hand][part] for part in cut(lengths[hand], train)] for hand in hands]
+
+
+def cut(lengths: Int64s, train: TrainSection) -> list[slice]:
+    """Runs of documents, the longest first, that have at most `batch_tokens` tokens when they are padded.
+
+    >>> cut(np.array([9, 4, 4, 3]), TrainSection(batch_tokens=8))
+    [slice(0, 1, None), slice(1, 3, None), slice(3, 4, None)]
+    """
+    runs, first = [], 0
+    while first < len(lengths):
+        most = max(1, train.batch_tokens // max(1, int(lengths[first])))
+        end = min(len(lengths), first + min(most, train.micro_batch_size or most))
+        runs.append(slice(first, end))
+        first = end
+    return runs
 
 
 def learning_rate(step: int, total: int, train: TrainSection) -> float:

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from xkd_schemas.errors import UsageError
 from xkd_trainer.models.architecture import backbone, evaluating, num_layers, tokens_of_any
+from xkd_trainer.models.packing import Packing
 
 UNIFORM: Final = "use weights that need no attention map: --set losses.sra.weights=uniform"
 
@@ -38,6 +39,7 @@ class LastRows:
 
     layers: frozenset[int]
     places: Mapping[str, Tensor]  # which row -> the position in each document of the token whose row it is, [B] int64
+    packing: Packing | None = None  # where the documents lie, if a row has several
     sdpa: Attention = sdpa_attention_forward  # what the name led to before
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     several: set[int] = field(default_factory=set)
@@ -59,9 +61,9 @@ class LastRows:
 
 
 @contextlib.contextmanager
-def listen(layers: frozenset[int], places: Mapping[str, Tensor]) -> Iterator[LastRows]:
+def listen(layers: frozenset[int], places: Mapping[str, Tensor], packing: Packing | None = None) -> Iterator[LastRows]:
     """Collect the attention rows of some tokens in some blocks from the forward passes inside the context."""
-    heard = LastRows(layers=layers, places=places)
+    heard = LastRows(layers=layers, places=places, packing=packing)
     with contextlib.ExitStack() as names:
         if layers:
             heard.sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -94,37 +96,50 @@ def _attend(  # noqa: PLR0913 - as transformers calls it
     layer = getattr(module, "layer_idx", None)
     if layer not in heard.layers:
         return result
+    packing = heard.packing
     if name == "sdpa":
-        heard.keep(layer, lambda place_B: last_row(query, key, place_B, attention_mask, options), value, result[0])
+        row_of = partial(last_row, query, key, mask=attention_mask, options=options, packing=packing)
+        heard.keep(layer, row_of, value, result[0])
         return result
     with torch.no_grad():
         output, map_BHLL = call(**{**options, "dropout": 0.0}) if options.get("dropout") else result
     assert map_BHLL is not None
-    rows_B, map_BHLL = torch.arange(len(query), device=query.device), map_BHLL.float()
-    heard.keep(layer, lambda place_B: map_BHLL[rows_B, :, place_B], value, output)
+    heard.keep(layer, partial(_row_of_map, map_BHLL.float(), packing), value, output)
     return result
+
+
+def _row_of_map(map_BHLL: Tensor, packing: Packing | None, place_B: Tensor) -> Tensor:
+    if packing is None:
+        return map_BHLL[torch.arange(len(map_BHLL), device=place_B.device), :, place_B]
+    return packing.own_columns(map_BHLL[packing.row_B, :, packing.start_B + place_B])
 
 
 @torch.no_grad()
 def last_row(
-    query_BHLE: Tensor, key_BKLE: Tensor, last_B: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> Tensor:
+    query_BHLE: Tensor, key_BKLE: Tensor, last_B: Tensor, mask: Tensor | None, options: dict[str, Any],
+    packing: Packing | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of one token of each document over all tokens, [B, H, L] float32, rows sum to 1.
 
     Queries and keys are those after position encoding, `last` is the token's position, `mask` what the attention
     function was given: None (causal), bool (True attends) or additive. Of the other arguments of the call, `scaling`,
     `sliding_window`, `position_bias` (added to the scores, [B or 1, H, L, L]) and `s_aux` (attention sinks) count.
+    With `packing` queries, keys and masks are of packed rows; `last` and the result are of each document.
     """
-    size_B, heads, length, width = query_BHLE.shape
+    (size_R, heads, length, width), size_B = query_BHLE.shape, len(last_B)
     groups = heads // key_BKLE.shape[1]
-    rows_B = torch.arange(size_B, device=last_B.device)
-    query_BKGE = query_BHLE[rows_B, :, last_B].float().view(size_B, heads // groups, groups, width)
+    rows_B, at_B = torch.arange(size_B, device=last_B.device), last_B
+    if packing is not None:
+        rows_B, at_B = packing.row_B, packing.start_B + last_B
+        key_BKLE = packing.unpack(key_BKLE.transpose(1, 2)).transpose(1, 2)
+    own = (lambda row_BHL: row_BHL) if packing is None else packing.own_columns
+    query_BKGE = query_BHLE[rows_B, :, at_B].float().view(size_B, heads // groups, groups, width)
     scaling = options.get("scaling")
     scores_BHL = torch.einsum("bkge,bkle->bkgl", query_BKGE, key_BKLE.float()).reshape(size_B, heads, length)
     scores_BHL = scores_BHL * (width**-0.5 if scaling is None else scaling)
     bias = options.get("position_bias")
     if bias is not None:
-        scores_BHL = scores_BHL + bias.expand(size_B, -1, -1, -1)[rows_B, :, last_B, :length].float()
+        scores_BHL = scores_BHL + own(bias.expand(size_R, -1, -1, -1)[rows_B, :, at_B, :length].float())
     position_L = torch.arange(length, device=last_B.device)
     seen_BL = position_L <= last_B[:, None]
     window = options.get("sliding_window")
@@ -132,7 +147,7 @@ def last_row(
         seen_BL = seen_BL & (position_L > last_B[:, None] - window)
     scores_BHL = scores_BHL.masked_fill(~seen_BL[:, None], -torch.inf)
     if mask is not None:
-        row_BHL = mask[rows_B if mask.shape[0] > 1 else torch.zeros_like(rows_B), :, last_B, :length]
+        row_BHL = own(mask[rows_B if mask.shape[0] > 1 else torch.zeros_like(rows_B), :, at_B, :length])
         scores_BHL = scores_BHL.masked_fill(~row_BHL, -torch.inf) if mask.dtype == torch.bool else scores_BHL + row_BHL
     sinks = options.get("s_aux")
     if sinks is not None:

@@ -30,6 +30,7 @@ from xkd_trainer.models.architecture import (
 from xkd_trainer.models.attention import UNIFORM, LastRows, check_attention, listen
 from xkd_trainer.models.loading import short
 from xkd_trainer.models.measures import normalise_row
+from xkd_trainer.models.packing import Packing, plan_rows
 
 BACKEND = "inductor"  # of torch.compile
 
@@ -46,6 +47,8 @@ class States:
     """Hugging Face index -> the same of other blocks."""
     text_layers: Mapping[int, Tensor] = field(default_factory=dict)
     """Hugging Face index -> the row of the last text token, in front of the end token."""
+    packing: Packing | None = None
+    """How documents lay in the rows of the pass, if several were in one; what is above has a row for each document."""
 
     def as_float32(self) -> "States":
         """The same in float32, which signals and losses compute in; itself where it is already."""
@@ -104,6 +107,7 @@ def run(  # noqa: PLR0913 - one for each thing that is kept
     attention_layers: Sequence[int] = (),
     text_layers: Sequence[int] = (),
     text_B: Tensor | None = None,
+    packing: bool = False,
 ) -> States:
     """Run the base model without its head.
 
@@ -121,6 +125,7 @@ def run(  # noqa: PLR0913 - one for each thing that is kept
         attention_layers: Also keep that row in these blocks.
         text_layers: Also keep the row of another token in these blocks.
         text_B: The place of that token, the last one of the text; int64.
+        packing: Put several documents into one row where that saves rows; the model must pass `check_packing`.
     """
     count = num_layers(model)
     for layer in (*layers, *attention_layers, *text_layers):
@@ -135,17 +140,21 @@ def run(  # noqa: PLR0913 - one for each thing that is kept
     wanted = sorted({*attention_layers, *text_layers, *([count] if attention else [])})
     if wanted:
         blocks_of(model)  # a family that counts otherwise would give another block's row
-    with _hook(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), places) as heard:
-        output = backbone(model)(input_ids=ids_BL, use_cache=False)
+    packed = plan_rows(valid_BL) if packing else None
+    given = {"input_ids": ids_BL} if packed is None else packed.pack(ids_BL, valid_BL)
+    with _hook(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), places, packed) as heard:
+        output = backbone(model)(**given, use_cache=False)
     last_BLD: Tensor = output.last_hidden_state
     kept = {layer: _check_states(model, layer, outputs, last_BLD) for layer in inner}
+    if packed is not None:
+        last_BLD, kept = packed.unpack(last_BLD), {layer: packed.unpack(states) for layer, states in kept.items()}
     if count in layers:
         kept[count] = last_BLD
     found = {which: {layer: _row(model, heard, which, layer, valid_BL) for layer in wanted} for which in places}
     rows = found.get("last", {})
     return States(
         last_BLD=last_BLD, layers=kept, attention_BL=rows[count] if attention else None, attention_layers=rows,
-        text_layers=found.get("text", {}),
+        text_layers=found.get("text", {}), packing=packed,
     )  # fmt: skip
 
 
@@ -177,8 +186,10 @@ def compile_blocks(model: PreTrainedModel) -> None:
         block.forward = torch.compile(block.forward, backend=BACKEND, dynamic=True)
 
 
-def rehearse(model: PreTrainedModel, **reads: Any) -> None:
+def rehearse(model: PreTrainedModel, *, packing: bool = False, **reads: Any) -> None:
     """`run` on eight tokens with what it is to read, so that what a model cannot give is refused before all work."""
+    if packing:
+        check_packing(model)
     if any(reads.get(name) for name in ("attention", "attention_layers", "text_layers")):
         check_attention(model)
     ids_BL = tokens_of_any(model)
@@ -203,6 +214,28 @@ def check_causal(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: its states depend on tokens that come later (by {worst:.3g}), so it is "
             "no causal language model",
             fix="use a causal one; of the BERT family, those whose config.json says is_decoder",
+        )
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Compare the states of documents of eight, five and three tokens, of which two share a row, with each alone.
+
+    UsageError where they differ or the model takes no positions: a document would see the one before it in its row.
+    """
+    ids_BL = tokens_of_any(model).expand(3, -1)
+    valid_BL = torch.arange(8, device=ids_BL.device) < torch.tensor([8, 5, 3], device=ids_BL.device)[:, None]
+    with evaluating(model):
+        alone_ND = run(model, ids_BL, valid_BL).last_BLD[valid_BL]
+        try:
+            off = float((run(model, ids_BL, valid_BL, packing=True).last_BLD[valid_BL] - alone_ND).abs().max())
+        except (TypeError, ValueError, IndexError):  # positions are not taken, or not of this shape
+            off = float("nan")
+    share = 1e-4 if alone_ND.dtype == torch.float32 else 0.05
+    if not off <= share * float(alone_ND.abs().max()):
+        raise UsageError(
+            f"{type(model).__name__} cannot keep documents of one row apart, so train.packing cannot be used with it",
+            fix="leave out --packing; --batch-tokens N saves padding too: documents of like length go together",
         )
 
 

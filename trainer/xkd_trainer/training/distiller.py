@@ -31,6 +31,8 @@ class Distiller(nn.Module):
         losses: Mapping[str, nn.Module],
         weights: Mapping[str, float],
         projectors: Mapping[str, Projectors] | None = None,
+        *,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -44,6 +46,7 @@ class Distiller(nn.Module):
             "layers": sorted({layer for loss in built for layer in loss.layers}),
             "attention": bool(last),
             "attention_layers": sorted({layer for loss in last for layer in loss.layers}),
+            "packing": packing,
             "text_layers": sorted({layer for loss in text for layer in (*loss.layers, num_layers(student))}),
         }
         rehearse(student, **self._reads)
@@ -85,6 +88,8 @@ class Distiller(nn.Module):
             text_B = batch.student_text_B1[:, 0]
             states = run(self.student, batch.student_ids_BS, batch.student_valid_BS, text_B=text_B, **self._reads)
         embedded = next((rows for rows, version in looked_up if rows._version == version), None)  # CTRL writes in them
+        if embedded is not None and states.packing is not None:
+            embedded = states.packing.unpack(embedded)
         with torch.autocast(device_type=states.last_BLD.device.type, enabled=False):
             states = states.as_float32()
             passed = StudentPass(batch, states, head_of(self.student).as_float32(), table.weight, embedded)

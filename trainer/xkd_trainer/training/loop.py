@@ -235,17 +235,22 @@ class _Run:
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """This process's micro-batches of a step; every process gets the same number, blank ones if need be."""
-        shares = self._shares(step)
+        shares, rows_of_epoch = self._shares(step), self._rows_of_epoch(step)
         cache, wanted = self.ready.cache, self.ready.wanted
-        rows_of_epoch = cache.rows(step // self.order.steps_per_epoch, self.settings.seed)
         batches = [batch_of(cache, rows_of_epoch[places].tolist(), wanted) for places in shares[rank()]]
         while len(batches) < max(len(share) for share in shares):
             batches.append(blank(batch_of(cache, rows_of_epoch[shares[0][0]].tolist(), wanted)))
         return batches
 
     def _shares(self, step: int) -> list[list[Int64s]]:
-        world = self.accelerator.num_processes
-        return [self.order.share(step, number, world, self.micro_batch_size) for number in range(world)]
+        how = self.settings.model_copy(update={"micro_batch_size": self.micro_batch_size})
+        cache, rows_of_epoch = self.ready.cache, self._rows_of_epoch(step)
+        return self.order.shares(
+            step, self.accelerator.num_processes, how, lambda places: cache.lengths(rows_of_epoch[places])
+        )
+
+    def _rows_of_epoch(self, step: int) -> Int64s:
+        return self.ready.cache.rows(step // self.order.steps_per_epoch, self.settings.seed)
 
     def _halve(self, step: int, rows: tuple[int, ...]) -> None:
         """Half the documents in a micro-batch from here on, as memory ran out on `rows`, or on those of others."""

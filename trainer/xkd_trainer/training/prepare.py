@@ -76,7 +76,7 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
     context = context_of(opened.cache, student, opened.tokenizer, opened.levels)
     torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
     losses = opened.build(context)
-    distiller = Distiller(student, losses, opened.weights, _projectors(run, losses))
+    distiller = Distiller(student, losses, opened.weights, _projectors(run, losses), packing=run.train.packing)
     if run.train.compile:
         compile_blocks(student)  # behind the rehearsal, which would compile for itself
     return Ready(
