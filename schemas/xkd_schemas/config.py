@@ -175,6 +175,8 @@ class TrainSection(Section):
     """Steps between two lines of metrics.jsonl."""
     save_every: int = Field(default=0, ge=0)
     """Steps between two checkpoints; 0 for one every ten minutes, and none is left at the end."""
+    track: Annotated[tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...], COMMAS] = ()
+    """Trackers that get every logged value: tensorboard, trackio, wandb, mlflow."""
 
 
 class RunConfig(Section):

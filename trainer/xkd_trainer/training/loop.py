@@ -1,13 +1,11 @@
 """The training loop: batches from the cache, terms divided once per step, AdamW, checkpoints, one metrics file."""
 
-import itertools
-import json
 import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -20,7 +18,7 @@ from torch import Tensor
 from xkd_schemas.cache.manifest import refuse_differences
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import say, signals_noted, tell_kept, warn
-from xkd_schemas.durable_files import disk_errors, hold_lock, rename, replace
+from xkd_schemas.durable_files import hold_lock
 from xkd_schemas.errors import DiskFailed, Mismatch, NonFinite, UsageError
 from xkd_schemas.progress import Progress
 from xkd_schemas.text.encode import reading_of
@@ -38,6 +36,7 @@ from xkd_trainer.training.files import (
     was_exporting,
 )
 from xkd_trainer.training.prepare import Ready, set_up
+from xkd_trainer.training.tracking import Meter, Records, check_trackers, tracker_options
 
 T = TypeVar("T")
 Value = TypeVar("Value", float, Tensor)
@@ -78,6 +77,7 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
         raise UsageError(f"--out {out} is a file", kept="it as it is", fix="--out FOLDER")
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
+    check_trackers(run.train.track)
     ready = set_up(run, student_table, on_missing=on_missing, quiet=quiet)
     size = len(ready.cache.rows(0, run.train.seed))
     if size == 0:
@@ -100,7 +100,7 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
 
 def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
     reading = reading_of(ready.cache.students.manifest.spec["encoder"])
-    train = run.train.model_dump(exclude={"out", "shards", "threads", "log_every", "save_every"})
+    train = run.train.model_dump(exclude={"out", "shards", "threads", "log_every", "save_every", "track"})
     return {
         "cache": ready.cache.identity(ready.wanted),
         "student": run.student.model,
@@ -121,28 +121,6 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
         while (item := ahead.popleft().result()) is not None:
             ahead.append(pool.submit(next, items, None))
             yield item
-
-
-class Metrics:
-    """Appends lines to OUT/metrics.jsonl: one JSON object each, what a run measured, in that order.
-
-    A run that goes on takes up what its checkpoint says was logged `before`. One that starts at its first step gets a
-    new file, and what an earlier run measured is kept as metrics-1.jsonl, metrics-2.jsonl, ...
-    """
-
-    def __init__(self, out: Path, *, before: bytes | None) -> None:
-        self.path = out / METRICS
-        if before is not None:
-            replace(self.path, before)
-        elif self.path.exists():
-            taken = {path.name for path in out.glob("metrics-*.jsonl")}
-            free = next(name for n in itertools.count(1) if (name := f"metrics-{n}.jsonl") not in taken)
-            rename(self.path, out / free)
-
-    def write(self, **values: Any) -> None:
-        """Append one line."""
-        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(values) + "\n")
 
 
 def add_values(sums: dict[str, Value], values: Mapping[str, Value]) -> None:
@@ -170,7 +148,8 @@ class _Run:
         self.fingerprint, self.quiet = fingerprint, quiet
         self.out, self.saved, self.seen = Path(run.train.out), 0, Window()
         precision = run.train.mixed_precision
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+        self.meter, tracked = Meter(), tracker_options(self.out, run.train.track)
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), **tracked)
         self.distiller = ready.distiller
         groups = self.distiller.parameter_groups(lr=run.train.lr, weight_decay=run.train.weight_decay)
         self.optimizer: Any = torch.optim.AdamW(groups)
@@ -217,20 +196,22 @@ class _Run:
         if main and not self.quiet:
             alone = "" if "loss" in self.settings.model_fields_set else _UNASKED
             say(f"loss: {self.distiller.describe(self.total - 1)}{alone}")
-        metrics = Metrics(self.out, before=self.logged) if main else None
+        logged, at = self.logged, self.start
+        records = Records(self.out, self.accelerator, self.fingerprint, before=logged, start=at) if main else None
         self.module.train()
         last, stop = dict[str, float](), False
-        with self._telling_what_is_kept():
+        with self._telling_what_is_kept(), nullcontext() if records is None else closing(records):
             progress = Progress("train", self.total - self.start, of="steps", quiet=not main)
             with progress, signals_noted() as noted:
                 made = prefetch(map(self._micro_batches, range(self.start, self.total)))
-                for step, batches in enumerate(made, start=self.start + 1):
+                for step, batches in enumerate(self.meter.watch(made), start=self.start + 1):
                     terms, counts, norm = self._step(step - 1, [b.to(self.accelerator.device) for b in batches])
+                    self.meter.count(batches)
                     self.seen.steps += 1
                     add_values(self.seen.sums, terms)
                     add_values(self.seen.counts, counts)
                     if step % self.settings.log_every == 0 or step == self.total:
-                        last = self._log(step, norm, metrics)
+                        last = self._log(step, norm, records)
                     stop = self._stop(noted())
                     if main and (stop or self._is_due(step)):
                         self._save(step)
@@ -243,16 +224,17 @@ class _Run:
                 self._export()
         return self.start, last
 
-    def _log(self, step: int, norm: float, metrics: Metrics | None) -> dict[str, float]:
+    def _log(self, step: int, norm: float, records: Records | None) -> dict[str, float]:
         """Write what was measured since the last logged step, and return the means."""
         seen, self.seen = self.seen, Window()
         means = {name: value / seen.steps for name, value in seen.sums.items()}
-        if metrics is not None:
+        timing = self.meter.take(self.accelerator)
+        if records is not None:
             if idle := sorted(name for name, count in seen.counts.items() if count == 0):
                 warn(f"step {step}: nothing qualified for {', '.join(idle)} since the last logged step")
             lr = float(self.optimizer.param_groups[0]["lr"])
             totals = {f"{name}.count": round(value, 6) for name, value in seen.counts.items()}
-            metrics.write(step=step, grad_norm=norm, lr=lr, **means, **totals)
+            records.write(step, {"grad_norm": norm, "lr": lr, **means, **totals}, timing)
         return means
 
     def _export(self) -> None:
