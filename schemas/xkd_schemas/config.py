@@ -175,6 +175,16 @@ class TrainSection(Section):
     """Steps between two lines of metrics.jsonl."""
     save_every: int = Field(default=0, ge=0)
     """Steps between two checkpoints; 0 for one every ten minutes, and none is left at the end."""
+    eval_data: str = ""
+    """Held-out rows, in the form of [documents]: a file, folder, address or data set name."""
+    eval_shards: str = ""
+    """Cache of the held-out rows: adds agreement with the teacher."""
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between two evaluations on eval_data; 0 for one at the end."""
+    patience: int = Field(default=0, ge=0)
+    """Training stops after so many evaluations without a better one; 0 for never."""
+    load_best_at_end: bool = True
+    """Export the student with the fewest bits per byte on eval_data; false for that of the last step."""
     track: Annotated[tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...], COMMAS] = ()
     """Trackers that get every logged value: tensorboard, trackio, wandb, mlflow."""
 

@@ -44,15 +44,18 @@ def train(
 
     trained = train_student(run, student_table=student_table, on_missing=on_missing, quiet=as_json)
     if as_json:
-        values = {name: getattr(trained, name) for name in ("steps", "terms", "weights", "saved_in")}
+        values = {name: getattr(trained, name) for name in ("steps", "terms", "weights", "saved_in", "evaluation")}
         say_json({"out": str(trained.out), **values})
     elif trained.resumed_at == trained.steps:
         say(f"{trained.out}: already trained for {trained.steps} steps with these settings, nothing to do")
     else:
         resumed = f" (resumed at step {trained.resumed_at})" if trained.resumed_at else ""
         terms = ", ".join(f"{name} {value:.4f}" for name, value in sorted(trained.terms.items()))
+        best = (
+            "; step {step}, {bits_per_byte:.4f} bits per byte".format(**found) if (found := trained.evaluation) else ""
+        )
         saved = "" if trained.saved_in == "float32" else f"; saved in {trained.saved_in}"
-        say(f"{trained.out}: trained for {trained.steps} steps{resumed}; {terms}{saved}")
+        say(f"{trained.out}: trained for {trained.steps} steps{resumed}; {terms}{best}{saved}")
 
 
 @app.command("eval")

@@ -186,7 +186,7 @@ def test_eval_compares_the_rows_of_data_alone_and_refuses_those_the_cache_lacks(
     other = tiny.corpus_file(tmp_path, [*tiny.PAIRS[:2], ("Another?", "Yes.")])
     ended = xkd_train(*arguments[:-2], "--data", other)
 
-    one_line(ended, 78, "1 of 3 documents of --data are not in", "made without --max-prompt-tokens")
+    one_line(ended, 78, "1 of 3 held-out documents are not in", "made without --max-prompt-tokens")
 
 
 def test_eval_prints_numbers_and_json() -> None:

@@ -1,6 +1,5 @@
 """What is seen of a run: times beside the metrics, and trackers that get both and never end it."""
 
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -13,33 +12,14 @@ from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tiny_models as tiny
-from xkd_schemas.config import RunConfig
-from xkd_schemas.errors import BadData, InputMissing
+from tiny_run import run, stopped
+from xkd_schemas.errors import InputMissing
 from xkd_train import xkd_train
-from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.cache import Cache
-from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order
 from xkd_trainer.training import loop, tracking
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.tracking import Meter, read_lines
-
-
-def run(out: Path, **changed: Any) -> RunConfig:
-    return tiny.tiny_cache().run(out=str(out), **changed)
-
-
-def stopped(settings: RunConfig, monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
-    """The run, ended by an error when it asks for one more batch."""
-
-    def fail(*_: Any) -> Batch:
-        raise BadData("a shard is gone")
-
-    made = itertools.chain([batch_of] * batches, itertools.repeat(fail))
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "batch_of", lambda *given: next(made)(*given))
-        with pytest.raises(BadData, match="a shard is gone"):
-            train(settings, quiet=True)
 
 
 def test_waiting_is_the_time_until_a_batch_is_there_and_what_lies_between_steps_counts_as_nothing(

@@ -29,6 +29,7 @@ from xkd_trainer.models.loading import PROVENANCE, check_student, read_provenanc
 
 KEPT = 2  # newest whole checkpoints that stay
 METRICS: Final = "metrics.jsonl"
+BEST: Final = "best"  # folder of the weights of the best evaluation, until the student is finished
 FILES: Final = ("student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json", METRICS)
 
 
@@ -44,9 +45,11 @@ class Snapshot:
     fingerprint: Mapping[str, Any]  # what must be the same to resume: cache root, losses, batch size, seed, ...
     window: Mapping[str, Any] = field(default_factory=dict)  # what was measured since the last logged step
     metrics: bytes = b""  # the file of what was logged
+    evaluated: Mapping[str, Any] = field(default_factory=dict)  # the best evaluation, and how many came after it
 
 
-def _make_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def make_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: each once, whole, on the CPU."""
     seen: set[int] = set()
     unique: dict[str, Tensor] = {}
     for name, tensor in tensors.items():  # tied weights appear twice in a state dict and once on disk
@@ -79,10 +82,10 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     optimizer = {f"{index}.{key}": tensor for index, values in states for key, tensor in values.items()}
     tensors = snapshot.student, snapshot.projectors, {**optimizer, "random": snapshot.random}
     for name, content in zip(FILES, tensors, strict=False):
-        save_tensors(_make_contiguous(content), folder / name)
+        save_tensors(make_contiguous(content), folder / name)
     state = {
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "window": dict(snapshot.window),
-        "optimizer": {"groups": snapshot.optimizer["param_groups"]},
+        "optimizer": {"groups": snapshot.optimizer["param_groups"]}, "evaluated": dict(snapshot.evaluated),
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state))  # terms stay in the order that they are logged in
     (folder / METRICS).write_bytes(snapshot.metrics)
@@ -135,6 +138,7 @@ def _load(path: Path) -> Snapshot:
         fingerprint=state["fingerprint"],
         window=state.get("window", {}),
         metrics=(path / METRICS).read_bytes(),
+        evaluated=state.get("evaluated", {}),
     )
 
 
@@ -181,6 +185,7 @@ def tidy_up(out: Path, *, keep_checkpoints: bool) -> None:
     """Remove what a run whose student is just finished needs no more; a killed one leaves it to the next."""
     with disk_errors(out):
         if (out / UNFINISHED).exists():
+            shutil.rmtree(out / BEST, ignore_errors=True)
             if not keep_checkpoints:
                 shutil.rmtree(out / "checkpoints", ignore_errors=True)
             (out / UNFINISHED).unlink()

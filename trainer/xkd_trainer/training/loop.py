@@ -35,8 +35,9 @@ from xkd_trainer.training.files import (
     tidy_up,
     was_exporting,
 )
+from xkd_trainer.training.held_out import EVALUATION, Evaluations, evaluation_of, without_choice
 from xkd_trainer.training.prepare import Ready, set_up
-from xkd_trainer.training.tracking import Meter, Records, check_trackers, tracker_options
+from xkd_trainer.training.tracking import Meter, Records, check_trackers, read_lines, tracker_options
 
 T = TypeVar("T")
 Value = TypeVar("Value", float, Tensor)
@@ -56,6 +57,7 @@ class Trained:
     terms: dict[str, float]  # means over the last logged stretch of steps
     weights: dict[str, float]  # what each term is multiplied by at the last step
     saved_in: str  # dtype of the student's weights on disk
+    evaluation: dict[str, float]  # of the exported student on held-out rows, with its step; empty without any
 
 
 def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", quiet: bool = False) -> Trained:
@@ -82,25 +84,32 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
     size = len(ready.cache.rows(0, run.train.seed))
     if size == 0:
         raise UsageError(f"{ready.cache.root} has no usable document for this student")
+    evaluations = Evaluations(run, ready) if run.train.eval_data else None
     order = Order(size=size, batch_size=run.train.batch_size, seed=run.train.seed)
     total = run.train.steps or max(1, round(run.train.epochs * order.steps_per_epoch))
     fingerprint = _fingerprint(run, ready, total)
+    if evaluations is not None:
+        fingerprint["evaluation"] = evaluations.describe()
     first = os.environ.get("RANK", "0") == "0"  # of the processes of one run
     with hold_lock(out) if first else nullcontext():
         if is_finished(out, fingerprint):
             tidy_up(out, keep_checkpoints=bool(run.train.save_every))
-            resumed_at, terms = total, dict[str, float]()
+            steps = resumed_at = int((read_lines(out / METRICS) or [{}])[-1].get("step", total))
+            terms = dict[str, float]()
         else:
-            resumed_at, terms = _Run(run, ready, order, total, fingerprint, quiet).go()
+            going = _Run(run, ready, order, total, fingerprint, evaluations)
+            terms, resumed_at, steps = going.go(quiet), going.start, going.done
     return Trained(
-        out=out, steps=total, resumed_at=resumed_at, terms=terms, weights=fingerprint["weights"],
+        out=out, steps=steps, resumed_at=resumed_at, terms=terms, weights=fingerprint["weights"],
         saved_in=str(ready.save_dtype).removeprefix("torch."),
+        evaluation=evaluation_of(out, best=run.train.load_best_at_end),
     )  # fmt: skip
 
 
 def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
     reading = reading_of(ready.cache.students.manifest.spec["encoder"])
-    train = run.train.model_dump(exclude={"out", "shards", "threads", "log_every", "save_every", "track"})
+    apart = {"out", "shards", "threads", "log_every", "save_every", "track", *EVALUATION}
+    train = run.train.model_dump(exclude=apart)
     return {
         "cache": ready.cache.identity(ready.wanted),
         "student": run.student.model,
@@ -142,10 +151,11 @@ class _Run:
     """The state of one run."""
 
     def __init__(
-        self, run: RunConfig, ready: Ready, order: Order, total: int, fingerprint: dict[str, Any], quiet: bool
-    ) -> None:
+        self, run: RunConfig, ready: Ready, order: Order, total: int, fingerprint: dict[str, Any],
+        evaluations: Evaluations | None,
+    ) -> None:  # fmt: skip
         self.settings, self.ready, self.order, self.total = run.train, ready, order, total
-        self.fingerprint, self.quiet = fingerprint, quiet
+        self.fingerprint, self.evaluations = fingerprint, evaluations
         self.out, self.saved, self.seen = Path(run.train.out), 0, Window()
         precision = run.train.mixed_precision
         self.meter, tracked = Meter(), tracker_options(self.out, run.train.track)
@@ -155,7 +165,7 @@ class _Run:
         self.optimizer: Any = torch.optim.AdamW(groups)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.logged: bytes | None = None  # in the metrics of the checkpoint
-        self.start = self._resume()
+        self.start = self.done = self._resume()
         self.module, self.optimizer = self.accelerator.prepare(self.distiller, self.optimizer)
 
     def _resume(self) -> int:
@@ -168,8 +178,11 @@ class _Run:
             torch.manual_seed(self.settings.seed + 2)
             return 0
         refuse_differences(
-            self.out, self.fingerprint, dict(snapshot.fingerprint), advice="choose another --out, or the same settings"
-        )
+            self.out, without_choice(self.fingerprint), without_choice(snapshot.fingerprint),
+            advice="choose another --out, or the same settings",
+        )  # fmt: skip
+        if self.evaluations is not None:
+            self.evaluations.restore(snapshot.evaluated)
         self.distiller.student.load_state_dict(snapshot.student, strict=False)  # tied weights are stored once
         self.distiller.losses.load_state_dict(snapshot.projectors)
         self.optimizer.load_state_dict(dict(snapshot.optimizer))
@@ -189,11 +202,11 @@ class _Run:
             batches.append(blank(batch_of(cache, rows_of_epoch[shares[0][0]].tolist(), wanted)))
         return batches
 
-    def go(self) -> tuple[int, dict[str, float]]:
-        """Run all remaining steps, save, and export the student: the step it began at, and the last logged means."""
+    def go(self, quiet: bool) -> dict[str, float]:
+        """Run all remaining steps, save, and export the student: the last logged means."""
         self.saved_at = monotonic()
         main = self.accelerator.is_main_process
-        if main and not self.quiet:
+        if main and not quiet:
             alone = "" if "loss" in self.settings.model_fields_set else _UNASKED
             say(f"loss: {self.distiller.describe(self.total - 1)}{alone}")
         logged, at = self.logged, self.start
@@ -203,26 +216,43 @@ class _Run:
         with self._telling_what_is_kept(), nullcontext() if records is None else closing(records):
             progress = Progress("train", self.total - self.start, of="steps", quiet=not main)
             with progress, signals_noted() as noted:
-                made = prefetch(map(self._micro_batches, range(self.start, self.total)))
+                left = range(self.start, self.start if self._is_enough() else self.total)
+                made = prefetch(map(self._micro_batches, left))
                 for step, batches in enumerate(self.meter.watch(made), start=self.start + 1):
                     terms, counts, norm = self._step(step - 1, [b.to(self.accelerator.device) for b in batches])
                     self.meter.count(batches)
                     self.seen.steps += 1
                     add_values(self.seen.sums, terms)
                     add_values(self.seen.counts, counts)
-                    if step % self.settings.log_every == 0 or step == self.total:
+                    self._evaluate(step, records)
+                    self.done, enough = step, self._is_enough()
+                    if step % self.settings.log_every == 0 or step == self.total or enough:
                         last = self._log(step, norm, records)
                     stop = self._stop(noted())
                     if main and (stop or self._is_due(step)):
                         self._save(step)
-                    if stop:
+                    if stop or enough:
                         break
                     progress.reach(step - self.start, f"loss {last['loss']:.4f}" if last else "")
             if stop:  # by a signal to another process
                 raise KeyboardInterrupt
             if main:
                 self._export()
-        return self.start, last
+        return last
+
+    def _evaluate(self, step: int, records: Records | None) -> None:
+        """Measure the student on held-out rows where that is due, and keep it where it is the best."""
+        found = self.evaluations
+        if found is not None and found.is_due(step, self.total):
+            self.module.eval()
+            values = found.measure(self.distiller.student, step, self.accelerator)
+            self.module.train()
+            if records is not None:
+                records.write(step, values)
+                found.keep(self.distiller.student.state_dict(), step)
+
+    def _is_enough(self) -> bool:
+        return self.evaluations is not None and self.evaluations.is_enough
 
     def _log(self, step: int, norm: float, records: Records | None) -> dict[str, float]:
         """Write what was measured since the last logged step, and return the means."""
@@ -238,12 +268,20 @@ class _Run:
         return means
 
     def _export(self) -> None:
-        if self.settings.save_every and self.saved != self.total:
-            self._save(self.total)
+        if self.settings.save_every and self.saved != self.done:
+            self._save(self.done)
+        if self.evaluations is not None and self.evaluations.wants_best(self.done):
+            self.evaluations.load_best(self.distiller.student, self._keep_last)
         rows = self.ready.cache.rows_of_student(LOOKED_AT)
         student = self.distiller.student.to(self.ready.save_dtype)
         export_student(self.out, student, self.ready.tokenizer, self.fingerprint, rows)
         tidy_up(self.out, keep_checkpoints=bool(self.settings.save_every))
+
+    def _keep_last(self) -> str:
+        """Save the last step where that was not done, and say so."""
+        if self.saved != self.done:
+            self._save(self.done)
+        return self._kept()
 
     @contextmanager
     def _telling_what_is_kept(self) -> Iterator[None]:
@@ -314,6 +352,7 @@ class _Run:
             fingerprint=self.fingerprint,
             window=asdict(self.seen),
             metrics=path.read_bytes() if (path := self.out / METRICS).exists() else b"",
+            evaluated=self.evaluations.note_saved() if self.evaluations is not None else {},
         )
         save(self.out, snapshot)
         self.saved, self.saved_at = step, monotonic()
