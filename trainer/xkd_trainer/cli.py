@@ -104,6 +104,39 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 @app.command()
+def report(
+    outs: Annotated[list[Path], typer.Argument(help="Folders of runs, finished or not.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    as_json: JsonOption = False,
+) -> None:
+    """One HTML file with the curves of several runs; it needs no network and runs no script.
+
+    Example: xkd-train report out/mta out/ce --out report.html
+    """
+    from xkd_trainer.reports.report import write_report
+
+    result = write_report(outs, out)
+    answer(result, [f"{out}: {len(result['runs'])} runs, {result['bytes']} bytes"], as_json)
+
+
+@app.command()
+def watch(
+    out: Annotated[Path, typer.Argument(help="Folder of a run, which another process may be training.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show how a run is going until it ends; --json prints where it is now, and ends.
+
+    Example: xkd-train watch out/student
+    """
+    from xkd_trainer.reports.watch import follow, status_of
+
+    if as_json:
+        say_json(status_of(out))
+    else:
+        follow(out)
+
+
+@app.command()
 def losses(as_json: JsonOption = False) -> None:
     """List the losses: what each needs from the cache, its settings, and its source.
 
