@@ -245,6 +245,14 @@ def load_run(
     return _check(data, path, typed)
 
 
+def change_values(run: RunConfig, values: Mapping[str, Any], flag: str) -> RunConfig:
+    """The run file with other values by dotted key; UsageError names the flag that asked for them."""
+    data = run.model_dump(exclude_unset=True)
+    for key, value in values.items():
+        _put(data, key, value, flag)
+    return _check(data, None, dict.fromkeys(values, flag))
+
+
 def _check(data: dict[str, Any], path: str | Path | None, typed: Mapping[str, str]) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
@@ -299,7 +307,7 @@ def _explain(path: str, typed: Mapping[str, str], error: ValidationError) -> Usa
     if first["type"] == "extra_forbidden":
         hint = _suggest(str(first["loc"][-1]), _known(first["loc"][:-1]))
         return UsageError(f"{where}: {dotted!r} is not a key", fix=hint)
-    name = dotted if where in ("--set", path) else where
+    name = dotted if where in ("--set", "--vary", path) else where
     what = f"{first['msg'].removeprefix('Value error, ')}, found {first['input']!r}"
     return UsageError(f"{where}: {what}" if name == where else f"{where}: {dotted}: {what}", fix=f"change {name}")
 

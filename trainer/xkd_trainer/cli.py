@@ -104,6 +104,33 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 @app.command()
+@with_flags(FlagsOf("train", only=("out",)), run_file="run_file")
+def sweep(
+    run: RunConfig,
+    vary: Annotated[list[str], typer.Option(help="KEY=VALUE,VALUE of the run file, or KEY=[TOML LIST]; repeatable.")],
+    student_table: Annotated[str, typer.Option(help="Student table, if several fit.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Train every combination of some settings on one cache, and compare them in one table.
+
+    Cross-entropy of equal steps is the first row, of equal time the last. The same command goes on where it stopped.
+
+    Example: xkd-train sweep runs/demo.toml --vary loss=mta,sra --vary train.seed=0,1,2 --out out/sweep
+    """
+    from xkd_trainer.sweep import failure_of
+    from xkd_trainer.sweep import sweep as sweep_runs
+
+    result = sweep_runs(run, vary, student_table=student_table)
+    failure = failure_of(result)
+    table = (Path(run.train.out) / "sweep.md").read_text().splitlines()
+    answer({name: result[name] for name in ("rows", "runs", "remarks")}, table, as_json)
+    if failure is not None and as_json:
+        raise typer.Exit(failure.exit_code)
+    if failure is not None:
+        raise failure
+
+
+@app.command()
 def report(
     outs: Annotated[list[Path], typer.Argument(help="Folders of runs, finished or not.")],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
