@@ -31,7 +31,8 @@ def test_help_shows_an_example_and_names_every_command_and_flag_of_training() ->
     )
 
     assert "Example: xkd-train --shards cache/" in train
-    for word in ("--run", "--shards", "--student", "--loss", "--out", "--set", "--json", "eval", "losses"):
+    commands = ("eval", "losses", "sweep", "report", "watch")
+    for word in ("--run", "--shards", "--student", "--loss", "--out", "--set", "--json", *commands):
         assert word in train
     assert "Example: xkd-train eval out/student --data held.jsonl" in evaluation
     assert "Prompts are read whole, also where" in evaluation

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 import tiny_models as tiny
 from tiny_run import run, stopped
-from xkd_schemas.errors import BadData, InputMissing, Mismatch
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_train import xkd_train
 from xkd_trainer.evaluation import Request, evaluate_student
-from xkd_trainer.training import held_out
+from xkd_trainer.training import held_out, loop
 from xkd_trainer.training.loop import Trained, train
 from xkd_trainer.training.tracking import read_lines
 
@@ -165,6 +165,21 @@ def test_held_out_rows_that_cannot_be_used_are_refused_before_a_step_and_other_r
     other = {**held, "eval_data": str(tiny.corpus_file(tmp_path / "other", HELD[:2]))}
     with pytest.raises(Mismatch, match=r"evaluation\.documents"):
         train(run(tmp_path / "out", save_every=1, **other), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"patience": 2, "eval_data": "x"}, "--patience 2 without --eval-every. Next: add --eval-every"),
+        ({"eval_every": 5}, "--eval-every 5 without --eval-data"), ({"eval_shards": "c"}, "c without --eval-data"),
+    ],
+)  # fmt: skip
+def test_what_needs_evaluations_is_refused_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(loop, "set_up", None)
+    with pytest.raises(UsageError, match=said):
+        train(tiny.Tiny(tmp_path).run(out=str(tmp_path / "out"), **settings), quiet=True)
 
 
 def test_the_command_says_how_good_the_student_is_and_when(tmp_path: Path, held: dict[str, Any]) -> None:

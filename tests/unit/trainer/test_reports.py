@@ -63,7 +63,13 @@ def test_a_run_that_goes_on_is_shown_up_to_its_last_whole_line(tmp_path: Path) -
     assert "training report" in page_of(tmp_path, out)
 
 
-def test_points_that_are_not_finite_are_left_out_and_many_are_averaged() -> None:
+def test_points_that_are_not_finite_are_left_out_and_many_are_averaged(tmp_path: Path) -> None:
+    out = seen_run(tmp_path / "run")
+    lines = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text('{"step": 1, "eval.bits_per_byte": NaN, "eval.agreement": 1.0}\n' + lines)
+    assert "nan" not in page_of(tmp_path, out)
+    assert read_run(out).best["step"] == 24
+
     chart = draw_chart("x", [[(step, 1.0 + step % 2) for step in range(3000)]], ["run"])
 
     assert (chart.low, chart.high, chart.last) == (1.0, 2.0, 2999)

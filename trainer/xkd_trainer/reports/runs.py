@@ -12,6 +12,7 @@ from xkd_schemas.errors import InputMissing
 from xkd_schemas.page import flatten
 from xkd_trainer.models.loading import read_provenance
 from xkd_trainer.training.files import METRICS, UNFINISHED
+from xkd_trainer.training.held_out import best_of
 from xkd_trainer.training.tracking import TIMING, read_lines
 
 TRAINING: Final = "training"
@@ -45,7 +46,7 @@ class SeenRun:
     @property
     def best(self) -> Line:
         """The evaluation with the fewest bits per byte; empty without any."""
-        return min(self.evaluations, key=lambda line: line["bits_per_byte"], default={})
+        return best_of(self.evaluations)
 
     @property
     def terms(self) -> list[str]:

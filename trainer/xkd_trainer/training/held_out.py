@@ -3,7 +3,8 @@
 OUT/best/step-00000200.safetensors  weights of the best evaluation so far; gone when the student is finished
 """
 
-from collections.abc import Callable, Mapping, Set
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xkd_schemas.config import RunConfig
+from xkd_schemas.config import RunConfig, TrainSection
 from xkd_schemas.corpus.sources import held_out_documents
 from xkd_schemas.documents import Document
 from xkd_schemas.durable_files import digest, remove, save_file, sha256_of
@@ -38,6 +39,14 @@ from xkd_trainer.training.tracking import read_lines
 
 EVALUATION: Final = ("eval_data", "eval_shards", "eval_every", "patience", "load_best_at_end")  # keys of [train]
 ARGMAX: Final = Signal("argmax")
+
+
+def check_evaluation(train: TrainSection) -> None:
+    """UsageError where something is asked of evaluations that there are none of."""
+    for name, needed in (("eval_every", "eval_data"), ("eval_shards", "eval_data"), ("patience", "eval_every")):
+        if getattr(train, name) and not getattr(train, needed):
+            flag, missing = (f"--{key.replace('_', '-')}" for key in (name, needed))
+            raise UsageError(f"{flag} {getattr(train, name)} without {missing}", fix=f"add {missing}, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -220,8 +229,12 @@ def without_choice(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 
 def evaluation_of(out: Path, *, best: bool) -> dict[str, float]:
     """What the best evaluation of a run measured, or the last one; nothing where it has none."""
-    found = [line for line in read_lines(out / METRICS) if "eval.bits_per_byte" in line]
-    if not found:
-        return {}
-    chosen = min(found, key=lambda line: line["eval.bits_per_byte"]) if best else found[-1]
-    return {name.removeprefix("eval."): value for name, value in chosen.items()}
+    lines = [line for line in read_lines(out / METRICS) if "eval.bits_per_byte" in line]
+    found = [{name.removeprefix("eval."): value for name, value in line.items()} for line in lines]
+    return (best_of(found) if best else {}) or (found or [{}])[-1]
+
+
+def best_of(evaluations: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The first with the fewest bits per byte; empty where none has a finite number."""
+    finite = (one for one in evaluations if math.isfinite(one["bits_per_byte"]))
+    return dict(min(finite, key=lambda one: one["bits_per_byte"], default={}))

@@ -35,7 +35,7 @@ from xkd_trainer.training.files import (
     tidy_up,
     was_exporting,
 )
-from xkd_trainer.training.held_out import EVALUATION, Evaluations, evaluation_of, without_choice
+from xkd_trainer.training.held_out import EVALUATION, Evaluations, check_evaluation, evaluation_of, without_choice
 from xkd_trainer.training.prepare import Ready, set_up
 from xkd_trainer.training.tracking import Meter, Records, check_trackers, read_lines, tracker_options
 
@@ -80,6 +80,7 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
     check_trackers(run.train.track)
+    check_evaluation(run.train)
     ready = set_up(run, student_table, on_missing=on_missing, quiet=quiet)
     size = len(ready.cache.rows(0, run.train.seed))
     if size == 0:
