@@ -204,6 +204,18 @@ class TrainSection(Section):
     """Steps between two lines of metrics.jsonl."""
     save_every: int = Field(default=0, ge=0)
     """Steps between two checkpoints; 0 for one every ten minutes, and none is left at the end."""
+    eval_data: str = ""
+    """Held-out rows, in the form of [documents]: a file, folder, address or data set name."""
+    eval_shards: str = ""
+    """Cache of the held-out rows: adds agreement with the teacher."""
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between two evaluations on eval_data; 0 for one at the end."""
+    patience: int = Field(default=0, ge=0)
+    """Training stops after so many evaluations without a better one; 0 for never."""
+    load_best_at_end: bool = True
+    """Export the student with the fewest bits per byte on eval_data; false for that of the last step."""
+    track: Annotated[tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...], COMMAS] = ()
+    """Trackers that get every logged value: tensorboard, trackio, wandb, mlflow."""
 
 
 class RunConfig(Section):
@@ -262,6 +274,14 @@ def load_run(
     return _check(data, path, typed)
 
 
+def change_values(run: RunConfig, values: Mapping[str, Any], flag: str) -> RunConfig:
+    """The run file with other values by dotted key; UsageError names the flag that asked for them."""
+    data = run.model_dump(exclude_unset=True)
+    for key, value in values.items():
+        _put(data, key, value, flag)
+    return _check(data, None, dict.fromkeys(values, flag))
+
+
 def _check(data: dict[str, Any], path: str | Path | None, typed: Mapping[str, str]) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
@@ -316,7 +336,7 @@ def _explain(path: str, typed: Mapping[str, str], error: ValidationError) -> Usa
     if first["type"] == "extra_forbidden":
         hint = _suggest(str(first["loc"][-1]), _known(first["loc"][:-1]))
         return UsageError(f"{where}: {dotted!r} is not a key", fix=hint)
-    name = dotted if where in ("--set", path) else where
+    name = dotted if where in ("--set", "--vary", path) else where
     what = f"{first['msg'].removeprefix('Value error, ')}, found {first['input']!r}"
     return UsageError(f"{where}: {what}" if name == where else f"{where}: {dotted}: {what}", fix=f"change {name}")
 

@@ -57,12 +57,12 @@ class Progress:
 
     def _line(self, elapsed: float) -> str:
         done = min(self.done, self.total)
-        parts = [f"{_clock(elapsed)} elapsed"]
+        parts = [f"{show_time(elapsed)} elapsed"]
         if self.total:
             bar = f"[{'#' * int(BAR * done / self.total):.<{BAR}}] " if self._tty else ""
             parts.insert(0, f"{bar}{int(done)} of {int(self.total)} {self.of}")
         if done:
-            parts.append(f"{_clock(elapsed / done * (self.total - done))} left")
+            parts.append(f"{show_time(elapsed / done * (self.total - done))} left")
         return f"{self.label}: {', '.join([*parts, *filter(None, [self.note])])}"
 
     def clear(self) -> None:
@@ -135,7 +135,12 @@ def heartbeat(label: str, *, quiet: bool = False) -> Iterator[None]:
             thread.join(timeout=BEAT)
 
 
-def _clock(seconds: float) -> str:
+def show_time(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> show_time(3725.4), show_time(61)
+    ('1:02:05', '1:01')
+    """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import small_cache
+from seen_runs import seen_run
 from xkd_pipeline.reports.report import write_report
+from xkd_trainer.reports.report import write_report as write_training_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
@@ -86,6 +88,28 @@ def test_every_section_is_drawn_no_script_runs_and_no_request_leaves(
     assert "<title>cache: cache report</title>" in drawn
     assert "<iframe" not in drawn
     assert "&lt;iframe" in drawn, "it is shown, as text"
+    assert asked == []
+
+
+def test_the_page_of_training_runs_draws_every_curve_runs_no_script_and_fetches_nothing(
+    tmp_path: Path, listener: tuple[str, list[str]]
+) -> None:
+    address, asked = listener
+    attack = f"</title></svg><script>document.title='RAN'</script><img src='{address}/img' onerror='document.title=1'>"
+    outs = [
+        seen_run(tmp_path / str(number), term=term, settings={"loss": f"{term}{number}"})
+        for number, term in enumerate(("sra.cos", attack))
+    ]
+    write_training_report(outs, tmp_path / "runs.html")
+
+    drawn = browsed(tmp_path, tmp_path / "runs.html", "--dump-dom")
+
+    assert drawn.count("<figure>") == 15
+    assert drawn.count("<title>") - 1 == 26, "two curves in 11 drawings, one in those of the terms of one run"
+    for section in ("runs", "differing", "group-1", "group-5", "settings"):
+        assert f'<section id="{section}">' in drawn
+    assert "<title>training report</title>" in drawn
+    assert "&lt;script" in drawn
     assert asked == []
 
 

@@ -55,15 +55,18 @@ def train(
 
     trained = train_student(run, student_table=student_table, on_missing=on_missing, quiet=as_json)
     if as_json:
-        values = {name: getattr(trained, name) for name in ("steps", "terms", "weights", "saved_in")}
+        values = {name: getattr(trained, name) for name in ("steps", "terms", "weights", "saved_in", "evaluation")}
         say_json({"out": str(trained.out), **values})
     elif trained.resumed_at == trained.steps:
         say(f"{trained.out}: already trained for {trained.steps} steps with these settings, nothing to do")
     else:
         resumed = f" (resumed at step {trained.resumed_at})" if trained.resumed_at else ""
         terms = ", ".join(f"{name} {value:.4f}" for name, value in sorted(trained.terms.items()))
+        best = (
+            "; step {step}, {bits_per_byte:.4f} bits per byte".format(**found) if (found := trained.evaluation) else ""
+        )
         saved = "" if trained.saved_in == "float32" else f"; saved in {trained.saved_in}"
-        say(f"{trained.out}: trained for {trained.steps} steps{resumed}; {terms}{saved}")
+        say(f"{trained.out}: trained for {trained.steps} steps{resumed}; {terms}{best}{saved}")
 
 
 @app.command("eval")
@@ -128,6 +131,66 @@ def export(
         raise UsageError("nothing is asked for", fix=f"xkd-train export {student} --merge --to {to}")
     dtype = str(export_merged(student, to)).removeprefix("torch.")
     answer({"out": str(to), "saved_in": dtype}, [f"{to}: a whole student; saved in {dtype}"], as_json)
+
+
+@app.command()
+@with_flags(FlagsOf("train", only=("out",)), run_file="run_file")
+def sweep(
+    run: RunConfig,
+    vary: Annotated[list[str], typer.Option(help="KEY=VALUE,VALUE of the run file, or KEY=[TOML LIST]; repeatable.")],
+    student_table: Annotated[str, typer.Option(help="Student table, if several fit.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Train every combination of some settings on one cache, and compare them in one table.
+
+    Cross-entropy of equal steps is the first row, of equal time the last. The same command goes on where it stopped.
+
+    Example: xkd-train sweep runs/demo.toml --vary loss=mta,sra --vary train.seed=0,1,2 --out out/sweep
+    """
+    from xkd_trainer.sweep import failure_of
+    from xkd_trainer.sweep import sweep as sweep_runs
+
+    result = sweep_runs(run, vary, student_table=student_table)
+    failure = failure_of(result)
+    table = (Path(run.train.out) / "sweep.md").read_text().splitlines()
+    answer({name: result[name] for name in ("rows", "runs", "remarks")}, table, as_json)
+    if failure is not None and as_json:
+        raise typer.Exit(failure.exit_code)
+    if failure is not None:
+        raise failure
+
+
+@app.command()
+def report(
+    outs: Annotated[list[Path], typer.Argument(help="Folders of runs, finished or not.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    as_json: JsonOption = False,
+) -> None:
+    """One HTML file with the curves of several runs; it needs no network and runs no script.
+
+    Example: xkd-train report out/mta out/ce --out report.html
+    """
+    from xkd_trainer.reports.report import write_report
+
+    result = write_report(outs, out)
+    answer(result, [f"{out}: {len(result['runs'])} runs, {result['bytes']} bytes"], as_json)
+
+
+@app.command()
+def watch(
+    out: Annotated[Path, typer.Argument(help="Folder of a run, which another process may be training.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show how a run is going until it ends; --json prints where it is now, and ends.
+
+    Example: xkd-train watch out/student
+    """
+    from xkd_trainer.reports.watch import follow, status_of
+
+    if as_json:
+        say_json(status_of(out))
+    else:
+        follow(out)
 
 
 @app.command()

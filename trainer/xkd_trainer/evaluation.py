@@ -3,7 +3,7 @@
 Bits per byte count the text of the target segments only, so they compare models with different tokenizers.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -11,31 +11,22 @@ from typing import Any, Final
 import numpy as np
 import torch
 from rouge_score import rouge_scorer
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from xkd_schemas.config import AUTO
-from xkd_schemas.corpus.sources import held_out_documents
 from xkd_schemas.documents import Document
-from xkd_schemas.errors import BadData, Mismatch, UsageError
 from xkd_schemas.progress import Progress
-from xkd_schemas.signals import Signal
-from xkd_schemas.text.encode import TRIED, Encoder
+from xkd_schemas.text.encode import Encoder
 from xkd_schemas.text.templates import CHAT, chosen_template
-from xkd_schemas.text.tokenizers import identity
-from xkd_schemas.tokens import OK, Tokens
-from xkd_trainer.data.batch import Batch, unwrap
-from xkd_trainer.data.cache import Cache, find_student
-from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
-from xkd_trainer.models.architecture import head_of
+from xkd_schemas.tokens import Tokens
 from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
 from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device, warn_of_slow_dtype
-from xkd_trainer.models.forward import check_ids, check_model, run
+from xkd_trainer.models.forward import check_model
 from xkd_trainer.models.loading import check_model_name, load_tokenizer, read_provenance
 from xkd_trainer.models.lora import base_of, load_student
 from xkd_trainer.models.padding import pad
 from xkd_trainer.training.files import find_turn_ends
+from xkd_trainer.training.held_out import Agreement, read_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +67,6 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     """
     name = str(request.student)
     check_model_name(base_of(name))
-    documents, rejected, references = held_out_documents(request.data, request.form, request.columns)
     tokenizer = load_tokenizer(name)
     trained = read_provenance(Path(name)).get("run", {})
     template = chosen_template(request.template or trained.get("template", AUTO), tokenizer)
@@ -85,77 +75,23 @@ def evaluate_student(request: Request) -> dict[str, Any]:
         tokenizer=tokenizer, template=template, max_tokens=request.max_tokens,
         enable_thinking=thinking if template == CHAT else None,
     )  # fmt: skip
-    encoder.check(documents[:TRIED])
+    held = read_held_out(request.data, request.form, request.columns, encoder)
     device = this_device()
     dtype = choose_dtype(request.dtype, device).dtype
     warn_of_slow_dtype(dtype, device)
     model = load_student(name, dtype=dtype_named(dtype)).to(device)
     check_model(model)
-    tokens = encoder.encode_batch(documents)
-    check_ids(tokens.ids, tokenizer, len(model.get_input_embeddings().weight))
-    pairs = [(d, t) for d, t in zip(documents, tokens, strict=True) if t.status == OK]
-    if not pairs:
-        first = f"; the first: row {rejected[0].line}, {rejected[0].detail}" if rejected else ""
-        raise BadData(f"{request.data}: no row can be used{first}", fix="name the columns with --column")
+    held.check_ids(model, tokenizer)
     result: dict[str, Any] = {
-        "documents": len(pairs),
-        "unusable": len(rejected) + len(documents) - len(pairs),
-        "template": template,
-        "dtype": dtype,
-        **bits_per_byte(model, pairs),
-    }
+        "documents": len(held.pairs), "unusable": held.unusable, "template": template, "dtype": dtype,
+        **bits_per_byte(model, held.pairs),
+    }  # fmt: skip
     if request.shards is not None:
-        result |= agreement(model, tokenizer, request.shards, {d.doc_id for d in documents})
+        result |= Agreement(tokenizer, request.shards, held.doc_ids).measure(model)
     if request.rouge:
-        chosen = pairs[: request.limit] if request.limit else pairs
-        result |= rouge_l(model, tokenizer, chosen, request, references)
+        chosen = held.pairs[: request.limit] if request.limit else held.pairs
+        result |= rouge_l(model, tokenizer, chosen, request, held.references)
     return result
-
-
-@torch.inference_mode()
-def agreement(model: PreTrainedModel, tokenizer: Any, shards: Path, doc_ids: Set[str]) -> dict[str, float]:
-    """Share of exact pairs at whose positions student and teacher would say the same next token, in percent.
-
-    A pair counts where both models predict one token each for the same characters. Two tokens are the same where their
-    bytes are (`shared_vocabulary`); a teacher's token the student does not have counts as disagreement.
-
-    Raises:
-        Mismatch: One of the documents is not in the cache.
-    """
-    cache = Cache(shards, student=find_student(shards, identity(tokenizer), ""))
-    if ARGMAX not in cache.signals:
-        raise UsageError(
-            f"{shards} holds no argmax of the teacher", fix=f"xkd-cache add {shards} --model TEACHER --signals argmax"
-        )
-    ids = [row["doc_id"] for row in cache.documents]
-    if missing := doc_ids - set(ids):
-        raise Mismatch(
-            f"{len(missing)} of {len(doc_ids)} documents of --data are not in {shards}",
-            fix="name the cache of these rows with --shards, made without --max-prompt-tokens, or leave --shards out",
-        )
-    compared = [row for row in cache.usable.tolist() if ids[row] in doc_ids]
-    teacher_tokenizer = load_tokenizer(str(cache.teachers.folder / "tokenizer"))
-    student_ids, teacher_ids = shared_vocabulary(tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), "mapped")
-    translated = torch.full((max(cache.sizes.vocab_size, len(teacher_tokenizer)),), -1, dtype=torch.int64)
-    translated[teacher_ids] = student_ids
-    same = total = 0
-    with Progress("agreement with the teacher", len(compared)):
-        for rows in make_batches(compared):
-            hits, pairs = _count_agreeing(model, batch_of(cache, rows, frozenset({ARGMAX})), translated)
-            same, total = same + hits, total + pairs
-    return {"agreement": 100.0 * same / max(1, total), "agreement_pairs": total}
-
-
-def _count_agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) -> tuple[int, int]:
-    batch, translated = batch.to(model.device), translated.to(model.device)
-    states_BSd = run(model, batch.student_ids_BS, batch.student_valid_BS).last_BLD
-    same, head = 0, head_of(model)
-    for row, valid_E in enumerate(batch.pair_valid_BE):
-        pairs_E2 = batch.pairs_BE2[row, valid_E]
-        student_E = head(states_BSd[row, batch.predict_BN[row, pairs_E2[:, 0]]]).argmax(-1)
-        teacher_E = translated[unwrap(batch.teacher_argmax_BM)[row, pairs_E2[:, 1]]]
-        same += int((student_E == teacher_E).sum())
-    return same, int(batch.pair_valid_BE.sum())
 
 
 def rouge_l(
@@ -192,7 +128,6 @@ def rouge_l(
     return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means)), "rouge_l_max": max(means)}
 
 
-ARGMAX: Final = Signal("argmax")
 _SAMPLED: Final = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
 

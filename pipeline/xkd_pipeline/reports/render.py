@@ -26,6 +26,7 @@ from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, Interval, Spans
 from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.page import escape_text
 from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Int32s, Tokens, tokens_at
 
 SIGNS: Final = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}  # what stands for a blank in a token
@@ -34,33 +35,8 @@ EXACT: Final = "="  # under a pair of one token each
 MANY: Final = "~"  # under a span of several tokens on one side
 ALONE: Final = " "  # under tokens that are in no aligned span
 
-_SKIN_TONES: Final = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 _JOIN: Final = "│"
 _MARGIN: Final = 9
-
-
-def escape_text(text: str) -> str:
-    """The text with nothing in it that a terminal obeys; blanks and all else stay.
-
-    Control, format, surrogate, private and unassigned characters, line separators and combining marks without a base
-    are written as their code point; joiners inside emoji too, as terminals disagree on them.
-
-    >>> escape_text("a\\x1b[0m\\u202eb")
-    'a\\\\x1b[0m\\\\u202eb'
-    """
-    shown = []
-    for at, char in enumerate(text):
-        category = unicodedata.category(char)
-        joins = category[0] == "M" or char in _SKIN_TONES
-        loose = joins and (at == 0 or text[at - 1].isspace())
-        escape = category[0] == "C" or category in {"Zl", "Zp"} or loose
-        shown.append(_escape(char) if escape else char)
-    return "".join(shown)
-
-
-def _escape(char: str) -> str:
-    code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def show_blanks(text: str) -> str:

@@ -1,8 +1,6 @@
 """One HTML file about a cache: what it holds, where it comes from, how well it aligns, and its worst documents.
 
-No script, and nothing that is fetched: style and bar charts are in the file. Text of the corpus is the attacker's:
-`escape_text` shows control and bidirectional characters as code points, jinja2 escapes every value, and the page's own
-policy forbids scripts and requests.
+No script, and nothing that is fetched; text of the corpus is the attacker's, and shown as `xkd_schemas.page` does.
 
 Tables are streamed batch by batch; nothing is kept but counts and the worst few. Of a teacher table, whose states are
 large, at most SAMPLED_SHARDS shards are read, evenly spaced; the page says so wherever a figure comes from them.
@@ -19,19 +17,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from xkd_pipeline.reports.plan_text import format_size
-from xkd_pipeline.reports.render import bracket_phrases, columns_of, escape_text
+from xkd_pipeline.reports.render import bracket_phrases, columns_of
 from xkd_pipeline.tables.dataset_card import table_states
 from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.manifest import Manifest
 from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
 from xkd_schemas.durable_files import bytes_below, inside, replace, sha256_of
 from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.page import escape_text, render_page
 from xkd_schemas.tokens import OK, TOKEN_FIELDS, tokens_at
 
 WORST: Final = 20  # documents that are drawn
@@ -100,18 +98,14 @@ def write_report(root: Path, out: Path) -> dict[str, Any]:
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder", fix=f"--out {out / 'report.html'}")
     report = gather(root)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"visible": escape_text, "size": format_size, "flatten": flatten}
     worst = {alignment.student: list(_draw_worst(root, alignment)) for alignment in report["alignments"]}
-    page = environment.get_template("report.html.j2").render(
-        report=report, worst=worst, max_chars=MAX_CHARS, max_columns=MAX_COLUMNS
+    template = Path(__file__).with_name("report.html.j2")
+    page = render_page(
+        template, {"size": format_size}, report=report, worst=worst, max_chars=MAX_CHARS, max_columns=MAX_COLUMNS
     )
-    replace(out, page.encode())
+    replace(out, page)
     pairs = [(a.teacher, a.student) for a in report["alignments"]]
-    return {"report": str(out), "bytes": len(page.encode()), "tables": len(report["tables"]), "pairs": pairs}
+    return {"report": str(out), "bytes": len(page), "tables": len(report["tables"]), "pairs": pairs}
 
 
 def _draw_worst(root: Path, alignment: Alignment) -> Iterator[dict[str, Any]]:
@@ -255,22 +249,6 @@ def exact_shares(ours_K: npt.NDArray[Any], theirs_K: npt.NDArray[Any], counts_B:
     all_B = np.bincount(owner_K, both_K, minlength=size)
     exact_B = np.bincount(owner_K, both_K * ((ours_K == 1) & (theirs_K == 1)), minlength=size)
     return np.divide(exact_B, all_B, out=np.zeros(size), where=all_B > 0)
-
-
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of every leaf.
-
-    >>> list(flatten({"a": {"b": 1}, "c": ["x", {"d": None}]}))
-    [('a.b', '1'), ('c.0', 'x'), ('c.1.d', 'null')]
-    """
-    if isinstance(value, list) and all(not isinstance(item, dict | list) for item in value) and prefix.count(".") == 1:
-        value = ", ".join(map(str, value)) or "none"
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None:
-        yield prefix.rstrip("."), value if isinstance(value, str) else json.dumps(value)
-        return
-    for key, item in items:
-        yield from flatten(item, f"{prefix}{key}.")
 
 
 def _read_rejects(documents: Table) -> Iterator[dict[str, str]]:

@@ -18,7 +18,6 @@ from xkd_pipeline.reports.render import (
     _find_crossing,
     bracket_phrases,
     draw,
-    escape_text,
     find,
     render,
     show_blanks,
@@ -27,6 +26,7 @@ from xkd_pipeline.reports.render import (
 from xkd_schemas.cache.table import Table
 from xkd_schemas.documents import Document, Spans, document_of
 from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.page import escape_text
 from xkd_schemas.tokens import CONTENT
 
 NO_SPANS = Spans(words=(), phrases=(), labels=())

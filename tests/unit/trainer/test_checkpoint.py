@@ -20,7 +20,7 @@ from xkd_schemas.errors import BadData, DiskFailed
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.loading import load_model, load_tokenizer
 from xkd_trainer.training.files import KEPT, Snapshot, export_student, is_finished, load_newest, save, tidy_up
-from xkd_trainer.training.loop import Metrics
+from xkd_trainer.training.tracking import Metrics
 
 FINGERPRINT = {"train": {"seed": 1}, "steps": 8}
 

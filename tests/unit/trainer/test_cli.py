@@ -31,7 +31,8 @@ def test_help_shows_an_example_and_names_every_command_and_flag_of_training() ->
     )
 
     assert "Example: xkd-train --shards cache/" in train
-    for word in ("--run", "--shards", "--student", "--loss", "--out", "--set", "--json", "eval", "losses"):
+    commands = ("eval", "losses", "sweep", "report", "watch")
+    for word in ("--run", "--shards", "--student", "--loss", "--out", "--set", "--json", *commands):
         assert word in train
     assert "Example: xkd-train eval out/student --data held.jsonl" in evaluation
     assert "Prompts are read whole, also where" in evaluation
@@ -186,7 +187,7 @@ def test_eval_compares_the_rows_of_data_alone_and_refuses_those_the_cache_lacks(
     other = tiny.corpus_file(tmp_path, [*tiny.PAIRS[:2], ("Another?", "Yes.")])
     ended = xkd_train(*arguments[:-2], "--data", other)
 
-    one_line(ended, 78, "1 of 3 documents of --data are not in", "made without --max-prompt-tokens")
+    one_line(ended, 78, "1 of 3 held-out documents are not in", "made without --max-prompt-tokens")
 
 
 def test_eval_prints_numbers_and_json() -> None:

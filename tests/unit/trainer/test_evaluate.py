@@ -21,8 +21,10 @@ from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT, Tokens
 from xkd_trainer import evaluation as evaluate
 from xkd_trainer.data.cache import Cache
-from xkd_trainer.evaluation import Request, agreement, bits_per_byte, evaluate_student, generate, rouge_l
+from xkd_trainer.evaluation import Request, bits_per_byte, evaluate_student, generate, rouge_l
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
+from xkd_trainer.training import held_out
+from xkd_trainer.training.held_out import Agreement
 
 HELD = (
     ("Who lit the lamp?", "A fisherman lit it."),
@@ -127,7 +129,7 @@ def test_agreement_equals_a_loop_over_the_exact_pairs() -> None:
     with torch.no_grad():  # a student that says the teacher's most frequent word at every other place
         model.get_output_embeddings().weight[translated[often]] *= 40
 
-    found = agreement(model, tokenizer, made.cache, {row["doc_id"] for row in cache.documents})
+    found = Agreement(tokenizer, made.cache, {row["doc_id"] for row in cache.documents}).measure(model)
 
     same, total = slow_agreement(model, cache, translated)
     assert 0 < same < total
@@ -236,10 +238,10 @@ def test_a_cache_without_the_teachers_choices_is_refused(monkeypatch: pytest.Mon
     made = tiny.tiny_cache()
     cache = Cache(made.cache, student="student")
     cache.__dict__["signals"] = tuple(s for s in cache.signals if s.name != "argmax")
-    monkeypatch.setattr(evaluate, "Cache", lambda *_, **__: cache)
+    monkeypatch.setattr(held_out, "Cache", lambda *_, **__: cache)
 
     with pytest.raises(UsageError, match="holds no argmax of the teacher"):
-        agreement(tiny.llama("sentencepiece"), tokenizer_of("sentencepiece"), made.cache, set())
+        Agreement(tokenizer_of("sentencepiece"), made.cache, set())
 
 
 def test_the_model_runs_in_what_is_fast_here_and_a_slow_dtype_is_obeyed_with_one_warning(

@@ -29,7 +29,7 @@ def make_batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
         tick(min(BATCH, len(items) - first))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference_mode would leave tensors in the model that training cannot use
 def bits_per_byte(model: PreTrainedModel, pairs: Sequence[tuple[Document, Tokens]]) -> dict[str, float]:
     """-log2 p(target text) over its UTF-8 bytes; end tokens carry no text and are left out.
 

@@ -7,7 +7,7 @@ student (DDP). Where there is one process nothing here does anything.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ def join() -> None:
     PartialState(cpu=not torch.cuda.is_available())
 
 
-def make_accelerator(precision: str) -> Accelerator:
+def make_accelerator(precision: str, **trackers: Any) -> Accelerator:
     """For all processes of this run."""
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients once in memory, not twice
-    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp], **trackers)
 
 
 def largest(*values: float) -> list[float]:

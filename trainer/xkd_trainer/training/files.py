@@ -39,6 +39,7 @@ from xkd_trainer.models.lora import base_of, load_student
 
 KEPT = 2  # newest whole checkpoints that stay
 METRICS: Final = "metrics.jsonl"
+BEST: Final = "best"  # folder of the weights of the best evaluation, until the student is finished
 FILES: Final = ("student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json", METRICS)
 
 
@@ -57,9 +58,11 @@ class Snapshot:
     window: Mapping[str, Any] = field(default_factory=dict)  # what was measured since the last logged step
     metrics: bytes = b""  # the file of what was logged
     micro_batch_size: int = 0  # documents of a forward pass, fewer than asked for where memory ran out; 0 for all
+    evaluated: Mapping[str, Any] = field(default_factory=dict)  # the best evaluation, and how many came after it
 
 
-def _make_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def make_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: each once, whole, on the CPU."""
     seen: set[int] = set()
     unique: dict[str, Tensor] = {}
     for name, tensor in tensors.items():  # tied weights appear twice in a state dict and once on disk
@@ -93,10 +96,10 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     plain = {key: optimizer.pop(key) for key, value in list(optimizer.items()) if not isinstance(value, Tensor)}
     tensors = snapshot.student, snapshot.projectors, optimizer
     for name, content in zip(FILES, tensors, strict=False):
-        save_tensors(_make_contiguous(content), folder / name)
+        save_tensors(make_contiguous(content), folder / name)
     state = {
         "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "window": dict(snapshot.window),
-        "micro_batch_size": snapshot.micro_batch_size,
+        "micro_batch_size": snapshot.micro_batch_size, "evaluated": dict(snapshot.evaluated),
         "optimizer": {"groups": snapshot.optimizer["param_groups"], "plain": plain},
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state))  # terms stay in the order that they are logged in
@@ -150,6 +153,7 @@ def _load(path: Path) -> Snapshot:
         window=state.get("window", {}),
         micro_batch_size=state.get("micro_batch_size", 0),
         metrics=(path / METRICS).read_bytes(),
+        evaluated=state.get("evaluated", {}),
     )
 
 
@@ -214,6 +218,7 @@ def tidy_up(out: Path, *, keep_checkpoints: bool) -> None:
     """Remove what a run whose student is just finished needs no more; a killed one leaves it to the next."""
     with disk_errors(out):
         if (out / UNFINISHED).exists():
+            shutil.rmtree(out / BEST, ignore_errors=True)
             if not keep_checkpoints:
                 shutil.rmtree(out / "checkpoints", ignore_errors=True)
             (out / UNFINISHED).unlink()

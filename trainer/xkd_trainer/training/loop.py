@@ -1,13 +1,11 @@
 """The training loop: batches from the cache, terms divided once per step, AdamW, checkpoints, one metrics file."""
 
-import itertools
-import json
 import math
 import signal
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -19,7 +17,7 @@ from torch import Tensor
 from xkd_schemas.cache.manifest import refuse_differences
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import rank, say, signals_noted, tell_kept, warn
-from xkd_schemas.durable_files import disk_errors, hold_lock, rename, replace
+from xkd_schemas.durable_files import hold_lock
 from xkd_schemas.errors import DiskFailed, Mismatch, NonFinite, OutOfMemory, UsageError
 from xkd_schemas.progress import Progress
 from xkd_schemas.text.encode import reading_of
@@ -48,8 +46,10 @@ from xkd_trainer.training.files import (
     tidy_up,
     was_exporting,
 )
+from xkd_trainer.training.held_out import EVALUATION, Evaluations, check_evaluation, evaluation_of, without_choice
 from xkd_trainer.training.optimizers import make_optimizer
 from xkd_trainer.training.prepare import Ready, set_up
+from xkd_trainer.training.tracking import Meter, Records, check_trackers, read_lines, tracker_options
 
 T = TypeVar("T")
 Value = TypeVar("Value", float, Tensor)
@@ -61,6 +61,7 @@ FIRST_KEYS: Final = {
     "weight_decay", "max_grad_norm", "seed", "mixed_precision", "save_dtype",
 }  # fmt: skip
 """Settings that every checkpoint names; a later one is named where it has not its default."""
+NOT_THE_RESULT: Final = {"out", "shards", "threads", "log_every", "save_every", "track", *EVALUATION}
 SAVE_SECONDS: Final = 600.0  # where nobody says how often, a checkpoint is written after so long
 
 
@@ -74,6 +75,7 @@ class Trained:
     terms: dict[str, float]  # means over the last logged stretch of steps
     weights: dict[str, float]  # what each term is multiplied by at the last step
     saved_in: str  # dtype of the student's weights on disk
+    evaluation: dict[str, float]  # of the exported student on held-out rows, with its step; empty without any
 
 
 def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", quiet: bool = False) -> Trained:
@@ -96,32 +98,40 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
         raise UsageError(f"--out {out} is a file", kept="it as it is", fix="--out FOLDER")
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
+    check_trackers(run.train.track)
+    check_evaluation(run.train)
     with losing_no_process(lambda: f"what {out} holds"):
         join()
         ready = agree(lambda: set_up(run, student_table, on_missing=on_missing, quiet=quiet))
     size = len(ready.cache.rows(0, run.train.seed))
     if size == 0:
         raise UsageError(f"{ready.cache.root} has no usable document for this student")
+    evaluations = agree(lambda: Evaluations(run, ready)) if run.train.eval_data else None
     order = Order(size=size, batch_size=run.train.batch_size, seed=run.train.seed)
     total = run.train.steps or max(1, round(run.train.epochs * order.steps_per_epoch))
     fingerprint = _fingerprint(run, ready, total)
+    if evaluations is not None:
+        fingerprint["evaluation"] = evaluations.describe()
     with ExitStack() as held, losing_no_process(lambda: f"what {out} held before"):
         agree(lambda: None if rank() else held.enter_context(hold_lock(out)))
         if agree(lambda: is_finished(out, fingerprint)):
             if rank() == 0:
                 tidy_up(out, keep_checkpoints=bool(run.train.save_every))
-            resumed_at, terms = total, dict[str, float]()
+            steps = resumed_at = int((read_lines(out / METRICS) or [{}])[-1].get("step", total))
+            terms = dict[str, float]()
         else:
-            resumed_at, terms = _Run(run, ready, order, total, fingerprint, quiet).go()
+            going = _Run(run, ready, order, total, fingerprint, evaluations)
+            terms, resumed_at, steps = going.go(quiet), going.start, going.done
     return Trained(
-        out=out, steps=total, resumed_at=resumed_at, terms=terms, weights=fingerprint["weights"],
+        out=out, steps=steps, resumed_at=resumed_at, terms=terms, weights=fingerprint["weights"],
         saved_in=str(ready.save_dtype).removeprefix("torch."),
+        evaluation=evaluation_of(out, best=run.train.load_best_at_end),
     )  # fmt: skip
 
 
 def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
     reading = reading_of(ready.cache.students.manifest.spec["encoder"])
-    dumped = run.train.model_dump(mode="json", exclude={"out", "shards", "threads", "log_every", "save_every"})
+    dumped = run.train.model_dump(mode="json", exclude=NOT_THE_RESULT)
     changed = run.train.model_dump(exclude_defaults=True)
     train = {key: value for key, value in dumped.items() if key in FIRST_KEYS or key in changed}
     weights = run.student.model_dump(include={"dtype", "quantization"}, exclude_defaults=True)
@@ -150,28 +160,6 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T]:
             yield item
 
 
-class Metrics:
-    """Appends lines to OUT/metrics.jsonl: one JSON object each, what a run measured, in that order.
-
-    A run that goes on takes up what its checkpoint says was logged `before`. One that starts at its first step gets a
-    new file, and what an earlier run measured is kept as metrics-1.jsonl, metrics-2.jsonl, ...
-    """
-
-    def __init__(self, out: Path, *, before: bytes | None) -> None:
-        self.path = out / METRICS
-        if before is not None:
-            replace(self.path, before)
-        elif self.path.exists():
-            taken = {path.name for path in out.glob("metrics-*.jsonl")}
-            free = next(name for n in itertools.count(1) if (name := f"metrics-{n}.jsonl") not in taken)
-            rename(self.path, out / free)
-
-    def write(self, **values: Any) -> None:
-        """Append one line."""
-        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(values) + "\n")
-
-
 def add_values(sums: dict[str, Value], values: Mapping[str, Value]) -> None:
     """Add numbers or tensors by name to what is there, or put them there."""
     for name, value in values.items():
@@ -191,19 +179,21 @@ class _Run:
     """The state of one run."""
 
     def __init__(
-        self, run: RunConfig, ready: Ready, order: Order, total: int, fingerprint: dict[str, Any], quiet: bool
-    ) -> None:
+        self, run: RunConfig, ready: Ready, order: Order, total: int, fingerprint: dict[str, Any],
+        evaluations: Evaluations | None,
+    ) -> None:  # fmt: skip
         self.settings, self.ready, self.order, self.total = run.train, ready, order, total
-        self.fingerprint, self.quiet = fingerprint, quiet
+        self.fingerprint, self.evaluations = fingerprint, evaluations
         self.micro_batch_size = run.train.micro_batch_size
         self.out, self.saved, self.seen = Path(run.train.out), 0, Window()
-        self.accelerator = make_accelerator(run.train.mixed_precision)
+        self.meter, tracked = Meter(), tracker_options(self.out, run.train.track)
+        self.accelerator = make_accelerator(run.train.mixed_precision, **tracked)
         self.distiller = ready.distiller
         groups = self.distiller.parameter_groups(lr=run.train.lr, weight_decay=run.train.weight_decay)
         self.optimizer = make_optimizer(run.train.optimizer, groups)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.logged: bytes | None = None  # in the metrics of the checkpoint
-        self.start = agree(self._resume)
+        self.start = self.done = agree(self._resume)
         agree(self._check_start)
         self.module, self.optimizer = self.accelerator.prepare(self.distiller, self.optimizer)
 
@@ -216,8 +206,11 @@ class _Run:
                 raise Mismatch(f"{self.out} holds a student of another run", fix="choose another --out")
             return 0
         refuse_differences(
-            self.out, self.fingerprint, dict(snapshot.fingerprint), advice="choose another --out, or the same settings"
-        )
+            self.out, without_choice(self.fingerprint), without_choice(snapshot.fingerprint),
+            advice="choose another --out, or the same settings",
+        )  # fmt: skip
+        if self.evaluations is not None:
+            self.evaluations.restore(snapshot.evaluated)
         self.distiller.student.load_state_dict(snapshot.student, strict=False)  # tied weights are stored once
         self.distiller.losses.load_state_dict(snapshot.projectors)
         self.optimizer.load_state_dict(dict(snapshot.optimizer))
@@ -273,70 +266,103 @@ class _Run:
             )  # fmt: skip
 
     def _prefetch(self, step: int) -> Generator[list[Batch]]:
-        return prefetch(map(self._micro_batches, range(step, self.total)))
+        with closing(prefetch(map(self._micro_batches, range(step, self.total)))) as made:
+            yield from self.meter.watch(made)
 
-    def go(self) -> tuple[int, dict[str, float]]:
-        """Run all remaining steps, save, and export the student: the step it began at, and the last logged means."""
+    def go(self, quiet: bool) -> dict[str, float]:
+        """Run all remaining steps, save, and export the student: the last logged means."""
         self.saved_at = monotonic()
         main = self.accelerator.is_main_process
-        if main and not self.quiet:
+        if main and not quiet:
             alone = "" if "loss" in self.settings.model_fields_set else _UNASKED
             say(f"loss: {self.distiller.describe(self.total - 1)}{alone}")
-        metrics = agree(lambda: Metrics(self.out, before=self.logged) if main else None)
+        records = agree(lambda: self._open_records() if main else None)
         self.module.train()
         last, stop = dict[str, float](), 0
-        with self._telling_what_is_kept():
+        with self._telling_what_is_kept(), nullcontext() if records is None else closing(records):
             progress = Progress("train", self.total - self.start, of="steps", quiet=not main)
             with progress, signals_noted() as noted:
-                made, step = self._prefetch(self.start), self.start
-                while step < self.total:
+                made = self._prefetch(self.done)
+                while self.done < self.total and not self._is_enough():
                     batches = agree(lambda made=made: next(made))
-                    done = self._step(step, [b.to(self.accelerator.device) for b in batches])
-                    if done is None:  # memory ran out, and the step begins again with smaller micro-batches
+                    measured = self._step(self.done, [b.to(self.accelerator.device) for b in batches])
+                    if measured is None:  # memory ran out, and the step begins again with smaller micro-batches
                         made.close()
-                        made = self._prefetch(step)
+                        made = self._prefetch(self.done)
                         continue
-                    step, (terms, counts, norm) = step + 1, done
-                    self.seen.steps += 1
-                    add_values(self.seen.sums, terms)
-                    add_values(self.seen.counts, counts)
-                    if step % self.settings.log_every == 0 or step == self.total:
-                        last = agree(lambda step=step, norm=norm: self._log(step, norm, metrics))
-                    stop, due = self._look_around(noted(), self._is_due(step))
+                    self.done += 1
+                    self._add(batches, *measured[:2])
+                    self._evaluate(records)
+                    if self.done % self.settings.log_every == 0 or self.done == self.total or self._is_enough():
+                        last = agree(lambda norm=measured[2]: self._log(norm, records))
+                    stop, due = self._look_around(noted(), self._is_due(self.done))
                     if stop or due:
-                        agree(lambda step=step: self._save(step))
+                        agree(lambda: self._save(self.done))
                     if stop:
                         break
-                    progress.reach(step - self.start, f"loss {last['loss']:.4f}" if last else "")
+                    progress.reach(self.done - self.start, f"loss {last['loss']:.4f}" if last else "")
             if stop:  # by a signal to another process
                 signal.raise_signal(stop)
                 raise KeyboardInterrupt
             agree(self._export)
-        return self.start, last
+        return last
 
-    def _log(self, step: int, norm: float, metrics: Metrics | None) -> dict[str, float]:
+    def _open_records(self) -> Records:
+        return Records(self.out, self.accelerator, self.fingerprint, before=self.logged, start=self.start)
+
+    def _add(self, batches: Sequence[Batch], terms: dict[str, float], counts: dict[str, float]) -> None:
+        """Add a step to those since the last logged one."""
+        self.meter.count(batches)
+        self.seen.steps += 1
+        add_values(self.seen.sums, terms)
+        add_values(self.seen.counts, counts)
+
+    def _evaluate(self, records: Records | None) -> None:
+        """Measure the student on held-out rows where that is due, and keep it where it is the best."""
+        found, step = self.evaluations, self.done
+        if found is not None and found.is_due(step, self.total):
+            self.module.eval()
+            values = found.measure(self.distiller.student, step, self.accelerator)
+            self.module.train()
+            if records is not None:
+                records.write(step, values)
+                found.keep(trained_state(self.distiller.student), step)
+
+    def _is_enough(self) -> bool:
+        return self.evaluations is not None and self.evaluations.is_enough
+
+    def _log(self, norm: float, records: Records | None) -> dict[str, float]:
         """Write what was measured since the last logged step, and return the means."""
         seen, self.seen = self.seen, Window()
         means = {name: value / seen.steps for name, value in seen.sums.items()}
-        if metrics is not None:
+        timing = self.meter.take(self.accelerator)
+        if records is not None:
             if idle := sorted(name for name, count in seen.counts.items() if count == 0):
-                warn(f"step {step}: nothing qualified for {', '.join(idle)} since the last logged step")
+                warn(f"step {self.done}: nothing qualified for {', '.join(idle)} since the last logged step")
             lr = float(self.optimizer.param_groups[0]["lr"])
             totals = {f"{name}.count": round(value, 6) for name, value in seen.counts.items()}
             size = self.micro_batch_size
             cut = {} if size == self.settings.micro_batch_size else {"micro_batch_size": size}
-            metrics.write(step=step, grad_norm=norm, lr=lr, **means, **totals, **cut)
+            records.write(self.done, {"grad_norm": norm, "lr": lr, **means, **totals, **cut}, timing)
         return means
 
     def _export(self) -> None:
-        if self.settings.save_every and self.saved != self.total:
-            self._save(self.total)
+        if self.settings.save_every and self.saved != self.done:
+            self._save(self.done)
+        if self.evaluations is not None and self.evaluations.wants_best(self.done):
+            self.evaluations.load_best(self.distiller.student, self._keep_last)
         if not self.accelerator.is_main_process:
             return
         rows = self.ready.cache.rows_of_student(LOOKED_AT)
         student = cast(self.distiller.student, self.ready.save_dtype)
         export_student(self.out, student, self.ready.tokenizer, self.fingerprint, rows)
         tidy_up(self.out, keep_checkpoints=bool(self.settings.save_every))
+
+    def _keep_last(self) -> str:
+        """Save the last step where that was not done, and say so."""
+        if self.saved != self.done:
+            self._save(self.done)
+        return self._kept()
 
     @contextmanager
     def _telling_what_is_kept(self) -> Iterator[None]:
@@ -437,6 +463,7 @@ class _Run:
             window=asdict(self.seen),
             micro_batch_size=self.micro_batch_size,
             metrics=path.read_bytes() if (path := self.out / METRICS).exists() else b"",
+            evaluated=self.evaluations.note_saved() if self.evaluations is not None else {},
         )
         if self.accelerator.is_main_process:
             save(self.out, snapshot)

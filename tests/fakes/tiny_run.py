@@ -1,0 +1,31 @@
+"""Runs on the tiny cache, whole or ended by an error in the middle."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny_models as tiny
+from xkd_schemas.config import RunConfig
+from xkd_schemas.errors import BadData
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.collate import batch_of
+from xkd_trainer.training import loop
+
+
+def run(out: Path, **changed: Any) -> RunConfig:
+    return tiny.tiny_cache().run(out=str(out), **changed)
+
+
+def stopped(settings: RunConfig, monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """The run, ended by an error when it asks for one more batch."""
+
+    def fail(*_: Any) -> Batch:
+        raise BadData("a shard is gone")
+
+    made = itertools.chain([batch_of] * batches, itertools.repeat(fail))
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "batch_of", lambda *given: next(made)(*given))
+        with pytest.raises(BadData, match="a shard is gone"):
+            loop.train(settings, quiet=True)

@@ -1,0 +1,5 @@
+"""What is shown of runs from their files: a page of curves, a view in a terminal.
+
+May import: training and below.
+Lost without it: `xkd-train report`, `watch` and the tables of `sweep`.
+"""
