@@ -294,10 +294,7 @@ class _Run:
         factor = learning_rate(step, self.total, self.settings)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        denominators: dict[str, Tensor] = {}
-        for batch in batches:
-            add_values(denominators, {n: count.double() for n, count in self.distiller.counts(batch).items()})
-        denominators = self.accelerator.reduce(denominators, reduction="sum")
+        denominators = self.accelerator.reduce(self.distiller.step_counts(batches), reduction="sum")
         parts: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, start=1):
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.module):

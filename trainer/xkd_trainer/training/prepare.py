@@ -57,9 +57,19 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
         raise UsageError("no student is named", fix="--student FOLDER, a hub name, or new:llama,layers=4,width=256")
     if run.student.model.startswith("new:") and not run.student.tokenizer:
         raise UsageError("a new student needs a tokenizer", fix="--student-tokenizer FOLDER")
-    weights = parse_loss(run.train.loss)
-    settings = {n: loss_named(n).parse(run.losses.get(n, {})) for n in (*weights, *sorted(run.losses))}
+    _settings(run)  # what is wrong with a loss is said before anything is loaded
     tokenizer = load_tokenizer(run.student.tokenizer or run.student.model)
+    cache, wanted = open_shards(run, tokenizer, student_table, on_missing=on_missing, quiet=quiet)
+    student, save_dtype = student_of(run, tokenizer), _save_dtype(run)
+    distiller = Distiller(student, *build_losses(run, cache, student, tokenizer))
+    return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted, save_dtype=save_dtype)
+
+
+def open_shards(
+    run: RunConfig, tokenizer: Any, student_table: str = "", *, on_missing: str = "fail", quiet: bool = False
+) -> tuple[Cache, frozenset[Signal]]:
+    """The cache of a run, or all of its caches as one, and the signals that its losses need; Mismatch, UsageError."""
+    settings = _settings(run)
     fingerprint, caches = identity(tokenizer), []
     shards = [parse_shards(text) for text in run.train.shards] or [(Path(run.cache), 1.0)]
     for root, _ in shards:
@@ -69,18 +79,32 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
         _check_template(of_root, caches[-1])
     seen = [weight for _, weight in shards]
     cache = caches[0] if seen == [1.0] else CacheUnion(caches, seen)
-    states = [s.layer for s in cache.signals if s.name == "hidden" and s.layer is not None]
-    levels = Levels(layers_of(cache.signals), num_layers=cache.sizes.num_layers, states=states)
-    needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
+    needs = {n: loss_named(n).needs(settings[n], _levels(cache)) for n in parse_loss(run.train.loss)}
     for name, each in itertools.product(needs, caches):
         each.require(name, needs[name])
-    student, save_dtype = student_of(run, tokenizer), _save_dtype(run)
-    context = context_of(cache, student, tokenizer, levels)
-    torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
-    losses: Mapping[str, nn.Module] = {name: loss_named(name).build(settings[name], context) for name in weights}
-    wanted = frozenset(signal for signals in needs.values() for signal in signals)
-    distiller = Distiller(student, losses, weights, _projectors(run, losses))
-    return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=wanted, save_dtype=save_dtype)
+    return cache, frozenset(signal for signals in needs.values() for signal in signals)
+
+
+def build_losses(
+    run: RunConfig, cache: Cache, student: PreTrainedModel, tokenizer: Any
+) -> tuple[Mapping[str, nn.Module], Mapping[str, float], Mapping[str, Projectors]]:
+    """The losses of a run with their weights, and how their projectors are trained: what a `Distiller` is made of."""
+    settings, weights = _settings(run), parse_loss(run.train.loss)
+    context = context_of(cache, student, tokenizer, _levels(cache))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
+        losses = {name: loss_named(name).build(settings[name], context) for name in weights}
+    return losses, weights, _projectors(run, losses)
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    names = (*parse_loss(run.train.loss), *sorted(run.losses))
+    return {name: loss_named(name).parse(run.losses.get(name, {})) for name in names}
+
+
+def _levels(cache: Cache) -> Levels:
+    states = [s.layer for s in cache.signals if s.name == "hidden" and s.layer is not None]
+    return Levels(layers_of(cache.signals), num_layers=cache.sizes.num_layers, states=states)
 
 
 def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
@@ -96,6 +120,12 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
         model = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special)
     else:
         model = load_model(name, dtype=torch.float32)
+    check_fit(model, name, tokenizer)
+    return model
+
+
+def check_fit(model: PreTrainedModel, name: str, tokenizer: Any) -> None:
+    """UsageError where a student is no causal model under a plain linear head, or smaller than its tokenizer."""
     check_model(model)
     constant_head(head_of(model), f"student {name}", convert=False)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -104,7 +134,6 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
             f"student {name} has {rows} embeddings, its tokenizer {len(tokenizer)} tokens",
             fix="use the tokenizer the model was trained with",
         )
-    return model
 
 
 def _save_dtype(run: RunConfig) -> torch.dtype:
