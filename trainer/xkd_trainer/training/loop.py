@@ -27,6 +27,7 @@ from xkd_schemas.text.encode import reading_of
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import ORDER, Order, learning_rate
+from xkd_trainer.training.card import card_text
 from xkd_trainer.training.files import (
     METRICS,
     Snapshot,
@@ -166,7 +167,7 @@ class _Run:
     def __init__(
         self, run: RunConfig, ready: Ready, order: Order, total: int, fingerprint: dict[str, Any], quiet: bool
     ) -> None:
-        self.settings, self.ready, self.order, self.total = run.train, ready, order, total
+        self.run, self.settings, self.ready, self.order, self.total = run, run.train, ready, order, total
         self.fingerprint, self.quiet = fingerprint, quiet
         self.out, self.saved, self.seen = Path(run.train.out), 0, Window()
         precision = run.train.mixed_precision
@@ -240,7 +241,7 @@ class _Run:
             if stop:  # by a signal to another process
                 raise KeyboardInterrupt
             if main:
-                self._export()
+                self._export(last)
         return self.start, last
 
     def _log(self, step: int, norm: float, metrics: Metrics | None) -> dict[str, float]:
@@ -255,12 +256,13 @@ class _Run:
             metrics.write(step=step, grad_norm=norm, lr=lr, **means, **totals)
         return means
 
-    def _export(self) -> None:
+    def _export(self, last: Mapping[str, float]) -> None:
         if self.settings.save_every and self.saved != self.total:
             self._save(self.total)
         rows = self.ready.cache.rows_of_student(LOOKED_AT)
         student = self.distiller.student.to(self.ready.save_dtype)
-        export_student(self.out, student, self.ready.tokenizer, self.fingerprint, rows)
+        card = card_text(self.run, self.ready.cache, self.fingerprint, last)
+        export_student(self.out, student, self.ready.tokenizer, self.fingerprint, rows, card)
         tidy_up(self.out, keep_checkpoints=bool(self.settings.save_every))
 
     @contextmanager
