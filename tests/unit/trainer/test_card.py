@@ -96,7 +96,7 @@ def test_a_users_text_leaves_neither_its_block_nor_the_hubs_yaml() -> None:
 
     text = card_text(run, ready.cache, {"student": NASTY, "losses": {NASTY: NASTY}}, {})
 
-    ends = ("# A student", "It was", "the versions", "## ", "<!--", "Not measured", "    ")
+    ends = ("# A student", "It was", "settings and", "## ", "<!--", "Not measured", "    ")
     _, _, body = text.split("---\n", 2)
     assert all(line.startswith(ends) for line in body.splitlines() if line)
     assert ModelCard(text).data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}

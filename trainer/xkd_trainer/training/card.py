@@ -28,8 +28,8 @@ _CARD = f"""---
 
 # A student distilled with XKD
 
-It was trained from a cache of what a teacher knew about a corpus. `xkd.json` has the digest of every file, all settings and
-the versions. `AutoModelForCausalLM.from_pretrained` opens this folder; its template is the tokenizer's.
+It was trained from a cache of what a teacher knew about a corpus. `xkd.json` has the digest of every file, all
+settings and versions. `AutoModelForCausalLM.from_pretrained` opens this folder; its template is the tokenizer's.
 
 ## Evaluation
 
@@ -46,7 +46,7 @@ the versions. `AutoModelForCausalLM.from_pretrained` opens this folder; its temp
 
 
 def card_text(run: RunConfig, cache: Cache, fingerprint: Mapping[str, Any], last: Mapping[str, float]) -> str:
-    """README.md: what the hub reads, then cache, losses, settings, data and command; `last` are the last logged means."""
+    """README.md: what the hub reads, then command, cache, losses and settings; `last` are the last logged means."""
     named = run.student.model
     is_public = re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not Path(named).exists()
     metadata = ModelCardData(

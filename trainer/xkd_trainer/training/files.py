@@ -193,7 +193,7 @@ def _mend_sampling(student: PreTrainedModel) -> None:
     try:
         config.validate(strict=True)
     except ValueError:
-        config.do_sample = True
+        config.update(do_sample=True)
 
 
 def tidy_up(out: Path, *, keep_checkpoints: bool) -> None:
