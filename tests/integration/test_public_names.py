@@ -5,12 +5,15 @@ import json
 import re
 import runpy
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 
 import small_cache
+import tiny_models
 from xkd_schemas.cache.rows import open_cache
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import InputMissing, UsageError
@@ -123,3 +126,35 @@ def test_the_notebook_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert (found["findings"], found["trained"].steps) == ([], 1)
     assert "bits_per_byte" in found["scores"]
     assert found["row"].teacher.tokens
+
+
+@pytest.fixture
+def _other_precisions_may_follow() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_other_precisions_may_follow")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # of peft and TRL
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@pytest.mark.parametrize(
+    ("script", "saved"),
+    [
+        ("bare_loop", "out/student/model.safetensors"),
+        ("transformers_trainer", "out/lora/adapter_model.safetensors"),
+        ("trl_sft", "out/sft/model.safetensors"),
+    ],
+)
+def test_a_script_of_integrations_runs_and_is_short(
+    script: str, saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = DOCS / "examples" / f"{script}.py"
+    (tmp_path / "student").symlink_to(tiny_models.tiny_cache().student)
+    (tmp_path / "cache").symlink_to(tiny_models.tiny_cache().cache)
+    monkeypatch.chdir(tmp_path)
+
+    found = runpy.run_path(str(path))
+
+    assert len(path.read_text().splitlines()) < 40
+    assert (tmp_path / saved).is_file()
+    assert found["terms"].keys() > {"ce.ce"} if script == "bare_loop" else found["trainer"].state.global_step == 3

@@ -1,5 +1,6 @@
 """xkd-train: parse the command line, train or evaluate, say what happened."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -42,6 +43,7 @@ def train(
     on_missing: Annotated[
         str, typer.Option(help="Where the cache does not know the student's tokenizer: fail, or align it now.")
     ] = "fail",
+    push: Annotated[str, typer.Option(help="USER/NAME of the hub, where the finished student goes (private).")] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Train a student from a cache of xkd-cache; the teacher is not needed.
@@ -67,6 +69,12 @@ def train(
         )
         saved = "" if trained.saved_in == "float32" else f"; saved in {trained.saved_in}"
         say(f"{trained.out}: trained for {trained.steps} steps{resumed}; {terms}{best}{saved}")
+    if push and os.environ.get("RANK", "0") == "0":
+        from xkd_trainer.training.card import push as push_student
+
+        address = push_student(trained.out, push)
+        if not as_json:
+            say(f"pushed to {address}")
 
 
 @app.command("eval")
@@ -86,6 +94,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 128,
     limit: Annotated[int, typer.Option(min=0, help="Rows to generate for; 0 for all.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto (what is fast here), bfloat16, float16 or float32.")] = "auto",
+    card: Annotated[bool, typer.Option("--card", help="Write the figures into the student's README.md.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Bits per byte, ROUGE-L and agreement with the teacher on held-out rows.
@@ -103,8 +112,40 @@ def evaluate(
         rouge=rouge, seeds=_seeds(seeds), max_new_tokens=max_new_tokens, limit=limit, dtype=dtype,
     )  # fmt: skip
     result = evaluate_student(request)
+    if card:
+        from xkd_trainer.training.card import write_evaluation
+
+        write_evaluation(student, {"data": data} | result)
     texts = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in result.items()}
     answer(result, [f"{name}: {value}" for name, value in texts.items()], as_json)
+
+
+@app.command()
+@with_flags(FlagsOf("student", only=("template", "enable_thinking"), default="as trained"))
+def generate(
+    student: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
+    prompt: Annotated[list[str], typer.Option(help="What the student is asked; repeatable.")],
+    run: RunConfig,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 128,
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="Seed of a sampled response; the likeliest unless given.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (what is fast here), bfloat16, float16 or float32.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Try a student: print what it says to a prompt, in the template it was trained with.
+
+    Example: xkd-train generate out/student --prompt "Who lit the lamp?"
+    """
+    from xkd_trainer.evaluation import Request, answer_prompts
+
+    request = Request(
+        student=student, data="", max_new_tokens=max_new_tokens, dtype=dtype,
+        template=run.student.template if "template" in run.student.model_fields_set else None,
+        enable_thinking=run.student.enable_thinking,
+    )  # fmt: skip
+    responses = answer_prompts(request, prompt, seed=sample)
+    answer([{"prompt": p, "response": r} for p, r in zip(prompt, responses, strict=True)], responses, as_json)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

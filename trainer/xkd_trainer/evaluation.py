@@ -14,14 +14,15 @@ from rouge_score import rouge_scorer
 from transformers import PreTrainedModel
 
 from xkd_schemas.config import AUTO
-from xkd_schemas.documents import Document
+from xkd_schemas.documents import Document, document_of
+from xkd_schemas.errors import UsageError
 from xkd_schemas.progress import Progress
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.text.templates import CHAT, chosen_template
-from xkd_schemas.tokens import Tokens
+from xkd_schemas.tokens import OK, Tokens
 from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
 from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device, warn_of_slow_dtype
-from xkd_trainer.models.forward import check_model
+from xkd_trainer.models.forward import check_ids, check_model
 from xkd_trainer.models.loading import check_model_name, load_tokenizer, read_provenance
 from xkd_trainer.models.lora import base_of, load_student
 from xkd_trainer.models.padding import pad
@@ -67,23 +68,12 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     """
     name = str(request.student)
     check_model_name(base_of(name))
-    tokenizer = load_tokenizer(name)
-    trained = read_provenance(Path(name)).get("run", {})
-    template = chosen_template(request.template or trained.get("template", AUTO), tokenizer)
-    thinking = trained.get("enable_thinking") if request.enable_thinking is None else request.enable_thinking
-    encoder = Encoder(
-        tokenizer=tokenizer, template=template, max_tokens=request.max_tokens,
-        enable_thinking=thinking if template == CHAT else None,
-    )  # fmt: skip
+    encoder = _encoder_of(request)
     held = read_held_out(request.data, request.form, request.columns, encoder)
-    device = this_device()
-    dtype = choose_dtype(request.dtype, device).dtype
-    warn_of_slow_dtype(dtype, device)
-    model = load_student(name, dtype=dtype_named(dtype)).to(device)
-    check_model(model)
+    tokenizer, (model, dtype) = encoder.tokenizer, _model_of(request)
     held.check_ids(model, tokenizer)
     result: dict[str, Any] = {
-        "documents": len(held.pairs), "unusable": held.unusable, "template": template, "dtype": dtype,
+        "documents": len(held.pairs), "unusable": held.unusable, "template": encoder.template, "dtype": dtype,
         **bits_per_byte(model, held.pairs),
     }  # fmt: skip
     if request.shards is not None:
@@ -92,6 +82,52 @@ def evaluate_student(request: Request) -> dict[str, Any]:
         chosen = held.pairs[: request.limit] if request.limit else held.pairs
         result |= rouge_l(model, tokenizer, chosen, request, held.references)
     return result
+
+
+def _encoder_of(request: Request) -> Encoder:
+    """The student's tokenizer, with the template it was trained with unless the request names one."""
+    name = str(request.student)
+    tokenizer, trained = load_tokenizer(name), read_provenance(Path(name)).get("run", {})
+    template = chosen_template(request.template or trained.get("template", AUTO), tokenizer)
+    thinking = trained.get("enable_thinking") if request.enable_thinking is None else request.enable_thinking
+    return Encoder(
+        tokenizer=tokenizer, template=template, max_tokens=request.max_tokens,
+        enable_thinking=thinking if template == CHAT else None,
+    )  # fmt: skip
+
+
+def _model_of(request: Request) -> tuple[PreTrainedModel, str]:
+    """The student on this machine's device, and the dtype it runs in."""
+    device = this_device()
+    dtype = choose_dtype(request.dtype, device).dtype
+    warn_of_slow_dtype(dtype, device)
+    model = load_student(str(request.student), dtype=dtype_named(dtype)).to(device)
+    check_model(model)
+    return model, dtype
+
+
+def answer_prompts(request: Request, prompts: Sequence[str], *, seed: int | None) -> list[str]:
+    """What a student says to each prompt, in the template it was trained with; sampled where a seed is given.
+
+    Raises:
+        InputMissing, UsageError, BadData: The student cannot be used, or a prompt is empty or too long.
+    """
+    check_model_name(base_of(str(request.student)))
+    encoder = _encoder_of(request)
+    parts = [[("prompt", prompt, False), ("response", "A", True)] for prompt in prompts]  # the response is cut off
+    documents = [document_of(each, source="--prompt", line=line) for line, each in enumerate(parts, start=1)]
+    tokens = list(encoder.encode_batch(documents))
+    starts = [int(np.flatnonzero(t.targets)[0]) if t.status == OK else 0 for t in tokens]
+    for prompt, start in zip(prompts, starts, strict=True):
+        if not start or not prompt.strip():
+            raise UsageError(f"--prompt {prompt[:40]!r} is empty, or longer than {request.max_tokens} tokens")
+    model, _ = _model_of(request)
+    check_ids(tokens[0].ids, encoder.tokenizer, len(model.get_input_embeddings().weight))
+    return generate(
+        model, encoder.tokenizer, [t.ids[:start] for t, start in zip(tokens, starts, strict=True)], seed=seed,
+        ends=find_turn_ends(model, encoder.tokenizer, ((t.ids, t.kinds, t.targets) for t in tokens)),
+        max_new_tokens=request.max_new_tokens,
+    )  # fmt: skip
 
 
 def rouge_l(
@@ -129,6 +165,7 @@ def rouge_l(
 
 
 _SAMPLED: Final = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+_LIKELIEST: Final = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @torch.inference_mode()
@@ -137,12 +174,13 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[Any],
     *,
-    seed: int,
+    seed: int | None,
     ends: Sequence[int],
     max_new_tokens: int,
 ) -> list[str]:
-    """One response for each prompt (arrays of token ids), in order, up to a token of `ends`."""
-    torch.manual_seed(seed)
+    """One response for each prompt (arrays of token ids), up to a token of `ends`; without a seed the likeliest."""
+    if seed is not None:
+        torch.manual_seed(seed)
     embeddings = len(model.get_input_embeddings().weight)
     filler = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < embeddings)
     responses = [""] * len(prompts)
@@ -153,7 +191,7 @@ def generate(
         output = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=seen_BL.to(model.device),
-            **_SAMPLED,
+            **(_LIKELIEST if seed is None else _SAMPLED),
             max_new_tokens=max_new_tokens,
             pad_token_id=filler,
             eos_token_id=list(ends),

@@ -128,7 +128,7 @@ class Batch:
         """Valid student predictions, scalar."""
         return self.predict_valid_BN.sum()
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         """The same batch with all tensors on `device`."""
         moved: Batch = _move(self, device)
         return moved
@@ -138,7 +138,7 @@ class Batch:
         return next(states for states in self.token_states if states.layer == layer)
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def _move(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Batch | Level | TokenStates):

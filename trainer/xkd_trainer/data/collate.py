@@ -24,6 +24,8 @@ from xkd_trainer.models.measures import unpack_triangle
 from xkd_trainer.models.padding import pad
 
 Array = npt.NDArray[Any]
+RowArrays = dict[str, Array]
+"""Arrays of one row, named like the fields of Batch; names with a blank are of a Level or TokenStates."""
 
 
 def batch_of(cache: Cache, rows: Sequence[int], wanted: frozenset[Signal]) -> Batch:
@@ -32,7 +34,11 @@ def batch_of(cache: Cache, rows: Sequence[int], wanted: frozenset[Signal]) -> Ba
     Raises:
         BadData: A shard is corrupt, or the tables disagree about a row.
     """
-    samples = [_sample(cache, int(row), wanted) for row in rows]
+    return stack_rows(rows, [read_row(cache, int(row), wanted) for row in rows], wanted)
+
+
+def stack_rows(rows: Sequence[int], samples: Sequence[RowArrays], wanted: frozenset[Signal]) -> Batch:
+    """The batch of rows that were read before, with the signals that were read."""
     data: dict[str, Any] = {name: pad([s[name] for s in samples]) for name in samples[0] if " " not in name}
     levels = tuple(_level(layer, unit, samples, wanted) for layer, unit in layers_of(wanted))
     states: dict[int, dict[str, Tensor]] = {}
@@ -44,8 +50,8 @@ def batch_of(cache: Cache, rows: Sequence[int], wanted: frozenset[Signal]) -> Ba
     return Batch(rows=tuple(int(r) for r in rows), levels=levels, token_states=token_states, **data)
 
 
-def _sample(cache: Cache, row: int, wanted: frozenset[Signal]) -> dict[str, Array]:
-    """Arrays of one row, named like the fields of Batch; names with a blank are of a Level or TokenStates."""
+def read_row(cache: Cache, row: int, wanted: frozenset[Signal]) -> RowArrays:
+    """One row, with the signals that were asked for; raises as `batch_of`."""
     cache, row = cache.at(row)
     tables = cache.documents, cache.teachers, cache.students
     document, teacher, student = (table[row] for table in tables)

@@ -3,7 +3,7 @@
 Shape legend: see batch.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -67,15 +67,27 @@ class Distiller(nn.Module):
         """Count of every term, named LOSS.TERM, from the batch alone."""
         return {f"{name}.{term}": n for name, loss in self._built.items() for term, n in loss.counts(batch).items()}
 
-    def forward(self, batch: Batch, denominators: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def step_counts(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Count of every term over all micro-batches of an optimizer step on this process, in float64."""
+        total: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, count in self.counts(batch).items():
+                total[name] = total.get(name, 0.0) + count.double()
+        return total
+
+    def forward(
+        self, batch: Batch, denominators: Mapping[str, Tensor] | None = None, step: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch: its share of the step's loss, and each term's share of its own mean, without weight and
         gradient.
 
         Args:
             batch: On the student's device.
-            denominators: Count of every term over the whole optimizer step.
+            denominators: Count of every term over the whole optimizer step; None where this batch is all of it.
             step: The optimizer step, for warm-ups and annealing.
         """
+        if denominators is None:
+            denominators = self.step_counts([batch])
         looked_up: list[tuple[Tensor, int]] = []
         table = self.student.get_input_embeddings()
         plain = type(table).forward is nn.Embedding.forward  # others scale what they look up (Gemma)
@@ -126,10 +138,18 @@ class Distiller(nn.Module):
             {"params": [p for p in student if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
             {"params": [p for p in student if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
         ]
-        for name, how in self.trained_projectors().items():
-            learnt = [p for p in self.losses[name].parameters() if p.requires_grad]
-            groups.append({"params": learnt, "lr": how.projector_lr, "weight_decay": how.projector_weight_decay})
-        return groups
+        return [*groups, *self.projector_groups()]
+
+    def projector_groups(self) -> list[dict[str, object]]:
+        """Of the projectors of each loss that has any."""
+        return [
+            {
+                "params": [p for p in self.losses[name].parameters() if p.requires_grad],
+                "lr": how.projector_lr,
+                "weight_decay": how.projector_weight_decay,
+            }
+            for name, how in self.trained_projectors().items()
+        ]
 
     def trained_projectors(self) -> dict[str, Projectors]:
         """How the projectors of each loss that has any are trained."""

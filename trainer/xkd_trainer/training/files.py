@@ -37,6 +37,7 @@ from xkd_trainer.models.loading import (
 )
 from xkd_trainer.models.lora import base_of, load_student
 
+CARD: Final = "README.md"
 KEPT = 2  # newest whole checkpoints that stay
 METRICS: Final = "metrics.jsonl"
 BEST: Final = "best"  # folder of the weights of the best evaluation, until the student is finished
@@ -163,12 +164,17 @@ UNFINISHED = "xkd-unfinished.json"  # names the run while its student is being s
 
 
 def export_student(
-    out: Path, student: PreTrainedModel, tokenizer: Any, fingerprint: Mapping[str, Any], rows: Iterable[Learnt]
+    out: Path,
+    student: PreTrainedModel,
+    tokenizer: Any,
+    fingerprint: Mapping[str, Any],
+    rows: Iterable[Learnt],
+    card: str = "",
 ) -> None:
     """Save weights (safetensors), configuration, tokenizer, and last `xkd.json`, the mark of a finished folder.
 
-    Every file is durable before the mark is made, which holds their digests and its own. A generation stops at the
-    ends that `find_turn_ends` finds in `rows`.
+    Every file is durable before the mark is made, which holds their digests and its own, but not that of the card:
+    people edit it. A generation stops at the ends that `find_turn_ends` finds in `rows`.
     """
     ends = find_turn_ends(student, tokenizer, rows)
     replace(out / UNFINISHED, _mark(fingerprint))
@@ -177,12 +183,16 @@ def export_student(
         tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     )
 
+    _mend_sampling(student)
+
     def save(folder: Path) -> None:
         with tensor_errors():
             student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     names = save_folder(out, save)
+    if card:
+        replace(out / CARD, card.encode())
     provenance: dict[str, Any] = {
         "files": {name: sha256_of(out / name) for name in names},
         "run": dict(fingerprint),
@@ -212,6 +222,15 @@ def export_merged(folder: Path, to: Path) -> torch.dtype:
     export_student(to, student, load_tokenizer(str(folder)), run, ())
     tidy_up(to, keep_checkpoints=True)
     return dtype
+
+
+def _mend_sampling(student: PreTrainedModel) -> None:
+    """Settings of sampling, as hubs have them without `do_sample`, switch it on: transformers would not save them."""
+    config = student.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.update(do_sample=True)
 
 
 def tidy_up(out: Path, *, keep_checkpoints: bool) -> None:

@@ -25,6 +25,7 @@ from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import ORDER, Int64s, Order, learning_rate
 from xkd_trainer.models.lora import cast, is_adapted, trained_state, weights_identity
+from xkd_trainer.training.card import card_text
 from xkd_trainer.training.devices import (
     agree,
     is_out_of_memory,
@@ -182,7 +183,7 @@ class _Run:
         self, run: RunConfig, ready: Ready, order: Order, total: int, fingerprint: dict[str, Any],
         evaluations: Evaluations | None,
     ) -> None:  # fmt: skip
-        self.settings, self.ready, self.order, self.total = run.train, ready, order, total
+        self.run, self.settings, self.ready, self.order, self.total = run, run.train, ready, order, total
         self.fingerprint, self.evaluations = fingerprint, evaluations
         self.micro_batch_size = run.train.micro_batch_size
         self.out, self.saved, self.seen = Path(run.train.out), 0, Window()
@@ -304,7 +305,7 @@ class _Run:
             if stop:  # by a signal to another process
                 signal.raise_signal(stop)
                 raise KeyboardInterrupt
-            agree(self._export)
+            agree(lambda: self._export(last))
         return last
 
     def _open_records(self) -> Records:
@@ -346,7 +347,7 @@ class _Run:
             records.write(self.done, {"grad_norm": norm, "lr": lr, **means, **totals, **cut}, timing)
         return means
 
-    def _export(self) -> None:
+    def _export(self, last: Mapping[str, float]) -> None:
         if self.settings.save_every and self.saved != self.done:
             self._save(self.done)
         if self.evaluations is not None and self.evaluations.wants_best(self.done):
@@ -355,7 +356,8 @@ class _Run:
             return
         rows = self.ready.cache.rows_of_student(LOOKED_AT)
         student = cast(self.distiller.student, self.ready.save_dtype)
-        export_student(self.out, student, self.ready.tokenizer, self.fingerprint, rows)
+        card = card_text(self.run, self.ready.cache, self.fingerprint, last)
+        export_student(self.out, student, self.ready.tokenizer, self.fingerprint, rows, card)
         tidy_up(self.out, keep_checkpoints=bool(self.settings.save_every))
 
     def _keep_last(self) -> str:
@@ -398,10 +400,7 @@ class _Run:
         factor = learning_rate(step, self.total, self.settings)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        denominators: dict[str, Tensor] = {}
-        for batch in batches:
-            add_values(denominators, {n: count.double() for n, count in self.distiller.counts(batch).items()})
-        denominators = self.accelerator.reduce(denominators, reduction="sum")
+        denominators = self.accelerator.reduce(self.distiller.step_counts(batches), reduction="sum")
         parts: dict[str, Tensor] = {}
         full = ()  # rows on which memory ran out
         for batch in batches:

@@ -8,7 +8,7 @@ other parts are sums of sizes; docs/training.md has the formulas.
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ from xkd_trainer.models.compute_dtype import dtype_named, this_device
 from xkd_trainer.models.forward import checkpoint_blocks
 from xkd_trainer.models.loading import load_errors, model_source, new_model
 from xkd_trainer.models.lora import add_adapter, trained
-from xkd_trainer.training.prepare import check_student_settings, context_of, open_run
+from xkd_trainer.training.prepare import build_losses, check_student_settings, open_run
 
 AHEAD: Final = 2  # steps whose batches are ready while one is worked on
 PER_WEIGHT: Final = {"adamw": 2.0, "adamw_fused": 2.0, "adamw_8bit": 0.5}
@@ -50,12 +50,10 @@ def plan_training(run: RunConfig, student_table: str = "") -> dict[str, Any]:
         student = _student(run, len(opened.tokenizer))
         kept = _activations(student, documents, longest, run.train.mixed_precision)
         read = dict.fromkeys(("head", "embeddings"), 0)
-        context = replace(
-            context_of(cache, student, opened.tokenizer, opened.levels),
-            teacher_head=lambda: _teacher_head(cache, read),
+        losses, _, _ = build_losses(
+            run, cache, student, opened.tokenizer, teacher_head=lambda: _teacher_head(cache, read),
             teacher_embeddings=lambda: _teacher_matrix(cache, read, "embeddings"),
-        )
-        losses = opened.build(context)
+        )  # fmt: skip
     learnt = [*trained(student).values(), *_learnt(losses.values())]
     head_V = student.get_output_embeddings().weight
     step = _tensor_bytes(batch_of(cache, rows, opened.wanted))

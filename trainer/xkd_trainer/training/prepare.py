@@ -11,12 +11,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -52,18 +51,11 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """The cache and the losses of a run, checked; no model loaded yet."""
+    """The cache of a run, checked against its losses; no model loaded yet."""
 
     cache: Cache
     tokenizer: Any
-    weights: Mapping[str, float]
-    settings: Mapping[str, BaseModel]
-    levels: Levels
     wanted: frozenset[Signal]
-
-    def build(self, context: Context) -> dict[str, nn.Module]:
-        """The losses, whose projectors are random by torch's current seed."""
-        return {name: loss_named(name).build(self.settings[name], context) for name in self.weights}
 
 
 def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
@@ -72,17 +64,12 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
     XkdError for whatever is wrong with names, settings, fingerprints or signals, before anything is trained.
     """
     opened = open_run(run, student_table, on_missing=on_missing, quiet=quiet)
-    student, save_dtype = student_of(run, opened.tokenizer), _save_dtype(run)
-    context = context_of(opened.cache, student, opened.tokenizer, opened.levels)
-    torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
-    losses = opened.build(context)
-    distiller = Distiller(student, losses, opened.weights, _projectors(run, losses), packing=run.train.packing)
+    cache, tokenizer = opened.cache, opened.tokenizer
+    student, save_dtype = student_of(run, tokenizer), _save_dtype(run)
+    distiller = Distiller(student, *build_losses(run, cache, student, tokenizer), packing=run.train.packing)
     if run.train.compile:
         compile_blocks(student)  # behind the rehearsal, which would compile for itself
-    return Ready(
-        cache=opened.cache, tokenizer=opened.tokenizer, distiller=distiller, wanted=opened.wanted,
-        save_dtype=save_dtype,
-    )  # fmt: skip
+    return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=opened.wanted, save_dtype=save_dtype)
 
 
 def open_run(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Opened:
@@ -91,9 +78,17 @@ def open_run(run: RunConfig, student_table: str, *, on_missing: str = "fail", qu
         raise UsageError("no student is named", fix="--student FOLDER, a hub name, or new:llama,layers=4,width=256")
     if run.student.model.startswith("new:") and not run.student.tokenizer:
         raise UsageError("a new student needs a tokenizer", fix="--student-tokenizer FOLDER")
-    weights = parse_loss(run.train.loss)
-    settings = {n: loss_named(n).parse(run.losses.get(n, {})) for n in (*weights, *sorted(run.losses))}
+    _settings(run)  # what is wrong with a loss is said before anything is loaded
     tokenizer = load_tokenizer(run.student.tokenizer or run.student.model)
+    cache, wanted = open_shards(run, tokenizer, student_table, on_missing=on_missing, quiet=quiet)
+    return Opened(cache=cache, tokenizer=tokenizer, wanted=wanted)
+
+
+def open_shards(
+    run: RunConfig, tokenizer: Any, student_table: str = "", *, on_missing: str = "fail", quiet: bool = False
+) -> tuple[Cache, frozenset[Signal]]:
+    """The cache of a run, or all of its caches as one, and the signals that its losses need; Mismatch, UsageError."""
+    settings = _settings(run)
     fingerprint, caches = identity(tokenizer), []
     shards = [parse_shards(text) for text in run.train.shards] or [(Path(run.cache), 1.0)]
     for root, _ in shards:
@@ -103,15 +98,35 @@ def open_run(run: RunConfig, student_table: str, *, on_missing: str = "fail", qu
         _check_template(of_root, caches[-1])
     seen = [weight for _, weight in shards]
     cache = caches[0] if seen == [1.0] else CacheUnion(caches, seen)
-    states = [s.layer for s in cache.signals if s.name == "hidden" and s.layer is not None]
-    levels = Levels(layers_of(cache.signals), num_layers=cache.sizes.num_layers, states=states)
-    needs = {name: loss_named(name).needs(settings[name], levels) for name in weights}
+    needs = {n: loss_named(n).needs(settings[n], _levels(cache)) for n in parse_loss(run.train.loss)}
     for name, each in itertools.product(needs, caches):
         each.require(name, needs[name])
-    return Opened(
-        cache=cache, tokenizer=tokenizer, weights=weights, settings=settings, levels=levels,
-        wanted=frozenset(signal for signals in needs.values() for signal in signals),
-    )  # fmt: skip
+    return cache, frozenset(signal for signals in needs.values() for signal in signals)
+
+
+def build_losses(
+    run: RunConfig, cache: Cache, student: PreTrainedModel, tokenizer: Any, **known: Any
+) -> tuple[Mapping[str, nn.Module], Mapping[str, float], Mapping[str, Projectors]]:
+    """The losses of a run with their weights, and how their projectors are trained: what a `Distiller` is made of.
+
+    `known` replaces fields of the losses' `Context`.
+    """
+    settings, weights = _settings(run), parse_loss(run.train.loss)
+    context = replace(context_of(cache, student, tokenizer, _levels(cache)), **known)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
+        losses = {name: loss_named(name).build(settings[name], context) for name in weights}
+    return losses, weights, _projectors(run, losses)
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    names = (*parse_loss(run.train.loss), *sorted(run.losses))
+    return {name: loss_named(name).parse(run.losses.get(name, {})) for name in names}
+
+
+def _levels(cache: Cache) -> Levels:
+    states = [s.layer for s in cache.signals if s.name == "hidden" and s.layer is not None]
+    return Levels(layers_of(cache.signals), num_layers=cache.sizes.num_layers, states=states)
 
 
 def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
@@ -129,6 +144,17 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
         model = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special).to(dtype)
     else:
         model = load_model(name, dtype=dtype, quantization=quantization(run.student.quantization))
+    check_fit(model, name, tokenizer)
+    if run.train.lora.rank:
+        torch.manual_seed(run.train.seed)
+        add_adapter(model, run.train.lora, name)
+    if run.train.gradient_checkpointing:
+        checkpoint_blocks(model)
+    return model
+
+
+def check_fit(model: PreTrainedModel, name: str, tokenizer: Any) -> None:
+    """UsageError where a student is no causal model under a plain linear head, or smaller than its tokenizer."""
     check_model(model)
     constant_head(head_of(model), f"student {name}", convert=False)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -137,12 +163,6 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
             f"student {name} has {rows} embeddings, its tokenizer {len(tokenizer)} tokens",
             fix="use the tokenizer the model was trained with",
         )
-    if run.train.lora.rank:
-        torch.manual_seed(run.train.seed)
-        add_adapter(model, run.train.lora, name)
-    if run.train.gradient_checkpointing:
-        checkpoint_blocks(model)
-    return model
 
 
 def check_student_settings(run: RunConfig) -> None:
