@@ -152,7 +152,7 @@ def test_numbers_that_an_optimizer_keeps_outside_of_tensors_come_back_from_a_che
     state = {0: {"step": 7, "rms": 0.1 + 0.2, "exp_avg": torch.ones(2)}, 1: {"step": 9}}
     snapshot = files.Snapshot(
         step=1, student={"w": torch.ones(1)}, projectors={}, optimizer={"state": state, "param_groups": []},
-        random=torch.get_rng_state(), fingerprint={},
+        fingerprint={},
     )  # fmt: skip
 
     files.save(tmp_path, snapshot)

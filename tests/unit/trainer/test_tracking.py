@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from accelerate import tracking as trackers
 from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,7 +18,7 @@ from xkd_schemas.errors import InputMissing
 from xkd_train import xkd_train
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.sampler import Order
-from xkd_trainer.training import loop, tracking
+from xkd_trainer.training import tracking
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.tracking import Meter, read_lines
 
@@ -39,12 +40,12 @@ def test_waiting_is_the_time_until_a_batch_is_there_and_what_lies_between_steps_
         meter.count(batches)
         passes(50.0)  # a checkpoint
 
-    found = meter.take(loop.Accelerator(cpu=True))
+    found = meter.take(Accelerator(cpu=True))
 
     assert (found["steps"], found["seconds_per_step"], found["waiting_share"]) == (2, 4.0, 0.25)
     assert found["tokens_per_second"] == 14 / 8
     assert found["peak_memory_bytes"] > 10**8
-    assert meter.take(loop.Accelerator(cpu=True))["steps"] == 0
+    assert meter.take(Accelerator(cpu=True))["steps"] == 0
 
 
 def test_each_logged_step_has_its_time_and_all_its_tokens_and_a_resumed_run_has_each_once(

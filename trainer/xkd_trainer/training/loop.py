@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, TypeVar
@@ -285,7 +286,7 @@ class _Run:
             with progress, signals_noted() as noted:
                 made = self._prefetch(self.done)
                 while self.done < self.total and not self._is_enough():
-                    batches = agree(lambda made=made: next(made))
+                    batches = agree(partial(next, made))
                     measured = self._step(self.done, [b.to(self.accelerator.device) for b in batches])
                     if measured is None:  # memory ran out, and the step begins again with smaller micro-batches
                         made.close()
@@ -295,7 +296,7 @@ class _Run:
                     self._add(batches, *measured[:2])
                     self._evaluate(records)
                     if self.done % self.settings.log_every == 0 or self.done == self.total or self._is_enough():
-                        last = agree(lambda norm=measured[2]: self._log(norm, records))
+                        last = agree(partial(self._log, measured[2], records))
                     stop, due = self._look_around(noted(), self._is_due(self.done))
                     if stop or due:
                         agree(lambda: self._save(self.done))
@@ -402,7 +403,7 @@ class _Run:
             group["lr"] = peak * factor
         denominators = self.accelerator.reduce(self.distiller.step_counts(batches), reduction="sum")
         parts: dict[str, Tensor] = {}
-        full = ()  # rows on which memory ran out
+        full: tuple[int, ...] = ()  # rows on which memory ran out
         for batch in batches:
             try:
                 add_values(parts, self._backward(step, batch, denominators))

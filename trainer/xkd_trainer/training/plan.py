@@ -111,8 +111,8 @@ def _activations(student: PreTrainedModel, documents: int, tokens: int, precisio
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast(ids_BL.device.type, dtype=half, enabled=half is not None),
     ):
-        states_BLD = backbone(student)(input_ids=ids_BL, use_cache=False).last_hidden_state
-    return sum(storage.nbytes() for storage in kept.values()) + 4 * states_BLD.numel()
+        states_BLD: Tensor = backbone(student)(input_ids=ids_BL, use_cache=False).last_hidden_state
+    return int(sum(storage.nbytes() for storage in kept.values())) + 4 * states_BLD.numel()
 
 
 def _teacher_matrix(cache: Cache, read: dict[str, int], name: str) -> Tensor:
