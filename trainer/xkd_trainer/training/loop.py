@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, TypeVar
@@ -28,13 +29,17 @@ from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import ORDER, Int64s, Order, learning_rate
 from xkd_trainer.training.devices import (
     agree,
+    gather,
+    gather_student,
     is_out_of_memory,
     join,
     largest,
     losing_no_process,
     make_accelerator,
+    prepare,
     seed_step,
     sum_gradients,
+    whole_root,
 )
 from xkd_trainer.training.files import (
     METRICS,
@@ -191,7 +196,7 @@ class _Run:
         self.logged: bytes | None = None  # in the metrics of the checkpoint
         self.start = agree(self._resume)
         agree(self._check_start)
-        self.module, self.optimizer = self.accelerator.prepare(self.distiller, self.optimizer)
+        self.module, self.optimizer = prepare(self.accelerator, self.distiller, self.optimizer)
 
     def _resume(self) -> int:
         snapshot, skipped = load_newest(self.out)
@@ -201,15 +206,20 @@ class _Run:
             if (self.out / "model.safetensors").exists() and not was_exporting(self.out, self.fingerprint):
                 raise Mismatch(f"{self.out} holds a student of another run", fix="choose another --out")
             return 0
+        before = dict(snapshot.fingerprint["train"])
+        asked, own = before.get("micro_batch_size"), self.settings.micro_batch_size  # which may be another now
+        before["micro_batch_size"] = own
         refuse_differences(
-            self.out, self.fingerprint, dict(snapshot.fingerprint), advice="choose another --out, or the same settings"
-        )
+            self.out, self.fingerprint, {**snapshot.fingerprint, "train": before},
+            advice="choose another --out, or the same settings",
+        )  # fmt: skip
         self.distiller.student.load_state_dict(snapshot.student, strict=False)  # tied weights are stored once
         self.distiller.losses.load_state_dict(snapshot.projectors)
         self.optimizer.load_state_dict(dict(snapshot.optimizer))
         self.seen = Window(**snapshot.window)
         self.saved, self.logged = snapshot.step, snapshot.metrics
-        self.micro_batch_size = snapshot.micro_batch_size or self.micro_batch_size
+        if asked == own:
+            self.micro_batch_size = snapshot.micro_batch_size or own
         return snapshot.step
 
     def _check_start(self) -> None:
@@ -238,20 +248,25 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        largest_part = max(len(places) for share in self._shares(step) for places in share)
-        agree(lambda: self._refuse_one_document(step, rows if largest_part == 1 else ()))
-        self.micro_batch_size = largest_part // 2
+        most = max(len(places) for share in self._shares(step) for places in share)
+        agree(lambda: self._refuse_one_document(step, rows if most == 1 else ()))
+        self.micro_batch_size = most // 2
         warn(
-            f"step {step + 1}: out of memory with micro-batches of {largest_part} documents; the step is done again "
-            f"with {self.micro_batch_size}, and so are the others; nothing of the result is lost"
+            f"step {step + 1}: out of memory with micro-batches of {most} documents; this step is done again with "
+            f"{self.micro_batch_size}, and so are all others; the result is that of --micro-batch-size "
+            f"{self.micro_batch_size}"
         )
 
     def _refuse_one_document(self, step: int, rows: tuple[int, ...]) -> None:
         if rows:
-            raise OutOfMemory(
-                f"step {step + 1}: out of memory with one document, cache row {rows[0]}", kept=self._kept(),
-                fix="add --gradient-checkpointing or --mixed-precision bf16, or align with a smaller --max-tokens",
-            )  # fmt: skip
+            raise self._memory_error(step, rows)
+
+    def _memory_error(self, step: int, rows: tuple[int, ...]) -> OutOfMemory:
+        smaller = f"--micro-batch-size {len(rows) // 2}" if len(rows) > 1 else "--gradient-checkpointing"
+        return OutOfMemory(
+            f"step {step + 1}: out of memory with a micro-batch of {len(rows)}, cache rows {list(rows[:8])}",
+            kept=self._kept(), fix=f"add {smaller} or --mixed-precision bf16, or align with a smaller --max-tokens",
+        )  # fmt: skip
 
     def _prefetch(self, step: int) -> Generator[list[Batch]]:
         return prefetch(map(self._micro_batches, range(step, self.total)))
@@ -271,7 +286,7 @@ class _Run:
             with progress, signals_noted() as noted:
                 made, step = self._prefetch(self.start), self.start
                 while step < self.total:
-                    batches = agree(lambda made=made: next(made))
+                    batches = agree(partial(next, made))
                     done = self._step(step, [b.to(self.accelerator.device) for b in batches])
                     if done is None:  # memory ran out, and the step begins again with smaller micro-batches
                         made.close()
@@ -282,10 +297,10 @@ class _Run:
                     add_values(self.seen.sums, terms)
                     add_values(self.seen.counts, counts)
                     if step % self.settings.log_every == 0 or step == self.total:
-                        last = agree(lambda step=step, norm=norm: self._log(step, norm, metrics))
+                        last = agree(partial(self._log, step, norm, metrics))
                     stop, due = self._look_around(noted(), self._is_due(step))
                     if stop or due:
-                        agree(lambda step=step: self._save(step))
+                        agree(partial(self._save, step))
                     if stop:
                         break
                     progress.reach(step - self.start, f"loss {last['loss']:.4f}" if last else "")
@@ -312,10 +327,10 @@ class _Run:
     def _export(self) -> None:
         if self.settings.save_every and self.saved != self.total:
             self._save(self.total)
+        student = gather_student(self.distiller.student, self.ready.save_dtype)
         if not self.accelerator.is_main_process:
             return
         rows = self.ready.cache.rows_of_student(LOOKED_AT)
-        student = self.distiller.student.to(self.ready.save_dtype)
         export_student(self.out, student, self.ready.tokenizer, self.fingerprint, rows)
         tidy_up(self.out, keep_checkpoints=bool(self.settings.save_every))
 
@@ -354,17 +369,20 @@ class _Run:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         denominators: dict[str, Tensor] = {}
-        for batch in batches:
-            add_values(denominators, {n: count.double() for n, count in self.distiller.counts(batch).items()})
+        with whole_root(self.module):
+            for batch in batches:
+                add_values(denominators, {n: count.double() for n, count in self.distiller.counts(batch).items()})
         denominators = self.accelerator.reduce(denominators, reduction="sum")
         parts: dict[str, Tensor] = {}
-        full = ()  # rows on which memory ran out
+        full: tuple[int, ...] = ()  # rows on which memory ran out
         for batch in batches:
             try:
                 add_values(parts, self._backward(step, batch, denominators))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.accelerator.is_fsdp2:  # the others wait in the middle of a pass for what this one has
+                    raise self._memory_error(step, batch.rows) from None
                 full = batch.rows
                 break
         if largest(len(full))[0]:
@@ -372,7 +390,7 @@ class _Run:
             return None
         sum_gradients(self.accelerator, self.module)
         means = self.accelerator.reduce(parts, reduction="sum")
-        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm))
+        norm = float(gather(self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm)))
         values = {name: float(value) for name, value in means.items()}
         self._refuse_non_finite(step, values, norm, batches, parts)
         self.optimizer.step()
@@ -381,7 +399,8 @@ class _Run:
 
     def _backward(self, step: int, batch: Batch, denominators: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add a micro-batch to this process's gradients, and return its share of the terms."""
-        with self.accelerator.no_sync(self.module):
+        fsdp = self.accelerator.is_fsdp2
+        with self.accelerator.autocast() if fsdp else self.accelerator.no_sync(self.module):
             loss, terms = self.module(batch, denominators, step)
             self.accelerator.backward(loss * self.accelerator.num_processes)  # wrappers average over processes
         return {"loss": loss.detach().float(), **terms}
@@ -411,9 +430,9 @@ class _Run:
     def _save(self, step: int) -> None:
         snapshot = Snapshot(
             step=step,
-            student=self.distiller.student.state_dict(),
-            projectors=self.distiller.losses.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            student=gather(self.distiller.student.state_dict(keep_vars=True)),
+            projectors=gather(self.distiller.losses.state_dict(keep_vars=True)),
+            optimizer=gather(self.optimizer.state_dict()),
             fingerprint=self.fingerprint,
             window=asdict(self.seen),
             micro_batch_size=self.micro_batch_size,
