@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -194,3 +195,38 @@ def test_processes_agree_on_smaller_micro_batches_where_memory_runs_out_in_one(t
     assert [process.code for process in ended] == [0, 0]
     assert ended[0].err.count("out of memory") == 2, ended[0].err
     assert [line.pop("micro_batch_size", None) for line in lines(tmp_path / "out")] == [None, None, 3, 3]
+
+
+def test_fsdp_trains_saves_goes_on_and_exports_the_whole_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process begins, two with FSDP2 go on, and are stopped; three with DDP go on from what they have saved."""
+    out, step = tmp_path / "out", loop._Run._step
+
+    def stop_after(last: int) -> Callable[[int], None]:
+        def stop(rank: int) -> None:
+            def stopped(self: Any, number: int, batches: list[Batch]) -> Any:
+                if number == last:
+                    signal.raise_signal(signal.SIGTERM)
+                return step(self, number, batches)
+
+            loop._Run._step = stopped
+
+        return stop
+
+    alone()  # where no FSDP is asked for
+    assert [process.code for process in launch(1, out, stop_after(0))] == [143]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    assert_one_line(launch(1, out), 2, "FSDP is asked for with one process", "Next: accelerate launch --use_fsdp")
+    ended = launch(2, out, stop_after(2))
+    assert [process.code for process in ended] == [143, 143], ended[0].err[-3000:]
+    shutil.copytree(out, tmp_path / "copy")
+    ended = launch(2, out)
+    assert [process.code for process in ended] == [0, 0], ended[0].err[-3000:]
+    assert_as_alone(out)
+
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert [process.code for process in launch(3, tmp_path / "copy")] == [0, 0, 0]
+    assert_as_alone(tmp_path / "copy")

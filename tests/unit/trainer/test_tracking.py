@@ -18,7 +18,7 @@ from xkd_schemas.errors import InputMissing
 from xkd_train import xkd_train
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.sampler import Order
-from xkd_trainer.training import tracking
+from xkd_trainer.training import loop, tracking
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.tracking import Meter, read_lines
 

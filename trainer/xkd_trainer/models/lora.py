@@ -94,7 +94,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint holds of a student: all, or what is trained of it beside frozen weights."""
-    state, names = model.state_dict(), trained(model)
+    state, names = model.state_dict(keep_vars=True), trained(model)  # so that tied weights are seen to be
     return {name: tensor for name, tensor in state.items() if name in names} if is_adapted(model) else state
 
 

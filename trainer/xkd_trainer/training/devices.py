@@ -1,22 +1,34 @@
 """Several processes as one run: what ends one of them ends all, with one line; the same numbers as in one process.
 
 torchrun and accelerate launch start the processes and say in the environment which one this is. Each holds the whole
-student (DDP). Where there is one process nothing here does anything.
+student (DDP), or its part of it (FSDP2). Where there is one process nothing here does anything.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from torch import nn
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    PartialState,
+)
+from torch import Tensor, nn
 from torch.distributed import DistError
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 from xkd_schemas import errors
-from xkd_schemas.errors import WorkersGone, XkdError
+from xkd_schemas.config import TrainSection
+from xkd_schemas.errors import UsageError, WorkersGone, XkdError
+from xkd_trainer.models.lora import cast
 
 T = TypeVar("T")
 
@@ -26,10 +38,87 @@ def join() -> None:
     PartialState(cpu=not torch.cuda.is_available())
 
 
-def make_accelerator(precision: str, **trackers: Any) -> Accelerator:
-    """For all processes of this run."""
+def make_accelerator(train: TrainSection, **trackers: Any) -> Accelerator:
+    """For all processes of this run; with FSDP2 where `accelerate launch --use_fsdp` asks for it."""
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients once in memory, not twice
-    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp], **trackers)
+    made = Accelerator(
+        mixed_precision=train.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp], **trackers
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)  # each process loads the student
+        if made.num_processes == 1 or plugin.fsdp_version != 2:
+            found = "one process" if made.num_processes == 1 else "version 1"
+            fix = "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --no_python xkd-train ..."
+            raise UsageError(f"FSDP is asked for with {found}", fix=fix)
+        if train.lora.rank or train.load_best_at_end:
+            flag = "--lora-rank" if train.lora.rank else "--load-best-at-end"
+            raise UsageError(f"{flag} does not go together with FSDP", fix=f"leave out {flag}, or --use_fsdp")
+        plugin.mixed_precision_policy = None  # autocast as without FSDP, so that the losses are computed in float32
+        for state in (PartialState(), made.state):  # accelerate does so on GPUs only
+            vars(state).update(distributed_type=DistributedType.FSDP)
+        made.state.fsdp_plugin = plugin
+    return made
+
+
+def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+    """Both on the device, as DDP or FSDP2 wants them; the optimizer goes on with the state it has."""
+    state = optimizer.state_dict()
+    if accelerator.is_fsdp2:
+        optimizer.state.clear()  # of parameters that are replaced
+    module, optimizer = accelerator.prepare(module, optimizer)
+    if accelerator.is_fsdp2:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, values in state["state"].items():
+            own = parameters[index]
+            for name, value in values.items():
+                if value.shape == own.shape:
+                    values[name] = distribute_tensor(value, own.device_mesh, own.placements)
+        optimizer.load_state_dict(state)
+    return module, optimizer
+
+
+@contextmanager
+def whole_root(module: nn.Module) -> Iterator[None]:
+    """What lies in no block, such as embeddings and projectors, is whole inside, also with FSDP."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+    yield
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def gather(values: T) -> T:
+    """The same with whole tensors in place of what FSDP has cut up, in the first process and on its CPU.
+
+    All processes must call it.
+    """
+    known: dict[int, Tensor] = {}
+
+    def join(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        if id(value) not in known:  # tied weights stay one
+            full = value.detach().full_tensor()
+            known[id(value)] = full.cpu() if full.ndim == 0 or PartialState().is_main_process else full.flatten()[:0]
+        return known[id(value)]
+
+    gathered: T = tree_map(join, values)
+    return gathered
+
+
+def gather_student(student: Any, dtype: torch.dtype) -> Any:
+    """The student to save: itself in `dtype`, or with FSDP a copy of whole weights on the first process's CPU."""
+    if not isinstance(next(student.parameters()), DTensor):
+        return cast(student, dtype)
+    weights = gather(student.state_dict(keep_vars=True))
+    if not PartialState().is_main_process:
+        return student
+    with torch.device("meta"):
+        copy = type(student)(student.config)
+    copy.load_state_dict({name: tensor.detach().to(dtype) for name, tensor in weights.items()}, assign=True)
+    copy.tie_weights()
+    copy.generation_config = student.generation_config
+    return copy
 
 
 def largest(*values: float) -> list[float]:
@@ -92,10 +181,10 @@ def sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
     It is done when all micro-batches of all processes have gone through: one that runs out of memory in the middle of
     a backward pass could not take back what it had sent. A gradient that no document of a process reached is 0.
     """
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not accelerator.is_fsdp2:
         with accelerator.trigger_sync_in_backward(getattr(module, "_orig_mod", module)):
             reach = [parameter.sum() for parameter in module.parameters() if parameter.requires_grad]
-            (torch.stack(reach).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+            accelerator.backward(torch.stack(reach).sum() * 0.0)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
+        self._no_split_modules = getattr(student, "_no_split_modules", None)  # what FSDP keeps whole
         self.losses = nn.ModuleDict(losses)
         self.weights = dict(weights)
         self.projectors = {name: (projectors or {}).get(name, Projectors()) for name in losses}

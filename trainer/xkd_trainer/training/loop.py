@@ -25,17 +25,21 @@ from xkd_schemas.text.encode import reading_of
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import ORDER, Int64s, Order, learning_rate
-from xkd_trainer.models.lora import cast, is_adapted, trained_state, weights_identity
+from xkd_trainer.models.lora import is_adapted, trained_state, weights_identity
 from xkd_trainer.training.card import card_text
 from xkd_trainer.training.devices import (
     agree,
+    gather,
+    gather_student,
     is_out_of_memory,
     join,
     largest,
     losing_no_process,
     make_accelerator,
+    prepare,
     seed_step,
     sum_gradients,
+    whole_root,
 )
 from xkd_trainer.training.files import (
     METRICS,
@@ -189,7 +193,7 @@ class _Run:
         self.micro_batch_size = run.train.micro_batch_size
         self.out, self.saved, self.seen = Path(run.train.out), 0, Window()
         self.meter, tracked = Meter(), tracker_options(self.out, run.train.track)
-        self.accelerator = make_accelerator(run.train.mixed_precision, **tracked)
+        self.accelerator = make_accelerator(run.train, **tracked)
         self.distiller = ready.distiller
         groups = self.distiller.parameter_groups(lr=run.train.lr, weight_decay=run.train.weight_decay)
         self.optimizer = make_optimizer(run.train.optimizer, groups)
@@ -197,7 +201,7 @@ class _Run:
         self.logged: bytes | None = None  # in the metrics of the checkpoint
         self.start = self.done = agree(self._resume)
         agree(self._check_start)
-        self.module, self.optimizer = self.accelerator.prepare(self.distiller, self.optimizer)
+        self.module, self.optimizer = prepare(self.accelerator, self.distiller, self.optimizer)
 
     def _resume(self) -> int:
         snapshot, skipped = load_newest(self.out)
@@ -207,8 +211,11 @@ class _Run:
             if holds_student(self.out) and not was_exporting(self.out, self.fingerprint):
                 raise Mismatch(f"{self.out} holds a student of another run", fix="choose another --out")
             return 0
+        before = dict(snapshot.fingerprint["train"])
+        asked, own = before.get("micro_batch_size"), self.settings.micro_batch_size  # which may be another now
+        before["micro_batch_size"] = own
         refuse_differences(
-            self.out, without_choice(self.fingerprint), without_choice(snapshot.fingerprint),
+            self.out, without_choice(self.fingerprint), without_choice({**snapshot.fingerprint, "train": before}),
             advice="choose another --out, or the same settings",
         )  # fmt: skip
         if self.evaluations is not None:
@@ -218,7 +225,8 @@ class _Run:
         self.optimizer.load_state_dict(dict(snapshot.optimizer))
         self.seen = Window(**snapshot.window)
         self.saved, self.logged = snapshot.step, snapshot.metrics
-        self.micro_batch_size = snapshot.micro_batch_size or self.micro_batch_size
+        if asked == own:
+            self.micro_batch_size = snapshot.micro_batch_size or own
         return snapshot.step
 
     def _check_start(self) -> None:
@@ -252,20 +260,25 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        largest_part = max(len(places) for share in self._shares(step) for places in share)
-        agree(lambda: self._refuse_one_document(step, rows if largest_part == 1 else ()))
-        self.micro_batch_size = largest_part // 2
+        most = max(len(places) for share in self._shares(step) for places in share)
+        agree(lambda: self._refuse_one_document(step, rows if most == 1 else ()))
+        self.micro_batch_size = most // 2
         warn(
-            f"step {step + 1}: out of memory with micro-batches of {largest_part} documents; the step is done again "
-            f"with {self.micro_batch_size}, and so are the others; nothing of the result is lost"
+            f"step {step + 1}: out of memory with micro-batches of {most} documents; this step is done again with "
+            f"{self.micro_batch_size}, and so are all others; the result is that of --micro-batch-size "
+            f"{self.micro_batch_size}"
         )
 
     def _refuse_one_document(self, step: int, rows: tuple[int, ...]) -> None:
         if rows:
-            raise OutOfMemory(
-                f"step {step + 1}: out of memory with one document, cache row {rows[0]}", kept=self._kept(),
-                fix="add --gradient-checkpointing or --mixed-precision bf16, or align with a smaller --max-tokens",
-            )  # fmt: skip
+            raise self._memory_error(step, rows)
+
+    def _memory_error(self, step: int, rows: tuple[int, ...]) -> OutOfMemory:
+        smaller = f"--micro-batch-size {len(rows) // 2}" if len(rows) > 1 else "--gradient-checkpointing"
+        return OutOfMemory(
+            f"step {step + 1}: out of memory with a micro-batch of {len(rows)}, cache rows {list(rows[:8])}",
+            kept=self._kept(), fix=f"add {smaller} or --mixed-precision bf16, or align with a smaller --max-tokens",
+        )  # fmt: skip
 
     def _prefetch(self, step: int) -> Generator[list[Batch]]:
         with closing(prefetch(map(self._micro_batches, range(step, self.total)))) as made:
@@ -324,11 +337,13 @@ class _Run:
         found, step = self.evaluations, self.done
         if found is not None and found.is_due(step, self.total):
             self.module.eval()
-            values = found.measure(self.distiller.student, step, self.accelerator)
+            with whole_root(self.module):
+                values = found.measure(self.distiller.student, step, self.accelerator)
             self.module.train()
+            weights = gather(trained_state(self.distiller.student))
             if records is not None:
                 records.write(step, values)
-                found.keep(trained_state(self.distiller.student), step)
+                found.keep(weights, step)
 
     def _is_enough(self) -> bool:
         return self.evaluations is not None and self.evaluations.is_enough
@@ -353,10 +368,10 @@ class _Run:
             self._save(self.done)
         if self.evaluations is not None and self.evaluations.wants_best(self.done):
             self.evaluations.load_best(self.distiller.student, self._keep_last)
+        student = gather_student(self.distiller.student, self.ready.save_dtype)
         if not self.accelerator.is_main_process:
             return
         rows = self.ready.cache.rows_of_student(LOOKED_AT)
-        student = cast(self.distiller.student, self.ready.save_dtype)
         card = card_text(self.run, self.ready.cache, self.fingerprint, last)
         export_student(self.out, student, self.ready.tokenizer, self.fingerprint, rows, card)
         tidy_up(self.out, keep_checkpoints=bool(self.settings.save_every))
@@ -401,7 +416,9 @@ class _Run:
         factor = learning_rate(step, self.total, self.settings)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        denominators = self.accelerator.reduce(self.distiller.step_counts(batches), reduction="sum")
+        with whole_root(self.module):
+            counts = self.distiller.step_counts(batches)
+        denominators = self.accelerator.reduce(counts, reduction="sum")
         parts: dict[str, Tensor] = {}
         full: tuple[int, ...] = ()  # rows on which memory ran out
         for batch in batches:
@@ -410,6 +427,8 @@ class _Run:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.accelerator.is_fsdp2:  # the others wait in the middle of a pass for what this one has
+                    raise self._memory_error(step, batch.rows) from None
                 full = batch.rows
                 break
         if largest(len(full))[0]:
@@ -417,7 +436,7 @@ class _Run:
             return None
         sum_gradients(self.accelerator, self.module)
         means = self.accelerator.reduce(parts, reduction="sum")
-        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm))
+        norm = float(gather(self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm)))
         values = {name: float(value) for name, value in means.items()}
         self._refuse_non_finite(step, values, norm, batches, parts)
         self.optimizer.step()
@@ -426,7 +445,8 @@ class _Run:
 
     def _backward(self, step: int, batch: Batch, denominators: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add a micro-batch to this process's gradients, and return its share of the terms."""
-        with self.accelerator.no_sync(self.module):
+        fsdp = self.accelerator.is_fsdp2
+        with self.accelerator.autocast() if fsdp else self.accelerator.no_sync(self.module):
             loss, terms = self.module(batch, denominators, step)
             self.accelerator.backward(loss * self.accelerator.num_processes)  # wrappers average over processes
         return {"loss": loss.detach().float(), **terms}
@@ -456,9 +476,9 @@ class _Run:
     def _save(self, step: int) -> None:
         snapshot = Snapshot(
             step=step,
-            student=trained_state(self.distiller.student),
-            projectors=self.distiller.losses.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            student=gather(trained_state(self.distiller.student)),
+            projectors=gather(self.distiller.losses.state_dict(keep_vars=True)),
+            optimizer=gather(self.optimizer.state_dict()),
             fingerprint=self.fingerprint,
             window=asdict(self.seen),
             micro_batch_size=self.micro_batch_size,
