@@ -79,7 +79,7 @@ def attend(
 
     Some rows of scores at a time, which are made again for the gradient.
     """
-    (query_BNK, query_valid_BN), (key_BMK, key_valid_BM) = query, key
+    key_BMK, key_valid_BM = key
     place_M = torch.arange(1, key_BMK.shape[1] + 1, device=key_BMK.device, dtype=values_BMd.dtype)
 
     def work(query_BRK: Tensor, key_BMK: Tensor, values_BMd: Tensor, valid_BR: Tensor) -> tuple[Tensor, ...]:
@@ -88,7 +88,7 @@ def attend(
         return share_BRM @ values_BMd, fixed_BRM @ place_M, -torch.xlogy(fixed_BRM, fixed_BRM).sum(-1)
 
     step = max(1, BLOCK_SCORES // max(1, key_valid_BM.numel()))
-    blocks = zip(query_BNK.split(step, 1), query_valid_BN.split(step, 1), strict=True)
+    blocks = zip(*(torch.split(side, step, dim=1) for side in query), strict=True)
     done = [
         checkpoint(work, query_BRK, key_BMK, values_BMd, valid_BR, use_reentrant=False, preserve_rng_state=False)
         for query_BRK, valid_BR in blocks
@@ -192,7 +192,7 @@ class CrossModelLoss(Loss):
         if self.in_blocks(batch):
             sides = (query_BNK, s_valid_BN), (key_BMK, t_valid_BM)
             mixed_BNd, attended_BN, entropy_BN = attend(*sides, values_BMd)
-            mixed_BMD, *_ = attend(*reversed(sides), values_BND)
+            mixed_BMD, *_ = attend(sides[1], sides[0], values_BND)
         else:
             scores_BNM = align_scores(query_BNK, key_BMK, s_valid_BN, t_valid_BM)
             to_student_BNM = scores_BNM.softmax(-1)

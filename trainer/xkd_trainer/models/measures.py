@@ -149,7 +149,7 @@ def _pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tu
     if step >= spans_BK2.shape[1]:
         return _pool_block(hidden_BLD, weights_BL, spans_BK2)
     vectors, masses = [], []
-    for block_BK2 in spans_BK2.split(min(step, SPANS_OF_A_BLOCK), dim=1):  # neighbours: they lie in few tokens
+    for block_BK2 in torch.split(spans_BK2, min(step, SPANS_OF_A_BLOCK), dim=1):  # neighbours: they lie in few tokens
         full_BK = block_BK2[..., 1] > block_BK2[..., 0]
         first = int(block_BK2[..., 0][full_BK].min()) if full_BK.any() else 0
         end = max(int(block_BK2[..., 1].max()), first + 1)
