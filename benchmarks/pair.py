@@ -8,8 +8,9 @@ import ast
 import itertools
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,10 +78,11 @@ class Shape:
         )  # fmt: skip
 
 
-def wanted_signals(num_layers: int) -> list[Signal]:
-    """What the three methods and evaluation need of a teacher."""
+def wanted_signals(num_layers: int, names: Sequence[str] = METHODS) -> list[Signal]:
+    """What these losses and evaluation need of a teacher."""
     levels = Levels(teacher_layers(num_layers), num_layers=num_layers, states=())
-    needed = {s for name in METHODS for s in LOSSES[name].needs(LOSSES[name].parse({}), levels)}
+    needed = {s for name in names for s in LOSSES[name].needs(LOSSES[name].parse({}), levels)}
+    needed = {replace(s, top=8) if s.kind.top else s for s in needed}
     return sorted(needed | {Signal("argmax")}, key=lambda s: s.column)
 
 
@@ -98,24 +100,28 @@ def pair_of(options: Options, shape: Shape | None = None) -> Pair:
     return made(options.scratch / "pair", shape.small() if options.quick else shape)
 
 
-def made(folder: Path, shape: Shape) -> Pair:
-    """Random teacher and student with tokenizers of different kinds, and the cache of both."""
-    documents = list(itertools.islice(_documents(shape.characters), shape.documents))
-    texts = [d.text for d in documents]
+def made(
+    folder: Path, shape: Shape, texts: Iterable[str] = (), names: Sequence[str] = METHODS, tokens: int = 1024
+) -> Pair:
+    """Random teacher and student with tokenizers of different kinds, and the cache of both, for the losses `names`."""
+    texts = texts or itertools.islice(texts_of(shape.characters), shape.documents)
+    documents = list(_documents(texts))
+    pieces = [d.text for d in documents]
     teacher, student = folder / "teacher", folder / "student"
     disable_progress_bar()
     torch.manual_seed(0)
-    _save(teacher, _byte_level(texts, min(shape.teacher_classes, 2_000)), shape.teacher_layers, shape.teacher_width,
+    _save(teacher, _byte_level(pieces, min(shape.teacher_classes, 2_000)), shape.teacher_layers, shape.teacher_width,
           shape.teacher_classes)  # fmt: skip
-    _save(student, _unigram(texts, min(shape.student_classes, 1_000)), shape.student_layers, shape.student_width,
+    _save(student, _unigram(pieces, min(shape.student_classes, 1_000)), shape.student_layers, shape.student_width,
           shape.student_classes)  # fmt: skip
     cache, alone = folder / "cache", Workers()
     columns = columns_of(documents, [_spans(d) for d in documents])
     units = (Unit(source="standard library", first=0, rows=len(documents)),)
     write_table(cache, "documents", {"schema": DOCUMENTS_VERSION}, DOCUMENTS, columns, units)
-    settings = TeacherSettings(model=str(teacher), dtype=fast_dtype(), template=TEMPLATE)
-    make_teacher(cache, "teacher", settings, wanted_signals, alone)
-    make_students(cache, "student", "teacher", StudentSection(tokenizer=str(student), template=TEMPLATE), alone)
+    settings = TeacherSettings(model=str(teacher), dtype=fast_dtype(), template=TEMPLATE, max_tokens=tokens)
+    make_teacher(cache, "teacher", settings, partial(wanted_signals, names=names), alone)
+    own = StudentSection(tokenizer=str(student), template=TEMPLATE, max_tokens=settings.max_tokens)
+    make_students(cache, "student", "teacher", own, alone)
     return Pair(teacher=str(teacher), student=str(student), tokenizer=str(student), cache=cache, template=TEMPLATE)
 
 
@@ -134,9 +140,9 @@ def texts_of(characters: int) -> Iterator[str]:
                 yield text[:characters]
 
 
-def _documents(characters: int) -> Iterator[Document]:
+def _documents(texts: Iterable[str]) -> Iterator[Document]:
     """The first third of each text is the prompt, the rest the response."""
-    for number, text in enumerate(texts_of(characters), start=1):
+    for number, text in enumerate(texts, start=1):
         third = len(text) // 3
         parts = [("prompt", text[:third], False), ("response", text[third:], True)]
         yield document_of(parts, source="standard library", line=number)

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from xkd_schemas.codecs import CODECS, PLAIN
@@ -21,6 +23,7 @@ from xkd_schemas.tokens import TOKEN_FIELDS
 
 TEACHERS_VERSION = 1  # bump on any change here, and add tests/golden/teachers_v<N>.txt
 
+Int64s = npt.NDArray[np.int64]
 Dtype = Literal["bf16", "float16", "float32", "int32"]
 Unit = Literal["word", "phrase"]
 
@@ -55,6 +58,31 @@ KINDS: Final[dict[str, Kind]] = {
     "topk_logits": Kind("float32", "N", wide=False, top=True),  # their logits; minus logsumexp: log-probabilities
     "sampled": Kind("int32", "N", wide=False, top=True, drawn=True),  # k drawn classes and their shares, sampled.py
 }
+
+GEOMETRY_SPANS: Final = 2048
+"""Spans of one document whose cosines are kept; of a document with more so many are drawn."""
+
+
+def draw_spans(count: int, most: int = GEOMETRY_SPANS) -> Int64s | None:
+    """Which of `count` spans are compared with each other, ascending: drawn by a seed of their number; None for all.
+
+    >>> draw_spans(3, 3), draw_spans(9, 3).tolist()
+    (None, [2, 5, 8])
+    """
+    if count <= most:
+        return None
+    return np.sort(np.random.Generator(np.random.PCG64(count)).permutation(count)[:most])
+
+
+def count_pairs(count: int) -> int:
+    """Cosines that are kept of a document with `count` spans.
+
+    >>> count_pairs(4)
+    6
+    """
+    kept = min(count, GEOMETRY_SPANS)
+    return kept * (kept - 1) // 2
+
 
 _PATTERN = re.compile(r"([a-z_]+)(?:@(\d+))?(?::(word|phrase))?(?:#([1-9]\d*))?")
 

@@ -11,8 +11,8 @@ from benchmarks.__main__ import NAMES, main
 from benchmarks.measure import Options, in_subprocess
 from benchmarks.rows import Row, Skipped, as_json, cost, table
 
-SLOW = {"commands", "kl", "memory", "reader", "spacy", "start", "step"}
-"""Those that start programs of their own."""
+SLOW = {"commands", "kl", "long_documents", "memory", "packing", "reader", "spacy", "start", "step"}
+"""Those that start programs of their own, or train."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in NAMES])

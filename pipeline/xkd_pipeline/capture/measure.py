@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
-from xkd_schemas.signals import Signal
+from xkd_schemas.signals import Signal, draw_spans
 from xkd_schemas.tokens import Int32s, Tokens, kept_rows, predictors
 from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.forward import States
@@ -149,6 +149,9 @@ def _span_signal(signal: Signal, vectors_KD: Tensor, mass_K: Tensor) -> dict[str
         return {signal.column: mass_K.cpu().numpy()}
     if signal.name == "span_vectors":
         return {signal.column: bf16_bits(vectors_KD)}
+    drawn = draw_spans(len(vectors_KD))
+    if drawn is not None:
+        vectors_KD = vectors_KD[torch.from_numpy(drawn).to(vectors_KD.device)]
     exact = pack_triangle(cosine_matrix(vectors_KD[None].float())[0]).cpu().numpy()
     stored = exact.astype(np.float16)
     lost, kept = (np.square(values, dtype=np.float64).sum() for values in (exact - stored, exact))

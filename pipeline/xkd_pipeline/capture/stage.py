@@ -31,7 +31,7 @@ from xkd_schemas.cache.manifest import Commit, MadeDifferently, Plan, Spec, read
 from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.codecs import MOST_CLASSES
 from xkd_schemas.errors import BadData, InputMissing, UsageError
-from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
+from xkd_schemas.signals import GEOMETRY_SPANS, TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder, reading_of
@@ -172,6 +172,7 @@ def teacher_settings(spec: Spec, model: str) -> TeacherSettings:
 
 def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: str) -> dict[str, Any]:
     """What the bytes of these columns depend on; `documents` is the root of the documents."""
+    of_spans = any(signal_named(column).unit for column in columns)
     return {
         "schema": TEACHERS_VERSION,
         "capture": CAPTURE_VERSION,
@@ -180,6 +181,7 @@ def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: s
         "encoder": encoder_for(settings.model, settings).identity(),
         "signals": list(columns),
         **{key: getattr(settings, key) for key in RUN_SETTINGS},
+        **({"geometry_spans": GEOMETRY_SPANS} if settings.max_tokens > GEOMETRY_SPANS and of_spans else {}),
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
     }
 

@@ -31,7 +31,7 @@ from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
 from xkd_schemas.durable_files import bytes_below
 from xkd_schemas.progress import Progress
 from xkd_schemas.ragged import Ragged, batch_of
-from xkd_schemas.signals import Signal, teacher_schema
+from xkd_schemas.signals import Signal, count_pairs, teacher_schema
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import TRIED, Encoder
 from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, Tokens, kept_rows, predictors
@@ -53,7 +53,7 @@ def count_values(tokens: Tokens, words: Iterable[Any], phrases: Iterable[Any]) -
     found = Counter(T=len(tokens.ids), R=len(kept_rows(tokens.targets)), N=len(predictors(tokens.targets)))
     for unit, spans in (("word", words), ("phrase", phrases)):
         k = sum(start < end for start, _ in spans)
-        found.update({f"{unit} K": k, f"{unit} K(K-1)/2": k * (k - 1) // 2})
+        found.update({f"{unit} K": k, f"{unit} K(K-1)/2": count_pairs(k)})
     return found
 
 

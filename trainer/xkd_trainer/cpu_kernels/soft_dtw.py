@@ -101,17 +101,27 @@ def _steps(cost: Any, diagonal: int, low: int, scale: float, bound: float, step:
 
 
 @compile_kernel
-def _forward(cost: Any, scale: float, mantissa: Any, exponent: Any, step: Any, shares: Any) -> Any:
-    """Fill the shares of one pair; log2 Z of its last cell, NaN where a cost is beyond the exponent, NaN or -inf."""
+def _forward(cost: Any, limits: Any, above: Any, below: Any, scratch: Any, shares: Any) -> bool:
+    """Fill the shares of some rows, and the cells `below` of the last one; False if a cost is too large, or -inf.
+
+    `limits` are the scale and the bound of `_steps`; `above` is the row in front of them, from the cell at column -1
+    on, and `below` has the same shape.
+    """
     rows, columns = cost.shape
-    bound = LIMIT / (rows + columns)
+    scale, bound = limits
+    above_m, above_e = above
+    below_m, below_e = below
+    mantissa, exponent, step = scratch
     mantissa[:], exponent[:] = 0, NEVER
-    mantissa[1, 0], exponent[1, 0] = ONE, 0  # the empty path, corner of the first cell
+    mantissa[1, 0], exponent[1, 0] = above_m[0], above_e[0]  # corner of the first cell
+    below_m[0], below_e[0] = 0, NEVER
     for d in range(rows + columns - 1):
         low, high = _cells(d, rows, columns)
         if _steps(cost, d, low, scale, bound, step[: high - low]) > 0:
-            return math.nan
+            return False
         a, b, c = d % 3, (d + 2) % 3, (d + 1) % 3
+        if d < columns:
+            mantissa[b, 0], exponent[b, 0] = above_m[d + 1], above_e[d + 1]
         _advance(
             step[: high - low],
             (mantissa[b, low : high + 1], exponent[b, low : high + 1]),
@@ -119,14 +129,17 @@ def _forward(cost: Any, scale: float, mantissa: Any, exponent: Any, step: Any, s
             (mantissa[a, low + 1 : high + 1], exponent[a, low + 1 : high + 1]),
             (shares[0, d, low:high], shares[1, d, low:high], shares[2, d, low:high]),
         )
-        mantissa[1, 0], exponent[1, 0] = 0, NEVER
-    last = (rows + columns - 2) % 3
-    return math.log2(mantissa[last, rows]) + exponent[last, rows]
+        if d >= rows - 1:
+            below_m[d - rows + 2], below_e[d - rows + 2] = mantissa[a, rows], exponent[a, rows]
+    return True
 
 
 @compile_kernel
-def _backward(shares: Any, mass: Any, gradient: Any) -> None:
-    """Write the expected alignment of one pair, its gradient by the costs, from its shares."""
+def _backward(shares: Any, mass: Any, given: Any, gradient: Any) -> None:
+    """Write the expected alignment of some rows, the gradient by their costs, from their shares.
+
+    `given` is what each cell of the last row gets from the row below it, in the end the 1 of the last cell.
+    """
     rows, columns = gradient.shape
     mass[:] = 0
     for d in range(rows + columns - 2, -1, -1):
@@ -139,26 +152,47 @@ def _backward(shares: Any, mass: Any, gradient: Any) -> None:
             mass[a, low:high],
             (shares[0, d + 1, low:high], shares[1, d + 1, below], shares[2, d + 2, below]),
         )
-        if d == rows + columns - 2:
-            mass[a, rows - 1] = ONE
+        if d >= rows - 1:
+            mass[a, rows - 1] += given[d - rows + 1]
         for k in range(high - low):
             gradient[low + k, d - low - k] = mass[a, low + k]
+
+
+@compile_kernel
+def _make_scratch(rows: int) -> Any:
+    whole, near = np.zeros((3, rows + 1), np.float32), np.zeros((3, rows + 1), np.int32)
+    return whole, near, np.zeros(rows, np.float64)
+
+
+@compile_kernel
+def _make_row(columns: int) -> Any:
+    return np.zeros(columns + 1, np.float32), np.full(columns + 1, NEVER, np.int32)
+
+
+@compile_kernel
+def _first_row(columns: int) -> Any:
+    """What stands in front of the first row: the empty path, at column -1."""
+    mantissa, exponent = _make_row(columns)
+    mantissa[0], exponent[0] = ONE, 0
+    return mantissa, exponent
 
 
 @compile_kernel
 def _batch(cost: Any, lengths: Any, gamma: float, values: Any, gradient: Any) -> None:
     student_lengths, teacher_lengths = lengths
     rows, columns = cost.shape[1:]
-    mantissa, exponent = np.zeros((3, rows + 1), np.float32), np.zeros((3, rows + 1), np.int32)
-    mass, step = np.zeros((3, rows + 1), np.float32), np.zeros(rows, np.float64)
+    scratch, mass = _make_scratch(rows), np.zeros((3, rows + 1), np.float32)
     shares = np.zeros((3, rows + columns + 1, rows + 1), np.float32)
     scale = 1.0 / (gamma * math.log(2.0))
+    below = _make_row(columns)
     for b in range(cost.shape[0]):
         s, t = student_lengths[b], teacher_lengths[b]
         if s > 0 and t > 0:
-            values[b] = _forward(cost[b, :s, :t], scale, mantissa, exponent, step, shares) / -scale
-            if not math.isnan(values[b]):
-                _backward(shares, mass, gradient[b, :s, :t])
+            whole, above, given = cost[b, :s, :t], _first_row(t), np.zeros(t, np.float32)
+            values[b], given[t - 1] = math.nan, ONE
+            if _forward(whole, (scale, LIMIT / (s + t)), above, below, scratch, shares):
+                values[b] = (math.log2(below[0][t]) + below[1][t]) / -scale
+                _backward(shares, mass, given, gradient[b, :s, :t])
 
 
 def soft_dtw(
@@ -177,3 +211,42 @@ def soft_dtw(
 
     among_threads(work, len(cost_BST), max(1, min(threads, cost_BST.size // CELLS_WORTH_A_THREAD)))
     return None if np.isnan(values).any() else (values, slopes)
+
+
+class Rows:
+    """One pair of sequences, some rows of costs at a time: from the first to the last, then back for the gradient.
+
+    `lengths` are those of the pair. Costs are C-contiguous float32 [R, T]; what is kept of a block is its last row.
+    """
+
+    def __init__(self, lengths: tuple[int, int], gamma: float) -> None:
+        self.scale, self.bound = 1.0 / (gamma * math.log(2.0)), LIMIT / sum(lengths)
+        self.above = [_first_row(lengths[1])]
+        self.given = np.zeros(lengths[1], np.float32)
+        self.given[-1] = ONE
+
+    def forward(self, cost: Array) -> None:
+        """The next block; ValueError where a cost is beyond the exponent, NaN or -inf."""
+        self.above.append(self._fill(cost, self.above[-1])[0])
+
+    def value(self) -> float:
+        """Soft minimum over all blocks so far; +inf where there is no path."""
+        mantissa, exponent = self.above[-1]
+        return float(np.log2(mantissa[-1]) + exponent[-1]) / -self.scale if mantissa[-1] > 0 else math.inf
+
+    def backward(self, cost: Array, number: int) -> Array:
+        """Gradient by the costs of block `number`, [R, T]; the blocks behind it were asked for before."""
+        shares = self._fill(cost, self.above[number])[1]
+        gradient = np.zeros(cost.shape, np.float32)
+        _backward(shares, np.zeros((3, len(cost) + 1), np.float32), self.given, gradient)
+        to_row, column = gradient[0], np.arange(cost.shape[1])
+        self.given = to_row * shares[1, column, 0]
+        self.given[:-1] += to_row[1:] * shares[2, column[1:], 0]
+        return gradient
+
+    def _fill(self, cost: Array, above: Any) -> tuple[Any, Array]:
+        rows, columns = cost.shape
+        below, shares = _make_row(columns), np.zeros((3, rows + columns + 1, rows + 1), np.float32)
+        if not _forward(cost, (self.scale, self.bound), above, below, _make_scratch(rows), shares):
+            raise ValueError("soft_dtw: a cost is NaN, -inf or beyond the exponent")
+        return below, shares

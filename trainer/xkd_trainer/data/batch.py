@@ -46,6 +46,8 @@ class Level:
     """Cosines between the teacher's span vectors, float32, diagonal 1."""
     vectors_BUD: Tensor | None
     """The teacher's span vectors, bfloat16."""
+    paired_BP: Tensor | None = None
+    """Which spans the cosines are of, ascending, int64, padded with -1; None for all, so that U and P are the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

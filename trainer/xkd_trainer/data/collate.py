@@ -15,7 +15,7 @@ from torch import Tensor
 from xkd_schemas.cache.table import Row
 from xkd_schemas.codecs import unpack_classes
 from xkd_schemas.errors import BadData
-from xkd_schemas.signals import KINDS, Signal
+from xkd_schemas.signals import KINDS, Signal, draw_spans
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.tokens import END, kept_mask, kept_rows, last_text, predictors, tokens_at
 from xkd_trainer.data.batch import Batch, Level, TokenStates, signal_fields
@@ -192,18 +192,33 @@ def inside_any(spans: Array, outer: Array) -> Array:
     return np.asarray((place >= 0) & (ends[np.maximum(place, 0)] >= spans[:, 1]))
 
 
+def _pairs_of(stored: Array, count: int, drawn: Array | None) -> Array:
+    """The packed cosines of the drawn spans; earlier versions stored those of all spans of any document."""
+    if drawn is None or len(stored) != count * (count - 1) // 2:
+        return stored
+    first, second = np.triu_indices(len(drawn), 1)
+    i, j = drawn[first], drawn[second]
+    picked: Array = stored[i * (2 * count - i - 1) // 2 + j - i - 1]
+    return picked
+
+
 def _level(layer: int, unit: str, samples: Sequence[dict[str, Array]], wanted: frozenset[Signal]) -> Level:
     def stack(name: str) -> Tensor:
         return pad([s[f"level {name}"] for s in samples])
 
     mass, geometry, vectors = (Signal(f"span_{name}", layer, unit) for name in ("mass", "geometry", "vectors"))
-    cosines_BUU = None
+    cosines_BPP = paired_BP = None
     if geometry in wanted:
         counts = [len(s[f"level {unit} seen"]) for s in samples]
-        cosines_BUU = torch.zeros(len(samples), max(1, *counts), max(1, *counts))
-        for number, (sample, count) in enumerate(zip(samples, counts, strict=True)):
-            packed = torch.from_numpy(sample[f"level {geometry.column}"].astype(np.float32))
-            cosines_BUU[number, :count, :count] = unpack_triangle(packed, count)
+        paired = [draw_spans(count) for count in counts]
+        kept = [count if drawn is None else len(drawn) for count, drawn in zip(counts, paired, strict=True)]
+        cosines_BPP = torch.zeros(len(samples), max(1, *kept), max(1, *kept))
+        for number, (sample, count, size) in enumerate(zip(samples, counts, kept, strict=True)):
+            packed = _pairs_of(sample[f"level {geometry.column}"], count, paired[number])
+            cosines_BPP[number, :size, :size] = unpack_triangle(torch.from_numpy(packed.astype(np.float32)), size)
+        if kept != counts:
+            each = [np.arange(n) if drawn is None else drawn for n, drawn in zip(counts, paired, strict=True)]
+            paired_BP = pad([spans + 1 for spans in each]) - 1
     mass_BU = stack(mass.column)
     return Level(
         layer=layer,
@@ -214,6 +229,7 @@ def _level(layer: int, unit: str, samples: Sequence[dict[str, Array]], wanted: f
         in_phrase_BU=stack(f"{unit} in_phrase"),
         in_target_BU=stack(f"{unit} in_target"),
         mass_BU=mass_BU,
-        cosines_BUU=cosines_BUU,
+        cosines_BUU=cosines_BPP,
+        paired_BP=paired_BP,
         vectors_BUD=stack(vectors.column) if vectors in wanted else None,
     )

@@ -21,16 +21,21 @@ Shape legend for this file
 
 import math
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass, constant_head
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_argmax
-from xkd_trainer.models.measures import at_least_float32
+from xkd_trainer.models.measures import LONG_CELLS, at_least_float32
+
+BLOCK_SCORES: Final = 1 << 22
+"""Scores that `attend` makes at a time, 16 MB in float32."""
 
 MASKED = -1e5  # score of a pair in which either side is padding, as in the authors' code; its exponential is exactly 0
 
@@ -64,6 +69,32 @@ def align_scores(query_BNK: Tensor, key_BMK: Tensor, student_valid_BN: Tensor, t
     """
     scores_BNM = at_least_float32(query_BNK) @ at_least_float32(key_BMK).mT / math.sqrt(query_BNK.shape[-1])
     return torch.where(student_valid_BN[:, :, None] & teacher_valid_BM[:, None, :], scores_BNM, MASKED)
+
+
+def attend(
+    query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], values_BMd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each query token takes of the values, [B, N, d], and without gradient the mean place, counted from 1, and
+    the entropy, both [B, N], of what it attends to; both sides are vectors and which of them are tokens.
+
+    Some rows of scores at a time, which are made again for the gradient.
+    """
+    key_BMK, key_valid_BM = key
+    place_M = torch.arange(1, key_BMK.shape[1] + 1, device=key_BMK.device, dtype=values_BMd.dtype)
+
+    def work(query_BRK: Tensor, key_BMK: Tensor, values_BMd: Tensor, valid_BR: Tensor) -> tuple[Tensor, ...]:
+        share_BRM = align_scores(query_BRK, key_BMK, valid_BR, key_valid_BM).softmax(-1)
+        fixed_BRM = share_BRM.detach()
+        return share_BRM @ values_BMd, fixed_BRM @ place_M, -torch.xlogy(fixed_BRM, fixed_BRM).sum(-1)
+
+    step = max(1, BLOCK_SCORES // max(1, key_valid_BM.numel()))
+    blocks = zip(*(torch.split(side, step, dim=1) for side in query), strict=True)
+    done = [
+        checkpoint(work, query_BRK, key_BMK, values_BMd, valid_BR, use_reentrant=False, preserve_rng_state=False)
+        for query_BRK, valid_BR in blocks
+    ]
+    mixed_BNd, attended_BN, entropy_BN = (torch.cat(parts, 1) for parts in zip(*done, strict=True))
+    return mixed_BNd, attended_BN, entropy_BN
 
 
 def find_correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
@@ -121,7 +152,9 @@ class Mixed:
 
     hidden_BMD: Tensor  # the teacher's states at its predictions
     target_BMD: Tensor  # its embeddings of the ids that are predicted
-    to_student_BNM: Tensor  # which teacher tokens a student token looks at
+    to_student_BNM: Tensor | None  # which teacher tokens a student token looks at; None for long documents
+    attended_BN: Tensor | None  # for those: the mean place, from 1, that a student token looks at
+    entropy_BN: Tensor | None  # and the entropy of what it looks at, in nats
     projected: LazyLogits  # the teacher at the student's positions, read with the student's head, which is fixed
     back: LazyLogits  # the student at the teacher's positions, read with the teacher's head
 
@@ -139,6 +172,10 @@ class CrossModelLoss(Loss):
         self.head = TeacherHead(context, who)
         self.embeddings_VD = nn.Buffer(context.teacher_embeddings(), persistent=False)
 
+    def in_blocks(self, batch: Batch) -> bool:
+        """Whether scores are made some rows at a time, so that nothing has the size of both responses."""
+        return batch.predict_valid_BN.numel() * batch.teacher_predict_valid_BM.shape[1] > LONG_CELLS
+
     def mix(self, batch: Batch, student: StudentPass) -> Mixed:
         """What each token takes from the other model; the student's embeddings are constants in the scores."""
         s_valid_BN, t_valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
@@ -149,12 +186,20 @@ class CrossModelLoss(Loss):
             self.embeddings_VD[ids].float() for ids in (batch.teacher_input_BM, batch.teacher_target_BM)
         )
         key_BMK = torch.cat([input_BMD, target_BMD], dim=-1) / self.embedding_std
-        scores_BNM = align_scores(at_valid(self.query, query_BNk, s_valid_BN), key_BMK, s_valid_BN, t_valid_BM)
-        hidden_BMD, to_student_BNM = teacher_states(batch), scores_BNM.softmax(-1)
-        values_BMD = hidden_BMD / self.hidden_std + target_BMD / self.embedding_std
-        mixed_BNd = to_student_BNM @ at_valid(self.t2s, values_BMD, t_valid_BM)
-        mixed_BMD = scores_BNM.mT.softmax(-1) @ at_valid(self.s2t, student.predict_hidden_BNd, s_valid_BN)
+        query_BNK, hidden_BMD = at_valid(self.query, query_BNk, s_valid_BN), teacher_states(batch)
+        values_BMd = at_valid(self.t2s, hidden_BMD / self.hidden_std + target_BMD / self.embedding_std, t_valid_BM)
+        values_BND = at_valid(self.s2t, student.predict_hidden_BNd, s_valid_BN)
+        to_student_BNM = attended_BN = entropy_BN = None
+        if self.in_blocks(batch):
+            sides = (query_BNK, s_valid_BN), (key_BMK, t_valid_BM)
+            mixed_BNd, attended_BN, entropy_BN = attend(*sides, values_BMd)
+            mixed_BMD, *_ = attend(sides[1], sides[0], values_BND)
+        else:
+            scores_BNM = align_scores(query_BNK, key_BMK, s_valid_BN, t_valid_BM)
+            to_student_BNM = scores_BNM.softmax(-1)
+            mixed_BNd, mixed_BMD = to_student_BNM @ values_BMd, scores_BNM.mT.softmax(-1) @ values_BND
         return Mixed(
             hidden_BMD=hidden_BMD, target_BMD=target_BMD, to_student_BNM=to_student_BNM,
-            projected=with_fixed_head(student, mixed_BNd), back=self.head(mixed_BMD),
+            attended_BN=attended_BN, entropy_BN=entropy_BN, projected=with_fixed_head(student, mixed_BNd),
+            back=self.head(mixed_BMD),
         )  # fmt: skip

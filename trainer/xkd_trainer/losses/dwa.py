@@ -29,6 +29,7 @@ from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Positive, Projectors, StudentPass, Weight
 from xkd_trainer.losses.dual_space import CrossModelLoss, DualSpaceSettings, Mixed, at_valid
 from xkd_trainer.losses.ops.divergence import Kind
+from xkd_trainer.losses.ops.long_soft_dtw import Band, is_long, long_soft_dtw, sakoe_chiba, soft_band
 from xkd_trainer.losses.ops.shared_pass import Planned, Weigh, head_divergence
 from xkd_trainer.losses.ops.soft_dtw import band_penalty, cosine_cost, expected_alignment, hard_band, soft_dtw
 from xkd_trainer.losses.ops.term import LossTerm, term
@@ -184,6 +185,19 @@ def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, 
     return term(value_B.sum(), student_lengths_B.sum())
 
 
+def long_sequence_term(
+    student_BND: Tensor, projected_teacher_BMD: Tensor, band: Band | None, lengths: tuple[Tensor, Tensor],
+    *, gamma: float, divergence: bool,
+) -> LossTerm:  # fmt: skip
+    """`sequence_term` of long sequences, with nothing of the size of both lengths."""
+    value_B = long_soft_dtw(student_BND, projected_teacher_BMD, lengths, gamma=gamma, band=band)
+    if divergence:
+        both = zip((student_BND, projected_teacher_BMD), lengths, strict=True)
+        student_B, teacher_B = (long_soft_dtw(x_BKD, x_BKD, (size_B, size_B), gamma=gamma) for x_BKD, size_B in both)
+        value_B = torch.where((lengths[0] > 0) & (lengths[1] > 0), value_B - 0.5 * (student_B + teacher_B), 0.0)
+    return term(value_B.sum(), lengths[0].sum())
+
+
 # -- wiring to the cache
 
 
@@ -253,12 +267,34 @@ class Dwa(CrossModelLoss):
         }
         found: dict[str, LossTerm | Planned] = {}
         for name, (x_BNd, y_BMd) in pairs.items():
-            follows_BNM = mixed.to_student_BNM
+            if mixed.attended_BN is not None:
+                wall = self._find_band(mixed, lengths, share)
+                found[name] = long_sequence_term(x_BNd, y_BMd, wall, lengths, gamma=gamma, divergence=s.dtw_divergence)
+                continue
+            follows_BNM = unwrap(mixed.to_student_BNM)
             if s.band == "soft" and s.band_source == "sdtw":
                 follows_BNM = expected_alignment(cosine_cost(x_BNd, y_BMd), *lengths, gamma=gamma)
             wall_BNM = band(follows_BNM, *lengths, s, share)
             found[name] = sequence_term(x_BNd, y_BMd, wall_BNM, *lengths, gamma=gamma, divergence=s.dtw_divergence)
         return found
+
+    def in_blocks(self, batch: Batch) -> bool:
+        """Whether alignment is, too; an option that follows expected alignments is not."""
+        valid_BN, teacher_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
+        dense = self.settings.band == "soft" and self.settings.band_source == "sdtw"
+        return not dense and is_long(valid_BN.numel() * teacher_BM.shape[1], valid_BN.device)
+
+    def _find_band(self, mixed: Mixed, lengths: tuple[Tensor, Tensor], share: float) -> Band | None:
+        """`band` for long documents."""
+        s, attended_BN = self.settings, unwrap(mixed.attended_BN)
+        if s.band == "none":
+            return None
+        if s.band == "hard":
+            return sakoe_chiba(attended_BN, lengths, width=s.band_width)
+        return soft_band(
+            attended_BN, unwrap(mixed.entropy_BN), lengths, width=s.band_width, beta=s.band_beta,
+            centre_mix=s.band_centre_mix, penalty=share * s.band_penalty,
+        )  # fmt: skip
 
 
 DWA = Declaration(

@@ -21,8 +21,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from xkd_schemas.errors import UsageError
-from xkd_schemas.signals import Signal
-from xkd_trainer.data.batch import Batch, Level, unwrap
+from xkd_schemas.signals import GEOMETRY_SPANS, Signal, draw_spans
+from xkd_trainer.data.batch import Batch, Level, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Projectors, Settings, StudentPass, Weight
 from xkd_trainer.losses.ops.divergence import pair_disagreement, pair_weights
 from xkd_trainer.losses.ops.term import LossTerm, term
@@ -74,6 +74,9 @@ class MtaSettings(Settings):
     stride: int = Field(default=0, ge=0)
     """Distance of the layers that strided picks. 0: the student's depth over num_layers + 1, so that the lowest of
     three lies in the middle."""
+    max_spans: int = Field(default=GEOMETRY_SPANS, ge=0, le=GEOMETRY_SPANS)
+    """Spans of a document that DSA compares with each other: drawn where it has more, the same in every epoch, and
+    the others counted in `unpaired`. The cache keeps cosines of 2,048 spans at most; 0 for all that it keeps."""
     student_layers: tuple[int, ...] = ()
     """Student blocks (1 is the first), lowest first: one for each cached level, or those that strided takes. Empty:
     as `pick` says."""
@@ -202,7 +205,8 @@ def needs(settings: MtaSettings, levels: Sequence[tuple[int, str]]) -> tuple[Sig
 class Mta(Loss):
     """Terms `dsa@L:unit` and `hid@L:unit` for every picked level L (a teacher layer).
 
-    Beside them `spans@L:unit`, without weight: the number of spans they rest on, per document that has any. Where
+    Beside them, without weight and per document that has any span: `spans@L:unit`, the spans they rest on, and where
+    there is DSA `unpaired@L:unit`, those among them that it compares with no other (see `max_spans`). Where
     tokens are compared with tokens, also `same_tokens`, without weight: the share of documents with spans that both
     models read as the same ids.
     """
@@ -229,6 +233,7 @@ class Mta(Loss):
         hid = s.lambda_hid / (len(keys) if s.hid_layers == "mean" else 1)
         factors = {f"dsa@{key}": s.lambda_dsa / len(keys) for key in keys if s.lambda_dsa > 0}
         factors |= {f"hid@{key}": hid for key in keys if s.compared != "off"}
+        factors |= {f"unpaired@{key}": 0.0 for key in keys if s.lambda_dsa > 0}
         return factors | {f"spans@{key}": 0.0 for key in keys} | ({"same_tokens": 0.0} if s.same_tokens else {})
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
@@ -237,9 +242,9 @@ class Mta(Loss):
         for key, level in self._levels(batch).items():
             omega_BU, valid_BU = self._choose_spans(batch, level)
             by_token = self.settings.compared == "token"
-            found[f"dsa@{key}"] = pair_weights(omega_BU, valid_BU).sum()
+            found[f"dsa@{key}"] = pair_weights(*self._pair(level, omega_BU, valid_BU)[1:]).sum()
             found[f"hid@{key}"] = (self._choose_tokens(batch, level)[0] if by_token else omega_BU).sum()
-            found[f"spans@{key}"] = valid_BU.any(-1).sum()
+            found[f"spans@{key}"] = found[f"unpaired@{key}"] = valid_BU.any(-1).sum()
         return {name: found[name] for name in self.weights(0)}
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
@@ -254,8 +259,12 @@ class Mta(Loss):
             vectors_BUd, _ = pool_spans(hidden_BSd, weights[layer], level.student_BU2)
             omega_BU, valid_BU = self._choose_spans(batch, level)
             if self.settings.lambda_dsa > 0:
-                own_BUW = self.projectors[key](vectors_BUd) if self.projects_dsa else vectors_BUd
-                terms[f"dsa@{key}"] = dsa(cosine_matrix(own_BUW), unwrap(level.cosines_BUU), omega_BU, valid_BU)
+                index_BP, omega_BP, valid_BP = self._pair(level, omega_BU, valid_BU)
+                own_BPW = vectors_BUd if index_BP is None else gather_rows(vectors_BUd, index_BP)
+                own_BPW = self.projectors[key](own_BPW) if self.projects_dsa else own_BPW
+                terms[f"dsa@{key}"] = dsa(cosine_matrix(own_BPW), unwrap(level.cosines_BUU), omega_BP, valid_BP)
+                unpaired = (valid_BU.sum() - valid_BP.sum()).float()
+                terms[f"unpaired@{key}"] = term(unpaired, valid_BU.any(-1).sum())
             if self.settings.compared == "token":  # eq. 13: the state of every covered token
                 theirs_BSD = fit(unwrap(batch.states(level.layer).hidden_BTD), hidden_BSd.shape[1])
                 chosen = self._choose_tokens(batch, level)
@@ -300,6 +309,21 @@ class Mta(Loss):
             _, mass_BU = pool_spans(sure_BR.unsqueeze(-1), sure_BR, level.teacher_BU2)
             valid_BU = valid_BU & (mass_BU > 0)
         return share_out(mass_BU, valid_BU), valid_BU
+
+    def _pair(self, level: Level, omega_BU: Tensor, valid_BU: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The spans that the level's cosines are of (None for all), their weights, and which of them DSA compares."""
+        index_BP, omega_BP, valid_BP = None, omega_BU, valid_BU
+        if level.paired_BP is not None:
+            index_BP = level.paired_BP.clamp_min(0)
+            omega_BP, valid_BP = omega_BU.gather(1, index_BP), valid_BU.gather(1, index_BP) & (level.paired_BP >= 0)
+        most = self.settings.max_spans or valid_BP.shape[1]
+        if valid_BP.shape[1] > most:
+            valid_BP = valid_BP.clone()
+            for row_P in valid_BP:
+                places = row_P.nonzero()[:, 0]
+                if (drawn := draw_spans(len(places), most)) is not None:
+                    row_P.fill_(False)[places[torch.from_numpy(drawn).to(places.device)]] = True
+        return index_BP, omega_BP, valid_BP
 
     def _sureness_at(self, batch: Batch, place_BM: Tensor, like: Tensor) -> Tensor:
         """1 - H / log V at the places of the teacher's predictions, 0 elsewhere; float32 of the shape of `like`."""

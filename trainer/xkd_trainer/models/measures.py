@@ -23,6 +23,12 @@ from xkd_schemas.errors import BadData
 CHUNK_ELEMENTS = 1 << 22
 """Elements of each temporary of `centrality` and `pool_spans`, 16 MB in float32 (64 MB was twice as slow)."""
 
+LONG_CELLS = 1 << 24
+"""Pairs of spans and tokens, or of two sequences' tokens, from which on they are worked block by block, and what
+gradient needs of a block is made again; below it nothing is made twice. A document of 4,096 tokens has as many."""
+
+SPANS_OF_A_BLOCK = 256
+
 STD_FLOOR = 1e-5  # added to the standard deviation in eq. 5 of MTA, as the authors' code does
 
 SHORTEST = 1e-12  # A vector shorter than this counts as zero: the slope of a length below 1e-13 is beyond float32
@@ -139,6 +145,22 @@ def pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tup
 
 
 def _pool_spans(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tuple[Tensor, Tensor]:
+    step = max(1, LONG_CELLS // max(1, len(spans_BK2) * hidden_BLD.shape[1]))
+    if step >= spans_BK2.shape[1]:
+        return _pool_block(hidden_BLD, weights_BL, spans_BK2)
+    vectors, masses = [], []
+    for block_BK2 in torch.split(spans_BK2, min(step, SPANS_OF_A_BLOCK), dim=1):  # neighbours: they lie in few tokens
+        full_BK = block_BK2[..., 1] > block_BK2[..., 0]
+        first = int(block_BK2[..., 0][full_BK].min()) if full_BK.any() else 0
+        end = max(int(block_BK2[..., 1].max()), first + 1)
+        at_BK2 = torch.where(full_BK.unsqueeze(-1), block_BK2 - first, 0)
+        found_BKD, mass_BK = _pool_block(hidden_BLD[:, first:end], weights_BL[:, first:end], at_BK2)
+        vectors.append(found_BKD)
+        masses.append(mass_BK)
+    return torch.cat(vectors, 1), torch.cat(masses, 1)
+
+
+def _pool_block(hidden_BLD: Tensor, weights_BL: Tensor, spans_BK2: Tensor) -> tuple[Tensor, Tensor]:
     position_L = torch.arange(hidden_BLD.shape[1], device=hidden_BLD.device)
     member_BKL = (position_L >= spans_BK2[..., :1]) & (position_L < spans_BK2[..., 1:])
     hidden_BLD = at_least_float32(hidden_BLD)

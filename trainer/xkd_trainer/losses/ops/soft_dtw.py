@@ -134,10 +134,17 @@ def hard_band(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Te
 
 def _diagonal(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> tuple[Tensor, Tensor]:
     """i T / S as [B, S, 1], and j as [T]; i and j count from 1."""
-    row_S = torch.arange(1, like_BST.shape[1] + 1, device=like_BST.device, dtype=like_BST.dtype)
     column_T = torch.arange(1, like_BST.shape[2] + 1, device=like_BST.device, dtype=like_BST.dtype)
-    slope_B = teacher_lengths_B.to(like_BST.dtype) / student_lengths_B.clamp_min(1)
-    return (row_S * slope_B[:, None])[:, :, None], column_T
+    return diagonal_of(like_BST.new_empty(like_BST.shape[:2]), student_lengths_B, teacher_lengths_B)[
+        :, :, None
+    ], column_T
+
+
+def diagonal_of(like_BS: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> Tensor:
+    """i T / S of the two lengths of each pair, i counted from 1, [B, S]."""
+    row_S = torch.arange(1, like_BS.shape[1] + 1, device=like_BS.device, dtype=like_BS.dtype)
+    slope_B = teacher_lengths_B.to(like_BS.dtype) / student_lengths_B.clamp_min(1)
+    return row_S * slope_B[:, None]
 
 
 def _check(cost_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, gamma: float) -> None:
