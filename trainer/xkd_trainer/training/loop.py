@@ -52,6 +52,7 @@ FIRST_KEYS: Final = {
     "weight_decay", "max_grad_norm", "seed", "mixed_precision", "save_dtype",
 }  # fmt: skip
 """Settings that every checkpoint names; a later one is named where it has not its default."""
+AHEAD: Final = 2  # steps whose batches are read while one is worked on
 SAVE_SECONDS: Final = 600.0  # where nobody says how often, a checkpoint is written after so long
 
 
@@ -128,7 +129,7 @@ def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
     }
 
 
-def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int = AHEAD) -> Iterator[T]:
     """The items, none of them None, made in a thread at most `depth` ahead; its errors are raised here."""
     with ThreadPoolExecutor(1, thread_name_prefix="produce") as pool:
         ahead = deque(pool.submit(next, items, None) for _ in range(depth))
