@@ -156,6 +156,23 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 @app.command()
+@with_flags(*TRAINING, run_file="--run")
+def plan(
+    run: RunConfig,
+    student_table: Annotated[str, typer.Option(help="Student table, if several fit.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Memory that training with these flags would take, part by part; no weight is loaded.
+
+    Example: xkd-train plan --shards cache/ --student models/student --lora-rank 16 --gradient-checkpointing
+    """
+    from xkd_trainer.training.plan import describe_plan, plan_training
+
+    found = plan_training(run, student_table)
+    answer(found, describe_plan(found), as_json)
+
+
+@app.command()
 def export(
     student: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
     to: Annotated[Path, typer.Option(help="New folder.")],

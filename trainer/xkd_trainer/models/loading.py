@@ -263,7 +263,9 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> PreTrainedModel:
+def new_model(
+    spec: str, *, vocab_size: int, special: dict[str, int | None], dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A fresh model from `FAMILY,key=value,...`, with random weights from torch's current seed.
 
     `spec` is e.g. "llama,layers=4,width=256". Families are transformers' model types. `layers`, `width`, `heads`,
@@ -275,7 +277,7 @@ def new_model(spec: str, *, vocab_size: int, special: dict[str, int | None]) -> 
     family, *pairs = [part.strip() for part in spec.split(",")]
     try:
         config = _config(family, dict(_pair(pair) for pair in pairs), {**special, "vocab_size": vocab_size})
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
         raise UsageError(
             f"--student new:{spec}: {short(error.__cause__ or error)}",

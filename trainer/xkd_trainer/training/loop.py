@@ -68,6 +68,7 @@ FIRST_KEYS: Final = {
 }  # fmt: skip
 """Settings that every checkpoint names; a later one is named where it has not its default."""
 NOT_THE_RESULT: Final = {"out", "shards", "threads", "log_every", "save_every", "track", *EVALUATION}
+AHEAD: Final = 2  # steps whose batches are read while one is worked on
 SAVE_SECONDS: Final = 600.0  # where nobody says how often, a checkpoint is written after so long
 
 
@@ -157,7 +158,7 @@ def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
     }
 
 
-def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T]:
+def prefetch(items: Iterator[T], depth: int = AHEAD) -> Generator[T]:
     """The items, none of them None, made in a thread at most `depth` ahead; its errors are raised here."""
     with ThreadPoolExecutor(1, thread_name_prefix="produce") as pool:
         ahead = deque(pool.submit(next, items, None) for _ in range(depth))

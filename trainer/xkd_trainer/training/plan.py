@@ -5,9 +5,10 @@ counts what autograd keeps, each storage once, with gradient checkpointing, dtyp
 other parts are sums of sizes; docs/training.md has the formulas.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,20 +16,21 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, masking_utils
 
 from xkd_schemas.config import RunConfig
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.ops.shared_pass import PASS_BYTES
+from xkd_trainer.losses.ops.lazy_logits import CHUNK_BYTES, WIDER, LazyLogits
+from xkd_trainer.losses.ops.shared_pass import PASS_BYTES, head_cross_entropy
 from xkd_trainer.models.architecture import Head, backbone
 from xkd_trainer.models.compute_dtype import dtype_named, this_device
 from xkd_trainer.models.forward import checkpoint_blocks
 from xkd_trainer.models.loading import load_errors, model_source, new_model
 from xkd_trainer.models.lora import add_adapter, trained
+from xkd_trainer.training.loop import AHEAD
 from xkd_trainer.training.prepare import build_losses, check_student_settings, open_run
 
-AHEAD: Final = 2  # steps whose batches are ready while one is worked on
 PER_WEIGHT: Final = {"adamw": 2.0, "adamw_fused": 2.0, "adamw_8bit": 0.5}
 """Optimizer state of each trained number, in numbers of its own size; in bytes of float32."""
 
@@ -42,20 +44,22 @@ def plan_training(run: RunConfig, student_table: str = "") -> dict[str, Any]:
     """
     check_student_settings(run)
     opened, device = open_run(run, student_table), this_device()
+    _load_kernels()
     cache = opened.cache
     share = math.ceil(run.train.batch_size / int(os.environ.get("WORLD_SIZE", "1")))
     documents = min(run.train.micro_batch_size or share, share)
     rows, longest = _longest(cache, share)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        student = _student(run, len(opened.tokenizer))
+    student, read = _student(run, len(opened.tokenizer)), dict.fromkeys(("head", "embeddings"), 0)
+    losses, _, _ = build_losses(
+        run, cache, student, opened.tokenizer, teacher_head=lambda: _teacher_head(cache, read, device),
+        teacher_embeddings=lambda: _teacher_matrix(cache, read, "embeddings", device),
+    )  # fmt: skip
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), _one_document_a_row():
+        student = student.to_empty(device=device)
+        student.tie_weights()
         kept = _activations(student, documents, longest, run.train.mixed_precision)
-        read = dict.fromkeys(("head", "embeddings"), 0)
-        losses, _, _ = build_losses(
-            run, cache, student, opened.tokenizer, teacher_head=lambda: _teacher_head(cache, read),
-            teacher_embeddings=lambda: _teacher_matrix(cache, read, "embeddings"),
-        )  # fmt: skip
     learnt = [*trained(student).values(), *_learnt(losses.values())]
-    head_V = student.get_output_embeddings().weight
+    head_Vd = student.get_output_embeddings().weight
     step = _tensor_bytes(batch_of(cache, rows, opened.wanted))
     parts = {
         "process": _resident(),
@@ -64,8 +68,7 @@ def plan_training(run: RunConfig, student_table: str = "") -> dict[str, Any]:
         "gradients": _size(learnt),
         "optimizer": sum(_state_bytes(run.train.optimizer, parameter) for parameter in learnt),
         "activations": kept,
-        "logits": _logits(len(head_V), documents * longest, 2 if read["head"] else 1)
-        + 4 * head_V.numel() * head_V.requires_grad,
+        "logits": _logits(head_Vd, documents * longest, cache.sizes.vocab_size if read["head"] else 0),
         "batches read ahead": (AHEAD + 2) * step,
     }
     return {
@@ -76,19 +79,34 @@ def plan_training(run: RunConfig, student_table: str = "") -> dict[str, Any]:
     }  # fmt: skip
 
 
+def describe_plan(plan: Mapping[str, Any]) -> list[str]:
+    """The same for people."""
+    trained, parts = plan["trained"], plan["bytes"]
+    return [
+        f"parameters: {plan['parameters']:,}; trained: {trained:,}, and {plan['projectors']:,} of projectors",
+        f"largest micro-batch: {plan['documents']} documents of {plan['tokens']} tokens, on {plan['device']}",
+        *(f"{name}: {_in_mib(size)}" for name, size in parts.items()),
+        f"peak of one process, an estimate: {_in_mib(plan['total'])}",
+    ]
+
+
+def _in_mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
 def _student(run: RunConfig, vocab_size: int) -> PreTrainedModel:
-    """The student as it is trained, of fake tensors."""
-    name = run.student.model
-    if name.startswith("new:"):
-        model = new_model(name.removeprefix("new:"), vocab_size=vocab_size, special={})
-    else:
-        source, options = model_source(name, weights=False)
-        with load_errors(name, source):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **options))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype_named(run.student.dtype))
-    if run.train.lora.rank:
-        add_adapter(model, run.train.lora, name)
+    """The student as it is trained, on the meta device: of sizes alone, but no operation knows what it keeps there."""
+    name, dtype = run.student.model, dtype_named(run.student.dtype)
+    with torch.device("meta"):
+        if name.startswith("new:"):
+            model = new_model(name.removeprefix("new:"), vocab_size=vocab_size, special={}, dtype=dtype)
+        else:
+            source, options = model_source(name, weights=False)
+            with load_errors(name, source):
+                config = AutoConfig.from_pretrained(source, **options)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if run.train.lora.rank:
+            add_adapter(model, run.train.lora, name)
     if run.train.gradient_checkpointing:
         checkpoint_blocks(model)
     return model.train()
@@ -115,17 +133,28 @@ def _activations(student: PreTrainedModel, documents: int, tokens: int, precisio
     return int(sum(storage.nbytes() for storage in kept.values())) + 4 * states_BLD.numel()
 
 
-def _teacher_matrix(cache: Cache, read: dict[str, int], name: str) -> Tensor:
+@contextlib.contextmanager
+def _one_document_a_row() -> Iterator[None]:
+    """Without the mask that transformers makes for packed rows where it cannot see that there are none."""
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
+
+
+def _teacher_matrix(cache: Cache, read: dict[str, int], name: str, device: str) -> Tensor:
     sizes, dtype = cache.sizes, dtype_named(cache.teachers.manifest.spec["dtype"])
-    matrix_VD = torch.empty(sizes.vocab_size, sizes.hidden_size, dtype=dtype)
-    wide = 4 if name == "head" and matrix_VD.device.type == "cpu" else dtype.itemsize  # a CPU's head is float32
+    matrix_VD = torch.empty(sizes.vocab_size, sizes.hidden_size, dtype=dtype, device="meta")
+    wide = 4 if name == "head" and device == "cpu" else dtype.itemsize  # a CPU's head is float32
     read[name] = matrix_VD.numel() * wide
     return matrix_VD
 
 
-def _teacher_head(cache: Cache, read: dict[str, int]) -> Head:
+def _teacher_head(cache: Cache, read: dict[str, int], device: str) -> Head:
     sizes = cache.sizes
-    return Head(weight_VD=_teacher_matrix(cache, read, "head"), scale=sizes.logit_scale, softcap=sizes.softcap)
+    return Head(weight_VD=_teacher_matrix(cache, read, "head", device), scale=sizes.logit_scale, softcap=sizes.softcap)
 
 
 def _longest(cache: Cache, count: int) -> tuple[list[int], int]:
@@ -148,8 +177,11 @@ def _state_bytes(optimizer: str, parameter: Tensor) -> int:
     )
 
 
-def _logits(classes: int, positions: int, sides: int) -> int:
-    return sides * 4 * classes * min(positions, max(1, PASS_BYTES // (4 * classes)))
+def _logits(head_Vd: Tensor, positions: int, teacher_classes: int) -> int:
+    """A chunk of the student's logits, the gradient of a head that learns, and two chunks of the teacher's logits."""
+    chunk = min(4 * len(head_Vd) * positions, PASS_BYTES)
+    slope = 4 * head_Vd.numel() if head_Vd.requires_grad else 0
+    return chunk + slope + 2 * min(4 * teacher_classes * positions, WIDER * CHUNK_BYTES)
 
 
 def _learnt(losses: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -167,6 +199,13 @@ def _tensor_bytes(value: Any) -> int:
         return sum(_tensor_bytes(getattr(value, field.name)) for field in fields(value))
     values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return sum(map(_tensor_bytes, values))
+
+
+def _load_kernels() -> None:
+    """Compiled kernels and their libraries, by a cross-entropy of two classes: training has them in memory, too."""
+    hidden = torch.zeros(1, 2, requires_grad=True)
+    logits = LazyLogits(hidden=hidden, weight=torch.zeros(2, 2, requires_grad=True))
+    head_cross_entropy(logits, torch.zeros(1, dtype=torch.int64)).backward()
 
 
 def _resident() -> int:

@@ -141,7 +141,7 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
     if name.startswith("new:"):
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         torch.manual_seed(run.train.seed)
-        model = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special).to(dtype)
+        model = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special, dtype=dtype)
     else:
         model = load_model(name, dtype=dtype, quantization=quantization(run.student.quantization))
     check_fit(model, name, tokenizer)

@@ -158,7 +158,7 @@ class DskdV2(Loss):
         teacher_KD = self.head.weight_VD[teacher_ids_K]
         self.t2s = nn.Linear(context.teacher_width, context.student_width, bias=False)
         with torch.no_grad():
-            self.t2s.weight.copy_(equal_logits(pseudo_inverse(student_KD), teacher_KD))
+            self.t2s.weight = nn.Parameter(equal_logits(pseudo_inverse(student_KD), teacher_KD).float())
         labels_V = torch.full((len(self.head.weight_VD),), -1, dtype=torch.int64)
         labels_V[teacher_ids_K] = student_ids_K
         self.labels_V = nn.Buffer(labels_V, persistent=False)

@@ -1,0 +1,51 @@
+"""What `xkd-train plan` says of a training process's memory, against the peak of one that trains.
+
+Both run in processes of their own: python -m benchmarks.bench_plan CACHE STUDENT TOKENIZER TEMPLATE LOSS OUT|plan.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.measure import Options, in_subprocess, peak_bytes
+from benchmarks.pair import Pair, pair_of
+from benchmarks.rows import Result, memory
+from xkd_trainer.training.loop import train
+from xkd_trainer.training.plan import plan_training
+
+STEPS = 14
+BATCH = 8
+LOSSES = ("mta", "mta+sra+dwa")
+
+
+def run(options: Options) -> list[Result]:
+    """One row a loss: planned against measured, and the same of what comes on top of an idle process."""
+    pair, rows = pair_of(options), list[Result]()
+    for loss in LOSSES[: options.size(2, 1)]:
+        given = (pair.cache, pair.student, pair.tokenizer, pair.template, loss)
+        planned = in_subprocess("benchmarks.bench_plan", *given, "plan")
+        measured = in_subprocess("benchmarks.bench_plan", *given, options.scratch / loss)["peak"]
+        idle = planned["bytes"]["process"]
+        rows.append(
+            memory(f"memory planned for training with {loss} / its peak", planned["total"], measured, bar=1.15)
+        )
+        what = f"the same, without the {idle / 2**20:.0f} MiB of Python and its libraries"
+        rows.append(memory(what, planned["total"] - idle, measured - idle, bar=None))
+    return rows
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Plan, or train and print the peak."""
+    cache, student, tokenizer, template, loss, out = arguments
+    pair = Pair(teacher="", student=student, tokenizer=tokenizer, cache=Path(cache), template=template)
+    settings = pair.run_file(loss, out=Path(out), steps=STEPS, batch_size=BATCH)
+    if out == "plan":
+        print(json.dumps(plan_training(settings)))
+        return
+    train(settings, quiet=True)
+    print(json.dumps({"peak": peak_bytes()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
