@@ -13,9 +13,9 @@ from tiny_run import run, stopped
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_train import xkd_train
 from xkd_trainer.evaluation import Request, evaluate_student
+from xkd_trainer.run_folder import read_lines
 from xkd_trainer.training import held_out, loop
 from xkd_trainer.training.loop import Trained, train
-from xkd_trainer.training.tracking import read_lines
 
 HELD = (("Who lit the lamp?", "A fisherman lit it."), ("Is it late?", "Yes."), ("", "Nobody knew."))
 

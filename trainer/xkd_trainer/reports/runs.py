@@ -11,10 +11,7 @@ from typing import Any, Final
 
 from xkd_schemas.errors import InputMissing
 from xkd_schemas.page import flatten
-from xkd_trainer.models.loading import read_provenance
-from xkd_trainer.training.files import METRICS, UNFINISHED
-from xkd_trainer.training.held_out import best_of
-from xkd_trainer.training.tracking import TIMING, read_lines
+from xkd_trainer.run_folder import METRICS, TIMING, UNFINISHED, best_of, read_lines, read_provenance
 
 TRAINING: Final = "training"
 FINISHED: Final = "finished"

@@ -25,8 +25,8 @@ from xkd_schemas.text.encode import reading_of
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import ORDER, Order, learning_rate
+from xkd_trainer.run_folder import METRICS, evaluation_of, read_lines
 from xkd_trainer.training.files import (
-    METRICS,
     Snapshot,
     export_student,
     is_finished,
@@ -35,9 +35,9 @@ from xkd_trainer.training.files import (
     tidy_up,
     was_exporting,
 )
-from xkd_trainer.training.held_out import EVALUATION, Evaluations, check_evaluation, evaluation_of, without_choice
+from xkd_trainer.training.held_out import EVALUATION, Evaluations, check_evaluation, without_choice
 from xkd_trainer.training.prepare import Ready, set_up
-from xkd_trainer.training.tracking import Meter, Records, check_trackers, read_lines, tracker_options
+from xkd_trainer.training.tracking import Meter, Records, check_trackers, tracker_options
 
 T = TypeVar("T")
 Value = TypeVar("Value", float, Tensor)
