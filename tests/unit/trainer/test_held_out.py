@@ -103,7 +103,7 @@ def test_a_run_that_improves_no_more_stops_and_a_resumed_one_stops_at_the_same_s
     with monkeypatch.context() as patch:
         pretend(patch, *values)
         stopped(run(tmp_path / "two", **settings), patch, 4)
-    monkeypatch.setattr(held_out, "bits_per_byte", None)
+    monkeypatch.setattr(held_out, "bits_per_byte", None)  # nothing is measured again
     again = ended(tmp_path / "whole")
     pretend(monkeypatch, *values[3:])
     resumed = ended(tmp_path / "two")

@@ -250,7 +250,8 @@ class _Run:
             self.module.train()
             if records is not None:
                 records.write(step, values)
-                found.keep(self.distiller.student.state_dict(), step)
+                if step < self.total:  # the last one is at hand
+                    found.keep(self.distiller.student.state_dict(), step)
 
     def _is_enough(self) -> bool:
         return self.evaluations is not None and self.evaluations.is_enough
