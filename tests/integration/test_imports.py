@@ -8,6 +8,7 @@ from pathlib import Path
 
 import small_cache
 import tiny_models as tiny
+from seen_runs import seen_run
 
 COMMANDS = """
 import json, sys, xkd_schemas, xkd_pipeline, xkd_trainer
@@ -68,7 +69,9 @@ def test_the_packages_import_no_library_and_commands_without_a_model_no_torch(tm
             ["export", cache, "--parquet", str(tmp_path / "parquet")],
         )
     ]  # fmt: skip
-    commands.append(["xkd-train", "--help"])
+    run = str(seen_run(tmp_path / "run"))
+    page = ["report", run, "--out", str(tmp_path / "runs.html")]
+    commands += [["xkd-train", *words] for words in (["--help"], ["watch", run], page)]
 
     ended = ran(COMMANDS, json.dumps(commands))
 

@@ -23,9 +23,10 @@ from xkd_schemas.tokens import OK, Tokens
 from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
 from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device, warn_of_slow_dtype
 from xkd_trainer.models.forward import check_ids, check_model
-from xkd_trainer.models.loading import check_model_name, load_tokenizer, read_provenance
+from xkd_trainer.models.loading import check_model_name, load_tokenizer
 from xkd_trainer.models.lora import base_of, load_student
 from xkd_trainer.models.padding import pad
+from xkd_trainer.run_folder import read_provenance
 from xkd_trainer.training.files import find_turn_ends
 from xkd_trainer.training.held_out import Agreement, read_held_out
 

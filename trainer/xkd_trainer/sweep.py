@@ -52,7 +52,7 @@ class Ended:
     steps: int = 0
     loss: float | None = None
     bits_per_byte: float | None = None
-    seconds: float = 0.0  # of all its steps
+    seconds: float = 0.0  # of all its steps, by the median step
     error: Exception | None = None
 
 
@@ -162,7 +162,8 @@ def _train(cell: Cell, options: Mapping[str, Any]) -> Ended:
             torch.cuda.empty_cache()
     seen, bits = read_run(trained.out), trained.evaluation.get("bits_per_byte")
     loss = seen.metrics[-1]["loss"] if seen.metrics else None
-    return Ended(cell=cell, steps=trained.steps, loss=loss, bits_per_byte=bits, seconds=seen.seconds)
+    seconds = seen.seconds_per_step * trained.steps
+    return Ended(cell=cell, steps=trained.steps, loss=loss, bits_per_byte=bits, seconds=seconds)
 
 
 def steps_in_equal_time(control: Sequence[Ended], others: Sequence[Ended]) -> int:
@@ -173,11 +174,18 @@ def steps_in_equal_time(control: Sequence[Ended], others: Sequence[Ended]) -> in
 
 
 def _write(out: Path, ended: Sequence[Ended], remarks: list[str]) -> dict[str, Any]:
-    rows = [summarise(name, list(group)) for name, group in _by_row(ended).items()]
+    groups: dict[str, list[Ended]] = {}
+    for one in ended:
+        groups.setdefault(one.cell.row, []).append(one)
+    rows = [summarise(name, group) for name, group in groups.items()]
     failures = [(e.cell.name, e.error) for e in ended if e.error is not None]
     remarks = [*remarks, *(f"{name} failed: {error}" for name, error in failures)]
     lines = [[_show(row[name]) for name in HEAD] for row in rows]
-    runs = [{"run": e.cell.name, "error": str(e.error or ""), **_measured(e)} for e in ended]
+    runs = [
+        {"run": e.cell.name, "steps": e.steps, "bits_per_byte": e.bits_per_byte, "loss": e.loss, "seconds": e.seconds,
+         "error": str(e.error or "")}
+        for e in ended
+    ]  # fmt: skip
     result = {"rows": rows, "runs": runs, "remarks": remarks}
     replace(out / "sweep.json", (json.dumps(result, indent=1) + "\n").encode())
     texts = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in (HEAD, ["---"] * len(HEAD), *lines)]
@@ -186,17 +194,6 @@ def _write(out: Path, ended: Sequence[Ended], remarks: list[str]) -> dict[str, A
     seen = [path for e in ended if (path := Path(e.cell.run.train.out) / "metrics.jsonl").is_file()]
     write_report([path.parent for path in seen], out / "sweep.html", table)
     return {**result, "failures": failures}
-
-
-def _by_row(ended: Sequence[Ended]) -> dict[str, list[Ended]]:
-    rows: dict[str, list[Ended]] = {}
-    for one in ended:
-        rows.setdefault(one.cell.row, []).append(one)
-    return rows
-
-
-def _measured(one: Ended) -> dict[str, float | None]:
-    return {"steps": one.steps, "bits_per_byte": one.bits_per_byte, "loss": one.loss, "seconds": one.seconds}
 
 
 def summarise(row: str, ended: Sequence[Ended]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from tiny_run import run, stopped
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_train import xkd_train
 from xkd_trainer.evaluation import Request, evaluate_student
+from xkd_trainer.run_folder import read_lines
 from xkd_trainer.training import held_out, loop
 from xkd_trainer.training.loop import Trained, train
-from xkd_trainer.training.tracking import read_lines
 
 HELD = (("Who lit the lamp?", "A fisherman lit it."), ("Is it late?", "Yes."), ("", "Nobody knew."))
 
@@ -103,7 +103,7 @@ def test_a_run_that_improves_no_more_stops_and_a_resumed_one_stops_at_the_same_s
     with monkeypatch.context() as patch:
         pretend(patch, *values)
         stopped(run(tmp_path / "two", **settings), patch, 4)
-    monkeypatch.setattr(held_out, "bits_per_byte", None)
+    monkeypatch.setattr(held_out, "bits_per_byte", None)  # nothing is measured again
     again = ended(tmp_path / "whole")
     pretend(monkeypatch, *values[3:])
     resumed = ended(tmp_path / "two")

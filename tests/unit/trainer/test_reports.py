@@ -78,6 +78,14 @@ def test_points_that_are_not_finite_are_left_out_and_many_are_averaged(tmp_path:
     assert {point.partition(",")[2] for point in points} == {"80.0"}
 
 
+def test_the_seconds_of_a_step_are_the_median_of_all_stretches(tmp_path: Path) -> None:
+    out = seen_run(tmp_path / "run")
+    text = (out / "timing.jsonl").read_text()
+    (out / "timing.jsonl").write_text(text.replace('"seconds_per_step": 0.5', '"seconds_per_step": 99.0', 1))
+
+    assert read_run(out).seconds_per_step == 0.5
+
+
 def test_hostile_names_and_settings_are_shown_as_text(tmp_path: Path) -> None:
     out = seen_run(tmp_path / "<b>\u202e", settings={"loss": "</table><img src=x>"}, term="<i>.\x07")
 

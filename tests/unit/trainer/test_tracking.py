@@ -18,9 +18,10 @@ from xkd_schemas.errors import InputMissing
 from xkd_train import xkd_train
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.sampler import Order
+from xkd_trainer.run_folder import read_lines
 from xkd_trainer.training import loop, tracking
 from xkd_trainer.training.loop import train
-from xkd_trainer.training.tracking import Meter, read_lines
+from xkd_trainer.training.tracking import Meter
 
 
 def test_waiting_is_the_time_until_a_batch_is_there_and_what_lies_between_steps_counts_as_nothing(

@@ -23,15 +23,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from xkd_schemas.cache.manifest import OWN
 from xkd_schemas.cache.table import check_tokenizer
 from xkd_schemas.console import note
-from xkd_schemas.durable_files import digest, sha256_of
+from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
 from xkd_schemas.text.tokenizers import encode_texts
+from xkd_trainer.run_folder import PROVENANCE, read_provenance, refusal
 
-PROVENANCE = "xkd.json"
-_FIX = "delete {folder} and train again; if you changed it yourself, delete " + PROVENANCE
 _SUSPECT: Final = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_code"})
 _IMPLEMENTATION: Final = "_implementation"
 """End of the keys that choose how a part is computed; a value with a slash is a kernel to be fetched from the hub."""
@@ -75,21 +73,7 @@ def check_student(folder: Path, *, weights: bool) -> None:
             continue
         if not path.is_file() or sha256_of(path) != expected:
             what = "does not match its digest" if path.is_file() else "is not there"
-            raise BadData(f"{path} {what} in {PROVENANCE}", fix=_FIX.format(folder=folder))
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """What `xkd.json` says; nothing where there is none; BadData where it is damaged."""
-    path = folder / PROVENANCE
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_bytes())
-        if data.pop(OWN) == digest(data) and all(isinstance(data.get(key, {}), dict) for key in ("files", "run")):
-            return dict(data)
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-        pass
-    raise BadData(f"{path} does not match its own digest", fix=_FIX.format(folder=folder))
+            raise BadData(f"{path} {what} in {PROVENANCE}", fix=refusal(folder))
 
 
 def short(error: BaseException) -> str:

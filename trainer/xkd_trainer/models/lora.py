@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from xkd_schemas.config import LoraSection
 from xkd_schemas.durable_files import digest, sha256_of
 from xkd_schemas.errors import InputMissing, Mismatch, Refused, UsageError
-from xkd_trainer.models.loading import load_errors, load_model, read_provenance, source_of, split_gguf
+from xkd_trainer.models.loading import load_errors, load_model, source_of, split_gguf
+from xkd_trainer.run_folder import read_provenance
 
 ADAPTER: Final = "adapter_config.json"
 ALL_LINEAR: Final = "all-linear"

@@ -4,16 +4,14 @@ import json
 import os
 import re
 import socket
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from xkd_schemas.errors import InputMissing
 from xkd_schemas.page import flatten
-from xkd_trainer.models.loading import read_provenance
-from xkd_trainer.training.files import METRICS, UNFINISHED
-from xkd_trainer.training.held_out import best_of
-from xkd_trainer.training.tracking import TIMING, read_lines
+from xkd_trainer.run_folder import METRICS, TIMING, UNFINISHED, best_of, read_lines, read_provenance
 
 TRAINING: Final = "training"
 FINISHED: Final = "finished"
@@ -54,9 +52,9 @@ class SeenRun:
         return [name for name in (self.metrics or [{}])[-1] if f"{name}.count" in self.metrics[-1]]
 
     @property
-    def seconds(self) -> float:
-        """Time of all logged steps."""
-        return float(sum(line["steps"] * line["seconds_per_step"] for line in self.timing))
+    def seconds_per_step(self) -> float:
+        """The median of all logged stretches: the first has what is compiled and loaded once; 0 without any."""
+        return float(statistics.median([line["seconds_per_step"] for line in self.timing] or [0.0]))
 
 
 def read_run(out: Path) -> SeenRun:

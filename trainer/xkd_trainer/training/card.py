@@ -17,7 +17,8 @@ from xkd_schemas.config import RunConfig
 from xkd_schemas.durable_files import replace
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_trainer.data.cache import Cache
-from xkd_trainer.models.loading import PROVENANCE, check_student, read_provenance, short
+from xkd_trainer.models.loading import check_student, short
+from xkd_trainer.run_folder import PROVENANCE, read_provenance
 from xkd_trainer.training.files import CARD
 
 _START, _END = "<!-- evaluation -->\n", "<!-- end of evaluation -->\n"

@@ -26,21 +26,12 @@ from xkd_schemas.cache.manifest import OWN
 from xkd_schemas.durable_files import digest, disk_errors, own_folder, replace, save_folder, sha256_of, sync_folder
 from xkd_schemas.errors import UsageError
 from xkd_schemas.tokens import END, Bools, Int32s
-from xkd_trainer.models.loading import (
-    PROVENANCE,
-    check_student,
-    load_tokenizer,
-    read_provenance,
-    save_tensors,
-    stored_dtype,
-    tensor_errors,
-)
+from xkd_trainer.models.loading import check_student, load_tokenizer, save_tensors, stored_dtype, tensor_errors
 from xkd_trainer.models.lora import base_of, load_student
+from xkd_trainer.run_folder import BEST, METRICS, PROVENANCE, UNFINISHED, read_provenance
 
 CARD: Final = "README.md"
 KEPT = 2  # newest whole checkpoints that stay
-METRICS: Final = "metrics.jsonl"
-BEST: Final = "best"  # folder of the weights of the best evaluation, until the student is finished
 FILES: Final = ("student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json", METRICS)
 
 
@@ -160,7 +151,6 @@ def _load(path: Path) -> Snapshot:
 
 Learnt = tuple[Int32s, Any, Bools]
 """Ids, kinds and targets of a row."""
-UNFINISHED = "xkd-unfinished.json"  # names the run while its student is being saved
 
 
 def export_student(

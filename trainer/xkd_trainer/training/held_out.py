@@ -3,8 +3,7 @@
 OUT/best/step-00000200.safetensors  weights of the best evaluation so far; gone when the student is finished
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,9 +32,9 @@ from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
 from xkd_trainer.models.forward import check_ids, run
 from xkd_trainer.models.loading import load_tokenizer, save_tensors
-from xkd_trainer.training.files import BEST, METRICS, make_contiguous
+from xkd_trainer.run_folder import BEST
+from xkd_trainer.training.files import make_contiguous
 from xkd_trainer.training.prepare import Ready
-from xkd_trainer.training.tracking import read_lines
 
 EVALUATION: Final = ("eval_data", "eval_shards", "eval_every", "patience", "load_best_at_end")  # keys of [train]
 ARGMAX: Final = Signal("argmax")
@@ -225,16 +224,3 @@ def without_choice(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """All that has to be the same to resume; which student is exported may be decided again."""
     evaluation = {name: value for name, value in fingerprint.get("evaluation", {}).items() if name != "best"}
     return {**fingerprint, "evaluation": evaluation}
-
-
-def evaluation_of(out: Path, *, best: bool) -> dict[str, float]:
-    """What the best evaluation of a run measured, or the last one; nothing where it has none."""
-    lines = [line for line in read_lines(out / METRICS) if "eval.bits_per_byte" in line]
-    found = [{name.removeprefix("eval."): value for name, value in line.items()} for line in lines]
-    return (best_of(found) if best else {}) or (found or [{}])[-1]
-
-
-def best_of(evaluations: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The first with the fewest bits per byte; empty where none has a finite number."""
-    finite = (one for one in evaluations if math.isfinite(one["bits_per_byte"]))
-    return dict(min(finite, key=lambda one: one["bits_per_byte"], default={}))

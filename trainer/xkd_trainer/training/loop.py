@@ -26,6 +26,7 @@ from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import ORDER, Int64s, Order, learning_rate
 from xkd_trainer.models.lora import is_adapted, trained_state, weights_identity
+from xkd_trainer.run_folder import METRICS, evaluation_of, read_lines
 from xkd_trainer.training.card import card_text
 from xkd_trainer.training.devices import (
     agree,
@@ -42,7 +43,6 @@ from xkd_trainer.training.devices import (
     whole_root,
 )
 from xkd_trainer.training.files import (
-    METRICS,
     Snapshot,
     export_student,
     holds_student,
@@ -52,10 +52,10 @@ from xkd_trainer.training.files import (
     tidy_up,
     was_exporting,
 )
-from xkd_trainer.training.held_out import EVALUATION, Evaluations, check_evaluation, evaluation_of, without_choice
+from xkd_trainer.training.held_out import EVALUATION, Evaluations, check_evaluation, without_choice
 from xkd_trainer.training.optimizers import make_optimizer
 from xkd_trainer.training.prepare import Ready, set_up
-from xkd_trainer.training.tracking import Meter, Records, check_trackers, read_lines, tracker_options
+from xkd_trainer.training.tracking import Meter, Records, check_trackers, tracker_options
 
 T = TypeVar("T")
 Value = TypeVar("Value", float, Tensor)
@@ -344,7 +344,8 @@ class _Run:
             weights = gather(trained_state(self.distiller.student))
             if records is not None:
                 records.write(step, values)
-                found.keep(weights, step)
+                if step < self.total:  # the last one is at hand
+                    found.keep(weights, step)
 
     def _is_enough(self) -> bool:
         return self.evaluations is not None and self.evaluations.is_enough

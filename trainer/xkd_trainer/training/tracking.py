@@ -22,11 +22,10 @@ from xkd_schemas.durable_files import digest, disk_errors, rename, replace
 from xkd_schemas.errors import InputMissing
 from xkd_schemas.page import flatten
 from xkd_trainer.data.batch import Batch
-from xkd_trainer.training.files import METRICS
+from xkd_trainer.run_folder import METRICS, TIMING, read_lines
 
 T = TypeVar("T")
 
-TIMING: Final = "timing.jsonl"
 TRACKED: Final = "trackers"  # folder of trackers that write files
 
 
@@ -40,19 +39,6 @@ def check_trackers(names: Sequence[str]) -> None:
 def tracker_options(out: Path, names: Sequence[str]) -> dict[str, Any]:
     """What an Accelerator has to know of its trackers."""
     return {"log_with": list(names), "project_dir": out / TRACKED} if names else {}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects that may be written to now; none where there is no file."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    found = []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue  # the last one, half written
-        found += [value] if isinstance(value, dict) else []
-    return found
 
 
 class Metrics:
