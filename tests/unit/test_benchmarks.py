@@ -11,7 +11,7 @@ from benchmarks.__main__ import NAMES, main
 from benchmarks.measure import Options, in_subprocess
 from benchmarks.rows import Row, Skipped, as_json, cost, table
 
-SLOW = {"commands", "kl", "memory", "reader", "spacy", "start", "step"}
+SLOW = {"commands", "kl", "memory", "reader", "resume", "spacy", "start", "step", "train"}
 """Those that start programs of their own."""
 
 
