@@ -11,7 +11,10 @@ from benchmarks.__main__ import NAMES, main
 from benchmarks.measure import Options, in_subprocess
 from benchmarks.rows import Row, Skipped, as_json, cost, table
 
-SLOW = {"commands", "kl", "long_documents", "memory", "packing", "plan", "reader", "spacy", "start", "step"}
+SLOW = {
+    "commands", "kl", "long_documents", "memory", "packing", "plan", "reader", "resume", "spacy", "start", "step",
+    "train",
+}  # fmt: skip
 """Those that start programs of their own, or train."""
 
 

@@ -1,7 +1,11 @@
 """XKD's losses in other people's training: one step is xkd-train's, whatever class runs it and however it is cut."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +117,38 @@ def test_a_training_goes_on_from_its_checkpoint_with_projectors_and_order(tmp_pa
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     with pytest.raises(Mismatch, match=r"checkpoint-6 is of another training: loss mta\+sra\+dwa, now sra"):
         trainer(tmp_path / "two", losses="sra", **several).train(resume_from_checkpoint=True)
+
+
+def in_two_processes(*words: Path | str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    program = [sys.executable, str(Path(__file__).parents[2] / "programs" / "two_trainers.py"), *map(str, words)]
+    started = [
+        subprocess.Popen(program, env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}, text=True,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for rank in "01"
+    ]  # fmt: skip
+    for process in started:
+        _, error = process.communicate(timeout=400)
+        assert process.returncode == 0, error
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_train_what_one_trains_and_go_on_inside_an_epoch(tmp_path: Path) -> None:
+    expected = xkd_step(tmp_path / "xkd", steps=6, min_lr_ratio=1.0)
+    where = (tiny.tiny_cache().cache, tiny.tiny_cache().student)
+    in_two_processes(*where, tmp_path / "one")
+    found = load_file(tmp_path / "one" / "model.safetensors")
+
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5, msg=name)
+    shutil.copytree(tmp_path / "one" / "checkpoint-5", tmp_path / "two" / "checkpoint-5")
+    in_two_processes(*where, tmp_path / "two", "resume")
+    again = load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in found.items())
 
 
 def test_projectors_have_their_own_rate_and_no_parameter_is_left_out(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from xkd_trainer.models.forward import rehearse, run
 
 
 class Distiller(nn.Module):
-    """Runs the student on a batch and returns what every loss makes of it.
+    """Runs the student on a batch and returns what every loss makes of it; `CacheDataset.distiller` makes one.
 
     `weights` are the factors of the losses, as `parse_loss` makes them; projectors are trained as in the papers where
     a loss is not named.
