@@ -132,7 +132,7 @@ def _activations(student: PreTrainedModel, documents: int, tokens: int, precisio
         torch.autocast(ids_BL.device.type, dtype=half, enabled=half is not None),
     ):
         states_BLD = backbone(student)(input_ids=ids_BL, use_cache=False).last_hidden_state
-    return sum(storage.nbytes() for storage in kept.values()) + 4 * states_BLD.numel()
+    return sum(int(storage.nbytes()) for storage in kept.values()) + 4 * int(states_BLD.numel())
 
 
 @contextlib.contextmanager
@@ -207,7 +207,7 @@ def _load_kernels() -> None:
     """Compiled kernels and their libraries, by a cross-entropy of two classes: training has them in memory, too."""
     hidden = torch.zeros(1, 2, requires_grad=True)
     logits = LazyLogits(hidden=hidden, weight=torch.zeros(2, 2, requires_grad=True))
-    head_cross_entropy(logits, torch.zeros(1, dtype=torch.int64)).backward()
+    torch.autograd.backward(head_cross_entropy(logits, torch.zeros(1, dtype=torch.int64)))
 
 
 def _resident() -> int:
