@@ -17,6 +17,7 @@ from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.models import forward
 from xkd_trainer.training import files, loop
+from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.optimizers import OPTIMIZERS, make_optimizer
@@ -104,10 +105,21 @@ def test_a_run_compiles_its_student_when_it_is_told_to(monkeypatch: pytest.Monke
     assert len(compiled) == 2
 
 
-def test_a_bfloat16_student_learns_in_bfloat16_and_its_losses_compute_in_float32() -> None:
+def test_a_bfloat16_student_learns_in_bfloat16_and_its_losses_compute_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[torch.dtype] = []
+    losses = Distiller._losses
+
+    def look(self: Any, batch: Any, passed: Any, *given: Any) -> Any:
+        seen.extend((passed.states.last_BLD.dtype, passed.head.weight_VD.dtype))
+        return losses(self, batch, passed, *given)
+
     whole, _ = slopes(loss="mta+sra+dwa")
+    monkeypatch.setattr(Distiller, "_losses", look)
     half, found = slopes(loss="mta+sra+dwa", student__dtype="bfloat16")
 
+    assert seen == [torch.float32, torch.float32]
     assert {slope.dtype for name, slope in found.items() if name.startswith("student.")} == {torch.bfloat16}
     assert {slope.dtype for name, slope in found.items() if name.startswith("losses.")} == {torch.float32}
     assert half == pytest.approx(whole, rel=0.02)

@@ -129,8 +129,8 @@ def _activations(student: PreTrainedModel, documents: int, tokens: int, precisio
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast(ids_BL.device.type, dtype=half, enabled=half is not None),
     ):
-        states_BLD: Tensor = backbone(student)(input_ids=ids_BL, use_cache=False).last_hidden_state
-    return int(sum(storage.nbytes() for storage in kept.values())) + 4 * states_BLD.numel()
+        states_BLD = backbone(student)(input_ids=ids_BL, use_cache=False).last_hidden_state
+    return sum(int(storage.nbytes()) for storage in kept.values()) + 4 * int(states_BLD.numel())
 
 
 @contextlib.contextmanager
@@ -205,7 +205,7 @@ def _load_kernels() -> None:
     """Compiled kernels and their libraries, by a cross-entropy of two classes: training has them in memory, too."""
     hidden = torch.zeros(1, 2, requires_grad=True)
     logits = LazyLogits(hidden=hidden, weight=torch.zeros(2, 2, requires_grad=True))
-    head_cross_entropy(logits, torch.zeros(1, dtype=torch.int64)).backward()
+    torch.autograd.backward(head_cross_entropy(logits, torch.zeros(1, dtype=torch.int64)))
 
 
 def _resident() -> int:
