@@ -91,7 +91,7 @@ def gather(values: T) -> T:
         if not isinstance(value, DTensor):
             return value
         if id(value) not in known:  # tied weights stay one
-            full = value.detach().full_tensor()
+            full: Tensor = value.full_tensor().detach()
             known[id(value)] = full.cpu() if full.ndim == 0 or PartialState().is_main_process else full.flatten()[:0]
         return known[id(value)]
 
