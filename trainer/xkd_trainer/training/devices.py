@@ -57,6 +57,10 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> tupl
     """Both on the device, as DDP or FSDP2 wants them; the optimizer goes on with the state it has."""
     state = optimizer.state_dict()
     if accelerator.is_fsdp2:
+        if getattr(module.student, "peft_config", None):
+            raise UsageError(
+                "FSDP cannot save an adapter (LoRA)", fix="leave out --use_fsdp: an adapter needs less memory"
+            )
         optimizer.state.clear()  # of parameters that are replaced
     module, optimizer = accelerator.prepare(module, optimizer)
     if accelerator.is_fsdp2:
