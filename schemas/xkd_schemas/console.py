@@ -25,7 +25,7 @@ CONTROLS = dict.fromkeys([*range(32), 127, *range(128, 160), *range(8234, 8239),
 
 def rank() -> int:
     """Which process of a run this is, as torchrun and accelerate launch number them; 0 where there is one."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
 
 
 def say(line: str) -> None:

@@ -126,6 +126,16 @@ def test_a_killed_process_ends_the_others_and_another_number_of_them_goes_on_in_
     assert ended[1].code == -signal.SIGKILL
     assert_one_line(ended[:1], 69, "another process", "Kept: the checkpoint of step 2 of 4", "Next: run")
 
+    def look_elsewhere(rank: int) -> None:
+        loop.load_newest = (lambda _: (None, [])) if rank else load_newest
+
+    said = (
+        "process 1 finds the checkpoint of step 0",
+        "another process a later one",
+        "that all machines of the run share",
+    )
+    assert_one_line(launch(2, out, look_elsewhere), 78, *said)
+
     def note(rank: int) -> None:
         def noted(self: Any, number: int, batches: list[Batch]) -> Any:
             with rows.open("a") as stream:
@@ -151,6 +161,15 @@ def test_a_damaged_shard_and_a_loss_that_is_not_finite_in_one_process_end_all(tm
 
     assert_one_line(launch(2, tmp_path / "shard", damage), 65, "a shard is gone. Kept: the rest.")
 
+    def crash(rank: int) -> None:
+        def fail(_: Batch) -> Batch:
+            raise ValueError("odd")
+
+        at_batch(1, fail) if rank else None
+
+    ended = launch(2, tmp_path / "bug", crash)
+    assert "ValueError: odd" in ended[1].err
+    assert_one_line(ended[:1], 69, "process 1 failed: ValueError('odd').")
     backward = loop._Run._backward
 
     def spoil(rank: int) -> None:

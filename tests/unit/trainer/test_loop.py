@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,12 +27,12 @@ from one_step import gradients
 from xkd_schemas.config import RunConfig, TrainSection
 from xkd_schemas.console import run as run_app
 from xkd_schemas.durable_files import hold_lock
-from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite, OutOfMemory
+from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite, OutOfMemory, UsageError
 from xkd_train import xkd_train
 from xkd_trainer.data.batch import Batch, blank, unwrap
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order, learning_rate
-from xkd_trainer.training import files, loop
+from xkd_trainer.training import devices, files, loop
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import set_up
@@ -204,6 +205,13 @@ def test_a_step_has_the_same_terms_and_gradients_however_it_is_cut() -> None:
         found, others = measure(world, micro_batch_size)
         torch.testing.assert_close(found, values, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(others, slopes, rtol=1e-3, atol=1e-5 * float(slopes.abs().max()))
+
+
+def test_an_adapter_under_fsdp_is_refused_before_it_is_trained() -> None:
+    module, fsdp = SimpleNamespace(student=SimpleNamespace(peft_config={"default": 1})), SimpleNamespace(is_fsdp2=True)
+
+    with pytest.raises(UsageError, match="FSDP cannot save an adapter"):
+        devices.prepare(fsdp, module, torch.optim.SGD([torch.zeros(1)]))
 
 
 # Stopping and going on

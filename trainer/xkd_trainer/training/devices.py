@@ -64,6 +64,10 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> tupl
     """Both on the device, as DDP or FSDP2 wants them; the optimizer goes on with the state it has."""
     state = optimizer.state_dict()
     if accelerator.is_fsdp2:
+        if getattr(module.student, "peft_config", None):
+            raise UsageError(
+                "FSDP cannot save an adapter (LoRA)", fix="leave out --use_fsdp: an adapter needs less memory"
+            )
         optimizer.state.clear()  # of parameters that are replaced
     module, optimizer = accelerator.prepare(module, optimizer)
     if accelerator.is_fsdp2:
@@ -98,7 +102,7 @@ def gather(values: T) -> T:
         if not isinstance(value, DTensor):
             return value
         if id(value) not in known:  # tied weights stay one
-            full = value.detach().full_tensor()
+            full: Tensor = value.full_tensor().detach()
             known[id(value)] = full.cpu() if full.ndim == 0 or PartialState().is_main_process else full.flatten()[:0]
         return known[id(value)]
 
