@@ -34,8 +34,8 @@ from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_argmax
 from xkd_trainer.models.measures import LONG_CELLS, at_least_float32
 
-BLOCK_SCORES: Final = 1 << 22
-"""Scores that `attend` makes at a time, 16 MB in float32."""
+BLOCK_SCORES: Final = 1 << 20
+"""Scores that `attend` makes at a time, 4 MB in float32."""
 
 MASKED = -1e5  # score of a pair in which either side is padding, as in the authors' code; its exponential is exactly 0
 

@@ -28,8 +28,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Power = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-BLOCK_PAIRS: Final = 1 << 22
-"""Pairs of spans that `pair_sums` works at a time, 16 MB in float32."""
+BLOCK_PAIRS: Final = 1 << 20
+"""Pairs of spans that `pair_sums` works at a time, 4 MB in float32."""
 
 
 class Knobs(BaseModel):

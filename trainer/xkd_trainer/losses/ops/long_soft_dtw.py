@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from xkd_trainer.losses.ops.soft_dtw import diagonal_of
 from xkd_trainer.models.measures import LONG_CELLS, has_cpu_kernels, unit_vectors
 
-BLOCK_CELLS: Final = 1 << 22
-"""Cells of a block: its costs have 16 MB, its shares 48."""
+BLOCK_CELLS: Final = 1 << 20
+"""Cells of a block: its costs have 4 MB, its shares 12."""
 
 
 def is_long(cells: int, device: torch.device) -> bool:
