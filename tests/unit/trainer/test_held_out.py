@@ -117,6 +117,25 @@ def test_a_run_that_improves_no_more_stops_and_a_resumed_one_stops_at_the_same_s
     assert (tmp_path / "two/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
 
 
+def test_a_run_stopped_while_it_exports_its_best_student_trains_no_further_when_it_is_run_again(
+    tmp_path: Path, held: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    settings = {"steps": 9, "eval_every": 1, "patience": 1, "save_every": 1, **held}
+    with monkeypatch.context() as patch:
+        seen = pretend(patch, 2.0, 3.0)
+        patch.setattr(loop, "export_student", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(run(tmp_path / "out", **settings), quiet=True)
+
+    trained = train(run(tmp_path / "out", **settings), quiet=True)
+
+    assert (trained.resumed_at, trained.steps, trained.evaluation["step"]) == (2, 2, 1)
+    assert_weights(tmp_path / "out", seen[0])
+
+
 @pytest.mark.parametrize("damage", ["gone", "damaged"])
 def test_a_best_student_that_vanished_is_one_line_and_the_last_can_still_be_had(
     tmp_path: Path, held: dict[str, Any], monkeypatch: pytest.MonkeyPatch, damage: str

@@ -28,7 +28,7 @@ def test_every_combination_is_a_run_named_by_its_values_and_the_control_is_not_t
     assert control == ["loss=ce,lr=0.0005,seed=0", "loss=ce,lr=0.0005,seed=1"]
     assert grid == [f"loss={loss},lr=0.001,seed={seed}" for loss in ("ce", "mta=1+sra") for seed in (0, 1)]
     assert names("loss=ce", "loss=dwa") == (["loss=ce"], ["loss=dwa"])
-    control, grid = names('student.model=["new:llama,layers=2", "../m"]', "losses.mta.hid=off", loss="mta")
+    control, grid = names('student.model=["new:llama,l=2", "new/llama,l=2"]', "losses.mta.hid=off", loss="mta")
     assert [len(control), len(grid)] == [1, 2]
     assert all("/" not in name and name.startswith("loss=mta,model=") for name in grid)
     assert len(set(grid)) == 2
