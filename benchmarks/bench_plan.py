@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.measure import Options, in_subprocess, peak_bytes
 from benchmarks.pair import Pair, pair_of
-from benchmarks.rows import Result, memory
+from benchmarks.rows import Result, ratio
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.plan import plan_training
 
@@ -26,12 +26,11 @@ def run(options: Options) -> list[Result]:
         given = (pair.cache, pair.student, pair.tokenizer, pair.template, loss)
         planned = in_subprocess("benchmarks.bench_plan", *given, "plan")
         measured = in_subprocess("benchmarks.bench_plan", *given, options.scratch / loss)["peak"]
-        idle = planned["bytes"]["process"]
-        rows.append(
-            memory(f"memory planned for training with {loss} / its peak", planned["total"], measured, bar=1.15)
-        )
-        what = f"the same, without the {idle / 2**20:.0f} MiB of Python and its libraries"
-        rows.append(memory(what, planned["total"] - idle, measured - idle, bar=None))
+        idle, mib = planned["bytes"]["process"], 2**20
+        what = f"memory planned for training with {loss} / its peak"
+        rows.append(ratio(what, planned["total"] / mib, measured / mib, "MiB", bar=0.85, at_least=True))
+        what = f"the same, without the {idle / mib:.0f} MiB of Python and its libraries"
+        rows.append(ratio(what, (planned["total"] - idle) / mib, (measured - idle) / mib, "MiB"))
     return rows
 
 

@@ -58,7 +58,7 @@ def cost(what: str, ours: float, theirs: float, *, bar: float | None = None) -> 
     return ratio(what, ours * 1e3, theirs * 1e3, "ms", bar=bar)
 
 
-def memory(what: str, ours: float, theirs: float, *, bar: float | None) -> Row:
+def memory(what: str, ours: float, theirs: float, *, bar: float) -> Row:
     """A row of two sizes in bytes."""
     return ratio(what, ours / 2**20, theirs / 2**20, "MiB", bar=bar)
 
