@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_models as tiny
 from damages import flipped
 from faulty_disk import injected
 from xkd_pipeline.capture import artifacts as teacher_files
-from xkd_schemas.durable_files import digest
+from xkd_schemas.durable_files import digest, sha256_of
 from xkd_schemas.errors import BadData, DiskFailed
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.loading import load_model, load_tokenizer
-from xkd_trainer.training.files import KEPT, Snapshot, export_student, is_finished, load_newest, save, tidy_up
+from xkd_trainer.training.files import FILES, KEPT, Snapshot, export_student, is_finished, load_newest, save, tidy_up
 from xkd_trainer.training.tracking import Metrics
 
 FINGERPRINT = {"train": {"seed": 1}, "steps": 8}
@@ -60,6 +61,22 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_one_of_the_same_step_replaces_i
     )  # fmt: skip
     assert read.optimizer["param_groups"] == groups
     assert ("lm_head.weight" in read.student and "model.embed_tokens.weight" in read.student) != tied
+
+
+def test_a_checkpoint_that_holds_random_numbers_and_no_micro_batch_size_as_earlier_ones_do_comes_back(
+    tmp_path: Path,
+) -> None:
+    wrote = snapshot(3)
+    folder = save(tmp_path, wrote)
+    optimizer, state = folder / "optimizer.safetensors", json.loads((folder / "state.json").read_text())
+    save_file({**load_file(optimizer), "random": torch.get_rng_state()}, optimizer)
+    del state["micro_batch_size"]
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "COMPLETE").write_text(json.dumps({name: sha256_of(folder / name) for name in FILES}))
+
+    read, _ = load_newest(tmp_path)
+    assert read is not None
+    assert (read.micro_batch_size, read.optimizer["state"].keys()) == (0, wrote.optimizer["state"].keys())
 
 
 def test_only_the_newest_stay_and_no_file_is_a_pickle(tmp_path: Path) -> None:
