@@ -67,6 +67,8 @@ class CacheDataset(Dataset[DocumentRow]):
         self, shards: str | Path | Sequence[str | Path], tokenizer: Any, losses: str = "ce", *,
         settings: Mapping[str, Mapping[str, Any]] | None = None, student_table: str = "", seed: int = 0,
     ) -> None:  # fmt: skip
+        if not tokenizer:
+            raise UsageError("this student says no tokenizer", fix="processing_class=TOKENIZER")
         texts = [shards] if isinstance(shards, str | Path) else shards
         self.tokenizer = load_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         self.run = RunConfig.load(

@@ -221,3 +221,8 @@ def test_a_bare_loop_reads_the_cache_in_other_processes_and_as_often_as_its_weig
 def test_an_option_that_would_change_the_loss_is_refused(tmp_path: Path, changed: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         DistillTrainer(student(), TrainingArguments(**options(tmp_path)), cache="cache", **changed)
+
+
+def test_a_student_made_here_needs_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="this student says no tokenizer"):
+        trainer(tmp_path, model=tiny.llama("sentencepiece"))
