@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 CHECK := build/wheel-check
 # A file's tests on one worker, in the order of the files: the long ones of tests/integration come first.
 JOBS  ?= 2
-SHARE := --dist loadgroup --no-loadscope-reorder
+SHARE := --dist loadfile --no-loadscope-reorder
 # Unit tests without models, compiled kernels, the disk or long statistics, found by what they name.
 SLOW  := tmp_path|subprocess|losses\.dwa|on_average|small_cache|tiny_models|from_pretrained|four_tokenizers|families|live_batch|one_step
 QUICK  = $(shell grep -rLE '$(SLOW)|spacy|numba|cpu_kernels' tests/unit --include='test_*.py') tests/integration/test_architecture.py

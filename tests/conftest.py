@@ -41,12 +41,6 @@ def no_wait_for_the_disk() -> Iterator[None]:
     os.fsync = fsync
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay on one worker, so that its fixtures are made once; one Ray cluster at a time."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
-
-
 def pytest_collection_finish() -> None:
     """The garbage collector passes over what the libraries made when they were imported: a tenth of the time."""
     gc.freeze()

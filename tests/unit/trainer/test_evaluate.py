@@ -212,7 +212,7 @@ def test_a_foreign_student_is_read_with_its_own_chat_template_and_refused_before
     )
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     tokenizer.save_pretrained(folder)
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(evaluate, "load_student", None)
 
     with pytest.raises(UsageError, match="the chat template refuses the turns user, assistant: no"):
         evaluate_student(Request(student=folder, data=tiny.corpus_file(tmp_path, HELD), rouge=False))

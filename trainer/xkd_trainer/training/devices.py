@@ -50,9 +50,8 @@ def make_accelerator(train: TrainSection, **trackers: Any) -> Accelerator:
             found = "one process" if made.num_processes == 1 else "version 1"
             fix = "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --no_python xkd-train ..."
             raise UsageError(f"FSDP is asked for with {found}", fix=fix)
-        if train.lora.rank or train.load_best_at_end:
-            flag = "--lora-rank" if train.lora.rank else "--load-best-at-end"
-            raise UsageError(f"{flag} does not go together with FSDP", fix=f"leave out {flag}, or --use_fsdp")
+        if train.eval_data and train.load_best_at_end:
+            raise UsageError("FSDP cannot export the best student", fix="--load-best-at-end false")
         plugin.mixed_precision_policy = None  # autocast as without FSDP, so that the losses are computed in float32
         for state in (PartialState(), made.state):  # accelerate does so on GPUs only
             vars(state).update(distributed_type=DistributedType.FSDP)
