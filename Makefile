@@ -18,7 +18,8 @@ MODELS := $(addprefix tests/unit/pipeline/test_,capture.py teacher.py draws.py)
 # Each library's oldest instructions: another order of sums, other last bits.
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic
 # One thread a process: tests run several processes, and torch with more threads than free cores crawls.
-ONE   := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+# Modules are compiled once, not in each program that a test starts.
+ONE   := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONDONTWRITEBYTECODE=
 
 .PHONY: help install fmt lint types layers check quick test suite coverage plain demo preprocess bench wheel clean
 

@@ -41,6 +41,18 @@ def no_wait_for_the_disk() -> Iterator[None]:
     os.fsync = fsync
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay on one worker, so that its fixtures are made once; both files of Ray stay on one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            scope: str = super()._split_scope(nodeid)
+            return "ray" if "test_ray" in scope else scope
+
+    return OneRay(config, log)
+
+
 def pytest_collection_finish() -> None:
     """The garbage collector passes over what the libraries made when they were imported: a tenth of the time."""
     gc.freeze()

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tracemalloc
@@ -36,21 +35,12 @@ main()
 """Nothing of the offline stack; kernels are not compiled, which takes as long as all else."""
 
 
-def trainer(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
+def trained(*arguments: str) -> str:
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", BLOCKED, *arguments],
-        env={**os.environ, **offline, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finished(process: "subprocess.Popen[str]") -> str:
-    out, error = process.communicate(timeout=200)
-    assert process.returncode == 0, error
-    return out
+    program, environment = [sys.executable, "-c", BLOCKED, *arguments], {**os.environ, **offline}
+    ended = subprocess.run(program, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 def flags(root: Path, out: Path, **changed: Any) -> list[str]:
@@ -97,46 +87,29 @@ def test_the_student_loads_as_any_model_of_transformers(reference: Path) -> None
     assert torch.equal(*(m.generate(ids, max_new_tokens=5, do_sample=False) for m in (loaded, model)))
 
 
-def port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def ranks(world: int, *arguments: str) -> list[str]:
-    """What the same command says in `world` processes that find each other, as accelerate launch starts them."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "WORLD_SIZE": str(world)}
-    common |= {"LOCAL_WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
-    processes = [trainer(*arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
-    return [finished(process) for process in processes]
-
-
 def lines(out: Path) -> list[Mapping[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_without_teacher_corpus_and_offline_stack_train_the_student_that_one_trains(
-    tmp_path: Path, reference: Path
-) -> None:
-    """Steps of 23 documents and of one, of which the second process has none."""
+def test_without_teacher_corpus_and_offline_stack_the_same_student_is_trained(tmp_path: Path, reference: Path) -> None:
     root = tmp_path / "elsewhere"
     shutil.copytree(tiny.tiny_cache().cache, root / "cache")  # without teacher/ and corpus.jsonl
     shutil.copytree(tiny.tiny_cache().student, root / "student")
     changed = {"micro_batch_size": 8, "save_every": 2}
     away = tiny.tiny_cache().teacher.rename(tmp_path / "teacher-is-away")
     try:
-        said, _ = ranks(2, *flags(root, tmp_path / "two", **changed), "--set", "train.log_every=1", "--json")
+        said = trained(*flags(root, tmp_path / "away", **changed), "--set", "train.log_every=1", "--json")
     finally:
         away.rename(tiny.tiny_cache().teacher)
 
     told = json.loads(said)
     assert told["steps"] == 4
     assert told["terms"].keys() >= {"loss", "ce.ce", "sra.kd", "dwa.dtw_states", "mta.dsa@2:word"}
-    for found, expected in zip(lines(tmp_path / "two"), lines(reference), strict=True):
+    for found, expected in zip(lines(tmp_path / "away"), lines(reference), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    assert_weights(tmp_path / "two", reference, atol=2e-5)
+    assert_weights(tmp_path / "away", reference, atol=2e-5)
     assert moved(reference) > 2e-4
-    assert sorted(p.name for p in (tmp_path / "two/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(p.name for p in (tmp_path / "away/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
 
 
 def test_reading_four_times_the_rows_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

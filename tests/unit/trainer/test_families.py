@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny_models as tiny
@@ -162,9 +161,7 @@ def test_rounding_of_half_precision_is_no_reason_to_refuse_a_model(name: str, dt
 
 
 @those(lambda f: not f.refused and not f.capped)
-def test_a_student_learns_from_ce_mta_sra_and_dwa_and_comes_back_from_disk(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_student_learns_from_ce_mta_sra_and_dwa(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = HERE[name]
     passes = seen_by_losses(monkeypatch)
     made = distiller(family, "ce+mta+sra+dwa" if family.inner else "ce+sra+dwa", tmp_path / "student")
@@ -182,11 +179,6 @@ def test_a_student_learns_from_ce_mta_sra_and_dwa_and_comes_back_from_disk(
     assert table_Vd.grad.any()
     rows_BNd, valid_BN = passes[0].target_embeddings_BNd, one.predict_valid_BN
     assert torch.equal(rows_BNd[valid_BN], table_Vd[one.target_BN][valid_BN])
-
-    torch.optim.SGD(model.parameters(), lr=1e-3).step()
-    model.eval().save_pretrained(tmp_path / "trained")
-    again = load_model(str(tmp_path / "trained"), dtype=torch.float32)
-    close(logits(again), logits(model), "logits")
 
 
 def seen_by_losses(monkeypatch: pytest.MonkeyPatch) -> list[StudentPass]:
@@ -209,12 +201,6 @@ def distiller(family: Family, loss: str, folder: Path) -> Ready:
         loss=loss, losses={"sra": sra}, student__model=str(folder), student__tokenizer=str(tiny.tiny_cache().student)
     )
     return set_up(made, "")
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    ids_BL, valid_BL = batch()
-    return head_of(model)(run(model, ids_BL, valid_BL).last_BLD[valid_BL])
 
 
 @those(lambda f: f.capped)
