@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM
 import tiny_models as tiny
 from faulty_disk import exit_code_of
 from one_step import gradients
-from xkd_schemas.config import RunConfig, TrainSection
+from tiny_run import run, stopped
+from xkd_schemas.config import TrainSection
 from xkd_schemas.console import run as run_app
 from xkd_schemas.durable_files import hold_lock
-from xkd_schemas.errors import BadData, Busy, DiskFailed, Mismatch, NonFinite, OutOfMemory, UsageError
+from xkd_schemas.errors import Busy, DiskFailed, Mismatch, NonFinite, OutOfMemory, UsageError
 from xkd_train import xkd_train
 from xkd_trainer.data.batch import Batch, blank, unwrap
 from xkd_trainer.data.collate import batch_of
@@ -44,10 +45,6 @@ ALL = "mta+sra+dwa"
 def _other_precisions_may_follow() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def run(out: Path, **changed: Any) -> RunConfig:
-    return tiny.tiny_cache().run(out=str(out), **changed)
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -232,15 +229,7 @@ def eight_steps() -> Path:
 
 def stopped_after(out: Path, monkeypatch: pytest.MonkeyPatch, batches: int) -> int:
     """The same run, ended by an error; the step of its newest checkpoint."""
-
-    def fail(*_: Any) -> Batch:
-        raise BadData("a shard is gone")
-
-    made = itertools.chain([batch_of] * batches, itertools.repeat(fail))
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "batch_of", lambda *given: next(made)(*given))
-        with pytest.raises(BadData, match="a shard is gone"):
-            train(run(out, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
+    stopped(run(out, loss=ALL, steps=8, save_every=2, **new()), monkeypatch, batches)
     return saved_step(out)
 
 
