@@ -204,6 +204,13 @@ def test_a_step_has_the_same_terms_and_gradients_however_it_is_cut() -> None:
         torch.testing.assert_close(others, slopes, rtol=1e-3, atol=1e-5 * float(slopes.abs().max()))
 
 
+def test_the_best_student_is_not_promised_under_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+
+    with pytest.raises(UsageError, match=r"FSDP cannot export the best student\. Next: --load-best-at-end false"):
+        devices.make_accelerator(TrainSection(eval_data="held.jsonl"))
+
+
 def test_an_adapter_under_fsdp_is_refused_before_it_is_trained() -> None:
     module, fsdp = SimpleNamespace(student=SimpleNamespace(peft_config={"default": 1})), SimpleNamespace(is_fsdp2=True)
 

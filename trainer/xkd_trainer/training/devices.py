@@ -40,18 +40,19 @@ def join() -> None:
 
 def make_accelerator(train: TrainSection, **trackers: Any) -> Accelerator:
     """For all processes of this run; with FSDP2 where `accelerate launch --use_fsdp` asks for it."""
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if fsdp and train.eval_data and train.load_best_at_end:
+        raise UsageError("FSDP cannot export the best student", fix="--load-best-at-end false")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients once in memory, not twice
     made = Accelerator(
         mixed_precision=train.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp], **trackers
     )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if fsdp:
         plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)  # each process loads the student
         if made.num_processes == 1 or plugin.fsdp_version != 2:
             found = "one process" if made.num_processes == 1 else "version 1"
             fix = "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --no_python xkd-train ..."
             raise UsageError(f"FSDP is asked for with {found}", fix=fix)
-        if train.eval_data and train.load_best_at_end:
-            raise UsageError("FSDP cannot export the best student", fix="--load-best-at-end false")
         plugin.mixed_precision_policy = None  # autocast as without FSDP, so that the losses are computed in float32
         for state in (PartialState(), made.state):  # accelerate does so on GPUs only
             vars(state).update(distributed_type=DistributedType.FSDP)
