@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from slow_losses import softmax
+from xkd_schemas.signals import draw_spans
 
 Vector = Sequence[float]
 
@@ -81,9 +82,10 @@ def multilevelot(
     word_target: str = "teacher",
     epsilon: float = 0.1,
     rounds: int = 10,
+    max_positions: int = 1024,
 ) -> dict[str, list[float]]:
     """[total, count] of each term over documents of (student logits, teacher logits), paired by shift."""
-    found = {name: [0.0, 0.0] for name in ("l1", "word", "sequence")}
+    found = {name: [0.0, 0.0] for name in ("l1", "word", "sequence", "left_out")}
     sides: list[list[list[list[float]]]] = [[], []]
     for student, teacher in documents:
         n = min(len(student), len(teacher))
@@ -107,8 +109,12 @@ def multilevelot(
         for x, y in zip(p, q, strict=True):
             weights, scored = (softmax(y), softmax(x)) if word_target == "teacher" else (softmax(x), softmax(y))
             found["word"][0] -= math.fsum(w * math.log(s) for w, s in zip(weights, scored, strict=True))
-        found["sequence"][0] += sinkhorn(p, q, epsilon, rounds)
+        drawn = draw_spans(len(p), max_positions)
+        kept = range(len(p)) if drawn is None else drawn.tolist()
+        found["sequence"][0] += sinkhorn([p[i] for i in kept], [q[i] for i in kept], epsilon, rounds)
+        found["left_out"][0] += len(p) - len(kept)
         found["l1"][1] += 1
         found["word"][1] += len(p)
         found["sequence"][1] += 1
+        found["left_out"][1] += 1
     return found

@@ -53,7 +53,7 @@ def test_pairs_of_spans_compared_block_by_block_are_those_compared_at_once(monke
     student.requires_grad_()
     omega, valid = torch.rand(3, 9), torch.arange(9) < torch.tensor([9, 1, 0])[:, None]
     whole = geometric(student, teacher, omega, valid)
-    monkeypatch.setattr(sra, "LONG_CELLS", 0)
+    monkeypatch.setattr(sra, "LONG_PAIRS", 0)
     monkeypatch.setattr(divergence, "BLOCK_PAIRS", 3 * 9 * 4)
 
     found = geometric(student, teacher, omega, valid)

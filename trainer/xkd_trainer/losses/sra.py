@@ -30,13 +30,13 @@ from xkd_trainer.losses.declaration import (
     Weight,
 )
 from xkd_trainer.losses.dual_space import TeacherHead
-from xkd_trainer.losses.ops.divergence import Comparison, pair_disagreement, pair_sums, pair_weights
+from xkd_trainer.losses.ops.divergence import LONG_PAIRS, Comparison, pair_disagreement, pair_sums, pair_weights
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.shared_pass import head_divergence
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.losses.pairing import compare_vectors, pair_layers, share_out
-from xkd_trainer.models.measures import LONG_CELLS, at_least_float32, centrality, cosine_matrix, divide, pool_spans
+from xkd_trainer.models.measures import at_least_float32, centrality, cosine_matrix, divide, pool_spans
 
 
 class SraSettings(Settings):
@@ -123,7 +123,7 @@ def geometric(student_BKD: Tensor, teacher_BKD: Tensor, omega_BK: Tensor, valid_
     >>> geometric(torch.eye(2)[None], torch.ones(1, 2, 4), torch.tensor([[0.5, 0.5]]), torch.tensor([[True, True]]))
     LossTerm(total=tensor(1.), count=tensor(1.))
     """
-    if valid_BK.numel() * valid_BK.shape[1] > LONG_CELLS:
+    if valid_BK.numel() * valid_BK.shape[1] > LONG_PAIRS:
         squares_B, weights_B = pair_sums(student_BKD, teacher_BKD, omega_BK, valid_BK)
         return term(divide(squares_B, weights_B).sum(), valid_BK.any(-1).sum())
     own_BKK, theirs_BKK = (

@@ -43,6 +43,7 @@ UNMAPPED: Final = -1e5
 """Logit of a student class that no teacher class stands for, as in DSKD's code; its exponential is exactly 0."""
 
 SEARCHED: Final = 512  # classes whose nearest are searched between two ticks
+ROWS_OF_A_BLOCK: Final = 512  # of the sums of a path: four more bytes for each student token of a document
 LONG_SEARCH: Final = 10**8  # pairs of classes, some seconds of a core: the result is kept for the next run
 
 Array = npt.NDArray[Any]
@@ -158,7 +159,7 @@ def partners(student: Tokens, teacher: Tokens) -> Tensor:
     match = np.full(tuple(student[1].shape), -1, np.int64)
     for row, (own, theirs) in enumerate(zip(_valid_texts(student), _valid_texts(teacher), strict=True)):
         if own and theirs:
-            match[row, : len(own)] = _only_partners(_path_sums(edit_distances(theirs, own)))
+            match[row, : len(own)] = _only_partners(own, theirs)
     return torch.from_numpy(match).to(student[1].device)
 
 
@@ -168,31 +169,48 @@ def _valid_texts(tokens: Tokens) -> list[list[bytes]]:
     return [[texts.get(n, b"") for n in ids[:size]] for ids, size in zip(ids_BN.tolist(), sizes, strict=True)]
 
 
-def _path_sums(cost_MN: Array) -> Array:
-    sums_MN = cost_MN.cumsum(1, dtype=cost_MN.dtype)  # row i: what a path along it from its first cell costs
-    before_MN = sums_MN - cost_MN
-    for i in range(1, len(cost_MN)):
-        # a path enters row i at some column from the cheaper of the two cells above, and then goes along the row
-        entry_N = sums_MN[i - 1].copy()
-        np.minimum(entry_N[1:], sums_MN[i - 1, :-1], out=entry_N[1:])
-        entry_N -= before_MN[i]
-        sums_MN[i] += np.minimum.accumulate(entry_N)
-    return sums_MN
+def _only_partners(own: list[bytes], theirs: list[bytes]) -> Array:
+    """The row (of `theirs`) of each column that has exactly one on the cheapest path, -1 for the others, [N].
 
-
-def _only_partners(sums_MN: Array) -> Array:
-    """Walk the cheapest path back: the row of each column that has exactly one, -1 for the others, [N]."""
-    padded = np.pad(sums_MN, ((1, 0), (1, 0)), constant_values=np.iinfo(sums_MN.dtype).max)
-    match, several = np.full(sums_MN.shape[1], -1), np.zeros(sums_MN.shape[1], bool)
-    i, j = padded.shape[0] - 1, padded.shape[1] - 1
-    while i and j:
-        several[j - 1] |= match[j - 1] >= 0
-        match[j - 1] = i - 1
-        both, teacher, student = padded.item(i - 1, j - 1), padded.item(i - 1, j), padded.item(i, j - 1)
-        best = min(both, teacher, student)
-        i, j = (i - (both == best or teacher == best), j - (both == best or teacher > best))
+    The path's sums are made some rows at a time. Of each block the last row is kept, and the others are made again
+    when the path is walked back, so that nothing has the size of both.
+    """
+    blocks = [slice(first, first + ROWS_OF_A_BLOCK) for first in range(0, len(theirs), ROWS_OF_A_BLOCK)]
+    above_N = np.full(len(own), np.iinfo(np.int32).max, np.int32)
+    before, sums_RN = [], np.empty((0, len(own)), np.int32)
+    for block in blocks:
+        before.append(above_N)
+        sums_RN = _path_sums(edit_distances(theirs[block], own), above_N, block.start > 0)
+        above_N = sums_RN[-1]
+    match, several = np.full(len(own), -1), np.zeros(len(own), bool)
+    i, j = len(theirs), len(own)
+    for block, above_N in reversed(list(zip(blocks, before, strict=True))):
+        if block != blocks[-1]:
+            sums_RN = _path_sums(edit_distances(theirs[block], own), above_N, block.start > 0)
+        padded = np.pad(np.vstack([above_N, sums_RN]), ((0, 0), (1, 0)), constant_values=np.iinfo(np.int32).max)
+        while i > block.start and j:
+            several[j - 1] |= match[j - 1] >= 0
+            match[j - 1] = i - 1
+            row = i - block.start
+            both, teacher, student = padded.item(row - 1, j - 1), padded.item(row - 1, j), padded.item(row, j - 1)
+            best = min(both, teacher, student)
+            i, j = (i - (both == best or teacher == best), j - (both == best or teacher > best))
     match[several] = -1
     return match
+
+
+def _path_sums(cost_RN: Array, above_N: Array, goes_on: bool) -> Array:
+    """Least sums of a path to each cell of some rows; `above` has those of the row before, where it `goes_on`."""
+    sums_RN = cost_RN.cumsum(1, dtype=cost_RN.dtype)  # row i: what a path along it from its first cell costs
+    before_RN = sums_RN - cost_RN
+    for i in range(0 if goes_on else 1, len(cost_RN)):
+        # a path enters row i at some column from the cheaper of the two cells above, and then goes along the row
+        above_N = sums_RN[i - 1] if i else above_N
+        entry_N = above_N.copy()
+        np.minimum(entry_N[1:], above_N[:-1], out=entry_N[1:])
+        entry_N -= before_RN[i]
+        sums_RN[i] += np.minimum.accumulate(entry_N)
+    return sums_RN
 
 
 def invert(to_student_V: Tensor, size: int) -> Tensor:

@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from xkd_trainer.data.batch import Batch
+from xkd_schemas.signals import draw_spans
+from xkd_trainer.data.batch import Batch, gather_rows
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass, Weight
 from xkd_trainer.losses.dual_space import TeacherHead, last_states
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked, chunks
@@ -60,6 +62,9 @@ class MultiLevelOtSettings(Settings):
     """Divides the cost W in the exponent. Official: 0.1."""
     rounds: Annotated[int, Field(ge=1)] = 10
     """Sinkhorn rounds, rows and then columns. Official: 10."""
+    max_positions: Annotated[int, Field(ge=1)] = 1024
+    """Pairs of a document that the Sinkhorn distance is of; of more so many are drawn, and the others are counted in
+    the term `left_out`. Official: all, which takes memory by the square of the response."""
 
 
 def scale_logits(logits_NV: Tensor, temperature: float) -> Tensor:
@@ -160,6 +165,24 @@ def word_cross_entropy(
     return term(torch.where(valid_BP, entropy_BP, 0.0).sum(), valid_BP.sum())
 
 
+def draw_positions(valid_BP: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """At most so many of the valid positions of each document, ascending, and which of the places are filled, [B, Q].
+
+    Drawn by a seed of their number, so that a document's are the same in every batch.
+
+    >>> draw_positions(torch.tensor([[True, True, True], [True, False, False]]), 2)
+    (tensor([[0, 2],
+            [0, 0]]), tensor([[ True,  True],
+            [ True, False]]))
+    """
+    chosen = []
+    for valid_P in valid_BP:
+        at_N, drawn = valid_P.nonzero()[:, 0], draw_spans(int(valid_P.sum()), most)
+        chosen.append(at_N if drawn is None else at_N[torch.from_numpy(drawn).to(at_N.device)])
+    kept = [torch.ones_like(at_Q, dtype=torch.bool) for at_Q in chosen]
+    return pad_sequence(chosen, batch_first=True), pad_sequence(kept, batch_first=True)
+
+
 def sequence_distance(
     student_BPk: Tensor, teacher_BPk: Tensor, valid_BP: Tensor, epsilon: float, rounds: int
 ) -> LossTerm:
@@ -180,7 +203,10 @@ def sequence_distance(
 
 
 class MultiLevelOt(Loss):
-    """Terms `l1` and `sequence`, means over documents with a pair, and `word`, a mean over pairs."""
+    """Terms `l1` and `sequence`, means over documents with a pair, and `word`, a mean over pairs.
+
+    `left_out`, which weighs nothing, is the number of pairs of a document that `sequence` does not compare.
+    """
 
     def __init__(self, settings: MultiLevelOtSettings, context: Context) -> None:
         super().__init__()
@@ -189,13 +215,14 @@ class MultiLevelOt(Loss):
 
     def weights(self, step: int) -> Mapping[str, float]:
         """As set; cross-entropy on the corpus is a loss of its own."""
-        return {"l1": self.settings.l1, "word": self.settings.word, "sequence": self.settings.sequence}
+        weights = {"l1": self.settings.l1, "word": self.settings.word, "sequence": self.settings.sequence}
+        return weights | {"left_out": 0.0}
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Pairs, and documents with one."""
         paired_BP = find_pairs(batch)
         documents = paired_BP.any(-1).sum()
-        return {"l1": documents, "word": paired_BP.sum(), "sequence": documents}
+        return {"l1": documents, "word": paired_BP.sum(), "sequence": documents, "left_out": documents}
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """The three levels."""
@@ -219,10 +246,13 @@ class MultiLevelOt(Loss):
             p.new_zeros(*valid_BP.shape, k).index_put((valid_BP,), F.pad(p, (0, k - p.shape[-1])))
             for p in (student_Nk, teacher_Nk)
         )
+        drawn_BQ, kept_BQ = draw_positions(valid_BP, s.max_positions)
+        sides = (gather_rows(side_BPk, drawn_BQ) for side_BPk in (student_BPk, teacher_BPk))
         return {
             "l1": position_distance(student_BPk, teacher_BPk, valid_BP),
             "word": word_cross_entropy(student_BPk, teacher_BPk, valid_BP, s.word_target),
-            "sequence": sequence_distance(student_BPk, teacher_BPk, valid_BP, s.epsilon, s.rounds),
+            "sequence": sequence_distance(*sides, kept_BQ, s.epsilon, s.rounds),
+            "left_out": term((valid_BP.sum() - kept_BQ.sum()).float(), valid_BP.any(-1).sum()),
         }
 
 

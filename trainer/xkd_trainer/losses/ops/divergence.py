@@ -28,6 +28,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Power = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+LONG_PAIRS: Final = 1 << 22
+"""Pairs of spans from which on `pair_sums` is taken, which makes a block again for its gradient."""
+
 BLOCK_PAIRS: Final = 1 << 20
 """Pairs of spans that `pair_sums` works at a time, 4 MB in float32."""
 
