@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 RUN   ?= runs/demo.toml
 TORCH ?= torch==2.13.0
 CHECK := build/wheel-check
-# A file's tests on one worker, in the order of the files: the long ones of tests/integration come first.
+# A file's tests on one worker, in the order of the files: the long ones of tests/integration come first. The suite has
+# a worker more, which mostly waits for Ray (tests/conftest.py).
 JOBS  ?= 2
 SHARE := --dist loadfile --no-loadscope-reorder
 # Unit tests without models, compiled kernels, the disk or long statistics, found by what they name.
@@ -68,10 +69,10 @@ test: lint layers       ## all checks, tests and docstring examples
 	$(MAKE) --no-print-directory -j2 types suite
 
 suite: install          ## tests and docstring examples
-	$(ONE) $(BIN)/python -m pytest -n $(JOBS) $(SHARE) --doctest-modules tests schemas trainer pipeline
+	$(ONE) $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) $(SHARE) --doctest-modules tests schemas trainer pipeline
 
 coverage: install       ## the suite once more, counting lines that no test runs: twice its time (decision 0019)
-	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) --cov=xkd_schemas --cov=xkd_trainer --cov=xkd_pipeline tests
+	$(ONE) $(BIN)/python -m pytest -q -n $$(($(JOBS) + 1)) $(SHARE) --cov=xkd_schemas --cov=xkd_trainer --cov=xkd_pipeline tests
 
 plain: install          ## the unit tests that compute again, with what the plainest processor computes
 	$(PLAIN) $(BIN)/python -c "import torch; assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'"

@@ -42,13 +42,26 @@ def no_wait_for_the_disk() -> Iterator[None]:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests stay on one worker, so that its fixtures are made once; both files of Ray stay on one."""
+    """A file's tests stay on one worker, so that its fixtures are made once; both files of Ray stay on one.
+
+    Ray's come first. They mostly wait, so where there is a third worker theirs gets no others.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class OneRay(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             scope: str = super()._split_scope(nodeid)
             return "ray" if "test_ray" in scope else scope
+
+        def _assign_work_unit(self, node: Any) -> None:
+            if "ray" in self.workqueue:
+                self.workqueue.move_to_end("ray", last=False)
+            super()._assign_work_unit(node)
+
+        def _reschedule(self, node: Any) -> None:
+            if len(self.nodes) > 2 and "ray" in self.assigned_work[node] and not node.shutting_down:
+                node.shutdown()
+            super()._reschedule(node)
 
     return OneRay(config, log)
 
