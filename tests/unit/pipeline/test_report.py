@@ -15,6 +15,7 @@ from small_cache import made
 from xkd_pipeline.reports import report as reports
 from xkd_pipeline.reports.report import MAX_BINS, Histogram, gather, write_report
 from xkd_pipeline.stages import documents_stage
+from xkd_schemas.cache.manifest import Commit, Manifest
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing
 
@@ -204,3 +205,15 @@ def test_two_students_of_one_teacher_are_both_drawn(tmp_path: Path) -> None:
     assert page.text.count("The worst 12 documents") == 2
     assert "S2 beside T" in page.text
     assert {a.student: a.worst[0][0] for a in gather(cache)["alignments"]}["S2"] == 1.0, "the same tokenizer"
+
+
+def test_what_was_cut_lost_or_extended_in_a_table_is_listed_and_what_is_well_is_not() -> None:
+    counts = ({"status:ok": 5, "status:too_long": 1, "cut": 2, "extended": 4}, {"status:too_long": 2, "tokens": 9})
+    commits = tuple(Commit.model_construct(counts=found) for found in counts)
+    manifest = Manifest.model_construct(table="teachers/t", commits=commits)
+
+    assert list(reports._count_cuts(manifest)) == [
+        ("teachers/t", "cut at the longest length", 2),
+        ("teachers/t", "tokens with extended intervals", 4),
+        ("teachers/t", "without tokens: too_long", 3),
+    ]

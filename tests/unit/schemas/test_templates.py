@@ -55,6 +55,8 @@ WRITE = ". Write a response that appropriately completes the request.\n\n### Ins
             [("instruction", "Name it."), ("input", "a light"), ("response", "A lamp.")],
             f"{ASKED}{MORE}{WRITE}\n\n### Input:\na light\n\n### Response:\nA lamp.",
         ),
+        ("alpaca", [("instruction", "Name it.")], f"{ASKED}{WRITE}\n\n### Response:\n"),
+        ("alpaca", [("prompt", "Name it."), ("response", "A lamp.")], f"{ASKED}{WRITE}\n\n### Response:\nA lamp."),
     ],
 )
 def test_none_is_nothing_but_the_segments_and_alpaca_is_the_published_prompt(
