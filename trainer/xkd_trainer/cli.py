@@ -192,7 +192,7 @@ def export(
 
 
 @app.command()
-@with_flags(FlagsOf("train", only=("out",)), run_file="run_file")
+@with_flags(FlagsOf("train", only=("out",)), FlagsOf("", only=("gpus_per_worker", "ray_address")), run_file="run_file")
 def sweep(
     run: RunConfig,
     vary: Annotated[list[str], typer.Option(help="KEY=VALUE,VALUE of the run file, or KEY=[TOML LIST]; repeatable.")],
@@ -202,6 +202,7 @@ def sweep(
     """Train every combination of some settings on one cache, and compare them in one table.
 
     Cross-entropy of equal steps is the first row, of equal time the last. The same command goes on where it stopped.
+    With --ray-address the runs are spread over a cluster whose machines all see the cache and the output.
 
     Example: xkd-train sweep runs/demo.toml --vary loss=mta,sra --vary train.seed=0,1,2 --out out/sweep
     """

@@ -1,4 +1,4 @@
-"""One cache, many students: a grid of runs one after another in this process, with cross-entropy as the control.
+"""One cache, many students: a grid of runs, with cross-entropy as the control, in this process or on a Ray cluster.
 
     OUT/loss=mta+sra,lr=0.001,seed=0/  a run as xkd-train makes it; its values are its name
     OUT/sweep.json  sweep.md  sweep.html  one row for all seeds of the same values
@@ -7,6 +7,7 @@ The first row is cross-entropy with as many steps as the others, the last with a
 """
 
 import gc
+import importlib
 import itertools
 import json
 import os
@@ -24,8 +25,9 @@ from accelerate.state import AcceleratorState
 from xkd_schemas.config import RunConfig, TrainSection, change_values, toml_value
 from xkd_schemas.console import note
 from xkd_schemas.durable_files import digest, hold_lock, replace
-from xkd_schemas.errors import UsageError, XkdError
+from xkd_schemas.errors import UsageError, WorkersGone, XkdError
 from xkd_trainer.losses.registry import parse_loss
+from xkd_trainer.models.loading import short
 from xkd_trainer.reports.report import write_report
 from xkd_trainer.reports.runs import read_run
 from xkd_trainer.training.loop import train
@@ -64,6 +66,7 @@ def sweep(run: RunConfig, vary: Sequence[str], **options: Any) -> dict[str, Any]
 
     Raises:
         UsageError: A key or value is wrong; nothing was trained.
+        WorkersGone: There is no cluster at `ray_address`.
     """
     if not run.train.out:
         raise UsageError("no output folder is named", fix="--out FOLDER")
@@ -74,10 +77,10 @@ def sweep(run: RunConfig, vary: Sequence[str], **options: Any) -> dict[str, Any]
     for cell in grid:
         parse_loss(cell.run.train.loss)
     with hold_lock(out):
-        done = [_train(cell, options) for cell in _count([*control, *grid])]
+        done = _train_all([*control, *grid], run, options)
         first, others = done[: len(control)], done[len(control) :]
         steps, remarks = steps_in_equal_time(first, others), []
-        last = [_train(cell, options) for cell in _count(make_control(run, varied, steps))] if steps else []
+        last = _train_all(make_control(run, varied, steps), run, options) if steps else []
         if not steps:
             remarks = ["no control of equal time: the time of cross-entropy or that of the others is not known"]
         return _write(out, [*first, *others, *last], remarks)
@@ -141,6 +144,42 @@ def _value_of(run: Any, dotted: str) -> Any:
     for part in dotted.split("."):
         run = run.get(part) if isinstance(run, dict) else getattr(run, part, None)
     return run
+
+
+def _train_all(cells: Sequence[Cell], run: RunConfig, options: Mapping[str, Any]) -> list[Ended]:
+    """One after another, or as many at once as the cluster has room for."""
+    if run.ray_address is None:
+        return [_train(cell, options) for cell in _count(cells)]
+    import ray
+    from ray.exceptions import RayError
+
+    modules = [
+        str(Path(str(importlib.import_module(name).__file__)).parent) for name in ("xkd_schemas", "xkd_trainer")
+    ]
+    try:
+        ray.init(run.ray_address, runtime_env={"py_modules": modules}, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise WorkersGone(
+            f"no Ray cluster at {run.ray_address}: {short(error)}",
+            fix="start it (docs/cluster.md), or leave the address out",
+        ) from error
+    try:
+        task = ray.remote(num_cpus=1, num_gpus=run.gpus_per_worker, max_retries=0)(_train_there)
+        references = [task.remote(cell, options, str(Path.cwd())) for cell in cells]
+        ended = []
+        for cell, reference in zip(_count(cells), references, strict=True):
+            try:
+                ended.append(ray.get(reference))
+            except RayError as error:
+                ended.append(Ended(cell=cell, error=WorkersGone(f"its worker on Ray ended: {short(error)}")))
+        return ended
+    finally:
+        ray.shutdown()
+
+
+def _train_there(cell: Cell, options: Mapping[str, Any], folder: str) -> Ended:
+    os.chdir(folder)  # the cache and the output are on storage that all machines see
+    return _train(cell, options)
 
 
 def _count(cells: Sequence[Cell]) -> Iterator[Cell]:

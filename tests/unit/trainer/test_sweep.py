@@ -9,7 +9,7 @@ import pytest
 
 import tiny_models as tiny
 from xkd_schemas.config import RunConfig
-from xkd_schemas.errors import NonFinite, UsageError
+from xkd_schemas.errors import NonFinite, UsageError, WorkersGone
 from xkd_train import xkd_train
 from xkd_trainer import sweep as sweeps
 from xkd_trainer.reports.runs import read_run
@@ -47,6 +47,15 @@ def test_a_wrong_value_is_one_line_before_anything_is_trained(tmp_path: Path, va
     with pytest.raises(UsageError, match=said):
         sweeps.sweep(tiny.Tiny(tmp_path).run(out=str(tmp_path / "out")), [vary])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    run = tiny.Tiny(tmp_path).run(out=str(tmp_path / "out"))
+
+    with pytest.raises(
+        WorkersGone, match=r"no Ray cluster at nowhere: .*Next: start it \(docs/cluster\.md\), or leave"
+    ):
+        sweeps.sweep(run.model_copy(update={"ray_address": "nowhere"}), ["loss=ce"])
 
 
 def ended(name: str, seed: int, **values: Any) -> Ended:
