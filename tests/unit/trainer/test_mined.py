@@ -105,10 +105,10 @@ TOKENS = st.lists(st.sampled_from([b"", b"a", b"b", b"ab", b"abc", b"bc", b"c"])
 @settings(max_examples=80, deadline=None)
 @given(
     documents=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4),
-    fill=st.integers(0, 6), rows=st.sampled_from([1, 2, 512]),
+    fill=st.integers(0, 6), cells=st.sampled_from([1, 9, 512]),
 )  # fmt: skip
 def test_partners_are_those_of_the_walk_through_the_table(
-    documents: list[tuple[list[bytes], list[bytes]]], fill: int, rows: int
+    documents: list[tuple[list[bytes], list[bytes]]], fill: int, cells: int
 ) -> None:
     strings = [b"", b"a", b"b", b"ab", b"abc", b"bc", b"c"]
 
@@ -117,7 +117,7 @@ def test_partners_are_those_of_the_walk_through_the_table(
         return dict(enumerate(strings)), tools.padded(ids, fill, 8), tools.mask([*map(len, ids), 8])[:-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mined, "ROWS_OF_A_BLOCK", rows)
+        patch.setattr(mined, "BLOCK_CELLS", cells)
         found = partners(side(0), side(1))
 
     for row, (student, teacher) in enumerate(documents):

@@ -43,7 +43,7 @@ UNMAPPED: Final = -1e5
 """Logit of a student class that no teacher class stands for, as in DSKD's code; its exponential is exactly 0."""
 
 SEARCHED: Final = 512  # classes whose nearest are searched between two ticks
-ROWS_OF_A_BLOCK: Final = 512  # of the sums of a path: four more bytes for each student token of a document
+BLOCK_CELLS: Final = 1 << 20  # of the table of a path's sums that are held at a time, 4 MB
 LONG_SEARCH: Final = 10**8  # pairs of classes, some seconds of a core: the result is kept for the next run
 
 Array = npt.NDArray[Any]
@@ -175,13 +175,14 @@ def _only_partners(own: list[bytes], theirs: list[bytes]) -> Array:
     The path's sums are made some rows at a time. Of each block the last row is kept, and the others are made again
     when the path is walked back, so that nothing has the size of both.
     """
-    blocks = [slice(first, first + ROWS_OF_A_BLOCK) for first in range(0, len(theirs), ROWS_OF_A_BLOCK)]
+    step = max(1, BLOCK_CELLS // len(own))
+    blocks = [slice(first, first + step) for first in range(0, len(theirs), step)]
     above_N = np.full(len(own), np.iinfo(np.int32).max, np.int32)
     before, sums_RN = [], np.empty((0, len(own)), np.int32)
     for block in blocks:
         before.append(above_N)
         sums_RN = _path_sums(edit_distances(theirs[block], own), above_N, block.start > 0)
-        above_N = sums_RN[-1]
+        above_N = sums_RN[-1].copy()  # a view would keep the block
     match, several = np.full(len(own), -1), np.zeros(len(own), bool)
     i, j = len(theirs), len(own)
     for block, above_N in reversed(list(zip(blocks, before, strict=True))):
