@@ -99,6 +99,12 @@ class StudentPass:
         self.batch, self.states, self.head = batch, states, head
         self.embeddings_Vd, self._embedded_BSd = embeddings_Vd, embedded_BSd
 
+    def beside(self, batch: Batch) -> "StudentPass":
+        """The same pass, with the same `plan`, beside what another teacher knows of these documents."""
+        found = StudentPass(batch, self.states, self.head, self.embeddings_Vd, self._embedded_BSd)
+        found.__dict__["plan"] = self.plan
+        return found
+
     @cached_property
     def predict_hidden_BNd(self) -> Tensor:
         """Final-normed states that predict the targets; garbage where not valid."""
