@@ -100,10 +100,8 @@ class StudentPass:
         self.embeddings_Vd, self._embedded_BSd = embeddings_Vd, embedded_BSd
 
     def beside(self, batch: Batch) -> "StudentPass":
-        """The same pass, with the same `plan`, beside what another teacher knows of these documents."""
-        found = StudentPass(batch, self.states, self.head, self.embeddings_Vd, self._embedded_BSd)
-        found.__dict__["plan"] = self.plan
-        return found
+        """The same pass beside what another teacher knows of these documents; its plan is of the same logits."""
+        return StudentPass(batch, self.states, self.head, self.embeddings_Vd, self._embedded_BSd)
 
     @cached_property
     def predict_hidden_BNd(self) -> Tensor:
