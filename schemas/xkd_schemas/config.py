@@ -157,8 +157,8 @@ class TrainSection(Section):
     out: str = ""
     """Folder of the trained student; always needed."""
     shards: tuple[str, ...] = ()
-    """CACHE, CACHE=WEIGHT or CACHE:STUDENT_TABLE=WEIGHT; several are read as one, and where they have the same documents
-    each brings its teacher. The run file's unless given."""
+    """CACHE, CACHE=WEIGHT or CACHE:STUDENT_TABLE=WEIGHT; several are read as one, and where they have the same
+    documents each brings its teacher. The run file's unless given."""
     loss: str = "ce"
     """NAME+NAME, weighed as in their papers, of xkd-train losses; ce is cross-entropy on the corpus's responses."""
     epochs: float = Field(default=3.0, gt=0)
