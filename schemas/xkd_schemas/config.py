@@ -208,7 +208,7 @@ class TrainSection(Section):
     eval_data: str = ""
     """Held-out rows, in the form of [documents]: a file, folder, address or data set name."""
     eval_shards: str = ""
-    """Cache of the held-out rows: adds agreement with the teacher."""
+    """Cache of the held-out rows, or CACHE:STUDENT_TABLE: adds agreement with the teacher."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between two evaluations on eval_data; 0 for one at the end."""
     patience: int = Field(default=0, ge=0)

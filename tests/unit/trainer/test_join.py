@@ -21,6 +21,7 @@ from xkd_trainer import CacheDataset, Collator
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
+from xkd_trainer.training.held_out import Agreement
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import Ready, set_up
 
@@ -98,7 +99,10 @@ def test_one_teacher_twice_at_half_the_weight_trains_the_same_student(two: Two, 
     weights = []
     for shards in ([two.first], [f"{two.first}=0.5"] * 2):
         out = tmp_path / str(len(shards))
-        train(tiny.tiny_cache().run(shards=shards, loss=LOSSES, out=str(out), max_grad_norm=PLENTY), quiet=True)
+        train(
+            tiny.tiny_cache().run(shards=shards, loss="mta+sra", steps=2, out=str(out), max_grad_norm=PLENTY),
+            quiet=True,
+        )
         weights.append(tiny.llama(tiny.STUDENT_TOKENIZER).from_pretrained(out).state_dict())
 
     for name, values in weights[0].items():
@@ -189,6 +193,15 @@ def test_a_student_that_reads_another_template_there_is_refused_by_field(two: Tw
 
     with pytest.raises(Mismatch, match=r"student\.template: cache has alpaca, this run has none"):
         ready([two.first, f"{root}:framed"])
+
+
+def test_agreement_is_with_the_teacher_of_the_table_that_is_named(two: Two) -> None:
+    tokenizer = tiny.tokenizer_of(tiny.STUDENT_TOKENIZER)
+
+    for shards, name in ((two.first, "teacher"), (two.second, "Other-1.5B")):
+        assert Agreement(tokenizer, Path(shards), set())._cache.teacher_name == name
+    with pytest.raises(UsageError, match=r"all fit this student.*/cache:NAME"):
+        Agreement(tokenizer, Path(two.first.partition(":")[0]), set())
 
 
 def test_other_peoples_training_gets_both_teachers(two: Two) -> None:

@@ -294,7 +294,8 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
             fix=f"xkd-cache align {root} --student YOUR_STUDENT",
         )
     if len(fitting) > 1:
-        raise UsageError(f"{', '.join(fitting)} all fit this student", fix="choose one with --student-table NAME")
+        advice = f"choose one with --student-table NAME, or as {root}:NAME"
+        raise UsageError(f"{', '.join(fitting)} all fit this student", fix=advice)
     return fitting[0]
 
 
@@ -314,17 +315,18 @@ def parse_shards(text: str) -> tuple[Path, str, float]:
     """
     root, equals, number = text.rpartition("=")
     if not equals or Path(text).is_dir():
-        return *_folder_and_table(text), 1.0
+        return *folder_and_table(text), 1.0
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if not (root and 0 < weight < math.inf):
         raise UsageError(f"--shards {text}: {number!r} is not a weight above 0", fix="e.g. --shards cache/=2")
-    return *_folder_and_table(root), weight
+    return *folder_and_table(root), weight
 
 
-def _folder_and_table(text: str) -> tuple[Path, str]:
+def folder_and_table(text: str) -> tuple[Path, str]:
+    """A cache folder, and the student table that is named behind a colon; a folder of that very name goes first."""
     root, colon, table = text.rpartition(":")
     return (Path(root), table) if colon and not Path(text).is_dir() else (Path(text), "")
 
