@@ -157,7 +157,8 @@ class TrainSection(Section):
     out: str = ""
     """Folder of the trained student; always needed."""
     shards: tuple[str, ...] = ()
-    """Cache folder, or CACHE=WEIGHT; several caches of one teacher are read as one. The run file's unless given."""
+    """CACHE, CACHE=WEIGHT or CACHE:STUDENT_TABLE=WEIGHT; several are read as one, and where they have the same
+    documents each brings its teacher. The run file's unless given."""
     loss: str = "ce"
     """NAME+NAME, weighed as in their papers, of xkd-train losses; ce is cross-entropy on the corpus's responses."""
     epochs: float = Field(default=3.0, gt=0)
@@ -207,7 +208,7 @@ class TrainSection(Section):
     eval_data: str = ""
     """Held-out rows, in the form of [documents]: a file, folder, address or data set name."""
     eval_shards: str = ""
-    """Cache of the held-out rows: adds agreement with the teacher."""
+    """Cache of the held-out rows, or CACHE:STUDENT_TABLE: adds agreement with the teacher."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between two evaluations on eval_data; 0 for one at the end."""
     patience: int = Field(default=0, ge=0)

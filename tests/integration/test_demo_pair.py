@@ -33,7 +33,8 @@ OTHER, SAME = "bpe-4k", "smollm2-own"
 """Student tables: with the demo's tokenizer, and with the teacher's own."""
 TOKENIZERS = {OTHER: "tokenizer", SAME: "teacher"}
 EVERYWHERE: dict[str, dict[str, object]] = {
-    "losses.dskd_cma": {"correct_only": False}, "losses.dskd_v2": {"agreement": False}
+    "losses.dskd_cma": {"correct_only": False}, "losses.dskd_cma_ga": {"correct_only": False},
+    "losses.dskd_v2": {"agreement": False}
 }  # fmt: skip
 """For losses side by side: a new student is never right or of one mind, and 0 is not compared with 0."""
 

@@ -28,6 +28,23 @@ def mixed(shares: Matrix, values: Matrix) -> list[list[float]]:
     return [[dot(row, column) for column in zip(*values, strict=True)] for row in shares]
 
 
+def discriminated(rows: Matrix, layers: Sequence[tuple[Matrix, Row]]) -> list[float]:
+    """DSKD-CMA-GA's logit that each row is a key: a highway, a leaky layer, one number."""
+    found = []
+    for x in rows:
+        opened = linear([x], *layers[0])[0]
+        gates = [1.0 / (1.0 + math.exp(-h)) for h in opened]
+        z = [g * max(h, 0.0) + (1.0 - g) * y for g, h, y in zip(gates, opened, x, strict=True)]
+        inner = [y if y > 0 else 0.1 * y for y in linear([z], *layers[1])[0]]
+        found.append(linear([inner], *layers[2])[0][0])
+    return found
+
+
+def surprise(logits: Row, label: int) -> float:
+    """Sum of -log of the probability that the label has."""
+    return -math.fsum(math.log(1.0 / (1.0 + math.exp(-x if label else x))) for x in logits)
+
+
 def best(logits: Row) -> int:
     return list(logits).index(max(logits))
 

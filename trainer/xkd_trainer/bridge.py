@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -23,10 +23,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from xkd_schemas.config import RunConfig
 from xkd_schemas.durable_files import replace
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
-from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.cache import Cache
-from xkd_trainer.data.collate import RowArrays, read_row, stack_rows
+from xkd_trainer.data.collate import DocumentRow, read_row, stack_rows
 from xkd_trainer.data.sampler import permute
 from xkd_trainer.models.loading import load_model, load_tokenizer, save_tensors
 from xkd_trainer.training.distiller import Distiller
@@ -38,14 +37,6 @@ _Trainer: Any = object  # what a mixin stands before
 PROJECTORS: Final = "projectors.safetensors"
 LOSSES: Final = "xkd_losses.json"
 """Files of a Trainer's checkpoint beside the student: what the losses have learnt, and which losses and cache."""
-
-
-class DocumentRow(NamedTuple):
-    """One document of a cache, with the signals that its data set's losses need."""
-
-    row: int
-    arrays: RowArrays
-    wanted: frozenset[Signal]
 
 
 class CacheDataset(Dataset[DocumentRow]):
@@ -82,8 +73,7 @@ class CacheDataset(Dataset[DocumentRow]):
         return len(self.cache.usable)
 
     def __getitem__(self, index: int) -> DocumentRow:
-        row = int(self.cache.usable[index])
-        return DocumentRow(row, read_row(self.cache, row, self.wanted), self.wanted)
+        return read_row(self.cache, int(self.cache.usable[index]), self.wanted)
 
     def distiller(self, student: Any) -> Distiller:
         """The losses around a student (a causal language model or a peft model of one), on the CPU until moved."""
@@ -123,7 +113,7 @@ class Collator:
 
     def __call__(self, documents: Sequence[DocumentRow]) -> Batch:
         """The batch, on the CPU."""
-        return stack_rows([d.row for d in documents], [d.arrays for d in documents], documents[0].wanted)
+        return stack_rows(documents)
 
 
 class _Inputs(Collator):

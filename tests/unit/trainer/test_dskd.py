@@ -25,7 +25,7 @@ from xkd_trainer.training.prepare import Ready
 
 F64 = torch.float64
 TERMS = ("projected_ce", "student_space", "teacher_space")
-TABLES = {"dskd": one.SAME, "dskd_cma": one.OTHER, "dskd_v2": one.OTHER}
+TABLES = {"dskd": one.SAME, "dskd_cma": one.OTHER, "dskd_cma_ga": one.OTHER, "dskd_v2": one.OTHER}
 """Loss -> a student it can teach."""
 
 
@@ -142,7 +142,7 @@ def test_terms_are_the_loops_over_single_documents(loss: str) -> None:
     made, _ = one.ready(loss, table=TABLES[loss])
     batch = batch_of(made.cache, (11, 19), made.wanted)
     module = made.distiller.losses[loss]
-    if loss == "dskd_cma":
+    if loss.startswith("dskd_cma"):
         module.hidden_std, module.embedding_std = 3.0, 0.5  # those of the tiny teacher are too near to 1
         with torch.no_grad():
             module.query.weight.mul_(20.0)  # so that no token attends to all alike
@@ -157,6 +157,42 @@ def test_terms_are_the_loops_over_single_documents(loss: str) -> None:
         total, count = map(sum, zip(*parts, strict=True))
         assert total > 1e-3
         one.assert_term(found[name], total, count)
+
+
+def test_keys_and_queries_are_told_apart_as_in_the_loops_over_single_documents() -> None:
+    made, _ = one.ready("dskd_cma_ga", table=one.OTHER, hidden=5)
+    batch, m = batch_of(made.cache, (11, 19), made.wanted), made.distiller.losses["dskd_cma_ga"]
+    layers = [(layer.weight.tolist(), layer.bias.tolist()) for layer in m.discriminator.children()]
+
+    found = one.terms_of(made.distiller, batch)
+
+    documents = [one.Alone(made, row) for row in (11, 19)]
+    keys = [[x / m.embedding_std for x in (*a, *b)] for d in documents for a, b in zip(d.t_in, d.t_out, strict=True)]
+    embedded = [[*a, *b] for d in documents for a, b in zip(d.s_in, d.s_out, strict=True)]
+    queries = through(m.query, embedded)
+    one.assert_term(found["keys"], slow.surprise(slow.discriminated(keys, layers), 1), len(keys))
+    one.assert_term(found["queries"], slow.surprise(slow.discriminated(queries, layers), 0), len(queries))
+
+
+def test_a_step_on_the_adversary_tells_better_apart_with_the_discriminator_and_worse_with_the_queries() -> None:
+    made, batch = one.ready("dskd_cma_ga", table=one.OTHER)
+    m = made.distiller.losses["dskd_cma_ga"]
+
+    def adversary() -> torch.Tensor:
+        terms = one.terms_of(made.distiller, batch)
+        return terms["keys"].total + terms["queries"].total
+
+    before = adversary()
+    before.backward()
+    for part, sign in ((m.discriminator, -1), (m.query, 1)):
+        rows = [(p, p.grad) for p in part.parameters()]
+        with torch.no_grad():
+            for p, slope in rows:
+                p -= 1e-5 * slope
+            after = float(adversary())
+            for p, slope in rows:
+                p += 1e-5 * slope
+        assert sign * (after - float(before.detach())) > 1e-4
 
 
 def test_the_projection_starts_at_the_students_own_head_and_exact_shares_fewer_classes() -> None:

@@ -23,7 +23,9 @@ from xkd_trainer.training import distiller as distiller_module
 from xkd_trainer.training.distiller import Distiller
 
 SAME: dict[str, Any] = {"table": one.SAME}
-EVERYWHERE: dict[str, dict[str, Any]] = {"dskd_cma": {"correct_only": False}, "dskd_v2": {"agreement": False}}
+EVERYWHERE: dict[str, dict[str, Any]] = {
+    "dskd_cma": {"correct_only": False}, "dskd_cma_ga": {"correct_only": False}, "dskd_v2": {"agreement": False},
+}  # fmt: skip
 """Settings without a mask on the student's space: a random student is never right."""
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("kl", {**SAME, "ce": 1.0}),
@@ -43,6 +45,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dwa", {}),
     ("dwa", {"student_weight": "gate_after", "student_divergence": "adaptive_kl", "band_source": "sdtw"}),
     ("dskd_cma", EVERYWHERE["dskd_cma"]),
+    ("dskd_cma_ga", {**EVERYWHERE["dskd_cma_ga"], "kq_rate": 1.0}),
     ("dskd_v2", {}),
     ("alm", {}),
     ("alm", {"average": "tokens", "divergence": "tv"}),
@@ -275,6 +278,12 @@ REACHES = {
     "dskd_cma.projected_ce": {"dskd_cma.t2s", "dskd_cma.query"},
     "dskd_cma.student_space": {"body", "head", "embeddings"},
     "dskd_cma.teacher_space": {"body", "embeddings", "dskd_cma.s2t", "dskd_cma.query"},
+    "dskd_cma_ga.teacher_space": {"body", "embeddings", "dskd_cma_ga.s2t", "dskd_cma_ga.query"},
+    "dskd_cma_ga.keys": {f"dskd_cma_ga.discriminator.{part}" for part in ("highway", "inner", "outer")},
+    "dskd_cma_ga.queries": {
+        "dskd_cma_ga.query",
+        *(f"dskd_cma_ga.discriminator.{part}" for part in ("highway", "inner", "outer")),
+    },
     "dskd_v2.projected_ce": {"dskd_v2.t2s"},
     "dskd_v2.student_space": {"body", "head", "embeddings"},
     "dskd_v2.teacher_space": {"body", "embeddings"},
@@ -321,6 +330,14 @@ LINEAR = {
     "sra": {"projector": (D, d, False)},
     "dwa": {"t2s": (d, D, True), "s2t": (D, d, True), "query": (2 * D, 2 * d, True), "embed_t2s": (d, D, True)},
     "dskd_cma": {"t2s": (d, D, True), "s2t": (D, d, True), "query": (2 * D, 2 * d, True)},
+    "dskd_cma_ga": {
+        "t2s": (d, D, True),
+        "s2t": (D, d, True),
+        "query": (2 * D, 2 * d, True),
+        "discriminator.highway": (2 * D, 2 * D, True),
+        "discriminator.inner": (768, 2 * D, True),
+        "discriminator.outer": (1, 768, True),
+    },
     "dskd_v2": {"t2s": (d, D, False)},
     "alm": {},
     "mined": {},
@@ -360,6 +377,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
             {"dtw_divergence": False}, {"band": "none"}, {"band": "hard", "band_width": 1.0},
             {"band_source": "sdtw"}],
     "dskd_cma": [{"correct_only": False}],
+    "dskd_cma_ga": [{"correct_only": False}, {"kq_rate": 1.0}, {"hidden": 16}],
     "dskd_v2": [{"agreement": False}],
     "alm": [{"divergence": "reverse_kl"}, {"divergence": "tv"}, {"divergence": "kl_limit"}, {"temperature": 1.0},
             {"scaled": False}, {"average": "tokens"}],

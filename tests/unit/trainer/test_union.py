@@ -108,11 +108,6 @@ def test_another_number_of_classes_is_refused_by_field(halves: Halves, tmp_path:
 TOPK = {"uld": {"teacher": "topk"}}
 
 
-def test_one_cache_twice_is_refused(halves: Halves) -> None:
-    with pytest.raises(UsageError, match="are the same cache"):
-        CacheUnion([Cache(halves.first.cache, student="student")] * 2, [1.0, 1.0])
-
-
 @pytest.mark.parametrize("text", ["a=", "a=x", "a=0", "a=-1", "a=inf", "a=nan", "=2"])
 def test_a_weight_that_is_no_number_above_0_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not a weight above 0"):
@@ -122,7 +117,7 @@ def test_a_weight_that_is_no_number_above_0_is_refused(text: str) -> None:
 def test_a_folder_whose_name_ends_like_a_weight_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "lr=2").mkdir()
 
-    assert parse_shards(str(tmp_path / "lr=2")) == (tmp_path / "lr=2", 1.0)
+    assert parse_shards(str(tmp_path / "lr=2")) == (tmp_path / "lr=2", "", 1.0)
 
 
 def test_a_run_over_two_caches_names_both_and_another_weight_is_another_run(halves: Halves, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from xkd_trainer.training.prepare import set_up
 PAPERS = {
     "ce": "1 ce", "kl": "1 kl", "rskd": "1 rskd", "fdd": "1 fdd", "mta": "1 ce + 1 mta", "sra": "0.5 ce + 0.5 sra",
     "dwa": "0.5 ce + 1 dwa", "dskd": "0.5 ce + 0.5 dskd", "dskd_cma": "0.5 ce + 0.5 dskd_cma",
+    "dskd_cma_ga": "0.5 ce + 0.5 dskd_cma_ga",
     "dskd_v2": "0.5 ce + 0.5 dskd_v2", "alm": "0.5 ce + 0.5 alm", "mined": "0.5 ce + 0.5 mined",
     "uld": "0.5 ce + 0.5 uld", "multilevelot": "1 ce + 1.5 multilevelot",
 }  # fmt: skip

@@ -124,6 +124,8 @@ class Batch:
     token_states: tuple[TokenStates, ...] = ()
     """Lowest layer first."""
     levels: tuple[Level, ...] = ()
+    others: tuple["Batch", ...] = ()
+    """The same documents and student tokens with what further teachers know of them."""
 
     @property
     def num_predictions(self) -> Tensor:
@@ -166,4 +168,4 @@ def blank(batch: Batch) -> Batch:
     names = ("predict_valid_BN", "span_valid_BK", "pair_valid_BE", "teacher_predict_valid_BM")
     masks: dict[str, Any] = {name: torch.zeros_like(getattr(batch, name)) for name in names}
     levels = tuple(replace(level, valid_BU=torch.zeros_like(level.valid_BU)) for level in batch.levels)
-    return replace(batch, levels=levels, **masks)
+    return replace(batch, levels=levels, others=tuple(map(blank, batch.others)), **masks)

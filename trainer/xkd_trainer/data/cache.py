@@ -1,8 +1,10 @@
 """The cache as the trainer sees it: three tables joined by row number, fingerprints checked, heads read once.
 
-Several caches of one teacher are read as one: `--shards a/ --shards b/=2`.
+Several caches of one teacher are read as one: `--shards a/ --shards b/=2`. Several of the same documents are joined by
+row, and each brings the signals of its teacher.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -98,6 +100,9 @@ class Cache:
         UsageError: Several tables could be meant and none was named.
     """
 
+    others: tuple[tuple["Cache", frozenset[Signal]], ...] = ()
+    """Further teachers of the same documents, and the signals that are read of each; see `CacheJoin`."""
+
     def __init__(self, root: Path, *, student: str) -> None:
         self.root = root
         self.documents = Table(root, "documents")
@@ -139,6 +144,16 @@ class Cache:
                     raise Mismatch(f"{table.folder}: codec {spec['codec']} is not known", fix="upgrade xkd-toolkit")
                 expected = teacher_schema(map(signal_named, spec["signals"]), self.sizes.hidden_size, spec["codec"])
             table.expect(signals_schema(expected) if kind == "signals" else expected)
+
+    @property
+    def by_teacher(self) -> dict[str, tuple["Cache", float]]:
+        """The cache of each teacher and the weight of its losses, by the name that they get; see `CacheJoin`."""
+        return {"": (self, 1.0)}
+
+    def _read_as(self, first: "Cache") -> None:
+        """The tables are those of the first of several caches."""
+        self.root, self.teacher_name, self.beside = first.root, first.teacher_name, first.beside
+        self.documents, self.teachers, self.students = first.documents, first.teachers, first.students
 
     @cached_property
     def usable(self) -> Int64s:
@@ -279,7 +294,8 @@ def find_student(root: Path, identity: dict[str, str], name: str) -> str:
             fix=f"xkd-cache align {root} --student YOUR_STUDENT",
         )
     if len(fitting) > 1:
-        raise UsageError(f"{', '.join(fitting)} all fit this student", fix="choose one with --student-table NAME")
+        advice = f"choose one with --student-table NAME, or as {root}:NAME"
+        raise UsageError(f"{', '.join(fitting)} all fit this student", fix=advice)
     return fitting[0]
 
 
@@ -288,25 +304,31 @@ def layers_of(signals: Iterable[Signal]) -> list[tuple[int, str]]:
     return sorted({(s.layer, s.unit) for s in signals if s.layer is not None and s.unit is not None})
 
 
-def parse_shards(text: str) -> tuple[Path, float]:
-    """One `--shards`, `FOLDER` or `FOLDER=WEIGHT`, as both; a folder of that very name goes first.
+def parse_shards(text: str) -> tuple[Path, str, float]:
+    """Folder, student table and weight of one `--shards`, FOLDER:TABLE=WEIGHT; a folder of that very name goes first.
 
-    >>> parse_shards("a/"), parse_shards("b=0.5")
-    ((PosixPath('a'), 1.0), (PosixPath('b'), 0.5))
+    >>> parse_shards("a/"), parse_shards("b:S=0.5")
+    ((PosixPath('a'), '', 1.0), (PosixPath('b'), 'S', 0.5))
 
     Raises:
         UsageError: The weight is not a number above 0.
     """
     root, equals, number = text.rpartition("=")
     if not equals or Path(text).is_dir():
-        return Path(text), 1.0
+        return *folder_and_table(text), 1.0
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if not (root and 0 < weight < math.inf):
         raise UsageError(f"--shards {text}: {number!r} is not a weight above 0", fix="e.g. --shards cache/=2")
-    return Path(root), weight
+    return *folder_and_table(root), weight
+
+
+def folder_and_table(text: str) -> tuple[Path, str]:
+    """A cache folder, and the student table that is named behind a colon; a folder of that very name goes first."""
+    root, colon, table = text.rpartition(":")
+    return (Path(root), table) if colon and not Path(text).is_dir() else (Path(text), "")
 
 
 class CacheUnion(Cache):
@@ -316,21 +338,14 @@ class CacheUnion(Cache):
 
     Raises:
         Mismatch: The caches are not of one teacher and one student tokenization; every differing field is named.
-        UsageError: One cache is named twice.
     """
 
     def __init__(self, caches: Sequence[Cache], weights: Sequence[float]) -> None:
         self.caches, self.weights = tuple(caches), tuple(weights)
         first = self.caches[0]
-        self.root, self.teacher_name, self.beside = first.root, first.teacher_name, first.beside
-        self.documents, self.teachers, self.students = first.documents, first.teachers, first.students
-        roots = [cache.students.manifest.root for cache in caches]
-        if twice := [cache.root for cache, root in zip(caches, roots, strict=True) if roots.count(root) > 1]:
-            raise UsageError(
-                f"--shards: {twice[0]} and {twice[-1]} are the same cache", fix="give it once, as CACHE=2"
-            )
+        self._read_as(first)
         for other in self.caches[1:]:
-            advice = f"train on caches that `xkd-cache teacher` and `align` made with the settings of {first.root}"
+            advice = f"make both with the same settings; several teachers have to read the documents of {first.root}"
             refuse_differences(other.root, _of_teacher(first), _of_teacher(other), advice=advice)
         self._firsts = [0, *accumulate(len(cache.students) for cache in caches)]
         self._shares = [round(w * len(cache.usable)) for w, cache in zip(weights, caches, strict=True)]
@@ -372,6 +387,56 @@ class CacheUnion(Cache):
         """What names the rows and signals of a run: that of each cache, and its weight."""
         signals = tuple(wanted)
         return [[cache.identity(signals), w] for cache, w in zip(self.caches, self.weights, strict=True)]
+
+
+class CacheJoin(Cache):
+    """Caches of the same documents, each with a teacher: the tables are those of the first, the rows those of all.
+
+    `weights` multiply the losses of each teacher, `wanted` are the signals that these read. Documents that a teacher
+    could not read, or that the teachers' limits cut at different places, are left out.
+
+    Raises:
+        Mismatch: The student's tokenizer or template is not the same in all.
+    """
+
+    def __init__(self, caches: Sequence[Cache], weights: Sequence[float], wanted: Sequence[frozenset[Signal]]) -> None:
+        self.caches, self.weights, self.wanted = tuple(caches), tuple(weights), tuple(wanted)
+        first = self.caches[0]
+        self._read_as(first)
+        self.others = tuple(zip(self.caches[1:], self.wanted[1:], strict=True))
+        for other, _ in self.others:
+            ours, theirs = ({"student": cache.students.manifest.spec["encoder"]} for cache in (first, other))
+            refuse_differences(other.root, ours, theirs, advice="align both with the same --student and --template")
+
+    @property
+    def by_teacher(self) -> dict[str, tuple[Cache, float]]:
+        """By the name of the teacher's table, with `_` for a dot, and `#2` behind that of the second of one name."""
+        names = [cache.teacher_name.replace(".", "_") for cache in self.caches]
+        before = [names[:place].count(name) for place, name in enumerate(names)]
+        labels = [f"{name}#{count + 1}" if count else name for name, count in zip(names, before, strict=True)]
+        return dict(zip(labels, zip(self.caches, self.weights, strict=True), strict=True))
+
+    @cached_property
+    def usable(self) -> Int64s:
+        """Rows that all teachers have read, and whose student tokens are the same in all caches, ascending."""
+        common = functools.reduce(np.intersect1d, (cache.usable for cache in self.caches))
+        return np.setdiff1d(common, np.array([*self._cut_differently()], np.int64), assume_unique=True)
+
+    def _cut_differently(self) -> Iterator[int]:
+        """Rows with other student tokens in one of the caches; reads only shards with another number of tokens."""
+        first = 0
+        for commits in zip(*(cache.students.manifest.commits for cache in self.caches), strict=True):
+            if len({(commit.counts["tokens"], commit.unusable) for commit in commits}) > 1:
+                for row in range(first, first + commits[0].rows):
+                    ids, *others = (cache.students[row]["token_ids"] for cache in self.caches)
+                    if not all(np.array_equal(ids, other) for other in others):
+                        yield row
+            first += commits[0].rows
+
+    def identity(self, wanted: Iterable[Signal]) -> Any:
+        """What names the rows and signals of a run: that of each teacher's cache, and its weight."""
+        each = zip(self.caches, self.wanted, self.weights, strict=True)
+        return {"teachers": [[cache.identity(signals), weight] for cache, signals, weight in each]}
 
 
 def _of_teacher(cache: Cache) -> dict[str, Any]:

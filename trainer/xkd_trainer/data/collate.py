@@ -5,7 +5,7 @@ Shape legend: see batch.py. T counts all tokens of one teacher row.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,17 +28,28 @@ RowArrays = dict[str, Array]
 """Arrays of one row, named like the fields of Batch; names with a blank are of a Level or TokenStates."""
 
 
+class DocumentRow(NamedTuple):
+    """One document of a cache, with the signals that were asked for."""
+
+    row: int
+    arrays: RowArrays
+    wanted: frozenset[Signal]
+    others: tuple["DocumentRow", ...] = ()
+    """The same document with the signals of further teachers."""
+
+
 def batch_of(cache: Cache, rows: Sequence[int], wanted: frozenset[Signal]) -> Batch:
     """The batch of some rows of the cache, with the signals that were asked for.
 
     Raises:
         BadData: A shard is corrupt, or the tables disagree about a row.
     """
-    return stack_rows(rows, [read_row(cache, int(row), wanted) for row in rows], wanted)
+    return stack_rows([read_row(cache, int(row), wanted) for row in rows])
 
 
-def stack_rows(rows: Sequence[int], samples: Sequence[RowArrays], wanted: frozenset[Signal]) -> Batch:
-    """The batch of rows that were read before, with the signals that were read."""
+def stack_rows(documents: Sequence[DocumentRow]) -> Batch:
+    """The batch of documents that were read before, with the signals that were read."""
+    samples, wanted = [document.arrays for document in documents], documents[0].wanted
     data: dict[str, Any] = {name: pad([s[name] for s in samples]) for name in samples[0] if " " not in name}
     levels = tuple(_level(layer, unit, samples, wanted) for layer, unit in layers_of(wanted))
     states: dict[int, dict[str, Tensor]] = {}
@@ -47,12 +58,22 @@ def stack_rows(rows: Sequence[int], samples: Sequence[RowArrays], wanted: frozen
             values = pad([s[f"tokens {signal.column}"] for s in samples])
             states.setdefault(signal.layer, {})[_TOKEN_FIELDS[signal.name]] = values
     token_states = tuple(TokenStates(layer=layer, **found) for layer, found in sorted(states.items()))
-    return Batch(rows=tuple(int(r) for r in rows), levels=levels, token_states=token_states, **data)
+    others = tuple(map(stack_rows, zip(*(document.others for document in documents), strict=True)))
+    rows = tuple(document.row for document in documents)
+    return Batch(rows=rows, levels=levels, token_states=token_states, others=others, **data)
 
 
-def read_row(cache: Cache, row: int, wanted: frozenset[Signal]) -> RowArrays:
-    """One row, with the signals that were asked for; raises as `batch_of`."""
-    cache, row = cache.at(row)
+def read_row(cache: Cache, row: int, wanted: frozenset[Signal]) -> DocumentRow:
+    """One row, with the signals that were asked for, of every teacher; raises as `batch_of`."""
+    arrays = _read_arrays(*cache.at(row), wanted)
+    others = tuple(read_row(other, row, signals) for other, signals in cache.others)
+    for other, (of, _) in zip(others, cache.others, strict=True):
+        if not all(np.array_equal(arrays[name], other.arrays[name]) for name in ("student_ids_BS", "predict_BN")):
+            raise BadData(f"row {row} has other student tokens in {cache.root} than in {of.root}")
+    return DocumentRow(row, arrays, wanted, others)
+
+
+def _read_arrays(cache: Cache, row: int, wanted: frozenset[Signal]) -> RowArrays:
     tables = cache.documents, cache.teachers, cache.students
     document, teacher, student = (table[row] for table in tables)
     if not document["doc_id"] == teacher["doc_id"] == student["doc_id"]:

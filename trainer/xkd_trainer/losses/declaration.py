@@ -99,6 +99,10 @@ class StudentPass:
         self.batch, self.states, self.head = batch, states, head
         self.embeddings_Vd, self._embedded_BSd = embeddings_Vd, embedded_BSd
 
+    def beside(self, batch: Batch) -> "StudentPass":
+        """The same pass beside what another teacher knows of these documents; its plan is of the same logits."""
+        return StudentPass(batch, self.states, self.head, self.embeddings_Vd, self._embedded_BSd)
+
     @cached_property
     def predict_hidden_BNd(self) -> Tensor:
         """Final-normed states that predict the targets; garbage where not valid."""

@@ -20,6 +20,7 @@ Shape legend for this file
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -32,10 +33,14 @@ from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass, constant_head
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_argmax
+from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
+from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.models.measures import LONG_CELLS, at_least_float32
 
 BLOCK_SCORES: Final = 1 << 20
 """Scores that `attend` makes at a time, 4 MB in float32."""
+
+SPACES: Final = ("projected_ce", "student_space", "teacher_space")  # names of the three terms
 
 MASKED = -1e5  # score of a pair in which either side is padding, as in the authors' code; its exponential is exactly 0
 
@@ -58,6 +63,13 @@ class DualSpaceSettings(Knobs):
     def teacher_space(self) -> Comparison:
         """The divergence of the teacher's space."""
         return Comparison(kind=self.teacher_divergence, temperature=self.temperature, knobs=self)
+
+
+class DskdCmaSettings(DualSpaceSettings):
+    """Options of DSKD with cross-model attention."""
+
+    correct_only: bool = True
+    """Compare in the student's space only where the projected teacher predicts the text's next token (the code)."""
 
 
 def align_scores(query_BNK: Tensor, key_BMK: Tensor, student_valid_BN: Tensor, teacher_valid_BM: Tensor) -> Tensor:
@@ -150,6 +162,8 @@ def at_valid(layer: nn.Module, x_BND: Tensor, valid_BN: Tensor) -> Tensor:
 class Mixed:
     """Both sides of one batch, float32, brought together by cross-model attention."""
 
+    query_BNK: Tensor  # what attends: the student's embeddings in the common space; 0 where not valid
+    key_BMK: Tensor  # what is attended to: the teacher's embeddings, constants
     hidden_BMD: Tensor  # the teacher's states at its predictions
     target_BMD: Tensor  # its embeddings of the ids that are predicted
     to_student_BNM: Tensor | None  # which teacher tokens a student token looks at; None for long documents
@@ -199,7 +213,19 @@ class CrossModelLoss(Loss):
             to_student_BNM = scores_BNM.softmax(-1)
             mixed_BNd, mixed_BMD = to_student_BNM @ values_BMd, scores_BNM.mT.softmax(-1) @ values_BND
         return Mixed(
-            hidden_BMD=hidden_BMD, target_BMD=target_BMD, to_student_BNM=to_student_BNM,
-            attended_BN=attended_BN, entropy_BN=entropy_BN, projected=with_fixed_head(student, mixed_BNd),
-            back=self.head(mixed_BMD),
+            query_BNK=query_BNK, key_BMK=key_BMK, hidden_BMD=hidden_BMD, target_BMD=target_BMD,
+            to_student_BNM=to_student_BNM, attended_BN=attended_BN, entropy_BN=entropy_BN,
+            projected=with_fixed_head(student, mixed_BNd), back=self.head(mixed_BMD),
         )  # fmt: skip
+
+    def compare(self, batch: Batch, student: StudentPass, mixed: Mixed, s: DskdCmaSettings) -> Mapping[str, LossTerm]:
+        """DSKD-CMA's three terms; in the student's space only where the projected teacher is right, if so set."""
+        valid_BN, valid_BM, projected = batch.predict_valid_BN, batch.teacher_predict_valid_BM, mixed.projected
+        kept_BN = find_correct(projected, batch.target_BN, valid_BN) if s.correct_only else valid_BN
+        own, back, theirs = student.logits.at(kept_BN), mixed.back.at(valid_BM), self.head(mixed.hidden_BMD[valid_BM])
+        totals = (
+            head_cross_entropy(projected.at(valid_BN), batch.target_BN[valid_BN]),
+            head_divergence(own, projected.at(kept_BN), None, s.student_space),
+            head_divergence(back, theirs, None, s.teacher_space),
+        )
+        return {name: term(total, batch.num_predictions) for name, total in zip(SPACES, totals, strict=True)}

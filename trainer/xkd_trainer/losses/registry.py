@@ -14,6 +14,7 @@ from typing import Final
 from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.baselines.alm import ALM
 from xkd_trainer.losses.baselines.dskd import DSKD, DSKD_CMA, DSKD_V2
+from xkd_trainer.losses.baselines.dskd_ga import DSKD_CMA_GA
 from xkd_trainer.losses.baselines.fdd import FDD
 from xkd_trainer.losses.baselines.kl import CE, KL, RSKD
 from xkd_trainer.losses.baselines.mined import MINED
@@ -27,7 +28,8 @@ from xkd_trainer.losses.sra import SRA
 GROUP: Final = "xkd.losses"
 
 LOSSES: Mapping[str, Declaration] = {
-    d.name: d for d in (CE, KL, RSKD, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT)
+    d.name: d
+    for d in (CE, KL, RSKD, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_CMA_GA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT)
 }
 """The losses that come with XKD."""
 

@@ -22,7 +22,8 @@ class Distiller(nn.Module):
     """Runs the student on a batch and returns what every loss makes of it; `CacheDataset.distiller` makes one.
 
     `weights` are the factors of the losses, as `parse_loss` makes them; projectors are trained as in the papers where
-    a loss is not named.
+    a loss is not named. `teachers` says which of several teachers a loss reads: 0, and where it is not named, for that
+    of the batch itself, 1 for the first of `batch.others`.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Distiller(nn.Module):
         losses: Mapping[str, nn.Module],
         weights: Mapping[str, float],
         projectors: Mapping[str, Projectors] | None = None,
+        teachers: Mapping[str, int] | None = None,
         *,
         packing: bool = False,
     ) -> None:
@@ -40,6 +42,7 @@ class Distiller(nn.Module):
         self.losses = nn.ModuleDict(losses)
         self.weights = dict(weights)
         self.projectors = {name: (projectors or {}).get(name, Projectors()) for name in losses}
+        self.teachers = dict(teachers or {})
         self._built: dict[str, Loss] = {name: cast(Loss, loss) for name, loss in losses.items()}
         built = self._built.values()
         last, text = ([loss for loss in built if loss.attention == which] for which in (True, "text"))
@@ -66,7 +69,12 @@ class Distiller(nn.Module):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Count of every term, named LOSS.TERM, from the batch alone."""
-        return {f"{name}.{term}": n for name, loss in self._built.items() for term, n in loss.counts(batch).items()}
+        every = (batch, *batch.others)
+        return {
+            f"{name}.{term}": n
+            for name, loss in self._built.items()
+            for term, n in loss.counts(every[self.teachers.get(name, 0)]).items()
+        }
 
     def step_counts(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Count of every term over all micro-batches of an optimizer step on this process, in float64."""
@@ -114,9 +122,10 @@ class Distiller(nn.Module):
         total = passed.states.last_BLD.sum() * 0.0  # keeps every parameter in the graph when no document qualifies
         parts: dict[str, Tensor] = {}
         planned: dict[str, tuple[Planned, Tensor]] = {}
+        every = (passed, *map(passed.beside, batch.others))
         for name, loss in self._built.items():
-            factors = loss.weights(step)
-            for term, value in loss(batch, passed, step).items():
+            factors, seen = loss.weights(step), every[self.teachers.get(name, 0)]
+            for term, value in loss(seen.batch, seen, step).items():
                 key, factor = f"{name}.{term}", self.weights[name] * factors[term]
                 count = denominators[key].to(total.dtype)
                 share = torch.where(count > 0, count.clamp_min(TINY).reciprocal(), 0.0)

@@ -25,7 +25,7 @@ from xkd_schemas.text.encode import TRIED, Encoder, reading_of
 from xkd_schemas.text.tokenizers import identity
 from xkd_schemas.tokens import OK, Tokens
 from xkd_trainer.data.batch import Batch, unwrap
-from xkd_trainer.data.cache import Cache, find_student
+from xkd_trainer.data.cache import Cache, find_student, folder_and_table
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.models.architecture import head_of
@@ -90,7 +90,8 @@ class Agreement:
     """
 
     def __init__(self, tokenizer: Any, shards: Path, doc_ids: Set[str]) -> None:
-        self._cache = cache = Cache(shards, student=find_student(shards, identity(tokenizer), ""))
+        shards, table = folder_and_table(str(shards))
+        self._cache = cache = Cache(shards, student=find_student(shards, identity(tokenizer), table))
         if ARGMAX not in cache.signals:
             fix = f"xkd-cache add {shards} --model TEACHER --signals argmax"
             raise UsageError(f"{shards} holds no argmax of the teacher", fix=fix)

@@ -49,10 +49,12 @@ def plan_training(run: RunConfig, student_table: str = "") -> dict[str, Any]:
     share = math.ceil(run.train.batch_size / int(os.environ.get("WORLD_SIZE", "1")))
     documents = min(run.train.micro_batch_size or share, share)
     rows, longest = _longest(cache, share)
-    student, read = _student(run, len(opened.tokenizer)), dict.fromkeys(("head", "embeddings"), 0)
-    losses, _, _ = build_losses(
-        run, cache, student, opened.tokenizer, teacher_head=lambda: _teacher_head(cache, read, device),
-        teacher_embeddings=lambda: _teacher_matrix(cache, read, "embeddings", device),
+    student, read = _student(run, len(opened.tokenizer)), dict[Any, int]()
+    losses, *_ = build_losses(
+        run, cache, student, opened.tokenizer, lambda one: {
+            "teacher_head": lambda: _teacher_head(one, read, device),
+            "teacher_embeddings": lambda: _teacher_matrix(one, read, "embeddings", device),
+        },
     )  # fmt: skip
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), _one_document_a_row():
         student = student.to_empty(device=device)
@@ -61,6 +63,7 @@ def plan_training(run: RunConfig, student_table: str = "") -> dict[str, Any]:
     learnt = [*trained(student).values(), *_learnt(losses.values())]
     head_Vd = student.get_output_embeddings().weight
     step = _tensor_bytes(batch_of(cache, rows, opened.wanted))
+    heads = [one.sizes.vocab_size for one, name in read if name == "head"]
     parts = {
         "process": _resident(),
         "weights": _size(student.parameters()) + _size(_learnt(losses.values())),
@@ -68,7 +71,7 @@ def plan_training(run: RunConfig, student_table: str = "") -> dict[str, Any]:
         "gradients": _size(learnt),
         "optimizer": sum(_state_bytes(run.train.optimizer, parameter) for parameter in learnt),
         "activations": kept,
-        "logits": _logits(head_Vd, documents * longest, cache.sizes.vocab_size if read["head"] else 0),
+        "logits": _logits(head_Vd, documents * longest, max(heads, default=0)),
         "batches read ahead": (AHEAD + 2) * step,
     }
     return {
@@ -144,15 +147,15 @@ def _one_document_a_row() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = find
 
 
-def _teacher_matrix(cache: Cache, read: dict[str, int], name: str, device: str) -> Tensor:
+def _teacher_matrix(cache: Cache, read: dict[Any, int], name: str, device: str) -> Tensor:
     sizes, dtype = cache.sizes, dtype_named(cache.teachers.manifest.spec["dtype"])
     matrix_VD = torch.empty(sizes.vocab_size, sizes.hidden_size, dtype=dtype, device="meta")
     wide = 4 if name == "head" and device == "cpu" else dtype.itemsize  # a CPU's head is float32
-    read[name] = matrix_VD.numel() * wide
+    read[cache, name] = matrix_VD.numel() * wide
     return matrix_VD
 
 
-def _teacher_head(cache: Cache, read: dict[str, int], device: str) -> Head:
+def _teacher_head(cache: Cache, read: dict[Any, int], device: str) -> Head:
     sizes = cache.sizes
     return Head(weight_VD=_teacher_matrix(cache, read, "head", device), scale=sizes.logit_scale, softcap=sizes.softcap)
 

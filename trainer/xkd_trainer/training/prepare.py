@@ -5,12 +5,11 @@ command, or runs `xkd-cache align` as a program of its own.
 """
 
 import importlib.util
-import itertools
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from transformers import PreTrainedModel
 
 from xkd_schemas.cache.table import names_in
 from xkd_schemas.config import LoraSection, RunConfig
-from xkd_schemas.console import note, say
+from xkd_schemas.console import note, say, warn
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import Signal
 from xkd_schemas.text.encode import reading_of
 from xkd_schemas.text.templates import AUTO
 from xkd_schemas.text.tokenizers import identity
-from xkd_trainer.data.cache import Cache, CacheUnion, find_student, layers_of, parse_shards
+from xkd_trainer.data.cache import Cache, CacheJoin, CacheUnion, find_student, layers_of, parse_shards
 from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant_head
 from xkd_trainer.losses.registry import loss_named, parse_loss
 from xkd_trainer.models.architecture import head_of, num_layers
@@ -88,35 +87,71 @@ def open_shards(
     run: RunConfig, tokenizer: Any, student_table: str = "", *, on_missing: str = "fail", quiet: bool = False
 ) -> tuple[Cache, frozenset[Signal]]:
     """The cache of a run, or all of its caches as one, and the signals that its losses need; Mismatch, UsageError."""
-    settings = _settings(run)
     fingerprint, caches = identity(tokenizer), []
-    shards = [parse_shards(text) for text in run.train.shards] or [(Path(run.cache), 1.0)]
-    for root, _ in shards:
+    shards = [parse_shards(text) for text in run.train.shards] or [(Path(run.cache), "", 1.0)]
+    for root, named, _ in shards:
         of_root = run.model_copy(update={"cache": str(root)})
-        table = _find_table(of_root, fingerprint, student_table, on_missing=on_missing, quiet=quiet)
+        table = _find_table(of_root, fingerprint, named or student_table, on_missing=on_missing, quiet=quiet)
         caches.append(Cache(root, student=table))
         _check_template(of_root, caches[-1])
-    seen = [weight for _, weight in shards]
-    cache = caches[0] if seen == [1.0] else CacheUnion(caches, seen)
-    needs = {n: loss_named(n).needs(settings[n], _levels(cache)) for n in parse_loss(run.train.loss)}
-    for name, each in itertools.product(needs, caches):
-        each.require(name, needs[name])
-    return cache, frozenset(signal for signals in needs.values() for signal in signals)
+    weights = [weight for *_, weight in shards]
+    if len(caches) > 1 and len({cache.documents.manifest.root for cache in caches}) < len(caches):
+        join = _join(run, caches, weights)
+        return join, join.wanted[0]
+    cache = caches[0] if weights == [1.0] else CacheUnion(caches, weights)
+    return cache, _require(run, cache, caches)
+
+
+def _join(run: RunConfig, caches: Sequence[Cache], weights: Sequence[float]) -> CacheJoin:
+    """Caches some of which have the same documents, as one; UsageError where not all have them."""
+    first, *others = caches
+    if apart := [one.root for one in others if one.documents.manifest.root != first.documents.manifest.root]:
+        raise UsageError(
+            f"--shards: {apart[0]} has other documents than {first.root}, and two of the caches have the same",
+            fix="name caches of the same documents, or of different ones",
+        )
+    join = CacheJoin(caches, weights, [_require(run, cache, [cache]) for cache in caches])
+    if left := max(len(cache.usable) for cache in caches) - len(join.usable):
+        warn(f"{left} documents are left out: a teacher could not read them, or read less of them than another")
+    return join
+
+
+def _require(run: RunConfig, cache: Cache, parts: Iterable[Cache]) -> frozenset[Signal]:
+    """The signals that the losses read of a cache; UsageError where one of its parts lacks any."""
+    settings, levels = _settings(run), _levels(cache)
+    needs = {name: loss_named(name).needs(settings[name], levels) for name in parse_loss(run.train.loss)}
+    for part in parts:
+        for name, signals in needs.items():
+            part.require(name, signals)
+    return frozenset(signal for signals in needs.values() for signal in signals)
+
+
+Built = tuple[Mapping[str, nn.Module], Mapping[str, float], Mapping[str, Projectors], Mapping[str, int]]
 
 
 def build_losses(
-    run: RunConfig, cache: Cache, student: PreTrainedModel, tokenizer: Any, **known: Any
-) -> tuple[Mapping[str, nn.Module], Mapping[str, float], Mapping[str, Projectors]]:
-    """The losses of a run with their weights, and how their projectors are trained: what a `Distiller` is made of.
+    run: RunConfig, cache: Cache, student: PreTrainedModel, tokenizer: Any,
+    known: Callable[[Cache], Mapping[str, Any]] = lambda _: {},
+) -> Built:  # fmt: skip
+    """The losses of a run, their weights, how projectors are trained, and the teachers: what a `Distiller` is made of.
 
-    `known` replaces fields of the losses' `Context`.
+    Of several teachers each has its own losses, LOSS@TEACHER, all from one seed, times its weight. What needs nothing
+    of a teacher, as cross-entropy, is there once. `known` replaces fields of the losses' `Context`.
     """
-    settings, weights = _settings(run), parse_loss(run.train.loss)
-    context = replace(context_of(cache, student, tokenizer, _levels(cache)), **known)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
-        losses = {name: loss_named(name).build(settings[name], context) for name in weights}
-    return losses, weights, _projectors(run, losses)
+    settings, losses, weights, teachers = _settings(run), dict[str, nn.Module](), dict[str, float](), dict[str, int]()
+    for number, (label, (one, factor)) in enumerate(cache.by_teacher.items()):
+        levels = _levels(one)
+        context = replace(context_of(one, student, tokenizer, levels), **known(one))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.train.seed + 1)  # projectors must not depend on how the student was made
+            for name, weight in parse_loss(run.train.loss).items():
+                declared = loss_named(name)
+                reads = bool(label and declared.needs(settings[name], levels))
+                if reads or not number:
+                    key = f"{name}@{label}" if reads else name
+                    losses[key] = declared.build(settings[name], context)
+                    weights[key], teachers[key] = weight * (factor if reads else 1.0), number
+    return losses, weights, _projectors(run, losses), teachers
 
 
 def _settings(run: RunConfig) -> dict[str, Any]:
@@ -207,9 +242,10 @@ def _check_template(run: RunConfig, cache: Cache) -> None:
 def _projectors(run: RunConfig, losses: Mapping[str, nn.Module]) -> dict[str, Projectors]:
     """How each loss's projectors are trained; UsageError where keys are set of a loss that has none."""
     found = {}
-    for name, loss in losses.items():
+    for key, loss in losses.items():
+        name = key.partition("@")[0]
         values = run.losses.get(name, {})
-        found[name] = loss_named(name).parse_projectors(values, run.train.projector_lr)
+        found[key] = loss_named(name).parse_projectors(values, run.train.projector_lr)
         idle = sorted(set(values) & set(Projectors.model_fields))
         if idle and not any(p.requires_grad for p in loss.parameters()):
             raise UsageError(f"losses.{name}.{idle[0]}: {name} has no projectors here", fix=f"leave out {idle[0]}")

@@ -22,7 +22,9 @@ from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Projectors, StudentPass, constant_head
 from xkd_trainer.losses.dual_space import (
+    SPACES,
     CrossModelLoss,
+    DskdCmaSettings,
     DualSpaceSettings,
     TeacherHead,
     find_correct,
@@ -36,15 +38,7 @@ from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.losses.pairing import OneTokenizerLoss
 
-TERMS = ("projected_ce", "student_space", "teacher_space")
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest count as 0 in `pseudo_inverse`
-
-
-class DskdCmaSettings(DualSpaceSettings):
-    """Options of DSKD with cross-model attention."""
-
-    correct_only: bool = True
-    """Compare in the student's space only where the projected teacher predicts the text's next token (the code)."""
 
 
 class DskdV2Settings(DualSpaceSettings):
@@ -95,7 +89,7 @@ def equal_logits(inverse_DK: Tensor, other_KW: Tensor) -> Tensor:
 class Dskd(OneTokenizerLoss):
     """The three terms; prediction n of both models is the same token's."""
 
-    terms = TERMS
+    terms = SPACES
 
     def __init__(self, settings: DualSpaceSettings, context: Context) -> None:
         super().__init__("dskd", context)
@@ -120,7 +114,7 @@ class Dskd(OneTokenizerLoss):
 class DskdCma(CrossModelLoss):
     """The same three terms between two tokenizers; each token takes a mixture of the other model's states."""
 
-    terms = TERMS
+    terms = SPACES
 
     def __init__(self, settings: DskdCmaSettings, context: Context) -> None:
         super().__init__(context, "dskd_cma")
@@ -128,15 +122,7 @@ class DskdCma(CrossModelLoss):
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Both spaces; in the student's only where the projected teacher is right."""
-        valid_BN, valid_BM, mixed = batch.predict_valid_BN, batch.teacher_predict_valid_BM, self.mix(batch, student)
-        s, count, projected = self.settings, batch.num_predictions, mixed.projected
-        kept_BN = find_correct(projected, batch.target_BN, valid_BN) if s.correct_only else valid_BN
-        own, back, theirs = student.logits.at(kept_BN), mixed.back.at(valid_BM), self.head(mixed.hidden_BMD[valid_BM])
-        return {
-            "projected_ce": term(head_cross_entropy(projected.at(valid_BN), batch.target_BN[valid_BN]), count),
-            "student_space": term(head_divergence(own, projected.at(kept_BN), None, s.student_space), count),
-            "teacher_space": term(head_divergence(back, theirs, None, s.teacher_space), count),
-        }
+        return self.compare(batch, student, self.mix(batch, student), self.settings)
 
 
 class DskdV2(Loss):
@@ -181,7 +167,7 @@ class DskdV2(Loss):
                 hidden_BEd = self.t2s(gather_rows(teacher_states(batch), batch.pairs_BE2[..., 1]))
                 projected = LazyLogits(hidden=hidden_BEd, weight=head.weight_VD, bias=head.bias_V)
                 kept_BE = self._choose(projected, label_BE, labelled_BE)
-        return dict(zip(TERMS, (labelled_BE.sum(), kept_BE.sum(), batch.pair_valid_BE.sum()), strict=True))
+        return dict(zip(SPACES, (labelled_BE.sum(), kept_BE.sum(), batch.pair_valid_BE.sum()), strict=True))
 
     def _choose(self, projected: LazyLogits, label_BE: Tensor, labelled_BE: Tensor) -> Tensor:
         if not self.settings.agreement:
@@ -210,7 +196,7 @@ class DskdV2(Loss):
             head_divergence(back, theirs, None, s.teacher_space),
         )
         counts = (labelled_BE.sum(), kept_BE.sum(), paired_BE.sum())
-        return {name: term(*both) for name, *both in zip(TERMS, sums, counts, strict=True)}
+        return {name: term(*both) for name, *both in zip(SPACES, sums, counts, strict=True)}
 
 
 DSKD = Declaration(
