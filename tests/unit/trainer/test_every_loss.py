@@ -52,8 +52,12 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("uld", {"teacher": "topk"}),
     ("multilevelot", {}),
     ("multilevelot", {"match": "greedy"}),
+    ("gold", {}),
+    ("gold", {"merge": "bayesian", "mean": "documents", "end_token": "include", "matched_weight": 1.0,
+              "unmatched_weight": 0.5}),
+    ("gold", {"classes": "sorted"}),
     ("rskd", SAME),
-)
+)  # fmt: skip
 
 
 def ready(loss: str, **settings: Any) -> Any:
@@ -275,6 +279,8 @@ REACHES = {
     "alm.alm": {"body", "head", "embeddings"},
     "mined.mined": {"body", "head", "embeddings"},
     "uld.l1": {"body", "head", "embeddings"},
+    "gold.gold": {"body", "head", "embeddings"},
+    "gold.matched": set(),
 }
 """What learns from each term: METHODS 1.5, 2.3, 3.4 and 4."""
 
@@ -358,6 +364,9 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "alm": [{"divergence": "reverse_kl"}, {"divergence": "tv"}, {"divergence": "kl_limit"}, {"temperature": 1.0},
             {"scaled": False}, {"average": "tokens"}],
     "mined": [{"temperature": 1.0}, {"vocabulary": "exact"}],
+    "gold": [{"classes": "sorted"}, {"divergence": "forward_kl"}, {"temperature": 2.0}, {"merge": "bayesian"},
+             {"matched_weight": 1.0, "unmatched_weight": 1.0}, {"shared_vocab": "exact"}, {"mean": "documents"},
+             {"end_token": "include"}],
 }  # fmt: skip
 
 

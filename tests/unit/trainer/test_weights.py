@@ -13,7 +13,7 @@ PAPERS = {
     "ce": "1 ce", "kl": "1 kl", "rskd": "1 rskd", "fdd": "1 fdd", "mta": "1 ce + 1 mta", "sra": "0.5 ce + 0.5 sra",
     "dwa": "0.5 ce + 1 dwa", "dskd": "0.5 ce + 0.5 dskd", "dskd_cma": "0.5 ce + 0.5 dskd_cma",
     "dskd_v2": "0.5 ce + 0.5 dskd_v2", "alm": "0.5 ce + 0.5 alm", "mined": "0.5 ce + 0.5 mined",
-    "uld": "0.5 ce + 0.5 uld", "multilevelot": "1 ce + 1.5 multilevelot",
+    "uld": "0.5 ce + 0.5 uld", "multilevelot": "1 ce + 1.5 multilevelot", "gold": "1 gold",
 }  # fmt: skip
 TOGETHER = {
     "kl+mta": "1 kl + 1 mta",

@@ -15,6 +15,7 @@ from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.baselines.alm import ALM
 from xkd_trainer.losses.baselines.dskd import DSKD, DSKD_CMA, DSKD_V2
 from xkd_trainer.losses.baselines.fdd import FDD
+from xkd_trainer.losses.baselines.gold import GOLD
 from xkd_trainer.losses.baselines.kl import CE, KL, RSKD
 from xkd_trainer.losses.baselines.mined import MINED
 from xkd_trainer.losses.baselines.multilevelot import MULTILEVELOT
@@ -27,7 +28,7 @@ from xkd_trainer.losses.sra import SRA
 GROUP: Final = "xkd.losses"
 
 LOSSES: Mapping[str, Declaration] = {
-    d.name: d for d in (CE, KL, RSKD, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT)
+    d.name: d for d in (CE, KL, RSKD, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT, GOLD)
 }
 """The losses that come with XKD."""
 

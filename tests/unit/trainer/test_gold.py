@@ -1,0 +1,122 @@
+"""GOLD against loops over pieces of the tiny cache, gradients, chunks, and what takes part."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import one_tokenizer as one
+import slow_pieces as slow
+from slow_losses import generator
+from xkd_schemas.errors import UsageError
+from xkd_trainer.losses import pairing
+from xkd_trainer.losses.baselines.gold import Gold, GoldSettings
+from xkd_trainer.losses.ops import lazy_logits
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
+from xkd_trainer.losses.pairing import Pieces, PieceSide
+from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.models.architecture import Head
+
+
+def side(seed: int, sizes: list[int], classes: int) -> tuple[LazyLogits, PieceSide]:
+    g, total = generator(seed), sum(sizes)
+    hidden, weight = (torch.randn(n, 3, generator=g, dtype=torch.float64) for n in (total, classes))
+    ends = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    target = torch.randint(classes, (total,), generator=g)
+    inside = torch.ones(1, total, dtype=torch.bool)
+    made = PieceSide(inside_BN=inside, target_N=target, size_G=torch.tensor(sizes), ends=ends)
+    return LazyLogits(hidden=hidden, weight=weight), made
+
+
+def gold(student: int, teacher: int, **settings: Any) -> Gold:
+    """Of small vocabularies that share some classes."""
+    context: Any = SimpleNamespace(
+        student_vocab={f"s{v}" if v % 3 else f"b{v}": v for v in range(student)},
+        teacher_vocab={f"t{v}" if v % 3 else f"b{v}": v for v in range(teacher)},
+        student_head=lambda: Head(weight_VD=torch.zeros(student, 3), bias_V=None),
+        teacher_head=lambda: Head(weight_VD=torch.zeros(teacher, 3), bias_V=None),
+    )
+    return Gold(GoldSettings(**settings), context)
+
+
+SIZES = ([1, 3, 1, 2], [2, 1, 1, 3])
+
+
+def summed(made: Gold, own: LazyLogits) -> list[Tensor]:
+    theirs, teacher = side(6, SIZES[1], 5)
+    student = side(5, SIZES[0], 7)[1]
+    pieces = Pieces(student=student, teacher=teacher, document_G=torch.tensor([0, 0, 1, 1]))
+    return made.sums(own, theirs, pieces, torch.tensor([1.0, 0.5, 2.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("settings", [{}, {"merge": "bayesian", "temperature": 2.0}, {"divergence": "reverse_kl"}])
+def test_gradients_by_states_and_head_are_numerically_right(settings: dict[str, Any]) -> None:
+    own, made = side(5, SIZES[0], 7)[0], gold(7, 5, **settings)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return summed(made, LazyLogits(hidden=hidden, weight=weight))[0]
+
+    assert torch.autograd.gradcheck(loss, (own.hidden.requires_grad_(), own.weight.requires_grad_()), fast_mode=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_chunks_cut_no_piece_and_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, made = side(5, SIZES[0], 7)[0], gold(7, 5)
+    whole = summed(made, own)
+
+    monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", rows * 7 * 8 // lazy_logits.WIDER + 1)
+
+    for found, expected in zip(summed(made, own), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+CASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"merge": "bayesian", "mean": "documents", "temperature": 2.0, "end_token": "include", "js_share": 0.9},
+    {"classes": "sorted"},
+    {"shared_vocab": "exact", "matched_weight": 2.0, "unmatched_weight": 0.5},
+)
+
+
+@pytest.mark.parametrize("settings", CASES)
+@torch.no_grad()
+def test_the_wired_loss_is_the_loops_over_pieces_of_single_documents(settings: dict[str, Any]) -> None:
+    made, batch = one.ready("gold", table=one.OTHER, **settings)
+    how = GoldSettings(**settings)
+    documents = one.pieces_of(made, batch, end_token=how.end_token == "include")
+    shared: dict[int, int] = {}
+    if how.classes == "hybrid":
+        student, teacher = one.vocabularies(made)
+        ids = shared_vocabulary(student, teacher, how.shared_vocab)
+        shared = dict(zip(*(side.tolist() for side in ids), strict=True))
+    share = len(shared) / len(made.cache.head().weight_VD)
+    parts = (share, 1 - share) if how.matched_weight is None else (how.matched_weight, how.unmatched_weight or 0.0)
+
+    expected = slow.gold(
+        documents, shared, parts, tau=how.temperature, merge=how.merge, mean=how.mean, beta=how.js_share
+    )
+    found = one.terms_of(made.distiller, batch)
+    assert max(end - start for *_, ranges in documents for (start, end), _ in ranges) > 1
+    for name in ("gold", "matched", "unmatched"):
+        one.assert_term(found[name], expected[name], expected["count"])
+    tokens = sum(end - start for *_, ranges in documents for (start, end), _ in ranges)
+    one.assert_term(found["covered"], tokens, sum(len(d[0][1]) for d in documents))
+
+
+def test_a_piece_of_too_many_tokens_is_left_out_and_seen_in_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, batch = one.ready("gold", table=one.OTHER)
+    before = one.terms_of(made.distiller, batch)
+
+    monkeypatch.setattr(pairing, "LONGEST", 1)
+
+    after = one.terms_of(made.distiller, batch)
+    assert 0 < float(after["gold"].count) < float(before["gold"].count)
+    assert float(after["covered"].total) == float(after["gold"].count) < float(before["covered"].total)
+
+
+def test_one_weight_alone_is_refused() -> None:
+    with pytest.raises(UsageError, match="matched_weight and unmatched_weight are set together"):
+        LOSSES["gold"].parse({"matched_weight": 1.0})
