@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from slow_chunks import log_softmax
-from slow_losses import Vector, kl
+from slow_losses import Vector, kl, softmax
 from slow_ot import sorted_l1
 
 Range = tuple[int, int]
@@ -50,3 +50,24 @@ def gold(
             found["unmatched"] += weight * unmatched
             found["count"] += weight
     return found
+
+
+def simct(
+    documents: Sequence[Document], shared: Mapping[int, int], *, tau: float = 1.0, reverse: bool = True
+) -> tuple[float, int]:
+    """The sum over pieces, and how many pieces are a class of their own."""
+    total, extra = 0.0, 0
+    for student, teacher, pieces in documents:
+        for s_piece, t_piece in pieces:
+            units = []
+            for side, (start, end), ids in ((student, s_piece, shared), (teacher, t_piece, shared.values())):
+                logits, text = side[0], side[1][start:end]
+                mean = math.fsum(logits[start + k][y] for k, y in enumerate(text)) / (end - start)
+                units.append(([logits[start][v] / tau for v in ids], mean / tau, text))
+            (own, own_mean, y), (theirs, their_mean, x) = units
+            if len(y) > 1 or len(x) > 1 or shared.get(y[0]) != x[0]:
+                extra += 1
+                own, theirs = [*own, own_mean], [*theirs, their_mean]
+            q, p = softmax(own), softmax(theirs)
+            total += kl(q, p) if reverse else kl(p, q)
+    return total, extra

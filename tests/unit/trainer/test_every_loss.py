@@ -56,6 +56,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gold", {"merge": "bayesian", "mean": "documents", "end_token": "include", "matched_weight": 1.0,
               "unmatched_weight": 0.5}),
     ("gold", {"classes": "sorted"}),
+    ("simct", {}),
     ("rskd", SAME),
 )  # fmt: skip
 
@@ -281,6 +282,7 @@ REACHES = {
     "uld.l1": {"body", "head", "embeddings"},
     "gold.gold": {"body", "head", "embeddings"},
     "gold.matched": set(),
+    "simct.simct": {"body", "head", "embeddings"},
 }
 """What learns from each term: METHODS 1.5, 2.3, 3.4 and 4."""
 
@@ -367,6 +369,8 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "gold": [{"classes": "sorted"}, {"divergence": "forward_kl"}, {"temperature": 2.0}, {"merge": "bayesian"},
              {"matched_weight": 1.0, "unmatched_weight": 1.0}, {"shared_vocab": "exact"}, {"mean": "documents"},
              {"end_token": "include"}],
+    "simct": [{"divergence": "forward_kl"}, {"temperature": 2.0}, {"shared_vocab": "exact"},
+              {"end_token": "exclude"}],
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from xkd_trainer.losses.baselines.gold import GOLD
 from xkd_trainer.losses.baselines.kl import CE, KL, RSKD
 from xkd_trainer.losses.baselines.mined import MINED
 from xkd_trainer.losses.baselines.multilevelot import MULTILEVELOT
+from xkd_trainer.losses.baselines.simct import SIMCT
 from xkd_trainer.losses.baselines.uld import ULD
 from xkd_trainer.losses.declaration import Declaration, Loss
 from xkd_trainer.losses.dwa import DWA
@@ -27,8 +28,11 @@ from xkd_trainer.losses.sra import SRA
 
 GROUP: Final = "xkd.losses"
 
+OVER_PIECES = (GOLD, SIMCT)
+
 LOSSES: Mapping[str, Declaration] = {
-    d.name: d for d in (CE, KL, RSKD, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT, GOLD)
+    d.name: d
+    for d in (CE, KL, RSKD, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT, *OVER_PIECES)
 }
 """The losses that come with XKD."""
 

@@ -21,7 +21,7 @@ from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive,
 from xkd_trainer.losses.dual_space import TeacherHead, last_states, teacher_states
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_log_probabilities
 from xkd_trainer.losses.ops.term import LossTerm, term
-from xkd_trainer.losses.pairing import find_pieces, sides_of
+from xkd_trainer.losses.pieces import find_pieces, sides_of
 from xkd_trainer.models.measures import at_least_float32
 
 FLOOR = 1e-6

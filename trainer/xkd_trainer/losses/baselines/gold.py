@@ -15,32 +15,27 @@ With m the classes that both vocabularies have, and Q the student's,
 Probabilities below 1e-8 count as 1e-8 in `matched` and in the products. What the student learns from are the responses
 of the corpus (TRL's lmbda = 0).
 
-Shape legend: see batch.py and pairing.py; V student classes, W teacher classes, K matched classes.
+Shape legend: see batch.py and pieces.py; K matched classes.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Final, Literal
 
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from xkd_trainer.data.batch import Batch
-from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, StudentPass, Weight
-from xkd_trainer.losses.dual_space import TeacherHead, last_states, teacher_states
-from xkd_trainer.losses.ops.divergence import DIVERGENCES, Kind, Knobs, sorted_distance
-from xkd_trainer.losses.ops.lazy_logits import LazyLogits, grouped_sum
-from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.losses.declaration import Context, Declaration, Weight
+from xkd_trainer.losses.dual_space import last_states
+from xkd_trainer.losses.ops.divergence import Kind, sorted_distance
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
-from xkd_trainer.losses.pairing import Pieces, PieceSide, shared_pieces
-from xkd_trainer.models.measures import at_least_float32
+from xkd_trainer.losses.pieces import PieceLoss, Pieces, PieceSettings, PieceSide
 
 LEAST: Final = math.log(1e-8)
 """Logarithm of the smallest probability, as in TRL."""
 
 
-class GoldSettings(Knobs):
+class GoldSettings(PieceSettings):
     """Options of GOLD; "code" is TRL's."""
 
     classes: Literal["hybrid", "sorted"] = "hybrid"
@@ -48,8 +43,6 @@ class GoldSettings(Knobs):
     default)."""
     divergence: Kind = "js"
     """Of the matched classes; beta is js_share. Code: js with beta 0.5; its beta 0 is forward_kl, 1 reverse_kl."""
-    temperature: Positive = 1.0
-    """Divides both logits. Code: 1, one for each model."""
     merge: Literal["observed", "bayesian"] = "observed"
     """Which token of a piece gives the distribution: the first or the last. Code: observed."""
     matched_weight: Weight | None = None
@@ -60,8 +53,6 @@ class GoldSettings(Knobs):
     """mapped: classes are the same if their bytes are. exact: equal token strings (code)."""
     mean: Literal["pieces", "documents"] = "pieces"
     """pieces: all alike. documents: a mean in each document, then over documents (code, over a batch)."""
-    end_token: Literal["exclude", "include"] = "exclude"
-    """Whether the two end tokens are a piece. Code: exclude."""
 
     @model_validator(mode="after")
     def _require_both_weights(self) -> "GoldSettings":
@@ -89,15 +80,13 @@ def merge(log_p_CV: Tensor, side: PieceSide, pieces: slice, how: Literal["observ
 # -- wiring to the cache
 
 
-class Gold(Loss):
-    """Term `gold`. Shown besides, with weight 0: its two parts, and the share of predictions that are in pieces."""
-
-    terms = ("gold", "matched", "unmatched", "covered")
+class Gold(PieceLoss):
+    """Term `gold`, and shown with weight 0 its two parts and `covered`."""
 
     def __init__(self, settings: GoldSettings, context: Context) -> None:
-        super().__init__()
+        super().__init__(settings, context, "gold")
         self.settings = settings
-        self.head = TeacherHead(context, "gold")
+        self.terms = ("gold", "matched", "unmatched", "covered")
         ids = [torch.zeros(0, dtype=torch.int64)] * 2
         if settings.classes == "hybrid":
             ids = list(shared_vocabulary(context.student_vocab, context.teacher_vocab, settings.shared_vocab))
@@ -110,52 +99,18 @@ class Gold(Loss):
         self.parts = (share, 1.0 - share) if w_m is None or w_u is None or not share else (w_m, w_u)
         """w_m and w_u."""
 
-    def weights(self, step: int) -> Mapping[str, float]:
-        """The parts have their weights inside `gold`."""
-        return dict.fromkeys(self.terms, 0.0) | {"gold": 1.0}
-
-    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Pieces or documents with one, and predictions."""
-        return self._count(batch, self._weigh(shared_pieces(batch, end_token=self.settings.end_token == "include")))
-
-    def _count(self, batch: Batch, weights_G: Tensor) -> dict[str, Tensor]:
-        return dict.fromkeys(self.terms, weights_G.sum().round()) | {"covered": batch.num_predictions}
-
-    def _weigh(self, pieces: Pieces) -> Tensor:
-        document_G = pieces.document_G
+    def weigh(self, pieces: Pieces) -> Tensor:
+        """All alike, or adding up to 1 in a document."""
         if self.settings.mean == "pieces":
-            return torch.ones_like(document_G).float()
-        return 1.0 / document_G.bincount()[document_G]
+            return super().weigh(pieces)
+        return 1.0 / pieces.document_G.bincount()[pieces.document_G]
 
-    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
-        """All pieces, some at a time."""
-        pieces = shared_pieces(batch, end_token=self.settings.end_token == "include")
-        own = student.logits.at(pieces.student.inside_BN)
-        theirs = self.head(teacher_states(batch)[pieces.teacher.inside_BN])
-        weights_G = self._weigh(pieces)
-        counts, sums = self._count(batch, weights_G), self.sums(own, theirs, pieces, weights_G)
-        covered = pieces.student.size_G.sum().to(sums[0].dtype)
-        return {name: term(value, counts[name]) for name, value in zip(self.terms, (*sums, covered), strict=True)}
-
-    def sums(self, own: LazyLogits, theirs: LazyLogits, pieces: Pieces, weights_G: Tensor) -> list[Tensor]:
-        """The first three terms, from the logits at all predictions inside pieces; the first has gradient."""
-        tau, how = self.settings.temperature, self.settings.merge
-
-        def compare(some: slice, logits_CV: Tensor) -> Tensor:
-            log_q_gV = merge((at_least_float32(logits_CV) / tau).log_softmax(-1), pieces.student, some, how)
-            with torch.no_grad():
-                logits_CW = theirs.at(pieces.teacher.rows(some)).dense()
-                log_p_gW = merge((logits_CW / tau).log_softmax(-1), pieces.teacher, some, how)
-            return self._compare(log_q_gV, log_p_gW.to(log_q_gV.dtype))
-
-        total, sums_3 = grouped_sum(compare, own, weights_G, pieces.parts(own, theirs))
-        return [total, *sums_3[1:]]
-
-    def _compare(self, log_q_gV: Tensor, log_p_gW: Tensor) -> Tensor:
-        """Both parts of each piece and their weighted sum in front, [g, 3]."""
-        q_gK, p_gK = log_q_gV[:, self.ids_K], log_p_gW[:, self.teacher_ids_K]
-        kind = DIVERGENCES[self.settings.divergence]
-        matched_g = kind(p_gK.clamp_min(LEAST), q_gK.clamp_min(LEAST), self.settings)
+    def compare(self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice) -> Tensor:
+        """The weighted sum of both parts, and the parts."""
+        log_q_gV = merge(logits_CV.log_softmax(-1), pieces.student, some, self.settings.merge)
+        log_p_gW = merge(logits_CW.log_softmax(-1), pieces.teacher, some, self.settings.merge)
+        p_gK, q_gK = log_p_gW[:, self.teacher_ids_K], log_q_gV[:, self.ids_K]
+        matched_g = self.divergence(p_gK.clamp_min(LEAST), q_gK.clamp_min(LEAST))
         sides = log_q_gV[:, self.other_V], log_p_gW[:, self.teacher_other_W]
         unmatched_g = sorted_distance(*(side.exp().sort(-1, descending=True).values for side in sides))
         w_m, w_u = self.parts

@@ -1,4 +1,4 @@
-"""GOLD against loops over pieces of the tiny cache, gradients, chunks, and what takes part."""
+"""The losses over pieces of text against loops over the tiny cache, gradients, chunks, and what takes part."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +11,13 @@ import one_tokenizer as one
 import slow_pieces as slow
 from slow_losses import generator
 from xkd_schemas.errors import UsageError
-from xkd_trainer.losses import pairing
-from xkd_trainer.losses.baselines.gold import Gold, GoldSettings
+from xkd_trainer.losses import pieces as pieces_module
+from xkd_trainer.losses.baselines.gold import GoldSettings
+from xkd_trainer.losses.baselines.simct import SimctSettings
 from xkd_trainer.losses.ops import lazy_logits
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
-from xkd_trainer.losses.pairing import Pieces, PieceSide
+from xkd_trainer.losses.pieces import Pieces, PieceSide
 from xkd_trainer.losses.registry import LOSSES
 from xkd_trainer.models.architecture import Head
 
@@ -31,40 +32,51 @@ def side(seed: int, sizes: list[int], classes: int) -> tuple[LazyLogits, PieceSi
     return LazyLogits(hidden=hidden, weight=weight), made
 
 
-def gold(student: int, teacher: int, **settings: Any) -> Gold:
-    """Of small vocabularies that share some classes."""
+def built(loss: str, **settings: Any) -> Any:
+    """A loss of small vocabularies that share some classes."""
+    student, teacher = 7, 5
     context: Any = SimpleNamespace(
         student_vocab={f"s{v}" if v % 3 else f"b{v}": v for v in range(student)},
         teacher_vocab={f"t{v}" if v % 3 else f"b{v}": v for v in range(teacher)},
         student_head=lambda: Head(weight_VD=torch.zeros(student, 3), bias_V=None),
         teacher_head=lambda: Head(weight_VD=torch.zeros(teacher, 3), bias_V=None),
     )
-    return Gold(GoldSettings(**settings), context)
+    return LOSSES[loss].build(LOSSES[loss].parse(settings), context)
 
 
 SIZES = ([1, 3, 1, 2], [2, 1, 1, 3])
 
 
-def summed(made: Gold, own: LazyLogits) -> list[Tensor]:
+def summed(made: Any, own: LazyLogits) -> list[Tensor]:
     theirs, teacher = side(6, SIZES[1], 5)
     student = side(5, SIZES[0], 7)[1]
     pieces = Pieces(student=student, teacher=teacher, document_G=torch.tensor([0, 0, 1, 1]))
     return made.sums(own, theirs, pieces, torch.tensor([1.0, 0.5, 2.0, 1.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("settings", [{}, {"merge": "bayesian", "temperature": 2.0}, {"divergence": "reverse_kl"}])
-def test_gradients_by_states_and_head_are_numerically_right(settings: dict[str, Any]) -> None:
-    own, made = side(5, SIZES[0], 7)[0], gold(7, 5, **settings)
+BUILT: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gold", {}),
+    ("gold", {"merge": "bayesian", "temperature": 2.0}),
+    ("gold", {"divergence": "reverse_kl"}),
+    ("simct", {}),
+    ("simct", {"divergence": "js", "temperature": 2.0}),
+)
 
-    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+
+@pytest.mark.parametrize(("loss", "settings"), BUILT)
+def test_gradients_by_states_and_head_are_numerically_right(loss: str, settings: dict[str, Any]) -> None:
+    own, made = side(5, SIZES[0], 7)[0], built(loss, **settings)
+
+    def value(hidden: Tensor, weight: Tensor) -> Tensor:
         return summed(made, LazyLogits(hidden=hidden, weight=weight))[0]
 
-    assert torch.autograd.gradcheck(loss, (own.hidden.requires_grad_(), own.weight.requires_grad_()), fast_mode=True)
+    assert torch.autograd.gradcheck(value, (own.hidden.requires_grad_(), own.weight.requires_grad_()), fast_mode=True)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_chunks_cut_no_piece_and_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, made = side(5, SIZES[0], 7)[0], gold(7, 5)
+@pytest.mark.parametrize("loss", ["gold", "simct"])
+def test_chunks_cut_no_piece_and_change_nothing(loss: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, made = side(5, SIZES[0], 7)[0], built(loss)
     whole = summed(made, own)
 
     monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", rows * 7 * 8 // lazy_logits.WIDER + 1)
@@ -83,14 +95,13 @@ CASES: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("settings", CASES)
 @torch.no_grad()
-def test_the_wired_loss_is_the_loops_over_pieces_of_single_documents(settings: dict[str, Any]) -> None:
+def test_gold_is_the_loops_over_pieces_of_single_documents(settings: dict[str, Any]) -> None:
     made, batch = one.ready("gold", table=one.OTHER, **settings)
     how = GoldSettings(**settings)
     documents = one.pieces_of(made, batch, end_token=how.end_token == "include")
     shared: dict[int, int] = {}
     if how.classes == "hybrid":
-        student, teacher = one.vocabularies(made)
-        ids = shared_vocabulary(student, teacher, how.shared_vocab)
+        ids = shared_vocabulary(*one.vocabularies(made), mode=how.shared_vocab)
         shared = dict(zip(*(side.tolist() for side in ids), strict=True))
     share = len(shared) / len(made.cache.head().weight_VD)
     parts = (share, 1 - share) if how.matched_weight is None else (how.matched_weight, how.unmatched_weight or 0.0)
@@ -110,7 +121,7 @@ def test_a_piece_of_too_many_tokens_is_left_out_and_seen_in_covered(monkeypatch:
     made, batch = one.ready("gold", table=one.OTHER)
     before = one.terms_of(made.distiller, batch)
 
-    monkeypatch.setattr(pairing, "LONGEST", 1)
+    monkeypatch.setattr(pieces_module, "LONGEST", 1)
 
     after = one.terms_of(made.distiller, batch)
     assert 0 < float(after["gold"].count) < float(before["gold"].count)
@@ -120,3 +131,19 @@ def test_a_piece_of_too_many_tokens_is_left_out_and_seen_in_covered(monkeypatch:
 def test_one_weight_alone_is_refused() -> None:
     with pytest.raises(UsageError, match="matched_weight and unmatched_weight are set together"):
         LOSSES["gold"].parse({"matched_weight": 1.0})
+
+
+@pytest.mark.parametrize("settings", [{}, {"divergence": "forward_kl", "temperature": 2.0, "end_token": "exclude"}])
+@torch.no_grad()
+def test_simct_is_the_loops_over_pieces_of_single_documents(settings: dict[str, Any]) -> None:
+    made, batch = one.ready("simct", table=one.OTHER, **settings)
+    how = SimctSettings(**settings)
+    documents = one.pieces_of(made, batch, end_token=how.end_token == "include")
+    ids = shared_vocabulary(*one.vocabularies(made), mode=how.shared_vocab)
+    shared = dict(zip(*(side.tolist() for side in ids), strict=True))
+
+    expected, extra = slow.simct(documents, shared, tau=how.temperature, reverse=how.divergence == "reverse_kl")
+
+    assert 0 < extra < sum(len(d[2]) for d in documents)
+    predictions = sum(len(d[0][1]) for d in documents)
+    one.assert_term(one.terms_of(made.distiller, batch)["simct"], expected, predictions)
