@@ -57,6 +57,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
               "unmatched_weight": 0.5}),
     ("gold", {"classes": "sorted"}),
     ("simct", {}),
+    ("xtoken_p", {"teacher_classes": 40}),
+    ("xtoken_h", {}),
     ("rskd", SAME),
 )  # fmt: skip
 
@@ -283,6 +285,8 @@ REACHES = {
     "gold.gold": {"body", "head", "embeddings"},
     "gold.matched": set(),
     "simct.simct": {"body", "head", "embeddings"},
+    "xtoken_p.xtoken_p": {"body", "head", "embeddings"},
+    "xtoken_h.xtoken_h": {"body", "head", "embeddings"},
 }
 """What learns from each term: METHODS 1.5, 2.3, 3.4 and 4."""
 
@@ -371,6 +375,10 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
              {"end_token": "include"}],
     "simct": [{"divergence": "forward_kl"}, {"temperature": 2.0}, {"shared_vocab": "exact"},
               {"end_token": "exclude"}],
+    "xtoken_p": [{"divergence": "reverse_kl"}, {"temperature": 2.0}, {"shared_vocab": "exact"}, {"targets": 1},
+                 {"teacher_classes": 20}, {"end_token": "include"}],
+    "xtoken_h": [{"divergence": "reverse_kl"}, {"temperature": 2.0}, {"shared_vocab": "exact"}, {"targets": 1},
+                 {"threshold": 0.99}, {"ranks": 5}, {"end_token": "include"}],
 }  # fmt: skip
 
 

@@ -11,12 +11,14 @@ import one_tokenizer as one
 import slow_pieces as slow
 from slow_losses import generator
 from xkd_schemas.errors import UsageError
+from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses import pieces as pieces_module
 from xkd_trainer.losses.baselines.gold import GoldSettings
 from xkd_trainer.losses.baselines.simct import SimctSettings
+from xkd_trainer.losses.baselines.xtoken import XtokenHSettings, XtokenPSettings, XtokenSettings, project_vocabulary
 from xkd_trainer.losses.ops import lazy_logits
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
-from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
+from xkd_trainer.losses.ops.vocabulary import ids_by_bytes, shared_vocabulary, token_bytes
 from xkd_trainer.losses.pieces import Pieces, PieceSide
 from xkd_trainer.losses.registry import LOSSES
 from xkd_trainer.models.architecture import Head
@@ -27,7 +29,7 @@ def side(seed: int, sizes: list[int], classes: int) -> tuple[LazyLogits, PieceSi
     hidden, weight = (torch.randn(n, 3, generator=g, dtype=torch.float64) for n in (total, classes))
     ends = [0, *torch.tensor(sizes).cumsum(0).tolist()]
     target = torch.randint(classes, (total,), generator=g)
-    inside = torch.ones(1, total, dtype=torch.bool)
+    inside = torch.ones(2, total, dtype=torch.bool)
     made = PieceSide(inside_BN=inside, target_N=target, size_G=torch.tensor(sizes), ends=ends)
     return LazyLogits(hidden=hidden, weight=weight), made
 
@@ -60,6 +62,9 @@ BUILT: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gold", {"divergence": "reverse_kl"}),
     ("simct", {}),
     ("simct", {"divergence": "js", "temperature": 2.0}),
+    ("xtoken_p", {"teacher_classes": 3, "temperature": 2.0}),
+    ("xtoken_p", {"divergence": "reverse_kl"}),
+    ("xtoken_h", {"temperature": 2.0}),
 )
 
 
@@ -74,7 +79,7 @@ def test_gradients_by_states_and_head_are_numerically_right(loss: str, settings:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
-@pytest.mark.parametrize("loss", ["gold", "simct"])
+@pytest.mark.parametrize("loss", ["gold", "simct", "xtoken_p", "xtoken_h"])
 def test_chunks_cut_no_piece_and_change_nothing(loss: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     own, made = side(5, SIZES[0], 7)[0], built(loss)
     whole = summed(made, own)
@@ -147,3 +152,49 @@ def test_simct_is_the_loops_over_pieces_of_single_documents(settings: dict[str, 
     assert 0 < extra < sum(len(d[2]) for d in documents)
     predictions = sum(len(d[0][1]) for d in documents)
     one.assert_term(one.terms_of(made.distiller, batch)["simct"], expected, predictions)
+
+
+# X-Token
+
+
+def projected(made: Any, targets: int = 4) -> dict[int, dict[int, float]]:
+    student, teacher = one.vocabularies(made)
+    same = dict(zip(*(ids.tolist() for ids in shared_vocabulary(student, teacher, "mapped")), strict=True))
+    return slow.project(*((token_bytes(side), ids_by_bytes(side)) for side in (student, teacher)), same, targets)
+
+
+@pytest.mark.parametrize("targets", [1, 4])
+def test_the_projection_is_the_loops_over_both_vocabularies(targets: int) -> None:
+    made, _ = one.ready("xtoken_p", table=one.OTHER)
+
+    entries = project_vocabulary(*one.vocabularies(made), XtokenSettings(targets=targets))
+
+    expected = [(s, t, w) for s, row in sorted(projected(made, targets).items()) for t, w in row.items()]
+    assert [pair[:2] for pair in expected] == list(zip(*(ids.tolist() for ids in entries[:2]), strict=True))
+    assert entries[2].tolist() == pytest.approx([w for *_, w in expected], rel=1e-6)
+    assert sum(w < 1 for *_, w in expected) > 0 or targets == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"teacher_classes": 40, "temperature": 2.0}])
+@torch.no_grad()
+def test_p_kl_is_the_loops_over_pieces_of_single_documents(settings: dict[str, Any]) -> None:
+    made, _ = one.ready("xtoken_p", table=one.OTHER, **settings)
+    batch = batch_of(made.cache, one.ROWS[1:3], made.wanted)
+    how, documents = XtokenPSettings(**settings), one.pieces_of(made, batch)
+
+    expected = slow.p_kl(documents, projected(made), how.teacher_classes, how.temperature)
+
+    one.assert_term(one.terms_of(made.distiller, batch)["xtoken_p"], expected, sum(len(d[2]) for d in documents))
+
+
+@pytest.mark.parametrize("settings", [{}, {"threshold": 0.3, "ranks": 30, "temperature": 2.0}])
+@torch.no_grad()
+def test_h_kl_is_the_loops_over_pieces_of_single_documents(settings: dict[str, Any]) -> None:
+    made, batch = one.ready("xtoken_h", table=one.OTHER, **settings)
+    how, documents = XtokenHSettings(**settings), one.pieces_of(made, batch)
+
+    expected = slow.h_kl(documents, projected(made), how.threshold, how.ranks, how.temperature)
+
+    found, count = one.terms_of(made.distiller, batch), sum(len(d[2]) for d in documents)
+    for name, total in zip(("matched", "unmatched", "xtoken_h"), (*expected, sum(expected)), strict=True):
+        one.assert_term(found[name], total, count)

@@ -138,9 +138,15 @@ class PieceLoss(Loss):
         self.terms = (who, "covered")
         self.head = TeacherHead(context, who)
 
-    def compare(self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice) -> Tensor:
-        """From the logits over the temperature of all tokens of some pieces: a value for each shown term, [g, T]."""
+    def compare(
+        self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice, ahead: Tensor | None
+    ) -> Tensor:
+        """From the logits over the temperature of all tokens of some pieces: the terms but `covered`, [g, T]."""
         raise NotImplementedError
+
+    def look_ahead(self, theirs: LazyLogits, pieces: Pieces) -> Tensor | None:
+        """What `compare` reads of all the teacher's logits; here nothing."""
+        return None
 
     def divergence(self, p_gV: Tensor, q_gV: Tensor) -> Tensor:
         """Of log-probabilities of teacher and student, [g]."""
@@ -174,12 +180,13 @@ class PieceLoss(Loss):
 
     def sums(self, own: LazyLogits, theirs: LazyLogits, pieces: Pieces, weights_G: Tensor) -> list[Tensor]:
         """The terms but `covered`, from the logits at all predictions in pieces; the first has gradient."""
+        ahead = self.look_ahead(theirs, pieces)
 
         def compare(some: slice, logits_CV: Tensor) -> Tensor:
             logits_CV = at_least_float32(logits_CV) / self.how.temperature
             with torch.no_grad():
                 logits_CW = theirs.at(pieces.teacher.rows(some)).dense() / self.how.temperature
-            return self.compare(logits_CV, logits_CW.to(logits_CV.dtype), pieces, some)
+            return self.compare(logits_CV, logits_CW.to(logits_CV.dtype), pieces, some, ahead)
 
         total, sums_T = grouped_sum(compare, own, weights_G, pieces.parts(own, theirs))
         return [total, *sums_T[1:]]

@@ -21,6 +21,7 @@ from xkd_trainer.losses.baselines.mined import MINED
 from xkd_trainer.losses.baselines.multilevelot import MULTILEVELOT
 from xkd_trainer.losses.baselines.simct import SIMCT
 from xkd_trainer.losses.baselines.uld import ULD
+from xkd_trainer.losses.baselines.xtoken import XTOKEN_H, XTOKEN_P
 from xkd_trainer.losses.declaration import Declaration, Loss
 from xkd_trainer.losses.dwa import DWA
 from xkd_trainer.losses.mta import MTA
@@ -28,7 +29,7 @@ from xkd_trainer.losses.sra import SRA
 
 GROUP: Final = "xkd.losses"
 
-OVER_PIECES = (GOLD, SIMCT)
+OVER_PIECES = (GOLD, SIMCT, XTOKEN_P, XTOKEN_H)
 
 LOSSES: Mapping[str, Declaration] = {
     d.name: d
