@@ -21,10 +21,11 @@ from xkd_pipeline.capture.stage import make_teacher
 from xkd_pipeline.stages import align_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.signals import Signal
-from xkd_schemas.tokens import kept_rows, predictors
+from xkd_schemas.tokens import END, kept_rows, predictors
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.ops.term import LossTerm
+from xkd_trainer.models.loading import load_tokenizer
 from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.prepare import Ready, set_up
 
@@ -138,6 +139,32 @@ def logits_of(made: Ready, row: int) -> tuple[Tensor, Tensor, list[int]]:
     one = Alone(made, row)
     rows, head, t_rows, wide = (torch.tensor(m).double() for m in (one.states, one.head, one.hidden, one.wide))
     return rows @ head.T, t_rows @ wide.T, one.targets
+
+
+def pieces_of(made: Ready, batch: Batch, *, end_token: bool = False) -> list[Any]:
+    """Documents as `slow_pieces` takes them, of the batch's rows."""
+    documents: list[Any] = []
+    for row in batch.rows:
+        one, (own, theirs, targets) = Alone(made, row), logits_of(made, row)
+        t_targets = one.teacher["token_ids"][np.array(one.t_at) + 1].tolist()
+        spans = zip(one.student["student_spans"].tolist(), one.student["teacher_spans"].tolist(), strict=True)
+        pieces = []
+        for both in spans:
+            is_text = one.student["token_kinds"][both[0][0]] != END
+            inside = [
+                [k for k, at in enumerate(places) if start <= at + 1 < end]
+                for places, (start, end) in zip((one.at, one.t_at), both, strict=True)
+            ]
+            if all(len(i) == end - start for i, (start, end) in zip(inside, both, strict=True)):
+                pieces += [tuple((i[0], i[-1] + 1) for i in inside)] if is_text or end_token else []
+        documents.append(((own.tolist(), targets), (theirs.tolist(), t_targets), pieces))
+    return documents
+
+
+def vocabularies(made: Ready) -> tuple[dict[str, int], dict[str, int]]:
+    """Token string -> id of both models."""
+    teacher = load_tokenizer(str(made.cache.teachers.folder / "tokenizer"))
+    return made.tokenizer.get_vocab(), teacher.get_vocab()
 
 
 def assert_term(found: LossTerm, total: float, count: float, rel: float = 2e-4) -> None:

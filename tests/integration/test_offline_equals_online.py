@@ -15,7 +15,7 @@ from live_batch import both_terms, eager
 from xkd_trainer.training.prepare import Ready, set_up
 
 ROWS = (0, 3, 7, 17, 19)
-LOSSES = "ce+mta+sra+dwa+dskd_cma+dskd_v2+alm+mined+uld+multilevelot"
+LOSSES = "ce+mta+sra+dwa+dskd_cma+dskd_v2+alm+mined+uld+multilevelot+gold+simct+xtoken_p+xtoken_h"
 EVERYWHERE = {"dskd_cma": {"correct_only": False}, "dskd_v2": {"agreement": False}}
 """Random models are hardly ever right or of one mind; these settings compare all the same."""
 WITHIN = {"mined.mined": 1e-4}

@@ -55,8 +55,15 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("uld", {"teacher": "topk"}),
     ("multilevelot", {}),
     ("multilevelot", {"match": "greedy"}),
+    ("gold", {}),
+    ("gold", {"merge": "bayesian", "mean": "documents", "end_token": "include", "matched_weight": 1.0,
+              "unmatched_weight": 0.5}),
+    ("gold", {"classes": "sorted"}),
+    ("simct", {}),
+    ("xtoken_p", {"teacher_classes": 40}),
+    ("xtoken_h", {}),
     ("rskd", SAME),
-)
+)  # fmt: skip
 
 
 def ready(loss: str, **settings: Any) -> Any:
@@ -290,6 +297,11 @@ REACHES = {
     "alm.alm": {"body", "head", "embeddings"},
     "mined.mined": {"body", "head", "embeddings"},
     "uld.l1": {"body", "head", "embeddings"},
+    "gold.gold": {"body", "head", "embeddings"},
+    "gold.matched": set(),
+    "simct.simct": {"body", "head", "embeddings"},
+    "xtoken_p.xtoken_p": {"body", "head", "embeddings"},
+    "xtoken_h.xtoken_h": {"body", "head", "embeddings"},
 }
 """What learns from each term: METHODS 1.5, 2.3, 3.4 and 4."""
 
@@ -382,6 +394,15 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "alm": [{"divergence": "reverse_kl"}, {"divergence": "tv"}, {"divergence": "kl_limit"}, {"temperature": 1.0},
             {"scaled": False}, {"average": "tokens"}],
     "mined": [{"temperature": 1.0}, {"vocabulary": "exact"}],
+    "gold": [{"classes": "sorted"}, {"divergence": "forward_kl"}, {"temperature": 2.0}, {"merge": "bayesian"},
+             {"matched_weight": 1.0, "unmatched_weight": 1.0}, {"shared_vocab": "exact"}, {"mean": "documents"},
+             {"end_token": "include"}],
+    "simct": [{"divergence": "forward_kl"}, {"temperature": 2.0}, {"shared_vocab": "exact"},
+              {"end_token": "exclude"}],
+    "xtoken_p": [{"divergence": "reverse_kl"}, {"temperature": 2.0}, {"shared_vocab": "exact"}, {"targets": 1},
+                 {"teacher_classes": 20}, {"end_token": "include"}],
+    "xtoken_h": [{"divergence": "reverse_kl"}, {"temperature": 2.0}, {"shared_vocab": "exact"}, {"targets": 1},
+                 {"threshold": 0.99}, {"ranks": 5}, {"end_token": "include"}],
 }  # fmt: skip
 
 

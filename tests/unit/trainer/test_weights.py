@@ -14,7 +14,9 @@ PAPERS = {
     "dwa": "0.5 ce + 1 dwa", "dskd": "0.5 ce + 0.5 dskd", "dskd_cma": "0.5 ce + 0.5 dskd_cma",
     "dskd_cma_ga": "0.5 ce + 0.5 dskd_cma_ga",
     "dskd_v2": "0.5 ce + 0.5 dskd_v2", "alm": "0.5 ce + 0.5 alm", "mined": "0.5 ce + 0.5 mined",
-    "uld": "0.5 ce + 0.5 uld", "multilevelot": "1 ce + 1.5 multilevelot",
+    "uld": "0.5 ce + 0.5 uld", "multilevelot": "1 ce + 1.5 multilevelot", "gold": "1 gold",
+    "simct": "1 simct",
+    "xtoken_p": "1 ce + 1 xtoken_p", "xtoken_h": "1 ce + 1 xtoken_h",
 }  # fmt: skip
 TOGETHER = {
     "kl+mta": "1 kl + 1 mta",

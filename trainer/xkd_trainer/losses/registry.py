@@ -16,10 +16,13 @@ from xkd_trainer.losses.baselines.alm import ALM
 from xkd_trainer.losses.baselines.dskd import DSKD, DSKD_CMA, DSKD_V2
 from xkd_trainer.losses.baselines.dskd_ga import DSKD_CMA_GA
 from xkd_trainer.losses.baselines.fdd import FDD
+from xkd_trainer.losses.baselines.gold import GOLD
 from xkd_trainer.losses.baselines.kl import CE, KL, RSKD
 from xkd_trainer.losses.baselines.mined import MINED
 from xkd_trainer.losses.baselines.multilevelot import MULTILEVELOT
+from xkd_trainer.losses.baselines.simct import SIMCT
 from xkd_trainer.losses.baselines.uld import ULD
+from xkd_trainer.losses.baselines.xtoken import XTOKEN_H, XTOKEN_P
 from xkd_trainer.losses.declaration import Declaration, Loss
 from xkd_trainer.losses.dwa import DWA
 from xkd_trainer.losses.mta import MTA
@@ -29,7 +32,27 @@ GROUP: Final = "xkd.losses"
 
 LOSSES: Mapping[str, Declaration] = {
     d.name: d
-    for d in (CE, KL, RSKD, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_CMA_GA, DSKD_V2, ALM, MINED, ULD, MULTILEVELOT)
+    for d in (
+        CE,
+        KL,
+        RSKD,
+        FDD,
+        MTA,
+        SRA,
+        DWA,
+        DSKD,
+        DSKD_CMA,
+        DSKD_CMA_GA,
+        DSKD_V2,
+        ALM,
+        GOLD,
+        SIMCT,
+        XTOKEN_P,
+        XTOKEN_H,
+        MINED,
+        ULD,
+        MULTILEVELOT,
+    )  # fmt: skip
 }
 """The losses that come with XKD."""
 

@@ -21,6 +21,7 @@ from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive,
 from xkd_trainer.losses.dual_space import TeacherHead, last_states, teacher_states
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_log_probabilities
 from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.losses.pieces import find_pieces, sides_of
 from xkd_trainer.models.measures import at_least_float32
 
 FLOOR = 1e-6
@@ -48,8 +49,7 @@ def chunk_log_likelihoods(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the tokens' log-probabilities in each chunk, [B, K], and which chunks have all their tokens, bool [B, K].
 
-    `place` is where the predicted token stands, in the unit of the ranges, which are half-open, ascending and
-    disjoint; padding comes last. Sums are 0 where the chunk is not whole.
+    Places and ranges are as in `find_pieces`. Sums are 0 where the chunk is not whole.
 
     Tokens at places 1, 2 and 4; the second chunk lacks place 3, the third is padding:
 
@@ -58,17 +58,11 @@ def chunk_log_likelihoods(
     >>> chunk_log_likelihoods(log_p, place, torch.tensor([[True, True, True]]), ranges, valid)
     (tensor([[-3.,  0.,  0.]]), tensor([[ True, False, False]]))
     """
-    if not valid_BK.numel():
-        return at_least_float32(log_p_BN).new_zeros(valid_BK.shape), valid_BK
-    never = torch.iinfo(range_BK2.dtype).max
-    start_BK = torch.where(valid_BK, range_BK2[..., 0], never).contiguous()
-    chunk_BN = (torch.searchsorted(start_BK, place_BN.contiguous(), right=True) - 1).clamp_min(0)
-    end_BN = torch.where(valid_BK, range_BK2[..., 1], 0).gather(1, chunk_BN)
-    inside_BN = predicted_BN & (place_BN < end_BN) & (place_BN >= start_BK.gather(1, chunk_BN))
+    chunk_BN, inside_BN, whole_BK = find_pieces(place_BN, predicted_BN, range_BK2, valid_BK)
     log_p_BN = torch.where(inside_BN, at_least_float32(log_p_BN), 0.0)
-    sum_BK = log_p_BN.new_zeros(valid_BK.shape).scatter_add(1, chunk_BN, log_p_BN)
-    found_BK = torch.zeros_like(range_BK2[..., 0]).scatter_add(1, chunk_BN, inside_BN.to(range_BK2.dtype))
-    whole_BK = valid_BK & (found_BK > 0) & (found_BK == range_BK2[..., 1] - range_BK2[..., 0])
+    sum_BK = log_p_BN.new_zeros(valid_BK.shape)
+    if valid_BK.numel():
+        sum_BK = sum_BK.scatter_add(1, chunk_BN, log_p_BN)
     return torch.where(whole_BK, sum_BK, 0.0), whole_BK
 
 
@@ -132,12 +126,12 @@ class Alm(Loss):
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Chunks, or their teacher tokens."""
-        whole = [chunk_log_likelihoods(torch.zeros_like(side[0]), *side)[1] for side in _sides(batch)]
+        whole = [chunk_log_likelihoods(torch.zeros_like(side[0]), *side)[1] for side in sides_of(batch)]
         return {"alm": self._weigh(batch)[whole[0] & whole[1]].sum()}
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Both sides' chunks, compared."""
-        own, theirs = _sides(batch)
+        own, theirs = sides_of(batch)
         student_BK, s_whole_BK = chunk_log_likelihoods(_score(student.logits, batch.target_BN, own[1]), *own)
         with torch.no_grad():
             scores_BM = _score(self.head(teacher_states(batch)), batch.teacher_target_BM, theirs[1])
@@ -148,14 +142,6 @@ class Alm(Loss):
     def _weigh(self, batch: Batch) -> Tensor:
         length_BK = batch.span_teacher_BK2[..., 1] - batch.span_teacher_BK2[..., 0]
         return (torch.ones_like(length_BK) if self.settings.average == "chunks" else length_BK).float()
-
-
-def _sides(batch: Batch) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Student and teacher: places of the predicted tokens, which are valid, the chunks' ranges, which are valid."""
-    return [
-        (batch.predict_BN + 1, batch.predict_valid_BN, batch.span_student_BK2, batch.span_valid_BK),
-        (batch.teacher_predict_BM + 1, batch.teacher_predict_valid_BM, batch.span_teacher_BK2, batch.span_valid_BK),
-    ]
 
 
 def _score(logits: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:

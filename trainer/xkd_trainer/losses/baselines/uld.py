@@ -20,6 +20,7 @@ from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass
 from xkd_trainer.losses.dual_space import TeacherHead
+from xkd_trainer.losses.ops.divergence import sorted_distance
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pairing import find_pairs, student_at_pairs, teacher_at_pairs
@@ -60,10 +61,7 @@ def sorted_l1(student_logits_NV: Tensor, teacher_NW: Tensor, temperature: float 
     tensor([0.6000])
     """
     sorted_NV = (at_least_float32(student_logits_NV) / temperature).softmax(-1).sort(-1, descending=True).values
-    teacher_NW = teacher_NW.to(sorted_NV.dtype)
-    both = min(sorted_NV.shape[-1], teacher_NW.shape[-1])
-    gap_N = (sorted_NV[:, :both] - teacher_NW[:, :both]).abs().sum(-1)
-    return gap_N + sorted_NV[:, both:].sum(-1) + teacher_NW[:, both:].sum(-1)
+    return sorted_distance(sorted_NV, teacher_NW.to(sorted_NV.dtype))
 
 
 def sorted_teacher(logits: LazyLogits, temperature: float) -> SortedTeacher:

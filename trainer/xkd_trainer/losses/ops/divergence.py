@@ -147,6 +147,17 @@ def divergence(
     return DIVERGENCES[kind](log_p_NV, log_q_NV, knobs)
 
 
+def sorted_distance(student_NV: Tensor, teacher_NW: Tensor) -> Tensor:
+    """sum_v | p(v) - q(v) | at each position, both sorted from the largest down, the shorter filled up with 0, [N].
+
+    >>> sorted_distance(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.7, 0.2, 0.1]]))
+    tensor([0.6000])
+    """
+    both = min(student_NV.shape[-1], teacher_NW.shape[-1])
+    gap_N = (student_NV[:, :both] - teacher_NW[:, :both]).abs().sum(-1)
+    return gap_N + student_NV[:, both:].sum(-1) + teacher_NW[:, both:].sum(-1)
+
+
 def cosine_distance(first_BKD: Tensor, second_BKD: Tensor) -> Tensor:
     """1 - cos of paired vectors, [B, K]; 1, without gradient, where either vector is zero.
 

@@ -162,6 +162,31 @@ def chunked_sum(function: Function, logits: LazyLogits, weights_N: Tensor | None
     return make_at_once(make, logits.hidden, logits.weight, logits.bias)[0]
 
 
+def grouped_sum(
+    function: Function, logits: LazyLogits, weights_G: Tensor, parts: Sequence[tuple[slice, slice]]
+) -> tuple[Tensor, Tensor]:
+    """Like `chunked_sum`, of a function of groups of positions, which are not cut: its first value, summed.
+
+    `parts` are the chunks: positions, which stand side by side, and the groups that they are. The function gets the
+    latter and gives [groups, values]. The second result are the weighted sums of all its values, without gradient.
+
+    Two groups, of one position and of two, and the largest logit of each:
+
+    >>> logits, parts = LazyLogits(hidden=torch.eye(3), weight=torch.eye(3)), [(slice(0, 3), slice(0, 2))]
+    >>> first = lambda groups, logits_CV: torch.stack([logits_CV[:1].max(), logits_CV[1:].max()])[groups, None]
+    >>> grouped_sum(first, logits, torch.tensor([1.0, 3.0]), parts)
+    (tensor(4.), tensor([4.]))
+    """
+    wide, constant_G = logits.wide, weights_G.detach().to(logits.wide)
+
+    def make(wanted: Sequence[bool], inputs: Sequence[Any]) -> Made:
+        values_GT, slopes = _run(function, inputs, wanted, constant_G, parts)
+        sums_T = constant_G @ values_GT.to(wide)
+        return sums_T[0].clone(), sums_T, slopes
+
+    return make_at_once(make, logits.hidden, logits.weight, logits.bias)
+
+
 def head_argmax(logits: LazyLogits, valid: Tensor) -> Tensor:
     """The class of the largest logit at valid positions, the first of equals; -1 elsewhere, whose states are not read.
 
@@ -184,18 +209,27 @@ def head_log_probabilities(logits: LazyLogits, target_N: Tensor) -> Tensor:
 
 
 def _run(
-    function: Function, inputs: Sequence[Any], wanted: Sequence[bool], upstream: Tensor | None
+    function: Function,
+    inputs: Sequence[Any],
+    wanted: Sequence[bool],
+    upstream: Tensor | None,
+    parts: Sequence[tuple[slice, slice]] | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The values of all positions, and what `upstream` times them has as gradients by states, weight and bias."""
+    """The values of all positions, and what `upstream` times them has as gradients by states, weight and bias.
+
+    With `parts`, upstream is that of the groups' first value.
+    """
     logits = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
     slopes, values = HeadSlopes(logits, wanted), []
-    memory = Chunk(rows_at_once(logits), logits, scratch_for(logits.weight))
-    for rows in list(chunks(logits)) or [slice(0, 0)]:
+    plan = parts or [(rows, rows) for rows in chunks(logits)] or [(slice(0, 0), slice(0, 0))]
+    memory = Chunk(max(rows.stop - rows.start for rows, _ in plan), logits, scratch_for(logits.weight))
+    for rows, groups in plan:
         leaf = memory.of(logits.at(rows)).detach().requires_grad_(upstream is not None and any(wanted))
         with torch.enable_grad():
-            values.append(function(rows, leaf))
+            values.append(function(groups, leaf))
+            first = values[-1] if parts is None else values[-1][:, 0]
         if upstream is not None and leaf.requires_grad:
-            slopes.add(rows, torch.autograd.grad(values[-1], leaf, upstream[rows].to(values[-1].dtype))[0])
+            slopes.add(rows, torch.autograd.grad(first, leaf, upstream[groups].to(first.dtype))[0])
         values[-1] = values[-1].detach()
     return torch.cat(values), slopes.by_input()
 

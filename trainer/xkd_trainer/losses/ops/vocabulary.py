@@ -77,14 +77,32 @@ def token_bytes(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
     return {number: read(token) for token, number in vocabulary.items()}
 
 
-def _ids_by_bytes(vocabulary: Mapping[str, int], read: Callable[[str], bytes]) -> dict[bytes, int]:
+def ids_by_bytes(vocabulary: Mapping[str, int], read: Callable[[str], bytes] | None = None) -> dict[bytes, int]:
     """One id for each byte string: of several, a token of ordinary text before a byte token, then the lowest id."""
+    read = read or _reading(vocabulary)
     found: dict[bytes, tuple[bool, int]] = {}
     for token, number in vocabulary.items():
         candidate = (read is _sentencepiece and BYTE_TOKEN.fullmatch(token) is not None, number)
         text = read(token)
         found[text] = min(candidate, found.get(text, candidate))
     return {text: number for text, (_, number) in found.items()}
+
+
+def cut_greedily(text: bytes, ids: Mapping[bytes, int], most: int) -> list[int]:
+    """The first tokens of a text, each the longest that fits; none where it cannot be cut that way.
+
+    >>> cut_greedily(b"201", {b"2": 0, b"20": 1, b"1": 2}, 4), cut_greedily(b"2?", {b"2": 0}, 4)
+    ([1, 2], [])
+    """
+    found: list[int] = []
+    at, size = 0, len(text)
+    while at < size and len(found) < most:
+        end = next((end for end in range(size, at, -1) if text[at:end] in ids), at)
+        if end == at:
+            return []
+        found.append(ids[text[at:end]])
+        at = end
+    return found
 
 
 def _same_bytes(student_vocab: Mapping[str, int], teacher_vocab: Mapping[str, int]) -> list[tuple[int, int]]:
@@ -96,8 +114,8 @@ def _same_bytes(student_vocab: Mapping[str, int], teacher_vocab: Mapping[str, in
         equal = student_vocab.keys() & teacher_vocab.keys()
         student_vocab = {token: number for token, number in student_vocab.items() if token not in equal}
         teacher_vocab = {token: number for token, number in teacher_vocab.items() if token not in equal}
-    student = _ids_by_bytes(student_vocab, read_student)
-    teacher = _ids_by_bytes(teacher_vocab, read_teacher)
+    student = ids_by_bytes(student_vocab, read_student)
+    teacher = ids_by_bytes(teacher_vocab, read_teacher)
     return pairs + [(number, teacher[text]) for text, number in student.items() if text in teacher]
 
 
