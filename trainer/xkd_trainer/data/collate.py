@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xkd_schemas.cache.table import Row
 from xkd_schemas.codecs import unpack_classes
+from xkd_schemas.documents import POLICY
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import KINDS, Signal, draw_spans
 from xkd_schemas.text.alignment import token_ranges
@@ -25,7 +26,7 @@ from xkd_trainer.models.padding import pad
 
 Array = npt.NDArray[Any]
 RowArrays = dict[str, Array]
-"""Arrays of one row, named like the fields of Batch; names with a blank are of a Level or TokenStates."""
+"""Arrays of one row, named like the fields of Batch; names with a blank are no tensors of it."""
 
 
 def batch_of(cache: Cache, rows: Sequence[int], wanted: frozenset[Signal]) -> Batch:
@@ -47,7 +48,8 @@ def stack_rows(rows: Sequence[int], samples: Sequence[RowArrays], wanted: frozen
             values = pad([s[f"tokens {signal.column}"] for s in samples])
             states.setdefault(signal.layer, {})[_TOKEN_FIELDS[signal.name]] = values
     token_states = tuple(TokenStates(layer=layer, **found) for layer, found in sorted(states.items()))
-    return Batch(rows=tuple(int(r) for r in rows), levels=levels, token_states=token_states, **data)
+    policies = tuple(str(s["row policy"]) for s in samples)
+    return Batch(rows=tuple(int(r) for r in rows), policies=policies, levels=levels, token_states=token_states, **data)
 
 
 def read_row(cache: Cache, row: int, wanted: frozenset[Signal]) -> RowArrays:
@@ -60,6 +62,7 @@ def read_row(cache: Cache, row: int, wanted: frozenset[Signal]) -> RowArrays:
         raise BadData(f"{cache.root}: row {row} is another document in each table: {json.dumps(ids)}")
     columns = {s.name: s.column for s in cache.signals if s.kind.top}
     return {
+        "row policy": np.array(document.get(POLICY, "")),
         **_student_arrays(student),
         **_teacher_arrays(teacher, wanted, columns),
         **_alignment_arrays(student, teacher, row),

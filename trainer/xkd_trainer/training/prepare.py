@@ -10,7 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from xkd_schemas.cache.table import names_in
 from xkd_schemas.config import LoraSection, RunConfig
 from xkd_schemas.console import note, say
+from xkd_schemas.documents import POLICY
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import Signal
 from xkd_schemas.text.encode import reading_of
@@ -98,10 +99,21 @@ def open_shards(
         _check_template(of_root, caches[-1])
     seen = [weight for _, weight in shards]
     cache = caches[0] if seen == [1.0] else CacheUnion(caches, seen)
+    _check_skip(run, caches)
     needs = {n: loss_named(n).needs(settings[n], _levels(cache)) for n in parse_loss(run.train.loss)}
     for name, each in itertools.product(needs, caches):
         each.require(name, needs[name])
     return cache, frozenset(signal for signals in needs.values() for signal in signals)
+
+
+def _check_skip(run: RunConfig, caches: Sequence[Cache]) -> None:
+    """UsageError where cross-entropy is to skip documents and no cache says who wrote them."""
+    skip = run.losses.get("ce", {}).get("skip")
+    if skip and not any(cache.documents.manifest.spec.get(POLICY) for cache in caches):
+        raise UsageError(
+            f"losses.ce.skip is {skip}, and no row of {caches[0].root} has the field {POLICY}",
+            fix=f"leave it out, or write {POLICY} into the corpus's rows and make the cache again (docs/rounds.md)",
+        )
 
 
 def build_losses(
