@@ -34,11 +34,9 @@ Learnt = tuple[Int32s, np.ndarray[Any, np.dtype[np.uint8]], Bools]
 
 
 def reader_of(name: str, template: str | None, enable_thinking: bool | None, max_tokens: int) -> Encoder:
-    """A model's tokenizer with a template: where none is named, the one that a student here was trained with."""
+    """A model's tokenizer with a template; None is the one that a student was trained with here, or auto."""
     tokenizer, trained = load_tokenizer(name), read_provenance(Path(name)).get("run", {})
-    if template in (None, AUTO):
-        template = trained.get("template", AUTO)
-    chosen = chosen_template(template, tokenizer)
+    chosen = chosen_template(template or trained.get("template", AUTO), tokenizer)
     thinking = trained.get("enable_thinking") if enable_thinking is None else enable_thinking
     return Encoder(
         tokenizer=tokenizer, template=chosen, max_tokens=max_tokens,
