@@ -83,13 +83,13 @@ class Answering:
         """What makes token ids of prompts."""
         return reader_of(self.model, self.template, self.enable_thinking, self.max_tokens)
 
-    def plan(self, source: Source) -> dict[str, Any]:
+    def plan(self, source: Source, encoder: Encoder) -> dict[str, Any]:
         """What the answers of these prompts depend on."""
         names = dict.fromkeys((self.model, base_of(self.model)))
         return {
             "version": VERSION,
             "weights": [weights_identity(name) for name in names],
-            "encoder": self.encoder().identity(),
+            "encoder": encoder.identity(),
             "prompts": {"sha256": source.digest, "form": self.form, "columns": dict(self.columns)},
             "generation": self.how.model_dump(exclude=FILTERS),
             "dtype": self.dtype,
@@ -203,7 +203,8 @@ def write_answers(run: RunConfig, prompts: str, out: Path, make: Make = make_her
     source = open_source(prompts, form=run.documents.form, columns=run.documents.columns, prompts=True)
     folder = out.with_name(out.name + ".units")
     answering = _answering(run, source, folder, device or this_device())
-    plan = json.loads(json.dumps(answering.plan(source)))
+    encoder = answering.encoder()
+    plan = json.loads(json.dumps(answering.plan(source, encoder)))
     if found := _find_finished(out, plan, run.generation):
         shutil.rmtree(folder, ignore_errors=True)
         return found | {"out": str(out), "made": 0}
@@ -211,7 +212,7 @@ def write_answers(run: RunConfig, prompts: str, out: Path, make: Make = make_her
         _begin(folder, plan)
         done = _finished_units(folder)
         missing = sorted(set(range(-(-source.num_rows // answering.rows_per_unit))) - done.keys())
-        answering.encoder().check(read_prompts(islice(source.rows(), TRIED), source.form, source.columns)[0])
+        encoder.check(read_prompts(islice(source.rows(), TRIED), source.form, source.columns)[0])
         with (
             Progress("answers", len(missing) * answering.rows_per_unit),
             tell_kept(lambda: f"{len(_finished_units(folder))} finished units in {folder}"),
