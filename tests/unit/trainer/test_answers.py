@@ -167,20 +167,20 @@ def test_every_answer_is_kept_or_counted_with_the_reason(
     ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = tiny.tokenizer_of(KIND).eos_token_id
-    said = iter([[50, 51, end], [50, 51, 52], [*[50] * 6, end], [end], [50, 51, 52, end]])
+    said = iter([[50, 51, end], [50, 51, 52], [*[50] * 6, end], [end], [50, 51, 52, end], [5, end]])
     monkeypatch.setattr(answers, "generate", lambda _m, _t, prompts, *_, **__: [next(said) for _ in prompts])
-    rows = [*ASKED[:5], "{broken", {"prompt": ""}, {"prompt": 7}, {"prompt": "x " * 600}]
+    rows = [*ASKED[:6], "{broken", {"prompt": ""}, {"prompt": 7}, {"prompt": "x " * 600}]
 
     found = ask("a.jsonl", rows, n=1, keep_cut=False, max_repeat=6)
 
-    assert found["stopped"] == {"end": 4, "length": 1}
-    assert found["dropped"] == {"cut": 1, "repeated": 1, "short": 1}
+    assert found["stopped"] == {"end": 5, "length": 1}
+    assert found["dropped"] == {"cut": 1, "repeated": 1, "short": 2}
     assert found["unusable"] == {"bad_json": 1, "bad_type": 1, "empty": 1, "no_target_after_cut": 1}
-    assert (found["prompts"], found["answers"], found["kept"], found["tokens"]) == (9, 5, 2, 5)
+    assert (found["prompts"], found["answers"], found["kept"], found["tokens"]) == (10, 6, 2, 5)
     assert [row["generated"]["tokens"] for row in lines(tmp_path / "a.jsonl")] == [2, 3]
     assert describe(found).startswith(
-        f"{tmp_path / 'a.jsonl'}: 2 of 5 answers to 9 prompts kept, 5 tokens; stopped: end 4, length 1; "
-        "dropped: cut 1, repeated 1, short 1; prompts not used: bad_json 1, bad_type 1, empty 1, "
+        f"{tmp_path / 'a.jsonl'}: 2 of 6 answers to 10 prompts kept, 5 tokens; stopped: end 5, length 1; "
+        "dropped: cut 1, repeated 1, short 2; prompts not used: bad_json 1, bad_type 1, empty 1, "
         "no_target_after_cut 1; 3 units made"
     )
     assert json.loads((tmp_path / "a.json").read_text())["counts"] == {

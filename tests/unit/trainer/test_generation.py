@@ -56,11 +56,11 @@ def test_the_models_own_generation_config_has_no_say_and_is_left_as_it_was() -> 
     model = tiny.llama(KIND)
     plain = say(["Who?", "Where did he go?"], [1, 2], model)
     own = model.generation_config
-    own.repetition_penalty, own.temperature, own.do_sample, own.max_new_tokens = 9.0, 0.1, True, 2
+    own.suppress_tokens, own.temperature, own.do_sample, own.max_new_tokens = [plain[0][0]], 0.1, True, 2
 
     assert say(["Who?", "Where did he go?"], [1, 2], model) == plain
     assert model.generation_config is own
-    assert own.repetition_penalty == 9.0
+    assert own.suppress_tokens == [plain[0][0]]
 
 
 @pytest.mark.parametrize(
