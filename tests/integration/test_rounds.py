@@ -1,74 +1,75 @@
-"""Two rounds without a live teacher: the student answers, the teacher reads it, the student learns from both caches."""
+"""Two rounds without a live teacher, as docs/rounds.md types them, on tiny models."""
 
+import re
+import shlex
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import faulty_disk
 import tiny_models as tiny
-import tiny_run
-from small_cache import IN_PROCESS, files_of
-from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
+from small_cache import SPACY, files_of
+from xkd_pipeline.cli.app import app
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import DiskFailed
 from xkd_train import xkd_train
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import set_up
 
+PAGE = (Path(__file__).parents[2] / "docs" / "rounds.md").read_text()
+COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^    (xkd-(?:cache|train) .*)$", PAGE, re.M)]
+SMALL = {
+    "documents": ["--spacy-model", SPACY, "--rows-per-shard", "10"], "teacher": ["--dtype", "fp32"],
+    "sample": ["--max-new-tokens", "8", "--keep-cut", "--dtype", "fp32"],
+    "--shards": ["--steps", "6", "--batch-size", "6", "--save-every", "1", "--log-every", "1"],
+}  # fmt: skip
+"""Flags without which tiny random models would take long, or say nothing that is kept."""
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student of round 0."""
-    out = tmp_path_factory.mktemp("round0") / "out"
-    train(tiny_run.run(out, loss="sra", save_dtype="float32"), quiet=True)
-    return out
+
+def run(command: Sequence[str]) -> int:
+    """How a command of the page ends."""
+    words = [*command[1:], *SMALL.get(command[1], [])]
+    if command[0] == "xkd-train":
+        return xkd_train(*words).code
+    error = CliRunner().invoke(app, words).exception
+    return error.exit_code if isinstance(error, DiskFailed) else int(error is not None)
 
 
-class Round:
-    """Round 1 in a folder, each step as its command runs it."""
-
-    def __init__(self, root: Path, student: Path) -> None:
-        self.root, self.student = root, student
-        self.answers, self.cache, self.out = root / "answers.jsonl", root / "cache", root / "out"
-
-    def sample(self) -> int:
-        how = ("--max-new-tokens", 8, "--batch-size", 8, "--keep-cut", "--dtype", "fp32")
-        return xkd_train("sample", self.student, "--data", tiny.tiny_cache().corpus, "--out", self.answers, *how).code
-
-    def capture(self) -> None:
-        run = tiny_run.run(self.out, cache=str(self.cache), documents__corpus=[str(self.answers)])
-        for stage in (documents_stage, teacher_stage, align_stage):
-            stage(run, IN_PROCESS)
-
-    def settings(self) -> RunConfig:
-        return tiny_run.run(
-            self.out, loss="sra", steps=6, save_every=1, student__model=str(self.student),
-            shards=(str(tiny.tiny_cache().cache), str(self.cache)), losses={"ce": {"skip": "student"}},
-        )  # fmt: skip
-
-    def files(self) -> dict[str, bytes]:
-        found = {
-            "answers.jsonl": self.answers.read_bytes(),
-            "answers.json": self.answers.with_suffix(".json").read_bytes(),
-        }
-        found |= files_of(self.cache)
-        return found | {name: (self.out / name).read_bytes() for name in ("model.safetensors", "metrics.jsonl")}
+def files() -> dict[str, bytes]:
+    """What round 1 left in this folder."""
+    names = ("said1.jsonl", "said1.json", "student1/model.safetensors", "student1/metrics.jsonl")
+    return files_of(Path("round1")) | {name: Path(name).read_bytes() for name in names}
 
 
 @pytest.fixture(scope="module")
-def second(tmp_path_factory: pytest.TempPathFactory, first: Path) -> Round:
-    done = Round(tmp_path_factory.mktemp("round1"), first)
-    assert done.sample() == 0
-    done.capture()
-    train(done.settings(), quiet=True)
-    return done
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """A folder in which both rounds were run, and the operations on the disk that each command of round 1 made."""
+    root = tmp_path_factory.mktemp("rounds")
+    (root / "TEACHER").symlink_to(tiny.tiny_cache().teacher)
+    (root / "STUDENT").symlink_to(tiny.tiny_cache().student)
+    (root / "train.jsonl").symlink_to(tiny.tiny_cache().corpus)
+    points = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for command in COMMANDS[:9]:
+            with faulty_disk.injected("*:0:count") as disk:
+                assert run(command) == 0, command
+            points.append(len(disk.points))
+    return root, points[4:]
 
 
 def test_in_the_second_round_cross_entropy_skips_what_the_student_wrote_and_the_teachers_loss_does_not(
-    second: Round,
+    rounds: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready = set_up(second.settings(), "")
+    monkeypatch.chdir(rounds[0])
+    settings = RunConfig(
+        train={"shards": ["round0", "round1"], "loss": "sra"}, student={"model": "student0"},
+        losses={"ce": {"skip": "student"}},
+    )  # fmt: skip
+    ready = set_up(settings, "")
     rows = [0, 1, *ready.cache.usable[-2:].tolist()]
     batch, own = (batch_of(ready.cache, some, ready.wanted) for some in (rows, rows[:2]))
 
@@ -80,20 +81,30 @@ def test_in_the_second_round_cross_entropy_skips_what_the_student_wrote_and_the_
     assert float(counts["sra.cos"]) > float(alone["sra.cos"])
 
 
-def test_a_second_round_that_is_stopped_in_each_of_its_steps_ends_with_the_same_bytes(
-    first: Path, second: Round, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_second_round_that_is_stopped_in_each_of_its_commands_ends_with_the_same_bytes(
+    rounds: tuple[Path, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = Round(tmp_path, first)
-    with faulty_disk.injected("*:16:EIO"):
-        assert again.sample() == DiskFailed.exit_code
-    assert list((tmp_path / "answers.jsonl.units").glob("0*.jsonl"))
-    assert again.sample() == 0
-    with faulty_disk.injected("*:60:EIO"), pytest.raises(DiskFailed):
-        again.capture()
-    again.capture()
-    tiny_run.stopped(again.settings(), monkeypatch, batches=4)
+    for name in ("TEACHER", "STUDENT", "train.jsonl"):
+        (tmp_path / name).symlink_to((rounds[0] / name).readlink())
+    for name in ("round0", "student0"):
+        shutil.copytree(rounds[0] / name, tmp_path / name)
+    monkeypatch.chdir(rounds[0])
+    undisturbed = files()
+    monkeypatch.chdir(tmp_path)
+    for command, points in zip(COMMANDS[4:9], rounds[1], strict=True):
+        with faulty_disk.injected(f"*:{points * 2 // 3}:EIO"):
+            assert run(command) == DiskFailed.exit_code, command
+        assert run(command) == 0, command
 
-    resumed = train(again.settings(), quiet=True)
+    assert files() == undisturbed
 
-    assert 0 < resumed.resumed_at < 6
-    assert again.files() == second.files()
+
+def test_the_command_for_a_corpus_of_the_teacher_writes_one(
+    rounds: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(rounds[0])
+    rows = Path("said1.jsonl").read_bytes().splitlines(keepends=True)
+    Path("prompts.jsonl").write_bytes(b"".join(rows[:3]))
+
+    assert run([*COMMANDS[9], *SMALL["sample"]]) == 0
+    assert len(Path("answers.jsonl").read_text().splitlines()) > 4

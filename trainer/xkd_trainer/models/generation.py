@@ -80,7 +80,7 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, _ids_BL: Tensor, scores: Tensor) -> Tensor:
         scores_BV = scores.float()
         waiting_BV = torch.empty_like(scores_BV)  # exponential times: the first to come is the draw
         for waiting_V, generator in zip(waiting_BV, self.generators, strict=True):

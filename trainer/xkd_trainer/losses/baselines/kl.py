@@ -4,7 +4,7 @@
 
 `kl`: forward and reverse KL, Jensen-Shannon, the skewed kinds of DistiLLM (arXiv 2402.03898; SKL and SRKL with skew
 0.1) and the adaptive one (arXiv 2404.02657), each a sum over predictions divided by their number. Responses are the
-corpus's: DistiLLM's branch on responses that the student generates needs a live teacher and does not fit a cache.
+corpus's: DistiLLM's branch on responses that the student generates in each step does not fit a cache (docs/rounds.md).
 
 `rskd`: forward KL from a few drawn classes, whose gradient is that of the full one on average. Of the teacher p in
 KL(p || q) = sum p log p - sum p log q the second sum, and all of the gradient by the student q, need nothing but an
