@@ -219,6 +219,35 @@ class TrainSection(Section):
     """Trackers that get every logged value: tensorboard, trackio, wandb, mlflow."""
 
 
+class GenerationSection(Section):
+    """How answers are generated, and which of them are kept."""
+
+    n: int = Field(default=1, ge=1)
+    """Answers to each prompt."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Divides the logits; 0 takes the likeliest token each time."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only the likeliest tokens that have this probability together; 1 for all."""
+    top_k: int = Field(default=0, ge=0)
+    """Only so many likeliest tokens; 0 for all."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest answer in tokens."""
+    seed: int = Field(default=0, ge=0)
+    """With the number of the row and of the answer it decides each draw."""
+    batch_size: int = Field(default=16, ge=1)
+    """Answers that are generated together; the last bits of scores, and so single tokens, depend on it."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of one worker; single tokens may depend on it."""
+    min_tokens: int = Field(default=1, ge=0)
+    """Shorter answers are dropped; the end token is not counted."""
+    max_repeat: int = Field(default=32, ge=0)
+    """Answers that end in one piece three times or more, so many tokens together, are dropped; 0 keeps them."""
+    keep_cut: bool = False
+    """Keep answers that max_new_tokens cut; in training they would be learnt with an end."""
+    policy: Annotated[str, Field(max_length=40)] = ""
+    """Field `policy` of every row, which losses.ce.skip can name."""
+
+
 class RunConfig(Section):
     """Everything one experiment needs; the workers change no byte."""
 
@@ -235,6 +264,7 @@ class RunConfig(Section):
     documents: DocumentsSection = DocumentsSection()
     teacher: TeacherSection = TeacherSection()
     student: StudentSection = StudentSection()
+    generation: GenerationSection = GenerationSection()
     train: TrainSection = TrainSection()
     losses: dict[str, dict[str, Any]] = {}
     """Settings of single losses, checked by the loss: `[losses.mta] hid = "off"`."""

@@ -6,8 +6,9 @@ markers, system prompts, blank lines between turns) is never part of `text`.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -40,6 +41,10 @@ DOCUMENTS = pa.schema(
 )
 
 
+POLICY: Final = "policy"
+"""Field of a row that says who wrote its response, such as student; where the corpus has it, the last column."""
+
+
 DOCUMENTS_READ = (1, 2)  # versions that this program reads; 1 has no `messages`
 
 
@@ -49,6 +54,12 @@ def documents_schema(version: int) -> pa.Schema:
         return DOCUMENTS
     fields = [field for field in DOCUMENTS if field.name != "messages"]
     return pa.schema(fields, metadata={**DOCUMENTS.metadata, b"xkd_schema": str(version).encode()})
+
+
+def schema_of(spec: Mapping[str, Any]) -> pa.Schema:
+    """The columns of the documents table with this spec, which says `policy` where there is that column."""
+    schema = documents_schema(spec["schema"])
+    return schema.append(pa.field(POLICY, pa.string(), nullable=False)) if spec.get(POLICY) else schema
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +83,8 @@ class Document:
     line: int
     messages: str = ""
     """What of a chat row its segments do not say, as JSON (conversation.py); empty where they say all."""
+    policy: str = ""
+    """Who wrote the response, where the row has the field."""
 
     @property
     def doc_id(self) -> str:

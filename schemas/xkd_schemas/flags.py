@@ -59,6 +59,14 @@ class FlagsOf:
                 yield _Flag(spelling, (key,), info, self.default)
 
 
+ANSWERS: Final = (
+    FlagsOf("documents", only=("form", "columns"), flags={"columns": "--column"}),
+    FlagsOf("teacher", only=("template", "enable_thinking", "max_tokens", "dtype")),
+    FlagsOf("generation", flags={"keep_cut": "--keep-cut/--no-keep-cut"}),
+)
+"""What both commands take that let a model answer prompts."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Flag:
     """One flag, and the keys of the run file that it sets."""

@@ -6,11 +6,11 @@ from typing import Annotated, Final
 
 import typer
 
-from xkd_schemas.config import RunConfig
+from xkd_schemas.config import RunConfig, change_values
 from xkd_schemas.console import answer, say, say_json
 from xkd_schemas.console import run as run_app
 from xkd_schemas.errors import UsageError
-from xkd_schemas.flags import FlagsOf, JsonOption, with_flags
+from xkd_schemas.flags import ANSWERS, FlagsOf, JsonOption, with_flags
 
 app = typer.Typer(name="xkd-train", pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -146,6 +146,29 @@ def generate(
     )  # fmt: skip
     responses = answer_prompts(request, prompt, seed=sample)
     answer([{"prompt": p, "response": r} for p, r in zip(prompt, responses, strict=True)], responses, as_json)
+
+
+@app.command()
+@with_flags(*ANSWERS)
+def sample(
+    student: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
+    data: Annotated[str, typer.Option(help="Rows with prompts: a file, folder, address or data set name.")],
+    run: RunConfig,
+    out: Annotated[Path, typer.Option(help="File of the answers.")] = Path("answers.jsonl"),
+    as_json: JsonOption = False,
+) -> None:
+    """Let a student answer the prompts of a corpus: rows of the next round. As xkd-cache generate, without workers.
+
+    The template is the one that the student was trained with, and rows have policy=student, unless you say otherwise.
+
+    Example: xkd-train sample out/student --data prompts.jsonl --out answers.jsonl
+    """
+    from xkd_trainer.answers import describe, write_answers
+
+    policy = {} if "policy" in run.generation.model_fields_set else {"generation.policy": "student"}
+    run = change_values(run, policy | {"teacher.model": str(student)}, "sample")
+    found = write_answers(run, data, out)
+    answer(found, [describe(found)], as_json)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -6,28 +6,25 @@ Bits per byte count the text of the target segments only, so they compare models
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-import torch
 from rouge_score import rouge_scorer
 from transformers import PreTrainedModel
 
-from xkd_schemas.config import AUTO
+from xkd_schemas.config import AUTO, GenerationSection
 from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.progress import Progress
 from xkd_schemas.text.encode import Encoder
-from xkd_schemas.text.templates import CHAT, chosen_template
 from xkd_schemas.tokens import OK, Tokens
+from xkd_trainer.models import generation
 from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
-from xkd_trainer.models.compute_dtype import choose_dtype, dtype_named, this_device, warn_of_slow_dtype
-from xkd_trainer.models.forward import check_ids, check_model
-from xkd_trainer.models.loading import check_model_name, load_tokenizer
-from xkd_trainer.models.lora import base_of, load_student
-from xkd_trainer.models.padding import pad
-from xkd_trainer.run_folder import read_provenance
-from xkd_trainer.training.files import find_turn_ends
+from xkd_trainer.models.compute_dtype import choose_dtype, this_device
+from xkd_trainer.models.forward import check_ids
+from xkd_trainer.models.generation import find_turn_ends, reader_of, seed_of, speaker_of
+from xkd_trainer.models.loading import check_model_name
+from xkd_trainer.models.lora import base_of
 from xkd_trainer.training.held_out import Agreement, read_held_out
 
 
@@ -69,7 +66,7 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     """
     name = str(request.student)
     check_model_name(base_of(name))
-    encoder = _encoder_of(request)
+    encoder = _reader_of(request)
     held = read_held_out(request.data, request.form, request.columns, encoder)
     tokenizer, (model, dtype) = encoder.tokenizer, _model_of(request)
     held.check_ids(model, tokenizer)
@@ -85,26 +82,14 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     return result
 
 
-def _encoder_of(request: Request) -> Encoder:
-    """The student's tokenizer, with the template it was trained with unless the request names one."""
-    name = str(request.student)
-    tokenizer, trained = load_tokenizer(name), read_provenance(Path(name)).get("run", {})
-    template = chosen_template(request.template or trained.get("template", AUTO), tokenizer)
-    thinking = trained.get("enable_thinking") if request.enable_thinking is None else request.enable_thinking
-    return Encoder(
-        tokenizer=tokenizer, template=template, max_tokens=request.max_tokens,
-        enable_thinking=thinking if template == CHAT else None,
-    )  # fmt: skip
+def _reader_of(request: Request) -> Encoder:
+    return reader_of(str(request.student), request.template, request.enable_thinking, request.max_tokens)
 
 
 def _model_of(request: Request) -> tuple[PreTrainedModel, str]:
     """The student on this machine's device, and the dtype it runs in."""
-    device = this_device()
-    dtype = choose_dtype(request.dtype, device).dtype
-    warn_of_slow_dtype(dtype, device)
-    model = load_student(str(request.student), dtype=dtype_named(dtype)).to(device)
-    check_model(model)
-    return model, dtype
+    dtype = choose_dtype(request.dtype, this_device()).dtype
+    return speaker_of(str(request.student), dtype, this_device()), dtype
 
 
 def answer_prompts(request: Request, prompts: Sequence[str], *, seed: int | None) -> list[str]:
@@ -114,7 +99,7 @@ def answer_prompts(request: Request, prompts: Sequence[str], *, seed: int | None
         InputMissing, UsageError, BadData: The student cannot be used, or a prompt is empty or too long.
     """
     check_model_name(base_of(str(request.student)))
-    encoder = _encoder_of(request)
+    encoder = _reader_of(request)
     parts = [[("prompt", prompt, False), ("response", "A", True)] for prompt in prompts]  # the response is cut off
     documents = [document_of(each, source="--prompt", line=line) for line, each in enumerate(parts, start=1)]
     tokens = list(encoder.encode_batch(documents))
@@ -165,11 +150,6 @@ def rouge_l(
     return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means)), "rouge_l_max": max(means)}
 
 
-_SAMPLED: Final = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-_LIKELIEST: Final = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-
-
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -180,23 +160,12 @@ def generate(
     max_new_tokens: int,
 ) -> list[str]:
     """One response for each prompt (arrays of token ids), up to a token of `ends`; without a seed the likeliest."""
-    if seed is not None:
-        torch.manual_seed(seed)
-    embeddings = len(model.get_input_embeddings().weight)
-    filler = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < embeddings)
+    how = GenerationSection(temperature=0 if seed is None else 1, max_new_tokens=max_new_tokens)
     responses = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for group in make_batches(order):
-        backwards = [prompts[i].astype(np.int64)[::-1] for i in group]
-        ids_BL, seen_BL = pad(backwards).flip(1), pad([np.ones(len(ids), np.int64) for ids in backwards]).flip(1)
-        output = model.generate(
-            input_ids=ids_BL.to(model.device),
-            attention_mask=seen_BL.to(model.device),
-            **(_LIKELIEST if seed is None else _SAMPLED),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=filler,
-            eos_token_id=list(ends),
-        )
-        for index, row_ids in zip(group, output[:, ids_BL.shape[1] :].tolist(), strict=True):
-            responses[index] = tokenizer.decode(row_ids, skip_special_tokens=True)
+        seeds = [seed_of(seed or 0, index, 0) for index in group]
+        said = generation.generate(model, tokenizer, [prompts[i] for i in group], how, seeds=seeds, ends=ends)
+        for index, ids in zip(group, said, strict=True):
+            responses[index] = tokenizer.decode(ids, skip_special_tokens=True)
     return responses

@@ -17,7 +17,7 @@ from xkd_schemas.config import RunConfig
 from xkd_schemas.console import answer, say, say_json
 from xkd_schemas.console import run as run_app
 from xkd_schemas.errors import UsageError
-from xkd_schemas.flags import FlagsOf, JsonOption, with_flags
+from xkd_schemas.flags import ANSWERS, FlagsOf, JsonOption, with_flags
 
 app = typer.Typer(
     name="xkd-cache",
@@ -41,6 +41,25 @@ def _tell(stage: Callable[..., Outcome], run: RunConfig, as_json: bool) -> None:
 def _echo(as_json: bool) -> Callable[[str], None]:
     """Where lines go while a command works: with --json, standard output holds one object and nothing else."""
     return (lambda _line: None) if as_json else say
+
+
+@app.command()
+@with_flags(*ANSWERS, FlagsOf("teacher", only=("model",)), GPU_WORKERS)
+def generate(
+    prompts: Annotated[str, typer.Argument(help="Rows with prompts: a file, folder, address or data set name.")],
+    run: RunConfig,
+    out: Annotated[Path, typer.Option(help="File of the answers.")] = Path("answers.jsonl"),
+    as_json: JsonOption = False,
+) -> None:
+    """Let a model answer the prompts of a corpus; the file is a corpus for documents. Resumes where it stopped.
+
+    Example: xkd-cache generate prompts.jsonl --model models/teacher --out answers.jsonl --n 4 --temperature 0.7
+    """
+    from xkd_pipeline.answers import generate as generate_answers
+    from xkd_trainer.answers import describe
+
+    found = generate_answers(run, prompts, out, Workers.of(run))
+    answer(found, [describe(found)], as_json)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from xkd_pipeline.tables.shard import documents_of, token_counts, tokens_of
 from xkd_pipeline.workers.contract import first_line
 from xkd_schemas.cache.table import Row, Shard, Table
 from xkd_schemas.codecs import CODECS, find_class_fault
-from xkd_schemas.documents import documents_schema
+from xkd_schemas.documents import schema_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, XkdError
 from xkd_schemas.signals import count_pairs
 from xkd_schemas.tokens import CONTENT, END, OK, STUDENTS, TEMPLATE, kept_rows, predictors, spans_read
@@ -68,8 +68,8 @@ def verify_rows(root: Path, name: str) -> Iterator[Finding]:
 def find_faults(root: Path, table: Table, number: int) -> Iterator[str]:
     """What is wrong with the rows of one shard."""
     shard, commit = table.shard(number), table.manifest.commits[number]
-    version, (kind, _, name) = table.manifest.spec["schema"], table.name.partition("/")
-    expected = {"documents": documents_schema(version), "students": STUDENTS}.get(kind)
+    kind, _, name = table.name.partition("/")
+    expected = {"documents": schema_of(table.manifest.spec), "students": STUDENTS}.get(kind)
     if expected is not None and not shard.schema.equals(expected):
         yield "its schema is not the one of this version"
         return

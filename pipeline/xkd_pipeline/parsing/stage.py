@@ -3,12 +3,13 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 
 from xkd_pipeline.parsing.parser import Parser
 from xkd_pipeline.tables.build import Built, build
@@ -19,7 +20,7 @@ from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import rejected_row
 from xkd_schemas.corpus.sources import RawRow, Source, open_source, read_documents
-from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, checked_spans, document_of
+from xkd_schemas.documents import DOCUMENTS_VERSION, POLICY, Document, Spans, checked_spans, document_of, schema_of
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT, OK, WORKER_KILLED, Tokens
@@ -74,6 +75,7 @@ class DocumentsStage(Stage):
 
     folder: Path
     settings: DocumentsSection
+    schema: pa.Schema
 
     def load(self) -> Make:
         """Load the parser, and the tokenizer that counts prompts, once."""
@@ -115,7 +117,7 @@ class DocumentsStage(Stage):
         parser.notes.clear()
         rejected = [asdict(r) for r in rejects]
         columns = columns_of(documents, found)
-        return write_shard(self.folder, job.unit, DOCUMENTS, columns, rejects=rejected, counts=counts)
+        return write_shard(self.folder, job.unit, self.schema, columns, rejects=rejected, counts=counts)
 
 
 UNUSED: Final = "unused:"  # begins the names of counts of keys that were not used
@@ -175,7 +177,7 @@ def _cut(document: Document, row: Tokens, most: int) -> Document | None:
         (s.role, document.text[s.start : s.end if s.start >= first else min(s.end, end)], s.target)
         for s in document.segments
     ]
-    return document_of(parts, source=document.source, line=document.line)
+    return replace(document_of(parts, source=document.source, line=document.line), policy=document.policy)
 
 
 def columns_of(documents: Sequence[Document], spans: Sequence[Spans]) -> dict[str, list[object]]:
@@ -192,6 +194,7 @@ def columns_of(documents: Sequence[Document], spans: Sequence[Spans]) -> dict[st
         "words": [s.words for s in spans],
         "phrases": [s.phrases for s in spans],
         "labels": [s.labels for s in spans],
+        POLICY: [d.policy for d in documents],
     }
 
 
@@ -243,8 +246,10 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
     if encoder := prompt_encoder(settings):  # without a limit the plan says nothing of it
         identity = {key: value for key, value in encoder.identity().items() if key != "max_tokens"}
         spec["prompts"] = {"tokens": settings.max_prompt_tokens, "name": settings.prompt_tokenizer, **identity}
+    if any(POLICY in source.columns for source in sources):
+        spec[POLICY] = True
     store = Store(root, "documents", spec, units)
-    stage = DocumentsStage(folder=store.folder, settings=settings)
+    stage = DocumentsStage(folder=store.folder, settings=settings, schema=schema_of(spec))
 
     def watch(commits: Sequence[Commit]) -> None:
         rejected, read = sum(c.rejects.rows for c in commits if c.rejects), sum(units[c.unit].rows for c in commits)

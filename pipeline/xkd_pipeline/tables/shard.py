@@ -22,7 +22,7 @@ import xxhash
 from xkd_schemas.cache.manifest import Commit, RecordBatch, Reject
 from xkd_schemas.cache.table import Row, Shard, Table
 from xkd_schemas.config import StudentSection, TeacherSection
-from xkd_schemas.documents import Document, Segment
+from xkd_schemas.documents import POLICY, Document, Segment
 from xkd_schemas.durable_files import replace, xxh3_of
 from xkd_schemas.ragged import Ragged, batch_of, row_offsets
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch
@@ -193,7 +193,10 @@ def document_at(row: Row) -> Document:
         for (start, end), role, target in zip(row["segments"], row["roles"], row["targets"], strict=True)
     )
     messages = row.get("messages", "")  # none in a table of version 1
-    return Document(text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=messages)
+    return Document(
+        text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=messages,
+        policy=row.get(POLICY, ""),
+    )  # fmt: skip
 
 
 def encoder_for(tokenizer: str, section: TeacherSection | StudentSection) -> Encoder:

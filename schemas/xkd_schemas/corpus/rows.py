@@ -8,15 +8,15 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 import orjson
 
 from xkd_schemas.corpus.conversation import CALL, REASONING, REASONING_KEYS, call_text
 from xkd_schemas.corpus.files import LongLine
-from xkd_schemas.corpus.formats import FORMS, RowFormat
-from xkd_schemas.documents import Document, document_of
+from xkd_schemas.corpus.formats import FORMS, MOST_POLICY, PROMPTS, RowFormat
+from xkd_schemas.documents import POLICY, Document, document_of
 
 MAX_CHARS: Final = 1_000_000  # characters of the longest document that is taken
 DETAIL_CHARS: Final = 200  # characters of a rejected row that are kept
@@ -103,8 +103,10 @@ def read_documents(
         try:
             counts = {} if unused is None else unused
             content = _first_reference(kind, names, _object_of(row.content), counts)
+            policy, content = _take_policy(content, columns)
             parts, messages = _parts_of(kind, names, content, counts)
-            documents.append(_document(parts, messages, source=source, line=row.line, max_chars=max_chars))
+            document = _document(parts, messages, source=source, line=row.line, max_chars=max_chars)
+            documents.append(replace(document, policy=policy) if policy else document)
         except RowRejected as why:
             rejected.append(rejected_row(source, row, why.reason, str(why)))
     return documents, rejected
@@ -152,6 +154,54 @@ def _json_error(content: bytes, error: orjson.JSONDecodeError) -> RowRejected:
     except orjson.JSONDecodeError:
         return RowRejected("bad_json", str(error))
     return RowRejected("lone_surrogate", str(error))
+
+
+def _take_policy(row: Mapping[str, object], columns: Mapping[str, str]) -> tuple[str, Mapping[str, object]]:
+    """Who wrote the response, and the row without that field."""
+    if POLICY not in columns:
+        return "", row
+    value = row.get(columns[POLICY])
+    if value is not None and not (isinstance(value, str) and len(value) <= MOST_POLICY):
+        raise RowRejected("bad_type", f'field "{columns[POLICY]}" is no text of at most {MOST_POLICY} characters')
+    return value or "", {key: row[key] for key in row if key != columns[POLICY]}
+
+
+MESSAGES: Final = "messages"
+STAND_IN: Final = "A"  # in the place of the response that is asked for
+
+
+def read_prompt(source: str, form: str, columns: Mapping[str, str], row: RawRow) -> tuple[dict[str, Any], Document]:
+    """What a row asks, and a document of it with STAND_IN as its only target; RowRejected where it asks nothing.
+
+    Of chat messages, those of the assistant at the end are left out.
+    """
+    content = _object_of(row.content)
+    names = {field.name: columns.get(field.name, field.name) for field in PROMPTS[form].fields}
+    asked = {name: content[column] for name, column in names.items() if content.get(column) is not None}
+    shown = asked
+    if isinstance(messages := asked.get(MESSAGES), list):
+        said = [isinstance(m, dict) and CHAT_ROLES.get(str(_rename_keys(m, "").get("role")), False) for m in messages]
+        end = len(said) - said[::-1].index(False) if False in said else 0
+        asked |= {key: content[key] for key in ROW_KEYS if content.get(key) is not None} | {MESSAGES: messages[:end]}
+        turns = [m | {"weight": 0} if own else m for m, own in zip(messages[:end], said, strict=False)]
+        shown = asked | {MESSAGES: turns}
+    parts, more = _parts_of(
+        FORMS[form], {f.name: f.name for f in FORMS[form].fields}, with_answer(form, shown, STAND_IN), {}
+    )
+    if not any(text.strip() for _, text, _ in parts[:-1]):
+        raise RowRejected("empty", "no prompt")
+    return asked, _document(parts, more, source=source, line=row.line, max_chars=MAX_CHARS)
+
+
+def with_answer(form: str, asked: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """A row of the form: what it asks, and the answer.
+
+    >>> with_answer("prompt_response", {"prompt": "Hi?"}, "Yes.")
+    {'prompt': 'Hi?', 'response': 'Yes.'}
+    """
+    if form == MESSAGES and isinstance(asked.get(MESSAGES), list):
+        return {**asked, MESSAGES: [*asked[MESSAGES], {"role": "assistant", "content": text}]}
+    return {**asked, **{field.name: text for field in FORMS[form].fields if field.target}}
 
 
 def references_of(form: str, columns: Mapping[str, str], row: Mapping[str, object]) -> list[str]:

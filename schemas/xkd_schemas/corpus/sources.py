@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from xkd_schemas.corpus.files import FOLDER_SUFFIXES, SUFFIXES, Content, CorpusFile, count_file, file_rows
-from xkd_schemas.corpus.formats import AUTO, FORMS, check_fields, choose_form
+from xkd_schemas.corpus.formats import AUTO, FORMS, PROMPTS, check_fields, choose_form
 from xkd_schemas.corpus.rows import ROW_KEYS, RawRow, RejectedRow, parsed_row, read_documents, references_of
 from xkd_schemas.documents import Document
 from xkd_schemas.durable_files import disk_errors
@@ -79,7 +79,7 @@ class Source:
         return "; ".join((line, *self.remarks))
 
 
-def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> Source:
+def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str], prompts: bool = False) -> Source:
     """Count and fingerprint a source and find the form of its rows.
 
     Args:
@@ -89,6 +89,7 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
             data set on the hub, of which all but the name may be left out (split train); its rows are streamed.
         form: A key of FORMS, or "auto": the first form whose required fields the first rows have.
         columns: Field to column, for rows that name their fields otherwise; may be empty.
+        prompts: Responses are not read, and need not be there.
 
     Raises:
         InputMissing: not there, not a regular file, not readable, or the hub is out of reach.
@@ -99,7 +100,7 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str]) -> S
     check_fields(form, columns)
     parts, digest, remarks = _locate(name)
     sample = _sample(parts)
-    chosen, resolved, fit = choose_form(name, form, columns, sample)
+    chosen, resolved, fit = choose_form(name, form, columns, sample, PROMPTS if prompts else FORMS)
     boms = sum(part.num_boms for part in parts)
     if boms:
         remarks = (*remarks, f"{boms} byte order mark{'s' * (boms > 1)} dropped")

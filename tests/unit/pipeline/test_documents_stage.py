@@ -17,6 +17,7 @@ from xkd_schemas.cache.table import Table
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import RawRow, read_documents
 from xkd_schemas.corpus.sources import open_source
+from xkd_schemas.documents import documents_schema, schema_of
 from xkd_schemas.errors import BadData
 
 
@@ -161,3 +162,33 @@ def test_a_shard_is_a_minute_of_a_teacher_by_characters_decided_once_and_printed
     llama(tmp_path / "teacher")
     named = run_file(tmp_path / "new", documents={"rows_per_shard": 0}, teacher={"model": str(tmp_path / "teacher")})
     assert stages.rows_per_shard(named, [open_source(str(corpus), columns={})])[0] == stages.MOST_CHARS // 1000
+
+
+def test_a_policy_is_the_last_column_of_all_sources_where_one_has_it_and_of_no_other_table(tmp_path: Path) -> None:
+    said = [row | {"policy": "student"} for row in corpus_rows(3)]
+    plain = write_rows(tmp_path / "plain.jsonl", [row | {"policy": "x" * 99} for row in corpus_rows(2)])
+    chat = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}]}
+        for r in said
+    ]
+    other = write_rows(tmp_path / "chat.jsonl", [{**row, "policy": "teacher"} for row in chat])
+    own = write_rows(tmp_path / "own.jsonl", [*said, {"prompt": "Who?", "response": "Nobody.", "policy": None}])
+
+    outcome = build(tmp_path / "c", [plain, other, own])
+    build(tmp_path / "plain", [plain])
+
+    table = Table(tmp_path / "c", "documents")
+    assert [row["policy"] for row in table] == ["", "", *["teacher"] * 3, *["student"] * 3, ""]
+    assert table.shard(0).schema.equals(schema_of(table.manifest.spec))
+    assert [document_at(table[2]).policy, outcome.values["unused"]] == ["teacher", {}]
+    without = Table(tmp_path / "plain", "documents")
+    assert without.shard(0).schema.equals(documents_schema(2))
+    assert "policy" not in without.manifest.spec
+    assert table[0]["doc_id"] == table[5]["doc_id"]
+
+
+def test_a_policy_that_is_no_short_text_behind_the_first_rows_is_a_reject(tmp_path: Path) -> None:
+    rows: list[Any] = [row | {"policy": "student"} for row in corpus_rows(70)]
+    rows[68]["policy"], rows[69]["policy"] = 5, "x" * 41
+
+    assert build(tmp_path / "c", [write_rows(tmp_path / "rows.jsonl", rows)], max_reject=1).values["rejected"] == 2

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import one_tokenizer as one
 import slow_losses as slow
 import tiny_models as tiny
+from one_step import gradients
 from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
 from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import TOTAL
@@ -41,6 +42,28 @@ def test_kl_is_the_loops_over_predictions_of_single_documents(kind: str) -> None
 
     one.assert_term(found["kl.kl"], kl, count)
     one.assert_term(found["ce.ce"], ce, count)
+
+
+def test_cross_entropy_that_skips_a_policy_is_that_of_the_other_documents_and_no_other_loss_skips() -> None:
+    made, batch = one.ready("kl", ce=1.0)
+    batch = replace(batch, policies=("student", "", *["teacher"] * (len(one.ROWS) - 2)))
+    kept = batch_of(made.cache, one.ROWS[1:], made.wanted)
+    whole, alone = (one.every_term_of(made.distiller, each) for each in (batch, kept))
+
+    made.distiller.loss("ce").skip = "student"
+    found, counts = one.every_term_of(made.distiller, batch), made.distiller.counts(batch)
+    slopes = gradients(made.distiller, [batch], counts)[1]
+    cut = [batch_of(made.cache, rows, made.wanted) for rows in (one.ROWS[:1], one.ROWS[1:])]
+    cut = [replace(cut[0], policies=("student",)), replace(cut[1], policies=batch.policies[1:])]
+    parts = gradients(made.distiller, cut, counts)[1]
+
+    one.assert_term(found["ce.ce"], float(alone["ce.ce"].total.detach()), float(alone["ce.ce"].count), rel=1e-5)
+    one.assert_term(found["kl.kl"], float(whole["kl.kl"].total.detach()), float(whole["kl.kl"].count), rel=1e-5)
+    assert float(counts["ce.ce"]) == float(kept.num_predictions) < float(counts["kl.kl"])
+    for name, slope in slopes.items():
+        torch.testing.assert_close(parts[name], slope, rtol=1e-4, atol=1e-6, msg=name)
+    made.distiller.loss("ce").skip = "teacher, and another"
+    assert float(made.distiller.counts(batch)["ce.ce"]) == float(batch.num_predictions)
 
 
 def test_classes_beyond_the_tokenizer_take_no_part() -> None:

@@ -27,6 +27,7 @@ from xkd_trainer.training.prepare import set_up
         ({"losses": {"ce": {"projector_lr": 1e-3}}}, "losses.ce.projector_lr: ce has no projectors here"),
         ({"loss": "sra", "losses": {"sra": {"projector_lr": -1}}}, "losses.sra.projector_lr: "),
         ({"loss": "sra", "losses": {"sra": {"projector_rate": 1}}}, "Next: did you mean 'projector_lr'?"),
+        ({"losses": {"ce": {"skip": "student"}}}, "losses.ce.skip is student, and no row of "),
         ({"loss": "ce", "losses": {"sar": {}}}, "'sar' is not a loss"),
         ({"loss": "mta", "losses": {"mta": {"student_layers": [1]}}}, "mta.student_layers has 1 layers, the cache"),
     ],

@@ -72,6 +72,8 @@ class Batch:
 
     rows: tuple[int, ...]
     """Rows of the cache, for error messages."""
+    policies: tuple[str, ...] = ()
+    """Who wrote the response of each row; "" where the corpus does not say."""
     student_ids_BS: Tensor
     student_valid_BS: Tensor
     student_text_B1: Tensor

@@ -23,7 +23,7 @@ from xkd_schemas.cache.manifest import Plan, differences, read_record, refuse_di
 from xkd_schemas.cache.table import Table, check_cache, names_in
 from xkd_schemas.codecs import CODECS
 from xkd_schemas.config import TeacherSection
-from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION, documents_schema
+from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION, schema_of
 from xkd_schemas.durable_files import inside, sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
@@ -138,7 +138,7 @@ class Cache:
         """Shards with other columns, types or widths than the manifests say are refused when they are opened."""
         for table in (self.documents, self.students, self.teachers, *self.beside):
             spec, kind = table.manifest.spec, table.name.partition("/")[0]
-            expected = STUDENTS if kind == "students" else documents_schema(spec["schema"])
+            expected = STUDENTS if kind == "students" else schema_of(spec)
             if kind in ("teachers", "signals"):
                 if spec["codec"] not in CODECS:
                     raise Mismatch(f"{table.folder}: codec {spec['codec']} is not known", fix="upgrade xkd-toolkit")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xkd_schemas.cache.table import Row
 from xkd_schemas.codecs import unpack_classes
+from xkd_schemas.documents import POLICY
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import KINDS, Signal, draw_spans
 from xkd_schemas.text.alignment import token_ranges
@@ -25,7 +26,7 @@ from xkd_trainer.models.padding import pad
 
 Array = npt.NDArray[Any]
 RowArrays = dict[str, Array]
-"""Arrays of one row, named like the fields of Batch; names with a blank are of a Level or TokenStates."""
+"""Arrays of one row, named like the fields of Batch; names with a blank are no tensors of it."""
 
 
 class DocumentRow(NamedTuple):
@@ -59,8 +60,10 @@ def stack_rows(documents: Sequence[DocumentRow]) -> Batch:
             states.setdefault(signal.layer, {})[_TOKEN_FIELDS[signal.name]] = values
     token_states = tuple(TokenStates(layer=layer, **found) for layer, found in sorted(states.items()))
     others = tuple(map(stack_rows, zip(*(document.others for document in documents), strict=True)))
-    rows = tuple(document.row for document in documents)
-    return Batch(rows=rows, levels=levels, token_states=token_states, others=others, **data)
+    return Batch(
+        rows=tuple(document.row for document in documents), policies=tuple(str(s["row policy"]) for s in samples),
+        levels=levels, token_states=token_states, others=others, **data,
+    )  # fmt: skip
 
 
 def read_row(cache: Cache, row: int, wanted: frozenset[Signal]) -> DocumentRow:
@@ -81,6 +84,7 @@ def _read_arrays(cache: Cache, row: int, wanted: frozenset[Signal]) -> RowArrays
         raise BadData(f"{cache.root}: row {row} is another document in each table: {json.dumps(ids)}")
     columns = {s.name: s.column for s in cache.signals if s.kind.top}
     return {
+        "row policy": np.array(document.get(POLICY, "")),
         **_student_arrays(student),
         **_teacher_arrays(teacher, wanted, columns),
         **_alignment_arrays(student, teacher, row),

@@ -52,7 +52,7 @@ LOSSES: Mapping[str, Declaration] = {
         MINED,
         ULD,
         MULTILEVELOT,
-    )  # fmt: skip
+    )
 }
 """The losses that come with XKD."""
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from xkd_schemas.cache.manifest import OWN
 from xkd_schemas.durable_files import digest, disk_errors, own_folder, replace, save_folder, sha256_of, sync_folder
 from xkd_schemas.errors import UsageError
-from xkd_schemas.tokens import END, Bools, Int32s
+from xkd_trainer.models.generation import Learnt, find_turn_ends
 from xkd_trainer.models.loading import check_student, load_tokenizer, save_tensors, stored_dtype, tensor_errors
 from xkd_trainer.models.lora import base_of, load_student
 from xkd_trainer.run_folder import BEST, METRICS, PROVENANCE, UNFINISHED, read_provenance
@@ -149,10 +149,6 @@ def _load(path: Path) -> Snapshot:
     )
 
 
-Learnt = tuple[Int32s, Any, Bools]
-"""Ids, kinds and targets of a row."""
-
-
 def export_student(
     out: Path,
     student: PreTrainedModel,
@@ -252,16 +248,3 @@ def was_exporting(out: Path, fingerprint: Mapping[str, Any]) -> bool:
 
 def _mark(fingerprint: Mapping[str, Any]) -> bytes:
     return json.dumps({"run": dict(fingerprint)}, sort_keys=True).encode()
-
-
-def find_turn_ends(model: PreTrainedModel, tokenizer: Any, rows: Iterable[Learnt]) -> list[int]:
-    """All ids that end a turn, ascending: of the tokenizer, of the model's generation config, and targets of `rows`.
-
-    A chat template may end a turn with another token than the tokenizer's own (`<|im_end|>`, `<end_of_turn>`). A
-    generation that stops at the own one alone runs on behind the answer.
-    """
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [] if own is None else [own])}
-    for ids_T, kinds_T, targets_T in rows:
-        ends.update(ids_T[(kinds_T == END) & targets_T].tolist())
-    return sorted(map(int, ends))

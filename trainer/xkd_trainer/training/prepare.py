@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from xkd_schemas.cache.table import names_in
 from xkd_schemas.config import LoraSection, RunConfig
 from xkd_schemas.console import note, say, warn
+from xkd_schemas.documents import POLICY
 from xkd_schemas.errors import InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import Signal
 from xkd_schemas.text.encode import reading_of
@@ -94,6 +95,7 @@ def open_shards(
         table = _find_table(of_root, fingerprint, named or student_table, on_missing=on_missing, quiet=quiet)
         caches.append(Cache(root, student=table))
         _check_template(of_root, caches[-1])
+    _check_skip(run, caches)
     weights = [weight for *_, weight in shards]
     if len(caches) > 1 and len({cache.documents.manifest.root for cache in caches}) < len(caches):
         join = _join(run, caches, weights)
@@ -124,6 +126,16 @@ def _require(run: RunConfig, cache: Cache, parts: Iterable[Cache]) -> frozenset[
         for name, signals in needs.items():
             part.require(name, signals)
     return frozenset(signal for signals in needs.values() for signal in signals)
+
+
+def _check_skip(run: RunConfig, caches: Sequence[Cache]) -> None:
+    """UsageError where cross-entropy is to skip documents and no cache says who wrote them."""
+    skip = run.losses.get("ce", {}).get("skip")
+    if skip and not any(cache.documents.manifest.spec.get(POLICY) for cache in caches):
+        raise UsageError(
+            f"losses.ce.skip is {skip}, and no row of {caches[0].root} has the field {POLICY}",
+            fix=f"leave it out, or write {POLICY} into the corpus's rows and make the cache again (docs/rounds.md)",
+        )
 
 
 Built = tuple[Mapping[str, nn.Module], Mapping[str, float], Mapping[str, Projectors], Mapping[str, int]]

@@ -4,7 +4,7 @@
 
 `kl`: forward and reverse KL, Jensen-Shannon, the skewed kinds of DistiLLM (arXiv 2402.03898; SKL and SRKL with skew
 0.1) and the adaptive one (arXiv 2404.02657), each a sum over predictions divided by their number. Responses are the
-corpus's: DistiLLM's branch on responses that the student generates needs a live teacher and does not fit a cache.
+corpus's: DistiLLM's branch on responses that the student generates in each step does not fit a cache (docs/rounds.md).
 
 `rskd`: forward KL from a few drawn classes, whose gradient is that of the full one on average. Of the teacher p in
 KL(p || q) = sum p log p - sum p log q the second sum, and all of the gradient by the student q, need nothing but an
@@ -16,13 +16,14 @@ Shape legend: see batch.py; N also all predictions of a batch, C those of one ch
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, unwrap
-from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, StudentPass
+from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass
 from xkd_trainer.losses.dual_space import TeacherHead, last_states, teacher_states
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
@@ -68,14 +69,41 @@ def head_sampled_kl(student: LazyLogits, ids_Nk: Tensor, weights_Nk: Tensor, ent
 # -- wiring to the cache
 
 
+class CeSettings(Settings):
+    """Which responses are learnt word for word."""
+
+    skip: str = ""
+    """Leave out documents whose field `policy` has this value, such as student; other losses keep them."""
+
+
 class CrossEntropy(Loss):
-    """One term, `ce`: nats per predicted target."""
+    """One term, `ce`: nats per predicted target of the documents that are not skipped."""
 
     terms = ("ce",)
 
-    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, Planned]:
-        """-log p(target) over the valid predictions."""
-        return {"ce": student.plan.cross_entropy()}
+    def __init__(self, skip: str = "") -> None:
+        super().__init__()
+        self.skip = skip
+
+    def _kept_BN(self, batch: Batch) -> Tensor | None:
+        """Which valid predictions count; None for all."""
+        if not self.skip or self.skip not in batch.policies:
+            return None
+        kept_B = batch.predict_valid_BN.new_tensor([policy != self.skip for policy in batch.policies])
+        return batch.predict_valid_BN & kept_B[:, None]
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Predictions of the documents that are not skipped."""
+        kept_BN = self._kept_BN(batch)
+        return {"ce": batch.num_predictions if kept_BN is None else kept_BN.sum()}
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, Planned | LossTerm]:
+        """-log p(target) over those predictions; where some are skipped, in a pass of its own over the others."""
+        kept_BN = self._kept_BN(batch)
+        if kept_BN is None:
+            return {"ce": student.plan.cross_entropy()}
+        own = replace(student.plan, valid_BN=kept_BN).cross_entropy()
+        return {"ce": term(own.total, own.count)}
 
 
 class Kl(OneTokenizerLoss):
@@ -121,8 +149,9 @@ class Rskd(OneTokenizerLoss):
 CE = Declaration(
     name="ce",
     source="maximum likelihood; no teacher",
+    settings=CeSettings,
     needs=lambda _settings, _levels: (),
-    build=lambda _settings, _context: CrossEntropy(),
+    build=lambda settings, _context: CrossEntropy(settings.skip),
 )
 KL = Declaration(
     name="kl",
