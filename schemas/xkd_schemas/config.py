@@ -117,6 +117,13 @@ class TeacherSection(Section):
     """Teacher layers read on phrases, e.g. 22,30; three quarters of the depth and the last unless given."""
 
 
+class ServedSection(Section):
+    """A teacher that runs elsewhere."""
+
+    tokenizer: str = ""
+    """Folder or hub name of the served teacher's tokenizer; that of its model unless given."""
+
+
 class StudentSection(Section):
     """Which student learns."""
 
@@ -233,6 +240,7 @@ class RunConfig(Section):
     """Seconds after which a shard hangs; 5 times the median and at least 300 unless given."""
     documents: DocumentsSection = DocumentsSection()
     teacher: TeacherSection = TeacherSection()
+    served: ServedSection = ServedSection()
     student: StudentSection = StudentSection()
     train: TrainSection = TrainSection()
     losses: dict[str, dict[str, Any]] = {}
