@@ -152,6 +152,28 @@ def add(
     answer(values, [line], as_json)
 
 
+@app.command()
+@with_flags(
+    FlagsOf("served", flags={"url": "url", "model": "--served-model", "echo": "--echo/--no-echo"}),
+    CACHE,
+    FlagsOf("teacher", only=("template", "enable_thinking", "max_tokens")),
+    FlagsOf("documents", only=("max_reject",)),
+)
+def ask(
+    run: RunConfig,
+    out: Annotated[Path, typer.Option(help="File that answers are appended to; what it has is not asked again.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a server for the log-probabilities of every document, for `import`. The key is read from XKD_API_KEY.
+
+    Example: xkd-cache ask http://localhost:8000/v1 cache/ --tokenizer models/teacher --out answers.jsonl
+    """
+    from xkd_pipeline.served.ask import ask as ask_server
+
+    outcome = ask_server(run, out)
+    answer(outcome.values, [outcome.line], as_json)
+
+
 @app.command("import")
 @with_flags(
     CACHE,

@@ -189,15 +189,20 @@ def import_table(root: Path, name: str, given: Import) -> Built:
         return build(store, stage, list, Workers(), watch=watch, finish=finish)
 
 
+def named_teacher(run: RunConfig) -> tuple[str, TeacherSection]:
+    """The tokenizer of the teacher that a run file names, and how it reads documents, with its template settled."""
+    tokenizer = run.served.tokenizer or run.teacher.model
+    if not tokenizer:
+        raise UsageError("the teacher's tokenizer is not named", fix="add --tokenizer FOLDER")
+    template = chosen_template(run.teacher.template, load_tokenizer(tokenizer))
+    return tokenizer, run.teacher.model_copy(update={"template": template})
+
+
 def import_stage(run: RunConfig, rows: Sequence[str]) -> Outcome:
     """Import what a run file and files of rows say, and what to tell of it."""
-    settings, root = run.teacher, Path(run.cache)
-    tokenizer = run.served.tokenizer or settings.model
-    if not tokenizer:
-        raise UsageError("the teacher's tokenizer is not named", fix="add --tokenizer FOLDER, or --model FOLDER")
+    root, (tokenizer, settings) = Path(run.cache), named_teacher(run)
     name = settings.name or plain_name(tokenizer)
     check_name(name, "--name")
-    settings = settings.model_copy(update={"template": chosen_template(settings.template, load_tokenizer(tokenizer))})
     Table(root, "documents")
     found = Rows(rows)
     given = Import(rows=found, tokenizer=tokenizer, settings=settings, max_reject=run.documents.max_reject)
