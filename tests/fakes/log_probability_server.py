@@ -38,6 +38,8 @@ class Prompts:
             return self._fail_once(handler, fault)
         if fault == "too long":
             return handler.reply(400, {"error": f"maximum length; {handler.headers['authorization']}"})
+        if fault == "no value":
+            values = [*values[:-1], None]
         if fault == "lie":
             ids = [*ids[:-1], ids[-1] + 1]
         handler.reply(200, {"choices": [choice_of(ids, values, body)]})

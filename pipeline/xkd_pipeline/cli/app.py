@@ -187,6 +187,9 @@ def import_rows(
     rows: Annotated[
         list[str], typer.Argument(help="Files of rows that another program computed.", show_default=False)
     ],
+    layers: Annotated[
+        str, typer.Option(help="Layers of states, in the order of the files, e.g. 2,15,30; the last unless given.")
+    ] = "",
     recompute: Annotated[int, typer.Option(min=0, help="Rows to compare with the model, where one is given.")] = 4,
     as_json: JsonOption = False,
 ) -> None:
@@ -196,7 +199,9 @@ def import_rows(
     """
     from xkd_pipeline.served.stage import import_stage
 
-    outcome = import_stage(run, rows)
+    if not all(part.strip().isdigit() for part in layers.split(",") if layers):
+        raise UsageError(f"--layers {layers}: not numbers", fix="write them as 2,15,30")
+    outcome = import_stage(run, rows, [int(part) for part in layers.split(",") if layers])
     if run.teacher.model and recompute:
         from xkd_pipeline.maintain.recompute import recompute as compare
 

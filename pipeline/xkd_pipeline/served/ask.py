@@ -101,8 +101,9 @@ class Server:
             row = _row_of(answer["choices"][0], tokens)
         except (LookupError, TypeError, AttributeError) as error:
             raise RowRefused("not_imported", f"the answer has no log-probabilities of the prompt: {error}") from error
-        take(row, tokens, WANTED)
-        values_T = parse(row).columns["target_logprob"]
+        served = parse(row)
+        take(served, tokens, WANTED)
+        values_T = served.columns["target_logprob"]
         found = {"doc_id": doc_id, "token_ids": tokens.ids, "logprobs": np.append(np.float32(np.nan), values_T[:-1])}
         return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n"
 

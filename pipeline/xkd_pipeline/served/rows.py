@@ -1,4 +1,4 @@
-"""Rows that another program computed: lines or Parquet rows, found by document or by token ids.
+"""Rows that another program computed: lines, Parquet rows or files of tensors, found by document or by token ids.
 
 Shape legend for this file
     T tokens of a row
@@ -15,7 +15,9 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
 
+from xkd_pipeline.served.distillkit import read_compression, unpack_row
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.tokens import Int32s
@@ -37,11 +39,22 @@ class Served:
     """What was computed of one text. Value t of a column is made of the state at token t, as in a capture."""
 
     ids: Int32s  # [T]
-    columns: dict[str, npt.NDArray[Any]]  # signal's column -> [T, ...]
+    columns: dict[
+        str, npt.NDArray[Any]
+    ]  # signal's column -> [T, ...]; states are float32, of the last block not normed
+    padded: bool = False  # one more token may stand at the end, a padding token
+
+    def without(self, end: int | None) -> "Served":
+        """The same without the last token, if that is the padding token `end` and may be there."""
+        if not (self.padded and self.ids[-1] == end):
+            return self
+        return Served(ids=self.ids[:-1], columns={name: values[:-1] for name, values in self.columns.items()})
 
 
 class Rows:
-    """The rows of some files; nothing of them is held but where each is.
+    """The rows of some files, or of all files of folders; nothing of them is held but where each is.
+
+    `layers` are those of the states in files of tensors, in their order.
 
     Raises:
         InputMissing: A file is not there.
@@ -49,8 +62,9 @@ class Rows:
         BadData: It is broken, or a row has neither a document nor token ids.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.paths = [Path(name) for name in names]
+    def __init__(self, names: Sequence[str], layers: Sequence[int] = ()) -> None:
+        self.paths = [path for name in names for path in _files(Path(name))]
+        self.layers = tuple(layers)
         self._places: dict[str, tuple[Path, int]] = {}
         self.columns: tuple[str, ...] = ()  # of the first row, which every other must have
         self.used: set[str] = set()  # keys of rows that some document asked for
@@ -68,7 +82,7 @@ class Rows:
         self._places[key] = path, place
         if not self.columns:
             try:
-                self.columns = tuple(sorted(parse(row).columns))
+                self.columns = tuple(sorted(parse(row, self.layers).columns))
             except RowRefused as error:
                 raise BadData(f"{path}: the first row cannot be used: {error}", fix=HOW) from error
 
@@ -77,15 +91,32 @@ class Rows:
         """sha256 of each file."""
         return [sha256_of(path) for path in self.paths]
 
-    def of_documents(self, doc_ids: Sequence[str], ids: Sequence[Int32s]) -> list[Given | None]:
-        """The row of each document, by its doc_id, or else by its token ids; None where there is none."""
+    def of_documents(
+        self, doc_ids: Sequence[str], ids: Sequence[Int32s], end: int | None = None
+    ) -> list[Given | None]:
+        """The row of each document, by its doc_id, or else by its token ids; None where there is none.
+
+        `end` is a padding token, which may stand behind the ids of a row.
+        """
         keys = [doc if doc in self._places else digest_ids(t) for doc, t in zip(doc_ids, ids, strict=True)]
+        if end is not None:
+            longer = [digest_ids(np.append(t, np.int32(end))) for t in ids]
+            keys = [key if key in self._places else more for key, more in zip(keys, longer, strict=True)]
         self.used.update(key for key in keys if key in self._places)
         wanted: dict[Path, set[int]] = {}
         for path, place in (self._places[key] for key in keys if key in self._places):
             wanted.setdefault(path, set()).add(place)
         found = {(path, place): row for path, places in wanted.items() for place, row in read_rows(path, places)}
         return [found[self._places[key]] if key in self._places else None for key in keys]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(one for one in path.rglob("*") if one.suffix in READERS)
+    if not found:
+        raise InputMissing(f"{path} holds no file that ends in {' '.join(READERS)}", fix="check the path")
+    return found
 
 
 HOW: Final = "docs/served-teachers.md lists the forms of rows"
@@ -97,8 +128,8 @@ def read_rows(path: Path, wanted: Iterable[int] | None = None) -> Iterator[tuple
         raise UsageError(f"{path}: unknown file extension", fix=f"use one of {' '.join(READERS)}")
     try:
         yield from READERS[path.suffix](path, wanted)
-    except (OSError, pa.ArrowException) as error:
-        if not isinstance(error, pa.ArrowException):
+    except (OSError, pa.ArrowException, SafetensorError) as error:
+        if not isinstance(error, pa.ArrowException | SafetensorError):
             raise InputMissing(f"{path}: {error.strerror or error}", fix="check the path") from error
         raise BadData(
             f"{path} is broken: {' '.join(str(error).split())[:160]}", fix="write or copy it again"
@@ -142,12 +173,24 @@ def _table_rows(path: Path, wanted: Iterable[int] | None) -> Iterator[tuple[int,
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
                     numbers = np.arange(first, first + batch.num_rows)
                     picked = numbers if places is None else numbers[np.isin(numbers, places)]
-                    yield from zip(picked.tolist(), batch.take(pa.array(picked - first)).to_pylist(), strict=True)
+                    for place, row in zip(
+                        picked.tolist(), batch.take(pa.array(picked - first)).to_pylist(), strict=True
+                    ):
+                        yield place, row | {"folder": path.parent}
                     first += batch.num_rows
             first = end
 
 
-READERS: Final = {".jsonl": _lines, ".parquet": _table_rows}
+def _tensors(path: Path, _wanted: Iterable[int] | None) -> Iterator[tuple[int, Given]]:
+    """The one row of a file of tensors; its states are read when they are needed."""
+    with safe_open(path, framework="pt") as file:
+        missing = {"token_ids", "hidden_states"} - set(file.keys())
+        if missing:
+            raise BadData(f"{path} has no {' and no '.join(sorted(missing))}", fix=HOW)
+        yield 0, {"token_ids": file.get_tensor("token_ids").flatten().numpy(), "hidden_states": path}
+
+
+READERS: Final = {".jsonl": _lines, ".parquet": _table_rows, ".safetensors": _tensors}
 
 
 def key_of(row: Given, path: Path) -> str:
@@ -168,18 +211,24 @@ def digest_ids(ids: Int32s) -> str:
 # -- what a row says
 
 
-def parse(row: Given) -> Served:
+def parse(row: Given, layers: Sequence[int] = ()) -> Served:
     """What one row says; RowRefused where it fits no form."""
     ids = ids_of(row)
+    if "hidden_states" in row:
+        return Served(ids=ids, columns=_states(row["hidden_states"], ids, layers))
+    if row.get("compressed_logprobs") is not None:
+        return Served(ids=ids, columns=_largest(row, ids), padded=True)
     return Served(ids=ids, columns=_log_probabilities(row, ids))
 
 
 def ids_of(row: Given) -> Int32s:
     """Token ids of a row."""
-    found = next((row[name] for name in ("token_ids", "prompt_token_ids") if row.get(name) is not None), None)
+    found = next(
+        (row[name] for name in ("token_ids", "prompt_token_ids", "input_ids") if row.get(name) is not None), None
+    )
     ids = np.asarray([] if found is None else found)
     if not len(ids) or ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31:
-        raise RowRefused("bad_values", "no list of numbers in token_ids or prompt_token_ids")
+        raise RowRefused("bad_values", "no list of numbers in token_ids, prompt_token_ids or input_ids")
     return ids.astype(np.int32)
 
 
@@ -205,3 +254,30 @@ def _number(one: Any, at: int, token: int) -> float:
     if one is not None and (isinstance(one, bool) or not isinstance(one, float | int)):
         raise RowRefused("bad_values", f"token {at}: {str(one)[:40]!r} is no log-probability")
     return float("nan") if one is None else float(one)
+
+
+def _states(path: Path, ids: Int32s, layers: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
+    """`hidden_states` [T, layers, D], or [T, D] of one layer, as vLLM and speculators write them."""
+    with safe_open(path, framework="pt") as file:
+        states = file.get_tensor("hidden_states")
+    states_TLD = (states[:, None] if states.ndim == 2 else states).float().numpy()
+    if states_TLD.ndim != 3 or states_TLD.shape[:2] != (len(ids), len(layers)):
+        found = " x ".join(map(str, states.shape))
+        raise RowRefused(
+            "bad_values", f"states of {found} for {len(ids)} tokens and --layers {','.join(map(str, layers))}"
+        )
+    return {f"hidden@{layer}": states_TLD[:, at] for at, layer in enumerate(layers)}
+
+
+def _largest(row: Given, ids: Int32s) -> dict[str, npt.NDArray[Any]]:
+    """The largest log-probabilities of each token but the last, as DistillKit packs them; their logsumexp is 0."""
+    how = read_compression(row["folder"])
+    try:
+        classes_Pk, values_Pk = unpack_row(row, how)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RowRefused("bad_values", str(error)) from error
+    if len(classes_Pk) != len(ids) - 1:
+        raise RowRefused("bad_values", f"{len(classes_Pk)} positions of {len(ids)} tokens")
+    columns = {f"topk_ids#{how.k}": classes_Pk, f"topk_logits#{how.k}": values_Pk}
+    columns["logsumexp"] = np.zeros(len(classes_Pk), np.float32)
+    return {name: np.concatenate([values, values[-1:]]) for name, values in columns.items()}  # of the last: not read

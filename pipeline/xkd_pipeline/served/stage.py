@@ -8,11 +8,14 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from torch.nn import Module
+from transformers import PreTrainedModel
 
-from xkd_pipeline.capture.artifacts import constants_of, export, std_of, sum_moments, weights_identity
+from xkd_pipeline.capture.artifacts import constants_of, export, sizes_of, std_of, sum_moments, weights_identity
 from xkd_pipeline.capture.capture import TeacherSettings, classes_of, codec_error, encode_signals
+from xkd_pipeline.capture.measure import bf16_bits
 from xkd_pipeline.capture.stage import teacher_of
-from xkd_pipeline.served.rows import Given, RowRefused, Rows, parse
+from xkd_pipeline.served.rows import Given, RowRefused, Rows, Served, parse
 from xkd_pipeline.stages import plain_name
 from xkd_pipeline.tables.build import Built, Outcome, build
 from xkd_pipeline.tables.shard import (
@@ -33,9 +36,10 @@ from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, teacher_schema
 from xkd_schemas.text.templates import chosen_template
 from xkd_schemas.tokens import OK, Tokens, kept_rows, predictors
-from xkd_trainer.models.architecture import Head, head_of
+from xkd_trainer.models.architecture import Head, backbone, head_of, num_layers
 from xkd_trainer.models.loading import load_tokenizer, stored_dtype
 
+NORMS: Final = ("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm")
 IMPORT_VERSION: Final = 1  # bump when the same rows would give other bytes
 
 
@@ -59,9 +63,10 @@ class ImportStage(Stage):
 
     def load(self) -> Make:
         """Load the tokenizer, and the model where there is one."""
-        settings, wanted = self.given.settings, [signal_named(column) for column in self.given.rows.columns]
+        settings = self.given.settings
         encoder, documents = encoder_for(self.given.tokenizer, settings), Table(self.root, "documents")
         model = teacher_of(model_settings(settings)) if settings.model else None
+        wanted, end = signals_of(self.given.rows, model), padding_of(encoder.tokenizer)
         head = head_of(model) if model else Head(weight_VD=torch.empty(0, 1))
         width = head.weight_VD.shape[1]
         schema = teacher_schema(wanted, width, settings.codec)
@@ -69,11 +74,12 @@ class ImportStage(Stage):
         def make(unit: int, care: MadeDifferently) -> Commit:
             rows = documents_of(documents.shard(unit), care.lost)
             tokens = rows.encode(encoder)
-            given = self.given.rows.of_documents(rows.doc_ids, [one.ids for one in tokens])
+            given = self.given.rows.of_documents(rows.doc_ids, [one.ids for one in tokens], end)
             taken, rejects, statuses = [], [], list(tokens.statuses)
             for at, (one, row) in enumerate(zip(tokens, given, strict=True)):
                 try:
-                    taken.append(take(row, one, wanted) if one.status == OK else empty(wanted, width))
+                    served = read_served(row, self.given.rows.layers, end, model) if row and one.status == OK else None
+                    taken.append(take(served, one, wanted) if one.status == OK else empty(wanted, width))
                 except RowRefused as error:
                     statuses[at] = error.reason
                     taken.append(empty(wanted, width))
@@ -100,11 +106,53 @@ class ImportStage(Stage):
         return self.folder, self.root / "documents"
 
 
-def take(row: Given | None, tokens: Tokens, wanted: Sequence[Signal]) -> dict[str, Any]:
+def signals_of(rows: Rows, model: PreTrainedModel | None) -> list[Signal]:
+    """The signals that the rows give; states of the last block become the last states."""
+    found = [signal_named(column) for column in rows.columns]
+    if model is None:
+        return found
+    return [Signal("hidden_last") if s == Signal("hidden", num_layers(model)) else s for s in found]
+
+
+def padding_of(tokenizer: Any) -> int | None:
+    """The token that other programs put behind a text to rate its last token."""
+    found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return None if found is None else int(found)
+
+
+@torch.inference_mode()
+def read_served(row: Given, layers: Sequence[int], end: int | None, model: PreTrainedModel | None) -> Served:
+    """What a row says, with states as a capture has them: of the last block normed, and all in bfloat16."""
+    served = parse(row, layers).without(end)
+    columns = dict(served.columns)
+    for layer in (one for one in layers if f"hidden@{one}" in columns):
+        states_TD = torch.from_numpy(columns.pop(f"hidden@{layer}"))
+        if not bool(states_TD.isfinite().all()):
+            raise RowRefused("bad_values", f"hidden@{layer} is not finite")
+        assert model is not None
+        if states_TD.shape[-1] != model.get_input_embeddings().weight.shape[1]:
+            raise RowRefused("bad_values", f"states of width {states_TD.shape[-1]} are none of this model")
+        last = layer == num_layers(model)
+        states_TD = final_norm(model)(states_TD.to(model.dtype)) if last else states_TD
+        columns["hidden_last" if last else f"hidden@{layer}"] = bf16_bits(states_TD)
+    return Served(ids=served.ids, columns=columns)
+
+
+def final_norm(model: PreTrainedModel) -> torch.nn.Module:
+    """The norm between the last block and the head."""
+    decoder = backbone(model).get_decoder()
+    found = next((getattr(decoder, name) for name in NORMS if isinstance(getattr(decoder, name, None), Module)), None)
+    if found is None:
+        raise UsageError(
+            f"{type(model).__name__}: found no norm behind its blocks", fix="capture it: xkd-cache teacher"
+        )
+    return found
+
+
+def take(served: Served | None, tokens: Tokens, wanted: Sequence[Signal]) -> dict[str, Any]:
     """The columns of one document; RowRefused where the row is not of exactly these tokens, or says no number."""
-    if row is None:
+    if served is None:
         raise RowRefused("not_imported", "no row is of this document")
-    served = parse(row)
     if not np.array_equal(served.ids, tokens.ids):
         raise RowRefused("other_tokens", _difference(served.ids.tolist(), tokens.ids.tolist()))
     if missing := [s.column for s in wanted if s.column not in served.columns]:
@@ -149,12 +197,13 @@ def import_table(root: Path, name: str, given: Import) -> Built:
         documents, settings = Table(root, "documents"), given.settings
         encoder = encoder_for(given.tokenizer, settings)
         encoder.check(first_documents(documents))
+        model = teacher_of(model_settings(settings)) if settings.model else None
         spec = {
             "schema": TEACHERS_VERSION,
             "documents": documents.manifest.root,
             "weights": weights_identity(settings.model) if settings.model else {"served": name},
             "encoder": encoder.identity(),
-            "signals": list(given.rows.columns),
+            "signals": sorted(signal.column for signal in signals_of(given.rows, model)),
             "dtype": model_settings(settings).dtype if settings.model else "float32",
             "codec": settings.codec,
             "imported": {"version": IMPORT_VERSION, "rows": given.rows.digests},
@@ -176,13 +225,13 @@ def import_table(root: Path, name: str, given: Import) -> Built:
 
         def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
             constants: dict[str, Any] = {"template": settings.template}
-            if not settings.model:
+            if model is None:
                 folder = store.folder / "tokenizer"
                 names = save_folder(folder, encoder.tokenizer.save_pretrained)
                 return constants | {"vocab_size": classes_of(given.tokenizer)}, {
                     n: sha256_of(folder / n) for n in names
                 }
-            model, error = teacher_of(model_settings(settings)), codec_error(commits)
+            error = codec_error(commits)
             constants |= constants_of(model) | {f"{one}_std": std_of(commits, one) for one in ("hidden", "embedding")}
             return constants | ({"codec_error": error} if error else {}), export(model, settings.model, store.folder)
 
@@ -198,13 +247,19 @@ def named_teacher(run: RunConfig) -> tuple[str, TeacherSection]:
     return tokenizer, run.teacher.model_copy(update={"template": template})
 
 
-def import_stage(run: RunConfig, rows: Sequence[str]) -> Outcome:
-    """Import what a run file and files of rows say, and what to tell of it."""
+def import_stage(run: RunConfig, rows: Sequence[str], layers: Sequence[int] = ()) -> Outcome:
+    """Import what a run file and files of rows say, and what to tell of it.
+
+    `layers` are those of states, in the order of the files; none is the last one.
+    """
     root, (tokenizer, settings) = Path(run.cache), named_teacher(run)
     name = settings.name or plain_name(tokenizer)
     check_name(name, "--name")
     Table(root, "documents")
-    found = Rows(rows)
+    layers = layers or (sizes_of(settings.model).layers if settings.model else 1,)
+    found = Rows(rows, layers)
+    if any(signal_named(column).kind.wide for column in found.columns) and not settings.model:
+        raise UsageError("states are of no use without the teacher's head", fix="add --model FOLDER")
     given = Import(rows=found, tokenizer=tokenizer, settings=settings, max_reject=run.documents.max_reject)
     built = import_table(root, name, given)
     m = built.manifest

@@ -90,13 +90,14 @@ def test_documents_that_the_server_lies_about_or_refuses_are_told_and_never_writ
     answers: list[Row], tmp_path: Path
 ) -> None:
     out = tmp_path / "a.jsonl"
-    with local.served(answers, {5: "lie", 7: "too long"}) as (url, prompts):
+    with local.served(answers, {5: "lie", 6: "no value", 7: "too long"}) as (url, prompts):
         code, said = asked(*typed(url, out, "--max-reject", 0.5))
         assert code == 0
-        assert set(said["refused"]) == {answers[5]["doc_id"], answers[7]["doc_id"]}
+        assert set(said["refused"]) == {answers[at]["doc_id"] for at in (5, 6, 7)}
+        assert "missing or not finite" in said["refused"][answers[6]["doc_id"]]
         assert "is rated there" in said["refused"][answers[5]["doc_id"]]
         assert said["refused"][answers[7]["doc_id"]] == 'the server says 400 {"error": "maximum length; Bearer ***"}'
-        assert len(lines(out)) == 10
+        assert len(lines(out)) == 9
         line = refused(*typed(url, out))
         assert "documents are refused, more than --max-reject 0.01" in line
         assert KEY not in line
