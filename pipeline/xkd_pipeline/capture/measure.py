@@ -126,7 +126,7 @@ def _read_predictions(
     )
     sides = hidden_ND, target_N.to(hidden_ND.device, torch.int64), torch.from_numpy(random_N2)
     chunks = zip(*(torch.split(side, step) for side in sides), strict=True)
-    parts = [_read_logits(head(chunk_ND), *given, signals, classes) for chunk_ND, *given in chunks]
+    parts = [_read_logits(head(chunk_ND), target_C, part, signals, classes) for chunk_ND, target_C, part in chunks]
     stats = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     ends = np.cumsum([len(p) for p in positions])
     for number, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):

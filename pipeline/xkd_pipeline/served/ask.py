@@ -5,7 +5,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -229,7 +229,7 @@ def _check_refused(refused: Mapping[str, str], most: float, documents: int, out:
         )
 
 
-def _answers(server: Server, jobs: Iterator[tuple[str, Tokens]]) -> Iterator[tuple[str, "Future[bytes]"]]:
+def _answers(server: Server, jobs: Iterator[tuple[str, Tokens]]) -> Generator[tuple[str, "Future[bytes]"]]:
     """Documents with their finished answers, in the order in which these come; requests end where the reader ends."""
     names: dict[Future[bytes], str] = {}
     with ThreadPoolExecutor(server.settings.requests) as pool:

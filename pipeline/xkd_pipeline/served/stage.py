@@ -141,12 +141,12 @@ def read_served(row: Given, layers: Sequence[int], end: int | None, model: PreTr
 def final_norm(model: PreTrainedModel) -> torch.nn.Module:
     """The norm between the last block and the head."""
     decoder = backbone(model).get_decoder()
-    found = next((getattr(decoder, name) for name in NORMS if isinstance(getattr(decoder, name, None), Module)), None)
-    if found is None:
+    found = [norm for name in NORMS if isinstance(norm := getattr(decoder, name, None), Module)]
+    if not found:
         raise UsageError(
             f"{type(model).__name__}: found no norm behind its blocks", fix="capture it: xkd-cache teacher"
         )
-    return found
+    return found[0]
 
 
 def take(served: Served | None, tokens: Tokens, wanted: Sequence[Signal]) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def take(served: Served | None, tokens: Tokens, wanted: Sequence[Signal]) -> dic
         raise RowRefused("other_tokens", _difference(served.ids.tolist(), tokens.ids.tolist()))
     if missing := [s.column for s in wanted if s.column not in served.columns]:
         raise RowRefused("bad_values", f"the first row has {', '.join(missing)}, this row has not")
-    places = {"N": predictors(tokens.targets), "R": kept_rows(tokens.targets), "T": slice(None)}
+    places: dict[str, Any] = {"N": predictors(tokens.targets), "R": kept_rows(tokens.targets), "T": slice(None)}
     found = {s.column: served.columns[s.column][places[s.kind.per]] for s in wanted}
     for signal in wanted:
         values = found[signal.column]
