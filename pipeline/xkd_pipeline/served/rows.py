@@ -5,10 +5,10 @@ Shape legend for this file
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.tokens import Int32s
 
 Given = Mapping[str, Any]
+Used = TypeVar("Used")
 BATCH_ROWS: Final = 256  # rows of a Parquet file turned into Python objects at once
 
 
@@ -92,11 +93,11 @@ class Rows:
         return [sha256_of(path) for path in self.paths]
 
     def of_documents(
-        self, doc_ids: Sequence[str], ids: Sequence[Int32s], end: int | None = None
-    ) -> list[Given | None]:
-        """The row of each document, by its doc_id, or else by its token ids; None where there is none.
+        self, doc_ids: Sequence[str], ids: Sequence[Int32s], end: int | None, use: Callable[[Given], Used]
+    ) -> list[Used | RowRefused]:
+        """What `use` makes of the row of each document, or why there is nothing.
 
-        `end` is a padding token, which may stand behind the ids of a row.
+        A row is found by its doc_id, or else by its token ids, behind which a padding token `end` may stand.
         """
         keys = [doc if doc in self._places else digest_ids(t) for doc, t in zip(doc_ids, ids, strict=True)]
         if end is not None:
@@ -106,8 +107,15 @@ class Rows:
         wanted: dict[Path, set[int]] = {}
         for path, place in (self._places[key] for key in keys if key in self._places):
             wanted.setdefault(path, set()).add(place)
-        found = {(path, place): row for path, places in wanted.items() for place, row in read_rows(path, places)}
-        return [found[self._places[key]] if key in self._places else None for key in keys]
+        found: dict[tuple[Path, int], Used | RowRefused] = {}
+        for path, places in wanted.items():
+            for place, row in read_rows(path, places):
+                try:
+                    found[path, place] = use(row)
+                except RowRefused as error:
+                    found[path, place] = error
+        nothing = RowRefused("not_imported", "no row is of this document")
+        return [found[self._places[key]] if key in self._places else nothing for key in keys]
 
 
 def _files(path: Path) -> list[Path]:

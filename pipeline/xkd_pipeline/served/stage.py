@@ -37,6 +37,7 @@ from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, teacher_
 from xkd_schemas.text.templates import chosen_template
 from xkd_schemas.tokens import OK, Tokens, kept_rows, predictors
 from xkd_trainer.models.architecture import Head, backbone, head_of, num_layers
+from xkd_trainer.models.forward import check_ids
 from xkd_trainer.models.loading import load_tokenizer, stored_dtype
 
 NORMS: Final = ("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm")
@@ -71,21 +72,23 @@ class ImportStage(Stage):
         width = head.weight_VD.shape[1]
         schema = teacher_schema(wanted, width, settings.codec)
 
+        def read(row: Given) -> Served:
+            return read_served(row, self.given.rows.layers, end, model)
+
         def make(unit: int, care: MadeDifferently) -> Commit:
             rows = documents_of(documents.shard(unit), care.lost)
             tokens = rows.encode(encoder)
-            given = self.given.rows.of_documents(rows.doc_ids, [one.ids for one in tokens], end)
+            if model:
+                check_ids(tokens.ids, encoder.tokenizer, len(model.get_input_embeddings().weight))
+            given = self.given.rows.of_documents(rows.doc_ids, [one.ids for one in tokens], end, read)
             taken, rejects, statuses = [], [], list(tokens.statuses)
-            for at, (one, row) in enumerate(zip(tokens, given, strict=True)):
+            for at, (one, served) in enumerate(zip(tokens, given, strict=True)):
                 try:
-                    served = read_served(row, self.given.rows.layers, end, model) if row and one.status == OK else None
                     taken.append(take(served, one, wanted) if one.status == OK else empty(wanted, width))
-                except RowRefused as error:
-                    statuses[at] = error.reason
+                except RowRefused as why:
+                    statuses[at] = why.reason
                     taken.append(empty(wanted, width))
-                    rejects.append(
-                        {"doc_id": rows.doc_ids[at], "row": at, "reason": error.reason, "detail": str(error)}
-                    )
+                    rejects.append({"doc_id": rows.doc_ids[at], "row": at, "reason": why.reason, "detail": str(why)})
             tokens = tokens.with_statuses(statuses)
             stored, errors = encode_signals(taken, wanted, settings.codec, head)
             columns = {"doc_id": rows.doc_ids, **token_columns(tokens), **stored.columns}
@@ -149,10 +152,10 @@ def final_norm(model: PreTrainedModel) -> torch.nn.Module:
     return found[0]
 
 
-def take(served: Served | None, tokens: Tokens, wanted: Sequence[Signal]) -> dict[str, Any]:
+def take(served: Served | RowRefused, tokens: Tokens, wanted: Sequence[Signal]) -> dict[str, Any]:
     """The columns of one document; RowRefused where the row is not of exactly these tokens, or says no number."""
-    if served is None:
-        raise RowRefused("not_imported", "no row is of this document")
+    if isinstance(served, RowRefused):
+        raise served
     if not np.array_equal(served.ids, tokens.ids):
         raise RowRefused("other_tokens", _difference(served.ids.tolist(), tokens.ids.tolist()))
     if missing := [s.column for s in wanted if s.column not in served.columns]:
