@@ -28,11 +28,12 @@ DOCUMENT: Final = {"T": 512, "R": 308, "N": 307} | {
 }
 TIERS: Final[tuple[tuple[str, str, Mapping[str, Any], str], ...]] = (
     ("argmax alone: agreement, no loss", "ce", {}, "bf16"),
+    ("alm: log-probability of each target", "alm", {}, "bf16"),
     ("rskd: 16 drawn classes", "rskd", {}, "bf16"),
     ("uld, teacher=topk: 64 largest logits", "uld", {"teacher": "topk"}, "bf16"),
     ("mta, hid=off: geometry of spans", "mta", {"hid": "off"}, "bf16"),
-    ("kl, dskd, alm, mined, ...: last states, int8", "dskd_v2", {}, "int8"),
-    ("kl, dskd, alm, mined, ...: last states", "dskd_v2", {}, "bf16"),
+    ("kl, dskd, mined, ...: last states, int8", "dskd_v2", {}, "int8"),
+    ("kl, dskd, mined, ...: last states", "dskd_v2", {}, "bf16"),
     ("sra", "sra", {}, "bf16"),
     ("dwa", "dwa", {}, "bf16"),
     ("mta: geometry and span vectors", "mta", {}, "bf16"),

@@ -117,6 +117,27 @@ class TeacherSection(Section):
     """Teacher layers read on phrases, e.g. 22,30; three quarters of the depth and the last unless given."""
 
 
+class ServedSection(Section):
+    """A teacher that runs elsewhere."""
+
+    url: str = ""
+    """Address of an OpenAI-compatible server, as http://localhost:8000/v1."""
+    model: str = ""
+    """Name of the model on the server; the only one that it lists unless given."""
+    tokenizer: str = ""
+    """Folder or hub name of the served teacher's tokenizer; that of its model unless given."""
+    key_variable: str = "XKD_API_KEY"
+    """Environment variable with the server's key; no key is sent where it is not set."""
+    requests: int = Field(default=16, ge=1)
+    """Requests that are open at a time."""
+    timeout: float = Field(default=120.0, gt=0)
+    """Seconds after which a request is given up and sent again."""
+    retries: int = Field(default=8, ge=0)
+    """Times that a request is sent again before the command ends."""
+    echo: bool = False
+    """Ask with echo and logprobs, for servers that do not know prompt_logprobs."""
+
+
 class StudentSection(Section):
     """Which student learns."""
 
@@ -263,6 +284,7 @@ class RunConfig(Section):
     """Seconds after which a shard hangs; 5 times the median and at least 300 unless given."""
     documents: DocumentsSection = DocumentsSection()
     teacher: TeacherSection = TeacherSection()
+    served: ServedSection = ServedSection()
     student: StudentSection = StudentSection()
     generation: GenerationSection = GenerationSection()
     train: TrainSection = TrainSection()

@@ -54,6 +54,7 @@ KINDS: Final[dict[str, Kind]] = {
     "entropy": Kind("float32", "N", wide=False),  # nats, temperature 1
     "argmax": Kind("int32", "N", wide=False),
     "logsumexp": Kind("float32", "N", wide=False),
+    "target_logprob": Kind("float32", "N", wide=False),  # of the token that is predicted, nats, temperature 1
     "topk_ids": Kind("int32", "N", wide=False, top=True),  # classes of the k largest logits, the largest first
     "topk_logits": Kind("float32", "N", wide=False, top=True),  # their logits; minus logsumexp: log-probabilities
     "sampled": Kind("int32", "N", wide=False, top=True, drawn=True),  # k drawn classes and their shares, sampled.py

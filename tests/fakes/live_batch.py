@@ -34,7 +34,7 @@ def tokens_of(row: Any) -> Tokens:
 @torch.no_grad()
 def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
     """The same batch with everything of the teacher measured now, each document alone, nothing rounded."""
-    hidden, attention, entropy, argmax = [], [], [], []
+    hidden, attention, entropy, argmax, log_p = [], [], [], [], []
     levels: list[list[tuple[Tensor, Tensor]]] = [[] for _ in batch.levels]
     layers: list[list[tuple[Tensor, ...]]] = [[] for _ in batch.token_states]
     for row in batch.rows:
@@ -50,6 +50,8 @@ def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
         attention.append((row_L / row_L.sum())[keep].numpy())
         entropy.append(torch.distributions.Categorical(logits=output.logits[0, predict]).entropy().numpy())
         argmax.append(output.logits[0, predict].argmax(-1).numpy())
+        following_N1 = torch.tensor(tokens.ids.tolist())[1:][predict, None]
+        log_p.append(output.logits[0, predict].log_softmax(-1).gather(1, following_N1)[:, 0].numpy())
         for kept, states in zip(layers, batch.token_states, strict=True):
             states_1TD = output.hidden_states[states.layer]
             row_T = output.attentions[states.layer - 1][0, :, -1].sum(0)
@@ -66,7 +68,7 @@ def live(batch: Batch, cache: Cache, teacher: PreTrainedModel) -> Batch:
             found.append((vectors_1KD[0], mass_1K[0]))
     return replace(
         batch, teacher_hidden_BRD=pad(hidden), teacher_attention_BR=pad(attention), teacher_entropy_BM=pad(entropy),
-        teacher_argmax_BM=pad(argmax),
+        teacher_argmax_BM=pad(argmax), teacher_target_logprob_BM=pad(log_p),
         levels=tuple(_live_level(level, found) for level, found in zip(batch.levels, levels, strict=True)),
         token_states=tuple(
             _live_states(states, kept) for states, kept in zip(batch.token_states, layers, strict=True)

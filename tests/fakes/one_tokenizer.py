@@ -34,7 +34,7 @@ MASKS = ("predict_valid_BN", "span_valid_BK", "pair_valid_BE", "teacher_predict_
 LAYERS = (1, 2, 3, 4)
 LEVELS = ((2, "word"), (3, "phrase"), (4, "phrase"))
 SIGNALS = (
-    *(Signal(name) for name in ("hidden_last", "attention_last", "entropy", "argmax", "logsumexp")),
+    *(Signal(name) for name in ("hidden_last", "attention_last", "entropy", "argmax", "logsumexp", "target_logprob")),
     *(Signal(name, top=7) for name in ("topk_logits", "sampled")),
     *(Signal(name, layer) for name in ("hidden", "attention", "attention_text", "centrality") for layer in LAYERS),
     *(Signal(name, *level) for name in ("span_mass", "span_geometry", "span_vectors") for level in LEVELS),

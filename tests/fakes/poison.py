@@ -38,7 +38,8 @@ FILLED: dict[str, dict[str, float]] = {
     "teacher_predict_valid_BM": {
         "teacher_predict_BM": 1, "teacher_input_BM": 44, "teacher_target_BM": 33, "teacher_argmax_BM": 22,
         "teacher_sampled_ids_BMK": 11, "teacher_entropy_BM": math.nan, "teacher_logsumexp_BM": math.nan,
-        "teacher_topk_logits_BMK": math.nan, "teacher_sampled_weights_BMK": math.nan,
+        "teacher_target_logprob_BM": math.nan, "teacher_topk_logits_BMK": math.nan,
+        "teacher_sampled_weights_BMK": math.nan,
     },
     "teacher_valid_BR": {"teacher_hidden_BRD": math.nan, "teacher_attention_BR": math.nan, "teacher_kept_BR": 1},
     "span_valid_BK": {"span_student_BK2": 1, "span_teacher_BK2": 1},

@@ -118,11 +118,11 @@ def cache_of(cache: Path, corpus: Path, **sections: dict[str, object]) -> RunCon
 
 
 def without_entropy(tmp_path: Path, **sections: dict[str, object]) -> RunConfig:
-    """A copy of the cache whose teacher was captured for ALM alone, with its student."""
+    """A copy of the cache whose teacher was captured for DSKD-CMA alone, with its student."""
     cache = copied(tmp_path)
     for kind in ("teachers", "students"):
         shutil.rmtree(cache / kind)
-    teacher = {"losses": ["alm"], **sections.pop("teacher", {})}
+    teacher = {"losses": ["dskd_cma"], **sections.pop("teacher", {})}
     run = whole_run(cache, teacher=teacher, **sections)
     for stage in (teacher_stage, align_stage):
         stage(run, IN_PROCESS)

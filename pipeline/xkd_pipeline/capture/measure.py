@@ -18,7 +18,14 @@ from xkd_schemas.signals import Signal, draw_spans
 from xkd_schemas.tokens import Int32s, Tokens, kept_rows, predictors
 from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.forward import States
-from xkd_trainer.models.measures import OF_LOGITS, OF_STATES, cosine_matrix, pack_triangle, pool_spans
+from xkd_trainer.models.measures import (
+    OF_LOGITS,
+    OF_STATES,
+    cosine_matrix,
+    pack_triangle,
+    pool_spans,
+    target_log_probability,
+)
 from xkd_trainer.models.padding import pad
 
 LOGIT_BYTES = 64 * 2**20  # logits are made for so many bytes of positions at a time
@@ -114,8 +121,12 @@ def _read_predictions(
     hidden_ND = torch.cat([states.last_BLD[i, torch.from_numpy(p)] for i, p in enumerate(positions)])
     random_N2 = np.concatenate([uniforms(r.tokens.ids, len(p)) for r, p in zip(readings, positions, strict=True)])
     step = max(1, LOGIT_BYTES // (4 * head.weight_VD.shape[0]))
-    chunks = zip(torch.split(hidden_ND, step), torch.split(torch.from_numpy(random_N2), step), strict=True)
-    parts = [_read_logits(head(chunk_ND), random_C2, signals, classes) for chunk_ND, random_C2 in chunks]
+    target_N = torch.from_numpy(
+        np.concatenate([r.tokens.ids[p + 1] for r, p in zip(readings, positions, strict=True)])
+    )
+    sides = hidden_ND, target_N.to(hidden_ND.device, torch.int64), torch.from_numpy(random_N2)
+    chunks = zip(*(torch.split(side, step) for side in sides), strict=True)
+    parts = [_read_logits(head(chunk_ND), target_C, part, signals, classes) for chunk_ND, target_C, part in chunks]
     stats = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     ends = np.cumsum([len(p) for p in positions])
     for number, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
@@ -124,7 +135,7 @@ def _read_predictions(
 
 
 def _read_logits(
-    logits_NV: Tensor, random_N2: Tensor, wanted: Sequence[Signal], classes: int | None
+    logits_NV: Tensor, target_N: Tensor, random_N2: Tensor, wanted: Sequence[Signal], classes: int | None
 ) -> dict[str, Any]:
     """Every column that is made of logits; those of the k largest are [N, k], the largest first."""
     names = {s.name for s in wanted}
@@ -133,6 +144,8 @@ def _read_logits(
         if names & {*measures}:
             values = zip(measures, measure(logits_NV), strict=True)
             found |= {name: values_N.cpu().numpy() for name, values_N in values if name in names}
+    if "target_logprob" in names:
+        found["target_logprob"] = target_log_probability(logits_NV, target_N).cpu().numpy()
     for top in {s.top for s in wanted if s.top is not None and not s.kind.drawn}:
         logits_Nk, ids_Nk = logits_NV.float().topk(top, dim=-1)
         found |= {f"topk_logits#{top}": logits_Nk.cpu().numpy(), f"topk_ids#{top}": ids_Nk.cpu().numpy()}

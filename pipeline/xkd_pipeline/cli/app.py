@@ -16,7 +16,7 @@ from xkd_schemas.cache.table import check_cache, only_teacher
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import answer, say, say_json
 from xkd_schemas.console import run as run_app
-from xkd_schemas.errors import UsageError
+from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.flags import ANSWERS, FlagsOf, JsonOption, with_flags
 
 app = typer.Typer(
@@ -169,6 +169,67 @@ def add(
         line = f"{m.table}: {', '.join(m.spec['signals'])} of {m.rows} documents, {size:.1f} MB"
         line += f"; {built.made} shards made, {built.kept} kept as they are"
     answer(values, [line], as_json)
+
+
+@app.command()
+@with_flags(
+    FlagsOf("served", flags={"url": "url", "model": "--served-model", "echo": "--echo/--no-echo"}),
+    CACHE,
+    FlagsOf("teacher", only=("template", "enable_thinking", "max_tokens")),
+    FlagsOf("documents", only=("max_reject",)),
+)
+def ask(
+    run: RunConfig,
+    out: Annotated[Path, typer.Option(help="File that answers are appended to; what it has is not asked again.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a server for the log-probabilities of every document, for `import`. The key is read from XKD_API_KEY.
+
+    Example: xkd-cache ask http://localhost:8000/v1 cache/ --tokenizer models/teacher --out answers.jsonl
+    """
+    from xkd_pipeline.served.ask import ask as ask_server
+
+    outcome = ask_server(run, out)
+    answer(outcome.values, [outcome.line], as_json)
+
+
+@app.command("import")
+@with_flags(
+    CACHE,
+    FlagsOf("served", only=("tokenizer",)),
+    FlagsOf("teacher", only=("model",), flags={"model": "--model"}, default="none; it gives head and embeddings"),
+    FlagsOf("teacher", only=("name", "template", "enable_thinking", "max_tokens", "codec")),
+    FlagsOf("documents", only=("max_reject",)),
+)
+def import_rows(
+    run: RunConfig,
+    rows: Annotated[
+        list[str], typer.Argument(help="Files of rows that another program computed.", show_default=False)
+    ],
+    layers: Annotated[
+        str, typer.Option(help="Layers of states, in the order of the files, e.g. 2,15,30; the last unless given.")
+    ] = "",
+    recompute: Annotated[int, typer.Option(min=0, help="Rows to compare with the model, where one is given.")] = 4,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a teacher's table of what a server or another program computed; docs/served-teachers.md has the forms.
+
+    Example: xkd-cache import cache/ answers.jsonl --tokenizer models/teacher --name teacher
+    """
+    from xkd_pipeline.served.stage import import_stage
+
+    if not all(part.strip().isdigit() for part in layers.split(",") if layers):
+        raise UsageError(f"--layers {layers}: not numbers", fix="write them as 2,15,30")
+    outcome = import_stage(run, rows, [int(part) for part in layers.split(",") if layers])
+    if run.teacher.model and recompute:
+        from xkd_pipeline.maintain.recompute import recompute as compare
+
+        live = compare(Path(run.cache), outcome.values["table"], run.teacher.model, recompute)
+        if live.bad:
+            fix = f"xkd-cache drop {run.cache} {outcome.values['table']}"
+            raise BadData(f"{live.bad[0].line}; {len(live.bad)} such columns", kept="the table", fix=fix)
+        outcome.values["recomputed"] = live.rows
+    answer(outcome.values, [outcome.line], as_json)
 
 
 for _command in (

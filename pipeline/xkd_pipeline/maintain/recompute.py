@@ -93,6 +93,8 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
             continue
         (found,) = capture(live_model, [reading], wanted, settings)
         ranked = tuple(found[signal.column] for signal in live)
+        if "imported" in spec:
+            _normalize(found)
         for one, columns in compared:
             for column, codec in columns.items():
                 reason, error = _compare(column, codec, found[column], one[at][column], ranked)
@@ -101,6 +103,14 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
                 bad += [_finding_of(one, at, root, reason)] if reason else []
     skipped = [c for one, columns in compared for c in one.manifest.spec["signals"] if c not in columns]
     return Recomputed(bad=bad, rows=len(chosen), skipped=skipped, dtype=settings.dtype, differences=differences)
+
+
+def _normalize(found: dict[str, Any]) -> None:
+    """Make the live logits log-probabilities, as those are that were imported; their logsumexp is then 0."""
+    if "logsumexp" in found:
+        logits = [column for column in found if column.startswith("topk_logits")]
+        found.update({column: found[column] - found["logsumexp"][:, None] for column in logits})
+        found["logsumexp"] = np.zeros_like(found["logsumexp"])
 
 
 def _live_settings(spec: Spec, model: str, dtype: str) -> TeacherSettings:

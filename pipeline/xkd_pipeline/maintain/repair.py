@@ -90,6 +90,9 @@ def _inputs(name: str, spec: Spec, corpus: Sequence[str], teachers: Mapping[str,
     kind, _, own = name.partition("/")
     if kind == "students":
         return []
+    if "imported" in spec:
+        again = f"xkd-cache import CACHE ROWS --name {own} makes its bad shards again, of the same rows"
+        raise UsageError(f"{name} was imported", fix=again)
     if kind != "documents":
         teacher = own if kind == "teachers" else str(spec["teacher"])
         return [(f"--model PATH_OF_{teacher}", teachers.get(teacher, ""))]

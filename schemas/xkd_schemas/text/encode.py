@@ -46,6 +46,9 @@ REASONS: Final = {
     CHANGED: "the chat template changes the text, and its characters cannot be found in the result",
     REORDERED: "the chat template writes the targets in another order",
     WORKER_KILLED: "a process that worked on the document died, every time",
+    "not_imported": "nothing that was imported is of the document",
+    "other_tokens": "what was imported is of other token ids than the tokenizer gives",
+    "bad_values": "what was imported has another number of values than tokens, or values that are no numbers",
     "no_target_after_cut": "cut to the longest length, the text has no target left",
 }
 """Every `status` but "ok", with what it means."""

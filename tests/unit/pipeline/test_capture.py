@@ -23,6 +23,7 @@ from xkd_schemas.tokens import CONTENT, END, Tokens
 SETTINGS = TeacherSettings(model="", dtype="float32", batch_tokens=64)
 WANTED = (
     Signal("hidden_last"), Signal("attention_last"), Signal("entropy"), Signal("argmax"), Signal("logsumexp"),
+    Signal("target_logprob"),
     *(Signal("centrality", layer) for layer in (1, 3)),
     *(
         Signal(name, layer, unit)
@@ -106,6 +107,8 @@ def test_every_signal_is_the_plain_computation_on_the_named_layer_and_unit(model
         np.testing.assert_allclose(row["entropy"], -(p_NV * p_NV.log()).sum(-1), rtol=1e-4)
         assert row["argmax"].tolist() == logits_NV.argmax(-1).tolist()
         np.testing.assert_allclose(row["logsumexp"], logits_NV.logsumexp(-1), rtol=1e-5)
+        log_p_N = p_NV.log().numpy()[np.arange(len(targets)), one.tokens.ids[targets]]
+        np.testing.assert_allclose(row["target_logprob"], log_p_N, rtol=1e-4, atol=1e-5)
         for column, layer in (("_last", 0), *((f"{kind}@{at}", at) for kind in ("", "_text") for at in (1, 3))):
             token = np.flatnonzero(one.tokens.kinds == CONTENT)[-1] if "text" in column else -1
             expected_L = said.attentions[layer - 1][0, :, token].sum(0)

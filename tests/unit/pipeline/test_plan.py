@@ -1,6 +1,7 @@
 """The plan against the cache that is then made, and what it says in words."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,16 @@ def test_a_budget_says_what_to_change_and_what_each_codec_needs(whole: dict[str,
     once = whole["files_bytes"] + whole["tokenizers_bytes"]
     assert "head, embeddings and tokenizers alone take" in list(plan_lines(whole | {"budget": once}))[-1]
     assert "alone" not in "\n".join(plan_lines(whole | {"budget": once + 1}))
+
+
+def test_a_teacher_table_for_alm_is_a_hundredth_of_one_with_states_of_width_3584() -> None:
+    runs = [small_run(teacher={"losses": [loss]}) for loss in ("alm", "kl")]
+    look, wide = read_plan_sample(runs[0], 12), replace(sizes_of(str(made() / "teacher")), width=3584)
+
+    few, states = (size.teacher_parts(run, look, wide, PLAIN) for run in runs)
+
+    assert {*few} == {"argmax", "target_logprob", "tokens", "frames"}
+    assert sum(few.values()) <= 0.01 * sum(states.values())
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1e9"])

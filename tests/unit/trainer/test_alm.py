@@ -1,6 +1,7 @@
 """ALM: chunks and their losses against loops, gradients, padding, cuts, degenerate input, and the wired loss."""
 
 import math
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,15 @@ from torch import Tensor
 import one_tokenizer as one
 import slow_chunks as slow
 import slow_losses as tools
+import tiny_models as tiny
+from xkd_pipeline.capture import stage
+from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.stages import align_stage
+from xkd_pipeline.workers.contract import Workers
+from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import predictors
+from xkd_trainer.data.cache import Cache
+from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.baselines.alm import (
     AlmSettings,
     binarised_divergence,
@@ -22,6 +31,7 @@ from xkd_trainer.losses.baselines.alm import (
     log_complement,
 )
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_log_probabilities
+from xkd_trainer.training.prepare import set_up
 
 KINDS = ("kl", "reverse_kl", "tv", "kl_limit")
 SEEDS = st.integers(0, 2**31)
@@ -122,9 +132,18 @@ def test_log_probabilities_are_those_of_dense_logits(
     assert torch.autograd.gradcheck(found, inputs)
 
 
+@pytest.fixture
+def earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches are as those of earlier versions: without the log-probabilities of targets."""
+    found = Cache.signals.func  # type: ignore[attr-defined]
+    left = property(lambda cache: tuple(s for s in found(cache) if s.name != "target_logprob"))
+    monkeypatch.setattr(Cache, "signals", left)
+
+
+@pytest.mark.usefixtures("earlier")
 @pytest.mark.parametrize("average", ["chunks", "tokens"])
 @torch.no_grad()
-def test_the_wired_loss_is_the_loops_over_single_documents(average: str) -> None:
+def test_the_wired_loss_of_an_earlier_cache_is_the_loops_over_single_documents(average: str) -> None:
     made, batch = one.ready("alm", table=one.OTHER, average=average)
     documents = []
     for row in one.ROWS:
@@ -152,3 +171,45 @@ def test_a_chunk_that_one_model_does_not_predict_whole_is_not_counted(side: str)
 
     counts, found = made.distiller.counts(less), one.terms_of(made.distiller, less)
     assert float(counts["alm.alm"]) == float(found["alm"].count) == before - 1
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run of a cache whose teacher's last states are bfloat16 numbers, so that nothing is lost of them."""
+    root, small = tmp_path_factory.mktemp("rounded"), tiny.tiny_cache()
+    shutil.copytree(small.cache / "documents", root / "documents")
+    settings = TeacherSettings(model=str(small.teacher), template="none", dtype="float32", batch_tokens=256)
+    stage._loaded.clear()
+    model = stage.teacher_of(settings)
+    handle = model.base_model.norm.register_forward_hook(lambda _m, _i, states: states.bfloat16().float())
+    wanted = [Signal("hidden_last"), Signal("target_logprob")]
+    stage.make_teacher(root, "teacher", settings, lambda _: wanted, Workers(count=0))
+    handle.remove()
+    run = small.run(cache=str(root), loss="ce=0+alm", student__model=one.student(one.OTHER), student__name=one.OTHER)
+    align_stage(run, Workers(count=0))
+    return run
+
+
+def loss_of(run: Any) -> tuple[set[str], float]:
+    """Signals that are read, and the loss of one batch."""
+    torch.manual_seed(0)
+    made = set_up(run, one.OTHER)
+    batch = batch_of(made.cache, one.ROWS, made.wanted)
+    return {s.name for s in made.wanted}, float(made.distiller(batch, made.distiller.counts(batch), 0)[0])
+
+
+@torch.no_grad()
+def test_log_probabilities_give_the_loss_of_the_states_to_a_millionth(rounded: Any, request: Any) -> None:
+    signals, found = loss_of(rounded)
+    request.getfixturevalue("earlier")
+    of_states, expected = loss_of(rounded)
+
+    assert (signals, of_states) == ({"target_logprob"}, {"hidden_last"})
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert expected > 0.01
+
+
+@torch.no_grad()
+def test_log_probabilities_need_no_head_of_the_teacher(rounded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cache, "head", lambda _: pytest.fail("the head was read"))
+    assert loss_of(rounded)[1] > 0

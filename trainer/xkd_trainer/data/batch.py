@@ -110,6 +110,8 @@ class Batch:
     teacher_argmax_BM: Tensor | None = field(default=None, metadata={"signal": "argmax"})
     teacher_logsumexp_BM: Tensor | None = field(default=None, metadata={"signal": "logsumexp"})
     """Of the teacher's logits, float32."""
+    teacher_target_logprob_BM: Tensor | None = field(default=None, metadata={"signal": "target_logprob"})
+    """Of the ids that are predicted, nats, float32."""
     teacher_topk_logits_BMK: Tensor | None = field(default=None, metadata={"signal": "topk_logits"})
     """The k largest logits, the largest first, float32; K is k here."""
     teacher_topk_ids_BMK: Tensor | None = field(default=None, metadata={"signal": "topk_ids"})

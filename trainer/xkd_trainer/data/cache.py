@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,13 @@ class Constants(BaseModel):
     tied: bool  # the embeddings are the head
     hidden_std: float = Field(ge=0)  # of the states that predict targets: N(x) of DWA-KD
     embedding_std: float = Field(ge=0)
+
+
+SERVED: Final = {
+    "num_layers": 1, "hidden_size": 1, "logit_scale": 1.0, "softcap": None, "tied": False, "hidden_std": 1.0,
+    "embedding_std": 1.0,
+}  # fmt: skip
+"""Constants of a teacher whose weights were never here. No loss that it serves reads them."""
 
 
 class _Encoder(BaseModel):
@@ -199,7 +206,7 @@ class Cache:
     @property
     def sizes(self) -> Constants:
         """The teacher's constants; BadData where they cannot be those of a model."""
-        found = dict(self.teachers.manifest.constants)
+        found = ({} if self._has_head else SERVED) | self.teachers.manifest.constants
         for table in self.beside:
             found |= {key: value for key, value in table.manifest.constants.items() if key == "hidden_std"}
         return _parse(Constants, found, self.teachers.folder)
@@ -218,11 +225,12 @@ class Cache:
         if missing:
             numbers = (f"#{usual.samples if s.kind.drawn else usual.topk}" if s.kind.top else "" for s in missing)
             columns = [s.column for s in missing]
+            add = f"xkd-cache add {self.root} --model PATH_OF_{self.teacher_name} --to {self.teacher_name} --signals "
+            add += ",".join(map(str.__add__, columns, numbers))
             raise UsageError(
                 f"loss {loss} needs {', '.join(columns)}, which {self.teachers.folder} does not hold "
                 f"(it holds {', '.join(s.column for s in self.signals)})",
-                fix=f"xkd-cache add {self.root} --model PATH_OF_{self.teacher_name} --to {self.teacher_name} "
-                f"--signals {','.join(map(str.__add__, columns, numbers))}",
+                fix=add if self._has_head else "of a served teacher, --loss alm reads the log-probabilities",
             )
 
     def head(self) -> Head:
@@ -238,6 +246,11 @@ class Cache:
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         """`weight` [V, D], of a head maybe `bias` [V]; BadData where the file is damaged or holds anything else."""
+        if not self._has_head:
+            raise UsageError(
+                f"{self.teachers.folder} is of a served teacher, whose head and embeddings are not in the cache",
+                fix="use --loss alm, or import with --model FOLDER",
+            )
         path, manifest, sizes = inside(self.teachers.folder, name), self.teachers.manifest, self.sizes
         dtype = dtype_named(manifest.spec["dtype"])  # files hold 16 bits where those are enough
         try:
@@ -258,6 +271,11 @@ class Cache:
                 fix=self._again,
             )
         return {key: tensor.to(dtype) for key, tensor in tensors.items()}
+
+    @property
+    def _has_head(self) -> bool:
+        """False for a served teacher that was imported without its model."""
+        return "head.safetensors" in self.teachers.manifest.files
 
     @property
     def _again(self) -> str:

@@ -45,12 +45,17 @@ class Levels(tuple[tuple[int, str], ...]):
     states: tuple[int, ...]
     """Layers, ascending, whose tokens' states are in the cache; at capture those of the pairs. Never the last one,
     whose states are `hidden_last`."""
+    stored: frozenset[str]
+    """Names of the signals in the cache; none at capture. A loss that can read one of two looks which is there."""
 
-    def __new__(cls, pairs: Iterable[tuple[int, str]], *, num_layers: int, states: Iterable[int]) -> "Levels":
+    def __new__(
+        cls, pairs: Iterable[tuple[int, str]], *, num_layers: int, states: Iterable[int], stored: Iterable[str] = ()
+    ) -> "Levels":
         """Levels of a teacher; its last layer is taken out of `states`."""
         levels = super().__new__(cls, pairs)
         levels.num_layers = num_layers
         levels.states = tuple(sorted(set(states) - {num_layers}))
+        levels.stored = frozenset(stored)
         return levels
 
 

@@ -274,6 +274,15 @@ def _prediction_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return entropy_N, argmax_N, logsumexp_N
 
 
+def target_log_probability(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """log p of the token that follows each position, [N] in nats, never above 0.
+
+    >>> target_log_probability(torch.zeros(1, 4), torch.tensor([3]))
+    tensor([-1.3863])
+    """
+    return -torch.nn.functional.cross_entropy(at_least_float32(logits_NV), target_N, reduction="none")
+
+
 def normalise_row(attention_row_BHL: Tensor, valid_BL: Tensor) -> Tensor:
     """Token weights [B, L] from one attention row: heads summed, divided by the sum over the document (SRA, a_t).
 

@@ -173,7 +173,8 @@ def _settings(run: RunConfig) -> dict[str, Any]:
 
 def _levels(cache: Cache) -> Levels:
     states = [s.layer for s in cache.signals if s.name == "hidden" and s.layer is not None]
-    return Levels(layers_of(cache.signals), num_layers=cache.sizes.num_layers, states=states)
+    stored = [s.name for s in cache.signals]
+    return Levels(layers_of(cache.signals), num_layers=cache.sizes.num_layers, states=states, stored=stored)
 
 
 def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:

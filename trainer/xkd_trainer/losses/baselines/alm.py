@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xkd_trainer.data.batch import Batch
-from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass
-from xkd_trainer.losses.dual_space import TeacherHead, last_states, teacher_states
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.batch import Batch, unwrap
+from xkd_trainer.losses.declaration import Context, Declaration, Levels, Loss, Positive, Settings, StudentPass
+from xkd_trainer.losses.dual_space import TeacherHead, teacher_states
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_log_probabilities
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pieces import find_pieces, sides_of
@@ -114,6 +115,16 @@ def likelihood_matching(
 # -- wiring to the cache
 
 
+def reads_states(levels: Levels) -> bool:
+    """Whether the cache is one of earlier versions: it has the teacher's states, not the log-probabilities."""
+    return "hidden_last" in levels.stored and "target_logprob" not in levels.stored
+
+
+def needs(_settings: AlmSettings, levels: Levels) -> tuple[Signal, ...]:
+    """One number for each token."""
+    return (Signal("hidden_last" if reads_states(levels) else "target_logprob"),)
+
+
 class Alm(Loss):
     """Term `alm`: a mean over chunks whose tokens both models predict, or over those chunks' teacher tokens."""
 
@@ -122,7 +133,7 @@ class Alm(Loss):
     def __init__(self, settings: AlmSettings, context: Context) -> None:
         super().__init__()
         self.settings = settings
-        self.head = TeacherHead(context, "alm")
+        self.head = TeacherHead(context, "alm") if reads_states(context.levels) else None
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Chunks, or their teacher tokens."""
@@ -134,7 +145,10 @@ class Alm(Loss):
         own, theirs = sides_of(batch)
         student_BK, s_whole_BK = chunk_log_likelihoods(_score(student.logits, batch.target_BN, own[1]), *own)
         with torch.no_grad():
-            scores_BM = _score(self.head(teacher_states(batch)), batch.teacher_target_BM, theirs[1])
+            if self.head is None:
+                scores_BM = unwrap(batch.teacher_target_logprob_BM)
+            else:
+                scores_BM = _score(self.head(teacher_states(batch)), batch.teacher_target_BM, theirs[1])
             teacher_BK, t_whole_BK = chunk_log_likelihoods(scores_BM, *theirs)
         whole_BK, weight_BK = s_whole_BK & t_whole_BK, self._weigh(batch)
         return {"alm": likelihood_matching(student_BK, teacher_BK, weight_BK, whole_BK, self.settings)}
@@ -154,7 +168,7 @@ ALM = Declaration(
     name="alm",
     source="ALM, arXiv 2503.20083, without its outcome-chunk debiasing",
     settings=AlmSettings,
-    needs=last_states,
+    needs=needs,
     build=Alm,
     default_weight=0.5,
     ce_weight=0.5,
