@@ -11,6 +11,7 @@ from typing import Any, Final
 from xkd_pipeline.alignment import make_students
 from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.capture.passes import why_streamed
 from xkd_pipeline.capture.stage import make_teacher, teacher_layers
 from xkd_pipeline.parsing.stage import PROMPTS_CUT, UNUSED, check_parser, make_documents, open_corpus
 from xkd_pipeline.tables.build import Built, Outcome
@@ -28,7 +29,7 @@ from xkd_schemas.signals import Signal
 from xkd_schemas.text.templates import chosen_template
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.registry import loss_named
-from xkd_trainer.models.compute_dtype import Choice, choose_dtype, this_device
+from xkd_trainer.models.compute_dtype import Choice, choose_dtype, dtype_named, this_device
 from xkd_trainer.models.loading import check_model_name, load_tokenizer
 
 SECONDS: Final = 60
@@ -139,6 +140,8 @@ def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] 
     echo(dtype.line)
     settled = {"template": template, "dtype": dtype.dtype, "device": device}
     settings = TeacherSettings(**t.model_dump() | settled)
+    if why := why_streamed(t, dtype_named(dtype.dtype), this_device()):
+        echo(f"the teacher's blocks are read from disk one after another: {why}")
     with locked(root):
         built = make_teacher(root, t.name or plain_name(t.model), settings, lambda n: signals_for(run, n), workers)
     m = built.manifest

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.durable_files import save_file, save_folder, sha256_of
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
 from xkd_trainer.models.architecture import head_of, num_layers
-from xkd_trainer.models.loading import load_errors, load_tokenizer, model_source, save_tensors, split_gguf
+from xkd_trainer.models.loading import load_tokenizer, save_tensors, split_gguf
+from xkd_trainer.models.streaming import empty_model
 
 
 def weights_identity(name: str) -> dict[str, str]:
@@ -41,21 +42,6 @@ class Sizes:
     weights: int  # numbers, a tied head counted once
     file_numbers: int  # numbers in head.safetensors and embeddings.safetensors
     number_bytes: int  # bytes of a number in the checkpoint, as its configuration says
-
-
-def empty_model(name: str) -> PreTrainedModel:
-    """The model on the meta device: shapes, no values.
-
-    Raises:
-        InputMissing: There is no such folder, file or hub name.
-        UsageError: It is no causal language model that this transformers knows.
-        Refused: It wants to run code of its own.
-    """
-    source, options = model_source(name, weights=False)
-    with load_errors(name, source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, **options)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 def sizes_of(name: str) -> Sizes:

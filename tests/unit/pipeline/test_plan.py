@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import small_cache
 from fake_hardware import hardware_is
 from small_cache import SPACY, corpus_rows, made, whole_run, write_rows
-from xkd_pipeline.capture.artifacts import empty_model, sizes_of
+from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.reports import plan as size
 from xkd_pipeline.reports.plan import make_plan, read_plan_sample
@@ -25,6 +25,7 @@ from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import KINDS, Signal
 from xkd_trainer.models.loading import load_model
+from xkd_trainer.models.streaming import empty_model
 
 
 def command(*arguments: object) -> None:

@@ -1,0 +1,174 @@
+"""A teacher whose blocks are read one after another: the same bytes in little memory, and damaged checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import small_cache
+from small_cache import files_of, made
+from xkd_pipeline.capture import capture as capturing
+from xkd_pipeline.capture import passes
+from xkd_pipeline.capture.measure import signals_of
+from xkd_pipeline.capture.stage import _loaded
+from xkd_pipeline.stages import teacher_stage
+from xkd_schemas.cache.manifest import Plan, read_record
+from xkd_schemas.cache.table import Table
+from xkd_schemas.errors import InputMissing
+from xkd_trainer.models.streaming import Stream
+
+WHOLE = made() / "cache"
+
+
+@pytest.fixture(autouse=True)
+def loaded_afresh() -> None:
+    _loaded.clear()
+
+
+def begun(tmp_path: Path) -> Path:
+    """The session's cache without its teacher."""
+    cache = small_cache.copied(tmp_path)
+    shutil.rmtree(cache / "teachers")
+    return cache
+
+
+def stage(cache: Path, said: list[str] | None = None, **teacher: object) -> None:
+    settings = {"model": str(made() / "teacher"), **teacher}
+    run = small_cache.run_file(cache, teacher=settings)
+    teacher_stage(run, small_cache.IN_PROCESS, [].append if said is None else said.append)
+
+
+def in_memory(stream: Stream) -> list[int]:
+    """Blocks that have weights, from 1."""
+    blocks = enumerate(stream._blocks, 1)
+    return [number for number, block in blocks if any(not p.is_meta for p in block.parameters())]
+
+
+def in_shards(folder: Path) -> Path:
+    """A copy of the teacher whose weights are in several files."""
+    shutil.copytree(made() / "teacher", folder)
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(made() / "teacher").save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+@pytest.mark.parametrize("share", [passes.SHARE, 0.0], ids=["states in memory", "states in a file"])
+def test_a_streamed_teacher_gives_the_bytes_of_a_whole_one_with_two_blocks_in_memory_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    there, plain = [], Stream.step
+
+    def step(stream: Stream, number: int, *rest: Any) -> Any:
+        there.append(in_memory(stream))
+        assert number in there[-1]
+        return plain(stream, number, *rest)
+
+    monkeypatch.setattr(passes, "SHARE", share)
+    monkeypatch.setattr(Stream, "step", step)
+    cache = begun(tmp_path)
+
+    stage(cache, stream_layers=True)
+
+    assert files_of(cache) == files_of(WHOLE)
+    (model,) = _loaded.values()
+    assert len(there) > 12
+    assert max(map(len, there)) <= 2
+    assert in_memory(model.stream) == []
+
+
+def test_a_table_that_was_begun_by_a_whole_teacher_is_finished_by_a_streamed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, seen = begun(tmp_path), []
+
+    def stop(*given: Any) -> Any:
+        seen.append(given)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        return signals_of(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capturing, "signals_of", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stage(cache)
+    assert "stream_layers" not in read_record(cache / "teachers/T/plan.json", Plan).spec
+
+    stage(cache, stream_layers=True)
+
+    assert files_of(cache) == files_of(WHOLE)
+
+
+def test_a_shard_that_runs_out_of_memory_between_two_blocks_is_made_in_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, plain = [], Stream.step
+
+    def step(stream: Stream, number: int, *rest: Any) -> Any:
+        tried.append(number)
+        if tried.count(3) == 2:  # the first is that of the check
+            tried.append(3)
+            raise MemoryError
+        return plain(stream, number, *rest)
+
+    monkeypatch.setattr(Stream, "step", step)
+    stage(cache := begun(tmp_path), stream_layers=True)
+
+    monkeypatch.undo()
+    care = json.loads((cache / "teachers/T/commits/00000.json").read_text())["care"]
+    assert care["batch"] == 128
+    smaller, rows = Table(cache, "teachers/T"), Table(WHOLE, "teachers/T")
+    assert np.array_equal(smaller[0]["token_ids"], rows[0]["token_ids"])
+    np.testing.assert_allclose(smaller[0]["entropy"], rows[0]["entropy"], rtol=1e-4)
+
+
+UP, HEAD = "model.layers.2.mlp.up_proj.weight", "lm_head.weight"
+
+
+def damage(what: str, folder: Path) -> None:
+    """Spoil a model folder whose weights are in several files; the name of a tensor takes it out."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    places = index["weight_map"]
+    path = folder / places[HEAD if what == HEAD else UP]
+    if what == "a missing file":
+        path.unlink()
+    elif what == "half a file":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif what == "a wrong index":
+        places[UP] = places["model.norm.weight"]
+    else:
+        tensors = load_file(path)
+        taken = tensors.pop(what if what in places else UP)
+        if what == "a shape of another model":
+            tensors[UP] = taken[:-1]
+        else:
+            del places[what]
+        save_file(tensors, path, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("a missing file", r"model-0000\d-of-0000\d\.safetensors is not there"),
+        ("half a file", r"model-0000\d-of-0000\d\.safetensors cannot be read"),
+        ("a wrong index", r"index\.json says that .* has model\.layers\.2\.mlp\.up_proj\.weight"),
+        (UP, r"its files lack model\.layers\.2\.mlp\.up_proj\.weight"),
+        ("a shape of another model", r"lack model\.layers\.2\.mlp\.up_proj\.weight, or have it in another shape"),
+        (HEAD, r"its files lack lm_head\.weight"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line_before_a_table_is_begun(what: str, message: str, tmp_path: Path) -> None:
+    damage(what, folder := in_shards(tmp_path / "model"))
+    cache = begun(tmp_path)
+
+    for streamed in (True, False) if what in (UP, HEAD) else (True,):
+        with pytest.raises(InputMissing, match=f"{message}.* Next: copy the model folder again") as caught:
+            stage(cache, model=str(folder), stream_layers=streamed)
+
+        assert "\n" not in str(caught.value)
+        assert not (cache / "teachers").exists()
