@@ -38,6 +38,7 @@ FLOPS: Final = {"cpu": 50e9, "cuda": 100e12}
 USUAL_WEIGHTS: Final = {"cpu": 200e6, "cuda": 7e9}  # of a teacher that nobody has named yet
 CHARS_PER_TOKEN: Final = 4
 MOST_CHARS: Final = 400_000  # of a shard, which lies in memory while it is made
+DISK: Final = 2e9  # bytes of a streamed teacher's weights that are read in a second, where it was not measured
 PLACES: Final = 4
 ROWS_AT_A_PLACE: Final = 64
 
@@ -77,15 +78,19 @@ def rows_per_shard(run: RunConfig, sources: Sequence[Source]) -> tuple[int, str]
     with contextlib.suppress(InputMissing, BadData):
         return int(read_record(Path(run.cache) / "documents" / "plan.json", Plan).spec["rows_per_shard"]), ""
     device = this_device()
-    weights, whose = USUAL_WEIGHTS[device], "a teacher"
+    weights, whose, streamed = USUAL_WEIGHTS[device], "a teacher", ""
     if run.teacher.model:
         with contextlib.suppress(XkdError):  # said by the stage that needs it
             weights, whose = float(sizes_of(run.teacher.model).weights), "the teacher"
+            streamed = why_streamed(run.teacher, dtype_named(teacher_dtype(run, device).dtype), device)
     flops = FLOPS[device] * (run.teacher.threads if device == "cpu" else 1)
-    chars = min(MOST_CHARS, round(SECONDS * flops / (2 * weights)) * CHARS_PER_TOKEN)
+    tokens = max(SECONDS * flops / (2 * weights), 4 * flops / DISK if streamed else 0)  # 4 times as long as reading
+    chars = min(MOST_CHARS, round(tokens) * CHARS_PER_TOKEN)
     rows = max(1, int(chars / max(1.0, *(_mean_chars(source, run.documents.max_chars) for source in sources))))
     about = f"about {chars:,} characters, which {whose} of {weights / 1e9:.2g} billion weights reads in a minute"
-    return rows, f"{about} or less on this {'CPU' if device == 'cpu' else 'GPU'}"
+    about += f" or less on this {'CPU' if device == 'cpu' else 'GPU'}"
+    more = ", and so many that its blocks are not read from disk most of the time" if streamed else ""
+    return rows, about + more
 
 
 def _mean_chars(source: Source, max_chars: int) -> float:

@@ -35,7 +35,9 @@ def memory_for(device: str) -> int:
     import psutil  # accelerate needs it too
 
     free = int(psutil.virtual_memory().available)
-    return min(free, torch.cuda.get_device_properties(0).total_memory) if device == "cuda" else free
+    if device != "cuda" or not torch.cuda.is_available():
+        return free
+    return min(free, torch.cuda.get_device_properties(0).total_memory)
 
 
 def why_streamed(teacher: TeacherSection, dtype: torch.dtype, device: str) -> str:
