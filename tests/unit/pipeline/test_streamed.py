@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -14,13 +15,12 @@ import small_cache
 from small_cache import files_of, made
 from xkd_pipeline.capture import capture as capturing
 from xkd_pipeline.capture import passes
-from xkd_pipeline.capture.measure import signals_of
-from xkd_pipeline.capture.stage import _loaded
+from xkd_pipeline.capture.stage import _loaded, teacher_of
 from xkd_pipeline.stages import teacher_stage
 from xkd_schemas.cache.manifest import Plan, read_record
 from xkd_schemas.cache.table import Table
-from xkd_schemas.errors import InputMissing
-from xkd_trainer.models.streaming import Stream
+from xkd_schemas.errors import DiskFailed, InputMissing, UsageError
+from xkd_trainer.models.streaming import Stream, load_streamed, stream_of
 
 WHOLE = made() / "cache"
 
@@ -70,37 +70,16 @@ def test_a_streamed_teacher_gives_the_bytes_of_a_whole_one_with_two_blocks_in_me
 
     monkeypatch.setattr(passes, "SHARE", share)
     monkeypatch.setattr(Stream, "step", step)
-    cache = begun(tmp_path)
+    cache, said = begun(tmp_path), list[str]()
 
-    stage(cache, stream_layers=True)
+    stage(cache, said, stream_layers=True)
 
+    assert "the teacher's blocks are read from disk one after another: as asked for" in said
     assert files_of(cache) == files_of(WHOLE)
     (model,) = _loaded.values()
     assert len(there) > 12
     assert max(map(len, there)) <= 2
     assert in_memory(model.stream) == []
-
-
-def test_a_table_that_was_begun_by_a_whole_teacher_is_finished_by_a_streamed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, seen = begun(tmp_path), []
-
-    def stop(*given: Any) -> Any:
-        seen.append(given)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-        return signals_of(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(capturing, "signals_of", stop)
-        with pytest.raises(KeyboardInterrupt):
-            stage(cache)
-    assert "stream_layers" not in read_record(cache / "teachers/T/plan.json", Plan).spec
-
-    stage(cache, stream_layers=True)
-
-    assert files_of(cache) == files_of(WHOLE)
 
 
 def test_a_shard_that_runs_out_of_memory_between_two_blocks_is_made_in_smaller_batches(
@@ -172,3 +151,65 @@ def test_a_damaged_checkpoint_is_one_line_before_a_table_is_begun(what: str, mes
 
         assert "\n" not in str(caught.value)
         assert not (cache / "teachers").exists()
+
+
+def test_a_shard_without_room_for_its_states_is_one_line_and_a_whole_teacher_finishes_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def usage(folder: Path) -> Any:
+        seen.append(folder)
+        return shutil._ntuple_diskusage(10**9, 0, 10**9 if len(seen) == 1 else 5000)
+
+    monkeypatch.setattr(passes, "SHARE", 0.0)
+    monkeypatch.setattr(passes, "disk_usage", usage)
+    cache = begun(tmp_path)
+
+    with pytest.raises(DiskFailed, match=r"teachers/T has 0\.0 GB free, the states .*Kept: .*Next: free space") as why:
+        stage(cache, stream_layers=True)
+
+    assert "\n" not in str(why.value)
+    assert len(list((cache / "teachers/T/commits").iterdir())) == 1
+    assert len(list((cache / "teachers/T").iterdir())) == len(("plan.json", "commits", "one shard"))
+    assert "stream_layers" not in read_record(cache / "teachers/T/plan.json", Plan).spec
+    stage(cache, stream_layers=False)
+    assert files_of(cache) == files_of(WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("memory", "asked", "why"),
+    [
+        (10_000, None, "its weights take 0.0 GB, there is memory for 0.0 GB"),
+        (10_000, False, ""),
+        (10**12, None, ""),
+        (10**12, True, "as asked for"),
+    ],
+)
+def test_a_teacher_is_streamed_where_its_weights_do_not_fit_or_as_asked_for(
+    memory: int, asked: bool | None, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "memory_for", lambda _device: memory)
+    settings = capturing.TeacherSettings(
+        model=str(made() / "teacher"), dtype="float32", device="cpu", stream_layers=asked
+    )
+
+    assert passes.why_streamed(settings, torch.float32, "cpu") == why
+    assert (stream_of(teacher_of(settings)) is not None) == bool(why)
+
+
+def test_what_cannot_be_streamed_is_refused_if_asked_for_and_loaded_whole_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "quantised"
+    shutil.copytree(made() / "teacher", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    monkeypatch.setattr(passes, "memory_for", lambda _device: 0)
+
+    with pytest.raises(UsageError, match=r"quantised weights cannot be read block by block. Next: --no-stream-layers"):
+        load_streamed(str(folder), dtype=torch.float32, device="cpu")
+
+    for name in (str(folder), str(tmp_path / "some.gguf")):
+        teacher = capturing.TeacherSettings(model=name, dtype="float32")
+        assert passes.why_streamed(teacher, torch.float32, "cpu") == ""
