@@ -1,5 +1,6 @@
 """The teacher's forward passes over one shard: which documents run together, what is kept of each, and how coded."""
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,16 +87,18 @@ def capture(
         for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple)
     ]
     steps = len(readings) / (max(1, sum(lengths)) * len(stream_of(model) or (1,)))
-    for batch, states, asked, last in passes(model, batches, wanted, scratch):
-        last_BLD = states.last_BLD  # the sum needs no copy
-        if last and not (last_BLD.sum().isfinite() or last_BLD[batch.valid_BL].isfinite().all()):
-            raise BadData(
-                f"the teacher's hidden states are not finite in {settings.dtype}", fix="capture with --dtype float32"
-            )
-        found = signals_of(batch.readings, states, batch.valid_BL, head, asked, classes)
-        for index, row in zip(batch.indices, found, strict=True):
-            captured[index] |= row
-        tick(steps * sum(lengths[i] for i in batch.indices))
+    with contextlib.closing(passes(model, batches, wanted, scratch)) as found:
+        for batch, states, asked, last in found:
+            last_BLD = states.last_BLD  # the sum needs no copy
+            if last and not (last_BLD.sum().isfinite() or last_BLD[batch.valid_BL].isfinite().all()):
+                raise BadData(
+                    f"the teacher's hidden states are not finite in {settings.dtype}",
+                    fix="capture with --dtype float32",
+                )
+            rows = signals_of(batch.readings, states, batch.valid_BL, head, asked, classes)
+            for index, row in zip(batch.indices, rows, strict=True):
+                captured[index] |= row
+            tick(steps * sum(lengths[i] for i in batch.indices))
     return captured
 
 

@@ -7,7 +7,7 @@ Shape legend for this file
 import contextlib
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from shutil import disk_usage
@@ -78,7 +78,7 @@ def reads_of(wanted: Sequence[Signal]) -> dict[str, Any]:
 
 def passes(
     model: PreTrainedModel, batches: Sequence[Batch], wanted: Sequence[Signal], scratch: Path | None
-) -> Iterator[tuple[Batch, States, Sequence[Signal], bool]]:
+) -> Generator[tuple[Batch, States, Sequence[Signal], bool], None, None]:
     """Each batch with the states of a pass, the signals to be read from them, and whether its last states are there.
 
     Of a streamed model there is a pass for each block and batch, and the states of a batch between two blocks are
@@ -136,8 +136,8 @@ class Held:
             self._file.write(_bytes_of(states.cpu().contiguous()))
 
 
-def _bytes_of(states: Tensor) -> memoryview:
-    return memoryview(states.flatten().view(torch.uint8).numpy())
+def _bytes_of(states: Tensor) -> Any:
+    return states.flatten().view(torch.uint8).numpy()
 
 
 @contextlib.contextmanager

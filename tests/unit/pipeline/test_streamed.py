@@ -20,6 +20,7 @@ from xkd_pipeline.stages import teacher_stage
 from xkd_schemas.cache.manifest import Plan, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import DiskFailed, InputMissing, UsageError
+from xkd_trainer.models import streaming
 from xkd_trainer.models.streaming import Stream, load_streamed, stream_of
 
 WHOLE = made() / "cache"
@@ -82,22 +83,25 @@ def test_a_streamed_teacher_gives_the_bytes_of_a_whole_one_with_two_blocks_in_me
     assert in_memory(model.stream) == []
 
 
-def test_a_shard_that_runs_out_of_memory_between_two_blocks_is_made_in_smaller_batches(
+def test_a_shard_for_whose_next_block_memory_runs_out_is_made_in_smaller_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried, plain = [], Stream.step
+    tried, plain, load = [], Stream.step, streaming.convert_and_load_state_dict_in_model
 
     def step(stream: Stream, number: int, *rest: Any) -> Any:
         tried.append(number)
-        if tried.count(3) == 2:  # the first is that of the check
-            tried.append(3)
-            raise MemoryError
         return plain(stream, number, *rest)
 
+    def fail_once(*given: Any, **options: Any) -> Any:
+        if tried.count(1) > 1 and "full" not in tried:  # the first is that of the check
+            tried.append("full")
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return load(*given, **options)
+
     monkeypatch.setattr(Stream, "step", step)
+    monkeypatch.setattr(streaming, "convert_and_load_state_dict_in_model", fail_once)
     stage(cache := begun(tmp_path), stream_layers=True)
 
-    monkeypatch.undo()
     care = json.loads((cache / "teachers/T/commits/00000.json").read_text())["care"]
     assert care["batch"] == 128
     smaller, rows = Table(cache, "teachers/T"), Table(WHOLE, "teachers/T")

@@ -115,9 +115,11 @@ def load_errors(name: str, source: str) -> Iterator[None]:
         raise InputMissing(
             f"model {name}: broken weights: {short(error)}", fix="copy the model folder again"
         ) from error
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if "can't allocate memory" in str(error):  # torch's words for it on a CPU
+            raise
         if split_gguf(name)[1]:  # a damaged one: struct.error, OverflowError and others
             raise InputMissing(
                 f"model {name}: this GGUF file cannot be read: {short(error)}",

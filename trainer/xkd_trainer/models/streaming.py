@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,10 @@ from xkd_trainer.models.loading import load_errors, model_source, refuse_missing
 
 ALL_AT_ONCE: Final = "--no-stream-layers, on a machine with memory for all weights"
 COPY_AGAIN: Final = "copy the model folder again"
+_TP_PLAN: Final[dict[str, Any]] = (
+    {"tp_plan": {}} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
+)
+"""transformers 5.3 wants it."""
 
 
 def empty_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -96,7 +101,7 @@ class Stream:
         found: list[dict[str, Any]] = [{} for _ in range(1 + len(self._blocks))]
         for key, tensor in weights.items():
             name, _ = rename_source_key(key, renamings, converters, self._model.base_model_prefix, shapes)
-            found[self._block_of(name)][key] = tensor
+            found[self._block_of(name if name in shapes else key)][key] = tensor
         return found
 
     def _block_of(self, name: str) -> int:
@@ -107,8 +112,12 @@ class Stream:
     def _load(self, number: int) -> None:
         """Read the weights of a block, or of all that is outside of them, into the model."""
         with load_errors(self._name, self._name):
-            found, _ = convert_and_load_state_dict_in_model(self._model, self._weights[number], self._config)
+            found, _ = convert_and_load_state_dict_in_model(
+                self._model, self._weights[number], self._config, **_TP_PLAN
+            )
             found.missing_keys = {key for key in found.missing_keys if self._block_of(key) == number}
+            for said in found.conversion_errors.values():  # a traceback, and what was converted
+                raise RuntimeError(" ".join(said.splitlines()[-2:]))
             if number == 0:
                 found = self._model._finalize_model_loading(self._model, self._config, found)
         refuse_missing(self._name, {*found.missing_keys, *(key for key, *_ in found.mismatched_keys)})
@@ -226,7 +235,7 @@ def open_weights(name: str) -> dict[str, Any]:
         if not (folder / file).is_file():
             raise InputMissing(f"model {name}: {file} is not there", fix=COPY_AGAIN)
         try:
-            opened = safe_open(folder / file, framework="pt", device="cpu", backend="pread")
+            opened: Any = safe_open(folder / file, framework="pt", device="cpu", backend="pread")
         except (SafetensorError, OSError) as error:
             raise InputMissing(f"model {name}: {file} cannot be read: {short(error)}", fix=COPY_AGAIN) from error
         there = set(opened.keys())
