@@ -11,6 +11,7 @@ from typing import Any, Final
 from xkd_pipeline.alignment import make_students
 from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.capture.passes import why_streamed
 from xkd_pipeline.capture.stage import make_teacher, teacher_layers
 from xkd_pipeline.parsing.stage import PROMPTS_CUT, UNUSED, check_parser, make_documents, open_corpus
 from xkd_pipeline.tables.build import Built, Outcome
@@ -28,7 +29,7 @@ from xkd_schemas.signals import Signal
 from xkd_schemas.text.templates import chosen_template
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.registry import loss_named
-from xkd_trainer.models.compute_dtype import Choice, choose_dtype, this_device
+from xkd_trainer.models.compute_dtype import Choice, choose_dtype, dtype_named, this_device
 from xkd_trainer.models.loading import check_model_name, load_tokenizer
 
 SECONDS: Final = 60
@@ -37,6 +38,7 @@ FLOPS: Final = {"cpu": 50e9, "cuda": 100e12}
 USUAL_WEIGHTS: Final = {"cpu": 200e6, "cuda": 7e9}  # of a teacher that nobody has named yet
 CHARS_PER_TOKEN: Final = 4
 MOST_CHARS: Final = 400_000  # of a shard, which lies in memory while it is made
+DISK: Final = 2e9  # bytes of a streamed teacher's weights that are read in a second, where it was not measured
 PLACES: Final = 4
 ROWS_AT_A_PLACE: Final = 64
 
@@ -76,15 +78,19 @@ def rows_per_shard(run: RunConfig, sources: Sequence[Source]) -> tuple[int, str]
     with contextlib.suppress(InputMissing, BadData):
         return int(read_record(Path(run.cache) / "documents" / "plan.json", Plan).spec["rows_per_shard"]), ""
     device = this_device()
-    weights, whose = USUAL_WEIGHTS[device], "a teacher"
+    weights, whose, streamed = USUAL_WEIGHTS[device], "a teacher", ""
     if run.teacher.model:
         with contextlib.suppress(XkdError):  # said by the stage that needs it
             weights, whose = float(sizes_of(run.teacher.model).weights), "the teacher"
+            streamed = why_streamed(run.teacher, dtype_named(teacher_dtype(run, device).dtype), device)
     flops = FLOPS[device] * (run.teacher.threads if device == "cpu" else 1)
-    chars = min(MOST_CHARS, round(SECONDS * flops / (2 * weights)) * CHARS_PER_TOKEN)
+    tokens = max(SECONDS * flops / (2 * weights), 4 * flops / DISK if streamed else 0)  # 4 times as long as reading
+    chars = min(MOST_CHARS, round(tokens) * CHARS_PER_TOKEN)
     rows = max(1, int(chars / max(1.0, *(_mean_chars(source, run.documents.max_chars) for source in sources))))
     about = f"about {chars:,} characters, which {whose} of {weights / 1e9:.2g} billion weights reads in a minute"
-    return rows, f"{about} or less on this {'CPU' if device == 'cpu' else 'GPU'}"
+    about += f" or less on this {'CPU' if device == 'cpu' else 'GPU'}"
+    more = ", and so many that its blocks are not read from disk most of the time" if streamed else ""
+    return rows, about + more
 
 
 def _mean_chars(source: Source, max_chars: int) -> float:
@@ -139,6 +145,8 @@ def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] 
     echo(dtype.line)
     settled = {"template": template, "dtype": dtype.dtype, "device": device}
     settings = TeacherSettings(**t.model_dump() | settled)
+    if why := why_streamed(t, dtype_named(dtype.dtype), this_device()):
+        echo(f"the teacher's blocks are read from disk one after another: {why}")
     with locked(root):
         built = make_teacher(root, t.name or plain_name(t.model), settings, lambda n: signals_for(run, n), workers)
     m = built.manifest

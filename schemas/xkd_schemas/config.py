@@ -109,6 +109,9 @@ class TeacherSection(Section):
     """Classes drawn of each prediction, where a loss needs a sample of the distribution."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of one worker; the last bits of results depend on it."""
+    stream_layers: bool | None = None
+    """Read the teacher's blocks from disk one after another, each for all documents of a shard; done where its weights
+    do not fit unless this is given. Changes no result."""
     losses: Annotated[tuple[str, ...], COMMAS] = ("mta", "sra", "dwa")
     """Losses whose signals are kept."""
     word_layers: Annotated[tuple[int, ...], COMMAS] = ()

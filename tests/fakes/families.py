@@ -51,6 +51,8 @@ class Family:
     """Words of the refusal, as teacher and as student."""
     packs: bool = True
     """Whether it keeps several documents of one row apart."""
+    streams: bool = True
+    """Whether its blocks can be run one after another, each for many documents."""
     capped: bool = False
     """Soft-capped logits: no student, and no teacher of SRA and DWA."""
 
@@ -117,10 +119,11 @@ FAMILIES: Final[Mapping[str, Family]] = {
     **_each("gemma2", "nanochat", capped=True),
     "gemma3n_text": Family(
         kind="gemma3n_text", config={**_SHARED_KEYS, "activation_sparsity_pattern": None, "laurel_rank": 4},
-        inner=False, capped=True,
+        inner=False, capped=True, streams=False,
     ),
     "gemma4_text": Family(kind="gemma4_text", config={**_SHARED_KEYS, "head_dim": 8, "global_head_dim": 8,
-                                                      "num_attention_heads": 4, "num_key_value_heads": 2}),
+                                                      "num_attention_heads": 4, "num_key_value_heads": 2},
+                          streams=False),
     **_each("falcon", "bloom", "mpt", "xglm", "openai-gpt", rows=(), packs=False),
     "diffllama": Family(kind="diffllama", rows=()),
     "falcon, alibi": Family(kind="falcon", config={"alibi": True}, rows=(), packs=False),
@@ -130,7 +133,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gpt_neo": Family(kind="gpt_neo", config={"attention_types": [[["global", "local"], 2]], "num_hidden_layers": 4},
                       rows=()),
     **_each("gptj", "codegen", config={"rotary_dim": 4}, rows=()),
-    **_each("mamba", "falcon_mamba", "rwkv", shift=1, rows=(), packs=False),
+    **_each("mamba", "falcon_mamba", shift=1, rows=(), packs=False),
+    "rwkv": Family(kind="rwkv", shift=1, rows=(), packs=False, streams=False),
     "mamba2": Family(
         kind="mamba2", config={"num_heads": 8, "head_dim": 8, "n_groups": 1}, shift=1, rows=(), packs=False
     ),
@@ -166,7 +170,7 @@ HERE: Final = {name: family for name, family in FAMILIES.items() if family.kind 
 
 def row_of(name: str, family: Family) -> str:
     if family.refused:
-        return f"| {name} | refused: {family.refused} | | | |"
+        return f"| {name} | refused: {family.refused} | | | | |"
     rows = "every block" if family.rows == ALL else ", ".join(map(str, family.rows)) or "refused"
     states = "every block" if family.inner else "last"
     student = "refused: soft-capped head" if family.capped else "yes"
@@ -174,11 +178,12 @@ def row_of(name: str, family: Family) -> str:
         student = "yes, SRA with `weights=uniform`"
     if not family.capped and not family.inner:
         student = "yes, with losses of the last states"
-    return f"| {name} | {states} | {rows} | {student} | {'yes' if family.packs else 'refused'} |"
+    packs, streams = ("yes" if able else "refused" for able in (family.packs, family.streams))
+    return f"| {name} | {states} | {rows} | {student} | {packs} | {streams} |"
 
 
 def table() -> str:
-    head = "| family | states | attention row | as student | packing |\n|---|---|---|---|---|\n"
+    head = "| family | states | attention row | as student | packing | streamed |\n|---|---|---|---|---|---|\n"
     return head + "\n".join(row_of(*item) for item in FAMILIES.items()) + "\n"
 
 

@@ -36,7 +36,7 @@ EXITS = {"worker": {0}, "driver": {-signal.SIGKILL}, "raylet": {0, 1, 69}, "gcs_
 
 
 def work(name: str, cache: Path, source: Path, workers: Workers, trouble: str = "") -> int:
-    """Make what is missing; how many units were there already."""
+    """Make what is missing; how many units were there already. On Ray a teacher is streamed, in this process not."""
     if name == "fake":
         with locked(cache):
             return fake_stage.build_all(cache, workers, trouble=trouble).kept
@@ -46,7 +46,7 @@ def work(name: str, cache: Path, source: Path, workers: Workers, trouble: str = 
     run = small_cache.run_file(
         cache,
         documents={"corpus": [str(source / "corpus.jsonl")]},
-        teacher={"model": str(source / "teacher")},
+        teacher={"model": str(source / "teacher"), "stream_layers": workers.count > 0},
         student={"tokenizer": str(source / "student")},
     )
     return int(getattr(stages, f"{name}_stage")(run, workers).values["reused"])

@@ -13,7 +13,7 @@ from benchmarks.rows import Row, Skipped, as_json, cost, table
 
 SLOW = {
     "commands", "kl", "long_documents", "memory", "packing", "plan", "reader", "resume", "spacy", "start", "step",
-    "train",
+    "streamed", "train",
 }  # fmt: skip
 """Those that start programs of their own, or train."""
 

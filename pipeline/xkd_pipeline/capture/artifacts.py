@@ -1,5 +1,6 @@
 """What is known of a teacher as a whole: identity, sizes, constants, and the files that are kept beside its table."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,23 +10,29 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.durable_files import save_file, save_folder, sha256_of
+from xkd_schemas.errors import UsageError
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
-from xkd_trainer.models.architecture import head_of, num_layers
-from xkd_trainer.models.loading import load_errors, load_tokenizer, model_source, save_tensors, split_gguf
+from xkd_trainer.models.architecture import blocks_of, head_of, num_layers
+from xkd_trainer.models.loading import load_tokenizer, save_tensors, split_gguf
+from xkd_trainer.models.streaming import empty_model
 
 
-def weights_identity(name: str) -> dict[str, str]:
-    """sha256 of the weight files and of config.json of a local model; for a hub name, its resolved commit's files."""
+def weight_files(name: str) -> list[Path]:
+    """The weight files and config.json of a local model; for a hub name, those of its resolved commit."""
     folder, gguf = split_gguf(name)
     path = Path(folder)
     if not path.is_dir():
         path = Path(snapshot_download(folder, local_files_only=True, allow_patterns=["*.safetensors", "*.json"]))
-    files = [path / gguf] if gguf else sorted([*path.glob("*.safetensors"), *path.glob("config.json")])
-    return {file.name: sha256_of(file) for file in files}
+    return [path / gguf] if gguf else sorted([*path.glob("*.safetensors"), *path.glob("config.json")])
+
+
+def weights_identity(name: str) -> dict[str, str]:
+    """sha256 of each of `weight_files`, by name."""
+    return {file.name: sha256_of(file) for file in weight_files(name)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,23 +46,9 @@ class Sizes:
     classes: int  # rows of the head
     inner: int  # width of the feed-forward part
     weights: int  # numbers, a tied head counted once
+    block: int  # of them in the largest block; 0 where no list of blocks was found
     file_numbers: int  # numbers in head.safetensors and embeddings.safetensors
     number_bytes: int  # bytes of a number in the checkpoint, as its configuration says
-
-
-def empty_model(name: str) -> PreTrainedModel:
-    """The model on the meta device: shapes, no values.
-
-    Raises:
-        InputMissing: There is no such folder, file or hub name.
-        UsageError: It is no causal language model that this transformers knows.
-        Refused: It wants to run code of its own.
-    """
-    source, options = model_source(name, weights=False)
-    with load_errors(name, source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, **options)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 def sizes_of(name: str) -> Sizes:
@@ -65,7 +58,10 @@ def sizes_of(name: str) -> Sizes:
     embeddings = model.get_input_embeddings().weight
     config = model.config.get_text_config()
     width = int(head.weight_VD.shape[1])
+    block = 0
     numbers = head.weight_VD.numel() + (0 if head.bias_V is None else head.bias_V.numel())
+    with contextlib.suppress(UsageError):
+        block = max(sum(p.numel() for p in one.parameters()) for one in blocks_of(model))
     return Sizes(
         architecture=type(model).__name__,
         layers=num_layers(model),
@@ -74,6 +70,7 @@ def sizes_of(name: str) -> Sizes:
         classes=int(head.weight_VD.shape[0]),
         inner=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width),
         weights=sum(parameter.numel() for parameter in model.parameters()),
+        block=block,
         file_numbers=numbers + (0 if embeddings is head.weight_VD else embeddings.numel()),
         number_bytes=head.weight_VD.element_size(),
     )

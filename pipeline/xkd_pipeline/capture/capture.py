@@ -1,7 +1,9 @@
 """The teacher's forward passes over one shard: which documents run together, what is kept of each, and how coded."""
 
+import contextlib
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,18 +11,18 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from xkd_pipeline.capture.measure import ROWS, Reading, pad_readings, signals_of
+from xkd_pipeline.capture.measure import Reading, signals_of
+from xkd_pipeline.capture.passes import Batch, passes
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.codecs import CODECS, PLAIN, Bits, Encoded, numbers_of, squared_error
 from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import BadData
 from xkd_schemas.progress import tick
-from xkd_schemas.signals import KINDS, Signal
-from xkd_schemas.tokens import last_text
+from xkd_schemas.signals import Signal
 from xkd_trainer.models.architecture import Head, head_of
 from xkd_trainer.models.compute_dtype import this_device
-from xkd_trainer.models.forward import run
 from xkd_trainer.models.loading import load_tokenizer
+from xkd_trainer.models.streaming import stream_of
 
 KL_ROWS = 32  # states of a shard whose next-token distributions are compared before and after the codec
 
@@ -59,50 +61,44 @@ def classes_of(model: str) -> int:
     return int(max(load_tokenizer(model).get_vocab().values())) + 1
 
 
-def reads_of(wanted: Sequence[Signal]) -> dict[str, Any]:
-    """What the signals read of a pass: `layers`, `attention`, `attention_layers` and `text_layers` of `run`."""
-
-    def layers(names: Collection[str]) -> list[int]:
-        return sorted({s.layer for s in wanted if s.layer is not None and s.name in names})
-
-    return {
-        "layers": layers(KINDS.keys() - ROWS),
-        "attention": any(s.name == "attention_last" for s in wanted),
-        "attention_layers": layers({"attention"}),
-        "text_layers": layers({"attention_text"}),
-    }
-
-
 @torch.inference_mode()
 def capture(
-    model: PreTrainedModel, readings: Sequence[Reading], wanted: Sequence[Signal], settings: TeacherSettings
+    model: PreTrainedModel,
+    readings: Sequence[Reading],
+    wanted: Sequence[Signal],
+    settings: TeacherSettings,
+    scratch: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Column name -> array for every reading; a reading without tokens gets empty ones.
+
+    `scratch` is a folder for the states of a streamed model where memory has no room for them; None is the system's.
 
     Raises:
         BadData: The teacher's states are not finite.
     """
     width = model.get_input_embeddings().weight.shape[1]
     empty = {s.column: np.zeros((0, width), np.uint16) if s.kind.wide else np.zeros(0) for s in wanted}
-    captured: list[dict[str, Any]] = [empty] * len(readings)
-    reads = reads_of(wanted)
+    captured: list[dict[str, Any]] = [empty if not len(r.tokens.ids) else {} for r in readings]
     classes = classes_of(settings.model) if any(s.kind.drawn for s in wanted) else None
     head = head_of(model)
     lengths = [len(r.tokens.ids) for r in readings]
-    for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):
-        batch = [readings[i] for i in indices]
-        ids_BL, valid_BL = (t.to(model.device) for t in pad_readings(batch, settings.pad_multiple))
-        text_B = torch.tensor([last_text(reading.tokens.kinds) for reading in batch]).to(model.device)
-        states = run(model, ids_BL, valid_BL, text_B=text_B, **reads)
-        last = states.last_BLD
-        if not (last.sum().isfinite() or last[valid_BL].isfinite().all()):  # the sum needs no copy
-            raise BadData(
-                f"the teacher's hidden states are not finite in {settings.dtype}", fix="capture with --dtype float32"
-            )
-        found = signals_of(batch, states, valid_BL, head, wanted, classes)
-        for index, row in zip(indices, found, strict=True):
-            captured[index] = row
-        tick(len(readings) * sum(lengths[i] for i in indices) / sum(lengths))
+    batches = [
+        Batch(tuple(indices), [readings[i] for i in indices], settings.pad_multiple, model.device)
+        for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple)
+    ]
+    steps = len(readings) / (max(1, sum(lengths)) * len(stream_of(model) or (1,)))
+    with contextlib.closing(passes(model, batches, wanted, scratch)) as found:
+        for batch, states, asked, last in found:
+            last_BLD = states.last_BLD  # the sum needs no copy
+            if last and not (last_BLD.sum().isfinite() or last_BLD[batch.valid_BL].isfinite().all()):
+                raise BadData(
+                    f"the teacher's hidden states are not finite in {settings.dtype}",
+                    fix="capture with --dtype float32",
+                )
+            rows = signals_of(batch.readings, states, batch.valid_BL, head, asked, classes)
+            for index, row in zip(batch.indices, rows, strict=True):
+                captured[index] |= row
+            tick(steps * sum(lengths[i] for i in batch.indices))
     return captured
 
 

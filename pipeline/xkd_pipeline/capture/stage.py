@@ -13,8 +13,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from xkd_pipeline.capture.artifacts import constants_of, export, std_of, sum_moments, weights_identity
-from xkd_pipeline.capture.capture import TeacherSettings, capture, codec_error, encode_signals, reads_of
+from xkd_pipeline.capture.capture import TeacherSettings, capture, codec_error, encode_signals
 from xkd_pipeline.capture.measure import Reading
+from xkd_pipeline.capture.passes import reads_of, why_streamed
 from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import (
     DocumentRows,
@@ -37,9 +38,10 @@ from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder, reading_of
 from xkd_schemas.tokens import spans_read
 from xkd_trainer.models.architecture import head_of, num_layers
-from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, warn_of_slow_dtype
+from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, this_device, warn_of_slow_dtype
 from xkd_trainer.models.forward import check_ids, check_model, rehearse
 from xkd_trainer.models.loading import check_model_name, load_model
+from xkd_trainer.models.streaming import check_steps, load_streamed, stream_of
 
 CAPTURE_VERSION: Final = 5  # bump when the same settings would give other bytes
 RUN_SETTINGS: Final = ("dtype", "codec", "batch_tokens", "pad_multiple", "threads", "device")
@@ -65,7 +67,7 @@ class TeacherStage:
                 f"no GPU visible on {socket.gethostname()}, but the plan says device=cuda",
                 fix="give each worker one with --gpus-per-worker 1, or look at CUDA_VISIBLE_DEVICES there",
             )
-        model = teacher_of(self.settings).to(device)
+        model = placed_teacher(self.settings)
         encoder = encoder_for(self.settings.model, self.settings)
         documents = Table(self.root, "documents")
         wanted = [signal_named(column) for column in self.signals]
@@ -85,7 +87,7 @@ class TeacherStage:
             rows = documents_of(documents.shard(unit), {*care.lost, *(theirs.lost if theirs else ())})
             tokens, readings = _read(rows, encoder)
             check_ids(tokens.ids, encoder.tokenizer, len(model.get_input_embeddings().weight))
-            captured = capture(model, readings, wanted, settings)
+            captured = capture(model, readings, wanted, settings, self.folder)
             stored, errors = encode_signals(captured, wanted, self.settings.codec, head)
             columns = {"doc_id": rows.doc_ids, **token_columns(tokens), **stored.columns}
             sums = sum_moments(tokens, captured, model) | errors
@@ -121,10 +123,23 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
         for variable in KEPT_PRODUCTS:
             os.environ.setdefault(variable, "16")
         _loaded.clear()
-        model = load_model(settings.model, dtype=dtype_named(settings.dtype))
+        dtype = dtype_named(settings.dtype)
+        device = settings.device if settings.device == this_device() else "cpu"
+        if why_streamed(settings, dtype, device):
+            model = load_streamed(settings.model, dtype=dtype, device=device)
+        else:
+            model = load_model(settings.model, dtype=dtype)
         check_model(model)
+        if stream_of(model):
+            check_steps(model)
         _loaded[settings] = model.requires_grad_(False)
     return _loaded[settings]
+
+
+def placed_teacher(settings: TeacherSettings) -> PreTrainedModel:
+    """The teacher on its device; a streamed one is there already."""
+    model = teacher_of(settings)
+    return model if stream_of(model) else model.to(settings.device)
 
 
 def _read(rows: DocumentRows, encoder: Encoder) -> tuple[TokenBatch, list[Reading]]:

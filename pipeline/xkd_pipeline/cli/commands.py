@@ -19,7 +19,7 @@ DOCUMENTS: Final = FlagsOf(
     "documents",
     flags={"corpus": "corpus", "columns": "--column", "drop_contained": "--drop-contained/--no-drop-contained"},
 )
-TEACHER: Final = FlagsOf("teacher", flags={"losses": "--for"})
+TEACHER: Final = FlagsOf("teacher", flags={"losses": "--for", "stream_layers": "--stream-layers/--no-stream-layers"})
 SampleOption = Annotated[int, typer.Option(min=1, help="Rows to look at, spread over the corpus.")]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from xkd_pipeline.capture.artifacts import weights_identity
 from xkd_pipeline.capture.capture import TeacherSettings, capture
 from xkd_pipeline.capture.measure import Reading
-from xkd_pipeline.capture.stage import refuse_other_teacher, teacher_of, teacher_settings
+from xkd_pipeline.capture.stage import placed_teacher, refuse_other_teacher, teacher_settings
 from xkd_pipeline.maintain.verify_rows import Finding, open_table
 from xkd_pipeline.tables.shard import document_at, encoder_for
 from xkd_schemas.cache.manifest import Spec
@@ -75,7 +75,7 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
     encoder = encoder_for(model, settings)
     refuse_other_teacher(table, {"weights": weights_identity(model), "encoder": encoder.identity()})
     warn_of_slow_dtype(settings.dtype, settings.device)
-    live_model = teacher_of(settings).to(settings.device)
+    live_model = placed_teacher(settings)
     usable = [i for i in range(len(table)) if table[i]["status"] == OK]
     chosen = [usable[i] for i in np.linspace(0, len(usable) - 1, min(rows, len(usable))).round().astype(int)]
     others = [open_table(root, f"signals/{other}") for other in names_in(root, "signals")]

@@ -1,4 +1,5 @@
-"""What a cache will need before it is made: bytes, shards, memory, time. Reads a sample and a model's config only.
+"""What a cache will need before it is made: bytes, shards, memory, time. Reads a sample and a model's config only;
+of a teacher that will be streamed also a few bytes, to know how fast they come.
 
 The sample is parsed and tokenized as the run would do it. Its signals are counted: values of a document times bytes of
 a value. What is not in the sample is taken to be like it.
@@ -7,8 +8,10 @@ Legend for this file
     T tokens    R kept rows    N predicted targets    K words or phrases of a document (see xkd_schemas.signals)
 """
 
+import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +22,12 @@ import numpy as np
 import pyarrow as pa
 
 from xkd_pipeline.alignment import align_rows
-from xkd_pipeline.capture.artifacts import Sizes, sizes_of
+from xkd_pipeline.capture.artifacts import Sizes, sizes_of, weight_files
 from xkd_pipeline.capture.measure import LOGIT_BYTES
+from xkd_pipeline.capture.passes import why_streamed
 from xkd_pipeline.parsing.stage import columns_of, parser_for, plan_shards
 from xkd_pipeline.reports.sample import Sample, read_sample, reasons
-from xkd_pipeline.stages import rows_per_shard, signals_for, teacher_dtype
+from xkd_pipeline.stages import DISK, FLOPS, rows_per_shard, signals_for, teacher_dtype
 from xkd_pipeline.tables.shard import DocumentRows, encoder_for, token_columns, token_counts
 from xkd_schemas.codecs import CODECS, bits_of
 from xkd_schemas.config import RunConfig
@@ -42,6 +46,8 @@ LIBRARIES: Final = 600 * 2**20  # resident bytes of Python with torch and transf
 PADDING: Final = 1.01  # of Arrow's buffers, as a share of their bytes
 VALUE_BYTES: Final = {"bf16": 2, "float16": 2, "float32": 4, "int32": 4}
 OFFSET_BYTES: Final = 8  # a list column has one offset for each row
+TIMED: Final = 64 * 2**20  # bytes of a streamed teacher that are read, to know how fast its disk is
+CHECKS: Final = 7  # times that a streamed teacher is read before its first shard
 
 
 def count_values(tokens: Tokens, words: Iterable[Any], phrases: Iterable[Any]) -> Counter[str]:
@@ -161,19 +167,58 @@ def tokenizer_bytes(encoders: Iterable[Encoder]) -> int:
     return size
 
 
-def memory_parts(run: RunConfig, look: PlanSample, model: Sizes, dtype: str, teacher: int) -> dict[str, int]:
+def memory_parts(
+    run: RunConfig, look: PlanSample, model: Sizes, dtype: str, teacher: int, *, streamed: bool
+) -> dict[str, int]:
     """Estimated peak of one worker of the teacher stage, in bytes."""
     layers = len({s.layer for s in signals_for(run, model.layers) if s.layer is not None})
     size = dtype_named(dtype).itemsize
     longest = int(np.diff(look.tokens.first).max())
     tokens = max(run.teacher.batch_tokens, longest)
+    kept = model.weights
+    if streamed:  # a block that runs, one that is read, and one for what its reading takes
+        kept = max(model.file_numbers, kept - model.layers * model.block) + 3 * model.block
     return {
         "libraries": LIBRARIES,
-        "weights": model.weights * size,
+        "weights": kept * size,
         "states": tokens * (model.width * (size * 8 + 8 * layers) + size * 3 * model.inner + 4 * longest),
         "logits": 3 * LOGIT_BYTES,
         "shard": 3 * teacher // max(1, look.shards),
     }
+
+
+def plan_stream(run: RunConfig, model: Sizes, dtype: str, tokens: int, shards: int, rate: float) -> dict[str, Any]:
+    """How long reading the blocks takes and how long computing, where they are streamed; {} where they are not."""
+    device = this_device()
+    why = why_streamed(run.teacher, dtype_named(dtype), device)
+    if not why:
+        return {}
+    stored, disk = model.weights * model.number_bytes, disk_rate(run.teacher.model)
+    flops = FLOPS[device] * (run.teacher.threads if device == "cpu" else 1)
+    speed = rate or flops / (2 * model.weights)
+    group, size = tokens / max(1, shards), dtype_named(dtype).itemsize
+    seconds = {"read": (shards + CHECKS) * stored / (disk or DISK), "compute": tokens / speed}
+    return {
+        "why": why, "group_tokens": round(group), "group_bytes": round(group * model.width * size),
+        "bytes": stored, "disk_rate": disk or DISK, "disk_measured": bool(disk), "compute_rate": speed,
+        "rate_given": bool(rate), "read_seconds": seconds["read"], "compute_seconds": seconds["compute"],
+        "limit": "reading" if seconds["read"] > seconds["compute"] else "computing",
+    }  # fmt: skip
+
+
+def disk_rate(name: str) -> float:
+    """Bytes of a model's weights that come from its disk in a second; 0.0 where they are not here."""
+    try:
+        file = max(weight_files(name), key=lambda path: path.stat().st_size)
+        size = min(file.stat().st_size, TIMED)
+        with file.open("rb", buffering=0) as opened:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(opened.fileno(), 0, size, os.POSIX_FADV_DONTNEED)  # not what is in memory already
+            start = time.perf_counter()
+            opened.read(size)
+            return size / (time.perf_counter() - start)
+    except (OSError, ValueError):
+        return 0.0
 
 
 def give_or_take(values: Sequence[int], sizes: Sequence[int], scale: float) -> float:
@@ -210,8 +255,10 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
     by_codec = {codec: teacher_parts(run, look, model, codec) for codec in CODECS}
     parts, needs = by_codec[t.codec], losses_of(run, model.layers)
     teacher = sum(parts.values())
-    memory = memory_parts(run, look, model, dtype.dtype, teacher)
     tokens = look.of_corpus(sum(lengths))
+    stream = plan_stream(run, model, dtype.dtype, tokens, look.shards, rate or 0.0)
+    memory = memory_parts(run, look, model, dtype.dtype, teacher, streamed=bool(stream))
+    seconds = max(stream["read_seconds"], stream["compute_seconds"]) if stream else tokens / rate if rate else None
     cache = Path(run.cache).absolute()
     there = next(path for path in (cache, *cache.parents) if path.is_dir())
     return {
@@ -241,6 +288,6 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
         "codecs": {c: others + sum(sizes.values()) for c, sizes in by_codec.items() if c != t.codec},
         "shards": look.shards, "shard_bytes": teacher // max(1, look.shards),
         "memory": memory, "memory_bytes": sum(memory.values()),
-        "seconds": tokens / rate if rate else None, "rate": rate,
+        "seconds": seconds, "rate": rate, "stream": stream,
         "budget": budget,
     }  # fmt: skip

@@ -34,6 +34,16 @@ def format_size(size: float) -> str:
     return f"{size:.0f} B" if step == 0 else f"{size:.1f} {SUFFIXES[step]}"
 
 
+def format_time(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> format_time(3725.2)
+    '1:02:05'
+    """
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
 def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     """Lines of `make_plan`'s result."""
     yield from plan["corpus"]
@@ -85,14 +95,27 @@ def _describe_needs(plan: dict[str, Any]) -> Iterator[str]:
     yield f"shards: {plan['shards']} of {format_size(plan['shard_bytes'])}"
     parts = ", ".join(f"{name} {format_size(size)}" for name, size in plan["memory"].items())
     yield f"memory of one worker, an estimate: {format_size(plan['memory_bytes'])} ({parts})"
-    if plan["seconds"] is None:
+    if plan["stream"]:
+        yield from _describe_stream(plan["stream"])
+    elif plan["seconds"] is None:
         yield (
             "time: not known. Run xkd-cache teacher on a few hundred rows, and give the tokens per second of its last "
             "line with --tokens-per-second"
         )
     else:
-        hours, rest = divmod(round(plan["seconds"]), 3600)
-        yield f"time: {hours}:{rest // 60:02d}:{rest % 60:02d} at {plan['rate']:g} tokens per second"
+        yield f"time: {format_time(plan['seconds'])} at {plan['rate']:g} tokens per second"
+
+
+def _describe_stream(stream: dict[str, Any]) -> Iterator[str]:
+    yield f"the teacher's blocks are read from disk one after another: {stream['why']}"
+    yield (
+        f"group for which a block is read once: a shard of {stream['group_tokens']:,} tokens, whose states take "
+        f"{format_size(stream['group_bytes'])} between two blocks; documents.rows_per_shard=N sets it"
+    )
+    disk = f"{format_size(stream['disk_rate'])} per second, {'measured' if stream['disk_measured'] else 'assumed'}"
+    rate = f"{stream['compute_rate']:.3g} tokens per second, {'as given' if stream['rate_given'] else 'by arithmetic'}"
+    read, compute = (format_time(stream[f"{what}_seconds"]) for what in ("read", "compute"))
+    yield f"time: reading {read} ({disk}), computing {compute} ({rate}), both at once: {stream['limit']} is the limit"
 
 
 def _advise(plan: dict[str, Any]) -> Iterator[str]:

@@ -192,3 +192,22 @@ def test_a_policy_that_is_no_short_text_behind_the_first_rows_is_a_reject(tmp_pa
     rows[68]["policy"], rows[69]["policy"] = 5, "x" * 41
 
     assert build(tmp_path / "c", [write_rows(tmp_path / "rows.jsonl", rows)], max_reject=1).values["rejected"] == 2
+
+
+def test_a_shard_of_a_streamed_teacher_takes_four_times_as_long_as_reading_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "this_device", lambda: "cpu")
+    monkeypatch.setattr(stages, "SECONDS", 1e-9)
+    monkeypatch.setitem(stages.FLOPS, "cpu", 1e12)
+    corpus = write_rows(tmp_path / "corpus.jsonl", [{"text": "x" * 100}] * 100)
+    source, model = open_source(str(corpus), columns={}), str(llama(tmp_path / "teacher"))
+    rows = {}
+    for streamed in (True, False):
+        run = run_file(tmp_path, documents={"rows_per_shard": 0}, teacher={"model": model, "stream_layers": streamed})
+        rows[streamed], why = stages.rows_per_shard(run, [source])
+        assert ("its blocks are not read from disk most of the time" in why) == streamed
+
+    read, compute = 2 / stages.DISK, 2 * rows[True] * 100 / stages.CHARS_PER_TOKEN / 1e12  # of one weight
+    assert compute == pytest.approx(4 * read)
+    assert rows[False] == 1

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import small_cache
 from fake_hardware import hardware_is
 from small_cache import SPACY, corpus_rows, made, whole_run, write_rows
-from xkd_pipeline.capture.artifacts import empty_model, sizes_of
+from xkd_pipeline.capture import passes
+from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.reports import plan as size
 from xkd_pipeline.reports.plan import make_plan, read_plan_sample
@@ -26,6 +27,7 @@ from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import KINDS, Signal
 from xkd_trainer.models.loading import load_model
+from xkd_trainer.models.streaming import empty_model
 
 
 def command(*arguments: object) -> None:
@@ -105,6 +107,29 @@ def test_no_weight_is_read(whole: dict[str, Any], tmp_path: Path) -> None:
 
     assert found["teacher_bytes"] == whole["teacher_bytes"]
     assert all(p.device.type == "meta" for p in empty_model(str(tmp_path)).parameters())
+
+
+def test_of_a_streamed_teacher_reading_and_computing_are_told_apart_and_the_slower_is_the_limit(
+    whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "memory_for", lambda _device: 10_000)
+    monkeypatch.setattr(size, "disk_rate", lambda _name: 1e6)
+
+    plans = {rate: planned(small_run(), rate=rate) for rate in (1e9, 1.0)}
+
+    assert whole["stream"] == {}
+    stored = whole["model"]["weights"] * 4
+    for rate, limit in ((1e9, "reading"), (1.0, "computing")):
+        plan, stream = plans[rate], plans[rate]["stream"]
+        assert stream["read_seconds"] == pytest.approx((whole["shards"] + size.CHECKS) * stored / 1e6)
+        assert stream["compute_seconds"] == pytest.approx(whole["tokens"] / rate)
+        assert plan["seconds"] == max(stream["read_seconds"], stream["compute_seconds"])
+        assert plan["memory"]["weights"] < whole["memory"]["weights"]
+        said = "\n".join(plan_lines(plan))
+        assert f"{limit} is the limit" in said
+        assert "one after another: its weights take 0.0 GB, there is memory for 0.0 GB" in said
+        group = round(whole["tokens"] / whole["shards"])
+        assert f"a shard of {group:,} tokens, whose states take {group * 32 * 4 / 1000:.1f} kB" in said
 
 
 @pytest.mark.parametrize("make", [small_cache.llama, small_cache.gpt2])

@@ -1,6 +1,7 @@
 """What the trainer reads of every family of families.py, against transformers' own states and eager attention maps."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import StudentPass
 from xkd_trainer.models.architecture import blocks_of, head_of, num_layers
-from xkd_trainer.models.forward import check_model, rehearse, run
+from xkd_trainer.models.forward import States, check_model, rehearse, run
 from xkd_trainer.models.loading import load_model, new_model
 from xkd_trainer.models.packing import plan_rows
+from xkd_trainer.models.streaming import check_steps, load_streamed
 from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.prepare import Ready, set_up
 
@@ -59,6 +61,23 @@ def test_a_saved_teacher_has_the_states_and_logits_of_each_document_alone(name: 
             index = layer if layer == count else layer - family.shift
             close(found[row, :length], one.hidden_states[index][0], f"layer {layer} of document {row}")
         close(head_of(model)(states.last_BLD[row, :length]), one.logits[0], f"logits of document {row}")
+    check_streamed(family, str(tmp_path), states)
+
+
+def check_streamed(family: Family, folder: str, whole: States) -> None:
+    """One block after another gives the very bits of a pass through all of them, or is refused by name."""
+    if not family.streams:
+        with pytest.raises(UsageError, match=r"ForCausalLM .*Next: --no-stream-layers") as caught:
+            check_steps(load_streamed(folder, dtype=torch.float32, device="cpu"))
+        assert "\n" not in str(caught.value)
+        return
+    model, states_BLD = load_streamed(folder, dtype=torch.float32, device="cpu"), None
+    check_steps(model)
+    for number in model.stream.sweep():
+        layers = [number] if number in whole.layers else []
+        states, states_BLD = model.stream.step(number, states_BLD, partial(run, model, *batch(), layers=layers))
+        assert all(torch.equal(states.layers[layer], whole.layers[layer]) for layer in layers), number
+    assert torch.equal(states.last_BLD, whole.last_BLD)
 
 
 @those(lambda f: f.rows and not f.refused)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -115,9 +115,11 @@ def load_errors(name: str, source: str) -> Iterator[None]:
         raise InputMissing(
             f"model {name}: broken weights: {short(error)}", fix="copy the model folder again"
         ) from error
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if "can't allocate memory" in str(error):  # torch's words for it on a CPU
+            raise
         if split_gguf(name)[1]:  # a damaged one: struct.error, OverflowError and others
             raise InputMissing(
                 f"model {name}: this GGUF file cannot be read: {short(error)}",
@@ -174,7 +176,7 @@ def load_model(name: str, *, dtype: torch.dtype, quantization: Any = None) -> Pr
     `quantization` is a configuration of transformers, for weights that are made smaller while they are read.
 
     Raises:
-        InputMissing: There is no such folder, file or hub name, or it cannot be reached.
+        InputMissing: There is no such folder, file or hub name, it cannot be reached, or weights are not in it.
         UsageError: It is there but no causal language model that this transformers knows.
         Refused: It wants to run code of its own, or has only pickled weights.
     """
@@ -187,9 +189,22 @@ def load_model(name: str, *, dtype: torch.dtype, quantization: Any = None) -> Pr
         options["use_safetensors"] = True
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": 0}}
+    model: PreTrainedModel
     with load_errors(name, folder):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    if "quantization_config" not in options:
+        refuse_missing(name, found["missing_keys"])
     return model.eval()
+
+
+def refuse_missing(name: str, weights: Collection[str]) -> None:
+    """InputMissing where a checkpoint lacks these weights, which transformers draws at random."""
+    if weights:
+        more = f" and {len(weights) - 1} others" if len(weights) > 1 else ""
+        raise InputMissing(
+            f"model {name}: its files lack {min(weights)}{more}, or have it in another shape than config.json says",
+            fix="copy the model folder again",
+        )
 
 
 def _explain_missing(name: str, folder: str, error: OSError | ValueError) -> InputMissing | Refused:
