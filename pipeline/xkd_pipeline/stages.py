@@ -121,6 +121,11 @@ def teacher_dtype(run: RunConfig, device: str) -> Choice:
     return choose_dtype(asked, device)
 
 
+def device_map_of(run: RunConfig, workers: Workers) -> str:
+    """Where the teacher's weights go: as the run says, and on all GPUs of a worker that has several."""
+    return run.teacher.device_map or (AUTO if workers.gpus > 1 else "")
+
+
 def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
     """Run the teacher over the documents; `echo` is told at once in which dtype, and why."""
     t = run.teacher
@@ -137,7 +142,7 @@ def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] 
     device = "cuda" if workers.gpus else this_device()
     dtype = teacher_dtype(run, device)
     echo(dtype.line)
-    settled = {"template": template, "dtype": dtype.dtype, "device": device}
+    settled = {"template": template, "dtype": dtype.dtype, "device": device, "device_map": device_map_of(run, workers)}
     settings = TeacherSettings(**t.model_dump() | settled)
     with locked(root):
         built = make_teacher(root, t.name or plain_name(t.model), settings, lambda n: signals_for(run, n), workers)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.durable_files import save_file, save_folder, sha256_of
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
-from xkd_trainer.models.architecture import head_of, num_layers
+from xkd_trainer.models.architecture import head_of, is_tied, num_layers, read_weights
 from xkd_trainer.models.loading import load_errors, load_tokenizer, model_source, save_tensors, split_gguf
 
 
@@ -89,18 +89,15 @@ def constants_of(model: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": int(head.weight_VD.shape[0]),
         "logit_scale": head.scale,
         "softcap": head.softcap,
-        "tied": head.weight_VD is model.get_input_embeddings().weight,
+        "tied": is_tied(model),
     }
 
 
 def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:
     """Write head, embeddings (unless tied) and tokenizer; sha256 by file name. Readers widen what is narrowed here."""
-    head = head_of(model)
-    tensors = {"weight": head.weight_VD} | ({"bias": head.bias_V} if head.bias_V is not None else {})
-    files = {"head.safetensors": tensors}
-    embeddings = model.get_input_embeddings().weight
-    if embeddings is not head.weight_VD:
-        files["embeddings.safetensors"] = {"weight": embeddings}
+    files = {"head.safetensors": read_weights(model.get_output_embeddings())}
+    if not is_tied(model):
+        files["embeddings.safetensors"] = read_weights(model.get_input_embeddings())
     for file, content in files.items():
         tensors = {k: narrow(v.detach().cpu().contiguous()) for k, v in content.items()}
         save_file(folder / file, partial(save_tensors, tensors))
@@ -126,7 +123,7 @@ def sum_moments(
     tokens: Sequence[Tokens], captured: Sequence[dict[str, Any]], model: PreTrainedModel
 ) -> dict[str, float]:
     """Sums, from which the standard deviations of states and embeddings over target tokens are made."""
-    table = model.get_input_embeddings().weight
+    table = read_weights(model.get_input_embeddings())["weight"]
     sums = dict.fromkeys(("hidden", "hidden2", "hidden_n", "embedding", "embedding2", "embedding_n"), 0.0)
     for t, row in zip(tokens, captured, strict=True):
         if len(t.ids) == 0:

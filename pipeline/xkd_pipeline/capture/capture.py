@@ -17,7 +17,7 @@ from xkd_schemas.errors import BadData
 from xkd_schemas.progress import tick
 from xkd_schemas.signals import KINDS, Signal
 from xkd_schemas.tokens import last_text
-from xkd_trainer.models.architecture import Head, head_of
+from xkd_trainer.models.architecture import Head, head_of, input_device
 from xkd_trainer.models.compute_dtype import this_device
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.loading import load_tokenizer
@@ -87,12 +87,12 @@ def capture(
     captured: list[dict[str, Any]] = [empty] * len(readings)
     reads = reads_of(wanted)
     classes = classes_of(settings.model) if any(s.kind.drawn for s in wanted) else None
-    head = head_of(model)
+    head, device = head_of(model), input_device(model)
     lengths = [len(r.tokens.ids) for r in readings]
     for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple):
         batch = [readings[i] for i in indices]
-        ids_BL, valid_BL = (t.to(model.device) for t in pad_readings(batch, settings.pad_multiple))
-        text_B = torch.tensor([last_text(reading.tokens.kinds) for reading in batch]).to(model.device)
+        ids_BL, valid_BL = (t.to(device) for t in pad_readings(batch, settings.pad_multiple))
+        text_B = torch.tensor([last_text(reading.tokens.kinds) for reading in batch]).to(device)
         states = run(model, ids_BL, valid_BL, text_B=text_B, **reads)
         last = states.last_BLD
         if not (last.sum().isfinite() or last[valid_BL].isfinite().all()):  # the sum needs no copy

@@ -24,7 +24,7 @@ from xkd_schemas.config import AUTO, dtype_name
 from xkd_schemas.signals import Signal, signal_named
 from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.tokens import OK, spans_read
-from xkd_trainer.models.architecture import head_of
+from xkd_trainer.models.architecture import head_of, on_device
 from xkd_trainer.models.compute_dtype import choose_dtype, this_device, warn_of_slow_dtype
 
 TOLERANCE: Final = {"bf16": 0.06, "float16": 0.02, "float32": 0.06, "int32": 0.06}
@@ -75,7 +75,7 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
     encoder = encoder_for(model, settings)
     refuse_other_teacher(table, {"weights": weights_identity(model), "encoder": encoder.identity()})
     warn_of_slow_dtype(settings.dtype, settings.device)
-    live_model = teacher_of(settings).to(settings.device)
+    live_model = on_device(teacher_of(settings), settings.device)
     usable = [i for i in range(len(table)) if table[i]["status"] == OK]
     chosen = [usable[i] for i in np.linspace(0, len(usable) - 1, min(rows, len(usable))).round().astype(int)]
     others = [open_table(root, f"signals/{other}") for other in names_in(root, "signals")]
