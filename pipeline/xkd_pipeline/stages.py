@@ -151,7 +151,7 @@ def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] 
     tokens = m.count("tokens")
     kept = ", ".join(m.spec["signals"])
     line = f"{tokens} tokens, {size / 1e6:.1f} MB ({size / max(1, tokens):.0f} bytes a token), kept: {kept}"
-    line += _codec_error(m) + _extended(m) + _unusable(m)
+    line += _codec_error(m) + _dequantized(m) + _extended(m) + _unusable(m)
     values = {"tokens": tokens, "bytes": size, "signals": list(m.spec["signals"]), "extended": m.count("extended")}
     rate = built.tokens / built.seconds if built.made else None
     values |= {"codec_error": m.constants.get("codec_error", {}), "tokens_per_second": rate}
@@ -212,6 +212,12 @@ def _codec_error(manifest: Any) -> str:
     coded = error and manifest.spec["codec"] != PLAIN
     said = f"; codec {manifest.spec['codec']}: largest relative error {max(error.values()):.2g}{kl}" if coded else ""
     return said + "".join(f"; {name}: off by {value:.2g}, right on average" for name, value in draws.items())
+
+
+def _dequantized(manifest: Any) -> str:
+    """Which quantised weights are kept as plain numbers, for losses multiply with them."""
+    parts = " and ".join(manifest.constants.get("dequantized", ()))
+    return f"; quantised {parts} kept as plain numbers" if parts else ""
 
 
 def _extended(manifest: Any) -> str:

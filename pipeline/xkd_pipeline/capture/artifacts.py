@@ -14,8 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.durable_files import save_file, save_folder, sha256_of
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
-from xkd_trainer.models.architecture import head_of, is_tied, num_layers, read_weights
-from xkd_trainer.models.loading import load_errors, load_tokenizer, model_source, save_tensors, split_gguf
+from xkd_trainer.models.architecture import head_of, is_packed, is_tied, num_layers, read_weights
+from xkd_trainer.models.loading import (
+    load_errors,
+    load_tokenizer,
+    model_source,
+    quantization_of,
+    save_tensors,
+    split_gguf,
+)
 
 
 def weights_identity(name: str) -> dict[str, str]:
@@ -41,6 +48,8 @@ class Sizes:
     weights: int  # numbers, a tied head counted once
     file_numbers: int  # numbers in head.safetensors and embeddings.safetensors
     number_bytes: int  # bytes of a number in the checkpoint, as its configuration says
+    quantization: dict[str, Any]  # how its weights are quantised, as that says too
+    stored_bytes: int  # of quantised weights; 0 where they are not, or not on this machine
 
 
 def empty_model(name: str) -> PreTrainedModel:
@@ -63,7 +72,8 @@ def sizes_of(name: str) -> Sizes:
     model = empty_model(name)
     head = head_of(model)
     embeddings = model.get_input_embeddings().weight
-    config = model.config.get_text_config()
+    config, quantization = model.config.get_text_config(), quantization_of(name)
+    files = Path(name).glob("*.safetensors") if quantization else ()
     width = int(head.weight_VD.shape[1])
     numbers = head.weight_VD.numel() + (0 if head.bias_V is None else head.bias_V.numel())
     return Sizes(
@@ -76,6 +86,8 @@ def sizes_of(name: str) -> Sizes:
         weights=sum(parameter.numel() for parameter in model.parameters()),
         file_numbers=numbers + (0 if embeddings is head.weight_VD else embeddings.numel()),
         number_bytes=head.weight_VD.element_size(),
+        quantization=quantization,
+        stored_bytes=sum(file.stat().st_size for file in files),
     )
 
 
@@ -90,7 +102,14 @@ def constants_of(model: PreTrainedModel) -> dict[str, Any]:
         "logit_scale": head.scale,
         "softcap": head.softcap,
         "tied": is_tied(model),
+        **({"dequantized": packed} if (packed := packed_parts(model)) else {}),
     }
+
+
+def packed_parts(model: PreTrainedModel) -> list[str]:
+    """Which of head and embeddings are quantised, and therefore kept beside the table as what they multiply out to."""
+    parts = {"head": model.get_output_embeddings(), "embeddings": model.get_input_embeddings()}
+    return [name for name, module in parts.items() if is_packed(module.weight)]
 
 
 def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:

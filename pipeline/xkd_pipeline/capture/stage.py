@@ -276,8 +276,9 @@ def make_teacher(
 
 
 def refuse_other_teacher(table: Table, ours: Mapping[str, Any]) -> None:
-    """Raise Mismatch where the table was made with other "weights" or another "encoder" than `ours`."""
-    named, stored = ({key: spec[key] for key in ("weights", "encoder")} for spec in (ours, table.manifest.spec))
+    """Raise Mismatch where the table was made with other "weights" or another "encoder", if `ours` has them."""
+    keys = [key for key in ("weights", "encoder") if key in ours]
+    named, stored = ({key: spec[key] for key in keys} for spec in (ours, table.manifest.spec))
     refuse_differences(table.folder, named, stored, advice=f"name the model that {table.name} was made with")
 
 

@@ -178,6 +178,7 @@ def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
 def quantization_of(name: str) -> dict[str, Any]:
     """How the weights of a checkpoint are quantised, as its configuration says; {} where they are not.
 
+    Early checkpoints of bitsandbytes name no method.
     UsageError for a method that this transformers does not know: it would skip those weights.
     """
     source, options = model_source(name, weights=False)
@@ -190,7 +191,7 @@ def quantization_of(name: str) -> dict[str, Any]:
             f"model {name} is quantised by {found.get('quant_method')!r}, which this transformers does not know",
             fix="pip install --upgrade transformers, or use a checkpoint that is quantised another way",
         )
-    return dict(found)
+    return {"quant_method": "bitsandbytes", **found} if found else {}
 
 
 def place_weights(device_map: str, max_memory: Sequence[str]) -> dict[str, Any]:
