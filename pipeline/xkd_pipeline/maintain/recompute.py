@@ -187,7 +187,7 @@ def _price(
         lost += float((both_RD[1] - both_RD[0]).double().square().sum())
         size += float(both_RD[0].double().square().sum())
         predicts_R = np.isin(kept_rows(reading.tokens.targets), predictors(reading.tokens.targets))
-        for chunks in zip(*(states_RD[predicts_R].split(256) for states_RD in both_RD), strict=True):
+        for chunks in zip(*(torch.split(states_RD[predicts_R], 256) for states_RD in both_RD), strict=True):
             live_CV, row_CV = (head(states_CD).log_softmax(-1) for head, states_CD in zip(heads, chunks, strict=True))
             kl += float((live_CV.exp() * (live_CV - row_CV)).sum())
         count += int(predicts_R.sum())

@@ -144,7 +144,8 @@ def tokens_of_any(model: PreTrainedModel) -> Tensor:
     """Eight token ids that every vocabulary has, [1, 8]."""
     rows = model.get_input_embeddings().weight.shape[0]
     classes = min(rows, int(model.config.get_text_config().vocab_size))
-    return torch.arange(8, device=input_device(model))[None] % classes
+    ids_BL: Tensor = torch.arange(8, device=input_device(model))[None] % classes
+    return ids_BL
 
 
 @contextlib.contextmanager

@@ -185,7 +185,9 @@ def quantization_of(name: str) -> dict[str, Any]:
     with load_errors(name, source):
         config = AutoConfig.from_pretrained(source, **options)
     parts = (config, config.get_text_config())
-    found = next((part.quantization_config for part in parts if getattr(part, "quantization_config", None)), {})
+    found: dict[str, Any] = next(
+        (part.quantization_config for part in parts if getattr(part, "quantization_config", None)), {}
+    )
     if found and not AutoHfQuantizer.supports_quant_method(found):
         raise UsageError(
             f"model {name} is quantised by {found.get('quant_method')!r}, which this transformers does not know",
