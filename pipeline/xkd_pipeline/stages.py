@@ -122,8 +122,11 @@ def teacher_dtype(run: RunConfig, device: str) -> Choice:
 
 
 def device_map_of(run: RunConfig, workers: Workers) -> str:
-    """Where the teacher's weights go: as the run says, and on all GPUs of a worker that has several."""
-    return run.teacher.device_map or (AUTO if workers.gpus > 1 else "")
+    """Where the teacher's weights go: as the run or its JSON file says, and on all GPUs of a worker with several."""
+    asked = run.teacher.device_map
+    if asked.endswith(".json") and Path(asked).is_file():
+        return Path(asked).read_text(encoding="utf-8", errors="replace")
+    return asked or (AUTO if workers.gpus > 1 else "")
 
 
 def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:

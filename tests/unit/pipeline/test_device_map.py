@@ -50,6 +50,12 @@ def test_a_tied_teacher_with_little_memory_gives_the_same_cache_byte_for_byte(tm
     assert (set(loaded.hf_device_map.values()), is_tied(loaded)) == ({"disk"}, True)
     assert spread == captured(tmp_path / "b", model=model, losses=["kl"])
 
+    asked = ("--signals", "logsumexp", "--max-memory", "cpu=60KB")
+    code, said = small_cache.asked("add", tmp_path / "a", "--model", model, *asked)
+    assert (code, said["signals"]) == (0, ["logsumexp"])
+    (loaded,) = stage._loaded.values()
+    assert set(loaded.hf_device_map.values()) == {"disk"}
+
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),

@@ -16,7 +16,7 @@ from xkd_pipeline.reports.plan_text import plan_lines
 from xkd_pipeline.stages import teacher_stage
 from xkd_pipeline.tables.build import Outcome
 from xkd_schemas.cache.table import Table
-from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
+from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, UsageError
 from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.loading import load_model, quantization_of
 
@@ -116,14 +116,18 @@ def test_a_head_that_cannot_be_read_back_is_refused() -> None:
         head_of(model)
 
 
-def test_a_method_that_transformers_would_skip_and_a_missing_package_are_one_line(
+def test_pickled_weights_a_method_that_transformers_would_skip_and_a_missing_package_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.quantizers.quantizer_torchao.is_torchao_available", lambda: False)
     unknown = quantised(made() / "teacher", tmp_path / "a", quant_method="sevenbit")
     missing = quantised(made() / "teacher", tmp_path / "b", quant_method="torchao", quant_type="int8_weight_only")
 
+    pickled = quantised(made() / "teacher", tmp_path / "c", **ROUNDING)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+
     for model, kind, message in (
+        (pickled, Refused, "no safetensors weights; pickled weights are not opened"),
         (unknown, UsageError, "is quantised by 'sevenbit', which this transformers does not know"),
         (missing, InputMissing, "torchao.* Next: install it, or use another model"),
     ):

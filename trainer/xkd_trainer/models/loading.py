@@ -197,7 +197,7 @@ def quantization_of(name: str) -> dict[str, Any]:
 
 
 def place_weights(device_map: str, max_memory: Sequence[str]) -> dict[str, Any]:
-    """What `from_pretrained` is told of where a model's weights go; {} for one device.
+    """What `from_pretrained` is told of where a model's weights go; {} for one device. A map is one of JSON.
 
     >>> place_weights("", ("0=20GiB", "cpu=60GiB"))["max_memory"]
     {0: '20GiB', 'cpu': '60GiB'}
@@ -206,12 +206,11 @@ def place_weights(device_map: str, max_memory: Sequence[str]) -> dict[str, Any]:
         return {}
     given: Any = device_map or AUTO
     if given not in DEVICE_MAPS:
-        text = given if given.lstrip().startswith("{") else json.dumps(_read_json(Path(given)))
         with contextlib.suppress(ValueError):
-            given = json.loads(text)
+            given = json.loads(device_map)
         if not isinstance(given, dict) or not given:
             raise UsageError(
-                f"--device-map {device_map}: no map of modules to devices",
+                f"--device-map {' '.join(device_map.split())[:80]}: no map of modules to devices",
                 fix=f'use {", ".join(DEVICE_MAPS)}, a JSON file, or a line as {{"model": 0, "lm_head": "cpu"}}',
             )
     memory = {int(key) if key.isdigit() else key: size for key, _, size in (m.partition("=") for m in max_memory)}
