@@ -181,7 +181,12 @@ def quantization_of(name: str) -> dict[str, Any]:
     Early checkpoints of bitsandbytes name no method.
     UsageError for a method that this transformers does not know: it would skip those weights.
     """
-    source, options = model_source(name, weights=False)
+    return _read_quantization(name, *model_source(name, weights=False))
+
+
+def _read_quantization(name: str, source: str, options: dict[str, Any]) -> dict[str, Any]:
+    if "gguf_file" in options:  # numbers of such a file are made plain, and its header takes a while to read
+        return {}
     with load_errors(name, source):
         config = AutoConfig.from_pretrained(source, **options)
     parts = (config, config.get_text_config())
@@ -239,6 +244,7 @@ def load_model(
         Refused: It wants to run code of its own, or has only pickled weights.
     """
     folder, options = model_source(name, weights=True)
+    _read_quantization(name, folder, options)
     if "gguf_file" in options:
         from transformers import GgufConfig
 
@@ -247,7 +253,6 @@ def load_model(
         options["use_safetensors"] = True
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": 0}}
-    quantization_of(name)
     options |= placed or {}
     with load_errors(name, folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
