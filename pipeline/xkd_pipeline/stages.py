@@ -127,6 +127,14 @@ def teacher_dtype(run: RunConfig, device: str) -> Choice:
     return choose_dtype(asked, device)
 
 
+def device_map_of(run: RunConfig, workers: Workers) -> str:
+    """Where the teacher's weights go: as the run or its JSON file says, and on all GPUs of a worker with several."""
+    asked = run.teacher.device_map
+    if asked.endswith(".json") and Path(asked).is_file():
+        return Path(asked).read_text(encoding="utf-8", errors="replace")
+    return asked or (AUTO if workers.gpus > 1 else "")
+
+
 def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
     """Run the teacher over the documents; `echo` is told at once in which dtype, and why."""
     t = run.teacher
@@ -143,9 +151,9 @@ def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] 
     device = "cuda" if workers.gpus else this_device()
     dtype = teacher_dtype(run, device)
     echo(dtype.line)
-    settled = {"template": template, "dtype": dtype.dtype, "device": device}
+    settled = {"template": template, "dtype": dtype.dtype, "device": device, "device_map": device_map_of(run, workers)}
     settings = TeacherSettings(**t.model_dump() | settled)
-    if why := why_streamed(t, dtype_named(dtype.dtype), this_device()):
+    if why := why_streamed(settings, dtype_named(dtype.dtype), this_device()):
         echo(f"the teacher's blocks are read from disk one after another: {why}")
     with locked(root):
         built = make_teacher(root, t.name or plain_name(t.model), settings, lambda n: signals_for(run, n), workers)
@@ -154,7 +162,7 @@ def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] 
     tokens = m.count("tokens")
     kept = ", ".join(m.spec["signals"])
     line = f"{tokens} tokens, {size / 1e6:.1f} MB ({size / max(1, tokens):.0f} bytes a token), kept: {kept}"
-    line += _codec_error(m) + _extended(m) + _unusable(m)
+    line += _codec_error(m) + _dequantized(m) + _extended(m) + _unusable(m)
     values = {"tokens": tokens, "bytes": size, "signals": list(m.spec["signals"]), "extended": m.count("extended")}
     rate = built.tokens / built.seconds if built.made else None
     values |= {"codec_error": m.constants.get("codec_error", {}), "tokens_per_second": rate}
@@ -215,6 +223,12 @@ def _codec_error(manifest: Any) -> str:
     coded = error and manifest.spec["codec"] != PLAIN
     said = f"; codec {manifest.spec['codec']}: largest relative error {max(error.values()):.2g}{kl}" if coded else ""
     return said + "".join(f"; {name}: off by {value:.2g}, right on average" for name, value in draws.items())
+
+
+def _dequantized(manifest: Any) -> str:
+    """Which quantised weights are kept as plain numbers, for losses multiply with them."""
+    parts = " and ".join(manifest.constants.get("dequantized", ()))
+    return f"; quantised {parts} kept as plain numbers" if parts else ""
 
 
 def _extended(manifest: Any) -> str:

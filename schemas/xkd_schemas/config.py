@@ -41,6 +41,8 @@ def _known_codec(name: str) -> str:
     return name
 
 
+MEMORY: Final = r"^(\d+|cpu|mps|xpu:\d+)=\d+(\.\d+)?[KMGT]i?B$"
+"""A device and a size."""
 COMMAS: Final = BeforeValidator(_split)
 """Marks a tuple that may also be written as one text, `a,b`."""
 
@@ -112,6 +114,11 @@ class TeacherSection(Section):
     stream_layers: bool | None = None
     """Read the teacher's blocks from disk one after another, each for all documents of a shard; done where its weights
     do not fit unless this is given. Changes no result."""
+    device_map: str = ""
+    """Where the weights go if one device does not hold them: auto, balanced, sequential, a JSON file or one line of
+    JSON. auto where a worker has several GPUs."""
+    max_memory: Annotated[tuple[Annotated[str, Field(pattern=MEMORY)], ...], COMMAS] = ()
+    """Weights that a device takes at most, e.g. 0=20GiB,cpu=60GiB; the rest goes to the next one, at last to disk."""
     losses: Annotated[tuple[str, ...], COMMAS] = ("mta", "sra", "dwa")
     """Losses whose signals are kept."""
     word_layers: Annotated[tuple[int, ...], COMMAS] = ()

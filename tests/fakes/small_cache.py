@@ -59,11 +59,12 @@ def write_rows(path: Path, rows: Sequence[object]) -> Path:
     return path
 
 
-def llama(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
+def llama(folder: Path, *, tied: bool = False, seed: int = 0, hidden_size: int = 32) -> Path:
     """Four blocks with grouped queries, float32, and the byte-level tokenizer with its chat template."""
     return _save(
-        LlamaForCausalLM, LlamaConfig, folder, seed, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied,
+        LlamaForCausalLM, LlamaConfig, folder, seed, hidden_size=hidden_size, intermediate_size=48,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=tied,
     )  # fmt: skip
 
 

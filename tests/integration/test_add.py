@@ -64,12 +64,12 @@ def test_signals_beside_a_teacher_are_read_as_if_they_had_been_captured_with_it(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "commit", lambda store, one, real=Store.commit: real(store, one) or ends_the_run())
         with pytest.raises(KeyboardInterrupt):
-            add_signals(cache, "T", str(teacher()), lambda _layers: wanted, "bf16", IN_PROCESS)
-    built = add_signals(cache, "T", str(teacher()), lambda _layers: wanted, "bf16", IN_PROCESS)
+            add_signals(cache, "T", str(teacher()), lambda _layers: wanted, {"codec": "bf16"}, IN_PROCESS)
+    built = add_signals(cache, "T", str(teacher()), lambda _layers: wanted, {"codec": "bf16"}, IN_PROCESS)
 
     assert (built.manifest.table, built.made, built.kept) == ("signals/T.1", 2, 1)
     assert built.manifest.spec["signals"] == ["entropy", "span_mass@2:word", "span_vectors@2:word"]
-    assert add_signals(cache, "T", str(teacher()), lambda _layers: wanted, "", IN_PROCESS) is None
+    assert add_signals(cache, "T", str(teacher()), lambda _layers: wanted, {}, IN_PROCESS) is None
     after = files_of(cache)
     assert {name for name in before if before[name] != after[name]} == {"README.md", "SHA256SUMS"}
     assert "token_ids" not in Table(cache, "signals/T.1").shard(0).schema.names
@@ -102,5 +102,5 @@ def test_signals_of_another_teacher_are_refused(tmp_path: Path) -> None:
     other = small_cache.llama(tmp_path / "other", seed=5)
 
     with pytest.raises(Mismatch, match=r"weights.model.safetensors: cache has"):
-        add_signals(cache, "T", str(other), lambda _layers: [Signal("hidden", 2)], "", IN_PROCESS)
+        add_signals(cache, "T", str(other), lambda _layers: [Signal("hidden", 2)], {}, IN_PROCESS)
     assert files_of(cache) == before

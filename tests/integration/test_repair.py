@@ -153,7 +153,7 @@ def test_tables_are_repaired_and_added_to_in_their_own_dtype_with_one_warning_wh
     teacher = {"name": "half", "model": model, "losses": [], "dtype": "auto"}
     teacher_stage(small_cache.run_file(cache, teacher=teacher), IN_PROCESS)
     hardware_is(monkeypatch, has_bfloat16=False, factor=63.4)
-    add_signals(cache, "half", model, lambda _layers: [Signal("entropy")], "", IN_PROCESS)
+    add_signals(cache, "half", model, lambda _layers: [Signal("entropy")], {}, IN_PROCESS)
     tables = ("teachers/half", "signals/half.1")
     for table in tables:
         shard(cache, table, 1).unlink()

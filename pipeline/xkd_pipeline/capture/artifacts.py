@@ -16,8 +16,8 @@ from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.durable_files import save_file, save_folder, sha256_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
-from xkd_trainer.models.architecture import blocks_of, head_of, num_layers
-from xkd_trainer.models.loading import load_tokenizer, save_tensors, split_gguf
+from xkd_trainer.models.architecture import blocks_of, head_of, is_packed, is_tied, num_layers, read_weights
+from xkd_trainer.models.loading import load_tokenizer, quantization_of, save_tensors, split_gguf
 from xkd_trainer.models.streaming import empty_model
 
 
@@ -49,6 +49,8 @@ class Sizes:
     block: int  # of them in the largest block; 0 where no list of blocks was found
     file_numbers: int  # numbers in head.safetensors and embeddings.safetensors
     number_bytes: int  # bytes of a number in the checkpoint, as its configuration says
+    quantization: dict[str, Any]  # how its weights are quantised, as that says too
+    stored_bytes: int  # of quantised weights; 0 where they are not, or not on this machine
 
 
 def sizes_of(name: str) -> Sizes:
@@ -56,7 +58,8 @@ def sizes_of(name: str) -> Sizes:
     model = empty_model(name)
     head = head_of(model)
     embeddings = model.get_input_embeddings().weight
-    config = model.config.get_text_config()
+    config, quantization = model.config.get_text_config(), quantization_of(name)
+    files = Path(name).glob("*.safetensors") if quantization else ()
     width = int(head.weight_VD.shape[1])
     block = 0
     numbers = head.weight_VD.numel() + (0 if head.bias_V is None else head.bias_V.numel())
@@ -73,6 +76,8 @@ def sizes_of(name: str) -> Sizes:
         block=block,
         file_numbers=numbers + (0 if embeddings is head.weight_VD else embeddings.numel()),
         number_bytes=head.weight_VD.element_size(),
+        quantization=quantization,
+        stored_bytes=sum(file.stat().st_size for file in files),
     )
 
 
@@ -86,18 +91,22 @@ def constants_of(model: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": int(head.weight_VD.shape[0]),
         "logit_scale": head.scale,
         "softcap": head.softcap,
-        "tied": head.weight_VD is model.get_input_embeddings().weight,
+        "tied": is_tied(model),
+        **({"dequantized": packed} if (packed := packed_parts(model)) else {}),
     }
+
+
+def packed_parts(model: PreTrainedModel) -> list[str]:
+    """Which of head and embeddings are quantised, and therefore kept beside the table as what they multiply out to."""
+    parts = {"head": model.get_output_embeddings(), "embeddings": model.get_input_embeddings()}
+    return [name for name, module in parts.items() if is_packed(module.weight)]
 
 
 def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:
     """Write head, embeddings (unless tied) and tokenizer; sha256 by file name. Readers widen what is narrowed here."""
-    head = head_of(model)
-    tensors = {"weight": head.weight_VD} | ({"bias": head.bias_V} if head.bias_V is not None else {})
-    files = {"head.safetensors": tensors}
-    embeddings = model.get_input_embeddings().weight
-    if embeddings is not head.weight_VD:
-        files["embeddings.safetensors"] = {"weight": embeddings}
+    files = {"head.safetensors": read_weights(model.get_output_embeddings())}
+    if not is_tied(model):
+        files["embeddings.safetensors"] = read_weights(model.get_input_embeddings())
     for file, content in files.items():
         tensors = {k: narrow(v.detach().cpu().contiguous()) for k, v in content.items()}
         save_file(folder / file, partial(save_tensors, tensors))
@@ -123,7 +132,7 @@ def sum_moments(
     tokens: Sequence[Tokens], captured: Sequence[dict[str, Any]], model: PreTrainedModel
 ) -> dict[str, float]:
     """Sums, from which the standard deviations of states and embeddings over target tokens are made."""
-    table = model.get_input_embeddings().weight
+    table = read_weights(model.get_input_embeddings())["weight"]
     sums = dict.fromkeys(("hidden", "hidden2", "hidden_n", "embedding", "embedding2", "embedding_n"), 0.0)
     for t, row in zip(tokens, captured, strict=True):
         if len(t.ids) == 0:

@@ -19,7 +19,7 @@ from xkd_schemas.config import TeacherSection
 from xkd_schemas.errors import BadData
 from xkd_schemas.progress import tick
 from xkd_schemas.signals import Signal
-from xkd_trainer.models.architecture import Head, head_of
+from xkd_trainer.models.architecture import Head, head_of, input_device
 from xkd_trainer.models.compute_dtype import this_device
 from xkd_trainer.models.loading import load_tokenizer
 from xkd_trainer.models.streaming import stream_of
@@ -80,10 +80,10 @@ def capture(
     empty = {s.column: np.zeros((0, width), np.uint16) if s.kind.wide else np.zeros(0) for s in wanted}
     captured: list[dict[str, Any]] = [empty if not len(r.tokens.ids) else {} for r in readings]
     classes = classes_of(settings.model) if any(s.kind.drawn for s in wanted) else None
-    head = head_of(model)
+    head, device = head_of(model), input_device(model)
     lengths = [len(r.tokens.ids) for r in readings]
     batches = [
-        Batch(tuple(indices), [readings[i] for i in indices], settings.pad_multiple, model.device)
+        Batch(tuple(indices), [readings[i] for i in indices], settings.pad_multiple, device)
         for indices in batches_of(lengths, settings.batch_tokens, settings.pad_multiple)
     ]
     steps = len(readings) / (max(1, sum(lengths)) * len(stream_of(model) or (1,)))

@@ -21,7 +21,7 @@ from xkd_pipeline.capture.measure import ROWS, Reading, pad_readings
 from xkd_pipeline.workers.contract import KEPT
 from xkd_schemas.config import TeacherSection
 from xkd_schemas.durable_files import disk_errors
-from xkd_schemas.errors import DiskFailed
+from xkd_schemas.errors import DiskFailed, UsageError
 from xkd_schemas.signals import KINDS, Signal
 from xkd_schemas.tokens import last_text
 from xkd_trainer.models.forward import States, run
@@ -41,7 +41,17 @@ def memory_for(device: str) -> int:
 
 
 def why_streamed(teacher: TeacherSection, dtype: torch.dtype, device: str) -> str:
-    """Why the blocks of a teacher are streamed in this process, in words; "" where they are not."""
+    """Why the blocks of a teacher are streamed in this process, in words; "" where they are not.
+
+    UsageError where they are to be, and to be on several devices too.
+    """
+    if teacher.device_map or teacher.max_memory:
+        if teacher.stream_layers:
+            raise UsageError(
+                "a teacher is streamed, or its weights are on several devices, not both",
+                fix="leave out --stream-layers, or --device-map, --max-memory and several GPUs for a worker",
+            )
+        return ""
     if teacher.stream_layers is not None:
         return "as asked for" if teacher.stream_layers else ""
     if teacher.model.endswith(".gguf"):

@@ -37,10 +37,10 @@ from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder, reading_of
 from xkd_schemas.tokens import spans_read
-from xkd_trainer.models.architecture import head_of, num_layers
+from xkd_trainer.models.architecture import head_of, num_layers, on_device
 from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, this_device, warn_of_slow_dtype
 from xkd_trainer.models.forward import check_ids, check_model, rehearse
-from xkd_trainer.models.loading import check_model_name, load_model
+from xkd_trainer.models.loading import check_model_name, load_model, place_weights, quantization_of
 from xkd_trainer.models.streaming import check_steps, load_streamed, stream_of
 
 CAPTURE_VERSION: Final = 5  # bump when the same settings would give other bytes
@@ -128,7 +128,7 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
         if why_streamed(settings, dtype, device):
             model = load_streamed(settings.model, dtype=dtype, device=device)
         else:
-            model = load_model(settings.model, dtype=dtype)
+            model = load_model(settings.model, dtype=dtype, placed=_placed(settings))
         check_model(model)
         if stream_of(model):
             check_steps(model)
@@ -139,7 +139,14 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
 def placed_teacher(settings: TeacherSettings) -> PreTrainedModel:
     """The teacher on its device; a streamed one is there already."""
     model = teacher_of(settings)
-    return model if stream_of(model) else model.to(settings.device)
+    return model if stream_of(model) else on_device(model, settings.device)
+
+
+def _placed(settings: TeacherSettings) -> dict[str, Any]:
+    """Several methods of quantisation have weights that cannot be moved once they are loaded."""
+    placed = place_weights(settings.device_map, settings.max_memory)
+    alone = not placed and settings.device == this_device() == "cuda" and quantization_of(settings.model)
+    return {"device_map": {"": settings.device}} if alone else placed
 
 
 def _read(rows: DocumentRows, encoder: Encoder) -> tuple[TokenBatch, list[Reading]]:
@@ -188,11 +195,13 @@ def teacher_settings(spec: Spec, model: str) -> TeacherSettings:
 def teacher_spec(settings: TeacherSettings, columns: Sequence[str], documents: str) -> dict[str, Any]:
     """What the bytes of these columns depend on; `documents` is the root of the documents."""
     of_spans = any(signal_named(column).unit for column in columns)
+    quantization = quantization_of(settings.model)
     return {
         "schema": TEACHERS_VERSION,
         "capture": CAPTURE_VERSION,
         "documents": documents,
         "weights": weights_identity(settings.model),
+        **({"quantization": quantization} if quantization else {}),
         "encoder": encoder_for(settings.model, settings).identity(),
         "signals": list(columns),
         **{key: getattr(settings, key) for key in RUN_SETTINGS},
@@ -277,26 +286,32 @@ def make_teacher(
     if workers.count:
         del model
         _loaded.clear()  # the workers load it for themselves
+        torch.cuda.empty_cache()
     return build(store, stage, list, workers, watch=watch, finish=finish)
 
 
 def refuse_other_teacher(table: Table, ours: Mapping[str, Any]) -> None:
-    """Raise Mismatch where the table was made with other "weights" or another "encoder" than `ours`."""
-    named, stored = ({key: spec[key] for key in ("weights", "encoder")} for spec in (ours, table.manifest.spec))
+    """Raise Mismatch where the table was made with other "weights" or another "encoder", if `ours` has them."""
+    keys = [key for key in ("weights", "encoder") if key in ours]
+    named, stored = ({key: spec[key] for key in keys} for spec in (ours, table.manifest.spec))
     refuse_differences(table.folder, named, stored, advice=f"name the model that {table.name} was made with")
 
 
 def add_signals(
-    root: Path, teacher: str, model: str, wanted: Callable[[int], Sequence[Signal]], codec: str, workers: Workers
+    root: Path,
+    teacher: str,
+    model: str,
+    wanted: Callable[[int], Sequence[Signal]],
+    changed: Mapping[str, Any],
+    workers: Workers,
 ) -> Built | None:
     """Keep more signals of a teacher whose table is finished; None where the cache holds them all.
 
-    `wanted` is asked once, with the teacher's number of layers; codec "" is that of the teacher's table.
+    `wanted` is asked once, with the teacher's number of layers; `changed` are settings that are not as for its table.
     """
     with locked(root):
         spec = Table(root, f"teachers/{teacher}").manifest.spec
-        settings = teacher_settings(spec, model)
-        settings = settings.model_copy(update={"codec": codec or settings.codec})
+        settings = teacher_settings(spec, model).model_copy(update=changed)
         name, left = missing_signals(root, teacher, wanted(num_layers(teacher_of(settings))))
         if not left:
             return None

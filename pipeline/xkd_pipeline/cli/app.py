@@ -120,7 +120,7 @@ def preprocess(run: RunConfig, as_json: JsonOption = False) -> None:
 @app.command()
 @with_flags(
     CACHE,
-    FlagsOf("teacher", only=("model", "word_layers", "phrase_layers", "topk", "samples")),
+    FlagsOf("teacher", only=("model", "word_layers", "phrase_layers", "topk", "samples", "device_map", "max_memory")),
     FlagsOf("teacher", only=("name",), flags={"name": "--to"}),
     FlagsOf("teacher", only=("losses",), flags={"losses": "--for"}, default="none"),
     FlagsOf("teacher", only=("codec",), default="the table's own"),
@@ -151,13 +151,14 @@ def add(
     if "losses" not in given and not named:
         raise UsageError("no signal is named", fix="add --for LOSS, or --signals hidden_last,topk_ids#64")
     from xkd_pipeline.capture.stage import add_signals
-    from xkd_pipeline.stages import signals_for
+    from xkd_pipeline.stages import device_map_of, signals_for
 
-    table, codec = run.teacher.name or only_teacher(cache), run.teacher.codec if "codec" in given else ""
+    table, workers = run.teacher.name or only_teacher(cache), Workers.of(run)
+    where = {"device_map": device_map_of(run, workers), "max_memory": run.teacher.max_memory}
     built = add_signals(
         cache, table, run.teacher.model,
         lambda num_layers: [*named, *(signals_for(run, num_layers) if "losses" in given else ())],
-        codec, Workers.of(run),
+        where | ({"codec": run.teacher.codec} if "codec" in given else {}), workers,
     )  # fmt: skip
     if built is None:
         values: dict[str, Any] = {"table": f"teachers/{table}", "made": 0, "signals": []}

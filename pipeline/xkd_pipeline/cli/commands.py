@@ -168,7 +168,9 @@ def verify(
     cache: CacheArgument,
     level: Annotated[str, typer.Option(help="quick, full or deep.")] = "full",
     recompute: Annotated[int, typer.Option(min=0, help="Rows to compare with the live teacher.")] = 0,
-    model: Annotated[str, typer.Option(help="The teacher, for --recompute.")] = "",
+    model: Annotated[
+        str, typer.Option(help="The teacher, for --recompute; of a quantised one also the whole model: the price.")
+    ] = "",
     teacher: Annotated[str, typer.Option(help="Name of the teacher's table, if there are several.")] = "",
     dtype: Annotated[
         str, typer.Option(help="Of the live teacher: auto (the table's, float32 where that is slow), float32, ...")
@@ -191,6 +193,7 @@ def verify(
         live = compare(cache, f"teachers/{teacher or only_teacher(cache)}", model, recompute, dtype)
         bad, whole = live.bad, f"{whole[:-1]}, {live.rows} rows recomputed in {live.dtype}: {live.line})"
         values |= {"recomputed": live.rows, "not_compared": live.skipped, "differences": live.differences}
+        values |= {"quantization": asdict(live.price)} if live.price else {}
     lines, skipped = [one.line for one in bad], values["not_compared"]
     lines += [f"not compared, because they may differ: {', '.join(skipped)}"] if skipped else []
     lines += [] if bad else [whole]

@@ -2,16 +2,20 @@
 
 Shape legend for this file
     N predictions    k stored classes of one    M largest logits of the live teacher
+    R kept rows of a document    C some of its predictions    D width    V classes
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from xkd_pipeline.capture.artifacts import weights_identity
+from xkd_pipeline.capture.artifacts import constants_of, weights_identity
 from xkd_pipeline.capture.capture import TeacherSettings, capture
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.capture.stage import placed_teacher, refuse_other_teacher, teacher_settings
@@ -21,17 +25,38 @@ from xkd_schemas.cache.manifest import Spec
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.codecs import numbers_of
 from xkd_schemas.config import AUTO, dtype_name
+from xkd_schemas.durable_files import sha256_of
+from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.signals import Signal, signal_named
 from xkd_schemas.text.alignment import token_ranges
-from xkd_schemas.tokens import OK, spans_read
+from xkd_schemas.tokens import OK, kept_rows, predictors, spans_read
 from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.compute_dtype import choose_dtype, this_device, warn_of_slow_dtype
+from xkd_trainer.models.loading import quantization_of
 
 TOLERANCE: Final = {"bf16": 0.06, "float16": 0.02, "float32": 0.06, "int32": 0.06}
 """Largest |a - b| / |b| of a row's column: bfloat16 results move by so much with batch mates and threads. Of classes,
 how far their logits may be from those of the live teacher at the same rank, as a share of the largest one: of logits
 that are as close as that, any may come first. (Of a bfloat16 teacher's 16 largest, a third have another rank.)"""
 TIES: Final = 0.01  # share of a row's classes that may be further off
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """What a quantised teacher's states and next tokens are off by from those of the whole model."""
+
+    method: str
+    predictions: int
+    kl_nats: float  # mean KL(next token of the whole model || of the stored states under the stored head)
+    state_error: float  # root of the squared difference of the last states, as a share of those of the whole model
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"quantisation ({self.method}) costs a KL of {self.kl_nats:.3g} nats for each of {self.predictions} "
+            f"predictions and moves last states by {self.state_error:.2g}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,10 +71,14 @@ class Recomputed:
     dtype: str  # in which the live teacher ran
     differences: dict[str, float] = field(default_factory=dict, compare=False)
     """Largest relative difference of a row, by column, for columns of which no bit need be the same."""
+    price: Price | None = None
+    """Of quantisation, where the live teacher is the whole model that the stored one is quantised from."""
 
     @property
     def line(self) -> str:
         """How far live and stored numbers are apart, for people."""
+        if self.price:
+            return self.price.line
         if not any(self.differences.values()):
             return "the live teacher gives exactly the stored numbers"
         column = max(self.differences, key=self.differences.__getitem__)
@@ -64,20 +93,28 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
     """Run the teacher over `rows` documents spread over the table and compare every column with what is stored.
 
     The columns of tables that were added beside it (signals/NAME) are compared as well. With `auto` it runs in the
-    table's dtype, and in float32 where that is slow here.
+    table's dtype, and in float32 where that is slow here. For the table of a quantised teacher `model` may be one that
+    is not quantised: then the price of quantisation is measured, on the last states alone.
 
     Raises:
         Mismatch: `model` has other weights or another tokenizer than the stored table's teacher.
+        UsageError: No last states are stored to measure the price on, or the two have other widths or classes.
     """
     table, documents = open_table(root, name), open_table(root, "documents")
     spec = table.manifest.spec
     settings = _live_settings(spec, model, dtype)
     encoder = encoder_for(model, settings)
-    refuse_other_teacher(table, {"weights": weights_identity(model), "encoder": encoder.identity()})
+    whole = "quantization" in spec and not quantization_of(model)
+    weights = {} if whole else {"weights": weights_identity(model)}
+    refuse_other_teacher(table, {"encoder": encoder.identity(), **weights})
     warn_of_slow_dtype(settings.dtype, settings.device)
     live_model = placed_teacher(settings)
-    usable = [i for i in range(len(table)) if table[i]["status"] == OK]
-    chosen = [usable[i] for i in np.linspace(0, len(usable) - 1, min(rows, len(usable))).round().astype(int)]
+    chosen = spread_rows([i for i in range(len(table)) if table[i]["status"] == OK], rows)
+    if whole:
+        _check_sizes(table, live_model)
+        readings = [_read_document(documents[at], encoder) for at in chosen]
+        price = _price(table, [table[at] for at in chosen], readings, live_model, settings)
+        return Recomputed(bad=[], rows=len(chosen), skipped=[], dtype=settings.dtype, price=price)
     others = [open_table(root, f"signals/{other}") for other in names_in(root, "signals")]
     beside = [other for other in others if f"teachers/{other.manifest.spec['teacher']}" == name]
     compared = [(one, _comparable(one)) for one in (table, *beside)]
@@ -111,6 +148,63 @@ def _normalize(found: dict[str, Any]) -> None:
         logits = [column for column in found if column.startswith("topk_logits")]
         found.update({column: found[column] - found["logsumexp"][:, None] for column in logits})
         found["logsumexp"] = np.zeros_like(found["logsumexp"])
+
+
+def spread_rows(usable: Sequence[int], rows: int) -> list[int]:
+    """At most so many of these rows, from the first to the last at even distances.
+
+    >>> spread_rows([0, 1, 2, 4, 5, 6, 8], 4), spread_rows([3, 5], 9)
+    ([0, 2, 5, 8], [3, 5])
+    """
+    return [usable[i] for i in np.linspace(0, len(usable) - 1, min(rows, len(usable))).round().astype(int)]
+
+
+def _check_sizes(table: Table, model: PreTrainedModel) -> None:
+    known, live = table.manifest.constants, constants_of(model)
+    for name in ("hidden_size", "vocab_size"):
+        if known[name] != live[name]:
+            raise UsageError(
+                f"{table.folder} is of a teacher with {name} {known[name]}, --model has {live[name]}",
+                fix="name the model that the teacher was quantised from",
+            )
+    if "hidden_last" not in table.manifest.spec["signals"]:
+        raise UsageError(
+            f"{table.folder} holds no hidden_last, on which the price of quantisation is measured",
+            fix="capture the quantised teacher with --for kl, or name itself with --model",
+        )
+
+
+def _price(
+    table: Table, stored: Sequence[Row], readings: Sequence[Reading], model: PreTrainedModel, settings: TeacherSettings
+) -> Price:
+    """Both sides are bfloat16 states, and heads multiply them in float32."""
+    file, known, head = table.folder / "head.safetensors", table.manifest.constants, head_of(model)
+    if sha256_of(file) != table.manifest.files[file.name]:
+        raise BadData(f"{file} does not match its digest", fix=f"xkd-cache verify {table.folder.parents[1]}")
+    theirs = {name: values.to(head.weight_VD.device) for name, values in load_file(file).items()}
+    kept = replace(
+        head,
+        weight_VD=theirs["weight"],
+        bias_V=theirs.get("bias"),
+        scale=known["logit_scale"],
+        softcap=known["softcap"],
+    )
+    heads = [one.as_float32() for one in (head, kept)]
+    kl = count = lost = size = 0.0
+    for row, reading in zip(stored, readings, strict=True):
+        (live,) = capture(model, [reading], [Signal("hidden_last")], settings)
+        both_RD = [torch.from_numpy(numbers_of(np.asarray(side["hidden_last"]))) for side in (live, row)]
+        lost += float((both_RD[1] - both_RD[0]).double().square().sum())
+        size += float(both_RD[0].double().square().sum())
+        predicts_R = np.isin(kept_rows(reading.tokens.targets), predictors(reading.tokens.targets))
+        for chunks in zip(*(torch.split(states_RD[predicts_R], 256) for states_RD in both_RD), strict=True):
+            live_CV, row_CV = (head(states_CD).log_softmax(-1) for head, states_CD in zip(heads, chunks, strict=True))
+            kl += float((live_CV.exp() * (live_CV - row_CV)).sum())
+        count += int(predicts_R.sum())
+    return Price(
+        method=table.manifest.spec["quantization"]["quant_method"], predictions=int(count),
+        kl_nats=kl / max(1.0, count), state_error=(lost / size) ** 0.5 if size else 0.0,
+    )  # fmt: skip
 
 
 def _live_settings(spec: Spec, model: str, dtype: str) -> TeacherSettings:

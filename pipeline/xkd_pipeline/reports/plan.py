@@ -180,7 +180,7 @@ def memory_parts(
         kept = max(model.file_numbers, kept - model.layers * model.block) + 3 * model.block
     return {
         "libraries": LIBRARIES,
-        "weights": kept * size,
+        "weights": model.stored_bytes or kept * size,
         "states": tokens * (model.width * (size * 8 + 8 * layers) + size * 3 * model.inner + 4 * longest),
         "logits": 3 * LOGIT_BYTES,
         "shard": 3 * teacher // max(1, look.shards),
@@ -269,7 +269,10 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
             "reasons": reasons(look.sample.rejected), "unusable": sum(s != OK for s in look.tokens.statuses),
             "cut": token_counts([d.text for d in documents], look.tokens)["cut"],
         },
-        "model": {name: getattr(model, name) for name in ("architecture", "layers", "width", "classes", "weights")},
+        "model": {
+            **{name: getattr(model, name) for name in ("architecture", "layers", "width", "classes", "weights")},
+            **({"quantization": model.quantization} if model.quantization else {}),
+        },
         "template": look.encoder.template,
         "dtype": dtype.dtype, "dtype_why": dtype.why, "dtype_warning": dtype.warning,
         "tokens": tokens,

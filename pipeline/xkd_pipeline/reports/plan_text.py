@@ -76,6 +76,11 @@ def _describe_sample(plan: dict[str, Any]) -> Iterator[str]:
         f"teacher: {model['architecture']}, {model['layers']} layers, width {model['width']}, {model['classes']} "
         f"classes, {model['weights'] / 1e6:.1f} M weights in {plan['dtype']}; only its configuration was read"
     )
+    if "quantization" in model:
+        yield (
+            f"quantised: {model['quantization']['quant_method']}; what that costs is measured by "
+            "xkd-cache verify --recompute K --model FULL"
+        )
     yield f"template: {plan['template']}"
     yield f"dtype: {plan['dtype']}, {plan['dtype_why']}"
     if plan["dtype_warning"]:

@@ -78,7 +78,7 @@ def test_a_document_that_kills_the_teacher_is_a_row_without_tokens_and_the_stude
     assert (len(teacher[6]["token_ids"]), len(teacher[5]["token_ids"]) > 0) == (0, True)
     assert "documents not used or cut: 1 worker_killed" in said.line
     assert records(cache / "teachers/T")[1].unusable == (2,)
-    more = "T", str(small_cache.made() / "teacher"), lambda _: [Signal("logsumexp")], "", IN_PROCESS
+    more = "T", str(small_cache.made() / "teacher"), lambda _: [Signal("logsumexp")], {}, IN_PROCESS
     add_signals(cache, *more)
     (cache / "signals/T.1/manifest.json").unlink()  # begun, not finished: it goes on
     assert (add_signals(cache, *more).manifest.table, add_signals(cache, *more)) == ("signals/T.1", None)

@@ -14,7 +14,7 @@ from fake_hardware import hardware_is
 from small_cache import asked
 from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.cli.app import app
-from xkd_pipeline.maintain.recompute import Recomputed, _compare_classes, _live_settings, recompute
+from xkd_pipeline.maintain.recompute import Recomputed, _compare_classes, _live_settings, recompute, spread_rows
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.maintain.verify_rows import _check_values
 from xkd_pipeline.tables.dataset_card import table_states
@@ -124,6 +124,12 @@ def test_classes_of_other_positions_are_named(monkeypatch: pytest.MonkeyPatch) -
     made = live_says(monkeypatch, "topk_ids#16", lambda ids: np.roll(ids, 1, axis=0))
     bad = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2).bad
     assert {one.reason.split(": ")[1] for one in bad} == {"argmax"}
+
+
+def test_rows_to_recompute_are_spread_from_the_first_usable_one_to_the_last() -> None:
+    usable = [1, 2, 3, 5, 8, 9, 12]
+    assert [spread_rows(usable, rows) for rows in (1, 2, 3, 4)] == [[1], [1, 12], [1, 5, 12], [1, 3, 8, 12]]
+    assert (spread_rows(usable, 20), spread_rows([], 3)) == (usable, [])
 
 
 def test_another_teacher_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ Shape legend for this file
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from xkd_schemas.errors import UsageError
 
+FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAST_STATES_ONLY: Final = "use losses that read no inner layer: xkd-train losses lists what each reads"
 
 
@@ -61,7 +62,8 @@ class Head:
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in the weight's dtype; states of some families (Mamba) are float32 under any weights."""
-        logits_NV = torch.nn.functional.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
+        weight_VD = self.weight_VD
+        logits_NV = torch.nn.functional.linear(hidden_ND.to(weight_VD.device, weight_VD.dtype), weight_VD, self.bias_V)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:
@@ -69,11 +71,61 @@ class Head:
         return logits_NV
 
 
+def read_weights(module: nn.Module) -> dict[str, Tensor]:
+    """`weight`, and `bias` if there is one, of a head or of embeddings, as plain numbers.
+
+    Weights that accelerate keeps elsewhere are brought in, those of a quantised module are multiplied out; others are
+    the module's own.
+    """
+    with contextlib.ExitStack() as moved:
+        if hasattr(module, "_hf_hook"):
+            from accelerate.utils import align_module_device
+
+            moved.enter_context(align_module_device(module))
+        found = {name: getattr(module, name, None) for name in ("weight", "bias")}
+    return {name: t.dequantize() if is_packed(t) else t for name, t in found.items() if isinstance(t, Tensor)}
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a tensor is of a class of its own, as torchao's, that can be multiplied out to a plain one."""
+    return type(weight).dequantize is not Tensor.dequantize
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether head and embeddings are one table, also where their weights are kept elsewhere."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is table.weight or not (hasattr(head, "_hf_hook") or hasattr(table, "_hf_hook")):
+        return bool(head.weight is table.weight)
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is head or module is table}
+    return any({target, source} == names for target, source in model.all_tied_weights_keys.items())
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: of a model on several devices, where its embeddings run."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device: Any = getattr(hook, "execution_device", None)
+    return torch.device(model.device if device is None else device)
+
+
+def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model on this device; one that was loaded with a device map stays where it is."""
+    return model if getattr(model, "hf_device_map", None) else model.to(device)
+
+
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a causal language model, sharing its weights; UsageError where it is not linear."""
+    """The head of a causal language model, sharing its weights; UsageError where it is not linear.
+
+    The weights of a head that is quantised, or kept outside the device, are a copy.
+    """
     linear = model.get_output_embeddings()
     if linear is None or not isinstance(getattr(linear, "weight", None), Tensor):
         raise UsageError(f"{type(model).__name__} has no linear language-model head")
+    weights = read_weights(linear)
+    if weights["weight"].ndim != 2 or weights["weight"].dtype not in FLOATS:
+        raise UsageError(
+            f"the head of {type(model).__name__} is quantised and cannot be read back as numbers",
+            fix="use a checkpoint whose head is not quantised",
+        )
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = getattr(config, "logits_scaling", None)
@@ -81,8 +133,8 @@ def head_of(model: PreTrainedModel) -> Head:
         getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     )
     return Head(
-        weight_VD=linear.weight,
-        bias_V=getattr(linear, "bias", None),
+        weight_VD=weights["weight"],
+        bias_V=weights.get("bias"),
         scale=scale / float(divisor) if divisor else scale,
         softcap=next((float(cap) for cap in caps if cap is not None), None),
     )
@@ -91,9 +143,8 @@ def head_of(model: PreTrainedModel) -> Head:
 def tokens_of_any(model: PreTrainedModel) -> Tensor:
     """Eight token ids that every vocabulary has, [1, 8]."""
     rows = model.get_input_embeddings().weight.shape[0]
-    ids_BL: Tensor = torch.arange(8, device=model.device)[None] % min(
-        rows, int(model.config.get_text_config().vocab_size)
-    )
+    classes = min(rows, int(model.config.get_text_config().vocab_size))
+    ids_BL: Tensor = torch.arange(8, device=input_device(model))[None] % classes
     return ids_BL
 
 

@@ -49,7 +49,8 @@ class LastRows:
 
     def keep(self, layer: int, row_of: Callable[[Tensor], Tensor], value_BKLE: Tensor, output_BLHE: Tensor) -> None:
         """Keep a block's rows, [B, H, L] of places [B]; values and output are those of the same call."""
-        for which, place_B in self.places.items():
+        for which, position_B in self.places.items():
+            place_B = position_B.to(output_BLHE.device)  # of several, the one that this block runs on
             if (which, layer) in self.rows:
                 self.several.add(layer)
             self.rows[which, layer] = row_BHL = row_of(place_B).detach()

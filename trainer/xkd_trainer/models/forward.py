@@ -144,8 +144,8 @@ def run(  # noqa: PLR0913 - one for each thing that is kept
     given = {"input_ids": ids_BL} if packed is None else packed.pack(ids_BL, valid_BL)
     with _hook(model, inner, outputs), listen(frozenset(layer - 1 for layer in wanted), places, packed) as heard:
         output = backbone(model)(**given, use_cache=False)
-    last_BLD: Tensor = output.last_hidden_state
-    kept = {layer: _check_states(model, layer, outputs, last_BLD) for layer in inner}
+    last_BLD: Tensor = output.last_hidden_state.to(ids_BL.device)  # a model may be spread over several
+    kept = {layer: _check_states(model, layer, outputs, last_BLD).to(ids_BL.device) for layer in inner}
     if packed is not None:
         last_BLD, kept = packed.unpack(last_BLD), {layer: packed.unpack(states) for layer, states in kept.items()}
     if count in layers:
@@ -164,7 +164,7 @@ def _row(model: PreTrainedModel, heard: LastRows, which: str, layer: int, valid_
         block = "its last block" if layer == num_layers(model) else f"block {layer}"
         what = "several attention maps" if layer - 1 in heard.several else "no attention map"
         raise UsageError(f"{type(model).__name__} shows {what} in {block}", fix=UNIFORM)
-    return normalise_row(heard.rows[which, layer - 1], valid_BL)
+    return normalise_row(heard.rows[which, layer - 1].to(valid_BL.device), valid_BL)
 
 
 def checkpoint_blocks(model: PreTrainedModel) -> None:

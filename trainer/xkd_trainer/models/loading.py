@@ -7,10 +7,12 @@ import contextlib
 import errno
 import functools
 import json
+import logging
 import os
 import re
+import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,15 +23,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from xkd_schemas.cache.table import check_tokenizer
+from xkd_schemas.config import AUTO
 from xkd_schemas.console import note
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
 from xkd_schemas.text.tokenizers import encode_texts
 from xkd_trainer.run_folder import PROVENANCE, read_provenance, refusal
 
+DEVICE_MAPS: Final = (AUTO, "balanced", "balanced_low_0", "sequential")
 _SUSPECT: Final = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_code"})
 _IMPLEMENTATION: Final = "_implementation"
 """End of the keys that choose how a part is computed; a value with a slash is a kernel to be fetched from the hub."""
@@ -117,6 +122,8 @@ def load_errors(name: str, source: str) -> Iterator[None]:
         ) from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:  # a package for this way of quantising, or for this family
+        raise InputMissing(f"model {name}: {short(error)}", fix="install it, or use another model") from error
     except Exception as error:
         if "can't allocate memory" in str(error):  # torch's words for it on a CPU
             raise
@@ -170,17 +177,77 @@ def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
     return folder, options | {"revision": settings.name}
 
 
-def load_model(name: str, *, dtype: torch.dtype, quantization: Any = None) -> PreTrainedModel:
+def quantization_of(name: str) -> dict[str, Any]:
+    """How the weights of a checkpoint are quantised, as its configuration says; {} where they are not.
+
+    Early checkpoints of bitsandbytes name no method.
+    UsageError for a method that this transformers does not know: it would skip those weights.
+    """
+    return _read_quantization(name, *model_source(name, weights=False))
+
+
+def _read_quantization(name: str, source: str, options: dict[str, Any]) -> dict[str, Any]:
+    if "gguf_file" in options:  # numbers of such a file are made plain, and its header takes a while to read
+        return {}
+    with load_errors(name, source):
+        config = AutoConfig.from_pretrained(source, **options)
+    parts = (config, config.get_text_config())
+    found: dict[str, Any] = next(
+        (part.quantization_config for part in parts if getattr(part, "quantization_config", None)), {}
+    )
+    if found and not AutoHfQuantizer.supports_quant_method(found):
+        raise UsageError(
+            f"model {name} is quantised by {found.get('quant_method')!r}, which this transformers does not know",
+            fix="pip install --upgrade transformers, or use a checkpoint that is quantised another way",
+        )
+    return {"quant_method": "bitsandbytes", **found} if found else {}
+
+
+def place_weights(device_map: str, max_memory: Sequence[str]) -> dict[str, Any]:
+    """What `from_pretrained` is told of where a model's weights go; {} for one device. A map is one of JSON.
+
+    >>> place_weights("", ("0=20GiB", "cpu=60GiB"))["max_memory"]
+    {0: '20GiB', 'cpu': '60GiB'}
+    """
+    if not device_map and not max_memory:
+        return {}
+    given: Any = device_map or AUTO
+    if given not in DEVICE_MAPS:
+        with contextlib.suppress(ValueError):
+            given = json.loads(device_map)
+        if not isinstance(given, dict) or not given:
+            raise UsageError(
+                f"--device-map {' '.join(device_map.split())[:80]}: no map of modules to devices",
+                fix=f'use {", ".join(DEVICE_MAPS)}, a JSON file, or a line as {{"model": 0, "lm_head": "cpu"}}',
+            )
+    memory = {int(key) if key.isdigit() else key: size for key, _, size in (m.partition("=") for m in max_memory)}
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what was asked for
+    found = {"device_map": given, "offload_folder": _offload_folder().name}
+    return found | ({"max_memory": memory} if memory else {})
+
+
+@functools.cache
+def _offload_folder() -> tempfile.TemporaryDirectory[str]:
+    """For weights that are on a disk in another form than in the checkpoint; removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="xkd-offload-")
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype, quantization: Any = None, placed: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """A causal language model in evaluation mode, from a folder, a `.gguf` file, or a name on the hub.
 
-    `quantization` is a configuration of transformers, for weights that are made smaller while they are read.
+    `quantization` is a configuration of transformers, for weights that are made smaller while they are read; `placed`
+    is what `place_weights` gives.
 
     Raises:
-        InputMissing: There is no such folder, file or hub name, it cannot be reached, or weights are not in it.
+        InputMissing: There is no such folder, file or hub name, it cannot be reached, lacks weights, or needs another
+            package.
         UsageError: It is there but no causal language model that this transformers knows.
         Refused: It wants to run code of its own, or has only pickled weights.
     """
     folder, options = model_source(name, weights=True)
+    _read_quantization(name, folder, options)
     if "gguf_file" in options:
         from transformers import GgufConfig
 
@@ -189,6 +256,7 @@ def load_model(name: str, *, dtype: torch.dtype, quantization: Any = None) -> Pr
         options["use_safetensors"] = True
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": 0}}
+    options |= placed or {}
     model: PreTrainedModel
     with load_errors(name, folder):
         model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
