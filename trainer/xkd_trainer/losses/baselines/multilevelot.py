@@ -247,11 +247,11 @@ class MultiLevelOt(Loss):
             for p in (student_Nk, teacher_Nk)
         )
         drawn_BQ, kept_BQ = draw_positions(valid_BP, s.max_positions)
-        sides = (gather_rows(side_BPk, drawn_BQ) for side_BPk in (student_BPk, teacher_BPk))
+        own_BQk, theirs_BQk = (gather_rows(side_BPk, drawn_BQ) for side_BPk in (student_BPk, teacher_BPk))
         return {
             "l1": position_distance(student_BPk, teacher_BPk, valid_BP),
             "word": word_cross_entropy(student_BPk, teacher_BPk, valid_BP, s.word_target),
-            "sequence": sequence_distance(*sides, kept_BQ, s.epsilon, s.rounds),
+            "sequence": sequence_distance(own_BQk, theirs_BQk, kept_BQ, s.epsilon, s.rounds),
             "left_out": term((valid_BP.sum() - kept_BQ.sum()).float(), valid_BP.any(-1).sum()),
         }
 
