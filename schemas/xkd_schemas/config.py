@@ -131,7 +131,7 @@ class ServedSection(Section):
     """A teacher that runs elsewhere."""
 
     url: str = ""
-    """Address of an OpenAI-compatible server, as http://localhost:8000/v1."""
+    """Address of an OpenAI-compatible server, as http://localhost:8000/v1; - writes the prompts and asks nobody."""
     model: str = ""
     """Name of the model on the server; the only one that it lists unless given."""
     tokenizer: str = ""

@@ -38,6 +38,8 @@ class Prompts:
             return self._fail_once(handler, fault)
         if fault == "too long":
             return handler.reply(400, {"error": f"maximum length; {handler.headers['authorization']}"})
+        if fault == "moved":
+            return handler.reply(307, {}, {"Location": "http://127.0.0.1:1/v1/completions"})
         if fault == "no value":
             values = [*values[:-1], None]
         if fault == "lie":
@@ -46,7 +48,11 @@ class Prompts:
 
     def _fail_once(self, handler: "Handler", fault: str) -> None:
         if fault == "stall":
+            with self.lock:
+                self.busy -= 1  # whoever asked goes away meanwhile
             self.closed.wait(5.0)
+            with self.lock:
+                self.busy += 1
         elif fault == "busy":
             handler.reply(429, {"error": "slow down"}, {"Retry-After": "1"})
         elif fault == "half":

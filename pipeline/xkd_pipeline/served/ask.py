@@ -22,16 +22,18 @@ from xkd_pipeline.tables.build import Outcome
 from xkd_pipeline.tables.shard import documents_of, encoder_for, first_documents
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig, ServedSection
-from xkd_schemas.durable_files import disk, disk_errors
+from xkd_schemas.durable_files import disk, disk_errors, save_file
 from xkd_schemas.errors import BadData, Busy, InputMissing, UsageError
 from xkd_schemas.progress import Progress
 from xkd_schemas.signals import Signal
+from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK, Tokens
 
 AGAIN: Final = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
 OF_THE_DOCUMENT: Final = (400, 413, 422)  # statuses that refuse this document; any other ends the command
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds between two tries at most: doubled with each, and never less than what the server wants."""
+NOBODY: Final = "-"  # in the place of an address: prompts are written, and no server is asked
 WANTED: Final = (Signal("target_logprob"),)
 
 
@@ -171,7 +173,7 @@ def ask(run: RunConfig, out: Path) -> Outcome:
     import httpx
 
     served, root = run.served, Path(run.cache)
-    address = urlsplit(served.url)
+    address = urlsplit(served.url if served.url != NOBODY else "http://nobody")
     if address.scheme not in ("http", "https") or not address.hostname or "@" in address.netloc or address.query:
         raise UsageError(
             "the address of the server is not http://HOST:PORT/v1",
@@ -180,6 +182,8 @@ def ask(run: RunConfig, out: Path) -> Outcome:
     documents, (tokenizer, settings) = Table(root, "documents"), named_teacher(run)
     encoder = encoder_for(tokenizer, settings)
     encoder.check(first_documents(documents))
+    if served.url == NOBODY:
+        return _write_prompts(documents, encoder, out)
     key = os.environ.get(served.key_variable)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=served.requests)
@@ -194,15 +198,7 @@ def ask(run: RunConfig, out: Path) -> Outcome:
             server.settings = served.model_copy(update={"model": _only_model(server)})
         before = len(done)
 
-        def jobs() -> Iterator[tuple[str, Tokens]]:
-            for number in range(len(documents.manifest.commits)):
-                rows = documents_of(documents.shard(number))
-                for doc_id, tokens in zip(rows.doc_ids, rows.encode(encoder), strict=True):
-                    if tokens.status == OK and doc_id not in done:
-                        done.add(doc_id)  # equal texts are asked for once
-                        yield doc_id, tokens
-
-        with closing(_answers(server, jobs())) as answers:
+        with closing(_answers(server, _texts(documents, encoder, done))) as answers:
             for doc_id, future in answers:
                 try:
                     stream.write(future.result())
@@ -216,6 +212,30 @@ def ask(run: RunConfig, out: Path) -> Outcome:
     line = f"{out}: {answered} documents answered, {before} were there"
     line += "".join(f"; {doc_id} refused: {why}" for doc_id, why in refused.items())
     return Outcome(line=line, values=values)
+
+
+def _texts(documents: Table, encoder: Encoder, done: set[str]) -> Iterator[tuple[str, Tokens]]:
+    """Documents that are not done, with their tokens; equal texts once. They are added to `done`."""
+    for number in range(len(documents.manifest.commits)):
+        rows = documents_of(documents.shard(number))
+        for doc_id, tokens in zip(rows.doc_ids, rows.encode(encoder), strict=True):
+            if tokens.status == OK and doc_id not in done:
+                done.add(doc_id)
+                yield doc_id, tokens
+
+
+def _write_prompts(documents: Table, encoder: Encoder, out: Path) -> Outcome:
+    """Write what a server would be asked, for programs that run without one."""
+    done: set[str] = set()
+
+    def write(path: Path) -> None:
+        with path.open("wb") as stream:
+            for doc_id, tokens in _texts(documents, encoder, done):
+                row = {"doc_id": doc_id, "token_ids": tokens.ids}
+                stream.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+
+    save_file(out, write)
+    return Outcome(line=f"{out}: {len(done)} prompts", values={"out": str(out), "prompts": len(done)})
 
 
 def _check_refused(refused: Mapping[str, str], most: float, documents: int, out: Path) -> None:

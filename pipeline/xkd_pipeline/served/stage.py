@@ -136,7 +136,9 @@ def read_served(row: Given, layers: Sequence[int], end: int | None, model: PreTr
         if states_TD.shape[-1] != model.get_input_embeddings().weight.shape[1]:
             raise RowRefused("bad_values", f"states of width {states_TD.shape[-1]} are none of this model")
         last = layer == num_layers(model)
-        states_TD = final_norm(model)(states_TD.to(model.dtype)) if last else states_TD
+        if last:
+            norm = final_norm(model)
+            states_TD = norm(states_TD.to(next(norm.parameters()).device, model.dtype))
         columns["hidden_last" if last else f"hidden@{layer}"] = bf16_bits(states_TD)
     return Served(ids=served.ids, columns=columns)
 

@@ -151,3 +151,17 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
 
     assert "no answer of a server" in refused(*typed("http://127.0.0.1:1/v1", tmp_path / "a.jsonl"))
     assert (tmp_path / "a.jsonl").read_text() == "notes\n"
+
+
+def test_no_redirect_is_followed_with_the_key(answers: list[Row], tmp_path: Path) -> None:
+    with local.served(answers, {0: "moved"}) as (url, _):
+        assert "no answer: 307" in refused(*typed(url, tmp_path / "a.jsonl"))
+
+
+def test_prompts_are_written_for_programs_that_run_without_a_server(answers: list[Row], tmp_path: Path) -> None:
+    code, said = asked(*typed("-", tmp_path / "prompts.jsonl"))
+
+    assert (code, said["prompts"]) == (0, 12)
+    assert list(lines(tmp_path / "prompts.jsonl").values()) == [
+        {name: row[name] for name in ("doc_id", "token_ids")} for row in answers
+    ]
