@@ -21,7 +21,7 @@ from xkd_pipeline.capture.measure import ROWS, Reading, pad_readings
 from xkd_pipeline.workers.contract import KEPT
 from xkd_schemas.config import TeacherSection
 from xkd_schemas.durable_files import disk_errors
-from xkd_schemas.errors import DiskFailed
+from xkd_schemas.errors import DiskFailed, UsageError
 from xkd_schemas.signals import KINDS, Signal
 from xkd_schemas.tokens import last_text
 from xkd_trainer.models.forward import States, run
@@ -46,7 +46,10 @@ def why_streamed(teacher: TeacherSection, dtype: torch.dtype, device: str) -> st
         return "as asked for" if teacher.stream_layers else ""
     if teacher.model.endswith(".gguf"):
         return ""
-    model, memory = empty_model(teacher.model), memory_for(device)
+    try:
+        model, memory = empty_model(teacher.model), memory_for(device)
+    except UsageError:  # said by what loads it whole
+        return ""
     weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
     if weights <= memory or why_not_streamed(model, teacher.model):
         return ""
