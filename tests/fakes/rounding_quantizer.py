@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
@@ -22,13 +23,11 @@ class Packed(Tensor):
         return self.as_subclass(Tensor).clone()
 
 
-@register_quantization_config("rounding")
 class RoundingConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, steps: int, packed: bool = False, **_given: Any) -> None:
         self.quant_method, self.steps, self.packed = "rounding", steps, packed
 
 
-@register_quantizer("rounding")
 class Rounding(HfQuantizer):  # type: ignore[misc]
     is_trainable = False
 
@@ -44,6 +43,11 @@ class Rounding(HfQuantizer):  # type: ignore[misc]
             head = model.get_output_embeddings()
             head.weight = nn.Parameter(head.weight.detach().as_subclass(Packed))
         return model
+
+
+# Not with transformers' decorators: the collection of docstring examples imports this file once more.
+AUTO_QUANTIZATION_CONFIG_MAPPING["rounding"] = RoundingConfig
+AUTO_QUANTIZER_MAPPING["rounding"] = Rounding
 
 
 def quantised(model: Path, folder: Path, **config: Any) -> Path:

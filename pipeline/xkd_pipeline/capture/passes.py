@@ -56,7 +56,10 @@ def why_streamed(teacher: TeacherSection, dtype: torch.dtype, device: str) -> st
         return "as asked for" if teacher.stream_layers else ""
     if teacher.model.endswith(".gguf"):
         return ""
-    model, memory = empty_model(teacher.model), memory_for(device)
+    try:
+        model, memory = empty_model(teacher.model), memory_for(device)
+    except UsageError:  # said by what loads it whole
+        return ""
     weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
     if weights <= memory or why_not_streamed(model, teacher.model):
         return ""

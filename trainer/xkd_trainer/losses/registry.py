@@ -30,30 +30,12 @@ from xkd_trainer.losses.sra import SRA
 
 GROUP: Final = "xkd.losses"
 
-LOSSES: Mapping[str, Declaration] = {
-    d.name: d
-    for d in (
-        CE,
-        KL,
-        RSKD,
-        FDD,
-        MTA,
-        SRA,
-        DWA,
-        DSKD,
-        DSKD_CMA,
-        DSKD_CMA_GA,
-        DSKD_V2,
-        ALM,
-        GOLD,
-        SIMCT,
-        XTOKEN_P,
-        XTOKEN_H,
-        MINED,
-        ULD,
-        MULTILEVELOT,
-    )
-}
+_OURS = (
+    CE, KL, RSKD, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_CMA_GA, DSKD_V2, ALM, GOLD, SIMCT, XTOKEN_P, XTOKEN_H,
+    MINED, ULD, MULTILEVELOT,
+)  # fmt: skip
+
+LOSSES: Mapping[str, Declaration] = {d.name: d for d in _OURS}
 """The losses that come with XKD."""
 
 
