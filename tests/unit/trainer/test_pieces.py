@@ -91,6 +91,21 @@ def test_chunks_cut_no_piece_and_change_nothing(loss: str, rows: int, monkeypatc
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_a_chunk_holds_no_more_than_its_share_or_one_piece(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own, student), (theirs, teacher) = side(5, [1, 3, 1, 2] * 5, 7), side(6, [2, 1, 1, 3] * 5, 7)
+    pieces = Pieces(student=student, teacher=teacher, document_G=torch.zeros(20, dtype=torch.int64))
+    monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", rows * 7 * 8 // lazy_logits.WIDER + 1)
+
+    parts = pieces.parts(own, theirs)
+
+    assert [k for _, some in parts for k in range(some.stop)[some]] == list(range(20))
+    for taken, some in parts:
+        held = [span.stop - span.start for span in (taken, teacher.rows(some))]
+        assert max(held) <= rows or some.stop == some.start + 1
+    assert len(parts) == {1: 20, 4: 15, 100: 2}[rows]
+
+
 CASES: tuple[dict[str, Any], ...] = (
     {},
     {"merge": "bayesian", "mean": "documents", "temperature": 2.0, "end_token": "include", "js_share": 0.9},
