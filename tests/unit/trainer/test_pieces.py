@@ -1,5 +1,6 @@
 """The losses over pieces of text against loops over the tiny cache, gradients, chunks, and what takes part."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +91,21 @@ def test_chunks_cut_no_piece_and_change_nothing(loss: str, rows: int, monkeypatc
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_a_chunk_holds_no_more_than_its_share_or_one_piece(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own, student), (theirs, teacher) = side(5, [1, 3, 1, 2] * 5, 7), side(6, [2, 1, 1, 3] * 5, 7)
+    pieces = Pieces(student=student, teacher=teacher, document_G=torch.zeros(20, dtype=torch.int64))
+    monkeypatch.setattr(lazy_logits, "CHUNK_BYTES", rows * 7 * 8 // lazy_logits.WIDER + 1)
+
+    parts = pieces.parts(own, theirs)
+
+    assert [k for _, some in parts for k in range(some.stop)[some]] == list(range(20))
+    for taken, some in parts:
+        held = [span.stop - span.start for span in (taken, teacher.rows(some))]
+        assert max(held) <= rows or some.stop == some.start + 1
+    assert len(parts) == {1: 20, 4: 15, 100: 2}[rows]
+
+
 CASES: tuple[dict[str, Any], ...] = (
     {},
     {"merge": "bayesian", "mean": "documents", "temperature": 2.0, "end_token": "include", "js_share": 0.9},
@@ -152,6 +168,20 @@ def test_simct_is_the_loops_over_pieces_of_single_documents(settings: dict[str, 
     assert 0 < extra < sum(len(d[2]) for d in documents)
     predictions = sum(len(d[0][1]) for d in documents)
     one.assert_term(one.terms_of(made.distiller, batch)["simct"], expected, predictions)
+
+
+def test_a_token_that_is_no_shared_class_is_one_of_its_own() -> None:
+    own, theirs = side(5, SIZES[0], 7), side(6, SIZES[1], 5)
+    ranges = [list(itertools.pairwise(made.ends)) for _, made in (own, theirs)]
+    document = [(logits.dense().tolist(), made.target_N.tolist()) for logits, made in (own, theirs)]
+    assert SIZES[0][2] == SIZES[1][2] == 1
+
+    expected, extra = slow.simct([(*document, list(zip(*ranges, strict=True)))], {0: 0, 3: 3})
+
+    pieces = Pieces(student=own[1], teacher=theirs[1], document_G=torch.zeros(4, dtype=torch.int64))
+    assert extra == 4
+    found = built("simct").sums(own[0], theirs[0], pieces, torch.ones(4, dtype=torch.float64))[0]
+    assert float(found) == pytest.approx(expected, rel=1e-9)
 
 
 # X-Token

@@ -29,7 +29,7 @@ from xkd_trainer.losses.declaration import Context, Declaration, Weight
 from xkd_trainer.losses.dual_space import last_states
 from xkd_trainer.losses.ops.divergence import Kind, sorted_distance
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
-from xkd_trainer.losses.pieces import PieceLoss, Pieces, PieceSettings, PieceSide
+from xkd_trainer.losses.pieces import PieceLoss, Pieces, PieceSettings, PieceSide, columns
 
 LEAST: Final = math.log(1e-8)
 """Logarithm of the smallest probability, as in TRL."""
@@ -74,7 +74,7 @@ def merge(log_p_CV: Tensor, side: PieceSide, pieces: slice, how: Literal["observ
     first_g, last_g = side.bounds(pieces)
     base_g = first_g if how == "observed" else last_g
     scores_C = log_p_CV.gather(-1, side.target_N[side.rows(pieces), None])[:, 0].clamp_min(LEAST)
-    return log_p_CV[base_g] + side.sum(scores_C.index_fill(0, base_g, 0.0), pieces)[:, None]
+    return log_p_CV.index_select(0, base_g) + side.sum(scores_C.index_fill(0, base_g, 0.0), pieces)[:, None]
 
 
 # -- wiring to the cache
@@ -111,7 +111,7 @@ class Gold(PieceLoss):
         """The weighted sum of both parts, and the parts."""
         log_q_gV = merge(logits_CV.log_softmax(-1), pieces.student, some, self.settings.merge)
         log_p_gW = merge(logits_CW.log_softmax(-1), pieces.teacher, some, self.settings.merge)
-        p_gK, q_gK = log_p_gW[:, self.teacher_ids_K], log_q_gV[:, self.ids_K]
+        p_gK, q_gK = columns(log_p_gW, self.teacher_ids_K), columns(log_q_gV, self.ids_K)
         matched_g = self.divergence(p_gK.clamp_min(LEAST), q_gK.clamp_min(LEAST))
         sides = log_q_gV[:, self.other_V], log_p_gW[:, self.teacher_other_W]
         unmatched_g = sorted_distance(*(side.exp().sort(-1, descending=True).values for side in sides))

@@ -23,7 +23,7 @@ from xkd_trainer.losses.declaration import Context, Declaration
 from xkd_trainer.losses.dual_space import last_states
 from xkd_trainer.losses.ops.divergence import Kind
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
-from xkd_trainer.losses.pieces import PieceLoss, Pieces, PieceSettings, PieceSide
+from xkd_trainer.losses.pieces import PieceLoss, Pieces, PieceSettings, PieceSide, columns
 
 ABSENT: Final = -1e9
 """Logit of the further class where the piece is a shared class, as in the code; its exponential is exactly 0."""
@@ -54,7 +54,7 @@ def score_pieces(logits_CV: Tensor, ids_K: Tensor, side: PieceSide, some: slice,
     first_g, _ = side.bounds(some)
     scores_C = logits_CV.gather(-1, side.target_N[side.rows(some), None])[:, 0]
     piece_g = torch.where(extra_g, side.sum(scores_C, some) / side.size_G[some], ABSENT)
-    return torch.cat([logits_CV[first_g][:, ids_K], piece_g[:, None]], dim=-1).log_softmax(-1)
+    return torch.cat([columns(logits_CV.index_select(0, first_g), ids_K), piece_g[:, None]], dim=-1).log_softmax(-1)
 
 
 # -- wiring to the cache

@@ -28,7 +28,7 @@ from xkd_trainer.losses.dual_space import last_states
 from xkd_trainer.losses.ops.divergence import Share
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunks
 from xkd_trainer.losses.ops.vocabulary import cut_greedily, ids_by_bytes, shared_vocabulary, token_bytes
-from xkd_trainer.losses.pieces import PieceLoss, Pieces, PieceSettings, PieceSide
+from xkd_trainer.losses.pieces import PieceLoss, Pieces, PieceSettings, PieceSide, columns
 
 CUT: Final = 4  # tokens of a cut that get a weight, as in the code
 LEAST: Final = 1e-10
@@ -129,7 +129,9 @@ class XtokenP(PieceLoss):
         super().__init__(settings, context, "xtoken_p")
         self.most = settings.teacher_classes
         entries = project_vocabulary(context.student_vocab, context.teacher_vocab, settings)
-        self.row_E, self.column_E, self.weight_E = (nn.Buffer(values, persistent=False) for values in entries)
+        order_E = torch.argsort(entries[1], stable=True)  # by teacher id, then by student id
+        place_2E, weight_E = torch.stack([entries[1], entries[0]])[:, order_E], entries[2][order_E]
+        self.place_2E, self.weight_E = (nn.Buffer(values, persistent=False) for values in (place_2E, weight_E))
 
     @torch.no_grad()
     def look_ahead(self, theirs: LazyLogits, pieces: Pieces) -> Tensor:
@@ -153,10 +155,12 @@ class XtokenP(PieceLoss):
         known_gW, size_g = ahead[pieces.document_G[some]], pieces.teacher.size_G[some]
         logits_CW = logits_CW.masked_fill(~known_gW.repeat_interleave(size_g, 0), ABSENT)
         log_p_gW = average(logits_CW.log_softmax(-1), pieces.teacher, some)
-        q_CV = logits_CV.softmax(-1)
-        weighed_CE = q_CV[:, self.row_E] * self.weight_E.to(q_CV.dtype)
-        projected_CW = q_CV.new_zeros(len(q_CV), logits_CW.shape[1]).index_add(1, self.column_E, weighed_CE)
-        q_gW = torch.where(known_gW, average(projected_CW, pieces.student, some), 0.0)
+        w_WV = torch.sparse_coo_tensor(
+            self.place_2E, self.weight_E.to(logits_CV.dtype), (logits_CW.shape[1], logits_CV.shape[1]),
+            is_coalesced=True, check_invariants=False,
+        )  # fmt: skip
+        projected_gW = torch.sparse.mm(w_WV, average(logits_CV.softmax(-1), pieces.student, some).T).T
+        q_gW = torch.where(known_gW, projected_gW, 0.0)
         log_q_gW = (q_gW / (q_gW.sum(-1, keepdim=True) + LEAST) + LEAST).log()
         sides = (torch.where(known_gW, side, ABSENT) for side in (log_p_gW, log_q_gW))
         return self.how.temperature**2 * self.divergence(*sides)[:, None]
@@ -182,7 +186,7 @@ class XtokenH(PieceLoss):
         """The sum of both parts, and the parts."""
         log_q_gV = average(logits_CV.log_softmax(-1), pieces.student, some)
         log_p_gW = average(logits_CW.log_softmax(-1), pieces.teacher, some)
-        matched_g = self.divergence(log_p_gW[:, self.teacher_ids_K], log_q_gV[:, self.ids_K])
+        matched_g = self.divergence(columns(log_p_gW, self.teacher_ids_K), columns(log_q_gV, self.ids_K))
         sides = log_q_gV[:, self.other_V], log_p_gW[:, self.teacher_other_W]
         ranks = min(self.ranks, *(side.shape[-1] for side in sides))
         q_gR, p_gR = (side.topk(ranks).values.exp() for side in sides)
