@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Final
 from urllib.parse import urlsplit
@@ -34,6 +35,7 @@ OF_THE_DOCUMENT: Final = (400, 413, 422)  # statuses that refuse this document; 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds between two tries at most: doubled with each, and never less than what the server wants."""
 NOBODY: Final = "-"  # in the place of an address: prompts are written, and no server is asked
+TOLD: Final = 5  # refused documents that the last line names; the others are in what --json prints
 WANTED: Final = (Signal("target_logprob"),)
 
 
@@ -209,8 +211,9 @@ def ask(run: RunConfig, out: Path) -> Outcome:
                 progress.reach(len(done))
     answered = len(done) - before - len(refused)
     values = {"out": str(out), "answered": answered, "there": before, "refused": refused}
-    line = f"{out}: {answered} documents answered, {before} were there"
-    line += "".join(f"; {doc_id} refused: {why}" for doc_id, why in refused.items())
+    told = [f"{doc_id} refused: {why}" for doc_id, why in islice(refused.items(), TOLD)]
+    told += [f"{len(refused) - TOLD} more refused"] if len(refused) > TOLD else []
+    line = "; ".join([f"{out}: {answered} documents answered, {before} were there", *told])
     return Outcome(line=line, values=values)
 
 
