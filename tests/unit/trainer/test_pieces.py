@@ -12,6 +12,7 @@ import one_tokenizer as one
 import slow_pieces as slow
 from slow_losses import generator
 from xkd_schemas.errors import UsageError
+from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses import pieces as pieces_module
 from xkd_trainer.losses.baselines.gold import GoldSettings
@@ -23,6 +24,7 @@ from xkd_trainer.losses.ops.vocabulary import ids_by_bytes, shared_vocabulary, t
 from xkd_trainer.losses.pieces import Pieces, PieceSide
 from xkd_trainer.losses.registry import LOSSES
 from xkd_trainer.models.architecture import Head
+from xkd_trainer.training.prepare import Ready
 
 
 def side(seed: int, sizes: list[int], classes: int) -> tuple[LazyLogits, PieceSide]:
@@ -106,6 +108,12 @@ def test_a_chunk_holds_no_more_than_its_share_or_one_piece(rows: int, monkeypatc
     assert len(parts) == {1: 20, 4: 15, 100: 2}[rows]
 
 
+def ready(loss: str, **settings: Any) -> tuple[Ready, Batch]:
+    """Two documents, one of which has no piece of text."""
+    made, _ = one.ready(loss, table=one.OTHER, **settings)
+    return made, batch_of(made.cache, one.ROWS[1:3], made.wanted)
+
+
 CASES: tuple[dict[str, Any], ...] = (
     {},
     {"merge": "bayesian", "mean": "documents", "temperature": 2.0, "end_token": "include", "js_share": 0.9},
@@ -117,7 +125,7 @@ CASES: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("settings", CASES)
 @torch.no_grad()
 def test_gold_is_the_loops_over_pieces_of_single_documents(settings: dict[str, Any]) -> None:
-    made, batch = one.ready("gold", table=one.OTHER, **settings)
+    made, batch = ready("gold", **settings)
     how = GoldSettings(**settings)
     documents = one.pieces_of(made, batch, end_token=how.end_token == "include")
     shared: dict[int, int] = {}
@@ -157,7 +165,7 @@ def test_one_weight_alone_is_refused() -> None:
 @pytest.mark.parametrize("settings", [{}, {"divergence": "forward_kl", "temperature": 2.0, "end_token": "exclude"}])
 @torch.no_grad()
 def test_simct_is_the_loops_over_pieces_of_single_documents(settings: dict[str, Any]) -> None:
-    made, batch = one.ready("simct", table=one.OTHER, **settings)
+    made, batch = ready("simct", **settings)
     how = SimctSettings(**settings)
     documents = one.pieces_of(made, batch, end_token=how.end_token == "include")
     ids = shared_vocabulary(*one.vocabularies(made), mode=how.shared_vocab)
@@ -208,8 +216,7 @@ def test_the_projection_is_the_loops_over_both_vocabularies(targets: int) -> Non
 @pytest.mark.parametrize("settings", [{}, {"teacher_classes": 40, "temperature": 2.0}])
 @torch.no_grad()
 def test_p_kl_is_the_loops_over_pieces_of_single_documents(settings: dict[str, Any]) -> None:
-    made, _ = one.ready("xtoken_p", table=one.OTHER, **settings)
-    batch = batch_of(made.cache, one.ROWS[1:3], made.wanted)
+    made, batch = ready("xtoken_p", **settings)
     how, documents = XtokenPSettings(**settings), one.pieces_of(made, batch)
 
     expected = slow.p_kl(documents, projected(made), how.teacher_classes, how.temperature)
@@ -220,7 +227,7 @@ def test_p_kl_is_the_loops_over_pieces_of_single_documents(settings: dict[str, A
 @pytest.mark.parametrize("settings", [{}, {"threshold": 0.3, "ranks": 30, "temperature": 2.0}])
 @torch.no_grad()
 def test_h_kl_is_the_loops_over_pieces_of_single_documents(settings: dict[str, Any]) -> None:
-    made, batch = one.ready("xtoken_h", table=one.OTHER, **settings)
+    made, batch = ready("xtoken_h", **settings)
     how, documents = XtokenHSettings(**settings), one.pieces_of(made, batch)
 
     expected = slow.h_kl(documents, projected(made), how.threshold, how.ranks, how.temperature)
