@@ -3,6 +3,7 @@
 Memory is limited in a process of its own: python -m benchmarks.bench_streamed MODEL LIMIT TOKENS.
 """
 
+import ctypes
 import json
 import resource
 import sys
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str]) -> None:
     """Capture in a process that may take so many bytes more than Python and its libraries have taken."""
     name, limit, tokens = arguments[0], int(arguments[1]), int(arguments[2])
     threading.stack_size(2**20)
+    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is freed goes back to the system
     torch.set_num_threads(1)
     capture_all(random_teacher(Path(name).parent / "small", 4, 64), LENGTH)  # compiles what is compiled
     base = resident_bytes("VmData")
