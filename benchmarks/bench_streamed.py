@@ -5,6 +5,7 @@ Memory is limited in a process of its own: python -m benchmarks.bench_streamed M
 
 import ctypes
 import json
+import os
 import resource
 import sys
 import threading
@@ -38,7 +39,7 @@ def run(options: Options) -> list[Result]:
     large = random_teacher(options.scratch / "large", BLOCKS, options.size(1_536, 64))
     weights = sum(path.stat().st_size for path in Path(large).glob("*.safetensors"))
     limit = weights // TIMES + options.size(0, 64 * 2**20)
-    in_subprocess("benchmarks.bench_streamed", large, limit, options.size(1_024, 512))
+    in_subprocess("benchmarks.bench_streamed", large, limit, 256)
     timed = random_teacher(options.scratch / "timed", options.size(12, 3), options.size(384, 64))
     models = {"whole": load_model(timed, dtype=torch.float32),
               "streamed": load_streamed(timed, dtype=torch.float32, device="cpu")}  # fmt: skip
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str]) -> None:
     """Capture in a process that may take so many bytes more than Python and its libraries have taken."""
     name, limit, tokens = arguments[0], int(arguments[1]), int(arguments[2])
     threading.stack_size(2**20)
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # one tensor at a time, which is in memory twice while it is read
     ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is freed goes back to the system
     torch.set_num_threads(1)
     capture_all(random_teacher(Path(name).parent / "small", 4, 64), LENGTH)  # compiles what is compiled
