@@ -5,6 +5,7 @@ Memory is limited in a process of its own: python -m benchmarks.bench_streamed M
 
 import ctypes
 import json
+import os
 import resource
 import sys
 import threading
@@ -30,11 +31,15 @@ from xkd_trainer.models.streaming import check_steps, load_streamed
 TIMES = 10  # weights of the limited process, as a multiple of what it may take
 BLOCKS = 24
 CLASSES = 512
-LENGTH = 512  # tokens of a document
+LENGTH, SHORT = 512, 128  # tokens of a document; where memory is limited, of a batch
 
 
 def run(options: Options) -> list[Result]:
     """CPU time, in which reading counts although a thread does it; and a process with memory for a tenth of them."""
+    large = random_teacher(options.scratch / "large", BLOCKS, options.size(1_536, 64))
+    weights = sum(path.stat().st_size for path in Path(large).glob("*.safetensors"))
+    limit = weights // TIMES + options.size(0, 64 * 2**20)
+    in_subprocess("benchmarks.bench_streamed", large, limit, 256)
     timed = random_teacher(options.scratch / "timed", options.size(12, 3), options.size(384, 64))
     models = {"whole": load_model(timed, dtype=torch.float32),
               "streamed": load_streamed(timed, dtype=torch.float32, device="cpu")}  # fmt: skip
@@ -46,10 +51,6 @@ def run(options: Options) -> list[Result]:
         options.size(2, 1),
     )
     what = f"capture of {tokens:,} tokens, blocks read one after another / loaded whole"
-    large = random_teacher(options.scratch / "large", BLOCKS, options.size(1_536, 64))
-    weights = sum(path.stat().st_size for path in Path(large).glob("*.safetensors"))
-    limit = weights // TIMES + options.size(0, 64 * 2**20)
-    in_subprocess("benchmarks.bench_streamed", large, limit, options.size(1_024, 512))
     mib = [size / 2**20 for size in (weights, limit)]
     return [
         cost(what, seconds["streamed"], seconds["whole"], bar=1.25),
@@ -69,21 +70,21 @@ def random_teacher(folder: Path, blocks: int, width: int) -> str:
     return str(folder)
 
 
-def random_readings(tokens: int) -> list[Reading]:
+def random_readings(tokens: int, length: int = LENGTH) -> list[Reading]:
     """Documents of random tokens, half of them targets, with words of two tokens and phrases of eight."""
     rng = np.random.default_rng(0)
-    starts, end = np.arange(LENGTH), LENGTH // 2
+    starts, end = np.arange(length), length // 2
     return [
         Reading(
             tokens=Tokens(
-                status="ok", num_chars=LENGTH, ids=rng.integers(0, CLASSES, LENGTH).astype(np.int32),
-                spans=np.stack([starts, starts + 1], 1), kinds=np.full(LENGTH, CONTENT, np.uint8),
+                status="ok", num_chars=length, ids=rng.integers(0, CLASSES, length).astype(np.int32),
+                spans=np.stack([starts, starts + 1], 1), kinds=np.full(length, CONTENT, np.uint8),
                 targets=starts >= end,
             ),
             ranges={unit: np.stack([starts[::n], starts[::n] + n], 1).astype(np.int32)
                     for unit, n in (("word", 2), ("phrase", 8))},
         )
-        for _ in range(tokens // LENGTH)
+        for _ in range(tokens // length)
     ]  # fmt: skip
 
 
@@ -92,14 +93,15 @@ def capture_all(name: str, tokens: int) -> None:
     model = load_streamed(name, dtype=torch.float32, device="cpu")
     check_model(model)
     check_steps(model)
-    settings = TeacherSettings(model=name, dtype="float32", batch_tokens=LENGTH)
-    capture(model, random_readings(tokens), wanted_signals(num_layers(model)), settings)
+    settings = TeacherSettings(model=name, dtype="float32", batch_tokens=SHORT)
+    capture(model, random_readings(tokens, SHORT), wanted_signals(num_layers(model)), settings)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Capture in a process that may take so many bytes more than Python and its libraries have taken."""
     name, limit, tokens = arguments[0], int(arguments[1]), int(arguments[2])
     threading.stack_size(2**20)
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # one tensor at a time, which is in memory twice while it is read
     ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is freed goes back to the system
     torch.set_num_threads(1)
     capture_all(random_teacher(Path(name).parent / "small", 4, 64), LENGTH)  # compiles what is compiled
