@@ -56,7 +56,9 @@ def test_every_term_from_the_cache_is_the_one_from_the_live_teacher_and_not_from
 
 def same_terms(cached: dict[str, float], online: dict[str, float]) -> None:
     for name, value in online.items():
-        assert abs(value) > 1e-3 or ".unpaired@" in name, f"{name} is too small to be compared"
+        assert abs(value) > 1e-3 or ".unpaired@" in name or name == "multilevelot.left_out", (
+            f"{name} is too small to be compared"
+        )
         assert cached[name] == pytest.approx(value, rel=WITHIN.get(name, 0.01)), name
 
 

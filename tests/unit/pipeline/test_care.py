@@ -132,10 +132,10 @@ def hungry(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     small_cache.made()
     capture = teacher.capture
 
-    def measured(model, readings, wanted, settings):
+    def measured(model, readings, wanted, settings, *more):
         if settings.batch_tokens > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
-        return capture(model, readings, wanted, settings)
+        return capture(model, readings, wanted, settings, *more)
 
     monkeypatch.setattr(teacher, "capture", measured)
 

@@ -171,7 +171,7 @@ def draw_positions(valid_BP: Tensor, most: int) -> tuple[Tensor, Tensor]:
     Drawn by a seed of their number, so that a document's are the same in every batch.
 
     >>> draw_positions(torch.tensor([[True, True, True], [True, False, False]]), 2)
-    (tensor([[0, 2],
+    (tensor([[1, 2],
             [0, 0]]), tensor([[ True,  True],
             [ True, False]]))
     """
