@@ -170,7 +170,7 @@ def test_a_node_that_goes_in_the_middle_costs_time_and_no_byte(
     assert files_of(tmp_path / "t") == undisturbed
 
 
-def test_a_sweep_trains_on_the_cluster_and_tells_the_run_that_fails_there(cluster: Any, tmp_path: Path) -> None:
+def test_a_sweep_trains_on_the_cluster(cluster: Any, tmp_path: Path) -> None:
     student = {"model": "new:llama,layers=1,width=8,heads=2", "tokenizer": str(small_cache.made() / "student")}
     train = {"out": str(tmp_path / "out"), "steps": 1, "batch_size": 4, "threads": 1}
     cache = str(small_cache.copied(tmp_path))
@@ -182,6 +182,3 @@ def test_a_sweep_trains_on_the_cluster_and_tells_the_run_that_fails_there(cluste
         ("loss=ce (control of equal steps)", 1, 0)
     ]
     assert (tmp_path / "out/loss=ce/model.safetensors").is_file()
-    (tmp_path / "out/loss=ce/model.safetensors").write_bytes(b"")
-    ((_, error),) = sweep(RunConfig.model_validate(values), ["loss=ce"])["failures"]
-    assert isinstance(error, BadData)

@@ -58,7 +58,7 @@ def demo_pair(root: Path) -> tuple[Path, Path, Path]:
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     new_model("llama,layers=2,width=64", vocab_size=len(tokenizer), special=special).save_pretrained(root / "pair")
     tokenizer.save_pretrained(root / "pair")
-    (root / "pair.jsonl").write_text("".join((DEMO / "train.jsonl").read_text().splitlines(keepends=True)[:12]))
+    (root / "pair.jsonl").write_text("".join((DEMO / "train.jsonl").read_text().splitlines(keepends=True)[:6]))
     return DEMO / "teacher", root / "pair", root / "pair.jsonl"
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +57,31 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         WorkersGone, match=r"no Ray cluster at nowhere: .*Next: start it \(docs/cluster\.md\), or leave"
     ):
         sweeps.sweep(run.model_copy(update={"ray_address": "nowhere"}), ["loss=ce"])
+
+
+def test_a_worker_that_ends_on_a_cluster_is_a_failure_of_its_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def get(given: Any) -> Ended:
+        cell = given[0]
+        if cell.run.train.seed:
+            raise ray.exceptions.RayError("the node died")
+        return Ended(cell=cell, steps=3)
+
+    closed = list[bool]()
+    task = SimpleNamespace(remote=lambda *given: given)
+    for name, value in {"init": lambda *_, **__: None, "remote": lambda **_: lambda _: task, "get": get}.items():
+        monkeypatch.setattr(ray, name, value)
+    monkeypatch.setattr(ray, "shutdown", lambda: closed.append(True))
+    run = tiny.Tiny(tmp_path).run(out=str(tmp_path / "out")).model_copy(update={"ray_address": "auto"})
+
+    found = sweeps.sweep(run, ["loss=ce", "seed=0,1"])
+
+    assert [(row["seeds"], row["failed"]) for row in found["rows"]] == [(1, 1)]
+    assert [str(error) for _, error in found["failures"]] == ["its worker on Ray ended: the node died."]
+    assert closed == [True]
 
 
 def ended(name: str, seed: int, **values: Any) -> Ended:
