@@ -23,8 +23,6 @@ from xkd_schemas.errors import DiskFailed, InputMissing, UsageError
 from xkd_trainer.models import streaming
 from xkd_trainer.models.streaming import Stream, load_streamed, stream_of
 
-WHOLE = made() / "cache"
-
 
 @pytest.fixture(autouse=True)
 def loaded_afresh() -> None:
@@ -76,7 +74,7 @@ def test_a_streamed_teacher_gives_the_bytes_of_a_whole_one_with_two_blocks_in_me
     stage(cache, said, stream_layers=True)
 
     assert "the teacher's blocks are read from disk one after another: as asked for" in said
-    assert files_of(cache) == files_of(WHOLE)
+    assert files_of(cache) == files_of(made() / "cache")
     (model,) = _loaded.values()
     assert len(there) > 12
     assert max(map(len, there)) <= 2
@@ -104,7 +102,7 @@ def test_a_shard_for_whose_next_block_memory_runs_out_is_made_in_smaller_batches
 
     care = json.loads((cache / "teachers/T/commits/00000.json").read_text())["care"]
     assert care["batch"] == 128
-    smaller, rows = Table(cache, "teachers/T"), Table(WHOLE, "teachers/T")
+    smaller, rows = Table(cache, "teachers/T"), Table((made() / "cache"), "teachers/T")
     assert np.array_equal(smaller[0]["token_ids"], rows[0]["token_ids"])
     np.testing.assert_allclose(smaller[0]["entropy"], rows[0]["entropy"], rtol=1e-4)
 
@@ -178,7 +176,7 @@ def test_a_shard_without_room_for_its_states_is_one_line_and_a_whole_teacher_fin
     assert len(list((cache / "teachers/T").iterdir())) == len(("plan.json", "commits", "one shard"))
     assert "stream_layers" not in read_record(cache / "teachers/T/plan.json", Plan).spec
     stage(cache, stream_layers=False)
-    assert files_of(cache) == files_of(WHOLE)
+    assert files_of(cache) == files_of(made() / "cache")
 
 
 @pytest.mark.parametrize(
