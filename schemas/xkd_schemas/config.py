@@ -90,7 +90,7 @@ class TeacherSection(Section):
     """Which teacher runs, and what is kept of it."""
 
     model: str = ""
-    """Folder, .gguf file or hub name of the teacher; always needed."""
+    """Folder, .gguf file or hub name of the teacher; needed wherever it runs."""
     name: str = ""
     """Name of the teacher's table: a new one is named after its model, and of several one has to be named."""
     template: TemplateName = "auto"
