@@ -102,5 +102,5 @@ def test_every_term_from_the_cache_is_the_one_from_the_live_teacher(table: str, 
 
     assert {name.partition(".")[0] for name in cached} == {"ce", *losses_of(table)}
     for name, value in online.items():
-        assert value > 1e-3 or ".unpaired@" in name, name
+        assert value > 1e-3 or ".unpaired@" in name or name == "multilevelot.left_out", name
         assert cached[name] == pytest.approx(value, rel=0.01), name
