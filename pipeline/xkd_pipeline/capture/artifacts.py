@@ -18,7 +18,7 @@ from xkd_schemas.errors import UsageError
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
 from xkd_trainer.models.architecture import blocks_of, head_of, is_packed, is_tied, num_layers, read_weights
 from xkd_trainer.models.loading import load_tokenizer, quantization_of, save_tensors, split_gguf
-from xkd_trainer.models.streaming import empty_model
+from xkd_trainer.models.streaming import empty_model, read_embeddings
 
 
 def weight_files(name: str) -> list[Path]:
@@ -106,7 +106,7 @@ def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:
     """Write head, embeddings (unless tied) and tokenizer; sha256 by file name. Readers widen what is narrowed here."""
     files = {"head.safetensors": read_weights(model.get_output_embeddings())}
     if not is_tied(model):
-        files["embeddings.safetensors"] = read_weights(model.get_input_embeddings())
+        files["embeddings.safetensors"] = read_embeddings(model)
     for file, content in files.items():
         tensors = {k: narrow(v.detach().cpu().contiguous()) for k, v in content.items()}
         save_file(folder / file, partial(save_tensors, tensors))
@@ -132,7 +132,7 @@ def sum_moments(
     tokens: Sequence[Tokens], captured: Sequence[dict[str, Any]], model: PreTrainedModel
 ) -> dict[str, float]:
     """Sums, from which the standard deviations of states and embeddings over target tokens are made."""
-    table = read_weights(model.get_input_embeddings())["weight"]
+    table = read_embeddings(model)["weight"]
     sums = dict.fromkeys(("hidden", "hidden2", "hidden_n", "embedding", "embedding2", "embedding_n"), 0.0)
     for t, row in zip(tokens, captured, strict=True):
         if len(t.ids) == 0:

@@ -34,10 +34,19 @@ def memory_for(device: str) -> int:
     """Bytes that a model may take in this process: of a GPU all of it, where the processor has as much to spare."""
     import psutil  # accelerate needs it too
 
-    free = int(psutil.virtual_memory().available)
+    free = min([int(psutil.virtual_memory().available), *free_of_groups()])
     if device != "cuda" or not torch.cuda.is_available():
         return free
     return min(free, torch.cuda.get_device_properties(0).total_memory)
+
+
+def free_of_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Bytes that each control group of this process leaves it, as of a container or a job of Slurm (version 2)."""
+    named = own.read_text().rpartition("::/")[2].strip() if own.is_file() else ""
+    for folder in (root / named, *(root / named).parents):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            taken = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            yield max(0, int((folder / "memory.max").read_text()) - int(taken["anon"]))
 
 
 def why_streamed(teacher: TeacherSection, dtype: torch.dtype, device: str) -> str:

@@ -43,9 +43,9 @@ def stage(cache: Path, said: list[str] | None = None, **teacher: object) -> None
 
 
 def in_memory(stream: Stream) -> list[int]:
-    """Blocks that have weights, from 1."""
-    blocks = enumerate(stream._blocks, 1)
-    return [number for number, block in blocks if any(not p.is_meta for p in block.parameters())]
+    """Blocks that have weights, from 1, and last the embeddings."""
+    parts = enumerate([*stream._blocks, stream._table], 1)
+    return [n for n, part in parts if any(not p.is_meta and p.stride() != (0, 0) for p in part.parameters())]
 
 
 def in_shards(folder: Path) -> Path:
@@ -78,6 +78,7 @@ def test_a_streamed_teacher_gives_the_bytes_of_a_whole_one_with_two_blocks_in_me
     (model,) = _loaded.values()
     assert len(there) > 12
     assert max(map(len, there)) <= 2
+    assert model.stream.embeddings in there[0]
     assert in_memory(model.stream) == []
 
 
@@ -198,6 +199,20 @@ def test_a_teacher_is_streamed_where_its_weights_do_not_fit_or_as_asked_for(
 
     assert passes.why_streamed(settings, torch.float32, "cpu") == why
     assert (stream_of(teacher_of(settings)) is not None) == bool(why)
+
+
+def test_limits_of_control_groups_count_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, job = tmp_path / "own", tmp_path / "slurm/job"
+    job.mkdir(parents=True)
+    own.write_text("4:memory:/old\n0::/slurm/job\n")
+    for folder, most, taken in ((tmp_path, "max", 900), (job, "1000", 300), (job.parent, "5000", 6000)):
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.stat").write_text(f"anon {taken}\nfile 80\n")
+
+    assert [*passes.free_of_groups(tmp_path, own)] == [700, 0]
+    assert [*passes.free_of_groups(tmp_path / "slurm", tmp_path / "none")] == [0]
+    monkeypatch.setattr(passes, "free_of_groups", lambda: [700])
+    assert passes.memory_for("cpu") == 700
 
 
 def test_what_cannot_be_streamed_is_refused_if_asked_for_and_loaded_whole_otherwise(

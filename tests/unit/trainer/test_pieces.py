@@ -93,6 +93,23 @@ def test_chunks_cut_no_piece_and_change_nothing(loss: str, rows: int, monkeypatc
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("loss", ["gold", "simct", "xtoken_p", "xtoken_h"])
+def test_teachers_to_whom_the_text_is_equally_likely_give_other_losses(loss: str) -> None:
+    """So the signal target_logprob cannot stand in for the last states."""
+    (own, student), teacher, made = side(5, SIZES[0], 7), side(6, SIZES[1], 5)[1], built(loss)
+    teacher.target_N.fill_(4)
+    pieces = Pieces(student=student, teacher=teacher, document_G=torch.tensor([0, 0, 1, 1]))
+    logits = torch.randn(7, 5, generator=generator(7), dtype=torch.float64)
+    found = []
+    for one_of in (logits, logits[:, [1, 0, 2, 3, 4]]):
+        theirs = LazyLogits(hidden=one_of, weight=torch.eye(5, dtype=torch.float64))
+        likelihood = one_of.log_softmax(-1)[:, 4]
+        found.append((likelihood, made.sums(own, theirs, pieces, torch.ones(4, dtype=torch.float64))[0]))
+
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert abs(float(found[0][1] - found[1][1])) > 1e-3
+
+
 @pytest.mark.parametrize("rows", [1, 4, 100])
 def test_a_chunk_holds_no_more_than_its_share_or_one_piece(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (own, student), (theirs, teacher) = side(5, [1, 3, 1, 2] * 5, 7), side(6, [2, 1, 1, 3] * 5, 7)

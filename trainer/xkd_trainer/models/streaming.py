@@ -1,11 +1,13 @@
 """A model that is larger than the memory: its blocks are read from safetensors one after another, and dropped again.
 
-Embeddings, head, norms and whatever else is outside the blocks stay in memory. A block is read when the model calls
-it, and the next one by a thread meanwhile, so that two are in memory. `Stream.step` runs one block alone in a forward
-pass of the whole model: the blocks beside it return its states and compute nothing.
+Head, norms and whatever else is outside the blocks stay in memory; embeddings too where they are the head's weights. A
+block is read when the model calls it, and the next one by a thread meanwhile, so that two are in memory. `Stream.step`
+runs one block alone in a forward pass of the whole model: the blocks beside it return its states and compute nothing.
 """
 
+import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -28,7 +30,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from xkd_schemas.errors import InputMissing, UsageError
-from xkd_trainer.models.architecture import backbone, blocks_of, evaluating, tokens_of_any
+from xkd_trainer.models.architecture import backbone, blocks_of, evaluating, is_tied, read_weights, tokens_of_any
 from xkd_trainer.models.forward import States, run
 from xkd_trainer.models.loading import load_errors, model_source, refuse_missing, short
 
@@ -76,8 +78,12 @@ class Stream:
             dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), device_map={"": device},
             weight_mapping=get_model_conversion_mapping(model),
         )  # fmt: skip
-        self._blocks = blocks_of(model)
-        self._prefix = next(path for path, module in model.named_modules() if module is self._blocks)
+        self._blocks, self._table = blocks_of(model), model.get_input_embeddings()
+        names = {module: name for name, module in model.named_modules()}
+        self._prefix = names[self._blocks]
+        stay = model.get_output_embeddings() is None or is_tied(model)
+        self.embeddings = 0 if stay else 1 + len(self._blocks)  # their number; 0 where they stay in memory
+        self._rows = f"{names[self._table]}."
         self._weights = self._sort_weights(open_weights(name))
         self._thread = ThreadPoolExecutor(1)
         self._reading: dict[int, Future[None]] = {}
@@ -89,28 +95,35 @@ class Stream:
         self._slots = {number: list(_meta_slots(block)) for number, block in enumerate(self._blocks, 1)}
         for number, block in enumerate(self._blocks, 1):
             block.forward = partial(self._forward, number, block.forward)
+        if self.embeddings:
+            slots = _meta_slots(self._table)
+            self._slots[self.embeddings] = [(held, name, _blank(empty, device)) for held, name, empty in slots]
+            self._table.forward = partial(self._embed, self._table.forward)
+            self.drop(self.embeddings)
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def _sort_weights(self, weights: dict[str, Any]) -> list[dict[str, Any]]:
-        """The tensors of the checkpoint by block, from 1 on; [0] are those outside of blocks."""
+        """The tensors of the checkpoint by number: blocks from 1 on, embeddings last; [0] are those that stay."""
         shapes, mapping = self._model.state_dict(), self._config.weight_mapping or []
         renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
         converters = [one for one in mapping if isinstance(one, WeightConverter)]
-        found: list[dict[str, Any]] = [{} for _ in range(1 + len(self._blocks))]
+        found: list[dict[str, Any]] = [{} for _ in range(2 + len(self._blocks))]
         for key, tensor in weights.items():
             name, _ = rename_source_key(key, renamings, converters, self._model.base_model_prefix, shapes)
             found[self._block_of(name if name in shapes else key)][key] = tensor
         return found
 
     def _block_of(self, name: str) -> int:
-        """Number of the block, from 1, that a weight belongs to; 0 for those outside."""
+        """Number of the block, from 1, or of the embeddings, that a weight belongs to; 0 for one that stays."""
+        if name.startswith(self._rows):
+            return self.embeddings
         number = name.removeprefix(f"{self._prefix}.").partition(".")[0] if name.startswith(self._prefix) else ""
         return int(number) + 1 if number.isdigit() and int(number) < len(self._blocks) else 0
 
     def _load(self, number: int) -> None:
-        """Read the weights of a block, or of all that is outside of them, into the model."""
+        """Read the weights of a block, of the embeddings, or of all that stays, into the model."""
         with load_errors(self._name, self._name):
             found, _ = convert_and_load_state_dict_in_model(
                 self._model, self._weights[number], self._config, **_TP_PLAN
@@ -134,17 +147,39 @@ class Stream:
             self._states = None
         return output
 
+    def _embed(self, own: Callable[..., Any], ids_BL: Tensor, *args: Any, **options: Any) -> Any:
+        """The model's embeddings; zeros in their place in a pass whose block has the states of the one before it."""
+        if self._only > 1:
+            weight = self._table.weight
+            return torch.zeros(*ids_BL.shape, weight.shape[1], dtype=weight.dtype, device=self.device)
+        if self._only:
+            return own(ids_BL, *args, **options)
+        with self.embedded():
+            return own(ids_BL, *args, **options)
+
+    @contextlib.contextmanager
+    def embedded(self) -> Iterator[None]:
+        """The embeddings in memory, for a while."""
+        if not self.embeddings:
+            yield
+            return
+        try:
+            self.fetch(self.embeddings)
+            yield
+        finally:
+            self.drop(self.embeddings)
+
     def fetch(self, number: int) -> None:
-        """Wait for a block's weights, and let the thread read those of the next."""
+        """Wait for weights, and let the thread read those of the next block, unless the embeddings are there."""
         if number in self._there:
             return
         (self._reading.pop(number, None) or self._thread.submit(self._load, number)).result()
         self._there.add(number)
-        if number < len(self):
+        if number < len(self) and self.embeddings not in self._there:
             self._reading[number + 1] = self._thread.submit(self._load, number + 1)
 
     def drop(self, number: int) -> None:
-        """Free a block's weights."""
+        """Free weights that were fetched."""
         self._there.discard(number)
         for held, name, empty in self._slots[number]:
             held[name] = empty
@@ -152,7 +187,11 @@ class Stream:
     def sweep(self) -> Iterator[int]:
         """The blocks in order, from 1, each in memory until the next is asked for."""
         try:
-            for number in range(1, 1 + len(self)):
+            with self.embedded():
+                self.fetch(1)
+                yield 1
+                self.drop(1)
+            for number in range(2, 1 + len(self)):
                 self.fetch(number)
                 yield number
                 self.drop(number)
@@ -195,10 +234,23 @@ def _meta_slots(block: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, T
             yield from ((held, name, value) for name, value in held.items() if value is not None and value.is_meta)
 
 
+def _blank(empty: Tensor, device: str) -> torch.nn.Parameter:
+    """One NaN in the place of a weight, on the device that some models ask it for."""
+    return torch.nn.Parameter(torch.full((1,), math.nan, dtype=empty.dtype, device=device).expand(empty.shape), False)
+
+
 def stream_of(model: PreTrainedModel) -> Stream | None:
     """The stream of a model that `load_streamed` made."""
     found = vars(model).get("stream")
     return found if isinstance(found, Stream) else None
+
+
+def read_embeddings(model: PreTrainedModel) -> dict[str, Tensor]:
+    """`read_weights` of a model's embeddings; a streamed model does not keep them."""
+    stream = stream_of(model)
+    with stream.embedded() if stream else contextlib.nullcontext():
+        found = read_weights(model.get_input_embeddings())
+    return {name: weights.detach() for name, weights in found.items()}
 
 
 def load_streamed(name: str, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
