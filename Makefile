@@ -7,8 +7,8 @@ STAMP := $(VENV)/.installed
 RUN   ?= runs/demo.toml
 TORCH ?= torch==2.13.0
 CHECK := build/wheel-check
-# A file's tests on one worker, in the order of the files: the long ones of tests/integration come first. The suite has
-# a worker more, which mostly waits for Ray (tests/conftest.py).
+# A file's tests on one worker, in the order of the files: the long ones of tests/integration come first. Those of Ray
+# mostly wait for it: they have a process beside these.
 JOBS  ?= 2
 SHARE := --dist loadfile --no-loadscope-reorder
 # Unit tests without models, compiled kernels, the disk or long statistics, found by what they name.
@@ -22,7 +22,7 @@ PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBL
 # Modules are compiled once, not in each program that a test starts.
 ONE   := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONDONTWRITEBYTECODE=
 
-.PHONY: help install fmt lint types layers check quick test suite coverage plain demo preprocess bench wheel clean
+.PHONY: help install fmt lint types layers check quick test suite ray coverage plain demo preprocess bench wheel clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk '{name = $$1; sub(/^[a-z]*: /, ""); sub(/:/, "", name); printf "make %-11s %s\n", name, $$0}'
@@ -65,14 +65,17 @@ check: install          ## lint, types, layers and quick at once: under a minute
 quick: install          ## tests without models, compiled kernels or the disk
 	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) $(QUICK)
 
-test: lint layers       ## all checks, tests and docstring examples
-	$(MAKE) --no-print-directory -j2 types suite
+test: install           ## all checks, tests and docstring examples
+	$(MAKE) --no-print-directory -j5 lint layers types ray suite
 
-suite: install          ## tests and docstring examples
-	$(ONE) $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) $(SHARE) --doctest-modules tests schemas trainer pipeline
+suite: install          ## tests without Ray, and docstring examples
+	$(ONE) $(BIN)/python -m pytest -n $(JOBS) $(SHARE) -m "not slow and not ray" --doctest-modules tests schemas trainer pipeline
+
+ray: install            ## tests that start Ray on this machine
+	$(ONE) $(BIN)/python -m pytest -q -m "not slow" tests/integration/test_ray.py tests/integration/test_ray_here.py
 
 coverage: install       ## the suite once more, counting lines that no test runs: twice its time (decision 0019)
-	$(ONE) $(BIN)/python -m pytest -q -n $$(($(JOBS) + 1)) $(SHARE) --cov=xkd_schemas --cov=xkd_trainer --cov=xkd_pipeline tests
+	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) -m "not slow and not ray" --cov=xkd_schemas --cov=xkd_trainer --cov=xkd_pipeline tests
 
 plain: install          ## the unit tests that compute again, with what the plainest processor computes
 	$(PLAIN) $(BIN)/python -c "import torch; assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'"

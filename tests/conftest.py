@@ -1,4 +1,4 @@
-"""What all tests share: what is loaded or waited for once a process, and how `-n 2` shares them out."""
+"""What all tests share: what is loaded or waited for once a process."""
 
 import atexit
 import gc
@@ -41,32 +41,8 @@ def no_wait_for_the_disk() -> Iterator[None]:
     os.fsync = fsync
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests stay on one worker, so that its fixtures are made once; both files of Ray stay on one.
-
-    Ray's come first. They mostly wait, so where there is a third worker theirs gets no others.
-    """
-    from xdist.scheduler import LoadFileScheduling
-
-    class OneRay(LoadFileScheduling):  # type: ignore[misc]
-        def _split_scope(self, nodeid: str) -> str:
-            scope: str = super()._split_scope(nodeid)
-            return "ray" if "test_ray" in scope else scope
-
-        def _assign_work_unit(self, node: Any) -> None:
-            if "ray" in self.workqueue:
-                self.workqueue.move_to_end("ray", last=False)
-            super()._assign_work_unit(node)
-
-        def _reschedule(self, node: Any) -> None:
-            if len(self.nodes) > 2 and "ray" in self.assigned_work[node] and not node.shutting_down:
-                node.shutdown()
-            super()._reschedule(node)
-
-    return OneRay(config, log)
-
-
 def pytest_collection_finish() -> None:
-    """The garbage collector passes over what the libraries made when they were imported: a tenth of the time."""
+    """The garbage collector passes over what the libraries made when they were imported, and comes less often."""
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
     gc.enable()

@@ -1,18 +1,18 @@
-"""xkd-train in several processes that find each other as torchrun starts them, forked from this one.
+"""Programs, and xkd-train in several processes that find each other as torchrun starts them, forked from this one.
 
-A fork has all modules, and kernels that are compiled already; a program of its own would take a minute to get there.
+A fork has torch and transformers, and kernels that are compiled already; a program of its own would take many seconds
+to get there.
 """
 
 import contextlib
 import faulthandler
-import functools
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,13 +45,43 @@ def launched(
         if (pid := os.fork()) == 0:
             os.environ.update({**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             sys.argv = ["xkd-train", *map(str, words)]
-            _child(folder / str(rank), functools.partial(inside, rank), seconds)
+            _child(folder / str(rank), lambda rank=rank: (inside(rank), main()), seconds)
         pids.append(pid)
+    return wait_for(pids, [folder / str(rank) for rank in range(world)], seconds)
+
+
+def begun(
+    code: str,
+    folder: Path,
+    *words: object,
+    path: Path | None = None,
+    without: Sequence[str] = (),
+    seconds: float = 200,
+) -> int:
+    """A program of its own: nothing of ours is imported yet, none of the modules `without` is installed; its process.
+
+    Args:
+        folder: For what it says.
+        path: Where it finds our packages; None for those that are here.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        gone = ("xkd_schemas", "xkd_trainer", "xkd_pipeline", "numba", *without)
+        for name in [name for name in sys.modules if name.partition(".")[0] in gone]:
+            del sys.modules[name]
+        sys.modules.update(dict.fromkeys(without))  # type: ignore[arg-type]
+        sys.path[:0] = [str(path)] if path else []
+        sys.argv = ["-c", *map(str, words)]
+        _child(folder, lambda: exec(code, {"__name__": "__main__"}), seconds)
+    return pid
+
+
+def wait_for(pids: list[int], folders: Sequence[Path], seconds: float = 200) -> list[Ended]:
+    """How processes end, each of which speaks into its folder."""
     codes = _wait(pids, time.monotonic() + seconds + 5)
-    return [
-        Ended(code, *((folder / str(rank) / name).read_text() for name in ("out", "err")))
-        for rank, code in enumerate(codes)
-    ]
+    said = ([(folder / name).read_text() for name in ("out", "err")] for folder in folders)
+    return [Ended(code, *both) for code, both in zip(codes, said, strict=True)]
 
 
 def _wait(pids: list[int], deadline: float) -> list[int]:
@@ -67,8 +97,8 @@ def _wait(pids: list[int], deadline: float) -> list[int]:
     return [ended[pid] for pid in pids]
 
 
-def _child(folder: Path, inside: Callable[[], None], seconds: float) -> None:
-    code = 99
+def _child(folder: Path, program: Callable[[], object], seconds: float) -> None:
+    code = 0
     folder.mkdir(exist_ok=True)
     out, err = (folder.joinpath(name).open("w", buffering=1) for name in ("out", "err"))
     try:
@@ -76,11 +106,11 @@ def _child(folder: Path, inside: Callable[[], None], seconds: float) -> None:
             faulthandler.dump_traceback_later(seconds, exit=True, file=err)
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
-            inside()
-            main()
+            program()
     except SystemExit as left:
         code = int(left.code or 0)
     except BaseException:
+        code = 99
         traceback.print_exc(file=err)
     finally:
         os._exit(code)

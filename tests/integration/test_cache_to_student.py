@@ -1,10 +1,7 @@
 """From a cache to a student on machines that lack things: the teacher, the offline stack, kernels, memory."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_models as tiny
+from forked import begun, wait_for
 from xkd_schemas.cache import table
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
@@ -24,23 +22,14 @@ from xkd_trainer.training.loop import train
 
 ALL = "mta+sra+dwa"
 
-BLOCKED = """
+TRAIN = """
 import sys
-for name in ("ray", "spacy", "benepar", "datasets", "xkd_pipeline", "numba"):
-    sys.modules[name] = None
 from xkd_trainer.cli import main
-sys.argv = ["xkd-train", *sys.argv[1:]]
+sys.argv[0] = "xkd-train"
 main()
 """
+MISSING = ("ray", "spacy", "benepar", "datasets", "xkd_pipeline", "numba")
 """Nothing of the offline stack; kernels are not compiled, which takes as long as all else."""
-
-
-def trained(*arguments: str) -> str:
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    program, environment = [sys.executable, "-c", BLOCKED, *arguments], {**os.environ, **offline}
-    ended = subprocess.run(program, env=environment, capture_output=True, text=True, check=False, timeout=200)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
 
 
 def flags(root: Path, out: Path, **changed: Any) -> list[str]:
@@ -98,11 +87,14 @@ def test_without_teacher_corpus_and_offline_stack_the_same_student_is_trained(tm
     changed = {"micro_batch_size": 8, "save_every": 2}
     away = tiny.tiny_cache().teacher.rename(tmp_path / "teacher-is-away")
     try:
-        said = trained(*flags(root, tmp_path / "away", **changed), "--set", "train.log_every=1", "--json")
+        words = (*flags(root, tmp_path / "away", **changed), "--set", "train.log_every=1", "--json")
+        program = begun(TRAIN, tmp_path / "said", *words, without=MISSING)
+        (ended,) = wait_for([program], [tmp_path / "said"])
     finally:
         away.rename(tiny.tiny_cache().teacher)
 
-    told = json.loads(said)
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
     assert told["steps"] == 4
     assert told["terms"].keys() >= {"loss", "ce.ce", "sra.kd", "dwa.dtw_states", "mta.dsa@2:word"}
     for found, expected in zip(lines(tmp_path / "away"), lines(reference), strict=True):

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import small_cache
+from forked import begun, wait_for
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
@@ -95,12 +93,11 @@ def test_every_loss_trains_without_the_folder_of_compiled_kernels(cache: Path, t
     run = run_of(cache, SAME, "ce", tmp_path / "out", steps=1).model_dump(exclude_unset=True)
     run["train"] |= {"loss": "+".join(f"{name}=1" for name in LOSSES), "batch_size": 4}
 
-    code = [sys.executable, "-c", ONE_STEP, json.dumps(run), SAME]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    ended = subprocess.run(code, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    program = begun(ONE_STEP, tmp_path / "said", json.dumps(run), SAME, path=tmp_path)
+    (ended,) = wait_for([program], [tmp_path / "said"])
 
-    assert ended.returncode == 0, ended.stderr
-    trainer, compiled, terms = json.loads(ended.stdout.splitlines()[-1])
+    assert ended.code == 0, ended.err
+    trainer, compiled, terms = json.loads(ended.out.splitlines()[-1])
     assert Path(trainer).is_relative_to(tmp_path)
     assert not compiled
     assert set(LOSSES) <= {name.partition(".")[0] for name in terms}

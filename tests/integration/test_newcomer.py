@@ -4,7 +4,6 @@ Of losses the example is also installed as a package of its own.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 import small_cache
+from forked import begun, wait_for
 from xkd_pipeline.cli.app import app as cache_app
 from xkd_pipeline.parsing import stage as parsing
 from xkd_pipeline.stages import documents_stage, teacher_stage
@@ -134,12 +134,11 @@ def test_a_loss_is_one_file_and_two_lines_and_a_signal_a_line_a_function_and_a_f
     run = run_of(tmp_path)
     run = run.model_copy(update={"teacher": run.teacher.model_copy(update={"losses": ("sureness",)})})
 
-    code = [sys.executable, "-c", TRAIN, json.dumps(run.model_dump(exclude_unset=True))]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    ended = subprocess.run(code, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    program = begun(TRAIN, tmp_path / "said", json.dumps(run.model_dump(exclude_unset=True)), path=tmp_path)
+    (ended,) = wait_for([program], [tmp_path / "said"])
 
-    assert ended.returncode == 0, ended.stderr
-    assert np.isfinite(json.loads(ended.stdout.splitlines()[-1])["sureness.entropy"])
+    assert ended.code == 0, ended.err
+    assert np.isfinite(json.loads(ended.out.splitlines()[-1])["sureness.entropy"])
     assert (open_cache(tmp_path / "cache")[0].teacher.row["surprise"] > 0).all()
 
 

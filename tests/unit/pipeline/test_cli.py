@@ -1,12 +1,10 @@
 """xkd-cache as typed: what it prints, its one-line errors and exit codes, and Ctrl-C."""
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ import pytest
 import typer
 
 import small_cache
+from forked import begun, wait_for
 from small_cache import SPACY, corpus_rows, made, write_rows
 from xkd_pipeline.cli import app as cli
 from xkd_schemas.cache.table import Table
@@ -423,20 +422,6 @@ main()
 """xkd-cache that takes a breath behind every shard, so that a signal finds it at work."""
 
 
-def begun(arguments: list[object], commits: Path) -> subprocess.Popen[str]:
-    """The command in a process of its own, once it has two commit records."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    for _ in range(6000):
-        if process.poll() is not None or len(list(commits.glob("[0-9]*.json"))) >= 2:
-            return process
-        time.sleep(0.01)
-    process.kill()
-    raise AssertionError("no shard was finished in a minute")
-
-
 def test_ctrl_c_keeps_every_finished_shard_and_the_same_command_goes_on_to_the_same_bytes(
     xkd_cache: Cache, tmp_path: Path
 ) -> None:
@@ -446,13 +431,14 @@ def test_ctrl_c_keeps_every_finished_shard_and_the_same_command_goes_on_to_the_s
     shutil.copytree(cache, tmp_path / "undisturbed")
     flags = ["--model", made() / "teacher", "--name", "T", "--dtype", "float32"]
 
-    process = begun(["teacher", cache, *flags], cache / "teachers" / "T" / "commits")
-    with contextlib.ExitStack() as stack:
-        stack.callback(process.kill)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+    process, commits = begun(SLOW, tmp_path / "said", "teacher", cache, *flags), cache / "teachers" / "T" / "commits"
+    deadline = time.monotonic() + 60
+    while len(list(commits.glob("[0-9]*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process, signal.SIGINT)
+    ((code, out, err),) = wait_for([process], [tmp_path / "said"], seconds=60)
 
-    assert process.returncode == 130, err
+    assert code == 130, err
     assert "Traceback" not in out + err
     assert re.search(
         r"^xkd-cache: interrupted. Kept: [1-9] of 10 shards of teachers/T \([1-9] doc", err.splitlines()[-1]
