@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(root / "tokenizer")
     shutil.copytree(tiny.tiny_cache().cache, root / "cache")
     made = tiny.tiny_cache().run(
-        cache=str(root / "cache"), out=str(root / "out"), loss="ce", lr=5e-3, steps=160, batch_size=24,
+        cache=str(root / "cache"), out=str(root / "out"), loss="ce", lr=5e-3, steps=200, batch_size=8,
         student__model="new:llama,layers=2,width=64", student__tokenizer=str(root / "tokenizer"),
         student__template="chat", student__name="chat",
     )  # fmt: skip

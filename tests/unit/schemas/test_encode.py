@@ -65,7 +65,7 @@ def check(document: Document, tokens: Tokens) -> None:
 
 
 @pytest.mark.parametrize("kind", four_tokenizers.KINDS)
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=70)
 @given(document=documents)
 def test_intervals_are_monotone_in_their_segment_and_cover_the_text_or_a_reason_says_why(
     kind: str, document: Document
@@ -112,7 +112,7 @@ def characters(document: Document, tokens: Tokens, first: int, end: int) -> set[
 
 
 @pytest.mark.parametrize("kind", four_tokenizers.KINDS)
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(document=documents, max_tokens=st.integers(2, 30))
 def test_a_cut_row_fits_and_is_what_encoding_up_to_the_cut_gives(
     kind: str, document: Document, max_tokens: int
@@ -132,7 +132,7 @@ def test_a_cut_row_fits_and_is_what_encoding_up_to_the_cut_gives(
 
 
 @pytest.mark.parametrize("kind", four_tokenizers.KINDS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(document=documents, share=st.floats(0, 1))
 def test_encoding_up_to_a_character_is_encoding_the_text_that_ends_there(
     kind: str, document: Document, share: float

@@ -69,7 +69,7 @@ def solid(text: str) -> str:
 
 
 @pytest.mark.parametrize("kind", NORMALISING)
-@settings(deadline=None, max_examples=70)
+@settings(deadline=None, max_examples=40)
 @given(text=st.one_of(denormal_texts, hostile_texts).filter(lambda text: "<0x" not in text))
 def test_intervals_are_in_order_cover_the_text_and_say_what_their_tokens_say(kind: str, text: str) -> None:
     tokens = encoder_of(kind).encode(lone(text))

@@ -2,6 +2,7 @@
 of the prompt, what learns, what one tokenizer means, and settings that matter."""
 
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -66,7 +67,14 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def ready(loss: str, **settings: Any) -> Any:
-    return one.ready(loss, **{"table": one.OTHER, **settings})
+    """As `one_tokenizer.ready`, made once for several tests."""
+    key = json.dumps([loss, settings], default=str)
+    if key not in _made:
+        _made[key] = one.ready(loss, **{"table": one.OTHER, **settings})
+    return _made[key]
+
+
+_made: dict[str, Any] = {}
 
 
 def test_no_loss_is_forgotten() -> None:
@@ -99,7 +107,7 @@ def test_counts_are_of_the_batch_and_padding_cuts_packing_and_blank_batches_chan
 
 def test_losses_together_have_the_gradient_of_each_alone() -> None:
     weights = {"ce": 0.7, "mta": 1.0, "sra": 0.5, "dwa": 1.5}
-    made, batch = ready("mta", ce=0.7, more="+sra+dwa")
+    made, batch = one.ready("mta", table=one.OTHER, ce=0.7, more="+sra+dwa")
     made.distiller.weights = weights
     counts = made.distiller.counts(batch)
     expected, together = gradients(made.distiller, [batch], counts)
@@ -253,7 +261,7 @@ def test_another_tokenizer_and_responses_of_other_length_are_refused(loss: str) 
 @pytest.mark.parametrize(("loss", "settings"), [("kl", {}), ("kl", {"divergence": "csd"}), ("rskd", {}), ("fdd", {})])
 @torch.no_grad()
 def test_rows_of_a_head_beyond_the_tokenizer_take_no_part(loss: str, settings: dict[str, Any]) -> None:
-    made, batch = ready(loss, **SAME, **settings)
+    made, batch = one.ready(loss, **SAME, **settings)  # not shared: its head is changed
     before = one.means(made, batch)
 
     widen(made.distiller.student.lm_head, "weight")
