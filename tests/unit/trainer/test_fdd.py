@@ -34,7 +34,7 @@ def drawn(seed: int, num: int, layers: int, width: int, classes: int, *, bias: b
     )
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), num=st.integers(0, 5), layers=st.integers(2, 4))
 def test_the_derivative_is_the_loops_over_predictions_and_layers(seed: int, num: int, layers: int) -> None:
     student, teacher = drawn(seed, num, layers, 3, 7), drawn(seed + 1, num, layers, 5, 7)

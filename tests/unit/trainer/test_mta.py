@@ -51,7 +51,7 @@ def assert_loops(found: LossTerm, loops: Any, *documents: Any) -> None:
     assert not found.count.requires_grad
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_dsa_is_equation_11_over_all_pairs_of_all_documents_and_hid_equation_13(seed: int) -> None:
     sizes, student, teacher, weights = ragged_pair(seed, 4, 9)
@@ -64,7 +64,7 @@ def test_dsa_is_equation_11_over_all_pairs_of_all_documents_and_hid_equation_13(
     assert_loops(found, slow.hid, student, [t[:, :4] for t in teacher], weights)
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), length=st.integers(1, 7))
 def test_covered_tokens_are_those_of_the_loops(seed: int, length: int) -> None:
     sizes, g = slow.lengths(seed), slow.generator(seed)

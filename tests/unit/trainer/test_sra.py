@@ -38,7 +38,7 @@ def omegas(seed: int, sizes: list[int]) -> list[Tensor]:
     return [torch.tensor(slow.omega(m.tolist(), 1.0), dtype=m.dtype) for m in slow.masses(seed, sizes)]
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_geometric_is_the_loops(seed: int) -> None:
     sizes = slow.lengths(seed)
