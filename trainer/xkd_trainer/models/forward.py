@@ -253,7 +253,7 @@ def check_ids(ids: Int32s, tokenizer: Any, embeddings: int) -> None:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Two passes over eight tokens; UsageError where they show no causal model under a linear head."""
+    """Passes over eight tokens; UsageError where they show no causal model under a linear head."""
     with evaluating(model):
         check_head(model)
         check_causal(model)
@@ -265,16 +265,19 @@ def check_head(model: PreTrainedModel) -> None:
 
     UsageError where they differ, so that logits made from states would not be the model's; or where it cannot be run.
     """
-    ids_BL, head = tokens_of_any(model), head_of(model)
+    ids_BL, head, seen = tokens_of_any(model), head_of(model), list[Tensor]()
+    listening = backbone(model).register_forward_hook(lambda _module, _ids, out: seen.append(out.last_hidden_state))
     try:
-        states_BLD = backbone(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
         theirs = model(input_ids=ids_BL, use_cache=False).logits.float()
+        states_BLD = seen[0] if seen else backbone(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UsageError(
             f"{type(model).__name__} does not run on token ids alone, or its sizes do not fit together: {short(error)}"
         ) from error
+    finally:
+        listening.remove()
     embedded = model.get_input_embeddings().weight.shape[1]
     if not states_BLD.shape[-1] == head.weight_VD.shape[1] == embedded:
         raise UsageError(
