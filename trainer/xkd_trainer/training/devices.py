@@ -153,6 +153,16 @@ def agree(work: Callable[[], T]) -> T:
     raise _share(failed, first)
 
 
+def agree_to_raise(error: Exception | None) -> None:
+    """Raise the error of any process in all of them; as `agree`."""
+
+    def work() -> None:
+        if error is not None:
+            raise error
+
+    agree(work)
+
+
 def _share(failed: Exception | None, first: int) -> Exception:
     """The error of process `first`, as it is there, and as one of ours in the others."""
     state, text = PartialState(), b""

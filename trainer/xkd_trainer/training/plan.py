@@ -28,7 +28,7 @@ from xkd_trainer.models.compute_dtype import dtype_named, this_device
 from xkd_trainer.models.forward import checkpoint_blocks
 from xkd_trainer.models.loading import load_errors, model_source, new_model
 from xkd_trainer.models.lora import add_adapter, trained
-from xkd_trainer.training.loop import AHEAD
+from xkd_trainer.training.batches import AHEAD
 from xkd_trainer.training.prepare import build_losses, check_student_settings, open_run
 
 PER_WEIGHT: Final = {"adamw": 2.0, "adamw_fused": 2.0, "adamw_8bit": 0.5}

@@ -27,7 +27,8 @@ from xkd_schemas.signals import Signal
 from xkd_schemas.text.encode import reading_of
 from xkd_schemas.text.templates import AUTO
 from xkd_schemas.text.tokenizers import identity
-from xkd_trainer.data.cache import Cache, CacheJoin, CacheUnion, find_student, layers_of, parse_shards
+from xkd_trainer.data.cache import Cache, find_student, layers_of
+from xkd_trainer.data.several_caches import CacheJoin, CacheUnion, parse_shards
 from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant_head
 from xkd_trainer.losses.registry import loss_named, parse_loss
 from xkd_trainer.models.architecture import head_of, num_layers

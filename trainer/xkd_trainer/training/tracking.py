@@ -10,12 +10,14 @@ import json
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, TypeVar
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from xkd_schemas.console import warn
 from xkd_schemas.durable_files import digest, disk_errors, rename, replace
@@ -25,6 +27,8 @@ from xkd_trainer.data.batch import Batch
 from xkd_trainer.run_folder import METRICS, TIMING, read_lines
 
 T = TypeVar("T")
+
+Value = TypeVar("Value", float, Tensor)
 
 TRACKED: Final = "trackers"  # folder of trackers that write files
 
@@ -62,6 +66,27 @@ class Metrics:
         """Append one line."""
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(values) + "\n")
+
+
+def add_values(sums: dict[str, Value], values: Mapping[str, Value]) -> None:
+    """Add numbers or tensors by name to what is there, or put them there."""
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+@dataclass(kw_only=True, slots=True)
+class Window:
+    """Sums of the terms and of their counts since the last logged step; a checkpoint holds it."""
+
+    steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, terms: Mapping[str, float], counts: Mapping[str, float]) -> None:
+        """Add a step."""
+        self.steps += 1
+        add_values(self.sums, terms)
+        add_values(self.counts, counts)
 
 
 class Meter:
