@@ -32,10 +32,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_trainer.models.architecture import backbone, blocks_of, evaluating, is_tied, read_weights, tokens_of_any
 from xkd_trainer.models.forward import States, run
-from xkd_trainer.models.loading import load_errors, model_source, refuse_missing, short
+from xkd_trainer.models.loading import COPY_AGAIN, load_errors, model_source, refuse_missing, short
 
 ALL_AT_ONCE: Final = "--no-stream-layers, on a machine with memory for all weights"
-COPY_AGAIN: Final = "copy the model folder again"
 _TP_PLAN: Final[dict[str, Any]] = (
     {"tp_plan": {}} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
 )
