@@ -117,8 +117,7 @@ def passes(
             last = number == len(stream)
             asked = [s for s in wanted if s.layer == number or (last and s.layer is None)]
             for place, batch in enumerate(batches):
-                run_one = partial(_run, model, batch, asked)
-                states, after_BLD = stream.step(number, held.get(place), run_one)
+                states, after_BLD = stream.step(number, held.get(place), partial(_run, model, batch, asked))
                 held.put(place, after_BLD)
                 yield batch, states, asked, last
 

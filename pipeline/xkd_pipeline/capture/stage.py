@@ -1,6 +1,5 @@
 """Stage 2: the teacher reads every document once, and what the losses need is kept."""
 
-import itertools
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +37,7 @@ from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder, reading_of
 from xkd_schemas.tokens import spans_read
-from xkd_trainer.models.architecture import head_of, num_layers, on_device
+from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, this_device, warn_of_slow_dtype
 from xkd_trainer.models.forward import check_ids, check_model, rehearse
 from xkd_trainer.models.loading import check_model_name, load_model, place_weights, quantization_of
@@ -138,9 +137,9 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
 
 
 def placed_teacher(settings: TeacherSettings) -> PreTrainedModel:
-    """The teacher on its device; a streamed one is there already."""
+    """The teacher on its device; a streamed one, or one on several devices, is there already."""
     model = teacher_of(settings)
-    return model if stream_of(model) else on_device(model, settings.device)
+    return model if stream_of(model) or getattr(model, "hf_device_map", None) else model.to(settings.device)
 
 
 def _placed(settings: TeacherSettings) -> dict[str, Any]:
@@ -341,6 +340,6 @@ def missing_signals(root: Path, teacher: str, wanted: Sequence[Signal]) -> tuple
     stored.update(*(begun.pop(name, ()) for name in names_in(root, "signals")))
     left = [signal for signal in sorted(set(wanted), key=lambda s: s.column) if signal.column not in stored]
     columns = {signal.column for signal in left}
-    free = (f"{teacher[:120]}.{n}" for n in range(1, 2 + len(specs)))
-    again = (name for name, signals in begun.items() if signals == columns)
-    return next(itertools.chain(again, (name for name in free if name not in specs))), left
+    again = [name for name, signals in begun.items() if signals == columns]
+    free = [name for n in range(1, 2 + len(specs)) if (name := f"{teacher[:120]}.{n}") not in specs]
+    return [*again, *free][0], left

@@ -53,7 +53,7 @@ from xkd_trainer.training.fingerprint import fingerprint_of, refuse_another_run
 from xkd_trainer.training.held_out import Evaluations, check_evaluation
 from xkd_trainer.training.optimizers import make_optimizer
 from xkd_trainer.training.prepare import Ready, set_up
-from xkd_trainer.training.tracking import Meter, Records, Window, add_values, check_trackers, tracker_options
+from xkd_trainer.training.tracking import Meter, Records, Window, add_values, check_trackers
 
 LOOKED_AT: Final = 1024  # rows whose end tokens are looked up when the student is saved
 _UNASKED: Final = " (no --loss: cross-entropy alone, nothing of the teacher; xkd-train losses lists the others)"
@@ -134,8 +134,7 @@ class _Run:
         self.run, self.settings, self.ready, self.total = run, run.train, ready, total
         self.fingerprint, self.evaluations = fingerprint, evaluations
         self.out, self.saved, self.seen = Path(run.train.out), 0, Window()
-        self.meter, tracked = Meter(), tracker_options(self.out, run.train.track)
-        self.accelerator = make_accelerator(run.train, **tracked)
+        self.meter, self.accelerator = Meter(), make_accelerator(run.train)
         self.batches = StepBatches(ready, order, run.train, self.accelerator.num_processes)
         self.distiller = ready.distiller
         groups = self.distiller.parameter_groups(lr=run.train.lr, weight_decay=run.train.weight_decay)

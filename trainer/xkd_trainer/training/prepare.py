@@ -40,23 +40,20 @@ from xkd_trainer.training.distiller import Distiller
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ready:
-    """Everything checked and loaded; nothing trained yet."""
-
-    cache: Cache
-    tokenizer: Any
-    distiller: Distiller
-    wanted: frozenset[Signal]  # signals that batches carry
-    save_dtype: torch.dtype  # of the finished student
-
-
-@dataclass(frozen=True, kw_only=True)
 class Opened:
     """The cache of a run, checked against its losses; no model loaded yet."""
 
     cache: Cache
     tokenizer: Any
-    wanted: frozenset[Signal]
+    wanted: frozenset[Signal]  # signals that batches carry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready(Opened):
+    """Everything checked and loaded; nothing trained yet."""
+
+    distiller: Distiller
+    save_dtype: torch.dtype  # of the finished student
 
 
 def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
@@ -70,7 +67,7 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
     distiller = Distiller(student, *build_losses(run, cache, student, tokenizer), packing=run.train.packing)
     if run.train.compile:
         compile_blocks(student)  # behind the rehearsal, which would compile for itself
-    return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=opened.wanted, save_dtype=save_dtype)
+    return Ready(**vars(opened), distiller=distiller, save_dtype=save_dtype)
 
 
 def open_run(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Opened:

@@ -30,19 +30,12 @@ T = TypeVar("T")
 
 Value = TypeVar("Value", float, Tensor)
 
-TRACKED: Final = "trackers"  # folder of trackers that write files
-
 
 def check_trackers(names: Sequence[str]) -> None:
     """InputMissing where the package of a tracker is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputMissing(f"--track {name}: {name} is not installed", fix=f"pip install {name}")
-
-
-def tracker_options(out: Path, names: Sequence[str]) -> dict[str, Any]:
-    """What an Accelerator has to know of its trackers."""
-    return {"log_with": list(names), "project_dir": out / TRACKED} if names else {}
 
 
 class Metrics:
