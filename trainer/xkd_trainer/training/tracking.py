@@ -47,13 +47,11 @@ class Metrics:
 
     def __init__(self, out: Path, *, before: bytes | None, name: str = METRICS) -> None:
         self.path = out / name
-        stem = self.path.stem
         if before is not None:
             replace(self.path, before)
         elif self.path.exists():
-            taken = {path.name for path in out.glob(f"{stem}-*.jsonl")}
-            free = next(name for n in itertools.count(1) if (name := f"{stem}-{n}.jsonl") not in taken)
-            rename(self.path, out / free)
+            numbered = (out / f"{self.path.stem}-{number}.jsonl" for number in itertools.count(1))
+            rename(self.path, next(path for path in numbered if not path.exists()))
 
     def write(self, **values: Any) -> None:
         """Append one line."""
