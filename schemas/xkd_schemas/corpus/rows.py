@@ -102,7 +102,8 @@ def read_documents(
     for row in rows:
         try:
             counts = {} if unused is None else unused
-            policy, content = _take_policy(_object_of(row.content), columns)
+            content = _object_of(row.content)
+            policy = _take_policy(content, columns)
             parts, messages = _parts_of(kind, names, content, counts)
             document = _document(parts, messages, source=source, line=row.line, max_chars=max_chars)
             documents.append(replace(document, policy=policy) if policy else document)
@@ -155,14 +156,12 @@ def _json_error(content: bytes, error: orjson.JSONDecodeError) -> RowRejected:
     return RowRejected("lone_surrogate", str(error))
 
 
-def _take_policy(row: Mapping[str, object], columns: Mapping[str, str]) -> tuple[str, Mapping[str, object]]:
-    """Who wrote the response, and the row without that field."""
-    if POLICY not in columns:
-        return "", row
-    value = row.get(columns[POLICY])
+def _take_policy(row: dict[str, object], columns: Mapping[str, str]) -> str:
+    """Who wrote the response; that field is removed from the row."""
+    value = row.pop(columns[POLICY], None) if POLICY in columns else None
     if value is not None and not (isinstance(value, str) and len(value) <= MOST_POLICY):
         raise RowRejected("bad_type", f'field "{columns[POLICY]}" is no text of at most {MOST_POLICY} characters')
-    return value or "", {key: row[key] for key in row if key != columns[POLICY]}
+    return value or ""
 
 
 MESSAGES: Final = "messages"

@@ -21,7 +21,7 @@ NOT_THE_RESULT: Final = {"out", "shards", "threads", "log_every", "save_every", 
 
 
 def fingerprint_of(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
-    """Of a run of `total` steps, as JSON has it; held-out rows are not in it."""
+    """What names a run of `total` steps, without its held-out rows; JSON can hold it."""
     reading = reading_of(ready.cache.students.manifest.spec["encoder"])
     dumped = run.train.model_dump(mode="json", exclude=NOT_THE_RESULT)
     changed = run.train.model_dump(exclude_defaults=True)
@@ -44,9 +44,9 @@ def fingerprint_of(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
 
 
 def refuse_another_run(out: Path, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Mismatch where a checkpoint in `out` is of other settings than `ours`.
+    """Mismatch where the checkpoint in `out` was saved by a run with another fingerprint than `ours`.
 
-    How the memory of a step is divided, and which student is exported at the end, may be decided again.
+    The size of a micro-batch, and which student is exported at the end, may be decided again.
     """
     train = {**saved["train"], "micro_batch_size": ours["train"]["micro_batch_size"]}
     found, named = (
