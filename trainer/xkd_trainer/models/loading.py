@@ -40,11 +40,10 @@ _SUSPECT: Final = frozenset({"auto_map", "_attn_implementation_internal", "trust
 
 
 def _find_suspects(value: Any) -> set[str]:
-    found = set(_SUSPECT & value.keys()) if isinstance(value, dict) else set()
-    if isinstance(value, dict):  # these keys choose how a part is computed; with a slash, by a kernel of the hub
-        found |= {key for key in value if key.endswith("_implementation") and "/" in json.dumps(value[key])}
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return found.union(*(_find_suspects(v) for v in inner))
+    if isinstance(value, dict):  # keys that choose how a part is computed; with a slash, by a kernel of the hub
+        kernels = {key for key in value if key.endswith("_implementation") and "/" in json.dumps(value[key])}
+        return kernels.union(_SUSPECT & value.keys(), *map(_find_suspects, value.values()))
+    return set[str]().union(*map(_find_suspects, value)) if isinstance(value, list) else set()
 
 
 def _read_json(path: Path) -> Any:
@@ -172,13 +171,13 @@ def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
     return folder, options | {"revision": settings.name}
 
 
-def quantization_of(name: str) -> dict[str, Any]:
+def quantization_of(name: str, known: tuple[str, dict[str, Any]] | None = None) -> dict[str, Any]:
     """How the weights of a checkpoint are quantised, as its configuration says; {} where they are not.
 
-    Early checkpoints of bitsandbytes name no method.
+    Early checkpoints of bitsandbytes name no method. `known` is the model's `model_source`, where it was asked before.
     UsageError for a method that this transformers does not know: it would skip those weights.
     """
-    source, options = model_source(name, weights=False)
+    source, options = known or model_source(name, weights=False)
     if "gguf_file" in options:  # numbers of such a file are made plain, and its header takes a while to read
         return {}
     with load_errors(name, source):
@@ -237,7 +236,7 @@ def load_model(
         Refused: It wants to run code of its own, or has only pickled weights.
     """
     folder, options = model_source(name, weights=True)
-    quantization_of(name)  # it may refuse it
+    quantization_of(name, (folder, options))  # which may refuse it
     if "gguf_file" in options:
         from transformers import GgufConfig
 
