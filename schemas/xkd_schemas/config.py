@@ -5,15 +5,15 @@ A field is declared once: its name is the key in the run file and the flag of a 
 over the run file.
 """
 
-import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from xkd_schemas.errors import InputMissing, UsageError
+from xkd_schemas.validation import run_error
 
 AUTO: Final = "auto"
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -349,7 +349,7 @@ def _check(data: dict[str, Any], path: str | Path | None, typed: Mapping[str, st
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise _explain(str(path or "run file"), typed, error) from None
+        raise run_error(str(path or "run file"), typed, error, RunConfig) from None
 
 
 def _merge(data: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,41 +388,3 @@ def toml_value(text: str) -> Any:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _explain(path: str, typed: Mapping[str, str], error: ValidationError) -> UsageError:
-    """The first mistake in one line, which begins with the flag, `--set` or file that made it."""
-    first = error.errors()[0]
-    dotted = ".".join(str(part) for part in first["loc"])
-    said = [name for key, name in typed.items() if f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}.")]
-    where = said[-1] if said else path
-    if first["type"] == "extra_forbidden":
-        hint = _suggest(str(first["loc"][-1]), _known(first["loc"][:-1]))
-        return UsageError(f"{where}: {dotted!r} is not a key", fix=hint)
-    name = dotted if where in ("--set", "--vary", path) else where
-    what = f"{first['msg'].removeprefix('Value error, ')}, found {first['input']!r}"
-    return UsageError(f"{where}: {what}" if name == where else f"{where}: {dotted}: {what}", fix=f"change {name}")
-
-
-def _suggest(key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(known)}"
-
-
-def _known(path: Sequence[int | str]) -> list[str]:
-    model: Any = RunConfig
-    for part in path:
-        field = model.model_fields.get(str(part))
-        model = field.annotation if field is not None else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-    return list(model.model_fields)
-
-
-def settings_error(loss: str, error: ValidationError, fields: Mapping[str, Any]) -> UsageError:
-    """One line for settings of a loss that do not fit."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return UsageError(f"losses.{loss}: {key!r} is not a setting", fix=_suggest(key, list(fields)))
-    return UsageError(f"losses.{loss}.{key}: {first['msg']}, found {first['input']!r}", fix=f"change {key}")

@@ -11,21 +11,21 @@ from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import BadData
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.training import loop
+from xkd_trainer.training import batches, loop
 
 
 def run(out: Path, **changed: Any) -> RunConfig:
     return tiny.tiny_cache().run(out=str(out), **changed)
 
 
-def stopped(settings: RunConfig, monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+def stopped(settings: RunConfig, monkeypatch: pytest.MonkeyPatch, whole: int) -> None:
     """The run, ended by an error when it asks for one more batch."""
 
     def fail(*_: Any) -> Batch:
         raise BadData("a shard is gone")
 
-    made = itertools.chain([batch_of] * batches, itertools.repeat(fail))
+    made = itertools.chain([batch_of] * whole, itertools.repeat(fail))
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "batch_of", lambda *given: next(made)(*given))
+        patched.setattr(batches, "batch_of", lambda *given: next(made)(*given))
         with pytest.raises(BadData, match="a shard is gone"):
             loop.train(settings, quiet=True)

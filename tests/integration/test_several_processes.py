@@ -21,7 +21,7 @@ from xkd_schemas.errors import BadData
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order
-from xkd_trainer.training import loop
+from xkd_trainer.training import batches, loop
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.prepare import Ready, set_up
 
@@ -91,7 +91,7 @@ def assert_one_line(ended: list[Ended], code: int, *words: str) -> None:
 def at_batch(number: int, act: Callable[[Batch], Batch]) -> None:
     """The batch of that number that this process makes is what `act` makes of it."""
     made = itertools.count(1)
-    loop.batch_of = lambda *given: act(batch_of(*given)) if next(made) == number else batch_of(*given)
+    batches.batch_of = lambda *given: act(batch_of(*given)) if next(made) == number else batch_of(*given)
 
 
 @pytest.mark.parametrize(("world", "micro_batch_size"), [(2, 5), (3, 0)])

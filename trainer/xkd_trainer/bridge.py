@@ -29,8 +29,8 @@ from xkd_trainer.data.collate import DocumentRow, read_row, stack_rows
 from xkd_trainer.data.sampler import permute
 from xkd_trainer.models.loading import load_model, load_tokenizer, save_tensors
 from xkd_trainer.training.distiller import Distiller
-from xkd_trainer.training.loop import add_values
 from xkd_trainer.training.prepare import build_losses, check_fit, open_shards
+from xkd_trainer.training.tracking import add_values
 
 _Trainer: Any = object  # what a mixin stands before
 

@@ -84,6 +84,8 @@ def sizes_of(name: str) -> Sizes:
 def constants_of(model: PreTrainedModel) -> dict[str, Any]:
     """Sizes and oddities of the teacher that a trainer must know."""
     head = head_of(model)
+    parts = {"head": model.get_output_embeddings(), "embeddings": model.get_input_embeddings()}
+    packed = [name for name, module in parts.items() if is_packed(module.weight)]  # and kept as plain numbers
     return {
         "architecture": type(model).__name__,
         "num_layers": num_layers(model),
@@ -92,14 +94,8 @@ def constants_of(model: PreTrainedModel) -> dict[str, Any]:
         "logit_scale": head.scale,
         "softcap": head.softcap,
         "tied": is_tied(model),
-        **({"dequantized": packed} if (packed := packed_parts(model)) else {}),
+        **({"dequantized": packed} if packed else {}),
     }
-
-
-def packed_parts(model: PreTrainedModel) -> list[str]:
-    """Which of head and embeddings are quantised, and therefore kept beside the table as what they multiply out to."""
-    parts = {"head": model.get_output_embeddings(), "embeddings": model.get_input_embeddings()}
-    return [name for name, module in parts.items() if is_packed(module.weight)]
 
 
 def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:

@@ -117,21 +117,19 @@ def _read_predictions(
     signals = [s for s in wanted if s.kind.per == "N"]
     if not signals:
         return
-    positions = [predictors(r.tokens.targets) for r in readings]
-    hidden_ND = torch.cat([states.last_BLD[i, torch.from_numpy(p)] for i, p in enumerate(positions)])
-    random_N2 = np.concatenate([uniforms(r.tokens.ids, len(p)) for r, p in zip(readings, positions, strict=True)])
+    read = [(r.tokens.ids, predictors(r.tokens.targets)) for r in readings]
+    hidden_ND = torch.cat([states.last_BLD[i, torch.from_numpy(p)] for i, (_, p) in enumerate(read)])
+    random_N2 = np.concatenate([uniforms(ids, len(p)) for ids, p in read])
     step = max(1, LOGIT_BYTES // (4 * head.weight_VD.shape[0]))
-    target_N = torch.from_numpy(
-        np.concatenate([r.tokens.ids[p + 1] for r, p in zip(readings, positions, strict=True)])
-    )
+    target_N = torch.from_numpy(np.concatenate([ids[p + 1] for ids, p in read]))
     sides = hidden_ND, target_N.to(hidden_ND.device, torch.int64), torch.from_numpy(random_N2)
     chunks = zip(*(torch.split(side, step) for side in sides), strict=True)
     parts = [_read_logits(head(chunk_ND), target_C, part, signals, classes) for chunk_ND, target_C, part in chunks]
     stats = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    ends = np.cumsum([len(p) for p in positions])
-    for number, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        for name, values in stats.items():
-            rows[number][name] = values[first:end]
+    ends = np.cumsum([len(p) for _, p in read])
+    for name, values in stats.items():
+        for row, own in zip(rows, np.split(values, ends[:-1]), strict=True):
+            row[name] = own
 
 
 def _read_logits(

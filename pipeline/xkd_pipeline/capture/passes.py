@@ -117,9 +117,8 @@ def passes(
             last = number == len(stream)
             asked = [s for s in wanted if s.layer == number or (last and s.layer is None)]
             for place, batch in enumerate(batches):
-                run_one = partial(_run, model, batch, asked)
-                states, after_BLD = stream.step(number, held.get(place), run_one)
-                held.put(place, after_BLD)
+                states, after_BLD = stream.step(number, held.get(place), partial(_run, model, batch, asked))
+                held[place] = after_BLD
                 yield batch, states, asked, last
 
 
@@ -127,18 +126,17 @@ def _run(model: PreTrainedModel, batch: Batch, wanted: Sequence[Signal]) -> Stat
     return run(model, batch.ids_BL, batch.valid_BL, text_B=batch.text_B, **reads_of(wanted))
 
 
-class Held:
-    """States by number, in memory on a device or in a file."""
+class StatesInFile:
+    """States by number, in a file."""
 
-    def __init__(self, device: str, file: IO[bytes] | None, scratch: Path) -> None:
+    def __init__(self, device: str, file: IO[bytes], scratch: Path) -> None:
         self._device, self._file, self._scratch = device, file, scratch
-        self._kept: dict[int, Tensor] = {}
         self._places: dict[int, tuple[int, Tensor]] = {}  # in the file, and an empty tensor of the shape
 
     def get(self, number: int) -> Tensor | None:
         """What was put there; None for nothing."""
-        if self._file is None or number not in self._places:
-            return self._kept.get(number)
+        if number not in self._places:
+            return None
         place, empty = self._places[number]
         states = torch.empty_like(empty, device="cpu")
         with disk_errors(self._scratch):
@@ -146,11 +144,8 @@ class Held:
             self._file.readinto(_bytes_of(states))  # type: ignore[attr-defined]
         return states.to(self._device)
 
-    def put(self, number: int, states: Tensor) -> None:
+    def __setitem__(self, number: int, states: Tensor) -> None:
         """Keep states in the place of those that were put there before."""
-        if self._file is None:
-            self._kept[number] = states
-            return
         with disk_errors(self._scratch):
             end = self._file.seek(0, os.SEEK_END)
             place, _ = self._places.setdefault(number, (end, torch.empty_like(states, device="meta")))
@@ -163,14 +158,14 @@ def _bytes_of(states: Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def hold(size: int, device: str, scratch: Path | None) -> Iterator[Held]:
+def hold(size: int, device: str, scratch: Path | None) -> Iterator[dict[int, Tensor] | StatesInFile]:
     """Room for so many bytes of states between the blocks of a model on `device`.
 
     In memory where they take no more than SHARE of it, otherwise in a file without a name, of which nothing is left
     when this process ends; DiskFailed where there is no room for it in `scratch`.
     """
     if size <= SHARE * memory_for(device):
-        yield Held(device, None, Path())
+        yield {}
         return
     folder = scratch or Path(tempfile.gettempdir())
     if size > (free := disk_usage(folder).free):
@@ -179,4 +174,4 @@ def hold(size: int, device: str, scratch: Path | None) -> Iterator[Held]:
             kept=KEPT, fix="free space there, or make shards of fewer documents with documents.rows_per_shard=N",
         )  # fmt: skip
     with disk_errors(folder), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        yield Held(device, file, folder)
+        yield StatesInFile(device, file, folder)

@@ -1,10 +1,10 @@
 """Stage 2: the teacher reads every document once, and what the losses need is kept."""
 
-import itertools
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,7 +37,7 @@ from xkd_schemas.text.alignment import token_ranges
 from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder, reading_of
 from xkd_schemas.tokens import spans_read
-from xkd_trainer.models.architecture import head_of, num_layers, on_device
+from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, this_device, warn_of_slow_dtype
 from xkd_trainer.models.forward import check_ids, check_model, rehearse
 from xkd_trainer.models.loading import check_model_name, load_model, place_weights, quantization_of
@@ -137,9 +137,9 @@ def teacher_of(settings: TeacherSettings) -> PreTrainedModel:
 
 
 def placed_teacher(settings: TeacherSettings) -> PreTrainedModel:
-    """The teacher on its device; a streamed one is there already."""
+    """The teacher on its device; a streamed one, or one on several devices, is there already."""
     model = teacher_of(settings)
-    return model if stream_of(model) else on_device(model, settings.device)
+    return model if stream_of(model) or getattr(model, "hf_device_map", None) else model.to(settings.device)
 
 
 def _placed(settings: TeacherSettings) -> dict[str, Any]:
@@ -250,44 +250,55 @@ def make_teacher(
     documents = Table(root, "documents")
     check_model_name(settings.model)
     encoder_for(settings.model, settings).check(first_documents(documents))
-    model = teacher_of(settings)
-    wanted = signals(num_layers(model))
-    check_top(wanted, model, settings.model)
-    rehearse(model, **reads_of(wanted))
+    wanted, constants = _check_teacher(settings, signals)
     columns = tuple(sorted({s.column for s in wanted}))
     spec = teacher_spec(settings, columns, documents.manifest.root)
-    shards: Sequence[Commit] = ()
-    constants = constants_of(model) | {"template": settings.template}
+    theirs: Sequence[Commit] = ()
     if beside:
         teacher = Table(root, f"teachers/{beside}")
         refuse_other_teacher(teacher, spec)
-        shards = teacher.manifest.commits
-        constants = {"teacher": beside}
+        theirs, constants = teacher.manifest.commits, {"teacher": beside}
         spec |= constants
     store = Store(root, f"signals/{name}" if beside else f"teachers/{name}", spec, shards_like(documents))
     warn_of_slow_dtype(settings.dtype, settings.device)
     stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns, beside=beside)
-    stds = ("hidden", "embedding") if not beside else ("hidden",) if "hidden_last" in columns else ()
-
-    def watch(commits: Sequence[Commit]) -> None:
-        for one in commits if beside else ():
-            if more := set(one.care.lost if one.care else ()) - set(shards[one.unit].unusable):
-                raise BadData(
-                    f"shard {one.unit}: row {min(more)} kills its worker here, and teachers/{beside} holds it",
-                    fix=f"delete {store.folder}; measure these signals in a new teacher table, with another --name",
-                )
-
-    def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
-        files = {} if beside else export(teacher_of(settings), settings.model, store.folder)
-        error = codec_error(commits)
-        measured = {f"{name}_std": std_of(commits, name) for name in stds}
-        return constants | measured | ({"codec_error": error} if error else {}), files
-
     if workers.count:
-        del model
         _loaded.clear()  # the workers load it for themselves
         torch.cuda.empty_cache()
+    watch, finish = partial(_refuse_lost_rows, stage, theirs), partial(_finish, stage, constants)
     return build(store, stage, list, workers, watch=watch, finish=finish)
+
+
+def _check_teacher(
+    settings: TeacherSettings, signals: Callable[[int], Sequence[Signal]]
+) -> tuple[Sequence[Signal], dict[str, Any]]:
+    """The signals that are wanted of a teacher, which was seen to give them, and its constants."""
+    model = teacher_of(settings)
+    wanted = signals(num_layers(model))
+    check_top(wanted, model, settings.model)
+    rehearse(model, **reads_of(wanted))
+    return wanted, constants_of(model) | {"template": settings.template}
+
+
+def _refuse_lost_rows(stage: TeacherStage, theirs: Sequence[Commit], commits: Sequence[Commit]) -> None:
+    """BadData where a shard beside a teacher's, one of `theirs`, lacks a row that it has."""
+    for one in commits if stage.beside else ():
+        if more := set(one.care.lost if one.care else ()) - set(theirs[one.unit].unusable):
+            raise BadData(
+                f"shard {one.unit}: row {min(more)} kills its worker here, and teachers/{stage.beside} holds it",
+                fix=f"delete {stage.folder}; measure these signals in a new teacher table, with another --name",
+            )
+
+
+def _finish(
+    stage: TeacherStage, constants: Mapping[str, Any], commits: Sequence[Commit]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The manifest's constants, and the digests of the files that are kept beside the shards."""
+    files = {} if stage.beside else export(teacher_of(stage.settings), stage.settings.model, stage.folder)
+    stds = ("hidden", "embedding") if not stage.beside else ("hidden",) if "hidden_last" in stage.signals else ()
+    measured = {f"{name}_std": std_of(commits, name) for name in stds}
+    error = codec_error(commits)
+    return {**constants, **measured, **({"codec_error": error} if error else {})}, files
 
 
 def refuse_other_teacher(table: Table, ours: Mapping[str, Any]) -> None:
@@ -329,6 +340,6 @@ def missing_signals(root: Path, teacher: str, wanted: Sequence[Signal]) -> tuple
     stored.update(*(begun.pop(name, ()) for name in names_in(root, "signals")))
     left = [signal for signal in sorted(set(wanted), key=lambda s: s.column) if signal.column not in stored]
     columns = {signal.column for signal in left}
-    free = (f"{teacher[:120]}.{n}" for n in range(1, 2 + len(specs)))
-    again = (name for name, signals in begun.items() if signals == columns)
-    return next(itertools.chain(again, (name for name in free if name not in specs))), left
+    again = [name for name, signals in begun.items() if signals == columns]
+    free = [name for n in range(1, 2 + len(specs)) if (name := f"{teacher[:120]}.{n}") not in specs]
+    return [*again, *free][0], left

@@ -102,8 +102,8 @@ def read_documents(
     for row in rows:
         try:
             counts = {} if unused is None else unused
-            content = _first_reference(kind, names, _object_of(row.content), counts)
-            policy, content = _take_policy(content, columns)
+            content = _object_of(row.content)
+            policy = _take_policy(content, columns)
             parts, messages = _parts_of(kind, names, content, counts)
             document = _document(parts, messages, source=source, line=row.line, max_chars=max_chars)
             documents.append(replace(document, policy=policy) if policy else document)
@@ -156,14 +156,12 @@ def _json_error(content: bytes, error: orjson.JSONDecodeError) -> RowRejected:
     return RowRejected("lone_surrogate", str(error))
 
 
-def _take_policy(row: Mapping[str, object], columns: Mapping[str, str]) -> tuple[str, Mapping[str, object]]:
-    """Who wrote the response, and the row without that field."""
-    if POLICY not in columns:
-        return "", row
-    value = row.get(columns[POLICY])
+def _take_policy(row: dict[str, object], columns: Mapping[str, str]) -> str:
+    """Who wrote the response; that field is removed from the row."""
+    value = row.pop(columns[POLICY], None) if POLICY in columns else None
     if value is not None and not (isinstance(value, str) and len(value) <= MOST_POLICY):
         raise RowRejected("bad_type", f'field "{columns[POLICY]}" is no text of at most {MOST_POLICY} characters')
-    return value or "", {key: row[key] for key in row if key != columns[POLICY]}
+    return value or ""
 
 
 MESSAGES: Final = "messages"
@@ -217,18 +215,6 @@ def references_of(form: str, columns: Mapping[str, str], row: Mapping[str, objec
     return []
 
 
-def _first_reference(
-    form: RowFormat, columns: Mapping[str, str], row: Mapping[str, object], unused: dict[str, int]
-) -> Mapping[str, object]:
-    """The row with the first of several responses alone, which is learnt."""
-    for field in form.fields:
-        value = row.get(columns[field.name])
-        if field.role == "response" and isinstance(value, list) and value:
-            _count(unused, "row", [f"{columns[field.name]}[1:]"] * (len(value) - 1))
-            return {**row, columns[field.name]: value[0]}
-    return row
-
-
 def _parts_of(
     form: RowFormat, columns: Mapping[str, str], row: Mapping[str, object], unused: dict[str, int]
 ) -> tuple[list[Part], str]:
@@ -238,6 +224,9 @@ def _parts_of(
     for field in form.fields:
         column = columns[field.name]
         value = row.get(column)
+        if field.role == "response" and isinstance(value, list) and value:  # of several the first is learnt
+            _count(unused, "row", [f"{column}[1:]"] * (len(value) - 1))
+            value = value[0]
         if value is None:
             if field.required:
                 raise RowRejected("missing_field", f'field "{column}" is {"null" if column in row else "missing"}')
@@ -325,9 +314,9 @@ def _message(message: object, where: str, parts: list[Part], unused: dict[str, i
     return found
 
 
-def _call(call: object, where: str, parts: list[Part], *, target: bool) -> list[object]:
+def _call(call: dict[str, object], where: str, parts: list[Part], *, target: bool) -> list[object]:
     try:
-        text, rest = call_text(call if isinstance(call, dict) else {})
+        text, rest = call_text(call)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RowRejected("bad_type", f"a call in {where} has no name and arguments: {error}") from None
     parts.append((CALL, _text(text, f"a call in {where}"), target))
@@ -341,7 +330,7 @@ def _is_trained(said: dict[str, object], where: str) -> bool:
     return all(said.get(key, 1) for key in TRAINED_KEYS)
 
 
-def _list(value: object, what: str) -> list[object]:
+def _list(value: object, what: str) -> list[dict[str, object]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise RowRejected("bad_type", f"{what} is {_kind(value)}, not a list of objects")
     return value
@@ -401,10 +390,6 @@ def rejected_row(source: str, row: RawRow, reason: str, what: str) -> RejectedRo
         bytes_ = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=str).encode()
         head, sha256 = bytes_[:DETAIL_CHARS], hashlib.sha256(bytes_).hexdigest()
     start = head[:DETAIL_CHARS].decode("utf-8", "backslashreplace")
-    detail = _escape(f"{what}: {start}" if start else what)[:DETAIL_CHARS]
+    said = f"{what}: {start}" if start else what
+    detail = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in said)[:DETAIL_CHARS]
     return RejectedRow(source=source, line=row.line, reason=reason, detail=detail, sha256=sha256)
-
-
-def _escape(text: str) -> str:
-    """Printable ASCII: everything else, controls included, as a backslash escape."""
-    return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text)

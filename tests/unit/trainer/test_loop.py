@@ -33,7 +33,7 @@ from xkd_train import xkd_train
 from xkd_trainer.data.batch import Batch, blank, unwrap
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order, learning_rate
-from xkd_trainer.training import devices, files, loop
+from xkd_trainer.training import batches, devices, files, fingerprint, loop
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import set_up
@@ -276,7 +276,7 @@ def test_settings_of_later_releases_are_named_in_a_run_only_where_they_are_used(
     )
 
     assert changed == {**usual, **used}
-    assert set(usual) <= loop.FIRST_KEYS
+    assert set(usual) <= fingerprint.FIRST_KEYS
 
 
 @pytest.mark.parametrize(("operation", "calls", "saved"), [("save_tensors", 5, 2), ("sync_folder", 4, 4)])
@@ -427,7 +427,7 @@ def test_where_one_document_does_not_fit_its_row_is_named(tmp_path: Path, monkey
 def test_other_settings_do_not_go_on_from_a_checkpoint(
     changed: dict[str, Any], field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "ORDER", loop.ORDER if changed else "a later one")
+    monkeypatch.setattr(fingerprint, "ORDER", fingerprint.ORDER if changed else "a later one")
 
     with pytest.raises(Mismatch, match=rf"{field}.*: cache has .*, this run has .*choose another --out"):
         train(run(eight_steps(), **{"loss": ALL, "steps": 8, "save_every": 2, **new(), **changed}), quiet=True)
@@ -503,7 +503,7 @@ def test_a_signal_to_another_process_alone_exports_nothing(tmp_path: Path, monke
 
 
 def change_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[Batch], Batch]) -> None:
-    monkeypatch.setattr(loop, "batch_of", lambda *given: change(batch_of(*given)))
+    monkeypatch.setattr(batches, "batch_of", lambda *given: change(batch_of(*given)))
 
 
 def test_terms_that_nothing_qualified_for_are_named(

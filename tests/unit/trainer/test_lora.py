@@ -21,10 +21,11 @@ from xkd_train import xkd_train
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.registry import parse_loss
 from xkd_trainer.models.lora import load_student, trained
-from xkd_trainer.training import loop
+from xkd_trainer.training import batches
 from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.files import load_newest
-from xkd_trainer.training.loop import FIRST_KEYS, train
+from xkd_trainer.training.fingerprint import FIRST_KEYS, fingerprint_of
+from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import Ready, set_up
 
 ALL = "mta+sra+dwa"
@@ -107,12 +108,12 @@ def test_peft_s_own_wrapper_around_a_student_trains_the_same() -> None:
     assert sum(float(slope.abs().sum()) > 0 for name, slope in found.items() if "lora_B" in name) == 2
 
 
-def stop_after(batches: int, patch: pytest.MonkeyPatch) -> None:
+def stop_after(whole: int, patch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise BadData("a shard is gone")
 
-    made = itertools.chain([batch_of] * batches, itertools.repeat(fail))
-    patch.setattr(loop, "batch_of", lambda *given: next(made)(*given))
+    made = itertools.chain([batch_of] * whole, itertools.repeat(fail))
+    patch.setattr(batches, "batch_of", lambda *given: next(made)(*given))
 
 
 def test_a_stopped_adapter_goes_on_bit_for_bit_and_its_checkpoint_holds_it_alone(
@@ -209,4 +210,4 @@ def test_lora_that_does_not_fit_is_one_line(
 
 def test_a_run_without_new_settings_is_known_by_the_keys_that_earlier_checkpoints_have() -> None:
     run = tiny.tiny_cache().run(out="x")
-    assert set(loop._fingerprint(run, set_up(run, ""), 4)["train"]) == FIRST_KEYS
+    assert set(fingerprint_of(run, set_up(run, ""), 4)["train"]) == FIRST_KEYS

@@ -16,7 +16,7 @@ from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.models import forward
-from xkd_trainer.training import files, loop
+from xkd_trainer.training import batches, files
 from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.loop import train
@@ -146,7 +146,7 @@ def test_every_optimizer_holds_what_is_said_of_it_and_resumes_bit_for_bit(
     train(run("whole"), quiet=True)
     made = itertools.chain([batch_of] * 3, itertools.repeat(None))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "batch_of", lambda *given: (next(made) or _fail)(*given))
+        patch.setattr(batches, "batch_of", lambda *given: (next(made) or _fail)(*given))
         with pytest.raises(BadData, match="a shard is gone"):
             train(run("stopped"), quiet=True)
     assert train(run("stopped"), quiet=True).resumed_at == 2

@@ -13,8 +13,9 @@ import tiny_models as tiny
 from tiny_models import PAIRS, TEACHER_TOKENIZER, Tiny
 from xkd_schemas.errors import Mismatch, UsageError
 from xkd_schemas.signals import signal_named
-from xkd_trainer.data.cache import Cache, CacheUnion, parse_shards
+from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
+from xkd_trainer.data.several_caches import CacheUnion, parse_shards
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import set_up
 

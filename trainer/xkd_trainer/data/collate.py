@@ -217,9 +217,9 @@ def inside_any(spans: Array, outer: Array) -> Array:
     return np.asarray((place >= 0) & (ends[np.maximum(place, 0)] >= spans[:, 1]))
 
 
-def _pairs_of(stored: Array, count: int, drawn: Array | None) -> Array:
+def _pairs_of(stored: Array, count: int, drawn: Array) -> Array:
     """The packed cosines of the drawn spans; earlier versions stored those of all spans of any document."""
-    if drawn is None or len(stored) != count * (count - 1) // 2:
+    if len(drawn) == count or len(stored) != count * (count - 1) // 2:
         return stored
     first, second = np.triu_indices(len(drawn), 1)
     i, j = drawn[first], drawn[second]
@@ -235,15 +235,14 @@ def _level(layer: int, unit: str, samples: Sequence[dict[str, Array]], wanted: f
     cosines_BPP = paired_BP = None
     if geometry in wanted:
         counts = [len(s[f"level {unit} seen"]) for s in samples]
-        paired = [draw_spans(count) for count in counts]
-        kept = [count if drawn is None else len(drawn) for count, drawn in zip(counts, paired, strict=True)]
-        cosines_BPP = torch.zeros(len(samples), max(1, *kept), max(1, *kept))
-        for number, (sample, count, size) in enumerate(zip(samples, counts, kept, strict=True)):
-            packed = _pairs_of(sample[f"level {geometry.column}"], count, paired[number])
-            cosines_BPP[number, :size, :size] = unpack_triangle(torch.from_numpy(packed.astype(np.float32)), size)
-        if kept != counts:
-            each = [np.arange(n) if drawn is None else drawn for n, drawn in zip(counts, paired, strict=True)]
-            paired_BP = pad([spans + 1 for spans in each]) - 1
+        paired = [np.arange(count) if (drawn := draw_spans(count)) is None else drawn for count in counts]
+        sizes = [len(spans) for spans in paired]
+        cosines_BPP = torch.zeros(len(samples), max(1, *sizes), max(1, *sizes))
+        for cosines_PP, sample, count, spans in zip(cosines_BPP, samples, counts, paired, strict=True):
+            packed = _pairs_of(sample[f"level {geometry.column}"], count, spans).astype(np.float32)
+            cosines_PP[: len(spans), : len(spans)] = unpack_triangle(torch.from_numpy(packed), len(spans))
+        if sizes != counts:
+            paired_BP = pad([spans + 1 for spans in paired]) - 1
     mass_BU = stack(mass.column)
     return Level(
         layer=layer,

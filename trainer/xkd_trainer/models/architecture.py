@@ -107,11 +107,6 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device(model.device if device is None else device)
 
 
-def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    """The model on this device; one that was loaded with a device map stays where it is."""
-    return model if getattr(model, "hf_device_map", None) else model.to(device)
-
-
 def head_of(model: PreTrainedModel) -> Head:
     """The head of a causal language model, sharing its weights; UsageError where it is not linear.
 

@@ -17,6 +17,7 @@ from xkd_schemas.progress import Progress, tick
 from xkd_schemas.tokens import CONTENT, Tokens, predictors
 from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.forward import run
+from xkd_trainer.models.measures import target_log_probability
 from xkd_trainer.models.padding import pad
 
 BATCH: Final = 16  # documents of one forward pass
@@ -47,8 +48,8 @@ def bits_per_byte(model: PreTrainedModel, pairs: Sequence[tuple[Document, Tokens
             for row, (document, tokens) in enumerate(batch):
                 content = tokens.targets & (tokens.kinds == CONTENT)
                 place_N = torch.from_numpy(predictors(content)).to(model.device)
-                log_p_NV = head(states_BLD[row, place_N]).float().log_softmax(-1)
-                nats -= float(log_p_NV.gather(-1, ids_BL[row, place_N + 1, None]).double().sum())
+                log_p_N = target_log_probability(head(states_BLD[row, place_N]), ids_BL[row, place_N + 1])
+                nats -= float(log_p_N.double().sum())
                 for s in (s for s in document.segments if s.target):
                     size += len(document.text[s.start : max(s.start, min(s.end, tokens.num_chars))].encode())
     return {"bytes": size, "bits_per_byte": nats / math.log(2) / max(1, size)}

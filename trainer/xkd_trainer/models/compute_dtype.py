@@ -82,11 +82,10 @@ def choose_dtype(asked: str, device: str) -> Choice:
 def _choose_fast(here: Hardware) -> Choice:
     factor = here.slowdown("bfloat16")
     times = f"bfloat16 products take {_say_times(factor)} as long as float32"
-    if not here.has_bfloat16:
-        return Choice(dtype="float32", why=f"because {here.kind} has no bfloat16 instructions; {times}")
-    if factor > SLOW:
+    if here.has_bfloat16 and factor > SLOW:
         return Choice(dtype="float32", why=f"because on {here.kind} {times}")
-    return Choice(dtype="bfloat16", why=f"because {here.kind} has bfloat16 instructions; {times}")
+    name, has = ("bfloat16", "has") if here.has_bfloat16 else ("float32", "has no")
+    return Choice(dtype=name, why=f"because {here.kind} {has} bfloat16 instructions; {times}")
 
 
 def _say_times(factor: float) -> str:

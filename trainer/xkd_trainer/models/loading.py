@@ -34,18 +34,16 @@ from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
 from xkd_schemas.text.tokenizers import encode_texts
 from xkd_trainer.run_folder import PROVENANCE, read_provenance, refusal
 
+COPY_AGAIN: Final = "copy the model folder again"
 DEVICE_MAPS: Final = (AUTO, "balanced", "balanced_low_0", "sequential")
 _SUSPECT: Final = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_code"})
-_IMPLEMENTATION: Final = "_implementation"
-"""End of the keys that choose how a part is computed; a value with a slash is a kernel to be fetched from the hub."""
 
 
 def _find_suspects(value: Any) -> set[str]:
-    found = set(_SUSPECT & value.keys()) if isinstance(value, dict) else set()
-    if isinstance(value, dict):
-        found |= {key for key in value if key.endswith(_IMPLEMENTATION) and "/" in json.dumps(value[key])}
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return found.union(*(_find_suspects(v) for v in inner))
+    if isinstance(value, dict):  # keys that choose how a part is computed; with a slash, by a kernel of the hub
+        kernels = {key for key in value if key.endswith("_implementation") and "/" in json.dumps(value[key])}
+        return kernels.union(_SUSPECT & value.keys(), *map(_find_suspects, value.values()))
+    return set[str]().union(*map(_find_suspects, value)) if isinstance(value, list) else set()
 
 
 def _read_json(path: Path) -> Any:
@@ -53,7 +51,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes()) if path.is_file() else None
     except (ValueError, RecursionError) as error:
-        raise InputMissing(f"{path} is not JSON: {error}", fix="copy the model folder again") from error
+        raise InputMissing(f"{path} is not JSON: {error}", fix=COPY_AGAIN) from error
 
 
 def check_config(folder: Path) -> None:
@@ -117,16 +115,12 @@ def load_errors(name: str, source: str) -> Iterator[None]:
     except OSError as error:
         raise _explain_missing(name, source, error) from error
     except SafetensorError as error:
-        raise InputMissing(
-            f"model {name}: broken weights: {short(error)}", fix="copy the model folder again"
-        ) from error
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
+        raise InputMissing(f"model {name}: broken weights: {short(error)}", fix=COPY_AGAIN) from error
     except ImportError as error:  # a package for this way of quantising, or for this family
         raise InputMissing(f"model {name}: {short(error)}", fix="install it, or use another model") from error
     except Exception as error:
-        if "can't allocate memory" in str(error):  # torch's words for it on a CPU
-            raise
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise  # the words are torch's on a CPU
         if split_gguf(name)[1]:  # a damaged one: struct.error, OverflowError and others
             raise InputMissing(
                 f"model {name}: this GGUF file cannot be read: {short(error)}",
@@ -177,24 +171,19 @@ def source_of(name: str, *, weights: bool) -> tuple[str, dict[str, Any]]:
     return folder, options | {"revision": settings.name}
 
 
-def quantization_of(name: str) -> dict[str, Any]:
+def quantization_of(name: str, known: tuple[str, dict[str, Any]] | None = None) -> dict[str, Any]:
     """How the weights of a checkpoint are quantised, as its configuration says; {} where they are not.
 
-    Early checkpoints of bitsandbytes name no method.
+    Early checkpoints of bitsandbytes name no method. `known` is the model's `model_source`, where it was asked before.
     UsageError for a method that this transformers does not know: it would skip those weights.
     """
-    return _read_quantization(name, *model_source(name, weights=False))
-
-
-def _read_quantization(name: str, source: str, options: dict[str, Any]) -> dict[str, Any]:
+    source, options = known or model_source(name, weights=False)
     if "gguf_file" in options:  # numbers of such a file are made plain, and its header takes a while to read
         return {}
     with load_errors(name, source):
         config = AutoConfig.from_pretrained(source, **options)
-    parts = (config, config.get_text_config())
-    found: dict[str, Any] = next(
-        (part.quantization_config for part in parts if getattr(part, "quantization_config", None)), {}
-    )
+    named = (getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
+    found: dict[str, Any] = next(filter(None, named), {})
     if found and not AutoHfQuantizer.supports_quant_method(found):
         raise UsageError(
             f"model {name} is quantised by {found.get('quant_method')!r}, which this transformers does not know",
@@ -247,7 +236,7 @@ def load_model(
         Refused: It wants to run code of its own, or has only pickled weights.
     """
     folder, options = model_source(name, weights=True)
-    _read_quantization(name, folder, options)
+    quantization_of(name, (folder, options))  # which may refuse it
     if "gguf_file" in options:
         from transformers import GgufConfig
 
@@ -271,7 +260,7 @@ def refuse_missing(name: str, weights: Collection[str]) -> None:
         more = f" and {len(weights) - 1} others" if len(weights) > 1 else ""
         raise InputMissing(
             f"model {name}: its files lack {min(weights)}{more}, or have it in another shape than config.json says",
-            fix="copy the model folder again",
+            fix=COPY_AGAIN,
         )
 
 
@@ -302,7 +291,8 @@ def load_tokenizer(name: str) -> Any:
         Refused: The tokenizer brings its own code.
         UsageError: It is a slow tokenizer, without character offsets.
     """
-    folder, gguf = Path(split_gguf(name)[0]), split_gguf(name)[1]
+    source, gguf = split_gguf(name)
+    folder = Path(source)
     looks_local = gguf or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if (gguf and not Path(name).is_file()) or (looks_local and not folder.is_dir()):
         raise InputMissing(f"{name} is not there", fix="name a model folder, FOLDER/FILE.gguf or a hub model")

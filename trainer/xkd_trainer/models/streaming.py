@@ -32,10 +32,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_trainer.models.architecture import backbone, blocks_of, evaluating, is_tied, read_weights, tokens_of_any
 from xkd_trainer.models.forward import States, run
-from xkd_trainer.models.loading import load_errors, model_source, refuse_missing, short
+from xkd_trainer.models.loading import COPY_AGAIN, load_errors, model_source, refuse_missing, short
 
 ALL_AT_ONCE: Final = "--no-stream-layers, on a machine with memory for all weights"
-COPY_AGAIN: Final = "copy the model folder again"
 _TP_PLAN: Final[dict[str, Any]] = (
     {"tp_plan": {}} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
 )
@@ -210,13 +209,8 @@ class Stream:
     def step(self, number: int, states: Tensor | None, call: Callable[[], States]) -> tuple[States, Tensor]:
         """Make a pass through the model in which one block alone computes, on the states that the one before it gave.
 
-        Args:
-            number: The block, from 1.
-            states: None for the first block.
-            call: The pass.
-
-        Returns:
-            What `call` returned, and the states that the block gave.
+        Blocks are numbered from 1, and `states` are None for the first. What `call`, the pass, returned, and the
+        states that the block gave.
         """
         self._only, self._states = number, states
         try:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -38,12 +39,13 @@ def join() -> None:
     PartialState(cpu=not torch.cuda.is_available())
 
 
-def make_accelerator(train: TrainSection, **trackers: Any) -> Accelerator:
+def make_accelerator(train: TrainSection) -> Accelerator:
     """For all processes of this run; with FSDP2 where `accelerate launch --use_fsdp` asks for it."""
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if fsdp and train.eval_data and train.load_best_at_end:
         raise UsageError("FSDP cannot export the best student", fix="--load-best-at-end false")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients once in memory, not twice
+    trackers = {"log_with": list(train.track), "project_dir": Path(train.out) / "trackers"} if train.track else {}
     made = Accelerator(
         mixed_precision=train.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp], **trackers
     )
@@ -151,6 +153,16 @@ def agree(work: Callable[[], T]) -> T:
     if first == state.num_processes:
         return result
     raise _share(failed, first)
+
+
+def agree_to_raise(error: Exception | None) -> None:
+    """Raise the error of any process in all of them; as `agree`."""
+
+    def work() -> None:
+        if error is not None:
+            raise error
+
+    agree(work)
 
 
 def _share(failed: Exception | None, first: int) -> Exception:

@@ -25,8 +25,9 @@ from xkd_schemas.text.encode import TRIED, Encoder, reading_of
 from xkd_schemas.text.tokenizers import identity
 from xkd_schemas.tokens import OK, Tokens
 from xkd_trainer.data.batch import Batch, unwrap
-from xkd_trainer.data.cache import Cache, find_student, folder_and_table
+from xkd_trainer.data.cache import Cache, find_student
 from xkd_trainer.data.collate import batch_of
+from xkd_trainer.data.several_caches import folder_and_table
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
@@ -219,9 +220,3 @@ class Evaluations:
 
     def _path(self, step: int) -> Path:
         return self.out / BEST / f"step-{step:08d}.safetensors"
-
-
-def without_choice(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """All that has to be the same to resume; which student is exported may be decided again."""
-    evaluation = {name: value for name, value in fingerprint.get("evaluation", {}).items() if name != "best"}
-    return {**fingerprint, "evaluation": evaluation}

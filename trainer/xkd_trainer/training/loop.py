@@ -2,34 +2,31 @@
 
 import math
 import signal
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from xkd_schemas.cache.manifest import refuse_differences
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import rank, say, signals_noted, tell_kept, warn
 from xkd_schemas.durable_files import hold_lock
 from xkd_schemas.errors import DiskFailed, Mismatch, NonFinite, OutOfMemory, UsageError
 from xkd_schemas.progress import Progress
-from xkd_schemas.text.encode import reading_of
-from xkd_trainer.data.batch import Batch, blank
-from xkd_trainer.data.collate import batch_of
-from xkd_trainer.data.sampler import ORDER, Int64s, Order, learning_rate
-from xkd_trainer.models.lora import is_adapted, trained_state, weights_identity
+from xkd_trainer.data.batch import Batch
+from xkd_trainer.data.sampler import Order, learning_rate
+from xkd_trainer.models.lora import trained_state
 from xkd_trainer.run_folder import METRICS, evaluation_of, read_lines
+from xkd_trainer.training.batches import StepBatches, prefetch
 from xkd_trainer.training.card import card_text
 from xkd_trainer.training.devices import (
     agree,
+    agree_to_raise,
     gather,
     gather_student,
     is_out_of_memory,
@@ -52,23 +49,14 @@ from xkd_trainer.training.files import (
     tidy_up,
     was_exporting,
 )
-from xkd_trainer.training.held_out import EVALUATION, Evaluations, check_evaluation, without_choice
+from xkd_trainer.training.fingerprint import fingerprint_of, refuse_another_run
+from xkd_trainer.training.held_out import Evaluations, check_evaluation
 from xkd_trainer.training.optimizers import make_optimizer
 from xkd_trainer.training.prepare import Ready, set_up
-from xkd_trainer.training.tracking import Meter, Records, check_trackers, tracker_options
-
-T = TypeVar("T")
-Value = TypeVar("Value", float, Tensor)
+from xkd_trainer.training.tracking import Meter, Records, Window, add_values, check_trackers
 
 LOOKED_AT: Final = 1024  # rows whose end tokens are looked up when the student is saved
 _UNASKED: Final = " (no --loss: cross-entropy alone, nothing of the teacher; xkd-train losses lists the others)"
-FIRST_KEYS: Final = {
-    "loss", "epochs", "steps", "batch_size", "micro_batch_size", "lr", "projector_lr", "min_lr_ratio", "warmup_ratio",
-    "weight_decay", "max_grad_norm", "seed", "mixed_precision", "save_dtype",
-}  # fmt: skip
-"""Settings that every checkpoint names; a later one is named where it has not its default."""
-NOT_THE_RESULT: Final = {"out", "shards", "threads", "log_every", "save_every", "track", *EVALUATION}
-AHEAD: Final = 2  # steps whose batches are read while one is worked on
 SAVE_SECONDS: Final = 600.0  # where nobody says how often, a checkpoint is written after so long
 
 
@@ -116,7 +104,7 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
     evaluations = agree(lambda: Evaluations(run, ready)) if run.train.eval_data else None
     order = Order(size=size, batch_size=run.train.batch_size, seed=run.train.seed)
     total = run.train.steps or max(1, round(run.train.epochs * order.steps_per_epoch))
-    fingerprint = _fingerprint(run, ready, total)
+    fingerprint = fingerprint_of(run, ready, total)
     if evaluations is not None:
         fingerprint["evaluation"] = evaluations.describe()
     with ExitStack() as held, losing_no_process(lambda: f"what {out} held before"):
@@ -136,52 +124,6 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
     )  # fmt: skip
 
 
-def _fingerprint(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
-    reading = reading_of(ready.cache.students.manifest.spec["encoder"])
-    dumped = run.train.model_dump(mode="json", exclude=NOT_THE_RESULT)
-    changed = run.train.model_dump(exclude_defaults=True)
-    train = {key: value for key, value in dumped.items() if key in FIRST_KEYS or key in changed}
-    weights = run.student.model_dump(include={"dtype", "quantization"}, exclude_defaults=True)
-    return {
-        "cache": ready.cache.identity(ready.wanted),
-        "student": run.student.model,
-        "template": reading["template"],
-        "losses": {name: dict(values) for name, values in sorted(run.losses.items())},
-        "weights": ready.distiller.term_weights(total - 1),
-        "projectors": {n: how.model_dump() for n, how in ready.distiller.trained_projectors().items()},
-        "steps": total,
-        "order": ORDER,
-        "train": train,
-        **({} if reading["enable_thinking"] is None else {"enable_thinking": reading["enable_thinking"]}),
-        **({"student_weights": weights} if weights else {}),
-        **({"base": weights_identity(run.student.model)} if is_adapted(ready.distiller.student) else {}),
-    }
-
-
-def prefetch(items: Iterator[T], depth: int = AHEAD) -> Generator[T]:
-    """The items, none of them None, made in a thread at most `depth` ahead; its errors are raised here."""
-    with ThreadPoolExecutor(1, thread_name_prefix="produce") as pool:
-        ahead = deque(pool.submit(next, items, None) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not None:
-            ahead.append(pool.submit(next, items, None))
-            yield item
-
-
-def add_values(sums: dict[str, Value], values: Mapping[str, Value]) -> None:
-    """Add numbers or tensors by name to what is there, or put them there."""
-    for name, value in values.items():
-        sums[name] = sums[name] + value if name in sums else value
-
-
-@dataclass(kw_only=True, slots=True)
-class Window:
-    """Sums of the terms and of their counts since the last logged step."""
-
-    steps: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
-
-
 class _Run:
     """The state of one run."""
 
@@ -189,12 +131,11 @@ class _Run:
         self, run: RunConfig, ready: Ready, order: Order, total: int, fingerprint: dict[str, Any],
         evaluations: Evaluations | None,
     ) -> None:  # fmt: skip
-        self.run, self.settings, self.ready, self.order, self.total = run, run.train, ready, order, total
+        self.run, self.settings, self.ready, self.total = run, run.train, ready, total
         self.fingerprint, self.evaluations = fingerprint, evaluations
-        self.micro_batch_size = run.train.micro_batch_size
         self.out, self.saved, self.seen = Path(run.train.out), 0, Window()
-        self.meter, tracked = Meter(), tracker_options(self.out, run.train.track)
-        self.accelerator = make_accelerator(run.train, **tracked)
+        self.meter, self.accelerator = Meter(), make_accelerator(run.train)
+        self.batches = StepBatches(ready, order, run.train, self.accelerator.num_processes)
         self.distiller = ready.distiller
         groups = self.distiller.parameter_groups(lr=run.train.lr, weight_decay=run.train.weight_decay)
         self.optimizer = make_optimizer(run.train.optimizer, groups)
@@ -212,13 +153,7 @@ class _Run:
             if holds_student(self.out) and not was_exporting(self.out, self.fingerprint):
                 raise Mismatch(f"{self.out} holds a student of another run", fix="choose another --out")
             return 0
-        before = dict(snapshot.fingerprint["train"])
-        asked, own = before.get("micro_batch_size"), self.settings.micro_batch_size  # which may be another now
-        before["micro_batch_size"] = own
-        refuse_differences(
-            self.out, without_choice(self.fingerprint), without_choice({**snapshot.fingerprint, "train": before}),
-            advice="choose another --out, or the same settings",
-        )  # fmt: skip
+        refuse_another_run(self.out, self.fingerprint, snapshot.fingerprint)
         if self.evaluations is not None:
             self.evaluations.restore(snapshot.evaluated)
         self.distiller.student.load_state_dict(snapshot.student, strict=False)  # tied weights are stored once
@@ -226,8 +161,8 @@ class _Run:
         self.optimizer.load_state_dict(dict(snapshot.optimizer))
         self.seen = Window(**snapshot.window)
         self.saved, self.logged = snapshot.step, snapshot.metrics
-        if asked == own:
-            self.micro_batch_size = snapshot.micro_batch_size or own
+        if snapshot.fingerprint["train"].get("micro_batch_size") == self.settings.micro_batch_size:
+            self.batches.micro_batch_size = snapshot.micro_batch_size or self.settings.micro_batch_size
         return snapshot.step
 
     def _check_start(self) -> None:
@@ -237,42 +172,18 @@ class _Run:
                 "another process a later one", fix="name a folder as --out that all machines of the run share",
             )  # fmt: skip
 
-    def _micro_batches(self, step: int) -> list[Batch]:
-        """This process's micro-batches of a step; every process gets the same number, blank ones if need be."""
-        shares, rows_of_epoch = self._shares(step), self._rows_of_epoch(step)
-        cache, wanted = self.ready.cache, self.ready.wanted
-        batches = [batch_of(cache, rows_of_epoch[places].tolist(), wanted) for places in shares[rank()]]
-        while len(batches) < max(len(share) for share in shares):
-            batches.append(blank(batch_of(cache, rows_of_epoch[shares[0][0]].tolist(), wanted)))
-        return batches
-
-    def _shares(self, step: int) -> list[list[Int64s]]:
-        how = self.settings.model_copy(update={"micro_batch_size": self.micro_batch_size})
-        cache, rows_of_epoch = self.ready.cache, self._rows_of_epoch(step)
-        return self.order.shares(
-            step, self.accelerator.num_processes, how, lambda places: cache.lengths(rows_of_epoch[places])
-        )
-
-    def _rows_of_epoch(self, step: int) -> Int64s:
-        return self.ready.cache.rows(step // self.order.steps_per_epoch, self.settings.seed)
-
     def _halve(self, step: int, rows: tuple[int, ...]) -> None:
         """Half the documents in a micro-batch from here on, as memory ran out on `rows`, or on those of others."""
         self.optimizer.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        most = max(len(places) for share in self._shares(step) for places in share)
-        agree(lambda: self._refuse_one_document(step, rows if most == 1 else ()))
-        self.micro_batch_size = most // 2
+        most = self.batches.largest(step)
+        agree_to_raise(self._memory_error(step, rows) if rows and most == 1 else None)
+        self.batches.micro_batch_size = most // 2
         warn(
             f"step {step + 1}: out of memory with micro-batches of {most} documents; this step is done again with "
-            f"{self.micro_batch_size}, and so are all others; the result is that of --micro-batch-size "
-            f"{self.micro_batch_size}"
+            f"{most // 2}, and so are all others; the result is that of --micro-batch-size {most // 2}"
         )
-
-    def _refuse_one_document(self, step: int, rows: tuple[int, ...]) -> None:
-        if rows:
-            raise self._memory_error(step, rows)
 
     def _memory_error(self, step: int, rows: tuple[int, ...]) -> OutOfMemory:
         smaller = f"--micro-batch-size {len(rows) // 2}" if len(rows) > 1 else "--gradient-checkpointing"
@@ -281,8 +192,8 @@ class _Run:
             kept=self._kept(), fix=f"add {smaller} or --mixed-precision bf16, or align with a smaller --max-tokens",
         )  # fmt: skip
 
-    def _prefetch(self, step: int) -> Generator[list[Batch]]:
-        with closing(prefetch(map(self._micro_batches, range(step, self.total)))) as made:
+    def _read_ahead(self) -> Generator[list[Batch]]:
+        with closing(prefetch(map(self.batches.read, range(self.done, self.total)))) as made:
             yield from self.meter.watch(made)
 
     def go(self, quiet: bool) -> dict[str, float]:
@@ -292,22 +203,24 @@ class _Run:
         if main and not quiet:
             alone = "" if "loss" in self.settings.model_fields_set else _UNASKED
             say(f"loss: {self.distiller.describe(self.total - 1)}{alone}")
-        records = agree(lambda: self._open_records() if main else None)
+        where = self.out, self.accelerator, self.fingerprint
+        records = agree(lambda: Records(*where, before=self.logged, start=self.start) if main else None)
         self.module.train()
         last, stop = dict[str, float](), 0
         with self._telling_what_is_kept(), nullcontext() if records is None else closing(records):
             progress = Progress("train", self.total - self.start, of="steps", quiet=not main)
             with progress, signals_noted() as noted:
-                made = self._prefetch(self.done)
+                made = self._read_ahead()
                 while self.done < self.total and not self._is_enough():
                     batches = agree(partial(next, made))
                     measured = self._step(self.done, [b.to(self.accelerator.device) for b in batches])
                     if measured is None:  # memory ran out, and the step begins again with smaller micro-batches
                         made.close()
-                        made = self._prefetch(self.done)
+                        made = self._read_ahead()
                         continue
                     self.done += 1
-                    self._add(batches, *measured[:2])
+                    self.meter.count(batches)
+                    self.seen.add(*measured[:2])
                     self._evaluate(records)
                     if self.done % self.settings.log_every == 0 or self.done == self.total or self._is_enough():
                         last = agree(partial(self._log, measured[2], records))
@@ -322,16 +235,6 @@ class _Run:
                 raise KeyboardInterrupt
             agree(lambda: self._export(last))
         return last
-
-    def _open_records(self) -> Records:
-        return Records(self.out, self.accelerator, self.fingerprint, before=self.logged, start=self.start)
-
-    def _add(self, batches: Sequence[Batch], terms: dict[str, float], counts: dict[str, float]) -> None:
-        """Add a step to those since the last logged one."""
-        self.meter.count(batches)
-        self.seen.steps += 1
-        add_values(self.seen.sums, terms)
-        add_values(self.seen.counts, counts)
 
     def _evaluate(self, records: Records | None) -> None:
         """Measure the student on held-out rows where that is due, and keep it where it is the best."""
@@ -360,7 +263,7 @@ class _Run:
                 warn(f"step {self.done}: nothing qualified for {', '.join(idle)} since the last logged step")
             lr = float(self.optimizer.param_groups[0]["lr"])
             totals = {f"{name}.count": round(value, 6) for name, value in seen.counts.items()}
-            size = self.micro_batch_size
+            size = self.batches.micro_batch_size
             cut = {} if size == self.settings.micro_batch_size else {"micro_batch_size": size}
             records.write(self.done, {"grad_norm": norm, "lr": lr, **means, **totals, **cut}, timing)
         return means
@@ -466,14 +369,9 @@ class _Run:
             kept=f"{self._kept()}; no update was made",
             fix="lower --lr, raise train.warmup_ratio, or set train.mixed_precision=no",
         )
-
-        def refuse(*, concerned: bool) -> None:
-            if concerned:
-                raise error
-
         own = all(bool(part.isfinite()) for part in parts.values())
-        agree(lambda: refuse(concerned=not own))
-        agree(lambda: refuse(concerned=True))
+        agree_to_raise(None if own else error)
+        agree_to_raise(error)
 
     def _save(self, step: int) -> None:
         snapshot = Snapshot(
@@ -483,7 +381,7 @@ class _Run:
             optimizer=gather(self.optimizer.state_dict()),
             fingerprint=self.fingerprint,
             window=asdict(self.seen),
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.batches.micro_batch_size,
             metrics=path.read_bytes() if (path := self.out / METRICS).exists() else b"",
             evaluated=self.evaluations.note_saved() if self.evaluations is not None else {},
         )

@@ -13,10 +13,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from xkd_schemas.config import RunConfig
 from xkd_trainer.data.cache import Cache
@@ -26,9 +27,10 @@ from xkd_trainer.losses.ops.shared_pass import PASS_BYTES, head_cross_entropy
 from xkd_trainer.models.architecture import Head, backbone
 from xkd_trainer.models.compute_dtype import dtype_named, this_device
 from xkd_trainer.models.forward import checkpoint_blocks
-from xkd_trainer.models.loading import load_errors, model_source, new_model
+from xkd_trainer.models.loading import new_model
 from xkd_trainer.models.lora import add_adapter, trained
-from xkd_trainer.training.loop import AHEAD
+from xkd_trainer.models.streaming import empty_model
+from xkd_trainer.training.batches import AHEAD
 from xkd_trainer.training.prepare import build_losses, check_student_settings, open_run
 
 PER_WEIGHT: Final = {"adamw": 2.0, "adamw_fused": 2.0, "adamw_8bit": 0.5}
@@ -104,10 +106,7 @@ def _student(run: RunConfig, vocab_size: int) -> PreTrainedModel:
         if name.startswith("new:"):
             model = new_model(name.removeprefix("new:"), vocab_size=vocab_size, special={}, dtype=dtype)
         else:
-            source, options = model_source(name, weights=False)
-            with load_errors(name, source):
-                config = AutoConfig.from_pretrained(source, **options)
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = empty_model(name, dtype)
         if run.train.lora.rank:
             add_adapter(model, run.train.lora, name)
     if run.train.gradient_checkpointing:
@@ -162,12 +161,9 @@ def _teacher_head(cache: Cache, read: dict[Any, int], device: str) -> Head:
 
 def _longest(cache: Cache, count: int) -> tuple[list[int], int]:
     """The rows with the most student tokens, and the most that one has."""
-    lengths = {}
-    for row in cache.usable.tolist():
-        one, at = cache.at(row)
-        lengths[row] = len(one.students[at]["token_ids"])
-    rows = sorted(lengths, key=lambda row: -lengths[row])[:count]
-    return rows, lengths[rows[0]]
+    lengths = cache.lengths(cache.usable)
+    order = np.argsort(-lengths, kind="stable")[:count]
+    return cache.usable[order].tolist(), int(lengths[order[0]])
 
 
 def _state_bytes(optimizer: str, parameter: Tensor) -> int:
@@ -192,16 +188,16 @@ def _learnt(losses: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _tensor_bytes(value: Any) -> int:
+    """Of all tensors of a batch."""
     if isinstance(value, Tensor):
-        return value.numel() * value.itemsize
+        return value.nbytes
     if is_dataclass(value):
         return sum(_tensor_bytes(getattr(value, field.name)) for field in fields(value))
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return sum(map(_tensor_bytes, values))
+    return sum(map(_tensor_bytes, value)) if isinstance(value, tuple) else 0
 
 
 def _load_kernels() -> None:

@@ -27,7 +27,8 @@ from xkd_schemas.signals import Signal
 from xkd_schemas.text.encode import reading_of
 from xkd_schemas.text.templates import AUTO
 from xkd_schemas.text.tokenizers import identity
-from xkd_trainer.data.cache import Cache, CacheJoin, CacheUnion, find_student, layers_of, parse_shards
+from xkd_trainer.data.cache import Cache, find_student, layers_of
+from xkd_trainer.data.several_caches import CacheJoin, CacheUnion, parse_shards
 from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant_head
 from xkd_trainer.losses.registry import loss_named, parse_loss
 from xkd_trainer.models.architecture import head_of, num_layers
@@ -39,23 +40,20 @@ from xkd_trainer.training.distiller import Distiller
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ready:
-    """Everything checked and loaded; nothing trained yet."""
-
-    cache: Cache
-    tokenizer: Any
-    distiller: Distiller
-    wanted: frozenset[Signal]  # signals that batches carry
-    save_dtype: torch.dtype  # of the finished student
-
-
-@dataclass(frozen=True, kw_only=True)
 class Opened:
     """The cache of a run, checked against its losses; no model loaded yet."""
 
     cache: Cache
     tokenizer: Any
-    wanted: frozenset[Signal]
+    wanted: frozenset[Signal]  # signals that batches carry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready(Opened):
+    """Everything checked and loaded; nothing trained yet."""
+
+    distiller: Distiller
+    save_dtype: torch.dtype  # of the finished student
 
 
 def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Ready:
@@ -69,7 +67,7 @@ def set_up(run: RunConfig, student_table: str, *, on_missing: str = "fail", quie
     distiller = Distiller(student, *build_losses(run, cache, student, tokenizer), packing=run.train.packing)
     if run.train.compile:
         compile_blocks(student)  # behind the rehearsal, which would compile for itself
-    return Ready(cache=cache, tokenizer=tokenizer, distiller=distiller, wanted=opened.wanted, save_dtype=save_dtype)
+    return Ready(**vars(opened), distiller=distiller, save_dtype=save_dtype)
 
 
 def open_run(run: RunConfig, student_table: str, *, on_missing: str = "fail", quiet: bool = False) -> Opened:

@@ -10,12 +10,14 @@ import json
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, TypeVar
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from xkd_schemas.console import warn
 from xkd_schemas.durable_files import digest, disk_errors, rename, replace
@@ -26,7 +28,7 @@ from xkd_trainer.run_folder import METRICS, TIMING, read_lines
 
 T = TypeVar("T")
 
-TRACKED: Final = "trackers"  # folder of trackers that write files
+Value = TypeVar("Value", float, Tensor)
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -34,11 +36,6 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputMissing(f"--track {name}: {name} is not installed", fix=f"pip install {name}")
-
-
-def tracker_options(out: Path, names: Sequence[str]) -> dict[str, Any]:
-    """What an Accelerator has to know of its trackers."""
-    return {"log_with": list(names), "project_dir": out / TRACKED} if names else {}
 
 
 class Metrics:
@@ -50,18 +47,37 @@ class Metrics:
 
     def __init__(self, out: Path, *, before: bytes | None, name: str = METRICS) -> None:
         self.path = out / name
-        stem = self.path.stem
         if before is not None:
             replace(self.path, before)
         elif self.path.exists():
-            taken = {path.name for path in out.glob(f"{stem}-*.jsonl")}
-            free = next(name for n in itertools.count(1) if (name := f"{stem}-{n}.jsonl") not in taken)
-            rename(self.path, out / free)
+            numbered = (out / f"{self.path.stem}-{number}.jsonl" for number in itertools.count(1))
+            rename(self.path, next(path for path in numbered if not path.exists()))
 
     def write(self, **values: Any) -> None:
         """Append one line."""
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(values) + "\n")
+
+
+def add_values(sums: dict[str, Value], values: Mapping[str, Value]) -> None:
+    """Add numbers or tensors by name to what is there, or put them there."""
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+@dataclass(kw_only=True, slots=True)
+class Window:
+    """Sums of the terms and of their counts since the last logged step; a checkpoint holds it."""
+
+    steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, terms: Mapping[str, float], counts: Mapping[str, float]) -> None:
+        """Add a step."""
+        self.steps += 1
+        add_values(self.sums, terms)
+        add_values(self.counts, counts)
 
 
 class Meter:
