@@ -100,7 +100,7 @@ def test_several_processes_train_the_student_of_one_and_the_first_alone_speaks_a
 ) -> None:
     def watch(rank: int) -> None:
         if rank:
-            loop.save = loop.export_student = loop.Metrics = loop.hold_lock = None  # would be called
+            loop.save = loop.export_student = loop.Records = loop.hold_lock = None  # would be called
 
     ended = launch(world, tmp_path / "out", watch, micro_batch_size=micro_batch_size)
 
