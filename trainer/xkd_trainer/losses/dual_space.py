@@ -34,8 +34,9 @@ from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass,
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_argmax
 from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
+from xkd_trainer.losses.ops.soft_dtw import look_at
 from xkd_trainer.losses.ops.term import LossTerm, term
-from xkd_trainer.models.measures import LONG_CELLS, at_least_float32
+from xkd_trainer.models.measures import at_least_float32
 
 BLOCK_SCORES: Final = 1 << 20
 """Scores that `attend` makes at a time, 4 MB in float32."""
@@ -92,12 +93,10 @@ def attend(
     Some rows of scores at a time, which are made again for the gradient.
     """
     key_BMK, key_valid_BM = key
-    place_M = torch.arange(1, key_BMK.shape[1] + 1, device=key_BMK.device, dtype=values_BMd.dtype)
 
     def work(query_BRK: Tensor, key_BMK: Tensor, values_BMd: Tensor, valid_BR: Tensor) -> tuple[Tensor, ...]:
         share_BRM = align_scores(query_BRK, key_BMK, valid_BR, key_valid_BM).softmax(-1)
-        fixed_BRM = share_BRM.detach()
-        return share_BRM @ values_BMd, fixed_BRM @ place_M, -torch.xlogy(fixed_BRM, fixed_BRM).sum(-1)
+        return share_BRM @ values_BMd, *look_at(share_BRM)
 
     step = max(1, BLOCK_SCORES // max(1, key_valid_BM.numel()))
     blocks = zip(*(torch.split(side, step, dim=1) for side in query), strict=True)
@@ -166,9 +165,7 @@ class Mixed:
     key_BMK: Tensor  # what is attended to: the teacher's embeddings, constants
     hidden_BMD: Tensor  # the teacher's states at its predictions
     target_BMD: Tensor  # its embeddings of the ids that are predicted
-    to_student_BNM: Tensor | None  # which teacher tokens a student token looks at; None for long documents
-    attended_BN: Tensor | None  # for those: the mean place, from 1, that a student token looks at
-    entropy_BN: Tensor | None  # and the entropy of what it looks at, in nats
+    seen: tuple[Tensor, Tensor]  # `look_at` of the teacher tokens that each student token attends to
     projected: LazyLogits  # the teacher at the student's positions, read with the student's head, which is fixed
     back: LazyLogits  # the student at the teacher's positions, read with the teacher's head
 
@@ -186,10 +183,6 @@ class CrossModelLoss(Loss):
         self.head = TeacherHead(context, who)
         self.embeddings_VD = nn.Buffer(context.teacher_embeddings(), persistent=False)
 
-    def in_blocks(self, batch: Batch) -> bool:
-        """Whether scores are made some rows at a time, so that nothing has the size of both responses."""
-        return batch.predict_valid_BN.numel() * batch.teacher_predict_valid_BM.shape[1] > LONG_CELLS
-
     def mix(self, batch: Batch, student: StudentPass) -> Mixed:
         """What each token takes from the other model; the student's embeddings are constants in the scores."""
         s_valid_BN, t_valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
@@ -203,19 +196,12 @@ class CrossModelLoss(Loss):
         query_BNK, hidden_BMD = at_valid(self.query, query_BNk, s_valid_BN), teacher_states(batch)
         values_BMd = at_valid(self.t2s, hidden_BMD / self.hidden_std + target_BMD / self.embedding_std, t_valid_BM)
         values_BND = at_valid(self.s2t, student.predict_hidden_BNd, s_valid_BN)
-        to_student_BNM = attended_BN = entropy_BN = None
-        if self.in_blocks(batch):
-            sides = (query_BNK, s_valid_BN), (key_BMK, t_valid_BM)
-            mixed_BNd, attended_BN, entropy_BN = attend(*sides, values_BMd)
-            mixed_BMD, *_ = attend(sides[1], sides[0], values_BND)
-        else:
-            scores_BNM = align_scores(query_BNK, key_BMK, s_valid_BN, t_valid_BM)
-            to_student_BNM = scores_BNM.softmax(-1)
-            mixed_BNd, mixed_BMD = to_student_BNM @ values_BMd, scores_BNM.mT.softmax(-1) @ values_BND
+        own, theirs = (query_BNK, s_valid_BN), (key_BMK, t_valid_BM)
+        mixed_BNd, *seen = attend(own, theirs, values_BMd)
+        mixed_BMD, *_ = attend(theirs, own, values_BND)
         return Mixed(
             query_BNK=query_BNK, key_BMK=key_BMK, hidden_BMD=hidden_BMD, target_BMD=target_BMD,
-            to_student_BNM=to_student_BNM, attended_BN=attended_BN, entropy_BN=entropy_BN,
-            projected=with_fixed_head(student, mixed_BNd), back=self.head(mixed_BMD),
+            seen=(seen[0], seen[1]), projected=with_fixed_head(student, mixed_BNd), back=self.head(mixed_BMD),
         )  # fmt: skip
 
     def compare(self, batch: Batch, student: StudentPass, mixed: Mixed, s: DskdCmaSettings) -> Mapping[str, LossTerm]:
