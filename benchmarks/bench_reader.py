@@ -109,7 +109,7 @@ def pad_all(read: ReadOne, order: Any, target_BRD: States) -> None:
             target_BRD[place, len(states_RD) : longest] = 0
 
 
-PEER_BARS = {"datasets, torch format": 5.0, "datasets, torch format of int16": None, "MDS bytes": 1.8, "litdata": 1.3}
+PEER_BARS = {"datasets, torch format": 5.0, "datasets, torch format of int16": None, "litdata": 1.3}
 
 
 def peers(states: Sequence[npt.NDArray[np.uint16]], scratch: Path) -> tuple[dict[str, ReadOne], list[Result]]:
@@ -120,7 +120,6 @@ def peers(states: Sequence[npt.NDArray[np.uint16]], scratch: Path) -> tuple[dict
     for name, package, make in (
         ("datasets, torch format", "datasets", of_datasets),
         ("datasets, torch format of int16", "datasets", functools.partial(of_datasets, dtype=torch.int16)),
-        ("MDS bytes", "streaming", of_mds),
         ("litdata", "litdata", of_litdata),
     ):
         try:
@@ -134,7 +133,6 @@ def peers(states: Sequence[npt.NDArray[np.uint16]], scratch: Path) -> tuple[dict
 
 NOT_HERE = {
     "datasets": "{error}; pip install datasets",
-    "streaming": "{error}; mosaicml-streaming asks for transformers below 5, so it does not go beside this project",
     "litdata": "{error}; pip install litdata, which brings torchvision and its torch",
 }
 
@@ -153,18 +151,6 @@ def of_datasets(tensors: Sequence[Tensor], folder: Path, dtype: torch.dtype | No
     width, options = tensors[0].shape[1], {} if dtype is None else {"dtype": dtype}
     saved = datasets.load_from_disk(str(folder)).with_format("torch", **options)
     return lambda row: saved[row]["states"].numpy().reshape(-1, width)
-
-
-def of_mds(tensors: Sequence[Tensor], folder: Path) -> ReadOne:
-    """MDS with a column of bytes, read as a bare array."""
-    from streaming import MDSWriter, StreamingDataset
-
-    with MDSWriter(out=str(folder), columns={"states": "bytes"}, size_limit=2**26) as writer:
-        for tensor in tensors:
-            writer.write({"states": tensor.numpy().tobytes()})
-    saved = StreamingDataset(local=str(folder), batch_size=1)
-    width = tensors[0].shape[1]
-    return lambda row: np.frombuffer(saved[row]["states"], np.int16).reshape(-1, width)
 
 
 def of_litdata(tensors: Sequence[Tensor], folder: Path) -> ReadOne:

@@ -66,10 +66,8 @@ def pseudo_inverse(head_KD: Tensor) -> Tensor:
             [0.0000, 0.2500, 0.0000]])
     """
     wide_KD = head_KD.detach().double()
-    values_D, vectors_DD = torch.linalg.eigh(wide_KD.T @ wide_KD)
-    kept_D = values_D > RANK_TOLERANCE**2 * values_D.amax().clamp_min(0.0)
-    inverse_D = torch.where(kept_D, 1.0 / torch.where(kept_D, values_D, 1.0), 0.0)
-    inverse_DK: Tensor = (vectors_DD * inverse_D) @ (vectors_DD.T @ wide_KD.T)
+    gram_DD = wide_KD.T @ wide_KD
+    inverse_DK: Tensor = torch.linalg.pinv(gram_DD, rtol=RANK_TOLERANCE**2, hermitian=True) @ wide_KD.T
     return inverse_DK.to(torch.float64 if head_KD.dtype == torch.float64 else torch.float32)
 
 

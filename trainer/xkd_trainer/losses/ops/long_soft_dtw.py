@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from xkd_trainer.losses.ops.soft_dtw import Band, cosine_cost, soft_dtw
+from xkd_trainer.losses.ops.softmax_rows import slices
 from xkd_trainer.models.measures import LONG_CELLS, has_cpu_kernels, unit_vectors
 
 BLOCK_CELLS: Final = 1 << 20
@@ -91,8 +92,7 @@ class _Long(torch.autograd.Function):
 
 def blocks_of(size: int, other: int) -> Iterator[slice]:
     """Rows of each block."""
-    step = max(1, BLOCK_CELLS // other)
-    return (slice(first, min(first + step, size)) for first in range(0, size, step))
+    return slices(0, size, max(1, BLOCK_CELLS // other))
 
 
 def _costs(x_SE: Tensor, y_TE: Tensor, band: Band | None, block: slice) -> Any:
