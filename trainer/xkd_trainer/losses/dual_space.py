@@ -32,7 +32,7 @@ from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass, constant_head
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
-from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_argmax
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked
 from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
 from xkd_trainer.losses.ops.soft_dtw import look_at
 from xkd_trainer.losses.ops.term import LossTerm, term
@@ -113,7 +113,8 @@ def find_correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> 
 
     Invalid positions are not read. Of equal logits the first class counts.
     """
-    return valid_BN & (head_argmax(projected, valid_BN) == target_BN)
+    best_N = chunked(lambda _, logits_CV: logits_CV.argmax(-1), projected.detach().at(valid_BN))
+    return valid_BN.masked_scatter(valid_BN, best_N == target_BN[valid_BN])
 
 
 # -- wiring to the cache
