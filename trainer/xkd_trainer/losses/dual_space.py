@@ -22,6 +22,7 @@ Shape legend for this file
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import torch
@@ -90,7 +91,7 @@ def attend(
     """What each query token takes of the values, [B, N, d], and without gradient the mean place, counted from 1, and
     the entropy, both [B, N], of what it attends to; both sides are vectors and which of them are tokens.
 
-    Some rows of scores at a time, which are made again for the gradient.
+    Some rows of scores at a time; of several blocks each is made again for the gradient.
     """
     key_BMK, key_valid_BM = key
 
@@ -99,11 +100,9 @@ def attend(
         return share_BRM @ values_BMd, *look_at(share_BRM)
 
     step = max(1, BLOCK_SCORES // max(1, key_valid_BM.numel()))
-    blocks = zip(*(torch.split(side, step, dim=1) for side in query), strict=True)
-    done = [
-        checkpoint(work, query_BRK, key_BMK, values_BMd, valid_BR, use_reentrant=False, preserve_rng_state=False)
-        for query_BRK, valid_BR in blocks
-    ]
+    blocks = list(zip(*(torch.split(side, step, dim=1) for side in query), strict=True))
+    again = partial(checkpoint, work, use_reentrant=False, preserve_rng_state=False) if blocks[1:] else work
+    done = [again(query_BRK, key_BMK, values_BMd, valid_BR) for query_BRK, valid_BR in blocks]
     mixed_BNd, attended_BN, entropy_BN = (torch.cat(parts, 1) for parts in zip(*done, strict=True))
     return mixed_BNd, attended_BN, entropy_BN
 

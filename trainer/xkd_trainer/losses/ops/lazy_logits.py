@@ -147,14 +147,9 @@ def chunked_sum(function: Function, logits: LazyLogits, weights_N: Tensor | None
     The gradient of a chunk, by states, and by weight and bias where they require one, is taken at once, in the forward
     pass. The weights are constants; None is 1 everywhere. 0 where N is 0.
     """
-    wide = logits.wide
-    constant_N = wide.new_ones(len(logits.hidden)) if weights_N is None else weights_N.detach().to(wide)
-
-    def make(wanted: Sequence[bool], inputs: Sequence[Any]) -> Made:
-        values_N, slopes = _run(function, inputs, wanted, constant_N)
-        return values_N @ constant_N, wide.new_zeros(0), slopes
-
-    return make_at_once(make, logits.hidden, logits.weight, logits.bias)[0]
+    weights_N = logits.wide.new_ones(len(logits.hidden)) if weights_N is None else weights_N
+    alone = [(rows, rows) for rows in chunks(logits)]
+    return grouped_sum(lambda rows, logits_CV: function(rows, logits_CV)[:, None], logits, weights_N, alone)[0]
 
 
 def grouped_sum(
