@@ -200,11 +200,9 @@ class Sra(Loss):
         self.shares = dict(zip(self.beside, layer_shares(settings.beta, len(self.beside)), strict=True))
         self.projector = _make_projector(context, settings)
         self.inner_projectors = nn.ModuleDict({str(layer): _make_projector(context, settings) for layer in inner})
-        student_ids_V, teacher_ids_V = shared_vocabulary(
-            context.student_vocab, context.teacher_vocab, settings.shared_vocab
-        )
-        self.student_ids_V = nn.Buffer(student_ids_V, persistent=False)
-        self.head = TeacherHead(context, "sra", teacher_ids_V)
+        own_ids_V, their_ids_V = shared_vocabulary(context.student_vocab, context.teacher_vocab, settings.shared_vocab)
+        self.student_ids_V = nn.Buffer(own_ids_V, persistent=False)
+        self.head = TeacherHead(context, "sra", their_ids_V)
 
     def weights(self, step: int) -> Mapping[str, float]:
         """L_HS + L_KD of the paper; cross-entropy is a loss of its own."""

@@ -198,7 +198,9 @@ def torch_soft_dtw(
     cost_BST = cost_BST.detach()
     if not cost_BST.numel():
         return cost_BST.new_zeros(cost_BST.shape[0]), torch.zeros_like(cost_BST)
-    inside_BST = inside_lengths(cost_BST, student_lengths_B, teacher_lengths_B)
+    row_S, column_T = (torch.arange(size, device=cost_BST.device) for size in cost_BST.shape[1:])
+    inside_BS1 = row_S[:, None] < student_lengths_B[:, None, None]
+    inside_BST = inside_BS1 & (column_T < teacher_lengths_B[:, None, None])
     working = torch.float32 if cost_BST.device.type == "mps" else torch.float64
     step_BST = cost_BST.to(working) / -gamma
     step_BST = torch.where(step_BST == math.inf, math.nan, step_BST)  # a cost of -inf has no meaning
@@ -244,13 +246,6 @@ def _backward(share_D3BS: Tensor, seed_DBS: Tensor) -> Tensor:
         if d + 2 < mass_DBS.shape[0]:
             mass_DBS[d, :, :-1] += (mass_DBS[d + 2] * share_D3BS[d + 2, 2])[:, 1:]
     return mass_DBS
-
-
-def inside_lengths(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> Tensor:
-    """True inside both lengths, [B, S, T]."""
-    row_S = torch.arange(like_BST.shape[1], device=like_BST.device)
-    column_T = torch.arange(like_BST.shape[2], device=like_BST.device)
-    return (row_S < student_lengths_B[:, None])[:, :, None] & (column_T < teacher_lengths_B[:, None])[:, None, :]
 
 
 def _skew(x_BST: Tensor) -> Tensor:
