@@ -2,7 +2,7 @@
 
 Everybody puts the states of eight documents at a time into a padded batch: the trainer's own `batch_of` with all that
 it makes beside them (tokens, alignment, masks), the others with the states alone into a tensor that is reused, and the
-zeros after them: what "memory" is does the same from arrays in memory. A bare copy without the zeros has a row too.
+zeros after them: what "memory" is does the same from arrays in memory.
 
 Shape legend for this file
     R kept rows of one document    B documents of a batch    D width
@@ -44,11 +44,9 @@ def run(options: Options) -> list[Result]:
     cache = Cache(options.scratch / "cache", student="made")
     shards = len(cache.teachers.manifest.commits)
     calls: dict[str, Callable[[], object]] = {
-        "first touch": lambda: read_all(Cache(options.scratch / "cache", student="made"), in_order),
         "declarations": lambda: [cache.teachers.shard(number).batch(0) for number in range(shards)],
     }
     for name, order in orders.items():
-        calls |= {f"bare copy {name}": functools.partial(copy_all, readers["memory"], order, target_BRD)}
         calls |= {f"ours {name}": functools.partial(read_all, cache, order)}
         for peer, read in readers.items():
             calls |= {f"{peer} {name}": functools.partial(pad_all, read, order, target_BRD)}
@@ -63,11 +61,6 @@ def run(options: Options) -> list[Result]:
         row(f"{name} reader / memory copy of the same padded states", f"ours {name}", f"memory {name}", bars[name])
         for name in orders
     ]
-    others = {
-        "reader that opens the cache and checks every digest / memory copy": ("first touch", "memory sequential"),
-        "shuffled reader / bare copy without the zeros": ("ours shuffled", "bare copy shuffled"),
-    }
-    rows += [row(what, *names, None) for what, names in others.items()]
     what = "types, lengths and offsets of all shards checked / memory copy"
     rows += [cost(what, seconds["declarations"], seconds["memory sequential"])]
     rows += [
@@ -89,14 +82,6 @@ def read_all(cache: Cache, order: Any) -> None:
     """Every document once, as the trainer reads."""
     for rows in batches(order):
         batch_of(cache, rows, frozenset({HIDDEN}))
-
-
-def copy_all(read: ReadOne, order: Any, target_BRD: States) -> None:
-    """Every document once into the reused batch, and nothing else."""
-    for rows in batches(order):
-        for place, row in enumerate(rows):
-            states_RD = read(row)
-            target_BRD[place, : len(states_RD)] = states_RD
 
 
 def pad_all(read: ReadOne, order: Any, target_BRD: States) -> None:
