@@ -2,8 +2,7 @@
 
 The tokenizer alone is `encode_batch` of the tokenizers library on the same segments: nothing is read out of it. The
 bar of 1.0 is for offsets and alignment against the tokenization of both models; the whole align stage against the
-student's tokenizer is held to it too. The row against `encode_batch_fast`, which gives ids alone, is printed.
-Alignment alone is the merge of the two models' intervals, in tokens a second.
+student's tokenizer is held to it too. Alignment alone is the merge of the two models' intervals, in tokens a second.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,18 +11,18 @@ from typing import Any, cast
 import numpy as np
 
 from benchmarks.measure import Options, interleaved
-from benchmarks.pair import Pair, pair_of
+from benchmarks.pair import pair_of
 from benchmarks.rows import Row as Figures
 from benchmarks.rows import cost, ratio
 from xkd_pipeline.alignment import align_rows
-from xkd_pipeline.tables.shard import DocumentRows, document_at, documents_of, encoder_for, tokens_of, write_shard
-from xkd_schemas.cache.table import Row, Table, names_in
+from xkd_pipeline.tables.shard import DocumentRows, document_at, encoder_for
+from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.config import StudentSection
 from xkd_schemas.ragged import Ragged
-from xkd_schemas.text.alignment import align, content_of, grouped_spans, token_ranges
+from xkd_schemas.text.alignment import align, content_of, grouped_spans
 from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import Encoder
-from xkd_schemas.tokens import OK, STUDENTS, Int32s, Int64s
+from xkd_schemas.tokens import OK, Int32s, Int64s
 
 
 def run(options: Options) -> list[Figures]:
@@ -34,10 +33,6 @@ def run(options: Options) -> list[Figures]:
     rows = [documents[i] for i in range(number)]
     settings = StudentSection(template=pair.template, max_tokens=100_000)
     reader, encoder = encoder_for(pair.teacher, settings), encoder_for(pair.tokenizer, settings)
-    return [_files(options, pair, encoder), *_rows(options, encoder, reader, rows)]
-
-
-def _rows(options: Options, encoder: Encoder, reader: Encoder, rows: Sequence[Row]) -> list[Figures]:
     return [
         figures
         for some in (rows, glued(rows, 4_000))
@@ -105,12 +100,9 @@ def _measured(what: str, encoder: Encoder, reader: Encoder, some: Sequence[Row],
             "stage": lambda: align_rows(encoder, rows, teacher),
             "student": lambda: tokenizers[0].encode_batch(texts, add_special_tokens=False),
             "teacher": lambda: tokenizers[1].encode_batch(texts, add_special_tokens=False),
-            "ids": lambda: tokenizers[0].encode_batch_fast(texts, add_special_tokens=False),
             "both": lambda: (reader.encode_batch(rows.block), encoder.encode_batch(rows.block)),
             "alignment": lambda: align(aligned, teacher, ends),
-            "ranges": lambda: (token_ranges(aligned, rows.words), token_ranges(aligned, rows.phrases)),
             "merge": lambda: grouped_spans(*merged),
-            "search": lambda: np.searchsorted(merged[2][:, 1], merged[0][:, 1]),
         },
         repeats,
     )
@@ -120,35 +112,11 @@ def _measured(what: str, encoder: Encoder, reader: Encoder, some: Sequence[Row],
     return [
         cost(f"{what}: offsets of both models and alignment / both bare tokenizers", offsets, bare, bar=1.0),
         cost(f"{what}: all that the align stage adds / the bare tokenizer", stage, seconds["student"], bar=1.0),
-        cost(f"{what}: all that it adds to ids alone / ids alone", seconds["stage"] - seconds["ids"], seconds["ids"]),
         cost(f"{what}: alignment / both tokenizations with offsets", seconds["alignment"], seconds["both"]),
-        cost(f"{what}: word and phrase ranges / the same", seconds["ranges"], seconds["both"]),
         ratio(
             f"{what}: tokens aligned a second", millions, seconds["merge"], "million tokens, s", bar=100, at_least=True
         ),
-        cost(f"{what}: that alignment / numpy's searchsorted of the same ends", seconds["merge"], seconds["search"]),
     ]
-
-
-def _files(options: Options, pair: Pair, encoder: Encoder) -> Figures:
-    """What is left of the stage: columns of one unit read from two mapped shards, and its own shard written."""
-    documents, name = Table(pair.cache, "documents"), names_in(pair.cache, "teachers")[0]
-    shards = documents.shard(0), Table(pair.cache, f"teachers/{name}").shard(0)
-    rows, teacher = documents_of(shards[0]), tokens_of(shards[1])
-    columns = align_rows(encoder, rows, teacher)[1]
-    texts = [text[start:end] for text, spans in zip(rows.block.texts, rows.block.segments, strict=True)
-             for start, end in spans.tolist()]  # fmt: skip
-    tokenizer = encoder.tokenizer.backend_tokenizer
-    seconds = interleaved(
-        {
-            "read": lambda: (documents_of(shards[0]), tokens_of(shards[1])),
-            "write": lambda: write_shard(options.scratch, 0, STUDENTS, columns),
-            "bare": lambda: tokenizer.encode_batch(texts, add_special_tokens=False),
-        },
-        options.repeats,
-    )
-    what = f"a unit of {len(texts)} segments: reading two shards and writing one / the bare tokenizer"
-    return cost(what, seconds["read"] + seconds["write"], seconds["bare"])
 
 
 def intervals_of(tokens: TokenBatch, ends: Ragged) -> tuple[Int32s, Int64s]:

@@ -21,7 +21,7 @@ from xkd_trainer.models.loading import load_model
 
 
 def run(options: Options) -> list[Result]:
-    """Against the base model, and against the model with its head as a user would call it."""
+    """Against the base model; and the part of it that logits cannot do without."""
     pair = pair_of(options)
     settings = TeacherSettings(model=pair.teacher, dtype=fast_dtype(), template=pair.template)
     ours, bare = (load_model(pair.teacher, dtype=dtype_named(settings.dtype)) for _ in range(2))
@@ -33,7 +33,6 @@ def run(options: Options) -> list[Result]:
         {
             "capture": lambda: capture(ours, readings, wanted, settings),
             "base": lambda: forward_loop(bare.base_model, readings, settings),
-            "head": lambda: forward_loop(bare, readings, settings),
             "logits": logits_loop(bare, readings, settings),
         },
         2 if options.quick else 3,
@@ -41,7 +40,6 @@ def run(options: Options) -> list[Result]:
     what = f"capture of {len(readings)} documents for mta, sra, dwa"
     return [
         cost(f"{what} / bare forward loop", seconds["capture"], seconds["base"], bar=1.15),
-        cost(f"{what} / bare loop with the head on every token", seconds["capture"], seconds["head"]),
         cost("of that, logits of the predicted positions / bare forward loop", seconds["logits"], seconds["base"]),
     ]
 

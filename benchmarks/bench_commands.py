@@ -1,10 +1,9 @@
 """Peak memory of every command on a corpus and on one ten times as large: it should follow the batch, not the corpus.
 
-Each command is the real one, in a process of its own: python -m benchmarks.bench_commands PROGRAM ARGUMENT... The peak
-is that of everything the process has mapped, pages of shards with it. Models are tiny, so that little hides growth.
-Texts are
-of one length. What grows at capture is what torch keeps of each new shape, and it ends: the same documents read
-again by one process add 2 % to its memory, and a third time nothing.
+Each command is the real one, in a process of its own. The peak is that of everything the process has mapped, pages of
+shards with it. Models are tiny, so that little hides growth. Texts are of one length. What grows at capture is what
+torch keeps of each new shape, and it ends: the same documents read again by one process add 2 % to its memory, and a
+third time nothing.
 """
 
 import importlib
@@ -46,7 +45,7 @@ def run(options: Options) -> list[Result]:
     places = [written(options.scratch, rows * times) for times in (1, TIMES)]
     results: list[Result] = []
     for name in commands(pair, places[0]):
-        small, large = (_peak(commands(pair, place)[name]) for place in places)
+        small, large = (in_subprocess(peak_of, *commands(pair, place)[name]) for place in places)
         results.append(memory(f"peak of {name} on {rows * TIMES} documents / on {rows}", large, small, bar=1.1))
     return results
 
@@ -92,21 +91,13 @@ def commands(pair: Pair, place: Place) -> Mapping[str, Sequence[object]]:
     }  # fmt: skip
 
 
-def _peak(command: Sequence[object]) -> float:
-    return float(in_subprocess("benchmarks.bench_commands", *command)["peak"])
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run one command; print the peak."""
-    program = importlib.import_module(PROGRAMS[arguments[0]])
-    sys.argv = list(arguments)
+def peak_of(*command: str) -> int:
+    """Run one command; the peak."""
+    program = importlib.import_module(PROGRAMS[command[0]])
+    sys.argv = list(command)
     try:
         program.main()
     except SystemExit as end:
         if end.code:
             raise
-    print(json.dumps({"peak": max(peak_bytes(), peak_of_children())}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return max(peak_bytes(), peak_of_children())

@@ -1,6 +1,6 @@
 """KL over 152,000 classes in both spaces of DWA-KD: memory beyond the inputs and CPU time, against plain torch.
 
-Every form runs in a process of its own: python -m benchmarks.bench_kl SPACE FORM T V D.
+Every form runs in a process of its own.
 
 Shape legend for this file
     T tokens    V classes    D width
@@ -8,8 +8,6 @@ Shape legend for this file
 
 import contextlib
 import functools
-import json
-import sys
 import time
 from collections.abc import Callable
 from unittest import mock
@@ -39,7 +37,7 @@ def run(options: Options) -> list[Result]:
         best = {form: {"cpu": float("inf"), "peak": float("inf")} for form in FORMS}
         for _ in range(1 if options.quick else 3):
             for form in FORMS:
-                found = in_subprocess("benchmarks.bench_kl", space, form, *size)
+                found = in_subprocess(measured, space, form, *size)
                 best[form] = {key: min(best[form][key], found[key]) for key in best[form]}
         ours, plain = best["ours"], best["plain"]
         what = f"{space} space, T={size[0]} V={size[1]}"
@@ -103,16 +101,12 @@ def loss_of(form: str, student: LazyLogits, teacher: LazyLogits) -> Tensor:
     return F.kl_div((student.dense() / TEMPERATURE).log_softmax(-1), log_p_TV, log_target=True, reduction="sum")
 
 
-def main(space: str, form: str, tokens: str, classes: str, width: str) -> None:
-    """Measure one form and print it."""
+def measured(space: str, form: str, tokens: str, classes: str, width: str) -> dict[str, float]:
+    """CPU time and memory of one form."""
     torch.set_num_threads(1)
     warm = inputs(space, (2, 8, 4))
     loss_of(form, *warm).backward()
     student, teacher = inputs(space, (int(tokens), int(classes), int(width)))
     before, start = forget_peak(), time.process_time()
     loss_of(form, student, teacher).backward()
-    print(json.dumps({"cpu": time.process_time() - start, "peak": peak_bytes() - before}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return {"cpu": time.process_time() - start, "peak": peak_bytes() - before}

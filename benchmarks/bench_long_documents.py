@@ -1,16 +1,14 @@
 """Peak memory of a training step on one document of 16,384 tokens and on one of 8,192, for each loss at its defaults.
 
-Small random models. Every size runs in a process of its own: python -m benchmarks.bench_long_documents TOKENS LOSS...
+Small random models. Every size runs in a process of its own.
 """
 
 import ctypes
 import gc
 import itertools
-import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,14 +33,14 @@ def run(options: Options) -> list[Result]:
     sizes = (options.size(8_192, 512), options.size(16_384, 1_024))
     names = ("ce", "mta", "sra", "dwa") if options.quick else tuple(LOSSES)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the system, so that a peak is one
-    short, long = (in_subprocess("benchmarks.bench_long_documents", size, *names) for size in sizes)
+    short, long = (in_subprocess(peaks_of, size, *names) for size in sizes)
     what = f"peak of {{}} at {sizes[1]:,} tokens / at {sizes[0]:,}"
     return [memory(what.format(name), long[name], short[name], bar=BAR) for name in short]
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Print the bytes that capture and one step of each loss took beyond what was held before."""
-    tokens, names = int(arguments[0]), tuple(arguments[1:])
+def peaks_of(size: str, *names: str) -> dict[str, int]:
+    """The bytes that capture and one step of each loss took beyond what was held before."""
+    tokens = int(size)
     with tempfile.TemporaryDirectory(prefix="xkd-bench-") as scratch:
         text = "\n".join(itertools.islice(texts_of(1_000), tokens // 100))
         before = _settle()
@@ -58,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
             peaks[name] = peak_bytes() - before
             print(name, round(peaks[name] / 2**20), file=sys.stderr, flush=True)
             del step
-    print(json.dumps(peaks))
+    return peaks
 
 
 def _settle() -> int:
@@ -66,7 +64,3 @@ def _settle() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return forget_peak()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

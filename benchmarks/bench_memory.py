@@ -1,12 +1,9 @@
 """Peak memory of training on a cache and on one eight times as large: it should follow the batch, not the cache.
 
-Training runs in a process of its own: python -m benchmarks.bench_memory CACHE STUDENT TOKENIZER TEMPLATE OUT.
+Training runs in a process of its own.
 """
 
-import json
 import shutil
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure import Options, in_subprocess, peak_bytes
@@ -32,10 +29,10 @@ def run(options: Options) -> list[Result]:
     for times, cache in caches.items():
         out = options.scratch / f"out-{times}"
         found = [
-            in_subprocess("benchmarks.bench_memory", cache, pair.student, pair.tokenizer, pair.template, f"{out}-{n}")
+            in_subprocess(peak_of_training, cache, pair.student, pair.tokenizer, pair.template, f"{out}-{n}")
             for n in range(options.size(2, 1))
         ]
-        peaks[times] = min(f["peak"] for f in found)
+        peaks[times] = min(found)
     mib = {times: size / 2**20 for times, size in sizes.items()}
     what = f"peak of {STEPS} steps on a cache of {mib[TIMES]:.0f} MiB / on one of {mib[1]:.0f} MiB"
     return [memory(what, peaks[TIMES], peaks[1], bar=1.1)]
@@ -75,13 +72,8 @@ def _repeat(source: Path, target: Path, name: str, times: int, changed: dict[str
     return store.seal(commits, old.manifest.constants, old.manifest.files).root
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Train and print the peak."""
-    cache, student, tokenizer, template, out = arguments
+def peak_of_training(cache: str, student: str, tokenizer: str, template: str, out: str) -> int:
+    """Train; the peak."""
     pair = Pair(teacher="", student=student, tokenizer=tokenizer, cache=Path(cache), template=template)
     train(pair.run_file(ALL, out=Path(out), steps=STEPS), quiet=True)
-    print(json.dumps({"peak": peak_bytes()}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return peak_bytes()

@@ -1,11 +1,8 @@
 """What `xkd-train plan` says of a training process's memory, against the peak of one that trains.
 
-Both run in processes of their own: python -m benchmarks.bench_plan CACHE STUDENT TOKENIZER TEMPLATE LOSS OUT|plan.
+Both run in processes of their own.
 """
 
-import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure import Options, in_subprocess, peak_bytes
@@ -24,8 +21,8 @@ def run(options: Options) -> list[Result]:
     pair, rows = pair_of(options), list[Result]()
     for loss in LOSSES[: options.size(2, 1)]:
         given = (pair.cache, pair.student, pair.tokenizer, pair.template, loss)
-        planned = in_subprocess("benchmarks.bench_plan", *given, "plan")
-        measured = in_subprocess("benchmarks.bench_plan", *given, options.scratch / loss)["peak"]
+        planned = in_subprocess(plan_or_train, *given, "plan")
+        measured = in_subprocess(plan_or_train, *given, options.scratch / loss)
         idle, mib = planned["bytes"]["process"], 2**20
         what = f"memory planned for training with {loss} / its peak"
         rows.append(ratio(what, planned["total"] / mib, measured / mib, "MiB", bar=0.85, at_least=True))
@@ -34,17 +31,11 @@ def run(options: Options) -> list[Result]:
     return rows
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Plan, or train and print the peak."""
-    cache, student, tokenizer, template, loss, out = arguments
+def plan_or_train(cache: str, student: str, tokenizer: str, template: str, loss: str, out: str) -> object:
+    """What is planned, or the peak of training."""
     pair = Pair(teacher="", student=student, tokenizer=tokenizer, cache=Path(cache), template=template)
     settings = pair.run_file(loss, out=Path(out), steps=STEPS, batch_size=BATCH)
     if out == "plan":
-        print(json.dumps(plan_training(settings)))
-        return
+        return plan_training(settings)
     train(settings, quiet=True)
-    print(json.dumps({"peak": peak_bytes()}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return peak_bytes()

@@ -2,7 +2,7 @@
 
 Everybody puts the states of eight documents at a time into a padded batch: the trainer's own `batch_of` with all that
 it makes beside them (tokens, alignment, masks), the others with the states alone into a tensor that is reused, and the
-zeros after them: what "memory" is does the same from arrays in memory. A bare copy without the zeros has a row too.
+zeros after them: what "memory" is does the same from arrays in memory.
 
 Shape legend for this file
     R kept rows of one document    B documents of a batch    D width
@@ -44,11 +44,9 @@ def run(options: Options) -> list[Result]:
     cache = Cache(options.scratch / "cache", student="made")
     shards = len(cache.teachers.manifest.commits)
     calls: dict[str, Callable[[], object]] = {
-        "first touch": lambda: read_all(Cache(options.scratch / "cache", student="made"), in_order),
         "declarations": lambda: [cache.teachers.shard(number).batch(0) for number in range(shards)],
     }
     for name, order in orders.items():
-        calls |= {f"bare copy {name}": functools.partial(copy_all, readers["memory"], order, target_BRD)}
         calls |= {f"ours {name}": functools.partial(read_all, cache, order)}
         for peer, read in readers.items():
             calls |= {f"{peer} {name}": functools.partial(pad_all, read, order, target_BRD)}
@@ -63,11 +61,6 @@ def run(options: Options) -> list[Result]:
         row(f"{name} reader / memory copy of the same padded states", f"ours {name}", f"memory {name}", bars[name])
         for name in orders
     ]
-    others = {
-        "reader that opens the cache and checks every digest / memory copy": ("first touch", "memory sequential"),
-        "shuffled reader / bare copy without the zeros": ("ours shuffled", "bare copy shuffled"),
-    }
-    rows += [row(what, *names, None) for what, names in others.items()]
     what = "types, lengths and offsets of all shards checked / memory copy"
     rows += [cost(what, seconds["declarations"], seconds["memory sequential"])]
     rows += [
@@ -91,14 +84,6 @@ def read_all(cache: Cache, order: Any) -> None:
         batch_of(cache, rows, frozenset({HIDDEN}))
 
 
-def copy_all(read: ReadOne, order: Any, target_BRD: States) -> None:
-    """Every document once into the reused batch, and nothing else."""
-    for rows in batches(order):
-        for place, row in enumerate(rows):
-            states_RD = read(row)
-            target_BRD[place, : len(states_RD)] = states_RD
-
-
 def pad_all(read: ReadOne, order: Any, target_BRD: States) -> None:
     """Every document once into the reused batch, which is left as it must be: zeros after each document."""
     for rows in batches(order):
@@ -109,7 +94,7 @@ def pad_all(read: ReadOne, order: Any, target_BRD: States) -> None:
             target_BRD[place, len(states_RD) : longest] = 0
 
 
-PEER_BARS = {"datasets, torch format": 5.0, "datasets, torch format of int16": None, "MDS bytes": 1.8, "litdata": 1.3}
+PEER_BARS = {"datasets, torch format": 5.0, "datasets, torch format of int16": None, "litdata": 1.3}
 
 
 def peers(states: Sequence[npt.NDArray[np.uint16]], scratch: Path) -> tuple[dict[str, ReadOne], list[Result]]:
@@ -120,7 +105,6 @@ def peers(states: Sequence[npt.NDArray[np.uint16]], scratch: Path) -> tuple[dict
     for name, package, make in (
         ("datasets, torch format", "datasets", of_datasets),
         ("datasets, torch format of int16", "datasets", functools.partial(of_datasets, dtype=torch.int16)),
-        ("MDS bytes", "streaming", of_mds),
         ("litdata", "litdata", of_litdata),
     ):
         try:
@@ -134,7 +118,6 @@ def peers(states: Sequence[npt.NDArray[np.uint16]], scratch: Path) -> tuple[dict
 
 NOT_HERE = {
     "datasets": "{error}; pip install datasets",
-    "streaming": "{error}; mosaicml-streaming asks for transformers below 5, so it does not go beside this project",
     "litdata": "{error}; pip install litdata, which brings torchvision and its torch",
 }
 
@@ -153,18 +136,6 @@ def of_datasets(tensors: Sequence[Tensor], folder: Path, dtype: torch.dtype | No
     width, options = tensors[0].shape[1], {} if dtype is None else {"dtype": dtype}
     saved = datasets.load_from_disk(str(folder)).with_format("torch", **options)
     return lambda row: saved[row]["states"].numpy().reshape(-1, width)
-
-
-def of_mds(tensors: Sequence[Tensor], folder: Path) -> ReadOne:
-    """MDS with a column of bytes, read as a bare array."""
-    from streaming import MDSWriter, StreamingDataset
-
-    with MDSWriter(out=str(folder), columns={"states": "bytes"}, size_limit=2**26) as writer:
-        for tensor in tensors:
-            writer.write({"states": tensor.numpy().tobytes()})
-    saved = StreamingDataset(local=str(folder), batch_size=1)
-    width = tensors[0].shape[1]
-    return lambda row: np.frombuffer(saved[row]["states"], np.int16).reshape(-1, width)
 
 
 def of_litdata(tensors: Sequence[Tensor], folder: Path) -> ReadOne:

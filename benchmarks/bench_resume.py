@@ -1,13 +1,12 @@
 """How much longer a run takes to its first step that goes on in the middle of an epoch of very many shards.
 
 The command is xkd-train itself, in processes of their own. The first one is stopped after one step, and its checkpoint
-is written as that of the middle. python -m benchmarks.bench_resume CACHE STUDENT TOKENIZER TEMPLATE OUT
+is written as that of the middle.
 """
 
-import json
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
 
 from benchmarks.bench_memory import repeated
 from benchmarks.bench_start import SHARDS, TINY
@@ -23,7 +22,7 @@ def run(options: Options) -> list[Result]:
     pair, shards = pair_of(options, TINY), options.size(SHARDS, 40)
     cache = repeated(pair.cache, options.scratch / "many", shards)
     given = (cache, pair.student, pair.tokenizer, pair.template, options.scratch / "out")
-    fresh, resumed = (in_subprocess("benchmarks.bench_resume", *given) for _ in range(2))
+    fresh, resumed = (in_subprocess(first_step_of, *given) for _ in range(2))
     assert resumed["step"] == fresh["middle"] > 0
     more = max(0.0, resumed["seconds"] - fresh["seconds"])
     return [
@@ -38,12 +37,11 @@ class _Stopped(Exception):
     pass
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run xkd-train to the end of its first step; print when that was, which step, and how many shards were opened."""
+def first_step_of(cache: str, student: str, tokenizer: str, template: str, out: str) -> dict[str, float]:
+    """Run xkd-train to the end of its first step; when that was, which step, and how many shards were opened."""
     from xkd_trainer.cli import main as command
     from xkd_trainer.training import loop
 
-    cache, student, tokenizer, template, out = arguments
     start, opened, said = time.process_time(), [], {}
     step_of = loop._Run._step
 
@@ -64,11 +62,6 @@ def main(arguments: Sequence[str]) -> None:
         "xkd-train", "--shards", cache, "--student", student, "--student-tokenizer", tokenizer, "--out", out, "--loss",
         "dwa", "--epochs", "1", "--batch-size", "2", "--threads", "1", "--template", template, "--json",
     ]  # fmt: skip
-    try:
+    with contextlib.suppress(_Stopped):
         command()
-    except _Stopped:
-        print(json.dumps(said))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return said

@@ -2,15 +2,13 @@
 
 The command is xkd-train itself, in a process of its own that notes the first shard it opens: nothing is opened before
 a batch is asked for (which a test holds it to). Importing torch and the models of transformers takes longer than the
-bar by itself, so it is a row of its own. python -m benchmarks.bench_start CACHE STUDENT TOKENIZER TEMPLATE OUT
+bar by itself, so it is a row of its own.
 """
 
 import importlib
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,13 +39,13 @@ def run(options: Options) -> list[Result]:
     ]  # fmt: skip
 
 
-def _fastest(pair: Pair, cache: Path, times: int) -> dict[str, Any]:
+def _fastest(pair: Pair, cache: Path, times: int) -> dict[str, float]:
     runs = []
     for _ in range(times):
         with tempfile.TemporaryDirectory(dir=cache.parent) as out:
             given = (cache, pair.student, pair.tokenizer, pair.template, Path(out) / "student")
-            runs.append(in_subprocess("benchmarks.bench_start", *given))
-    return min(runs, key=lambda run: float(run["first"] - run["imports"]))
+            runs.append(in_subprocess(started, *given))
+    return min(runs, key=lambda run: run["first"] - run["imports"])
 
 
 LIBRARIES = (
@@ -55,21 +53,19 @@ LIBRARIES = (
 )  # fmt: skip
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run xkd-train for one step; print when it had its imports, when it opened a shard, and all that it opened."""
+def started(cache: str, student: str, tokenizer: str, template: str, out: str) -> dict[str, float]:
+    """Run xkd-train for one step; when it had its imports, and when it opened a shard."""
     for module in LIBRARIES:
         importlib.import_module(module)
-    imports, opened, first = time.process_time(), [], []
+    imports, opened = time.process_time(), []
 
     def watch(event: str, details: tuple[Any, ...]) -> None:
         if event == "open" and str(details[0]).endswith(".arrow"):
-            first.append(time.process_time())
-            opened.append(Path(str(details[0])).relative_to(cache).as_posix())
+            opened.append(time.process_time())
 
     sys.addaudithook(watch)
     from xkd_trainer.cli import main as command
 
-    cache, student, tokenizer, template, out = arguments
     settings = (f"student.template={template}", "train.batch_size=2", "train.threads=1")
     sys.argv = [
         "xkd-train", "--shards", cache, "--student", student, "--student-tokenizer", tokenizer, "--out", out,
@@ -80,8 +76,4 @@ def main(arguments: Sequence[str]) -> None:
     except SystemExit as end:
         if end.code:
             raise
-    print(json.dumps({"imports": imports, "first": first[0], "opened": opened}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return {"imports": imports, "first": opened[0]}

@@ -1,15 +1,12 @@
 """A teacher whose blocks are read one after another, against the same one that is loaded whole: time, and memory.
 
-Memory is limited in a process of its own: python -m benchmarks.bench_streamed MODEL LIMIT TOKENS.
+Memory is limited in a process of its own.
 """
 
 import ctypes
-import json
 import os
 import resource
-import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +36,7 @@ def run(options: Options) -> list[Result]:
     large = random_teacher(options.scratch / "large", BLOCKS, options.size(1_536, 64))
     weights = sum(path.stat().st_size for path in Path(large).glob("*.safetensors"))
     limit = weights // TIMES + options.size(0, 64 * 2**20)
-    in_subprocess("benchmarks.bench_streamed", large, limit, 256)
+    in_subprocess(capture_limited, large, limit, 256)
     timed = random_teacher(options.scratch / "timed", options.size(12, 3), options.size(384, 64))
     models = {"whole": load_model(timed, dtype=torch.float32),
               "streamed": load_streamed(timed, dtype=torch.float32, device="cpu")}  # fmt: skip
@@ -97,19 +94,13 @@ def capture_all(name: str, tokens: int) -> None:
     capture(model, random_readings(tokens, SHORT), wanted_signals(num_layers(model)), settings)
 
 
-def main(arguments: Sequence[str]) -> None:
+def capture_limited(name: str, limit: str, tokens: str) -> None:
     """Capture in a process that may take so many bytes more than Python and its libraries have taken."""
-    name, limit, tokens = arguments[0], int(arguments[1]), int(arguments[2])
     threading.stack_size(2**20)
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # one tensor at a time, which is in memory twice while it is read
     ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is freed goes back to the system
     torch.set_num_threads(1)
     capture_all(random_teacher(Path(name).parent / "small", 4, 64), LENGTH)  # compiles what is compiled
-    base = resident_bytes("VmData")
-    resource.setrlimit(resource.RLIMIT_DATA, (base + limit, base + limit))
-    capture_all(name, tokens)
-    print(json.dumps({"base": base}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    most = resident_bytes("VmData") + int(limit)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    capture_all(name, int(tokens))

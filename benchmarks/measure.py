@@ -1,6 +1,7 @@
 """CPU time of interleaved calls, peak memory of this process, and measurements in a process of their own."""
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -76,17 +77,22 @@ def forget_peak() -> int:
     return peak_bytes()
 
 
-def in_subprocess(module: str, *arguments: object) -> dict[str, Any]:
-    """Run `python -m MODULE ARGUMENTS...`, which prints one JSON object last, with one thread.
+def in_subprocess(function: Callable[..., object], *arguments: object) -> Any:
+    """What a function of a module returns, as JSON gives it, in a process of its own; the arguments come as texts.
 
     Raises:
         RuntimeError: It failed; its errors are in the message.
     """
     root = Path(__file__).parents[1]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+    named = (__name__, function.__module__, function.__name__)
+    command = [sys.executable, "-m", *named, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    _module, _name, *_arguments = sys.argv[1:]
+    print(json.dumps(getattr(importlib.import_module(_module), _name)(*_arguments)))

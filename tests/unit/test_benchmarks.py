@@ -1,6 +1,7 @@
 """Each benchmark runs once at its smallest size, and its rows are read the right way. Nothing here asserts a time."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -90,8 +91,9 @@ def test_the_table_says_met_not_met_no_bar_and_why_a_row_is_missing() -> None:
 
 
 def test_a_failing_subprocess_is_an_error_that_shows_what_it_said() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)-m json.tool nowhere.json ended with [12].*nowhere.json"):
-        in_subprocess("json.tool", "nowhere.json")
+    with pytest.raises(RuntimeError, match=r"(?s)shutil copy nowhere.json here ended with 1.*No such file"):
+        in_subprocess(shutil.copy, "nowhere.json", "here")
+    assert in_subprocess(shutil.which, "no such program") is None
 
 
 def test_a_missed_bar_is_code_0_and_a_crash_is_code_1_after_the_others_have_run(

@@ -204,8 +204,8 @@ def write_answers(run: RunConfig, prompts: str, out: Path, make: Make = make_her
     folder = out.with_name(out.name + ".units")
     answering = _answering(run, source, folder, device or this_device())
     encoder = answering.encoder()
-    plan = json.loads(json.dumps(answering.plan(source, encoder)))
-    if found := _find_finished(out, plan, run.generation):
+    plan, filters = json.loads(json.dumps(answering.plan(source, encoder))), run.generation.model_dump(include=FILTERS)
+    if found := _find_finished(out, plan, filters):
         shutil.rmtree(folder, ignore_errors=True)
         return found | {"out": str(out), "made": 0}
     with hold_lock(folder):
@@ -220,7 +220,7 @@ def write_answers(run: RunConfig, prompts: str, out: Path, make: Make = make_her
             if missing:
                 make(answering, _jobs(source, answering.rows_per_unit, missing))
         found = _merge(folder, answering, out)
-        record = {"plan": plan, "filters": _filters(run.generation), "sha256": sha256_of(out), "counts": found}
+        record = {"plan": plan, "filters": filters, "sha256": sha256_of(out), "counts": found}
         record |= {"model": run.teacher.model, "prompts": source.name}
         replace(out.with_suffix(".json"), (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
         shutil.rmtree(folder)
@@ -258,11 +258,7 @@ def _answering(run: RunConfig, source: Source, folder: Path, device: str) -> Ans
     )  # fmt: skip
 
 
-def _filters(how: GenerationSection) -> dict[str, Any]:
-    return how.model_dump(include=FILTERS)
-
-
-def _find_finished(out: Path, plan: Mapping[str, Any], how: GenerationSection) -> dict[str, Any] | None:
+def _find_finished(out: Path, plan: Mapping[str, Any], filters: Mapping[str, Any]) -> dict[str, Any] | None:
     """The counts of the finished file of just this command; None where there is no file yet."""
     path = out.with_suffix(".json")
     if not path.exists():
@@ -270,7 +266,7 @@ def _find_finished(out: Path, plan: Mapping[str, Any], how: GenerationSection) -
             raise UsageError(f"{out} was not written by this command", kept="it as it is", fix="--out OTHER.jsonl")
         return None
     record = _read_json(path)
-    _refuse_other(out, {**plan, "filters": _filters(how)}, {**record["plan"], "filters": record["filters"]})
+    _refuse_other(out, {**plan, "filters": filters}, {**record["plan"], "filters": record["filters"]})
     if not out.exists() or sha256_of(out) != record["sha256"]:
         raise Mismatch(
             f"{out} is not the file that {path} describes", kept="both as they are",

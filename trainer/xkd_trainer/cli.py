@@ -19,10 +19,7 @@ TRAINING: Final = (
     FlagsOf(
         "student",
         only=("model", "tokenizer", "template", "dtype", "quantization"),
-        flags={
-            "model": "--student",
-            **{name: f"--student-{name}" for name in ("tokenizer", "dtype", "quantization")},
-        },
+        flags={"model": "--student", **{name: f"--student-{name}" for name in ("tokenizer", "dtype", "quantization")}},
     ),
     FlagsOf(
         "train",

@@ -142,11 +142,8 @@ def rouge_l(
             responses = generate(
                 model, tokenizer, prompts, seed=seed, ends=ends, max_new_tokens=request.max_new_tokens
             )
-        scores = [
-            max(scorer.score(one, response)["rougeL"].fmeasure for one in own)
-            for own, response in zip(references, responses, strict=True)
-        ]
-        means.append(100.0 * float(np.mean(scores)))
+        both = zip(references, responses, strict=True)
+        means.append(100.0 * float(np.mean([scorer.score_multi(*pair)["rougeL"].fmeasure for pair in both])))
     return {"rouge_l": float(np.mean(means)), "rouge_l_std": float(np.std(means)), "rouge_l_max": max(means)}
 
 

@@ -3,6 +3,7 @@
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +24,9 @@ from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import predictors
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.baselines.alm import (
-    AlmSettings,
-    binarised_divergence,
-    chunk_log_likelihoods,
-    likelihood_matching,
-    log_complement,
-)
+from xkd_trainer.losses.baselines.alm import AlmSettings, binarised_divergence, likelihood_matching, log_complement
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_log_probabilities
+from xkd_trainer.losses.pieces import shared_pieces
 from xkd_trainer.training.prepare import set_up
 
 KINDS = ("kl", "reverse_kl", "tv", "kl_limit")
@@ -64,12 +60,16 @@ class Side:
 
 
 def compared(student: Side, teacher: Side, **given: Any) -> Any:
-    how = AlmSettings(**given)
-    valid = tools.mask([len(r) for r in student.ranges])
-    (s, s_whole), (t, t_whole) = (chunk_log_likelihoods(*side.tensors(), valid) for side in (student, teacher))
-    t_range = teacher.tensors()[3]
-    weight = (t_range[..., 1] - t_range[..., 0]) if how.average == "tokens" else torch.ones_like(t)
-    return likelihood_matching(s, t, weight, s_whole & t_whole, how)
+    own, place, predicted, ranges = student.tensors()
+    theirs, t_place, t_predicted, t_ranges = teacher.tensors()
+    batch: Any = SimpleNamespace(
+        predict_BN=place - 1, predict_valid_BN=predicted, span_student_BK2=ranges, target_BN=place,
+        teacher_predict_BM=t_place - 1, teacher_predict_valid_BM=t_predicted, span_teacher_BK2=t_ranges,
+        teacher_target_BM=t_place, span_valid_BK=tools.mask([len(r) for r in student.ranges]),
+    )  # fmt: skip
+    chunks = shared_pieces(batch, end_token=True, longest=math.inf)
+    inside = own[chunks.student.inside_BN], theirs[chunks.teacher.inside_BN]
+    return likelihood_matching(chunks, *inside, AlmSettings(**given))
 
 
 @settings(max_examples=60, deadline=None)

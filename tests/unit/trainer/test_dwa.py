@@ -17,7 +17,8 @@ import slow_losses
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import StudentPass
 from xkd_trainer.losses.dual_space import MASKED, align_scores
-from xkd_trainer.losses.dwa import DwaSettings, band, sequence_term, student_weights, teacher_weights
+from xkd_trainer.losses.dwa import DwaSettings, find_band, sequence_term, student_weights, teacher_weights
+from xkd_trainer.losses.ops.soft_dtw import look_at
 from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.forward import run
 from xkd_trainer.training.prepare import Ready
@@ -83,9 +84,9 @@ def test_the_sequence_term_agrees_with_loops(
     x, y = draw(seed, *valid.shape, 4), draw(seed + 1, *teacher_valid.shape, 4)
     attention = align_scores(x, y, valid, teacher_valid).softmax(-1)
     settings = DwaSettings(band=kind, band_width=1.0, band_beta=0.1)
-    wall = band(attention, lengths, teacher_lengths, settings)
+    wall = find_band(look_at(attention), (lengths, teacher_lengths), settings)
 
-    term = sequence_term(x, y, wall, lengths, teacher_lengths, gamma=2.0, divergence=divergence)
+    term = sequence_term(x, y, (lengths, teacher_lengths), wall, gamma=2.0, divergence=divergence)
 
     expected = 0.0
     for b, (s, t) in enumerate(sizes):

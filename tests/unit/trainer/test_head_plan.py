@@ -14,7 +14,7 @@ from xkd_trainer.losses.dwa import student_weights
 from xkd_trainer.losses.ops import lazy_logits
 from xkd_trainer.losses.ops import shared_pass as head_plan
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs, divergence
-from xkd_trainer.losses.ops.lazy_logits import Chunk, LazyLogits, chunked, chunked_sum
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked, chunked_sum
 from xkd_trainer.losses.ops.shared_pass import HeadPlan, Planned, head_cross_entropy, head_divergence
 
 F64 = torch.float64
@@ -93,13 +93,13 @@ def positions_per_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Positions of each chunk of logits that is made from now on."""
-    found, of = list[int](), Chunk.of
+    found, make_in = list[int](), LazyLogits.make_in
 
-    def watched(self: Chunk, logits: LazyLogits) -> Tensor:
-        found.append(logits.hidden.shape[0])
-        return of(self, logits)
+    def watched(self: LazyLogits, *given: Any) -> Tensor:
+        found.append(self.hidden.shape[0])
+        return make_in(self, *given)
 
-    monkeypatch.setattr(Chunk, "of", watched)
+    monkeypatch.setattr(LazyLogits, "make_in", watched)
     return found
 
 

@@ -16,7 +16,7 @@ from xkd_pipeline.capture.stage import teacher_spec
 from xkd_schemas.signals import GEOMETRY_SPANS, Signal, count_pairs, draw_spans
 from xkd_trainer.data.collate import _level
 from xkd_trainer.losses import dual_space, sra
-from xkd_trainer.losses.ops import divergence, long_soft_dtw
+from xkd_trainer.losses.ops import long_soft_dtw
 from xkd_trainer.losses.ops.soft_dtw import cosine_cost, soft_dtw
 from xkd_trainer.losses.sra import geometric
 from xkd_trainer.models import measures
@@ -53,8 +53,7 @@ def test_pairs_of_spans_compared_block_by_block_are_those_compared_at_once(monke
     student.requires_grad_()
     omega, valid = torch.rand(3, 9), torch.arange(9) < torch.tensor([9, 1, 0])[:, None]
     whole = geometric(student, teacher, omega, valid)
-    monkeypatch.setattr(sra, "LONG_PAIRS", 0)
-    monkeypatch.setattr(divergence, "BLOCK_PAIRS", 3 * 9 * 4)
+    monkeypatch.setattr(sra, "BLOCK_PAIRS", 3 * 9 * 4)
 
     found = geometric(student, teacher, omega, valid)
 
@@ -135,8 +134,7 @@ def test_dsa_compares_max_spans_of_a_document_and_counts_the_others() -> None:
 
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every document counts as long, and blocks have a few rows."""
-    for module in (dual_space, long_soft_dtw):
-        monkeypatch.setattr(module, "LONG_CELLS", 0)
+    monkeypatch.setattr(long_soft_dtw, "LONG_CELLS", 0)
     monkeypatch.setattr(dual_space, "BLOCK_SCORES", 300)
     monkeypatch.setattr(long_soft_dtw, "BLOCK_CELLS", 60)
 
@@ -171,7 +169,7 @@ def test_a_cost_that_is_no_number_gives_no_number_and_an_empty_side_gives_0() ->
         x[1, 2, 0] = torch.nan
     lengths = torch.tensor([5, 5, 0]), torch.tensor([4, 3, 4])
 
-    value = long_soft_dtw.long_soft_dtw(x, y, lengths, gamma=1.0)
+    value = long_soft_dtw.cosine_soft_dtw(x, y, lengths, gamma=1.0, in_blocks=True)
     value[[0, 2]].sum().backward()
 
     expected = soft_dtw(cosine_cost(x[:1], y[:1]), lengths[0][:1], lengths[1][:1], gamma=1.0)

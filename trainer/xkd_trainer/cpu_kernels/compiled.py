@@ -1,4 +1,4 @@
-"""How our CPU kernels are compiled, how they read the bits of a float, and how their rows are shared out."""
+"""How our CPU kernels are compiled, and how their rows are shared out."""
 
 import os
 from collections.abc import Callable
@@ -7,8 +7,6 @@ from typing import Any, Final
 
 import numba
 import numpy as np
-from numba.core import types
-from numba.extending import intrinsic
 
 _KEPT: Final = "NUMBA_CACHE_DIR" in os.environ  # numba's cache is pickles, so only where somebody names a folder
 
@@ -55,23 +53,3 @@ def series(rest: Any) -> Any:
     for term in numba.literal_unroll(TERMS[1:]):
         value = value * rest + term
     return value
-
-
-def _reinterpret(to: Any) -> Callable[[Any, Any], Any]:
-    """The intrinsic's two halves: the type that comes out, and the instruction."""
-
-    def typed(_context: Any, value: Any) -> Any:
-        out = to(value)
-
-        def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.bitcast(arguments[0], context.get_value_type(out))
-
-        return out(value), emit
-
-    return typed
-
-
-bits_of = intrinsic(_reinterpret(lambda real: types.int32 if real == types.float32 else types.int64))
-"""In a kernel: the bits of a float as a signed integer of the same size."""
-float_of = intrinsic(_reinterpret(lambda integer: types.float32 if integer == types.int32 else types.float64))
-"""In a kernel: the float with these bits, the inverse of `bits_of`."""

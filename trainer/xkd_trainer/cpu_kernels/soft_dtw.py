@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from xkd_trainer.cpu_kernels.compiled import among_threads, bits_of, compile_kernel, float_of, series
+from xkd_trainer.cpu_kernels.compiled import among_threads, compile_kernel, series
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +39,7 @@ NEVER: Final = np.int32(-(1 << 29))  # exponent of a cell that no path reaches
 @compile_kernel
 def _shrink(exponent: Any, largest: Any) -> Any:
     difference = np.int32(exponent - largest)
-    power = float_of(np.int32(np.int32(max(difference, -FAINT) + BIAS) << MANTISSA_BITS))
+    power = np.int32(np.int32(max(difference, -FAINT) + BIAS) << MANTISSA_BITS).view(np.float32)
     return power if difference > -FAINT else ZERO
 
 
@@ -60,9 +60,9 @@ def _advance(step: Any, near: Any, far: Any, out: Any, shares: Any) -> None:
         inverse = ONE / total if total > ZERO else ZERO
         left_share[k], up_share[k], corner_share[k] = left * inverse, up * inverse, corner * inverse
         whole = math.floor(step[k] + 0.5)
-        bits = bits_of(total * series(np.float32(step[k] - whole) * LN2))
+        bits = np.float32(total * series(np.float32(step[k] - whole) * LN2)).view(np.int32)
         alive = total > ZERO and step[k] > -LIMIT
-        out_m[k] = float_of(np.int32((bits & FRACTION_MASK) | ONE_BITS)) if alive else ZERO
+        out_m[k] = np.int32((bits & FRACTION_MASK) | ONE_BITS).view(np.float32) if alive else ZERO
         out_e[k] = np.int32(largest + np.int32(whole) + np.int32(bits >> MANTISSA_BITS) - BIAS) if alive else NEVER
 
 

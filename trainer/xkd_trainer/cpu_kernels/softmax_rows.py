@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from xkd_trainer.cpu_kernels.compiled import among_threads, bits_of, compile_kernel, compile_sums, float_of, series
+from xkd_trainer.cpu_kernels.compiled import among_threads, compile_kernel, compile_sums, series
 
 Array = npt.NDArray[Any]
 
@@ -54,7 +54,8 @@ def _exponential(below: Any) -> Any:
     below = FLOOR if below < FLOOR else below
     power = np.float32(np.rint(below * LOG2E))
     rest = (below - power * LN2_HIGH) - power * LN2_LOW
-    odds = float_of(np.int32(bits_of(series(rest)) + (np.int32(power) << 23)))
+    bits = np.float32(series(rest)).view(np.int32) + (np.int32(power) << 23)
+    odds = np.int32(bits).view(np.float32)
     return ZERO if given < FLOOR else odds
 
 

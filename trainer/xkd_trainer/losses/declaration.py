@@ -25,7 +25,6 @@ from xkd_trainer.models.forward import States
 Kind = TypeVar("Kind", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-LayerIndex = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseModel):

@@ -22,6 +22,7 @@ Shape legend for this file
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import torch
@@ -32,10 +33,11 @@ from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass, constant_head
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
-from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_argmax
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked
 from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
+from xkd_trainer.losses.ops.soft_dtw import look_at
 from xkd_trainer.losses.ops.term import LossTerm, term
-from xkd_trainer.models.measures import LONG_CELLS, at_least_float32
+from xkd_trainer.models.measures import at_least_float32
 
 BLOCK_SCORES: Final = 1 << 20
 """Scores that `attend` makes at a time, 4 MB in float32."""
@@ -89,22 +91,18 @@ def attend(
     """What each query token takes of the values, [B, N, d], and without gradient the mean place, counted from 1, and
     the entropy, both [B, N], of what it attends to; both sides are vectors and which of them are tokens.
 
-    Some rows of scores at a time, which are made again for the gradient.
+    Some rows of scores at a time; of several blocks each is made again for the gradient.
     """
     key_BMK, key_valid_BM = key
-    place_M = torch.arange(1, key_BMK.shape[1] + 1, device=key_BMK.device, dtype=values_BMd.dtype)
 
     def work(query_BRK: Tensor, key_BMK: Tensor, values_BMd: Tensor, valid_BR: Tensor) -> tuple[Tensor, ...]:
         share_BRM = align_scores(query_BRK, key_BMK, valid_BR, key_valid_BM).softmax(-1)
-        fixed_BRM = share_BRM.detach()
-        return share_BRM @ values_BMd, fixed_BRM @ place_M, -torch.xlogy(fixed_BRM, fixed_BRM).sum(-1)
+        return share_BRM @ values_BMd, *look_at(share_BRM)
 
     step = max(1, BLOCK_SCORES // max(1, key_valid_BM.numel()))
-    blocks = zip(*(torch.split(side, step, dim=1) for side in query), strict=True)
-    done = [
-        checkpoint(work, query_BRK, key_BMK, values_BMd, valid_BR, use_reentrant=False, preserve_rng_state=False)
-        for query_BRK, valid_BR in blocks
-    ]
+    blocks = list(zip(*(torch.split(side, step, dim=1) for side in query), strict=True))
+    again = partial(checkpoint, work, use_reentrant=False, preserve_rng_state=False) if blocks[1:] else work
+    done = [again(query_BRK, key_BMK, values_BMd, valid_BR) for query_BRK, valid_BR in blocks]
     mixed_BNd, attended_BN, entropy_BN = (torch.cat(parts, 1) for parts in zip(*done, strict=True))
     return mixed_BNd, attended_BN, entropy_BN
 
@@ -114,7 +112,8 @@ def find_correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> 
 
     Invalid positions are not read. Of equal logits the first class counts.
     """
-    return valid_BN & (head_argmax(projected, valid_BN) == target_BN)
+    best_N = chunked(lambda _, logits_CV: logits_CV.argmax(-1), projected.detach().at(valid_BN))
+    return valid_BN.masked_scatter(valid_BN, best_N == target_BN[valid_BN])
 
 
 # -- wiring to the cache
@@ -166,9 +165,7 @@ class Mixed:
     key_BMK: Tensor  # what is attended to: the teacher's embeddings, constants
     hidden_BMD: Tensor  # the teacher's states at its predictions
     target_BMD: Tensor  # its embeddings of the ids that are predicted
-    to_student_BNM: Tensor | None  # which teacher tokens a student token looks at; None for long documents
-    attended_BN: Tensor | None  # for those: the mean place, from 1, that a student token looks at
-    entropy_BN: Tensor | None  # and the entropy of what it looks at, in nats
+    seen: tuple[Tensor, Tensor]  # `look_at` of the teacher tokens that each student token attends to
     projected: LazyLogits  # the teacher at the student's positions, read with the student's head, which is fixed
     back: LazyLogits  # the student at the teacher's positions, read with the teacher's head
 
@@ -186,10 +183,6 @@ class CrossModelLoss(Loss):
         self.head = TeacherHead(context, who)
         self.embeddings_VD = nn.Buffer(context.teacher_embeddings(), persistent=False)
 
-    def in_blocks(self, batch: Batch) -> bool:
-        """Whether scores are made some rows at a time, so that nothing has the size of both responses."""
-        return batch.predict_valid_BN.numel() * batch.teacher_predict_valid_BM.shape[1] > LONG_CELLS
-
     def mix(self, batch: Batch, student: StudentPass) -> Mixed:
         """What each token takes from the other model; the student's embeddings are constants in the scores."""
         s_valid_BN, t_valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
@@ -203,19 +196,12 @@ class CrossModelLoss(Loss):
         query_BNK, hidden_BMD = at_valid(self.query, query_BNk, s_valid_BN), teacher_states(batch)
         values_BMd = at_valid(self.t2s, hidden_BMD / self.hidden_std + target_BMD / self.embedding_std, t_valid_BM)
         values_BND = at_valid(self.s2t, student.predict_hidden_BNd, s_valid_BN)
-        to_student_BNM = attended_BN = entropy_BN = None
-        if self.in_blocks(batch):
-            sides = (query_BNK, s_valid_BN), (key_BMK, t_valid_BM)
-            mixed_BNd, attended_BN, entropy_BN = attend(*sides, values_BMd)
-            mixed_BMD, *_ = attend(sides[1], sides[0], values_BND)
-        else:
-            scores_BNM = align_scores(query_BNK, key_BMK, s_valid_BN, t_valid_BM)
-            to_student_BNM = scores_BNM.softmax(-1)
-            mixed_BNd, mixed_BMD = to_student_BNM @ values_BMd, scores_BNM.mT.softmax(-1) @ values_BND
+        own, theirs = (query_BNK, s_valid_BN), (key_BMK, t_valid_BM)
+        mixed_BNd, *seen = attend(own, theirs, values_BMd)
+        mixed_BMD, *_ = attend(theirs, own, values_BND)
         return Mixed(
             query_BNK=query_BNK, key_BMK=key_BMK, hidden_BMD=hidden_BMD, target_BMD=target_BMD,
-            to_student_BNM=to_student_BNM, attended_BN=attended_BN, entropy_BN=entropy_BN,
-            projected=with_fixed_head(student, mixed_BNd), back=self.head(mixed_BMD),
+            seen=(seen[0], seen[1]), projected=with_fixed_head(student, mixed_BNd), back=self.head(mixed_BMD),
         )  # fmt: skip
 
     def compare(self, batch: Batch, student: StudentPass, mixed: Mixed, s: DskdCmaSettings) -> Mapping[str, LossTerm]:

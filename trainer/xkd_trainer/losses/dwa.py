@@ -18,6 +18,7 @@ Shape legend: see batch.py; D width of both sequences, d the student's width, V 
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -29,9 +30,9 @@ from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Positive, Projectors, StudentPass, Weight
 from xkd_trainer.losses.dual_space import CrossModelLoss, DualSpaceSettings, Mixed, at_valid
 from xkd_trainer.losses.ops.divergence import Kind
-from xkd_trainer.losses.ops.long_soft_dtw import Band, is_long, long_soft_dtw, sakoe_chiba, soft_band
+from xkd_trainer.losses.ops.long_soft_dtw import cosine_soft_dtw, is_long
 from xkd_trainer.losses.ops.shared_pass import Planned, Weigh, head_divergence
-from xkd_trainer.losses.ops.soft_dtw import band_penalty, cosine_cost, expected_alignment, hard_band, soft_dtw
+from xkd_trainer.losses.ops.soft_dtw import Band, cosine_cost, expected_alignment, hard_band, look_at, soft_band
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pairing import share_out
 from xkd_trainer.models.measures import at_least_float32
@@ -131,69 +132,47 @@ def teacher_weights(entropy_BM: Tensor, vocab_size: int, valid_BM: Tensor) -> Te
     return share_out(sure_BM, valid_BM) * valid_BM.sum(-1, keepdim=True)
 
 
-def band(
-    follows_BNM: Tensor, lengths_B: Tensor, teacher_lengths_B: Tensor, settings: DwaSettings, share: float = 1.0
-) -> Tensor | None:
-    """What the settings add to the cross cost, [B, N, M] without gradient; None for no band.
+def find_band(
+    seen: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor], settings: DwaSettings, share: float = 1.0
+) -> Band | None:
+    """What the settings add to the cross cost; None for no band.
 
-    `follows` is the teacher-to-student attention, or an expected alignment; the hard band reads its shape alone.
-    `share` of the soft band's penalty is added.
+    `seen` is `look_at` of the teacher-to-student attention, or of an expected alignment; the hard band reads its shape
+    alone. `share` of the soft band's penalty is added.
     """
     if settings.band == "none":
         return None
     if settings.band == "hard":
-        return hard_band(follows_BNM, lengths_B, teacher_lengths_B, width=settings.band_width)
-    return band_penalty(
-        follows_BNM, lengths_B, teacher_lengths_B, width=settings.band_width, beta=settings.band_beta,
-        centre_mix=settings.band_centre_mix, penalty=share * settings.band_penalty,
+        return hard_band(seen[0], lengths, width=settings.band_width)
+    return soft_band(
+        seen, lengths, width=settings.band_width, beta=settings.band_beta, centre_mix=settings.band_centre_mix,
+        penalty=share * settings.band_penalty,
     )  # fmt: skip
 
 
-def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, and two numbers
-    student_BND: Tensor,
-    projected_teacher_BMD: Tensor,
-    band_BNM: Tensor | None,
-    student_lengths_B: Tensor,
-    teacher_lengths_B: Tensor,
-    *,
-    gamma: float,
-    divergence: bool,
-) -> LossTerm:
+def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, and how they are warped
+    student_BND: Tensor, projected_teacher_BMD: Tensor, lengths: tuple[Tensor, Tensor], band: Band | None, *,
+    gamma: float, divergence: bool, in_blocks: bool = False,
+) -> LossTerm:  # fmt: skip
     """Banded soft-DTW between cosine costs, summed over documents (eq. 17-25); used for embeddings and last states.
 
     The gradient flows to the student's vectors and to the teacher's projector; vectors beyond the lengths are finite
     and change nothing. The band is on the cross cost only. With `divergence` nDTW = s(X, Y) - (s(X, X) + s(Y, Y)) / 2
     (Blondel et al., arXiv 2010.08354), 0 for equal sequences and not clamped; else the cross term alone. Not divided
-    by lengths: the count is the number of the student's tokens. A document without tokens on one side adds 0.
+    by lengths: the count is the number of the student's tokens. A document without tokens on one side adds 0. With
+    `in_blocks` nothing has the size of both lengths.
 
     One token each and orthogonal: cost 1 across, 0 within.
 
     >>> x, y, one = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]), torch.tensor([1])
-    >>> sequence_term(x, y, None, one, one, gamma=2.0, divergence=True)
+    >>> sequence_term(x, y, (one, one), None, gamma=2.0, divergence=True)
     LossTerm(total=tensor(1.), count=tensor(1.))
     """
-    cross_BNM = cosine_cost(student_BND, projected_teacher_BMD) + (0.0 if band_BNM is None else band_BNM)
-    lengths = student_lengths_B, teacher_lengths_B
-    value_B = soft_dtw(cross_BNM, *lengths, gamma=gamma)
+    warp = partial(cosine_soft_dtw, gamma=gamma, in_blocks=in_blocks)
+    value_B = warp(student_BND, projected_teacher_BMD, lengths, band=band)
     if divergence:
         sides = zip((student_BND, projected_teacher_BMD), lengths, strict=True)
-        student_B, teacher_B = (
-            soft_dtw(cosine_cost(x_BKD, x_BKD), size_B, size_B, gamma=gamma) for x_BKD, size_B in sides
-        )
-        both_B = (student_lengths_B > 0) & (teacher_lengths_B > 0)
-        value_B = torch.where(both_B, value_B - 0.5 * (student_B + teacher_B), 0.0)
-    return term(value_B.sum(), student_lengths_B.sum())
-
-
-def long_sequence_term(
-    student_BND: Tensor, projected_teacher_BMD: Tensor, band: Band | None, lengths: tuple[Tensor, Tensor],
-    *, gamma: float, divergence: bool,
-) -> LossTerm:  # fmt: skip
-    """`sequence_term` of long sequences, with nothing of the size of both lengths."""
-    value_B = long_soft_dtw(student_BND, projected_teacher_BMD, lengths, gamma=gamma, band=band)
-    if divergence:
-        both = zip((student_BND, projected_teacher_BMD), lengths, strict=True)
-        student_B, teacher_B = (long_soft_dtw(x_BKD, x_BKD, (size_B, size_B), gamma=gamma) for x_BKD, size_B in both)
+        student_B, teacher_B = (warp(x_BKD, x_BKD, (size_B, size_B)) for x_BKD, size_B in sides)
         value_B = torch.where((lengths[0] > 0) & (lengths[1] > 0), value_B - 0.5 * (student_B + teacher_B), 0.0)
     return term(value_B.sum(), lengths[0].sum())
 
@@ -258,43 +237,25 @@ class Dwa(CrossModelLoss):
         return weigh if s.gate or s.entropy_weights else None
 
     def _align(self, batch: Batch, student: StudentPass, mixed: Mixed, step: int) -> dict[str, LossTerm | Planned]:
-        s, valid_BM = self.settings, batch.teacher_predict_valid_BM
-        lengths = batch.predict_valid_BN.sum(-1), valid_BM.sum(-1)
+        s, valid_BN, valid_BM = self.settings, batch.predict_valid_BN, batch.teacher_predict_valid_BM
+        lengths = valid_BN.sum(-1), valid_BM.sum(-1)
         gamma, share = s.gamma_at(step), s.share(step, s.band_warmup_steps)
+        by_alignment = s.band == "soft" and s.band_source == "sdtw"  # an option that takes memory for all cells
+        long = not by_alignment and is_long(valid_BN.numel() * valid_BM.shape[1], valid_BN.device)
         pairs = {
             "dtw_embeddings": (student.target_embeddings_BNd, at_valid(self.embed_t2s, mixed.target_BMD, valid_BM)),
             "dtw_states": (student.predict_hidden_BNd, at_valid(self.t2s, mixed.hidden_BMD, valid_BM)),
         }
         found: dict[str, LossTerm | Planned] = {}
-        for name, (x_BNd, y_BMd) in pairs.items():
-            if mixed.attended_BN is not None:
-                wall = self._find_band(mixed, lengths, share)
-                found[name] = long_sequence_term(x_BNd, y_BMd, wall, lengths, gamma=gamma, divergence=s.dtw_divergence)
-                continue
-            follows_BNM = unwrap(mixed.to_student_BNM)
-            if s.band == "soft" and s.band_source == "sdtw":
-                follows_BNM = expected_alignment(cosine_cost(x_BNd, y_BMd), *lengths, gamma=gamma)
-            wall_BNM = band(follows_BNM, *lengths, s, share)
-            found[name] = sequence_term(x_BNd, y_BMd, wall_BNM, *lengths, gamma=gamma, divergence=s.dtw_divergence)
+        for name, sides in pairs.items():
+            seen = mixed.seen
+            if by_alignment:
+                seen = look_at(expected_alignment(cosine_cost(*sides), *lengths, gamma=gamma))
+            wall = find_band(seen, lengths, s, share)
+            found[name] = sequence_term(
+                *sides, lengths, wall, gamma=gamma, divergence=s.dtw_divergence, in_blocks=long
+            )
         return found
-
-    def in_blocks(self, batch: Batch) -> bool:
-        """Whether alignment is, too; an option that follows expected alignments is not."""
-        valid_BN, teacher_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
-        dense = self.settings.band == "soft" and self.settings.band_source == "sdtw"
-        return not dense and is_long(valid_BN.numel() * teacher_BM.shape[1], valid_BN.device)
-
-    def _find_band(self, mixed: Mixed, lengths: tuple[Tensor, Tensor], share: float) -> Band | None:
-        """`band` for long documents."""
-        s, attended_BN = self.settings, unwrap(mixed.attended_BN)
-        if s.band == "none":
-            return None
-        if s.band == "hard":
-            return sakoe_chiba(attended_BN, lengths, width=s.band_width)
-        return soft_band(
-            attended_BN, unwrap(mixed.entropy_BN), lengths, width=s.band_width, beta=s.band_beta,
-            centre_mix=s.band_centre_mix, penalty=share * s.band_penalty,
-        )  # fmt: skip
 
 
 DWA = Declaration(

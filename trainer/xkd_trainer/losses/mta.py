@@ -24,7 +24,7 @@ from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import GEOMETRY_SPANS, Signal, draw_spans
 from xkd_trainer.data.batch import Batch, Level, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Projectors, Settings, StudentPass, Weight
-from xkd_trainer.losses.ops.divergence import pair_disagreement, pair_weights
+from xkd_trainer.losses.ops.divergence import pair_weights
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pairing import check_layers, compare_vectors, fit, match_tokens, refuse_other_tokens, share_out
 from xkd_trainer.models.measures import centrality, cosine_matrix, pool_spans
@@ -117,7 +117,7 @@ def dsa(student_cosines_BKK: Tensor, teacher_cosines_BKK: Tensor, omega_BK: Tens
     omega_i omega_j. Eq. 11 prints the sum alone, with weights that sum to 1 in a document; the code divides, and so do
     we: a mean does not grow with the batch. A document with one valid span has no pair and adds 0 to both. omega is
     masses by `share_out`: raw ones weigh a document by the square of the mass its spans cover. It and the teacher's
-    cosines are constants.
+    cosines are constants. What is not valid adds nothing, whatever it holds.
 
     Two spans at right angles in the student, parallel in the teacher, weights 0.6 and 0.2: both ordered pairs weigh
     0.12 and differ by 1.
@@ -125,8 +125,9 @@ def dsa(student_cosines_BKK: Tensor, teacher_cosines_BKK: Tensor, omega_BK: Tens
     >>> dsa(torch.eye(2)[None], torch.ones(1, 2, 2), torch.tensor([[0.6, 0.2]]), torch.tensor([[True, True]]))
     LossTerm(total=tensor(0.2400), count=tensor(0.2400))
     """
-    weights_BKK = pair_weights(omega_BK, valid_BK)
-    squares_B = pair_disagreement(student_cosines_BKK, teacher_cosines_BKK, weights_BKK, valid_BK)
+    weights_BKK, both_BKK = pair_weights(omega_BK, valid_BK), valid_BK.unsqueeze(-1) & valid_BK.unsqueeze(-2)
+    gap_BKK = torch.where(both_BKK, student_cosines_BKK - teacher_cosines_BKK, 0.0)
+    squares_B = (weights_BKK * gap_BKK * gap_BKK).sum((-2, -1))
     return term(squares_B.sum(), weights_BKK.to(squares_B.dtype).sum())
 
 

@@ -6,9 +6,11 @@ Shape legend: see batch.py; P pairs of the longest document, N all pairs of the 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from xkd_schemas.errors import BadData, UsageError
@@ -18,6 +20,8 @@ from xkd_trainer.losses.ops.divergence import cosine_distance
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.models.measures import at_least_float32, divide
+
+LayerIndex = Annotated[int, Field(ge=1)]
 
 
 def share_out(raw_BK: Tensor, valid_BK: Tensor) -> Tensor:

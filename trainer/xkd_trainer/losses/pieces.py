@@ -9,7 +9,7 @@ Shape legend: see batch.py;
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Final, Literal
 
@@ -53,14 +53,6 @@ def find_pieces(
     return piece_BN, inside_BN, whole_BK
 
 
-def sides_of(batch: Batch) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Student and teacher, as `find_pieces` wants them."""
-    return [
-        (batch.predict_BN + 1, batch.predict_valid_BN, batch.span_student_BK2, batch.span_valid_BK),
-        (batch.teacher_predict_BM + 1, batch.teacher_predict_valid_BM, batch.span_teacher_BK2, batch.span_valid_BK),
-    ]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PieceSide:
     """One model's predictions inside pieces, those of a piece side by side, pieces in the order of the text."""
@@ -88,11 +80,12 @@ class PieceSide:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pieces:
-    """The pieces of a batch that both models predict whole, of at most LONGEST tokens."""
+    """The pieces of a batch that both models predict whole."""
 
     student: PieceSide
     teacher: PieceSide
     document_G: Tensor  # which document of the batch each is of
+    classes_BW: Tensor | None = None  # which of the teacher's classes a loss compares in each document
 
     def parts(self, student: LazyLogits, teacher: LazyLogits) -> list[tuple[slice, slice]]:
         """The student's predictions in chunks that cut no piece, and the pieces in each."""
@@ -101,17 +94,23 @@ class Pieces:
         return [(self.student.rows(pieces), pieces) for pieces, _ in batches(sizes, most)]
 
 
-def shared_pieces(batch: Batch, *, end_token: bool) -> Pieces:
-    """Pieces of text, and with `end_token` the two end tokens."""
-    found, kept_BK = [find_pieces(*side) for side in sides_of(batch)], batch.span_valid_BK
-    for (_, _, whole_BK), range_BK2 in zip(found, (batch.span_student_BK2, batch.span_teacher_BK2), strict=True):
-        kept_BK = kept_BK & whole_BK & (range_BK2[..., 1] - range_BK2[..., 0] <= LONGEST)
-    if not end_token:
-        kept_BK = kept_BK & batch.span_text_BK
-    targets, made = (batch.target_BN, batch.teacher_target_BM), []
-    for (piece_BN, inside_BN, _), side, target_BN in zip(found, sides_of(batch), targets, strict=True):
+def shared_pieces(batch: Batch, *, end_token: bool, longest: float) -> Pieces:
+    """Pieces of text of at most so many tokens, and with `end_token` the two end tokens."""
+    sides = (
+        (batch.predict_BN, batch.predict_valid_BN, batch.span_student_BK2, batch.target_BN),
+        (batch.teacher_predict_BM, batch.teacher_predict_valid_BM, batch.span_teacher_BK2, batch.teacher_target_BM),
+    )
+    kept_BK = batch.span_valid_BK if end_token else batch.span_valid_BK & batch.span_text_BK
+    found = []
+    for predict_BN, predicted_BN, range_BK2, target_BN in sides:
+        piece_BN, inside_BN, whole_BK = find_pieces(predict_BN + 1, predicted_BN, range_BK2, batch.span_valid_BK)
+        size_BK = range_BK2[..., 1] - range_BK2[..., 0]
+        kept_BK = kept_BK & whole_BK & (size_BK <= longest)
+        found.append((piece_BN, inside_BN, size_BK, target_BN))
+    made = []
+    for piece_BN, inside_BN, size_BK, target_BN in found:
         inside_BN = inside_BN & kept_BK.gather(1, piece_BN) if kept_BK.numel() else inside_BN
-        size_G = (side[2][..., 1] - side[2][..., 0])[kept_BK]
+        size_G = size_BK[kept_BK]
         ends = [0, *accumulate(size_G.tolist())]
         made.append(PieceSide(inside_BN=inside_BN, target_N=target_BN[inside_BN], size_G=size_G, ends=ends))
     return Pieces(student=made[0], teacher=made[1], document_G=kept_BK.nonzero()[:, 0])
@@ -143,14 +142,12 @@ class PieceLoss(Loss):
         self.terms = (who, "covered")
         self.head = TeacherHead(context, who)
 
-    def compare(
-        self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice, ahead: Tensor | None
-    ) -> Tensor:
+    def compare(self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice) -> Tensor:
         """From the logits over the temperature of all tokens of some pieces: the terms but `covered`, [g, T]."""
         raise NotImplementedError
 
-    def look_ahead(self, theirs: LazyLogits, pieces: Pieces) -> Tensor | None:
-        """What `compare` reads of all the teacher's logits; here nothing."""
+    def choose_classes(self, theirs: LazyLogits, pieces: Pieces) -> Tensor | None:
+        """The pieces' `classes_BW` for `compare`, from all the teacher's logits; here none."""
         return None
 
     def divergence(self, p_gV: Tensor, q_gV: Tensor) -> Tensor:
@@ -172,7 +169,7 @@ class PieceLoss(Loss):
 
     def pieces_of(self, batch: Batch) -> Pieces:
         """Those that are compared."""
-        return shared_pieces(batch, end_token=self.how.end_token == "include")
+        return shared_pieces(batch, end_token=self.how.end_token == "include", longest=LONGEST)
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """All pieces, some at a time."""
@@ -185,13 +182,13 @@ class PieceLoss(Loss):
 
     def sums(self, own: LazyLogits, theirs: LazyLogits, pieces: Pieces, weights_G: Tensor) -> list[Tensor]:
         """The terms but `covered`, from the logits at all predictions in pieces; the first has gradient."""
-        ahead = self.look_ahead(theirs, pieces)
+        pieces = replace(pieces, classes_BW=self.choose_classes(theirs, pieces))
 
         def compare(some: slice, logits_CV: Tensor) -> Tensor:
             logits_CV = at_least_float32(logits_CV) / self.how.temperature
             with torch.no_grad():
                 logits_CW = theirs.at(pieces.teacher.rows(some)).dense() / self.how.temperature
-            return self.compare(logits_CV, logits_CW.to(logits_CV.dtype), pieces, some, ahead)
+            return self.compare(logits_CV, logits_CW.to(logits_CV.dtype), pieces, some)
 
         total, sums_T = grouped_sum(compare, own, weights_G, pieces.parts(own, theirs))
         return [total, *sums_T[1:]]

@@ -9,10 +9,11 @@ Shape legend: see batch.py; K any spans, d the student's width, V classes in bot
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
@@ -20,7 +21,6 @@ from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import (
     Context,
     Declaration,
-    LayerIndex,
     Levels,
     Loss,
     Positive,
@@ -30,13 +30,17 @@ from xkd_trainer.losses.declaration import (
     Weight,
 )
 from xkd_trainer.losses.dual_space import TeacherHead
-from xkd_trainer.losses.ops.divergence import LONG_PAIRS, Comparison, pair_disagreement, pair_sums, pair_weights
+from xkd_trainer.losses.ops.divergence import Comparison
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.shared_pass import head_divergence
+from xkd_trainer.losses.ops.softmax_rows import slices
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
-from xkd_trainer.losses.pairing import compare_vectors, pair_layers, share_out
-from xkd_trainer.models.measures import at_least_float32, centrality, cosine_matrix, divide, pool_spans
+from xkd_trainer.losses.pairing import LayerIndex, compare_vectors, pair_layers, share_out
+from xkd_trainer.models.measures import at_least_float32, centrality, divide, pool_spans, unit_vectors
+
+BLOCK_PAIRS: Final = 1 << 20
+"""Pairs of spans that `geometric` works at a time, 4 MB in float32."""
 
 
 class SraSettings(Settings):
@@ -116,23 +120,27 @@ def geometric(student_BKD: Tensor, teacher_BKD: Tensor, omega_BK: Tensor, valid_
 
     pi_ij = omega_i omega_j for i != j, divided by its sum in the document. A document with one valid span has no pair:
     it adds 0 to the total and is counted, as in the paper's 1/B; one without valid spans is not counted. Student
-    vectors are not projected, the widths may differ. The teacher's vectors and omega are constants.
+    vectors are not projected, the widths may differ. The teacher's vectors and omega are constants. Rows of pairs are
+    worked a block at a time, and made again for the gradient.
 
     Two spans at right angles in the student, parallel in the teacher, differ by 1:
 
     >>> geometric(torch.eye(2)[None], torch.ones(1, 2, 4), torch.tensor([[0.5, 0.5]]), torch.tensor([[True, True]]))
     LossTerm(total=tensor(1.), count=tensor(1.))
     """
-    if valid_BK.numel() * valid_BK.shape[1] > LONG_PAIRS:
-        squares_B, weights_B = pair_sums(student_BKD, teacher_BKD, omega_BK, valid_BK)
-        return term(divide(squares_B, weights_B).sum(), valid_BK.any(-1).sum())
-    own_BKK, theirs_BKK = (
-        cosine_matrix(torch.where(valid_BK.unsqueeze(-1), at_least_float32(side), 0.0))
-        for side in (student_BKD, teacher_BKD)
-    )
-    pi_BKK = pair_weights(omega_BK, valid_BK)
-    pi_BKK = divide(pi_BKK, pi_BKK.sum((-2, -1), keepdim=True))
-    return term(pair_disagreement(own_BKK, theirs_BKK, pi_BKK, valid_BK).sum(), valid_BK.any(-1).sum())
+    sides = [unit_vectors(torch.where(valid_BK.unsqueeze(-1), side, 0.0)) for side in (student_BKD, teacher_BKD)]
+    omega_BK = torch.where(valid_BK, at_least_float32(omega_BK), 0.0)
+
+    def work(student_BKD: Tensor, teacher_BKD: Tensor, rows: slice) -> Tensor:
+        own_BRK, theirs_BRK = (side[:, rows] @ side.mT for side in (student_BKD, teacher_BKD))
+        pi_BRK = omega_BK[:, rows, None] * omega_BK[:, None]
+        pi_BRK.diagonal(rows.start, 1, 2).zero_()
+        return torch.stack([pi_BRK * (own_BRK - theirs_BRK).square(), pi_BRK]).sum((-2, -1))
+
+    sums_2B = omega_BK.new_zeros(2, len(omega_BK))
+    for rows in slices(0, omega_BK.shape[1], max(1, BLOCK_PAIRS // max(1, omega_BK.numel()))):
+        sums_2B = sums_2B + checkpoint(work, *sides, rows, use_reentrant=False, preserve_rng_state=False)
+    return term(divide(*sums_2B).sum(), valid_BK.any(-1).sum())
 
 
 # -- wiring to the cache
@@ -192,11 +200,9 @@ class Sra(Loss):
         self.shares = dict(zip(self.beside, layer_shares(settings.beta, len(self.beside)), strict=True))
         self.projector = _make_projector(context, settings)
         self.inner_projectors = nn.ModuleDict({str(layer): _make_projector(context, settings) for layer in inner})
-        student_ids_V, teacher_ids_V = shared_vocabulary(
-            context.student_vocab, context.teacher_vocab, settings.shared_vocab
-        )
-        self.student_ids_V = nn.Buffer(student_ids_V, persistent=False)
-        self.head = TeacherHead(context, "sra", teacher_ids_V)
+        own_ids_V, their_ids_V = shared_vocabulary(context.student_vocab, context.teacher_vocab, settings.shared_vocab)
+        self.student_ids_V = nn.Buffer(own_ids_V, persistent=False)
+        self.head = TeacherHead(context, "sra", their_ids_V)
 
     def weights(self, step: int) -> Mapping[str, float]:
         """L_HS + L_KD of the paper; cross-entropy is a loss of its own."""

@@ -6,7 +6,7 @@ distribution over two outcomes, "this chunk" and "anything else", softened by th
     L(c) = f(p^(1/tau), q^(1/tau)) + f(1 - p^(1/tau), 1 - q^(1/tau))
 No vocabulary is compared with the other, and no projector is trained.
 
-Shape legend: see batch.py; in the functions N predictions of one model, K chunks.
+Shape legend: see batch.py; in the functions N predictions in chunks, of one model, K chunks.
 """
 
 import math
@@ -20,9 +20,9 @@ from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Levels, Loss, Positive, Settings, StudentPass
 from xkd_trainer.losses.dual_space import TeacherHead, teacher_states
-from xkd_trainer.losses.ops.lazy_logits import LazyLogits, head_log_probabilities
+from xkd_trainer.losses.ops.lazy_logits import head_log_probabilities
 from xkd_trainer.losses.ops.term import LossTerm, term
-from xkd_trainer.losses.pieces import find_pieces, sides_of
+from xkd_trainer.losses.pieces import Pieces, shared_pieces
 from xkd_trainer.models.measures import at_least_float32
 
 FLOOR = 1e-6
@@ -45,30 +45,8 @@ class AlmSettings(Settings):
     """chunks: every chunk counts alike (the code's scripts). tokens: a chunk counts as its teacher tokens."""
 
 
-def chunk_log_likelihoods(
-    log_p_BN: Tensor, place_BN: Tensor, predicted_BN: Tensor, range_BK2: Tensor, valid_BK: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sum of the tokens' log-probabilities in each chunk, [B, K], and which chunks have all their tokens, bool [B, K].
-
-    Places and ranges are as in `find_pieces`. Sums are 0 where the chunk is not whole.
-
-    Tokens at places 1, 2 and 4; the second chunk lacks place 3, the third is padding:
-
-    >>> log_p, place = torch.tensor([[-1.0, -2.0, -4.0]]), torch.tensor([[1, 2, 4]])
-    >>> ranges, valid = torch.tensor([[[1, 3], [3, 5], [0, 0]]]), torch.tensor([[True, True, False]])
-    >>> chunk_log_likelihoods(log_p, place, torch.tensor([[True, True, True]]), ranges, valid)
-    (tensor([[-3.,  0.,  0.]]), tensor([[ True, False, False]]))
-    """
-    chunk_BN, inside_BN, whole_BK = find_pieces(place_BN, predicted_BN, range_BK2, valid_BK)
-    log_p_BN = torch.where(inside_BN, at_least_float32(log_p_BN), 0.0)
-    sum_BK = log_p_BN.new_zeros(valid_BK.shape)
-    if valid_BK.numel():
-        sum_BK = sum_BK.scatter_add(1, chunk_BN, log_p_BN)
-    return torch.where(whole_BK, sum_BK, 0.0), whole_BK
-
-
 def binarised_divergence(student: Tensor, teacher: Tensor, settings: AlmSettings) -> Tensor:
-    """L(c) of each chunk from both log-likelihoods, of their shape.
+    """L(c) of each chunk from both log-likelihoods, [K].
 
     p = 3/4 against q = 1/2: 0.75 log 1.5 + 0.25 log 0.5 = 0.1308.
 
@@ -98,18 +76,21 @@ def log_complement(log_p: Tensor) -> Tensor:
     return torch.where(log_p > half, (-torch.expm1(above)).log(), torch.log1p(-below.exp()))
 
 
-def likelihood_matching(
-    student_BK: Tensor, teacher_BK: Tensor, weight_BK: Tensor, whole_BK: Tensor, settings: AlmSettings
-) -> LossTerm:
+def weigh(chunks: Pieces, settings: AlmSettings) -> Tensor:
+    """Weights of the chunks, [K]."""
+    sizes_K = chunks.teacher.size_G
+    return (torch.ones_like(sizes_K) if settings.average == "chunks" else sizes_K).float()
+
+
+def likelihood_matching(chunks: Pieces, student_N: Tensor, teacher_N: Tensor, settings: AlmSettings) -> LossTerm:
     """Sum over chunks of weight times L(c); the count is the sum of the weights.
 
-    `student` is log q(c), with gradient, `teacher` log p(c); what stands where a chunk is not whole is not read.
+    The log-probabilities of all tokens in chunks, the student's with gradient.
     """
-    loss_BK = binarised_divergence(
-        torch.where(whole_BK, student_BK, -1.0), torch.where(whole_BK, teacher_BK, -1.0), settings
-    )
-    weight_BK = torch.where(whole_BK, weight_BK.to(loss_BK.dtype), 0.0)
-    return term((weight_BK * loss_BK).sum(), weight_BK.sum())
+    all_chunks, weight_K = slice(0, len(chunks.document_G)), weigh(chunks, settings)
+    student_K = chunks.student.sum(at_least_float32(student_N), all_chunks)
+    teacher_K = chunks.teacher.sum(at_least_float32(teacher_N), all_chunks)
+    return term((weight_K * binarised_divergence(student_K, teacher_K, settings)).sum(), weight_K.sum())
 
 
 # -- wiring to the cache
@@ -135,33 +116,26 @@ class Alm(Loss):
         self.settings = settings
         self.head = TeacherHead(context, "alm") if reads_states(context.levels) else None
 
+    def chunks_of(self, batch: Batch) -> Pieces:
+        """Those that both models predict whole."""
+        return shared_pieces(batch, end_token=True, longest=math.inf)
+
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Chunks, or their teacher tokens."""
-        whole = [chunk_log_likelihoods(torch.zeros_like(side[0]), *side)[1] for side in sides_of(batch)]
-        return {"alm": self._weigh(batch)[whole[0] & whole[1]].sum()}
+        return {"alm": weigh(self.chunks_of(batch), self.settings).sum()}
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Both sides' chunks, compared."""
-        own, theirs = sides_of(batch)
-        student_BK, s_whole_BK = chunk_log_likelihoods(_score(student.logits, batch.target_BN, own[1]), *own)
-        with torch.no_grad():
-            if self.head is None:
-                scores_BM = unwrap(batch.teacher_target_logprob_BM)
-            else:
-                scores_BM = _score(self.head(teacher_states(batch)), batch.teacher_target_BM, theirs[1])
-            teacher_BK, t_whole_BK = chunk_log_likelihoods(scores_BM, *theirs)
-        whole_BK, weight_BK = s_whole_BK & t_whole_BK, self._weigh(batch)
-        return {"alm": likelihood_matching(student_BK, teacher_BK, weight_BK, whole_BK, self.settings)}
-
-    def _weigh(self, batch: Batch) -> Tensor:
-        length_BK = batch.span_teacher_BK2[..., 1] - batch.span_teacher_BK2[..., 0]
-        return (torch.ones_like(length_BK) if self.settings.average == "chunks" else length_BK).float()
-
-
-def _score(logits: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
-    """log p of the targets at valid positions, 0 elsewhere, [B, N]."""
-    log_p_N = head_log_probabilities(logits.at(valid_BN), target_BN[valid_BN])
-    return log_p_N.new_zeros(valid_BN.shape).masked_scatter(valid_BN, log_p_N)
+        chunks = self.chunks_of(batch)
+        own, theirs = chunks.student, chunks.teacher
+        student_N = head_log_probabilities(student.logits.at(own.inside_BN), own.target_N)
+        if self.head is None:
+            teacher_N = unwrap(batch.teacher_target_logprob_BM)[theirs.inside_BN]
+        else:
+            with torch.no_grad():
+                logits = self.head(teacher_states(batch)[theirs.inside_BN])
+                teacher_N = head_log_probabilities(logits, theirs.target_N)
+        return {"alm": likelihood_matching(chunks, student_N, teacher_N, self.settings)}
 
 
 ALM = Declaration(

@@ -66,10 +66,8 @@ def pseudo_inverse(head_KD: Tensor) -> Tensor:
             [0.0000, 0.2500, 0.0000]])
     """
     wide_KD = head_KD.detach().double()
-    values_D, vectors_DD = torch.linalg.eigh(wide_KD.T @ wide_KD)
-    kept_D = values_D > RANK_TOLERANCE**2 * values_D.amax().clamp_min(0.0)
-    inverse_D = torch.where(kept_D, 1.0 / torch.where(kept_D, values_D, 1.0), 0.0)
-    inverse_DK: Tensor = (vectors_DD * inverse_D) @ (vectors_DD.T @ wide_KD.T)
+    gram_DD = wide_KD.T @ wide_KD
+    inverse_DK: Tensor = torch.linalg.pinv(gram_DD, rtol=RANK_TOLERANCE**2, hermitian=True) @ wide_KD.T
     return inverse_DK.to(torch.float64 if head_KD.dtype == torch.float64 else torch.float32)
 
 
@@ -137,19 +135,17 @@ class DskdV2(Loss):
         self.settings = settings
         self.student_head = context.student_head
         self.head = TeacherHead(context, "dskd_v2")
-        student_ids_K, teacher_ids_K = shared_vocabulary(
-            context.student_vocab, context.teacher_vocab, settings.shared_vocab
-        )
-        student_KD = constant_head(context.student_head(), "this student").weight_VD[student_ids_K]
-        teacher_KD = self.head.weight_VD[teacher_ids_K]
+        own_ids_K, their_ids_K = shared_vocabulary(context.student_vocab, context.teacher_vocab, settings.shared_vocab)
+        student_KD = constant_head(context.student_head(), "this student").weight_VD[own_ids_K]
+        teacher_KD = self.head.weight_VD[their_ids_K]
         self.t2s = nn.Linear(context.teacher_width, context.student_width, bias=False)
         with torch.no_grad():
             self.t2s.weight = nn.Parameter(equal_logits(pseudo_inverse(student_KD), teacher_KD).float())
         labels_V = torch.full((len(self.head.weight_VD),), -1, dtype=torch.int64)
-        labels_V[teacher_ids_K] = student_ids_K
+        labels_V[their_ids_K] = own_ids_K
         self.labels_V = nn.Buffer(labels_V, persistent=False)
         """For each teacher class the student class of the same text, or -1."""
-        self.student_ids_K = nn.Buffer(student_ids_K, persistent=False)
+        self.student_ids_K = nn.Buffer(own_ids_K, persistent=False)
         self.inverse_DK = nn.Buffer(pseudo_inverse(teacher_KD), persistent=False)
 
     def weights(self, step: int) -> Mapping[str, float]:

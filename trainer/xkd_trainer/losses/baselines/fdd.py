@@ -13,6 +13,7 @@ Shape legend: see batch.py; P picked layers, lowest first; N also all prediction
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,22 +21,13 @@ from torch import Tensor
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
-from xkd_trainer.losses.declaration import (
-    Context,
-    Declaration,
-    LayerIndex,
-    Levels,
-    Positive,
-    Settings,
-    StudentPass,
-    Weight,
-)
+from xkd_trainer.losses.declaration import Context, Declaration, Levels, Positive, Settings, StudentPass, Weight
 from xkd_trainer.losses.dual_space import TeacherHead, teacher_states
 from xkd_trainer.losses.ops.divergence import Comparison, cosine_distance
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
 from xkd_trainer.losses.ops.shared_pass import head_divergence
 from xkd_trainer.losses.ops.term import LossTerm, term
-from xkd_trainer.losses.pairing import OneTokenizerLoss, pair_layers
+from xkd_trainer.losses.pairing import LayerIndex, OneTokenizerLoss, pair_layers
 
 
 class FddSettings(Settings):
@@ -117,16 +109,19 @@ class Fdd(OneTokenizerLoss):
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Both models' states, read with their heads, layer by layer."""
-        sums: dict[str, Tensor] = {}
-        layers = [self._layer(batch, student, *pair) for pair in self.pairs]
-        ends_with_last = self.pairs[-1] == (self.last, self.student_last)
-        if "final" in self.factors or ("trajectory" in self.factors and ends_with_last):
-            sums["final"] = head_divergence(*self._layer(batch, student, self.last, self.student_last), None, self.how)
+        ends, sums = (self.last, self.student_last), dict[str, Tensor]()
+        logits = {pair: self._layer(batch, student, *pair) for pair in (*self.pairs, ends)}
+
+        @cache
+        def compare(pair: tuple[int, int]) -> Tensor:
+            return head_divergence(*logits[pair], None, self.how)
+
+        if "final" in self.factors:
+            sums["final"] = compare(ends)
         if "trajectory" in self.factors:
-            parts = [head_divergence(*pair, None, self.how) for pair in (layers[:-1] if ends_with_last else layers)]
-            sums["trajectory"] = torch.stack([*parts, *([sums["final"]] if ends_with_last else [])]).mean(0)
+            sums["trajectory"] = torch.stack([compare(pair) for pair in self.pairs]).mean(0)
         if "derivative" in self.factors:
-            sides = zip(*layers, strict=True)
+            sides = zip(*(logits[pair] for pair in self.pairs), strict=True)
             sums["derivative"] = derivative(
                 *(replace(side[0], hidden=torch.stack([z.hidden for z in side], dim=1)) for side in sides)
             )

@@ -105,9 +105,7 @@ class Gold(PieceLoss):
             return super().weigh(pieces)
         return 1.0 / pieces.document_G.bincount()[pieces.document_G]
 
-    def compare(
-        self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice, ahead: Tensor | None
-    ) -> Tensor:
+    def compare(self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice) -> Tensor:
         """The weighted sum of both parts, and the parts."""
         log_q_gV = merge(logits_CV.log_softmax(-1), pieces.student, some, self.settings.merge)
         log_p_gW = merge(logits_CW.log_softmax(-1), pieces.teacher, some, self.settings.merge)

@@ -73,9 +73,7 @@ class Simct(PieceLoss):
         """The student's predictions."""
         return dict.fromkeys(self.terms, batch.num_predictions)
 
-    def compare(
-        self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice, ahead: Tensor | None
-    ) -> Tensor:
+    def compare(self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice) -> Tensor:
         """The divergence."""
         student, teacher = pieces.student, pieces.teacher
         first, t_first = (side.target_N[side.rows(some)][side.bounds(some)[0]] for side in (student, teacher))

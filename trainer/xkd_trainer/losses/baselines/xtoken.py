@@ -23,6 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from xkd_trainer.data.batch import unwrap
 from xkd_trainer.losses.declaration import Context, Declaration
 from xkd_trainer.losses.dual_space import last_states
 from xkd_trainer.losses.ops.divergence import Share
@@ -134,7 +135,7 @@ class XtokenP(PieceLoss):
         self.place_2E, self.weight_E = (nn.Buffer(values, persistent=False) for values in (place_2E, weight_E))
 
     @torch.no_grad()
-    def look_ahead(self, theirs: LazyLogits, pieces: Pieces) -> Tensor:
+    def choose_classes(self, theirs: LazyLogits, pieces: Pieces) -> Tensor:
         """The teacher classes that are compared in each document, bool [B, W]."""
         document_N = pieces.document_G.repeat_interleave(pieces.teacher.size_G)
         documents, classes = len(pieces.teacher.inside_BN), len(theirs.weight)
@@ -147,12 +148,9 @@ class XtokenP(PieceLoss):
         ids_Bk = best_BW.sort(dim=-1, descending=True, stable=True).indices[:, : self.most]
         return torch.zeros_like(best_BW, dtype=torch.bool).scatter(1, ids_Bk, True)
 
-    def compare(
-        self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice, ahead: Tensor | None
-    ) -> Tensor:
+    def compare(self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice) -> Tensor:
         """The divergence."""
-        assert ahead is not None
-        known_gW, size_g = ahead[pieces.document_G[some]], pieces.teacher.size_G[some]
+        known_gW, size_g = unwrap(pieces.classes_BW)[pieces.document_G[some]], pieces.teacher.size_G[some]
         logits_CW = logits_CW.masked_fill(~known_gW.repeat_interleave(size_g, 0), ABSENT)
         log_p_gW = average(logits_CW.log_softmax(-1), pieces.teacher, some)
         w_WV = torch.sparse_coo_tensor(
@@ -180,9 +178,7 @@ class XtokenH(PieceLoss):
         self.ids_K, self.teacher_ids_K = (nn.Buffer(side, persistent=False) for side in ids)
         self.other_V, self.teacher_other_W = (nn.Buffer(side, persistent=False) for side in others)
 
-    def compare(
-        self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice, ahead: Tensor | None
-    ) -> Tensor:
+    def compare(self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice) -> Tensor:
         """The sum of both parts, and the parts."""
         log_q_gV = average(logits_CV.log_softmax(-1), pieces.student, some)
         log_p_gW = average(logits_CW.log_softmax(-1), pieces.teacher, some)

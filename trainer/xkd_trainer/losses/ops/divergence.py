@@ -12,12 +12,11 @@ Shape legend for this file
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from xkd_trainer.models.measures import at_least_float32, unit_vectors
 
@@ -26,13 +25,6 @@ Kind = Literal[
 ]  # fmt: skip
 Share = Annotated[float, Field(gt=0, lt=1)]
 Power = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-LONG_PAIRS: Final = 1 << 22
-"""Pairs of spans from which on `pair_sums` is taken, which makes a block again for its gradient."""
-
-BLOCK_PAIRS: Final = 1 << 20
-"""Pairs of spans that `pair_sums` works at a time, 4 MB in float32."""
 
 
 class Knobs(BaseModel):
@@ -178,37 +170,3 @@ def pair_weights(omega_BK: Tensor, valid_BK: Tensor) -> Tensor:
     omega_BK = torch.where(valid_BK, at_least_float32(omega_BK), 0.0)
     same_KK = torch.eye(omega_BK.shape[1], dtype=torch.bool, device=omega_BK.device)
     return (omega_BK.unsqueeze(-1) * omega_BK.unsqueeze(-2)).masked_fill(same_KK, 0.0)
-
-
-def pair_disagreement(
-    student_cosines_BKK: Tensor, teacher_cosines_BKK: Tensor, weights_BKK: Tensor, valid_BK: Tensor
-) -> Tensor:
-    """sum_ij weights_ij (cos_ij of the student - cos_ij of the teacher)^2 for each document, [B].
-
-    Cosine distances 1 - cos differ by the same amount, so this is the bracket of MTA eq. 11 and of
-    SRA's L_Geo. Rows and columns that are not valid add nothing, whatever they hold.
-    """
-    both_BKK = valid_BK.unsqueeze(-1) & valid_BK.unsqueeze(-2)
-    gap_BKK = torch.where(both_BKK, at_least_float32(student_cosines_BKK) - at_least_float32(teacher_cosines_BKK), 0.0)
-    return (weights_BKK * gap_BKK * gap_BKK).sum((-2, -1))
-
-
-def pair_sums(student_BKD: Tensor, teacher_BKE: Tensor, omega_BK: Tensor, valid_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """`pair_disagreement` of the cosines of both sides under `pair_weights`, and the sum of those weights, both [B].
-
-    For many spans: rows of pairs are worked a block at a time and made again for the gradient.
-    """
-    sides = [unit_vectors(torch.where(valid_BK.unsqueeze(-1), side, 0.0)) for side in (student_BKD, teacher_BKE)]
-    omega_BK = torch.where(valid_BK, at_least_float32(omega_BK), 0.0)
-
-    def work(student_BKD: Tensor, teacher_BKE: Tensor, first: int, end: int) -> Tensor:
-        own_BRK, theirs_BRK = (side[:, first:end] @ side.mT for side in (student_BKD, teacher_BKE))
-        weights_BRK = omega_BK[:, first:end, None] * omega_BK[:, None]
-        weights_BRK.diagonal(first, 1, 2).zero_()
-        return (weights_BRK * (own_BRK - theirs_BRK).square()).sum((-2, -1))
-
-    total_B, step = omega_BK.new_zeros(len(omega_BK)), max(1, BLOCK_PAIRS // max(1, omega_BK.numel()))
-    for first in range(0, omega_BK.shape[1], step):
-        end = min(first + step, omega_BK.shape[1])
-        total_B = total_B + checkpoint(work, *sides, first, end, use_reentrant=False, preserve_rng_state=False)
-    return total_B, omega_BK.sum(-1).square() - omega_BK.square().sum(-1)

@@ -75,22 +75,17 @@ class LazyLogits:
         """[..., V] logits, float32, or float64 where the head is."""
         return at_least_float32(F.linear(self.hidden.to(self.weight.dtype), self.weight, self.bias))
 
+    def make_in(self, scratch: Scratch, most: int, number: int = 0) -> Tensor:
+        """Like `dense`, in memory for `most` positions that the next call of the same number overwrites.
 
-class Chunk:
-    """Memory for the logits of a chunk, used again for the next: fresh pages cost as much as a product."""
-
-    def __init__(self, rows: int, logits: LazyLogits, scratch: Scratch, number: int = 0) -> None:
-        """At most so many rows; chunks of one pass have numbers of their own."""
-        shape = (rows, *logits.hidden.shape[1:-1], len(logits.weight))
-        self._wide_CV = scratch.of(("chunk", number), shape, logits.wide)
-
-    def of(self, logits: LazyLogits) -> Tensor:
-        """Like `dense`, of at most so many rows [C, D]; valid until the next call."""
-        out_CV = self._wide_CV[: logits.hidden.shape[0]]
-        if logits.weight.dtype != out_CV.dtype:
-            return out_CV.copy_(logits.dense())
-        torch.mm(logits.hidden.to(out_CV.dtype).flatten(0, -2), logits.weight.T, out=out_CV.flatten(0, -2))
-        return out_CV if logits.bias is None else out_CV.add_(logits.bias)
+        Fresh pages cost as much as a product. The chunks of one pass have numbers of their own.
+        """
+        rows, *inner = self.hidden.shape[:-1]
+        out_CV = scratch.of(("chunk", number), (most if rows else 0, *inner, len(self.weight)), self.wide)[:rows]
+        if self.weight.dtype != out_CV.dtype:
+            return out_CV.copy_(self.dense())
+        torch.mm(self.hidden.to(out_CV.dtype).flatten(0, -2), self.weight.T, out=out_CV.flatten(0, -2))
+        return out_CV if self.bias is None else out_CV.add_(self.bias)
 
 
 class HeadSlopes:
@@ -152,14 +147,9 @@ def chunked_sum(function: Function, logits: LazyLogits, weights_N: Tensor | None
     The gradient of a chunk, by states, and by weight and bias where they require one, is taken at once, in the forward
     pass. The weights are constants; None is 1 everywhere. 0 where N is 0.
     """
-    wide = logits.wide
-    constant_N = wide.new_ones(len(logits.hidden)) if weights_N is None else weights_N.detach().to(wide)
-
-    def make(wanted: Sequence[bool], inputs: Sequence[Any]) -> Made:
-        values_N, slopes = _run(function, inputs, wanted, constant_N)
-        return values_N @ constant_N, wide.new_zeros(0), slopes
-
-    return make_at_once(make, logits.hidden, logits.weight, logits.bias)[0]
+    weights_N = logits.wide.new_ones(len(logits.hidden)) if weights_N is None else weights_N
+    alone = [(rows, rows) for rows in chunks(logits)]
+    return grouped_sum(lambda rows, logits_CV: function(rows, logits_CV)[:, None], logits, weights_N, alone)[0]
 
 
 def grouped_sum(
@@ -187,17 +177,6 @@ def grouped_sum(
     return make_at_once(make, logits.hidden, logits.weight, logits.bias)
 
 
-def head_argmax(logits: LazyLogits, valid: Tensor) -> Tensor:
-    """The class of the largest logit at valid positions, the first of equals; -1 elsewhere, whose states are not read.
-
-    >>> head_argmax(LazyLogits(hidden=torch.eye(2), weight=torch.eye(2)), torch.tensor([False, True]))
-    tensor([-1,  1])
-    """
-    out = torch.full(valid.shape, -1, dtype=torch.int64, device=valid.device)
-    out[valid] = chunked(lambda _, logits_CV: logits_CV.argmax(-1), logits.detach().at(valid))
-    return out
-
-
 def head_log_probabilities(logits: LazyLogits, target_N: Tensor) -> Tensor:
     """log p(target) at each position, [N], which a loss may combine as it likes; gradient as of `chunked`.
 
@@ -222,9 +201,9 @@ def _run(
     logits = LazyLogits(hidden=inputs[0], weight=inputs[1], bias=inputs[2])
     slopes, values = HeadSlopes(logits, wanted), []
     plan = parts or [(rows, rows) for rows in chunks(logits)] or [(slice(0, 0), slice(0, 0))]
-    memory = Chunk(max(rows.stop - rows.start for rows, _ in plan), logits, scratch_for(logits.weight))
+    most, scratch = max(rows.stop - rows.start for rows, _ in plan), scratch_for(logits.weight)
     for rows, groups in plan:
-        leaf = memory.of(logits.at(rows)).detach().requires_grad_(upstream is not None and any(wanted))
+        leaf = logits.at(rows).make_in(scratch, most).detach().requires_grad_(upstream is not None and any(wanted))
         with torch.enable_grad():
             values.append(function(groups, leaf))
             first = values[-1] if parts is None else values[-1][:, 0]

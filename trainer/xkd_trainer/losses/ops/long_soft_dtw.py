@@ -1,8 +1,7 @@
-"""Soft-DTW of long sequences: costs are made of the vectors, some rows at a time, and made again for the gradient.
+"""Soft-DTW of two sequences of vectors. Of long ones costs are made some rows at a time, and again for the gradient.
 
-What is kept between is one row of path sums for each block, so that nothing has the size of both lengths. The result
-is that of `soft_dtw` on `cosine_cost` plus a band. Compiled kernels run the recursion, on the CPU; products are made
-where the vectors are.
+What is kept between is one row of path sums for each block, so that nothing has the size of both lengths. Compiled
+kernels run the recursion, on the CPU; products are made where the vectors are.
 
 Shape legend for this file
     B pairs    S student tokens    T teacher tokens    R rows of a block    E width
@@ -10,14 +9,14 @@ Shape legend for this file
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from xkd_trainer.losses.ops.soft_dtw import diagonal_of
+from xkd_trainer.losses.ops.soft_dtw import Band, cosine_cost, soft_dtw
+from xkd_trainer.losses.ops.softmax_rows import slices
 from xkd_trainer.models.measures import LONG_CELLS, has_cpu_kernels, unit_vectors
 
 BLOCK_CELLS: Final = 1 << 20
@@ -32,39 +31,18 @@ def is_long(cells: int, device: torch.device) -> bool:
     return cells > (LONG_CELLS if device.type == "cpu" else 8 * LONG_CELLS) and has_cpu_kernels()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Band:
-    """What is added to the cost of a cell (i, j), counted from 1: `penalty` where |j - centre_i| > half_i."""
+def cosine_soft_dtw(
+    x_BSE: Tensor, y_BTE: Tensor, lengths: tuple[Tensor, Tensor], *,
+    gamma: float, band: Band | None = None, in_blocks: bool = False,
+) -> Tensor:  # fmt: skip
+    """`soft_dtw` of the cosine costs of two sides, with a band added, [B]; gradient goes to the vectors alone.
 
-    centre_BS: Tensor
-    half_BS: Tensor
-    penalty: float
-
-
-def soft_band(  # noqa: PLR0913 - as `band_penalty`
-    attended_BS: Tensor, entropy_BS: Tensor, lengths: tuple[Tensor, Tensor], *,
-    width: float, beta: float, centre_mix: float, penalty: float,
-) -> Band:  # fmt: skip
-    """`band_penalty` from the mean place that each student token attends to, from 1, and the entropy in nats."""
-    diagonal_BS = diagonal_of(attended_BS, *lengths)
-    centre_BS = centre_mix * attended_BS + (1.0 - centre_mix) * diagonal_BS
-    return Band(centre_BS=centre_BS, half_BS=width + beta * entropy_BS, penalty=penalty)
-
-
-def sakoe_chiba(like_BS: Tensor, lengths: tuple[Tensor, Tensor], *, width: float) -> Band:
-    """`hard_band`."""
-    diagonal_BS = diagonal_of(like_BS, *lengths)
-    half_BS = (diagonal_BS[:, :1].clamp_min(max(width, 1.0)) * (1.0 + 1e-6)).expand_as(diagonal_BS)
-    return Band(centre_BS=diagonal_BS, half_BS=half_BS, penalty=math.inf)
-
-
-def long_soft_dtw(
-    x_BSE: Tensor, y_BTE: Tensor, lengths: tuple[Tensor, Tensor], *, gamma: float, band: Band | None = None
-) -> Tensor:
-    """`soft_dtw` of the cosine costs of two sides, [B] float32; gradient goes to the vectors alone.
-
-    NaN, in value and gradient, where a cost is NaN or beyond the kernels' exponent.
+    `in_blocks`: as the module says, in float32; then NaN, in value and gradient, also where a cost is beyond the
+    kernels' exponent.
     """
+    if not in_blocks:
+        cost_BST = cosine_cost(x_BSE, y_BTE)
+        return soft_dtw(cost_BST if band is None else cost_BST + band.dense(y_BTE.shape[1]), *lengths, gamma=gamma)
     value_B: Tensor = _Long.apply(  # type: ignore[no-untyped-call]
         unit_vectors(x_BSE), unit_vectors(y_BTE), lengths, gamma, band
     )
@@ -87,7 +65,7 @@ class _Long(torch.autograd.Function):
                 rows = Rows((size, other), gamma)
                 try:
                     for block in blocks_of(size, other):
-                        rows.forward(_costs(x_BSE[pair], y_BTE[pair, :other], _of_pair(band, pair), block))
+                        rows.forward(_costs(x_BSE[pair], y_BTE[pair, :other], band and band.at(pair), block))
                 except ValueError:
                     rows.above.clear()
             ctx.rows.append(rows)
@@ -103,7 +81,7 @@ class _Long(torch.autograd.Function):
             if rows is not None and not rows.above:
                 to_x_BSE[pair], to_y_BTE[pair] = math.nan, math.nan
                 continue
-            y_TE, band = y_BTE[pair, :other], _of_pair(ctx.band, pair)
+            y_TE, band = y_BTE[pair, :other], ctx.band and ctx.band.at(pair)
             for number, block in reversed(list(enumerate(blocks_of(size, other) if rows is not None else ()))):
                 visits_RT = torch.from_numpy(rows.backward(_costs(x_BSE[pair], y_TE, band, block), number))
                 slope_RT = visits_RT.to(x_BSE.device) * -upstream_B[pair]  # a cost is 1 less the product
@@ -114,18 +92,11 @@ class _Long(torch.autograd.Function):
 
 def blocks_of(size: int, other: int) -> Iterator[slice]:
     """Rows of each block."""
-    step = max(1, BLOCK_CELLS // other)
-    return (slice(first, min(first + step, size)) for first in range(0, size, step))
-
-
-def _of_pair(band: Band | None, pair: int) -> Band | None:
-    return band and Band(centre_BS=band.centre_BS[pair], half_BS=band.half_BS[pair], penalty=band.penalty)
+    return slices(0, size, max(1, BLOCK_CELLS // other))
 
 
 def _costs(x_SE: Tensor, y_TE: Tensor, band: Band | None, block: slice) -> Any:
     cost_RT = 1.0 - x_SE[block] @ y_TE.mT
     if band is not None:
-        column_T = torch.arange(1, len(y_TE) + 1, device=y_TE.device)
-        outside_RT = (column_T - band.centre_BS[block, None]).abs() > band.half_BS[block, None]
-        cost_RT = torch.where(outside_RT, cost_RT + band.penalty, cost_RT)
+        cost_RT += band.at(block).dense(len(y_TE))
     return cost_RT.cpu().contiguous().numpy()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from xkd_trainer.losses.ops.divergence import Comparison
-from xkd_trainer.losses.ops.lazy_logits import Chunk, HeadSlopes, LazyLogits, Made, make_at_once, rows_at_once
+from xkd_trainer.losses.ops.lazy_logits import HeadSlopes, LazyLogits, Made, make_at_once, rows_at_once
 from xkd_trainer.losses.ops.softmax_rows import cross_entropy_rows, divergence_rows, parts, scratch_for, slices
 from xkd_trainer.models.measures import prediction_stats
 
@@ -211,22 +211,18 @@ class _Pass:
     def run(self, valid_BN: Tensor, size: int) -> Made:
         lengths = valid_BN.sum(-1).tolist() if self.weighed else [len(self.target_M)]
         plan = list(batches(lengths, size))
-        most = max((chunk.stop - chunk.start for _, chunks in plan for chunk in chunks), default=0)
-        memory = [
-            Chunk(most if number or self.needs_own else 0, logits, self.scratch, number)
-            for number, logits in enumerate(self.logits)
-        ]
+        self.most = max((chunk.stop - chunk.start for _, chunks in plan for chunk in chunks), default=0)
         for documents, chunks in plan:
             made: list[Tensor] = []
             if self.weighed:
                 found = []
                 for chunk in chunks:
-                    made = self._make(chunk, memory)
+                    made = self._make(chunk)
                     found.append(self._measure(made))
                 self._weigh(slice(chunks[0].start, chunks[-1].stop), valid_BN[documents], torch.cat(found, dim=-1))
             for chunk in chunks:
                 if not self.weighed or len(chunks) > 1:
-                    made = self._make(chunk, memory)
+                    made = self._make(chunk)
                 for part in parts(made[-1]):
                     rows = slice(chunk.start + part.start, chunk.start + part.stop)
                     self._turn_into_slopes(rows, [m[part] for m in made])
@@ -235,10 +231,11 @@ class _Pass:
         by_input = [*self.slopes[0].by_input(), *(slopes.hidden_ND for slopes in self.slopes[1:])]
         return self.factors_K @ self.sums_K, self.sums_K, by_input
 
-    def _make(self, chunk: slice, memory: Sequence[Chunk]) -> list[Tensor]:
+    def _make(self, chunk: slice) -> list[Tensor]:
         """Logits of every place, [C, V] each; of the student none if nobody reads them."""
         rows = [chunk if self.needs_own else slice(0, 0), *[chunk] * (len(self.logits) - 1)]
-        return [m.of(logits.at(r)) for m, logits, r in zip(memory, self.logits, rows, strict=True)]
+        sides = enumerate(zip(self.logits, rows, strict=True))
+        return [logits.at(r).make_in(self.scratch, self.most, number) for number, (logits, r) in sides]
 
     def _measure(self, made: Sequence[Tensor]) -> Tensor:
         """[places, C]: entropies of the student, and peaks of the others, 0 where no weights read them."""

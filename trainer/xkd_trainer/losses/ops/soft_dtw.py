@@ -13,6 +13,7 @@ Shape legend for this file
 """
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,71 +77,73 @@ def cosine_cost(x_BSE: Tensor, y_BTE: Tensor) -> Tensor:
     return 1.0 - unit_vectors(x_BSE) @ unit_vectors(y_BTE).mT
 
 
-def band_penalty(  # noqa: PLR0913 - the four numbers of the paper's Table 5 keep their own names
-    attention_BST: Tensor,
-    student_lengths_B: Tensor,
-    teacher_lengths_B: Tensor,
-    *,
-    width: float = 5.0,
-    beta: float = 2.0,
-    centre_mix: float = 0.7,
-    penalty: float = 1.0,
-) -> Tensor:
-    """What the adaptive soft band of DWA-KD adds to the cross cost (eq. 17-25, Table 5), [B, S, T], no gradient.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Band:
+    """What is added to the cost of a cell (i, j), counted from 1: `penalty` where |j - centre_i| > half_i."""
+
+    centre_BS: Tensor
+    half_BS: Tensor
+    penalty: float
+
+    def at(self, rows: Any) -> "Band":
+        """The band of some rows, as [B, S] is indexed."""
+        return replace(self, centre_BS=self.centre_BS[rows], half_BS=self.half_BS[rows])
+
+    def dense(self, columns: int) -> Tensor:
+        """What is added to each cell, [B, S, T]; means nothing outside the lengths."""
+        column_T = torch.arange(1, columns + 1, device=self.centre_BS.device)
+        outside_BST = (column_T - self.centre_BS[..., None]).abs() > self.half_BS[..., None]
+        return self.half_BS.new_zeros(outside_BST.shape).masked_fill(outside_BST, self.penalty)
+
+
+def look_at(share_BST: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean column, counted from 1, and entropy in nats of each row of shares, [B, S] both, without gradient."""
+    share_BST = at_least_float32(share_BST.detach())
+    column_T = torch.arange(1, share_BST.shape[-1] + 1, device=share_BST.device, dtype=share_BST.dtype)
+    return share_BST @ column_T, -torch.xlogy(share_BST, share_BST).sum(-1)
+
+
+def soft_band(
+    seen: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor], *,
+    width: float, beta: float, centre_mix: float, penalty: float,
+) -> Band:  # fmt: skip
+    """The adaptive soft band of DWA-KD (eq. 17-25, Table 5), round what each student token looks at.
 
     With i and j counted from 1 (the paper; the authors' code counts from 0, which moves the mixed centre by less than
     max(1, T / S) tokens): centre c_i = a sum_j j A_ij + (1 - a) i T / S, entropy H_i = -sum_j A_ij log A_ij, half
     width b + beta H_i, and `penalty` wherever |j - c_i| exceeds it. S and T are the two lengths of the pair; `width`
-    is b and `centre_mix` is a. The attention's rows sum to 1 over the teacher's tokens; columns beyond its length are
-    ignored.
+    is b and `centre_mix` is a. `seen` is `look_at` of the attention A, whose rows sum to 1 over the teacher's tokens.
 
     One student token that attends to the first of three: c = 0.5 * 1 + 0.5 * 1 * 3 / 1 = 2, half width 0.5.
 
-    >>> attention, one, three = torch.tensor([[[1.0, 0.0, 0.0]]]), torch.tensor([1]), torch.tensor([3])
-    >>> band_penalty(attention, one, three, width=0.5, centre_mix=0.5)
+    >>> seen, lengths = look_at(torch.tensor([[[1.0, 0.0, 0.0]]])), (torch.tensor([1]), torch.tensor([3]))
+    >>> soft_band(seen, lengths, width=0.5, beta=2.0, centre_mix=0.5, penalty=1.0).dense(3)
     tensor([[[1., 0., 1.]]])
     """
-    inside_BST = inside_lengths(attention_BST, student_lengths_B, teacher_lengths_B)
-    attention_BST = torch.where(inside_BST, at_least_float32(attention_BST.detach()), 0.0)
-    diagonal_BS1, column_T = _diagonal(attention_BST, student_lengths_B, teacher_lengths_B)
-    attended_BS1 = (attention_BST * column_T).sum(-1, keepdim=True)
-    entropy_BS1 = -torch.xlogy(attention_BST, attention_BST).sum(-1, keepdim=True)
-    centre_BS1 = centre_mix * attended_BS1 + (1.0 - centre_mix) * diagonal_BS1
-    outside_BST = (column_T - centre_BS1).abs() > width + beta * entropy_BS1
-    return (outside_BST & inside_BST).to(attention_BST.dtype) * penalty
+    attended_BS, entropy_BS = seen
+    centre_BS = centre_mix * attended_BS + (1.0 - centre_mix) * _diagonal(attended_BS, *lengths)
+    return Band(centre_BS=centre_BS, half_BS=width + beta * entropy_BS, penalty=penalty)
 
 
-def hard_band(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor, *, width: float) -> Tensor:
-    """Sakoe-Chiba band around the diagonal of each pair: +inf outside, 0 inside; an option the paper does not have.
+def hard_band(like_BS: Tensor, lengths: tuple[Tensor, Tensor], *, width: float) -> Band:
+    """Sakoe-Chiba band around the diagonal of each pair, +inf outside; an option the paper does not have.
 
     With i and j counted from 1 a cell is inside where |j - i T / S| <= max(width, T / S, 1): corrected for the slope,
-    so that the two corners and a path between them are inside for any pair of lengths.
+    so that the two corners and a path between them are inside for any pair of lengths. `like` gives shape, dtype and
+    device; `width` is in teacher tokens.
 
-    >>> hard_band(torch.zeros(1, 3, 3), torch.tensor([3]), torch.tensor([3]), width=1.0)
+    >>> hard_band(torch.zeros(1, 3), (torch.tensor([3]), torch.tensor([3])), width=1.0).dense(3)
     tensor([[[0., 0., inf],
              [0., 0., 0.],
              [inf, 0., 0.]]])
-
-    `like` gives shape, dtype and device; `width` is in teacher tokens. Returns [B, S, T] to be added to the cost,
-    float32 or float64; 0 outside the lengths.
     """
-    like_BST = at_least_float32(like_BST.detach())
-    diagonal_BS1, column_T = _diagonal(like_BST, student_lengths_B, teacher_lengths_B)
-    reach_B11 = diagonal_BS1[:, :1].clamp_min(max(width, 1.0))  # the first row's place is the slope
-    outside_BST = (column_T - diagonal_BS1).abs() > reach_B11 * (1.0 + 1e-6)  # the corner itself is at `slope`
-    outside_BST = outside_BST & inside_lengths(like_BST, student_lengths_B, teacher_lengths_B)
-    return torch.zeros_like(like_BST).masked_fill(outside_BST, math.inf)
+    diagonal_BS = _diagonal(like_BS, *lengths)
+    reach_B1 = diagonal_BS[:, :1].clamp_min(max(width, 1.0))  # the first row's place is the slope
+    half_BS = (reach_B1 * (1.0 + 1e-6)).expand_as(diagonal_BS)  # the corner itself is at `slope`
+    return Band(centre_BS=diagonal_BS, half_BS=half_BS, penalty=math.inf)
 
 
-def _diagonal(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-    """i T / S as [B, S, 1], and j as [T]; i and j count from 1."""
-    column_T = torch.arange(1, like_BST.shape[2] + 1, device=like_BST.device, dtype=like_BST.dtype)
-    return diagonal_of(like_BST.new_empty(like_BST.shape[:2]), student_lengths_B, teacher_lengths_B)[
-        :, :, None
-    ], column_T
-
-
-def diagonal_of(like_BS: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> Tensor:
+def _diagonal(like_BS: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> Tensor:
     """i T / S of the two lengths of each pair, i counted from 1, [B, S]."""
     row_S = torch.arange(1, like_BS.shape[1] + 1, device=like_BS.device, dtype=like_BS.dtype)
     slope_B = teacher_lengths_B.to(like_BS.dtype) / student_lengths_B.clamp_min(1)
@@ -195,7 +198,9 @@ def torch_soft_dtw(
     cost_BST = cost_BST.detach()
     if not cost_BST.numel():
         return cost_BST.new_zeros(cost_BST.shape[0]), torch.zeros_like(cost_BST)
-    inside_BST = inside_lengths(cost_BST, student_lengths_B, teacher_lengths_B)
+    row_S, column_T = (torch.arange(size, device=cost_BST.device) for size in cost_BST.shape[1:])
+    inside_BS1 = row_S[:, None] < student_lengths_B[:, None, None]
+    inside_BST = inside_BS1 & (column_T < teacher_lengths_B[:, None, None])
     working = torch.float32 if cost_BST.device.type == "mps" else torch.float64
     step_BST = cost_BST.to(working) / -gamma
     step_BST = torch.where(step_BST == math.inf, math.nan, step_BST)  # a cost of -inf has no meaning
@@ -241,13 +246,6 @@ def _backward(share_D3BS: Tensor, seed_DBS: Tensor) -> Tensor:
         if d + 2 < mass_DBS.shape[0]:
             mass_DBS[d, :, :-1] += (mass_DBS[d + 2] * share_D3BS[d + 2, 2])[:, 1:]
     return mass_DBS
-
-
-def inside_lengths(like_BST: Tensor, student_lengths_B: Tensor, teacher_lengths_B: Tensor) -> Tensor:
-    """True inside both lengths, [B, S, T]."""
-    row_S = torch.arange(like_BST.shape[1], device=like_BST.device)
-    column_T = torch.arange(like_BST.shape[2], device=like_BST.device)
-    return (row_S < student_lengths_B[:, None])[:, :, None] & (column_T < teacher_lengths_B[:, None])[:, None, :]
 
 
 def _skew(x_BST: Tensor) -> Tensor:
