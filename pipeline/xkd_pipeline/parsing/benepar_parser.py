@@ -39,6 +39,7 @@ SEGMENTERS: Final = ("parser", "senter", "sentencizer")  # spaCy components that
 
 TOO_LONG: Final = "sentence_too_long"
 NOT_ENCODABLE: Final = "sentence_not_encodable"
+LABELS: Final = ("NP", "VP")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,9 +162,6 @@ class BeneparParser(PipelineParser):
             "benepar_sha256": folder_digest(self.path) if self.path.is_dir() else sha256_of(self.path),
             "max_sentence_tokens": str(MAX_SENTENCE_TOKENS),
         }
-
-
-LABELS: Final = ("NP", "VP")
 
 
 @contextlib.contextmanager

@@ -28,6 +28,9 @@ from xkd_schemas.tokens import CONTENT, OK, WORKER_KILLED, Tokens
 LONG_PROMPT: Final = "long_prompt"  # reason of a row whose prompt is too long and cannot be cut
 PROMPTS_CUT: Final = "prompts_cut"  # count of documents whose prompt was cut
 _NO_END: Final = 2**31 - 1
+UNUSED: Final = "unused:"  # begins the names of counts of keys that were not used
+_KILLS: Final = "ends the process that reads or parses it, every time"
+_LONG: Final = "its prompt is longer than max_prompt_tokens, and has tools or reasoning, or a template as long"
 
 
 def _spacy(settings: DocumentsSection) -> Parser:
@@ -118,11 +121,6 @@ class DocumentsStage(Stage):
         rejected = [asdict(r) for r in rejects]
         columns = columns_of(documents, found)
         return write_shard(self.folder, job.unit, self.schema, columns, rejects=rejected, counts=counts)
-
-
-UNUSED: Final = "unused:"  # begins the names of counts of keys that were not used
-_KILLS: Final = "ends the process that reads or parses it, every time"
-_LONG: Final = "its prompt is longer than max_prompt_tokens, and has tools or reasoning, or a template as long"
 
 
 def open_corpus(documents: DocumentsSection) -> list[Source]:

@@ -25,6 +25,7 @@ from xkd_schemas.tokens import Int32s
 Given = Mapping[str, Any]
 Used = TypeVar("Used")
 BATCH_ROWS: Final = 256  # rows of a Parquet file turned into Python objects at once
+HOW: Final = "docs/served-teachers.md lists the forms of rows"
 
 
 class RowRefused(ValueError):
@@ -125,9 +126,6 @@ def _files(path: Path) -> list[Path]:
     if not found:
         raise InputMissing(f"{path} holds no file that ends in {' '.join(READERS)}", fix="check the path")
     return found
-
-
-HOW: Final = "docs/served-teachers.md lists the forms of rows"
 
 
 def read_rows(path: Path, wanted: Iterable[int] | None = None) -> Iterator[tuple[int, Given]]:

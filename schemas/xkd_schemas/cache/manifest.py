@@ -24,6 +24,7 @@ FORMAT = 1  # version of these three files; a reader refuses a larger `min_reade
 
 Name = Annotated[str, Field(pattern=f"^{SAFE_NAME.pattern}$")]
 Spec = dict[str, Json]
+_MAKE = "run the xkd-cache command that makes this table"
 
 
 class _Record(BaseModel):
@@ -238,9 +239,6 @@ def _collecting_nothing() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-_MAKE = "run the xkd-cache command that makes this table"
 
 
 def differences(ours: Spec, theirs: Spec, prefix: str = "") -> list[tuple[str, str, str]]:

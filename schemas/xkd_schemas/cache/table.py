@@ -32,6 +32,8 @@ OPEN_SHARDS: Final = 128  # of a table at once: each takes a file descriptor, of
 READY_BATCHES: Final = 16  # record batches of an open shard whose columns stay ready: some KB each
 
 Decoder = Callable[[Callable[[str], Any]], Any]  # given a reader of stored columns, the values of one coded column
+_AGAIN = "run the same xkd-cache command again: it makes only what is missing or damaged"
+TABLES: Final = ("documents", *(f"{kind}/*" for kind in KINDS))  # each after those that it is made from
 
 
 class Row:
@@ -146,9 +148,6 @@ def _decode(path: Path, codec: Codec, column: str, metadata: Mapping[bytes, byte
         return codec.decode(column, read, metadata)
     except BadData as error:
         raise BadData(f"{path}: {error}", fix=_AGAIN) from error
-
-
-_AGAIN = "run the same xkd-cache command again: it makes only what is missing or damaged"
 
 
 def _frame(data: memoryview, batches: tuple[RecordBatch, ...]) -> bytes:
@@ -269,9 +268,6 @@ def _tokenizer_digests(table: Path) -> dict[str, str]:
         pairs = (line.partition("  ") for line in lines)
         return {name.removeprefix(prefix): digest for digest, _, name in pairs if name.startswith(prefix)}
     return {}
-
-
-TABLES: Final = ("documents", *(f"{kind}/*" for kind in KINDS))  # each after those that it is made from
 
 
 def sealed_tables(root: Path) -> list[str]:

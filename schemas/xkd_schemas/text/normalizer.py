@@ -36,6 +36,12 @@ LETTERS: Final = frozenset("\u0e33\u0eb3\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe
 """Vowels and skin tones that are one sign with what is before them, but no marks by their category."""
 LINE_BLANKS: Final = "\t\n\f\r"  # controls that every normaliser takes for blanks
 LAST_CODE: Final = 0x1FFFF  # characters behind it are no marks and end in none
+REACHES: Final = (1, 2, 4, 8, 16)  # characters beside a cut that are normalised alike together and apart
+LONGEST_PART: Final = 64  # characters; text that is only normalised in longer stretches keeps its intervals
+MOST_KNOWN: Final = 100_000  # short strings whose normalised form is remembered
+WORDS: Final = re.compile(r"\s+|\S+")
+ENDS: Final = frozenset({"Strip", "Prepend"})  # what they do to the ends they do not do inside; they merge nothing
+DEEP: Final = frozenset({"NFKC", "NFKD", "Precompiled"})  # they take more apart than canonical forms do
 
 
 class Classes(NamedTuple):
@@ -62,14 +68,6 @@ def mark_classes() -> Classes:
         first, last, follows=(joins | (first > 0)) & no_blank, changes=np.array(changes, np.bool_),
         controls=(np.array(categories) == "Cc") & no_blank,
     )  # fmt: skip
-
-
-REACHES: Final = (1, 2, 4, 8, 16)  # characters beside a cut that are normalised alike together and apart
-LONGEST_PART: Final = 64  # characters; text that is only normalised in longer stretches keeps its intervals
-MOST_KNOWN: Final = 100_000  # short strings whose normalised form is remembered
-WORDS: Final = re.compile(r"\s+|\S+")
-ENDS: Final = frozenset({"Strip", "Prepend"})  # what they do to the ends they do not do inside; they merge nothing
-DEEP: Final = frozenset({"NFKC", "NFKD", "Precompiled"})  # they take more apart than canonical forms do
 
 
 class Cut(NamedTuple):
