@@ -222,11 +222,7 @@ def locate_model(name: str | None) -> Path:
 
 
 def load_model(path: Path) -> Any:
-    """benepar's ChartParser from `path`, on the CPU.
-
-    Raises:
-        BadData: the files do not make a model.
-    """
+    """benepar's ChartParser from `path`, on the CPU; BadData where the files do not make a model."""
     import torch
     from benepar.parse_chart import ChartParser
 

@@ -2,10 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Final
 
 import numpy as np
@@ -28,25 +29,14 @@ from xkd_schemas.tokens import CONTENT, OK, WORKER_KILLED, Tokens
 LONG_PROMPT: Final = "long_prompt"  # reason of a row whose prompt is too long and cannot be cut
 PROMPTS_CUT: Final = "prompts_cut"  # count of documents whose prompt was cut
 _NO_END: Final = 2**31 - 1
+PARSERS = {
+    "spacy": "xkd_pipeline.parsing.spacy_parser:SpacyParser",
+    "benepar": "xkd_pipeline.parsing.benepar_parser:BeneparParser",
+}
+"""To add a parser, write a class as `Parser` says in a module of its own, which is imported when one is made."""
 UNUSED: Final = "unused:"  # begins the names of counts of keys that were not used
 _KILLS: Final = "ends the process that reads or parses it, every time"
 _LONG: Final = "its prompt is longer than max_prompt_tokens, and has tools or reasoning, or a template as long"
-
-
-def _spacy(settings: DocumentsSection) -> Parser:
-    from xkd_pipeline.parsing.spacy_parser import SpacyParser
-
-    return SpacyParser(settings)
-
-
-def _benepar(settings: DocumentsSection) -> Parser:
-    from xkd_pipeline.parsing.benepar_parser import BeneparParser
-
-    return BeneparParser(settings)
-
-
-PARSERS: Mapping[str, Callable[[DocumentsSection], Parser]] = {"spacy": _spacy, "benepar": _benepar}
-"""To add a parser, write a class as `Parser` says in a module of its own, which is imported when one is made."""
 
 
 def check_parser(name: str) -> None:
@@ -58,7 +48,8 @@ def check_parser(name: str) -> None:
 def parser_for(settings: DocumentsSection) -> Parser:
     """Load the parser of these settings; InputMissing, UsageError, BadData or Refused says why it cannot be."""
     check_parser(settings.parser)
-    return PARSERS[settings.parser](settings)
+    make: Callable[[DocumentsSection], Parser] = resolve_name(PARSERS[settings.parser])
+    return make(settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,9 +47,7 @@ def write_shard(
     """Write the rows of one shard and return the record that the driver commits.
 
     Its number stands in its metadata, so that swapped files are found. The driver adds up the counts of all shards.
-
-    Raises:
-        DiskFailed: The disk is full or failing; no file is left behind.
+    DiskFailed where the disk is full or failing; no file is left behind.
     """
     rows = len(columns["doc_id"])
     marked = schema.with_metadata({**(schema.metadata or {}), b"unit": str(unit).encode()})
@@ -126,13 +124,9 @@ class DocumentRows:
 
 
 def documents_of(shard: Shard, killers: Iterable[int] = ()) -> DocumentRows:
-    """All rows of a shard of the documents table; `killers` are those that kill their process.
-
-    Raises:
-        BadData: A record batch does not match its digest.
-    """
+    """All rows of a shard of the documents table, or BadData; `killers` are those that kill their process."""
     columns = _columns(shard, shard.schema.names)
-    roles = _flat(columns["roles"]).combine_chunks().dictionary_encode()
+    roles = columns["roles"].flatten().dictionary_encode()
     return DocumentRows(
         doc_ids=columns["doc_id"].to_pylist(),
         block=DocumentBatch(
@@ -166,24 +160,19 @@ def tokens_of(shard: Shard) -> TokenBatch:
     )
 
 
-def _columns(shard: Shard, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+def _columns(shard: Shard, names: Sequence[str]) -> dict[str, pa.Array]:
+    """Columns of all rows, with the record batches joined."""
     batches = [shard.batch(number) for number in range(len(shard.commit.batches))]
-    return {name: pa.chunked_array([b.column(name) for b in batches], shard.schema.field(name).type) for name in names}
+    whole = pa.Table.from_batches(batches, shard.schema).select(names)
+    return {name: whole.column(name).combine_chunks() for name in names}
 
 
-def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
-
-
-def _lists(column: pa.ChunkedArray) -> Ragged:
-    """A list column of numbers, or of pairs of them, with its chunks joined."""
-    counts = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-    first = row_offsets(np.concatenate([np.zeros(0, np.int64), *counts]))
-    items = _flat(column)
-    if not pa.types.is_fixed_size_list(items.type):
-        return Ragged(items.to_numpy(), first)
-    values = pa.chunked_array([chunk.flatten() for chunk in items.chunks], items.type.value_type)
-    return Ragged(values.to_numpy().reshape(-1, items.type.list_size), first)
+def _lists(column: pa.Array) -> Ragged:
+    """A list column of numbers, or of pairs of them."""
+    first, items = row_offsets(column.value_lengths().to_numpy()), column.flatten()
+    if pa.types.is_fixed_size_list(items.type):
+        return Ragged(items.flatten().to_numpy().reshape(-1, items.type.list_size), first)
+    return Ragged(items.to_numpy(zero_copy_only=False), first)
 
 
 def document_at(row: Row) -> Document:

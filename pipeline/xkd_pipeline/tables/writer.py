@@ -59,8 +59,7 @@ def locked(root: Path) -> Iterator[None]:
 class Store:
     """A table's folder: `Store(root, "documents", spec, units)` opens it or begins it.
 
-    Raises:
-        Mismatch: The folder was begun with another spec; every differing field is named.
+    Mismatch names every differing field where the folder was begun with another spec.
     """
 
     def __init__(self, root: Path, table: str, spec: Spec, units: tuple[Unit, ...]) -> None:

@@ -116,8 +116,7 @@ class ChatTemplate:
     def render(self, documents: Sequence[Document]) -> list[Rendered | NotRendered]:
         """Documents as the template writes them; NotRendered where it refuses, or characters are not found again.
 
-        Raises:
-            Refused: The template takes more time or memory than it may.
+        Refused where the template takes more time or memory than it may.
         """
         written = self._write([conversation(document, document.text) for document in documents])
         return [self._follow(document, real) for document, real in zip(documents, written, strict=True)]
