@@ -122,12 +122,9 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSection,
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
     encoder = encoder_for(settings.tokenizer, settings)
     spec = {
-        "schema": STUDENTS_VERSION,
-        "documents": documents.manifest.root,
-        "teacher": teacher,
-        "teacher_root": teachers.manifest.root,
-        "encoder": encoder.identity(),
-    }
+        "schema": STUDENTS_VERSION, "documents": documents.manifest.root, "encoder": encoder.identity(),
+        "teacher": teacher, "teacher_root": teachers.manifest.root,
+    }  # fmt: skip
     encoder.check(first_documents(documents))
     store = Store(root, f"students/{name}", spec, shards_like(documents))
     stage = AlignStage(root=root, folder=store.folder, teacher=f"teachers/{teacher}", settings=settings)

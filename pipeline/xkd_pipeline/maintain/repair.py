@@ -53,8 +53,7 @@ def repair(
         models: Teachers.
         parser: Fields of [documents] that the plan does not tell: where the files of the parser are.
 
-    Raises:
-        UsageError: A model or corpus was given that this cache was not made from.
+    UsageError where a model or corpus was given that this cache was not made from.
     """
     bad = verify(root, "full")
     made: dict[str, int] = {}

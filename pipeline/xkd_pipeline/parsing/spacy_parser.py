@@ -34,9 +34,7 @@ UNUSED: Final = ("ner", "lemmatizer", "textcat", "textcat_multilabel", "spancat"
 def load_pipeline(name: str, *, exclude: Sequence[str] = UNUSED) -> Any:
     """A spaCy pipeline by name or folder, or "blank:en" for words and sentences by rule alone.
 
-    Raises:
-        InputMissing: it is not installed.
-        UsageError: there is no such language.
+    InputMissing where it is not installed, UsageError where there is no such language.
     """
     import spacy
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from xkd_schemas.errors import UsageError
+from xkd_schemas.progress import show_time
 
 SUFFIXES: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?")
@@ -32,16 +33,6 @@ def format_size(size: float) -> str:
     while abs(size) >= 999.5 and step < len(SUFFIXES) - 1:
         size, step = size / 1000, step + 1
     return f"{size:.0f} B" if step == 0 else f"{size:.1f} {SUFFIXES[step]}"
-
-
-def format_time(seconds: float) -> str:
-    """Hours, minutes and seconds.
-
-    >>> format_time(3725.2)
-    '1:02:05'
-    """
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
@@ -108,7 +99,7 @@ def _describe_needs(plan: dict[str, Any]) -> Iterator[str]:
             "line with --tokens-per-second"
         )
     else:
-        yield f"time: {format_time(plan['seconds'])} at {plan['rate']:g} tokens per second"
+        yield f"time: {show_time(plan['seconds'])} at {plan['rate']:g} tokens per second"
 
 
 def _describe_stream(stream: dict[str, Any]) -> Iterator[str]:
@@ -119,7 +110,7 @@ def _describe_stream(stream: dict[str, Any]) -> Iterator[str]:
     )
     disk = f"{format_size(stream['disk_rate'])} per second, {'measured' if stream['disk_measured'] else 'assumed'}"
     rate = f"{stream['compute_rate']:.3g} tokens per second, {'as given' if stream['rate_given'] else 'by arithmetic'}"
-    read, compute = (format_time(stream[f"{what}_seconds"]) for what in ("read", "compute"))
+    read, compute = (show_time(stream[f"{what}_seconds"]) for what in ("read", "compute"))
     yield f"time: reading {read} ({disk}), computing {compute} ({rate}), both at once: {stream['limit']} is the limit"
 
 

@@ -127,9 +127,7 @@ def _draw_worst(root: Path, alignment: Alignment) -> Iterator[dict[str, Any]]:
 def gather(root: Path) -> dict[str, Any]:
     """Read the sealed tables of a cache; what the page shows but for the drawings.
 
-    Raises:
-        InputMissing: No folder, or not one sealed table in it.
-        BadData: A shard or manifest is damaged.
+    InputMissing where there is not one, BadData where a shard or manifest is damaged.
     """
     check_cache(root)
     tables = [Table(root, name) for name in sealed_tables(root)]
@@ -169,14 +167,12 @@ def read_batches(table: Table, units: Sequence[int] | None = None) -> Iterator[t
 
 def _lengths(batch: pa.RecordBatch, column: str) -> Int64s:
     """[B] entries of a list column in each document."""
-    lengths: Int64s = np.diff(batch.column(column).offsets.to_numpy()).astype(np.int64)
-    return lengths
+    return np.asarray(batch.column(column).value_lengths(), np.int64)
 
 
 def _pairs(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.int32]:
     """[K, 2] of all documents of the batch, one after the other."""
-    pairs: npt.NDArray[np.int32] = batch.column(column).flatten().flatten().to_numpy().reshape(-1, 2)
-    return pairs
+    return np.asarray(batch.column(column).flatten().flatten(), np.int32).reshape(-1, 2)
 
 
 def _measure_documents(documents: Table) -> list[Histogram]:

@@ -233,9 +233,8 @@ def import_table(root: Path, name: str, given: Import) -> Built:
             if model is None:
                 folder = store.folder / "tokenizer"
                 names = save_folder(folder, encoder.tokenizer.save_pretrained)
-                return constants | {"vocab_size": classes_of(given.tokenizer)}, {
-                    n: sha256_of(folder / n) for n in names
-                }
+                constants["vocab_size"] = classes_of(given.tokenizer)
+                return constants, {name: sha256_of(folder / name) for name in names}
             error = codec_error(commits)
             constants |= constants_of(model) | {f"{one}_std": std_of(commits, one) for one in ("hidden", "embedding")}
             return constants | ({"codec_error": error} if error else {}), export(model, settings.model, store.folder)

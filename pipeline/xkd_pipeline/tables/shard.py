@@ -69,17 +69,10 @@ def write_shard(
     frame.update(data[end:])
     batches = tuple(RecordBatch(offset=o, length=n, rows=r, xxh3=xxh3_of(data[o : o + n])) for o, n, r in spans)
     return Commit(
-        unit=unit,
-        file=name,
-        rows=rows,
-        size=len(data),
-        sha256=sha256,
-        frame_xxh3=frame.hexdigest(),
-        batches=batches,
-        rejects=_write_rejects(folder / "rejects", unit, rejects),
-        counts=dict(counts or {}),
+        unit=unit, file=name, rows=rows, size=len(data), sha256=sha256, frame_xxh3=frame.hexdigest(), batches=batches,
+        rejects=_write_rejects(folder / "rejects", unit, rejects), counts=dict(counts or {}),
         unusable=tuple(i for i, status in enumerate(columns.get("status", ())) if status != OK),
-    )
+    )  # fmt: skip
 
 
 def _write_rejects(folder: Path, unit: int, rejects: Sequence[Mapping[str, Any]]) -> Reject | None:
@@ -107,7 +100,7 @@ class DocumentRows:
     def part(self, first: int, end: int) -> "DocumentRows":
         """The documents from `first` up to `end`."""
         return DocumentRows(
-            doc_ids=self.doc_ids[first:end], block=self.block.part(first, end), words=self.words[first:end],
+            doc_ids=self.doc_ids[first:end], block=self.block.take(range(first, end)), words=self.words[first:end],
             phrases=self.phrases[first:end], killers=frozenset(row - first for row in self.killers),
         )  # fmt: skip
 
@@ -148,16 +141,11 @@ def tokens_of(shard: Shard) -> TokenBatch:
     """All rows of a shard of a teacher or student table, their tokens alone; raises as `documents_of`."""
     columns = _columns(shard, ("status", "num_chars", "token_ids", "token_spans", "token_kinds", "targets"))
     ids = _lists(columns["token_ids"])
+    spans, kinds, targets = (_lists(columns[name]).values for name in ("token_spans", "token_kinds", "targets"))
     return TokenBatch(
-        statuses=columns["status"].to_pylist(),
-        num_chars=columns["num_chars"].to_numpy(),
-        first=ids.first,
-        ids=ids.values,
-        spans=_lists(columns["token_spans"]).values,
-        kinds=_lists(columns["token_kinds"]).values,
-        targets=_lists(columns["targets"]).values,
-        extended=np.zeros(len(ids), np.int32),
-    )
+        statuses=columns["status"].to_pylist(), num_chars=columns["num_chars"].to_numpy(), first=ids.first,
+        ids=ids.values, spans=spans, kinds=kinds, targets=targets, extended=np.zeros(len(ids), np.int32),
+    )  # fmt: skip
 
 
 def _columns(shard: Shard, names: Sequence[str]) -> dict[str, pa.Array]:

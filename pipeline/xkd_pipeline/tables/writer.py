@@ -45,9 +45,7 @@ from xkd_schemas.errors import BadData, InputMissing, UsageError
 def locked(root: Path) -> Iterator[None]:
     """Hold the cache for writing; Busy names the process that has it. Freed by the system when we die.
 
-    Raises:
-        Refused: It has a link, which a writer could follow out of it.
-        UsageError: It is a file.
+    Refused where it has a link, which a writer could follow out of it; UsageError where it is a file.
     """
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file, and a cache is a folder", kept="it as it is", fix="name a folder")

@@ -136,13 +136,9 @@ def _start_here(count: int, folder: Path) -> None:
 
     try:
         ray.init(
-            num_cpus=count,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder / "ray"),
-            object_store_memory=256 * 2**20,
-            **_quiet(),
-        )
+            num_cpus=count, include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=str(folder / "ray"),
+            object_store_memory=256 * 2**20, **_quiet(),
+        )  # fmt: skip
     except Exception as error:  # Ray raises just that where its processes do not come up
         raise WorkersGone(
             f"Ray did not start on this machine: {first_line(error)}", kept=KEPT, fix=f"{AGAIN}, or use --workers 0"

@@ -75,16 +75,6 @@ class DocumentBatch:
         """The batch of some of the documents."""
         return DocumentBatch.of(self.document(n) for n in numbers)
 
-    def part(self, first: int, end: int) -> "DocumentBatch":
-        """The batch of the documents from `first` up to `end`; nothing but references is copied."""
-        own = slice(self.segments.first[first], self.segments.first[end])
-        border = self.segments.first[first : end + 1] - self.segments.first[first]
-        return DocumentBatch(
-            texts=self.texts[first:end], segments=Ragged(self.segments.values[own], border), names=self.names,
-            roles_G=self.roles_G[own], targets_G=self.targets_G[own], places=self.places[first:end],
-            messages=self.messages[first:end],
-        )  # fmt: skip
-
 
 class Line(NamedTuple):
     """Content tokens of all documents on one line of characters, a character left free between two documents."""

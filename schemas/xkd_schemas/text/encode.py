@@ -124,7 +124,7 @@ class Encoder:
         if limits is not None:
             wanted = [n if limit is None else min(n, limit) for n, limit in zip(wanted, limits, strict=True)]
         parts = [
-            self._encode(block.part(first, end), np.array(wanted[first:end], np.int32))
+            self._encode(block.take(range(first, end)), np.array(wanted[first:end], np.int32))
             for first, end in pieces_of(wanted, MOST_CHARS)
         ]
         return parts[0] if len(parts) == 1 else TokenBatch.of(row for part in parts for row in part)

@@ -130,7 +130,7 @@ class Normalised:
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = set_plain(tokenizer.backend_tokenizer)
-        steps = _steps(self._backend.normalizer)
+        steps = normaliser_steps(self._backend.normalizer)
         self._inside = [step for step in steps if step["type"] not in ENDS]
         self._ends = [step for step in steps if step["type"] in ENDS]
 
@@ -218,7 +218,7 @@ def find_shift(form: str, normal: str, prefix: str) -> int | None:
     return None if taken < 0 or left.replace("▁", " ").strip() else taken - given
 
 
-def _steps(normaliser: Any) -> list[Mapping[str, Any]]:
+def normaliser_steps(normaliser: Any) -> list[Mapping[str, Any]]:
     """The steps of the library's normaliser in order; none of one that is written in Python."""
     try:
         steps = [] if normaliser is None else [json.loads(normaliser.__getstate__())]
