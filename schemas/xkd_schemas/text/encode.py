@@ -123,11 +123,11 @@ class Encoder:
         wanted = [len(text) for text in block.texts]
         if limits is not None:
             wanted = [n if limit is None else min(n, limit) for n, limit in zip(wanted, limits, strict=True)]
-        parts = [
-            self._encode(block.take(range(first, end)), np.array(wanted[first:end], np.int32))
-            for first, end in pieces_of(wanted, MOST_CHARS)
-        ]
-        return parts[0] if len(parts) == 1 else TokenBatch.of(row for part in parts for row in part)
+        pieces = pieces_of(wanted, MOST_CHARS)
+        if len(pieces) == 1:
+            return self._encode(block, np.array(wanted, np.int32))
+        parts = (self._encode(block.take(range(*own)), np.array(wanted[slice(*own)], np.int32)) for own in pieces)
+        return TokenBatch.of(row for part in parts for row in part)
 
     def _encode(self, block: DocumentBatch, num_chars: Int32s) -> TokenBatch:
         """One stretch of documents, cut where they are too long; rows that cannot be used have a reason, no tokens."""
