@@ -244,9 +244,11 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
         rejected, read = sum(c.rejects.rows for c in commits if c.rejects), sum(units[c.unit].rows for c in commits)
         if rejected > settings.max_reject * total:
             folder = store.folder / "rejects"
+            with min(folder.glob("*.jsonl")).open(encoding="utf-8") as lines:
+                first = json.loads(next(lines))
             raise BadData(
-                f"{rejected} of {read} rows cannot be used ({_reasons(commits)}), more than "
-                f"--max-reject {settings.max_reject:g} allows; the first: {_first_reject(folder)}; all: {folder}",
+                f"{rejected} of {read} rows cannot be used ({_reasons(commits)}), more than --max-reject "
+                f"{settings.max_reject:g} allows; the first: row {first['line']}, {first['detail']}; all: {folder}",
                 kept="every finished shard",
                 fix="fix the corpus, or name other columns with --column"
                 + f", or accept them with --max-reject {min(1.0, 1.1 * rejected / read):.2g}" * (rejected < read),
@@ -255,13 +257,6 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
             raise BadData(f"no usable row in {total} ({_reasons(commits)})", fix="check the form of the rows")
 
     return build(store, stage, lambda missing: jobs_of(sources, size, missing), workers, watch=watch)
-
-
-def _first_reject(folder: Path) -> str:
-    """Line and detail of the first row that was rejected, as the list of a shard has it."""
-    with min(folder.glob("*.jsonl")).open(encoding="utf-8") as lines:
-        row = json.loads(next(lines))
-    return f"row {row['line']}, {row['detail']}"
 
 
 def _reasons(commits: Iterable[Commit]) -> str:

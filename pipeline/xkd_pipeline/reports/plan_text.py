@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
+from rich.filesize import decimal
+
 from xkd_schemas.errors import UsageError
 from xkd_schemas.progress import show_time
 
-SUFFIXES: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?")
 
 
@@ -24,15 +25,8 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """A size in steps of 1000.
-
-    >>> format_size(999), format_size(1_234_567)
-    ('999 B', '1.2 MB')
-    """
-    step = 0
-    while abs(size) >= 999.5 and step < len(SUFFIXES) - 1:
-        size, step = size / 1000, step + 1
-    return f"{size:.0f} B" if step == 0 else f"{size:.1f} {SUFFIXES[step]}"
+    """A size in steps of 1000, such as 1.2 MB."""
+    return decimal(round(size))
 
 
 def plan_lines(plan: dict[str, Any]) -> Iterator[str]:

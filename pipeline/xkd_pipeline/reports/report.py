@@ -43,17 +43,15 @@ Int64s = npt.NDArray[np.int64]
 
 
 class Histogram:
-    """How often each size was seen; grows with the largest size, never with the number of things."""
+    """How often each size was seen; grows with the number of sizes, never with that of things."""
 
     def __init__(self, title: str, remark: str = "") -> None:
         self.title, self.remark = title, remark
-        self._counts: Int64s = np.zeros(0, dtype=np.int64)
+        self._counts = Counter[int]()
 
     def add(self, sizes: npt.NDArray[Any]) -> None:
         """Count sizes, 0 or more, of any shape."""
-        seen = np.bincount(np.asarray(sizes, dtype=np.int64).ravel(), minlength=len(self._counts))
-        seen[: len(self._counts)] += self._counts
-        self._counts = seen
+        self._counts.update(sizes.ravel().tolist())
 
     @property
     def bars(self) -> list[tuple[int, int, int]]:
@@ -64,12 +62,10 @@ class Histogram:
         >>> sizes.bars
         [(1, 1, 2), (2, 2, 0), (3, 3, 1)]
         """
-        seen = np.flatnonzero(self._counts).tolist()
-        if not seen:
-            return []
-        low, high = seen[0], seen[-1]
-        step = -(-(high - low + 1) // MAX_BINS)
-        return [(at, at + step - 1, int(self._counts[at : at + step].sum())) for at in range(low, high + 1, step)]
+        low, high = min(self._counts, default=0), max(self._counts, default=-1)
+        step = max(1, -(-(high - low + 1) // MAX_BINS))
+        firsts = range(low, high + 1, step)
+        return [(at, at + step - 1, sum(self._counts[n] for n in range(at, at + step))) for at in firsts]
 
 
 class SignalSizes(NamedTuple):

@@ -208,10 +208,7 @@ def _count_table(path: Path) -> int:
 def _parquet_batches(path: Path, first: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path) as file:
         names = None if columns is None else [n for n in file.schema_arrow.names if n in columns]
-        skip, groups = first, list(range(file.num_row_groups))
-        while groups and skip >= file.metadata.row_group(groups[0]).num_rows:
-            skip -= file.metadata.row_group(groups.pop(0)).num_rows
-        yield from _behind(skip, file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=names))
+        yield from _behind(first, file.iter_batches(batch_size=BATCH_ROWS, columns=names))
 
 
 def _arrow_batches(path: Path, first: int) -> Iterator[pa.RecordBatch]:
