@@ -27,12 +27,6 @@ Int64s = npt.NDArray[np.int64]
 Dtype = Literal["bf16", "float16", "float32", "int32"]
 Unit = Literal["word", "phrase"]
 _PATTERN = re.compile(r"([a-z_]+)(?:@(\d+))?(?::(word|phrase))?(?:#([1-9]\d*))?")
-_ARROW: Final[dict[Dtype, pa.DataType]] = {
-    "bf16": pa.uint16(),  # Arrow has no bfloat16: the bits, viewed back without a copy
-    "float16": pa.float16(),
-    "float32": pa.float32(),
-    "int32": pa.int32(),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +131,8 @@ def teacher_schema(signals: Iterable[Signal], width: int, codec: str = PLAIN) ->
         if signal.kind.wide:
             columns, written = CODECS[codec].fields(signal.column, width), codec
         else:
-            item = _ARROW[signal.kind.dtype]
+            bits = signal.kind.dtype == "bf16"  # Arrow has no bfloat16: the bits, viewed back without a copy
+            item = pa.uint16() if bits else pa.type_for_alias(signal.kind.dtype)
             if signal.top is not None:
                 item = pa.list_(pa.field("item", item, nullable=False), signal.top)
             columns, written = [(signal.column, flat_list(item))], str(signal.kind.dtype)

@@ -97,11 +97,8 @@ def joined_spans(pieces: Iterable[tuple[int, Sequence[Interval], Sequence[Phrase
     for offset, piece_words, piece_phrases in pieces:
         words += [(start + offset, end + offset) for start, end in piece_words]
         phrases += [(start + offset, end + offset, label) for start, end, label in piece_phrases]
-    return Spans(
-        words=tuple(words),
-        phrases=tuple((start, end) for start, end, _ in phrases),
-        labels=tuple(label for _, _, label in phrases),
-    )
+    intervals = tuple((start, end) for start, end, _ in phrases)
+    return Spans(words=tuple(words), phrases=intervals, labels=tuple(label for _, _, label in phrases))
 
 
 def cut_pieces(text: str, limit: int, run: int = 0) -> Iterator[Interval]:

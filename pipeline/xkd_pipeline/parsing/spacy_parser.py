@@ -84,13 +84,10 @@ class PipelineParser(Parser):
 
     def _pieces(self, document: Document) -> list[Interval]:
         """The stretches that are parsed as one text each: segments, cut where they are too long."""
-        pieces = [
-            (segment.start + start, segment.start + end)
-            for segment in document.segments
-            for start, end in cut_pieces(
-                document.text[segment.start : segment.end], self.max_piece_chars, MAX_RUN_CHARS
-            )
-        ]
+        pieces: list[Interval] = []
+        for segment in document.segments:
+            found = cut_pieces(document.text[segment.start : segment.end], self.max_piece_chars, MAX_RUN_CHARS)
+            pieces += [(segment.start + start, segment.start + end) for start, end in found]
         if len(pieces) > len(document.segments):
             self.notes["segment_cut"] += len(pieces) - len(document.segments)
         return pieces

@@ -192,7 +192,6 @@ def ask(run: RunConfig, out: Path) -> Outcome:
         if not served.model:
             server.settings = served.model_copy(update={"model": _only_model(server)})
         before = len(done)
-
         with closing(_answers(server, _texts(documents, encoder, done))) as answers:
             for doc_id, future in answers:
                 try:

@@ -41,9 +41,8 @@ class Served:
     """What was computed of one text. Value t of a column is made of the state at token t, as in a capture."""
 
     ids: Int32s  # [T]
-    columns: dict[
-        str, npt.NDArray[Any]
-    ]  # signal's column -> [T, ...]; states are float32, of the last block not normed
+    columns: dict[str, npt.NDArray[Any]]
+    """Signal's column -> [T, ...]; states are float32, of the last block not normed."""
     padded: bool = False  # one more token may stand at the end, a padding token
 
     def without(self, end: int | None) -> "Served":
@@ -179,9 +178,8 @@ def _table_rows(path: Path, wanted: Iterable[int] | None) -> Iterator[tuple[int,
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
                     numbers = np.arange(first, first + batch.num_rows)
                     picked = numbers if places is None else numbers[np.isin(numbers, places)]
-                    for place, row in zip(
-                        picked.tolist(), batch.take(pa.array(picked - first)).to_pylist(), strict=True
-                    ):
+                    rows = batch.take(pa.array(picked - first)).to_pylist()
+                    for place, row in zip(picked.tolist(), rows, strict=True):
                         yield place, row | {"folder": path.parent}
                     first += batch.num_rows
             first = end

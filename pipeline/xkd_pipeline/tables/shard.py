@@ -109,9 +109,8 @@ class DocumentRows:
         if not self.killers:
             return encoder.encode_batch(self.block, limits)
         kept = [at for at in range(len(self.block)) if at not in self.killers]
-        tokens = dict(
-            zip(kept, encoder.encode_batch(self.block.take(kept), limits and [limits[at] for at in kept]), strict=True)
-        )
+        rows = encoder.encode_batch(self.block.take(kept), limits and [limits[at] for at in kept])
+        tokens = dict(zip(kept, rows, strict=True))
         texts = enumerate(self.block.texts)
         return TokenBatch.of(tokens.get(at) or unusable(WORKER_KILLED, len(text)) for at, text in texts)
 
@@ -119,14 +118,12 @@ class DocumentRows:
 def documents_of(shard: Shard, killers: Iterable[int] = ()) -> DocumentRows:
     """All rows of a shard of the documents table, or BadData; `killers` are those that kill their process."""
     columns = _columns(shard, shard.schema.names)
-    roles = columns["roles"].flatten().dictionary_encode()
     return DocumentRows(
         doc_ids=columns["doc_id"].to_pylist(),
         block=DocumentBatch(
             texts=columns["text"].to_pylist(),
             segments=_lists(columns["segments"]),
-            names=roles.dictionary.to_pylist(),
-            roles_G=roles.indices.to_numpy(),
+            roles=columns["roles"].flatten().to_pylist(),
             targets_G=_lists(columns["targets"]).values,
             places=list(zip(columns["source"].to_pylist(), columns["line"].to_pylist(), strict=True)),
             messages=columns["messages"].to_pylist() if "messages" in columns else [""] * shard.commit.rows,

@@ -83,20 +83,15 @@ class ChatTemplate:
                 fix="--template none or --template alpaca",
             )
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        templates = [
-            with_frozen_day(str(tokenizer.get_chat_template(tools=tools))) for tools in _NO_TOOLS
-        ]  # without and with tools: some tokenizers have two
+        # without and with tools: some tokenizers have two
+        templates = [with_frozen_day(str(tokenizer.get_chat_template(tools=tools))) for tools in _NO_TOOLS]
 
         def answer(messages: list[Message] | None, tools: list[Any] | None, prompt: bool) -> str | list[str]:
             """What the template makes of messages; without any, the constants that it looks for."""
             if messages is None:
                 return _find_constants("".join(templates))
-            return str(
-                tokenizer.apply_chat_template(
-                    messages, tools=tools, chat_template=templates[tools is not None], tokenize=False,
-                    add_generation_prompt=prompt, **options,
-                )
-            )  # fmt: skip
+            own = {"tools": tools, "chat_template": templates[tools is not None], "add_generation_prompt": prompt}
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **own, **options))
 
         self._name, self._child = name_of(tokenizer), Limited(answer)
         self._parts = False  # contents are lists of parts
