@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from xkd_pipeline.served.distillkit import read_compression, unpack_row
-from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.tokens import Int32s
 
@@ -86,11 +85,6 @@ class Rows:
                 self.columns = tuple(sorted(parse(row, self.layers).columns))
             except RowRefused as error:
                 raise BadData(f"{path}: the first row cannot be used: {error}", fix=HOW) from error
-
-    @property
-    def digests(self) -> list[str]:
-        """sha256 of each file."""
-        return [sha256_of(path) for path in self.paths]
 
     def of_documents(
         self, doc_ids: Sequence[str], ids: Sequence[Int32s], end: int | None, use: Callable[[Given], Used]

@@ -211,7 +211,7 @@ def import_table(root: Path, name: str, given: Import) -> Built:
             "signals": sorted(signal.column for signal in signals_of(given.rows, model)),
             "dtype": model_settings(settings).dtype if settings.model else "float32",
             "codec": settings.codec,
-            "imported": {"version": IMPORT_VERSION, "rows": given.rows.digests},
+            "imported": {"version": IMPORT_VERSION, "rows": [sha256_of(path) for path in given.rows.paths]},
         }
         store = Store(root, f"teachers/{name}", spec, shards_like(documents))
         stage = ImportStage(root=root, folder=store.folder, given=given)

@@ -132,12 +132,8 @@ class Normalised:
         self._backend = set_plain(tokenizer.backend_tokenizer)
         steps = normaliser_steps(self._backend.normalizer)
         self._inside = [step for step in steps if step["type"] not in ENDS]
+        self.changes = bool(self._inside)  # the tokenizer might change something inside a text
         self._ends = [step for step in steps if step["type"] in ENDS]
-
-    @property
-    def changes(self) -> bool:
-        """Might the tokenizer change anything inside a text?"""
-        return bool(self._inside)
 
     def find_doubtful(self, texts: Sequence[str]) -> Bools:
         """In which texts [N] marks stand that it may swap, or merge unseen with a part of what is before them."""
