@@ -70,11 +70,8 @@ Aligned = tuple[TokenBatch, dict[str, Any], dict[str, int]]
 def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch, size: int) -> Aligned:
     if len(teacher) <= size:
         return align_rows(encoder, rows, teacher)
-    cuts = [*range(0, len(teacher), size), len(teacher)]
-    parts = [
-        align_rows(encoder, rows.part(first, end), TokenBatch.of(teacher[first:end]))
-        for first, end in itertools.pairwise(cuts)
-    ]
+    cuts = itertools.pairwise([*range(0, len(teacher), size), len(teacher)])
+    parts = [align_rows(encoder, rows.part(*cut), TokenBatch.of(teacher[slice(*cut)])) for cut in cuts]
     columns = {name: [row for _, part, _ in parts for row in part[name]] for name in parts[0][1]}
     counts = {name: sum(part[name] for _, _, part in parts) for name in parts[0][2]}
     return TokenBatch.of(row for part, _, _ in parts for row in part), columns, counts

@@ -102,10 +102,8 @@ def _inputs(name: str, spec: Spec, corpus: Sequence[str], teachers: Mapping[str,
             f"{', '.join(digests[one] for one in strange)}: not what the documents were made from, or changed since",
             fix=f"name the files as they were then: {', '.join(entry['name'] for entry in spec['corpus'])}",
         )
-    return [
-        (f"--corpus {shlex.quote('PATH_OF/' + entry['name'])}", digests.get(entry["sha256"], ""))
-        for entry in spec["corpus"]
-    ]
+    named = ((shlex.quote(f"PATH_OF/{entry['name']}"), entry["sha256"]) for entry in spec["corpus"])
+    return [(f"--corpus {path}", digests.get(sha256, "")) for path, sha256 in named]
 
 
 def _spec(folder: Path) -> Spec:

@@ -221,10 +221,8 @@ def parse(row: Given, layers: Sequence[int] = ()) -> Served:
 
 def ids_of(row: Given) -> Int32s:
     """Token ids of a row."""
-    found = next(
-        (row[name] for name in ("token_ids", "prompt_token_ids", "input_ids") if row.get(name) is not None), None
-    )
-    ids = np.asarray([] if found is None else found)
+    named = (row.get(name) for name in ("token_ids", "prompt_token_ids", "input_ids"))
+    ids = np.asarray(next((found for found in named if found is not None), []))
     if not len(ids) or ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31:
         raise RowRefused("bad_values", "no list of numbers in token_ids, prompt_token_ids or input_ids")
     return ids.astype(np.int32)

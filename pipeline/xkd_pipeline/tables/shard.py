@@ -162,10 +162,8 @@ def _lists(column: pa.Array) -> Ragged:
 
 def document_at(row: Row) -> Document:
     """The document of one row of the documents table."""
-    segments = tuple(
-        Segment(role=role, start=int(start), end=int(end), target=bool(target))
-        for (start, end), role, target in zip(row["segments"], row["roles"], row["targets"], strict=True)
-    )
+    parts = zip(row["segments"].tolist(), row["roles"], row["targets"].tolist(), strict=True)
+    segments = tuple(Segment(role=role, start=start, end=end, target=target) for (start, end), role, target in parts)
     messages = row.get("messages", "")  # none in a table of version 1
     return Document(
         text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=messages,
@@ -216,6 +214,5 @@ def token_counts(texts: Sequence[str], tokens: TokenBatch) -> dict[str, int]:
     }
     if tokens.extended.any():
         counts |= extended_counts(tokens)
-    for status in tokens.statuses:
-        counts[f"status:{status}"] = counts.get(f"status:{status}", 0) + 1
+    counts |= Counter(f"status:{status}" for status in tokens.statuses)
     return dict(sorted(counts.items()))

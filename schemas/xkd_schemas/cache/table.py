@@ -317,11 +317,8 @@ def only_teacher(root: Path) -> str:
 
 def only_student(root: Path, teacher: str) -> str:
     """The student that was aligned with a teacher, "" where there is none; UsageError where there are several."""
-    specs = {
-        name: read_record(inside(root, "students", name, "plan.json"), Plan).spec
-        for name in names_in(root, "students")
-    }
-    names = [name for name, spec in specs.items() if spec["teacher"] == teacher]
+    plans = {name: inside(root, "students", name, "plan.json") for name in names_in(root, "students")}
+    names = [name for name, path in plans.items() if read_record(path, Plan).spec["teacher"] == teacher]
     return _only(root, "student", names) if names else ""
 
 
