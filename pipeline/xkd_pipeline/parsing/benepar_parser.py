@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from xkd_pipeline.parsing.phrases import Phrase, joined_spans
 from xkd_pipeline.parsing.spacy_parser import UNUSED, PipelineParser, folder_digest, words_of
 from xkd_pipeline.workers.contract import first_line
@@ -174,11 +176,8 @@ def answer_special_tokens() -> Iterator[None]:
 
     def with_special_tokens(self: Any, token_ids: list[int]) -> list[int]:
         encoded = self("a", return_special_tokens_mask=True)
-        special = [bool(flag) for flag in encoded["special_tokens_mask"]]
-        first = special.index(False)
-        last = len(special) - special[::-1].index(False)
-        ids = list(encoded["input_ids"])
-        return [*ids[:first], *token_ids, *ids[last:]]
+        ids, own = encoded["input_ids"], np.flatnonzero(np.logical_not(encoded["special_tokens_mask"]))
+        return [*ids[: own[0]], *token_ids, *ids[own[-1] + 1 :]]
 
     if hasattr(PreTrainedTokenizerBase, "build_inputs_with_special_tokens"):
         yield
