@@ -200,16 +200,14 @@ class ChatTemplate:
         for segment, (first, end), message in zip(document.segments, borders, message_of, strict=True):
             if not segment.target or first == end:
                 continue
-            start = int(at[first])
-            closes = segment.role in (CALL, REASONING)
             if message == last:
-                found[-1] = Turn(found[-1].start, int(at[end - 1]) + 1, segment.end, closes)
-                continue
+                begin = found.pop().start
+            else:
+                start, before = int(at[first]), int(at[first - 1]) + 1 if first else 0
+                place = real.rfind(self._prompt, before, start) if self._prompt else -1
+                begin = start if place < 0 else place + len(self._prompt)
             last = message
-            before = int(at[first - 1]) + 1 if first else 0
-            place = real.rfind(self._prompt, before, start) if self._prompt else -1
-            begin = start if place < 0 else place + len(self._prompt)
-            found.append(Turn(begin, int(at[end - 1]) + 1, segment.end, closes))
+            found.append(Turn(begin, int(at[end - 1]) + 1, segment.end, segment.role in (CALL, REASONING)))
         return found
 
 
