@@ -70,11 +70,8 @@ Aligned = tuple[TokenBatch, dict[str, Any], dict[str, int]]
 def _in_batches(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch, size: int) -> Aligned:
     if len(teacher) <= size:
         return align_rows(encoder, rows, teacher)
-    cuts = [*range(0, len(teacher), size), len(teacher)]
-    parts = [
-        align_rows(encoder, rows.part(first, end), TokenBatch.of(teacher[first:end]))
-        for first, end in itertools.pairwise(cuts)
-    ]
+    cuts = itertools.pairwise([*range(0, len(teacher), size), len(teacher)])
+    parts = [align_rows(encoder, rows.part(*cut), TokenBatch.of(teacher[slice(*cut)])) for cut in cuts]
     columns = {name: [row for _, part, _ in parts for row in part[name]] for name in parts[0][1]}
     counts = {name: sum(part[name] for _, _, part in parts) for name in parts[0][2]}
     return TokenBatch.of(row for part, _, _ in parts for row in part), columns, counts
@@ -122,12 +119,9 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSection,
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
     encoder = encoder_for(settings.tokenizer, settings)
     spec = {
-        "schema": STUDENTS_VERSION,
-        "documents": documents.manifest.root,
-        "teacher": teacher,
-        "teacher_root": teachers.manifest.root,
-        "encoder": encoder.identity(),
-    }
+        "schema": STUDENTS_VERSION, "documents": documents.manifest.root, "encoder": encoder.identity(),
+        "teacher": teacher, "teacher_root": teachers.manifest.root,
+    }  # fmt: skip
     encoder.check(first_documents(documents))
     store = Store(root, f"students/{name}", spec, shards_like(documents))
     stage = AlignStage(root=root, folder=store.folder, teacher=f"teachers/{teacher}", settings=settings)

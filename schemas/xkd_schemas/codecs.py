@@ -29,6 +29,8 @@ from xkd_schemas.ragged import flat_list
 Bits = npt.NDArray[np.uint16]  # [N, D] bfloat16 numbers as their bits
 Array = npt.NDArray[Any]
 Read = Callable[[str], Any]  # column name -> what this row holds in it
+TOTAL: Final = 4095  # what the shares of a prediction add up to
+MOST_CLASSES: Final = 2**31 // (TOTAL + 1)  # a class is below it, so that an entry is an int32
 
 
 class Encoded(NamedTuple):
@@ -178,10 +180,6 @@ def squared_error(rows: Sequence[Bits], again: Sequence[Bits]) -> tuple[float, f
         lost += float(np.square(exact - numbers_of(back)).sum())
         kept += float(np.square(exact).sum())
     return lost, kept
-
-
-TOTAL: Final = 4095  # what the shares of a prediction add up to
-MOST_CLASSES: Final = 2**31 // (TOTAL + 1)  # a class is below it, so that an entry is an int32
 
 
 def pack_classes(classes_Nk: Array, shares_Nk: Array) -> npt.NDArray[np.int32]:

@@ -21,6 +21,13 @@ from xkd_schemas.errors import Interrupted, OutOfMemory, Terminated, UsageError,
 
 CONTROLS = dict.fromkeys([*range(32), 127, *range(128, 160), *range(8234, 8239), *range(8294, 8298)])
 """Characters that could steer a terminal or reorder a line; dropped from anything we print."""
+STOPS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a cluster sends the last before it takes a machine
+AGAIN: Final = 1.0  # seconds after which a signal that ended nothing is raised again
+_MISUSE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""Base of what typer raises for a command line; which package it lives in differs between its versions."""
+_received: list[int] = []  # signals that came since the command began
+_kept: list[str] = []  # what was kept, from the innermost work that was ended
+_KEPT = "everything that was committed or saved so far"
 
 
 def rank() -> int:
@@ -116,10 +123,6 @@ def _translate_error(command: str, error: BaseException) -> XkdError:
     raise error
 
 
-STOPS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a cluster sends the last before it takes a machine
-AGAIN: Final = 1.0  # seconds after which a signal that ended nothing is raised again
-
-
 def _stop(number: int, _frame: FrameType | None) -> None:
     """As Ctrl-C, which libraries in C know how to hand on; of other exceptions Ray makes a SystemError."""
     signal.signal(number, signal.SIG_DFL)
@@ -184,15 +187,6 @@ def _translate_misuse(command: str, error: Any) -> UsageError:
         raise SystemExit(UsageError.exit_code)
     said = " ".join(error.format_message().split()).rstrip(".")
     return UsageError(said, fix=f"{context.command_path if context else command} --help")
-
-
-_MISUSE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-"""Base of what typer raises for a command line; which package it lives in differs between its versions."""
-
-
-_received: list[int] = []  # signals that came since the command began
-_kept: list[str] = []  # what was kept, from the innermost work that was ended
-_KEPT = "everything that was committed or saved so far"
 
 
 def tell(error: XkdError, command: str = "") -> None:

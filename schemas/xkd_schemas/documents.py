@@ -125,11 +125,9 @@ def checked_spans(document: Document, spans: Spans) -> Spans:
     borders = {s.start for s in document.segments}
     for name, intervals in (("word", spans.words), ("phrase", spans.phrases)):
         for start, end in intervals:
+            what = f"{document.source}:{document.line}: {name} [{start}, {end})"
             if not 0 <= start < end <= len(document.text):
-                raise BadData(
-                    f"{document.source}:{document.line}: {name} [{start}, {end}) is not inside the text of "
-                    f"{len(document.text)} characters"
-                )
+                raise BadData(f"{what} is not inside the text of {len(document.text)} characters")
             if any(start < border < end for border in borders):
-                raise BadData(f"{document.source}:{document.line}: {name} [{start}, {end}) crosses a segment border")
+                raise BadData(f"{what} crosses a segment border")
     return spans

@@ -24,6 +24,11 @@ import xxhash
 from xkd_schemas.errors import Busy, DiskFailed, Refused
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_REMEDIES: Final = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space") | dict.fromkeys(
+    (errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"
+)
+_BUFFER: Final = 2**20
+Json = Any
 
 
 class Disk:
@@ -69,11 +74,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-_REMEDIES: Final = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space") | dict.fromkeys(
-    (errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"
-)
-
-
 def sync_folder(folder: Path) -> None:
     """Make renames and links inside `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -109,9 +109,6 @@ def write_beside(folder: Path, write: Callable[[IO[bytes]], object]) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
-
-
-_BUFFER: Final = 2**20
 
 
 def rename(source: Path, target: Path) -> None:
@@ -235,9 +232,6 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file: its identity."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-Json = Any
 
 
 def canonical(value: Json) -> bytes:

@@ -84,12 +84,9 @@ def column_of(rows: Sequence[Any], kind: pa.DataType) -> pa.Array:
         rows: Plain values for a scalar column; for a list column a Ragged, or arrays [n] or [n, width].
         kind: Type of the column: a scalar, `large_list<scalar>` or `large_list<fixed_size_list<scalar>>`.
     """
-    if not pa.types.is_large_list(kind):
+    item = kind.value_type if pa.types.is_large_list(kind) else kind
+    if item is kind or pa.types.is_string(item):
         return pa.array(rows, kind)
-    item = kind.value_type
-    if pa.types.is_string(item):
-        offsets = pa.array(row_offsets([len(row) for row in rows]))
-        return pa.LargeListArray.from_arrays(offsets, pa.array([v for row in rows for v in row], item), type=kind)
     width = item.list_size if pa.types.is_fixed_size_list(item) else 0
     number = item.value_type if width else item
     dtype = number.to_pandas_dtype()

@@ -26,6 +26,7 @@ TEACHERS_VERSION = 1  # bump on any change here, and add tests/golden/teachers_v
 Int64s = npt.NDArray[np.int64]
 Dtype = Literal["bf16", "float16", "float32", "int32"]
 Unit = Literal["word", "phrase"]
+_PATTERN = re.compile(r"([a-z_]+)(?:@(\d+))?(?::(word|phrase))?(?:#([1-9]\d*))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,6 @@ def count_pairs(count: int) -> int:
     return kept * (kept - 1) // 2
 
 
-_PATTERN = re.compile(r"([a-z_]+)(?:@(\d+))?(?::(word|phrase))?(?:#([1-9]\d*))?")
-
-
 @dataclass(frozen=True, slots=True, order=True)
 class Signal:
     """One thing that is kept of the teacher, at one layer and for one kind of span where it has them."""
@@ -123,14 +121,6 @@ def signal_named(column: str) -> Signal:
     return Signal(match[1], int(match[2]) if match[2] else None, match[3], int(match[4]) if match[4] else None)
 
 
-_ARROW: Final[dict[Dtype, pa.DataType]] = {
-    "bf16": pa.uint16(),  # Arrow has no bfloat16: the bits, viewed back without a copy
-    "float16": pa.float16(),
-    "float32": pa.float32(),
-    "int32": pa.int32(),
-}
-
-
 def teacher_schema(signals: Iterable[Signal], width: int, codec: str = PLAIN) -> pa.Schema:
     """Arrow schema of a teacher table: tokens, then the columns of each signal in sorted order.
 
@@ -141,7 +131,8 @@ def teacher_schema(signals: Iterable[Signal], width: int, codec: str = PLAIN) ->
         if signal.kind.wide:
             columns, written = CODECS[codec].fields(signal.column, width), codec
         else:
-            item = _ARROW[signal.kind.dtype]
+            bits = signal.kind.dtype == "bf16"  # Arrow has no bfloat16: the bits, viewed back without a copy
+            item = pa.uint16() if bits else pa.type_for_alias(signal.kind.dtype)
             if signal.top is not None:
                 item = pa.list_(pa.field("item", item, nullable=False), signal.top)
             columns, written = [(signal.column, flat_list(item))], str(signal.kind.dtype)

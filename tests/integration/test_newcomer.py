@@ -84,7 +84,7 @@ def changed(run: RunConfig, section: str, **values: str) -> RunConfig:
 
 
 def test_a_parser_and_a_codec_are_one_class_and_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(parsing.PARSERS, "first", FirstWords)  # type: ignore[arg-type]
+    monkeypatch.setitem(parsing.PARSERS, "first", f"{__name__}:FirstWords")
     monkeypatch.setitem(codecs.CODECS, "inverted", Inverted())
     run = changed(changed(run_of(tmp_path), "documents", parser="first"), "teacher", codec="inverted")
     documents_stage(run, small_cache.IN_PROCESS)

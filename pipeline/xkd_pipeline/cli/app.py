@@ -20,13 +20,9 @@ from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.flags import ANSWERS, FlagsOf, JsonOption, with_flags
 
 app = typer.Typer(
-    name="xkd-cache",
-    help="Run a teacher once and keep what distillation needs.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    add_completion=True,
-)
+    name="xkd-cache", help="Run a teacher once and keep what distillation needs.", no_args_is_help=True,
+    pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
 
 CACHE: Final = FlagsOf("", only=("cache",), flags={"cache": "cache"})
 CPU_WORKERS: Final = FlagsOf("", only=("workers", "ray_address", "stall_timeout"))

@@ -77,7 +77,7 @@ def pair(
 
     Example: xkd-cache pair models/teacher models/student train.jsonl
     """
-    from xkd_pipeline.reports.compare import compare, pair_lines
+    from xkd_pipeline.reports.compare import compare, compare_models, model_lines, pair_lines
     from xkd_pipeline.reports.sample import read_sample
     from xkd_pipeline.tables.shard import encoder_for
 
@@ -86,8 +86,6 @@ def pair(
     found = compare(theirs, ours, rows, worst=worst, width=width)
     lines = [*pair_lines(found)]
     if with_models:
-        from xkd_pipeline.reports.compare import compare_models, model_lines
-
         found["bits_per_byte"] = compare_models((teacher, student), (theirs, ours), run.teacher.dtype, rows)
         lines += model_lines(found["bits_per_byte"])
     answer(found, lines, as_json)

@@ -182,13 +182,8 @@ def _price(
     if sha256_of(file) != table.manifest.files[file.name]:
         raise BadData(f"{file} does not match its digest", fix=f"xkd-cache verify {table.folder.parents[1]}")
     theirs = {name: values.to(head.weight_VD.device) for name, values in load_file(file).items()}
-    kept = replace(
-        head,
-        weight_VD=theirs["weight"],
-        bias_V=theirs.get("bias"),
-        scale=known["logit_scale"],
-        softcap=known["softcap"],
-    )
+    own = {"scale": known["logit_scale"], "softcap": known["softcap"]}
+    kept = replace(head, weight_VD=theirs["weight"], bias_V=theirs.get("bias"), **own)
     heads = [one.as_float32() for one in (head, kept)]
     kl = count = lost = size = 0.0
     for row, reading in zip(stored, readings, strict=True):

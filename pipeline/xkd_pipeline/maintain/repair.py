@@ -53,8 +53,7 @@ def repair(
         models: Teachers.
         parser: Fields of [documents] that the plan does not tell: where the files of the parser are.
 
-    Raises:
-        UsageError: A model or corpus was given that this cache was not made from.
+    UsageError where a model or corpus was given that this cache was not made from.
     """
     bad = verify(root, "full")
     made: dict[str, int] = {}
@@ -103,10 +102,8 @@ def _inputs(name: str, spec: Spec, corpus: Sequence[str], teachers: Mapping[str,
             f"{', '.join(digests[one] for one in strange)}: not what the documents were made from, or changed since",
             fix=f"name the files as they were then: {', '.join(entry['name'] for entry in spec['corpus'])}",
         )
-    return [
-        (f"--corpus {shlex.quote('PATH_OF/' + entry['name'])}", digests.get(entry["sha256"], ""))
-        for entry in spec["corpus"]
-    ]
+    named = ((shlex.quote(f"PATH_OF/{entry['name']}"), entry["sha256"]) for entry in spec["corpus"])
+    return [(f"--corpus {path}", digests.get(sha256, "")) for path, sha256 in named]
 
 
 def _spec(folder: Path) -> Spec:

@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from xkd_pipeline.parsing.phrases import Phrase, joined_spans
 from xkd_pipeline.parsing.spacy_parser import UNUSED, PipelineParser, folder_digest, words_of
 from xkd_pipeline.workers.contract import first_line
@@ -39,6 +41,7 @@ SEGMENTERS: Final = ("parser", "senter", "sentencizer")  # spaCy components that
 
 TOO_LONG: Final = "sentence_too_long"
 NOT_ENCODABLE: Final = "sentence_not_encodable"
+LABELS: Final = ("NP", "VP")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,9 +166,6 @@ class BeneparParser(PipelineParser):
         }
 
 
-LABELS: Final = ("NP", "VP")
-
-
 @contextlib.contextmanager
 def answer_special_tokens() -> Iterator[None]:
     """Let benepar 0.2.0 load under transformers 5, which has lost `build_inputs_with_special_tokens`.
@@ -176,11 +176,8 @@ def answer_special_tokens() -> Iterator[None]:
 
     def with_special_tokens(self: Any, token_ids: list[int]) -> list[int]:
         encoded = self("a", return_special_tokens_mask=True)
-        special = [bool(flag) for flag in encoded["special_tokens_mask"]]
-        first = special.index(False)
-        last = len(special) - special[::-1].index(False)
-        ids = list(encoded["input_ids"])
-        return [*ids[:first], *token_ids, *ids[last:]]
+        ids, own = encoded["input_ids"], np.flatnonzero(np.logical_not(encoded["special_tokens_mask"]))
+        return [*ids[: own[0]], *token_ids, *ids[own[-1] + 1 :]]
 
     if hasattr(PreTrainedTokenizerBase, "build_inputs_with_special_tokens"):
         yield
@@ -224,11 +221,7 @@ def locate_model(name: str | None) -> Path:
 
 
 def load_model(path: Path) -> Any:
-    """benepar's ChartParser from `path`, on the CPU.
-
-    Raises:
-        BadData: the files do not make a model.
-    """
+    """benepar's ChartParser from `path`, on the CPU; BadData where the files do not make a model."""
     import torch
     from benepar.parse_chart import ChartParser
 

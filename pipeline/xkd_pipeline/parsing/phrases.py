@@ -9,12 +9,15 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
+from typing import Final
 
 from xkd_schemas.documents import Interval, Spans
 
 Phrase = tuple[int, int, str]
 """(start, end, label), with label NP or VP."""
+TAG_LETTERS: Final = {"AUX": "x", "ADV": "a", "VERB": "v"}
+VERB_GROUP: Final = re.compile(r"((?<!x)x++)?((?<!a)a++)?v++(?=(?P<adverbs>a*))")  # enters a run where it begins
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -57,19 +60,8 @@ def verb_groups(tags: Sequence[str]) -> Iterator[Interval]:
     >>> list(verb_groups(["AUX", "ADV", "VERB", "ADV", "VERB", "NOUN"]))
     [(0, 4), (3, 5)]
     """
-    runs: list[tuple[str, int, int]] = [("", 0, 0)]
-    for tag, group in groupby(tags):
-        at = runs[-1][2]
-        runs.append((tag, at, at + sum(1 for _ in group)))
-    runs.append(("", len(tags), len(tags)))
-    for at, (tag, start, end) in enumerate(runs):
-        if tag == "VERB":
-            left = at - 1
-            for kind in ("ADV", "AUX"):
-                if runs[left][0] == kind:
-                    start, left = runs[left][1], left - 1
-            after, _, after_end = runs[at + 1]
-            yield start, after_end if after == "ADV" else end
+    letters = "".join(TAG_LETTERS.get(tag, ".") for tag in tags)
+    yield from ((found.start(), found.end("adverbs")) for found in VERB_GROUP.finditer(letters))
 
 
 def select_phrases(
@@ -105,11 +97,8 @@ def joined_spans(pieces: Iterable[tuple[int, Sequence[Interval], Sequence[Phrase
     for offset, piece_words, piece_phrases in pieces:
         words += [(start + offset, end + offset) for start, end in piece_words]
         phrases += [(start + offset, end + offset, label) for start, end, label in piece_phrases]
-    return Spans(
-        words=tuple(words),
-        phrases=tuple((start, end) for start, end, _ in phrases),
-        labels=tuple(label for _, _, label in phrases),
-    )
+    intervals = tuple((start, end) for start, end, _ in phrases)
+    return Spans(words=tuple(words), phrases=intervals, labels=tuple(label for _, _, label in phrases))
 
 
 def cut_pieces(text: str, limit: int, run: int = 0) -> Iterator[Interval]:

@@ -34,9 +34,7 @@ UNUSED: Final = ("ner", "lemmatizer", "textcat", "textcat_multilabel", "spancat"
 def load_pipeline(name: str, *, exclude: Sequence[str] = UNUSED) -> Any:
     """A spaCy pipeline by name or folder, or "blank:en" for words and sentences by rule alone.
 
-    Raises:
-        InputMissing: it is not installed.
-        UsageError: there is no such language.
+    InputMissing where it is not installed, UsageError where there is no such language.
     """
     import spacy
 
@@ -86,13 +84,10 @@ class PipelineParser(Parser):
 
     def _pieces(self, document: Document) -> list[Interval]:
         """The stretches that are parsed as one text each: segments, cut where they are too long."""
-        pieces = [
-            (segment.start + start, segment.start + end)
-            for segment in document.segments
-            for start, end in cut_pieces(
-                document.text[segment.start : segment.end], self.max_piece_chars, MAX_RUN_CHARS
-            )
-        ]
+        pieces: list[Interval] = []
+        for segment in document.segments:
+            found = cut_pieces(document.text[segment.start : segment.end], self.max_piece_chars, MAX_RUN_CHARS)
+            pieces += [(segment.start + start, segment.start + end) for start, end in found]
         if len(pieces) > len(document.segments):
             self.notes["segment_cut"] += len(pieces) - len(document.segments)
         return pieces

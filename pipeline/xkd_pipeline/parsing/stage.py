@@ -2,10 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Final
 
 import numpy as np
@@ -28,22 +29,14 @@ from xkd_schemas.tokens import CONTENT, OK, WORKER_KILLED, Tokens
 LONG_PROMPT: Final = "long_prompt"  # reason of a row whose prompt is too long and cannot be cut
 PROMPTS_CUT: Final = "prompts_cut"  # count of documents whose prompt was cut
 _NO_END: Final = 2**31 - 1
-
-
-def _spacy(settings: DocumentsSection) -> Parser:
-    from xkd_pipeline.parsing.spacy_parser import SpacyParser
-
-    return SpacyParser(settings)
-
-
-def _benepar(settings: DocumentsSection) -> Parser:
-    from xkd_pipeline.parsing.benepar_parser import BeneparParser
-
-    return BeneparParser(settings)
-
-
-PARSERS: Mapping[str, Callable[[DocumentsSection], Parser]] = {"spacy": _spacy, "benepar": _benepar}
+PARSERS = {
+    "spacy": "xkd_pipeline.parsing.spacy_parser:SpacyParser",
+    "benepar": "xkd_pipeline.parsing.benepar_parser:BeneparParser",
+}
 """To add a parser, write a class as `Parser` says in a module of its own, which is imported when one is made."""
+UNUSED: Final = "unused:"  # begins the names of counts of keys that were not used
+_KILLS: Final = "ends the process that reads or parses it, every time"
+_LONG: Final = "its prompt is longer than max_prompt_tokens, and has tools or reasoning, or a template as long"
 
 
 def check_parser(name: str) -> None:
@@ -55,7 +48,8 @@ def check_parser(name: str) -> None:
 def parser_for(settings: DocumentsSection) -> Parser:
     """Load the parser of these settings; InputMissing, UsageError, BadData or Refused says why it cannot be."""
     check_parser(settings.parser)
-    return PARSERS[settings.parser](settings)
+    make: Callable[[DocumentsSection], Parser] = resolve_name(PARSERS[settings.parser])
+    return make(settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,11 +112,6 @@ class DocumentsStage(Stage):
         rejected = [asdict(r) for r in rejects]
         columns = columns_of(documents, found)
         return write_shard(self.folder, job.unit, self.schema, columns, rejects=rejected, counts=counts)
-
-
-UNUSED: Final = "unused:"  # begins the names of counts of keys that were not used
-_KILLS: Final = "ends the process that reads or parses it, every time"
-_LONG: Final = "its prompt is longer than max_prompt_tokens, and has tools or reasoning, or a template as long"
 
 
 def open_corpus(documents: DocumentsSection) -> list[Source]:
@@ -255,9 +244,11 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
         rejected, read = sum(c.rejects.rows for c in commits if c.rejects), sum(units[c.unit].rows for c in commits)
         if rejected > settings.max_reject * total:
             folder = store.folder / "rejects"
+            with min(folder.glob("*.jsonl")).open(encoding="utf-8") as lines:
+                first = json.loads(next(lines))
             raise BadData(
-                f"{rejected} of {read} rows cannot be used ({_reasons(commits)}), more than "
-                f"--max-reject {settings.max_reject:g} allows; the first: {_first_reject(folder)}; all: {folder}",
+                f"{rejected} of {read} rows cannot be used ({_reasons(commits)}), more than --max-reject "
+                f"{settings.max_reject:g} allows; the first: row {first['line']}, {first['detail']}; all: {folder}",
                 kept="every finished shard",
                 fix="fix the corpus, or name other columns with --column"
                 + f", or accept them with --max-reject {min(1.0, 1.1 * rejected / read):.2g}" * (rejected < read),
@@ -266,13 +257,6 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
             raise BadData(f"no usable row in {total} ({_reasons(commits)})", fix="check the form of the rows")
 
     return build(store, stage, lambda missing: jobs_of(sources, size, missing), workers, watch=watch)
-
-
-def _first_reject(folder: Path) -> str:
-    """Line and detail of the first row that was rejected, as the list of a shard has it."""
-    with min(folder.glob("*.jsonl")).open(encoding="utf-8") as lines:
-        row = json.loads(next(lines))
-    return f"row {row['line']}, {row['detail']}"
 
 
 def _reasons(commits: Iterable[Commit]) -> str:

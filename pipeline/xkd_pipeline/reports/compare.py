@@ -19,6 +19,7 @@ from xkd_schemas.documents import Document, Spans
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.text.alignment import align
 from xkd_schemas.text.encode import REASONS, Encoder
+from xkd_schemas.text.normalizer import normaliser_steps
 from xkd_schemas.text.tokenizers import NAMED_TOKENS
 from xkd_schemas.tokens import CONTENT, OK, Int32s, Tokens
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
@@ -53,22 +54,10 @@ def special_differences(teacher: Any, student: Any) -> list[dict[str, Any]]:
 
 
 def normaliser_of(tokenizer: Any) -> str:
-    """The normaliser's types in order, e.g. "NFKC, Lowercase"; "none", or "unknown" where it cannot be read."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return "unknown"
-    described = json.loads(backend.to_str()).get("normalizer")
-    if described is None:
-        return "none"
-    return ", ".join(_list_types(described)) or "none"
-
-
-def _list_types(described: Mapping[str, Any]) -> list[str]:
-    if described["type"] == "Sequence":
-        return [name for part in described["normalizers"] for name in _list_types(part)]
-    if described["type"] == "Replace":
-        return [f"Replace {json.dumps(described['pattern'])} by {json.dumps(described['content'])}"]
-    return [str(described["type"])]
+    """The normaliser's types in order, e.g. "NFKC, Lowercase"; "none" where there is none or it cannot be read."""
+    steps = normaliser_steps(tokenizer.backend_tokenizer.normalizer)
+    replaced = (f" {json.dumps(s['pattern'])} by {json.dumps(s['content'])}" if "pattern" in s else "" for s in steps)
+    return ", ".join(s["type"] + more for s, more in zip(steps, replaced, strict=True)) or "none"
 
 
 def measure_fertility(rows: Sequence[Tokens], documents: Sequence[Document]) -> dict[str, float]:

@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
-from xkd_schemas.errors import UsageError
+from rich.filesize import decimal
 
-SUFFIXES: Final = ("B", "kB", "MB", "GB", "TB", "PB")
+from xkd_schemas.errors import UsageError
+from xkd_schemas.progress import show_time
+
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?")
 
 
@@ -23,25 +25,8 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """A size in steps of 1000.
-
-    >>> format_size(999), format_size(1_234_567)
-    ('999 B', '1.2 MB')
-    """
-    step = 0
-    while abs(size) >= 999.5 and step < len(SUFFIXES) - 1:
-        size, step = size / 1000, step + 1
-    return f"{size:.0f} B" if step == 0 else f"{size:.1f} {SUFFIXES[step]}"
-
-
-def format_time(seconds: float) -> str:
-    """Hours, minutes and seconds.
-
-    >>> format_time(3725.2)
-    '1:02:05'
-    """
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    """A size in steps of 1000, such as 1.2 MB."""
+    return decimal(round(size))
 
 
 def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
@@ -108,7 +93,7 @@ def _describe_needs(plan: dict[str, Any]) -> Iterator[str]:
             "line with --tokens-per-second"
         )
     else:
-        yield f"time: {format_time(plan['seconds'])} at {plan['rate']:g} tokens per second"
+        yield f"time: {show_time(plan['seconds'])} at {plan['rate']:g} tokens per second"
 
 
 def _describe_stream(stream: dict[str, Any]) -> Iterator[str]:
@@ -119,7 +104,7 @@ def _describe_stream(stream: dict[str, Any]) -> Iterator[str]:
     )
     disk = f"{format_size(stream['disk_rate'])} per second, {'measured' if stream['disk_measured'] else 'assumed'}"
     rate = f"{stream['compute_rate']:.3g} tokens per second, {'as given' if stream['rate_given'] else 'by arithmetic'}"
-    read, compute = (format_time(stream[f"{what}_seconds"]) for what in ("read", "compute"))
+    read, compute = (show_time(stream[f"{what}_seconds"]) for what in ("read", "compute"))
     yield f"time: reading {read} ({disk}), computing {compute} ({rate}), both at once: {stream['limit']} is the limit"
 
 

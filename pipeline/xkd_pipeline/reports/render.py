@@ -20,7 +20,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
-from rich.cells import cell_len
+from rich.cells import cell_len, chop_cells, set_cell_size
 
 from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.table import Table
@@ -207,13 +207,10 @@ def _lay_out(columns: Iterable[Column], width: int, both: bool) -> list[str]:
         if used and used + size + 1 > room:
             lines += _draw_group(group, both)
             group, used = [], 0
-        group.append((_pad(column.teacher, size), _pad(column.mark, size), _pad(column.student, size)))
+        above, mark, below = (set_cell_size(part, size) for part in (column.teacher, column.mark, column.student))
+        group.append((above, mark, below))
         used += size + 1
     return lines + _draw_group(group, both)
-
-
-def _pad(text: str, width: int) -> str:
-    return text + " " * (width - cell_len(text))
 
 
 def _draw_group(group: Sequence[tuple[str, str, str]], both: bool) -> list[str]:
@@ -253,15 +250,6 @@ def wrap_line(text: str, width: int) -> list[str]:
 
 
 def chop_word(word: str, width: int) -> list[str]:
-    """Parts of at most `width` cells, at least one; nothing is lost, also not what has no width of its own.
-
-    >>> chop_word("漢字x", 4)
-    ['漢字', 'x']
-    """
-    parts, part = [], ""
-    for char in word:
-        if part and cell_len(part + char) > width:
-            parts.append(part)
-            part = ""
-        part += char
-    return [*parts, part]
+    """Parts of at most `width` cells, at least one; nothing is lost, also not what has no width of its own."""
+    *full, _ = chop_cells(word, width) or [""]
+    return [*full, word[sum(map(len, full)) :]]

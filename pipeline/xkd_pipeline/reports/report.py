@@ -43,17 +43,15 @@ Int64s = npt.NDArray[np.int64]
 
 
 class Histogram:
-    """How often each size was seen; grows with the largest size, never with the number of things."""
+    """How often each size was seen; grows with the number of sizes, never with that of things."""
 
     def __init__(self, title: str, remark: str = "") -> None:
         self.title, self.remark = title, remark
-        self._counts: Int64s = np.zeros(0, dtype=np.int64)
+        self._counts = Counter[int]()
 
     def add(self, sizes: npt.NDArray[Any]) -> None:
         """Count sizes, 0 or more, of any shape."""
-        seen = np.bincount(np.asarray(sizes, dtype=np.int64).ravel(), minlength=len(self._counts))
-        seen[: len(self._counts)] += self._counts
-        self._counts = seen
+        self._counts.update(sizes.ravel().tolist())
 
     @property
     def bars(self) -> list[tuple[int, int, int]]:
@@ -64,12 +62,10 @@ class Histogram:
         >>> sizes.bars
         [(1, 1, 2), (2, 2, 0), (3, 3, 1)]
         """
-        seen = np.flatnonzero(self._counts).tolist()
-        if not seen:
-            return []
-        low, high = seen[0], seen[-1]
-        step = -(-(high - low + 1) // MAX_BINS)
-        return [(at, at + step - 1, int(self._counts[at : at + step].sum())) for at in range(low, high + 1, step)]
+        low, high = min(self._counts, default=0), max(self._counts, default=-1)
+        step = max(1, -(-(high - low + 1) // MAX_BINS))
+        firsts = range(low, high + 1, step)
+        return [(at, at + step - 1, sum(self._counts[n] for n in range(at, at + step))) for at in firsts]
 
 
 class SignalSizes(NamedTuple):
@@ -127,9 +123,7 @@ def _draw_worst(root: Path, alignment: Alignment) -> Iterator[dict[str, Any]]:
 def gather(root: Path) -> dict[str, Any]:
     """Read the sealed tables of a cache; what the page shows but for the drawings.
 
-    Raises:
-        InputMissing: No folder, or not one sealed table in it.
-        BadData: A shard or manifest is damaged.
+    InputMissing where there is not one, BadData where a shard or manifest is damaged.
     """
     check_cache(root)
     tables = [Table(root, name) for name in sealed_tables(root)]
@@ -169,14 +163,12 @@ def read_batches(table: Table, units: Sequence[int] | None = None) -> Iterator[t
 
 def _lengths(batch: pa.RecordBatch, column: str) -> Int64s:
     """[B] entries of a list column in each document."""
-    lengths: Int64s = np.diff(batch.column(column).offsets.to_numpy()).astype(np.int64)
-    return lengths
+    return np.asarray(batch.column(column).value_lengths(), np.int64)
 
 
 def _pairs(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.int32]:
     """[K, 2] of all documents of the batch, one after the other."""
-    pairs: npt.NDArray[np.int32] = batch.column(column).flatten().flatten().to_numpy().reshape(-1, 2)
-    return pairs
+    return np.asarray(batch.column(column).flatten().flatten(), np.int32).reshape(-1, 2)
 
 
 def _measure_documents(documents: Table) -> list[Histogram]:

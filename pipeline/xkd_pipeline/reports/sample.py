@@ -57,21 +57,19 @@ def read_sample(run: RunConfig, wanted: int) -> Sample:
     sizes: list[int] = []
     at = read_size = corpus_size = 0
     for source in sources:
-        rows: dict[int, tuple[RawRow, int]] = {}
+        rows: dict[int, RawRow] = {}
         for row in source.rows():
-            size = size_of(row.content)
-            corpus_size += size
+            corpus_size += size_of(row.content)
             if at in chosen:
-                rows[row.line] = row, size
+                rows[row.line] = row
             at += 1
-        raw = [row for row, _ in rows.values()]
-        name = Path(source.name).name
+        name, raw = Path(source.name).name, list(rows.values())
         found, refused = read_documents(name, source.form, source.columns, raw, max_chars=d.max_chars)
         cut = [document for document in cut_prompts(found, encoder, d.max_prompt_tokens) if document is not None]
         documents += cut
         rejected += refused
-        sizes += [rows[document.line][1] for document in cut]
-        read_size += sum(size for _, size in rows.values())
+        sizes += [size_of(rows[document.line].content) for document in cut]
+        read_size += sum(size_of(row.content) for row in raw)
     if not documents:
         raise BadData(
             f"none of {len(chosen)} sampled rows can be used ({reasons(rejected)})", fix="check the form of the rows"

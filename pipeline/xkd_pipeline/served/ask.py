@@ -90,12 +90,7 @@ class Server:
 
     def rate(self, doc_id: str, tokens: Tokens) -> bytes:
         """The line of one document; RowRefused where the answer is of other tokens or lacks a value."""
-        body: dict[str, Any] = {
-            "model": self.settings.model,
-            "prompt": tokens.ids.tolist(),
-            "max_tokens": 1,
-            "temperature": 0,
-        }
+        body = {"model": self.settings.model, "prompt": tokens.ids.tolist(), "max_tokens": 1, "temperature": 0}
         if self.settings.echo:
             body |= {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
         else:
@@ -139,9 +134,7 @@ def _seconds(retry_after: str | None) -> float:
 def open_answers(path: Path) -> Iterator[tuple[IO[bytes], set[str]]]:
     """The file that answers are appended to, and the documents that it has; a line that a kill cut off is removed.
 
-    Raises:
-        Busy: Another process writes to it.
-        BadData: It holds something else.
+    Busy where another process writes to it, BadData where it holds something else.
     """
     with disk_errors(path), path.open("ab+") as stream:
         try:
@@ -199,7 +192,6 @@ def ask(run: RunConfig, out: Path) -> Outcome:
         if not served.model:
             server.settings = served.model_copy(update={"model": _only_model(server)})
         before = len(done)
-
         with closing(_answers(server, _texts(documents, encoder, done))) as answers:
             for doc_id, future in answers:
                 try:

@@ -54,10 +54,10 @@ class Compression(BaseModel):
     normalize_t: bool = False
 
     @property
-    def size(self) -> int:
-        """Bytes of the values of a position."""
-        floats = self.exact_k * _BYTES[self.exact_dtype] + len(self.polynomial_terms or ()) * _BYTES[self.term_dtype]
-        return floats + sum(_BYTES[one.scale_dtype] + one.size for one in self.residual_bins)
+    def sizes(self) -> list[int]:
+        """Bytes of the parts of a position: exact values, curve, and for each bin scale and integers."""
+        floats = [self.exact_k * _BYTES[self.exact_dtype], len(self.polynomial_terms or ()) * _BYTES[self.term_dtype]]
+        return floats + [size for one in self.residual_bins for size in (_BYTES[one.scale_dtype], one.size)]
 
 
 @functools.cache
@@ -96,25 +96,19 @@ def _floats(packed_PX: Bytes, dtype: Dtype) -> npt.NDArray[np.float64]:
 
 def unpack_log_probabilities(packed_PX: Bytes, how: Compression) -> npt.NDArray[np.float32]:
     """[P, k] log-probabilities, the largest first; ValueError where a position has another number of bytes."""
-    if packed_PX.shape[1] != how.size:
-        raise ValueError(f"{packed_PX.shape[1]} bytes a position, {CONFIG} gives {how.size}")
-    at = 0
-
-    def take(size: int) -> Bytes:
-        nonlocal at
-        part, at = packed_PX[:, at : at + size], at + size
-        return part
-
-    exact = _floats(take(how.exact_k * _BYTES[how.exact_dtype]), how.exact_dtype)
+    if packed_PX.shape[1] != sum(how.sizes):
+        raise ValueError(f"{packed_PX.shape[1]} bytes a position, {CONFIG} gives {sum(how.sizes)}")
+    exact_PX, curve_PX, *bins = np.split(packed_PX, np.cumsum(how.sizes)[:-1], axis=1)
+    exact = _floats(exact_PX, how.exact_dtype)
     rest = np.zeros((len(packed_PX), how.k - how.exact_k))
     if terms := how.polynomial_terms:
         place_k = np.linspace(0, 1, rest.shape[1]) if how.normalize_t else np.arange(rest.shape[1], dtype=np.float64)
         curve = [place_k**t if isinstance(t, int) else getattr(np, t)(place_k) for t in terms]
-        rest += _floats(take(len(terms) * _BYTES[how.term_dtype]), how.term_dtype) @ np.stack(curve)
+        rest += _floats(curve_PX, how.term_dtype) @ np.stack(curve)
     done = 0
-    for one in how.residual_bins:
-        scale_P1 = _floats(take(_BYTES[one.scale_dtype]), one.scale_dtype)
-        numbers = unpack_integers(take(one.size), one.element_bits, one.num_elements)
+    for one, scale_PX, packed in zip(how.residual_bins, bins[::2], bins[1::2], strict=True):
+        scale_P1 = _floats(scale_PX, one.scale_dtype)
+        numbers = unpack_integers(packed, one.element_bits, one.num_elements)
         signed = 2 * numbers - 1 if one.element_bits == 1 else numbers - (1 << (one.element_bits - 1))
         rest[:, done : done + one.num_elements] += signed * scale_P1
         done += one.num_elements

@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from xkd_pipeline.served.distillkit import read_compression, unpack_row
-from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.tokens import Int32s
 
 Given = Mapping[str, Any]
 Used = TypeVar("Used")
 BATCH_ROWS: Final = 256  # rows of a Parquet file turned into Python objects at once
+HOW: Final = "docs/served-teachers.md lists the forms of rows"
 
 
 class RowRefused(ValueError):
@@ -40,9 +40,8 @@ class Served:
     """What was computed of one text. Value t of a column is made of the state at token t, as in a capture."""
 
     ids: Int32s  # [T]
-    columns: dict[
-        str, npt.NDArray[Any]
-    ]  # signal's column -> [T, ...]; states are float32, of the last block not normed
+    columns: dict[str, npt.NDArray[Any]]
+    """Signal's column -> [T, ...]; states are float32, of the last block not normed."""
     padded: bool = False  # one more token may stand at the end, a padding token
 
     def without(self, end: int | None) -> "Served":
@@ -87,11 +86,6 @@ class Rows:
             except RowRefused as error:
                 raise BadData(f"{path}: the first row cannot be used: {error}", fix=HOW) from error
 
-    @property
-    def digests(self) -> list[str]:
-        """sha256 of each file."""
-        return [sha256_of(path) for path in self.paths]
-
     def of_documents(
         self, doc_ids: Sequence[str], ids: Sequence[Int32s], end: int | None, use: Callable[[Given], Used]
     ) -> list[Used | RowRefused]:
@@ -125,9 +119,6 @@ def _files(path: Path) -> list[Path]:
     if not found:
         raise InputMissing(f"{path} holds no file that ends in {' '.join(READERS)}", fix="check the path")
     return found
-
-
-HOW: Final = "docs/served-teachers.md lists the forms of rows"
 
 
 def read_rows(path: Path, wanted: Iterable[int] | None = None) -> Iterator[tuple[int, Given]]:
@@ -181,9 +172,8 @@ def _table_rows(path: Path, wanted: Iterable[int] | None) -> Iterator[tuple[int,
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
                     numbers = np.arange(first, first + batch.num_rows)
                     picked = numbers if places is None else numbers[np.isin(numbers, places)]
-                    for place, row in zip(
-                        picked.tolist(), batch.take(pa.array(picked - first)).to_pylist(), strict=True
-                    ):
+                    rows = batch.take(pa.array(picked - first)).to_pylist()
+                    for place, row in zip(picked.tolist(), rows, strict=True):
                         yield place, row | {"folder": path.parent}
                     first += batch.num_rows
             first = end
@@ -231,10 +221,8 @@ def parse(row: Given, layers: Sequence[int] = ()) -> Served:
 
 def ids_of(row: Given) -> Int32s:
     """Token ids of a row."""
-    found = next(
-        (row[name] for name in ("token_ids", "prompt_token_ids", "input_ids") if row.get(name) is not None), None
-    )
-    ids = np.asarray([] if found is None else found)
+    named = (row.get(name) for name in ("token_ids", "prompt_token_ids", "input_ids"))
+    ids = np.asarray(next((found for found in named if found is not None), []))
     if not len(ids) or ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31:
         raise RowRefused("bad_values", "no list of numbers in token_ids, prompt_token_ids or input_ids")
     return ids.astype(np.int32)

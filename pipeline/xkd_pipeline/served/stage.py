@@ -211,7 +211,7 @@ def import_table(root: Path, name: str, given: Import) -> Built:
             "signals": sorted(signal.column for signal in signals_of(given.rows, model)),
             "dtype": model_settings(settings).dtype if settings.model else "float32",
             "codec": settings.codec,
-            "imported": {"version": IMPORT_VERSION, "rows": given.rows.digests},
+            "imported": {"version": IMPORT_VERSION, "rows": [sha256_of(path) for path in given.rows.paths]},
         }
         store = Store(root, f"teachers/{name}", spec, shards_like(documents))
         stage = ImportStage(root=root, folder=store.folder, given=given)
@@ -233,9 +233,8 @@ def import_table(root: Path, name: str, given: Import) -> Built:
             if model is None:
                 folder = store.folder / "tokenizer"
                 names = save_folder(folder, encoder.tokenizer.save_pretrained)
-                return constants | {"vocab_size": classes_of(given.tokenizer)}, {
-                    n: sha256_of(folder / n) for n in names
-                }
+                constants["vocab_size"] = classes_of(given.tokenizer)
+                return constants, {name: sha256_of(folder / name) for name in names}
             error = codec_error(commits)
             constants |= constants_of(model) | {f"{one}_std": std_of(commits, one) for one in ("hidden", "embedding")}
             return constants | ({"codec_error": error} if error else {}), export(model, settings.model, store.folder)

@@ -91,17 +91,12 @@ def table_states(root: Path) -> list[dict[str, Any]]:
         for record in records:
             with contextlib.suppress(BadData):
                 commits.append(read_record(record, Commit))
-        states.append(
-            {
-                "table": folder.relative_to(root).as_posix(),
-                "units": len(plan.units) if plan else len(records),
-                "done": len(commits),
-                "documents": sum(c.rows for c in commits),
-                "bytes": bytes_below(folder),
-                "sealed": (folder / "manifest.json").exists(),
-                "unreadable": len(records) - len(commits) + (plan is None),
-                "quarantined": len(list((folder / "quarantine").glob("*"))),
-                "leftovers": len(list(folder.rglob(".tmp-*"))),
-            }
-        )
+        states.append({
+            "table": folder.relative_to(root).as_posix(), "units": len(plan.units) if plan else len(records),
+            "done": len(commits), "documents": sum(c.rows for c in commits), "bytes": bytes_below(folder),
+            "sealed": (folder / "manifest.json").exists(),
+            "unreadable": len(records) - len(commits) + (plan is None),
+            "quarantined": len(list((folder / "quarantine").glob("*"))),
+            "leftovers": len(list(folder.rglob(".tmp-*"))),
+        })  # fmt: skip
     return states

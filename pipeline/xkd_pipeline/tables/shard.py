@@ -47,9 +47,7 @@ def write_shard(
     """Write the rows of one shard and return the record that the driver commits.
 
     Its number stands in its metadata, so that swapped files are found. The driver adds up the counts of all shards.
-
-    Raises:
-        DiskFailed: The disk is full or failing; no file is left behind.
+    DiskFailed where the disk is full or failing; no file is left behind.
     """
     rows = len(columns["doc_id"])
     marked = schema.with_metadata({**(schema.metadata or {}), b"unit": str(unit).encode()})
@@ -71,17 +69,10 @@ def write_shard(
     frame.update(data[end:])
     batches = tuple(RecordBatch(offset=o, length=n, rows=r, xxh3=xxh3_of(data[o : o + n])) for o, n, r in spans)
     return Commit(
-        unit=unit,
-        file=name,
-        rows=rows,
-        size=len(data),
-        sha256=sha256,
-        frame_xxh3=frame.hexdigest(),
-        batches=batches,
-        rejects=_write_rejects(folder / "rejects", unit, rejects),
-        counts=dict(counts or {}),
+        unit=unit, file=name, rows=rows, size=len(data), sha256=sha256, frame_xxh3=frame.hexdigest(), batches=batches,
+        rejects=_write_rejects(folder / "rejects", unit, rejects), counts=dict(counts or {}),
         unusable=tuple(i for i, status in enumerate(columns.get("status", ())) if status != OK),
-    )
+    )  # fmt: skip
 
 
 def _write_rejects(folder: Path, unit: int, rejects: Sequence[Mapping[str, Any]]) -> Reject | None:
@@ -109,7 +100,7 @@ class DocumentRows:
     def part(self, first: int, end: int) -> "DocumentRows":
         """The documents from `first` up to `end`."""
         return DocumentRows(
-            doc_ids=self.doc_ids[first:end], block=self.block.part(first, end), words=self.words[first:end],
+            doc_ids=self.doc_ids[first:end], block=self.block.take(range(first, end)), words=self.words[first:end],
             phrases=self.phrases[first:end], killers=frozenset(row - first for row in self.killers),
         )  # fmt: skip
 
@@ -118,28 +109,21 @@ class DocumentRows:
         if not self.killers:
             return encoder.encode_batch(self.block, limits)
         kept = [at for at in range(len(self.block)) if at not in self.killers]
-        tokens = dict(
-            zip(kept, encoder.encode_batch(self.block.take(kept), limits and [limits[at] for at in kept]), strict=True)
-        )
+        rows = encoder.encode_batch(self.block.take(kept), limits and [limits[at] for at in kept])
+        tokens = dict(zip(kept, rows, strict=True))
         texts = enumerate(self.block.texts)
         return TokenBatch.of(tokens.get(at) or unusable(WORKER_KILLED, len(text)) for at, text in texts)
 
 
 def documents_of(shard: Shard, killers: Iterable[int] = ()) -> DocumentRows:
-    """All rows of a shard of the documents table; `killers` are those that kill their process.
-
-    Raises:
-        BadData: A record batch does not match its digest.
-    """
+    """All rows of a shard of the documents table, or BadData; `killers` are those that kill their process."""
     columns = _columns(shard, shard.schema.names)
-    roles = _flat(columns["roles"]).combine_chunks().dictionary_encode()
     return DocumentRows(
         doc_ids=columns["doc_id"].to_pylist(),
         block=DocumentBatch(
             texts=columns["text"].to_pylist(),
             segments=_lists(columns["segments"]),
-            names=roles.dictionary.to_pylist(),
-            roles_G=roles.indices.to_numpy(),
+            roles=columns["roles"].flatten().to_pylist(),
             targets_G=_lists(columns["targets"]).values,
             places=list(zip(columns["source"].to_pylist(), columns["line"].to_pylist(), strict=True)),
             messages=columns["messages"].to_pylist() if "messages" in columns else [""] * shard.commit.rows,
@@ -154,44 +138,32 @@ def tokens_of(shard: Shard) -> TokenBatch:
     """All rows of a shard of a teacher or student table, their tokens alone; raises as `documents_of`."""
     columns = _columns(shard, ("status", "num_chars", "token_ids", "token_spans", "token_kinds", "targets"))
     ids = _lists(columns["token_ids"])
+    spans, kinds, targets = (_lists(columns[name]).values for name in ("token_spans", "token_kinds", "targets"))
     return TokenBatch(
-        statuses=columns["status"].to_pylist(),
-        num_chars=columns["num_chars"].to_numpy(),
-        first=ids.first,
-        ids=ids.values,
-        spans=_lists(columns["token_spans"]).values,
-        kinds=_lists(columns["token_kinds"]).values,
-        targets=_lists(columns["targets"]).values,
-        extended=np.zeros(len(ids), np.int32),
-    )
+        statuses=columns["status"].to_pylist(), num_chars=columns["num_chars"].to_numpy(), first=ids.first,
+        ids=ids.values, spans=spans, kinds=kinds, targets=targets, extended=np.zeros(len(ids), np.int32),
+    )  # fmt: skip
 
 
-def _columns(shard: Shard, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+def _columns(shard: Shard, names: Sequence[str]) -> dict[str, pa.Array]:
+    """Columns of all rows, with the record batches joined."""
     batches = [shard.batch(number) for number in range(len(shard.commit.batches))]
-    return {name: pa.chunked_array([b.column(name) for b in batches], shard.schema.field(name).type) for name in names}
+    whole = pa.Table.from_batches(batches, shard.schema).select(names)
+    return {name: whole.column(name).combine_chunks() for name in names}
 
 
-def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
-
-
-def _lists(column: pa.ChunkedArray) -> Ragged:
-    """A list column of numbers, or of pairs of them, with its chunks joined."""
-    counts = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-    first = row_offsets(np.concatenate([np.zeros(0, np.int64), *counts]))
-    items = _flat(column)
-    if not pa.types.is_fixed_size_list(items.type):
-        return Ragged(items.to_numpy(), first)
-    values = pa.chunked_array([chunk.flatten() for chunk in items.chunks], items.type.value_type)
-    return Ragged(values.to_numpy().reshape(-1, items.type.list_size), first)
+def _lists(column: pa.Array) -> Ragged:
+    """A list column of numbers, or of pairs of them."""
+    first, items = row_offsets(column.value_lengths().to_numpy()), column.flatten()
+    if pa.types.is_fixed_size_list(items.type):
+        return Ragged(items.flatten().to_numpy().reshape(-1, items.type.list_size), first)
+    return Ragged(items.to_numpy(zero_copy_only=False), first)
 
 
 def document_at(row: Row) -> Document:
     """The document of one row of the documents table."""
-    segments = tuple(
-        Segment(role=role, start=int(start), end=int(end), target=bool(target))
-        for (start, end), role, target in zip(row["segments"], row["roles"], row["targets"], strict=True)
-    )
+    parts = zip(row["segments"].tolist(), row["roles"], row["targets"].tolist(), strict=True)
+    segments = tuple(Segment(role=role, start=start, end=end, target=target) for (start, end), role, target in parts)
     messages = row.get("messages", "")  # none in a table of version 1
     return Document(
         text=row["text"], segments=segments, source=row["source"], line=row["line"], messages=messages,
@@ -242,6 +214,5 @@ def token_counts(texts: Sequence[str], tokens: TokenBatch) -> dict[str, int]:
     }
     if tokens.extended.any():
         counts |= extended_counts(tokens)
-    for status in tokens.statuses:
-        counts[f"status:{status}"] = counts.get(f"status:{status}", 0) + 1
+    counts |= Counter(f"status:{status}" for status in tokens.statuses)
     return dict(sorted(counts.items()))

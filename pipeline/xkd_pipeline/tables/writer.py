@@ -45,9 +45,7 @@ from xkd_schemas.errors import BadData, InputMissing, UsageError
 def locked(root: Path) -> Iterator[None]:
     """Hold the cache for writing; Busy names the process that has it. Freed by the system when we die.
 
-    Raises:
-        Refused: It has a link, which a writer could follow out of it.
-        UsageError: It is a file.
+    Refused where it has a link, which a writer could follow out of it; UsageError where it is a file.
     """
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file, and a cache is a folder", kept="it as it is", fix="name a folder")
@@ -59,8 +57,7 @@ def locked(root: Path) -> Iterator[None]:
 class Store:
     """A table's folder: `Store(root, "documents", spec, units)` opens it or begins it.
 
-    Raises:
-        Mismatch: The folder was begun with another spec; every differing field is named.
+    Mismatch names every differing field where the folder was begun with another spec.
     """
 
     def __init__(self, root: Path, table: str, spec: Spec, units: tuple[Unit, ...]) -> None:

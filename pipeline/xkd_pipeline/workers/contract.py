@@ -104,11 +104,7 @@ def first_line(error: BaseException) -> str:
 def halve_batch(
     stage: Stage, job: Any, care: MadeDifferently, reason: str, kind: type[XkdError] = OutOfMemory
 ) -> MadeDifferently:
-    """The same with batches half as large; says so on standard error.
-
-    Raises:
-        XkdError: Of `kind`, where a batch is one document already.
-    """
+    """The same with batches half as large; says so on standard error. `kind` where a batch is one document already."""
     shard, batch = shard_of(job), (care.batch or stage.batch(job)) // 2
     if batch == 0:
         raise kind(

@@ -31,6 +31,12 @@ from xkd_schemas.errors import InputMissing, Mismatch, Refused, UsageError, Work
 SAME: Final = ("numpy", "pyarrow", "spacy", "tokenizers", "torch", "transformers")
 """Packages that results depend on, which must be the same everywhere."""
 LOOK_SECONDS: Final = 5.0  # how long a network file system may take to show a new file
+SHIPPED: Final = ("xkd_schemas", "xkd_trainer", "xkd_pipeline")  # our packages, sent to every worker of a cluster
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+END_SECONDS: Final = 20.0
+"""A Ray whose head is gone may wait for it for a minute and then end this process with its own exit status."""
+_START_ONE: Final = "start it (docs/cluster.md), on this machine too, and check the address"
+_COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,10 +77,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-SHIPPED: Final = ("xkd_schemas", "xkd_trainer", "xkd_pipeline")  # our packages, sent to every worker of a cluster
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-
-
 def find_ray_processes(ray: Any) -> list[tuple[str, str, int]]:
     """Name, address and port of the processes without which nothing goes on: the head's, and this machine's own."""
     context = ray.get_runtime_context()
@@ -84,10 +86,6 @@ def find_ray_processes(ray: Any) -> list[tuple[str, str, int]]:
         ("head", host.strip("[]"), int(port)),
         ("node manager", ours["NodeManagerAddress"], int(ours["NodeManagerPort"])),
     ]
-
-
-END_SECONDS: Final = 20.0
-"""A Ray whose head is gone may wait for it for a minute and then end this process with its own exit status."""
 
 
 def shut_down() -> None:
@@ -138,13 +136,9 @@ def _start_here(count: int, folder: Path) -> None:
 
     try:
         ray.init(
-            num_cpus=count,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder / "ray"),
-            object_store_memory=256 * 2**20,
-            **_quiet(),
-        )
+            num_cpus=count, include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=str(folder / "ray"),
+            object_store_memory=256 * 2**20, **_quiet(),
+        )  # fmt: skip
     except Exception as error:  # Ray raises just that where its processes do not come up
         raise WorkersGone(
             f"Ray did not start on this machine: {first_line(error)}", kept=KEPT, fix=f"{AGAIN}, or use --workers 0"
@@ -178,9 +172,6 @@ def _join(address: str) -> None:
         raise WorkersGone(f"no Ray cluster at {address}: {first_line(error)}", fix=_START_ONE) from error
 
 
-_START_ONE: Final = "start it (docs/cluster.md), on this machine too, and check the address"
-
-
 def no_answer(host: str, port: int) -> str:
     """Why nothing answers there; "" where something does."""
     try:
@@ -208,9 +199,6 @@ def refuse_too_small(ray: Any, workers: Workers) -> None:
             f"{most.get('CPU', 0):g} CPUs and {most.get('GPU', 0):g} GPUs",
             fix="ask for fewer with --gpus-per-worker, or start Ray's nodes with --num-cpus and --num-gpus",
         )
-
-
-_COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def telling_line(error: BaseException) -> str:

@@ -32,6 +32,8 @@ OPEN_SHARDS: Final = 128  # of a table at once: each takes a file descriptor, of
 READY_BATCHES: Final = 16  # record batches of an open shard whose columns stay ready: some KB each
 
 Decoder = Callable[[Callable[[str], Any]], Any]  # given a reader of stored columns, the values of one coded column
+_AGAIN = "run the same xkd-cache command again: it makes only what is missing or damaged"
+TABLES: Final = ("documents", *(f"{kind}/*" for kind in KINDS))  # each after those that it is made from
 
 
 class Row:
@@ -146,9 +148,6 @@ def _decode(path: Path, codec: Codec, column: str, metadata: Mapping[bytes, byte
         return codec.decode(column, read, metadata)
     except BadData as error:
         raise BadData(f"{path}: {error}", fix=_AGAIN) from error
-
-
-_AGAIN = "run the same xkd-cache command again: it makes only what is missing or damaged"
 
 
 def _frame(data: memoryview, batches: tuple[RecordBatch, ...]) -> bytes:
@@ -271,9 +270,6 @@ def _tokenizer_digests(table: Path) -> dict[str, str]:
     return {}
 
 
-TABLES: Final = ("documents", *(f"{kind}/*" for kind in KINDS))  # each after those that it is made from
-
-
 def sealed_tables(root: Path) -> list[str]:
     """Every finished table of a cache, documents first; documents stands in it even where it is not there."""
     return ["documents", *(f"{kind}/{name}" for kind in KINDS for name in names_in(root, kind))]
@@ -321,11 +317,8 @@ def only_teacher(root: Path) -> str:
 
 def only_student(root: Path, teacher: str) -> str:
     """The student that was aligned with a teacher, "" where there is none; UsageError where there are several."""
-    specs = {
-        name: read_record(inside(root, "students", name, "plan.json"), Plan).spec
-        for name in names_in(root, "students")
-    }
-    names = [name for name, spec in specs.items() if spec["teacher"] == teacher]
+    plans = {name: inside(root, "students", name, "plan.json") for name in names_in(root, "students")}
+    names = [name for name, path in plans.items() if read_record(path, Plan).spec["teacher"] == teacher]
     return _only(root, "student", names) if names else ""
 
 

@@ -86,10 +86,8 @@ def call_text(call: Mapping[str, Any]) -> tuple[str, Message]:
         raise TypeError("a name and arguments are strings, or the arguments an object")
     own = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     rest = {**function, "name": "", "arguments": type(arguments)()}
-    return (
-        _NAME + json.dumps(name, ensure_ascii=False) + _ARGUMENTS + own + "}",
-        {**call, "function": rest} if "function" in call else rest,
-    )
+    text = _NAME + json.dumps(name, ensure_ascii=False) + _ARGUMENTS + own + "}"
+    return text, {**call, "function": rest} if "function" in call else rest
 
 
 def _call(stored: Message, text: str) -> Message:

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, UsageError
 
-MARK_EVERY: Final = 4096  # rows between two remembered places of a plain JSONL file
 COMPRESSED: Final = (".gz", ".zst")
 TABLES: Final = (".parquet", ".arrow")
 SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz", ".json.zst", *TABLES)
@@ -58,7 +57,6 @@ class CorpusFile:
     kind: str  # lines, table or hub
     num_rows: int
     state: tuple[int, int] = (0, 0)  # bytes and time of change in nanoseconds when it was counted; of a file only
-    marks: tuple[int, ...] = ()  # byte offset of every MARK_EVERY-th row of a plain JSONL file
     num_boms: int = 0  # 1 where the file began with a byte order mark
 
 
@@ -75,8 +73,8 @@ def count_file(path: Path) -> tuple[CorpusFile, str]:
         state, digest = _state(path), sha256_of(path)
         if path.suffix in TABLES:
             return CorpusFile(path=str(path), kind="table", num_rows=_count_table(path), state=state), digest
-    num_rows, num_boms, marks = 0, 0, []
-    for number, (at, line) in enumerate(_read_lines(path)):
+    num_rows = num_boms = 0
+    for number, line in enumerate(_read_lines(path)):
         if number == 0:
             num_boms, line = _without_bom(line)
             if ".json" in path.suffixes[-2:] and isinstance(line, bytes) and line.lstrip().startswith(b"["):
@@ -84,13 +82,9 @@ def count_file(path: Path) -> tuple[CorpusFile, str]:
                     f"{path} begins with a list; rows are objects, one on each line",
                     fix=f"jq -c '.[]' {path.name} > rows.jsonl",
                 )
-        if number % MARK_EVERY == 0:
-            marks.append(at)
         if isinstance(line, LongLine) or line.strip():
             num_rows = number + 1
-    kept = () if path.suffix in COMPRESSED else tuple(marks)
-    part = CorpusFile(path=str(path), kind="lines", num_rows=num_rows, state=state, marks=kept, num_boms=num_boms)
-    return part, digest
+    return CorpusFile(path=str(path), kind="lines", num_rows=num_rows, state=state, num_boms=num_boms), digest
 
 
 def file_rows(part: CorpusFile, first: int, columns: Sequence[str] | None) -> Iterator[Content]:
@@ -112,9 +106,7 @@ def file_rows(part: CorpusFile, first: int, columns: Sequence[str] | None) -> It
     if part.kind == "table":
         yield from _table_rows(path, first, columns)
         return
-    mark = first // MARK_EVERY if part.marks else 0
-    lines = _read_lines(path, part.marks[mark] if part.marks else 0)
-    for number, (_, line) in enumerate(lines, start=mark * MARK_EVERY):
+    for number, line in enumerate(_read_lines(path)):
         if number >= first:
             line = _without_bom(line)[1] if number == 0 else line
             yield line.removesuffix(b"\r") if isinstance(line, bytes) else line  # files written on Windows
@@ -153,31 +145,28 @@ def _file_errors(path: Path) -> Iterator[None]:
         raise BadData(f"{path} is broken or cut off: {line}", fix="copy or download it again") from error
 
 
-def _read_lines(path: Path, first_byte: int = 0) -> Iterator[tuple[int, Line]]:
-    r"""(offset from the first byte, line) for every line, without its `\n`; bytes after the last one are a line too.
+def _read_lines(path: Path) -> Iterator[Line]:
+    r"""Every line without its `\n`; bytes after the last one are a line too.
 
     Text mode and `splitlines` also cut at lone CR, NEL, VT and U+2028, which are ordinary characters in JSON strings.
     """
-    at = 0
-    pieces = _read_pieces(path, first_byte)
+    pieces = _read_pieces(path)
     for piece in pieces:
-        start, at = at, at + len(piece)
         if len(piece) <= MAX_LINE_BYTES or piece.endswith(b"\n"):
-            yield start, piece.removesuffix(b"\n")
+            yield piece.removesuffix(b"\n")
             continue
-        head, digest = piece[:HEAD_BYTES], hashlib.sha256(piece)
+        head, digest, num_bytes = piece[:HEAD_BYTES], hashlib.sha256(piece), len(piece)
         while not piece.endswith(b"\n") and (piece := next(pieces, b"")):
-            digest.update(piece.removesuffix(b"\n"))
-            at += len(piece)
-        num_bytes = at - start - piece.endswith(b"\n")
-        yield start, LongLine(num_bytes=num_bytes, sha256=digest.hexdigest(), head=head)
+            rest = piece.removesuffix(b"\n")
+            digest.update(rest)
+            num_bytes += len(rest)
+        yield LongLine(num_bytes=num_bytes, sha256=digest.hexdigest(), head=head)
 
 
-def _read_pieces(path: Path, first_byte: int) -> Iterator[bytes]:
+def _read_pieces(path: Path) -> Iterator[bytes]:
     """The expanded content: lines with their ends, those above MAX_LINE_BYTES in pieces."""
     num_read = 0
     with _file_errors(path), path.open("rb", buffering=0) as file:
-        file.seek(first_byte)
         stream = _expand(path.suffix, file)
         while piece := stream.readline(MAX_LINE_BYTES + 1):
             num_read += len(piece)
@@ -219,10 +208,7 @@ def _count_table(path: Path) -> int:
 def _parquet_batches(path: Path, first: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path) as file:
         names = None if columns is None else [n for n in file.schema_arrow.names if n in columns]
-        skip, groups = first, list(range(file.num_row_groups))
-        while groups and skip >= file.metadata.row_group(groups[0]).num_rows:
-            skip -= file.metadata.row_group(groups.pop(0)).num_rows
-        yield from _behind(skip, file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=names))
+        yield from _behind(first, file.iter_batches(batch_size=BATCH_ROWS, columns=names))
 
 
 def _arrow_batches(path: Path, first: int) -> Iterator[pa.RecordBatch]:

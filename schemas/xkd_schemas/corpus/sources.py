@@ -99,7 +99,8 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str], prom
     """
     check_fields(form, columns)
     parts, digest, remarks = _locate(name)
-    sample = _sample(parts)
+    contents = chain.from_iterable(_part_rows(part, 0, None) for part in parts if part.num_rows)
+    sample = list(islice(filter(None, map(parsed_row, islice(contents, SAMPLE_SCAN))), SAMPLE_ROWS))
     chosen, resolved, fit = choose_form(name, form, columns, sample, PROMPTS if prompts else FORMS)
     boms = sum(part.num_boms for part in parts)
     if boms:
@@ -216,12 +217,6 @@ def _hub_errors(name: str) -> Iterator[None]:
             f"{name}: there is no such file or folder here, and the hub gave no such data set: {line}",
             fix=f"check the path and {HUB_FORM}, or download the data set first and name its folder",
         ) from error
-
-
-def _sample(parts: Sequence[CorpusFile]) -> list[dict[str, object]]:
-    contents = chain.from_iterable(_part_rows(part, 0, None) for part in parts if part.num_rows)
-    objects = filter(None, map(parsed_row, islice(contents, SAMPLE_SCAN)))
-    return list(islice(objects, SAMPLE_ROWS))
 
 
 def _part_rows(part: CorpusFile, first: int, columns: Sequence[str] | None) -> Iterator[Content]:

@@ -27,8 +27,7 @@ class DocumentBatch:
 
     texts: Sequence[str]
     segments: Ragged  # [G, 2] int32 characters of the document's own text
-    names: Sequence[str]  # different roles
-    roles_G: Int32s  # which of `names` each segment has
+    roles: Sequence[str]  # [G] of each segment
     targets_G: Bools
     places: Sequence[tuple[str, int]]  # source and line of each document
     messages: Sequence[str]  # as `Document.messages`
@@ -38,15 +37,10 @@ class DocumentBatch:
         """The batch of these documents."""
         documents = list(documents)
         segments = [s for d in documents for s in d.segments]
-        numbers: dict[str, int] = {}
         return DocumentBatch(
             texts=[d.text for d in documents],
-            segments=Ragged(
-                np.array([(s.start, s.end) for s in segments], np.int32).reshape(-1, 2),
-                row_offsets([len(d.segments) for d in documents]),
-            ),
-            roles_G=np.array([numbers.setdefault(s.role, len(numbers)) for s in segments], np.int32),
-            names=list(numbers),
+            segments=Ragged.of(([(s.start, s.end) for s in d.segments] for d in documents), np.int32, 2),
+            roles=[s.role for s in segments],
             targets_G=np.array([s.target for s in segments], np.bool_),
             places=[(d.source, d.line) for d in documents],
             messages=[d.messages for d in documents],
@@ -58,32 +52,14 @@ class DocumentBatch:
     def document(self, number: int) -> Document:
         """One document of the batch."""
         own = slice(self.segments.first[number], self.segments.first[number + 1])
-        return Document(
-            text=self.texts[number],
-            segments=tuple(
-                Segment(role=self.names[role], start=start, end=end, target=target)
-                for (start, end), role, target in zip(
-                    self.segments[number].tolist(), self.roles_G[own], self.targets_G[own].tolist(), strict=True
-                )
-            ),
-            source=self.places[number][0],
-            line=self.places[number][1],
-            messages=self.messages[number],
-        )
+        parts = zip(self.segments[number].tolist(), self.roles[own], self.targets_G[own].tolist(), strict=True)
+        segments = tuple(Segment(role=role, start=at, end=end, target=target) for (at, end), role, target in parts)
+        text, messages, (source, line) = self.texts[number], self.messages[number], self.places[number]
+        return Document(text=text, segments=segments, source=source, line=line, messages=messages)
 
     def take(self, numbers: Sequence[int]) -> "DocumentBatch":
         """The batch of some of the documents."""
         return DocumentBatch.of(self.document(n) for n in numbers)
-
-    def part(self, first: int, end: int) -> "DocumentBatch":
-        """The batch of the documents from `first` up to `end`; nothing but references is copied."""
-        own = slice(self.segments.first[first], self.segments.first[end])
-        border = self.segments.first[first : end + 1] - self.segments.first[first]
-        return DocumentBatch(
-            texts=self.texts[first:end], segments=Ragged(self.segments.values[own], border), names=self.names,
-            roles_G=self.roles_G[own], targets_G=self.targets_G[own], places=self.places[first:end],
-            messages=self.messages[first:end],
-        )  # fmt: skip
 
 
 class Line(NamedTuple):

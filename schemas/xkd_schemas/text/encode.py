@@ -14,6 +14,7 @@ Shape legend for this file
 """
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -52,6 +53,7 @@ REASONS: Final = {
     "no_target_after_cut": "cut to the longest length, the text has no target left",
 }
 """Every `status` but "ok", with what it means."""
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")  # half of a pair: text with one is no valid Unicode
 
 
 def reading_of(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,15 +123,15 @@ class Encoder:
         wanted = [len(text) for text in block.texts]
         if limits is not None:
             wanted = [n if limit is None else min(n, limit) for n, limit in zip(wanted, limits, strict=True)]
-        parts = [
-            self._encode(block.part(first, end), np.array(wanted[first:end], np.int32))
-            for first, end in pieces_of(wanted, MOST_CHARS)
-        ]
-        return parts[0] if len(parts) == 1 else TokenBatch.of(row for part in parts for row in part)
+        pieces = pieces_of(wanted, MOST_CHARS)
+        if len(pieces) == 1:
+            return self._encode(block, np.array(wanted, np.int32))
+        parts = (self._encode(block.take(range(*own)), np.array(wanted[slice(*own)], np.int32)) for own in pieces)
+        return TokenBatch.of(row for part in parts for row in part)
 
     def _encode(self, block: DocumentBatch, num_chars: Int32s) -> TokenBatch:
         """One stretch of documents, cut where they are too long; rows that cannot be used have a reason, no tokens."""
-        unicode_R = np.array([_is_unicode(text) for text in block.texts], np.bool_)
+        unicode_R = np.array([_SURROGATE.search(text) is None for text in block.texts], np.bool_)
         first_target_R = _first_targets(block)
         if self.template == CHAT:
             rows = self._encode_chat(block, num_chars, unicode_R)
@@ -234,14 +236,6 @@ class Encoder:
     def _ids(self, text: str, **options: bool) -> list[int]:
         encoded = self.tokenizer(text, padding=False, truncation=False, verbose=False, **options)
         return [int(token_id) for token_id in encoded["input_ids"]]
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _first_targets(block: DocumentBatch) -> Int64s:

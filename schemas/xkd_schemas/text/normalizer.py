@@ -36,6 +36,12 @@ LETTERS: Final = frozenset("\u0e33\u0eb3\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe
 """Vowels and skin tones that are one sign with what is before them, but no marks by their category."""
 LINE_BLANKS: Final = "\t\n\f\r"  # controls that every normaliser takes for blanks
 LAST_CODE: Final = 0x1FFFF  # characters behind it are no marks and end in none
+REACHES: Final = (1, 2, 4, 8, 16)  # characters beside a cut that are normalised alike together and apart
+LONGEST_PART: Final = 64  # characters; text that is only normalised in longer stretches keeps its intervals
+MOST_KNOWN: Final = 100_000  # short strings whose normalised form is remembered
+WORDS: Final = re.compile(r"\s+|\S+")
+ENDS: Final = frozenset({"Strip", "Prepend"})  # what they do to the ends they do not do inside; they merge nothing
+DEEP: Final = frozenset({"NFKC", "NFKD", "Precompiled"})  # they take more apart than canonical forms do
 
 
 class Classes(NamedTuple):
@@ -62,14 +68,6 @@ def mark_classes() -> Classes:
         first, last, follows=(joins | (first > 0)) & no_blank, changes=np.array(changes, np.bool_),
         controls=(np.array(categories) == "Cc") & no_blank,
     )  # fmt: skip
-
-
-REACHES: Final = (1, 2, 4, 8, 16)  # characters beside a cut that are normalised alike together and apart
-LONGEST_PART: Final = 64  # characters; text that is only normalised in longer stretches keeps its intervals
-MOST_KNOWN: Final = 100_000  # short strings whose normalised form is remembered
-WORDS: Final = re.compile(r"\s+|\S+")
-ENDS: Final = frozenset({"Strip", "Prepend"})  # what they do to the ends they do not do inside; they merge nothing
-DEEP: Final = frozenset({"NFKC", "NFKD", "Precompiled"})  # they take more apart than canonical forms do
 
 
 class Cut(NamedTuple):
@@ -132,14 +130,10 @@ class Normalised:
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = set_plain(tokenizer.backend_tokenizer)
-        steps = _steps(self._backend.normalizer)
+        steps = normaliser_steps(self._backend.normalizer)
         self._inside = [step for step in steps if step["type"] not in ENDS]
+        self.changes = bool(self._inside)  # the tokenizer might change something inside a text
         self._ends = [step for step in steps if step["type"] in ENDS]
-
-    @property
-    def changes(self) -> bool:
-        """Might the tokenizer change anything inside a text?"""
-        return bool(self._inside)
 
     def find_doubtful(self, texts: Sequence[str]) -> Bools:
         """In which texts [N] marks stand that it may swap, or merge unseen with a part of what is before them."""
@@ -220,7 +214,7 @@ def find_shift(form: str, normal: str, prefix: str) -> int | None:
     return None if taken < 0 or left.replace("▁", " ").strip() else taken - given
 
 
-def _steps(normaliser: Any) -> list[Mapping[str, Any]]:
+def normaliser_steps(normaliser: Any) -> list[Mapping[str, Any]]:
     """The steps of the library's normaliser in order; none of one that is written in Python."""
     try:
         steps = [] if normaliser is None else [json.loads(normaliser.__getstate__())]

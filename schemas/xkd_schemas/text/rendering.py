@@ -83,20 +83,15 @@ class ChatTemplate:
                 fix="--template none or --template alpaca",
             )
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        templates = [
-            with_frozen_day(str(tokenizer.get_chat_template(tools=tools))) for tools in _NO_TOOLS
-        ]  # without and with tools: some tokenizers have two
+        # without and with tools: some tokenizers have two
+        templates = [with_frozen_day(str(tokenizer.get_chat_template(tools=tools))) for tools in _NO_TOOLS]
 
         def answer(messages: list[Message] | None, tools: list[Any] | None, prompt: bool) -> str | list[str]:
             """What the template makes of messages; without any, the constants that it looks for."""
             if messages is None:
                 return _find_constants("".join(templates))
-            return str(
-                tokenizer.apply_chat_template(
-                    messages, tools=tools, chat_template=templates[tools is not None], tokenize=False,
-                    add_generation_prompt=prompt, **options,
-                )
-            )  # fmt: skip
+            own = {"tools": tools, "chat_template": templates[tools is not None], "add_generation_prompt": prompt}
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **own, **options))
 
         self._name, self._child = name_of(tokenizer), Limited(answer)
         self._parts = False  # contents are lists of parts
@@ -116,8 +111,7 @@ class ChatTemplate:
     def render(self, documents: Sequence[Document]) -> list[Rendered | NotRendered]:
         """Documents as the template writes them; NotRendered where it refuses, or characters are not found again.
 
-        Raises:
-            Refused: The template takes more time or memory than it may.
+        Refused where the template takes more time or memory than it may.
         """
         written = self._write([conversation(document, document.text) for document in documents])
         return [self._follow(document, real) for document, real in zip(documents, written, strict=True)]
@@ -206,16 +200,14 @@ class ChatTemplate:
         for segment, (first, end), message in zip(document.segments, borders, message_of, strict=True):
             if not segment.target or first == end:
                 continue
-            start = int(at[first])
-            closes = segment.role in (CALL, REASONING)
             if message == last:
-                found[-1] = Turn(found[-1].start, int(at[end - 1]) + 1, segment.end, closes)
-                continue
+                begin = found.pop().start
+            else:
+                start, before = int(at[first]), int(at[first - 1]) + 1 if first else 0
+                place = real.rfind(self._prompt, before, start) if self._prompt else -1
+                begin = start if place < 0 else place + len(self._prompt)
             last = message
-            before = int(at[first - 1]) + 1 if first else 0
-            place = real.rfind(self._prompt, before, start) if self._prompt else -1
-            begin = start if place < 0 else place + len(self._prompt)
-            found.append(Turn(begin, int(at[end - 1]) + 1, segment.end, closes))
+            found.append(Turn(begin, int(at[end - 1]) + 1, segment.end, segment.role in (CALL, REASONING)))
         return found
 
 

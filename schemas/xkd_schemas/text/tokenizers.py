@@ -25,6 +25,9 @@ from xkd_schemas.ragged import row_offsets
 from xkd_schemas.tokens import OK, Bools, Int32s, Int64s
 
 NAMED_TOKENS: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
+_LAST_BLANK: Final = 0x3000
+_IS_BLANK: Final = np.array([chr(code).isspace() for code in range(_LAST_BLANK + 1)] + [False])
+_FLAGS: Final = ("special", "lstrip", "rstrip", "normalized", "single_word")
 
 
 class Encoded(NamedTuple):
@@ -145,10 +148,6 @@ def _widen(spans_C2: Int32s, empty: Int64s, low_C: Int32s, high_C: Int32s, solid
             spans_C2[n] = spans_C2[n - 1] if follows else (low_C[n], high_C[n])
 
 
-_LAST_BLANK: Final = 0x3000
-_IS_BLANK: Final = np.array([chr(code).isspace() for code in range(_LAST_BLANK + 1)] + [False])
-
-
 def blanks(text: str) -> Bools:
     """True for every character [L] that is white space to Python's str.isspace.
 
@@ -184,9 +183,6 @@ def identity(tokenizer: Any) -> dict[str, str]:
         "chat_template": digest(template) if template else "none",
         "probe": digest([by_itself, probed]),
     }
-
-
-_FLAGS: Final = ("special", "lstrip", "rstrip", "normalized", "single_word")
 
 
 def _probes() -> Iterable[str]:

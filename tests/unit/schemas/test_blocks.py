@@ -65,7 +65,7 @@ def test_a_row_behind_the_last_or_in_front_of_the_first_is_not_there() -> None:
 
 @settings(deadline=None)
 @given(parts=DOCUMENTS, first=st.integers(0, 5), size=st.integers(0, 5))
-def test_documents_come_out_of_a_block_and_of_its_parts(
+def test_documents_come_out_of_a_block_and_of_a_part_of_it(
     parts: list[list[tuple[str, str, bool]]], first: int, size: int
 ) -> None:
     documents = [document_of(p, source="s", line=n) for n, p in enumerate(parts)]
@@ -73,8 +73,6 @@ def test_documents_come_out_of_a_block_and_of_its_parts(
     block = DocumentBatch.of(documents)
 
     assert [block.document(n) for n in range(len(block))] == documents
-    part = block.part(first, end)
-    assert [part.document(n) for n in range(len(part))] == documents[first:end]
     taken = block.take(range(first, end))
     assert [taken.document(n) for n in range(len(taken))] == documents[first:end]
 

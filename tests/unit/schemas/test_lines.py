@@ -34,19 +34,15 @@ def lines_of(path: Path, content: bytes) -> list[object]:
 
 
 @in_one_folder
-@given(pieces=CONTENTS, every=st.integers(1, 4), suffix=st.sampled_from(SUFFIXES), bom=st.booleans())
-def test_lines_are_cut_at_newline_bytes_only(
-    tmp_path: Path, pieces: list[bytes], every: int, suffix: str, bom: bool
-) -> None:
+@given(pieces=CONTENTS, suffix=st.sampled_from(SUFFIXES), bom=st.booleans())
+def test_lines_are_cut_at_newline_bytes_only(tmp_path: Path, pieces: list[bytes], suffix: str, bom: bool) -> None:
     content = b"".join(pieces)
     wanted = content.split(b"\n")
     path = tmp_path / f"rows.jsonl{suffix}"
     path.write_bytes(pack(files.BOM * bom + content, suffix) if bom or content else b"")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "MARK_EVERY", every)
-        part, _ = count_file(path)
-        from_each = [list(file_rows(part, first, None)) for first in range(part.num_rows)]
+    part, _ = count_file(path)
+    from_each = [list(file_rows(part, first, None)) for first in range(part.num_rows)]
 
     lines = [line.removesuffix(b"\r") for line in (wanted if wanted[-1] else wanted[:-1])]
     assert from_each == [lines[first:] for first in range(part.num_rows)]
