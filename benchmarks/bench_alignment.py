@@ -67,7 +67,7 @@ def _joined(rows: Sequence[Row]) -> Mapping[str, Any]:
             at[bool(target)] += end - start + 1
     spans = {name: np.array(sorted(found), np.int32).reshape(-1, 2) for name, found in inside.items()}
     segments = np.array([[0, border], [border, len(text)]], np.int32)
-    roles = {"roles": ["prompt", "response"], "targets": [False, True]}
+    roles = {"roles": ["prompt", "response"], "targets": np.array([False, True])}
     return {"doc_id": "", "source": "", "line": 1, "text": text, "segments": segments, **roles, **spans}
 
 
