@@ -7,8 +7,7 @@ STAMP := $(VENV)/.installed
 RUN   ?= runs/demo.toml
 TORCH ?= torch==2.13.0
 CHECK := build/wheel-check
-# A file's tests on one worker, in the order of the files: the long ones of tests/integration come first. Those of Ray
-# mostly wait for it: they have a process beside these.
+# A file's tests on one worker, in the order of the files: the long ones of tests/integration come first.
 JOBS  ?= 2
 SHARE := --dist loadfile --no-loadscope-reorder
 # Unit tests without models, compiled kernels, the disk or long statistics, found by what they name.
@@ -65,13 +64,13 @@ check: install          ## lint, types, layers and quick at once: under a minute
 quick: install          ## tests without models, compiled kernels or the disk
 	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) $(QUICK)
 
-test: install           ## all checks, tests and docstring examples
-	$(MAKE) --no-print-directory -j5 lint layers types ray suite
+test: install           ## all checks, docstring examples and tests, but for those of `make ray`
+	$(MAKE) --no-print-directory -j4 lint layers types suite
 
 suite: install          ## tests without Ray, and docstring examples
 	$(ONE) $(BIN)/python -m pytest -n $(JOBS) $(SHARE) -m "not slow and not ray" --doctest-modules tests schemas trainer pipeline
 
-ray: install            ## tests that start Ray on this machine
+ray: install            ## tests that start Ray on this machine, a cluster of three nodes too: three minutes
 	$(ONE) $(BIN)/python -m pytest -q -m "not slow" tests/integration/test_ray.py tests/integration/test_ray_here.py
 
 coverage: install       ## the suite once more, counting lines that no test runs: twice its time (decision 0019)
