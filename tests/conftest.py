@@ -1,20 +1,16 @@
 """What all tests share: what is loaded or waited for once a process."""
 
-import atexit
 import gc
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 gc.disable()  # until all is imported
-if "NUMBA_CACHE_DIR" not in os.environ:  # seconds for each process, those that tests start among them
-    os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="xkd-kernels-")
-    atexit.register(shutil.rmtree, os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "kernels"))  # compiled once
 
 from xkd_pipeline.parsing import spacy_parser  # noqa: E402
 
