@@ -163,6 +163,7 @@ def test_of_two_lists_the_items_that_differ_are_shown() -> None:
     ]
     assert differences({"corpus": corpus}, {"corpus": other}) == [("corpus.1.form", "text", "alpaca")]
     assert differences({"corpus": corpus}, {"corpus": corpus[:1]}) == [("corpus", '["b"]', "nothing else")]
+    assert differences({"a": [{"k": 1}]}, {"a": []}) == [("a", '[{"k": 1}]', "nothing else")]
 
 
 def test_a_long_list_of_differences_is_cut_and_counted(tmp_path: Path) -> None:

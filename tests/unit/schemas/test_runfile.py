@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from xkd_schemas import codecs
-from xkd_schemas.config import RunConfig, load_run
+from xkd_schemas.config import RunConfig, change_values, load_run
 from xkd_schemas.errors import InputMissing, UsageError
 
 TEXT = """
@@ -80,6 +80,16 @@ def test_a_codec_of_the_registry_is_a_value_of_the_run_file(monkeypatch: pytest.
     monkeypatch.setattr(codecs, "CODECS", codecs.CODECS | {"mine": codecs.CODECS["bf16"]})
 
     assert load_run(None, ["teacher.codec=mine"]).teacher.codec == "mine"
+
+
+def test_what_nobody_named_is_not_named_by_a_change_of_something_else() -> None:
+    run = RunConfig.load(None, train={"loss": "sra"})
+
+    changed = change_values(run, {"train.lr": 0.5}, "--vary")
+
+    assert (changed.train.lr, changed.train.loss) == (0.5, run.train.loss)
+    assert changed.train.model_fields_set == {"loss", "lr"}
+    assert changed.model_fields_set == {"train"}
 
 
 def test_a_list_may_be_one_text_with_commas() -> None:

@@ -105,6 +105,15 @@ def test_counts_are_of_the_batch_and_padding_cuts_packing_and_blank_batches_chan
     assert set(made.distiller.losses.state_dict()) == {n for n, _ in made.distiller.losses.named_parameters()}
 
 
+def test_a_term_is_divided_by_its_count_and_is_0_without_any() -> None:
+    made, batch = ready("kl", **SAME)
+    (term,) = (value for name, value in one.every_term_of(made.distiller, batch).items() if name == "kl.kl")
+    total = float(term.total.detach())
+    for count, expected in ((0.0, 0.0), (1.0, total), (4.0, total / 4)):
+        counts = dict.fromkeys(made.distiller.counts(batch), torch.tensor(count))
+        assert float(made.distiller(batch, counts, 0)[1]["kl.kl"]) == pytest.approx(expected, rel=1e-6)
+
+
 def test_losses_together_have_the_gradient_of_each_alone() -> None:
     weights = {"ce": 0.7, "mta": 1.0, "sra": 0.5, "dwa": 1.5}
     made, batch = one.ready("mta", table=one.OTHER, ce=0.7, more="+sra+dwa")

@@ -92,7 +92,7 @@ def test_a_run_that_improves_no_more_stops_and_a_resumed_one_stops_at_the_same_s
     tmp_path: Path, held: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"steps": 9, "eval_every": 1, "patience": 2, "save_every": 3, "log_every": 4, **held}
-    values = (3.0, 2.0, 2.0, 1.5, 1.7, 1.6, 1.0)
+    values = (3.0, 2.0, 2.0, 1.5, 1.7, 1.5, 1.0)  # as good as the best is no better
 
     def ended(out: Path) -> Trained:
         return train(run(out, **settings), quiet=True)

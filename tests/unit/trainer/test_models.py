@@ -36,6 +36,14 @@ def test_a_new_model_has_the_sizes_that_were_asked_for(spec: str) -> None:
     assert shapes & {(48, 32), (32, 48)}, f"no feed-forward of width 48 in {sorted(shapes)}"
 
 
+@pytest.mark.parametrize(("width", "heads"), [(32, 1), (192, 3)])
+def test_a_new_model_has_a_head_for_64_of_its_width(width: int, heads: int) -> None:
+    model = new_model(f"llama,layers=1,width={width}", vocab_size=20, special=SPECIAL)
+
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (heads, heads)
+    assert model.config.intermediate_size == 4 * width
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
