@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import small_cache
-from damages import flip
+from damages import flip, resealed
 from fake_hardware import hardware_is
 from small_cache import asked
 from xkd_pipeline.capture.capture import capture
@@ -41,6 +41,14 @@ def test_a_damaged_shard_is_exit_65_and_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["verify", str(cache)])
     assert isinstance(result.exception, BadData)
     assert shard.name in result.stdout
+
+
+@pytest.mark.parametrize(("key", "named"), [("unit", 0), ("file", 1)])
+def test_a_manifest_that_names_another_shard_in_a_place_is_bad(key: str, named: int, tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    resealed(cache, "students/S", lambda data: data["commits"][1].update({key: data["commits"][0][key]}))
+
+    assert f"the manifest names shard {named} here" in [one.reason for one in verify(cache, "quick")]
 
 
 def test_a_table_that_was_only_begun_is_one_line(tmp_path: Path) -> None:
