@@ -56,16 +56,23 @@ def low_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_a_template_without_measure_is_ended_with_one_line(what: str, low_limits: None) -> None:
+def test_a_template_without_measure_is_ended_with_one_line(
+    what: str, low_limits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template, said = HOSTILE[what]
     kind = UsageError if said.startswith(REFUSED) else Refused
+    if TIME not in said:
+        monkeypatch.setattr(limited, "SECONDS", 20.0)  # a busy machine takes long to get to what ends it
 
     with pytest.raises(kind, match=rf"^someone/model: .*({said}).* Next: --template none") as caught:
         encoder(template)
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_that_is_hostile_to_one_row_alone_is_ended_at_it(low_limits: None) -> None:
+def test_a_template_that_is_hostile_to_one_row_alone_is_ended_at_it(
+    low_limits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limited, "SECONDS", 20.0)
     question = [("user", "a", False), ("assistant", "b", True)]
     short, long = (document_of(question * n, source="d", line=n) for n in (1, 2))
     own = encoder(TURNS + "{% if messages|length > 2 %}{{ 'a' * 10**10 }}{% endif %}")
