@@ -209,8 +209,13 @@ class Stream:
     def step(self, number: int, states: Tensor | None, call: Callable[[], States]) -> tuple[States, Tensor]:
         """Make a pass through the model in which one block alone computes, on the states that the one before it gave.
 
-        Blocks are numbered from 1, and `states` are None for the first. What `call`, the pass, returned, and the
-        states that the block gave.
+        Args:
+            number: The block, from 1.
+            states: What the block before it gave; None for the first block.
+            call: The pass.
+
+        Returns:
+            What `call` returned, and the states that the block gave.
         """
         self._only, self._states = number, states
         try:
