@@ -19,7 +19,7 @@ from benchmarks.rows import Result, memory
 from xkd_pipeline.alignment import make_students
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import StudentSection
-from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.losses.registry import LOSSES, loss_named
 
 BAR = 2.1
 SHAPE = Shape(
@@ -49,7 +49,7 @@ def peaks_of(size: str, *names: str) -> dict[str, int]:
         same = StudentSection(tokenizer=pair.teacher, template=TEMPLATE, max_tokens=tokens)
         make_students(pair.cache, "same", "teacher", same, Workers())
         for name in names:
-            read = replace(pair, tokenizer=pair.teacher) if LOSSES[name].one_tokenizer else pair
+            read = replace(pair, tokenizer=pair.teacher) if loss_named(name).one_tokenizer else pair
             step = Step(read, f"ce=0+{name}" if name != "ce" else "ce", 1)
             before = _settle()
             step()

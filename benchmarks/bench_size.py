@@ -19,7 +19,7 @@ from xkd_schemas.codecs import PLAIN
 from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import tokens_at
 from xkd_trainer.losses.declaration import Levels
-from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.losses.registry import loss_named
 
 WIDTH, CLASSES = 4096, 152_000
 SHARE = 1 / 10
@@ -36,7 +36,7 @@ def levels_of(num_layers: int) -> Levels:
 
 def signals(num_layers: int) -> list[Signal]:
     """What the three methods need at these layers, and what evaluation needs."""
-    found = {s for name in METHODS for s in LOSSES[name].needs(LOSSES[name].parse({}), levels_of(num_layers))}
+    found = {s for name in METHODS for s in loss_named(name).needs(loss_named(name).parse({}), levels_of(num_layers))}
     return sorted(found | {Signal("argmax")}, key=lambda s: s.column)
 
 

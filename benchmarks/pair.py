@@ -31,7 +31,7 @@ from xkd_schemas.config import AUTO, RunConfig, StudentSection
 from xkd_schemas.documents import DOCUMENTS, DOCUMENTS_VERSION, Document, Spans, document_of
 from xkd_schemas.signals import Signal
 from xkd_trainer.losses.declaration import Levels
-from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.losses.registry import loss_named
 from xkd_trainer.models.compute_dtype import choose_dtype, this_device
 
 METHODS = ("mta", "sra", "dwa")
@@ -81,7 +81,7 @@ class Shape:
 def wanted_signals(num_layers: int, names: Sequence[str] = METHODS) -> list[Signal]:
     """What these losses and evaluation need of a teacher."""
     levels = Levels(teacher_layers(num_layers), num_layers=num_layers, states=())
-    needed = {s for name in names for s in LOSSES[name].needs(LOSSES[name].parse({}), levels)}
+    needed = {s for name in names for s in loss_named(name).needs(loss_named(name).parse({}), levels)}
     needed = {replace(s, top=8) if s.kind.top else s for s in needed}
     return sorted(needed | {Signal("argmax")}, key=lambda s: s.column)
 

@@ -18,7 +18,7 @@ import small_cache
 from live_batch import both_terms, eager
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_schemas.config import RunConfig
-from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.losses.registry import LOSSES, loss_named
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import set_up
 
@@ -41,7 +41,7 @@ EVERYWHERE: dict[str, dict[str, object]] = {
 
 def losses_of(table: str) -> list[str]:
     """All but CE that can be trained with a student of the table."""
-    return [name for name, loss in LOSSES.items() if name != "ce" and loss.one_tokenizer == (table == SAME)]
+    return [name for name in LOSSES if name != "ce" and loss_named(name).one_tokenizer == (table == SAME)]
 
 
 def run_of(cache: Path, corpus: Path, table: str, out: str = "") -> RunConfig:

@@ -12,7 +12,7 @@ from forked import begun, wait_for
 from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
-from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.losses.registry import LOSSES, loss_named
 from xkd_trainer.training.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def run_of(cache: Path, table: str, loss: str, out: Path, *, steps: int = 6) -> 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_a_loss_falls_from_the_cache(loss: str, cache: Path, tmp_path: Path) -> None:
-    if LOSSES[loss].one_tokenizer:
+    if loss_named(loss).one_tokenizer:
         with pytest.raises(UsageError, match="tokenizer"):
             train(run_of(cache, OTHER, loss, tmp_path), student_table=OTHER, quiet=True)
         table = SAME

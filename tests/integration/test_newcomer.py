@@ -106,17 +106,14 @@ FUNCTION = """def surprise(logits_NV: Tensor) -> tuple[Tensor]:
 """
 FIELD = '    teacher_surprise_BM: Tensor | None = field(default=None, metadata={"signal": "surprise"})\n'
 EDITS = {
-    "losses/registry.py": [
-        ("from xkd_trainer.losses.baselines.uld ", "from xkd_trainer.losses.baselines.sureness import SURENESS\n"),
-        ("KL, RSKD,", "SURENESS, "),
-    ],
+    "losses/registry.py": [('    "mta": ', '    "sureness": "baselines.sureness:SURENESS",\n')],
     "models/measures.py": [("OF_STATES: Final", FUNCTION), ('("entropy", "argmax",', '("surprise",): surprise, ')],
     "data/batch.py": [("    teacher_argmax_BM:", FIELD)],
     "../xkd_schemas/signals.py": [('    "argmax": Kind(', '    "surprise": Kind("float32", "N", wide=False),\n')],
 }  # fmt: skip
 
 
-def test_a_loss_is_one_file_and_two_lines_and_a_signal_a_line_a_function_and_a_field(tmp_path: Path) -> None:
+def test_a_loss_is_one_file_and_one_line_and_a_signal_a_line_a_function_and_a_field(tmp_path: Path) -> None:
     for package in ("schemas/xkd_schemas", "trainer/xkd_trainer", "pipeline/xkd_pipeline"):
         copy = tmp_path / Path(package).name
         shutil.copytree(ROOT / package, copy, ignore=shutil.ignore_patterns("__pycache__", "cpu_kernels"))

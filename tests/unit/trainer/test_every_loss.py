@@ -18,7 +18,7 @@ from poison import poisoned
 from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.data.batch import Batch, blank
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.losses.registry import LOSSES, loss_named
 from xkd_trainer.models.forward import run
 from xkd_trainer.training import distiller as distiller_module
 from xkd_trainer.training.distiller import Distiller
@@ -252,7 +252,7 @@ def test_it_would_be_seen_where_a_loss_reads_the_whole_text(monkeypatch: pytest.
 
 # One tokenizer
 
-ONE_TOKENIZER = [loss for loss in LOSSES if LOSSES[loss].one_tokenizer]
+ONE_TOKENIZER = [loss for loss in LOSSES if loss_named(loss).one_tokenizer]
 
 
 @pytest.mark.parametrize("loss", ONE_TOKENIZER)
@@ -427,12 +427,12 @@ def test_every_setting_changes_something(loss: str, settings: dict[str, Any]) ->
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_number_of_the_settings_may_be_infinite_or_none_at_all(loss: str) -> None:
-    defaults = LOSSES[loss].parse({})
+    defaults = loss_named(loss).parse({})
     numbers = [name for name, value in defaults if isinstance(value, float)]
     for name in numbers:
         for wrong in (math.inf, -math.inf, math.nan):
             with pytest.raises(UsageError, match=name):
-                LOSSES[loss].parse({name: wrong})
+                loss_named(loss).parse({name: wrong})
     assert numbers or loss in ("ce", "rskd", "uld")
 
 

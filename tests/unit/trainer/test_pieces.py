@@ -22,7 +22,7 @@ from xkd_trainer.losses.ops import lazy_logits
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.vocabulary import ids_by_bytes, shared_vocabulary, token_bytes
 from xkd_trainer.losses.pieces import Pieces, PieceSide
-from xkd_trainer.losses.registry import LOSSES
+from xkd_trainer.losses.registry import loss_named
 from xkd_trainer.models.architecture import Head
 from xkd_trainer.training.prepare import Ready
 
@@ -46,7 +46,7 @@ def built(loss: str, **settings: Any) -> Any:
         student_head=lambda: Head(weight_VD=torch.zeros(student, 3), bias_V=None),
         teacher_head=lambda: Head(weight_VD=torch.zeros(teacher, 3), bias_V=None),
     )
-    return LOSSES[loss].build(LOSSES[loss].parse(settings), context)
+    return loss_named(loss).build(loss_named(loss).parse(settings), context)
 
 
 SIZES = ([1, 3, 1, 2], [2, 1, 1, 3])
@@ -176,7 +176,7 @@ def test_a_piece_of_too_many_tokens_is_left_out_and_seen_in_covered(monkeypatch:
 
 def test_one_weight_alone_is_refused() -> None:
     with pytest.raises(UsageError, match="matched_weight and unmatched_weight are set together"):
-        LOSSES["gold"].parse({"matched_weight": 1.0})
+        loss_named("gold").parse({"matched_weight": 1.0})
 
 
 @pytest.mark.parametrize("settings", [{}, {"divergence": "forward_kl", "temperature": 2.0, "end_token": "exclude"}])

@@ -9,6 +9,7 @@ import pytest
 from xkd_schemas.errors import UsageError
 from xkd_trainer.losses import registry
 from xkd_trainer.losses.registry import loss_named, loss_names
+from xkd_trainer.losses.sra import SRA
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +27,14 @@ def declare(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
 def test_without_packages_there_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch)
     assert loss_names() == tuple(registry.LOSSES)
+    assert loss_names() == tuple(loss_named(name).name for name in registry.LOSSES)
     with pytest.raises(UsageError, match="'mat' is not a loss"):
         loss_named("mat")
 
 
 def test_a_package_cannot_replace_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch, sra="elsewhere:SRA")
-    assert loss_named("sra") is registry.LOSSES["sra"]
+    assert loss_named("sra") is SRA
     with pytest.raises(UsageError, match=r"elsewhere:SRA declares a loss named 'sra', which is one of XKD's"):
         loss_names()
 

@@ -9,34 +9,36 @@ import functools
 import re
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
+from pkgutil import resolve_name
 from typing import Final
 
 from xkd_schemas.errors import UsageError
-from xkd_trainer.losses.baselines.alm import ALM
-from xkd_trainer.losses.baselines.dskd import DSKD, DSKD_CMA, DSKD_V2
-from xkd_trainer.losses.baselines.dskd_ga import DSKD_CMA_GA
-from xkd_trainer.losses.baselines.fdd import FDD
-from xkd_trainer.losses.baselines.gold import GOLD
-from xkd_trainer.losses.baselines.kl import CE, KL, RSKD
-from xkd_trainer.losses.baselines.mined import MINED
-from xkd_trainer.losses.baselines.multilevelot import MULTILEVELOT
-from xkd_trainer.losses.baselines.simct import SIMCT
-from xkd_trainer.losses.baselines.uld import ULD
-from xkd_trainer.losses.baselines.xtoken import XTOKEN_H, XTOKEN_P
 from xkd_trainer.losses.declaration import Declaration, Loss
-from xkd_trainer.losses.dwa import DWA
-from xkd_trainer.losses.mta import MTA
-from xkd_trainer.losses.sra import SRA
 
 GROUP: Final = "xkd.losses"
 
-_OURS = (
-    CE, KL, RSKD, FDD, MTA, SRA, DWA, DSKD, DSKD_CMA, DSKD_CMA_GA, DSKD_V2, ALM, GOLD, SIMCT, XTOKEN_P, XTOKEN_H,
-    MINED, ULD, MULTILEVELOT,
-)  # fmt: skip
-
-LOSSES: Mapping[str, Declaration] = {d.name: d for d in _OURS}
-"""The losses that come with XKD."""
+LOSSES: Mapping[str, str] = {
+    "ce": "baselines.kl:CE",
+    "kl": "baselines.kl:KL",
+    "rskd": "baselines.kl:RSKD",
+    "fdd": "baselines.fdd:FDD",
+    "mta": "mta:MTA",
+    "sra": "sra:SRA",
+    "dwa": "dwa:DWA",
+    "dskd": "baselines.dskd:DSKD",
+    "dskd_cma": "baselines.dskd:DSKD_CMA",
+    "dskd_cma_ga": "baselines.dskd_ga:DSKD_CMA_GA",
+    "dskd_v2": "baselines.dskd:DSKD_V2",
+    "alm": "baselines.alm:ALM",
+    "gold": "baselines.gold:GOLD",
+    "simct": "baselines.simct:SIMCT",
+    "xtoken_p": "baselines.xtoken:XTOKEN_P",
+    "xtoken_h": "baselines.xtoken:XTOKEN_H",
+    "mined": "baselines.mined:MINED",
+    "uld": "baselines.uld:ULD",
+    "multilevelot": "baselines.multilevelot:MULTILEVELOT",
+}
+"""The losses that come with XKD: where in this folder each is declared. Only what a run names is imported."""
 
 
 def loss_names() -> tuple[str, ...]:
@@ -54,7 +56,8 @@ def loss_names() -> tuple[str, ...]:
 def loss_named(name: str) -> Declaration:
     """The declaration of a loss; UsageError lists the known ones, or says what is wrong with a package's."""
     if name in LOSSES:
-        return LOSSES[name]
+        ours: Declaration = resolve_name(f"xkd_trainer.losses.{LOSSES[name]}")
+        return ours
     if name not in loss_names():
         raise UsageError(f"{name!r} is not a loss", fix=f"use one of: {', '.join(loss_names())}")
     point = find_installed()[name]
