@@ -47,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(names: Sequence[str], demo: Path | None, *, quick: bool, as_json: bool) -> int:
     import torch
 
-    from benchmarks.measure import Options
-    from benchmarks.rows import as_json as row_as_json
-    from benchmarks.rows import table
+    from benchmarks.measure import Options, table
+    from benchmarks.measure import as_json as row_as_json
 
     torch.set_num_threads(1)
     crashed = False

@@ -10,19 +10,17 @@ from typing import Any, cast
 
 import numpy as np
 
-from benchmarks.measure import Options, interleaved
+from benchmarks.measure import Options, cost, interleaved, ratio
+from benchmarks.measure import Row as Figures
 from benchmarks.pair import pair_of
-from benchmarks.rows import Row as Figures
-from benchmarks.rows import cost, ratio
 from xkd_pipeline.alignment import align_rows
-from xkd_pipeline.tables.shard import DocumentRows, document_at, encoder_for
+from xkd_pipeline.tables.shard import DocumentRows, encoder_for
 from xkd_schemas.cache.table import Row, Table
 from xkd_schemas.config import StudentSection
 from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.alignment import align, content_of, grouped_spans
-from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.encode import Encoder
-from xkd_schemas.tokens import OK, Int32s, Int64s
+from xkd_schemas.tokens import OK, Int32s, Int64s, TokenBatch
 
 
 def run(options: Options) -> list[Figures]:
@@ -76,19 +74,9 @@ def texts_of(rows: Sequence[Row]) -> list[str]:
     return [row["text"][start:end] for row in rows for start, end in row["segments"]]
 
 
-def rows_of(rows: Sequence[Row]) -> DocumentRows:
-    """Rows as a shard of the documents table gives them."""
-    return DocumentRows(
-        doc_ids=[row["doc_id"] for row in rows],
-        block=DocumentBatch.of(document_at(row) for row in rows),
-        words=Ragged.of([row["words"] for row in rows], np.int32, 2),
-        phrases=Ragged.of([row["phrases"] for row in rows], np.int32, 2),
-    )
-
-
 def _measured(what: str, encoder: Encoder, reader: Encoder, some: Sequence[Row], repeats: int) -> list[Figures]:
     """What alignment costs against the tokenizers, and how fast it is alone."""
-    texts, rows = texts_of(some), rows_of(some)
+    texts, rows = texts_of(some), DocumentRows.of(some)
     teacher = reader.encode_batch(rows.block)
     aligned = align_rows(encoder, rows, teacher)[0]
     assert set(aligned.statuses) == {OK}, "a document that is not encoded costs nothing"

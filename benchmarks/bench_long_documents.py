@@ -13,9 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.bench_step import Step
-from benchmarks.measure import Options, forget_peak, in_subprocess, peak_bytes
+from benchmarks.measure import Options, Result, forget_peak, in_subprocess, memory, peak_bytes
 from benchmarks.pair import TEMPLATE, Shape, made, texts_of
-from benchmarks.rows import Result, memory
 from xkd_pipeline.alignment import make_students
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import StudentSection

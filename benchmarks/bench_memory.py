@@ -6,9 +6,8 @@ Training runs in a process of its own.
 import shutil
 from pathlib import Path
 
-from benchmarks.measure import Options, in_subprocess, peak_bytes
+from benchmarks.measure import Options, Result, in_subprocess, memory, peak_bytes
 from benchmarks.pair import Pair, pair_of
-from benchmarks.rows import Result, memory
 from xkd_pipeline.tables.shard import write_shard
 from xkd_pipeline.tables.writer import Store
 from xkd_schemas.cache.manifest import Commit, Unit

@@ -4,9 +4,8 @@ The demo's student on batches of the demo's size, cross-entropy alone: forward, 
 """
 
 from benchmarks.bench_step import Step
-from benchmarks.measure import Options, interleaved
+from benchmarks.measure import Options, Result, interleaved, ratio
 from benchmarks.pair import pair_of
-from benchmarks.rows import Result, ratio
 
 
 def run(options: Options) -> list[Result]:

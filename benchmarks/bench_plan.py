@@ -5,9 +5,8 @@ Both run in processes of their own.
 
 from pathlib import Path
 
-from benchmarks.measure import Options, in_subprocess, peak_bytes
+from benchmarks.measure import Options, Result, in_subprocess, peak_bytes, ratio
 from benchmarks.pair import Pair, pair_of
-from benchmarks.rows import Result, ratio
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.plan import plan_training
 

@@ -21,8 +21,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Options, interleaved
-from benchmarks.rows import Result, Row, Skipped, cost, ratio
+from benchmarks.measure import Options, Result, Row, Skipped, cost, interleaved, ratio
 from benchmarks.states import HIDDEN, Sizes, states_cache
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of

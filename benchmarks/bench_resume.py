@@ -10,9 +10,8 @@ import time
 
 from benchmarks.bench_memory import repeated
 from benchmarks.bench_start import SHARDS, TINY
-from benchmarks.measure import Options, in_subprocess
+from benchmarks.measure import Options, Result, Row, in_subprocess
 from benchmarks.pair import pair_of
-from benchmarks.rows import Result, Row
 
 SECONDS = 3.0
 

@@ -7,8 +7,7 @@ Shape legend for this file
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Options, interleaved
-from benchmarks.rows import Result, cost
+from benchmarks.measure import Options, Result, cost, interleaved
 from xkd_trainer.models.measures import centrality, cosine_matrix, pool_spans
 
 SPANS_PER_TOKEN = 0.31

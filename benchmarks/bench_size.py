@@ -7,16 +7,14 @@ ratio. Codec bf16: nothing is rounded on either side.
 
 from collections import Counter
 
-from benchmarks.measure import Options
+from benchmarks.measure import Options, Result, Row, ratio
 from benchmarks.pair import METHODS, TEMPLATE, Pair, Shape, fast_dtype, made, pair_of
-from benchmarks.rows import Result, Row, ratio
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import make_teacher
-from xkd_pipeline.reports.plan import count_values, signal_bytes
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.codecs import PLAIN
-from xkd_schemas.signals import Signal
+from xkd_schemas.signals import Signal, count_values, signal_bytes
 from xkd_schemas.tokens import tokens_at
 from xkd_trainer.losses.declaration import Levels
 from xkd_trainer.losses.registry import loss_named

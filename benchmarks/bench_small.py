@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_size import CLASSES, WIDTH, counted, levels_of
-from benchmarks.measure import Options, interleaved
+from benchmarks.measure import Options, Result, Row, cost, interleaved, ratio
 from benchmarks.pair import Pair, pair_of
-from benchmarks.rows import Result, Row, cost, ratio
-from xkd_pipeline.capture.sampled_logits import draw_classes
-from xkd_pipeline.reports.plan import signal_bytes
+from xkd_pipeline.capture.measure import draw_classes
 from xkd_schemas.codecs import PLAIN
-from xkd_schemas.signals import Signal
+from xkd_schemas.signals import Signal, signal_bytes
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.models.measures import prediction_stats

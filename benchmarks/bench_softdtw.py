@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Options, interleaved
-from benchmarks.rows import Result, Row, Skipped, cost
+from benchmarks.measure import Options, Result, Row, Skipped, cost, interleaved
 from xkd_trainer.losses.ops.soft_dtw import cosine_cost, soft_dtw
 
 GAMMA = 1.0

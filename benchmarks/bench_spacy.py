@@ -9,11 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.measure import Options, interleaved
+from benchmarks.measure import Options, Result, Skipped, interleaved, ratio
 from benchmarks.pair import pair_of
-from benchmarks.rows import Result, Skipped, ratio
-from xkd_pipeline.parsing.phrases import is_word, joined_spans, select_phrases
-from xkd_pipeline.parsing.spacy_parser import PYPI_PIPELINE, SpacyParser
+from xkd_pipeline.parsing.spacy_parser import PYPI_PIPELINE, SpacyParser, is_word, joined_spans, select_phrases
 from xkd_pipeline.tables.shard import document_at
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import DocumentsSection

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_memory import repeated
-from benchmarks.measure import Options, in_subprocess
+from benchmarks.measure import Options, Result, Row, cost, in_subprocess
 from benchmarks.pair import Pair, Shape, pair_of
-from benchmarks.rows import Result, Row, cost
 
 SHARDS = 10_000
 SECONDS = 2.0

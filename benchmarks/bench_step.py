@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Options, interleaved
+from benchmarks.measure import Options, Result, cost, interleaved
 from benchmarks.pair import Pair, Shape, pair_of
-from benchmarks.rows import Result, cost
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import constant_head

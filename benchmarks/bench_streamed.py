@@ -14,9 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.measure import Options, in_subprocess, interleaved, resident_bytes
+from benchmarks.measure import Options, Result, cost, in_subprocess, interleaved, ratio, resident_bytes
 from benchmarks.pair import wanted_signals
-from benchmarks.rows import Result, cost, ratio
 from xkd_pipeline.capture.capture import TeacherSettings, capture
 from xkd_pipeline.capture.measure import Reading
 from xkd_schemas.tokens import CONTENT, Tokens

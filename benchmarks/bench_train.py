@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainingArguments
 
-from benchmarks.bench_capture import readings_of
 from benchmarks.bench_step import ALL, Step
-from benchmarks.measure import Options, interleaved
+from benchmarks.measure import Options, Result, cost, interleaved, ratio
 from benchmarks.pair import Pair, fast_dtype, pair_of, wanted_signals
-from benchmarks.rows import Result, cost, ratio
 from xkd_pipeline.capture.capture import TeacherSettings, capture
-from xkd_pipeline.tables.shard import encoder_for
+from xkd_pipeline.capture.stage import read_rows
+from xkd_pipeline.tables.shard import DocumentRows, encoder_for
 from xkd_schemas.cache.table import Table
 from xkd_trainer.bridge import CacheDataset, DistillTrainer
 from xkd_trainer.models.architecture import num_layers
@@ -94,7 +93,8 @@ class _LiveTeacher:
         self.settings = TeacherSettings(model=pair.teacher, dtype=fast_dtype(), template=pair.template)
         self.model = load_model(pair.teacher, dtype=dtype_named(self.settings.dtype))
         documents = Table(pair.cache, "documents")
-        self.readings = readings_of([documents[i] for i in step.rows], encoder_for(pair.teacher, self.settings))
+        rows = DocumentRows.of([documents[i] for i in step.rows])
+        _, self.readings = read_rows(rows, encoder_for(pair.teacher, self.settings))
         self.wanted = wanted_signals(num_layers(self.model))
 
     def __call__(self) -> None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from benchmarks.bench_cost import DOCUMENT, FLOPS
-from xkd_pipeline.reports.plan import signal_bytes
-from xkd_pipeline.reports.plan_text import format_size
 from xkd_pipeline.stages import FLOPS as USUAL
 from xkd_pipeline.stages import signals_for
 from xkd_schemas.config import RunConfig
+from xkd_schemas.page import format_size
+from xkd_schemas.signals import signal_bytes
 
 TOKENS: Final = 10**6
 GROUP: Final = 65_536  # tokens that weights from a disk are read once for

@@ -8,36 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import (  # fmt: skip
     DocumentRows,
     documents_of,
     encoder_for,
-    first_documents,
     token_columns,
     token_counts,
     tokens_of,
     write_shard,
 )
-from xkd_pipeline.tables.writer import Store, shards_like
-from xkd_pipeline.workers.contract import Make, Stage, Workers, local_paths
+from xkd_pipeline.tables.writer import Built, Store, build, shards_like
+from xkd_pipeline.workers.contract import Make, TableStage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import StudentSection
-from xkd_schemas.durable_files import save_folder, sha256_of
+from xkd_schemas.durable_files import save_folder
 from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.alignment import align, token_ranges
-from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder
-from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION
+from xkd_schemas.tokens import OK, STUDENTS, STUDENTS_VERSION, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AlignStage(Stage):
+class AlignStage(TableStage):
     """Tokenizes and aligns the documents of one shard."""
 
-    root: Path
-    folder: Path
     teacher: str
     settings: StudentSection
 
@@ -54,14 +49,9 @@ class AlignStage(Stage):
 
         return make
 
-    def rows(self, unit: int) -> int:
-        """Documents of a shard."""
-        return Table(self.root, "documents").manifest.commits[unit].rows
-
     def paths(self) -> tuple[Path, ...]:
         """The table's folder, the two tables it is made from, and the tokenizer."""
-        folders = (self.folder, self.root / "documents", self.root / self.teacher)
-        return local_paths(*folders, self.settings.tokenizer)
+        return TableStage.paths(self) + local_paths(self.root / self.teacher, self.settings.tokenizer)
 
 
 Aligned = tuple[TokenBatch, dict[str, Any], dict[str, int]]
@@ -84,7 +74,7 @@ def align_rows(encoder: Encoder, rows: DocumentRows, teacher: TokenBatch) -> Ali
     """
     read = [status == OK for status in teacher.statuses]
     limits = [n if ok else None for n, ok in zip(teacher.num_chars.tolist(), read, strict=True)]
-    encoded = rows.encode(encoder, limits)
+    encoded = encoder.encode_batch(rows.block, limits)
     both = zip(encoded.statuses, teacher.statuses, strict=True)
     statuses = [ours if theirs == OK else f"teacher:{theirs}" for ours, theirs in both]
     tokens = encoded.with_statuses(statuses)
@@ -117,19 +107,16 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSection,
         Mismatch: students/NAME was begun with other settings.
     """
     documents, teachers = Table(root, "documents"), Table(root, f"teachers/{teacher}")
-    encoder = encoder_for(settings.tokenizer, settings)
+    encoder = encoder_for(settings.tokenizer, settings, documents)
     spec = {
         "schema": STUDENTS_VERSION, "documents": documents.manifest.root, "encoder": encoder.identity(),
         "teacher": teacher, "teacher_root": teachers.manifest.root,
     }  # fmt: skip
-    encoder.check(first_documents(documents))
     store = Store(root, f"students/{name}", spec, shards_like(documents))
     stage = AlignStage(root=root, folder=store.folder, teacher=f"teachers/{teacher}", settings=settings)
 
     def finish(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
-        folder = store.folder / "tokenizer"
-        names = save_folder(folder, encoder.tokenizer.save_pretrained)
         constants = {"template": settings.template, "vocab_size": len(encoder.tokenizer), "teacher": teacher}
-        return constants, {name: sha256_of(folder / name) for name in names}
+        return constants, save_folder(store.folder / "tokenizer", encoder.tokenizer.save_pretrained)
 
     return build(store, stage, list, workers, finish=finish)

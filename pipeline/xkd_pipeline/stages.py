@@ -14,8 +14,7 @@ from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.passes import why_streamed
 from xkd_pipeline.capture.stage import make_teacher, teacher_layers
 from xkd_pipeline.parsing.stage import PROMPTS_CUT, UNUSED, check_parser, make_documents, open_corpus
-from xkd_pipeline.tables.build import Built, Outcome
-from xkd_pipeline.tables.writer import locked
+from xkd_pipeline.tables.writer import Built, Outcome, locked
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.manifest import Plan, read_record
 from xkd_schemas.cache.table import Table, check_name, only_teacher
@@ -43,8 +42,11 @@ PLACES: Final = 4
 ROWS_AT_A_PLACE: Final = 64
 
 
-def documents_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
-    """Read and parse the corpus; `echo` is told at once what each source was taken for."""
+def documents_stage(run: RunConfig, workers: Workers | None = None, echo: Callable[[str], None] = say) -> Outcome:
+    """Read and parse the corpus, as `xkd-cache documents`; `echo` is told at once what each source was taken for.
+
+    `workers` are those of the run file unless given, and without their GPUs.
+    """
     d = run.documents
     check_parser(d.parser)
     sources = open_corpus(d)
@@ -55,7 +57,7 @@ def documents_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None
         echo(f"shards of {rows} rows: {why}; documents.rows_per_shard=N sets it")
     root = Path(run.cache)
     with locked(root):
-        built = make_documents(root, sources, d.model_copy(update={"rows_per_shard": rows}), workers)
+        built = make_documents(root, sources, d.model_copy(update={"rows_per_shard": rows}), on_cpus(run, workers))
     m = built.manifest
     rejected = sum(c.rejects.rows for c in m.commits if c.rejects)
     extra = "".join(f", {name} {number}" for name, number in _counts(m, "parser:").items())
@@ -69,6 +71,11 @@ def documents_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None
     }  # fmt: skip
     words = f"{m.count('words')} words, {m.count('phrases')} phrases"
     return _outcome(built, f"{m.rows} documents, {words}, {rejected} rows rejected{extra}", values)
+
+
+def on_cpus(run: RunConfig, workers: Workers | None) -> Workers:
+    """The workers of a stage without a model: those that were given, else those of the run file, without GPUs."""
+    return replace(workers or Workers.of(run), gpus=0.0)
 
 
 def rows_per_shard(run: RunConfig, sources: Sequence[Source]) -> tuple[int, str]:
@@ -135,9 +142,12 @@ def device_map_of(run: RunConfig, workers: Workers) -> str:
     return asked or (AUTO if workers.gpus > 1 else "")
 
 
-def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> Outcome:
-    """Run the teacher over the documents; `echo` is told at once in which dtype, and why."""
-    t = run.teacher
+def teacher_stage(run: RunConfig, workers: Workers | None = None, echo: Callable[[str], None] = say) -> Outcome:
+    """Run the teacher over the documents and keep its signals, as `xkd-cache teacher`.
+
+    `workers` are those of the run file unless given; `echo` is told at once in which dtype it runs, and why.
+    """
+    t, workers = run.teacher, workers or Workers.of(run)
     if not t.model:
         raise UsageError("no teacher is named", fix="xkd-cache teacher CACHE --model FOLDER --for mta,sra,dwa")
     check_name(t.name, "--name")
@@ -171,8 +181,8 @@ def teacher_stage(run: RunConfig, workers: Workers, echo: Callable[[str], None] 
     return replace(outcome, line=outcome.line + said)
 
 
-def align_stage(run: RunConfig, workers: Workers, _echo: Callable[[str], None] = say) -> Outcome:
-    """Tokenize and align for one student; there is nothing to tell before it ends."""
+def align_stage(run: RunConfig, workers: Workers | None = None, _echo: Callable[[str], None] = say) -> Outcome:
+    """Tokenize and align for one student, as `xkd-cache align`; there is nothing to tell before it ends."""
     s = run.student
     tokenizer = s.tokenizer or ("" if s.model.startswith("new:") else s.model)
     if not tokenizer:
@@ -185,7 +195,7 @@ def align_stage(run: RunConfig, workers: Workers, _echo: Callable[[str], None] =
     template = chosen_template(s.template, load_tokenizer(tokenizer))
     settings = s.model_copy(update={"tokenizer": tokenizer, "template": template})
     with locked(root):
-        built = make_students(root, s.name or plain_name(tokenizer), taught, settings, workers)
+        built = make_students(root, s.name or plain_name(tokenizer), taught, settings, on_cpus(run, workers))
     m = built.manifest
     targets, exact, spans = m.count("targets"), m.count("exact_pairs"), m.count("spans")
     values = {"tokens": m.count("tokens"), "targets": targets, "spans": spans, "exact_pairs": exact}
@@ -252,10 +262,10 @@ def plain_name(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".gguf")).strip("-._")[:128] or "model"
 
 
-def preprocess(run: RunConfig, workers: Workers, echo: Callable[[str], None] = say) -> list[Outcome]:
-    """All three stages, in order; what is there is reused. `echo` is told about each as it ends."""
+def preprocess(run: RunConfig, workers: Workers | None = None, echo: Callable[[str], None] = say) -> list[Outcome]:
+    """All three stages in order, as `xkd-cache preprocess`; what is there is reused. `echo` is told of each result."""
     outcomes = []
-    for stage, gpus in ((documents_stage, 0.0), (teacher_stage, workers.gpus), (align_stage, 0.0)):
-        outcomes.append(stage(run, replace(workers, gpus=gpus), echo))
+    for stage in (documents_stage, teacher_stage, align_stage):
+        outcomes.append(stage(run, workers, echo))
         echo(outcomes[-1].line)
     return outcomes

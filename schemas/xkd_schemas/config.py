@@ -12,8 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from xkd_schemas.errors import InputMissing, UsageError
-from xkd_schemas.validation import run_error
+from xkd_schemas.errors import InputMissing, UsageError, run_error
 
 AUTO: Final = "auto"
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

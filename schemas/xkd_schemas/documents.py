@@ -2,18 +2,23 @@
 
 All intervals are half open and count Unicode code points of `text`. Template text (role
 markers, system prompts, blank lines between turns) is never part of `text`.
+
+Shape legend for this file
+    G segments of all documents of a batch
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from xkd_schemas.errors import BadData
-from xkd_schemas.ragged import flat_list
+from xkd_schemas.ragged import Ragged, flat_list
 
 DOCUMENTS_VERSION = 2  # bump on any change to DOCUMENTS, and add tests/golden/documents_v<N>.txt
 
@@ -131,3 +136,51 @@ def checked_spans(document: Document, spans: Spans) -> Spans:
             if any(start < border < end for border in borders):
                 raise BadData(f"{what} crosses a segment border")
     return spans
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentBatch:
+    """Documents side by side: the form in which whole shards are encoded. Segments are adjacent and cover their text.
+
+    numpy's cost per call is that of some hundred tokens, so what is asked of each document alone costs as much as the
+    tokenizer. A batch is built from documents or from a table's columns, and gives the documents back one by one.
+    """
+
+    texts: Sequence[str]
+    segments: Ragged  # [G, 2] int32 characters of the document's own text
+    roles: Sequence[str]  # [G] of each segment
+    targets_G: npt.NDArray[np.bool_]
+    places: Sequence[tuple[str, int]]  # source and line of each document
+    messages: Sequence[str]  # as `Document.messages`
+    killers: frozenset[int] = frozenset()
+    """Documents that no tokenizer may see: each of them killed every process that worked on it."""
+
+    @staticmethod
+    def of(documents: Iterable[Document]) -> "DocumentBatch":
+        """The batch of these documents."""
+        documents = list(documents)
+        segments = [s for d in documents for s in d.segments]
+        return DocumentBatch(
+            texts=[d.text for d in documents],
+            segments=Ragged.of(([(s.start, s.end) for s in d.segments] for d in documents), np.int32, 2),
+            roles=[s.role for s in segments],
+            targets_G=np.array([s.target for s in segments], np.bool_),
+            places=[(d.source, d.line) for d in documents],
+            messages=[d.messages for d in documents],
+        )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def document(self, number: int) -> Document:
+        """One document of the batch."""
+        own = slice(self.segments.first[number], self.segments.first[number + 1])
+        parts = zip(self.segments[number].tolist(), self.roles[own], self.targets_G[own].tolist(), strict=True)
+        segments = tuple(Segment(role=role, start=at, end=end, target=target) for (at, end), role, target in parts)
+        text, messages, (source, line) = self.texts[number], self.messages[number], self.places[number]
+        return Document(text=text, segments=segments, source=source, line=line, messages=messages)
+
+    def take(self, numbers: Sequence[int]) -> "DocumentBatch":
+        """The batch of some of the documents."""
+        killers = frozenset(at for at, n in enumerate(numbers) if n in self.killers)
+        return replace(DocumentBatch.of(self.document(n) for n in numbers), killers=killers)

@@ -158,8 +158,8 @@ def save_file(target: Path, save: Callable[[Path], object]) -> None:
         sync_folder(target.parent)
 
 
-def save_folder(target: Path, save: Callable[[Path], object]) -> list[str]:
-    """Let a library write files into an empty folder, then put each into `target`; their names, sorted.
+def save_folder(target: Path, save: Callable[[Path], object]) -> dict[str, str]:
+    """Let a library write files into an empty folder, then put each into `target`; their sha256 by name, sorted.
 
     A name that the library did not write this time is left as it is. There must be one writer at a time.
     """
@@ -178,7 +178,7 @@ def save_folder(target: Path, save: Callable[[Path], object]) -> list[str]:
         finally:
             shutil.rmtree(work, ignore_errors=True)
         sync_folder(target)
-        return names
+        return {name: sha256_of(target / name) for name in names}
 
 
 def _sync(path: Path) -> None:

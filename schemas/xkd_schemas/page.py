@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from rich.filesize import decimal
+
 _SKIN_TONES: Final = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 
 
 def render_page(template: Path, filters: Mapping[str, Callable[..., Any]], **values: Any) -> bytes:
-    """The page that a template makes of the values; it has the filters visible and flatten, and those given."""
+    """The page that a template makes of the values; it has the filters visible, flatten and size, and those given."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"visible": escape_text, "flatten": flatten, **filters}
+    environment.filters |= {"visible": escape_text, "flatten": flatten, "size": format_size, **filters}
     return environment.get_template(template.name).render(**values).encode()
 
 
@@ -47,6 +49,11 @@ def escape_text(text: str) -> str:
 def _escape(char: str) -> str:
     code = ord(char)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def format_size(size: float) -> str:
+    """A size in steps of 1000, such as 1.2 MB."""
+    return decimal(round(size))
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

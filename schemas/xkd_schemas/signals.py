@@ -1,4 +1,4 @@
-"""What can be kept of a teacher: the names of the signals, their columns and their shapes.
+"""What can be kept of a teacher: the names of the signals, their columns, their shapes and their sizes.
 
 Shape legend for this file
     T tokens    R kept rows (targets and the position before each run)    N predicted targets
@@ -8,24 +8,27 @@ Hugging Face indices: 0 is the embedding output, l the output of block l, the la
 """
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from xkd_schemas.codecs import CODECS, PLAIN
+from xkd_schemas.codecs import CODECS, PLAIN, bits_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import flat_list
-from xkd_schemas.tokens import TOKEN_FIELDS
+from xkd_schemas.tokens import TOKEN_FIELDS, Tokens, kept_rows, predictors
 
 TEACHERS_VERSION = 1  # bump on any change here, and add tests/golden/teachers_v<N>.txt
 
 Int64s = npt.NDArray[np.int64]
 Dtype = Literal["bf16", "float16", "float32", "int32"]
 Unit = Literal["word", "phrase"]
+VALUE_BYTES: Final = {"bf16": 2, "float16": 2, "float32": 4, "int32": 4}
+OFFSET_BYTES: Final = 8  # a list column has one offset for each row
 _PATTERN = re.compile(r"([a-z_]+)(?:@(\d+))?(?::(word|phrase))?(?:#([1-9]\d*))?")
 
 
@@ -58,7 +61,7 @@ KINDS: Final[dict[str, Kind]] = {
     "target_logprob": Kind("float32", "N", wide=False),  # of the token that is predicted, nats, temperature 1
     "topk_ids": Kind("int32", "N", wide=False, top=True),  # classes of the k largest logits, the largest first
     "topk_logits": Kind("float32", "N", wide=False, top=True),  # their logits; minus logsumexp: log-probabilities
-    "sampled": Kind("int32", "N", wide=False, top=True, drawn=True),  # k drawn classes and their shares, sampled.py
+    "sampled": Kind("int32", "N", wide=False, top=True, drawn=True),  # k drawn classes and their shares, codecs.py
 }
 
 GEOMETRY_SPANS: Final = 2048
@@ -147,3 +150,36 @@ def signals_schema(schema: pa.Schema) -> pa.Schema:
     tokens = {field.name for field in TOKEN_FIELDS[1:]}
     kept = [field for field in schema if field.name not in tokens]
     return pa.schema(kept, metadata={**(schema.metadata or {}), b"xkd_table": b"signals"})
+
+
+def count_values(tokens: Tokens, words: Iterable[Any], phrases: Iterable[Any]) -> Counter[str]:
+    """How many values each kind of signal has of a document, by T, R, N, "word K", "phrase K(K-1)/2" and so on.
+
+    Nothing of a document that the teacher cannot read; intervals count up to where it reads (see `spans_read`).
+    """
+    end = tokens.num_chars if len(tokens.ids) else 0
+    found = Counter(T=len(tokens.ids), R=len(kept_rows(tokens.targets)), N=len(predictors(tokens.targets)))
+    for unit, spans in (("word", words), ("phrase", phrases)):
+        k = sum(start < end for start, _ in spans)
+        found.update({f"{unit} K": k, f"{unit} K(K-1)/2": count_pairs(k)})
+    return found
+
+
+def signal_bytes(signal: Signal, width: int, codec: str, counts: Mapping[str, int], documents: int) -> int:
+    """Bytes of one signal's columns in the teacher table of so many documents, which have `counts` together."""
+    values = counts.get(f"{signal.unit} {signal.kind.per}" if signal.unit else signal.kind.per, 0)
+    if signal.kind.wide:
+        size = vector_bytes(codec, width, values // max(1, documents))
+    else:
+        size = VALUE_BYTES[signal.kind.dtype] * (signal.top or 1)
+    return round(size * values) + OFFSET_BYTES * documents
+
+
+def vector_bytes(codec: str, width: int, vectors: int) -> float:
+    """Bytes of one vector, measured on made-up states of a document with `vectors` of them.
+
+    What a codec compresses depends on the numbers; the exponents of states are spread about as those of a normal draw.
+    """
+    states = np.random.default_rng(0).standard_normal((max(1, vectors), width)).astype(np.float32)
+    encoded = CODECS[codec].encode("states", [bits_of(states)])
+    return float(sum(rows[0].nbytes for rows in encoded.columns.values()) / len(states))

@@ -1,20 +1,22 @@
 """How one model's tokens of a document are written down: columns, token kinds, and which positions predict.
 
 Shape legend for this file
-    T tokens of one row, template included    R kept rows    N predicted targets    K aligned spans
-    W words    P phrases
+    T tokens of one row, template included, or of all rows of a batch    N predicted targets
+    R kept rows of a document, or documents of a batch    K aligned spans    W words    P phrases    S content tokens
 Token ranges are half open indices into the row's own T tokens.
 """
 
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from xkd_schemas.documents import INTERVALS
-from xkd_schemas.ragged import flat_list
+from xkd_schemas.ragged import flat_list, row_offsets
 
 STUDENTS_VERSION = 1  # bump on any change to STUDENTS, and add tests/golden/students_v<N>.txt
 
@@ -49,6 +51,14 @@ STUDENTS = pa.schema(
     ],
     metadata={b"xkd_table": b"students", b"xkd_schema": str(STUDENTS_VERSION).encode()},
 )
+
+
+class NotUsable(ValueError):
+    """Why a document gets no tokens; `reason` becomes the `status` of its row."""
+
+    def __init__(self, reason: str, what: str) -> None:
+        super().__init__(what)
+        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,3 +127,81 @@ def kept_mask(targets_T: Bools) -> Bools:
     keep_T = targets_T.copy()
     keep_T[:-1] |= targets_T[1:]
     return keep_T
+
+
+class Line(NamedTuple):
+    """Content tokens of all documents on one line of characters, a character left free between two documents."""
+
+    base_R: Int64s  # where each document begins on the line, and where the next one would: [R + 1]
+    at_S: Int64s  # which tokens they are
+    start_S: Int64s
+    end_S: Int64s
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenBatch(Sequence[Tokens]):
+    """Many documents as one model reads them, in flat arrays; row r is `Tokens`, of views into these."""
+
+    statuses: Sequence[str]
+    num_chars: Int32s  # [R]
+    first: Int64s  # [R + 1]; document r has the tokens first[r] to first[r + 1]
+    ids: Int32s  # [T]
+    spans: Int32s  # [T, 2] characters of the document's own text
+    kinds: npt.NDArray[np.uint8]  # [T]
+    targets: Bools  # [T]
+    extended: Int32s  # [R] as `Tokens.extended`
+
+    @staticmethod
+    def of(rows: Iterable[Tokens]) -> "TokenBatch":
+        """The batch of these rows; a batch is returned as it is."""
+        if isinstance(rows, TokenBatch):
+            return rows
+        rows = list(rows)
+        return TokenBatch(
+            statuses=[row.status for row in rows],
+            num_chars=np.array([row.num_chars for row in rows], np.int32),
+            first=row_offsets([len(row.ids) for row in rows]),
+            ids=np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)]),
+            spans=np.concatenate([np.zeros((0, 2), np.int32), *(row.spans for row in rows)]),
+            kinds=np.concatenate([np.zeros(0, np.uint8), *(row.kinds for row in rows)]),
+            targets=np.concatenate([np.zeros(0, np.bool_), *(row.targets for row in rows)]),
+            extended=np.array([row.extended for row in rows], np.int32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.statuses)
+
+    @overload
+    def __getitem__(self, index: int) -> Tokens: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tokens]: ...
+    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        number = index % len(self)
+        own = slice(self.first[number], self.first[number + 1])
+        return Tokens(
+            status=self.statuses[number], num_chars=int(self.num_chars[number]), ids=self.ids[own],
+            spans=self.spans[own], kinds=self.kinds[own], targets=self.targets[own],
+            extended=int(self.extended[number]),
+        )  # fmt: skip
+
+    @functools.cached_property
+    def line(self) -> Line:
+        """Where the content tokens stand, all documents in one order."""
+        base_R = row_offsets(self.num_chars.astype(np.int64) + 1)
+        at_S = np.flatnonzero(self.kinds == CONTENT)
+        base_S = np.repeat(base_R[:-1], np.diff(np.searchsorted(at_S, self.first)))  # where its document begins
+        return Line(base_R, at_S, *(self.spans[at_S] + base_S[:, None]).T)
+
+    def with_statuses(self, statuses: Sequence[str]) -> "TokenBatch":
+        """The batch with other statuses, in which documents that are not "ok" have no tokens."""
+        counts, usable_R = np.diff(self.first), np.array([status == OK for status in statuses], np.bool_)
+        keep_T = np.repeat(usable_R, counts)
+        return TokenBatch(
+            statuses=statuses, num_chars=self.num_chars, first=row_offsets(counts * usable_R), ids=self.ids[keep_T],
+            spans=self.spans[keep_T], kinds=self.kinds[keep_T], targets=self.targets[keep_T],
+            extended=self.extended * usable_R,
+        )  # fmt: skip

@@ -17,9 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 import xkd_pipeline
-from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import write_shard
-from xkd_pipeline.tables.writer import Store
+from xkd_pipeline.tables.writer import Built, Store, build
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas import durable_files
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit

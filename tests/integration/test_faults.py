@@ -16,8 +16,7 @@ import faulty_disk
 from damages import ROUNDS, SEED
 from fake_stage import build_all
 from small_cache import files_of
-from xkd_pipeline.tables.build import Built
-from xkd_pipeline.tables.writer import locked
+from xkd_pipeline.tables.writer import Built, locked
 from xkd_schemas.errors import DiskFailed, XkdError
 
 

@@ -9,8 +9,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks.__main__ import NAMES, main
-from benchmarks.measure import Options, in_subprocess
-from benchmarks.rows import Row, Skipped, as_json, cost, table
+from benchmarks.measure import Options, Row, Skipped, as_json, cost, in_subprocess, table
 from benchmarks.teacher_sizes import Machine, Teacher, markdown, seconds
 
 SLOW = {

@@ -106,9 +106,8 @@ def export(model: PreTrainedModel, name: str, folder: Path) -> dict[str, str]:
     for file, content in files.items():
         tensors = {k: narrow(v.detach().cpu().contiguous()) for k, v in content.items()}
         save_file(folder / file, partial(save_tensors, tensors))
-    names = save_folder(folder / "tokenizer", load_tokenizer(name).save_pretrained)
-    kept = [folder / file for file in files] + [folder / "tokenizer" / file for file in names]
-    return {path.name: sha256_of(path) for path in kept}
+    kept = save_folder(folder / "tokenizer", load_tokenizer(name).save_pretrained)
+    return {file: sha256_of(folder / file) for file in files} | kept
 
 
 def narrow(weights: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,11 @@ def classes_of(model: str) -> int:
     return int(max(load_tokenizer(model).get_vocab().values())) + 1
 
 
+def empty_columns(wanted: Sequence[Signal], width: int) -> dict[str, Any]:
+    """The columns of a document without tokens."""
+    return {s.column: np.zeros((0, width), np.uint16) if s.kind.wide else np.zeros(0) for s in wanted}
+
+
 @torch.inference_mode()
 def capture(
     model: PreTrainedModel,
@@ -76,8 +81,7 @@ def capture(
     Raises:
         BadData: The teacher's states are not finite.
     """
-    width = model.get_input_embeddings().weight.shape[1]
-    empty = {s.column: np.zeros((0, width), np.uint16) if s.kind.wide else np.zeros(0) for s in wanted}
+    empty = empty_columns(wanted, model.get_input_embeddings().weight.shape[1])
     captured: list[dict[str, Any]] = [empty if not len(r.tokens.ids) else {} for r in readings]
     classes = classes_of(settings.model) if any(s.kind.drawn for s in wanted) else None
     head, device = head_of(model), input_device(model)

@@ -16,27 +16,24 @@ from xkd_pipeline.capture.artifacts import constants_of, export, std_of, sum_mom
 from xkd_pipeline.capture.capture import TeacherSettings, capture, codec_error, encode_signals
 from xkd_pipeline.capture.measure import Reading
 from xkd_pipeline.capture.passes import reads_of, why_streamed
-from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import (
     DocumentRows,
     documents_of,
     encoder_for,
-    first_documents,
     token_columns,
     token_counts,
     write_shard,
 )
-from xkd_pipeline.tables.writer import Store, locked, shards_like
-from xkd_pipeline.workers.contract import Make, Workers, local_paths
+from xkd_pipeline.tables.writer import Built, Store, build, locked, shards_like
+from xkd_pipeline.workers.contract import Make, TableStage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Plan, Spec, read_record, refuse_differences
 from xkd_schemas.cache.table import Table, names_in
 from xkd_schemas.codecs import MOST_CLASSES
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 from xkd_schemas.signals import GEOMETRY_SPANS, TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
 from xkd_schemas.text.alignment import token_ranges
-from xkd_schemas.text.batches import TokenBatch
 from xkd_schemas.text.encode import Encoder, reading_of
-from xkd_schemas.tokens import spans_read
+from xkd_schemas.tokens import TokenBatch, spans_read
 from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named, processor_kind, this_device, warn_of_slow_dtype
 from xkd_trainer.models.forward import check_ids, check_model, rehearse
@@ -49,11 +46,9 @@ RUN_SETTINGS: Final = ("dtype", "codec", "batch_tokens", "pad_multiple", "thread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherStage:
+class TeacherStage(TableStage):
     """Runs the teacher over the documents of one shard."""
 
-    root: Path
-    folder: Path
     settings: TeacherSettings
     signals: tuple[str, ...]
     beside: str = ""  # name of a teacher whose table has the tokens: only doc_id and the signals are written
@@ -85,7 +80,7 @@ class TeacherStage:
                 settings = settings.model_copy(update={"batch_tokens": care.batch})
             theirs = shards[unit].care if shards else None
             rows = documents_of(documents.shard(unit), {*care.lost, *(theirs.lost if theirs else ())})
-            tokens, readings = _read(rows, encoder)
+            tokens, readings = read_rows(rows, encoder)
             check_ids(tokens.ids, encoder.tokenizer, len(model.get_input_embeddings().weight))
             captured = capture(model, readings, wanted, settings, self.folder)
             stored, errors = encode_signals(captured, wanted, self.settings.codec, head)
@@ -98,17 +93,13 @@ class TeacherStage:
 
         return make
 
-    def rows(self, unit: int) -> int:
-        """Documents of a shard."""
-        return Table(self.root, "documents").manifest.commits[unit].rows
-
     def batch(self, _unit: int) -> int:
         """Tokens of a forward pass; the last bits of a result depend on it."""
         return self.settings.batch_tokens
 
     def paths(self) -> tuple[Path, ...]:
         """The table's folder, the documents, and the model."""
-        return local_paths(self.folder, self.root / "documents", self.settings.model)
+        return TableStage.paths(self) + local_paths(self.settings.model)
 
 
 KEPT_PRODUCTS: Final = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
@@ -149,8 +140,9 @@ def _placed(settings: TeacherSettings) -> dict[str, Any]:
     return {"device_map": {"": settings.device}} if alone else placed
 
 
-def _read(rows: DocumentRows, encoder: Encoder) -> tuple[TokenBatch, list[Reading]]:
-    encoded = rows.encode(encoder)
+def read_rows(rows: DocumentRows, encoder: Encoder) -> tuple[TokenBatch, list[Reading]]:
+    """Documents as the teacher reads them: their tokens, and for each also its words and phrases."""
+    encoded = encoder.encode_batch(rows.block)
     words, phrases = (
         token_ranges(encoded, [spans_read(s, n) for s, n in zip(spans, encoded.num_chars.tolist(), strict=True)])
         for spans in (rows.words, rows.phrases)
@@ -249,7 +241,7 @@ def make_teacher(
     """
     documents = Table(root, "documents")
     check_model_name(settings.model)
-    encoder_for(settings.model, settings).check(first_documents(documents))
+    encoder_for(settings.model, settings, documents)  # which it must be able to read
     wanted, constants = _check_teacher(settings, signals)
     columns = tuple(sorted({s.column for s in wanted}))
     spec = teacher_spec(settings, columns, documents.manifest.root)
@@ -296,9 +288,13 @@ def _finish(
     """The manifest's constants, and the digests of the files that are kept beside the shards."""
     files = {} if stage.beside else export(teacher_of(stage.settings), stage.settings.model, stage.folder)
     stds = ("hidden", "embedding") if not stage.beside else ("hidden",) if "hidden_last" in stage.signals else ()
-    measured = {f"{name}_std": std_of(commits, name) for name in stds}
+    return {**constants, **measured_constants(commits, stds)}, files
+
+
+def measured_constants(commits: Sequence[Commit], stds: Sequence[str]) -> dict[str, Any]:
+    """What is measured over a whole table: standard deviations of these, and what its codec costs."""
     error = codec_error(commits)
-    return {**constants, **measured, **({"codec_error": error} if error else {})}, files
+    return {f"{name}_std": std_of(commits, name) for name in stds} | ({"codec_error": error} if error else {})
 
 
 def refuse_other_teacher(table: Table, ours: Mapping[str, Any]) -> None:

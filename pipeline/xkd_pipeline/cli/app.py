@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from xkd_pipeline.cli import commands
-from xkd_pipeline.tables.build import Outcome
+from xkd_pipeline.tables.writer import Outcome
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.cache.table import check_cache, only_teacher
 from xkd_schemas.config import RunConfig

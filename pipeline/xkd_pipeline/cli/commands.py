@@ -43,8 +43,7 @@ def plan(
 
     Example: xkd-cache plan train.jsonl --model models/teacher --for mta,sra,dwa --budget 200GB
     """
-    from xkd_pipeline.reports.plan import make_plan
-    from xkd_pipeline.reports.plan_text import parse_size, plan_lines
+    from xkd_pipeline.reports.plan import make_plan, parse_size, plan_lines
 
     if not run.teacher.model:
         raise UsageError("no teacher is named", fix="xkd-cache plan CORPUS --model FOLDER")

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from xkd_pipeline.capture.artifacts import constants_of, weights_identity
 from xkd_pipeline.capture.capture import TeacherSettings, capture
 from xkd_pipeline.capture.measure import Reading
-from xkd_pipeline.capture.stage import placed_teacher, refuse_other_teacher, teacher_settings
+from xkd_pipeline.capture.stage import placed_teacher, read_rows, refuse_other_teacher, teacher_settings
 from xkd_pipeline.maintain.verify_rows import Finding, open_table
-from xkd_pipeline.tables.shard import document_at, encoder_for
+from xkd_pipeline.tables.shard import DocumentRows, encoder_for
 from xkd_schemas.cache.manifest import Spec
 from xkd_schemas.cache.table import Row, Table, names_in
 from xkd_schemas.codecs import numbers_of
@@ -28,8 +28,7 @@ from xkd_schemas.config import AUTO, dtype_name
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.signals import Signal, signal_named
-from xkd_schemas.text.alignment import token_ranges
-from xkd_schemas.tokens import OK, kept_rows, predictors, spans_read
+from xkd_schemas.tokens import OK, kept_rows, predictors
 from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.compute_dtype import choose_dtype, this_device, warn_of_slow_dtype
 from xkd_trainer.models.loading import quantization_of
@@ -112,7 +111,7 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
     chosen = spread_rows([i for i in range(len(table)) if table[i]["status"] == OK], rows)
     if whole:
         _check_sizes(table, live_model)
-        readings = [_read_document(documents[at], encoder) for at in chosen]
+        _, readings = read_rows(DocumentRows.of([documents[at] for at in chosen]), encoder)
         price = _price(table, [table[at] for at in chosen], readings, live_model, settings)
         return Recomputed(bad=[], rows=len(chosen), skipped=[], dtype=settings.dtype, price=price)
     others = [open_table(root, f"signals/{other}") for other in names_in(root, "signals")]
@@ -124,7 +123,7 @@ def recompute(root: Path, name: str, model: str, rows: int, dtype: str = AUTO) -
     bad: list[Finding] = []
     differences: dict[str, float] = {}
     for at in chosen:
-        reading = _read_document(documents[at], encoder)
+        _, (reading,) = read_rows(DocumentRows.of([documents[at]]), encoder)
         if not np.array_equal(reading.tokens.ids, table[at]["token_ids"]):
             bad.append(_finding_of(table, at, root, "the teacher's tokenizer gives other tokens"))
             continue
@@ -232,15 +231,6 @@ def _compare(column: str, codec: str, ours: Any, stored: Any, ranked: tuple[Any,
     live_X, stored_X = (read(np.asarray(values)).astype(np.float64) for values in (ours, stored))
     error = float(np.linalg.norm(live_X - stored_X) / max(float(np.linalg.norm(stored_X)), 1e-6))
     return f"{column} differs by {error:.3f}, more than {TOLERANCE[codec]}" if error > TOLERANCE[codec] else "", error
-
-
-def _read_document(row: Row, encoder: Any) -> Reading:
-    tokens = encoder.encode_batch([document_at(row)])
-    ranges = {
-        unit: token_ranges(tokens, [spans_read(row[f"{unit}s"], tokens[0].num_chars)])[0]
-        for unit in ("word", "phrase")
-    }
-    return Reading(tokens=tokens[0], ranges=ranges)
 
 
 def _compare_classes(column: str, stored: Any, ids_NM: Any, logits_NM: Any) -> str:

@@ -25,6 +25,7 @@ from xkd_schemas.cache.manifest import (
     unnamed_files,
 )
 from xkd_schemas.cache.table import TABLES, Shard, check_cache
+from xkd_schemas.config import RunConfig
 from xkd_schemas.durable_files import inside, sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Refused, UsageError
 
@@ -60,6 +61,11 @@ def verify(root: Path, level: str = "full") -> list[Finding]:
         bad = [_finding(root, name, *fault) for fault in _check_table(root, name, level)]
         found += bad if bad or level != "deep" else verify_rows(root, name)
     return found + [_finding(root, "", *fault) for fault in _check_root(root, level)]
+
+
+def verify_run(run: RunConfig, *, level: str = "full") -> list[Finding]:
+    """Everything that is wrong with the run's cache, as `xkd-cache verify`; `level` is quick, full or deep."""
+    return verify(Path(run.cache), level)
 
 
 def _finding(root: Path, table: str, path: Path, reason: str, unit: int | None) -> Finding:

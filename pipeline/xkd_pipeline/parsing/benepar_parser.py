@@ -23,8 +23,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from xkd_pipeline.parsing.phrases import Phrase, joined_spans
-from xkd_pipeline.parsing.spacy_parser import UNUSED, PipelineParser, folder_digest, words_of
+from xkd_pipeline.parsing.spacy_parser import UNUSED, Phrase, PipelineParser, folder_digest, joined_spans, words_of
 from xkd_pipeline.workers.contract import first_line
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.documents import Document, Interval, Spans

@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from xkd_pipeline.parsing.parser import Parser
-from xkd_pipeline.tables.build import Built, build
 from xkd_pipeline.tables.shard import write_shard
-from xkd_pipeline.tables.writer import Store
+from xkd_pipeline.tables.writer import Built, Store, build
 from xkd_pipeline.workers.contract import Make, Stage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
 from xkd_schemas.config import DocumentsSection

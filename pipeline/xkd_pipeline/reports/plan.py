@@ -1,19 +1,19 @@
-"""What a cache will need before it is made: bytes, shards, memory, time. Reads a sample and a model's config only;
-of a teacher that will be streamed also a few bytes, to know how fast they come.
+"""What a cache will need before it is made, in numbers and in lines for people: bytes, shards, memory, time.
+
+Reads a sample and a model's config only; of a teacher that will be streamed also a few bytes, to know how fast they
+come.
 
 The sample is parsed and tokenized as the run would do it. Its signals are counted: values of a document times bytes of
 a value. What is not in the sample is taken to be like it.
-
-Legend for this file
-    T tokens    R kept rows    N predicted targets    K words or phrases of a document (see xkd_schemas.signals)
 """
 
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,58 +29,25 @@ from xkd_pipeline.parsing.stage import columns_of, parser_for, plan_shards
 from xkd_pipeline.reports.sample import Sample, read_sample, reasons
 from xkd_pipeline.stages import DISK, FLOPS, rows_per_shard, signals_for, teacher_dtype
 from xkd_pipeline.tables.shard import DocumentRows, encoder_for, token_columns, token_counts
-from xkd_schemas.codecs import CODECS, bits_of
+from xkd_schemas.codecs import CODECS
 from xkd_schemas.config import RunConfig
-from xkd_schemas.documents import DOCUMENTS, Spans, checked_spans
+from xkd_schemas.documents import DOCUMENTS, DocumentBatch, Spans, checked_spans
 from xkd_schemas.durable_files import bytes_below
-from xkd_schemas.progress import Progress
+from xkd_schemas.errors import UsageError
+from xkd_schemas.page import format_size
+from xkd_schemas.progress import Progress, show_time
 from xkd_schemas.ragged import Ragged, batch_of
-from xkd_schemas.signals import Signal, count_pairs, teacher_schema
-from xkd_schemas.text.batches import DocumentBatch, TokenBatch
+from xkd_schemas.signals import count_values, signal_bytes, teacher_schema
 from xkd_schemas.text.encode import TRIED, Encoder
-from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, Tokens, kept_rows, predictors
+from xkd_schemas.tokens import OK, STUDENTS, TOKEN_FIELDS, TokenBatch
 from xkd_trainer.models.compute_dtype import dtype_named, this_device
 from xkd_trainer.models.forward import check_ids
 
 LIBRARIES: Final = 600 * 2**20  # resident bytes of Python with torch and transformers
 PADDING: Final = 1.01  # of Arrow's buffers, as a share of their bytes
-VALUE_BYTES: Final = {"bf16": 2, "float16": 2, "float32": 4, "int32": 4}
-OFFSET_BYTES: Final = 8  # a list column has one offset for each row
 TIMED: Final = 64 * 2**20  # bytes of a streamed teacher that are read, to know how fast its disk is
 CHECKS: Final = 7  # times that a streamed teacher is read before its first shard
-
-
-def count_values(tokens: Tokens, words: Iterable[Any], phrases: Iterable[Any]) -> Counter[str]:
-    """How many values each kind of signal has of a document, by T, R, N, "word K", "phrase K(K-1)/2" and so on.
-
-    Nothing of a document that the teacher cannot read; intervals count up to where it reads (see `spans_read`).
-    """
-    end = tokens.num_chars if len(tokens.ids) else 0
-    found = Counter(T=len(tokens.ids), R=len(kept_rows(tokens.targets)), N=len(predictors(tokens.targets)))
-    for unit, spans in (("word", words), ("phrase", phrases)):
-        k = sum(start < end for start, _ in spans)
-        found.update({f"{unit} K": k, f"{unit} K(K-1)/2": count_pairs(k)})
-    return found
-
-
-def signal_bytes(signal: Signal, width: int, codec: str, counts: Mapping[str, int], documents: int) -> int:
-    """Bytes of one signal's columns in the teacher table of so many documents, which have `counts` together."""
-    values = counts.get(f"{signal.unit} {signal.kind.per}" if signal.unit else signal.kind.per, 0)
-    if signal.kind.wide:
-        size = vector_bytes(codec, width, values // max(1, documents))
-    else:
-        size = VALUE_BYTES[signal.kind.dtype] * (signal.top or 1)
-    return round(size * values) + OFFSET_BYTES * documents
-
-
-def vector_bytes(codec: str, width: int, vectors: int) -> float:
-    """Bytes of one vector, measured on made-up states of a document with `vectors` of them.
-
-    What a codec compresses depends on the numbers; the exponents of states are spread about as those of a normal draw.
-    """
-    states = np.random.default_rng(0).standard_normal((max(1, vectors), width)).astype(np.float32)
-    encoded = CODECS[codec].encode("states", [bits_of(states)])
-    return float(sum(rows[0].nbytes for rows in encoded.columns.values()) / len(states))
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,8 +201,17 @@ def give_or_take(values: Sequence[int], sizes: Sequence[int], scale: float) -> f
     return 2 * error / float(np.mean(values))
 
 
-def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | None) -> dict[str, Any]:
-    """Everything `xkd-cache plan` says, of at most `sample` rows; `rate` is the teacher's tokens per second."""
+def make_plan(
+    run: RunConfig, *, sample: int = 256, budget: int | None = None, rate: float | None = None
+) -> dict[str, Any]:
+    """What the cache will need, as `xkd-cache plan --json`; loads no weights.
+
+    Args:
+        run: Corpus, teacher, losses, and a student if its table is to be counted.
+        sample: Rows to read at most.
+        budget: Bytes that the whole cache may take.
+        rate: Tokens that the teacher reads in a second, if known.
+    """
     t, s = run.teacher, run.student
     model = sizes_of(t.model)
     signals_for(run, model.layers)  # refuses an unknown loss or layer before anything is read
@@ -294,3 +270,113 @@ def make_plan(run: RunConfig, *, sample: int, budget: int | None, rate: float | 
         "seconds": seconds, "rate": rate, "stream": stream,
         "budget": budget,
     }  # fmt: skip
+
+
+def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
+    """Lines of `make_plan`'s result."""
+    yield from plan["corpus"]
+    yield from _describe_sample(plan)
+    yield ""
+    yield f"{'kept, codec ' + plan['codec']:<28}{'bytes per token':>16}{'corpus':>12}  needed by"
+    for column in plan["columns"]:
+        size = format_size(column["bytes"])
+        losses = ", ".join(column["losses"])
+        yield f"{column['column']:<28}{column['bytes_per_token']:>16.1f}{size:>12}  {losses}".rstrip()
+    yield f"{'teachers/':<28}{plan['bytes_per_token']:>16.1f}{format_size(plan['teacher_bytes']):>12}"
+    for title, name in (("documents/", "documents"), ("students/", "students"), ("tokenizers", "tokenizers"),
+                        ("head and embeddings", "files")):  # fmt: skip
+        size = plan[f"{name}_bytes"]
+        yield f"{title:<44}" + ("  not counted: no --student" if size is None else f"{format_size(size):>12}")
+    yield ""
+    yield from _describe_needs(plan)
+    if plan["budget"] is not None:
+        yield from _advise(plan)
+
+
+def _describe_sample(plan: dict[str, Any]) -> Iterator[str]:
+    sample, model = plan["sample"], plan["model"]
+    why = f" ({sample['reasons']})" if sample["reasons"] else ""
+    yield (
+        f"sample: {sample['rows']} of {plan['rows']} rows, {sample['rejected']} rejected{why}, {sample['unusable']} "
+        f"unusable for the teacher, {sample['cut']} cut to its length"
+    )
+    yield (
+        f"teacher: {model['architecture']}, {model['layers']} layers, width {model['width']}, {model['classes']} "
+        f"classes, {model['weights'] / 1e6:.1f} M weights in {plan['dtype']}; only its configuration was read"
+    )
+    if "quantization" in model:
+        yield (
+            f"quantised: {model['quantization']['quant_method']}; what that costs is measured by "
+            "xkd-cache verify --recompute K --model FULL"
+        )
+    yield f"template: {plan['template']}"
+    yield f"dtype: {plan['dtype']}, {plan['dtype_why']}"
+    if plan["dtype_warning"]:
+        yield f"warning: {plan['dtype_warning']}"
+    of = "in the corpus"
+    if sample["rows"] < plan["rows"]:
+        of += f", give or take {100 * plan['give_or_take']:.0f} % as this sample varies (a larger --sample is closer)"
+    yield (
+        f"{plan['tokens']} tokens, {plan['targets']} of them predicted, {plan['words']} words, "
+        f"{plan['phrases']} phrases {of}"
+    )
+
+
+def _describe_needs(plan: dict[str, Any]) -> Iterator[str]:
+    fits = "fits" if plan["bytes"] <= plan["free"] else "DOES NOT FIT"
+    yield f"needed: {format_size(plan['bytes'])}; free on that disk: {format_size(plan['free'])}: {fits}"
+    yield f"shards: {plan['shards']} of {format_size(plan['shard_bytes'])}"
+    parts = ", ".join(f"{name} {format_size(size)}" for name, size in plan["memory"].items())
+    yield f"memory of one worker, an estimate: {format_size(plan['memory_bytes'])} ({parts})"
+    if plan["stream"]:
+        yield from _describe_stream(plan["stream"])
+    elif plan["seconds"] is None:
+        yield (
+            "time: not known. Run xkd-cache teacher on a few hundred rows, and give the tokens per second of its last "
+            "line with --tokens-per-second"
+        )
+    else:
+        yield f"time: {show_time(plan['seconds'])} at {plan['rate']:g} tokens per second"
+
+
+def _describe_stream(stream: dict[str, Any]) -> Iterator[str]:
+    yield f"the teacher's blocks are read from disk one after another: {stream['why']}"
+    yield (
+        f"group for which a block is read once: a shard of {stream['group_tokens']:,} tokens, whose states take "
+        f"{format_size(stream['group_bytes'])} between two blocks; documents.rows_per_shard=N sets it"
+    )
+    disk = f"{format_size(stream['disk_rate'])} per second, {'measured' if stream['disk_measured'] else 'assumed'}"
+    rate = f"{stream['compute_rate']:.3g} tokens per second, {'as given' if stream['rate_given'] else 'by arithmetic'}"
+    read, compute = (show_time(stream[f"{what}_seconds"]) for what in ("read", "compute"))
+    yield f"time: reading {read} ({disk}), computing {compute} ({rate}), both at once: {stream['limit']} is the limit"
+
+
+def _advise(plan: dict[str, Any]) -> Iterator[str]:
+    budget, excess = plan["budget"], plan["bytes"] - plan["budget"]
+    if excess <= 0:
+        yield f"budget {format_size(budget)}: the cache fits"
+        return
+    yield f"budget {format_size(budget)}: the cache is {format_size(excess)} too large. What to change:"
+    smaller = [f"--codec {codec} needs {format_size(size)}" for codec, size in plan["codecs"].items()]
+    yield f"  {'; '.join(smaller)}: bf16-planes loses nothing, int8 rounds states to 255 steps"
+    yield (
+        "  drop a loss from --for, or name fewer --word-layers and --phrase-layers: the table above begins with the "
+        "largest signals; --set losses.mta.hid=off drops span_vectors, and rskd instead of kl drops hidden_last"
+    )
+    once = plan["files_bytes"] + plan["tokenizers_bytes"]
+    if once < budget:
+        yield f"  keep {100 * (budget - once) / (plan['bytes'] - once):.0f} % of the documents, or lower --max-tokens"
+    else:
+        yield f"  head, embeddings and tokenizers alone take {format_size(once)}: use a teacher with fewer classes"
+
+
+def parse_size(text: str) -> int:
+    """A size as people write it; GB is 10^9 bytes, GiB 2^30.
+
+    >>> parse_size("200GB"), parse_size("1.5 MiB")
+    (200000000000, 1572864)
+    """
+    found = _SIZE.fullmatch(text.strip().upper())
+    if found is None:
+        raise UsageError(f"{text!r} is not a size", fix="e.g. --budget 200GB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))

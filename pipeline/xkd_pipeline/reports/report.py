@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from xkd_pipeline.reports.plan_text import format_size
 from xkd_pipeline.reports.render import bracket_phrases, columns_of
 from xkd_pipeline.tables.dataset_card import table_states
 from xkd_pipeline.tables.shard import document_at
@@ -30,6 +29,7 @@ from xkd_schemas.cache.table import Shard, Table, check_cache, sealed_tables
 from xkd_schemas.durable_files import bytes_below, inside, replace, sha256_of
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.page import escape_text, render_page
+from xkd_schemas.ragged import lists_of
 from xkd_schemas.tokens import OK, TOKEN_FIELDS, tokens_at
 
 WORST: Final = 20  # documents that are drawn
@@ -96,9 +96,7 @@ def write_report(root: Path, out: Path) -> dict[str, Any]:
     report = gather(root)
     worst = {alignment.student: list(_draw_worst(root, alignment)) for alignment in report["alignments"]}
     template = Path(__file__).with_name("report.html.j2")
-    page = render_page(
-        template, {"size": format_size}, report=report, worst=worst, max_chars=MAX_CHARS, max_columns=MAX_COLUMNS
-    )
+    page = render_page(template, {}, report=report, worst=worst, max_chars=MAX_CHARS, max_columns=MAX_COLUMNS)
     replace(out, page)
     pairs = [(a.teacher, a.student) for a in report["alignments"]]
     return {"report": str(out), "bytes": len(page), "tables": len(report["tables"]), "pairs": pairs}
@@ -161,23 +159,14 @@ def read_batches(table: Table, units: Sequence[int] | None = None) -> Iterator[t
             at += record.rows
 
 
-def _lengths(batch: pa.RecordBatch, column: str) -> Int64s:
-    """[B] entries of a list column in each document."""
-    return np.asarray(batch.column(column).value_lengths(), np.int64)
-
-
-def _pairs(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.int32]:
-    """[K, 2] of all documents of the batch, one after the other."""
-    return np.asarray(batch.column(column).flatten().flatten(), np.int32).reshape(-1, 2)
-
-
 def _measure_documents(documents: Table) -> list[Histogram]:
     titles = ("words of a document", "phrases of a document", "characters of a phrase")
     words, phrases, lengths = histograms = [Histogram(title) for title in titles]
     for _, batch in read_batches(documents):
-        words.add(_lengths(batch, "words"))
-        phrases.add(_lengths(batch, "phrases"))
-        lengths.add(np.diff(_pairs(batch, "phrases"), axis=1))
+        found = lists_of(batch.column("phrases"))
+        words.add(lists_of(batch.column("words")).counts)
+        phrases.add(found.counts)
+        lengths.add(np.diff(found.values, axis=1))
     return histograms
 
 
@@ -190,7 +179,7 @@ def _measure_signals(table: Table, histograms: list[Histogram]) -> SignalSizes:
     tokens, found = Histogram(f"tokens of a document, {table.name}", remark), Counter[str]()
     for _, batch in read_batches(table, units):
         if "token_ids" in batch.schema.names:
-            tokens.add(_lengths(batch, "token_ids"))
+            tokens.add(lists_of(batch.column("token_ids")).counts)
         signals = {f.name for f in batch.schema if f.metadata and b"per" in f.metadata}
         for name in batch.schema.names:
             found[_signal(name, signals)] += batch.column(name).nbytes
@@ -214,11 +203,12 @@ def _measure_alignment(table: Table, histograms: list[Histogram]) -> Alignment:
     shapes = np.zeros(4, dtype=np.int64)
     worst: list[tuple[float, int]] = []
     for first, batch in read_batches(table):
-        ours, theirs = (np.diff(_pairs(batch, f"{side}_spans"), axis=1)[:, 0] for side in ("student", "teacher"))
-        for histogram, found in zip(sizes, (_lengths(batch, "token_ids"), ours, theirs), strict=True):
+        spans = [lists_of(batch.column(f"{side}_spans")) for side in ("student", "teacher")]
+        ours, theirs = (np.diff(side.values, axis=1)[:, 0] for side in spans)
+        for histogram, found in zip(sizes, (lists_of(batch.column("token_ids")).counts, ours, theirs), strict=True):
             histogram.add(found)
         shapes += np.bincount(2 * (ours > 1) + (theirs > 1), minlength=4)
-        shares = exact_shares(ours, theirs, _lengths(batch, "student_spans")).tolist()
+        shares = exact_shares(ours, theirs, spans[0].counts).tolist()
         usable = [at for at, status in enumerate(batch.column("status").to_pylist()) if status == OK]
         worst = heapq.nsmallest(WORST, [*worst, *((shares[at], first + at) for at in usable)])
     histograms += sizes

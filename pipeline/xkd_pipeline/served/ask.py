@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import orjson
 
-from xkd_pipeline.served.rows import Given, RowRefused, parse
+from xkd_pipeline.served.rows import Given, parse
 from xkd_pipeline.served.stage import named_teacher, take
-from xkd_pipeline.tables.build import Outcome
-from xkd_pipeline.tables.shard import documents_of, encoder_for, first_documents
+from xkd_pipeline.tables.shard import documents_of, encoder_for
+from xkd_pipeline.tables.writer import Outcome
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig, ServedSection
 from xkd_schemas.durable_files import disk, disk_errors, save_file
@@ -28,7 +28,7 @@ from xkd_schemas.errors import BadData, Busy, InputMissing, UsageError
 from xkd_schemas.progress import Progress
 from xkd_schemas.signals import Signal
 from xkd_schemas.text.encode import Encoder
-from xkd_schemas.tokens import OK, Tokens
+from xkd_schemas.tokens import OK, NotUsable, Tokens
 
 AGAIN: Final = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
 OF_THE_DOCUMENT: Final = (400, 413, 422)  # statuses that refuse this document; any other ends the command
@@ -52,7 +52,7 @@ class Server:
         """What the server answers, asked again while that may help.
 
         Raises:
-            RowRefused: It refuses what was asked, and may answer something else.
+            NotUsable: It refuses what was asked, and may answer something else.
             InputMissing: It refuses everything, or gave no answer after all tries.
         """
         import httpx
@@ -67,13 +67,13 @@ class Server:
                     return reply.json()
                 said = f"{reply.status_code} {' '.join(reply.text.split())[:160]}"
                 if reply.status_code in OF_THE_DOCUMENT:
-                    raise RowRefused("not_imported", f"the server says {self._hide(said)}")
+                    raise NotUsable("not_imported", f"the server says {self._hide(said)}")
                 if reply.status_code not in AGAIN:
                     break
                 wanted = time.monotonic() + _seconds(reply.headers.get("retry-after"))
                 self.resume = max(self.resume, wanted)  # all requests wait, not this one alone
             except (httpx.TransportError, ValueError) as error:  # stalled, dropped, or no JSON
-                if isinstance(error, RowRefused):
+                if isinstance(error, NotUsable):
                     raise
                 said = f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
             self.stopped.wait(min(LONGEST_WAIT, FIRST_WAIT * 2**tries) * random.uniform(0.5, 1.0))
@@ -89,7 +89,7 @@ class Server:
         return said.replace(key, "***") if key else said
 
     def rate(self, doc_id: str, tokens: Tokens) -> bytes:
-        """The line of one document; RowRefused where the answer is of other tokens or lacks a value."""
+        """The line of one document; NotUsable where the answer is of other tokens or lacks a value."""
         body = {"model": self.settings.model, "prompt": tokens.ids.tolist(), "max_tokens": 1, "temperature": 0}
         if self.settings.echo:
             body |= {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
@@ -99,7 +99,7 @@ class Server:
         try:
             row = _row_of(answer["choices"][0], tokens)
         except (LookupError, TypeError, AttributeError) as error:
-            raise RowRefused("not_imported", f"the answer has no log-probabilities of the prompt: {error}") from error
+            raise NotUsable("not_imported", f"the answer has no log-probabilities of the prompt: {error}") from error
         served = parse(row)
         take(served, tokens, WANTED)
         values_T = served.columns["target_logprob"]
@@ -175,8 +175,7 @@ def ask(run: RunConfig, out: Path) -> Outcome:
             fix=f"leave names, passwords and keys out of it: the key is read from {served.key_variable}",
         )
     documents, (tokenizer, settings) = Table(root, "documents"), named_teacher(run)
-    encoder = encoder_for(tokenizer, settings)
-    encoder.check(first_documents(documents))
+    encoder = encoder_for(tokenizer, settings, documents)
     if served.url == NOBODY:
         return _write_prompts(documents, encoder, out)
     key = os.environ.get(served.key_variable)
@@ -197,7 +196,7 @@ def ask(run: RunConfig, out: Path) -> Outcome:
                 try:
                     stream.write(future.result())
                     stream.flush()
-                except RowRefused as error:
+                except NotUsable as error:
                     refused[doc_id] = str(error)
                     _check_refused(refused, run.documents.max_reject, len(documents), out)
                 progress.reach(len(done))
@@ -213,7 +212,7 @@ def _texts(documents: Table, encoder: Encoder, done: set[str]) -> Iterator[tuple
     """Documents that are not done, with their tokens; equal texts once. They are added to `done`."""
     for number in range(len(documents.manifest.commits)):
         rows = documents_of(documents.shard(number))
-        for doc_id, tokens in zip(rows.doc_ids, rows.encode(encoder), strict=True):
+        for doc_id, tokens in zip(rows.doc_ids, encoder.encode_batch(rows.block), strict=True):
             if tokens.status == OK and doc_id not in done:
                 done.add(doc_id)
                 yield doc_id, tokens
@@ -265,7 +264,7 @@ def _answers(server: Server, jobs: Iterator[tuple[str, Tokens]]) -> Generator[tu
 def _only_model(server: Server) -> str:
     """The model that a server lists; UsageError where there are several, or it lists none."""
     names: list[str] = []
-    with suppress(RowRefused, LookupError, TypeError):
+    with suppress(NotUsable, LookupError, TypeError):
         names = [str(one["id"]) for one in server.call("GET", "models")["data"]]
     if len(names) != 1:
         raise UsageError(f"the server has models {', '.join(names) or 'none'}", fix="name one with --served-model")

@@ -19,20 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from xkd_pipeline.served.distillkit import read_compression, unpack_row
 from xkd_schemas.errors import BadData, InputMissing, UsageError
-from xkd_schemas.tokens import Int32s
+from xkd_schemas.tokens import Int32s, NotUsable
 
 Given = Mapping[str, Any]
 Used = TypeVar("Used")
 BATCH_ROWS: Final = 256  # rows of a Parquet file turned into Python objects at once
 HOW: Final = "docs/served-teachers.md lists the forms of rows"
-
-
-class RowRefused(ValueError):
-    """Why one row cannot be imported; `reason` is the status that its document gets."""
-
-    def __init__(self, reason: str, what: str) -> None:
-        super().__init__(what)
-        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,12 +75,12 @@ class Rows:
         if not self.columns:
             try:
                 self.columns = tuple(sorted(parse(row, self.layers).columns))
-            except RowRefused as error:
+            except NotUsable as error:
                 raise BadData(f"{path}: the first row cannot be used: {error}", fix=HOW) from error
 
     def of_documents(
         self, doc_ids: Sequence[str], ids: Sequence[Int32s], end: int | None, use: Callable[[Given], Used]
-    ) -> list[Used | RowRefused]:
+    ) -> list[Used | NotUsable]:
         """What `use` makes of the row of each document, or why there is nothing.
 
         A row is found by its doc_id, or else by its token ids, behind which a padding token `end` may stand.
@@ -101,14 +93,14 @@ class Rows:
         wanted: dict[Path, set[int]] = {}
         for path, place in (self._places[key] for key in keys if key in self._places):
             wanted.setdefault(path, set()).add(place)
-        found: dict[tuple[Path, int], Used | RowRefused] = {}
+        found: dict[tuple[Path, int], Used | NotUsable] = {}
         for path, places in wanted.items():
             for place, row in read_rows(path, places):
                 try:
                     found[path, place] = use(row)
-                except RowRefused as error:
+                except NotUsable as error:
                     found[path, place] = error
-        nothing = RowRefused("not_imported", "no row is of this document")
+        nothing = NotUsable("not_imported", "no row is of this document")
         return [found[self._places[key]] if key in self._places else nothing for key in keys]
 
 
@@ -197,7 +189,7 @@ def key_of(row: Given, path: Path) -> str:
         return str(row["doc_id"])
     try:
         return digest_ids(ids_of(row))
-    except RowRefused as error:
+    except NotUsable as error:
         raise BadData(f"{path}: a row has no doc_id, and {error}", fix=HOW) from error
 
 
@@ -210,7 +202,7 @@ def digest_ids(ids: Int32s) -> str:
 
 
 def parse(row: Given, layers: Sequence[int] = ()) -> Served:
-    """What one row says; RowRefused where it fits no form."""
+    """What one row says; NotUsable where it fits no form."""
     ids = ids_of(row)
     if "hidden_states" in row:
         return Served(ids=ids, columns=_states(row["hidden_states"], ids, layers))
@@ -224,7 +216,7 @@ def ids_of(row: Given) -> Int32s:
     named = (row.get(name) for name in ("token_ids", "prompt_token_ids", "input_ids"))
     ids = np.asarray(next((found for found in named if found is not None), []))
     if not len(ids) or ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31:
-        raise RowRefused("bad_values", "no list of numbers in token_ids, prompt_token_ids or input_ids")
+        raise NotUsable("bad_values", "no list of numbers in token_ids, prompt_token_ids or input_ids")
     return ids.astype(np.int32)
 
 
@@ -232,9 +224,9 @@ def _log_probabilities(row: Given, ids: Int32s) -> dict[str, npt.NDArray[Any]]:
     """`logprobs`, a number for each token, or `prompt_logprobs` as vLLM writes them; of the first token: null."""
     found = row.get("logprobs") if row.get("logprobs") is not None else row.get("prompt_logprobs")
     if not isinstance(found, list):
-        raise RowRefused("bad_values", "no list in logprobs or prompt_logprobs")
+        raise NotUsable("bad_values", "no list in logprobs or prompt_logprobs")
     if len(found) != len(ids):
-        raise RowRefused("bad_values", f"{len(found)} log-probabilities of {len(ids)} tokens")
+        raise NotUsable("bad_values", f"{len(found)} log-probabilities of {len(ids)} tokens")
     values_T = np.array([_number(one, at, int(ids[at])) for at, one in enumerate(found)], np.float32)
     return {"target_logprob": np.append(values_T[1:], np.float32(np.nan))}
 
@@ -242,13 +234,13 @@ def _log_probabilities(row: Given, ids: Int32s) -> dict[str, npt.NDArray[Any]]:
 def _number(one: Any, at: int, token: int) -> float:
     if isinstance(one, dict):
         if str(token) not in one:
-            raise RowRefused(
+            raise NotUsable(
                 "other_tokens", f"token {at} is {token}, and only {', '.join(one) or 'none'} is rated there"
             )
         one = one[str(token)]
         one = one.get("logprob") if isinstance(one, dict) else one
     if one is not None and (isinstance(one, bool) or not isinstance(one, float | int)):
-        raise RowRefused("bad_values", f"token {at}: {str(one)[:40]!r} is no log-probability")
+        raise NotUsable("bad_values", f"token {at}: {str(one)[:40]!r} is no log-probability")
     return float("nan") if one is None else float(one)
 
 
@@ -259,7 +251,7 @@ def _states(path: Path, ids: Int32s, layers: Sequence[int]) -> dict[str, npt.NDA
     states_TLD = (states[:, None] if states.ndim == 2 else states).float().numpy()
     if states_TLD.ndim != 3 or states_TLD.shape[:2] != (len(ids), len(layers)):
         found = " x ".join(map(str, states.shape))
-        raise RowRefused(
+        raise NotUsable(
             "bad_values", f"states of {found} for {len(ids)} tokens and --layers {','.join(map(str, layers))}"
         )
     return {f"hidden@{layer}": states_TLD[:, at] for at, layer in enumerate(layers)}
@@ -271,9 +263,9 @@ def _largest(row: Given, ids: Int32s) -> dict[str, npt.NDArray[Any]]:
     try:
         classes_Pk, values_Pk = unpack_row(row, how)
     except (ValueError, TypeError, OverflowError) as error:
-        raise RowRefused("bad_values", str(error)) from error
+        raise NotUsable("bad_values", str(error)) from error
     if len(classes_Pk) != len(ids) - 1:
-        raise RowRefused("bad_values", f"{len(classes_Pk)} positions of {len(ids)} tokens")
+        raise NotUsable("bad_values", f"{len(classes_Pk)} positions of {len(ids)} tokens")
     columns = {f"topk_ids#{how.k}": classes_Pk, f"topk_logits#{how.k}": values_Pk}
     columns["logsumexp"] = np.zeros(len(classes_Pk), np.float32)
     return {name: np.concatenate([values, values[-1:]]) for name, values in columns.items()}  # of the last: not read

@@ -11,23 +11,15 @@ import torch
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from xkd_pipeline.capture.artifacts import constants_of, export, sizes_of, std_of, sum_moments, weights_identity
-from xkd_pipeline.capture.capture import TeacherSettings, classes_of, codec_error, encode_signals
+from xkd_pipeline.capture.artifacts import constants_of, export, sizes_of, sum_moments, weights_identity
+from xkd_pipeline.capture.capture import TeacherSettings, classes_of, empty_columns, encode_signals
 from xkd_pipeline.capture.measure import bf16_bits
-from xkd_pipeline.capture.stage import teacher_of
-from xkd_pipeline.served.rows import Given, RowRefused, Rows, Served, parse
+from xkd_pipeline.capture.stage import measured_constants, teacher_of
+from xkd_pipeline.served.rows import Given, Rows, Served, parse
 from xkd_pipeline.stages import plain_name
-from xkd_pipeline.tables.build import Built, Outcome, build
-from xkd_pipeline.tables.shard import (
-    documents_of,
-    encoder_for,
-    first_documents,
-    token_columns,
-    token_counts,
-    write_shard,
-)
-from xkd_pipeline.tables.writer import Store, locked, shards_like
-from xkd_pipeline.workers.contract import Make, Stage, Workers
+from xkd_pipeline.tables.shard import documents_of, encoder_for, token_columns, token_counts, write_shard
+from xkd_pipeline.tables.writer import Built, Outcome, Store, build, locked, shards_like
+from xkd_pipeline.workers.contract import Make, TableStage, Workers
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table, check_name
 from xkd_schemas.config import RunConfig, TeacherSection, dtype_name
@@ -35,7 +27,7 @@ from xkd_schemas.durable_files import save_folder, sha256_of
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, teacher_schema
 from xkd_schemas.text.templates import chosen_template
-from xkd_schemas.tokens import OK, Tokens, kept_rows, predictors
+from xkd_schemas.tokens import OK, NotUsable, Tokens, kept_rows, predictors
 from xkd_trainer.models.architecture import Head, backbone, head_of, num_layers
 from xkd_trainer.models.forward import check_ids
 from xkd_trainer.models.loading import load_tokenizer, stored_dtype
@@ -55,11 +47,9 @@ class Import:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImportStage(Stage):
+class ImportStage(TableStage):
     """Takes the rows of the documents of one shard."""
 
-    root: Path
-    folder: Path
     given: Import
 
     def load(self) -> Make:
@@ -77,17 +67,17 @@ class ImportStage(Stage):
 
         def make(unit: int, care: MadeDifferently) -> Commit:
             rows = documents_of(documents.shard(unit), care.lost)
-            tokens = rows.encode(encoder)
+            tokens = encoder.encode_batch(rows.block)
             if model:
                 check_ids(tokens.ids, encoder.tokenizer, len(model.get_input_embeddings().weight))
             given = self.given.rows.of_documents(rows.doc_ids, [one.ids for one in tokens], end, read)
             taken, rejects, statuses = [], [], list(tokens.statuses)
             for at, (one, served) in enumerate(zip(tokens, given, strict=True)):
                 try:
-                    taken.append(take(served, one, wanted) if one.status == OK else empty(wanted, width))
-                except RowRefused as why:
+                    taken.append(take(served, one, wanted) if one.status == OK else empty_columns(wanted, width))
+                except NotUsable as why:
                     statuses[at] = why.reason
-                    taken.append(empty(wanted, width))
+                    taken.append(empty_columns(wanted, width))
                     rejects.append({"doc_id": rows.doc_ids[at], "row": at, "reason": why.reason, "detail": str(why)})
             tokens = tokens.with_statuses(statuses)
             stored, errors = encode_signals(taken, wanted, settings.codec, head)
@@ -99,14 +89,6 @@ class ImportStage(Stage):
             return commit.model_copy(update={"sums": sums})
 
         return make
-
-    def rows(self, unit: int) -> int:
-        """Documents of a shard."""
-        return Table(self.root, "documents").manifest.commits[unit].rows
-
-    def paths(self) -> tuple[Path, ...]:
-        """The table's folder and the documents."""
-        return self.folder, self.root / "documents"
 
 
 def signals_of(rows: Rows, model: PreTrainedModel | None) -> list[Signal]:
@@ -131,10 +113,10 @@ def read_served(row: Given, layers: Sequence[int], end: int | None, model: PreTr
     for layer in (one for one in layers if f"hidden@{one}" in columns):
         states_TD = torch.from_numpy(columns.pop(f"hidden@{layer}"))
         if not bool(states_TD.isfinite().all()):
-            raise RowRefused("bad_values", f"hidden@{layer} is not finite")
+            raise NotUsable("bad_values", f"hidden@{layer} is not finite")
         assert model is not None
         if states_TD.shape[-1] != model.get_input_embeddings().weight.shape[1]:
-            raise RowRefused("bad_values", f"states of width {states_TD.shape[-1]} are none of this model")
+            raise NotUsable("bad_values", f"states of width {states_TD.shape[-1]} are none of this model")
         last = layer == num_layers(model)
         if last:
             norm = final_norm(model)
@@ -154,21 +136,21 @@ def final_norm(model: PreTrainedModel) -> torch.nn.Module:
     return found[0]
 
 
-def take(served: Served | RowRefused, tokens: Tokens, wanted: Sequence[Signal]) -> dict[str, Any]:
-    """The columns of one document; RowRefused where the row is not of exactly these tokens, or says no number."""
-    if isinstance(served, RowRefused):
+def take(served: Served | NotUsable, tokens: Tokens, wanted: Sequence[Signal]) -> dict[str, Any]:
+    """The columns of one document; NotUsable where the row is not of exactly these tokens, or says no number."""
+    if isinstance(served, NotUsable):
         raise served
     if not np.array_equal(served.ids, tokens.ids):
-        raise RowRefused("other_tokens", _difference(served.ids.tolist(), tokens.ids.tolist()))
+        raise NotUsable("other_tokens", _difference(served.ids.tolist(), tokens.ids.tolist()))
     if missing := [s.column for s in wanted if s.column not in served.columns]:
-        raise RowRefused("bad_values", f"the first row has {', '.join(missing)}, this row has not")
+        raise NotUsable("bad_values", f"the first row has {', '.join(missing)}, this row has not")
     places: dict[str, Any] = {"N": predictors(tokens.targets), "R": kept_rows(tokens.targets), "T": slice(None)}
     found = {s.column: served.columns[s.column][places[s.kind.per]] for s in wanted}
     for signal in wanted:
         values = found[signal.column]
         low = signal.name == "target_logprob" and (values > 0).any()
         if values.dtype.kind == "f" and (low or not np.isfinite(values).all()):
-            raise RowRefused("bad_values", f"{signal.column} of a target is above 0, missing or not finite")
+            raise NotUsable("bad_values", f"{signal.column} of a target is above 0, missing or not finite")
     return found
 
 
@@ -177,11 +159,6 @@ def _difference(theirs: list[int], ours: list[int]) -> str:
         return f"{len(theirs)} tokens, the tokenizer gives {len(ours)}"
     at = next(at for at, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
     return f"token {at} is {theirs[at]}, the tokenizer gives {ours[at]}"
-
-
-def empty(wanted: Sequence[Signal], width: int) -> dict[str, Any]:
-    """The columns of a document without tokens."""
-    return {s.column: np.zeros((0, width), np.uint16) if s.kind.wide else np.zeros(0) for s in wanted}
 
 
 def model_settings(settings: TeacherSection) -> TeacherSettings:
@@ -200,8 +177,7 @@ def import_table(root: Path, name: str, given: Import) -> Built:
     """
     with locked(root):
         documents, settings = Table(root, "documents"), given.settings
-        encoder = encoder_for(given.tokenizer, settings)
-        encoder.check(first_documents(documents))
+        encoder = encoder_for(given.tokenizer, settings, documents)
         model = teacher_of(model_settings(settings)) if settings.model else None
         spec = {
             "schema": TEACHERS_VERSION,
@@ -231,13 +207,10 @@ def import_table(root: Path, name: str, given: Import) -> Built:
         def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
             constants: dict[str, Any] = {"template": settings.template}
             if model is None:
-                folder = store.folder / "tokenizer"
-                names = save_folder(folder, encoder.tokenizer.save_pretrained)
                 constants["vocab_size"] = classes_of(given.tokenizer)
-                return constants, {name: sha256_of(folder / name) for name in names}
-            error = codec_error(commits)
-            constants |= constants_of(model) | {f"{one}_std": std_of(commits, one) for one in ("hidden", "embedding")}
-            return constants | ({"codec_error": error} if error else {}), export(model, settings.model, store.folder)
+                return constants, save_folder(store.folder / "tokenizer", encoder.tokenizer.save_pretrained)
+            constants |= constants_of(model) | measured_constants(commits, ("hidden", "embedding"))
+            return constants, export(model, settings.model, store.folder)
 
         return build(store, stage, list, Workers(), watch=watch, finish=finish)
 

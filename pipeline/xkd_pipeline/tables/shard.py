@@ -22,13 +22,12 @@ import xxhash
 from xkd_schemas.cache.manifest import Commit, RecordBatch, Reject
 from xkd_schemas.cache.table import Row, Shard, Table
 from xkd_schemas.config import StudentSection, TeacherSection
-from xkd_schemas.documents import POLICY, Document, Segment
+from xkd_schemas.documents import POLICY, Document, DocumentBatch, Segment
 from xkd_schemas.durable_files import replace, xxh3_of
-from xkd_schemas.ragged import Ragged, batch_of, row_offsets
-from xkd_schemas.text.batches import DocumentBatch, TokenBatch
-from xkd_schemas.text.encode import TRIED, Encoder, unusable
+from xkd_schemas.ragged import Ragged, batch_of, lists_of
+from xkd_schemas.text.encode import TRIED, Encoder
 from xkd_schemas.text.templates import chosen_template
-from xkd_schemas.tokens import OK, WORKER_KILLED
+from xkd_schemas.tokens import OK, TokenBatch
 
 ROWS_PER_BATCH = 32  # rows of a record batch: the piece that is checked and mapped at once
 
@@ -94,25 +93,20 @@ class DocumentRows:
     block: DocumentBatch
     words: Ragged  # [K, 2] int32 characters
     phrases: Ragged  # [K, 2] int32 characters
-    killers: frozenset[int] = frozenset()
-    """Rows that no tokenizer may see: each of them killed every process that worked on it."""
+
+    @staticmethod
+    def of(rows: Sequence[Row]) -> "DocumentRows":
+        """Rows of the documents table side by side."""
+        words, phrases = (Ragged.of([row[name] for row in rows], np.int32, 2) for name in ("words", "phrases"))
+        block = DocumentBatch.of(map(document_at, rows))
+        return DocumentRows(doc_ids=[row["doc_id"] for row in rows], block=block, words=words, phrases=phrases)
 
     def part(self, first: int, end: int) -> "DocumentRows":
         """The documents from `first` up to `end`."""
         return DocumentRows(
             doc_ids=self.doc_ids[first:end], block=self.block.take(range(first, end)), words=self.words[first:end],
-            phrases=self.phrases[first:end], killers=frozenset(row - first for row in self.killers),
+            phrases=self.phrases[first:end],
         )  # fmt: skip
-
-    def encode(self, encoder: Encoder, limits: Sequence[int | None] | None = None) -> TokenBatch:
-        """`encoder.encode_batch` of all documents but the killers, whose status is worker_killed."""
-        if not self.killers:
-            return encoder.encode_batch(self.block, limits)
-        kept = [at for at in range(len(self.block)) if at not in self.killers]
-        rows = encoder.encode_batch(self.block.take(kept), limits and [limits[at] for at in kept])
-        tokens = dict(zip(kept, rows, strict=True))
-        texts = enumerate(self.block.texts)
-        return TokenBatch.of(tokens.get(at) or unusable(WORKER_KILLED, len(text)) for at, text in texts)
 
 
 def documents_of(shard: Shard, killers: Iterable[int] = ()) -> DocumentRows:
@@ -122,23 +116,23 @@ def documents_of(shard: Shard, killers: Iterable[int] = ()) -> DocumentRows:
         doc_ids=columns["doc_id"].to_pylist(),
         block=DocumentBatch(
             texts=columns["text"].to_pylist(),
-            segments=_lists(columns["segments"]),
+            segments=lists_of(columns["segments"]),
             roles=columns["roles"].flatten().to_pylist(),
-            targets_G=_lists(columns["targets"]).values,
+            targets_G=lists_of(columns["targets"]).values,
             places=list(zip(columns["source"].to_pylist(), columns["line"].to_pylist(), strict=True)),
             messages=columns["messages"].to_pylist() if "messages" in columns else [""] * shard.commit.rows,
+            killers=frozenset(killers),
         ),
-        words=_lists(columns["words"]),
-        phrases=_lists(columns["phrases"]),
-        killers=frozenset(killers),
+        words=lists_of(columns["words"]),
+        phrases=lists_of(columns["phrases"]),
     )
 
 
 def tokens_of(shard: Shard) -> TokenBatch:
     """All rows of a shard of a teacher or student table, their tokens alone; raises as `documents_of`."""
     columns = _columns(shard, ("status", "num_chars", "token_ids", "token_spans", "token_kinds", "targets"))
-    ids = _lists(columns["token_ids"])
-    spans, kinds, targets = (_lists(columns[name]).values for name in ("token_spans", "token_kinds", "targets"))
+    ids = lists_of(columns["token_ids"])
+    spans, kinds, targets = (lists_of(columns[name]).values for name in ("token_spans", "token_kinds", "targets"))
     return TokenBatch(
         statuses=columns["status"].to_pylist(), num_chars=columns["num_chars"].to_numpy(), first=ids.first,
         ids=ids.values, spans=spans, kinds=kinds, targets=targets, extended=np.zeros(len(ids), np.int32),
@@ -152,14 +146,6 @@ def _columns(shard: Shard, names: Sequence[str]) -> dict[str, pa.Array]:
     return {name: whole.column(name).combine_chunks() for name in names}
 
 
-def _lists(column: pa.Array) -> Ragged:
-    """A list column of numbers, or of pairs of them."""
-    first, items = row_offsets(column.value_lengths().to_numpy()), column.flatten()
-    if pa.types.is_fixed_size_list(items.type):
-        return Ragged(items.flatten().to_numpy().reshape(-1, items.type.list_size), first)
-    return Ragged(items.to_numpy(zero_copy_only=False), first)
-
-
 def document_at(row: Row) -> Document:
     """The document of one row of the documents table."""
     parts = zip(row["segments"].tolist(), row["roles"], row["targets"].tolist(), strict=True)
@@ -171,20 +157,18 @@ def document_at(row: Row) -> Document:
     )  # fmt: skip
 
 
-def encoder_for(tokenizer: str, section: TeacherSection | StudentSection) -> Encoder:
-    """How the model with this tokenizer reads a document; loads the tokenizer."""
+def encoder_for(tokenizer: str, section: TeacherSection | StudentSection, documents: Table | None = None) -> Encoder:
+    """How the model with this tokenizer reads a document; loads it, and tries it on the first ones of a table."""
     from xkd_trainer.models.loading import load_tokenizer  # torch, which documents do without
 
     loaded = load_tokenizer(tokenizer)
-    return Encoder(
+    encoder = Encoder(
         tokenizer=loaded, template=chosen_template(section.template, loaded), max_tokens=section.max_tokens,
         enable_thinking=section.enable_thinking,
     )  # fmt: skip
-
-
-def first_documents(table: Table) -> list[Document]:
-    """Those that a template is tried on before anything is begun."""
-    return [document_at(table[n]) for n in range(min(len(table), TRIED))]
+    if documents:
+        encoder.check([document_at(documents[n]) for n in range(min(len(documents), TRIED))])
+    return encoder
 
 
 def token_columns(tokens: TokenBatch) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
+from xkd_schemas.cache.table import Table
 from xkd_schemas.config import RunConfig
 from xkd_schemas.console import warn
 from xkd_schemas.errors import OutOfMemory, UsageError, XkdError
@@ -35,6 +36,22 @@ class Stage(Protocol):
 
     def paths(self) -> tuple[Path, ...]:
         """Folder that shards are written to, then what else is read: every machine of a cluster must have them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableStage(Stage):
+    """Work on a table whose rows are those of the documents; a job is the number of a shard."""
+
+    root: Path  # of the cache
+    folder: Path  # of the table
+
+    def rows(self, unit: int) -> int:
+        """Documents of a shard."""
+        return Table(self.root, "documents").manifest.commits[unit].rows
+
+    def paths(self) -> tuple[Path, ...]:
+        """The table's folder and the documents."""
+        return self.folder.absolute(), (self.root / "documents").absolute()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from xkd_schemas.cache.arrow_checks import UNREADABLE, check_schema, read_batch
 from xkd_schemas.cache.manifest import (
     KINDS,
     Commit,
@@ -26,7 +25,7 @@ from xkd_schemas.cache.manifest import (
 from xkd_schemas.codecs import CODECS, PLAIN, Codec
 from xkd_schemas.durable_files import SAFE_NAME, inside, sha256_of, xxh3_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
-from xkd_schemas.ragged import Columns
+from xkd_schemas.ragged import UNREADABLE, Columns, check_schema, read_batch
 
 OPEN_SHARDS: Final = 128  # of a table at once: each takes a file descriptor, of which a process often has 1024
 READY_BATCHES: Final = 16  # record batches of an open shard whose columns stay ready: some KB each

@@ -16,8 +16,7 @@ from typing import Final
 import numpy as np
 
 from xkd_schemas.ragged import Ragged
-from xkd_schemas.text.batches import Line, TokenBatch
-from xkd_schemas.tokens import END, Int32s, Int64s, Tokens
+from xkd_schemas.tokens import END, Int32s, Int64s, Line, TokenBatch, Tokens
 
 _FAR: Final = np.iinfo(np.int32).max
 

@@ -14,6 +14,7 @@ Shape legend for this file
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,16 +22,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from xkd_schemas.documents import Document, document_of
+from xkd_schemas.documents import Document, DocumentBatch, document_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import row_offsets
-from xkd_schemas.text.batches import DocumentBatch, TokenBatch, pieces_of
 from xkd_schemas.text.native_template import NOTHING, Reader, cut_row, read_renderings
 from xkd_schemas.text.normalizer import Normalised
-from xkd_schemas.text.rendering import CHANGED, PROBE, REFUSED, REORDERED, ChatTemplate, NotRendered, Rendered
+from xkd_schemas.text.rendering import CHANGED, PROBE, REFUSED, REORDERED, ChatTemplate, Rendered
 from xkd_schemas.text.templates import CHAT, LAYOUTS, Frame, Layout, assemble_rows, check_template, refuse_text, where
 from xkd_schemas.text.tokenizers import encode_texts, identity, name_of
-from xkd_schemas.tokens import CONTENT, END, OK, WORKER_KILLED, Bools, Int32s, Int64s, Tokens
+from xkd_schemas.tokens import CONTENT, END, OK, WORKER_KILLED, Bools, Int32s, Int64s, NotUsable, TokenBatch, Tokens
 
 MOST_CHARS: Final = 2**20  # encoded at once, of more than one document; results do not depend on it
 BORDER_REACH: Final = 200  # characters a cut goes back to the end of a word; else it is behind the last whole token
@@ -122,7 +122,8 @@ class Encoder:
         block = documents if isinstance(documents, DocumentBatch) else DocumentBatch.of(documents)
         wanted = [len(text) for text in block.texts]
         if limits is not None:
-            wanted = [n if limit is None else min(n, limit) for n, limit in zip(wanted, limits, strict=True)]
+            both = enumerate(zip(wanted, limits, strict=True))
+            wanted = [n if limit is None or at in block.killers else min(n, limit) for at, (n, limit) in both]
         pieces = pieces_of(wanted, MOST_CHARS)
         if len(pieces) == 1:
             return self._encode(block, np.array(wanted, np.int32))
@@ -131,22 +132,23 @@ class Encoder:
 
     def _encode(self, block: DocumentBatch, num_chars: Int32s) -> TokenBatch:
         """One stretch of documents, cut where they are too long; rows that cannot be used have a reason, no tokens."""
-        unicode_R = np.array([_SURROGATE.search(text) is None for text in block.texts], np.bool_)
+        shown_R = np.array([_SURROGATE.search(text) is None for text in block.texts], np.bool_)  # to the tokenizer
+        shown_R[list(block.killers)] = False
         first_target_R = _first_targets(block)
         if self.template == CHAT:
-            rows = self._encode_chat(block, num_chars, unicode_R)
+            rows = self._encode_chat(block, num_chars, shown_R)
         else:
-            rows = self._encode_segments(block, num_chars, unicode_R, first_target_R)
-        return _judge(block, rows, unicode_R, first_target_R)
+            rows = self._encode_segments(block, num_chars, shown_R, first_target_R)
+        return _judge(block, rows, shown_R, first_target_R)
 
-    def _encode_chat(self, block: DocumentBatch, num_chars: Int32s, unicode_R: Bools) -> TokenBatch:
-        written = iter(self._render([block.document(n) for n in np.flatnonzero(unicode_R).tolist()]))
-        found = [next(written) if unicode else NOTHING for unicode in unicode_R]
-        rendered = [NOTHING if isinstance(one, NotRendered) else one for one in found]
+    def _encode_chat(self, block: DocumentBatch, num_chars: Int32s, shown_R: Bools) -> TokenBatch:
+        written = iter(self._render([block.document(n) for n in np.flatnonzero(shown_R).tolist()]))
+        found = [next(written) if shown else NOTHING for shown in shown_R]
+        rendered = [NOTHING if isinstance(one, NotUsable) else one for one in found]
         rows = []
         for n, row in enumerate(read_renderings(block, rendered, self._reader)):
             text, limit, why = block.texts[n], int(num_chars[n]), found[n]
-            row = replace(row, status=why.reason if isinstance(why, NotRendered) else row.status, num_chars=limit)
+            row = replace(row, status=why.reason if isinstance(why, NotUsable) else row.status, num_chars=limit)
             if limit < len(text):
                 row = cut_row(text, row, limit)
             while len(row.ids) > self.max_tokens:
@@ -154,7 +156,7 @@ class Encoder:
             rows.append(row)
         return TokenBatch.of(rows)
 
-    def _render(self, documents: Sequence[Document]) -> list[Rendered | NotRendered]:
+    def _render(self, documents: Sequence[Document]) -> list[Rendered | NotUsable]:
         """What the chat template makes of documents, or why it makes nothing of them."""
         for document in documents:
             refuse_text(document, CHAT)
@@ -163,7 +165,7 @@ class Encoder:
     def check(self, documents: Sequence[Document]) -> None:
         """UsageError where a layout does not take each of the first documents, or a chat template not one of them."""
         found = self._render(documents) if self.template == CHAT else [self._frame(d) for d in documents]
-        faults = [f"{where(d)}: {w}" for d, w in zip(documents, found, strict=True) if isinstance(w, NotRendered)]
+        faults = [f"{where(d)}: {w}" for d, w in zip(documents, found, strict=True) if isinstance(w, NotUsable)]
         if found and len(faults) == len(found):
             raise UsageError(f"{name_of(self.tokenizer)}: {faults[0]}", fix="fix the turns, or --template none")
 
@@ -180,10 +182,10 @@ class Encoder:
         return replace(reader, usual=frozenset(row.ids[row.kinds == END].tolist()))
 
     def _encode_segments(
-        self, block: DocumentBatch, num_chars: Int32s, unicode_R: Bools, first_target_R: Int64s
+        self, block: DocumentBatch, num_chars: Int32s, shown_R: Bools, first_target_R: Int64s
     ) -> TokenBatch:
         """Documents segment by segment; those that are too long are cut and encoded again until they fit."""
-        rows = self._assemble(block, np.where(unicode_R, num_chars, 0))
+        rows = self._assemble(block, np.where(shown_R, num_chars, 0))
         rows = replace(rows, num_chars=num_chars.copy())
         again: dict[int, Tokens] = {}
         long = np.flatnonzero(np.diff(rows.first) > self.max_tokens).tolist()
@@ -247,17 +249,18 @@ def _first_targets(block: DocumentBatch) -> Int64s:
     return first_R
 
 
-def _judge(block: DocumentBatch, rows: TokenBatch, unicode_R: Bools, first_target_R: Int64s) -> TokenBatch:
+def _judge(block: DocumentBatch, rows: TokenBatch, shown_R: Bools, first_target_R: Int64s) -> TokenBatch:
     """Rows that cannot be used lose their tokens and get their reason."""
     idle_R = (rows.num_chars <= first_target_R) | (np.diff(row_offsets(rows.targets)[rows.first]) == 0)
     statuses = [
-        "lone_surrogate" if not unicode
+        WORKER_KILLED if row in block.killers
+        else "lone_surrogate" if not shown
         else status if status != OK
         else OK if not idle
         else "no_target_after_cut" if num_chars < len(text)
         else "no_target"
-        for unicode, status, idle, num_chars, text in zip(
-            unicode_R.tolist(), rows.statuses, idle_R.tolist(), rows.num_chars.tolist(), block.texts, strict=True
+        for row, (shown, status, idle, num_chars, text) in enumerate(
+            zip(shown_R.tolist(), rows.statuses, idle_R.tolist(), rows.num_chars.tolist(), block.texts, strict=True)
         )
     ]  # fmt: skip
     return rows.with_statuses(statuses)
@@ -283,9 +286,16 @@ def cut_point(text: str, tokens: Tokens, max_tokens: int) -> int:
     return last
 
 
-def unusable(status: str, num_chars: int) -> Tokens:
-    """A row without tokens; `status` says why."""
-    return Tokens(
-        status=status, num_chars=num_chars, ids=np.zeros(0, np.int32), spans=np.zeros((0, 2), np.int32),
-        kinds=np.zeros(0, np.uint8), targets=np.zeros(0, np.bool_),
-    )  # fmt: skip
+def pieces_of(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Consecutive stretches of rows, each of one row or of sizes that add up to at most `most`; none if no rows.
+
+    >>> pieces_of([2, 2, 3, 9, 1], most=5)
+    [(0, 2), (2, 3), (3, 4), (4, 5)]
+    """
+    cuts, total = [0], 0
+    for row, size in enumerate(sizes):
+        if total + size > most and row > cuts[-1]:
+            cuts.append(row)
+            total = 0
+        total += size
+    return list(itertools.pairwise([*cuts, len(sizes)])) if sizes else []

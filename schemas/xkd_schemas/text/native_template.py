@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from xkd_schemas.documents import DocumentBatch
 from xkd_schemas.ragged import row_offsets
-from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.normalizer import Normalised, repair_intervals
 from xkd_schemas.text.rendering import Rendered, Turn
 from xkd_schemas.text.tokenizers import Encoded, EncodedText, blanks, encode_with, set_plain
-from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Bools, Int32s, Int64s, Tokens
+from xkd_schemas.tokens import CONTENT, END, OK, TEMPLATE, Bools, Int32s, Int64s, TokenBatch, Tokens
 
 NOTHING: Rendered = Rendered("", np.zeros(0, np.int32), ())  # of a document that is not rendered
 

@@ -31,7 +31,7 @@ from xkd_schemas.documents import Document, document_of
 from xkd_schemas.errors import Refused, UsageError
 from xkd_schemas.text.limited import Limited, LimitExceededError
 from xkd_schemas.text.tokenizers import blanks, name_of
-from xkd_schemas.tokens import Int32s
+from xkd_schemas.tokens import Int32s, NotUsable
 
 TEMPLATE_DAY: Final = datetime.datetime(2025, 1, 1)  # today for a chat template, whatever day a cache is made on
 REFUSED: Final = "template_refuses"
@@ -65,14 +65,6 @@ class Rendered(NamedTuple):
     turns: Sequence[Turn]  # of targets
 
 
-class NotRendered(ValueError):
-    """Why a row cannot be used with this template."""
-
-    def __init__(self, reason: str, what: str) -> None:
-        super().__init__(what)
-        self.reason = reason
-
-
 class ChatTemplate:
     """One tokenizer's chat template, or UsageError; `enable_thinking` is handed to it if it is not None."""
 
@@ -103,28 +95,28 @@ class ChatTemplate:
         faults = []
         for self._parts in (False, True):
             found = self.render([question])[0]
-            if not isinstance(found, NotRendered) and found.turns:
+            if not isinstance(found, NotUsable) and found.turns:
                 return
-            faults.append(str(found) if isinstance(found, NotRendered) else "the chat template leaves the text out")
+            faults.append(str(found) if isinstance(found, NotUsable) else "the chat template leaves the text out")
         raise UsageError(f"{self._name}: {faults[0]}", fix="--template none or --template alpaca")
 
-    def render(self, documents: Sequence[Document]) -> list[Rendered | NotRendered]:
-        """Documents as the template writes them; NotRendered where it refuses, or characters are not found again.
+    def render(self, documents: Sequence[Document]) -> list[Rendered | NotUsable]:
+        """Documents as the template writes them; NotUsable where it refuses, or characters are not found again.
 
         Refused where the template takes more time or memory than it may.
         """
         written = self._write([conversation(document, document.text) for document in documents])
         return [self._follow(document, real) for document, real in zip(documents, written, strict=True)]
 
-    def _follow(self, document: Document, real: str | NotRendered) -> Rendered | NotRendered:
-        if isinstance(real, NotRendered):
+    def _follow(self, document: Document, real: str | NotUsable) -> Rendered | NotUsable:
+        if isinstance(real, NotUsable):
             return real
         key = tuple((s.role, s.target) for s in document.segments)
         source_L = None if document.messages else self._reuse_glue(document, real, self._frames.get(key))
         if source_L is None:
             try:
                 source_L = self._trace(document, real)
-            except NotRendered as why:
+            except NotUsable as why:
                 return why
             glue = None if document.messages else _glue_of(document, real, source_L)
             if glue is not None:
@@ -149,19 +141,19 @@ class ChatTemplate:
             _Trace(document, markers, outer=False),
         ):  # fmt: skip
             traced = self._write([conversation(document, trace.text)])[0]
-            if isinstance(traced, NotRendered):
+            if isinstance(traced, NotUsable):
                 raise traced
             source_L = trace.found(traced, real)
             if source_L is not None:
                 return source_L
-        raise NotRendered(CHANGED, "its characters are not found again in what the chat template writes")
+        raise NotUsable(CHANGED, "its characters are not found again in what the chat template writes")
 
-    def _write(self, rows: Sequence[Conversation], *, prompt: bool = False) -> list[str | NotRendered]:
+    def _write(self, rows: Sequence[Conversation], *, prompt: bool = False) -> list[str | NotUsable]:
         contents = [[_in_parts(message) for message in row.messages] if self._parts else row.messages for row in rows]
         written = self._ask([(own, row.tools, prompt) for own, row in zip(contents, rows, strict=True)])
         refusal = "the chat template refuses the turns {}: {}"
         return [
-            NotRendered(REFUSED, refusal.format(", ".join(str(m["role"]) for m in row.messages), why)) if why else text
+            NotUsable(REFUSED, refusal.format(", ".join(str(m["role"]) for m in row.messages), why)) if why else text
             for (text, why), row in zip(written, rows, strict=True)
         ]
 
@@ -217,7 +209,7 @@ class _Trace:
     def __init__(self, document: Document, markers: Sequence[str], *, outer: bool) -> None:
         text = document.text
         if len(text) > _MOST:
-            raise NotRendered(CHANGED, f"more than {_MOST} characters cannot be followed through a chat template")
+            raise NotUsable(CHANGED, f"more than {_MOST} characters cannot be followed through a chat template")
         self._document = document
         self._codes_N = _codes(text)
         traced_N = self._codes_N.copy()
@@ -327,7 +319,7 @@ def _blocks(own: Codes, written: Codes) -> Iterator[tuple[int, int, int]]:
 def _drop_disordered(document: Document, source_L: Int32s) -> None:
     """Make what is written twice, or in another order than the row has it, the template's own, in place.
 
-    NotRendered where that would be part of a target.
+    NotUsable where that would be part of a target.
     """
     at = np.flatnonzero(source_L >= 0)
     if (np.diff(source_L[at]) > 0).all():
@@ -346,7 +338,7 @@ def _drop_disordered(document: Document, source_L: Int32s) -> None:
             kept[n] = (int(own[0]), int(own[-1]))
             source_L[own] = chars
         elif document.segments[n].target:
-            raise NotRendered(REORDERED, "the chat template writes its targets in another order")
+            raise NotUsable(REORDERED, "the chat template writes its targets in another order")
 
 
 def _glue_of(document: Document, real: str, source_L: Int32s) -> list[str] | None:

@@ -17,13 +17,12 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from xkd_schemas.documents import Document
+from xkd_schemas.documents import Document, DocumentBatch
 from xkd_schemas.errors import UsageError
 from xkd_schemas.ragged import row_offsets
-from xkd_schemas.text.batches import DocumentBatch, TokenBatch
 from xkd_schemas.text.normalizer import Normalised, repair_intervals
 from xkd_schemas.text.tokenizers import EncodedText, encode_texts
-from xkd_schemas.tokens import CONTENT, END, TEMPLATE, Int32s
+from xkd_schemas.tokens import CONTENT, END, TEMPLATE, Int32s, TokenBatch
 
 ALPACA: Final = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xkd_pipeline.capture import sampled_logits as draws
-from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
+from xkd_pipeline.capture import measure as draws
+from xkd_pipeline.capture.measure import draw_classes, uniforms
 from xkd_schemas.codecs import TOTAL, find_class_fault, unpack_classes
 
 
@@ -110,7 +110,7 @@ def test_shares_are_right_on_average_to_the_last_digit_and_always_add_up() -> No
 
 
 def test_a_row_is_drawn_alike_alone_and_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draws, "ELEMENTS", 7 * 500)
+    monkeypatch.setattr(draws, "DRAW_ELEMENTS", 7 * 500)
     logits_NV = 3 * torch.randn(40, 500, generator=torch.Generator().manual_seed(5))
     u_N2 = torch.rand(40, 2, generator=torch.Generator().manual_seed(6))
 

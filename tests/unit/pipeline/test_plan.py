@@ -18,14 +18,13 @@ from xkd_pipeline.capture import passes
 from xkd_pipeline.capture.artifacts import sizes_of
 from xkd_pipeline.cli.app import app
 from xkd_pipeline.reports import plan as size
-from xkd_pipeline.reports.plan import make_plan, read_plan_sample
-from xkd_pipeline.reports.plan_text import parse_size, plan_lines
+from xkd_pipeline.reports.plan import make_plan, parse_size, plan_lines, read_plan_sample
 from xkd_pipeline.reports.sample import spread_evenly
 from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import CODECS, PLAIN
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
-from xkd_schemas.signals import KINDS, Signal
+from xkd_schemas.signals import KINDS, OFFSET_BYTES, Signal, signal_bytes
 from xkd_trainer.models.loading import load_model
 from xkd_trainer.models.streaming import empty_model
 
@@ -149,7 +148,7 @@ def test_every_kind_of_signal_can_be_counted() -> None:
     spans = {f"{unit} {per}": 2 for unit in ("word", "phrase") for per in ("K", "K(K-1)/2")}
     for name, kind in KINDS.items():
         signal = Signal(name, 1 if kind.layer else None, "word" if kind.unit else None, 2 if kind.top else None)
-        assert size.signal_bytes(signal, 8, PLAIN, {"T": 9, "R": 5, "N": 4, **spans}, 1) > size.OFFSET_BYTES, name
+        assert signal_bytes(signal, 8, PLAIN, {"T": 9, "R": 5, "N": 4, **spans}, 1) > OFFSET_BYTES, name
 
 
 def test_a_budget_says_what_to_change_and_what_each_codec_needs(whole: dict[str, Any]) -> None:

@@ -11,10 +11,9 @@ import small_cache
 from rounding_quantizer import quantised
 from small_cache import IN_PROCESS, made
 from xkd_pipeline.maintain.recompute import recompute
-from xkd_pipeline.reports.plan import make_plan
-from xkd_pipeline.reports.plan_text import plan_lines
+from xkd_pipeline.reports.plan import make_plan, plan_lines
 from xkd_pipeline.stages import teacher_stage
-from xkd_pipeline.tables.build import Outcome
+from xkd_pipeline.tables.writer import Outcome
 from xkd_schemas.cache.table import Table
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, Refused, UsageError
 from xkd_trainer.models.architecture import head_of

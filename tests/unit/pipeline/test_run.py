@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import small_cache
 from fake_stage import FakeStage
-from xkd_pipeline import public, stages
+from xkd_pipeline import align, documents, stages, teacher
 from xkd_pipeline.cli import app as cli
 from xkd_pipeline.stages import Outcome
 from xkd_pipeline.workers import ray_pool
 from xkd_pipeline.workers.contract import Workers
 from xkd_pipeline.workers.ray_pool import Place, versions
 from xkd_pipeline.workers.scheduler import make_shards
-from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import InputMissing, Mismatch, Refused, WorkersGone
 
 DEMO = Path(__file__).parents[3] / "runs" / "demo.toml"
@@ -58,7 +58,7 @@ def test_ray_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch) -> Non
         make_shards(FakeStage(folder=tmp_path), [0], Workers(count=1), lambda _commit: None)
 
 
-def test_what_flags_and_run_files_say_of_workers_reaches_the_stage_and_gpus_only_the_teacher(monkeypatch) -> None:
+def test_what_flags_say_of_workers_reaches_the_stages(monkeypatch) -> None:
     told: dict[str, Workers] = {}
 
     def stage(name: str):
@@ -75,16 +75,30 @@ def test_what_flags_and_run_files_say_of_workers_reaches_the_stage_and_gpus_only
 
     assert CliRunner().invoke(cli.app, ["teacher", "cache", "--model", "m", *flags]).exit_code == 0
     assert told == {"teacher": whole}
-    told.clear()
     assert CliRunner().invoke(cli.app, ["preprocess", str(DEMO), *flags]).exit_code == 0
-    without = replace(whole, gpus=0.0)
-    assert told == {"documents": without, "teacher": whole, "align": without}
-    run = RunConfig.load(DEMO, workers=2, gpus_per_worker=0.5, ray_address="head:6379", stall_timeout=9.0)
-    found = dict(told)
-    for name in found:
-        told.clear()
-        getattr(public, name)(run)
-        assert told == {name: found[name]}
+    assert told == dict.fromkeys(("documents", "teacher", "align"), whole)
+
+
+def test_what_a_run_file_says_of_workers_reaches_every_stage_and_gpus_only_the_teacher(monkeypatch) -> None:
+    asked = {"workers": 2, "gpus_per_worker": 0.5, "ray_address": "head:6379", "stall_timeout": 9.0}
+    run = small_cache.whole_run(small_cache.made() / "cache").model_copy(update=asked)
+    told: dict[str, Workers] = {}
+
+    def maker(name: str):
+        def make(*given: object) -> None:
+            told[name] = next(one for one in given if isinstance(one, Workers))
+            raise WorkersGone("told")
+
+        return make
+
+    for name in ("documents", "teacher", "students"):
+        monkeypatch.setattr(stages, f"make_{name}", maker(name))
+    for stage in (documents, teacher, align):
+        with pytest.raises(WorkersGone, match="told"):
+            stage(run)
+
+    whole = Workers(count=2, gpus=0.5, address="head:6379", stall_seconds=9.0)
+    assert told == {"documents": replace(whole, gpus=0.0), "teacher": whole, "students": replace(whole, gpus=0.0)}
 
 
 def here(folder: Path, **changes: object) -> Place:

@@ -13,10 +13,9 @@ from small_cache import made
 from xkd_pipeline.alignment import align_rows
 from xkd_pipeline.tables.shard import DocumentRows, document_at, documents_of, tokens_of
 from xkd_schemas.cache.table import Table
-from xkd_schemas.documents import Document, document_of
+from xkd_schemas.documents import Document, DocumentBatch, document_of
 from xkd_schemas.ragged import Ragged
 from xkd_schemas.text import encode
-from xkd_schemas.text.batches import DocumentBatch
 from xkd_schemas.tokens import OK, tokens_at
 
 PAIRS = [(a, b) for a in four_tokenizers.KINDS for b in four_tokenizers.KINDS]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from xkd_pipeline.parsing.phrases import cut_pieces, select_phrases, trim, verb_groups
+from xkd_pipeline.parsing.spacy_parser import cut_pieces, select_phrases, trim, verb_groups
 from xkd_pipeline.parsing.stage import PARSERS
 from xkd_schemas.config import DocumentsSection
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas.documents import INTERVALS, document_of
+from xkd_schemas.documents import INTERVALS, DocumentBatch, document_of
 from xkd_schemas.ragged import Ragged, column_of, flat_list
-from xkd_schemas.text.batches import DocumentBatch, TokenBatch, pieces_of
-from xkd_schemas.tokens import OK, Tokens
+from xkd_schemas.text.encode import pieces_of
+from xkd_schemas.tokens import OK, TokenBatch, Tokens
 
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=4), max_size=6)
 PARTS = st.tuples(st.sampled_from(["user", "assistant", "text"]), st.text(max_size=3), st.booleans())

@@ -13,7 +13,7 @@ import one_tokenizer as one
 import slow_losses as slow
 import tiny_models as tiny
 from one_step import gradients
-from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
+from xkd_pipeline.capture.measure import draw_classes, uniforms
 from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import TOTAL
 from xkd_schemas.errors import BadData

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xkd_pipeline.capture.sampled_logits import draw_classes, uniforms
+from xkd_pipeline.capture.measure import draw_classes, uniforms
 from xkd_schemas.codecs import unpack_classes
 from xkd_trainer.losses.baselines.kl import head_sampled_kl
 from xkd_trainer.losses.ops.divergence import Comparison

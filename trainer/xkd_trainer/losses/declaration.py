@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from xkd_schemas.errors import UsageError
+from xkd_schemas.errors import UsageError, settings_error
 from xkd_schemas.signals import Signal
-from xkd_schemas.validation import settings_error
 from xkd_trainer.data.batch import Batch, gather_rows
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.shared_pass import HeadPlan
