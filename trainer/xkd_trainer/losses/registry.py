@@ -13,8 +13,7 @@ from typing import Final
 
 from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.baselines.alm import ALM
-from xkd_trainer.losses.baselines.dskd import DSKD, DSKD_CMA, DSKD_V2
-from xkd_trainer.losses.baselines.dskd_ga import DSKD_CMA_GA
+from xkd_trainer.losses.baselines.dskd import DSKD, DSKD_CMA, DSKD_CMA_GA, DSKD_V2
 from xkd_trainer.losses.baselines.fdd import FDD
 from xkd_trainer.losses.baselines.gold import GOLD
 from xkd_trainer.losses.baselines.kl import CE, KL, RSKD
