@@ -9,7 +9,7 @@ from torch import Tensor
 
 from poison import poisoned
 from xkd_trainer.data.batch import Batch, blank
-from xkd_trainer.models.packing import plan_rows
+from xkd_trainer.models.padding import plan_rows
 from xkd_trainer.training.distiller import Distiller
 
 

@@ -19,7 +19,7 @@ from xkd_trainer.losses.declaration import StudentPass
 from xkd_trainer.models.architecture import blocks_of, head_of, num_layers
 from xkd_trainer.models.forward import States, check_model, rehearse, run
 from xkd_trainer.models.loading import load_model, new_model
-from xkd_trainer.models.packing import plan_rows
+from xkd_trainer.models.padding import plan_rows
 from xkd_trainer.models.streaming import check_steps, load_streamed
 from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.prepare import Ready, set_up

@@ -17,10 +17,9 @@ from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.models import forward
 from xkd_trainer.training import batches, files
-from xkd_trainer.training.distiller import Distiller
+from xkd_trainer.training.distiller import OPTIMIZERS, Distiller, make_optimizer
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.loop import train
-from xkd_trainer.training.optimizers import OPTIMIZERS, make_optimizer
 from xkd_trainer.training.prepare import set_up
 
 READS = "mta+sra"  # inner states, attention rows, and every position

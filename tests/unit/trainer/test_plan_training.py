@@ -15,7 +15,7 @@ from xkd_trainer.losses.registry import loss_names
 from xkd_trainer.models import loading
 from xkd_trainer.models.architecture import backbone
 from xkd_trainer.training import plan
-from xkd_trainer.training.optimizers import make_optimizer
+from xkd_trainer.training.distiller import make_optimizer
 from xkd_trainer.training.plan import plan_training
 from xkd_trainer.training.prepare import set_up
 

@@ -13,8 +13,8 @@ from xkd_schemas.errors import InputMissing, UsageError
 from xkd_train import xkd_train
 from xkd_trainer.reports import watch
 from xkd_trainer.reports.report import draw_chart, write_report
-from xkd_trainer.reports.runs import read_run
 from xkd_trainer.reports.watch import draw, status_of
+from xkd_trainer.run_folder import read_run
 
 
 def page_of(tmp_path: Path, *outs: Path) -> str:

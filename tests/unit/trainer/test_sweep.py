@@ -13,7 +13,7 @@ from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import NonFinite, UsageError, WorkersGone
 from xkd_train import xkd_train
 from xkd_trainer import sweep as sweeps
-from xkd_trainer.reports.runs import read_run
+from xkd_trainer.run_folder import read_run
 from xkd_trainer.sweep import Ended, make_cells, parse_vary, steps_in_equal_time, summarise
 from xkd_trainer.training import loop
 

@@ -150,12 +150,12 @@ class Loss(nn.Module):
     attention: bool | Literal["text"] = False
     """Whether it reads the student's last attention row, in the last block and in those of `layers`; "text": that of
     the last text token, in front of the end token."""
-    terms: tuple[str, ...] = ()
-    """Names of the terms, for the two methods below."""
+    terms: tuple[str, ...] | Mapping[str, float] = ()
+    """Names of the terms, or the factor of each where it is not 1, for the two methods below."""
 
     def weights(self, step: int) -> Mapping[str, float]:
-        """Factor of each term at an optimizer step; 1 unless a loss says otherwise."""
-        return dict.fromkeys(self.terms, 1.0)
+        """Factor of each term at an optimizer step; that of `terms` unless a loss says otherwise."""
+        return self.terms if isinstance(self.terms, Mapping) else dict.fromkeys(self.terms, 1.0)
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """The `count` of each term, from the batch alone, so that a step can be divided before it is run.
@@ -176,6 +176,11 @@ class Projectors(BaseModel):
     """Of all their parameters."""
 
 
+def last_states(settings: object, levels: object) -> tuple[Signal, ...]:
+    """What a loss of last states needs; heads and embeddings are always in the cache."""
+    return (Signal("hidden_last"),)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Declaration:
     """One loss of the registry."""
@@ -184,7 +189,7 @@ class Declaration:
     source: str
     """Paper and sections."""
     settings: type[BaseModel] = Settings
-    needs: Callable[[Any, Levels], tuple[Signal, ...]]
+    needs: Callable[[Any, Levels], tuple[Signal, ...]] = last_states
     """From settings and the (layer, unit) pairs to the signals that must be cached."""
     build: Callable[[Any, Context], nn.Module]
     """A `Loss`, or another module with its members."""

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass, constant_head
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
@@ -132,11 +131,6 @@ class TeacherHead(nn.Module):
     def forward(self, hidden: Tensor) -> LazyLogits:
         """Logits of states [..., D], not made yet."""
         return LazyLogits(hidden=hidden, weight=self.weight_VD, bias=self.bias_V)
-
-
-def last_states(settings: object, levels: object) -> tuple[Signal, ...]:
-    """What a loss of last states needs; heads and embeddings are always in the cache."""
-    return (Signal("hidden_last"),)
 
 
 def teacher_states(batch: Batch) -> Tensor:

@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Positive, Projectors, StudentPass, Weight
-from xkd_trainer.losses.dual_space import CrossModelLoss, DualSpaceSettings, Mixed, at_valid
+from xkd_trainer.losses.dual_space import SPACES, CrossModelLoss, DualSpaceSettings, Mixed, at_valid
 from xkd_trainer.losses.ops.divergence import Kind
-from xkd_trainer.losses.ops.long_soft_dtw import cosine_soft_dtw, is_long
 from xkd_trainer.losses.ops.shared_pass import Planned, Weigh, head_divergence
-from xkd_trainer.losses.ops.soft_dtw import Band, cosine_cost, expected_alignment, hard_band, look_at, soft_band
+from xkd_trainer.losses.ops.soft_dtw import Band, cosine_soft_dtw, hard_band, is_long, look_along, soft_band
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pairing import share_out
 from xkd_trainer.models.measures import at_least_float32
@@ -180,7 +179,6 @@ def sequence_term(  # noqa: PLR0913 - two sequences with their lengths, a band, 
 # -- wiring to the cache
 
 
-_KD = ("projected_ce", "student_space", "teacher_space")
 _DTW = ("dtw_embeddings", "dtw_states")
 
 
@@ -195,7 +193,7 @@ class Dwa(CrossModelLoss):
     All are sums divided by the number of the student's predictions.
     """
 
-    terms = (*_KD, *_DTW)
+    terms = (*SPACES, *_DTW)
 
     def __init__(self, settings: DwaSettings, context: Context) -> None:
         super().__init__(context, "dwa")
@@ -208,7 +206,7 @@ class Dwa(CrossModelLoss):
         s = self.settings
         dtw = s.dtw * s.share(step, s.dtw_warmup_steps)
         gate = s.share(step, s.gate_warmup_steps) if s.gate else 1.0
-        return dict.fromkeys(_KD, s.kd) | {"student_space": s.kd * gate} | dict.fromkeys(_DTW, dtw)
+        return dict.fromkeys(SPACES, s.kd) | {"student_space": s.kd * gate} | dict.fromkeys(_DTW, dtw)
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm | Planned]:
         """Eq. 7-25."""
@@ -248,9 +246,7 @@ class Dwa(CrossModelLoss):
         }
         found: dict[str, LossTerm | Planned] = {}
         for name, sides in pairs.items():
-            seen = mixed.seen
-            if by_alignment:
-                seen = look_at(expected_alignment(cosine_cost(*sides), *lengths, gamma=gamma))
+            seen = look_along(*sides, lengths, gamma=gamma) if by_alignment else mixed.seen
             wall = find_band(seen, lengths, s, share)
             found[name] = sequence_term(
                 *sides, lengths, wall, gamma=gamma, divergence=s.dtw_divergence, in_blocks=long
@@ -259,12 +255,7 @@ class Dwa(CrossModelLoss):
 
 
 DWA = Declaration(
-    name="dwa",
-    source="DWA-KD, arXiv 2602.21669, eq. 7-25, on DSKD-CMA, arXiv 2406.17328",
-    settings=DwaSettings,
-    needs=needs,
-    build=Dwa,
-    ce_weight=0.5,
-    plug_weight=0.5,
+    name="dwa", source="DWA-KD, arXiv 2602.21669, eq. 7-25, on DSKD-CMA, arXiv 2406.17328", settings=DwaSettings,
+    needs=needs, build=Dwa, ce_weight=0.5, plug_weight=0.5,
     projectors=Projectors(projector_lr=1e-3, projector_weight_decay=0.01),
-)
+)  # fmt: skip

@@ -357,11 +357,6 @@ class Mta(Loss):
 
 
 MTA = Declaration(
-    name="mta",
-    source="MTA, arXiv 2605.01374, eq. 5-14",
-    settings=MtaSettings,
-    needs=needs,
-    build=Mta,
-    plug_in=True,
+    name="mta", source="MTA, arXiv 2605.01374, eq. 5-14", settings=MtaSettings, needs=needs, build=Mta, plug_in=True,
     projectors=Projectors(projector_lr=5e-4, projector_weight_decay=0.01),
-)
+)  # fmt: skip

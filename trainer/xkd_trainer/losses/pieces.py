@@ -136,10 +136,10 @@ class PieceLoss(Loss):
     """Its first term is a sum over pieces. The others have weight 0: parts of it, and `covered`, the share of the
     student's predictions that are in pieces."""
 
-    def __init__(self, settings: PieceSettings, context: Context, who: str) -> None:
+    def __init__(self, settings: PieceSettings, context: Context, who: str, *parts: str) -> None:
         super().__init__()
         self.how = settings
-        self.terms = (who, "covered")
+        self.terms = {who: 1.0} | dict.fromkeys((*parts, "covered"), 0.0)
         self.head = TeacherHead(context, who)
 
     def compare(self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice) -> Tensor:
@@ -153,10 +153,6 @@ class PieceLoss(Loss):
     def divergence(self, p_gV: Tensor, q_gV: Tensor) -> Tensor:
         """Of log-probabilities of teacher and student, [g]."""
         return DIVERGENCES[self.how.divergence](p_gV, q_gV, self.how)
-
-    def weights(self, step: int) -> Mapping[str, float]:
-        """1 for the loss."""
-        return dict.fromkeys(self.terms, 0.0) | {self.terms[0]: 1.0}
 
     def weigh(self, pieces: Pieces) -> Tensor:
         """Weights of the pieces, [G]."""

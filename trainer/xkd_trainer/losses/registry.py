@@ -27,7 +27,7 @@ LOSSES: Mapping[str, str] = {
     "dwa": "dwa:DWA",
     "dskd": "baselines.dskd:DSKD",
     "dskd_cma": "baselines.dskd:DSKD_CMA",
-    "dskd_cma_ga": "baselines.dskd_ga:DSKD_CMA_GA",
+    "dskd_cma_ga": "baselines.dskd:DSKD_CMA_GA",
     "dskd_v2": "baselines.dskd:DSKD_V2",
     "alm": "baselines.alm:ALM",
     "gold": "baselines.gold:GOLD",

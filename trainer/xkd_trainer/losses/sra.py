@@ -197,21 +197,18 @@ class Sra(Loss):
         ours = (*settings.student_layers, context.student_layers) if settings.student_layers else ()
         self.beside = dict(pair_layers("sra", (*inner, last), ours, context))
         self.layers = tuple(self.beside[layer] for layer in inner)
-        self.shares = dict(zip(self.beside, layer_shares(settings.beta, len(self.beside)), strict=True))
+        shares = zip(self.beside, layer_shares(settings.beta, len(self.beside)), strict=True)
+        cosines = {self._cos(layer): settings.cos * share for layer, share in shares}
+        self.terms = cosines | {"geo": settings.geo, "kd": 1.0, "spans": 0.0}
         self.projector = _make_projector(context, settings)
         self.inner_projectors = nn.ModuleDict({str(layer): _make_projector(context, settings) for layer in inner})
         own_ids_V, their_ids_V = shared_vocabulary(context.student_vocab, context.teacher_vocab, settings.shared_vocab)
         self.student_ids_V = nn.Buffer(own_ids_V, persistent=False)
         self.head = TeacherHead(context, "sra", their_ids_V)
 
-    def weights(self, step: int) -> Mapping[str, float]:
-        """L_HS + L_KD of the paper; cross-entropy is a loss of its own."""
-        cosines = {self._cos(layer): self.settings.cos * share for layer, share in self.shares.items()}
-        return cosines | {"geo": self.settings.geo, "kd": 1.0, "spans": 0.0}
-
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Documents with an aligned span."""
-        return dict.fromkeys(self.weights(0), self._find_spans(batch)[2].any(-1).sum())
+        return dict.fromkeys(self.terms, self._find_spans(batch)[2].any(-1).sum())
 
     def _cos(self, layer: int) -> str:
         return f"cos@{layer}" if self.layers else "cos"
@@ -303,12 +300,6 @@ def _at_kept_rows(batch: Batch, values_BT: Tensor | None) -> Tensor:
 
 
 SRA = Declaration(
-    name="sra",
-    source="SRA, arXiv 2605.01205, sections 2.1-2.3 of its method",
-    settings=SraSettings,
-    needs=needs,
-    build=Sra,
-    default_weight=0.5,
-    ce_weight=0.5,
-    projectors=Projectors(projector_lr=5e-4, projector_weight_decay=0.0),
-)
+    name="sra", source="SRA, arXiv 2605.01205, sections 2.1-2.3 of its method", settings=SraSettings, needs=needs,
+    build=Sra, default_weight=0.5, ce_weight=0.5, projectors=Projectors(projector_lr=5e-4),
+)  # fmt: skip

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from xkd_schemas.errors import UsageError
 from xkd_trainer.models.architecture import backbone, evaluating, num_layers, tokens_of_any
-from xkd_trainer.models.packing import Packing
+from xkd_trainer.models.padding import Packing
 
 UNIFORM: Final = "use weights that need no attention map: --set losses.sra.weights=uniform"
 

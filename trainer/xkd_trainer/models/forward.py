@@ -30,7 +30,7 @@ from xkd_trainer.models.architecture import (
 from xkd_trainer.models.attention import UNIFORM, LastRows, check_attention, listen
 from xkd_trainer.models.loading import short
 from xkd_trainer.models.measures import normalise_row
-from xkd_trainer.models.packing import Packing, plan_rows
+from xkd_trainer.models.padding import Packing, plan_rows
 
 BACKEND = "inductor"  # of torch.compile
 

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from xkd_schemas.durable_files import replace
 from xkd_schemas.errors import UsageError
 from xkd_schemas.page import render_page
-from xkd_trainer.reports.runs import SeenRun, read_run
+from xkd_trainer.run_folder import SeenRun, read_run
 
 POINTS: Final = 300  # of one curve that are drawn; more are averaged
 COLOURS: Final = 8  # of curves; further runs have broken lines

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from xkd_schemas.page import escape_text
 from xkd_schemas.progress import Progress, show_time
-from xkd_trainer.reports.runs import FINISHED, TRAINING, read_run
+from xkd_trainer.run_folder import FINISHED, TRAINING, read_run
 
 PAUSE: Final = 1.0  # seconds between two looks
 

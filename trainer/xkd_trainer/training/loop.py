@@ -39,6 +39,7 @@ from xkd_trainer.training.devices import (
     sum_gradients,
     whole_root,
 )
+from xkd_trainer.training.distiller import make_optimizer
 from xkd_trainer.training.files import (
     Snapshot,
     export_student,
@@ -51,7 +52,6 @@ from xkd_trainer.training.files import (
 )
 from xkd_trainer.training.fingerprint import fingerprint_of, refuse_another_run
 from xkd_trainer.training.held_out import Evaluations, check_evaluation
-from xkd_trainer.training.optimizers import make_optimizer
 from xkd_trainer.training.prepare import Ready, set_up
 from xkd_trainer.training.tracking import Meter, Records, Window, add_values, check_trackers
 

@@ -139,11 +139,6 @@ class Alm(Loss):
 
 
 ALM = Declaration(
-    name="alm",
-    source="ALM, arXiv 2503.20083, without its outcome-chunk debiasing",
-    settings=AlmSettings,
-    needs=needs,
-    build=Alm,
-    default_weight=0.5,
-    ce_weight=0.5,
-)
+    name="alm", source="ALM, arXiv 2503.20083, without its outcome-chunk debiasing", settings=AlmSettings,
+    needs=needs, build=Alm, default_weight=0.5, ce_weight=0.5,
+)  # fmt: skip

@@ -1,11 +1,21 @@
-"""DSKD (arXiv 2406.17328) and DSKDv2 (arXiv 2504.11426); see `dual_space` for their three terms.
+"""DSKD (arXiv 2406.17328), DSKD-CMA-GA (2603.22056) and DSKDv2 (2504.11426); see `dual_space` for their three terms.
 
 `dskd` compares by position, for one tokenizer, `dskd_cma` by cross-model attention, for two. `dskd_v2` compares where
 both models predict the same piece of text. There the projection from teacher to student starts where the student's
 head gives the teacher's logits on the classes both vocabularies share; the one from student to teacher is never
 trained but solved anew from the student's current head.
 
-Shape legend: see batch.py; d is the student's width, K counts the classes both vocabularies share. In the functions
+`dskd_cma_ga` is `dskd_cma` whose queries learn to look like its keys. Queries are made of the student's embeddings and
+keys of the teacher's, two distributions that need not meet. A discriminator D learns to tell them apart, and the
+projector of the queries learns to deceive it, beside the three terms. Both learn in one step: the gradient of D's loss
+reaches the queries with its sign turned.
+
+    z = sigmoid(H x) relu(H x) + (1 - sigmoid(H x)) x        D(x) = w leaky_relu(W z), slope 0.1; each with bias
+    keys     sum_j -log sigmoid(D(k_j)) / M                  teaches D
+    queries  sum_i -log(1 - sigmoid(D(q_i))) / N             teaches D, and `query` with the sign turned
+
+Shape legend: see batch.py; d is the student's width, K counts the classes both vocabularies share, and of the
+discriminator is the width of the common space, 2 D; P tokens of one kind, response only. In the functions
     D width of one model    W width of the other    V teacher's vocabulary
 """
 
@@ -16,11 +26,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import leaky_relu, linear, softplus
 
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
-from xkd_trainer.losses.declaration import Context, Declaration, Loss, Projectors, StudentPass, constant_head
+from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Projectors, StudentPass, constant_head
 from xkd_trainer.losses.dual_space import (
     SPACES,
     CrossModelLoss,
@@ -28,7 +38,6 @@ from xkd_trainer.losses.dual_space import (
     DualSpaceSettings,
     TeacherHead,
     find_correct,
-    last_states,
     teacher_states,
     with_fixed_head,
 )
@@ -39,6 +48,15 @@ from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.losses.pairing import OneTokenizerLoss
 
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest count as 0 in `pseudo_inverse`
+
+
+class DskdGaSettings(DskdCmaSettings):
+    """Options of the adversary beside those of DSKD-CMA."""
+
+    kq_rate: Positive = 0.01
+    """What `keys` and `queries` weigh beside the three terms. The code's default; without it: dskd_cma."""
+    hidden: int = Field(default=768, ge=1)
+    """Inner width of the discriminator. The code's 768."""
 
 
 class DskdV2Settings(DualSpaceSettings):
@@ -79,6 +97,35 @@ def equal_logits(inverse_DK: Tensor, other_KW: Tensor) -> Tensor:
     it: from teacher to student with the student's inverse (the start of training), and back with the teacher's.
     """
     return inverse_DK @ other_KW.detach().to(inverse_DK.dtype)
+
+
+def turn_gradient(x: Tensor) -> Tensor:
+    """The same values; what is behind them gets the gradient with its sign turned.
+
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> turn_gradient(x).square().backward()
+    >>> x.grad
+    tensor(-6.)
+    """
+    return 2.0 * x.detach() - x
+
+
+class Discriminator(nn.Module):
+    """Logits that vectors are keys, [P, K] to [P]."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.highway = nn.Linear(width, width)
+        self.inner = nn.Linear(width, hidden)
+        self.outer = nn.Linear(hidden, 1)
+
+    def forward(self, x_PK: Tensor) -> Tensor:
+        """D of the module's first lines."""
+        open_PK = self.highway(x_PK)
+        gate_PK = open_PK.sigmoid()
+        mixed_PK = gate_PK * open_PK.relu() + (1.0 - gate_PK) * x_PK
+        logits_P1: Tensor = self.outer(leaky_relu(self.inner(mixed_PK), 0.1))
+        return logits_P1[:, 0]
 
 
 # -- wiring to the cache
@@ -123,6 +170,31 @@ class DskdCma(CrossModelLoss):
         return self.compare(batch, student, self.mix(batch, student), self.settings)
 
 
+class DskdGa(CrossModelLoss):
+    """The terms of DSKD-CMA, and what the discriminator makes of `keys` and `queries`, a mean over each."""
+
+    def __init__(self, settings: DskdGaSettings, context: Context) -> None:
+        super().__init__(context, "dskd_cma_ga")
+        self.settings = settings
+        self.terms = dict.fromkeys(SPACES, 1.0) | dict.fromkeys(("keys", "queries"), settings.kq_rate)
+        self.discriminator = Discriminator(2 * context.teacher_width, settings.hidden)
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """The student's response tokens, and the teacher's for the keys."""
+        return {**super().counts(batch), "keys": batch.teacher_predict_valid_BM.sum()}
+
+    def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
+        """Both spaces and the adversary."""
+        mixed, counts = self.mix(batch, student), self.counts(batch)
+        of_keys = self.discriminator(mixed.key_BMK[batch.teacher_predict_valid_BM])
+        of_queries = self.discriminator(turn_gradient(mixed.query_BNK[batch.predict_valid_BN]))
+        return {
+            **self.compare(batch, student, mixed, self.settings),
+            "keys": term(softplus(-of_keys).sum(), counts["keys"]),
+            "queries": term(softplus(of_queries).sum(), counts["queries"]),
+        }
+
+
 class DskdV2(Loss):
     """`projected_ce` over labelled pairs, `student_space` over those that agree, `teacher_space` over all pairs.
 
@@ -147,11 +219,8 @@ class DskdV2(Loss):
         """For each teacher class the student class of the same text, or -1."""
         self.student_ids_K = nn.Buffer(own_ids_K, persistent=False)
         self.inverse_DK = nn.Buffer(pseudo_inverse(teacher_KD), persistent=False)
-
-    def weights(self, step: int) -> Mapping[str, float]:
-        """L_KD is their sum; its factor is the loss's own."""
-        student, teacher = (float(self.settings.spaces != other) for other in ("teacher", "student"))
-        return {"projected_ce": student, "student_space": student, "teacher_space": teacher}
+        student, teacher = (float(settings.spaces != other) for other in ("teacher", "student"))
+        self.terms = {"projected_ce": student, "student_space": student, "teacher_space": teacher}
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Labelled pairs, those that agree, and all pairs."""
@@ -196,19 +265,17 @@ class DskdV2(Loss):
 
 
 DSKD = Declaration(
-    name="dskd",
-    source="DSKD for one vocabulary, arXiv 2406.17328",
-    settings=DualSpaceSettings,
-    needs=last_states,
-    build=Dskd,
-    one_tokenizer=True,
-    default_weight=0.5,
-    ce_weight=0.5,
+    name="dskd", source="DSKD for one vocabulary, arXiv 2406.17328", settings=DualSpaceSettings, build=Dskd,
+    one_tokenizer=True, default_weight=0.5, ce_weight=0.5,
     projectors=Projectors(projector_lr=1e-3, projector_weight_decay=0.01),
-)
+)  # fmt: skip
 DSKD_CMA = replace(
     DSKD, name="dskd_cma", source="DSKD with cross-model attention, arXiv 2406.17328", settings=DskdCmaSettings,
     build=DskdCma, one_tokenizer=False,
+)  # fmt: skip
+DSKD_CMA_GA = replace(
+    DSKD_CMA, name="dskd_cma_ga", source="DSKD-CMA with key-query matching by an adversary, arXiv 2603.22056",
+    settings=DskdGaSettings, build=DskdGa,
 )  # fmt: skip
 DSKD_V2 = replace(
     DSKD_CMA, name="dskd_v2", source="DSKDv2 with exact token alignment, arXiv 2504.11426", settings=DskdV2Settings,

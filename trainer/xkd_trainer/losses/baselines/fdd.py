@@ -96,16 +96,11 @@ class Fdd(OneTokenizerLoss):
         self.layers = tuple(sorted(student for _, student in self.pairs))
         derivative = settings.derivative if len(self.pairs) > 1 else 0.0
         factors = {"final": settings.final, "trajectory": settings.trajectory, "derivative": derivative}
-        self.factors = {name: factor for name, factor in factors.items() if factor > 0}
-        self.terms = tuple(self.factors)
-        if not self.factors:
+        self.terms = {name: factor for name, factor in factors.items() if factor > 0}
+        if not self.terms:
             raise UsageError("loss fdd has no term left: all its weights are 0, or one layer has no derivative")
         self.how = Comparison(kind="forward_kl", temperature=settings.temperature)
         self.head = TeacherHead(context, "fdd")
-
-    def weights(self, step: int) -> Mapping[str, float]:
-        """Those of the settings."""
-        return self.factors
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Both models' states, read with their heads, layer by layer."""
@@ -116,16 +111,16 @@ class Fdd(OneTokenizerLoss):
         def compare(pair: tuple[int, int]) -> Tensor:
             return head_divergence(*logits[pair], None, self.how)
 
-        if "final" in self.factors:
+        if "final" in self.terms:
             sums["final"] = compare(ends)
-        if "trajectory" in self.factors:
+        if "trajectory" in self.terms:
             sums["trajectory"] = torch.stack([compare(pair) for pair in self.pairs]).mean(0)
-        if "derivative" in self.factors:
+        if "derivative" in self.terms:
             sides = zip(*(logits[pair] for pair in self.pairs), strict=True)
             sums["derivative"] = derivative(
                 *(replace(side[0], hidden=torch.stack([z.hidden for z in side], dim=1)) for side in sides)
             )
-        return {name: term(sums[name], batch.num_predictions) for name in self.factors}
+        return {name: term(sums[name], batch.num_predictions) for name in self.terms}
 
     def _layer(
         self, batch: Batch, student: StudentPass, teacher_layer: int, student_layer: int
@@ -144,11 +139,6 @@ class Fdd(OneTokenizerLoss):
 
 
 FDD = Declaration(
-    name="fdd",
-    source="FDD, as the base loss of MTA, arXiv 2605.01374",
-    settings=FddSettings,
-    needs=needs,
-    build=Fdd,
-    one_tokenizer=True,
-    ce_weight=0,
-)
+    name="fdd", source="FDD, as the base loss of MTA, arXiv 2605.01374", settings=FddSettings, needs=needs, build=Fdd,
+    one_tokenizer=True, ce_weight=0,
+)  # fmt: skip

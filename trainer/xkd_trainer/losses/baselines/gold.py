@@ -26,7 +26,6 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from xkd_trainer.losses.declaration import Context, Declaration, Weight
-from xkd_trainer.losses.dual_space import last_states
 from xkd_trainer.losses.ops.divergence import Kind, sorted_distance
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.losses.pieces import PieceLoss, Pieces, PieceSettings, PieceSide, columns
@@ -84,9 +83,8 @@ class Gold(PieceLoss):
     """Term `gold`, and shown with weight 0 its two parts and `covered`."""
 
     def __init__(self, settings: GoldSettings, context: Context) -> None:
-        super().__init__(settings, context, "gold")
+        super().__init__(settings, context, "gold", "matched", "unmatched")
         self.settings = settings
-        self.terms = ("gold", "matched", "unmatched", "covered")
         ids = [torch.zeros(0, dtype=torch.int64)] * 2
         if settings.classes == "hybrid":
             ids = list(shared_vocabulary(context.student_vocab, context.teacher_vocab, settings.shared_vocab))
@@ -118,10 +116,6 @@ class Gold(PieceLoss):
 
 
 GOLD = Declaration(
-    name="gold",
-    source="TRL's GOLD, off-policy: ULDLoss of trl.experimental.gold 1.16",
-    settings=GoldSettings,
-    needs=last_states,
-    build=Gold,
-    ce_weight=0,
-)
+    name="gold", source="TRL's GOLD, off-policy: ULDLoss of trl.experimental.gold 1.16", settings=GoldSettings,
+    build=Gold, ce_weight=0,
+)  # fmt: skip

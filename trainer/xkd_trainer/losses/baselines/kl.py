@@ -24,7 +24,7 @@ from xkd_schemas.errors import BadData
 from xkd_schemas.signals import Signal
 from xkd_trainer.data.batch import Batch, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass
-from xkd_trainer.losses.dual_space import TeacherHead, last_states, teacher_states
+from xkd_trainer.losses.dual_space import TeacherHead, teacher_states
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked_sum
 from xkd_trainer.losses.ops.shared_pass import Planned
@@ -147,26 +147,15 @@ class Rskd(OneTokenizerLoss):
 
 
 CE = Declaration(
-    name="ce",
-    source="maximum likelihood; no teacher",
-    settings=CeSettings,
-    needs=lambda _settings, _levels: (),
+    name="ce", source="maximum likelihood; no teacher", settings=CeSettings, needs=lambda _settings, _levels: (),
     build=lambda settings, _context: CrossEntropy(settings.skip),
-)
+)  # fmt: skip
 KL = Declaration(
-    name="kl",
-    source="forward and reverse KL, JS; DistiLLM, arXiv 2402.03898, off-policy; AKL, arXiv 2404.02657",
-    settings=KlSettings,
-    needs=last_states,
-    build=Kl,
-    one_tokenizer=True,
-    ce_weight=0,
-)
+    name="kl", source="forward and reverse KL, JS; DistiLLM, arXiv 2402.03898, off-policy; AKL, arXiv 2404.02657",
+    settings=KlSettings, build=Kl, one_tokenizer=True, ce_weight=0,
+)  # fmt: skip
 RSKD = Declaration(
-    name="rskd",
-    source="random-sampling KD, arXiv 2503.16870, classes drawn by threshold (arXiv 0803.0473)",
+    name="rskd", source="random-sampling KD, arXiv 2503.16870, classes drawn by threshold (arXiv 0803.0473)",
     needs=lambda _settings, _levels: (Signal("sampled"), Signal("entropy")),
-    build=lambda _settings, context: Rskd("rskd", context),
-    one_tokenizer=True,
-    ce_weight=0,
-)
+    build=lambda _settings, context: Rskd("rskd", context), one_tokenizer=True, ce_weight=0,
+)  # fmt: skip

@@ -32,7 +32,6 @@ from xkd_schemas.errors import DiskFailed, UsageError
 from xkd_schemas.progress import Progress, tick
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass, constant_head
-from xkd_trainer.losses.dual_space import last_states
 from xkd_trainer.losses.ops.divergence import Comparison
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
@@ -254,7 +253,7 @@ class Mined(Loss):
     `matched` has weight 0: the other positions learn their gold token, and how many they are should be seen.
     """
 
-    terms = ("mined", "matched")
+    terms: Mapping[str, float] = {"mined": 1.0, "matched": 0.0}
 
     def __init__(self, settings: MinedSettings, context: Context) -> None:
         super().__init__()
@@ -280,10 +279,6 @@ class Mined(Loss):
         self.head_VD, self.logit_V = nn.Buffer(head_VD, persistent=False), nn.Buffer(logit_V, persistent=False)
         """The teacher's head with one row for each of the student's classes, and its bias."""
 
-    def weights(self, step: int) -> Mapping[str, float]:
-        """Factor 1; `matched` is there to be read."""
-        return {"mined": 1.0, "matched": 0.0}
-
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
         """Align by the tokens that both models read at their predictions, carry over, compare."""
         valid_BN, input_BN = batch.predict_valid_BN, batch.student_ids_BS.gather(1, batch.predict_BN)
@@ -304,11 +299,6 @@ class Mined(Loss):
 
 
 MINED = Declaration(
-    name="mined",
-    source="MinED of FuseLLM, arXiv 2401.10491, as a baseline of DSKD, arXiv 2406.17328",
-    settings=MinedSettings,
-    needs=last_states,
-    build=Mined,
-    default_weight=0.5,
-    ce_weight=0.5,
-)
+    name="mined", source="MinED of FuseLLM, arXiv 2401.10491, as a baseline of DSKD, arXiv 2406.17328",
+    settings=MinedSettings, build=Mined, default_weight=0.5, ce_weight=0.5,
+)  # fmt: skip

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from xkd_schemas.signals import draw_spans
 from xkd_trainer.data.batch import Batch, gather_rows
 from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive, Settings, StudentPass, Weight
-from xkd_trainer.losses.dual_space import TeacherHead, last_states
+from xkd_trainer.losses.dual_space import TeacherHead
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked, chunks
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pairing import find_pairs, student_at_pairs, teacher_at_pairs
@@ -211,12 +211,8 @@ class MultiLevelOt(Loss):
     def __init__(self, settings: MultiLevelOtSettings, context: Context) -> None:
         super().__init__()
         self.settings = settings
+        self.terms = {"l1": settings.l1, "word": settings.word, "sequence": settings.sequence, "left_out": 0.0}
         self.head = TeacherHead(context, "multilevelot")
-
-    def weights(self, step: int) -> Mapping[str, float]:
-        """As set; cross-entropy on the corpus is a loss of its own."""
-        weights = {"l1": self.settings.l1, "word": self.settings.word, "sequence": self.settings.sequence}
-        return weights | {"left_out": 0.0}
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Pairs, and documents with one."""
@@ -257,10 +253,6 @@ class MultiLevelOt(Loss):
 
 
 MULTILEVELOT = Declaration(
-    name="multilevelot",
-    source="MultiLevelOT, arXiv 2412.14528, and its official code",
-    settings=MultiLevelOtSettings,
-    needs=last_states,
-    build=MultiLevelOt,
-    default_weight=1.5,
-)
+    name="multilevelot", source="MultiLevelOT, arXiv 2412.14528, and its official code", settings=MultiLevelOtSettings,
+    build=MultiLevelOt, default_weight=1.5,
+)  # fmt: skip

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.losses.declaration import Context, Declaration
-from xkd_trainer.losses.dual_space import last_states
 from xkd_trainer.losses.ops.divergence import Kind
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.losses.pieces import PieceLoss, Pieces, PieceSettings, PieceSide, columns
@@ -85,10 +84,6 @@ class Simct(PieceLoss):
 
 
 SIMCT = Declaration(
-    name="simct",
-    source="SimCT, arXiv 2605.07711, and its code, off-policy",
-    settings=SimctSettings,
-    needs=last_states,
-    build=Simct,
+    name="simct", source="SimCT, arXiv 2605.07711, and its code, off-policy", settings=SimctSettings, build=Simct,
     ce_weight=0,
-)
+)  # fmt: skip

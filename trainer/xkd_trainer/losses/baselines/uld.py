@@ -125,11 +125,6 @@ class Uld(Loss):
 
 
 ULD = Declaration(
-    name="uld",
-    source="ULD, arXiv 2402.12030; DSKD's code. teacher = topk is an approximation",
-    settings=UldSettings,
-    needs=needs,
-    build=Uld,
-    default_weight=0.5,
-    ce_weight=0.5,
-)
+    name="uld", source="ULD, arXiv 2402.12030; DSKD's code. teacher = topk is an approximation", settings=UldSettings,
+    needs=needs, build=Uld, default_weight=0.5, ce_weight=0.5,
+)  # fmt: skip

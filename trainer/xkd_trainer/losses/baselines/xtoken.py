@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from xkd_trainer.data.batch import unwrap
 from xkd_trainer.losses.declaration import Context, Declaration
-from xkd_trainer.losses.dual_space import last_states
 from xkd_trainer.losses.ops.divergence import Share
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunks
 from xkd_trainer.losses.ops.vocabulary import cut_greedily, ids_by_bytes, shared_vocabulary, token_bytes
@@ -168,8 +167,7 @@ class XtokenH(PieceLoss):
     """Term `xtoken_h`, and with weight 0 its two parts and `covered`."""
 
     def __init__(self, settings: XtokenHSettings, context: Context) -> None:
-        super().__init__(settings, context, "xtoken_h")
-        self.terms = ("xtoken_h", "matched", "unmatched", "covered")
+        super().__init__(settings, context, "xtoken_h", "matched", "unmatched")
         self.ranks = settings.ranks
         entries = project_vocabulary(context.student_vocab, context.teacher_vocab, settings)
         ids = match_classes(entries, settings.threshold)
@@ -191,16 +189,9 @@ class XtokenH(PieceLoss):
 
 
 XTOKEN_P = Declaration(
-    name="xtoken_p",
-    source="X-Token's P-KL, arXiv 2605.21699 eq. 2; NeMo-RL",
-    settings=XtokenPSettings,
-    needs=last_states,
-    build=XtokenP,
-)
+    name="xtoken_p", source="X-Token's P-KL, arXiv 2605.21699 eq. 2; NeMo-RL", settings=XtokenPSettings, build=XtokenP,
+)  # fmt: skip
 XTOKEN_H = Declaration(
-    name="xtoken_h",
-    source="X-Token's H-KL, arXiv 2605.21699 eq. 3 and 4; NeMo-RL",
-    settings=XtokenHSettings,
-    needs=last_states,
+    name="xtoken_h", source="X-Token's H-KL, arXiv 2605.21699 eq. 3 and 4; NeMo-RL", settings=XtokenHSettings,
     build=XtokenH,
-)
+)  # fmt: skip
