@@ -18,6 +18,12 @@ def run(out: Path, **changed: Any) -> RunConfig:
     return tiny.tiny_cache().run(out=str(out), **changed)
 
 
+def assert_same_run(first: Path, second: Path, weights: str = "model.safetensors") -> None:
+    """Two finished runs have the same bytes of weights and metrics."""
+    for name in (weights, "metrics.jsonl"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
 def stopped(settings: RunConfig, monkeypatch: pytest.MonkeyPatch, whole: int) -> None:
     """The run, ended by an error when it asks for one more batch."""
 

@@ -4,39 +4,12 @@ Positions count from 1 in the comments, as in the papers, and from 0 in the code
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from slow_losses import cosine, softmax
 
 Matrix = Sequence[Sequence[float]]
 Row = Sequence[float]
-
-
-def alignments(rows: int, columns: int) -> Iterator[list[tuple[int, int]]]:
-    """Every monotone path from the first cell to the last by steps right, down and diagonal."""
-
-    def walk(path: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        i, j = path[-1]
-        if (i, j) == (rows - 1, columns - 1):
-            yield path
-        for a, b in ((i + 1, j), (i, j + 1), (i + 1, j + 1)):
-            if a < rows and b < columns:
-                yield from walk([*path, (a, b)])
-
-    yield from walk([(0, 0)])
-
-
-def soft_dtw_by_paths(cost: Matrix, gamma: float) -> tuple[float, list[list[float]]]:
-    """Soft minimum over every path, and how often a path drawn by exp(-cost / gamma) visits each cell."""
-    paths = list(alignments(len(cost), len(cost[0])))
-    totals = [sum(cost[i][j] for i, j in path) for path in paths]
-    least = min(totals)
-    shares = [math.exp((least - total) / gamma) for total in totals]
-    visits = [[0.0] * len(cost[0]) for _ in cost]
-    for path, share in zip(paths, shares, strict=True):
-        for i, j in path:
-            visits[i][j] += share / sum(shares)
-    return least - gamma * math.log(sum(shares)), visits
 
 
 def softmin(values: Row, gamma: float) -> float:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Vector = Sequence[float]
@@ -42,12 +41,6 @@ def padded(documents: Sequence[Tensor], fill: float = 0.0, length: int | None = 
     for row, document in enumerate(documents):
         out[row, : len(document)] = document
     return out
-
-
-def padded_square(matrices: Sequence[Tensor], fill: float = 0.0) -> Tensor:
-    """[B, K, K] with `fill` outside each document's own square."""
-    longest = max(map(len, matrices))
-    return padded([F.pad(m, (0, longest - len(m)), value=fill) for m in matrices], fill)
 
 
 def mask(sizes: Sequence[int]) -> Tensor:

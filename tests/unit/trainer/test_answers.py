@@ -14,7 +14,7 @@ import tiny_models as tiny
 from small_cache import write_rows
 from xkd_schemas.config import RunConfig
 from xkd_schemas.corpus.sources import open_source, read_documents
-from xkd_schemas.errors import BadData, DiskFailed, InputMissing, Mismatch, OutOfMemory, UsageError, XkdError
+from xkd_schemas.errors import BadData, DiskFailed, InputMissing, Mismatch, UsageError, XkdError
 from xkd_trainer import answers
 from xkd_trainer.answers import Answering, Prompts, describe, make_here, write_answers
 
@@ -240,17 +240,6 @@ def test_a_file_that_is_somebody_elses_or_was_changed_is_not_overwritten(ask: An
     with pytest.raises(Mismatch, match=r"a\.json does not describe answers"):
         ask("a.jsonl")
     assert own.read_text() == (tmp_path / "a.jsonl").read_text() == "mine\n"
-
-
-def test_memory_that_runs_out_is_one_line_that_names_a_smaller_batch(
-    ask: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> Any:
-        raise MemoryError("no memory")
-
-    monkeypatch.setattr(answers, "generate", full)
-    with pytest.raises(OutOfMemory, match=r"unit 0: out of memory with 4 answers at once.*--batch-size 2"):
-        ask("a.jsonl")
 
 
 def test_prompts_that_are_not_there_are_named(ask: Any) -> None:

@@ -38,23 +38,11 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         cache=str(root / "cache"), student__model=str(root / "start"), student__template="none"
     )
     align_stage(own.model_copy(update={"student": own.student.model_copy(update={"name": "chat"})}), Workers())
-    found = [
-        "--shards",
-        str(root / "cache"),
-        "--student",
-        str(root / "start"),
-        "--loss",
-        "sra",
-        "--steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--out",
-        str(root / "out"),
-    ]
-    ended = xkd_train(*found, "--set", "losses.sra.cos=0.5")
+    found = f"--shards {root}/cache --student {root}/start --out {root}/out --loss sra --steps 1".split()
+    found += ["--batch-size", "2", "--set", "losses.sra.cos=0.5"]
+    ended = xkd_train(*found)
     assert ended.code == 0, ended.err
-    return [*found, "--set", "losses.sra.cos=0.5"]
+    return found
 
 
 @pytest.fixture

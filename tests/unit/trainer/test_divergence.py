@@ -1,3 +1,7 @@
+"""Divergences of distributions at each position, and the distances and weights of vectors."""
+
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import slow_losses as slow
-from xkd_trainer.losses.ops.divergence import DIVERGENCES, Knobs, divergence
+from xkd_trainer.losses.ops.divergence import DIVERGENCES, Knobs, cosine_distance, divergence, pair_weights
+from xkd_trainer.models.measures import cosine_matrix
 
 KINDS = list(DIVERGENCES)
 SEEDS = st.integers(0, 2**31)
@@ -98,3 +103,35 @@ def test_bfloat16_logits_are_compared_in_float32(kind: str) -> None:
 def test_a_number_out_of_range_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         Knobs(**bad)
+
+
+# Vectors
+
+
+def test_cosine_distance_has_the_right_gradient_and_none_at_a_zero_vector() -> None:
+    first, second = slow.ragged(1, [4, 4], 3)
+
+    assert torch.autograd.gradcheck(cosine_distance, (first[None].requires_grad_(), second[None].requires_grad_()))
+
+    value, gradient = slow.with_gradient(lambda x: cosine_distance(x, second[None]).sum(), torch.zeros(1, 4, 3))
+    assert value == 4
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("length", [1e-10, 1e-20, 1e-44])
+@pytest.mark.parametrize("loss", [cosine_distance, lambda a, b: cosine_matrix(torch.cat([a, b], dim=1))])
+def test_vectors_of_next_to_no_length_have_a_finite_gradient(loss: Any, length: float) -> None:
+    first, second = (d.float()[None] for d in slow.ragged(1, [4, 4], 3))
+
+    value, gradient = slow.with_gradient(lambda x: loss(x, second).sum(), length * first)
+
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    if length >= 1e-10:
+        torch.testing.assert_close(value, loss(first, second).sum())
+
+
+def test_two_spans_of_very_different_weight_keep_the_weight_of_their_pair() -> None:
+    weights = pair_weights(torch.tensor([[1.0, 1e-12]]), torch.tensor([[True, True]]))
+
+    torch.testing.assert_close(weights.sum(), torch.tensor(2e-12))

@@ -1,5 +1,6 @@
 """What the trainer reads of every family of families.py, against transformers' own states and eager attention maps."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny_models as tiny
-from families import ALL, HERE, VOCABULARY, Family, table
+from families import ALL, HERE, Family, table
 from xkd_schemas.errors import UsageError
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
@@ -25,6 +27,7 @@ from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.prepare import Ready, set_up
 
 LENGTHS = (9, 1, 6, 14)
+CLASSES = len(tiny.tokenizer_of(tiny.STUDENT_TOKENIZER))
 UNIFORM = r"Next: use weights that need no attention map: --set losses\.sra\.weights=uniform"
 
 
@@ -34,7 +37,21 @@ def those(which: Callable[[Family], object]) -> pytest.MarkDecorator:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    return tiny.ids_and_valid(LENGTHS, VOCABULARY)
+    return tiny.ids_and_valid(LENGTHS, CLASSES)
+
+
+@functools.cache
+def model_of(name: str) -> PreTrainedModel:
+    """The family's model, which no test changes."""
+    return HERE[name].made(CLASSES)
+
+
+@functools.cache
+def folder_of(name: str) -> str:
+    """That model saved: a teacher, and a student of the session's cache."""
+    folder = tiny.tiny_cache().root / f"family-{list(HERE).index(name)}"
+    model_of(name).save_pretrained(folder)
+    return str(folder)
 
 
 def close(found: Tensor, expected: Tensor, what: str) -> None:
@@ -43,25 +60,32 @@ def close(found: Tensor, expected: Tensor, what: str) -> None:
     torch.testing.assert_close(found / scale, expected / scale, rtol=0.0, atol=1e-4, msg=what)
 
 
+@functools.cache
+@torch.no_grad()
+def alone(name: str) -> list[Any]:
+    """What transformers makes of each document by itself, with states and, where a family has them, eager maps."""
+    model, (ids_BL, _), asked = HERE[name].made(CLASSES), batch(), {"output_hidden_states": True, "use_cache": False}
+    model.set_attn_implementation("eager")
+    asked |= {"output_attentions": bool(HERE[name].rows)}
+    return [model(input_ids=ids_BL[row : row + 1, :length], **asked) for row, length in enumerate(LENGTHS)]
+
+
 @those(lambda f: not f.refused)
 @torch.no_grad()
-def test_a_saved_teacher_has_the_states_and_logits_of_each_document_alone(name: str, tmp_path: Path) -> None:
+def test_a_saved_teacher_has_the_states_and_logits_of_each_document_alone(name: str) -> None:
     family, (ids_BL, valid_BL) = HERE[name], batch()
-    family.made().save_pretrained(tmp_path)
-    model, alone = load_model(str(tmp_path), dtype=torch.float32), family.made()
-    alone.set_attn_implementation("eager")
+    model = load_model(folder_of(name), dtype=torch.float32)
     check_model(model)
     count = num_layers(model)
 
     states = run(model, ids_BL, valid_BL, layers=range(1, count + 1) if family.inner else ())
 
-    for row, length in enumerate(LENGTHS):
-        one = alone(input_ids=ids_BL[row : row + 1, :length], output_hidden_states=True, use_cache=False)
+    for row, (one, length) in enumerate(zip(alone(name), LENGTHS, strict=True)):
         for layer, found in states.layers.items():
             index = layer if layer == count else layer - family.shift
             close(found[row, :length], one.hidden_states[index][0], f"layer {layer} of document {row}")
         close(head_of(model)(states.last_BLD[row, :length]), one.logits[0], f"logits of document {row}")
-    check_streamed(family, str(tmp_path), states)
+    check_streamed(family, folder_of(name), states)
 
 
 def check_streamed(family: Family, folder: str, whole: States) -> None:
@@ -84,8 +108,7 @@ def check_streamed(family: Family, folder: str, whole: States) -> None:
 @torch.no_grad()
 def test_attention_rows_are_those_of_the_eager_maps_and_listening_changes_no_bit(name: str) -> None:
     family, (ids_BL, valid_BL) = HERE[name], batch()
-    model, alone = family.made(), family.made()
-    alone.set_attn_implementation("eager")
+    model = model_of(name)
     count = num_layers(model)
     layers = tuple(range(1, count + 1)) if family.rows == ALL else family.rows
 
@@ -96,8 +119,8 @@ def test_attention_rows_are_those_of_the_eager_maps_and_listening_changes_no_bit
 
     assert torch.equal(before[valid_BL], states.last_BLD[valid_BL])
     assert dict(ALL_ATTENTION_FUNCTIONS) == names
-    for row, length in enumerate(LENGTHS):
-        maps = alone(input_ids=ids_BL[row : row + 1, :length], output_attentions=True, use_cache=False).attentions
+    for row, (one, length) in enumerate(zip(alone(name), LENGTHS, strict=True)):
+        maps = one.attentions
         maps = maps if len(maps) == len(layers) else [maps[layer - 1] for layer in layers]
         for layer, map_1HLL in zip(layers, maps, strict=True):
             row_L = map_1HLL[0, :, length - 1].sum(0)
@@ -113,7 +136,7 @@ def test_attention_rows_are_those_of_the_eager_maps_and_listening_changes_no_bit
 @torch.no_grad()
 def test_documents_of_one_row_have_the_states_and_rows_of_each_alone_or_packing_is_refused(name: str) -> None:
     family, (ids_BL, valid_BL) = HERE[name], batch()
-    model = family.made()
+    model = model_of(name)
     if not family.packs:
         with pytest.raises(UsageError, match=f"^{type(model).__name__} cannot keep documents of one row apart") as why:
             rehearse(model, packing=True)
@@ -128,15 +151,13 @@ def test_documents_of_one_row_have_the_states_and_rows_of_each_alone_or_packing_
         "text_B": torch.tensor([7, 0, 3, 11]),
     }
 
-    alone, packed = (run(model, ids_BL, valid_BL, packing=packing, **reads) for packing in (False, True))
+    apart, packed = (run(model, ids_BL, valid_BL, packing=packing, **reads) for packing in (False, True))
 
-    close(packed.last_BLD[valid_BL], alone.last_BLD[valid_BL], "last states")
-    for layer, states in alone.layers.items():
+    close(packed.last_BLD[valid_BL], apart.last_BLD[valid_BL], "last states")
+    for layer, states in apart.layers.items():
         close(packed.layers[layer][valid_BL], states[valid_BL], f"layer {layer}")
-    for found, expected in (
-        (packed.attention_layers, alone.attention_layers),
-        (packed.text_layers, alone.text_layers),
-    ):
+    for name in ("attention_layers", "text_layers"):
+        found, expected = getattr(packed, name), getattr(apart, name)
         assert found.keys() == expected.keys()
         for layer, rows in expected.items():
             torch.testing.assert_close(found[layer], rows, rtol=0.0, atol=1e-5, msg=f"block {layer}")
@@ -180,10 +201,9 @@ def test_rounding_of_half_precision_is_no_reason_to_refuse_a_model(name: str, dt
 
 
 @those(lambda f: not f.refused and not f.capped)
-def test_a_student_learns_from_ce_mta_sra_and_dwa(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = HERE[name]
+def test_a_student_learns_from_ce_mta_sra_and_dwa(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = seen_by_losses(monkeypatch)
-    made = distiller(family, "ce+mta+sra+dwa" if family.inner else "ce+sra+dwa", tmp_path / "student")
+    made = distiller(name, "ce+mta+sra+dwa" if HERE[name].inner else "ce+sra+dwa")
     model, one = made.distiller.student, batch_of(made.cache, (3, 19, 0), made.wanted)
 
     loss, _ = made.distiller(one, made.distiller.counts(one), 0)
@@ -212,20 +232,20 @@ def seen_by_losses(monkeypatch: pytest.MonkeyPatch) -> list[StudentPass]:
     return seen
 
 
-def distiller(family: Family, loss: str, folder: Path) -> Ready:
+def distiller(name: str, loss: str) -> Ready:
     """A student of the family on the session's cache; SRA's weights are uniform where it shows no last row."""
-    family.made(len(tiny.tokenizer_of(tiny.STUDENT_TOKENIZER))).save_pretrained(folder)
-    sra = {} if family.tells_last_row() else {"weights": "uniform"}
+    sra = {} if HERE[name].tells_last_row() else {"weights": "uniform"}
+    tokenizer = str(tiny.tiny_cache().student)
     made = tiny.tiny_cache().run(
-        loss=loss, losses={"sra": sra}, student__model=str(folder), student__tokenizer=str(tiny.tiny_cache().student)
+        loss=loss, losses={"sra": sra}, student__model=folder_of(name), student__tokenizer=tokenizer
     )
     return set_up(made, "")
 
 
 @those(lambda f: f.capped)
-def test_a_student_with_a_soft_capped_head_is_refused_before_anything_runs(name: str, tmp_path: Path) -> None:
+def test_a_student_with_a_soft_capped_head_is_refused_before_anything_runs(name: str) -> None:
     with pytest.raises(UsageError, match=r"student .* cannot use a head with soft-capped logits \(cap \d"):
-        distiller(HERE[name], "ce", tmp_path)
+        distiller(name, "ce")
 
 
 NEW = (

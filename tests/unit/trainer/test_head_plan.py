@@ -256,20 +256,11 @@ def test_nothing_reaches_the_teacher_or_the_weights_and_a_detached_head_stays_as
     assert not any(x.requires_grad for x in (detached.hidden, detached.weight, detached.bias) if x is not None)
 
 
-def test_no_positions_and_extreme_logits_are_finite() -> None:
+def test_no_positions_are_finite() -> None:
     none = logits_of(0, num=0)
     loss = head_divergence(none, logits_of(1, num=0), None, replace(HOW, kind="js"))
     loss.backward()
     assert loss.item() == head_cross_entropy(none, torch.zeros(0, dtype=torch.int64)).item() == 0.0
-
-    weight_V1 = torch.tensor([[1.0], [-1.0], [0.0]])
-    sure = LazyLogits(hidden=torch.full((1, 1), 300.0, requires_grad=True), weight=weight_V1)
-    other = LazyLogits(hidden=torch.full((1, 1), 300.0), weight=-weight_V1)
-    loss = head_divergence(sure, other, None, Comparison(kind="forward_kl", temperature=1.0))
-    loss.backward()
-    assert loss.item() == pytest.approx(600.0)
-    assert sure.hidden.grad is not None
-    assert sure.hidden.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("learns", [True, False])

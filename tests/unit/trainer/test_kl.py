@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,19 +13,16 @@ import slow_losses as slow
 import tiny_models as tiny
 from one_step import gradients
 from xkd_pipeline.capture.measure import draw_classes, uniforms
-from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import TOTAL
 from xkd_schemas.errors import BadData
-from xkd_schemas.signals import Signal
 from xkd_schemas.tokens import predictors
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.ops.divergence import DIVERGENCES
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 
 COLUMN = "sampled#7"
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("kind", ["forward_kl", "adaptive_kl", "csd"])
 def test_kl_is_the_loops_over_predictions_of_single_documents(kind: str) -> None:
     made, batch = one.ready("kl", ce=1.0, divergence=kind, temperature=2.0)
     classes = len(tiny.tokenizer_of(tiny.TEACHER_TOKENIZER))
@@ -107,22 +103,6 @@ def test_what_is_stored_is_what_is_drawn_from_the_live_teacher() -> None:
     assert float(same.float().mean()) > 0.98  # a draw may fall on the other side of a rounding
     online = replace(batch, teacher_sampled_ids_BMK=ids, teacher_sampled_weights_BMK=weights)
     assert one.means(made, batch) == pytest.approx(one.means(made, online), rel=0.02)
-
-
-@torch.no_grad()
-def test_the_manifest_says_how_far_the_draws_are_from_the_distributions() -> None:
-    made, _ = one.ready("rskd")
-    wanted = frozenset({*made.wanted, Signal("hidden_last")})
-    head, lost, kept = made.cache.head(), 0.0, 0.0
-    for row in made.cache.usable:
-        batch: Any = batch_of(made.cache, [row], wanted)
-        p_MV = head(batch.teacher_hidden_BRD[0, batch.teacher_predict_BM[0]].float()).double().softmax(-1)
-        ids, weights = batch.teacher_sampled_ids_BMK[0], batch.teacher_sampled_weights_BMK[0].double()
-        lost += float((torch.zeros_like(p_MV).scatter_(-1, ids, weights) - p_MV).square().sum())
-        kept += float(p_MV.square().sum())
-
-    said = Table(one.cache(), "teachers/teacher").manifest.constants["codec_error"]
-    assert said[COLUMN] == pytest.approx((lost / kept) ** 0.5, rel=0.01)
 
 
 def test_a_drawn_class_that_the_tokenizer_lacks_is_refused() -> None:

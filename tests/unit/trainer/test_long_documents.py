@@ -10,9 +10,10 @@ from torch import Tensor
 import one_tokenizer as one
 from one_step import gradients
 from poison import poisoned
-from xkd_pipeline.capture.capture import TeacherSettings
+from xkd_pipeline.capture.capture import TeacherSettings, codec_error, encode_signals
 from xkd_pipeline.capture.measure import _span_signal
 from xkd_pipeline.capture.stage import teacher_spec
+from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.signals import GEOMETRY_SPANS, Signal, count_pairs, draw_spans
 from xkd_trainer.data.collate import _level
 from xkd_trainer.losses import dual_space, sra
@@ -20,6 +21,7 @@ from xkd_trainer.losses.ops import soft_dtw as long_soft_dtw
 from xkd_trainer.losses.ops.soft_dtw import cosine_cost, soft_dtw
 from xkd_trainer.losses.sra import geometric
 from xkd_trainer.models import measures
+from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.measures import cosine_matrix, pack_triangle, pool_spans
 
 GEOMETRY = Signal("span_geometry", 2, "word")
@@ -76,6 +78,20 @@ def test_of_more_spans_than_the_bound_the_cosines_of_drawn_ones_are_kept(vectors
     assert len(stored) == count_pairs(len(vectors))
     assert np.array_equal(stored, _span_signal(GEOMETRY, vectors[drawn], mass)[GEOMETRY.column])
     assert len(_span_signal(GEOMETRY, vectors[:50], mass)[GEOMETRY.column]) == 50 * 49 // 2
+
+
+def test_what_rounding_lost_of_cosines_is_a_codec_error() -> None:
+    sides = [torch.randn(spans, 16, generator=torch.Generator().manual_seed(spans)) + 1.5 for spans in (7, 1, 12)]
+    captured = [_span_signal(GEOMETRY, vectors, torch.ones(len(vectors))) for vectors in sides]
+
+    _, sums = encode_signals(captured, [GEOMETRY], "bf16", Head(weight_VD=torch.eye(16)))
+
+    exact = np.concatenate([pack_triangle(cosine_matrix(vectors[None])[0]).double().numpy() for vectors in sides])
+    stored = np.concatenate([row[GEOMETRY.column] for row in captured])
+    lost = np.linalg.norm(exact - stored) / np.linalg.norm(exact)
+    assert stored.dtype == np.float16
+    assert codec_error([Commit.model_construct(sums=sums)]) == {GEOMETRY.column: pytest.approx(lost, rel=1e-3)}
+    assert 0 < lost < 2**-11
 
 
 @pytest.mark.parametrize("version", ["now", "earlier"])

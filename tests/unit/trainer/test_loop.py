@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import tiny_models as tiny
 from faulty_disk import exit_code_of
 from one_step import gradients
-from tiny_run import run, stopped
+from tiny_run import assert_same_run, run, stopped
 from xkd_schemas.config import TrainSection
 from xkd_schemas.console import run as run_app
 from xkd_schemas.durable_files import hold_lock
@@ -33,6 +33,7 @@ from xkd_train import xkd_train
 from xkd_trainer.data.batch import Batch, blank, unwrap
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order, learning_rate
+from xkd_trainer.run_folder import read_lines
 from xkd_trainer.training import batches, devices, files, fingerprint, loop
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.loop import train
@@ -47,31 +48,12 @@ def _other_precisions_may_follow() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def metrics(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return list(read_lines(out / "metrics.jsonl"))
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    one, two = weights(first), weights(second)
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
-    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
-
-
-def test_the_logged_loss_is_the_weighted_sum_of_the_logged_terms(tmp_path: Path) -> None:
-    train(run(tmp_path, loss="sra=4+ce=0.5", steps=2, losses={"sra": {"geo": 10.0}}), quiet=True)
-
-    for line in metrics(tmp_path):
-        terms = 0.5 * line["ce.ce"] + 2 * (line["sra.cos"] + 10 * line["sra.geo"] + line["sra.kd"])
-        assert line["loss"] == pytest.approx(terms, rel=1e-5)
-        assert line["sra.cos.count"] == 6
-        assert line["ce.ce.count"] > 6
-        assert line["grad_norm"] > 0
 
 
 def test_logged_lines_are_means_over_the_steps_since_the_last(tmp_path: Path) -> None:
@@ -87,24 +69,27 @@ def test_logged_lines_are_means_over_the_steps_since_the_last(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "changed",
-    [
-        {"micro_batch_size": 1}, {"micro_batch_size": 4}, {"batch_tokens": 60, "packing": True},
-        {"mixed_precision": "bf16"},
-    ],
-)  # fmt: skip
+    [{"micro_batch_size": 4}, {"batch_tokens": 60, "packing": True}, {"mixed_precision": "bf16"}],
+)
 def test_micro_batches_make_the_same_steps_and_mixed_precision_about_the_same(
     tmp_path: Path, changed: dict[str, Any]
 ) -> None:
     half = "mixed_precision" in changed
-    train(run(tmp_path / "whole", loss=ALL, steps=2), quiet=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train(run(tmp_path / "other", loss=ALL, steps=2, **changed), quiet=True)
+    train(run(tmp_path, loss=ALL, steps=2, **changed), quiet=True)
 
-    for whole, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "other"), strict=True):
+    for whole, other in zip(metrics(two_steps()), metrics(tmp_path), strict=True):
         assert other == pytest.approx(whole, rel=1e-3) or half
         assert other["loss"] == pytest.approx(whole["loss"], rel=0.02)
         assert other["loss"] != whole["loss"] or not half
-    assert {w.dtype for w in weights(tmp_path / "other").values()} == {torch.float32}
+    assert {w.dtype for w in weights(tmp_path).values()} == {torch.float32}
+
+
+@functools.cache
+def two_steps() -> Path:
+    out = tiny.tiny_cache().root / "two-steps"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(run(out, loss=ALL, steps=2), quiet=True)
+    return out
 
 
 def test_a_second_trainer_in_the_same_folder_is_refused_and_changes_nothing(tmp_path: Path) -> None:
@@ -198,7 +183,7 @@ def test_a_step_has_the_same_terms_and_gradients_however_it_is_cut() -> None:
         return {**counts, **terms}, torch.cat([slope.flatten() for slope in slopes.values()])
 
     values, slopes = measure(1, 0)
-    for world, micro_batch_size in ((1, 1), (1, 3), (2, 0), (3, 0), (3, 2), (9, 0)):
+    for world, micro_batch_size in ((1, 1), (3, 2), (9, 0)):
         found, others = measure(world, micro_batch_size)
         torch.testing.assert_close(found, values, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(others, slopes, rtol=1e-3, atol=1e-5 * float(slopes.abs().max()))
@@ -230,13 +215,13 @@ def new() -> dict[str, str]:
 @functools.cache
 def eight_steps() -> Path:
     out = tiny.tiny_cache().root / "eight"
-    train(run(out, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
+    train(run(out, loss="sra", steps=8, save_every=2, **new()), quiet=True)
     return out
 
 
 def stopped_after(out: Path, monkeypatch: pytest.MonkeyPatch, batches: int) -> int:
     """The same run, ended by an error; the step of its newest checkpoint."""
-    stopped(run(out, loss=ALL, steps=8, save_every=2, **new()), monkeypatch, batches)
+    stopped(run(out, loss="sra", steps=8, save_every=2, **new()), monkeypatch, batches)
     return saved_step(out)
 
 
@@ -257,7 +242,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
         damaged = tmp_path / "checkpoints/step-00000006/optimizer.safetensors"
         damaged.write_bytes(damaged.read_bytes()[:-5])
 
-    trained = train(run(tmp_path, loss=ALL, steps=8, save_every=2, **new()), quiet=True)
+    trained = train(run(tmp_path, loss="sra", steps=8, save_every=2, **new()), quiet=True)
 
     assert trained.resumed_at == resumed
     assert_same_run(tmp_path, eight_steps())
@@ -269,21 +254,18 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
 def test_settings_of_later_releases_are_named_in_a_run_only_where_they_are_used(tmp_path: Path) -> None:
     """So that a student, or a checkpoint, of an earlier release counts as the same run."""
     used = {"batch_tokens": 60, "packing": True}
-    for name, more in {"usual": {}, "changed": used}.items():
-        train(run(tmp_path / name, steps=1, **more), quiet=True)
-    usual, changed = (
-        json.loads((tmp_path / name / "xkd.json").read_text())["run"]["train"] for name in ("usual", "changed")
-    )
+    ready = set_up(run(tmp_path), "", quiet=True)
+    usual, changed = (fingerprint.fingerprint_of(run(tmp_path, **more), ready, 4)["train"] for more in ({}, used))
 
     assert changed == {**usual, **used}
-    assert set(usual) <= fingerprint.FIRST_KEYS
+    assert set(usual) == fingerprint.FIRST_KEYS
 
 
 @pytest.mark.parametrize(("operation", "calls", "saved"), [("save_tensors", 5, 2), ("sync_folder", 4, 4)])
 def test_a_run_killed_inside_a_save_has_the_metrics_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, calls: int, saved: int
 ) -> None:
-    made, whole, settings = itertools.count(1), getattr(files, operation), {"loss": ALL, "steps": 8, **new()}
+    made, whole, settings = itertools.count(1), getattr(files, operation), {"loss": "sra", "steps": 8, **new()}
 
     def kill(*given: Any) -> None:
         whole(*given)
@@ -298,7 +280,6 @@ def test_a_run_killed_inside_a_save_has_the_metrics_of_an_undisturbed_one(
 
     assert train(run(tmp_path, save_every=2, **settings), quiet=True).resumed_at == saved
     assert_same_run(tmp_path, eight_steps())
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (eight_steps() / "metrics.jsonl").read_bytes()
     assert bool(left) == (operation == "save_tensors")
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(path.name for path in eight_steps().rglob("*"))
 
@@ -338,11 +319,11 @@ def test_without_a_setting_a_checkpoint_is_written_at_least_every_ten_minutes_an
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"loss": ALL, "steps": 8, "log_every": 3, "batch_tokens": 60, "packing": True, **new()}
+    settings = {"loss": "sra", "steps": 6, "log_every": 3, "batch_tokens": 60, "packing": True, **new()}
     step = loop._Run._step
 
     def signalled(self: Any, number: int, batches: list[Batch]) -> Any:
-        if number == 4:
+        if number == 3:
             signal.raise_signal(signal.SIGTERM)
         return step(self, number, batches)
 
@@ -352,9 +333,9 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint_of_it(
             run_app("xkd-train", lambda **_: train(run(tmp_path / "a", **settings), quiet=True))
     assert caught.value.code == 143
     said = capsys.readouterr().err
-    assert f"terminated. Kept: the checkpoint of step 5 of 8 in {tmp_path / 'a'}. Next: run the same command" in said
+    assert f"terminated. Kept: the checkpoint of step 4 of 6 in {tmp_path / 'a'}. Next: run the same command" in said
 
-    assert train(run(tmp_path / "a", **settings), quiet=True).resumed_at == 5
+    assert train(run(tmp_path / "a", **settings), quiet=True).resumed_at == 4
     train(run(tmp_path / "b", **settings), quiet=True)
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
@@ -420,8 +401,7 @@ def test_where_one_document_does_not_fit_its_row_is_named(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("changed", "field"),
     [
-        ({"lr": 1e-3}, "train.lr"), ({"seed": 5}, "train.seed"), ({"steps": 9}, "steps"), ({}, "order"),
-        ({"batch_size": 5}, "train.batch_size"), ({"loss": "ce"}, "train.loss"),
+        ({"lr": 1e-3}, "train.lr"), ({"steps": 9}, "steps"), ({}, "order"),
         ({"losses": {"sra": {"geo": 1.0}}}, "losses.sra"),
     ],
 )  # fmt: skip
@@ -431,7 +411,7 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(
     monkeypatch.setattr(fingerprint, "ORDER", fingerprint.ORDER if changed else "a later one")
 
     with pytest.raises(Mismatch, match=rf"{field}.*: cache has .*, this run has .*choose another --out"):
-        train(run(eight_steps(), **{"loss": ALL, "steps": 8, "save_every": 2, **new(), **changed}), quiet=True)
+        train(run(eight_steps(), **{"loss": "sra", "steps": 8, "save_every": 2, **new(), **changed}), quiet=True)
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -445,7 +425,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 def test_a_finished_run_is_not_done_twice() -> None:
     before = contents(eight_steps())
 
-    trained = train(run(eight_steps(), loss=ALL, steps=8, save_every=4, log_every=3, **new()), quiet=True)
+    trained = train(run(eight_steps(), loss="sra", steps=8, save_every=4, log_every=3, **new()), quiet=True)
 
     assert trained.resumed_at == trained.steps == 8
     assert contents(eight_steps()) == before

@@ -1,7 +1,6 @@
 """LoRA: the adapter's gradient, its checkpoints and folder, the merged student, and what is refused."""
 
 import importlib.util
-import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,20 +10,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny_models as tiny
 from one_step import gradients
-from xkd_schemas.errors import BadData, Mismatch, UsageError
+from tiny_run import assert_same_run, run, stopped
+from xkd_schemas.errors import Mismatch, UsageError
 from xkd_train import xkd_train
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.registry import parse_loss
 from xkd_trainer.models.lora import load_student, trained
-from xkd_trainer.training import batches
-from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.files import load_newest
-from xkd_trainer.training.fingerprint import FIRST_KEYS, fingerprint_of
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import Ready, set_up
 
@@ -93,55 +88,23 @@ def test_the_optimizer_holds_two_floats_of_each_trained_number_and_projectors_le
     assert [group["lr"] for group in groups] == [1e-4, 1e-4, 3e-3]
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks transformers so
-def test_peft_s_own_wrapper_around_a_student_trains_the_same() -> None:
-    import peft
-
-    ready, weights = adapted("ce"), parse_loss("ce")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    wrapped = peft.get_peft_model(tiny.llama(tiny.STUDENT_TOKENIZER), config)
-
-    distiller = Distiller(wrapped, dict(ready.distiller.losses), weights)
-
-    batch = batch_of(ready.cache, [3], ready.wanted)
-    _, found = gradients(distiller, [batch], distiller.counts(batch))
-    assert sum(float(slope.abs().sum()) > 0 for name, slope in found.items() if "lora_B" in name) == 2
-
-
-def stop_after(whole: int, patch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> Any:
-        raise BadData("a shard is gone")
-
-    made = itertools.chain([batch_of] * whole, itertools.repeat(fail))
-    patch.setattr(batches, "batch_of", lambda *given: next(made)(*given))
-
-
 def test_a_stopped_adapter_goes_on_bit_for_bit_and_its_checkpoint_holds_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora = {"rank": 2, "dropout": 0.2}  # random numbers must go on, too
 
     def go(out: str, **changed: Any) -> Any:
-        return train(
-            tiny.tiny_cache().run(out=str(tmp_path / out), loss=ALL, lora=lora, save_every=2, **changed), quiet=True
-        )
+        return train(run(tmp_path / out, loss=ALL, lora=lora, save_every=2, **changed), quiet=True)
 
     go("whole")
-    with monkeypatch.context() as patch:
-        stop_after(3, patch)
-        with pytest.raises(BadData, match="a shard is gone"):
-            go("stopped")
+    stopped(run(tmp_path / "stopped", loss=ALL, lora=lora, save_every=2), monkeypatch, 3)
     snapshot, _ = load_newest(tmp_path / "stopped")
     assert snapshot is not None
     assert snapshot.step == 2
     assert {name.split(".")[-3] for name in snapshot.student} == {"lora_A", "lora_B"}
     assert go("stopped").resumed_at == 2
 
-    one, two = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("whole", "stopped"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    lines = [(tmp_path / out / "metrics.jsonl").read_bytes() for out in ("whole", "stopped")]
-    assert lines[0] == lines[1]
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "stopped/checkpoints")
     with pytest.raises(Mismatch, match="holds a student of another run"):
         go("stopped", lr=1e-3)
@@ -199,15 +162,10 @@ def test_lora_that_does_not_fit_is_one_line(
     find = importlib.util.find_spec
     if "needs peft" in message:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
-    run = tiny.tiny_cache().run(**changed | {"student__tokenizer": str(tiny.tiny_cache().student)})
+    settings = tiny.tiny_cache().run(**changed | {"student__tokenizer": str(tiny.tiny_cache().student)})
 
     with pytest.raises(UsageError) as caught:
-        set_up(run, "")
+        set_up(settings, "")
 
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_run_without_new_settings_is_known_by_the_keys_that_earlier_checkpoints_have() -> None:
-    run = tiny.tiny_cache().run(out="x")
-    assert set(fingerprint_of(run, set_up(run, ""), 4)["train"]) == FIRST_KEYS

@@ -1,6 +1,5 @@
 """Precision and memory: dtypes of weights, checkpointed and compiled blocks, optimizers by name; what is refused."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,16 +7,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 
 import tiny_models as tiny
 from one_step import gradients
-from xkd_schemas.config import RunConfig
-from xkd_schemas.errors import BadData, UsageError
+from tiny_run import assert_same_run, run, stopped
+from xkd_schemas.errors import UsageError
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.models import forward
-from xkd_trainer.training import batches, files
-from xkd_trainer.training.distiller import OPTIMIZERS, Distiller, make_optimizer
+from xkd_trainer.training import files
+from xkd_trainer.training.distiller import Distiller, make_optimizer
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import set_up
@@ -125,11 +123,11 @@ def test_a_bfloat16_student_learns_in_bfloat16_and_its_losses_compute_in_float32
     assert half != whole
 
 
-STATE_OF_EIGHT_ROWS = {"adamw": 2 * 8 * 4 + 1, "adamw_fused": 2 * 8 * 4 + 1, "adafactor": 8 + 4 + 1}
+STATE_OF_EIGHT_ROWS = {"adamw_fused": 2 * 8 * 4 + 1, "adafactor": 8 + 4 + 1}
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw_8bit"])
-def test_every_optimizer_holds_what_is_said_of_it_and_resumes_bit_for_bit(
+@pytest.mark.parametrize("name", ["adamw_fused", "adafactor"])
+def test_an_optimizer_holds_what_is_said_of_it_and_resumes_bit_for_bit(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrix = torch.nn.Parameter(torch.ones(8, 4))
@@ -138,25 +136,15 @@ def test_every_optimizer_holds_what_is_said_of_it_and_resumes_bit_for_bit(
     optimizer.step()
     assert sum(t.numel() for t in optimizer.state[matrix].values()) == STATE_OF_EIGHT_ROWS[name]
 
-    def run(out: str) -> RunConfig:
-        made = tiny.tiny_cache()
-        return made.run(out=str(tmp_path / out), loss="sra", optimizer=name, student__dtype="bfloat16", save_every=2)
+    whole, half = (
+        run(tmp_path / out, loss="sra", optimizer=name, student__dtype="bfloat16", save_every=2)
+        for out in ("whole", "stopped")
+    )
+    train(whole, quiet=True)
+    stopped(half, monkeypatch, 3)
+    assert train(half, quiet=True).resumed_at == 2
 
-    train(run("whole"), quiet=True)
-    made = itertools.chain([batch_of] * 3, itertools.repeat(None))
-    with monkeypatch.context() as patch:
-        patch.setattr(batches, "batch_of", lambda *given: (next(made) or _fail)(*given))
-        with pytest.raises(BadData, match="a shard is gone"):
-            train(run("stopped"), quiet=True)
-    assert train(run("stopped"), quiet=True).resumed_at == 2
-
-    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "stopped"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
-
-
-def _fail(*_: Any) -> Any:
-    raise BadData("a shard is gone")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_numbers_that_an_optimizer_keeps_outside_of_tensors_come_back_from_a_checkpoint(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from xkd_schemas.errors import UsageError
 from xkd_schemas.tokens import predictors
 from xkd_trainer.losses.baselines import mined
 from xkd_trainer.losses.baselines.mined import _search, partners, read_bare, vocabulary_map
-from xkd_trainer.losses.ops.vocabulary import token_bytes
 
 WORDS = st.text("abAé", max_size=6).map(lambda text: text.encode())
 LONG = st.text("ab", min_size=55, max_size=75).map(lambda text: text.encode())
@@ -27,38 +26,6 @@ def test_nearest_string_is_that_of_a_full_search(queries: list[bytes], texts: li
     found = _search(queries, {7 * n: text for n, text in enumerate(texts)})
 
     assert found.tolist() == [7 * slow.nearest(query, texts) for query in queries]
-
-
-def slow_map(source: dict[str, int], target: dict[str, int]) -> dict[int, set[int]]:
-    """The ids that may stand for each id: those of equal bytes, else of least distance without blanks."""
-    own, other = token_bytes(source), token_bytes(target)
-    found = {}
-    for number, text in own.items():
-        equal = {n for n, t in other.items() if t == text}
-        distance = {n: slow.edit_distance(text.replace(b" ", b""), t.replace(b" ", b"")) for n, t in other.items()}
-        found[number] = equal or {n for n, d in distance.items() if d == min(distance.values())}
-    return found
-
-
-@pytest.mark.parametrize(("source", "target"), [("byte_level", "sentencepiece"), ("unigram", "wordpiece")])
-def test_vocabulary_map_takes_a_token_of_least_distance(source: str, target: str) -> None:
-    whole, other = (tiny.tokenizer_of(kind).get_vocab() for kind in (source, target))
-    some = {token: number for token, number in whole.items() if number % 5 == 0}
-    few = {token: number for token, number in other.items() if number % 2 == 0}
-
-    found, exact = vocabulary_map(some, few, "nearest"), vocabulary_map(some, few, "exact")
-
-    wanted = slow_map(some, few)
-    texts, others = token_bytes(some), token_bytes(few)
-    for number in range(len(found)):
-        if number not in wanted:
-            assert found[number] == exact[number] == -1
-        elif exact[number] < 0:
-            assert int(found[number]) in wanted[number]
-            assert all(texts[number].replace(b" ", b"") != text.replace(b" ", b"") for text in others.values())
-        else:
-            assert found[number] == exact[number]
-            assert int(exact[number]) in wanted[number] or texts[number] == others[int(exact[number])]
 
 
 def test_the_search_for_nearest_classes_is_counted_and_does_not_depend_on_its_pieces(monkeypatch, capsys) -> None:

@@ -6,27 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
 import one_tokenizer as one
 import slow_losses as slow
 from xkd_schemas.errors import UsageError
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.losses.declaration import Levels
-from xkd_trainer.losses.mta import MtaSettings, dsa, find_covered, needs, phi, strided_layers
-from xkd_trainer.losses.ops.term import LossTerm
-from xkd_trainer.losses.pairing import compare_vectors
-from xkd_trainer.models.measures import cosine_matrix
+from xkd_trainer.losses.mta import MtaSettings, needs, phi, strided_layers
 from xkd_trainer.training.prepare import Ready
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"table": one.OTHER},
-    {"hid": "token"},
     {"hid": "token", "span_weights": "entropy"},
     {"hid": "token", "span_weights": "uniform", "spans_over": "response"},
-    {"student_pooling": "teacher"},
     {"span_weights": "entropy"},
     {"hid": "token", "student_pooling": "teacher", "word_spans": "in_phrases"},
     {"student_pooling": "teacher", "student_layers": [2, 3, 3]},
@@ -37,44 +29,6 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 KEYS = ["2:word", "3:phrase", "4:phrase"]
 POOLS = {"teacher": "centrality", "uniform": "uniform"}
-
-
-def ragged_pair(seed: int, same: int, other: int) -> Any:
-    """Sizes, and documents of student vectors, teacher vectors and masses."""
-    sizes = slow.lengths(seed)
-    return sizes, slow.ragged(seed + 1, sizes, same), slow.ragged(seed + 2, sizes, other), slow.masses(seed + 3, sizes)
-
-
-def assert_loops(found: LossTerm, loops: Any, *documents: Any) -> None:
-    total, count = loops([tuple(part.tolist() for part in each) for each in zip(*documents, strict=True)])
-    assert (float(found.total), float(found.count)) == pytest.approx((total, count), abs=1e-9)
-    assert not found.count.requires_grad
-
-
-@hypothesis_settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31))
-def test_dsa_is_equation_11_over_all_pairs_of_all_documents_and_hid_equation_13(seed: int) -> None:
-    sizes, student, teacher, weights = ragged_pair(seed, 4, 9)
-    cosines = [[cosine_matrix(v[None])[0] for v in side] for side in (student, teacher)]
-    squares = (slow.padded_square(side, torch.nan) for side in cosines)
-    own, theirs, omega = (slow.padded(x, torch.nan) for x in (student, [t[:, :4] for t in teacher], weights))
-
-    assert_loops(dsa(*squares, omega, slow.mask(sizes)), slow.dsa, *cosines, weights)
-    found = compare_vectors(own, theirs, omega, slow.mask(sizes))
-    assert_loops(found, slow.hid, student, [t[:, :4] for t in teacher], weights)
-
-
-@hypothesis_settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), length=st.integers(1, 7))
-def test_covered_tokens_are_those_of_the_loops(seed: int, length: int) -> None:
-    sizes, g = slow.lengths(seed), slow.generator(seed)
-    spans = torch.randint(0, length + 1, (len(sizes), max(sizes), 2), generator=g)
-
-    inside = find_covered(spans, slow.mask(sizes), length)
-
-    for b, size in enumerate(sizes):
-        tokens = {t for first, end in spans[b, :size].tolist() for t in range(first, end)}
-        assert inside[b].tolist() == [t in tokens for t in range(length)]
 
 
 @pytest.mark.parametrize(
@@ -264,6 +218,7 @@ def test_needs_are_those_of_the_options() -> None:
 
     geometry = {"span_geometry@2:word", "span_geometry@4:phrase"}
     assert columns(lambda_hid=0) == geometry
+    assert columns(lambda_dsa=0) == {"span_vectors@2:word", "span_vectors@4:phrase"}
     assert columns(hid="token") == geometry | {"hidden@2", "hidden@4", "centrality@2", "centrality@4"}
     assert columns(hid="token", span_weights="uniform", lambda_dsa=0) == {"hidden@2", "hidden@4"}
     assert columns(hid="token", span_weights="entropy") == geometry | {"hidden@2", "hidden@4", "entropy"}

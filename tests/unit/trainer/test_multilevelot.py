@@ -1,18 +1,18 @@
 """MultiLevelOT against loops over single documents, its gradients, and some steps of it from a cache."""
 
-import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import one_tokenizer as one
 import slow_ot
-from slow_losses import generator, mask, padded
+from slow_losses import generator, mask
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.baselines.multilevelot import (
     MultiLevelOt,
@@ -27,44 +27,30 @@ from xkd_trainer.losses.ops.term import LossTerm
 TERMS = ("l1", "word", "sequence")
 
 
-class Fake:
-    """A built loss on float64 heads, with ragged documents of random states: what `forward` reads and no more."""
+Sides = list[list[Tensor]]
+"""States of each document, of the student and of the teacher."""
 
-    def __init__(
-        self, seed: int, sizes: Sequence[tuple[int, int]], vocabularies: tuple[int, int], **settings: Any
-    ) -> None:
-        g = generator(seed)
 
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g, dtype=torch.float64)
+def draw(seed: int, sizes: Sequence[tuple[int, int]], vocabularies: tuple[int, int]) -> tuple[Sides, list[Tensor]]:
+    """Ragged documents of random states, and two float64 heads."""
+    g = generator(seed)
 
-        self.student = [random(n, 3) for n, _ in sizes]
-        self.teacher = [random(m, 3) for _, m in sizes]
-        self.student_head, self.teacher_head = 2 * random(vocabularies[0], 3), 2 * random(vocabularies[1], 3)
-        self.loss = MultiLevelOt.__new__(MultiLevelOt)
-        nn.Module.__init__(self.loss)
-        self.loss.settings = MultiLevelOtSettings(**settings)
-        self.sizes = sizes
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    def expected(self, **settings: Any) -> dict[str, list[float]]:
-        documents = [
-            ((s @ self.student_head.T).tolist(), (t @ self.teacher_head.T).tolist())
-            for s, t in zip(self.student, self.teacher, strict=True)
-        ]
-        return slow_ot.multilevelot(documents, **settings)
+    states = [[random(n, 3) for n in side] for side in zip(*sizes, strict=True)]
+    return states, [2 * random(v, 3) for v in vocabularies]
 
-    def terms(self, hidden_BPD: Tensor | None = None, weight_VD: Tensor | None = None) -> dict[str, LossTerm]:
-        """The wiring of `MultiLevelOt.forward` on these states."""
-        valid_BP = mask([min(n, m) for n, m in self.sizes])
-        most = valid_BP.shape[1]
-        own = padded([s[:most] for s in self.student], math.nan, most) if hidden_BPD is None else hidden_BPD
-        theirs = padded([t[:most] for t in self.teacher], math.nan, most)
-        head = self.student_head if weight_VD is None else weight_VD
-        return self.loss.levels(
-            LazyLogits(hidden=own[valid_BP], weight=head),
-            LazyLogits(hidden=theirs[valid_BP], weight=self.teacher_head),
-            valid_BP,
-        )
+
+def terms(states: Sides, heads: Sequence[Tensor], **settings: Any) -> dict[str, LossTerm]:
+    """The terms of the n-th states of both models, in every document as many as both have."""
+    counts = [min(map(len, pair)) for pair in zip(*states, strict=True)]
+    logits = [
+        LazyLogits(hidden=torch.cat([d[:n] for d, n in zip(side, counts, strict=True)]), weight=head)
+        for side, head in zip(states, heads, strict=True)
+    ]
+    loss: Any = SimpleNamespace(settings=MultiLevelOtSettings(**settings))
+    return MultiLevelOt.levels(loss, *logits, mask(counts))
 
 
 documents = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4)
@@ -82,17 +68,19 @@ choices = st.fixed_dictionaries(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31), documents, st.integers(2, 9), st.integers(2, 9), choices)
 def test_ragged_batches_are_the_loops_over_single_documents(
-    seed: int, sizes: list[tuple[int, int]], student_classes: int, teacher_classes: int, settings: dict[str, Any]
+    seed: int, sizes: list[tuple[int, int]], student_classes: int, teacher_classes: int, how: dict[str, Any]
 ) -> None:
-    fake = Fake(seed, sizes, (student_classes, teacher_classes), **settings)
+    states, heads = draw(seed, sizes, (student_classes, teacher_classes))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lazy_logits, "CHUNK_BYTES", 150)
-        found = fake.terms()
+        found = terms(states, heads, **how)
 
-    expected = fake.expected(**settings)
+    sides = [[(s @ head.T).tolist() for s in side] for side, head in zip(states, heads, strict=True)]
+    expected = slow_ot.multilevelot(list(zip(*sides, strict=True)), **how)
     for name, (total, count) in expected.items():
         assert float(found[name].total) == pytest.approx(total, abs=1e-6), name
         assert float(found[name].count) == count, name
@@ -101,11 +89,12 @@ def test_ragged_batches_are_the_loops_over_single_documents(
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("match", ["rank", "greedy"])
 def test_gradients_by_states_and_head_are_numerically_right(name: str, match: str) -> None:
-    fake = Fake(5, [(3, 2), (2, 4)], (6, 5), match=match, classes=4)
-    hidden = padded([s[:2] for s in fake.student]).requires_grad_()
-    weight = fake.student_head.clone().requires_grad_()
+    (student, teacher), (weight, other) = draw(5, [(3, 2), (2, 4)], (6, 5))
 
-    assert torch.autograd.gradcheck(lambda h, w: fake.terms(h, w)[name].total, (hidden, weight))
+    def total(weight: Tensor, *student: Tensor) -> Tensor:
+        return terms([[*student], teacher], (weight, other), match=match, classes=4)[name].total
+
+    assert torch.autograd.gradcheck(total, [x.requires_grad_() for x in (weight, *student)])
 
 
 def test_equal_logits_are_finite() -> None:

@@ -1,6 +1,5 @@
 """The losses over pieces of text against loops over the tiny cache, gradients, chunks, and what takes part."""
 
-import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,7 +178,13 @@ def test_one_weight_alone_is_refused() -> None:
         loss_named("gold").parse({"matched_weight": 1.0})
 
 
-@pytest.mark.parametrize("settings", [{}, {"divergence": "forward_kl", "temperature": 2.0, "end_token": "exclude"}])
+SIMCT: list[dict[str, Any]] = [
+    {},
+    {"shared_vocab": "exact", "divergence": "forward_kl", "temperature": 2.0, "end_token": "exclude"},
+]
+
+
+@pytest.mark.parametrize("settings", SIMCT)
 @torch.no_grad()
 def test_simct_is_the_loops_over_pieces_of_single_documents(settings: dict[str, Any]) -> None:
     made, batch = ready("simct", **settings)
@@ -193,20 +198,6 @@ def test_simct_is_the_loops_over_pieces_of_single_documents(settings: dict[str, 
     assert 0 < extra < sum(len(d[2]) for d in documents)
     predictions = sum(len(d[0][1]) for d in documents)
     one.assert_term(one.terms_of(made.distiller, batch)["simct"], expected, predictions)
-
-
-def test_a_token_that_is_no_shared_class_is_one_of_its_own() -> None:
-    own, theirs = side(5, SIZES[0], 7), side(6, SIZES[1], 5)
-    ranges = [list(itertools.pairwise(made.ends)) for _, made in (own, theirs)]
-    document = [(logits.dense().tolist(), made.target_N.tolist()) for logits, made in (own, theirs)]
-    assert SIZES[0][2] == SIZES[1][2] == 1
-
-    expected, extra = slow.simct([(*document, list(zip(*ranges, strict=True)))], {0: 0, 3: 3})
-
-    pieces = Pieces(student=own[1], teacher=theirs[1], document_G=torch.zeros(4, dtype=torch.int64))
-    assert extra == 4
-    found = built("simct").sums(own[0], theirs[0], pieces, torch.ones(4, dtype=torch.float64))[0]
-    assert float(found) == pytest.approx(expected, rel=1e-9)
 
 
 # X-Token

@@ -1,4 +1,7 @@
-"""Batches against arrays recomputed from the tables by plain loops; tables that disagree; the reading thread."""
+"""What a batch reads and refuses, tables that do not fit together, and the reading thread.
+
+That a batch has the numbers of the tables is seen where the losses are compared with loops over single documents.
+"""
 
 import json
 import shutil
@@ -16,13 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from damages import resealed
-from one_tokenizer import LEVELS, ROWS, numbers
+from one_tokenizer import ROWS
 from tiny_models import tiny_cache
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import Signal, signal_named
 from xkd_schemas.tokens import CONTENT, END
 from xkd_trainer.data import collate as stream
-from xkd_trainer.data.batch import Batch, unwrap
+from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.cache import Cache, find_student
 from xkd_trainer.data.collate import batch_of, inside_any
 from xkd_trainer.training.batches import prefetch
@@ -45,104 +48,6 @@ def cache() -> Cache:
 @pytest.fixture(scope="module")
 def batch(cache: Cache) -> Batch:
     return batch_of(cache, ROWS, WANTED)
-
-
-def predicted(row: Any) -> list[int]:
-    targets = row["targets"]
-    return [t - 1 for t in range(1, len(targets)) if targets[t]]
-
-
-def kept(row: Any) -> list[int]:
-    targets = row["targets"]
-    return [t for t in range(len(targets)) if targets[t] or (t + 1 < len(targets) and targets[t + 1])]
-
-
-def valid_part(values: Tensor, valid: Tensor, row: int) -> list[Any]:
-    """One row's valid entries, and a check that they come first."""
-    count = int(valid[row].sum())
-    assert valid[row].tolist() == [True] * count + [False] * (valid.shape[1] - count)
-    return values[row, :count].tolist()
-
-
-def test_tokens_and_predictions_of_both_models_are_those_of_the_tables(cache: Cache, batch: Batch) -> None:
-    for place, row in enumerate(ROWS):
-        student, teacher = cache.students[row], cache.teachers[row]
-        s_ids, t_ids = student["token_ids"].tolist(), teacher["token_ids"].tolist()
-        predict, t_predict, t_kept = predicted(student), predicted(teacher), kept(teacher)
-        assert len(predict) > 0
-        valid_BN, valid_BM = batch.predict_valid_BN, batch.teacher_predict_valid_BM
-
-        assert valid_part(batch.student_ids_BS, batch.student_valid_BS, place) == s_ids
-        assert valid_part(batch.predict_BN, valid_BN, place) == predict
-        assert valid_part(batch.target_BN, valid_BN, place) == [s_ids[p + 1] for p in predict]
-        assert valid_part(batch.teacher_target_BM, valid_BM, place) == [t_ids[p + 1] for p in t_predict]
-        assert valid_part(batch.teacher_input_BM, valid_BM, place) == [t_ids[p] for p in t_predict]
-        assert [t_kept[r] for r in valid_part(batch.teacher_predict_BM, valid_BM, place)] == t_predict
-        assert int(batch.teacher_valid_BR[place].sum()) == len(t_kept)
-    assert batch.rows == ROWS
-
-
-def test_hidden_states_keep_every_bit_of_bfloat16_and_scalars_stand_at_their_rows(cache: Cache, batch: Batch) -> None:
-    hidden_BRD, attention_BT = unwrap(batch.teacher_hidden_BRD), unwrap(batch.states(4).attention_text_BT)
-    assert hidden_BRD.dtype == torch.bfloat16
-    for place, row in enumerate(ROWS):
-        teacher, valid_BM = cache.teachers[row], batch.teacher_predict_valid_BM
-        rows = len(kept(teacher))
-        assert torch.equal(hidden_BRD[place, :rows].float(), numbers(teacher["hidden_last"]))
-        assert hidden_BRD[place, rows:].abs().sum() == 0
-        assert valid_part(attention_BT, unwrap(batch.teacher_valid_BT), place) == teacher["attention_text@4"].tolist()
-        assert valid_part(unwrap(batch.teacher_entropy_BM), valid_BM, place) == teacher["entropy"].tolist()
-        assert valid_part(unwrap(batch.teacher_argmax_BM), valid_BM, place) == teacher["argmax"].tolist()
-
-
-def test_spans_and_exact_pairs_are_those_of_the_tables_inside_the_response(cache: Cache, batch: Batch) -> None:
-    seen = 0
-    for place, row in enumerate(ROWS):
-        student, teacher = cache.students[row], cache.teachers[row]
-        predict, t_predict, t_kept = (f(r) for f, r in ((predicted, student), (predicted, teacher), (kept, teacher)))
-        both = zip(student["student_spans"].tolist(), student["teacher_spans"].tolist(), strict=True)
-        spans = [(s, t) for s, t in both if student["targets"][s[0]] and teacher["targets"][t[0]]]
-        pairs = [(s[0] - 1, t[0] - 1) for s, t in spans if s[1] - s[0] == t[1] - t[0] == 1]
-        sides = batch.span_student_BK2, batch.span_teacher_BK2
-        found = (valid_part(side, batch.span_valid_BK, place) for side in sides)
-
-        assert [(s, [t_kept[a], t_kept[b - 1] + 1]) for s, (a, b) in zip(*found, strict=True)] == spans
-        found_pairs = valid_part(batch.pairs_BE2, batch.pair_valid_BE, place)
-        assert [(predict[n], t_predict[m]) for n, m in found_pairs] == pairs
-        seen += len(pairs)
-    assert seen > 10
-
-
-@pytest.mark.parametrize(("layer", "unit"), LEVELS)
-def test_levels_are_those_of_the_tables(cache: Cache, batch: Batch, layer: int, unit: str) -> None:
-    level = next(level for level in batch.levels if level.layer == layer)
-    assert [(lv.layer, lv.unit) for lv in batch.levels] == list(LEVELS)
-    assert level.unit == unit
-    assert (level.cosines_BUU is None) == (layer == 4)
-    assert (level.vectors_BUD is None) == (layer == 3)
-    phrase_flags, target_flags = set(), set()
-    for place, row in enumerate(ROWS):
-        document, student, teacher = cache.documents[row], cache.students[row], cache.teachers[row]
-        spans, phrases = document[f"{unit}s"].tolist(), document["phrases"].tolist()
-        targets = [s for s, wanted in zip(document["segments"].tolist(), document["targets"], strict=True) if wanted]
-        ranges, mass = student[f"{unit}_tokens"].tolist(), teacher[f"span_mass@{layer}:{unit}"].tolist()
-        for u, ((start, end), (first, last)) in enumerate(zip(spans, ranges, strict=True)):
-            in_phrase = unit == "phrase" or any(a <= start and end <= b for a, b in phrases)
-            in_target = any(a <= start and end <= b for a, b in targets)
-            assert level.student_BU2[place, u].tolist() == [first, last]
-            assert bool(level.valid_BU[place, u]) == (last > first and mass[u] > 0)
-            assert float(level.mass_BU[place, u]) == mass[u]
-            assert bool(level.in_phrase_BU[place, u]) == in_phrase
-            assert bool(level.in_target_BU[place, u]) == in_target
-            phrase_flags.add(in_phrase)
-            target_flags.add(in_target)
-        assert not level.valid_BU[place, len(spans) :].any()
-        if level.cosines_BUU is not None:
-            upper, expected = np.triu_indices(len(spans), 1), np.eye(len(spans))
-            expected[upper] = expected.T[upper] = teacher[f"span_geometry@{layer}:{unit}"]
-            assert level.cosines_BUU[place, : len(spans), : len(spans)].tolist() == expected.tolist()
-    assert target_flags == {True, False}
-    assert phrase_flags == {True, unit == "phrase"}
 
 
 def test_signals_that_nobody_asked_for_are_not_read(cache: Cache) -> None:
