@@ -36,7 +36,7 @@ def test_a_record_reads_back_as_written(tmp_path: Path, record: Any) -> None:
     assert read_record(tmp_path / "r", type(record)) == record
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_record_is_read_or_refused_and_never_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
     record = data.draw(st.sampled_from(list(RECORDS.values())))

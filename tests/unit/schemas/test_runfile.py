@@ -38,15 +38,8 @@ def test_values_of_the_file_are_read_and_the_rest_is_default(tmp_path: Path) -> 
 
 
 def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
-    sets = [
-        "teacher.word_layers=[7]",
-        "workers=1",
-        "workers=2",
-        "losses.sra.p=0.5",
-        "teacher.model=a b/c",
-        "train.lr=1e-3",
-    ]
-    run = load_run(written(tmp_path), sets)
+    sets = ["teacher.word_layers=[7]", "workers=1", "workers=2", "losses.sra.p=0.5", "teacher.model=a b/c"]
+    run = load_run(written(tmp_path), [*sets, "train.lr=1e-3"])
 
     assert (run.teacher.word_layers, run.workers, run.teacher.model, run.train.lr) == ((7,), 2, "a b/c", 1e-3)
     assert run.losses == {"mta": {"hid": "off"}, "sra": {"p": 0.5}}

@@ -210,10 +210,13 @@ SIGNALLED = "import os, signal\nos.kill(os.getpid(), signal.{name})\n"
 WITH_ITS_OWN_ERROR = SIGNALLED + "raise ImportError('of the C code')\n"
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143)])
 @pytest.mark.parametrize(
-    ("module", "content"), [("typer", SIGNALLED), ("torch", SIGNALLED), ("torch", WITH_ITS_OWN_ERROR)]
-)
+    ("module", "content", "name", "code"),
+    [
+        ("typer", SIGNALLED, "SIGTERM", 143), ("torch", SIGNALLED, "SIGUSR1", 143),
+        ("torch", WITH_ITS_OWN_ERROR, "SIGINT", 130),
+    ],
+)  # fmt: skip
 def test_a_signal_while_modules_are_imported_ends_in_one_line(
     tmp_path: Path, module: str, content: str, name: str, code: int
 ) -> None:
