@@ -10,7 +10,7 @@ import torch
 
 import log_probability_server as local
 import small_cache
-from small_cache import asked, made
+from small_cache import asked, made, refused
 from xkd_pipeline.served import ask as module
 from xkd_schemas.cache.table import Table
 
@@ -44,12 +44,6 @@ def typed(url: str, out: Path, *more: object) -> tuple[object, ...]:
 
 def lines(out: Path) -> dict[str, Row]:
     return {row["doc_id"]: row for row in map(json.loads, out.read_text().splitlines())}
-
-
-def refused(*words: object) -> str:
-    with pytest.raises(Exception, match=" Next: ") as caught:
-        small_cache.app(list(map(str, words)), standalone_mode=False)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("style", ["--no-echo", "--echo"])
