@@ -63,9 +63,7 @@ def test_a_slow_benchmark_can_still_be_imported(name: str) -> None:
         (9.0, None, False, None), (float("nan"), 1.0, False, False), (float("nan"), 1.0, True, False),
     ],
 )  # fmt: skip
-def test_a_bar_is_met_from_its_own_side_only(
-    ratio: float, bar: float | None, at_least: bool, met: bool | None
-) -> None:
+def test_a_bar_is_met_from_its_side_only(ratio: float, bar: float | None, at_least: bool, met: bool | None) -> None:
     row = Row(what="a / b", ratio=ratio, bar=bar, at_least=at_least, ours=1.0, theirs=1.0, unit="s")
 
     assert as_json("name", row)["met"] is row.met is met
@@ -88,9 +86,7 @@ def test_a_failing_subprocess_is_an_error_that_shows_what_it_said() -> None:
     assert in_subprocess(shutil.which, "no such program") is None
 
 
-def test_a_missed_bar_is_code_0_and_a_crash_is_code_1_after_the_others_have_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missed_bar_is_code_0_and_a_crash_is_code_1_after_the_others_have_run(monkeypatch, capsys) -> None:
     missed, broken = ModuleType("benchmarks.bench_signals"), ModuleType("benchmarks.bench_kl")
     missed.run = lambda _options: [cost("slow", 9.0, 1.0, bar=1.5)]  # type: ignore[attr-defined]
     broken.run = lambda _options: 1 / 0  # type: ignore[attr-defined]

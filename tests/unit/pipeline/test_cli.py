@@ -149,9 +149,7 @@ def test_preprocess_runs_the_three_stages_of_a_run_file_and_reuses_them(
 
 
 @pytest.mark.parametrize("line", ["gpus_per_worker = 1.0", 'ray_address = "head:6379"', "stall_timeout = 9"])
-def test_what_a_run_file_asks_of_workers_needs_workers(
-    xkd_cache: Cache, corpus: Path, tmp_path: Path, line: str
-) -> None:
+def test_settings_of_workers_need_workers(xkd_cache: Cache, corpus: Path, tmp_path: Path, line: str) -> None:
     run = run_toml(tmp_path, corpus)
     run.write_text(f"{line}\n{run.read_text()}")
 

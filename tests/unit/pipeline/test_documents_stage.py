@@ -127,9 +127,7 @@ def test_shards_missing_in_the_middle_are_read_from_the_right_rows(tmp_path: Pat
     assert files_of(tmp_path / "c") == before
 
 
-def test_a_shard_is_a_minute_of_a_teacher_by_characters_decided_once_and_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_is_a_minute_of_a_teacher_by_characters_decided_once_and_printed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(stages, "this_device", lambda: "cpu")
     monkeypatch.setitem(stages.FLOPS, "cpu", 8e9)  # 4,800 characters
     said: list[str] = []
@@ -183,9 +181,7 @@ def test_a_policy_that_is_no_short_text_behind_the_first_rows_is_a_reject(tmp_pa
     assert build(tmp_path / "c", [write_rows(tmp_path / "rows.jsonl", rows)], max_reject=1).values["rejected"] == 2
 
 
-def test_a_shard_of_a_streamed_teacher_takes_four_times_as_long_as_reading_the_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_of_a_streamed_teacher_takes_four_times_as_long_as_reading_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(stages, "this_device", lambda: "cpu")
     monkeypatch.setattr(stages, "SECONDS", 1e-9)
     monkeypatch.setitem(stages.FLOPS, "cpu", 1e12)

@@ -68,9 +68,7 @@ def test_the_error_is_the_one_reported_and_below_that_of_the_papers_draw_with_re
     st.sampled_from([0.0, 0.01, 1.0, 10.0, 80.0]),
     st.integers(0, 2**31),
 )
-def test_whatever_the_distribution_k_ascending_classes_share_all_of_it(
-    sizes: tuple[int, int], scale: float, seed: int
-) -> None:
+def test_k_ascending_classes_share_all_of_any_distribution(sizes: tuple[int, int], scale: float, seed: int) -> None:
     classes, k = sizes
     generator = torch.Generator().manual_seed(seed)
     logits_NV = scale * torch.randn(5, classes, generator=generator)

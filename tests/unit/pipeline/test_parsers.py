@@ -108,9 +108,7 @@ def assert_sound(whole: Document, spans: Spans) -> None:
         ("?! ...", []),
     ],
 )  # fmt: skip
-def test_noun_chunks_and_verb_groups_of_sentences_checked_by_hand(
-    spacy: SpacyParser, text: str, phrases: list[tuple[str, str]]
-) -> None:
+def test_noun_chunks_and_verb_groups_by_hand(spacy: SpacyParser, text: str, phrases: list[tuple[str, str]]) -> None:
     assert shown(spacy, text) == phrases
 
 
@@ -240,17 +238,13 @@ TWO = [phrase for tree in (TREES[3], TREES[2]) for phrase in gold(tree)[1]]
         *((blank, []) for blank in (" ", "\n\n\n", "\u00a0\u3000", "\t \n")),
     ],
 )
-def test_blank_tokens_are_no_leaves_wherever_they_stand(
-    clean: BeneparParser, text: str, wanted: list[tuple[str, str]]
-) -> None:
+def test_blank_tokens_are_never_leaves(clean: BeneparParser, text: str, wanted: list[tuple[str, str]]) -> None:
     assert shown(clean, text) == wanted
     assert not clean.notes
 
 
 @pytest.mark.parametrize("limit", ["sub-words", "tokens", "positions"])
-def test_a_sentence_that_is_too_long_keeps_its_words_and_is_counted(
-    clean: BeneparParser, monkeypatch: pytest.MonkeyPatch, limit: str
-) -> None:
+def test_a_sentence_too_long_keeps_its_words_and_is_counted(clean: BeneparParser, monkeypatch, limit: str) -> None:
     if limit == "tokens":
         monkeypatch.setattr(benepar_parser, "MAX_SENTENCE_TOKENS", 20)
     if limit == "positions":  # of an encoder whose tokenizer has no limit
@@ -272,9 +266,7 @@ def test_a_token_that_the_tokenizer_drops_moves_no_other_leaf(clean: BeneparPars
     assert not clean.notes
 
 
-def test_a_sentence_that_the_tokenizer_cannot_take_apart_is_counted(
-    clean: BeneparParser, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sentence_that_the_tokenizer_cannot_take_apart_is_counted(clean: BeneparParser, monkeypatch) -> None:
     monkeypatch.setattr(benepar_parser, "PLACEHOLDER", "\u0301")  # dropped as well, so that no second try helps
 
     assert shown(clean, "Go away \u0301") == []
@@ -373,9 +365,7 @@ def test_broken_weights_are_bad_data(folder: Path, tmp_path: Path, content: byte
         load_model(tmp_path / "m")
 
 
-def test_a_pipeline_that_cuts_no_sentences_is_a_usage_error(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipeline_that_cuts_no_sentences_is_a_usage_error(folder: Path, tmp_path: Path, monkeypatch) -> None:
     import spacy
 
     spacy.blank("en").to_disk(tmp_path / "plain")

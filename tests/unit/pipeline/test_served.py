@@ -105,9 +105,7 @@ def as_vllm(rows: Sequence[Row]) -> list[Row]:
     return made
 
 
-def test_lines_parquet_and_what_vllm_writes_give_the_same_shards(
-    answers: list[Row], served: Path, tmp_path: Path
-) -> None:
+def test_lines_parquet_and_vllms_form_give_the_same_shards(answers: list[Row], served: Path, tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(answers), tmp_path / "b.parquet", row_group_size=5)
     files = [
         write_rows(tmp_path / "a.jsonl", answers[::-1]),

@@ -50,9 +50,7 @@ def test_the_only_teacher_is_chosen_and_several_are_listed(tmp_path: Path) -> No
         only_teacher(cache)
 
 
-def test_auto_is_resolved_once_and_a_table_goes_on_in_the_dtype_that_it_was_begun_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_is_resolved_once_and_a_table_goes_on_in_the_dtype_of_its_beginning(tmp_path: Path, monkeypatch) -> None:
     def chosen(dtype: str, name: str = "half") -> str:
         return teacher_dtype(small_cache.run_file(tmp_path, teacher={"name": name, "dtype": dtype}), "cpu").line
 
@@ -90,9 +88,7 @@ STAGES = {"documents": documents_stage, "teacher": teacher_stage, "student": ali
         ("student", {"tokenizer": "teacher"}, "encoder.tokenizer."),
     ],
 )
-def test_the_same_table_with_other_settings_is_refused_by_field(
-    section: str, changed: dict[str, object], said: str
-) -> None:
+def test_a_table_with_other_settings_is_refused_by_field(section: str, changed: dict[str, object], said: str) -> None:
     if "tokenizer" in changed:
         changed = {"tokenizer": str(made() / "teacher")}
     run, name = small_cache.whole_run(made() / "cache", **{section: changed}), section.partition(".")[0]

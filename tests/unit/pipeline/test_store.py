@@ -53,9 +53,7 @@ def test_a_table_that_documents_were_added_to_is_left_as_it_is(tmp_path: Path) -
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.permutations(range(UNITS)))
-def test_the_order_in_which_shards_are_finished_changes_no_byte(
-    tmp_path: Path, undisturbed: dict[str, bytes], order: list[int]
-) -> None:
+def test_the_order_of_shards_changes_no_byte(tmp_path: Path, undisturbed: dict[str, bytes], order: list[int]) -> None:
     root = tmp_path / "-".join(map(str, order))
 
     build_all(root, order=order)
@@ -64,9 +62,7 @@ def test_the_order_in_which_shards_are_finished_changes_no_byte(
 
 
 @pytest.mark.parametrize("trouble", ["error", "bug", "interrupt"])
-def test_a_run_that_breaks_off_keeps_its_shards_and_the_next_makes_only_the_others(
-    tmp_path: Path, undisturbed: dict[str, bytes], trouble: str
-) -> None:
+def test_a_run_that_breaks_off_keeps_its_shards(tmp_path: Path, undisturbed: dict[str, bytes], trouble: str) -> None:
     root = tmp_path / "t"
     with pytest.raises((BadData, ZeroDivisionError, KeyboardInterrupt)):
         build_all(root, trouble=trouble)
@@ -174,6 +170,16 @@ def test_a_linked_shard_is_refused(tmp_path: Path) -> None:
         build_all(tmp_path)
 
 
+def test_an_empty_plan_without_records_is_written_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    root = tmp_path / "t"
+    (root / "documents").mkdir(parents=True)
+    (root / "documents" / "plan.json").touch()
+
+    build_all(root)
+
+    assert files_of(root) == undisturbed
+
+
 @pytest.mark.parametrize("damage", ["empty", "no object"])
 def test_a_plan_of_which_nothing_is_left_is_bad_data_and_never_a_mismatch(tmp_path: Path, damage: str) -> None:
     build_all(tmp_path)
@@ -187,9 +193,7 @@ def test_a_plan_of_which_nothing_is_left_is_bad_data_and_never_a_mismatch(tmp_pa
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-def test_the_command_that_wrote_a_plan_puts_it_right_when_it_is_damaged_and_loses_no_shard(
-    tmp_path: Path, undisturbed: dict[str, bytes], sealed: bool
-) -> None:
+def test_the_command_that_wrote_a_plan_mends_it(tmp_path: Path, undisturbed: dict[str, bytes], sealed: bool) -> None:
     root = tmp_path / "t"
     if sealed:
         build_all(root)

@@ -124,9 +124,7 @@ def test_spans_are_those_of_both_models(
 
 @settings(deadline=None, max_examples=100)
 @given(tokenisation(), st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=6), st.data())
-def test_token_ranges_hold_exactly_the_tokens_inside(
-    spans: np.ndarray, words: list[tuple[int, int]], data: st.DataObject
-) -> None:
+def test_ranges_hold_the_tokens_inside(spans: np.ndarray, words: list[tuple[int, int]], data: st.DataObject) -> None:
     glue = data.draw(st.lists(st.booleans(), min_size=len(spans), max_size=len(spans)))
     tokens = row(*(t for g, s in zip(glue, spans.tolist(), strict=True) for t in ([GLUE] * g + [(CONTENT, *s)])))
     intervals = as_spans([(min(word), max(word)) for word in words])

@@ -51,9 +51,7 @@ def test_lines_are_cut_at_newline_bytes_only(tmp_path: Path, pieces: list[bytes]
 
 @pytest.mark.parametrize("length", [299, 300, 301, 302, 599, 600, 1500])
 @pytest.mark.parametrize("end", [b"\nz", b"\n", b""])
-def test_a_line_above_the_limit_is_kept_as_length_digest_and_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, end: bytes
-) -> None:
+def test_a_long_line_is_kept_as_length_digest_and_head(tmp_path: Path, monkeypatch, length: int, end: bytes) -> None:
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 300)
     long = b"x" * length
 
@@ -80,9 +78,7 @@ def test_a_compressed_file_that_was_cut_off_is_bad_data(tmp_path: Path, data: st
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_bomb_is_refused_before_it_fills_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:
+def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch, suffix: str) -> None:
     monkeypatch.setattr(files, "FREE_BYTES", 1 << 20)
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 18)
 
@@ -94,9 +90,9 @@ def test_a_bomb_is_refused_before_it_fills_the_memory(
 
 
 def test_a_small_file_of_equal_lines_is_no_bomb(tmp_path: Path) -> None:
-    content = b'{"text": "again"}\n' * 100_000
+    content = b'{"text": "again"}\n' * 20_000
 
-    assert len(lines_of(tmp_path / "rows.jsonl.zst", pack(content, ".zst"))) == 100_000
+    assert len(lines_of(tmp_path / "rows.jsonl.zst", pack(content, ".zst"))) == 20_000
 
 
 def test_a_huge_file_without_newline_is_read_in_bounded_memory(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from xkd_schemas import codecs
 from xkd_schemas.config import RunConfig, change_values, load_run
 from xkd_schemas.errors import InputMissing, UsageError
 
@@ -67,12 +66,6 @@ def test_a_wrong_key_or_value_is_named_with_what_to_type(override: str, sentence
         load_run(None, [override])
     assert sentence in str(caught.value)
     assert caught.value.fix
-
-
-def test_a_codec_of_the_registry_is_a_value_of_the_run_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codecs, "CODECS", codecs.CODECS | {"mine": codecs.CODECS["bf16"]})
-
-    assert load_run(None, ["teacher.codec=mine"]).teacher.codec == "mine"
 
 
 def test_what_nobody_named_is_not_named_by_a_change_of_something_else() -> None:

@@ -219,20 +219,6 @@ def test_a_few_shards_are_open_at_once_and_every_batch_is_hashed_once(tmp_path: 
     assert max(open_files(tmp_path) for index in order if table[index]["doc_id"]) == 3
 
 
-def test_a_shard_that_was_damaged_after_it_was_closed_is_found_when_it_is_opened_again(
-    tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr(table_module, "OPEN_SHARDS", 1)
-    table = sealed_table(tmp_path, (3, 3))
-    path = table.path(0)
-    assert table[0]["doc_id"] == "d0"
-    assert table[3]["doc_id"] == "d3"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-
-    with pytest.raises(BadData, match="header or footer does not match"):
-        table[1]
-
-
 def test_columns_stay_ready_for_few_record_batches_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_module, "READY_BATCHES", 2)
     monkeypatch.setattr(shard, "ROWS_PER_BATCH", 2)

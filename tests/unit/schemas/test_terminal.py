@@ -140,9 +140,7 @@ def test_with_json_the_error_is_an_object_too(capsys, monkeypatch) -> None:
     assert (code, err) == (78, "xkd-cache: a b. Next: c\n")
 
 
-def test_of_several_processes_the_first_says_what_is_the_same_in_all_and_each_what_is_its_own(
-    capsys, monkeypatch
-) -> None:
+def test_of_several_processes_the_first_says_what_is_the_same_and_each_its_own(capsys, monkeypatch) -> None:
     own, same = BadData("x"), BadData("x")
     same.shared = True
     errors = (same, UsageError("x"), KeyboardInterrupt(), own)

@@ -36,9 +36,8 @@ def test_a_saved_and_loaded_copy_is_the_same(kind: str, tmp_path: Path) -> None:
     assert differing(tokenizer, PreTrainedTokenizerFast.from_pretrained(tmp_path)) == set()
 
 
-@pytest.mark.parametrize("kind", four_tokenizers.KINDS)
-def test_encoding_and_truncating_with_it_does_not_change_it(kind: str) -> None:
-    tokenizer = four_tokenizers.fresh(kind)
+def test_encoding_and_truncating_with_it_does_not_change_it() -> None:
+    tokenizer = four_tokenizers.fresh("byte_level")
     before = identity(tokenizer)
 
     tokenizer(["one two three", "four"], truncation=True, max_length=2, padding="max_length")
