@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from hostile_text import CLUSTERS, MARKS, NASTY
+from xkd_schemas.documents import Document, document_of
 from xkd_schemas.text.encode import Encoder
 
 KINDS = ("byte_level", "sentencepiece", "unigram", "wordpiece")
@@ -155,3 +156,23 @@ nasty_text = st.lists(
     max_size=14,
 ).map("".join)
 """Text of emoji with joiners, combining marks, CJK, right-to-left, controls, NUL and runs of blanks."""
+
+
+def question(prompt: str, response: str) -> Document:
+    return document_of([("prompt", prompt, False), ("response", response, True)], source="q.jsonl", line=3)
+
+
+def turns(texts: list[str]) -> Document:
+    parts = [(("user", "assistant")[i % 2], text, i % 2 == 1) for i, text in enumerate(texts)]
+    return document_of(parts, source="m", line=1)
+
+
+def lone(text: str) -> Document:
+    """A text without turns."""
+    return document_of([("text", text, True)], source="t", line=1)
+
+
+nasty_documents = st.one_of(
+    st.builds(question, nasty_text, nasty_text), st.builds(lone, nasty_text),
+    st.builds(turns, st.lists(nasty_text, max_size=4)),
+)  # fmt: skip

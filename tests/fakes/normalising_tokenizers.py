@@ -106,7 +106,6 @@ MAKERS = {
     ),
     "gemma": lambda: _changed("sentencepiece", normalizers.Replace(" ", "▁")),
     "bert": lambda: _changed("wordpiece", normalizers.BertNormalizer(lowercase=True)),
-    "cased": lambda: _changed("wordpiece", normalizers.BertNormalizer(lowercase=False, strip_accents=False)),
 }
 NORMALISING = tuple(MAKERS)
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -162,6 +163,13 @@ def asked(*words: object) -> tuple[int, dict[str, Any]]:
     """Exit code of xkd-cache with `--json`, and what it says."""
     result = CliRunner().invoke(app, [*map(str, words), "--json"])
     return result.exit_code, json.loads(result.stdout)
+
+
+def refused(*words: object) -> str:
+    """The one line with which xkd-cache ends."""
+    with pytest.raises(Exception, match=" Next: ") as caught:
+        app(list(map(str, words)), standalone_mode=False)
+    return str(caught.value)
 
 
 def files_of(root: Path) -> dict[str, bytes]:

@@ -35,27 +35,19 @@ def test_the_page_of_teachers_has_the_table_that_is_printed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("teacher", "machine", "expected"),
+    ("weights", "machine", "expected"),
     [
-        (Teacher("", 1e9, 8, 1, 8), Machine("", 4e9, 1e12, (("", 2.0),), devices=8), (250.0, "")),
-        (
-            Teacher("", 2e9, 8, 1, 8),
-            Machine("", 4e9, 1e12, (("", 2.0),), devices=8),
-            (1000.0, ""),
-        ),  # two GPUs for each
-        (Teacher("", 2e9, 8, 1, 8), Machine("", 4e9, 1e12, (("", 2.0), ("int8", 1.0))), (4000.0, "int8")),
-        (Teacher("", 8e9, 8, 1, 8), Machine("", 4e9, 1e12, (("", 2.0), ("int8", 1.0))), (16000.0, "disk, computing")),
-        (
-            Teacher("", 8e9, 8, 1, 8),
-            Machine("", 4e9, 1e16, (("", 2.0),)),
-            (pytest.approx(81.38, 1e-3), "disk, reading"),
-        ),
+        (1e9, Machine("", 4e9, 1e12, (("", 2.0),), devices=8), (250.0, "")),
+        (2e9, Machine("", 4e9, 1e12, (("", 2.0),), devices=8), (1000.0, "")),  # two GPUs for each
+        (2e9, Machine("", 4e9, 1e12, (("", 2.0), ("int8", 1.0))), (4000.0, "int8")),
+        (8e9, Machine("", 4e9, 1e12, (("", 2.0), ("int8", 1.0))), (16000.0, "disk, computing")),
+        (8e9, Machine("", 4e9, 1e16, (("", 2.0),)), (pytest.approx(81.38, 1e-3), "disk, reading")),
     ],
 )
 def test_seconds_of_a_teacher_depend_on_where_its_weights_lie(
-    teacher: Teacher, machine: Machine, expected: tuple[float, str]
+    weights: float, machine: Machine, expected: tuple[float, str]
 ) -> None:
-    assert seconds(teacher, machine) == expected
+    assert seconds(Teacher("", weights, 8, 1, 8), machine) == expected
 
 
 @pytest.mark.parametrize("name", sorted(SLOW))
@@ -70,9 +62,7 @@ def test_a_slow_benchmark_can_still_be_imported(name: str) -> None:
         (9.0, None, False, None), (float("nan"), 1.0, False, False), (float("nan"), 1.0, True, False),
     ],
 )  # fmt: skip
-def test_a_bar_is_met_from_its_own_side_only(
-    ratio: float, bar: float | None, at_least: bool, met: bool | None
-) -> None:
+def test_a_bar_is_met_from_its_side_only(ratio: float, bar: float | None, at_least: bool, met: bool | None) -> None:
     row = Row(what="a / b", ratio=ratio, bar=bar, at_least=at_least, ours=1.0, theirs=1.0, unit="s")
 
     assert as_json("name", row)["met"] is row.met is met
@@ -95,9 +85,7 @@ def test_a_failing_subprocess_is_an_error_that_shows_what_it_said() -> None:
     assert in_subprocess(shutil.which, "no such program") is None
 
 
-def test_a_missed_bar_is_code_0_and_a_crash_is_code_1_after_the_others_have_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missed_bar_is_code_0_and_a_crash_is_code_1_after_the_others_have_run(monkeypatch, capsys) -> None:
     missed, broken = ModuleType("benchmarks.bench_signals"), ModuleType("benchmarks.bench_kl")
     missed.run = lambda _options: [cost("slow", 9.0, 1.0, bar=1.5)]  # type: ignore[attr-defined]
     broken.run = lambda _options: 1 / 0  # type: ignore[attr-defined]

@@ -70,9 +70,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
     return commands
 
 
-def test_it_says_how_long_it_takes_and_shows_two_seeds_of_each_student(
-    commands: Commands, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_says_how_long_it_takes_and_shows_two_seeds_of_each_student(commands: Commands, capsys) -> None:
     demo.main()
 
     said = capsys.readouterr().out
@@ -87,7 +85,9 @@ def test_it_says_how_long_it_takes_and_shows_two_seeds_of_each_student(
     assert (commands.out / "report.md").read_text(encoding="utf-8").count("2.405") == 1
 
 
-def test_an_evaluation_is_made_again_only_for_another_model(commands: Commands) -> None:
+def test_an_evaluation_is_made_again_only_for_another_model(commands: Commands, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "probe", lambda: demo.PROBE)
+
     def evaluated() -> list[str]:
         commands.ran.clear()
         demo.main()

@@ -102,19 +102,6 @@ def test_the_examples_in_the_docstrings_hold(script: str, examples: int) -> None
     assert (found.failed, found.attempted >= examples) == (0, True)
 
 
-def test_about_a_tenth_is_held_out() -> None:
-    train, held, _ = text.split([(f"prompt {i}", f"response {i}") for i in range(5000)])
-
-    assert 430 < len(held) < 570
-    assert len(train) + len(held) == 5000
-
-
-def test_prompts_that_differ_only_in_case_blanks_and_punctuation_share_a_key() -> None:
-    assert text.prompt_key("Are you  sapient?") == text.prompt_key("are you sapient")
-    assert text.prompt_key("are you sapient") != text.prompt_key("are you a sapient")
-    assert text.prompt_key("?!") != text.prompt_key("")
-
-
 def test_the_tokenizer_is_the_same_in_another_process(
     tokenizer: PreTrainedTokenizerFast, train: Path, tmp_path: Path
 ) -> None:

@@ -28,9 +28,7 @@ class OneMore(RunConfig):
     train: TrainSection = TrainSection()
 
 
-def test_a_field_added_to_a_section_is_a_flag_a_key_and_a_refusal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_field_added_to_a_section_is_a_flag_a_key_and_a_refusal(tmp_path: Path, monkeypatch) -> None:
     for module in (config, flags):
         monkeypatch.setattr(module, "RunConfig", OneMore)
     app, run = typer.Typer(rich_markup_mode=None), tmp_path / "run.toml"

@@ -1,6 +1,5 @@
 """The students table: the student's own tokens, and beside them what the alignment functions say."""
 
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -89,56 +88,18 @@ def test_a_document_that_the_teacher_could_not_read_says_so_and_has_no_tokens(tm
     assert outcome.values["spans"] == outcome.values["tokens"] == 0
 
 
-def test_the_student_reads_no_further_than_the_teacher_did(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    short_teacher(cache, 36)
-
-    stage(cache, teacher="short", name="cut")
-
-    cut = 0
-    for document, taught, row in joined(cache, "short", "cut"):
-        if taught["status"] != "ok":
-            assert row["status"] == f"teacher:{taught['status']}"
-            continue
-        assert row["num_chars"] <= taught["num_chars"]
-        assert row["token_spans"].max() <= taught["num_chars"]
-        cut += taught["num_chars"] < len(document["text"])
-    assert cut
-    assert Table(cache, "students/cut").manifest.count("cut") >= cut
-
-
-def test_a_shorter_student_is_cut_at_a_word_and_aligned_up_to_there(tmp_path: Path) -> None:
+def test_a_shorter_student_is_cut_and_aligned_up_to_there(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
 
     outcome = stage(cache, name="short", max_tokens=50)
 
-    below = 0
-    for document, taught, row in joined(cache, student="short"):
-        if row["status"] != "ok":
-            continue
-        assert len(row["token_ids"]) <= 50
-        text, end = document["text"], row["num_chars"]
-        if end < len(text):
-            below += 1
-            assert not (text[end - 1].isalnum() and text[end].isalnum())
-        last = row["teacher_spans"][-1, 1] - 1
-        assert taught["token_spans"][last, 1] <= end
-    assert below
-    assert Table(cache, "students/short").manifest.count("cut_below_teacher") == below
+    read = [(taught, row) for _, taught, row in joined(cache, student="short") if row["status"] == "ok"]
+    below = sum(row["num_chars"] < taught["num_chars"] for taught, row in read)
+    assert max(len(row["token_ids"]) for _, row in read) <= 50
+    for taught, row in read:
+        assert taught["token_spans"][row["teacher_spans"][-1, 1] - 1, 1] <= row["num_chars"]
+    assert Table(cache, "students/short").manifest.count("cut_below_teacher") == below > 0
     assert f"{below} cut to fit" in outcome.line
-
-
-def test_the_students_template_stands_round_the_same_content(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-
-    stage(cache, name="alpaca", template="alpaca")
-
-    for (_, _, plain), (_, _, dressed) in zip(joined(cache), joined(cache, student="alpaca"), strict=True):
-        assert len(dressed["token_ids"]) > len(plain["token_ids"])
-        inside = dressed["token_spans"][:, 0] >= 0
-        content = plain["token_spans"][:, 0] >= 0
-        np.testing.assert_array_equal(dressed["token_spans"][inside], plain["token_spans"][content])
-        np.testing.assert_array_equal(dressed["teacher_spans"], plain["teacher_spans"])
 
 
 def test_tokenizer_and_constants_stand_beside_the_table() -> None:
@@ -159,7 +120,7 @@ def test_no_student_tokenizer_is_a_usage_error() -> None:
         stage(made() / "cache", tokenizer="", model="new:llama,layers=2")
 
 
-def test_intervals_over_what_a_normaliser_merges_are_counted_and_align_with_what_they_were(tmp_path: Path) -> None:
+def test_intervals_over_what_a_normaliser_merges_are_counted_and_reported(tmp_path: Path) -> None:
     rows = [
         *small_cache.corpus_rows(2),
         {"prompt": "Ou\u0300?", "response": "La fe\u0302te a e\u0301te\u0301 la\u0300."},
@@ -179,30 +140,16 @@ def test_intervals_over_what_a_normaliser_merges_are_counted_and_align_with_what
     assert outcome.values["extended"] == manifest.count("extended") >= 5
     assert manifest.count("extended_documents") == 1
     assert f"extended intervals: {manifest.count('extended')} tokens of 1 documents" in outcome.line
-    ((document, taught, row),) = [j for j in joined(tmp_path / "cache") if "fe\u0302te" in j[0]["text"]]
-    ours, theirs = (
-        [(side["token_spans"][a, 0], side["token_spans"][b - 1, 1]) for a, b in spans]
-        for side, spans in ((row, row["student_spans"]), (taught, row["teacher_spans"]))
-    )
-    assert ours == theirs
-    assert not any(unicodedata.combining(document["text"][start]) for start, end in ours if start < end)
     titles = {title: number for _, title, number in gather(tmp_path / "cache")["cuts"]}
     assert titles["tokens with extended intervals"] == manifest.count("extended")
 
 
-def test_unless_one_is_named_the_template_is_chat_where_the_tokenizer_has_one_and_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cache, said = small_cache.copied(tmp_path), list[str]()
-    teacher = {"model": str(made() / "teacher"), "name": "new", "losses": [], "template": "auto"}
-    teacher_stage(small_cache.run_file(cache, teacher=teacher), small_cache.IN_PROCESS, said.append)
-    chat = stage(cache, name="chat", tokenizer=str(made() / "teacher"))
+def test_unless_one_is_named_the_template_is_chat_where_the_tokenizer_has_one_and_is_said(tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
 
-    assert "template: chat" in said
-    assert "template chat, " in chat.line
-    assert "template none, " in stage(cache, name="bare").line
-    tables = ("teachers/new", "students/chat", "students/bare")
-    assert [Table(cache, n).manifest.constants["template"] for n in tables] == ["chat", "chat", "none"]
+    assert "template chat, " in stage(cache, name="chat", tokenizer=str(made() / "teacher")).line
+
+    assert Table(cache, "students/chat").manifest.constants["template"] == "chat"
     run = small_cache.run_file(cache, teacher={"template": "auto"})
     encoders = encoder_for(str(made() / "teacher"), run.teacher), encoder_for(str(made() / "student"), run.student)
     assert [encoder.template for encoder in encoders] == ["chat", "none"]

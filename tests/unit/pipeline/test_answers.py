@@ -28,9 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.saved(tiny.llama(KIND, seed=1), KIND, tmp_path_factory.mktemp("speaker"))
 
 
-def test_generate_and_sample_write_the_same_rows_and_sample_says_that_they_are_the_students(
-    model: Path, tmp_path: Path
-) -> None:
+def test_generate_and_sample_write_the_same_rows_but_for_who_wrote_them(model: Path, tmp_path: Path) -> None:
     prompts = write_rows(tmp_path / "p.jsonl", [{"question": text} for text, _ in tiny.PAIRS[:5]])
     column = ("--column", "prompt=question")
 

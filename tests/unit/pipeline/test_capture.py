@@ -14,7 +14,7 @@ import slow_losses
 import small_cache
 from xkd_pipeline.capture import measure
 from xkd_pipeline.capture.capture import TeacherSettings, batches_of, capture
-from xkd_pipeline.capture.measure import Reading, bf16_bits, pad_readings
+from xkd_pipeline.capture.measure import Reading, bf16_bits
 from xkd_schemas.codecs import numbers_of
 from xkd_schemas.errors import BadData
 from xkd_schemas.signals import Signal
@@ -203,17 +203,6 @@ def test_batches_hold_every_document_with_tokens_once_within_the_budget() -> Non
         assert len(batch) * width <= 64 or len(batch) == 1
     assert [7] in batches
     assert sorted(len(batch) for batch in batches) == [1, 1, 1, 2, 2, 2]
-
-
-def test_padding_is_on_the_right_to_a_multiple() -> None:
-    short, long = reading(7, 1), reading(19, 2)
-
-    ids_BL, valid_BL = pad_readings([short, long], 8)
-
-    assert ids_BL.shape == (2, 24)
-    assert ids_BL[0].tolist() == [*short.tokens.ids.tolist(), *[0] * 17]
-    assert valid_BL.sum(1).tolist() == [7, 19]
-    assert valid_BL[0, :7].all()
 
 
 def test_bf16_bits_round_to_nearest_even() -> None:

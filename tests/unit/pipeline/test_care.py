@@ -61,9 +61,7 @@ def test_a_row_that_kills_the_parser_is_a_reject_and_counts_as_one(tmp_path: Pat
         documents_stage(run, IN_PROCESS, lambda _line: None)
 
 
-def test_a_document_that_kills_the_teacher_is_a_row_without_tokens_and_the_student_knows(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_a_document_that_kills_the_teacher_has_no_tokens_and_the_student_knows(tmp_path: Path, monkeypatch) -> None:
     needing(monkeypatch, CARE)
     cache, run = begun(tmp_path, "teachers", "students")
 
@@ -140,9 +138,7 @@ def hungry(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     monkeypatch.setattr(teacher, "capture", measured)
 
 
-def test_memory_that_runs_out_in_this_process_is_answered_by_smaller_batches(
-    tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_memory_that_runs_out_here_is_answered_by_smaller_batches(tmp_path: Path, monkeypatch, capsys) -> None:
     hungry(monkeypatch, 100)
     cache, run = begun(tmp_path, "teachers", "students")
 

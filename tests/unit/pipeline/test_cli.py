@@ -103,30 +103,6 @@ def test_the_three_commands_make_the_tables_and_say_so_in_lines_or_in_one_object
     assert all(table["sealed"] and table["done"] == table["units"] for table in status["tables"])
 
 
-def test_layers_are_lists_of_numbers(xkd_cache: Cache, tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    layers = ["--word-layers", "1", "--phrase-layers", "2,4", "--name", "L"]
-
-    assert xkd_cache("teacher", cache, "--model", made() / "teacher", "--dtype", "float32", *layers)[0] == 0
-
-    signals = Table(cache, "teachers/L").manifest.spec["signals"]
-    assert {s.partition("@")[2] for s in signals if s.startswith("span_mass")} == {"1:word", "2:phrase", "4:phrase"}
-    code, _, err = xkd_cache("teacher", cache, "--model", made() / "teacher", "--word-layers", "one")
-    assert code == 2
-    assert "--word-layers: Input should be a valid integer" in err
-
-
-def test_columns_of_the_corpus_are_named_by_flag(xkd_cache: Cache, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", [{"frage": "Who?", "antwort": "Nobody."}])
-    flags = ["--column", "prompt=frage", "--column", "response=antwort", "--spacy-model", SPACY]
-
-    code, out, _ = xkd_cache("documents", rows, "--out", tmp_path / "cache", *flags)
-
-    assert code == 0
-    assert "(prompt=frage, response=antwort)" in out
-    assert Table(tmp_path / "cache", "documents")[0]["text"] == "Who?Nobody."
-
-
 @pytest.mark.parametrize("column", ["prompt", "prompt=", "=frage"])
 def test_a_column_that_is_no_pair_is_refused(xkd_cache: Cache, corpus: Path, tmp_path: Path, column: str) -> None:
     said = xkd_cache("documents", corpus, "--out", tmp_path / "cache", "--column", column)
@@ -135,14 +111,14 @@ def test_a_column_that_is_no_pair_is_refused(xkd_cache: Cache, corpus: Path, tmp
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("name", ["a \"b\" \\ 'c'.jsonl", "é 🙂.jsonl", "tab\tnew\nline\x7f.jsonl", "a=b,[c].jsonl"])
-def test_a_path_may_hold_any_character(xkd_cache: Cache, tmp_path: Path, name: str) -> None:
-    rows = write_rows(tmp_path / name, corpus_rows(1))
+def test_a_path_may_hold_any_character(xkd_cache: Cache, tmp_path: Path) -> None:
+    names = ("a \"b\" \\ 'c'.jsonl", "é 🙂.jsonl", "tab\tnew\nline\x7f.jsonl", "a=b,[c].jsonl")
+    rows = [write_rows(tmp_path / name, corpus_rows(1)) for name in names]
 
-    code, _, err = xkd_cache("documents", rows, "--out", tmp_path / "cache", "--spacy-model", SPACY)
+    code, _, err = xkd_cache("documents", *rows, "--out", tmp_path / "cache", "--spacy-model", SPACY)
 
     assert code == 0, err  # a slow machine tells its progress
-    assert len(Table(tmp_path / "cache", "documents")) == 1
+    assert [row["source"] for row in Table(tmp_path / "cache", "documents")] == list(names)
 
 
 def run_toml(folder: Path, corpus: Path) -> Path:
@@ -162,13 +138,8 @@ def test_preprocess_runs_the_three_stages_of_a_run_file_and_reuses_them(
 
     code, out, _ = xkd_cache("preprocess", run)
     assert code == 0
-    assert [line.split(":")[0] for line in out.splitlines()[2:]] == [
-        "documents",
-        "template",
-        "dtype",
-        "teachers/teacher",
-        "students/student",
-    ]
+    names = ["documents", "template", "dtype", "teachers/teacher", "students/student"]
+    assert [line.split(":")[0] for line in out.splitlines()[2:]] == names
     before = small_cache.files_of(tmp_path / "cache")
 
     code, out, _ = xkd_cache("preprocess", run, "--json")
@@ -178,9 +149,7 @@ def test_preprocess_runs_the_three_stages_of_a_run_file_and_reuses_them(
 
 
 @pytest.mark.parametrize("line", ["gpus_per_worker = 1.0", 'ray_address = "head:6379"', "stall_timeout = 9"])
-def test_what_a_run_file_asks_of_workers_needs_workers(
-    xkd_cache: Cache, corpus: Path, tmp_path: Path, line: str
-) -> None:
+def test_settings_of_workers_need_workers(xkd_cache: Cache, corpus: Path, tmp_path: Path, line: str) -> None:
     run = run_toml(tmp_path, corpus)
     run.write_text(f"{line}\n{run.read_text()}")
 
@@ -189,10 +158,9 @@ def test_what_a_run_file_asks_of_workers_needs_workers(
 
 
 def test_a_flag_with_two_faces_takes_no_value(xkd_cache: Cache, corpus: Path, tmp_path: Path) -> None:
-    for flag, kept in (("--drop-contained", "True"), ("--no-drop-contained", "False")):
-        cache = tmp_path / kept
-        assert xkd_cache("documents", corpus, "--out", cache, "--spacy-model", SPACY, flag)[0] == 0
-        assert Table(cache, "documents").manifest.spec["parser"]["drop_contained"] == kept
+    words = ("documents", corpus, "--out", tmp_path / "cache", "--spacy-model", SPACY, "--no-drop-contained")
+    assert xkd_cache(*words)[0] == 0
+    assert Table(tmp_path / "cache", "documents").manifest.spec["parser"]["drop_contained"] == "False"
 
 
 def test_status_says_how_far_each_table_is(xkd_cache: Cache, tmp_path: Path) -> None:
@@ -207,22 +175,13 @@ def test_status_says_how_far_each_table_is(xkd_cache: Cache, tmp_path: Path) -> 
     assert "teachers/T: 2 of 3 shards done, 8 documents, " in out
 
 
-def test_show_draws_a_document(xkd_cache: Cache) -> None:
-    code, out, _ = xkd_cache("show", made() / "cache", 0, "--width", 60)
-
-    assert code == 0
-    assert out.splitlines()[1].endswith("corpus.jsonl:1")
-    assert out.startswith("teacher T, student S\n")
-    assert "[NP The old keeper]" in out
-    assert {"teacher", "student"} <= {line.split(" ")[0] for line in out.splitlines()}
-    assert max(len(line) for line in out.splitlines()) <= 60
-
-
 def test_of_several_students_or_teachers_show_asks_for_one(xkd_cache: Cache, tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     assert xkd_cache("align", cache, "--student", made() / "teacher", "--name", "S2")[0] == 0
     refused(xkd_cache("show", cache, 0), 2, "has students S, S2", "--student NAME")
-    assert xkd_cache("show", cache, 0, "--student", "S2")[1].startswith("teacher T, student S2\n")
+    out = xkd_cache("show", cache, 0, "--student", "S2", "--width", 60)[1]
+    assert out.startswith("teacher T, student S2\n")
+    assert max(len(line) for line in out.splitlines()) <= 60
 
     teacher = ["--model", made() / "teacher", "--name", "T2", "--for", "dwa", "--dtype", "float32"]
     assert xkd_cache("teacher", cache, *teacher)[0] == 0
@@ -308,27 +267,11 @@ def test_a_withdrawn_command_names_the_copiers_and_is_not_listed(xkd_cache: Cach
 
 BAD_DOCUMENTS = {
     "a wrong path": (["nope.jsonl"], 66, ["nope.jsonl: No such file or directory", "check the path"]),
-    "a wrong ending": (["notes.txt"], 2, ["notes.txt: unknown file extension", ".jsonl"]),
-    "a broken gzip": (["broken.jsonl.gz"], 65, ["broken.jsonl.gz"]),
-    "a broken parquet": (["broken.parquet"], 65, ["broken.parquet"]),
-    "a pipe": (["pipe.jsonl"], 66, ["pipe.jsonl is not a regular file"]),
-    "an empty folder": (["folder"], 66, ["folder holds no file"]),
     "a data set that no hub gives": (["no/such-data"], 66, ["no/such-data", "check the path"]),
     "no row": (["empty.jsonl", "--form", "text"], 65, ["the corpus has no rows"]),
-    "rows of no form": (["strange.jsonl"], 2, ["strange.jsonl", "--column"]),
     "an unknown form": (["rows.jsonl", "--form", "csv"], 2, ["form 'csv' is not known"]),
     "an unknown field": (["rows.jsonl", "--column", "promt=prompt"], 2, ["promt", "prompt"]),
-    "a missing pipeline": (
-        ["rows.jsonl", "--spacy-model", "no_pipe"],
-        66,
-        ["'no_pipe' is not installed", "--spacy-model"],
-    ),
-    "benepar without model": (["rows.jsonl", "--parser", "benepar"], 66, ["benepar", "--parser-model"]),
-    "an unknown parser": (
-        ["rows.jsonl", "--parser", "stanza"],
-        2,
-        ["--parser: 'stanza' is not a parser", "spacy or benepar"],
-    ),
+    "an unknown parser": (["rows.jsonl", "--parser", "stanza"], 2, ["'stanza' is not a parser", "spacy or benepar"]),
     "a cache that is a file": (["rows.jsonl", "--out", "empty.jsonl"], 2, ["empty.jsonl is a file"]),
     "lists for texts": (["lists.jsonl"], 65, ['row 1, field "instruction" is a list, not a string', "--column"]),
 }
@@ -338,23 +281,16 @@ BAD_DOCUMENTS = {
 def odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", corpus_rows(2))
-    write_rows(tmp_path / "strange.jsonl", [{"frage": "Who?"}])
     write_rows(tmp_path / "lists.jsonl", [{"instruction": ["Say hi."], "output": "Hi."}] * 3)
-    for name in ("empty.jsonl", "notes.txt"):
-        (tmp_path / name).write_text("")
-    for name in ("broken.jsonl.gz", "broken.parquet"):
-        (tmp_path / name).write_bytes(b"\x1f\x8bnothing of the kind")
+    (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe.jsonl")
     return tmp_path
 
 
 @pytest.mark.parametrize("bad", BAD_DOCUMENTS)
 def test_bad_input_of_documents_is_one_line(xkd_cache: Cache, odd_files: Path, bad: str) -> None:
     arguments, code, parts = BAD_DOCUMENTS[bad]
-    spacy = [] if "--spacy-model" in arguments else ["--spacy-model", SPACY]
-
-    refused(xkd_cache("documents", *arguments, *spacy), code, *parts)
+    refused(xkd_cache("documents", *arguments, "--spacy-model", SPACY), code, *parts)
 
 
 def test_models_that_want_their_own_code_or_have_half_a_config_are_refused(xkd_cache: Cache, odd_files: Path) -> None:
@@ -425,7 +361,7 @@ main()
 def test_ctrl_c_keeps_every_finished_shard_and_the_same_command_goes_on_to_the_same_bytes(
     xkd_cache: Cache, tmp_path: Path
 ) -> None:
-    corpus, cache = write_rows(tmp_path / "rows.jsonl", corpus_rows(10)), tmp_path / "cache"
+    corpus, cache = write_rows(tmp_path / "rows.jsonl", corpus_rows(8)), tmp_path / "cache"
     units = ["--set", "documents.rows_per_shard=1", "--spacy-model", SPACY]
     assert xkd_cache("documents", corpus, "--out", cache, *units)[0] == 0
     shutil.copytree(cache, tmp_path / "undisturbed")
@@ -440,16 +376,14 @@ def test_ctrl_c_keeps_every_finished_shard_and_the_same_command_goes_on_to_the_s
 
     assert code == 130, err
     assert "Traceback" not in out + err
-    assert re.search(
-        r"^xkd-cache: interrupted. Kept: [1-9] of 10 shards of teachers/T \([1-9] doc", err.splitlines()[-1]
-    )
-    assert err.splitlines()[-1].endswith("Next: run the same command again to go on")
+    kept = r"xkd-cache: interrupted. Kept: [1-7] of 8 shards of teachers/T \([1-7] documents\); lost: what was done .*"
+    assert re.fullmatch(kept + "Next: run the same command again to go on", err.splitlines()[-1])
     shards = {p.name: p.read_bytes() for p in (cache / "teachers" / "T" / "commits").iterdir()}
-    assert 2 <= len(shards) < 10
+    assert 2 <= len(shards) < 8
     assert not (cache / "teachers" / "T" / "manifest.json").exists()
 
     code, out, _ = xkd_cache("teacher", cache, *flags, "--json")
     assert code == 0
-    assert (json.loads(out)["reused"], json.loads(out)["made"]) == (len(shards), 10 - len(shards))
+    assert (json.loads(out)["reused"], json.loads(out)["made"]) == (len(shards), 8 - len(shards))
     assert xkd_cache("teacher", tmp_path / "undisturbed", *flags)[0] == 0
     assert small_cache.files_of(cache) == small_cache.files_of(tmp_path / "undisturbed")

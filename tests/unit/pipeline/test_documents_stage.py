@@ -9,10 +9,9 @@ import pytest
 
 from small_cache import IN_PROCESS, SPACY, corpus_rows, files_of, llama, run_file, write_rows
 from xkd_pipeline import stages
-from xkd_pipeline.parsing.stage import parser_for, plan_shards
+from xkd_pipeline.parsing.stage import parser_for
 from xkd_pipeline.stages import Outcome, documents_stage
 from xkd_pipeline.tables.shard import document_at
-from xkd_schemas.cache.manifest import Unit
 from xkd_schemas.cache.table import Table
 from xkd_schemas.config import DocumentsSection
 from xkd_schemas.corpus.rows import RawRow, read_documents
@@ -128,19 +127,7 @@ def test_shards_missing_in_the_middle_are_read_from_the_right_rows(tmp_path: Pat
     assert files_of(tmp_path / "c") == before
 
 
-def test_shards_are_cut_by_input_rows_and_end_with_their_source(tmp_path: Path) -> None:
-    sources = [open_source(str(write_rows(tmp_path / f"{n}.jsonl", corpus_rows(n))), columns={}) for n in (4, 3)]
-
-    assert plan_shards(sources, 3) == (
-        Unit(source="4.jsonl", first=0, rows=3),
-        Unit(source="4.jsonl", first=3, rows=1),
-        Unit(source="3.jsonl", first=0, rows=3),
-    )
-
-
-def test_a_shard_is_a_minute_of_a_teacher_by_characters_decided_once_and_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_is_a_minute_of_a_teacher_by_characters_decided_once_and_printed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(stages, "this_device", lambda: "cpu")
     monkeypatch.setitem(stages.FLOPS, "cpu", 8e9)  # 4,800 characters
     said: list[str] = []
@@ -194,9 +181,7 @@ def test_a_policy_that_is_no_short_text_behind_the_first_rows_is_a_reject(tmp_pa
     assert build(tmp_path / "c", [write_rows(tmp_path / "rows.jsonl", rows)], max_reject=1).values["rejected"] == 2
 
 
-def test_a_shard_of_a_streamed_teacher_takes_four_times_as_long_as_reading_the_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_of_a_streamed_teacher_takes_four_times_as_long_as_reading_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(stages, "this_device", lambda: "cpu")
     monkeypatch.setattr(stages, "SECONDS", 1e-9)
     monkeypatch.setitem(stages.FLOPS, "cpu", 1e12)

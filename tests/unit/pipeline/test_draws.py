@@ -28,8 +28,7 @@ def grid(count: int, second: float) -> Tensor:
     return torch.stack([u_G, torch.full_like(u_G, second)], dim=-1)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize(("k", "scale"), [(1, 1.0), (2, 4.0), (3, 0.1), (5, 4.0), (8, 1.0)])
 def test_the_draw_is_right_on_average_over_both_random_numbers(k: int, scale: float) -> None:
     logits_V = scale * torch.randn(11, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
     places = 2000
@@ -48,7 +47,7 @@ def test_as_many_draws_as_classes_give_the_distribution_to_the_rounding_of_share
     torch.testing.assert_close(estimates(logits_NV, u_N2, 7), logits_NV.double().softmax(-1), rtol=0, atol=1.0 / TOTAL)
 
 
-@pytest.mark.parametrize("k", [4, 16, 64])
+@pytest.mark.parametrize("k", [4, 64])
 def test_the_error_is_the_one_reported_and_below_that_of_the_papers_draw_with_replacement(k: int) -> None:
     logits_NV = 3 * torch.randn(300, 2000, generator=torch.Generator().manual_seed(3))
     p_NV = logits_NV.double().softmax(-1)
@@ -69,9 +68,7 @@ def test_the_error_is_the_one_reported_and_below_that_of_the_papers_draw_with_re
     st.sampled_from([0.0, 0.01, 1.0, 10.0, 80.0]),
     st.integers(0, 2**31),
 )
-def test_whatever_the_distribution_k_ascending_classes_share_all_of_it(
-    sizes: tuple[int, int], scale: float, seed: int
-) -> None:
+def test_k_ascending_classes_share_all_of_any_distribution(sizes: tuple[int, int], scale: float, seed: int) -> None:
     classes, k = sizes
     generator = torch.Generator().manual_seed(seed)
     logits_NV = scale * torch.randn(5, classes, generator=generator)

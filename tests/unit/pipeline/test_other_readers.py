@@ -44,18 +44,13 @@ def test_the_metadata_turns_bf16_bits_into_the_numbers_of_the_states(exported: P
     table = pq.read_table(exported / "teachers" / "T" / "00000.parquet")
     about = json.loads(table.schema.metadata[b"xkd_bf16"])
 
-    assert set(about["columns"]) == {
-        "hidden_last",
-        "span_vectors@2:word",
-        "span_vectors@3:phrase",
-        "span_vectors@4:phrase",
-    }
+    vectors = {f"span_vectors@{level}" for level in ("2:word", "3:phrase", "4:phrase")}
+    assert set(about["columns"]) == {"hidden_last", *vectors}
     bits = table.column("hidden_last").combine_chunks().flatten().flatten().to_numpy()
     numbers = (bits.astype(np.uint32) << 16).view(np.float32)
     assert np.isfinite(numbers).all()
-    assert numbers.std() == pytest.approx(
-        Table(made() / "cache", "teachers/T").manifest.constants["hidden_std"], rel=0.2
-    )
+    std = Table(made() / "cache", "teachers/T").manifest.constants["hidden_std"]
+    assert numbers.std() == pytest.approx(std, rel=0.2)
     assert b"xkd_bf16" not in pq.read_schema(exported / "documents" / "00000.parquet").metadata
 
 
@@ -81,7 +76,7 @@ def test_a_damaged_shard_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
-@pytest.mark.parametrize("name", [None, *TABLES])
+@pytest.mark.parametrize("name", [None, "teachers/T"])
 def test_datasets_opens_every_table_by_name_and_the_documents_by_default(tmp_path: Path, name: str | None) -> None:
     from datasets import load_dataset
 

@@ -164,9 +164,7 @@ def test_bits_per_byte_of_both_models_are_over_the_same_characters(tmp_path: Pat
 
 
 @pytest.mark.parametrize("better", [True, False])
-def test_a_teacher_that_is_not_better_than_the_untrained_student_is_warned_about(
-    better: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_teacher_no_better_than_the_untrained_student_is_warned_about(better: bool, monkeypatch, capsys) -> None:
     answers = iter([1.25 if better else 1.5, 1.5])
     monkeypatch.setattr(
         pair_models, "bits_per_byte", lambda _model, _pairs: {"bytes": 9, "bits_per_byte": next(answers)}

@@ -70,7 +70,7 @@ def shown(parser: Parser, *texts: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", ["spacy", "benepar"])
 @given(texts=st.lists(hostile_texts, max_size=3))
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=35, deadline=None)
 def test_any_text_gives_sorted_disjoint_words_and_phrases_inside_its_segments(
     spacy: SpacyParser, benepar: BeneparParser, name: str, texts: list[str]
 ) -> None:
@@ -108,9 +108,7 @@ def assert_sound(whole: Document, spans: Spans) -> None:
         ("?! ...", []),
     ],
 )  # fmt: skip
-def test_noun_chunks_and_verb_groups_of_sentences_checked_by_hand(
-    spacy: SpacyParser, text: str, phrases: list[tuple[str, str]]
-) -> None:
+def test_noun_chunks_and_verb_groups_by_hand(spacy: SpacyParser, text: str, phrases: list[tuple[str, str]]) -> None:
     assert shown(spacy, text) == phrases
 
 
@@ -136,7 +134,7 @@ def test_segments_are_parsed_as_texts_of_their_own(spacy: SpacyParser) -> None:
 
 
 @given(order=st.permutations(TEXTS), batch_size=st.sampled_from([1, 7]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_spans_depend_on_the_document_alone(spacy: SpacyParser, order: Sequence[str], batch_size: int) -> None:
     alone = {text: spacy.parse([document(text)])[0] for text in TEXTS}
     spacy.texts_at_once = batch_size
@@ -240,17 +238,13 @@ TWO = [phrase for tree in (TREES[3], TREES[2]) for phrase in gold(tree)[1]]
         *((blank, []) for blank in (" ", "\n\n\n", "\u00a0\u3000", "\t \n")),
     ],
 )
-def test_blank_tokens_are_no_leaves_wherever_they_stand(
-    clean: BeneparParser, text: str, wanted: list[tuple[str, str]]
-) -> None:
+def test_blank_tokens_are_never_leaves(clean: BeneparParser, text: str, wanted: list[tuple[str, str]]) -> None:
     assert shown(clean, text) == wanted
     assert not clean.notes
 
 
 @pytest.mark.parametrize("limit", ["sub-words", "tokens", "positions"])
-def test_a_sentence_that_is_too_long_keeps_its_words_and_is_counted(
-    clean: BeneparParser, monkeypatch: pytest.MonkeyPatch, limit: str
-) -> None:
+def test_a_sentence_too_long_keeps_its_words_and_is_counted(clean: BeneparParser, monkeypatch, limit: str) -> None:
     if limit == "tokens":
         monkeypatch.setattr(benepar_parser, "MAX_SENTENCE_TOKENS", 20)
     if limit == "positions":  # of an encoder whose tokenizer has no limit
@@ -272,9 +266,7 @@ def test_a_token_that_the_tokenizer_drops_moves_no_other_leaf(clean: BeneparPars
     assert not clean.notes
 
 
-def test_a_sentence_that_the_tokenizer_cannot_take_apart_is_counted(
-    clean: BeneparParser, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sentence_that_the_tokenizer_cannot_take_apart_is_counted(clean: BeneparParser, monkeypatch) -> None:
     monkeypatch.setattr(benepar_parser, "PLACEHOLDER", "\u0301")  # dropped as well, so that no second try helps
 
     assert shown(clean, "Go away \u0301") == []
@@ -300,7 +292,7 @@ def test_nested_phrases_are_kept_unless_asked_otherwise(folder: Path) -> None:
 
 
 @given(order=st.permutations(TREES))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_constituents_depend_on_the_document_alone(benepar: BeneparParser, order: Sequence[str]) -> None:
     texts = [gold(tree)[0] for tree in order]
     alone = [benepar.parse([document(text, "Unknown words pass.")])[0] for text in texts]
@@ -364,7 +356,7 @@ def test_a_model_that_names_code_of_its_own_is_refused(folder: Path, tmp_path: P
         BeneparParser(settings_of(tmp_path / "m"))
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04nonsense", b"\x80\x02cos\nsystem\n."])
+@pytest.mark.parametrize("content", [b"nonsense", b"\x80\x02cos\nsystem\n."])
 def test_broken_weights_are_bad_data(folder: Path, tmp_path: Path, content: bytes) -> None:
     shutil.copytree(folder, tmp_path / "m")
     (tmp_path / "m" / "benepar_model.bin").write_bytes(content)
@@ -373,9 +365,7 @@ def test_broken_weights_are_bad_data(folder: Path, tmp_path: Path, content: byte
         load_model(tmp_path / "m")
 
 
-def test_a_pipeline_that_cuts_no_sentences_is_a_usage_error(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipeline_that_cuts_no_sentences_is_a_usage_error(folder: Path, tmp_path: Path, monkeypatch) -> None:
     import spacy
 
     spacy.blank("en").to_disk(tmp_path / "plain")

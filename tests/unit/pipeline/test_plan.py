@@ -21,7 +21,7 @@ from xkd_pipeline.reports import plan as size
 from xkd_pipeline.reports.plan import make_plan, parse_size, plan_lines, read_plan_sample
 from xkd_pipeline.reports.sample import spread_evenly
 from xkd_schemas.cache.table import Table
-from xkd_schemas.codecs import CODECS, PLAIN
+from xkd_schemas.codecs import PLAIN
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import KINDS, OFFSET_BYTES, Signal, signal_bytes
@@ -59,10 +59,12 @@ def test_the_plan_counts_tokens_shards_and_the_whole_folder(whole: dict[str, Any
     assert whole["bytes"] == pytest.approx(size, rel=0.02)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_the_plan_is_within_five_percent_of_the_shards_of_every_codec(codec: str, tmp_path: Path) -> None:
+def test_the_plan_is_within_five_percent_of_the_shards(tmp_path: Path) -> None:
+    """Under planes; test_token_states has the other codecs."""
     corpus = write_rows(tmp_path / "many.jsonl", corpus_rows(64))
-    run = small_cache.cache_of(tmp_path / "cache", corpus, documents={"rows_per_shard": 32}, teacher={"codec": codec})
+    run = small_cache.cache_of(
+        tmp_path / "cache", corpus, documents={"rows_per_shard": 32}, teacher={"codec": "bf16-planes"}
+    )
 
     found = planned(run)
 

@@ -32,8 +32,7 @@ def prompt_tokens(document: Document, encoder: Encoder) -> int:
     return targets.index(True)
 
 
-@pytest.mark.parametrize("kind", four.KINDS)
-@pytest.mark.parametrize("template", ["none", "alpaca"])
+@pytest.mark.parametrize(("kind", "template"), [*zip(four.KINDS, ("none", "alpaca") * 2, strict=True)])
 def test_a_long_prompt_keeps_the_first_tokens_and_loses_nothing_of_the_response(kind: str, template: str) -> None:
     encoder = four.encoder_of(kind, 10**6, template)
     documents = [row("Who swam?"), row(LONG), row("Tell it again.", LONG), row(LONG, "Short.")]

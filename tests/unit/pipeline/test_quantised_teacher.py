@@ -115,9 +115,7 @@ def test_a_head_that_cannot_be_read_back_is_refused() -> None:
         head_of(model)
 
 
-def test_pickled_weights_a_method_that_transformers_would_skip_and_a_missing_package_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickled_weights_an_unknown_method_and_a_missing_package_are_one_line(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("transformers.quantizers.quantizer_torchao.is_torchao_available", lambda: False)
     unknown = quantised(made() / "teacher", tmp_path / "a", quant_method="sevenbit")
     missing = quantised(made() / "teacher", tmp_path / "b", quant_method="torchao", quant_type="int8_weight_only")

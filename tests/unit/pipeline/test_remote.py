@@ -11,7 +11,7 @@ from fsspec.implementations import memory
 import small_cache
 from small_cache import made
 from xkd_schemas.cache.table import Table
-from xkd_schemas.corpus.sources import is_url, open_source
+from xkd_schemas.corpus.sources import open_source
 from xkd_schemas.errors import InputMissing, UsageError, XkdError
 
 
@@ -80,8 +80,3 @@ def test_no_password_is_shown() -> None:
         open_source("nosuch://me:secret@host/b.jsonl?token=hidden", columns={})
     assert "secret" not in str(caught.value)
     assert "hidden" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "C:\\x.jsonl", "owner/name:train", "/a//b.jsonl", "x:y"])
-def test_paths_are_no_addresses(name: str) -> None:
-    assert not is_url(name)

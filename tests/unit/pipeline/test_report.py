@@ -107,9 +107,7 @@ def test_shapes_and_worst_documents_are_those_of_a_plain_count() -> None:
     assert [share for share, _ in found.worst] == pytest.approx([share for share, _ in sorted(shares)])
 
 
-def test_only_the_worst_few_are_kept_and_a_sample_of_teacher_shards_is_said_to_be_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_worst_few_are_kept_and_a_sample_of_shards_is_said_to_be_one(tmp_path: Path, monkeypatch) -> None:
     everything = gather(made() / "cache")["alignments"][0].worst
     monkeypatch.setattr(reports, "WORST", 3)
     monkeypatch.setattr(reports, "SAMPLED_SHARDS", 2)

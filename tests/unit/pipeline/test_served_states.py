@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 import small_cache
-from small_cache import asked, made
+from small_cache import asked, made, refused
 from xkd_pipeline.capture.capture import TeacherSettings
 from xkd_pipeline.capture.stage import teacher_of
 from xkd_pipeline.served.distillkit import Compression, unpack_integers, unpack_log_probabilities
@@ -53,12 +53,6 @@ def cache(passes: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def typed(cache: Path, rows: Path, name: str, *more: object) -> tuple[object, ...]:
     return ("import", cache, rows, "--model", made() / "teacher", "--name", name, "--template", "chat", *more)
-
-
-def refused(*words: object) -> str:
-    with pytest.raises(Exception, match=" Next: ") as caught:
-        small_cache.app(list(map(str, words)), standalone_mode=False)
-    return str(caught.value)
 
 
 def rows_of(cache: Path) -> list[Any]:

@@ -1,32 +1,22 @@
 """A shard read at once is its rows, and tokens made at once are the ones made document by document."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import four_tokenizers
-import hostile_text
-from four_tokenizers import encoder_of
+from four_tokenizers import KINDS, encoder_of, nasty_documents
 from slow_alignment import align_one, ranges_of
 from small_cache import made
 from xkd_pipeline.alignment import align_rows
 from xkd_pipeline.tables.shard import DocumentRows, document_at, documents_of, tokens_of
 from xkd_schemas.cache.table import Table
-from xkd_schemas.documents import Document, DocumentBatch, document_of
+from xkd_schemas.documents import Document, DocumentBatch
 from xkd_schemas.ragged import Ragged
 from xkd_schemas.text import encode
 from xkd_schemas.tokens import OK, tokens_at
-
-PAIRS = [(a, b) for a in four_tokenizers.KINDS for b in four_tokenizers.KINDS]
-
-documents = st.builds(
-    lambda prompt, response: document_of(
-        [("prompt", prompt, False), ("response", response, True)], source="s", line=1
-    ),
-    hostile_text.hostile_texts,
-    hostile_text.hostile_texts,
-)
 
 
 def test_a_shard_of_documents_is_its_rows() -> None:
@@ -56,18 +46,21 @@ def test_a_shard_of_tokens_is_its_rows(name: str) -> None:
                 np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field))
 
 
-@pytest.mark.parametrize(("student_kind", "teacher_kind"), PAIRS)
-@settings(deadline=None, max_examples=12)
-@given(several=st.lists(documents, min_size=1, max_size=5), longest=st.sampled_from([20, 10_000]))
+@settings(deadline=None, max_examples=100)
+@given(
+    kinds=st.tuples(st.sampled_from(KINDS), st.sampled_from(KINDS)), longest=st.sampled_from([20, 10_000]),
+    several=st.lists(nasty_documents, min_size=1, max_size=5), most_chars=st.sampled_from([30, 2**20]),
+)  # fmt: skip
 def test_hostile_rows_aligned_at_once_are_those_aligned_alone(
-    student_kind: str, teacher_kind: str, several: list[Document], longest: int
+    kinds: tuple[str, str], several: list[Document], longest: int, most_chars: int
 ) -> None:
+    student_kind, teacher_kind = kinds
     words = [[(at, min(at + 3, len(d.text))) for at in range(0, len(d.text), 2)] for d in several]
     found = Ragged.of(words, np.int32, 2)
     rows = DocumentRows(doc_ids=["d"] * len(several), block=DocumentBatch.of(several), words=found, phrases=found)
-    teacher = encoder_of(teacher_kind, 60).encode_batch(several)
-
-    tokens, columns, _ = align_rows(encoder_of(student_kind, longest), rows, teacher)
+    with mock.patch.object(encode, "MOST_CHARS", most_chars):  # that are encoded at once
+        teacher = encoder_of(teacher_kind, 60).encode_batch(several)
+        tokens, columns, _ = align_rows(encoder_of(student_kind, longest), rows, teacher)
 
     for n, document in enumerate(several):
         limit = teacher[n].num_chars if teacher[n].status == OK else None
@@ -76,7 +69,8 @@ def test_hostile_rows_aligned_at_once_are_those_aligned_alone(
             assert columns["status"][n] == f"teacher:{teacher[n].status}"
             assert len(tokens[n].ids) == len(columns["student_spans"][n]) == 0
             continue
-        assert (tokens[n].status, tokens[n].num_chars) == (alone.status, alone.num_chars)
+        same = ("status", "num_chars", "extended")
+        assert [getattr(tokens[n], name) for name in same] == [getattr(alone, name) for name in same]
         np.testing.assert_array_equal(columns["token_ids"][n], alone.ids)
         np.testing.assert_array_equal(columns["token_spans"][n], alone.spans)
         np.testing.assert_array_equal(columns["word_tokens"][n], ranges_of(alone, found[n]))
@@ -84,15 +78,3 @@ def test_hostile_rows_aligned_at_once_are_those_aligned_alone(
             ours, theirs = align_one(alone, teacher[n], np.array([s.end for s in document.segments], np.int32))
             np.testing.assert_array_equal(columns["student_spans"][n], ours)
             np.testing.assert_array_equal(columns["teacher_spans"][n], theirs)
-
-
-def test_results_do_not_depend_on_how_much_is_encoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [document_at(row) for row in Table(made() / "cache", "documents")]
-    at_once = encoder_of("unigram", 40).encode_batch(rows)
-
-    monkeypatch.setattr(encode, "MOST_CHARS", 300)
-
-    for whole, part in zip(at_once, encoder_of("unigram", 40).encode_batch(rows), strict=True):
-        assert (whole.status, whole.num_chars) == (part.status, part.num_chars)
-        np.testing.assert_array_equal(whole.ids, part.ids)
-        np.testing.assert_array_equal(whole.spans, part.spans)

@@ -82,9 +82,7 @@ def test_a_streamed_teacher_gives_the_bytes_of_a_whole_one_with_two_blocks_in_me
     assert in_memory(model.stream) == []
 
 
-def test_a_shard_for_whose_next_block_memory_runs_out_is_made_in_smaller_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_for_whose_next_block_memory_runs_out_is_made_in_smaller_batches(tmp_path: Path, monkeypatch) -> None:
     tried, plain, load = [], Stream.step, streaming.convert_and_load_state_dict_in_model
 
     def step(stream: Stream, number: int, *rest: Any) -> Any:
@@ -156,9 +154,7 @@ def test_a_damaged_checkpoint_is_one_line_before_a_table_is_begun(what: str, mes
         assert not (cache / "teachers").exists()
 
 
-def test_a_shard_without_room_for_its_states_is_one_line_and_a_whole_teacher_finishes_the_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_room_for_states_is_one_line_and_a_whole_teacher_finishes_the_table(tmp_path: Path, monkeypatch) -> None:
     seen: list[Path] = []
 
     def usage(folder: Path) -> Any:
@@ -215,9 +211,7 @@ def test_limits_of_control_groups_count_as_memory(tmp_path: Path, monkeypatch: p
     assert passes.memory_for("cpu") == 700
 
 
-def test_what_cannot_be_streamed_is_refused_if_asked_for_and_loaded_whole_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_streamed_is_refused_if_asked_for_or_loaded_whole(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "quantised"
     shutil.copytree(made() / "teacher", folder)
     config = json.loads((folder / "config.json").read_text())

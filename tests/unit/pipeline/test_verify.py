@@ -75,9 +75,7 @@ def test_rows_agree_with_the_live_teacher() -> None:
     assert recompute(made / "cache", "teachers/T", str(made / "teacher"), 5) == AGREED
 
 
-def test_the_live_teacher_runs_in_the_tables_dtype_where_that_is_fast_and_otherwise_in_float32(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_live_teacher_runs_in_the_tables_dtype_where_that_is_fast_and_otherwise_in_float32(monkeypatch) -> None:
     model = str(small_cache.made() / "teacher")
     spec = Table(small_cache.made() / "cache", "teachers/T").manifest.spec | {"dtype": "bfloat16"}
 
@@ -105,9 +103,7 @@ def test_rows_that_do_not_agree_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(one.unit == 0 and "hidden_last differs by" in one.reason for one in found.bad)
 
 
-def test_differences_within_rounding_are_measured_and_no_reason_to_call_a_row_bad(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_differences_within_rounding_are_measured_and_no_reason_to_call_a_row_bad(monkeypatch) -> None:
     made = live_says(monkeypatch, "entropy", lambda entropy: entropy * 1.01)
     found = recompute(made / "cache", "teachers/T", str(made / "teacher"), 2)
     assert found.bad == []

@@ -46,7 +46,7 @@ def common_by_definition(student: np.ndarray, teacher: np.ndarray) -> list[list[
     return [list(pair) for pair in pairs]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.one_of(tokenisation(), any_spans), st.one_of(tokenisation(), any_spans))
 def test_boundaries_are_the_ones_of_the_definition(student: np.ndarray, teacher: np.ndarray) -> None:
     pairs = common_boundaries(student, teacher)
@@ -56,7 +56,7 @@ def test_boundaries_are_the_ones_of_the_definition(student: np.ndarray, teacher:
     assert (np.diff(pairs, axis=0) > 0).all()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(tokenisation(), tokenisation(), st.integers(0, 13)), max_size=4))
 def test_the_spans_of_many_groups_are_those_of_each(groups: list[tuple[np.ndarray, np.ndarray, int]]) -> None:
     student, teacher = (np.concatenate([as_spans([]), *(g[side] for g in groups)]) for side in (0, 1))
@@ -97,19 +97,9 @@ THREE = ((CONTENT, 0, 3), (END, 3, 3))
     ("student", "teacher", "ends", "ours", "theirs"),
     [
         pytest.param(
-            row(GLUE, (CONTENT, 0, 2), (CONTENT, 2, 5), GLUE, GLUE, (CONTENT, 5, 9), (END, 9, 9)),
+            row(GLUE, (CONTENT, 0, 5), (END, 5, 5), GLUE, (CONTENT, 5, 9), (END, 9, 9)),
             row((CONTENT, 0, 5), (CONTENT, 5, 7), (CONTENT, 7, 9), (END, 9, 9)), [5, 9],
-            [[1, 3], [5, 6], [6, 7]], [[0, 1], [1, 3], [3, 4]], id="template tokens are skipped, end tokens paired",
-        ),
-        pytest.param(
-            row((CONTENT, 0, 5), (END, 5, 5), (CONTENT, 5, 9), (END, 9, 9)),
-            row((CONTENT, 0, 5), (CONTENT, 5, 9), (END, 9, 9)), [5, 9],
-            [[0, 1], [2, 3], [3, 4]], [[0, 1], [1, 2], [2, 3]], id="an end token of one model is in no span",
-        ),
-        pytest.param(
-            row((CONTENT, 0, 3), (CONTENT, 3, 6), (CONTENT, 6, 9), (END, 9, 9)),
-            row((CONTENT, 0, 3), (CONTENT, 3, 5), num_chars=5), [9],
-            [[0, 1]], [[0, 1]], id="none reaches behind the shorter cut",
+            [[1, 2], [4, 5], [5, 6]], [[0, 1], [1, 3], [3, 4]], id="an end token of one model is in no span",
         ),
         pytest.param(
             row((CONTENT, 0, 3), (CONTENT, 3, 3), (CONTENT, 3, 6)), row((CONTENT, 0, 3), (CONTENT, 3, 6)), [3, 6],
@@ -132,11 +122,9 @@ def test_spans_are_those_of_both_models(
     assert all(side.dtype == np.int32 and side.shape[1:] == (2,) for side in found)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(tokenisation(), st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=6), st.data())
-def test_token_ranges_hold_exactly_the_tokens_inside(
-    spans: np.ndarray, words: list[tuple[int, int]], data: st.DataObject
-) -> None:
+def test_ranges_hold_the_tokens_inside(spans: np.ndarray, words: list[tuple[int, int]], data: st.DataObject) -> None:
     glue = data.draw(st.lists(st.booleans(), min_size=len(spans), max_size=len(spans)))
     tokens = row(*(t for g, s in zip(glue, spans.tolist(), strict=True) for t in ([GLUE] * g + [(CONTENT, *s)])))
     intervals = as_spans([(min(word), max(word)) for word in words])

@@ -1,19 +1,15 @@
 """Blocks and Lists give back what was put into them, row by row and as columns."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_schemas.documents import INTERVALS, DocumentBatch, document_of
-from xkd_schemas.ragged import Ragged, column_of, flat_list
+from xkd_schemas.ragged import Ragged
 from xkd_schemas.text.encode import pieces_of
 from xkd_schemas.tokens import OK, TokenBatch, Tokens
 
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=4), max_size=6)
-PARTS = st.tuples(st.sampled_from(["user", "assistant", "text"]), st.text(max_size=3), st.booleans())
-DOCUMENTS = st.lists(st.lists(PARTS, max_size=4), max_size=5)
 
 
 def tokens(size: int, status: str = OK) -> Tokens:
@@ -39,20 +35,6 @@ def test_lists_and_their_slices_are_their_rows(rows: list[list[tuple[int, int]]]
     assert lists.counts.tolist() == [len(row) for row in rows]
 
 
-@settings(deadline=None)
-@given(rows=ROWS, cut=st.integers(0, 6))
-def test_a_column_of_lists_is_the_column_of_their_rows_to_the_byte(
-    rows: list[list[tuple[int, int]]], cut: int
-) -> None:
-    for kind, width in ((INTERVALS, 2), (flat_list(pa.bool_()), 0), (flat_list(pa.uint8()), 0)):
-        dtype = np.int32 if width else kind.value_type.to_pandas_dtype()
-        arrays = [np.array(row if width else [a for a, _ in row], dtype) for row in rows]
-        arrays = [a.reshape(-1, width) if width else a for a in arrays]
-        columns = [column_of(given[cut:], kind) for given in (arrays, Ragged.of(arrays, dtype, width))]
-        whole, flat = (pa.RecordBatch.from_arrays([column], ["x"]).serialize().to_pybytes() for column in columns)
-        assert whole == flat
-
-
 def test_a_row_behind_the_last_or_in_front_of_the_first_is_not_there() -> None:
     lists, block = Ragged.of([[1], [2, 3]], np.int32), TokenBatch.of([tokens(1), tokens(2)])
 
@@ -61,20 +43,6 @@ def test_a_row_behind_the_last_or_in_front_of_the_first_is_not_there() -> None:
         for index in (2, -3):
             with pytest.raises(IndexError):
                 rows[index]
-
-
-@settings(deadline=None)
-@given(parts=DOCUMENTS, first=st.integers(0, 5), size=st.integers(0, 5))
-def test_documents_come_out_of_a_block_and_of_a_part_of_it(
-    parts: list[list[tuple[str, str, bool]]], first: int, size: int
-) -> None:
-    documents = [document_of(p, source="s", line=n) for n, p in enumerate(parts)]
-    first, end = min(first, len(documents)), min(first + size, len(documents))
-    block = DocumentBatch.of(documents)
-
-    assert [block.document(n) for n in range(len(block))] == documents
-    taken = block.take(range(first, end))
-    assert [taken.document(n) for n in range(len(taken))] == documents[first:end]
 
 
 @settings(deadline=None)

@@ -237,9 +237,7 @@ def test_an_arrow_stream_that_was_cut_off_is_bad_data(tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), kind=st.sampled_from([".parquet", "-file.arrow", "-stream.arrow"]))
-def test_a_damaged_table_gives_its_rows_or_an_error_that_names_it(
-    tmp_path: Path, data: st.DataObject, kind: str
-) -> None:
+def test_a_damaged_table_is_an_error_that_names_it(tmp_path: Path, data: st.DataObject, kind: str) -> None:
     whole = write(tmp_path, kind, ROWS).read_bytes()
     cut = data.draw(st.integers(0, len(whole) - 1))
 
@@ -268,15 +266,14 @@ def test_only_the_needed_columns_of_a_table_are_read(tmp_path: Path) -> None:
     assert list(source.rows()) == [RawRow(line=1, content={"text": "a"})]
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".parquet", "-file.arrow"])
-def test_tools_and_system_turn_beside_the_messages_are_read_from_tables_too(tmp_path: Path, kind: str) -> None:
+def test_tools_and_system_turn_beside_the_messages_are_read_from_tables_too(tmp_path: Path) -> None:
     call = {"function": {"name": "add", "arguments": {"x": 1}}}
     rows = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": calls}],
          "tools": [{"name": "add"}], "system": "s", "source": "x"}
         for calls in ([call], [{"function": {"name": "sub", "arguments": {"y": 1}}}])
     ]  # fmt: skip
-    source = open_source(str(write(tmp_path, kind, rows)), columns={})
+    source = open_source(str(write(tmp_path, ".parquet", rows)), columns={})
 
     documents, rejected = read_documents("a", source.form, source.columns, list(source.rows()))
 
@@ -371,16 +368,6 @@ def test_no_more_than_a_few_rows_of_a_data_set_on_the_hub_are_held(monkeypatch: 
 
     assert source.num_rows == sum(1 for _ in source.rows()) == 3000
     assert most < 200
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.lists(st.binary(max_size=12) | st.sampled_from([b"\n", b'{"text": "a"}', b"\r\n"]), max_size=12))
-def test_captured_and_rejected_add_up_for_any_bytes(tmp_path: Path, content: list[bytes]) -> None:
-    source = opened(tmp_path / "any.jsonl", b"".join(content))
-
-    documents, rejected = read_documents("a", source.form, source.columns, list(source.rows()), max_chars=99)
-
-    assert len(documents) + len(rejected) == source.num_rows
 
 
 HELD = [{"prompt": "Who?", "response": "The keeper."}, {"prompt": "Where?", "response": "At home."}]

@@ -78,23 +78,6 @@ def test_a_failed_or_interrupted_write_leaves_only_the_old_file(tmp_path: Path, 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"m": b"old"} if write is replace else {})
 
 
-def test_what_is_written_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch) -> None:
-    synced: list[tuple[str, bool]] = []
-    real = os.fsync
-
-    def watched(descriptor: int) -> None:
-        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, (tmp_path / "m").exists()))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", watched)
-    replace(tmp_path / "m", b"x")
-
-    (first, named), (second, _) = synced
-    assert first.startswith(".tmp-")
-    assert not named
-    assert second == tmp_path.name
-
-
 @pytest.mark.parametrize(
     ("number", "advice"),
     [(errno.ENOSPC, "free space"), (errno.EROFS, "make it writable"), (errno.EIO, "look at the disk")],

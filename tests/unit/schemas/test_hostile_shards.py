@@ -17,7 +17,7 @@ from xkd_schemas.durable_files import xxh3_of
 from xkd_schemas.errors import BadData
 from xkd_schemas.ragged import batch_of
 
-ROUNDS = 100 * int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
+ROUNDS = 50 * int(os.environ.get("XKD_FAULT_ROUNDS", "12"))
 SEED = int(os.environ.get("XKD_FAULT_SEED", "20261129"))
 FIELDS = {
     "doc_id": pa.string(),

@@ -56,9 +56,7 @@ def low_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_a_template_without_measure_is_ended_with_one_line(
-    what: str, low_limits: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_template_without_measure_is_ended_with_one_line(what: str, low_limits: None, monkeypatch) -> None:
     template, said = HOSTILE[what]
     kind = UsageError if said.startswith(REFUSED) else Refused
     if TIME not in said:
@@ -69,9 +67,7 @@ def test_a_template_without_measure_is_ended_with_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_that_is_hostile_to_one_row_alone_is_ended_at_it(
-    low_limits: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_template_that_is_hostile_to_one_row_alone_is_ended_at_it(low_limits: None, monkeypatch) -> None:
     monkeypatch.setattr(limited, "SECONDS", 20.0)
     question = [("user", "a", False), ("assistant", "b", True)]
     short, long = (document_of(question * n, source="d", line=n) for n in (1, 2))

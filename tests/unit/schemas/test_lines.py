@@ -1,6 +1,6 @@
 import gzip
 import hashlib
-import resource
+import re
 import subprocess
 import sys
 import zlib
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from xkd_schemas.corpus import files
 from xkd_schemas.corpus.files import LongLine, count_file, file_rows
-from xkd_schemas.errors import BadData, InputMissing, Refused
+from xkd_schemas.errors import BadData, Refused
 
 CONTENTS = st.lists(st.sampled_from([b"\n", b"\r", b"a", b"\x85", b"\xe2\x80\xa8", b"\x0b", b"xyz"]), max_size=40)
 SUFFIXES = ("", ".gz", ".zst")
@@ -51,9 +51,7 @@ def test_lines_are_cut_at_newline_bytes_only(tmp_path: Path, pieces: list[bytes]
 
 @pytest.mark.parametrize("length", [299, 300, 301, 302, 599, 600, 1500])
 @pytest.mark.parametrize("end", [b"\nz", b"\n", b""])
-def test_a_line_above_the_limit_is_kept_as_length_digest_and_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, end: bytes
-) -> None:
+def test_a_long_line_is_kept_as_length_digest_and_head(tmp_path: Path, monkeypatch, length: int, end: bytes) -> None:
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 300)
     long = b"x" * length
 
@@ -80,32 +78,27 @@ def test_a_compressed_file_that_was_cut_off_is_bad_data(tmp_path: Path, data: st
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_file_that_only_claims_to_be_compressed_is_bad_data(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(BadData, match="is broken or cut off"):
-        lines_of(tmp_path / f"rows.jsonl{suffix}", b'{"text": "plain"}\n' * 10)
+def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch, suffix: str) -> None:
+    monkeypatch.setattr(files, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 18)
 
+    with pytest.raises(Refused, match="expand it yourself") as caught:
+        lines_of(tmp_path / f"rows.jsonl{suffix}", pack(bytes(16 << 20), suffix))
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path, suffix: str) -> None:
-    bomb = pack(bytes(300 << 20), suffix)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    with pytest.raises(Refused, match="expand it yourself"):
-        lines_of(tmp_path / f"rows.jsonl{suffix}", bomb)
-
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10  # KiB
+    read = re.findall(r"grown to more than ([\d,]+)", str(caught.value))[0]
+    assert int(read.replace(",", "")) < 4 << 20
 
 
 def test_a_small_file_of_equal_lines_is_no_bomb(tmp_path: Path) -> None:
-    content = b'{"text": "again"}\n' * 100_000
+    content = b'{"text": "again"}\n' * 20_000
 
-    assert len(lines_of(tmp_path / "rows.jsonl.zst", pack(content, ".zst"))) == 100_000
+    assert len(lines_of(tmp_path / "rows.jsonl.zst", pack(content, ".zst"))) == 20_000
 
 
 def test_a_huge_file_without_newline_is_read_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with path.open("wb") as stream:
-        stream.truncate(600 << 20)  # a sparse file
+        stream.truncate(300 << 20)  # a sparse file
     code = (
         "import re, sys; from pathlib import Path; from xkd_schemas.corpus.files import count_file\n"
         "assert count_file(Path(sys.argv[1]))[0].num_rows == 1\n"
@@ -114,9 +107,4 @@ def test_a_huge_file_without_newline_is_read_in_bounded_memory(tmp_path: Path) -
 
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
 
-    assert int(done.stdout) < 400 << 10  # KiB
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputMissing, match=r"gone\.jsonl: No such file"):
-        count_file(tmp_path / "gone.jsonl")
+    assert int(done.stdout) < 300 << 10  # KiB

@@ -29,14 +29,7 @@ MANIFEST = seal_table(PLAN, (COMMIT,), {"std": 0.5}, {"head.safetensors": "0"})
 RECORDS = {"plan": PLAN, "commit": COMMIT, "manifest": MANIFEST}
 
 
-@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
-def test_a_record_reads_back_as_written(tmp_path: Path, record: Any) -> None:
-    (tmp_path / "r").write_bytes(to_json(record))
-
-    assert read_record(tmp_path / "r", type(record)) == record
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_record_is_read_or_refused_and_never_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
     record = data.draw(st.sampled_from(list(RECORDS.values())))
@@ -125,13 +118,6 @@ def test_equal_values_have_one_canonical_form() -> None:
     assert canonical({"b": [1, 2.5], "a": "é"}) == canonical({"a": "é", "b": [1, 2.5]})
     assert canonical({"b": [1, 2.5], "a": "é"}) == b'{"a":"\\u00e9","b":[1,2.5]}'
     assert digest({"a": 1}) != digest({"a": "1"})
-
-
-def test_a_manifest_counts_over_its_units() -> None:
-    commits = tuple(COMMIT.model_copy(update={"unit": n, "counts": {"tokens": 10 + n}}) for n in range(3))
-    manifest = seal_table(PLAN, commits, {}, {})
-
-    assert (manifest.rows, manifest.count("tokens"), manifest.count("none")) == (9, 33, 0)
 
 
 def test_every_differing_field_is_listed_with_both_values(tmp_path: Path) -> None:

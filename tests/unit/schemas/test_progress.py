@@ -41,9 +41,7 @@ def on_screen(monkeypatch, *, tty: bool = False) -> Screen:
     return screen
 
 
-def test_off_a_terminal_a_plain_line_says_count_elapsed_and_left_at_least_every_ten_seconds(
-    clock, monkeypatch
-) -> None:
+def test_off_a_terminal_a_line_says_count_elapsed_and_left_every_ten_seconds(clock, monkeypatch) -> None:
     screen = on_screen(monkeypatch)
     with Progress("teachers/T", 90):
         for _ in tick_each(range(12)):
@@ -57,9 +55,7 @@ def test_off_a_terminal_a_plain_line_says_count_elapsed_and_left_at_least_every_
 
 
 @pytest.mark.parametrize(("seconds", "quiet"), [(0.09, False), (9, True)])
-def test_work_that_takes_less_and_a_quiet_process_print_nothing_off_a_terminal(
-    clock, monkeypatch, seconds: float, quiet: bool
-) -> None:
+def test_short_work_and_a_quiet_process_print_nothing(clock, monkeypatch, seconds: float, quiet: bool) -> None:
     screen = on_screen(monkeypatch)
     with Progress("teachers/T", 90, quiet=quiet):
         for _ in tick_each(range(90)):
@@ -67,9 +63,7 @@ def test_work_that_takes_less_and_a_quiet_process_print_nothing_off_a_terminal(
     assert screen.getvalue() == ""
 
 
-def test_on_a_terminal_a_bar_is_rewritten_and_taken_off_before_other_lines_and_at_the_end(
-    clock, monkeypatch, capsys
-) -> None:
+def test_on_a_terminal_a_bar_is_taken_off_before_other_lines_and_at_the_end(clock, monkeypatch, capsys) -> None:
     screen = on_screen(monkeypatch, tty=True)
     with Progress("teachers/T", 90):
         clock.now += 3

@@ -137,7 +137,7 @@ ROWS = (
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=90, deadline=None)
 @given(form=st.sampled_from(sorted(FORMS)), contents=st.lists(ROWS, max_size=8), cut=st.integers(0, 8))
 def test_every_row_is_a_document_or_a_reject_however_the_rows_are_cut(form: str, contents: list, cut: int) -> None:
     rows = [RawRow(line=n, content=c) for n, c in enumerate(contents, 1)]

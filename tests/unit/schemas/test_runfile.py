@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from xkd_schemas import codecs
 from xkd_schemas.config import RunConfig, change_values, load_run
 from xkd_schemas.errors import InputMissing, UsageError
 
@@ -38,15 +37,8 @@ def test_values_of_the_file_are_read_and_the_rest_is_default(tmp_path: Path) -> 
 
 
 def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
-    sets = [
-        "teacher.word_layers=[7]",
-        "workers=1",
-        "workers=2",
-        "losses.sra.p=0.5",
-        "teacher.model=a b/c",
-        "train.lr=1e-3",
-    ]
-    run = load_run(written(tmp_path), sets)
+    sets = ["teacher.word_layers=[7]", "workers=1", "workers=2", "losses.sra.p=0.5", "teacher.model=a b/c"]
+    run = load_run(written(tmp_path), [*sets, "train.lr=1e-3"])
 
     assert (run.teacher.word_layers, run.workers, run.teacher.model, run.train.lr) == ((7,), 2, "a b/c", 1e-3)
     assert run.losses == {"mta": {"hid": "off"}, "sra": {"p": 0.5}}
@@ -74,12 +66,6 @@ def test_a_wrong_key_or_value_is_named_with_what_to_type(override: str, sentence
         load_run(None, [override])
     assert sentence in str(caught.value)
     assert caught.value.fix
-
-
-def test_a_codec_of_the_registry_is_a_value_of_the_run_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codecs, "CODECS", codecs.CODECS | {"mine": codecs.CODECS["bf16"]})
-
-    assert load_run(None, ["teacher.codec=mine"]).teacher.codec == "mine"
 
 
 def test_what_nobody_named_is_not_named_by_a_change_of_something_else() -> None:

@@ -17,7 +17,7 @@ from xkd_schemas.cache import table as table_module
 from xkd_schemas.cache.manifest import Commit, Manifest, Plan, Unit, read_record, seal_table, to_json
 from xkd_schemas.cache.table import Shard, Table, names_in
 from xkd_schemas.documents import INTERVALS
-from xkd_schemas.errors import BadData, Mismatch, Refused, XkdError
+from xkd_schemas.errors import BadData, Mismatch, Refused
 from xkd_schemas.ragged import Columns, batch_of, flat_list
 
 SCHEMA = pa.schema(
@@ -88,6 +88,9 @@ def test_a_table_gives_every_row_of_every_shard_in_order(tmp_path: Path) -> None
     for index in (-1, 43):
         with pytest.raises(IndexError):
             table[index]
+    assert [c.file for c in table.manifest.commits] == [
+        f"{c.unit:05d}-{c.sha256[:12]}.arrow" for c in table.manifest.commits
+    ]
 
 
 def test_every_flipped_byte_of_a_shard_is_found(tmp_path: Path, monkeypatch) -> None:
@@ -169,16 +172,6 @@ def test_a_shard_with_other_columns_is_a_mismatch(tmp_path: Path) -> None:
         table[3]
 
 
-def test_a_linked_shard_is_refused_even_if_its_content_is_right(tmp_path: Path) -> None:
-    table = sealed_table(tmp_path)
-    path = table.folder / table.manifest.commits[0].file
-    path.rename(tmp_path / "elsewhere")
-    path.symlink_to(tmp_path / "elsewhere")
-
-    with pytest.raises(Refused, match="is a symbolic link"):
-        table[0]
-
-
 @pytest.mark.parametrize("name", ["../documents", "teachers/../documents", "students//x", "teachers/a/b/../.."])
 def test_a_table_name_cannot_lead_out_of_the_cache(tmp_path: Path, name: str) -> None:
     sealed_table(tmp_path / "inner")
@@ -195,19 +188,6 @@ def test_only_sealed_tables_have_names_and_the_manifest_of_one_does_not_pass_for
 
     with pytest.raises(BadData, match="is that of"):
         Table(cache, "teachers/U")
-
-
-def test_what_a_sealed_manifest_claims_beyond_its_shard_is_no_traceback(tmp_path: Path) -> None:
-    sealed_table(tmp_path, (3, 3))
-    for changes in ({"size": 99}, {"sha256": "0"}, {"frame_xxh3": "0"}):
-        copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(tmp_path / "documents", copy / "documents")
-        remanifest(copy, lambda c, changes=changes: c.model_copy(update=changes))
-        try:
-            list(Table(copy, "documents"))
-        except XkdError:
-            continue
-        assert "sha256" in changes  # identity, not looked at while reading: the xxh3 of every byte is
 
 
 def open_files(root: Path) -> int:
@@ -237,20 +217,6 @@ def test_a_few_shards_are_open_at_once_and_every_batch_is_hashed_once(tmp_path: 
     del rows
     gc.collect()
     assert max(open_files(tmp_path) for index in order if table[index]["doc_id"]) == 3
-
-
-def test_a_shard_that_was_damaged_after_it_was_closed_is_found_when_it_is_opened_again(
-    tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr(table_module, "OPEN_SHARDS", 1)
-    table = sealed_table(tmp_path, (3, 3))
-    path = table.path(0)
-    assert table[0]["doc_id"] == "d0"
-    assert table[3]["doc_id"] == "d3"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-
-    with pytest.raises(BadData, match="header or footer does not match"):
-        table[1]
 
 
 def test_columns_stay_ready_for_few_record_batches_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

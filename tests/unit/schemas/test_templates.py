@@ -89,21 +89,14 @@ def test_the_templates_own_end_token_ends_a_target_and_what_follows_the_last_is_
     assert tokens.spans[tokens.kinds == END].tolist() == [[15, 15], [24, 24]]
 
 
-@pytest.mark.parametrize(
-    ("chat_template", "text"),
-    [
-        ("{{ m['role'] + ': ' + m['content'] + '\n' }}", "user: Who?\nassistant: Him.\nuser: Why?\nassistant: x</s>"),
-        ("{{ '<s>' + m['content'] }}", "<s>Who?<s>Him.<s>Why?<s>x</s>"),  # a start token ends no turn
-    ],
-)
-def test_a_template_without_an_end_token_gets_eos_behind_its_last_target(chat_template: str, text: str) -> None:
-    own = encoder(f"{{% for m in messages %}}{chat_template}{{% endfor %}}")
+def test_a_start_token_ends_no_turn_and_eos_stands_behind_the_last_target() -> None:
+    own = encoder("{% for m in messages %}{{ '<s>' + m['content'] }}{% endfor %}")
     doc = document(("user", "Who?"), ("assistant", "Him."), ("user", "Why?"), ("assistant", "x"))
 
     tokens = own.encode(doc)
 
     assert tokens.ids[tokens.kinds == END].tolist() == [own.tokenizer.eos_token_id]
-    assert own.tokenizer.decode(tokens.ids.tolist()) == text
+    assert own.tokenizer.decode(tokens.ids.tolist()) == "<s>Who?<s>Him.<s>Why?<s>x</s>"
 
 
 def test_only_templates_without_one_of_their_own_get_the_start_token_that_the_tokenizer_adds() -> None:

@@ -140,9 +140,7 @@ def test_with_json_the_error_is_an_object_too(capsys, monkeypatch) -> None:
     assert (code, err) == (78, "xkd-cache: a b. Next: c\n")
 
 
-def test_of_several_processes_the_first_says_what_is_the_same_in_all_and_each_what_is_its_own(
-    capsys, monkeypatch
-) -> None:
+def test_of_several_processes_the_first_says_what_is_the_same_and_each_its_own(capsys, monkeypatch) -> None:
     own, same = BadData("x"), BadData("x")
     same.shared = True
     errors = (same, UsageError("x"), KeyboardInterrupt(), own)
@@ -210,10 +208,13 @@ SIGNALLED = "import os, signal\nos.kill(os.getpid(), signal.{name})\n"
 WITH_ITS_OWN_ERROR = SIGNALLED + "raise ImportError('of the C code')\n"
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143)])
 @pytest.mark.parametrize(
-    ("module", "content"), [("typer", SIGNALLED), ("torch", SIGNALLED), ("torch", WITH_ITS_OWN_ERROR)]
-)
+    ("module", "content", "name", "code"),
+    [
+        ("typer", SIGNALLED, "SIGTERM", 143), ("torch", SIGNALLED, "SIGUSR1", 143),
+        ("torch", WITH_ITS_OWN_ERROR, "SIGINT", 130),
+    ],
+)  # fmt: skip
 def test_a_signal_while_modules_are_imported_ends_in_one_line(
     tmp_path: Path, module: str, content: str, name: str, code: int
 ) -> None:
