@@ -70,7 +70,7 @@ def test_a_run_that_breaks_off_keeps_its_shards_and_the_next_makes_only_the_othe
 ) -> None:
     root = tmp_path / "t"
     with pytest.raises((BadData, ZeroDivisionError, KeyboardInterrupt)):
-        build_all(root, trouble=trouble)
+        build_all(root, troubles={2: trouble})
     assert not (root / "documents" / "manifest.json").exists()
 
     built = build_all(root)
@@ -206,7 +206,7 @@ def test_the_command_that_wrote_a_plan_puts_it_right_when_it_is_damaged_and_lose
         build_all(root)
     else:
         with pytest.raises(BadData):
-            build_all(root, trouble="error")
+            build_all(root, troubles={2: "error"})
     plan = root / "documents" / "plan.json"
     whole = plan.read_bytes()
     kept = len(list(plan.parent.glob("commits/*.json")))
@@ -314,7 +314,7 @@ def test_an_interruption_says_how_many_shards_were_kept_and_what_was_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        run_app("xkd-cache", lambda **_: build_all(tmp_path, trouble="interrupt"))
+        run_app("xkd-cache", lambda **_: build_all(tmp_path, troubles={2: "interrupt"}))
     assert caught.value.code == 130
     kept = f"Kept: 2 of {UNITS} shards of documents (3 documents); lost: what was done of the shards in work"
     assert kept in capsys.readouterr().err
