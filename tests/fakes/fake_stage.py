@@ -1,15 +1,16 @@
 """A stage that needs no model and no parser, for tests of what runs stages and keeps their results.
 
-Unit n has n % 3 + 1 rows; the last unit has a reject. Set `trouble` to make it fail. The module can be imported by
+Unit n has n % 3 + 1 rows; the last unit has a reject. Set `troubles` to make it fail. The module can be imported by
 Ray workers, which is why it is not inside a test.
 """
 
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 
 import xkd_pipeline
 from xkd_pipeline.tables.shard import write_shard
-from xkd_pipeline.tables.writer import Built, Store, build
+from xkd_pipeline.tables.writer import Built, Store, build, locked
 from xkd_pipeline.workers.contract import AS_PLANNED, Make, Workers, local_paths
 from xkd_schemas import durable_files
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Unit
@@ -55,17 +56,13 @@ class FakeStage:
     """Makes a unit from its number."""
 
     folder: Path
-    trouble: str = ""
-    """"" none; error, bug, load: raises; kill, stop: kills or stops its process once; poison: dies of row 1;
-    memory: needs batches of at most 2; slow: writes slowly."""
-    at: int = 2
-    """The unit it happens at."""
+    troubles: Mapping[int, str] = field(default_factory=dict)
+    """Unit -> error, bug, interrupt: raises; stop: stops its process once; poison: is killed by row 1;
+    memory: needs batches of at most 2; slow: all units are written slowly."""
 
     def load(self) -> Make:
-        if self.trouble == "slow":
+        if "slow" in self.troubles.values():
             slow_writes()
-        if self.trouble == "load":
-            raise BadData("the parser is broken", kept="k", fix="mend it")
         return self.make
 
     def rows(self, unit: int) -> int:
@@ -78,8 +75,7 @@ class FakeStage:
         return local_paths(self.folder)
 
     def make(self, unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
-        if unit == self.at:
-            self._fail(care)
+        self._fail(unit, self.troubles.get(unit), care)
         rows = [row for row in range(self.rows(unit)) if row not in care.lost]
         columns = {
             "doc_id": [f"u{unit}r{row}" for row in rows],
@@ -89,41 +85,39 @@ class FakeStage:
         rejects += [{"reason": "worker_killed", "line": row} for row in care.lost]
         return write_shard(self.folder, unit, SCHEMA, columns, rejects=rejects, counts={"rows": len(rows)})
 
-    def _fail(self, care: MadeDifferently) -> None:
-        if self.trouble == "memory" and not 0 < care.batch <= 2:
+    def _fail(self, unit: int, trouble: str | None, care: MadeDifferently) -> None:
+        if trouble == "memory" and not 0 < care.batch <= 2:
             raise MemoryError("no memory for 9 GiB")
-        if self.trouble == "poison" and 1 not in care.lost:
-            os._exit(9)
-        if self.trouble == "error":
-            raise BadData(f"unit {self.at} is broken", kept="k", fix="mend it")
-        if self.trouble == "bug":
+        if trouble == "poison" and 1 not in care.lost:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if trouble == "error":
+            raise BadData(f"unit {unit} is broken", kept="k", fix="mend it")
+        if trouble == "bug":
             raise ZeroDivisionError("ours")
-        if self.trouble == "interrupt":
+        if trouble == "interrupt":
             raise KeyboardInterrupt
-        mark = self.folder.parents[1] / "killed"
-        if self.trouble in ("stop", "kill") and not mark.exists():
+        mark = self.folder.parents[1] / "stopped"
+        if trouble == "stop" and not mark.exists():
             mark.touch()
-            os.kill(os.getpid(), signal.SIGSTOP if self.trouble == "stop" else signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class Telling(FakeStage):
-    """Puts into the record which GPUs a worker was given and where our code came from, as names of counts."""
-
-    def make(self, unit: int, care: MadeDifferently = AS_PLANNED) -> Commit:
-        time.sleep(SECONDS)
-        commit = super().make(unit, care)
-        told = {f"gpu {os.environ.get('CUDA_VISIBLE_DEVICES')}": 1, f"code {xkd_pipeline.__file__}": 1}
-        return commit.model_copy(update={"counts": told})
-
-
-class Importing(FakeStage):
-    """Puts into the record where a module of the standard library came from, and the path it was looked for in."""
+    """Writes beside the cache what each worker was given, and where our code and the standard library came from."""
 
     def load(self) -> Make:
         import colorsys
 
-        told = {f"module {colorsys.__file__}": 1, **dict.fromkeys((f"path {entry}" for entry in sys.path), 1)}
-        return lambda unit, care=AS_PLANNED: self.make(unit, care).model_copy(update={"counts": told})
+        told = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "code": xkd_pipeline.__file__, "path": sys.path}
+        note = self.folder.parents[1] / "told" / f"{os.getpid()}.json"
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(json.dumps(told | {"colorsys": colorsys.__file__}))
+        return super().load()
+
+
+def read_told(folder: Path) -> list[dict[str, Any]]:
+    """What each worker told; `folder` is the one that the cache lies in."""
+    return [json.loads(note.read_text()) for note in (folder / "told").iterdir()]
 
 
 def opened(root: Path, *, spec: dict[str, Any] | None = None, units: int = UNITS) -> Store:
@@ -133,13 +127,25 @@ def opened(root: Path, *, spec: dict[str, Any] | None = None, units: int = UNITS
 
 
 def build_all(
-    root: Path, workers: Workers | None = None, *, trouble: str = "", order: Sequence[int] | None = None, **more: Any
+    root: Path,
+    workers: Workers | None = None,
+    *,
+    troubles: Mapping[int, str] | None = None,
+    order: Sequence[int] | None = None,
+    kind: type[FakeStage] = FakeStage,
+    **more: Any,
 ) -> Built:
     """Build the whole table; `order` is the order in which missing units are made."""
     store = opened(root)
-    stage = FakeStage(folder=store.folder, trouble=trouble)
+    stage = kind(folder=store.folder, troubles=troubles or {})
 
     def jobs(missing: Sequence[int]) -> list[int]:
         return [unit for unit in order if unit in missing] if order else list(missing)
 
     return build(store, stage, jobs, workers or Workers(), **more)
+
+
+def run(root: Path, workers: Workers | None = None, **more: Any) -> Built:
+    """`build_all` as a command does it: with the cache's lock."""
+    with locked(root):
+        return build_all(root, workers, **more)

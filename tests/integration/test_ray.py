@@ -9,21 +9,21 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import small_cache
-from fake_stage import UNITS, FakeStage, Telling, build_all, search_path
+from fake_stage import UNITS, FakeStage, Telling, build_all, read_told, search_path
 from small_cache import files_of
 from xkd_pipeline.stages import teacher_stage
 from xkd_pipeline.tables.writer import Store
+from xkd_pipeline.workers import ray_pool
 from xkd_pipeline.workers.contract import Workers
 from xkd_pipeline.workers.scheduler import make_shards
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
-from xkd_schemas.config import RunConfig
-from xkd_schemas.errors import BadData, UsageError, WorkersGone
-from xkd_trainer.sweep import sweep
+from xkd_schemas.errors import BadData, Mismatch, UsageError, WorkersGone
 
 pytestmark = [
     pytest.mark.ray,
@@ -40,103 +40,84 @@ def cluster() -> Iterator[Any]:
         patch.setenv("PYTHONPATH", search_path())
         settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # keeps it on loopback
+        settings["RAY_prestart_worker_first_driver"] = "0"  # workers that would never get our code
         os.environ.setdefault("RAY_AUTH_TOKEN", settings["RAY_AUTH_TOKEN"])  # Ray reads it once in a process
         for name, value in settings.items():
             patch.setenv(name, os.environ.get(name, value))
         from ray.cluster_utils import Cluster
 
-        node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-        made = Cluster(initialize_head=True, head_node_args=node)
-        del node["include_dashboard"]
+        node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+        quiet = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+        made = Cluster(initialize_head=True, head_node_args=node | quiet | {"num_cpus": 0})
         made.add_node(**node, wait=False)
-        made.add_node(**node | {"num_cpus": 2}, num_gpus=2, wait=False)
+        made.add_node(**node, num_gpus=2, wait=False)
         made.wait_for_nodes()
         yield made
         made.shutdown()
         gc.collect()
 
 
-@pytest.fixture
-def undisturbed(tmp_path: Path) -> dict[str, bytes]:
-    build_all(tmp_path / "undisturbed")
-    return files_of(tmp_path / "undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    root = tmp_path_factory.mktemp("undisturbed")
+    build_all(root)
+    return files_of(root)
 
 
-@pytest.mark.parametrize(("trouble", "how"), [("kill", {"count": 2}), ("stop", {"count": 1, "stall_seconds": 8.0})])
-def test_a_worker_killed_or_stopped_in_a_shard_is_replaced_and_the_bytes_are_the_same(
-    cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes], trouble: str, how: dict[str, Any]
+TROUBLES = {0: "memory", 1: "poison", 2: "stop", 4: "error"}
+
+
+@pytest.fixture(scope="module")
+def troubled(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One worker with a GPU after the other makes units until an error; this process goes on from there."""
+    root = tmp_path_factory.mktemp("troubled") / "t"
+    workers = Workers(address=cluster.address, count=1, gpus=1.0, stall_seconds=8.0)
+    with pytest.raises(BadData) as caught:
+        build_all(root, workers, troubles=TROUBLES, kind=Telling)
+    return SimpleNamespace(error=caught.value, told=read_told(root.parent), built=build_all(root), root=root)
+
+
+def test_workers_that_are_killed_stopped_or_out_of_memory_cost_one_row_and_no_other_byte(
+    troubled: SimpleNamespace, undisturbed: dict[str, bytes]
 ) -> None:
-    built = build_all(tmp_path / "t", Workers(address=cluster.address, **how), trouble=trouble)
+    commits = troubled.built.manifest.commits
 
-    assert built.made == UNITS
-    assert (tmp_path / "killed").exists()
-    assert files_of(tmp_path / "t") == undisturbed
-
-
-def test_a_row_that_kills_its_worker_each_time_is_found_and_the_rest_is_kept(
-    cluster: Any, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
-    built = build_all(tmp_path / "t", Workers(address=cluster.address, count=1), trouble="poison")
-
-    commits = built.manifest.commits
-    assert [c.care for c in commits] == [None, None, MadeDifferently(lost=(1,)), None, None]
-    assert (commits[2].rows, commits[2].rejects.reasons) == (2, {"worker_killed": 1})
-    changed = {name for name, content in files_of(tmp_path / "t").items() if undisturbed.get(name) != content}
+    assert (troubled.root.parent / "stopped").exists()
+    assert (troubled.built.made, troubled.built.kept) == (1, UNITS - 1)
+    assert [c.care for c in commits] == [MadeDifferently(batch=2), MadeDifferently(lost=(1,)), None, None, None]
+    assert (commits[1].rows, commits[1].rejects.reasons) == (1, {"worker_killed": 1})
+    changed = {name for name, content in files_of(troubled.root).items() if undisturbed.get(name) != content}
     assert changed == {
-        "README.md", "SHA256SUMS", "documents/manifest.json", "documents/commits/00002.json",
-        f"documents/{commits[2].file}", f"documents/rejects/{commits[2].rejects.file}",
+        "README.md", "SHA256SUMS", "documents/manifest.json", "documents/commits/00000.json",
+        "documents/commits/00001.json", f"documents/{commits[1].file}", f"documents/rejects/{commits[1].rejects.file}",
     }  # fmt: skip
 
 
-def test_a_shard_out_of_memory_is_made_in_smaller_batches_by_the_worker_it_has(cluster: Any, tmp_path: Path) -> None:
-    done: list[Commit] = []
-
-    make_shards(
-        FakeStage(folder=tmp_path, trouble="memory", at=1),
-        [0, 1],
-        Workers(address=cluster.address, count=1),
-        done.append,
-    )
-
-    assert [(commit.unit, commit.care) for commit in done] == [(0, None), (1, MadeDifferently(batch=2))]
+def test_an_error_a_stage_raises_arrives_as_itself(troubled: SimpleNamespace) -> None:
+    assert type(troubled.error) is BadData
+    assert str(troubled.error) == "unit 4 is broken. Kept: k. Next: mend it"
 
 
-@pytest.mark.parametrize(("trouble", "sentence"), [("error", "unit 2 is broken"), ("load", "the parser is broken")])
-def test_an_error_a_stage_raises_arrives_as_itself(cluster: Any, tmp_path: Path, trouble: str, sentence: str) -> None:
-    with pytest.raises(BadData) as caught:
-        build_all(tmp_path, Workers(address=cluster.address, count=1), trouble=trouble)
-
-    assert type(caught.value) is BadData
-    assert str(caught.value) == f"{sentence}. Kept: k. Next: mend it"
+def test_each_worker_gets_its_gpu_and_runs_the_code_that_was_shipped(troubled: SimpleNamespace) -> None:
+    assert len(troubled.told) >= 8  # the first, six after a kill by row 1, one after the stop
+    assert {one["gpu"] for one in troubled.told} <= {"0", "1"}
+    assert all("runtime_resources" in one["code"] for one in troubled.told)
 
 
-def test_the_teacher_makes_the_same_table_on_several_nodes_as_in_process(cluster: Any, tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    shutil.rmtree(cache / "teachers")
-    run = small_cache.run_file(cache, teacher={"model": str(small_cache.made() / "teacher")})
+def test_a_worker_with_another_version_of_a_package_is_refused_in_one_line(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "versions", lambda: {"numpy": "1.0"})
 
-    assert teacher_stage(run, Workers(count=2, address=cluster.address)).values["made"] == 3
-
-    assert files_of(cache) == files_of(small_cache.made() / "cache")
-
-
-def test_each_worker_gets_its_gpu_and_runs_the_code_that_was_shipped(cluster: Any, tmp_path: Path) -> None:
-    done: list[Commit] = []
-
-    make_shards(Telling(folder=tmp_path), range(4), Workers(count=2, gpus=1.0, address=cluster.address), done.append)
-
-    told = {name for commit in done for name in commit.counts}
-    assert {name for name in told if name.startswith("gpu ")} == {"gpu 0", "gpu 1"}
-    code = [name for name in told if name.startswith("code ")]
-    assert code
-    assert all("runtime_resources" in name for name in code)
+    with pytest.raises(Mismatch, match=r"worker on .* has numpy .*, this process 1\.0\. Kept: .* install numpy 1\.0"):
+        build_all(tmp_path / "t", Workers(address=cluster.address, count=1))
 
 
 def test_more_gpus_than_any_node_has_are_refused_at_once(cluster: Any, tmp_path: Path) -> None:
     workers = Workers(count=1, gpus=3.0, address=cluster.address)
 
     with pytest.raises(UsageError, match="no machine has room for a worker of 1 CPU and 3 GPUs"):
-        make_shards(Telling(folder=tmp_path), [0], workers, lambda _commit: None)
+        make_shards(FakeStage(folder=tmp_path), [0], workers, lambda _commit: None)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +129,17 @@ def test_more_gpus_than_any_node_has_are_refused_at_once(cluster: Any, tmp_path:
 )
 def test_an_address_without_a_cluster_is_one_line(tmp_path: Path, address: str, kind: type, sentence: str) -> None:
     with pytest.raises(kind, match=sentence):
-        make_shards(Telling(folder=tmp_path), [0], Workers(count=1, address=address), lambda _commit: None)
+        make_shards(FakeStage(folder=tmp_path), [0], Workers(count=1, address=address), lambda _commit: None)
+
+
+def test_the_teacher_makes_the_same_table_on_a_cluster_as_in_process(cluster: Any, tmp_path: Path) -> None:
+    cache = small_cache.copied(tmp_path)
+    shutil.rmtree(cache / "teachers")
+    run = small_cache.run_file(cache, teacher={"model": str(small_cache.made() / "teacher")})
+
+    assert teacher_stage(run, Workers(count=1, address=cluster.address)).values["made"] == 3
+
+    assert files_of(cache) == files_of(small_cache.made() / "cache")
 
 
 def test_a_node_that_goes_in_the_middle_costs_time_and_no_byte(
@@ -164,21 +155,7 @@ def test_a_node_that_goes_in_the_middle_costs_time_and_no_byte(
 
     monkeypatch.setattr(Store, "commit", committed)
 
-    build_all(tmp_path / "t", Workers(count=3, address=cluster.address), trouble="slow")
+    build_all(tmp_path / "t", Workers(count=2, address=cluster.address), troubles={0: "slow"})
 
     assert len(gone) == 1
     assert files_of(tmp_path / "t") == undisturbed
-
-
-def test_a_sweep_trains_on_the_cluster(cluster: Any, tmp_path: Path) -> None:
-    student = {"model": "new:llama,layers=1,width=8,heads=2", "tokenizer": str(small_cache.made() / "student")}
-    train = {"out": str(tmp_path / "out"), "steps": 1, "batch_size": 4, "threads": 1}
-    cache = str(small_cache.copied(tmp_path))
-    values = {"cache": cache, "student": student, "train": train, "ray_address": cluster.address}
-
-    found = sweep(RunConfig.model_validate(values), ["loss=ce"])
-
-    assert [(row["run"], row["seeds"], row["failed"]) for row in found["rows"]] == [
-        ("loss=ce (control of equal steps)", 1, 0)
-    ]
-    assert (tmp_path / "out/loss=ce/model.safetensors").is_file()

@@ -65,7 +65,7 @@ def test_the_order_of_shards_changes_no_byte(tmp_path: Path, undisturbed: dict[s
 def test_a_run_that_breaks_off_keeps_its_shards(tmp_path: Path, undisturbed: dict[str, bytes], trouble: str) -> None:
     root = tmp_path / "t"
     with pytest.raises((BadData, ZeroDivisionError, KeyboardInterrupt)):
-        build_all(root, trouble=trouble)
+        build_all(root, troubles={2: trouble})
     assert not (root / "documents" / "manifest.json").exists()
 
     built = build_all(root)
@@ -199,7 +199,7 @@ def test_the_command_that_wrote_a_plan_mends_it(tmp_path: Path, undisturbed: dic
         build_all(root)
     else:
         with pytest.raises(BadData):
-            build_all(root, trouble="error")
+            build_all(root, troubles={2: "error"})
     plan = root / "documents" / "plan.json"
     whole = plan.read_bytes()
     kept = len(list(plan.parent.glob("commits/*.json")))
@@ -289,3 +289,13 @@ with locked(Path({str(tmp_path)!r})):
     assert (tmp_path / "LOCK").exists()
     with locked(tmp_path):
         assert f"pid {os.getpid()} on" in (tmp_path / "LOCK").read_text()
+
+
+def test_an_interruption_says_how_many_shards_were_kept_and_what_was_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_app("xkd-cache", lambda **_: build_all(tmp_path, troubles={2: "interrupt"}))
+    assert caught.value.code == 130
+    kept = f"Kept: 2 of {UNITS} shards of documents (3 documents); lost: what was done of the shards in work"
+    assert kept in capsys.readouterr().err

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 import tiny_models as tiny
+import xkd_schemas
+import xkd_trainer
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import NonFinite, UsageError, WorkersGone
 from xkd_train import xkd_train
@@ -59,28 +61,36 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         sweeps.sweep(run.model_copy(update={"ray_address": "nowhere"}), ["loss=ce"])
 
 
-def test_a_worker_that_ends_on_a_cluster_is_a_failure_of_its_run_alone(
+def test_runs_are_sent_to_a_cluster_and_one_whose_worker_ends_is_a_failure_of_its_own_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
+    from ray import cloudpickle
 
-    def get(given: Any) -> Ended:
-        cell = given[0]
+    def get(sent: bytes) -> Ended:
+        function, (cell, *more) = cloudpickle.loads(sent)
         if cell.run.train.seed:
             raise ray.exceptions.RayError("the node died")
-        return Ended(cell=cell, steps=3)
+        return cloudpickle.loads(cloudpickle.dumps(function(cell, *more)))
 
-    closed = list[bool]()
-    task = SimpleNamespace(remote=lambda *given: given)
-    for name, value in {"init": lambda *_, **__: None, "remote": lambda **_: lambda _: task, "get": get}.items():
-        monkeypatch.setattr(ray, name, value)
+    def remote(**settings: Any) -> Any:
+        asked.append(settings)
+        return lambda function: SimpleNamespace(remote=lambda *given: cloudpickle.dumps((function, given)))
+
+    asked, closed = list[Any](), list[bool]()
+    monkeypatch.setattr(ray, "init", lambda address, **settings: asked.append((address, settings["runtime_env"])))
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "shutdown", lambda: closed.append(True))
-    run = tiny.Tiny(tmp_path).run(out=str(tmp_path / "out")).model_copy(update={"ray_address": "auto"})
+    given = {"out": str(tmp_path / "out"), "steps": 1, "ray_address": "auto", "gpus_per_worker": 0.5}
 
-    found = sweeps.sweep(run, ["loss=ce", "seed=0,1"])
+    found = sweeps.sweep(tiny.tiny_cache().run(**given), ["loss=ce", "seed=0,1"])
 
     assert [(row["seeds"], row["failed"]) for row in found["rows"]] == [(1, 1)]
     assert [str(error) for _, error in found["failures"]] == ["its worker on Ray ended: the node died."]
+    assert (tmp_path / "out/loss=ce,seed=0/model.safetensors").is_file()
+    modules = [str(Path(package.__file__).parent) for package in (xkd_schemas, xkd_trainer)]
+    assert asked == [("auto", {"py_modules": modules}), {"num_cpus": 1, "num_gpus": 0.5, "max_retries": 0}]
     assert closed == [True]
 
 
