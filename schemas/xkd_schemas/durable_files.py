@@ -17,7 +17,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import xxhash
 
@@ -96,15 +96,13 @@ def _temporary_in(folder: Path) -> Path:
     return folder / f".tmp-{os.getpid()}-{os.urandom(6).hex()}"
 
 
-def write_beside(folder: Path, write: Callable[[IO[bytes]], object]) -> Path:
-    """Write a new temporary file in `folder`, fsync it, and return its path. Nothing is left on failure."""
+def write_beside(folder: Path, save: Callable[[Path], object]) -> Path:
+    """Let `save` write a new temporary file in `folder`, fsync it, and return its path. Nothing is left on failure."""
     make_folder(folder)
     temporary = _temporary_in(folder)
     try:
-        with io.BufferedWriter(disk.create(temporary), _BUFFER) as stream:
-            write(stream)
-            stream.flush()
-            disk.fsync(stream.fileno())
+        save(temporary)
+        _sync(temporary)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -123,16 +121,18 @@ def remove(path: Path) -> None:
 
 def replace(target: Path, content: bytes) -> None:
     """Write `content` to `target`, replacing what is there, so that a reader sees old or new and never half."""
-    with disk_errors(target):
-        temporary = write_beside(target.parent, lambda stream: stream.write(content))
-        rename(temporary, target)
-        sync_folder(target.parent)
+    save_file(target, lambda path: _create(path, content))
+
+
+def _create(path: Path, content: bytes) -> None:
+    with io.BufferedWriter(disk.create(path), _BUFFER) as stream:
+        stream.write(content)
 
 
 def put_if_absent(target: Path, content: bytes) -> bool:
     """Create `target` with `content`; False, and nothing changed, if it exists already."""
     with disk_errors(target):
-        temporary = write_beside(target.parent, lambda stream: stream.write(content))
+        temporary = write_beside(target.parent, lambda path: _create(path, content))
         try:
             disk.link(temporary, target)
         except FileExistsError:
@@ -146,15 +146,7 @@ def put_if_absent(target: Path, content: bytes) -> bool:
 def save_file(target: Path, save: Callable[[Path], object]) -> None:
     """Let a library write one file by its path, then make it durable and put it at `target`."""
     with disk_errors(target):
-        make_folder(target.parent)
-        temporary = _temporary_in(target.parent)
-        try:
-            save(temporary)
-            _sync(temporary)
-            rename(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        rename(write_beside(target.parent, save), target)
         sync_folder(target.parent)
 
 

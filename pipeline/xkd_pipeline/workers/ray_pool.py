@@ -277,7 +277,7 @@ class RayPool:
         refuse_too_small(ray, self._workers)
         if address is not None:
             paths = self._stage.paths()
-            mark = write_beside(paths[0], lambda _stream: None)
+            mark = write_beside(paths[0], Path.touch)
             self._own.enter_context(suppress(OSError))
             self._own.callback(remove, mark)
             self._place = Place(paths=paths, mark=mark, versions=versions())
