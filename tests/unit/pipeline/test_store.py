@@ -19,6 +19,7 @@ from small_cache import files_of
 from xkd_pipeline.tables.writer import locked
 from xkd_schemas.cache.manifest import Commit, Plan, is_whole, read_record
 from xkd_schemas.cache.table import Table
+from xkd_schemas.console import run as run_app
 from xkd_schemas.errors import BadData, Busy, InputMissing, Mismatch, Refused
 
 
