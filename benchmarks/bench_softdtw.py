@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.measure import Options, interleaved
 from benchmarks.rows import Result, Row, Skipped, cost
-from xkd_trainer.losses.ops.soft_dtw import cosine_cost, soft_dtw
+from xkd_trainer.losses.softdtw import cosine_cost, soft_dtw
 
 GAMMA = 1.0
 WIDTH = 1024

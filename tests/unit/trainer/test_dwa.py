@@ -18,7 +18,7 @@ from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.declaration import StudentPass
 from xkd_trainer.losses.dual_space import MASKED, align_scores
 from xkd_trainer.losses.dwa import DwaSettings, find_band, sequence_term, student_weights, teacher_weights
-from xkd_trainer.losses.ops.soft_dtw import look_at
+from xkd_trainer.losses.softdtw import look_at
 from xkd_trainer.models.architecture import head_of
 from xkd_trainer.models.forward import run
 from xkd_trainer.training.prepare import Ready

@@ -34,8 +34,8 @@ from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass,
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked
 from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
-from xkd_trainer.losses.ops.soft_dtw import look_at
 from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.losses.softdtw import look_at
 from xkd_trainer.models.measures import at_least_float32
 
 BLOCK_SCORES: Final = 1 << 20
