@@ -18,10 +18,10 @@ import tiny_models as tiny
 from one_step import gradients
 from xkd_schemas.errors import BadData, Mismatch, UsageError
 from xkd_train import xkd_train
+from xkd_trainer.data import sampler as batches
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.registry import parse_loss
 from xkd_trainer.models.lora import load_student, trained
-from xkd_trainer.training import batches
 from xkd_trainer.training.distiller import Distiller
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.fingerprint import FIRST_KEYS, fingerprint_of

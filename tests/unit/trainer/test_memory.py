@@ -14,9 +14,10 @@ import tiny_models as tiny
 from one_step import gradients
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import BadData, UsageError
+from xkd_trainer.data import sampler as batches
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.models import forward
-from xkd_trainer.training import batches, files
+from xkd_trainer.training import files
 from xkd_trainer.training.distiller import OPTIMIZERS, Distiller, make_optimizer
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.loop import train
