@@ -72,13 +72,16 @@ def token_bytes(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
     return {number: read(token) for token, number in vocabulary.items()}
 
 
-def ids_by_bytes(vocabulary: Mapping[str, int], read: Callable[[str], bytes] | None = None) -> dict[bytes, int]:
-    """One id for each byte string: of several, a token of ordinary text before a byte token, then the lowest id."""
+def ids_by_bytes(
+    vocabulary: Mapping[str, int], read: Callable[[str], bytes] | None = None, *, blanks: bool = True
+) -> dict[bytes, int]:
+    """One id for each byte string, or for those without their `blanks`: of several, a token of ordinary text before a
+    byte token, then the lowest id."""
     read = read or _reading(vocabulary)
     found: dict[bytes, tuple[bool, int]] = {}
     for token, number in vocabulary.items():
         candidate = (read is _sentencepiece and BYTE_TOKEN.fullmatch(token) is not None, number)
-        text = read(token)
+        text = read(token) if blanks else read(token).replace(b" ", b"")
         found[text] = min(candidate, found.get(text, candidate))
     return {text: number for text, (_, number) in found.items()}
 
