@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Options, Result, Row, Skipped, cost, interleaved
-from xkd_trainer.losses.ops.soft_dtw import cosine_cost, soft_dtw
+from xkd_trainer.losses.softdtw import cosine_cost, soft_dtw
 
 GAMMA = 1.0
 WIDTH = 1024

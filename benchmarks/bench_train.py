@@ -21,10 +21,10 @@ from xkd_pipeline.capture.stage import read_rows
 from xkd_pipeline.tables.shard import DocumentRows, encoder_for
 from xkd_schemas.cache.table import Table
 from xkd_trainer.bridge import CacheDataset, DistillTrainer
+from xkd_trainer.data.sampler import prefetch
 from xkd_trainer.models.architecture import num_layers
 from xkd_trainer.models.compute_dtype import dtype_named
 from xkd_trainer.models.loading import load_model, load_tokenizer
-from xkd_trainer.training.batches import prefetch
 
 STUDENT = "new:llama,layers=5,width=320"
 """10 million parameters under the demo's tokenizer."""

@@ -9,9 +9,10 @@ import pytest
 import tiny_models as tiny
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import BadData
+from xkd_trainer.data import sampler as batches
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.training import batches, loop
+from xkd_trainer.training import loop
 
 
 def run(out: Path, **changed: Any) -> RunConfig:

@@ -16,7 +16,7 @@ import pytest
 import small_cache
 from seen_runs import seen_run
 from xkd_pipeline.reports.report import write_report
-from xkd_trainer.reports.report import write_report as write_training_report
+from xkd_trainer.reports import write_report as write_training_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")

@@ -18,10 +18,11 @@ import tiny_models as tiny
 from forked import Ended, launched
 from one_step import gradients
 from xkd_schemas.errors import BadData
+from xkd_trainer.data import sampler as batches
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order
-from xkd_trainer.training import batches, loop
+from xkd_trainer.training import loop
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.prepare import Ready, set_up
 

@@ -249,7 +249,7 @@ def report(
 
     Example: xkd-train report out/mta out/ce --out report.html
     """
-    from xkd_trainer.reports.report import write_report
+    from xkd_trainer.reports import write_report
 
     result = write_report(outs, out)
     answer(result, [f"{out}: {len(result['runs'])} runs, {result['bytes']} bytes"], as_json)
@@ -264,7 +264,7 @@ def watch(
 
     Example: xkd-train watch out/student
     """
-    from xkd_trainer.reports.watch import follow, status_of
+    from xkd_trainer.reports import follow, status_of
 
     if as_json:
         say_json(status_of(out))

@@ -117,12 +117,9 @@ def answer_prompts(request: Request, prompts: Sequence[str], *, seed: int | None
 
 
 def rouge_l(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    pairs: Sequence[tuple[Document, Tokens]],
-    request: Request,
+    model: PreTrainedModel, tokenizer: Any, pairs: Sequence[tuple[Document, Tokens]], request: Request,
     several: Mapping[int, Sequence[str]],
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """ROUGE-L F1 (rouge-score, with stemming) of sampled responses to the first target, in percent.
 
     Temperature 1, top-p 1, one run per seed; mean, standard deviation and largest over seeds. Prompts are
@@ -148,14 +145,9 @@ def rouge_l(
 
 
 def generate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompts: Sequence[Any],
-    *,
-    seed: int | None,
-    ends: Sequence[int],
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Any], *, seed: int | None, ends: Sequence[int],
     max_new_tokens: int,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """One response for each prompt (arrays of token ids), up to a token of `ends`; without a seed the likeliest."""
     how = GenerationSection(temperature=0 if seed is None else 1, max_new_tokens=max_new_tokens)
     responses = [""] * len(prompts)

@@ -28,7 +28,7 @@ from xkd_schemas.durable_files import digest, hold_lock, replace
 from xkd_schemas.errors import UsageError, WorkersGone, XkdError
 from xkd_trainer.losses.registry import parse_loss
 from xkd_trainer.models.loading import short
-from xkd_trainer.reports.report import write_report
+from xkd_trainer.reports import write_report
 from xkd_trainer.run_folder import read_run
 from xkd_trainer.training.loop import train
 

@@ -17,8 +17,8 @@ from xkd_schemas.cache.manifest import Commit
 from xkd_schemas.signals import GEOMETRY_SPANS, Signal, count_pairs, draw_spans
 from xkd_trainer.data.collate import _level
 from xkd_trainer.losses import dual_space, sra
-from xkd_trainer.losses.ops import soft_dtw as long_soft_dtw
-from xkd_trainer.losses.ops.soft_dtw import cosine_cost, soft_dtw
+from xkd_trainer.losses import softdtw as long_soft_dtw
+from xkd_trainer.losses.softdtw import cosine_cost, soft_dtw
 from xkd_trainer.losses.sra import geometric
 from xkd_trainer.models import measures
 from xkd_trainer.models.architecture import Head

@@ -30,11 +30,12 @@ from xkd_schemas.console import run as run_app
 from xkd_schemas.durable_files import hold_lock
 from xkd_schemas.errors import Busy, DiskFailed, Mismatch, NonFinite, OutOfMemory, UsageError
 from xkd_train import xkd_train
+from xkd_trainer.data import sampler as batches
 from xkd_trainer.data.batch import Batch, blank, unwrap
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order, learning_rate
 from xkd_trainer.run_folder import read_lines
-from xkd_trainer.training import batches, devices, files, fingerprint, loop
+from xkd_trainer.training import devices, files, fingerprint, loop
 from xkd_trainer.training.files import load_newest
 from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import set_up

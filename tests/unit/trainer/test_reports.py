@@ -11,9 +11,8 @@ from rich.console import Console
 from seen_runs import seen_run
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_train import xkd_train
-from xkd_trainer.reports import watch
-from xkd_trainer.reports.report import draw_chart, write_report
-from xkd_trainer.reports.watch import draw, status_of
+from xkd_trainer import reports as watch
+from xkd_trainer.reports import draw, draw_chart, status_of, write_report
 from xkd_trainer.run_folder import read_run
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import slow_dwa as slow
-from xkd_trainer.losses.ops import soft_dtw as softdtw
-from xkd_trainer.losses.ops.soft_dtw import hard_band, soft_dtw, torch_soft_dtw
+from xkd_trainer.losses import softdtw
+from xkd_trainer.losses.softdtw import hard_band, soft_dtw, torch_soft_dtw
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "torch"])
 

@@ -28,7 +28,7 @@ from xkd_trainer.data import collate as stream
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.cache import Cache, find_student
 from xkd_trainer.data.collate import batch_of, inside_any
-from xkd_trainer.training.batches import prefetch
+from xkd_trainer.data.sampler import prefetch
 
 WANTED = frozenset(
     signal_named(column)

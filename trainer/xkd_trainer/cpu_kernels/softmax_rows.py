@@ -220,15 +220,9 @@ def cross_entropy(logits_PV: Array, target_P: Array, factor: float, threads: int
 
 
 def forward_kl(  # noqa: PLR0913 - two sides, their weights, and the memory they may use
-    student_PV: Array,
-    teacher_PV: Array,
-    share_P: Array,
-    temperature: float,
-    *,
-    into_PV: Array,
-    odds_P2V: Array,
+    student_PV: Array, teacher_PV: Array, share_P: Array, temperature: float, *, into_PV: Array, odds_P2V: Array,
     threads: int,
-) -> Array:
+) -> Array:  # fmt: skip
     """KL(p || q) of softened logits [P], float32; `into` becomes `share` times q - p.
 
     All are float32, rows without a gap; the teacher's are left as they are, `into` may be the student's. `odds` is

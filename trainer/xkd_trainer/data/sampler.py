@@ -1,17 +1,26 @@
-"""Which documents stand in which optimizer step: a closed form of (seed, epoch, step), so nothing must be saved."""
+"""Which documents stand in which optimizer step: a closed form of (seed, epoch, step), so nothing must be saved.
+
+Their batches are read while earlier steps are worked on.
+"""
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from xkd_schemas.config import TrainSection
+from xkd_schemas.console import rank
+from xkd_schemas.signals import Signal
+from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.data.cache import Cache, Int64s
+from xkd_trainer.data.collate import batch_of
 
-Int64s = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 ORDER: Final = "numpy PCG64 permutation"
 """Names the formula in checkpoints: a run that was begun with another one is refused."""
@@ -96,3 +105,46 @@ def learning_rate(step: int, total: int, train: TrainSection) -> float:
         return (step + 1) / warm
     share = (step - warm) / max(1, total - warm)
     return train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+AHEAD: Final = 2  # steps whose batches are read while one is worked on
+
+
+def prefetch(items: Iterator[T], depth: int = AHEAD) -> Generator[T]:
+    """The items, none of them None, made in a thread at most `depth` ahead; its errors are raised here."""
+    with ThreadPoolExecutor(1, thread_name_prefix="produce") as pool:
+        ahead = deque(pool.submit(next, items, None) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, items, None))
+            yield item
+
+
+class StepBatches:
+    """The micro-batches of each optimizer step; `micro_batch_size` may be made smaller between two steps."""
+
+    def __init__(self, cache: Cache, wanted: frozenset[Signal], order: Order, train: TrainSection, world: int) -> None:
+        self.cache, self.wanted, self.order, self.train, self.world = cache, wanted, order, train, world
+        self.micro_batch_size = train.micro_batch_size
+
+    def read(self, step: int) -> list[Batch]:
+        """This process's micro-batches of a step; every process gets the same number, blank ones if need be."""
+        shares, rows_of_epoch = self._shares(step), self._rows_of_epoch(step)
+
+        def read(places: Int64s) -> Batch:
+            return batch_of(self.cache, rows_of_epoch[places].tolist(), self.wanted)
+
+        batches = [read(places) for places in shares[rank()]]
+        missing = max(len(share) for share in shares) - len(batches)
+        return batches + [blank(read(shares[0][0])) for _ in range(missing)]
+
+    def largest(self, step: int) -> int:
+        """Documents in the largest micro-batch of a step, over all processes."""
+        return max(len(places) for share in self._shares(step) for places in share)
+
+    def _shares(self, step: int) -> list[list[Int64s]]:
+        how = self.train.model_copy(update={"micro_batch_size": self.micro_batch_size})
+        rows_of_epoch = self._rows_of_epoch(step)
+        return self.order.shares(step, self.world, how, lambda places: self.cache.lengths(rows_of_epoch[places]))
+
+    def _rows_of_epoch(self, step: int) -> Int64s:
+        return self.cache.rows(step // self.order.steps_per_epoch, self.train.seed)

@@ -20,7 +20,6 @@ Shape legend for this file
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -32,10 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
 from xkd_trainer.losses.declaration import Context, Loss, Positive, StudentPass, constant_head
 from xkd_trainer.losses.ops.divergence import Comparison, Kind, Knobs
-from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked
-from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
-from xkd_trainer.losses.ops.soft_dtw import look_at
-from xkd_trainer.losses.ops.term import LossTerm, term
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.softdtw import look_at
 from xkd_trainer.models.measures import at_least_float32
 
 BLOCK_SCORES: Final = 1 << 20
@@ -64,13 +61,6 @@ class DualSpaceSettings(Knobs):
     def teacher_space(self) -> Comparison:
         """The divergence of the teacher's space."""
         return Comparison(kind=self.teacher_divergence, temperature=self.temperature, knobs=self)
-
-
-class DskdCmaSettings(DualSpaceSettings):
-    """Options of DSKD with cross-model attention."""
-
-    correct_only: bool = True
-    """Compare in the student's space only where the projected teacher predicts the text's next token (the code)."""
 
 
 def align_scores(query_BNK: Tensor, key_BMK: Tensor, student_valid_BN: Tensor, teacher_valid_BM: Tensor) -> Tensor:
@@ -104,15 +94,6 @@ def attend(
     done = [again(query_BRK, key_BMK, values_BMd, valid_BR) for query_BRK, valid_BR in blocks]
     mixed_BNd, attended_BN, entropy_BN = (torch.cat(parts, 1) for parts in zip(*done, strict=True))
     return mixed_BNd, attended_BN, entropy_BN
-
-
-def find_correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
-    """Where the likeliest class of the projected teacher is the target: DSKD-CMA's mask, bool [B, N].
-
-    Invalid positions are not read. Of equal logits the first class counts.
-    """
-    best_N = chunked(lambda _, logits_CV: logits_CV.argmax(-1), projected.detach().at(valid_BN))
-    return valid_BN.masked_scatter(valid_BN, best_N == target_BN[valid_BN])
 
 
 # -- wiring to the cache
@@ -197,15 +178,3 @@ class CrossModelLoss(Loss):
             query_BNK=query_BNK, key_BMK=key_BMK, hidden_BMD=hidden_BMD, target_BMD=target_BMD,
             seen=(seen[0], seen[1]), projected=with_fixed_head(student, mixed_BNd), back=self.head(mixed_BMD),
         )  # fmt: skip
-
-    def compare(self, batch: Batch, student: StudentPass, mixed: Mixed, s: DskdCmaSettings) -> Mapping[str, LossTerm]:
-        """DSKD-CMA's three terms; in the student's space only where the projected teacher is right, if so set."""
-        valid_BN, valid_BM, projected = batch.predict_valid_BN, batch.teacher_predict_valid_BM, mixed.projected
-        kept_BN = find_correct(projected, batch.target_BN, valid_BN) if s.correct_only else valid_BN
-        own, back, theirs = student.logits.at(kept_BN), mixed.back.at(valid_BM), self.head(mixed.hidden_BMD[valid_BM])
-        totals = (
-            head_cross_entropy(projected.at(valid_BN), batch.target_BN[valid_BN]),
-            head_divergence(own, projected.at(kept_BN), None, s.student_space),
-            head_divergence(back, theirs, None, s.teacher_space),
-        )
-        return {name: term(total, batch.num_predictions) for name, total in zip(SPACES, totals, strict=True)}

@@ -31,9 +31,9 @@ from xkd_trainer.losses.declaration import Context, Declaration, Positive, Proje
 from xkd_trainer.losses.dual_space import SPACES, CrossModelLoss, DualSpaceSettings, Mixed, at_valid
 from xkd_trainer.losses.ops.divergence import Kind
 from xkd_trainer.losses.ops.shared_pass import Planned, Weigh, head_divergence
-from xkd_trainer.losses.ops.soft_dtw import Band, cosine_soft_dtw, hard_band, is_long, look_along, soft_band
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.pairing import share_out
+from xkd_trainer.losses.softdtw import Band, cosine_soft_dtw, hard_band, is_long, look_along, soft_band
 from xkd_trainer.models.measures import at_least_float32
 
 Steps = Annotated[int, Field(ge=0)]

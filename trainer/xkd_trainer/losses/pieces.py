@@ -77,6 +77,11 @@ class PieceSide:
         piece_C = torch.arange(len(size_g), device=size_g.device).repeat_interleave(size_g)
         return values_C.new_zeros(len(size_g), *values_C.shape[1:]).index_add(0, piece_C, values_C)
 
+    def mean(self, values_C: Tensor, pieces: slice) -> Tensor:
+        """The same divided by the number of predictions of the piece."""
+        sums_g = self.sum(values_C, pieces)
+        return sums_g / self.size_G[pieces].view(-1, *[1] * (sums_g.ndim - 1))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pieces:

@@ -98,17 +98,10 @@ def _hook(model: PreTrainedModel, layers: Sequence[int], into: Outputs) -> Itera
 
 
 def run(  # noqa: PLR0913 - one for each thing that is kept
-    model: PreTrainedModel,
-    ids_BL: Tensor,
-    valid_BL: Tensor,
-    *,
-    layers: Sequence[int] = (),
-    attention: bool = False,
-    attention_layers: Sequence[int] = (),
-    text_layers: Sequence[int] = (),
-    text_B: Tensor | None = None,
+    model: PreTrainedModel, ids_BL: Tensor, valid_BL: Tensor, *, layers: Sequence[int] = (), attention: bool = False,
+    attention_layers: Sequence[int] = (), text_layers: Sequence[int] = (), text_B: Tensor | None = None,
     packing: bool = False,
-) -> States:
+) -> States:  # fmt: skip
     """Run the base model without its head.
 
     Documents are padded on the right. A causal model's states never depend on what comes after, so no attention mask

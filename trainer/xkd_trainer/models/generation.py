@@ -90,14 +90,9 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompts: Sequence[Int32s],
-    how: GenerationSection,
-    *,
-    seeds: Sequence[int],
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Int32s], how: GenerationSection, *, seeds: Sequence[int],
     ends: Sequence[int],
-) -> list[list[int]]:
+) -> list[list[int]]:  # fmt: skip
     """The ids of one answer to each prompt, up to the first of `ends`, which is the last where it came.
 
     All prompts are one batch, padded on the left. Of `how` the temperature, top_k, top_p and max_new_tokens hold, and

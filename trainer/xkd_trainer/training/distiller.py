@@ -31,15 +31,10 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self,
-        student: PreTrainedModel,
-        losses: Mapping[str, nn.Module],
-        weights: Mapping[str, float],
-        projectors: Mapping[str, Projectors] | None = None,
-        teachers: Mapping[str, int] | None = None,
-        *,
+        self, student: PreTrainedModel, losses: Mapping[str, nn.Module], weights: Mapping[str, float],
+        projectors: Mapping[str, Projectors] | None = None, teachers: Mapping[str, int] | None = None, *,
         packing: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.student = student
         self._no_split_modules = getattr(student, "_no_split_modules", None)  # what FSDP keeps whole

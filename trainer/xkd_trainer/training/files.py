@@ -33,6 +33,7 @@ from xkd_trainer.run_folder import BEST, METRICS, PROVENANCE, UNFINISHED, read_p
 CARD: Final = "README.md"
 KEPT = 2  # newest whole checkpoints that stay
 FILES: Final = ("student.safetensors", "projectors.safetensors", "optimizer.safetensors", "state.json", METRICS)
+_IN_JSON: Final = ("step", "fingerprint", "window", "micro_batch_size", "evaluated")  # of a snapshot, in state.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +90,8 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     tensors = snapshot.student, snapshot.projectors, optimizer
     for name, content in zip(FILES, tensors, strict=False):
         save_tensors(make_contiguous(content), folder / name)
-    state = {
-        "step": snapshot.step, "fingerprint": dict(snapshot.fingerprint), "window": dict(snapshot.window),
-        "micro_batch_size": snapshot.micro_batch_size, "evaluated": dict(snapshot.evaluated),
-        "optimizer": {"groups": snapshot.optimizer["param_groups"], "plain": plain},
-    }  # fmt: skip
+    state = {name: getattr(snapshot, name) for name in _IN_JSON}
+    state["optimizer"] = {"groups": snapshot.optimizer["param_groups"], "plain": plain}
     (folder / "state.json").write_text(json.dumps(state))  # terms stay in the order that they are logged in
     (folder / METRICS).write_bytes(snapshot.metrics)
     sums = {name: sha256_of(folder / name) for name in FILES}
@@ -137,26 +135,16 @@ def _load(path: Path) -> Snapshot:
         index, name = key.split(".", 1)
         values.setdefault(int(index), {})[name] = value
     return Snapshot(
-        step=int(state["step"]),
-        student=load_file(path / "student.safetensors"),
-        projectors=load_file(path / "projectors.safetensors"),
+        student=load_file(path / "student.safetensors"), projectors=load_file(path / "projectors.safetensors"),
         optimizer={"state": values, "param_groups": state["optimizer"]["groups"]},
-        fingerprint=state["fingerprint"],
-        window=state.get("window", {}),
-        micro_batch_size=state.get("micro_batch_size", 0),
-        metrics=(path / METRICS).read_bytes(),
-        evaluated=state.get("evaluated", {}),
-    )
+        metrics=(path / METRICS).read_bytes(), **{name: state[name] for name in _IN_JSON if name in state},
+    )  # fmt: skip
 
 
 def export_student(
-    out: Path,
-    student: PreTrainedModel,
-    tokenizer: Any,
-    fingerprint: Mapping[str, Any],
-    rows: Iterable[Learnt],
+    out: Path, student: PreTrainedModel, tokenizer: Any, fingerprint: Mapping[str, Any], rows: Iterable[Learnt],
     card: str = "",
-) -> None:
+) -> None:  # fmt: skip
     """Save weights (safetensors), configuration, tokenizer, and last `xkd.json`, the mark of a finished folder.
 
     Every file is durable before the mark is made, which holds their digests and its own, but not that of the card:

@@ -19,26 +19,11 @@ from xkd_schemas.durable_files import hold_lock
 from xkd_schemas.errors import DiskFailed, Mismatch, NonFinite, OutOfMemory, UsageError
 from xkd_schemas.progress import Progress
 from xkd_trainer.data.batch import Batch
-from xkd_trainer.data.sampler import Order, learning_rate
+from xkd_trainer.data.sampler import Order, StepBatches, learning_rate, prefetch
 from xkd_trainer.models.lora import trained_state
 from xkd_trainer.run_folder import METRICS, evaluation_of, read_lines
-from xkd_trainer.training.batches import StepBatches, prefetch
+from xkd_trainer.training import devices
 from xkd_trainer.training.card import card_text
-from xkd_trainer.training.devices import (
-    agree,
-    agree_to_raise,
-    gather,
-    gather_student,
-    is_out_of_memory,
-    join,
-    largest,
-    losing_no_process,
-    make_accelerator,
-    prepare,
-    seed_step,
-    sum_gradients,
-    whole_root,
-)
 from xkd_trainer.training.distiller import make_optimizer
 from xkd_trainer.training.files import (
     Snapshot,
@@ -95,21 +80,21 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
         torch.set_num_threads(run.train.threads)
     check_trackers(run.train.track)
     check_evaluation(run.train)
-    with losing_no_process(lambda: f"what {out} holds"):
-        join()
-        ready = agree(lambda: set_up(run, student_table, on_missing=on_missing, quiet=quiet))
+    with devices.losing_no_process(lambda: f"what {out} holds"):
+        devices.join()
+        ready = devices.agree(lambda: set_up(run, student_table, on_missing=on_missing, quiet=quiet))
     size = len(ready.cache.rows(0, run.train.seed))
     if size == 0:
         raise UsageError(f"{ready.cache.root} has no usable document for this student")
-    evaluations = agree(lambda: Evaluations(run, ready)) if run.train.eval_data else None
+    evaluations = devices.agree(lambda: Evaluations(run, ready)) if run.train.eval_data else None
     order = Order(size=size, batch_size=run.train.batch_size, seed=run.train.seed)
     total = run.train.steps or max(1, round(run.train.epochs * order.steps_per_epoch))
     fingerprint = fingerprint_of(run, ready, total)
     if evaluations is not None:
         fingerprint["evaluation"] = evaluations.describe()
-    with ExitStack() as held, losing_no_process(lambda: f"what {out} held before"):
-        agree(lambda: None if rank() else held.enter_context(hold_lock(out)))
-        if agree(lambda: is_finished(out, fingerprint)):
+    with ExitStack() as held, devices.losing_no_process(lambda: f"what {out} held before"):
+        devices.agree(lambda: None if rank() else held.enter_context(hold_lock(out)))
+        if devices.agree(lambda: is_finished(out, fingerprint)):
             if rank() == 0:
                 tidy_up(out, keep_checkpoints=bool(run.train.save_every))
             steps = resumed_at = int((read_lines(out / METRICS) or [{}])[-1].get("step", total))
@@ -134,16 +119,16 @@ class _Run:
         self.run, self.settings, self.ready, self.total = run, run.train, ready, total
         self.fingerprint, self.evaluations = fingerprint, evaluations
         self.out, self.saved, self.seen = Path(run.train.out), 0, Window()
-        self.meter, self.accelerator = Meter(), make_accelerator(run.train)
-        self.batches = StepBatches(ready, order, run.train, self.accelerator.num_processes)
+        self.meter, self.accelerator = Meter(), devices.make_accelerator(run.train)
+        self.batches = StepBatches(ready.cache, ready.wanted, order, run.train, self.accelerator.num_processes)
         self.distiller = ready.distiller
         groups = self.distiller.parameter_groups(lr=run.train.lr, weight_decay=run.train.weight_decay)
         self.optimizer = make_optimizer(run.train.optimizer, groups)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.logged: bytes | None = None  # in the metrics of the checkpoint
-        self.start = self.done = agree(self._resume)
-        agree(self._check_start)
-        self.module, self.optimizer = prepare(self.accelerator, self.distiller, self.optimizer)
+        self.start = self.done = devices.agree(self._resume)
+        devices.agree(self._check_start)
+        self.module, self.optimizer = devices.prepare(self.accelerator, self.distiller, self.optimizer)
 
     def _resume(self) -> int:
         snapshot, skipped = load_newest(self.out)
@@ -166,7 +151,7 @@ class _Run:
         return snapshot.step
 
     def _check_start(self) -> None:
-        if self.start != largest(self.start)[0]:
+        if self.start != devices.largest(self.start)[0]:
             raise Mismatch(
                 f"process {self.accelerator.process_index} finds the checkpoint of step {self.start} in {self.out}, "
                 "another process a later one", fix="name a folder as --out that all machines of the run share",
@@ -178,7 +163,7 @@ class _Run:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         most = self.batches.largest(step)
-        agree_to_raise(self._memory_error(step, rows) if rows and most == 1 else None)
+        devices.agree_to_raise(self._memory_error(step, rows) if rows and most == 1 else None)
         self.batches.micro_batch_size = most // 2
         warn(
             f"step {step + 1}: out of memory with micro-batches of {most} documents; this step is done again with "
@@ -204,7 +189,7 @@ class _Run:
             alone = "" if "loss" in self.settings.model_fields_set else _UNASKED
             say(f"loss: {self.distiller.describe(self.total - 1)}{alone}")
         where = self.out, self.accelerator, self.fingerprint
-        records = agree(lambda: Records(*where, before=self.logged, start=self.start) if main else None)
+        records = devices.agree(lambda: Records(*where, before=self.logged, start=self.start) if main else None)
         self.module.train()
         last, stop = dict[str, float](), 0
         with self._telling_what_is_kept(), nullcontext() if records is None else closing(records):
@@ -212,7 +197,7 @@ class _Run:
             with progress, signals_noted() as noted:
                 made = self._read_ahead()
                 while self.done < self.total and not self._is_enough():
-                    batches = agree(partial(next, made))
+                    batches = devices.agree(partial(next, made))
                     measured = self._step(self.done, [b.to(self.accelerator.device) for b in batches])
                     if measured is None:  # memory ran out, and the step begins again with smaller micro-batches
                         made.close()
@@ -223,17 +208,17 @@ class _Run:
                     self.seen.add(*measured[:2])
                     self._evaluate(records)
                     if self.done % self.settings.log_every == 0 or self.done == self.total or self._is_enough():
-                        last = agree(partial(self._log, measured[2], records))
+                        last = devices.agree(partial(self._log, measured[2], records))
                     stop, due = self._look_around(noted(), self._is_due(self.done))
                     if stop or due:
-                        agree(lambda: self._save(self.done))
+                        devices.agree(lambda: self._save(self.done))
                     if stop:
                         break
                     progress.reach(self.done - self.start, f"loss {last['loss']:.4f}" if last else "")
             if stop:  # by a signal to another process
                 signal.raise_signal(stop)
                 raise KeyboardInterrupt
-            agree(lambda: self._export(last))
+            devices.agree(lambda: self._export(last))
         return last
 
     def _evaluate(self, records: Records | None) -> None:
@@ -241,10 +226,10 @@ class _Run:
         found, step = self.evaluations, self.done
         if found is not None and found.is_due(step, self.total):
             self.module.eval()
-            with whole_root(self.module):
+            with devices.whole_root(self.module):
                 values = found.measure(self.distiller.student, step, self.accelerator)
             self.module.train()
-            weights = gather(trained_state(self.distiller.student))
+            weights = devices.gather(trained_state(self.distiller.student))
             if records is not None:
                 records.write(step, values)
                 if step < self.total:  # the last one is at hand
@@ -273,7 +258,7 @@ class _Run:
             self._save(self.done)
         if self.evaluations is not None and self.evaluations.wants_best(self.done):
             self.evaluations.load_best(self.distiller.student, self._keep_last)
-        student = gather_student(self.distiller.student, self.ready.save_dtype)
+        student = devices.gather_student(self.distiller.student, self.ready.save_dtype)
         if not self.accelerator.is_main_process:
             return
         rows = self.ready.cache.rows_of_student(LOOKED_AT)
@@ -291,7 +276,7 @@ class _Run:
     def _telling_what_is_kept(self) -> Iterator[None]:
         """Where a signal or the disk ends the work inside, the last line says what is kept of this run."""
         try:
-            with tell_kept(self._kept), losing_no_process(self._kept):
+            with tell_kept(self._kept), devices.losing_no_process(self._kept):
                 yield
         except DiskFailed as error:
             error.kept = self._kept()
@@ -299,7 +284,7 @@ class _Run:
 
     def _look_around(self, noted: int, due: bool) -> tuple[int, bool]:
         """The signal that came to any process, 0 for none, so that all end at the same step; is a checkpoint due?"""
-        stop, save = largest(noted, due)
+        stop, save = devices.largest(noted, due)
         return int(stop), bool(save)
 
     def _is_due(self, step: int) -> bool:
@@ -317,11 +302,11 @@ class _Run:
 
         None, and no update, where memory ran out in a process; micro-batches are smaller from here on.
         """
-        seed_step(self.settings.seed, step)
+        devices.seed_step(self.settings.seed, step)
         factor = learning_rate(step, self.total, self.settings)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        with whole_root(self.module):
+        with devices.whole_root(self.module):
             counts = self.distiller.step_counts(batches)
         denominators = self.accelerator.reduce(counts, reduction="sum")
         parts: dict[str, Tensor] = {}
@@ -330,18 +315,19 @@ class _Run:
             try:
                 add_values(parts, self._backward(step, batch, denominators))
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not devices.is_out_of_memory(error):
                     raise
                 if self.accelerator.is_fsdp2:  # the others wait in the middle of a pass for what this one has
                     raise self._memory_error(step, batch.rows) from None
                 full = batch.rows
                 break
-        if largest(len(full))[0]:
+        if devices.largest(len(full))[0]:
             self._halve(step, full)
             return None
-        sum_gradients(self.accelerator, self.module)
+        devices.sum_gradients(self.accelerator, self.module)
         means = self.accelerator.reduce(parts, reduction="sum")
-        norm = float(gather(self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm)))
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm)
+        norm = float(devices.gather(norm))
         values = {name: float(value) for name, value in means.items()}
         self._refuse_non_finite(step, values, norm, batches, parts)
         self.optimizer.step()
@@ -370,15 +356,15 @@ class _Run:
             fix="lower --lr, raise train.warmup_ratio, or set train.mixed_precision=no",
         )
         own = all(bool(part.isfinite()) for part in parts.values())
-        agree_to_raise(None if own else error)
-        agree_to_raise(error)
+        devices.agree_to_raise(None if own else error)
+        devices.agree_to_raise(error)
 
     def _save(self, step: int) -> None:
         snapshot = Snapshot(
             step=step,
-            student=gather(trained_state(self.distiller.student)),
-            projectors=gather(self.distiller.losses.state_dict(keep_vars=True)),
-            optimizer=gather(self.optimizer.state_dict()),
+            student=devices.gather(trained_state(self.distiller.student)),
+            projectors=devices.gather(self.distiller.losses.state_dict(keep_vars=True)),
+            optimizer=devices.gather(self.optimizer.state_dict()),
             fingerprint=self.fingerprint,
             window=asdict(self.seen),
             micro_batch_size=self.batches.micro_batch_size,

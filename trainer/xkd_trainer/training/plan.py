@@ -22,16 +22,13 @@ from transformers import PreTrainedModel, masking_utils
 from xkd_schemas.config import RunConfig
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
+from xkd_trainer.data.sampler import AHEAD
 from xkd_trainer.losses.ops.lazy_logits import CHUNK_BYTES, WIDER, LazyLogits
 from xkd_trainer.losses.ops.shared_pass import PASS_BYTES, head_cross_entropy
 from xkd_trainer.models.architecture import Head, backbone
 from xkd_trainer.models.compute_dtype import dtype_named, this_device
-from xkd_trainer.models.forward import checkpoint_blocks
-from xkd_trainer.models.loading import new_model
-from xkd_trainer.models.lora import add_adapter, trained
-from xkd_trainer.models.streaming import empty_model
-from xkd_trainer.training.batches import AHEAD
-from xkd_trainer.training.prepare import build_losses, check_student_settings, open_run
+from xkd_trainer.models.lora import trained
+from xkd_trainer.training.prepare import build_losses, check_student_settings, open_run, student_of
 
 PER_WEIGHT: Final = {"adamw": 2.0, "adamw_fused": 2.0, "adamw_8bit": 0.5}
 """Optimizer state of each trained number, in numbers of its own size; in bytes of float32."""
@@ -51,7 +48,9 @@ def plan_training(run: RunConfig, student_table: str = "") -> dict[str, Any]:
     share = math.ceil(run.train.batch_size / int(os.environ.get("WORLD_SIZE", "1")))
     documents = min(run.train.micro_batch_size or share, share)
     rows, longest = _longest(cache, share)
-    student, read = _student(run, len(opened.tokenizer)), dict[Any, int]()
+    with torch.device("meta"):
+        student = student_of(run, opened.tokenizer, empty=True).train()
+    read = dict[Any, int]()
     losses, *_ = build_losses(
         run, cache, student, opened.tokenizer, lambda one: {
             "teacher_head": lambda: _teacher_head(one, read, device),
@@ -97,21 +96,6 @@ def describe_plan(plan: Mapping[str, Any]) -> list[str]:
 
 def _in_mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
-
-
-def _student(run: RunConfig, vocab_size: int) -> PreTrainedModel:
-    """The student as it is trained, on the meta device: of sizes alone, but no operation knows what it keeps there."""
-    name, dtype = run.student.model, dtype_named(run.student.dtype)
-    with torch.device("meta"):
-        if name.startswith("new:"):
-            model = new_model(name.removeprefix("new:"), vocab_size=vocab_size, special={}, dtype=dtype)
-        else:
-            model = empty_model(name, dtype)
-        if run.train.lora.rank:
-            add_adapter(model, run.train.lora, name)
-    if run.train.gradient_checkpointing:
-        checkpoint_blocks(model)
-    return model.train()
 
 
 def _activations(student: PreTrainedModel, documents: int, tokens: int, precision: str) -> int:

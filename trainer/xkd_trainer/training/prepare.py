@@ -36,6 +36,7 @@ from xkd_trainer.models.compute_dtype import dtype_named
 from xkd_trainer.models.forward import check_model, checkpoint_blocks, compile_blocks
 from xkd_trainer.models.loading import load_model, load_tokenizer, new_model, stored_dtype
 from xkd_trainer.models.lora import add_adapter, base_of, quantization
+from xkd_trainer.models.streaming import empty_model
 from xkd_trainer.training.distiller import Distiller
 
 
@@ -175,11 +176,11 @@ def _levels(cache: Cache) -> Levels:
     return Levels(layers_of(cache.signals), num_layers=cache.sizes.num_layers, states=states, stored=stored)
 
 
-def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
-    """The student: loaded, or made new with the run's seed.
+def student_of(run: RunConfig, tokenizer: Any, *, empty: bool = False) -> PreTrainedModel:
+    """The student: loaded, or made new with the run's seed; or `empty`, under torch's device meta, of sizes alone.
 
     UsageError where its embedding table is smaller than the tokenizer, or it is no causal model under a plain linear
-    head.
+    head, which one of sizes alone does not show.
     """
     name = run.student.model
     check_student_settings(run)
@@ -188,9 +189,12 @@ def student_of(run: RunConfig, tokenizer: Any) -> PreTrainedModel:
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         torch.manual_seed(run.train.seed)
         model = new_model(name.removeprefix("new:"), vocab_size=len(tokenizer), special=special, dtype=dtype)
+    elif empty:
+        model = empty_model(name, dtype)
     else:
         model = load_model(name, dtype=dtype, quantization=quantization(run.student.quantization))
-    check_fit(model, name, tokenizer)
+    if not empty:
+        check_fit(model, name, tokenizer)
     if run.train.lora.rank:
         torch.manual_seed(run.train.seed)
         add_adapter(model, run.train.lora, name)

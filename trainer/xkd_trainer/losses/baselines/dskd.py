@@ -34,20 +34,26 @@ from xkd_trainer.losses.declaration import Context, Declaration, Loss, Positive,
 from xkd_trainer.losses.dual_space import (
     SPACES,
     CrossModelLoss,
-    DskdCmaSettings,
     DualSpaceSettings,
+    Mixed,
     TeacherHead,
-    find_correct,
     teacher_states,
     with_fixed_head,
 )
-from xkd_trainer.losses.ops.lazy_logits import LazyLogits
+from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunked
 from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
 from xkd_trainer.losses.ops.term import LossTerm, term
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.losses.pairing import OneTokenizerLoss
 
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest count as 0 in `pseudo_inverse`
+
+
+class DskdCmaSettings(DualSpaceSettings):
+    """Options of DSKD with cross-model attention."""
+
+    correct_only: bool = True
+    """Compare in the student's space only where the projected teacher predicts the text's next token (the code)."""
 
 
 class DskdGaSettings(DskdCmaSettings):
@@ -71,6 +77,15 @@ class DskdV2Settings(DualSpaceSettings):
     shared_vocab: Literal["mapped", "exact"] = "mapped"
     """mapped: classes are the same if their bytes are, whatever mark the vocabulary writes for a blank (the code maps
     the two common marks). exact: equal token strings."""
+
+
+def find_correct(projected: LazyLogits, target_BN: Tensor, valid_BN: Tensor) -> Tensor:
+    """Where the likeliest class of the projected teacher is the target: DSKD-CMA's mask, bool [B, N].
+
+    Invalid positions are not read. Of equal logits the first class counts.
+    """
+    best_N = chunked(lambda _, logits_CV: logits_CV.argmax(-1), projected.detach().at(valid_BN))
+    return valid_BN.masked_scatter(valid_BN, best_N == target_BN[valid_BN])
 
 
 def pseudo_inverse(head_KD: Tensor) -> Tensor:
@@ -161,21 +176,32 @@ class DskdCma(CrossModelLoss):
 
     terms = SPACES
 
-    def __init__(self, settings: DskdCmaSettings, context: Context) -> None:
-        super().__init__(context, "dskd_cma")
+    def __init__(self, settings: DskdCmaSettings, context: Context, who: str = "dskd_cma") -> None:
+        super().__init__(context, who)
         self.settings = settings
 
     def forward(self, batch: Batch, student: StudentPass, step: int) -> Mapping[str, LossTerm]:
-        """Both spaces; in the student's only where the projected teacher is right."""
-        return self.compare(batch, student, self.mix(batch, student), self.settings)
+        """Both spaces."""
+        return self.compare(batch, student, self.mix(batch, student))
+
+    def compare(self, batch: Batch, student: StudentPass, mixed: Mixed) -> Mapping[str, LossTerm]:
+        """The three terms; in the student's space only where the projected teacher is right, if so set."""
+        valid_BN, valid_BM, projected = batch.predict_valid_BN, batch.teacher_predict_valid_BM, mixed.projected
+        kept_BN = find_correct(projected, batch.target_BN, valid_BN) if self.settings.correct_only else valid_BN
+        own, back, theirs = student.logits.at(kept_BN), mixed.back.at(valid_BM), self.head(mixed.hidden_BMD[valid_BM])
+        totals = (
+            head_cross_entropy(projected.at(valid_BN), batch.target_BN[valid_BN]),
+            head_divergence(own, projected.at(kept_BN), None, self.settings.student_space),
+            head_divergence(back, theirs, None, self.settings.teacher_space),
+        )
+        return {name: term(total, batch.num_predictions) for name, total in zip(SPACES, totals, strict=True)}
 
 
-class DskdGa(CrossModelLoss):
+class DskdGa(DskdCma):
     """The terms of DSKD-CMA, and what the discriminator makes of `keys` and `queries`, a mean over each."""
 
     def __init__(self, settings: DskdGaSettings, context: Context) -> None:
-        super().__init__(context, "dskd_cma_ga")
-        self.settings = settings
+        super().__init__(settings, context, "dskd_cma_ga")
         self.terms = dict.fromkeys(SPACES, 1.0) | dict.fromkeys(("keys", "queries"), settings.kq_rate)
         self.discriminator = Discriminator(2 * context.teacher_width, settings.hidden)
 
@@ -189,7 +215,7 @@ class DskdGa(CrossModelLoss):
         of_keys = self.discriminator(mixed.key_BMK[batch.teacher_predict_valid_BM])
         of_queries = self.discriminator(turn_gradient(mixed.query_BNK[batch.predict_valid_BN]))
         return {
-            **self.compare(batch, student, mixed, self.settings),
+            **self.compare(batch, student, mixed),
             "keys": term(softplus(-of_keys).sum(), counts["keys"]),
             "queries": term(softplus(of_queries).sum(), counts["queries"]),
         }

@@ -36,7 +36,7 @@ from xkd_trainer.losses.ops.divergence import Comparison
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.shared_pass import head_cross_entropy, head_divergence
 from xkd_trainer.losses.ops.term import LossTerm, term
-from xkd_trainer.losses.ops.vocabulary import BYTE_TOKEN, shared_vocabulary, token_bytes
+from xkd_trainer.losses.ops.vocabulary import ids_by_bytes, shared_vocabulary, token_bytes
 
 UNMAPPED: Final = -1e5
 """Logit of a student class that no teacher class stands for, as in DSKD's code; its exponential is exactly 0."""
@@ -92,10 +92,7 @@ def vocabulary_map(source: Mapping[str, int], target: Mapping[str, int], mode: L
     """
     found_V = np.full(max(source.values(), default=-1) + 1, -1, np.int64)
     bare, to_bare = read_bare(source), read_bare(target)
-    bytes_last = {number: BYTE_TOKEN.fullmatch(token) is not None for token, number in target.items()}
-    first: dict[bytes, int] = {}
-    for number in sorted(to_bare, key=lambda n: (bytes_last[n], n)):
-        first.setdefault(to_bare[number], number)
+    first = ids_by_bytes(target, blanks=False)
     for number, text in bare.items():
         found_V[number] = first.get(text, -1)
     equal_from, equal_to = shared_vocabulary(source, target, "mapped")

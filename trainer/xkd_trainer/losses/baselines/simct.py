@@ -52,7 +52,7 @@ def score_pieces(logits_CV: Tensor, ids_K: Tensor, side: PieceSide, some: slice,
     """
     first_g, _ = side.bounds(some)
     scores_C = logits_CV.gather(-1, side.target_N[side.rows(some), None])[:, 0]
-    piece_g = torch.where(extra_g, side.sum(scores_C, some) / side.size_G[some], ABSENT)
+    piece_g = torch.where(extra_g, side.mean(scores_C, some), ABSENT)
     return torch.cat([columns(logits_CV.index_select(0, first_g), ids_K), piece_g[:, None]], dim=-1).log_softmax(-1)
 
 

@@ -28,7 +28,7 @@ from xkd_trainer.losses.declaration import Context, Declaration
 from xkd_trainer.losses.ops.divergence import Share
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits, chunks
 from xkd_trainer.losses.ops.vocabulary import cut_greedily, ids_by_bytes, shared_vocabulary, token_bytes
-from xkd_trainer.losses.pieces import PieceLoss, Pieces, PieceSettings, PieceSide, columns
+from xkd_trainer.losses.pieces import PieceLoss, Pieces, PieceSettings, columns
 
 CUT: Final = 4  # tokens of a cut that get a weight, as in the code
 LEAST: Final = 1e-10
@@ -114,11 +114,6 @@ def match_classes(entries: Entries, threshold: float) -> tuple[Tensor, Tensor]:
     return ids_K2[:, 0].contiguous(), ids_K2[:, 1].contiguous()
 
 
-def average(values_CV: Tensor, side: PieceSide, some: slice) -> Tensor:
-    """Means over the tokens of each piece, [g, V]."""
-    return side.sum(values_CV, some) / side.size_G[some, None]
-
-
 # -- wiring to the cache
 
 
@@ -151,12 +146,12 @@ class XtokenP(PieceLoss):
         """The divergence."""
         known_gW, size_g = unwrap(pieces.classes_BW)[pieces.document_G[some]], pieces.teacher.size_G[some]
         logits_CW = logits_CW.masked_fill(~known_gW.repeat_interleave(size_g, 0), ABSENT)
-        log_p_gW = average(logits_CW.log_softmax(-1), pieces.teacher, some)
+        log_p_gW = pieces.teacher.mean(logits_CW.log_softmax(-1), some)
         w_WV = torch.sparse_coo_tensor(
             self.place_2E, self.weight_E.to(logits_CV.dtype), (logits_CW.shape[1], logits_CV.shape[1]),
             is_coalesced=True, check_invariants=False,
         )  # fmt: skip
-        projected_gW = torch.sparse.mm(w_WV, average(logits_CV.softmax(-1), pieces.student, some).T).T
+        projected_gW = torch.sparse.mm(w_WV, pieces.student.mean(logits_CV.softmax(-1), some).T).T
         q_gW = torch.where(known_gW, projected_gW, 0.0)
         log_q_gW = (q_gW / (q_gW.sum(-1, keepdim=True) + LEAST) + LEAST).log()
         sides = (torch.where(known_gW, side, ABSENT) for side in (log_p_gW, log_q_gW))
@@ -178,8 +173,8 @@ class XtokenH(PieceLoss):
 
     def compare(self, logits_CV: Tensor, logits_CW: Tensor, pieces: Pieces, some: slice) -> Tensor:
         """The sum of both parts, and the parts."""
-        log_q_gV = average(logits_CV.log_softmax(-1), pieces.student, some)
-        log_p_gW = average(logits_CW.log_softmax(-1), pieces.teacher, some)
+        log_q_gV = pieces.student.mean(logits_CV.log_softmax(-1), some)
+        log_p_gW = pieces.teacher.mean(logits_CW.log_softmax(-1), some)
         matched_g = self.divergence(columns(log_p_gW, self.teacher_ids_K), columns(log_q_gV, self.ids_K))
         sides = log_q_gV[:, self.other_V], log_p_gW[:, self.teacher_other_W]
         ranks = min(self.ranks, *(side.shape[-1] for side in sides))

@@ -188,12 +188,9 @@ def head_log_probabilities(logits: LazyLogits, target_N: Tensor) -> Tensor:
 
 
 def _run(
-    function: Function,
-    inputs: Sequence[Any],
-    wanted: Sequence[bool],
-    upstream: Tensor | None,
+    function: Function, inputs: Sequence[Any], wanted: Sequence[bool], upstream: Tensor | None,
     parts: Sequence[tuple[slice, slice]] | None = None,
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """The values of all positions, and what `upstream` times them has as gradients by states, weight and bias.
 
     With `parts`, upstream is that of the groups' first value.

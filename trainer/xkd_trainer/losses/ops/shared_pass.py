@@ -180,13 +180,9 @@ class _Pass:
     """The work of one call. Place 0 is the student's own logits, the others follow."""
 
     def __init__(
-        self,
-        logits: Sequence[LazyLogits],
-        target_M: Tensor,
-        placed: Sequence[tuple[int, Planned]],
-        factors_K: Tensor,
+        self, logits: Sequence[LazyLogits], target_M: Tensor, placed: Sequence[tuple[int, Planned]], factors_K: Tensor,
         learns: Sequence[bool],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.logits, self.target_M = logits, target_M
         self.cross_entropies = [
             [k for k, (at, wanted) in enumerate(placed) if at == place and wanted.how is None]

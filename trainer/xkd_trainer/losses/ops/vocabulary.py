@@ -20,20 +20,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from xkd_schemas.errors import UsageError
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's character for each byte, inverted: a printable Latin-1 byte is itself, the others follow from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    moved = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(moved)}
-
-
-BYTES_OF_CHARACTERS = _byte_alphabet()
+BYTES_OF_CHARACTERS = {character: byte for byte, character in bytes_to_unicode().items()}
+"""GPT-2's character for each byte, inverted: a printable Latin-1 byte is itself, the others follow from U+0100."""
 
 
 def _byte_level(token: str) -> bytes:
@@ -77,13 +72,16 @@ def token_bytes(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
     return {number: read(token) for token, number in vocabulary.items()}
 
 
-def ids_by_bytes(vocabulary: Mapping[str, int], read: Callable[[str], bytes] | None = None) -> dict[bytes, int]:
-    """One id for each byte string: of several, a token of ordinary text before a byte token, then the lowest id."""
+def ids_by_bytes(
+    vocabulary: Mapping[str, int], read: Callable[[str], bytes] | None = None, *, blanks: bool = True
+) -> dict[bytes, int]:
+    """One id for each byte string, or for those without their `blanks`: of several, a token of ordinary text before a
+    byte token, then the lowest id."""
     read = read or _reading(vocabulary)
     found: dict[bytes, tuple[bool, int]] = {}
     for token, number in vocabulary.items():
         candidate = (read is _sentencepiece and BYTE_TOKEN.fullmatch(token) is not None, number)
-        text = read(token)
+        text = read(token) if blanks else read(token).replace(b" ", b"")
         found[text] = min(candidate, found.get(text, candidate))
     return {text: number for text, (_, number) in found.items()}
 
