@@ -17,7 +17,7 @@ from xkd_pipeline.tables.shard import (  # fmt: skip
     tokens_of,
     write_shard,
 )
-from xkd_pipeline.tables.writer import Built, Store, build, shards_like
+from xkd_pipeline.tables.writer import Built, Store, build
 from xkd_pipeline.workers.contract import Make, TableStage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table
@@ -112,7 +112,7 @@ def make_students(root: Path, name: str, teacher: str, settings: StudentSection,
         "schema": STUDENTS_VERSION, "documents": documents.manifest.root, "encoder": encoder.identity(),
         "teacher": teacher, "teacher_root": teachers.manifest.root,
     }  # fmt: skip
-    store = Store(root, f"students/{name}", spec, shards_like(documents))
+    store = Store(root, f"students/{name}", spec)
     stage = AlignStage(root=root, folder=store.folder, teacher=f"teachers/{teacher}", settings=settings)
 
     def finish(_commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:

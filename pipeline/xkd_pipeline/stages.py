@@ -16,14 +16,14 @@ from xkd_pipeline.capture.stage import make_teacher, teacher_layers
 from xkd_pipeline.parsing.stage import PROMPTS_CUT, UNUSED, check_parser, make_documents, open_corpus
 from xkd_pipeline.tables.writer import Built, Outcome, locked
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.cache.manifest import Plan, read_record
+from xkd_schemas.cache.manifest import Plan, record_or_none
 from xkd_schemas.cache.table import Table, check_name, only_teacher
 from xkd_schemas.codecs import PLAIN
 from xkd_schemas.config import AUTO, RunConfig
 from xkd_schemas.console import say
 from xkd_schemas.corpus.sources import Source, read_documents
 from xkd_schemas.durable_files import inside
-from xkd_schemas.errors import BadData, InputMissing, UsageError, XkdError
+from xkd_schemas.errors import UsageError, XkdError
 from xkd_schemas.signals import Signal
 from xkd_schemas.text.templates import chosen_template
 from xkd_trainer.losses.declaration import Levels
@@ -82,8 +82,8 @@ def rows_per_shard(run: RunConfig, sources: Sequence[Source]) -> tuple[int, str]
     """Rows of a shard, and why it is so many where that is decided now: "" where run file or plan have it."""
     if run.documents.rows_per_shard:
         return run.documents.rows_per_shard, ""
-    with contextlib.suppress(InputMissing, BadData):
-        return int(read_record(Path(run.cache) / "documents" / "plan.json", Plan).spec["rows_per_shard"]), ""
+    if begun := record_or_none(Path(run.cache) / "documents" / "plan.json", Plan):
+        return int(begun.spec["rows_per_shard"]), ""
     device = this_device()
     weights, whose, streamed = USUAL_WEIGHTS[device], "a teacher", ""
     if run.teacher.model:
@@ -126,12 +126,11 @@ def signals_for(run: RunConfig, num_layers: int) -> list[Signal]:
 def teacher_dtype(run: RunConfig, device: str) -> Choice:
     """The dtype that this run's teacher gets on `device`; auto goes on in that of its table, where it is begun."""
     table = f"teachers/{run.teacher.name or plain_name(run.teacher.model)}"
-    asked = run.teacher.dtype
-    with contextlib.suppress(InputMissing, BadData):
-        if asked == AUTO:
-            begun = read_record(inside(Path(run.cache), *table.split("/")) / "plan.json", Plan).spec["dtype"]
-            return replace(choose_dtype(begun, device), why=f"as {table} was begun")
-    return choose_dtype(asked, device)
+    if run.teacher.dtype == AUTO:
+        begun = record_or_none(inside(Path(run.cache), *table.split("/")) / "plan.json", Plan)
+        if begun:
+            return replace(choose_dtype(begun.spec["dtype"], device), why=f"as {table} was begun")
+    return choose_dtype(run.teacher.dtype, device)
 
 
 def device_map_of(run: RunConfig, workers: Workers) -> str:

@@ -96,17 +96,17 @@ def _temporary_in(folder: Path) -> Path:
     return folder / f".tmp-{os.getpid()}-{os.urandom(6).hex()}"
 
 
-def write_beside(folder: Path, save: Callable[[Path], object]) -> Path:
-    """Let `save` write a new temporary file in `folder`, fsync it, and return its path. Nothing is left on failure."""
+@contextlib.contextmanager
+def written_beside(folder: Path, save: Callable[[Path], object]) -> Iterator[Path]:
+    """A new temporary file in `folder` that `save` wrote, fsynced. It is removed at the end, unless it was renamed."""
     make_folder(folder)
     temporary = _temporary_in(folder)
     try:
         save(temporary)
         _sync(temporary)
-    except BaseException:
+        yield temporary
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    return temporary
 
 
 def rename(source: Path, target: Path) -> None:
@@ -132,13 +132,11 @@ def _create(path: Path, content: bytes) -> None:
 def put_if_absent(target: Path, content: bytes) -> bool:
     """Create `target` with `content`; False, and nothing changed, if it exists already."""
     with disk_errors(target):
-        temporary = write_beside(target.parent, lambda path: _create(path, content))
-        try:
-            disk.link(temporary, target)
-        except FileExistsError:
-            return False
-        finally:
-            remove(temporary)
+        with written_beside(target.parent, lambda path: _create(path, content)) as temporary:
+            try:
+                disk.link(temporary, target)
+            except FileExistsError:
+                return False
         sync_folder(target.parent)
         return True
 
@@ -146,7 +144,8 @@ def put_if_absent(target: Path, content: bytes) -> bool:
 def save_file(target: Path, save: Callable[[Path], object]) -> None:
     """Let a library write one file by its path, then make it durable and put it at `target`."""
     with disk_errors(target):
-        rename(write_beside(target.parent, save), target)
+        with written_beside(target.parent, save) as temporary:
+            rename(temporary, target)
         sync_folder(target.parent)
 
 

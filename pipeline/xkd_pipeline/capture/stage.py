@@ -24,7 +24,7 @@ from xkd_pipeline.tables.shard import (
     token_counts,
     write_shard,
 )
-from xkd_pipeline.tables.writer import Built, Store, build, locked, shards_like
+from xkd_pipeline.tables.writer import Built, Store, build, locked
 from xkd_pipeline.workers.contract import Make, TableStage, Workers, local_paths
 from xkd_schemas.cache.manifest import Commit, MadeDifferently, Plan, Spec, read_record, refuse_differences
 from xkd_schemas.cache.table import Table, names_in
@@ -251,7 +251,7 @@ def make_teacher(
         refuse_other_teacher(teacher, spec)
         theirs, constants = teacher.manifest.commits, {"teacher": beside}
         spec |= constants
-    store = Store(root, f"signals/{name}" if beside else f"teachers/{name}", spec, shards_like(documents))
+    store = Store(root, f"signals/{name}" if beside else f"teachers/{name}", spec)
     warn_of_slow_dtype(settings.dtype, settings.device)
     stage = TeacherStage(root=root, folder=store.folder, settings=settings, signals=columns, beside=beside)
     if workers.count:

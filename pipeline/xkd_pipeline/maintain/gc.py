@@ -11,7 +11,7 @@ from typing import Final
 from xkd_pipeline.maintain.verify import tables_of
 from xkd_pipeline.tables.dataset_card import forget
 from xkd_pipeline.tables.writer import locked
-from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_paths
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_or_none, record_paths
 from xkd_schemas.durable_files import bytes_below, disk_errors, inside, remove, sync_folder
 from xkd_schemas.errors import BadData, InputMissing, UsageError
 
@@ -96,7 +96,8 @@ def drop(root: Path, table: str) -> int:
         )
     folder = inside(root, *table.split("/"))
     with locked(root):
-        made = [name for name in known if table == f"teachers/{_teacher_of(inside(root, *name.split('/')))}"]
+        plans = ((name, record_or_none(inside(root, *name.split("/"), "plan.json"), Plan)) for name in known)
+        made = [name for name, plan in plans if plan and table == f"teachers/{plan.spec.get('teacher', '')}"]
         if made:
             raise UsageError(f"{', '.join(made)} was made from {table}", fix=f"first: xkd-cache drop {root} {made[0]}")
         size = bytes_below(folder)
@@ -107,11 +108,3 @@ def drop(root: Path, table: str) -> int:
             shutil.rmtree(folder)
             sync_folder(folder.parent)
     return size
-
-
-def _teacher_of(folder: Path) -> str:
-    """Name of the teacher that a table was made from; "" where it was made from none."""
-    try:
-        return str(read_record(folder / "plan.json", Plan).spec.get("teacher", ""))
-    except (BadData, InputMissing):
-        return ""

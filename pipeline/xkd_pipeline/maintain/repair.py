@@ -15,10 +15,10 @@ from xkd_pipeline.parsing.stage import make_documents
 from xkd_pipeline.tables.dataset_card import write_root_files
 from xkd_pipeline.tables.writer import locked, quarantine
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.cache.manifest import Manifest, Plan, Spec, differences, read_record
+from xkd_schemas.cache.manifest import Manifest, Plan, Spec, differences, read_record, record_or_none
 from xkd_schemas.config import DocumentsSection, StudentSection
 from xkd_schemas.corpus.sources import digest_of, open_source
-from xkd_schemas.errors import BadData, InputMissing, UsageError, XkdError
+from xkd_schemas.errors import UsageError, XkdError
 from xkd_schemas.signals import signal_named
 from xkd_schemas.text.encode import reading_of
 
@@ -108,20 +108,15 @@ def _inputs(name: str, spec: Spec, corpus: Sequence[str], teachers: Mapping[str,
 
 def _spec(folder: Path) -> Spec:
     """The settings of a table, which its manifest has, and before it is finished its plan."""
-    try:
-        return read_record(folder / "manifest.json", Manifest).spec
-    except (BadData, InputMissing):
-        return read_record(folder / "plan.json", Plan).spec
+    sealed = record_or_none(folder / "manifest.json", Manifest)
+    return (sealed or read_record(folder / "plan.json", Plan)).spec
 
 
 def _drop_other_plan(folder: Path, spec: Spec) -> None:
     """Quarantine a plan that cannot be read or has other settings; the stage writes it again."""
     path = folder / "plan.json"
-    try:
-        same = not path.exists() or read_record(path, Plan).spec == spec
-    except BadData:
-        same = False
-    if not same:
+    plan = record_or_none(path, Plan)
+    if path.exists() and (plan is None or plan.spec != spec):
         quarantine(folder, [path])
 
 

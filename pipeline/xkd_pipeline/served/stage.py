@@ -18,7 +18,7 @@ from xkd_pipeline.capture.stage import measured_constants, teacher_of
 from xkd_pipeline.served.rows import Given, Rows, Served, parse
 from xkd_pipeline.stages import plain_name
 from xkd_pipeline.tables.shard import documents_of, encoder_for, token_columns, token_counts, write_shard
-from xkd_pipeline.tables.writer import Built, Outcome, Store, build, locked, shards_like
+from xkd_pipeline.tables.writer import Built, Outcome, Store, build, locked
 from xkd_pipeline.workers.contract import Make, TableStage, Workers
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.cache.table import Table, check_name
@@ -189,7 +189,7 @@ def import_table(root: Path, name: str, given: Import) -> Built:
             "codec": settings.codec,
             "imported": {"version": IMPORT_VERSION, "rows": [sha256_of(path) for path in given.rows.paths]},
         }
-        store = Store(root, f"teachers/{name}", spec, shards_like(documents))
+        store = Store(root, f"teachers/{name}", spec)
         stage = ImportStage(root=root, folder=store.folder, given=given)
 
         def watch(commits: Sequence[Commit]) -> None:

@@ -1,22 +1,18 @@
 """What a cache says of itself: README.md (with what `load_dataset` reads), SHA256SUMS, and how far each table is."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
-from xkd_schemas.cache.manifest import Commit, Manifest, Plan, read_record, record_paths, refuse_links
+from xkd_schemas.cache.manifest import Commit, Manifest, Plan, record_or_none, record_paths, refuse_links
 from xkd_schemas.cache.table import TABLES
 from xkd_schemas.durable_files import bytes_below, replace, sha256_of
-from xkd_schemas.errors import BadData, DiskFailed, InputMissing
+from xkd_schemas.errors import DiskFailed
 
 
 def card_text(root: Path) -> str:
     """Text of the card for the tables that are sealed below `root`; one whose manifest is damaged is left out."""
-    manifests: list[Manifest] = []
-    for pattern in TABLES:
-        for path in sorted(root.glob(f"{pattern}/manifest.json")):
-            with contextlib.suppress(BadData):
-                manifests.append(read_record(path, Manifest))
+    paths = (path for pattern in TABLES for path in sorted(root.glob(f"{pattern}/manifest.json")))
+    manifests = [manifest for path in paths if (manifest := record_or_none(path, Manifest))]
     configs = "".join(
         f"- config_name: {m.table.replace('/', '-')}\n  data_files: {m.table}/*.arrow\n"
         + ("  default: true\n" if m.table == "documents" else "")
@@ -65,10 +61,9 @@ def _update(path: Path, content: bytes) -> None:
 def _sum(root: Path, path: Path) -> str:
     """sha256 of a file; a shard's stands in its name's record already and is not read again."""
     if path.suffix == ".arrow":
-        with contextlib.suppress(InputMissing, BadData):  # hashed below
-            commit = read_record(path.parent / "commits" / f"{path.name[:5]}.json", Commit)
-            if commit.file == path.name:
-                return commit.sha256
+        commit = record_or_none(path.parent / "commits" / f"{path.name[:5]}.json", Commit)
+        if commit and commit.file == path.name:
+            return commit.sha256
     try:
         return sha256_of(path)
     except OSError as error:
@@ -83,14 +78,8 @@ def table_states(root: Path) -> list[dict[str, Any]]:
     refuse_links(root)
     states = []
     for path in (path for pattern in TABLES for path in sorted(root.glob(f"{pattern}/plan.json"))):
-        folder, records = path.parent, record_paths(path.parent)
-        plan: Plan | None = None
-        commits: list[Commit] = []
-        with contextlib.suppress(BadData):
-            plan = read_record(path, Plan)
-        for record in records:
-            with contextlib.suppress(BadData):
-                commits.append(read_record(record, Commit))
+        folder, records, plan = path.parent, record_paths(path.parent), record_or_none(path, Plan)
+        commits = [commit for record in records if (commit := record_or_none(record, Commit))]
         states.append({
             "table": folder.relative_to(root).as_posix(), "units": len(plan.units) if plan else len(records),
             "done": len(commits), "documents": sum(c.rows for c in commits), "bytes": bytes_below(folder),

@@ -24,13 +24,13 @@ from xkd_schemas.cache.manifest import (
     Unit,
     is_damaged,
     read_record,
+    record_or_none,
     record_paths,
     refuse_differences,
     refuse_links,
     seal_table,
     to_json,
 )
-from xkd_schemas.cache.table import Table
 from xkd_schemas.console import tell_kept, warn
 from xkd_schemas.durable_files import (
     disk_errors,
@@ -43,7 +43,7 @@ from xkd_schemas.durable_files import (
     replace,
     sha256_of,
 )
-from xkd_schemas.errors import BadData, InputMissing, UsageError
+from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.progress import Progress
 
 Finish = Callable[[Sequence[Commit]], tuple[dict[str, Any], dict[str, str]]]
@@ -84,12 +84,15 @@ def locked(root: Path) -> Iterator[None]:
 class Store:
     """A table's folder: `Store(root, "documents", spec, units)` opens it or begins it.
 
+    Without `units` its shards hold the same rows as those of the documents table.
     Mismatch names every differing field where the folder was begun with another spec.
     """
 
-    def __init__(self, root: Path, table: str, spec: Spec, units: tuple[Unit, ...]) -> None:
+    def __init__(self, root: Path, table: str, spec: Spec, units: tuple[Unit, ...] | None = None) -> None:
         self.root = root
         self.folder = inside(root, *table.split("/"))
+        if units is None:
+            units = read_record(root / "documents" / "plan.json", Plan).units
         plan = Plan(table=table, spec=json.loads(json.dumps(spec)), units=units)
         path = self.folder / "plan.json"
         if self._is_lost(path, plan):
@@ -137,10 +140,9 @@ class Store:
         """How shards were made that could not be made as planned, as their quarantined records say."""
         found = {}
         for unit in units:
-            with contextlib.suppress(BadData, InputMissing):
-                record = read_record(self.folder / "quarantine" / f"{unit:05d}.json", Commit)
-                if record.care is not None and record.unit == unit:
-                    found[unit] = record.care
+            record = record_or_none(self.folder / "quarantine" / f"{unit:05d}.json", Commit)
+            if record and record.care is not None and record.unit == unit:
+                found[unit] = record.care
         return found
 
     def commit(self, record: Commit) -> None:
@@ -210,11 +212,6 @@ def holds(folder: Path, commit: Commit) -> bool:
         rejects = inside(folder, "rejects", commit.rejects.file)
         whole = whole and rejects.is_file() and sha256_of(rejects) == commit.rejects.sha256
     return whole
-
-
-def shards_like(documents: Table) -> tuple[Unit, ...]:
-    """The planned shards of a table whose rows are those of the documents."""
-    return read_record(documents.folder / "plan.json", Plan).units
 
 
 def build(

@@ -25,7 +25,7 @@ from typing import Any, Final, Self
 from xkd_pipeline.workers.contract import AGAIN, KEPT, Failed, Make, Report, Stage, Workers, first_line, out_of_memory
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.console import warn
-from xkd_schemas.durable_files import own_folder, remove, write_beside
+from xkd_schemas.durable_files import own_folder, written_beside
 from xkd_schemas.errors import InputMissing, Mismatch, Refused, UsageError, WorkersGone, XkdError
 
 SAME: Final = ("numpy", "pyarrow", "spacy", "tokenizers", "torch", "transformers")
@@ -277,9 +277,8 @@ class RayPool:
         refuse_too_small(ray, self._workers)
         if address is not None:
             paths = self._stage.paths()
-            mark = write_beside(paths[0], Path.touch)
             self._own.enter_context(suppress(OSError))
-            self._own.callback(remove, mark)
+            mark = self._own.enter_context(written_beside(paths[0], Path.touch))
             self._place = Place(paths=paths, mark=mark, versions=versions())
         options = {"num_cpus": 1, "num_gpus": self._workers.gpus, "max_restarts": 0, "max_task_retries": 0}
         self._kind = ray.remote(**options)(_Actor)

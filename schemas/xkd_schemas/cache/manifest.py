@@ -185,6 +185,13 @@ def read_record(path: Path, kind: type[M]) -> M:
         raise BadData(f"{path} cannot be read as {kind.__name__.lower()}: {line}", fix=advice) from error
 
 
+def record_or_none(path: Path, kind: type[M]) -> M | None:
+    """The same, or None where it cannot be read or is damaged."""
+    with contextlib.suppress(BadData, InputMissing):
+        return read_record(path, kind)
+    return None
+
+
 def _parse(path: Path, content: bytes, kind: type[M]) -> M:
     data = json.loads(content, parse_constant=_finite, parse_float=_finite)
     own = data.pop(OWN, None) if kind is not Manifest else None  # none in caches of before

@@ -19,6 +19,7 @@ from xkd_schemas.cache.manifest import (
     Plan,
     RecordBatch,
     read_record,
+    record_or_none,
     refuse_links,
     refuse_unnamed,
 )
@@ -258,9 +259,8 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def _tokenizer_digests(table: Path) -> dict[str, str]:
-    with contextlib.suppress(BadData, InputMissing):
-        files = read_record(table / "manifest.json", Manifest).files
-        return {name: digest for name, digest in files.items() if not name.endswith(".safetensors")}
+    if manifest := record_or_none(table / "manifest.json", Manifest):
+        return {name: digest for name, digest in manifest.files.items() if not name.endswith(".safetensors")}
     prefix = f"{table.parent.name}/{table.name}/tokenizer/"
     with contextlib.suppress(OSError, UnicodeDecodeError):
         lines = (table.parent.parent / "SHA256SUMS").read_bytes().decode().split("\n")
