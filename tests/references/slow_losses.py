@@ -153,21 +153,6 @@ def kl(p: Vector, q: Vector) -> float:
     return math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
-def span_logits(
-    documents: Sequence[tuple[Sequence[Vector], Sequence[Vector]]], tau: float, mean: bool
-) -> tuple[float, float]:
-    """(student logits, teacher logits) of each document -> sum, documents with a span."""
-    total = 0.0
-    for student, teacher in documents:
-        values = [
-            kl(softmax([x / tau for x in t]), softmax([x / tau for x in s]))
-            for s, t in zip(student, teacher, strict=True)
-        ]
-        if values:
-            total += math.fsum(values) / (len(values) if mean else 1)
-    return total, sum(1.0 for s, _ in documents if len(s))
-
-
 # Distributions
 
 

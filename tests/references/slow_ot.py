@@ -1,10 +1,15 @@
-"""ULD and MultiLevelOT as loops over plain floats: one document, one position, one class at a time."""
+"""ULD as loops over plain floats, and MultiLevelOT of one document at a time, with all its logits at once."""
 
 import math
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from slow_losses import softmax
 from xkd_schemas.signals import draw_spans
+from xkd_trainer.losses.baselines.multilevelot import MultiLevelOtSettings
 
 Vector = Sequence[float]
 
@@ -31,90 +36,66 @@ def uld(documents: Sequence[tuple[Sequence[Vector], Sequence[Vector]]], temperat
     return [total, count]
 
 
-# MultiLevelOT
+# MultiLevelOT, of float64 logits [positions, classes] of both models
 
 
-def scaled_softmax(logits: Vector, temperature: float) -> list[float]:
+def soften(logits: Tensor, temperature: float) -> Tensor:
     """Softmax of logits over their standard deviation."""
-    mean = math.fsum(logits) / len(logits)
-    std = math.sqrt(math.fsum((z - mean) ** 2 for z in logits) / max(1, len(logits) - 1))
-    return softmax([z / (std + 1e-4) / temperature for z in logits])
+    centred = logits - logits.mean(-1, keepdim=True)
+    std = (centred.square().sum(-1, keepdim=True) / (logits.shape[1] - 1)).sqrt()
+    return (logits / (std + 1e-4) / temperature).softmax(-1)
 
 
-def likeliest(documents: Sequence[Sequence[Vector]], classes: int) -> list[int]:
+def likeliest(documents: Sequence[Tensor], classes: int) -> Tensor:
     """Classes by probability summed over all positions of some documents, the largest first."""
-    mass = [math.fsum(p[v] for d in documents for p in d) for v in range(len(documents[0][0]))]
-    return sorted(range(len(mass)), key=lambda v: (-mass[v], v))[:classes]
+    return torch.cat([*documents]).sum(0).sort(descending=True, stable=True).indices[:classes]
 
 
-def filled(rows: Sequence[Vector], classes: int) -> list[list[float]]:
-    return [[*row, *[0.0] * (classes - len(row))] for row in rows]
-
-
-def greedy(student: list[list[float]], teacher: list[list[float]]) -> list[list[float]]:
-    """The student's columns, each moved to the teacher's column that took it."""
-    left, order = list(range(len(student[0]))), []
-    for t in range(len(teacher[0])):
-        costs = [math.fsum(abs(p[s] - q[t]) for p, q in zip(student, teacher, strict=True)) for s in left]
+def take_nearest(student: Tensor, teacher: Tensor) -> Tensor:
+    """The student's columns beside the teacher's, each of which took the nearest that was left."""
+    left, order = list(range(student.shape[1])), []
+    for column in teacher.T:
+        costs = [float((student[:, s] - column).abs().sum()) for s in left]
         order.append(left.pop(costs.index(min(costs))))
-    return [[row[s] for s in order] for row in student]
+    return student[:, order]
 
 
-def sinkhorn(student: list[list[float]], teacher: list[list[float]], epsilon: float, rounds: int) -> float:
+def sinkhorn(student: Tensor, teacher: Tensor, epsilon: float, rounds: int) -> Tensor:
     """<P, W> of one document."""
-    x, y = ([softmax([p / 2 for p in row]) for row in side] for side in (student, teacher))
-    cost = [[math.fsum(abs(a - b) for a, b in zip(p, q, strict=True)) for q in y] for p in x]
-    plan = [[math.exp(-w / epsilon) for w in row] for row in cost]
+    cost = ((student / 2).softmax(-1)[:, None] - (teacher / 2).softmax(-1)).abs().sum(-1)
+    plan = (-cost / epsilon).exp()
     for _ in range(rounds):
-        plan = [[v / math.fsum(row) for v in row] for row in plan]
-        sums = [math.fsum(column) for column in zip(*plan, strict=True)]
-        plan = [[v / s for v, s in zip(row, sums, strict=True)] for row in plan]
-    return math.fsum(a * b for p, w in zip(plan, cost, strict=True) for a, b in zip(p, w, strict=True))
+        plan = plan / plan.sum(1, keepdim=True)
+        plan = plan / plan.sum(0)
+    return (plan * cost).sum()
 
 
-def multilevelot(
-    documents: Sequence[tuple[Sequence[Vector], Sequence[Vector]]],
-    *,
-    temperature: float = 1.0,
-    classes: int = 50,
-    order: str = "document",
-    match: str = "rank",
-    word_target: str = "teacher",
-    epsilon: float = 0.1,
-    rounds: int = 10,
-    max_positions: int = 1024,
-) -> dict[str, list[float]]:
+def multilevelot(documents: Sequence[tuple[Tensor, Tensor]], how: MultiLevelOtSettings) -> dict[str, list[float]]:
     """[total, count] of each term over documents of (student logits, teacher logits), paired by shift."""
     found = {name: [0.0, 0.0] for name in ("l1", "word", "sequence", "left_out")}
-    sides: list[list[list[list[float]]]] = [[], []]
-    for student, teacher in documents:
-        n = min(len(student), len(teacher))
-        for side, logits in zip(sides, (student, teacher), strict=True):
-            side.append([scaled_softmax(z, temperature) for z in logits[:n]])
-    for number in range(len(documents)):
-        if not sides[0][number]:
+    sides = [
+        [soften(z, how.temperature) for z in both]
+        for both in zip(*((s[: len(t)], t[: len(s)]) for s, t in documents), strict=True)
+    ]
+    for p, q in zip(*sides, strict=True):
+        if not len(p):
             continue
-        pair = []
-        for side in sides:
-            seen = [d for d in side if d] if order == "batch" else [side[number]]
-            ids = likeliest(seen, classes) if match == "rank" or pair else list(range(len(side[number][0])))
-            pair.append([[p[v] for v in ids] for p in side[number]])
-        k = max(len(pair[0][0]), len(pair[1][0]))
-        p, q = (filled(rows, k) for rows in pair)
-        if match == "greedy":  # all classes of the student, those of the teacher that are chosen
-            q = pair[1]
-            p = greedy(filled(pair[0], max(len(pair[0][0]), len(q[0]))), q)
-        gaps = [abs(a - b) for x, y in zip(p, q, strict=True) for a, b in zip(x, y, strict=True)]
-        found["l1"][0] += math.fsum(gaps) / len(p)
-        for x, y in zip(p, q, strict=True):
-            weights, scored = (softmax(y), softmax(x)) if word_target == "teacher" else (softmax(x), softmax(y))
-            found["word"][0] -= math.fsum(w * math.log(s) for w, s in zip(weights, scored, strict=True))
-        drawn = draw_spans(len(p), max_positions)
+        own, theirs = (side if how.order == "batch" else [each] for side, each in zip(sides, (p, q), strict=True))
+        q = q[:, likeliest(theirs, how.classes)]
+        if how.match == "greedy":  # of all classes of the student
+            p = take_nearest(F.pad(p, (0, max(0, q.shape[1] - p.shape[1]))), q)
+        else:
+            p = p[:, likeliest(own, how.classes)]
+        k = max(p.shape[1], q.shape[1])
+        p, q = (F.pad(side, (0, k - side.shape[1])) for side in (p, q))
+        weights, scored = (q, p) if how.word_target == "teacher" else (p, q)
+        drawn = draw_spans(len(p), how.max_positions)
         kept = range(len(p)) if drawn is None else drawn.tolist()
-        found["sequence"][0] += sinkhorn([p[i] for i in kept], [q[i] for i in kept], epsilon, rounds)
-        found["left_out"][0] += len(p) - len(kept)
-        found["l1"][1] += 1
-        found["word"][1] += len(p)
-        found["sequence"][1] += 1
-        found["left_out"][1] += 1
+        totals = {
+            "l1": (p - q).abs().sum() / len(p), "word": -(weights.softmax(-1) * scored.log_softmax(-1)).sum(),
+            "sequence": sinkhorn(p[kept], q[kept], how.epsilon, how.rounds), "left_out": len(p) - len(kept),
+        }  # fmt: skip
+        for name, total in totals.items():
+            found[name][0] += float(total)
+            found[name][1] += len(p) if name == "word" else 1
     return found

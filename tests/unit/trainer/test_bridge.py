@@ -151,18 +151,6 @@ def test_two_processes_train_what_one_trains_and_go_on_inside_an_epoch(tmp_path:
     assert all(torch.equal(again[name], weight) for name, weight in found.items())
 
 
-def test_projectors_have_their_own_rate_and_no_parameter_is_left_out(tmp_path: Path) -> None:
-    mine = trainer(tmp_path, learning_rate=1e-5)
-    groups = mine.create_optimizer().param_groups
-
-    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(rates)
-    assert rates.keys() == {id(p) for p in mine.distiller.parameters() if p.requires_grad}
-    assert {rates[id(p)] for p in mine.student.parameters()} == {1e-5}
-    for name, rate in (("sra", 5e-4), ("dwa", 1e-3)):
-        assert {rates[id(p)] for p in mine.distiller.losses[name].parameters()} == {rate}
-
-
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of peft
 def test_a_peft_model_is_trained_and_saved_as_its_adapter(tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")

@@ -1,16 +1,12 @@
 """The finished student as others take it: its card, what it says to a prompt, and its way to a hub."""
 
-import base64
 import json
 import shutil
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_models as tiny
@@ -18,6 +14,7 @@ from xkd_pipeline.stages import align_stage
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.config import RunConfig
 from xkd_train import xkd_train
+from xkd_trainer.training import card
 from xkd_trainer.training.card import card_text, command_of
 from xkd_trainer.training.prepare import set_up
 
@@ -59,10 +56,10 @@ def test_the_finished_student_keeps_chat_template_and_settings_of_generation(out
 
 def test_the_card_says_how_the_student_came_about_and_may_be_edited(out: Path, flags: list[str]) -> None:
     text = (out / "README.md").read_text()
-    card = ModelCard(text)
+    shown = ModelCard(text)
     run = json.loads((out / "xkd.json").read_text())["run"]
 
-    assert (card.data.library_name, card.data.base_model) == ("transformers", None)
+    assert (shown.data.library_name, shown.data.base_model) == ("transformers", None)
     assert run["cache"] in text
     assert '"cos": 0.5' in text
     assert '"corpus.jsonl"' in text
@@ -113,75 +110,48 @@ def test_a_student_answers_a_prompt_and_a_seed_draws_another_answer(out: Path) -
     assert "is empty" in xkd_train("generate", out, "--prompt", " ").err
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload needs; it says the token that it was given."""
+class Hub:
+    """As much of the hub as an upload needs; its refusal says the token that it was given."""
 
-    files: ClassVar[dict[str, bytes]] = {}
-    created: ClassVar[list[Any]] = []
-    refuses: ClassVar[bool] = False
+    endpoint = "https://hub.invalid"
 
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"] or 0))
-        where = f"http://{self.headers['host']}/ann/tiny"
-        said: dict[str, Any] = {"url": where, "name": "ann/tiny"}
-        if self.path.endswith("/repos/create"):
-            self.created.append(json.loads(body))
-        elif "/preupload/" in self.path:
-            said = {"files": [dict(f, uploadMode="regular", shouldIgnore=False) for f in json.loads(body)["files"]]}
-        elif "/commit/" in self.path:
-            lines = [json.loads(line) for line in body.splitlines()]
-            files = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
-            self.files.update({name: base64.b64decode(content) for name, content in files.items()})
-            said = {"commitOid": "0" * 40, "commitUrl": f"{where}/commit/0", "success": True}
-        self.answer(403 if self.refuses else 200, said)
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.created: list[Any] = []
+        self.refuses = False
 
-    def do_GET(self) -> None:
-        self.answer(404, {"error": "not here"})
-
-    def answer(self, code: int, said: Any) -> None:
-        content = json.dumps(said).encode()
-        self.send_response(code)
-        self.send_header("content-type", "application/json")
+    def create_repo(self, name: str, **how: Any) -> None:
+        self.created.append((name, how))
         if self.refuses:
-            self.send_header("x-error-message", f"not with {self.headers['authorization']}")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+            raise type("Refused", (Exception,), {"server_message": f"not with {TOKEN}"})
 
-    def log_message(self, *_: Any) -> None:
-        pass
+    def upload_folder(self, *, folder_path: Path, allow_patterns: list[str], **_: Any) -> None:
+        self.files = {name: (folder_path / name).read_bytes() for name in allow_patterns}
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    made = Hub()
+    monkeypatch.setattr(card, "HfApi", lambda: made)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    Hub.files.clear()
-    Hub.created.clear()
-    monkeypatch.setattr(Hub, "refuses", False)
-    yield Hub
-    server.shutdown()
-    server.server_close()
+    return made
 
 
-def test_a_finished_student_is_pushed_whole_and_private(flags: list[str], hub: type[Hub]) -> None:
+def test_a_finished_student_is_pushed_whole_and_private(flags: list[str], hub: Hub) -> None:
     folder = Path(flags[flags.index("--out") + 1])
     (folder / "note.txt").write_text("not of the student")
     ended = xkd_train(*flags, "--push", "ann/tiny")
 
     assert ended.code == 0, ended.err
     assert ended.out.endswith("/ann/tiny\n")
-    assert hub.created[0]["visibility"] == "private"
+    assert hub.created == [("ann/tiny", {"private": True, "exist_ok": True})]
     names = json.loads((folder / "xkd.json").read_text())["files"].keys() | {"README.md", "xkd.json"}
     assert hub.files == {name: (folder / name).read_bytes() for name in names}
     assert "model.safetensors" in names
     assert TOKEN not in ended.out + ended.err
 
 
-def test_a_push_that_fails_leaves_the_student_and_says_what_to_type(flags: list[str], hub: type[Hub]) -> None:
+def test_a_push_that_fails_leaves_the_student_and_says_what_to_type(flags: list[str], hub: Hub) -> None:
     hub.refuses = True
     ended = xkd_train(*flags, "--push", "ann/tiny")
 

@@ -188,18 +188,3 @@ def test_eval_compares_the_rows_of_data_alone_and_refuses_those_the_cache_lacks(
     ended = xkd_train(*arguments[:-2], "--data", other)
 
     one_line(ended, 78, "1 of 3 held-out documents are not in", "made without --max-prompt-tokens")
-
-
-def test_eval_prints_numbers_and_json() -> None:
-    made = tiny.tiny_cache()
-    arguments = ["eval", made.student, "--data", made.corpus, "--shards", made.cache]
-
-    shown = xkd_train(*arguments, "--no-rouge")
-    listed = xkd_train(*arguments, "--seeds", "1", "--limit", 2, "--max-new-tokens", 4, "--json")
-
-    result = json.loads(listed.out)
-    assert result["documents"] == len(tiny.PAIRS)
-    assert f"bits_per_byte: {result['bits_per_byte']:.4f}" in shown.out
-    assert f"agreement: {result['agreement']:.4f}" in shown.out
-    assert "rouge_l" not in shown.out
-    assert 0 <= result["rouge_l"] <= 100

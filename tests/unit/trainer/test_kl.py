@@ -17,6 +17,7 @@ from xkd_schemas.codecs import TOTAL
 from xkd_schemas.errors import BadData
 from xkd_schemas.tokens import predictors
 from xkd_trainer.data.collate import batch_of
+from xkd_trainer.losses.baselines.kl import head_sampled_kl
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 
 COLUMN = "sampled#7"
@@ -109,3 +110,17 @@ def test_a_drawn_class_that_the_tokenizer_lacks_is_refused() -> None:
     made, batch = one.ready("rskd")
     with pytest.raises(BadData, match=r"loss rskd: class 100000 is drawn in one of the rows 3, 19, 0, 11, .*verify"):
         made.distiller.counts(replace(batch, teacher_sampled_ids_BMK=torch.full((4, 1, 1), 100_000)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rskd_computes_in_float32_and_far_classes_stay_finite(dtype: torch.dtype) -> None:
+    logits_NV = torch.tensor([[0.0, -300.0, 300.0]], dtype=dtype, requires_grad=True)
+    student = LazyLogits(hidden=logits_NV, weight=torch.eye(3, dtype=dtype))
+
+    total = head_sampled_kl(student, torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]), torch.tensor([0.1]))
+    total.backward()
+
+    assert total.dtype == torch.float32
+    assert float(total.detach()) == pytest.approx(450 - 0.1, rel=1e-2)
+    assert logits_NV.grad is not None
+    assert logits_NV.grad.tolist() == [[-0.5, -0.5, 1.0]]

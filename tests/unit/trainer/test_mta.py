@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import one_tokenizer as one
+import slow_dskd
 import slow_losses as slow
 from xkd_schemas.errors import UsageError
 from xkd_trainer.data.batch import Batch
@@ -97,11 +98,6 @@ def document(made: Ready, row: int, key: str, settings: dict[str, Any]) -> dict[
     }
 
 
-def projected(layer: Any, vectors: list[list[float]]) -> list[list[float]]:
-    rows, bias = layer.weight.tolist(), layer.bias.tolist()
-    return [[slow.dot(row, v) + b for row, b in zip(rows, bias, strict=True)] for v in vectors]
-
-
 @pytest.mark.parametrize("settings", OPTIONS)
 @torch.no_grad()
 def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any]) -> None:
@@ -113,9 +109,10 @@ def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any])
     for key in KEYS:
         documents = [document(made, row, key, settings) for row in one.ROWS]
         projector = made.distiller.losses["mta"].projectors[key]
+        weights = projector.weight.tolist(), projector.bias.tolist()
         sides = [d["vectors"] for d in documents]
         if settings.get("dsa_vectors"):
-            sides = [(projected(projector, own), theirs) for own, theirs in sides]
+            sides = [(slow_dskd.linear(own, *weights), theirs) for own, theirs in sides]
         cosines = [[[[slow.cosine(u, v) for v in side] for u in side] for side in pair] for pair in sides]
         total, count = slow.dsa([(*pair, d["omega"]) for pair, d in zip(cosines, documents, strict=True)])
         one.assert_term(found[f"dsa@{key}"], total, count, rel=5e-3)
@@ -125,7 +122,7 @@ def test_the_terms_are_the_loops_over_single_documents(settings: dict[str, Any])
             assert f"hid@{key}" not in found
             continue
         of, omega = ("tokens", "token omega") if by_token else ("vectors", "omega")
-        compared = [(projected(projector, d[of][0]), d[of][1], d[omega]) for d in documents]
+        compared = [(slow_dskd.linear(d[of][0], *weights), d[of][1], d[omega]) for d in documents]
         total, count = slow.hid(compared)
         assert count > 0
         one.assert_term(found[f"hid@{key}"], total, count)

@@ -24,16 +24,6 @@ SEEDS = st.integers(0, 2**31)
 D = 5
 
 
-def spans_of(seed: int, sizes: list[int], count: int = 4) -> list[Tensor]:
-    """Up to `count` ranges in each document, some empty, some overlapping."""
-    g = slow.generator(seed)
-    out = []
-    for size in sizes:
-        k = int(torch.randint(0, count + 1, (), generator=g))
-        out.append(torch.randint(0, size + 1, (k, 2), generator=g).sort(-1).values)
-    return out
-
-
 @settings(max_examples=40, deadline=None)
 @given(seed=SEEDS)
 def test_centrality_equals_the_loops_on_each_document(seed: int) -> None:
@@ -98,23 +88,6 @@ def test_degenerate_states_are_finite_in_value_and_gradient(what: str) -> None:
 
     assert value.isfinite()
     assert gradient.isfinite().all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=SEEDS)
-def test_pooling_equals_the_loops_on_each_span(seed: int) -> None:
-    sizes = slow.lengths(seed)
-    documents, weights, spans = slow.ragged(seed, sizes, D), slow.masses(seed + 1, sizes), spans_of(seed + 2, sizes)
-
-    vectors, mass = pool_spans(slow.padded(documents, fill=5.0), slow.padded(weights, fill=7.0), slow.padded(spans))
-
-    expected, totals = torch.zeros_like(vectors), torch.zeros_like(mass)
-    for row, (document, weight, ranges) in enumerate(zip(documents, weights, spans, strict=True)):
-        for k, (start, end) in enumerate(ranges.tolist()):
-            if start < end:
-                vector, totals[row, k] = slow.pool(document.tolist(), weight.tolist(), start, end)
-                expected[row, k] = torch.tensor(vector)
-    torch.testing.assert_close((vectors, mass), (expected, totals))
 
 
 def test_a_span_without_mass_is_a_zero_vector_and_a_tiny_mass_is_not() -> None:
