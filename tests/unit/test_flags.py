@@ -58,9 +58,8 @@ def test_a_flag_of_two_sections_sets_both() -> None:
     asked: list[RunConfig] = []
     app = typer.Typer()
     both = ("max_tokens", "enable_thinking")
-    app.command()(
-        with_flags(FlagsOf("student", only=both), FlagsOf("teacher", only=both))(lambda run: asked.append(run))
-    )
+    command = with_flags(FlagsOf("student", only=both), FlagsOf("teacher", only=both))
+    app.command()(command(lambda run: asked.append(run)))
 
     app(["--max-tokens", "99", "--enable-thinking", "true"], standalone_mode=False)
 

@@ -121,10 +121,7 @@ def test_no_student_tokenizer_is_a_usage_error() -> None:
 
 
 def test_intervals_over_what_a_normaliser_merges_are_counted_and_reported(tmp_path: Path) -> None:
-    rows = [
-        *small_cache.corpus_rows(2),
-        {"prompt": "Ou\u0300?", "response": "La fe\u0302te a e\u0301te\u0301 la\u0300."},
-    ]
+    rows = [*small_cache.corpus_rows(2), {"prompt": "Ou\u0300?", "response": "La fe\u0302te a e\u0301te\u0301."}]
     corpus = small_cache.write_rows(tmp_path / "rows.jsonl", rows)
     normalising("qwen").save_pretrained(tmp_path / "composing")
     run = small_cache.run_file(
@@ -137,7 +134,7 @@ def test_intervals_over_what_a_normaliser_merges_are_counted_and_reported(tmp_pa
     outcome = align_stage(run, small_cache.IN_PROCESS)
 
     manifest = Table(tmp_path / "cache", "students/S").manifest
-    assert outcome.values["extended"] == manifest.count("extended") >= 5
+    assert outcome.values["extended"] == manifest.count("extended") >= 4
     assert manifest.count("extended_documents") == 1
     assert f"extended intervals: {manifest.count('extended')} tokens of 1 documents" in outcome.line
     titles = {title: number for _, title, number in gather(tmp_path / "cache")["cuts"]}

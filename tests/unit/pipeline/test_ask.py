@@ -149,6 +149,5 @@ def test_prompts_are_written_for_programs_that_run_without_a_server(answers: lis
     code, said = asked(*typed("-", tmp_path / "prompts.jsonl"))
 
     assert (code, said["prompts"]) == (0, 12)
-    assert list(lines(tmp_path / "prompts.jsonl").values()) == [
-        {name: row[name] for name in ("doc_id", "token_ids")} for row in answers
-    ]
+    written = list(lines(tmp_path / "prompts.jsonl").values())
+    assert written == [{name: row[name] for name in ("doc_id", "token_ids")} for row in answers]

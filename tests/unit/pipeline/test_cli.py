@@ -293,17 +293,6 @@ def test_bad_input_of_documents_is_one_line(xkd_cache: Cache, odd_files: Path, b
     refused(xkd_cache("documents", *arguments, "--spacy-model", SPACY), code, *parts)
 
 
-def test_models_that_want_their_own_code_or_have_half_a_config_are_refused(xkd_cache: Cache, odd_files: Path) -> None:
-    shutil.copytree(made() / "teacher", odd_files / "own")
-    config = json.loads((odd_files / "own" / "config.json").read_text())
-    (odd_files / "own" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}))
-    refused(xkd_cache("teacher", made() / "cache", "--model", "own", "--name", "X"), 77, "own/config.json", "auto_map")
-
-    (odd_files / "own" / "config.json").write_text("{")
-    said = xkd_cache("teacher", made() / "cache", "--model", "own", "--name", "X")
-    assert (said[0], said[2].count("\n"), "own/config.json is not JSON" in said[2]) == (66, 1, True)
-
-
 def test_other_bad_input_of_teacher_is_one_line(xkd_cache: Cache, odd_files: Path) -> None:
     model = ["--model", made() / "teacher"]
     cache = made() / "cache"

@@ -12,6 +12,7 @@ from xkd_pipeline.capture import stage
 from xkd_pipeline.maintain.recompute import recompute
 from xkd_pipeline.stages import device_map_of, teacher_stage
 from xkd_pipeline.workers.contract import Workers
+from xkd_schemas.cache.table import Table
 from xkd_schemas.config import load_run
 from xkd_schemas.errors import UsageError
 from xkd_trainer.models.architecture import is_tied
@@ -48,6 +49,9 @@ def test_a_tied_teacher_with_little_memory_gives_the_same_cache_byte_for_byte(tm
 
     (loaded,) = stage._loaded.values()
     assert (set(loaded.hf_device_map.values()), is_tied(loaded)) == ({"disk"}, True)
+    manifest = Table(tmp_path / "a", "teachers/T").manifest
+    assert (manifest.constants["tied"], "head.safetensors" in manifest.files) == (True, True)
+    assert "embeddings.safetensors" not in {*manifest.files, *(path.name for path in tmp_path.rglob("*"))}
     assert spread == captured(tmp_path / "b", model=model, losses=["kl"])
 
     asked = ("--signals", "logsumexp", "--max-memory", "cpu=60KB")

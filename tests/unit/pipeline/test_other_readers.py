@@ -15,7 +15,7 @@ from damages import flip
 from small_cache import made
 from xkd_pipeline.maintain.export_parquet import export_parquet
 from xkd_schemas.cache.table import Table
-from xkd_schemas.errors import BadData, UsageError
+from xkd_schemas.errors import BadData
 
 TABLES = ("documents", "teachers/T", "students/S")
 
@@ -54,16 +54,12 @@ def test_the_metadata_turns_bf16_bits_into_the_numbers_of_the_states(exported: P
     assert b"xkd_bf16" not in pq.read_schema(exported / "documents" / "00000.parquet").metadata
 
 
-def test_a_folder_that_holds_something_is_left_alone_and_what_a_killed_export_left_goes(tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("x")
+def test_what_a_killed_export_left_goes(tmp_path: Path) -> None:
     (tmp_path / ".tmp-out-1-ab" / "documents").mkdir(parents=True)
 
-    with pytest.raises(UsageError, match="exists and is not empty"):
-        export_parquet(made() / "cache", tmp_path / "full")
     export_parquet(made() / "cache", tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "out"]
-    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine"]
+
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_damaged_shard_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -128,9 +128,8 @@ def test_segments_are_parsed_as_texts_of_their_own(spacy: SpacyParser) -> None:
     alone = [spacy.parse([document(part)])[0] for part in parts]
     offsets = [0, len(parts[0]), len(parts[0]) + len(parts[1])]
     assert joined.words == tuple((a + at, b + at) for at, s in zip(offsets, alone, strict=True) for a, b in s.words)
-    assert joined.phrases == tuple(
-        (a + at, b + at) for at, s in zip(offsets, alone, strict=True) for a, b in s.phrases
-    )
+    both = zip(offsets, alone, strict=True)
+    assert joined.phrases == tuple((a + at, b + at) for at, s in both for a, b in s.phrases)
 
 
 @given(order=st.permutations(TEXTS), batch_size=st.sampled_from([1, 7]))
@@ -283,14 +282,6 @@ def test_quotes_and_dashes_are_spelled_as_in_the_treebank(clean: BeneparParser) 
     assert sentence.space_after == (True, True, True, True, False, False, False)
 
 
-def test_nested_phrases_are_kept_unless_asked_otherwise(folder: Path) -> None:
-    text, phrases = gold(TREES[2])
-    dropping = settings_of(folder).model_copy(update={"drop_contained": True, "max_words": 3})
-
-    assert shown(BeneparParser(dropping), text) == [("Ships", "NP"), ("the dark", "NP")]
-    assert shown(BeneparParser(dropping.model_copy(update={"max_words": 12})), text) == phrases[:2]
-
-
 @given(order=st.permutations(TREES))
 @settings(max_examples=4, deadline=None)
 def test_constituents_depend_on_the_document_alone(benepar: BeneparParser, order: Sequence[str]) -> None:
@@ -328,9 +319,8 @@ def test_nothing_is_left_behind_in_transformers(folder: Path) -> None:
 
 
 def settings_of(path: Path | None) -> DocumentsSection:
-    return DocumentsSection(
-        parser="benepar", spacy_model="blank:en", parser_model=None if path is None else os.fspath(path)
-    )
+    model = None if path is None else os.fspath(path)
+    return DocumentsSection(parser="benepar", spacy_model="blank:en", parser_model=model)
 
 
 def test_a_model_that_is_not_there_says_how_to_name_one(tmp_path: Path) -> None:

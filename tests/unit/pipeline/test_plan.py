@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,8 @@ def test_the_plan_counts_tokens_shards_and_the_whole_folder(whole: dict[str, Any
 def test_the_plan_is_within_five_percent_of_the_shards(tmp_path: Path) -> None:
     """Under planes; test_token_states has the other codecs."""
     corpus = write_rows(tmp_path / "many.jsonl", corpus_rows(64))
-    run = small_cache.cache_of(
-        tmp_path / "cache", corpus, documents={"rows_per_shard": 32}, teacher={"codec": "bf16-planes"}
-    )
+    shards, codec = {"rows_per_shard": 32}, {"codec": "bf16-planes"}
+    run = small_cache.cache_of(tmp_path / "cache", corpus, documents=shards, teacher=codec)
 
     found = planned(run)
 
@@ -242,6 +242,5 @@ def test_a_sample_is_spread_and_has_no_row_twice(total: int, wanted: int) -> Non
     chosen = list(spread_evenly(total, wanted))
 
     assert len(set(chosen)) == len(chosen) == min(total, wanted)
-    assert all(
-        number * total // len(chosen) <= at < (number + 1) * total // len(chosen) for number, at in enumerate(chosen)
-    )
+    borders = [number * total // len(chosen) for number in range(len(chosen) + 1)]
+    assert all(low <= at < high for (low, high), at in zip(pairwise(borders), chosen, strict=True))

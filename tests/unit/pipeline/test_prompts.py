@@ -97,9 +97,8 @@ def test_the_table_says_how_many_were_cut_and_its_plan_how(tmp_path: Path, corpu
     texts = [document_at(table[n]).text for n in range(len(table))]
     assert texts[0] == "Who?It swam."
     assert all(len(text) < len(LONG) and text.endswith("It swam.") for text in texts[1:])
-    plans = [
-        json.loads((tmp_path / name / "documents" / "plan.json").read_text())["spec"] for name in ("cut", "whole")
-    ]
+    paths = (tmp_path / name / "documents" / "plan.json" for name in ("cut", "whole"))
+    plans = [json.loads(path.read_text())["spec"] for path in paths]
     assert plans[0]["prompts"]["tokens"] == 12
     assert "prompts" not in plans[1]
     sample = read_sample(run_file(tmp_path / "s", documents={"corpus": [str(corpus)], **limit}), 9)

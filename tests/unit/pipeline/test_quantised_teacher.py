@@ -24,9 +24,8 @@ ROUNDING = {"quant_method": "rounding", "steps": 7}
 
 def captured(cache: Path, model: Path, **teacher: object) -> Outcome:
     shutil.copytree(made() / "cache" / "documents", cache / "documents")
-    return teacher_stage(
-        small_cache.run_file(cache, teacher={"model": str(model), "losses": ["kl"], **teacher}), IN_PROCESS
-    )
+    settings = {"model": str(model), "losses": ["kl"], **teacher}
+    return teacher_stage(small_cache.run_file(cache, teacher=settings), IN_PROCESS)
 
 
 @pytest.fixture(scope="module")

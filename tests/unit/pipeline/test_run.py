@@ -107,8 +107,9 @@ def here(folder: Path, **changes: object) -> Place:
     return Place(**{**values, **changes})
 
 
-def test_the_same_machine_has_all_of_it(tmp_path: Path) -> None:
+def test_the_same_machine_has_all_of_it_and_a_package_that_is_not_there_is_not_asked_for(tmp_path: Path) -> None:
     here(tmp_path).check()
+    here(tmp_path, versions={name: version for name, version in versions().items() if name != "spacy"}).check()
     assert {"numpy", "torch", "transformers"} <= set(versions())
 
 
@@ -123,14 +124,7 @@ def test_the_same_machine_has_all_of_it(tmp_path: Path) -> None:
 def test_what_a_machine_lacks_is_named(tmp_path: Path, monkeypatch, lacking: str, kind: type, said: str) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "node-7")
     monkeypatch.setattr(ray_pool, "LOOK_SECONDS", 0.0)
-    other = {
-        "paths": (tmp_path, tmp_path / "model"),
-        "mark": tmp_path / "other",
-        "versions": versions() | {"torch": "1.0"},
-    }
+    paths = (tmp_path, tmp_path / "model")
+    other = {"paths": paths, "mark": tmp_path / "other", "versions": versions() | {"torch": "1.0"}}
     with pytest.raises(kind, match=said):
         here(tmp_path, **{lacking: other[lacking]}).check()
-
-
-def test_a_package_that_is_not_there_is_not_asked_for(tmp_path: Path) -> None:
-    here(tmp_path, versions={name: version for name, version in versions().items() if name != "spacy"}).check()

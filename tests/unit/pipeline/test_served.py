@@ -107,13 +107,9 @@ def as_vllm(rows: Sequence[Row]) -> list[Row]:
 
 def test_lines_parquet_and_vllms_form_give_the_same_shards(answers: list[Row], served: Path, tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(answers), tmp_path / "b.parquet", row_group_size=5)
-    files = [
-        write_rows(tmp_path / "a.jsonl", answers[::-1]),
-        tmp_path / "b.parquet",
-        write_rows(tmp_path / "c.jsonl", as_vllm(answers)),
-    ]
+    files = [write_rows(tmp_path / "a.jsonl", answers[::-1]), write_rows(tmp_path / "c.jsonl", as_vllm(answers))]
 
-    for number, file in enumerate(files):
+    for number, file in enumerate((*files, tmp_path / "b.parquet")):
         assert imported(served, file, name=f"same{number}")["refused"] == {}
 
     names = ("V", "same0", "same1", "same2")

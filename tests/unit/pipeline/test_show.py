@@ -134,14 +134,12 @@ def test_a_cut_is_said() -> None:
 @pytest.mark.parametrize(
     ("phrases", "labels", "expected"),
     [
-        ([], [], "a b c d"),
-        ([(0, 3), (4, 7)], ["NP", "VP"], "[NP a b] [VP c d]"),
+        ([], [], "a b c d"), ([(0, 3), (4, 7)], ["NP", "VP"], "[NP a b] [VP c d]"),
         ([(0, 7), (2, 5), (4, 5)], ["VP", "NP", "NP"], "[VP a [NP b [NP c]] d]"),
-        ([(0, 3), (0, 1)], ["NP", "NP"], "[NP [NP a] b] c d"),
+        ([(0, 3), (0, 1)], ["NP", "NP"], "[NP [NP a] b] c d"), ([(0, 1), (1, 3)], ["NP", "VP"], "[NP a][VP  b] c d"),
         ([(0, 5), (2, 7)], ["NP", "VP"], "[1:NP a [2:VP b c 1] d 2]"),
-        ([(0, 1), (1, 3)], ["NP", "VP"], "[NP a][VP  b] c d"),
     ],
-)
+)  # fmt: skip
 def test_brackets_nest_or_are_numbered(phrases: list[tuple[int, int]], labels: list[str], expected: str) -> None:
     assert bracket_phrases("a b c d", phrases, labels) == expected
 

@@ -1,14 +1,10 @@
 import re
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from xkd_pipeline.parsing.spacy_parser import cut_pieces, select_phrases, trim, verb_groups
-from xkd_pipeline.parsing.stage import PARSERS
-from xkd_schemas.config import DocumentsSection
 
 LETTERS = {"AUX": "A", "ADV": "D", "VERB": "V", "NOUN": "n"}
 
@@ -23,12 +19,8 @@ def test_verb_groups_are_all_matches_that_lie_in_no_other(tags: list[str]) -> No
     assert list(verb_groups(tags)) == maximal
 
 
-PHRASES = st.lists(
-    st.tuples(st.integers(0, 12), st.integers(1, 8), st.sampled_from(["NP", "VP"])).map(
-        lambda p: (p[0], p[0] + p[1], p[2])
-    ),
-    max_size=12,
-)
+PHRASE = st.tuples(st.integers(0, 12), st.integers(1, 8), st.sampled_from(["NP", "VP"]))
+PHRASES = st.lists(PHRASE.map(lambda p: (p[0], p[0] + p[1], p[2])), max_size=12)
 
 
 @given(found=PHRASES, max_words=st.integers(0, 4), drop_contained=st.booleans())
@@ -78,11 +70,3 @@ def test_no_piece_holds_a_longer_run_without_blanks_than_asked_for(text: str, li
     whole = {end for _, end in cut_pieces(text, limit)}
     assert whole <= {end for _, end in pieces}
     assert pieces == list(cut_pieces(text, limit)) or any(len(word) > run for word in text.split())
-
-
-def test_settings_say_what_they_do_not_know() -> None:
-    with pytest.raises(ValidationError, match="max_word"):
-        DocumentsSection(max_word=3)
-    with pytest.raises(ValidationError, match="greater than or equal to 0"):
-        DocumentsSection(max_words=-1)
-    assert set(PARSERS) == {"spacy", "benepar"}

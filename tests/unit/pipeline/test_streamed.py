@@ -56,10 +56,7 @@ def in_shards(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("share", [passes.SHARE, 0.0], ids=["states in memory", "states in a file"])
-def test_a_streamed_teacher_gives_the_bytes_of_a_whole_one_with_two_blocks_in_memory_at_most(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
-) -> None:
+def test_a_streamed_teacher_gives_the_same_bytes_with_two_blocks_in_memory(tmp_path: Path, monkeypatch) -> None:
     there, plain = [], Stream.step
 
     def step(stream: Stream, number: int, *rest: Any) -> Any:
@@ -67,7 +64,6 @@ def test_a_streamed_teacher_gives_the_bytes_of_a_whole_one_with_two_blocks_in_me
         assert number in there[-1]
         return plain(stream, number, *rest)
 
-    monkeypatch.setattr(passes, "SHARE", share)
     monkeypatch.setattr(Stream, "step", step)
     cache, said = begun(tmp_path), list[str]()
 
@@ -161,7 +157,7 @@ def test_no_room_for_states_is_one_line_and_a_whole_teacher_finishes_the_table(t
         seen.append(folder)
         return shutil._ntuple_diskusage(10**9, 0, 10**9 if len(seen) == 1 else 5000)
 
-    monkeypatch.setattr(passes, "SHARE", 0.0)
+    monkeypatch.setattr(passes, "SHARE", 0.0)  # states lie in a file
     monkeypatch.setattr(passes, "disk_usage", usage)
     cache = begun(tmp_path)
 

@@ -68,10 +68,8 @@ def test_the_spans_of_many_groups_are_those_of_each(groups: list[tuple[np.ndarra
     expected = []
     for (ours, theirs, limit), s, t in zip(groups, student_first, teacher_first, strict=False):
         pairs = [p for p in common_by_definition(ours, theirs) if ours[: p[0], 1].max() <= limit]
-        expected += [
-            [s + i, s + i_end, t + j, t + j_end]
-            for (i, j), (i_end, j_end) in zip([[0, 0], *pairs], pairs, strict=False)
-        ]
+        both = zip([[0, 0], *pairs], pairs, strict=False)
+        expected += [[s + i, s + i_end, t + j, t + j_end] for (i, j), (i_end, j_end) in both]
     assert found.tolist() == expected
 
 

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xkd_schemas.ragged import Ragged
-from xkd_schemas.text.encode import pieces_of
 from xkd_schemas.tokens import OK, TokenBatch, Tokens
 
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=4), max_size=6)
@@ -59,12 +58,3 @@ def test_tokens_come_out_of_a_block_and_an_unusable_row_has_none(sizes: list[int
     for row, old, fine in zip(marked, rows, usable, strict=True):
         assert plain(row)[1:] == (plain(old) if fine else (OK, old.num_chars, *plain(tokens(0))[2:]))[1:]
     assert TokenBatch.of(marked) is marked
-
-
-@settings(deadline=None)
-@given(sizes=st.lists(st.integers(0, 9), max_size=8), most=st.integers(0, 12))
-def test_stretches_cover_the_rows_and_are_no_larger_than_they_may(sizes: list[int], most: int) -> None:
-    found = pieces_of(sizes, most)
-
-    assert [n for first, end in found for n in range(first, end)] == list(range(len(sizes)))
-    assert all(end == first + 1 or sum(sizes[first:end]) <= most for first, end in found)

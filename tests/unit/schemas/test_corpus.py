@@ -46,10 +46,8 @@ KINDS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", "-file.arrow", "-strea
 
 
 def objects(source: Source, first: int = 0) -> list[tuple[int, object]]:
-    return [
-        (row.line, json.loads(row.content) if isinstance(row.content, bytes) else row.content)
-        for row in source.rows(first)
-    ]
+    rows = ((row.line, row.content) for row in source.rows(first))
+    return [(line, json.loads(content) if isinstance(content, bytes) else content) for line, content in rows]
 
 
 def opened(path: Path, content: bytes, **options: object) -> Source:
@@ -331,9 +329,8 @@ def test_revision_subset_and_split_of_a_data_set_are_named_and_its_commit_is_pin
     assert objects(source, 20) == list(enumerate(ROWS, 1))[20:]
     assert set(asked[1:]) == {wanted}
     assert f"split {wanted[2]} from the hub, streamed, at commit {wanted[3]}" in source.describe()
-    assert (
-        len({source.digest, open_source("other", columns={}).digest, open_source("a/b:x:y", columns={}).digest}) == 3
-    )
+    others = {open_source(other, columns={}).digest for other in ("other", "a/b:x:y")}
+    assert len({source.digest, *others}) == 3
 
 
 def test_a_subset_that_is_not_named_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,19 +191,13 @@ def intervals_of(document: Document, offsets: list[np.ndarray]) -> tuple[np.ndar
 @pytest.mark.parametrize(
     ("offsets", "status"),
     [
-        ([(0, 2), (2, 5)], OK),
-        ([(0, 3), (2, 5)], OK),
-        ([(0, 2), (2, 6)], "outside_text"),
-        ([(-1, 2), (2, 5)], "outside_text"),
-        ([(0, 2), (5, 2)], "outside_text"),
-        ([(2, 5), (0, 5)], "offsets_not_monotone"),
-        ([(0, 5), (2, 4)], "offsets_not_monotone"),
-        ([(0, 2), (4, 5)], "uncovered_characters"),
-        ([(1, 2), (2, 5)], "uncovered_characters"),
-        ([(0, 2), (2, 4)], "uncovered_characters"),
-        ([], "uncovered_characters"),
+        ([(0, 2), (2, 5)], OK), ([(0, 3), (2, 5)], OK), ([(0, 2), (2, 6)], "outside_text"),
+        ([(-1, 2), (2, 5)], "outside_text"), ([(0, 2), (5, 2)], "outside_text"),
+        ([(2, 5), (0, 5)], "offsets_not_monotone"), ([(0, 5), (2, 4)], "offsets_not_monotone"),
+        ([(0, 2), (4, 5)], "uncovered_characters"), ([(1, 2), (2, 5)], "uncovered_characters"),
+        ([(0, 2), (2, 4)], "uncovered_characters"), ([], "uncovered_characters"),
     ],
-)
+)  # fmt: skip
 def test_offsets_that_lie_are_found(offsets: list[tuple[int, int]], status: str) -> None:
     document = lone("abxcd")
     pairs = np.array(offsets, np.int32).reshape(-1, 2)

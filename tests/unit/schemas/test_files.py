@@ -130,10 +130,8 @@ with own_folder(Path(sys.argv[1]), ".tmp-x-") as folder:
 
 
 def test_a_folder_stays_while_its_process_lives_and_goes_after_it_was_killed(tmp_path: Path) -> None:
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with owner:
+    words, pipe = [sys.executable, "-c", OWNER, str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as owner:
         assert owner.stdout is not None
         theirs = Path(owner.stdout.readline().strip())
         with own_folder(tmp_path, ".tmp-x-") as ours:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from xkd_schemas.corpus import files
 from xkd_schemas.corpus.files import LongLine, count_file, file_rows
-from xkd_schemas.errors import BadData, Refused
+from xkd_schemas.errors import BadData, InputMissing, Refused
 
 CONTENTS = st.lists(st.sampled_from([b"\n", b"\r", b"a", b"\x85", b"\xe2\x80\xa8", b"\x0b", b"xyz"]), max_size=40)
 SUFFIXES = ("", ".gz", ".zst")
@@ -108,3 +108,8 @@ def test_a_huge_file_without_newline_is_read_in_bounded_memory(tmp_path: Path) -
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
 
     assert int(done.stdout) < 300 << 10  # KiB
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match=r"gone\.jsonl: No such file"):
+        count_file(tmp_path / "gone.jsonl")

@@ -125,16 +125,13 @@ def test_every_differing_field_is_listed_with_both_values(tmp_path: Path) -> Non
     theirs = {"dtype": "bfloat16", "weights": {"a": "1", "b": "3"}, "same": 1, "extra": True}
 
     assert differences(ours, theirs) == [
-        ("dtype", "float32", "bfloat16"),
-        ("extra", "absent", "true"),
-        ("signals", '["x"]', "absent"),
+        ("dtype", "float32", "bfloat16"), ("extra", "absent", "true"), ("signals", '["x"]', "absent"),
         ("weights.b", "2", "3"),
-    ]
+    ]  # fmt: skip
     with pytest.raises(Mismatch) as caught:
         refuse_differences(tmp_path, ours, theirs, advice="say so")
-    assert "dtype: cache has bfloat16, this run has float32; extra: cache has true, this run has absent" in str(
-        caught.value
-    )
+    said = "dtype: cache has bfloat16, this run has float32; extra: cache has true, this run has absent"
+    assert said in str(caught.value)
     assert str(caught.value).endswith("Kept: the cache as it is. Next: say so")
 
 
@@ -153,10 +150,10 @@ def test_of_two_lists_the_items_that_differ_are_shown() -> None:
 
 
 def test_a_long_list_of_differences_is_cut_and_counted(tmp_path: Path) -> None:
+    names = [f"f{n}" for n in range(10)]
+
     with pytest.raises(Mismatch, match=r"f5: cache has 1{57}\.\.\., this run has 0 \(and 4 more\)"):
-        refuse_differences(
-            tmp_path, {f"f{n}": 0 for n in range(10)}, {f"f{n}": "1" * 80 for n in range(10)}, advice=""
-        )
+        refuse_differences(tmp_path, dict.fromkeys(names, 0), dict.fromkeys(names, "1" * 80), advice="")
 
 
 def test_a_changed_number_in_a_commit_is_found_before_there_is_a_manifest(tmp_path: Path) -> None:

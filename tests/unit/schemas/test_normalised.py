@@ -145,21 +145,15 @@ def test_decomposed_text_gives_the_tokens_of_the_composed_and_their_characters(k
 @pytest.mark.parametrize(
     ("kind", "text", "spans"),
     [
-        ("bert", "th\u200be", [(0, 4)]),
-        ("bert", "the \u200blamp", [(0, 3), (4, 9)]),
-        ("bert", "the\u200b lamp", [(0, 4), (5, 9)]),
-        ("bert", "the \u200b\u200c lamp", [(0, 6), (7, 11)]),
-        ("bert", "\u200b \u200b lamp", [(0, 8)]),
-        ("bert", "lamp, \ufeff", [(0, 4), (4, 7)]),
-        ("bert", "\u0301lamp\u0301\u0301,", [(0, 7), (7, 8)]),
-        ("t5", "the \u200b\n", [(0, 5)]),
-        ("t5", "\uff41\u0301\x07  ", [(0, 3)]),
-        ("t5", "¨\x1f\x85", [(0, 1)]),
-        ("albert", "x\u200b\x07", [(0, 1), (1, 3)]),
-        ("albert", "\x080 ", [(0, 2), (2, 3)]),
+        ("bert", "th\u200be", [(0, 4)]), ("bert", "the \u200blamp", [(0, 3), (4, 9)]),
+        ("bert", "the\u200b lamp", [(0, 4), (5, 9)]), ("bert", "the \u200b\u200c lamp", [(0, 6), (7, 11)]),
+        ("bert", "\u200b \u200b lamp", [(0, 8)]), ("bert", "lamp, \ufeff", [(0, 4), (4, 7)]),
+        ("bert", "\u0301lamp\u0301\u0301,", [(0, 7), (7, 8)]), ("t5", "the \u200b\n", [(0, 5)]),
+        ("t5", "\uff41\u0301\x07  ", [(0, 3)]), ("t5", "¨\x1f\x85", [(0, 1)]),
+        ("albert", "x\u200b\x07", [(0, 1), (1, 3)]), ("albert", "\x080 ", [(0, 2), (2, 3)]),
         ("albert", "the a\u0301", [(0, 3), (3, 4), (4, 6)]),
     ],
-)
+)  # fmt: skip
 def test_what_vanishes_joins_what_it_touches(kind: str, text: str, spans: list[tuple[int, int]]) -> None:
     tokens = encoder_of(kind).encode(lone(text))
 

@@ -53,29 +53,18 @@ def test_each_form_becomes_its_segments(form: str, row: object, wanted: list) ->
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"{", "bad_json"),
-        (b'{"text": NaN}', "bad_json"),
-        (b'{"text": "a\x00"}', "bad_json"),
-        (b'{"text": ' + b"9" * 5000 + b"}", "bad_json"),
+        (b"{", "bad_json"), (b'{"text": NaN}', "bad_json"), (b'{"text": "a\x00"}', "bad_json"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "bad_json"), (b"\xef\xbb\xbf{}", "bad_json"),
         (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "bad_json"),
-        (b"\xef\xbb\xbf{}", "bad_json"),
-        (b'{"text": "\xff"}', "bad_utf8"),
-        (b'{"text": "\xed\xa0\x80"}', "bad_utf8"),
-        (b'{"text": "\\ud800"}', "lone_surrogate"),
+        (b'{"text": "\xff"}', "bad_utf8"), (b'{"text": "\xed\xa0\x80"}', "bad_utf8"),
+        (b'{"text": "\\ud800"}', "lone_surrogate"), (b'{"text": "\\ud800" oops}', "bad_json"),
         (b'{"text": "\\udc00\\ud800 \\uD83D\\uDE00"}', "lone_surrogate"),
-        (b'{"text": "\\ud800" oops}', "bad_json"),
-        (b"", "blank"),
-        (b"  \t", "blank"),
-        (b"[1, 2]", "bad_type"),
-        ({}, "missing_field"),
-        ({"text": None}, "missing_field"),
-        ({"text": 3}, "bad_type"),
-        ({"text": ""}, "empty"),
-        ({"text": " \n\t"}, "empty"),
-        ({"text": "x" * 1001}, "too_long"),
+        (b"", "blank"), (b"  \t", "blank"), (b"[1, 2]", "bad_type"), ({}, "missing_field"),
+        ({"text": None}, "missing_field"), ({"text": 3}, "bad_type"), ({"text": ""}, "empty"),
+        ({"text": " \n\t"}, "empty"), ({"text": "x" * 1001}, "too_long"),
         (LongLine(num_bytes=70_000_000, sha256="ab", head=b"x" * 256), "line_too_long"),
     ],
-)
+)  # fmt: skip
 def test_a_row_that_cannot_be_used_is_rejected_for_its_reason(content: object, reason: str) -> None:
     documents, rejected = read("text", content)
 
@@ -85,20 +74,15 @@ def test_a_row_that_cannot_be_used_is_rejected_for_its_reason(content: object, r
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ("hello", "bad_type"),
-        (["hello"], "bad_type"),
-        ([{"role": "user"}], "missing_field"),
-        ([{"content": "x"}], "missing_field"),
-        ([{"role": "robot", "content": "x"}], "bad_role"),
-        ([{"role": 3, "content": "x"}], "bad_type"),
+        ("hello", "bad_type"), (["hello"], "bad_type"), ([], "empty"), ([{"role": "user"}], "missing_field"),
+        ([{"content": "x"}], "missing_field"), ([{"role": "robot", "content": "x"}], "bad_role"),
+        ([{"role": 3, "content": "x"}], "bad_type"), ([{"role": "user", "content": ["x"]}], "bad_type"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}], "bad_type"),
-        ([{"role": "user", "content": ["x"]}], "bad_type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "bad_type"),
-        ([], "empty"),
         ([{"role": "user", "content": "x"}], "no_target"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}], "no_target"),
     ],
-)
+)  # fmt: skip
 def test_a_chat_that_cannot_be_used_is_rejected_for_its_reason(messages: object, reason: str) -> None:
     documents, rejected = read("messages", {"messages": messages})
 

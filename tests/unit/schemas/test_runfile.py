@@ -25,17 +25,6 @@ def written(tmp_path: Path, text: str = TEXT) -> Path:
     return path
 
 
-def test_values_of_the_file_are_read_and_the_rest_is_default(tmp_path: Path) -> None:
-    run = load_run(written(tmp_path))
-
-    assert run.cache == "c"
-    assert run.documents.corpus == ("a.jsonl", "b.jsonl")
-    assert run.documents.columns == {"prompt": "question"}
-    assert run.teacher.word_layers == (3, 4)
-    assert run.losses == {"mta": {"hid": "off"}}
-    assert run.teacher.dtype == RunConfig().teacher.dtype == "auto"
-
-
 def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
     sets = ["teacher.word_layers=[7]", "workers=1", "workers=2", "losses.sra.p=0.5", "teacher.model=a b/c"]
     run = load_run(written(tmp_path), [*sets, "train.lr=1e-3"])

@@ -107,11 +107,8 @@ def test_what_typer_refuses_is_one_line_too_and_json_where_asked(capsys, monkeyp
     def work(count: int, deep: bool = False) -> None:
         raise AssertionError
 
-    for words, said in (
-        (["x"], "Invalid value for 'count'"),
-        ([], "Missing argument 'count'"),
-        (["1", "--depp"], "No such option: --depp"),
-    ):
+    invalid, missing, unknown = "Invalid value for 'count'", "Missing argument 'count'", "No such option: --depp"
+    for words, said in ((["x"], invalid), ([], missing), (["1", "--depp"], unknown)):
         monkeypatch.setattr(sys, "argv", ["xkd-cache", *words])
         code, out, err = left(capsys, app)
         assert (code, out, err.count("\n")) == (2, "", 1)
