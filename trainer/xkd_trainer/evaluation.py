@@ -111,7 +111,7 @@ def answer_prompts(request: Request, prompts: Sequence[str], *, seed: int | None
     check_ids(tokens[0].ids, encoder.tokenizer, len(model.get_input_embeddings().weight))
     return generate(
         model, encoder.tokenizer, [t.ids[:start] for t, start in zip(tokens, starts, strict=True)], seed=seed,
-        ends=find_turn_ends(model, encoder.tokenizer, ((t.ids, t.kinds, t.targets) for t in tokens)),
+        ends=find_turn_ends(model, encoder.tokenizer, tokens),
         max_new_tokens=request.max_new_tokens,
     )  # fmt: skip
 
@@ -133,7 +133,7 @@ def rouge_l(
         segment = next(s for s in document.segments if s.target)
         references.append(several.get(document.line) or [document.text[segment.start : segment.end]])
     means = []
-    ends = find_turn_ends(model, tokenizer, ((t.ids, t.kinds, t.targets) for _, t in pairs))
+    ends = find_turn_ends(model, tokenizer, (tokens for _, tokens in pairs))
     for number, seed in enumerate(request.seeds, start=1):
         with Progress(f"generate, seed {number} of {len(request.seeds)}", len(prompts), of="responses"):
             responses = generate(
