@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import tiny_models as tiny
 from xkd_pipeline.stages import align_stage
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.tokens import CONTENT, END
+from xkd_schemas.tokens import CONTENT, END, OK, Tokens
 from xkd_trainer.evaluation import Request, evaluate_student
 from xkd_trainer.training.files import find_turn_ends
 from xkd_trainer.training.loop import train
@@ -66,5 +66,6 @@ def test_ends_that_a_pretrained_student_came_with_are_kept() -> None:
     model, tokenizer = tiny.llama("sentencepiece"), tiny.tokenizer_of("sentencepiece")
     model.generation_config = GenerationConfig(eos_token_id=[5, 9])
 
-    learnt = (np.array([4, 7]), np.array([CONTENT, END]), np.array([True, True]))
+    ids, kinds, yes = np.array([4, 7], np.int32), np.array([CONTENT, END], np.uint8), np.array([True, True])
+    learnt = Tokens(status=OK, num_chars=1, ids=ids, spans=np.zeros((2, 2), np.int32), kinds=kinds, targets=yes)
     assert find_turn_ends(model, tokenizer, [learnt]) == sorted({5, 7, 9, tokenizer.eos_token_id})

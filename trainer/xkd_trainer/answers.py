@@ -139,7 +139,7 @@ class Answering:
                 continue
             check_ids(tokens.ids, encoder.tokenizer, len(model.get_input_embeddings().weight))
             prompts += [(document.line, sample, prompt) for sample in range(self.how.n)]
-            learnt.append((tokens.ids, tokens.kinds, tokens.targets))
+            learnt.append(tokens)
         ends = find_turn_ends(model, encoder.tokenizer, learnt)
         for first in range(0, len(prompts), self.how.batch_size):
             batch = prompts[first : first + self.how.batch_size]

@@ -19,13 +19,13 @@ from xkd_schemas.progress import Progress
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import OK, Tokens
 from xkd_trainer.models import generation
-from xkd_trainer.models.bits_per_byte import bits_per_byte, make_batches
+from xkd_trainer.models.bits_per_byte import make_batches
 from xkd_trainer.models.compute_dtype import choose_dtype, this_device
 from xkd_trainer.models.forward import check_ids
 from xkd_trainer.models.generation import find_turn_ends, reader_of, seed_of, speaker_of
 from xkd_trainer.models.loading import check_model_name
 from xkd_trainer.models.lora import base_of
-from xkd_trainer.training.held_out import Agreement, read_held_out
+from xkd_trainer.training.held_out import read_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +67,13 @@ def evaluate_student(request: Request) -> dict[str, Any]:
     name = str(request.student)
     check_model_name(base_of(name))
     encoder = _reader_of(request)
-    held = read_held_out(request.data, request.form, request.columns, encoder)
+    held = read_held_out(request.data, request.form, request.columns, encoder, request.shards)
     tokenizer, (model, dtype) = encoder.tokenizer, _model_of(request)
     held.check_ids(model, tokenizer)
     result: dict[str, Any] = {
         "documents": len(held.pairs), "unusable": held.unusable, "template": encoder.template, "dtype": dtype,
-        **bits_per_byte(model, held.pairs),
+        **held.measure(model),
     }  # fmt: skip
-    if request.shards is not None:
-        result |= Agreement(tokenizer, request.shards, held.doc_ids).measure(model)
     if request.rouge:
         chosen = held.pairs[: request.limit] if request.limit else held.pairs
         result |= rouge_l(model, tokenizer, chosen, request, held.references)
@@ -111,7 +109,7 @@ def answer_prompts(request: Request, prompts: Sequence[str], *, seed: int | None
     check_ids(tokens[0].ids, encoder.tokenizer, len(model.get_input_embeddings().weight))
     return generate(
         model, encoder.tokenizer, [t.ids[:start] for t, start in zip(tokens, starts, strict=True)], seed=seed,
-        ends=find_turn_ends(model, encoder.tokenizer, ((t.ids, t.kinds, t.targets) for t in tokens)),
+        ends=find_turn_ends(model, encoder.tokenizer, tokens),
         max_new_tokens=request.max_new_tokens,
     )  # fmt: skip
 
@@ -133,7 +131,7 @@ def rouge_l(
         segment = next(s for s in document.segments if s.target)
         references.append(several.get(document.line) or [document.text[segment.start : segment.end]])
     means = []
-    ends = find_turn_ends(model, tokenizer, ((t.ids, t.kinds, t.targets) for _, t in pairs))
+    ends = find_turn_ends(model, tokenizer, (tokens for _, tokens in pairs))
     for number, seed in enumerate(request.seeds, start=1):
         with Progress(f"generate, seed {number} of {len(request.seeds)}", len(prompts), of="responses"):
             responses = generate(

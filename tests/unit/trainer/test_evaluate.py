@@ -22,9 +22,10 @@ from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import CONTENT, Tokens
 from xkd_trainer import evaluation as evaluate
 from xkd_trainer.data.cache import Cache
-from xkd_trainer.evaluation import Request, bits_per_byte, evaluate_student, generate, rouge_l
+from xkd_trainer.evaluation import Request, evaluate_student, generate, rouge_l
 from xkd_trainer.losses.ops.vocabulary import shared_vocabulary
 from xkd_trainer.models import generation
+from xkd_trainer.models.bits_per_byte import bits_per_byte
 from xkd_trainer.models.generation import _Draw, repeats
 from xkd_trainer.training import held_out
 from xkd_trainer.training.held_out import Agreement

@@ -76,8 +76,10 @@ def test_the_union_has_the_rows_of_one_cache_of_all_documents(both: CacheUnion) 
     assert texts == [whole.documents[int(row)]["text"] for row in whole.usable]
     for most in (2, 99):
         for one, other in zip(both.rows_of_student(most), whole.rows_of_student(most), strict=True):
-            assert all(map(np.array_equal, one, other))
-    ends = [ids.tolist() for ids, _, _ in both.rows_of_student(2)]
+            assert all(
+                np.array_equal(getattr(one, name), getattr(other, name)) for name in ("ids", "kinds", "targets")
+            )
+    ends = [tokens.ids.tolist() for tokens in both.rows_of_student(2)]
     assert ends == [whole.students[int(row)]["token_ids"].tolist() for row in whole.usable[[0, -1]]]
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,11 +20,10 @@ from xkd_schemas.documents import DOCUMENTS_READ, DOCUMENTS_VERSION, schema_of
 from xkd_schemas.durable_files import inside, sha256_of
 from xkd_schemas.errors import BadData, InputMissing, Mismatch, UsageError
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, signals_schema, teacher_schema
-from xkd_schemas.tokens import STUDENTS, STUDENTS_VERSION, Bools, Int32s
+from xkd_schemas.tokens import STUDENTS, STUDENTS_VERSION, Int64s, Tokens, tokens_at
 from xkd_trainer.models.architecture import Head
 from xkd_trainer.models.compute_dtype import dtype_named
 
-Int64s = npt.NDArray[np.int64]
 Size = Annotated[int, Field(gt=0, lt=2**31)]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -183,12 +181,11 @@ class Cache:
         found = [signal for table in (self.teachers, *self.beside) for signal in _signals_of(table)]
         return tuple(sorted(found, key=lambda signal: signal.top or 0))  # readers take the last: the most classes
 
-    def rows_of_student(self, most: int) -> Iterator[tuple[Int32s, npt.NDArray[np.uint8], Bools]]:
-        """Ids, kinds and targets of some usable rows, as far from each other as can be."""
+    def rows_of_student(self, most: int) -> Iterator[Tokens]:
+        """The student's tokens of some usable rows, as far from each other as can be."""
         for place in np.unique(np.linspace(0, len(self.usable) - 1, most).astype(np.int64)):
             cache, row = self.at(self.usable[place])
-            student = cache.students[row]
-            yield student["token_ids"], student["token_kinds"], student["targets"]
+            yield tokens_at(cache.students[row])
 
     def same_tokens(self) -> tuple[int, int]:
         """How many usable rows have the same token ids in both tables, and how many usable rows there are."""

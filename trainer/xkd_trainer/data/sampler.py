@@ -16,8 +16,9 @@ import numpy as np
 from xkd_schemas.config import TrainSection
 from xkd_schemas.console import rank
 from xkd_schemas.signals import Signal
+from xkd_schemas.tokens import Int64s
 from xkd_trainer.data.batch import Batch, blank
-from xkd_trainer.data.cache import Cache, Int64s
+from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
 
 T = TypeVar("T")

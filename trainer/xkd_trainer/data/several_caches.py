@@ -17,7 +17,8 @@ import numpy as np
 from xkd_schemas.cache.manifest import refuse_differences
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import Signal
-from xkd_trainer.data.cache import Cache, Constants, Int64s, plain_column
+from xkd_schemas.tokens import Int64s
+from xkd_trainer.data.cache import Cache, Constants, plain_column
 
 
 def parse_shards(text: str) -> tuple[Path, str, float]:

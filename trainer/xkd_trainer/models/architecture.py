@@ -144,7 +144,7 @@ def tokens_of_any(model: PreTrainedModel) -> Tensor:
 
 
 @contextlib.contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while: no dropout, and no random number drawn."""
     training = model.training
     model.eval()

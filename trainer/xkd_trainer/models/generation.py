@@ -21,16 +21,13 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from xkd_schemas.config import AUTO, GenerationSection
 from xkd_schemas.text.encode import Encoder
 from xkd_schemas.text.templates import CHAT, chosen_template
-from xkd_schemas.tokens import END, Bools, Int32s
+from xkd_schemas.tokens import END, Int32s, Tokens
 from xkd_trainer.models.compute_dtype import dtype_named, warn_of_slow_dtype
 from xkd_trainer.models.forward import check_model
 from xkd_trainer.models.loading import load_tokenizer
 from xkd_trainer.models.lora import load_student
 from xkd_trainer.models.padding import pad
 from xkd_trainer.run_folder import read_provenance
-
-Learnt = tuple[Int32s, np.ndarray[Any, np.dtype[np.uint8]], Bools]
-"""Ids, kinds and targets of one row of a student."""
 
 
 def reader_of(name: str, template: str | None, enable_thinking: bool | None, max_tokens: int) -> Encoder:
@@ -52,7 +49,7 @@ def speaker_of(name: str, dtype: str, device: str) -> PreTrainedModel:
     return model
 
 
-def find_turn_ends(model: PreTrainedModel, tokenizer: Any, rows: Iterable[Learnt]) -> list[int]:
+def find_turn_ends(model: PreTrainedModel, tokenizer: Any, rows: Iterable[Tokens]) -> list[int]:
     """All ids that end a turn, ascending: of the tokenizer, of the model's generation config, and targets of `rows`.
 
     A chat template may end a turn with another token than the tokenizer's own (`<|im_end|>`, `<end_of_turn>`). A
@@ -60,8 +57,8 @@ def find_turn_ends(model: PreTrainedModel, tokenizer: Any, rows: Iterable[Learnt
     """
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [] if own is None else [own])}
-    for ids_T, kinds_T, targets_T in rows:
-        ends.update(ids_T[(kinds_T == END) & targets_T].tolist())
+    for tokens in rows:
+        ends.update(tokens.ids[(tokens.kinds == END) & tokens.targets].tolist())
     return sorted(map(int, ends))
 
 

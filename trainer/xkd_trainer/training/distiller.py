@@ -20,6 +20,7 @@ from xkd_trainer.losses.ops.shared_pass import Planned
 from xkd_trainer.losses.registry import describe_weights, term_weights
 from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.forward import rehearse, run
+from xkd_trainer.models.lora import trained
 
 
 class Distiller(nn.Module):
@@ -142,7 +143,7 @@ class Distiller(nn.Module):
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, object]]:
         """AdamW groups: student with and without decay, and the projectors of each loss that has any."""
-        student = [p for p in self.student.parameters() if p.requires_grad]
+        student = [*trained(self.student).values()]
         groups: list[dict[str, object]] = [
             {"params": [p for p in student if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
             {"params": [p for p in student if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
@@ -153,7 +154,7 @@ class Distiller(nn.Module):
         """Of the projectors of each loss that has any."""
         return [
             {
-                "params": [p for p in self.losses[name].parameters() if p.requires_grad],
+                "params": [*trained(self.losses[name]).values()],
                 "lr": how.projector_lr,
                 "weight_decay": how.projector_weight_decay,
             }
@@ -162,8 +163,7 @@ class Distiller(nn.Module):
 
     def trained_projectors(self) -> dict[str, Projectors]:
         """How the projectors of each loss that has any are trained."""
-        learns = {name: any(p.requires_grad for p in loss.parameters()) for name, loss in self.losses.items()}
-        return {name: how for name, how in self.projectors.items() if learns[name]}
+        return {name: how for name, how in self.projectors.items() if trained(self.losses[name])}
 
 
 TINY = torch.finfo(torch.float32).tiny  # smallest denominator that is not 0

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from xkd_schemas.cache.manifest import OWN
 from xkd_schemas.durable_files import digest, disk_errors, own_folder, replace, save_folder, sha256_of, sync_folder
 from xkd_schemas.errors import UsageError
-from xkd_trainer.models.generation import Learnt, find_turn_ends
+from xkd_schemas.tokens import Tokens
+from xkd_trainer.models.generation import find_turn_ends
 from xkd_trainer.models.loading import check_student, load_tokenizer, save_tensors, stored_dtype, tensor_errors
 from xkd_trainer.models.lora import base_of, load_student
 from xkd_trainer.run_folder import BEST, METRICS, PROVENANCE, UNFINISHED, read_provenance
@@ -142,7 +143,7 @@ def _load(path: Path) -> Snapshot:
 
 
 def export_student(
-    out: Path, student: PreTrainedModel, tokenizer: Any, fingerprint: Mapping[str, Any], rows: Iterable[Learnt],
+    out: Path, student: PreTrainedModel, tokenizer: Any, fingerprint: Mapping[str, Any], rows: Iterable[Tokens],
     card: str = "",
 ) -> None:  # fmt: skip
     """Save weights (safetensors), configuration, tokenizer, and last `xkd.json`, the mark of a finished folder.

@@ -49,36 +49,6 @@ def check_evaluation(train: TrainSection) -> None:
             raise UsageError(f"{flag} {getattr(train, name)} without {missing}", fix=f"add {missing}, or leave it out")
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Documents of held-out rows, and their tokens."""
-
-    pairs: list[tuple[Document, Tokens]]
-    unusable: int  # rows that gave no document, or one without tokens
-    references: Mapping[int, list[str]]  # by line, of rows that have several
-
-    @property
-    def doc_ids(self) -> set[str]:
-        """Of all documents that have tokens."""
-        return {document.doc_id for document, _ in self.pairs}
-
-    def check_ids(self, model: PreTrainedModel, tokenizer: Any) -> None:
-        """UsageError where a token has no embedding."""
-        for _, tokens in self.pairs:
-            check_ids(tokens.ids, tokenizer, len(model.get_input_embeddings().weight))
-
-
-def read_held_out(data: str | Path, form: str, columns: Mapping[str, str], encoder: Encoder) -> HeldOut:
-    """Read a file, folder, address or data set; BadData where no row can be used."""
-    documents, rejected, references = held_out_documents(data, form, columns)
-    encoder.check(documents[:TRIED])
-    pairs = [(d, t) for d, t in zip(documents, encoder.encode_batch(documents), strict=True) if t.status == OK]
-    if not pairs:
-        first = f"; the first: row {rejected[0].line}, {rejected[0].detail}" if rejected else ""
-        raise BadData(f"{data}: no row can be used{first}", fix="name the columns with --column")
-    return HeldOut(pairs, len(rejected) + len(documents) - len(pairs), references)
-
-
 class Agreement:
     """Share of exact pairs at whose positions student and teacher would say the same next token, in percent.
 
@@ -90,7 +60,7 @@ class Agreement:
         Mismatch: One of the documents is not in the cache.
     """
 
-    def __init__(self, tokenizer: Any, shards: Path, doc_ids: Set[str]) -> None:
+    def __init__(self, tokenizer: Any, shards: str | Path, doc_ids: Set[str]) -> None:
         shards, table = folder_and_table(str(shards))
         self._cache = cache = Cache(shards, student=find_student(shards, identity(tokenizer), table))
         if ARGMAX not in cache.signals:
@@ -133,6 +103,42 @@ def _count_agreeing(model: PreTrainedModel, batch: Batch, translated: Tensor) ->
     return same, int(batch.pair_valid_BE.sum())
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Documents of held-out rows, and their tokens."""
+
+    pairs: list[tuple[Document, Tokens]]
+    unusable: int  # rows that gave no document, or one without tokens
+    references: Mapping[int, list[str]]  # by line, of rows that have several
+    doc_ids: set[str]  # of all documents that have tokens
+    agreement: Agreement | None  # where the cache of these rows is named
+
+    def check_ids(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        """UsageError where a token has no embedding."""
+        for _, tokens in self.pairs:
+            check_ids(tokens.ids, tokenizer, len(model.get_input_embeddings().weight))
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """bytes and bits_per_byte of a student, and what `Agreement` measures."""
+        found = bits_per_byte(model, self.pairs)
+        return found if self.agreement is None else found | self.agreement.measure(model)
+
+
+def read_held_out(
+    data: str | Path, form: str, columns: Mapping[str, str], encoder: Encoder, shards: str | Path | None
+) -> HeldOut:
+    """Read a file, folder, address or data set; BadData where no row can be used, and what `Agreement` raises."""
+    documents, rejected, references = held_out_documents(data, form, columns)
+    encoder.check(documents[:TRIED])
+    pairs = [(d, t) for d, t in zip(documents, encoder.encode_batch(documents), strict=True) if t.status == OK]
+    if not pairs:
+        first = f"; the first: row {rejected[0].line}, {rejected[0].detail}" if rejected else ""
+        raise BadData(f"{data}: no row can be used{first}", fix="name the columns with --column")
+    ids = {document.doc_id for document, _ in pairs}
+    agreement = Agreement(encoder.tokenizer, shards, ids) if shards else None
+    return HeldOut(pairs, len(rejected) + len(documents) - len(pairs), references, ids, agreement)
+
+
 class Evaluations:
     """The evaluations of one run; `state` goes into its checkpoints.
 
@@ -143,10 +149,9 @@ class Evaluations:
         self.settings, self.out = config.train, Path(config.train.out)
         reading = reading_of(ready.cache.students.manifest.spec["encoder"])
         encoder, documents = Encoder(tokenizer=ready.tokenizer, **reading), config.documents
-        self.held = read_held_out(self.settings.eval_data, documents.form, documents.columns, encoder)
+        given = self.settings.eval_data, documents.form, documents.columns, encoder, self.settings.eval_shards
+        self.held = read_held_out(*given)
         self.held.check_ids(ready.distiller.student, ready.tokenizer)
-        shards = self.settings.eval_shards
-        self._agreement = Agreement(ready.tokenizer, Path(shards), self.held.doc_ids) if shards else None
         self.state: dict[str, Any] = {"step": 0, "bits_per_byte": float("inf"), "stale": 0, "sha256": ""}
         self._saved = 0  # step of the best evaluation that the newest checkpoint knows of
 
@@ -176,9 +181,7 @@ class Evaluations:
 
     def measure(self, student: PreTrainedModel, step: int, accelerator: Accelerator) -> dict[str, float]:
         """Evaluate a student in eval mode, and note whether it is the best."""
-        found: dict[str, float] = bits_per_byte(student, self.held.pairs)
-        if self._agreement is not None:
-            found |= self._agreement.measure(student)
+        found = self.held.measure(student)
         numbers = torch.tensor(list(found.values()), dtype=torch.float64, device=accelerator.device)
         mean = accelerator.reduce(numbers, reduction="mean").tolist()
         values = {f"eval.{name}": value for name, value in zip(found, mean, strict=True)}

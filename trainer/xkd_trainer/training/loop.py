@@ -20,6 +20,7 @@ from xkd_schemas.errors import DiskFailed, Mismatch, NonFinite, OutOfMemory, Usa
 from xkd_schemas.progress import Progress
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.sampler import Order, StepBatches, learning_rate, prefetch
+from xkd_trainer.models.architecture import evaluating
 from xkd_trainer.models.lora import trained_state
 from xkd_trainer.run_folder import METRICS, evaluation_of, read_lines
 from xkd_trainer.training import devices
@@ -225,10 +226,8 @@ class _Run:
         """Measure the student on held-out rows where that is due, and keep it where it is the best."""
         found, step = self.evaluations, self.done
         if found is not None and found.is_due(step, self.total):
-            self.module.eval()
-            with devices.whole_root(self.module):
+            with evaluating(self.module), devices.whole_root(self.module):
                 values = found.measure(self.distiller.student, step, self.accelerator)
-            self.module.train()
             weights = devices.gather(trained_state(self.distiller.student))
             if records is not None:
                 records.write(step, values)

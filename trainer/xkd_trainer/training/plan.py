@@ -61,13 +61,14 @@ def plan_training(run: RunConfig, student_table: str = "") -> dict[str, Any]:
         student = student.to_empty(device=device)
         student.tie_weights()
         kept = _activations(student, documents, longest, run.train.mixed_precision)
-    learnt = [*trained(student).values(), *_learnt(losses.values())]
+    projectors = [*trained(nn.ModuleDict(losses)).values()]
+    learnt = [*trained(student).values(), *projectors]
     head_Vd = student.get_output_embeddings().weight
     step = _tensor_bytes(batch_of(cache, rows, opened.wanted))
     heads = [one.sizes.vocab_size for one, name in read if name == "head"]
     parts = {
         "process": _resident(),
-        "weights": _size(student.parameters()) + _size(_learnt(losses.values())),
+        "weights": _size(student.parameters()) + _size(projectors),
         "teacher's head and embeddings": sum(read.values()),
         "gradients": _size(learnt),
         "optimizer": sum(_state_bytes(run.train.optimizer, parameter) for parameter in learnt),
@@ -78,7 +79,7 @@ def plan_training(run: RunConfig, student_table: str = "") -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in student.parameters()),
         "trained": sum(p.numel() for p in trained(student).values()),
-        "projectors": sum(p.numel() for p in _learnt(losses.values())),
+        "projectors": sum(p.numel() for p in projectors),
         "documents": documents, "tokens": longest, "device": device, "bytes": parts, "total": sum(parts.values()),
     }  # fmt: skip
 
@@ -165,10 +166,6 @@ def _logits(head_Vd: Tensor, positions: int, teacher_classes: int) -> int:
     chunk = min(4 * len(head_Vd) * positions, PASS_BYTES)
     slope = 4 * head_Vd.numel() if head_Vd.requires_grad else 0
     return chunk + slope + 2 * min(4 * teacher_classes * positions, WIDER * CHUNK_BYTES)
-
-
-def _learnt(losses: Iterable[nn.Module]) -> list[nn.Parameter]:
-    return [p for loss in losses for p in loss.parameters() if p.requires_grad]
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

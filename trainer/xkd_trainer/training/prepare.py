@@ -35,7 +35,7 @@ from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named
 from xkd_trainer.models.forward import check_model, checkpoint_blocks, compile_blocks
 from xkd_trainer.models.loading import load_model, load_tokenizer, new_model, stored_dtype
-from xkd_trainer.models.lora import add_adapter, base_of, quantization
+from xkd_trainer.models.lora import add_adapter, base_of, quantization, trained
 from xkd_trainer.models.streaming import empty_model
 from xkd_trainer.training.distiller import Distiller
 
@@ -262,7 +262,7 @@ def _projectors(run: RunConfig, losses: Mapping[str, nn.Module]) -> dict[str, Pr
         values = run.losses.get(name, {})
         found[key] = loss_named(name).parse_projectors(values, run.train.projector_lr)
         idle = sorted(set(values) & set(Projectors.model_fields))
-        if idle and not any(p.requires_grad for p in loss.parameters()):
+        if idle and not trained(loss):
             raise UsageError(f"losses.{name}.{idle[0]}: {name} has no projectors here", fix=f"leave out {idle[0]}")
     return found
 

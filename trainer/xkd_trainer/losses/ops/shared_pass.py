@@ -16,7 +16,6 @@ Shape legend for this file
     P positions of a part    D width    V classes    K sums
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from xkd_schemas.text.batches import pieces_of
 
 from xkd_trainer.losses.ops.divergence import Comparison
 from xkd_trainer.losses.ops.lazy_logits import HeadSlopes, LazyLogits, Made, make_at_once, rows_at_once
@@ -168,12 +168,10 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[tuple[slice, list[sli
     >>> list(batches([2, 0, 1, 5], 3))
     [(slice(0, 3, None), [slice(0, 3, None)]), (slice(3, 4, None), [slice(3, 6, None), slice(6, 8, None)])]
     """
-    ends, first = [0, *accumulate(lengths)], 0
-    while ends[first] < ends[-1]:
-        start = ends[first]
-        last = max(bisect_right(ends, start + size) - 1, bisect_right(ends, start))
-        yield slice(first, last), list(slices(start, ends[last], size))
-        first = last
+    ends = [0, *accumulate(lengths)]
+    for first, last in pieces_of(lengths, size):
+        if chunks := list(slices(ends[first], ends[last], size)):
+            yield slice(first, last), chunks
 
 
 class _Pass:
