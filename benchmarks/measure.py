@@ -158,7 +158,7 @@ def table(results: Sequence[Result]) -> str:
     """Aligned lines for people.
 
     >>> print(table([Row(what="a / b", ratio=2.0, bar=6, at_least=True, ours=3, theirs=6, unit="ms")]))
-    a / b    2.00  >= 6     NOT MET  3 / 6 ms
+    a / b    2.00  >= 6    NOT MET  3 / 6 ms
     """
     width = max((len(r.what) for r in results), default=0)
     return "\n".join(f"{r.what:<{width}}  {_figures(r)}" for r in results)

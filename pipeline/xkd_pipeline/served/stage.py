@@ -26,6 +26,7 @@ from xkd_schemas.config import RunConfig, TeacherSection, dtype_name
 from xkd_schemas.durable_files import save_folder, sha256_of
 from xkd_schemas.errors import BadData, UsageError
 from xkd_schemas.signals import TEACHERS_VERSION, Signal, signal_named, teacher_schema
+from xkd_schemas.text.encode import Encoder
 from xkd_schemas.text.templates import chosen_template
 from xkd_schemas.tokens import OK, NotUsable, Tokens, kept_rows, predictors
 from xkd_trainer.models.architecture import Head, backbone, head_of, num_layers
@@ -37,40 +38,31 @@ IMPORT_VERSION: Final = 1  # bump when the same rows would give other bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Import:
-    """What is imported, and how the teacher reads documents; `settings` have no template "auto"."""
-
-    rows: Rows
-    tokenizer: str
-    settings: TeacherSection  # `model` is "" where nobody has the teacher's weights here
-    max_reject: float = 0.01  # share of documents that may be refused
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ImportStage(TableStage):
-    """Takes the rows of the documents of one shard."""
+    """Takes the rows of the documents of one shard, in this process."""
 
-    given: Import
+    given: Rows
+    encoder: Encoder
+    model: PreTrainedModel | None  # None where nobody has the teacher's weights here
+    codec: str
 
     def load(self) -> Make:
-        """Load the tokenizer, and the model where there is one."""
-        settings = self.given.settings
-        encoder, documents = encoder_for(self.given.tokenizer, settings), Table(self.root, "documents")
-        model = teacher_of(model_settings(settings)) if settings.model else None
-        wanted, end = signals_of(self.given.rows, model), padding_of(encoder.tokenizer)
+        """Everything is loaded."""
+        encoder, model, documents = self.encoder, self.model, Table(self.root, "documents")
+        wanted, end = signals_of(self.given, model), padding_of(encoder.tokenizer)
         head = head_of(model) if model else Head(weight_VD=torch.empty(0, 1))
         width = head.weight_VD.shape[1]
-        schema = teacher_schema(wanted, width, settings.codec)
+        schema = teacher_schema(wanted, width, self.codec)
 
         def read(row: Given) -> Served:
-            return read_served(row, self.given.rows.layers, end, model)
+            return read_served(row, self.given.layers, end, model)
 
         def make(unit: int, care: MadeDifferently) -> Commit:
             rows = documents_of(documents.shard(unit), care.lost)
             tokens = encoder.encode_batch(rows.block)
             if model:
                 check_ids(tokens.ids, encoder.tokenizer, len(model.get_input_embeddings().weight))
-            given = self.given.rows.of_documents(rows.doc_ids, [one.ids for one in tokens], end, read)
+            given = self.given.of_documents(rows.doc_ids, [one.ids for one in tokens], end, read)
             taken, rejects, statuses = [], [], list(tokens.statuses)
             for at, (one, served) in enumerate(zip(tokens, given, strict=True)):
                 try:
@@ -80,7 +72,7 @@ class ImportStage(TableStage):
                     taken.append(empty_columns(wanted, width))
                     rejects.append({"doc_id": rows.doc_ids[at], "row": at, "reason": why.reason, "detail": str(why)})
             tokens = tokens.with_statuses(statuses)
-            stored, errors = encode_signals(taken, wanted, settings.codec, head)
+            stored, errors = encode_signals(taken, wanted, self.codec, head)
             columns = {"doc_id": rows.doc_ids, **token_columns(tokens), **stored.columns}
             sums = (sum_moments(tokens, taken, model) if model else {}) | errors
             counts = token_counts(rows.block.texts, tokens)
@@ -167,39 +159,42 @@ def model_settings(settings: TeacherSection) -> TeacherSettings:
     return TeacherSettings(**settings.model_dump() | {"dtype": dtype})
 
 
-def import_table(root: Path, name: str, given: Import) -> Built:
-    """Make the table teachers/NAME of rows that were computed elsewhere.
+def import_table(run: RunConfig, name: str, tokenizer: str, settings: TeacherSection, given: Rows) -> Built:
+    """Make the table teachers/NAME of rows that were computed elsewhere; `settings` have no template "auto".
 
     Raises:
         InputMissing: The documents table is not finished.
         Mismatch: The table was begun with other rows or settings.
-        BadData: More documents are refused than `max_reject` allows.
+        BadData: More documents are refused than `documents.max_reject` allows.
     """
+    root, most = Path(run.cache), run.documents.max_reject
     with locked(root):
-        documents, settings = Table(root, "documents"), given.settings
-        encoder = encoder_for(given.tokenizer, settings, documents)
+        documents = Table(root, "documents")
+        encoder = encoder_for(tokenizer, settings, documents)
         model = teacher_of(model_settings(settings)) if settings.model else None
         spec = {
             "schema": TEACHERS_VERSION,
             "documents": documents.manifest.root,
             "weights": weights_identity(settings.model) if settings.model else {"served": name},
             "encoder": encoder.identity(),
-            "signals": sorted(signal.column for signal in signals_of(given.rows, model)),
+            "signals": sorted(signal.column for signal in signals_of(given, model)),
             "dtype": model_settings(settings).dtype if settings.model else "float32",
             "codec": settings.codec,
-            "imported": {"version": IMPORT_VERSION, "rows": [sha256_of(path) for path in given.rows.paths]},
+            "imported": {"version": IMPORT_VERSION, "rows": [sha256_of(path) for path in given.paths]},
         }
         store = Store(root, f"teachers/{name}", spec)
-        stage = ImportStage(root=root, folder=store.folder, given=given)
+        stage = ImportStage(
+            root=root, folder=store.folder, given=given, encoder=encoder, model=model, codec=settings.codec
+        )
 
         def watch(commits: Sequence[Commit]) -> None:
             refused = [commit.rejects for commit in commits if commit.rejects]
             number = sum(one.rows for one in refused)
-            if number > given.max_reject * len(documents):
+            if number > most * len(documents):
                 first = (store.folder / "rejects" / refused[0].file).read_text().splitlines()[0]
                 raise BadData(
                     f"{number} of {len(documents)} documents are refused, more than --max-reject "
-                    f"{given.max_reject:g} allows; the first: {first}; all: {store.folder / 'rejects'}",
+                    f"{most:g} allows; the first: {first}; all: {store.folder / 'rejects'}",
                     kept="every finished shard",
                     fix="ask again for these documents, or --max-reject 1 leaves them out",
                 )
@@ -207,7 +202,7 @@ def import_table(root: Path, name: str, given: Import) -> Built:
         def finish(commits: Sequence[Commit]) -> tuple[dict[str, Any], dict[str, str]]:
             constants: dict[str, Any] = {"template": settings.template}
             if model is None:
-                constants["vocab_size"] = classes_of(given.tokenizer)
+                constants["vocab_size"] = classes_of(tokenizer)
                 return constants, save_folder(store.folder / "tokenizer", encoder.tokenizer.save_pretrained)
             constants |= constants_of(model) | measured_constants(commits, ("hidden", "embedding"))
             return constants, export(model, settings.model, store.folder)
@@ -237,8 +232,7 @@ def import_stage(run: RunConfig, rows: Sequence[str], layers: Sequence[int] = ()
     found = Rows(rows, layers)
     if any(signal_named(column).kind.wide for column in found.columns) and not settings.model:
         raise UsageError("states are of no use without the teacher's head", fix="add --model FOLDER")
-    given = Import(rows=found, tokenizer=tokenizer, settings=settings, max_reject=run.documents.max_reject)
-    built = import_table(root, name, given)
+    built = import_table(run, name, tokenizer, settings, found)
     m = built.manifest
     refused = Counter[str]()
     for commit in m.commits:
