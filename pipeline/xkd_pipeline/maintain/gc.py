@@ -98,7 +98,8 @@ def drop(root: Path, table: str) -> int:
     with locked(root):
         made = [name for name in known if table == f"teachers/{_teacher_of(inside(root, *name.split('/')))}"]
         if made:
-            raise UsageError(f"{', '.join(made)} was made from {table}", fix=f"first: xkd-cache drop {root} {made[0]}")
+            fix = f"first: xkd-cache drop {root} {made[0]}"
+            raise UsageError(f"{', '.join(made)} {'was' if len(made) == 1 else 'were'} made from {table}", fix=fix)
         size = bytes_below(folder)
         with disk_errors(folder):
             remove(folder / "manifest.json")
