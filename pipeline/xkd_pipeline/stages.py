@@ -27,7 +27,7 @@ from xkd_schemas.errors import UsageError, XkdError
 from xkd_schemas.signals import Signal
 from xkd_schemas.text.templates import chosen_template
 from xkd_trainer.losses.declaration import Levels
-from xkd_trainer.losses.registry import loss_named
+from xkd_trainer.losses.registry import loss_named, settings_of
 from xkd_trainer.models.compute_dtype import Choice, choose_dtype, dtype_named, this_device
 from xkd_trainer.models.loading import check_model_name, load_tokenizer
 
@@ -115,10 +115,9 @@ def signals_for(run: RunConfig, num_layers: int) -> list[Signal]:
     t = run.teacher
     pairs = teacher_layers(num_layers, t.word_layers, t.phrase_layers)
     levels = Levels(pairs, num_layers=num_layers, states=[layer for layer, _ in pairs])
-    wanted = {Signal("argmax")}
+    wanted, settings = {Signal("argmax")}, settings_of(t.losses, run.losses)
     for name in t.losses:
-        declaration = loss_named(name)
-        wanted.update(declaration.needs(declaration.parse(run.losses.get(name, {})), levels))
+        wanted.update(loss_named(name).needs(settings[name], levels))
     numbered = (replace(s, top=t.samples if s.kind.drawn else t.topk) if s.kind.top else s for s in wanted)
     return sorted(numbered, key=lambda s: s.column)
 
@@ -150,8 +149,7 @@ def teacher_stage(run: RunConfig, workers: Workers | None = None, echo: Callable
     if not t.model:
         raise UsageError("no teacher is named", fix="xkd-cache teacher CACHE --model FOLDER --for mta,sra,dwa")
     check_name(t.name, "--name")
-    for name in t.losses:
-        loss_named(name)
+    settings_of(t.losses, run.losses)  # what is wrong with a loss is said before anything is loaded
     root = Path(run.cache)
     Table(root, "documents")
     check_model_name(t.model)
@@ -231,7 +229,7 @@ def _codec_error(manifest: Any) -> str:
     kl = f", next-token KL {error.pop('kl_nats'):.2g} nats" if "kl_nats" in error else ""
     coded = error and manifest.spec["codec"] != PLAIN
     said = f"; codec {manifest.spec['codec']}: largest relative error {max(error.values()):.2g}{kl}" if coded else ""
-    return said + "".join(f"; {name}: off by {value:.2g}, right on average" for name, value in draws.items())
+    return said + "".join(f"; {name}: relative error {value:.2g}, right on average" for name, value in draws.items())
 
 
 def _dequantized(manifest: Any) -> str:
@@ -263,6 +261,7 @@ def plain_name(model: str) -> str:
 
 def preprocess(run: RunConfig, workers: Workers | None = None, echo: Callable[[str], None] = say) -> list[Outcome]:
     """All three stages in order, as `xkd-cache preprocess`; what is there is reused. `echo` is told of each result."""
+    settings_of(run.teacher.losses, run.losses)  # refuses a misspelt one before the corpus is parsed
     outcomes = []
     for stage in (documents_stage, teacher_stage, align_stage):
         outcomes.append(stage(run, workers, echo))

@@ -58,7 +58,7 @@ def test_the_plan_is_within_five_percent_of_the_shards(captured: Path) -> None:
 def test_capture_says_how_far_off_the_draws_are(captured: Path) -> None:
     error = Table(captured, "teachers/drawn").manifest.constants["codec_error"][COLUMN]
     said = (captured.parent / "said.txt").read_text()
-    assert f"{COLUMN}: off by {error:.2g}, right on average" in said
+    assert f"{COLUMN}: relative error {error:.2g}, right on average" in said
     assert "codec" not in said
 
 

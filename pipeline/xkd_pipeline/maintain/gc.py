@@ -99,7 +99,8 @@ def drop(root: Path, table: str) -> int:
         plans = ((name, record_or_none(inside(root, *name.split("/"), "plan.json"), Plan)) for name in known)
         made = [name for name, plan in plans if plan and table == f"teachers/{plan.spec.get('teacher', '')}"]
         if made:
-            raise UsageError(f"{', '.join(made)} was made from {table}", fix=f"first: xkd-cache drop {root} {made[0]}")
+            fix = f"first: xkd-cache drop {root} {made[0]}"
+            raise UsageError(f"{', '.join(made)} {'was' if len(made) == 1 else 'were'} made from {table}", fix=fix)
         size = bytes_below(folder)
         with disk_errors(folder):
             remove(folder / "manifest.json")

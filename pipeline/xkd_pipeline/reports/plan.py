@@ -361,7 +361,7 @@ def _advise(plan: dict[str, Any]) -> Iterator[str]:
     yield f"  {'; '.join(smaller)}: bf16-planes loses nothing, int8 rounds states to 255 steps"
     yield (
         "  drop a loss from --for, or name fewer --word-layers and --phrase-layers: the table above begins with the "
-        "largest signals; --set losses.mta.hid=off drops span_vectors, and rskd instead of kl drops hidden_last"
+        "largest signals; --set losses.mta.hid=off drops span_vectors; rskd, for one tokenizer, needs no hidden_last"
     )
     once = plan["files_bytes"] + plan["tokenizers_bytes"]
     if once < budget:

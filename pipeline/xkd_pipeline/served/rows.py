@@ -58,11 +58,14 @@ class Rows:
         self.paths = [path for name in names for path in _files(Path(name))]
         self.layers = tuple(layers)
         self._places: dict[str, tuple[Path, int]] = {}
-        self.columns: tuple[str, ...] = ()  # of the first row, which every other must have
+        self.columns: tuple[str, ...] = ()  # of the first row that can be used, which every other must have
         self.used: set[str] = set()  # keys of rows that some document asked for
+        self._unusable = ""  # why the first row cannot be used
         for path in self.paths:
             for place, row in read_rows(path):
                 self._note(path, place, row)
+        if self._unusable and not self.columns:
+            raise BadData(self._unusable, fix=HOW)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -72,11 +75,10 @@ class Rows:
         if key in self._places:
             raise UsageError(f"{path}: two rows are of {key}", fix="keep one of them")
         self._places[key] = path, place
-        if not self.columns:
-            try:
-                self.columns = tuple(sorted(parse(row, self.layers).columns))
-            except NotUsable as error:
-                raise BadData(f"{path}: the first row cannot be used: {error}", fix=HOW) from error
+        try:
+            self.columns = self.columns or tuple(sorted(parse(row, self.layers).columns))
+        except NotUsable as error:
+            self._unusable = self._unusable or f"{path}: the first row cannot be used: {error}"
 
     def of_documents(
         self, doc_ids: Sequence[str], ids: Sequence[Int32s], end: int | None, use: Callable[[Given], Used]

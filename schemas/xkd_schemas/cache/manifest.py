@@ -277,13 +277,13 @@ def _short(value: Json) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def refuse_differences(where: Path, ours: Spec, theirs: Spec, *, advice: str) -> None:
-    """Raise Mismatch that names every differing field with both values, or do nothing."""
+def refuse_differences(where: Path, ours: Spec, theirs: Spec, *, advice: str, what: str = "cache") -> None:
+    """Raise Mismatch that names every differing field with both values, or do nothing; `where` holds a `what`."""
     rows = differences(ours, theirs)
     if rows:
-        listed = "; ".join(f"{field}: cache has {theirs_}, this run has {ours_}" for field, ours_, theirs_ in rows[:6])
+        listed = "; ".join(f"{field}: {what} has {b}, this run has {a}" for field, a, b in rows[:6])
         more = f" (and {len(rows) - 6} more)" if len(rows) > 6 else ""
-        raise Mismatch(f"{where} was made for something else: {listed}{more}", kept="the cache as it is", fix=advice)
+        raise Mismatch(f"{where} was made for something else: {listed}{more}", kept=f"the {what} as it is", fix=advice)
 
 
 # Which files a cache may hold: plain files that its manifests name, and no link to anything outside.

@@ -68,9 +68,9 @@ class Row:
         try:
             return self._columns.row(column, self._row)
         except KeyError:
-            raise BadData(
-                f"a shard lacks column {column}", fix="xkd-cache verify CACHE --level deep names it"
-            ) from None
+            known = ", ".join(sorted(self._columns.names))
+            fix = "name one of them; where none was named: xkd-cache verify CACHE --level deep"
+            raise BadData(f"a shard lacks column {column}, it has {known}", fix=fix) from None
 
 
 class Shard:

@@ -113,8 +113,10 @@ def choose_form(
     fitting = {k: sum(all(row.get(c) is not None for c in needed[k]) for row in sample) for k in candidates}
     chosen = max(candidates, key=lambda key: fitting[key])
     if not fitting[chosen]:
+        absent = [column for column in columns.values() if column not in present]
+        wanted = f"has {' and '.join(absent)}" if absent else f"fits {form if form != AUTO else 'any form'}"
         raise UsageError(
-            f"{name}: no row fits {form if form != AUTO else 'any form'}; the rows have {', '.join(present[:20])}",
+            f"{name}: no row {wanted}; the rows have {', '.join(present[:20])}",
             fix="say which column is which, as --column prompt=question --column response=answer",
         )
     few = fitting[chosen] < len(sample)

@@ -309,6 +309,8 @@ def test_other_bad_input_of_teacher_is_one_line(xkd_cache: Cache, odd_files: Pat
     Path("begun").mkdir()
     refused(xkd_cache("teacher", "begun", *model), 66, "Next: xkd-cache documents CORPUS --out begun")
     refused(xkd_cache("teacher", cache, *model, "--for", "mta,sar"), 2, "'sar' is not a loss", "sra")
+    refused(xkd_cache("teacher", cache, *model, "--set", "losses.mat.hid=off"), 2, "'mat' is not a loss", "mta")
+    refused(xkd_cache("teacher", cache, *model, "--for", "sra", "--set", "losses.mta.hdi=off"), 2, "mean 'hid'?")
     refused(xkd_cache("teacher", cache, *model, "--name", "T", "--dtype", "bfloat16"), 78, "dtype", "--name")
     evil = (2, "--name ../T: not a name for a table", "use letters")
     refused(xkd_cache("teacher", cache, *model, "--name", "../T"), *evil)

@@ -169,6 +169,14 @@ def test_a_row_that_does_not_fit_is_refused_with_its_reason_and_the_others_are_w
     assert asked("verify", served, "--level", "deep")[0] == 0
 
 
+def test_a_first_row_that_does_not_fit_is_refused_alone(answers: list[Row], served: Path, tmp_path: Path) -> None:
+    rows = [answers[0] | {"logprobs": [None]}, *answers[1:]]
+
+    said = imported(served, write_rows(tmp_path / "rows.jsonl", rows), "--max-reject", 1, name="first")
+
+    assert said["refused"] == {"bad_values": 1}
+
+
 def test_more_refused_documents_than_allowed_are_one_line_with_the_first(
     answers: list[Row], served: Path, tmp_path: Path
 ) -> None:

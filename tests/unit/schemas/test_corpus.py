@@ -137,6 +137,12 @@ def test_rows_that_fit_nothing_name_their_columns(tmp_path: Path) -> None:
         opened(tmp_path / "a.jsonl", jsonl([{"question": "a", "answer": "b"}]))
 
 
+def test_a_mapped_column_that_no_row_has_is_named(tmp_path: Path) -> None:
+    columns = {"prompt": "questoin", "response": "answer"}
+    with pytest.raises(UsageError, match=r"no row has questoin; the rows have answer, question\. Next: say which"):
+        opened(tmp_path / "a.jsonl", jsonl([{"question": "a", "answer": "b"}]), columns=columns)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -137,6 +137,13 @@ def test_a_shard_that_was_cut_or_has_grown_is_found(tmp_path: Path, end: int | N
         Shard(path, commit)
 
 
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(
+        BadData, match=r"lacks column nope, it has doc_id, flags, labels, spans, values\. Next: name one"
+    ):
+        sealed_table(tmp_path)[0]["nope"]
+
+
 def test_a_missing_shard_says_how_to_get_it_back(tmp_path: Path) -> None:
     table = sealed_table(tmp_path)
     (table.folder / table.manifest.commits[1].file).unlink()

@@ -17,6 +17,7 @@ from one_step import assert_padding_and_cuts_change_nothing, gradients, widen
 from poison import poisoned
 from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.data.batch import Batch, blank
+from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.registry import LOSSES, loss_named
 from xkd_trainer.models.forward import run
@@ -269,6 +270,16 @@ def test_another_tokenizer_and_responses_of_other_length_are_refused(loss: str) 
     made, batch = ready(loss, **SAME)
     with pytest.raises(BadData, match=rf"loss {loss}: one of the rows 3, 19, 0, 11 has responses of different length"):
         made.distiller.counts(replace(batch, teacher_predict_valid_BM=~batch.teacher_predict_valid_BM))
+
+
+@pytest.mark.parametrize("loss", ONE_TOKENIZER)
+def test_another_tokenizer_is_refused_before_the_signals_are_asked_for(
+    loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cache, "require", lambda *_: pytest.fail("a pass of the teacher was asked for"))
+
+    with pytest.raises(UsageError, match="needs one tokenizer"):
+        ready(loss)
 
 
 @pytest.mark.parametrize(("loss", "settings"), [("kl", {}), ("kl", {"divergence": "csd"}), ("rskd", {}), ("fdd", {})])

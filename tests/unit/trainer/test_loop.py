@@ -378,7 +378,7 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(
 ) -> None:
     monkeypatch.setattr(fingerprint, "ORDER", fingerprint.ORDER if changed else "a later one")
 
-    with pytest.raises(Mismatch, match=rf"{field}.*: cache has .*, this run has .*choose another --out"):
+    with pytest.raises(Mismatch, match=rf"{field}.*: checkpoint has .*, this run has .*Kept: the checkpoint"):
         train(run(eight_steps(), **{"loss": "sra", "steps": 8, "save_every": 2, **new(), **changed}), quiet=True)
 
 
@@ -416,7 +416,7 @@ def test_a_run_stopped_while_saving_its_student_finishes_when_it_is_run_again(
     assert train(run(tmp_path, steps=1), quiet=True).steps == 1
     assert not list(tmp_path.glob("*unfinished*"))
     before = contents(tmp_path)
-    with pytest.raises(Mismatch, match=r"holds a student of another run.*choose another --out"):
+    with pytest.raises(Mismatch, match=r"else: steps: student has 1, this run has 2; .*Next: choose another --out"):
         train(run(tmp_path, steps=2), quiet=True)
     assert contents(tmp_path) == before
 

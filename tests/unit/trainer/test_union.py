@@ -224,10 +224,13 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name] / scale, slope / scale, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_one_teacher_twice_at_half_the_weight_has_the_loss_and_gradient_of_one(two: Two) -> None:
+def test_one_teacher_twice_at_half_the_weight_has_the_loss_and_gradient_of_one(
+    two: Two, capsys: pytest.CaptureFixture[str]
+) -> None:
     once, slopes = step([two.first], LOSSES + "+dwa")
     twice, both = step([f"{two.first}=0.5", f"{two.first}=0.5"], LOSSES + "+dwa")
 
+    assert "two of the caches are of one teacher" in capsys.readouterr().err
     assert twice == pytest.approx(once, rel=1e-5)
     assert_close(of_student(both), of_student(slopes))
     learnt = [name for name in slopes if name.startswith("losses.")]

@@ -196,7 +196,7 @@ class Cache:
     @property
     def sizes(self) -> Constants:
         """The teacher's constants; BadData where they cannot be those of a model."""
-        found = ({} if self._has_head else SERVED) | self.teachers.manifest.constants
+        found = ({} if self.has_head else SERVED) | self.teachers.manifest.constants
         for table in self.beside:
             found |= {key: value for key, value in table.manifest.constants.items() if key == "hidden_std"}
         return _parse(Constants, found, self.teachers.folder)
@@ -220,7 +220,7 @@ class Cache:
             raise UsageError(
                 f"loss {loss} needs {', '.join(columns)}, which {self.teachers.folder} does not hold "
                 f"(it holds {', '.join(s.column for s in self.signals)})",
-                fix=add if self._has_head else "of a served teacher, --loss alm reads the log-probabilities",
+                fix=add if self.has_head else "of a served teacher, --loss alm reads the log-probabilities",
             )
 
     def head(self) -> Head:
@@ -236,7 +236,7 @@ class Cache:
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         """`weight` [V, D], of a head maybe `bias` [V]; BadData where the file is damaged or holds anything else."""
-        if not self._has_head:
+        if not self.has_head:
             raise UsageError(
                 f"{self.teachers.folder} is of a served teacher, whose head and embeddings are not in the cache",
                 fix="use --loss alm, or import with --model FOLDER",
@@ -263,7 +263,7 @@ class Cache:
         return {key: tensor.to(dtype) for key, tensor in tensors.items()}
 
     @property
-    def _has_head(self) -> bool:
+    def has_head(self) -> bool:
         """False for a served teacher that was imported without its model."""
         return "head.safetensors" in self.teachers.manifest.files
 

@@ -86,14 +86,11 @@ def pair_layers(
     return tuple(zip(below, beside, strict=True))
 
 
-def refuse_two_tokenizers(who: str, fix: str, context: Context) -> None:
+def refuse_two_tokenizers(who: str, differing: Sequence[str], fix: str = "use dskd_cma or dskd_v2 in --loss") -> None:
     """UsageError where the student's tokenizer is not the teacher's."""
-    if context.tokenizer_differences:
-        raise UsageError(
-            f"{who} needs one tokenizer on both sides, and {' and '.join(context.tokenizer_differences)} of the "
-            "student's and the teacher's differ",
-            fix=fix,
-        )
+    if differing:
+        differ = f"{' and '.join(differing)} of the student's and the teacher's differ"
+        raise UsageError(f"{who} needs one tokenizer on both sides, and {differ}", fix=fix)
 
 
 class OneTokenizerLoss(Loss):
@@ -101,7 +98,7 @@ class OneTokenizerLoss(Loss):
 
     def __init__(self, name: str, context: Context) -> None:
         super().__init__()
-        refuse_two_tokenizers(f"loss {name}", "use dskd_cma or dskd_v2 in --loss", context)
+        refuse_two_tokenizers(f"loss {name}", context.tokenizer_differences)
         self.name = name
         self.classes = max(context.student_vocab.values()) + 1
         """Ids of the tokenizer; heads may have rows beyond them, and not the same number."""
@@ -122,7 +119,7 @@ def refuse_other_tokens(option: str, instead: str, context: Context) -> None:
 
     `option` is the setting that compares token with token, `instead` one that does not.
     """
-    refuse_two_tokenizers(option, f"--set losses.{instead}", context)
+    refuse_two_tokenizers(option, context.tokenizer_differences, f"--set losses.{instead}")
     same, total = context.same_tokens()
     if same == 0:
         raise UsageError(

@@ -7,10 +7,10 @@ cross-entropy included: docs/losses.md has the rule in words, docs/decisions/001
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
-from typing import Final
+from typing import Any, Final
 
 from xkd_schemas.errors import UsageError
 from xkd_trainer.losses.declaration import Declaration, Loss
@@ -73,6 +73,11 @@ def loss_named(name: str) -> Declaration:
             f"{where} is no Declaration named {name!r}", fix="see docs/adding-a-loss.md for what a loss declares"
         )
     return declaration
+
+
+def settings_of(names: Iterable[str], values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings of the named losses and of all that have values; UsageError where a loss or setting is not known."""
+    return {name: loss_named(name).parse(values.get(name, {})) for name in (*names, *sorted(values))}
 
 
 @functools.cache

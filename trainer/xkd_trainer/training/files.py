@@ -224,11 +224,6 @@ def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
     return bool(read_provenance(out).get("run") == json.loads(json.dumps(dict(fingerprint))))
 
 
-def holds_student(out: Path) -> bool:
-    """Whether weights of a student, or of an adapter, lie in a folder."""
-    return any(out.glob("*model*.safetensors"))
-
-
 def was_exporting(out: Path, fingerprint: Mapping[str, Any]) -> bool:
     """True where exactly this run was stopped while it saved its student to `out`."""
     path = out / UNFINISHED

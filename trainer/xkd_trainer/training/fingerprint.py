@@ -43,8 +43,8 @@ def fingerprint_of(run: RunConfig, ready: Ready, total: int) -> dict[str, Any]:
     }
 
 
-def refuse_another_run(out: Path, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Mismatch where the checkpoint in `out` was saved by a run with another fingerprint than `ours`.
+def refuse_another_run(out: Path, ours: Mapping[str, Any], saved: Mapping[str, Any], what: str) -> None:
+    """Mismatch where the checkpoint or student (`what`) in `out` is of a run with another fingerprint than `ours`.
 
     The size of a micro-batch, and which student is exported at the end, may be decided again.
     """
@@ -53,4 +53,4 @@ def refuse_another_run(out: Path, ours: Mapping[str, Any], saved: Mapping[str, A
         {**each, "evaluation": {name: value for name, value in each.get("evaluation", {}).items() if name != "best"}}
         for each in ({**saved, "train": train}, ours)
     )
-    refuse_differences(out, named, found, advice="choose another --out, or the same settings")
+    refuse_differences(out, named, found, advice="choose another --out, or the same settings", what=what)

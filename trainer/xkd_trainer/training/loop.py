@@ -22,14 +22,13 @@ from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.sampler import Order, StepBatches, learning_rate, prefetch
 from xkd_trainer.models.architecture import evaluating
 from xkd_trainer.models.lora import trained_state
-from xkd_trainer.run_folder import METRICS, evaluation_of, read_lines
+from xkd_trainer.run_folder import METRICS, evaluation_of, read_lines, read_provenance
 from xkd_trainer.training import devices
 from xkd_trainer.training.card import card_text
 from xkd_trainer.training.distiller import make_optimizer
 from xkd_trainer.training.files import (
     Snapshot,
     export_student,
-    holds_student,
     is_finished,
     load_newest,
     save,
@@ -136,10 +135,12 @@ class _Run:
         for line in skipped:
             warn(line)
         if snapshot is None:
-            if holds_student(self.out) and not was_exporting(self.out, self.fingerprint):
+            if any(self.out.glob("*model*.safetensors")) and not was_exporting(self.out, self.fingerprint):
+                if saved := read_provenance(self.out).get("run"):
+                    refuse_another_run(self.out, self.fingerprint, saved, "student")
                 raise Mismatch(f"{self.out} holds a student of another run", fix="choose another --out")
             return 0
-        refuse_another_run(self.out, self.fingerprint, snapshot.fingerprint)
+        refuse_another_run(self.out, self.fingerprint, snapshot.fingerprint, "checkpoint")
         if self.evaluations is not None:
             self.evaluations.restore(snapshot.evaluated)
         self.distiller.student.load_state_dict(snapshot.student, strict=False)  # tied weights are stored once

@@ -30,7 +30,8 @@ from xkd_schemas.text.tokenizers import identity
 from xkd_trainer.data.cache import Cache, find_student, layers_of
 from xkd_trainer.data.several_caches import CacheJoin, CacheUnion, parse_shards
 from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant_head
-from xkd_trainer.losses.registry import loss_named, parse_loss
+from xkd_trainer.losses.pairing import refuse_two_tokenizers
+from xkd_trainer.losses.registry import loss_named, parse_loss, settings_of
 from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named
 from xkd_trainer.models.forward import check_model, checkpoint_blocks, compile_blocks
@@ -77,7 +78,7 @@ def open_run(run: RunConfig, student_table: str, *, on_missing: str = "fail", qu
         raise UsageError("no student is named", fix="--student FOLDER, a hub name, or new:llama,layers=4,width=256")
     if run.student.model.startswith("new:") and not run.student.tokenizer:
         raise UsageError("a new student needs a tokenizer", fix="--student-tokenizer FOLDER")
-    _settings(run)  # what is wrong with a loss is said before anything is loaded
+    settings_of(parse_loss(run.train.loss), run.losses)  # what is wrong with a loss is said before anything is loaded
     tokenizer = load_tokenizer(run.student.tokenizer or run.student.model)
     cache, wanted = open_shards(run, tokenizer, student_table, on_missing=on_missing, quiet=quiet)
     return Opened(cache=cache, tokenizer=tokenizer, wanted=wanted)
@@ -111,6 +112,8 @@ def _join(run: RunConfig, caches: Sequence[Cache], weights: Sequence[float]) -> 
             f"--shards: {apart[0]} has other documents than {first.root}, and two of the caches have the same",
             fix="name caches of the same documents, or of different ones",
         )
+    if len({cache.teachers.manifest.root for cache in caches}) < len(caches):
+        warn("--shards: two of the caches are of one teacher, whose losses count once for each of them")
     join = CacheJoin(caches, weights, [_require(run, cache, [cache]) for cache in caches])
     if left := max(len(cache.usable) for cache in caches) - len(join.usable):
         warn(f"{left} documents are left out: a teacher could not read them, or read less of them than another")
@@ -118,11 +121,14 @@ def _join(run: RunConfig, caches: Sequence[Cache], weights: Sequence[float]) -> 
 
 
 def _require(run: RunConfig, cache: Cache, parts: Iterable[Cache]) -> frozenset[Signal]:
-    """The signals that the losses read of a cache; UsageError where one of its parts lacks any."""
-    settings, levels = _settings(run), _levels(cache)
-    needs = {name: loss_named(name).needs(settings[name], levels) for name in parse_loss(run.train.loss)}
+    """The signals that the losses read of a cache; UsageError where a part lacks any or has two tokenizers."""
+    names, levels = parse_loss(run.train.loss), _levels(cache)
+    settings = settings_of(names, run.losses)
+    needs = {name: loss_named(name).needs(settings[name], levels) for name in names}
     for part in parts:
         for name, signals in needs.items():
+            if loss_named(name).one_tokenizer and part.has_head:  # before a pass of the teacher is asked for
+                refuse_two_tokenizers(f"loss {name}", _tokenizer_differences(part))
             part.require(name, signals)
     return frozenset(signal for signals in needs.values() for signal in signals)
 
@@ -149,7 +155,8 @@ def build_losses(
     Of several teachers each has its own losses, LOSS@TEACHER, all from one seed, times its weight. What needs nothing
     of a teacher, as cross-entropy, is there once. `known` replaces fields of the losses' `Context`.
     """
-    settings, losses, weights, teachers = _settings(run), dict[str, nn.Module](), dict[str, float](), dict[str, int]()
+    losses, weights, teachers = dict[str, nn.Module](), dict[str, float](), dict[str, int]()
+    settings = settings_of(parse_loss(run.train.loss), run.losses)
     for number, (label, (one, factor)) in enumerate(cache.by_teacher.items()):
         levels = _levels(one)
         context = replace(context_of(one, student, tokenizer, levels), **known(one))
@@ -163,11 +170,6 @@ def build_losses(
                     losses[key] = declared.build(settings[name], context)
                     weights[key], teachers[key] = weight * (factor if reads else 1.0), number
     return losses, weights, _projectors(run, losses), teachers
-
-
-def _settings(run: RunConfig) -> dict[str, Any]:
-    names = (*parse_loss(run.train.loss), *sorted(run.losses))
-    return {name: loss_named(name).parse(run.losses.get(name, {})) for name in names}
 
 
 def _levels(cache: Cache) -> Levels:
@@ -270,7 +272,6 @@ def _projectors(run: RunConfig, losses: Mapping[str, nn.Module]) -> dict[str, Pr
 def context_of(cache: Cache, student: PreTrainedModel, tokenizer: Any, levels: Levels) -> Context:
     """What losses may know of both models."""
     sizes = cache.sizes
-    ours, theirs = (table.manifest.spec["encoder"]["tokenizer"] for table in (cache.students, cache.teachers))
     return Context(
         student_layers=num_layers(student),
         student_width=int(student.get_input_embeddings().weight.shape[1]),
@@ -285,9 +286,14 @@ def context_of(cache: Cache, student: PreTrainedModel, tokenizer: Any, levels: L
         teacher_head=cache.head,
         teacher_embeddings=cache.embeddings,
         student_head=lambda: head_of(student),
-        tokenizer_differences=tuple(key for key in ("vocabulary", "probe") if ours[key] != theirs[key]),
+        tokenizer_differences=_tokenizer_differences(cache),
         same_tokens=cache.same_tokens,
     )
+
+
+def _tokenizer_differences(cache: Cache) -> tuple[str, ...]:
+    ours, theirs = (table.manifest.spec["encoder"]["tokenizer"] for table in (cache.students, cache.teachers))
+    return tuple(key for key in ("vocabulary", "probe") if ours[key] != theirs[key])
 
 
 def _find_table(run: RunConfig, identity: dict[str, str], name: str, *, on_missing: str, quiet: bool) -> str:
