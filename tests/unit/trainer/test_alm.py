@@ -20,6 +20,16 @@ KINDS = ("kl", "reverse_kl", "tv", "kl_limit")
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("tau", "scaled"), [(1.0, True), (3.0, False), (100.0, True)])
+def test_a_chunk_costs_what_the_equations_say(kind: str, tau: float, scaled: bool) -> None:
+    student, teacher = (-values.exp() for values in tools.ragged(1, [9, 9]))
+    found = binarised_divergence(student, teacher, AlmSettings(divergence=kind, temperature=tau, scaled=scaled))
+
+    both = zip(student.tolist(), teacher.tolist(), strict=True)
+    assert found.tolist() == pytest.approx([slow.binarised(s, t, kind, tau, scaled) for s, t in both], rel=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_certain_and_impossible_chunks_have_a_finite_loss_and_gradient(kind: str, dtype: torch.dtype) -> None:
     student, teacher = torch.cartesian_prod(*[torch.tensor([0.0, -1e-8, -1.0, -1e4], dtype=dtype)] * 2).T

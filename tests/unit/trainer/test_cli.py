@@ -115,27 +115,15 @@ def test_flags_and_sets_override_the_run_file(tmp_path: Path) -> None:
         ("TRAIN --loss mtta", 2, ["'mtta' is not a loss"]),
         ("TRAIN --loss mta=x", 2, ["'mta=x' is not NAME"]),
         ("TRAIN --loss kl+mta=-1", 2, ["--loss kl+mta=-1: mta=-1 is negative", "a number from 0 on"]),
-        (
-            "TRAIN --batch-size 0", 2,
-            ["--batch-size: Input should be greater than or equal to 1, found '0'. Next: change --batch-size"],
-        ),
+        ("TRAIN --batch-size 0", 2, ["--batch-size: Input should be greater than or equal to 1, found '0'. Next: "]),
         ("--set train.batchsize=3", 2, ["'train.batchsize' is not a key", "did you mean 'batch_size'"]),
         ("--shards CACHE --student new:llama,layers=1 --out o", 2, ["--student-tokenizer"]),
-        (
-            "TRAIN --student TEACHER", 78,
-            ["was not aligned", "students/student has another", "vocabulary", "xkd-cache align"],
-        ),
+        ("TRAIN --student TEACHER", 78, ["was not aligned", "students/student has another", "xkd-cache align"]),
         ("TRAIN --out CORPUS", 2, ["is a file", "--out FOLDER"]),
-        (
-            "TRAIN --template alpaca", 78,
-            ["was made with template=none", "this run says alpaca", "leave student.template out, or xkd-cache align"],
-        ),
+        ("TRAIN --template alpaca", 78, ["was made with template=none", "leave student.template out, or xkd-cache"]),
         ("eval nosuch --data CORPUS", 66, ["model nosuch is neither a model folder here nor a name"]),
         ("eval STUDENT --data nowhere.jsonl", 66, ["nowhere.jsonl"]),
-        (
-            "eval STUDENT --data CORPUS --template chatt", 2,
-            ["--template: Input should be 'auto', 'none'", "found 'chatt'"],
-        ),
+        ("eval STUDENT --data CORPUS --template chatt", 2, ["--template: Input should be 'auto', 'none'", "'chatt'"]),
         ("eval STUDENT --data CORPUS --seeds 1,x", 2, ["--seeds"]),
     ],
 )  # fmt: skip

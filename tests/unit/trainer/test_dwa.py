@@ -13,7 +13,7 @@ import slow_dwa as slow
 import slow_losses
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.dual_space import MASKED, align_scores
-from xkd_trainer.losses.dwa import DwaSettings, student_weights, teacher_weights
+from xkd_trainer.losses.dwa import DwaSettings, sequence_term, student_weights, teacher_weights
 from xkd_trainer.training.prepare import Ready
 
 
@@ -31,6 +31,13 @@ def test_a_document_with_nothing_to_weigh_has_weights_of_zero() -> None:
     assert not student_weights(torch.ones(2, 3), zeros, valid, "gate_before").any()
     assert not student_weights(zeros, torch.ones(2, 3), valid, "gate_after").any()
     assert not teacher_weights(full, 5, valid).any()
+
+
+def test_a_document_without_tokens_on_one_side_adds_nothing() -> None:
+    (x,), (y,) = slow_losses.ragged(1, [2], 3, 4), slow_losses.ragged(2, [2], 5, 4)
+    lengths = torch.tensor([3, 0]), torch.tensor([0, 5])
+
+    assert float(sequence_term(x, y, lengths, None, gamma=2.0, divergence=True).total) == 0.0
 
 
 def test_defaults_are_those_of_the_paper_and_the_scripts() -> None:

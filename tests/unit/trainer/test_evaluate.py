@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ HELD = (
     ("What is on the table?", "The naïve café 🇩🇪 has a long wall, 東京."),
     ("", "Nobody knew."),
 )
+
+KIND = "sentencepiece"
+ENDS = [tiny.tokenizer_of(KIND).eos_token_id]
 
 Pairs = list[tuple[Document, Tokens]]
 
@@ -140,15 +144,13 @@ def test_agreement_equals_a_loop_over_the_exact_pairs() -> None:
     assert found == {"agreement": pytest.approx(100 * same / total), "agreement_pairs": total}
 
 
-def greedy(model: PreTrainedModel, tokenizer: Any, prompt: list[int], count: int) -> str:
+@torch.no_grad()
+def greedy(model: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
     """Argmax after argmax, without padding and without a cache of keys."""
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == tokenizer.eos_token_id:
-                break
-    return str(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
+    ids = [*prompt]
+    while len(ids) < len(prompt) + count and ids[-1] not in ENDS:
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
 
 
 def test_padding_on_the_left_changes_no_response() -> None:
@@ -156,9 +158,10 @@ def test_padding_on_the_left_changes_no_response() -> None:
     prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in ("On the long river", "Who?", "The")]
     assert len({len(prompt) for prompt in prompts}) == 3
 
-    said = generate(model, tokenizer, prompts, seed=None, ends=[tokenizer.eos_token_id], max_new_tokens=8)
+    said = generate(model, tokenizer, prompts, seed=None, ends=ENDS, max_new_tokens=8)
 
-    assert said == [greedy(model, tokenizer, prompt.tolist(), 8) for prompt in prompts]
+    ids = [greedy(model, prompt.tolist(), 8) for prompt in prompts]
+    assert said == [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
     assert len(set(said)) == 3
 
 
@@ -256,10 +259,6 @@ def test_the_model_runs_in_what_is_fast_here_and_a_slow_dtype_is_obeyed_with_one
 # One answer is a draw of its own: from its own scores and seed, by the settings and nothing else
 
 
-KIND = "sentencepiece"
-ENDS = [tiny.tokenizer_of(KIND).eos_token_id]
-
-
 def say_ids(texts: list[str], seeds: list[int], model: Any = None, **how: Any) -> list[list[int]]:
     prompts = [np.array(tiny.tokenizer_of(KIND)(text)["input_ids"], np.int32) for text in texts]
     settings = GenerationSection(max_new_tokens=6, **how)
@@ -280,15 +279,8 @@ def test_an_answer_depends_on_its_own_seed_and_not_on_its_neighbours() -> None:
 @pytest.mark.parametrize("how", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}, {"temperature": 0.0}])
 def test_settings_that_leave_one_token_give_the_likeliest(how: dict[str, float]) -> None:
     model = tiny.llama(KIND)
-    ids = tiny.tokenizer_of(KIND)("Who?")["input_ids"]
-    with torch.no_grad():
-        for _ in range(6):
-            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
 
-    assert (
-        say_ids(["Who?"], [3], model, **how)[0]
-        == ids[-6:][: 1 + next((n for n, i in enumerate(ids[-6:]) if i in ENDS), 5)]
-    )
+    assert say_ids(["Who?"], [3], model, **how)[0] == greedy(model, tiny.tokenizer_of(KIND)("Who?")["input_ids"], 6)
 
 
 def test_draws_come_as_often_as_their_probability() -> None:

@@ -175,22 +175,25 @@ def test_numbers_that_an_optimizer_keeps_outside_of_tensors_come_back_from_a_che
         ({"optimizer": "adamw_8bit"}, "adamw_8bit needs bitsandbytes, which is not installed here. Next: pip install"),
         ({"student__quantization": "4bit", "lora": {"rank": 2}}, "4bit needs bitsandbytes and a GPU"),
         ({"student__quantization": "4bit"}, "weights of four bits cannot learn by themselves. Next: --lora-rank"),
-        (
-            {"student__dtype": "bfloat16", "mixed_precision": "bf16"},
-            "the weights that learn stay float32, and student.dtype is bfloat16. Next: leave out",
-        ),
-        (
-            {"student__model": "new:mamba,layers=2,width=16", "gradient_checkpointing": True, "loss": "none"},
-            "cannot be trained with gradient checkpointing",
-        ),
+        ({"student__dtype": "bfloat16", "mixed_precision": "bf16"},
+         "the weights that learn stay float32, and student.dtype is bfloat16. Next: leave out"),
+        ({"student__model": "new:mamba,layers=2,width=16", "gradient_checkpointing": True},
+         "cannot be trained with gradient checkpointing"),
+        ({"lora": {"rank": 2}, "student__model": "new:llama"}, "new:llama is a new one. Next: leave out --lora-rank"),
+        ({"lora": {"target": ["q_proj"]}}, "settings of LoRA are given without its rank. Next: --lora-rank 16"),
+        ({"lora": {"rank": 2, "target": ["c_attn"]}}, "use all-linear, or of down_proj, gate_proj, k_proj"),
+        ({"lora": {"rank": 2, "target": ["lm_head"]}}, "--lora-target lm_head: student "),
+        ({"lora": {"rank": 2}}, "LoRA needs peft, which is not installed here. Next: pip install 'xkd-toolkit[lora]'"),
     ],
-)
+)  # fmt: skip
 def test_what_this_machine_or_student_cannot_is_one_line(
     changed: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if changed.pop("loss", ""):
-        monkeypatch.setattr("transformers.MambaForCausalLM.supports_gradient_checkpointing", False)
-    changed["student__tokenizer"] = str(tiny.tiny_cache().student)
+    find = importlib.util.find_spec
+    if "needs peft" in message:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    monkeypatch.setattr("transformers.MambaForCausalLM.supports_gradient_checkpointing", False)
+    changed = {"student__tokenizer": str(tiny.tiny_cache().student), **changed}
     with pytest.raises(UsageError) as caught:
         train(tiny.tiny_cache().run(out=str(tmp_path / "out"), **changed), quiet=True)
 
@@ -248,10 +251,10 @@ def test_a_stopped_adapter_goes_on_bit_for_bit_and_its_checkpoint_holds_it_alone
     lora = {"rank": 2, "dropout": 0.2}  # random numbers must go on, too
 
     def go(out: str, **changed: Any) -> Any:
-        return train(run(tmp_path / out, loss=ALL, lora=lora, save_every=2, **changed), quiet=True)
+        return train(run(tmp_path / out, loss="sra", lora=lora, save_every=2, **changed), quiet=True)
 
     go("whole")
-    stopped(run(tmp_path / "stopped", loss=ALL, lora=lora, save_every=2), monkeypatch, 3)
+    stopped(run(tmp_path / "stopped", loss="sra", lora=lora, save_every=2), monkeypatch, 3)
     snapshot, _ = load_newest(tmp_path / "stopped")
     assert snapshot is not None
     assert snapshot.step == 2
@@ -298,28 +301,3 @@ def test_an_adapter_is_evaluated_merged_and_refused_on_other_weights(tmp_path: P
     assert "whose weights are not those it was trained on" in xkd_train("eval", out, "--data", made.corpus).err
     shutil.rmtree(base)
     assert "is not there. Next: put that model there" in xkd_train("eval", out, "--data", made.corpus).err
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"lora": {"rank": 2}, "student__model": "new:llama"}, "new:llama is a new one. Next: leave out --lora-rank"),
-        ({"lora": {"target": ["q_proj"]}}, "settings of LoRA are given without its rank. Next: --lora-rank 16"),
-        ({"lora": {"rank": 2, "target": ["c_attn"]}}, "use all-linear, or of down_proj, gate_proj, k_proj"),
-        ({"lora": {"rank": 2, "target": ["lm_head"]}}, "--lora-target lm_head: student "),
-        ({"lora": {"rank": 2}}, "LoRA needs peft, which is not installed here. Next: pip install 'xkd-toolkit[lora]'"),
-    ],
-)
-def test_lora_that_does_not_fit_is_one_line(
-    changed: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = importlib.util.find_spec
-    if "needs peft" in message:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
-    settings = tiny.tiny_cache().run(**changed | {"student__tokenizer": str(tiny.tiny_cache().student)})
-
-    with pytest.raises(UsageError) as caught:
-        set_up(settings, "")
-
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)

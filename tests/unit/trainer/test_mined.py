@@ -63,7 +63,9 @@ def test_a_long_search_is_made_once_and_a_damaged_result_is_searched_again(tmp_p
 def test_a_token_of_text_is_taken_before_a_byte_token_and_a_blank_counts_only_where_it_is_equal() -> None:
     target = {"<0x41>": 0, "A": 1, "▁B": 2, "▁": 3, "C": 4, "▁C": 5}
 
-    assert vocabulary_map({"A": 0, "ĠA": 1, "B": 2, "ĠC": 3, "C": 4}, target, "exact").tolist() == [1, 1, 2, 5, 4]
+    source = {"A": 0, "ĠA": 1, "B": 2, "ĠC": 3, "C": 4, "D": 6}
+
+    assert vocabulary_map(source, target, "exact").tolist() == [1, 1, 2, 5, 4, -1, -1]
 
 
 TOKENS = st.lists(st.sampled_from([b"", b"a", b"b", b"ab", b"abc", b"bc", b"c"]), max_size=7)

@@ -48,7 +48,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Halves:
     return Halves(
         first=tiny.made(root / "first", pairs=PAIRS[:10]),
         second=tiny.made(root / "second", pairs=PAIRS[10:]),
-        other=tiny.made(root / "other", pairs=PAIRS[10:], teacher=other),
+        other=tiny.made(root / "other", pairs=PAIRS[10:12], teacher=other),
     )
 
 
