@@ -4,6 +4,7 @@ Shape legend for this file
     R rows    N values of all rows
 """
 
+import itertools
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -201,3 +202,18 @@ def _field(message: bytes, table: int, number: int) -> int:
     at = 4 + 2 * number
     place = struct.unpack_from("<H", message, names + at)[0] if at < size else 0
     return table + place if place else 0
+
+
+def pieces_of(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Consecutive stretches of rows, each of one row or of sizes that add up to at most `most`; none if no rows.
+
+    >>> pieces_of([2, 2, 3, 9, 1], most=5)
+    [(0, 2), (2, 3), (3, 4), (4, 5)]
+    """
+    cuts, total = [0], 0
+    for row, size in enumerate(sizes):
+        if total + size > most and row > cuts[-1]:
+            cuts.append(row)
+            total = 0
+        total += size
+    return list(itertools.pairwise([*cuts, len(sizes)])) if sizes else []

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.__main__ import NAMES, main
 from benchmarks.measure import Options, Row, Skipped, as_json, cost, in_subprocess, table
-from benchmarks.teacher_sizes import Machine, Teacher, markdown, seconds
+from benchmarks.teacher_sizes import markdown
 
 SLOW = {
     "commands", "kl", "long_documents", "memory", "packing", "plan", "reader", "resume", "spacy", "start", "step",
@@ -32,22 +32,6 @@ def test_a_benchmark_runs_and_every_row_is_a_figure_or_says_why_it_is_missing(na
 
 def test_the_page_of_teachers_has_the_table_that_is_printed() -> None:
     assert f"\n{markdown()}\n" in (Path(__file__).parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("weights", "machine", "expected"),
-    [
-        (1e9, Machine("", 4e9, 1e12, (("", 2.0),), devices=8), (250.0, "")),
-        (2e9, Machine("", 4e9, 1e12, (("", 2.0),), devices=8), (1000.0, "")),  # two GPUs for each
-        (2e9, Machine("", 4e9, 1e12, (("", 2.0), ("int8", 1.0))), (4000.0, "int8")),
-        (8e9, Machine("", 4e9, 1e12, (("", 2.0), ("int8", 1.0))), (16000.0, "disk, computing")),
-        (8e9, Machine("", 4e9, 1e16, (("", 2.0),)), (pytest.approx(81.38, 1e-3), "disk, reading")),
-    ],
-)
-def test_seconds_of_a_teacher_depend_on_where_its_weights_lie(
-    weights: float, machine: Machine, expected: tuple[float, str]
-) -> None:
-    assert seconds(Teacher("", weights, 8, 1, 8), machine) == expected
 
 
 @pytest.mark.parametrize("name", sorted(SLOW))

@@ -14,7 +14,6 @@ Shape legend for this file
 """
 
 import functools
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ import numpy as np
 
 from xkd_schemas.documents import Document, DocumentBatch, document_of
 from xkd_schemas.errors import UsageError
-from xkd_schemas.ragged import row_offsets
+from xkd_schemas.ragged import pieces_of, row_offsets
 from xkd_schemas.text.native_template import NOTHING, Reader, cut_row, read_renderings
 from xkd_schemas.text.normalizer import Normalised
 from xkd_schemas.text.rendering import CHANGED, PROBE, REFUSED, REORDERED, ChatTemplate, Rendered
@@ -284,18 +283,3 @@ def cut_point(text: str, tokens: Tokens, max_tokens: int) -> int:
         if text[at].isspace() and not text[at - 1].isspace():
             return at
     return last
-
-
-def pieces_of(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Consecutive stretches of rows, each of one row or of sizes that add up to at most `most`; none if no rows.
-
-    >>> pieces_of([2, 2, 3, 9, 1], most=5)
-    [(0, 2), (2, 3), (3, 4), (4, 5)]
-    """
-    cuts, total = [0], 0
-    for row, size in enumerate(sizes):
-        if total + size > most and row > cuts[-1]:
-            cuts.append(row)
-            total = 0
-        total += size
-    return list(itertools.pairwise([*cuts, len(sizes)])) if sizes else []

@@ -311,14 +311,9 @@ def test_other_bad_input_of_teacher_is_one_line(xkd_cache: Cache, odd_files: Pat
     refused(xkd_cache("teacher", cache, *model, "--for", "mta,sar"), 2, "'sar' is not a loss", "sra")
     refused(xkd_cache("teacher", cache, *model, "--set", "losses.mat.hid=off"), 2, "'mat' is not a loss", "mta")
     refused(xkd_cache("teacher", cache, *model, "--for", "sra", "--set", "losses.mta.hdi=off"), 2, "mean 'hid'?")
-    refused(xkd_cache("teacher", cache, *model, "--name", "T", "--dtype", "bfloat16"), 78, "dtype", "--name")
     evil = (2, "--name ../T: not a name for a table", "use letters")
     refused(xkd_cache("teacher", cache, *model, "--name", "../T"), *evil)
     refused(xkd_cache("align", cache, "--student", made() / "student", "--name", "../T"), *evil)
-    said = xkd_cache("teacher", cache, *model, "--name", "X", "--phrase-layers", "9")
-    refused(said, 2, "layer 9 does not exist: the teacher has layers 1 to 4", "--phrase-layers")
-    code, _, err = xkd_cache("teacher", cache, *model, "--dtype", "int3")
-    assert (code, err.count("\n"), "--dtype: Input should be" in err) == (2, 1, True)
 
 
 def test_bad_input_of_align_show_and_status_is_one_line(xkd_cache: Cache, odd_files: Path) -> None:

@@ -94,15 +94,6 @@ def test_every_token_is_drawn(text: str) -> None:
     assert body.translate(signs) == "".join(expected).translate(signs)
 
 
-def test_code_keeps_its_indentation() -> None:
-    text = "def f(x):\n    if x:\n        return x + 1"
-    document = document_of([("response", text, True)], source="s", line=1)
-
-    lines = drawn(document).split("\n")
-
-    assert lines[3:6] == text.split("\n")
-
-
 def test_east_asian_text_and_emoji_keep_the_columns() -> None:
     document = lone("東京の夜 ok 🙂 静か fine")
 

@@ -12,26 +12,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import small_cache
 from fake_hardware import hardware_is
-from slow_alignment import ranges_of
 from small_cache import made
 from tiny_gguf import write_gguf
 from xkd_pipeline.capture.artifacts import sizes_of
-from xkd_pipeline.capture.capture import capture
-from xkd_pipeline.capture.measure import Reading
-from xkd_pipeline.capture.stage import TeacherSettings, teacher_layers
+from xkd_pipeline.capture.stage import teacher_layers
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.reports.compare import compare_models
 from xkd_pipeline.reports.plan import make_plan
 from xkd_pipeline.reports.sample import read_sample
 from xkd_pipeline.stages import Outcome, align_stage, teacher_stage
-from xkd_pipeline.tables.shard import document_at, encoder_for
+from xkd_pipeline.tables.shard import encoder_for
 from xkd_schemas.cache.manifest import Commit, read_record
 from xkd_schemas.cache.table import Table
 from xkd_schemas.codecs import numbers_of
 from xkd_schemas.durable_files import sha256_of
 from xkd_schemas.errors import UsageError
-from xkd_schemas.signals import signal_named
-from xkd_schemas.text.encode import Encoder
 from xkd_schemas.tokens import kept_rows
 from xkd_trainer.data.cache import Cache
 from xkd_trainer.evaluation import Request, evaluate_student
@@ -49,33 +44,6 @@ def made_table() -> Table:
 
 def model_in(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def test_every_row_has_the_teachers_own_tokens_and_the_captured_columns() -> None:
-    documents, teacher = Table(made() / "cache", "documents"), made_table()
-    folder = made() / "teacher"
-    settings = TeacherSettings(model=str(folder), dtype="float32", batch_tokens=256)
-    encoder = Encoder(tokenizer=AutoTokenizer.from_pretrained(folder), template="chat", max_tokens=1024)
-    tokens = encoder.encode_batch([document_at(row) for row in documents])
-    readings = [
-        Reading(tokens=t, ranges={"word": ranges_of(t, row["words"]), "phrase": ranges_of(t, row["phrases"])})
-        for t, row in zip(tokens, documents, strict=True)
-    ]
-    wanted = [signal_named(column) for column in teacher.manifest.spec["signals"]]
-    expected = []
-    for unit in range(3):
-        expected += capture(model_in(folder), readings[4 * unit : 4 * unit + 4], wanted, settings)
-
-    assert len(wanted) > 6
-    for document, row, t, columns in zip(documents, teacher, tokens, expected, strict=True):
-        assert row["doc_id"] == document["doc_id"]
-        assert (row["status"], row["num_chars"]) == ("ok", len(document["text"]))
-        np.testing.assert_array_equal(row["token_ids"], t.ids)
-        np.testing.assert_array_equal(row["token_spans"], t.spans)
-        np.testing.assert_array_equal(row["targets"], t.targets)
-        for column in teacher.manifest.spec["signals"]:
-            np.testing.assert_array_equal(row[column], columns[column], err_msg=column)
-        assert len(row["hidden_last"]) == len(kept_rows(t.targets))
 
 
 def test_head_embeddings_and_tokenizer_of_an_untied_teacher_stand_beside_the_table() -> None:

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from xkd_schemas.text.batches import pieces_of
 
+from xkd_schemas.ragged import pieces_of
 from xkd_trainer.losses.ops.divergence import Comparison
 from xkd_trainer.losses.ops.lazy_logits import HeadSlopes, LazyLogits, Made, make_at_once, rows_at_once
 from xkd_trainer.losses.ops.softmax_rows import cross_entropy_rows, divergence_rows, parts, scratch_for, slices
