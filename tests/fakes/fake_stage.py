@@ -1,6 +1,6 @@
 """A stage that needs no model and no parser, for tests of what runs stages and keeps their results.
 
-Unit n has n % 3 + 1 rows; the last unit has a reject. Set `troubles` to make it fail. The module can be imported by
+Unit n has n % 3 + 1 rows; the first unit has a reject. Set `troubles` to make it fail. The module can be imported by
 Ray workers, which is why it is not inside a test.
 """
 
@@ -81,7 +81,7 @@ class FakeStage:
             "doc_id": [f"u{unit}r{row}" for row in rows],
             "values": [np.arange(unit + row, dtype=np.float32) for row in rows],
         }
-        rejects = [{"reason": "blank", "line": 9}] if unit == UNITS - 1 else []
+        rejects = [{"reason": "blank", "line": 9}] if unit == 0 else []
         rejects += [{"reason": "worker_killed", "line": row} for row in care.lost]
         return write_shard(self.folder, unit, SCHEMA, columns, rejects=rejects, counts={"rows": len(rows)})
 
@@ -133,10 +133,11 @@ def build_all(
     troubles: Mapping[int, str] | None = None,
     order: Sequence[int] | None = None,
     kind: type[FakeStage] = FakeStage,
+    units: int = UNITS,
     **more: Any,
 ) -> Built:
     """Build the whole table; `order` is the order in which missing units are made."""
-    store = opened(root)
+    store = opened(root, units=units)
     stage = kind(folder=store.folder, troubles=troubles or {})
 
     def jobs(missing: Sequence[int]) -> list[int]:

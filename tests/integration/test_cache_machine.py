@@ -12,19 +12,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import faulty_disk
 from damages import ROUNDS, flipped, outcome, targets
-from fake_stage import build_all
+from fake_stage import run
 from small_cache import files_of
 from xkd_pipeline.maintain.gc import collect
 from xkd_pipeline.maintain.repair import repair
 from xkd_pipeline.maintain.verify import verify
-from xkd_pipeline.tables.writer import locked
 from xkd_pipeline.workers.contract import Workers
 from xkd_schemas.errors import BadData, DiskFailed
 
 
 def work(root: Path) -> None:
-    with locked(root):
-        build_all(root)
+    run(root, units=3)
 
 
 def refusal(root: Path) -> str:

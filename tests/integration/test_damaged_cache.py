@@ -73,15 +73,15 @@ def test_each_bad_unit_is_named(tmp_path: Path, damage: str) -> None:
     assert {one.unit for one in verify(cache, "full") if one.table == table} == units
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "documents/plan,json"])
-def test_a_name_in_the_list_of_digests_that_no_cache_has_is_repaired(tmp_path: Path, name: str) -> None:
+def test_a_name_in_the_list_of_digests_that_no_cache_has_is_repaired(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
     before = files_of(cache)
-    (cache / "SHA256SUMS").write_bytes(before["SHA256SUMS"] + f"{'0' * 64}  {name}\n".encode())
+    for name in ("../x", "/etc/passwd", "documents/plan,json"):
+        (cache / "SHA256SUMS").write_bytes(before["SHA256SUMS"] + f"{'0' * 64}  {name}\n".encode())
 
-    assert [(one.file, one.table) for one in verify(cache, "quick")] == [("SHA256SUMS", "")]
-    assert repair(cache, Workers()).left == []
-    assert files_of(cache) == before
+        assert [(one.file, one.table) for one in verify(cache, "quick")] == [("SHA256SUMS", "")]
+        assert repair(cache, Workers()).left == []
+        assert files_of(cache) == before
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -1,6 +1,5 @@
 """A student whose template ends turns with another token than its tokenizer's end token, from cache to generation."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|im_end|>"]})
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(root / "tokenizer")
-    shutil.copytree(tiny.tiny_cache().cache, root / "cache")
-    made = tiny.tiny_cache().run(
-        cache=str(root / "cache"), out=str(root / "out"), loss="ce", lr=5e-3, steps=200, batch_size=8,
+    small = tiny.made(root / "tiny", pairs=[pair for pair in tiny.PAIRS if pair[0] in QUESTIONS])
+    made = small.run(
+        out=str(root / "out"), loss="ce", lr=5e-3, steps=60, batch_size=3,
         student__model="new:llama,layers=2,width=64", student__tokenizer=str(root / "tokenizer"),
         student__template="chat", student__name="chat",
     )  # fmt: skip

@@ -8,35 +8,24 @@ import os
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import faulty_disk
 from damages import ROUNDS, SEED
-from fake_stage import build_all
+from fake_stage import FakeStage, build_all, opened, run
 from small_cache import files_of
-from xkd_pipeline.tables.writer import Built, locked
+from xkd_pipeline.tables.writer import Built
 from xkd_schemas.errors import DiskFailed, XkdError
 
 
 def work(root: Path) -> Built:
     """The smallest run that writes every kind of file but a model's; a note beside it counts finished units."""
     note = root.with_suffix(".finished")
-    with locked(root):
-        return build_all(root, watch=lambda commits: note.write_text(str(len(commits))) and None)
-
-
-def finished(root: Path) -> int:
-    """Units that the last run was told are done."""
-    note = root.with_suffix(".finished")
-    return int(note.read_text()) if note.exists() else 0
-
-
-def counted(root: Path) -> list[str]:
-    with faulty_disk.injected("*:0:count") as fault:
-        work(root)
-    return fault.points
+    return run(root, units=2, watch=lambda commits: note.write_text(str(len(commits))) and None)
 
 
 def dying(root: Path, fault: str, *, seed: str = "", synced: bool = True) -> None:
@@ -44,63 +33,94 @@ def dying(root: Path, fault: str, *, seed: str = "", synced: bool = True) -> Non
         assert faulty_disk.exit_code_of(lambda: work(root)) == -signal.SIGKILL, f"{fault}: not killed"
 
 
-def test_every_operation_failing_once_is_a_disk_error_and_the_next_run_is_undisturbed(tmp_path: Path) -> None:
-    points = counted(tmp_path / "undisturbed")
-    undisturbed = files_of(tmp_path / "undisturbed")
-    assert {"commit.write", "commit.link", "manifest.rename", "folder.sync", "folder.mkdir"} <= set(points)
-    for number, point in enumerate(points, start=1):
+class Undisturbed(NamedTuple):
+    points: list[str]
+    """Each operation on the disk."""
+    files: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    root = tmp_path_factory.mktemp("undisturbed") / "t"
+    with faulty_disk.injected("*:0:count") as fault:
+        work(root)
+    return Undisturbed(fault.points, files_of(root))
+
+
+def test_every_operation_failing_once_is_a_disk_error_and_the_next_run_is_undisturbed(
+    tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    wanted = {"commit.write", "commit.link", "manifest.rename", "rejects.write", "folder.sync", "folder.mkdir"}
+    assert wanted <= set(undisturbed.points)
+    for number, point in enumerate(undisturbed.points, start=1):
         name = ("ENOSPC", "EIO")[number % 2]
         root = tmp_path / f"{number}"
         with faulty_disk.injected(f"*:{number}:{name}"), pytest.raises(DiskFailed) as caught:
             work(root)
         assert os.strerror(getattr(errno, name)) in str(caught.value), point
         work(root)
-        assert files_of(root) == undisturbed, f"{name} at operation {number}, {point}"
+        assert files_of(root) == undisturbed.files, f"{name} at operation {number}, {point}"
 
 
-def test_a_kill_at_any_kind_of_operation_loses_nothing(tmp_path: Path) -> None:
+def test_a_kill_at_any_kind_of_operation_loses_nothing(tmp_path: Path, undisturbed: Undisturbed) -> None:
     """The first and the last of each kind, and some between."""
-    points = counted(tmp_path / "undisturbed")
-    undisturbed = files_of(tmp_path / "undisturbed")
+    points = undisturbed.points
     numbers = {points.index(point) + 1 for point in points} | {len(points) - points[::-1].index(p) for p in points}
     for number in numbers.union(random.Random(SEED).choices(range(1, len(points) + 1), k=ROUNDS)):
         root = tmp_path / f"{number}"
         dying(root, f"*:{number}:kill")
         work(root)
-        assert files_of(root) == undisturbed, f"killed at operation {number}, {points[number - 1]}"
+        assert files_of(root) == undisturbed.files, f"killed at operation {number}, {points[number - 1]}"
 
 
-def bad_after_cuts(tmp_path: Path, cuts: int, *, synced: bool) -> int:
-    """Cut the power `cuts` times at drawn operations; how many times a finished unit is lost or bytes differ."""
-    points = counted(tmp_path / "undisturbed")
-    undisturbed = files_of(tmp_path / "undisturbed")
-    chance = random.Random(SEED)
-    bad = 0
-    for cut in range(cuts):
-        number = chance.randint(1, len(points))
-        root = tmp_path / f"{synced}-{cut}"
-        dying(root, f"*:{number}:cut", seed=str(chance.randrange(2**30)) if cut % 2 else "", synced=synced)
-        known = finished(root)
+def test_a_worker_that_outlives_its_driver_changes_no_byte(tmp_path: Path, undisturbed: Undisturbed) -> None:
+    """The same command is run at once, while it still writes."""
+    stage = FakeStage(folder=opened(tmp_path / "t", units=2).folder, troubles={0: "slow"})
+    worker = os.fork()
+    if worker == 0:
         try:
-            bad += work(root).kept < known or files_of(root) != undisturbed
+            stage.load()(1)
+        finally:  # its file may have been swept away by then
+            os._exit(0)
+    while not any(stage.folder.glob(".tmp-*")):
+        time.sleep(0.01)
+
+    work(tmp_path / "t")
+
+    os.waitpid(worker, 0)
+    assert work(tmp_path / "t").kept == 2
+    assert files_of(tmp_path / "t") == undisturbed.files
+
+
+def bad_after_cuts(tmp_path: Path, undisturbed: Undisturbed, *, synced: bool) -> int:
+    """Cut the power at drawn operations; how many times a finished unit is lost or bytes differ."""
+    chance, bad = random.Random(SEED), 0
+    for cut in range(2 * ROUNDS):
+        number = chance.randint(1, len(undisturbed.points))
+        root = tmp_path / f"{cut}"
+        dying(root, f"*:{number}:cut", seed=str(chance.randrange(2**30)) if cut % 2 else "", synced=synced)
+        note = root.with_suffix(".finished")
+        known = int(note.read_text()) if note.exists() else 0
+        try:
+            bad += work(root).kept < known or files_of(root) != undisturbed.files
         except XkdError:
             bad += 1
     return bad
 
 
-def test_a_power_cut_loses_nothing_that_was_committed(tmp_path: Path) -> None:
-    assert bad_after_cuts(tmp_path, 2 * ROUNDS, synced=True) == 0
+def test_a_power_cut_loses_nothing_that_was_committed(tmp_path: Path, undisturbed: Undisturbed) -> None:
+    assert bad_after_cuts(tmp_path, undisturbed, synced=True) == 0
 
 
-def test_the_simulated_power_cut_finds_a_program_that_does_not_fsync(tmp_path: Path) -> None:
-    assert bad_after_cuts(tmp_path, 2 * ROUNDS, synced=False) > ROUNDS // 2
+def test_the_simulated_power_cut_finds_a_program_that_does_not_fsync(tmp_path: Path, undisturbed: Undisturbed) -> None:
+    assert bad_after_cuts(tmp_path, undisturbed, synced=False) > ROUNDS // 2
 
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_any_size_is_a_disk_error_and_the_same_run_goes_on_with_room(tmp_path: Path) -> None:
     """A tmpfs of one page more each time, until the run fits; needs the right to mount one."""
-    build_all(tmp_path / "undisturbed")
-    undisturbed, disk, fits = files_of(tmp_path / "undisturbed"), tmp_path / "disk", False
+    build_all(tmp_path / "whole")
+    whole, disk, fits = files_of(tmp_path / "whole"), tmp_path / "disk", False
     disk.mkdir()
     for pages in range(1, 200):
         mount = ["mount", "-t", "tmpfs", "-o", f"size={4 * pages}k", "tmpfs", disk]
@@ -113,7 +133,7 @@ def test_a_disk_that_is_full_at_any_size_is_a_disk_error_and_the_same_run_goes_o
             except DiskFailed:
                 subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
                 build_all(disk / "cache")
-            assert files_of(disk / "cache") == undisturbed
+            assert files_of(disk / "cache") == whole
         finally:
             subprocess.run(["umount", disk], check=True)
         if fits:

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import pytest
 
 import four_tokenizers
 import small_cache
+from forked import begun, wait_for
 from small_cache import files_of, run_file
 from xkd_pipeline.cli.app import app
 from xkd_schemas.cache.table import Table
@@ -31,26 +34,29 @@ def run_with(cache: Path, folder: Path, loss: str = "sra") -> RunConfig:
     )  # fmt: skip
 
 
-def test_without_a_table_the_command_is_printed_and_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cache = small_cache.copied(tmp_path)
-    run = run_with(cache, tmp_path)
-    with pytest.raises(Mismatch, match=r"xkd-cache align .*--max-tokens 300.*--on-missing align") as caught:
-        set_up(run, "")
-
-    app(shlex.split(caught.value.fix.split("   ")[0])[1:], standalone_mode=False)
-    capsys.readouterr()
-
-    assert set_up(run, "").cache.students.name == "students/pieces"
-
-
-def test_align_makes_the_table_and_shows_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cache = small_cache.copied(tmp_path)
+def test_without_a_table_a_command_is_printed_and_align_runs_just_that_and_shows_what_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, ran = small_cache.copied(tmp_path), list[list[str]]()
     before = files_of(cache)
     run = run_with(cache, tmp_path)
 
+    def fork(command: list[str], *, stdout: int, text: bool, check: bool) -> SimpleNamespace:
+        """The program without the seconds that it takes to start."""
+        *python, program, words = *command[:4], command[4:]
+        assert (python, stdout, text, check) == ([sys.executable, "-P", "-c"], subprocess.PIPE, True, False)
+        ran.append(words)
+        (ended,) = wait_for([begun(program, tmp_path / "said", *words)], [tmp_path / "said"])
+        return SimpleNamespace(returncode=ended.code, stdout=ended.out)
+
+    with pytest.raises(Mismatch, match=r"xkd-cache align .*--max-tokens 300.*--on-missing align") as caught:
+        set_up(run, "")
+    monkeypatch.setattr(prepare.subprocess, "run", fork)
+    capsys.readouterr()
     ready = set_up(run, "", on_missing="align")
 
     assert ready.cache.students.name == "students/pieces"
+    assert ran == [shlex.split(caught.value.fix.split("   ")[0])[1:]]
     assert capsys.readouterr().out.startswith("students/pieces: ")
     after = files_of(cache)
     assert {name for name in before if before[name] != after[name]} == {"README.md", "SHA256SUMS"}

@@ -35,7 +35,6 @@ def prepared(name: str, folder: Path, loss: str, **settings: Any) -> RunConfig:
     [
         ("gpt_oss", "mta+sra+dwa", {}),
         ("gemma3_text", "mta+sra+dwa", {}),
-        ("gemma2", "mta", {}),
         ("opt, narrow embeddings (350m)", "sra+dwa", {}),
         ("bloom", "mta+sra+dwa", {"weights": "uniform"}),
     ],

@@ -136,7 +136,7 @@ def assert_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["driver", "raylet", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("worker", "gcs_server"))]
+    "target", [pytest.param(name, marks=[] if name == "raylet" else pytest.mark.slow) for name in EXITS]
 )
 def test_what_a_run_consists_of_is_killed_and_the_same_command_goes_on(
     tmp_path: Path, driver: subprocess.Popen[bytes], target: str

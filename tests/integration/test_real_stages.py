@@ -5,6 +5,7 @@ it runs the command line's own functions without the seconds that a program take
 often.
 """
 
+import functools
 import json
 import os
 import random
@@ -33,11 +34,16 @@ PATIENCE = 120.0
 """Seconds after which a run counts as hung."""
 
 
+@functools.cache
+def corpus() -> Path:
+    return small_cache.write_rows(small_cache.made() / "six.jsonl", small_cache.corpus_rows(6))
+
+
 def commands(cache: Path) -> Iterator[list[str]]:
-    """Twelve documents in six shards; the teacher and the student are tiny and random, the parser is spaCy's."""
+    """Six documents in three shards; the teacher and the student are tiny and random, the parser is spaCy's."""
     made = small_cache.made()
     yield [
-        "documents", str(made / "corpus.jsonl"), "--out", str(cache), "--spacy-model", small_cache.SPACY,
+        "documents", str(corpus()), "--out", str(cache), "--spacy-model", small_cache.SPACY,
         "--set", "documents.rows_per_shard=2",
     ]  # fmt: skip
     yield ["teacher", str(cache), "--model", str(made / "teacher"), "--name", "T", "--dtype", "float32"]

@@ -1,6 +1,5 @@
-"""Two rounds without a live teacher, as docs/rounds.md types them, on tiny models and on the demo's pair."""
+"""Two rounds without a live teacher, as docs/rounds.md types them, on tiny models."""
 
-import os
 import re
 import shlex
 import shutil
@@ -8,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import faulty_disk
@@ -19,13 +17,8 @@ from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import DiskFailed
 from xkd_train import xkd_train
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.models.loading import load_tokenizer, new_model
 from xkd_trainer.training.prepare import set_up
 
-DEMO = Path(os.environ.get("XKD_DEMO") or Path(__file__).parents[2] / "demo").absolute()
-NEEDS_DEMO = pytest.mark.skipif(
-    not (DEMO / "teacher/model.safetensors").exists(), reason="no demo assets: python data/demo_assets.py --out demo"
-)
 PAGE = (Path(__file__).parents[2] / "docs" / "rounds.md").read_text()
 COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^    (xkd-(?:cache|train) .*)$", PAGE, re.M)]
 SMALL = {
@@ -51,23 +44,11 @@ def files() -> dict[str, bytes]:
     return files_of(Path("round1")) | {name: Path(name).read_bytes() for name in names}
 
 
-def demo_pair(root: Path) -> tuple[Path, Path, Path]:
-    """The demo's teacher, a small student with its tokenizer, and a few of its rows."""
-    tokenizer = load_tokenizer(str(DEMO / "tokenizer"))
-    torch.manual_seed(0)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    new_model("llama,layers=2,width=64", vocab_size=len(tokenizer), special=special).save_pretrained(root / "pair")
-    tokenizer.save_pretrained(root / "pair")
-    (root / "pair.jsonl").write_text("".join((DEMO / "train.jsonl").read_text().splitlines(keepends=True)[:6]))
-    return DEMO / "teacher", root / "pair", root / "pair.jsonl"
-
-
-@pytest.fixture(scope="module", params=["tiny", pytest.param("demo", marks=NEEDS_DEMO)])
-def rounds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     """A folder in which both rounds were run, and the operations on the disk that each command of round 1 made."""
-    root, small = tmp_path_factory.mktemp("rounds"), tiny.tiny_cache
-    pair = demo_pair(root) if request.param == "demo" else (small().teacher, small().student, small().corpus)
-    for name, path in zip(("TEACHER", "STUDENT", "train.jsonl"), pair, strict=True):
+    root, small = tmp_path_factory.mktemp("rounds"), tiny.tiny_cache()
+    for name, path in (("TEACHER", small.teacher), ("STUDENT", small.student), ("train.jsonl", small.corpus)):
         (root / name).symlink_to(path)
     points = []
     with pytest.MonkeyPatch.context() as patch:
@@ -117,7 +98,6 @@ def test_a_second_round_that_is_stopped_in_each_of_its_commands_ends_with_the_sa
     assert files() == undisturbed
 
 
-@pytest.mark.parametrize("rounds", ["tiny"], indirect=True)
 def test_the_command_for_a_corpus_of_the_teacher_writes_one(
     rounds: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
