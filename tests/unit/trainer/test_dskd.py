@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from xkd_trainer.losses.baselines.dskd_ga import DskdGaSettings
 
 import one_tokenizer as one
 import slow_dskd as slow
@@ -17,7 +16,7 @@ import tiny_models as tiny
 from slow_losses import cross_entropy, ragged
 from xkd_trainer.data.batch import Batch, gather_rows
 from xkd_trainer.data.collate import batch_of
-from xkd_trainer.losses.baselines.dskd import DskdCmaSettings, pseudo_inverse
+from xkd_trainer.losses.baselines.dskd import DskdCmaSettings, DskdGaSettings, pseudo_inverse
 from xkd_trainer.losses.dual_space import DualSpaceSettings, teacher_states
 from xkd_trainer.losses.ops.divergence import DIVERGENCES
 from xkd_trainer.losses.ops.shared_pass import head_divergence
