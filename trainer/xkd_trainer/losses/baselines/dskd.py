@@ -174,7 +174,7 @@ class Dskd(OneTokenizerLoss):
 class DskdCma(CrossModelLoss):
     """The same three terms between two tokenizers; each token takes a mixture of the other model's states."""
 
-    terms = SPACES
+    terms: tuple[str, ...] | Mapping[str, float] = SPACES
 
     def __init__(self, settings: DskdCmaSettings, context: Context, who: str = "dskd_cma") -> None:
         super().__init__(context, who)
