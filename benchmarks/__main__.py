@@ -20,7 +20,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 NAMES: Final = (
     "capture", "alignment", "spacy", "step", "memory", "softdtw", "kl", "signals", "size", "small", "cost", "reader",
-    "start", "resume", "train", "commands", "packing", "long_documents", "plan", "streamed",
+    "start", "train", "commands", "long_documents", "plan", "streamed",
 )  # fmt: skip
 """Modules bench_NAME of this package; each has run(Options) -> list of results."""
 PARTS: Final = ("teacher", "tokenizer", "cache")

@@ -1,7 +1,8 @@
 """A training step with all three methods, against the step with cross-entropy alone and what nobody can leave out.
 
-What it cannot leave out are three products with a full head: the projected teacher read with the student's head and
-the projected student with the teacher's, both there and back, and the teacher's own logits.
+What nobody can leave out are three products with a full head: the projected teacher read with the student's head and
+the projected student with the teacher's, both there and back, and the teacher's own logits. And tokens per second of a
+student that reads several documents in one row, against one row for each document.
 
 Shape legend for this file
     P predictions    C predictions of a chunk    V classes    D width
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Options, Result, cost, interleaved
+from benchmarks.measure import Options, Result, cost, interleaved, ratio
 from benchmarks.pair import Pair, Shape, pair_of
 from xkd_trainer.data.batch import Batch
 from xkd_trainer.data.collate import batch_of
@@ -37,10 +38,11 @@ LARGE = Shape(
 
 def run(options: Options) -> list[Result]:
     """On the demo pair, and on one with two heads of 152,000 classes."""
-    small = _measured("demo pair" if options.demo else "pair of the demo's shape", pair_of(options), options)
+    pair = pair_of(options)
+    small = _measured("demo pair" if options.demo else "pair of the demo's shape", pair, options)
     large_options = Options(quick=options.quick, demo=None, scratch=options.scratch / "large", repeats=2)
     large = _measured("V=152k, random models", pair_of(large_options, LARGE), large_options)
-    return [*small, *large]
+    return [*small, *large, _packed(pair, options)]
 
 
 class Step:
@@ -115,6 +117,17 @@ def _measured(name: str, pair: Pair, options: Options) -> list[Result]:
         cost(f"{name}: reading its batch in the thread / step with ce alone", seconds["read"], seconds["plain"]),
         cost(f"{name}: the full step with two threads / with one, on the clock", wall["2"], wall["1"]),
     ]
+
+
+def _packed(pair: Pair, options: Options) -> Result:
+    """Cross-entropy alone, packed against padded, on the same documents: forward, backward and update."""
+    documents = options.size(16, 4)
+    steps = {packing: Step(pair, "ce", documents, packing=packing) for packing in (True, False)}
+    times = interleaved({str(packing): step for packing, step in steps.items()}, options.repeats)
+    tokens = int(steps[False].batch.student_valid_BS.sum())
+    padded = steps[False].batch.student_valid_BS.numel()
+    what = f"CE step packed / padded, {documents} documents of {tokens} tokens, {padded} with padding"
+    return ratio(what, tokens / times["True"], tokens / times["False"], "tokens/s", at_least=True)
 
 
 def _with_threads(step: Step, threads: int) -> None:

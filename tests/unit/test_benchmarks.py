@@ -13,7 +13,7 @@ from benchmarks.measure import Options, Row, Skipped, as_json, cost, in_subproce
 from benchmarks.teacher_sizes import markdown
 
 SLOW = {
-    "commands", "kl", "long_documents", "memory", "packing", "plan", "reader", "resume", "spacy", "start", "step",
+    "commands", "kl", "long_documents", "memory", "plan", "reader", "spacy", "start", "step",
     "streamed", "train",
 }  # fmt: skip
 """Those that start programs of their own, or train."""
