@@ -154,7 +154,7 @@ def test_a_plan_of_which_nothing_is_left_is_bad_data_and_never_a_mismatch(tmp_pa
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-def test_the_command_that_wrote_a_plan_mends_it(tmp_path: Path, undisturbed: dict[str, bytes], sealed: bool) -> None:
+def test_the_command_that_wrote_a_plan_repairs_it(tmp_path: Path, undisturbed: dict[str, bytes], sealed: bool) -> None:
     root = tmp_path / "t"
     if sealed:
         build_all(root)
