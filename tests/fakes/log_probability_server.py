@@ -73,8 +73,9 @@ class Prompts:
 
 def choice_of(ids: list[int], values: list[float | None], body: dict[str, Any]) -> dict[str, Any]:
     if body.get("echo"):
-        tokens = [f"token_id:{token}" for token in [*ids, 5]]
-        return {"logprobs": {"tokens": tokens, "token_logprobs": [*values, -1.0]}}
+        more = body["max_tokens"]
+        tokens = [f"token_id:{token}" for token in [*ids, *[5] * more]]
+        return {"logprobs": {"tokens": tokens, "token_logprobs": [*values, *[-1.0] * more]}}
     entries = [{str(t): {"logprob": v}, str(t + 9): {"logprob": -0.5}} for t, v in zip(ids, values, strict=True)]
     return {"prompt_logprobs": [None, *entries[1:]], "text": "!"}
 

@@ -26,12 +26,6 @@ def stage(cache: Path, *, teacher: str = "T", **student: object) -> Outcome:
     return align_stage(run.model_copy(update={"teacher": TeacherSection(name=teacher)}), small_cache.IN_PROCESS)
 
 
-def short_teacher(cache: Path, max_tokens: int) -> None:
-    """A second teacher table S, of a teacher that reads few tokens."""
-    settings = {"model": str(made() / "teacher"), "name": "short", "max_tokens": max_tokens, "losses": ["dwa"]}
-    teacher_stage(small_cache.run_file(cache, teacher=settings), small_cache.IN_PROCESS)
-
-
 def joined(cache: Path, teacher: str = "T", student: str = "S") -> list[tuple[Row, Row, Row]]:
     tables = ("documents", f"teachers/{teacher}", f"students/{student}")
     return list(zip(*(Table(cache, name) for name in tables), strict=True))
@@ -73,7 +67,8 @@ def test_the_outcome_counts_tokens_spans_and_exact_pairs() -> None:
 
 def test_a_document_that_the_teacher_could_not_read_says_so_and_has_no_tokens(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
-    short_teacher(cache, 8)
+    settings = {"model": str(made() / "teacher"), "name": "short", "max_tokens": 8, "losses": ["dwa"]}
+    teacher_stage(small_cache.run_file(cache, teacher=settings), small_cache.IN_PROCESS)
 
     outcome = stage(cache, teacher="short", name="unread")
 

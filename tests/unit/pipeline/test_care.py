@@ -9,6 +9,8 @@ import torch
 import small_cache
 from fake_stage import FakeStage
 from small_cache import IN_PROCESS, files_of, whole_run
+from xkd_pipeline.capture import stage as capturing
+from xkd_pipeline.capture.capture import capture
 from xkd_pipeline.capture.stage import add_signals
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
@@ -123,32 +125,22 @@ def test_a_shard_that_needed_care_is_made_so_again_after_damage(tmp_path: Path, 
     assert files_of(cache) == before
 
 
-def hungry(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    """Let the teacher run out of memory with batches of more tokens."""
-    from xkd_pipeline.capture import stage as teacher
+def test_memory_that_runs_out_here_is_answered_by_smaller_batches(tmp_path: Path, monkeypatch, capsys) -> None:
+    cache, run = begun(tmp_path, "teachers", "students")
 
-    small_cache.made()
-    capture = teacher.capture
-
-    def measured(model, readings, wanted, settings, *more):
-        if settings.batch_tokens > tokens:
+    def hungry(model, readings, wanted, settings, *more):
+        if settings.batch_tokens > 100:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
         return capture(model, readings, wanted, settings, *more)
 
-    monkeypatch.setattr(teacher, "capture", measured)
-
-
-def test_memory_that_runs_out_here_is_answered_by_smaller_batches(tmp_path: Path, monkeypatch, capsys) -> None:
-    hungry(monkeypatch, 100)
-    cache, run = begun(tmp_path, "teachers", "students")
-
+    monkeypatch.setattr(capturing, "capture", hungry)
     said = teacher_stage(run, IN_PROCESS)
 
     assert [record.care for record in records(cache / "teachers/T")] == 3 * [MadeDifferently(batch=64)]
     assert said.values["smaller_batches"] == 3
     assert "3 for want of memory in batches down to 64" in said.line
-    said = "shard 0: CUDA out of memory. Tried to allocate 9.00 GiB; trying again in batches of 64"
-    assert said in capsys.readouterr().err
+    warned = "shard 0: CUDA out of memory. Tried to allocate 9.00 GiB; trying again in batches of 64"
+    assert warned in capsys.readouterr().err
     assert verify(cache, "deep") == []
 
 

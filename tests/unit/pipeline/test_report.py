@@ -128,15 +128,12 @@ def test_bytes_by_signal_are_the_bytes_of_the_columns() -> None:
     assert kept.read == kept.shards == 3
 
 
-def hostile_cache(tmp_path: Path) -> Path:
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
     rows: list[object] = [{"prompt": HOSTILE, "response": f"The old lamp {HOSTILE} was lit."}, "{not json " + HOSTILE]
     corpus = small_cache.write_rows(tmp_path / "a<img src=x onerror=alert(3)>.jsonl", [*rows, *[rows[0]] * 3])
     small_cache.cache_of(tmp_path / "cache", corpus, documents={"max_reject": 0.9})
-    return tmp_path / "cache"
 
-
-def test_hostile_text_stays_text(tmp_path: Path) -> None:
-    content, page = written(hostile_cache(tmp_path), tmp_path)
+    content, page = written(tmp_path / "cache", tmp_path)
 
     assert_harmless(content, page)
     assert "<img src=x onerror=alert(1)>" in page.text, "it is shown, as text"

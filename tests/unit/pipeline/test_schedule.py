@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -14,23 +14,9 @@ from xkd_pipeline.workers.scheduler import FIRST_SECONDS, SHORTEST_SECONDS, Sche
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import OutOfMemory, WorkersGone, XkdError
 
-ROWS = 8
+STAGE = SimpleNamespace(rows=lambda _job: 8, batch=lambda _job: 4)
 NEVER = object()
 """What a worker reports that is not heard of again."""
-
-
-class Stage:
-    def rows(self, _job: int) -> int:
-        return ROWS
-
-    def batch(self, _job: int) -> int:
-        return 4
-
-    def load(self):
-        raise NotImplementedError
-
-    def paths(self) -> tuple[Path, ...]:
-        return ()
 
 
 def made(unit: int) -> Commit:
@@ -75,7 +61,7 @@ class FakePool:
 def ran(pool: FakePool, jobs: range, *, count: int = 2, stall: float | None = None, cares=None) -> list[Commit]:
     done: list[Commit] = []
     workers = Workers(count=count, stall_seconds=stall)
-    Schedule(pool, Stage(), jobs, workers, cares or {}, clock=lambda: pool.now).run(done.append)
+    Schedule(pool, STAGE, jobs, workers, cares or {}, clock=lambda: pool.now).run(done.append)
     return sorted(done, key=lambda commit: commit.unit)
 
 

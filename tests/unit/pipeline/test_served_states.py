@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+import four_tokenizers
 import small_cache
 from small_cache import asked, made, refused
 from xkd_pipeline.capture.capture import TeacherSettings
@@ -173,7 +174,7 @@ def test_packed_log_probabilities_become_the_largest_logits_of_a_capture(
     passes: Any, cache: Path, padded: bool, tmp_path: Path
 ) -> None:
     name = f"D{int(padded)}"
-    pad = teacher_pad() if padded else None
+    pad = four_tokenizers.chat_tokenizer().pad_token_id if padded else None
 
     code, said = asked(*typed(cache, write(passes, EXACT, tmp_path / "d", pad), name, "--recompute", 3))
 
@@ -183,12 +184,6 @@ def test_packed_log_probabilities_become_the_largest_logits_of_a_capture(
         np.testing.assert_allclose(ours[f"topk_logits#{K}"], expected, atol=1e-4)
         assert not ours["logsumexp"].any()
         assert (ours[f"topk_ids#{K}"] == theirs[f"topk_ids#{K}"]).mean() > 0.99
-
-
-def teacher_pad() -> int:
-    from xkd_trainer.models.loading import load_tokenizer
-
-    return int(load_tokenizer(str(made() / "teacher")).pad_token_id)
 
 
 @torch.no_grad()

@@ -4,8 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from damages import flip
 from fake_stage import UNITS, build_all, opened
+from faulty_disk import exit_code_of
 from small_cache import files_of
 from xkd_pipeline.tables.writer import locked
 from xkd_schemas.cache.manifest import Plan, is_whole, read_record
@@ -155,7 +155,7 @@ def test_a_plan_of_which_nothing_is_left_is_bad_data_and_never_a_mismatch(tmp_pa
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-def test_the_command_that_wrote_a_plan_mends_it(tmp_path: Path, undisturbed: dict[str, bytes], sealed: bool) -> None:
+def test_the_command_that_wrote_a_plan_repairs_it(tmp_path: Path, undisturbed: dict[str, bytes], sealed: bool) -> None:
     root = tmp_path / "t"
     if sealed:
         build_all(root)
@@ -229,19 +229,17 @@ def test_other_shards_are_bad_data(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_told_who_has_the_cache_until_that_process_dies(tmp_path: Path) -> None:
-    code = f"""
-from pathlib import Path
-from xkd_pipeline.tables.writer import locked
-with locked(Path({str(tmp_path)!r})):
-    input(print("locked", flush=True))
-"""
-    words, pipe = [sys.executable, "-c", code], subprocess.PIPE
-    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(Busy, match=rf"written by pid {holder.pid} on .*Next: wait for it"), locked(tmp_path):
-            pass
-        holder.kill()
+    def die() -> None:
+        with locked(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with (
+        locked(tmp_path),
+        pytest.raises(Busy, match=rf"written by pid {os.getpid()} on .*Next: wait for it"),
+        locked(tmp_path),
+    ):
+        pass
+    assert exit_code_of(die) == -signal.SIGKILL
     with pytest.raises(BadData), locked(tmp_path):
         raise BadData("it is free after an error, and its file stays")
     assert (tmp_path / "LOCK").exists()

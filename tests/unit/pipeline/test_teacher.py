@@ -84,7 +84,7 @@ def test_a_16_bit_checkpoint_that_runs_in_float32_keeps_a_16_bit_head_and_is_rea
     assert sizes.file_numbers * min(sizes.number_bytes, 4) == pytest.approx(stored, abs=1000)
 
 
-def test_a_table_that_goes_on_on_another_processor_says_so_once(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_table_continued_on_another_processor_says_so_once(tmp_path: Path, monkeypatch, capsys) -> None:
     cache, table = small_cache.copied(tmp_path), "teachers/K"
     hardware_is(monkeypatch, has_bfloat16=False, factor=60.0)
     stage(cache, name="K", losses=[])

@@ -2,8 +2,7 @@
 
 import errno
 import os
-import subprocess
-import sys
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,29 +117,19 @@ def test_a_folder_that_a_dying_writer_left_half_saved_is_cleared_by_the_next(tmp
         assert sorted(path.name for path in (tmp_path / f"{at}").iterdir()) == ["a.json", "b.json"]
 
 
-OWNER = """
-import sys
-from pathlib import Path
-from xkd_schemas.durable_files import own_folder
-with own_folder(Path(sys.argv[1]), ".tmp-x-") as folder:
-    (folder / "half").touch()
-    print(folder, flush=True)
-    sys.stdin.read()
-"""
-
-
 def test_a_folder_stays_while_its_process_lives_and_goes_after_it_was_killed(tmp_path: Path) -> None:
-    words, pipe = [sys.executable, "-c", OWNER, str(tmp_path)], subprocess.PIPE
-    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as owner:
-        assert owner.stdout is not None
-        theirs = Path(owner.stdout.readline().strip())
-        with own_folder(tmp_path, ".tmp-x-") as ours:
-            remove_ownerless(tmp_path, ".tmp-x-")
-            assert ours.is_dir()
-            assert theirs.is_dir()
-        assert not ours.exists()
-        owner.kill()
-    assert (theirs / "half").exists()
+    def die() -> None:
+        with own_folder(tmp_path, ".tmp-x-") as folder:
+            (folder / "half").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with own_folder(tmp_path, ".tmp-x-") as first, own_folder(tmp_path, ".tmp-x-") as second:
+        remove_ownerless(tmp_path, ".tmp-x-")
+        assert first.is_dir()
+        assert second.is_dir()
+    assert list(tmp_path.iterdir()) == []
+    assert faulty_disk.exit_code_of(die) == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".tmp-x-*/half"))) == 1
     remove_ownerless(tmp_path, ".tmp-x-")
     assert list(tmp_path.iterdir()) == []
 

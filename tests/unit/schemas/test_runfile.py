@@ -7,27 +7,11 @@ import pytest
 from xkd_schemas.config import RunConfig, change_values, load_run
 from xkd_schemas.errors import InputMissing, UsageError
 
-TEXT = """
-cache = "c"
-[documents]
-corpus = ["a.jsonl", "b.jsonl"]
-columns = {prompt = "question"}
-[teacher]
-word_layers = [3, 4]
-[losses.mta]
-hid = "off"
-"""
-
-
-def written(tmp_path: Path, text: str = TEXT) -> Path:
-    path = tmp_path / "run.toml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
 
 def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('[teacher]\nword_layers = [3, 4]\n[losses.mta]\nhid = "off"\n')
     sets = ["teacher.word_layers=[7]", "workers=1", "workers=2", "losses.sra.p=0.5", "teacher.model=a b/c"]
-    run = load_run(written(tmp_path), [*sets, "train.lr=1e-3"])
+    run = load_run(tmp_path / "run.toml", [*sets, "train.lr=1e-3"])
 
     assert (run.teacher.word_layers, run.workers, run.teacher.model, run.train.lr) == ((7,), 2, "a b/c", 1e-3)
     assert run.losses == {"mta": {"hid": "off"}, "sra": {"p": 0.5}}
