@@ -1,8 +1,7 @@
-"""From a cache to a student on machines that lack things: the teacher, the offline stack, kernels, memory."""
+"""From a cache to a student on machines that lack things: the teacher, the offline stack, kernels."""
 
 import json
 import shutil
-import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from safetensors.torch import load_file
 import tiny_models as tiny
 from forked import begun, wait_for
 from xkd_schemas.cache import table
-from xkd_trainer.data.cache import Cache
-from xkd_trainer.data.collate import batch_of
 from xkd_trainer.data.sampler import Order
 from xkd_trainer.training.loop import train
 
@@ -89,26 +86,6 @@ def test_without_teacher_corpus_and_offline_stack_the_same_student_is_trained(tm
     assert_weights(tmp_path / "away", reference, atol=2e-5)
     assert moved(reference) > 2e-4
     assert sorted(p.name for p in (tmp_path / "away/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
-
-
-def test_reading_four_times_the_rows_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    big = tiny.made(tmp_path / "big", pairs=tiny.PAIRS * 4)
-    monkeypatch.setattr(table, "READY_BATCHES", 1)
-    monkeypatch.setattr(table, "OPEN_SHARDS", 1)
-    peaks, digests = [], []
-    for root, rows in ((tiny.tiny_cache().cache, 24), (big.cache, 96)):
-        cache = Cache(root, student="student")
-        wanted = frozenset(cache.signals)
-        batch_of(cache, [0, 1], wanted)
-        tracemalloc.start()
-        batches = (batch_of(cache, [(first + i) % rows for i in range(8)], wanted) for first in range(0, 96, 8))
-        sums = [float(b.teacher_hidden_BRD.float().abs().sum()) + float(b.student_ids_BS.sum()) for b in batches]
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-        digests.append(sums[:3])
-
-    assert digests[0] == pytest.approx(digests[1], rel=1e-6)
-    assert peaks[1] < 1.3 * peaks[0] + 50_000
 
 
 def test_training_opens_the_shards_of_the_documents_of_its_steps_and_no_other(

@@ -1,12 +1,10 @@
 """Flipped bits, cuts, swapped, missing, doubled, mutated and hostile files: each is found by name, no traceback."""
 
-import copy
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,12 +16,7 @@ from xkd_pipeline.maintain.gc import collect
 from xkd_pipeline.maintain.repair import repair
 from xkd_pipeline.maintain.verify import verify
 from xkd_pipeline.tables.dataset_card import table_states
-from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers.contract import Workers
-from xkd_schemas.cache.manifest import Plan, read_record
-from xkd_schemas.errors import Mismatch
-
-TABLES = ("documents", "teachers/T", "students/S")
 
 
 def shards(cache: Path, table: str) -> list[Path]:
@@ -82,37 +75,6 @@ def test_a_name_in_the_list_of_digests_that_no_cache_has_is_repaired(tmp_path: P
         assert [(one.file, one.table) for one in verify(cache, "quick")] == [("SHA256SUMS", "")]
         assert repair(cache, Workers()).left == []
         assert files_of(cache) == before
-
-
-def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    if isinstance(value, dict | list) and value:
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(item, (*path, key))
-    else:
-        yield path
-
-
-def changed(value: Any) -> Any:
-    return value + 1 if isinstance(value, int) and not isinstance(value, bool) else f"other than {value}"
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_every_field_of_the_fingerprint_is_refused_by_name(tmp_path: Path, table: str) -> None:
-    cache = small_cache.copied(tmp_path)
-    plan = read_record(cache / table / "plan.json", Plan)
-    fields = list(leaves(plan.spec))
-    assert len(fields) >= 8
-    for path in fields:
-        spec = copy.deepcopy(plan.spec)
-        inner = spec
-        for key in path[:-1]:
-            inner = inner[key]
-        inner[path[-1]] = changed(inner[path[-1]])
-        with pytest.raises(Mismatch) as caught:
-            Store(cache, table, spec, plan.units)
-        names = [key for key in path if isinstance(key, str)]
-        assert ".".join(names) in str(caught.value).replace(".0.", "."), path
-        assert str(inner[path[-1]])[:30] in str(caught.value), path
 
 
 def test_deep_finds_what_has_the_right_digests_and_the_wrong_sense(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import errno
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import pytest
 
 import faulty_disk
 from damages import ROUNDS, SEED
-from fake_stage import FakeStage, build_all, opened, run
+from fake_stage import FakeStage, opened, run
 from small_cache import files_of
 from xkd_pipeline.tables.writer import Built
 from xkd_schemas.errors import DiskFailed, XkdError
@@ -114,29 +113,3 @@ def test_a_power_cut_loses_nothing_that_was_committed(tmp_path: Path, undisturbe
 
 def test_the_simulated_power_cut_finds_a_program_that_does_not_fsync(tmp_path: Path, undisturbed: Undisturbed) -> None:
     assert bad_after_cuts(tmp_path, undisturbed, synced=False) > ROUNDS // 2
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_at_any_size_is_a_disk_error_and_the_same_run_goes_on_with_room(tmp_path: Path) -> None:
-    """A tmpfs of one page more each time, until the run fits; needs the right to mount one."""
-    build_all(tmp_path / "whole")
-    whole, disk, fits = files_of(tmp_path / "whole"), tmp_path / "disk", False
-    disk.mkdir()
-    for pages in range(1, 200):
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={4 * pages}k", "tmpfs", disk]
-        if subprocess.run(mount, capture_output=True, check=False).returncode:
-            pytest.skip("no tmpfs can be mounted here")
-        try:
-            try:
-                build_all(disk / "cache")
-                fits = True
-            except DiskFailed:
-                subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
-                build_all(disk / "cache")
-            assert files_of(disk / "cache") == whole
-        finally:
-            subprocess.run(["umount", disk], check=True)
-        if fits:
-            break
-    assert fits
-    assert pages > 9

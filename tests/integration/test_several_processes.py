@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -95,6 +94,29 @@ def at_batch(number: int, act: Callable[[Batch], Batch]) -> None:
     batches.batch_of = lambda *given: act(batch_of(*given)) if next(made) == number else batch_of(*given)
 
 
+def fail(error: Exception) -> Callable[[Batch], Batch]:
+    def raise_it(_: Batch) -> Batch:
+        raise error
+
+    return raise_it
+
+
+def before_steps(act: Callable[[int, list[Batch]], object]) -> None:
+    """This process acts before each step, with its number and batches."""
+    step = loop._Run._step
+
+    def acted(self: Any, number: int, batches: list[Batch]) -> Any:
+        act(number, batches)
+        return step(self, number, batches)
+
+    loop._Run._step = acted
+
+
+def send(signum: int, *, rank: int, step: int) -> Callable[[int], None]:
+    """A process sends itself a signal before a step."""
+    return lambda mine: before_steps(lambda number, _: (mine, number) == (rank, step) and signal.raise_signal(signum))
+
+
 def test_several_processes_train_the_student_of_one_and_the_first_alone_speaks_and_writes(tmp_path: Path) -> None:
     def watch(rank: int) -> None:
         if rank:
@@ -110,17 +132,8 @@ def test_several_processes_train_the_student_of_one_and_the_first_alone_speaks_a
 
 def test_a_killed_process_ends_the_others_and_another_number_of_them_goes_on_in_the_same_order(tmp_path: Path) -> None:
     out, rows = tmp_path / "out", tmp_path / "rows"
-    step = loop._Run._step
 
-    def kill(rank: int) -> None:
-        def killed(self: Any, number: int, batches: list[Batch]) -> Any:
-            if (rank, number) == (1, 3):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(self, number, batches)
-
-        loop._Run._step = killed
-
-    ended = launch(2, out, kill)
+    ended = launch(2, out, send(signal.SIGKILL, rank=1, step=3))
     assert ended[1].code == -signal.SIGKILL
     assert_one_line(ended[:1], 69, "another process", "Kept: the checkpoint of step 2 of 4", "Next: run")
 
@@ -134,15 +147,11 @@ def test_a_killed_process_ends_the_others_and_another_number_of_them_goes_on_in_
     )
     assert_one_line(launch(2, out, look_elsewhere), 78, *said)
 
-    def note(rank: int) -> None:
-        def noted(self: Any, number: int, batches: list[Batch]) -> Any:
-            with rows.open("a") as stream:
-                stream.write(json.dumps([number, [r for b in batches if b.num_predictions for r in b.rows]]) + "\n")
-            return step(self, number, batches)
+    def note(number: int, batches: list[Batch]) -> None:
+        with rows.open("a") as stream:
+            stream.write(json.dumps([number, [r for b in batches if b.num_predictions for r in b.rows]]) + "\n")
 
-        loop._Run._step = noted
-
-    assert [process.code for process in launch(3, out, note)] == [0, 0, 0]
+    assert [process.code for process in launch(3, out, lambda _rank: before_steps(note))] == [0, 0, 0]
     assert_as_alone(out)
     order = Order(size=24, batch_size=BATCH, seed=0)
     seen = [json.loads(line) for line in rows.read_text().splitlines()]
@@ -152,18 +161,12 @@ def test_a_killed_process_ends_the_others_and_another_number_of_them_goes_on_in_
 
 def test_a_damaged_shard_and_a_loss_that_is_not_finite_in_one_process_end_all(tmp_path: Path) -> None:
     def damage(rank: int) -> None:
-        def fail(_: Batch) -> Batch:
-            raise BadData("a shard is gone", kept="the rest")
-
-        at_batch(2, fail) if rank else None
+        at_batch(2, fail(BadData("a shard is gone", kept="the rest"))) if rank else None
 
     assert_one_line(launch(2, tmp_path / "shard", damage), 65, "a shard is gone. Kept: the rest.")
 
     def crash(rank: int) -> None:
-        def fail(_: Batch) -> Batch:
-            raise ValueError("odd")
-
-        at_batch(1, fail) if rank else None
+        at_batch(1, fail(ValueError("odd"))) if rank else None
 
     ended = launch(2, tmp_path / "bug", crash)
     assert "ValueError: odd" in ended[1].err
@@ -181,18 +184,9 @@ def test_a_damaged_shard_and_a_loss_that_is_not_finite_in_one_process_end_all(tm
 
 
 def test_a_signal_to_one_process_ends_all_after_the_same_step_with_143(tmp_path: Path) -> None:
-    step = loop._Run._step
-
-    def send(rank: int) -> None:
-        def sent(self: Any, number: int, batches: list[Batch]) -> Any:
-            if (rank, number) == (1, 0):
-                signal.raise_signal(signal.SIGUSR1)
-            return step(self, number, batches)
-
-        loop._Run._step = sent
-
     out = tmp_path / "out"
-    assert_one_line(launch(2, out, send), 143, f"terminated. Kept: the checkpoint of step 1 of 4 in {out}")
+    ended = launch(2, out, send(signal.SIGUSR1, rank=1, step=0))
+    assert_one_line(ended, 143, f"terminated. Kept: the checkpoint of step 1 of 4 in {out}")
     assert load_newest(out)[0].step == 1
 
 
@@ -218,26 +212,14 @@ def test_fsdp_trains_saves_goes_on_and_exports_the_whole_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process begins, two with FSDP2 go on, and are stopped; three with DDP go on from what they have saved."""
-    out, step = tmp_path / "out", loop._Run._step
-
-    def stop_after(last: int) -> Callable[[int], None]:
-        def stop(rank: int) -> None:
-            def stopped(self: Any, number: int, batches: list[Batch]) -> Any:
-                if number == last:
-                    signal.raise_signal(signal.SIGTERM)
-                return step(self, number, batches)
-
-            loop._Run._step = stopped
-
-        return stop
-
+    out = tmp_path / "out"
     alone()  # where no FSDP is asked for
-    assert [process.code for process in launch(1, out, stop_after(0))] == [143]
+    assert [process.code for process in launch(1, out, send(signal.SIGTERM, rank=0, step=0))] == [143]
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     assert_one_line(launch(1, out), 2, "FSDP is asked for with one process", "Next: accelerate launch --use_fsdp")
-    ended = launch(2, out, stop_after(2))
+    ended = launch(2, out, send(signal.SIGTERM, rank=0, step=2))
     assert [process.code for process in ended] == [143, 143], ended[0].err[-3000:]
     shutil.copytree(out, tmp_path / "copy")
     ended = launch(2, out)
