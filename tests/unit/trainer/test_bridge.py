@@ -6,13 +6,11 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,12 +23,6 @@ from xkd_trainer import CacheDataset, Collator, DistillTrainer, train
 from xkd_trainer.bridge import PROJECTORS, DistillMixin
 
 ALL = "mta+sra+dwa"
-
-
-@pytest.fixture(autouse=True)
-def _other_precisions_may_follow() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def student() -> Any:

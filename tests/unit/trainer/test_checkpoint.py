@@ -117,15 +117,6 @@ def test_a_damaged_newer_checkpoint_does_not_count_as_one_of_those_that_stay(tmp
     assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000001", "step-00000003"]
 
 
-def test_no_checkpoint_and_a_torn_one_are_no_snapshot(tmp_path: Path) -> None:
-    assert load_newest(tmp_path) == (None, [])
-    save(tmp_path, snapshot(1)).rename(tmp_path / "checkpoints/.tmp-step-00000001-77")
-    assert load_newest(tmp_path) == (None, [])
-    save(tmp_path, snapshot(2))
-    assert not (tmp_path / "checkpoints/.tmp-step-00000001-77").exists()
-    assert load_newest(tmp_path)[0] is not None
-
-
 # metrics.jsonl
 
 

@@ -118,7 +118,6 @@ def test_needs_are_the_last_states_and_those_of_the_picked_layers_below() -> Non
         ({"layers": [5]}, r"fdd.layers: layer 5 does not exist, the teacher has layers 1 to 4|needs hidden@5"),
         ({"layers": [2, 4], "student_layers": [1]}, r"fdd.student_layers has 1 layers for the teacher's 2, 4"),
         ({"layers": [2], "student_layers": [5]}, r"layer 5 does not exist, the student has layers 1 to 4"),
-        ({"layers": [2, 4], "student_layers": [3, 3]}, r"read a layer twice .*3 beside 2, 3 beside 4\). Next: --set"),
         ({"depth": 2}, r"fdd would read a layer twice .*Next: --set losses.fdd.layers"),
         ({"layers": [0]}, r"fdd.layers"),
         ({"final": 0.0, "trajectory": 0.0, "layers": [3]}, r"loss fdd has no term left"),

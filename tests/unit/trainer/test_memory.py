@@ -3,13 +3,11 @@
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 import tiny_models as tiny
@@ -27,12 +25,6 @@ from xkd_trainer.training.loop import train
 from xkd_trainer.training.prepare import Ready, set_up
 
 READS = "mta+sra"  # inner states, attention rows, and every position
-
-
-@pytest.fixture(autouse=True)
-def _accelerate_starts_anew() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def slopes(**changed: Any) -> tuple[float, dict[str, torch.Tensor]]:

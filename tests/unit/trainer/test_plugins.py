@@ -1,6 +1,5 @@
 """Losses of other packages: found by name, refused where they clash or cannot be imported."""
 
-from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -12,16 +11,10 @@ from xkd_trainer.losses.registry import loss_named, loss_names
 from xkd_trainer.losses.sra import SRA
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    registry.find_installed.cache_clear()
-    yield
-    registry.find_installed.cache_clear()
-
-
 def declare(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
     found = [EntryPoint(name=name.rstrip("_"), value=value, group=registry.GROUP) for name, value in points.items()]
     monkeypatch.setattr(registry, "entry_points", lambda group: found)
+    monkeypatch.setattr(registry, "find_installed", registry.find_installed.__wrapped__)  # without its memory
 
 
 def test_without_packages_there_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
