@@ -17,8 +17,9 @@ from xkd_schemas.durable_files import save_file, save_folder, sha256_of
 from xkd_schemas.errors import UsageError
 from xkd_schemas.tokens import Tokens, kept_rows, predictors
 from xkd_trainer.models.architecture import blocks_of, head_of, is_packed, is_tied, num_layers, read_weights
+from xkd_trainer.models.forward import empty_model
 from xkd_trainer.models.loading import load_tokenizer, quantization_of, save_tensors, split_gguf
-from xkd_trainer.models.streaming import empty_model, read_embeddings
+from xkd_trainer.models.streaming import read_embeddings
 
 
 def weight_files(name: str) -> list[Path]:

@@ -24,8 +24,8 @@ from xkd_schemas.durable_files import disk_errors
 from xkd_schemas.errors import DiskFailed, UsageError
 from xkd_schemas.signals import KINDS, Signal
 from xkd_schemas.tokens import last_text
-from xkd_trainer.models.forward import States, run
-from xkd_trainer.models.streaming import empty_model, stream_of, why_not_streamed
+from xkd_trainer.models.forward import States, empty_model, run
+from xkd_trainer.models.streaming import stream_of, why_not_streamed
 
 SHARE: Final = 0.25  # of the memory, that the states of a shard may take
 

@@ -26,8 +26,8 @@ from xkd_schemas.codecs import PLAIN
 from xkd_schemas.config import RunConfig
 from xkd_schemas.errors import UsageError
 from xkd_schemas.signals import KINDS, OFFSET_BYTES, Signal, signal_bytes
+from xkd_trainer.models.forward import empty_model
 from xkd_trainer.models.loading import load_model
-from xkd_trainer.models.streaming import empty_model
 
 
 def command(*arguments: object) -> None:

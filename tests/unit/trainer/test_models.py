@@ -15,8 +15,8 @@ import tiny_models as tiny
 from tiny_gguf import write_gguf
 from xkd_schemas.errors import InputMissing, Refused, UsageError, XkdError
 from xkd_trainer.models.architecture import num_layers
+from xkd_trainer.models.forward import empty_model
 from xkd_trainer.models.loading import check_model_name, load_model, load_tokenizer, new_model, source_of
-from xkd_trainer.models.streaming import empty_model
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 

@@ -223,6 +223,13 @@ class Declaration:
             raise settings_error(self.name, error, kind.model_fields | Projectors.model_fields) from None
 
 
+def refuse_two_tokenizers(who: str, differing: Sequence[str], fix: str = "use dskd_cma or dskd_v2 in --loss") -> None:
+    """UsageError where the student's tokenizer is not the teacher's."""
+    if differing:
+        differ = f"{' and '.join(differing)} of the student's and the teacher's differ"
+        raise UsageError(f"{who} needs one tokenizer on both sides, and {differ}", fix=fix)
+
+
 def constant_head(head: Head, who: str, *, convert: bool = True) -> Head:
     """A head that is a plain matrix product: a scale is folded into it, a soft cap refused.
 

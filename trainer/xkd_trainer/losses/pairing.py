@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xkd_schemas.errors import BadData, UsageError
 from xkd_trainer.data.batch import Batch, gather_rows, unwrap
-from xkd_trainer.losses.declaration import Context, Loss, StudentPass
+from xkd_trainer.losses.declaration import Context, Loss, StudentPass, refuse_two_tokenizers
 from xkd_trainer.losses.ops.divergence import cosine_distance
 from xkd_trainer.losses.ops.lazy_logits import LazyLogits
 from xkd_trainer.losses.ops.term import LossTerm, term
@@ -84,13 +84,6 @@ def pair_layers(
             fix=f"--set losses.{name}.layers=[...] with fewer layers, or losses.{name}.student_layers=[...]",
         )
     return tuple(zip(below, beside, strict=True))
-
-
-def refuse_two_tokenizers(who: str, differing: Sequence[str], fix: str = "use dskd_cma or dskd_v2 in --loss") -> None:
-    """UsageError where the student's tokenizer is not the teacher's."""
-    if differing:
-        differ = f"{' and '.join(differing)} of the student's and the teacher's differ"
-        raise UsageError(f"{who} needs one tokenizer on both sides, and {differ}", fix=fix)
 
 
 class OneTokenizerLoss(Loss):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xkd_schemas.errors import UsageError
 from xkd_schemas.text.tokenizers import name_of
@@ -28,7 +28,7 @@ from xkd_trainer.models.architecture import (
     tokens_of_any,
 )
 from xkd_trainer.models.attention import UNIFORM, LastRows, check_attention, listen
-from xkd_trainer.models.loading import short
+from xkd_trainer.models.loading import load_errors, model_source, short
 from xkd_trainer.models.measures import normalise_row
 from xkd_trainer.models.padding import Packing, plan_rows
 
@@ -243,6 +243,22 @@ def check_ids(ids: Int32s, tokenizer: Any, embeddings: int) -> None:
             f"the model has {embeddings} embeddings",
             fix="use the tokenizer the model was trained with, or the model that was trained with this one",
         )
+
+
+def empty_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model on the meta device: shapes, no values; in the dtype of its configuration unless one is given.
+
+    Raises:
+        InputMissing: There is no such folder, file or hub name.
+        UsageError: It is no causal language model that this transformers knows.
+        Refused: It wants to run code of its own.
+    """
+    source, options = model_source(name, weights=False)
+    with load_errors(name, source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, **options)
+        given = {} if dtype is None else {"dtype": dtype}
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **given)
+    return model
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -31,7 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from xkd_schemas.errors import InputMissing, UsageError
 from xkd_trainer.models.architecture import backbone, blocks_of, evaluating, is_tied, read_weights, tokens_of_any
-from xkd_trainer.models.forward import States, run
+from xkd_trainer.models.forward import States, empty_model, run
 from xkd_trainer.models.loading import COPY_AGAIN, load_errors, model_source, refuse_missing, short
 
 ALL_AT_ONCE: Final = "--no-stream-layers, on a machine with memory for all weights"
@@ -39,22 +39,6 @@ _TP_PLAN: Final[dict[str, Any]] = (
     {"tp_plan": {}} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
 )
 """transformers 5.3 wants it."""
-
-
-def empty_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model on the meta device: shapes, no values; in the dtype of its configuration unless one is given.
-
-    Raises:
-        InputMissing: There is no such folder, file or hub name.
-        UsageError: It is no causal language model that this transformers knows.
-        Refused: It wants to run code of its own.
-    """
-    source, options = model_source(name, weights=False)
-    with load_errors(name, source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, **options)
-        given = {} if dtype is None else {"dtype": dtype}
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **given)
-    return model
 
 
 def why_not_streamed(model: PreTrainedModel, name: str) -> str:

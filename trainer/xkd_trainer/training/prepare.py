@@ -29,15 +29,13 @@ from xkd_schemas.text.templates import AUTO
 from xkd_schemas.text.tokenizers import identity
 from xkd_trainer.data.cache import Cache, find_student, layers_of
 from xkd_trainer.data.several_caches import CacheJoin, CacheUnion, parse_shards
-from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant_head
-from xkd_trainer.losses.pairing import refuse_two_tokenizers
+from xkd_trainer.losses.declaration import Context, Levels, Projectors, constant_head, refuse_two_tokenizers
 from xkd_trainer.losses.registry import loss_named, parse_loss, settings_of
 from xkd_trainer.models.architecture import head_of, num_layers
 from xkd_trainer.models.compute_dtype import dtype_named
-from xkd_trainer.models.forward import check_model, checkpoint_blocks, compile_blocks
+from xkd_trainer.models.forward import check_model, checkpoint_blocks, compile_blocks, empty_model
 from xkd_trainer.models.loading import load_model, load_tokenizer, new_model, stored_dtype
 from xkd_trainer.models.lora import add_adapter, base_of, quantization, trained
-from xkd_trainer.models.streaming import empty_model
 from xkd_trainer.training.distiller import Distiller
 
 
