@@ -19,6 +19,7 @@ from xkd_schemas.durable_files import digest, sha256_of
 from xkd_schemas.errors import BadData, DiskFailed
 from xkd_trainer.models.forward import run
 from xkd_trainer.models.loading import load_model, load_tokenizer
+from xkd_trainer.run_folder import read_lines
 from xkd_trainer.training.files import FILES, KEPT, Snapshot, export_student, is_finished, load_newest, save, tidy_up
 from xkd_trainer.training.tracking import Metrics
 
@@ -48,7 +49,6 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_one_of_the_same_step_replaces_i
         save(tmp_path, one)
     read, skipped = load_newest(tmp_path)
 
-    assert read is not None
     assert (read.step, skipped) == (3, [])
     assert dict(read.fingerprint) == FINGERPRINT
     other = tiny.llama("byte_level", seed=99, tied=tied)
@@ -74,7 +74,6 @@ def test_a_checkpoint_that_holds_random_numbers_and_no_micro_batch_size_as_earli
     (folder / "COMPLETE").write_text(json.dumps({name: sha256_of(folder / name) for name in FILES}))
 
     read, _ = load_newest(tmp_path)
-    assert read is not None
     assert (read.micro_batch_size, read.optimizer["state"].keys()) == (0, wrote.optimizer["state"].keys())
 
 
@@ -100,7 +99,6 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path) -> None
         for damaged in (flipped(content, 4 * len(content)), content[: len(content) // 2], b"", b"{}", None):
             path.unlink() if damaged is None else path.write_bytes(damaged)
             read, skipped = load_newest(tmp_path)
-            assert read is not None
             assert read.step == 4
             if damaged is None and path.name == "COMPLETE":
                 assert skipped == []  # as after a kill between writing and renaming
@@ -120,10 +118,6 @@ def test_a_damaged_newer_checkpoint_does_not_count_as_one_of_those_that_stay(tmp
 # metrics.jsonl
 
 
-def lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("damage", [b'{"step": 8, "lo', b"\xff\xfe", b'{"step": 3}\n'])
 def test_metrics_are_appended_and_a_resumed_run_takes_those_of_its_checkpoint(tmp_path: Path, damage: bytes) -> None:
     first = Metrics(tmp_path, before=None)
@@ -134,17 +128,16 @@ def test_metrics_are_appended_and_a_resumed_run_takes_those_of_its_checkpoint(tm
     first.path.write_bytes(damage + first.path.read_bytes() + damage)  # killed while writing, or by a bad disk
 
     read, _ = load_newest(tmp_path)
-    assert read is not None
     Metrics(tmp_path, before=read.metrics).write(step=6, loss=0.5)
 
-    assert lines(first.path) == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 6, "loss": 0.5}]
+    assert read_lines(first.path) == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 6, "loss": 0.5}]
 
 
 def test_a_run_from_the_start_begins_a_new_file_and_keeps_those_of_before(tmp_path: Path) -> None:
     for run_number in range(3):
         Metrics(tmp_path, before=None).write(step=run_number)
 
-    found = {path.name: lines(path)[0]["step"] for path in tmp_path.iterdir()}
+    found = {path.name: read_lines(path)[0]["step"] for path in tmp_path.iterdir()}
     assert found == {"metrics-1.jsonl": 0, "metrics-2.jsonl": 1, "metrics.jsonl": 2}
 
 

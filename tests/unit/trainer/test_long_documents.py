@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import one_tokenizer as one
-from one_step import gradients
+from one_step import assert_same_step, gradients
 from poison import poisoned
 from xkd_pipeline.capture.capture import TeacherSettings, codec_error, encode_signals
 from xkd_pipeline.capture.measure import _span_signal
@@ -70,7 +70,6 @@ def vectors() -> Tensor:
 
 def test_of_more_spans_than_the_bound_the_cosines_of_drawn_ones_are_kept(vectors: Tensor) -> None:
     drawn, mass = draw_spans(len(vectors)), torch.ones(len(vectors))
-    assert drawn is not None
     assert len(set(drawn.tolist())) == GEOMETRY_SPANS
 
     stored = _span_signal(GEOMETRY, vectors, mass)[GEOMETRY.column]
@@ -110,8 +109,6 @@ def test_a_level_has_the_cosines_of_the_drawn_spans_whether_all_are_stored_or_no
 
     level = _level(2, "word", [sample(len(vectors), long), sample(3, short)], frozenset([GEOMETRY]))
 
-    assert level.paired_BP is not None
-    assert level.cosines_BUU is not None
     assert level.paired_BP[0].tolist() == drawn.tolist()
     assert level.paired_BP[1, :4].tolist() == [0, 1, 2, -1]
     assert torch.equal(level.cosines_BUU[0], exact[drawn][:, drawn])
@@ -166,17 +163,13 @@ def test_responses_aligned_block_by_block_are_those_aligned_at_once(
     part, counts = made.distiller.loss(loss), made.distiller.counts(batch)
     for settings in DWA if loss == "dwa" else [{"correct_only": False}]:
         part.settings = part.settings.model_copy(update=settings)
-        whole, slopes = gradients(made.distiller, [batch], counts)
-        slopes = {name: slope.clone() for name, slope in slopes.items()}
+        whole = gradients(made.distiller, [batch], counts)
         with monkeypatch.context() as patch:
             in_blocks(patch)
 
-            found, others = gradients(made.distiller, [poisoned(batch)], counts)
+            found = gradients(made.distiller, [poisoned(batch)], counts)
 
-        assert found == pytest.approx(whole, rel=1e-5)
-        for name, slope in slopes.items():
-            scale = max(1.0, float(slope.abs().max()))
-            torch.testing.assert_close(others[name] / scale, slope / scale, rtol=1e-4, atol=1e-5, msg=name)
+        assert_same_step(found, whole)
 
 
 def test_a_cost_that_is_no_number_gives_no_number_and_an_empty_side_gives_0() -> None:
@@ -192,6 +185,5 @@ def test_a_cost_that_is_no_number_gives_no_number_and_an_empty_side_gives_0() ->
     torch.testing.assert_close(value[:1], expected)
     assert value[1].isnan()
     assert value[2] == 0
-    assert x.grad is not None
     assert x.grad[0].any()
     assert not x.grad[2].any()

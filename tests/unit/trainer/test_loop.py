@@ -432,7 +432,6 @@ def test_the_student_is_saved_in_the_dtype_it_came_in_unless_another_is_asked_fo
     assert "already trained for 2 steps" in xkd_train(*command, auto).out
     assert json.loads(xkd_train(*command, full, "--save-dtype", "fp32", "--json").out)["saved_in"] == "float32"
     state = load_newest(auto)[0]
-    assert state is not None
     for name, tensor in weights(full).items():
         assert tensor.dtype == torch.float32
         assert torch.equal(weights(auto)[name], tensor.bfloat16())

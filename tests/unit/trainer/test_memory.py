@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,6 @@ def test_numbers_that_an_optimizer_keeps_outside_of_tensors_come_back_from_a_che
     files.save(tmp_path, snapshot)
 
     read = load_newest(tmp_path)[0]
-    assert read is not None
     found = read.optimizer["state"]
     assert torch.equal(found[0].pop("exp_avg"), torch.ones(2))
     assert found == {0: {"step": 7, "rms": 0.1 + 0.2}, 1: {"step": 9}}
@@ -186,11 +186,9 @@ def test_what_this_machine_or_student_cannot_is_one_line(
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
     monkeypatch.setattr("transformers.MambaForCausalLM.supports_gradient_checkpointing", False)
     changed = {"student__tokenizer": str(tiny.tiny_cache().student), **changed}
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=re.escape(message)):
         train(tiny.tiny_cache().run(out=str(tmp_path / "out"), **changed), quiet=True)
 
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").glob("*model*"))
 
 
@@ -248,7 +246,6 @@ def test_a_stopped_adapter_goes_on_bit_for_bit_and_its_checkpoint_holds_it_alone
     go("whole")
     stopped(run(tmp_path / "stopped", loss="sra", lora=lora, save_every=2), monkeypatch, 3)
     snapshot, _ = load_newest(tmp_path / "stopped")
-    assert snapshot is not None
     assert snapshot.step == 2
     assert {name.split(".")[-3] for name in snapshot.student} == {"lora_A", "lora_B"}
     assert go("stopped").resumed_at == 2

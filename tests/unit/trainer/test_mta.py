@@ -145,7 +145,6 @@ def test_dsa_is_averaged_over_levels_and_hid_too_unless_it_is_summed() -> None:
 @pytest.mark.parametrize("settings", [{"hid": "token"}, {"student_pooling": "teacher"}])
 def test_a_document_with_other_ids_is_left_out_and_counted(settings: dict[str, Any]) -> None:
     made, batch = one.ready("mta", **settings)
-    assert batch.teacher_ids_BT is not None
     ids_BT, valid_BT = batch.teacher_ids_BT.clone(), batch.teacher_valid_BT.clone()
     ids_BT[1, 2] += 1
     lengths = valid_BT.sum(1).tolist()

@@ -35,11 +35,8 @@ from xkd_trainer.training.prepare import set_up
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_trained(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=re.escape(message)):
         set_up(tiny.tiny_cache().run(**changed), "")
-
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("layer", [0, 3])
@@ -78,20 +75,6 @@ def test_projectors_do_not_depend_on_how_the_student_was_made() -> None:
     assert torch.equal(projector(), projector(**new))
     assert torch.equal(projector(**new), projector(**new))
     assert not torch.equal(projector(), projector(seed=1))
-
-
-def test_groups_decay_matrices_and_give_projectors_their_own_rate() -> None:
-    made, _ = one.ready("dwa", table=one.OTHER)
-
-    matrices, vectors, projectors = made.distiller.parameter_groups(lr=0.1, weight_decay=0.3)
-
-    assert (matrices["lr"], matrices["weight_decay"]) == (0.1, 0.3)
-    assert (vectors["lr"], vectors["weight_decay"]) == (0.1, 0.0)
-    assert (projectors["lr"], projectors["weight_decay"]) == (1e-3, 0.01)
-    grouped = [p for group in (matrices, vectors, projectors) for p in group["params"]]
-    assert {id(p) for p in grouped} == {id(p) for p in made.distiller.parameters()}
-    assert len(grouped) == len({id(p) for p in grouped})
-    assert all(p.ndim < 2 for p in vectors["params"])
 
 
 # What `--loss` weighs: the papers' totals, how they combine, and what a run says before it starts
@@ -139,10 +122,8 @@ def test_every_loss_of_ours_is_in_that_table() -> None:
     ],
 )
 def test_what_meant_something_else_before_is_refused_with_the_new_way(earlier: str, now: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=re.escape(f"--loss {earlier} is not written so any more. Next: {now}")):
         parse_loss(earlier)
-
-    assert str(caught.value).startswith(f"--loss {earlier} is not written so any more. Next: {now}")
 
 
 def test_a_run_spells_out_what_every_term_weighs() -> None:
@@ -163,7 +144,11 @@ def test_projectors_are_trained_as_their_paper_does_unless_the_run_or_the_loss_s
     def groups(projector_lr: float | None = None, **losses: dict[str, float]) -> dict[str, tuple[float, float]]:
         run = tiny.tiny_cache().run(loss="mta+sra+dwa", losses=losses, projector_lr=projector_lr)
         distiller = set_up(run, "").distiller
-        found = distiller.parameter_groups(lr=0.1, weight_decay=0.2)[2:]
+        matrices, vectors, *found = distiller.parameter_groups(lr=0.1, weight_decay=0.2)
+        assert [(g["lr"], g["weight_decay"]) for g in (matrices, vectors)] == [(0.1, 0.2), (0.1, 0.0)]
+        assert all(p.ndim < 2 for p in vectors["params"])
+        grouped = [id(p) for group in (matrices, vectors, *found) for p in group["params"]]
+        assert sorted(grouped) == sorted(id(p) for p in distiller.parameters())
         assert [g["params"] for g in found] == [list(distiller.losses[n].parameters()) for n in ("mta", "sra", "dwa")]
         return {n: (g["lr"], g["weight_decay"]) for n, g in zip(("mta", "sra", "dwa"), found, strict=True)}
 
