@@ -196,14 +196,13 @@ def verify(
     lines += [] if bad else [whole]
     answer(values | {"bad": [asdict(one) for one in bad], "whole": not bad}, lines, as_json)
     if bad:
-        problems = "problem" if len(bad) == 1 else "problems"
-        _end(f"{len(bad)} {problems} found", cache, f"xkd-cache repair {cache}", as_json)
+        _end(len(bad), "found", cache, f"xkd-cache repair {cache}", as_json)
 
 
-def _end(what: str, cache: Path, fix: str, as_json: bool) -> NoReturn:
+def _end(number: int, how: str, cache: Path, fix: str, as_json: bool) -> NoReturn:
     if as_json:
         raise typer.Exit(BadData.exit_code)
-    raise BadData(f"{what} in {cache}", fix=fix)
+    raise BadData(f"{number} problem{'s'[: number - 1]} {how} in {cache}", fix=fix)
 
 
 def repair(
@@ -231,7 +230,7 @@ def repair(
     values = found | {"made": done.made, "commands": done.commands}
     answer(values, lines if done.left else [*lines, f"{cache} is whole"], as_json)
     if done.left:
-        _end(f"{len(done.left)} problems left", cache, "run what is listed above", as_json)
+        _end(len(done.left), "left", cache, "run what is listed above", as_json)
 
 
 def gc(

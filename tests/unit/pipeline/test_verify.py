@@ -41,6 +41,8 @@ def test_a_damaged_shard_is_exit_65_and_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["verify", str(cache)])
     assert isinstance(result.exception, BadData)
     assert shard.name in result.stdout
+    for command, said in (("verify", "1 problem found in"), ("repair", "1 problem left in")):
+        assert str(CliRunner().invoke(app, [command, str(cache)]).exception).startswith(f"{said} {cache}. Next: ")
 
 
 @pytest.mark.parametrize(("key", "named"), [("unit", 0), ("file", 1)])

@@ -118,6 +118,16 @@ def test_another_number_of_classes_is_refused_by_field(halves: Halves, tmp_path:
         CacheUnion([Cache(t.cache, student="student") for t in (fewer, more)], [1.0, 1.0])
 
 
+def test_classes_that_one_cache_alone_keeps_are_left_out(halves: Halves, tmp_path: Path) -> None:
+    kept = {"teacher__losses": ["uld", "sra", "mta", "dwa"], "losses": TOPK}
+    more = tiny.made(tmp_path / "more", pairs=PAIRS[:6], **kept)
+
+    union = CacheUnion([Cache(t.cache, student="student") for t in (more, halves.second)], [1.0, 1.0])
+
+    assert not any(signal.top for signal in union.signals)
+    assert "hidden_last" in [signal.column for signal in union.signals]
+
+
 TOPK = {"uld": {"teacher": "topk"}}
 
 

@@ -63,7 +63,8 @@ class CacheUnion(Cache):
         self._read_as(first)
         for other in self.caches[1:]:
             advice = f"make both with the same settings; several teachers have to read the documents of {first.root}"
-            refuse_differences(other.root, _of_teacher(first), _of_teacher(other), advice=advice)
+            both = {plain_column(s) for s in first.signals} & {plain_column(s) for s in other.signals}
+            refuse_differences(other.root, _of_teacher(first, both), _of_teacher(other, both), advice=advice)
         self._firsts = [0, *accumulate(len(cache.students) for cache in caches)]
         self._shares = [round(w * len(cache.usable)) for w, cache in zip(weights, caches, strict=True)]
 
@@ -156,11 +157,11 @@ class CacheJoin(Cache):
         return {"teachers": [[cache.identity(signals), weight] for cache, signals, weight in each]}
 
 
-def _of_teacher(cache: Cache) -> dict[str, Any]:
+def _of_teacher(cache: Cache, columns: set[str]) -> dict[str, Any]:
     teacher = cache.teachers.manifest
     return {
         "teacher": {key: teacher.spec[key] for key in ("weights", "encoder")},
         "head": teacher.files.get("head.safetensors", "absent"),
-        "classes": {plain_column(s): s.top for s in cache.signals if s.top},
+        "classes": {plain_column(s): s.top for s in cache.signals if s.top and plain_column(s) in columns},
         "student": {"encoder": cache.students.manifest.spec["encoder"]},
     }
