@@ -211,10 +211,10 @@ def test_a_file_that_is_none_is_one_line(name: str, content: str, said: str, tmp
 def test_with_the_model_at_hand_rows_are_recomputed_and_the_head_is_kept(
     answers: list[Row], served: Path, tmp_path: Path
 ) -> None:
-    model = ("--model", made() / "teacher", "--recompute", 12)
+    model = ("--model", made() / "teacher", "--recompute", 5)
     other = [row | {"logprobs": [None, *(value / 2 for value in row["logprobs"][1:])]} for row in answers]
 
-    assert imported(served, write_rows(tmp_path / "rows.jsonl", answers), *model, name="M")["recomputed"] == 12
+    assert imported(served, write_rows(tmp_path / "rows.jsonl", answers), *model, name="M")["recomputed"] == 5
     assert Table(served, "teachers/M").manifest.constants["hidden_size"] == 32
     assert (served / "teachers/M/head.safetensors").is_file()
     file, named = write_rows(tmp_path / "other.jsonl", other), ("--name", "halved", "--template", "chat")
