@@ -88,21 +88,18 @@ def test_an_open_cache_has_texts_tokens_and_signals_as_numbers(tmp_path: Path) -
         cache[12]
 
 
-def test_an_open_cache_without_teacher_or_student_has_none_for_them(tmp_path: Path) -> None:
+def test_an_open_cache_has_none_for_a_teacher_or_student_that_it_lacks_and_refuses_what_does_not_fit(
+    tmp_path: Path,
+) -> None:
     root = small_cache.copied(tmp_path)
+    with pytest.raises(UsageError, match="aligned with teacher T, not with other"):
+        open_cache(root, teacher="other", student="S")
     shutil.rmtree(root / "students")
     assert open_cache(root)[0].student is None
     shutil.rmtree(root / "teachers")
     assert open_cache(root)[0].teacher is None
     with pytest.raises(InputMissing, match="no finished teacher"):
         open_cache(root, student="S")
-
-
-def test_an_open_cache_refuses_a_student_of_another_teacher(tmp_path: Path) -> None:
-    root = small_cache.copied(tmp_path)
-
-    with pytest.raises(UsageError, match="aligned with teacher T, not with other"):
-        open_cache(root, teacher="other", student="S")
 
 
 def test_the_notebook_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,8 +103,8 @@ def test_a_lost_plan_of_the_documents_asks_for_the_whole_corpus(tmp_path: Path) 
     assert files_of(cache) == before
 
 
-def test_a_corpus_or_a_teacher_that_is_another_is_refused(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
+def test_a_corpus_a_teacher_or_a_parser_that_is_another_is_refused(tmp_path: Path) -> None:
+    cache, corpus = small_cache.copied(tmp_path), [str(small_cache.made() / "corpus.jsonl")]
     flip(shard(cache, "documents", 0))
     other = small_cache.write_rows(tmp_path / "other.jsonl", small_cache.corpus_rows(3))
 
@@ -112,15 +112,8 @@ def test_a_corpus_or_a_teacher_that_is_another_is_refused(tmp_path: Path) -> Non
         repair(cache, IN_PROCESS, corpus=[str(other)], parser=PARSER)
     with pytest.raises(UsageError, match=r"none of the teachers of .*model.safetensors"):
         repair(cache, IN_PROCESS, models=[str(small_cache.llama(tmp_path / "llama", seed=9))])
-
-
-def test_another_parser_makes_no_unit(tmp_path: Path) -> None:
-    cache = small_cache.copied(tmp_path)
-    flip(shard(cache, "documents", 0))
-    corpus, parser = [str(small_cache.made() / "corpus.jsonl")], PARSER | {"max_words": 3}
-
     with pytest.raises(Mismatch, match=r"parser.max_words: cache has 12, this run has 3"):
-        repair(cache, IN_PROCESS, corpus=corpus, parser=parser)
+        repair(cache, IN_PROCESS, corpus=corpus, parser=PARSER | {"max_words": 3})
 
 
 def test_a_student_is_made_again_when_its_teacher_is_whole(tmp_path: Path) -> None:
