@@ -31,7 +31,7 @@ def test_a_shard_of_documents_is_its_rows() -> None:
             assert [span.tolist() for span in found] == [row[name].tolist() for row in rows]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=70)
 @given(
     kinds=st.tuples(st.sampled_from(KINDS), st.sampled_from(KINDS)), longest=st.sampled_from([20, 10_000]),
     several=st.lists(nasty_documents, min_size=1, max_size=5), most_chars=st.sampled_from([30, 2**20]),
