@@ -248,13 +248,6 @@ def test_a_text_without_a_word_border_in_reach_is_cut_behind_a_whole_token() -> 
     assert encoder_of("sentencepiece", max_tokens=60).encode(far).num_chars == 4
 
 
-def test_a_prompt_that_fills_the_row_leaves_no_target() -> None:
-    document = question("the old lamp on the harbour wall " * 10, "was lit")
-
-    assert encoder_of("byte_level", max_tokens=40).encode(document).status == "no_target_after_cut"
-    assert encoder_of("byte_level").encode(document, 10).status == "no_target_after_cut"
-
-
 def test_blanks_are_the_white_space_of_python() -> None:
     every = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
 
