@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import one_tokenizer as one
 import tiny_models as tiny
+from xkd_schemas.errors import UsageError
 from xkd_train import xkd_train
+from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.registry import loss_names
 from xkd_trainer.models import loading
@@ -76,6 +79,23 @@ def test_checkpointing_and_smaller_micro_batches_are_planned_smaller() -> None:
     whole = activations()
     assert activations(gradient_checkpointing=True) < whole / 4
     assert whole / 3 < activations(micro_batch_size=2) < whole / 2.9
+
+
+def test_no_more_documents_are_planned_than_a_cache_has_or_a_budget_of_tokens_holds() -> None:
+    usable = len(Cache(tiny.tiny_cache().cache, student="student").usable)
+
+    for changed, documents in (({"batch_size": 999}, usable), ({"batch_tokens": 100}, 2)):
+        assert plan_training(tiny.tiny_cache().run(**changed))["documents"] == documents
+
+
+def test_a_cache_without_a_document_for_the_student_is_refused_by_plan_and_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Cache, "usable", np.zeros(0, np.int64))
+
+    for command in (plan_training, lambda run: set_up(run, "")):
+        with pytest.raises(UsageError, match=r"no usable document .* Next: xkd-cache show .* says why"):
+            command(tiny.tiny_cache().run())
 
 
 @pytest.mark.parametrize("name", loss_names())
