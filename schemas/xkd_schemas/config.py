@@ -55,7 +55,7 @@ class Section(BaseModel):
 class DocumentsSection(Section):
     """What is read and how it is parsed."""
 
-    corpus: tuple[str, ...] = ()
+    corpus: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Files, folders, addresses or data set names."""
     form: str = "auto"
     """Form of the rows: auto, prompt_response, alpaca, messages or text."""
@@ -186,7 +186,7 @@ class TrainSection(Section):
 
     out: str = ""
     """Folder of the trained student; always needed."""
-    shards: tuple[str, ...] = ()
+    shards: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """CACHE, CACHE=WEIGHT or CACHE:STUDENT_TABLE=WEIGHT; several are read as one, and where they have the same
     documents each brings its teacher. The run file's unless given."""
     loss: str = "ce"

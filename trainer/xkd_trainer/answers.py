@@ -347,7 +347,8 @@ def _merge(folder: Path, answering: Answering, out: Path) -> dict[str, Any]:
             raise BadData(
                 f"no answer to {len(rows)} prompts is kept: {counts or 'there are none'}",
                 kept=f"all answers in {folder}",
-                fix="raise --max-new-tokens (another --out), add --keep-cut, or change --min-tokens, --max-repeat",
+                fix="lower --max-new-tokens, with another --out" if TOO_LONG in unusable else
+                "raise --max-new-tokens (another --out), add --keep-cut, or change --min-tokens, --max-repeat",
             )  # fmt: skip
 
     save_file(out, write)

@@ -195,6 +195,11 @@ def test_a_prompt_that_leaves_the_model_no_room_for_its_answer_is_counted(ask: A
     assert (found["unusable"], found["kept"]) == ({"too_long": 1}, 1)
 
 
+def test_prompts_that_all_leave_no_room_are_one_line_that_says_so(ask: Any) -> None:
+    with pytest.raises(BadData, match=r"kept: too_long 1\. .*Next: lower --max-new-tokens"):
+        ask("a.jsonl", [{"prompt": "Who? " * 200}], n=1)
+
+
 def test_filters_that_keep_nothing_can_be_loosened_without_asking_again(ask: Any) -> None:
     with pytest.raises(BadData, match=r"no answer to 7 prompts is kept: short 14. Kept: all answers in .*units"):
         ask("a.jsonl", min_tokens=6)

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import one_tokenizer as one
 import tiny_models as tiny
+from xkd_schemas.errors import UsageError
 from xkd_train import xkd_train
+from xkd_trainer.data.cache import Cache
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.losses.registry import LOSSES
 from xkd_trainer.models import loading
@@ -67,6 +70,23 @@ def kept_by(student: Any, documents: int, tokens: int) -> int:
         ids_BL = torch.zeros(documents, tokens, dtype=torch.int64)
         states_BLD = backbone(student)(input_ids=ids_BL, use_cache=False).last_hidden_state
     return sum(t.untyped_storage().nbytes() for t in kept.values()) + 4 * states_BLD.numel()
+
+
+def test_no_more_documents_are_planned_than_a_cache_has_or_a_budget_of_tokens_holds() -> None:
+    usable = len(Cache(tiny.tiny_cache().cache, student="student").usable)
+
+    for changed, documents in (({"batch_size": 999}, usable), ({"batch_tokens": 100}, 2)):
+        assert plan_training(tiny.tiny_cache().run(**changed))["documents"] == documents
+
+
+def test_a_cache_without_a_document_for_the_student_is_refused_by_plan_and_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Cache, "usable", np.zeros(0, np.int64))
+
+    for command in (plan_training, lambda run: set_up(run, "")):
+        with pytest.raises(UsageError, match=r"no usable document .* Next: xkd-cache show .* says why"):
+            command(tiny.tiny_cache().run())
 
 
 def test_every_loss_can_be_planned() -> None:

@@ -84,8 +84,6 @@ def train(run: RunConfig, *, student_table: str = "", on_missing: str = "fail", 
         devices.join()
         ready = devices.agree(lambda: set_up(run, student_table, on_missing=on_missing, quiet=quiet))
     size = len(ready.cache.rows(0, run.train.seed))
-    if size == 0:
-        raise UsageError(f"{ready.cache.root} has no usable document for this student")
     evaluations = devices.agree(lambda: Evaluations(run, ready)) if run.train.eval_data else None
     order = Order(size=size, batch_size=run.train.batch_size, seed=run.train.seed)
     total = run.train.steps or max(1, round(run.train.epochs * order.steps_per_epoch))

@@ -45,9 +45,11 @@ def plan_training(run: RunConfig, student_table: str = "") -> dict[str, Any]:
     opened, device = open_run(run, student_table), this_device()
     _load_kernels()
     cache = opened.cache
-    share = math.ceil(run.train.batch_size / int(os.environ.get("WORLD_SIZE", "1")))
-    documents = min(run.train.micro_batch_size or share, share)
+    step_size = min(run.train.batch_size, len(cache.rows(0, run.train.seed)))
+    share = math.ceil(step_size / int(os.environ.get("WORLD_SIZE", "1")))
     rows, longest = _longest(cache, share)
+    fit = max(1, run.train.batch_tokens // longest) if run.train.batch_tokens else share
+    documents = min(run.train.micro_batch_size or share, share, fit)
     with torch.device("meta"):
         student = student_of(run, opened.tokenizer, empty=True).train()
     read = dict[Any, int]()

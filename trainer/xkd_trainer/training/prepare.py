@@ -79,6 +79,9 @@ def open_run(run: RunConfig, student_table: str, *, on_missing: str = "fail", qu
     settings_of(parse_loss(run.train.loss), run.losses)  # what is wrong with a loss is said before anything is loaded
     tokenizer = load_tokenizer(run.student.tokenizer or run.student.model)
     cache, wanted = open_shards(run, tokenizer, student_table, on_missing=on_missing, quiet=quiet)
+    if not len(cache.rows(0, run.train.seed)):
+        unusable = f"{cache.root} has no usable document for this student"
+        raise UsageError(unusable, fix=f"xkd-cache show {cache.root} 0 says why, for the first")
     return Opened(cache=cache, tokenizer=tokenizer, wanted=wanted)
 
 
