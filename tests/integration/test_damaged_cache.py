@@ -19,8 +19,8 @@ from xkd_pipeline.tables.dataset_card import table_states
 from xkd_pipeline.workers.contract import Workers
 
 
-def shards(cache: Path, table: str) -> list[Path]:
-    return sorted((cache / table).glob("0*.arrow"))
+def shards(table: Path) -> list[Path]:
+    return sorted(table.glob("0*.arrow"))
 
 
 def test_no_flipped_bit_is_silent_and_none_crashes(tmp_path: Path) -> None:
@@ -41,29 +41,26 @@ def test_no_cut_file_is_silent_and_none_crashes(tmp_path: Path) -> None:
     assert cuts(small_cache.copied(tmp_path), 12 * 8192 // ROUNDS) == {"found"}
 
 
-def swap(cache: Path, table: str) -> None:
-    first, second, *_ = shards(cache, table)
-    spare = cache / "spare"
-    first.rename(spare)
-    second.rename(first)
-    spare.rename(second)
+def swap(first: Path, second: Path) -> None:
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
 
 
-DAMAGES: dict[str, tuple[Callable[[Path, str], object], set[int]]] = {
-    "swapped": (swap, {0, 1}),
-    "missing": (lambda c, t: shards(c, t)[1].unlink(), {1}),
-    "doubled": (lambda c, t: shutil.copy(shards(c, t)[0], shards(c, t)[1]), {1}),
-    "no record": (lambda c, t: (c / t / "commits/00002.json").unlink(), {2}),
+DAMAGES: dict[str, tuple[Callable[[Path], object], set[int]]] = {
+    "swapped": (lambda table: swap(*shards(table)[:2]), {0, 1}),
+    "missing": (lambda table: shards(table)[1].unlink(), {1}),
+    "doubled": (lambda table: shutil.copy(*shards(table)[:2]), {1}),
+    "no record": (lambda table: (table / "commits/00002.json").unlink(), {2}),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_each_bad_unit_is_named(tmp_path: Path, damage: str) -> None:
-    table = "teachers/T"
     cache = small_cache.copied(tmp_path)
     change, units = DAMAGES[damage]
-    change(cache, table)
-    assert {one.unit for one in verify(cache, "full") if one.table == table} == units
+    change(cache / "teachers/T")
+    assert {one.unit for one in verify(cache, "full") if one.table == "teachers/T"} == units
 
 
 def test_a_name_in_the_list_of_digests_that_no_cache_has_is_repaired(tmp_path: Path) -> None:
@@ -98,7 +95,7 @@ def test_a_check_that_raises_is_a_finding_on_its_unit_and_the_rest_is_checked(mo
 
 def test_text_that_cannot_be_read_is_a_finding_that_names_the_unit(tmp_path: Path) -> None:
     cache = small_cache.copied(tmp_path)
-    content = shards(cache, "documents")[0].read_bytes()
+    content = shards(cache / "documents")[0].read_bytes()
     resigned(cache, "documents", 0, content.replace(b"It prints", b"\xfft prints", 1))
 
     assert ("documents", 0) in {(one.table, one.unit) for one in verify(cache, "deep")}

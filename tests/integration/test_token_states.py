@@ -99,7 +99,9 @@ def test_every_tool_knows_the_columns_under_every_codec(captured: Path, codec: s
     assert set(table.manifest.spec["signals"]) >= COLUMNS
 
     plan = make_plan(run_with(folder, codec), sample=256, budget=None, rate=None)
-    assert {c["column"] for c in plan["columns"]} >= COLUMNS
+    planned = {c["column"]: c["bytes"] for c in plan["columns"]}
+    assert planned.keys() >= COLUMNS
+    assert planned[DRAWN] == pytest.approx(4 * 5 * sum(c.counts["targets"] for c in table.manifest.commits), rel=0.05)
     near = 0.1 if codec == "int8" else 0.05  # int8's centre and spread in each shard are not planned
     assert plan["teacher_bytes"] == pytest.approx(sum(c.size for c in table.manifest.commits), rel=near)
     error = table.manifest.constants.get("codec_error", {})
