@@ -55,7 +55,7 @@ class Section(BaseModel):
 class DocumentsSection(Section):
     """What is read and how it is parsed."""
 
-    corpus: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    corpus: tuple[str, ...] = ()
     """Files, folders, addresses or data set names."""
     form: str = "auto"
     """Form of the rows: auto, prompt_response, alpaca, messages or text."""
@@ -222,7 +222,7 @@ class TrainSection(Section):
     """Compile the student's blocks with torch.compile; the first steps take minutes."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Longer gradients are scaled down to this norm."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of order, new weights and dropout."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Forward passes in a shorter dtype; weights stay float32."""

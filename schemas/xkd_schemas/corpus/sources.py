@@ -97,6 +97,8 @@ def open_source(name: str, *, form: str = AUTO, columns: Mapping[str, str], prom
         BadData: a table or compressed file is broken.
         Refused: a compressed file grows without measure.
     """
+    if not name:  # of a path it would be the current folder
+        raise UsageError("a corpus or data has an empty name", fix="name a file, folder, address or data set")
     check_fields(form, columns)
     parts, digest, remarks = _locate(name)
     contents = chain.from_iterable(_part_rows(part, 0, None) for part in parts if part.num_rows)

@@ -137,6 +137,11 @@ def test_rows_that_fit_nothing_name_their_columns(tmp_path: Path) -> None:
         opened(tmp_path / "a.jsonl", jsonl([{"question": "a", "answer": "b"}]))
 
 
+def test_an_empty_name_is_not_the_current_folder() -> None:
+    with pytest.raises(UsageError, match="has an empty name"):
+        open_source("", columns={})
+
+
 def test_a_mapped_column_that_no_row_has_is_named(tmp_path: Path) -> None:
     columns = {"prompt": "questoin", "response": "answer"}
     with pytest.raises(UsageError, match=r"no row has questoin; the rows have answer, question\. Next: say which"):

@@ -126,6 +126,12 @@ def test_what_meant_something_else_before_is_refused_with_the_new_way(earlier: s
         parse_loss(earlier)
 
 
+@pytest.mark.parametrize("text", ["ce=0", "ce=0+sra=0"])
+def test_losses_that_all_weigh_nothing_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=f"--loss {re.escape(text)}: every loss weighs 0"):
+        parse_loss(text)
+
+
 def test_a_run_spells_out_what_every_term_weighs() -> None:
     run = tiny.tiny_cache().run(loss="sra+dwa=2", losses={"dwa": {"dtw_warmup_steps": 3}})
     distiller = set_up(run, "").distiller

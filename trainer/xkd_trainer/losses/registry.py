@@ -112,8 +112,8 @@ def parse_loss(text: str) -> dict[str, float]:
     {'sra': 1.0}
 
     Raises:
-        UsageError: A loss is not known, twice there, or its number is none from 0 on; or the text is in the spelling
-            of earlier versions, where numbers meant something else.
+        UsageError: A loss is not known, twice there, or its number is none from 0 on; nothing weighs more than 0; or
+            the text is in the spelling of earlier versions, where numbers meant something else.
     """
     if "," in text:
         raise _refuse_earlier(text)
@@ -131,7 +131,10 @@ def parse_loss(text: str) -> dict[str, float]:
     if "=" in text and len(multiples) == 1 and "ce" not in multiples:
         raise _refuse_earlier(text)
     weights = _weigh_as_papers(multiples) | {name: value for name, value in multiples.items() if name == "ce"}
-    return {name: weights[name] for name in ("ce", *multiples) if weights[name] > 0}
+    kept = {name: weights[name] for name in ("ce", *multiples) if weights[name] > 0}
+    if not kept:
+        raise UsageError(f"--loss {text}: every loss weighs 0", fix=HOW)
+    return kept
 
 
 def _weigh_as_papers(multiples: Mapping[str, float]) -> dict[str, float]:
@@ -157,7 +160,7 @@ def _refuse_earlier(text: str) -> UsageError:
 
 def formula(weights: Mapping[str, float], terms: Mapping[str, str] | None = None) -> str:
     """Weights as a sum: `0.5 ce + 0.5 sra`, with `terms` in place of names."""
-    return " + ".join(f"{weight:g} {(terms or {}).get(name, name)}" for name, weight in weights.items()) or "nothing"
+    return " + ".join(f"{weight:g} {(terms or {}).get(name, name)}" for name, weight in weights.items())
 
 
 def term_weights(weights: Mapping[str, float], losses: Mapping[str, Loss], step: int) -> dict[str, float]:
