@@ -37,6 +37,13 @@ def test_values_of_the_file_are_read_and_the_rest_is_default(tmp_path: Path) -> 
     assert run.teacher.dtype == RunConfig().teacher.dtype == "auto"
 
 
+def test_a_byte_order_mark_in_front_of_the_file_is_none_of_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('cache = "c"', encoding="utf-8-sig")
+
+    assert load_run(path).cache == "c"
+
+
 def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
     sets = [
         "teacher.word_layers=[7]",
