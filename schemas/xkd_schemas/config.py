@@ -365,7 +365,7 @@ def _read(path: str | Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputMissing(f"run file {path}: {error.strerror}", fix="give the path of a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -8,6 +8,13 @@ from xkd_schemas.config import RunConfig, change_values, load_run
 from xkd_schemas.errors import InputMissing, UsageError
 
 
+def test_a_byte_order_mark_in_front_of_the_file_is_none_of_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('cache = "c"', encoding="utf-8-sig")
+
+    assert load_run(path).cache == "c"
+
+
 def test_overrides_go_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('[teacher]\nword_layers = [3, 4]\n[losses.mta]\nhid = "off"\n')
     sets = ["teacher.word_layers=[7]", "workers=1", "workers=2", "losses.sra.p=0.5", "teacher.model=a b/c"]
