@@ -17,10 +17,10 @@ import pytest
 import small_cache
 from fake_stage import UNITS, FakeStage, Telling, build_all, read_told, search_path
 from small_cache import files_of
-from xkd_pipeline.stages import teacher_stage
+from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers import ray_pool
-from xkd_pipeline.workers.contract import Workers
+from xkd_pipeline.workers import ray_pool, scheduler
+from xkd_pipeline.workers.contract import Make, Stage, Workers
 from xkd_pipeline.workers.scheduler import make_shards
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import BadData, Mismatch, UsageError, WorkersGone
@@ -132,14 +132,36 @@ def test_an_address_without_a_cluster_is_one_line(tmp_path: Path, address: str, 
         make_shards(FakeStage(folder=tmp_path), [0], Workers(count=1, address=address), lambda _commit: None)
 
 
-def test_the_teacher_makes_the_same_table_on_a_cluster_as_in_process(cluster: Any, tmp_path: Path) -> None:
+STAGES = {"documents": documents_stage, "teachers": teacher_stage, "students": align_stage}
+
+
+@pytest.mark.parametrize("table", ["students", pytest.param("teachers", marks=pytest.mark.slow)])
+def test_a_stage_makes_the_same_table_on_a_cluster_as_in_process(cluster: Any, tmp_path: Path, table: str) -> None:
     cache = small_cache.copied(tmp_path)
-    shutil.rmtree(cache / "teachers")
-    run = small_cache.run_file(cache, teacher={"model": str(small_cache.made() / "teacher")})
+    shutil.rmtree(cache / table)
 
-    assert teacher_stage(run, Workers(count=1, address=cluster.address)).values["made"] == 3
+    done = STAGES[table](small_cache.whole_run(cache), Workers(count=1, address=cluster.address))
 
+    assert done.values["made"] == 3
     assert files_of(cache) == files_of(small_cache.made() / "cache")
+
+
+def test_every_stage_can_be_sent_and_names_the_files_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import cloudpickle
+
+    whole, load, sent = files_of(small_cache.made() / "cache"), scheduler._load, []
+
+    def load_copy(stage: Stage) -> Make:
+        copy = cloudpickle.loads(cloudpickle.dumps(stage))
+        sent.append([path.name for path in copy.paths()])
+        return load(copy)
+
+    monkeypatch.setattr(scheduler, "_load", load_copy)
+    for stage in STAGES.values():
+        stage(small_cache.whole_run(tmp_path / "cache"), Workers())
+
+    assert sent == [["documents"], ["T", "documents", "teacher"], ["S", "documents", "T", "student"]]
+    assert files_of(tmp_path / "cache") == whole
 
 
 def test_a_node_that_goes_in_the_middle_costs_time_and_no_byte(
