@@ -17,10 +17,10 @@ import pytest
 import small_cache
 from fake_stage import UNITS, FakeStage, Telling, build_all, read_told, search_path
 from small_cache import files_of
-from xkd_pipeline.stages import teacher_stage
+from xkd_pipeline.stages import align_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
-from xkd_pipeline.workers import ray_pool
-from xkd_pipeline.workers.contract import Workers
+from xkd_pipeline.workers import ray_pool, scheduler
+from xkd_pipeline.workers.contract import Make, Stage, Workers
 from xkd_pipeline.workers.scheduler import make_shards
 from xkd_schemas.cache.manifest import Commit, MadeDifferently
 from xkd_schemas.errors import BadData, Mismatch, UsageError, WorkersGone
@@ -132,13 +132,38 @@ def test_an_address_without_a_cluster_is_one_line(tmp_path: Path, address: str, 
         make_shards(FakeStage(folder=tmp_path), [0], Workers(count=1, address=address), lambda _commit: None)
 
 
-def test_the_teacher_makes_the_same_table_on_a_cluster_as_in_process(cluster: Any, tmp_path: Path) -> None:
+STAGES = {"teachers": teacher_stage, "students": align_stage}
+
+
+@pytest.mark.parametrize("table", ["students", pytest.param("teachers", marks=pytest.mark.slow)])
+def test_a_stage_makes_the_same_table_on_a_cluster_as_in_process(cluster: Any, tmp_path: Path, table: str) -> None:
     cache = small_cache.copied(tmp_path)
-    shutil.rmtree(cache / "teachers")
-    run = small_cache.run_file(cache, teacher={"model": str(small_cache.made() / "teacher")})
+    shutil.rmtree(cache / table)
 
-    assert teacher_stage(run, Workers(count=1, address=cluster.address)).values["made"] == 3
+    done = STAGES[table](small_cache.whole_run(cache), Workers(count=1, address=cluster.address))
 
+    assert done.values["made"] == 3
+    assert files_of(cache) == files_of(small_cache.made() / "cache")
+
+
+def test_teacher_and_align_can_be_sent_and_name_the_files_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import cloudpickle
+
+    cache, load, sent = small_cache.copied(tmp_path), scheduler._load, []
+
+    def load_copy(stage: Stage) -> Make:
+        copy = cloudpickle.loads(cloudpickle.dumps(stage))
+        sent.append([path.name for path in copy.paths()])
+        return load(copy)
+
+    monkeypatch.setattr(scheduler, "_load", load_copy)
+    for table, stage in STAGES.items():
+        shutil.rmtree(cache / table)
+        stage(small_cache.whole_run(cache), Workers())
+
+    assert sent == [["T", "documents", "teacher"], ["S", "documents", "T", "student"]]
     assert files_of(cache) == files_of(small_cache.made() / "cache")
 
 
