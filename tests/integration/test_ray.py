@@ -17,7 +17,7 @@ import pytest
 import small_cache
 from fake_stage import UNITS, FakeStage, Telling, build_all, read_told, search_path
 from small_cache import files_of
-from xkd_pipeline.stages import align_stage, teacher_stage
+from xkd_pipeline.stages import align_stage, documents_stage, teacher_stage
 from xkd_pipeline.tables.writer import Store
 from xkd_pipeline.workers import ray_pool, scheduler
 from xkd_pipeline.workers.contract import Make, Stage, Workers
@@ -132,7 +132,7 @@ def test_an_address_without_a_cluster_is_one_line(tmp_path: Path, address: str, 
         make_shards(FakeStage(folder=tmp_path), [0], Workers(count=1, address=address), lambda _commit: None)
 
 
-STAGES = {"teachers": teacher_stage, "students": align_stage}
+STAGES = {"documents": documents_stage, "teachers": teacher_stage, "students": align_stage}
 
 
 @pytest.mark.parametrize("table", ["students", pytest.param("teachers", marks=pytest.mark.slow)])
@@ -146,9 +146,7 @@ def test_a_stage_makes_the_same_table_on_a_cluster_as_in_process(cluster: Any, t
     assert files_of(cache) == files_of(small_cache.made() / "cache")
 
 
-def test_teacher_and_align_can_be_sent_and_name_the_files_they_need(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_stage_can_be_sent_and_names_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import cloudpickle
 
     cache, load, sent = small_cache.copied(tmp_path), scheduler._load, []
@@ -163,7 +161,7 @@ def test_teacher_and_align_can_be_sent_and_name_the_files_they_need(
         shutil.rmtree(cache / table)
         stage(small_cache.whole_run(cache), Workers())
 
-    assert sent == [["T", "documents", "teacher"], ["S", "documents", "T", "student"]]
+    assert sent == [["documents"], ["T", "documents", "teacher"], ["S", "documents", "T", "student"]]
     assert files_of(cache) == files_of(small_cache.made() / "cache")
 
 

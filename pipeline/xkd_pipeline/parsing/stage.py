@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -10,7 +10,6 @@ from pkgutil import resolve_name
 from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
 
 from xkd_pipeline.parsing.parser import Parser
 from xkd_pipeline.tables.shard import write_shard
@@ -68,7 +67,7 @@ class DocumentsStage(Stage):
 
     folder: Path
     settings: DocumentsSection
-    schema: pa.Schema
+    spec: Mapping[str, Any]  # not its schema, of which pickle loses which items are never null
 
     def load(self) -> Make:
         """Load the parser, and the tokenizer that counts prompts, once."""
@@ -110,7 +109,7 @@ class DocumentsStage(Stage):
         parser.notes.clear()
         rejected = [asdict(r) for r in rejects]
         columns = columns_of(documents, found)
-        return write_shard(self.folder, job.unit, self.schema, columns, rejects=rejected, counts=counts)
+        return write_shard(self.folder, job.unit, schema_of(self.spec), columns, rejects=rejected, counts=counts)
 
 
 def open_corpus(documents: DocumentsSection) -> list[Source]:
@@ -237,7 +236,7 @@ def make_documents(root: Path, sources: Sequence[Source], settings: DocumentsSec
     if any(POLICY in source.columns for source in sources):
         spec[POLICY] = True
     store = Store(root, "documents", spec, units)
-    stage = DocumentsStage(folder=store.folder, settings=settings, schema=schema_of(spec))
+    stage = DocumentsStage(folder=store.folder, settings=settings, spec=spec)
 
     def watch(commits: Sequence[Commit]) -> None:
         rejected, read = sum(c.rejects.rows for c in commits if c.rejects), sum(units[c.unit].rows for c in commits)
