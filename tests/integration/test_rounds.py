@@ -14,7 +14,7 @@ import tiny_models as tiny
 from small_cache import SPACY, files_of
 from xkd_pipeline.cli.app import app
 from xkd_schemas.config import RunConfig
-from xkd_schemas.errors import DiskFailed
+from xkd_schemas.errors import DiskFailed, UsageError
 from xkd_train import xkd_train
 from xkd_trainer.data.collate import batch_of
 from xkd_trainer.training.prepare import set_up
@@ -69,6 +69,8 @@ def test_in_the_second_round_cross_entropy_skips_what_the_student_wrote_and_the_
         losses={"ce": {"skip": "student"}},
     )  # fmt: skip
     ready = set_up(settings, "")
+    with pytest.raises(UsageError, match=r"losses\.ce\.skip is studnet, and no row of round0, round1 has that policy"):
+        set_up(settings.model_copy(update={"losses": {"ce": {"skip": "studnet"}}}), "")
     rows = [0, 1, *ready.cache.usable[-2:].tolist()]
     batch, own = (batch_of(ready.cache, some, ready.wanted) for some in (rows, rows[:2]))
 

@@ -135,11 +135,13 @@ def _require(run: RunConfig, cache: Cache, parts: Iterable[Cache]) -> frozenset[
 
 
 def _check_skip(run: RunConfig, caches: Sequence[Cache]) -> None:
-    """UsageError where cross-entropy is to skip documents and no cache says who wrote them."""
+    """UsageError where cross-entropy is to skip documents and there are none of these."""
     skip = run.losses.get("ce", {}).get("skip")
-    if skip and not any(cache.documents.manifest.spec.get(POLICY) for cache in caches):
+    tables = [cache.documents for cache in caches if cache.documents.manifest.spec.get(POLICY)]
+    if skip and not any(row[POLICY] == skip for table in tables for row in table):
+        roots = ", ".join(str(cache.root) for cache in caches)
         raise UsageError(
-            f"losses.ce.skip is {skip}, and no row of {caches[0].root} has the field {POLICY}",
+            f"losses.ce.skip is {skip}, and no row of {roots} has that {POLICY}",
             fix=f"leave it out, or write {POLICY} into the corpus's rows and make the cache again (docs/rounds.md)",
         )
 
