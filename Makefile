@@ -21,7 +21,7 @@ PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBL
 # Modules are compiled once, not in each program that a test starts.
 ONE   := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONDONTWRITEBYTECODE=
 
-.PHONY: help install fmt lint types layers check quick test suite ray coverage plain demo preprocess bench wheel clean
+.PHONY: help install fmt lint types layers check quick test suite coverage plain demo preprocess bench wheel clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk '{name = $$1; sub(/^[a-z]*: /, ""); sub(/:/, "", name); printf "make %-11s %s\n", name, $$0}'
@@ -64,14 +64,11 @@ check: install          ## lint, types, layers and quick at once: under a minute
 quick: install          ## tests without models, compiled kernels or the disk
 	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) $(QUICK)
 
-test: install           ## all checks, docstring examples and tests, but for those of `make ray`
+test: install           ## all checks, docstring examples and tests, those that start Ray too
 	$(MAKE) --no-print-directory -j4 lint layers types suite
 
-suite: install          ## tests without Ray, and docstring examples
-	$(ONE) $(BIN)/python -m pytest -n $(JOBS) $(SHARE) -m "not slow and not ray" --doctest-modules tests schemas trainer pipeline
-
-ray: install            ## tests that start Ray on this machine, a cluster of three nodes too: three minutes
-	$(ONE) $(BIN)/python -m pytest -q -m "not slow" tests/integration/test_ray.py tests/integration/test_ray_here.py
+suite: install          ## tests and docstring examples
+	$(ONE) $(BIN)/python -m pytest -n $(JOBS) $(SHARE) -m "not slow" --doctest-modules tests schemas trainer pipeline
 
 coverage: install       ## the suite once more, counting lines that no test runs: twice its time (decision 0019)
 	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SHARE) -m "not slow and not ray" --cov=xkd_schemas --cov=xkd_trainer --cov=xkd_pipeline tests
